@@ -1,0 +1,67 @@
+"""The stable forms, decided in one place: alignment of shapes, slopes, log(1 - exp), seeds."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+LOG_2 = 0.6931471805599453
+
+
+def over(v: Tensor, x: Tensor) -> Tensor:
+    """v of shape (B,) as (B, 1, ..., 1), to stand over x of shape (B, ...), in the dtype of x.
+
+    Coefficients are computed in float64 and meet the data only here.
+
+    >>> over(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 5, 7)).shape
+    torch.Size([2, 1, 1, 1])
+    """
+    dtype = x.dtype if x.is_floating_point() else v.dtype
+    return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)).to(dtype)
+
+
+def slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """df/dt for an elementwise f, by forward-mode differentiation; shape of t.
+
+    >>> slope(lambda t: t**3, torch.tensor([2.0]))
+    tensor([12.])
+    """
+    _, df = torch.func.jvp(f, (t,), (torch.ones_like(t),))
+    return df
+
+
+def log1mexp(a: Tensor) -> Tensor:
+    """log(1 - exp(a)) for a <= 0, accurate at both ends (Maechler 2012, eq. 7)."""
+    near_zero = a > -LOG_2
+    return torch.where(
+        near_zero,
+        (-torch.expm1(torch.where(near_zero, a, -1.0))).log(),
+        torch.log1p(-torch.where(near_zero, -1.0, a).exp()),
+    )
+
+
+def draw(distribution: Distribution) -> Tensor:
+    """One sample, reparametrised where the distribution can (learned schedules need it)."""
+    return distribution.rsample() if distribution.has_rsample else distribution.sample()
+
+
+def derive_seed(*path: int) -> int:
+    """A 63-bit seed for the place `path` = (seed, step, ...): independent streams, no state."""
+    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def seeded(*path: int) -> Iterator[None]:
+    """Everything random inside follows from `path`; the caller's generators are left alone.
+
+    >>> with seeded(0): a = torch.rand(())
+    >>> with seeded(0): b = torch.rand(())
+    >>> bool(a == b)
+    True
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(*path))
+        yield

@@ -1,0 +1,145 @@
+r"""Estimates of the bound: which times, how many draws.
+
+Both kinds of times write the diffusion term as an integral over u ∈ [0, 1), so one law of u serves
+both and every estimate is unbiased:
+
+    Grid(times)   Σ_{i=1..T-1} KL_i   = E_u[ (T-1) KL_⌈(T-1)u⌉ ]
+    Continuum()   ∫_start^1 rate(t) dt = E_u[ (1-start) rate(start + (1-start) u) ]
+
+Laws of u: `iid`, or `stratified`, which for T-1 draws per example visits every term of a grid once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nelbo.elbo import Bound, diffusion_rate, diffusion_term, prior_term, reconstruction_term
+from nelbo.model import Model
+
+
+def iid(examples: int, draws: int = 1) -> Tensor:
+    """u independent and uniform, shape (examples, draws), float64."""
+    return torch.rand(examples, draws, dtype=torch.float64)
+
+
+def stratified(examples: int, draws: int = 1) -> Tensor:
+    """Each u uniform on [0, 1); together one in each of examples·draws strata.
+
+    Example i draws u_ij = (j + v_i)/draws, j = 0..draws-1, and v falls once into each of
+    `examples` strata, in random order (so no example is tied to a time). Shape (examples, draws),
+    float64.
+
+    >>> u = stratified(3, 2)
+    >>> (u.flatten().sort().values * 6).floor()
+    tensor([0., 1., 2., 3., 4., 5.], dtype=torch.float64)
+    """
+    v = (torch.randperm(examples) + torch.rand(examples, dtype=torch.float64)) / examples
+    return (torch.arange(draws) + v[:, None]) / draws
+
+
+class Times(ABC):
+    """The times of z_1 .. z_T."""
+
+    #: time of z_1, which P(x|z_1) decodes; z_T is at time 1
+    first: float
+    #: number of terms in the diffusion term; 1 stands for the integral
+    terms: int
+    #: T, or None in continuous time
+    steps: int | None
+
+    @abstractmethod
+    def diffusion(self, model: Model, x: Tensor, u: Tensor) -> Tensor:
+        """Unbiased draw of the diffusion term for uniform u, shape (B,), nats."""
+
+
+class Grid(Times):
+    """T times t_1 < ... < t_T = 1, T - 1 KL terms; T network calls for the whole bound.
+
+    Args:
+        times: increasing, in (0, 1], the last 1. The classic T steps are `Grid.uniform(T)`.
+    """
+
+    def __init__(self, times: Tensor | Sequence[float]) -> None:
+        times = torch.as_tensor(times, dtype=torch.float64)
+        if (
+            times.ndim != 1
+            or len(times) < 1
+            or not times[0] > 0
+            or times[-1] != 1
+            or (times.diff() <= 0).any()
+        ):
+            raise ValueError(
+                f"times must increase within (0, 1] and end at 1.0; got {times.tolist()};"
+                " try torch.linspace(0, 1, T + 1)[1:]"
+            )
+        self.times = times
+        self.first = times[0].item()
+        self.steps = len(times)
+        self.terms = len(times) - 1
+
+    @staticmethod
+    def uniform(steps: int) -> "Grid":
+        """The times 1/T, 2/T, ..., 1.
+
+        >>> Grid.uniform(4).times
+        tensor([0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1; got {steps}")
+        return Grid(torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:])
+
+    def diffusion(self, model: Model, x: Tensor, u: Tensor) -> Tensor:
+        if self.terms == 0:
+            return torch.zeros_like(u)
+        times = self.times.to(u.device)
+        i = (u * self.terms).long().clamp(max=self.terms - 1)
+        return self.terms * diffusion_term(model, x, times[i], times[i + 1])
+
+
+class Continuum(Times):
+    """Infinitely many steps between the time of z_1 and 1.
+
+    Args:
+        start: time of z_1; a schedule made of T betas needs 1/T or later.
+    """
+
+    steps = None
+    terms = 1
+
+    def __init__(self, start: float = 0.0) -> None:
+        if not 0 <= start < 1:
+            raise ValueError(f"start must be in [0, 1); got {start}")
+        self.first = start
+
+    def diffusion(self, model: Model, x: Tensor, u: Tensor) -> Tensor:
+        width = 1 - self.first
+        return width * diffusion_rate(model, x, self.first + width * u)
+
+
+def elbo(
+    model: Model, x: Tensor, times: Times | None = None, u: Tensor | None = None
+) -> Bound:
+    """The three terms of −ELBO per example, unbiased, in nats.
+
+    Args:
+        model: the model; its `dtype` is the precision of the arithmetic around the network.
+        x: examples, shape (B, ...).
+        times: Grid(times) or Continuum(), the default.
+        u: uniform draws in [0, 1), shape (B,) or (B, n), averaged over n. Left out, they are
+            stratified, n as large as the number of terms: the full sum over a grid.
+
+    Returns:
+        Bound(prior, reconstruction, diffusion), shape (B,) each; `.elbo` is minus their sum.
+    """
+    times = Continuum() if times is None else times
+    if u is None:
+        u = stratified(len(x), max(times.terms, 1))
+    u = u.reshape(len(x), -1).to(x.device)
+    first = torch.full((len(x),), times.first, dtype=torch.float64, device=x.device)
+    prior = prior_term(model, x, torch.ones_like(first))
+    reconstruction = reconstruction_term(model, x, first)
+    draws = u.shape[1]
+    each = times.diffusion(model, x.repeat_interleave(draws, 0), u.flatten())
+    return Bound(prior, reconstruction, each.reshape(len(x), draws).mean(1))

@@ -1,0 +1,164 @@
+r"""What a network's output means: a prediction ê of e = embed(x), given z_t.
+
+ê stands wherever e stands in the encoder, so a head is all that a parametrisation changes:
+
+    Noise         output is ε̂     ê = (z_t - √(1-α_t) ε̂) / √α_t
+    Data          output is ê
+    Velocity      output is v̂     ê = √α_t z_t - √(1-α_t) v̂
+    Mean          output is f     ê solves m_t(z_t, ê) = f for the step from t to t - 1/T
+    LevelLogits   P(x_i = v_k|z_t) = softmax_k( output_k + log N(z_t; √α_t v_k, 1-α_t) ), ê its
+                  mean: the arithmetic of one pixel is exact, the network only adds context
+    SymbolLogits  ê = log P(x_i = k|z_t) = log_softmax(output), for the absorbing process
+
+Sources: Ho et al. 2020 (noise), Salimans & Ho 2022 (velocity), Graves et al. 2023 (discrete data).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nelbo._numerics import over
+from nelbo.process import Absorbing, Gaussian, Process
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """ê, shape of embed(x)."""
+
+    e_hat: Tensor
+
+
+@dataclass(frozen=True)
+class LevelPrediction(Prediction):
+    """ê as the mean of the probabilities of the levels: log P(x_i = v_k|z_t), (B, ..., K)."""
+
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class VariancePrediction(Prediction):
+    """ê, and where log σ² lies between log β̃ (0) and log β (1), shape of ê."""
+
+    fraction: Tensor
+
+
+class Head(ABC):
+    """Network output, shape (B, ...) or (B, ..., outputs), to a prediction."""
+
+    #: numbers the network gives per dimension of the data
+    outputs: int = 1
+
+    @abstractmethod
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction: ...
+
+
+class Noise(Head):
+    """The output is ε̂ in z_t = √α_t e + √(1-α_t) ε."""
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        signal = over((process.log_alpha(t) / 2).exp(), z)
+        noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
+        return Prediction((z - noise * output) / signal)
+
+
+class Data(Head):
+    """The output is ê."""
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        return Prediction(output)
+
+
+class Velocity(Head):
+    """The output is v̂ = √α_t ε̂ - √(1-α_t) ê; zero is the best linear guess for unit data."""
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        signal = over((process.log_alpha(t) / 2).exp(), z)
+        noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
+        return Prediction(signal * z - noise * output)
+
+
+class Mean(Head):
+    """The output is f(z_t, φ, t) itself, the mean of p(z_{t-1}|z_t) on the times i/T.
+
+    Args:
+        steps: T; the step that f belongs to is from t to t - 1/T, with α_0 = 1.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        if not isinstance(process, Gaussian):
+            raise TypeError(f"Mean needs a Gaussian process; got {type(process).__name__}")
+        i = (t * self.steps).round()
+        if ((t * self.steps - i).abs() > 1e-9 * self.steps).any():
+            raise ValueError(
+                f"the mean f belongs to steps of 1/{self.steps}; got a time off that grid;"
+                f" try Grid.uniform({self.steps}), or another head for continuous time"
+            )
+        s = (i - 1) / self.steps
+        of_z = process.m_t(torch.ones_like(t), torch.zeros_like(t), s, t)
+        of_e = process.m_t(torch.zeros_like(t), torch.ones_like(t), s, t)
+        return Prediction((output - over(of_z, z) * z) / over(of_e, z))
+
+
+class WithVariance(Head):
+    """A point head and, as a second output v, the variance of the step: log σ² at (v + 1)/2
+    between log β̃ and log β (Nichol & Dhariwal 2021, equation 15)."""
+
+    outputs = 2
+
+    def __init__(self, head: Head) -> None:
+        if head.outputs != 1:
+            raise ValueError(
+                f"WithVariance wraps a head with one output; {type(head).__name__} has"
+                f" {head.outputs}; try WithVariance(Noise())"
+            )
+        self.head = head
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        point = self.head(output[..., 0], z, t, process)
+        return VariancePrediction(point.e_hat, (output[..., 1] + 1) / 2)
+
+
+def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: Process) -> Tensor:
+    """log N(z_t; √α_t v_k, 1-α_t) + const for each level k, shape (B, ..., K)."""
+    signal, variance = process.alpha(t).sqrt(), process.log_one_minus_alpha(t).exp()
+    z = z[..., None]
+    error = z - over(signal, z) * values.to(z.dtype)
+    return error.square() * over(-0.5 / variance, z)
+
+
+class LevelLogits(Head):
+    """P(x_i = v_k|z_t) ∝ exp(output_k) N(z_t; √α_t v_k, 1-α_t), and ê = Σ_k P_k v_k.
+
+    Args:
+        values: v_1..v_K, shape (K,).
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.outputs = len(values)
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
+        values = self.values.to(z)
+        log_probs = (output + level_evidence(z, values, t, process)).log_softmax(-1)
+        return LevelPrediction(log_probs.exp() @ values, log_probs)
+
+
+class SymbolLogits(Head):
+    """ê = log P(x_i = k|z_t) = log_softmax(output).
+
+    Args:
+        count: the number K of symbols.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.outputs = count
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        if not isinstance(process, Absorbing):
+            raise TypeError(f"SymbolLogits needs an Absorbing process; got {type(process).__name__}")
+        return Prediction(output.log_softmax(-1))

@@ -1,0 +1,101 @@
+r"""P(x, z_1..z_T|φ) = P(x|z_1) Π_{t=2..T} P(z_{t-1}|z_t) P(z_T): a network among probabilities.
+
+The network gives tensors; only `Model` makes distributions of them. Around the network the
+arithmetic runs in `Model.dtype` (float64 for measuring, float32 is enough for training).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from nelbo.heads import Head, Prediction
+from nelbo.likelihood import Likelihood
+from nelbo.process import Process
+from nelbo.reverse import Reverse
+
+
+class Model(nn.Module):
+    """A network, what its output means, and the probabilities built from it.
+
+    Args:
+        network: forward(features (B, C, ...), level (B,)) -> (B, ...) or (B, ..., outputs),
+            with the shape of z first and `head.outputs` numbers per dimension.
+        process: the encoder q.
+        head: meaning of the network's output.
+        step: the reverse step P(z_s|z_t).
+        decoder: P(x|z_1).
+        shape: the shape of one example.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        head: Head,
+        step: Reverse,
+        decoder: Likelihood,
+        shape: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.network, self.process, self.decoder = network, process, decoder
+        self.head, self.step = head, step
+        self.shape = tuple(shape)
+        self.dtype = torch.float64
+
+    @property
+    def dims(self) -> int:
+        """D, the number of dimensions of one example."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def embed(self, x: Tensor) -> Tensor:
+        """e, the data in the space of the process."""
+        if x.shape[1:] != self.shape:
+            raise ValueError(
+                f"the model is of examples of shape {self.shape}; got {tuple(x.shape[1:])}"
+            )
+        return self.process.embed(x).to(self.dtype)
+
+    def predict(self, z: Tensor, t: Tensor) -> Prediction:
+        """One call of the network: what it says of the data, given z = z_t."""
+        dtype = next(self.network.parameters()).dtype
+        features, level = self.process.features(z), self.process.level(t)
+        output = self.network(features.to(dtype), level.to(dtype)).to(self.dtype)
+        outputs = () if self.head.outputs == 1 else (self.head.outputs,)
+        if output.shape != z.shape + outputs:
+            raise ValueError(
+                f"the network must give {tuple(z.shape + outputs)} for"
+                f" {type(self.head).__name__}; got {tuple(output.shape)}"
+            )
+        return self.head(output, z, t, self.process)
+
+    def reverse(self, z: Tensor, s: Tensor, t: Tensor) -> Distribution:
+        """P(z_s|z_t, φ) for z = z_t."""
+        return self.step(self.predict(z, t), z, s, t, self.process)
+
+    def likelihood(self, z: Tensor, t: Tensor) -> Distribution:
+        """P(x|z_1, φ) for z = z_1 at the first times t."""
+        return self.decoder(self.predict(z, t), z, t, self.process)
+
+
+@contextmanager
+def measuring(model: Model) -> Iterator[None]:
+    """Evaluation mode, float64 around the network, no TF32, no autocast; then all as before."""
+    before = model.training, model.dtype
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        model.eval()
+        model.dtype = torch.float64
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        model.train(before[0])
+        model.dtype = before[1]
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32

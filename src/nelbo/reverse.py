@@ -1,0 +1,95 @@
+r"""P(z_s|z_t): the reverse step, s < t, made of a prediction at z_t.
+
+    Posterior   q(z_s|z_t, x = ê): Gaussian with variance β̃, or the categorical step
+    Beta        N(m_t(z_t, ê), β)
+    Learned     N(m_t(z_t, ê), σ²), log σ² between log β̃ and log β by the network
+    Mixture     Σ_k P(x_i = v_k|z_t) q(z_s|z_t, x_i = v_k): the exact marginal of each dimension
+
+For s → t all of them tend to the posterior step (β̃/β → 1, the mixture to one Gaussian), so they
+share one continuous-time bound, and differ the more the fewer the steps.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from nelbo._distributions import LevelMixture
+from nelbo._numerics import over
+from nelbo.heads import LevelPrediction, Prediction, VariancePrediction
+from nelbo.process import Gaussian, Process, per_example
+
+
+class Reverse(ABC):
+    """P(z_s|z_t) for z = z_t, with batch shape (B,)."""
+
+    @abstractmethod
+    def __call__(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Independent: ...
+
+
+class Posterior(Reverse):
+    """q(z_s|z_t,x) with ê for x: σ² = β̃ for a Gaussian process (DESIGN equation 7)."""
+
+    def __call__(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Independent:
+        return process.posterior(z, prediction.e_hat, s, t)
+
+
+class Beta(Reverse):
+    """N(f, β) with f = m_t(z_t, ê); the KL is ‖m_t - f‖²/(2β) + const (DESIGN equation 7)."""
+
+    def __call__(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Independent:
+        process = _gaussian(process, self)
+        f = process.m_t(z, prediction.e_hat, s, t)
+        scale = over(process.beta(s, t).sqrt(), f).expand_as(f)
+        return per_example(Normal(f, scale, validate_args=False))
+
+
+class Learned(Reverse):
+    """N(f, σ²), log σ² = v log β + (1-v) log β̃ (Nichol & Dhariwal 2021, equation 15)."""
+
+    def __call__(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Independent:
+        process = _gaussian(process, self)
+        if not isinstance(prediction, VariancePrediction):
+            raise TypeError("the learned variance needs a head with a variance: WithVariance")
+        f = process.m_t(z, prediction.e_hat, s, t)
+        low, high = process.beta_tilde(s, t).log(), process.beta(s, t).log()
+        log_variance = over(low, f) + prediction.fraction * over(high - low, f)
+        return per_example(Normal(f, (log_variance / 2).exp(), validate_args=False))
+
+
+class Mixture(Reverse):
+    """Σ_k P(x_i = v_k|z_t) N(m_t(z_t, v_k), β̃) for each dimension i.
+
+    Args:
+        values: v_1..v_K, shape (K,).
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __call__(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Independent:
+        process = _gaussian(process, self)
+        if not isinstance(prediction, LevelPrediction):
+            raise TypeError("the mixture step needs a head that predicts levels: LevelLogits")
+        loc = process.m_t(z[..., None], self.values.to(z), s, t)
+        scale = over(process.beta_tilde(s, t).sqrt(), loc)
+        return per_example(LevelMixture(prediction.log_probs, loc, scale))
+
+
+def _gaussian(process: Process, step: Reverse) -> Gaussian:
+    if not isinstance(process, Gaussian):
+        raise TypeError(
+            f"{type(step).__name__} is a step of a Gaussian process; got"
+            f" {type(process).__name__}; try Posterior()"
+        )
+    return process

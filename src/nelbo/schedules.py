@@ -1,0 +1,161 @@
+r"""Schedules: one increasing function γ(t) = -log SNR(t) of time t ∈ [0, 1].
+
+    SNR(t) = α_t / (1 - α_t) = exp(-γ(t)),   α_t = sigmoid(-γ(t)),   1 - α_t = sigmoid(γ(t)).
+
+Time 0 is the data's end, time 1 the noise's. The derivation's discrete form, α_t = Π_{s<=t} (1-β_s)
+for t = 1..T, lives on the times t/T: `Schedule.from_betas`. Everything is float64, because a step's
+β is a small difference of neighbouring γ's. Sources: Kingma et al. 2021 (VDM), section 3 and
+appendix H; Nichol & Dhariwal 2021 (cosine).
+
+To add a schedule: one class with `forward(t) -> gamma`; it inherits the contract tests.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+
+class Schedule(nn.Module, ABC):
+    """γ(t), increasing in t."""
+
+    #: earliest time at which γ is defined; a grid or a continuum starts here or later
+    start: float = 0.0
+
+    @abstractmethod
+    def forward(self, t: Tensor) -> Tensor:
+        """γ(t) = -log SNR(t), float64, for times t in [start, 1], elementwise."""
+
+    @staticmethod
+    def from_betas(betas: Tensor | Sequence[float]) -> "Betas":
+        """α_t = Π_{s<=t} (1 - β_s) at the times t/T, t = 1..T (DESIGN equation 2)."""
+        return Betas(betas)
+
+
+def _check_range(gamma_min: float, gamma_max: float) -> None:
+    if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
+        raise ValueError(
+            f"gamma_min must be less than gamma_max, both finite; got {gamma_min} and {gamma_max};"
+            " try gamma_min=-7, gamma_max=6"
+        )
+
+
+class Linear(Schedule):
+    """γ(t) = γ_min + (γ_max - γ_min) t.
+
+    >>> Linear(-7.0, 6.0)(torch.tensor([0.0, 0.5, 1.0]).double())
+    tensor([-7.0000, -0.5000,  6.0000], dtype=torch.float64)
+    """
+
+    def __init__(self, gamma_min: float, gamma_max: float) -> None:
+        super().__init__()
+        _check_range(gamma_min, gamma_max)
+        self.gamma_min, self.gamma_max = gamma_min, gamma_max
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.gamma_min + (self.gamma_max - self.gamma_min) * t.double()
+
+
+class Cosine(Schedule):
+    """√α_t = cos(φ), φ linear in t: γ = 2 log tan φ, with φ cut where γ is γ_min and γ_max."""
+
+    def __init__(self, gamma_min: float, gamma_max: float) -> None:
+        super().__init__()
+        _check_range(gamma_min, gamma_max)
+        self.first = math.atan(math.exp(gamma_min / 2))
+        self.last = math.atan(math.exp(gamma_max / 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return 2 * (self.first + (self.last - self.first) * t.double()).tan().log()
+
+
+class Betas(Schedule):
+    """The discrete form: γ at t/T from β_1..β_T, linear in between, γ(0) = -inf (α_0 = 1).
+
+    Args:
+        betas: β_1..β_T, each in (0, 1).
+    """
+
+    gamma: Tensor
+
+    def __init__(self, betas: Tensor | Sequence[float]) -> None:
+        super().__init__()
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(
+                f"betas must be one row of numbers in (0, 1); got {betas.tolist()};"
+                " try torch.linspace(1e-4, 0.02, 1000)"
+            )
+        log_alpha = torch.log1p(-betas).cumsum(0)
+        gamma = (-torch.expm1(log_alpha)).log() - log_alpha
+        self.register_buffer("gamma", gamma, persistent=False)
+        self.steps = len(betas)
+        self.start = 1 / self.steps
+
+    def forward(self, t: Tensor) -> Tensor:
+        place = t.double() * self.steps - 1
+        # (i/T)·T may miss the integer i by an ulp
+        place = torch.where((place - place.round()).abs() < 1e-9, place.round(), place)
+        if ((place < 0) & (place != -1)).any():
+            raise ValueError(
+                f"a schedule of {self.steps} betas has no time between 0 and 1/{self.steps};"
+                f" got {t.min().item():.6g}; try Continuum(start=1/{self.steps})"
+            )
+        if self.steps == 1:
+            gamma = self.gamma.expand_as(place)
+        else:
+            below = place.clamp(0, self.steps - 2).floor().long()
+            low, high = self.gamma[below], self.gamma[below + 1]
+            gamma = low + (high - low) * (place - below)
+        return torch.where(place < 0, -torch.inf, gamma)
+
+
+class LearnedMonotone(Schedule):
+    r"""γ(t) = γ_0 + (γ_1 - γ_0) (g(t) - g(0)) / (g(1) - g(0)), g increasing by positive weights.
+
+    The end points are met exactly. They are pinned, or learned (then the width γ_1 - γ_0 stays
+    positive); weight decay must leave a schedule alone (`train` does).
+
+    Args:
+        gamma_min: γ_0, or its start where it is learned.
+        gamma_max: γ_1, or its start where it is learned.
+        width: hidden units of g.
+        learn_endpoints: learn γ_0 and γ_1.
+    """
+
+    def __init__(
+        self,
+        gamma_min: float,
+        gamma_max: float,
+        width: int = 32,
+        learn_endpoints: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_range(gamma_min, gamma_max)
+        ends = torch.tensor([gamma_min, math.log(gamma_max - gamma_min)], dtype=torch.float64)
+        self.ends = nn.Parameter(ends, requires_grad=learn_endpoints)
+        self.linear = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        # g(t) = softplus(linear) t + Σ softplus(up) sigmoid(down t + shift): at first nearly t
+        self.up = nn.Parameter(torch.full((width,), -6.0, dtype=torch.float64))
+        self.down = nn.Parameter(torch.full((width,), 4.0, dtype=torch.float64))
+        self.shift = nn.Parameter(-softplus(self.down.data) * torch.linspace(0, 1, width).double())
+
+    def _g(self, t: Tensor) -> Tensor:
+        hidden = torch.sigmoid(softplus(self.down) * t[..., None] + self.shift)
+        return softplus(self.linear) * t + (softplus(self.up) * hidden).sum(-1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        first, last = self._g(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device))
+        share = (self._g(t.double()) - first) / (last - first)
+        return self.ends[0] + self.ends[1].exp() * share
+
+
+class LinearAlpha(Schedule):
+    """α_t = 1 - t, the usual schedule of a mask process: γ = log t - log(1 - t), -inf to inf."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = t.double()
+        return t.log() - torch.log1p(-t)
