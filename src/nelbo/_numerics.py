@@ -24,12 +24,18 @@ def over(v: Tensor, x: Tensor) -> Tensor:
 
 
 def slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """df/dt for an elementwise f, by forward-mode differentiation; shape of t.
+    """df/dt for an elementwise f; shape of t, differentiable in f's own parameters.
 
-    >>> slope(lambda t: t**3, torch.tensor([2.0]))
-    tensor([12.])
+    Reverse mode: torch 2.13's forward mode compiles with the deprecated `torch.jit.script` at
+    its first use, which is an error where warnings are.
+
+    >>> slope(lambda t: t**3, torch.tensor([2.0])).item()
+    12.0
     """
-    _, df = torch.func.jvp(f, (t,), (torch.ones_like(t),))
+    training = torch.is_grad_enabled()
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        (df,) = torch.autograd.grad(f(t).sum(), t, create_graph=training)
     return df
 
 
