@@ -4,6 +4,7 @@ The network gives tensors; only `Model` makes distributions of them. Around the 
 arithmetic runs in `Model.dtype` (float64 for measuring, float32 is enough for training).
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -99,3 +100,15 @@ def measuring(model: Model) -> Iterator[None]:
         model.train(before[0])
         model.dtype = before[1]
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+def model_hash(model: Model) -> str:
+    """First 16 hex digits of the SHA-256 of all weights and of how they become probabilities."""
+    digest = hashlib.sha256()
+    parts = (model.network, model.process, model.process.schedule, model.decoder)
+    for part in (*parts, model.head, model.step):
+        digest.update(type(part).__name__.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,5 @@
+"""`python -m nelbo` is `nelbo`."""
+
+from nelbo.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""Progress on the terminal's error stream, so that standard output stays clean."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+@contextmanager
+def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A bar with the time left; yields update(done, note)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+        task = bar.add_task(what, total=total, completed=done, note="")
+        yield lambda done, note: bar.update(task, completed=done, note=note)
+
+
+def tracker(what: str) -> Callable[[Iterable[int]], Iterable[int]]:
+    """A `track` argument that shows a bar while it iterates."""
+
+    def track(items: Iterable[int]) -> Iterator[int]:
+        listed = list(items)
+        with progress_bar(what, len(listed)) as update:
+            for i, item in enumerate(listed):
+                yield item
+                update(i + 1, "")
+
+    return track

@@ -1,0 +1,219 @@
+"""A run on disk: weights as safetensors, everything else as JSON. Nothing here executes a file.
+
+    config.json          data, schema, model and training configuration
+    model.safetensors    the best weights so far (moving average), with step and bound
+    state.safetensors    everything to continue training exactly
+    metrics.jsonl        one line per event
+
+Every file is written under a temporary name, synced and renamed: it is whole or it is not there.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import nelbo
+from nelbo import config, data
+from nelbo.build import build
+from nelbo.config import ModelConfig, TrainConfig
+from nelbo.data import Schema
+from nelbo.model import Model
+
+CONFIG, WEIGHTS, STATE, METRICS = (
+    "config.json",
+    "model.safetensors",
+    "state.safetensors",
+    "metrics.jsonl",
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `config.json` says."""
+
+    source: str
+    schema: Schema
+    preset: str
+    size: int | None
+    model: ModelConfig
+    train: TrainConfig
+
+    def to_json(self) -> str:
+        document = {
+            "nelbo": nelbo.__version__,
+            "data": {"source": self.source, "size": self.size, "schema": self.schema.to_dict()},
+            "preset": self.preset,
+            "model": config.to_dict(self.model),
+            "train": config.to_dict(self.train),
+        }
+        return json.dumps(document, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str) -> "RunConfig":
+        """Raises ValueError for anything that is missing, unknown or not JSON."""
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+        top = _section(document, {"nelbo", "data", "preset", "model", "train"}, where)
+        data = _section(top["data"], {"source", "size", "schema"}, f"{where}, data")
+        return RunConfig(
+            source=data["source"],
+            schema=Schema.from_dict(data["schema"]),
+            preset=top["preset"],
+            size=data["size"],
+            model=config.from_dict(ModelConfig, top["model"], f"{where}, model"),
+            train=config.from_dict(TrainConfig, top["train"], f"{where}, train"),
+        )
+
+
+def _section(document: object, keys: set[str], where: str) -> dict:
+    if not isinstance(document, dict):
+        raise ValueError(f"{where} must be a JSON object; got {type(document).__name__}")
+    for key in sorted(document.keys() ^ keys):
+        kind = "unknown" if key in document else "missing"
+        raise ValueError(f"{kind} key {key!r} in {where}; known are {', '.join(sorted(keys))}")
+    return document
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, as `nelbo.load` gives it."""
+
+    path: Path
+    model: Model
+    config: RunConfig
+    weights: str
+    metrics: list[dict]
+
+    def examples(self, source: str | None = None, split: str | None = None) -> tuple[Tensor, str]:
+        """Examples of the run's own data or of other data, and a name for them.
+
+        Args:
+            source: other data of the run's schema; the run's own where left out.
+            split: "train", "validation", "test"; of other data also "all". The default is "test"
+                of the run's own data and "all" of other data.
+
+        Raises:
+            ValueError: data of another schema, or no such split.
+        """
+        schema, size = self.config.schema, self.config.size
+        if source is None:
+            dataset = data.load(self.config.source, levels=schema.levels, size=size)
+            if dataset.schema != schema:
+                raise ValueError(
+                    f"the data at {self.config.source} changed since the run: they are"
+                    f" {dataset.schema}, the run's {schema}"
+                )
+        else:
+            dataset = data.load_like(source, schema, size=size)
+        split = split or ("test" if source is None else "all")
+        if split not in dataset.splits:
+            raise ValueError(
+                f"split must be one of {', '.join(dataset.splits)}; got {split!r}"
+            )
+        name = split if source is None else f"{split} of {source}"
+        return dataset.splits[split], name
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write the whole file or nothing: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Tensors and a few words about them, as one safetensors file."""
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write(path, save(whole, dict(about)))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Raises ValueError for a file that is truncated or not safetensors."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); restore it from a copy or"
+            " train again"
+        ) from None
+
+
+def put_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load tensors into a module that has exactly these names and shapes, else ValueError."""
+    own = module.state_dict()
+    for name in sorted(own.keys() ^ tensors.keys()):
+        kind = "lacks" if name in own else "has an unknown"
+        raise ValueError(f"{where} {kind} weight {name}: it belongs to another architecture")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"{where} has {name} of shape {tuple(tensor.shape)}, the configuration says"
+                f" {tuple(own[name].shape)}: it belongs to another architecture"
+            )
+    module.load_state_dict(dict(tensors))
+
+
+def is_run(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def read_config(path: Path) -> RunConfig:
+    """Raises FileNotFoundError where the folder is not a run."""
+    if not path.exists():
+        raise FileNotFoundError(f"the run {path} does not exist; train with: nelbo train")
+    if not is_run(path):
+        raise FileNotFoundError(f"{path} is not a run: it has no {CONFIG}")
+    return RunConfig.from_json((path / CONFIG).read_text(), str(path / CONFIG))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The events of a run; a last line cut by a crash is left out."""
+    events = []
+    if (path / METRICS).is_file():
+        for line in (path / METRICS).read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                events.append(json.loads(line))
+    return events
+
+
+def load(path: str | Path) -> Run:
+    """The run at `path` with its best weights, ready to measure.
+
+    Raises:
+        FileNotFoundError: no such run, or no weights in it.
+        ValueError: weights that are truncated or of another architecture, unknown config keys.
+    """
+    path = Path(path)
+    run = read_config(path)
+    model = build(run.model, run.schema)
+    tensors, about = read_tensors(path / WEIGHTS)
+    put_weights(model, tensors, str(path / WEIGHTS))
+    model.eval()
+    weights = f"{about.get('weights', 'raw')}, step {about.get('step', '?')}"
+    return Run(path, model, run, weights, read_metrics(path))

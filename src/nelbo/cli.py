@@ -1,0 +1,388 @@
+"""The command line. Each command imports what it needs, so `nelbo --help` is quick."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.table import Table
+
+import nelbo
+
+if TYPE_CHECKING:
+    from nelbo.estimate import Times
+    from nelbo.evaluate import Evaluation
+
+app = App(
+    name="nelbo",
+    help="Diffusion models you can measure in bits.",
+    version=f"nelbo {nelbo.__version__}",
+)
+
+
+@Parameter(name="*")
+@dataclass
+class TrainOptions:
+    """Each replaces a value of the preset, which is chosen from the data.
+
+    Attributes
+    ----------
+    steps
+        Training steps.
+    batch
+        Examples per step.
+    lr
+        Peak learning rate.
+    warmup
+        Steps until the peak.
+    weight_decay
+        Decoupled weight decay of the network's matrices.
+    ema
+        Decay of the moving average of the weights.
+    dropout
+        Share of hidden units dropped.
+    width
+        Channels, or hidden units.
+    depth
+        Residual blocks.
+    network
+        conv is for images, mlp for anything.
+    process
+        gaussian noise; or absorbing, for integers: symbols are masked.
+    schedule
+        -log SNR over time.
+    gamma_min
+        -log SNR at the data's end.
+    gamma_max
+        -log SNR at the noise's end.
+    head
+        What the network predicts.
+    step
+        Reverse step P(z_s|z_t): what a bound or sample in few steps uses.
+    decoder
+        P(x|z_1).
+    objective
+        The bound, or a re-weighting of its diffusion term.
+    cross_entropy
+        Weight of the decoder's loss at the drawn times.
+    evaluate_every
+        Steps between validations; each saves the run.
+    seed
+        Everything random follows from it.
+    """
+
+    steps: int | None = None
+    batch: int | None = None
+    lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float | None = None
+    ema: float | None = None
+    dropout: float | None = None
+    width: int | None = None
+    depth: int | None = None
+    network: Literal["conv", "mlp"] | None = None
+    process: Literal["gaussian", "absorbing"] | None = None
+    schedule: Literal["linear", "cosine", "learned", "learned-ends", "linear-alpha"] | None = None
+    gamma_min: float | None = None
+    gamma_max: float | None = None
+    head: Literal["levels", "noise", "data", "velocity"] | None = None
+    step: Literal["mixture", "posterior", "beta", "learned"] | None = None
+    decoder: (
+        Literal["levels", "evidence", "discretised-gaussian", "bernoulli", "gaussian"] | None
+    ) = None
+    objective: Literal["bound", "simple", "min-snr", "p2"] | None = None
+    cross_entropy: float | None = None
+    evaluate_every: int | None = None
+    seed: int | None = None
+
+    def given(self) -> dict[str, str | int | float]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@app.command
+def train(
+    data: str | None = None,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    preset: Literal["auto", "best"] = "auto",
+    levels: int | None = None,
+    size: int | None = None,
+    device: str = "cpu",
+    options: TrainOptions | None = None,
+) -> None:
+    """Train a model of DATA by maximising the ELBO, into a new run folder.
+
+    Ctrl-C saves the run and --resume continues it exactly. The weights with the best validation
+    bound are kept.
+
+    Parameters
+    ----------
+    data
+        "digits" (scikit-learn's 8x8 images), a .npy or .npz file (integers N x ... are modelled
+        as levels, floats as densities), or a folder of PNG or JPEG images.
+    out
+        Folder of the new run.
+    resume
+        Run to continue, in place of DATA and --out; of the options only --steps may go with it.
+    preset
+        auto is quick, best takes longer for a tighter bound.
+    levels
+        Number of levels of integer data; found in the data where left out.
+    size
+        Side in pixels to which images are cropped and resized.
+    device
+        Where to train, such as cpu or cuda.
+    options
+        In place of the preset's.
+    """
+    from nelbo.train import resume as continue_run
+    from nelbo.train import train as start
+
+    given = options.given() if options else {}
+    path = resume or out
+    if resume is not None:
+        others = {"DATA": data, "--out": out, "--levels": levels, "--size": size}
+        others |= {f"--{name.replace('_', '-')}": v for name, v in given.items() if name != "steps"}
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(
+                    f"--resume continues a run as it was configured; {name} cannot go with it"
+                )
+    elif data is None or out is None:
+        raise ValueError(
+            "train needs DATA and --out, or --resume; try: nelbo train digits --out runs/digits"
+        )
+    try:
+        if resume is not None:
+            steps = given.get("steps")
+            run = continue_run(
+                resume, steps=None if steps is None else int(steps), device=device, progress=True
+            )
+        else:
+            run = start(
+                str(data),
+                Path(str(out)),
+                preset=preset,
+                levels=levels,
+                size=size,
+                device=device,
+                progress=True,
+                **given,
+            )
+    except KeyboardInterrupt:
+        _say(f"stopped and saved; continue with: nelbo train --resume {path}")
+        raise
+    last = run.metrics[-1]
+    _say(
+        f"{run.path}: {last['step']} steps in {last['seconds']:.0f} s; kept {run.weights}."
+        f" Next: nelbo evaluate {run.path}"
+    )
+
+
+@app.command
+def evaluate(
+    run: Path,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    steps: int | None = None,
+    calls: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """State the bound on -log P(x) of a data set, with its error and its price.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    data
+        Other data, of the kind the run was trained on; the run's own where left out.
+    split
+        train, validation or test; all for data without splits. The default is test for the run's
+        own data, and all of other data.
+    steps
+        The bound of the model with this number of steps; continuous time where left out.
+    calls
+        Network calls per example, at most; more calls, less Monte Carlo error. The default is 16
+        in continuous time, and up to 4 times the number of steps.
+    seed
+        Everything random follows from it.
+    device
+        Where to run the network.
+    json
+        Print one JSON object.
+    """
+    from nelbo._progress import tracker
+    from nelbo.checkpoint import load
+    from nelbo.data import as_examples
+    from nelbo.evaluate import evaluate as measure
+
+    loaded = load(run)
+    x, split = loaded.examples(data, split)
+    result = measure(
+        loaded.model.to(device),
+        as_examples(x),
+        times=_times(steps),
+        calls=calls,
+        seed=seed,
+        weights=loaded.weights,
+        split=split,
+        track=tracker("evaluate"),
+    )
+    if json:
+        print(_json(result.to_dict()))
+    else:
+        _show(result)
+
+
+@app.command
+def sample(
+    run: Path,
+    *,
+    out: Path,
+    n: int = 64,
+    steps: int = 32,
+    seed: int = 0,
+    sampler: Literal["ancestral", "flow"] = "ancestral",
+    device: str = "cpu",
+) -> None:
+    """Draw new examples from a run.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    out
+        A .png file (a grid of images) or a .npz file (array x in the units of the data).
+    n
+        Number of examples.
+    steps
+        Number of steps, each one network call.
+    seed
+        Everything random follows from it.
+    sampler
+        ancestral draws from the model that evaluate --steps measures; flow follows the
+        deterministic probability flow.
+    device
+        Where to run the network.
+    """
+    from nelbo import pictures
+    from nelbo import sample as samplers
+    from nelbo._progress import tracker
+    from nelbo.checkpoint import load, write
+    from nelbo.estimate import Grid
+
+    loaded = load(run)
+    save = pictures.saver(out, loaded.config.schema)
+    draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
+    x = draw(loaded.model.to(device), n, Grid.uniform(steps), seed, tracker("sample"))
+    write(out, save(x.cpu()))
+    _say(f"{n} samples in {out}")
+
+
+@app.command
+def report(run: Path, *, out: Path | None = None, seed: int = 0) -> None:
+    """Write a self-contained HTML page about a run.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    out
+        The page; report.html in the run folder where left out.
+    seed
+        Everything random follows from it.
+    """
+    from nelbo.checkpoint import load
+    from nelbo.report import report as make
+
+    loaded = load(run)
+    page = make(loaded, out or run / "report.html", seed=seed, progress=True)
+    _say(f"open {page}")
+
+
+def _times(steps: int | None) -> "Times":
+    from nelbo.estimate import Continuum, Grid
+
+    return Continuum() if steps is None else Grid.uniform(steps)
+
+
+def _show(result: "Evaluation") -> None:
+    error, unit = result.standard_error, result.unit
+    time = "continuous time" if result.steps is None else f"{result.steps} steps"
+    table = Table(title=f"bound on -log P(x), {result.split}, {time}", title_justify="left")
+    for column in ("", unit, "standard error"):
+        table.add_column(column, justify="left" if not column else "right")
+    value = result.nats if result.bits_per_dim is None else result.bits_per_dim
+    table.add_row("[bold]bound", f"[bold]{value:.4f}", f"{error.total:.4f}")
+    table.add_row("  of it data", "", f"{error.data:.4f}")
+    table.add_row("  of it Monte Carlo", "", f"{error.monte_carlo:.4f}", end_section=True)
+    for name, term in vars(result.terms).items():
+        table.add_row(name, f"{term:.4f}", "")
+    console = Console()
+    console.print(table)
+    console.print(_sparkline(result), highlight=False)
+    console.print(
+        f"{result.nats:.3f} nats per example; {result.examples} examples of {result.dims}"
+        f" dimensions, each once; {result.calls_per_example:g} network calls per example;"
+        f" seed {result.seed}; weights: {result.weights}; {result.precision};"
+        f" model {result.model_hash}, data {result.data_hash}",
+        highlight=False,
+    )
+
+
+def _sparkline(result: "Evaluation") -> str:
+    """The diffusion term over time, one block per bin."""
+    heights = [point.value / (point.t_to - point.t_from) for point in result.curve]
+    top = max(heights, default=0.0)
+    if not top > 0:
+        return "diffusion over t: none"
+    blocks = "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(8 * h / top)))] for h in heights)
+    return f"diffusion over t: 0 {blocks} 1, at most {top:.3g} {result.unit} per unit of t"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What the user can mend is one line and exit code 2; Ctrl-C is 130; a defect keeps its
+    traceback."""
+    try:
+        yield
+    except CycloptsError as error:
+        _fail(str(error).strip())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
+    except (ValueError, TypeError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    _say(f"nelbo: {' '.join(message.split())}")
+    sys.exit(2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; `arguments` in place of the process's own."""
+    with _one_line_errors():
+        app(arguments, exit_on_error=False, print_error=False)

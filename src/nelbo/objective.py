@@ -1,0 +1,98 @@
+r"""Training losses: the bound itself, and the well-known re-weightings of its diffusion term.
+
+    loss = E_t[ w(t) rate(t) ] + reconstruction + prior + λ E_t[ −log P(x|z_t) ]
+
+w = 1 and λ = 0 is −ELBO. In terms of the error of the noise prediction, rate = ½ γ'(t) ‖ε - ε̂‖²:
+
+    bound     w = 1
+    simple    w = 2/γ'(t)                        ‖ε - ε̂‖²: Ho et al. 2020, equation 14
+    min-snr   w = 2/γ'(t) · min(SNR, 5)/SNR      Hang et al. 2023: little weight on little noise
+    p2        w = 2/γ'(t) · 1/(1 + SNR)          Choi et al. 2022: weight on coarse structure
+
+λ adds the decoder asked at the drawn time: for the level head the cross-entropy of the levels,
+which costs no call and keeps the decoder calibrated wherever a short grid will let it decode.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nelbo._numerics import draw, slope
+from nelbo.elbo import prior_term, reconstruction_term
+from nelbo.estimate import Continuum
+from nelbo.model import Model
+from nelbo.schedules import Schedule
+
+Weight = Callable[[Schedule, Tensor], Tensor]
+
+
+def bound(schedule: Schedule, t: Tensor) -> Tensor:
+    """w = 1: nats."""
+    return torch.ones_like(t)
+
+
+def simple(schedule: Schedule, t: Tensor) -> Tensor:
+    """w = 2/γ'(t): the squared error of the noise, all noise levels alike."""
+    return 2 / slope(schedule, t)
+
+
+def min_snr(schedule: Schedule, t: Tensor) -> Tensor:
+    """w = 2/γ'(t) · min(SNR, 5)/SNR: the squared error of x, at most five-fold."""
+    snr = (-schedule(t)).exp()
+    return simple(schedule, t) * snr.clamp(max=5) / snr
+
+
+def p2(schedule: Schedule, t: Tensor) -> Tensor:
+    """w = 2/γ'(t) · 1/(1 + SNR)."""
+    return simple(schedule, t) / (1 + (-schedule(t)).exp())
+
+
+class Loss(NamedTuple):
+    """What is minimised, and the bound it stands for; scalars, mean nats per example."""
+
+    loss: Tensor
+    bound: Tensor
+
+
+class Objective:
+    """The loss of a batch in continuous time.
+
+    Args:
+        weight: w(t) on the diffusion term.
+        cross_entropy: λ.
+        share: the share of the batch whose reconstruction term is drawn, one more network call
+            each. The mean over the share estimates the mean over the batch.
+        start: time of z_1.
+    """
+
+    def __init__(
+        self,
+        weight: Weight = bound,
+        cross_entropy: float = 0.0,
+        share: float = 0.125,
+        start: float = 0.0,
+    ) -> None:
+        self.weight, self.cross_entropy, self.share = weight, cross_entropy, share
+        self.times = Continuum(start)
+
+    def __call__(self, model: Model, x: Tensor, u: Tensor) -> Loss:
+        """Loss of examples x, shape (B, ...), in random order, at uniform draws u, shape (B,)."""
+        width = 1 - self.times.first
+        t = self.times.first + width * u
+        e = model.embed(x)
+        z = draw(model.process.marginal(e, t))
+        prediction = model.predict(z, t)
+        diffusion = width * model.process.rate(z, e, prediction.e_hat, t)
+
+        part = x[: max(1, round(self.share * len(x)))]
+        first = torch.full((len(part),), self.times.first, dtype=t.dtype, device=t.device)
+        reconstruction = reconstruction_term(model, part, first).mean()
+        others = reconstruction + prior_term(model, x, torch.ones_like(t)).mean()
+
+        loss = (self.weight(model.process.schedule, t) * diffusion).mean() + others
+        if self.cross_entropy:
+            decoded = model.decoder(prediction, z, t, model.process)
+            loss = loss - self.cross_entropy * decoded.log_prob(x).mean()
+        return Loss(loss, (diffusion.mean() + others).detach())

@@ -1,0 +1,75 @@
+"""Examples as pictures, and the files that samples are written to."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from nelbo.data import Schema
+
+
+def to_bytes(x: Tensor, schema: Schema) -> np.ndarray:
+    """Images (N, C, H, W) as (N, H, W, C) of 8 bits: levels fill 0..255, real data their range."""
+    pixels = x.double().movedim(1, -1).numpy()
+    if schema.levels is not None:
+        pixels = pixels / (schema.levels - 1)
+    else:
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / max(high - low, np.finfo(float).tiny)
+    return np.rint(255 * pixels).astype(np.uint8)
+
+
+def grid(x: Tensor, schema: Schema, columns: int | None = None, side: int = 1024) -> Image.Image:
+    """Images in rows, one pixel of margin, enlarged by a whole factor to at most `side`.
+
+    Args:
+        x: images (N, C, H, W) of the schema, C = 1 or 3.
+        schema: what an image is.
+        columns: images in a row; about square where left out.
+        side: pixels of the longer side, where the enlargement stops.
+    """
+    images = to_bytes(x, schema)
+    n, h, w, c = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (h + 1) + 1, columns * (w + 1) + 1, c), 128, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (h + 1) + 1, (i % columns) * (w + 1) + 1
+        sheet[top : top + h, left : left + w] = image
+    picture = Image.fromarray(sheet[..., 0] if c == 1 else sheet[..., :3])
+    factor = max(1, side // max(sheet.shape))
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def saver(out: Path, schema: Schema) -> Callable[[Tensor], bytes]:
+    """How samples become the file `out`, decided before they are drawn.
+
+    Raises:
+        ValueError: a suffix other than .png or .npz, or a picture of what is no image.
+    """
+    if out.suffix == ".png":
+        if len(schema.shape) != 3 or schema.shape[0] not in (1, 3, 4):
+            raise ValueError(f"examples of shape {schema.shape} are no images; write a .npz file")
+        return lambda x: png(grid(x, schema))
+    if out.suffix == ".npz":
+
+        def array(x: Tensor) -> bytes:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, x=x.numpy())
+            return buffer.getvalue()
+
+        return array
+    raise ValueError(f"samples are written to a .png or .npz file; got {str(out)!r}")

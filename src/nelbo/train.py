@@ -1,0 +1,361 @@
+"""Training: read in five minutes, resumed exactly.
+
+All randomness of step k follows from (seed, k) and the order of the examples from (seed, epoch),
+so there is no generator to save: a run that was stopped and continued ends with the same weights.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from nelbo import checkpoint, config, data
+from nelbo._numerics import LOG_2, derive_seed, seeded
+from nelbo._progress import progress_bar
+from nelbo.build import OBJECTIVES, build, look_up
+from nelbo.checkpoint import Run, RunConfig
+from nelbo.config import ModelConfig, TrainConfig
+from nelbo.data import Dataset
+from nelbo.estimate import stratified
+from nelbo.evaluate import evaluate
+from nelbo.model import Model
+from nelbo.objective import Objective
+from nelbo.process import Affine
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+VALIDATION_EXAMPLES = 1000  # at most, so that validation stays a small part of the time
+
+
+def train(
+    source: str,
+    out: str | Path,
+    *,
+    preset: str = "auto",
+    levels: int | None = None,
+    size: int | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+    **options: str | int | float,
+) -> Run:
+    """Train a model of the data at `source` into the new run folder `out`.
+
+    Args:
+        source: "digits", or a path that `nelbo.data.load` understands.
+        out: a folder that does not exist yet, or is empty.
+        preset: see `nelbo.config.presets`.
+        levels: number of levels of integer data, found where left out.
+        size: side to which images are resized.
+        device: where to train, such as "cpu" or "cuda".
+        progress: show a progress bar on the error stream.
+        options: any field of ModelConfig or TrainConfig, in place of the preset's.
+
+    Raises:
+        ValueError: bad data or options; `out` exists; the loss becomes non-finite.
+        KeyboardInterrupt: after Ctrl-C, with the run saved; `resume` continues it.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        hint = f"; continue it with --resume {out}" if checkpoint.is_run(out) else ""
+        kind = "a run" if checkpoint.is_run(out) else "not a run"
+        raise ValueError(f"{out} exists and is {kind}{hint}; choose another --out")
+    dataset = data.load(source, levels=levels, size=size)
+    model_config, train_config = _configure(dataset, preset, options)
+    run = RunConfig(dataset.source, dataset.schema, preset, size, model_config, train_config)
+    training = Training(out, run, dataset, device)
+    checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
+    training.fit(progress)
+    return checkpoint.load(out)
+
+
+def resume(
+    out: str | Path, *, steps: int | None = None, device: str = "cpu", progress: bool = False
+) -> Run:
+    """Continue a run where it stopped, exactly; `steps` extends or shortens it.
+
+    Raises:
+        FileNotFoundError: `out` is not a run.
+        ValueError: its state is damaged or of another model; the loss becomes non-finite.
+        KeyboardInterrupt: after Ctrl-C, with the run saved.
+    """
+    out = Path(out)
+    run = checkpoint.read_config(out)
+    if steps is not None:
+        run = replace(run, train=replace(run.train, steps=steps))
+    dataset = data.load(run.source, levels=run.schema.levels, size=run.size)
+    if dataset.schema != run.schema:
+        raise ValueError(f"the data at {run.source} changed: {dataset.schema} is not {run.schema}")
+    training = Training(out, run, dataset, device)
+    if (out / checkpoint.STATE).exists():
+        training.load_state()
+    if steps is not None:
+        checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
+    training.fit(progress)
+    return checkpoint.load(out)
+
+
+def _configure(
+    dataset: Dataset, preset: str, options: dict[str, str | int | float]
+) -> tuple[ModelConfig, TrainConfig]:
+    sections = look_up("preset", config.presets(dataset.schema), preset)
+    known = [section.__dataclass_fields__ for section in sections]
+    for name in options:
+        if not any(name in fields for fields in known):
+            raise ValueError(f"unknown option {name!r}; see nelbo train --help")
+    model_config, train_config = (
+        replace(section, **{k: v for k, v in options.items() if k in fields})
+        for section, fields in zip(sections, known, strict=True)
+    )
+    return model_config, train_config
+
+
+def batch_indices(examples: int, batch: int, step: int, seed: int) -> Tensor:
+    """Examples of a step: position step·batch in the stream of all shuffled epochs."""
+    position = step * batch
+    parts = []
+    while batch:
+        epoch, start = divmod(position, examples)
+        part = _epoch_order(examples, seed, epoch)[start : start + batch]
+        parts.append(part)
+        position, batch = position + len(part), batch - len(part)
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
+    generator = np.random.default_rng(derive_seed(seed, 1, epoch))
+    return torch.from_numpy(generator.permutation(examples))
+
+
+@dataclass
+class Progress:
+    """Where a training stands; saved with its state."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    best_step: int = 0
+    recent: float | None = None  # running mean of the bound, nats
+
+
+@dataclass
+class Training:
+    """One training run and its files."""
+
+    out: Path
+    run: RunConfig
+    dataset: Dataset
+    device: str = "cpu"
+    at: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        t = self.run.train
+        with seeded(t.seed, 0):
+            model = build(self.run.model, self.run.schema, self._affine())
+        self.model: Model = model.to(torch.device(self.device))
+        self.model.dtype = torch.float32
+        self.objective = Objective(
+            look_up("objective", OBJECTIVES, t.objective), t.cross_entropy
+        )
+        self.optimizer = torch.optim.AdamW(_groups(model, t.weight_decay), lr=t.lr, betas=(0.9, 0.99))
+        self.ema = AveragedModel(model, multi_avg_fn=_warmed_ema(t.ema))
+        self.writer: SummaryWriter | None = None
+
+    def fit(self, progress: bool) -> None:
+        """Train to the last step; Ctrl-C finishes the step, saves and raises."""
+        total = self.run.train.steps
+        x = self.dataset.splits["train"]
+        started = time.monotonic() - self.at.seconds
+        self.writer = _tensorboard(self.out)
+        with _bar(progress, total, self.at.step) as update, interruptible() as interrupted:
+            while self.at.step < total:
+                self._step(x)
+                self.at.seconds = time.monotonic() - started
+                done = self.at.step
+                update(done, self._note())
+                if done % self.run.train.evaluate_every == 0 or done == total:
+                    self._validate()
+                    self.save_state()
+                if interrupted():
+                    self.save_state()
+                    raise KeyboardInterrupt
+        if self.writer is not None:
+            self.writer.close()
+
+    def _step(self, x: Tensor) -> None:
+        t, step = self.run.train, self.at.step
+        index = batch_indices(len(x), t.batch, step, t.seed)
+        batch = data.as_examples(x[index]).to(self.model.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(t, step)
+        self.model.train()
+        with seeded(t.seed, 2, step):
+            u = stratified(len(batch))[:, 0].to(batch.device)
+            loss, bound = self.objective(self.model, batch, u)
+            self.optimizer.zero_grad()
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            kept = f"the checkpoint of step {self.at.best_step} is kept in {self.out}"
+            raise ValueError(
+                f"the loss became non-finite ({loss.item()}, gradient {norm.item()}) at step"
+                f" {step + 1}; {kept if self.at.best_step else 'there is no checkpoint yet'};"
+                f" try a lower --lr than {t.lr}"
+            )
+        self.optimizer.step()
+        self.ema.update_parameters(self.model)
+        nats = bound.item()
+        recent = nats if self.at.recent is None else self.at.recent
+        self.at.recent = recent + (nats - recent) * max(0.02, 1 / (step + 1))
+        self.at.step = step + 1
+
+    def _validate(self) -> None:
+        """Measure the averaged weights on the validation split; keep the best."""
+        x = data.as_examples(self.dataset.splits["validation"][:VALIDATION_EXAMPLES])
+        average: Model = self.ema.module
+        result = evaluate(average, x, calls=8, seed=derive_seed(self.run.train.seed, 3))
+        if result.nats < self.at.best:
+            self.at.best, self.at.best_step = result.nats, self.at.step
+            about = {"weights": "ema", "step": str(self.at.step)}
+            checkpoint.write_tensors(
+                self.out / checkpoint.WEIGHTS, average.state_dict(), about
+            )
+        event = {
+            "step": self.at.step,
+            "seconds": round(self.at.seconds, 3),
+            "lr": learning_rate(self.run.train, self.at.step - 1),
+            "train": self._shown(self.at.recent or math.nan),
+            "validation": self._shown(result.nats),
+            "validation_standard_error": result.standard_error.total,
+            "unit": result.unit,
+        }
+        with (self.out / checkpoint.METRICS).open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        if self.writer is not None:
+            for name in ("train", "validation", "lr"):
+                self.writer.add_scalar(name, event[name], self.at.step)
+
+    def save_state(self) -> None:
+        """Everything to continue exactly, in one file."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        about = {"weights": "raw and ema", "progress": json.dumps(self.at.__dict__)}
+        checkpoint.write_tensors(self.out / checkpoint.STATE, tensors, about)
+
+    def load_state(self) -> None:
+        """Continue from `state.safetensors`; later lines of the metrics are dropped."""
+        path = self.out / checkpoint.STATE
+        tensors, about = checkpoint.read_tensors(path)
+        for prefix, module in (("model.", self.model), ("ema.", self.ema)):
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            checkpoint.put_weights(module, part, str(path))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, moment = name.split(".")
+                state.setdefault(int(i), {})[moment] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.at = Progress(**json.loads(about["progress"]))
+        kept = [e for e in checkpoint.read_metrics(self.out) if e["step"] <= self.at.step]
+        lines = "".join(json.dumps(event) + "\n" for event in kept)
+        checkpoint.write(self.out / checkpoint.METRICS, lines.encode())
+
+    def _affine(self) -> Affine | None:
+        """Standardisation by the training split: per dimension, for images per channel."""
+        schema = self.run.schema
+        if schema.levels is not None:
+            return None
+        x = self.dataset.splits["train"].double()
+        dims = (0, 2, 3) if len(schema.shape) == 3 else (0,)
+        shape = schema.shape
+        mean = x.mean(dims, keepdim=True)[0].expand(shape).clone()
+        return Affine(mean, x.std(dims, keepdim=True)[0].expand(shape).clone())
+
+    def _shown(self, nats: float) -> float:
+        return nats if self.run.schema.levels is None else nats / (self.model.dims * LOG_2)
+
+    def _note(self) -> str:
+        unit = "nats" if self.run.schema.levels is None else "bits/dim"
+        best = f", validation {self._shown(self.at.best):.3f}" if self.at.best_step else ""
+        return f"bound {self._shown(self.at.recent or math.nan):.3f}{best} {unit}"
+
+
+def learning_rate(t: TrainConfig, step: int) -> float:
+    """Warm-up, then half a cosine to zero at the last step."""
+    warm = min(1.0, (step + 1) / max(t.warmup, 1))
+    return t.lr * warm * 0.5 * (1 + math.cos(math.pi * step / t.steps))
+
+
+def _groups(model: Model, weight_decay: float) -> list[dict]:
+    """Matrices and kernels of the network decay; its vectors, the schedule and decoder do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    network = {id(p) for p in model.network.parameters() if p.ndim >= 2}
+    return [
+        {"params": [p for p in parameters if id(p) in network], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in network], "weight_decay": 0.0},
+    ]
+
+
+def _warmed_ema(decay: float):  # noqa: ANN202 - torch's own type is not public
+    """Decay min(decay, (1+i)/(10+i)): useful weights from the first steps on."""
+
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        i = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + i) / (10 + i)))(averaged, current, count)
+
+    return average
+
+
+@contextmanager
+def interruptible() -> Iterator:
+    """Yields a function that tells whether Ctrl-C or a termination signal came; twice is at once."""
+    came: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    try:
+        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals arrive elsewhere
+        before = {}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _bar(show: bool, total: int, done: int) -> Iterator:
+    if not show:
+        yield lambda done, note: None
+        return
+    with progress_bar("train", total, done) as update:
+        yield update
+
+
+def _tensorboard(out: Path) -> "SummaryWriter | None":
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))
