@@ -1,0 +1,158 @@
+"""NumPy files: .npy holds one array, .npz several under names."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from nelbo.data.conform import SPLITS, Found
+
+#: what stands before the name of a split
+PREFIXES = ("x_", "X_", "")
+
+
+def read_npy(path: Path) -> Found:
+    """The one array of a .npy file.
+
+    Raises:
+        ValueError: if the file is damaged or its array is not one of numeric examples.
+    """
+    with _reading(path, b"\x93NUMPY") as stream:
+        array = np.load(stream, allow_pickle=False)
+    return _found(path, {"all": array}, {"all": str(path)})
+
+
+def read_npz(path: Path) -> Found:
+    """The examples of a .npz file: x_train, x_validation, x_test; train, ..; x; or the only one.
+
+    Raises:
+        ValueError: if the file is damaged, has none of these names, or an array is not one of
+            numeric examples.
+    """
+    with _reading(path, b"PK") as stream, np.load(stream, allow_pickle=False) as file:
+        keys = list(file.files)
+    names = choose(keys)
+    if not names:
+        raise ValueError(
+            f"{path} holds the arrays {', '.join(keys) or '(none)'}; name the examples x_train, "
+            f"x_validation and x_test, or x"
+        )
+    with _reading(path, b"PK") as stream, np.load(stream, allow_pickle=False) as file:
+        # A member that is no array comes as bytes, whose type is refused below.
+        arrays = {split: np.asarray(file[name]) for split, name in names.items()}
+    ignored = [key for key in keys if key not in names.values()]
+    note = f"used {', '.join(names.values())} and ignored {', '.join(ignored)}"
+    labels = {split: f"{name} in {path}" for split, name in names.items()}
+    return _found(path, arrays, labels, (note,) if ignored else ())
+
+
+def choose(keys: Collection[str]) -> dict[str, str]:
+    """Which array is which split, {} if no rule applies.
+
+    >>> choose(["x_train", "y_train", "x_val"])
+    {'train': 'x_train', 'validation': 'x_val'}
+    >>> choose(["x", "y"])
+    {'all': 'x'}
+
+    Raises:
+        ValueError: if two names mean the same split.
+    """
+    for prefix in PREFIXES:
+        splits: dict[str, str] = {}
+        for split, names in SPLITS.items():
+            present = [prefix + name for name in names if prefix + name in keys]
+            if len(present) > 1:
+                raise ValueError(f"{' and '.join(present)} both name the {split} split; keep one")
+            if present:
+                splits[split] = present[0]
+        if splits:
+            return splits
+    if len(keys) == 1:
+        return {"all": next(iter(keys))}
+    only = [key for key in ("x", "X") if key in keys]
+    return {"all": only[0]} if len(only) == 1 else {}
+
+
+def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
+    """An array of any rank as (N, D) vectors or (N, C, H, W) images, and a note if it was moved.
+
+    (N,) becomes (N, 1); (N, H, W) becomes grey images; of (N, ., ., .) the channels are last if
+    that axis has 1, 3 or 4 entries, else first.
+
+    Raises:
+        ValueError: if no rule applies or there are no examples.
+    """
+    if array.size == 0:
+        raise ValueError(f"{label} is empty: its shape is {array.shape}; give at least 1 example")
+    if array.ndim <= 1:
+        return array.reshape(-1, 1), None
+    if array.ndim == 2:
+        return array, None
+    if array.ndim == 3:
+        return array[:, None], None
+    if array.ndim == 4 and array.shape[3] in (1, 3, 4):
+        return np.moveaxis(array, 3, 1), f"{array.shape} read as images with channels last"
+    if array.ndim == 4 and array.shape[1] in (1, 3, 4):
+        return array, None
+    raise ValueError(
+        f"{label} has the shape {array.shape}; give vectors (N, D) or images (N, H, W), "
+        f"(N, C, H, W) or (N, H, W, C) with 1, 3 or 4 channels"
+    )
+
+
+def _found(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    labels: Mapping[str, str],
+    notes: tuple[str, ...] = (),
+) -> Found:
+    moved: list[str] = []
+    parts: dict[str, np.ndarray] = {}
+    for split, array in arrays.items():
+        parts[split], note = layout(_numeric(array, labels[split]), labels[split])
+        if note and note not in moved:
+            moved.append(note)
+    levels = 2 if all(x.dtype == bool for x in parts.values()) else None
+    return Found(str(path), parts, levels, (*notes, *moved))
+
+
+def _numeric(array: np.ndarray, label: str) -> np.ndarray:
+    """Booleans and integers as they are, reals as finite float32 or float64."""
+    if array.dtype.kind in "bui":
+        return array
+    if array.dtype.kind != "f":
+        raise ValueError(f"{label} has the type {array.dtype}; save it as integers or float64")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32 if array.dtype.itemsize <= 4 else np.float64, copy=False)
+    wrong = ~np.isfinite(array)
+    if wrong.any():
+        index = tuple(int(i) for i in np.unravel_index(wrong.argmax(), array.shape))
+        raise ValueError(
+            f"{label} has {wrong.sum()} NaN or infinite values, the first at index {index}; "
+            f"remove or fill them"
+        )
+    return array
+
+
+@contextmanager
+def _reading(path: Path, magic: bytes) -> Iterator[BinaryIO]:
+    """An open file, any failure to read which is one ValueError.
+
+    Damage shows as a dozen types of exception from numpy, zipfile, zlib and lzma; a header that
+    lies about its size as MemoryError.
+    """
+    try:
+        # Opened here, as np.load leaves a file open if it turns out damaged.
+        with path.open("rb") as file:
+            if file.read(len(magic)) != magic:
+                raise ValueError(f"it does not begin as a {path.suffix} file does")
+            file.seek(0)
+            yield file
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as numbers: {reason}; write it with "
+            f"numpy.{'save' if path.suffix.lower() == '.npy' else 'savez'}, without Python objects"
+        ) from error

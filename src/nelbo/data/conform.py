@@ -1,0 +1,213 @@
+"""From the arrays that a reader found to a schema, stored tensors and splits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo.data.schema import Schema
+
+#: beyond this many values per dimension, integers are better treated as real or binned
+MOST_LEVELS = 65536
+
+#: the splits, and what a source may call them
+SPLITS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test",),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reader found in a source.
+
+    Args:
+        source: for messages.
+        parts: (N, *shape) booleans, integers, float32 or float64, finite and N > 0; under the
+            names "train", "validation", "test" if the source has splits, else under "all".
+        levels: the number of levels, where the source says it.
+        notes: what the reader inferred.
+    """
+
+    source: str
+    parts: dict[str, np.ndarray]
+    levels: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def label(self, part: str) -> str:
+        return self.source if part == "all" else f"the {part} split of {self.source}"
+
+
+def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:
+    """The schema of what was found, and notes on what was inferred.
+
+    Args:
+        found: the arrays.
+        levels: how many levels there are, if the user says so.
+
+    Raises:
+        ValueError: if parts differ in shape or kind, or integers cannot be levels.
+    """
+    first, *rest = found.parts
+    shape, integers = found.parts[first].shape[1:], _integers(found.parts[first])
+    for part in rest:
+        x = found.parts[part]
+        if x.shape[1:] != shape or _integers(x) != integers:
+            raise ValueError(
+                f"the examples of {found.label(first)} are {_describe(found.parts[first])} but "
+                f"those of the {part} split are {_describe(x)}; save all splits alike"
+            )
+    if levels is not None:
+        return Schema("levels", shape, levels), []
+    if not integers:
+        notes = []
+        if all(_whole(x) for x in found.parts.values()):
+            notes = [
+                "all values are whole numbers in a real type; --levels K counts them as levels"
+            ]
+        return Schema("real", shape, None), notes
+    return _inferred_levels(found, shape)
+
+
+def _inferred_levels(found: Found, shape: tuple[int, ...]) -> tuple[Schema, list[str]]:
+    for part, x in found.parts.items():
+        _refuse_negative(x, found.label(part))
+    low = min(int(x.min()) for x in found.parts.values())
+    high = max(int(x.max()) for x in found.parts.values())
+    if low == high:
+        raise ValueError(
+            f"all values of {found.source} are {low}, so there is nothing to learn; "
+            f"if that is meant, say how many levels there could be with --levels"
+        )
+    if found.levels is not None:
+        return Schema("levels", shape, found.levels), []
+    if high >= MOST_LEVELS:
+        raise ValueError(
+            f"{found.source} has integers up to {high}, more than {MOST_LEVELS} levels; save "
+            f"them as float64 to model a density, or bin them"
+        )
+    if high > 127 and all(x.dtype == np.uint8 for x in found.parts.values()):
+        return Schema("levels", shape, 256), ["8-bit data: 256 levels; --levels overrides"]
+    return Schema("levels", shape, high + 1), [f"{high + 1} levels found; --levels overrides"]
+
+
+def store(found: Found, schema: Schema) -> dict[str, Tensor]:
+    """The parts as tensors (N, *schema.shape) in the schema's storage type.
+
+    Raises:
+        ValueError: if a part is not of the schema: its shape, its kind or one of its values.
+    """
+    return {part: _store(x, found.label(part), schema) for part, x in found.parts.items()}
+
+
+def _store(x: np.ndarray, label: str, schema: Schema) -> Tensor:
+    if x.shape[1:] != schema.shape:
+        raise ValueError(
+            f"the examples of {label} have the shape {x.shape[1:]} where {schema.shape} is "
+            f"needed; give data of that shape (--size resizes a folder of images)"
+        )
+    if schema.levels is None:
+        if _integers(x):
+            raise ValueError(
+                f"{label} holds integers where real numbers are needed; if they are in the same "
+                f"units, save them as float64"
+            )
+        return torch.from_numpy(np.ascontiguousarray(x))
+    if not _whole(x):
+        odd = x[x != np.rint(x)][0]
+        raise ValueError(
+            f"{label} holds {odd:g}, which is none of the {schema.levels} levels "
+            f"0..{schema.levels - 1}; round it, or train without --levels to model a density"
+        )
+    _refuse_negative(x, label)
+    if x.max() >= schema.levels:
+        high = int(x.max())
+        raise ValueError(
+            f"{label} holds the value {high}, beyond the {schema.levels} levels "
+            f"0..{schema.levels - 1}; rescale it, or train with --levels {high + 1} or more"
+        )
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=_smallest(schema.levels)))
+
+
+def split(
+    parts: Mapping[str, Tensor], source: str, seed: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Train, validation and test; what is missing is a tenth each, taken off train by the seed.
+
+    Examples keep their order in the file within each split.
+
+    Raises:
+        ValueError: if there is nothing to train on or too little to split.
+    """
+    train = parts["train"] if "train" in parts else parts.get("all")
+    if train is None:
+        raise ValueError(
+            f"{source} has no training examples, only {', '.join(parts)}; name them train"
+        )
+    missing = [name for name in ("validation", "test") if name not in parts]
+    if not missing:
+        return {name: parts[name] for name in SPLITS}, []
+    count = len(train)
+    if count <= len(missing):
+        raise ValueError(
+            f"{source} has {count} training examples, too few to split {' and '.join(missing)} "
+            f"off; at least {len(missing) + 1} are needed"
+        )
+    take = max(1, count // 10)
+    # Raw bits of PCG64 are the same in every numpy; Generator.permutation promises no such thing.
+    order = torch.from_numpy(np.random.PCG64(seed).random_raw(count).argsort(kind="stable"))
+    pieces = order.split([take] * len(missing) + [count - take * len(missing)])
+    new = {
+        name: train[piece.sort().values]
+        for name, piece in zip((*missing, "train"), pieces, strict=True)
+    }
+    splits = {name: new[name] if name in new else parts[name] for name in SPLITS}
+    how = "split 80/10/10" if len(missing) == 2 else f"{missing[0]} is 10% of train"
+    sizes = ", ".join(f"{len(x)} {name}" for name, x in splits.items())
+    return splits, [f"{how} by seed {seed}: {sizes}"]
+
+
+def refuse_constant(train: Tensor, source: str) -> None:
+    """Raise ValueError if a dimension of the real examples (N, ...) is constant."""
+    constant = train.amin(0) == train.amax(0)
+    if not constant.any():
+        return
+    index = constant.nonzero()[0].tolist()
+    where = f"column {index[0]}" if len(index) == 1 else f"pixel {tuple(index)}"
+    others = int(constant.sum()) - 1
+    raise ValueError(
+        f"{where} of {source} is always {train[(0, *index)].item():g} in the training split"
+        f"{f' (and {others} more are constant)' if others else ''}: a density is unbounded "
+        f"there; drop it, or add noise to it"
+    )
+
+
+def _integers(x: np.ndarray) -> bool:
+    return x.dtype.kind in "bui"
+
+
+def _whole(x: np.ndarray) -> bool:
+    return _integers(x) or bool((x == np.rint(x)).all())
+
+
+def _describe(x: np.ndarray) -> str:
+    return f"{'integers' if _integers(x) else 'real numbers'} of the shape {x.shape[1:]}"
+
+
+def _refuse_negative(x: np.ndarray, label: str) -> None:
+    if x.min() < 0:
+        raise ValueError(
+            f"{label} has negative integers, the least is {int(x.min())}; add {-int(x.min())} so "
+            f"that levels begin at 0, or save it as float64 to model a density"
+        )
+
+
+def _smallest(levels: int) -> type[np.generic]:
+    if levels <= 1 << 8:
+        return np.uint8
+    if levels <= 1 << 15:
+        return np.int16
+    return np.int32 if levels <= 1 << 31 else np.int64
