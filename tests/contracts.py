@@ -1,0 +1,225 @@
+"""What every process, schedule and discrete likelihood must satisfy.
+
+A new one inherits: `class TestMine(ProcessContract)` with the fixture and methods named there.
+"""
+
+import pytest
+import torch
+from closed_forms import assert_mean, orders
+from torch import Tensor
+from torch.distributions import Independent, kl_divergence
+
+from nelbo._numerics import seeded, slope
+from nelbo.process import Process
+from nelbo.schedules import Schedule
+
+
+class ProcessContract:
+    """q(z_t|x) and its conditionals. Give the fixture `process` and the two methods."""
+
+    @staticmethod
+    def examples(shape: tuple[int, ...]) -> Tensor:
+        """Data of this shape (B, ...)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def guess(e: Tensor) -> Tensor:
+        """Any valid prediction in place of e."""
+        raise NotImplementedError
+
+    @pytest.fixture(params=[(2, 3, 5, 7), (2, 3), (1, 3, 5)], ids=str)
+    def x(self, request) -> Tensor:
+        with seeded(5):
+            return self.examples(request.param)
+
+    @staticmethod
+    def times(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """r < s < t, different for each example."""
+        r, s, t = [[0.1, 0.3], [0.35, 0.5], [0.6, 0.95]]
+        return tuple(torch.tensor(v[: len(x)], dtype=torch.float64) for v in (r, s, t))
+
+    def path(self, process: Process, x: Tensor) -> tuple[Tensor, ...]:
+        with seeded(6):
+            _, s, t = self.times(x)
+            e = process.embed(x)
+            z_s = process.marginal(e, s).sample()
+            return e, self.guess(e), s, t, z_s, process.transition(z_s, s, t).sample()
+
+    def test_bayes(self, process, x):
+        """DESIGN equation 4: q(z_t|z_s) q(z_s|x) = q(z_s|z_t,x) q(z_t|x), per example."""
+        e, _, s, t, z_s, z_t = self.path(process, x)
+        forward = process.transition(z_s, s, t).log_prob(z_t) + process.marginal(e, s).log_prob(
+            z_s
+        )
+        back = process.posterior(z_t, e, s, t).log_prob(z_s) + process.marginal(e, t).log_prob(z_t)
+        assert forward.shape == (len(x),)
+        torch.testing.assert_close(forward, back, rtol=1e-11, atol=1e-10)
+
+    def test_two_transitions_are_one(self, process, x):
+        """Chapman-Kolmogorov: q(z_t|z_r) = ∫ q(z_t|z_s) q(z_s|z_r) dz_s. With Bayes' rule for the
+        middle, q(z_s|z_r,z_t) = q(z_t|z_s) q(z_s|z_r) / q(z_t|z_r) must integrate to 1."""
+        r, s, t = (v[:1].expand(20_000) for v in self.times(x))
+        x = x[:1].flatten(1)[:, :2].expand(20_000, 2)
+        start = process.marginal(process.embed(x), r).sample()[:1].expand(20_000, 2)
+        ends = process.transition(start[:1], r[:1], t[:1]).sample().expand(20_000, 2)
+        z = process.transition(start, r, s).sample()
+        density = process.transition(z, s, t).log_prob(ends)
+        whole = process.transition(start, r, t).log_prob(ends)
+        assert_mean((density - whole).exp(), 1.0, error=0.04)
+
+    def test_the_truth_costs_nothing(self, process, x):
+        """DESIGN equation 5: KL and rate are zero where the prediction is the data."""
+        e, _, s, t, _, z = self.path(process, x)
+        q = process.posterior(z, e, s, t)
+        zeros = torch.zeros(len(x), dtype=torch.float64)
+        torch.testing.assert_close(kl_divergence(q, q), zeros, rtol=0, atol=0)
+        torch.testing.assert_close(process.rate(z, e, e, t), zeros, rtol=0, atol=0)
+
+    def test_a_guess_costs(self, process, x):
+        """DESIGN equation 5: KL and rate are positive and finite where it is not."""
+        e, guess, s, t, _, z = self.path(process, x)
+        q, p = process.posterior(z, e, s, t), process.posterior(z, guess, s, t)
+        kl, rate = kl_divergence(q, p), process.rate(z, e, guess, t)
+        assert (kl > 0).all() and kl.isfinite().all()
+        assert (rate > 0).all() and rate.isfinite().all()
+
+    def test_rate_is_the_limit_of_the_kl(self, process, x):
+        """DESIGN equations 8 and 9: KL(s, t)/(t-s) → rate(t) as s → t, at first order."""
+        e, guess, _, t, _, z = self.path(process, x)
+        rate = process.rate(z, e, guess, t)
+        errors = []
+        for h in (2.0**-k for k in (9, 10, 11, 12)):
+            q, p = (process.posterior(z, v, t - h, t) for v in (e, guess))
+            errors.append((kl_divergence(q, p) / h / rate - 1).abs().max().item())
+        assert errors[-1] < 0.01
+        assert ((orders(errors) - 1).abs() < 0.05).all(), orders(errors)
+
+    def test_examples_do_not_mix(self, process, x):
+        """Each example of a batch, with its own times, is as if it were alone."""
+        e, guess, s, t, z_s, z = self.path(process, x)
+
+        def values(i: slice) -> tuple[Tensor, ...]:
+            q = process.posterior(z[i], e[i], s[i], t[i])
+            return (
+                process.marginal(e[i], t[i]).log_prob(z[i]),
+                process.transition(z_s[i], s[i], t[i]).log_prob(z[i]),
+                q.log_prob(z_s[i]),
+                process.prior(x.shape[1:], t[i]).log_prob(z[i]),
+                kl_divergence(q, process.posterior(z[i], guess[i], s[i], t[i])),
+                process.rate(z[i], e[i], guess[i], t[i]),
+                process.features(z[i]).flatten(1).sum(1),
+            )
+
+        alone = [values(slice(i, i + 1)) for i in range(len(x))]
+        for together, *single in zip(values(slice(None)), *alone, strict=True):
+            torch.testing.assert_close(together, torch.cat(single), rtol=1e-13, atol=1e-13)
+
+    def test_prior_term_by_draws(self, process, x):
+        """DESIGN equation 5: KL( q(z_T|x) ‖ p(z_T) ) is the mean of log q/p under q."""
+        x = x[:1].flatten(1)[:, :2].expand(100_000, 2)
+        t = torch.ones(len(x), dtype=torch.float64)
+        q, p = process.marginal(process.embed(x), t), process.prior(x.shape[1:], t)
+        z = q.sample()
+        exact = kl_divergence(q, p)
+        assert exact[0] > 0
+        assert_mean(q.log_prob(z) - p.log_prob(z), exact[0], error=0.1 * exact[0].item())
+
+    def test_features_tell_latents_apart(self, process, x):
+        """A network sees `channels` channels per channel of z, and two z's look different."""
+        *_, z_s, z_t = self.path(process, x)
+        a, b = process.features(z_s), process.features(z_t)
+        assert a.shape == (len(x), process.channels * x.shape[1], *x.shape[2:])
+        moved = (a - b).abs().reshape(len(x), x.shape[1], process.channels, -1).sum(2)
+        assert torch.equal(moved.flatten() > 0, (z_s != z_t).flatten())
+
+
+class ScheduleContract:
+    """γ(t). Give the fixture `schedule` and its ends, where they are finite."""
+
+    #: γ at the earliest time and at 1; None where it is infinite
+    ends: tuple[float | None, float | None]
+
+    def inside(self, schedule: Schedule) -> Tensor:
+        """Times on which γ is promised to be finite."""
+        low = schedule.start if self.ends[0] is not None else schedule.start + 1e-6
+        high = 1.0 if self.ends[1] is not None else 1 - 1e-6
+        return torch.linspace(low, high, 2049, dtype=torch.float64)
+
+    def test_increases(self, schedule):
+        """DESIGN equation 8: γ = -log SNR increases, finite between its ends, in float64."""
+        gamma = schedule(self.inside(schedule))
+        assert gamma.dtype == torch.float64
+        assert gamma.isfinite().all()
+        assert (gamma.diff() > 0).all()
+
+    def test_meets_its_ends(self, schedule):
+        """γ(start) and γ(1) are what was asked for."""
+        times = torch.tensor([schedule.start, 1.0], dtype=torch.float64)
+        for got, end, infinity in zip(
+            schedule(times), self.ends, (-torch.inf, torch.inf), strict=True
+        ):
+            want = torch.tensor(infinity if end is None else end, dtype=torch.float64)
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+    def test_slope(self, schedule):
+        """DESIGN equation 8: γ'(t) by differentiation is the difference quotient, to O(h²)."""
+        h = 1e-5
+        places = torch.tensor([0.031, 0.17, 0.43, 0.68, 0.94], dtype=torch.float64)
+        t = schedule.start + (1 - schedule.start) * places
+        quotient = (schedule(t + h) - schedule(t - h)) / (2 * h)
+        # h²/6 · γ''' ≈ 1e-6 relative at the earliest time of the steepest, 1/t
+        torch.testing.assert_close(slope(schedule, t), quotient, rtol=1e-6, atol=1e-6)
+
+    def test_is_elementwise(self, schedule):
+        """γ of a table of times is the table of γ's, float32 times included."""
+        t = self.inside(schedule)[torch.randperm(2049)[:35]].reshape(5, 7)
+        one_by_one = torch.stack([schedule(v) for v in t.flatten()]).reshape(5, 7)
+        torch.testing.assert_close(schedule(t), one_by_one, rtol=1e-13, atol=1e-13)
+        t = t.float().clamp(min=self.inside(schedule)[0].item() + 1e-3)
+        torch.testing.assert_close(schedule(t), schedule(t.double()), rtol=0, atol=0)
+
+
+class DiscreteContract:
+    """A probability of integers. Give the fixture `distribution` and the number `levels`."""
+
+    levels: int
+
+    def table(self, distribution: Independent) -> Tensor:
+        """P of each level for each element, shape (K, B, ...)."""
+        base = distribution.base_dist
+        return torch.stack(
+            [base.log_prob(torch.full(base.batch_shape, k)) for k in range(self.levels)]
+        ).exp()
+
+    def test_sums_to_one(self, distribution):
+        """DESIGN section 4: the probabilities of all levels sum to 1, for each element."""
+        total = self.table(distribution).sum(0)
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-13)
+
+    def test_an_example_is_the_product_of_its_elements(self, distribution):
+        """log P(x|z_1) of an example, shape (B,), sums its dimensions and no other's."""
+        value = distribution.sample()
+        elements = distribution.base_dist.log_prob(value)
+        got = distribution.log_prob(value)
+        torch.testing.assert_close(got, elements.flatten(1).sum(1), rtol=1e-13, atol=1e-13)
+        assert got.isfinite().all()
+
+    def test_samples_follow_the_probabilities(self, distribution):
+        """Frequencies of 20 000 draws of four elements, level by level, within 4 standard errors;
+        a level of probability zero never comes."""
+        n = 20_000
+        draws = distribution.sample((n,)).flatten(1)[:, :4]
+        truth = self.table(distribution).flatten(1)[:, :4]
+        assert draws.min() >= 0 and draws.max() < self.levels
+        for element, probability in zip(draws.T, truth.T, strict=True):
+            counts = torch.bincount(element, minlength=self.levels)
+            error = (n * probability * (1 - probability)).clamp(min=0).sqrt()
+            # where less than one draw is expected the count is Poisson: 4 of them is 4 errors
+            assert ((counts - n * probability).abs() <= 4 * error.clamp(min=1) + 1e-9).all()
+            assert (counts[probability == 0] == 0).all()
+
+    def test_the_mode_is_the_most_probable(self, distribution):
+        """What `mode` gives has the greatest probability of all levels."""
+        table = self.table(distribution)
+        at_mode = table.gather(0, distribution.base_dist.mode[None])[0]
+        torch.testing.assert_close(at_mode, table.amax(0), rtol=1e-13, atol=0)
