@@ -21,6 +21,8 @@ from torch.distributions.kl import register_kl
 
 from nelbo._numerics import log1mexp
 
+Shape = torch.Size | list[int] | tuple[int, ...]
+
 
 class Discrete(Distribution):
     """A distribution over the levels 0..K-1 of each element, given by log-probabilities.
@@ -38,7 +40,7 @@ class Discrete(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         return self.log_probs.gather(-1, value[..., None])[..., 0]
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         # Inverse of the cumulative distribution in float64: a float32 uniform truncates tails.
         cdf = self.log_probs.double().exp().cumsum(-1)
         shape = torch.Size(sample_shape) + self.batch_shape
@@ -90,14 +92,18 @@ class DiscretisedNormal(Distribution):
         open_below, open_above = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
         return torch.where(first, open_below, torch.where(last, open_above, difference))
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         y = Normal(self.loc, self.scale, validate_args=False).sample(sample_shape)
         return torch.bucketize(y, self.edges.to(y.dtype))
 
     @property
     def mode(self) -> Tensor:
-        # The bin of the mean; an open edge bin can hold more only where the mean is beside it.
-        return torch.bucketize(self.loc, self.edges.to(self.loc.dtype))
+        # Among equal bins the one of the mean holds most; an open outermost one can hold more.
+        middle = torch.bucketize(self.loc, self.edges.to(self.loc.dtype))
+        first, last = torch.zeros_like(middle), torch.full_like(middle, len(self.edges))
+        places = torch.stack([middle, first, last])
+        best = torch.stack([self.log_prob(place) for place in places]).argmax(0)
+        return places.gather(0, best[None])[0]
 
 
 class LevelMixture(MixtureSameFamily):

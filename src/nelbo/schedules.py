@@ -2,9 +2,9 @@ r"""Schedules: one increasing function γ(t) = -log SNR(t) of time t ∈ [0, 1].
 
     SNR(t) = α_t / (1 - α_t) = exp(-γ(t)),   α_t = sigmoid(-γ(t)),   1 - α_t = sigmoid(γ(t)).
 
-Time 0 is the data's end, time 1 the noise's. The derivation's discrete form, α_t = Π_{s<=t} (1-β_s)
-for t = 1..T, lives on the times t/T: `Schedule.from_betas`. Everything is float64, because a step's
-β is a small difference of neighbouring γ's. Sources: Kingma et al. 2021 (VDM), section 3 and
+Time 0 is the data's end, time 1 the noise's. The derivation's own form, α_t = Π_{s<=t} (1-β_s) for
+t = 1..T, lives on the times t/T: `Schedule.from_betas`. Everything is float64, because the β of a
+step is a small difference of neighbouring γ's. Sources: Kingma et al. 2021 (VDM), section 3 and
 appendix H; Nichol & Dhariwal 2021 (cosine).
 
 To add a schedule: one class with `forward(t) -> gamma`; it inherits the contract tests.
@@ -97,8 +97,9 @@ class Betas(Schedule):
 
     def forward(self, t: Tensor) -> Tensor:
         place = t.double() * self.steps - 1
-        # (i/T)·T may miss the integer i by an ulp
-        place = torch.where((place - place.round()).abs() < 1e-9, place.round(), place)
+        # (i/T)·T may miss the integer i by an ulp; detached, since rounding has no slope
+        miss = (place - place.round()).detach()
+        place = torch.where(miss.abs() < 1e-9, place - miss, place)
         if ((place < 0) & (place != -1)).any():
             raise ValueError(
                 f"a schedule of {self.steps} betas has no time between 0 and 1/{self.steps};"
