@@ -38,7 +38,8 @@ class Discrete(Distribution):
         super().__init__(batch_shape=log_probs.shape[:-1], validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.log_probs.gather(-1, value[..., None])[..., 0]
+        value, log_probs = torch.broadcast_tensors(value[..., None], self.log_probs)
+        return log_probs.gather(-1, value[..., :1])[..., 0]
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         # Inverse of the cumulative distribution in float64: a float32 uniform truncates tails.

@@ -1,0 +1,164 @@
+"""What a network's output means: every parametrisation of one prediction is that prediction."""
+
+import math
+
+import pytest
+import torch
+
+from nelbo._numerics import seeded
+from nelbo.heads import (
+    Data,
+    LevelLogits,
+    Mean,
+    Noise,
+    SymbolLogits,
+    Velocity,
+    WithVariance,
+)
+from nelbo.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.reverse import Beta, Learned, Mixture, Posterior
+from nelbo.schedules import Linear, LinearAlpha, Schedule
+
+SHAPE = (2, 3, 5, 7)
+T = torch.tensor([0.25, 0.75], dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with seeded(12):
+        yield
+
+
+def alpha_of(process: Gaussian, t: torch.Tensor) -> torch.Tensor:
+    """α = 1/(1 + e^γ), over a batch of pictures."""
+    return (1 / (1 + process.schedule(t).exp())).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "schedule", [Linear(-6.0, 5.0), Schedule.from_betas([0.1, 0.2, 0.3, 0.4])], ids=["γ", "β"]
+)
+def test_heads_agree(schedule):
+    """DESIGN equations 3, 6 and 7: x̂ written as ε̂, x̂, v̂ or f is read back as x̂; f by the
+    textbook formula of m_t from the α's."""
+    process = Gaussian(schedule, Affine())
+    z, e_hat = torch.randn(2, *SHAPE, dtype=torch.float64)
+    a = alpha_of(process, T)
+    noise = (z - a.sqrt() * e_hat) / (1 - a).sqrt()
+    velocity = a.sqrt() * noise - (1 - a).sqrt() * e_hat
+    before = alpha_of(process, T - 0.25)
+    beta = 1 - a / before
+    mean = ((1 - before) * (1 - beta).sqrt() * z + before.sqrt() * beta * e_hat) / (1 - a)
+    for head, output in (
+        (Noise(), noise),
+        (Data(), e_hat),
+        (Velocity(), velocity),
+        (Mean(4), mean),
+    ):
+        got = head(output, z, T, process).e_hat
+        torch.testing.assert_close(got, e_hat, rtol=1e-10, atol=1e-10)
+
+
+def test_mean_of_the_first_step_is_the_data():
+    """DESIGN equation 7 with α_0 = 1: f(z_1, 1/T) is x̂ itself."""
+    process = Gaussian(Schedule.from_betas([1e-4, 0.2, 0.3, 0.4]), Affine())
+    z, output = torch.randn(2, 1, 3, dtype=torch.float64)
+    got = Mean(4)(output, z, T[:1], process).e_hat
+    torch.testing.assert_close(got, output, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 49, 1000])
+def test_mean_accepts_every_time_of_its_grid(steps):
+    """The times i/T however they are rounded, and the step Beta has f as its mean there."""
+    process = Gaussian(Schedule.from_betas(torch.linspace(0.01, 0.2, steps)), Affine())
+    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:]
+    z, f = torch.randn(2, steps, 2, dtype=torch.float64)
+    prediction = Mean(steps)(f, z, t, process)
+    step = Beta()(prediction, z, t - 1 / steps, t, process).base_dist
+    torch.testing.assert_close(step.mean, f, rtol=1e-9, atol=1e-9)
+
+
+def test_mean_refuses_times_off_its_grid():
+    """f belongs to steps of 1/T."""
+    process = Gaussian(Schedule.from_betas([0.1, 0.2, 0.3, 0.4]), Affine())
+    z = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"steps of 1/4; .*try Grid.uniform\(4\)"):
+        Mean(4)(z, z, torch.tensor([0.5, 0.6], dtype=torch.float64), process)
+
+
+def test_level_logits_of_zero_are_the_posterior_of_one_pixel():
+    """DESIGN section 2: with no context, P(v_k|z_t) ∝ N(z_t; √α v_k, 1-α), Bayes under a uniform
+    prior; densities by hand, x̂ their mean."""
+    process = Gaussian(Linear(-6.0, 5.0), Levels(17))
+    x = torch.randint(17, SHAPE)
+    z = process.marginal(process.embed(x), T).sample()
+    values = torch.tensor([2 * k / 16 - 1 for k in range(17)], dtype=torch.float64)
+    a = alpha_of(process, T)[..., None]
+    density = torch.exp(-((z[..., None] - a.sqrt() * values) ** 2) / (2 * (1 - a)))
+    truth = density / density.sum(-1, keepdim=True)
+    output = torch.zeros(*SHAPE, 17, dtype=torch.float64)
+    got = LevelLogits(values)(output, z, T, process)
+    torch.testing.assert_close(got.log_probs.exp(), truth, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(got.e_hat, (truth * values).sum(-1), rtol=1e-10, atol=1e-12)
+
+
+def test_level_logits_are_a_prior():
+    """DESIGN section 2: outputs log P(v_k) + anything constant give Bayes under that prior."""
+    process = Gaussian(Linear(-6.0, 5.0), Levels(3))
+    z = torch.randn(SHAPE, dtype=torch.float64)
+    prior = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+    values = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    a = alpha_of(process, T)[..., None]
+    joint = prior * torch.exp(-((z[..., None] - a.sqrt() * values) ** 2) / (2 * (1 - a)))
+    output = (prior.log() + 7).expand(*SHAPE, 3)
+    got = LevelLogits(values)(output, z, T, process).log_probs.exp()
+    torch.testing.assert_close(got, joint / joint.sum(-1, keepdim=True), rtol=1e-10, atol=1e-15)
+
+
+def test_variance_runs_from_beta_tilde_to_beta():
+    """DESIGN equation 7: v = -1 is β̃, v = 1 is β, 0 their geometric mean; x̂ is the inner head's
+    and the mean of the step is that of Posterior and Beta."""
+    process = Gaussian(Linear(-6.0, 5.0), Affine())
+    z, noise = torch.randn(2, *SHAPE, dtype=torch.float64)
+    s = T - 0.2
+    low, high = process.beta_tilde(s, T), process.beta(s, T)
+    for v, variance in ((-1.0, low), (1.0, high), (0.0, (low * high).sqrt())):
+        output = torch.stack([noise, torch.full_like(noise, v)], -1)
+        prediction = WithVariance(Noise())(output, z, T, process)
+        inner = Noise()(noise, z, T, process)
+        assert torch.equal(prediction.e_hat, inner.e_hat)
+        step = Learned()(prediction, z, s, T, process)
+        want = variance.reshape(2, 1, 1, 1).expand(SHAPE)
+        torch.testing.assert_close(step.variance, want, rtol=1e-12, atol=0)
+        for other in (Posterior(), Beta()):
+            assert torch.equal(step.mean, other(inner, z, s, T, process).mean)
+
+
+def test_symbol_logits_are_normalised():
+    """DESIGN equation 9: ê = log_softmax of the output."""
+    process = Absorbing(LinearAlpha(), 3)
+    output = torch.randn(2, 3, 3, dtype=torch.float64)
+    e_hat = SymbolLogits(3)(output, torch.full((2, 3), 3), T, process).e_hat
+    truth = output.exp() / output.exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(e_hat.exp(), truth, rtol=1e-13, atol=0)
+    assert math.isclose(e_hat.exp().sum().item(), 6)
+
+
+def test_heads_and_steps_refuse_what_they_cannot_use():
+    """Each refusal names what is needed instead."""
+    gaussian, absorbing = Gaussian(Linear(-6.0, 5.0), Affine()), Absorbing(LinearAlpha(), 3)
+    z = torch.zeros(2, 3, dtype=torch.float64)
+    point = Data()(z, z, T, gaussian)
+    with pytest.raises(TypeError, match="Mean needs a Gaussian process; got Absorbing"):
+        Mean(4)(z, z, T, absorbing)
+    with pytest.raises(TypeError, match="SymbolLogits needs an Absorbing process; got Gaussian"):
+        SymbolLogits(3)(z, z, T, gaussian)
+    with pytest.raises(ValueError, match=r"LevelLogits has 3; try WithVariance\(Noise\(\)\)"):
+        WithVariance(LevelLogits(torch.linspace(-1, 1, 3)))
+    with pytest.raises(TypeError, match="WithVariance"):
+        Learned()(point, z, T - 0.1, T, gaussian)
+    values = torch.linspace(-1, 1, 3)
+    with pytest.raises(TypeError, match="LevelLogits"):
+        Mixture(values)(point, z, T - 0.1, T, gaussian)
+    for step in (Beta(), Learned(), Mixture(values)):
+        with pytest.raises(TypeError, match=r"Gaussian process; got Absorbing; try Posterior\(\)"):
+            step(point, z, T - 0.1, T, absorbing)
