@@ -94,8 +94,8 @@ def scalar_bayes(
             ],
             dtype=torch.float64,
         )
-        signal = torch.tensor([math.sqrt(alpha_s), root * math.sqrt(alpha_s)])
-        gain, _, rest = condition(signal.double() * 0, cov, slice(1, 2), slice(0, 1))
+        zero = torch.zeros(2, dtype=torch.float64)
+        gain, _, rest = condition(zero, cov, slice(1, 2), slice(0, 1))
         mean[b] = math.sqrt(alpha_s) * e[b] + gain[0, 0] * (z[b] - math.sqrt(alpha_t) * e[b])
         variance[b] = rest[0, 0]
     return mean, variance

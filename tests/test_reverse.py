@@ -121,18 +121,17 @@ def predict(z: Tensor, t: Tensor, process: Gaussian) -> LevelPrediction:
     return LevelLogits(VALUES)(output, z, t, process)
 
 
-def kl_by_quadrature(process: Gaussian, step: Reverse, x: int, z: Tensor, s, t) -> Tensor:
+def kl_by_quadrature(
+    process: Gaussian, step: Reverse, x: int, z: Tensor, s: float, t: float
+) -> Tensor:
     """KL( q(z_s|z_t,x) ‖ P(z_s|z_t) ) for each z_t in z, shape (N,), the integral over z_s."""
     z = z[:, None]
-    s, t = torch.full((len(z),), s).double(), torch.full((len(z),), t).double()
+    s, t = (torch.full((len(z),), v, dtype=torch.float64) for v in (s, t))
     e = process.embed(torch.full_like(z, x, dtype=torch.long))
     q = process.posterior(z, e, s, t).base_dist
     p = step(predict(z, t, process), z, s, t, process).base_dist
-    total = torch.zeros(len(z), dtype=torch.float64)
-    for node, weight in zip(NODES, WEIGHTS, strict=True):
-        at = q.loc + q.scale * node
-        total += weight * (q.log_prob(at) - p.log_prob(at))[:, 0]
-    return total
+    at = q.loc + q.scale * NODES[:, None, None]
+    return WEIGHTS @ (q.log_prob(at) - p.log_prob(at))[..., 0]
 
 
 @pytest.mark.parametrize(("s", "t"), [(0.0, 1.0), (0.3, 0.4), (0.2, 0.9)])
