@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import nelbo
-from nelbo import config, data
+from nelbo import data
 from nelbo.build import build
 from nelbo.config import ModelConfig, TrainConfig
 from nelbo.data import Schema
@@ -52,8 +52,8 @@ class RunConfig:
             "nelbo": nelbo.__version__,
             "data": {"source": self.source, "size": self.size, "schema": self.schema.to_dict()},
             "preset": self.preset,
-            "model": config.to_dict(self.model),
-            "train": config.to_dict(self.train),
+            "model": self.model.to_dict(),
+            "train": self.train.to_dict(),
         }
         return json.dumps(document, indent=2) + "\n"
 
@@ -71,8 +71,8 @@ class RunConfig:
             schema=Schema.from_dict(data["schema"]),
             preset=top["preset"],
             size=data["size"],
-            model=config.from_dict(ModelConfig, top["model"], f"{where}, model"),
-            train=config.from_dict(TrainConfig, top["train"], f"{where}, train"),
+            model=ModelConfig.from_dict(top["model"], f"{where}, model"),
+            train=TrainConfig.from_dict(top["train"], f"{where}, train"),
         )
 
 
@@ -118,9 +118,7 @@ class Run:
             dataset = data.load_like(source, schema, size=size)
         split = split or ("test" if source is None else "all")
         if split not in dataset.splits:
-            raise ValueError(
-                f"split must be one of {', '.join(dataset.splits)}; got {split!r}"
-            )
+            raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
         name = split if source is None else f"{split} of {source}"
         return dataset.splits[split], name
 
@@ -146,7 +144,8 @@ def write(path: Path, content: bytes) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Tensors and a few words about them, as one safetensors file."""
-    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # Clones, because the format refuses names that share memory (the transform of real data).
+    whole = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     write(path, save(whole, dict(about)))
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nelbo
+from nelbo import config
 
 if TYPE_CHECKING:
     from nelbo.estimate import Times
@@ -26,10 +27,16 @@ app = App(
 )
 
 
+def _preset(name: str) -> Parameter:
+    """An option that follows the preset; shows the value of auto for small images."""
+    value = vars(config.ModelConfig()).get(name, vars(config.TrainConfig()).get(name))
+    return Parameter(show_default=lambda _: f"by preset, {value}")
+
+
 @Parameter(name="*")
 @dataclass
 class TrainOptions:
-    """Each replaces a value of the preset, which is chosen from the data.
+    """In place of the preset's values; the defaults shown are those of auto for small images.
 
     Attributes
     ----------
@@ -77,29 +84,35 @@ class TrainOptions:
         Everything random follows from it.
     """
 
-    steps: int | None = None
-    batch: int | None = None
-    lr: float | None = None
-    warmup: int | None = None
-    weight_decay: float | None = None
-    ema: float | None = None
-    dropout: float | None = None
-    width: int | None = None
-    depth: int | None = None
-    network: Literal["conv", "mlp"] | None = None
-    process: Literal["gaussian", "absorbing"] | None = None
-    schedule: Literal["linear", "cosine", "learned", "learned-ends", "linear-alpha"] | None = None
-    gamma_min: float | None = None
-    gamma_max: float | None = None
-    head: Literal["levels", "noise", "data", "velocity"] | None = None
-    step: Literal["mixture", "posterior", "beta", "learned"] | None = None
-    decoder: (
-        Literal["levels", "evidence", "discretised-gaussian", "bernoulli", "gaussian"] | None
-    ) = None
-    objective: Literal["bound", "simple", "min-snr", "p2"] | None = None
-    cross_entropy: float | None = None
-    evaluate_every: int | None = None
-    seed: int | None = None
+    steps: Annotated[int | None, _preset("steps")] = None
+    batch: Annotated[int | None, _preset("batch")] = None
+    lr: Annotated[float | None, _preset("lr")] = None
+    warmup: Annotated[int | None, _preset("warmup")] = None
+    weight_decay: Annotated[float | None, _preset("weight_decay")] = None
+    ema: Annotated[float | None, _preset("ema")] = None
+    dropout: Annotated[float | None, _preset("dropout")] = None
+    width: Annotated[int | None, _preset("width")] = None
+    depth: Annotated[int | None, _preset("depth")] = None
+    network: Annotated[config.Network | None, _preset("network")] = None
+    process: Annotated[config.Process | None, _preset("process")] = None
+    schedule: Annotated[
+        Literal["linear", "cosine", "learned", "learned-ends", "linear-alpha"] | None,
+        _preset("schedule"),
+    ] = None
+    gamma_min: Annotated[float | None, _preset("gamma_min")] = None
+    gamma_max: Annotated[float | None, _preset("gamma_max")] = None
+    head: Annotated[config.Head | None, _preset("head")] = None
+    step: Annotated[config.Step | None, _preset("step")] = None
+    decoder: Annotated[
+        Literal["levels", "evidence", "discretised-gaussian", "bernoulli", "gaussian"] | None,
+        _preset("decoder"),
+    ] = None
+    objective: Annotated[
+        Literal["bound", "simple", "min-snr", "p2"] | None, _preset("objective")
+    ] = None
+    cross_entropy: Annotated[float | None, _preset("cross_entropy")] = None
+    evaluate_every: Annotated[int | None, _preset("evaluate_every")] = None
+    seed: Annotated[int | None, _preset("seed")] = None
 
     def given(self) -> dict[str, str | int | float]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -111,7 +124,7 @@ def train(
     *,
     out: Path | None = None,
     resume: Path | None = None,
-    preset: Literal["auto", "best"] = "auto",
+    preset: config.Preset = "auto",
     levels: int | None = None,
     size: int | None = None,
     device: str = "cpu",
@@ -148,10 +161,10 @@ def train(
     given = options.given() if options else {}
     path = resume or out
     if resume is not None:
-        others = {"DATA": data, "--out": out, "--levels": levels, "--size": size}
-        others |= {f"--{name.replace('_', '-')}": v for name, v in given.items() if name != "steps"}
-        for name, value in others.items():
-            if value is not None:
+        others = [data and "DATA", out and "--out", levels and "--levels", size and "--size"]
+        others += [f"--{name.replace('_', '-')}" for name in given if name != "steps"]
+        for name in others:
+            if name:
                 raise ValueError(
                     f"--resume continues a run as it was configured; {name} cannot go with it"
                 )

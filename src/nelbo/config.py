@@ -2,33 +2,81 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from nelbo.data import Schema
 
-Section = TypeVar("Section", bound="ModelConfig | TrainConfig")
+Process = Literal["gaussian", "absorbing"]
+Schedule = Literal["linear", "cosine", "learned", "learned-ends", "linear-alpha"]
+Head = Literal["levels", "noise", "data", "velocity", "symbols"]
+Step = Literal["mixture", "posterior", "beta", "learned"]
+Decoder = Literal[
+    "levels", "evidence", "discretised-gaussian", "bernoulli", "gaussian", "categorical"
+]
+Network = Literal["conv", "mlp"]
+Objective = Literal["bound", "simple", "min-snr", "p2"]
+Preset = Literal["auto", "best"]
+
+
+class Section:
+    """A part of a configuration whose values are checked against their types."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    names = ", ".join(get_args(kind))
+                    raise ValueError(f"{name} must be one of {names}; got {value!r}")
+            elif not isinstance(value, (int, float) if kind is float else kind) or value is True:
+                raise ValueError(f"{name} must be {kind.__name__}; got {value!r}")
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(cast(Any, self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], where: str) -> Self:
+        """The section that `to_dict` gave.
+
+        Raises:
+            ValueError: an unknown or missing key, or an impossible value; it names `where`.
+        """
+        known = {f.name for f in fields(cast(Any, cls))}
+        for name in sorted(values.keys() ^ known):
+            kind = "unknown" if name in values else "missing"
+            raise ValueError(f"{kind} key {name!r} in {where}; known are {', '.join(known)}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{error} in {where}") from None
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A model by names; `nelbo.build.build` makes it. The names are keys of the tables there."""
+class ModelConfig(Section):
+    """A model by names and sizes; `nelbo.build.build` makes it."""
 
-    process: str = "gaussian"
-    schedule: str = "linear"
+    process: Process = "gaussian"
+    schedule: Schedule = "linear"
     gamma_min: float = -7.0
     gamma_max: float = 6.0
-    head: str = "levels"
-    step: str = "mixture"
-    decoder: str = "levels"
-    network: str = "conv"
+    head: Head = "levels"
+    step: Step = "mixture"
+    decoder: Decoder = "levels"
+    network: Network = "conv"
     width: int = 32
     depth: int = 2
     dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "width", "depth")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """How a model is trained."""
 
     steps: int = 1000
@@ -38,55 +86,67 @@ class TrainConfig:
     weight_decay: float = 0.05
     clip: float = 5.0
     ema: float = 0.999
-    objective: str = "bound"
+    objective: Objective = "bound"
     cross_entropy: float = 0.1
     evaluate_every: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        super().__post_init__()
+        _at_least(self, 1, "steps", "batch", "evaluate_every")
+        _at_least(self, 0, "warmup", "weight_decay", "cross_entropy", "seed")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1); got {self.ema}")
 
 
-def presets(schema: "Schema") -> dict[str, tuple[ModelConfig, TrainConfig]]:
-    """The presets that fit data of a schema, by name; "auto" is the default."""
+def _at_least(section: Section, least: int, *names: str) -> None:
+    for name in names:
+        if not getattr(section, name) >= least:
+            raise ValueError(f"{name} must be at least {least}; got {getattr(section, name)}")
+
+
+def configure(
+    schema: "Schema", preset: str = "auto", **options: str | int | float
+) -> tuple[ModelConfig, TrainConfig]:
+    """The preset that fits data of a schema, with options in place of its values.
+
+    What follows from an option follows it: another head brings its step and decoder.
+
+    Raises:
+        ValueError: an unknown preset or option, or an impossible value.
+    """
+    if preset not in get_args(Preset):
+        raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}; got {preset!r}")
     model, train = ModelConfig(), TrainConfig()
     if schema.levels is None:
         model = replace(
             model, head="velocity", step="posterior", decoder="gaussian", gamma_min=-10.0
         )
         train = replace(train, cross_entropy=0.0)
-    if len(schema.shape) != 3 or min(schema.shape[1:]) < 4:
+    elif options.get("process") == "absorbing":
+        model = replace(
+            model, schedule="linear-alpha", head="symbols", step="posterior", decoder="categorical"
+        )
+    elif options.get("head", "levels") != "levels":
+        model = replace(model, step="posterior", decoder="evidence")
+        train = replace(train, cross_entropy=0.0)
+    image = len(schema.shape) == 3 and min(schema.shape[1:]) >= 4
+    if options.get("network", "conv" if image else "mlp") == "mlp":
         model = replace(model, network="mlp", width=128, depth=3)
         train = replace(train, steps=3000)
-    best = (
-        replace(model, width=2 * model.width, dropout=0.2),
-        replace(train, steps=4 * train.steps, ema=0.9995),
+    if preset == "best":
+        model = replace(model, width=2 * model.width, dropout=0.2)
+        train = replace(train, steps=4 * train.steps, ema=0.9995)
+
+    known = {f.name: kind for kind in (ModelConfig, TrainConfig) for f in fields(kind)}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}; known are {', '.join(known)}")
+    of_model, of_train = (
+        cast(dict[str, Any], {k: v for k, v in options.items() if known[k] is kind})
+        for kind in (ModelConfig, TrainConfig)
     )
-    return {"auto": (model, train), "best": best}
-
-
-def to_dict(section: ModelConfig | TrainConfig) -> dict[str, object]:
-    """Plain values."""
-    return asdict(section)
-
-
-def from_dict(kind: type[Section], values: Mapping[str, object], where: str) -> Section:
-    """A section from plain values.
-
-    Raises:
-        ValueError: an unknown or missing key; it names the key and `where`.
-    """
-    known = {f.name for f in fields(kind)}
-    for key in values:
-        if key not in known:
-            raise ValueError(
-                f"unknown key {key!r} in {where}; known are {', '.join(sorted(known))}"
-            )
-    if missing := known - set(values):
-        raise ValueError(f"missing key {min(missing)!r} in {where}")
-    return kind(**values)
+    return replace(model, **of_model), replace(train, **of_train)

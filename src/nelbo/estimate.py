@@ -6,7 +6,7 @@ both and every estimate is unbiased:
     Grid(times)   Σ_{i=1..T-1} KL_i   = E_u[ (T-1) KL_⌈(T-1)u⌉ ]
     Continuum()   ∫_start^1 rate(t) dt = E_u[ (1-start) rate(start + (1-start) u) ]
 
-Laws of u: `iid`, or `stratified`, which for T-1 draws per example visits every term of a grid once.
+Laws of u: `iid`, or `stratified`, which with T-1 draws per example visits each term once.
 """
 
 from abc import ABC, abstractmethod
@@ -118,9 +118,7 @@ class Continuum(Times):
         return width * diffusion_rate(model, x, self.first + width * u)
 
 
-def elbo(
-    model: Model, x: Tensor, times: Times | None = None, u: Tensor | None = None
-) -> Bound:
+def elbo(model: Model, x: Tensor, times: Times | None = None, u: Tensor | None = None) -> Bound:
     """The three terms of −ELBO per example, unbiased, in nats.
 
     Args:

@@ -158,7 +158,7 @@ def evaluate(
     prior = torch.empty(len(x), dtype=torch.float64)
     reconstruction = torch.empty(len(x), replicates, dtype=torch.float64)
     diffusion = torch.zeros(len(x), replicates, dtype=torch.float64)
-    curve = _Curve(times)
+    curve = _Curve(times, len(x) * replicates * draws)
     with measuring(model), _counting(model.network) as rows:
         for g in track(range(len(blocks))):
             block = x[blocks[g]].to(model.device)
@@ -254,9 +254,10 @@ def _counting(network: nn.Module) -> Iterator[list[int]]:
 class _Curve:
     """Mean and standard error of the diffusion term's integrand over u, in bins."""
 
-    def __init__(self, times: Times) -> None:
-        terms = times.terms if isinstance(times, Grid) else BINS
-        self.bins = min(terms, BINS)
+    def __init__(self, times: Times, draws: int) -> None:
+        # at least 16 draws a bin, so that its error bar means something
+        most = max(1, min(BINS, draws // 16))
+        self.bins = min(times.terms, BINS) if isinstance(times, Grid) else most
         edges = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64) if self.bins else None
         if isinstance(times, Grid) and edges is not None:
             edges = times.times[(edges * times.terms).round().long()]

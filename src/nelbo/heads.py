@@ -160,5 +160,7 @@ class SymbolLogits(Head):
 
     def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
         if not isinstance(process, Absorbing):
-            raise TypeError(f"SymbolLogits needs an Absorbing process; got {type(process).__name__}")
+            raise TypeError(
+                f"SymbolLogits needs an Absorbing process; got {type(process).__name__}"
+            )
         return Prediction(output.log_softmax(-1))

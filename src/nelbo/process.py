@@ -91,6 +91,8 @@ class Process(nn.Module, ABC):
 class Levels(nn.Module):
     """Integers 0..K-1 as K equally spaced values that fill [-1, 1], edges included."""
 
+    values: Tensor
+
     def __init__(self, count: int) -> None:
         super().__init__()
         if count < 2:
@@ -110,6 +112,9 @@ class Affine(nn.Module):
         shift: broadcastable to one example, in the data's units.
         scale: the same, positive.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, shift: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ share one continuous-time bound, and differ the more the fewer the steps.
 from abc import ABC, abstractmethod
 
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Distribution, Normal
 
 from nelbo._distributions import LevelMixture
 from nelbo._numerics import over
@@ -26,7 +26,7 @@ class Reverse(ABC):
     @abstractmethod
     def __call__(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
-    ) -> Independent: ...
+    ) -> Distribution: ...
 
 
 class Posterior(Reverse):
@@ -34,7 +34,7 @@ class Posterior(Reverse):
 
     def __call__(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
-    ) -> Independent:
+    ) -> Distribution:
         return process.posterior(z, prediction.e_hat, s, t)
 
 
@@ -43,7 +43,7 @@ class Beta(Reverse):
 
     def __call__(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
-    ) -> Independent:
+    ) -> Distribution:
         process = _gaussian(process, self)
         f = process.m_t(z, prediction.e_hat, s, t)
         scale = over(process.beta(s, t).sqrt(), f).expand_as(f)
@@ -55,7 +55,7 @@ class Learned(Reverse):
 
     def __call__(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
-    ) -> Independent:
+    ) -> Distribution:
         process = _gaussian(process, self)
         if not isinstance(prediction, VariancePrediction):
             raise TypeError("the learned variance needs a head with a variance: WithVariance")
@@ -77,7 +77,7 @@ class Mixture(Reverse):
 
     def __call__(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
-    ) -> Independent:
+    ) -> Distribution:
         process = _gaussian(process, self)
         if not isinstance(prediction, LevelPrediction):
             raise TypeError("the mixture step needs a head that predicts levels: LevelLogits")

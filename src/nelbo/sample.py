@@ -1,9 +1,9 @@
 r"""Samplers on a grid of T times, T network calls.
 
-    ancestral         z_T ~ P(z_T),  z_{t-1} ~ P(z_{t-1}|z_t),  x ~ P(x|z_1): the model's own law,
-                      the one whose bound `evaluate` states for the same grid and step
-    probability_flow  z_s = √α_s ê + √(1-α_s) ε̂, the most probable x at the end: deterministic
-                      given z_T (Song et al. 2021, DDIM with η = 0); not the law of the bound
+ancestral         z_T ~ P(z_T),  z_{t-1} ~ P(z_{t-1}|z_t),  x ~ P(x|z_1): the model's own law,
+                  the one whose bound `evaluate` states for the same grid and step
+probability_flow  z_s = √α_s ê + √(1-α_s) ε̂, the most probable x at the end: deterministic
+                  given z_T (Song et al. 2021, DDIM with η = 0); not the law of the bound
 """
 
 from collections.abc import Callable, Iterable
@@ -18,9 +18,7 @@ from nelbo.process import Gaussian
 Track = Callable[[Iterable[int]], Iterable[int]]
 
 
-def ancestral(
-    model: Model, count: int, times: Grid, seed: int = 0, track: Track = iter
-) -> Tensor:
+def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track = iter) -> Tensor:
     """x ~ P(x|φ) by ancestral sampling.
 
     Args:

@@ -7,27 +7,26 @@ so there is no generator to save: a run that was stopped and continued ends with
 import json
 import math
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nelbo import checkpoint, config, data
+from nelbo import checkpoint, data
 from nelbo._numerics import LOG_2, derive_seed, seeded
 from nelbo._progress import progress_bar
-from nelbo.build import OBJECTIVES, build, look_up
+from nelbo.build import OBJECTIVES, build
 from nelbo.checkpoint import Run, RunConfig
-from nelbo.config import ModelConfig, TrainConfig
+from nelbo.config import TrainConfig, configure
 from nelbo.data import Dataset
 from nelbo.estimate import stratified
 from nelbo.evaluate import evaluate
@@ -38,6 +37,7 @@ from nelbo.process import Affine
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 VALIDATION_EXAMPLES = 1000  # at most, so that validation stays a small part of the time
 
 
@@ -57,7 +57,7 @@ def train(
     Args:
         source: "digits", or a path that `nelbo.data.load` understands.
         out: a folder that does not exist yet, or is empty.
-        preset: see `nelbo.config.presets`.
+        preset: see `nelbo.config.configure`.
         levels: number of levels of integer data, found where left out.
         size: side to which images are resized.
         device: where to train, such as "cpu" or "cuda".
@@ -74,7 +74,7 @@ def train(
         kind = "a run" if checkpoint.is_run(out) else "not a run"
         raise ValueError(f"{out} exists and is {kind}{hint}; choose another --out")
     dataset = data.load(source, levels=levels, size=size)
-    model_config, train_config = _configure(dataset, preset, options)
+    model_config, train_config = configure(dataset.schema, preset, **options)
     run = RunConfig(dataset.source, dataset.schema, preset, size, model_config, train_config)
     training = Training(out, run, dataset, device)
     checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
@@ -106,21 +106,6 @@ def resume(
         checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
     training.fit(progress)
     return checkpoint.load(out)
-
-
-def _configure(
-    dataset: Dataset, preset: str, options: dict[str, str | int | float]
-) -> tuple[ModelConfig, TrainConfig]:
-    sections = look_up("preset", config.presets(dataset.schema), preset)
-    known = [section.__dataclass_fields__ for section in sections]
-    for name in options:
-        if not any(name in fields for fields in known):
-            raise ValueError(f"unknown option {name!r}; see nelbo train --help")
-    model_config, train_config = (
-        replace(section, **{k: v for k, v in options.items() if k in fields})
-        for section, fields in zip(sections, known, strict=True)
-    )
-    return model_config, train_config
 
 
 def batch_indices(examples: int, batch: int, step: int, seed: int) -> Tensor:
@@ -168,10 +153,10 @@ class Training:
             model = build(self.run.model, self.run.schema, self._affine())
         self.model: Model = model.to(torch.device(self.device))
         self.model.dtype = torch.float32
-        self.objective = Objective(
-            look_up("objective", OBJECTIVES, t.objective), t.cross_entropy
+        self.objective = Objective(OBJECTIVES[t.objective], t.cross_entropy)
+        self.optimizer = torch.optim.AdamW(
+            _groups(model, t.weight_decay), lr=t.lr, betas=(0.9, 0.99)
         )
-        self.optimizer = torch.optim.AdamW(_groups(model, t.weight_decay), lr=t.lr, betas=(0.9, 0.99))
         self.ema = AveragedModel(model, multi_avg_fn=_warmed_ema(t.ema))
         self.writer: SummaryWriter | None = None
 
@@ -226,14 +211,12 @@ class Training:
     def _validate(self) -> None:
         """Measure the averaged weights on the validation split; keep the best."""
         x = data.as_examples(self.dataset.splits["validation"][:VALIDATION_EXAMPLES])
-        average: Model = self.ema.module
+        average = cast(Model, self.ema.module)
         result = evaluate(average, x, calls=8, seed=derive_seed(self.run.train.seed, 3))
         if result.nats < self.at.best:
             self.at.best, self.at.best_step = result.nats, self.at.step
             about = {"weights": "ema", "step": str(self.at.step)}
-            checkpoint.write_tensors(
-                self.out / checkpoint.WEIGHTS, average.state_dict(), about
-            )
+            checkpoint.write_tensors(self.out / checkpoint.WEIGHTS, average.state_dict(), about)
         event = {
             "step": self.at.step,
             "seconds": round(self.at.seconds, 3),
@@ -313,10 +296,10 @@ def _groups(model: Model, weight_decay: float) -> list[dict]:
     ]
 
 
-def _warmed_ema(decay: float):  # noqa: ANN202 - torch's own type is not public
+def _warmed_ema(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
     """Decay min(decay, (1+i)/(10+i)): useful weights from the first steps on."""
 
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+    def average(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
         i = int(count)
         get_ema_multi_avg_fn(min(decay, (1 + i) / (10 + i)))(averaged, current, count)
 
@@ -324,8 +307,8 @@ def _warmed_ema(decay: float):  # noqa: ANN202 - torch's own type is not public
 
 
 @contextmanager
-def interruptible() -> Iterator:
-    """Yields a function that tells whether Ctrl-C or a termination signal came; twice is at once."""
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C or SIGTERM came; a second one acts at once."""
     came: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -345,7 +328,7 @@ def interruptible() -> Iterator:
 
 
 @contextmanager
-def _bar(show: bool, total: int, done: int) -> Iterator:
+def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
     if not show:
         yield lambda done, note: None
         return

@@ -24,7 +24,9 @@ class _Block(nn.Module):
 
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         scale, shift = self.scale_shift(level)[:, :, None, None].chunk(2, 1)
-        r = self.conv1(self.norm1(h).nn_silu() if False else torch.nn.functional.silu(self.norm1(h)))
+        r = self.conv1(
+            self.norm1(h).nn_silu() if False else torch.nn.functional.silu(self.norm1(h))
+        )
         r = torch.nn.functional.silu(self.norm2(r) * (1 + scale) + shift)
         h = h + self.conv2(self.dropout(r))
         pooled = adaptive_avg_pool2d(h, self.cells)

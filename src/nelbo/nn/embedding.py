@@ -1,9 +1,12 @@
-"""The noise level as features."""
+"""The noise level as features; layers that start at zero."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class LevelEmbedding(nn.Module):
@@ -11,6 +14,8 @@ class LevelEmbedding(nn.Module):
 
     The frequencies are log-spaced so that the whole range of γ and steps of a hundredth both show.
     """
+
+    frequencies: Tensor
 
     def __init__(self, width: int, frequencies: int = 16) -> None:
         super().__init__()
@@ -23,3 +28,10 @@ class LevelEmbedding(nn.Module):
     def forward(self, level: Tensor) -> Tensor:
         phase = level[:, None] * self.frequencies
         return self.layer(torch.cat([phase.sin(), phase.cos()], 1))
+
+
+def zero(layer: Layer) -> Layer:
+    """The layer with all its parameters zero: what it feeds is at first left as it is."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

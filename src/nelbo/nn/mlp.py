@@ -3,20 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from nelbo.nn.embedding import LevelEmbedding
+from nelbo.nn.embedding import LevelEmbedding, zero
 
 
 class _Block(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.scale_shift = nn.Linear(width, 2 * width)
+        self.scale_shift = zero(nn.Linear(width, 2 * width))
+        last = zero(nn.Linear(2 * width, width))
         self.layers = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.SiLU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Dropout(dropout), last
         )
-        for layer in (self.scale_shift, self.layers[-1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         scale, shift = self.scale_shift(level).chunk(2, -1)
@@ -51,9 +49,7 @@ class MLP(nn.Module):
         self.first = nn.Linear(dims * channels, width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.last = nn.Linear(width, dims * outputs)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = zero(nn.Linear(width, dims * outputs))
 
     def forward(self, features: Tensor, level: Tensor) -> Tensor:
         h, level = self.first(features.flatten(1)), self.level(level)

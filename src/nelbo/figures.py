@@ -1,0 +1,338 @@
+"""Figures for a web page: inline SVG in the page's own fonts and colours, pictures as data URIs.
+
+A figure is drawn in marker colours; `svg` replaces them by variables of the page's style
+sheet, so the same figure suits paper and a dark screen. Widths are CSS pixels.
+"""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from nelbo.pictures import png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#101112", "#707172", "#d0d1d2"
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe & Ito
+COLOURS = (BLUE, ORANGE, GREEN)
+TERMS = (GREEN, ORANGE, BLUE)  # prior, reconstruction, diffusion
+HEAT = "magma"
+PAPER = "#fefdfc"
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    RULE: "--rule",
+    BLUE: "--blue",
+    ORANGE: "--orange",
+    GREEN: "--green",
+    PAPER: "--paper",
+}
+STYLE: dict[Any, object] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nelbo",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 11,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": RULE,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 10.5,
+}
+
+
+@contextmanager
+def plot(
+    width: int, height: int, rows: int = 1, columns: int = 1
+) -> Iterator[tuple["Figure", list["Axes"]]]:
+    """A figure and its axes, row by row, in the page's style."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def svg(figure: "Figure", name: str, label: str) -> str:
+    """A figure as an SVG element whose identifiers start with `name`."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    box = re.search(r'viewBox="(\S+ \S+ (\S+) \S+)"', text)
+    assert box is not None
+    style = f"max-width:{float(box[2]):g}px"
+    head = f'<svg role="img" aria-label="{escape(label)}" viewBox="{box[1]}" style="{style}">'
+    text = re.sub(r"^.*?<svg[^>]*>", lambda _: head, text, count=1, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'font: ([\d.]+px) [^;"]*', r"font-size: \1", text)
+    text = re.sub(r'font-family: [^;"]*;? ?', "", text)
+    for colour, variable in VARIABLES.items():
+        text = re.sub(colour, f"var({variable})", text, flags=re.IGNORECASE)
+    return re.sub(r"\n\s*", "\n", text)
+
+
+def uri(picture: Image.Image) -> str:
+    """A picture as the address of itself."""
+    return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+
+
+def mosaic(images: np.ndarray, columns: int, side: int = 900) -> Image.Image:
+    """RGB images (N, H, W, 3) of 8 bits in rows, on transparent ground, about `side` wide."""
+    n, h, w, _ = images.shape
+    rows, gap = math.ceil(n / columns), max(1, round(w / 12))
+    sheet = np.zeros((rows * (h + gap) - gap, columns * (w + gap) - gap, 4), np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        sheet[top : top + h, left : left + w, :3] = image
+        sheet[top : top + h, left : left + w, 3] = 255
+    picture = Image.fromarray(sheet)
+    factor = side / picture.width
+    if factor < 1:
+        return picture.resize((side, round(picture.height * factor)), Image.Resampling.LANCZOS)
+    whole = math.ceil(factor)
+    size = picture.width * whole, picture.height * whole
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def terms(values: Sequence[tuple[str, float]], unit: str) -> str:
+    """What each term adds: one bar, or one below the other where a term is negative."""
+    below = any(value < 0 for _, value in values)
+    with plot(470, 150 if below else 84) as (figure, [ax]):
+        start = 0.0
+        for i, (_, value) in enumerate(values):
+            ax.barh(-i if below else 0, value, left=start, height=0.62, color=TERMS[i])
+            if below:
+                ax.axvline(start + value, color=RULE, linewidth=0.8, zorder=0)
+            start += value
+        ax.set_yticks([-i for i in range(len(values))], [name for name, _ in values])
+        if not below:
+            ax.set_yticks([])
+            ax.set_xlim(0, start)
+        else:
+            ax.axvline(0, color=MUTED, linewidth=0.8)
+        ax.spines["left"].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+        ax.set_xlabel(unit)
+        return svg(figure, "terms", "the terms of the bound")
+
+
+def density(
+    edges: Sequence[float],
+    values: Sequence[float],
+    errors: Sequence[float],
+    unit: str,
+    gamma: Sequence[tuple[float, str]],
+) -> str:
+    """The diffusion term per unit of t, a step for each bin; log-SNR above."""
+    width = np.diff(edges)
+    height, error = np.array(values) / width, np.nan_to_num(np.array(errors)) / width
+    with plot(470, 300) as (figure, [ax]):
+        ax.stairs(
+            height + error, edges, baseline=height - error, fill=True, color=BLUE, alpha=0.22
+        )
+        ax.stairs(height, edges, color=BLUE, linewidth=1.6)
+        ax.set_xlim(0, 1)
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("t   (0 is the data, 1 the noise)")
+        ax.set_ylabel(f"{unit} per unit of t")
+        top = ax.secondary_xaxis("top")
+        top.set_xticks([t for t, _ in gamma], [text for _, text in gamma])
+        top.set_xlabel("γ(t) = −log SNR")
+        top.spines["top"].set_visible(False)
+        return svg(figure, "curve", "the diffusion term over time")
+
+
+@dataclass(frozen=True)
+class StepCurve:
+    """The bound against the number of steps; the last value belongs to T = ∞."""
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    errors: Sequence[float]
+
+
+def step_curves(curves: Sequence[StepCurve], unit: str) -> str:
+    """Bound against T on a logarithmic axis, ∞ apart at its end; far values as numbers."""
+    low, top = readable([value for curve in curves for value in curve.values])
+    with plot(470, 300) as (figure, [ax]):
+        for i, curve in enumerate(curves):
+            at = [math.log2(t) for t in curve.steps]
+            at.append(at[-1] + 1.4)
+            values, shade = list(curve.values), COLOURS[i]
+            ax.plot(at[:-1], values[:-1], color=shade, label=curve.name)
+            ax.plot(at[-2:], values[-2:], color=shade, linestyle=(0, (1, 2)))
+            ax.errorbar(at, values, curve.errors, fmt="o", color=shade, elinewidth=1.2)
+            for x, value in zip(at, values, strict=True):
+                if value > top:
+                    y = top - (0.05 + 0.07 * i) * (top - low)
+                    ax.text(x + 0.06, y, f"↑ {value:.3g}", color=shade, va="center", size=10.5)
+        ax.set_xticks(at, [str(t) for t in curves[0].steps] + ["∞"])
+        ax.set_ylim(low, top)
+        ax.set_xlim(at[0] - 0.25, at[-1] + 0.25)
+        ax.grid(axis="y")
+        ax.set_xlabel("number of steps T")
+        ax.set_ylabel(f"bound on −log P(x), {unit}")
+        if len(curves) > 1:
+            figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
+        return svg(figure, "steps", "the bound against the number of steps")
+
+
+def readable(values: Sequence[float], spread: float = 3.5) -> tuple[float, float]:
+    """Limits of an axis that ends `spread` times as far from the least value as the median."""
+    low, high = min(values), max(values)
+    usual = low + spread * max(float(np.median(values)) - low, 1e-3 * max(abs(low), 1e-3))
+    top = high if high < 1.3 * usual - 0.3 * low else usual
+    margin = 0.06 * (top - low)
+    return low - margin, top + margin
+
+
+def training(metrics: Sequence[Mapping[str, float]], best: int, unit: str) -> str:
+    """The running bound on training data, the bound on validation data, the best step."""
+    steps = np.array([event["step"] for event in metrics])
+    train = np.array([event["train"] for event in metrics])
+    valid = np.array([event["validation"] for event in metrics])
+    error = np.nan_to_num([float(e["validation_standard_error"] or 0) for e in metrics])
+    marker = "o" if len(steps) < 12 else ""
+    with plot(470, 300) as (figure, [ax]):
+        ax.plot(steps, train, marker=marker, color=ORANGE, label="training, running mean")
+        ax.fill_between(steps, valid - error, valid + error, color=BLUE, alpha=0.2, linewidth=0)
+        ax.plot(steps, valid, marker=marker, color=BLUE, label="validation")
+        ax.axvline(steps[best], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        ax.plot(steps[best], valid[best], "o", color=BLUE, markersize=8, markerfacecolor=PAPER)
+        later = steps >= steps[-1] // 10
+        low, top = readable([*train[later], *valid[later]], 8)
+        ax.set_ylim(low, top)
+        ax.grid(axis="y")
+        ax.set_xlabel("step")
+        ax.set_ylabel(f"bound on −log P(x), {unit}")
+        figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
+        return svg(figure, "training", "the bound during training")
+
+
+def pairs(real: np.ndarray, sampled: np.ndarray, levels: int | None) -> str:
+    """Real and sampled vectors (N, d): each dimension alone, and each pair."""
+    d = real.shape[1]
+    low, high = np.quantile(real, 0.002, 0), np.quantile(real, 0.998, 0)
+    margin = 0.1 * np.maximum(high - low, 1e-9) if levels is None else 0.6
+    low, high = low - margin, high + margin
+    bins = [_bins(low[i], high[i], levels) for i in range(d)]
+    shake = np.random.default_rng(0).uniform(-0.35, 0.35, (2, max(len(real), len(sampled)), d))
+    shake *= levels is not None
+    size = 470 if d < 3 else 720
+    with plot(size, 300 if d == 1 else size, d, d) as (figure, axes):
+        for index, ax in enumerate(axes):
+            row, column = divmod(index, d)
+            ax.set_xlim(low[column], high[column])
+            if row < column:
+                ax.set_axis_off()
+                continue
+            for x, shade, jitter, name in (
+                (real, ORANGE, shake[0], "real"),
+                (sampled, BLUE, shake[1], "sampled"),
+            ):
+                if row == column:
+                    height, edges = np.histogram(x[:, row], bins[row], density=True)
+                    ax.stairs(height, edges, color=shade, label=name if row == 0 else None)
+                else:
+                    points = x + jitter[: len(x)]
+                    ax.plot(points[:, column], points[:, row], "o", **_dots(shade))
+                    ax.set_ylim(low[row], high[row])
+            _label(ax, row, column, d)
+        figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
+        return svg(figure, "pairs", "real and sampled dimensions")
+
+
+def _bins(low: float, high: float, levels: int | None) -> np.ndarray:
+    if levels is None or high - low > 64:
+        return np.linspace(low, high, 33)
+    return np.arange(math.floor(low), math.ceil(high) + 1) + 0.5 - (math.floor(low) == low) * 0.5
+
+
+def _dots(colour: str) -> dict[str, Any]:
+    return {"color": colour, "markersize": 2.4, "alpha": 0.45, "markeredgewidth": 0}
+
+
+def _label(ax: "Axes", row: int, column: int, d: int) -> None:
+    if row == column:
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+    elif column == 0:
+        ax.set_ylabel(f"dimension {row + 1}")
+    else:
+        ax.tick_params(axis="y", labelleft=False)
+    if row == d - 1:
+        ax.set_xlabel(f"dimension {column + 1}")
+    else:
+        ax.tick_params(axis="x", labelbottom=False)
+
+
+def heat(cost: np.ndarray, unit: str) -> str:
+    """A map (H, W) of what each pixel costs."""
+    h, w = cost.shape
+    with plot(470, min(480, round(330 * h / w) + 20)) as (figure, [ax]):
+        image = ax.imshow(cost, cmap=HEAT, interpolation="none", vmin=min(0.0, cost.min()))
+        ax.set_axis_off()
+        bar = figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
+        bar.set_label(f"{unit} per pixel")
+        bar.outline.set_visible(False)
+        return svg(figure, "heat", "mean cost of each pixel")
+
+
+def heated(cost: np.ndarray, high: float) -> np.ndarray:
+    """Maps (N, H, W) as RGB images of 8 bits; black is 0 and below, the lightest is `high`."""
+    import matplotlib
+
+    colours = matplotlib.colormaps[HEAT](np.clip(cost / high, 0, 1))
+    return np.rint(255 * colours[..., :3]).astype(np.uint8)
+
+
+def dimensions(mean: np.ndarray, error: np.ndarray, unit: str) -> str:
+    """What each dimension of a vector costs."""
+    from matplotlib.ticker import MaxNLocator
+
+    at = np.arange(1, len(mean) + 1)
+    with plot(720, 280) as (figure, [ax]):
+        if len(mean) <= 64:
+            ax.bar(at, mean, 0.7, color=BLUE)
+            ax.errorbar(at, mean, error, fmt="none", ecolor=INK, elinewidth=1)
+        else:
+            edges = np.arange(len(mean) + 1) + 0.5
+            ax.stairs(mean, edges, fill=True, color=BLUE)
+        ax.axhline(0, color=MUTED, linewidth=0.8)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlabel("dimension")
+        ax.set_ylabel(unit)
+        return svg(figure, "dimensions", "mean cost of each dimension")
