@@ -151,7 +151,7 @@ def test_terms_by_draws_are_the_enumerated_ones(schedule, times):
         draws = reconstruction_term(model, xs, ones * times.first)
         assert_mean(draws, truth.reconstruction, error=0.01)
         got = elbo(model, xs, times, u=iid(n))
-        assert_mean(got.diffusion, truth.diffusion, error=0.02)
+        assert_mean(got.diffusion, truth.diffusion, error=0.03)
         torch.testing.assert_close(got.prior, truth.prior.expand(n), rtol=0, atol=1e-14)
         if isinstance(times, Grid):
             total = 0.0
@@ -173,7 +173,7 @@ def test_terms_by_draws_are_the_enumerated_ones(schedule, times):
                     model.predict(STATES, t * ones[:16]).e_hat,
                     t * ones[:16],
                 )
-                assert_mean(draws, over_states(model, xs[0], t * ones[:16], rate), error=0.02)
+                assert_mean(draws, over_states(model, xs[0], t * ones[:16], rate), error=0.04)
 
 
 def joint_table() -> np.ndarray:
