@@ -130,13 +130,12 @@ def test_discrete_never_draws_the_impossible(monkeypatch):
         assert distribution.sample().item() == level
 
 
-def test_discrete_draws_tails_that_float32_has_not():
-    """DESIGN section 4: a uniform in float32 has 2^-24 as its step; this tail lies below it."""
+def test_discrete_draws_tails_that_float32_has_not(monkeypatch):
+    """DESIGN section 4: float32 steps by 2^-24; a tail below that is drawn at either end."""
     tail = 1e-9
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *a, **k: f64([tail / 2]))
-        log_probs = f64([tail, 1 - tail]).log()
-        assert Discrete(log_probs).sample().item() == 0
+    for p, u, level in (([tail, 1 - tail], tail / 2, 0), ([1 - tail, tail], 1 - tail / 2, 1)):
+        monkeypatch.setattr(torch, "rand", lambda *a, u=u, **k: f64([u]))
+        assert Discrete(f64(p).log()).sample().item() == level
 
 
 # ---- DiscretisedNormal
