@@ -79,7 +79,10 @@ def _absorbing(config: ModelConfig, schema: Schema, schedule: schedules.Schedule
     if schema.levels is None:
         raise ValueError("the absorbing process is for integers; these data are real numbers")
     _only(config, head=("symbols",), step=("posterior",), decoder=("categorical",))
-    process, head = Absorbing(schedule, schema.levels), heads.SymbolLogits(schema.levels)
+    process, head = (
+        Absorbing(schedule, schema.levels),
+        heads.SymbolLogits(schema.levels, schema.shape),
+    )
     network = _network(config, schema, process.channels, head.outputs)
     step, decoder = reverse.Posterior(), likelihood.Categorical()
     return Model(network, process, head, step, decoder, schema.shape)
@@ -102,7 +105,7 @@ def _levels(
 ) -> Model:
     if config.head == "levels":
         _only(config, step=("mixture", "posterior", "beta"), decoder=tuple(LEVEL_DECODERS))
-        head: heads.Head = heads.LevelLogits(levels.values)
+        head: heads.Head = heads.LevelLogits(levels.values, schema.shape)
     else:
         decoders = tuple(name for name in LEVEL_DECODERS if name != "levels")
         _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=decoders)

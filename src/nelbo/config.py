@@ -65,7 +65,7 @@ class ModelConfig(Section):
     decoder: Decoder = "levels"
     network: Network = "conv"
     width: int = 32
-    depth: int = 2
+    depth: int = 3
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -79,16 +79,17 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """How a model is trained."""
 
-    steps: int = 1000
-    batch: int = 256
-    lr: float = 1e-3
+    steps: int = 2600
+    batch: int = 128
+    lr: float = 2e-3
     warmup: int = 100
-    weight_decay: float = 0.05
+    weight_decay: float = 0.1
     clip: float = 5.0
     ema: float = 0.999
     objective: Objective = "bound"
     cross_entropy: float = 0.1
-    evaluate_every: int = 50
+    augment: float = 0.7
+    evaluate_every: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,8 +99,9 @@ class TrainConfig(Section):
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1); got {self.ema}")
+        for name in ("ema", "augment"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
 
 
 def _at_least(section: Section, least: int, *names: str) -> None:
@@ -109,11 +111,17 @@ def _at_least(section: Section, least: int, *names: str) -> None:
 
 
 def configure(
-    schema: "Schema", preset: str = "auto", **options: str | int | float
+    schema: "Schema", examples: int, preset: str = "auto", **options: str | int | float
 ) -> tuple[ModelConfig, TrainConfig]:
-    """The preset that fits data of a schema, with options in place of its values.
+    """The preset that fits the data, with options in place of its values.
 
     What follows from an option follows it: another head brings its step and decoder.
+
+    Args:
+        schema: what one example is.
+        examples: how many there are to train on; few of them are augmented.
+        preset: a name.
+        options: fields of either section.
 
     Raises:
         ValueError: an unknown preset or option, or an impossible value.
@@ -134,12 +142,14 @@ def configure(
         model = replace(model, step="posterior", decoder="evidence")
         train = replace(train, cross_entropy=0.0)
     image = len(schema.shape) == 3 and min(schema.shape[1:]) >= 4
+    if not image or examples > 10_000:
+        train = replace(train, augment=0.0)
     if options.get("network", "conv" if image else "mlp") == "mlp":
-        model = replace(model, network="mlp", width=128, depth=3)
-        train = replace(train, steps=3000)
+        model = replace(model, network="mlp", width=128)
+        train = replace(train, steps=3000, lr=1e-3, augment=0.0)
     if preset == "best":
-        model = replace(model, width=2 * model.width, dropout=0.2)
-        train = replace(train, steps=4 * train.steps, ema=0.9995)
+        model = replace(model, width=3 * model.width // 2, dropout=0.2)
+        train = replace(train, steps=5 * train.steps // 4, augment=min(train.augment, 0.75))
 
     known = {f.name: kind for kind in (ModelConfig, TrainConfig) for f in fields(kind)}
     for name in options:

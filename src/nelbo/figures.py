@@ -129,10 +129,10 @@ def mosaic(images: np.ndarray, columns: int, side: int = 900) -> Image.Image:
 def terms(values: Sequence[tuple[str, float]], unit: str) -> str:
     """What each term adds: one bar, or one below the other where a term is negative."""
     below = any(value < 0 for _, value in values)
-    with plot(470, 150 if below else 84) as (figure, [ax]):
+    with plot(470, 150 if below else 90) as (figure, [ax]):
         start = 0.0
         for i, (_, value) in enumerate(values):
-            ax.barh(-i if below else 0, value, left=start, height=0.62, color=TERMS[i])
+            ax.barh(-i if below else 0, value, left=start, height=0.7, color=TERMS[i])
             if below:
                 ax.axvline(start + value, color=RULE, linewidth=0.8, zorder=0)
             start += value
@@ -140,6 +140,7 @@ def terms(values: Sequence[tuple[str, float]], unit: str) -> str:
         if not below:
             ax.set_yticks([])
             ax.set_xlim(0, start)
+            ax.set_ylim(-0.5, 0.42)
         else:
             ax.axvline(0, color=MUTED, linewidth=0.8)
         ax.spines["left"].set_visible(False)
@@ -162,7 +163,7 @@ def density(
         ax.stairs(
             height + error, edges, baseline=height - error, fill=True, color=BLUE, alpha=0.22
         )
-        ax.stairs(height, edges, color=BLUE, linewidth=1.6)
+        ax.stairs(height, edges, baseline=None, color=BLUE, linewidth=1.6)
         ax.set_xlim(0, 1)
         ax.set_ylim(bottom=0)
         ax.set_xlabel("t   (0 is the data, 1 the noise)")
@@ -197,11 +198,12 @@ def step_curves(curves: Sequence[StepCurve], unit: str) -> str:
             ax.errorbar(at, values, curve.errors, fmt="o", color=shade, elinewidth=1.2)
             for x, value in zip(at, values, strict=True):
                 if value > top:
+                    number = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
                     y = top - (0.05 + 0.07 * i) * (top - low)
-                    ax.text(x + 0.06, y, f"↑ {value:.3g}", color=shade, va="center", size=10.5)
+                    ax.text(x, y, f"{number} ↑", color=shade, ha="center", va="center", size=10.5)
         ax.set_xticks(at, [str(t) for t in curves[0].steps] + ["∞"])
         ax.set_ylim(low, top)
-        ax.set_xlim(at[0] - 0.25, at[-1] + 0.25)
+        ax.set_xlim(at[0] - 0.5, at[-1] + 0.3)
         ax.grid(axis="y")
         ax.set_xlabel("number of steps T")
         ax.set_ylabel(f"bound on −log P(x), {unit}")
@@ -224,11 +226,9 @@ def training(metrics: Sequence[Mapping[str, float]], best: int, unit: str) -> st
     steps = np.array([event["step"] for event in metrics])
     train = np.array([event["train"] for event in metrics])
     valid = np.array([event["validation"] for event in metrics])
-    error = np.nan_to_num([float(e["validation_standard_error"] or 0) for e in metrics])
     marker = "o" if len(steps) < 12 else ""
     with plot(470, 300) as (figure, [ax]):
         ax.plot(steps, train, marker=marker, color=ORANGE, label="training, running mean")
-        ax.fill_between(steps, valid - error, valid + error, color=BLUE, alpha=0.2, linewidth=0)
         ax.plot(steps, valid, marker=marker, color=BLUE, label="validation")
         ax.axvline(steps[best], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.plot(steps[best], valid[best], "o", color=BLUE, markersize=8, markerfacecolor=PAPER)
@@ -265,7 +265,9 @@ def pairs(real: np.ndarray, sampled: np.ndarray, levels: int | None) -> str:
             ):
                 if row == column:
                     height, edges = np.histogram(x[:, row], bins[row], density=True)
-                    ax.stairs(height, edges, color=shade, label=name if row == 0 else None)
+                    ax.stairs(
+                        height, edges, color=shade, linewidth=1.5, label=None if row else name
+                    )
                 else:
                     points = x + jitter[: len(x)]
                     ax.plot(points[:, column], points[:, row], "o", **_dots(shade))
@@ -277,7 +279,7 @@ def pairs(real: np.ndarray, sampled: np.ndarray, levels: int | None) -> str:
 
 def _bins(low: float, high: float, levels: int | None) -> np.ndarray:
     if levels is None or high - low > 64:
-        return np.linspace(low, high, 33)
+        return np.linspace(low, high, 25)
     return np.arange(math.floor(low), math.ceil(high) + 1) + 0.5 - (math.floor(low) == low) * 0.5
 
 
@@ -324,9 +326,10 @@ def dimensions(mean: np.ndarray, error: np.ndarray, unit: str) -> str:
     from matplotlib.ticker import MaxNLocator
 
     at = np.arange(1, len(mean) + 1)
-    with plot(720, 280) as (figure, [ax]):
+    with plot(470 if len(mean) <= 8 else 720, 280) as (figure, [ax]):
         if len(mean) <= 64:
-            ax.bar(at, mean, 0.7, color=BLUE)
+            ax.bar(at, mean, 0.7 if len(mean) > 3 else 0.4, color=BLUE)
+            ax.set_xlim(0.2, len(mean) + 0.8)
             ax.errorbar(at, mean, error, fmt="none", ecolor=INK, elinewidth=1)
         else:
             edges = np.arange(len(mean) + 1) + 0.5

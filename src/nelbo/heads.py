@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nelbo._numerics import over
 from nelbo.process import Absorbing, Gaussian, Process
@@ -44,20 +44,20 @@ class VariancePrediction(Prediction):
     fraction: Tensor
 
 
-class Head(ABC):
+class Head(nn.Module, ABC):
     """Network output, shape (B, ...) or (B, ..., outputs), to a prediction."""
 
     #: numbers the network gives per dimension of the data
     outputs: int = 1
 
     @abstractmethod
-    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction: ...
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction: ...
 
 
 class Noise(Head):
     """The output is ε̂ in z_t = √α_t e + √(1-α_t) ε."""
 
-    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
         signal = over((process.log_alpha(t) / 2).exp(), z)
         noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
         return Prediction((z - noise * output) / signal)
@@ -66,14 +66,14 @@ class Noise(Head):
 class Data(Head):
     """The output is ê."""
 
-    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
         return Prediction(output)
 
 
 class Velocity(Head):
     """The output is v̂ = √α_t ε̂ - √(1-α_t) ê; zero is the best linear guess for unit data."""
 
-    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
         signal = over((process.log_alpha(t) / 2).exp(), z)
         noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
         return Prediction(signal * z - noise * output)
@@ -87,9 +87,10 @@ class Mean(Head):
     """
 
     def __init__(self, steps: int) -> None:
+        super().__init__()
         self.steps = steps
 
-    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
         if not isinstance(process, Gaussian):
             raise TypeError(f"Mean needs a Gaussian process; got {type(process).__name__}")
         i = (t * self.steps).round()
@@ -111,6 +112,7 @@ class WithVariance(Head):
     outputs = 2
 
     def __init__(self, head: Head) -> None:
+        super().__init__()
         if head.outputs != 1:
             raise ValueError(
                 f"WithVariance wraps a head with one output; {type(head).__name__} has"
@@ -118,7 +120,7 @@ class WithVariance(Head):
             )
         self.head = head
 
-    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
         point = self.head(output[..., 0], z, t, process)
         return VariancePrediction(point.e_hat, (output[..., 1] + 1) / 2)
 
@@ -131,36 +133,60 @@ def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: Process) -> Te
     return error.square() * over(-0.5 / variance, z)
 
 
-class LevelLogits(Head):
-    """P(x_i = v_k|z_t) ∝ exp(output_k) N(z_t; √α_t v_k, 1-α_t), and ê = Σ_k P_k v_k.
+class Logits(Head):
+    """Logits of K values per dimension, on top of a learned log-prior of each dimension.
+
+    Args:
+        count: the number K of values.
+        shape: shape of one example, for a log-prior (*shape, K); left out, all dimensions share
+            one (K,).
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.outputs = count
+        self.log_prior = nn.Parameter(torch.zeros(*shape, count))
+
+    def start_from(self, x: Tensor) -> None:
+        """Set the log-prior to the log-frequencies of the levels in x, (N, *shape).
+
+        Under a network that gives zero the model is then the factorised Bayes denoiser. Each
+        dimension's counts are smoothed by K counts of the frequencies over all dimensions.
+        """
+        counts = torch.stack([(x == k).sum(0) for k in range(self.outputs)], -1).double()
+        overall = counts.flatten(0, -2).sum(0) + 1
+        smooth = counts + self.outputs * overall / overall.sum()
+        frequency = smooth / smooth.sum(-1, keepdim=True)
+        self.log_prior.data.copy_(frequency.log())
+
+
+class LevelLogits(Logits):
+    """P(x_i = v_k|z_t) ∝ exp(output_k + log-prior_k) N(z_t; √α_t v_k, 1-α_t), and ê = Σ_k P_k v_k.
 
     Args:
         values: v_1..v_K, shape (K,).
+        shape: shape of one example; see `Logits`.
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self.outputs = len(values)
+    values: Tensor
 
-    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
+    def __init__(self, values: Tensor, shape: tuple[int, ...] = ()) -> None:
+        super().__init__(len(values), shape)
+        self.register_buffer("values", values, persistent=False)
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
         values = self.values.to(z)
-        log_probs = (output + level_evidence(z, values, t, process)).log_softmax(-1)
+        context = output + self.log_prior.to(output)
+        log_probs = (context + level_evidence(z, values, t, process)).log_softmax(-1)
         return LevelPrediction(log_probs.exp() @ values, log_probs)
 
 
-class SymbolLogits(Head):
-    """ê = log P(x_i = k|z_t) = log_softmax(output).
+class SymbolLogits(Logits):
+    """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior)."""
 
-    Args:
-        count: the number K of symbols.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.outputs = count
-
-    def __call__(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
         if not isinstance(process, Absorbing):
             raise TypeError(
                 f"SymbolLogits needs an Absorbing process; got {type(process).__name__}"
             )
-        return Prediction(output.log_softmax(-1))
+        return Prediction((output + self.log_prior.to(output)).log_softmax(-1))

@@ -4,6 +4,7 @@ The network gives tensors; only `Model` makes distributions of them. Around the 
 arithmetic runs in `Model.dtype` (float64 for measuring, float32 is enough for training).
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ class Model(nn.Module):
 
     Args:
         network: forward(features (B, C, ...), level (B,)) -> (B, ...) or (B, ..., outputs),
-            with the shape of z first and `head.outputs` numbers per dimension.
+            with the shape of z first and `head.outputs` numbers per dimension. Given a
+            condition, it is its third argument.
         process: the encoder q.
         head: meaning of the network's output.
         step: the reverse step P(z_s|z_t).
@@ -45,6 +47,13 @@ class Model(nn.Module):
         self.head, self.step = head, step
         self.shape = tuple(shape)
         self.dtype = torch.float64
+        self.condition: Tensor | None = None
+
+    def given(self, condition: Tensor) -> "Model":
+        """The model of P(x|condition), one condition per example; it shares all weights."""
+        model = copy.copy(self)
+        model.condition = condition
+        return model
 
     @property
     def dims(self) -> int:
@@ -67,7 +76,8 @@ class Model(nn.Module):
         """One call of the network: what it says of the data, given z = z_t."""
         dtype = next(self.network.parameters()).dtype
         features, level = self.process.features(z), self.process.level(t)
-        output = self.network(features.to(dtype), level.to(dtype)).to(self.dtype)
+        condition = () if self.condition is None else (self.condition.to(dtype),)
+        output = self.network(features.to(dtype), level.to(dtype), *condition).to(self.dtype)
         outputs = () if self.head.outputs == 1 else (self.head.outputs,)
         if output.shape != z.shape + outputs:
             raise ValueError(

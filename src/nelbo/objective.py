@@ -71,14 +71,20 @@ class Objective:
         self,
         weight: Weight = bound,
         cross_entropy: float = 0.0,
-        share: float = 0.125,
+        share: float = 1 / 16,
         start: float = 0.0,
     ) -> None:
         self.weight, self.cross_entropy, self.share = weight, cross_entropy, share
         self.times = Continuum(start)
 
-    def __call__(self, model: Model, x: Tensor, u: Tensor) -> Loss:
+    def __call__(
+        self, model: Model, x: Tensor, u: Tensor, condition: Tensor | None = None
+    ) -> Loss:
         """Loss of examples x, shape (B, ...), in random order, at uniform draws u, shape (B,)."""
+        part = x[: max(1, round(self.share * len(x)))]
+        model_of_part = model
+        if condition is not None:
+            model, model_of_part = model.given(condition), model.given(condition[: len(part)])
         width = 1 - self.times.first
         t = self.times.first + width * u
         e = model.embed(x)
@@ -86,9 +92,8 @@ class Objective:
         prediction = model.predict(z, t)
         diffusion = width * model.process.rate(z, e, prediction.e_hat, t)
 
-        part = x[: max(1, round(self.share * len(x)))]
         first = torch.full((len(part),), self.times.first, dtype=t.dtype, device=t.device)
-        reconstruction = reconstruction_term(model, part, first).mean()
+        reconstruction = reconstruction_term(model_of_part, part, first).mean()
         others = reconstruction + prior_term(model, x, torch.ones_like(t)).mean()
 
         loss = (self.weight(model.process.schedule, t) * diffusion).mean() + others

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from nelbo.data import Schema
+from nelbo.process import Absorbing, Gaussian, Levels, Process
+
+MASK = np.array([104, 124, 158], np.uint8)  # a grey that no grey pixel has
 
 
 def to_bytes(x: Tensor, schema: Schema) -> np.ndarray:
@@ -52,6 +56,55 @@ def png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+class Canvas:
+    """Data, latents and predictions as RGB pixels: levels fill them, real data two quantiles' span.
+
+    Args:
+        process: what the latents are of.
+        schema: what an image is, C = 1 or 3.
+        x: images from which the span of real data is taken.
+    """
+
+    def __init__(self, process: Process, schema: Schema, x: Tensor) -> None:
+        self.process = process
+        limits = torch.tensor([0.002, 0.998], dtype=torch.float64)
+        few = x.double().flatten()[: 2**20]
+        low, high = (0.0, schema.levels - 1.0) if schema.levels else few.quantile(limits).tolist()
+        self.low, self.high = low, max(high, low + 1e-12)
+
+    def data(self, x: Tensor) -> np.ndarray:
+        """x (N, C, H, W) in the data's units as (N, H, W, 3)."""
+        pixels = (x.double().cpu().movedim(1, -1).numpy() - self.low) / (self.high - self.low)
+        pixels = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+        return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+
+    def embedded(self, e: Tensor) -> np.ndarray:
+        """e in the space of a Gaussian process."""
+        assert isinstance(self.process, Gaussian)
+        if isinstance(self.process.embedding, Levels):
+            return self.data((e + 1) / 2 * self.high)
+        return self.data(self.process.embedding.shift + self.process.embedding.scale * e)
+
+    def latent(self, z: Tensor, t: float) -> np.ndarray:
+        """z_t, brought to the range of the data; masks in a colour of their own."""
+        if isinstance(self.process, Absorbing):
+            masked = (z == self.process.mask).cpu().movedim(1, -1).numpy()
+            pixels = self.data(z)
+            return np.where(masked, MASK, pixels).astype(np.uint8)
+        if isinstance(self.process.embedding, Levels):
+            alpha = self.process.alpha(torch.tensor(t, dtype=torch.float64)).item()
+            z = z / (math.sqrt(alpha) + 2 * math.sqrt(1 - alpha))
+        return self.embedded(z)
+
+    def prediction(self, e_hat: Tensor, z: Tensor) -> np.ndarray:
+        """The mean of x that is predicted at z; a symbol that shows is itself."""
+        if isinstance(self.process, Absorbing):
+            probabilities = e_hat.exp()
+            mean = probabilities @ torch.arange(self.process.count).to(probabilities)
+            return self.data(torch.where(z == self.process.mask, mean, z.to(mean)))
+        return self.embedded(e_hat)
 
 
 def saver(out: Path, schema: Schema) -> Callable[[Tensor], bytes]:

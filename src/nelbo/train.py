@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nelbo import checkpoint, data
 from nelbo._numerics import LOG_2, derive_seed, seeded
 from nelbo._progress import progress_bar
+from nelbo.augment import augment
 from nelbo.build import OBJECTIVES, build
 from nelbo.checkpoint import Run, RunConfig
 from nelbo.config import TrainConfig, configure
 from nelbo.data import Dataset
 from nelbo.estimate import stratified
 from nelbo.evaluate import evaluate
+from nelbo.heads import Logits
 from nelbo.model import Model
 from nelbo.objective import Objective
 from nelbo.process import Affine
@@ -74,7 +76,9 @@ def train(
         kind = "a run" if checkpoint.is_run(out) else "not a run"
         raise ValueError(f"{out} exists and is {kind}{hint}; choose another --out")
     dataset = data.load(source, levels=levels, size=size)
-    model_config, train_config = configure(dataset.schema, preset, **options)
+    model_config, train_config = configure(
+        dataset.schema, len(dataset.splits["train"]), preset, **options
+    )
     run = RunConfig(dataset.source, dataset.schema, preset, size, model_config, train_config)
     training = Training(out, run, dataset, device)
     checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
@@ -151,6 +155,8 @@ class Training:
         t = self.run.train
         with seeded(t.seed, 0):
             model = build(self.run.model, self.run.schema, self._affine())
+        if isinstance(model.head, Logits):
+            model.head.start_from(self.dataset.splits["train"])
         self.model: Model = model.to(torch.device(self.device))
         self.model.dtype = torch.float32
         self.objective = Objective(OBJECTIVES[t.objective], t.cross_entropy)
@@ -190,9 +196,13 @@ class Training:
         self.model.train()
         with seeded(t.seed, 2, step):
             u = stratified(len(batch))[:, 0].to(batch.device)
-            loss, bound = self.objective(self.model, batch, u)
+            condition = None
+            if t.augment:
+                batch, condition = augment(batch, t.augment, self.run.schema)
+            loss, bound = self.objective(self.model, batch, u, condition)
             self.optimizer.zero_grad()
-            loss.backward()
+            # per dimension, in bits: one learning rate and one clip for data of any size
+            (loss / (self.model.dims * LOG_2)).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             kept = f"the checkpoint of step {self.at.best_step} is kept in {self.out}"
@@ -287,12 +297,16 @@ def learning_rate(t: TrainConfig, step: int) -> float:
 
 
 def _groups(model: Model, weight_decay: float) -> list[dict]:
-    """Matrices and kernels of the network decay; its vectors, the schedule and decoder do not."""
+    """The network's matrices and kernels decay; its vectors, schedule, head and decoder do not."""
+    decays = {
+        id(module.weight)
+        for module in model.network.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     parameters = [p for p in model.parameters() if p.requires_grad]
-    network = {id(p) for p in model.network.parameters() if p.ndim >= 2}
     return [
-        {"params": [p for p in parameters if id(p) in network], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in network], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in decays], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decays], "weight_decay": 0.0},
     ]
 
 

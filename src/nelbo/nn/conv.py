@@ -1,41 +1,73 @@
-"""A small convolutional network for small images (prototype recipe; to be replaced)."""
+"""A small convolutional network for small images."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, silu
 
-from nelbo.nn.embedding import LevelEmbedding
+from nelbo.nn.embedding import LevelEmbedding, zero
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, cells: int, dropout: float) -> None:
+class LevelNorm(nn.Module):
+    """Group normalisation whose scale and shift depend on the noise level."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.scale_shift = nn.Linear(width, 2 * width)
-        self.norm2 = nn.GroupNorm(8, width)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.cells = cells
-        self.mix = nn.Linear(width * cells**2, width * cells**2)
-        for layer in (self.conv2, self.mix, self.scale_shift):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.norm = nn.GroupNorm(8, width)
+        self.scale_shift = zero(nn.Linear(2 * width, 2 * width))
 
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         scale, shift = self.scale_shift(level)[:, :, None, None].chunk(2, 1)
-        r = self.conv1(
-            self.norm1(h).nn_silu() if False else torch.nn.functional.silu(self.norm1(h))
-        )
-        r = torch.nn.functional.silu(self.norm2(r) * (1 + scale) + shift)
-        h = h + self.conv2(self.dropout(r))
-        pooled = adaptive_avg_pool2d(h, self.cells)
-        mixed = self.mix(pooled.flatten(1)).reshape(pooled.shape)
-        return h + interpolate(mixed, size=h.shape[-2:])
+        return self.norm(h) * (1 + scale) + shift
+
+
+class Local(nn.Module):
+    """Residual block of two 3x3 convolutions: what stands nearby."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = LevelNorm(width), LevelNorm(width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = zero(nn.Conv2d(width, width, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, level: Tensor) -> Tensor:
+        r = self.conv1(silu(self.norm1(h, level)))
+        return h + self.conv2(self.dropout(silu(self.norm2(r, level))))
+
+
+class Global(nn.Module):
+    """Residual block over the whole image: 4x4 pooled cells through one hidden layer and back."""
+
+    cells = 4
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = LevelNorm(width)
+        self.down = nn.Linear(width * self.cells**2, 2 * width)
+        self.up = zero(nn.Linear(2 * width, width * self.cells**2))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, level: Tensor) -> Tensor:
+        r = adaptive_avg_pool2d(self.norm(h, level), self.cells).flatten(1)
+        r = self.up(self.dropout(silu(self.down(self.dropout(r)))))
+        r = r.unflatten(1, (-1, self.cells, self.cells))
+        return h + interpolate(r, size=h.shape[-2:], mode="bilinear")
 
 
 class ConvNet(nn.Module):
-    """Images: features (B, C·channels, H, W) and level (B,) to outputs (B, C, H, W, outputs)."""
+    """Images: features (B, C·channels, H, W) and level (B,) to (B, C, H, W[, outputs]).
+
+    Args:
+        shape: (C, H, W) of one example.
+        channels: features per dimension of the example.
+        outputs: numbers per dimension of the example.
+        width: channels of the hidden layers, a multiple of 8.
+        depth: pairs of a local and a global block.
+        dropout: share of hidden units dropped in training.
+
+    Raises:
+        ValueError: a width that is no multiple of 8.
+    """
 
     def __init__(
         self,
@@ -43,27 +75,28 @@ class ConvNet(nn.Module):
         channels: int,
         outputs: int,
         width: int = 32,
-        depth: int = 2,
+        depth: int = 3,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        c, h, w = shape
-        self.shape, self.outputs = shape, outputs
-        self.level = LevelEmbedding(width)
-        self.position = nn.Parameter(torch.randn(width, h, w) * 0.02)
-        self.first = nn.Conv2d(c * channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(_Block(width, min(4, h, w), dropout) for _ in range(depth))
-        self.norm = nn.GroupNorm(8, width)
-        self.last = nn.Conv2d(width, c * outputs, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        if width % 8:
+            raise ValueError(f"width must be a multiple of 8 for the network conv; got {width}")
+        of_image, height, wide = shape
+        self.outputs = outputs
+        self.level = LevelEmbedding(2 * width)
+        self.first = nn.Conv2d(of_image * channels, width, 3, padding=1)
+        self.position = nn.Parameter(0.1 * torch.randn(width, height, wide))
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            self.blocks += [Local(width, dropout), Global(width, dropout)]
+        self.norm = LevelNorm(width)
+        self.last = zero(nn.Conv2d(width, of_image * outputs, 3, padding=1))
 
-    def forward(self, features: Tensor, level: Tensor) -> Tensor:
-        h, level = self.first(features) + self.position, self.level(level)
+    def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        h, level = self.first(features) + self.position, self.level(level, condition)
         for block in self.blocks:
             h = block(h, level)
-        out = self.last(torch.nn.functional.silu(self.norm(h)))
-        c = self.shape[0]
+        output: Tensor = self.last(silu(self.norm(h, level)))
         if self.outputs == 1:
-            return out
-        return out.reshape(len(out), c, self.outputs, *self.shape[1:]).movedim(2, -1)
+            return output
+        return output.unflatten(1, (-1, self.outputs)).movedim(2, -1)

@@ -1,4 +1,4 @@
-"""The noise level as features; layers that start at zero."""
+"""What a network is told beside z, as features; layers that start at zero."""
 
 import math
 from typing import TypeVar
@@ -10,24 +10,26 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class LevelEmbedding(nn.Module):
-    """Sines and cosines of the log-SNR, then a layer: (B,) to (B, width).
+    """Sines and cosines of the log-SNR, and a condition, then two layers: (B,) to (B, width).
 
-    The frequencies are log-spaced so that the whole range of γ and steps of a hundredth both show.
+    The frequencies are log-spaced so that the whole range of γ and steps of a tenth both show.
+    The condition is a number per example; left out, it is 0.
     """
 
     frequencies: Tensor
 
     def __init__(self, width: int, frequencies: int = 16) -> None:
         super().__init__()
-        spaced = torch.linspace(math.log(0.05), math.log(4.0), frequencies).exp()
+        spaced = torch.logspace(math.log10(0.05), math.log10(4.0), frequencies)
         self.register_buffer("frequencies", spaced, persistent=False)
-        self.layer = nn.Sequential(
-            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width)
+        self.layers = nn.Sequential(
+            nn.Linear(2 * frequencies + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
 
-    def forward(self, level: Tensor) -> Tensor:
+    def forward(self, level: Tensor, condition: Tensor | None = None) -> Tensor:
         phase = level[:, None] * self.frequencies
-        return self.layer(torch.cat([phase.sin(), phase.cos()], 1))
+        condition = torch.zeros_like(level) if condition is None else condition
+        return self.layers(torch.cat([phase.sin(), phase.cos(), condition[:, None]], 1))
 
 
 def zero(layer: Layer) -> Layer:

@@ -51,8 +51,8 @@ class MLP(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.last = zero(nn.Linear(width, dims * outputs))
 
-    def forward(self, features: Tensor, level: Tensor) -> Tensor:
-        h, level = self.first(features.flatten(1)), self.level(level)
+    def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        h, level = self.first(features.flatten(1)), self.level(level, condition)
         for block in self.blocks:
             h = block(h, level)
         output: Tensor = self.last(self.norm(h))

@@ -1,0 +1,365 @@
+"""The sections of the page that `report` writes, each from what was measured to HTML."""
+
+import math
+import platform
+import shlex
+from collections.abc import Iterable
+from dataclasses import fields
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import nelbo
+from nelbo import figures
+from nelbo._numerics import LOG_2
+from nelbo.checkpoint import Run
+from nelbo.config import ModelConfig, TrainConfig, configure
+from nelbo.data import Schema
+from nelbo.evaluate import Evaluation
+from nelbo.model import Model
+from nelbo.pictures import Canvas
+from nelbo.process import Absorbing
+from nelbo.studies import SAMPLE_STEPS, STEPS, Trajectory, is_image
+
+
+def _headline(run: Run, result: Evaluation) -> str:
+    value = result.nats if result.bits_per_dim is None else result.bits_per_dim
+    error = result.standard_error
+    unit = "bits/dim" if result.bits_per_dim is not None else "nats"
+    facts = {
+        "Examples": f"{result.examples} of {result.split}, each once",
+        "Dimensions": f"{result.dims} {_shape(run.config.schema)}",
+        "Per example": f"{result.nats:.2f} nats",
+        "Network calls": f"{result.calls_per_example:g} per example",
+        "Time": "continuous, T = ∞",
+        "Error from the data": _spread(error.data),
+        "Error from Monte Carlo": _spread(error.monte_carlo),
+        "Weights": result.weights,
+        "Seed": str(result.seed),
+        "Precision": result.precision,
+        "Model hash": result.model_hash,
+        "Data hash": result.data_hash,
+    }
+    listed = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    return (
+        f'<header><h1>{escape(_name(run))} <span class="muted">· nelbo report</span></h1>'
+        f'<p class="number">{_rounded(value, error.total)}'
+        f" <small>± {_spread(error.total)} {unit}</small></p>"
+        f'<p class="lead">{_meaning(run.config.schema, result)}</p>'
+        f'<dl class="facts">{listed}</dl></header>'
+    )
+
+
+def _meaning(schema: Schema, result: Evaluation) -> str:
+    if schema.levels is None:
+        return (
+            "An upper bound on the mean of −log P(x) over the test data, in nats per example. P is"
+            " a density in the units of the data: lower is better, below zero is possible, and"
+            " only models of the same data in the same units compare."
+        )
+    bits, plain = result.nats / LOG_2, result.dims * math.log2(schema.levels)
+    return (
+        "An upper bound on the mean of −log<sub>2</sub> P(x) over the test data: coded with this"
+        f" model, a test example takes on average no more than {bits:,.0f} bits, where"
+        f" {schema.levels} equally likely levels in each of its {result.dims:,} dimensions would"
+        f" take {plain:,.0f}."
+    )
+
+
+def _terms(model: Model, result: Evaluation) -> str:
+    values, unit = list(vars(result.terms).items()), result.unit
+    what = {
+        "prior": "KL( q(z<sub>T</sub>|x) ‖ P(z<sub>T</sub>) )",
+        "reconstruction": "E −log P(x|z<sub>1</sub>)",
+        "diffusion": "∫ d/dt KL( q ‖ P ) dt",
+    }
+    rows = [
+        (f'<span class="key" style="background:{shade}"></span>{name}', what[name], _term(v))
+        for (name, v), shade in zip(values, _shades(), strict=False)
+    ]
+    rows.append(("bound", "", _term(sum(v for _, v in values))))
+    edges = [point.t_from for point in result.curve] + [result.curve[-1].t_to]
+    curve = figures.density(
+        edges,
+        [point.value for point in result.curve],
+        [point.standard_error for point in result.curve],
+        unit,
+        [(t, _gamma(model, t)) for t in (0.0, 0.25, 0.5, 0.75, 1.0)],
+    )
+    left = figures.terms(values, unit) + _table(("term", "", unit), rows, total=True)
+    return _section(
+        "Where the bits go",
+        "The bound is the sum of three terms. The area under the curve is the diffusion term; the"
+        " band is one standard error.",
+        f'<div class="two"><div>{left}</div><figure>{curve}</figure></div>',
+    )
+
+
+def _gamma(model: Model, t: float) -> str:
+    gamma = model.process.schedule(torch.tensor([t], dtype=torch.float64).to(model.device)).item()
+    if math.isinf(gamma):
+        return "∞" if gamma > 0 else "−∞"
+    return f"{gamma:.3g}".replace("-", "−")
+
+
+def _steps(curves: list[figures.StepCurve], unit: str, examples: int) -> str:
+    rows = [
+        (
+            str(steps),
+            *(f"{_rounded(c.values[i], c.errors[i])} ± {_spread(c.errors[i])}" for c in curves),
+        )
+        for i, steps in enumerate((*STEPS, "∞"))
+    ]
+    head = ("steps T", *(curve.name for curve in curves))
+    return _section(
+        "The price of few steps",
+        "With T steps a sample costs T network calls, and the bound belongs to exactly that"
+        f" sampler. Uniform times; the same {examples} test examples for every T; bars are one"
+        " standard error, nearly all of which the points share.",
+        f'<div class="two"><figure>{figures.step_curves(curves, unit)}</figure>'
+        f'<div class="wide">{_table(head, rows)}</div></div>',
+    )
+
+
+def _training(run: Run, unit: str) -> str:
+    events = [e for e in run.metrics if math.isfinite(e.get("validation", math.nan))]
+    if not events:
+        return ""
+    best = min(range(len(events)), key=lambda i: events[i]["validation"])
+    last, train = events[-1], run.config.train
+    parameters = sum(p.numel() for p in run.model.network.parameters())
+    rows = [
+        ("steps", f"{last['step']:,} of {train.steps:,}, {train.batch} examples each"),
+        ("time", _duration(last["seconds"])),
+        ("network", f"{run.config.model.network}, {parameters:,} parameters"),
+        ("best validation", f"{events[best]['validation']:.4f} at step {events[best]['step']:,}"),
+        ("last validation", f"{last['validation']:.4f}"),
+        ("last training", f"{last['train']:.4f}"),
+    ]
+    curve = figures.training(events, best, unit)
+    return _section(
+        "Training",
+        "The weights with the best validation bound are kept (open circle). Validation measures"
+        " the moving average of the weights.",
+        f'<div class="two"><figure>{curve}</figure>{_table(("", unit), rows)}</div>',
+    )
+
+
+def _images(run: Run, x: Tensor, path: Trajectory) -> str:
+    canvas = Canvas(run.model, run.config.schema, x)
+    grids = "".join(
+        f"<figure><h3>{title}</h3>{_picture(canvas.data(images[:64]), 8, title)}</figure>"
+        for title, images in (("Samples", path.x), ("Test data", x))
+    )
+    latents = [canvas.latent(z[:6], t) for z, t in zip(path.z, path.times, strict=True)]
+    predictions = [canvas.prediction(_first_of(p, 6)) for p in path.predictions]
+    labels = [f"{t:.2f}" for t in path.times]
+    final = canvas.data(path.x[:6])
+    absorbing = isinstance(run.model.process, Absorbing)
+    grey = " Masked pixels are blue-grey." if absorbing else ""
+    mean = "Mean of P(x|z<sub>t</sub>)" if absorbing else "Prediction x̂(z<sub>t</sub>)"
+    return _section(
+        "Samples",
+        f"{len(path.x)} samples in {SAMPLE_STEPS} steps beside as many test examples, none of them"
+        " chosen. Below, how the first six came about: from noise at t = 1 to the sample x."
+        f"{grey}",
+        f'<div class="two">{grids}</div><div class="two" style="margin-top:32px">'
+        f"<div><h3>Latent z<sub>t</sub></h3>{_strip([*latents, final], [*labels, 'x'])}</div>"
+        f"<div><h3>{mean}</h3>{_strip([*predictions, final], [*labels, 'x'])}</div></div>",
+    )
+
+
+def _first_of(prediction: Prediction, count: int) -> Prediction:
+    return Prediction(prediction.e_hat[:count])
+
+
+def _strip(columns: list[np.ndarray], labels: list[str]) -> str:
+    cells = "".join(
+        f"<figure>{_picture(images, 1, label, 96)}<figcaption>{label}</figcaption></figure>"
+        for images, label in zip(columns, labels, strict=True)
+    )
+    style = f"grid-template-columns:repeat({len(columns)},1fr)"
+    return f'<div class="strip" style="{style}">{cells}</div>'
+
+
+def _vectors(schema: Schema, x: Tensor, path: Trajectory, seed: int) -> str:
+    real = _some(x, len(path.x), seed).flatten(1)[:, :4].double().numpy()
+    sampled = path.x.flatten(1)[:, :4].double().numpy()
+    d = real.shape[1]
+    which = f"the first {d} dimensions" if d < math.prod(schema.shape) else "all dimensions"
+    shaken = "; integers are shaken a little to tell them apart" if schema.levels else ""
+    return _section(
+        "Samples",
+        f"{len(sampled)} samples in {SAMPLE_STEPS} steps and {len(real)} test examples, {which}"
+        f"{shaken}.",
+        f"<figure>{figures.pairs(real, sampled, schema.levels)}</figure>",
+    )
+
+
+def _pixels(run: Run, x: Tensor, each: np.ndarray, unit: str) -> str:
+    """Images: the mean map, and the cheapest, the typical and the dearest examples."""
+    name = "bits" if unit == "bits/dim" else "nats"
+    maps = each.sum(1)
+    total = maps.sum((1, 2))
+    order = np.argsort(total, kind="stable")
+    n = len(order)
+    chosen = [*order[: min(2, n)], *order[n // 2 : n // 2 + 2], *order[-2:]][: min(6, n)]
+    high = max(float(np.quantile(maps[chosen], 0.995)), 1e-9)
+    shown = Canvas(run.model, run.config.schema, x).data(x[chosen])
+    heated = figures.heated(maps[chosen], high)
+    cells = "".join(
+        f"<figure>{_picture(np.stack([image, map_]), 2, 'an example and its costs', 460)}"
+        f"<figcaption>{total[i]:.1f} {name}</figcaption></figure>"
+        for image, map_, i in zip(shown, heated, chosen, strict=True)
+    )
+    scale = f'<div class="scale" style="background:linear-gradient(90deg,{_gradient()})"></div>'
+    ends = f'<div class="ends"><span>0</span><span>{high:.3g} {name} per pixel</span></div>'
+    return _section(
+        "The price of each pixel",
+        f"The bound at 64 steps before it is summed over pixels{_channels(run)}: its mean over {n}"
+        " test examples, and the cheapest, the middle and the dearest two of them.",
+        f'<div class="two"><figure><h3>Mean</h3>{figures.heat(maps.mean(0), name)}</figure>'
+        f'<div><h3>Single examples</h3><div class="pairs">{cells}</div>{scale}{ends}</div></div>',
+    )
+
+
+def _channels(run: Run) -> str:
+    return ", colours together" if run.config.schema.shape[0] > 1 else ""
+
+
+def _gradient() -> str:
+    stops = figures.heated(np.linspace(0, 1, 9)[None, None], 1.0)[0, 0]
+    return ",".join(f"rgb({r},{g},{b})" for r, g, b in stops)
+
+
+def _columns(each: np.ndarray, unit: str) -> str:
+    flat = each.reshape(len(each), -1)
+    name = "bits" if unit == "bits/dim" else "nats"
+    error = flat.std(0, ddof=1) / math.sqrt(len(flat)) if len(flat) > 1 else np.zeros(len(flat[0]))
+    return _section(
+        "The price of each dimension",
+        f"The bound at 64 steps before it is summed over dimensions, mean over {len(each)} test"
+        " examples; bars are one standard error.",
+        f"<figure>{figures.dimensions(flat.mean(0), error, name)}</figure>",
+    )
+
+
+def _again(run: Run, seed: int) -> str:
+    path = shlex.quote(str(run.path))
+    commands = "\n".join(
+        (
+            "# the run",
+            _train_command(run),
+            "# the bound at the top",
+            f"nelbo evaluate {path} --seed {seed}",
+            "# the bound of few steps, on all test examples",
+            f"nelbo evaluate {path} --steps 8 --seed {seed}",
+            "# samples",
+            f"nelbo sample {path} --n 64 --steps {SAMPLE_STEPS} --seed {seed} --out samples."
+            + ("png" if is_image(run.config.schema) else "npz"),
+            "# this page",
+            f"nelbo report {path} --seed {seed}",
+        )
+    )
+    versions = (
+        f"nelbo {nelbo.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    return _section(
+        "To obtain it again",
+        f"{versions}.",
+        f"<pre>{escape(commands)}</pre><h3>config.json</h3>"
+        f"<pre>{escape(run.config.to_json().strip())}</pre>",
+    )
+
+
+def _train_command(run: Run) -> str:
+    """The command with every option that differs from what the others bring."""
+    config = run.config
+    own = {
+        f.name: getattr(section, f.name)
+        for section, kind in ((config.model, ModelConfig), (config.train, TrainConfig))
+        for f in fields(kind)
+    }
+    lead = {n: own[n] for n in ("process", "network", "head") if own[n] != "symbols"}
+    given: dict[str, str | int | float] = {}
+    for name, value in lead.items():
+        if vars(configure(config.schema, config.preset, **given)[0])[name] != value:
+            given[name] = value
+    model, train = configure(config.schema, config.preset, **given)
+    rest = {n: v for n, v in own.items() if v != (vars(model) | vars(train))[n]}
+    words = ["nelbo", "train", str(config.source), "--out", str(run.path)]
+    for name, value in {
+        **({} if config.preset == "auto" else {"preset": config.preset}),
+        **({} if config.size is None else {"size": config.size}),
+        **given,
+        **rest,
+    }.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+# Words, numbers and tags
+
+
+def _name(run: Run) -> str:
+    return Path(run.config.source).name or run.config.source
+
+
+def _shape(schema: Schema) -> str:
+    shape = " × ".join(map(str, schema.shape))
+    return f"({shape}" + (", real)" if schema.levels is None else f", {schema.levels} levels)")
+
+
+def _rounded(value: float, error: float) -> str:
+    return f"{value:.{_digits(error)}f}".replace("-", "−")
+
+
+def _spread(error: float) -> str:
+    return "–" if math.isnan(error) else f"{error:.{_digits(error)}f}"
+
+
+def _digits(error: float) -> int:
+    """Decimals that show two digits of an error."""
+    if not error > 0:
+        return 3
+    return min(6, max(0, 1 - math.floor(math.log10(error))))
+
+
+def _term(value: float) -> str:
+    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 4
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _shades() -> list[str]:
+    return [f"var({figures.VARIABLES[colour]})" for colour in figures.TERMS]
+
+
+def _section(title: str, text: str, body: str) -> str:
+    return f"<section><h2>{title}</h2><p>{text}</p>{body}</section>"
+
+
+def _table(head: Iterable[str], rows: Iterable[tuple[str, ...]], total: bool = False) -> str:
+    rows = list(rows)
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = [
+        f"<tr{' class=sum' if total and i == len(rows) - 1 else ''}>"
+        + "".join(f"<td>{cell}</td>" for cell in row)
+        + "</tr>"
+        for i, row in enumerate(rows)
+    ]
+    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
+
+
+def _picture(images: np.ndarray, columns: int, label: str, side: int = 900) -> str:
+    address = figures.uri(figures.mosaic(images, columns, side))
+    return f'<img alt="{escape(label)}" src="{address}">'

@@ -1,0 +1,111 @@
+"""What a report measures beside the bound: few steps, the path of samples, single dimensions."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo._numerics import LOG_2, draw, seeded
+from nelbo.data import Schema
+from nelbo.dimensions import by_dimension
+from nelbo.estimate import Grid
+from nelbo.evaluate import ROWS, evaluate
+from nelbo.figures import StepCurve
+from nelbo.heads import LevelLogits
+from nelbo.model import Model, measuring
+from nelbo.process import Gaussian
+from nelbo.reverse import Beta, Learned, Mixture, Posterior, Reverse
+
+Track = Callable[[Iterable[int]], Iterable[int]]
+
+STEPS = (2, 4, 8, 16, 32, 64)
+SAMPLE_STEPS = 32
+EXAMPLES = 256  # at most, of the test data
+
+
+def is_image(schema: Schema) -> bool:
+    """Grey or RGB images that are worth showing as such."""
+    return len(schema.shape) == 3 and schema.shape[0] in (1, 3) and min(schema.shape[1:]) >= 4
+
+
+def _some(x: Tensor, count: int, seed: int) -> Tensor:
+    """`count` examples at most, drawn without replacement, in their order."""
+    with seeded(seed, 1):
+        return x[torch.randperm(len(x))[:count].sort().values]
+
+
+def steps_of(model: Model) -> dict[str, Reverse]:
+    """The reverse steps this model can take, by name; the tightest first, its own included."""
+    if not isinstance(model.process, Gaussian):
+        return {"categorical step": model.step}
+    found: dict[str, Reverse] = {}
+    if isinstance(model.head, LevelLogits):
+        found["mixture step"] = Mixture(model.head.values)
+    if isinstance(model.step, Learned):
+        found["Gaussian step, learned σ²"] = model.step
+    found["Gaussian step, σ² = β̃"] = Posterior()
+    if isinstance(model.step, Beta):
+        found["Gaussian step, σ² = β"] = model.step
+    return found
+
+
+def measure_steps(
+    model: Model, x: Tensor, seed: int, track: Track = iter
+) -> tuple[list[figures.StepCurve], Tensor]:
+    """Each reverse step at T = 2, 4, ..., 64, and ∞, which they share; and the costs of each
+    dimension (N, *shape) with the model's own step at 64. In the unit of the evaluation."""
+    kinds = steps_of(model)
+    limit = evaluate(model, x, calls=32, seed=seed)
+    scale = 1.0 if limit.bits_per_dim is None else 1 / LOG_2
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    cost = torch.empty(0)
+    for i in track(range(len(STEPS))):
+        grid = Grid.uniform(STEPS[i])
+        bounds = by_dimension(model, x, grid, tuple(kinds.values()), seed)
+        for (name, step), bound in zip(kinds.items(), bounds, strict=True):
+            each = scale * sum(bound, start=torch.zeros(()))
+            if type(step) is type(model.step):
+                cost = each
+            total = each.flatten(1).sum(1) / (1 if scale == 1 else model.dims)
+            error = (total.var(correction=1) / len(x)).sqrt() if len(x) > 1 else torch.zeros(())
+            found[name].append((total.mean().item(), error.item()))
+    value = limit.nats if limit.bits_per_dim is None else limit.bits_per_dim
+    last = value, float(np.nan_to_num(limit.standard_error.total))
+    curves = []
+    for name, points in found.items():
+        values, errors = zip(*points, last, strict=True)
+        curves.append(figures.StepCurve(name, STEPS, values, errors))
+    return curves, cost
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Ancestral samples x, and z_t and the prediction at z_t at some of the times."""
+
+    x: Tensor
+    times: list[float]
+    z: list[Tensor]
+    predictions: list[Prediction]
+
+
+def trajectory(
+    model: Model, count: int, seed: int, track: Track = iter, steps: int = SAMPLE_STEPS
+) -> Trajectory:
+    """The samples of `sample.ancestral` on a uniform grid, with what happened on the way."""
+    grid = Grid.uniform(steps).times.to(model.device)
+    shots = set(torch.linspace(0, steps - 1, 8).round().int().tolist())
+    seen: list[tuple[float, Tensor, Prediction]] = []
+    with measuring(model), seeded(seed):
+        z = model.process.prior(model.shape, grid[-1].expand(count)).sample()
+        for i in track(range(steps - 1, -1, -1)):
+            t = grid[i].expand(count)
+            prediction = model.predict(z, t)
+            if i in shots:
+                seen.append((grid[i].item(), z, prediction))
+            if i > 0:
+                z = draw(model.step(prediction, z, grid[i - 1].expand(count), t, model.process))
+        x = model.decoder(prediction, z, t, model.process).sample()
+    times, latents, predictions = zip(*seen, strict=True)
+    return Trajectory(x.cpu(), list(times), list(latents), list(predictions))
