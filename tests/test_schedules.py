@@ -78,6 +78,13 @@ class TestLearnedPinned(ScheduleContract):
                     p += request.param * torch.randn_like(p)
         return schedule.requires_grad_(False)
 
+    def test_increases_with_weights_of_either_sign(self, schedule):
+        """Hidden units rise with t and enter with positive weights, whatever their parameters."""
+        with torch.no_grad():
+            schedule.up.copy_(torch.linspace(-6, 6, 8))
+            schedule.down.copy_(torch.linspace(3, -3, 8))
+        self.test_increases(schedule)
+
 
 class TestLearnedEnds(ScheduleContract):
     @pytest.fixture(params=[0.0, 1.0], ids=["new", "moved"])
