@@ -17,7 +17,7 @@ from nelbo.likelihood import Categorical
 from nelbo.model import Model
 from nelbo.process import Absorbing
 from nelbo.reverse import Posterior
-from nelbo.schedules import Linear, LinearAlpha, Schedule
+from nelbo.schedules import Linear, PowerAlpha, Schedule
 
 K, D = 3, 2
 STATES = torch.tensor(states(K, D))
@@ -95,9 +95,9 @@ def exact_bound(model: Model, x: tuple[int, ...], times: Times) -> Bound:
 CHAINS = pytest.mark.parametrize(
     ("schedule", "times"),
     [
-        (LinearAlpha(), Grid.uniform(1)),
-        (LinearAlpha(), Grid.uniform(3)),
-        (LinearAlpha(), Grid([0.1, 0.35, 1.0])),
+        (PowerAlpha(), Grid.uniform(1)),
+        (PowerAlpha(), Grid.uniform(3)),
+        (PowerAlpha(), Grid([0.1, 0.35, 1.0])),
         (Linear(-3.0, 2.0), Grid([0.3, 0.6, 1.0])),
         (Schedule.from_betas([0.2, 0.5, 0.3]), Grid.uniform(3)),
     ],
@@ -132,10 +132,10 @@ def test_the_enumerated_model_is_normalised(schedule, times):
 @pytest.mark.parametrize(
     ("schedule", "times"),
     [
-        (LinearAlpha(), Grid.uniform(3)),
+        (PowerAlpha(), Grid.uniform(3)),
         (Linear(-3.0, 2.0), Grid([0.3, 0.6, 1.0])),
         # From 0 on, E rate² = ∫ dt/t: the mean is right and the variance infinite.
-        (LinearAlpha(), Continuum(0.05)),
+        (PowerAlpha(), Continuum(0.05)),
         (Linear(-3.0, 2.0), Continuum()),
     ],
     ids=["grid", "symbols left at T", "continuum", "continuum, symbols left"],
@@ -190,7 +190,7 @@ def test_few_steps_cost_the_mutual_information_over_t(steps):
     decoder is the last), uniformly since α_t = 1 − t: the same one with probability 1/T.
     """
     joint = joint_table()
-    model = table_model(true_conditionals(joint), LinearAlpha())
+    model = table_model(true_conditionals(joint), PowerAlpha())
     product = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     information = (joint * np.log(joint / product)).sum()
     assert information > 0.1
@@ -205,7 +205,7 @@ def test_continuous_time_costs_nothing():
     """DESIGN equation 9, the limit: with exact conditionals the ELBO is log P(x), for every x;
     two symbols are never revealed at once."""
     joint = joint_table()
-    model = table_model(true_conditionals(joint), LinearAlpha())
+    model = table_model(true_conditionals(joint), PowerAlpha())
     for x in EXAMPLES:
         bound = exact_bound(model, x, Continuum())
         assert bound.prior == 0
@@ -231,7 +231,7 @@ def test_continuous_time_does_not_depend_on_the_schedule():
 
 def test_grids_approach_the_continuum_at_first_order():
     """DESIGN equations 5 and 9: the bound on a grid tends to the continuous one like 1/T."""
-    model = table_model(arbitrary(), LinearAlpha())
+    model = table_model(arbitrary(), PowerAlpha())
     limit = exact_bound(model, (1, 2), Continuum()).elbo
     errors = [
         (exact_bound(model, (1, 2), Grid.uniform(n)).elbo - limit).item() for n in (8, 16, 32, 64)
@@ -242,7 +242,7 @@ def test_grids_approach_the_continuum_at_first_order():
 
 def test_a_wrong_symbol_on_show_is_impossible():
     """DESIGN equation 9: P(x|z_1) copies what shows, so it excludes every other symbol."""
-    model = table_model(arbitrary(), LinearAlpha())
+    model = table_model(arbitrary(), PowerAlpha())
     z = torch.tensor([[1, K], [1, 2]])
     t = torch.full((2,), 0.5, dtype=torch.float64)
     x = torch.tensor([[0, 0], [1, 2]])

@@ -17,7 +17,7 @@ from nelbo.heads import (
 )
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
 from nelbo.reverse import Beta, Learned, Mixture, Posterior
-from nelbo.schedules import Linear, LinearAlpha, Schedule
+from nelbo.schedules import Linear, PowerAlpha, Schedule
 
 SHAPE = (2, 3, 5, 7)
 T = torch.tensor([0.25, 0.75], dtype=torch.float64)
@@ -135,7 +135,7 @@ def test_variance_runs_from_beta_tilde_to_beta():
 
 def test_symbol_logits_are_normalised():
     """DESIGN equation 9: ê = log_softmax of the output."""
-    process = Absorbing(LinearAlpha(), 3)
+    process = Absorbing(PowerAlpha(), 3)
     output = torch.randn(2, 3, 3, dtype=torch.float64)
     e_hat = SymbolLogits(3)(output, torch.full((2, 3), 3), T, process).e_hat
     truth = output.exp() / output.exp().sum(-1, keepdim=True)
@@ -145,7 +145,7 @@ def test_symbol_logits_are_normalised():
 
 def test_heads_and_steps_refuse_what_they_cannot_use():
     """Each refusal names what is needed instead."""
-    gaussian, absorbing = Gaussian(Linear(-6.0, 5.0), Affine()), Absorbing(LinearAlpha(), 3)
+    gaussian, absorbing = Gaussian(Linear(-6.0, 5.0), Affine()), Absorbing(PowerAlpha(), 3)
     z = torch.zeros(2, 3, dtype=torch.float64)
     point = Data()(z, z, T, gaussian)
     with pytest.raises(TypeError, match="Mean needs a Gaussian process; got Absorbing"):

@@ -19,7 +19,7 @@ from nelbo.likelihood import (
     LevelHead,
 )
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.schedules import Linear, LinearAlpha
+from nelbo.schedules import Linear, PowerAlpha
 
 SHAPE = (2, 3, 5, 7)
 T1 = torch.tensor([0.1, 0.6], dtype=torch.float64)
@@ -84,7 +84,7 @@ class TestBernoulli(DiscreteContract):
 class TestCategorical(OfLevels):
     @pytest.fixture
     def distribution(self, count):
-        process = Absorbing(LinearAlpha(), count)
+        process = Absorbing(PowerAlpha(), count)
         z = process.marginal(process.embed(torch.randint(count, SHAPE)), T1).sample()
         e_hat = torch.randn(*SHAPE, count, dtype=torch.float64).log_softmax(-1)
         return Categorical()(Prediction(e_hat), z, T1, process)
@@ -137,7 +137,7 @@ def test_categorical_copies_what_shows():
     """DESIGN equation 9: a symbol that shows is certain, a masked one is the prediction."""
     z = torch.tensor([[1, 3, 3]])
     e_hat = torch.randn(1, 3, 3, dtype=torch.float64).log_softmax(-1)
-    p = Categorical()(Prediction(e_hat), z, T1[:1], Absorbing(LinearAlpha(), 3))
+    p = Categorical()(Prediction(e_hat), z, T1[:1], Absorbing(PowerAlpha(), 3))
     assert p.base_dist.log_prob(torch.tensor([[1, 0, 0]]))[0, 0] == 0
     assert p.base_dist.log_prob(torch.tensor([[2, 0, 0]]))[0, 0] == -math.inf
     got = p.base_dist.log_prob(torch.tensor([[1, 0, 2]]))[0, 1:]

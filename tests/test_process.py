@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 
 from nelbo._numerics import seeded
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.schedules import Cosine, Linear, LinearAlpha, Schedule
+from nelbo.schedules import Cosine, Linear, PowerAlpha, Schedule
 
 SHAPE = (2, 3, 5, 7)
 S = torch.tensor([0.2, 0.5], dtype=torch.float64)
@@ -185,7 +185,7 @@ def test_levels_fill_their_range():
     with pytest.raises(ValueError, match=r"levels must be at least 2; got 1"):
         Levels(1)
     with pytest.raises(ValueError, match=r"levels must be at least 2; got 1"):
-        Absorbing(LinearAlpha(), 1)
+        Absorbing(PowerAlpha(), 1)
 
 
 @pytest.mark.parametrize("gamma", [17.0, 40.0])
@@ -244,7 +244,7 @@ def matrices(process: Absorbing, s: float, t: float) -> tuple[Tensor, Tensor]:
     return forward, back
 
 
-@pytest.mark.parametrize("schedule", [LinearAlpha(), Linear(-4.0, 3.0)], ids=["alpha", "gamma"])
+@pytest.mark.parametrize("schedule", [PowerAlpha(), Linear(-4.0, 3.0)], ids=["alpha", "gamma"])
 @pytest.mark.parametrize(("r", "s", "t"), [(0.1, 0.4, 0.9), (0.0, 0.5, 1.0)])
 def test_absorbing_tables(schedule, r, s, t):
     """DESIGN equations 4 and 9, all symbols, end points included: rows sum to 1, transitions
@@ -269,7 +269,7 @@ def test_absorbing_tables(schedule, r, s, t):
 
 def test_absorbing_end_points():
     """DESIGN equation 9 with α_0 = 1 and α_1 = 0: certain and impossible, nothing undefined."""
-    process = Absorbing(LinearAlpha(), 3)
+    process = Absorbing(PowerAlpha(), 3)
     x, masks = torch.tensor([[2, 0]]), torch.tensor([[3, 3]])
     e = process.embed(x)
     zero, half, one = (torch.tensor([v], dtype=torch.float64) for v in (0.0, 0.5, 1.0))
@@ -289,7 +289,7 @@ def test_absorbing_end_points():
 @pytest.mark.parametrize(("s", "t"), [(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)])
 def test_absorbing_kl_is_finite_at_the_end_points(s, t):
     """DESIGN equation 9: KL = (α_s-α_t)/(1-α_t) Σ_masked −log P(x_i|z_t), gradients finite."""
-    process = Absorbing(LinearAlpha(), 3)
+    process = Absorbing(PowerAlpha(), 3)
     x, z = torch.tensor([[2, 0, 1]]), torch.tensor([[3, 3, 1]])
     logits = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
     e, e_hat = process.embed(x), logits.log_softmax(-1)
@@ -323,11 +323,11 @@ def test_what_no_mask_hides_at_the_end_is_uniform():
 
 def test_absorbing_features_are_the_symbols():
     """What the network sees is one-hot, the channels of one dimension side by side."""
-    process = Absorbing(LinearAlpha(), 4)
+    process = Absorbing(PowerAlpha(), 4)
     z = torch.randint(5, SHAPE)
     seen = process.features(z).reshape(2, 3, 5, 5, 7)
     assert torch.equal(seen.argmax(2), z)
     assert torch.equal(seen.sum(2), torch.ones(SHAPE, dtype=torch.float64))
     flat = torch.tensor(states(2, 3))
-    seen = Absorbing(LinearAlpha(), 2).features(flat).reshape(-1, 3, 3)
+    seen = Absorbing(PowerAlpha(), 2).features(flat).reshape(-1, 3, 3)
     assert np.array_equal(seen.argmax(-1).numpy(), flat.numpy())

@@ -10,7 +10,7 @@ from contracts import ScheduleContract
 from nelbo._numerics import seeded
 from nelbo.estimate import Continuum, Grid
 from nelbo.process import Affine, Gaussian
-from nelbo.schedules import Cosine, LearnedMonotone, Linear, LinearAlpha, Schedule
+from nelbo.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +35,12 @@ class TestCosine(ScheduleContract):
         return Cosine(-9.0, 8.0)
 
 
-class TestLinearAlpha(ScheduleContract):
+class TestPowerAlpha(ScheduleContract):
     ends = (None, None)
 
     @pytest.fixture
     def schedule(self):
-        return LinearAlpha()
+        return PowerAlpha()
 
 
 class TestBetas(ScheduleContract):
@@ -110,7 +110,7 @@ def test_cosine_is_cosine():
 
 def test_linear_alpha_is_linear():
     """DESIGN equation 9: α_t = 1 - t, its ends exactly 1 and 0."""
-    process = Gaussian(LinearAlpha(), Affine())
+    process = Gaussian(PowerAlpha(), Affine())
     t = torch.linspace(0, 1, 33, dtype=torch.float64)
     torch.testing.assert_close(process.alpha(t), 1 - t, rtol=1e-14, atol=0)
     assert process.log_alpha(t[-1:]).item() == -math.inf

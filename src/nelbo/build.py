@@ -19,7 +19,8 @@ SCHEDULES: Mapping[str, Callable[[float, float], schedules.Schedule]] = {
     "cosine": schedules.Cosine,
     "learned": schedules.LearnedMonotone,
     "learned-ends": lambda low, high: schedules.LearnedMonotone(low, high, learn_endpoints=True),
-    "linear-alpha": lambda low, high: schedules.LinearAlpha(),
+    "linear-alpha": lambda low, high: schedules.PowerAlpha(1.0),
+    "quadratic-alpha": lambda low, high: schedules.PowerAlpha(2.0),
 }
 POINT_HEADS: Mapping[str, Callable[[], heads.Head]] = {
     "noise": heads.Noise,
@@ -64,9 +65,9 @@ def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> 
     schedule = SCHEDULES[config.schedule](config.gamma_min, config.gamma_max)
     if config.process == "absorbing":
         return _absorbing(config, schema, schedule)
-    if config.schedule == "linear-alpha":
+    if config.schedule in ("linear-alpha", "quadratic-alpha"):
         raise ValueError(
-            "the schedule linear-alpha ends in infinite γ, which is for the absorbing process;"
+            f"the schedule {config.schedule} ends in infinite γ, which is for the absorbing process;"
             " try --schedule linear"
         )
     if schema.levels is None:

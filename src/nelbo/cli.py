@@ -155,6 +155,7 @@ def train(
     options
         In place of the preset's.
     """
+    from nelbo.checkpoint import STATE
     from nelbo.train import resume as continue_run
     from nelbo.train import train as start
 
@@ -190,7 +191,8 @@ def train(
                 **given,
             )
     except KeyboardInterrupt:
-        _say(f"stopped and saved; continue with: nelbo train --resume {path}")
+        if path is not None and (path / STATE).exists():
+            _say(f"stopped and saved; continue with: nelbo train --resume {path}")
         raise
     last = run.metrics[-1]
     _say(
@@ -236,14 +238,13 @@ def evaluate(
     """
     from nelbo._progress import tracker
     from nelbo.checkpoint import load
-    from nelbo.data import as_examples
     from nelbo.evaluate import evaluate as measure
 
     loaded = load(run)
     x, split = loaded.examples(data, split)
     result = measure(
         loaded.model.to(device),
-        as_examples(x),
+        x,
         times=_times(steps),
         calls=calls,
         seed=seed,

@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from nelbo.data import Schema
 
 Process = Literal["gaussian", "absorbing"]
-Schedule = Literal["linear", "cosine", "learned", "learned-ends", "linear-alpha"]
+Schedule = Literal[
+    "linear", "cosine", "learned", "learned-ends", "linear-alpha", "quadratic-alpha"
+]
 Head = Literal["levels", "noise", "data", "velocity", "symbols"]
 Step = Literal["mixture", "posterior", "beta", "learned"]
 Decoder = Literal[
@@ -136,7 +138,11 @@ def configure(
         train = replace(train, cross_entropy=0.0)
     elif options.get("process") == "absorbing":
         model = replace(
-            model, schedule="linear-alpha", head="symbols", step="posterior", decoder="categorical"
+            model,
+            schedule="quadratic-alpha",
+            head="symbols",
+            step="posterior",
+            decoder="categorical",
         )
     elif options.get("head", "levels") != "levels":
         model = replace(model, step="posterior", decoder="evidence")

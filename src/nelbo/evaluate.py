@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from nelbo._numerics import LOG_2, seeded
-from nelbo.data import fingerprint
+from nelbo.data import as_examples, fingerprint
 from nelbo.elbo import Bound, prior_term, reconstruction_term
 from nelbo.estimate import Continuum, Grid, Times, stratified
-from nelbo.likelihood import GaussianDensity
 from nelbo.model import Model, measuring, model_hash
 
 BLOCK = 32  # examples that share strata
@@ -161,8 +160,7 @@ def evaluate(
     curve = _Curve(times, len(x) * replicates * draws)
     with measuring(model), _counting(model.network) as rows:
         for g in track(range(len(blocks))):
-            block = x[blocks[g]].to(model.device)
-            block = block.long() if not block.is_floating_point() else block
+            block = as_examples(x[blocks[g]]).to(model.device)
             with seeded(seed, g):
                 first = _full(block, times.first)
                 prior[blocks[g]] = prior_term(model, block, _full(block, 1.0)).cpu()
@@ -189,7 +187,7 @@ def evaluate(
     each = prior[:, None] + reconstruction + diffusion
     bound = Bound(prior, reconstruction.mean(1), diffusion.mean(1))
     nats = -bound.elbo.mean().item()
-    density = isinstance(model.decoder, GaussianDensity)
+    density = model.decoder.density
     scale = 1.0 if density else 1 / (model.dims * LOG_2)
     return Evaluation(
         bits_per_dim=None if density else nats * scale,

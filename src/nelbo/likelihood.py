@@ -21,6 +21,9 @@ from nelbo.process import Affine, Levels, Process, per_example
 class Likelihood(nn.Module, ABC):
     """P(x|z_1) from a prediction at z_1."""
 
+    #: a density, in nats only; else a probability
+    density = False
+
     @abstractmethod
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
@@ -82,6 +85,8 @@ class GaussianDensity(Likelihood):
             units of the normal.
         spread: standard deviation in units of e, where it starts; learned.
     """
+
+    density = True
 
     def __init__(self, affine: Affine, spread: float = 0.1) -> None:
         super().__init__()

@@ -1,0 +1,200 @@
+"""One number, its error and its price."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nelbo._numerics import seeded
+from nelbo.estimate import Continuum, Grid, elbo
+from nelbo.evaluate import BLOCK, evaluate, plan
+from nelbo.heads import Data, LevelLogits
+from nelbo.likelihood import GaussianDensity, LevelHead
+from nelbo.model import Model, model_hash
+from nelbo.process import Affine, Gaussian, Levels
+from nelbo.reverse import Mixture, Posterior
+from nelbo.schedules import Linear
+
+
+class Tilt(nn.Module):
+    """Logits that lean with z, so that the terms depend on the example and the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 4))
+
+    def forward(self, z, level):
+        return (z[..., None] + 0.05 * level[:, None, None]) * self.weight
+
+
+class Shrink(nn.Module):
+    """The ideal denoiser of unit normal data: ê = √α z."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, z, level):
+        return self.one * torch.sigmoid(-level)[:, None].sqrt() * z
+
+
+@pytest.fixture
+def model():
+    levels = Levels(4)
+    process, head = Gaussian(Linear(-6.0, 5.0), levels), LevelLogits(levels.values)
+    return Model(Tilt(), process, head, Mixture(levels.values), LevelHead(), (3,))
+
+
+@pytest.fixture
+def x():
+    with seeded(1):
+        return torch.randint(0, 4, (2 * BLOCK + 5, 3), dtype=torch.uint8)
+
+
+def test_every_example_counts_once_and_alike(model, x):
+    """The mean of a set of unequal blocks is the mean over its examples, not over its blocks."""
+    result = evaluate(model, x, calls=64)
+    each = -result.per_example.elbo
+    assert each.shape == (len(x),)
+    assert result.examples == len(x)
+    assert result.nats == pytest.approx(each.mean().item(), rel=1e-12)
+    assert result.bits_per_dim == pytest.approx(result.nats / (3 * math.log(2)), rel=1e-12)
+    with seeded(0):
+        alone = -elbo(model, x[-1:].long().expand(20000, 3)).elbo
+    error = math.hypot(alone.std().item() / math.sqrt(20000), 3 * result.standard_error.total)
+    assert abs(alone.mean().item() - each[-1].item()) < 4 * max(error, 0.2)
+
+
+@pytest.mark.parametrize("times", [Continuum(), Grid.uniform(5)], ids=["continuum", "grid"])
+def test_the_terms_add_up(model, x, times):
+    result = evaluate(model, x, times=times)
+    total = result.terms.prior + result.terms.reconstruction + result.terms.diffusion
+    assert total == pytest.approx(result.bits_per_dim, rel=1e-12)
+    curve = sum(point.value for point in result.curve)
+    assert curve == pytest.approx(result.terms.diffusion, rel=0.02)
+    error = result.standard_error
+    assert error.total == pytest.approx(math.hypot(error.data, error.monte_carlo), rel=1e-12)
+    assert error.data > 0 and error.monte_carlo > 0
+
+
+@pytest.mark.parametrize(
+    ("times", "calls", "expected"),
+    [
+        (Continuum(), None, 16),
+        (Continuum(), 4, 4),
+        (Continuum(), 21, 20),
+        (Grid.uniform(8), None, 32),
+        (Grid.uniform(8), 16, 16),
+        (Grid.uniform(8), 8, 8),
+        (Grid.uniform(1000), None, 64),
+        (Grid.uniform(1), None, 4),
+    ],
+)
+def test_the_calls_are_those_of_the_network(model, x, times, calls, expected):
+    assert evaluate(model, x, times=times, calls=calls).calls_per_example == expected
+
+
+def test_too_few_calls_for_an_error_bar():
+    with pytest.raises(ValueError, match="calls must be at least 4.*got 3"):
+        plan(Continuum(), 3)
+
+
+@pytest.mark.parametrize("times", [Continuum(), Grid.uniform(6)], ids=["continuum", "grid"])
+def test_the_monte_carlo_error_is_that_of_other_seeds(model, x, times):
+    """Over 60 seeds: spread as stated, and every mean within 4.5 of its own errors."""
+    results = [evaluate(model, x, times=times, seed=seed) for seed in range(60)]
+    values = torch.tensor([r.bits_per_dim for r in results], dtype=torch.float64)
+    stated = torch.tensor([r.standard_error.monte_carlo for r in results], dtype=torch.float64)
+    # the standard deviation of 60 values is known to 1/√118; stated ones have 9 or more degrees
+    assert 0.7 < values.std() / stated.square().mean().sqrt() < 1.35
+    assert ((values - values.mean()).abs() < 4.5 * stated).all()
+
+
+def test_the_data_error_is_that_of_other_data(model):
+    """Over 40 data sets: the total error is their spread."""
+    results = []
+    for seed in range(40):
+        with seeded(7, seed):
+            x = torch.distributions.Binomial(3, torch.tensor(0.3)).sample((70, 3)).long()
+        results.append(evaluate(model, x, seed=seed, calls=32))
+    values = torch.tensor([r.bits_per_dim for r in results], dtype=torch.float64)
+    stated = torch.tensor([r.standard_error.total for r in results], dtype=torch.float64)
+    assert 0.65 < values.std() / stated.square().mean().sqrt() < 1.45
+
+
+def test_seeds_and_settings_are_the_callers(model, x):
+    model.train()
+    model.dtype = torch.float32
+    state = torch.get_rng_state()
+    first, again = evaluate(model, x, seed=3), evaluate(model, x, seed=3)
+    assert first == again and first.nats != evaluate(model, x, seed=4).nats
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training and model.dtype == torch.float32
+
+
+def test_a_density_is_in_nats_of_the_data_s_units():
+    """The bound of unit normal data is the entropy; in other units log|scale| is added."""
+    with seeded(2):
+        x = torch.randn(3000, 2, dtype=torch.float64)
+    bounds = []
+    for scale in (1.0, 10.0):
+        affine = Affine(torch.full((2,), 3.0), torch.full((2,), scale))
+        decoder = GaussianDensity(affine, math.exp(-5))
+        process = Gaussian(Linear(-10.0, 8.0), affine)
+        model = Model(Shrink(), process, Data(), Posterior(), decoder, (2,))
+        result = evaluate(model, 3.0 + scale * x, calls=600)
+        assert result.standard_error.monte_carlo < 0.015
+        assert result.bits_per_dim is None and result.unit == "nats"
+        bounds.append(result.nats)
+    entropy = math.log(2 * math.pi) + x.square().sum(1).mean().item() / 2
+    assert bounds[0] == pytest.approx(entropy, abs=4 * 0.015)
+    assert bounds[1] - bounds[0] == pytest.approx(2 * math.log(10), abs=1e-6)
+
+
+def test_json_keys(model, x):
+    result = evaluate(model, x[:1], seed=5).to_dict()
+    text = json.dumps(result, allow_nan=False)
+    assert json.loads(text)["standard_error"]["data"] is None  # one example has no spread
+    for key in [
+        "bits_per_dim",
+        "nats",
+        "standard_error",
+        "terms",
+        "examples",
+        "dims",
+        "calls_per_example",
+        "steps",
+        "seed",
+        "weights",
+        "split",
+        "model_hash",
+        "data_hash",
+    ]:
+        assert key in result
+    assert set(result["terms"]) == {"prior", "reconstruction", "diffusion"}
+    assert set(result["standard_error"]) == {"total", "data", "monte_carlo"}
+    assert result["steps"] is None
+
+
+def test_hashes_follow_what_they_stand_for(model, x):
+    before = model_hash(model)
+    assert before == model_hash(model)
+    with torch.no_grad():
+        model.network.weight[0] += 1e-6
+    assert model_hash(model) != before
+    model.network.weight.data[0] -= 1e-6
+    model.step = Posterior()
+    assert model_hash(model) != before
+    assert evaluate(model, x).data_hash == evaluate(model, x.long()).data_hash
+
+
+def test_no_examples(model, x):
+    with pytest.raises(ValueError, match="at least one example"):
+        evaluate(model, x[:0])
+
+
+def test_another_shape(model):
+    with pytest.raises(ValueError, match=r"shape \(3,\); got \(5,\)"):
+        evaluate(model, torch.zeros(4, 5, dtype=torch.int64))

@@ -1,0 +1,158 @@
+"""Training losses are what their names say."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nelbo import objective
+from nelbo._numerics import seeded
+from nelbo.augment import augment
+from nelbo.data import Schema
+from nelbo.elbo import prior_term, reconstruction_term
+from nelbo.estimate import Continuum, elbo, stratified
+from nelbo.heads import LevelLogits, Noise
+from nelbo.likelihood import Evidence, LevelHead
+from nelbo.model import Model
+from nelbo.objective import Objective
+from nelbo.process import Gaussian, Levels
+from nelbo.reverse import Posterior
+from nelbo.schedules import Cosine, LearnedMonotone, Linear
+
+LEVELS = Levels(5)
+
+
+class Wiggle(nn.Module):
+    """Some smooth function of z, the level and the condition."""
+
+    def __init__(self, outputs=1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, outputs, dtype=torch.float64))
+
+    def forward(self, z, level, condition=None):
+        shift = 0 if condition is None else condition[:, None, None, None]
+        base = (z + 0.1 * level[:, None, None, None] + shift).sin()
+        return base * self.weight[0] if len(self.weight) == 1 else base[..., None] * self.weight
+
+
+def noise_model(schedule):
+    decoder = Evidence(LEVELS)
+    return Model(Wiggle(), Gaussian(schedule, LEVELS), Noise(), Posterior(), decoder, (1, 3, 5))
+
+
+@pytest.fixture
+def x():
+    with seeded(3):
+        return torch.randint(0, 5, (7, 1, 3, 5))
+
+
+@pytest.mark.parametrize("schedule", [Linear(-5.0, 4.0), Cosine(-5.0, 4.0)])
+@pytest.mark.parametrize(
+    ("weight", "of_noise_error"),
+    [
+        (objective.simple, lambda snr: torch.ones_like(snr)),
+        (objective.min_snr, lambda snr: torch.minimum(snr, torch.tensor(5.0)) / snr),
+        (objective.p2, lambda snr: 1 / (1 + snr)),
+    ],
+)
+def test_reweightings_weigh_the_error_of_the_noise(x, schedule, weight, of_noise_error):
+    """w(t) rate(t) is the named weight times ‖ε - ε̂‖² at the same draw."""
+    model = noise_model(schedule)
+    u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
+    ends = torch.zeros_like(u), torch.ones_like(u)
+    with seeded(1):
+        loss = Objective(weight, share=1.0)(model, x, u).loss
+    with seeded(1):
+        e = model.embed(x)
+        q = model.process.marginal(e, u).base_dist
+        z = q.rsample()
+        error = ((z - q.loc) / q.scale - model.network(z, schedule(u))).square().flatten(1).sum(1)
+        others = reconstruction_term(model, x, ends[0]) + prior_term(model, x, ends[1])
+    expected = (of_noise_error((-schedule(u)).exp()) * error + others).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+
+
+def test_the_bound_is_minus_the_elbo(x):
+    """With w = 1, λ = 0 the expected loss is the mean of −ELBO, for any share."""
+    model = noise_model(LearnedMonotone(-5.0, 4.0, learn_endpoints=True))
+    many = x.repeat(2000, 1, 1, 1)
+    with seeded(2):
+        bound = -elbo(model, many, Continuum()).elbo.mean()
+        losses = [
+            Objective(share=0.2)(
+                model, many[torch.randperm(len(many))], stratified(len(many))[:, 0]
+            )
+            for _ in range(4)
+        ]
+    values = torch.stack([value.loss for value in losses])
+    error = values.std() / 2
+    assert error < 0.02 * bound
+    assert abs(values.mean() - bound) < 4 * (error + 0.002 * bound)
+    for value in losses:
+        torch.testing.assert_close(value.loss.detach(), value.bound)
+
+
+def test_gradients_reach_learned_end_points(x):
+    schedule = LearnedMonotone(-5.0, 4.0, learn_endpoints=True)
+    model = noise_model(schedule)
+    Objective()(model, x, stratified(len(x))[:, 0]).loss.backward()
+    for parameter in schedule.parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0
+
+
+def test_cross_entropy_is_the_decoder_at_the_drawn_time(x):
+    head = LevelLogits(LEVELS.values)
+    process = Gaussian(Linear(-5.0, 4.0), LEVELS)
+    model = Model(Wiggle(5), process, head, Posterior(), LevelHead(), (1, 3, 5))
+    u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
+    with seeded(1):
+        plain = Objective()(model, x, u)
+    with seeded(1):
+        with_decoder = Objective(cross_entropy=0.5)(model, x, u)
+    with seeded(1):
+        decoded = reconstruction_term(model, x, u).mean()
+    torch.testing.assert_close(with_decoder.loss - plain.loss, 0.5 * decoded, rtol=1e-9, atol=0)
+    torch.testing.assert_close(with_decoder.bound, plain.bound)
+
+
+def test_conditions_follow_their_examples(x):
+    """A batch with conditions is the mean of its halves with theirs."""
+    model = noise_model(Linear(-5.0, 4.0))
+    with torch.no_grad():
+        t = torch.full((len(x),), 0.4, dtype=torch.float64)
+        z = model.embed(x)
+        condition = torch.arange(len(x), dtype=torch.float64)
+        together = model.given(condition).predict(z, t).e_hat
+        alone = model.given(condition[3:4]).predict(z[3:4], t[3:4]).e_hat
+        without = model.predict(z, t).e_hat
+    torch.testing.assert_close(together[3:4], alone)
+    torch.testing.assert_close(together[:1], without[:1])  # condition 0
+    assert (together[1:] - without[1:]).abs().min() > 0
+    assert model.condition is None
+
+
+def test_augmented_images_are_marked_and_the_others_untouched():
+    schema = Schema("levels", (3, 9, 6), 17)
+    with seeded(5):
+        x = torch.randint(0, 17, (400, 3, 9, 6))
+        moved, which = augment(x, 0.7, schema)
+    assert which.unique().tolist() == [0.0, 1.0]
+    assert abs(which.mean().item() - 0.7) < 4 * math.sqrt(0.21 / 400)
+    assert torch.equal(moved[which == 0], x[which == 0])
+    assert (moved[which == 1] != x[which == 1]).flatten(1).any(1).all()
+    assert moved.dtype == x.dtype and moved.min() >= 0 and moved.max() <= 16
+
+
+def test_augmentation_moves_little():
+    """A bright dot in the middle stays within the stated shift, rotation and scale."""
+    schema = Schema("levels", (1, 17, 17), 256)
+    x = torch.zeros(300, 1, 17, 17, dtype=torch.int64)
+    x[:, :, 7:10, 7:10] = 255
+    with seeded(6):
+        moved, which = augment(x, 0.99, schema)
+    mass = moved[which == 1].double().flatten(1)
+    place = torch.arange(17.0).double() - 8
+    rows = (mass.reshape(-1, 17, 17).sum(2) * place).sum(1) / mass.sum(1)
+    assert rows.abs().max() < 0.25 * 8.5 * 1.3
+    assert rows.std() > 0.5

@@ -1,0 +1,206 @@
+"""The page about a run: its numbers are the bound's, it stands alone, it follows from the seed."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nelbo import checkpoint
+from nelbo._numerics import LOG_2, seeded
+from nelbo.data import as_examples
+from nelbo.dimensions import by_dimension
+from nelbo.elbo import diffusion_term, prior_term, reconstruction_term
+from nelbo.estimate import Grid
+from nelbo.evaluate import evaluate
+from nelbo.figures import readable
+from nelbo.model import measuring
+from nelbo.reverse import Posterior
+from nelbo.sample import ancestral
+from nelbo.studies import STEPS, measure_steps, trajectory
+from nelbo.train import train
+
+SMALL = {"steps": 5, "batch": 16, "width": 16, "evaluate_every": 5}
+
+
+def vectors(count: int = 60, dims: int = 5) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(count, dims)).cumsum(1).astype(np.float32)
+
+
+def integers(count: int, *shape: int, levels: int) -> np.ndarray:
+    return np.random.default_rng(4).integers(0, levels, (count, *shape)).astype(np.uint8)
+
+
+DATA = {
+    "vectors with levels": (lambda: integers(60, 3, levels=6), {}),
+    "real vectors": (vectors, {}),
+    "one real column": (lambda: vectors(60, 1), {"step": "beta"}),
+    "real images": (lambda: integers(60, 1, 5, 7, levels=9) / np.float32(3), {}),
+    "colour": (lambda: integers(60, 3, 5, 7, levels=4), {}),
+    "absorbing": (lambda: integers(60, 1, 5, 7, levels=4), {"process": "absorbing"}),
+    "absorbing vectors": (lambda: integers(60, 70, levels=3), {"process": "absorbing"}),
+    "noise and learned variance": (
+        lambda: integers(60, 4, levels=5),
+        {"head": "noise", "step": "learned"},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=DATA)
+def run(request, tmp_path_factory):
+    make, options = DATA[request.param]
+    folder = tmp_path_factory.mktemp("run")
+    np.save(folder / "data.npy", make())
+    return train(str(folder / "data.npy"), folder / "run", **SMALL, **options)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits") / "run"
+    run = train("digits", out, **SMALL)
+    # A few test examples are enough here.
+    few = run.examples()[0][:12]
+    object.__setattr__(run, "examples", lambda *_: (few, "test"))
+    return run
+
+
+def write(run, out: Path, seed: int = 0) -> str:
+    from nelbo.report import report
+
+    assert report(run, out, seed) == out
+    return out.read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Tags that are closed in order, what is referred to, and identifiers."""
+
+    VOID = frozenset({"meta", "img", "br", "link"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.references: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.stack.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.references.append(value)
+            self.references += re.findall(r"url\((.*?)\)", value or "")
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.stack.pop()
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+
+def check(text: str) -> None:
+    page = Page(text)
+    assert not page.stack
+    assert not page.tags & {"script", "link", "iframe", "object", "base"}
+    for reference in page.references:
+        assert reference.startswith(("#", "data:image/png;base64,")), reference
+        assert not reference.startswith("#") or reference[1:] in page.ids
+    assert len(page.ids) == len(set(page.ids))
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert text.count("<style") == 1 and "url(" not in style and "@import" not in style
+    assert "$" not in text.split("<pre>")[0]
+    assert not re.search(r"\bnan\b|\binf\b", re.sub("base64,[^\"']*", "", text))
+
+
+def test_page_of_any_run_stands_alone(run, tmp_path):
+    text = write(run, tmp_path / "report.html")
+    check(text)
+    density = run.config.schema.levels is None
+    assert ("bits/dim" in text) != density
+    assert ("nats per example. P is a density" in text) == density
+
+
+def test_page_states_the_bound_of_evaluate(digits, tmp_path):
+    text = write(digits, tmp_path / "a.html", seed=3)
+    check(text)
+    result = evaluate(digits.model, as_examples(digits.examples()[0]), seed=3)
+    shown = re.search(r'class="number">([\d.]+) <small>± ([\d.]+) bits/dim', text)
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(result.bits_per_dim, abs=5e-3)
+    assert float(shown[2]) == pytest.approx(result.standard_error.total, rel=0.06)
+    assert result.model_hash in text and result.data_hash in text
+    assert f"nelbo evaluate {digits.path} --seed 3" in text
+
+
+def test_same_seed_same_page(digits, tmp_path):
+    first, again = (write(digits, tmp_path / name, seed=1) for name in ("a.html", "b.html"))
+    assert first == again
+    assert first != write(digits, tmp_path / "c.html", seed=2)
+
+
+def test_run_without_metrics_has_a_page(digits, tmp_path):
+    bare = checkpoint.Run(digits.path, digits.model, digits.config, digits.weights, [])
+    object.__setattr__(bare, "examples", digits.examples)
+    text = write(bare, tmp_path / "a.html")
+    check(text)
+    assert "<h2>Training</h2>" not in text
+
+
+def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):
+    x, grid = as_examples(run.examples()[0]), Grid.uniform(4)
+    (found,) = by_dimension(run.model, x, grid, seed=5)
+    t = grid.times[:, None].expand(-1, len(x))
+    with measuring(run.model), seeded(5, 0):
+        expected = (
+            prior_term(run.model, x, t[-1]),
+            reconstruction_term(run.model, x, t[0]),
+            sum(diffusion_term(run.model, x, t[i], t[i + 1]) for i in range(3)),
+        )
+    for each, total in zip(found, expected, strict=True):
+        assert each.shape == x.shape
+        torch.testing.assert_close(each.flatten(1).sum(1), total, rtol=1e-9, atol=1e-9)
+
+
+def test_curves_and_costs_are_of_one_measurement(digits):
+    x = as_examples(digits.examples()[0])
+    step = digits.model.step
+    curves, cost = measure_steps(digits.model, x, seed=2)
+    assert digits.model.step is step
+    mixture, gaussian = curves
+    assert (mixture.name, gaussian.name) == ("mixture step", "Gaussian step, σ² = β̃")
+    assert mixture.values[-1] == gaussian.values[-1]
+    # The own step is the mixture; its last grid is the one whose dimensions are shown.
+    each = cost.flatten(1).sum(1) / digits.model.dims
+    assert mixture.values[len(STEPS) - 1] == pytest.approx(each.mean().item(), rel=1e-12)
+    error = each.std().item() / len(x) ** 0.5
+    assert mixture.errors[len(STEPS) - 1] == pytest.approx(error, rel=1e-9)
+    _, bound = by_dimension(digits.model, x, Grid.uniform(8), (step, Posterior()), seed=2)
+    nats = -bound.elbo.flatten(1).sum(1).mean().item()
+    assert gaussian.values[STEPS.index(8)] == pytest.approx(
+        nats / digits.model.dims / LOG_2, rel=1e-12
+    )
+
+
+def test_path_ends_in_the_ancestral_samples(run):
+    path = trajectory(run.model, 7, seed=6, steps=9)
+    assert torch.equal(path.x, ancestral(run.model, 7, Grid.uniform(9), seed=6))
+    assert path.times[0] == 1 and path.times == sorted(path.times, reverse=True)
+    assert len(path.times) == len(path.z) == len(path.e_hat) == 8
+
+
+def test_axis_is_readable_with_a_far_value():
+    low, top = readable([243, 16.9, 4.3, 2.6, 2.1, 1.9, 1.75])
+    assert low < 1.75 and 2.6 < top < 10
+    low, top = readable([2.2, 2.1, 2.0, 1.9])
+    assert low < 1.9 and top > 2.2
+    low, top = readable([3.0, 3.0])
+    assert low < 3 < top
