@@ -1,6 +1,8 @@
 """The page about a run: its numbers are the bound's, it stands alone, it follows from the seed."""
 
 import re
+import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nelbo import checkpoint
 from nelbo._numerics import LOG_2, seeded
+from nelbo.cli import TrainOptions, app
 from nelbo.data import as_examples
 from nelbo.dimensions import by_dimension
 from nelbo.elbo import diffusion_term, prior_term, reconstruction_term
@@ -19,6 +21,7 @@ from nelbo.figures import readable
 from nelbo.model import measuring
 from nelbo.reverse import Posterior
 from nelbo.sample import ancestral
+from nelbo.sections import train_command, training
 from nelbo.studies import STEPS, measure_steps, trajectory
 from nelbo.train import train
 
@@ -122,15 +125,22 @@ def check(text: str) -> None:
 
 
 def test_page_of_any_run_stands_alone(run, tmp_path):
+    """Nothing is loaded from elsewhere, every tag is closed, no number is missing."""
     text = write(run, tmp_path / "report.html")
     check(text)
     density = run.config.schema.levels is None
     assert ("bits/dim" in text) != density
     assert ("nats per example. P is a density" in text) == density
+    assert "<h2>Training</h2>" in text
 
 
-def test_page_states_the_bound_of_evaluate(digits, tmp_path):
-    text = write(digits, tmp_path / "a.html", seed=3)
+def test_run_without_validation_shows_no_training(run):
+    assert training(replace(run, metrics=[]), "bits/dim") == ""
+
+
+def test_page_states_the_bound_of_evaluate_and_follows_from_the_seed(digits, tmp_path):
+    text, again = (write(digits, tmp_path / name, seed=3) for name in ("a.html", "b.html"))
+    assert text == again
     check(text)
     result = evaluate(digits.model, as_examples(digits.examples()[0]), seed=3)
     shown = re.search(r'class="number">([\d.]+) <small>± ([\d.]+) bits/dim', text)
@@ -141,18 +151,21 @@ def test_page_states_the_bound_of_evaluate(digits, tmp_path):
     assert f"nelbo evaluate {digits.path} --seed 3" in text
 
 
-def test_same_seed_same_page(digits, tmp_path):
-    first, again = (write(digits, tmp_path / name, seed=1) for name in ("a.html", "b.html"))
-    assert first == again
-    assert first != write(digits, tmp_path / "c.html", seed=2)
+def test_train_command_is_one_the_command_line_takes(digits):
+    words = shlex.split(train_command(digits).replace("\\\n", " "))
+    assert words[:5] == ["nelbo", "train", "digits", "--out", str(digits.path)]
+    options = {words[i][2:].replace("-", "_"): words[i + 1] for i in range(5, len(words), 2)}
+    stated = digits.config.model.to_dict() | digits.config.train.to_dict() | {"levels": 17}
+    assert options == {name: str(value) for name, value in stated.items() if name != "clip"}
+    known = [
+        word for i in range(5, len(words), 2) if _known(words[i]) for word in words[i : i + 2]
+    ]
+    app.parse_args([*words[1:5], *known], exit_on_error=False, print_error=False)
 
 
-def test_run_without_metrics_has_a_page(digits, tmp_path):
-    bare = checkpoint.Run(digits.path, digits.model, digits.config, digits.weights, [])
-    object.__setattr__(bare, "examples", digits.examples)
-    text = write(bare, tmp_path / "a.html")
-    check(text)
-    assert "<h2>Training</h2>" not in text
+def _known(option: str) -> bool:
+    name = option[2:].replace("-", "_")
+    return name == "levels" or name in TrainOptions.__dataclass_fields__
 
 
 def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):

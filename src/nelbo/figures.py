@@ -215,9 +215,10 @@ def step_curves(curves: Sequence[StepCurve], unit: str) -> str:
 def readable(values: Sequence[float], spread: float = 3.5) -> tuple[float, float]:
     """Limits of an axis that ends `spread` times as far from the least value as the median."""
     low, high = min(values), max(values)
-    usual = low + spread * max(float(np.median(values)) - low, 1e-3 * max(abs(low), 1e-3))
+    least = 1e-3 * max(abs(low), 1e-3)
+    usual = low + spread * max(float(np.median(values)) - low, least)
     top = high if high < 1.3 * usual - 0.3 * low else usual
-    margin = 0.06 * (top - low)
+    margin = 0.06 * max(top - low, least)
     return low - margin, top + margin
 
 
@@ -233,7 +234,7 @@ def training(metrics: Sequence[Mapping[str, float]], best: int, unit: str) -> st
         ax.axvline(steps[best], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.plot(steps[best], valid[best], "o", color=BLUE, markersize=8, markerfacecolor=PAPER)
         later = steps >= steps[-1] // 10
-        low, top = readable([*train[later], *valid[later]], 8)
+        low, top = readable([*train[later], *valid[later], train.min(), valid.min()], 8)
         ax.set_ylim(low, top)
         ax.grid(axis="y")
         ax.set_xlabel("step")
@@ -248,7 +249,8 @@ def pairs(real: np.ndarray, sampled: np.ndarray, levels: int | None) -> str:
     low, high = np.quantile(real, 0.002, 0), np.quantile(real, 0.998, 0)
     margin = 0.1 * np.maximum(high - low, 1e-9) if levels is None else 0.6
     low, high = low - margin, high + margin
-    bins = [_bins(low[i], high[i], levels) for i in range(d)]
+    count = min(32, max(8, round(1.6 * math.sqrt(len(real)))))
+    bins = [_bins(low[i], high[i], levels, count) for i in range(d)]
     shake = np.random.default_rng(0).uniform(-0.35, 0.35, (2, max(len(real), len(sampled)), d))
     shake *= levels is not None
     size = 470 if d < 3 else 720
@@ -270,21 +272,22 @@ def pairs(real: np.ndarray, sampled: np.ndarray, levels: int | None) -> str:
                     )
                 else:
                     points = x + jitter[: len(x)]
-                    ax.plot(points[:, column], points[:, row], "o", **_dots(shade))
+                    ax.plot(points[:, column], points[:, row], "o", **_dots(shade, len(x)))
                     ax.set_ylim(low[row], high[row])
             _label(ax, row, column, d)
         figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
         return svg(figure, "pairs", "real and sampled dimensions")
 
 
-def _bins(low: float, high: float, levels: int | None) -> np.ndarray:
+def _bins(low: float, high: float, levels: int | None, count: int) -> np.ndarray:
     if levels is None or high - low > 64:
-        return np.linspace(low, high, 25)
+        return np.linspace(low, high, count + 1)
     return np.arange(math.floor(low), math.ceil(high) + 1) + 0.5 - (math.floor(low) == low) * 0.5
 
 
-def _dots(colour: str) -> dict[str, Any]:
-    return {"color": colour, "markersize": 2.4, "alpha": 0.45, "markeredgewidth": 0}
+def _dots(colour: str, count: int) -> dict[str, Any]:
+    size = 3.2 if count > 100 else 4.5
+    return {"color": colour, "markersize": size, "alpha": 0.5, "markeredgewidth": 0}
 
 
 def _label(ax: "Axes", row: int, column: int, d: int) -> None:
@@ -304,7 +307,7 @@ def _label(ax: "Axes", row: int, column: int, d: int) -> None:
 def heat(cost: np.ndarray, unit: str) -> str:
     """A map (H, W) of what each pixel costs."""
     h, w = cost.shape
-    with plot(470, min(480, round(330 * h / w) + 20)) as (figure, [ax]):
+    with plot(min(470, round(360 * w / h) + 70), 370) as (figure, [ax]):
         image = ax.imshow(cost, cmap=HEAT, interpolation="none", vmin=min(0.0, cost.min()))
         ax.set_axis_off()
         bar = figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
@@ -335,7 +338,7 @@ def dimensions(mean: np.ndarray, error: np.ndarray, unit: str) -> str:
             edges = np.arange(len(mean) + 1) + 0.5
             ax.stairs(mean, edges, fill=True, color=BLUE)
         ax.axhline(0, color=MUTED, linewidth=0.8)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         ax.set_xlabel("dimension")
         ax.set_ylabel(unit)
         return svg(figure, "dimensions", "mean cost of each dimension")

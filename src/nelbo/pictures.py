@@ -59,7 +59,7 @@ def png(picture: Image.Image) -> bytes:
 
 
 class Canvas:
-    """Data, latents and predictions as RGB pixels: levels fill them, real data two quantiles' span.
+    """Data, latents and predictions as RGB pixels: all levels, or real data between quantiles.
 
     Args:
         process: what the latents are of.

@@ -3,8 +3,8 @@
 import math
 import platform
 import shlex
+import textwrap
 from collections.abc import Iterable
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 
@@ -16,22 +16,23 @@ import nelbo
 from nelbo import figures
 from nelbo._numerics import LOG_2
 from nelbo.checkpoint import Run
-from nelbo.config import ModelConfig, TrainConfig, configure
 from nelbo.data import Schema
 from nelbo.evaluate import Evaluation
 from nelbo.model import Model
 from nelbo.pictures import Canvas
 from nelbo.process import Absorbing
-from nelbo.studies import SAMPLE_STEPS, STEPS, Trajectory, is_image
+from nelbo.studies import SAMPLE_STEPS, STEPS, Trajectory, is_image, steps_of
 
 
-def _headline(run: Run, result: Evaluation) -> str:
+def headline(run: Run, result: Evaluation) -> str:
+    """The bound, what it means, and all it takes to obtain it again."""
     value = result.nats if result.bits_per_dim is None else result.bits_per_dim
     error = result.standard_error
     unit = "bits/dim" if result.bits_per_dim is not None else "nats"
     facts = {
         "Examples": f"{result.examples} of {result.split}, each once",
-        "Dimensions": f"{result.dims} {_shape(run.config.schema)}",
+        "Data": _shape(run.config.schema),
+        "Dimensions": f"{result.dims:,}",
         "Per example": f"{result.nats:.2f} nats",
         "Network calls": f"{result.calls_per_example:g} per example",
         "Time": "continuous, T = ∞",
@@ -45,7 +46,7 @@ def _headline(run: Run, result: Evaluation) -> str:
     }
     listed = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     return (
-        f'<header><h1>{escape(_name(run))} <span class="muted">· nelbo report</span></h1>'
+        f'<header><h1>{escape(name_of(run))} <span class="muted">· nelbo report</span></h1>'
         f'<p class="number">{_rounded(value, error.total)}'
         f" <small>± {_spread(error.total)} {unit}</small></p>"
         f'<p class="lead">{_meaning(run.config.schema, result)}</p>'
@@ -63,13 +64,14 @@ def _meaning(schema: Schema, result: Evaluation) -> str:
     bits, plain = result.nats / LOG_2, result.dims * math.log2(schema.levels)
     return (
         "An upper bound on the mean of −log<sub>2</sub> P(x) over the test data: coded with this"
-        f" model, a test example takes on average no more than {bits:,.0f} bits, where"
-        f" {schema.levels} equally likely levels in each of its {result.dims:,} dimensions would"
-        f" take {plain:,.0f}."
+        f" model, a test example takes about {bits:,.0f} bits on average, where {schema.levels}"
+        f" equally likely levels in each of its {result.dims:,} dimensions would take"
+        f" {plain:,.0f}."
     )
 
 
-def _terms(model: Model, result: Evaluation) -> str:
+def terms(model: Model, result: Evaluation) -> str:
+    """The three terms, and the diffusion term over time."""
     values, unit = list(vars(result.terms).items()), result.unit
     what = {
         "prior": "KL( q(z<sub>T</sub>|x) ‖ P(z<sub>T</sub>) )",
@@ -105,7 +107,9 @@ def _gamma(model: Model, t: float) -> str:
     return f"{gamma:.3g}".replace("-", "−")
 
 
-def _steps(curves: list[figures.StepCurve], unit: str, examples: int) -> str:
+def steps(curves: list[figures.StepCurve], model: Model, unit: str, examples: int) -> str:
+    """The bound against the number of steps."""
+    own = next(name for name, step in steps_of(model).items() if type(step) is type(model.step))
     rows = [
         (
             str(steps),
@@ -118,26 +122,32 @@ def _steps(curves: list[figures.StepCurve], unit: str, examples: int) -> str:
         "The price of few steps",
         "With T steps a sample costs T network calls, and the bound belongs to exactly that"
         f" sampler. Uniform times; the same {examples} test examples for every T; bars are one"
-        " standard error, nearly all of which the points share.",
+        " standard error." + (f" This run takes the {own}." if len(curves) > 1 else ""),
         f'<div class="two"><figure>{figures.step_curves(curves, unit)}</figure>'
         f'<div class="wide">{_table(head, rows)}</div></div>',
     )
 
 
-def _training(run: Run, unit: str) -> str:
+def training(run: Run, unit: str) -> str:
+    """The curves of training; nothing where the run has no validation yet."""
     events = [e for e in run.metrics if math.isfinite(e.get("validation", math.nan))]
     if not events:
         return ""
     best = min(range(len(events)), key=lambda i: events[i]["validation"])
     last, train = events[-1], run.config.train
+    validation = events[best]["validation"]
+    error = events[best].get("validation_standard_error") or math.nan
     parameters = sum(p.numel() for p in run.model.network.parameters())
     rows = [
         ("steps", f"{last['step']:,} of {train.steps:,}, {train.batch} examples each"),
         ("time", _duration(last["seconds"])),
         ("network", f"{run.config.model.network}, {parameters:,} parameters"),
-        ("best validation", f"{events[best]['validation']:.4f} at step {events[best]['step']:,}"),
-        ("last validation", f"{last['validation']:.4f}"),
-        ("last training", f"{last['train']:.4f}"),
+        (
+            "best validation",
+            f"{_rounded(validation, error)} ± {_spread(error)} at step {events[best]['step']:,}",
+        ),
+        ("last validation", _rounded(last["validation"], error)),
+        ("last training, running mean", _rounded(last["train"], error)),
     ]
     curve = figures.training(events, best, unit)
     return _section(
@@ -148,14 +158,17 @@ def _training(run: Run, unit: str) -> str:
     )
 
 
-def _images(run: Run, x: Tensor, path: Trajectory) -> str:
-    canvas = Canvas(run.model, run.config.schema, x)
+def images(run: Run, x: Tensor, path: Trajectory) -> str:
+    """Samples beside test data, and how samples come about."""
+    canvas = Canvas(run.model.process, run.config.schema, x)
     grids = "".join(
         f"<figure><h3>{title}</h3>{_picture(canvas.data(images[:64]), 8, title)}</figure>"
         for title, images in (("Samples", path.x), ("Test data", x))
     )
     latents = [canvas.latent(z[:6], t) for z, t in zip(path.z, path.times, strict=True)]
-    predictions = [canvas.prediction(_first_of(p, 6)) for p in path.predictions]
+    predictions = [
+        canvas.prediction(e_hat[:6], z[:6]) for e_hat, z in zip(path.e_hat, path.z, strict=True)
+    ]
     labels = [f"{t:.2f}" for t in path.times]
     final = canvas.data(path.x[:6])
     absorbing = isinstance(run.model.process, Absorbing)
@@ -172,10 +185,6 @@ def _images(run: Run, x: Tensor, path: Trajectory) -> str:
     )
 
 
-def _first_of(prediction: Prediction, count: int) -> Prediction:
-    return Prediction(prediction.e_hat[:count])
-
-
 def _strip(columns: list[np.ndarray], labels: list[str]) -> str:
     cells = "".join(
         f"<figure>{_picture(images, 1, label, 96)}<figcaption>{label}</figcaption></figure>"
@@ -185,9 +194,10 @@ def _strip(columns: list[np.ndarray], labels: list[str]) -> str:
     return f'<div class="strip" style="{style}">{cells}</div>'
 
 
-def _vectors(schema: Schema, x: Tensor, path: Trajectory, seed: int) -> str:
-    real = _some(x, len(path.x), seed).flatten(1)[:, :4].double().numpy()
-    sampled = path.x.flatten(1)[:, :4].double().numpy()
+def vectors(schema: Schema, x: Tensor, path: Trajectory) -> str:
+    """Other data: the first dimensions of as many real examples as samples."""
+    real = x.flatten(1)[:, :4].double().numpy()
+    sampled = path.x[: len(x)].flatten(1)[:, :4].double().numpy()
     d = real.shape[1]
     which = f"the first {d} dimensions" if d < math.prod(schema.shape) else "all dimensions"
     shaken = "; integers are shaken a little to tell them apart" if schema.levels else ""
@@ -199,7 +209,7 @@ def _vectors(schema: Schema, x: Tensor, path: Trajectory, seed: int) -> str:
     )
 
 
-def _pixels(run: Run, x: Tensor, each: np.ndarray, unit: str) -> str:
+def pixels(run: Run, x: Tensor, each: np.ndarray, unit: str) -> str:
     """Images: the mean map, and the cheapest, the typical and the dearest examples."""
     name = "bits" if unit == "bits/dim" else "nats"
     maps = each.sum(1)
@@ -208,7 +218,7 @@ def _pixels(run: Run, x: Tensor, each: np.ndarray, unit: str) -> str:
     n = len(order)
     chosen = [*order[: min(2, n)], *order[n // 2 : n // 2 + 2], *order[-2:]][: min(6, n)]
     high = max(float(np.quantile(maps[chosen], 0.995)), 1e-9)
-    shown = Canvas(run.model, run.config.schema, x).data(x[chosen])
+    shown = Canvas(run.model.process, run.config.schema, x).data(x[chosen])
     heated = figures.heated(maps[chosen], high)
     cells = "".join(
         f"<figure>{_picture(np.stack([image, map_]), 2, 'an example and its costs', 460)}"
@@ -235,7 +245,8 @@ def _gradient() -> str:
     return ",".join(f"rgb({r},{g},{b})" for r, g, b in stops)
 
 
-def _columns(each: np.ndarray, unit: str) -> str:
+def columns(each: np.ndarray, unit: str) -> str:
+    """Other data: the mean cost of each dimension."""
     flat = each.reshape(len(each), -1)
     name = "bits" if unit == "bits/dim" else "nats"
     error = flat.std(0, ddof=1) / math.sqrt(len(flat)) if len(flat) > 1 else np.zeros(len(flat[0]))
@@ -247,12 +258,13 @@ def _columns(each: np.ndarray, unit: str) -> str:
     )
 
 
-def _again(run: Run, seed: int) -> str:
+def again(run: Run, seed: int) -> str:
+    """Versions, commands and the configuration."""
     path = shlex.quote(str(run.path))
     commands = "\n".join(
         (
             "# the run",
-            _train_command(run),
+            train_command(run),
             "# the bound at the top",
             f"nelbo evaluate {path} --seed {seed}",
             "# the bound of few steps, on all test examples",
@@ -275,42 +287,30 @@ def _again(run: Run, seed: int) -> str:
     )
 
 
-def _train_command(run: Run) -> str:
-    """The command with every option that differs from what the others bring."""
+def train_command(run: Run) -> str:
+    """The command with every option, so that it outlives the presets of a version."""
     config = run.config
-    own = {
-        f.name: getattr(section, f.name)
-        for section, kind in ((config.model, ModelConfig), (config.train, TrainConfig))
-        for f in fields(kind)
-    }
-    lead = {n: own[n] for n in ("process", "network", "head") if own[n] != "symbols"}
-    given: dict[str, str | int | float] = {}
-    for name, value in lead.items():
-        if vars(configure(config.schema, config.preset, **given)[0])[name] != value:
-            given[name] = value
-    model, train = configure(config.schema, config.preset, **given)
-    rest = {n: v for n, v in own.items() if v != (vars(model) | vars(train))[n]}
-    words = ["nelbo", "train", str(config.source), "--out", str(run.path)]
-    for name, value in {
-        **({} if config.preset == "auto" else {"preset": config.preset}),
-        **({} if config.size is None else {"size": config.size}),
-        **given,
-        **rest,
-    }.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
+    options: dict[str, object] = {"levels": config.schema.levels, "size": config.size}
+    options |= config.model.to_dict() | config.train.to_dict()
+    words = [shlex.join(["nelbo", "train", config.source, "--out", str(run.path)])]
+    for name, value in options.items():
+        # The clip has no option, and the absorbing process brings its only head and decoder.
+        if value not in (None, "symbols", "categorical") and name != "clip":
+            words.append(f"--{name.replace('_', '-')}\0{value}")
+    lines = textwrap.wrap(" ".join(words), 92, break_long_words=False, break_on_hyphens=False)
+    return " \\\n    ".join(lines).replace("\0", " ")
 
 
 # Words, numbers and tags
 
 
-def _name(run: Run) -> str:
+def name_of(run: Run) -> str:
     return Path(run.config.source).name or run.config.source
 
 
 def _shape(schema: Schema) -> str:
     shape = " × ".join(map(str, schema.shape))
-    return f"({shape}" + (", real)" if schema.levels is None else f", {schema.levels} levels)")
+    return f"{shape}, " + ("real" if schema.levels is None else f"{schema.levels} levels")
 
 
 def _rounded(value: float, error: float) -> str:

@@ -1,6 +1,5 @@
 """What a report measures beside the bound: few steps, the path of samples, single dimensions."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +10,12 @@ from nelbo._numerics import LOG_2, draw, seeded
 from nelbo.data import Schema
 from nelbo.dimensions import by_dimension
 from nelbo.estimate import Grid
-from nelbo.evaluate import ROWS, evaluate
+from nelbo.evaluate import ROWS, Track, evaluate
 from nelbo.figures import StepCurve
 from nelbo.heads import LevelLogits
 from nelbo.model import Model, measuring
 from nelbo.process import Gaussian
 from nelbo.reverse import Beta, Learned, Mixture, Posterior, Reverse
-
-Track = Callable[[Iterable[int]], Iterable[int]]
 
 STEPS = (2, 4, 8, 16, 32, 64)
 SAMPLE_STEPS = 32
@@ -30,8 +27,9 @@ def is_image(schema: Schema) -> bool:
     return len(schema.shape) == 3 and schema.shape[0] in (1, 3) and min(schema.shape[1:]) >= 4
 
 
-def _some(x: Tensor, count: int, seed: int) -> Tensor:
-    """`count` examples at most, drawn without replacement, in their order."""
+def some(model: Model, x: Tensor, seed: int) -> Tensor:
+    """Examples drawn without replacement, in their order; fewer where each takes more memory."""
+    count = min(EXAMPLES, max(16, ROWS // (model.dims * model.head.outputs)))
     with seeded(seed, 1):
         return x[torch.randperm(len(x))[:count].sort().values]
 
@@ -53,11 +51,11 @@ def steps_of(model: Model) -> dict[str, Reverse]:
 
 def measure_steps(
     model: Model, x: Tensor, seed: int, track: Track = iter
-) -> tuple[list[figures.StepCurve], Tensor]:
+) -> tuple[list[StepCurve], Tensor]:
     """Each reverse step at T = 2, 4, ..., 64, and ∞, which they share; and the costs of each
     dimension (N, *shape) with the model's own step at 64. In the unit of the evaluation."""
     kinds = steps_of(model)
-    limit = evaluate(model, x, calls=32, seed=seed)
+    limit = evaluate(model, x, calls=64, seed=seed)
     scale = 1.0 if limit.bits_per_dim is None else 1 / LOG_2
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     cost = torch.empty(0)
@@ -76,18 +74,18 @@ def measure_steps(
     curves = []
     for name, points in found.items():
         values, errors = zip(*points, last, strict=True)
-        curves.append(figures.StepCurve(name, STEPS, values, errors))
+        curves.append(StepCurve(name, STEPS, values, errors))
     return curves, cost
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Ancestral samples x, and z_t and the prediction at z_t at some of the times."""
+    """Ancestral samples x, and at some of the times z_t and the prediction ê at z_t."""
 
     x: Tensor
     times: list[float]
     z: list[Tensor]
-    predictions: list[Prediction]
+    e_hat: list[Tensor]
 
 
 def trajectory(
@@ -96,16 +94,16 @@ def trajectory(
     """The samples of `sample.ancestral` on a uniform grid, with what happened on the way."""
     grid = Grid.uniform(steps).times.to(model.device)
     shots = set(torch.linspace(0, steps - 1, 8).round().int().tolist())
-    seen: list[tuple[float, Tensor, Prediction]] = []
+    seen: list[tuple[float, Tensor, Tensor]] = []
     with measuring(model), seeded(seed):
         z = model.process.prior(model.shape, grid[-1].expand(count)).sample()
         for i in track(range(steps - 1, -1, -1)):
             t = grid[i].expand(count)
             prediction = model.predict(z, t)
             if i in shots:
-                seen.append((grid[i].item(), z, prediction))
+                seen.append((grid[i].item(), z.cpu(), prediction.e_hat.cpu()))
             if i > 0:
                 z = draw(model.step(prediction, z, grid[i - 1].expand(count), t, model.process))
         x = model.decoder(prediction, z, t, model.process).sample()
-    times, latents, predictions = zip(*seen, strict=True)
-    return Trajectory(x.cpu(), list(times), list(latents), list(predictions))
+    times, z_t, e_hat = zip(*seen, strict=True)
+    return Trajectory(x.cpu(), list(times), list(z_t), list(e_hat))
