@@ -43,6 +43,14 @@ class TestPowerAlpha(ScheduleContract):
         return PowerAlpha()
 
 
+class TestQuadraticAlpha(ScheduleContract):
+    ends = (None, None)
+
+    @pytest.fixture
+    def schedule(self):
+        return PowerAlpha(2.0)
+
+
 class TestBetas(ScheduleContract):
     betas = (0.1, 0.2, 0.05, 0.4, 0.3, 0.25, 0.6)
     ends = (

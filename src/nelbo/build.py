@@ -67,7 +67,7 @@ def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> 
         return _absorbing(config, schema, schedule)
     if config.schedule in ("linear-alpha", "quadratic-alpha"):
         raise ValueError(
-            f"the schedule {config.schedule} ends in infinite γ, which is for the absorbing process;"
+            f"the schedule {config.schedule} ends in infinite γ: it is for the absorbing process;"
             " try --schedule linear"
         )
     if schema.levels is None:

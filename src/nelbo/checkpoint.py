@@ -23,6 +23,7 @@ from torch import Tensor
 
 import nelbo
 from nelbo import data
+from nelbo._numerics import seeded
 from nelbo.build import build
 from nelbo.config import ModelConfig, TrainConfig
 from nelbo.data import Schema
@@ -66,9 +67,13 @@ class RunConfig:
             raise ValueError(f"{where} is not JSON: {error}") from None
         top = _section(document, {"nelbo", "data", "preset", "model", "train"}, where)
         data = _section(top["data"], {"source", "size", "schema"}, f"{where}, data")
+        try:
+            schema = Schema.from_dict(data["schema"])
+        except ValueError as error:
+            raise ValueError(f"{error} in {where}") from None
         return RunConfig(
             source=data["source"],
-            schema=Schema.from_dict(data["schema"]),
+            schema=schema,
             preset=top["preset"],
             size=data["size"],
             model=ModelConfig.from_dict(top["model"], f"{where}, model"),
@@ -210,7 +215,8 @@ def load(path: str | Path) -> Run:
     """
     path = Path(path)
     run = read_config(path)
-    model = build(run.model, run.schema)
+    with seeded(0):  # the first weights, drawn to be replaced
+        model = build(run.model, run.schema)
     tensors, about = read_tensors(path / WEIGHTS)
     put_weights(model, tensors, str(path / WEIGHTS))
     model.eval()

@@ -191,8 +191,9 @@ class Training:
         t, step = self.run.train, self.at.step
         index = batch_indices(len(x), t.batch, step, t.seed)
         batch = data.as_examples(x[index]).to(self.model.device)
+        lr = learning_rate(t, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(t, step)
+            group["lr"] = lr
         self.model.train()
         with seeded(t.seed, 2, step):
             u = stratified(len(batch))[:, 0].to(batch.device)

@@ -1,0 +1,216 @@
+"""The command line: what a user sees, and what a wrong argument costs."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import nelbo
+from nelbo.cli import main
+
+
+def nelbo_fails(capsys, *arguments):
+    """Runs a command that must fail; returns its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines and lines[-1].startswith("nelbo: ")
+    return lines[-1]
+
+
+def run_ok(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code in (0, None)
+
+
+def test_version_and_help(capsys):
+    run_ok("--version")
+    assert capsys.readouterr().out.strip() == f"nelbo {nelbo.__version__}"
+    run_ok("train", "--help")
+    text = capsys.readouterr().out
+    assert "--resume" in text and "2600" in text and "[default: cpu]" in text
+
+
+def test_evaluate_json(trained, capsys):
+    run_ok("evaluate", trained, "--json", "--calls", 4)
+    result = json.loads(capsys.readouterr().out)
+    assert result["examples"] == 447 and result["dims"] == 64 and result["split"] == "test"
+    assert result["steps"] is None and result["calls_per_example"] == 4
+    terms = result["terms"]
+    assert sum(terms.values()) == pytest.approx(result["bits_per_dim"])
+    run_ok("evaluate", trained, "--json", "--calls", 4)
+    assert json.loads(capsys.readouterr().out) == result
+
+
+def test_evaluate_table(trained, capsys):
+    run_ok("evaluate", trained, "--steps", 2, "--split", "validation")
+    text = capsys.readouterr().out
+    for word in ("bound", "bits/dim", "prior", "reconstruction", "diffusion", "350 examples"):
+        assert word in text
+
+
+def test_evaluate_other_data(trained, tmp_path, capsys):
+    np.save(tmp_path / "some.npy", np.random.default_rng(0).integers(0, 17, (5, 8, 8)))
+    run_ok("evaluate", trained, "--data", tmp_path / "some.npy", "--json", "--calls", 4)
+    assert json.loads(capsys.readouterr().out)["examples"] == 5
+
+
+def test_samples(trained, tmp_path):
+    run_ok("sample", trained, "--n", 5, "--steps", 2, "--out", tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.mode == "L"
+    for name in ("a.npz", "b.npz"):
+        run_ok("sample", trained, "--n", 5, "--steps", 2, "--seed", 1, "--out", tmp_path / name)
+    a, b = (np.load(tmp_path / name)["x"] for name in ("a.npz", "b.npz"))
+    assert a.shape == (5, 1, 8, 8) and np.array_equal(a, b) and a.min() >= 0 and a.max() <= 16
+
+
+def test_bad_data(tmp_path, capsys):
+    """More of these in test_data; here that they arrive as one line, and leave no run behind."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "nan.npy", np.array([[0.1, np.nan], [0.2, 0.3], [1.0, 2.0]]))
+    np.save(tmp_path / "negative.npy", np.array([[0, -1], [2, 3], [1, 1]]))
+    np.save(tmp_path / "seven.npy", rng.integers(0, 8, (20, 4)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for i, side in enumerate((8, 9, 8)):
+        Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / "mixed" / f"{i}.png")
+    shutil.copytree(tmp_path / "mixed", tmp_path / "cut")
+    whole = (tmp_path / "cut" / "1.png").read_bytes()
+    (tmp_path / "cut" / "1.png").write_bytes(whole[: len(whole) // 2])
+    for source, options, words in [
+        ("missing.npy", (), "missing.npy"),
+        ("empty", (), "empty"),
+        ("mixed", (), "--size"),
+        ("cut", (), "1.png"),
+        ("nan.npy", (), "NaN"),
+        ("negative.npy", (), "negative"),
+        ("seven.npy", ("--levels", 5), "levels"),
+    ]:
+        out = tmp_path / "run"
+        line = nelbo_fails(capsys, "train", tmp_path / source, "--out", out, *options)
+        assert words in line
+        assert not out.exists()
+
+
+def test_bad_options(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    for arguments, words in [
+        (("train",), "nelbo train digits --out"),
+        (("train", "digits", "--out", run, "--steps", 0), "steps must be at least 1; got 0"),
+        (("train", "digits", "--out", run, "--lr", -1), "lr must be positive; got -1"),
+        (("train", "digits", "--out", run, "--head", "nose"), "nose"),
+        (("train", "digits", "--out", run, "--width", 10), "multiple of 8"),
+        (("train", "digits", "--out", run, "--step", "learned"), "--step mixture"),
+        (("train", "digits", "--out", run, "--decoder", "bernoulli"), "2 levels"),
+        (("train", "digits", "--out", run, "--gamma-min", 9), "gamma_min must be less"),
+        (("train", "digits", "--out", trained), "--resume"),
+        (("train", "digits", "--out", tmp_path), "not a run"),
+        (("train", "digits", "--resume", trained), "DATA cannot go with it"),
+        (("train", "--resume", trained, "--lr", 1), "--lr cannot go with it"),
+        (("train", "--resume", run), "does not exist"),
+        (("evaluate", run), "does not exist"),
+        (("evaluate", tmp_path), "not a run"),
+        (("evaluate", trained, "--steps", 0), "steps must be at least 1; got 0"),
+        (("evaluate", trained, "--calls", 3), "calls must be at least 4"),
+        (("evaluate", trained, "--split", "tset"), "train, validation, test; got 'tset'"),
+        (("sample", trained, "--out", tmp_path / "x.gif"), ".png or .npz"),
+        (("sample", trained, "--out", tmp_path / "x.png", "--n", 0), "at least 1; got 0"),
+        (("sample", trained, "--out", tmp_path / "x.png", "--steps", 0), "at least 1; got 0"),
+        (("sample", trained, "--out", "/proc/x.png", "--n", 1, "--steps", 1), "/proc"),
+        (("evaluate", trained, "--colour"), "--colour"),
+    ]:
+        (tmp_path / "file").write_text("so that the folder is not empty")
+        assert words in nelbo_fails(capsys, *arguments), arguments
+        assert not run.exists()
+
+
+def test_data_of_another_shape(trained, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((4, 9, 9), np.int64))
+    line = nelbo_fails(capsys, "evaluate", trained, "--data", tmp_path / "x.npy")
+    assert "(1, 8, 8)" in line and "(1, 9, 9)" in line
+
+
+def test_damaged_runs(trained, tmp_path, capsys):
+    def damaged(name):
+        return shutil.copytree(trained, tmp_path / name)
+
+    run = damaged("no weights")
+    (run / "model.safetensors").unlink()
+    assert "does not exist" in nelbo_fails(capsys, "evaluate", run)
+
+    for size in (0, 7, 1000, -1):
+        run = damaged(f"cut to {size}")
+        whole = (run / "model.safetensors").read_bytes()
+        (run / "model.safetensors").write_bytes(whole[:size])
+        assert "truncated" in nelbo_fails(capsys, "evaluate", run)
+
+    run = damaged("other shape")
+    document = json.loads((run / "config.json").read_text())
+    document["model"]["width"] = 16
+    (run / "config.json").write_text(json.dumps(document))
+    assert "another architecture" in nelbo_fails(capsys, "evaluate", run)
+
+    run = damaged("other names")
+    tensors = load_file(run / "model.safetensors")
+    tensors["network.extra"] = tensors.pop("network.position")
+    save_file(tensors, run / "model.safetensors")
+    assert "another architecture" in nelbo_fails(capsys, "evaluate", run)
+
+    for path, value, words in [
+        (("colour",), 1, "unknown key 'colour'"),
+        (("model", "colour"), 1, "unknown key 'colour'"),
+        (("model", "width"), "wide", "width must be int; got 'wide'"),
+        (("model", "head"), "nose", "head must be one of"),
+        (("train", "steps"), 0, "steps must be at least 1"),
+        (("data", "schema"), {"kind": "levels"}, "schema"),
+    ]:
+        run = damaged(f"config {path} {words[:3]}")
+        document = json.loads((run / "config.json").read_text())
+        place = document
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        (run / "config.json").write_text(json.dumps(document))
+        line = nelbo_fails(capsys, "evaluate", run)
+        assert words in line and "config.json" in line
+
+    run = damaged("no json")
+    (run / "config.json").write_text("{")
+    assert "not JSON" in nelbo_fails(capsys, "evaluate", run)
+
+    run = damaged("cut state")
+    whole = (run / "state.safetensors").read_bytes()
+    (run / "state.safetensors").write_bytes(whole[:-9])
+    assert "truncated" in nelbo_fails(capsys, "train", "--resume", run, "--steps", 8)
+
+
+def test_ctrl_c_and_resume(tmp_path):
+    """A real process, a real signal."""
+    run = tmp_path / "run"
+    options = ["--batch", "16", "--width", "8", "--depth", "1", "--evaluate-every", "5"]
+    command = [sys.executable, "-m", "nelbo", "train", "digits", "--out", str(run), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        while not (run / "state.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"nelbo train --resume {run}" in errors.replace("\n", "") and "Traceback" not in errors
+    done = json.loads((run / "config.json").read_text())["train"]["steps"]
+    assert done == 100000
+    run_ok("train", "--resume", run, "--steps", 5)

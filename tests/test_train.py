@@ -1,0 +1,197 @@
+"""Training can be stopped anywhere and loses nothing."""
+
+import importlib
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from nelbo import checkpoint
+from nelbo.build import build
+from nelbo.config import TrainConfig, configure
+from nelbo.data import Schema
+from nelbo.estimate import Continuum, Grid
+from nelbo.evaluate import evaluate
+
+# `nelbo.train` is the function; this is its module.
+training = importlib.import_module("nelbo.train")
+
+
+def assert_same_run(a, b):
+    """Bit for bit, but for the clock."""
+    for name in (checkpoint.WEIGHTS, checkpoint.STATE):
+        (left, about_left), (right, about_right) = (
+            checkpoint.read_tensors(p / name) for p in (a, b)
+        )
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[k], right[k]) for k in left), name
+        if name == checkpoint.WEIGHTS:
+            assert about_left == about_right
+    events = [checkpoint.read_metrics(p) for p in (a, b)]
+    for event in (*events[0], *events[1]):
+        del event["seconds"]
+    assert events[0] == events[1]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch, stop):
+    """Ctrl-C in the middle of step `stop`: the step is finished, saved, and continued exactly."""
+    rate = training.learning_rate
+
+    def interrupt(config, step):
+        if step == stop - 1:
+            signal.raise_signal(signal.SIGINT)
+        return rate(config, step)
+
+    monkeypatch.setattr(training, "learning_rate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        training.train("digits", tmp_path / "run", **TINY)
+    monkeypatch.setattr(training, "learning_rate", rate)
+    _, about = checkpoint.read_tensors(tmp_path / "run" / checkpoint.STATE)
+    assert json.loads(about["progress"])["step"] == stop
+    training.resume(tmp_path / "run")
+    assert_same_run(trained, tmp_path / "run")
+
+
+def test_a_crash_between_checkpoints_repeats_the_lost_steps(trained, tmp_path, monkeypatch):
+    """Killed after step 3, the state is that of step 2; what was logged later is dropped."""
+    step = training.Training._step
+
+    def crash(self, x):
+        if self.at.step == 3:
+            raise RuntimeError("power cut")
+        step(self, x)
+
+    monkeypatch.setattr(training.Training, "_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        training.train("digits", tmp_path / "run", **TINY)
+    monkeypatch.setattr(training.Training, "_step", step)
+    with (tmp_path / "run" / checkpoint.METRICS).open("a") as file:
+        file.write('{"step": 3, "validation": 1.0}\n{"step": 4, "valid')
+    training.resume(tmp_path / "run")
+    assert_same_run(trained, tmp_path / "run")
+
+
+def test_a_finished_run_stays_as_it_is(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = (run / checkpoint.WEIGHTS).read_bytes()
+    assert training.resume(run).metrics == checkpoint.read_metrics(trained)
+    assert (run / checkpoint.WEIGHTS).read_bytes() == before
+
+
+def test_more_steps_than_planned(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    longer = training.resume(run, steps=6)
+    assert [event["step"] for event in longer.metrics] == [2, 4, 6]
+    assert longer.config.train.steps == 6
+
+
+def test_seeds(trained, tmp_path):
+    training.train("digits", tmp_path / "same", **TINY)
+    assert_same_run(trained, tmp_path / "same")
+    other = training.train("digits", tmp_path / "other", seed=1, **TINY)
+    assert other.metrics[0]["validation"] != checkpoint.read_metrics(trained)[0]["validation"]
+
+
+def test_the_callers_generator_is_left_alone(tmp_path):
+    state = torch.get_rng_state()
+    training.train("digits", tmp_path / "run", **TINY)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    objective = training.Objective.__call__
+
+    def explode(self, model, x, u, condition=None):
+        loss = objective(self, model, x, u, condition)
+        explode.calls += 1
+        return loss._replace(loss=loss.loss * float("nan")) if explode.calls == 4 else loss
+
+    explode.calls = 0
+    monkeypatch.setattr(training.Objective, "__call__", explode)
+    with pytest.raises(
+        ValueError, match=r"non-finite .*at step 4; the checkpoint of step 2.*--lr"
+    ):
+        training.train("digits", tmp_path / "run", **TINY)
+    run = checkpoint.load(tmp_path / "run")
+    assert run.weights == "ema, step 2"
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+def test_the_disk_is_full(tmp_path, monkeypatch):
+    """The last whole checkpoint survives, and no half-written file is left."""
+    run = training.train("digits", tmp_path / "run", **TINY).path
+    before = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device", "disk")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        training.resume(run, steps=6)
+    assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before
+    assert not list(run.glob(".*"))
+
+
+def test_batches_visit_every_example_once_per_epoch():
+    stream = torch.cat([training.batch_indices(7, 3, step, seed=5) for step in range(14)])
+    for epoch in stream.reshape(6, 7):
+        assert sorted(epoch.tolist()) == list(range(7))
+    assert not torch.equal(stream[:7], stream[7:14])
+    larger = training.batch_indices(3, 10, 0, seed=5)
+    assert [int((larger == i).sum()) for i in range(3)] in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    config = TrainConfig(steps=100, warmup=10, lr=1.0)
+    rates = [training.learning_rate(config, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9]
+    assert rates[9] == pytest.approx(1.0, abs=0.03) and rates[100] == pytest.approx(0.0)
+
+
+def test_the_average_warms_up():
+    """After n steps the average is no older than a tenth of them."""
+    average = training._warmed_ema(0.999)
+    ema, at_zero = [torch.zeros(())], 1.0
+    for i in range(1, 40):
+        average(ema, [torch.ones(())], torch.tensor(i))
+        at_zero *= min(0.999, (1 + i) / (10 + i))
+        assert ema[0].item() == pytest.approx(1 - at_zero, rel=1e-5)
+    assert at_zero < 1e-4
+
+
+def test_weight_decay_leaves_all_but_matrices_alone():
+    schema = Schema("levels", (1, 8, 8), 17)
+    model, _ = configure(schema, 1000, schedule="learned-ends")
+    built = build(model, schema)
+    decay, rest = training._groups(built, 0.1)
+    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+    assert all(p.ndim in (2, 4) for p in decay["params"])
+    spared = {id(p) for p in rest["params"]}
+    for part in (built.process, built.head, built.decoder):
+        assert {id(p) for p in part.parameters()} <= spared
+    assert len(spared) + len(decay["params"]) == len(list(built.parameters()))
+
+
+def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):
+    """ELBO <= log P(x) within the stated error, on a mixture of Gaussians of known density, and
+    close to it: the model did learn."""
+    rng = np.random.default_rng(0)
+    means, spread = np.array([[-2.0, 1.0], [2.0, -1.0]]), 0.5
+    x = means[rng.integers(0, 2, 3000)] + spread * rng.normal(size=(3000, 2))
+    np.savez(tmp_path / "x.npz", x_train=x[:1600], x_val=x[1600:1800], x_test=x[1800:])
+    options = {"steps": 400, "width": 64, "depth": 2, "lr": 5e-3, "warmup": 20, "dropout": 0.0}
+    run = training.train(str(tmp_path / "x.npz"), tmp_path / "run", evaluate_every=200, **options)
+    test, _ = run.examples()
+    distance = (test.numpy()[:, None] - means) ** 2 / (2 * spread**2)
+    log_p = np.log(np.exp(-distance.sum(-1)).mean(1) / (2 * np.pi * spread**2))
+    for times in (Continuum(), Grid.uniform(64)):
+        result = evaluate(run.model, test, times=times, calls=64)
+        gap = result.nats + log_p.mean()  # E log P(x) − ELBO on the same examples
+        assert gap > -3 * result.standard_error.monte_carlo
+        if times.steps is None:
+            assert gap < 0.25
