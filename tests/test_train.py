@@ -40,17 +40,17 @@ def assert_same_run(a, b):
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch, stop):
     """Ctrl-C in the middle of step `stop`: the step is finished, saved, and continued exactly."""
-    rate = training.learning_rate
+    order = training.batch_indices
 
-    def interrupt(config, step):
+    def interrupt(examples, batch, step, seed):
         if step == stop - 1:
             signal.raise_signal(signal.SIGINT)
-        return rate(config, step)
+        return order(examples, batch, step, seed)
 
-    monkeypatch.setattr(training, "learning_rate", interrupt)
+    monkeypatch.setattr(training, "batch_indices", interrupt)
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", tmp_path / "run", **TINY)
-    monkeypatch.setattr(training, "learning_rate", rate)
+    monkeypatch.setattr(training, "batch_indices", order)
     _, about = checkpoint.read_tensors(tmp_path / "run" / checkpoint.STATE)
     assert json.loads(about["progress"])["step"] == stop
     training.resume(tmp_path / "run")
