@@ -198,7 +198,7 @@ def step_curves(curves: Sequence[StepCurve], unit: str) -> str:
             ax.errorbar(at, values, curve.errors, fmt="o", color=shade, elinewidth=1.2)
             for x, value in zip(at, values, strict=True):
                 if value > top:
-                    number = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+                    number = f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
                     y = top - (0.05 + 0.07 * i) * (top - low)
                     ax.text(x, y, f"{number} ↑", color=shade, ha="center", va="center", size=10.5)
         ax.set_xticks(at, [str(t) for t in curves[0].steps] + ["∞"])
@@ -216,7 +216,7 @@ def readable(values: Sequence[float], spread: float = 3.5) -> tuple[float, float
     """Limits of an axis that ends `spread` times as far from the least value as the median."""
     low, high = min(values), max(values)
     least = 1e-3 * max(abs(low), 1e-3)
-    usual = low + spread * max(float(np.median(values)) - low, least)
+    usual = low + max(spread * (float(np.median(values)) - low), 0.15 * abs(low), least)
     top = high if high < 1.3 * usual - 0.3 * low else usual
     margin = 0.06 * max(top - low, least)
     return low - margin, top + margin

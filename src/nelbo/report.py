@@ -40,7 +40,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
         model, x, seed=seed, weights=run.weights, split=split, track=track("test bound")
     )
     few, unit = some(model, x, seed), result.unit
-    curves, cost = measure_steps(model, few, seed, track("steps"))
+    curves, cost = measure_steps(model, few, seed, track("step counts"))
     path = trajectory(model, 64 if is_image(schema) else len(few), seed, track("samples"))
     parts = [
         sections.headline(run, result),

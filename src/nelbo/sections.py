@@ -147,14 +147,15 @@ def training(run: Run, unit: str) -> str:
             f"{_rounded(validation, error)} ± {_spread(error)} at step {events[best]['step']:,}",
         ),
         ("last validation", _rounded(last["validation"], error)),
-        ("last training, running mean", _rounded(last["train"], error)),
+        ("last training", _rounded(last["train"], error)),
     ]
     curve = figures.training(events, best, unit)
     return _section(
         "Training",
         "The weights with the best validation bound are kept (open circle). Validation measures"
         " the moving average of the weights.",
-        f'<div class="two"><figure>{curve}</figure>{_table(("", unit), rows)}</div>',
+        f'<div class="two"><figure>{curve}</figure>'
+        f'<div class="wide">{_table(("", unit), rows)}</div></div>',
     )
 
 

@@ -55,7 +55,7 @@ def measure_steps(
     """Each reverse step at T = 2, 4, ..., 64, and ∞, which they share; and the costs of each
     dimension (N, *shape) with the model's own step at 64. In the unit of the evaluation."""
     kinds = steps_of(model)
-    limit = evaluate(model, x, calls=64, seed=seed)
+    limit = evaluate(model, x, calls=64, seed=seed, track=track)
     scale = 1.0 if limit.bits_per_dim is None else 1 / LOG_2
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     cost = torch.empty(0)
