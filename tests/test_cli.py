@@ -38,7 +38,7 @@ def test_version_and_help(capsys):
     assert capsys.readouterr().out.strip() == f"nelbo {nelbo.__version__}"
     run_ok("train", "--help")
     text = capsys.readouterr().out
-    assert "--resume" in text and "2600" in text and "[default: cpu]" in text
+    assert "--resume" in text and "1800" in text and "[default: cpu]" in text
 
 
 def test_evaluate_json(trained, capsys):

@@ -78,6 +78,10 @@ class TrainOptions:
         The bound, or a re-weighting of its diffusion term.
     cross_entropy
         Weight of the decoder's loss at the drawn times.
+    augment
+        Share of the images that are moved a little in training; the network is told which.
+    clip
+        Largest norm of the gradient.
     evaluate_every
         Steps between validations; each saves the run.
     seed
@@ -111,6 +115,8 @@ class TrainOptions:
         Literal["bound", "simple", "min-snr", "p2"] | None, _preset("objective")
     ] = None
     cross_entropy: Annotated[float | None, _preset("cross_entropy")] = None
+    augment: Annotated[float | None, _preset("augment")] = None
+    clip: Annotated[float | None, _preset("clip")] = None
     evaluate_every: Annotated[int | None, _preset("evaluate_every")] = None
     seed: Annotated[int | None, _preset("seed")] = None
 
@@ -227,7 +233,7 @@ def evaluate(
     steps
         The bound of the model with this number of steps; continuous time where left out.
     calls
-        Network calls per example, at most; more calls, less Monte Carlo error. The default is 16
+        Network calls per example, at most; more calls, less Monte Carlo error. The default is 24
         in continuous time, and up to 4 times the number of steps.
     seed
         Everything random follows from it.

@@ -81,7 +81,7 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """How a model is trained."""
 
-    steps: int = 2600
+    steps: int = 1800
     batch: int = 128
     lr: float = 2e-3
     warmup: int = 100
@@ -155,7 +155,9 @@ def configure(
         train = replace(train, steps=3000, lr=1e-3, augment=0.0)
     if preset == "best":
         model = replace(model, width=3 * model.width // 2, dropout=0.2)
-        train = replace(train, steps=5 * train.steps // 4, augment=min(train.augment, 0.75))
+        train = replace(train, steps=5 * train.steps // 3, ema=0.9995)
+        if train.augment:
+            train = replace(train, augment=0.8)
 
     known = {f.name: kind for kind in (ModelConfig, TrainConfig) for f in fields(kind)}
     for name in options:

@@ -106,11 +106,11 @@ def _without_nan(value: object) -> object:
 def plan(times: Times, calls: int | None) -> tuple[int, int]:
     """Replicates R and draws n of the diffusion term in each: R (1 + n) network calls at most.
 
-    Left to itself: four replicates, of 4 calls each in continuous time; on a grid of the full
+    Left to itself: four replicates, of 6 calls each in continuous time; on a grid of the full
     sum, or of 15 of its terms where it has more.
     """
     if calls is None:
-        draws = 3 if times.steps is None else min(times.terms, 15)
+        draws = 5 if times.steps is None else min(times.terms, 15)
         return 4, draws
     if calls < 4:
         raise ValueError(

@@ -12,6 +12,9 @@ from nelbo.data.schema import Schema
 #: beyond this many values per dimension, integers are better treated as real or binned
 MOST_LEVELS = 65536
 
+#: of the seed of a split
+SALT = 0x6E656C626F
+
 #: the splits, and what a source may call them
 SPLITS = {
     "train": ("train",),
@@ -158,7 +161,9 @@ def split(
         )
     take = max(1, count // 10)
     # Raw bits of PCG64 are the same in every numpy; Generator.permutation promises no such thing.
-    order = torch.from_numpy(np.random.PCG64(seed).random_raw(count).argsort(kind="stable"))
+    # The salt keeps them apart from a user's default_rng(seed), which may have made the data.
+    bits = np.random.PCG64([SALT, seed]).random_raw(count)
+    order = torch.from_numpy(bits.argsort(kind="stable"))
     pieces = order.split([take] * len(missing) + [count - take * len(missing)])
     new = {
         name: train[piece.sort().values]
