@@ -13,16 +13,16 @@ import torch
 from nelbo._numerics import LOG_2, seeded
 from nelbo.cli import TrainOptions, app
 from nelbo.data import as_examples
-from nelbo.dimensions import by_dimension
 from nelbo.elbo import diffusion_term, prior_term, reconstruction_term
 from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
-from nelbo.figures import readable
 from nelbo.model import measuring
+from nelbo.report.dimensions import by_dimension
+from nelbo.report.figures import readable
+from nelbo.report.sections import train_command, training
+from nelbo.report.studies import STEPS, measure_steps, trajectory
 from nelbo.reverse import Posterior
 from nelbo.sample import ancestral
-from nelbo.sections import train_command, training
-from nelbo.studies import STEPS, measure_steps, trajectory
 from nelbo.train import train
 
 SMALL = {"steps": 5, "batch": 16, "width": 16, "evaluate_every": 5}

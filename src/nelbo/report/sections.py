@@ -21,7 +21,7 @@ from nelbo.evaluate import Evaluation
 from nelbo.model import Model
 from nelbo.pictures import Canvas
 from nelbo.process import Absorbing
-from nelbo.studies import SAMPLE_STEPS, STEPS, Trajectory, is_image, steps_of
+from nelbo.report.studies import SAMPLE_STEPS, STEPS, Trajectory, is_image, steps_of
 
 
 def headline(run: Run, result: Evaluation) -> str:

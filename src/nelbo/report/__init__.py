@@ -9,12 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from nelbo import sections
 from nelbo._progress import tracker
 from nelbo.checkpoint import Run, write
 from nelbo.data import as_examples
 from nelbo.evaluate import Track, evaluate
-from nelbo.studies import is_image, measure_steps, some, trajectory
+from nelbo.report import sections
+from nelbo.report.studies import is_image, measure_steps, some, trajectory
 
 
 def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
@@ -53,7 +53,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     else:
         parts += [sections.vectors(schema, few, path), sections.columns(cost.numpy(), unit)]
     parts.append(sections.again(run, seed))
-    template = Template(files("nelbo").joinpath("report.html").read_text(encoding="utf-8"))
+    template = Template(files("nelbo.report").joinpath("page.html").read_text(encoding="utf-8"))
     title = escape(f"nelbo: {sections.name_of(run)}")
     write(out, template.substitute(title=title, body="\n".join(parts)).encode())
     return out

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from nelbo._numerics import LOG_2, draw, seeded
 from nelbo.data import Schema
-from nelbo.dimensions import by_dimension
 from nelbo.estimate import Grid
 from nelbo.evaluate import ROWS, Track, evaluate
-from nelbo.figures import StepCurve
 from nelbo.heads import LevelLogits
 from nelbo.model import Model, measuring
 from nelbo.process import Gaussian
+from nelbo.report.dimensions import by_dimension
+from nelbo.report.figures import StepCurve
 from nelbo.reverse import Beta, Learned, Mixture, Posterior, Reverse
 
 STEPS = (2, 4, 8, 16, 32, 64)
