@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import nelbo
-from nelbo import figures
 from nelbo._numerics import LOG_2
 from nelbo.checkpoint import Run
 from nelbo.data import Schema
@@ -21,6 +20,7 @@ from nelbo.evaluate import Evaluation
 from nelbo.model import Model
 from nelbo.pictures import Canvas
 from nelbo.process import Absorbing
+from nelbo.report import figures
 from nelbo.report.studies import SAMPLE_STEPS, STEPS, Trajectory, is_image, steps_of
 
 
