@@ -266,7 +266,8 @@ def pairs(real: np.ndarray, sampled: np.ndarray, levels: int | None) -> str:
                 (sampled, BLUE, shake[1], "sampled"),
             ):
                 if row == column:
-                    height, edges = np.histogram(x[:, row], bins[row], density=True)
+                    inside, edges = np.histogram(x[:, row], bins[row])
+                    height = inside / (len(x) * np.diff(edges))  # of all, also those outside
                     ax.stairs(
                         height, edges, color=shade, linewidth=1.5, label=None if row else name
                     )
