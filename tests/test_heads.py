@@ -162,3 +162,22 @@ def test_heads_and_steps_refuse_what_they_cannot_use():
     for step in (Beta(), Learned(), Mixture(values)):
         with pytest.raises(TypeError, match=r"Gaussian process; got Absorbing; try Posterior\(\)"):
             step(point, z, T - 0.1, T, absorbing)
+
+
+def test_logits_start_from_the_frequencies_of_each_dimension():
+    """Under a network that gives zero and all noise, P(x_i = v_k|z) is the frequency of level k in
+    dimension i, smoothed by K counts of the frequencies over all dimensions."""
+    levels = Levels(4)
+    x = torch.randint(0, 4, (5000, 2, 3)) % torch.tensor([[4, 3, 2], [1, 4, 2]])
+    head = LevelLogits(levels.values, (2, 3))
+    head.start_from(x.to(torch.uint8))
+    frequency = torch.nn.functional.one_hot(x, 4).double().mean(0)
+    z, t = torch.randn(1, 2, 3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    noise = Gaussian(Linear(-6.0, 40.0), levels)
+    got = head(torch.zeros(1, 2, 3, 4, dtype=torch.float64), z, t, noise).log_probs[0].exp()
+    torch.testing.assert_close(got.sum(-1), torch.ones(2, 3, dtype=torch.float64))
+    assert (got - frequency).abs().max() < 4 / 5000
+    assert got.min() > 0
+    symbols = SymbolLogits(4, (2, 3))
+    symbols.start_from(x)
+    torch.testing.assert_close(symbols.log_prior, head.log_prior)

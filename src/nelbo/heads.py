@@ -153,7 +153,11 @@ class Logits(Head):
         Under a network that gives zero the model is then the factorised Bayes denoiser. Each
         dimension's counts are smoothed by K counts of the frequencies over all dimensions.
         """
-        counts = torch.stack([(x == k).sum(0) for k in range(self.outputs)], -1).double()
+        places = self.outputs * torch.arange(x[0].numel()).reshape(x.shape[1:])
+        counts = torch.zeros(x[0].numel() * self.outputs, dtype=torch.int64)
+        for part in x.split(4096):
+            counts += torch.bincount((places + part).flatten(), minlength=len(counts))
+        counts = counts.double().reshape(*x.shape[1:], self.outputs)
         overall = counts.flatten(0, -2).sum(0) + 1
         smooth = counts + self.outputs * overall / overall.sum()
         frequency = smooth / smooth.sum(-1, keepdim=True)

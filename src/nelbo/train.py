@@ -138,7 +138,7 @@ class Progress:
     seconds: float = 0.0
     best: float = math.inf
     best_step: int = 0
-    recent: float | None = None  # running mean of the bound, nats
+    recent: float = math.nan  # running mean of the bound, nats
 
 
 @dataclass
@@ -215,7 +215,7 @@ class Training:
         self.optimizer.step()
         self.ema.update_parameters(self.model)
         nats = bound.item()
-        recent = nats if self.at.recent is None else self.at.recent
+        recent = nats if math.isnan(self.at.recent) else self.at.recent
         self.at.recent = recent + (nats - recent) * max(0.02, 1 / (step + 1))
         self.at.step = step + 1
 
@@ -224,6 +224,7 @@ class Training:
         x = data.as_examples(self.dataset.splits["validation"][:VALIDATION_EXAMPLES])
         average = cast(Model, self.ema.module)
         result = evaluate(average, x, calls=8, seed=derive_seed(self.run.train.seed, 3))
+        error = result.standard_error.total
         if result.nats < self.at.best:
             self.at.best, self.at.best_step = result.nats, self.at.step
             about = {"weights": "ema", "step": str(self.at.step)}
@@ -232,9 +233,9 @@ class Training:
             "step": self.at.step,
             "seconds": round(self.at.seconds, 3),
             "lr": learning_rate(self.run.train, self.at.step - 1),
-            "train": self._shown(self.at.recent or math.nan),
+            "train": self._shown(self.at.recent),
             "validation": self._shown(result.nats),
-            "validation_standard_error": result.standard_error.total,
+            "validation_standard_error": None if math.isnan(error) else error,
             "unit": result.unit,
         }
         with (self.out / checkpoint.METRICS).open("a") as file:
@@ -288,7 +289,7 @@ class Training:
     def _note(self) -> str:
         unit = "nats" if self.run.schema.levels is None else "bits/dim"
         best = f", validation {self._shown(self.at.best):.3f}" if self.at.best_step else ""
-        return f"bound {self._shown(self.at.recent or math.nan):.3f}{best} {unit}"
+        return f"bound {self._shown(self.at.recent):.3f}{best} {unit}"
 
 
 def learning_rate(t: TrainConfig, step: int) -> float:
