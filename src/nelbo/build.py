@@ -11,6 +11,7 @@ from nelbo.config import ModelConfig
 from nelbo.data import Schema
 from nelbo.model import Model
 from nelbo.nn.conv import ConvNet
+from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.mlp import MLP
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
 
@@ -127,8 +128,9 @@ def _point_head(config: ModelConfig) -> heads.Head:
 
 def _network(config: ModelConfig, schema: Schema, channels: int, outputs: int) -> nn.Module:
     sizes = config.width, config.depth, config.dropout
-    network: nn.Module = NETWORKS[config.network](schema.shape, channels, outputs, *sizes)
-    return network
+    made = NETWORKS[config.network]
+    members = [made(schema.shape, channels, outputs, *sizes) for _ in range(config.members)]
+    return members[0] if config.members == 1 else Ensemble(members)
 
 
 def _only(config: ModelConfig, **allowed: tuple[str, ...]) -> None:

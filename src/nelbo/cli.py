@@ -58,6 +58,8 @@ class TrainOptions:
         Channels, or hidden units.
     depth
         Residual blocks.
+    members
+        Networks that are trained apart and averaged; each takes its part of the batch.
     network
         conv is for images, mlp for anything.
     process
@@ -97,6 +99,7 @@ class TrainOptions:
     dropout: Annotated[float | None, _preset("dropout")] = None
     width: Annotated[int | None, _preset("width")] = None
     depth: Annotated[int | None, _preset("depth")] = None
+    members: Annotated[int | None, _preset("members")] = None
     network: Annotated[config.Network | None, _preset("network")] = None
     process: Annotated[config.Process | None, _preset("process")] = None
     schedule: Annotated[

@@ -69,10 +69,11 @@ class ModelConfig(Section):
     width: int = 32
     depth: int = 3
     dropout: float = 0.1
+    members: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "width", "depth")
+        _at_least(self, 1, "width", "depth", "members")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
 
@@ -154,10 +155,10 @@ def configure(
         model = replace(model, network="mlp", width=128)
         train = replace(train, steps=3000, lr=1e-3, augment=0.0)
     if preset == "best":
-        model = replace(model, width=3 * model.width // 2, dropout=0.2)
-        train = replace(train, steps=5 * train.steps // 3, ema=0.9995)
+        model = replace(model, width=3 * model.width // 2, dropout=0.2, members=3)
+        train = replace(train, steps=4 * train.steps // 3, batch=3 * train.batch)
         if train.augment:
-            train = replace(train, augment=0.8)
+            train = replace(train, augment=0.75)
 
     known = {f.name: kind for kind in (ModelConfig, TrainConfig) for f in fields(kind)}
     for name in options:

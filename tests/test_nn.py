@@ -1,0 +1,118 @@
+"""Contract of the networks: one example is one example, whatever stands beside it."""
+
+import pytest
+import torch
+from torch import nn
+
+from nelbo._numerics import seeded
+from nelbo.nn.conv import ConvNet
+from nelbo.nn.ensemble import Ensemble
+from nelbo.nn.mlp import MLP
+
+
+class NetworkContract:
+    """Inherit with a fixture `network` for examples of shape `shape`, with `outputs`."""
+
+    shape: tuple[int, ...] = (3, 5, 7)
+    channels = 2
+    outputs = 4
+
+    @pytest.fixture
+    def inputs(self, network):
+        with seeded(1):
+            for parameter in network.parameters():  # the last layers start at zero
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            first = (self.channels * self.shape[0], *self.shape[1:])
+            return torch.randn(4, *first), torch.tensor([-6.0, 0.0, 0.5, 5.0])
+
+    def test_examples_do_not_mix(self, network, inputs):
+        network.eval()
+        features, level = inputs
+        together = network(features, level)
+        extra = () if self.outputs == 1 else (self.outputs,)
+        assert together.shape == (4, *self.shape, *extra)
+        alone = network(features[2:3], level[2:3])
+        torch.testing.assert_close(together[2:3], alone, rtol=1e-4, atol=1e-5)
+
+    def test_all_inputs_matter(self, network, inputs):
+        network.eval()
+        features, level = inputs
+        base = network(features, level)
+        assert (network(features + 0.1, level) - base).abs().max() > 1e-4
+        assert (network(features, level + 0.1) - base).abs().max() > 1e-4
+        told = network(features, level, torch.ones(4))
+        assert (told - base).abs().max() > 1e-4
+        torch.testing.assert_close(network(features, level, torch.zeros(4)), base)
+
+    def test_all_parameters_learn(self, network, inputs):
+        network.train()
+        network(*inputs).square().sum().backward()
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+class TestConvNet(NetworkContract):
+    @pytest.fixture
+    def network(self):
+        return ConvNet(self.shape, self.channels, self.outputs, width=8, depth=2)
+
+    def test_sees_the_whole_image(self, network, inputs):
+        """A change in one corner reaches the other."""
+        network.eval()
+        features, level = inputs
+        changed = features.clone()
+        changed[..., 0, 0] += 1
+        difference = (network(changed, level) - network(features, level))[..., -1, -1, :]
+        assert difference.abs().min() > 1e-6
+
+
+class TestConvNetOfOne(NetworkContract):
+    outputs = 1
+    channels = 1
+    shape = (1, 4, 4)
+
+    @pytest.fixture
+    def network(self):
+        return ConvNet(self.shape, self.channels, self.outputs, width=8, depth=1)
+
+
+class TestMLP(NetworkContract):
+    @pytest.fixture
+    def network(self):
+        return MLP(self.shape, self.channels, self.outputs, width=16, depth=2)
+
+
+class TestMLPOfVectors(NetworkContract):
+    shape = (5,)
+    channels = 1
+    outputs = 1
+
+    @pytest.fixture
+    def network(self):
+        return MLP(self.shape, self.channels, self.outputs, width=16, depth=1)
+
+
+class TestEnsemble(NetworkContract):
+    @pytest.fixture
+    def network(self):
+        sizes = {"width": 16, "depth": 1}
+        return Ensemble([MLP(self.shape, self.channels, self.outputs, **sizes) for _ in range(3)])
+
+    def test_is_the_mean_and_trains_each_on_its_part(self, network, inputs):
+        network.eval()
+        members = torch.stack([member(*inputs) for member in network.members])
+        torch.testing.assert_close(network(*inputs), members.mean(0))
+        network.train()
+        torch.testing.assert_close(network(*inputs)[:2], members[0, :2])
+        torch.testing.assert_close(network(*inputs)[2:], members[1, 2:])
+
+    def test_all_parameters_learn(self, network, inputs):
+        features, level = (torch.cat([x, x]) for x in inputs)
+        super().test_all_parameters_learn(network, (features, level))
+
+
+def test_networks_start_by_saying_nothing():
+    for network in (ConvNet((1, 5, 5), 1, 3, width=8), MLP((4,), 1, 3)):
+        shape = (1, 5, 5) if isinstance(network, ConvNet) else (4,)
+        assert isinstance(network, nn.Module)
+        assert not network(torch.randn(2, *shape), torch.zeros(2)).any()
