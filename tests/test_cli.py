@@ -129,6 +129,8 @@ def test_bad_options(trained, tmp_path, capsys):
         (("sample", trained, "--out", tmp_path / "x.png", "--steps", 0), "at least 1; got 0"),
         (("sample", trained, "--out", "/proc/x.png", "--n", 1, "--steps", 1), "/proc"),
         (("evaluate", trained, "--colour"), "--colour"),
+        (("evaluate", trained, "--device", "abacus"), "no device 'abacus'"),
+        (("train", "digits", "--out", run, "--device", "abacus"), "no device 'abacus'"),
     ]:
         (tmp_path / "file").write_text("so that the folder is not empty")
         assert words in nelbo_fails(capsys, *arguments), arguments

@@ -248,11 +248,12 @@ def evaluate(
     from nelbo._progress import tracker
     from nelbo.checkpoint import load
     from nelbo.evaluate import evaluate as measure
+    from nelbo.model import find_device
 
     loaded = load(run)
     x, split = loaded.examples(data, split)
     result = measure(
-        loaded.model.to(device),
+        loaded.model.to(find_device(device)),
         x,
         times=_times(steps),
         calls=calls,
@@ -303,11 +304,12 @@ def sample(
     from nelbo._progress import tracker
     from nelbo.checkpoint import load, write
     from nelbo.estimate import Grid
+    from nelbo.model import find_device
 
     loaded = load(run)
     save = pictures.saver(out, loaded.config.schema)
     draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
-    x = draw(loaded.model.to(device), n, Grid.uniform(steps), seed, tracker("sample"))
+    x = draw(loaded.model.to(find_device(device)), n, Grid.uniform(steps), seed, tracker("sample"))
     write(out, save(x.cpu()))
     _say(f"{n} samples in {out}")
 
@@ -383,8 +385,8 @@ def _say(line: str) -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What the user can mend is one line and exit code 2; Ctrl-C is 130; a defect keeps its
-    traceback."""
+    """What the user can mend (ValueError, OSError) is one line and exit code 2; Ctrl-C is 130;
+    anything else is a defect and keeps its traceback."""
     try:
         yield
     except CycloptsError as error:
@@ -396,7 +398,7 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(141)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         _fail(str(error))
 
 

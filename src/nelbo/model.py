@@ -95,6 +95,14 @@ class Model(nn.Module):
         return self.decoder(self.predict(z, t), z, t, self.process)
 
 
+def find_device(name: str) -> torch.device:
+    """The device of that name, or ValueError where this machine has none."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"there is no device {name!r} on this machine; try cpu") from None
+
+
 @contextmanager
 def measuring(model: Model) -> Iterator[None]:
     """Evaluation mode, float64 around the network, no TF32, no autocast; then all as before."""

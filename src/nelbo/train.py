@@ -32,7 +32,7 @@ from nelbo.data import Dataset
 from nelbo.estimate import stratified
 from nelbo.evaluate import evaluate
 from nelbo.heads import Logits
-from nelbo.model import Model
+from nelbo.model import Model, find_device
 from nelbo.objective import Objective
 from nelbo.process import Affine
 
@@ -157,7 +157,7 @@ class Training:
             model = build(self.run.model, self.run.schema, self._affine())
         if isinstance(model.head, Logits):
             model.head.start_from(self.dataset.splits["train"])
-        self.model: Model = model.to(torch.device(self.device))
+        self.model: Model = model.to(find_device(self.device))
         self.model.dtype = torch.float32
         self.objective = Objective(OBJECTIVES[t.objective], t.cross_entropy)
         self.optimizer = torch.optim.AdamW(
