@@ -153,36 +153,15 @@ def evaluate(
     if len(x) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
     replicates, draws = plan(times, calls)
-    blocks = [slice(i, min(i + BLOCK, len(x))) for i in range(0, len(x), BLOCK)]
-    prior = torch.empty(len(x), dtype=torch.float64)
-    reconstruction = torch.empty(len(x), replicates, dtype=torch.float64)
-    diffusion = torch.zeros(len(x), replicates, dtype=torch.float64)
+    blocks = x.split(BLOCK)
     curve = _Curve(times, len(x) * replicates * draws)
+    terms = []
     with measuring(model), _counting(model.network) as rows:
         for g in track(range(len(blocks))):
-            block = as_examples(x[blocks[g]]).to(model.device)
             with seeded(seed, g):
-                first = _full(block, times.first)
-                prior[blocks[g]] = prior_term(model, block, _full(block, 1.0)).cpu()
-                r = _in_chunks(
-                    lambda x, t: reconstruction_term(model, x, t),
-                    model,
-                    block.repeat_interleave(replicates, 0),
-                    first.repeat_interleave(replicates),
-                )
-                reconstruction[blocks[g]] = r.reshape(-1, replicates)
-                if draws:
-                    u = torch.stack(
-                        [stratified(len(block), draws) for _ in range(replicates)], 1
-                    ).to(block.device)
-                    d = _in_chunks(
-                        lambda x, u: times.diffusion(model, x, u),
-                        model,
-                        block.repeat_interleave(replicates * draws, 0),
-                        u.flatten(),
-                    )
-                    diffusion[blocks[g]] = d.reshape(u.shape).mean(-1)
-                    curve.add(u.flatten().cpu(), d)
+                block = as_examples(blocks[g]).to(model.device)
+                terms.append(_draw_terms(model, block, times, replicates, draws, curve))
+    prior, reconstruction, diffusion = (torch.cat(parts) for parts in zip(*terms, strict=True))
 
     each = prior[:, None] + reconstruction + diffusion
     bound = Bound(prior, reconstruction.mean(1), diffusion.mean(1))
@@ -193,7 +172,7 @@ def evaluate(
         bits_per_dim=None if density else nats * scale,
         nats=nats,
         unit="nats" if density else "bits/dim",
-        standard_error=_standard_error(each * scale, blocks),
+        standard_error=_standard_error(each * scale),
         terms=Terms(*((term.mean() * scale).item() for term in bound)),
         examples=len(x),
         dims=model.dims,
@@ -210,19 +189,35 @@ def evaluate(
     )
 
 
-def _standard_error(each: Tensor, blocks: list[slice]) -> StandardError:
+def _draw_terms(
+    model: Model, x: Tensor, times: Times, replicates: int, draws: int, curve: "_Curve"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a block of B examples: prior (B,), reconstruction and diffusion (B, replicates)."""
+    prior = prior_term(model, x, _full(x, 1.0)).cpu()
+    copies = x.repeat_interleave(replicates, 0)
+    reconstruction = _in_chunks(reconstruction_term, model, copies, _full(copies, times.first))
+    diffusion = torch.zeros(len(x), replicates, dtype=torch.float64)
+    if draws:
+        u = torch.stack([stratified(len(x), draws) for _ in range(replicates)], 1)
+        copies = x.repeat_interleave(replicates * draws, 0)
+        each = _in_chunks(times.diffusion, model, copies, u.flatten().to(x.device))
+        diffusion = each.reshape(u.shape).mean(-1)
+        curve.add(u.flatten(), each)
+    return prior, reconstruction.reshape(-1, replicates), diffusion
+
+
+def _standard_error(each: Tensor) -> StandardError:
+    """Of the mean of each (N, R), in blocks whose replicates are independent."""
     examples, replicates = each.shape
-    variance = each.new_zeros(())
-    for block in blocks:
-        share = len(each[block]) / examples
-        variance += share**2 * each[block].mean(0).var() / replicates
-    if examples == 1:
-        return StandardError(math.nan, math.nan, variance.sqrt().item())
-    noise = each.var(1).mean() / replicates
-    data = ((each.mean(1).var() - noise) / examples).clamp(min=0)
-    return StandardError(
-        (data + variance).sqrt().item(), data.sqrt().item(), variance.sqrt().item()
+    monte_carlo = sum(
+        (len(block) / examples) ** 2 * block.mean(0).var().item() / replicates
+        for block in each.split(BLOCK)
     )
+    if examples == 1:
+        return StandardError(math.nan, math.nan, math.sqrt(monte_carlo))
+    noise = each.var(1).mean() / replicates
+    data = max(0.0, (each.mean(1).var() - noise).item() / examples)
+    return StandardError(*(math.sqrt(v) for v in (data + monte_carlo, data, monte_carlo)))
 
 
 def _full(x: Tensor, t: float) -> Tensor:
@@ -230,12 +225,12 @@ def _full(x: Tensor, t: float) -> Tensor:
 
 
 def _in_chunks(
-    term: Callable[[Tensor, Tensor], Tensor], model: Model, x: Tensor, t: Tensor
+    term: Callable[[Model, Tensor, Tensor], Tensor], model: Model, x: Tensor, t: Tensor
 ) -> Tensor:
-    """term(x, t) on as many rows at a time as memory allows; on the CPU."""
+    """term(model, x, t) on as many rows at a time as memory allows; on the CPU."""
     rows = max(1, ROWS // (model.dims * model.head.outputs))
     chunks = zip(x.split(rows), t.split(rows), strict=True)
-    return torch.cat([term(x, t).double().cpu() for x, t in chunks])
+    return torch.cat([term(model, x, t).double().cpu() for x, t in chunks])
 
 
 @contextmanager
