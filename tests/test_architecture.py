@@ -10,6 +10,7 @@ import nelbo
 SOURCE = Path(nelbo.__file__).parent
 ORDER = (
     "_numerics",
+    "_progress",
     "_distributions",
     "schedules",
     "process",
@@ -28,7 +29,6 @@ ORDER = (
     "config",
     "build",
     "checkpoint",
-    "_progress",
     "train",
     "pictures",
     "report",

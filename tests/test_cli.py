@@ -129,10 +129,18 @@ def test_bad_options(trained, tmp_path, capsys):
         (("sample", trained, "--out", tmp_path / "x.png", "--steps", 0), "at least 1; got 0"),
         (("sample", trained, "--out", "/proc/x.png", "--n", 1, "--steps", 1), "/proc"),
         (("evaluate", trained, "--colour"), "--colour"),
+        (("evaluate", trained, "--seed", -1), "seed must be at least 0; got -1"),
+        (("train", "digits", "--out", run, "--lr", "inf"), "lr must be finite"),
+        (
+            ("train", "digits", "--out", run, "--process", "absorbing", "--step", "beta"),
+            "posterior",
+        ),
+        (("train", "--resume", trained, "--preset", "best"), "--preset cannot go with it"),
+        (("sample", trained, "--out", tmp_path / "run.png" / "x.npz"), "run.png"),
         (("evaluate", trained, "--device", "abacus"), "no device 'abacus'"),
         (("train", "digits", "--out", run, "--device", "abacus"), "no device 'abacus'"),
     ]:
-        (tmp_path / "file").write_text("so that the folder is not empty")
+        (tmp_path / "run.png").write_text("a file, and so the folder is not empty")
         assert words in nelbo_fails(capsys, *arguments), arguments
         assert not run.exists()
 
@@ -176,8 +184,11 @@ def test_damaged_runs(trained, tmp_path, capsys):
         (("model", "head"), "nose", "head must be one of"),
         (("train", "steps"), 0, "steps must be at least 1"),
         (("data", "schema"), {"kind": "levels"}, "schema"),
+        (("model",), [1], "must be a JSON object"),
+        (("model", "width"), True, "width must be int; got True"),
+        (("data", "source"), 5, "source"),
     ]:
-        run = damaged(f"config {path} {words[:3]}")
+        run = damaged(f"config {path} {value!r}")
         document = json.loads((run / "config.json").read_text())
         place = document
         for key in path[:-1]:
@@ -190,6 +201,18 @@ def test_damaged_runs(trained, tmp_path, capsys):
     run = damaged("no json")
     (run / "config.json").write_text("{")
     assert "not JSON" in nelbo_fails(capsys, "evaluate", run)
+
+    run = damaged("nested")
+    (run / "config.json").write_text("[" * 100_000)
+    assert "not JSON" in nelbo_fails(capsys, "evaluate", run)
+
+    run = damaged("metrics")
+    (run / "metrics.jsonl").write_text('[1]\n{"a": 1}\nword\n')
+    run_ok("train", "--resume", run)
+
+    run = damaged("state of nothing")
+    save_file({}, run / "state.safetensors")
+    assert "another architecture" in nelbo_fails(capsys, "train", "--resume", run)
 
     run = damaged("cut state")
     whole = (run / "state.safetensors").read_bytes()
@@ -216,3 +239,42 @@ def test_ctrl_c_and_resume(tmp_path):
     done = json.loads((run / "config.json").read_text())["train"]["steps"]
     assert done == 100000
     run_ok("train", "--resume", run, "--steps", 5)
+
+
+def test_data_that_changed(tmp_path, capsys):
+    """A run refuses data that are no longer its own: a test split could hold what it has seen."""
+    rng, path, run = np.random.default_rng(0), tmp_path / "x.npy", tmp_path / "run"
+    np.save(path, rng.integers(0, 4, (60, 3)))
+    options = ("--steps", 2, "--batch", 8, "--width", 8, "--levels", 4)
+    run_ok("train", path, "--out", run, *options)
+    run_ok("evaluate", run)
+    np.save(path, rng.integers(0, 4, (60, 3)))
+    assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
+    assert "no longer those of the run" in nelbo_fails(capsys, "train", "--resume", run)
+    run_ok("evaluate", run, "--data", path)
+
+
+def test_a_failed_training_leaves_no_run_behind(tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["train", "digits", "--out", run, "--batch", 8, "--width", 8, "--lr", 1e30]
+    assert "at step 2" in nelbo_fails(capsys, *command, "--warmup", 0)
+    assert not run.exists()
+
+
+def test_augmentation_is_for_images(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 4, (60, 3)))
+    command = ("train", tmp_path / "x.npy", "--out", tmp_path / "run", "--augment", 0.5)
+    assert "augment is for images" in nelbo_fails(capsys, *command)
+
+
+def test_names_with_brackets_and_a_terminal_of_few_symbols(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run[1] ü")
+    np.save(tmp_path / "some [bold].npy", np.zeros((5, 8, 8), np.int64))
+    command = [sys.executable, "-m", "nelbo", "evaluate", str(run), "--calls", "4"]
+    result = subprocess.run(
+        [*command, "--data", str(tmp_path / "some [bold].npy")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"[bold]" in result.stdout and b"bits/dim" in result.stdout

@@ -56,6 +56,8 @@ def draw(distribution: Distribution) -> Tensor:
 
 def derive_seed(*path: int) -> int:
     """A 63-bit seed for the place `path` = (seed, step, ...): independent streams, no state."""
+    if min(path) < 0:
+        raise ValueError(f"seed must be at least 0; got {min(path)}")
     # SeedSequence ignores trailing zeros, so without its length (1, 0) would be the place (1,).
     sequence = np.random.SeedSequence([len(path), *path])
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)

@@ -13,6 +13,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+#: wraps what is iterated over, to show how far it is
+Track = Callable[[Iterable[int]], Iterable[int]]
+
 
 @contextmanager
 def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
@@ -31,7 +34,7 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int
         yield lambda done, note: bar.update(task, completed=done, note=note)
 
 
-def tracker(what: str) -> Callable[[Iterable[int]], Iterable[int]]:
+def tracker(what: str) -> Track:
     """A `track` argument that shows a bar while it iterates."""
 
     def track(items: Iterable[int]) -> Iterator[int]:

@@ -138,6 +138,7 @@ def _only(config: ModelConfig, **allowed: tuple[str, ...]) -> None:
         value = getattr(config, part)
         if value not in names:
             raise ValueError(
-                f"the {part} {value} does not go with the process {config.process}, the head"
-                f" {config.head} and these data; try --{part} {names[0]}"
+                f"the {part} {value} does not go with the process {config.process} and"
+                f" {'these data' if part == 'head' else f'the head {config.head}'};"
+                f" try --{part} {names[0]}"
             )

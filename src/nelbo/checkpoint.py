@@ -9,12 +9,14 @@ Every file is written under a temporary name, synced and renamed: it is whole or
 """
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +28,7 @@ from nelbo import data
 from nelbo._numerics import seeded
 from nelbo.build import build
 from nelbo.config import ModelConfig, TrainConfig
-from nelbo.data import Schema
+from nelbo.data import Dataset, Schema
 from nelbo.model import Model
 
 CONFIG, WEIGHTS, STATE, METRICS = (
@@ -37,48 +39,80 @@ CONFIG, WEIGHTS, STATE, METRICS = (
 )
 
 
+EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What `config.json` says."""
 
     source: str
     schema: Schema
-    preset: str
     size: int | None
+    hashes: dict[str, str]
+    preset: str
     model: ModelConfig
     train: TrainConfig
 
     def to_json(self) -> str:
         document = {
             "nelbo": nelbo.__version__,
-            "data": {"source": self.source, "size": self.size, "schema": self.schema.to_dict()},
+            "data": {
+                "source": self.source,
+                "size": self.size,
+                "schema": self.schema.to_dict(),
+                "hashes": self.hashes,
+            },
             "preset": self.preset,
             "model": self.model.to_dict(),
             "train": self.train.to_dict(),
         }
         return json.dumps(document, indent=2) + "\n"
 
+    def load_data(self) -> Dataset:
+        """The run's own data.
+
+        Raises:
+            ValueError: they are no longer those of the run.
+        """
+        dataset = data.load(self.source, levels=self.schema.levels, size=self.size)
+        if dataset.schema != self.schema or hashes(dataset) != self.hashes:
+            raise ValueError(
+                f"the data at {self.source} are no longer those of the run: bring them back,"
+                " or evaluate others with --data"
+            )
+        return dataset
+
     @staticmethod
     def from_json(text: str, where: str) -> "RunConfig":
         """Raises ValueError for anything that is missing, unknown or not JSON."""
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from None
         top = _section(document, {"nelbo", "data", "preset", "model", "train"}, where)
-        data = _section(top["data"], {"source", "size", "schema"}, f"{where}, data")
+        about = _section(top["data"], {"source", "size", "schema", "hashes"}, f"{where}, data")
+        for name, kinds in (("source", str), ("size", int | None), ("hashes", dict)):
+            if not isinstance(about[name], kinds):
+                raise ValueError(f"{name} in {where}, data, cannot be {about[name]!r}")
         try:
-            schema = Schema.from_dict(data["schema"])
+            schema = Schema.from_dict(about["schema"])
         except ValueError as error:
             raise ValueError(f"{error} in {where}") from None
         return RunConfig(
-            source=data["source"],
+            source=about["source"],
             schema=schema,
-            preset=top["preset"],
-            size=data["size"],
+            size=about["size"],
+            hashes=about["hashes"],
+            preset=str(top["preset"]),
             model=ModelConfig.from_dict(top["model"], f"{where}, model"),
             train=TrainConfig.from_dict(top["train"], f"{where}, train"),
         )
+
+
+def hashes(dataset: Dataset) -> dict[str, str]:
+    """The fingerprint of each split."""
+    return {name: data.fingerprint(x) for name, x in dataset.splits.items()}
 
 
 def _section(document: object, keys: set[str], where: str) -> dict:
@@ -111,16 +145,10 @@ class Run:
         Raises:
             ValueError: data of another schema, or no such split.
         """
-        schema, size = self.config.schema, self.config.size
         if source is None:
-            dataset = data.load(self.config.source, levels=schema.levels, size=size)
-            if dataset.schema != schema:
-                raise ValueError(
-                    f"the data at {self.config.source} changed since the run: they are"
-                    f" {dataset.schema}, the run's {schema}"
-                )
+            dataset = self.config.load_data()
         else:
-            dataset = data.load_like(source, schema, size=size)
+            dataset = data.load_like(source, self.config.schema, size=self.config.size)
         split = split or ("test" if source is None else "all")
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
@@ -129,10 +157,15 @@ class Run:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write the whole file or nothing: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write the whole file or nothing: temporary name, fsync, rename.
+
+    Raises:
+        OSError: naming `path`.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -141,27 +174,43 @@ def write(path: Path, content: bytes) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+def check_writable(path: Path) -> None:
+    """OSError now rather than after the work, where `write` could not create the file."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    if not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
     """Tensors and a few words about them, as one safetensors file."""
     # Clones, because the format refuses names that share memory (the transform of real data).
     whole = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    write(path, save(whole, dict(about)))
+    # One key: the format writes several in no fixed order, and equal runs shall be equal files.
+    write(path, save(whole, {"about": json.dumps(dict(about), sort_keys=True)}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Raises ValueError for a file that is truncated or not safetensors."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            return {name: file.get_tensor(name) for name in list(file.keys())}, about
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}); restore it from a copy or"
             " train again"
@@ -193,16 +242,18 @@ def read_config(path: Path) -> RunConfig:
         raise FileNotFoundError(f"the run {path} does not exist; train with: nelbo train")
     if not is_run(path):
         raise FileNotFoundError(f"{path} is not a run: it has no {CONFIG}")
-    return RunConfig.from_json((path / CONFIG).read_text(), str(path / CONFIG))
+    return RunConfig.from_json((path / CONFIG).read_text(errors="replace"), str(path / CONFIG))
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The events of a run; a last line cut by a crash is left out."""
+    """The events of a run; a line that is none, such as a last one cut by a crash, is left out."""
     events = []
     if (path / METRICS).is_file():
-        for line in (path / METRICS).read_text().splitlines():
+        for line in (path / METRICS).read_text(errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                events.append(json.loads(line))
+                event = json.loads(line)
+                if isinstance(event, dict) and event.keys() >= EVENT_KEYS:
+                    events.append(event)
     return events
 
 

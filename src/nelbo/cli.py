@@ -1,16 +1,20 @@
 """The command line. Each command imports what it needs, so `nelbo --help` is quick."""
 
+import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import nelbo
@@ -102,21 +106,13 @@ class TrainOptions:
     members: Annotated[int | None, _preset("members")] = None
     network: Annotated[config.Network | None, _preset("network")] = None
     process: Annotated[config.Process | None, _preset("process")] = None
-    schedule: Annotated[
-        Literal["linear", "cosine", "learned", "learned-ends", "linear-alpha"] | None,
-        _preset("schedule"),
-    ] = None
+    schedule: Annotated[config.Schedule | None, _preset("schedule")] = None
     gamma_min: Annotated[float | None, _preset("gamma_min")] = None
     gamma_max: Annotated[float | None, _preset("gamma_max")] = None
     head: Annotated[config.Head | None, _preset("head")] = None
     step: Annotated[config.Step | None, _preset("step")] = None
-    decoder: Annotated[
-        Literal["levels", "evidence", "discretised-gaussian", "bernoulli", "gaussian"] | None,
-        _preset("decoder"),
-    ] = None
-    objective: Annotated[
-        Literal["bound", "simple", "min-snr", "p2"] | None, _preset("objective")
-    ] = None
+    decoder: Annotated[config.Decoder | None, _preset("decoder")] = None
+    objective: Annotated[config.Objective | None, _preset("objective")] = None
     cross_entropy: Annotated[float | None, _preset("cross_entropy")] = None
     augment: Annotated[float | None, _preset("augment")] = None
     clip: Annotated[float | None, _preset("clip")] = None
@@ -133,7 +129,7 @@ def train(
     *,
     out: Path | None = None,
     resume: Path | None = None,
-    preset: config.Preset = "auto",
+    preset: Annotated[config.Preset | None, Parameter(show_default=lambda _: "auto")] = None,
     levels: int | None = None,
     size: int | None = None,
     device: str = "cpu",
@@ -164,20 +160,26 @@ def train(
     options
         In place of the preset's.
     """
-    from nelbo.checkpoint import STATE
+    from nelbo.train import Interrupted
     from nelbo.train import resume as continue_run
     from nelbo.train import train as start
 
     given = options.given() if options else {}
     path = resume or out
     if resume is not None:
-        others = [data and "DATA", out and "--out", levels and "--levels", size and "--size"]
+        asked = {
+            "DATA": data,
+            "--out": out,
+            "--preset": preset,
+            "--levels": levels,
+            "--size": size,
+        }
+        others = [name for name, value in asked.items() if value is not None]
         others += [f"--{name.replace('_', '-')}" for name in given if name != "steps"]
-        for name in others:
-            if name:
-                raise ValueError(
-                    f"--resume continues a run as it was configured; {name} cannot go with it"
-                )
+        if others:
+            raise ValueError(
+                f"--resume continues a run as it was configured; {others[0]} cannot go with it"
+            )
     elif data is None or out is None:
         raise ValueError(
             "train needs DATA and --out, or --resume; try: nelbo train digits --out runs/digits"
@@ -192,22 +194,17 @@ def train(
             run = start(
                 str(data),
                 Path(str(out)),
-                preset=preset,
+                preset=preset or "auto",
                 levels=levels,
                 size=size,
                 device=device,
                 progress=True,
                 **given,
             )
-    except KeyboardInterrupt:
-        if path is not None and (path / STATE).exists():
-            _say(f"stopped and saved; continue with: nelbo train --resume {path}")
+    except Interrupted:
+        _say(f"stopped and saved; continue with: nelbo train --resume {quote(str(path))}")
         raise
-    last = run.metrics[-1]
-    _say(
-        f"{run.path}: {last['step']} steps in {last['seconds']:.0f} s; kept {run.weights}."
-        f" Next: nelbo evaluate {run.path}"
-    )
+    _say(f"kept the weights {run.weights}. Next: nelbo evaluate {quote(str(run.path))}")
 
 
 @app.command
@@ -237,7 +234,7 @@ def evaluate(
         The bound of the model with this number of steps; continuous time where left out.
     calls
         Network calls per example, at most; more calls, less Monte Carlo error. The default is 24
-        in continuous time, and up to 4 times the number of steps.
+        in continuous time; with steps 4 for each step, of at most 16.
     seed
         Everything random follows from it.
     device
@@ -302,12 +299,13 @@ def sample(
     from nelbo import pictures
     from nelbo import sample as samplers
     from nelbo._progress import tracker
-    from nelbo.checkpoint import load, write
+    from nelbo.checkpoint import check_writable, load, write
     from nelbo.estimate import Grid
     from nelbo.model import find_device
 
     loaded = load(run)
     save = pictures.saver(out, loaded.config.schema)
+    check_writable(out)
     draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
     x = draw(loaded.model.to(find_device(device)), n, Grid.uniform(steps), seed, tracker("sample"))
     write(out, save(x.cpu()))
@@ -327,11 +325,12 @@ def report(run: Path, *, out: Path | None = None, seed: int = 0) -> None:
     seed
         Everything random follows from it.
     """
-    from nelbo.checkpoint import load
+    from nelbo.checkpoint import check_writable, load
     from nelbo.report import report as make
 
-    loaded = load(run)
-    page = make(loaded, out or run / "report.html", seed=seed, progress=True)
+    loaded, page = load(run), out or run / "report.html"
+    check_writable(page)
+    make(loaded, page, seed=seed, progress=True)
     _say(f"open {page}")
 
 
@@ -344,7 +343,8 @@ def _times(steps: int | None) -> "Times":
 def _show(result: "Evaluation") -> None:
     error, unit = result.standard_error, result.unit
     time = "continuous time" if result.steps is None else f"{result.steps} steps"
-    table = Table(title=f"bound on -log P(x), {result.split}, {time}", title_justify="left")
+    title = f"bound on -log P(x), {escape(result.split)}, {time}"
+    table = Table(title=title, title_justify="left")
     for column in ("", unit, "standard error"):
         table.add_column(column, justify="left" if not column else "right")
     value = result.nats if result.bits_per_dim is None else result.bits_per_dim
@@ -362,12 +362,14 @@ def _show(result: "Evaluation") -> None:
         f" seed {result.seed}; weights: {result.weights}; {result.precision};"
         f" model {result.model_hash}, data {result.data_hash}",
         highlight=False,
+        markup=False,
     )
 
 
 def _sparkline(result: "Evaluation") -> str:
     """The diffusion term over time, one block per bin."""
-    heights = [point.value / (point.t_to - point.t_from) for point in result.curve]
+    points = [point for point in result.curve if not math.isnan(point.value)]
+    heights = [point.value / (point.t_to - point.t_from) for point in points]
     top = max(heights, default=0.0)
     if not top > 0:
         return "diffusion over t: none"
@@ -397,9 +399,14 @@ def _one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(place + (error.strerror or str(error)))
     except ValueError as error:
         _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        _fail(f"out of memory: {error}; try a smaller --batch or --width")
 
 
 def _fail(message: str) -> None:
@@ -409,5 +416,8 @@ def _fail(message: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; `arguments` in place of the process's own."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a symbol shows a ?
     with _one_line_errors():
         app(arguments, exit_on_error=False, print_error=False)

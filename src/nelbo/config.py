@@ -1,5 +1,6 @@
 """What a run is made of, in plain values: names, sizes and presets. No torch here."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args, get_origin, get_type_hints
@@ -31,8 +32,10 @@ class Section:
                 if value not in get_args(kind):
                     names = ", ".join(get_args(kind))
                     raise ValueError(f"{name} must be one of {names}; got {value!r}")
-            elif not isinstance(value, (int, float) if kind is float else kind) or value is True:
+            elif isinstance(value, bool) or not isinstance(value, int | kind):
                 raise ValueError(f"{name} must be {kind.__name__}; got {value!r}")
+            elif not math.isfinite(value):
+                raise ValueError(f"{name} must be finite; got {value}")
 
     def to_dict(self) -> dict[str, object]:
         return asdict(cast(Any, self))
@@ -44,8 +47,10 @@ class Section:
         Raises:
             ValueError: an unknown or missing key, or an impossible value; it names `where`.
         """
-        known = {f.name for f in fields(cast(Any, cls))}
-        for name in sorted(values.keys() ^ known):
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{where} must be a JSON object; got {values!r}")
+        known = [f.name for f in fields(cast(Any, cls))]
+        for name in sorted(values.keys() ^ set(known)):
             kind = "unknown" if name in values else "missing"
             raise ValueError(f"{kind} key {name!r} in {where}; known are {', '.join(known)}")
         try:

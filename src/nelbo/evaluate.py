@@ -14,7 +14,7 @@ The number of network calls is counted at the network. Blocks are seeded one by 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
@@ -22,16 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from nelbo._numerics import LOG_2, seeded
+from nelbo._progress import Track
 from nelbo.data import as_examples, fingerprint
 from nelbo.elbo import Bound, prior_term, reconstruction_term
 from nelbo.estimate import Continuum, Grid, Times, stratified
 from nelbo.model import Model, measuring, model_hash
 
 BLOCK = 32  # examples that share strata
-ROWS = 2**23  # numbers the arithmetic around one network call may hold
 BINS = 32  # of the curve over time
-
-Track = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True)
@@ -89,18 +87,18 @@ class Evaluation:
     per_example: Bound = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON, without the terms per example; NaN becomes None."""
+        """Plain values for JSON, without the terms per example; what is not finite is None."""
         plain = asdict(replace(self, per_example=Bound(*[torch.empty(0)] * 3)))
         del plain["per_example"]
-        return {key: _without_nan(value) for key, value in plain.items()}
+        return {key: _finite(value) for key, value in plain.items()}
 
 
-def _without_nan(value: object) -> object:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in value.items()}
+        return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plan(times: Times, calls: int | None) -> tuple[int, int]:
@@ -228,8 +226,7 @@ def _in_chunks(
     term: Callable[[Model, Tensor, Tensor], Tensor], model: Model, x: Tensor, t: Tensor
 ) -> Tensor:
     """term(model, x, t) on as many rows at a time as memory allows; on the CPU."""
-    rows = max(1, ROWS // (model.dims * model.head.outputs))
-    chunks = zip(x.split(rows), t.split(rows), strict=True)
+    chunks = zip(x.split(model.rows), t.split(model.rows), strict=True)
     return torch.cat([term(model, x, t).double().cpu() for x, t in chunks])
 
 

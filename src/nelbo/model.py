@@ -18,6 +18,8 @@ from nelbo.likelihood import Likelihood
 from nelbo.process import Process
 from nelbo.reverse import Reverse
 
+ROWS = 2**23  # numbers the arithmetic around one network call may hold
+
 
 class Model(nn.Module):
     """A network, what its output means, and the probabilities built from it.
@@ -59,6 +61,11 @@ class Model(nn.Module):
     def dims(self) -> int:
         """D, the number of dimensions of one example."""
         return int(torch.Size(self.shape).numel())
+
+    @property
+    def rows(self) -> int:
+        """Examples that one call of the network may take, for the memory around it."""
+        return max(1, ROWS // (self.dims * self.head.outputs))
 
     @property
     def device(self) -> torch.device:

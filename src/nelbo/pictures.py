@@ -113,11 +113,11 @@ def saver(out: Path, schema: Schema) -> Callable[[Tensor], bytes]:
     Raises:
         ValueError: a suffix other than .png or .npz, or a picture of what is no image.
     """
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         if len(schema.shape) != 3 or schema.shape[0] not in (1, 3, 4):
             raise ValueError(f"examples of shape {schema.shape} are no images; write a .npz file")
         return lambda x: png(grid(x, schema))
-    if out.suffix == ".npz":
+    if out.suffix.lower() == ".npz":
 
         def array(x: Tensor) -> bytes:
             buffer = io.BytesIO()

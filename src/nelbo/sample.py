@@ -6,16 +6,16 @@ probability_flow  z_s = √α_s ê + √(1-α_s) ε̂, the most probable x at th
                   given z_T (Song et al. 2021, DDIM with η = 0); not the law of the bound
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from nelbo._numerics import draw, seeded
+from nelbo._progress import Track
 from nelbo.estimate import Grid
 from nelbo.model import Model, measuring
 from nelbo.process import Gaussian
-
-Track = Callable[[Iterable[int]], Iterable[int]]
 
 
 def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track = iter) -> Tensor:
@@ -35,9 +35,10 @@ def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track
     def step(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
         return draw(model.reverse(z, s, t))
 
-    with measuring(model), seeded(seed):
-        z, first = _descend(model, count, times, step, track)
-        return model.likelihood(z, first).sample()
+    def decode(z: Tensor, t: Tensor) -> Tensor:
+        return model.likelihood(z, t).sample()
+
+    return _descend(model, count, times, seed, step, decode, track)
 
 
 def probability_flow(
@@ -60,23 +61,31 @@ def probability_flow(
         q_s, q_t = process.marginal(e_hat, s).base_dist, process.marginal(e_hat, t).base_dist
         return q_s.loc + q_s.scale * (z - q_t.loc) / q_t.scale
 
-    with measuring(model), seeded(seed):
-        z, first = _descend(model, count, times, step, track)
-        return model.likelihood(z, first).mode
+    def decode(z: Tensor, t: Tensor) -> Tensor:
+        return model.likelihood(z, t).mode
+
+    return _descend(model, count, times, seed, step, decode, track)
 
 
 def _descend(
     model: Model,
     count: int,
     times: Grid,
+    seed: int,
     step: Callable[[Tensor, Tensor, Tensor], Tensor],
+    decode: Callable[[Tensor, Tensor], Tensor],
     track: Track,
-) -> tuple[Tensor, Tensor]:
-    """From z_T down to z_1; returns z_1 and its times."""
+) -> Tensor:
+    """From z_T down to z_1 and x, as many at a time as memory allows."""
     if count < 1:
         raise ValueError(f"the number of samples must be at least 1; got {count}")
     grid = times.times.to(model.device)
-    z = model.process.prior(model.shape, grid[-1].expand(count)).sample()
-    for i in track(range(len(grid) - 1, 0, -1)):
-        z = step(z, grid[i - 1].expand(count), grid[i].expand(count))
-    return z, grid[0].expand(count)
+    parts = []
+    with measuring(model), seeded(seed):
+        for begin in range(0, count, model.rows):
+            n = min(model.rows, count - begin)
+            z = model.process.prior(model.shape, grid[-1].expand(n)).sample()
+            for i in track(range(len(grid) - 1, 0, -1)):
+                z = step(z, grid[i - 1].expand(n), grid[i].expand(n))
+            parts.append(decode(z, grid[0].expand(n)))
+    return torch.cat(parts)

@@ -6,6 +6,7 @@ so there is no generator to save: a run that was stopped and continued ends with
 
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def train(
 
     Raises:
         ValueError: bad data or options; `out` exists; the loss becomes non-finite.
-        KeyboardInterrupt: after Ctrl-C, with the run saved; `resume` continues it.
+        Interrupted: after Ctrl-C, with the run saved; `resume` continues it.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -79,10 +80,23 @@ def train(
     model_config, train_config = configure(
         dataset.schema, len(dataset.splits["train"]), preset, **options
     )
-    run = RunConfig(dataset.source, dataset.schema, preset, size, model_config, train_config)
+    run = RunConfig(
+        source=dataset.source,
+        schema=dataset.schema,
+        size=size,
+        hashes=checkpoint.hashes(dataset),
+        preset=preset,
+        model=model_config,
+        train=train_config,
+    )
     training = Training(out, run, dataset, device)
-    checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
-    training.fit(progress)
+    try:
+        checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
+        training.fit(progress)
+    except Exception:
+        if not (out / checkpoint.WEIGHTS).exists():
+            shutil.rmtree(out, ignore_errors=True)  # all in it is ours, and of no use
+        raise
     return checkpoint.load(out)
 
 
@@ -94,22 +108,24 @@ def resume(
     Raises:
         FileNotFoundError: `out` is not a run.
         ValueError: its state is damaged or of another model; the loss becomes non-finite.
-        KeyboardInterrupt: after Ctrl-C, with the run saved.
+        Interrupted: after Ctrl-C, with the run saved.
     """
     out = Path(out)
     run = checkpoint.read_config(out)
     if steps is not None:
         run = replace(run, train=replace(run.train, steps=steps))
-    dataset = data.load(run.source, levels=run.schema.levels, size=run.size)
-    if dataset.schema != run.schema:
-        raise ValueError(f"the data at {run.source} changed: {dataset.schema} is not {run.schema}")
-    training = Training(out, run, dataset, device)
+    training = Training(out, run, run.load_data(), device)
     if (out / checkpoint.STATE).exists():
         training.load_state()
+    training.forget_later_metrics()
     if steps is not None:
         checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
     training.fit(progress)
     return checkpoint.load(out)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came, and the run is saved."""
 
 
 def batch_indices(examples: int, batch: int, step: int, seed: int) -> Tensor:
@@ -153,6 +169,8 @@ class Training:
 
     def __post_init__(self) -> None:
         t = self.run.train
+        if t.augment and len(self.run.schema.shape) != 3:
+            raise ValueError(f"augment is for images, and these are not; got {t.augment}, try 0")
         with seeded(t.seed, 0):
             model = build(self.run.model, self.run.schema, self._affine())
         if isinstance(model.head, Logits):
@@ -171,8 +189,11 @@ class Training:
         total = self.run.train.steps
         x = self.dataset.splits["train"]
         started = time.monotonic() - self.at.seconds
-        self.writer = _tensorboard(self.out)
-        with _bar(progress, total, self.at.step) as update, interruptible() as interrupted:
+        with (
+            _tensorboard(self.out, self.at.step) as self.writer,
+            _bar(progress, total, self.at.step) as update,
+            interruptible() as interrupted,
+        ):
             while self.at.step < total:
                 self._step(x)
                 self.at.seconds = time.monotonic() - started
@@ -183,9 +204,7 @@ class Training:
                     self.save_state()
                 if interrupted():
                     self.save_state()
-                    raise KeyboardInterrupt
-        if self.writer is not None:
-            self.writer.close()
+                    raise Interrupted
 
     def _step(self, x: Tensor) -> None:
         t, step = self.run.train, self.at.step
@@ -206,12 +225,8 @@ class Training:
             (loss / (self.model.dims * LOG_2)).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            kept = f"the checkpoint of step {self.at.best_step} is kept in {self.out}"
-            raise ValueError(
-                f"the loss became non-finite ({loss.item()}, gradient {norm.item()}) at step"
-                f" {step + 1}; {kept if self.at.best_step else 'there is no checkpoint yet'};"
-                f" try a lower --lr than {t.lr}"
-            )
+            values = f"{loss.item()}, gradient {norm.item()}"
+            raise ValueError(self._failed(f"the loss became non-finite ({values})", step + 1))
         self.optimizer.step()
         self.ema.update_parameters(self.model)
         nats = bound.item()
@@ -225,9 +240,11 @@ class Training:
         average = cast(Model, self.ema.module)
         result = evaluate(average, x, calls=8, seed=derive_seed(self.run.train.seed, 3))
         error = result.standard_error.total
+        if not math.isfinite(result.nats):
+            raise ValueError(self._failed(f"the validation bound became {result.nats}"))
         if result.nats < self.at.best:
             self.at.best, self.at.best_step = result.nats, self.at.step
-            about = {"weights": "ema", "step": str(self.at.step)}
+            about = {"weights": "ema", "step": self.at.step}
             checkpoint.write_tensors(self.out / checkpoint.WEIGHTS, average.state_dict(), about)
         event = {
             "step": self.at.step,
@@ -244,13 +261,21 @@ class Training:
             for name in ("train", "validation", "lr"):
                 self.writer.add_scalar(name, event[name], self.at.step)
 
+    def _failed(self, what: str, step: int | None = None) -> str:
+        kept = f"the checkpoint of step {self.at.best_step} is kept in {self.out}"
+        return (
+            f"{what} at step {step or self.at.step};"
+            f" {kept if self.at.best_step else 'there was no checkpoint yet'}; most often the"
+            f" learning rate is too high: try a lower --lr than {self.run.train.lr:g}"
+        )
+
     def save_state(self) -> None:
         """Everything to continue exactly, in one file."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
-        about = {"weights": "raw and ema", "progress": json.dumps(self.at.__dict__)}
+        about = {"weights": "raw and ema", "progress": self.at.__dict__}
         checkpoint.write_tensors(self.out / checkpoint.STATE, tensors, about)
 
     def load_state(self) -> None:
@@ -267,7 +292,14 @@ class Training:
                 state.setdefault(int(i), {})[moment] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.at = Progress(**json.loads(about["progress"]))
+        trained = sum(len(group["params"]) for group in groups)
+        progress = about.get("progress", {})
+        if len(state) != trained or progress.keys() != self.at.__dict__.keys():
+            raise ValueError(f"{path} lacks a part of the state; train again")
+        self.at = Progress(**progress)
+
+    def forget_later_metrics(self) -> None:
+        """Drop what was logged after the state that training continues from."""
         kept = [e for e in checkpoint.read_metrics(self.out) if e["step"] <= self.at.step]
         lines = "".join(json.dumps(event) + "\n" for event in kept)
         checkpoint.write(self.out / checkpoint.METRICS, lines.encode())
@@ -281,7 +313,13 @@ class Training:
         dims = (0, 2, 3) if len(schema.shape) == 3 else (0,)
         shape = schema.shape
         mean = x.mean(dims, keepdim=True)[0].expand(shape).clone()
-        return Affine(mean, x.std(dims, keepdim=True)[0].expand(shape).clone())
+        spread = x.std(dims, keepdim=True)[0].expand(shape).clone()
+        if not ((spread > 0) & spread.isfinite() & mean.isfinite()).all():
+            raise ValueError(
+                f"mean {mean.flatten()[0]:g} and standard deviation {spread.min():g} to"
+                f" {spread.max():g} of the data cannot be standardised; rescale the data"
+            )
+        return Affine(mean, spread)
 
     def _shown(self, nats: float) -> float:
         return nats if self.run.schema.levels is None else nats / (self.model.dims * LOG_2)
@@ -352,9 +390,16 @@ def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int, str], Non
         yield update
 
 
-def _tensorboard(out: Path) -> "SummaryWriter | None":
+@contextmanager
+def _tensorboard(out: Path, step: int) -> Iterator["SummaryWriter | None"]:
+    """A writer of event files where tensorboard is installed; it drops what came after `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard"))
+        yield None
+        return
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+    try:
+        yield writer
+    finally:
+        writer.close()

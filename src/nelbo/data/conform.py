@@ -177,6 +177,10 @@ def split(
 
 def refuse_constant(train: Tensor, source: str) -> None:
     """Raise ValueError if a dimension of the real examples (N, ...) is constant."""
+    if len(train) < 2:
+        raise ValueError(
+            f"{source} has only {len(train)} training example; a density needs at least 2"
+        )
     constant = train.amin(0) == train.amax(0)
     if not constant.any():
         return

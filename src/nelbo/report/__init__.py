@@ -9,10 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from nelbo._progress import tracker
+from nelbo._progress import Track, tracker
 from nelbo.checkpoint import Run, write
 from nelbo.data import as_examples
-from nelbo.evaluate import Track, evaluate
+from nelbo.evaluate import evaluate
 from nelbo.report import sections
 from nelbo.report.studies import is_image, measure_steps, some, trajectory
 

@@ -17,7 +17,6 @@ from nelbo._numerics import draw, seeded
 from nelbo.data import as_examples
 from nelbo.elbo import Bound
 from nelbo.estimate import Grid
-from nelbo.evaluate import ROWS
 from nelbo.model import Model, measuring
 from nelbo.reverse import Reverse
 
@@ -39,10 +38,9 @@ def by_dimension(
         draws of z, and so the first two terms, are common to all steps.
     """
     steps = steps or (model.step,)
-    rows = max(1, ROWS // (model.dims * model.head.outputs))
     parts: list[list[Bound]] = []
     with measuring(model):
-        for i, block in enumerate(x.split(rows)):
+        for i, block in enumerate(x.split(model.rows)):
             with seeded(seed, i):
                 parts.append(_block(model, as_examples(block).to(model.device), times, steps))
     return [

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import LOG_2, draw, seeded
+from nelbo._progress import Track
 from nelbo.data import Schema
 from nelbo.estimate import Grid
-from nelbo.evaluate import ROWS, Track, evaluate
+from nelbo.evaluate import evaluate
 from nelbo.heads import LevelLogits
 from nelbo.model import Model, measuring
 from nelbo.process import Gaussian
@@ -29,7 +30,7 @@ def is_image(schema: Schema) -> bool:
 
 def some(model: Model, x: Tensor, seed: int) -> Tensor:
     """Examples drawn without replacement, in their order; fewer where each takes more memory."""
-    count = min(EXAMPLES, max(16, ROWS // (model.dims * model.head.outputs)))
+    count = min(EXAMPLES, max(16, model.rows))
     with seeded(seed, 1):
         return x[torch.randperm(len(x))[:count].sort().values]
 
