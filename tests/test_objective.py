@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nelbo import objective
-from nelbo._numerics import seeded
+from nelbo._numerics import draw, seeded
 from nelbo.augment import augment
 from nelbo.data import Schema
 from nelbo.elbo import prior_term, reconstruction_term
@@ -130,6 +130,30 @@ def test_conditions_follow_their_examples(x):
     torch.testing.assert_close(together[:1], without[:1])  # condition 0
     assert (together[1:] - without[1:]).abs().min() > 0
     assert model.condition is None
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_each_term_is_given_its_own_conditions(x, share):
+    """The loss of a batch with conditions is that of the model that is given them."""
+    head = LevelLogits(LEVELS.values)
+    process = Gaussian(Linear(-5.0, 4.0), LEVELS)
+    model = Model(Wiggle(5), process, head, Posterior(), LevelHead(), (1, 3, 5))
+    u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
+    condition = torch.arange(len(x), dtype=torch.float64) + 1
+    with seeded(1):
+        loss = Objective(share=share)(model, x, u, condition)
+    with seeded(1):
+        part = round(share * len(x))
+        e = model.embed(x)
+        z = draw(process.marginal(e, u))
+        diffusion = process.rate(z, e, model.given(condition).predict(z, u).e_hat, u).mean()
+        first = torch.zeros(part, dtype=torch.float64)
+        own = model.given(condition[:part])
+        rest = (
+            reconstruction_term(own, x[:part], first).mean()
+            + prior_term(model, x, torch.ones_like(u)).mean()
+        )
+    torch.testing.assert_close(loss.loss, diffusion + rest)
 
 
 def test_augmented_images_are_marked_and_the_others_untouched():
