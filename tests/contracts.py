@@ -46,7 +46,7 @@ class ProcessContract:
             return e, self.guess(e), s, t, z_s, process.transition(z_s, s, t).sample()
 
     def test_bayes(self, process, x):
-        """DESIGN equation 4: q(z_t|z_s) q(z_s|x) = q(z_s|z_t,x) q(z_t|x), per example."""
+        """Equation 4: q(z_t|z_s) q(z_s|x) = q(z_s|z_t,x) q(z_t|x), per example."""
         e, _, s, t, z_s, z_t = self.path(process, x)
         forward = process.transition(z_s, s, t).log_prob(z_t) + process.marginal(e, s).log_prob(
             z_s
@@ -68,7 +68,7 @@ class ProcessContract:
         assert_mean((density - whole).exp(), 1.0, error=0.04)
 
     def test_the_truth_costs_nothing(self, process, x):
-        """DESIGN equation 5: KL and rate are zero where the prediction is the data."""
+        """Equation 5: KL and rate are zero where the prediction is the data."""
         e, _, s, t, _, z = self.path(process, x)
         q = process.posterior(z, e, s, t)
         zeros = torch.zeros(len(x), dtype=torch.float64)
@@ -76,7 +76,7 @@ class ProcessContract:
         torch.testing.assert_close(process.rate(z, e, e, t), zeros, rtol=0, atol=0)
 
     def test_a_guess_costs(self, process, x):
-        """DESIGN equation 5: KL and rate are positive and finite where it is not."""
+        """Equation 5: KL and rate are positive and finite where it is not."""
         e, guess, s, t, _, z = self.path(process, x)
         q, p = process.posterior(z, e, s, t), process.posterior(z, guess, s, t)
         kl, rate = kl_divergence(q, p), process.rate(z, e, guess, t)
@@ -84,7 +84,7 @@ class ProcessContract:
         assert (rate > 0).all() and rate.isfinite().all()
 
     def test_rate_is_the_limit_of_the_kl(self, process, x):
-        """DESIGN equations 8 and 9: KL(s, t)/(t-s) → rate(t) as s → t, at first order."""
+        """Equations 8 and 9: KL(s, t)/(t-s) → rate(t) as s → t, at first order."""
         e, guess, _, t, _, z = self.path(process, x)
         rate = process.rate(z, e, guess, t)
         errors = []
@@ -115,7 +115,7 @@ class ProcessContract:
             torch.testing.assert_close(together, torch.cat(single), rtol=1e-13, atol=1e-13)
 
     def test_prior_term_by_draws(self, process, x):
-        """DESIGN equation 5: KL( q(z_T|x) ‖ p(z_T) ) is the mean of log q/p under q."""
+        """Equation 5: KL( q(z_T|x) ‖ p(z_T) ) is the mean of log q/p under q."""
         x = x[:1].flatten(1)[:, :2].expand(100_000, 2)
         t = torch.ones(len(x), dtype=torch.float64)
         q, p = process.marginal(process.embed(x), t), process.prior(x.shape[1:], t)
@@ -146,7 +146,7 @@ class ScheduleContract:
         return torch.linspace(low, high, 2049, dtype=torch.float64)
 
     def test_increases(self, schedule):
-        """DESIGN equation 8: γ = -log SNR increases, finite between its ends, in float64."""
+        """Equation 8: γ = -log SNR increases, finite between its ends, in float64."""
         gamma = schedule(self.inside(schedule))
         assert gamma.dtype == torch.float64
         assert gamma.isfinite().all()
@@ -162,7 +162,7 @@ class ScheduleContract:
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
     def test_slope(self, schedule):
-        """DESIGN equation 8: γ'(t) by differentiation is the difference quotient, to O(h²)."""
+        """Equation 8: γ'(t) by differentiation is the difference quotient, to O(h²)."""
         h = 1e-5
         places = torch.tensor([0.031, 0.17, 0.43, 0.68, 0.94], dtype=torch.float64)
         t = schedule.start + (1 - schedule.start) * places
@@ -192,7 +192,7 @@ class DiscreteContract:
         ).exp()
 
     def test_sums_to_one(self, distribution):
-        """DESIGN section 4: the probabilities of all levels sum to 1, for each element."""
+        """The probabilities of all levels sum to 1, for each element."""
         total = self.table(distribution).sum(0)
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-13)
 

@@ -1,4 +1,4 @@
-"""The map of DESIGN section 3: imports go strictly downwards."""
+"""The architecture: imports go strictly downwards."""
 
 import ast
 import subprocess
@@ -11,6 +11,7 @@ SOURCE = Path(nelbo.__file__).parent
 ORDER = (
     "_numerics",
     "_progress",
+    "_interrupt",
     "_distributions",
     "schedules",
     "process",
@@ -29,6 +30,7 @@ ORDER = (
     "config",
     "build",
     "checkpoint",
+    "optimise",
     "train",
     "pictures",
     "report",

@@ -169,7 +169,7 @@ def evidence() -> float:
 
 
 def test_the_ideal_bound_misses_only_its_ends():
-    """DESIGN equations 1, 5 and 8: with E[x|z_t] the continuous bound is E log p_data(x) minus the
+    """Equations 1, 5 and 8: with E[x|z_t] the continuous bound is E log p_data(x) minus the
     prior's and the decoder's mismatch, both computed apart."""
     prior, decoder = gap_at_the_ends()
     assert prior > 1e-4 and decoder > 1e-2
@@ -178,7 +178,7 @@ def test_the_ideal_bound_misses_only_its_ends():
 
 
 def test_a_wrong_denoiser_pays_for_its_error():
-    """DESIGN equation 8: an error δ costs ∫ ½ γ' SNR E δ² dt in the diffusion term, and
+    """Equation 8: an error δ costs ∫ ½ γ' SNR E δ² dt in the diffusion term, and
     E δ²/(2 spread²) in the decoder, no more and no less; the bound stays below the truth."""
     z, dz = line()
     ends = torch.zeros((), dtype=torch.float64)
@@ -199,7 +199,7 @@ def test_a_wrong_denoiser_pays_for_its_error():
 
 @pytest.mark.parametrize("step", [Posterior(), Beta()], ids=["beta_tilde", "beta"])
 def test_grids_stay_below_and_approach(step):
-    """DESIGN equations 5, 7 and 8: on grids between the same ends the bound is below E log p_data,
+    """Equations 5, 7 and 8: on grids between the same ends the bound is below E log p_data,
     rises with T, and stays below the continuous one."""
     limit = -sum(expected_cost(model(ideal), Continuum(0.1)))
     prior, decoder = gap_at_the_ends(0.1)
@@ -218,7 +218,7 @@ def test_grids_stay_below_and_approach(step):
 @pytest.mark.parametrize("denoiser", [ideal, wrong])
 @pytest.mark.parametrize("times", [Continuum(), Grid.uniform(8)], ids=["continuum", "grid"])
 def test_the_estimate_is_the_bound(denoiser, times):
-    """DESIGN equations 5 and 8: `elbo` by draws of data, times and latents, within 4 standard
+    """Equations 5 and 8: `elbo` by draws of data, times and latents, within 4 standard
     errors of the quadrature, and with them below E log p_data(x)."""
     n = 50_000
     j = torch.multinomial(W, n, replacement=True)

@@ -107,7 +107,7 @@ CHAINS = pytest.mark.parametrize(
 
 @CHAINS
 def test_elbo_and_evidence_by_enumeration(schedule, times):
-    """DESIGN equations 1, 5 and 9: over all paths z_1..z_T, log P(x) = ELBO + KL, and the
+    """Equations 1, 5 and 9: over all paths z_1..z_T, log P(x) = ELBO + KL, and the
     library's three terms, summed over all states, are that ELBO; for each of the 9 x."""
     shown = arbitrary()
     model = table_model(shown, schedule)
@@ -123,7 +123,7 @@ def test_elbo_and_evidence_by_enumeration(schedule, times):
 
 @CHAINS
 def test_the_enumerated_model_is_normalised(schedule, times):
-    """DESIGN equation 9: Σ_x P(x) = 1, so no bound above is of an improper model."""
+    """Equation 9: Σ_x P(x) = 1, so no bound above is of an improper model."""
     shown = arbitrary()
     chain = MaskChain(table_model(shown, schedule).process.alpha(times.times).tolist(), shown)
     assert abs(sum(np.exp(chain.bound(x)[0]) for x in EXAMPLES) - 1) < 1e-12
@@ -141,7 +141,7 @@ def test_the_enumerated_model_is_normalised(schedule, times):
     ids=["grid", "symbols left at T", "continuum", "continuum, symbols left"],
 )
 def test_terms_by_draws_are_the_enumerated_ones(schedule, times):
-    """DESIGN equations 5 and 9: `elbo.py` by draws, each term and each t separately."""
+    """Equations 5 and 9: `elbo.py` by draws, each term and each t separately."""
     model = table_model(arbitrary(), schedule)
     x = (2, 0)
     truth = exact_bound(model, x, times)
@@ -183,7 +183,7 @@ def joint_table() -> np.ndarray:
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_few_steps_cost_the_mutual_information_over_t(steps):
-    """DESIGN equations 1 and 9, with exact conditionals: E[ log P(x) − ELBO ] = I(x_1; x_2)/T.
+    """Equations 1 and 9, with exact conditionals: E[ log P(x) − ELBO ] = I(x_1; x_2)/T.
 
     Given what shows, the model's symbols are independent; the truth's are not, and only a step
     that reveals both at once pays, KL = I. Each of them is revealed in one of T steps (the
@@ -202,7 +202,7 @@ def test_few_steps_cost_the_mutual_information_over_t(steps):
 
 
 def test_continuous_time_costs_nothing():
-    """DESIGN equation 9, the limit: with exact conditionals the ELBO is log P(x), for every x;
+    """Equation 9, the limit: with exact conditionals the ELBO is log P(x), for every x;
     two symbols are never revealed at once."""
     joint = joint_table()
     model = table_model(true_conditionals(joint), PowerAlpha())
@@ -214,7 +214,7 @@ def test_continuous_time_costs_nothing():
 
 
 def test_continuous_time_does_not_depend_on_the_schedule():
-    """DESIGN equation 9: between the same α's at the ends, any path of α costs the same."""
+    """Equation 9: between the same α's at the ends, any path of α costs the same."""
     shown = arbitrary()
 
     class Bent(Schedule):
@@ -230,7 +230,7 @@ def test_continuous_time_does_not_depend_on_the_schedule():
 
 
 def test_grids_approach_the_continuum_at_first_order():
-    """DESIGN equations 5 and 9: the bound on a grid tends to the continuous one like 1/T."""
+    """Equations 5 and 9: the bound on a grid tends to the continuous one like 1/T."""
     model = table_model(arbitrary(), PowerAlpha())
     limit = exact_bound(model, (1, 2), Continuum()).elbo
     errors = [
@@ -241,7 +241,7 @@ def test_grids_approach_the_continuum_at_first_order():
 
 
 def test_a_wrong_symbol_on_show_is_impossible():
-    """DESIGN equation 9: P(x|z_1) copies what shows, so it excludes every other symbol."""
+    """Equation 9: P(x|z_1) copies what shows, so it excludes every other symbol."""
     model = table_model(arbitrary(), PowerAlpha())
     z = torch.tensor([[1, K], [1, 2]])
     t = torch.full((2,), 0.5, dtype=torch.float64)

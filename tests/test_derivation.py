@@ -174,7 +174,7 @@ def arbitrary(step: Reverse) -> LinearGaussian:
 @STEPS
 @pytest.mark.parametrize("x", POINTS, ids=["zero", "near", "far"])
 def test_evidence_is_elbo_plus_kl(step, x):
-    """DESIGN equations 1 and 5: log P(x) = ELBO + KL, and ELBO = minus the three terms.
+    """Equations 1 and 5: log P(x) = ELBO + KL, and ELBO = minus the three terms.
 
     log P(x), the ELBO as one integral, the KL to the true posterior and the terms are four
     separate computations from the joint Gaussians of P and of q.
@@ -191,7 +191,7 @@ def test_evidence_is_elbo_plus_kl(step, x):
 @STEPS
 @pytest.mark.parametrize("x", POINTS, ids=["zero", "near", "far"])
 def test_terms_are_the_closed_ones_exactly(step, x):
-    """DESIGN equations 5-7: each term of the library, its expectation over z taken exactly.
+    """Equations 5-7: each term of the library, its expectation over z taken exactly.
 
     For Gaussians each term is quadratic in z, and sigma points integrate a quadratic exactly.
     """
@@ -218,7 +218,7 @@ def test_terms_are_the_closed_ones_exactly(step, x):
 
 @STEPS
 def test_terms_by_draws_are_the_closed_ones(step):
-    """DESIGN equation 5: `elbo.py` itself, 2e5 draws of each term, each t separately."""
+    """Equation 5: `elbo.py` itself, 2e5 draws of each term, each t separately."""
     case = arbitrary(step)
     x = POINTS[1]
     prior, reconstruction, diffusion = case.terms(x)
@@ -237,7 +237,7 @@ def test_terms_by_draws_are_the_closed_ones(step):
 
 @STEPS
 def test_elbo_is_below_the_evidence_by_the_kl(step):
-    """DESIGN equation 1: the library's ELBO plus the closed KL is the closed log P(x)."""
+    """Equation 1: the library's ELBO plus the closed KL is the closed log P(x)."""
     case = arbitrary(step)
     x = POINTS[1]
     n = 100_000
@@ -248,7 +248,7 @@ def test_elbo_is_below_the_evidence_by_the_kl(step):
 
 @pytest.mark.parametrize("betas", [BETAS, [0.4]], ids=["T=4", "T=1"])
 def test_gap_is_zero_where_the_posterior_is_q(betas):
-    """DESIGN equation 1: for x ~ N(0, 1) in units of e, P(z_{t-1}|z_t) = q(z_{t-1}|z_t) =
+    """Equation 1: for x ~ N(0, 1) in units of e, P(z_{t-1}|z_t) = q(z_{t-1}|z_t) =
     N(√(1-β_t) z_t, β_t), so P(z|x) = q(z|x) and the ELBO is log P(x), for every x."""
     matrix = torch.stack([np.sqrt(1 - b) * EYE for b in betas])
     case = LinearGaussian(
@@ -276,7 +276,7 @@ def test_gap_is_zero_where_the_posterior_is_q(betas):
 
 
 def test_density_is_in_the_units_of_the_data():
-    """DESIGN section 4, transforms own their log-determinant: the bound of x/1000 is the bound
+    """Transforms own their log-determinant: the bound of x/1000 is the bound
     of x plus D log 1000, for the same model in other units."""
     matrix = 0.7 * EYE + 0.3 * torch.randn(T, D, D, dtype=torch.float64)
     offset = torch.randn(T, D, dtype=torch.float64)

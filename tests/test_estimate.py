@@ -69,7 +69,7 @@ GRIDS = pytest.mark.parametrize(
 @GRIDS
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_full_sum_over_a_grid_is_the_sum_of_its_terms(times, batch):
-    """DESIGN equation 5: by default u visits each of the T-1 terms of each example once, so
+    """Equation 5: by default u visits each of the T-1 terms of each example once, so
     their sum is exact in t; here ½ (SNR(t_1) − SNR(1)) ‖x‖², telescoped."""
     model, x = blind(), torch.randn(batch, *SHAPE, dtype=torch.float64)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_the_full_sum_over_a_grid_is_the_sum_of_its_terms(times, batch):
 @pytest.mark.parametrize("law", [iid, stratified])
 @pytest.mark.parametrize("draws", [1, 3])
 def test_single_terms_are_unbiased(times, law, draws):
-    """DESIGN equation 5: one draw of t times T-1, or the mean of n draws, has the sum as its mean,
+    """Equation 5: one draw of t times T-1, or the mean of n draws, has the sum as its mean,
     for each law of u."""
     model, n = blind(shape=(2,)), 20_000
     x = torch.tensor([[0.3, -1.2]], dtype=torch.float64).expand(n, 2)
@@ -100,7 +100,7 @@ def test_single_terms_are_unbiased(times, law, draws):
 @pytest.mark.parametrize("schedule", [Linear(-4.0, 2.0), Cosine(-4.0, 2.0)], ids=["lin", "cos"])
 @pytest.mark.parametrize("law", [iid, stratified])
 def test_the_continuum_is_unbiased(schedule, law):
-    """DESIGN equation 8: ∫ ½ γ' SNR ‖x‖² dt = ½ (SNR(start) − SNR(1)) ‖x‖² by draws of t, for any
+    """Equation 8: ∫ ½ γ' SNR ‖x‖² dt = ½ (SNR(start) − SNR(1)) ‖x‖² by draws of t, for any
     schedule with the same ends; also from a later start."""
     model, n = blind(schedule, shape=(2,)), 20_000
     x = torch.tensor([[0.3, -1.2]], dtype=torch.float64).expand(n, 2)
@@ -113,7 +113,7 @@ def test_the_continuum_is_unbiased(schedule, law):
 
 
 def test_stratified_times_have_less_variance():
-    """DESIGN section 2: the mean over a batch with stratified t scatters by far less than with
+    """The mean over a batch with stratified t scatters by far less than with
     independent t."""
     model = blind(shape=(2,))
     x = torch.tensor([[0.3, -1.2]], dtype=torch.float64).expand(16, 2)
@@ -129,7 +129,7 @@ def test_stratified_times_have_less_variance():
 
 @pytest.mark.parametrize(("examples", "draws"), [(1, 1), (5, 1), (3, 7), (49, 1), (1, 98)])
 def test_stratified_visits_each_stratum_once(examples, draws):
-    """DESIGN section 4: u as (i + u)/n: n draws, one in each of n equal strata, at any n, and
+    """U as (i + u)/n: n draws, one in each of n equal strata, at any n, and
     each example one in each of its `draws` strata."""
     u = stratified(examples, draws)
     strata = (u.flatten().sort().values * examples * draws).floor()
@@ -150,7 +150,7 @@ def test_stratified_ties_no_example_to_a_time():
 
 
 def test_one_step_has_no_diffusion():
-    """DESIGN equation 5 at T = 1: prior and reconstruction at the one time, nothing between."""
+    """Equation 5 at T = 1: prior and reconstruction at the one time, nothing between."""
     model, x = blind(), torch.randn(2, *SHAPE, dtype=torch.float64)
     for times in (Grid.uniform(1), Grid([1.0])):
         with torch.no_grad():
@@ -165,7 +165,7 @@ def test_one_step_has_no_diffusion():
 
 
 def test_the_elbo_is_minus_the_sum():
-    """DESIGN equation 5."""
+    """Equation 5."""
     bound = Bound(*torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]]))
     assert bound.elbo.tolist() == [-111.0, -222.0]
 
@@ -205,7 +205,7 @@ def mmse(variance: float, t: Tensor) -> Tensor:
 
 
 def test_finer_grids_approach_the_continuum_from_above():
-    """DESIGN equations 7 and 8, for an ideal denoiser: each halving of the steps between the same
+    """Equations 7 and 8, for an ideal denoiser: each halving of the steps between the same
     ends tightens the bound; it stays above the continuous one, ½ log((v SNR_0 + 1)/(v SNR_1 + 1)),
     and closes in at first order. Library KLs, expectations over x and z exact."""
     v = 2.5
@@ -235,7 +235,7 @@ def test_finer_grids_approach_the_continuum_from_above():
     "times", [Grid.uniform(8), Continuum(), Continuum(0.3)], ids=["grid", "0", "0.3"]
 )
 def test_draws_of_an_ideal_denoiser(times):
-    """DESIGN equations 5 and 8: `elbo` by draws of x, t and z, on a case known in closed form."""
+    """Equations 5 and 8: `elbo` by draws of x, t and z, on a case known in closed form."""
     v, n = 2.5, 60_000
     model = gaussian_model(shrink(v), shape=(1,))
     x = math.sqrt(v) * torch.randn(n, 1, dtype=torch.float64)
@@ -256,7 +256,7 @@ def test_draws_of_an_ideal_denoiser(times):
 
 
 def test_measuring_is_float64_and_leaves_no_trace():
-    """DESIGN section 4: inside, evaluation mode and float64 without gradients; after, as before,
+    """Inside, evaluation mode and float64 without gradients; after, as before,
     also after an error."""
     model = blind()
     model.train()

@@ -38,7 +38,7 @@ def alpha_of(process: Gaussian, t: torch.Tensor) -> torch.Tensor:
     "schedule", [Linear(-6.0, 5.0), Schedule.from_betas([0.1, 0.2, 0.3, 0.4])], ids=["γ", "β"]
 )
 def test_heads_agree(schedule):
-    """DESIGN equations 3, 6 and 7: x̂ written as ε̂, x̂, v̂ or f is read back as x̂; f by the
+    """Equations 3, 6 and 7: x̂ written as ε̂, x̂, v̂ or f is read back as x̂; f by the
     textbook formula of m_t from the α's."""
     process = Gaussian(schedule, Affine())
     z, e_hat = torch.randn(2, *SHAPE, dtype=torch.float64)
@@ -59,7 +59,7 @@ def test_heads_agree(schedule):
 
 
 def test_mean_of_the_first_step_is_the_data():
-    """DESIGN equation 7 with α_0 = 1: f(z_1, 1/T) is x̂ itself."""
+    """Equation 7 with α_0 = 1: f(z_1, 1/T) is x̂ itself."""
     process = Gaussian(Schedule.from_betas([1e-4, 0.2, 0.3, 0.4]), Affine())
     z, output = torch.randn(2, 1, 3, dtype=torch.float64)
     got = Mean(4)(output, z, T[:1], process).e_hat
@@ -86,7 +86,7 @@ def test_mean_refuses_times_off_its_grid():
 
 
 def test_level_logits_of_zero_are_the_posterior_of_one_pixel():
-    """DESIGN section 2: with no context, P(v_k|z_t) ∝ N(z_t; √α v_k, 1-α), Bayes under a uniform
+    """With no context, P(v_k|z_t) ∝ N(z_t; √α v_k, 1-α), Bayes under a uniform
     prior; densities by hand, x̂ their mean."""
     process = Gaussian(Linear(-6.0, 5.0), Levels(17))
     x = torch.randint(17, SHAPE)
@@ -102,7 +102,7 @@ def test_level_logits_of_zero_are_the_posterior_of_one_pixel():
 
 
 def test_level_logits_are_a_prior():
-    """DESIGN section 2: outputs log P(v_k) + anything constant give Bayes under that prior."""
+    """Outputs log P(v_k) + anything constant give Bayes under that prior."""
     process = Gaussian(Linear(-6.0, 5.0), Levels(3))
     z = torch.randn(SHAPE, dtype=torch.float64)
     prior = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_level_logits_are_a_prior():
 
 
 def test_variance_runs_from_beta_tilde_to_beta():
-    """DESIGN equation 7: v = -1 is β̃, v = 1 is β, 0 their geometric mean; x̂ is the inner head's
+    """Equation 7: v = -1 is β̃, v = 1 is β, 0 their geometric mean; x̂ is the inner head's
     and the mean of the step is that of Posterior and Beta."""
     process = Gaussian(Linear(-6.0, 5.0), Affine())
     z, noise = torch.randn(2, *SHAPE, dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_variance_runs_from_beta_tilde_to_beta():
 
 
 def test_symbol_logits_are_normalised():
-    """DESIGN equation 9: ê = log_softmax of the output."""
+    """Equation 9: ê = log_softmax of the output."""
     process = Absorbing(PowerAlpha(), 3)
     output = torch.randn(2, 3, 3, dtype=torch.float64)
     e_hat = SymbolLogits(3)(output, torch.full((2, 3), 3), T, process).e_hat

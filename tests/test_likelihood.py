@@ -134,7 +134,7 @@ def test_bernoulli_is_a_logistic():
 
 
 def test_categorical_copies_what_shows():
-    """DESIGN equation 9: a symbol that shows is certain, a masked one is the prediction."""
+    """Equation 9: a symbol that shows is certain, a masked one is the prediction."""
     z = torch.tensor([[1, 3, 3]])
     e_hat = torch.randn(1, 3, 3, dtype=torch.float64).log_softmax(-1)
     p = Categorical()(Prediction(e_hat), z, T1[:1], Absorbing(PowerAlpha(), 3))
@@ -157,7 +157,7 @@ class TestGaussianDensity:
         return decoder(Prediction(e_hat), e_hat, T1, None)
 
     def test_integrates_to_one(self, distribution):
-        """DESIGN section 4: ∫ P(x|z_1) dx = 1 over the data's units, by quadrature that knows
+        """∫ P(x|z_1) dx = 1 over the data's units, by quadrature that knows
         only where the mass is."""
         base = distribution.base_dist
         steps = torch.linspace(-30, 30, 4001, dtype=torch.float64)
@@ -185,7 +185,7 @@ class TestGaussianDensity:
 
 @pytest.mark.parametrize("decoder", [LevelHead(), Evidence(Levels(17))], ids=["head", "evidence"])
 def test_level_decoders_are_certain_without_noise(decoder):
-    """DESIGN section 2: as the noise of z_1 goes, the level is read out of z_1 for nothing."""
+    """As the noise of z_1 goes, the level is read out of z_1 for nothing."""
     process = Gaussian(Linear(-30.0, 4.0), Levels(17))
     x = torch.randint(17, SHAPE)
     t = torch.zeros(2, dtype=torch.float64)

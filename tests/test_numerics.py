@@ -86,7 +86,7 @@ def test_seeds_are_places():
 
 
 def test_discrete_kl_with_zeros():
-    """DESIGN section 4: Σ p log p/q with 0 log 0/q = 0, finite, and infinite where q misses p;
+    """Σ p log p/q with 0 log 0/q = 0, finite, and infinite where q misses p;
     torch's own KL would be infinite or NaN."""
     p = Discrete(f64([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]).log())
     q = Discrete(f64([[0.25, 0.5, 0.25], [0.0, 0.5, 0.5]]).log())
@@ -97,7 +97,7 @@ def test_discrete_kl_with_zeros():
 
 
 def test_discrete_kl_where_probabilities_underflow():
-    """DESIGN section 4: q = e^-1000 is 0 in float64, its KL is 1000 with a gradient."""
+    """Q = e^-1000 is 0 in float64, its KL is 1000 with a gradient."""
     p = Discrete(f64([-INF, 0.0]))
     logits = f64([1000.0, 0.0]).requires_grad_()
     kl = kl_divergence(p, Discrete(logits.log_softmax(-1)))
@@ -131,7 +131,7 @@ def test_discrete_never_draws_the_impossible(monkeypatch):
 
 
 def test_discrete_draws_tails_that_float32_has_not(monkeypatch):
-    """DESIGN section 4: float32 steps by 2^-24; a tail below that is drawn at either end."""
+    """Float32 steps by 2^-24; a tail below that is drawn at either end."""
     tail = 1e-9
     for p, u, level in (([tail, 1 - tail], tail / 2, 0), ([1 - tail, tail], 1 - tail / 2, 1)):
         monkeypatch.setattr(torch, "rand", lambda *a, u=u, **k: f64([u]))
@@ -155,7 +155,7 @@ def log_mass(low: float, high: float) -> float:
 @pytest.mark.parametrize("sigmas", [1.0, 6.0, 8.0, 12.0, 25.0, 40.0])
 @pytest.mark.parametrize("side", [1, -1], ids=["above", "below"])
 def test_discretised_tails(sigmas, side):
-    """DESIGN section 4 (Ho et al. 2020, equation 13): a bin 6 to 40 σ from the mean has its exact
+    """(Ho et al. 2020, equation 13): a bin 6 to 40 σ from the mean has its exact
     log-probability, finite, and gradients that pull, in float64 and in float32."""
     values = torch.linspace(-1, 1, 256, dtype=torch.float64)
     level = 128 + side * 40
@@ -193,7 +193,7 @@ def test_discretised_open_tails(sigmas):
 @pytest.mark.parametrize("count", [2, 17, 256])
 @pytest.mark.parametrize("centred", [False, True], ids=["edges", "centred"])
 def test_discretised_sums_to_one(scale, mean, count, centred):
-    """DESIGN section 4, both scalings: K levels on [-1, 1] edge-aligned or centred in their bins,
+    """Both scalings: K levels on [-1, 1] edge-aligned or centred in their bins,
     the probabilities sum to 1 and the mode has the most."""
     k = torch.arange(count, dtype=torch.float64)
     values = 2 * (k + 0.5) / count - 1 if centred else 2 * k / (count - 1) - 1
@@ -215,7 +215,7 @@ def mixture(copies: int = 1) -> tuple[Normal, LevelMixture]:
 
 
 def test_mixture_kl_is_unbiased():
-    """DESIGN section 2, the mixture step: the Monte Carlo KL has the integral as its mean, and
+    """The mixture step: the Monte Carlo KL has the integral as its mean, and
     at the small steps it is for the antithetic pair is far better than two independent draws."""
     q, p = mixture()
     e, w = normal_nodes()

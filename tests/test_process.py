@@ -66,7 +66,7 @@ class TestAbsorbing(ProcessContract):
         return Absorbing(Linear(-4.0, 3.0), 5)
 
     def test_a_guess_costs(self, process, x):
-        """DESIGN equation 9: ... where a mask hides something to guess."""
+        """Equation 9: ... where a mask hides something to guess."""
         hidden = (self.path(process, x)[-1] == process.mask).flatten(1).any(1)
         if not hidden.all():
             x = torch.cat([x] * 8)[: len(x)]
@@ -104,7 +104,7 @@ def scalar_bayes(
 @pytest.mark.parametrize("shape", [SHAPE, (2, 3), (1, 3, 5)], ids=str)
 @pytest.mark.parametrize("schedule", [Linear(-5.0, 4.0), Cosine(-9.0, 6.0)], ids=["lin", "cos"])
 def test_m_t_and_beta_tilde_by_bayes_rule(schedule, shape):
-    """DESIGN equation 6: m_t and β̃_t are the conditional of the joint Gaussian of (z_s, z_t)."""
+    """Equation 6: m_t and β̃_t are the conditional of the joint Gaussian of (z_s, z_t)."""
     process = Gaussian(schedule, Affine())
     e, z = torch.randn(2, *shape, dtype=torch.float64)
     s, t = S[: len(e)], U[: len(e)]
@@ -117,7 +117,7 @@ def test_m_t_and_beta_tilde_by_bayes_rule(schedule, shape):
 
 
 def test_the_kernel_is_the_chain():
-    """DESIGN equations 2 and 3: t steps of √(1-β) z + √β ε give N(√α_t x, 1-α_t),
+    """Equations 2 and 3: t steps of √(1-β) z + √β ε give N(√α_t x, 1-α_t),
     α_t = Π(1-β_s)."""
     betas = [0.02, 0.3, 0.001, 0.5, 0.1]
     process = Gaussian(Schedule.from_betas(betas), Affine())
@@ -138,7 +138,7 @@ def test_the_kernel_is_the_chain():
 
 
 def test_two_gaussian_transitions_are_one_exactly():
-    """DESIGN equations 2 and 3: r→s then s→t is r→t, and x→s then s→t is x→t."""
+    """Equations 2 and 3: r→s then s→t is r→t, and x→s then s→t is x→t."""
     process = Gaussian(Linear(-5.0, 4.0), Affine())
     r, z = torch.tensor([0.1, 0.3], dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
     for first, whole in (
@@ -153,7 +153,7 @@ def test_two_gaussian_transitions_are_one_exactly():
 
 
 def test_the_prior_term_in_closed_form():
-    """DESIGN equation 5: KL( N(√α e, 1-α) ‖ N(0, 1) ) = ½ [ α‖e‖² − D α − D log(1-α) ]."""
+    """Equation 5: KL( N(√α e, 1-α) ‖ N(0, 1) ) = ½ [ α‖e‖² − D α − D log(1-α) ]."""
     process = Gaussian(Linear(-5.0, 1.5), Affine())
     e = torch.randn(SHAPE, dtype=torch.float64)
     t = torch.ones(2, dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_the_prior_term_in_closed_form():
 
 
 def test_gaussian_at_the_data_itself():
-    """DESIGN equation 6 at α_0 = 1: q(z_0|z_1,x) is x without noise, m_t = x and β̃ = 0, and the
+    """Equation 6 at α_0 = 1: q(z_0|z_1,x) is x without noise, m_t = x and β̃ = 0, and the
     step from 0 is q(z_1|x): no clip, no 0/0."""
     process = Gaussian(Schedule.from_betas([1e-4, 0.02, 0.3]), Affine())
     x, z = torch.randn(2, *SHAPE, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_gaussian_at_the_data_itself():
 
 
 def test_levels_fill_their_range():
-    """DESIGN section 4, one scaling: K levels on [-1, 1] with both edges, equally spaced."""
+    """One scaling: K levels on [-1, 1] with both edges, equally spaced."""
     values = Levels(256)(torch.arange(256))
     torch.testing.assert_close(
         values, torch.tensor([2 * k / 255 - 1 for k in range(256)], dtype=torch.float64)
@@ -190,7 +190,7 @@ def test_levels_fill_their_range():
 
 @pytest.mark.parametrize("gamma", [17.0, 40.0])
 def test_signal_survives_far_into_the_noise(gamma):
-    """DESIGN section 4: α = sigmoid(-γ) keeps its digits where 1 - sigmoid(γ) is 0."""
+    """Α = sigmoid(-γ) keeps its digits where 1 - sigmoid(γ) is 0."""
     process = Gaussian(Linear(-gamma, gamma), Affine())
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     small = math.exp(-gamma) / (1 + math.exp(-gamma))
@@ -201,7 +201,7 @@ def test_signal_survives_far_into_the_noise(gamma):
 
 @pytest.mark.parametrize("steps", [1_000, 1_000_000])
 def test_beta_of_a_tiny_step_keeps_its_digits(steps):
-    """DESIGN section 4, differences by expm1: β of a step of 1/T is -expm1 of the exact
+    """Differences by expm1: β of a step of 1/T is -expm1 of the exact
     difference of log α, to the digits that float64 times leave (1e-16 T relative)."""
     schedule = Linear(-13.0, 5.0)
     process = Gaussian(schedule, Affine())
@@ -247,7 +247,7 @@ def matrices(process: Absorbing, s: float, t: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("schedule", [PowerAlpha(), Linear(-4.0, 3.0)], ids=["alpha", "gamma"])
 @pytest.mark.parametrize(("r", "s", "t"), [(0.1, 0.4, 0.9), (0.0, 0.5, 1.0)])
 def test_absorbing_tables(schedule, r, s, t):
-    """DESIGN equations 4 and 9, all symbols, end points included: rows sum to 1, transitions
+    """Equations 4 and 9, all symbols, end points included: rows sum to 1, transitions
     compose (Chapman-Kolmogorov), and Bayes' rule gives the posterior wherever q(z_t|x) > 0."""
     process = Absorbing(schedule, 3)
     (first, _), (second, back), (whole, _) = (
@@ -268,7 +268,7 @@ def test_absorbing_tables(schedule, r, s, t):
 
 
 def test_absorbing_end_points():
-    """DESIGN equation 9 with α_0 = 1 and α_1 = 0: certain and impossible, nothing undefined."""
+    """Equation 9 with α_0 = 1 and α_1 = 0: certain and impossible, nothing undefined."""
     process = Absorbing(PowerAlpha(), 3)
     x, masks = torch.tensor([[2, 0]]), torch.tensor([[3, 3]])
     e = process.embed(x)
@@ -288,7 +288,7 @@ def test_absorbing_end_points():
 
 @pytest.mark.parametrize(("s", "t"), [(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)])
 def test_absorbing_kl_is_finite_at_the_end_points(s, t):
-    """DESIGN equation 9: KL = (α_s-α_t)/(1-α_t) Σ_masked −log P(x_i|z_t), gradients finite."""
+    """Equation 9: KL = (α_s-α_t)/(1-α_t) Σ_masked −log P(x_i|z_t), gradients finite."""
     process = Absorbing(PowerAlpha(), 3)
     x, z = torch.tensor([[2, 0, 1]]), torch.tensor([[3, 3, 1]])
     logits = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -304,7 +304,7 @@ def test_absorbing_kl_is_finite_at_the_end_points(s, t):
 
 
 def test_what_no_mask_hides_at_the_end_is_uniform():
-    """DESIGN equation 5: the prior gives the share α_T to all symbols alike, so the prior term is
+    """Equation 5: the prior gives the share α_T to all symbols alike, so the prior term is
     D α_T log K, finite."""
     process = Absorbing(Linear(-4.0, 1.0), 5)
     t = torch.ones(2, dtype=torch.float64)

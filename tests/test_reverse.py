@@ -40,7 +40,7 @@ def per_example(v: Tensor) -> Tensor:
 
 
 def test_kl_with_beta_is_the_distance_and_the_constant():
-    """DESIGN equation 7: with σ² = β the KL is ‖m_t − f‖²/(2β) + D/2 [β̃/β − 1 − log(β̃/β)]."""
+    """Equation 7: with σ² = β the KL is ‖m_t − f‖²/(2β) + D/2 [β̃/β − 1 − log(β̃/β)]."""
     process, z, e, e_hat = setup()
     alpha_s, alpha_t = (1 / (1 + (-5 + 9 * v).exp()) for v in (S, T))
     beta = 1 - alpha_t / alpha_s
@@ -57,7 +57,7 @@ def test_kl_with_beta_is_the_distance_and_the_constant():
 
 
 def test_kl_with_beta_tilde_is_the_difference_of_snr():
-    """DESIGN equation 7: with σ² = β̃ the KL is ½ (SNR_s − SNR_t) ‖x − x̂‖²."""
+    """Equation 7: with σ² = β̃ the KL is ½ (SNR_s − SNR_t) ‖x − x̂‖²."""
     process, z, e, e_hat = setup()
     p = Posterior()(Prediction(e_hat), z, S, T, process)
     got = kl_divergence(process.posterior(z, e, S, T), p)
@@ -87,7 +87,7 @@ def test_kl_with_a_learned_variance():
     ids=["posterior", "beta", "learned 0", "learned 0.4", "learned 1"],
 )
 def test_every_gaussian_step_has_the_rate_as_its_limit(step, fraction):
-    """DESIGN equations 7 and 8: KL/(t-s) → ½ γ' SNR ‖x − x̂‖² as s → t, at first order, whatever
+    """Equations 7 and 8: KL/(t-s) → ½ γ' SNR ‖x − x̂‖² as s → t, at first order, whatever
     the variance between β̃ and β."""
     process, z, e, e_hat = setup()
     prediction = Prediction(e_hat)
@@ -136,7 +136,7 @@ def kl_by_quadrature(
 
 @pytest.mark.parametrize(("s", "t"), [(0.0, 1.0), (0.3, 0.4), (0.2, 0.9)])
 def test_the_mixture_is_normalised(s, t):
-    """DESIGN section 2: ∫ P(z_s|z_t) dz_s = 1."""
+    """∫ P(z_s|z_t) dz_s = 1."""
     process = line()
     z = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
     s, t = (torch.full((5,), v, dtype=torch.float64) for v in (s, t))
@@ -147,7 +147,7 @@ def test_the_mixture_is_normalised(s, t):
 
 
 def test_the_mixture_is_the_exact_marginal():
-    """DESIGN section 2: with Bayes' probabilities, P(z_s|z_t) = Σ_k P(v_k) q(z_s, z_t|v_k) / Σ_k
+    """With Bayes' probabilities, P(z_s|z_t) = Σ_k P(v_k) q(z_s, z_t|v_k) / Σ_k
     P(v_k) q(z_t|v_k), by hand through the *forward* densities of z_s and z_t."""
     process = line()
     z = torch.tensor([[0.3], [-1.1]], dtype=torch.float64)
@@ -167,7 +167,7 @@ def test_the_mixture_is_the_exact_marginal():
 
 
 def test_the_mixture_is_one_gaussian_in_the_limit():
-    """DESIGN section 2 and equation 8: KL(s, t)/(t-s) of the mixture → the Gaussian rate at first
+    """And equation 8: KL(s, t)/(t-s) of the mixture → the Gaussian rate at first
     order, and so does its difference from the Gaussian step with the same probabilities → 0."""
     process = line()
     z, t = torch.tensor([0.2], dtype=torch.float64), 0.6
@@ -187,7 +187,7 @@ def test_the_mixture_is_one_gaussian_in_the_limit():
 
 
 def test_the_mixture_kl_of_a_model_is_unbiased():
-    """DESIGN section 2: `kl_divergence` of the step, by draws, has the integral as its mean."""
+    """`kl_divergence` of the step, by draws, has the integral as its mean."""
     process, n = line(), 50_000
     z = torch.tensor([0.4], dtype=torch.float64)
     truth = kl_by_quadrature(process, Mixture(VALUES), 2, z, 0.3, 0.9).item()
@@ -233,7 +233,7 @@ def expected_bound(process: Gaussian, step: Reverse, times: Grid) -> float:
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_the_mixture_loses_nothing_in_one_dimension(steps):
-    """DESIGN equations 1 and 5, section 2: in one dimension the mixture of Bayes' probabilities is
+    """Equations 1 and 5, section 2: in one dimension the mixture of Bayes' probabilities is
     q's own reverse step, so at any T the bound misses only the prior's mismatch:
     E[−ELBO] = H(x) + KL( Σ_k P(v_k) q(z_T|v_k) ‖ N(0, 1) )."""
     process = line()
@@ -250,7 +250,7 @@ def test_the_mixture_loses_nothing_in_one_dimension(steps):
 
 
 def test_the_mixture_beats_the_gaussian_step():
-    """DESIGN section 2: with the same probabilities, at T = 2, 4, 8 the mixture's bound is the
+    """With the same probabilities, at T = 2, 4, 8 the mixture's bound is the
     tighter one."""
     process = line()
     for steps in (2, 4, 8):
@@ -261,7 +261,7 @@ def test_the_mixture_beats_the_gaussian_step():
 
 
 def test_the_bound_of_a_mixture_model_by_draws():
-    """DESIGN equation 5: `elbo` with the mixture step is what quadrature says, over x ~ PRIOR."""
+    """Equation 5: `elbo` with the mixture step is what quadrature says, over x ~ PRIOR."""
     process, n = line(), 60_000
     x = torch.multinomial(PRIOR, n, replacement=True)[:, None]
     times = Grid.uniform(4)
@@ -272,7 +272,7 @@ def test_the_bound_of_a_mixture_model_by_draws():
 
 
 def test_all_steps_are_one_where_the_model_is_certain():
-    """DESIGN section 2: one component with all the probability is the Gaussian step with it."""
+    """One component with all the probability is the Gaussian step with it."""
     process = line()
     z = torch.randn(2, 3, dtype=torch.float64)
     output = torch.zeros(2, 3, LEVELS, dtype=torch.float64)

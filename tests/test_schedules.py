@@ -117,7 +117,7 @@ def test_cosine_is_cosine():
 
 
 def test_linear_alpha_is_linear():
-    """DESIGN equation 9: α_t = 1 - t, its ends exactly 1 and 0."""
+    """Equation 9: α_t = 1 - t, its ends exactly 1 and 0."""
     process = Gaussian(PowerAlpha(), Affine())
     t = torch.linspace(0, 1, 33, dtype=torch.float64)
     torch.testing.assert_close(process.alpha(t), 1 - t, rtol=1e-14, atol=0)
@@ -127,7 +127,7 @@ def test_linear_alpha_is_linear():
 
 @pytest.mark.parametrize("learn", [True, False], ids=["learned", "pinned"])
 def test_gradients_reach_what_is_learned(learn):
-    """DESIGN section 4, learned γ: its value and its slope have gradients in every learned
+    """Learned γ: its value and its slope have gradients in every learned
     parameter, and pinned end points have none."""
     schedule = LearnedMonotone(-7.0, 6.0, width=8, learn_endpoints=learn)
     process = Gaussian(schedule, Affine())
@@ -141,7 +141,7 @@ def test_gradients_reach_what_is_learned(learn):
 
 
 def test_slope_of_a_learned_schedule_is_differentiable():
-    """DESIGN equation 8: ∂γ'/∂φ by autograd is the difference quotient of γ' in φ."""
+    """Equation 8: ∂γ'/∂φ by autograd is the difference quotient of γ' in φ."""
     schedule = LearnedMonotone(-7.0, 6.0, width=4)
     process = Gaussian(schedule, Affine())
     t, z = torch.tensor([0.37], dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
@@ -177,7 +177,7 @@ BETAS = {
 
 @pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS.keys())
 def test_betas_come_back(betas):
-    """DESIGN equation 2: α_t = Π_{s<=t}(1-β_s) at t/T, and the step from (t-1)/T has β_t again,
+    """Equation 2: α_t = Π_{s<=t}(1-β_s) at t/T, and the step from (t-1)/T has β_t again,
     to the digits that γ holds: rounding γ by |γ| 2^-52 moves log α by (1-α) |γ| 2^-52."""
     schedule = Schedule.from_betas(betas.tolist())
     process = Gaussian(schedule, Affine())

@@ -155,7 +155,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_the_average_warms_up():
     """After n steps the average is no older than a tenth of them."""
-    average = training._warmed_ema(0.999)
+    average = training.warmed_ema(0.999)
     ema, at_zero = [torch.zeros(())], 1.0
     for i in range(1, 40):
         average(ema, [torch.ones(())], torch.tensor(i))
@@ -168,7 +168,7 @@ def test_weight_decay_leaves_all_but_matrices_alone():
     schema = Schema("levels", (1, 8, 8), 17)
     model, _ = configure(schema, 1000, schedule="learned-ends")
     built = build(model, schema)
-    decay, rest = training._groups(built, 0.1)
+    decay, rest = training.parameter_groups(built, 0.1)
     assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0
     assert all(p.ndim in (2, 4) for p in decay["params"])
     spared = {id(p) for p in rest["params"]}

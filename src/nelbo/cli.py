@@ -160,7 +160,7 @@ def train(
     options
         In place of the preset's.
     """
-    from nelbo.train import Interrupted
+    from nelbo._interrupt import Interrupted
     from nelbo.train import resume as continue_run
     from nelbo.train import train as start
 

@@ -1,4 +1,4 @@
-r"""The derivation. For any q(z) (DESIGN equations 1, 4, 5):
+r"""The derivation. For any q(z) (equations 1, 4, 5 of docs/derivation.md):
 
     log P(x|φ) = ELBO + KL[ q(z) ‖ P(z|x,φ) ],   ELBO = ∫ q(z) log[ P(x,z|φ) / q(z) ] dz.
 

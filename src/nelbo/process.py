@@ -1,6 +1,6 @@
 r"""The encoder q: how data becomes noise. It is fixed, and everything about it is known.
 
-For times s < t, e = embed(x), and α_t = sigmoid(-γ(t)) from a schedule (DESIGN equations 2-6, 9):
+For times s < t, e = embed(x), and α_t = sigmoid(-γ(t)) from a schedule (equations 2-6, 9):
 
     Gaussian    q(z_t|z_s)   = N( √(1-β) z_s, β ),                 1-β = α_t/α_s
                 q(z_t|x)     = N( √α_t e, 1-α_t )
@@ -126,7 +126,7 @@ class Affine(nn.Module):
 
 
 class Gaussian(Process):
-    """q(z_t|z_s) = N(√(1-β) z_s, β), DESIGN equations 2, 3, 6 and 8.
+    """q(z_t|z_s) = N(√(1-β) z_s, β), equations 2, 3, 6 and 8.
 
     Args:
         schedule: γ(t).
@@ -181,7 +181,7 @@ class Gaussian(Process):
         return self._normal(zeros, torch.ones_like(t))
 
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
-        """½ γ'(t) SNR(t) ‖e - ê‖² (DESIGN equation 8; VDM equation 18)."""
+        """½ γ'(t) SNR(t) ‖e - ê‖² (equation 8; VDM equation 18)."""
         error = (e - e_hat).square().flatten(1).sum(1)
         return 0.5 * slope(self.schedule, t) * (-self.schedule(t)).exp() * error
 
@@ -192,7 +192,7 @@ class Gaussian(Process):
 
 
 class Absorbing(Process):
-    """Each symbol is kept with probability α_t, else masked (DESIGN equation 9).
+    """Each symbol is kept with probability α_t, else masked (equation 9).
 
     z holds symbols 0..K-1 or the mask K; e and its prediction are log-probabilities (..., K).
     Sources: Austin et al. 2021 (D3PM), Shi et al. 2024 (MD4).
@@ -245,7 +245,7 @@ class Absorbing(Process):
         )
 
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
-        """-α'(t)/(1-α_t) Σ_masked -log P(x_i|z_t) (DESIGN equation 9); -α'/(1-α) = γ' α."""
+        """-α'(t)/(1-α_t) Σ_masked -log P(x_i|z_t) (equation 9); -α'/(1-α) = γ' α."""
         surprise = -torch.where(e == 0, e_hat, 0.0).sum(-1)
         hidden = torch.where(z == self.mask, surprise, 0.0).flatten(1).sum(1)
         return slope(self.schedule, t) * self.alpha(t) * hidden

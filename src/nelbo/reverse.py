@@ -30,7 +30,7 @@ class Reverse(ABC):
 
 
 class Posterior(Reverse):
-    """q(z_s|z_t,x) with ê for x: σ² = β̃ for a Gaussian process (DESIGN equation 7)."""
+    """q(z_s|z_t,x) with ê for x: σ² = β̃ for a Gaussian process (equation 7)."""
 
     def __call__(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
@@ -39,7 +39,7 @@ class Posterior(Reverse):
 
 
 class Beta(Reverse):
-    """N(f, β) with f = m_t(z_t, ê); the KL is ‖m_t - f‖²/(2β) + const (DESIGN equation 7)."""
+    """N(f, β) with f = m_t(z_t, ê); the KL is ‖m_t - f‖²/(2β) + const (equation 7)."""
 
     def __call__(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process

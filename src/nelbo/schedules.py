@@ -31,7 +31,7 @@ class Schedule(nn.Module, ABC):
 
     @staticmethod
     def from_betas(betas: Tensor | Sequence[float]) -> "Betas":
-        """α_t = Π_{s<=t} (1 - β_s) at the times t/T, t = 1..T (DESIGN equation 2)."""
+        """α_t = Π_{s<=t} (1 - β_s) at the times t/T, t = 1..T (equation 2)."""
         return Betas(betas)
 
 

@@ -7,40 +7,37 @@ so there is no generator to save: a run that was stopped and continued ends with
 import json
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from nelbo import checkpoint, data
+from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2, derive_seed, seeded
 from nelbo._progress import progress_bar
 from nelbo.augment import augment
 from nelbo.build import OBJECTIVES, build
 from nelbo.checkpoint import Run, RunConfig
-from nelbo.config import TrainConfig, configure
+from nelbo.config import configure
 from nelbo.data import Dataset
 from nelbo.estimate import stratified
 from nelbo.evaluate import evaluate
 from nelbo.heads import Logits
 from nelbo.model import Model, find_device
 from nelbo.objective import Objective
+from nelbo.optimise import batch_indices, learning_rate, parameter_groups, warmed_ema
 from nelbo.process import Affine
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_Tensors = tuple[Tensor, ...] | list[Tensor]
 VALIDATION_EXAMPLES = 1000  # at most, so that validation stays a small part of the time
 
 
@@ -124,28 +121,6 @@ def resume(
     return checkpoint.load(out)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came, and the run is saved."""
-
-
-def batch_indices(examples: int, batch: int, step: int, seed: int) -> Tensor:
-    """Examples of a step: position step·batch in the stream of all shuffled epochs."""
-    position = step * batch
-    parts = []
-    while batch:
-        epoch, start = divmod(position, examples)
-        part = _epoch_order(examples, seed, epoch)[start : start + batch]
-        parts.append(part)
-        position, batch = position + len(part), batch - len(part)
-    return torch.cat(parts)
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
-    generator = np.random.default_rng(derive_seed(seed, 1, epoch))
-    return torch.from_numpy(generator.permutation(examples))
-
-
 @dataclass
 class Progress:
     """Where a training stands; saved with its state."""
@@ -179,9 +154,9 @@ class Training:
         self.model.dtype = torch.float32
         self.objective = Objective(OBJECTIVES[t.objective], t.cross_entropy)
         self.optimizer = torch.optim.AdamW(
-            _groups(model, t.weight_decay), lr=t.lr, betas=(0.9, 0.99)
+            parameter_groups(model, t.weight_decay), lr=t.lr, betas=(0.9, 0.99)
         )
-        self.ema = AveragedModel(model, multi_avg_fn=_warmed_ema(t.ema))
+        self.ema = AveragedModel(model, multi_avg_fn=warmed_ema(t.ema))
         self.writer: SummaryWriter | None = None
 
     def fit(self, progress: bool) -> None:
@@ -328,57 +303,6 @@ class Training:
         unit = "nats" if self.run.schema.levels is None else "bits/dim"
         best = f", validation {self._shown(self.at.best):.3f}" if self.at.best_step else ""
         return f"bound {self._shown(self.at.recent):.3f}{best} {unit}"
-
-
-def learning_rate(t: TrainConfig, step: int) -> float:
-    """Warm-up, then half a cosine to zero at the last step."""
-    warm = min(1.0, (step + 1) / max(t.warmup, 1))
-    return t.lr * warm * 0.5 * (1 + math.cos(math.pi * step / t.steps))
-
-
-def _groups(model: Model, weight_decay: float) -> list[dict]:
-    """The network's matrices and kernels decay; its vectors, schedule, head and decoder do not."""
-    decays = {
-        id(module.weight)
-        for module in model.network.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if id(p) in decays], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decays], "weight_decay": 0.0},
-    ]
-
-
-def _warmed_ema(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
-    """Decay min(decay, (1+i)/(10+i)): useful weights from the first steps on."""
-
-    def average(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
-        i = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + i) / (10 + i)))(averaged, current, count)
-
-    return average
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C or SIGTERM came; a second one acts at once."""
-    came: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    try:
-        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals arrive elsewhere
-        before = {}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 @contextmanager
