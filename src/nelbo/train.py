@@ -211,7 +211,7 @@ class Training:
 
     def _validate(self) -> None:
         """Measure the averaged weights on the validation split; keep the best."""
-        x = data.as_examples(self.dataset.splits["validation"][:VALIDATION_EXAMPLES])
+        x = self.dataset.splits["validation"][:VALIDATION_EXAMPLES]
         average = cast(Model, self.ema.module)
         result = evaluate(average, x, calls=8, seed=derive_seed(self.run.train.seed, 3))
         error = result.standard_error.total
@@ -254,7 +254,7 @@ class Training:
         checkpoint.write_tensors(self.out / checkpoint.STATE, tensors, about)
 
     def load_state(self) -> None:
-        """Continue from `state.safetensors`; later lines of the metrics are dropped."""
+        """Continue from `state.safetensors`."""
         path = self.out / checkpoint.STATE
         tensors, about = checkpoint.read_tensors(path)
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
