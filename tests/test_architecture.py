@@ -24,6 +24,7 @@ ORDER = (
     "objective",
     "sample",
     "data",
+    "grids",
     "evaluate",
     "augment",
     "nn",

@@ -14,7 +14,9 @@ Sources: Ho et al. 2020 (noise), Salimans & Ho 2022 (velocity), Graves et al. 20
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,12 @@ class Prediction:
     """ê, shape of embed(x)."""
 
     e_hat: Tensor
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Self:
+        """f of each of its tensors, such as a choice of examples or of dimensions."""
+        return replace(
+            self, **{field.name: f(getattr(self, field.name)) for field in fields(self)}
+        )
 
 
 @dataclass(frozen=True)

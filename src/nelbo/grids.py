@@ -1,0 +1,181 @@
+r"""The best grid of T times for a given model, by dynamic programming.
+
+The bound of T steps is a sum over neighbours on the grid, and its prior term does not change:
+
+    −ELBO(t_1 .. t_T = 1) = prior + R(t_1) + Σ_{i=2..T} D(t_{i-1}, t_i),
+    R(t) = E[ −log P(x|z_t) ],   D(s, t) = E KL( q(z_s|z_t,x) ‖ P(z_s|z_t) ).
+
+On a table of R and D over candidate times the best grid is a shortest path of T nodes,
+
+    B_1(t) = R(t),   B_k(t) = min_{s<t} B_{k-1}(s) + D(s, t),   the answer is B_T(1),
+
+and a column of the table, all D(s, t) with one t, costs one network call per example: what the
+network says at z_t serves every s (Watson et al. 2021, for σ² = β̃ and a fixed t_1). The same
+draws of noise serve every time, so that what is compared is paired. Nothing here knows which
+process, step or decoder it is.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from nelbo._numerics import draw, seeded
+from nelbo._progress import Track
+from nelbo.data import as_examples
+from nelbo.estimate import Grid
+from nelbo.model import Model, measuring
+from nelbo.schedules import Betas, Schedule
+
+EXAMPLES = 64  # at most, to measure a table with
+NUMBERS = 2**27  # of the arithmetic around all pairs of a table, about
+
+
+@dataclass(frozen=True)
+class Table:
+    """What bounds of few steps are made of, in nats per example.
+
+    Attributes:
+        times: the M candidate times, increasing, the last 1.
+        decode: R(t), shape (M,).
+        step: D(s, t) at [s, t], shape (M, M); inf where it was not measured.
+    """
+
+    times: Tensor
+    decode: Tensor
+    step: Tensor
+
+    def bound(self, times: Tensor) -> float:
+        """R(t_1) + Σ D(t_{i-1}, t_i) for times among the candidates."""
+        at = torch.searchsorted(self.times, times - 1e-12)
+        return (self.decode[at[0]] + self.step[at[:-1], at[1:]].sum()).item()
+
+    def best(self, steps: int) -> Tensor:
+        """The `steps` times of the least bound, the last of them 1."""
+        least, before = self.decode, []
+        for _ in range(steps - 1):
+            least, s = (least[:, None] + self.step).min(0)
+            before.append(s)
+        path = [len(self.times) - 1]
+        for s in reversed(before):
+            path.append(int(s[path[-1]]))
+        return self.times[path[::-1]]
+
+
+def best_grid(
+    model: Model,
+    x: Tensor,
+    steps: int,
+    *,
+    candidates: Tensor | None = None,
+    seed: int = 0,
+    track: Track = iter,
+) -> Grid:
+    """The grid of `steps` times with the least bound of the model, as measured on examples x.
+
+    Args:
+        model: the model, with the reverse step that it takes.
+        x: examples to measure on, such as training data; a few of them are drawn.
+        steps: T.
+        candidates: times to choose from, increasing, the last 1; evenly spaced where left out.
+        seed: everything random follows from it.
+        track: wraps the candidates, for a progress bar.
+
+    Raises:
+        ValueError: fewer than one step, or more than there are times to choose from.
+    """
+    if candidates is None:
+        candidates = even_times(model.process.schedule, steps, 32 + 2 * steps)
+    if not 1 <= steps <= len(candidates):
+        raise ValueError(f"steps must be 1 to {len(candidates)}, the number of times; got {steps}")
+    if steps == len(candidates) or steps == 1:
+        return Grid(candidates[-steps:])
+    with seeded(seed, 1):
+        x = x[torch.randperm(len(x))[: _examples(model)]]
+    # No step of a good grid is much longer than the mean step.
+    longest = math.ceil(4 * len(candidates) / steps)
+    return Grid(measure(model, x, candidates, longest, seed, track).best(steps))
+
+
+def even_times(schedule: Schedule, steps: int, count: int) -> Tensor:
+    """About `count` evenly spaced times of a schedule, at least `steps`, the last 1.
+
+    Raises:
+        ValueError: fewer than one step, or more than the schedule has.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    if not isinstance(schedule, Betas):
+        return torch.linspace(0, 1, count + 1, dtype=torch.float64)[1:]
+    if steps > schedule.steps:
+        raise ValueError(
+            f"steps must be at most {schedule.steps}, the number of betas in the schedule;"
+            f" got {steps}"
+        )
+    count = min(count, schedule.steps)
+    i = torch.linspace(0, schedule.steps, count + 1, dtype=torch.float64)[1:].round()
+    return i / schedule.steps
+
+
+def measure(
+    model: Model, x: Tensor, times: Tensor, longest: int, seed: int = 0, track: Track = iter
+) -> Table:
+    """R and D over candidate times, means over the examples x; one network call for each time.
+
+    Args:
+        model: the model.
+        x: examples, shape (N, *model.shape).
+        times: the M candidates, increasing.
+        longest: steps over more candidates than this are not measured.
+        seed: everything random follows from it.
+        track: wraps the candidates, for a progress bar.
+    """
+    count = len(times)
+    decode = torch.zeros(count, dtype=torch.float64)
+    step = torch.full((count, count), math.inf, dtype=torch.float64)
+    with measuring(model):
+        for j in track(range(count)):
+            for g, block in enumerate(x.split(model.rows)):
+                with seeded(seed, 2, g):
+                    block = as_examples(block).to(model.device)
+                    first = max(0, j - longest)
+                    r, d = _column(model, block, times[first:j], times[j], len(x) * count)
+                decode[j] += r / len(x)
+                step[first:j, j] = step[first:j, j].nan_to_num(posinf=0.0) + d / len(x)
+    return Table(times, decode, step)
+
+
+def _column(
+    model: Model, x: Tensor, before: Tensor, at: Tensor, calls: int
+) -> tuple[Tensor, Tensor]:
+    """Sums over the examples of R(t) and of D(s, t) for each s in `before`; one network call.
+
+    D is measured on some of the dimensions, given each of which it is unbiased, where all of them
+    would take long: the pairs, not the calls, are the work of a table.
+    """
+    process, e = model.process, model.embed(x)
+    t = at.to(x.device).expand(len(x))
+    z = draw(process.marginal(e, t))
+    prediction = model.predict(z, t)
+    decoded = -model.decoder(prediction, z, t, process).log_prob(x).sum().cpu()
+
+    dims = max(1, min(model.dims, NUMBERS // (calls * max(1, len(before)) * model.head.outputs)))
+    chosen = torch.randperm(model.dims)[:dims].sort().values.to(x.device)
+
+    def some(v: Tensor) -> Tensor:
+        return v.flatten(1, len(model.shape))[:, chosen]
+
+    z, e, prediction = some(z), some(e), prediction.map(some)
+    found = torch.zeros(len(before), dtype=torch.float64)
+    for i, s in enumerate(before.to(x.device)):
+        s = s.expand(len(x))
+        p = model.step(prediction, z, s, t, process)
+        found[i] = kl_divergence(process.posterior(z, e, s, t), p).sum().cpu()
+    return decoded, found * (model.dims / dims)
+
+
+def _examples(model: Model) -> int:
+    """How many examples a table is measured on; fewer, where each is large."""
+    return max(16, min(EXAMPLES, 2**14 // model.dims))
