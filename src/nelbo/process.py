@@ -89,16 +89,24 @@ class Process(nn.Module, ABC):
 
 
 class Levels(nn.Module):
-    """Integers 0..K-1 as K equally spaced values that fill [-1, 1], edges included."""
+    """Integers 0..K-1 as K equally spaced values from low to high; [-1, 1], edges included.
+
+    Args:
+        count: the number K of levels.
+        low: value of level 0.
+        high: value of level K-1. Bins centred in [-1, 1] have high = 1 - 1/K = -low.
+    """
 
     values: Tensor
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, low: float = -1.0, high: float = 1.0) -> None:
         super().__init__()
         if count < 2:
             raise ValueError(f"levels must be at least 2; got {count}")
+        if not low < high:
+            raise ValueError(f"low must be less than high; got {low} and {high}; try -1 and 1")
         self.count = count
-        values = torch.linspace(-1, 1, count, dtype=torch.float64)
+        values = torch.linspace(low, high, count, dtype=torch.float64)
         self.register_buffer("values", values, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
