@@ -32,6 +32,7 @@ STEPS: Mapping[str, Callable[[], reverse.Reverse]] = {
     "posterior": reverse.Posterior,
     "beta": reverse.Beta,
     "learned": reverse.Learned,
+    "optimal": reverse.Optimal,
 }
 LEVEL_DECODERS: Mapping[str, Callable[[Levels], likelihood.Likelihood]] = {
     "levels": lambda levels: likelihood.LevelHead(),
@@ -106,7 +107,9 @@ def _levels(
     config: ModelConfig, schema: Schema, schedule: schedules.Schedule, levels: Levels
 ) -> Model:
     if config.head == "levels":
-        _only(config, step=("mixture", "posterior", "beta"), decoder=tuple(LEVEL_DECODERS))
+        _only(
+            config, step=("mixture", "posterior", "beta", "optimal"), decoder=tuple(LEVEL_DECODERS)
+        )
         head: heads.Head = heads.LevelLogits(levels.values, schema.shape)
     else:
         decoders = tuple(name for name in LEVEL_DECODERS if name != "levels")

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -10,15 +11,16 @@ if TYPE_CHECKING:
 
 Process = Literal["gaussian", "absorbing"]
 Schedule = Literal[
-    "linear", "cosine", "learned", "learned-ends", "linear-alpha", "quadratic-alpha"
+    "linear", "cosine", "betas", "learned", "learned-ends", "linear-alpha", "quadratic-alpha"
 ]
 Head = Literal["levels", "noise", "data", "velocity", "symbols"]
-Step = Literal["mixture", "posterior", "beta", "learned"]
+Step = Literal["mixture", "posterior", "beta", "learned", "optimal"]
 Decoder = Literal[
     "levels", "evidence", "discretised-gaussian", "bernoulli", "gaussian", "categorical"
 ]
 Network = Literal["conv", "mlp"]
 Objective = Literal["bound", "simple", "min-snr", "p2"]
+Times = Literal["stratified", "importance", "iid"]
 Preset = Literal["auto", "best"]
 
 
@@ -32,6 +34,9 @@ class Section:
                 if value not in get_args(kind):
                     names = ", ".join(get_args(kind))
                     raise ValueError(f"{name} must be one of {names}; got {value!r}")
+            elif get_origin(kind) is tuple:
+                if not isinstance(value, tuple) or not all(type(v) in (int, float) for v in value):
+                    raise ValueError(f"{name} must be numbers; got {value!r}")
             elif isinstance(value, bool) or not isinstance(value, int | kind):
                 raise ValueError(f"{name} must be {kind.__name__}; got {value!r}")
             elif not math.isfinite(value):
@@ -42,19 +47,20 @@ class Section:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object], where: str) -> Self:
-        """The section that `to_dict` gave.
+        """The section that `to_dict` gave; a key that older versions do not write is its default.
 
         Raises:
             ValueError: an unknown or missing key, or an impossible value; it names `where`.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{where} must be a JSON object; got {values!r}")
-        known = [f.name for f in fields(cast(Any, cls))]
-        for name in sorted(values.keys() ^ set(known)):
-            kind = "unknown" if name in values else "missing"
-            raise ValueError(f"{kind} key {name!r} in {where}; known are {', '.join(known)}")
+        known = {f.name: f.default is not MISSING for f in fields(cast(Any, cls))}
+        for name in sorted(values.keys() ^ known.keys()):
+            if name in values or not known[name]:
+                kind = "unknown" if name in values else "missing"
+                raise ValueError(f"{kind} key {name!r} in {where}; known are {', '.join(known)}")
         try:
-            return cls(**values)
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except ValueError as error:
             raise ValueError(f"{error} in {where}") from None
 
@@ -85,7 +91,7 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """How a model is trained."""
+    """How a model is trained; `grid`, where there is one, holds the times whose bound is."""
 
     steps: int = 1800
     batch: int = 128
@@ -95,10 +101,12 @@ class TrainConfig(Section):
     clip: float = 5.0
     ema: float = 0.999
     objective: Objective = "bound"
+    times: Times = "stratified"
     cross_entropy: float = 0.1
     augment: float = 0.7
     evaluate_every: int = 100
     seed: int = 0
+    grid: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,6 +118,9 @@ class TrainConfig(Section):
         for name in ("ema", "augment"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
+        ends = (0.0, *self.grid)
+        if self.grid and not (ends[-1] == 1 and all(a < b for a, b in pairwise(ends))):
+            raise ValueError(f"grid must increase within (0, 1] and end at 1.0; got {self.grid}")
 
 
 def _at_least(section: Section, least: int, *names: str) -> None:

@@ -27,6 +27,7 @@ from nelbo._progress import Track
 from nelbo.data import as_examples
 from nelbo.estimate import Grid
 from nelbo.model import Model, measuring
+from nelbo.reverse import Optimal
 from nelbo.schedules import Betas, Schedule
 
 EXAMPLES = 64  # at most, to measure a table with
@@ -92,11 +93,10 @@ def best_grid(
         raise ValueError(f"steps must be 1 to {len(candidates)}, the number of times; got {steps}")
     if steps == len(candidates) or steps == 1:
         return Grid(candidates[-steps:])
-    with seeded(seed, 1):
-        x = x[torch.randperm(len(x))[: _examples(model)]]
     # No step of a good grid is much longer than the mean step.
     longest = math.ceil(4 * len(candidates) / steps)
-    return Grid(measure(model, x, candidates, longest, seed, track).best(steps))
+    table = measure(model, _some(model, x, seed), candidates, longest, seed, track)
+    return Grid(table.best(steps))
 
 
 def even_times(schedule: Schedule, steps: int, count: int) -> Tensor:
@@ -176,6 +176,26 @@ def _column(
     return decoded, found * (model.dims / dims)
 
 
-def _examples(model: Model) -> int:
-    """How many examples a table is measured on; fewer, where each is large."""
-    return max(16, min(EXAMPLES, 2**14 // model.dims))
+def measure_errors(model: Model, x: Tensor, seed: int = 0) -> None:
+    """Set v(t) = E‖e − ê‖²/D of a model whose step is `Optimal`, as measured on examples x."""
+    if not isinstance(model.step, Optimal):
+        return
+    count = len(model.step.errors)
+    x = _some(model, x, seed)
+    with measuring(model):
+        for i, t in enumerate(torch.linspace(0, 1, count, dtype=torch.float64).tolist()):
+            total = torch.zeros((), dtype=torch.float64, device=model.device)
+            for g, block in enumerate(x.split(model.rows)):
+                with seeded(seed, 2, g):
+                    e = model.embed(as_examples(block).to(model.device))
+                    at = torch.full((len(e),), t, dtype=torch.float64, device=e.device)
+                    at = at.clamp(min=model.process.schedule.start)
+                    e_hat = model.predict(draw(model.process.marginal(e, at)), at).e_hat
+                total += (e - e_hat).square().sum()
+            model.step.errors[i] = total / (len(x) * model.dims)
+
+
+def _some(model: Model, x: Tensor, seed: int) -> Tensor:
+    """The examples to measure on, drawn from x; fewer where each is large."""
+    with seeded(seed, 1):
+        return x[torch.randperm(len(x))[: max(16, min(EXAMPLES, 2**14 // model.dims))]]
