@@ -1,0 +1,216 @@
+r"""The probability flow: a deterministic path with the marginals of the diffusion.
+
+In the variable γ = −log SNR, which any schedule reaches, with α = sigmoid(−γ) and ê = ê(z, γ) the
+model's prediction, the flow of equation 2 (Song et al. 2021, equation 13) is
+
+    dz/dγ = ½ √α (√α z − ê) =: f(z, γ),        zero where the data are unit normal,
+
+for dz_t = ½ (α z − √α ê) dγ follows from z/√α = e + e^{γ/2} ε, d(z/√α)/de^{γ/2} = ε̂. A density is
+carried along it by d log p(z)/dγ = −tr ∂f/∂z, so with p(z_T) = N(0, 1) at the last γ
+
+    log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ.
+
+tr ∂f/∂z = Σ_v v·(∂f/∂z)ᵀ v over all unit vectors v, or in expectation for one v of random signs
+(Hutchinson), drawn once for the whole path, so that f stays a function of (z, γ). f and v·∂f/∂z
+share one forward pass; each v is one backward pass. Both are counted at the network.
+
+Each example has its own steps and its own error, so its value does not depend on its batch mates.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nelbo._numerics import over
+from nelbo.dequantise import check_gaussian
+from nelbo.heads import Mean, WithVariance
+from nelbo.model import Model
+from nelbo.schedules import Schedule
+
+Trace = Literal["auto", "exact", "hutchinson"]
+EXACT_UP_TO = 16  # dimensions, where `auto` takes the exact trace
+MAX_STEPS = 10_000
+
+
+class Carried(NamedTuple):
+    """The end of a path, and what the density lost on it: log p(start) − log p(end)."""
+
+    z: Tensor
+    log_det: Tensor
+
+
+@dataclass
+class Calls:
+    """Rows that went through a network."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+@contextmanager
+def counting(network: nn.Module) -> Iterator[Calls]:
+    """Counts the rows of each forward pass of a network, and of each backward pass."""
+    calls = Calls()
+
+    def backward(gradient: Tensor) -> None:
+        calls.backward += len(gradient)
+
+    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.forward += len(inputs[0])
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    handle = network.register_forward_hook(forward)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def is_exact(model: Model, trace: Trace) -> bool:
+    """Whether the trace is exact: asked for, or D small."""
+    if trace not in ("auto", "exact", "hutchinson"):
+        raise ValueError(f"trace must be auto, exact or hutchinson; got {trace!r}")
+    return trace == "exact" or (trace == "auto" and model.dims <= EXACT_UP_TO)
+
+
+def unit_probes(z: Tensor) -> Tensor:
+    """All D unit vectors, shape (D, B, ...): the exact trace, D backward passes."""
+    dims = z[0].numel()
+    units = torch.eye(dims, dtype=z.dtype, device=z.device)
+    return units.reshape(dims, 1, *z.shape[1:]).expand(dims, *z.shape)
+
+
+def random_probes(z: Tensor) -> Tensor:
+    """One vector of random signs per example, shape (1, B, ...); exact for a diagonal ∂f/∂z."""
+    return (torch.randint(0, 2, z.shape) * 2 - 1).to(z)[None]
+
+
+def time_of(schedule: Schedule, gamma: Tensor, first: float) -> Tensor:
+    """t in [first, 1] with γ(t) = gamma, by bisection to the last bit; shape of gamma."""
+    low, high = torch.full_like(gamma, first), torch.ones_like(gamma)
+    for _ in range(53):
+        middle = (low + high) / 2
+        above = schedule(middle) > gamma
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
+def drift(model: Model, z: Tensor, gamma: Tensor, first: float) -> Tensor:
+    """f(z, γ) = ½ √α (√α z − ê); shape of z."""
+    t = time_of(model.process.schedule, gamma, first)
+    signal = over(torch.sigmoid(-gamma).sqrt(), z)
+    return 0.5 * signal * (signal * z - model.predict(z, t).e_hat)
+
+
+def drift_and_trace(
+    model: Model, z: Tensor, gamma: Tensor, first: float, probes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """f(z, γ), and Σ_v v·(∂f/∂z)ᵀ v, shape (B,): one forward pass, one backward pass per v."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        f = drift(model, z, gamma, first)
+        trace = torch.zeros_like(gamma)
+        for v in probes:
+            (gradient,) = torch.autograd.grad(f, z, v, retain_graph=True)
+            trace = trace + (v * gradient).flatten(1).sum(1)
+    return f.detach(), trace
+
+
+def carry(
+    model: Model,
+    z: Tensor,
+    start: float,
+    end: float,
+    probes: Tensor,
+    tolerance: float,
+) -> Carried:
+    """z along the flow from time `start` to `end`, either way, and ∫ tr ∂f/∂z dγ, shape (B,).
+
+    Args:
+        model: the model; its process must be Gaussian.
+        z: latents at `start`, shape (B, ...), any shape.
+        start: a time.
+        end: a time, before or after `start`.
+        probes: `unit_probes` or `random_probes`.
+        tolerance: of one step, absolute and relative, for each example: root mean square over z,
+            and of the integral in nats per dimension.
+
+    Raises:
+        ValueError: no Gaussian process, no flow of its head, or the solver does not finish.
+    """
+    torchode = _solver()
+    ends = _check(model, start, end, tolerance, z)
+    first, shape = min(start, end), z.shape
+
+    def flow(gamma: Tensor, state: Tensor) -> Tensor:
+        place = state[:, :-1].reshape(shape)
+        f, trace = drift_and_trace(model, place, gamma, first, probes)
+        return torch.cat([f.flatten(1), trace[:, None] / model.dims], 1)
+
+    state = torch.cat([z.flatten(1), torch.zeros_like(z.flatten(1)[:, :1])], 1).double()
+    term = torchode.ODETerm(flow)
+    control = torchode.IntegralController(
+        atol=tolerance, rtol=tolerance, norm=error_norm, term=term
+    )
+    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control, max_steps=MAX_STEPS)
+    solution = solver.solve(torchode.InitialValueProblem(state, *ends))
+    if (solution.status != 0).any():
+        raise ValueError(
+            f"the ODE solver did not come to an end at tolerance {tolerance:g} (the flow is not"
+            f" finite, or asks for more than {MAX_STEPS} steps); try a larger tolerance"
+        )
+    at_end = solution.ys[:, -1]
+    return Carried(at_end[:, :-1].reshape(shape), at_end[:, -1] * model.dims)
+
+
+def log_density(model: Model, z: Tensor, first: float, probes: Tensor, tolerance: float) -> Tensor:
+    """log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ for z_1 at the time `first`; (B,), nats."""
+    z_last, log_det = carry(model, z, first, 1.0, probes, tolerance)
+    last = torch.ones(len(z), dtype=torch.float64, device=z.device)
+    return model.process.prior(z.shape[1:], last).log_prob(z_last) + log_det
+
+
+def error_norm(error: Tensor) -> Tensor:
+    """The root mean square over z, or the integral's own error where that is more; shape (B,)."""
+    of_z = error[:, :-1].square().mean(1).sqrt()
+    return torch.maximum(of_z, error[:, -1].abs())
+
+
+def _check(model: Model, start: float, end: float, tolerance: float, z: Tensor) -> list[Tensor]:
+    """γ at both ends, shape (B,) each."""
+    process = check_gaussian(model)
+    head = model.head.head if isinstance(model.head, WithVariance) else model.head
+    if isinstance(head, Mean):
+        raise ValueError(
+            f"the mean f belongs to {head.steps} steps and has no flow between them; try a model"
+            " that predicts noise, data or velocity"
+        )
+    if not 0 < tolerance < 1 or not math.isfinite(tolerance):
+        raise ValueError(f"tolerance must be in (0, 1); got {tolerance}; try 1e-4")
+    times = torch.tensor([start, end], dtype=torch.float64, device=z.device)
+    with torch.no_grad():
+        gammas = process.schedule(times)
+    if not gammas.isfinite().all():
+        raise ValueError(
+            f"the flow needs a finite γ at both ends; between the times {start:g} and {end:g} it"
+            f" is {gammas.tolist()}; try a first time above 0"
+        )
+    return [gamma.expand(len(z)).contiguous() for gamma in gammas]
+
+
+def _solver() -> ModuleType:
+    try:
+        # Its steps are per example. In others one norm over the batch rules them all.
+        import torchode
+    except ImportError:
+        raise ValueError(
+            "the ODE likelihood needs the package torchode; try: pip install 'nelbo[ode]'"
+        ) from None
+    return torchode

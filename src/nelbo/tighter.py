@@ -1,0 +1,284 @@
+r"""One pass over a data set for a bound tighter than one ELBO, with its error and its price.
+
+    evaluate_importance   L_K = E log 1/K Σ_k P(x,z^k)/q(z^k|x) on a grid of T times: K T calls
+    evaluate_flow         E log 1/K Σ_k p(z^k) P(x|z^k)/q(z^k|x), z at the first time, p(z) by the
+                          probability flow: the law of the deterministic sampler, another model
+                          than the ancestral one
+
+Each example is visited once, in R independent replicates; examples are independent of each other:
+
+    total²       = var_i( mean_r L_ir ) / N           what another seed and other data change
+    Monte Carlo² = mean_i( var_r L_ir ) / (N R)       what another seed changes; unknown if R = 1
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from nelbo._numerics import LOG_2, seeded
+from nelbo._progress import Track
+from nelbo.data import as_examples, fingerprint
+from nelbo.dequantise import Dequantiser, Encoder, check_gaussian
+from nelbo.estimate import Times
+from nelbo.evaluate import StandardError
+from nelbo.flow import Trace, counting, is_exact, log_density, random_probes, unit_probes
+from nelbo.importance import check_grid, check_samples, importance_weights, log_mean
+from nelbo.model import Model, measuring, model_hash
+
+BLOCK = 64  # examples that are seeded together
+LOOSE = 10.0  # the looser tolerance is this many times the one asked for
+
+
+@dataclass(frozen=True)
+class ByImportance:
+    """K paths on a grid of T times. `weight_share` is the mean of (Σw)²/(K Σw²): 1 where all paths
+    weigh the same, 1/K where one carries all."""
+
+    samples: int
+    steps: int
+    weight_share: float
+
+
+@dataclass(frozen=True)
+class ByFlow:
+    """The probability flow at the tighter of two tolerances.
+
+    The bound at the looser one, on the same draws, is `loose`; `largest_change` is the most that
+    any example's changed between them; both in the unit of the result.
+    """
+
+    samples: int
+    dequantiser: str
+    trace: str
+    first: float
+    tolerance: float
+    loose_tolerance: float
+    loose: float
+    largest_change: float
+
+
+@dataclass(frozen=True)
+class Tighter:
+    """A bound on −log P(x), mean over examples, and everything needed to obtain it again.
+
+    `nats` is per example; standard errors are in `unit`: bits/dim for probabilities, nats for
+    densities, which have no bits/dim. Calls are rows through the network, forward and backward,
+    per example, all that were spent.
+    """
+
+    bits_per_dim: float | None
+    nats: float
+    unit: str
+    standard_error: StandardError
+    how: ByImportance | ByFlow
+    examples: int
+    dims: int
+    replicates: int
+    calls_per_example: float
+    backward_calls_per_example: float
+    seed: int
+    weights: str
+    split: str
+    precision: str
+    model_hash: str
+    data_hash: str
+    #: the lower bound on log P(x), shape (N,), nats, mean of the replicates
+    per_example: Tensor = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON, without the bounds per example; what is not known is None."""
+        plain = asdict(replace(self, per_example=torch.empty(0)))
+        del plain["per_example"]
+        error = plain["standard_error"]
+        plain["standard_error"] = {k: v if math.isfinite(v) else None for k, v in error.items()}
+        return plain
+
+
+def evaluate_importance(
+    model: Model,
+    x: Tensor,
+    *,
+    times: Times,
+    samples: int,
+    replicates: int = 1,
+    seed: int = 0,
+    weights: str = "as given",
+    split: str = "as given",
+    track: Track = iter,
+) -> Tighter:
+    """L_K, the K-sample importance-weighted bound on −log P(x|φ), mean over the examples x.
+
+    Args:
+        model: the model; measured in evaluation mode with float64 around the network.
+        x: examples in the space of the data, shape (N, *model.shape).
+        times: Grid(times).
+        samples: K; K T network calls per example and replicate.
+        replicates: independent draws of L_K per example; from two the Monte Carlo error follows.
+        seed: everything random follows from it.
+        weights: which weights these are, for the record.
+        split: which data these are, for the record.
+        track: wraps the blocks of examples, for a progress bar.
+
+    Raises:
+        ValueError: no grid, K < 1, or examples of another shape.
+    """
+    check_samples(samples)
+    grid = check_grid(times)
+
+    def draw(x: Tensor) -> Tensor:
+        log_w = importance_weights(model, x, grid, samples)
+        return torch.stack([log_mean(log_w), (2 * log_mean(log_w) - log_mean(2 * log_w)).exp()])
+
+    (bound, share), record = _visit(model, x, replicates, seed, track, draw)
+    how = ByImportance(samples, len(grid.times), share.mean().item())
+    return record(bound, how, weights, split)
+
+
+def evaluate_flow(
+    model: Model,
+    x: Tensor,
+    *,
+    dequantiser: Dequantiser | None = None,
+    tolerance: float = 1e-4,
+    samples: int = 1,
+    trace: Trace = "auto",
+    first: float | None = None,
+    replicates: int = 1,
+    seed: int = 0,
+    weights: str = "as given",
+    split: str = "as given",
+    track: Track = iter,
+) -> Tighter:
+    """The bound on −log P(x|φ) by the probability flow, mean over the examples x.
+
+    Args:
+        model: the model; measured in evaluation mode with float64 around the network.
+        x: examples in the space of the data, shape (N, *model.shape).
+        dequantiser: q(z|x) at the first time: Encoder(), the default, for levels and real data;
+            TruncatedNormal() and Uniform() for levels.
+        tolerance: of the solver; the bound is stated at it and at 10 times it.
+        samples: K draws of z per example, importance-weighted; more than 1 needs the exact trace.
+        trace: exact, hutchinson (one probe per draw of z), or auto: exact up to D = 16.
+        first: time of z_1; left out, the earliest of the schedule.
+        replicates: independent repetitions per example; from two the Monte Carlo error follows.
+        seed: everything random follows from it.
+        weights: which weights these are, for the record.
+        split: which data these are, for the record.
+        track: wraps the blocks of examples, for a progress bar.
+
+    Raises:
+        ValueError: no Gaussian process, a dequantiser of other data, K < 1, K > 1 with a random
+            trace, or no torchode.
+    """
+    check_samples(samples)
+    process, exact = check_gaussian(model), is_exact(model, trace)
+    if samples > 1 and not exact:
+        raise ValueError(
+            f"{samples} importance samples need the exact trace: the noise of Hutchinson's would"
+            " raise the mean of the weights, and the result be no bound; try trace='exact'"
+        )
+    dequantiser = Encoder() if dequantiser is None else dequantiser
+    first = process.schedule.start if first is None else first
+    tolerances = (LOOSE * tolerance, tolerance)
+
+    def draw(x: Tensor) -> Tensor:
+        rows = x.repeat_interleave(samples, 0).split(min(BLOCK, model.rows))
+        each = [_flow_weights(model, part, dequantiser, first, exact, tolerances) for part in rows]
+        return log_mean(torch.cat(each, 1).reshape(2, len(x), samples))
+
+    (loose, tight), record = _visit(model, x, replicates, seed, track, draw)
+    how = ByFlow(
+        samples=samples,
+        dequantiser=dequantiser.name,
+        trace="exact" if exact else "hutchinson",
+        first=first,
+        tolerance=tolerance,
+        loose_tolerance=tolerances[0],
+        loose=-loose.mean().item() * _scale(model),
+        largest_change=(tight - loose).abs().max().item() * _scale(model),
+    )
+    return record(tight, how, weights, split)
+
+
+def _flow_weights(
+    model: Model,
+    x: Tensor,
+    dequantiser: Dequantiser,
+    first: float,
+    exact: bool,
+    tolerances: tuple[float, float],
+) -> Tensor:
+    """log p(z) + log P(x|z) − log q(z|x) at both tolerances for the same z and probes; (2, B)."""
+    t = torch.full((len(x),), first, dtype=torch.float64, device=x.device)
+    z, log_ratio = dequantiser(model, x, t)
+    probes = unit_probes(z) if exact else random_probes(z)
+    log_p = [log_density(model, z, first, probes, tolerance) for tolerance in tolerances]
+    return torch.stack(log_p) + log_ratio
+
+
+Record = Callable[[Tensor, ByImportance | ByFlow, str, str], Tighter]
+
+
+def _visit(
+    model: Model,
+    x: Tensor,
+    replicates: int,
+    seed: int,
+    track: Track,
+    draw: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Record]:
+    """draw (M, B) of every example and replicate, shape (M, N, R), and what makes the record."""
+    if len(x) == 0:
+        raise ValueError("there must be at least one example to evaluate; got none")
+    if replicates < 1:
+        raise ValueError(f"replicates must be at least 1; got {replicates}")
+    blocks, parts = x.split(BLOCK), []
+    with measuring(model), counting(model.network) as calls:
+        for g in track(range(len(blocks))):
+            with seeded(seed, g):
+                block = as_examples(blocks[g]).to(model.device)
+                each = draw(block.repeat_interleave(replicates, 0)).double().cpu()
+            parts.append(each.reshape(len(each), -1, replicates))
+
+    def record(each: Tensor, how: ByImportance | ByFlow, weights: str, split: str) -> Tighter:
+        nats, density = -each.mean().item(), model.decoder.density
+        return Tighter(
+            bits_per_dim=None if density else nats * _scale(model),
+            nats=nats,
+            unit="nats" if density else "bits/dim",
+            standard_error=_standard_error(each * _scale(model)),
+            how=how,
+            examples=len(x),
+            dims=model.dims,
+            replicates=replicates,
+            calls_per_example=calls.forward / len(x),
+            backward_calls_per_example=calls.backward / len(x),
+            seed=seed,
+            weights=weights,
+            split=split,
+            precision=f"float64 around {next(model.network.parameters()).dtype}".replace(
+                "torch.", ""
+            ),
+            model_hash=model_hash(model),
+            data_hash=fingerprint(x),
+            per_example=each.mean(1),
+        )
+
+    return torch.cat(parts, 1), record
+
+
+def _standard_error(each: Tensor) -> StandardError:
+    """Of the mean of each (N, R), independent in both."""
+    examples, replicates = each.shape
+    total = each.mean(1).var().item() / examples if examples > 1 else math.nan
+    noise = each.var(1).mean().item() / (examples * replicates) if replicates > 1 else math.nan
+    data = max(0.0, total - noise) if replicates > 1 else math.nan
+    return StandardError(*(math.sqrt(v) for v in (total, data, noise)))
+
+
+def _scale(model: Model) -> float:
+    """From nats to the unit of the result."""
+    return 1.0 if model.decoder.density else 1 / (model.dims * LOG_2)
