@@ -106,8 +106,8 @@ def test_the_callers_generator_is_left_alone(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     objective = training.Objective.__call__
 
-    def explode(self, model, x, u, condition=None):
-        loss = objective(self, model, x, u, condition)
+    def explode(self, model, x, u, condition=None, weight=None):
+        loss = objective(self, model, x, u, condition, weight)
         explode.calls += 1
         return loss._replace(loss=loss.loss * float("nan")) if explode.calls == 4 else loss
 

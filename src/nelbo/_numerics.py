@@ -1,11 +1,11 @@
 """The stable forms, decided in one place: alignment of shapes, slopes, log(1 - exp), seeds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 LOG_2 = 0.6931471805599453
@@ -37,6 +37,19 @@ def slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         t = t.detach().requires_grad_()
         (df,) = torch.autograd.grad(f(t).sum(), t, create_graph=training)
     return df
+
+
+@contextmanager
+def constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """What is computed inside has no gradient in these parameters."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, learned in before:
+            parameter.requires_grad_(learned)
 
 
 def log1mexp(a: Tensor) -> Tensor:

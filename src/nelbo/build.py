@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from nelbo import heads, likelihood, objective, reverse, schedules
+from nelbo import heads, likelihood, objective, reverse, schedules, times
 from nelbo.config import ModelConfig
 from nelbo.data import Schema
 from nelbo.model import Model
@@ -18,6 +18,7 @@ from nelbo.process import Absorbing, Affine, Gaussian, Levels
 SCHEDULES: Mapping[str, Callable[[float, float], schedules.Schedule]] = {
     "linear": schedules.Linear,
     "cosine": schedules.Cosine,
+    "betas": lambda low, high: schedules.Betas(torch.linspace(1e-4, 0.02, 1000)),
     "learned": schedules.LearnedMonotone,
     "learned-ends": lambda low, high: schedules.LearnedMonotone(low, high, learn_endpoints=True),
     "linear-alpha": lambda low, high: schedules.PowerAlpha(1.0),
@@ -46,6 +47,11 @@ OBJECTIVES: Mapping[str, objective.Weight] = {
     "simple": objective.simple,
     "min-snr": objective.min_snr,
     "p2": objective.p2,
+}
+LAWS: Mapping[str, Callable[[], times.Law]] = {
+    "stratified": times.Stratified,
+    "importance": times.Importance,
+    "iid": times.Iid,
 }
 
 

@@ -11,6 +11,16 @@ w = 1 and λ = 0 is −ELBO. In terms of the error of the noise prediction, rate
 
 λ adds the decoder asked at the drawn time: for the level head the cross-entropy of the levels,
 which costs no call and keeps the decoder calibrated wherever a short grid will let it decode.
+The expectations may be over other times than uniform ones, each weighted by 1/p (`nelbo.times`).
+
+A learned γ(t) has ends, which the loss trains with the network, and an interior, on which the
+bound does not depend. The interior is trained to the least second moment of d = rate(t), VDM
+appendix I.2. With p(γ) = 1/γ' and d = h(γ)/p, that is ∫ E[h²|γ]/p dγ, whose gradient
+
+    ∇ E[d²] = −E[ d² ∇ log p(γ) ],      at fixed γ, where E[ ∇ log p(γ) ] = 0,
+
+is known from the d of the step: it costs no pass of the network and is blind to w and λ. What is
+added to the loss is log E[d²], of scale one, less its own value.
 """
 
 from collections.abc import Callable
@@ -19,11 +29,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nelbo._numerics import draw, slope
+from nelbo._numerics import constant, draw, slope
 from nelbo.elbo import prior_term, reconstruction_term
 from nelbo.estimate import Continuum
 from nelbo.model import Model
-from nelbo.schedules import Schedule
+from nelbo.schedules import Schedule, log_density
 
 Weight = Callable[[Schedule, Tensor], Tensor]
 
@@ -50,10 +60,14 @@ def p2(schedule: Schedule, t: Tensor) -> Tensor:
 
 
 class Loss(NamedTuple):
-    """What is minimised, and the bound it stands for; scalars, mean nats per example."""
+    """What is minimised, and the bound it stands for; scalars, mean nats per example.
+
+    `each` is w(t) rate(t) of each example, shape (B,): what the law of the times learns from.
+    """
 
     loss: Tensor
     bound: Tensor
+    each: Tensor
 
 
 class Objective:
@@ -78,26 +92,56 @@ class Objective:
         self.times = Continuum(start)
 
     def __call__(
-        self, model: Model, x: Tensor, u: Tensor, condition: Tensor | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        u: Tensor,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Loss:
-        """Loss of examples x, shape (B, ...), in random order, at uniform draws u, shape (B,)."""
-        part = x[: max(1, round(self.share * len(x)))]
+        """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
+
+        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,).
+        """
+        weight = torch.ones_like(u) if weight is None else weight
+        schedule, part = model.process.schedule, x[: max(1, round(self.share * len(x)))]
         model_of_part = model
         if condition is not None:
             model, model_of_part = model.given(condition), model.given(condition[: len(part)])
         width = 1 - self.times.first
         t = self.times.first + width * u
-        e = model.embed(x)
-        z = draw(model.process.marginal(e, t))
-        prediction = model.predict(z, t)
-        diffusion = width * model.process.rate(z, e, prediction.e_hat, t)
+        with constant(schedule.interior()):
+            e = model.embed(x)
+            z = draw(model.process.marginal(e, t))
+            prediction = model.predict(z, t)
+            diffusion = width * model.process.rate(z, e, prediction.e_hat, t)
+            first = torch.full((len(part),), self.times.first, dtype=t.dtype, device=t.device)
+            reconstruction = reconstruction_term(model_of_part, part, first).mean()
+            others = reconstruction + prior_term(model, x, torch.ones_like(t)).mean()
+            each = self.weight(schedule, t) * diffusion
+            loss = (weight * each).mean() + others
+            if self.cross_entropy:
+                decoded = model.decoder(prediction, z, t, model.process).log_prob(x)
+                loss = loss - self.cross_entropy * (weight * decoded).mean()
+        squares = weight * diffusion.detach().square()
+        loss = loss + log_second_moment(schedule, t, squares, weight)
+        return Loss(loss, ((weight * diffusion).mean() + others).detach(), each.detach())
 
-        first = torch.full((len(part),), self.times.first, dtype=t.dtype, device=t.device)
-        reconstruction = reconstruction_term(model_of_part, part, first).mean()
-        others = reconstruction + prior_term(model, x, torch.ones_like(t)).mean()
 
-        loss = (self.weight(model.process.schedule, t) * diffusion).mean() + others
-        if self.cross_entropy:
-            decoded = model.decoder(prediction, z, t, model.process)
-            loss = loss - self.cross_entropy * decoded.log_prob(x).mean()
-        return Loss(loss, (diffusion.mean() + others).detach())
+def log_second_moment(schedule: Schedule, t: Tensor, squares: Tensor, weight: Tensor) -> Tensor:
+    """0, whose gradient in the interior of the schedule is that of log E[d²]; scalar.
+
+    Args:
+        schedule: γ(t).
+        t: times, weighted by `weight` = 1/p, shape (B,).
+        squares: weight·d², shape (B,).
+        weight: shape (B,).
+    """
+    interior = {id(parameter) for parameter in schedule.interior()}
+    if not interior:
+        return squares.new_zeros(())
+    with constant(p for p in schedule.parameters() if id(p) not in interior):
+        score = log_density(schedule, t)
+    # E[ score ] = 0, so a constant may be taken from d²: less variance
+    value = ((squares / squares.mean() - weight) * score).mean()
+    return value.detach() - value

@@ -25,6 +25,11 @@ class Schedule(nn.Module, ABC):
     #: earliest time at which γ is defined; a grid or a continuum starts here or later
     start: float = 0.0
 
+    def interior(self) -> list[nn.Parameter]:
+        """Learned parameters that leave γ(0) and γ(1) alone: no bound in continuous time depends
+        on them, only the variance of its draws. Other learned parameters move the ends."""
+        return []
+
     @abstractmethod
     def forward(self, t: Tensor) -> Tensor:
         """γ(t) = -log SNR(t), float64, for times t in [start, 1], elementwise."""
@@ -131,18 +136,24 @@ class LearnedMonotone(Schedule):
         self,
         gamma_min: float,
         gamma_max: float,
-        width: int = 32,
+        width: int = 16,
         learn_endpoints: bool = False,
     ) -> None:
         super().__init__()
         _check_range(gamma_min, gamma_max)
         ends = torch.tensor([gamma_min, math.log(gamma_max - gamma_min)], dtype=torch.float64)
         self.ends = nn.Parameter(ends, requires_grad=learn_endpoints)
-        self.linear = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        # g(t) = softplus(linear) t + Σ softplus(up) sigmoid(down t + shift): at first nearly t
-        self.up = nn.Parameter(torch.full((width,), -6.0, dtype=torch.float64))
-        self.down = nn.Parameter(torch.full((width,), 4.0, dtype=torch.float64))
-        self.shift = nn.Parameter(-softplus(self.down.data) * torch.linspace(0, 1, width).double())
+        # g(t) = softplus(linear) t + Σ softplus(up) sigmoid(softplus(down) t + shift): steps side
+        # by side, wide enough to make nearly t at first, each of a part of the range of t
+        self.linear = nn.Parameter(torch.tensor(-3.0, dtype=torch.float64))
+        up, steep = math.log(math.expm1(1 / width)), math.log(math.expm1(1.25 * width))
+        self.up = nn.Parameter(torch.full((width,), up, dtype=torch.float64))
+        self.down = nn.Parameter(torch.full((width,), steep, dtype=torch.float64))
+        places = torch.linspace(-0.1, 1.1, width, dtype=torch.float64)
+        self.shift = nn.Parameter(-1.25 * width * places)
+
+    def interior(self) -> list[nn.Parameter]:
+        return [self.linear, self.up, self.down, self.shift]
 
     def _g(self, t: Tensor) -> Tensor:
         hidden = torch.sigmoid(softplus(self.down) * t[..., None] + self.shift)
@@ -173,3 +184,17 @@ class PowerAlpha(Schedule):
     def forward(self, t: Tensor) -> Tensor:
         masked = t.double() ** self.power
         return masked.log() - torch.log1p(-masked)
+
+
+def log_density(schedule: Schedule, t: Tensor) -> Tensor:
+    r"""log p(γ) at γ = γ(t): p = dt/dγ = 1/γ'(t) is the density of γ for uniform t; shape of t.
+
+    Its gradient in the schedule's parameters φ is that at fixed γ, so t moves with φ:
+
+        d log p(γ)/dφ = −∂ log γ'(t)/∂φ + (∂ log γ'(t)/∂t / γ'(t)) ∂γ(t)/∂φ.
+    """
+    t = t.detach().requires_grad_()
+    gamma = schedule(t)
+    (slope,) = torch.autograd.grad(gamma.sum(), t, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.log().sum(), t, retain_graph=True)
+    return -slope.log() + (bend / slope).detach() * (gamma - gamma.detach())

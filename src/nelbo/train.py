@@ -23,11 +23,11 @@ from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2, derive_seed, seeded
 from nelbo._progress import progress_bar
 from nelbo.augment import augment
-from nelbo.build import OBJECTIVES, build
+from nelbo.build import LAWS, OBJECTIVES, build
 from nelbo.checkpoint import Run, RunConfig
 from nelbo.config import configure
 from nelbo.data import Dataset
-from nelbo.estimate import stratified
+from nelbo.estimate import Continuum
 from nelbo.evaluate import evaluate
 from nelbo.heads import Logits
 from nelbo.model import Model, find_device
@@ -152,7 +152,9 @@ class Training:
             model.head.start_from(self.dataset.splits["train"])
         self.model: Model = model.to(find_device(self.device))
         self.model.dtype = torch.float32
-        self.objective = Objective(OBJECTIVES[t.objective], t.cross_entropy)
+        start = model.process.schedule.start
+        self.objective = Objective(OBJECTIVES[t.objective], t.cross_entropy, start=start)
+        self.law = LAWS[t.times]()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, t.weight_decay), lr=t.lr, betas=(0.9, 0.99)
         )
@@ -190,11 +192,14 @@ class Training:
             group["lr"] = lr
         self.model.train()
         with seeded(t.seed, 2, step):
-            u = stratified(len(batch))[:, 0].to(batch.device)
+            u, weight = self.law(len(batch))
             condition = None
             if t.augment:
                 batch, condition = augment(batch, t.augment, self.run.schema)
-            loss, bound = self.objective(self.model, batch, u, condition)
+            on = batch.device
+            loss, bound, each = self.objective(
+                self.model, batch, u.to(on), condition, weight.to(on)
+            )
             self.optimizer.zero_grad()
             # per dimension, in bits: one learning rate and one clip for data of any size
             (loss / (self.model.dims * LOG_2)).backward()
@@ -202,6 +207,7 @@ class Training:
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             values = f"{loss.item()}, gradient {norm.item()}"
             raise ValueError(self._failed(f"the loss became non-finite ({values})", step + 1))
+        self.law.learn(u, each)
         self.optimizer.step()
         self.ema.update_parameters(self.model)
         nats = bound.item()
@@ -213,7 +219,9 @@ class Training:
         """Measure the averaged weights on the validation split; keep the best."""
         x = self.dataset.splits["validation"][:VALIDATION_EXAMPLES]
         average = cast(Model, self.ema.module)
-        result = evaluate(average, x, calls=8, seed=derive_seed(self.run.train.seed, 3))
+        times = Continuum(average.process.schedule.start)
+        seed = derive_seed(self.run.train.seed, 3)
+        result = evaluate(average, x, times=times, calls=8, seed=seed)
         error = result.standard_error.total
         if not math.isfinite(result.nats):
             raise ValueError(self._failed(f"the validation bound became {result.nats}"))
@@ -248,6 +256,7 @@ class Training:
         """Everything to continue exactly, in one file."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        tensors |= {f"law.{k}": v for k, v in self.law.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
         about = {"weights": "raw and ema", "progress": self.at.__dict__}
@@ -257,7 +266,7 @@ class Training:
         """Continue from `state.safetensors`."""
         path = self.out / checkpoint.STATE
         tensors, about = checkpoint.read_tensors(path)
-        for prefix, module in (("model.", self.model), ("ema.", self.ema)):
+        for prefix, module in (("model.", self.model), ("ema.", self.ema), ("law.", self.law)):
             part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             checkpoint.put_weights(module, part, str(path))
         state: dict[int, dict[str, Tensor]] = {}
