@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nelbo import data
+from nelbo import checkpoint, data
 from nelbo.augment import augment
 from nelbo.checkpoint import RunConfig
 from nelbo.config import configure
@@ -78,8 +78,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dataset = data.load("digits")
-    sections = configure(dataset.schema, len(dataset.splits["train"]))
-    run = RunConfig(dataset.source, dataset.schema, "auto", None, *sections)
+    model, train = configure(dataset.schema, len(dataset.splits["train"]))
+    run = RunConfig(
+        source=dataset.source,
+        schema=dataset.schema,
+        size=None,
+        hashes=checkpoint.hashes(dataset),
+        preset="auto",
+        model=model,
+        train=train,
+    )
     with tempfile.TemporaryDirectory() as folder:
         training = Training(Path(folder), run, dataset)
         steps = {
