@@ -1,0 +1,73 @@
+"""What a folder written by diffusers holds, read without running anything in it."""
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nelbo.checkpoint import put_weights, read_tensors
+
+Config = Mapping[str, object]
+NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")
+WEIGHTS = "diffusion_pytorch_model"
+#: names in weights saved before attention had its present ones
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def network_of(home: Path) -> tuple[nn.Module, str]:
+    """The network of a folder with exactly its weights, and the name of its class."""
+    config = read_json(home / "config.json")
+    kind = str(config.get("_class_name"))
+    if kind not in NETWORKS:
+        raise ValueError(f"{home} holds a {kind}; known are {', '.join(NETWORKS)}")
+    network: nn.Module = made(config, home / "config.json")
+    files = sorted(home.glob(f"{WEIGHTS}*.safetensors"))
+    if not files:
+        pickled = any(home.glob("*.bin"))
+        why = "only .bin, a format that can hold code" if pickled else "none"
+        raise ValueError(
+            f"{home} must hold its weights as {WEIGHTS}.safetensors; it has {why}; write it with"
+            " save_pretrained(folder, safe_serialization=True)"
+        )
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= read_tensors(file)[0]
+    put_weights(network, {_renamed(name, weights): weights[name] for name in weights}, str(home))
+    return network.eval(), kind
+
+
+def _renamed(name: str, weights: Mapping[str, Tensor]) -> str:
+    """The present name of a weight of an attention of old."""
+    place, _, leaf = name.rpartition(".")
+    block, _, part = place.rpartition(".")
+    old = part in OLD_NAMES and f"{block}.proj_attn.{leaf}" in weights
+    return f"{block}.{OLD_NAMES[part]}.{leaf}" if old else name
+
+
+def made(config: Config, where: Path) -> Any:  # noqa: ANN401
+    """The object of diffusers that a config describes."""
+    try:
+        library = import_module("diffusers")
+    except ModuleNotFoundError:
+        raise ValueError(
+            "diffusers models need the package diffusers; pip install 'nelbo[diffusers]'"
+        ) from None
+    kind = getattr(library, str(config.get("_class_name")), None)
+    if kind is None:
+        raise ValueError(f"{where} names {config.get('_class_name')}, which diffusers lacks")
+    return kind.from_config(dict(config))
+
+
+def read_json(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a model has one beside its weights")
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must be a JSON object; got {type(found).__name__}")
+    return found

@@ -1,0 +1,295 @@
+r"""Any denoiser as a `Model`, so that its bound can be measured.
+
+Given the network, what it predicts, at which noise levels it was trained and how its data were
+scaled, everything else follows: α_t from the β's (equation 2), x̂ from the prediction, the mean of
+P(z_{t-1}|z_t) from m_t(z_t, x̂) (equation 6), its variance from the convention the model is sampled
+with (equation 7). The bound is then that of **ancestral sampling with that variance**: the law of
+the x that come out of z_T ~ N(0, I) when every step draws from P(z_{t-1}|z_t) and the last from
+P(x|z_1). A deterministic sampler on the same network has another law, which has no such bound.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nelbo import heads, reverse
+from nelbo._numerics import LOG_2
+from nelbo.integrations.parts import (
+    Adapter,
+    Clipped,
+    Factor,
+    LastStep,
+    OnSteps,
+    Steps,
+    exploding,
+    preserving,
+)
+from nelbo.likelihood import Evidence, GaussianDensity, Likelihood
+from nelbo.model import Model
+from nelbo.process import Affine, Gaussian, Levels
+from nelbo.schedules import Schedule
+
+Predicts = Literal["noise", "data", "velocity", "score"]
+Variance = Literal["small", "large", "learned-range"]
+Numbers = Tensor | Sequence[float]
+
+HEADS: dict[str, Callable[[], heads.Head]] = {
+    "noise": heads.Noise,
+    "data": heads.Data,
+    "velocity": heads.Velocity,
+    "score": heads.Noise,
+}
+STEPS: dict[str, Callable[[], reverse.Reverse]] = {
+    "small": reverse.Posterior,
+    "large": reverse.Beta,
+    "learned-range": reverse.Learned,
+}
+NOTED = 1e-3  # bits/dim of the prior term from which on it is worth a note
+
+
+def wrap(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    predicts: Predicts | heads.Head = "noise",
+    betas: Numbers | None = None,
+    alphas: Numbers | None = None,
+    sigmas: Numbers | None = None,
+    schedule: Schedule | None = None,
+    times: Numbers | Callable[[Tensor], Tensor] | None = None,
+    factor: Factor | None = None,
+    variance: Variance = "small",
+    scaling: Levels | Affine | None = None,
+    decoder: Likelihood | Literal["step", "evidence"] | None = None,
+    clip: bool = False,
+    keep: Sequence[int] | None = None,
+) -> Model:
+    """A model of any network: called as network(y (B, *shape), time (B,)).
+
+    Args:
+        network: gives (B, C, ...), or (B, 2C, ...) with a learned variance behind.
+        shape: one example, channels first.
+        predicts: what the output is; or a head of your own.
+        betas: β_1..β_T of y_t = √(1-β_t) y_{t-1} + √β_t ε.
+        alphas: α_1..α_T, the products of 1-β (others' "alphas_cumprod"), decreasing.
+        sigmas: σ_1 < ... < σ_T of y_t = x + σ_t ε.
+        schedule: γ(t) in place of these, for a network that takes any time.
+        times: what the network calls the T times; by default 0..T-1, or the σ's. With `schedule`
+            a function of γ.
+        factor: c(γ) of their latents y = c z, where it is not that of betas, alphas or sigmas.
+        variance: of P(z_{t-1}|z_t): "small" is β̃_t, "large" β_t, "learned-range" between them.
+        scaling: of the data: Levels(256), the default, for 8-bit data as x/127.5 - 1; Levels(256,
+            0, 1) for x/255; Affine(shift, scale) for real data, whose bound is of a density.
+        decoder: P(x|z_1). "step", the default on T times, is the last step with the model's own
+            variance; "evidence" uses no network.
+        clip: clip x̂ to the range of the data, as some samplers do. It is another model.
+        keep: indices 0..T-1, increasing, of the times to keep: the model of so many steps.
+
+    Warns:
+        UserWarning: the last time has signal left; it says how many nats that costs.
+
+    Raises:
+        ValueError: parts that do not fit together, a schedule that is not monotone.
+    """
+    gamma: Tensor | Schedule
+    if schedule is None:
+        gamma = gamma_of(betas=betas, alphas=alphas, sigmas=sigmas)
+    elif betas is alphas is sigmas is None:
+        gamma = schedule
+    else:
+        raise ValueError("give the noise levels as a schedule or as a table of them, not as both")
+    model = assemble(
+        network,
+        shape,
+        predicts=predicts,
+        gamma=gamma,
+        times=_times(times, sigmas),
+        factor=factor or (preserving if sigmas is None else exploding),
+        variance=variance,
+        scaling=scaling or Levels(256),
+        decoder=decoder,
+        clip=clip,
+        keep=keep,
+    )
+    for note in signal_left(model):
+        warnings.warn(note, stacklevel=2)
+    return model
+
+
+def assemble(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    predicts: Predicts | heads.Head,
+    gamma: Tensor | Schedule,
+    times: Tensor | Callable[[Tensor], Tensor] | None,
+    factor: Factor = preserving,
+    variance: Variance = "small",
+    scaling: Levels | Affine,
+    decoder: Likelihood | Literal["step", "evidence"] | None = None,
+    clip: bool = False,
+    keep: Sequence[int] | None = None,
+) -> Model:
+    """`wrap` from γ_1..γ_T, or γ(t), and without its warning."""
+    if variance not in STEPS:
+        raise ValueError(f"variance must be one of {', '.join(STEPS)}; got {variance!r}")
+    head = _head(predicts, variance, scaling if clip else None)
+    score = predicts == "score"
+    if isinstance(gamma, Tensor):
+        table = torch.arange(len(gamma)) if times is None else times
+        if not isinstance(table, Tensor) or table.shape != gamma.shape:
+            got = tuple(table.shape) if isinstance(table, Tensor) else "a function"
+            raise ValueError(f"times must be {len(gamma)} numbers, one per noise level; got {got}")
+        kept = _kept(keep, len(gamma))
+        gamma, table = gamma[kept], table[kept]
+        if gamma[-1] == torch.inf and isinstance(predicts, str) and predicts in ("noise", "score"):
+            raise ValueError(
+                f"a network that predicts {predicts} says nothing of the data where no signal is"
+                " left, and the schedule ends there (α_T = 0); leave that time out with keep=..."
+            )
+        process: Gaussian = OnSteps(Steps(gamma), scaling)
+        adapter = Adapter(network, shape, head.outputs, table, gamma, factor, score)
+    else:
+        if times is None or isinstance(times, Tensor) or keep is not None:
+            raise ValueError("a schedule γ(t) goes with times=function of γ, and without keep")
+        process = Gaussian(gamma, scaling)
+        adapter = Adapter(network, shape, head.outputs, times, None, factor, score)
+    model = Model(
+        adapter, process, head, STEPS[variance](), _decoder(decoder, process, scaling), shape
+    )
+    return model.eval()
+
+
+def spaced(total: int, steps: int) -> list[int]:
+    """`steps` of the indices 0..total-1, evenly, both ends among them (Nichol & Dhariwal 2021).
+
+    >>> spaced(1000, 5)
+    [0, 250, 500, 749, 999]
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(
+            f"the model has {total} steps, and a bound of {steps} was asked for; try {total}"
+        )
+    stride = (total - 1) / (steps - 1) if steps > 1 else 1.0
+    return [round(i * stride) for i in range(steps)]
+
+
+def signal_left(model: Model) -> list[str]:
+    """A note where KL( q(z_T|x) ‖ N(0, I) ) may be worth one, with what it costs at most."""
+    embedding = model.process.embedding if isinstance(model.process, Gaussian) else None
+    largest = embedding.values.abs().max().item() if isinstance(embedding, Levels) else 1.0
+    last = torch.ones((), dtype=torch.float64)
+    alpha = model.process.alpha(last).item()
+    nats = model.dims / 2 * (alpha * (largest**2 - 1) - math.log1p(-alpha))
+    if nats < NOTED * model.dims * LOG_2:
+        return []
+    return [
+        f"the schedule ends with signal left (α_T = {alpha:.2g}): sampling starts from noise that"
+        f" has none, and the prior term costs up to {nats:.3g} nats per example"
+    ]
+
+
+def gamma_of(
+    *,
+    betas: Numbers | None = None,
+    alphas: Numbers | None = None,
+    sigmas: Numbers | None = None,
+) -> Tensor:
+    """γ_1..γ_T, float64, of one of these; see `wrap`."""
+    given = {"betas": betas, "alphas": alphas, "sigmas": sigmas}
+    named = [(name, value) for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(
+            "give the noise levels as one of betas, alphas, sigmas or schedule; got"
+            f" {' and '.join(name for name, _ in named) or 'none'}"
+        )
+    name, numbers = named[0]
+    v = torch.as_tensor(numbers, dtype=torch.float64)
+    if v.ndim != 1 or len(v) == 0 or not v.isfinite().all():
+        raise ValueError(f"{name} must be one row of finite numbers; got shape {tuple(v.shape)}")
+    # β may be 1, and α 0, at the last time only: nothing comes after
+    if name == "betas":
+        _refuse(name, v, (v <= 0) | (v >= 1) & (v != v.new_tensor([*[0] * (len(v) - 1), 1])))
+        log_alpha = torch.log1p(-v).cumsum(0)
+        return (-torch.expm1(log_alpha)).log() - log_alpha
+    if name == "alphas":
+        _refuse(name, v, (v < 0) | (v >= 1) | (v.diff(prepend=v.new_ones(1)) >= 0))
+        return torch.log1p(-v) - v.log()
+    _refuse(name, v, v.diff(prepend=v.new_zeros(1)) <= 0)
+    return 2 * v.log()
+
+
+RULES = {
+    "betas": "must lie in (0, 1)",
+    "alphas": "must decrease within [0, 1)",
+    "sigmas": "must be positive and increase",
+}
+
+
+def _refuse(name: str, values: Tensor, wrong: Tensor) -> None:
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        ordered = name != "betas" and len(values) > 1 and wrong[1:].all()
+        hint = f"; they are in reverse order: give {name}.flip(0)" if ordered else ""
+        raise ValueError(f"{name} {RULES[name]}; number {i} is {values[i].item():g}{hint}")
+
+
+def _times(
+    times: Numbers | Callable[[Tensor], Tensor] | None, sigmas: Numbers | None
+) -> Tensor | Callable[[Tensor], Tensor] | None:
+    if times is None and sigmas is not None:
+        return torch.as_tensor(sigmas, dtype=torch.float64)
+    return times if times is None or callable(times) else torch.as_tensor(times)
+
+
+def _kept(keep: Sequence[int] | None, total: int) -> Tensor:
+    kept = torch.arange(total) if keep is None else torch.as_tensor(keep)
+    if len(kept) == 0 or (kept.diff() <= 0).any() or kept[0] < 0 or kept[-1] >= total:
+        raise ValueError(
+            f"keep must be increasing indices of the {total} times, 0..{total - 1}; got"
+            f" {len(kept)} from {kept[0].item() if len(kept) else '-'}; try spaced({total}, 10)"
+        )
+    return kept
+
+
+def _head(
+    predicts: Predicts | heads.Head, variance: Variance, clip: Levels | Affine | None
+) -> heads.Head:
+    if isinstance(predicts, str) and predicts not in HEADS:
+        raise ValueError(f"predicts must be one of {', '.join(HEADS)}; got {predicts!r}")
+    head = HEADS[predicts]() if isinstance(predicts, str) else predicts
+    if variance == "learned-range":
+        head = heads.WithVariance(head)
+    if clip is None:
+        return head
+    if isinstance(clip, Affine):
+        raise ValueError("clip=True needs data with a range, levels; real data have none")
+    return Clipped(head, clip.values[0].item(), clip.values[-1].item())
+
+
+def _decoder(
+    decoder: Likelihood | Literal["step", "evidence"] | None,
+    process: Gaussian,
+    scaling: Levels | Affine,
+) -> Likelihood:
+    if isinstance(decoder, Likelihood):
+        return decoder
+    on_steps = isinstance(process, OnSteps)
+    name = decoder or ("step" if on_steps else "evidence")
+    if name == "step":
+        if not isinstance(process, OnSteps) or process.schedule.steps < 2:
+            raise ValueError(
+                'decoder="step" takes its variance from the second of at least 2 times; try'
+                ' decoder="evidence"'
+            )
+        return LastStep(scaling)
+    if name != "evidence":
+        raise ValueError(f"decoder must be step, evidence or a Likelihood; got {name!r}")
+    if isinstance(scaling, Levels):
+        return Evidence(scaling)
+    first = torch.full((), process.schedule.start, dtype=torch.float64)
+    return GaussianDensity(scaling, math.exp(process.schedule(first).item() / 2))

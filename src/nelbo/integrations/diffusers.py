@@ -1,0 +1,328 @@
+r"""Models saved with diffusers: a folder, or a network and a scheduler in memory.
+
+A folder holds `unet` or `transformer` (config.json, safetensors) and `scheduler`
+(scheduler_config.json), or all in one place. The scheduler says what the network was trained on:
+
+    with betas       DDPM, DDIM, Euler, DPM-Solver, ..: T times, told to the network as 0..T-1;
+                     prediction_type epsilon, sample or v_prediction
+    EDM..            any σ in [sigma_min, sigma_max], told as log(σ)/4; preconditioned
+    FlowMatch..      any τ in (0, 1), told as 1000 τ; the network predicts ε - x
+
+Only diffusers' own classes are made, and only safetensors are read, so nothing in a folder is run.
+Of DDPM's variance_type, fixed_small(_log), fixed_large(_log) and learned_range have a bound; a
+scheduler without one, or without noise, is measured with the smaller, β̃.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nelbo.data import Schema
+from nelbo.estimate import Continuum, Grid, Times
+from nelbo.integrations._folder import made, network_of, read_json
+from nelbo.integrations.denoisers import (
+    Predicts,
+    Variance,
+    assemble,
+    gamma_of,
+    signal_left,
+    spaced,
+)
+from nelbo.integrations.foreign import Foreign, check_label
+from nelbo.integrations.parts import EDM, Flow, interpolating
+from nelbo.model import Model
+from nelbo.process import Affine, Levels
+from nelbo.schedules import Linear, Schedule
+
+Config = Mapping[str, object]
+PREDICTS: dict[str, Predicts] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
+VARIANCES: dict[str, Variance] = {
+    "fixed_small": "small",
+    "fixed_small_log": "small",
+    "fixed_large": "large",
+    "fixed_large_log": "large",
+    "learned_range": "learned-range",
+}
+
+
+class Scheduler(Protocol):
+    """What is asked of a scheduler."""
+
+    config: Any
+    timesteps: Tensor
+    sigmas: Tensor
+    betas: Tensor
+
+    def set_timesteps(self, num_inference_steps: int) -> None: ...
+
+
+def load(
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    clip: bool | None = None,
+    label: int | None = None,
+) -> Foreign:
+    """The model of a folder; arguments and errors as for `build`.
+
+    Raises:
+        FileNotFoundError: no such folder, or a part of it is missing.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}; save a pipeline there, or its parts")
+    if (path / "vae").exists():
+        raise ValueError(
+            f"{path} models the latents of a VAE, of which there is a density only; encode them"
+            " and use nelbo.integrations.diffusers.build(network, scheduler, scaling=Affine())"
+        )
+    home = next((path / n for n in ("unet", "transformer") if (path / n).is_dir()), path)
+    network, kind = network_of(home)
+    settings = path / "scheduler" / "scheduler_config.json"
+    settings = settings if settings.is_file() else path / "scheduler_config.json"
+    config = read_json(settings)
+    if not str(config.get("_class_name")).endswith("Scheduler"):
+        raise ValueError(f"{settings} names no scheduler; its _class_name says which it is")
+    scheduler = made(config, settings)
+    name = f"diffusers:{path}"
+    return build(network, scheduler, name, steps=steps, clip=clip, label=label, weights=kind)
+
+
+def build(
+    network: nn.Module,
+    scheduler: Scheduler,
+    name: str = "diffusers",
+    *,
+    steps: int | None = None,
+    clip: bool | None = None,
+    label: int | None = None,
+    scaling: Levels | Affine | None = None,
+    weights: str = "as given",
+) -> Foreign:
+    """The model of a network and the scheduler it was trained with.
+
+    Args:
+        network: a UNet2DModel or DiTTransformer2DModel.
+        scheduler: with its config; it is left as it is.
+        name: of the result, for messages.
+        steps: the model of so many steps, at the times the scheduler takes; left out, all that
+            it was trained at, or continuous time.
+        clip: whether x̂ is clipped; to be said where the scheduler's config has clip_sample.
+        label: the class, for a class-conditional model.
+        scaling: of the data; 8-bit images in [-1, 1] where left out.
+        weights: which they are, for the record.
+
+    Raises:
+        ValueError: a scheduler or network that has no bound; it says why.
+    """
+    scheduler, scaling = copy.deepcopy(scheduler), scaling or Levels(256)
+    config: Config = dict(scheduler.config)
+    about: Config = dict(network.config)  # type: ignore[arg-type]
+    kind = str(config.get("_class_name", type(scheduler).__name__))
+    _refuse(config, clip)
+    shape, wide = _shape(about), about.get("out_channels") == 2 * _number(about, "in_channels")
+    learned = config.get("variance_type") == "learned_range"
+    check_label(label, _classes(about))
+    drop = wide and not learned
+    whole: Whole = Plain(network, label, shape[0] if drop else None), scheduler, shape, scaling
+    if kind.startswith("EDM"):
+        model, times, how = _edm(whole, steps, bool(clip))
+    elif kind.startswith("FlowMatch"):
+        model, times, how = _flow(whole, steps, bool(clip))
+    elif "beta_schedule" in config:
+        model, times, how = _discrete(whole, steps, bool(clip), kind)
+    else:
+        raise ValueError(
+            f"the scheduler {kind} has no betas and is not EDM or flow matching; wrap the network"
+            " with nelbo.integrations.wrap"
+        )
+    notes = [f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped", *signal_left(model)]
+    if drop:
+        notes.append("the network also gives a variance, which the scheduler does not use")
+    levels = scaling.count if isinstance(scaling, Levels) else None
+    schema = Schema("real" if levels is None else "levels", shape, levels)
+    return Foreign(name, model, schema, times, weights, tuple(notes))
+
+
+class Plain(nn.Module):
+    """network(y, time) -> (B, C, ...): of a class where there are some, `keep` channels of it."""
+
+    def __init__(self, network: nn.Module, label: int | None, keep: int | None) -> None:
+        super().__init__()
+        self.network, self.label, self.keep = network, label, keep
+
+    def forward(self, y: Tensor, time: Tensor) -> Tensor:
+        labels = {}
+        if self.label is not None:
+            labels["class_labels"] = torch.full((len(y),), self.label, device=y.device)
+        output: Tensor = self.network(y, time, return_dict=False, **labels)[0]
+        return output[:, : self.keep]
+
+
+Whole = tuple[Plain, Scheduler, tuple[int, ...], Levels | Affine]
+Found = tuple[Model, Times, str]
+
+
+def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
+    """Trained at T times, with β's."""
+    network, scheduler, shape, scaling = whole
+    config = scheduler.config
+    betas = scheduler.betas.double()
+    keep = list(range(len(betas))) if steps is None else spaced(len(betas), steps)
+    if steps is not None and kind.startswith(("DDPM", "DDIM")):
+        scheduler.set_timesteps(steps)
+        keep = sorted(int(t) for t in scheduler.timesteps)
+    variance = VARIANCES[str(config.get("variance_type") or "fixed_small")]
+    model = assemble(
+        network,
+        shape,
+        predicts=PREDICTS[str(config["prediction_type"])],
+        gamma=gamma_of(betas=betas),
+        times=None,
+        variance=variance,
+        scaling=scaling,
+        clip=clip,
+        keep=keep,
+        decoder="step" if len(keep) > 1 else "evidence",
+    )
+    how = f"in {len(keep)} of {len(betas)} steps, variance {variance}"
+    return model, Grid.uniform(len(keep)), how
+
+
+def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
+    """Any σ; F of Karras et al. 2022, told log(σ)/4 = γ/8."""
+    network, scheduler, shape, scaling = whole
+    config = scheduler.config
+    head = EDM(config["sigma_data"], -1.0 if config["prediction_type"] == "v_prediction" else 1.0)
+    if steps is None:
+        low, high = (2 * math.log(config[name]) for name in ("sigma_min", "sigma_max"))
+        gamma: Tensor | Schedule = Linear(low, high)
+        names: Tensor | Callable[[Tensor], Tensor] = _eighth
+    else:
+        scheduler.set_timesteps(_at_least_one(steps))
+        gamma = gamma_of(sigmas=scheduler.sigmas[:-1].flip(0))
+        names = gamma / 8
+    model = assemble(
+        network,
+        shape,
+        predicts=head,
+        gamma=gamma,
+        times=names,
+        factor=head.factor,
+        scaling=scaling,
+        clip=clip,
+        decoder="evidence",
+    )
+    return model, *_times(steps)
+
+
+def _flow(whole: Whole, steps: int | None, clip: bool) -> Found:
+    """Any τ, told T τ."""
+    network, scheduler, shape, scaling = whole
+    total = _number(scheduler.config, "num_train_timesteps")
+    if steps is None:
+        # τ itself runs from 0 to 1, where γ is infinite; what is left out there costs little, and
+        # the bound says what
+        gamma: Tensor | Schedule = Linear(-2 * math.log(total - 1), 2 * math.log(total - 1))
+    else:
+        scheduler.set_timesteps(_at_least_one(steps))
+        tau = scheduler.sigmas[:-1].flip(0).double()
+        gamma = 2 * (tau.log() - torch.log1p(-tau))
+    names: Tensor | Callable[[Tensor], Tensor] = (
+        (gamma / 2).sigmoid() * total
+        if isinstance(gamma, Tensor)
+        else lambda gamma: (gamma / 2).sigmoid() * total
+    )
+    model = assemble(
+        network,
+        shape,
+        predicts=Flow(),
+        gamma=gamma,
+        times=names,
+        factor=interpolating,
+        scaling=scaling,
+        clip=clip,
+        decoder="evidence",
+    )
+    return model, *_times(steps)
+
+
+def _eighth(gamma: Tensor) -> Tensor:
+    return gamma / 8
+
+
+def _times(steps: int | None) -> tuple[Times, str]:
+    if steps is None:
+        return Continuum(), "in continuous time"
+    return Grid.uniform(steps), f"in {steps} steps, variance small"
+
+
+def _refuse(config: Config, clip: bool | None) -> None:
+    """Flags that make it another model, or one without a bound."""
+    if config.get("clip_sample") and clip is None:
+        raise ValueError(
+            "the scheduler has clip_sample: clipped, x̂ is another model's than the network's; say"
+            " which to measure, clip=True as it samples or clip=False as it was trained (after the"
+            " path: ,clip=yes or ,clip=no)"
+        )
+    if clip and config.get("clip_sample_range", 1.0) != 1.0:
+        raise ValueError(
+            f"clip_sample_range must be the data's range, 1; got {config['clip_sample_range']};"
+            " measure with clip=False"
+        )
+    for name, wrong, why in (
+        ("thresholding", True, "it rescales x̂ by its own quantiles: set it to false"),
+        (
+            "use_dynamic_shifting",
+            True,
+            "the times depend on the image: set it to false, and shift",
+        ),
+        ("invert_sigmas", True, "time runs backwards: set it to false"),
+        ("timestep_type", "continuous", "use EDMEulerScheduler for a network told log(σ)/4"),
+        ("use_flow_sigmas", True, "use FlowMatchEulerDiscreteScheduler"),
+    ):
+        if config.get(name) == wrong:
+            raise ValueError(f"the scheduler has {name}={wrong}, which has no bound: {why}")
+    for name, known in (("prediction_type", PREDICTS), ("variance_type", VARIANCES)):
+        value = config.get(name)
+        if value is not None and value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def _at_least_one(steps: int) -> int:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    return steps
+
+
+def _number(config: Config, name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}")
+    return value
+
+
+def _shape(about: Config) -> tuple[int, ...]:
+    """(C, H, W) of one example."""
+    size = about.get("sample_size")
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        raise ValueError(f"the network's sample_size must be its side in pixels; got {size!r}")
+    return (_number(about, "in_channels"), *map(int, sides))
+
+
+def _classes(about: Config) -> int | None:
+    """The number of classes that a label can be of."""
+    if about.get("class_embed_type") is not None:
+        raise ValueError(
+            f"class_embed_type {about['class_embed_type']!r} takes no label; wrap the network with"
+            " nelbo.integrations.wrap"
+        )
+    if about.get("num_embeds_ada_norm") is not None:
+        return _number(about, "num_embeds_ada_norm") + 1  # the last is "no class"
+    return None if about.get("num_class_embeds") is None else _number(about, "num_class_embeds")

@@ -1,0 +1,60 @@
+"""A foreign model beside what `evaluate` wants to know of it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nelbo import data
+from nelbo.data import Schema
+from nelbo.estimate import Times
+from nelbo.model import Model
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What `nelbo.integrations.load` gives.
+
+    Args:
+        name: the source.
+        model: whose bound it is.
+        schema: what one example is.
+        times: the times of the model's own sampler, or continuous time.
+        weights: which weights these are, for the record.
+        notes: one sentence for each thing that decides what the number means.
+    """
+
+    name: str
+    model: Model
+    schema: Schema
+    times: Times
+    weights: str
+    notes: tuple[str, ...]
+
+    def examples(self, source: str | None, split: str | None = None) -> tuple[Tensor, str]:
+        """Examples to measure the model on, and a name for them.
+
+        Args:
+            source: as for `nelbo evaluate --data`.
+            split: "train", "validation", "test" or "all", the default.
+
+        Raises:
+            ValueError: no source, data of another schema, or no such split.
+        """
+        if source is None:
+            raise ValueError(f"{self.name} brings no data; give some with --data")
+        dataset = data.load_like(source, self.schema)
+        split = split or "all"
+        if split not in dataset.splits:
+            raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
+        return dataset.splits[split], f"{split} of {source}"
+
+
+def check_label(label: int | None, classes: int | None) -> None:
+    """Raise ValueError unless a label goes with a model of so many classes, or of none."""
+    if classes is None and label is not None:
+        raise ValueError(f"label={label} was given to a model without classes; leave it out")
+    if classes is not None and (label is None or not 0 <= label < classes):
+        raise ValueError(
+            f"the model is of P(x|class) with {classes} classes; give label=N in 0..{classes - 1}"
+            f" (after the path: ,label=N); got {label}"
+        )

@@ -1,0 +1,290 @@
+r"""Models trained with OpenAI's improved-diffusion and guided-diffusion.
+
+A file of weights, `NAME.pt`, and the flags it was trained with, `NAME.json` beside it: a JSON
+object of the same names. What the flags mean (Nichol & Dhariwal 2021):
+
+    noise_schedule       linear: β from 0.1/T to 20/T, so 1e-4 to 0.02 at T = 1000;
+                         cosine: α_t = cos²( (t/T + 0.008)/1.008 · π/2 ), β at most 0.999
+    learn_sigma          σ² between β̃_t and β_t (equation 15), else β_t; sigma_small: β̃_t
+    predict_xstart       the network gives x̂, else ε̂
+    rescale_timesteps    the network is told t 1000/T, else t, from 0
+    timestep_respacing   steps to keep
+
+Their evaluation clips x̂ (`clip_denoised`), which is another model than the one trained: here it is
+asked for with clip=True.
+"""
+
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nelbo.checkpoint import put_weights, read_tensors
+from nelbo.data import Schema
+from nelbo.estimate import Grid
+from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left, spaced
+from nelbo.integrations.foreign import Foreign, check_label
+from nelbo.integrations.unet import GROUPS, Architecture, UNet
+from nelbo.process import Levels
+
+Flags = Mapping[str, object]
+
+DEFAULTS: dict[str, int | bool | str] = {
+    "image_size": 64,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 4,
+    "num_heads_upsample": -1,
+    "num_head_channels": -1,
+    "attention_resolutions": "16,8",
+    "channel_mult": "",
+    "class_cond": False,
+    "use_scale_shift_norm": True,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+    "learn_sigma": False,
+    "sigma_small": False,
+    "diffusion_steps": 1000,
+    "noise_schedule": "linear",
+    "timestep_respacing": "",
+    "predict_xstart": False,
+    "rescale_timesteps": True,
+}
+#: of training only
+IGNORED = {"dropout", "use_kl", "rescale_learned_sigmas", "use_checkpoint", "use_fp16"}
+#: whose being set makes the number another model's, and what to do
+REFUSED = {
+    "clip_denoised": "x̂ is clipped: another model than the one trained; leave the flag out and ask"
+    " for clip=True (after the path: ,clip=yes)",
+    "classifier_scale": "guidance by a classifier changes every step: it is another model, which"
+    " has no bound without the classifier; leave the flag out",
+    "use_ddim": "a deterministic sampler has no bound; leave the flag out for ancestral sampling",
+    "large_size": "a super-resolution model is of P(x|small image), which is not supported",
+    "small_size": "a super-resolution model is of P(x|small image), which is not supported",
+}
+MULTIPLIERS: dict[int, tuple[float, ...]] = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+CLASSES = 1000
+
+
+def load(
+    path: str | Path,
+    *,
+    flags: Flags | None = None,
+    steps: int | None = None,
+    clip: bool | None = None,
+    label: int | None = None,
+) -> Foreign:
+    """The model of a file of weights. Nothing in the file is executed.
+
+    Args:
+        path: a state dict, .pt or .safetensors.
+        flags: of the training script; by default those in the .json beside the file.
+        steps: the model of so many steps; all of the schedule's where left out.
+        clip: clip x̂ to [-1, 1].
+        label: the class, for a class-conditional model.
+
+    Raises:
+        FileNotFoundError: no such file, or no flags beside it.
+        ValueError: weights that are not of these flags, or flags that have no bound.
+    """
+    path = Path(path)
+    checked = check_flags(_flags_beside(path) if flags is None else flags)
+    network = UNet(architecture(checked))
+    put_weights(network, _weights(path), str(path))
+    return build(network, checked, f"openai:{path}", steps=steps, clip=bool(clip), label=label)
+
+
+def build(
+    network: nn.Module,
+    flags: Flags,
+    name: str = "openai",
+    *,
+    steps: int | None = None,
+    clip: bool = False,
+    label: int | None = None,
+) -> Foreign:
+    """The model of a network in memory, network(y, time) or network(y, time, label)."""
+    flags = check_flags(flags)
+    total, size = _int(flags, "diffusion_steps"), _int(flags, "image_size")
+    betas = named_betas(str(flags["noise_schedule"]), total)
+    check_label(label, CLASSES if flags["class_cond"] else None)
+    if label is not None:
+        network = Labelled(network, label)
+    variance: Variance = "small" if flags["sigma_small"] else "large"
+    variance = "learned-range" if flags["learn_sigma"] else variance
+    places = torch.arange(total)
+    keep = spaced(total, _respacing(flags) if steps is None else steps)
+    model = assemble(
+        network,
+        (3, size, size),
+        predicts="data" if flags["predict_xstart"] else "noise",
+        gamma=gamma_of(betas=betas),
+        times=places * (1000 / total) if flags["rescale_timesteps"] else places,
+        variance=variance,
+        scaling=Levels(256),
+        clip=clip,
+        keep=keep,
+        decoder="step" if len(keep) > 1 else "evidence",
+    )
+    notes = (
+        f"ancestral sampling in {len(keep)} of {total} steps, variance {variance},"
+        f" x̂ {'' if clip else 'not '}clipped",
+        *signal_left(model),
+    )
+    schema = Schema("levels", (3, size, size), 256)
+    return Foreign(name, model, schema, Grid.uniform(len(keep)), Path(name).name, notes)
+
+
+class Labelled(nn.Module):
+    """network(y, time) of a class."""
+
+    def __init__(self, network: nn.Module, label: int) -> None:
+        super().__init__()
+        self.network, self.label = network, label
+
+    def forward(self, y: Tensor, time: Tensor) -> Tensor:
+        output: Tensor = self.network(y, time, torch.full((len(y),), self.label, device=y.device))
+        return output
+
+
+def check_flags(flags: Flags) -> dict[str, int | bool | str]:
+    """The flags with defaults for those left out.
+
+    Raises:
+        ValueError: an unknown flag, one of the wrong type, or one of `REFUSED`.
+    """
+    checked = dict(DEFAULTS)
+    for name, value in flags.items():
+        if name in IGNORED:
+            continue
+        if name in REFUSED:
+            if value:
+                raise ValueError(f"{name}={value}: {REFUSED[name]}")
+            continue
+        if name not in DEFAULTS:
+            raise ValueError(f"unknown flag {name!r}; known are {', '.join(DEFAULTS)}")
+        kind = type(DEFAULTS[name])
+        if type(value) is not kind:
+            raise ValueError(f"the flag {name} must be {kind.__name__}; got {value!r}")
+        checked[name] = value
+    if checked["diffusion_steps"] != 1000 and "rescale_timesteps" not in flags:
+        raise ValueError(
+            "rescale_timesteps must be given where diffusion_steps is not 1000: improved-diffusion"
+            " has it true, guided-diffusion false"
+        )
+    return checked
+
+
+def architecture(flags: Flags) -> Architecture:
+    """The network of these flags."""
+    size, channels = _int(flags, "image_size"), _int(flags, "num_channels")
+    multipliers: tuple[float, ...] | None = MULTIPLIERS.get(size)
+    if flags["channel_mult"]:
+        multipliers = tuple(_ints(flags, "channel_mult"))
+    if multipliers is None:
+        known = ", ".join(map(str, MULTIPLIERS))
+        raise ValueError(f"image_size {size} needs channel_mult; the sizes without are {known}")
+    if any(int(m * channels) % GROUPS for m in multipliers):
+        raise ValueError(f"num_channels must make multiples of {GROUPS}; got {channels}")
+    heads, heads_up = _int(flags, "num_heads"), _int(flags, "num_heads_upsample")
+    per_head = _int(flags, "num_head_channels")
+    return Architecture(
+        channels=channels,
+        outputs=6 if flags["learn_sigma"] else 3,
+        blocks=_int(flags, "num_res_blocks"),
+        multipliers=multipliers,
+        attention=tuple(size // side for side in _ints(flags, "attention_resolutions")),
+        heads=heads,
+        heads_up=heads if heads_up == -1 else heads_up,
+        head_channels=None if per_head == -1 else per_head,
+        scale_shift=bool(flags["use_scale_shift_norm"]),
+        updown=bool(flags["resblock_updown"]),
+        qkv_first=bool(flags["use_new_attention_order"]),
+        classes=CLASSES if flags["class_cond"] else None,
+    )
+
+
+def named_betas(name: str, steps: int) -> list[float]:
+    """β_1..β_T.
+
+    >>> [round(beta, 6) for beta in named_betas("linear", 1000)[::999]]
+    [0.0001, 0.02]
+    """
+    if name == "linear":
+        return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64).tolist()
+    if name != "cosine":
+        raise ValueError(f"noise_schedule must be linear or cosine; got {name!r}")
+
+    def alpha(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return [min(1 - alpha((i + 1) / steps) / alpha(i / steps), 0.999) for i in range(steps)]
+
+
+def _int(flags: Flags, name: str) -> int:
+    value = flags[name]
+    assert isinstance(value, int)
+    return value
+
+
+def _ints(flags: Flags, name: str) -> list[int]:
+    try:
+        return [int(number) for number in str(flags[name]).split(",")]
+    except ValueError:
+        raise ValueError(f'{name} must be integers as in "16,8"; got {flags[name]!r}') from None
+
+
+def _respacing(flags: Flags) -> int:
+    """The number of steps that the flags keep."""
+    text = str(flags["timestep_respacing"])
+    if not text:
+        return _int(flags, "diffusion_steps")
+    if not text.isdecimal():
+        raise ValueError(
+            f'timestep_respacing must be one number of steps, as in "250"; got {text!r}: "ddim" is'
+            " a deterministic sampler without a bound, and sections are not supported"
+        )
+    return int(text)
+
+
+def _flags_beside(path: Path) -> Flags:
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        raise FileNotFoundError(
+            f"{beside} does not exist; write there the flags the model was trained with, as in"
+            ' {"image_size": 64, "num_channels": 128, "learn_sigma": true}'
+        )
+    try:
+        flags = json.loads(beside.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{beside} is not JSON: {error}") from None
+    if not isinstance(flags, dict):
+        raise ValueError(f"{beside} must be a JSON object of flags; got {type(flags).__name__}")
+    return flags
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a state dict, .pt or .safetensors")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a file of tensors and nothing else ({reason}); save a state_dict()"
+        ) from None
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ValueError(f"{path} holds no state dict; save network.state_dict() there")
+    return {str(name): tensor for name, tensor in weights.items()}
