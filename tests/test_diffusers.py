@@ -1,0 +1,441 @@
+"""Models saved by diffusers: the bound is that of their scheduler's own coefficients."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from torch.distributions import kl_divergence
+
+from nelbo import Grid, elbo, evaluate
+from nelbo._numerics import seeded
+from nelbo.estimate import Continuum
+from nelbo.integrations import is_foreign, load
+from nelbo.integrations.diffusers import build
+from nelbo.process import Affine
+
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:the schedule ends with signal left")
+
+T = 8
+SIZE = 8
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """Tiny untrained U-Nets, by channels of the output."""
+    with seeded(0):
+        return {
+            outputs: diffusers.UNet2DModel(
+                sample_size=SIZE,
+                in_channels=3,
+                out_channels=outputs,
+                block_out_channels=(8, 8),
+                layers_per_block=1,
+                norm_num_groups=4,
+                attention_head_dim=4,
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            ).eval()
+            for outputs in (3, 6)
+        }
+
+
+def images(n=2):
+    with seeded(1):
+        return torch.randint(256, (n, 3, SIZE, SIZE))
+
+
+def ddpm(**config):
+    given = {"num_train_timesteps": T, "clip_sample": False, "beta_end": 0.6, "beta_start": 0.02}
+    return diffusers.DDPMScheduler(**(given | config))
+
+
+def bins(x, mean, scale):
+    """−log of the mass of N(mean, scale²) in the bin of x, outermost bins open; (B,)."""
+    e = x.double() / 127.5 - 1
+    sign = torch.where(e > mean, 1.0, -1.0)  # so that both ends are in the upper tail
+    inner, outer = ((sign * (e - mean) + side / 255) / scale for side in (-1, 1))
+    log_inner, log_outer = norm.logsf(inner), norm.logsf(outer)
+    open_ = ((x == 255) & (sign > 0)) | ((x == 0) & (sign < 0))
+    other = ((x == 255) & (sign < 0)) | ((x == 0) & (sign > 0))
+    mass = np.where(open_, log_inner, log_inner + np.log1p(-np.exp(log_outer - log_inner)))
+    mass = np.where(other, norm.logcdf(outer), mass)
+    return torch.from_numpy(-mass).flatten(1).sum(1)
+
+
+def their_terms(network, scheduler, x, zs):
+    """Terms t = 1..T and the prior term of −ELBO for given z_t, by the output of `step` and by
+    `_get_variance`, which are DDPMScheduler's own."""
+    e = x.double() / 127.5 - 1
+    learned = scheduler.config.variance_type == "learned_range"
+    alphas = scheduler.alphas_cumprod.double()
+    terms = []
+    for t, z in enumerate(zs):
+        output = network(z.float(), t).sample
+        v = output[:, 3:].double() if learned else None
+        x_hat = scheduler.step(output, t, z.float()).pred_original_sample.double()
+        if t == 0:
+            # the decoder: the mean of the last step, the variance of the one before
+            variance = scheduler._get_variance(1, variance_type="fixed_small").double()
+            if learned:
+                ratio = scheduler.betas[0].double() / variance
+                variance = variance * ratio ** ((v + 1) / 2)
+            terms.append(bins(x, x_hat, variance.sqrt()))
+            continue
+        before, now = alphas[t - 1], alphas[t]
+        small = scheduler._get_variance(t, variance_type="fixed_small").double()
+        variance = scheduler._get_variance(t, predicted_variance=v).double()
+        variance = variance.exp() if learned else variance
+        of_x = before.sqrt() * (1 - now / before) / (1 - now)
+        gap = (of_x * (e - x_hat)) ** 2 / variance
+        ratio = small / variance
+        terms.append(0.5 * (ratio - 1 - ratio.log() + gap).flatten(1).sum(1))
+    last = alphas[-1]
+    terms.append(0.5 * (last * e**2 - last - torch.log1p(-last)).flatten(1).sum(1))
+    return terms
+
+
+def our_terms(model, x, zs):
+    """The same by the model's probabilities."""
+    e = model.embed(x)
+    times = torch.arange(1, len(zs) + 1, dtype=torch.float64)[:, None].expand(-1, len(x)) / len(zs)
+    terms = [-model.likelihood(zs[0], times[0]).log_prob(x)]
+    for z, s, t in zip(zs[1:], times[:-1], times[1:], strict=True):
+        terms.append(kl_divergence(model.process.posterior(z, e, s, t), model.reverse(z, s, t)))
+    last = times[-1]
+    prior = model.process.prior(x.shape[1:], last)
+    return [*terms, kl_divergence(model.process.marginal(e, last), prior)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "sample"},
+        {"prediction_type": "v_prediction", "variance_type": "fixed_large"},
+        {"variance_type": "learned_range"},
+        {"clip_sample": True},
+    ],
+    ids=str,
+)
+def test_ddpm_is_what_its_scheduler_computes(networks, config):
+    """Every term of the bound, at the same z_t, by them (float32) and by us."""
+    scheduler = ddpm(**config)
+    network = networks[6 if config.get("variance_type") == "learned_range" else 3]
+    model = build(network, scheduler, clip=config.get("clip_sample")).model
+    x = images()
+    with seeded(2), torch.no_grad():
+        e, every = (x / 127.5 - 1).double(), torch.arange(T)
+        noise = torch.randn(T, *e.shape, dtype=torch.float64)
+        zs = [
+            scheduler.add_noise(e, n, t.expand(len(x))) for n, t in zip(noise, every, strict=True)
+        ]
+        theirs, ours = their_terms(network, scheduler, x, zs), our_terms(model, x, zs)
+    assert len(theirs) == len(ours) == T + 1
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_steps_are_those_of_their_scheduler(networks, variance):
+    """Mean and variance of P(z_{t-1}|z_t) by `DDPMScheduler.step`, whose noise is drawn again."""
+    scheduler = ddpm(variance_type=variance)
+    network = networks[6 if variance == "learned_range" else 3]
+    model = build(network, scheduler).model
+    with seeded(4):
+        z = torch.randn(2, 3, SIZE, SIZE)
+    for t in (1, 4, T - 1):
+        with torch.no_grad():
+            output = network(z, t).sample
+            times = torch.tensor([[t, t + 1]] * 2, dtype=torch.float64) / T
+            p = model.reverse(z.double(), times[:, 0], times[:, 1]).base_dist
+        draw = scheduler.step(output, t, z, generator=torch.Generator().manual_seed(5))
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
+        want = p.loc + p.scale * noise
+        torch.testing.assert_close(draw.prev_sample.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_fewer_steps_are_theirs(networks):
+    """--steps takes the times that the scheduler takes, told to the network as they are."""
+    told = []
+    network = networks[3]
+    found = build(network, ddpm(), steps=3)
+    assert found.times.steps == 3
+    handle = network.register_forward_pre_hook(lambda _, inputs: told.extend(inputs[1].tolist()))
+    with torch.no_grad():
+        elbo(found.model, images(1), found.times)
+    handle.remove()
+    scheduler = ddpm()
+    scheduler.set_timesteps(3)
+    assert sorted(set(told)) == sorted(scheduler.timesteps.tolist())
+    assert any("signal left" in note for note in found.notes)
+    np.testing.assert_allclose(
+        found.model.process.alpha(torch.ones(1, dtype=torch.float64)).item(),
+        scheduler.alphas_cumprod[scheduler.timesteps[0]].item(),
+        rtol=1e-6,
+    )
+
+
+def test_zero_terminal_snr(networks):
+    """rescale_betas_zero_snr: nothing is left of x in z_T; noise prediction has no model there."""
+    scheduler = ddpm(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    found = build(networks[3], scheduler)
+    with torch.no_grad():
+        bound = elbo(found.model, images(), found.times)
+    assert (bound.prior == 0).all() and bound.elbo.isfinite().all()
+    with pytest.raises(ValueError, match=r"α_T = 0"):
+        build(networks[3], ddpm(rescale_betas_zero_snr=True))
+
+
+class Recorder(torch.nn.Module):
+    """F = some function, with the config of a network; what it was given is kept."""
+
+    def __init__(self, function=torch.sin):
+        super().__init__()
+        self.function, self.given = function, []
+        self.config = {"sample_size": SIZE, "in_channels": 3, "out_channels": 3}
+
+    def forward(self, y, time, return_dict, class_labels=None):
+        assert not return_dict
+        self.given.append((y, time))
+        return (self.function(y),)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_edm_is_preconditioned_as_by_its_scheduler(kind):
+    """Input, time and x̂ of `scale_model_input` and `precondition_outputs`, at each of its σ's."""
+    scheduler = diffusers.EDMEulerScheduler(prediction_type=kind)
+    network = Recorder()
+    found = build(network, scheduler, steps=5)
+    scheduler.set_timesteps(5)
+    with seeded(6):
+        y = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
+    for i, sigma in enumerate(scheduler.sigmas[:-1].flip(0).double()):
+        t = torch.full((2,), (i + 1) / 5, dtype=torch.float64)
+        got = found.model.predict(y / (1 + sigma**2).sqrt(), t).e_hat
+        fed, time = network.given[-1]
+        want = scheduler.precondition_inputs(y, sigma)
+        torch.testing.assert_close(fed, want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            time, scheduler.precondition_noise(sigma).expand(2).double(), rtol=1e-6, atol=1e-6
+        )
+        want = scheduler.precondition_outputs(y, torch.sin(want), sigma)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_flow_matching_is_its_scheduler():
+    """z and τ as `scale_noise` makes them, x̂ = y - τ F: one Euler step down to τ = 0."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    network = Recorder()
+    found = build(network, scheduler, steps=6)
+    scheduler.set_timesteps(6)
+    assert found.model.process.alpha(torch.ones(1).double()) == 0  # τ = 1
+    with seeded(7):
+        x, noise = torch.randn(2, 1, 3, SIZE, SIZE, dtype=torch.float64)
+    for i, tau in enumerate(scheduler.sigmas[:-1].flip(0).double()):
+        t = torch.full((1,), (i + 1) / 6, dtype=torch.float64)
+        q = found.model.process.marginal(x, t).base_dist
+        got = found.model.predict(q.loc + q.scale * noise, t).e_hat
+        fed, time = network.given[-1]
+        y = (1 - tau) * x + tau * noise
+        torch.testing.assert_close(fed, y, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(time, 1000 * tau[None], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got, y - tau * torch.sin(y), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero"),
+    [
+        ("EDMEulerScheduler", lambda fed, time: -0.5 * (-4 * time).exp() * fed),
+        ("FlowMatchEulerDiscreteScheduler", lambda y, time: 1000 * y / time),
+    ],
+)
+def test_steps_and_continuous_time_have_the_same_ends(kind, zero):
+    """For x̂ = 0 the diffusion term telescopes to ½ (SNR_0 - SNR_1) ‖x‖² (equation 7), whatever
+    the steps: so also in continuous time, by the midpoint rule."""
+    x = images(1)
+
+    def diffusion(steps, u=None):
+        network = Recorder(None)
+        network.forward = lambda y, time, return_dict: (zero(y, time.reshape(-1, 1, 1, 1)),)
+        found = build(network, getattr(diffusers, kind)(), steps=steps)
+        assert isinstance(found.times, Continuum if steps is None else Grid)
+        with torch.no_grad():
+            return elbo(found.model, x, found.times, u).diffusion.item()
+
+    few = diffusion(7)
+    np.testing.assert_allclose(diffusion(200), few, rtol=1e-6)
+    u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
+    np.testing.assert_allclose(diffusion(None, u[None]), few, rtol=1e-6)
+
+
+def save(folder, network, scheduler):
+    network.save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_a_folder_is_what_was_saved(networks, tmp_path, pipeline):
+    """The same bound to the bit from memory and from disk, as a pipeline or side by side."""
+    scheduler = ddpm()
+    if pipeline:
+        save(tmp_path, networks[3], scheduler)
+    else:
+        networks[3].save_pretrained(tmp_path)
+        scheduler.save_pretrained(tmp_path)
+    assert is_foreign(f"diffusers:{tmp_path}") and not is_foreign(str(tmp_path))
+    found = load(f"diffusers:{tmp_path}")
+    x = images().numpy().astype(np.uint8)
+    np.savez(tmp_path / "x.npz", x=x)
+    examples, name = found.examples(str(tmp_path / "x.npz"))
+    assert name.startswith("all of") and np.array_equal(examples.numpy(), x)
+    a = evaluate(found.model, examples, times=found.times, calls=2 * T)
+    b = evaluate(build(networks[3], scheduler).model, examples, times=Grid.uniform(T), calls=2 * T)
+    assert a.bits_per_dim == b.bits_per_dim and a.model_hash == b.model_hash
+    assert "8 of 8 steps, variance small, x̂ not clipped" in found.notes[0]
+
+
+def test_names_of_old_weights(networks, tmp_path):
+    """Weights from before attention was renamed load as what they are."""
+    from safetensors.torch import load_file, save_file
+
+    save(tmp_path, networks[3], ddpm())
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    new = load_file(file)
+    old = {}
+    for name, tensor in new.items():
+        for a, b in (("to_q", "query"), ("to_k", "key"), ("to_v", "value")):
+            name = name.replace(a, b)
+        old[name.replace("to_out.0", "proj_attn")] = tensor
+    assert old.keys() != new.keys()
+    save_file(old, file)
+    loaded = load(f"diffusers:{tmp_path}").model.network.network.network.state_dict()
+    for name, tensor in networks[3].state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_clipping_must_be_said(networks, tmp_path):
+    """Most DDPM schedulers have clip_sample: two models, two bounds, and no default."""
+    path = f"diffusers:{save(tmp_path, networks[3], ddpm(clip_sample=True))}"
+    with pytest.raises(ValueError, match=r"clip_sample.*clip=True.*clip=False"):
+        load(path)
+    bounds = []
+    for clip in ("yes", "no"):
+        found = load(f"{path},clip={clip}")
+        with seeded(9), torch.no_grad():
+            bounds.append(elbo(found.model, images(), found.times).elbo)
+    assert (bounds[0] > bounds[1]).all()  # an untrained x̂ is outside the data's range
+
+
+def test_a_transformer_of_classes():
+    """DiT: a class is asked for; the variance that DDIM does not use is left out, and said."""
+    with seeded(0):
+        network = diffusers.DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=4,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            sample_size=4,
+            num_embeds_ada_norm=10,
+        ).eval()
+        torch.nn.init.normal_(network.proj_out_2.weight)
+        torch.nn.init.normal_(network.proj_out_1.weight)
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=T, clip_sample=False)
+    with pytest.raises(ValueError, match="11 classes"):
+        build(network, scheduler, scaling=Affine())
+    z, t = torch.randn(2, 4, 4, 4), torch.full((2,), 0.5, dtype=torch.float64)
+    for label in (3, 10):
+        found = build(network, scheduler, scaling=Affine(), label=label)
+        assert found.schema.levels is None and "does not use" in found.notes[-1]
+        got = found.model.network(z, 8 * t.float())
+        want = network(z, torch.full((2,), 3), class_labels=torch.full((2,), label)).sample
+        torch.testing.assert_close(got, want[:, :4], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"thresholding": True}, "thresholding=True"),
+        ({"variance_type": "learned"}, "variance_type must be one of"),
+        ({"clip_sample": True, "clip_sample_range": 2.0, "clip": True}, "clip_sample_range"),
+        ({"steps": T + 1}, f"has {T} steps"),
+        ({"label": 3}, "without classes"),
+    ],
+)
+def test_what_has_no_bound_is_refused(networks, config, words):
+    options = {k: config.pop(k) for k in ("clip", "steps", "label") if k in config}
+    with pytest.raises(ValueError, match=words):
+        build(networks[3], ddpm(**config), **options)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config", "words"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "dynamic_shifting"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
+        ("ScoreSdeVeScheduler", {}, "no betas"),
+        (
+            "EulerDiscreteScheduler",
+            {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+            "timestep_type",
+        ),
+    ],
+)
+def test_schedulers_without_a_bound(networks, scheduler, config, words):
+    with pytest.raises(ValueError, match=words):
+        build(networks[3], getattr(diffusers, scheduler)(**config))
+
+
+def test_what_is_not_a_model_is_refused(networks, tmp_path):
+    """No pickles, no other classes, no damaged or foreign files: one sentence each."""
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load(f"diffusers:{tmp_path}/none")
+    with pytest.raises(ValueError, match="diffusers:PATH or openai:PATH"):
+        load("torch:model.pt")
+    with pytest.raises(ValueError, match="clip=yes, clip=no"):
+        load(f"diffusers:{tmp_path},clip=1")
+    save(tmp_path, networks[3], ddpm())
+    unet = tmp_path / "unet"
+    config = json.loads((unet / "config.json").read_text())
+
+    def refused(words, kind=ValueError):
+        with pytest.raises(kind, match=words):
+            load(f"diffusers:{tmp_path}")
+
+    (unet / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKL"}))
+    refused("holds a AutoencoderKL")
+    (unet / "config.json").write_text("{")
+    refused("is not JSON")
+    (unet / "config.json").write_text(json.dumps(config | {"block_out_channels": [8, 16]}))
+    refused("another architecture")
+    (unet / "config.json").write_text(json.dumps(config | {"sample_size": None}))
+    refused("sample_size")
+    (unet / "config.json").write_text(json.dumps(config))
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    refused("truncated")
+    weights.rename(unet / "diffusion_pytorch_model.bin")
+    refused(r"only \.bin, a format that can hold code")
+    (unet / "diffusion_pytorch_model.bin").unlink()
+    weights.write_bytes(whole)
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "UNet2DModel"}')
+    refused("names no scheduler")
+    (tmp_path / "scheduler" / "scheduler_config.json").unlink()
+    refused("scheduler_config.json does not exist", FileNotFoundError)
+    (tmp_path / "vae").mkdir()
+    refused("latents of a VAE")
+
+
+def test_it_brings_no_data(networks):
+    found = build(networks[3], ddpm())
+    with pytest.raises(ValueError, match="give some with --data"):
+        found.examples(None)
+    with pytest.raises(ValueError, match="17 levels where 256"):
+        found.examples("digits")
