@@ -37,6 +37,7 @@ RECIPES: dict[str, Options] = {
     "default, importance": {"times": "importance"},
     "default, learned γ": {"schedule": "learned"},
     "classic": {
+        "steps": 4000,
         "head": "noise",
         "schedule": "betas",
         "times": "iid",
@@ -45,20 +46,20 @@ RECIPES: dict[str, Options] = {
         "lr": 2e-3,
     },
     "vdm": {
+        "steps": 2000,
         "head": "noise",
         "schedule": "learned-ends",
         "gamma_min": -9.0,
         "lr": 2e-3,
     },
 }
-LONG = ("classic", "vdm")
 COLUMNS = (100, 200, 400, 1000, 1800, 4000)
 
 
 def options_of(name: str, steps: int) -> Options:
     """The recipe's options for runs of that many steps at most."""
-    own = steps if name in LONG else min(steps, TrainConfig.steps)
-    return {**RECIPES[name], "steps": own}
+    own = int(RECIPES[name].get("steps", TrainConfig.steps))
+    return {**RECIPES[name], "steps": min(own, steps)}
 
 
 def curve_of(options: Options, out: Path) -> Curve:

@@ -138,7 +138,7 @@ def log_second_moment(schedule: Schedule, t: Tensor, squares: Tensor, weight: Te
         weight: shape (B,).
     """
     interior = {id(parameter) for parameter in schedule.interior()}
-    if not interior:
+    if not (interior and torch.is_grad_enabled()):
         return squares.new_zeros(())
     with constant(p for p in schedule.parameters() if id(p) not in interior):
         score = log_density(schedule, t)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 BINS = 64  # of the density over u
 WIDTH = 1.5  # bins, of the smoothing
 MEMORY = 0.98  # of the averages; per step
+FEW = 0.01  # draws of the mean that stand in where there is none
 
 
 def stratified_parts(examples: int, parts: int) -> Tensor:
@@ -102,10 +103,9 @@ class Importance(Law):
         """p in each bin, shape (BINS,); its mean is 1."""
         if not self.moment.sum() > 0:
             return torch.ones_like(self.moment)
-        # One draw of the mean stands in where there is none.
         mean = self.moment.sum() / self.count.sum()
         near, draws = self.smoother @ self.moment, self.smoother @ self.count
-        rms = ((near + mean) / (draws + 1)).sqrt()
+        rms = ((near + FEW * mean) / (draws + FEW)).sqrt()
         return self.uniform + (1 - self.uniform) * rms / rms.mean()
 
     def forward(self, examples: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
