@@ -17,7 +17,6 @@ share one forward pass; each v is one backward pass. Both are counted at the net
 Each example has its own steps and its own error, so its value does not depend on its batch mates.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,7 +145,8 @@ def carry(
         ValueError: no Gaussian process, no flow of its head, or the solver does not finish.
     """
     torchode = _solver()
-    ends = _check(model, start, end, tolerance, z)
+    gammas = check_flow(model, start, end, tolerance)
+    ends = (gamma.expand(len(z)).contiguous() for gamma in gammas)
     first, shape = min(start, end), z.shape
 
     def flow(gamma: Tensor, state: Tensor) -> Tensor:
@@ -183,8 +183,13 @@ def error_norm(error: Tensor) -> Tensor:
     return torch.maximum(of_z, error[:, -1].abs())
 
 
-def _check(model: Model, start: float, end: float, tolerance: float, z: Tensor) -> list[Tensor]:
-    """γ at both ends, shape (B,) each."""
+def check_flow(model: Model, start: float, end: float, tolerance: float) -> Tensor:
+    """γ at both ends, shape (2,).
+
+    Raises:
+        ValueError: no Gaussian process, a head that has no flow, an infinite γ, or a tolerance
+            outside (0, 1).
+    """
     process = check_gaussian(model)
     head = model.head.head if isinstance(model.head, WithVariance) else model.head
     if isinstance(head, Mean):
@@ -192,17 +197,17 @@ def _check(model: Model, start: float, end: float, tolerance: float, z: Tensor) 
             f"the mean f belongs to {head.steps} steps and has no flow between them; try a model"
             " that predicts noise, data or velocity"
         )
-    if not 0 < tolerance < 1 or not math.isfinite(tolerance):
+    if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be in (0, 1); got {tolerance}; try 1e-4")
-    times = torch.tensor([start, end], dtype=torch.float64, device=z.device)
     with torch.no_grad():
+        times = torch.tensor([start, end], dtype=torch.float64, device=model.device)
         gammas = process.schedule(times)
     if not gammas.isfinite().all():
         raise ValueError(
-            f"the flow needs a finite γ at both ends; between the times {start:g} and {end:g} it"
-            f" is {gammas.tolist()}; try a first time above 0"
+            f"the flow needs a finite γ at both ends; at the times {start:g} and {end:g} it is"
+            f" {gammas.tolist()}; try a first time above 0 and a schedule with a finite end"
         )
-    return [gamma.expand(len(z)).contiguous() for gamma in gammas]
+    return gammas
 
 
 def _solver() -> ModuleType:

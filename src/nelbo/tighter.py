@@ -24,7 +24,15 @@ from nelbo.data import as_examples, fingerprint
 from nelbo.dequantise import Dequantiser, Encoder, check_gaussian
 from nelbo.estimate import Times
 from nelbo.evaluate import StandardError
-from nelbo.flow import Trace, counting, is_exact, log_density, random_probes, unit_probes
+from nelbo.flow import (
+    Trace,
+    check_flow,
+    counting,
+    is_exact,
+    log_density,
+    random_probes,
+    unit_probes,
+)
 from nelbo.importance import check_grid, check_samples, importance_weights, log_mean
 from nelbo.model import Model, measuring, model_hash
 
@@ -183,6 +191,8 @@ def evaluate_flow(
     dequantiser = Encoder() if dequantiser is None else dequantiser
     first = process.schedule.start if first is None else first
     tolerances = (LOOSE * tolerance, tolerance)
+    for each in tolerances:
+        check_flow(model, first, 1.0, each)
 
     def draw(x: Tensor) -> Tensor:
         rows = x.repeat_interleave(samples, 0).split(min(BLOCK, model.rows))
