@@ -4,6 +4,7 @@
     model.safetensors    the best weights so far (moving average), with step and bound
     state.safetensors    everything to continue training exactly
     metrics.jsonl        one line per event
+    grids.json           the best grids that were found for these weights; found again where lost
 
 Every file is written under a temporary name, synced and renamed: it is whole or it is not there.
 """
@@ -26,16 +27,20 @@ from torch import Tensor
 import nelbo
 from nelbo import data
 from nelbo._numerics import seeded
+from nelbo._progress import Track
 from nelbo.build import build
 from nelbo.config import ModelConfig, TrainConfig
 from nelbo.data import Dataset, Schema
-from nelbo.model import Model
+from nelbo.estimate import Grid
+from nelbo.grids import best_grid, even_times
+from nelbo.model import Model, model_hash
 
-CONFIG, WEIGHTS, STATE, METRICS = (
+CONFIG, WEIGHTS, STATE, METRICS, GRIDS = (
     "config.json",
     "model.safetensors",
     "state.safetensors",
     "metrics.jsonl",
+    "grids.json",
 )
 
 
@@ -154,6 +159,42 @@ class Run:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
         name = split if source is None else f"{split} of {source}"
         return dataset.splits[split], name
+
+    def grid(self, steps: int, track: Track = iter) -> Grid:
+        """The best grid of `steps` times for this model, the same whoever asks.
+
+        It is the one the run was trained on, where it has as many times; else it is found on the
+        training data, once: the folder of the run keeps it for these weights.
+
+        Raises:
+            ValueError: no such number of steps, or the training data are not there.
+        """
+        even_times(self.model.process.schedule, steps, steps)  # refuses what cannot be
+        if len(self.config.train.grid) == steps:
+            return Grid(self.config.train.grid)
+        path, key = self.path / GRIDS, f"{model_hash(self.model)}, {steps} steps"
+        known = _read_grids(path)
+        if key not in known:
+            try:
+                x = self.config.load_data().splits["train"]
+            except (ValueError, OSError) as error:
+                raise ValueError(
+                    f"the best grid is found on the training data: {error}; or use the uniform"
+                    " grid with --grid uniform"
+                ) from None
+            known[key] = best_grid(self.model, x, steps, track=track).times.tolist()
+            with contextlib.suppress(OSError):  # a folder that is read only
+                write(path, (json.dumps(known, indent=1) + "\n").encode())
+        return Grid(known[key])
+
+
+def _read_grids(path: Path) -> dict[str, list[float]]:
+    """The grids kept in a run; none where the file is missing or damaged."""
+    try:
+        known = json.loads(path.read_text())
+        return {str(key): Grid(times).times.tolist() for key, times in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def write(path: Path, content: bytes) -> None:

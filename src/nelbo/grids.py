@@ -30,8 +30,8 @@ from nelbo.model import Model, measuring
 from nelbo.reverse import Optimal
 from nelbo.schedules import Betas, Schedule
 
-EXAMPLES = 64  # at most, to measure a table with
-NUMBERS = 2**27  # of the arithmetic around all pairs of a table, about
+EXAMPLES = 192  # at most, to measure a table with
+NUMBERS = 2**26  # of the arithmetic around all pairs of a table, about
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def best_grid(
         ValueError: fewer than one step, or more than there are times to choose from.
     """
     if candidates is None:
-        candidates = even_times(model.process.schedule, steps, 32 + 2 * steps)
+        candidates = even_times(model.process.schedule, steps, 16 + 2 * steps)
     if not 1 <= steps <= len(candidates):
         raise ValueError(f"steps must be 1 to {len(candidates)}, the number of times; got {steps}")
     if steps == len(candidates) or steps == 1:
@@ -133,6 +133,8 @@ def measure(
         track: wraps the candidates, for a progress bar.
     """
     count = len(times)
+    numbers = len(x) * count * min(longest, count) * model.head.outputs
+    dims = max(1, min(model.dims, NUMBERS // numbers))
     decode = torch.zeros(count, dtype=torch.float64)
     step = torch.full((count, count), math.inf, dtype=torch.float64)
     with measuring(model):
@@ -141,19 +143,19 @@ def measure(
                 with seeded(seed, 2, g):
                     block = as_examples(block).to(model.device)
                     first = max(0, j - longest)
-                    r, d = _column(model, block, times[first:j], times[j], len(x) * count)
+                    r, d = _column(model, block, times[first:j], times[j], dims)
                 decode[j] += r / len(x)
                 step[first:j, j] = step[first:j, j].nan_to_num(posinf=0.0) + d / len(x)
     return Table(times, decode, step)
 
 
 def _column(
-    model: Model, x: Tensor, before: Tensor, at: Tensor, calls: int
+    model: Model, x: Tensor, before: Tensor, at: Tensor, dims: int
 ) -> tuple[Tensor, Tensor]:
     """Sums over the examples of R(t) and of D(s, t) for each s in `before`; one network call.
 
-    D is measured on some of the dimensions, given each of which it is unbiased, where all of them
-    would take long: the pairs, not the calls, are the work of a table.
+    D is measured on `dims` of each example's dimensions, which unbiased are scaled up: the pairs,
+    not the calls, are the work of a table, and float32 is enough to choose by.
     """
     process, e = model.process, model.embed(x)
     t = at.to(x.device).expand(len(x))
@@ -161,18 +163,24 @@ def _column(
     prediction = model.predict(z, t)
     decoded = -model.decoder(prediction, z, t, process).log_prob(x).sum().cpu()
 
-    dims = max(1, min(model.dims, NUMBERS // (calls * max(1, len(before)) * model.head.outputs)))
-    chosen = torch.randperm(model.dims)[:dims].sort().values.to(x.device)
+    # in turn, so that the examples together show each dimension equally often
+    turn = torch.arange(len(x) * dims).reshape(len(x), dims) % model.dims
+    chosen = torch.randperm(model.dims)[turn].to(x.device)
 
     def some(v: Tensor) -> Tensor:
-        return v.flatten(1, len(model.shape))[:, chosen]
+        v = v.float() if v.is_floating_point() else v
+        v = v.flatten(1, len(model.shape))
+        return v[torch.arange(len(v), device=v.device)[:, None], chosen]
 
     z, e, prediction = some(z), some(e), prediction.map(some)
+    noise = int(torch.randint(2**62, ()))
     found = torch.zeros(len(before), dtype=torch.float64)
     for i, s in enumerate(before.to(x.device)):
         s = s.expand(len(x))
         p = model.step(prediction, z, s, t, process)
-        found[i] = kl_divergence(process.posterior(z, e, s, t), p).sum().cpu()
+        with seeded(noise):
+            kl = kl_divergence(process.posterior(z, e, s, t), p)
+        found[i] = kl.double().sum().cpu()
     return decoded, found * (model.dims / dims)
 
 
@@ -198,4 +206,4 @@ def measure_errors(model: Model, x: Tensor, seed: int = 0) -> None:
 def _some(model: Model, x: Tensor, seed: int) -> Tensor:
     """The examples to measure on, drawn from x; fewer where each is large."""
     with seeded(seed, 1):
-        return x[torch.randperm(len(x))[: max(16, min(EXAMPLES, 2**14 // model.dims))]]
+        return x[torch.randperm(len(x))[: max(16, min(EXAMPLES, 2**15 // model.dims))]]

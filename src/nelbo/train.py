@@ -27,8 +27,10 @@ from nelbo.build import LAWS, OBJECTIVES, build
 from nelbo.checkpoint import Run, RunConfig
 from nelbo.config import configure
 from nelbo.data import Dataset
-from nelbo.estimate import Continuum
-from nelbo.evaluate import evaluate
+from nelbo.estimate import Continuum, Grid, Times
+from nelbo.evaluate import Evaluation, evaluate
+from nelbo.few_steps import FewSteps
+from nelbo.grids import measure_errors
 from nelbo.heads import Logits
 from nelbo.model import Model, find_device
 from nelbo.objective import Objective
@@ -69,10 +71,7 @@ def train(
         Interrupted: after Ctrl-C, with the run saved; `resume` continues it.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        hint = f"; continue it with --resume {out}" if checkpoint.is_run(out) else ""
-        kind = "a run" if checkpoint.is_run(out) else "not a run"
-        raise ValueError(f"{out} exists and is {kind}{hint}; choose another --out")
+    check_new(out)
     dataset = data.load(source, levels=levels, size=size)
     model_config, train_config = configure(
         dataset.schema, len(dataset.splits["train"]), preset, **options
@@ -86,9 +85,24 @@ def train(
         model=model_config,
         train=train_config,
     )
-    training = Training(out, run, dataset, device)
+    return begin(Training(out, run, dataset, device), progress)
+
+
+def check_new(out: Path) -> None:
+    """ValueError where a new run cannot be."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        hint = f"; continue it with --resume {out}" if checkpoint.is_run(out) else ""
+        kind = "a run" if checkpoint.is_run(out) else "not a run"
+        raise ValueError(f"{out} exists and is {kind}{hint}; choose another --out")
+
+
+def begin(training: "Training", progress: bool, weights: Model | None = None) -> Run:
+    """A new run to its last step, from these weights where given; no folder without weights."""
+    out = training.out
     try:
-        checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
+        if weights is not None:
+            training.start_from(weights)
+        checkpoint.write(out / checkpoint.CONFIG, training.run.to_json().encode())
         training.fit(progress)
     except Exception:
         if not (out / checkpoint.WEIGHTS).exists():
@@ -153,7 +167,11 @@ class Training:
         self.model: Model = model.to(find_device(self.device))
         self.model.dtype = torch.float32
         start = model.process.schedule.start
-        self.objective = Objective(OBJECTIVES[t.objective], t.cross_entropy, start=start)
+        self.objective: Objective | FewSteps = (
+            FewSteps(t.grid, t.cross_entropy)
+            if t.grid
+            else Objective(OBJECTIVES[t.objective], t.cross_entropy, start=start)
+        )
         self.law = LAWS[t.times]()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, t.weight_decay), lr=t.lr, betas=(0.9, 0.99)
@@ -215,20 +233,34 @@ class Training:
         self.at.recent = recent + (nats - recent) * max(0.02, 1 / (step + 1))
         self.at.step = step + 1
 
-    def _validate(self) -> None:
+    def start_from(self, weights: Model) -> None:
+        """Begin with the weights of another run; they are kept until there are better ones."""
+        for own in (self.model, cast(Model, self.ema.module)):
+            checkpoint.put_weights(own, weights.state_dict(), "the run")
+        self._measure()
+        self.save_state()
+
+    def _measure(self) -> Evaluation:
         """Measure the averaged weights on the validation split; keep the best."""
         x = self.dataset.splits["validation"][:VALIDATION_EXAMPLES]
         average = cast(Model, self.ema.module)
-        times = Continuum(average.process.schedule.start)
+        grid, start = self.run.train.grid, average.process.schedule.start
+        times: Times = Grid(grid) if grid else Continuum(start)
         seed = derive_seed(self.run.train.seed, 3)
-        result = evaluate(average, x, times=times, calls=8, seed=seed)
-        error = result.standard_error.total
+        measure_errors(average, self.dataset.splits["train"], seed)
+        result = evaluate(average, x, times=times, calls=max(8, 2 * len(grid)), seed=seed)
         if not math.isfinite(result.nats):
             raise ValueError(self._failed(f"the validation bound became {result.nats}"))
         if result.nats < self.at.best:
             self.at.best, self.at.best_step = result.nats, self.at.step
             about = {"weights": "ema", "step": self.at.step}
             checkpoint.write_tensors(self.out / checkpoint.WEIGHTS, average.state_dict(), about)
+        return result
+
+    def _validate(self) -> None:
+        """Measure, keep the best, and tell."""
+        result = self._measure()
+        error = result.standard_error.total
         event = {
             "step": self.at.step,
             "seconds": round(self.at.seconds, 3),
@@ -278,7 +310,10 @@ class Training:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         trained = sum(len(group["params"]) for group in groups)
         progress = about.get("progress", {})
-        if len(state) != trained or progress.keys() != self.at.__dict__.keys():
+        if (
+            len(state) != (trained if progress.get("step") else 0)
+            or progress.keys() != self.at.__dict__.keys()
+        ):
             raise ValueError(f"{path} lacks a part of the state; train again")
         self.at = Progress(**progress)
 
