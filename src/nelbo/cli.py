@@ -21,7 +21,8 @@ import nelbo
 from nelbo import config
 
 if TYPE_CHECKING:
-    from nelbo.estimate import Times
+    from nelbo.checkpoint import Run
+    from nelbo.estimate import Grid, Times
     from nelbo.evaluate import Evaluation
 
 app = App(
@@ -134,6 +135,7 @@ def train(
     *,
     out: Path | None = None,
     resume: Path | None = None,
+    steps_of_bound: int | None = None,
     preset: Annotated[config.Preset | None, Parameter(show_default=lambda _: "auto")] = None,
     levels: int | None = None,
     size: int | None = None,
@@ -154,6 +156,9 @@ def train(
         Folder of the new run.
     resume
         Run to continue, in place of DATA and --out; of the options only --steps may go with it.
+    steps_of_bound
+        With --resume: fine-tune for the bound with this number of steps, as a new run that starts
+        from the best weights of the old one; --out names it, RUN-8steps and the like by default.
     preset
         auto is quick, best takes longer for a tighter bound.
     levels
@@ -166,15 +171,23 @@ def train(
         In place of the preset's.
     """
     from nelbo._interrupt import Interrupted
+    from nelbo.finetune import fine_tune, name_of
     from nelbo.train import resume as continue_run
     from nelbo.train import train as start
 
     given = options.given() if options else {}
     path = resume or out
+    if steps_of_bound is not None:
+        if resume is None:
+            raise ValueError(
+                "--steps-of-bound fine-tunes a run; name it with --resume:"
+                f" nelbo train --resume RUN --steps-of-bound {steps_of_bound}"
+            )
+        path = out = out or name_of(resume, steps_of_bound)
     if resume is not None:
         asked = {
             "DATA": data,
-            "--out": out,
+            "--out": out if steps_of_bound is None else None,
             "--preset": preset,
             "--levels": levels,
             "--size": size,
@@ -191,10 +204,13 @@ def train(
         )
     try:
         if resume is not None:
-            steps = given.get("steps")
-            run = continue_run(
-                resume, steps=None if steps is None else int(steps), device=device, progress=True
-            )
+            steps = None if options is None else options.steps
+            if steps_of_bound is None:
+                run = continue_run(resume, steps=steps, device=device, progress=True)
+            else:
+                run = fine_tune(
+                    resume, steps_of_bound, out, steps=steps, device=device, progress=True
+                )
         else:
             run = start(
                 str(data),
@@ -277,6 +293,7 @@ def sample(
     out: Path,
     n: int = 64,
     steps: int = 32,
+    grid: Literal["best", "uniform"] = "best",
     seed: int = 0,
     sampler: Literal["ancestral", "flow"] = "ancestral",
     device: str = "cpu",
@@ -293,6 +310,8 @@ def sample(
         Number of examples.
     steps
         Number of steps, each one network call.
+    grid
+        Their times: best for this run, found once and kept in its folder; or uniform.
     seed
         Everything random follows from it.
     sampler
@@ -305,14 +324,16 @@ def sample(
     from nelbo import sample as samplers
     from nelbo._progress import tracker
     from nelbo.checkpoint import check_writable, load, write
-    from nelbo.estimate import Grid
     from nelbo.model import find_device
 
     loaded = load(run)
     save = pictures.saver(out, loaded.config.schema)
     check_writable(out)
+    if n < 1:
+        raise ValueError(f"the number of samples must be at least 1; got {n}")
+    times = _grid(loaded, steps, grid)
     draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
-    x = draw(loaded.model.to(find_device(device)), n, Grid.uniform(steps), seed, tracker("sample"))
+    x = draw(loaded.model.to(find_device(device)), n, times, seed, tracker("sample"))
     write(out, save(x.cpu()))
     _say(f"{n} samples in {out}")
 
@@ -339,10 +360,23 @@ def report(run: Path, *, out: Path | None = None, seed: int = 0) -> None:
     _say(f"open {page}")
 
 
-def _times(steps: int | None) -> "Times":
+def _times(steps: int | None, run: "Run | None" = None, grid: str = "best") -> "Times":
     from nelbo.estimate import Continuum, Grid
 
-    return Continuum() if steps is None else Grid.uniform(steps)
+    if steps is None:
+        return Continuum()
+    return Grid.uniform(steps) if run is None else _grid(run, steps, grid)
+
+
+def _grid(run: "Run", steps: int, grid: str) -> "Grid":
+    """`steps` times: the best for the run, or uniform."""
+    from nelbo._progress import tracker
+    from nelbo.estimate import Grid
+    from nelbo.grids import even_times
+
+    if grid == "uniform":
+        return Grid(even_times(run.model.process.schedule, steps, steps))
+    return run.grid(steps, tracker("grid"))
 
 
 def _show(result: "Evaluation") -> None:
