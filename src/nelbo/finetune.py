@@ -13,7 +13,6 @@ from nelbo._progress import tracker
 from nelbo.checkpoint import Run
 from nelbo.train import Training, begin, check_new
 
-
 DROPOUT = 0.3  # at least: the same examples come again, at few times only
 
 
