@@ -27,6 +27,12 @@ BETAS = np.linspace(0.02, 0.6, T)
 ALPHAS = np.cumprod(1 - BETAS)
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    with seeded(11):
+        yield
+
+
 class Network(nn.Module):
     """A function as a network; it remembers the times it was told."""
 
