@@ -252,7 +252,7 @@ def test_large_batches_go_in_parts(monkeypatch):
 
 
 def test_a_network_of_less_precision_is_told_exact_times():
-    """A bfloat16 network gets the time in float32: 999 is not 1000."""
+    """A bfloat16 network gets its time exactly: 998, which bfloat16 has not, is not 1000."""
 
     class Half(nn.Module):
         def __init__(self):
@@ -261,10 +261,11 @@ def test_a_network_of_less_precision_is_told_exact_times():
 
         def forward(self, y, time):
             assert y.dtype == torch.bfloat16
-            return y * self.weight + (time == 999).reshape(-1, 1, 1, 1)
+            return y * self.weight + (time == 998).reshape(-1, 1, 1, 1)
 
     model = wrap(Half(), SHAPE, predicts="data", betas=np.linspace(1e-4, 0.02, 1000))
-    e_hat = model.predict(torch.zeros(1, *SHAPE).double(), torch.ones(1).double()).e_hat
+    t = torch.tensor([0.999], dtype=torch.float64)
+    e_hat = model.predict(torch.zeros(1, *SHAPE).double(), t).e_hat
     assert (e_hat == 1).all()
 
 
@@ -345,6 +346,19 @@ def test_a_density_of_real_data():
     plain = bound(Affine(), x)
     moved = bound(Affine(5.0, 2.0), 2 * x + 5)
     torch.testing.assert_close(moved, plain - 30 * math.log(2), rtol=1e-10, atol=1e-10)
+
+
+def test_scalings_of_eight_bits():
+    """x/127.5 - 1, x/255, and bins centred in [-1, 1], 2(x + ½)/256 - 1."""
+    x = torch.arange(256)
+    for ends, values in (
+        ((), x.double() / 127.5 - 1),
+        ((0.0, 1.0), x.double() / 255),
+        ((-255 / 256, 255 / 256), (2 * x.double() + 1) / 256 - 1),
+    ):
+        torch.testing.assert_close(Levels(256, *ends)(x), values, rtol=0, atol=1e-15)
+    with pytest.raises(ValueError, match="low must be less than high"):
+        Levels(256, 1.0, 0.0)
 
 
 class TestLastStep(DiscreteContract):
