@@ -215,6 +215,9 @@ def test_drift_and_trace_by_autograd(case):
         ]
         torch.testing.assert_close(trace[i], torch.stack(columns).trace(), rtol=1e-6, atol=1e-7)
     assert not f.requires_grad and not trace.requires_grad
+    signs = random_probes(z)  # drawn once: f and the trace are functions of (z, γ)
+    once, again = (drift_and_trace(model, z, gamma, 0.0, signs)[1] for _ in range(2))
+    assert torch.equal(once, again)
 
 
 def test_gradients_and_dtypes_do_not_matter(case):

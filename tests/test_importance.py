@@ -78,6 +78,13 @@ def test_the_mean_weight_of_gaussians_is_the_evidence(step, samples):
     assert_mean((draws - case.log_evidence(X)).exp(), 1.0, error=0.02)
 
 
+def test_examples_keep_their_own_paths():
+    """The weights in row i are those of example i."""
+    case, x = mild(Beta()), torch.stack([X, -X, 0 * X])
+    log_w = importance_weights(case.model, x, case.times, 10_000)
+    assert_mean(log_w.T, torch.stack([case.elbo(v) for v in x]), error=0.06)
+
+
 def test_symbols_by_enumeration():
     """E L_1 and E L_2 over all paths and all pairs of paths of a mask chain, and E exp L_4."""
     model, times, chain = symbols()
