@@ -15,7 +15,7 @@ from nelbo.heads import Data, LevelLogits, LevelPrediction, Prediction, Variance
 from nelbo.likelihood import LevelHead
 from nelbo.model import Model
 from nelbo.process import Affine, Gaussian, Levels
-from nelbo.reverse import Beta, Learned, Mixture, Posterior, Reverse
+from nelbo.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
 from nelbo.schedules import Linear
 
 SHAPE = (2, 3, 5, 7)
@@ -83,8 +83,15 @@ def test_kl_with_a_learned_variance():
 
 @pytest.mark.parametrize(
     ("step", "fraction"),
-    [(Posterior(), None), (Beta(), None), (Learned(), 0.0), (Learned(), 0.4), (Learned(), 1.0)],
-    ids=["posterior", "beta", "learned 0", "learned 0.4", "learned 1"],
+    [
+        (Posterior(), None),
+        (Beta(), None),
+        (Learned(), 0.0),
+        (Learned(), 0.4),
+        (Learned(), 1.0),
+        (Optimal(torch.linspace(0.1, 0.7, 9)), None),
+    ],
+    ids=["posterior", "beta", "learned 0", "learned 0.4", "learned 1", "optimal"],
 )
 def test_every_gaussian_step_has_the_rate_as_its_limit(step, fraction):
     """Equations 7 and 8: KL/(t-s) → ½ γ' SNR ‖x − x̂‖² as s → t, at first order, whatever

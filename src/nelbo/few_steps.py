@@ -51,11 +51,13 @@ class FewSteps:
         z = draw(process.marginal(e, t))
         prediction = model.predict(z, t)
         decoded = -model.decoder(prediction, z, t, process).log_prob(x)
-        inner = i > 0
-        z, e, s, t = z[inner], e[inner], times[i[inner] - 1], t[inner]
-        p = model.step(prediction.map(lambda v: v[inner]), z, s, t, process)
-        kl = kl_divergence(process.posterior(z, e, s, t), p)
-        each = len(times) * decoded.masked_scatter(inner, kl)
+        each, inner = decoded, i > 0
+        if inner.any():
+            z, e, s, t = z[inner], e[inner], times[i[inner] - 1], t[inner]
+            p = model.step(prediction.map(lambda v: v[inner]), z, s, t, process)
+            kl = kl_divergence(process.posterior(z, e, s, t), p)
+            each = decoded.masked_scatter(inner, kl)
+        each = len(times) * each
         bound = (weight * each).mean() + prior_term(model, x, torch.ones_like(u)).mean()
         loss = bound + self.cross_entropy * (weight * decoded).mean()
         return Loss(loss, bound.detach(), each.detach())
