@@ -11,6 +11,9 @@ from conftest import TINY
 
 from nelbo import checkpoint, objective
 from nelbo._numerics import constant, seeded, slope
+from nelbo.build import build
+from nelbo.config import ModelConfig
+from nelbo.data import Schema
 from nelbo.heads import LevelLogits
 from nelbo.likelihood import LevelHead
 from nelbo.model import Model
@@ -242,6 +245,17 @@ def test_the_classic_recipe_trains_from_the_first_of_its_steps(tmp_path):
     first = schedule(torch.tensor([schedule.start], dtype=torch.float64)).item()
     assert schedule.start == 1e-3 and first == pytest.approx(math.log(1e-4 / (1 - 1e-4)))
     assert math.isfinite(run.metrics[-1]["validation"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "gamma"), [("betas", math.log(1e-4 / (1 - 1e-4))), ("learned", -7.0)]
+)
+def test_a_density_starts_at_the_spread_that_its_schedule_leaves(schedule, gamma):
+    config = ModelConfig(
+        schedule=schedule, head="noise", step="posterior", decoder="gaussian", network="mlp"
+    )
+    model = build(config, Schema("real", (3,), None))
+    assert model.decoder.log_spread.item() == pytest.approx(gamma / 2)
 
 
 # ---- a learned γ

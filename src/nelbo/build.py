@@ -101,8 +101,10 @@ def _real(
     config: ModelConfig, schema: Schema, schedule: schedules.Schedule, affine: Affine
 ) -> Model:
     _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=("gaussian",))
-    # It starts at what z_1 leaves open about unit data: variance (1-α)/α at γ_min.
-    decoder = likelihood.GaussianDensity(affine, math.exp(config.gamma_min / 2))
+    # It starts at what z_1 leaves open about unit data: variance (1-α)/α = exp γ at the start.
+    with torch.no_grad():
+        gamma = schedule(torch.tensor(schedule.start, dtype=torch.float64)).item()
+    decoder = likelihood.GaussianDensity(affine, math.exp(gamma / 2))
     head = _point_head(config)
     network = _network(config, schema, Gaussian.channels, head.outputs)
     step = STEPS[config.step]()
