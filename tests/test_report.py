@@ -156,7 +156,9 @@ def test_train_command_is_one_the_command_line_takes(digits):
     assert words[:5] == ["nelbo", "train", "digits", "--out", str(digits.path)]
     options = {words[i][2:].replace("-", "_"): words[i + 1] for i in range(5, len(words), 2)}
     stated = digits.config.model.to_dict() | digits.config.train.to_dict() | {"levels": 17}
-    assert options == {name: str(value) for name, value in stated.items() if name != "clip"}
+    assert options == {
+        name: str(value) for name, value in stated.items() if name not in ("clip", "grid")
+    }
     known = [
         word for i in range(5, len(words), 2) if _known(words[i]) for word in words[i : i + 2]
     ]
@@ -204,7 +206,7 @@ def test_curves_and_costs_are_of_one_measurement(digits):
 
 
 def test_path_ends_in_the_ancestral_samples(run):
-    path = trajectory(run.model, 7, seed=6, steps=9)
+    path = trajectory(run.model, 7, Grid.uniform(9), seed=6)
     assert torch.equal(path.x, ancestral(run.model, 7, Grid.uniform(9), seed=6))
     assert path.times[0] == 1 and path.times == sorted(path.times, reverse=True)
     assert len(path.times) == len(path.z) == len(path.e_hat) == 8

@@ -14,7 +14,7 @@ from nelbo.checkpoint import Run, write
 from nelbo.data import as_examples
 from nelbo.evaluate import evaluate
 from nelbo.report import sections
-from nelbo.report.studies import is_image, measure_steps, some, trajectory
+from nelbo.report.studies import SAMPLE_STEPS, is_image, measure_steps, some, trajectory
 
 
 def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
@@ -41,7 +41,8 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     )
     few, unit = some(model, x, seed), result.unit
     curves, cost = measure_steps(model, few, seed, track("step counts"))
-    path = trajectory(model, 64 if is_image(schema) else len(few), seed, track("samples"))
+    count, grid = 64 if is_image(schema) else len(few), run.grid(SAMPLE_STEPS, track("grid"))
+    path = trajectory(model, count, grid, seed, track("samples"))
     parts = [
         sections.headline(run, result),
         sections.terms(model, result),

@@ -291,12 +291,15 @@ def again(run: Run, seed: int) -> str:
 def train_command(run: Run) -> str:
     """The command with every option, so that it outlives the presets of a version."""
     config = run.config
+    if config.train.grid:  # fine-tuned from another run, whose name it does not know
+        tuned = f"--steps-of-bound {len(config.train.grid)} --steps {config.train.steps}"
+        return f"nelbo train --resume RUN {tuned} --out {shlex.quote(str(run.path))}"
     options: dict[str, object] = {"levels": config.schema.levels, "size": config.size}
     options |= config.model.to_dict() | config.train.to_dict()
     words = [shlex.join(["nelbo", "train", config.source, "--out", str(run.path)])]
     for name, value in options.items():
         # The clip has no option, and the absorbing process brings its only head and decoder.
-        if value not in (None, "symbols", "categorical") and name != "clip":
+        if value not in (None, (), "symbols", "categorical") and name != "clip":
             words.append(f"--{name.replace('_', '-')}\0{value}")
     lines = textwrap.wrap(" ".join(words), 92, break_long_words=False, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\0", " ")

@@ -90,10 +90,10 @@ class Trajectory:
 
 
 def trajectory(
-    model: Model, count: int, seed: int, track: Track = iter, steps: int = SAMPLE_STEPS
+    model: Model, count: int, times: Grid, seed: int, track: Track = iter
 ) -> Trajectory:
-    """The samples of `sample.ancestral` on a uniform grid, with what happened on the way."""
-    grid = Grid.uniform(steps).times.to(model.device)
+    """The samples of `sample.ancestral` on a grid, with what happened on the way."""
+    grid, steps = times.times.to(model.device), len(times.times)
     shots = set(torch.linspace(0, steps - 1, 8).round().int().tolist())
     seen: list[tuple[float, Tensor, Tensor]] = []
     with measuring(model), seeded(seed):
@@ -106,5 +106,5 @@ def trajectory(
             if i > 0:
                 z = draw(model.step(prediction, z, grid[i - 1].expand(count), t, model.process))
         x = model.decoder(prediction, z, t, model.process).sample()
-    times, z_t, e_hat = zip(*seen, strict=True)
-    return Trajectory(x.cpu(), list(times), list(z_t), list(e_hat))
+    at, z_t, e_hat = zip(*seen, strict=True)
+    return Trajectory(x.cpu(), list(at), list(z_t), list(e_hat))
