@@ -101,7 +101,7 @@ class TrainConfig(Section):
     clip: float = 5.0
     ema: float = 0.999
     objective: Objective = "bound"
-    times: Times = "stratified"
+    times: Times = "importance"
     cross_entropy: float = 0.1
     augment: float = 0.7
     evaluate_every: int = 100
