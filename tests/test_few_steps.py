@@ -8,9 +8,10 @@ import shutil
 import pytest
 import torch
 from closed_forms import Formula, assert_mean
+from test_cli import run_ok
 from test_train import assert_same_run
 
-from nelbo import checkpoint
+from nelbo import checkpoint, grids
 from nelbo._numerics import seeded
 from nelbo.cli import main
 from nelbo.config import TrainConfig
@@ -81,6 +82,15 @@ def test_a_condition_reaches_the_network():
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_examples():
+    """What is measured on the way may be rough here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grids, "EXAMPLES", 16)
+        patch.setattr(training, "VALIDATION_EXAMPLES", 64)
+        yield
+
+
 FINE = {"steps_of_bound": 2, "steps": 4}
 
 
@@ -108,8 +118,12 @@ def test_fine_tuning_improves_the_bound_of_its_steps(source, tmp_path, monkeypat
     """On a given grid; validation is by that bound."""
     # the best grid of a model that has learned nothing stays in the noise
     monkeypatch.setattr(checkpoint.Run, "grid", lambda run, steps, *_: Grid.uniform(steps))
+    source = shutil.copytree(source, tmp_path / "source")
+    config = (source / checkpoint.CONFIG).read_text()
+    seldom = config.replace('"evaluate_every": 2', '"evaluate_every": 60')
+    (source / checkpoint.CONFIG).write_text(seldom)
     run = checkpoint.load(source)
-    x, _ = run.examples(split="validation")
+    x = run.examples(split="validation")[0][:64]
     before = evaluate(run.model, x, times=run.grid(4), calls=8, seed=3)
     better = fine_tune(source, 4, tmp_path / "new", steps=120)
     after = evaluate(better.model, x, times=better.grid(4), calls=8, seed=3)
@@ -220,7 +234,7 @@ def test_a_grid_in_a_configuration_is_checked(grid):
     ("arguments", "words"),
     [
         ("train --resume RUN --steps-of-bound 0", "steps must be at least 1; got 0"),
-        ("train digits --out NEW --steps-of-bound 4", "--resume RUN --steps-of-bound 4"),
+        ("train digits --out NEW --steps-of-bound 4", "name it with --resume"),
         ("train --resume RUN --steps-of-bound 2 --lr 1", "--lr cannot go with it"),
         ("train --resume RUN --steps-of-bound 2 --out RUN", "exists and is a run"),
         ("train --resume NEW --steps-of-bound 2", "NEW"),
@@ -235,7 +249,7 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, arguments, wo
     with pytest.raises(SystemExit) as exit_:
         main(parts)
     error = capsys.readouterr().err
-    assert exit_.value.code == 2 and words in error.replace("RUN", str(run.path))
+    assert exit_.value.code == 2 and words in error
     assert not (tmp_path / "NEW").exists() and not (tmp_path / "s.npz").exists()
 
 
@@ -244,25 +258,15 @@ def test_samples_follow_the_grid(run, tmp_path, monkeypatch):
     seen = []
     samplers = importlib.import_module("nelbo.sample")
     draw = samplers.ancestral
-    monkeypatch.setattr(
-        samplers,
-        "ancestral",
-        lambda model, n, times, *rest: seen.append(times) or draw(model, n, times, *rest),
-    )
-    for extra in ((), ("--grid", "uniform")):
-        main(
-            [
-                "sample",
-                str(run.path),
-                "--n",
-                "2",
-                "--steps",
-                "2",
-                "--out",
-                str(tmp_path / "s.npz"),
-                *extra,
-            ]
-        )
+
+    def listen(model, n, times, *rest):
+        seen.append(times)
+        return draw(model, n, times, *rest)
+
+    monkeypatch.setattr(samplers, "ancestral", listen)
+    command = f"sample {run.path} --n 2 --steps 2 --out {tmp_path / 's.npz'}".split()
+    run_ok(*command)
+    run_ok(*command, "--grid", "uniform")
     assert torch.equal(seen[0].times, run.grid(2).times)
     assert seen[1].times.tolist() == [0.5, 1.0]
 
