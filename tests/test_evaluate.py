@@ -9,7 +9,7 @@ from torch import nn
 
 from nelbo._numerics import seeded
 from nelbo.estimate import Continuum, Grid, elbo
-from nelbo.evaluate import BLOCK, evaluate, plan
+from nelbo.evaluate import BLOCK, CALLS, evaluate, plan
 from nelbo.heads import Data, LevelLogits
 from nelbo.likelihood import GaussianDensity, LevelHead
 from nelbo.model import Model, model_hash
@@ -79,26 +79,36 @@ def test_the_terms_add_up(model, x, times):
     assert error.data > 0 and error.monte_carlo > 0
 
 
+@pytest.mark.parametrize("calls", [None, 2, 3, 4, 9, 21, 64])
 @pytest.mark.parametrize(
-    ("times", "calls", "expected"),
-    [
-        (Continuum(), None, 24),
-        (Continuum(), 4, 4),
-        (Continuum(), 21, 20),
-        (Grid.uniform(8), None, 32),
-        (Grid.uniform(8), 16, 16),
-        (Grid.uniform(8), 8, 8),
-        (Grid.uniform(1000), None, 64),
-        (Grid.uniform(1), None, 4),
-    ],
+    "times",
+    [Continuum(), Grid.uniform(8), Grid.uniform(1000), Grid.uniform(1)],
+    ids=["continuum", "8", "1000", "1"],
 )
-def test_the_calls_are_those_of_the_network(model, x, times, calls, expected):
-    assert evaluate(model, x, times=times, calls=calls).calls_per_example == expected
+def test_the_calls_are_those_of_the_network(model, x, times, calls):
+    """Counted at the network, the pilot's included; never more than was asked for."""
+    rows = []
+    model.network.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    result = evaluate(model, x, times=times, calls=calls)
+    assert result.calls_per_example == sum(rows) / len(x)
+    assert (calls or CALLS) / 2 <= result.calls_per_example <= (calls or CALLS)
+
+
+def test_the_plan_spends_what_it_may():
+    for examples in (1, 5, 69, 447, 10_000):
+        for calls in (2, 3, 4, 7, 24, 1000):
+            for cells in (1, 9, 33):
+                for scored in (False, True):
+                    p = plan(examples, calls, cells, scored)
+                    each = p.replicates * p.draws * (2 if p.paired else 1)
+                    assert p.replicates >= 2
+                    assert p.pilot * cells + each * examples <= calls * examples
+                    assert 1 <= p.block <= BLOCK
 
 
 def test_too_few_calls_for_an_error_bar():
-    with pytest.raises(ValueError, match=r"calls must be at least 4.*got 3"):
-        plan(Continuum(), 3)
+    with pytest.raises(ValueError, match=r"calls must be at least 2.*got 1"):
+        plan(10, 1, 33)
 
 
 @pytest.mark.parametrize("times", [Continuum(), Grid.uniform(6)], ids=["continuum", "grid"])

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nelbo.elbo import Bound, diffusion_rate, diffusion_term, prior_term, reconstruction_term
+from nelbo.elbo import Bound, prior_term, reconstruction_term
 from nelbo.model import Model
+from nelbo.terms import Rate, Step, Term
 
 
 def iid(examples: int, draws: int = 1) -> Tensor:
@@ -50,8 +51,19 @@ class Times(ABC):
     steps: int | None
 
     @abstractmethod
+    def at(self, u: Tensor) -> Tensor:
+        """The time at u ∈ [0, 1], shape of u; between the times of a grid, linear."""
+
+    @abstractmethod
+    def term(self, u: Tensor) -> tuple[Term, float]:
+        """The term at uniform u, shape (B,), and the factor of its cost."""
+
     def diffusion(self, model: Model, x: Tensor, u: Tensor) -> Tensor:
         """Unbiased draw of the diffusion term for uniform u, shape (B,), nats."""
+        if self.terms == 0:
+            return torch.zeros_like(u)
+        term, factor = self.term(u)
+        return factor * term.cost(model, x)
 
 
 class Grid(Times):
@@ -90,12 +102,19 @@ class Grid(Times):
             raise ValueError(f"steps must be at least 1; got {steps}")
         return Grid(torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:])
 
-    def diffusion(self, model: Model, x: Tensor, u: Tensor) -> Tensor:
+    def at(self, u: Tensor) -> Tensor:
         if self.terms == 0:
-            return torch.zeros_like(u)
+            return torch.ones_like(u)
         times = self.times.to(u.device)
-        i = (u * self.terms).long().clamp(max=self.terms - 1)
-        return self.terms * diffusion_term(model, x, times[i], times[i + 1])
+        i = self._interval(u)
+        return times[i] + (times[i + 1] - times[i]) * (u * self.terms - i)
+
+    def term(self, u: Tensor) -> tuple[Term, float]:
+        times, i = self.times.to(u.device), self._interval(u)
+        return Step(t=times[i + 1], s=times[i]), float(self.terms)
+
+    def _interval(self, u: Tensor) -> Tensor:
+        return (u * self.terms).long().clamp(max=self.terms - 1)
 
 
 class Continuum(Times):
@@ -113,9 +132,11 @@ class Continuum(Times):
             raise ValueError(f"start must be in [0, 1); got {start}")
         self.first = start
 
-    def diffusion(self, model: Model, x: Tensor, u: Tensor) -> Tensor:
-        width = 1 - self.first
-        return width * diffusion_rate(model, x, self.first + width * u)
+    def at(self, u: Tensor) -> Tensor:
+        return self.first + (1 - self.first) * u
+
+    def term(self, u: Tensor) -> tuple[Term, float]:
+        return Rate(self.at(u)), 1 - self.first
 
 
 def elbo(model: Model, x: Tensor, times: Times | None = None, u: Tensor | None = None) -> Bound:

@@ -1,35 +1,46 @@
 r"""One pass over a data set: the mean bound, its terms, its error, its price.
 
-Each example is visited once per replicate r = 1..R, with its own draws of the times and of z:
+Each example is visited once per replicate r = 1..R, with its own draws of the terms and of z:
 
-    L_ir = prior_i + reconstruction_ir + diffusion_ir,      bound = mean_i mean_r L_ir
+    L_ir = prior_i + Σ_cells cost_ir,      bound = mean_i mean_r L_ir
 
-The times are stratified within blocks of examples, so neighbours share strata, and the replicates
-of a block are what is independent. Hence the two parts of the standard error:
+The draws, and what is taken off them, follow a pilot (`allocate`). They are stratified within
+blocks of examples, so neighbours share strata, and the replicates of a block are what is
+independent. Hence the two parts of the standard error:
 
     Monte Carlo   Σ_g (n_g/N)² var_r( mean_{i in block g} L_ir ) / R      another seed, same data
-    data          ( var_i(mean_r L_ir) − mean_i(var_r(L_ir)/R) ) / N      other data, no noise
+    data          ( var_i(mean_r L_ir) - mean_i(var_r(L_ir)/R) ) / N      other data, no noise
 
-The number of network calls is counted at the network. Blocks are seeded one by one.
+The number of network calls is counted at the network, the pilot's among them. Blocks are seeded
+one by one, so any number of processes that share them give the same number.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nelbo._numerics import LOG_2, seeded
+from nelbo._processes import gather, world
 from nelbo._progress import Track
+from nelbo.allocate import Allocation, Cells, estimate, pilot
+from nelbo.control import Controls
 from nelbo.data import as_examples, fingerprint
-from nelbo.elbo import Bound, prior_term, reconstruction_term
-from nelbo.estimate import Continuum, Grid, Times, stratified
+from nelbo.elbo import Bound, prior_term
+from nelbo.estimate import Continuum, Times, stratified
 from nelbo.model import Model, measuring, model_hash
 
-BLOCK = 32  # examples that share strata
-BINS = 32  # of the curve over time
+BLOCKS = 32  # of examples that share strata, where there are enough: degrees of freedom
+BLOCK = 32  # examples in one, at most
+CALLS = 24  # network calls per example, if nothing else is asked for
+PILOT = (1 / 8, 128)  # share of the calls, and rows of each cell, at most; but ..
+LEAST = 16  # .. so many rows of each cell, where they take no more than half of the calls
+SCORES = (64, 8)  # rows of each cell for which principal components pay, and how many
+SCORED = 8  # replicates that give an example its own standard error
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What the times between t_from and t_to add to the diffusion term."""
+    """What the times between t_from and t_to add to the diffusion term; error by Monte Carlo."""
 
     t_from: float
     t_to: float
@@ -83,14 +94,26 @@ class Evaluation:
     precision: str
     model_hash: str
     data_hash: str
+    processes: int
     curve: list[CurvePoint]
     per_example: Bound = field(repr=False, compare=False)
+    per_example_error: Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON, without the terms per example; what is not finite is None."""
-        plain = asdict(replace(self, per_example=Bound(*[torch.empty(0)] * 3)))
-        del plain["per_example"]
+        empty = torch.empty(0)
+        plain = asdict(
+            replace(self, per_example=Bound(empty, empty, empty), per_example_error=empty)
+        )
+        del plain["per_example"], plain["per_example_error"]
         return {key: _finite(value) for key, value in plain.items()}
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Per example, in the order of the data, shape (N,), nats: the bound `nats` on
+        -log P(x), its Monte Carlo `standard_error` and its three terms."""
+        arrays = {name: term.numpy() for name, term in self.per_example._asdict().items()}
+        error = self.per_example_error.numpy()
+        return {"nats": -self.per_example.elbo.numpy(), "standard_error": error, **arrays}
 
 
 def _finite(value: object) -> object:
@@ -101,24 +124,49 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def plan(times: Times, calls: int | None) -> tuple[int, int]:
-    """Replicates R and draws n of the diffusion term in each: R (1 + n) network calls at most.
+@dataclass(frozen=True)
+class Plan:
+    """How the calls for N examples are spent.
 
-    Left to itself: four replicates, of 6 calls each in continuous time; on a grid of the full
-    sum, or of 15 of its terms where it has more.
+    Args:
+        block: examples that share strata.
+        pilot: rows in each cell of the pilot.
+        replicates: R.
+        draws: of each example in each replicate; or pairs of draws.
+        paired: two network calls for each.
     """
-    if calls is None:
-        draws = 5 if times.steps is None else min(times.terms, 15)
-        return 4, draws
-    if calls < 4:
+
+    block: int
+    pilot: int
+    replicates: int
+    draws: int
+    paired: bool
+
+
+def plan(examples: int, calls: int, cells: int, scored: bool = False) -> Plan:
+    """Spend `calls` network calls per example, at most, on the pilot and on the draws.
+
+    Raises:
+        ValueError: fewer calls than an error bar needs.
+    """
+    if calls < 2:
         raise ValueError(
-            "calls must be at least 4: two independent draws of the reconstruction and of the"
-            f" diffusion term are the least that has an error bar; got {calls}"
+            f"calls must be at least 2, the least that has an error bar; got {calls}; try 24"
         )
-    if times.steps is not None and calls >= 2 * times.steps:
-        return calls // times.steps, times.terms
-    replicates = 4 if calls >= 8 else 2
-    return replicates, calls // replicates - 1
+    each = examples * calls / cells
+    rows = min(PILOT[1], max(LEAST, int(PILOT[0] * each)))
+    # what the pilot takes is not left for the draws
+    left = calls - math.ceil(rows * cells / examples)
+    if left < max(2, calls / 2):
+        rows, left = 0, calls
+    paired = left >= 4
+    draws = left // 2 if paired else left
+    block = max(1, min(BLOCK, examples // BLOCKS))
+    if scored or examples < 2 * BLOCKS:
+        replicates = min(draws, SCORED)
+    else:
+        replicates = 3 if draws == 3 else 2
+    return Plan(block, rows, replicates, draws // replicates, paired)
 
 
 def evaluate(
@@ -127,54 +175,79 @@ def evaluate(
     *,
     times: Times | None = None,
     calls: int | None = None,
+    target_error: float | None = None,
+    per_example: bool = False,
     seed: int = 0,
     weights: str = "as given",
     split: str = "as given",
     track: Track = iter,
 ) -> Evaluation:
-    """The bound on −log P(x|φ), mean over the examples x, each visited exactly once.
+    """The bound on -log P(x|φ), mean over the examples x, each visited exactly once.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, shape (N, *model.shape).
         times: Continuum(), the default, or Grid(times) for the bound of T steps.
-        calls: network calls per example, at most; see `plan`.
+        calls: network calls per example, at most; 24 where left out.
+        target_error: in place of calls, the Monte Carlo standard error to be reached, in the unit
+            of the result.
+        per_example: more replicates of fewer draws, so that each example's own standard error
+            has seven degrees of freedom.
         seed: everything random follows from it.
         weights: which weights these are, for the record.
         split: which data these are, for the record.
         track: wraps the blocks of examples, for a progress bar.
 
     Raises:
-        ValueError: examples of another shape or too few calls.
+        ValueError: examples of another shape, too few calls, an impossible target.
     """
     times = Continuum() if times is None else times
     if len(x) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
-    replicates, draws = plan(times, calls)
-    blocks = x.split(BLOCK)
-    curve = _Curve(times, len(x) * replicates * draws)
-    terms = []
-    with measuring(model), _counting(model.network) as rows:
-        for g in track(range(len(blocks))):
-            with seeded(seed, g):
-                block = as_examples(blocks[g]).to(model.device)
-                terms.append(_draw_terms(model, block, times, replicates, draws, curve))
-    prior, reconstruction, diffusion = (torch.cat(parts) for parts in zip(*terms, strict=True))
-
-    each = prior[:, None] + reconstruction + diffusion
-    bound = Bound(prior, reconstruction.mean(1), diffusion.mean(1))
-    nats = -bound.elbo.mean().item()
+    if target_error is not None and not (target_error > 0 and math.isfinite(target_error)):
+        raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
+    if target_error is not None and calls is not None:
+        raise ValueError("give calls or target_error, not both")
     density = model.decoder.density
     scale = 1.0 if density else 1 / (model.dims * LOG_2)
+    cells = Cells(times)
+    way = plan(len(x), CALLS if calls is None else calls, cells.count, per_example)
+    with measuring(model), _counting(model.network) as rows:
+        with seeded(seed, 0):
+            scores = SCORES[1] if way.pilot >= SCORES[0] else 0
+            controls = Controls(model, x, cells.edges, scores)
+            allocation = pilot(cells, controls, x, way.pilot, way.paired)
+        piloted = sum(rows)
+        rows.clear()
+        if target_error is not None:
+            way = _first_round(way, allocation, target_error / scale, len(x))
+        turn, prior, costs = 0, torch.empty(0), torch.empty(len(x), 0, cells.count)
+        while True:
+            found = {
+                g: _block(cells, controls, allocation, x, way, (seed, 1, turn, g), g)
+                for g in track(_mine(len(x), way.block))
+            }
+            whole = sorted((g, *block) for part in gather(found) for g, block in part.items())
+            prior = torch.cat([block[1] for block in whole])
+            costs = torch.cat([costs, torch.cat([block[2] for block in whole])], 1)
+            error = _standard_error((prior[:, None] + costs.sum(2)) * scale, way.block)
+            if target_error is None or error.monte_carlo <= target_error:
+                break
+            turn += 1
+            way = _next_round(way, error.monte_carlo, target_error, costs.shape[1])
+        called = piloted + sum(gather(sum(rows)))
+
+    bound = Bound(prior, costs[..., 0].mean(1), costs[..., 1:].sum(2).mean(1))
+    nats = -bound.elbo.mean().item()
     return Evaluation(
         bits_per_dim=None if density else nats * scale,
         nats=nats,
         unit="nats" if density else "bits/dim",
-        standard_error=_standard_error(each * scale),
+        standard_error=error,
         terms=Terms(*((term.mean() * scale).item() for term in bound)),
         examples=len(x),
         dims=model.dims,
-        calls_per_example=sum(rows) / len(x),
+        calls_per_example=called / len(x),
         steps=times.steps,
         seed=seed,
         weights=weights,
@@ -182,52 +255,80 @@ def evaluate(
         precision=f"float64 around {next(model.network.parameters()).dtype}".replace("torch.", ""),
         model_hash=model_hash(model),
         data_hash=fingerprint(x),
-        curve=curve.points(scale),
+        processes=world()[1],
+        curve=_curve(cells, costs * scale, way.block),
         per_example=bound,
+        per_example_error=(costs.sum(2).var(1) / costs.shape[1]).sqrt(),
     )
 
 
-def _draw_terms(
-    model: Model, x: Tensor, times: Times, replicates: int, draws: int, curve: "_Curve"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a block of B examples: prior (B,), reconstruction and diffusion (B, replicates)."""
-    prior = prior_term(model, x, _full(x, 1.0)).cpu()
-    copies = x.repeat_interleave(replicates, 0)
-    reconstruction = _in_chunks(reconstruction_term, model, copies, _full(copies, times.first))
-    diffusion = torch.zeros(len(x), replicates, dtype=torch.float64)
-    if draws:
-        u = torch.stack([stratified(len(x), draws) for _ in range(replicates)], 1)
-        copies = x.repeat_interleave(replicates * draws, 0)
-        each = _in_chunks(times.diffusion, model, copies, u.flatten().to(x.device))
-        diffusion = each.reshape(u.shape).mean(-1)
-        curve.add(u.flatten(), each)
-    return prior, reconstruction.reshape(-1, replicates), diffusion
+def _mine(examples: int, block: int) -> range:
+    """The blocks of this process."""
+    rank, size = world()
+    return range(rank, math.ceil(examples / block), size)
 
 
-def _standard_error(each: Tensor) -> StandardError:
-    """Of the mean of each (N, R), in blocks whose replicates are independent."""
+def _first_round(way: Plan, allocation: Allocation, target: float, examples: int) -> Plan:
+    """A third of the draws that the pilot foresees for a target in nats."""
+    foreseen = (allocation.left.square() / allocation.probability).sum().item() / examples
+    draws = foreseen / target**2 / 3 if math.isfinite(foreseen) else 1
+    return replace(way, draws=max(1, math.ceil(draws / way.replicates)))
+
+
+def _next_round(way: Plan, error: float, target: float, replicates: int) -> Plan:
+    """The replicates that are missing, of as many draws each."""
+    missing = replicates * ((error / target) ** 2 - 1)
+    return replace(way, replicates=max(1, math.ceil(missing)))
+
+
+def _block(
+    cells: Cells,
+    controls: Controls,
+    allocation: Allocation,
+    x: Tensor,
+    way: Plan,
+    place: tuple[int, ...],
+    g: int,
+) -> tuple[Tensor, Tensor]:
+    """Of the g-th block of B examples: prior (B,) and costs (B, R, cells), nats."""
+    model = controls.model
+    with seeded(*place):
+        block = as_examples(x[g * way.block : (g + 1) * way.block]).to(model.device)
+        last = torch.ones(len(block), dtype=torch.float64, device=model.device)
+        prior = prior_term(model, block, last).double().cpu()
+        u = torch.stack([stratified(len(block), way.draws) for _ in range(way.replicates)], 1)
+        return prior, estimate(cells, controls, allocation, block, u, way.paired)
+
+
+def _monte_carlo(each: Tensor, block: int) -> float:
+    """Standard error of the mean of each (N, R), in blocks whose replicates are independent."""
     examples, replicates = each.shape
-    monte_carlo = sum(
-        (len(block) / examples) ** 2 * block.mean(0).var().item() / replicates
-        for block in each.split(BLOCK)
+    variance = sum(
+        (len(part) / examples) ** 2 * part.mean(0).var().item() / replicates
+        for part in each.split(block)
     )
+    return math.sqrt(variance)
+
+
+def _standard_error(each: Tensor, block: int) -> StandardError:
+    """Of the mean of each (N, R)."""
+    examples, replicates = each.shape
+    monte_carlo = _monte_carlo(each, block)
     if examples == 1:
-        return StandardError(math.nan, math.nan, math.sqrt(monte_carlo))
+        return StandardError(math.nan, math.nan, monte_carlo)
     noise = each.var(1).mean() / replicates
-    data = max(0.0, (each.mean(1).var() - noise).item() / examples)
-    return StandardError(*(math.sqrt(v) for v in (data + monte_carlo, data, monte_carlo)))
+    data = math.sqrt(max(0.0, (each.mean(1).var() - noise).item() / examples))
+    return StandardError(math.hypot(data, monte_carlo), data, monte_carlo)
 
 
-def _full(x: Tensor, t: float) -> Tensor:
-    return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
-
-
-def _in_chunks(
-    term: Callable[[Model, Tensor, Tensor], Tensor], model: Model, x: Tensor, t: Tensor
-) -> Tensor:
-    """term(model, x, t) on as many rows at a time as memory allows; on the CPU."""
-    chunks = zip(x.split(model.rows), t.split(model.rows), strict=True)
-    return torch.cat([term(model, x, t).double().cpu() for x, t in chunks])
+def _curve(cells: Cells, costs: Tensor, block: int) -> list[CurvePoint]:
+    """The diffusion term over time, from the costs (N, R, cells)."""
+    edges = cells.edges.tolist()
+    return [
+        CurvePoint(edges[c - 1], edges[c], costs[..., c].mean().item(), error)
+        for c in range(1, cells.count)
+        for error in [_monte_carlo(costs[..., c], block)]
+    ]
 
 
 @contextmanager
@@ -239,42 +340,3 @@ def _counting(network: nn.Module) -> Iterator[list[int]]:
         yield rows
     finally:
         handle.remove()
-
-
-class _Curve:
-    """Mean and standard error of the diffusion term's integrand over u, in bins."""
-
-    def __init__(self, times: Times, draws: int) -> None:
-        # at least 16 draws a bin, so that its error bar means something
-        most = max(1, min(BINS, draws // 16))
-        self.bins = min(times.terms, BINS) if isinstance(times, Grid) else most
-        edges = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64) if self.bins else None
-        if isinstance(times, Grid) and edges is not None:
-            edges = times.times[(edges * times.terms).round().long()]
-        elif edges is not None:
-            edges = times.first + (1 - times.first) * edges
-        self.edges = edges
-        self.sums = torch.zeros(3, max(self.bins, 1), dtype=torch.float64)
-
-    def add(self, u: Tensor, value: Tensor) -> None:
-        i = (u * self.bins).long().clamp(max=self.bins - 1)
-        for row, power in enumerate((torch.ones_like(value), value, value.square())):
-            self.sums[row].index_add_(0, i, power)
-
-    def points(self, scale: float) -> list[CurvePoint]:
-        if self.edges is None:
-            return []
-        count, total, squares = self.sums
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp(min=0) / (count - 1)
-        unit = scale / self.bins
-        return [
-            CurvePoint(*values)
-            for values in zip(
-                self.edges[:-1].tolist(),
-                self.edges[1:].tolist(),
-                (mean * unit).tolist(),
-                (variance.sqrt() * unit).tolist(),
-                strict=True,
-            )
-        ]

@@ -158,18 +158,24 @@ class Logits(Head):
     def start_from(self, x: Tensor) -> None:
         """Set the log-prior to the log-frequencies of the levels in x, (N, *shape).
 
-        Under a network that gives zero the model is then the factorised Bayes denoiser. Each
-        dimension's counts are smoothed by K counts of the frequencies over all dimensions.
+        Under a network that gives zero the model is then the factorised Bayes denoiser.
         """
-        places = self.outputs * torch.arange(x[0].numel()).reshape(x.shape[1:])
-        counts = torch.zeros(x[0].numel() * self.outputs, dtype=torch.int64)
-        for part in x.split(4096):
-            counts += torch.bincount((places + part).flatten(), minlength=len(counts))
-        counts = counts.double().reshape(*x.shape[1:], self.outputs)
-        overall = counts.flatten(0, -2).sum(0) + 1
-        smooth = counts + self.outputs * overall / overall.sum()
-        frequency = smooth / smooth.sum(-1, keepdim=True)
-        self.log_prior.data.copy_(frequency.log())
+        self.log_prior.data.copy_(log_frequencies(x, self.outputs))
+
+
+def log_frequencies(x: Tensor, count: int) -> Tensor:
+    """Log-frequencies of the `count` levels in each dimension of x, (N, ...): (..., count).
+
+    A dimension's counts are smoothed by as many counts of the frequencies over all dimensions.
+    """
+    places = count * torch.arange(x[0].numel()).reshape(x.shape[1:])
+    counts = torch.zeros(x[0].numel() * count, dtype=torch.int64)
+    for part in x.split(4096):
+        counts += torch.bincount((places + part).flatten(), minlength=len(counts))
+    table = counts.double().reshape(*x.shape[1:], count)
+    overall = table.flatten(0, -2).sum(0) + 1
+    smooth = table + count * overall / overall.sum()
+    return (smooth / smooth.sum(-1, keepdim=True)).log()
 
 
 class LevelLogits(Logits):
