@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from nelbo import checkpoint
 from nelbo._numerics import LOG_2, seeded
 from nelbo.cli import TrainOptions, app
 from nelbo.data import as_examples
 from nelbo.elbo import diffusion_term, prior_term, reconstruction_term
 from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
+from nelbo.grids import even_times
 from nelbo.model import measuring
 from nelbo.report.dimensions import by_dimension
 from nelbo.report.figures import readable
@@ -38,7 +40,7 @@ def integers(count: int, *shape: int, levels: int) -> np.ndarray:
 
 DATA = {
     "vectors with levels": (lambda: integers(60, 3, levels=6), {}),
-    "real vectors": (vectors, {}),
+    "real vectors": (vectors, {"step": "optimal"}),
     "one real column": (lambda: vectors(60, 1), {"step": "beta"}),
     "real images": (lambda: integers(60, 1, 5, 7, levels=9) / np.float32(3), {}),
     "colour": (lambda: integers(60, 3, 5, 7, levels=4), {}),
@@ -49,6 +51,18 @@ DATA = {
         {"head": "noise", "step": "learned"},
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_grids():
+    """The best grids are not measured here; they are some other ones than the uniform ones."""
+
+    def early(model, x, steps, **_):
+        return Grid(even_times(model.process.schedule, steps, steps) ** 1.5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "best_grid", early)
+        yield
 
 
 @pytest.fixture(scope="module", params=DATA)
@@ -219,3 +233,21 @@ def test_axis_is_readable_with_a_far_value():
     assert low < 1.9 and top > 2.2
     low, top = readable([3.0, 3.0])
     assert low < 3 < top
+
+
+def test_the_best_grids_stand_before_the_uniform_ones(digits):
+    """The model's own step on the grids given, in full, then the same on uniform ones, thin."""
+    x = as_examples(digits.examples()[0][:8])
+
+    def late(steps):
+        return Grid(Grid.uniform(steps).times ** 0.5)
+
+    curves, _ = measure_steps(digits.model, x, seed=2, best=late)
+    names = "mixture step, best grid", "mixture step", "Gaussian step, σ² = β̃"
+    assert tuple(curve.name for curve in curves) == names
+    assert [curve.thin for curve in curves] == [False, True, False]
+    for curve, grid in zip(curves, (late, Grid.uniform), strict=False):
+        (bound,) = by_dimension(digits.model, x, grid(4), seed=2)
+        bits = sum(term.sum().item() for term in bound) / (8 * digits.model.dims * LOG_2)
+        assert curve.values[STEPS.index(4)] == pytest.approx(bits, rel=1e-9)
+    assert curves[0].values[-1] == curves[1].values[-1]

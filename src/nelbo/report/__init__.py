@@ -40,7 +40,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
         model, x, seed=seed, weights=run.weights, split=split, track=track("test bound")
     )
     few, unit = some(model, x, seed), result.unit
-    curves, cost = measure_steps(model, few, seed, track("step counts"))
+    curves, cost = measure_steps(model, few, seed, track("step counts"), run.grid)
     count, grid = 64 if is_image(schema) else len(few), run.grid(SAMPLE_STEPS, track("grid"))
     path = trajectory(model, count, grid, seed, track("samples"))
     parts = [

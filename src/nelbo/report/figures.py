@@ -177,24 +177,33 @@ def density(
 
 @dataclass(frozen=True)
 class StepCurve:
-    """The bound against the number of steps; the last value belongs to T = ∞."""
+    """The bound against the number of steps; the last value belongs to T = ∞.
+
+    A thin one is a companion of the curve before it, in its colour.
+    """
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]
     errors: Sequence[float]
+    thin: bool = False
 
 
 def step_curves(curves: Sequence[StepCurve], unit: str) -> str:
     """Bound against T on a logarithmic axis, ∞ apart at its end; far values as numbers."""
     low, top = readable([value for curve in curves for value in curve.values])
     with plot(470, 300) as (figure, [ax]):
-        for i, curve in enumerate(curves):
+        i = -1
+        for curve in curves:
+            i += not curve.thin
             at = [math.log2(t) for t in curve.steps]
             at.append(at[-1] + 1.4)
             values, shade = list(curve.values), COLOURS[i]
-            ax.plot(at[:-1], values[:-1], color=shade, label=curve.name)
-            ax.plot(at[-2:], values[-2:], color=shade, linestyle=(0, (1, 2)))
+            line = {"color": shade, "linewidth": 0.8} if curve.thin else {"color": shade}
+            ax.plot(at[:-1], values[:-1], label=curve.name, **line)
+            ax.plot(at[-2:], values[-2:], linestyle=(0, (1, 2)), **line)
+            if curve.thin:
+                continue
             ax.errorbar(at, values, curve.errors, fmt="o", color=shade, elinewidth=1.2)
             for x, value in zip(at, values, strict=True):
                 if value > top:

@@ -21,7 +21,7 @@ from nelbo.model import Model
 from nelbo.pictures import Canvas
 from nelbo.process import Absorbing
 from nelbo.report import figures
-from nelbo.report.studies import SAMPLE_STEPS, STEPS, Trajectory, is_image, steps_of
+from nelbo.report.studies import SAMPLE_STEPS, STEPS, Trajectory, is_image, own_step
 
 
 def headline(run: Run, result: Evaluation) -> str:
@@ -109,7 +109,6 @@ def _gamma(model: Model, t: float) -> str:
 
 def steps(curves: list[figures.StepCurve], model: Model, unit: str, examples: int) -> str:
     """The bound against the number of steps."""
-    own = next(name for name, step in steps_of(model).items() if type(step) is type(model.step))
     rows = [
         (
             str(steps),
@@ -121,8 +120,9 @@ def steps(curves: list[figures.StepCurve], model: Model, unit: str, examples: in
     return _section(
         "The price of few steps",
         "With T steps a sample costs T network calls, and the bound belongs to exactly that"
-        f" sampler. Uniform times; the same {examples} test examples for every T; bars are one"
-        " standard error." + (f" This run takes the {own}." if len(curves) > 1 else ""),
+        f" sampler. Uniform times, or the best ones for this model, as"
+        f" nelbo sample takes them; the same {examples} test examples for every T; bars are one"
+        f" standard error. This run takes the {own_step(model)}.",
         f'<div class="two"><figure>{figures.step_curves(curves, unit)}</figure>'
         f'<div class="wide">{_table(head, rows)}</div></div>',
     )

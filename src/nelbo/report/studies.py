@@ -1,5 +1,6 @@
 """What a report measures beside the bound: few steps, the path of samples, single dimensions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from nelbo.model import Model, measuring
 from nelbo.process import Gaussian
 from nelbo.report.dimensions import by_dimension
 from nelbo.report.figures import StepCurve
-from nelbo.reverse import Beta, Learned, Mixture, Posterior, Reverse
+from nelbo.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
 
 STEPS = (2, 4, 8, 16, 32, 64)
 SAMPLE_STEPS = 32
@@ -47,25 +48,47 @@ def steps_of(model: Model) -> dict[str, Reverse]:
     found["Gaussian step, σ² = β̃"] = Posterior()
     if isinstance(model.step, Beta):
         found["Gaussian step, σ² = β"] = model.step
+    if isinstance(model.step, Optimal):
+        found["Gaussian step, best σ²"] = model.step
     return found
 
 
+def own_step(model: Model) -> str:
+    """The name of the model's own step."""
+    return next(name for name, step in steps_of(model).items() if type(step) is type(model.step))
+
+
 def measure_steps(
-    model: Model, x: Tensor, seed: int, track: Track = iter
+    model: Model,
+    x: Tensor,
+    seed: int,
+    track: Track = iter,
+    best: Callable[[int], Grid] | None = None,
 ) -> tuple[list[StepCurve], Tensor]:
     """Each reverse step at T = 2, 4, ..., 64, and ∞, which they share; and the costs of each
-    dimension (N, *shape) with the model's own step at 64. In the unit of the evaluation."""
+    dimension (N, *shape) with the model's own step at 64. In the unit of the evaluation.
+
+    All on uniform grids; with `best`, first the model's own step on the grids it gives, and the
+    same on uniform ones thin behind it.
+    """
     kinds = steps_of(model)
     limit = evaluate(model, x, calls=64, seed=seed, track=track)
     scale = 1.0 if limit.bits_per_dim is None else 1 / LOG_2
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    own = own_step(model)
+    first = f"{own}, best grid"
+    names = ([first] if best else []) + [own, *(name for name in kinds if name != own)]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     cost = torch.empty(0)
     for i in track(range(len(STEPS))):
         grid = Grid.uniform(STEPS[i])
-        bounds = by_dimension(model, x, grid, tuple(kinds.values()), seed)
-        for (name, step), bound in zip(kinds.items(), bounds, strict=True):
+        bounds = dict(
+            zip(kinds, by_dimension(model, x, grid, tuple(kinds.values()), seed), strict=True)
+        )
+        if best:
+            (bounds[first],) = by_dimension(model, x, best(STEPS[i]), (), seed)
+        for name, bound in bounds.items():
             each = scale * sum(bound, start=torch.zeros(()))
-            if type(step) is type(model.step):
+            if name == own:
                 cost = each
             total = each.flatten(1).sum(1) / (1 if scale == 1 else model.dims)
             error = (total.var(correction=1) / len(x)).sqrt() if len(x) > 1 else torch.zeros(())
@@ -75,7 +98,7 @@ def measure_steps(
     curves = []
     for name, points in found.items():
         values, errors = zip(*points, last, strict=True)
-        curves.append(StepCurve(name, STEPS, values, errors))
+        curves.append(StepCurve(name, STEPS, values, errors, bool(best) and name == own))
     return curves, cost
 
 
