@@ -162,10 +162,9 @@ def plan(examples: int, calls: int, cells: int, scored: bool = False) -> Plan:
     paired = left >= 4
     draws = left // 2 if paired else left
     block = max(1, min(BLOCK, examples // BLOCKS))
-    if scored or examples < 2 * BLOCKS:
-        replicates = min(draws, SCORED)
-    else:
-        replicates = 3 if draws == 3 else 2
+    # two, for strata as fine as can be; more, where blocks or examples alone give too few freedoms
+    least = 3 if draws == 3 else 2
+    replicates = min(draws, SCORED) if scored or examples < 2 * BLOCKS else least
     return Plan(block, rows, replicates, draws // replicates, paired)
 
 
