@@ -47,6 +47,7 @@ ORDER = (
     "finetune",
     "pictures",
     "report",
+    "show",
     "cli",
     "__main__",
 )

@@ -2,20 +2,17 @@
 
 import io
 import json
-import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import nelbo
 from nelbo import config
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
     from nelbo.checkpoint import Run
     from nelbo.estimate import Grid, Times
     from nelbo.evaluate import Evaluation
+    from nelbo.tighter import Tighter
 
 app = App(
     name="nelbo",
@@ -230,22 +228,31 @@ def train(
 
 @app.command
 def evaluate(
-    run: Path,
+    run: str,
     *,
     data: str | None = None,
     split: str | None = None,
     steps: int | None = None,
+    grid: Literal["best", "uniform"] = "best",
     calls: int | None = None,
+    target_error: float | None = None,
+    importance_samples: int | None = None,
+    ode: bool = False,
+    dequantise: Literal["encoder", "truncated-normal", "uniform"] = "encoder",
+    tolerance: float = 1e-4,
+    save: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
     json: bool = False,
 ) -> None:
     """State the bound on -log P(x) of a data set, with its error and its price.
 
+    Under torchrun its processes share the work; the number stays the same.
+
     Parameters
     ----------
     run
-        A run folder.
+        A run folder; or another library's model, diffusers:FOLDER or openai:FILE, with --data.
     data
         Other data, of the kind the run was trained on; the run's own where left out.
     split
@@ -253,9 +260,22 @@ def evaluate(
         own data, and all of other data.
     steps
         The bound of the model with this number of steps; continuous time where left out.
+    grid
+        The times of the steps: best for this run, found once and kept in its folder; or uniform.
     calls
-        Network calls per example, at most; more calls, less Monte Carlo error. The default is 24
-        in continuous time; with steps 4 for each step, of at most 16.
+        Network calls per example, at most, the pilot's included; 24 where left out.
+    target_error
+        In place of --calls: the Monte Carlo standard error to reach, in the unit of the result.
+    importance_samples
+        K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
+    ode
+        The likelihood by the probability-flow ODE instead, to two tolerances (extra: ode).
+    dequantise
+        How --ode passes from the data to the first latent.
+    tolerance
+        Of --ode, absolute and relative, per example; the looser one is 10 times as large.
+    save
+        A .npz file for the bound, its error and its terms of each example, in nats.
     seed
         Everything random follows from it.
     device
@@ -263,27 +283,73 @@ def evaluate(
     json
         Print one JSON object.
     """
+    from nelbo import integrations, show
+    from nelbo._processes import together
     from nelbo._progress import tracker
-    from nelbo.checkpoint import load
-    from nelbo.evaluate import evaluate as measure
+    from nelbo.checkpoint import check_writable, load, write
+    from nelbo.dequantise import DEQUANTISERS
+    from nelbo.evaluate import evaluate as bound
     from nelbo.model import find_device
+    from nelbo.tighter import evaluate_flow, evaluate_importance
 
-    loaded = load(run)
-    x, split = loaded.examples(data, split)
-    result = measure(
-        loaded.model.to(find_device(device)),
-        x,
-        times=_times(steps),
-        calls=calls,
-        seed=seed,
-        weights=loaded.weights,
-        split=split,
-        track=tracker("evaluate"),
-    )
-    if json:
-        print(_json(result.to_dict()))
-    else:
-        _show(result)
+    _only_one_way(steps, calls, target_error, importance_samples, ode)
+    if save is not None:
+        if save.suffix != ".npz":
+            raise ValueError(f"--save writes a .npz file; got {save}")
+        check_writable(save)
+    with together() as rank:
+        track = tracker("evaluate") if rank == 0 else iter
+        if integrations.is_foreign(run):
+            foreign = integrations.load(run, steps=steps)
+            for note in foreign.notes if rank == 0 else ():
+                _say(note)
+            model, weights = foreign.model, foreign.weights
+            times: Times | None = foreign.times
+            x, split = foreign.examples(data, split)
+        else:
+            loaded = load(run)
+            model, weights = loaded.model, loaded.weights
+            x, split = loaded.examples(data, split)
+            times = None if steps is None else _grid(loaded, steps, grid)
+        model.to(find_device(device))
+        find: Callable[..., Evaluation | Tighter]
+        if ode:
+            way = DEQUANTISERS[dequantise]
+            find = partial(evaluate_flow, dequantiser=way, tolerance=tolerance)
+        elif importance_samples is not None and times is not None:
+            find = partial(evaluate_importance, times=times, samples=importance_samples)
+        else:
+            find = partial(bound, times=times, calls=calls, target_error=target_error)
+            find = partial(find, per_example=save is not None)
+        result = find(model, x, seed=seed, weights=weights, split=split, track=track)
+        if rank == 0:
+            if save is not None:
+                write(save, show.npz(result))
+            if json:
+                print(_json(result.to_dict()))
+            else:
+                show.result(result)
+
+
+def _only_one_way(
+    steps: int | None,
+    calls: int | None,
+    target_error: float | None,
+    importance_samples: int | None,
+    ode: bool,
+) -> None:
+    """Refuse options that contradict each other."""
+    if importance_samples is not None and steps is None:
+        raise ValueError(
+            "--importance-samples weights whole paths of a finite number of steps; give --steps"
+        )
+    if ode and (steps is not None or importance_samples is not None):
+        raise ValueError("--ode is of continuous time; leave --steps and --importance-samples out")
+    if (ode or importance_samples is not None) and (calls or target_error):
+        raise ValueError(
+            "--calls and --target-error are for the bound; --ode is priced by --tolerance, and"
+            " --importance-samples by K times T"
+        )
 
 
 @app.command
@@ -360,14 +426,6 @@ def report(run: Path, *, out: Path | None = None, seed: int = 0) -> None:
     _say(f"open {page}")
 
 
-def _times(steps: int | None, run: "Run | None" = None, grid: str = "best") -> "Times":
-    from nelbo.estimate import Continuum, Grid
-
-    if steps is None:
-        return Continuum()
-    return Grid.uniform(steps) if run is None else _grid(run, steps, grid)
-
-
 def _grid(run: "Run", steps: int, grid: str) -> "Grid":
     """`steps` times: the best for the run, or uniform."""
     from nelbo._progress import tracker
@@ -377,43 +435,6 @@ def _grid(run: "Run", steps: int, grid: str) -> "Grid":
     if grid == "uniform":
         return Grid(even_times(run.model.process.schedule, steps, steps))
     return run.grid(steps, tracker("grid"))
-
-
-def _show(result: "Evaluation") -> None:
-    error, unit = result.standard_error, result.unit
-    time = "continuous time" if result.steps is None else f"{result.steps} steps"
-    title = f"bound on -log P(x), {escape(result.split)}, {time}"
-    table = Table(title=title, title_justify="left")
-    for column in ("", unit, "standard error"):
-        table.add_column(column, justify="left" if not column else "right")
-    value = result.nats if result.bits_per_dim is None else result.bits_per_dim
-    table.add_row("[bold]bound", f"[bold]{value:.4f}", f"{error.total:.4f}")
-    table.add_row("  of it data", "", f"{error.data:.4f}")
-    table.add_row("  of it Monte Carlo", "", f"{error.monte_carlo:.4f}", end_section=True)
-    for name, term in vars(result.terms).items():
-        table.add_row(name, f"{term:.4f}", "")
-    console = Console()
-    console.print(table)
-    console.print(_sparkline(result), highlight=False)
-    console.print(
-        f"{result.nats:.3f} nats per example; {result.examples} examples of {result.dims}"
-        f" dimensions, each once; {result.calls_per_example:g} network calls per example;"
-        f" seed {result.seed}; weights: {result.weights}; {result.precision};"
-        f" model {result.model_hash}, data {result.data_hash}",
-        highlight=False,
-        markup=False,
-    )
-
-
-def _sparkline(result: "Evaluation") -> str:
-    """The diffusion term over time, one block per bin."""
-    points = [point for point in result.curve if not math.isnan(point.value)]
-    heights = [point.value / (point.t_to - point.t_from) for point in points]
-    top = max(heights, default=0.0)
-    if not top > 0:
-        return "diffusion over t: none"
-    blocks = "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(8 * h / top)))] for h in heights)
-    return f"diffusion over t: 0 {blocks} 1, at most {top:.3g} {result.unit} per unit of t"
 
 
 def _json(value: object) -> str:

@@ -145,14 +145,14 @@ def elbo(model: Model, x: Tensor, times: Times | None = None, u: Tensor | None =
     Args:
         model: the model; its `dtype` is the precision of the arithmetic around the network.
         x: examples, shape (B, ...).
-        times: Grid(times) or Continuum(), the default.
+        times: Grid(times) or Continuum(start); left out, Continuum from the schedule's start.
         u: uniform draws in [0, 1), shape (B,) or (B, n), averaged over n. Left out, they are
             stratified, n as large as the number of terms: the full sum over a grid.
 
     Returns:
         Bound(prior, reconstruction, diffusion), shape (B,) each; `.elbo` is minus their sum.
     """
-    times = Continuum() if times is None else times
+    times = Continuum(model.process.schedule.start) if times is None else times
     if u is None:
         u = stratified(len(x), max(times.terms, 1))
     u = u.reshape(len(x), -1).to(x.device)

@@ -186,7 +186,7 @@ def evaluate(
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, shape (N, *model.shape).
-        times: Continuum(), the default, or Grid(times) for the bound of T steps.
+        times: Grid(times) for the bound of T steps; left out, continuous time.
         calls: network calls per example, at most; 24 where left out.
         target_error: in place of calls, the Monte Carlo standard error to be reached, in the unit
             of the result.
@@ -200,7 +200,7 @@ def evaluate(
     Raises:
         ValueError: examples of another shape, too few calls, an impossible target.
     """
-    times = Continuum() if times is None else times
+    times = Continuum(model.process.schedule.start) if times is None else times
     if len(x) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
     if target_error is not None and not (target_error > 0 and math.isfinite(target_error)):

@@ -1,0 +1,101 @@
+"""Results as text on the terminal, and as arrays in a file."""
+
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nelbo.evaluate import Evaluation
+from nelbo.tighter import ByFlow, ByImportance, Tighter
+
+
+def result(found: Evaluation | Tighter) -> None:
+    """Print a bound: a table, the curve or the convergence, and how to obtain it again."""
+    console = Console()
+    table = _table(_title(found), found)
+    if isinstance(found, Evaluation):
+        for name, term in vars(found.terms).items():
+            table.add_row(name, f"{term:.4f}", "")
+    console.print(table)
+    line = _sparkline(found) if isinstance(found, Evaluation) else _convergence(found)
+    console.print(line, highlight=False)
+    backward = "" if isinstance(found, Evaluation) else found.backward_calls_per_example
+    console.print(
+        f"{found.nats:.3f} nats per example; {found.examples} examples of {found.dims}"
+        f" dimensions, each once; {found.calls_per_example:.4g} network calls per example"
+        f"{f' and {backward:.4g} backward' if backward else ''};"
+        f" seed {found.seed}; weights: {found.weights}; {found.precision};"
+        f" model {found.model_hash}, data {found.data_hash}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def npz(found: Evaluation | Tighter) -> bytes:
+    """A NumPy file of arrays of shape (N,), nats, in the order of the data; `about` is JSON."""
+    arrays: dict[str, Any] = {"about": np.array(json.dumps(found.to_dict()))}
+    if isinstance(found, Evaluation):
+        arrays |= found.to_arrays()
+    else:
+        arrays["nats"] = -found.per_example.numpy()
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def _title(found: Evaluation | Tighter) -> str:
+    if isinstance(found, Evaluation):
+        how = "continuous time" if found.steps is None else f"{found.steps} steps"
+        return f"bound on -log P(x), {escape(found.split)}, {how}"
+    if isinstance(found.how, ByImportance):
+        how = f"{found.how.samples} importance-weighted samples of {found.how.steps} steps"
+    else:
+        how = f"probability flow, {found.how.dequantiser} dequantisation"
+    return f"bound on -log P(x), {escape(found.split)}, {how}"
+
+
+def _table(title: str, found: Evaluation | Tighter) -> Table:
+    error, unit = found.standard_error, found.unit
+    table = Table(title=title, title_justify="left")
+    for column in ("", unit, "standard error"):
+        table.add_column(column, justify="left" if not column else "right")
+    value = found.nats if found.bits_per_dim is None else found.bits_per_dim
+    table.add_row("[bold]bound", f"[bold]{value:.4f}", _error(error.total))
+    table.add_row("  of it data", "", _error(error.data))
+    table.add_row("  of it Monte Carlo", "", _error(error.monte_carlo), end_section=True)
+    return table
+
+
+def _error(value: float) -> str:
+    return "not known" if math.isnan(value) else f"{value:.4f}"
+
+
+def _sparkline(found: Evaluation) -> str:
+    """The diffusion term over time, one block per bin."""
+    points = [point for point in found.curve if not math.isnan(point.value)]
+    heights = [point.value / (point.t_to - point.t_from) for point in points]
+    top = max(heights, default=0.0)
+    if not top > 0:
+        return "diffusion over t: none"
+    blocks = "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(8 * h / top)))] for h in heights)
+    return f"diffusion over t: 0 {blocks} 1, at most {top:.3g} {found.unit} per unit of t"
+
+
+def _convergence(found: Tighter) -> str:
+    """What tells whether a tighter bound may be believed."""
+    if isinstance(found.how, ByFlow):
+        how = found.how
+        return (
+            f"at tolerance {how.tolerance:g}; at {how.loose_tolerance:g} it is {how.loose:.4f}"
+            f" {found.unit}, no example differs by more than {how.largest_change:.2g};"
+            f" trace {how.trace}"
+        )
+    return (
+        f"the weights of the {found.how.samples} samples are worth"
+        f" {found.how.weight_share * found.how.samples:.2g} equal ones on average"
+    )
