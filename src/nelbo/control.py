@@ -174,7 +174,7 @@ class LevelReference:
     def _tabulate(self, model: Model, log_group: Tensor, edges: Tensor) -> Tensor:
         count = len(self.values)
         x = torch.arange(count, device=self.values.device)[:, None].expand(-1, len(log_group))
-        columns = [_divergence(model, x, log_group, t.expand(count), finer=8) for t in edges]
+        columns = [_divergence(model, x, log_group, t.expand(count)) for t in edges]
         return torch.stack(columns, -1).transpose(0, 1)
 
     def divergence(self, x: Tensor) -> Tensor:
@@ -313,14 +313,14 @@ def _gaussian(model: Model) -> Gaussian:
     return model.process
 
 
-def _nodes(like: Tensor, sharp: Tensor, finer: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+def _nodes(like: Tensor, sharp: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """ε and weight of the trapezoid rule for N(0, 1), shape of `like`, float64.
 
     Each element has its own random shift: that is unbiased for any integrand, and elements do not
     share what is left of the error. `sharp` is the distance of levels in units of the noise:
     where it exceeds 1 the posterior jumps between levels, and the nodes stand closer.
     """
-    count = finer * (NODES if sharp.max() < 1 else 2 * NODES)
+    count = NODES if sharp.max() < 1 else 2 * NODES
     width = 2 * REACH / count
     shift = torch.rand(like.shape, dtype=torch.float64, device=like.device) - count / 2
     for i in range(count):
@@ -361,7 +361,7 @@ def _divergence(model: Model, x: Tensor, context: Tensor, t: Tensor, finer: int 
     q = process.marginal(process.embed(x), t).base_dist
     posterior = _posterior(model, context.expand(*x.shape, -1), t)
     total = torch.zeros_like(q.loc)
-    for e, weight in _nodes(q.loc, _sharpness(model, t), finer):
+    for e, weight in _nodes(q.loc, _sharpness(model, t)):
         z = q.loc + q.scale * e
         log_p = posterior(z).logsumexp(-1) - (z / q.scale).square() / 2
         total = total + weight * (-e.square() / 2 - log_p)
