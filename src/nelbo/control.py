@@ -355,7 +355,7 @@ def _centred(cost: Callable[[Tensor], Tensor], model: Model, draw: Draw) -> Tens
     return centred.flatten(1).sum(1)
 
 
-def _divergence(model: Model, x: Tensor, context: Tensor, t: Tensor, finer: int = 1) -> Tensor:
+def _divergence(model: Model, x: Tensor, context: Tensor, t: Tensor) -> Tensor:
     """D_i(t) = KL( q(z_t|x_i) ‖ Σ_k P_k q(z_t|v_k) ) of each dimension, log P = context; as x."""
     process = _gaussian(model)
     q = process.marginal(process.embed(x), t).base_dist
