@@ -27,6 +27,7 @@ from nelbo.terms import Decode, Term
 
 CELLS = 32  # of the diffusion term, at most
 SPREAD = 4.0  # cells to either side that lend a cell their pilot rows
+BORROWED = 16.0  # pilot rows of its own that its neighbours' variance counts for
 EVEN = 0.1  # share of the draws that do not follow the pilot
 RIDGE = 0.02  # of each coefficient, relative to the rows that determine it
 
@@ -132,21 +133,27 @@ def pilot(cells: Cells, controls: Controls, x: Tensor, rows: int, paired: bool) 
 def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
     """Ridge regression of cost (C, n) on v (C, n, G) and φ (C, n, 1 + F), cell by cell.
 
-    A cell's slopes lean on its neighbours, in units of each cell's spread; its level is its own.
+    A cell's slopes and spread lean on its neighbours', slopes in units of each cell's spread; its
+    level is its own.
     """
     count, groups = cost.shape
-    size = cost.std(1).clamp(min=1e-12 * cost.abs().max() + 1e-300)
+    place = torch.arange(count)
+    distance = (place[:, None] - place).abs().double()
+    # the reconstruction is a term of another kind: it lends nothing and borrows nothing
+    alike = (place > 0)[:, None] == (place > 0)
+    near = (1 - distance / (SPREAD + 1)).clamp(min=0) * alike
+    # a few rows of one cell may all miss what is rare in it: spread is shrunk to the neighbours'
+    lent = BORROWED * near / near.sum(1, keepdim=True)
+    variance = (groups * cost.var(1) + lent @ cost.var(1)) / (groups + BORROWED)
+    size = variance.sqrt().clamp(min=1e-12 * cost.abs().max() + 1e-300)
     level = cost.mean(1)
     y = (cost - level[:, None]) / size[:, None]
     design = torch.cat([v / size[:, None, None], phi[..., 1:]], -1)
-    place = torch.arange(count)
     slopes, left = [], []
-    for cell in range(count):
-        distance = (place - cell).abs().double()
-        # the reconstruction is a term of another kind: it lends nothing and borrows nothing
-        near = (distance <= SPREAD) & ((place > 0) == (cell > 0))
-        weight = (1 - distance / (SPREAD + 1))[near].repeat_interleave(groups)
-        slope, error = _ridge(design[near].flatten(0, 1), y[near].flatten(), weight)
+    for weights in near:
+        rows = weights > 0
+        weight = weights[rows].repeat_interleave(groups)
+        slope, error = _ridge(design[rows].flatten(0, 1), y[rows].flatten(), weight)
         slopes.append(slope)
         left.append(error)
     sd = size * torch.stack(left)
