@@ -42,7 +42,7 @@ from nelbo.terms import Decode, Step, Term
 FITTED = 4096  # examples whose mean, covariance and frequencies are taken
 WIDEST = 1024  # dimensions up to which covariances are; beyond, variances
 NODES, REACH = 12, 6.0  # of the integral over ε, from -REACH to REACH
-TABLE = 2**24  # integrands that the table of the levels may have
+TABLE = 2**23  # integrands that the table of the levels may have
 
 
 @dataclass(frozen=True)
