@@ -146,14 +146,14 @@ def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
     lent = BORROWED * near / near.sum(1, keepdim=True)
     variance = (groups * cost.var(1) + lent @ cost.var(1)) / (groups + BORROWED)
     size = variance.sqrt().clamp(min=1e-12 * cost.abs().max() + 1e-300)
-    level = cost.mean(1)
-    y = (cost - level[:, None]) / size[:, None]
+    y = (cost - cost.mean(1, keepdim=True)) / size[:, None]
     design = torch.cat([v / size[:, None, None], phi[..., 1:]], -1)
+    design = design - design.mean(1, keepdim=True)
     slopes, left = [], []
     for weights in near:
         rows = weights > 0
         weight = weights[rows].repeat_interleave(groups)
-        slope, error = _ridge(design[rows].flatten(0, 1), y[rows].flatten(), weight)
+        slope, error = _ridge(design[rows].flatten(0, 1), y[rows].flatten(), weight, groups)
         slopes.append(slope)
         left.append(error)
     sd = size * torch.stack(left)
@@ -165,15 +165,18 @@ def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
     return Allocation(p, within, torch.cat([own.mean(1, keepdim=True), between], 1), sd)
 
 
-def _ridge(design: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients, and the root mean square error of a row that was left out of the fit."""
+def _ridge(design: Tensor, y: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Coefficients, and the root mean square error of a row that was left out of the fit.
+
+    Rows have the mean of their `groups`, a cell, taken off.
+    """
     scale = design.square().mean(0).sqrt().clamp(min=1e-300)
     design = design / scale
     weighted = weight[:, None] * design
     gram = weighted.T @ design + RIDGE * weight.sum() * torch.eye(len(scale), dtype=y.dtype)
     inverse = torch.linalg.inv(gram)
     solution = inverse @ (weighted.T @ y)
-    leverage = (weighted @ inverse * design).sum(1)
+    leverage = (weighted @ inverse * design).sum(1) + 1 / groups
     residual = (y - design @ solution) / (1 - leverage).clamp(min=0.1)
     return solution / scale, ((weight * residual.square()).sum() / weight.sum()).sqrt()
 
