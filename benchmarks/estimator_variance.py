@@ -1,0 +1,285 @@
+"""Monte Carlo variance of the mean bound at equal network calls: nelbo's estimator and its peers.
+
+    python benchmarks/estimator_variance.py RUN [--examples N] [--seeds S] [--json out.json]
+
+RUN is a run of `nelbo train`; its test split is measured, in continuous time. Calls are network
+calls per example. Every example is fixed, so the variance is that of the draws alone.
+
+    low-discrepancy     each call one time in each of N strata of the whole set (VDM)
+    i.i.d.              a time for each call, uniform
+    importance          i.i.d., density ∝ √E[L²] in 32 bins, weighted (OpenAI)
+    importance, low-d.  the same density, times as low-discrepancy
+    full sum            the bound of T = 1000 steps, a draw for each of its terms (OpenAI)
+    nelbo               `allocate.estimate`: single draws at 1 call, pairs from 2 on, strata within
+                        blocks as in `nelbo.evaluate`; controls and a pilot from training data
+
+The first four draw the diffusion term only: the reconstruction is theirs for nothing, in calls and
+in variance, and so is what density they need. nelbo and the full sum pay for it. nelbo's pilot is
+paid once per model and counted apart; in `evaluate` rows it is counted too, and everything it
+knows is from the examples themselves.
+
+At n calls the first four have 1/n of the variance at one, which is measured in S passes. Low
+discrepancy leaves what is neither an effect of the example nor one of time: the residual variance
+of a two-way fit, the limit of infinitely fine strata. nelbo at n calls is replicated max(2, S/n)
+times; its variance is that between the replicates of each block. Of the full sum's terms each
+example draws one, at stratified places, and the reconstruction, twice: the mean half square of the
+differences, times the number of terms. Its steps are Gaussian, as theirs. The ± are relative
+errors, from the spread over examples or blocks. Peers' seconds are those of our own network calls.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nelbo._numerics import LOG_2, seeded
+from nelbo.allocate import Allocation, Cells, estimate, pilot
+from nelbo.checkpoint import load
+from nelbo.control import Controls
+from nelbo.data import as_examples
+from nelbo.elbo import reconstruction_term
+from nelbo.estimate import Continuum, Grid, Times, iid, stratified
+from nelbo.evaluate import CALLS, PILOT, SCORES, evaluate, plan
+from nelbo.model import Model, measuring
+from nelbo.reverse import Posterior
+
+AT = (1, 2, 4, 16)  # calls per example
+REFERENCE = "low-discrepancy"
+BINS = 32  # of the density of importance
+WAVES = 16  # cosines that may describe how costs go with time
+T = 1000
+TARGET = 0.01  # bits/dim
+
+
+@dataclass(frozen=True)
+class Variance:
+    """Of the test mean, nats²; `error` is relative."""
+
+    value: float
+    error: float
+
+    @staticmethod
+    def of(parts: Tensor) -> "Variance":
+        """The sum of independent parts, and its error from their spread."""
+        total = parts.sum().item()
+        return Variance(total, math.sqrt(len(parts) * parts.var().item()) / total)
+
+    def at(self, calls: int) -> "Variance":
+        """Of so many independent calls, from that of one."""
+        return Variance(self.value / calls, self.error)
+
+    def over(self, other: "Variance") -> "Variance":
+        return Variance(self.value / other.value, math.hypot(self.error, other.error))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What nelbo learns of a model before it measures; allocations without and with pairs."""
+
+    cells: Cells
+    controls: Controls
+    allocation: dict[bool, Allocation]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at so many calls per example; seconds of a call with all around it."""
+
+    method: str
+    calls: int
+    variance: Variance
+    seconds: float
+
+
+def independent(y: Tensor) -> Variance:
+    """Of the mean over examples, each with one of its S draws; y (N, S)."""
+    return Variance.of(y.var(1) / len(y) ** 2)
+
+
+def low_discrepancy(y: Tensor, u: Tensor) -> Variance:
+    """What is left of y (N, S) by an effect of each example and a smooth one of u (N, S)."""
+    waves = torch.cos(math.pi * torch.arange(1, WAVES + 1) * u[..., None])
+    design, left = waves - waves.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    flat, target = design.flatten(0, 1), left.flatten()
+    left = (target - flat @ torch.linalg.lstsq(flat, target[:, None]).solution[:, 0]).view_as(y)
+    freedoms = y.numel() - len(y) - WAVES
+    return Variance.of(left.square().sum(1) / freedoms / len(y))
+
+
+def diffusion(model: Model, times: Times, x: Tensor, u: Tensor) -> Tensor:
+    """Draws of the diffusion term at u (N, S), nats."""
+    rows = x.repeat_interleave(u.shape[1], 0)
+    parts = zip(rows.split(model.rows), u.flatten().split(model.rows), strict=True)
+    return torch.cat([times.diffusion(model, a, b.to(a.device)).cpu() for a, b in parts]).view_as(
+        u
+    )
+
+
+def warp(u: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform draws to draws of a density even within bins of this mass; and 1/density."""
+    ends = mass.cumsum(0)
+    bin_ = torch.searchsorted(ends, u).clamp(max=len(mass) - 1)
+    share = 1 - ((ends[bin_] - u) / mass[bin_]).clamp(0, 1)
+    return ((bin_ + share) / len(mass)).clamp(max=1 - 2**-53), 1 / (mass[bin_] * len(mass))
+
+
+def peers(model: Model, times: Times, x: Tensor, passes: int) -> dict[str, Variance]:
+    """The first four at one call."""
+    u = iid(len(x), passes)
+    y = diffusion(model, times, x, u)
+    bins = (u * BINS).long().flatten()
+    second = torch.zeros(BINS).double().index_add_(0, bins, y.square().flatten())
+    mass = (second / bins.bincount(minlength=BINS)).sqrt()
+    v = iid(len(x), passes)
+    where, weight = warp(v, mass / mass.sum())
+    weighted = weight * diffusion(model, times, x, where)
+    return {
+        REFERENCE: low_discrepancy(y, u),
+        "i.i.d.": independent(y),
+        "importance": independent(weighted),
+        "importance, low-d.": low_discrepancy(weighted, v),
+    }
+
+
+def full_sum(model: Model, x: Tensor) -> Variance:
+    """Of a draw of each of T terms, from two draws of one of them and of the reconstruction."""
+    grid = Grid.uniform(T)
+    # a Gaussian step, whose KL has no noise of its own, as theirs
+    own, model.step = model.step, Posterior()
+    step = diffusion(model, grid, x, stratified(len(x)).expand(-1, 2))
+    model.step = own
+    decode = torch.stack([reconstruction(model, grid, x) for _ in range(2)], 1)
+    # each draw stands for all T - 1 terms: as a sum of so many its variance is that much less
+    each = step.diff(dim=1).square() / 2 / grid.terms + decode.diff(dim=1).square() / 2
+    return Variance.of(each[:, 0] / len(x) ** 2)
+
+
+def reconstruction(model: Model, times: Times, x: Tensor) -> Tensor:
+    """A draw of it for each example, (N,), nats."""
+    first = torch.full((len(x),), times.first, dtype=torch.float64, device=x.device)
+    parts = zip(x.split(model.rows), first.split(model.rows), strict=True)
+    return torch.cat([reconstruction_term(model, a, t).cpu() for a, t in parts])
+
+
+def ours(known: Known, x: Tensor, calls: int, replicates: int) -> Variance:
+    """nelbo's at so many calls."""
+    paired = calls > 1
+    draws = calls // 2 if paired else calls
+    parts = []
+    for block in x.split(plan(len(x), CALLS, known.cells.count).block):
+        u = torch.stack([stratified(len(block), draws) for _ in range(replicates)], 1)
+        costs = estimate(known.cells, known.controls, known.allocation[paired], block, u, paired)
+        parts.append(costs.sum(2).mean(0).var() * (len(block) / len(x)) ** 2)
+    return Variance.of(torch.stack(parts))
+
+
+def learn(model: Model, times: Times, train: Tensor, rows: int) -> Known:
+    """From training data, with so many rows of each cell."""
+    cells = Cells(times)
+    controls = Controls(model, train, cells.edges, SCORES[1] if rows >= SCORES[0] else 0)
+    pilots = {paired: pilot(cells, controls, train, rows, paired) for paired in (False, True)}
+    return Known(cells, controls, pilots)
+
+
+def compare(model: Model, x: Tensor, train: Tensor, passes: int, rows: int) -> Iterator[Row]:
+    """All methods, as they are measured."""
+    times = Continuum(model.process.schedule.start)
+    start = time.perf_counter()
+    found = peers(model, times, x, passes)
+    seconds = (time.perf_counter() - start) / (2 * passes * len(x))
+    for name, variance in found.items():
+        yield from (Row(name, n, variance.at(n), seconds) for n in AT)
+    start = time.perf_counter()
+    variance = full_sum(model, x)
+    yield Row("full sum", T, variance, (time.perf_counter() - start) / (4 * len(x)))
+    known = learn(model, times, train, rows)
+    for n in AT:
+        replicates = max(2, passes // n)
+        start = time.perf_counter()
+        variance = ours(known, x, n, replicates)
+        seconds = (time.perf_counter() - start) / (len(x) * n * replicates)
+        yield Row("nelbo", n, variance, seconds)
+
+
+def evaluations(model: Model, x: Tensor, seeds: int, unit: float) -> tuple[Variance, float]:
+    """Of `evaluate` as it is by default, pilot included; and its calls per example."""
+    times = Continuum(model.process.schedule.start)
+    cells = Cells(times).count
+    way = plan(len(x), CALLS, cells)
+    freedoms = math.ceil(len(x) / way.block) * (way.replicates - 1) * seeds
+    results = [evaluate(model, x, times=times, seed=seed) for seed in range(seeds)]
+    value = sum((r.standard_error.monte_carlo * unit) ** 2 for r in results) / seeds
+    return Variance(value, math.sqrt(2 / freedoms)), results[0].calls_per_example
+
+
+def tell(rows: Iterator[Row], unit: float) -> tuple[list[dict[str, object]], Variance]:
+    """Print the table row by row; its rows, and the variance of low discrepancy at one call."""
+    columns = f"{'std, bits/dim':>14} {'ms/call':>8} {'per call':>9} {'±':>5} {'per second':>11}"
+    print(f"{'':43} low-discrepancy's variance over it,\n{'method':20} {'calls':>5} {columns}")
+    document: list[dict[str, object]] = []
+    for row in rows:
+        if row.method == REFERENCE and row.calls == 1:
+            low = row
+        std = math.sqrt(row.variance.value) / unit
+        ratio = low.variance.at(row.calls).over(row.variance)
+        per_second = ratio.value * low.seconds / row.seconds
+        name = f"{row.method:20} {row.calls:5} {std:14.5f} {1000 * row.seconds:8.2f}"
+        print(f"{name} {ratio.value:9.2f} {ratio.error:5.0%} {per_second:11.2f}", flush=True)
+        numbers = {"std": std, "seconds": row.seconds, "per_call": ratio.value}
+        errors = {"relative_error": ratio.error, "per_second": per_second}
+        document.append({"method": row.method, "calls": row.calls} | numbers | errors)
+    return document, low.variance
+
+
+def spent(model: Model, x: Tensor, low: Variance, seeds: int, unit: float) -> dict[str, float]:
+    """What `evaluate` makes of its calls, pilot and all."""
+    variance, calls = evaluations(model, x, seeds, unit)
+    ratio = low.at(CALLS).over(variance)
+    std = math.sqrt(variance.value) / unit
+    print(f"evaluate, {calls:.1f} calls with its pilot: std {std:.5f} bits/dim; variance of")
+    print(f"  low-discrepancy with {CALLS} over it: {ratio.value:.2f} ± {ratio.error:.0%}")
+    times = Continuum(model.process.schedule.start)
+    result = evaluate(model, x, times=times, target_error=TARGET)
+    total, error = result.calls_per_example * len(x), result.standard_error.monte_carlo
+    print(f"evaluate, target_error {TARGET}: {total:.0f} calls, error {error:.4f} bits/dim;")
+    print(f"  the full sum takes {T * len(x)} calls, {T * len(x) / total:.0f} times as many")
+    return {
+        "evaluate_calls": calls,
+        "evaluate_std": std,
+        "evaluate_ratio": ratio.value,
+        "evaluate_relative_error": ratio.error,
+        "target_calls": total,
+        "target_error": error,
+        "full_sum_over_target": T * len(x) / total,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--examples", type=int)
+    parser.add_argument("--seeds", type=int, default=32, help="S: passes of the peers")
+    parser.add_argument("--pilot", type=int, default=PILOT[1], help="rows in each of its cells")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    run = load(options.run)
+    splits, model = run.config.load_data().splits, run.model
+    x, train = as_examples(splits["test"][: options.examples]), splits["train"]
+    unit = model.dims * LOG_2
+    with measuring(model), seeded(0):
+        rows, low = tell(compare(model, x, train, options.seeds, options.pilot), unit)
+    summary = spent(model, x, low, max(1, options.seeds // 8), unit)
+    if options.json:
+        document = {"run": run.path.name, "examples": len(x), "seeds": options.seeds}
+        document |= {"pilot_rows": options.pilot, "rows": rows, "summary": summary}
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
