@@ -8,8 +8,9 @@ with probability p_c and gives
 
 v and φ from `control`. E[y] is the sum of costs for any b, k and p > 0. A pilot on some of the
 examples fits b and k cell by cell (least squares over neighbouring cells) and gives what is left,
-sd_c; the best p is proportional to it (Neyman 1934). A tenth of the draws is spread evenly, so no
-weight 1/p_c exceeds ten times the number of cells, whatever the pilot missed.
+sd_c; the best p is proportional to it (Neyman 1934). A share of the draws, 1/√n for n pilot rows
+in a cell and no less than a tenth, is spread evenly, so no weight 1/p_c exceeds ten times the
+number of cells, whatever the pilot missed.
 
 With two or more draws per example and replicate, draws come in pairs at the same times, which lend
 each other their context (`control`).
@@ -28,7 +29,7 @@ from nelbo.terms import Decode, Term
 CELLS = 32  # of the diffusion term, at most
 SPREAD = 4.0  # cells to either side that lend a cell their pilot rows
 BORROWED = 16.0  # pilot rows of its own that its neighbours' variance counts for
-EVEN = 0.1  # share of the draws that do not follow the pilot
+EVEN = 0.1  # share of the draws that do not follow the pilot, at least
 RIDGE = 0.02  # of each coefficient, relative to the rows that determine it
 
 
@@ -158,7 +159,9 @@ def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
         left.append(error)
     sd = size * torch.stack(left)
     p_best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
-    p = (1 - EVEN) * p_best + EVEN / count
+    # what few rows say of a spread is known to 1/√(2 rows): a cell they underrate has heavy tails
+    spread_evenly = max(EVEN, groups**-0.5)
+    p = (1 - spread_evenly) * p_best + spread_evenly / count
     table = torch.stack(slopes)
     within, between = table[:, : v.shape[-1]], size[:, None] * table[:, v.shape[-1] :]
     own = cost - (v * within[:, None]).sum(-1) - (phi[..., 1:] * between[:, None]).sum(-1)
