@@ -1,0 +1,200 @@
+"""Which terms to draw: unbiased for any allocation, and a pilot that says what is left."""
+
+import math
+
+import pytest
+import torch
+from closed_forms import assert_mean
+from known_models import MODELS
+from torch import Tensor
+
+from nelbo._numerics import seeded
+from nelbo.allocate import EVEN, Allocation, Cells, estimate, even, fit
+from nelbo.control import Controls
+from nelbo.data import as_examples
+from nelbo.estimate import Continuum, Grid, Times, stratified
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with seeded(43), torch.no_grad():
+        yield
+
+
+TIMES = pytest.mark.parametrize(
+    "times", [Grid([0.05, 0.3, 1.0]), Continuum(0.05)], ids=["grid", "continuum"]
+)
+
+
+def arbitrary(count: int, variates: int, features: int, least: float = 0.3) -> Allocation:
+    """Any probabilities and any coefficients."""
+    p = least / count + (1 - least) * torch.rand(count, dtype=torch.float64).softmax(0)
+    within, between = (torch.randn(count, n, dtype=torch.float64) for n in (variates, features))
+    return Allocation(p / p.sum(), within, 0.3 * between, torch.full_like(p, math.nan))
+
+
+def test_uniform_draws_fall_where_they_should():
+    """Cell c with frequency p_c, evenly over the cell; the share is in [0, 1)."""
+    p = torch.tensor([0.3, 1e-5, 0.25, 0.4, 0.05 - 1e-5], dtype=torch.float64)
+    allocation = Allocation(p, p[:, None], p[:, None], p)
+    n = 1_000_000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    cell, share = allocation.locate(u)
+    assert (torch.bincount(cell, minlength=5) - n * p).abs().max() <= 1
+    assert ((share >= 0) & (share < 1)).all()
+    for c in range(5):
+        inside = share[cell == c]
+        steps = inside.diff()
+        torch.testing.assert_close(steps, torch.full_like(steps, 1 / n / p[c]), atol=1e-9, rtol=0)
+        assert inside[0] < 1.01 / (n * p[c])
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    cell, share = allocation.locate(ends)
+    assert cell.tolist() == [0, 4]
+    assert ((share >= 0) & (share < 1)).all()
+
+
+@TIMES
+@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
+@pytest.mark.parametrize("name", MODELS)
+def test_any_allocation_is_unbiased(name, paired, times):
+    """E[y] is reconstruction + diffusion of each example, whatever p, k and b are."""
+    known = MODELS[name]()
+    data = known.examples(69)
+    truth = known.bound(data[:3], times)
+    cells = Cells(times)
+    controls = Controls(known.model, data, cells.edges)
+    x = as_examples(data[:3])
+    n = 1500
+    features = controls.between(x).shape[-1]
+    allocation = arbitrary(cells.count, controls.variates, features)
+    u = torch.rand(3, n, 1, dtype=torch.float64)
+    costs = estimate(cells, controls, allocation, x, u, paired)
+    assert costs.shape == (3, n, cells.count)
+    scale = truth[:, 1:].sum(1).max().item()
+    assert_mean(costs.sum(-1).T, truth[:, 1:].sum(1), error=0.4 * scale)
+    assert_mean(costs[..., 0].T, truth[:, 1], error=0.4 * scale)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_nothing_taken_off_it_is_importance_sampling(name):
+    """k = b = 0 and any p, several stratified draws, averaged: the same expectation, and each
+    cell's own cost in its own place."""
+    known = MODELS[name]()
+    times = Grid.uniform(4)
+    data = known.examples(69)
+    x = as_examples(data[:1]).expand(400, 2)
+    cells = Cells(times)
+    controls = Controls(known.model, data, cells.edges)
+    allocation = arbitrary(cells.count, controls.variates, 1)
+    zero = torch.zeros(cells.count, controls.between(x[:1]).shape[-1], dtype=torch.float64)
+    allocation = Allocation(allocation.probability, 0 * allocation.within, zero, allocation.left)
+    u = torch.stack([stratified(1, 5) for _ in range(400)])
+    costs = estimate(cells, controls, allocation, x, u, paired=False)[:, 0]
+    truth = known.bound(data[:1], times)[0]
+    assert_mean(costs[:, 0], truth[1], error=0.1 * truth.sum().item())
+    for c in range(1, cells.count):
+        edge = cells.edges.tolist()
+        part = known.terms(data[:1], Between(edge[c - 1], edge[c]))[0, 2]
+        assert_mean(costs[:, c], part, error=0.1 * truth.sum().item())
+
+
+class Between(Grid):
+    """One term of a grid."""
+
+    def __init__(self, s: float, t: float) -> None:
+        self.times = torch.tensor([s, t], dtype=torch.float64)
+        self.first = s
+
+
+def test_even():
+    """No pilot: all cells alike, nothing known, nothing taken off."""
+    known = MODELS["levels"]()
+    cells = Cells(Grid.uniform(6))
+    controls = Controls(known.model, known.examples(69), cells.edges)
+    allocation = even(cells, controls, 4)
+    torch.testing.assert_close(allocation.probability, torch.full((6,), 1 / 6).double())
+    assert allocation.within.shape == (6, controls.variates)
+    assert allocation.between.shape == (6, 4)
+    assert not allocation.within.any() and not allocation.between.any()
+    assert allocation.left.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("times", "count"),
+    [(Grid.uniform(1), 1), (Grid.uniform(2), 2), (Grid.uniform(100), 33), (Continuum(0.1), 33)],
+    ids=["1", "2", "100", "continuum"],
+)
+def test_cells_cover_the_times(times: Times, count: int):
+    """From the first time to 1, without a gap; the reconstruction comes first."""
+    cells = Cells(times)
+    assert cells.count == count
+    assert len(cells.edges) == count
+    assert cells.edges[0] == times.first
+    assert cells.edges[-1] == 1
+    assert (cells.edges.diff() > 0).all()
+
+
+def synthetic(groups: int, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Costs of nine cells, each of its own size, made of a variate, a feature and noise."""
+    size = torch.logspace(-1, 1, 9, dtype=torch.float64)
+    v, f, e = torch.randn(3, 9, groups, dtype=torch.float64)
+    v = v * size[:, None]
+    cost = 5 + 0.8 * v + size[:, None] * (0.5 * f + noise * e)
+    phi = torch.stack([torch.ones_like(f), f], -1)
+    return cost, v[..., None], phi, size
+
+
+def test_the_fit_finds_the_coefficients():
+    """k = 0.8 for all, b = 0.5 of each size, levels 5, to the error of least squares."""
+    cost, v, phi, size = synthetic(20_000, 0.1)
+    found = fit(cost, v, phi)
+    # a ridge of 2 % of each coefficient; noise of 0.1/√20000
+    torch.testing.assert_close(found.within, torch.full((9, 1), 0.8).double(), rtol=0.025, atol=0)
+    b = torch.stack([torch.full_like(size, 5.0), 0.5 * size], 1)
+    torch.testing.assert_close(found.between[:, 1], b[:, 1], rtol=0.04, atol=0)
+    assert ((found.between[:, 0] - 5).abs() < 4 * size / math.sqrt(20_000)).all()
+    # .. so that 2 % of 0.8 and of 0.5 are left, beside the noise
+    torch.testing.assert_close(found.left, 0.1 * size, rtol=0.04, atol=0)
+    best = 0.9 * found.left / found.left.sum() + 0.1 / 9
+    torch.testing.assert_close(found.probability, best)
+    assert found.probability.sum().item() == pytest.approx(1)
+    assert found.probability.min() >= EVEN / 9
+
+
+def test_what_is_left_is_not_flattered():
+    """Eight rows a cell, and features that mean nothing: over 200 pilots the stated root mean
+    square of what is left is not below that of fresh rows, nor above it by half."""
+    stated, fresh = [], []
+    for _ in range(200):
+        cost, v, phi, size = synthetic(8, 0.5)
+        phi = torch.cat([phi, torch.randn(9, 8, 4, dtype=torch.float64)], -1)
+        found = fit(cost, v, phi)
+        cost, v, phi, size = synthetic(8, 0.5)
+        phi = torch.cat([phi, torch.randn(9, 8, 4, dtype=torch.float64)], -1)
+        left = cost - (v * found.within[:, None]).sum(-1) - (phi * found.between[:, None]).sum(-1)
+        # where neighbours differ tenfold in size the ends borrow much: look at the middle
+        fresh.append((left[2:7] / size[2:7, None]).square().mean())
+        stated.append((found.left[2:7] / size[2:7]).square().mean())
+    ratio = (torch.stack(stated).mean() / torch.stack(fresh).mean()).sqrt().item()
+    assert 1 < ratio < 1.5, ratio
+
+
+def test_a_cell_that_saw_nothing_is_not_starved():
+    """A cell whose few rows all cost zero, among cells of cost, keeps a share near theirs, and
+    does not take from them the coefficient of their variate."""
+    _, v, _, _ = synthetic(8, 0.0)
+    v = v / v.std(1, keepdim=True)
+    cost = v[..., 0] + 0.3 * torch.randn(9, 8, dtype=torch.float64)
+    cost[4] = 0.0
+    phi = torch.ones(9, 8, 1, dtype=torch.float64)
+    found = fit(cost, v, phi)
+    assert found.probability[4] > 0.4 / 9
+    assert (found.within > 0.4).all()
+
+
+def test_no_cost_at_all():
+    """Where nothing costs anything cells are alike, and nothing is not a number."""
+    zero = torch.zeros(5, 8, dtype=torch.float64)
+    found = fit(zero, torch.randn(5, 8, 1, dtype=torch.float64), torch.ones(5, 8, 2).double())
+    torch.testing.assert_close(found.probability, torch.full((5,), 0.2).double())
+    assert found.within.isfinite().all() and not found.between.any()
