@@ -75,6 +75,21 @@ def test_any_allocation_is_unbiased(name, paired, times):
     assert_mean(costs[..., 0].T, truth[:, 1], error=0.4 * scale)
 
 
+@pytest.mark.parametrize("name", ["levels", "symbols"])
+def test_a_pair_lends_each_other_its_context(name):
+    """v of a pair has mean zero: the context of each draw is the other's, never its own."""
+    known = MODELS[name]()
+    data = as_examples(known.examples(69))
+    cells = Cells(Grid([0.3, 0.6, 1.0]))
+    controls = Controls(known.model, data, cells.edges)
+    n = 6000
+    share = torch.rand(n, dtype=torch.float64)
+    for c in range(cells.count):
+        cell = torch.full((n,), c)
+        _, v = cells.draw(controls, data[:1].expand(n, 2), cell, share, paired=True)
+        assert_mean(v / v.std(0), 0.0, error=1.01 / math.sqrt(n))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_with_nothing_taken_off_it_is_importance_sampling(name):
     """k = b = 0 and any p, several stratified draws, averaged: the same expectation, and each

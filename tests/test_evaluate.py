@@ -111,24 +111,13 @@ def test_too_few_calls_for_an_error_bar():
         plan(10, 1, 33)
 
 
-@pytest.mark.parametrize("times", [Continuum(), Grid.uniform(6)], ids=["continuum", "grid"])
-def test_the_monte_carlo_error_is_that_of_other_seeds(model, x, times):
-    """Over 60 seeds: spread as stated, and every mean within 4.5 of its own errors."""
-    results = [evaluate(model, x, times=times, seed=seed) for seed in range(60)]
-    values = torch.tensor([r.bits_per_dim for r in results], dtype=torch.float64)
-    stated = torch.tensor([r.standard_error.monte_carlo for r in results], dtype=torch.float64)
-    # the standard deviation of 60 values is known to 1/√118; stated ones have 9 or more degrees
-    assert 0.7 < values.std() / stated.square().mean().sqrt() < 1.35
-    assert ((values - values.mean()).abs() < 4.5 * stated).all()
-
-
 def test_the_data_error_is_that_of_other_data(model):
     """Over 40 data sets: the total error is their spread."""
     results = []
     for seed in range(40):
         with seeded(7, seed):
             x = torch.distributions.Binomial(3, torch.tensor(0.3)).sample((70, 3)).long()
-        results.append(evaluate(model, x, seed=seed, calls=32))
+        results.append(evaluate(model, x, seed=seed, calls=16))
     values = torch.tensor([r.bits_per_dim for r in results], dtype=torch.float64)
     stated = torch.tensor([r.standard_error.total for r in results], dtype=torch.float64)
     assert 0.65 < values.std() / stated.square().mean().sqrt() < 1.45

@@ -1,0 +1,201 @@
+"""The stated errors are the true ones, and every way to the number leads to the same number."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from known_models import MODELS, Known
+from torch import Tensor
+
+from nelbo._numerics import LOG_2, seeded
+from nelbo.data import as_examples
+from nelbo.estimate import Continuum, Grid, Times, elbo, iid, stratified
+from nelbo.evaluate import Evaluation, evaluate
+from nelbo.model import measuring
+
+TESTS = Path(__file__).parent
+SEEDS = 200
+
+
+def in_nats(result: Evaluation) -> tuple[float, float]:
+    """The bound and its Monte Carlo error, nats per example."""
+    scale = 1.0 if result.unit == "nats" else result.dims * LOG_2
+    return result.nats, result.standard_error.monte_carlo * scale
+
+
+def check_coverage(known: Known, x: Tensor, times: Times, calls: int) -> None:
+    """Of the intervals bound ± 1.96 errors of 200 seeds, 91 to 98 % hold the truth. The count of
+    hits has a standard deviation of 1.5 %; with its degrees of freedom t covers 94.4 %."""
+    truth = known.bound(x, times).sum(1).mean().item()
+    found = [
+        in_nats(evaluate(known.model, x, times=times, calls=calls, seed=seed))
+        for seed in range(SEEDS)
+    ]
+    values, errors = torch.tensor(found, dtype=torch.float64).T
+    covered = ((values - truth).abs() < 1.96 * errors).double().mean().item()
+    assert 0.91 <= covered <= 0.98, covered
+    # .. and there is no bias: the mean of all seeds is closer still
+    assert abs(values.mean().item() - truth) < 4 * values.std().item() / math.sqrt(SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("gaussian", 4), ("symbols", 4), ("symbols", None), ("levels", 2), ("levels", None)],
+    ids=["gaussian 4", "symbols 4", "symbols", "levels 2", "levels"],
+)
+def test_the_interval_covers(name, steps):
+    """Against a closed form, a sum over all states, quadrature: never another estimate."""
+    known = MODELS[name]()
+    times = Continuum() if steps is None else Grid.uniform(steps)
+    few = name == "levels"  # their integrals take most of the time
+    examples, calls = ((4, 60) if few else (8, 60)) if steps else ((3, 400) if few else (6, 200))
+    check_coverage(known, known.examples(examples), times, calls)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("times", [Continuum(), Grid.uniform(4)], ids=["continuum", "4"])
+def test_all_estimators_agree(name, times):
+    """Full sum, single draws, low-discrepancy draws, importance and control variates at many
+    numbers of calls: all within 4 of their own errors of the truth."""
+    known = MODELS[name]()
+    x = known.examples(8)
+    rows = as_examples(x)
+    truth = known.bound(x, times).sum(1).mean().item()
+    laws = {"iid": lambda: iid(8), "stratified": lambda: stratified(8, 4), "full": lambda: None}
+    for i, law in enumerate(laws.values()):
+        with seeded(51, i), measuring(known.model):
+            draws = torch.stack(
+                [-elbo(known.model, rows, times, law()).elbo.mean() for _ in range(100)]
+            )
+        assert abs(draws.mean().item() - truth) < 4 * draws.std().item() / 10
+    for calls, seeds in ((2, 16), (4, 16), (24, 8), (200, 2)):
+        found = [
+            in_nats(evaluate(known.model, x, times=times, calls=calls, seed=seed))
+            for seed in range(seeds)
+        ]
+        values, errors = torch.tensor(found, dtype=torch.float64).T
+        error = errors.square().mean().sqrt().item() / math.sqrt(seeds)
+        assert abs(values.mean().item() - truth) < 4 * error
+
+
+@pytest.mark.parametrize("name", ["levels", "symbols"])
+def test_a_fine_grid_is_the_continuum(name):
+    """The exact bounds of T steps close in on the continuous one at first order (equation 8), and
+    the estimate of T = 400 is as close to it as that."""
+    known = MODELS[name]()
+    x = known.examples(6)
+    start = 0.05
+
+    def steps(n: int) -> Grid:
+        return Grid(torch.linspace(start, 1, n + 1, dtype=torch.float64))
+
+    limit = known.bound(x, Continuum(start)).sum(1).mean().item()
+    gaps = [known.bound(x, steps(n)).sum(1).mean().item() - limit for n in (10, 20)]
+    assert 1.7 < gaps[0] / gaps[1] < 2.3
+    value, error = in_nats(evaluate(known.model, x, times=steps(400), calls=400))
+    assert abs(value - limit - gaps[1] * 20 / 400) < 4 * error
+    assert error < 0.1 * limit
+
+
+@pytest.mark.parametrize(("name", "target"), [("gaussian", 0.5), ("symbols", 0.02)])
+def test_a_target_is_reached(name, target):
+    """Whatever the seed: the stated error is below the target, and the truth within 4 of it."""
+    known = MODELS[name]()
+    x = known.examples(69)
+    truth = known.bound(x, Grid.uniform(4)).sum(1).mean().item()
+    scale = 1.0 if name == "gaussian" else 2 * LOG_2
+    for seed in range(3):
+        result = evaluate(known.model, x, times=Grid.uniform(4), target_error=target, seed=seed)
+        assert result.standard_error.monte_carlo <= target
+        assert abs(result.nats - truth) < 4 * target * scale
+
+
+@pytest.mark.parametrize("name", ["levels", "symbols"])
+def test_each_example_has_its_own_error(name):
+    """Over 30 seeds the spread of an example's bound is what was stated for it, on average over
+    the examples, and its mean is its truth."""
+    known = MODELS[name]()
+    x, times, seeds = known.examples(10), Grid.uniform(4), 30
+    found = [
+        evaluate(known.model, x, times=times, calls=64, per_example=True, seed=seed).to_arrays()
+        for seed in range(seeds)
+    ]
+    values, errors = (
+        torch.stack([torch.tensor(f[key]) for f in found]) for key in ("nats", "standard_error")
+    )
+    truth = known.bound(x, times).sum(1)
+    stated = errors.square().mean(0)
+    # ten variances, each known to √(2/29): their ratio's mean to 8 %
+    assert 0.7 < (values.var(0) / stated).mean() < 1.35
+    assert ((values.mean(0) - truth).abs() < 4 * (stated / seeds).sqrt()).all()
+
+
+SCRIPT = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from known_models import MODELS
+from nelbo._processes import together
+from nelbo.estimate import Grid
+from nelbo.evaluate import evaluate
+with together() as rank:
+    found = {}
+    for examples in (69, 5):
+        for how in ({"calls": 24}, {"target_error": 0.03}, {"calls": 40, "per_example": True}):
+            known = MODELS["symbols"]()
+            x = known.examples(examples)
+            result = evaluate(known.model, x, times=Grid.uniform(4), seed=3, **how)
+            arrays = {key: a.tolist() for key, a in result.to_arrays().items()}
+            found[f"{examples} {how}"] = [result.to_dict(), arrays]
+    if rank == 0:
+        print(json.dumps(found))
+"""
+
+
+def run(processes: int) -> dict[str, list]:
+    """What rank 0 of so many processes prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        places = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        env = os.environ | {key: str(value) for key, value in (places | address).items()}
+        command = [sys.executable, "-c", SCRIPT, str(TESTS)]
+        started.append(
+            subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        printed = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, error) in zip(started, printed, strict=True):
+        assert process.returncode == 0, error
+    assert all(not out for out, _ in printed[1:])
+    return json.loads(printed[0][0].splitlines()[-1])
+
+
+def test_two_processes_give_the_same_number():
+    """Bit for bit, of 69 and of 5 examples, which two do not divide: the bound, its errors, its
+    calls, and every example's own bound, in the order of the data."""
+    one, two = run(1), run(2)
+    assert one.keys() == two.keys() and len(one) == 6
+    for key in one:
+        alone, shared = one[key], two[key]
+        assert (alone[0].pop("processes"), shared[0].pop("processes")) == (1, 2)
+        assert alone == shared
+        examples = int(key.split()[0])
+        assert alone[0]["examples"] == examples
+        assert len(alone[1]["nats"]) == examples
+        assert alone[0]["nats"] == pytest.approx(sum(alone[1]["nats"]) / examples, rel=1e-12)
