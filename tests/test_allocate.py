@@ -207,6 +207,15 @@ def test_a_cell_that_saw_nothing_is_not_starved():
     assert (found.within > 0.4).all()
 
 
+def test_what_the_pilot_hardly_saw_it_does_not_judge():
+    """All of a pilot's examples alike but for 1e-5 of a feature: no coefficient follows from that,
+    for the other examples are whole units away."""
+    cost, v, phi, _ = synthetic(8, 0.5)
+    phi[..., 1] = 1 + 1e-5 * torch.randn(9, 8, dtype=torch.float64)
+    found = fit(cost, v, phi)
+    assert (found.between[:, 1].abs() < 0.01 * cost.std(1)).all()
+
+
 def test_no_cost_at_all():
     """Where nothing costs anything cells are alike, and nothing is not a number."""
     zero = torch.zeros(5, 8, dtype=torch.float64)

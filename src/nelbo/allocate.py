@@ -149,13 +149,17 @@ def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
     size = variance.sqrt().clamp(min=1e-12 * cost.abs().max() + 1e-300)
     y = (cost - cost.mean(1, keepdim=True)) / size[:, None]
     design = torch.cat([v / size[:, None, None], phi[..., 1:]], -1)
+    # φ has variance 1 over the examples, however little of it the pilot saw
+    least = torch.cat([0 * v[0, 0] + 1e-300, 0 * phi[0, 0, 1:] + 1.0])
+    scale = design.square().mean(1)
     design = design - design.mean(1, keepdim=True)
     slopes, left = [], []
     for weights in near:
         rows = weights > 0
         weight = weights[rows].repeat_interleave(groups)
-        slope, error = _ridge(design[rows].flatten(0, 1), y[rows].flatten(), weight, groups)
-        slopes.append(slope)
+        unit = scale[rows].mean(0).sqrt().maximum(least)
+        slope, error = _ridge(design[rows].flatten(0, 1) / unit, y[rows].flatten(), weight, groups)
+        slopes.append(slope / unit)
         left.append(error)
     sd = size * torch.stack(left)
     p_best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
@@ -169,19 +173,17 @@ def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
 
 
 def _ridge(design: Tensor, y: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Coefficients, and the root mean square error of a row that was left out of the fit.
+    """Coefficients of columns of one unit, and the root mean square error of a row left out.
 
     Rows have the mean of their `groups`, a cell, taken off.
     """
-    scale = design.square().mean(0).sqrt().clamp(min=1e-300)
-    design = design / scale
     weighted = weight[:, None] * design
-    gram = weighted.T @ design + RIDGE * weight.sum() * torch.eye(len(scale), dtype=y.dtype)
+    gram = weighted.T @ design + RIDGE * weight.sum() * torch.eye(design.shape[1], dtype=y.dtype)
     inverse = torch.linalg.inv(gram)
     solution = inverse @ (weighted.T @ y)
     leverage = (weighted @ inverse * design).sum(1) + 1 / groups
     residual = (y - design @ solution) / (1 - leverage).clamp(min=0.1)
-    return solution / scale, ((weight * residual.square()).sum() / weight.sum()).sqrt()
+    return solution, ((weight * residual.square()).sum() / weight.sum()).sqrt()
 
 
 def estimate(
