@@ -31,7 +31,7 @@ def in_nats(result: Evaluation) -> tuple[float, float]:
 
 def check_coverage(known: Known, x: Tensor, times: Times, calls: int) -> None:
     """Of the intervals bound ± 1.96 errors of 200 seeds, 91 to 98 % hold the truth. The count of
-    hits has a standard deviation of 1.5 %; with 16 and more degrees of freedom t covers 93 to 95."""
+    hits has a standard deviation of 1.5 %; with 16 and more degrees of freedom t covers 93 %."""
     truth = known.bound(x, times).sum(1).mean().item()
     found = [
         in_nats(evaluate(known.model, x, times=times, calls=calls, seed=seed))
