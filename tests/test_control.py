@@ -385,6 +385,17 @@ def linear_reference_model(data: Tensor) -> Model:
     return Model(Formula(network), process, Data(), Posterior(), decoder, (2,))
 
 
+def its_own_reference(name: str) -> tuple[Model, Tensor]:
+    """A model that is the reference of the data beside it."""
+    known, make = {
+        "levels": (levels, level_reference_model),
+        "symbols": (symbols, symbol_reference_model),
+        "linear": (gaussian, linear_reference_model),
+    }[name]
+    data = as_examples(known().examples(69))
+    return make(data), data
+
+
 @pytest.mark.parametrize("name", ["levels", "symbols", "linear"])
 def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch):
     """On a grid with a cell for each term, cost - k v - b φ = 0: with no ridge and no neighbours
@@ -394,14 +405,7 @@ def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch):
     monkeypatch.setattr(allocate, "SPREAD", 0.0)
     times = Grid.uniform(4)
     cells = Cells(times)
-    data = {"levels": levels, "symbols": symbols, "linear": gaussian}[name]().examples(69)
-    data = as_examples(data)
-    make = {
-        "levels": level_reference_model,
-        "symbols": symbol_reference_model,
-        "linear": linear_reference_model,
-    }[name]
-    model = make(data)
+    model, data = its_own_reference(name)
     controls = Controls(model, data, cells.edges, scores=2)
     found = pilot(cells, controls, data, 64, paired=False)
     x, draws = data[:8], torch.rand(8, 3, 7, dtype=torch.float64)
@@ -425,14 +429,7 @@ def test_the_pilot_finds_what_there_is(name):
     """With its ridge, and in continuous time, where a cell holds many times: a sixteenth of the
     variance of the costs is left, at most."""
     cells = Cells(Continuum())
-    data = {"levels": levels, "symbols": symbols, "linear": gaussian}[name]().examples(69)
-    data = as_examples(data)
-    make = {
-        "levels": level_reference_model,
-        "symbols": symbol_reference_model,
-        "linear": linear_reference_model,
-    }[name]
-    model = make(data)
+    model, data = its_own_reference(name)
     controls = Controls(model, data, cells.edges, scores=2)
     found = pilot(cells, controls, data, 64, paired=False)
     plain = pilot(cells, Bare(controls), data, 64, paired=False)

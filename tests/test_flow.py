@@ -13,9 +13,7 @@ from nelbo._numerics import seeded
 from nelbo.dequantise import Encoder, TruncatedNormal, Uniform
 from nelbo.estimate import Continuum
 from nelbo.flow import (
-    Calls,
     carry,
-    counting,
     drift_and_trace,
     is_exact,
     log_density,
@@ -25,7 +23,7 @@ from nelbo.flow import (
 )
 from nelbo.heads import Data, LevelLogits, Mean, SymbolLogits, WithVariance
 from nelbo.likelihood import Categorical, GaussianDensity, LevelHead
-from nelbo.model import Model
+from nelbo.model import Calls, Model, counting
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
 from nelbo.reverse import Mixture, Posterior
 from nelbo.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule

@@ -12,8 +12,8 @@ sd_c; the best p is proportional to it (Neyman 1934). A share of the draws, 1/�
 in a cell and no less than a tenth, is spread evenly, so no weight 1/p_c exceeds ten times the
 number of cells, whatever the pilot missed.
 
-With two or more draws per example and replicate, draws come in pairs at the same times, which lend
-each other their context (`control`).
+Where there are calls for it, draws come in pairs at the same times, which lend each other their
+context (`control`).
 """
 
 from dataclasses import dataclass
@@ -123,10 +123,12 @@ def pilot(cells: Cells, controls: Controls, x: Tensor, rows: int, paired: bool) 
     groups = rows // 2 if paired else rows
     cell = torch.arange(cells.count).repeat_interleave(groups)
     share = torch.cat([stratified(groups)[:, 0] for _ in range(cells.count)])
-    some = as_examples(x[torch.randint(len(x), cell.shape)]).to(device)
-    cost, v = cells.draw(controls, some, cell, share, paired)
-    phi = torch.cat([controls.between(part) for part in some.split(256)])
-    phi = phi[torch.arange(len(cell)), cell]
+    chosen = torch.randint(len(x), cell.shape)
+    cost, v = cells.draw(controls, as_examples(x[chosen]).to(device), cell, share, paired)
+    # an example is drawn in many cells, and its φ is of them all
+    once, place = chosen.unique(return_inverse=True)
+    some = as_examples(x[once]).to(device)
+    phi = torch.cat([controls.between(part) for part in some.split(256)])[place, cell]
     shape = cells.count, groups
     return fit(cost.view(shape), v.view(*shape, -1), phi.view(*shape, -1))
 
@@ -150,7 +152,8 @@ def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
     y = (cost - cost.mean(1, keepdim=True)) / size[:, None]
     design = torch.cat([v / size[:, None, None], phi[..., 1:]], -1)
     # φ has variance 1 over the examples, however little of it the pilot saw
-    least = torch.cat([0 * v[0, 0] + 1e-300, 0 * phi[0, 0, 1:] + 1.0])
+    least = torch.ones_like(design[0, 0])
+    least[: v.shape[-1]] = 1e-300
     scale = design.square().mean(1)
     design = design - design.mean(1, keepdim=True)
     slopes, left = [], []

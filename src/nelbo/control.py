@@ -108,14 +108,11 @@ class Linear:
     def within(self, model: Model, draw: Draw) -> Tensor:
         """w (‖e - ê‖² - its mean), shape (B,)."""
         process, t = _gaussian(model), draw.term.t
-        a = self._rotated(process.embed(draw.x).flatten(1) - self.mean)
-        log_alpha, log_noise = (
-            process.log_alpha(t)[:, None],
-            process.log_one_minus_alpha(t)[:, None],
-        )
-        alpha, noise = log_alpha.exp(), log_noise.exp()
-        z = draw.z.double().flatten(1)
-        n = self._rotated(z - alpha.sqrt() * process.embed(draw.x).flatten(1)) / noise.sqrt()
+        e, z = process.embed(draw.x).flatten(1), draw.z.double().flatten(1)
+        alpha = process.alpha(t)[:, None]
+        noise = process.log_one_minus_alpha(t).exp()[:, None]
+        a = self._rotated(e - self.mean)
+        n = self._rotated(z - alpha.sqrt() * e) / noise.sqrt()
         total = alpha * self.variance + noise
         of_a, of_n = noise / total, (alpha * noise).sqrt() * self.variance / total
         centred = of_n.square() * (n.square() - 1) - 2 * of_a * of_n * a * n

@@ -106,11 +106,9 @@ class Grid(Times):
         return self.times.to(u.device)[(u * self.terms).round().long()]
 
     def term(self, u: Tensor) -> tuple[Term, float]:
-        times, i = self.times.to(u.device), self._interval(u)
+        times = self.times.to(u.device)
+        i = (u * self.terms).long().clamp(max=self.terms - 1)
         return Step(t=times[i + 1], s=times[i]), float(self.terms)
-
-    def _interval(self, u: Tensor) -> Tensor:
-        return (u * self.terms).long().clamp(max=self.terms - 1)
 
 
 class Continuum(Times):

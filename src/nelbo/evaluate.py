@@ -16,13 +16,11 @@ one by one, so any number of processes that share them give the same number.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nelbo._numerics import LOG_2, seeded
 from nelbo._processes import gather, world
@@ -32,7 +30,7 @@ from nelbo.control import Controls
 from nelbo.data import as_examples, fingerprint
 from nelbo.elbo import Bound, prior_term
 from nelbo.estimate import Continuum, Times, stratified
-from nelbo.model import Model, measuring, model_hash
+from nelbo.model import Model, counting, measuring, model_hash
 
 BLOCKS = 32  # of examples that share strata, where there are enough: degrees of freedom
 BLOCK = 32  # examples in one, at most
@@ -208,16 +206,15 @@ def evaluate(
     if target_error is not None and calls is not None:
         raise ValueError("give calls or target_error, not both")
     density = model.decoder.density
-    scale = 1.0 if density else 1 / (model.dims * LOG_2)
+    scale = scale_of(model)
     cells = Cells(times)
     way = plan(len(x), CALLS if calls is None else calls, cells.count, per_example)
-    with measuring(model), _counting(model.network) as rows:
+    with measuring(model), counting(model.network) as calls_made:
         with seeded(seed, 0):
             scores = SCORES[1] if way.pilot >= SCORES[0] else 0
             controls = Controls(model, x, cells.edges, scores)
             allocation = pilot(cells, controls, x, way.pilot, way.paired)
-        piloted = sum(rows)
-        rows.clear()
+        piloted = calls_made.forward
         if target_error is not None:
             way = _first_round(way, allocation, target_error / scale, len(x))
         turn, prior, costs = 0, torch.empty(0), torch.empty(len(x), 0, cells.count)
@@ -234,7 +231,7 @@ def evaluate(
                 break
             turn += 1
             way = _next_round(way, error.monte_carlo, target_error, costs.shape[1])
-        called = piloted + sum(gather(sum(rows)))
+        called = piloted + sum(gather(calls_made.forward - piloted))
 
     bound = Bound(prior, costs[..., 0].mean(1), costs[..., 1:].sum(2).mean(1))
     nats = -bound.elbo.mean().item()
@@ -251,7 +248,7 @@ def evaluate(
         seed=seed,
         weights=weights,
         split=split,
-        precision=f"float64 around {next(model.network.parameters()).dtype}".replace("torch.", ""),
+        precision=precision_of(model),
         model_hash=model_hash(model),
         data_hash=fingerprint(x),
         processes=world()[1],
@@ -259,6 +256,16 @@ def evaluate(
         per_example=bound,
         per_example_error=(costs.sum(2).var(1) / costs.shape[1]).sqrt(),
     )
+
+
+def scale_of(model: Model) -> float:
+    """From nats per example to the unit of a result: bits/dim, or nats for densities."""
+    return 1.0 if model.decoder.density else 1 / (model.dims * LOG_2)
+
+
+def precision_of(model: Model) -> str:
+    """In which arithmetic a bound was measured, for the record."""
+    return f"float64 around {next(model.network.parameters()).dtype}".replace("torch.", "")
 
 
 def _mine(examples: int, block: int) -> range:
@@ -328,14 +335,3 @@ def _curve(cells: Cells, costs: Tensor, block: int) -> list[CurvePoint]:
         for c in range(1, cells.count)
         for error in [_monte_carlo(costs[..., c], block)]
     ]
-
-
-@contextmanager
-def _counting(network: nn.Module) -> Iterator[list[int]]:
-    """Collects the number of rows of each call of a network."""
-    rows: list[int] = []
-    handle = network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    try:
-        yield rows
-    finally:
-        handle.remove()

@@ -17,14 +17,11 @@ share one forward pass; each v is one backward pass. Both are counted at the net
 Each example has its own steps and its own error, so its value does not depend on its batch mates.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nelbo._numerics import over
 from nelbo.dequantise import check_gaussian
@@ -42,34 +39,6 @@ class Carried(NamedTuple):
 
     z: Tensor
     log_det: Tensor
-
-
-@dataclass
-class Calls:
-    """Rows that went through a network."""
-
-    forward: int = 0
-    backward: int = 0
-
-
-@contextmanager
-def counting(network: nn.Module) -> Iterator[Calls]:
-    """Counts the rows of each forward pass of a network, and of each backward pass."""
-    calls = Calls()
-
-    def backward(gradient: Tensor) -> None:
-        calls.backward += len(gradient)
-
-    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.forward += len(inputs[0])
-        if output.requires_grad:
-            output.register_hook(backward)
-
-    handle = network.register_forward_hook(forward)
-    try:
-        yield calls
-    finally:
-        handle.remove()
 
 
 def is_exact(model: Model, trace: Trace) -> bool:

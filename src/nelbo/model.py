@@ -8,6 +8,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,34 @@ def measuring(model: Model) -> Iterator[None]:
         model.train(before[0])
         model.dtype = before[1]
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+@dataclass
+class Calls:
+    """Rows that went through a network."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+@contextmanager
+def counting(network: nn.Module) -> Iterator[Calls]:
+    """Counts the rows of each forward pass of a network, and of each backward pass."""
+    calls = Calls()
+
+    def backward(gradient: Tensor) -> None:
+        calls.backward += len(gradient)
+
+    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.forward += len(inputs[0])
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    handle = network.register_forward_hook(forward)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def model_hash(model: Model) -> str:

@@ -18,23 +18,22 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from nelbo._numerics import LOG_2, seeded
+from nelbo._numerics import seeded
 from nelbo._progress import Track
 from nelbo.data import as_examples, fingerprint
 from nelbo.dequantise import Dequantiser, Encoder, check_gaussian
 from nelbo.estimate import Times
-from nelbo.evaluate import StandardError
+from nelbo.evaluate import StandardError, precision_of, scale_of
 from nelbo.flow import (
     Trace,
     check_flow,
-    counting,
     is_exact,
     log_density,
     random_probes,
     unit_probes,
 )
 from nelbo.importance import check_grid, check_samples, importance_weights, log_mean
-from nelbo.model import Model, measuring, model_hash
+from nelbo.model import Model, counting, measuring, model_hash
 
 BLOCK = 64  # examples that are seeded together
 LOOSE = 10.0  # the looser tolerance is this many times the one asked for
@@ -207,8 +206,8 @@ def evaluate_flow(
         first=first,
         tolerance=tolerance,
         loose_tolerance=tolerances[0],
-        loose=-loose.mean().item() * _scale(model),
-        largest_change=(tight - loose).abs().max().item() * _scale(model),
+        loose=-loose.mean().item() * scale_of(model),
+        largest_change=(tight - loose).abs().max().item() * scale_of(model),
     )
     return record(tight, how, weights, split)
 
@@ -256,10 +255,10 @@ def _visit(
     def record(each: Tensor, how: ByImportance | ByFlow, weights: str, split: str) -> Tighter:
         nats, density = -each.mean().item(), model.decoder.density
         return Tighter(
-            bits_per_dim=None if density else nats * _scale(model),
+            bits_per_dim=None if density else nats * scale_of(model),
             nats=nats,
             unit="nats" if density else "bits/dim",
-            standard_error=_standard_error(each * _scale(model)),
+            standard_error=_standard_error(each * scale_of(model)),
             how=how,
             examples=len(x),
             dims=model.dims,
@@ -269,9 +268,7 @@ def _visit(
             seed=seed,
             weights=weights,
             split=split,
-            precision=f"float64 around {next(model.network.parameters()).dtype}".replace(
-                "torch.", ""
-            ),
+            precision=precision_of(model),
             model_hash=model_hash(model),
             data_hash=fingerprint(x),
             per_example=each.mean(1),
@@ -287,8 +284,3 @@ def _standard_error(each: Tensor) -> StandardError:
     noise = each.var(1).mean().item() / (examples * replicates) if replicates > 1 else math.nan
     data = max(0.0, total - noise) if replicates > 1 else math.nan
     return StandardError(*(math.sqrt(v) for v in (total, data, noise)))
-
-
-def _scale(model: Model) -> float:
-    """From nats to the unit of the result."""
-    return 1.0 if model.decoder.density else 1 / (model.dims * LOG_2)

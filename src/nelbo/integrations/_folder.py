@@ -1,6 +1,5 @@
 """What a folder written by diffusers holds, read without running anything in it."""
 
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nelbo.checkpoint import put_weights, read_tensors
+from nelbo.integrations.foreign import read_json
 
 Config = Mapping[str, object]
 NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")
@@ -59,15 +59,3 @@ def made(config: Config, where: Path) -> Any:  # noqa: ANN401
     if kind is None:
         raise ValueError(f"{where} names {config.get('_class_name')}, which diffusers lacks")
     return kind.from_config(dict(config))
-
-
-def read_json(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a model has one beside its weights")
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must be a JSON object; got {type(found).__name__}")
-    return found

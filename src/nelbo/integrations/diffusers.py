@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nelbo.data import Schema
 from nelbo.estimate import Continuum, Grid, Times
-from nelbo.integrations._folder import made, network_of, read_json
+from nelbo.integrations._folder import made, network_of
 from nelbo.integrations.denoisers import (
     Predicts,
     Variance,
@@ -33,7 +33,7 @@ from nelbo.integrations.denoisers import (
     signal_left,
     spaced,
 )
-from nelbo.integrations.foreign import Foreign, check_label
+from nelbo.integrations.foreign import Foreign, check_label, read_json
 from nelbo.integrations.parts import EDM, Flow, interpolating
 from nelbo.model import Model
 from nelbo.process import Affine, Levels

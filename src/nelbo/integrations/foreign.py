@@ -1,6 +1,8 @@
 """A foreign model beside what `evaluate` wants to know of it."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -47,6 +49,19 @@ class Foreign:
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
         return dataset.splits[split], f"{split} of {source}"
+
+
+def read_json(path: Path, hint: str = "a model has one beside its weights") -> dict[str, object]:
+    """The object in a file; ValueError for anything else, and where there is none the hint."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {hint}")
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must be a JSON object; got {type(found).__name__}")
+    return found
 
 
 def check_label(label: int | None, classes: int | None) -> None:

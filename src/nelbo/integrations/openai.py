@@ -14,7 +14,6 @@ Their evaluation clips x̂ (`clip_denoised`), which is another model than the on
 asked for with clip=True.
 """
 
-import json
 import math
 import pickle
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from nelbo.checkpoint import put_weights, read_tensors
 from nelbo.data import Schema
 from nelbo.estimate import Grid
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left, spaced
-from nelbo.integrations.foreign import Foreign, check_label
+from nelbo.integrations.foreign import Foreign, check_label, read_json
 from nelbo.integrations.unet import GROUPS, Architecture, UNet
 from nelbo.process import Levels
 
@@ -258,19 +257,11 @@ def _respacing(flags: Flags) -> int:
 
 
 def _flags_beside(path: Path) -> Flags:
-    beside = path.with_suffix(".json")
-    if not beside.is_file():
-        raise FileNotFoundError(
-            f"{beside} does not exist; write there the flags the model was trained with, as in"
-            ' {"image_size": 64, "num_channels": 128, "learn_sigma": true}'
-        )
-    try:
-        flags = json.loads(beside.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{beside} is not JSON: {error}") from None
-    if not isinstance(flags, dict):
-        raise ValueError(f"{beside} must be a JSON object of flags; got {type(flags).__name__}")
-    return flags
+    return read_json(
+        path.with_suffix(".json"),
+        "write there the flags the model was trained with, as in"
+        ' {"image_size": 64, "num_channels": 128, "learn_sigma": true}',
+    )
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
