@@ -169,8 +169,9 @@ def test_a_crash_repeats_the_lost_steps(source, tuned, tmp_path, monkeypatch, la
 
 def test_the_best_variance_is_measured_with_the_weights(source, tmp_path):
     """A step whose variance is data of the model: in its file and in its hash."""
-    run = training.train("digits", tmp_path / "run", step="optimal", steps=2, batch=8, width=8,
-                         depth=1)  # fmt: skip
+    run = training.train(
+        "digits", tmp_path / "run", step="optimal", steps=2, batch=8, width=8, depth=1
+    )
     assert (run.model.step.errors > 0).all() and (run.model.step.errors.diff() > 0).sum() > 25
     before = checkpoint.model_hash(run.model)
     run.model.step.errors *= 2
