@@ -21,7 +21,7 @@ demo: setup
 	@echo "Look at $(RUN)/report.html and $(RUN)/samples.png"
 
 test: setup lint types wheel
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -10,8 +10,8 @@ calls per example. Every example is fixed, so the variance is that of the draws 
     importance          i.i.d., density ∝ √E[L²] in 32 bins, weighted (OpenAI)
     importance, low-d.  the same density, times as low-discrepancy
     full sum            the bound of T = 1000 steps, a draw for each of its terms (OpenAI)
-    nelbo               `allocate.estimate`: single draws at 1 call, pairs from 2 on, strata within
-                        blocks as in `nelbo.evaluate`; controls and a pilot from training data
+    nelbo               `allocate.estimate`, strata within blocks as in `nelbo.evaluate`; controls
+                        and a pilot from the examples themselves
 
 The first four draw the diffusion term only: the reconstruction is theirs for nothing, in calls and
 in variance, and so is what density they need. nelbo and the full sum pay for it. nelbo's pilot is
@@ -80,11 +80,11 @@ class Variance:
 
 @dataclass(frozen=True)
 class Known:
-    """What nelbo learns of a model before it measures; allocations without and with pairs."""
+    """What nelbo learns of a model before it measures; an allocation for each number of calls."""
 
     cells: Cells
     controls: Controls
-    allocation: dict[bool, Allocation]
+    allocation: dict[int, Allocation]
 
 
 @dataclass(frozen=True)
@@ -169,25 +169,29 @@ def reconstruction(model: Model, times: Times, x: Tensor) -> Tensor:
 
 def ours(known: Known, x: Tensor, calls: int, replicates: int) -> Variance:
     """nelbo's at so many calls."""
-    paired = calls > 1
-    draws = calls // 2 if paired else calls
     parts = []
     for block in x.split(plan(len(x), CALLS, known.cells.count).block):
-        u = torch.stack([stratified(len(block), draws) for _ in range(replicates)], 1)
-        costs = estimate(known.cells, known.controls, known.allocation[paired], block, u, paired)
+        # as many passes as replicates, which borrow from none but their own
+        costs = torch.cat(
+            [
+                estimate(known.cells, known.controls, known.allocation[calls], block, u[:, None])
+                for u in (stratified(len(block), calls) for _ in range(replicates))
+            ],
+            1,
+        )
         parts.append(costs.sum(2).mean(0).var() * (len(block) / len(x)) ** 2)
     return Variance.of(torch.stack(parts))
 
 
-def learn(model: Model, times: Times, train: Tensor, rows: int) -> Known:
-    """From training data, with so many rows of each cell."""
+def learn(model: Model, times: Times, x: Tensor, rows: int) -> Known:
+    """With so many rows of each cell."""
     cells = Cells(times)
-    controls = Controls(model, train, cells.edges, SCORES[1] if rows >= SCORES[0] else 0)
-    pilots = {paired: pilot(cells, controls, train, rows, paired) for paired in (False, True)}
+    controls = Controls(model, x, cells.edges, SCORES[1] if rows >= SCORES[0] else 0)
+    pilots = {n: pilot(cells, controls, x, rows, n, 1) for n in AT}
     return Known(cells, controls, pilots)
 
 
-def compare(model: Model, x: Tensor, train: Tensor, passes: int, rows: int) -> Iterator[Row]:
+def compare(model: Model, x: Tensor, passes: int, rows: int) -> Iterator[Row]:
     """All methods, as they are measured."""
     times = Continuum(model.process.schedule.start)
     start = time.perf_counter()
@@ -198,7 +202,7 @@ def compare(model: Model, x: Tensor, train: Tensor, passes: int, rows: int) -> I
     start = time.perf_counter()
     variance = full_sum(model, x)
     yield Row("full sum", T, variance, (time.perf_counter() - start) / (4 * len(x)))
-    known = learn(model, times, train, rows)
+    known = learn(model, times, x, rows)
     for n in AT:
         replicates = max(2, passes // n)
         start = time.perf_counter()
@@ -270,10 +274,10 @@ def main() -> None:
     options = parser.parse_args()
     run = load(options.run)
     splits, model = run.config.load_data().splits, run.model
-    x, train = as_examples(splits["test"][: options.examples]), splits["train"]
+    x = as_examples(splits["test"][: options.examples])
     unit = model.dims * LOG_2
     with measuring(model), seeded(0):
-        rows, low = tell(compare(model, x, train, options.seeds, options.pilot), unit)
+        rows, low = tell(compare(model, x, options.seeds, options.pilot), unit)
     summary = spent(model, x, low, max(1, options.seeds // 8), unit)
     if options.json:
         document = {"run": run.path.name, "examples": len(x), "seeds": options.seeds}

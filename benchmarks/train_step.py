@@ -13,7 +13,6 @@ import copy
 import json
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,20 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nelbo import checkpoint, data
+from nelbo import data
 from nelbo.augment import augment
-from nelbo.checkpoint import RunConfig
 from nelbo.config import configure
-from nelbo.train import Training
+from nelbo.learner import Learner
 
 
-def bare_step(training: Training) -> Callable[[], None]:
+def bare_step(learner: Learner) -> Callable[[], None]:
     """The same step, written out."""
-    t, schema = training.run.train, training.run.schema
-    model = copy.deepcopy(training.model).train()
+    t, schema = learner.config, learner.dataset.schema
+    model = copy.deepcopy(learner.model).train()
     network: nn.Module = model.network
     values, log_prior = model.head.values.float(), model.head.log_prior
-    x_train = training.dataset.splits["train"].long()
+    x_train = learner.dataset.splits["train"].long()
     optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay)
     low, high, dims = -7.0, 6.0, model.dims
 
@@ -79,28 +77,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dataset = data.load("digits")
     model, train = configure(dataset.schema, len(dataset.splits["train"]))
-    run = RunConfig(
-        source=dataset.source,
-        schema=dataset.schema,
-        size=None,
-        hashes=checkpoint.hashes(dataset),
-        preset="auto",
-        model=model,
-        train=train,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        training = Training(Path(folder), run, dataset)
-        steps = {
-            "bare loop": bare_step(training),
-            "nelbo": lambda: training._step(dataset.splits["train"]),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for i in range(options.rounds + 3):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                if i >= 3:
-                    seconds[name].append(time.perf_counter() - start)
+    learner = Learner(model, train, dataset)
+    steps = {"bare loop": bare_step(learner), "nelbo": learner.step}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(options.rounds + 3):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if i >= 3:
+                seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = [n / b for n, b in zip(seconds["nelbo"], seconds["bare loop"], strict=True)]
     ratio = statistics.median(ratios)

@@ -9,7 +9,8 @@ from known_models import MODELS
 from torch import Tensor
 
 from nelbo._numerics import seeded
-from nelbo.allocate import EVEN, Allocation, Cells, estimate, even, fit
+from nelbo.allocate import EVEN, Allocation, Cells, _lenders, estimate, even
+from nelbo.allocate import fit as fit_rows
 from nelbo.control import Controls
 from nelbo.data import as_examples
 from nelbo.estimate import Continuum, Grid, Times, stratified
@@ -54,9 +55,9 @@ def test_uniform_draws_fall_where_they_should():
 
 
 @TIMES
-@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
+@pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_any_allocation_is_unbiased(name, paired, times):
+def test_any_allocation_is_unbiased(name, draws, times):
     """E[y] is reconstruction + diffusion of each example, whatever p, k and b are."""
     known = MODELS[name]()
     data = known.examples(69)
@@ -64,11 +65,11 @@ def test_any_allocation_is_unbiased(name, paired, times):
     cells = Cells(times)
     controls = Controls(known.model, data, cells.edges)
     x = as_examples(data[:3])
-    n = 1500
+    n = 1500 // draws
     features = controls.between(x).shape[-1]
     allocation = arbitrary(cells.count, controls.variates, features)
-    u = torch.rand(3, n, 1, dtype=torch.float64)
-    costs = estimate(cells, controls, allocation, x, u, paired)
+    u = torch.rand(3, n, draws, dtype=torch.float64)
+    costs = estimate(cells, controls, allocation, x, u)
     assert costs.shape == (3, n, cells.count)
     scale = truth[:, 1:].sum(1).max().item()
     assert_mean(costs.sum(-1).T, truth[:, 1:].sum(1), error=0.4 * scale)
@@ -76,18 +77,50 @@ def test_any_allocation_is_unbiased(name, paired, times):
 
 
 @pytest.mark.parametrize("name", ["levels", "symbols"])
-def test_a_pair_lends_each_other_its_context(name):
-    """v of a pair has mean zero: the context of each draw is the other's, never its own."""
+def test_draws_lend_each_other_their_context(name):
+    """v of two draws has mean zero: the context of each is the other's, never its own."""
     known = MODELS[name]()
     data = as_examples(known.examples(69))
     cells = Cells(Grid([0.3, 0.6, 0.8, 1.0]))
     controls = Controls(known.model, data, cells.edges)
-    n = 6000
-    share = torch.rand(n, dtype=torch.float64)
+    n, half = 6000, controls.variates // 2
+    share = torch.rand(n, 2, dtype=torch.float64)
+    replicate = torch.zeros(2, dtype=torch.long)
     for c in range(cells.count - 1):  # at time 1 all symbols are hidden, and nothing varies
-        cell = torch.full((n,), c)
-        _, v = cells.draw(controls, data[:1].expand(n, 2), cell, share, paired=True)
+        cell = torch.tensor([c, max(0, c - 1)]).expand(n, 2)
+        _, v = cells.draw(controls, data[:1].expand(n, 2), cell, share, replicate)
+        assert not v[..., :half].any()
+        v = v[..., half:]
         assert_mean(v / v.std(0), 0.0, error=1.01 / math.sqrt(n))
+
+
+def test_who_lends():
+    """The nearest of the same example and of no later replicate, a noisier one counting four times
+    as far; never itself, so that the first replicate's only draw is alone."""
+    place = 9 * torch.rand(5, 7, dtype=torch.float64)
+    replicate = torch.tensor([0, 1, 1, 1, 2, 2, 3])
+    lender = _lenders(place, replicate)
+    assert (lender[:, 0] == -1).all()
+    for i in range(5):
+        for j in range(1, 7):
+            others = [k for k in range(7) if k != j and replicate[k] <= replicate[j]]
+            gap = {k: (place[i, k] - place[i, j]).item() for k in others}
+            nearest = min(others, key=lambda k: 4 * gap[k] if gap[k] > 0 else -gap[k])
+            assert lender[i, j] == 7 * i + nearest
+
+
+def test_replicates_are_uncorrelated():
+    """What is taken off one replicate depends on others' noise; their covariance is none."""
+    known = MODELS["levels"]()
+    data = as_examples(known.examples(69))
+    cells = Cells(Grid([0.3, 0.6, 1.0]))
+    controls = Controls(known.model, data, cells.edges)
+    n = 6000
+    allocation = arbitrary(cells.count, controls.variates, controls.between(data).shape[-1])
+    x, u = data[:1].expand(n, 2), torch.rand(n, 2, 1, dtype=torch.float64)
+    one, two = estimate(cells, controls, allocation, x, u).sum(-1).unbind(1)
+    product = (one - one.mean()) * (two - two.mean()) / (one.std() * two.std())
+    assert_mean(product, 0.0, error=product.std().item() * 1.01 / math.sqrt(n))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -104,7 +137,7 @@ def test_with_nothing_taken_off_it_is_importance_sampling(name):
     zero = torch.zeros(cells.count, controls.between(x[:1]).shape[-1], dtype=torch.float64)
     allocation = Allocation(allocation.probability, 0 * allocation.within, zero, allocation.left)
     u = torch.stack([stratified(1, 5) for _ in range(400)])
-    costs = estimate(cells, controls, allocation, x, u, paired=False)[:, 0]
+    costs = estimate(cells, controls, allocation, x, u)[:, 0]
     truth = known.bound(data[:1], times)[0]
     assert_mean(costs[:, 0], truth[1], error=0.1 * truth.sum().item())
     for c in range(1, cells.count):
@@ -122,12 +155,15 @@ class Between(Grid):
 
 
 def test_even():
-    """No pilot: all cells alike, nothing known, nothing taken off."""
+    """No pilot: a share for the reconstruction, the other cells alike, nothing taken off."""
     known = MODELS["levels"]()
     cells = Cells(Grid.uniform(6))
     controls = Controls(known.model, known.examples(69), cells.edges)
-    allocation = even(cells, controls, 4)
-    torch.testing.assert_close(allocation.probability, torch.full((6,), 1 / 6).double())
+    allocation = even(cells, controls, 4, 0.25)
+    expected = torch.tensor([0.25, 0.15, 0.15, 0.15, 0.15, 0.15], dtype=torch.float64)
+    torch.testing.assert_close(allocation.probability, expected)
+    assert even(cells, controls, 4, 0.01).probability[0].item() == pytest.approx(1 / 6)
+    assert even(Cells(Grid.uniform(1)), controls, 4, 0.1).probability.tolist() == [1.0]
     assert allocation.within.shape == (6, controls.variates)
     assert allocation.between.shape == (6, 4)
     assert not allocation.within.any() and not allocation.between.any()
@@ -147,6 +183,12 @@ def test_cells_cover_the_times(times: Times, count: int):
     assert cells.edges[0] == times.first
     assert cells.edges[-1] == 1
     assert (cells.edges.diff() > 0).all()
+
+
+def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
+    """Of costs (C, n), as many rows in each cell."""
+    cell = torch.arange(len(cost)).repeat_interleave(cost.shape[1])
+    return fit_rows(len(cost), cell, cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1))
 
 
 def synthetic(groups: int, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

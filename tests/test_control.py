@@ -24,7 +24,7 @@ from torch.distributions import MixtureSameFamily, Normal, kl_divergence
 from nelbo import allocate, control
 from nelbo._numerics import seeded
 from nelbo.allocate import Cells, estimate, pilot
-from nelbo.control import Controls, Draw, LevelReference, observe
+from nelbo.control import Controls, Draw, LevelReference, Nothing, observe
 from nelbo.data import as_examples
 from nelbo.estimate import Continuum, Grid
 from nelbo.heads import Data, LevelLogits, LevelPrediction, Prediction, SymbolLogits
@@ -160,13 +160,13 @@ def normal_cdf(v: float) -> float:
     return 0.5 * (1 + math.erf(v / math.sqrt(2)))
 
 
-@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "lent"])
 @pytest.mark.parametrize("step", ["mixture", "posterior"])
 @pytest.mark.parametrize(
     ("count", "gamma"), [(4, -3.0), (4, -6.5), (256, -9.0)], ids=["4", "4 sharp", "256"]
 )
 @TERMS
-def test_levels_have_mean_zero_by_draws(kind, count, gamma, step, paired):
+def test_levels_have_mean_zero_by_draws(kind, count, gamma, step, alone):
     """With its own z, its own Monte Carlo noise and the context of an independent draw."""
     n = 4_000 if count == 4 else 400
     kinds = Levels(count)
@@ -179,15 +179,16 @@ def test_levels_have_mean_zero_by_draws(kind, count, gamma, step, paired):
     controls = Controls(model, data, EDGES)
     x = data[:1].expand(n, 2)
     one, other = (observe(model, x, terms(n)[kind]) for _ in range(2))
-    v = controls.within(one, other if paired else None)
-    assert v.shape == (n, 2)
-    assert (v.std(0) > 0).all()
+    v = controls.within(one, None if alone else controls.lend(other), torch.full((n,), alone))
+    assert v.shape == (n, 4)
+    v, others = (v[:, :2], v[:, 2:]) if alone else (v[:, 2:], v[:, :2])
+    assert (v.std(0) > 0).all() and not others.any()
     assert_mean(v / v.std(0), 0.0, error=1.01 / math.sqrt(n))
 
 
-@pytest.mark.parametrize("paired", [False, True], ids=["single", "paired"])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "lent"])
 @TERMS
-def test_symbols_have_mean_zero_by_enumeration(kind, paired):
+def test_symbols_have_mean_zero_by_enumeration(kind, alone):
     """Sums over all states of z, and of the other draw's z: zero."""
     known = symbols()
     every = torch.tensor(states(3, 2))
@@ -200,7 +201,8 @@ def test_symbols_have_mean_zero_by_enumeration(kind, paired):
     q = known.model.process.marginal(known.model.embed(x), term.t)
     weights = (q.log_prob(one) + q.log_prob(other)).exp()
     draws = [Draw(x, term, z, known.model.predict(z, term.t), STATE, term.t) for z in (one, other)]
-    v = controls.within(draws[0], draws[1] if paired else None)[:, 0]
+    context = None if alone else controls.lend(draws[1])
+    v = controls.within(draws[0], context, torch.full((len(x),), alone))[:, 0 if alone else 1]
     assert v.abs().max() > 0.1
     assert abs((weights * v).sum().item()) < 1e-14 * v.abs().max()
 
@@ -289,7 +291,9 @@ def test_the_table_is_of_each_dimension_s_frequencies(monkeypatch):
     assert reference.table.shape == (2, 4, 4)
     direct = torch.stack(
         [
-            control._divergence(known.model, data, reference.context, t.expand(len(data))).sum(1)
+            control._divergence(
+                known.model, data, reference.log_frequency, t.expand(len(data))
+            ).sum(1)
             for t in EDGES
         ],
         1,
@@ -298,9 +302,9 @@ def test_the_table_is_of_each_dimension_s_frequencies(monkeypatch):
     monkeypatch.setattr(control, "TABLE", 1)
     shared = LevelReference(known.model, data, EDGES)
     assert shared.table.shape == (1, 4, 4)
-    together = reference.context.exp().mean(0)
-    torch.testing.assert_close(shared.context[0], together.log(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(shared.context[1], together.log(), rtol=1e-12, atol=1e-12)
+    together = reference.log_frequency.exp().mean(0)
+    torch.testing.assert_close(shared.log_frequency[0], together.log(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shared.log_frequency[1], together.log(), rtol=1e-12, atol=1e-12)
 
 
 def test_divergences_of_a_gaussian_are_a_chain():
@@ -407,9 +411,9 @@ def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch):
     cells = Cells(times)
     model, data = its_own_reference(name)
     controls = Controls(model, data, cells.edges, scores=2)
-    found = pilot(cells, controls, data, 64, paired=False)
+    found = pilot(cells, controls, data, 64, 7, 3)
     x, draws = data[:8], torch.rand(8, 3, 7, dtype=torch.float64)
-    costs = estimate(cells, controls, found, x, draws, paired=False)
+    costs = estimate(cells, controls, found, x, draws)
     total = costs.sum(-1)
     # of the integrals over ε 24 nodes leave 1e-5, of a cost of one or two
     torch.testing.assert_close(total, total[:, :1].expand_as(total), rtol=0, atol=1e-3)
@@ -431,24 +435,9 @@ def test_the_pilot_finds_what_there_is(name):
     cells = Cells(Continuum())
     model, data = its_own_reference(name)
     controls = Controls(model, data, cells.edges, scores=2)
-    found = pilot(cells, controls, data, 64, paired=False)
-    plain = pilot(cells, Bare(controls), data, 64, paired=False)
+    found = pilot(cells, controls, data, 64, 1, 1)
+    plain = pilot(cells, Nothing(model, cells.edges), data, 64, 1, 1)
     assert found.left.sum() < plain.left.sum() / 4
-
-
-class Bare(Controls):
-    """Nothing known."""
-
-    variates = 0
-
-    def __init__(self, controls: Controls) -> None:
-        self.model = controls.model
-
-    def within(self, draw: Draw, other: Draw | None) -> Tensor:
-        return torch.zeros(len(draw.x), 0, dtype=torch.float64)
-
-    def between(self, x: Tensor) -> Tensor:
-        return torch.ones(len(x), 33, 1, dtype=torch.float64)
 
 
 # ---- a draw is watched, not changed
@@ -486,13 +475,14 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again():
     x = data[:1].expand(500, 2)
     s, t = (torch.full((500,), v, dtype=torch.float64) for v in (0.2, 0.6))
     draw = observe(model, x, Step(t=t, s=s))
-    left = draw.cost - controls.within(draw, None)[:, 1]
+    left = draw.cost - controls.within(draw, None, torch.ones(500, dtype=torch.bool))[:, 1]
     q = model.process.posterior(draw.z, model.embed(x), s, t)
     again = kl_divergence(q, model.step(draw.prediction, draw.z, s, t, model.process))
     assert (again - draw.cost).std() > 0.02  # other noise, another cost
     assert left.std() < 5e-5
     low, high = (
-        control._divergence(model, x[:1], controls.levels.context, v[:1]).sum() for v in (s, t)
+        control._divergence(model, x[:1], controls.levels.log_frequency, v[:1]).sum()
+        for v in (s, t)
     )
     torch.testing.assert_close(left.mean(), low - high, rtol=0, atol=5e-5)
 

@@ -100,7 +100,7 @@ def test_the_plan_spends_what_it_may():
             for cells in (1, 9, 33):
                 for scored in (False, True):
                     p = plan(examples, calls, cells, scored)
-                    each = p.replicates * p.draws * (2 if p.paired else 1)
+                    each = p.replicates * p.draws
                     assert p.replicates >= 2
                     assert p.pilot * cells + each * examples <= calls * examples
                     assert 1 <= p.block <= BLOCK

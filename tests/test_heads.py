@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from nelbo._numerics import seeded
+from nelbo import heads
+from nelbo._numerics import constant, seeded
 from nelbo.heads import (
     Data,
+    LevelCurves,
     LevelLogits,
     Mean,
     Noise,
@@ -17,7 +19,7 @@ from nelbo.heads import (
 )
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
 from nelbo.reverse import Beta, Learned, Mixture, Posterior
-from nelbo.schedules import Linear, PowerAlpha, Schedule
+from nelbo.schedules import LearnedMonotone, Linear, PowerAlpha, Schedule
 
 SHAPE = (2, 3, 5, 7)
 T = torch.tensor([0.25, 0.75], dtype=torch.float64)
@@ -112,6 +114,67 @@ def test_level_logits_are_a_prior():
     output = (prior.log() + 7).expand(*SHAPE, 3)
     got = LevelLogits(values)(output, z, T, process).log_probs.exp()
     torch.testing.assert_close(got, joint / joint.sum(-1, keepdim=True), rtol=1e-10, atol=1e-15)
+
+
+def test_curves_are_logits_through_a_matrix():
+    """... so unit vectors for curves give LevelLogits, and any curves a law that sums to one."""
+    process = Gaussian(Linear(-13.0, 5.0), Levels(17))
+    values, z = process.embedding.values, torch.randn(SHAPE, dtype=torch.float64)
+    full, few = LevelLogits(values, SHAPE[1:]), LevelCurves(values, SHAPE[1:], 17)
+    few.log_prior.data = full.log_prior.data = torch.randn(*SHAPE[1:], 17)
+    output = torch.randn(*SHAPE, 17, dtype=torch.float64)
+    got = few(output, z, T, process)
+    torch.testing.assert_close(got.log_probs.exp().sum(-1), torch.ones(SHAPE).double())
+    want = full(output @ few.curves.double(), z, T, process)
+    torch.testing.assert_close(got.log_probs, want.log_probs)
+    few.curves.data = torch.eye(17)
+    want = full(output, z, T, process)
+    torch.testing.assert_close(few(output, z, T, process).e_hat, want.e_hat)
+
+
+def test_few_curves_reach_every_level():
+    """For each level there is an output that it or a near one is likeliest for, for each end that
+    level itself; and outputs as large as they come have a finite gradient."""
+    process = Gaussian(Linear(-7.0, 40.0), Levels(256))
+    head = LevelCurves(process.embedding.values)
+    t = torch.ones(1, dtype=torch.float64)
+    z = torch.zeros(256, dtype=torch.float64)
+    output = 4 * head.curves.detach().T.double()
+    found = head(output[None], z[None], t, process).log_probs[0].argmax(-1)
+    assert (found - torch.arange(256)).abs().max() <= 4 and (found[0], found[-1]) == (0, 255)
+    for size in (1e4, -1e4):
+        extreme = torch.full((1, 1, 32), size, requires_grad=True)
+        head(extreme, torch.full((1, 1), 3.0), 0 * t, process).log_probs[..., 0].sum().backward()
+        assert extreme.grad.isfinite().all()
+
+
+def test_levels_in_parts_are_the_levels(monkeypatch):
+    """Parts of the batch that are computed again give the same law and gradients, also of a
+    schedule whose interior is held constant only in the forward pass."""
+    schedule = LearnedMonotone(-6.0, 5.0, learn_endpoints=True)
+    process = Gaussian(schedule, Levels(5))
+    head = LevelCurves(process.embedding.values, SHAPE[1:], 4)
+    output, noise = torch.randn(*SHAPE, 4), torch.randn(SHAPE, dtype=torch.float64)
+    x = torch.randint(5, SHAPE)
+    found = []
+    for part in (2**20, 1):
+        monkeypatch.setattr(heads, "PART", part)
+        output = output.detach().requires_grad_()
+        with constant(schedule.interior()):
+            z = process.marginal(process.embed(x), T).base_dist
+            prediction = head(output.double(), z.loc + z.scale * noise, T, process)
+        loss = prediction.e_hat.sum() + prediction.log_probs.gather(-1, x[..., None]).sum()
+        loss.backward()
+        grads = output.grad, head.curves.grad, head.log_prior.grad, schedule.ends.grad
+        found.append([loss.detach(), prediction.log_probs.detach(), *(g.clone() for g in grads)])
+        head.zero_grad(), schedule.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_too_few_curves_are_refused():
+    with pytest.raises(ValueError, match="at least 4; got 3"):
+        LevelCurves(torch.linspace(-1, 1, 256), curves=3)
 
 
 def test_variance_runs_from_beta_tilde_to_beta():

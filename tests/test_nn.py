@@ -8,6 +8,8 @@ from nelbo._numerics import seeded
 from nelbo.nn.conv import ConvNet
 from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.mlp import MLP
+from nelbo.nn.transformer import Transformer, _rotate, _turns
+from nelbo.nn.unet import UNet
 
 
 class NetworkContract:
@@ -40,9 +42,9 @@ class NetworkContract:
         base = network(features, level)
         assert (network(features + 0.1, level) - base).abs().max() > 1e-4
         assert (network(features, level + 0.1) - base).abs().max() > 1e-4
-        told = network(features, level, torch.ones(4))
+        told = network(features, level, torch.ones(4, 1))
         assert (told - base).abs().max() > 1e-4
-        torch.testing.assert_close(network(features, level, torch.zeros(4)), base)
+        torch.testing.assert_close(network(features, level, torch.zeros(4, 1)), base)
 
     def test_all_parameters_learn(self, network, inputs):
         network.train()
@@ -74,6 +76,33 @@ class TestConvNetOfOne(NetworkContract):
     @pytest.fixture
     def network(self):
         return ConvNet(self.shape, self.channels, self.outputs, width=8, depth=1)
+
+
+class TestUNet(TestConvNet):
+    shape = (3, 9, 21)
+
+    @pytest.fixture
+    def network(self):
+        return UNet(self.shape, self.channels, self.outputs, width=8, depth=1)
+
+
+class TestUNetOfOne(NetworkContract):
+    outputs = 1
+    channels = 1
+    shape = (1, 4, 5)
+
+    @pytest.fixture
+    def network(self):
+        return UNet(self.shape, self.channels, self.outputs, width=8, depth=1)
+
+    def test_small_digits_of_z_show(self, network, inputs):
+        """z moved by a 512th is another wave, not nearly the same input."""
+        network.eval()
+        features, level = torch.zeros(4, *self.shape), inputs[1]
+        base, near = network(features, level), network(features + 1 / 512, level)
+        network.first.weight.data[:, 1:] = 0
+        plain = network(features + 1 / 512, level) - network(features, level)
+        assert (near - base).abs().max() > 10 * plain.abs().max()
 
 
 class TestMLP(NetworkContract):
@@ -111,8 +140,56 @@ class TestEnsemble(NetworkContract):
         super().test_all_parameters_learn(network, (features, level))
 
 
+class TestTransformer(NetworkContract):
+    @pytest.fixture
+    def network(self):
+        return Transformer(self.shape, self.channels, self.outputs, width=32, depth=2)
+
+    def test_every_token_sees_all(self, network, inputs):
+        network.eval()
+        features, level = inputs
+        changed = features.clone()
+        changed[:, 0, 0, 0] += 1  # a channel of the first dimension
+        difference = network(changed, level) - network(features, level)
+        assert difference.abs().amax((0, -1)).min() > 1e-6
+
+    def test_tokens_differ_only_in_features_and_place(self, network, inputs):
+        """Without places, a permutation of the dimensions is one of the outputs."""
+        network.eval()
+        network.position.data.zero_()
+        network.first.weight.data[..., [0, 1, 2, 4, 5, 6]] = 0  # no neighbours
+        network.turn = _turns(1, 32)
+        features, level = inputs
+        dims = features.unflatten(1, (3, 2)).transpose(1, 2).flatten(2)
+        order = torch.randperm(dims.shape[2])
+        permuted = dims[..., order].unflatten(2, self.shape).transpose(1, 2).flatten(1, 2)
+        expected = network(features, level).flatten(1, 3)[:, order]
+        torch.testing.assert_close(network(permuted, level).flatten(1, 3), expected)
+
+
+class TestTransformerOfVectors(NetworkContract):
+    shape = (5,)
+    channels = 1
+    outputs = 1
+
+    @pytest.fixture
+    def network(self):
+        return Transformer(self.shape, self.channels, self.outputs, width=32, depth=1)
+
+
+def test_rotated_products_depend_on_the_distance_only():
+    turn = _turns(9, 32)
+    q, k = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 1, 9, 32)
+    product = (_rotate(q, turn) @ _rotate(k, turn).mT)[0, 0]
+    for distance in range(-8, 9):
+        same = product.diagonal(distance)
+        torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-4, atol=1e-4)
+    assert product.diagonal(1)[0] != product.diagonal(-1)[0]
+
+
 def test_networks_start_by_saying_nothing():
-    for network in (ConvNet((1, 5, 5), 1, 3, width=8), MLP((4,), 1, 3)):
+    networks = ConvNet((1, 5, 5), 1, 3, width=8), MLP((4,), 1, 3), Transformer((4,), 1, 3, 32)
+    for network in networks:
         shape = (1, 5, 5) if isinstance(network, ConvNet) else (4,)
         assert isinstance(network, nn.Module)
         assert not network(torch.randn(2, *shape), torch.zeros(2)).any()

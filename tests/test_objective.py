@@ -31,7 +31,7 @@ class Wiggle(nn.Module):
         self.weight = nn.Parameter(torch.linspace(-1, 1, outputs, dtype=torch.float64))
 
     def forward(self, z, level, condition=None):
-        shift = 0 if condition is None else condition[:, None, None, None]
+        shift = 0 if condition is None else condition[..., None, None]
         base = (z + 0.1 * level[:, None, None, None] + shift).sin()
         return base * self.weight[0] if len(self.weight) == 1 else base[..., None] * self.weight
 
@@ -122,11 +122,15 @@ def test_conditions_follow_their_examples(x):
     with torch.no_grad():
         t = torch.full((len(x),), 0.4, dtype=torch.float64)
         z = model.embed(x)
-        condition = torch.arange(len(x), dtype=torch.float64)
+        condition = torch.arange(len(x), dtype=torch.float64)[:, None]
         together = model.given(condition).predict(z, t).e_hat
         alone = model.given(condition[3:4]).predict(z[3:4], t[3:4]).e_hat
         without = model.predict(z, t).e_hat
+        chosen = model.given(condition).at(slice(3, 4)).predict(z[3:4], t[3:4]).e_hat
+        with pytest.raises(ValueError, match="given 7 conditions; got 2 examples"):
+            model.given(condition).predict(z[:2], t[:2])
     torch.testing.assert_close(together[3:4], alone)
+    torch.testing.assert_close(chosen, alone)
     torch.testing.assert_close(together[:1], without[:1])  # condition 0
     assert (together[1:] - without[1:]).abs().min() > 0
     assert model.condition is None
@@ -139,9 +143,9 @@ def test_each_term_is_given_its_own_conditions(x, share):
     process = Gaussian(Linear(-5.0, 4.0), LEVELS)
     model = Model(Wiggle(5), process, head, Posterior(), LevelHead(), (1, 3, 5))
     u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
-    condition = torch.arange(len(x), dtype=torch.float64) + 1
+    condition = torch.arange(len(x), dtype=torch.float64)[:, None] + 1
     with seeded(1):
-        loss = Objective(share=share)(model, x, u, condition)
+        loss = Objective(share=share)(model.given(condition), x, u)
     with seeded(1):
         part = round(share * len(x))
         e = model.embed(x)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from nelbo import checkpoint, objective
+from nelbo import checkpoint, learner, objective
 from nelbo._numerics import constant, seeded, slope
 from nelbo.build import build
 from nelbo.config import ModelConfig
@@ -218,17 +218,17 @@ def test_the_density_is_part_of_the_checkpoint(tmp_path, monkeypatch):
     """A run of importance times that was stopped ends as one that was not, to the bit."""
     options = {**TINY, "evaluate_every": 4, "times": "importance", "schedule": "learned-ends"}
     whole = training.train("digits", tmp_path / "whole", **options).path
-    order = training.batch_indices
+    order = learner.batch_indices
 
     def interrupt(examples, batch, step, seed):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
         return order(examples, batch, step, seed)
 
-    monkeypatch.setattr(training, "batch_indices", interrupt)
+    monkeypatch.setattr(learner, "batch_indices", interrupt)
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", tmp_path / "run", **options)
-    monkeypatch.setattr(training, "batch_indices", order)
+    monkeypatch.setattr(learner, "batch_indices", order)
     training.resume(tmp_path / "run")
     left, right = (
         checkpoint.read_tensors(path / checkpoint.STATE)[0] for path in (whole, tmp_path / "run")

@@ -3,13 +3,14 @@
 import importlib
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
-from nelbo import checkpoint
+from nelbo import checkpoint, learner
 from nelbo.build import build
 from nelbo.config import TrainConfig, configure
 from nelbo.data import Schema
@@ -40,17 +41,17 @@ def assert_same_run(a, b):
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch, stop):
     """Ctrl-C in the middle of step `stop`: the step is finished, saved, and continued exactly."""
-    order = training.batch_indices
+    order = learner.batch_indices
 
     def interrupt(examples, batch, step, seed):
         if step == stop - 1:
             signal.raise_signal(signal.SIGINT)
         return order(examples, batch, step, seed)
 
-    monkeypatch.setattr(training, "batch_indices", interrupt)
+    monkeypatch.setattr(learner, "batch_indices", interrupt)
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", tmp_path / "run", **TINY)
-    monkeypatch.setattr(training, "batch_indices", order)
+    monkeypatch.setattr(learner, "batch_indices", order)
     _, about = checkpoint.read_tensors(tmp_path / "run" / checkpoint.STATE)
     assert about["progress"]["step"] == stop
     training.resume(tmp_path / "run")
@@ -59,17 +60,17 @@ def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch
 
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(trained, tmp_path, monkeypatch):
     """Killed after step 3, the state is that of step 2; what was logged later is dropped."""
-    step = training.Training._step
+    step = learner.Learner.step
 
-    def crash(self, x):
+    def crash(self):
         if self.at.step == 3:
             raise RuntimeError("power cut")
-        step(self, x)
+        step(self)
 
-    monkeypatch.setattr(training.Training, "_step", crash)
+    monkeypatch.setattr(learner.Learner, "step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         training.train("digits", tmp_path / "run", **TINY)
-    monkeypatch.setattr(training.Training, "_step", step)
+    monkeypatch.setattr(learner.Learner, "step", step)
     with (tmp_path / "run" / checkpoint.METRICS).open("a") as file:
         file.write('{"step": 3, "validation": 1.0}\n{"step": 4, "valid')
     training.resume(tmp_path / "run")
@@ -104,18 +105,16 @@ def test_the_callers_generator_is_left_alone(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    objective = training.Objective.__call__
+    objective = learner.Objective.__call__
 
-    def explode(self, model, x, u, condition=None, weight=None):
-        loss = objective(self, model, x, u, condition, weight)
+    def explode(self, model, x, u, weight=None):
+        loss = objective(self, model, x, u, weight)
         explode.calls += 1
         return loss._replace(loss=loss.loss * float("nan")) if explode.calls == 4 else loss
 
     explode.calls = 0
-    monkeypatch.setattr(training.Objective, "__call__", explode)
-    with pytest.raises(
-        ValueError, match=r"non-finite .*at step 4; the checkpoint of step 2.*--lr"
-    ):
+    monkeypatch.setattr(learner.Objective, "__call__", explode)
+    with pytest.raises(ValueError, match=r"non-finite .*at step 4; the weights of step 2.*--lr"):
         training.train("digits", tmp_path / "run", **TINY)
     run = checkpoint.load(tmp_path / "run")
     assert run.weights == "ema, step 2"
@@ -138,24 +137,24 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
 
 
 def test_batches_visit_every_example_once_per_epoch():
-    stream = torch.cat([training.batch_indices(7, 3, step, seed=5) for step in range(14)])
+    stream = torch.cat([learner.batch_indices(7, 3, step, seed=5) for step in range(14)])
     for epoch in stream.reshape(6, 7):
         assert sorted(epoch.tolist()) == list(range(7))
     assert not torch.equal(stream[:7], stream[7:14])
-    larger = training.batch_indices(3, 10, 0, seed=5)
+    larger = learner.batch_indices(3, 10, 0, seed=5)
     assert [int((larger == i).sum()) for i in range(3)] in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
     config = TrainConfig(steps=100, warmup=10, lr=1.0)
-    rates = [training.learning_rate(config, step) for step in range(101)]
+    rates = [learner.learning_rate(config, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9]
     assert rates[9] == pytest.approx(1.0, abs=0.03) and rates[100] == pytest.approx(0.0)
 
 
 def test_the_average_warms_up():
     """After n steps the average is no older than a tenth of them."""
-    average = training.warmed_ema(0.999)
+    average = learner.warmed_ema(0.999)
     ema, at_zero = [torch.zeros(())], 1.0
     for i in range(1, 40):
         average(ema, [torch.ones(())], torch.tensor(i))
@@ -168,7 +167,7 @@ def test_weight_decay_leaves_all_but_matrices_alone():
     schema = Schema("levels", (1, 8, 8), 17)
     model, _ = configure(schema, 1000, schedule="learned-ends")
     built = build(model, schema)
-    decay, rest = training.parameter_groups(built, 0.1)
+    decay, rest = learner.parameter_groups(built, 0.1)
     assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0
     assert all(p.ndim in (2, 4) for p in decay["params"])
     spared = {id(p) for p in rest["params"]}
@@ -195,3 +194,25 @@ def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):
         assert gap > -3 * result.standard_error.monte_carlo
         if times.steps is None:
             assert gap < 0.25
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "options", "expected"),
+    [
+        ((1, 8, 8), 17, {}, ("conv", "levels", 128)),
+        ((1, 28, 28), 256, {}, ("conv", "level-curves", 16)),
+        ((3, 32, 32), 2, {"network": "unet"}, ("unet", "levels", 16)),
+        ((1, 28, 28), 256, {"network": "mlp", "head": "levels"}, ("mlp", "levels", 128)),
+        ((5,), 256, {}, ("mlp", "level-curves", 128)),
+        ((3, 32, 32), None, {}, ("conv", "velocity", 16)),
+        ((3, 32, 32), 256, {"head": "noise"}, ("conv", "noise", 16)),
+        ((8,), 256, {"process": "absorbing"}, ("mlp", "symbols", 128)),
+    ],
+)
+def test_the_preset_follows_the_data(shape, levels, options, expected):
+    """... and what a preset names can be built and read back."""
+    schema = Schema("real" if levels is None else "levels", shape, levels)
+    model, train = configure(schema, 1000, **options)
+    assert (model.network, model.head, train.batch) == expected
+    build(replace(model, width=8, depth=1), schema)
+    assert type(model).from_dict(model.to_dict(), "here") == model

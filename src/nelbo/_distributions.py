@@ -3,9 +3,11 @@ r"""Distributions that torch lacks, or has without a finite Kullback-Leibler div
 A probability is an object. `torch.distributions.kl_divergence` finds the divergence of a pair;
 the pairs registered here are
     Discrete || Discrete       closed form, in log space: no clamp, no 0 * inf;
-    Normal   || LevelMixture   **Monte Carlo**, unbiased, an antithetic pair of draws of q.
+    Normal   || LevelMixture   **Monte Carlo**, unbiased, an antithetic pair of draws of q;
+    Joint    || Joint          that of each group of columns.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -16,10 +18,11 @@ from torch.distributions import (
     MixtureSameFamily,
     Normal,
     constraints,
+    kl_divergence,
 )
 from torch.distributions.kl import register_kl
 
-from nelbo._numerics import log1mexp
+from nelbo._numerics import draw, log1mexp
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 
@@ -38,7 +41,7 @@ class Discrete(Distribution):
         super().__init__(batch_shape=log_probs.shape[:-1], validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        value, log_probs = torch.broadcast_tensors(value[..., None], self.log_probs)
+        value, log_probs = torch.broadcast_tensors(value[..., None].long(), self.log_probs)
         return log_probs.gather(-1, value[..., :1])[..., 0]
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
@@ -59,6 +62,15 @@ def _kl_discrete(p: Discrete, q: Discrete) -> Tensor:
     impossible = p.log_probs == -torch.inf
     log_ratio = torch.where(impossible, 0.0, p.log_probs - q.log_probs)
     return (p.log_probs.exp() * log_ratio).sum(-1)
+
+
+def log_between(lower: Tensor, upper: Tensor) -> Tensor:
+    """log[ Φ(upper) - Φ(lower) ] for lower < upper, elementwise."""
+    # In the upper tail use the mirror image, where log Φ keeps its digits.
+    mirror = lower + upper > 0
+    a, b = torch.where(mirror, -upper, lower), torch.where(mirror, -lower, upper)
+    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
+    return log_b + log1mexp(log_a - log_b)
 
 
 class DiscretisedNormal(Distribution):
@@ -84,12 +96,7 @@ class DiscretisedNormal(Distribution):
         lower = (edges[value] - self.loc) / self.scale
         upper = (edges[value + 1] - self.loc) / self.scale
         first, last = value == 0, value == len(self.edges)
-        # In the upper tail use the mirror image, where log Φ keeps its digits.
-        mirror = lower + upper > 0
-        a, b = torch.where(mirror, -upper, lower), torch.where(mirror, -lower, upper)
-        log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
-        inner = ~(first | last)
-        difference = log_b + log1mexp(torch.where(inner, log_a - log_b, -1.0))
+        difference = log_between(torch.where(first | last, upper - 1, lower), upper)
         open_below, open_above = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
         return torch.where(first, open_below, torch.where(last, open_above, difference))
 
@@ -130,3 +137,46 @@ def _kl_normal_mixture(q: Normal, p: LevelMixture) -> Tensor:
     z = q.rsample()
     pair = torch.stack([z, 2 * q.loc - z])
     return (q.log_prob(pair) - p.log_prob(pair)).mean(0)
+
+
+class Joint(Distribution):
+    """Groups of columns side by side, each with a kind of distribution of its own.
+
+    Values are (..., D) with the groups one after the other; log-probabilities and divergences
+    are per column, so that `Independent` sums them like any other.
+
+    Args:
+        parts: distributions of batch shape (..., D_g), the same but for D_g.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(self, parts: Sequence[Distribution]) -> None:
+        self.parts = tuple(parts)
+        sizes = [part.batch_shape[-1] for part in parts]
+        shape = (*self.parts[0].batch_shape[:-1], sum(sizes))
+        self.sizes = sizes
+        super().__init__(batch_shape=torch.Size(shape), validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return any(part.has_rsample for part in self.parts)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        values = value.split(self.sizes, -1)
+        each = [part.log_prob(v) for part, v in zip(self.parts, values, strict=True)]
+        return torch.cat(each, -1)
+
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
+        return torch.cat([part.sample(torch.Size(sample_shape)) for part in self.parts], -1)
+
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        """Reparametrised in the columns that can be."""
+        if sample_shape:
+            raise ValueError(f"a Joint draws one sample at a time; got {sample_shape}")
+        return torch.cat([draw(part) for part in self.parts], -1)
+
+
+@register_kl(Joint, Joint)
+def _kl_joint(q: Joint, p: Joint) -> Tensor:
+    return torch.cat([kl_divergence(a, b) for a, b in zip(q.parts, p.parts, strict=True)], -1)

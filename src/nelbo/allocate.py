@@ -8,20 +8,23 @@ with probability p_c and gives
 
 v and φ from `control`. E[y] is the sum of costs for any b, k and p > 0. A pilot on some of the
 examples fits b and k cell by cell (least squares over neighbouring cells) and gives what is left,
-sd_c; the best p is proportional to it (Neyman 1934). A share of the draws, 1/√n for n pilot rows
-in a cell and no less than a tenth, is spread evenly, so no weight 1/p_c exceeds ten times the
+sd_c; the best p is proportional to it (Neyman 1934). A share of the draws, 1/√n for n rows that
+tell of a cell and no less than a tenth, is spread evenly, so no weight 1/p_c exceeds ten times the
 number of cells, whatever the pilot missed.
 
-Where there are calls for it, draws come in pairs at the same times, which lend each other their
-context (`control`).
+Draws of one example lend each other their context (`control`): each borrows from the nearest in
+time, of its own replicate or of one before it. So no two replicates borrow from each other, what
+is taken off them is uncorrelated, and their spread tells the error of their mean.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nelbo.control import Controls, Draw, observe
+from nelbo._numerics import over
+from nelbo.control import Controls, observe
 from nelbo.data import as_examples
 from nelbo.estimate import Times, stratified
 from nelbo.terms import Decode, Term
@@ -30,7 +33,9 @@ CELLS = 32  # of the diffusion term, at most
 SPREAD = 4.0  # cells to either side that lend a cell their pilot rows
 BORROWED = 16.0  # pilot rows of its own that its neighbours' variance counts for
 EVEN = 0.1  # share of the draws that do not follow the pilot, at least
-RIDGE = 0.02  # of each coefficient, relative to the rows that determine it
+NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
+LIKE = 64  # rows of a network call, at least, where there are as many
+RIDGE = 0.01  # of each coefficient, relative to the rows that determine it
 
 
 class Cells:
@@ -44,31 +49,51 @@ class Cells:
         self.edges = times.at(u) if self.diffusion else torch.tensor([1.0]).double()
 
     def draw(
-        self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, paired: bool
+        self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """w_c·cost, shape (B,), and w_c·v, shape (B, G), of a draw or a pair of them for each row.
+        """w_c·cost, shape (B, n), and w_c·v, shape (B, n, G), of n draws of each example.
 
         Args:
             controls: the variates and their model.
             x: examples, shape (B, ...).
-            cell: of each, shape (B,).
-            share: where in its cell, in [0, 1), shape (B,).
-            paired: two draws for each, which are averaged.
+            cell: of each draw, shape (B, n).
+            share: where in its cell, in [0, 1), shape (B, n).
+            replicate: of each of the n draws, not decreasing, shape (n,).
         """
-        cost = torch.zeros(len(x), dtype=torch.float64)
-        v = torch.zeros(len(x), controls.variates, dtype=torch.float64)
-        rows = max(1, controls.model.rows // 2)
+        cost = torch.zeros(cell.shape, dtype=torch.float64)
+        v = torch.zeros(*cell.shape, controls.variates, dtype=torch.float64)
+        rows = controls.model.rows
+        for columns in torch.arange(cell.shape[1]).split(rows):
+            for some in torch.arange(len(x)).split(max(1, rows // len(columns))):
+                at = some[:, None], columns
+                cost[at], v[at] = self._draw(
+                    controls.at(some), x[some], cell[at], share[at], replicate[columns]
+                )
+        return cost, v
+
+    def _draw(
+        self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        lender = _lenders(cell + share, replicate).flatten()
+        row = torch.arange(len(x)).repeat_interleave(cell.shape[1])
+        place, cell, share = (cell + share).flatten(), cell.flatten(), share.flatten()
+        cost = torch.zeros(len(row), dtype=torch.float64)
+        v = torch.zeros(len(row), controls.variates, dtype=torch.float64)
+        draws = []
         for kind in (cell == 0, cell > 0):
             # like times together: the cost of an integral depends on the noise
-            order = kind.nonzero()[:, 0][(cell + share)[kind].argsort()]
-            for part in order.split(rows) if kind.any() else ():
+            order = kind.nonzero()[:, 0][place[kind].argsort()]
+            for part in order.split(max(LIKE, math.ceil(len(order) / 4))) if kind.any() else ():
                 term, factor = self._term(cell[part], share[part].to(x.device))
-                draws = [observe(controls.model, x[part], term) for _ in range(2 if paired else 1)]
-                others: list[Draw | None] = [draws[1], draws[0]] if paired else [None]
-                for one, other in zip(draws, others, strict=True):
-                    cost[part] += factor * one.cost.cpu() / len(draws)
-                    v[part] += factor * controls.within(one, other).double().cpu() / len(draws)
-        return cost, v
+                draw = observe(controls.model.at(row[part]), x[row[part]], term)
+                cost[part] = factor * draw.cost.cpu()
+                draws.append((part, factor, draw))
+        lent = _gathered([part for part, _, _ in draws], [controls.lend(d) for *_, d in draws])
+        for part, factor, draw in draws:
+            by = lender[part]
+            context = None if lent is None or (by < 0).all() else lent[by.to(lent.device)]
+            v[part] = factor * controls.within(draw, context, (by < 0).to(x.device)).cpu()
+        return cost.view(len(x), -1), v.view(len(x), len(replicate), -1)
 
     def _term(self, cell: Tensor, share: Tensor) -> tuple[Term, float]:
         if (cell == 0).any():
@@ -76,6 +101,29 @@ class Cells:
         u = (cell.to(share.device) - 1 + share) / self.diffusion
         term, factor = self.times.term(u)
         return term, factor / self.diffusion
+
+
+def _lenders(place: Tensor, replicate: Tensor) -> Tensor:
+    """The row that lends to each of n draws of B examples, -1 where none does; (B, n).
+
+    It is the nearest in `place` (B, n) of the same example and of no later replicate (n,), with
+    a preference for less noise, as it knows more.
+    """
+    ahead = place[:, None] - place[:, :, None]
+    distance = torch.where(ahead > 0, NOISIER * ahead, -ahead)
+    own = torch.eye(len(replicate), dtype=torch.bool)
+    distance[:, own | (replicate[:, None] < replicate)] = torch.inf
+    nearest, index = distance.min(2)
+    first = len(replicate) * torch.arange(len(place))[:, None]
+    return torch.where(nearest.isfinite(), first + index, -1)
+
+
+def _gathered(rows: list[Tensor], parts: list[Tensor | None]) -> Tensor | None:
+    """What lies in parts, all or none of it, in the order of its rows."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    return torch.cat(found)[torch.cat(rows).argsort().to(found[0].device)]
 
 
 @dataclass(frozen=True)
@@ -86,6 +134,11 @@ class Allocation:
     within: Tensor
     between: Tensor
     left: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the costs of an example by one draw, as the pilot foresees it; scalar, nats²."""
+        return (self.left.square() / self.probability).sum()
 
     def locate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The cell of uniform draws, and where in it, in [0, 1); shape of u."""
@@ -99,47 +152,69 @@ class Allocation:
         return (phi * self.between).sum(-1)
 
 
-def even(cells: Cells, controls: Controls, features: int) -> Allocation:
-    """No pilot: cells alike, and nothing taken off."""
-    p = torch.full((cells.count,), 1 / cells.count, dtype=torch.float64)
+def even(cells: Cells, controls: Controls, features: int, first: float) -> Allocation:
+    """No pilot: nothing taken off; `first` is the share of the reconstruction, the rest alike."""
+    first = 1.0 if cells.count == 1 else max(first, 1 / cells.count)
+    p = torch.full((cells.count,), (1 - first) / max(1, cells.diffusion), dtype=torch.float64)
+    p[0] = first
     none = torch.zeros(cells.count, controls.variates + features, dtype=torch.float64)
     return Allocation(p, none[:, features:], none[:, :features], torch.full_like(p, torch.nan))
 
 
-def pilot(cells: Cells, controls: Controls, x: Tensor, rows: int, paired: bool) -> Allocation:
+def pilot(
+    cells: Cells, controls: Controls, x: Tensor, rows: int, draws: int, replicates: int
+) -> Allocation:
     """Draw so many rows in each cell on examples of x, and fit.
 
     Args:
         cells: where.
         controls: the variates.
         x: examples, shape (N, ...).
-        rows: network calls in each cell; none, and there is no pilot.
-        paired: draws come in pairs.
+        rows: network calls in each cell, two or more.
+        draws: of each example in each replicate, in what follows.
+        replicates: in what follows.
     """
     device = controls.model.device
-    if not rows:
-        features = controls.between(as_examples(x[:1]).to(device)).shape[-1]
-        return even(cells, controls, features)
-    groups = rows // 2 if paired else rows
-    cell = torch.arange(cells.count).repeat_interleave(groups)
-    share = torch.cat([stratified(groups)[:, 0] for _ in range(cells.count)])
-    chosen = torch.randint(len(x), cell.shape)
-    cost, v = cells.draw(controls, as_examples(x[chosen]).to(device), cell, share, paired)
+    # two of each example, as far apart as they will be; the first is alone, if some will be
+    each = min(2, draws * replicates)
+    examples = math.ceil(rows * cells.count / each)
+    u = (stratified(examples) + torch.arange(each) / (draws * replicates)) % 1
+    replicate = torch.arange(each) * (draws == 1)
+    cell, share = even_cells(u, cells.count)
     # an example is drawn in many cells, and its φ is of them all
-    once, place = chosen.unique(return_inverse=True)
+    once, place = torch.randint(len(x), (examples,)).unique(return_inverse=True)
     some = as_examples(x[once]).to(device)
-    phi = torch.cat([controls.between(part) for part in some.split(256)])[place, cell]
-    shape = cells.count, groups
-    return fit(cost.view(shape), v.view(*shape, -1), phi.view(*shape, -1))
+    cost, v = cells.draw(controls.at(once[place]), some[place], cell, share, replicate)
+    phi = torch.cat([controls.between(part) for part in some.split(256)])[place[:, None], cell]
+    return fit(cells.count, cell.flatten(), cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1))
 
 
-def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
-    """Ridge regression of cost (C, n) on v (C, n, G) and φ (C, n, 1 + F), cell by cell.
+def even_cells(u: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The cell of uniform draws among cells alike, and where in it; shape of u."""
+    cell = (u * count).long().clamp(max=count - 1)
+    return cell, (u * count - cell).clamp(0, 1 - 2**-53)
+
+
+def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
+    """Ridge regression of costs (n,) on v (n, G) and φ (n, 1 + F), cell by cell.
 
     A cell's slopes and spread lean on its neighbours', slopes in units of each cell's spread; its
     level is its own.
+
+    Args:
+        count: C, the number of cells.
+        cell: of each row, shape (n,), two rows or more in each.
+        cost: shape (n,).
+        v: shape (n, G).
+        phi: of each row's example and cell, shape (n, 1 + F).
     """
-    count, groups = cost.shape
+    rows = cell.bincount(minlength=count).double()
+
+    def mean(of: Tensor) -> Tensor:
+        """Of each cell, (C, ...)."""
+        sums = torch.zeros(count, *of.shape[1:], dtype=torch.float64).index_add_(0, cell, of)
+        return sums / over(rows, sums)
+
     place = torch.arange(count)
     distance = (place[:, None] - place).abs().double()
     # the reconstruction is a term of another kind: it lends nothing and borrows nothing
@@ -147,55 +222,52 @@ def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
     near = (1 - distance / (SPREAD + 1)).clamp(min=0) * alike
     # a few rows of one cell may all miss what is rare in it: spread is shrunk to the neighbours'
     lent = BORROWED * near / near.sum(1, keepdim=True)
-    variance = (groups * cost.var(1) + lent @ cost.var(1)) / (groups + BORROWED)
+    own = mean((cost - mean(cost)[cell]).square()) * rows / (rows - 1)
+    variance = (rows * own + lent @ own) / (rows + BORROWED)
     size = variance.sqrt().clamp(min=1e-12 * cost.abs().max() + 1e-300)
-    y = (cost - cost.mean(1, keepdim=True)) / size[:, None]
-    design = torch.cat([v / size[:, None, None], phi[..., 1:]], -1)
+    y = (cost - mean(cost)[cell]) / size[cell]
+    design = torch.cat([v / size[cell, None], phi[:, 1:]], 1)
     # φ has variance 1 over the examples, however little of it the pilot saw
-    least = torch.ones_like(design[0, 0])
-    least[: v.shape[-1]] = 1e-300
-    scale = design.square().mean(1)
-    design = design - design.mean(1, keepdim=True)
+    least = torch.ones_like(design[0])
+    least[: v.shape[1]] = 1e-300
+    scale = mean(design.square())
+    design = design - mean(design)[cell]
     slopes, left = [], []
     for weights in near:
-        rows = weights > 0
-        weight = weights[rows].repeat_interleave(groups)
-        unit = scale[rows].mean(0).sqrt().maximum(least)
-        slope, error = _ridge(design[rows].flatten(0, 1) / unit, y[rows].flatten(), weight, groups)
+        used = weights[cell] > 0
+        unit = scale[weights > 0].mean(0).sqrt().maximum(least)
+        slope, error = _ridge(
+            design[used] / unit, y[used], weights[cell[used]], 1 / rows[cell[used]]
+        )
         slopes.append(slope / unit)
         left.append(error)
     sd = size * torch.stack(left)
     p_best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
     # what few rows say of a spread is known to 1/√(2 rows): a cell they underrate has heavy tails
-    spread_evenly = max(EVEN, groups**-0.5)
+    spread_evenly = max(EVEN, (len(cell) / count + BORROWED) ** -0.5)
     p = (1 - spread_evenly) * p_best + spread_evenly / count
     table = torch.stack(slopes)
-    within, between = table[:, : v.shape[-1]], size[:, None] * table[:, v.shape[-1] :]
-    own = cost - (v * within[:, None]).sum(-1) - (phi[..., 1:] * between[:, None]).sum(-1)
-    return Allocation(p, within, torch.cat([own.mean(1, keepdim=True), between], 1), sd)
+    within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
+    level = mean(cost - (v * within[cell]).sum(1) - (phi[:, 1:] * between[cell]).sum(1))
+    return Allocation(p, within, torch.cat([level[:, None], between], 1), sd)
 
 
-def _ridge(design: Tensor, y: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _ridge(design: Tensor, y: Tensor, weight: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients of columns of one unit, and the root mean square error of a row left out.
 
-    Rows have the mean of their `groups`, a cell, taken off.
+    Rows have the mean of their cell taken off, of which each is `share`.
     """
     weighted = weight[:, None] * design
     gram = weighted.T @ design + RIDGE * weight.sum() * torch.eye(design.shape[1], dtype=y.dtype)
     inverse = torch.linalg.inv(gram)
     solution = inverse @ (weighted.T @ y)
-    leverage = (weighted @ inverse * design).sum(1) + 1 / groups
+    leverage = (weighted @ inverse * design).sum(1) + share
     residual = (y - design @ solution) / (1 - leverage).clamp(min=0.1)
     return solution, ((weight * residual.square()).sum() / weight.sum()).sqrt()
 
 
 def estimate(
-    cells: Cells,
-    controls: Controls,
-    allocation: Allocation,
-    x: Tensor,
-    u: Tensor,
-    paired: bool,
+    cells: Cells, controls: Controls, allocation: Allocation, x: Tensor, u: Tensor
 ) -> Tensor:
     """Costs of each cell, estimated without bias from draws at u; they add up to the bound's.
 
@@ -204,20 +276,18 @@ def estimate(
         controls: the variates.
         allocation: from a pilot.
         x: examples on the device of the model, shape (B, ...).
-        u: uniform draws, shape (B, R, n), averaged over n.
-        paired: two network calls for each u.
+        u: uniform draws, shape (B, R, n), averaged over n. The R are uncorrelated given x.
 
     Returns:
         shape (B, R, C), nats.
     """
     examples, replicates, draws = u.shape
-    cell, share = allocation.locate(u.flatten())
-    rows = x.repeat_interleave(replicates * draws, 0)
-    cost, v = cells.draw(controls, rows, cell, share, paired)
+    cell, share = allocation.locate(u.flatten(1))
+    replicate = torch.arange(replicates).repeat_interleave(draws)
+    cost, v = cells.draw(controls, x, cell, share, replicate)
     known = allocation.known(controls.between(x))
-    row = torch.arange(examples).repeat_interleave(replicates * draws)
-    left = cost - (v * allocation.within[cell]).sum(1) - known[row, cell]
-    place = torch.arange(examples * replicates).repeat_interleave(draws) * cells.count + cell
-    sums = torch.zeros(examples * replicates * cells.count, dtype=torch.float64)
-    sums.index_add_(0, place, left / (allocation.probability[cell] * draws))
-    return known[:, None] + sums.view(examples, replicates, cells.count)
+    left = cost - (v * allocation.within[cell]).sum(-1) - known.gather(1, cell)
+    sums = torch.zeros(examples, replicates, cells.count, dtype=torch.float64)
+    each = (left / (allocation.probability[cell] * draws)).view(u.shape)
+    sums.scatter_add_(2, cell.view(u.shape), each)
+    return known[:, None] + sums

@@ -6,14 +6,29 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from nelbo import heads, likelihood, objective, reverse, schedules, times
+from nelbo import (
+    columns,
+    condition,
+    heads,
+    likelihood,
+    numbers,
+    objective,
+    reverse,
+    schedules,
+    times,
+)
 from nelbo.config import ModelConfig
 from nelbo.data import Schema
+from nelbo.data.layout import Group, groups
 from nelbo.model import Model
 from nelbo.nn.conv import ConvNet
 from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.mlp import MLP
-from nelbo.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.nn.table import TableNet
+from nelbo.nn.transformer import Transformer
+from nelbo.nn.unet import UNet
+from nelbo.process import Absorbing, Affine, Gaussian, Levels, Process
+from nelbo.product import Product, ProductDecoder, ProductHead, ProductStep
 
 SCHEDULES: Mapping[str, Callable[[float, float], schedules.Schedule]] = {
     "linear": schedules.Linear,
@@ -29,6 +44,10 @@ POINT_HEADS: Mapping[str, Callable[[], heads.Head]] = {
     "data": heads.Data,
     "velocity": heads.Velocity,
 }
+LEVEL_HEADS: Mapping[str, Callable[[torch.Tensor, tuple[int, ...]], heads.Head]] = {
+    "levels": heads.LevelLogits,
+    "level-curves": heads.LevelCurves,
+}
 STEPS: Mapping[str, Callable[[], reverse.Reverse]] = {
     "posterior": reverse.Posterior,
     "beta": reverse.Beta,
@@ -41,7 +60,12 @@ LEVEL_DECODERS: Mapping[str, Callable[[Levels], likelihood.Likelihood]] = {
     "discretised-gaussian": likelihood.DiscretisedGaussian,
     "bernoulli": lambda levels: likelihood.Bernoulli(),
 }
-NETWORKS: Mapping[str, type[nn.Module]] = {"conv": ConvNet, "mlp": MLP}
+NETWORKS: Mapping[str, type[nn.Module]] = {
+    "conv": ConvNet,
+    "unet": UNet,
+    "mlp": MLP,
+    "transformer": Transformer,
+}
 OBJECTIVES: Mapping[str, objective.Weight] = {
     "bound": objective.bound,
     "simple": objective.simple,
@@ -66,11 +90,14 @@ def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> 
     Raises:
         ValueError: parts that do not fit together or to the data.
     """
-    if config.network == "conv" and len(schema.shape) != 3:
+    if config.network in ("conv", "unet") and len(schema.shape) != 3:
         raise ValueError(
-            f"the network conv is for images; the data's shape is {schema.shape}; try mlp"
+            f"the network {config.network} is for images; the data's shape is {schema.shape};"
+            " try mlp"
         )
     schedule = SCHEDULES[config.schedule](config.gamma_min, config.gamma_max)
+    if schema.kind == "table":
+        return _table(config, schema, schedule)
     if config.process == "absorbing":
         return _absorbing(config, schema, schedule)
     if config.schedule in ("linear-alpha", "quadratic-alpha"):
@@ -101,10 +128,7 @@ def _real(
     config: ModelConfig, schema: Schema, schedule: schedules.Schedule, affine: Affine
 ) -> Model:
     _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=("gaussian",))
-    # It starts at what z_1 leaves open about unit data: variance (1-α)/α = exp γ at the start.
-    with torch.no_grad():
-        gamma = schedule(torch.tensor(schedule.start, dtype=torch.float64)).item()
-    decoder = likelihood.GaussianDensity(affine, math.exp(gamma / 2))
+    decoder = likelihood.GaussianDensity(affine, _start_spread(schedule))
     head = _point_head(config)
     network = _network(config, schema, Gaussian.channels, head.outputs)
     step = STEPS[config.step]()
@@ -114,11 +138,11 @@ def _real(
 def _levels(
     config: ModelConfig, schema: Schema, schedule: schedules.Schedule, levels: Levels
 ) -> Model:
-    if config.head == "levels":
+    if config.head in LEVEL_HEADS:
         _only(
             config, step=("mixture", "posterior", "beta", "optimal"), decoder=tuple(LEVEL_DECODERS)
         )
-        head: heads.Head = heads.LevelLogits(levels.values, schema.shape)
+        head: heads.Head = LEVEL_HEADS[config.head](levels.values, schema.shape)
     else:
         decoders = tuple(name for name in LEVEL_DECODERS if name != "levels")
         _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=decoders)
@@ -132,6 +156,66 @@ def _levels(
     return Model(network, Gaussian(schedule, levels), head, step, decoder, schema.shape)
 
 
+def _table(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) -> Model:
+    if (config.process, config.network) != ("product", "table"):
+        raise ValueError(
+            f"a table takes the process product and the network table; got {config.process} and"
+            f" {config.network}; leave both out"
+        )
+    _only(config, head=("columns",), step=("columns",), decoder=("columns",))
+    found = groups(schema.columns)
+    count = sum(len(group.places) for group in found if group.kind != "symbols")
+    parts = [_group(group, schedule) for group in found]
+    sizes = [len(group.places) for group in found]
+    process = Product([part[0] for part in parts], sizes)
+    head = ProductHead([part[1] for part in parts], sizes)
+    features = sum(p.channels * size for p, size in zip(process.parts, sizes, strict=True))
+    sizes_of_network = config.width, config.depth, config.dropout, condition.features(schema)
+    network = _members(
+        config, lambda: TableNet(count, features, sum(head.widths), *sizes_of_network)
+    )
+    step = ProductStep([part[2] for part in parts])
+    decoder = ProductDecoder([part[3] for part in parts])
+    return Model(network, process, head, step, decoder, schema.shape)
+
+
+def _group(
+    group: Group, schedule: schedules.Schedule
+) -> tuple[Process, heads.Head, reverse.Reverse, likelihood.Likelihood]:
+    """What the columns of a group are made of. Symbols have a schedule that ends in masks."""
+    if group.kind == "symbols":
+        process = columns.Symbols(schedules.PowerAlpha(2.0), group.size)
+        head = columns.SymbolContext(group)
+        return process, head, reverse.Posterior(), likelihood.Categorical()
+    if group.kind == "levels":
+        levels = columns.LevelValues(group)
+        return (
+            columns.LevelColumns(schedule, levels),
+            columns.LevelContext(group, levels),
+            columns.LevelMixture(levels),
+            likelihood.LevelHead(),
+        )
+    transform = numbers.Increasing(len(group.places))
+    decoder: likelihood.Likelihood = (
+        numbers.CellProbability(transform, group.places)
+        if group.kind == "cells"
+        else numbers.NumberDensity(transform)
+    )
+    return (
+        numbers.Numbers(schedule, transform),
+        numbers.NumberMixture(transform, group.places),
+        numbers.NumberStep(),
+        decoder,
+    )
+
+
+def _start_spread(schedule: schedules.Schedule) -> float:
+    """What z_1 leaves open about unit data: variance (1-α)/α = exp γ at the start."""
+    with torch.no_grad():
+        gamma = schedule(torch.tensor(schedule.start, dtype=torch.float64)).item()
+    return math.exp(gamma / 2)
+
+
 def _point_head(config: ModelConfig) -> heads.Head:
     head = POINT_HEADS[config.head]()
     return heads.WithVariance(head) if config.step == "learned" else head
@@ -140,7 +224,12 @@ def _point_head(config: ModelConfig) -> heads.Head:
 def _network(config: ModelConfig, schema: Schema, channels: int, outputs: int) -> nn.Module:
     sizes = config.width, config.depth, config.dropout
     made = NETWORKS[config.network]
-    members = [made(schema.shape, channels, outputs, *sizes) for _ in range(config.members)]
+    parts = schema.shape, channels, outputs, *sizes, condition.features(schema)
+    return _members(config, lambda: made(*parts))
+
+
+def _members(config: ModelConfig, make: Callable[[], nn.Module]) -> nn.Module:
+    members = [make() for _ in range(config.members)]
     return members[0] if config.members == 1 else Ensemble(members)
 
 

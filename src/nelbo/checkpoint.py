@@ -29,6 +29,7 @@ from nelbo import data
 from nelbo._numerics import seeded
 from nelbo._progress import Track
 from nelbo.build import build
+from nelbo.condition import given_labels
 from nelbo.config import ModelConfig, TrainConfig
 from nelbo.data import Dataset, Schema
 from nelbo.estimate import Grid
@@ -80,7 +81,15 @@ class RunConfig:
         Raises:
             ValueError: they are no longer those of the run.
         """
-        dataset = data.load(self.source, levels=self.schema.levels, size=self.size)
+        table = self.schema if self.schema.kind == "table" else None
+        names = [label.name for label in self.schema.condition]
+        dataset = data.load(
+            self.source,
+            levels=self.schema.levels,
+            size=self.size,
+            schema=table,
+            condition=names,
+        )
         if dataset.schema != self.schema or hashes(dataset) != self.hashes:
             raise ValueError(
                 f"the data at {self.source} are no longer those of the run: bring them back,"
@@ -116,8 +125,9 @@ class RunConfig:
 
 
 def hashes(dataset: Dataset) -> dict[str, str]:
-    """The fingerprint of each split."""
-    return {name: data.fingerprint(x) for name, x in dataset.splits.items()}
+    """The fingerprint of each split, and of its labels where they count."""
+    labels = {f"labels of {name}": data.fingerprint(y) for name, y in dataset.labels.items()}
+    return {name: data.fingerprint(x) for name, x in dataset.splits.items()} | labels
 
 
 def _section(document: object, keys: set[str], where: str) -> dict:
@@ -140,7 +150,15 @@ class Run:
     metrics: list[dict]
 
     def examples(self, source: str | None = None, split: str | None = None) -> tuple[Tensor, str]:
-        """Examples of the run's own data or of other data, and a name for them.
+        """Examples of the run's own data or of other data, and a name for them; see `law`."""
+        return self.law(source, split)[1:]
+
+    def law(
+        self, source: str | None = None, split: str | None = None
+    ) -> tuple[Model, Tensor, str]:
+        """Examples of the run's own data or of other data, their model, and a name for them.
+
+        The model is given the labels of the examples where the run is conditional.
 
         Args:
             source: other data of the run's schema; the run's own where left out.
@@ -158,7 +176,34 @@ class Run:
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
         name = split if source is None else f"{split} of {source}"
-        return dataset.splits[split], name
+        model = given_labels(self.model, dataset.labels.get(split), self.config.schema)
+        return model, dataset.splits[split], name
+
+    def law_of_samples(self, count: int, labels: Tensor | None = None, seed: int = 0) -> Model:
+        """The model of `count` new examples, given labels where the run is conditional.
+
+        Args:
+            count: of examples.
+            labels: of each, (count, len(schema.condition)); drawn with replacement from those of
+                the training data by the seed where left out.
+            seed: of the draw.
+
+        Raises:
+            ValueError: labels are drawn and the training data are not there.
+        """
+        schema = self.config.schema
+        if not schema.condition:
+            return self.model
+        if labels is None:
+            try:
+                known = self.config.load_data().labels["train"]
+            except (ValueError, OSError) as error:
+                raise ValueError(
+                    f"labels are drawn from the training data: {error}; or give --condition"
+                ) from None
+            with seeded(seed, 4):
+                labels = known[torch.randint(len(known), (count,))]
+        return given_labels(self.model, labels, schema)
 
     def grid(self, steps: int, track: Track = iter) -> Grid:
         """The best grid of `steps` times for this model, the same whoever asks.
@@ -176,13 +221,13 @@ class Run:
         known = _read_grids(path)
         if key not in known:
             try:
-                x = self.config.load_data().splits["train"]
+                model, x, _ = self.law(split="train")
             except (ValueError, OSError) as error:
                 raise ValueError(
                     f"the best grid is found on the training data: {error}; or use the uniform"
                     " grid with --grid uniform"
                 ) from None
-            known[key] = best_grid(self.model, x, steps, track=track).times.tolist()
+            known[key] = best_grid(model, x, steps, track=track).times.tolist()
             with contextlib.suppress(OSError):  # a folder that is read only
                 write(path, (json.dumps(known, indent=1) + "\n").encode())
         return Grid(known[key])

@@ -18,9 +18,12 @@ import nelbo
 from nelbo import config
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nelbo.checkpoint import Run
     from nelbo.estimate import Grid, Times
     from nelbo.evaluate import Evaluation
+    from nelbo.model import Model
     from nelbo.tighter import Tighter
 
 app = App(
@@ -64,7 +67,8 @@ class TrainOptions:
     members
         Networks that are trained apart and averaged; each takes its part of the batch.
     network
-        conv is for images, mlp for anything.
+        conv is for images, unet for large ones; transformer for text or anything of few
+        dimensions; mlp for anything.
     process
         gaussian noise; or absorbing, for integers: symbols are masked.
     schedule
@@ -75,7 +79,8 @@ class TrainOptions:
     gamma_max
         -log SNR at the noise's end.
     head
-        What the network predicts.
+        What the network predicts: levels, one number for each level; level-curves, the weights of
+        a few curves over many levels; or noise, data, velocity; symbols of the absorbing process.
     step
         Reverse step P(z_s|z_t): what a bound or sample in few steps uses.
     decoder
@@ -89,6 +94,8 @@ class TrainOptions:
         Weight of the decoder's loss at the drawn times.
     augment
         Share of the images that are moved a little in training; the network is told which.
+    label_dropout
+        Share of the examples whose labels are dropped, so that sample --guidance has P(x) as well.
     clip
         Largest norm of the gradient.
     evaluate_every
@@ -119,6 +126,7 @@ class TrainOptions:
     times: Annotated[config.Times | None, _preset("times")] = None
     cross_entropy: Annotated[float | None, _preset("cross_entropy")] = None
     augment: Annotated[float | None, _preset("augment")] = None
+    label_dropout: Annotated[float | None, _preset("label_dropout")] = None
     clip: Annotated[float | None, _preset("clip")] = None
     evaluate_every: Annotated[int | None, _preset("evaluate_every")] = None
     seed: Annotated[int | None, _preset("seed")] = None
@@ -137,6 +145,8 @@ def train(
     preset: Annotated[config.Preset | None, Parameter(show_default=lambda _: "auto")] = None,
     levels: int | None = None,
     size: int | None = None,
+    schema: Path | None = None,
+    condition: Annotated[list[str] | None, Parameter(negative="")] = None,
     device: str = "cpu",
     options: TrainOptions | None = None,
 ) -> None:
@@ -148,8 +158,10 @@ def train(
     Parameters
     ----------
     data
-        "digits" (scikit-learn's 8x8 images), a .npy or .npz file (integers N x ... are modelled
-        as levels, floats as densities), or a folder of PNG or JPEG images.
+        "digits" (scikit-learn's 8x8 images), a .npy, .npz or idx file (integers N x ... are
+        modelled as levels, floats as densities), a table (.csv, .tsv, .parquet, .arrow), a .tar
+        shard of PNG or JPEG images, a .txt file,
+        or a folder of images, idx files, shards or .txt files.
     out
         Folder of the new run.
     resume
@@ -160,9 +172,18 @@ def train(
     preset
         auto is quick, best takes longer for a tighter bound.
     levels
-        Number of levels of integer data; found in the data where left out.
+        Number of levels of integer data; found in the data where left out. Text is read as
+        characters, with 256 levels as bytes.
     size
-        Side in pixels to which images are cropped and resized.
+        Side in pixels to which images are cropped and resized; or symbols in a chunk of text.
+    schema
+        A JSON file with the columns of a table that are to be used, such as
+        [{"name": "age", "kind": "rounded", "precision": 5}]; what it leaves open is found in the
+        cells. nelbo inspect --json writes one.
+    condition
+        Name of a label of the data, such as class for the sub-folders of a folder of images; may
+        be repeated. The model is then one of P(x|class): evaluate states its bound, given the
+        labels of the data, and sample takes the labels wanted.
     device
         Where to train, such as cpu or cuda.
     options
@@ -189,6 +210,8 @@ def train(
             "--preset": preset,
             "--levels": levels,
             "--size": size,
+            "--schema": schema,
+            "--condition": condition,
         }
         others = [name for name, value in asked.items() if value is not None]
         others += [f"--{name.replace('_', '-')}" for name in given if name != "steps"]
@@ -216,6 +239,8 @@ def train(
                 preset=preset or "auto",
                 levels=levels,
                 size=size,
+                schema=schema,
+                condition=condition or (),
                 device=device,
                 progress=True,
                 **given,
@@ -224,6 +249,39 @@ def train(
         _say(f"stopped and saved; continue with: nelbo train --resume {quote(str(path))}")
         raise
     _say(f"kept the weights {run.weights}. Next: nelbo evaluate {quote(str(run.path))}")
+
+
+@app.command
+def inspect(
+    data: str,
+    *,
+    levels: int | None = None,
+    size: int | None = None,
+    schema: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Show what DATA is: the columns of a table, and what makes a likelihood of it meaningless.
+
+    Parameters
+    ----------
+    data
+        As for train.
+    levels
+        As for train.
+    size
+        As for train.
+    schema
+        As for train.
+    json
+        Print one JSON object, which --schema takes; to leave a column out, delete it there.
+    """
+    from nelbo import inspection
+
+    found = inspection.inspect(data, levels=levels, size=size, schema=schema)
+    if json:
+        print(_json(found.to_dict()))
+    else:
+        inspection.show(found)
 
 
 @app.command
@@ -241,6 +299,7 @@ def evaluate(
     dequantise: Literal["encoder", "truncated-normal", "uniform"] = "encoder",
     tolerance: float = 1e-4,
     save: Path | None = None,
+    columns: bool = False,
     seed: int = 0,
     device: str = "cpu",
     json: bool = False,
@@ -276,6 +335,9 @@ def evaluate(
         Of --ode, absolute and relative, per example; the looser one is 10 times as large.
     save
         A .npz file for the bound, its error and its terms of each example, in nats.
+    columns
+        Also what each column of a table costs, in --steps, or 32 where left out, of at most 1000
+        examples.
     seed
         Everything random follows from it.
     device
@@ -286,13 +348,17 @@ def evaluate(
     from nelbo import integrations, show
     from nelbo._processes import together
     from nelbo._progress import tracker
-    from nelbo.checkpoint import check_writable, load, write
+    from nelbo.checkpoint import check_writable, load, read_config, write
     from nelbo.dequantise import DEQUANTISERS
     from nelbo.evaluate import evaluate as bound
     from nelbo.model import find_device
     from nelbo.tighter import evaluate_flow, evaluate_importance
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
+    if columns and (
+        json or integrations.is_foreign(run) or not read_config(Path(run)).schema.columns
+    ):
+        raise ValueError("--columns prints what the columns of a run's table cost; leave it out")
     if save is not None:
         if save.suffix != ".npz":
             raise ValueError(f"--save writes a .npz file; got {save}")
@@ -305,11 +371,12 @@ def evaluate(
                 _say(note)
             model, weights = foreign.model, foreign.weights
             times: Times | None = foreign.times
+            schema = None
             x, split = foreign.examples(data, split)
         else:
             loaded = load(run)
-            model, weights = loaded.model, loaded.weights
-            x, split = loaded.examples(data, split)
+            weights, schema = loaded.weights, loaded.config.schema
+            model, x, split = loaded.law(data, split)
             times = None if steps is None else _grid(loaded, steps, grid)
         model.to(find_device(device))
         find: Callable[..., Evaluation | Tighter]
@@ -326,9 +393,24 @@ def evaluate(
             if save is not None:
                 write(save, show.npz(result))
             if json:
-                print(_json(result.to_dict()))
+                print(_json(result.to_dict() | show.of_text(result, schema)))
             else:
-                show.result(result)
+                show.result(result, schema)
+            if columns:
+                _show_columns(model, loaded, x, steps or 32, grid, seed)
+
+
+def _show_columns(
+    model: "Model", run: "Run", x: "Tensor", steps: int, grid: str, seed: int
+) -> None:
+    """What each column of a table costs under the model of its rows."""
+    from nelbo import show
+    from nelbo.report.dimensions import by_column, by_dimension
+
+    known, few = run.config.schema.columns, slice(1000)
+    (bound,) = by_dimension(model.at(few), x[few], _grid(run, steps, grid), seed=seed)
+    names = [column.name for column in known]
+    show.columns(names, by_column(-bound.elbo, known), "nats", steps)
 
 
 def _only_one_way(
@@ -356,22 +438,31 @@ def _only_one_way(
 def sample(
     run: Path,
     *,
-    out: Path,
+    out: Path | None = None,
     n: int = 64,
     steps: int = 32,
     grid: Literal["best", "uniform"] = "best",
     seed: int = 0,
     sampler: Literal["ancestral", "flow"] = "ancestral",
+    condition: Annotated[list[str] | None, Parameter(negative="")] = None,
+    guidance: float = 1.0,
+    inpaint: Path | None = None,
+    mask: Path | None = None,
+    rounds: int = 1,
     device: str = "cpu",
 ) -> None:
     """Draw new examples from a run.
+
+    Of a conditional run they are draws of P(x|c); without --condition each c is that of a training
+    example, drawn by the seed.
 
     Parameters
     ----------
     run
         A run folder.
     out
-        A .png file (a grid of images) or a .npz file (array x in the units of the data).
+        A .png file (a grid of images), a .txt file, or a .npz file (array x in the units of the
+        data); left out, text is printed.
     n
         Number of examples.
     steps
@@ -383,6 +474,18 @@ def sample(
     sampler
         ancestral draws from the model that evaluate --steps measures; flow follows the
         deterministic probability flow.
+    condition
+        The label of all samples, such as 3; NAME=VALUE, repeated, where there are several.
+    guidance
+        How many times the label counts, at two network calls a step. Only 1 draws from the model
+        whose bound evaluate states; at any other value the samples are of another law.
+    inpaint
+        An image of the size of the run's, whose masked part is drawn given the rest: exactly so
+        for the absorbing process, in approximation for the Gaussian.
+    mask
+        With --inpaint: an image of the same size, white where to draw and black where to keep.
+    rounds
+        With --inpaint: how often each step is made; more make both parts fit better.
     device
         Where to run the network.
     """
@@ -390,18 +493,107 @@ def sample(
     from nelbo import sample as samplers
     from nelbo._progress import tracker
     from nelbo.checkpoint import check_writable, load, write
+    from nelbo.condition import guided, parse
+    from nelbo.data.encoded import read_masked
     from nelbo.model import find_device
 
     loaded = load(run)
     save = pictures.saver(out, loaded.config.schema)
-    check_writable(out)
+    if out is not None:
+        check_writable(out)
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1; got {n}")
+    if (inpaint is None) != (mask is None) or (inpaint is None and rounds != 1):
+        raise ValueError("--inpaint, --mask and --rounds go together; give an image and a mask")
+    if inpaint is not None and sampler != "ancestral":
+        raise ValueError("--inpaint takes the ancestral sampler; leave --sampler out")
+    labels = None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
+    model = guided(loaded.law_of_samples(n, labels, seed), guidance)
+    if guidance != 1:
+        _say(f"guided {guidance:g} times: not draws of the model whose bound evaluate states")
+    given = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
     times = _grid(loaded, steps, grid)
-    draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
-    x = draw(loaded.model.to(find_device(device)), n, times, seed, tracker("sample"))
+    model.to(find_device(device))
+    track = tracker("sample")
+    if given is not None:
+        x, known = given[0].expand(n, *model.shape), given[1]
+        x = samplers.complete(model, x, known, times, seed, rounds, track)
+    else:
+        draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
+        x = draw(model, n, times, seed, track)
+    if out is None:
+        sys.stdout.write(save(x.cpu()).decode())
+        return
     write(out, save(x.cpu()))
     _say(f"{n} samples in {out}")
+
+
+@app.command
+def score(
+    run: Path,
+    data: str | None = None,
+    *,
+    out: Path,
+    score: Literal["bound", "complexity", "typicality"] = "bound",
+    against: Literal["validation", "train", "test"] = "validation",
+    split: str | None = None,
+    calls: int | None = None,
+    figure: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Say how strange each example of DATA is to a run: nats, error, rank and percentile.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    data
+        Examples of the kind the run was trained on; the run's own test split where left out.
+    out
+        A .csv file, one line per example in the order of the data.
+    score
+        Larger is stranger: the bound on -log P(x); complexity, the bound less the length of a
+        lossless code of the example; typicality, how far the bound is from the usual.
+    against
+        The split of the run's own data among which rank and percentile are told. An example of
+        the same law ranks anywhere in validation, but too high among what was trained on.
+    split
+        Of DATA: all of it where left out.
+    calls
+        Network calls per example, at most, at least 8; 24 where left out.
+    figure
+        A .png file: the scores of the run's splits and of DATA.
+    seed
+        Everything random follows from it.
+    device
+        Where to run the network.
+    """
+    from nelbo import scores
+    from nelbo._progress import tracker
+    from nelbo.checkpoint import check_writable, load, write
+    from nelbo.data.conform import SPLITS
+    from nelbo.model import find_device
+
+    for path, suffix in ((out, ".csv"), (figure, ".png")):
+        if path is not None:
+            if path.suffix.lower() != suffix:
+                raise ValueError(f"the file must end in {suffix}; got {str(path)!r}")
+            check_writable(path)
+    loaded = load(run)
+    schema, place = loaded.config.schema, find_device(device)
+    model, x, name = loaded.law(data, split)
+    reference = loaded.law(split=against)[:2]
+    loaded.model.to(place)
+    track = tracker("score")
+    scorer = scores.Scorer(score, schema, *reference, calls=calls, seed=seed, track=track)
+    scored = scorer(model, x)
+    write(out, scored.csv())
+    if figure is not None:
+        each = {k: scorer(*scores.first(*loaded.law(split=k)[:2])).score for k in SPLITS}
+        write(figure, scores.histogram(each | {name: scored.score}, f"{score}, nats"))
+    strange = int((scored.percentile > 95).sum())
+    _say(f"{strange} of {len(x)} examples are above 95 % of the {against} split; {out}")
 
 
 @app.command

@@ -9,19 +9,24 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args, get_origin
 if TYPE_CHECKING:
     from nelbo.data import Schema
 
-Process = Literal["gaussian", "absorbing"]
+Process = Literal["gaussian", "absorbing", "product"]
 Schedule = Literal[
     "linear", "cosine", "betas", "learned", "learned-ends", "linear-alpha", "quadratic-alpha"
 ]
-Head = Literal["levels", "noise", "data", "velocity", "symbols"]
-Step = Literal["mixture", "posterior", "beta", "learned", "optimal"]
+Head = Literal["levels", "level-curves", "noise", "data", "velocity", "symbols", "columns"]
+Step = Literal["mixture", "posterior", "beta", "learned", "optimal", "columns"]
 Decoder = Literal[
-    "levels", "evidence", "discretised-gaussian", "bernoulli", "gaussian", "categorical"
+    "levels", "evidence", "discretised-gaussian", "bernoulli", "gaussian", "categorical", "columns"
 ]
-Network = Literal["conv", "mlp"]
+Network = Literal["conv", "unet", "mlp", "transformer", "table"]
 Objective = Literal["bound", "simple", "min-snr", "p2"]
 Times = Literal["stratified", "importance", "iid"]
 Preset = Literal["auto", "best"]
+
+
+MANY_LEVELS = 64  # more are a scale, of which a few curves tell as much in less time
+SMALL = 16  # pixels of the shorter side of a small image
+LEVEL_HEADS = ("levels", "level-curves")  # of which the decoder levels and the step mixture go
 
 
 class Section:
@@ -104,6 +109,7 @@ class TrainConfig(Section):
     times: Times = "importance"
     cross_entropy: float = 0.1
     augment: float = 0.7
+    label_dropout: float = 0.1
     evaluate_every: int = 100
     seed: int = 0
     grid: tuple[float, ...] = ()
@@ -115,12 +121,24 @@ class TrainConfig(Section):
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        for name in ("ema", "augment"):
+        for name in ("ema", "augment", "label_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
         ends = (0.0, *self.grid)
         if self.grid and not (ends[-1] == 1 and all(a < b for a, b in pairwise(ends))):
             raise ValueError(f"grid must increase within (0, 1] and end at 1.0; got {self.grid}")
+
+
+def _for_table() -> tuple[ModelConfig, TrainConfig]:
+    model = ModelConfig(
+        process="product",
+        head="columns",
+        step="columns",
+        decoder="columns",
+        network="table",
+        width=256,
+    )
+    return model, TrainConfig(steps=3000, lr=1e-3, batch=256, augment=0.0)
 
 
 def _at_least(section: Section, least: int, *names: str) -> None:
@@ -148,28 +166,41 @@ def configure(
     if preset not in get_args(Preset):
         raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}; got {preset!r}")
     model, train = ModelConfig(), TrainConfig()
-    if schema.levels is None:
+    if (schema.levels or 0) > MANY_LEVELS:
+        model = replace(model, head="level-curves")
+    text = schema.alphabet is not None
+    if schema.kind == "table":
+        model, train = _for_table()
+    elif schema.levels is None:
         model = replace(
             model, head="velocity", step="posterior", decoder="gaussian", gamma_min=-10.0
         )
         train = replace(train, cross_entropy=0.0)
-    elif options.get("process") == "absorbing":
+    elif options.get("process", "absorbing" if text else "gaussian") == "absorbing":
         model = replace(
             model,
+            process="absorbing",
             schedule="quadratic-alpha",
             head="symbols",
             step="posterior",
             decoder="categorical",
         )
-    elif options.get("head", "levels") != "levels":
+    elif options.get("head", model.head) not in LEVEL_HEADS:
         model = replace(model, step="posterior", decoder="evidence")
         train = replace(train, cross_entropy=0.0)
     image = len(schema.shape) == 3 and min(schema.shape[1:]) >= 4
     if not image or examples > 10_000:
         train = replace(train, augment=0.0)
-    if options.get("network", "conv" if image else "mlp") == "mlp":
+    network = options.get("network", "conv" if image else "transformer" if text else "mlp")
+    if network == "transformer" or (image and min(schema.shape[1:]) > SMALL):
+        # an example is dear: many small steps, few validations
+        train = replace(train, steps=10_000, batch=16, lr=3e-3, evaluate_every=1000)
+    if network == "transformer":
+        model = replace(model, network="transformer", width=128, depth=4, dropout=0.0)
+        train = replace(train, lr=2e-3, augment=0.0)
+    if network == "mlp" and schema.kind != "table":
         model = replace(model, network="mlp", width=128)
-        train = replace(train, steps=3000, lr=1e-3, augment=0.0)
+        train = replace(train, steps=3000, batch=128, lr=1e-3, augment=0.0, evaluate_every=100)
     if preset == "best":
         model = replace(model, width=3 * model.width // 2, dropout=0.2, members=3)
         train = replace(train, steps=4 * train.steps // 3, batch=3 * train.batch)

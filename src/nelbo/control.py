@@ -13,15 +13,17 @@ The references, for e = embed(x) and z_t = √α_t e + √(1-α_t) ε:
               A dimension's cost depends on its own ε alone, so E is one integral over ε
     symbols   the same for masks: whether a symbol hides is one Bernoulli variable
 
-o are the log-frequencies of the data, or, where draws come in pairs, what the network said of a
-dimension at the *other* draw of the pair. That is independent of this draw's ε, so the mean is as
-exact, and it knows the context: at low noise it takes nine tenths of the variance.
+o are the log-frequencies of the data, or, where an example is drawn more than once, what the
+network said of a dimension at *another* of its draws. That is independent of this draw's ε, so the
+mean is as exact, and it knows the context: at low noise it takes nine tenths of the variance. The
+other draw may be at quite another time.
 
 For the exact denoiser of any law p, the diffusion term between times s < t is D(s) - D(t),
 D(t) = KL( q(z_t|x) ‖ p(z_t) ), for each single x: by the chain rule for the KL of the two chains.
 Those differences are the φ of a cell.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,7 +155,7 @@ class LevelReference:
         self.values = embedding.values
         log_frequency = log_frequencies(x.cpu(), embedding.count).to(self.values.device)
         self.group, log_group = self._group(log_frequency.flatten(0, -2), len(edges))
-        self.context = log_group[self.group].reshape(log_frequency.shape)
+        self.log_frequency = log_group[self.group].reshape(log_frequency.shape)
         #: D of each group of dimensions, level and edge
         self.table = self._tabulate(model, log_group, edges)
 
@@ -222,54 +224,77 @@ class Controls:
         some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
         self.linear: Linear | None = None
         self.levels: LevelReference | None = None
+        #: log-frequencies of the levels or symbols in each dimension, shape (..., K)
         self.log_frequency: Tensor | None = None
         process = model.process
         if isinstance(process, Gaussian):
             self.linear = Linear(process.embed(some).flatten(1).double())
             if isinstance(process.embedding, Levels):
                 self.levels = LevelReference(model, some, edges)
+                self.log_frequency = self.levels.log_frequency
         elif isinstance(process, Absorbing):
             self.log_frequency = log_frequencies(some.cpu(), process.count).to(some.device)
         phi = torch.cat([self._phi(part) for part in some.split(256)])
         spread = phi.std(0, correction=0)
         self.centre, self.spread = phi.mean(0), torch.where(spread > 0, spread, 1.0)
 
+    def at(self, rows: slice | Tensor) -> "Controls":
+        """The same for some of the examples that the model is given conditions of."""
+        controls = copy.copy(self)
+        controls.model = self.model.at(rows)
+        return controls
+
     @property
     def variates(self) -> int:
         """G, the columns of `within`."""
-        return sum(p is not None for p in (self.linear, self.levels, self.log_frequency))
+        return 2 * sum(p is not None for p in (self.linear, self.log_frequency))
 
-    def within(self, draw: Draw, other: Draw | None) -> Tensor:
+    def lend(self, draw: Draw) -> Tensor | None:
+        """What a draw tells other draws of its examples: log-probabilities of the levels of each
+        dimension, without the dimension's own evidence; shape (B, ..., K)."""
+        if self.levels is not None and isinstance(draw.prediction, LevelPrediction):
+            evidence = level_evidence(
+                draw.z, self.levels.values.to(draw.z), draw.term.t, self.model.process
+            )
+            return (draw.prediction.log_probs - evidence).log_softmax(-1)
+        process = self.model.process
+        if isinstance(process, Absorbing) and self.log_frequency is not None:
+            hidden = (draw.z == process.mask)[..., None]
+            return torch.where(hidden, draw.prediction.e_hat, self.log_frequency)
+        return None
+
+    def within(self, draw: Draw, context: Tensor | None, alone: Tensor) -> Tensor:
         """Numbers of mean zero given x and t, shape (B, G).
 
         Args:
             draw: the draw whose cost they follow.
-            other: an independent draw of the same examples at the same times, if there is one.
+            context: what was lent to it, shape (B, ..., K), if anything was.
+            alone: which examples were lent nothing, shape (B,). Their numbers are other columns
+                than those of the others, for other coefficients.
         """
-        if self.log_frequency is not None:
-            return self._hidden(draw, other, self.log_frequency)[:, None]
         columns = []
+        if self.log_frequency is not None:
+            if context is None:
+                context = self.log_frequency
+            else:
+                context = torch.where(over(alone, context).bool(), self.log_frequency, context)
         if self.linear is not None:
             columns.append(self.linear.within(self.model, draw))
-        if self.levels is not None:
-            context = self.levels.context
-            if other is not None and isinstance(other.prediction, LevelPrediction):
-                # what the network said of each dimension, without the dimension's own evidence
-                evidence = level_evidence(
-                    other.z, self.levels.values.to(other.z), other.term.t, self.model.process
-                )
-                context = (other.prediction.log_probs - evidence).log_softmax(-1)
+        if self.levels is not None and context is not None:
             columns.append(self.levels.within(self.model, draw, context))
-        return torch.stack(columns, 1) if columns else draw.cost.new_zeros(len(draw.x), 0)
+        elif context is not None:
+            columns.append(self._hidden(draw, context))
+        if not columns:
+            return draw.cost.new_zeros(len(draw.x), 0)
+        both = torch.stack(columns, 1)
+        which = alone[:, None]
+        return torch.cat([torch.where(which, both, 0.0), torch.where(which, 0.0, both)], 1)
 
-    def _hidden(self, draw: Draw, other: Draw | None, log_frequency: Tensor) -> Tensor:
-        """w Σ_i (1[x_i hidden] - (1-α_t)) (-log P(x_i)), P of the other draw where it hid x_i."""
+    def _hidden(self, draw: Draw, context: Tensor) -> Tensor:
+        """w Σ_i (1[x_i hidden] - (1-α_t)) (-log P(x_i)), log P = context."""
         process = self.model.process
         assert isinstance(process, Absorbing)
-        surprise = _of_level(-log_frequency, draw.x)
-        if other is not None:
-            said = _of_level(-other.prediction.e_hat, draw.x)
-            surprise = torch.where(other.z == process.mask, said, surprise)
+        surprise = _of_level(-context, draw.x)
         share = process.log_one_minus_alpha(draw.term.t).exp()
         hidden = (draw.z == process.mask).double() - over(share, surprise)
         return draw.term.mask_weight(process) * (hidden * surprise).flatten(1).sum(1)
@@ -281,7 +306,7 @@ class Controls:
 
     def _phi(self, x: Tensor) -> Tensor:
         columns = [torch.zeros(len(x), len(self.edges), dtype=torch.float64, device=x.device)]
-        if self.log_frequency is not None:
+        if isinstance(self.model.process, Absorbing) and self.log_frequency is not None:
             surprise = _of_level(-self.log_frequency, x).flatten(1).sum(1)
             columns.append(surprise[:, None].expand(-1, len(self.edges)))
         if self.linear is not None:
@@ -289,9 +314,27 @@ class Controls:
             scores = self.linear.scores(self.model, x, self.scores)
             columns += [c[:, None].expand(-1, len(self.edges)) for c in scores.unbind(1)]
         if self.levels is not None:
-            surprise = _of_level(-self.levels.context, x).flatten(1).sum(1, keepdim=True)
+            surprise = _of_level(-self.levels.log_frequency, x).flatten(1).sum(1, keepdim=True)
             columns.append(_cells(self.levels.divergence(x), surprise))
         return torch.stack(columns[1:] or columns, 2)
+
+
+class Nothing(Controls):
+    """Nothing is known, and nothing taken off."""
+
+    variates = 0
+
+    def __init__(self, model: Model, edges: Tensor) -> None:
+        self.model, self.edges = model, edges
+
+    def lend(self, draw: Draw) -> None:
+        return None
+
+    def within(self, draw: Draw, context: Tensor | None, alone: Tensor) -> Tensor:
+        return draw.cost.new_zeros(len(draw.x), 0)
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.ones(len(x), len(self.edges), 1, dtype=torch.float64)
 
 
 def _cells(divergence: Tensor, surprise: Tensor | float = 0.0) -> Tensor:

@@ -154,5 +154,6 @@ def elbo(model: Model, x: Tensor, times: Times | None = None, u: Tensor | None =
     prior = prior_term(model, x, torch.ones_like(first))
     reconstruction = reconstruction_term(model, x, first)
     draws = u.shape[1]
-    each = times.diffusion(model, x.repeat_interleave(draws, 0), u.flatten())
+    row = torch.arange(len(x), device=x.device).repeat_interleave(draws)
+    each = times.diffusion(model.at(row), x[row], u.flatten())
     return Bound(prior, reconstruction, each.reshape(len(x), draws).mean(1))

@@ -25,8 +25,8 @@ from torch import Tensor
 from nelbo._numerics import LOG_2, seeded
 from nelbo._processes import gather, world
 from nelbo._progress import Track
-from nelbo.allocate import Allocation, Cells, estimate, pilot
-from nelbo.control import Controls
+from nelbo.allocate import Allocation, Cells, estimate, even, pilot
+from nelbo.control import Controls, Nothing
 from nelbo.data import as_examples, fingerprint
 from nelbo.elbo import Bound, prior_term
 from nelbo.estimate import Continuum, Times, stratified
@@ -38,6 +38,7 @@ CALLS = 24  # network calls per example, if nothing else is asked for
 PILOT = (1 / 8, 128)  # share of the calls, and rows of each cell, at most; but ..
 LEAST = 16  # .. so many rows of each cell, where they take no more than half of the calls
 SCORES = (64, 8)  # rows of each cell for which principal components pay, and how many
+FIRST = 0.75  # share of the calls foreseen for a target error that is spent at once
 SCORED = 8  # replicates that give an example its own standard error
 
 
@@ -73,6 +74,8 @@ class CurvePoint:
 class Evaluation:
     """The bound on −log P(x), mean over examples, and everything needed to obtain it again.
 
+    Where the model was given conditions it is on −log P(x|c), and `given` names c.
+
     `nats` is per example. Standard errors, terms and curve are in `unit`: bits/dim for
     probabilities, nats for densities, which have no bits/dim.
     """
@@ -89,6 +92,7 @@ class Evaluation:
     seed: int
     weights: str
     split: str
+    given: str
     precision: str
     model_hash: str
     data_hash: str
@@ -130,15 +134,13 @@ class Plan:
         block: examples that share strata.
         pilot: rows in each cell of the pilot.
         replicates: R.
-        draws: of each example in each replicate; or pairs of draws.
-        paired: two network calls for each.
+        draws: of each example in each replicate.
     """
 
     block: int
     pilot: int
     replicates: int
     draws: int
-    paired: bool
 
 
 def plan(examples: int, calls: int, cells: int, scored: bool = False) -> Plan:
@@ -151,19 +153,25 @@ def plan(examples: int, calls: int, cells: int, scored: bool = False) -> Plan:
         raise ValueError(
             f"calls must be at least 2, the least that has an error bar; got {calls}; try 24"
         )
-    each = examples * calls / cells
-    rows = min(PILOT[1], max(LEAST, int(PILOT[0] * each)))
+    rows = _pilot_rows(examples * calls, cells)
     # what the pilot takes is not left for the draws
     left = calls - math.ceil(rows * cells / examples)
     if left < max(2, calls / 2):
         rows, left = 0, calls
-    paired = left >= 4
-    draws = left // 2 if paired else left
-    block = max(1, min(BLOCK, examples // BLOCKS))
-    # two, for strata as fine as can be; more, where blocks or examples alone give too few freedoms
-    least = 3 if draws == 3 else 2
-    replicates = min(draws, SCORED) if scored or examples < 2 * BLOCKS else least
-    return Plan(block, rows, replicates, draws // replicates, paired)
+    # two, for strata as fine as can be; more, where examples alone give too few freedoms, ..
+    # .. and without a pilot: more examples can share strata then, which do what it would
+    many = scored or not rows or examples < 2 * BLOCKS
+    replicates = min(left, SCORED if many else 2)
+    if left == replicates + 1:
+        replicates = left
+    freedoms = replicates - 1 if not rows else 1
+    block = max(1, min(BLOCK, examples * freedoms // BLOCKS))
+    return Plan(block, rows, replicates, left // replicates)
+
+
+def _pilot_rows(calls: float, cells: int) -> int:
+    """Rows of each cell for a pilot of so many calls in all."""
+    return min(PILOT[1], max(LEAST, int(PILOT[0] * calls / cells)))
 
 
 def evaluate(
@@ -209,14 +217,13 @@ def evaluate(
     scale = scale_of(model)
     cells = Cells(times)
     way = plan(len(x), CALLS if calls is None else calls, cells.count, per_example)
+    if target_error is not None:
+        way = replace(way, pilot=LEAST)
     with measuring(model), counting(model.network) as calls_made:
         with seeded(seed, 0):
-            scores = SCORES[1] if way.pilot >= SCORES[0] else 0
-            controls = Controls(model, x, cells.edges, scores)
-            allocation = pilot(cells, controls, x, way.pilot, way.paired)
+            target = None if target_error is None else target_error / scale
+            controls, allocation, way = _learn(cells, model, x, way, target)
         piloted = calls_made.forward
-        if target_error is not None:
-            way = _first_round(way, allocation, target_error / scale, len(x))
         turn, prior, costs = 0, torch.empty(0), torch.empty(len(x), 0, cells.count)
         while True:
             found = {
@@ -248,6 +255,7 @@ def evaluate(
         seed=seed,
         weights=weights,
         split=split,
+        given=model.given_what,
         precision=precision_of(model),
         model_hash=model_hash(model),
         data_hash=fingerprint(x),
@@ -274,11 +282,24 @@ def _mine(examples: int, block: int) -> range:
     return range(rank, math.ceil(examples / block), size)
 
 
-def _first_round(way: Plan, allocation: Allocation, target: float, examples: int) -> Plan:
-    """A third of the draws that the pilot foresees for a target in nats."""
-    foreseen = (allocation.left.square() / allocation.probability).sum().item() / examples
-    draws = foreseen / target**2 / 3 if math.isfinite(foreseen) else 1
-    return replace(way, draws=max(1, math.ceil(draws / way.replicates)))
+def _learn(
+    cells: Cells, model: Model, x: Tensor, way: Plan, target: float | None
+) -> tuple[Controls, Allocation, Plan]:
+    """The pilot of a plan; for a target in nats, as large as the calls that it foresees allow."""
+    if not way.pilot:
+        # the reconstruction of an example once, if chance will
+        nothing = Nothing(model, cells.edges)
+        return nothing, even(cells, nothing, 1, 1 / (way.draws * way.replicates)), way
+    scores = SCORES[1] if way.pilot >= SCORES[0] else 0
+    controls = Controls(model, x, cells.edges, scores)
+    allocation = pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
+    if target is None:
+        return controls, allocation, way
+    calls = allocation.variance.item() / len(x) / target**2
+    draws = max(1, math.ceil(FIRST * calls / way.replicates)) if math.isfinite(calls) else 1
+    rows = _pilot_rows(len(x) * calls, cells.count)
+    way = replace(way, draws=draws, pilot=rows)
+    return _learn(cells, model, x, way, None) if rows > 2 * LEAST else (controls, allocation, way)
 
 
 def _next_round(way: Plan, error: float, target: float, replicates: int) -> Plan:
@@ -299,11 +320,12 @@ def _block(
     """Of the g-th block of B examples: prior (B,) and costs (B, R, cells), nats."""
     model = controls.model
     with seeded(*place):
-        block = as_examples(x[g * way.block : (g + 1) * way.block]).to(model.device)
+        rows = slice(g * way.block, (g + 1) * way.block)
+        block = as_examples(x[rows]).to(model.device)
         last = torch.ones(len(block), dtype=torch.float64, device=model.device)
         prior = prior_term(model, block, last).double().cpu()
         u = torch.stack([stratified(len(block), way.draws) for _ in range(way.replicates)], 1)
-        return prior, estimate(cells, controls, allocation, block, u, way.paired)
+        return prior, estimate(cells, controls.at(rows), allocation, block, u)
 
 
 def _monte_carlo(each: Tensor, block: int) -> float:

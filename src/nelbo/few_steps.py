@@ -36,7 +36,6 @@ class FewSteps:
         model: Model,
         x: Tensor,
         u: Tensor,
-        condition: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Loss:
         """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
@@ -44,7 +43,6 @@ class FewSteps:
         The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,).
         """
         weight = torch.ones_like(u) if weight is None else weight
-        model = model if condition is None else model.given(condition)
         process, times = model.process, self.grid.times.to(x.device)
         i = (u * len(times)).long().clamp(max=len(times) - 1)
         e, t = model.embed(x), times[i]

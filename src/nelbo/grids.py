@@ -95,7 +95,8 @@ def best_grid(
         return Grid(candidates[-steps:])
     # No step of a good grid is much longer than the mean step.
     longest = math.ceil(4 * len(candidates) / steps)
-    table = measure(model, _some(model, x, seed), candidates, longest, seed, track)
+    rows = _some(model, x, seed)
+    table = measure(model.at(rows), x[rows], candidates, longest, seed, track)
     return Grid(table.best(steps))
 
 
@@ -133,17 +134,17 @@ def measure(
         track: wraps the candidates, for a progress bar.
     """
     count = len(times)
-    numbers = len(x) * count * min(longest, count) * model.head.outputs
-    dims = max(1, min(model.dims, NUMBERS // numbers))
+    numbers = len(x) * count * min(longest, count) * model.head.numbers
+    dims = max(1, min(model.dims, NUMBERS // numbers)) if model.process.alike else model.dims
     decode = torch.zeros(count, dtype=torch.float64)
     step = torch.full((count, count), math.inf, dtype=torch.float64)
     with measuring(model):
         for j in track(range(count)):
-            for g, block in enumerate(x.split(model.rows)):
+            for g, rows in enumerate(torch.arange(len(x)).split(model.rows)):
                 with seeded(seed, 2, g):
-                    block = as_examples(block).to(model.device)
+                    block = as_examples(x[rows]).to(model.device)
                     first = max(0, j - longest)
-                    r, d = _column(model, block, times[first:j], times[j], dims)
+                    r, d = _column(model.at(rows), block, times[first:j], times[j], dims)
                 decode[j] += r / len(x)
                 step[first:j, j] = step[first:j, j].nan_to_num(posinf=0.0) + d / len(x)
     return Table(times, decode, step)
@@ -169,6 +170,8 @@ def _column(
 
     def some(v: Tensor) -> Tensor:
         v = v.float() if v.is_floating_point() else v
+        if dims == model.dims:
+            return v
         v = v.flatten(1, len(model.shape))
         return v[torch.arange(len(v), device=v.device)[:, None], chosen]
 
@@ -189,21 +192,21 @@ def measure_errors(model: Model, x: Tensor, seed: int = 0) -> None:
     if not isinstance(model.step, Optimal):
         return
     count = len(model.step.errors)
-    x = _some(model, x, seed)
+    some = _some(model, x, seed)
     with measuring(model):
         for i, t in enumerate(torch.linspace(0, 1, count, dtype=torch.float64).tolist()):
             total = torch.zeros((), dtype=torch.float64, device=model.device)
-            for g, block in enumerate(x.split(model.rows)):
+            for g, rows in enumerate(some.split(model.rows)):
                 with seeded(seed, 2, g):
-                    e = model.embed(as_examples(block).to(model.device))
+                    e = model.embed(as_examples(x[rows]).to(model.device))
                     at = torch.full((len(e),), t, dtype=torch.float64, device=e.device)
                     at = at.clamp(min=model.process.schedule.start)
-                    e_hat = model.predict(draw(model.process.marginal(e, at)), at).e_hat
+                    e_hat = model.at(rows).predict(draw(model.process.marginal(e, at)), at).e_hat
                 total += (e - e_hat).square().sum()
-            model.step.errors[i] = total / (len(x) * model.dims)
+            model.step.errors[i] = total / (len(some) * model.dims)
 
 
 def _some(model: Model, x: Tensor, seed: int) -> Tensor:
-    """The examples to measure on, drawn from x; fewer where each is large."""
+    """The rows of x to measure on; fewer where each is large."""
     with seeded(seed, 1):
-        return x[torch.randperm(len(x))[: max(16, min(EXAMPLES, 2**15 // model.dims))]]
+        return torch.randperm(len(x))[: max(16, min(EXAMPLES, 2**15 // model.dims))]

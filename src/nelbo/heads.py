@@ -8,6 +8,7 @@ r"""What a network's output means: a prediction ê of e = embed(x), given z_t.
     Mean          output is f     ê solves m_t(z_t, ê) = f for the step from t to t - 1/T
     LevelLogits   P(x_i = v_k|z_t) = softmax_k( output_k + log N(z_t; √α_t v_k, 1-α_t) ), ê its
                   mean: the arithmetic of one pixel is exact, the network only adds context
+    LevelCurves   the same with Σ_j output_j c_j(k) for output_k: a few curves over many levels
     SymbolLogits  ê = log P(x_i = k|z_t) = log_softmax(output), for the absorbing process
 
 Sources: Ho et al. 2020 (noise), Salimans & Ho 2022 (velocity), Graves et al. 2023 (discrete data).
@@ -20,9 +21,12 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nelbo._numerics import over
 from nelbo.process import Absorbing, Gaussian, Process
+
+PART = 2**24  # numbers of the arithmetic of levels at a time
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,18 @@ class Head(nn.Module, ABC):
 
     #: numbers the network gives per dimension of the data
     outputs: int = 1
+
+    def output_shape(self, z: Tensor) -> torch.Size:
+        """What the network must give for z."""
+        return z.shape if self.outputs == 1 else torch.Size((*z.shape, self.outputs))
+
+    def start_from(self, x: Tensor) -> None:
+        """Take from training examples x, (N, ...), what is known before training; here nothing."""
+
+    @property
+    def numbers(self) -> int:
+        """Numbers per dimension that the arithmetic around a network call holds."""
+        return self.outputs
 
     @abstractmethod
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction: ...
@@ -135,10 +151,18 @@ class WithVariance(Head):
 
 def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: Process) -> Tensor:
     """log N(z_t; √α_t v_k, 1-α_t) + const for each level k, shape (B, ..., K)."""
-    signal, variance = process.alpha(t).sqrt(), process.log_one_minus_alpha(t).exp()
+    return _evidence(z, values, *_signal_and_precision(t, process))
+
+
+def _signal_and_precision(t: Tensor, process: Process) -> tuple[Tensor, Tensor]:
+    """√α_t and 1/(1-α_t), shape of t."""
+    return process.alpha(t).sqrt(), (-process.log_one_minus_alpha(t)).exp()
+
+
+def _evidence(z: Tensor, values: Tensor, signal: Tensor, precision: Tensor) -> Tensor:
     z = z[..., None]
     error = z - over(signal, z) * values.to(z.dtype)
-    return error.square() * over(-0.5 / variance, z)
+    return error.square() * over(-0.5 * precision, z)
 
 
 class Logits(Head):
@@ -152,15 +176,19 @@ class Logits(Head):
 
     def __init__(self, count: int, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.outputs = count
+        self.outputs = self.count = count
         self.log_prior = nn.Parameter(torch.zeros(*shape, count))
+
+    @property
+    def numbers(self) -> int:
+        return self.count
 
     def start_from(self, x: Tensor) -> None:
         """Set the log-prior to the log-frequencies of the levels in x, (N, *shape).
 
         Under a network that gives zero the model is then the factorised Bayes denoiser.
         """
-        self.log_prior.data.copy_(log_frequencies(x, self.outputs))
+        self.log_prior.data.copy_(log_frequencies(x, self.count))
 
 
 def log_frequencies(x: Tensor, count: int) -> Tensor:
@@ -193,10 +221,59 @@ class LevelLogits(Logits):
         self.register_buffer("values", values, persistent=False)
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
+        whole = (output, z, *_signal_and_precision(t, process))
+        examples = max(1, PART // (z[0].numel() * self.count))
+        if len(z) <= examples:
+            return LevelPrediction(*self._predict(*whole))
+        # B D K numbers, several times over, are the memory of a training step: where they are
+        # many, parts of the batch go one by one, and are computed again for the gradient.
+        parts = [
+            checkpoint(self._predict, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(*(v.split(examples) for v in whole), strict=True)
+        ]
+        return LevelPrediction(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def _predict(
+        self, output: Tensor, z: Tensor, signal: Tensor, precision: Tensor
+    ) -> tuple[Tensor, Tensor]:
         values = self.values.to(z)
-        context = output + self.log_prior.to(output)
-        log_probs = (context + level_evidence(z, values, t, process)).log_softmax(-1)
-        return LevelPrediction(log_probs.exp() @ values, log_probs)
+        context = self.context(output) + self.log_prior.to(output)
+        log_probs = (context + _evidence(z, values, signal, precision)).log_softmax(-1)
+        return log_probs.exp() @ values, log_probs
+
+    def context(self, output: Tensor) -> Tensor:
+        """Logits of the levels without prior and evidence, shape (B, ..., K)."""
+        return output
+
+
+class LevelCurves(LevelLogits):
+    """As `LevelLogits`, with Σ_j output_j c_jk for output_k: for many levels that are a scale.
+
+    The curves c_j are learned. They begin as bumps at even places, as wide as they are apart, and
+    one spike for each end of the scale, where clipped values pile up. K curves that are the unit
+    vectors would be LevelLogits.
+
+    Args:
+        values: v_1..v_K, shape (K,).
+        shape: shape of one example; see `Logits`.
+        curves: how many, at least 4.
+
+    Raises:
+        ValueError: fewer curves.
+    """
+
+    def __init__(self, values: Tensor, shape: tuple[int, ...] = (), curves: int = 32) -> None:
+        super().__init__(values, shape)
+        if curves < 4:
+            raise ValueError(f"curves must be at least 4; got {curves}")
+        self.outputs = curves
+        place = torch.linspace(0, curves - 3, len(values))
+        bumps = (-0.5 * (place - torch.arange(curves - 2)[:, None]).square()).exp()
+        ends = torch.eye(len(values))[[0, -1]]
+        self.curves = nn.Parameter(torch.cat([bumps, ends]))
+
+    def context(self, output: Tensor) -> Tensor:
+        return output @ self.curves.to(output)
 
 
 class SymbolLogits(Logits):

@@ -71,8 +71,8 @@ def importance_weights(model: Model, x: Tensor, times: Times, samples: int) -> T
     """
     check_samples(samples)
     grid = check_grid(times)
-    rows = x.repeat_interleave(samples, 0).split(model.rows)
-    weights = torch.cat([log_weights(model, part, grid).double() for part in rows])
+    rows = torch.arange(len(x)).repeat_interleave(samples).split(model.rows)
+    weights = torch.cat([log_weights(model.at(part), x[part], grid).double() for part in rows])
     return weights.reshape(len(x), samples)
 
 

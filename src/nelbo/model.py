@@ -51,12 +51,22 @@ class Model(nn.Module):
         self.shape = tuple(shape)
         self.dtype = torch.float64
         self.condition: Tensor | None = None
+        self.given_what = ""
 
-    def given(self, condition: Tensor) -> "Model":
-        """The model of P(x|condition), one condition per example; it shares all weights."""
+    def given(self, condition: Tensor, what: str = "condition") -> "Model":
+        """The model of N examples that are given conditions (N, F); it shares all weights.
+
+        It is measured on these examples, in their order, as the model of P(x|what).
+        """
         model = copy.copy(self)
-        model.condition = condition
+        model.condition, model.given_what = condition, what
         return model
+
+    def at(self, rows: slice | Tensor) -> "Model":
+        """The model of some of the examples; itself where it was given nothing."""
+        if self.condition is None:
+            return self
+        return self.given(self.condition[rows], self.given_what)
 
     @property
     def dims(self) -> int:
@@ -66,11 +76,16 @@ class Model(nn.Module):
     @property
     def rows(self) -> int:
         """Examples that one call of the network may take, for the memory around it."""
-        return max(1, ROWS // (self.dims * self.head.outputs))
+        return max(1, ROWS // (self.dims * self.head.numbers))
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    def start_from(self, x: Tensor) -> None:
+        """Take from training examples x, (N, *shape), what is fixed or known before training."""
+        self.process.start_from(x)
+        self.head.start_from(x)
 
     def embed(self, x: Tensor) -> Tensor:
         """e, the data in the space of the process."""
@@ -84,13 +99,18 @@ class Model(nn.Module):
         """One call of the network: what it says of the data, given z = z_t."""
         dtype = next(self.network.parameters()).dtype
         features, level = self.process.features(z), self.process.level(t)
-        condition = () if self.condition is None else (self.condition.to(dtype),)
-        output = self.network(features.to(dtype), level.to(dtype), *condition).to(self.dtype)
-        outputs = () if self.head.outputs == 1 else (self.head.outputs,)
-        if output.shape != z.shape + outputs:
+        inputs = [features, level] + ([] if self.condition is None else [self.condition])
+        if len(inputs[-1]) != len(z):
             raise ValueError(
-                f"the network must give {tuple(z.shape + outputs)} for"
-                f" {type(self.head).__name__}; got {tuple(output.shape)}"
+                f"the model is given {len(inputs[-1])} conditions; got {len(z)} examples: choose"
+                " theirs with Model.at"
+            )
+        output = self.network(*(v.to(z.device, dtype) for v in inputs)).to(self.dtype)
+        needed = self.head.output_shape(z)
+        if output.shape != needed:
+            raise ValueError(
+                f"the network must give {tuple(needed)} for {type(self.head).__name__};"
+                f" got {tuple(output.shape)}"
             )
         return self.head(output, z, t, self.process)
 

@@ -96,7 +96,6 @@ class Objective:
         model: Model,
         x: Tensor,
         u: Tensor,
-        condition: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Loss:
         """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
@@ -105,9 +104,6 @@ class Objective:
         """
         weight = torch.ones_like(u) if weight is None else weight
         schedule, part = model.process.schedule, x[: max(1, round(self.share * len(x)))]
-        model_of_part = model
-        if condition is not None:
-            model, model_of_part = model.given(condition), model.given(condition[: len(part)])
         width = 1 - self.times.first
         t = self.times.first + width * u
         with constant(schedule.interior()):
@@ -116,7 +112,7 @@ class Objective:
             prediction = model.predict(z, t)
             diffusion = width * model.process.rate(z, e, prediction.e_hat, t)
             first = torch.full((len(part),), self.times.first, dtype=t.dtype, device=t.device)
-            reconstruction = reconstruction_term(model_of_part, part, first).mean()
+            reconstruction = reconstruction_term(model.at(slice(len(part))), part, first).mean()
             others = reconstruction + prior_term(model, x, torch.ones_like(t)).mean()
             each = self.weight(schedule, t) * diffusion
             loss = (weight * each).mean() + others

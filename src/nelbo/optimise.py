@@ -16,8 +16,13 @@ from nelbo.model import Model
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def batch_indices(examples: int, batch: int, step: int, seed: int) -> Tensor:
-    """Examples of a step: position step·batch in the stream of all shuffled epochs."""
+def batch_indices(
+    examples: int, batch: int, step: int, seed: int, rank: int = 0, size: int = 1
+) -> Tensor:
+    """Examples of a step: position step·batch in the stream of all shuffled epochs.
+
+    Of `size` processes each takes its share, which together are those of one.
+    """
     position = step * batch
     parts = []
     while batch:
@@ -25,7 +30,7 @@ def batch_indices(examples: int, batch: int, step: int, seed: int) -> Tensor:
         part = _epoch_order(examples, seed, epoch)[start : start + batch]
         parts.append(part)
         position, batch = position + len(part), batch - len(part)
-    return torch.cat(parts)
+    return torch.cat(parts)[rank::size]
 
 
 @lru_cache(maxsize=2)
@@ -45,7 +50,7 @@ def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
     decays = {
         id(module.weight)
         for module in model.network.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
     }
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [

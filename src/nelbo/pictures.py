@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nelbo.data import Schema
+from nelbo.data import Schema, tables
+from nelbo.data.text import decode
 from nelbo.process import Absorbing, Gaussian, Levels, Process
 
+RULE = "-" * 72  # between samples of text
 MASK = np.array([104, 124, 158], np.uint8)  # a grey that no grey pixel has
 
 
@@ -31,7 +33,7 @@ def grid(x: Tensor, schema: Schema, columns: int | None = None, side: int = 1024
     """Images in rows, one pixel of margin, enlarged by a whole factor to at most `side`.
 
     Args:
-        x: images (N, C, H, W) of the schema, C = 1 or 3.
+        x: images (N, C, H, W) of the schema, C = 1, 3 or 4.
         schema: what an image is.
         columns: images in a row; about square where left out.
         side: pixels of the longer side, where the enlargement stops.
@@ -41,14 +43,23 @@ def grid(x: Tensor, schema: Schema, columns: int | None = None, side: int = 1024
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     sheet = np.full((rows * (h + 1) + 1, columns * (w + 1) + 1, c), 128, np.uint8)
+    sheet[..., 3:] = 255  # the margin is not transparent
     for i, image in enumerate(images):
         top, left = (i // columns) * (h + 1) + 1, (i % columns) * (w + 1) + 1
         sheet[top : top + h, left : left + w] = image
-    picture = Image.fromarray(sheet[..., 0] if c == 1 else sheet[..., :3])
+    picture = Image.fromarray(sheet[..., 0] if c == 1 else sheet)
     factor = max(1, side // max(sheet.shape))
     return picture.resize(
         (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
     )
+
+
+def over_white(pixels: np.ndarray) -> np.ndarray:
+    """Grey, RGB or RGBA of 8 bits, shape (..., C), as RGB on a white ground, (..., 3)."""
+    if pixels.shape[-1] < 4:
+        return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
+    opaque = pixels[..., 3:] / 255
+    return np.rint(255 + opaque * (pixels[..., :3] - 255.0)).astype(np.uint8)
 
 
 def png(picture: Image.Image) -> bytes:
@@ -63,7 +74,7 @@ class Canvas:
 
     Args:
         process: what the latents are of.
-        schema: what an image is, C = 1 or 3.
+        schema: what an image is, C = 1, 3 or 4.
         x: images from which the span of real data is taken.
     """
 
@@ -78,7 +89,7 @@ class Canvas:
         """x (N, C, H, W) in the data's units as (N, H, W, 3)."""
         pixels = (x.double().cpu().movedim(1, -1).numpy() - self.low) / (self.high - self.low)
         pixels = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
-        return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+        return over_white(pixels)
 
     def embedded(self, e: Tensor) -> np.ndarray:
         """e in the space of a Gaussian process."""
@@ -92,7 +103,7 @@ class Canvas:
         if isinstance(self.process, Absorbing):
             masked = (z == self.process.mask).cpu().movedim(1, -1).numpy()
             pixels = self.data(z)
-            return np.where(masked, MASK, pixels).astype(np.uint8)
+            return np.where(masked[..., :3], MASK, pixels).astype(np.uint8)
         if isinstance(self.process.embedding, Levels):
             alpha = self.process.alpha(torch.tensor(t, dtype=torch.float64)).item()
             z = z / (math.sqrt(alpha) + 2 * math.sqrt(1 - alpha))
@@ -107,16 +118,26 @@ class Canvas:
         return self.embedded(e_hat)
 
 
-def saver(out: Path, schema: Schema) -> Callable[[Tensor], bytes]:
-    """How samples become the file `out`, decided before they are drawn.
+def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
+    """How samples become the file `out`, or what is printed; decided before they are drawn.
 
     Raises:
-        ValueError: a suffix other than .png or .npz, or a picture of what is no image.
+        ValueError: a suffix that such examples are not written to.
     """
+    if out is None or out.suffix.lower() == ".txt":
+        if schema.alphabet is None:
+            raise ValueError(
+                f"samples of shape {schema.shape} are no text; write"
+                f" {'a .png or' if len(schema.shape) == 3 else 'a'} .npz file with --out"
+            )
+        alphabet = schema.alphabet
+        return lambda x: "".join(f"{s}\n{RULE}\n" for s in decode(x.numpy(), alphabet)).encode()
     if out.suffix.lower() == ".png":
         if len(schema.shape) != 3 or schema.shape[0] not in (1, 3, 4):
             raise ValueError(f"examples of shape {schema.shape} are no images; write a .npz file")
         return lambda x: png(grid(x, schema))
+    if schema.columns and out.suffix.lower() in tables.FILES:
+        return lambda x: tables.to_bytes(x.numpy(), schema.columns, out.suffix.lower())
     if out.suffix.lower() == ".npz":
 
         def array(x: Tensor) -> bytes:
@@ -125,4 +146,8 @@ def saver(out: Path, schema: Schema) -> Callable[[Tensor], bytes]:
             return buffer.getvalue()
 
         return array
-    raise ValueError(f"samples are written to a .png or .npz file; got {str(out)!r}")
+    kinds = ".csv, .tsv, .parquet, .arrow" if schema.columns else ".png"
+    raise ValueError(
+        f"samples are written to a {kinds} or .npz file, or of text to a .txt file;"
+        f" got {str(out)!r}"
+    )

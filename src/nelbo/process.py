@@ -34,6 +34,10 @@ class Process(nn.Module, ABC):
 
     #: channels of `features` per dimension of the data
     channels: int
+    #: numbers of e per dimension of the data
+    width: int = 1
+    #: whether the law of a dimension does not depend on which it is, so that some stand for all
+    alike: bool = True
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
@@ -54,6 +58,9 @@ class Process(nn.Module, ABC):
     def log_kept(self, s: Tensor, t: Tensor) -> Tensor:
         """log(α_t/α_s), what of the signal at s is left at t; Gaussian: log(1-β)."""
         return self.log_alpha(t) - self.log_alpha(s)
+
+    def start_from(self, x: Tensor) -> None:
+        """Take from training examples x, (N, ...), what is fixed before training; here nothing."""
 
     @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
@@ -82,6 +89,10 @@ class Process(nn.Module, ABC):
     @abstractmethod
     def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Distribution:
         """p(z_T), z_T of the given data shape, for the last times t, shape (B,)."""
+
+    def reveal(self, x: Tensor, t: Tensor) -> Tensor:
+        """z_t of dimensions whose x is known, one draw of q(z_t|x); a symbol shows at once."""
+        return self.marginal(self.embed(x), t).sample()
 
     @abstractmethod
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
@@ -214,14 +225,14 @@ class Absorbing(Process):
         super().__init__(schedule)
         if count < 2:
             raise ValueError(f"levels must be at least 2; got {count}")
-        self.count = self.mask = count
+        self.count = self.mask = self.width = count
         self.channels = count + 1
 
     def embed(self, x: Tensor) -> Tensor:
-        return one_hot(x, self.count).double().log()
+        return one_hot(x.long(), self.count).double().log()
 
     def features(self, z: Tensor) -> Tensor:
-        return one_hot(z, self.channels).movedim(-1, 2).flatten(1, 2).double()
+        return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
 
     def level(self, t: Tensor) -> Tensor:
         # Given the symbols that show, P(x|z_t) does not depend on t (Ou et al. 2024).
@@ -244,6 +255,10 @@ class Absorbing(Process):
         shown = (z != self.mask)[..., None]
         return per_example(Discrete(torch.where(shown, self._show(z).to(e.dtype), log_probs)))
 
+    def reveal(self, x: Tensor, t: Tensor) -> Tensor:
+        # The model knows P(x_i| any symbols that show): what is known need not wait for its time.
+        return x
+
     def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
         # The share α_T that no mask hides yet is uniform: with all mass on the mask, KL = inf.
         uniform = torch.zeros((len(t), *shape, self.count), dtype=t.dtype, device=t.device)
@@ -259,7 +274,7 @@ class Absorbing(Process):
         return slope(self.schedule, t) * self.alpha(t) * hidden
 
     def _show(self, z: Tensor) -> Tensor:
-        return one_hot(z, self.channels).double().log()
+        return one_hot(z.long(), self.channels).double().log()
 
     def _masked_with(self, e: Tensor, log_shown: Tensor, log_masked: Tensor) -> Discrete:
         """e with probability exp(log_shown), else the mask."""

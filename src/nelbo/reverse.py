@@ -122,9 +122,16 @@ class Mixture(Reverse):
         process = _gaussian(process, self)
         if not isinstance(prediction, LevelPrediction):
             raise TypeError("the mixture step needs a head that predicts levels: LevelLogits")
-        loc = process.m_t(z[..., None], self.values.to(z), s, t)
-        scale = over(process.beta_tilde(s, t).sqrt(), loc)
-        return per_example(LevelMixture(prediction.log_probs, loc, scale))
+        return mixture(prediction, self.values, z, s, t, process)
+
+
+def mixture(
+    prediction: LevelPrediction, values: Tensor, z: Tensor, s: Tensor, t: Tensor, process: Gaussian
+) -> Distribution:
+    """Σ_k P(x_i = v_k|z_t) N(m_t(z_t, v_k), β̃) for values v of shape (K,) or (..., K)."""
+    loc = process.m_t(z[..., None], values.to(z), s, t)
+    scale = over(process.beta_tilde(s, t).sqrt(), loc)
+    return per_example(LevelMixture(prediction.log_probs, loc, scale))
 
 
 def _gaussian(process: Process, step: Reverse) -> Gaussian:

@@ -4,6 +4,15 @@ ancestral         z_T ~ P(z_T),  z_{t-1} ~ P(z_{t-1}|z_t),  x ~ P(x|z_1): the mo
                   the one whose bound `evaluate` states for the same grid and step
 probability_flow  z_s = √α_s ê + √(1-α_s) ε̂, the most probable x at the end: deterministic
                   given z_T (Song et al. 2021, DDIM with η = 0); not the law of the bound
+complete          the unknown dimensions of x given the known ones
+
+`complete` lets known dimensions follow q(z_s|z_t,x) and unknown ones P(z_s|z_t). Where symbols
+are masked, known ones show from the start and each step draws from P(x_i|what shows): the model's
+own conditional law, in the order in which the steps unmask. Where noise is Gaussian it is an
+approximation: P(z_s|z_t) knows the known dimensions as noisy as they are at t, not x. Going back
+to z_t ~ q(z_t|z_s) and down again, several times, lets both parts agree (Lugmayr et al. 2022).
+
+A model that is given conditions, one for each sample, draws from P(x|c).
 """
 
 from collections.abc import Callable
@@ -32,13 +41,13 @@ def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track
         Samples in the space of the data, shape (count, *model.shape).
     """
 
-    def step(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return draw(model.reverse(z, s, t))
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return draw(model.at(rows).reverse(z, s, t))
 
-    def decode(z: Tensor, t: Tensor) -> Tensor:
-        return model.likelihood(z, t).sample()
+    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return model.at(rows).likelihood(z, t).sample()
 
-    return _descend(model, count, times, seed, step, decode, track)
+    return _descend(model, count, times, seed, step, decode, track=track)
 
 
 def probability_flow(
@@ -56,15 +65,64 @@ def probability_flow(
             f" {type(process).__name__}; use the ancestral sampler"
         )
 
-    def step(z: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        e_hat = model.predict(z, t).e_hat
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        e_hat = model.at(rows).predict(z, t).e_hat
         q_s, q_t = process.marginal(e_hat, s).base_dist, process.marginal(e_hat, t).base_dist
         return q_s.loc + q_s.scale * (z - q_t.loc) / q_t.scale
 
-    def decode(z: Tensor, t: Tensor) -> Tensor:
-        return model.likelihood(z, t).mode
+    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return model.at(rows).likelihood(z, t).mode
 
-    return _descend(model, count, times, seed, step, decode, track)
+    return _descend(model, count, times, seed, step, decode, track=track)
+
+
+def complete(
+    model: Model,
+    x: Tensor,
+    known: Tensor,
+    times: Grid,
+    seed: int = 0,
+    rounds: int = 1,
+    track: Track = iter,
+) -> Tensor:
+    """x with the dimensions that are not known drawn given those that are.
+
+    Args:
+        model: the model.
+        x: examples in the space of the data, shape (N, *model.shape); what is not known may be
+            any value of the data.
+        known: which dimensions are, booleans that broadcast to x.
+        times: the grid; `Grid.uniform(T)`.
+        seed: everything random follows from it.
+        rounds: how often each step is made; T times as many network calls.
+        track: wraps the steps, for a progress bar.
+
+    Raises:
+        ValueError: examples of another shape, or no rounds.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1; got {rounds}")
+    if x.shape[1:] != model.shape:
+        raise ValueError(f"examples must have the shape {model.shape}; got {tuple(x.shape[1:])}")
+    process, known = model.process, known.expand(x.shape).to(model.device)
+    x = x.to(model.device)
+
+    def start(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return torch.where(known[rows], process.reveal(x[rows], t), z)
+
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        e, here, lower = model.embed(x[rows]), known[rows], z
+        for turn in range(rounds):
+            if turn:
+                z = torch.where(here, z, draw(process.transition(lower, s, t)))
+            free = draw(model.at(rows).reverse(z, s, t))
+            lower = torch.where(here, draw(process.posterior(z, e, s, t)), free)
+        return lower
+
+    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return torch.where(known[rows], x[rows], model.at(rows).likelihood(z, t).sample())
+
+    return _descend(model, len(x), times, seed, step, decode, start, track)
 
 
 def _descend(
@@ -72,20 +130,21 @@ def _descend(
     count: int,
     times: Grid,
     seed: int,
-    step: Callable[[Tensor, Tensor, Tensor], Tensor],
-    decode: Callable[[Tensor, Tensor], Tensor],
-    track: Track,
+    step: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    decode: Callable[[Tensor, Tensor, Tensor], Tensor],
+    start: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda rows, z, t: z,
+    track: Track = iter,
 ) -> Tensor:
-    """From z_T down to z_1 and x, as many at a time as memory allows."""
+    """From z_T down to z_1 and x, as many rows at a time as memory allows."""
     if count < 1:
         raise ValueError(f"the number of samples must be at least 1; got {count}")
     grid = times.times.to(model.device)
     parts = []
     with measuring(model), seeded(seed):
-        for begin in range(0, count, model.rows):
-            n = min(model.rows, count - begin)
-            z = model.process.prior(model.shape, grid[-1].expand(n)).sample()
+        for rows in torch.arange(count).split(model.rows):
+            at = [t.expand(len(rows)) for t in grid]
+            z = start(rows, model.process.prior(model.shape, at[-1]).sample(), at[-1])
             for i in track(range(len(grid) - 1, 0, -1)):
-                z = step(z, grid[i - 1].expand(n), grid[i].expand(n))
-            parts.append(decode(z, grid[0].expand(n)))
+                z = step(rows, z, at[i - 1], at[i])
+            parts.append(decode(rows, z, at[0]))
     return torch.cat(parts)

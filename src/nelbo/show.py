@@ -6,15 +6,29 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
+from nelbo.data import Schema
 from nelbo.evaluate import Evaluation
 from nelbo.tighter import ByFlow, ByImportance, Tighter
 
 
-def result(found: Evaluation | Tighter) -> None:
+def of_text(found: Evaluation | Tighter, schema: Schema | None) -> dict[str, float]:
+    """What the bound is for each symbol of a text; {} where the schema is of none.
+
+    The perplexity is 2 to the bits: among how many equally likely symbols one would choose.
+    """
+    if schema is None or schema.alphabet is None or found.bits_per_dim is None:
+        return {}
+    symbol = "character" if schema.alphabet else "byte"
+    return {f"bits_per_{symbol}": found.bits_per_dim, "perplexity": 2**found.bits_per_dim}
+
+
+def result(found: Evaluation | Tighter, schema: Schema | None = None) -> None:
     """Print a bound: a table, the curve or the convergence, and how to obtain it again."""
     console = Console()
     table = _table(_title(found), found)
@@ -22,6 +36,11 @@ def result(found: Evaluation | Tighter) -> None:
         for name, term in vars(found.terms).items():
             table.add_row(name, f"{term:.4f}", "")
     console.print(table)
+    per_symbol = (
+        f"{name.replace('_', ' ')} {v:.4f}" for name, v in of_text(found, schema).items()
+    )
+    if line := ", ".join(per_symbol):
+        console.print(line, highlight=False)
     line = _sparkline(found) if isinstance(found, Evaluation) else _convergence(found)
     console.print(line, highlight=False)
     backward = "" if isinstance(found, Evaluation) else found.backward_calls_per_example
@@ -34,6 +53,21 @@ def result(found: Evaluation | Tighter) -> None:
         highlight=False,
         markup=False,
     )
+
+
+def columns(names: list[str], cost: Tensor, unit: str, steps: int) -> None:
+    """Print what each column costs, from the costs (N, C) of examples; the dearest first."""
+    mean = cost.mean(0)
+    error = (cost.var(0) / len(cost)).sqrt() if len(cost) > 1 else torch.full_like(mean, math.nan)
+    title = f"by column, {len(cost)} examples, {steps} steps"
+    table = Table(title=title, title_justify="left")
+    for name in ("column", unit, "standard error"):
+        table.add_column(name, justify="left" if name == "column" else "right")
+    for i in mean.argsort(descending=True).tolist():
+        table.add_row(escape(names[i]), f"{mean[i]:.4f}", _error(error[i].item()))
+    table.add_section()
+    table.add_row("[bold]all", f"[bold]{mean.sum():.4f}", "")
+    Console().print(table)
 
 
 def npz(found: Evaluation | Tighter) -> bytes:
@@ -51,12 +85,16 @@ def npz(found: Evaluation | Tighter) -> bytes:
 def _title(found: Evaluation | Tighter) -> str:
     if isinstance(found, Evaluation):
         how = "continuous time" if found.steps is None else f"{found.steps} steps"
-        return f"bound on -log P(x), {escape(found.split)}, {how}"
+        return f"{_bound(found)}, {escape(found.split)}, {how}"
     if isinstance(found.how, ByImportance):
         how = f"{found.how.samples} importance-weighted samples of {found.how.steps} steps"
     else:
         how = f"probability flow, {found.how.dequantiser} dequantisation"
-    return f"bound on -log P(x), {escape(found.split)}, {how}"
+    return f"{_bound(found)}, {escape(found.split)}, {how}"
+
+
+def _bound(found: Evaluation | Tighter) -> str:
+    return f"bound on -log P(x|{escape(found.given)})" if found.given else "bound on -log P(x)"
 
 
 def _table(title: str, found: Evaluation | Tighter) -> Table:

@@ -89,6 +89,7 @@ class Tighter:
     seed: int
     weights: str
     split: str
+    given: str
     precision: str
     model_hash: str
     data_hash: str
@@ -135,7 +136,7 @@ def evaluate_importance(
     check_samples(samples)
     grid = check_grid(times)
 
-    def draw(x: Tensor) -> Tensor:
+    def draw(model: Model, x: Tensor) -> Tensor:
         log_w = importance_weights(model, x, grid, samples)
         return torch.stack([log_mean(log_w), (2 * log_mean(log_w) - log_mean(2 * log_w)).exp()])
 
@@ -193,9 +194,12 @@ def evaluate_flow(
     for each in tolerances:
         check_flow(model, first, 1.0, each)
 
-    def draw(x: Tensor) -> Tensor:
-        rows = x.repeat_interleave(samples, 0).split(min(BLOCK, model.rows))
-        each = [_flow_weights(model, part, dequantiser, first, exact, tolerances) for part in rows]
+    def draw(model: Model, x: Tensor) -> Tensor:
+        rows = torch.arange(len(x)).repeat_interleave(samples).split(min(BLOCK, model.rows))
+        each = [
+            _flow_weights(model.at(part), x[part], dequantiser, first, exact, tolerances)
+            for part in rows
+        ]
         return log_mean(torch.cat(each, 1).reshape(2, len(x), samples))
 
     (loose, tight), record = _visit(model, x, replicates, seed, track, draw)
@@ -237,19 +241,19 @@ def _visit(
     replicates: int,
     seed: int,
     track: Track,
-    draw: Callable[[Tensor], Tensor],
+    draw: Callable[[Model, Tensor], Tensor],
 ) -> tuple[Tensor, Record]:
     """draw (M, B) of every example and replicate, shape (M, N, R), and what makes the record."""
     if len(x) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1; got {replicates}")
-    blocks, parts = x.split(BLOCK), []
+    blocks, parts = torch.arange(len(x)).split(BLOCK), []
     with measuring(model), counting(model.network) as calls:
         for g in track(range(len(blocks))):
             with seeded(seed, g):
-                block = as_examples(blocks[g]).to(model.device)
-                each = draw(block.repeat_interleave(replicates, 0)).double().cpu()
+                rows = blocks[g].repeat_interleave(replicates)
+                each = draw(model.at(rows), as_examples(x[rows]).to(model.device)).double().cpu()
             parts.append(each.reshape(len(each), -1, replicates))
 
     def record(each: Tensor, how: ByImportance | ByFlow, weights: str, split: str) -> Tighter:
@@ -268,6 +272,7 @@ def _visit(
             seed=seed,
             weights=weights,
             split=split,
+            given=model.given_what,
             precision=precision_of(model),
             model_hash=model_hash(model),
             data_hash=fingerprint(x),

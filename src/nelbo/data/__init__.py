@@ -1,6 +1,6 @@
 """Data sets as tensors with a schema that says what one example is."""
 
-from nelbo.data.schema import Dataset, Schema, as_examples, fingerprint
+from nelbo.data.schema import Dataset, Label, Schema, as_examples, fingerprint
 from nelbo.data.sources import load, load_like
 
-__all__ = ["Dataset", "Schema", "as_examples", "fingerprint", "load", "load_like"]
+__all__ = ["Dataset", "Label", "Schema", "as_examples", "fingerprint", "load", "load_like"]

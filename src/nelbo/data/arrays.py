@@ -2,15 +2,19 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from nelbo.data.conform import SPLITS, Found
+from nelbo.data.conform import Found, by_split
 
 #: what stands before the name of a split
 PREFIXES = ("x_", "X_", "")
+
+#: what arrays of labels are called, before the name of a split
+LABELS = ("y", "labels", "label")
 
 
 def read_npy(path: Path) -> Found:
@@ -21,11 +25,14 @@ def read_npy(path: Path) -> Found:
     """
     with _reading(path, b"\x93NUMPY") as stream:
         array = np.load(stream, allow_pickle=False)
-    return _found(path, {"all": array}, {"all": str(path)})
+    return found_arrays(path, {"all": array}, {"all": str(path)})
 
 
 def read_npz(path: Path) -> Found:
     """The examples of a .npz file: x_train, x_validation, x_test; train, ..; x; or the only one.
+
+    Arrays y_train, .. or labels_train, ..; y or labels are their labels: integers and strings are
+    classes, under the name class, and reals are numbers, under the name y.
 
     Raises:
         ValueError: if the file is damaged, has none of these names, or an array is not one of
@@ -39,13 +46,20 @@ def read_npz(path: Path) -> Found:
             f"{path} holds the arrays {', '.join(keys) or '(none)'}; name the examples x_train, "
             f"x_validation and x_test, or x"
         )
+    of_labels = label_names(keys, names)
     with _reading(path, b"PK") as stream, np.load(stream, allow_pickle=False) as file:
         # A member that is no array comes as bytes, whose type is refused below.
         arrays = {split: np.asarray(file[name]) for split, name in names.items()}
-    ignored = [key for key in keys if key not in names.values()]
-    note = f"used {', '.join(names.values())} and ignored {', '.join(ignored)}"
-    labels = {split: f"{name} in {path}" for split, name in names.items()}
-    return _found(path, arrays, labels, (note,) if ignored else ())
+        labels = {split: np.asarray(file[name]) for split, name in of_labels.items()}
+    used = (*names.values(), *of_labels.values())
+    ignored = [key for key in keys if key not in used]
+    note = f"used {', '.join(used)} and ignored {', '.join(ignored)}"
+    where = {split: f"{name} in {path}" for split, name in names.items()}
+    found = found_arrays(path, arrays, where, (note,) if ignored else ())
+    if not labels:
+        return found
+    real = any(values.dtype.kind == "f" for values in labels.values())
+    return replace(found, labels={"y" if real else "class": labels})
 
 
 def choose(keys: Collection[str]) -> dict[str, str]:
@@ -60,19 +74,30 @@ def choose(keys: Collection[str]) -> dict[str, str]:
         ValueError: if two names mean the same split.
     """
     for prefix in PREFIXES:
-        splits: dict[str, str] = {}
-        for split, names in SPLITS.items():
-            present = [prefix + name for name in names if prefix + name in keys]
-            if len(present) > 1:
-                raise ValueError(f"{' and '.join(present)} both name the {split} split; keep one")
-            if present:
-                splits[split] = present[0]
-        if splits:
+        of_prefix = ((key.removeprefix(prefix), key) for key in keys if key.startswith(prefix))
+        if splits := by_split(of_prefix):
             return splits
     if len(keys) == 1:
         return {"all": next(iter(keys))}
     only = [key for key in ("x", "X") if key in keys]
     return {"all": only[0]} if len(only) == 1 else {}
+
+
+def label_names(keys: Collection[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Which array holds the labels of which split, {} unless all splits have one.
+
+    >>> label_names(["x_train", "y_train"], {"train": "x_train"})
+    {'train': 'y_train'}
+    >>> label_names(["x", "labels"], {"all": "x"})
+    {'all': 'labels'}
+    """
+    found: dict[str, str] = {}
+    for split, name in names.items():
+        ending = "" if split == "all" else f"_{name.removeprefix('x_').removeprefix('X_')}"
+        for option in (word + ending for word in LABELS):
+            if option in keys and option != name:
+                found.setdefault(split, option)
+    return found if len(found) == len(names) else {}
 
 
 def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
@@ -102,16 +127,22 @@ def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
     )
 
 
-def _found(
+def found_arrays(
     path: Path,
     arrays: Mapping[str, np.ndarray],
-    labels: Mapping[str, str],
+    where: Mapping[str, object],
     notes: tuple[str, ...] = (),
 ) -> Found:
+    """Arrays as the parts of a source, laid out as examples; `where` each is, for messages.
+
+    Raises:
+        ValueError: if one is not of numeric examples.
+    """
     moved: list[str] = []
     parts: dict[str, np.ndarray] = {}
     for split, array in arrays.items():
-        parts[split], note = layout(_numeric(array, labels[split]), labels[split])
+        place = str(where[split])
+        parts[split], note = layout(_numeric(array, place), place)
         if note and note not in moved:
             moved.append(note)
     levels = 2 if all(x.dtype == bool for x in parts.values()) else None

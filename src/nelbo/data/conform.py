@@ -1,12 +1,14 @@
 """From the arrays that a reader found to a schema, stored tensors and splits."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
 
 #: beyond this many values per dimension, integers are better treated as real or binned
@@ -23,6 +25,10 @@ SPLITS = {
 }
 
 
+Thing = TypeVar("Thing")
+Stored = np.ndarray | Rows
+
+
 @dataclass(frozen=True)
 class Found:
     """What a reader found in a source.
@@ -33,15 +39,40 @@ class Found:
             names "train", "validation", "test" if the source has splits, else under "all".
         levels: the number of levels, where the source says it.
         notes: what the reader inferred.
+        labels: what the examples may be conditioned on: name to the (N,) strings, integers or
+            reals of each part, as they were found.
+        alphabet: of text; see `Schema`.
     """
 
     source: str
-    parts: dict[str, np.ndarray]
+    parts: Mapping[str, Stored]
     levels: int | None = None
     notes: tuple[str, ...] = ()
+    labels: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    alphabet: str | None = None
 
     def label(self, part: str) -> str:
         return self.source if part == "all" else f"the {part} split of {self.source}"
+
+
+def by_split(
+    named: Iterable[tuple[str, Thing]], words: Mapping[str, Collection[str]] = SPLITS
+) -> dict[str, Thing]:
+    """Things by name as those of the splits that the names mean; others are left out.
+
+    Raises:
+        ValueError: if two are of the same split.
+    """
+    named, found = list(named), {}
+    for split, names in words.items():
+        present = [thing for word in names for name, thing in named if name == word]
+        if len(present) > 1:
+            raise ValueError(
+                f"{present[0]} and {present[1]} both name the {split} split; keep one"
+            )
+        if present:
+            found[split] = present[0]
+    return found
 
 
 def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:
@@ -63,6 +94,8 @@ def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:
                 f"the examples of {found.label(first)} are {_describe(found.parts[first])} but "
                 f"those of the {part} split are {_describe(x)}; save all splits alike"
             )
+    if found.alphabet is not None:
+        return Schema("levels", shape, found.levels, alphabet=found.alphabet), []
     if levels is not None:
         return Schema("levels", shape, levels), []
     if not integers:
@@ -98,7 +131,8 @@ def _inferred_levels(found: Found, shape: tuple[int, ...]) -> tuple[Schema, list
 
 
 def store(found: Found, schema: Schema) -> dict[str, Tensor]:
-    """The parts as tensors (N, *schema.shape) in the schema's storage type.
+    """The parts as tensors (N, *schema.shape) in the schema's storage type; or as Rows, which
+    are typed as the tensors that they stand for.
 
     Raises:
         ValueError: if a part is not of the schema: its shape, its kind or one of its values.
@@ -106,7 +140,7 @@ def store(found: Found, schema: Schema) -> dict[str, Tensor]:
     return {part: _store(x, found.label(part), schema) for part, x in found.parts.items()}
 
 
-def _store(x: np.ndarray, label: str, schema: Schema) -> Tensor:
+def _store(x: Stored, label: str, schema: Schema) -> Tensor:
     if x.shape[1:] != schema.shape:
         raise ValueError(
             f"the examples of {label} have the shape {x.shape[1:]} where {schema.shape} is "
@@ -119,7 +153,7 @@ def _store(x: np.ndarray, label: str, schema: Schema) -> Tensor:
                 f"units, save them as float64"
             )
         return torch.from_numpy(np.ascontiguousarray(x))
-    if not _whole(x):
+    if not isinstance(x, Rows) and not _whole(x):
         odd = x[x != np.rint(x)][0]
         raise ValueError(
             f"{label} holds {odd:g}, which is none of the {schema.levels} levels "
@@ -132,6 +166,8 @@ def _store(x: np.ndarray, label: str, schema: Schema) -> Tensor:
             f"{label} holds the value {high}, beyond the {schema.levels} levels "
             f"0..{schema.levels - 1}; rescale it, or train with --levels {high + 1} or more"
         )
+    if isinstance(x, Rows):
+        return cast(Tensor, x)
     return torch.from_numpy(np.ascontiguousarray(x, dtype=_smallest(schema.levels)))
 
 
@@ -166,13 +202,24 @@ def split(
     order = torch.from_numpy(bits.argsort(kind="stable"))
     pieces = order.split([take] * len(missing) + [count - take * len(missing)])
     new = {
-        name: train[piece.sort().values]
+        name: _take(train, piece.sort().values)
         for name, piece in zip((*missing, "train"), pieces, strict=True)
     }
     splits = {name: new[name] if name in new else parts[name] for name in SPLITS}
     how = "split 80/10/10" if len(missing) == 2 else f"{missing[0]} is 10% of train"
     sizes = ", ".join(f"{len(x)} {name}" for name, x in splits.items())
     return splits, [f"{how} by seed {seed}: {sizes}"]
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Stored examples, one part after another."""
+    if isinstance(parts[0], Rows):
+        return cast(Tensor, parts[0].join(cast(Sequence[Rows], parts[1:])))
+    return torch.cat(list(parts))
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    return cast(Tensor, x.take(rows.numpy())) if isinstance(x, Rows) else x[rows]
 
 
 def refuse_constant(train: Tensor, source: str) -> None:
@@ -194,19 +241,19 @@ def refuse_constant(train: Tensor, source: str) -> None:
     )
 
 
-def _integers(x: np.ndarray) -> bool:
+def _integers(x: Stored) -> bool:
     return x.dtype.kind in "bui"
 
 
-def _whole(x: np.ndarray) -> bool:
-    return _integers(x) or bool((x == np.rint(x)).all())
+def _whole(x: Stored) -> bool:
+    return _integers(x) or bool((x == np.rint(cast(np.ndarray, x))).all())
 
 
-def _describe(x: np.ndarray) -> str:
+def _describe(x: Stored) -> str:
     return f"{'integers' if _integers(x) else 'real numbers'} of the shape {x.shape[1:]}"
 
 
-def _refuse_negative(x: np.ndarray, label: str) -> None:
+def _refuse_negative(x: Stored, label: str) -> None:
     if x.min() < 0:
         raise ValueError(
             f"{label} has negative integers, the least is {int(x.min())}; add {-int(x.min())} so "

@@ -5,14 +5,82 @@ Scaling belongs to the model, so that its likelihood is one of the data.
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-Kind = Literal["levels", "real"]
+from nelbo.data.layout import Column, places, with_keys
+from nelbo.data.rows import Rows
+
+Kind = Literal["levels", "real", "table"]
+
+
+@dataclass(frozen=True)
+class Label:
+    """What an example is conditioned on: one of some classes, or a real number.
+
+    Args:
+        name: of the label, such as "class".
+        classes: the names of the classes; none for a real number.
+        mean: of a real number, in the training data.
+        spread: its standard deviation there.
+
+    Raises:
+        ValueError: if these contradict each other.
+    """
+
+    name: str
+    classes: tuple[str, ...] = ()
+    mean: float = 0.0
+    spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        texts = (self.name, *self.classes)
+        if not all(isinstance(text, str) for text in texts) or not self.name:
+            raise ValueError(f"the names of a label and its classes must be texts; got {texts}")
+        if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"{self.name} must have at least 2 distinct classes; got {texts[1:]}")
+        if not self.spread > 0:
+            raise ValueError(f"the spread of {self.name} must be positive; got {self.spread}")
+
+    @property
+    def features(self) -> int:
+        """Numbers that tell a network of it."""
+        return len(self.classes) or 2
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Values (N,) as (N, features): one-hot; or standardised, and a one. Never all zero."""
+        if self.classes:
+            return one_hot(values.long(), len(self.classes)).double()
+        values = (values.double() - self.mean) / self.spread
+        return torch.stack([values, torch.ones_like(values)], 1)
+
+    def describe(self) -> str:
+        """What it may be."""
+        if not self.classes:
+            return f"{self.name} is a number"
+        few = ", ".join(self.classes[:12]) + (", .." if len(self.classes) > 12 else "")
+        return f"{self.name} is one of {few}"
+
+    @classmethod
+    def from_dict(cls, values: object) -> "Label":
+        """The label that `asdict` gave.
+
+        Raises:
+            ValueError: on a missing or unknown key, or an impossible value.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise ValueError(f"a label has the keys {sorted(names)}; got {values!r}")
+        if not isinstance(values["classes"], list | tuple):
+            raise ValueError(f"classes must be a list of names; got {values['classes']!r}")
+        if not all(isinstance(values[name], int | float) for name in ("mean", "spread")):
+            raise ValueError(f"mean and spread must be numbers; got {values!r}")
+        return cls(**{**values, "classes": tuple(values["classes"])})
 
 
 @dataclass(frozen=True)
@@ -20,9 +88,14 @@ class Schema:
     """What one example is; saved as JSON in a run.
 
     Args:
-        kind: "levels", integers 0..levels-1 with a probability; or "real", with a density.
+        kind: "levels", integers 0..levels-1 with a probability; "real", with a density; or
+            "table", with a density if one of the columns is real.
         shape: of one example: (C, H, W) for images, (D,) for vectors.
-        levels: how many values one dimension has; None if real.
+        levels: how many values one dimension has; None if real or a table.
+        condition: the labels that the law of the examples is conditioned on.
+        alphabet: of text, the sorted characters that the levels are but the last, which is any
+            other one; "" where the levels are bytes; None where the data are no text.
+        columns: of a table; `layout` says where each stands in an example.
 
     Raises:
         ValueError: if these contradict each other.
@@ -31,22 +104,55 @@ class Schema:
     kind: Kind
     shape: tuple[int, ...]
     levels: int | None
+    condition: tuple[Label, ...] = ()
+    alphabet: str | None = None
+    columns: tuple[Column, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f'kind must be "levels" or "real"; got {self.kind!r}')
+            raise ValueError(f'kind must be "levels", "real" or "table"; got {self.kind!r}')
         if not self.shape or not all(_is_int(n) and n > 0 for n in self.shape):
             raise ValueError(f"shape must be positive integers, as in (1, 8, 8); got {self.shape}")
-        if self.kind == "real" and self.levels is not None:
+        if self.kind != "levels" and self.levels is not None:
             raise ValueError(
-                f"real data have no levels, so levels must be None; got {self.levels}"
+                f"{self.kind} data have no levels, so levels must be None; got {self.levels}"
             )
         if self.kind == "levels" and not (_is_int(self.levels) and (self.levels or 0) >= 2):
             raise ValueError(f"levels must be an integer of at least 2; got {self.levels}")
+        if self.alphabet is not None:
+            count = len(self.alphabet) + 1 if self.alphabet else 256
+            sorted_once = self.alphabet == "".join(sorted(set(self.alphabet)))
+            if not sorted_once or len(self.shape) != 1 or self.levels != count:
+                raise ValueError(
+                    f"an alphabet of text is sorted and goes with {count} levels and a shape"
+                    f" (L,); got {self.alphabet!r}, {self.levels} levels and {self.shape}"
+                )
+        if (self.kind == "table") != bool(self.columns):
+            raise ValueError(f"columns are those of a table; a {self.kind} got {self.columns}")
+        names = [column.name for column in self.columns]
+        if len({*names}) < len(names):
+            raise ValueError(f"columns must have different names; got {names}")
+        if self.columns and self.shape != (len(places(self.columns)),):
+            raise ValueError(
+                f"these columns make examples of shape ({len(places(self.columns))},);"
+                f" got {self.shape}"
+            )
+
+    @staticmethod
+    def of_table(columns: Iterable[Column]) -> "Schema":
+        """The schema of a table with these columns."""
+        columns = tuple(columns)
+        return Schema("table", (len(places(columns)),), None, columns=columns)
+
+    @property
+    def density(self) -> bool:
+        """Whether the likelihood is a density, in nats; else it is a probability, in bits."""
+        return self.kind == "real" or any(column.kind == "real" for column in self.columns)
 
     def to_dict(self) -> dict[str, object]:
         """As JSON knows it: `Schema.from_dict(schema.to_dict()) == schema`."""
-        return {**asdict(self), "shape": list(self.shape)}
+        columns = [column.to_dict() for column in self.columns]
+        return {**asdict(self), "shape": list(self.shape), "columns": columns}
 
     @classmethod
     def from_dict(cls, values: object) -> "Schema":
@@ -55,13 +161,20 @@ class Schema:
         Raises:
             ValueError: on a missing or unknown key, or an impossible value.
         """
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
-            got = sorted(map(str, values)) if isinstance(values, Mapping) else repr(values)
-            raise ValueError(f"a schema has the keys {sorted(names)}; got {got}")
+        values = with_keys(cls, values, "a schema")
         if not isinstance(values["shape"], list | tuple):
             raise ValueError(f"shape must be a list of integers; got {values['shape']!r}")
-        return cls(values["kind"], tuple(values["shape"]), values["levels"])
+        labels, columns = values.get("condition", ()), values.get("columns", ())
+        if not isinstance(labels, list | tuple):
+            raise ValueError(f"condition must be a list of labels; got {labels!r}")
+        if not isinstance(columns, list | tuple):
+            raise ValueError(f"columns must be a list; got {columns!r}")
+        made = {
+            "shape": tuple(values["shape"]),
+            "condition": tuple(map(Label.from_dict, labels)),
+            "columns": tuple(map(Column.from_dict, columns)),
+        }
+        return cls(**{**values, **made})
 
 
 @dataclass(frozen=True)
@@ -74,16 +187,21 @@ class Dataset:
         splits: name to (N, *schema.shape), in the smallest storage: uint8, int16, int32 or
             int64 for levels, float32 or float64 for reals. `as_examples` widens a batch.
         notes: one sentence for each thing that was inferred and not asked for.
+        labels: name of a split to (N, len(schema.condition)), float64: the place of each
+            example's class, or its number.
     """
 
     source: str
     schema: Schema
     splits: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    labels: dict[str, Tensor] = field(default_factory=dict)
 
 
 def as_examples(x: Tensor) -> Tensor:
     """Stored examples in the type models take: int64 for levels, float64 for reals; (N, ...)."""
+    if isinstance(x, Rows):
+        return x  # widened where they are read
     return x.double() if x.is_floating_point() else x.long()
 
 
@@ -94,7 +212,8 @@ def fingerprint(x: Tensor) -> str:
     """
     digest = hashlib.sha256(str(tuple(x.shape)).encode())
     # In pieces, so that a large set of bytes never exists as float64; + 0.0 turns -0.0 into 0.0.
-    for piece in x.detach().reshape(-1).split(1 << 20):
+    chunks = x.chunks() if isinstance(x, Rows) else [x.detach()]
+    for piece in (piece for chunk in chunks for piece in chunk.reshape(-1).split(1 << 20)):
         digest.update((piece.to("cpu", torch.float64) + 0.0).numpy().astype("<f8").tobytes())
     return digest.hexdigest()[:16]
 

@@ -1,37 +1,60 @@
 """From the name of a source to a data set."""
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from nelbo.data import arrays, builtin, images
-from nelbo.data.conform import Found, infer, refuse_constant, split, store
-from nelbo.data.schema import Dataset, Schema
+from nelbo.data import arrays, builtin, folders, idx, shards, tables, text
+from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
+from nelbo.data.encoded import Form
+from nelbo.data.inference import complete, infer_column, infer_columns
+from nelbo.data.labels import codes, infer_label, of_examples, standardised
+from nelbo.data.schema import Dataset, Label, Schema
+
+if TYPE_CHECKING:
+    from nelbo.data.tables import Frame
 
 BUILT_IN = {"digits": builtin.digits}
 FILES = {".npy": arrays.read_npy, ".npz": arrays.read_npz}
-SUPPORTED = ".npy or .npz, or a folder of PNG or JPEG images"
+SUPPORTED = (
+    ".npy, .npz, .txt, idx or .tar files, a .csv, .tsv, .parquet or .arrow table, or a folder of"
+    " PNG or JPEG images or of such files"
+)
 
 
 def load(
-    source: str | PathLike[str],
+    source: "str | PathLike[str] | Frame",
     *,
     levels: int | None = None,
     size: int | None = None,
     seed: int = 0,
+    condition: Sequence[str] = (),
+    schema: Schema | str | PathLike[str] | None = None,
 ) -> Dataset:
     """A data set to train on, with the splits "train", "validation" and "test".
 
     Splits that the source lacks are drawn from its training examples: 80/10/10 if it has none.
 
     Args:
-        source: "digits", or the path of a .npy or .npz file or of a folder of images. A string
-            that is a built-in name is never a path: write ./digits for that.
+        source: "digits", or the path of a .npy, .npz, .txt, idx or .tar file, of a table, or of a
+            folder of images, .txt, idx or .tar files. A string that is a built-in name is never a
+            path: write ./digits for that. Or a table itself: a polars or pandas frame, or names
+            mapped to columns.
         levels: data are the integers 0..levels-1. By default integers are, as many as are found
-            in all splits (256 for 8-bit images), and reals have a density.
-        size: resize the images of a folder to size x size.
+            in all splits (256 for 8-bit images), and reals have a density. 256 takes the upper
+            8 bits of images of 16 bits. Text is read as characters, with 256 levels as bytes.
+        size: resize encoded images to size x size; cut a text into chunks of that length.
         seed: of the split.
+        condition: names of labels that the examples are to be conditioned on.
+        schema: of a table, or a JSON file that `inference.complete` understands; found in its
+            cells where left out.
 
     Raises:
         FileNotFoundError: if there is no such source.
@@ -41,15 +64,25 @@ def load(
         raise ValueError(f"levels must be at least 2; got {levels}")
     if seed < 0:
         raise ValueError(f"seed must not be negative; got {seed}")
-    name, found = _read(source, size)
+    if not isinstance(source, str | PathLike) or is_table(source):
+        return _load_table(source, levels, size, seed, schema, condition)
+    if schema is not None:
+        raise ValueError(f"a schema is given for tables; {source} is none")
+    name, found = _read(source, Form(size, levels=levels))
     schema, inferred = infer(found, levels)
     splits, how = split(store(found, schema), found.source, seed)
     if schema.kind == "real":
         refuse_constant(splits["train"], found.source)
-    return Dataset(name, schema, splits, (*found.notes, *inferred, *how))
+    labels, stored, unseen = _condition(found, condition, seed)
+    if not labels:
+        inferred += [f"--condition {each} conditions on the labels" for each in found.labels]
+    schema = replace(schema, condition=labels)
+    return Dataset(name, schema, splits, (*found.notes, *inferred, *how, *unseen), stored)
 
 
-def load_like(source: str | PathLike[str], schema: Schema, *, size: int | None = None) -> Dataset:
+def load_like(
+    source: "str | PathLike[str] | Frame", schema: Schema, *, size: int | None = None
+) -> Dataset:
     """A data set to evaluate a model of some schema on.
 
     Args:
@@ -64,33 +97,162 @@ def load_like(source: str | PathLike[str], schema: Schema, *, size: int | None =
         FileNotFoundError: if there is no such source.
         ValueError: if it cannot be read or is not of this schema.
     """
-    name, found = _read(source, size, colour=len(schema.shape) == 3 and schema.shape[0] == 3)
+    if not isinstance(source, str | PathLike) or is_table(source):
+        return _load_table_like(source, schema)
+    if schema.kind == "table":
+        raise ValueError(f"the model is of a table; {source} is not such data")
+    channels = schema.shape[0] if len(schema.shape) == 3 else 1
+    name, found = _read(source, Form(size, channels, schema.levels), schema)
     if found.levels is not None and schema.levels is not None and found.levels < schema.levels:
         # Its values would fit, and mean something else.
         raise ValueError(
             f"{found.source} has {found.levels} levels where {schema.levels} are needed; "
             f"rescale it to 0..{schema.levels - 1} and save it as integers"
         )
-    splits = store(found, schema)
-    if "all" not in splits:
-        splits["all"] = torch.cat(list(splits.values()))
-    return Dataset(name, schema, splits, found.notes)
+    splits, labels = store(found, schema), _store_labels(found, schema.condition)
+    for each in (splits, labels):
+        if each and "all" not in each:
+            each["all"] = together(list(each.values()))
+    return Dataset(name, schema, splits, found.notes, labels)
+
+
+def _condition(
+    found: Found, names: Sequence[str], seed: int
+) -> tuple[tuple[Label, ...], dict[str, Tensor], list[str]]:
+    """The labels of these names, their values in each split, and notes on them."""
+    labels = [infer_label(each, _labelled(found, each), found.source) for each in names]
+    if not labels:
+        return (), {}, []
+    stored, _ = split(_store_labels(found, labels), found.source, seed)
+    train = stored["train"]
+    labels = [standardised(label, train[:, i]) for i, label in enumerate(labels)]
+    return tuple(labels), stored, _unseen(labels, train)
+
+
+def _labelled(found: Found, name: str) -> Mapping[str, np.ndarray]:
+    """The labels of one name, (N,) by part."""
+    if name not in found.labels:
+        has = f"it has {', '.join(found.labels)}" if found.labels else "it has no labels"
+        raise ValueError(f"{found.source} has no label {name!r} to condition on; {has}")
+    return {
+        part: of_examples(found.labels[name][part], len(x), name, found.label(part))
+        for part, x in found.parts.items()
+    }
+
+
+def _store_labels(found: Found, labels: Sequence[Label]) -> dict[str, Tensor]:
+    """The labels of each part, (N, len(labels)), float64; {} without labels."""
+    columns = {
+        part: [
+            codes(_labelled(found, each.name)[part], each, found.label(part)) for each in labels
+        ]
+        for part in found.parts
+    }
+    return {part: torch.stack(values, 1) for part, values in columns.items() if values}
+
+
+def _unseen(labels: Sequence[Label], train: Tensor) -> list[str]:
+    """A note for each label that has classes without a training example."""
+    notes = []
+    for label, values in zip(labels, train.unbind(1), strict=True):
+        seen = set(values.long().tolist()) if label.classes else set()
+        unseen = [name for i, name in enumerate(label.classes) if i not in seen]
+        if unseen:
+            notes.append(f"no training example has the {label.name} {', '.join(unseen)}")
+    return notes
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file says.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def is_table(source: str | PathLike[str]) -> bool:
+    """Whether the name is that of a table."""
+    return Path(source).suffix.lower() in tables.FILES
+
+
+def _load_table(
+    source: "str | PathLike[str] | Frame",
+    levels: int | None,
+    size: int | None,
+    seed: int,
+    schema: Schema | str | PathLike[str] | None,
+    condition: Sequence[str],
+) -> Dataset:
+    name, frame = tables.find(source)
+    for option, value in (("levels", levels), ("size", size)):
+        if value is not None:
+            raise ValueError(
+                f"--{option} is for arrays and images; {name} is a table, whose columns --schema"
+                " describes"
+            )
+    of_cells = {}
+    for label in condition:
+        kind = infer_column(tables.column_of(frame, label, name))[0].kind
+        words = kind in ("category", "boolean")
+        of_cells[label] = {"all": tables.label_cells(frame, label, words)}
+    notes: list[str] = []
+    if schema is None:
+        columns, notes = infer_columns(frame.drop(*condition))
+        schema = Schema.of_table(columns)
+    elif not isinstance(schema, Schema):
+        schema = Schema.of_table(complete(frame.drop(*condition), read_json(Path(schema))))
+    rows, taken = tables.encode(frame, schema.columns, name, rounding=True)
+    splits, how = split({"all": torch.from_numpy(rows)}, name, seed)
+    found = Found(name, {"all": rows}, labels=of_cells)
+    labels, stored, unseen = _condition(found, condition, seed)
+    schema = replace(schema, condition=labels)
+    return Dataset(name, schema, splits, (*notes, *taken, *how, *unseen), stored)
+
+
+def _load_table_like(source: "str | PathLike[str] | Frame", schema: Schema) -> Dataset:
+    name, frame = tables.find(source)
+    if schema.kind != "table":
+        raise ValueError(f"the model is of no table; {name} is not such data")
+    rows, _ = tables.encode(frame, schema.columns, name)
+    of_cells = {
+        label.name: {"all": tables.label_cells(frame, label.name, bool(label.classes))}
+        for label in schema.condition
+    }
+    found = Found(name, {"all": rows}, labels=of_cells)
+    stored = _store_labels(found, schema.condition)
+    return Dataset(name, schema, {"all": torch.from_numpy(rows)}, labels=stored)
 
 
 def _read(
-    source: str | PathLike[str], size: int | None, colour: bool = False
+    source: str | PathLike[str], form: Form, schema: Schema | None = None
 ) -> tuple[str, Found]:
-    """The full name of a source and what is in it."""
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1; got {size}")
+    """The full name of a source and what is in it; to measure a model of `schema` on, if given."""
+    if form.size is not None and form.size < 1:
+        raise ValueError(f"size must be at least 1; got {form.size}")
     path = Path(source).absolute()
     built_in = BUILT_IN.get(source) if isinstance(source, str) else None
-    if built_in is None and path.is_dir():
-        return str(path), images.read_folder(path, size, colour)
-    if size is not None:
-        raise ValueError(f"--size resizes a folder of images; {source} is none, so leave it out")
+    if built_in is None and text.is_text(path):
+        if schema is not None:
+            return str(path), text.read_like(path, schema)
+        return str(path), text.read(path, form.size, form.levels)
+    if built_in is None and path.is_dir() and not idx.images_in(path):
+        read = shards.read_shards if shards.shards_of(path) else folders.read_folder
+        return str(path), read(path, form)
+    if built_in is None and path.is_file() and path.suffix.lower() == ".tar":
+        return str(path), shards.read_shards(path, form)
+    if form.size is not None:
+        raise ValueError(
+            f"--size resizes encoded images or cuts text; {source} holds none, so leave it out"
+        )
     if built_in is not None:
         return str(source), built_in()
+    if path.is_dir() or (path.is_file() and idx.is_idx(path)):
+        return str(path), idx.read_idx(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file or folder {path}; give {SUPPORTED}, or a built-in set: "

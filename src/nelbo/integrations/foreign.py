@@ -1,13 +1,12 @@
 """A foreign model beside what `evaluate` wants to know of it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from nelbo import data
-from nelbo.data import Schema
+from nelbo.data import Schema, sources
 from nelbo.estimate import Times
 from nelbo.model import Model
 
@@ -55,10 +54,7 @@ def read_json(path: Path, hint: str = "a model has one beside its weights") -> d
     """The object in a file; ValueError for anything else, and where there is none the hint."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {hint}")
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    found = sources.read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must be a JSON object; got {type(found).__name__}")
     return found

@@ -8,12 +8,12 @@ from nelbo.nn.embedding import LevelEmbedding, zero
 
 
 class LevelNorm(nn.Module):
-    """Group normalisation whose scale and shift depend on the noise level."""
+    """Group normalisation whose scale and shift depend on the noise level, told by numbers."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, told: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
-        self.scale_shift = zero(nn.Linear(2 * width, 2 * width))
+        self.scale_shift = zero(nn.Linear(told, 2 * width))
 
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         scale, shift = self.scale_shift(level)[:, :, None, None].chunk(2, 1)
@@ -23,9 +23,9 @@ class LevelNorm(nn.Module):
 class Local(nn.Module):
     """Residual block of two 3x3 convolutions: what stands nearby."""
 
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, width: int, told: int, dropout: float) -> None:
         super().__init__()
-        self.norm1, self.norm2 = LevelNorm(width), LevelNorm(width)
+        self.norm1, self.norm2 = LevelNorm(width, told), LevelNorm(width, told)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = zero(nn.Conv2d(width, width, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
@@ -40,9 +40,9 @@ class Global(nn.Module):
 
     cells = 4
 
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, width: int, told: int, dropout: float) -> None:
         super().__init__()
-        self.norm = LevelNorm(width)
+        self.norm = LevelNorm(width, told)
         self.down = nn.Linear(width * self.cells**2, 2 * width)
         self.up = zero(nn.Linear(2 * width, width * self.cells**2))
         self.dropout = nn.Dropout(dropout)
@@ -64,6 +64,7 @@ class ConvNet(nn.Module):
         width: channels of the hidden layers, a multiple of 8.
         depth: pairs of a local and a global block.
         dropout: share of hidden units dropped in training.
+        conditions: numbers that a condition has.
 
     Raises:
         ValueError: a width that is no multiple of 8.
@@ -77,19 +78,20 @@ class ConvNet(nn.Module):
         width: int = 32,
         depth: int = 3,
         dropout: float = 0.1,
+        conditions: int = 1,
     ) -> None:
         super().__init__()
         if width % 8:
             raise ValueError(f"width must be a multiple of 8 for the network conv; got {width}")
         of_image, height, wide = shape
-        self.outputs = outputs
-        self.level = LevelEmbedding(2 * width)
+        self.outputs, told = outputs, 2 * width
+        self.level = LevelEmbedding(told, conditions=conditions)
         self.first = nn.Conv2d(of_image * channels, width, 3, padding=1)
         self.position = nn.Parameter(0.1 * torch.randn(width, height, wide))
         self.blocks = nn.ModuleList()
         for _ in range(depth):
-            self.blocks += [Local(width, dropout), Global(width, dropout)]
-        self.norm = LevelNorm(width)
+            self.blocks += [Local(width, told, dropout), Global(width, told, dropout)]
+        self.norm = LevelNorm(width, told)
         self.last = zero(nn.Conv2d(width, of_image * outputs, 3, padding=1))
 
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -13,23 +13,28 @@ class LevelEmbedding(nn.Module):
     """Sines and cosines of the log-SNR, and a condition, then two layers: (B,) to (B, width).
 
     The frequencies are log-spaced so that the whole range of γ and steps of a tenth both show.
-    The condition is a number per example; left out, it is 0.
+    A condition is `conditions` numbers per example, (B, conditions); left out, they are 0.
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, frequencies: int = 16) -> None:
+    def __init__(self, width: int, frequencies: int = 16, conditions: int = 1) -> None:
         super().__init__()
+        self.conditions = conditions
         spaced = torch.logspace(math.log10(0.05), math.log10(4.0), frequencies)
         self.register_buffer("frequencies", spaced, persistent=False)
         self.layers = nn.Sequential(
-            nn.Linear(2 * frequencies + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+            nn.Linear(2 * frequencies + conditions, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
         )
 
     def forward(self, level: Tensor, condition: Tensor | None = None) -> Tensor:
         phase = level[:, None] * self.frequencies
-        condition = torch.zeros_like(level) if condition is None else condition
-        return self.layers(torch.cat([phase.sin(), phase.cos(), condition[:, None]], 1))
+        if condition is None:
+            condition = level.new_zeros(len(level), self.conditions)
+        return self.layers(torch.cat([phase.sin(), phase.cos(), condition], 1))
 
 
 def zero(layer: Layer) -> Layer:

@@ -1,5 +1,7 @@
 """Several networks as one."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ class Ensemble(nn.Module):
     sees what the others see. Otherwise all take all of it: a call costs as much as all members.
     """
 
-    def __init__(self, members: list[nn.Module]) -> None:
+    def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
 

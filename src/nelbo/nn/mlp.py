@@ -1,4 +1,4 @@
-"""A residual multilayer perceptron for vectors."""
+"""Residual multilayer perceptrons, for vectors."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """h (B, width) and an embedded level (B, width) to h plus what two layers make of them."""
+
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -21,7 +23,37 @@ class _Block(nn.Module):
         return h + self.layers(self.norm(h) * (1 + scale) + shift)
 
 
-class MLP(nn.Module):
+class Residual(nn.Module):
+    """Inputs (B, inputs) and level (B,) to (B, outputs) through residual blocks.
+
+    Args:
+        inputs: numbers that enter.
+        outputs: numbers that leave, at first zero.
+        width: hidden units.
+        depth: residual blocks.
+        dropout: share of hidden units dropped in training.
+        conditions: numbers that a condition has.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, width: int, depth: int, dropout: float, conditions: int
+    ) -> None:
+        super().__init__()
+        self.level = LevelEmbedding(width, conditions=conditions)
+        self.first = nn.Linear(inputs, width)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.last = zero(nn.Linear(width, outputs))
+
+    def forward(self, inputs: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        h, level = self.first(inputs), self.level(level, condition)
+        for block in self.blocks:
+            h = block(h, level)
+        output: Tensor = self.last(self.norm(h))
+        return output
+
+
+class MLP(Residual):
     """Examples of any shape as vectors: features (B, C, ...) and level (B,) to outputs.
 
     Args:
@@ -31,6 +63,7 @@ class MLP(nn.Module):
         width: hidden units.
         depth: residual blocks.
         dropout: share of hidden units dropped in training.
+        conditions: numbers that a condition has.
     """
 
     def __init__(
@@ -41,20 +74,11 @@ class MLP(nn.Module):
         width: int = 128,
         depth: int = 3,
         dropout: float = 0.0,
+        conditions: int = 1,
     ) -> None:
-        super().__init__()
-        self.shape, self.outputs = shape, outputs
         dims = int(torch.Size(shape).numel())
-        self.level = LevelEmbedding(width)
-        self.first = nn.Linear(dims * channels, width)
-        self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.last = zero(nn.Linear(width, dims * outputs))
+        super().__init__(dims * channels, dims * outputs, width, depth, dropout, conditions)
+        self.of_example = (*shape, *(() if outputs == 1 else (outputs,)))
 
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
-        h, level = self.first(features.flatten(1)), self.level(level, condition)
-        for block in self.blocks:
-            h = block(h, level)
-        output: Tensor = self.last(self.norm(h))
-        extra = () if self.outputs == 1 else (self.outputs,)
-        return output.reshape(-1, *self.shape, *extra)
+        return super().forward(features.flatten(1), level, condition).reshape(-1, *self.of_example)

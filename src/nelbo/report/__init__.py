@@ -33,16 +33,18 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     def track(what: str) -> Track:
         return tracker(what) if progress else iter
 
-    model, schema = run.model, run.config.schema
-    stored, split = run.examples()
+    schema = run.config.schema
+    model, stored, split = run.law()
     x = as_examples(stored)
     result = evaluate(
         model, x, seed=seed, weights=run.weights, split=split, track=track("test bound")
     )
-    few, unit = some(model, x, seed), result.unit
-    curves, cost = measure_steps(model, few, seed, track("step counts"), run.grid)
+    rows, unit = some(model, x, seed), result.unit
+    few = x[rows]
+    curves, cost = measure_steps(model.at(rows), few, seed, track("step counts"), run.grid)
     count, grid = 64 if is_image(schema) else len(few), run.grid(SAMPLE_STEPS, track("grid"))
-    path = trajectory(model, count, grid, seed, track("samples"))
+    sampler = run.law_of_samples(count, seed=seed)
+    path = trajectory(sampler, count, grid, seed, track("samples"))
     parts = [
         sections.headline(run, result),
         sections.terms(model, result),
@@ -51,6 +53,8 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     ]
     if is_image(schema):
         parts += [sections.images(run, few, path), sections.pixels(run, few, cost.numpy(), unit)]
+    elif schema.columns:
+        parts.append(sections.table(schema, few, path.x, cost.numpy(), unit))
     else:
         parts += [sections.vectors(schema, few, path), sections.columns(cost.numpy(), unit)]
     parts.append(sections.again(run, seed))

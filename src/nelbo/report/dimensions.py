@@ -15,6 +15,7 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 from nelbo._numerics import draw, seeded
 from nelbo.data import as_examples
+from nelbo.data.layout import Column, places
 from nelbo.elbo import Bound
 from nelbo.estimate import Grid
 from nelbo.model import Model, measuring
@@ -40,13 +41,24 @@ def by_dimension(
     steps = steps or (model.step,)
     parts: list[list[Bound]] = []
     with measuring(model):
-        for i, block in enumerate(x.split(model.rows)):
+        for i, rows in enumerate(torch.arange(len(x)).split(model.rows)):
             with seeded(seed, i):
-                parts.append(_block(model, as_examples(block).to(model.device), times, steps))
+                block = as_examples(x[rows]).to(model.device)
+                parts.append(_block(model.at(rows), block, times, steps))
     return [
         Bound(*(torch.cat(term).cpu() for term in zip(*bounds, strict=True)))
         for bounds in zip(*parts, strict=True)
     ]
+
+
+def by_column(each: Tensor, columns: Sequence[Column]) -> Tensor:
+    """Costs of the dimensions of a table's rows, (N, D), as those of its columns, (N, C).
+
+    The symbol that a cell is missing is part of its column's cost, so both sum to the same.
+    """
+    found = torch.zeros(len(each), len(columns), dtype=torch.float64)
+    index = torch.tensor([place.index for place in places(columns)])
+    return found.index_add_(1, index, each.double())
 
 
 def _block(model: Model, x: Tensor, times: Grid, steps: Sequence[Reverse]) -> list[Bound]:

@@ -14,7 +14,7 @@ from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
 from nelbo.heads import LevelLogits
 from nelbo.model import Model, measuring
-from nelbo.process import Gaussian
+from nelbo.process import Absorbing, Gaussian
 from nelbo.report.dimensions import by_dimension
 from nelbo.report.figures import StepCurve
 from nelbo.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
@@ -25,21 +25,22 @@ EXAMPLES = 256  # at most, of the test data
 
 
 def is_image(schema: Schema) -> bool:
-    """Grey or RGB images that are worth showing as such."""
-    return len(schema.shape) == 3 and schema.shape[0] in (1, 3) and min(schema.shape[1:]) >= 4
+    """Grey, RGB or RGBA images that are worth showing as such."""
+    return len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4) and min(schema.shape[1:]) >= 4
 
 
 def some(model: Model, x: Tensor, seed: int) -> Tensor:
-    """Examples drawn without replacement, in their order; fewer where each takes more memory."""
+    """Rows of x drawn without replacement, in their order; fewer where each takes more memory."""
     count = min(EXAMPLES, max(16, model.rows))
     with seeded(seed, 1):
-        return x[torch.randperm(len(x))[:count].sort().values]
+        return torch.randperm(len(x))[:count].sort().values
 
 
 def steps_of(model: Model) -> dict[str, Reverse]:
     """The reverse steps this model can take, by name; the tightest first, its own included."""
     if not isinstance(model.process, Gaussian):
-        return {"categorical step": model.step}
+        name = "categorical step" if isinstance(model.process, Absorbing) else "reverse step"
+        return {name: model.step}
     found: dict[str, Reverse] = {}
     if isinstance(model.head, LevelLogits):
         found["mixture step"] = Mixture(model.head.values)

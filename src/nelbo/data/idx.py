@@ -1,0 +1,112 @@
+"""idx files, the format of MNIST: a header of sizes and then the numbers, plain or gzipped."""
+
+import gzip
+import math
+import re
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nelbo.data.arrays import found_arrays
+from nelbo.data.conform import SPLITS, Found, by_split
+
+#: the third byte of a file
+TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+NAME = re.compile(r"(?P<stem>.*?)[-_.]?(?P<what>images|labels)[-_.]idx\d-\w+(?P<gz>\.gz)?", re.I)
+#: the test set of MNIST goes by a name of its own
+WORDS = {**SPLITS, "test": (*SPLITS["test"], "t10k")}
+EXPANSION = 1032  # no gzip file holds more than so many times its size
+
+
+def is_idx(path: Path) -> bool:
+    """Whether the name is that of an idx file, as in train-images-idx3-ubyte.gz."""
+    return "idx" in path.name.lower()
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The idx files of images in a folder, by name."""
+    return [file for file in sorted(folder.iterdir()) if _what(file) == "images"]
+
+
+def read_idx(source: Path) -> Found:
+    """The examples of an idx file; or of train-images-idx3-ubyte and the like in a folder.
+
+    Files of labels beside them are their classes.
+
+    Raises:
+        ValueError: if a file is damaged or not as long as its header says.
+    """
+    files = {"all": source} if source.is_file() else _splits(source)
+    found = found_arrays(source, {part: read_array(file) for part, file in files.items()}, files)
+    beside = {part: _labels_of(file) for part, file in files.items()}
+    labels = {part: read_array(file) for part, file in beside.items() if file is not None}
+    return replace(found, labels={"class": labels}) if len(labels) == len(files) else found
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array of an idx file, in the byte order of this machine.
+
+    Raises:
+        ValueError: if it is damaged, or not as long as its header says.
+    """
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    most = path.stat().st_size * (EXPANSION if path.suffix.lower() == ".gz" else 1)
+    try:
+        with opener(path, "rb") as file:
+            magic = file.read(4)
+            if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in TYPES or not magic[3]:
+                raise ValueError("it does not begin as an idx file does")
+            kind = np.dtype(TYPES[magic[2]])
+            sizes = np.frombuffer(file.read(4 * magic[3]), ">u4").tolist()
+            if len(sizes) < magic[3]:
+                raise ValueError("it ends within its header")
+            needed = math.prod(sizes) * kind.itemsize
+            # A header that lies never makes us ask for memory that the file cannot fill.
+            content = file.read(needed + 1) if needed <= most else b""
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(
+            f"{path} cannot be read as an idx file: {error}; copy it again"
+        ) from error
+    if len(content) != needed:
+        raise ValueError(
+            f"{path} cannot be read as an idx file: its header says {sizes}, {needed} bytes, and"
+            f" it holds {'more' if len(content) > needed else 'fewer'}; copy it again"
+        )
+    array = np.frombuffer(content, kind).reshape(sizes)
+    return array.astype(kind.newbyteorder("="))
+
+
+def _splits(folder: Path) -> dict[str, Path]:
+    files = images_in(folder)
+    found = by_split(((_match(file)["stem"].lower(), file) for file in files), WORDS)
+    if not found:
+        raise ValueError(
+            f"{folder} has several idx files of images, none named train; give one of them:"
+            f" {files[0]}"
+        )
+    return found
+
+
+def _labels_of(images: Path) -> Path | None:
+    """The file of labels beside one of images, plain or gzipped."""
+    match = NAME.fullmatch(images.name)
+    if match is None or match["what"].lower() != "images":
+        return None
+    for file in sorted(images.parent.iterdir()):
+        other = NAME.fullmatch(file.name)
+        if other and other["what"].lower() == "labels" and other["stem"] == match["stem"]:
+            return file
+    return None
+
+
+def _what(file: Path) -> str | None:
+    match = NAME.fullmatch(file.name)
+    return match["what"].lower() if match else None
+
+
+def _match(file: Path) -> re.Match[str]:
+    match = NAME.fullmatch(file.name)
+    assert match is not None
+    return match

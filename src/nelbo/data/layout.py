@@ -1,0 +1,216 @@
+"""What the columns of a table are, and where each stands in an example x.
+
+An example is a vector of numbers, the columns group by group (`groups`), because like columns
+share a process:
+
+    real      the number itself; a density
+    cells     a number on a lattice too fine to count: the number itself; P of its cell
+    levels    a number on a lattice of few points, as a code: 0 is all that lies below `low`, then
+              the points low, low + precision, .., high; all that lies above; and, last, missing
+    symbols   a category, as a code: 0 is any that training did not have, then the categories;
+              and, last, missing
+
+A real or fine column that may be missing is NaN where it is, and has beside it a symbol of its
+own that says so: 1 where the number is known, 2 where it is missing.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+Kind = Literal["real", "rounded", "category", "boolean"]
+GroupKind = Literal["real", "cells", "levels", "symbols"]
+
+#: points of a lattice that are levels; beyond, cells
+MOST_POINTS = 254
+#: groups of codes have one of these sizes, so that a code of 2 values is not padded to 200
+SIZES = (4, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+
+def with_keys(cls: type, values: object, what: str) -> Mapping[str, Any]:
+    """The values of a dataclass as JSON has them: its fields, and all that have no default.
+
+    Raises:
+        ValueError: on a missing or unknown key.
+    """
+    names = {field.name for field in fields(cls)}
+    needed = {field.name for field in fields(cls) if field.default is MISSING}
+    if not isinstance(values, Mapping) or not needed <= set(values) <= names:
+        got = sorted(map(str, values)) if isinstance(values, Mapping) else repr(values)
+        raise ValueError(f"{what} has the keys {sorted(names)}; got {got}")
+    return values
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Args:
+        name: its heading.
+        kind: a real number; a number rounded to `precision` (1 for integers); a category; or a
+            boolean, which has two values and no others.
+        precision: distance of the values of a rounded number.
+        low: the least of them in training.
+        high: the largest.
+        categories: the values of a category or boolean, as text.
+        missing: whether cells may be missing.
+
+    Raises:
+        ValueError: if these contradict each other.
+    """
+
+    name: str
+    kind: Kind
+    precision: float | None = None
+    low: float | None = None
+    high: float | None = None
+    categories: tuple[str, ...] = ()
+    missing: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"of the column {self.name!r}"
+        if self.kind not in get_args(Kind):
+            kinds = ", ".join(get_args(Kind))
+            raise ValueError(f"the kind {where} must be one of {kinds}; got {self.kind!r}")
+        if not isinstance(self.missing, bool):
+            raise ValueError(f"missing {where} must be true or false; got {self.missing!r}")
+        lattice = (self.precision, self.low, self.high)
+        if self.kind != "rounded" and lattice != (None, None, None):
+            raise ValueError(f"precision, low and high {where} are for the kind rounded")
+        if self.kind == "rounded":
+            if not all(_is_number(v) for v in lattice):
+                raise ValueError(f"precision, low and high {where} must be numbers; got {lattice}")
+            precision, low, high = map(float, lattice)  # type: ignore[arg-type]
+            if not (precision > 0 and low <= high):
+                raise ValueError(
+                    f"precision {where} must be positive and low at most high; got {lattice}"
+                )
+        if self.kind in ("category", "boolean"):
+            texts = all(isinstance(c, str) for c in self.categories)
+            if not (texts and self.categories and len({*self.categories}) == len(self.categories)):
+                raise ValueError(
+                    f"categories {where} must be different texts; got {list(self.categories)!r}"
+                )
+            if self.kind == "boolean" and len(self.categories) != 2:
+                raise ValueError(
+                    f"a boolean has two categories; {where[3:]} has {list(self.categories)!r}"
+                )
+            if len(self.categories) > SIZES[-1] - 2:
+                raise ValueError(f"categories {where} are {len(self.categories)}, too many")
+        elif self.categories:
+            raise ValueError(f"categories {where} are for the kinds category and boolean")
+
+    @property
+    def points(self) -> int:
+        """Points of the lattice of a rounded number, from low to high."""
+        assert self.precision is not None and self.low is not None and self.high is not None
+        return round((self.high - self.low) / self.precision) + 1
+
+    @property
+    def decimals(self) -> int:
+        """Decimals that show a rounded number exactly; at most 12."""
+        assert self.precision is not None and self.low is not None
+        numbers = self.precision, self.low
+        return next(
+            (d for d in range(12) if all(abs(v - round(v, d)) < 1e-9 * abs(v) for v in numbers)),
+            12,
+        )
+
+    @property
+    def group(self) -> GroupKind:
+        """The kind of group it belongs to."""
+        if self.kind == "rounded":
+            return "levels" if self.points <= MOST_POINTS else "cells"
+        return "real" if self.kind == "real" else "symbols"
+
+    @property
+    def codes(self) -> int:
+        """How many codes a column of levels or symbols has."""
+        if self.group == "levels":
+            return self.points + 2 + self.missing
+        return len(self.categories) + 1 + self.missing
+
+    @property
+    def indicated(self) -> bool:
+        """Whether a symbol beside it says that it is missing."""
+        return self.missing and self.group in ("real", "cells")
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON knows it, without what is at its default."""
+        values = {f.name: f.default for f in fields(self)}
+        plain = {k: v for k, v in asdict(self).items() if v != values[k]}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    @classmethod
+    def from_dict(cls, values: object) -> "Column":
+        """The column that `to_dict` gave.
+
+        Raises:
+            ValueError: on a missing or unknown key, or an impossible value.
+        """
+        values = with_keys(cls, values, "a column")
+        if not isinstance(values["name"], str):
+            raise ValueError(f"the name of a column must be a text; got {values['name']!r}")
+        categories = values.get("categories", ())
+        if not isinstance(categories, list | tuple):
+            raise ValueError(f"categories must be a list of texts; got {categories!r}")
+        return cls(**{**values, "categories": tuple(categories)})
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one dimension of an example is: a column, or the symbol that it is missing."""
+
+    column: Column
+    index: int
+    indicator: bool = False
+
+    @property
+    def codes(self) -> int:
+        return 3 if self.indicator else self.column.codes
+
+
+@dataclass(frozen=True)
+class Group:
+    """Like columns, next to each other in x; of codes, `size` is at least what each has."""
+
+    kind: GroupKind
+    size: int
+    places: tuple[Place, ...]
+
+
+def groups(columns: Iterable[Column]) -> list[Group]:
+    """The groups of an example in their order; numbers first, then codes, small ones first."""
+    places: dict[tuple[int, int], list[Place]] = {}
+    order = get_args(GroupKind)
+    for index, column in enumerate(columns):
+        for indicator in (False, True) if column.indicated else (False,):
+            place = Place(column, index, indicator)
+            kind = "symbols" if indicator else column.group
+            size = 1 if kind in ("real", "cells") else _size(place.codes)
+            places.setdefault((order.index(kind), size), []).append(place)
+    return [Group(order[key[0]], key[1], tuple(places[key])) for key in sorted(places)]
+
+
+def places(columns: Iterable[Column]) -> list[Place]:
+    """What each dimension of an example is."""
+    return [place for group in groups(columns) for place in group.places]
+
+
+def log_cells(columns: Iterable[Column]) -> float:
+    """Σ log precision of the rounded columns.
+
+    A probability P of rounded numbers is, spread evenly over their cells, a density in the units
+    of the columns: -log density = -log P + log_cells. That is comparable with a density model of
+    the same columns, as long as the other columns are the same for both.
+    """
+    return sum(math.log(c.precision) for c in columns if c.precision is not None)
+
+
+def _size(codes: int) -> int:
+    return next(size for size in SIZES if size >= codes)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

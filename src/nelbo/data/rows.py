@@ -1,0 +1,90 @@
+"""Examples that stay in their files until they are read, in bounded memory."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import Generic, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+CHUNK = 2**24  # numbers read at a time, where all are
+
+
+class Rows(ABC):
+    """N examples on disk; what is asked for by index or slice is read, and comes as a tensor.
+
+    It stands wherever a tensor of stored examples does that is only indexed, sliced and split.
+
+    Args:
+        shape: (N, *shape of an example).
+        dtype: how they are stored.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.shape, self.dtype = torch.Size(shape), dtype
+
+    @abstractmethod
+    def read(self, rows: np.ndarray) -> Tensor:
+        """The examples of these rows, (len(rows), *shape of an example)."""
+
+    @abstractmethod
+    def take(self, rows: np.ndarray) -> Self:
+        """The same of these rows only, unread."""
+
+    @abstractmethod
+    def join(self, others: Sequence[Self]) -> Self:
+        """The same and others after them, unread."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: int | slice | Tensor) -> Tensor:
+        if isinstance(key, int):
+            return self.read(np.array([range(len(self))[key]]))[0]
+        if isinstance(key, slice):
+            return self.read(np.arange(*key.indices(len(self))))
+        return self.read(key.cpu().numpy())
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All of them in order, `size` at a time."""
+        for begin in range(0, len(self), size):
+            yield self[begin : begin + size]
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All of them in order, as many at a time as memory allows."""
+        return self.split(max(1, CHUNK // self.shape[1:].numel()))
+
+    @cached_property
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest value."""
+        found = [(int(x.min()), int(x.max())) for x in self.chunks()]
+        return min(low for low, _ in found), max(high for _, high in found)
+
+    def min(self) -> int:
+        return self.limits[0]
+
+    def max(self) -> int:
+        return self.limits[1]
+
+
+class Ahead(Generic[Value]):
+    """fetch(k), where fetch(k + 1) begins at once, in a thread: reading waits for nobody.
+
+    Args:
+        fetch: of the step alone, so that the order of reading changes nothing.
+    """
+
+    def __init__(self, fetch: Callable[[int], Value]) -> None:
+        self.fetch, self.pool = fetch, ThreadPoolExecutor(1)
+        self.next: tuple[int, Future[Value]] | None = None
+
+    def __call__(self, k: int) -> Value:
+        ready = self.next is not None and self.next[0] == k
+        value = self.next[1].result() if ready and self.next else self.fetch(k)
+        self.next = k + 1, self.pool.submit(self.fetch, k + 1)
+        return value

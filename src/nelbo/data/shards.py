@@ -1,0 +1,130 @@
+"""Tar shards in the WebDataset layout: members KEY.png and KEY.cls are one example.
+
+A shard is an index of byte ranges. Members are never extracted, and their names are never paths.
+"""
+
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nelbo.data.conform import SPLITS, Found
+from nelbo.data.encoded import SUFFIXES, Encoded, Form, read_images
+
+LABEL = ".cls"
+LONGEST = 1000  # bytes of a label, at most
+
+
+def read_shards(source: Path, form: Form) -> Found:
+    """The images of one tar file, or of all the tar files in a folder, in order of their names.
+
+    Files named train-000.tar, val-000.tar, test-000.tar and the like are the splits.
+
+    Args:
+        source: a .tar file, or a folder of some.
+        form: how images become arrays.
+
+    Raises:
+        ValueError: if a shard is cut or damaged, has no images, or only some have labels.
+    """
+    groups: dict[str, Encoded] = {}
+    labels: dict[str, list[str | None]] = {}
+    ignored: set[str] = set()
+    for part, files in _parts(source).items():
+        images, labels[part] = [], []
+        for file in files:
+            encoded, texts, others = _index(file)
+            images.append(encoded)
+            labels[part] += texts
+            ignored |= others
+        groups[part] = Encoded.join(images)
+    notes = [f"members {', '.join(sorted(ignored))} ignored"] if ignored else []
+    found = read_images(str(source), groups, form, notes)
+    known = [text is not None for texts in labels.values() for text in texts]
+    if any(known) and not all(known):
+        raise ValueError(
+            f"{source} has a label {LABEL} for {sum(known)} of its {len(known)} images; label all"
+        )
+    if not all(known):
+        return found
+    return replace(found, labels={"class": {p: np.array(texts) for p, texts in labels.items()}})
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The tar files in a folder, by name."""
+    return sorted(file for file in folder.glob("*.tar") if not file.name.startswith("."))
+
+
+def _parts(source: Path) -> dict[str, list[Path]]:
+    if source.is_file():
+        return {"all": [source]}
+    files = shards_of(source)
+    word = {file: re.split(r"[^a-z]", file.name.lower())[0] for file in files}
+    parts = {
+        split: [file for file in files if word[file] in names] for split, names in SPLITS.items()
+    }
+    parts = {split: found for split, found in parts.items() if found}
+    if sum(map(len, parts.values())) == len(files):
+        return parts
+    if parts:
+        other = next(file for file in files if not any(file in part for part in parts.values()))
+        raise ValueError(f"{other} is of no split, but others are; name it train-.., or move it")
+    return {"all": files}
+
+
+def _index(shard: Path) -> tuple[Encoded, list[str | None], set[str]]:
+    """The images of a shard, their labels, and the types of its other members."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, str] = {}
+    ignored: set[str] = set()
+    with shard.open("rb") as file:
+        for member in _members(shard):
+            folder, _, name = member.name.rpartition("/")
+            if not member.isreg() or name.startswith("."):
+                continue
+            stem, dot, suffix = name.partition(".")
+            key, suffix = f"{folder}/{stem}", f"{dot}{suffix}".lower()
+            if suffix in SUFFIXES:
+                if key in images:
+                    raise ValueError(f"{shard} has two images {key.lstrip('/')}; keep one")
+                images[key] = member.offset_data, member.size
+            elif suffix == LABEL:
+                file.seek(member.offset_data)
+                text = file.read(min(member.size, LONGEST)).decode(errors="replace").strip()
+                if not text:
+                    raise ValueError(f"the label {member.name} in {shard} is empty; name a class")
+                labels[key] = text
+            else:
+                ignored.add(suffix or name)
+    if not images:
+        raise ValueError(f"{shard} has no PNG or JPEG images; give a tar file that holds some")
+    offset, size = np.array(list(images.values()), np.int64).T
+    encoded = Encoded((shard,), np.zeros(len(images), np.int64), offset, size)
+    return encoded, [labels.get(key) for key in images], ignored
+
+
+def _members(shard: Path) -> Sequence[tarfile.TarInfo]:
+    """All members, whole.
+
+    Raises:
+        ValueError: if the file is damaged or ends before they do.
+    """
+    try:
+        # r: refuses compression, under which members are no ranges of bytes
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            members = tar.getmembers()
+            # tarfile takes a file that is cut between members, or in a header, for whole
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError("it is cut, its end is missing")
+        if any(member.issparse() for member in members):
+            raise ValueError("it has sparse members")
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{shard} cannot be read as a tar file: {error}; copy or write it again, without"
+            f" compression"
+        ) from error
+    return members

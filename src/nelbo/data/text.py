@@ -1,0 +1,186 @@
+"""Text as chunks of symbols: its characters, or its bytes.
+
+The alphabet is that of the training split, sorted, and one symbol more stands for any other
+character. A text of bytes has 256 symbols and no alphabet. Splits are contiguous, so that no
+chunk stands in two. Chunks to measure on follow each other; those to train on overlap, for a
+chunk may begin anywhere.
+"""
+
+from pathlib import Path
+from typing import AnyStr
+
+import numpy as np
+
+from nelbo.data.conform import SPLITS, Found
+from nelbo.data.schema import Schema
+
+SUFFIX = ".txt"
+LENGTH = 128  # symbols of a chunk
+CHARACTERS = 254  # most different ones of a text that is read as characters: 256 levels are bytes
+OVERLAP, WINDOWS = 16, 2**26  # training chunks per length of text, and symbols of all of them
+OTHER = "\ufffd"  # stands for the characters that are not in the alphabet
+
+
+def is_text(path: Path) -> bool:
+    """Whether it is a .txt file, or a folder of nothing else but hidden files."""
+    files = [path] if path.is_file() else [file for file in path.rglob("[!.]*") if file.is_file()]
+    return bool(files) and all(file.suffix.lower() == SUFFIX for file in files)
+
+
+def read(path: Path, length: int | None = None, levels: int | None = None) -> Found:
+    """A text to train on; splits that it lacks are a tenth each of the end of its training text.
+
+    Args:
+        path: a .txt file in UTF-8; or a folder of them, whose files or sub-folders train,
+            validation (valid, val) and test are the splits, if there are any.
+        length: symbols of a chunk; 128 where left out.
+        levels: 256 for bytes; else characters, where they are not too many.
+
+    Raises:
+        ValueError: an empty or short text, one that is not UTF-8, another number of levels.
+    """
+    parts, notes = _bytes_of(path)
+    texts = {} if levels == 256 else {part: _decode(x, path) for part, x in parts.items()}
+    if missing := [split for split in ("validation", "test") if split not in parts]:
+        parts = _split(parts, missing, path)
+        texts = _split(texts, missing, path) if texts else {}
+        notes.append(f"{' and '.join(missing)}: a tenth each, off the end of the training text")
+    alphabet = "".join(sorted(set(texts.get("train", ""))))
+    if texts and len(alphabet) > CHARACTERS:
+        texts, alphabet = {}, ""
+        notes.append(f"more than {CHARACTERS} different characters: read as bytes")
+    count = len(alphabet) + 1 if texts else 256
+    if levels not in (None, count):
+        raise ValueError(
+            f"{path} has {count - 1} different characters, and one level stands for any other:"
+            f" {count} levels; got {levels}; leave --levels out, or give 256 for bytes"
+        )
+    codes = {part: encode(texts.get(part, x), alphabet) for part, x in parts.items()}
+    if codes["train"].min() == codes["train"].max():
+        raise ValueError(f"all symbols of {path} are the same, so there is nothing to learn")
+    return _chunks(path, codes, length or LENGTH, alphabet, notes, training=True)
+
+
+def read_like(path: Path, schema: Schema) -> Found:
+    """A text to measure a model of some schema on; see `read`.
+
+    Raises:
+        ValueError: as `read`; the model is of no text.
+    """
+    if schema.alphabet is None:
+        raise ValueError(f"{path} is text, and the model is of no text; give data of its kind")
+    parts, notes = _bytes_of(path)
+    texts = {k: _decode(x, path) if schema.alphabet else x for k, x in parts.items()}
+    codes = {part: encode(text, schema.alphabet) for part, text in texts.items()}
+    return _chunks(path, codes, schema.shape[0], schema.alphabet, notes, training=False)
+
+
+def encode(text: str | bytes, alphabet: str) -> np.ndarray:
+    """Characters as their places in the sorted alphabet, others as its length; bytes as they are.
+
+    >>> encode("abxa", "ab")
+    array([0, 1, 2, 0], dtype=uint8)
+    >>> encode(b"ab", "")
+    array([97, 98], dtype=uint8)
+    """
+    if isinstance(text, bytes):
+        return np.frombuffer(text, np.uint8)
+    points, known = (np.frombuffer(s.encode("utf-32-le"), np.uint32) for s in (text, alphabet))
+    place = np.searchsorted(known, points).clip(max=len(known) - 1)
+    return np.where(known[place] == points, place, len(known)).astype(np.uint8)
+
+
+def decode(x: np.ndarray, alphabet: str) -> list[str]:
+    """Chunks (N, L) of symbols as N strings; what is no character becomes \ufffd.
+
+    >>> decode(np.array([[0, 1, 2]]), "ab") == ["ab\ufffd"]
+    True
+    """
+    if not alphabet:
+        return [bytes(chunk.tolist()).decode("utf-8", errors="replace") for chunk in x]
+    return ["".join((alphabet + OTHER)[k] for k in chunk) for chunk in x.tolist()]
+
+
+def _bytes_of(path: Path) -> tuple[dict[str, bytes], list[str]]:
+    """The content of each split, or "all", the files of a split in the order of their names."""
+    if path.is_file():
+        groups: dict[str, list[Path]] = {"all": [path]}
+        notes: list[str] = []
+    else:
+        groups, notes = _groups(path)
+    parts = {part: b"".join(file.read_bytes() for file in files) for part, files in groups.items()}
+    for part, content in parts.items():
+        if not content.strip():
+            raise ValueError(f"{_label(path, part)} is an empty text; give one with symbols in it")
+    return parts, notes
+
+
+def _groups(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    groups: dict[str, list[Path]] = {}
+    everything = sorted(folder.rglob(f"*{SUFFIX}"))
+    for split, names in SPLITS.items():
+        files = [f for f in everything if f.relative_to(folder).with_suffix("").parts[0] in names]
+        if files:
+            groups[split] = files
+    if not groups:
+        return {"all": everything}, []
+    outside = len(everything) - sum(map(len, groups.values()))
+    note = f"{outside} files outside the splits {', '.join(groups)} left out"
+    return groups, [note] if outside else []
+
+
+def _decode(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} at {error.start}; save it as"
+            " UTF-8, or read it as bytes with --levels 256"
+        ) from None
+
+
+def _split(parts: dict[str, AnyStr], missing: list[str], path: Path) -> dict[str, AnyStr]:
+    """With a tenth of the training text, off its end, for each split that is missing."""
+    rest = {split: text for split, text in parts.items() if split in SPLITS}
+    source = parts.get("train", parts.get("all"))
+    if source is None:
+        raise ValueError(f"{path} has no training text, only {', '.join(parts)}; name it train")
+    tenth = len(source) // 10
+    cuts = [len(source) - tenth * k for k in range(len(missing), -1, -1)]
+    rest["train"] = source[: cuts[0]]
+    return rest | {s: source[a:b] for s, a, b in zip(missing, cuts, cuts[1:], strict=False)}
+
+
+def _chunks(
+    path: Path,
+    codes: dict[str, np.ndarray],
+    length: int,
+    alphabet: str,
+    notes: list[str],
+    training: bool,
+) -> Found:
+    """Chunks (N, length) of the codes of each split."""
+    unit, parts = "characters" if alphabet else "bytes", {}
+    for part, code in codes.items():
+        if len(code) < length:
+            raise ValueError(
+                f"{_label(path, part)} has {len(code)} {unit}, too few for a chunk of {length};"
+                f" give more text, or try --size {max(1, len(code) // 2)}"
+            )
+        overlap = OVERLAP if training and part == "train" else 1
+        stride = max(1, length // min(overlap, max(1, WINDOWS // len(code))))
+        parts[part] = np.lib.stride_tricks.sliding_window_view(code, length)[::stride].copy()
+        rest = (len(code) - length) % stride
+        others = int((code == len(alphabet)).sum()) if alphabet else 0
+        if rest and overlap == 1:
+            notes.append(f"the last {rest} {unit} of {_label(path, part)} fill no chunk: left out")
+        if others:
+            notes.append(f"{others} characters of {_label(path, part)} are not in the alphabet")
+    known = f"{len(alphabet)} different ones and one for any other; " if alphabet else ""
+    notes.append(f"text in chunks of {length} {unit}; {known}--size sets the length")
+    levels = len(alphabet) + 1 if alphabet else 256
+    return Found(str(path), parts, levels, tuple(notes), alphabet=alphabet)
+
+
+def _label(path: Path, part: str) -> str:
+    return str(path) if part == "all" else f"the {part} split of {path}"

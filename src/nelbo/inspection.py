@@ -1,0 +1,184 @@
+"""What a data set is, before anything is trained: its schema, its columns, and what speaks against
+a likelihood of it."""
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nelbo import data
+from nelbo.data import Schema, tables
+from nelbo.data.inference import complete, infer_column
+from nelbo.data.layout import Column
+from nelbo.data.sources import is_table, read_json
+
+if TYPE_CHECKING:
+    from polars import DataFrame, Series
+
+SHOWN = 3  # categories, the most frequent ones
+
+
+@dataclass(frozen=True)
+class ColumnReport:
+    """One column as it is shown; `column` is None where it cannot be modelled.
+
+    Args:
+        name: its heading.
+        kind: in words.
+        values: its range or its most frequent values.
+        distinct: different values.
+        missing: empty cells.
+        column: what it is to a model.
+    """
+
+    name: str
+    kind: str
+    values: str
+    distinct: int
+    missing: int
+    column: Column | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A data set by sight.
+
+    Args:
+        source: what was inspected.
+        rows: examples.
+        columns: of a table; else none.
+        schema: what a model of it would know; None where columns cannot be modelled.
+        warnings: what makes a likelihood meaningless, or was not taken as it may seem.
+        splits: examples in each split of other data.
+    """
+
+    source: str
+    rows: int
+    columns: tuple[ColumnReport, ...]
+    schema: Schema | None
+    warnings: tuple[str, ...]
+    splits: dict[str, int]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON; its "schema" is what `--schema` takes."""
+        counts = [
+            {"name": c.name, "distinct": c.distinct, "missing": c.missing} for c in self.columns
+        ]
+        return {
+            "source": self.source,
+            "rows": self.rows,
+            "schema": None if self.schema is None else self.schema.to_dict(),
+            "counts": counts,
+            "warnings": list(self.warnings),
+            "splits": self.splits,
+        }
+
+
+def inspect(
+    source: str | PathLike[str],
+    *,
+    levels: int | None = None,
+    size: int | None = None,
+    schema: str | PathLike[str] | None = None,
+) -> Inspection:
+    """What is at `source`, which `nelbo.data.load` understands; arguments as there.
+
+    Raises:
+        FileNotFoundError: if there is no such source.
+        ValueError: if it cannot be read.
+    """
+    if not is_table(source):
+        found = data.load(source, levels=levels, size=size, schema=schema)
+        splits = {name: len(x) for name, x in found.splits.items()}
+        rows = sum(splits.values())
+        return Inspection(found.source, rows, (), found.schema, found.notes, splits)
+    path = Path(source).absolute()
+    frame = tables.read(path)
+    if schema is None:
+        return inspect_table(frame, str(path))
+    declared = complete(frame, read_json(Path(schema)))
+    return inspect_table(frame, str(path), declared)
+
+
+def inspect_table(
+    frame: "DataFrame", source: str, declared: list[Column] | None = None
+) -> Inspection:
+    """The same of a table; a column that cannot be modelled becomes a warning."""
+    reports, warnings = [], []
+    names = [column.name for column in declared or ()] or frame.columns
+    for i, name in enumerate(names):
+        try:
+            column, note = (declared[i], "") if declared else infer_column(frame[name])
+        except ValueError as error:
+            column, note = None, str(error)
+        reports.append(_report(frame[name], column))
+        if note:
+            warnings.append(note)
+    columns = [report.column for report in reports if report.column is not None]
+    whole = len(columns) == len(reports)
+    copies = frame.height - frame.select(names).n_unique()
+    if copies and any(column.kind == "real" for column in columns):
+        warnings.append(
+            f"{copies} of {frame.height} rows are copies of others: a density of real columns can"
+            " grow without bound there, and copies may fall into both training and test"
+        )
+    schema = Schema.of_table(columns) if whole else None
+    return Inspection(source, frame.height, tuple(reports), schema, tuple(warnings), {})
+
+
+def _report(series: "Series", column: Column | None) -> ColumnReport:
+    text = tables.texts(series) if column is not None else series.cast(str, strict=False)
+    known = text.drop_nulls()
+    values = ""
+    if column is not None and column.kind in ("real", "rounded"):
+        number = tables.numbers(series)
+        number = number[number == number]
+        values = f"{number.min():g} .. {number.max():g}"
+    elif column is not None:
+        most = known.value_counts(sort=True)
+        names = [f"{v} {100 * n / len(known):.0f}%" for v, n in most.head(SHOWN).iter_rows()]
+        values = ", ".join(names) + (", .." if len(most) > SHOWN else "")
+    return ColumnReport(
+        series.name, _kind(column), values, known.n_unique(), len(text) - len(known), column
+    )
+
+
+def _kind(column: Column | None) -> str:
+    if column is None:
+        return "not usable"
+    if column.kind == "rounded":
+        many = f"{column.points} levels" if column.group == "levels" else f"{column.points} cells"
+        kind = "integer" if column.precision == 1 else f"rounded to {column.precision:g}"
+        return f"{kind}, {many}"
+    if column.kind == "category":
+        return f"category of {len(column.categories)}"
+    return column.kind
+
+
+def show(found: Inspection) -> None:
+    """Print an inspection."""
+    console = Console()
+    if found.columns:
+        table = Table(title=f"{escape(found.source)}: {found.rows} rows", title_justify="left")
+        for heading in ("column", "kind", "values", "distinct", "missing"):
+            table.add_column(heading, justify="right" if heading[-1] in "tg" else "left")
+        for c in found.columns:
+            row = (c.name, c.kind, c.values, str(c.distinct), str(c.missing or ""))
+            table.add_row(*map(escape, row))
+        console.print(table)
+    else:
+        sizes = ", ".join(f"{count} {name}" for name, count in found.splits.items())
+        console.print(f"{found.source}: {sizes}", highlight=False, markup=False)
+    schema = found.schema
+    if schema is not None:
+        unit = "a density, in nats" if schema.density else "a probability, in bits"
+        shape = " x ".join(map(str, schema.shape))
+        levels = f" of {schema.levels} levels" if schema.levels else ""
+        line = f"examples are {shape} numbers{levels}; a model of them has {unit}"
+        console.print(line, highlight=False)
+    for warning in found.warnings:
+        console.print(f"note: {warning}", highlight=False, markup=False)

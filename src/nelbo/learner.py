@@ -1,0 +1,210 @@
+"""One training step at a time, in memory; `train` adds the files of a run.
+
+All randomness of step k follows from (seed, k) and the order of the examples from (seed, epoch),
+so there is no generator to save: what was stopped and continued ends with the same weights.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from nelbo._numerics import LOG_2, derive_seed, seeded
+from nelbo.augment import augment
+from nelbo.build import LAWS, OBJECTIVES, build
+from nelbo.condition import drop, encode, given_labels
+from nelbo.config import ModelConfig, TrainConfig
+from nelbo.data import Dataset, as_examples
+from nelbo.data.rows import Ahead, Rows
+from nelbo.estimate import Continuum, Grid, Times
+from nelbo.evaluate import Evaluation, evaluate
+from nelbo.few_steps import FewSteps
+from nelbo.grids import measure_errors
+from nelbo.model import Model, find_device
+from nelbo.objective import Objective
+from nelbo.optimise import batch_indices, learning_rate, parameter_groups, warmed_ema
+from nelbo.process import Affine
+
+VALIDATION_EXAMPLES = 1000  # at most, so that validation stays a small part of the time
+
+
+@dataclass
+class Progress:
+    """Where a training stands; saved with its state."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    best_step: int = 0
+    recent: float = math.nan  # running mean of the bound, nats
+
+
+class Learner:
+    """A model of a data set, its moving average `ema`, and what trains them.
+
+    Args:
+        model: what to build.
+        train: how to train it.
+        dataset: with the splits "train" and "validation".
+        device: where to train.
+        affine: the transform of real data; `standardise` where left out.
+
+    Raises:
+        ValueError: parts that do not fit together or to the data; no such device.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        dataset: Dataset,
+        device: str = "cpu",
+        affine: Affine | None = None,
+    ) -> None:
+        schema, t = dataset.schema, train
+        if t.augment and len(schema.shape) != 3:
+            raise ValueError(f"augment is for images, and these are not; got {t.augment}, try 0")
+        self.config, self.dataset, self.at = train, dataset, Progress()
+        with seeded(t.seed, 0):
+            built = build(model, schema, affine or standardise(dataset))
+        built.start_from(dataset.splits["train"])
+        in_memory = not isinstance(dataset.splits["train"], Rows)
+        self.read = self._batch if in_memory else Ahead(self._batch)
+        self.model: Model = built.to(find_device(device))
+        self.model.dtype = torch.float32
+        start = built.process.schedule.start
+        self.objective: Objective | FewSteps = (
+            FewSteps(t.grid, t.cross_entropy)
+            if t.grid
+            else Objective(OBJECTIVES[t.objective], t.cross_entropy, start=start)
+        )
+        self.law = LAWS[t.times]()
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(built, t.weight_decay), lr=t.lr, betas=(0.9, 0.99)
+        )
+        self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
+
+    @property
+    def average(self) -> Model:
+        """The model with averaged weights, the one that is measured and kept."""
+        return cast(Model, self.ema.module)
+
+    def step(self) -> None:
+        """One step of the optimiser on the next batch.
+
+        Raises:
+            ValueError: the loss became non-finite.
+        """
+        t, step, schema = self.config, self.at.step, self.dataset.schema
+        index, batch = self.read(step)
+        batch = batch.to(self.model.device)
+        lr = learning_rate(t, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        with seeded(t.seed, 2, step):
+            u, weight = self.law(len(batch))
+            on, model = batch.device, self.model
+            if schema.condition:
+                told = encode(self.dataset.labels["train"][index], schema).to(on)
+                model = model.given(drop(told, t.label_dropout))
+            if t.augment:
+                batch, moved = augment(batch, t.augment, schema)
+                told = torch.zeros(len(batch), 1) if model.condition is None else model.condition
+                model = model.given(torch.cat([moved[:, None], told.to(moved)[:, 1:]], 1))
+            loss, bound, each = self.objective(model, batch, u.to(on), weight.to(on))
+            self.optimizer.zero_grad()
+            # per dimension, in bits: one learning rate and one clip for data of any size
+            (loss / (self.model.dims * LOG_2)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            values = f"{loss.item()}, gradient {norm.item()}"
+            raise ValueError(self._failed(f"the loss became non-finite ({values})", step + 1))
+        self.law.learn(u, each)
+        self.optimizer.step()
+        self.ema.update_parameters(self.model)
+        nats = bound.item()
+        recent = nats if math.isnan(self.at.recent) else self.at.recent
+        self.at.recent = recent + (nats - recent) * max(0.02, 1 / (step + 1))
+        self.at.step = step + 1
+
+    def fit(self, patience: int) -> Model:
+        """To the last step, or until `patience` measurements in a row bring nothing better.
+
+        Returns:
+            The best of the averaged models, one of which is measured every `evaluate_every` steps.
+        """
+        t, at, best = self.config, self.at, copy.deepcopy(self.average)
+        while at.step < t.steps and at.step - at.best_step < patience * t.evaluate_every:
+            self.step()
+            if at.step % t.evaluate_every == 0 or at.step == t.steps:
+                _, better = self.measure()
+                if better:
+                    best = copy.deepcopy(self.average)
+        best.dtype = torch.float64
+        return best.eval()
+
+    def measure(self) -> tuple[Evaluation, bool]:
+        """The averaged weights on the validation split, and whether they are the best so far.
+
+        Raises:
+            ValueError: the bound became non-finite.
+        """
+        x = self.dataset.splits["validation"][:VALIDATION_EXAMPLES]
+        average = self.average
+        grid, start = self.config.grid, average.process.schedule.start
+        times: Times = Grid(grid) if grid else Continuum(start)
+        seed = derive_seed(self.config.seed, 3)
+        measure_errors(self.of(average, "train"), self.dataset.splits["train"], seed)
+        model = self.of(average, "validation").at(slice(len(x)))
+        result = evaluate(model, x, times=times, calls=max(8, 2 * len(grid)), seed=seed)
+        if not math.isfinite(result.nats):
+            raise ValueError(self._failed(f"the validation bound became {result.nats}"))
+        better = result.nats < self.at.best
+        if better:
+            self.at.best, self.at.best_step = result.nats, self.at.step
+        return result, better
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Which examples a step takes, and they."""
+        x, t = self.dataset.splits["train"], self.config
+        index = batch_indices(len(x), t.batch, step, t.seed)
+        return index, as_examples(x[index])
+
+    def of(self, model: Model, split: str) -> Model:
+        """A model of the examples of a split, given their labels where it is conditional."""
+        return given_labels(model, self.dataset.labels.get(split), self.dataset.schema)
+
+    def _failed(self, what: str, step: int | None = None) -> str:
+        kept = f"the weights of step {self.at.best_step} are kept"
+        return (
+            f"{what} at step {step or self.at.step};"
+            f" {kept if self.at.best_step else 'there were no weights to keep yet'}; most often"
+            f" the learning rate is too high: try a lower --lr than {self.config.lr:g}"
+        )
+
+
+def standardise(dataset: Dataset) -> Affine | None:
+    """By the training split: per dimension, for images per channel; None but for real data.
+
+    Raises:
+        ValueError: a dimension that is constant, or too large for its square.
+    """
+    schema = dataset.schema
+    if schema.kind != "real":
+        return None
+    x = dataset.splits["train"].double()
+    dims = (0, 2, 3) if len(schema.shape) == 3 else (0,)
+    shape = schema.shape
+    mean = x.mean(dims, keepdim=True)[0].expand(shape).clone()
+    spread = x.std(dims, keepdim=True)[0].expand(shape).clone()
+    if not ((spread > 0) & spread.isfinite() & mean.isfinite()).all():
+        raise ValueError(
+            f"mean {mean.flatten()[0]:g} and standard deviation {spread.min():g} to"
+            f" {spread.max():g} of the data cannot be standardised; rescale the data"
+        )
+    return Affine(mean, spread)

@@ -1,0 +1,120 @@
+r"""A bidirectional transformer: a token for each dimension of an example.
+
+For text a dimension is a place and its features are the channels of its symbol; for vectors of
+any process it is a column. A token begins as a convolution over its neighbours: without, text is
+learned only once attention has found them by itself. Then all tokens see each other. Where they
+stand is told twice: by learned positions, which know a column, and by rotating queries and keys
+(Su et al. 2021), so that attention knows how far apart two places are:
+
+    h ← h + A( norm(h) ),   h ← h + M( norm(h) ),   scale and shift of each norm by the noise level
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from nelbo.nn.embedding import LevelEmbedding, zero
+
+HEAD = 32  # channels of one head of attention
+REACH = 3  # neighbours on either side that a token begins with
+
+
+class _LevelNorm(nn.Module):
+    """Normalisation of each token whose scale and shift depend on the noise level."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.scale_shift = zero(nn.Linear(width, 2 * width))
+
+    def forward(self, h: Tensor, level: Tensor) -> Tensor:
+        scale, shift = self.scale_shift(level)[:, None].chunk(2, -1)
+        return self.norm(h) * (1 + scale) + shift
+
+
+class _Block(nn.Module):
+    """Attention over the tokens, then two layers on each; tokens (B, D, width)."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = max(1, width // HEAD)
+        self.norm1, self.norm2 = _LevelNorm(width), _LevelNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.mixed = zero(nn.Linear(width, width))
+        self.up, self.down = nn.Linear(width, 4 * width), zero(nn.Linear(4 * width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, level: Tensor, turn: Tensor) -> Tensor:
+        qkv = self.query_key_value(self.norm1(h, level)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        r = scaled_dot_product_attention(_rotate(q, turn), _rotate(k, turn), v)
+        h = h + self.dropout(self.mixed(r.transpose(1, 2).flatten(2)))
+        return h + self.dropout(self.down(silu(self.up(self.norm2(h, level)))))
+
+
+def _turns(places: int, channels: int) -> Tensor:
+    """Cosine and sine of place · frequency, shape (2, places, channels/2)."""
+    frequency = 10_000.0 ** -(torch.arange(channels // 2) * 2 / channels)
+    angle = torch.arange(places)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def _rotate(h: Tensor, turn: Tensor) -> Tensor:
+    """Pairs of channels of h (B, heads, D, channels) as points of a plane, turned by the place."""
+    a, b = h.chunk(2, -1)
+    cos, sin = turn
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Transformer(nn.Module):
+    """Examples of any shape, a token for each dimension: features and level (B,) to outputs.
+
+    Args:
+        shape: shape of one example, (L,) for text.
+        channels: features per dimension of the example.
+        outputs: numbers per dimension of the example; 1 gives (B, *shape), more (…, outputs).
+        width: channels of a token, a multiple of 32.
+        depth: blocks.
+        dropout: share of hidden units dropped in training.
+        conditions: numbers that a condition has.
+
+    Raises:
+        ValueError: a width that is no multiple of 32.
+    """
+
+    turn: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        channels: int,
+        outputs: int,
+        width: int = 128,
+        depth: int = 4,
+        dropout: float = 0.0,
+        conditions: int = 1,
+    ) -> None:
+        super().__init__()
+        if width % HEAD:
+            raise ValueError(
+                f"width must be a multiple of {HEAD} for the network transformer; got {width}"
+            )
+        self.shape, self.channels, self.outputs = shape, channels, outputs
+        dims = int(torch.Size(shape).numel())
+        self.level = LevelEmbedding(width, conditions=conditions)
+        self.first = nn.Conv1d(channels, width, 2 * REACH + 1, padding=REACH)
+        self.position = nn.Parameter(0.02 * torch.randn(dims, width))
+        self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
+        self.norm = _LevelNorm(width)
+        self.last = zero(nn.Linear(width, outputs))
+        self.register_buffer("turn", _turns(dims, HEAD), persistent=False)
+
+    def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        of_dims = features.unflatten(1, (self.shape[0], self.channels)).transpose(1, 2)
+        h = self.first(of_dims.flatten(2)).mT + self.position
+        level = self.level(level, condition)
+        for block in self.blocks:
+            h = block(h, level, self.turn)
+        output: Tensor = self.last(self.norm(h, level))
+        extra = () if self.outputs == 1 else (self.outputs,)
+        return output.reshape(-1, *self.shape, *extra)

@@ -1,0 +1,130 @@
+r"""A U-Net for images of 28x28 and more: most of the work is done where the pixels are few.
+
+A scale of resolution is residual blocks around the scale of half the resolution, added to it:
+
+    h ← blocks(h),   h ← h + up( scale( down(h) ) ),   h ← blocks(h)
+
+down to about 8x8, where every place attends to every other. A network with one output per
+dimension has to say the last digits of x̂ itself, and is shown sines of z at fine scales (Kingma
+et al. 2021, appendix C); one that gives logits of levels has no need of them.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
+
+from nelbo.nn.conv import LevelNorm, Local
+from nelbo.nn.embedding import LevelEmbedding, zero
+
+SMALLEST = 8  # side that is not halved
+HEAD = 32  # channels of one head of attention
+OCTAVES = (6, 7)  # of the sines: 2^n · 2π z
+
+
+class Attend(nn.Module):
+    """Residual block in which every place of the image attends to every other."""
+
+    def __init__(self, width: int, told: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // HEAD)
+        self.norm = LevelNorm(width, told)
+        self.query_key_value = nn.Conv2d(width, 3 * width, 1, bias=False)
+        self.mixed = zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, h: Tensor, level: Tensor) -> Tensor:
+        qkv = self.query_key_value(self.norm(h, level)).flatten(2)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).mT.unbind(1)
+        r = scaled_dot_product_attention(q, k, v).mT.flatten(1, 2)
+        return h + self.mixed(r.reshape(h.shape))
+
+
+class Scale(nn.Module):
+    """The blocks of one resolution, and within them those of the lower ones.
+
+    Args:
+        width: channels.
+        told: numbers that tell of the noise level.
+        side: of the image, the shorter one.
+        depth: blocks before and after the lower resolutions.
+        dropout: share of hidden units dropped in training.
+        wider: factor of the channels of the next lower resolution.
+    """
+
+    def __init__(
+        self, width: int, told: int, side: int, depth: int, dropout: float, wider: int = 2
+    ) -> None:
+        super().__init__()
+        self.before = nn.ModuleList(Local(width, told, dropout) for _ in range(depth))
+        self.after = nn.ModuleList(Local(width, told, dropout) for _ in range(depth))
+        self.within: nn.Module
+        if side > SMALLEST:
+            lower = wider * width
+            self.down, self.up = nn.Conv2d(width, lower, 1), zero(nn.Conv2d(lower, width, 1))
+            self.within = Scale(lower, told, (side + 1) // 2, depth, dropout, wider=1)
+        else:
+            self.within = Attend(width, told)
+        self.halved = side > SMALLEST
+
+    def forward(self, h: Tensor, level: Tensor) -> Tensor:
+        for block in self.before:
+            h = block(h, level)
+        if self.halved:
+            r = self.within(self.down(avg_pool2d(h, 2, ceil_mode=True)), level)
+            h = h + interpolate(self.up(r), scale_factor=2.0)[..., : h.shape[2], : h.shape[3]]
+        else:
+            h = self.within(h, level)
+        for block in self.after:
+            h = block(h, level)
+        return h
+
+
+class UNet(nn.Module):
+    """Images: features (B, C·channels, H, W) and level (B,) to (B, C, H, W[, outputs]).
+
+    Args:
+        shape: (C, H, W) of one example.
+        channels: features per dimension of the example.
+        outputs: numbers per dimension of the example.
+        width: channels at full resolution, a multiple of 8; below it is twice as many.
+        depth: residual blocks on the way down, and as many on the way up, of each resolution.
+        dropout: share of hidden units dropped in training.
+        conditions: numbers that a condition has.
+
+    Raises:
+        ValueError: a width that is no multiple of 8.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        channels: int,
+        outputs: int,
+        width: int = 32,
+        depth: int = 1,
+        dropout: float = 0.0,
+        conditions: int = 1,
+    ) -> None:
+        super().__init__()
+        if width % 8:
+            raise ValueError(f"width must be a multiple of 8 for the network unet; got {width}")
+        of_image, height, wide = shape
+        self.outputs, self.octaves = outputs, OCTAVES if outputs == 1 else ()
+        told, inputs = 2 * width, of_image * channels * (1 + 2 * len(self.octaves))
+        self.level = LevelEmbedding(told, conditions=conditions)
+        self.first = nn.Conv2d(inputs, width, 3, padding=1)
+        self.position = nn.Parameter(0.1 * torch.randn(width, height, wide))
+        self.scale = Scale(width, told, min(height, wide), depth, dropout)
+        self.norm = LevelNorm(width, told)
+        self.last = zero(nn.Conv2d(width, of_image * outputs, 3, padding=1))
+
+    def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
+        phases = [2**n * 2 * math.pi * features for n in self.octaves]
+        waves = [wave for phase in phases for wave in (phase.sin(), phase.cos())]
+        h = self.first(torch.cat([features, *waves], 1)) + self.position
+        level = self.level(level, condition)
+        output: Tensor = self.last(silu(self.norm(self.scale(h, level), level)))
+        if self.outputs == 1:
+            return output
+        return output.unflatten(1, (-1, self.outputs)).movedim(2, -1)

@@ -1,0 +1,246 @@
+r"""How strange each example is to a model: scores by name, in nats, larger is stranger.
+
+    bound        -ELBO(x), the bound on -log P(x)
+    complexity   -ELBO(x) - C(x), for C the length of a lossless code that knows nothing of the
+                 data: what is simple is cheap under any model (Serrà et al. 2020)
+    typicality   | -ELBO(x) - the mean over the reference |: too cheap is strange as well
+
+A score is told beside those of a reference: its rank there, 1 for stranger than all, and its
+percentile. The reference is the validation split. To the training examples the model was fitted,
+so their bounds are lower than those of new examples of the same law; among held-out ones such
+an example's rank is uniform, whatever the model: a percentile above 95 comes with probability 5 %.
+For that the noise of the estimate must have one law for all: each example gets its own draws,
+stratified over the times, and not the allocation that is best for the mean of its set.
+"""
+
+import csv
+import io
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nelbo._numerics import LOG_2, seeded
+from nelbo._progress import Track
+from nelbo.data import Schema, as_examples
+from nelbo.estimate import Continuum, elbo
+from nelbo.model import Model, measuring
+from nelbo.pictures import png
+from nelbo.report.figures import BLUE, GREEN, INK, ORANGE, plot, readable
+
+REFERENCE = 1000  # examples, at most
+BINS = 40  # of the picture
+CALLS = 24  # network calls per example, if nothing else is asked for
+REPLICATES = 4  # of them, for the standard error of an example
+COLOURS = (BLUE, GREEN, ORANGE, INK)
+
+
+def code_length(x: Tensor, schema: Schema) -> Tensor:
+    """C(x) of each example of integers, (N,), nats: PNG for images of 8 bits, else zlib.
+
+    Raises:
+        ValueError: real numbers or mixed columns, whose probability no code of bytes matches.
+    """
+    if schema.levels is None:
+        raise ValueError(
+            "complexity compares the bound with the length of a lossless code, which real numbers"
+            " and tables do not have; try --score bound or --score typicality"
+        )
+    image = len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4) and schema.levels <= 256
+    code = _png if image else _zlib
+    lengths = [len(code(example)) for part in x.split(1024) for example in part.numpy()]
+    return torch.tensor(lengths, dtype=torch.float64) * 8 * LOG_2
+
+
+def _png(example: np.ndarray) -> bytes:
+    pixels = np.moveaxis(example.astype(np.uint8), 0, -1)
+    return png(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+
+
+def _zlib(example: np.ndarray) -> bytes:
+    return zlib.compress(np.ascontiguousarray(example).tobytes(), 9)
+
+
+def _bound(nats: Tensor, x: Tensor, schema: Schema, mean: float) -> Tensor:
+    return nats
+
+
+def _complexity(nats: Tensor, x: Tensor, schema: Schema, mean: float) -> Tensor:
+    return nats - code_length(x, schema)
+
+
+def _typicality(nats: Tensor, x: Tensor, schema: Schema, mean: float) -> Tensor:
+    return (nats - mean).abs()
+
+
+#: name to score(nats (N,), examples, schema, mean nats of the reference), (N,), nats
+SCORES: Mapping[str, Callable[[Tensor, Tensor, Schema, float], Tensor]] = {
+    "bound": _bound,
+    "complexity": _complexity,
+    "typicality": _typicality,
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of N examples and of the M of the reference; all but percentile and rank in nats.
+
+    Args:
+        score: (N,).
+        nats: the bound on -log P(x), (N,).
+        standard_error: its Monte Carlo part, (N,).
+        reference: the scores of the reference, (M,).
+        bits: from nats to bits/dim, None for a density.
+    """
+
+    score: Tensor
+    nats: Tensor
+    standard_error: Tensor
+    reference: Tensor
+    bits: float | None
+
+    @property
+    def rank(self) -> Tensor:
+        """One more than the scores of the reference that are larger, (N,)."""
+        return 1 + (self.reference > self.score[:, None]).sum(1)
+
+    @property
+    def percentile(self) -> Tensor:
+        """Share of the reference that is less strange, ties as half, in per cent; (N,)."""
+        below = (self.reference < self.score[:, None]).double()
+        equal = (self.reference == self.score[:, None]).double()
+        return 100 * (below + equal / 2).mean(1)
+
+    def csv(self) -> bytes:
+        """One line per example, in the order of the data."""
+        columns = {
+            "example": list(range(len(self.score))),
+            "score": self.score.tolist(),
+            "nats": self.nats.tolist(),
+            "standard_error": self.standard_error.tolist(),
+            "rank": self.rank.tolist(),
+            "percentile": self.percentile.tolist(),
+        }
+        if self.bits is not None:
+            columns["bits_per_dim"] = (self.nats * self.bits).tolist()
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
+        return text.getvalue().encode()
+
+
+def first(model: Model, x: Tensor) -> tuple[Model, Tensor]:
+    """The first REFERENCE of the examples and their model."""
+    few = slice(REFERENCE)
+    return model.at(few), x[few]
+
+
+class Scorer:
+    """Scores under one definition and one reference.
+
+    Args:
+        name: of the score, one of SCORES.
+        schema: what an example is.
+        model: of the reference; a conditional one is given the labels of its examples.
+        reference: examples to compare with; the first thousand are used.
+        calls: network calls per example, of which a sixth and more decode; 24 where left out.
+        seed: everything random follows from it.
+        track: wraps what takes time, for a progress bar.
+
+    Raises:
+        ValueError: no such score, or one that makes no sense for such data.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: Schema,
+        model: Model,
+        reference: Tensor,
+        *,
+        calls: int | None = None,
+        seed: int = 0,
+        track: Track = iter,
+    ) -> None:
+        if name not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}; got {name!r}")
+        self.define, self.schema = SCORES[name], schema
+        self.calls = CALLS if calls is None else calls
+        if self.calls < 2 * REPLICATES:
+            raise ValueError(
+                f"calls must be at least {2 * REPLICATES}, the least that gives an example its"
+                f" error; got {calls}; try {CALLS}"
+            )
+        self.seed, self.track = seed, track
+        model, reference = first(model, reference)
+        self.define(torch.zeros(1), reference[:1], schema, 0.0)  # refuses before the work
+        nats = self._nats(model, reference).mean(1)
+        self.mean = nats.mean().item()
+        self.reference = self.define(nats, reference, schema, self.mean)
+
+    def __call__(self, model: Model, x: Tensor) -> Scored:
+        """The scores of examples x, (N, *shape), under their model."""
+        each = self._nats(model, x)
+        nats, error = each.mean(1), each.std(1) / math.sqrt(REPLICATES)
+        score = self.define(nats, x, self.schema, self.mean)
+        bits = None if model.decoder.density else 1 / (model.dims * LOG_2)
+        return Scored(score, nats, error, self.reference, bits)
+
+    def _nats(self, model: Model, x: Tensor) -> Tensor:
+        """The bound on -log P(x) of each example, in replicates; (N, REPLICATES)."""
+        draws = self.calls // REPLICATES - 1
+        rows = max(1, model.rows // draws)
+        parts = []
+        with measuring(model):
+            for begin in self.track(range(0, len(x), rows)):
+                part = slice(begin, begin + rows)
+                few, its = as_examples(x[part]).to(model.device), model.at(part)
+                with seeded(self.seed, begin):
+                    each = [self._draw(its, few, draws) for _ in range(REPLICATES)]
+                parts.append(torch.stack(each, 1).cpu())
+        return torch.cat(parts)
+
+    @staticmethod
+    def _draw(model: Model, x: Tensor, draws: int) -> Tensor:
+        u = (torch.arange(draws) + torch.rand(len(x), 1, dtype=torch.float64)) / draws
+        return -elbo(model, x, Continuum(model.process.schedule.start), u).elbo
+
+
+def histogram(scores: Mapping[str, Tensor], label: str) -> bytes:
+    """A PNG picture of the densities of several sets of scores, the last one in ink.
+
+    Scores far from all the others are counted in the outermost bins.
+    """
+    ends = [readable(each.tolist()) for each in scores.values()]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    high = high if high > low else low + 1
+    edges = np.linspace(low, high, BINS + 1)
+    colours = [*COLOURS[: len(scores) - 1], INK]
+    buffer = io.BytesIO()
+    with plot(620, 320) as (figure, [ax]):
+        for (name, each), colour in zip(scores.items(), colours, strict=True):
+            values = each.clamp(low, high).numpy()
+            last = colour == INK
+            ax.hist(
+                values,
+                edges.tolist(),
+                density=True,
+                histtype="stepfilled" if last else "step",
+                color=colour,
+                alpha=0.35 if last else 1,
+                label=f"{name} ({len(each)})",
+                linewidth=1.8,
+            )
+        ax.set_xlabel(label)
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+        ax.legend()
+        figure.savefig(buffer, format="png", dpi=144, facecolor="white")
+    return buffer.getvalue()

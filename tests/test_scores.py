@@ -1,0 +1,141 @@
+"""Scores by name: what they are, where an example ranks, and the command that writes them."""
+
+import csv
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from closed_forms import assert_mean
+from PIL import Image
+from test_cli import nelbo_fails, run_ok
+
+from nelbo import data
+from nelbo._numerics import seeded
+from nelbo.checkpoint import load
+from nelbo.data import Schema, as_examples
+from nelbo.estimate import elbo, stratified
+from nelbo.model import measuring
+from nelbo.scores import Scored, Scorer, code_length, histogram
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return load(trained)
+
+
+@pytest.fixture(scope="module")
+def x(run):
+    return run.examples()[0][:6]
+
+
+def scorer(run, name, **options):
+    reference = run.config.load_data().splits["validation"][:20]
+    return Scorer(name, run.config.schema, run.model, reference, calls=8, **options)
+
+
+def test_each_definition_is_the_bound_and_what_its_name_says(run, x):
+    bound, complexity, typicality = (
+        scorer(run, name) for name in ("bound", "complexity", "typicality")
+    )
+    nats = bound(run.model, x).nats
+    torch.testing.assert_close(bound(run.model, x).score, nats)
+    length = code_length(x, run.config.schema)
+    torch.testing.assert_close(complexity(run.model, x).score, nats - length)
+    torch.testing.assert_close(
+        typicality(run.model, x).score, (nats - bound.reference.mean()).abs()
+    )
+    assert bound(run.model, x).bits == pytest.approx(1 / (64 * math.log(2)))
+
+
+def test_the_bound_of_an_example_and_its_error(run, x):
+    """Sixteen times by other seeds: their mean is the bound, their spread the error they state."""
+    each = [scorer(run, "bound", seed=seed)(run.model, x) for seed in range(16)]
+    nats = torch.stack([found.nats for found in each])
+    with seeded(0), measuring(run.model):
+        many = as_examples(x).repeat_interleave(100, 0)
+        truth = elbo(run.model, many, u=stratified(len(many), 4)).elbo.reshape(len(x), -1).mean(1)
+    assert_mean(nats, -truth, 20.0)
+    stated = torch.stack([found.standard_error for found in each]).square().mean().sqrt()
+    assert 0.7 < stated / nats.var(0).mean().sqrt() < 1.4
+
+
+def test_codes_are_lossless_and_simple_images_are_short():
+    """A PNG of the levels; longer for noise than for nothing; zlib for what is no image."""
+    image = Schema("levels", (1, 8, 8), 17)
+    noise = torch.randint(17, (1, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    x = torch.cat([torch.zeros_like(noise), noise]).to(torch.uint8)
+    short, long = code_length(x, image) / (8 * math.log(2))
+    assert long > short + 20
+    file = io.BytesIO()
+    Image.fromarray(x[1, 0].numpy()).save(file, "PNG", optimize=True)
+    assert long == len(file.getvalue())
+    assert code_length(x.flatten(1), Schema("levels", (64,), 17)).diff() > 20
+
+
+def test_rank_and_percentile():
+    score, zeros = torch.tensor([0.0, 2.0, 2.5, 9.0]), torch.zeros(4)
+    found = Scored(score, score, zeros, torch.tensor([1.0, 2.0, 3.0, 4.0]), None)
+    assert found.rank.tolist() == [5, 3, 3, 1]
+    assert found.percentile.tolist() == [0.0, 37.5, 50.0, 100.0]
+    assert b"bits_per_dim" not in found.csv()
+
+
+def test_held_out_examples_of_the_same_law_rank_anywhere(run):
+    """Each half of a split among the other: the mean percentile is 50 within its error."""
+    half, rest = run.config.load_data().splits["test"][:120].split(60)
+    found = Scorer("bound", run.config.schema, run.model, half, calls=8)(run.model, rest)
+    assert abs(found.percentile.mean().item() - 50) < 4 * 100 * math.sqrt(2 / 12 / 60)
+
+
+def test_what_makes_no_sense_is_refused(run):
+    real = Schema("real", (3,), None)
+    with pytest.raises(ValueError, match="lossless code, which real numbers"):
+        Scorer("complexity", real, run.model, torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="score must be one of bound, complexity, typicality"):
+        scorer(run, "surprise")
+
+
+def test_a_picture_of_the_scores():
+    normal = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    with Image.open(io.BytesIO(histogram({"train": normal, "new": normal + 1}, "nats"))) as image:
+        ink = (np.asarray(image.convert("RGB")).min(-1) < 128).mean()
+    assert 0.001 < ink < 0.5
+    histogram({"one": torch.zeros(1), "new": torch.zeros(1)}, "nats")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    path = tmp_path_factory.mktemp("few") / "few.npz"
+    np.savez(path, x=data.load("digits").splits["test"][:3].numpy())
+    return path
+
+
+def test_the_command(trained, few, tmp_path):
+    out, figure = tmp_path / "scores.csv", tmp_path / "scores.png"
+    options = ["--out", str(out), "--figure", str(figure), "--calls", "8"]
+    run_ok("score", str(trained), str(few), *options)
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["example"] for row in rows] == ["0", "1", "2"]
+    for row in rows:
+        assert float(row["nats"]) == pytest.approx(
+            float(row["bits_per_dim"]) * 64 * math.log(2), rel=1e-4
+        )
+        assert 0 <= float(row["percentile"]) <= 100 and float(row["standard_error"]) > 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--out", "scores.txt"), "must end in .csv"),
+        (("--out", "s.csv", "--figure", "f.pdf"), "must end in .png"),
+        (("--out", "s.csv", "--score", "beauty"), "bound"),
+        (("--out", "s.csv", "--calls", "1"), "at least 8"),
+    ],
+)
+def test_bad_options_are_one_line(trained, few, tmp_path, monkeypatch, capsys, options, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in nelbo_fails(capsys, "score", trained, few, *options)
+    assert not list(tmp_path.iterdir())

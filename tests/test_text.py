@@ -1,0 +1,203 @@
+"""Text: chunks that partition it, an alphabet of the training split, bits per character."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nelbo import data
+from nelbo._numerics import LOG_2
+from nelbo.build import build
+from nelbo.cli import main
+from nelbo.config import configure
+from nelbo.data import Schema, text
+from nelbo.evaluate import evaluate
+from nelbo.heads import log_frequencies
+
+LENGTH = 16
+SAID = "the cat sat on the mat, and the dog sat on the log. " * 40
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "said.txt"
+    path.write_text(SAID)
+    return path
+
+
+def words(dataset, split):
+    return text.decode(dataset.splits[split].numpy(), dataset.schema.alphabet)
+
+
+def test_a_text_is_cut_in_order(file):
+    found = data.load(file, size=LENGTH)
+    assert found.schema == Schema(
+        "levels", (LENGTH,), len(set(SAID)) + 1, alphabet="".join(sorted({*SAID}))
+    )
+    n = len(SAID) // 10
+    ends = {"validation": SAID[-2 * n : -n], "test": SAID[-n:]}
+    for split, end in ends.items():
+        joined = "".join(words(found, split))
+        assert end.startswith(joined) and len(end) - len(joined) < LENGTH
+    train = words(found, "train")
+    assert train == [SAID[i : i + LENGTH] for i in range(len(SAID) - 2 * n - LENGTH + 1)]
+
+
+def test_longer_chunks_to_train_on_overlap_sixteen_fold(file):
+    x = data.load(file, size=64).splits["train"]
+    assert torch.equal(x[1:, :-4], x[:-1, 4:])
+
+
+def test_characters_and_bytes_come_back():
+    for content in ("äöü 文字 \n\t𝛼", "plain"):
+        alphabet = "".join(sorted(set(content)))
+        codes = text.encode(content, alphabet)
+        assert text.decode(codes[None], alphabet) == [content]
+        codes = text.encode(content.encode(), "")
+        assert text.decode(codes[None], "") == [content]
+
+
+def test_bytes_are_asked_for_or_follow_from_many_characters(tmp_path, file):
+    found = data.load(file, size=LENGTH, levels=256)
+    assert (found.schema.levels, found.schema.alphabet) == (256, "")
+    assert words(found, "test")[0] == SAID[-(len(SAID) // 10) :][:LENGTH]
+    many = tmp_path / "many.txt"
+    many.write_text("".join(map(chr, range(0x4E00, 0x4F00))) * 10)
+    found = data.load(many, size=LENGTH)
+    assert (found.schema.levels, found.schema.alphabet) == (256, "")
+    assert any("read as bytes" in note for note in found.notes)
+
+
+def test_the_files_of_a_folder_are_its_splits(tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "train.txt").write_text("ab" * 50)
+    (tmp_path / "val" / "1.txt").write_text("a" * 20)
+    (tmp_path / "val" / "2.txt").write_text("b" * 20)
+    (tmp_path / "notes.txt").write_text("nothing")
+    found = data.load(tmp_path, size=10)
+    assert words(found, "validation") == ["a" * 10] * 2 + ["b" * 10] * 2
+    assert words(found, "test") == ["ab" * 5]  # the last tenth of the training text
+    assert len(found.splits["train"]) == 81
+    assert any("1 files outside" in note for note in found.notes)
+
+
+def test_characters_that_training_did_not_see_are_one_symbol(tmp_path, file):
+    schema = data.load(file, size=LENGTH).schema
+    other = tmp_path / "other.txt"
+    other.write_text("\ufeffthe XXX sat on Z" + "rest")
+    found = data.load_like(other, schema)
+    assert words(found, "all") == ["the \ufffd\ufffd\ufffd sat on \ufffd"]
+    assert (found.splits["all"] == schema.levels - 1).sum() == 4
+    assert any("4 characters" in note for note in found.notes)
+    assert any("the last 4 characters" in note for note in found.notes)
+
+
+def test_a_model_that_says_nothing_pays_the_entropy_of_its_frequencies(file):
+    """... and a character it never saw has a probability."""
+    found = data.load(file, size=LENGTH)
+    config, _ = configure(found.schema, 1, width=32, depth=1)
+    assert (config.process, config.network) == ("absorbing", "transformer")
+    model = build(config, found.schema)
+    x, train = found.splits["test"].clone(), found.splits["train"]
+    model.head.start_from(train)
+    result = evaluate(model, x, calls=512)
+    table = log_frequencies(train, found.schema.levels)
+    exact = -table.expand(len(x), -1, -1).gather(-1, x.long()[..., None]).sum().item() / len(x)
+    error = result.standard_error.monte_carlo * model.dims * LOG_2
+    assert abs(result.nats - exact) < 4 * error < 0.05 * exact
+    x[0, 0] = found.schema.levels - 1
+    assert evaluate(model, x, calls=64).nats < exact + 20
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"", {}, "empty"),
+        (b" \n", {}, "empty"),
+        ("Grüße".encode("latin-1") * 99, {}, "not UTF-8: byte 0xfc at 2"),
+        (b"short text", {}, "too few for a chunk of 128"),
+        (b"abc" * 999, {"levels": 9}, "3 different characters"),
+        (b"a" * 9999, {}, "are the same"),
+    ],
+)
+def test_bad_texts_are_refused_in_a_sentence(tmp_path, content, options, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        data.load(path, **options)
+
+
+def test_a_text_is_not_for_a_model_of_vectors(file):
+    with pytest.raises(ValueError, match="no text"):
+        data.load_like(file, Schema("levels", (LENGTH,), 256))
+
+
+def test_a_folder_without_training_text_is_refused(tmp_path):
+    (tmp_path / "test.txt").write_text("ab" * 50)
+    with pytest.raises(ValueError, match="no training text"):
+        data.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "alphabet"),
+    [((4,), 3, "ba"), ((4,), 4, "ab"), ((4,), 255, ""), ((1, 2, 2), 3, "ab"), ((4,), 4, "aab")],
+)
+def test_an_alphabet_fits_its_levels(shape, levels, alphabet):
+    with pytest.raises(ValueError, match="alphabet"):
+        Schema("levels", shape, levels, alphabet=alphabet)
+
+
+def test_the_alphabet_is_saved():
+    schema = Schema("levels", (4,), 4, alphabet='\n"ä')
+    assert Schema.from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
+
+
+def run_ok(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code in (0, None)
+
+
+def test_text_from_the_command_line(tmp_path, file, capsys):
+    run = str(tmp_path / "run")
+    sizes = ["--size", "16", "--steps", "2", "--batch", "4", "--width", "32", "--depth", "1"]
+    run_ok("train", str(file), "--out", run, *sizes)
+    capsys.readouterr()
+    run_ok("evaluate", run, "--calls", "2", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["bits_per_character"] == found["bits_per_dim"]
+    assert found["perplexity"] == 2 ** found["bits_per_dim"]
+    run_ok("evaluate", run, "--calls", "2")
+    assert "bits per character" in capsys.readouterr().out
+    run_ok("sample", run, "--n", "3", "--steps", "4", "--grid", "uniform")
+    printed = capsys.readouterr().out
+    samples = printed.split("\n" + "-" * 72 + "\n")
+    assert [len(sample) for sample in samples] == [LENGTH] * 3 + [0]
+    out = tmp_path / "samples.txt"
+    run_ok("sample", run, "--n", "3", "--steps", "4", "--grid", "uniform", "--out", str(out))
+    assert out.read_text() == printed
+    with pytest.raises(SystemExit):
+        main(["sample", run, "--out", str(tmp_path / "samples.png")])
+    assert "no images" in capsys.readouterr().err
+
+
+def test_what_is_no_text_is_not_printed():
+    from nelbo.pictures import saver
+
+    for shape, hint in (((1, 4, 4), "png"), ((4,), "npz")):
+        with pytest.raises(ValueError, match=hint):
+            saver(None, Schema("levels", shape, 3))
+
+
+def test_codes_of_any_text_are_levels():
+    rng = np.random.default_rng(0)
+    points = rng.integers(32, 0x2000, 500)
+    content = "".join(map(chr, points))
+    alphabet = "".join(sorted({chr(p) for p in points[:200]}))
+    codes = text.encode(content, alphabet)
+    back = text.decode(codes[None], alphabet)[0]
+    assert all(
+        a == b or (b == text.OTHER and a not in alphabet)
+        for a, b in zip(content, back, strict=True)
+    )
