@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from files import arrays_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -61,7 +62,7 @@ def test_evaluate_to_a_target_error_and_save(trained, tmp_path, capsys):
     run_ok("evaluate", trained, *arguments, "--json")
     result = json.loads(capsys.readouterr().out)
     assert result["standard_error"]["monte_carlo"] <= 0.05
-    saved = np.load(file, allow_pickle=False)
+    saved = arrays_in(file)
     terms = saved["prior"] + saved["reconstruction"] + saved["diffusion"]
     np.testing.assert_allclose(saved["nats"], terms, rtol=1e-12)
     assert saved["nats"].mean() == pytest.approx(result["nats"], rel=1e-12)
@@ -106,7 +107,7 @@ def test_samples(trained, tmp_path):
         assert picture.mode == "L"
     for name in ("a.npz", "b.npz"):
         run_ok("sample", trained, "--n", 5, "--steps", 2, "--seed", 1, "--out", tmp_path / name)
-    a, b = (np.load(tmp_path / name)["x"] for name in ("a.npz", "b.npz"))
+    a, b = (arrays_in(tmp_path / name)["x"] for name in ("a.npz", "b.npz"))
     assert a.shape == (5, 1, 8, 8) and np.array_equal(a, b) and a.min() >= 0 and a.max() <= 16
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from files import arrays_in
 from PIL import Image
 from torch import nn
 
@@ -280,7 +281,7 @@ def test_a_conditional_run(conditional, tmp_path, capsys):
     capsys.readouterr()
     call([*sample, "--condition", "3", "--guidance", "3", "--out", str(names[3])])
     assert "not draws of the model whose bound" in capsys.readouterr().err
-    assert all(np.load(name)["x"].shape == (4, 1, 8, 8) for name in names)
+    assert all(arrays_in(name)["x"].shape == (4, 1, 8, 8) for name in names)
 
 
 def test_a_conditional_run_is_continued_on_its_labels(conditional, tmp_path):
@@ -317,7 +318,7 @@ def test_an_image_is_completed(conditional, tmp_path, capsys):
     command = ["sample", str(conditional), "--n", "3", "--steps", "3", "--grid", "uniform"]
     command += ["--condition", "3", "--out", str(out), "--inpaint", str(tmp_path / "x.png")]
     call([*command, "--mask", str(tmp_path / "mask.png"), "--rounds", "2"])
-    drawn = np.load(out)["x"]
+    drawn = arrays_in(out)["x"]
     assert (drawn[:, 0, :, :4] == x[:, :4].numpy()).all()
     assert (drawn[:, 0, :, 4:] != x[:, 4:].numpy()).any()
     Image.fromarray(mask[:5]).save(tmp_path / "mask.png")
