@@ -45,7 +45,7 @@ from nelbo.control import Controls
 from nelbo.data import as_examples
 from nelbo.elbo import reconstruction_term
 from nelbo.estimate import Continuum, Grid, Times, iid, stratified
-from nelbo.evaluate import CALLS, PILOT, SCORES, evaluate, plan
+from nelbo.evaluate import CALLS, PILOT, evaluate, plan
 from nelbo.model import Model, measuring
 from nelbo.reverse import Posterior
 
@@ -183,15 +183,15 @@ def ours(known: Known, x: Tensor, calls: int, replicates: int) -> Variance:
     return Variance.of(torch.stack(parts))
 
 
-def learn(model: Model, times: Times, x: Tensor, rows: int) -> Known:
+def learn(model: Model, times: Times, x: Tensor, trained: Tensor, rows: int) -> Known:
     """With so many rows of each cell."""
     cells = Cells(times)
-    controls = Controls(model, x, cells.edges, SCORES[1] if rows >= SCORES[0] else 0)
+    controls = Controls(model, trained, cells.edges)
     pilots = {n: pilot(cells, controls, x, rows, n, 1) for n in AT}
     return Known(cells, controls, pilots)
 
 
-def compare(model: Model, x: Tensor, passes: int, rows: int) -> Iterator[Row]:
+def compare(model: Model, x: Tensor, trained: Tensor, passes: int, rows: int) -> Iterator[Row]:
     """All methods, as they are measured."""
     times = Continuum(model.process.schedule.start)
     start = time.perf_counter()
@@ -202,7 +202,7 @@ def compare(model: Model, x: Tensor, passes: int, rows: int) -> Iterator[Row]:
     start = time.perf_counter()
     variance = full_sum(model, x)
     yield Row("full sum", T, variance, (time.perf_counter() - start) / (4 * len(x)))
-    known = learn(model, times, x, rows)
+    known = learn(model, times, x, trained, rows)
     for n in AT:
         replicates = max(2, passes // n)
         start = time.perf_counter()
@@ -211,13 +211,15 @@ def compare(model: Model, x: Tensor, passes: int, rows: int) -> Iterator[Row]:
         yield Row("nelbo", n, variance, seconds)
 
 
-def evaluations(model: Model, x: Tensor, seeds: int, unit: float) -> tuple[Variance, float]:
+def evaluations(
+    model: Model, x: Tensor, trained: Tensor, seeds: int, unit: float
+) -> tuple[Variance, float]:
     """Of `evaluate` as it is by default, pilot included; and its calls per example."""
     times = Continuum(model.process.schedule.start)
     cells = Cells(times).count
     way = plan(len(x), CALLS, cells)
     freedoms = math.ceil(len(x) / way.block) * (way.replicates - 1) * seeds
-    results = [evaluate(model, x, times=times, seed=seed) for seed in range(seeds)]
+    results = [evaluate(model, x, times=times, known=trained, seed=seed) for seed in range(seeds)]
     value = sum((r.standard_error.monte_carlo * unit) ** 2 for r in results) / seeds
     return Variance(value, math.sqrt(2 / freedoms)), results[0].calls_per_example
 
@@ -241,15 +243,17 @@ def tell(rows: Iterator[Row], unit: float) -> tuple[list[dict[str, object]], Var
     return document, low.variance
 
 
-def spent(model: Model, x: Tensor, low: Variance, seeds: int, unit: float) -> dict[str, float]:
+def spent(
+    model: Model, x: Tensor, trained: Tensor, low: Variance, seeds: int, unit: float
+) -> dict[str, float]:
     """What `evaluate` makes of its calls, pilot and all."""
-    variance, calls = evaluations(model, x, seeds, unit)
+    variance, calls = evaluations(model, x, trained, seeds, unit)
     ratio = low.at(CALLS).over(variance)
     std = math.sqrt(variance.value) / unit
     print(f"evaluate, {calls:.1f} calls with its pilot: std {std:.5f} bits/dim; variance of")
     print(f"  low-discrepancy with {CALLS} over it: {ratio.value:.2f} ± {ratio.error:.0%}")
     times = Continuum(model.process.schedule.start)
-    result = evaluate(model, x, times=times, target_error=TARGET)
+    result = evaluate(model, x, times=times, known=trained, target_error=TARGET)
     total, error = result.calls_per_example * len(x), result.standard_error.monte_carlo
     print(f"evaluate, target_error {TARGET}: {total:.0f} calls, error {error:.4f} bits/dim;")
     print(f"  the full sum takes {T * len(x)} calls, {T * len(x) / total:.0f} times as many")
@@ -274,11 +278,11 @@ def main() -> None:
     options = parser.parse_args()
     run = load(options.run)
     splits, model = run.config.load_data().splits, run.model
-    x = as_examples(splits["test"][: options.examples])
+    x, trained = as_examples(splits["test"][: options.examples]), splits["train"]
     unit = model.dims * LOG_2
     with measuring(model), seeded(0):
-        rows, low = tell(compare(model, x, options.seeds, options.pilot), unit)
-    summary = spent(model, x, low, max(1, options.seeds // 8), unit)
+        rows, low = tell(compare(model, x, trained, options.seeds, options.pilot), unit)
+    summary = spent(model, x, trained, low, max(1, options.seeds // 8), unit)
     if options.json:
         document = {"run": run.path.name, "examples": len(x), "seeds": options.seeds}
         document |= {"pilot_rows": options.pilot, "rows": rows, "summary": summary}

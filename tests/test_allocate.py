@@ -9,7 +9,7 @@ from known_models import MODELS
 from torch import Tensor
 
 from nelbo._numerics import seeded
-from nelbo.allocate import EVEN, Allocation, Cells, _lenders, estimate, even
+from nelbo.allocate import WARY, Allocation, Cells, _lenders, estimate, even
 from nelbo.allocate import fit as fit_rows
 from nelbo.control import Controls
 from nelbo.data import as_examples
@@ -212,10 +212,11 @@ def test_the_fit_finds_the_coefficients():
     assert ((found.between[:, 0] - 5).abs() < 4 * size / math.sqrt(20_000)).all()
     # .. so that 2 % of 0.8 and of 0.5 are left, beside the noise
     torch.testing.assert_close(found.left, 0.1 * size, rtol=0.04, atol=0)
-    best = 0.9 * found.left / found.left.sum() + 0.1 / 9
-    torch.testing.assert_close(found.probability, best)
-    assert found.probability.sum().item() == pytest.approx(1)
-    assert found.probability.min() >= EVEN / 9
+    wary = found.probability - (1 - WARY) * found.left / found.left.sum()
+    assert wary.sum().item() == pytest.approx(WARY)
+    assert (wary > WARY / 18).all()  # half of it evenly, the rest as the costs are ..
+    mean_cost = cost.abs().mean(1)
+    assert wary.argmax() == mean_cost.argmax() and wary.max() < WARY * mean_cost.max() / 9
 
 
 def test_what_is_left_is_not_flattered():

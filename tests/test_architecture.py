@@ -32,6 +32,7 @@ ORDER = (
     "columns",
     "numbers",
     "condition",
+    "clusters",
     "control",
     "allocate",
     "grids",

@@ -9,8 +9,8 @@ with probability p_c and gives
 v and φ from `control`. E[y] is the sum of costs for any b, k and p > 0. A pilot on some of the
 examples fits b and k cell by cell (least squares over neighbouring cells) and gives what is left,
 sd_c; the best p is proportional to it (Neyman 1934). A share of the draws, 1/√n for n rows that
-tell of a cell and no less than a tenth, is spread evenly, so no weight 1/p_c exceeds ten times the
-number of cells, whatever the pilot missed.
+tell of a cell and no less than a twentieth, is spread half evenly and half as the costs are: no
+weight 1/p_c exceeds forty times the number of cells, whatever the pilot missed.
 
 Draws of one example lend each other their context (`control`): each borrows from the nearest in
 time, of its own replicate or of one before it. So no two replicates borrow from each other, what
@@ -32,7 +32,7 @@ from nelbo.terms import Decode, Term
 CELLS = 32  # of the diffusion term, at most
 SPREAD = 4.0  # cells to either side that lend a cell their pilot rows
 BORROWED = 16.0  # pilot rows of its own that its neighbours' variance counts for
-EVEN = 0.1  # share of the draws that do not follow the pilot, at least
+WARY = 0.05  # share of the draws that do not follow sd_c, at least
 NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
 LIKE = 64  # rows of a network call, at least, where there are as many
 RIDGE = 0.01  # of each coefficient, relative to the rows that determine it
@@ -157,8 +157,9 @@ def even(cells: Cells, controls: Controls, features: int, first: float) -> Alloc
     first = 1.0 if cells.count == 1 else max(first, 1 / cells.count)
     p = torch.full((cells.count,), (1 - first) / max(1, cells.diffusion), dtype=torch.float64)
     p[0] = first
-    none = torch.zeros(cells.count, controls.variates + features, dtype=torch.float64)
-    return Allocation(p, none[:, features:], none[:, :features], torch.full_like(p, torch.nan))
+    within = torch.zeros(cells.count, controls.variates, dtype=torch.float64)
+    between = torch.zeros(cells.count, features, dtype=torch.float64)
+    return Allocation(p, within, between, torch.full_like(p, torch.nan))
 
 
 def pilot(
@@ -244,8 +245,10 @@ def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Alloc
     sd = size * torch.stack(left)
     p_best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
     # what few rows say of a spread is known to 1/√(2 rows): a cell they underrate has heavy tails
-    spread_evenly = max(EVEN, (len(cell) / count + BORROWED) ** -0.5)
-    p = (1 - spread_evenly) * p_best + spread_evenly / count
+    wary = max(WARY, (len(cell) / count + BORROWED) ** -0.5)
+    typical = near @ mean(cost.abs()) / near.sum(1)
+    by_cost = typical / typical.sum() if typical.sum() > 0 else p_best
+    p = (1 - wary) * p_best + wary * (1 / count + by_cost) / 2
     table = torch.stack(slopes)
     within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
     level = mean(cost - (v * within[cell]).sum(1) - (phi[:, 1:] * between[cell]).sum(1))

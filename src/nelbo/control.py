@@ -13,14 +13,14 @@ The references, for e = embed(x) and z_t = √α_t e + √(1-α_t) ε:
               A dimension's cost depends on its own ε alone, so E is one integral over ε
     symbols   the same for masks: whether a symbol hides is one Bernoulli variable
 
-o are the log-frequencies of the data, or, where an example is drawn more than once, what the
-network said of a dimension at *another* of its draws. That is independent of this draw's ε, so the
-mean is as exact, and it knows the context: at low noise it takes nine tenths of the variance. The
-other draw may be at quite another time.
+o may be anything that is independent of the dimension's own ε: the log-frequencies of the data;
+the same and what a mixture of Gaussians says of the dimension given all others of z (`clusters`);
+or, where an example is drawn more than once, what the network said of the dimension at *another*
+of its draws, maybe at quite another time. At low noise that takes nine tenths of the variance.
 
 For the exact denoiser of any law p, the diffusion term between times s < t is D(s) - D(t),
 D(t) = KL( q(z_t|x) ‖ p(z_t) ), for each single x: by the chain rule for the KL of the two chains.
-Those differences are the φ of a cell.
+Those differences are φ of a cell; what the mixture of Gaussians says of e is φ of all cells.
 """
 
 import copy
@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._numerics import over
+from nelbo.clusters import Clusters
 from nelbo.data import as_examples
 from nelbo.heads import LevelPrediction, Prediction, level_evidence, log_frequencies
 from nelbo.model import Model
@@ -43,7 +44,8 @@ from nelbo.terms import Decode, Step, Term
 
 FITTED = 4096  # examples whose mean, covariance and frequencies are taken
 WIDEST = 1024  # dimensions up to which covariances are; beyond, variances
-NODES, REACH = 12, 6.0  # of the integral over ε, from -REACH to REACH
+FINEST = 64  # levels up to which a reference of levels pays: it asks for each one's probability
+NODES, REACH = 8, 6.0  # of the integral over ε, from -REACH to REACH
 TABLE = 2**23  # integrands that the table of the levels may have
 
 
@@ -119,13 +121,6 @@ class Linear:
         of_a, of_n = noise / total, (alpha * noise).sqrt() * self.variance / total
         centred = of_n.square() * (n.square() - 1) - 2 * of_a * of_n * a * n
         return draw.term.error_weight(process) * centred.sum(1)
-
-    def scores(self, model: Model, x: Tensor, count: int) -> Tensor:
-        """The first principal components and their squares, shape (B, 2 count)."""
-        a = self._rotated(_gaussian(model).embed(x).flatten(1) - self.mean)
-        first = max(0, a.shape[1] - count)
-        a = a[:, first:] / self.variance[first:].sqrt()
-        return torch.cat([a, a.square()], 1)
 
     def divergence(self, model: Model, x: Tensor, t: Tensor) -> Tensor:
         """D at each of the times t, shape (B, len(t))."""
@@ -214,24 +209,29 @@ class Controls:
 
     Args:
         model: the model.
-        x: the examples that are to be measured, shape (N, ...): what is fitted is fitted to them.
+        x: examples of the same law as those to be measured, or these, shape (N, ...): what is
+            fitted is fitted to them.
         edges: times between which the cells lie, the first being that of z_1; shape (cells,).
-        scores: principal components that `between` looks at.
     """
 
-    def __init__(self, model: Model, x: Tensor, edges: Tensor, scores: int = 0) -> None:
-        self.model, self.edges, self.scores = model, edges.to(model.device), scores
+    def __init__(self, model: Model, x: Tensor, edges: Tensor) -> None:
+        self.model, self.edges = model, edges.to(model.device)
         some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
         self.linear: Linear | None = None
+        self.clusters: Clusters | None = None
         self.levels: LevelReference | None = None
-        #: log-frequencies of the levels or symbols in each dimension, shape (..., K)
+        #: log-frequencies of the levels (not too many) or symbols in each dimension, (..., K)
         self.log_frequency: Tensor | None = None
         process = model.process
         if isinstance(process, Gaussian):
-            self.linear = Linear(process.embed(some).flatten(1).double())
+            e = process.embed(some).flatten(1).double()
+            self.linear = Linear(e)
+            if e.shape[1] <= WIDEST:
+                self.clusters = Clusters(e)
             if isinstance(process.embedding, Levels):
                 self.levels = LevelReference(model, some, edges)
-                self.log_frequency = self.levels.log_frequency
+                if process.embedding.count <= FINEST:
+                    self.log_frequency = self.levels.log_frequency
         elif isinstance(process, Absorbing):
             self.log_frequency = log_frequencies(some.cpu(), process.count).to(some.device)
         phi = torch.cat([self._phi(part) for part in some.split(256)])
@@ -247,18 +247,25 @@ class Controls:
     @property
     def variates(self) -> int:
         """G, the columns of `within`."""
-        return 2 * sum(p is not None for p in (self.linear, self.log_frequency))
+        return 2 * sum(p is not None for p in (self.linear, self.log_frequency, self.others))
+
+    @property
+    def others(self) -> Clusters | None:
+        """The clusters, if they are asked what other dimensions say of the levels of one."""
+        return self.clusters if self.levels and self.log_frequency is not None else None
 
     def lend(self, draw: Draw) -> Tensor | None:
         """What a draw tells other draws of its examples: log-probabilities of the levels of each
         dimension, without the dimension's own evidence; shape (B, ..., K)."""
+        if self.log_frequency is None:
+            return None
         if self.levels is not None and isinstance(draw.prediction, LevelPrediction):
             evidence = level_evidence(
                 draw.z, self.levels.values.to(draw.z), draw.term.t, self.model.process
             )
             return (draw.prediction.log_probs - evidence).log_softmax(-1)
         process = self.model.process
-        if isinstance(process, Absorbing) and self.log_frequency is not None:
+        if isinstance(process, Absorbing):
             hidden = (draw.z == process.mask)[..., None]
             return torch.where(hidden, draw.prediction.e_hat, self.log_frequency)
         return None
@@ -284,6 +291,11 @@ class Controls:
             columns.append(self.levels.within(self.model, draw, context))
         elif context is not None:
             columns.append(self._hidden(draw, context))
+        if self.levels is not None and self.others is not None:
+            z, alpha = draw.z.double().flatten(1), self.model.process.alpha(draw.term.t)
+            odds = self.others.odds(z, alpha, self.levels.values).view(*draw.x.shape, -1)
+            told = (odds + self.levels.log_frequency).log_softmax(-1)
+            columns.append(self.levels.within(self.model, draw, told))
         if not columns:
             return draw.cost.new_zeros(len(draw.x), 0)
         both = torch.stack(columns, 1)
@@ -311,8 +323,9 @@ class Controls:
             columns.append(surprise[:, None].expand(-1, len(self.edges)))
         if self.linear is not None:
             columns.append(_cells(self.linear.divergence(self.model, x, self.edges)))
-            scores = self.linear.scores(self.model, x, self.scores)
-            columns += [c[:, None].expand(-1, len(self.edges)) for c in scores.unbind(1)]
+        if self.clusters is not None:
+            features = self.clusters.features(_gaussian(self.model).embed(x).flatten(1).double())
+            columns += [c[:, None].expand(-1, len(self.edges)) for c in features.unbind(1)]
         if self.levels is not None:
             surprise = _of_level(-self.levels.log_frequency, x).flatten(1).sum(1, keepdim=True)
             columns.append(_cells(self.levels.divergence(x), surprise))

@@ -37,7 +37,6 @@ BLOCK = 32  # examples in one, at most
 CALLS = 24  # network calls per example, if nothing else is asked for
 PILOT = (1 / 8, 128)  # share of the calls, and rows of each cell, at most; but ..
 LEAST = 16  # .. so many rows of each cell, where they take no more than half of the calls
-SCORES = (64, 8)  # rows of each cell for which principal components pay, and how many
 FIRST = 0.75  # share of the calls foreseen for a target error that is spent at once
 SCORED = 8  # replicates that give an example its own standard error
 
@@ -182,6 +181,7 @@ def evaluate(
     calls: int | None = None,
     target_error: float | None = None,
     per_example: bool = False,
+    known: Tensor | None = None,
     seed: int = 0,
     weights: str = "as given",
     split: str = "as given",
@@ -198,6 +198,8 @@ def evaluate(
             of the result.
         per_example: more replicates of fewer draws, so that each example's own standard error
             has seven degrees of freedom.
+        known: other examples of the same law, such as those trained on. The result is on x, and
+            unbiased, whatever they are; control variates that were fitted to more are better.
         seed: everything random follows from it.
         weights: which weights these are, for the record.
         split: which data these are, for the record.
@@ -222,7 +224,7 @@ def evaluate(
     with measuring(model), counting(model.network) as calls_made:
         with seeded(seed, 0):
             target = None if target_error is None else target_error / scale
-            controls, allocation, way = _learn(cells, model, x, way, target)
+            controls, allocation, way = _learn(cells, model, x, known, way, target)
         piloted = calls_made.forward
         turn, prior, costs = 0, torch.empty(0), torch.empty(len(x), 0, cells.count)
         while True:
@@ -283,15 +285,14 @@ def _mine(examples: int, block: int) -> range:
 
 
 def _learn(
-    cells: Cells, model: Model, x: Tensor, way: Plan, target: float | None
+    cells: Cells, model: Model, x: Tensor, known: Tensor | None, way: Plan, target: float | None
 ) -> tuple[Controls, Allocation, Plan]:
     """The pilot of a plan; for a target in nats, as large as the calls that it foresees allow."""
     if not way.pilot:
         # the reconstruction of an example once, if chance will
         nothing = Nothing(model, cells.edges)
         return nothing, even(cells, nothing, 1, 1 / (way.draws * way.replicates)), way
-    scores = SCORES[1] if way.pilot >= SCORES[0] else 0
-    controls = Controls(model, x, cells.edges, scores)
+    controls = Controls(model, x if known is None else known, cells.edges)
     allocation = pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
     if target is None:
         return controls, allocation, way
@@ -299,7 +300,11 @@ def _learn(
     draws = max(1, math.ceil(FIRST * calls / way.replicates)) if math.isfinite(calls) else 1
     rows = _pilot_rows(len(x) * calls, cells.count)
     way = replace(way, draws=draws, pilot=rows)
-    return _learn(cells, model, x, way, None) if rows > 2 * LEAST else (controls, allocation, way)
+    return (
+        _learn(cells, model, x, known, way, None)
+        if rows > 2 * LEAST
+        else (controls, allocation, way)
+    )
 
 
 def _next_round(way: Plan, error: float, target: float, replicates: int) -> Plan:

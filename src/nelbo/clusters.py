@@ -1,0 +1,116 @@
+r"""A mixture of Gaussians as the law of the data, and what some dimensions say of another.
+
+    p(e) = Σ_c w_c N(e; μ_c, S_c),    z = √α e + σ ε,  σ² = 1-α,    p(z|c) = N(√α μ_c, Q_c⁻¹)
+
+Of one dimension given all others of z, for d = z - √α μ_c and r = (Q_c d)_i / Q_ii:
+
+    p(e_i|z_j, j≠i) = Σ_c w_ci N( (z_i - r)/√α, (1/Q_ii - σ²)/α ),
+    log w_ci = log w_c + ½ log|Q_c| - ½ d'Q_c d - log N(r; 0, 1/Q_ii) + const.
+
+z_i cancels from all of it: whatever is made of this law for dimension i is independent of ε_i, for
+any symmetric Q. S_c is free in the first principal components of the data and one number beyond.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+RANK = 64  # principal components in which the covariances are free
+COMPONENTS = 10  # at most; each needs as many examples as there are principal components
+FLOOR = 0.02  # of the mean variance of a component, in every direction
+NOISES = (-4.0, -1.0, 2.0)  # γ at which `features` look
+
+
+class Clusters:
+    """The mixture that fits embedded examples, by scikit-learn's EM.
+
+    Args:
+        e: embedded examples, flat, shape (N, D), D at most a thousand or so.
+    """
+
+    def __init__(self, e: Tensor) -> None:
+        mean, centred = e.mean(0), e - e.mean(0)
+        spread, axes = torch.linalg.eigh(centred.T @ centred / len(e))
+        rank = min(RANK, e.shape[1])
+        axes, beyond = axes[:, -rank:], spread[:-rank].clamp(min=0)
+        floor = FLOOR * spread.clamp(min=0).mean() + 1e-12
+        #: w_c (C,), μ_c (C, D), and S_c as orthonormal vectors (C, D, R) with variances (C, R), ..
+        self.log_weight, means, covariances = _fit(centred @ axes, floor.item())
+        self.variance, vectors = torch.linalg.eigh(covariances)
+        self.mean, self.vectors = mean + means @ axes.T, axes @ vectors
+        #: .. and one variance in the directions beyond
+        self.beyond = (beyond.mean() if len(beyond) else torch.zeros_like(floor)).maximum(floor)
+
+    def _precision(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of p(z|c) along the vectors, (B, C, R), and beyond, (B, 1, 1)."""
+        alpha = alpha[:, None, None]
+        noise = 1 - alpha
+        return 1 / (alpha * self.variance + noise), 1 / (alpha * self.beyond + noise)
+
+    def _given_others(self, z: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log p(z), (B,), and log w_ci, mean and variance of e_i given the others, (B, C, D)."""
+        along, beyond = self._precision(alpha)
+        root = alpha.sqrt()[:, None, None]
+        d = z[:, None] - root * self.mean
+        part = (torch.einsum("bcd,cdr->bcr", d, self.vectors)) * (along - beyond)
+        q_d = torch.einsum("bcr,cdr->bcd", part, self.vectors) + beyond * d
+        q_ii = torch.einsum("bcr,cdr->bcd", along - beyond, self.vectors.square()) + beyond
+        rest = d.shape[-1] - along.shape[-1]
+        log_det = along.log().sum(-1) + rest * beyond.log()[..., 0]
+        log_p = self.log_weight + (log_det - (q_d * d).sum(-1)) / 2
+        r = q_d / q_ii
+        log_w = log_p[..., None] + (r.square() * q_ii - q_ii.log()) / 2
+        variance = (1 / q_ii - 1 + alpha[:, None, None]) / alpha[:, None, None]
+        constant = d.shape[-1] / 2 * math.log(2 * math.pi)
+        return (
+            log_p.logsumexp(-1) - constant,
+            log_w.log_softmax(1),
+            (z[:, None] - r) / root,
+            variance.clamp(min=1e-6 * self.beyond),
+        )
+
+    def odds(self, z: Tensor, alpha: Tensor, values: Tensor) -> Tensor:
+        """log p(e_i = v_k|z_j, j≠i) - log p(e_i = v_k), how the others change it; (B, D, K).
+
+        Args:
+            z: shape (B, D).
+            alpha: shape (B,).
+            values: v_1..v_K, shape (K,).
+        """
+        _, log_w, mean, variance = self._given_others(z, alpha)
+        own = torch.einsum("cdr,cr->cd", self.vectors.square(), self.variance - self.beyond)
+        alone = _mixed(self.log_weight[:, None], self.mean, own + self.beyond, values)
+        return _mixed(log_w, mean, variance, values) - alone
+
+    def features(self, e: Tensor) -> Tensor:
+        """-log p(z) and -Σ_i log p(e_i|z_j, j≠i) at z = √α e for a few α; (B, 2 len(NOISES))."""
+        columns = []
+        for gamma in NOISES:
+            alpha = torch.full_like(e[:, 0], -gamma).sigmoid()
+            log_p, log_w, mean, variance = self._given_others(alpha.sqrt()[:, None] * e, alpha)
+            each = log_w - ((e[:, None] - mean).square() / variance + variance.log()) / 2
+            columns += [-log_p, -each.logsumexp(1).sum(1)]
+        return torch.stack(columns, 1)
+
+
+def _mixed(log_w: Tensor, mean: Tensor, variance: Tensor, values: Tensor) -> Tensor:
+    """log Σ_c w_c N(v_k; mean, variance), (.., D, K), of numbers (.., C, D); up to a constant."""
+    error = (values - mean[..., None]).square() / variance[..., None]
+    return ((log_w - variance.log() / 2)[..., None] - error / 2).logsumexp(-3)
+
+
+def _fit(e: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log w_c, means (C, R) and covariances (C, R, R)."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    count = max(1, min(COMPONENTS, len(e) // e.shape[1]))
+    mixture = GaussianMixture(count, reg_covar=floor, max_iter=50, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # any mixture will do
+        mixture.fit(e.cpu().numpy())
+    found = mixture.weights_, mixture.means_, mixture.covariances_
+    weights, means, covariances = (torch.as_tensor(v).to(e) for v in found)
+    return weights.log(), means, covariances
