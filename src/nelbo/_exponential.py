@@ -55,17 +55,18 @@ def _parts(c: Tensor, f: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 class _Part:
-    """The logits of a part to the base of 2, shape (b·d, K), and how far z is from each level."""
+    """The logits of a part to the base of 2, (b, d, K), and how far z is from each level."""
 
     def __init__(self, part: tuple[slice, slice], *parameters: Tensor) -> None:
         c, f2, h2, v, z, a, p = parameters
         examples, dims = part
-        self.c = c[part].flatten(0, 1)
-        self.logits = self.c @ f2
-        self.each = self.logits.view(*c[part].shape[:2], -1)
-        self.each += h2 if len(h2) == 1 else h2[dims]
+        self.c = c[part]
+        h2 = h2 if len(h2) == 1 else h2[dims]
+        self.logits = torch.baddbmm(h2, self.c, f2.expand(len(self.c), -1, -1))
+        self.root = (p[examples, None] / (2 * LOG_2)).sqrt()
         self.away = z[part][..., None] - (a[examples, None] * v)[:, None]
-        self.each -= self.away.square().mul_((p[examples] / (2 * LOG_2))[:, None, None])
+        self.away *= self.root[..., None]
+        self.logits.addcmul_(self.away, self.away, value=-1)
 
 
 class _MeanAndNorm(torch.autograd.Function):
@@ -77,10 +78,10 @@ class _MeanAndNorm(torch.autograd.Function):
         one_and_v = torch.stack([torch.ones_like(v), v], 1)
         for part in _parts(c, f):
             logits = _Part(part, c, f / LOG_2, h / LOG_2, v, z, a, p).logits
-            most = logits.amax(1, keepdim=True)
-            sums = logits.sub_(most).exp2_() @ one_and_v
-            mean[part] = (sums[:, 1] / sums[:, 0]).view_as(mean[part])
-            norm[part] = (LOG_2 * (sums[:, 0].log2() + most[:, 0])).view_as(norm[part])
+            most = logits.amax(-1)
+            sums = logits.sub_(most[..., None]).exp2_() @ one_and_v
+            mean[part] = sums[..., 1] / sums[..., 0]
+            norm[part] = LOG_2 * (sums[..., 0].log2() + most)
         ctx.save_for_backward(c, f, h, v, z, a, p, mean, norm)
         return mean, norm
 
@@ -93,17 +94,19 @@ class _MeanAndNorm(torch.autograd.Function):
         base = of_norm - of_mean * mean
         for part in _parts(c, f):
             some, (examples, dims) = _Part(part, c, f / LOG_2, h / LOG_2, v, z, a, p), part
-            w = some.logits.sub_(norm[part].reshape(-1, 1) / LOG_2).exp2_()
-            w *= torch.addmm(base[part].reshape(-1, 1), of_mean[part].reshape(-1, 1), v[None])
-            of_c[part] = (w @ f.T).view_as(of_c[part])
-            of_f.addmm_(some.c.T, w)
+            w = some.logits.sub_((norm[part] / LOG_2)[..., None]).exp2_()
+            w *= torch.addcmul(base[part][..., None], of_mean[part][..., None], v)
+            of_c[part] = w @ f.T
+            of_f.addmm_(some.c.flatten(0, 1).T, w.flatten(0, 1))
             if len(h) == 1:
-                of_h += some.each.sum((0, 1))
+                of_h += w.sum((0, 1))
             else:
-                of_h[dims] += some.each.sum(0)
+                of_h[dims] += w.sum(0)
             if any(ctx.needs_input_grad[4:]):
-                wide = some.each * some.away
-                of_z[part] = -p[examples, None] * wide.sum(-1)
-                of_a[examples] += p[examples] * (wide @ v).sum(1)
-                of_p[examples] -= 0.5 * (wide * some.away).sum((1, 2))
+                w *= some.away  # root (z - a v), root² = p/2 log 2
+                sum_0, sum_v = w.sum(-1), w @ v
+                scale = 2 * LOG_2 * some.root
+                of_z[part] = -scale * sum_0
+                of_a[examples] += (scale * sum_v).sum(1)
+                of_p[examples] -= 0.5 / some.root[:, 0] * (z[part] * sum_0 - a[examples, None] * sum_v).sum(1)
         return of_c, of_f, of_h, None, of_z, of_a, of_p

@@ -29,7 +29,7 @@ from nelbo.objective import Objective
 from nelbo.optimise import batch_indices, learning_rate, parameter_groups, warmed_ema
 from nelbo.process import Affine
 
-VALIDATION_EXAMPLES = 1000  # at most, so that validation stays a small part of the time
+VALIDATION = (1000, 2**18)  # examples at most, and numbers: a small part of the time
 
 
 @dataclass
@@ -154,7 +154,8 @@ class Learner:
         Raises:
             ValueError: the bound became non-finite.
         """
-        x = self.dataset.splits["validation"][:VALIDATION_EXAMPLES]
+        examples = min(VALIDATION[0], max(100, VALIDATION[1] // self.model.dims))
+        x = self.dataset.splits["validation"][:examples]
         average = self.average
         grid, start = self.config.grid, average.process.schedule.start
         times: Times = Grid(grid) if grid else Continuum(start)
