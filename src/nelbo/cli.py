@@ -147,6 +147,7 @@ def train(
     size: int | None = None,
     schema: Path | None = None,
     condition: Annotated[list[str] | None, Parameter(negative="")] = None,
+    minutes: float | None = None,
     device: str = "cpu",
     options: TrainOptions | None = None,
 ) -> None:
@@ -184,6 +185,9 @@ def train(
         Name of a label of the data, such as class for the sub-folders of a folder of images; may
         be repeated. The model is then one of P(x|class): evaluate states its bound, given the
         labels of the data, and sample takes the labels wanted.
+    minutes
+        About how long to train, in place of --steps: as many steps as fit by the time of a few.
+        The run keeps their number, so that it is continued exactly.
     device
         Where to train, such as cpu or cuda.
     options
@@ -212,6 +216,7 @@ def train(
             "--size": size,
             "--schema": schema,
             "--condition": condition,
+            "--minutes": minutes,
         }
         others = [name for name, value in asked.items() if value is not None]
         others += [f"--{name.replace('_', '-')}" for name in given if name != "steps"]
@@ -241,6 +246,7 @@ def train(
                 size=size,
                 schema=schema,
                 condition=condition or (),
+                minutes=minutes,
                 device=device,
                 progress=True,
                 **given,

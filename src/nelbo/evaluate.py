@@ -182,6 +182,7 @@ def evaluate(
     calls: int | None = None,
     target_error: float | None = None,
     per_example: bool = False,
+    variates: bool = True,
     seed: int = 0,
     weights: str = "as given",
     split: str = "as given",
@@ -198,6 +199,8 @@ def evaluate(
             of the result.
         per_example: more replicates of fewer draws, so that each example's own standard error
             has seven degrees of freedom.
+        variates: take off each cost what is known of it without the network. That is arithmetic
+            of all levels: of 256 of them it takes longer than a call of a small network.
         seed: everything random follows from it.
         weights: which weights these are, for the record.
         split: which data these are, for the record.
@@ -222,7 +225,7 @@ def evaluate(
     with measuring(model), counting(model.network) as calls_made:
         with seeded(seed, 0):
             target = None if target_error is None else target_error / scale
-            controls, allocation, way = _learn(cells, model, x, way, target)
+            controls, allocation, way = _learn(cells, model, x, way, target, variates)
         piloted = calls_made.forward
         turn, prior, costs = 0, torch.empty(0), torch.empty(len(x), 0, cells.count)
         while True:
@@ -283,7 +286,7 @@ def _mine(examples: int, block: int) -> range:
 
 
 def _learn(
-    cells: Cells, model: Model, x: Tensor, way: Plan, target: float | None
+    cells: Cells, model: Model, x: Tensor, way: Plan, target: float | None, variates: bool
 ) -> tuple[Controls, Allocation, Plan]:
     """The pilot of a plan; for a target in nats, as large as the calls that it foresees allow."""
     if not way.pilot:
@@ -291,7 +294,9 @@ def _learn(
         nothing = Nothing(model, cells.edges)
         return nothing, even(cells, nothing, 1, 1 / (way.draws * way.replicates)), way
     scores = SCORES[1] if way.pilot >= SCORES[0] else 0
-    controls = Controls(model, x, cells.edges, scores)
+    controls = (
+        Controls(model, x, cells.edges, scores) if variates else Nothing(model, cells.edges)
+    )
     allocation = pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
     if target is None:
         return controls, allocation, way
@@ -299,7 +304,8 @@ def _learn(
     draws = max(1, math.ceil(FIRST * calls / way.replicates)) if math.isfinite(calls) else 1
     rows = _pilot_rows(len(x) * calls, cells.count)
     way = replace(way, draws=draws, pilot=rows)
-    return _learn(cells, model, x, way, None) if rows > 2 * LEAST else (controls, allocation, way)
+    more = rows > 2 * LEAST
+    return _learn(cells, model, x, way, None, variates) if more else (controls, allocation, way)
 
 
 def _next_round(way: Plan, error: float, target: float, replicates: int) -> Plan:

@@ -17,7 +17,7 @@ from nelbo._numerics import LOG_2, derive_seed, seeded
 from nelbo.augment import augment
 from nelbo.build import LAWS, OBJECTIVES, build
 from nelbo.condition import drop, encode, given_labels
-from nelbo.config import ModelConfig, TrainConfig
+from nelbo.config import MANY_LEVELS, ModelConfig, TrainConfig
 from nelbo.data import Dataset, as_examples
 from nelbo.data.rows import Ahead, Rows
 from nelbo.estimate import Continuum, Grid, Times
@@ -162,7 +162,8 @@ class Learner:
         seed = derive_seed(self.config.seed, 3)
         measure_errors(self.of(average, "train"), self.dataset.splits["train"], seed)
         model = self.of(average, "validation").at(slice(len(x)))
-        result = evaluate(model, x, times=times, calls=max(8, 2 * len(grid)), seed=seed)
+        calls, few = max(8, 2 * len(grid)), (self.dataset.schema.levels or 0) <= MANY_LEVELS
+        result = evaluate(model, x, times=times, calls=calls, variates=few, seed=seed)
         if not math.isfinite(result.nats):
             raise ValueError(self._failed(f"the validation bound became {result.nats}"))
         better = result.nats < self.at.best
