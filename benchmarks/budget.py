@@ -22,7 +22,9 @@ from nelbo.train import VALIDATIONS, pace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("--minutes", type=float, default=30.0, help="of CPU time, for training")
     parser.add_argument("--out", type=Path, default=Path("runs/budget"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from nelbo import checkpoint, learner
+from nelbo import checkpoint, data, learner
 from nelbo.build import build
 from nelbo.config import TrainConfig, configure
 from nelbo.data import Schema
@@ -89,6 +89,33 @@ def test_more_steps_than_planned(trained, tmp_path):
     longer = training.resume(run, steps=6)
     assert [event["step"] for event in longer.metrics] == [2, 4, 6]
     assert longer.config.train.steps == 6
+
+
+def test_minutes_are_steps_by_the_time_of_some(tmp_path, monkeypatch):
+    """With a clock that ticks at each step, validations being free, they are budget over tick;
+    the run knows their number, so it is resumed like any."""
+    ticks = [0.0]
+    step = learner.Learner.step
+
+    def ticking(self):
+        ticks[0] += 2.0
+        step(self)
+
+    monkeypatch.setattr(learner.Learner, "step", ticking)
+    dataset = data.load("digits")
+    sizes = {k: v for k, v in TINY.items() if k not in ("steps", "evaluate_every")}
+    preset = configure(dataset.schema, 1000, **sizes)
+    steps = training.pace(*preset, dataset, 100.0, clock=lambda: ticks[0])
+    assert steps == (100 - 3 * 2) // 2
+    with pytest.raises(ValueError, match=r"0\.1 minutes are too few: a step takes 2 seconds"):
+        training.pace(*preset, dataset, 6.0, clock=lambda: ticks[0])
+    with pytest.raises(ValueError, match="minutes must be positive; got -1"):
+        training.pace(*preset, dataset, -60.0)
+    with pytest.raises(ValueError, match="give one of them"):
+        training.train("digits", tmp_path / "run", minutes=1, steps=4)
+    monkeypatch.setattr(training, "pace", lambda *_: 4)
+    run = training.train("digits", tmp_path / "run", minutes=1, **sizes)
+    assert (run.config.train.steps, run.config.train.evaluate_every) == (4, 1)
 
 
 def test_seeds(trained, tmp_path):

@@ -18,7 +18,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 from nelbo._numerics import LOG_2
 
@@ -71,8 +71,15 @@ class _Part:
 
 class _MeanAndNorm(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, c: Tensor, f: Tensor, h: Tensor, v: Tensor, z: Tensor, a: Tensor, p: Tensor
+    def forward(
+        ctx: FunctionCtx,
+        c: Tensor,
+        f: Tensor,
+        h: Tensor,
+        v: Tensor,
+        z: Tensor,
+        a: Tensor,
+        p: Tensor,
     ) -> tuple[Tensor, Tensor]:
         mean, norm = torch.empty_like(z), torch.empty_like(z)
         one_and_v = torch.stack([torch.ones_like(v), v], 1)
@@ -87,7 +94,9 @@ class _MeanAndNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_mean: Tensor, of_norm: Tensor):  # type: ignore[no-untyped-def]
+    def backward(
+        ctx: BackwardCFunction, of_mean: Tensor, of_norm: Tensor
+    ) -> tuple[Tensor | None, ...]:
         c, f, h, v, z, a, p, mean, norm = ctx.saved_tensors
         of_c, of_z = torch.empty_like(c), torch.zeros_like(z)
         of_f, of_h, of_a, of_p = (torch.zeros_like(x) for x in (f, h, a, p))
@@ -108,5 +117,7 @@ class _MeanAndNorm(torch.autograd.Function):
                 scale = 2 * LOG_2 * some.root
                 of_z[part] = -scale * sum_0
                 of_a[examples] += (scale * sum_v).sum(1)
-                of_p[examples] -= 0.5 / some.root[:, 0] * (z[part] * sum_0 - a[examples, None] * sum_v).sum(1)
+                of_p[examples] -= (
+                    0.5 / some.root[:, 0] * (z[part] * sum_0 - a[examples, None] * sum_v).sum(1)
+                )
         return of_c, of_f, of_h, None, of_z, of_a, of_p

@@ -294,9 +294,7 @@ def _learn(
         nothing = Nothing(model, cells.edges)
         return nothing, even(cells, nothing, 1, 1 / (way.draws * way.replicates)), way
     scores = SCORES[1] if way.pilot >= SCORES[0] else 0
-    controls = (
-        Controls(model, x, cells.edges, scores) if variates else Nothing(model, cells.edges)
-    )
+    controls = Controls(model, x, cells.edges, scores) if variates else Nothing(model, cells.edges)
     allocation = pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
     if target is None:
         return controls, allocation, way
