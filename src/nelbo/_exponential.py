@@ -97,7 +97,8 @@ class _MeanAndNorm(torch.autograd.Function):
     def backward(
         ctx: BackwardCFunction, of_mean: Tensor, of_norm: Tensor
     ) -> tuple[Tensor | None, ...]:
-        c, f, h, v, z, a, p, mean, norm = ctx.saved_tensors
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        c, f, h, v, z, a, p, mean, norm = saved
         of_c, of_z = torch.empty_like(c), torch.zeros_like(z)
         of_f, of_h, of_a, of_p = (torch.zeros_like(x) for x in (f, h, a, p))
         base = of_norm - of_mean * mean
