@@ -85,6 +85,9 @@ class TrainOptions:
         Reverse step P(z_s|z_t): what a bound or sample in few steps uses.
     decoder
         P(x|z_1).
+    optimizer
+        adamw; or muon, whose steps of hidden matrices are orthogonal: large images and text learn
+        in fewer.
     objective
         The bound, or a re-weighting of its diffusion term.
     times
@@ -122,6 +125,7 @@ class TrainOptions:
     head: Annotated[config.Head | None, _preset("head")] = None
     step: Annotated[config.Step | None, _preset("step")] = None
     decoder: Annotated[config.Decoder | None, _preset("decoder")] = None
+    optimizer: Annotated[config.Optimizer | None, _preset("optimizer")] = None
     objective: Annotated[config.Objective | None, _preset("objective")] = None
     times: Annotated[config.Times | None, _preset("times")] = None
     cross_entropy: Annotated[float | None, _preset("cross_entropy")] = None

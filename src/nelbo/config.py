@@ -21,6 +21,7 @@ Decoder = Literal[
 Network = Literal["conv", "unet", "mlp", "transformer", "table"]
 Objective = Literal["bound", "simple", "min-snr", "p2"]
 Times = Literal["stratified", "importance", "iid"]
+Optimizer = Literal["adamw", "muon"]
 Preset = Literal["auto", "best"]
 
 
@@ -106,6 +107,7 @@ class TrainConfig(Section):
     weight_decay: float = 0.1
     clip: float = 5.0
     ema: float = 0.999
+    optimizer: Optimizer = "adamw"
     objective: Objective = "bound"
     times: Times = "importance"
     cross_entropy: float = 0.1
@@ -198,6 +200,7 @@ def configure(
     if network == "transformer" or large:
         # an example is dear: many small steps, few validations
         train = replace(train, steps=10_000, batch=16, lr=3e-3, evaluate_every=1000)
+        train = replace(train, optimizer="muon")
     if network == "unet":
         dropout = model.dropout if examples <= MANY_EXAMPLES else 0.0
         model = replace(model, network="unet", depth=1, dropout=dropout)

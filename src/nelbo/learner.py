@@ -26,7 +26,7 @@ from nelbo.few_steps import FewSteps
 from nelbo.grids import measure_errors
 from nelbo.model import Model, find_device
 from nelbo.objective import Objective
-from nelbo.optimise import batch_indices, learning_rate, parameter_groups, warmed_ema
+from nelbo.optimise import batch_indices, learning_rate, optimizer, warmed_ema
 from nelbo.process import Affine
 
 VALIDATION = (1000, 2**18)  # examples at most, and numbers: a small part of the time
@@ -83,9 +83,7 @@ class Learner:
             else Objective(OBJECTIVES[t.objective], t.cross_entropy, start=start)
         )
         self.law = LAWS[t.times]()
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(built, t.weight_decay), lr=t.lr, betas=(0.9, 0.99)
-        )
+        self.optimizer = optimizer(built, t)
         self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
 
     @property
