@@ -304,6 +304,7 @@ def evaluate(
     grid: Literal["best", "uniform"] = "best",
     calls: int | None = None,
     target_error: float | None = None,
+    variates: bool = True,
     importance_samples: int | None = None,
     ode: bool = False,
     dequantise: Literal["encoder", "truncated-normal", "uniform"] = "encoder",
@@ -335,6 +336,9 @@ def evaluate(
         Network calls per example, at most, the pilot's included; 24 where left out.
     target_error
         In place of --calls: the Monte Carlo standard error to reach, in the unit of the result.
+    variates
+        Take off each draw what is known of it without the network. Without is quicker for many
+        levels and a small network, and then more calls may pay.
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     ode
@@ -397,7 +401,7 @@ def evaluate(
             find = partial(evaluate_importance, times=times, samples=importance_samples)
         else:
             find = partial(bound, times=times, calls=calls, target_error=target_error)
-            find = partial(find, per_example=save is not None)
+            find = partial(find, per_example=save is not None, variates=variates)
         result = find(model, x, seed=seed, weights=weights, split=split, track=track)
         if rank == 0:
             if save is not None:
