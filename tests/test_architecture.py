@@ -10,6 +10,7 @@ import nelbo
 SOURCE = Path(nelbo.__file__).parent
 ORDER = (
     "_numerics",
+    "_exponential",
     "_progress",
     "_interrupt",
     "_processes",

@@ -53,6 +53,19 @@ def test_evaluate_json(trained, capsys):
     assert json.loads(capsys.readouterr().out) == result
 
 
+def test_evaluate_without_variates(trained, capsys):
+    """Another estimate of the same bound, at no more calls."""
+    found = []
+    for option in ("--variates", "--no-variates"):
+        run_ok("evaluate", trained, "--json", "--calls", 8, option)
+        found.append(json.loads(capsys.readouterr().out))
+    errors = [each["standard_error"]["monte_carlo"] for each in found]
+    difference = found[0]["bits_per_dim"] - found[1]["bits_per_dim"]
+    assert 0 < abs(difference) < 5 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+    assert errors[0] < errors[1]
+    assert found[0]["calls_per_example"] == found[1]["calls_per_example"]
+
+
 def test_evaluate_to_a_target_error_and_save(trained, tmp_path, capsys):
     """The error asked for is reached, and the file holds the terms of each example."""
     file = tmp_path / "scores.npz"

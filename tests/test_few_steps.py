@@ -87,7 +87,7 @@ def _few_examples(trained):
     """What is measured on the way may be rough here; not what others' run was made with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grids, "EXAMPLES", 16)
-        patch.setattr(learner, "VALIDATION_EXAMPLES", 16)
+        patch.setattr(learner, "VALIDATION", (16, 2**18))
         yield
 
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from nelbo import heads
+from nelbo import _exponential
+from nelbo._exponential import mean_and_norm
 from nelbo._numerics import constant, seeded
 from nelbo.heads import (
     Data,
@@ -17,6 +18,7 @@ from nelbo.heads import (
     Velocity,
     WithVariance,
 )
+from nelbo.likelihood import LevelHead
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
 from nelbo.reverse import Beta, Learned, Mixture, Posterior
 from nelbo.schedules import LearnedMonotone, Linear, PowerAlpha, Schedule
@@ -158,18 +160,53 @@ def test_levels_in_parts_are_the_levels(monkeypatch):
     x = torch.randint(5, SHAPE)
     found = []
     for part in (2**20, 1):
-        monkeypatch.setattr(heads, "PART", part)
+        monkeypatch.setattr(_exponential, "PART", {"cpu": part})
         output = output.detach().requires_grad_()
         with constant(schedule.interior()):
             z = process.marginal(process.embed(x), T).base_dist
             prediction = head(output.double(), z.loc + z.scale * noise, T, process)
-        loss = prediction.e_hat.sum() + prediction.log_probs.gather(-1, x[..., None]).sum()
+        loss = prediction.e_hat.sum() + prediction.log_prob(x).sum()
         loss.backward()
         grads = output.grad, head.curves.grad, head.log_prior.grad, schedule.ends.grad
         found.append([loss.detach(), prediction.log_probs.detach(), *(g.clone() for g in grads)])
         head.zero_grad(), schedule.zero_grad()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("part", "shared"), [(1, False), (2**20, False), (2**20, True)])
+def test_gradients_of_the_law_of_levels(monkeypatch, part, shared):
+    """Of mean and log-norm in all that they depend on, by finite differences: autograd knows
+    neither, for their probabilities are not kept."""
+    monkeypatch.setattr(_exponential, "PART", {"cpu": part})
+    shapes = (2, 3, 4), (4, 5), (1 if shared else 3, 5), (2, 3), (2,), (2,)
+    c, f, h, z, a, p = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    v = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    logits = c @ f + h - p.exp()[:, None, None] / 2 * (z[..., None] - a[:, None, None] * v) ** 2
+    mean, norm = mean_and_norm(c, f, h, v, z, a, p.exp())
+    torch.testing.assert_close(norm, logits.logsumexp(-1))
+    torch.testing.assert_close(mean, logits.softmax(-1) @ v)
+    inputs = c, f, h, z, a, p
+    assert torch.autograd.gradcheck(
+        lambda c, f, h, z, a, p: mean_and_norm(c, f, h, v, z, a, p.exp()), inputs
+    )
+
+
+def test_the_probability_of_one_level_needs_no_table():
+    """... it is what the table of all levels says, also of a choice of dimensions."""
+    process = Gaussian(Linear(-9.0, 5.0), Levels(17))
+    x, z = torch.randint(17, SHAPE), torch.randn(SHAPE, dtype=torch.float64)
+    for shape in ((), SHAPE[1:]):
+        head = LevelCurves(process.embedding.values, shape, 6)
+        head.log_prior.data = torch.randn(*shape, 17)
+        found = head(torch.randn(*SHAPE, 6, dtype=torch.float64), z, T, process)
+        each = found.log_prob(x)
+        torch.testing.assert_close(each, found.log_probs.gather(-1, x[..., None])[..., 0])
+        first = found.map(lambda v: v[:, 0])
+        torch.testing.assert_close(first.log_prob(x[:, 0]), each[:, 0])
+        law = LevelHead()(found, z, T, process)
+        torch.testing.assert_close(law.log_prob(x), each.sum((1, 2, 3)))
+        torch.testing.assert_close(law.log_prob(torch.stack([x, x]))[1], each.sum((1, 2, 3)))
 
 
 def test_too_few_curves_are_refused():

@@ -157,7 +157,8 @@ class TestTransformer(NetworkContract):
         """Without places, a permutation of the dimensions is one of the outputs."""
         network.eval()
         network.position.data.zero_()
-        network.first.weight.data[..., [0, 1, 2, 4, 5, 6]] = 0  # no neighbours
+        for convolution in (network.first, *(block.beside for block in network.blocks)):
+            convolution.weight.data[..., [0, 1, 2, 4, 5, 6]] = 0  # no neighbours
         network.turn = _turns(1, 32)
         features, level = inputs
         dims = features.unflatten(1, (3, 2)).transpose(1, 2).flatten(2)
@@ -179,8 +180,8 @@ class TestTransformerOfVectors(NetworkContract):
 
 def test_rotated_products_depend_on_the_distance_only():
     turn = _turns(9, 32)
-    q, k = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 1, 9, 32)
-    product = (_rotate(q, turn) @ _rotate(k, turn).mT)[0, 0]
+    q, k = _rotate(torch.randn(1, 1, 2, 1, 32).expand(1, 9, 2, 1, 32), turn)[0, :, :, 0].unbind(1)
+    product = q @ k.T
     for distance in range(-8, 9):
         same = product.diagonal(distance)
         torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-4, atol=1e-4)

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 
-from nelbo import checkpoint, learner
+from nelbo import checkpoint, data, learner
 from nelbo.build import build
 from nelbo.config import TrainConfig, configure
 from nelbo.data import Schema
 from nelbo.estimate import Continuum, Grid
 from nelbo.evaluate import evaluate
+from nelbo.optimise import Muon, parameter_groups
 
 # `nelbo.train` is the function; this is its module.
 training = importlib.import_module("nelbo.train")
@@ -89,6 +91,33 @@ def test_more_steps_than_planned(trained, tmp_path):
     longer = training.resume(run, steps=6)
     assert [event["step"] for event in longer.metrics] == [2, 4, 6]
     assert longer.config.train.steps == 6
+
+
+def test_minutes_are_steps_by_the_time_of_some(tmp_path, monkeypatch):
+    """With a clock that ticks at each step, validations being free, they are budget over tick;
+    the run knows their number, so it is resumed like any."""
+    ticks = [0.0]
+    step = learner.Learner.step
+
+    def ticking(self):
+        ticks[0] += 2.0
+        step(self)
+
+    monkeypatch.setattr(learner.Learner, "step", ticking)
+    dataset = data.load("digits")
+    sizes = {k: v for k, v in TINY.items() if k not in ("steps", "evaluate_every")}
+    preset = configure(dataset.schema, 1000, **sizes)
+    steps = training.pace(*preset, dataset, 100.0, clock=lambda: ticks[0])
+    assert steps == (100 - 3 * 2) // 2
+    with pytest.raises(ValueError, match=r"0\.1 minutes are too few: a step takes 2 seconds"):
+        training.pace(*preset, dataset, 6.0, clock=lambda: ticks[0])
+    with pytest.raises(ValueError, match="minutes must be positive; got -1"):
+        training.pace(*preset, dataset, -60.0)
+    with pytest.raises(ValueError, match="give one of them"):
+        training.train("digits", tmp_path / "run", minutes=1, steps=4)
+    monkeypatch.setattr(training, "pace", lambda *_: 4)
+    run = training.train("digits", tmp_path / "run", minutes=1, **sizes)
+    assert (run.config.train.steps, run.config.train.evaluate_every) == (4, 1)
 
 
 def test_seeds(trained, tmp_path):
@@ -167,13 +196,64 @@ def test_weight_decay_leaves_all_but_matrices_alone():
     schema = Schema("levels", (1, 8, 8), 17)
     model, _ = configure(schema, 1000, schedule="learned-ends")
     built = build(model, schema)
-    decay, rest = learner.parameter_groups(built, 0.1)
-    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0
-    assert all(p.ndim in (2, 4) for p in decay["params"])
+    hidden, outer, rest = parameter_groups(built, 0.1)
+    assert [g["weight_decay"] for g in (hidden, outer, rest)] == [0.1, 0.1, 0]
+    assert all(p.ndim in (2, 4) for p in (*hidden["params"], *outer["params"]))
     spared = {id(p) for p in rest["params"]}
     for part in (built.process, built.head, built.decoder):
         assert {id(p) for p in part.parameters()} <= spared
-    assert len(spared) + len(decay["params"]) == len(list(built.parameters()))
+    sizes = [len(g["params"]) for g in (hidden, outer)]
+    assert len(spared) + sum(sizes) == len(list(built.parameters()))
+    blocks = [m for m in built.network.blocks.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    scales = [m for n, m in built.network.blocks.named_modules() if n.endswith("scale_shift")]
+    assert sizes[0] == len(blocks) - len(scales) and sizes[1] == len(scales) + 5
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 2, 3, 3)])
+def test_a_step_of_muon_is_orthogonal(shape):
+    """A matrix decays and moves by 0.4 √max(m, n) of about UVᵀ of gradient and momentum, whatever
+    their size; a vector of the other groups is AdamW's."""
+    start, vector = torch.randn(shape), torch.randn(3)
+    m, v, w = (nn.Parameter(x.clone()) for x in (start, vector, vector))
+    groups = [{"params": [m], "weight_decay": 0.1}, {"params": [v], "weight_decay": 0.0}]
+    muon = Muon(groups, lr=0.01, betas=(0.9, 0.99))
+    adamw = torch.optim.AdamW([w], lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
+    matrix = (shape[0], start[0].numel())
+    momentum = torch.zeros(shape)
+    for _ in range(2):
+        before = m.detach().clone()
+        m.grad, v.grad = 1e-3 * torch.randn(shape), torch.randn(3)
+        w.grad = v.grad.clone()
+        momentum = 0.95 * momentum + m.grad
+        u, s, vt = torch.linalg.svd(
+            (m.grad + 0.95 * momentum).reshape(matrix), full_matrices=False
+        )
+        muon.step(), adamw.step()
+        step = (before * (1 - 0.01 * 0.1) - m.detach()).reshape(matrix)
+        turned = u.T @ step @ vt.T / (0.01 * 0.4 * max(matrix) ** 0.5)
+        off = turned - turned.diagonal().diag()
+        assert off.abs().max() < 1e-3
+        assert (turned.diagonal()[s > 0.1 * s.max()] - 0.95).abs().max() < 0.4
+        torch.testing.assert_close(v, w)
+
+
+def test_a_run_with_muon_is_resumed_exactly(tmp_path):
+    options = TINY | {"optimizer": "muon"}
+    whole = training.train("digits", tmp_path / "whole", **options)
+    assert whole.config.train.optimizer == "muon"
+    step = learner.Learner.step
+
+    def crash(self):
+        if self.at.step == 3:
+            raise RuntimeError("power cut")
+        step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner.Learner, "step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            training.train("digits", tmp_path / "cut", **options)
+    training.resume(tmp_path / "cut")
+    assert_same_run(whole.path, tmp_path / "cut")
 
 
 def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):

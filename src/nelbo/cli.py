@@ -85,6 +85,9 @@ class TrainOptions:
         Reverse step P(z_s|z_t): what a bound or sample in few steps uses.
     decoder
         P(x|z_1).
+    optimizer
+        adamw; or muon, whose steps of hidden matrices are orthogonal: large images and text learn
+        in fewer.
     objective
         The bound, or a re-weighting of its diffusion term.
     times
@@ -122,6 +125,7 @@ class TrainOptions:
     head: Annotated[config.Head | None, _preset("head")] = None
     step: Annotated[config.Step | None, _preset("step")] = None
     decoder: Annotated[config.Decoder | None, _preset("decoder")] = None
+    optimizer: Annotated[config.Optimizer | None, _preset("optimizer")] = None
     objective: Annotated[config.Objective | None, _preset("objective")] = None
     times: Annotated[config.Times | None, _preset("times")] = None
     cross_entropy: Annotated[float | None, _preset("cross_entropy")] = None
@@ -147,6 +151,7 @@ def train(
     size: int | None = None,
     schema: Path | None = None,
     condition: Annotated[list[str] | None, Parameter(negative="")] = None,
+    minutes: float | None = None,
     device: str = "cpu",
     options: TrainOptions | None = None,
 ) -> None:
@@ -184,6 +189,9 @@ def train(
         Name of a label of the data, such as class for the sub-folders of a folder of images; may
         be repeated. The model is then one of P(x|class): evaluate states its bound, given the
         labels of the data, and sample takes the labels wanted.
+    minutes
+        About how long to train, in place of --steps: as many steps as fit by the time of a few.
+        The run keeps their number, so that it is continued exactly.
     device
         Where to train, such as cpu or cuda.
     options
@@ -212,6 +220,7 @@ def train(
             "--size": size,
             "--schema": schema,
             "--condition": condition,
+            "--minutes": minutes,
         }
         others = [name for name, value in asked.items() if value is not None]
         others += [f"--{name.replace('_', '-')}" for name in given if name != "steps"]
@@ -241,6 +250,7 @@ def train(
                 size=size,
                 schema=schema,
                 condition=condition or (),
+                minutes=minutes,
                 device=device,
                 progress=True,
                 **given,
@@ -294,6 +304,7 @@ def evaluate(
     grid: Literal["best", "uniform"] = "best",
     calls: int | None = None,
     target_error: float | None = None,
+    variates: bool = True,
     importance_samples: int | None = None,
     ode: bool = False,
     dequantise: Literal["encoder", "truncated-normal", "uniform"] = "encoder",
@@ -325,6 +336,9 @@ def evaluate(
         Network calls per example, at most, the pilot's included; 24 where left out.
     target_error
         In place of --calls: the Monte Carlo standard error to reach, in the unit of the result.
+    variates
+        Take off each draw what is known of it without the network. Without is quicker for many
+        levels and a small network, and then more calls may pay.
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     ode
@@ -387,7 +401,7 @@ def evaluate(
             find = partial(evaluate_importance, times=times, samples=importance_samples)
         else:
             find = partial(bound, times=times, calls=calls, target_error=target_error)
-            find = partial(find, per_example=save is not None)
+            find = partial(find, per_example=save is not None, variates=variates)
         result = find(model, x, seed=seed, weights=weights, split=split, track=track)
         if rank == 0:
             if save is not None:

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from torch.nn.functional import one_hot
 
 from nelbo.data.layout import Group
-from nelbo.heads import Head, LevelPrediction, Prediction, level_evidence
+from nelbo.heads import Head, LevelPrediction, LevelTable, Prediction, level_evidence
 from nelbo.process import Absorbing, Gaussian, Process
 from nelbo.reverse import Reverse, mixture
 from nelbo.schedules import Schedule
@@ -130,7 +130,7 @@ class LevelContext(Head):
         context = (self.basis.to(output) @ output[..., None])[..., 0] + self.log_prior.to(output)
         logits = context + level_evidence(z, values, t, process)
         log_probs = logits.masked_fill(~self.levels.valid, -torch.inf).log_softmax(-1)
-        return LevelPrediction((log_probs.exp() * values).sum(-1), log_probs)
+        return LevelTable((log_probs.exp() * values).sum(-1), log_probs)
 
 
 def _waves(group: Group) -> Tensor:

@@ -21,10 +21,12 @@ Decoder = Literal[
 Network = Literal["conv", "unet", "mlp", "transformer", "table"]
 Objective = Literal["bound", "simple", "min-snr", "p2"]
 Times = Literal["stratified", "importance", "iid"]
+Optimizer = Literal["adamw", "muon"]
 Preset = Literal["auto", "best"]
 
 
 MANY_LEVELS = 64  # more are a scale, of which a few curves tell as much in less time
+MANY_EXAMPLES = 10_000  # more are not learned by heart in so few steps: no augmentation or dropout
 SMALL = 16  # pixels of the shorter side of a small image
 LEVEL_HEADS = ("levels", "level-curves")  # of which the decoder levels and the step mixture go
 
@@ -105,6 +107,7 @@ class TrainConfig(Section):
     weight_decay: float = 0.1
     clip: float = 5.0
     ema: float = 0.999
+    optimizer: Optimizer = "adamw"
     objective: Objective = "bound"
     times: Times = "importance"
     cross_entropy: float = 0.1
@@ -189,12 +192,18 @@ def configure(
         model = replace(model, step="posterior", decoder="evidence")
         train = replace(train, cross_entropy=0.0)
     image = len(schema.shape) == 3 and min(schema.shape[1:]) >= 4
-    if not image or examples > 10_000:
+    if not image or examples > MANY_EXAMPLES:
         train = replace(train, augment=0.0)
-    network = options.get("network", "conv" if image else "transformer" if text else "mlp")
-    if network == "transformer" or (image and min(schema.shape[1:]) > SMALL):
+    large = image and min(schema.shape[1:]) > SMALL
+    of_image = "unet" if large else "conv"
+    network = options.get("network", of_image if image else "transformer" if text else "mlp")
+    if network == "transformer" or large:
         # an example is dear: many small steps, few validations
         train = replace(train, steps=10_000, batch=16, lr=3e-3, evaluate_every=1000)
+        train = replace(train, optimizer="muon")
+    if network == "unet":
+        dropout = model.dropout if examples <= MANY_EXAMPLES else 0.0
+        model = replace(model, network="unet", depth=1, dropout=dropout)
     if network == "transformer":
         model = replace(model, network="transformer", width=128, depth=4, dropout=0.0)
         train = replace(train, lr=2e-3, augment=0.0)

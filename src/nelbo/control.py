@@ -36,7 +36,7 @@ from torch.distributions import kl_divergence
 from nelbo._numerics import over
 from nelbo.clusters import Clusters
 from nelbo.data import as_examples
-from nelbo.heads import LevelPrediction, Prediction, level_evidence, log_frequencies
+from nelbo.heads import LevelPrediction, LevelTable, Prediction, level_evidence, log_frequencies
 from nelbo.model import Model
 from nelbo.process import Absorbing, Gaussian, Levels
 from nelbo.reverse import Mixture
@@ -196,7 +196,7 @@ class LevelReference:
     ) -> Tensor:
         """KL( q(z_s|z_t,x) ‖ mixture step ) with the noise of the draw, and D(s) - D(t)."""
         process, t, z = _gaussian(model), draw.term.t, draw.z
-        prediction = LevelPrediction(log_probs.exp() @ self.values.to(z), log_probs)
+        prediction = LevelTable(log_probs.exp() @ self.values.to(z), log_probs)
         with _same_noise(draw):
             q = process.posterior(z, model.embed(draw.x), s, t)
             cost = kl_divergence(q, model.step(prediction, z, s, t, process))

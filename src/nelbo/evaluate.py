@@ -182,6 +182,7 @@ def evaluate(
     target_error: float | None = None,
     per_example: bool = False,
     known: Tensor | None = None,
+    variates: bool = True,
     seed: int = 0,
     weights: str = "as given",
     split: str = "as given",
@@ -200,6 +201,8 @@ def evaluate(
             has seven degrees of freedom.
         known: other examples of the same law, such as those trained on. The result is on x, and
             unbiased, whatever they are; control variates that were fitted to more are better.
+        variates: take off each cost what is known of it without the network. To fit that to
+            large images takes longer than some hundred calls of a small network.
         seed: everything random follows from it.
         weights: which weights these are, for the record.
         split: which data these are, for the record.
@@ -224,7 +227,10 @@ def evaluate(
     with measuring(model), counting(model.network) as calls_made:
         with seeded(seed, 0):
             target = None if target_error is None else target_error / scale
-            controls, allocation, way = _learn(cells, model, x, known, way, target)
+            controls: Controls = Nothing(model, cells.edges)
+            if variates and way.pilot:
+                controls = Controls(model, x if known is None else known, cells.edges)
+            allocation, way = _learn(cells, controls, x, way, target)
         piloted = calls_made.forward
         turn, prior, costs = 0, torch.empty(0), torch.empty(len(x), 0, cells.count)
         while True:
@@ -285,26 +291,22 @@ def _mine(examples: int, block: int) -> range:
 
 
 def _learn(
-    cells: Cells, model: Model, x: Tensor, known: Tensor | None, way: Plan, target: float | None
-) -> tuple[Controls, Allocation, Plan]:
+    cells: Cells, controls: Controls, x: Tensor, way: Plan, target: float | None
+) -> tuple[Allocation, Plan]:
     """The pilot of a plan; for a target in nats, as large as the calls that it foresees allow."""
     if not way.pilot:
         # the reconstruction of an example once, if chance will
-        nothing = Nothing(model, cells.edges)
-        return nothing, even(cells, nothing, 1, 1 / (way.draws * way.replicates)), way
-    controls = Controls(model, x if known is None else known, cells.edges)
+        return even(cells, controls, 1, 1 / (way.draws * way.replicates)), way
     allocation = pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
     if target is None:
-        return controls, allocation, way
+        return allocation, way
     calls = allocation.variance.item() / len(x) / target**2
     draws = max(1, math.ceil(FIRST * calls / way.replicates)) if math.isfinite(calls) else 1
     rows = _pilot_rows(len(x) * calls, cells.count)
     way = replace(way, draws=draws, pilot=rows)
-    return (
-        _learn(cells, model, x, known, way, None)
-        if rows > 2 * LEAST
-        else (controls, allocation, way)
-    )
+    if rows <= 2 * LEAST:
+        return allocation, way
+    return _learn(cells, controls, x, way, None)
 
 
 def _next_round(way: Plan, error: float, target: float, replicates: int) -> Plan:

@@ -21,12 +21,11 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import embedding
 
+from nelbo._exponential import mean_and_norm
 from nelbo._numerics import over
 from nelbo.process import Absorbing, Gaussian, Process
-
-PART = 2**24  # numbers of the arithmetic of levels at a time
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,62 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class LevelPrediction(Prediction):
-    """ê as the mean of the probabilities of the levels: log P(x_i = v_k|z_t), (B, ..., K)."""
+class LevelPrediction(Prediction, ABC):
+    """ê as the mean of probabilities of the levels."""
 
-    log_probs: Tensor
+    @property
+    @abstractmethod
+    def log_probs(self) -> Tensor:
+        """log P(x_i = v_k|z_t) of all levels, shape (B, ..., K)."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log P(x_i|z_t) of the level of each dimension, shape of x, that of ê."""
+        return self.log_probs.gather(-1, x[..., None].long())[..., 0]
+
+
+@dataclass(frozen=True)
+class LevelTable(LevelPrediction):
+    """All of the probabilities."""
+
+    table: Tensor
+
+    @property
+    def log_probs(self) -> Tensor:
+        return self.table
+
+
+@dataclass(frozen=True)
+class LevelFamily(LevelPrediction):
+    """log P(x_i = v_k|z_t) = Σ_j c_ij f_j(k) + h_i(k) + log N(z_t; √α_t v_k, 1-α_t) - A_i, made
+    where it is asked for.
+
+    `norm` A as ê; `coefficients` c (B, D, J); `curves` f (J, K); `prior` h (D, K) or (1, K);
+    `evidence` v (K,), z_t (B, D), √α_t (B,) and 1/(1-α_t) (B,).
+    """
+
+    norm: Tensor
+    coefficients: Tensor
+    curves: Tensor
+    prior: Tensor
+    evidence: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    @property
+    def log_probs(self) -> Tensor:
+        values, z, signal, precision = self.evidence
+        logits = self.coefficients @ self.curves + self.prior
+        logits = logits + _evidence(z[..., None], values, signal, precision)
+        return logits.log_softmax(-1).reshape(*self.norm.shape, -1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).long()
+        values, z, signal, precision = self.evidence
+        context = (embedding(x, self.curves.T) * self.coefficients).sum(-1)
+        prior = self.prior[torch.arange(len(self.prior), device=x.device), x]
+        logit = context + prior + _evidence(z, values[x], signal, precision)
+        return logit.view_as(self.norm) - self.norm
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> LevelTable:  # type: ignore[override]
+        return LevelTable(f(self.e_hat), f(self.log_probs))
 
 
 @dataclass(frozen=True)
@@ -151,7 +202,7 @@ class WithVariance(Head):
 
 def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: Process) -> Tensor:
     """log N(z_t; √α_t v_k, 1-α_t) + const for each level k, shape (B, ..., K)."""
-    return _evidence(z, values, *_signal_and_precision(t, process))
+    return _evidence(z[..., None], values.to(z.dtype), *_signal_and_precision(t, process))
 
 
 def _signal_and_precision(t: Tensor, process: Process) -> tuple[Tensor, Tensor]:
@@ -160,8 +211,7 @@ def _signal_and_precision(t: Tensor, process: Process) -> tuple[Tensor, Tensor]:
 
 
 def _evidence(z: Tensor, values: Tensor, signal: Tensor, precision: Tensor) -> Tensor:
-    z = z[..., None]
-    error = z - over(signal, z) * values.to(z.dtype)
+    error = z - over(signal, z) * values
     return error.square() * over(-0.5 * precision, z)
 
 
@@ -215,35 +265,21 @@ class LevelLogits(Logits):
     """
 
     values: Tensor
+    curves: Tensor
 
     def __init__(self, values: Tensor, shape: tuple[int, ...] = ()) -> None:
         super().__init__(len(values), shape)
         self.register_buffer("values", values, persistent=False)
+        self.register_buffer("curves", torch.eye(len(values)), persistent=False)
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
-        whole = (output, z, *_signal_and_precision(t, process))
-        examples = max(1, PART // (z[0].numel() * self.count))
-        if len(z) <= examples:
-            return LevelPrediction(*self._predict(*whole))
-        # B D K numbers, several times over, are the memory of a training step: where they are
-        # many, parts of the batch go one by one, and are computed again for the gradient.
-        parts = [
-            checkpoint(self._predict, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in zip(*(v.split(examples) for v in whole), strict=True)
-        ]
-        return LevelPrediction(*(torch.cat(each) for each in zip(*parts, strict=True)))
-
-    def _predict(
-        self, output: Tensor, z: Tensor, signal: Tensor, precision: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        values = self.values.to(z)
-        context = self.context(output) + self.log_prior.to(output)
-        log_probs = (context + _evidence(z, values, signal, precision)).log_softmax(-1)
-        return log_probs.exp() @ values, log_probs
-
-    def context(self, output: Tensor) -> Tensor:
-        """Logits of the levels without prior and evidence, shape (B, ..., K)."""
-        return output
+        signal, precision = _signal_and_precision(t, process)
+        values, curves = self.values.to(z), self.curves.to(z)
+        prior = self.log_prior.to(z).reshape(-1, self.count)
+        flat = output.reshape(len(z), -1, len(curves))
+        evidence = values, z.flatten(1), signal.to(z), precision.to(z)
+        mean, norm = mean_and_norm(flat, curves, prior, *evidence)
+        return LevelFamily(mean.view_as(z), norm.view_as(z), flat, curves, prior, evidence)
 
 
 class LevelCurves(LevelLogits):
@@ -270,10 +306,8 @@ class LevelCurves(LevelLogits):
         place = torch.linspace(0, curves - 3, len(values))
         bumps = (-0.5 * (place - torch.arange(curves - 2)[:, None]).square()).exp()
         ends = torch.eye(len(values))[[0, -1]]
+        del self.curves
         self.curves = nn.Parameter(torch.cat([bumps, ends]))
-
-    def context(self, output: Tensor) -> Tensor:
-        return output @ self.curves.to(output)
 
 
 class SymbolLogits(Logits):

@@ -17,7 +17,7 @@ from nelbo._numerics import LOG_2, derive_seed, seeded
 from nelbo.augment import augment
 from nelbo.build import LAWS, OBJECTIVES, build
 from nelbo.condition import drop, encode, given_labels
-from nelbo.config import ModelConfig, TrainConfig
+from nelbo.config import MANY_LEVELS, ModelConfig, TrainConfig
 from nelbo.data import Dataset, as_examples
 from nelbo.data.rows import Ahead, Rows
 from nelbo.estimate import Continuum, Grid, Times
@@ -26,10 +26,10 @@ from nelbo.few_steps import FewSteps
 from nelbo.grids import measure_errors
 from nelbo.model import Model, find_device
 from nelbo.objective import Objective
-from nelbo.optimise import batch_indices, learning_rate, parameter_groups, warmed_ema
+from nelbo.optimise import batch_indices, learning_rate, optimizer, warmed_ema
 from nelbo.process import Affine
 
-VALIDATION_EXAMPLES = 1000  # at most, so that validation stays a small part of the time
+VALIDATION = (1000, 2**18)  # examples at most, and numbers: a small part of the time
 
 
 @dataclass
@@ -83,9 +83,7 @@ class Learner:
             else Objective(OBJECTIVES[t.objective], t.cross_entropy, start=start)
         )
         self.law = LAWS[t.times]()
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(built, t.weight_decay), lr=t.lr, betas=(0.9, 0.99)
-        )
+        self.optimizer = optimizer(built, t)
         self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
 
     @property
@@ -154,14 +152,16 @@ class Learner:
         Raises:
             ValueError: the bound became non-finite.
         """
-        x = self.dataset.splits["validation"][:VALIDATION_EXAMPLES]
+        examples = min(VALIDATION[0], max(100, VALIDATION[1] // self.model.dims))
+        x = self.dataset.splits["validation"][:examples]
         average = self.average
         grid, start = self.config.grid, average.process.schedule.start
         times: Times = Grid(grid) if grid else Continuum(start)
         seed = derive_seed(self.config.seed, 3)
         measure_errors(self.of(average, "train"), self.dataset.splits["train"], seed)
         model = self.of(average, "validation").at(slice(len(x)))
-        result = evaluate(model, x, times=times, calls=max(8, 2 * len(grid)), seed=seed)
+        calls, few = max(8, 2 * len(grid)), (self.dataset.schema.levels or 0) <= MANY_LEVELS
+        result = evaluate(model, x, times=times, calls=calls, variates=few, seed=seed)
         if not math.isfinite(result.nats):
             raise ValueError(self._failed(f"the validation bound became {result.nats}"))
         better = result.nats < self.at.best

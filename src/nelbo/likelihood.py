@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Distribution, Independent, Normal
 from torch.nn.functional import logsigmoid
 
 from nelbo._distributions import Discrete, DiscretisedNormal
@@ -31,6 +31,23 @@ class Likelihood(nn.Module, ABC):
         """P(x|z_1) for z = z_1, shape (B, ...), at the first times t, shape (B,)."""
 
 
+class _Predicted(Discrete):
+    """The levels of a prediction; all of their probabilities only where they are asked for."""
+
+    def __init__(self, prediction: LevelPrediction) -> None:
+        self.prediction = prediction
+        Distribution.__init__(self, prediction.e_hat.shape, validate_args=False)
+
+    @property
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        return self.prediction.log_probs
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if value.shape != self.batch_shape:
+            return super().log_prob(value)
+        return self.prediction.log_prob(value)
+
+
 class LevelHead(Likelihood):
     """P(x_i = v_k|z_1) are the level probabilities the network predicts, evidence included."""
 
@@ -39,7 +56,7 @@ class LevelHead(Likelihood):
     ) -> Independent:
         if not isinstance(prediction, LevelPrediction):
             raise TypeError("LevelHead needs a network head that predicts levels: LevelLogits")
-        return per_example(Discrete(prediction.log_probs))
+        return per_example(_Predicted(prediction))
 
 
 class Evidence(Likelihood):

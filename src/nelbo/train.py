@@ -18,12 +18,14 @@ from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2
 from nelbo._progress import progress_bar
 from nelbo.checkpoint import Run, RunConfig
-from nelbo.config import configure
+from nelbo.config import ModelConfig, TrainConfig, configure
 from nelbo.data import Dataset
 from nelbo.evaluate import Evaluation
 from nelbo.learner import Learner, Progress
 from nelbo.model import Model
 from nelbo.optimise import learning_rate
+
+VALIDATIONS = 5  # of a training that is given minutes
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -38,6 +40,7 @@ def train(
     size: int | None = None,
     schema: str | Path | None = None,
     condition: Sequence[str] = (),
+    minutes: float | None = None,
     device: str = "cpu",
     progress: bool = False,
     **options: str | int | float,
@@ -52,6 +55,7 @@ def train(
         size: side to which images are resized.
         schema: a JSON file with the columns of a table, found in its cells where left out.
         condition: names of labels; the model is then one of P(x|labels).
+        minutes: about how long, in place of `steps`: see `pace`.
         device: where to train, such as "cpu" or "cuda".
         progress: show what was found and a progress bar on the error stream.
         options: any field of ModelConfig or TrainConfig, in place of the preset's.
@@ -68,6 +72,12 @@ def train(
     model_config, train_config = configure(
         dataset.schema, len(dataset.splits["train"]), preset, **options
     )
+    if minutes is not None:
+        if "steps" in options:
+            raise ValueError("steps and minutes both say how long to train; give one of them")
+        steps = pace(model_config, train_config, dataset, 60 * minutes, device)
+        every = options.get("evaluate_every", max(1, steps // VALIDATIONS))
+        train_config = replace(train_config, steps=steps, evaluate_every=int(every))
     run = RunConfig(
         source=dataset.source,
         schema=dataset.schema,
@@ -78,6 +88,43 @@ def train(
         train=train_config,
     )
     return begin(Training(out, run, dataset, device), progress)
+
+
+def pace(
+    model: ModelConfig,
+    train: TrainConfig,
+    dataset: Dataset,
+    seconds: float,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Steps that take about so many seconds with `VALIDATIONS` validations, by the time of some.
+
+    The learning rate falls to zero at the last step, so their number has to be known before the
+    first; it is then a part of the run, and the run as reproducible as any.
+
+    Raises:
+        ValueError: too little time for any training.
+    """
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"minutes must be positive; got {seconds / 60:g}")
+    learner = Learner(model, train, dataset, device)
+    learner.step()  # the first one pays for what is set up once
+    begun = clock()
+    learner.measure()
+    measured, steps = clock(), 0
+    while steps < 3 or clock() - measured < 0.01 * seconds:
+        learner.step()
+        steps += 1
+    left = seconds - VALIDATIONS * (measured - begun) - (clock() - begun)
+    within = int(left * steps / (clock() - measured))
+    if within < VALIDATIONS:
+        raise ValueError(
+            f"{seconds / 60:g} minutes are too few: a step takes"
+            f" {(clock() - measured) / steps:.2g} seconds, and {VALIDATIONS} validations"
+            f" {VALIDATIONS * (measured - begun):.2g}; give more, or --steps"
+        )
+    return within
 
 
 def check_new(out: Path) -> None:
