@@ -82,7 +82,7 @@ def test_a_table_survives_the_way_to_examples_and_back(people, suffix, tmp_path)
     x, notes = tables.encode(frame, columns, "people")
     assert x.shape == (4, 7) and notes == []
     path = tmp_path / f"copy{suffix}"
-    path.write_bytes(tables.to_bytes(x, columns, suffix))
+    path.write_bytes(tables.to_bytes(tables.decode(x, columns), suffix))
     again, _ = tables.encode(tables.read(path), columns, "copy")
     np.testing.assert_array_equal(x, again)
     back = tables.decode(x, columns)

@@ -449,6 +449,8 @@ def sample(
     inpaint: Path | None = None,
     mask: Path | None = None,
     rounds: int = 1,
+    impute: Path | None = None,
+    particles: int | None = None,
     device: str = "cpu",
 ) -> None:
     """Draw new examples from a run.
@@ -486,6 +488,12 @@ def sample(
         With --inpaint: an image of the same size, white where to draw and black where to keep.
     rounds
         With --inpaint: how often each step is made; more make both parts fit better.
+    impute
+        A table with the columns of the run's, whose missing cells are drawn given the others of
+        their row; --out has all else as it was. Other --seed, other draws.
+    particles
+        With --impute: candidates for each row, 32 where left out. The draws near the model's own
+        conditional law as they become many, at --steps network calls each.
     device
         Where to run the network.
     """
@@ -495,6 +503,8 @@ def sample(
     from nelbo.checkpoint import check_writable, load, write
     from nelbo.condition import guided, parse
     from nelbo.data.encoded import read_masked
+    from nelbo.data.tables import FILES, to_bytes
+    from nelbo.impute import impute as fill
     from nelbo.model import find_device
 
     loaded = load(run)
@@ -507,6 +517,22 @@ def sample(
         raise ValueError("--inpaint, --mask and --rounds go together; give an image and a mask")
     if inpaint is not None and sampler != "ancestral":
         raise ValueError("--inpaint takes the ancestral sampler; leave --sampler out")
+    if impute is not None:
+        others = (inpaint, condition, n != 64, guidance != 1, sampler != "ancestral")
+        if any(others) or out is None or out.suffix.lower() not in FILES:
+            raise ValueError(
+                "--impute completes a table into the .csv, .tsv, .parquet or .arrow file --out;"
+                " of the other options --steps, --grid, --seed and --particles go with it"
+            )
+        times = _grid(loaded, steps, grid)
+        loaded.model.to(find_device(device))
+        options = {} if particles is None else {"particles": particles}
+        drawn = fill(loaded, impute, times, seed=seed, track=tracker("impute"), **options)
+        write(out, to_bytes(drawn, out.suffix.lower()))
+        _say(f"{drawn.height} rows in {out}")
+        return
+    if particles is not None:
+        raise ValueError("--particles goes with --impute; leave it out")
     labels = None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
     model = guided(loaded.law_of_samples(n, labels, seed), guidance)
     if guidance != 1:

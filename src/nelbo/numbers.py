@@ -192,6 +192,10 @@ class NumberMixture(Head):
             first = torch.tensor([missing or 1.0])
             self.log_prior.data[i] = torch.cat([first, weight, share, none]).log()
 
+    def exclude_missing(self) -> None:
+        """From now on no column is missing."""
+        self.valid[:, 0] = False
+
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> MixturePrediction:
         logits, shift, wider = output.split(
             [output.shape[-1] - 2 * COMPONENTS, COMPONENTS, COMPONENTS], -1

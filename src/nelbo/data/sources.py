@@ -19,6 +19,8 @@ from nelbo.data.labels import codes, infer_label, of_examples, standardised
 from nelbo.data.schema import Dataset, Label, Schema
 
 if TYPE_CHECKING:
+    from polars import DataFrame
+
     from nelbo.data.tables import Frame
 
 BUILT_IN = {"digits": builtin.digits}
@@ -219,13 +221,19 @@ def _load_table_like(source: "str | PathLike[str] | Frame", schema: Schema) -> D
     if schema.kind != "table":
         raise ValueError(f"the model is of no table; {name} is not such data")
     rows, _ = tables.encode(frame, schema.columns, name)
+    labels = labels_of(frame, schema, name)
+    stored = {} if labels is None else {"all": labels}
+    return Dataset(name, schema, {"all": torch.from_numpy(rows)}, labels=stored)
+
+
+def labels_of(frame: "DataFrame", schema: Schema, name: str) -> Tensor | None:
+    """The labels in the rows of a table, (N, len(schema.condition)); None without labels."""
     of_cells = {
         label.name: {"all": tables.label_cells(frame, label.name, bool(label.classes))}
         for label in schema.condition
     }
-    found = Found(name, {"all": rows}, labels=of_cells)
-    stored = _store_labels(found, schema.condition)
-    return Dataset(name, schema, {"all": torch.from_numpy(rows)}, labels=stored)
+    found = Found(name, {"all": np.empty((frame.height, 0))}, labels=of_cells)
+    return _store_labels(found, schema.condition).get("all")
 
 
 def _read(

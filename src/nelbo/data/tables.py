@@ -259,6 +259,53 @@ def encode(
     return np.stack(parts, 1), notes
 
 
+def encode_holes(
+    frame: "DataFrame", columns: Sequence[Column], label: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of which any cell may be missing, as examples whose cells are all there.
+
+    Args:
+        frame: the table.
+        columns: the layout, whether or not it has missing cells.
+        label: names the table in messages.
+
+    Returns:
+        Examples (N, D), any value standing where a cell is missing, and which of their
+        dimensions are known, (N, D). That a cell is not missing counts as known.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    whole, missing = frame, {}
+    for column in columns:
+        cells = texts(column_of(frame, column.name, label))
+        missing[column.name] = cells.is_null().to_numpy()
+        some = column.categories[0] if column.categories else str(column.low or 0.0)
+        whole = whole.with_columns(cells.fill_null(some).alias(column.name))
+    x, _ = encode(whole, columns, label)
+    known = [place.indicator | ~missing[place.column.name] for place in places(columns)]
+    return x, np.stack(known, 1)
+
+
+def filled(frame: "DataFrame", drawn: "DataFrame") -> "DataFrame":
+    """A table whose missing cells are those of another; the type of a column gives way to it."""
+    pl = _polars()
+    for name in drawn.columns:
+        cells, made = frame[name], drawn[name]
+        hole = texts(cells).is_null()
+        if not hole.any():
+            continue
+        if made.dtype == pl.String:
+            made = texts(cells).zip_with(~hole, made)
+        elif cells.dtype == pl.String:
+            made = cells.zip_with(~hole, made.cast(pl.String))
+        else:
+            kind = cells.dtype if made.dtype.is_integer() else made.dtype
+            made = cells.cast(kind).zip_with(~hole, made.cast(kind))
+        frame = frame.with_columns(made.alias(name))
+    return frame
+
+
 def _symbols(series: "Series", column: Column) -> np.ndarray:
     text = texts(series)
     code = {category: i + 1.0 for i, category in enumerate(column.categories)}
@@ -342,9 +389,9 @@ def _decoded(x: np.ndarray, place: Place, absent: np.ndarray | None) -> "Series"
     return series.cast(pl.Int64) if whole else series
 
 
-def to_bytes(x: np.ndarray, columns: Sequence[Column], suffix: str) -> bytes:
-    """Examples (N, D) as the content of a .csv, .tsv, .parquet or .arrow file."""
-    frame, file = decode(x, columns), io.BytesIO()
+def to_bytes(frame: "DataFrame", suffix: str) -> bytes:
+    """A table as the content of a .csv, .tsv, .parquet or .arrow file."""
+    file = io.BytesIO()
     if suffix in SEPARATORS:
         frame.write_csv(file, separator=SEPARATORS[suffix][0])
     elif suffix == ".parquet":
