@@ -24,7 +24,6 @@ from nelbo.process import Affine, Gaussian
 from nelbo.reverse import Posterior
 from nelbo.sample import complete
 from nelbo.schedules import Linear
-from nelbo.train import train
 
 RHO = 0.9
 COLUMNS = (
@@ -134,31 +133,8 @@ def test_holes_are_told_from_cells():
         encode_holes(frame.drop("d"), COLUMNS, "t")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run on rows whose two words are the same and say where the number is."""
-    path = tmp_path_factory.mktemp("impute")
-    with seeded(5):
-        left = torch.rand(400) < 0.5
-        noise = torch.randn(400, dtype=torch.float64)
-    word = ["left" if v else "right" for v in left]
-    number = torch.where(left, -3.0, 3.0) + noise / 4
-    holes = torch.arange(400) % 7 == 0
-    frame = pl.DataFrame(
-        {
-            "where": word,
-            "again": [None if no else v for v, no in zip(word, holes, strict=True)],
-            "x": number.tolist(),
-            "id": range(400),
-        }
-    )
-    frame.drop("id").write_csv(path / "t.csv")
-    options = {"steps": 250, "batch": 64, "width": 32, "depth": 1, "lr": 5e-3}
-    return train(str(path / "t.csv"), path / "run", evaluate_every=250, **options), frame
-
-
-def test_missing_cells_of_rows_follow_the_others(run, tmp_path, capsys):
-    run, frame = run
+def test_missing_cells_of_rows_follow_the_others(of_words, tmp_path, capsys):
+    run, frame = of_words
     odd = pl.int_range(pl.len()) % 2 == 1
     rows = frame[:60].with_columns(
         pl.when(odd).then(None).otherwise(pl.col("x")).alias("x"),
@@ -194,9 +170,9 @@ def test_missing_cells_of_rows_follow_the_others(run, tmp_path, capsys):
         (["--particles", "0"], "particles must be at least 1; got 0"),
     ],
 )
-def test_impossible_options_are_one_line(run, tmp_path, capsys, options, says):
+def test_impossible_options_are_one_line(of_words, tmp_path, capsys, options, says):
     (tmp_path / "rows.csv").write_text("where,again,x\nleft,,1.5\n")
-    command = ["sample", str(run[0].path), "--impute", str(tmp_path / "rows.csv")]
+    command = ["sample", str(of_words[0].path), "--impute", str(tmp_path / "rows.csv")]
     command += ["--grid", "uniform", "--steps", "2", "--out", str(tmp_path / "o.csv"), *options]
     with pytest.raises(SystemExit) as stop:
         main(command)
