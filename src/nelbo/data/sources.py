@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo.data import arrays, builtin, folders, idx, shards, tables, text
+from nelbo.data import arrays, builtin, folders, idx, shards, streams, tables, text
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
 from nelbo.data.encoded import Form
 from nelbo.data.inference import complete, infer_column, infer_columns
@@ -178,8 +178,30 @@ def read_json(path: Path) -> object:
 
 
 def is_table(source: str | PathLike[str]) -> bool:
-    """Whether the name is that of a table."""
-    return Path(source).suffix.lower() in tables.FILES
+    """Whether the name is that of a table, or of a folder of its shards."""
+    path = Path(source)
+    return path.suffix.lower() in tables.FILES or (path.is_dir() and bool(streams.shards_of(path)))
+
+
+def stream_of(source: "str | PathLike[str] | Frame") -> streams.Table | None:
+    """The table that is to be read in blocks of rows, if it is such a one."""
+    return streams.find(Path(source).absolute()) if isinstance(source, str | PathLike) else None
+
+
+def _name(source: "str | PathLike[str] | Frame") -> str:
+    return str(source) if isinstance(source, str | PathLike) else "the table"
+
+
+def _load_stream(
+    table: streams.Table, schema: Schema | str | PathLike[str] | None, seed: int
+) -> Dataset:
+    notes: list[str] = []
+    if not isinstance(schema, Schema):
+        declared = None if schema is None else read_json(Path(schema))
+        columns, notes = streams.infer(table, declared)
+        schema = Schema.of_table(columns)
+    splits, how = streams.splits(table, schema.columns, seed)
+    return Dataset(table.name, schema, splits, (*notes, *how))
 
 
 def _load_table(
@@ -190,13 +212,21 @@ def _load_table(
     schema: Schema | str | PathLike[str] | None,
     condition: Sequence[str],
 ) -> Dataset:
-    name, frame = tables.find(source)
     for option, value in (("levels", levels), ("size", size)):
         if value is not None:
             raise ValueError(
-                f"--{option} is for arrays and images; {name} is a table, whose columns --schema"
-                " describes"
+                f"--{option} is for arrays and images; {_name(source)} is a table, whose columns"
+                " --schema describes"
             )
+    table = stream_of(source)
+    if table is not None and not condition:
+        return _load_stream(table, schema, seed)
+    if table is not None and "all" not in table.parts:
+        raise ValueError(
+            f"{table.name} has splits of its own, which --condition does not know of tables; give"
+            " one file, or leave --condition out"
+        )
+    name, frame = tables.find(source) if table is None else (table.name, table.whole())
     of_cells = {}
     for label in condition:
         kind = infer_column(tables.column_of(frame, label, name))[0].kind
@@ -217,9 +247,12 @@ def _load_table(
 
 
 def _load_table_like(source: "str | PathLike[str] | Frame", schema: Schema) -> Dataset:
-    name, frame = tables.find(source)
     if schema.kind != "table":
-        raise ValueError(f"the model is of no table; {name} is not such data")
+        raise ValueError(f"the model is of no table; {_name(source)} is not such data")
+    table = stream_of(source)
+    if table is not None and not schema.condition:
+        return Dataset(table.name, schema, streams.measured(table, schema.columns))
+    name, frame = tables.find(source) if table is None else (table.name, table.whole())
     rows, _ = tables.encode(frame, schema.columns, name)
     labels = labels_of(frame, schema, name)
     stored = {} if labels is None else {"all": labels}
