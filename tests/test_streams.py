@@ -10,6 +10,7 @@ import torch
 
 from nelbo import data
 from nelbo._interrupt import Interrupted
+from nelbo.cli import main
 from nelbo.data import fingerprint, rows, streams
 from nelbo.data.inference import infer_columns, infer_merged, merge
 from nelbo.data.layout import Column
@@ -250,3 +251,12 @@ def test_a_row_that_cannot_be_is_named_by_its_place_in_the_table(shards):
     x = data.load_like(shards, schema).splits["all"]
     with pytest.raises(ValueError, match="'real' has 1 missing values, the first in row 604"):
         x[:]
+
+
+def test_an_inspection_passes_over_the_rows_once(shards, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(shards)])
+    shown = capsys.readouterr().out
+    assert not stop.value.code and "1003 rows" in shown
+    assert "integer, 1003 cells" in shown and "some" in shown and "green, red" in shown
+    assert "copies of rows are not looked for" in " ".join(shown.split())

@@ -11,13 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from nelbo import data
-from nelbo.data import Schema, tables
+from nelbo.data import Schema, streams, tables
 from nelbo.data.inference import complete, infer_column
 from nelbo.data.layout import Column
-from nelbo.data.sources import is_table, read_json
+from nelbo.data.sources import is_table, read_json, stream_of
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
+
+    from nelbo.data.tables import Frame
 
 SHOWN = 3  # categories, the most frequent ones
 
@@ -30,16 +32,16 @@ class ColumnReport:
         name: its heading.
         kind: in words.
         values: its range or its most frequent values.
-        distinct: different values.
-        missing: empty cells.
+        distinct: different values; None where they are too many rows to count.
+        missing: empty cells; None likewise.
         column: what it is to a model.
     """
 
     name: str
     kind: str
     values: str
-    distinct: int
-    missing: int
+    distinct: int | None
+    missing: int | None
     column: Column | None
 
 
@@ -79,7 +81,7 @@ class Inspection:
 
 
 def inspect(
-    source: str | PathLike[str],
+    source: "str | PathLike[str] | Frame",
     *,
     levels: int | None = None,
     size: int | None = None,
@@ -91,17 +93,35 @@ def inspect(
         FileNotFoundError: if there is no such source.
         ValueError: if it cannot be read.
     """
-    if not is_table(source):
+    streamed = stream_of(source)
+    if streamed is not None:
+        return _inspect_stream(streamed, schema)
+    if isinstance(source, str | PathLike) and not is_table(source):
         found = data.load(source, levels=levels, size=size, schema=schema)
         splits = {name: len(x) for name, x in found.splits.items()}
         rows = sum(splits.values())
         return Inspection(found.source, rows, (), found.schema, found.notes, splits)
-    path = Path(source).absolute()
-    frame = tables.read(path)
+    name, frame = tables.find(source)
     if schema is None:
-        return inspect_table(frame, str(path))
+        return inspect_table(frame, name)
     declared = complete(frame, read_json(Path(schema)))
-    return inspect_table(frame, str(path), declared)
+    return inspect_table(frame, name, declared)
+
+
+def _inspect_stream(table: streams.Table, schema: str | PathLike[str] | None) -> Inspection:
+    """A table that is read in blocks: its columns, in one pass, without what takes memory."""
+    declared = None if schema is None else read_json(Path(schema))
+    columns, notes = streams.infer(table, declared)
+    reports = []
+    for column in columns:
+        few = ", ".join(column.categories[:SHOWN]) + (", .." * (len(column.categories) > SHOWN))
+        values = few if column.low is None else f"{column.low:g} .. {column.high:g}"
+        missing = None if column.missing else 0
+        reports.append(ColumnReport(column.name, _kind(column), values, None, missing, column))
+    whole = "copies of rows are not looked for in a table that is read in blocks"
+    sizes = {name: count for name, (_, count) in table.parts.items()}
+    found = Schema.of_table(columns)
+    return Inspection(table.name, table.count, tuple(reports), found, (*notes, whole), sizes)
 
 
 def inspect_table(
@@ -167,7 +187,9 @@ def show(found: Inspection) -> None:
         for heading in ("column", "kind", "values", "distinct", "missing"):
             table.add_column(heading, justify="right" if heading[-1] in "tg" else "left")
         for c in found.columns:
-            row = (c.name, c.kind, c.values, str(c.distinct), str(c.missing or ""))
+            missing = "some" if c.missing is None else str(c.missing or "")
+            distinct = "" if c.distinct is None else str(c.distinct)
+            row = (c.name, c.kind, c.values, distinct, missing)
             table.add_row(*map(escape, row))
         console.print(table)
     else:

@@ -105,7 +105,7 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
         # r: refuses compression, under which members are no ranges of bytes
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()
+                tar.members.clear()  # type: ignore[attr-defined]
                 if member.issparse():
                     raise ValueError("it has sparse members")
                 yield member

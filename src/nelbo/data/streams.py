@@ -194,33 +194,34 @@ class TableRows(Rows):
         super().__init__((len(share), width), np.dtype(np.float64))
         self.table, self.columns, self.share = table.fork(), tuple(columns), share
         self.rounding = rounding
-        self.block, self.sequential = max(1, BLOCK // width), table.sequential
+        self.per_block = self.block = max(1, BLOCK // width)
+        self.sequential = table.sequential
         self.known: OrderedDict[int, Tensor] = OrderedDict()
         self.lock = threading.Lock()
 
     def read(self, rows: np.ndarray) -> Tensor:
         x = torch.empty((len(rows), *self.shape[1:]), dtype=torch.float64)
-        block, place = np.divmod(rows, self.block)
+        block, place = np.divmod(rows, self.per_block)
         for b in np.unique(block).tolist():
             here = block == b
             x[torch.from_numpy(here)] = self._block(b)[torch.from_numpy(place[here])]
         return x
 
     def chunks(self) -> Iterator[Tensor]:
-        return self.split(self.block)
+        return self.split(self.per_block)
 
     def warm(self, rows: np.ndarray) -> None:
         """Read the blocks of these rows, before they are needed."""
-        for b in np.unique(rows // self.block).tolist():
+        for b in np.unique(rows // self.per_block).tolist():
             self._block(b)
 
     def few(self, count: int) -> Tensor:
         """Some of them, from blocks here and there; the first where they are a stream."""
-        blocks = np.arange(-(-len(self) // self.block))
+        blocks = np.arange(-(-len(self) // self.per_block))
         if not self.sequential:
             blocks = blocks[:: max(1, len(blocks) // WINDOW)][:WINDOW]
         each = max(1, count // len(blocks)) if not self.sequential else count
-        rows = (blocks[:, None] * self.block + np.arange(min(each, self.block))).flatten()
+        rows = (blocks[:, None] * self.per_block + np.arange(min(each, self.per_block))).flatten()
         return self.read(rows[rows < len(self)][:count])
 
     def fingerprint(self) -> bytes | None:
@@ -238,7 +239,7 @@ class TableRows(Rows):
             if b in self.known:
                 self.known.move_to_end(b)
                 return self.known[b]
-            low, high = b * self.block, min((b + 1) * self.block, len(self))
+            low, high = b * self.per_block, min((b + 1) * self.per_block, len(self))
             rows = self.share.rows(np.arange(low, high))
             begin, end = int(rows[0]), int(rows[-1]) + 1
             frame = self.table.read(begin, end, [column.name for column in self.columns])
@@ -326,7 +327,7 @@ def _size(file: Path, frame: "LazyFrame") -> tuple[list[str], int]:
 def _of_file(file: Path, frame: "LazyFrame") -> "DataFrame":
     pl = tables.polars()
     try:
-        return cast("DataFrame", frame.collect())
+        return frame.collect()
     except (pl.exceptions.PolarsError, OSError, pl.exceptions.PanicException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file} cannot be read as a table: {reason}") from None

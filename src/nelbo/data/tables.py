@@ -10,7 +10,7 @@ from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -59,15 +59,21 @@ def find(source: "str | PathLike[str] | Frame") -> tuple[str, "DataFrame"]:
 
 
 def frame_of(table: "Frame") -> "DataFrame":
-    """A polars or pandas frame, or a mapping of names to columns, as a polars frame.
+    """A frame of polars, pandas or datasets, or a mapping of names to columns, as one of polars.
 
     Raises:
         ValueError: if it is none of these.
     """
     pl = polars()
+    if hasattr(table, "to_polars"):  # of datasets
+        table = table.to_polars()
+    if isinstance(table, pl.LazyFrame):
+        table = table.collect()
     if isinstance(table, pl.DataFrame):
         return checked(table, "the table")
     try:
+        if isna := getattr(table, "isna", None):  # pandas has several ways to say: nothing here
+            table = cast(Any, table).astype(object).where(~isna(), None)
         columns = {str(name): list(table[name]) for name in table}  # type: ignore[index]
         return checked(pl.DataFrame(columns, strict=False, nan_to_null=True), "the table")
     except (TypeError, KeyError, pl.exceptions.PolarsError) as error:
