@@ -173,8 +173,11 @@ def test_files_may_be_named_for_their_splits(tmp_path):
     assert "of each ten rows, 1 by seed 0" in " ".join(found.notes)
     like = data.load_like(folder, found.schema).splits
     assert len(like["all"]) == 110 and len(like["train"]) == 80
-    with pytest.raises(ValueError, match="has splits of its own"):
-        data.load(folder, condition=["word"])
+    given = data.load(folder, condition=["word"])  # in memory
+    sizes = {split: len(x) for split, x in given.splits.items()}
+    assert sizes == {"train": 72, "validation": 8, "test": 30}
+    assert [label.name for label in given.schema.condition] == ["word"]
+    assert len(given.labels["test"]) == 30
 
 
 def test_a_large_file_is_read_in_blocks_and_a_small_one_is_not(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import torch
@@ -32,6 +32,24 @@ COLOUR = ("RGB", "RGBA", "P")
 SIXTEEN = ("I;16", "I")  # how Pillow has 16 bits of grey
 
 
+class Pictures(Protocol):
+    """N encoded images."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, rows: np.ndarray) -> Self:
+        """Some of them."""
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """These, and others after them."""
+
+    def content(self, i: int) -> bytes:
+        """The bytes of the i-th one."""
+
+    def name(self, i: int) -> str:
+        """Where it is, for messages."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """N encoded images: the i-th is size[i] bytes of files[file[i]] from offset[i] on."""
@@ -47,9 +65,9 @@ class Encoded:
         sizes = np.array([file.stat().st_size for file in files], np.int64)
         return Encoded(tuple(files), np.arange(len(files)), np.zeros_like(sizes), sizes)
 
-    @staticmethod
-    def join(parts: Sequence["Encoded"]) -> "Encoded":
-        """One after another."""
+    def join(self, others: "Sequence[Encoded]") -> "Encoded":
+        """These, and others after them."""
+        parts = (self, *others)
         first = np.cumsum([0] + [len(part.files) for part in parts])
         file, offset, size = (
             np.concatenate(columns)
@@ -100,7 +118,7 @@ class Form:
 class Images(Rows):
     """Images that are decoded when they are read, uint8 (N, C, H, W)."""
 
-    def __init__(self, encoded: Encoded, form: Form, shape: tuple[int, ...]) -> None:
+    def __init__(self, encoded: Pictures, form: Form, shape: tuple[int, ...]) -> None:
         super().__init__((len(encoded), *shape), np.dtype(np.uint8))
         self.encoded, self.form = encoded, form
 
@@ -114,12 +132,12 @@ class Images(Rows):
         return Images(self.encoded.at(rows), self.form, self.shape[1:])
 
     def join(self, others: Sequence["Images"]) -> "Images":
-        encoded = Encoded.join([each.encoded for each in (self, *others)])
+        encoded = self.encoded.join([each.encoded for each in others])
         return Images(encoded, self.form, self.shape[1:])
 
 
 def read_images(
-    source: str, groups: Mapping[str, Encoded], form: Form, notes: Iterable[str] = ()
+    source: str, groups: Mapping[str, Pictures], form: Form, notes: Iterable[str] = ()
 ) -> Found:
     """All images as uint8 (N, C, H, W) with 256 levels; unread where memory does not hold them.
 
@@ -136,7 +154,7 @@ def read_images(
         ValueError: if one is damaged or of 16 bits, or sizes differ and `form.size` is None.
     """
     notes, channels, sixteen = list(notes), form.channels, 0
-    first: tuple[Encoded, tuple[int, int]] | None = None
+    first: tuple[Pictures, tuple[int, int]] | None = None
     for images in groups.values():
         for i in range(len(images)):
             image, bits = _decode(images, i, pixels=False, levels=form.levels)
@@ -194,7 +212,7 @@ def _one(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return x
 
 
-def _pixels(images: Encoded, i: int, form: Form, channels: int) -> np.ndarray:
+def _pixels(images: Pictures, i: int, form: Form, channels: int) -> np.ndarray:
     """One image, uint8 (channels, H, W)."""
     from PIL import Image
 
@@ -208,7 +226,7 @@ def _pixels(images: Encoded, i: int, form: Form, channels: int) -> np.ndarray:
     return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
 
 
-def _channels(images: Encoded, i: int, image: "Image.Image", levels: int | None) -> int:
+def _channels(images: Pictures, i: int, image: "Image.Image", levels: int | None) -> int:
     """As few as hold the image; its header tells unless it may be transparent."""
     if image.has_transparency_data:
         whole = _decode(images, i, pixels=True, levels=levels)[0]
@@ -229,7 +247,7 @@ def _plain(image: "Image.Image", channels: int) -> "Image.Image":
 
 
 def _decode(
-    images: Encoded, i: int, pixels: bool, levels: int | None
+    images: Pictures, i: int, pixels: bool, levels: int | None
 ) -> tuple["Image.Image", int]:
     """An image, of which only the header is read unless `pixels`, and its bits a channel."""
     from PIL import Image

@@ -40,7 +40,7 @@ def read_shards(source: Path, form: Form) -> Found:
             images.append(encoded)
             labels[part] += texts
             ignored |= others
-        groups[part] = Encoded.join(images)
+        groups[part] = images[0].join(images[1:])
     notes = [f"members {', '.join(sorted(ignored))} ignored"] if ignored else []
     found = read_images(str(source), groups, form, notes)
     known = [text is not None for texts in labels.values() for text in texts]

@@ -197,6 +197,7 @@ class TableRows(Rows):
         self.per_block = self.block = max(1, BLOCK // width)
         self.sequential = table.sequential
         self.known: OrderedDict[int, Tensor] = OrderedDict()
+        self.coming = 0  # the block after the last one that was read
         self.lock = threading.Lock()
 
     def read(self, rows: np.ndarray) -> Tensor:
@@ -239,15 +240,28 @@ class TableRows(Rows):
             if b in self.known:
                 self.known.move_to_end(b)
                 return self.known[b]
-            low, high = b * self.per_block, min((b + 1) * self.per_block, len(self))
-            rows = self.share.rows(np.arange(low, high))
-            begin, end = int(rows[0]), int(rows[-1]) + 1
-            frame = self.table.read(begin, end, [column.name for column in self.columns])
-            x, _ = tables.encode(frame, self.columns, self.table.name, self.rounding, begin)
-            self.known[b] = torch.from_numpy(x[rows - begin])
-            if len(self.known) > 2 * WINDOW + 2:
-                self.known.popitem(last=False)
-            return self.known[b]
+            return self._load(b)
+
+    def _load(self, b: int) -> Tensor:
+        ahead = b - self.coming
+        first = b
+        if self.sequential and ahead:
+            # those before it in its window will be needed, and a stream cannot go back
+            first = self.coming if 0 < ahead < 2 * WINDOW else b - b % WINDOW
+        for each in range(first, b + 1):
+            self._keep(each)
+        self.coming = b + 1
+        return self.known[b]
+
+    def _keep(self, b: int) -> None:
+        low, high = b * self.per_block, min((b + 1) * self.per_block, len(self))
+        rows = self.share.rows(np.arange(low, high))
+        begin, end = int(rows[0]), int(rows[-1]) + 1
+        frame = self.table.read(begin, end, [column.name for column in self.columns])
+        x, _ = tables.encode(frame, self.columns, self.table.name, self.rounding, begin)
+        self.known[b] = torch.from_numpy(x[rows - begin])
+        if len(self.known) > 2 * WINDOW + 2:
+            self.known.popitem(last=False)
 
 
 def find(source: Path) -> Table | None:
