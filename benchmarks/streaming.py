@@ -1,9 +1,10 @@
 """Data larger than memory: does peak memory grow with the rows, and does training wait for them?
 
-    python benchmarks/streaming.py [--rows 300000] [--images 5000] [--steps 300] [--json out.json]
+    python benchmarks/streaming.py [--rows 300000] [--images 5000] [--steps 100] [--json out.json]
 
 Parquet shards of a mixed table and tar shards of 32x32 images are made, once of that many and once
-of ten times as many. Each is loaded and trained on in a process of its own, with preset auto, from
+of ten times as many; none where the number is 0. Each is loaded and trained on in a process of its
+own, with preset auto, from
 disk: images as if memory had no room for them. Told are the peak resident memory of the process,
 and the share of the time of its steps that it waited for examples, of the steps after the first.
 """
@@ -108,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=300_000)
     parser.add_argument("--images", type=int, default=5_000)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -122,7 +123,8 @@ def main() -> None:
         return
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for kind, count in (("table", options.rows), ("images", options.images)):
+        asked = {"table": options.rows, "images": options.images}
+        for kind, count in ((kind, count) for kind, count in asked.items() if count):
             for times in (1, 10):
                 source = f"{folder}/{kind}{times}"
                 apart("--make", kind, source, str(times * count))

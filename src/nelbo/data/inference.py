@@ -182,7 +182,13 @@ def _complete(series: "Series", declared: dict[str, object]) -> Column:
 
 def infer_column(series: "Series") -> tuple[Column, str]:
     """What one column is, and a note on it or ""; as for `infer_columns`."""
-    text, name = texts(series), series.name
+    name = series.name
+    if series.dtype.is_numeric():
+        values = numbers(series)
+        absent = np.isnan(values)
+        if len(np.unique(values[~absent])) > 2:  # need not go by way of texts
+            return _number(name, values, bool(absent.any()))
+    text = texts(series)
     distinct = sorted(text.drop_nulls().unique().to_list())
     missing = bool(text.is_null().any())
     if not distinct:
