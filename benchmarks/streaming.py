@@ -4,9 +4,8 @@
 
 Parquet shards of a mixed table and tar shards of 32x32 images are made, once of that many and once
 of ten times as many; none where the number is 0. Each is loaded and trained on in a process of its
-own, with preset auto, from
-disk: images as if memory had no room for them. Told are the peak resident memory of the process,
-and the share of the time of its steps that it waited for examples, of the steps after the first.
+own, with preset auto, from disk: images as if memory had no room for them. Told are the peak
+resident memory of the process, and the share of the time of its steps that it waited for examples.
 """
 
 import argparse

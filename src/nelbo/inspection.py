@@ -173,10 +173,14 @@ def _kind(column: Column | None) -> str:
     if column.kind == "rounded":
         many = f"{column.points} levels" if column.group == "levels" else f"{column.points} cells"
         kind = "integer" if column.precision == 1 else f"rounded to {column.precision:g}"
-        return f"{kind}, {many}"
+        return f"{kind}, {many}{_scale(column)}"
     if column.kind == "category":
         return f"category of {len(column.categories)}"
-    return column.kind
+    return column.kind + _scale(column)
+
+
+def _scale(column: Column) -> str:
+    return "" if column.transform == "standardise" else f", {column.transform}"
 
 
 def show(found: Inspection) -> None:
