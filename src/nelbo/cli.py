@@ -172,8 +172,9 @@ def train(
     preset
         auto is quick, best takes longer for a tighter bound.
     levels
-        Number of levels of integer data; found in the data where left out. Text is read as
-        characters, with 256 levels as bytes.
+        Number of levels of integer data; found in the data where left out. Images of 16 bits have
+        65536, or with 256 here their upper 8 bits. Text is read as characters, with 256 levels as
+        bytes.
     size
         Side in pixels to which images are cropped and resized; or symbols in a chunk of text.
     schema

@@ -151,6 +151,8 @@ def _inferred_levels(found: Found, shape: tuple[int, ...]) -> tuple[Schema, list
         )
     if high > 127 and all(x.dtype == np.uint8 for x in found.parts.values()):
         return Schema("levels", shape, 256), ["8-bit data: 256 levels; --levels overrides"]
+    if high > 32767 and all(x.dtype == np.uint16 for x in found.parts.values()):
+        return Schema("levels", shape, 65536), ["16-bit data: 65536 levels; --levels overrides"]
     return Schema("levels", shape, high + 1), [f"{high + 1} levels found; --levels overrides"]
 
 
