@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SHARDS, WARM_UP = 8, 20
+SHARDS, WARM_UP = 8, 5
 
 
 def make_table(folder: Path, rows: int) -> None:

@@ -263,3 +263,29 @@ def test_an_inspection_passes_over_the_rows_once(shards, capsys):
     assert not stop.value.code and "1003 rows" in shown
     assert "integer, 1003 cells" in shown and "some" in shown and "green, red" in shown
     assert "copies of rows are not looked for" in " ".join(shown.split())
+
+
+def test_all_that_is_done_with_a_run_is_done_with_blocks(shards, tmp_path, capsys):
+    run = train(str(shards), tmp_path / "run", steps=3, **OPTIONS)
+    path, out = str(run.path), tmp_path / "scores.csv"
+    commands = [
+        ["train", "--resume", path, "--steps-of-bound", "2", "--steps", "3"],
+        ["evaluate", path, "--steps", "2", "--calls", "4", "--columns"],
+        ["score", path, "--out", str(out), "--figure", str(tmp_path / "s.png"), "--calls", "8"],
+        ["sample", path, "--n", "2", "--steps", "2", "--out", str(tmp_path / "new.parquet")],
+    ]
+    for command in commands:
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert not stop.value.code, capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 101
+    assert (tmp_path / "run-2steps" / "model.safetensors").is_file()
+    assert len(pl.read_parquet(tmp_path / "new.parquet")) == 2
+
+
+def test_a_folder_of_other_things_is_no_table(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert streams.find(tmp_path) is None
+    table(20).write_parquet(tmp_path / "t.parquet")
+    (tmp_path / "readme.md").write_text("of a table")
+    assert streams.find(tmp_path) is None

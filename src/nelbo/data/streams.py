@@ -270,7 +270,8 @@ def find(source: Path) -> Table | None:
     Files named train-000.parquet, val-.., test-.. and the like are the splits.
     """
     if source.is_dir():
-        return Files(str(source), parts_of(shards_of(source)))
+        files = shards_of(source)
+        return Files(str(source), parts_of(files)) if files else None
     if source.suffix.lower() not in SUFFIXES or not source.is_file():
         return None
     names, count = _size(source, _scan(source))
