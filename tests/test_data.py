@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from nelbo.data import Dataset, Schema, as_examples, fingerprint, load, load_like
+from nelbo.inspection import inspect
 
 N, C, H, W = 20, 3, 5, 7
 RNG = np.random.default_rng(0)
@@ -321,6 +322,18 @@ def test_reals_are_finite(tmp_path, bad):
     x[2, 1, 3, 0] = x[4, 0, 0, 2] = bad
     with pytest.raises(ValueError, match=r"x_train in .* has 2 NaN .* index \(2, 1, 3, 0\)"):
         load(save(tmp_path / "x.npz", None, x_train=x))
+
+
+def test_an_inspection_warns_of_reals_that_repeat(tmp_path):
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    np.save(tmp_path / "x.npy", x)
+    assert not [w for w in inspect(tmp_path / "x.npy").warnings if "without bound" in w]
+    x[:, 1] = x[:, 1].round()
+    x[7] = x[3]
+    np.save(tmp_path / "x.npy", x)
+    one, two = (w for w in inspect(tmp_path / "x.npy").warnings if "without bound" in w)
+    assert one.startswith("1 of 60 examples are copies")
+    assert two.startswith("in 1 of 3 dimensions values repeat")
 
 
 def test_a_constant_dimension_has_no_density(tmp_path):

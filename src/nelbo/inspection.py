@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -100,12 +101,34 @@ def inspect(
         found = data.load(source, levels=levels, size=size, schema=schema)
         splits = {name: len(x) for name, x in found.splits.items()}
         rows = sum(splits.values())
-        return Inspection(found.source, rows, (), found.schema, found.notes, splits)
+        warnings = (*found.notes, *_repeated(found))
+        return Inspection(found.source, rows, (), found.schema, warnings, splits)
     name, frame = tables.find(source)
     if schema is None:
         return inspect_table(frame, name)
     declared = complete(frame, read_json(Path(schema)))
     return inspect_table(frame, name, declared)
+
+
+def _repeated(found: data.Dataset) -> list[str]:
+    """What makes a density of real numbers grow without bound: rows and values that repeat."""
+    if found.schema.kind != "real":
+        return []
+    x = np.concatenate([split.flatten(1).numpy() for split in found.splits.values()])
+    notes = []
+    copies = len(x) - len(np.unique(x, axis=0))
+    if copies:
+        notes.append(
+            f"{copies} of {len(x)} examples are copies of others: a density can grow without bound"
+            " there, and copies may fall into both training and test"
+        )
+    repeating = sum(len(np.unique(column)) <= 0.9 * len(x) for column in x.T)
+    if repeating:
+        notes.append(
+            f"in {repeating} of {x.shape[1]} dimensions values repeat: a density can grow without"
+            " bound there; save numbers that are counted as integers, or add noise"
+        )
+    return notes
 
 
 def _inspect_stream(table: streams.Table, schema: str | PathLike[str] | None) -> Inspection:
