@@ -87,7 +87,6 @@ def measure(source: Path, steps: int) -> dict[str, float]:
     for _ in range(steps):
         learner.step()
     seconds = time.perf_counter() - begun
-    learner.measure()
     return {
         "examples": examples,
         "batch": learner.config.batch,

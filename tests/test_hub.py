@@ -103,7 +103,8 @@ def test_a_stream_is_read_forward(parquet, monkeypatch):
     window = x.block * streams.WINDOW
     for first in range(0, len(x), window):
         rows = torch.arange(first, min(first + window, len(x)))
-        x[rows[torch.randperm(len(rows))[: len(rows) // 2]]]
+        for batch in rows[torch.randperm(len(rows))].split(10):
+            x[batch]
     assert len(begun) == 1
     assert x[len(x) - 1 :].shape == (1, 3)
 
