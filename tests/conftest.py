@@ -5,6 +5,7 @@ from zlib import crc32
 import pytest
 import torch
 
+from nelbo._numerics import seeded
 from nelbo.train import train
 
 TINY = {"steps": 4, "batch": 16, "width": 8, "depth": 1, "evaluate_every": 2}
@@ -25,3 +26,27 @@ def _seeded(request):
 def trained(tmp_path_factory):
     """A finished run on digits; do not change it, copy it."""
     return train("digits", tmp_path_factory.mktemp("runs") / "digits", **TINY).path
+
+
+@pytest.fixture(scope="session")
+def of_words(tmp_path_factory):
+    """A finished run and its table: two words are the same and say where the number is."""
+    pl = pytest.importorskip("polars")
+    path = tmp_path_factory.mktemp("impute")
+    with seeded(5):
+        left = torch.rand(400) < 0.5
+        noise = torch.randn(400, dtype=torch.float64)
+    word = ["left" if v else "right" for v in left]
+    number = torch.where(left, -3.0, 3.0) + noise / 4
+    holes = torch.arange(400) % 7 == 0
+    frame = pl.DataFrame(
+        {
+            "where": word,
+            "again": [None if no else v for v, no in zip(word, holes, strict=True)],
+            "x": number.tolist(),
+            "id": range(400),
+        }
+    )
+    frame.drop("id").write_csv(path / "t.csv")
+    options = {"steps": 250, "batch": 64, "width": 32, "depth": 1, "lr": 5e-3}
+    return train(str(path / "t.csv"), path / "run", evaluate_every=250, **options), frame

@@ -5,6 +5,7 @@ import io
 import math
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from closed_forms import assert_mean
@@ -103,6 +104,34 @@ def test_a_picture_of_the_scores():
         ink = (np.asarray(image.convert("RGB")).min(-1) < 128).mean()
     assert 0.001 < ink < 0.5
     histogram({"one": torch.zeros(1), "new": torch.zeros(1)}, "nats")
+
+
+def test_columns_that_make_a_row_strange(of_words, tmp_path):
+    """Their parts are the whole but for the noise; the cell that contradicts the rest leads."""
+    run, frame = of_words
+    rows = frame.select("where", "again", "x").filter(pl.col("again").is_not_null())[:40]
+    turned = rows.with_columns(
+        pl.when(pl.int_range(pl.len()) == 7).then(-pl.col("x")).otherwise(pl.col("x")).alias("x")
+    )
+    reference = run.config.load_data().splits["validation"]
+    score = Scorer("bound", run.config.schema, run.model, reference, calls=24)
+    x = data.load_like(rows, run.config.schema).splits["all"]
+    odd = data.load_like(turned, run.config.schema).splits["all"]
+    found, strange = score(run.model, x), score(run.model, odd)
+    whole = found.excess.sum(1) + score.usual.sum()
+    # a grid of 32 steps is a little above continuous time, and one draw of it noisy
+    assert abs((whole - found.nats).mean()) < 1.0
+    assert strange.columns == ("where", "again", "x")
+    assert strange.excess[7].sum() > found.excess[7].sum() + 2
+    assert strange.rank[7] == 1
+    turned.write_csv(tmp_path / "rows.csv")
+    out = tmp_path / "scores.csv"
+    run_ok("score", str(run.path), str(tmp_path / "rows.csv"), "--out", str(out))
+    lines = list(csv.DictReader(out.read_text().splitlines()))
+    assert [lines[7][f"column_{k}"] for k in (1, 2, 3)] == [
+        strange.columns[i] for i in strange.excess[7].argsort(descending=True).tolist()
+    ]
+    assert float(lines[7]["nats_1"]) >= float(lines[7]["nats_2"]) >= float(lines[7]["nats_3"])
 
 
 @pytest.fixture(scope="module")

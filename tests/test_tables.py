@@ -1,6 +1,7 @@
 """Tables: what is inferred, round trips, and what is refused with a sentence."""
 
 import json
+import math
 
 import numpy as np
 import polars as pl
@@ -13,8 +14,10 @@ from nelbo.data import tables
 from nelbo.data.inference import infer_columns, lattice
 from nelbo.data.layout import Column, groups, log_cells, places
 from nelbo.data.schema import Schema
+from nelbo.evaluate import evaluate
 from nelbo.report import tables as tables_of_report
 from nelbo.report.dimensions import by_column
+from nelbo.train import resume, train
 
 PEOPLE = """age,sex,income,height,city,smoker
 31,F,2.123456789,170.5,Oslo,0
@@ -82,7 +85,7 @@ def test_a_table_survives_the_way_to_examples_and_back(people, suffix, tmp_path)
     x, notes = tables.encode(frame, columns, "people")
     assert x.shape == (4, 7) and notes == []
     path = tmp_path / f"copy{suffix}"
-    path.write_bytes(tables.to_bytes(x, columns, suffix))
+    path.write_bytes(tables.to_bytes(tables.decode(x, columns), suffix))
     again, _ = tables.encode(tables.read(path), columns, "copy")
     np.testing.assert_array_equal(x, again)
     back = tables.decode(x, columns)
@@ -215,6 +218,44 @@ def test_frames_are_tables_as_files_are(people):
     for wrong in (3, {"a": 1}, {}):
         with pytest.raises(ValueError, match=r"a table is|give at least 1"):
             data.load(wrong)
+
+
+def test_pandas_says_missing_in_many_ways(people):
+    pd = pytest.importorskip("pandas")
+    whole = data.load(people)
+    frame = pd.read_csv(people)
+    odd = frame.assign(
+        age=frame["age"].astype("Int64"),
+        city=frame["city"].astype("category"),
+        sex=frame["sex"].astype("string"),
+        smoker=frame["smoker"] == 1,
+    )
+    odd["smoker"] = odd["smoker"].map({True: "1", False: "0"})
+    for each in (frame, odd):
+        found = data.load(each)
+        assert found.schema == whole.schema
+        for split, x in whole.splits.items():
+            torch.testing.assert_close(found.splits[split], x, equal_nan=True)
+
+
+def test_a_frame_is_trained_on_and_kept(people, tmp_path):
+    pd = pytest.importorskip("pandas")
+    frame = pd.concat([pd.read_csv(people)] * 10, ignore_index=True)
+    options = {"batch": 8, "width": 8, "depth": 1, "evaluate_every": 2}
+    run = train(frame, tmp_path / "run", steps=2, **options)
+    assert run.config.source == str(tmp_path / "run" / "data.parquet")
+    moved = tmp_path / "moved"
+    (tmp_path / "run").rename(moved)
+    again = resume(moved, steps=4)
+    model, x, name = again.law(frame[:3])
+    assert name == "all of a table" and len(x) == 3
+    assert math.isfinite(evaluate(model, x, calls=4).nats)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    by_file = train(str(tmp_path / "t.csv"), tmp_path / "by_file", steps=2, **options)
+    assert by_file.config.hashes == run.config.hashes
+    with pytest.raises(ValueError, match="a table is a polars or pandas frame"):
+        train(3, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,8 @@ def _group(
             columns.LevelMixture(levels),
             likelihood.LevelHead(),
         )
-    transform = numbers.Increasing(len(group.places))
+    transforms = [place.column.transform for place in group.places]
+    transform = numbers.Increasing(len(transforms), transforms=transforms)
     decoder: likelihood.Likelihood = (
         numbers.CellProbability(transform, group.places)
         if group.kind == "cells"

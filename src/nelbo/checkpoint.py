@@ -4,6 +4,7 @@
     model.safetensors    the best weights so far (moving average), with step and bound
     state.safetensors    everything to continue training exactly
     metrics.jsonl        one line per event
+    data.parquet         the training table, where it was given as a frame and not by its path
     grids.json           the best grids that were found for these weights; found again where lost
 
 Every file is written under a temporary name, synced and renamed: it is whole or it is not there.
@@ -15,9 +16,10 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,12 +38,16 @@ from nelbo.estimate import Grid
 from nelbo.grids import best_grid, even_times
 from nelbo.model import Model, model_hash
 
-CONFIG, WEIGHTS, STATE, METRICS, GRIDS = (
+if TYPE_CHECKING:
+    from nelbo.data.tables import Frame
+
+CONFIG, WEIGHTS, STATE, METRICS, GRIDS, TABLE = (
     "config.json",
     "model.safetensors",
     "state.safetensors",
     "metrics.jsonl",
     "grids.json",
+    "data.parquet",
 )
 
 
@@ -149,12 +155,14 @@ class Run:
     weights: str
     metrics: list[dict]
 
-    def examples(self, source: str | None = None, split: str | None = None) -> tuple[Tensor, str]:
+    def examples(
+        self, source: "str | PathLike[str] | Frame | None" = None, split: str | None = None
+    ) -> tuple[Tensor, str]:
         """Examples of the run's own data or of other data, and a name for them; see `law`."""
         return self.law(source, split)[1:]
 
     def law(
-        self, source: str | None = None, split: str | None = None
+        self, source: "str | PathLike[str] | Frame | None" = None, split: str | None = None
     ) -> tuple[Model, Tensor, str]:
         """Examples of the run's own data or of other data, their model, and a name for them.
 
@@ -175,7 +183,8 @@ class Run:
         split = split or ("test" if source is None else "all")
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
-        name = split if source is None else f"{split} of {source}"
+        place = source if isinstance(source, str | PathLike) else "a table"
+        name = split if source is None else f"{split} of {place}"
         model = given_labels(self.model, dataset.labels.get(split), self.config.schema)
         return model, dataset.splits[split], name
 
@@ -328,7 +337,10 @@ def read_config(path: Path) -> RunConfig:
         raise FileNotFoundError(f"the run {path} does not exist; train with: nelbo train")
     if not is_run(path):
         raise FileNotFoundError(f"{path} is not a run: it has no {CONFIG}")
-    return RunConfig.from_json((path / CONFIG).read_text(errors="replace"), str(path / CONFIG))
+    run = RunConfig.from_json((path / CONFIG).read_text(errors="replace"), str(path / CONFIG))
+    if Path(run.source).name == TABLE and (path / TABLE).is_file():
+        run = replace(run, source=str(path.absolute() / TABLE))  # also where the run was moved
+    return run
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -177,8 +177,9 @@ def train(
     preset
         auto is quick, best takes longer for a tighter bound.
     levels
-        Number of levels of integer data; found in the data where left out. Text is read as
-        characters, with 256 levels as bytes.
+        Number of levels of integer data; found in the data where left out. Images of 16 bits have
+        65536, or with 256 here their upper 8 bits. Text is read as characters, with 256 levels as
+        bytes.
     size
         Side in pixels to which images are cropped and resized; or symbols in a chunk of text.
     schema
@@ -463,6 +464,8 @@ def sample(
     inpaint: Path | None = None,
     mask: Path | None = None,
     rounds: int = 1,
+    impute: Path | None = None,
+    particles: int | None = None,
     device: str = "cpu",
 ) -> None:
     """Draw new examples from a run.
@@ -500,6 +503,12 @@ def sample(
         With --inpaint: an image of the same size, white where to draw and black where to keep.
     rounds
         With --inpaint: how often each step is made; more make both parts fit better.
+    impute
+        A table with the columns of the run's, whose missing cells are drawn given the others of
+        their row; --out has all else as it was. Other --seed, other draws.
+    particles
+        With --impute: candidates for each row, 32 where left out. The draws near the model's own
+        conditional law as they become many, at --steps network calls each.
     device
         Where to run the network.
     """
@@ -509,6 +518,8 @@ def sample(
     from nelbo.checkpoint import check_writable, load, write
     from nelbo.condition import guided, parse
     from nelbo.data.encoded import read_masked
+    from nelbo.data.tables import FILES, to_bytes
+    from nelbo.impute import impute as fill
     from nelbo.model import find_device
 
     loaded = load(run)
@@ -521,6 +532,22 @@ def sample(
         raise ValueError("--inpaint, --mask and --rounds go together; give an image and a mask")
     if inpaint is not None and sampler != "ancestral":
         raise ValueError("--inpaint takes the ancestral sampler; leave --sampler out")
+    if impute is not None:
+        others = (inpaint, condition, n != 64, guidance != 1, sampler != "ancestral")
+        if any(others) or out is None or out.suffix.lower() not in FILES:
+            raise ValueError(
+                "--impute completes a table into the .csv, .tsv, .parquet or .arrow file --out;"
+                " of the other options --steps, --grid, --seed and --particles go with it"
+            )
+        times = _grid(loaded, steps, grid)
+        loaded.model.to(find_device(device))
+        options = {} if particles is None else {"particles": particles}
+        drawn = fill(loaded, impute, times, seed=seed, track=tracker("impute"), **options)
+        write(out, to_bytes(drawn, out.suffix.lower()))
+        _say(f"{drawn.height} rows in {out}")
+        return
+    if particles is not None:
+        raise ValueError("--particles goes with --impute; leave it out")
     labels = None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
     model = guided(loaded.law_of_samples(n, labels, seed), guidance)
     if guidance != 1:
@@ -565,7 +592,9 @@ def score(
     data
         Examples of the kind the run was trained on; the run's own test split where left out.
     out
-        A .csv file, one line per example in the order of the data.
+        A .csv file, one line per example in the order of the data. Of a table each line names the
+        three columns that contribute most, and by how many nats more than usual; that takes 32
+        network calls more for each row.
     score
         Larger is stranger: the bound on -log P(x); complexity, the bound less the length of a
         lossless code of the example; typicality, how far the bound is from the usual.

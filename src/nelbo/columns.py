@@ -121,6 +121,11 @@ class LevelContext(Head):
         smooth = smooth / smooth.sum(1, keepdim=True)
         self.log_prior.data.copy_(torch.where(valid, smooth, 1.0).log())
 
+    def exclude_missing(self) -> None:
+        """From now on no column is missing."""
+        for i, place in enumerate(self.levels.places):
+            self.levels.valid[i, place.codes - 1] &= not place.column.missing
+
     def valid_codes(self) -> Tensor:
         """Which codes each column has, (D, K)."""
         return self.levels.valid
@@ -183,7 +188,7 @@ class SymbolContext(Head):
 
     def __init__(self, group: Group) -> None:
         super().__init__()
-        self.outputs = group.size
+        self.outputs, self.places = group.size, group.places
         valid = _valid(group)
         valid[:, 0] = False
         open_ = [p.column.kind == "category" and not p.indicator for p in group.places]
@@ -200,6 +205,12 @@ class SymbolContext(Head):
         self.log_prior.data.copy_(torch.where(self.valid, smooth, 1.0).log())
         share = (_counts(x, self.outputs)[:, 0] + 1) / (len(x) + 2)
         self.log_other.copy_(torch.where(self.open, share, 0.0).log())
+
+    def exclude_missing(self) -> None:
+        """From now on no column is missing, and none has a category that training did not."""
+        for i, place in enumerate(self.places):
+            self.valid[i, place.codes - 1] &= place.indicator or not place.column.missing
+        self.log_other.fill_(-torch.inf)
 
     def valid_codes(self) -> Tensor:
         """Which codes each column has, (D, K), but for code 0."""

@@ -27,6 +27,7 @@ Preset = Literal["auto", "best"]
 
 MANY_LEVELS = 64  # more are a scale, of which a few curves tell as much in less time
 MANY_EXAMPLES = 10_000  # more are not learned by heart in so few steps: no augmentation or dropout
+FINE = 4096  # more are told one by one by no head: the decoder is a Gaussian over them
 SMALL = 16  # pixels of the shorter side of a small image
 LEVEL_HEADS = ("levels", "level-curves")  # of which the decoder levels and the step mixture go
 
@@ -171,6 +172,10 @@ def configure(
     model, train = ModelConfig(), TrainConfig()
     if (schema.levels or 0) > MANY_LEVELS:
         model = replace(model, head="level-curves")
+    fine = (schema.levels or 0) > FINE
+    if fine:  # noise of half a level at the data's end
+        gamma_min = -2 * math.log((schema.levels or 0) - 1)
+        model = replace(model, head="velocity", gamma_min=gamma_min)
     text = schema.alphabet is not None
     if schema.kind == "table":
         model, train = _for_table()
@@ -189,7 +194,8 @@ def configure(
             decoder="categorical",
         )
     elif options.get("head", model.head) not in LEVEL_HEADS:
-        model = replace(model, step="posterior", decoder="evidence")
+        decoder: Decoder = "discretised-gaussian" if fine else "evidence"
+        model = replace(model, step="posterior", decoder=decoder)
         train = replace(train, cross_entropy=0.0)
     image = len(schema.shape) == 3 and min(schema.shape[1:]) >= 4
     if not image or examples > MANY_EXAMPLES:

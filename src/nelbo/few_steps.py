@@ -54,7 +54,8 @@ class FewSteps:
             z, e, s, t = z[inner], e[inner], times[i[inner] - 1], t[inner]
             p = model.step(prediction.map(lambda v: v[inner]), z, s, t, process)
             kl = kl_divergence(process.posterior(z, e, s, t), p)
-            each = decoded.masked_scatter(inner, kl)
+            kind = torch.promote_types(decoded.dtype, kl.dtype)  # a density is float64
+            each = decoded.to(kind).masked_scatter(inner, kl.to(kind))
         each = len(times) * each
         bound = (weight * each).mean() + prior_term(model, x, torch.ones_like(u)).mean()
         loss = bound + self.cross_entropy * (weight * decoded).mean()

@@ -6,18 +6,21 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from nelbo import data
-from nelbo.data import Schema, tables
+from nelbo.data import Schema, streams, tables
 from nelbo.data.inference import complete, infer_column
 from nelbo.data.layout import Column
-from nelbo.data.sources import is_table, read_json
+from nelbo.data.sources import is_table, read_json, stream_of
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
+
+    from nelbo.data.tables import Frame
 
 SHOWN = 3  # categories, the most frequent ones
 
@@ -30,16 +33,16 @@ class ColumnReport:
         name: its heading.
         kind: in words.
         values: its range or its most frequent values.
-        distinct: different values.
-        missing: empty cells.
+        distinct: different values; None where they are too many rows to count.
+        missing: empty cells; None likewise.
         column: what it is to a model.
     """
 
     name: str
     kind: str
     values: str
-    distinct: int
-    missing: int
+    distinct: int | None
+    missing: int | None
     column: Column | None
 
 
@@ -79,7 +82,7 @@ class Inspection:
 
 
 def inspect(
-    source: str | PathLike[str],
+    source: "str | PathLike[str] | Frame",
     *,
     levels: int | None = None,
     size: int | None = None,
@@ -91,17 +94,57 @@ def inspect(
         FileNotFoundError: if there is no such source.
         ValueError: if it cannot be read.
     """
-    if not is_table(source):
+    streamed = stream_of(source)
+    if streamed is not None:
+        return _inspect_stream(streamed, schema)
+    if isinstance(source, str | PathLike) and not is_table(source):
         found = data.load(source, levels=levels, size=size, schema=schema)
         splits = {name: len(x) for name, x in found.splits.items()}
         rows = sum(splits.values())
-        return Inspection(found.source, rows, (), found.schema, found.notes, splits)
-    path = Path(source).absolute()
-    frame = tables.read(path)
+        warnings = (*found.notes, *_repeated(found))
+        return Inspection(found.source, rows, (), found.schema, warnings, splits)
+    name, frame = tables.find(source)
     if schema is None:
-        return inspect_table(frame, str(path))
+        return inspect_table(frame, name)
     declared = complete(frame, read_json(Path(schema)))
-    return inspect_table(frame, str(path), declared)
+    return inspect_table(frame, name, declared)
+
+
+def _repeated(found: data.Dataset) -> list[str]:
+    """What makes a density of real numbers grow without bound: rows and values that repeat."""
+    if found.schema.kind != "real":
+        return []
+    x = np.concatenate([split.flatten(1).numpy() for split in found.splits.values()])
+    notes = []
+    copies = len(x) - len(np.unique(x, axis=0))
+    if copies:
+        notes.append(
+            f"{copies} of {len(x)} examples are copies of others: a density can grow without bound"
+            " there, and copies may fall into both training and test"
+        )
+    repeating = sum(len(np.unique(column)) <= 0.9 * len(x) for column in x.T)
+    if repeating:
+        notes.append(
+            f"in {repeating} of {x.shape[1]} dimensions values repeat: a density can grow without"
+            " bound there; save numbers that are counted as integers, or add noise"
+        )
+    return notes
+
+
+def _inspect_stream(table: streams.Table, schema: str | PathLike[str] | None) -> Inspection:
+    """A table that is read in blocks: its columns, in one pass, without what takes memory."""
+    declared = None if schema is None else read_json(Path(schema))
+    columns, notes = streams.infer(table, declared)
+    reports = []
+    for column in columns:
+        few = ", ".join(column.categories[:SHOWN]) + (", .." * (len(column.categories) > SHOWN))
+        values = few if column.low is None else f"{column.low:g} .. {column.high:g}"
+        missing = None if column.missing else 0
+        reports.append(ColumnReport(column.name, _kind(column), values, None, missing, column))
+    whole = "copies of rows are not looked for in a table that is read in blocks"
+    sizes = {name: count for name, (_, count) in table.parts.items()}
+    found = Schema.of_table(columns)
+    return Inspection(table.name, table.count, tuple(reports), found, (*notes, whole), sizes)
 
 
 def inspect_table(
@@ -153,10 +196,14 @@ def _kind(column: Column | None) -> str:
     if column.kind == "rounded":
         many = f"{column.points} levels" if column.group == "levels" else f"{column.points} cells"
         kind = "integer" if column.precision == 1 else f"rounded to {column.precision:g}"
-        return f"{kind}, {many}"
+        return f"{kind}, {many}{_scale(column)}"
     if column.kind == "category":
         return f"category of {len(column.categories)}"
-    return column.kind
+    return column.kind + _scale(column)
+
+
+def _scale(column: Column) -> str:
+    return "" if column.transform == "standardise" else f", {column.transform}"
 
 
 def show(found: Inspection) -> None:
@@ -167,7 +214,9 @@ def show(found: Inspection) -> None:
         for heading in ("column", "kind", "values", "distinct", "missing"):
             table.add_column(heading, justify="right" if heading[-1] in "tg" else "left")
         for c in found.columns:
-            row = (c.name, c.kind, c.values, str(c.distinct), str(c.missing or ""))
+            missing = "some" if c.missing is None else str(c.missing or "")
+            distinct = "" if c.distinct is None else str(c.distinct)
+            row = (c.name, c.kind, c.values, distinct, missing)
             table.add_row(*map(escape, row))
         console.print(table)
     else:

@@ -19,16 +19,17 @@ from nelbo.build import LAWS, OBJECTIVES, build
 from nelbo.condition import drop, encode, given_labels
 from nelbo.config import MANY_LEVELS, ModelConfig, TrainConfig
 from nelbo.data import Dataset, as_examples
-from nelbo.data.rows import Ahead, Rows
+from nelbo.data.rows import WINDOW, Ahead, Rows
 from nelbo.estimate import Continuum, Grid, Times
 from nelbo.evaluate import Evaluation, evaluate
 from nelbo.few_steps import FewSteps
 from nelbo.grids import measure_errors
 from nelbo.model import Model, find_device
 from nelbo.objective import Objective
-from nelbo.optimise import batch_indices, learning_rate, optimizer, warmed_ema
+from nelbo.optimise import Blocks, batch_indices, learning_rate, optimizer, warmed_ema
 from nelbo.process import Affine
 
+STARTED_FROM = 2**15  # examples whose frequencies a model starts from, of those on disk
 VALIDATION = (1000, 2**18)  # examples at most, and numbers: a small part of the time
 
 
@@ -71,9 +72,11 @@ class Learner:
         self.config, self.dataset, self.at = train, dataset, Progress()
         with seeded(t.seed, 0):
             built = build(model, schema, affine or standardise(dataset))
-        built.start_from(dataset.splits["train"])
-        in_memory = not isinstance(dataset.splits["train"], Rows)
-        self.read = self._batch if in_memory else Ahead(self._batch)
+        train_split = dataset.splits["train"]
+        stored = train_split if isinstance(train_split, Rows) else None
+        built.start_from(train_split if stored is None else stored.few(STARTED_FROM))
+        self.blocks = Blocks(stored.block, stored.sequential) if stored and stored.block else None
+        self.read = self._batch if stored is None else Ahead(self._batch, self._warm)
         self.model: Model = built.to(find_device(device))
         self.model.dtype = torch.float32
         start = built.process.schedule.start
@@ -172,8 +175,15 @@ class Learner:
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Which examples a step takes, and they."""
         x, t = self.dataset.splits["train"], self.config
-        index = batch_indices(len(x), t.batch, step, t.seed)
+        index = batch_indices(len(x), t.batch, step, t.seed, blocks=self.blocks)
         return index, as_examples(x[index])
+
+    def _warm(self, step: int) -> None:
+        """Have read what comes half a window of blocks after a step."""
+        x, t = self.dataset.splits["train"], self.config
+        if self.blocks is not None and isinstance(x, Rows):
+            later = step + self.blocks.size * WINDOW // (2 * t.batch)
+            x.warm(batch_indices(len(x), t.batch, later, t.seed, blocks=self.blocks).numpy())
 
     def of(self, model: Model, split: str) -> Model:
         """A model of the examples of a split, given their labels where it is conditional."""

@@ -33,7 +33,7 @@ from torch.nn.functional import softplus
 
 from nelbo._distributions import LevelMixture, Shape, log_between
 from nelbo._numerics import over
-from nelbo.data.layout import Place
+from nelbo.data.layout import Place, Transform
 from nelbo.heads import Head, Prediction
 from nelbo.likelihood import Likelihood
 from nelbo.process import Gaussian, Process, per_example
@@ -44,32 +44,68 @@ COMPONENTS = 8  # of each column
 ATOMS = 16  # values of a column that repeat, at most
 FREQUENT = 0.01  # share of the rows that makes a value one of them
 NARROWEST = 1e-3  # s of a component, in standard deviations of the column
+KNOTS = 32  # of a quantile transform
 FITTED = 4096  # values that the mixture of a column is fitted to
 
 
 class Increasing(nn.Module):
-    """e = T(x) for each column, straight lines between knots and beyond them: T(x_k) = e_k.
+    """e = T(x) for each column: straight lines between knots, and beyond, T(u_k) = e_k, where
+
+        u = x;   or where the transform is log, with the least positive value c of training,
+        u = 1 + log(x/c) from c on, and x/c below it, so that all numbers have a place.
+
+    Two knots standardise u. Of a quantile transform the knots are quantiles of u, and e_k those
+    of the normal law. log T'(x) is in every density, which so is one of x.
 
     Args:
         columns: how many.
         knots: in each.
+        transforms: of each column; "standardise" where left out.
     """
 
     x: Tensor
     e: Tensor
+    unit: Tensor
+    log: Tensor
 
-    def __init__(self, columns: int, knots: int = 2) -> None:
+    def __init__(
+        self, columns: int, knots: int = 2, transforms: Sequence[Transform] | None = None
+    ) -> None:
         super().__init__()
+        self.transforms = transforms or ["standardise"] * columns
+        if "quantile" in self.transforms:
+            knots = max(knots, KNOTS)
         at = torch.linspace(-1, 1, knots, dtype=torch.float64).expand(columns, -1)
         self.register_buffer("x", at.clone())
         self.register_buffer("e", at.clone())
+        log = [transform == "log" for transform in self.transforms]
+        self.register_buffer("log", torch.tensor(log), persistent=False)
+        self.register_buffer("unit", torch.ones(columns, dtype=torch.float64))
 
     def start_from(self, x: Tensor) -> None:
-        """T of the standard deviation from the mean of x, (N, D); NaN does not count."""
-        mean = x.double().nanmean(0)
-        spread = (x - mean).square().nanmean(0).sqrt()
+        """T from x, (N, D); NaN does not count."""
+        positive = torch.where(x > 0, x.double(), torch.inf).amin(0)
+        self.unit.copy_(torch.where(positive.isfinite(), positive, 1.0))
+        u = self._scaled(x)
+        mean = u.nanmean(0)
+        spread = (u - mean).square().nanmean(0).sqrt()
         spread = torch.where(spread > 0, spread, 1.0)
         self.x.copy_(mean[:, None] + spread[:, None] * self.e)
+        share = (torch.arange(self.x.shape[1], dtype=torch.float64) + 0.5) / self.x.shape[1]
+        for i, transform in enumerate(self.transforms):
+            known = u[~u[:, i].isnan(), i]
+            if transform == "quantile" and len(known):
+                # values that repeat would make knots fall together
+                least = spread[i] * NARROWEST * torch.arange(len(share))
+                found = torch.quantile(known[:: math.ceil(len(known) / 2**20)], share)
+                self.x[i] = (found - least).cummax(0).values + least
+                self.e[i] = torch.special.ndtri(share)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """u, shape of x."""
+        x = x.double()
+        v = x / self.unit
+        return torch.where(self.log, torch.where(v < 1, v, 1 + v.clamp(min=1).log()), x)
 
     def _segment(self, v: Tensor, knots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """v_k, w_k and the slope of the line on which v lies, from knots v to the others w."""
@@ -82,17 +118,21 @@ class Increasing(nn.Module):
         return low, low_w, (high_w - low_w) / (high - low)
 
     def forward(self, x: Tensor) -> Tensor:
-        low, e, tangent = self._segment(x.double(), self.x)
-        return e + tangent * (x.double() - low)
+        u = self._scaled(x)
+        low, e, tangent = self._segment(u, self.x)
+        return e + tangent * (u - low)
 
     def log_slope(self, x: Tensor) -> Tensor:
         """log T'(x), shape of x."""
-        return self._segment(x.double(), self.x)[2].log()
+        of_u = self._segment(self._scaled(x), self.x)[2].log()
+        return of_u - torch.where(self.log, torch.maximum(x.double(), self.unit).log(), 0.0)
 
     def inverse(self, e: Tensor) -> Tensor:
         """x = T⁻¹(e), shape of e."""
-        low, x, tangent = self._segment(e.double(), self.e)
-        return x + tangent * (e.double() - low)
+        low, u, tangent = self._segment(e.double(), self.e)
+        u = u + tangent * (e.double() - low)
+        x = self.unit * torch.where(u < 1, u, (u.clamp(min=1) - 1).exp())
+        return torch.where(self.log, x, u)
 
 
 class Numbers(Gaussian):
@@ -191,6 +231,10 @@ class NumberMixture(Head):
             none = torch.ones(ATOMS - len(repeats))
             first = torch.tensor([missing or 1.0])
             self.log_prior.data[i] = torch.cat([first, weight, share, none]).log()
+
+    def exclude_missing(self) -> None:
+        """From now on no column is missing."""
+        self.valid[:, 0] = False
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> MixturePrediction:
         logits, shift, wider = output.split(

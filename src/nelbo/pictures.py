@@ -137,7 +137,8 @@ def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
             raise ValueError(f"examples of shape {schema.shape} are no images; write a .npz file")
         return lambda x: png(grid(x, schema))
     if schema.columns and out.suffix.lower() in tables.FILES:
-        return lambda x: tables.to_bytes(x.numpy(), schema.columns, out.suffix.lower())
+        suffix = out.suffix.lower()
+        return lambda x: tables.to_bytes(tables.decode(x.numpy(), schema.columns), suffix)
     if out.suffix.lower() == ".npz":
 
         def array(x: Tensor) -> bytes:

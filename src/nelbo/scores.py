@@ -11,6 +11,10 @@ so their bounds are lower than those of new examples of the same law; among held
 an example's rank is uniform, whatever the model: a percentile above 95 comes with probability 5 %.
 For that the noise of the estimate must have one law for all: each example gets its own draws,
 stratified over the times, and not the allocation that is best for the mean of its set.
+
+Of a row of a table, what its columns contribute is their part of the bound on a grid less the mean
+of that part over the reference: in nats, above zero where the cell is odd given the others. A
+category's part is that of -log P(x_i|what shows) in a random order, and so are parts alike.
 """
 
 import csv
@@ -18,7 +22,7 @@ import io
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,15 +32,19 @@ from torch import Tensor
 from nelbo._numerics import LOG_2, seeded
 from nelbo._progress import Track
 from nelbo.data import Schema, as_examples
-from nelbo.estimate import Continuum, elbo
+from nelbo.estimate import Continuum, Grid, elbo
+from nelbo.grids import even_times
 from nelbo.model import Model, measuring
 from nelbo.pictures import png
+from nelbo.report.dimensions import by_column, by_dimension
 from nelbo.report.figures import BLUE, GREEN, INK, ORANGE, plot, readable
 
 REFERENCE = 1000  # examples, at most
 BINS = 40  # of the picture
 CALLS = 24  # network calls per example, if nothing else is asked for
 REPLICATES = 4  # of them, for the standard error of an example
+MOST = 3  # columns that are named for a row, those that contribute most
+STEPS = 32  # of the grid on which columns are told apart, a network call each
 COLOURS = (BLUE, GREEN, ORANGE, INK)
 
 
@@ -96,6 +104,8 @@ class Scored:
         standard_error: its Monte Carlo part, (N,).
         reference: the scores of the reference, (M,).
         bits: from nats to bits/dim, None for a density.
+        columns: the names of a table's columns.
+        excess: what each contributes, (N, len(columns)), nats; one draw of each term.
     """
 
     score: Tensor
@@ -103,6 +113,8 @@ class Scored:
     standard_error: Tensor
     reference: Tensor
     bits: float | None
+    columns: tuple[str, ...] = ()
+    excess: Tensor | None = None
 
     @property
     def rank(self) -> Tensor:
@@ -118,7 +130,7 @@ class Scored:
 
     def csv(self) -> bytes:
         """One line per example, in the order of the data."""
-        columns = {
+        columns: dict[str, list] = {
             "example": list(range(len(self.score))),
             "score": self.score.tolist(),
             "nats": self.nats.tolist(),
@@ -128,6 +140,11 @@ class Scored:
         }
         if self.bits is not None:
             columns["bits_per_dim"] = (self.nats * self.bits).tolist()
+        if self.excess is not None:
+            most = self.excess.topk(min(MOST, len(self.columns)))
+            for k, (nats, index) in enumerate(zip(most[0].T, most[1].T, strict=True), 1):
+                columns[f"column_{k}"] = [self.columns[i] for i in index.tolist()]
+                columns[f"nats_{k}"] = nats.tolist()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
@@ -181,6 +198,7 @@ class Scorer:
         self.seed, self.track = seed, track
         model, reference = first(model, reference)
         self.define(torch.zeros(1), reference[:1], schema, 0.0)  # refuses before the work
+        self.usual = self._of_columns(model, reference).mean(0)
         nats = self._nats(model, reference).mean(1)
         self.mean = nats.mean().item()
         self.reference = self.define(nats, reference, schema, self.mean)
@@ -191,7 +209,21 @@ class Scorer:
         nats, error = each.mean(1), each.std(1) / math.sqrt(REPLICATES)
         score = self.define(nats, x, self.schema, self.mean)
         bits = None if model.decoder.density else 1 / (model.dims * LOG_2)
-        return Scored(score, nats, error, self.reference, bits)
+        found = Scored(score, nats, error, self.reference, bits)
+        if not self.schema.columns:
+            return found
+        names = tuple(column.name for column in self.schema.columns)
+        excess = self._of_columns(model, x) - self.usual
+        return replace(found, columns=names, excess=excess)
+
+    def _of_columns(self, model: Model, x: Tensor) -> Tensor:
+        """Nats of each column of each row, (N, C); (N, 0) where there are no columns."""
+        known = self.schema.columns
+        if not known:
+            return torch.zeros(len(x), 0)
+        grid = Grid(even_times(model.process.schedule, STEPS, STEPS))
+        (bound,) = by_dimension(model, x, grid, seed=self.seed)
+        return by_column(-bound.elbo, known)
 
     def _nats(self, model: Model, x: Tensor) -> Tensor:
         """The bound on -log P(x) of each example, in replicates; (N, REPLICATES)."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from nelbo._numerics import LOG_2
 from nelbo._progress import progress_bar
 from nelbo.checkpoint import Run, RunConfig
 from nelbo.config import ModelConfig, TrainConfig, configure
-from nelbo.data import Dataset
+from nelbo.data import Dataset, tables
 from nelbo.evaluate import Evaluation
 from nelbo.learner import Learner, Progress
 from nelbo.model import Model
@@ -30,15 +31,17 @@ VALIDATIONS = 5  # of a training that is given minutes
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from nelbo.data.tables import Frame
+
 
 def train(
-    source: str,
+    source: "str | PathLike[str] | Frame",
     out: str | Path,
     *,
     preset: str = "auto",
     levels: int | None = None,
     size: int | None = None,
-    schema: str | Path | None = None,
+    schema: str | PathLike[str] | None = None,
     condition: Sequence[str] = (),
     minutes: float | None = None,
     device: str = "cpu",
@@ -48,7 +51,8 @@ def train(
     """Train a model of the data at `source` into the new run folder `out`.
 
     Args:
-        source: "digits", or a path that `nelbo.data.load` understands.
+        source: "digits", or a path that `nelbo.data.load` understands; or a table itself, a polars
+            or pandas frame or a mapping of names to columns, of which the run keeps a copy.
         out: a folder that does not exist yet, or is empty.
         preset: see `nelbo.config.configure`.
         levels: number of levels of integer data, found where left out.
@@ -67,6 +71,7 @@ def train(
     out = Path(out)
     check_new(out)
     dataset = data.load(source, levels=levels, size=size, schema=schema, condition=condition)
+    own = None if isinstance(source, str | PathLike) else tables.frame_of(source)
     for note in dataset.notes if progress else ():
         print(note, file=sys.stderr)
     model_config, train_config = configure(
@@ -79,7 +84,7 @@ def train(
         every = options.get("evaluate_every", max(1, steps // VALIDATIONS))
         train_config = replace(train_config, steps=steps, evaluate_every=int(every))
     run = RunConfig(
-        source=dataset.source,
+        source=dataset.source if own is None else str(out.absolute() / checkpoint.TABLE),
         schema=dataset.schema,
         size=size,
         hashes=checkpoint.hashes(dataset),
@@ -87,7 +92,10 @@ def train(
         model=model_config,
         train=train_config,
     )
-    return begin(Training(out, run, dataset, device), progress)
+    training = Training(out, run, dataset, device)
+    if own is not None:
+        checkpoint.write(out / checkpoint.TABLE, tables.to_bytes(own, ".parquet"))
+    return begin(training, progress)
 
 
 def pace(

@@ -1,7 +1,9 @@
 """From the arrays that a reader found to a schema, stored tensors and splits."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
@@ -75,6 +77,28 @@ def by_split(
     return found
 
 
+def parts_of(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split by the first word of their names; {"all": files} if they have none.
+
+    >>> parts_of([Path("train-0.tar"), Path("val-0.tar")])["validation"][0].name
+    'val-0.tar'
+
+    Raises:
+        ValueError: only some are of a split.
+    """
+    word = {file: re.split(r"[^a-z]", file.name.lower())[0] for file in files}
+    parts = {
+        split: [file for file in files if word[file] in names] for split, names in SPLITS.items()
+    }
+    parts = {split: found for split, found in parts.items() if found}
+    if sum(map(len, parts.values())) == len(files):
+        return parts
+    if parts:
+        other = next(file for file in files if not any(file in part for part in parts.values()))
+        raise ValueError(f"{other} is of no split, but others are; name it train-.., or move it")
+    return {"all": list(files)}
+
+
 def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:
     """The schema of what was found, and notes on what was inferred.
 
@@ -127,6 +151,8 @@ def _inferred_levels(found: Found, shape: tuple[int, ...]) -> tuple[Schema, list
         )
     if high > 127 and all(x.dtype == np.uint8 for x in found.parts.values()):
         return Schema("levels", shape, 256), ["8-bit data: 256 levels; --levels overrides"]
+    if high > 32767 and all(x.dtype == np.uint16 for x in found.parts.values()):
+        return Schema("levels", shape, 65536), ["16-bit data: 65536 levels; --levels overrides"]
     return Schema("levels", shape, high + 1), [f"{high + 1} levels found; --levels overrides"]
 
 

@@ -8,9 +8,9 @@ import io
 import tarfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,24 @@ COLOUR = ("RGB", "RGBA", "P")
 SIXTEEN = ("I;16", "I")  # how Pillow has 16 bits of grey
 
 
+class Pictures(Protocol):
+    """N encoded images."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, rows: np.ndarray) -> Self:
+        """Some of them."""
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """These, and others after them."""
+
+    def content(self, i: int) -> bytes:
+        """The bytes of the i-th one."""
+
+    def name(self, i: int) -> str:
+        """Where it is, for messages."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """N encoded images: the i-th is size[i] bytes of files[file[i]] from offset[i] on."""
@@ -47,9 +65,9 @@ class Encoded:
         sizes = np.array([file.stat().st_size for file in files], np.int64)
         return Encoded(tuple(files), np.arange(len(files)), np.zeros_like(sizes), sizes)
 
-    @staticmethod
-    def join(parts: Sequence["Encoded"]) -> "Encoded":
-        """One after another."""
+    def join(self, others: "Sequence[Encoded]") -> "Encoded":
+        """These, and others after them."""
+        parts = (self, *others)
         first = np.cumsum([0] + [len(part.files) for part in parts])
         file, offset, size = (
             np.concatenate(columns)
@@ -89,23 +107,31 @@ class Form:
     Args:
         size: crop to the centred square and resample (Lanczos) to size x size.
         channels: 1, 3 or 4 of them, or more where an image has more.
-        levels: 256 takes the upper 8 bits of images of 16 bits, which are refused without.
+        levels: 256 takes the upper 8 bits of images of 16 bits.
+        deep: take 16 bits a channel.
     """
 
     size: int | None = None
     channels: int = 1
     levels: int | None = None
+    deep: bool = False
+
+    @property
+    def most(self) -> int:
+        """The largest value of a channel."""
+        return 65535 if self.deep else 255
 
 
 class Images(Rows):
-    """Images that are decoded when they are read, uint8 (N, C, H, W)."""
+    """Images that are decoded when they are read, uint8 (N, C, H, W), or int32 of 16 bits."""
 
-    def __init__(self, encoded: Encoded, form: Form, shape: tuple[int, ...]) -> None:
-        super().__init__((len(encoded), *shape), np.dtype(np.uint8))
+    def __init__(self, encoded: Pictures, form: Form, shape: tuple[int, ...]) -> None:
+        super().__init__((len(encoded), *shape), np.dtype(np.int32 if form.deep else np.uint8))
         self.encoded, self.form = encoded, form
 
     def read(self, rows: np.ndarray) -> Tensor:
-        x = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
+        kind = torch.int32 if self.form.deep else torch.uint8
+        x = torch.empty((len(rows), *self.shape[1:]), dtype=kind)
         for i, row in enumerate(rows.tolist()):
             x[i] = torch.from_numpy(_pixels(self.encoded, row, self.form, self.shape[1]))
         return x
@@ -114,14 +140,15 @@ class Images(Rows):
         return Images(self.encoded.at(rows), self.form, self.shape[1:])
 
     def join(self, others: Sequence["Images"]) -> "Images":
-        encoded = Encoded.join([each.encoded for each in (self, *others)])
+        encoded = self.encoded.join([each.encoded for each in others])
         return Images(encoded, self.form, self.shape[1:])
 
 
 def read_images(
-    source: str, groups: Mapping[str, Encoded], form: Form, notes: Iterable[str] = ()
+    source: str, groups: Mapping[str, Pictures], form: Form, notes: Iterable[str] = ()
 ) -> Found:
-    """All images as uint8 (N, C, H, W) with 256 levels; unread where memory does not hold them.
+    """All images (N, C, H, W) with 256 levels, or 65536 where all have 16 bits a channel; unread
+    where memory does not hold them.
 
     Four channels if a pixel of any image is transparent; else three if any has colour or a
     palette; else one.
@@ -133,15 +160,16 @@ def read_images(
         notes: what is known already.
 
     Raises:
-        ValueError: if one is damaged or of 16 bits, or sizes differ and `form.size` is None.
+        ValueError: if one is damaged, only some are of 16 bits, or sizes differ and `form.size`
+            is None.
     """
     notes, channels, sixteen = list(notes), form.channels, 0
-    first: tuple[Encoded, tuple[int, int]] | None = None
+    first: tuple[Pictures, tuple[int, int]] | None = None
     for images in groups.values():
         for i in range(len(images)):
-            image, bits = _decode(images, i, pixels=False, levels=form.levels)
+            image, bits = _decode(images, i, pixels=False)
             sixteen += bits == 16
-            channels = max(channels, _channels(images, i, image, form.levels))
+            channels = max(channels, _channels(images, i, image))
             first = first or (images, image.size)
             if form.size is None and image.size != first[1]:
                 raise ValueError(
@@ -150,7 +178,14 @@ def read_images(
                     f" --size {min(*first[1], *image.size)} makes them alike"
                 )
     assert first is not None
-    if sixteen:
+    count = sum(map(len, groups.values()))
+    form = replace(form, deep=bool(sixteen) and form.levels != 256)
+    if form.deep and sixteen < count:
+        raise ValueError(
+            f"{sixteen} of the {count} images of {source} have 16 bits a channel and the others 8;"
+            " --levels 256 takes the upper 8 bits of all"
+        )
+    if sixteen and not form.deep:
         notes.append(f"of {sixteen} images of 16 bits a channel, the upper 8 were taken")
     if form.size is not None:
         notes.append(
@@ -161,9 +196,9 @@ def read_images(
     rows = {part: Images(images, form, shape) for part, images in groups.items()}
     if sum(each.shape.numel() for each in rows.values()) > IN_MEMORY:
         notes.append("more images than memory is for: they are read again each time")
-        return Found(source, dict(rows), 256, tuple(notes))
+        return Found(source, dict(rows), form.most + 1, tuple(notes))
     parts = {part: each[:].numpy() for part, each in rows.items()}
-    return Found(source, dict(parts), 256, tuple(notes))
+    return Found(source, dict(parts), form.most + 1, tuple(notes))
 
 
 def read_masked(image: Path, mask: Path, schema: Schema) -> tuple[Tensor, Tensor]:
@@ -194,24 +229,61 @@ def _one(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return x
 
 
-def _pixels(images: Encoded, i: int, form: Form, channels: int) -> np.ndarray:
-    """One image, uint8 (channels, H, W)."""
+def _pixels(images: Pictures, i: int, form: Form, channels: int) -> np.ndarray:
+    """One image, (channels, H, W), uint8 or int32."""
     from PIL import Image
 
-    image = _plain(_decode(images, i, pixels=True, levels=form.levels)[0], channels)
-    if form.size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        image = image.crop(box).resize((form.size, form.size), Image.Resampling.LANCZOS)
-    array = np.array(image)
+    if form.deep:
+        deep = _deep(images, i, channels)
+        each = [_fit(Image.fromarray(c.astype(np.float32)), form.size) for c in deep]
+        return np.stack([np.rint(np.asarray(c)).clip(0, form.most) for c in each]).astype(np.int32)
+    array = np.array(_fit(_plain(_decode(images, i, pixels=True)[0], channels), form.size))
     return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
 
 
-def _channels(images: Encoded, i: int, image: "Image.Image", levels: int | None) -> int:
+def _fit(image: "Image.Image", size: int | None) -> "Image.Image":
+    """The centred square, resampled; the image itself without a size."""
+    from PIL import Image
+
+    if size is None:
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.crop(box).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _deep(images: Pictures, i: int, channels: int) -> np.ndarray:
+    """One image of 16 bits, (channels, H, W).
+
+    Of colour Pillow reads the upper of two bytes, in big-endian order; told that the order is
+    little-endian, it reads the lower ones.
+    """
+    from PIL import Image
+
+    upper = np.asarray(_decode(images, i, pixels=True)[0]).astype(np.int64)
+    if upper.ndim == 2:
+        x = np.stack([upper] * min(channels, 3))
+    else:
+        with Image.open(io.BytesIO(images.content(i)), formats=("PNG",)) as image:
+            codec, extents, offset, order = image.tile[0]
+            if order not in ("RGB;16B", "RGBA;16B"):
+                raise ValueError(
+                    f"{images.name(i)} has 16 bits of grey with transparency; save it as RGBA, or"
+                    " take the upper 8 bits with --levels 256"
+                )
+            order = order.replace("16B", "16L")
+            image.tile = [cast(Any, (codec, extents, offset, order))]  # a _Tile where there is one
+            lower = np.asarray(image)
+        x = np.moveaxis(256 * upper + lower, 2, 0)
+    opaque = np.full_like(x[:1], 65535)
+    return np.concatenate([x, opaque])[:channels]
+
+
+def _channels(images: Pictures, i: int, image: "Image.Image") -> int:
     """As few as hold the image; its header tells unless it may be transparent."""
     if image.has_transparency_data:
-        whole = _decode(images, i, pixels=True, levels=levels)[0]
+        whole = _decode(images, i, pixels=True)[0]
         if whole.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             return 4
     return 3 if image.mode in COLOUR else 1
@@ -228,9 +300,7 @@ def _plain(image: "Image.Image", channels: int) -> "Image.Image":
     return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
 
 
-def _decode(
-    images: Encoded, i: int, pixels: bool, levels: int | None
-) -> tuple["Image.Image", int]:
+def _decode(images: Pictures, i: int, pixels: bool) -> tuple["Image.Image", int]:
     """An image, of which only the header is read unless `pixels`, and its bits a channel."""
     from PIL import Image
 
@@ -254,11 +324,6 @@ def _decode(
         ) from error
     # Pillow narrows 16-bit colour to 8 bits in silence, so ask the header.
     bits = content[24] if content.startswith(b"\x89PNG") else 8
-    if bits == 16 and levels != 256:
-        raise ValueError(
-            f"{images.name(i)} has 16 bits a channel, more levels than a model has; --levels 256"
-            f" takes the upper 8 bits"
-        )
     if image.mode not in GREY + COLOUR:
         raise ValueError(
             f"{images.name(i)} has the colour mode {image.mode}; convert it to grey or RGB"

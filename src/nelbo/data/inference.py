@@ -5,7 +5,8 @@ precision is the largest distance of which all differences are multiples, so tha
 the probabilities is not higher than the data warrant.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +64,101 @@ def complete(frame: "DataFrame", declared: object) -> list[Column]:
     return [_complete(frame[each["name"]], each) for each in declared]
 
 
+def infer_merged(chunks: Iterable["DataFrame"]) -> tuple[list[Column], list[str]]:
+    """The columns of a table that comes in chunks, as for `infer_columns`.
+
+    Raises:
+        ValueError: also numbers in one chunk and texts in another.
+    """
+    found: dict[str, Column | None] = {}
+    notes: dict[str, str] = {}
+    for frame in chunks:
+        for name in frame.columns:
+            column, note = _infer_some(frame[name])
+            found[name] = _merge_some(found[name], column) if name in found else column
+            notes.setdefault(name, note)
+    for name, column in found.items():
+        if column is None:
+            raise ValueError(f"the column {name!r} has no value in any row; remove it")
+        if len(column.categories) == 1:
+            notes[name] = f"{name} is always {column.categories[0]}"
+    return [column for column in found.values() if column], [n for n in notes.values() if n]
+
+
+def complete_columns(chunks: Iterable["DataFrame"], declared: object) -> list[Column]:
+    """The columns that a user declares of a table that comes in chunks, as for `complete`."""
+    found: list[Column] = []
+    for frame in chunks:
+        some = complete(frame, declared)
+        found = [merge(a, b) for a, b in zip(found, some, strict=True)] if found else some
+    return found
+
+
+def _infer_some(series: "Series") -> tuple[Column | None, str]:
+    """As `infer_column`, for some rows; None where all cells are missing."""
+    if texts(series).is_null().all():
+        return None, ""
+    column, note = infer_column(series)
+    return column, "" if len(column.categories) == 1 else note
+
+
+def _merge_some(a: Column | None, b: Column | None) -> Column | None:
+    if a is None or b is None:
+        column = a or b
+        return None if column is None else replace(column, missing=True)
+    return merge(a, b)
+
+
+def merge(a: Column, b: Column) -> Column:
+    """What a column is that is a in some rows and b in the others.
+
+    Raises:
+        ValueError: numbers and texts.
+    """
+    missing = a.missing or b.missing
+    if a.categories and b.categories:
+        distinct = sorted({*a.categories, *b.categories})
+        numeric = all(map(is_number, distinct))
+        if a.kind == b.kind == "category" and not (numeric and len(distinct) > 1):
+            return _few(replace(a, categories=tuple(distinct), missing=missing))
+        if len(distinct) == 2 and {value.lower() for value in distinct} in TRUTH:
+            return Column(a.name, "boolean", categories=tuple(distinct), missing=missing)
+        if not numeric:
+            return _few(Column(a.name, "category", categories=tuple(distinct), missing=missing))
+    words = [value for column in (a, b) for value in column.categories if not is_number(value)]
+    if words:
+        raise ValueError(
+            f"the column {a.name!r} holds numbers in some rows and texts such as {words[0]!r} in"
+            " others; mend it, or declare it a category with --schema"
+        )
+    if "real" in (a.kind, b.kind):
+        return Column(a.name, "real", missing=missing)
+    points = np.unique(np.concatenate([_points(a), _points(b)]))
+    precision = lattice(points)
+    if precision is None:
+        return Column(a.name, "real", missing=missing)
+    low, high = float(points[0]), float(points[-1])
+    return Column(a.name, "rounded", precision, low, high, missing=missing)
+
+
+def _points(column: Column) -> np.ndarray:
+    """Points that span the lattice of numbers."""
+    if column.categories:
+        return np.array([float(value) for value in column.categories])
+    assert column.precision is not None and column.low is not None and column.high is not None
+    first = min(column.low + column.precision, column.high)
+    return np.array([column.low, round(first, 12), column.high])
+
+
+def _few(column: Column) -> Column:
+    if len(column.categories) > SIZES[4] - 2:
+        raise ValueError(
+            f"the column {column.name!r} has {len(column.categories)} different texts and more,"
+            " too many for a category; remove it, or leave it out with --schema"
+        )
+    return column
+
+
 def _complete(series: "Series", declared: dict[str, object]) -> Column:
     if "kind" not in declared:
         declared = infer_column(series)[0].to_dict() | declared
@@ -86,7 +182,13 @@ def _complete(series: "Series", declared: dict[str, object]) -> Column:
 
 def infer_column(series: "Series") -> tuple[Column, str]:
     """What one column is, and a note on it or ""; as for `infer_columns`."""
-    text, name = texts(series), series.name
+    name = series.name
+    if series.dtype.is_numeric():
+        values = numbers(series)
+        absent = np.isnan(values)
+        if len(np.unique(values[~absent])) > 2:  # need not go by way of texts
+            return _number(name, values, bool(absent.any()))
+    text = texts(series)
     distinct = sorted(text.drop_nulls().unique().to_list())
     missing = bool(text.is_null().any())
     if not distinct:

@@ -20,6 +20,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Kind = Literal["real", "rounded", "category", "boolean"]
+Transform = Literal["standardise", "log", "quantile"]
 GroupKind = Literal["real", "cells", "levels", "symbols"]
 
 #: points of a lattice that are levels; beyond, cells
@@ -55,6 +56,8 @@ class Column:
         high: the largest.
         categories: the values of a category or boolean, as text.
         missing: whether cells may be missing.
+        transform: of a number, in whose scale it is modelled; see `numbers.Increasing`. It changes
+            no unit: a density stays one of the column as it is.
 
     Raises:
         ValueError: if these contradict each other.
@@ -67,6 +70,7 @@ class Column:
     high: float | None = None
     categories: tuple[str, ...] = ()
     missing: bool = False
+    transform: Transform = "standardise"
 
     def __post_init__(self) -> None:
         where = f"of the column {self.name!r}"
@@ -100,6 +104,14 @@ class Column:
                 raise ValueError(f"categories {where} are {len(self.categories)}, too many")
         elif self.categories:
             raise ValueError(f"categories {where} are for the kinds category and boolean")
+        if self.transform not in get_args(Transform):
+            names = ", ".join(get_args(Transform))
+            raise ValueError(f"transform {where} must be one of {names}; got {self.transform!r}")
+        if self.transform != "standardise" and self.group in ("levels", "symbols"):
+            raise ValueError(
+                f"transform {where} is for real numbers and those on a lattice of more than"
+                f" {MOST_POINTS} points; leave it out"
+            )
 
     @property
     def points(self) -> int:

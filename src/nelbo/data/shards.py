@@ -3,15 +3,15 @@
 A shard is an index of byte ranges. Members are never extracted, and their names are never paths.
 """
 
-import re
+import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from nelbo.data.conform import SPLITS, Found
+from nelbo.data.conform import Found, parts_of
 from nelbo.data.encoded import SUFFIXES, Encoded, Form, read_images
 
 LABEL = ".cls"
@@ -40,7 +40,7 @@ def read_shards(source: Path, form: Form) -> Found:
             images.append(encoded)
             labels[part] += texts
             ignored |= others
-        groups[part] = Encoded.join(images)
+        groups[part] = images[0].join(images[1:])
     notes = [f"members {', '.join(sorted(ignored))} ignored"] if ignored else []
     found = read_images(str(source), groups, form, notes)
     known = [text is not None for texts in labels.values() for text in texts]
@@ -61,18 +61,7 @@ def shards_of(folder: Path) -> list[Path]:
 def _parts(source: Path) -> dict[str, list[Path]]:
     if source.is_file():
         return {"all": [source]}
-    files = shards_of(source)
-    word = {file: re.split(r"[^a-z]", file.name.lower())[0] for file in files}
-    parts = {
-        split: [file for file in files if word[file] in names] for split, names in SPLITS.items()
-    }
-    parts = {split: found for split, found in parts.items() if found}
-    if sum(map(len, parts.values())) == len(files):
-        return parts
-    if parts:
-        other = next(file for file in files if not any(file in part for part in parts.values()))
-        raise ValueError(f"{other} is of no split, but others are; name it train-.., or move it")
-    return {"all": files}
+    return parts_of(shards_of(source))
 
 
 def _index(shard: Path) -> tuple[Encoded, list[str | None], set[str]]:
@@ -96,7 +85,7 @@ def _index(shard: Path) -> tuple[Encoded, list[str | None], set[str]]:
                 text = file.read(min(member.size, LONGEST)).decode(errors="replace").strip()
                 if not text:
                     raise ValueError(f"the label {member.name} in {shard} is empty; name a class")
-                labels[key] = text
+                labels[key] = sys.intern(text)  # few different ones
             else:
                 ignored.add(suffix or name)
     if not images:
@@ -106,8 +95,8 @@ def _index(shard: Path) -> tuple[Encoded, list[str | None], set[str]]:
     return encoded, [labels.get(key) for key in images], ignored
 
 
-def _members(shard: Path) -> Sequence[tarfile.TarInfo]:
-    """All members, whole.
+def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
+    """All members, whole, one at a time: tarfile would keep a kilobyte of each.
 
     Raises:
         ValueError: if the file is damaged or ends before they do.
@@ -115,16 +104,17 @@ def _members(shard: Path) -> Sequence[tarfile.TarInfo]:
     try:
         # r: refuses compression, under which members are no ranges of bytes
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            members = tar.getmembers()
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]
+                if member.issparse():
+                    raise ValueError("it has sparse members")
+                yield member
             # tarfile takes a file that is cut between members, or in a header, for whole
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError("it is cut, its end is missing")
-        if any(member.issparse() for member in members):
-            raise ValueError("it has sparse members")
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{shard} cannot be read as a tar file: {error}; copy or write it again, without"
             f" compression"
         ) from error
-    return members

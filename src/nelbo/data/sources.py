@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo.data import arrays, builtin, folders, idx, shards, tables, text
+from nelbo.data import arrays, builtin, folders, hub, idx, shards, streams, tables, text
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
 from nelbo.data.encoded import Form
 from nelbo.data.inference import complete, infer_column, infer_columns
@@ -19,6 +19,8 @@ from nelbo.data.labels import codes, infer_label, of_examples, standardised
 from nelbo.data.schema import Dataset, Label, Schema
 
 if TYPE_CHECKING:
+    from polars import DataFrame
+
     from nelbo.data.tables import Frame
 
 BUILT_IN = {"digits": builtin.digits}
@@ -44,9 +46,9 @@ def load(
 
     Args:
         source: "digits", or the path of a .npy, .npz, .txt, idx or .tar file, of a table, or of a
-            folder of images, .txt, idx or .tar files. A string that is a built-in name is never a
-            path: write ./digits for that. Or a table itself: a polars or pandas frame, or names
-            mapped to columns.
+            folder of images, .txt, idx, .tar, .parquet or .arrow files; or hub:NAME, see `hub`. A
+            string that is a built-in name is never a path: write ./digits for that. Or a table
+            itself: a polars or pandas frame, or names mapped to columns.
         levels: data are the integers 0..levels-1. By default integers are, as many as are found
             in all splits (256 for 8-bit images), and reals have a density. 256 takes the upper
             8 bits of images of 16 bits. Text is read as characters, with 256 levels as bytes.
@@ -176,8 +178,34 @@ def read_json(path: Path) -> object:
 
 
 def is_table(source: str | PathLike[str]) -> bool:
-    """Whether the name is that of a table."""
-    return Path(source).suffix.lower() in tables.FILES
+    """Whether the name is that of a table, or of a folder of its shards."""
+    if hub.is_hub(source):
+        return hub.table(str(source)) is not None
+    path = Path(source)
+    return path.suffix.lower() in tables.FILES or (path.is_dir() and bool(streams.shards_of(path)))
+
+
+def stream_of(source: "str | PathLike[str] | Frame") -> streams.Table | None:
+    """The table that is to be read in blocks of rows, if it is such a one."""
+    if hub.is_hub(source):
+        return hub.table(str(source))
+    return streams.find(Path(source).absolute()) if isinstance(source, str | PathLike) else None
+
+
+def _name(source: "str | PathLike[str] | Frame") -> str:
+    return str(source) if isinstance(source, str | PathLike) else "the table"
+
+
+def _load_stream(
+    table: streams.Table, schema: Schema | str | PathLike[str] | None, seed: int
+) -> Dataset:
+    notes: list[str] = []
+    if not isinstance(schema, Schema):
+        declared = None if schema is None else read_json(Path(schema))
+        columns, notes = streams.infer(table, declared)
+        schema = Schema.of_table(columns)
+    splits, how = streams.splits(table, schema.columns, seed)
+    return Dataset(table.name, schema, splits, (*notes, *how))
 
 
 def _load_table(
@@ -188,18 +216,22 @@ def _load_table(
     schema: Schema | str | PathLike[str] | None,
     condition: Sequence[str],
 ) -> Dataset:
-    name, frame = tables.find(source)
     for option, value in (("levels", levels), ("size", size)):
         if value is not None:
             raise ValueError(
-                f"--{option} is for arrays and images; {name} is a table, whose columns --schema"
-                " describes"
+                f"--{option} is for arrays and images; {_name(source)} is a table, whose columns"
+                " --schema describes"
             )
-    of_cells = {}
+    table = stream_of(source)
+    if table is not None and not condition:
+        return _load_stream(table, schema, seed)
+    name, frame = tables.find(source) if table is None else (table.name, table.whole())
+    parts, of_cells = _parts_of(table), {}
     for label in condition:
         kind = infer_column(tables.column_of(frame, label, name))[0].kind
         words = kind in ("category", "boolean")
-        of_cells[label] = {"all": tables.label_cells(frame, label, words)}
+        cells = tables.label_cells(frame, label, words)
+        of_cells[label] = {part: cells[rows] for part, rows in parts.items()}
     notes: list[str] = []
     if schema is None:
         columns, notes = infer_columns(frame.drop(*condition))
@@ -207,25 +239,42 @@ def _load_table(
     elif not isinstance(schema, Schema):
         schema = Schema.of_table(complete(frame.drop(*condition), read_json(Path(schema))))
     rows, taken = tables.encode(frame, schema.columns, name, rounding=True)
-    splits, how = split({"all": torch.from_numpy(rows)}, name, seed)
-    found = Found(name, {"all": rows}, labels=of_cells)
+    x = torch.from_numpy(rows)
+    splits, how = split({part: x[few] for part, few in parts.items()}, name, seed)
+    found = Found(name, {part: rows[few] for part, few in parts.items()}, labels=of_cells)
     labels, stored, unseen = _condition(found, condition, seed)
     schema = replace(schema, condition=labels)
     return Dataset(name, schema, splits, (*notes, *taken, *how, *unseen), stored)
 
 
 def _load_table_like(source: "str | PathLike[str] | Frame", schema: Schema) -> Dataset:
-    name, frame = tables.find(source)
     if schema.kind != "table":
-        raise ValueError(f"the model is of no table; {name} is not such data")
+        raise ValueError(f"the model is of no table; {_name(source)} is not such data")
+    table = stream_of(source)
+    if table is not None and not schema.condition:
+        return Dataset(table.name, schema, streams.measured(table, schema.columns))
+    name, frame = tables.find(source) if table is None else (table.name, table.whole())
     rows, _ = tables.encode(frame, schema.columns, name)
+    x, labels = torch.from_numpy(rows), labels_of(frame, schema, name)
+    parts = _parts_of(table) | {"all": slice(None)}
+    stored = {} if labels is None else {part: labels[few] for part, few in parts.items()}
+    return Dataset(name, schema, {part: x[few] for part, few in parts.items()}, labels=stored)
+
+
+def _parts_of(table: streams.Table | None) -> dict[str, slice]:
+    """The rows of each split of a table, or of "all"."""
+    parts = {} if table is None else table.parts
+    return {k: slice(n, n + m) for k, (n, m) in parts.items()} or {"all": slice(None)}
+
+
+def labels_of(frame: "DataFrame", schema: Schema, name: str) -> Tensor | None:
+    """The labels in the rows of a table, (N, len(schema.condition)); None without labels."""
     of_cells = {
         label.name: {"all": tables.label_cells(frame, label.name, bool(label.classes))}
         for label in schema.condition
     }
-    found = Found(name, {"all": rows}, labels=of_cells)
-    stored = _store_labels(found, schema.condition)
-    return Dataset(name, schema, {"all": torch.from_numpy(rows)}, labels=stored)
+    found = Found(name, {"all": np.empty((frame.height, 0))}, labels=of_cells)
+    return _store_labels(found, schema.condition).get("all")
 
 
 def _read(
@@ -234,6 +283,8 @@ def _read(
     """The full name of a source and what is in it; to measure a model of `schema` on, if given."""
     if form.size is not None and form.size < 1:
         raise ValueError(f"size must be at least 1; got {form.size}")
+    if hub.is_hub(source):
+        return hub.read(str(source), form, schema)
     path = Path(source).absolute()
     built_in = BUILT_IN.get(source) if isinstance(source, str) else None
     if built_in is None and text.is_text(path):

@@ -6,10 +6,11 @@ Needs polars (extra: tables). Columns are matched by name, so their order does n
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def read(path: Path) -> "DataFrame":
     Raises:
         ValueError: if the file is damaged, ragged, not UTF-8, or has no rows or no headings.
     """
-    pl = _polars()
+    pl = polars()
     suffix = path.suffix.lower()
     if suffix in SEPARATORS:
         frame = _read_text(path, SEPARATORS[suffix])
@@ -58,15 +59,21 @@ def find(source: "str | PathLike[str] | Frame") -> tuple[str, "DataFrame"]:
 
 
 def frame_of(table: "Frame") -> "DataFrame":
-    """A polars or pandas frame, or a mapping of names to columns, as a polars frame.
+    """A frame of polars, pandas or datasets, or a mapping of names to columns, as one of polars.
 
     Raises:
         ValueError: if it is none of these.
     """
-    pl = _polars()
+    pl = polars()
+    if hasattr(table, "to_polars"):  # of datasets
+        table = table.to_polars()
+    if isinstance(table, pl.LazyFrame):
+        table = table.collect()
     if isinstance(table, pl.DataFrame):
         return checked(table, "the table")
     try:
+        if isna := getattr(table, "isna", None):  # pandas has several ways to say: nothing here
+            table = cast(Any, table).astype(object).where(~isna(), None)
         columns = {str(name): list(table[name]) for name in table}  # type: ignore[index]
         return checked(pl.DataFrame(columns, strict=False, nan_to_null=True), "the table")
     except (TypeError, KeyError, pl.exceptions.PolarsError) as error:
@@ -76,12 +83,17 @@ def frame_of(table: "Frame") -> "DataFrame":
         ) from None
 
 
-def checked(frame: "DataFrame", label: str) -> "DataFrame":
-    """The frame; ValueError where it has no rows, or columns without a name."""
-    if not frame.width or not frame.height:
-        raise ValueError(
-            f"{label} has {frame.height} rows and {frame.width} columns; give at least 1"
-        )
+def checked(frame: "DataFrame", label: str, rows: int | None = None) -> "DataFrame":
+    """The frame; ValueError where it has no rows, or columns without a name.
+
+    Args:
+        frame: the table.
+        label: names it in messages.
+        rows: of the table, where the frame is but its heading.
+    """
+    rows = frame.height if rows is None else rows
+    if not frame.width or not rows:
+        raise ValueError(f"{label} has {rows} rows and {frame.width} columns; give at least 1")
     unnamed = [i + 1 for i, name in enumerate(frame.columns) if not name.strip()]
     if unnamed:
         raise ValueError(f"column {unnamed[0]} of {label} has no name; name it, or remove it")
@@ -90,7 +102,7 @@ def checked(frame: "DataFrame", label: str) -> "DataFrame":
 
 def _read_text(path: Path, separators: str) -> "DataFrame":
     """A text table whose every row has as many fields as the heading; all cells as text."""
-    pl = _polars()
+    pl = polars()
     rows = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -147,7 +159,7 @@ def texts(series: "Series") -> "Series":
     Raises:
         ValueError: a column of dates, lists or the like.
     """
-    pl = _polars()
+    pl = polars()
     if series.dtype.is_float():
         whole = series.is_finite() & (series == series.round())
         integers = series.set(~whole.fill_null(False), None).cast(pl.Int64, strict=False)
@@ -165,30 +177,36 @@ def texts(series: "Series") -> "Series":
     return text.set(text.str.to_lowercase().is_in(NOTHING).fill_null(True), None)
 
 
-def numbers(series: "Series") -> np.ndarray:
+def numbers(series: "Series", first: int = 0) -> np.ndarray:
     """The cells of a column as float64, shape (N,), NaN where there is nothing.
+
+    Args:
+        series: the column.
+        first: row of the table that is its first.
 
     Raises:
         ValueError: a cell that is no number, or is infinite; it names the row.
     """
-    pl = _polars()
-    text = texts(series)
-    found = series if series.dtype.is_numeric() else text.cast(pl.Float64, strict=False)
-    found = found.cast(pl.Float64).set(text.is_null(), None)
-    odd = text.is_not_null() & found.is_null()
-    if odd.any():
-        row = int(odd.arg_true()[0])
-        raise ValueError(
-            f"the column {series.name!r} holds numbers, but {text[row]!r} in row {row + 1}; mend"
-            " it, or declare the column a category with --schema"
-        )
+    pl = polars()
+    if series.dtype.is_numeric():
+        found = series.cast(pl.Float64)
+    else:
+        text = texts(series)
+        found = text.cast(pl.Float64, strict=False)
+        odd = text.is_not_null() & found.is_null()
+        if odd.any():
+            row = int(odd.arg_true()[0])
+            raise ValueError(
+                f"the column {series.name!r} holds numbers, but {text[row]!r} in row"
+                f" {first + row + 1}; mend it, or declare the column a category with --schema"
+            )
     values = found.to_numpy().astype(np.float64)
     values[found.is_null().to_numpy()] = np.nan
     infinite = np.isinf(values)
     if infinite.any():
         raise ValueError(
             f"the column {series.name!r} has {infinite.sum()} infinite values, the first in row"
-            f" {infinite.argmax() + 1}; remove those rows, or leave the cells empty"
+            f" {first + infinite.argmax() + 1}; remove those rows, or leave the cells empty"
         )
     return values
 
@@ -221,7 +239,11 @@ def label_cells(frame: "DataFrame", name: str, words: bool) -> np.ndarray:
 
 
 def encode(
-    frame: "DataFrame", columns: Sequence[Column], label: str, rounding: bool = False
+    frame: "DataFrame",
+    columns: Sequence[Column],
+    label: str,
+    rounding: bool = False,
+    first: int = 0,
 ) -> tuple[np.ndarray, list[str]]:
     """The rows as examples, (N, D) float64, and notes on what was not taken as it is.
 
@@ -230,6 +252,7 @@ def encode(
         columns: the layout.
         label: names the table in messages.
         rounding: round numbers to the precision of their columns; else they must be so.
+        first: row of the table that is the first of the frame.
 
     Raises:
         ValueError: a column is not there, or a cell cannot be one of its column.
@@ -245,9 +268,9 @@ def encode(
     for place in places(columns):
         series = frame[place.column.name]
         if place.column.kind in ("category", "boolean"):
-            parts.append(_symbols(series, place.column))
+            parts.append(_symbols(series, place.column, first))
             continue
-        values, moved = _numbers(series, place.column, rounding)
+        values, moved = _numbers(series, place.column, rounding, first)
         if place.indicator:
             parts.append(np.where(np.isnan(values), 2.0, 1.0))
             continue
@@ -259,33 +282,83 @@ def encode(
     return np.stack(parts, 1), notes
 
 
-def _symbols(series: "Series", column: Column) -> np.ndarray:
-    text = texts(series)
+def encode_holes(
+    frame: "DataFrame", columns: Sequence[Column], label: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of which any cell may be missing, as examples whose cells are all there.
+
+    Args:
+        frame: the table.
+        columns: the layout, whether or not it has missing cells.
+        label: names the table in messages.
+
+    Returns:
+        Examples (N, D), any value standing where a cell is missing, and which of their
+        dimensions are known, (N, D). That a cell is not missing counts as known.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    whole, missing = frame, {}
+    for column in columns:
+        cells = texts(column_of(frame, column.name, label))
+        missing[column.name] = cells.is_null().to_numpy()
+        some = column.categories[0] if column.categories else str(column.low or 0.0)
+        whole = whole.with_columns(cells.fill_null(some).alias(column.name))
+    x, _ = encode(whole, columns, label)
+    known = [place.indicator | ~missing[place.column.name] for place in places(columns)]
+    return x, np.stack(known, 1)
+
+
+def filled(frame: "DataFrame", drawn: "DataFrame") -> "DataFrame":
+    """A table whose missing cells are those of another; the type of a column gives way to it."""
+    pl = polars()
+    for name in drawn.columns:
+        cells, made = frame[name], drawn[name]
+        hole = texts(cells).is_null()
+        if not hole.any():
+            continue
+        if made.dtype == pl.String:
+            made = texts(cells).zip_with(~hole, made)
+        elif cells.dtype == pl.String:
+            made = cells.zip_with(~hole, made.cast(pl.String))
+        else:
+            kind = cells.dtype if made.dtype.is_integer() else made.dtype
+            made = cells.cast(kind).zip_with(~hole, made.cast(kind))
+        frame = frame.with_columns(made.alias(name))
+    return frame
+
+
+def _symbols(series: "Series", column: Column, first: int) -> np.ndarray:
+    text, pl = texts(series), polars()
     code = {category: i + 1.0 for i, category in enumerate(column.categories)}
     absent = float(len(code) + 1) if column.missing else 0.0
+    found = text.replace_strict(code, default=0.0, return_dtype=pl.Float64).to_numpy()
+    codes = np.where(text.is_null().to_numpy(), absent, found)
     if column.kind == "boolean":
-        wrong = [
-            i for i, v in enumerate(text) if v not in code and not (column.missing and v is None)
-        ]
-        if wrong:
-            found = "nothing" if text[wrong[0]] is None else repr(text[wrong[0]])
+        wrong = np.flatnonzero(codes == 0)
+        if len(wrong):
+            cell = text[int(wrong[0])]
+            held = "nothing" if cell is None else repr(cell)
             raise ValueError(
                 f"the column {column.name!r} is boolean, {' or '.join(column.categories)}; row"
-                f" {wrong[0] + 1} holds {found}; mend it, or train with --schema where the column"
-                " is a category"
+                f" {first + wrong[0] + 1} holds {held}; mend it, or train with --schema where"
+                " the column is a category"
             )
-    return np.array([absent if v is None else code.get(v, 0.0) for v in text])
+    return codes
 
 
-def _numbers(series: "Series", column: Column, rounding: bool) -> tuple[np.ndarray, int]:
+def _numbers(
+    series: "Series", column: Column, rounding: bool, first: int
+) -> tuple[np.ndarray, int]:
     """The numbers of a column on its lattice, and how many were moved there."""
-    values = numbers(series)
+    values = numbers(series, first)
     absent = np.isnan(values)
     if absent.any() and not column.missing:
         raise ValueError(
             f"the column {column.name!r} has {absent.sum()} missing values, the first in row"
-            f" {absent.argmax() + 1}, and had none in training; fill them, or train with --schema"
-            ' where the column has "missing": true'
+            f" {first + absent.argmax() + 1}, and had none in training; fill them, or train with"
+            ' --schema where the column has "missing": true'
         )
     if column.kind == "real":
         return values, 0
@@ -296,7 +369,7 @@ def _numbers(series: "Series", column: Column, rounding: bool) -> tuple[np.ndarr
     if moved.any() and not rounding:
         raise ValueError(
             f"the column {column.name!r} has the precision {column.precision:g}; row"
-            f" {moved.argmax() + 1} holds {values[moved.argmax()]:g}; round it first"
+            f" {first + moved.argmax() + 1} holds {values[moved.argmax()]:g}; round it first"
         )
     return np.round(points, column.decimals), int(moved.sum())
 
@@ -314,7 +387,7 @@ def decode(x: np.ndarray, columns: Sequence[Column]) -> "DataFrame":
     A number beyond the levels is written as the next point outside; a category that training did
     not have as "(other)".
     """
-    pl = _polars()
+    pl = polars()
     at = places(columns)
     absent = {place.index: x[:, i] == 2 for i, place in enumerate(at) if place.indicator}
     made: dict[int, Series] = {}
@@ -325,7 +398,7 @@ def decode(x: np.ndarray, columns: Sequence[Column]) -> "DataFrame":
 
 
 def _decoded(x: np.ndarray, place: Place, absent: np.ndarray | None) -> "Series":
-    pl = _polars()
+    pl = polars()
     column = place.column
     if column.kind in ("category", "boolean"):
         names = [OTHER, *column.categories, None]
@@ -342,9 +415,9 @@ def _decoded(x: np.ndarray, place: Place, absent: np.ndarray | None) -> "Series"
     return series.cast(pl.Int64) if whole else series
 
 
-def to_bytes(x: np.ndarray, columns: Sequence[Column], suffix: str) -> bytes:
-    """Examples (N, D) as the content of a .csv, .tsv, .parquet or .arrow file."""
-    frame, file = decode(x, columns), io.BytesIO()
+def to_bytes(frame: "DataFrame", suffix: str) -> bytes:
+    """A table as the content of a .csv, .tsv, .parquet or .arrow file."""
+    file = io.BytesIO()
     if suffix in SEPARATORS:
         frame.write_csv(file, separator=SEPARATORS[suffix][0])
     elif suffix == ".parquet":
@@ -354,9 +427,9 @@ def to_bytes(x: np.ndarray, columns: Sequence[Column], suffix: str) -> bytes:
     return file.getvalue()
 
 
-def _polars() -> ModuleType:
+def polars() -> ModuleType:
+    """The library, imported where it is used."""
     try:
-        import polars
+        return import_module("polars")
     except ImportError:
         raise ValueError("tables need polars; try: pip install 'nelbo[tables]'") from None
-    return polars

@@ -39,7 +39,18 @@ def read(path: Path, length: int | None = None, levels: int | None = None) -> Fo
     Raises:
         ValueError: an empty or short text, one that is not UTF-8, another number of levels.
     """
-    parts, notes = _bytes_of(path)
+    return of_bytes(path, *_bytes_of(path), length, levels)
+
+
+def of_bytes(
+    path: Path | str,
+    parts: dict[str, bytes],
+    notes: list[str],
+    length: int | None = None,
+    levels: int | None = None,
+) -> Found:
+    """The same of the content of each split, or of "all"; `path` is for messages."""
+    _refuse_empty(path, parts)
     texts = {} if levels == 256 else {part: _decode(x, path) for part, x in parts.items()}
     if missing := [split for split in ("validation", "test") if split not in parts]:
         parts = _split(parts, missing, path)
@@ -67,9 +78,16 @@ def read_like(path: Path, schema: Schema) -> Found:
     Raises:
         ValueError: as `read`; the model is of no text.
     """
+    return of_bytes_like(path, *_bytes_of(path), schema)
+
+
+def of_bytes_like(
+    path: Path | str, parts: dict[str, bytes], notes: list[str], schema: Schema
+) -> Found:
+    """The same of the content of each split, or of "all"; `path` is for messages."""
     if schema.alphabet is None:
         raise ValueError(f"{path} is text, and the model is of no text; give data of its kind")
-    parts, notes = _bytes_of(path)
+    _refuse_empty(path, parts)
     texts = {k: _decode(x, path) if schema.alphabet else x for k, x in parts.items()}
     codes = {part: encode(text, schema.alphabet) for part, text in texts.items()}
     return _chunks(path, codes, schema.shape[0], schema.alphabet, notes, training=False)
@@ -109,10 +127,13 @@ def _bytes_of(path: Path) -> tuple[dict[str, bytes], list[str]]:
     else:
         groups, notes = _groups(path)
     parts = {part: b"".join(file.read_bytes() for file in files) for part, files in groups.items()}
+    return parts, notes
+
+
+def _refuse_empty(path: Path | str, parts: dict[str, bytes]) -> None:
     for part, content in parts.items():
         if not content.strip():
             raise ValueError(f"{_label(path, part)} is an empty text; give one with symbols in it")
-    return parts, notes
 
 
 def _groups(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -129,7 +150,7 @@ def _groups(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     return groups, [note] if outside else []
 
 
-def _decode(content: bytes, path: Path) -> str:
+def _decode(content: bytes, path: Path | str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -139,7 +160,7 @@ def _decode(content: bytes, path: Path) -> str:
         ) from None
 
 
-def _split(parts: dict[str, AnyStr], missing: list[str], path: Path) -> dict[str, AnyStr]:
+def _split(parts: dict[str, AnyStr], missing: list[str], path: Path | str) -> dict[str, AnyStr]:
     """With a tenth of the training text, off its end, for each split that is missing."""
     rest = {split: text for split, text in parts.items() if split in SPLITS}
     source = parts.get("train", parts.get("all"))
@@ -152,7 +173,7 @@ def _split(parts: dict[str, AnyStr], missing: list[str], path: Path) -> dict[str
 
 
 def _chunks(
-    path: Path,
+    path: Path | str,
     codes: dict[str, np.ndarray],
     length: int,
     alphabet: str,
@@ -182,5 +203,5 @@ def _chunks(
     return Found(str(path), parts, levels, tuple(notes), alphabet=alphabet)
 
 
-def _label(path: Path, part: str) -> str:
+def _label(path: Path | str, part: str) -> str:
     return str(path) if part == "all" else f"the {part} split of {path}"
