@@ -54,6 +54,7 @@ ORDER = (
     "train",
     "finetune",
     "pictures",
+    "codec",
     "report",
     "scores",
     "show",

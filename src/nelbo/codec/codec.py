@@ -7,11 +7,13 @@ known symbols through the entropy coder. Where they differ nothing is decoded.
 """
 
 import copy
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,10 +31,12 @@ from nelbo.codec.stack import Bottom, Stack, coder_version, constriction
 from nelbo.estimate import Grid
 from nelbo.likelihood import Categorical, LevelHead
 from nelbo.model import Model, measuring, model_hash
-from nelbo.process import Absorbing, Process
+from nelbo.numbers import Numbers
+from nelbo.process import Absorbing, Gaussian, Process
 from nelbo.product import Product, ProductDecoder
 
 BLOCK = 1000  # examples
+PARTS = 4096  # even parts of time that a header knows, at most
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 Done = Callable[[int], None]
 
@@ -81,7 +85,7 @@ class Header:
         levels: of a dimension, at most.
         model: hash of the model.
         weights: which these are, for the record.
-        steps: the times of the grid.
+        steps: the times of the grid as `pack_times` has them.
         precision: of the network.
         effort: ways in which each example was coded.
         batch: examples of a network call, at most.
@@ -135,7 +139,7 @@ class Codec:
 
     def __init__(self, model: Model, settings: Settings, levels: int) -> None:
         constriction()
-        _check(model)
+        check_codable(model)
         self.hash = model_hash(model)
         self.settings = settings
         self.model = copy.deepcopy(model)
@@ -184,8 +188,9 @@ class Codec:
         Raises:
             Damaged: they are not those that were coded.
         """
+        small = np.uint8 if self.levels <= 256 else np.int32
         with _fixed(self.model):
-            return decode(self.codes, block, done)
+            return decode(self.codes, block, done).astype(small)
 
 
 def compress(
@@ -232,7 +237,7 @@ def compress(
         levels=levels,
         model=codec.hash,
         weights=weights,
-        steps=list(settings.grid),
+        steps=pack_times(settings.grid),
         precision=settings.precision,
         effort=settings.effort,
         batch=settings.batch,
@@ -250,7 +255,7 @@ def compress(
     data = container.write_prefix(asdict(header), extra)
     data += b"".join(container.write_block(found) for found in blocks)
     data += container.write_end(data, len(blocks))
-    if verify and not torch.equal(decompress(data, model, done=done).x, x.long()):
+    if verify and not torch.equal(decompress(data, model, done=done).x.long(), x.long()):
         raise NotReproducible("what was compressed does not decode to itself here: not written")
     return data
 
@@ -260,7 +265,7 @@ class Decoded:
     """What was in a file.
 
     Args:
-        x: the examples that could be decoded, (N, *shape), int64.
+        x: the examples that could be decoded, (N, *shape).
         lost: first and count of those that could not, in order; empty but for a salvage.
         header: of the file.
         extra: of the file.
@@ -317,9 +322,19 @@ def decompress(
         at = first + len(part)
     if at < header.examples:
         lost.append((at, header.examples - at))
+    small = np.uint8 if header.levels <= 256 else np.int32
     whole = [part for _, part in sorted(parts.items())]
-    x = np.concatenate(whole) if whole else np.zeros((0, *model.shape), np.int64)
+    x = np.concatenate(whole) if whole else np.zeros((0, *model.shape), small)
     return Decoded(torch.from_numpy(x), tuple(lost), header, extra)
+
+
+def head_of(data: bytes) -> Header:
+    """What a file says of itself.
+
+    Raises:
+        CodecError: it is no file of this format, or its header is damaged.
+    """
+    return Header.from_dict(container.read_prefix(data)[0])
 
 
 def describe(data: bytes) -> tuple[Header, list[Block]]:
@@ -330,6 +345,39 @@ def describe(data: bytes) -> tuple[Header, list[Block]]:
     """
     header, _, at = container.read_prefix(data)
     return Header.from_dict(header), list(container.read_blocks(data, at))
+
+
+def pack_times(times: tuple[float, ...]) -> list[float]:
+    """Times for JSON: the number N of even parts of (0, 1] and the steps between them in parts,
+    where that gives exactly these times; else 0 and the times.
+
+    >>> pack_times((0.25, 0.5, 1.0))
+    [4, 1, 1, 2]
+    """
+    for parts in range(1, PARTS + 1):
+        places = [round(t * parts) for t in times]
+        if 0 < min(places) and _even_times(parts, places) == times:
+            return [parts, *(b - a for a, b in pairwise([0, *places]))]
+    return [0, *times]
+
+
+def unpack_times(packed: list[float]) -> tuple[float, ...]:
+    """The times that were packed.
+
+    Raises:
+        ValueError: there are none.
+    """
+    parts, *rest = packed
+    if not parts:
+        return tuple(map(float, rest))
+    return _even_times(int(parts), list(itertools.accumulate(map(int, rest))))
+
+
+def _even_times(parts: int, places: list[int]) -> tuple[float, ...]:
+    if not 1 <= parts <= PARTS or not all(0 < i <= parts for i in places):
+        raise ValueError(f"times {places} of {parts} parts")
+    even = torch.linspace(0, 1, parts + 1, dtype=torch.float64)
+    return tuple(even[places].tolist())
 
 
 def coder_answer() -> int:
@@ -348,8 +396,7 @@ def _codec_of(header: Header, model: Model) -> Codec:
             f" the run it was compressed with (weights {header.weights})"
         )
     try:
-        grid = tuple(float(t) for t in header.steps)
-        settings = Settings(grid, header.precision, header.effort, header.batch)
+        settings = Settings(unpack_times(header.steps), header.precision, header.effort, header.batch)
         codec = Codec(model, settings, header.levels)
         batches = {int(size) for size in header.answers}
     except CodecError:
@@ -390,13 +437,21 @@ def _checksum(arrays: list[np.ndarray]) -> int:
     return check
 
 
-def _check(model: Model) -> None:
+def check_codable(model: Model) -> None:
     """Raises ValueError where there is no lossless code."""
     if model.decoder.density:
         raise ValueError(
             "the model has a density, and only discrete data have a lossless code: train on"
             " integers, with --levels K for the values 0..K-1, or declare the precision of a"
             " table's columns with --schema"
+        )
+    parts = model.process.parts if isinstance(model.process, Product) else [model.process]
+    if not all(isinstance(part, Absorbing | Gaussian) for part in parts) or any(
+        isinstance(part, Numbers) for part in parts
+    ):
+        raise ValueError(
+            "the model has columns of numbers with too many different values to be levels, which"
+            " have no lossless code here; declare a coarser precision of them with --schema"
         )
     if model.condition is not None:
         raise ValueError(

@@ -4,7 +4,7 @@ r"""The file, extension .nlb; all numbers little-endian.
                                  are changed here first
     u8  version
     u32 length of the header, u32 length of the extra
-    header                       JSON, deflated
+    header                       JSON, deflated with a dictionary
     extra                        what goes with the data and is not coded by the model, as it is
     u32 CRC-32 of all before
 
@@ -40,13 +40,24 @@ _RUN = struct.Struct("<BH")
 _CRC = struct.Struct("<I")
 _LARGEST = 8  # log2 of a batch
 _MANY = 65535  # batches of a run, and examples of a block
+#: what a header of version 1 usually holds, so that it takes few bytes; part of the format
+_USUAL = (
+    b'"kind":"text","kind":"image","kind":"images","names":[".png"],"sizes":[,"kind":"table",'
+    b'"kind":"npy","dtype":"int64","dtype":"uint8","arrays":[["x_test","x","|u1",[],true]]}'
+    b'{"examples":1000,"shape":[1,28,28],[3,32,32],"levels":256,"model":"","weights":"EMA, raw,'
+    b' step 1000","steps":[,1,1,2,1,3,1,"precision":"float32","precision":"float64","effort":1,'
+    b'"batch":32,"device":"cuda","device":"cpu","versions":{"nelbo":"0.1.0","torch":"2.13.0+cpu",'
+    b'"constriction":"0.5.0"},"answers":{"1":,"32":},"coder":,"ideal":[,447.0],"contents":{"kind"'
+    b':"npz","arrays":[["x","|u1",[447,1,8,8],true]]}}'
+)
 _INFLATION = 64  # how much larger than deflated a header may be, and 64 KiB
 
 
 def write_prefix(header: Mapping[str, object], extra: bytes) -> bytes:
     """All before the blocks."""
     text = json.dumps(dict(header), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    packed = zlib.compress(text.encode(), 9)
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=_USUAL)
+    packed = packer.compress(text.encode()) + packer.flush()
     prefix = _PREFIX.pack(MAGIC, VERSION, len(packed), len(extra)) + packed + extra
     return prefix + _CRC.pack(zlib.crc32(prefix))
 
@@ -167,7 +178,7 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
 
 def _inflate(packed: bytes, most: int) -> dict[str, object]:
     try:
-        unpacker = zlib.decompressobj()
+        unpacker = zlib.decompressobj(-15, zdict=_USUAL)
         text = unpacker.decompress(packed, most)
         header = json.loads(text)
     except (zlib.error, ValueError, RecursionError) as error:
