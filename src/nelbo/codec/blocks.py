@@ -90,6 +90,8 @@ def encode(
         first: place of the first of them.
         done: told how many examples are finished.
     """
+    if x.min() < 0 or x.max() >= codes.levels:
+        raise ValueError(f"values must be 0..{codes.levels - 1}; got {x.min()}..{x.max()}")
     check = checksum(x)
     if codes.model(0).borrows:
         tries = [_with_bits_back(codes, x, first, done)]
@@ -97,7 +99,8 @@ def encode(
         tries = [_directly(codes, x, first, nonce, done) for nonce in range(codes.effort)]
     block, ideal = min(tries, key=lambda found: len(found[0].payload))
     for mode, pack in ((EVEN, _even), (PACKED, _pack)):
-        plain = Block(first, len(x), mode, 0, 0, 0, (), check, pack(codes, x))
+        borrowed = START if mode == EVEN else 0
+        plain = Block(first, len(x), mode, 0, borrowed, 0, (), check, pack(codes, x))
         if len(plain.payload) < len(block.payload):
             block, ideal = plain, 0.0
     return block, ideal
@@ -130,6 +133,7 @@ def _with_bits_back(
     while seeds < len(x) and stack.bits < need:
         codes.static.push(stack, x[seeds : seeds + 1])
         seeds += 1
+    done(seeds)
     at = seeds
     while at < len(x):
         size = _size(stack.bits / need, len(x) - at, codes.batch)
@@ -197,15 +201,14 @@ def _decode(codes: Codes, block: Block, done: Callable[[int], None]) -> np.ndarr
         x = stack.pop(uniform, count=count).astype(np.int64).reshape(-1, *codes.shape)
     else:
         x = _unstack(codes, block, stack, done)
-    bottom = Bottom(f"{codes.name}, {block.first}").words(block.borrowed)
+    place = "" if block.mode == EVEN else f", {block.first}"
+    bottom = Bottom(codes.name + place).words(block.borrowed)
     if not np.array_equal(stack.words(), bottom):
         raise Damaged("the stack of bits does not end as it began")
     return x
 
 
-def _unstack(
-    codes: Codes, block: Block, stack: Stack, done: Callable[[int], None]
-) -> np.ndarray:
+def _unstack(codes: Codes, block: Block, stack: Stack, done: Callable[[int], None]) -> np.ndarray:
     """What the model and the static table coded, the last batch first."""
     code, at, parts = codes.model(block.nonce), block.count, []
     if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):
@@ -219,14 +222,13 @@ def _unstack(
             stack.pop(constriction().stream.model.Uniform(codes.effort), count=1)
         done(size)
     parts += [codes.static.pop(stack, 1) for _ in range(block.seeds)]
+    done(block.seeds)
     return np.concatenate(parts[::-1])
 
 
 def _even(codes: Codes, x: np.ndarray) -> bytes:
     """All levels alike."""
-    if x.min(initial=0) < 0 or x.max(initial=0) >= codes.levels:
-        raise ValueError(f"values must be 0..{codes.levels - 1}; got {x.min()}..{x.max()}")
-    stack = Stack(floor=0)
+    stack = Stack(bottom=Bottom(codes.name))
     stack.push(x.ravel(), constriction().stream.model.Uniform(codes.levels))
     return stack.words().astype("<u4").tobytes()
 

@@ -28,11 +28,11 @@ from nelbo.codec.errors import CodecError, Damaged, NotReproducible, OtherModel
 from nelbo.codec.example import ExampleCode, Static
 from nelbo.codec.laws import GridNormal, Groups, Law, Symbols, law
 from nelbo.codec.stack import Bottom, Stack, coder_version, constriction
+from nelbo.columns import LevelColumns
 from nelbo.estimate import Grid
 from nelbo.likelihood import Categorical, LevelHead
 from nelbo.model import Model, measuring, model_hash
-from nelbo.numbers import Numbers
-from nelbo.process import Absorbing, Gaussian, Process
+from nelbo.process import Absorbing, Gaussian, Levels, Process
 from nelbo.product import Product, ProductDecoder
 
 BLOCK = 1000  # examples
@@ -137,23 +137,22 @@ class Codec:
         ValueError: the model has a density, or a part of which no lossless code is known.
     """
 
-    def __init__(self, model: Model, settings: Settings, levels: int) -> None:
+    def __init__(self, model: Model, settings: Settings) -> None:
         constriction()
-        check_codable(model)
+        self.levels = check_codable(model)
         self.hash = model_hash(model)
         self.settings = settings
         self.model = copy.deepcopy(model)
         self.model.network.to(PRECISIONS[settings.precision])
-        self.levels = levels
         most = min(settings.batch, self.model.rows)
         self.name = f"{self.hash}, {settings}"
         with _fixed(self.model):
             self.codes = Codes(
                 self._example_code,
-                Static(_table(self.model, levels)),
+                Static(_table(self.model, self.levels)),
                 self.name,
                 self.model.shape,
-                levels,
+                self.levels,
                 settings.effort,
                 1 if settings.effort > 1 else 1 << (most.bit_length() - 1),
             )
@@ -198,7 +197,6 @@ def compress(
     x: Tensor,
     settings: Settings,
     *,
-    levels: int,
     block: int = BLOCK,
     contents: dict[str, object] | None = None,
     extra: bytes = b"",
@@ -210,9 +208,8 @@ def compress(
 
     Args:
         model: of discrete data, not conditional.
-        x: examples, (N, *model.shape), of integers 0..levels-1.
+        x: examples, (N, *model.shape), of integers that are levels of the model.
         settings: how they are coded.
-        levels: of a dimension, at most.
         block: about how many examples are independent of all others.
         contents: kept in the header.
         extra: kept in the file as it is.
@@ -226,7 +223,7 @@ def compress(
     """
     if block < 1 or block > 20_000:
         raise ValueError(f"a block must have 1 to 20000 examples; got {block}; try {BLOCK}")
-    codec = Codec(model, settings, levels)
+    codec = Codec(model, settings)
     coded = list(codec.encode_blocks(x, block, done))
     blocks = [found for found, _ in coded]
     by_model = sum(b.count - b.seeds for b in blocks if b.sizes)
@@ -234,7 +231,7 @@ def compress(
     header = Header(
         examples=len(x),
         shape=list(model.shape),
-        levels=levels,
+        levels=codec.levels,
         model=codec.hash,
         weights=weights,
         steps=pack_times(settings.grid),
@@ -303,18 +300,18 @@ def decompress(
     """
     raw, extra, at = container.read_prefix(data)
     header = Header.from_dict(raw)
+    # all that needs no network comes first
+    blocks = list(container.find_blocks(data, at) if salvage else container.read_blocks(data, at))
+    if not salvage:
+        _check_order(blocks, header.examples)
     codec = _codec_of(header, model)
-    if salvage:
-        parts = dict(_salvaged(codec, container.find_blocks(data, at), done))
-    else:
-        parts, expected = {}, 0
-        for block in container.read_blocks(data, at):
-            if block.first != expected:
-                raise Damaged(f"a block begins at example {block.first}, not at {expected}")
+    parts = {}
+    for block in blocks:
+        try:
             parts[block.first] = codec.decode_block(block, done)
-            expected += block.count
-        if expected != header.examples:
-            raise Damaged(f"the file holds {expected} examples, not {header.examples}")
+        except Damaged:
+            if not salvage:
+                raise
     lost, at = [], 0
     for first, part in sorted(parts.items()):
         if first > at:
@@ -343,8 +340,10 @@ def describe(data: bytes) -> tuple[Header, list[Block]]:
     Raises:
         CodecError: the file is damaged.
     """
-    header, _, at = container.read_prefix(data)
-    return Header.from_dict(header), list(container.read_blocks(data, at))
+    raw, _, at = container.read_prefix(data)
+    header, blocks = Header.from_dict(raw), list(container.read_blocks(data, at))
+    _check_order(blocks, header.examples)
+    return header, blocks
 
 
 def pack_times(times: tuple[float, ...]) -> list[float]:
@@ -396,14 +395,17 @@ def _codec_of(header: Header, model: Model) -> Codec:
             f" the run it was compressed with (weights {header.weights})"
         )
     try:
-        settings = Settings(unpack_times(header.steps), header.precision, header.effort, header.batch)
-        codec = Codec(model, settings, header.levels)
+        settings = Settings(
+            unpack_times(header.steps), header.precision, header.effort, header.batch
+        )
+        codec = Codec(model, settings)
         batches = {int(size) for size in header.answers}
     except CodecError:
         raise
     except (ValueError, TypeError) as error:
         raise Damaged(f"the header cannot be: {error}") from None
-    if not batches <= set(range(1, 257)) or header.shape != list(model.shape):
+    same = header.shape == list(model.shape) and header.levels == codec.levels
+    if not batches <= set(range(1, 257)) or not same:
         raise Damaged("the header contradicts the model")
     here = f"torch {torch.__version__} on {model.device.type}"
     there = f"torch {header.versions.get('torch')} on {header.device}"
@@ -420,14 +422,15 @@ def _codec_of(header: Header, model: Model) -> Codec:
     return codec
 
 
-def _salvaged(
-    codec: Codec, blocks: Iterator[Block], done: Done
-) -> Iterator[tuple[int, np.ndarray]]:
+def _check_order(blocks: list[Block], examples: int) -> None:
+    """Raises Damaged where the blocks are not all examples in their order."""
+    expected = 0
     for block in blocks:
-        try:
-            yield block.first, codec.decode_block(block, done)
-        except Damaged:
-            continue
+        if block.first != expected:
+            raise Damaged(f"a block begins at example {block.first}, not at {expected}")
+        expected += block.count
+    if expected != examples:
+        raise Damaged(f"the file holds {expected} examples, not {examples}")
 
 
 def _checksum(arrays: list[np.ndarray]) -> int:
@@ -437,27 +440,39 @@ def _checksum(arrays: list[np.ndarray]) -> int:
     return check
 
 
-def check_codable(model: Model) -> None:
-    """Raises ValueError where there is no lossless code."""
+def check_codable(model: Model) -> int:
+    """How many levels a dimension has, at most.
+
+    Raises:
+        ValueError: the model has no lossless code.
+    """
     if model.decoder.density:
         raise ValueError(
             "the model has a density, and only discrete data have a lossless code: train on"
             " integers, with --levels K for the values 0..K-1, or declare the precision of a"
             " table's columns with --schema"
         )
-    parts = model.process.parts if isinstance(model.process, Product) else [model.process]
-    if not all(isinstance(part, Absorbing | Gaussian) for part in parts) or any(
-        isinstance(part, Numbers) for part in parts
-    ):
-        raise ValueError(
-            "the model has columns of numbers with too many different values to be levels, which"
-            " have no lossless code here; declare a coarser precision of them with --schema"
-        )
     if model.condition is not None:
         raise ValueError(
             f"the model is given {model.given_what}, which a file of the data alone lacks; train"
             " one without --condition"
         )
+    return _levels(model.process)
+
+
+def _levels(process: Process) -> int:
+    if isinstance(process, Product):
+        return max(map(_levels, process.parts))
+    if isinstance(process, Absorbing):
+        return process.count
+    if isinstance(process, LevelColumns):
+        return process.values.values.shape[1]
+    if isinstance(process, Gaussian) and isinstance(process.embedding, Levels):
+        return process.embedding.count
+    raise ValueError(
+        "the model has columns of numbers with too many different values to be levels, which have"
+        " no lossless code here; declare a coarser precision of them with --schema"
+    )
 
 
 def _table(model: Model, levels: int) -> Law:
@@ -491,5 +506,3 @@ def _fixed(model: Model) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
-
-

@@ -122,8 +122,9 @@ def read_blocks(data: bytes, at: int) -> Iterator[Block]:
         yield block
     if at + 12 != len(data):
         raise Damaged(
-            "the file ends within its last bytes" if at + 12 > len(data) else "there is something"
-            " behind the end of the file"
+            "the file ends within its last bytes"
+            if at + 12 > len(data)
+            else "there is something behind the end of the file"
         )
     if struct.unpack_from("<II", data, at + 4) != (count, zlib.crc32(data[: at + 8])):
         raise Damaged("the file as a whole is damaged")

@@ -174,7 +174,9 @@ def _arrays(arrays: dict[str, np.ndarray], schema: Schema, source: str, kind: st
     x = np.concatenate(parts) if parts else np.zeros((0, *schema.shape), np.uint8)
     about = {"kind": kind, "arrays": whole}
     size = sum(array.nbytes for array in arrays.values())
-    return Contents(torch.from_numpy(x), about, lzma.compress(bytes(extra)) if extra else b"", size)
+    return Contents(
+        torch.from_numpy(x), about, lzma.compress(bytes(extra)) if extra else b"", size
+    )
 
 
 def _layout(shape: tuple[int, ...], schema: Schema) -> str | None:
@@ -210,9 +212,7 @@ def storage(levels: int) -> np.dtype:
     return np.dtype(np.uint8 if levels <= 256 else np.int32)
 
 
-def _arrays_as_bytes(
-    x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None
-) -> bytes:
+def _arrays_as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None) -> bytes:
     rest = io.BytesIO(lzma.decompress(extra) if extra else b"")
     at, arrays = 0, {}
     for name, dtype, shape, order in about["arrays"]:

@@ -21,8 +21,6 @@ from nelbo.codec.codec import (
     nothing,
 )
 from nelbo.codec.errors import CodecError
-from nelbo.data import Schema
-from nelbo.data.layout import places
 from nelbo.estimate import Grid
 
 SUFFIX = ".nlb"
@@ -97,7 +95,6 @@ def compress_file(
         run.model,
         found.x,
         settings,
-        levels=levels_of(schema),
         block=block,
         contents=dict(found.about),
         extra=found.extra,
@@ -192,20 +189,3 @@ def _of_block(block: Block, dims: int) -> BlockReport:
     return BlockReport(
         block.first, block.count, MODES[block.mode], block.seeds, batches, size, bits
     )
-
-
-def levels_of(schema: Schema) -> int:
-    """The most levels of a dimension.
-
-    Raises:
-        ValueError: some have no levels.
-    """
-    if schema.levels is not None:
-        return schema.levels
-    fine = [c.name for c in schema.columns if c.group in ("real", "cells")]
-    if fine or not schema.columns:
-        raise ValueError(
-            f"the columns {', '.join(fine)} are numbers with too many different values to be"
-            " levels, which have no lossless code here; declare a coarser precision with --schema"
-        )
-    return max(place.codes for place in places(schema.columns))
