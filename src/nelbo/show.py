@@ -93,7 +93,8 @@ def compressed(name: str, report: Report) -> None:
     """Print what a compressed file says of itself, and its blocks."""
     console, header = Console(), report.header
     title = f"{name}: {header.examples} examples in {report.size} bytes"
-    table = Table(title=escape(title), title_justify="left")
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    table = Table()
     for column in ("examples", "by", "seeds", "batches", "bytes", "bits/dim"):
         table.add_column(column, justify="left" if column == "by" else "right")
     for block in report.blocks:

@@ -355,7 +355,7 @@ def pack_times(times: tuple[float, ...]) -> list[float]:
     """
     for parts in range(1, PARTS + 1):
         places = [round(t * parts) for t in times]
-        if 0 < min(places) and _even_times(parts, places) == times:
+        if min(places) > 0 and _even_times(parts, places) == times:
             return [parts, *(b - a for a, b in pairwise([0, *places]))]
     return [0, *times]
 
@@ -492,8 +492,8 @@ def _noise(process: Process, shape: tuple[int, ...]) -> Tensor:
     if isinstance(process, Product):
         pairs = zip(process.parts, process.sizes, strict=True)
         return torch.cat([_noise(part, (size,)) for part, size in pairs])
-    masked = isinstance(process, Absorbing)
-    return torch.full(shape, process.mask if masked else 0, dtype=torch.float64)
+    nothing = process.mask if isinstance(process, Absorbing) else 0
+    return torch.full(shape, nothing, dtype=torch.float64)
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
         if log_size > _LARGEST or len(sizes) + n > _MANY:
             raise Damaged(f"the block {place} has impossible batches")
         sizes += [1 << log_size] * n
-    if mode == MODEL and sum(sizes) + seeds != count or not 0 < count <= _MANY:
+    if (mode == MODEL and sum(sizes) + seeds != count) or not 0 < count <= _MANY:
         raise Damaged(f"the block {place} has another number of examples than it says")
     block = Block(
         first, count, mode, nonce, borrowed, seeds, tuple(sizes), check, data[payload:end]

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -214,7 +215,7 @@ def storage(levels: int) -> np.dtype:
 
 def _arrays_as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None) -> bytes:
     rest = io.BytesIO(lzma.decompress(extra) if extra else b"")
-    at, arrays = 0, {}
+    at, arrays = 0, cast(dict[str, Any], {})
     for name, dtype, shape, order in about["arrays"]:
         if order is None:
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-r"""Direct coding with an absorbing model: symbols are revealed group by group, nothing is borrowed.
+r"""Direct coding with an absorbing model: symbols are revealed in groups, nothing is borrowed.
 
 Which symbols show at time t is a draw of the encoder q that does not depend on x, so coder and
 decoder may share it: an order σ of the dimensions, from a seed, of which the first c_t show,

@@ -17,6 +17,7 @@ their last digits give the same integers, but for one in many millions.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class GridNormal(Law):
         narrow = np.sqrt(np.maximum(self.sd**2 - 1 / 12, 1 / 16))
         self.scale = np.rint(narrow * SCALE).astype(np.int64)
         self.middle = (self.fine + FINE // 2) // FINE
-        self.reach = int(math.ceil(REACH * self.scale.max(initial=SCALE) / SCALE)) + 1
+        self.reach = math.ceil(REACH * int(self.scale.max(initial=SCALE)) / SCALE) + 1
 
     def nats(self, n: np.ndarray) -> float:
         u = (n - self.mean) / self.sd
@@ -226,7 +227,7 @@ def law(distribution: Distribution, width: Tensor, far: bool = True) -> Law:
         parts = [law(part, w, far) for part, w in zip(base.parts, widths, strict=True)]
         return Groups(parts, base.sizes)
     if isinstance(base, LevelMixture):
-        normal = base.component_distribution
+        normal = cast(Normal, base.component_distribution)
         wide = width[..., None]
         log_probs = base.mixture_distribution.logits
         return GridMixture(_np(log_probs), _np(normal.loc / wide), _np(normal.scale / wide))

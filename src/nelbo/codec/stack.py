@@ -134,7 +134,7 @@ class Stack:
 
 def _call(method: object, *arguments: object) -> np.ndarray:
     try:
-        return method(*arguments)  # type: ignore[operator, no-any-return]
+        return method(*arguments)  # type: ignore[operator]
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of the Rust code is no Exception

@@ -72,9 +72,11 @@ def _compare(frame: "DataFrame", made: "DataFrame", path: Path) -> None:
         same = before.eq_missing(after)
         if made[name].dtype.is_numeric():
             a, b = tables.numbers(frame[name]), tables.numbers(made[name])
-            same |= np.isclose(a, b, rtol=0, atol=0, equal_nan=True)
-        if not same.all():
-            row = int((~same).arg_true()[0])
+            equal = same.to_numpy() | (a == b) | (np.isnan(a) & np.isnan(b))
+        else:
+            equal = same.to_numpy()
+        if not equal.all():
+            row = int(np.flatnonzero(~equal)[0])
             raise ValueError(
                 f"row {row + 1} of {path} holds {before[row]!r} in the column {name!r}, which the"
                 " run's schema cannot hold; train with data that have it"
