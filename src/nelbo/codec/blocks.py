@@ -192,7 +192,7 @@ def _decode(codes: Codes, block: Block, done: Callable[[int], None]) -> np.ndarr
     if block.mode == PACKED:
         return _unpack(codes, block)
     floor = WORD if block.borrowed else 0
-    stack = Stack(_words(block.payload), floor=floor)
+    stack = Stack(_words(block.payload), floor=floor, counts=False)
     if block.mode == EVEN:
         count = block.count * int(np.prod(codes.shape))
         if 8 * len(block.payload) + 2 * WORD < count * math.log2(codes.levels):

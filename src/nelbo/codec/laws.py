@@ -50,12 +50,14 @@ class Law(ABC):
     def push(self, stack: Stack, n: np.ndarray) -> None:
         """Put n on the stack."""
         self.put(stack, n)
-        stack.ideal += self.nats(n)
+        if stack.counts:
+            stack.ideal += self.nats(n)
 
     def pop(self, stack: Stack) -> np.ndarray:
         """Take n from the stack, int64."""
         n = self.take(stack)
-        stack.ideal -= self.nats(n)
+        if stack.counts:
+            stack.ideal -= self.nats(n)
         return n
 
     @abstractmethod
@@ -264,7 +266,8 @@ def finite(v: np.ndarray, infinite: bool = False) -> np.ndarray:
     Raises:
         ValueError: it does.
     """
-    if not (v < np.inf).all() or not (infinite or (v > -np.inf).all()):
+    # NaN is the largest and the least of all, and no comparison holds for it
+    if v.size and not (v.max() < np.inf and (infinite or v.min() > -np.inf)):
         raise ValueError(
             "the model gives numbers that are not finite, so it cannot code; train it again"
         )

@@ -68,13 +68,18 @@ class Stack:
         words: what lies on it, from the lowest; nothing where left out.
         bottom: an encoder's supply of further words; a decoder has none.
         floor: bits below which nothing may be popped, 32 where words lie under the stack.
+        counts: whether `ideal` is kept, which a decoder does not need.
     """
 
     def __init__(
-        self, words: np.ndarray | None = None, bottom: Bottom | None = None, floor: int = WORD
+        self,
+        words: np.ndarray | None = None,
+        bottom: Bottom | None = None,
+        floor: int = WORD,
+        counts: bool = True,
     ) -> None:
         self.coder_type = constriction().stream.stack.AnsCoder
-        self.bottom, self.borrowed, self.floor = bottom, 0, floor
+        self.bottom, self.borrowed, self.floor, self.counts = bottom, 0, floor, counts
         if bottom is not None:
             words, self.borrowed = bottom.words(START), START
         try:
