@@ -9,7 +9,7 @@ it is coded: its own reverse step, its grid of T times, 64 calls per example, ±
 error. `payload` is all that the coder wrote, initial bits included; `file` adds header, checksums
 and frames. The model is no part of a file. `ideal` is the draw of the bound on the very latents
 that the file holds, in the part that the model coded; `coder` is that part of the payload over it.
-Seconds are of this process's CPU; `network` is the share of it that the same network calls take
+Each first order is decoded and compared. Seconds are of this process's CPU; `network` is the share of it that the same network calls take
 alone.
 """
 
@@ -100,8 +100,9 @@ def main() -> None:
             start = time.process_time()
             data = compress(run.model, mixed, settings, verify=False)
             middle = time.process_time()
-            assert torch.equal(decompress(data, run.model).x.long(), mixed.long())
-            seconds = middle - start, time.process_time() - middle
+            if not order:
+                assert torch.equal(decompress(data, run.model).x.long(), mixed.long())
+            seconds = middle - start, math.nan if order else time.process_time() - middle
             header, blocks = describe(data)
             payload = sum(len(block.payload) for block in blocks)
             per_dim = 8 * payload / numbers

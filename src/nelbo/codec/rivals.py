@@ -74,8 +74,8 @@ def _pictures(x: np.ndarray) -> list[Rival]:
     effort = 10 if pixels.size <= SLOW else 7
     forms: list[tuple[str, str, dict[str, object]]] = [("PNG", "PNG", {"optimize": True})]
     if features.check("webp"):
-        options = {"lossless": True, "quality": 100, "method": 6, "exact": True}
-        forms.append(("WebP", "WEBP", options))
+        best: dict[str, object] = {"lossless": True, "quality": 100, "method": 6, "exact": True}
+        forms.append(("WebP", "WEBP", best))
     try:
         import pillow_jxl  # noqa: F401
     except ImportError:
