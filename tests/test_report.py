@@ -19,6 +19,7 @@ from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
 from nelbo.grids import even_times
 from nelbo.model import measuring
+from nelbo.report import studies
 from nelbo.report.dimensions import by_dimension
 from nelbo.report.figures import readable
 from nelbo.report.sections import train_command, training
@@ -62,6 +63,7 @@ def _quick_grids():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "best_grid", early)
+        patch.setattr(studies, "CODED_STEPS", (2, 3))
         yield
 
 
