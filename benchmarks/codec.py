@@ -8,9 +8,9 @@ FILE. Every number is of the same examples in the same process. The bound is tha
 it is coded: its own reverse step, its grid of T times, 64 calls per example, ± its Monte Carlo
 error. `payload` is all that the coder wrote, initial bits included; `file` adds header, checksums
 and frames. The model is no part of a file. `ideal` is the draw of the bound on the very latents
-that the file holds, in the part that the model coded; `coder` is that part of the payload over it.
-Each first order is decoded and compared. Seconds are of this process's CPU; `network` is the share of it that the same network calls take
-alone.
+that the file holds, in the part that the model coded; `coder` is what a stack grows by over the
+densities of its latents, without a start. Each first order is decoded and compared. Seconds are
+of this process's CPU. --time-steps compares coding and decoding with the same network calls alone.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/codec_damage.py [--files 1000000] [--seed 0]
 
-Bits flipped, bytes cut, inserted, overwritten and swapped, and whole files given another model: the
-trials of `tests/test_codec_damage.py`, where 10,000 run with every change. An exception that is not
-the codec's ends the benchmark; so does data that are not the right ones.
+Bits flipped, bytes cut, inserted, overwritten and swapped, and files given another model: the
+trials of `tests/test_codec_damage.py`, where 10,000 run with every change. An exception that is
+not the codec's ends the benchmark; so does data that are not the right ones.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_codec_damage import files, trial  # noqa: E402
+from test_codec_damage import files, trial
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def test_symbols_cost_the_any_order_bound():
     known = known_models.symbols()
     model, mask, x = known.model, known.model.process.mask, known.examples(2000).long()
     length, ideal = length_of(Codec(model, settings(8)), x)
-    assert length == pytest.approx(ideal, rel=1e-4)
+    assert length == pytest.approx(ideal, rel=1e-3)
     nats = torch.zeros(len(x), dtype=torch.float64)
     with measuring(model):
         for first in (0, 1):
@@ -177,7 +177,7 @@ def test_symbols_that_are_revealed_at_once_cost_their_marginals():
     x = known.examples(500)
     length, _ = length_of(Codec(known.model, settings(1)), x)
     bound = known.bound(x, Grid.uniform(1)).sum().item() / BITS
-    assert length == pytest.approx(bound, rel=1e-4)
+    assert length == pytest.approx(bound, rel=1e-3)
 
 
 def test_symbols_show_as_the_schedule_says():

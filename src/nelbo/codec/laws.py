@@ -7,11 +7,12 @@ into one over n that pushes and pops:
                    of a bin is d times the density at its middle up to higher orders
     LevelMixture   Σ_k p_k N(m_k, σ²): the component k is a further latent, got back by bits-back.
                    Push n: pop k ~ P(k|n), push n with N(m_k, σ²), push k with p
-    Discrete       symbols with multiples of 2^-24 for probabilities
+    Discrete       symbols; log-probabilities rounded to 1/1024, then 24 bits of the probability
     Joint          its groups of columns one after the other
 
-Everything that reaches the coder is rounded first, so that answers of a network that differ in
-their last digits give the same integers, but for one in many millions.
+Everything that reaches the coder is rounded first, and coarsely: answers of a network that differ
+in their last digits give the same integers, but for one in 10^10 or so. What follows from rounded
+numbers takes additions, multiplications and tables only, which are the same on every machine.
 """
 
 import math
@@ -31,7 +32,12 @@ FINE = 64  # parts of a bin to which a mean is rounded
 SCALE = 1024  # parts of a bin to which a standard deviation is rounded
 REACH = 9  # standard deviations of the bins that are a symbol of their own
 FAR = 22  # bits for what lies beyond
-ONE = 1 << PRECISION
+PARTS = 1024  # of a nat, to which log-probabilities are rounded
+LEAST = 18  # nats at which a probability has the least weight
+#: weights by log-probability from -LEAST to 0
+WEIGHTS = np.maximum(
+    1, np.rint(np.exp(np.arange(-LEAST * PARTS, 1) / PARTS) * (1 << PRECISION))
+).astype(np.float32)
 
 
 class Law(ABC):
@@ -116,27 +122,26 @@ class GridNormal(Law):
 
 
 class Symbols(Law):
-    """Symbols with probabilities in proportion to integer weights.
+    """Symbols.
 
     Args:
         log_probs: shape (B, ..., K).
     """
 
     def __init__(self, log_probs: np.ndarray) -> None:
-        self.log_probs = log_probs
-        self.weights = weights(log_probs)
+        self.log_probs, self.rounded = log_probs, rounded(log_probs)
 
     def nats(self, n: np.ndarray) -> float:
         return -float(np.take_along_axis(self.log_probs, n[..., None], -1).sum())
 
     def integers(self) -> list[np.ndarray]:
-        return [self.weights]
+        return [self.rounded]
 
     def put(self, stack: Stack, n: np.ndarray) -> None:
-        put_symbols(stack, n, self.weights)
+        put_symbols(stack, n, self.rounded)
 
     def take(self, stack: Stack) -> np.ndarray:
-        return take_symbols(stack, self.weights)
+        return take_symbols(stack, self.rounded)
 
 
 class GridMixture(Law):
@@ -150,7 +155,7 @@ class GridMixture(Law):
 
     def __init__(self, log_probs: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> None:
         self.log_probs, self.mean, self.sd = log_probs, finite(mean), finite(sd)
-        self.weights = weights(log_probs)
+        self.rounded = rounded(log_probs)
         self.fine = np.rint(self.mean * FINE).astype(np.int64)
 
     def nats(self, n: np.ndarray) -> float:
@@ -162,16 +167,16 @@ class GridMixture(Law):
         return float((each - total).sum() + n.size * math.log(2 * math.pi) / 2)
 
     def integers(self) -> list[np.ndarray]:
-        return [self.weights, self.fine]
+        return [self.rounded, self.fine]
 
     def put(self, stack: Stack, n: np.ndarray) -> None:
         posterior = self._posterior(n)
         k = take_symbols(stack, posterior)
         self._component(k).put(stack, n)
-        put_symbols(stack, k, self.weights)
+        put_symbols(stack, k, self.rounded)
 
     def take(self, stack: Stack) -> np.ndarray:
-        k = take_symbols(stack, self.weights)
+        k = take_symbols(stack, self.rounded)
         n = self._component(k).take(stack)
         put_symbols(stack, k, self._posterior(n))
         return n
@@ -181,12 +186,10 @@ class GridMixture(Law):
         return GridNormal(mean, self.sd[..., 0])
 
     def _posterior(self, n: np.ndarray) -> np.ndarray:
-        """Weights of P(k|n), made of rounded numbers only."""
+        """P(k|n), rounded, made of rounded numbers only."""
         u = (n[..., None] - self.fine / FINE) / (np.rint(self.sd * SCALE) / SCALE)
-        log_probs = np.log(self.weights) - u * u / 2
-        log_probs -= log_probs.max(-1, keepdims=True)
-        p = np.exp(log_probs)
-        return _integers(p / p.sum(-1, keepdims=True))
+        log_probs = self.rounded / PARTS - u * u / 2
+        return rounded(log_probs - log_probs.max(-1, keepdims=True))
 
 
 class Groups(Law):
@@ -244,20 +247,20 @@ def law(distribution: Distribution, width: Tensor, far: bool = True) -> Law:
     raise TypeError(f"no lossless code is known for a {type(base).__name__}")
 
 
-def weights(log_probs: np.ndarray) -> np.ndarray:
-    """Integer weights of symbols, at least 1, of log-probabilities (..., K)."""
-    return _integers(np.exp(finite(log_probs, infinite=True)))
+def rounded(log_probs: np.ndarray) -> np.ndarray:
+    """Log-probabilities in parts of a nat, int64; all too small ones alike."""
+    return np.rint(finite(log_probs, infinite=True).clip(-LEAST, 0) * PARTS).astype(np.int64)
 
 
-def put_symbols(stack: Stack, k: np.ndarray, weights: np.ndarray) -> None:
-    """Push symbols k, (...), of weights (..., K)."""
-    stack.push(k.ravel(), _categorical(), weights.reshape(-1, weights.shape[-1]))
+def put_symbols(stack: Stack, k: np.ndarray, log_probs: np.ndarray) -> None:
+    """Push symbols k, (...), of rounded log-probabilities (..., K)."""
+    stack.push(k.ravel(), *_categorical(log_probs))
 
 
-def take_symbols(stack: Stack, weights: np.ndarray) -> np.ndarray:
-    """Pop symbols, (...) int64, of weights (..., K)."""
-    k = stack.pop(_categorical(), weights.reshape(-1, weights.shape[-1]))
-    return k.astype(np.int64).reshape(weights.shape[:-1])
+def take_symbols(stack: Stack, log_probs: np.ndarray) -> np.ndarray:
+    """Pop symbols, (...) int64, of rounded log-probabilities (..., K)."""
+    k = stack.pop(*_categorical(log_probs))
+    return k.astype(np.int64).reshape(log_probs.shape[:-1])
 
 
 def finite(v: np.ndarray, infinite: bool = False) -> np.ndarray:
@@ -274,12 +277,9 @@ def finite(v: np.ndarray, infinite: bool = False) -> np.ndarray:
     return v
 
 
-def _integers(p: np.ndarray) -> np.ndarray:
-    return np.maximum(np.rint(p * ONE), 1.0).astype(np.float32)
-
-
-def _categorical() -> object:
-    return constriction().stream.model.Categorical(perfect=False, lazy=False)
+def _categorical(log_probs: np.ndarray) -> tuple[object, np.ndarray]:
+    weights = WEIGHTS[log_probs.reshape(-1, log_probs.shape[-1]) + LEAST * PARTS]
+    return constriction().stream.model.Categorical(perfect=False, lazy=False), weights
 
 
 def _np(v: Tensor) -> np.ndarray:
