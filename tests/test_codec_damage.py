@@ -31,12 +31,13 @@ def files():
     with seeded(0):
         noise = torch.randint(4, (90, 2))
         likely = torch.multinomial(torch.tensor([0.96, 0.02, 0.02]), 120, True).view(60, 2)
+    again = noise[:30].repeat(30, 1)
     x = ancestral(levels, 150, Grid.uniform(2))
     symbols.head.log_prior.data.copy_(torch.tensor([5.0, 0.0, 0.0]))
     made = [
         (levels, x, compress(levels, x, settings(2, batch=8), block=50)),
         (levels, noise, compress(levels, noise, settings(1), block=30, extra=b"labels")),
-        (levels, noise * 0, compress(levels, noise * 0, settings(1))),
+        (levels, again, compress(levels, again, settings(1))),
         (symbols, likely, compress(symbols, likely, settings(2), block=20)),
     ]
     modes = [{block.mode for block in describe(data)[1]} for _, _, data in made]
@@ -150,7 +151,7 @@ def test_blocks_that_lie_are_refused_before_they_cost_memory(coded):
         replace(first, first=1),
         replace(first, sizes=(256,) * 200, count=256 * 200 + first.seeds),
         replace(first, payload=b""),
-        replace(first, payload=first.payload[:-1]),
+        replace(first, payload=first.payload[:-1] + b"\0"),
         replace(first, payload=b"\0\0\0\0"),
     ):
         bad = container.write_prefix({**header, "examples": lie.count + 100}, extra)

@@ -141,7 +141,7 @@ def _with_bits_back(
         at += size
         sizes.append(size)
         done(size)
-    words = stack.words().astype("<u4").tobytes()
+    words = _bytes(stack.words())
     check, shape = checksum(x), (stack.borrowed, seeds, tuple(sizes))
     return Block(first, len(x), MODEL, 0, *shape, check, words), stack.ideal
 
@@ -158,7 +158,7 @@ def _directly(
         at += size
         sizes.append(size)
         done(size)
-    words = stack.words().astype("<u4").tobytes()
+    words = _bytes(stack.words())
     return Block(first, len(x), MODEL, nonce, 0, 0, tuple(sizes), checksum(x), words), stack.ideal
 
 
@@ -230,7 +230,7 @@ def _even(codes: Codes, x: np.ndarray) -> bytes:
     """All levels alike."""
     stack = Stack(bottom=Bottom(codes.name))
     stack.push(x.ravel(), constriction().stream.model.Uniform(codes.levels))
-    return stack.words().astype("<u4").tobytes()
+    return _bytes(stack.words())
 
 
 def _pack(codes: Codes, x: np.ndarray) -> bytes:
@@ -254,7 +254,14 @@ def _storage(codes: Codes) -> np.dtype:
     return np.dtype("u1" if codes.levels <= 256 else "<u2" if codes.levels <= 65536 else "<u4")
 
 
+def _bytes(words: np.ndarray) -> bytes:
+    """Words from the lowest; without the zeros at the top of the topmost, which is none itself."""
+    return words.astype("<u4").tobytes().rstrip(b"\0")
+
+
 def _words(payload: bytes) -> np.ndarray | None:
-    if len(payload) % 4:
-        raise Damaged("the coded words are not whole")
-    return np.frombuffer(payload, "<u4").astype(np.uint32) if payload else None
+    if not payload:
+        return None
+    if not payload[-1]:
+        raise Damaged("the coded words end in a zero")
+    return np.frombuffer(payload + bytes(-len(payload) % 4), "<u4").astype(np.uint32)
