@@ -234,20 +234,34 @@ def _even(codes: Codes, x: np.ndarray) -> bytes:
 
 
 def _pack(codes: Codes, x: np.ndarray) -> bytes:
-    return lzma.compress(x.astype(_storage(codes)).tobytes(), lzma.FORMAT_RAW, filters=FILTER)
+    return pack(x.astype(_storage(codes)).tobytes())
 
 
 def _unpack(codes: Codes, block: Block) -> np.ndarray:
     dtype = _storage(codes)
     size = block.count * int(np.prod(codes.shape)) * dtype.itemsize
+    data = unpack(block.payload, size)
+    if len(data) != size:
+        raise Damaged("a packed block is shorter than its data")
+    return np.frombuffer(data, dtype).astype(np.int64).reshape(-1, *codes.shape)
+
+
+def pack(data: bytes) -> bytes:
+    """By xz, without its frame; nothing of nothing."""
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=FILTER) if data else b""
+
+
+def unpack(packed: bytes, most: int) -> bytes:
+    """What was packed, `most` bytes of it at the most.
+
+    Raises:
+        Damaged: it was not packed.
+    """
     try:
         unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTER)
-        data = unpacker.decompress(block.payload, size)
+        return unpacker.decompress(packed, most) if packed else b""
     except lzma.LZMAError as error:
-        raise Damaged(f"a stored block cannot be unpacked: {error}") from None
-    if len(data) != size:
-        raise Damaged("a stored block is shorter than its data")
-    return np.frombuffer(data, dtype).astype(np.int64).reshape(-1, *codes.shape)
+        raise Damaged(f"packed bytes cannot be unpacked: {error}") from None
 
 
 def _storage(codes: Codes) -> np.dtype:

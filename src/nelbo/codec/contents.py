@@ -5,7 +5,7 @@ rounded or left out. What the schema cannot hold is refused, or goes with the ex
 """
 
 import io
-import lzma
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nelbo.checkpoint import check_writable, write
 from nelbo.codec import pictures, tabular, texts
-from nelbo.codec.errors import Damaged
+from nelbo.codec.blocks import pack, unpack
+from nelbo.codec.errors import CodecError, Damaged
 from nelbo.data import Schema, load_like, tables
 from nelbo.data.sources import BUILT_IN
 
@@ -100,7 +101,9 @@ def save(contents: Contents, schema: Schema, out: Path, kept: Tensor | None = No
     check_output(contents.about, out)
     try:
         made = _files(contents, schema, out, kept)
-    except (KeyError, TypeError, IndexError, lzma.LZMAError) as error:
+    except CodecError:
+        raise
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         raise Damaged(f"the contents of the file contradict themselves: {error!r}") from None
     if [path for path, _ in made] == [out]:
         write(out, made[0][1])
@@ -175,9 +178,7 @@ def _arrays(arrays: dict[str, np.ndarray], schema: Schema, source: str, kind: st
     x = np.concatenate(parts) if parts else np.zeros((0, *schema.shape), np.uint8)
     about = {"kind": kind, "arrays": whole}
     size = sum(array.nbytes for array in arrays.values())
-    return Contents(
-        torch.from_numpy(x), about, lzma.compress(bytes(extra)) if extra else b"", size
-    )
+    return Contents(torch.from_numpy(x), about, pack(bytes(extra)), size)
 
 
 def _layout(shape: tuple[int, ...], schema: Schema) -> str | None:
@@ -214,11 +215,16 @@ def storage(levels: int) -> np.dtype:
 
 
 def _arrays_as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None) -> bytes:
-    rest = io.BytesIO(lzma.decompress(extra) if extra else b"")
+    most = sum(
+        math.prod(shape) * np.dtype(dtype).itemsize
+        for _, dtype, shape, order in about["arrays"]
+        if order is None
+    )
+    rest = io.BytesIO(unpack(extra, most))
     at, arrays = 0, cast(dict[str, Any], {})
     for name, dtype, shape, order in about["arrays"]:
         if order is None:
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            size = math.prod(shape) * np.dtype(dtype).itemsize
             arrays[name] = np.frombuffer(rest.read(size), dtype).reshape(shape)
             continue
         mine = slice(at, at + shape[0])

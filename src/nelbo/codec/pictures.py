@@ -46,7 +46,7 @@ def files(
     x: np.ndarray, about: dict, out: Path, places: np.ndarray | None
 ) -> list[tuple[Path, bytes]]:
     """The images of the tiles x; only those that are whole, where just `places` of all are."""
-    names = [out] if about["kind"] == "png" else [_inside(out, name) for name in about["names"]]
+    names = [out] if about["kind"] == "png" else [inside(out, name) for name in about["names"]]
     sizes = about["sizes"] * len(names) if len(about["sizes"]) == 1 else about["sizes"]
     at, made = 0, []
     for name, (height, width) in zip(names, sizes, strict=True):
@@ -106,7 +106,7 @@ def _save(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """A name below the folder: a file says no other."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:

@@ -4,15 +4,15 @@ The files of a folder follow each other; the last chunk is filled up. Characters
 lacks have a symbol of their own, and which they are goes with the chunks as it is.
 """
 
-import lzma
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo.codec.blocks import pack, unpack
 from nelbo.codec.errors import Damaged
-from nelbo.codec.pictures import _inside
+from nelbo.codec.pictures import inside
 from nelbo.data import Schema
 from nelbo.data.text import encode, is_text
 
@@ -43,7 +43,7 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
         "names": [f.relative_to(path).as_posix() for f in found if f != path],
         "sizes": [len(code) for code in codes],
     }
-    extra = lzma.compress(others.encode()) if others else b""
+    extra = pack(others.encode())
     return torch.from_numpy(chunks.copy()), about, extra, sum(map(len, contents))
 
 
@@ -56,13 +56,14 @@ def files(
     places: np.ndarray | None,
 ) -> list[tuple[Path, bytes]]:
     """The texts of the chunks x; without those of a salvage that were lost."""
-    names = [out] if about["kind"] == "txt" else [_inside(out, name) for name in about["names"]]
+    names = [out] if about["kind"] == "txt" else [inside(out, name) for name in about["names"]]
     ends, length = np.cumsum(about["sizes"]), schema.shape[0]
     places = np.arange(len(x)) if places is None else places
     at = (places[:, None] * length + np.arange(length)).ravel()
     whole = len(x) * length >= ends[-1]
     symbols = x.ravel()
-    others = iter(lzma.decompress(extra).decode() if extra and whole else "")
+    # a character has at most 4 bytes
+    others = iter(unpack(extra, 4 * len(symbols)).decode() if extra and whole else "")
     made = []
     for name, first, last in zip(names, [0, *ends[:-1]], ends, strict=True):
         mine = symbols[(at >= first) & (at < last)]
