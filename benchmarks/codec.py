@@ -24,8 +24,10 @@ from torch import Tensor
 
 from nelbo.checkpoint import load
 from nelbo.codec import contents
-from nelbo.codec.codec import Codec, Settings, compress, decompress, describe
+from nelbo.codec.codec import Codec
+from nelbo.codec.coding import compress, decompress, describe
 from nelbo.codec.direct import Direct
+from nelbo.codec.header import Settings
 from nelbo.codec.rivals import rivals
 from nelbo.evaluate import evaluate
 from nelbo.model import Model, measuring

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from nelbo.checkpoint import load
-from nelbo.codec.codec import Settings, compress, decompress
+from nelbo.codec.coding import compress, decompress
 from nelbo.codec.errors import CodecError
+from nelbo.codec.header import Settings
 
 PROCESSES = {
     "the same": {"OMP_NUM_THREADS": "1"},

@@ -14,17 +14,11 @@ from nelbo._numerics import seeded
 from nelbo.build import build
 from nelbo.codec import container, pictures
 from nelbo.codec.blocks import EVEN, MODEL, PACKED
-from nelbo.codec.codec import (
-    Codec,
-    Settings,
-    compress,
-    decompress,
-    describe,
-    pack_times,
-    unpack_times,
-)
+from nelbo.codec.codec import Codec
+from nelbo.codec.coding import compress, decompress, describe
 from nelbo.codec.direct import shown_at
 from nelbo.codec.errors import Damaged, NotReproducible, OtherModel
+from nelbo.codec.header import Settings, pack_times, unpack_times
 from nelbo.codec.laws import law
 from nelbo.codec.stack import Bottom, Stack
 from nelbo.config import configure

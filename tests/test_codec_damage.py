@@ -12,7 +12,7 @@ from test_codec import changed, settings, skewed
 from nelbo._numerics import seeded
 from nelbo.codec import container
 from nelbo.codec.blocks import EVEN, MODEL, PACKED
-from nelbo.codec.codec import compress, decompress, describe
+from nelbo.codec.coding import compress, decompress, describe
 from nelbo.codec.errors import CodecError, Damaged
 from nelbo.estimate import Grid
 from nelbo.sample import ancestral

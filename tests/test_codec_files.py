@@ -15,8 +15,10 @@ from test_codec import changed
 
 from nelbo import checkpoint
 from nelbo.cli import main
-from nelbo.codec.codec import Codec, Settings, compress, decompress
+from nelbo.codec.codec import Codec
+from nelbo.codec.coding import compress, decompress
 from nelbo.codec.errors import CodecError
+from nelbo.codec.header import Settings
 from nelbo.estimate import Grid
 
 pytest.importorskip("constriction")

@@ -29,6 +29,13 @@ SPARE = 1.05  # of what an example is expected to need
 FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}]
 
 
+Done = Callable[[int], None]  # is told how many examples are finished
+
+
+def nothing(done: int) -> None:
+    """No progress shown."""
+
+
 @dataclass(frozen=True)
 class Block:
     """What a block holds.
@@ -79,9 +86,7 @@ class Codes:
     batch: int = BATCH
 
 
-def encode(
-    codes: Codes, x: np.ndarray, first: int, done: Callable[[int], None]
-) -> tuple[Block, float]:
+def encode(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
     """A block of examples x, (N, *shape) int64, and the nats that its model's part costs.
 
     Args:
@@ -106,7 +111,7 @@ def encode(
     return block, ideal
 
 
-def decode(codes: Codes, block: Block, done: Callable[[int], None]) -> np.ndarray:
+def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
     """The examples of a block, (N, *shape) int64.
 
     Raises:
@@ -123,9 +128,7 @@ def checksum(x: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(x, "<i4").tobytes())
 
 
-def _with_bits_back(
-    codes: Codes, x: np.ndarray, first: int, done: Callable[[int], None]
-) -> tuple[Block, float]:
+def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
     code, bottom = codes.model(0), Bottom(f"{codes.name}, {first}")
     stack, sizes = Stack(bottom=bottom), []
     need = _need(code, x[:1], bottom)
@@ -147,7 +150,7 @@ def _with_bits_back(
 
 
 def _directly(
-    codes: Codes, x: np.ndarray, first: int, nonce: int, done: Callable[[int], None]
+    codes: Codes, x: np.ndarray, first: int, nonce: int, done: Done
 ) -> tuple[Block, float]:
     code, stack, sizes, at = codes.model(nonce), Stack(floor=0), [], 0
     while at < len(x):
@@ -188,7 +191,7 @@ def _shortest(code: ExampleCode, stack: Stack, x: np.ndarray, effort: int) -> St
     return min(tries, key=lambda one: one.bits)
 
 
-def _decode(codes: Codes, block: Block, done: Callable[[int], None]) -> np.ndarray:
+def _decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
     if block.mode == PACKED:
         return _unpack(codes, block)
     floor = WORD if block.borrowed else 0
@@ -208,7 +211,7 @@ def _decode(codes: Codes, block: Block, done: Callable[[int], None]) -> np.ndarr
     return x
 
 
-def _unstack(codes: Codes, block: Block, stack: Stack, done: Callable[[int], None]) -> np.ndarray:
+def _unstack(codes: Codes, block: Block, stack: Stack, done: Done) -> np.ndarray:
     """What the model and the static table coded, the last batch first."""
     code, at, parts = codes.model(block.nonce), block.count, []
     if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):

@@ -64,7 +64,7 @@ class Direct(ExampleCode):
         known = known_numbers(count, (self.model.dims,))
         z = np.where(known % 4 < 2, known % 2, self.mask)
         everywhere = np.broadcast_to(np.arange(self.model.dims), z.shape)
-        return Symbols(self._log_probs(z, everywhere)).integers()
+        return [np.array(self.groups), *Symbols(self._log_probs(z, everywhere)).integers()]
 
     def _log_probs(self, z: np.ndarray, at: np.ndarray) -> np.ndarray:
         """log P(x_i|z) of the dimensions `at`, (B, n), for flat z: (B, n, K)."""

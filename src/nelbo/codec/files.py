@@ -7,20 +7,11 @@ from pathlib import Path
 from nelbo._numerics import LOG_2
 from nelbo.checkpoint import Run, check_writable, write
 from nelbo.codec import contents
-from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block
-from nelbo.codec.codec import (
-    BLOCK,
-    Decoded,
-    Header,
-    Settings,
-    check_codable,
-    compress,
-    decompress,
-    describe,
-    head_of,
-    nothing,
-)
+from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block, nothing
+from nelbo.codec.codec import check_codable
+from nelbo.codec.coding import BLOCK, Decoded, compress, decompress, describe, head_of
 from nelbo.codec.errors import CodecError
+from nelbo.codec.header import Header, Settings
 from nelbo.estimate import Grid
 
 SUFFIX = ".nlb"

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from nelbo._numerics import LOG_2, draw, seeded
 from nelbo._progress import Track
-from nelbo.codec.codec import Settings, check_codable, compress, decompress
+from nelbo.codec.codec import check_codable
+from nelbo.codec.coding import compress, decompress
+from nelbo.codec.header import Settings
 from nelbo.codec.rivals import Rival, rivals
 from nelbo.codec.stack import constriction
 from nelbo.data import Schema
