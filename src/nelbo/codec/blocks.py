@@ -8,9 +8,10 @@ What a code with bits back borrows before it pays is the price of a file's start
 
 and only what is still missing is put under the stack. With `effort` K every example is coded in K
 ways, which differ by a number that is pushed before it, and the shortest is kept: of K draws of z
-the one of the largest weight, at most log K above the mean (no importance bound, but below it).
+the one of the largest weight, less log K.
 """
 
+import contextlib
 import lzma
 import math
 import zlib
@@ -27,8 +28,6 @@ MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels ali
 BATCH = 32  # examples of a network call, at most
 SPARE = 1.05  # of what an example is expected to need
 FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}]
-
-
 Done = Callable[[int], None]  # is told how many examples are finished
 
 
@@ -98,17 +97,16 @@ def encode(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, 
     if x.min() < 0 or x.max() >= codes.levels:
         raise ValueError(f"values must be 0..{codes.levels - 1}; got {x.min()}..{x.max()}")
     check = checksum(x)
-    if codes.model(0).borrows:
-        tries = [_with_bits_back(codes, x, first, done)]
-    else:
-        tries = [_directly(codes, x, first, nonce, done) for nonce in range(codes.effort)]
-    block, ideal = min(tries, key=lambda found: len(found[0].payload))
-    for mode, pack in ((EVEN, _even), (PACKED, _pack)):
-        borrowed = START if mode == EVEN else 0
-        plain = Block(first, len(x), mode, 0, borrowed, 0, (), check, pack(codes, x))
-        if len(plain.payload) < len(block.payload):
-            block, ideal = plain, 0.0
-    return block, ideal
+    even = Block(first, len(x), EVEN, 0, START, 0, (), check, _even(codes, x))
+    packed = Block(first, len(x), PACKED, 0, 0, 0, (), check, _pack(codes, x))
+    tries = [(even, 0.0), (packed, 0.0)]
+    with contextlib.suppress(Damaged):  # of what is too far from all that the model expects
+        if codes.model(0).borrows:
+            tries.append(_with_bits_back(codes, x, first, done))
+        else:
+            nonces = range(codes.effort)
+            tries += [_directly(codes, x, first, nonce, done) for nonce in nonces]
+    return min(tries, key=lambda found: len(found[0].payload))
 
 
 def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
