@@ -57,6 +57,7 @@ ORDER = (
     "train",
     "finetune",
     "pictures",
+    "codec",
     "report",
     "scores",
     "show",

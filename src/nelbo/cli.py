@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -271,12 +271,13 @@ def inspect(
     schema: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Show what DATA is: the columns of a table, and what makes a likelihood of it meaningless.
+    """Show what DATA is: the columns of a table, and what makes a likelihood of it meaningless;
+    of a compressed file its header, bits/dim, bound and blocks.
 
     Parameters
     ----------
     data
-        As for train.
+        As for train; or a .nlb file.
     levels
         As for train.
     size
@@ -288,6 +289,16 @@ def inspect(
     """
     from nelbo import inspection
 
+    if data.endswith(".nlb"):
+        from nelbo import show
+        from nelbo.codec import files
+
+        report = files.report(Path(data).read_bytes())
+        if json:
+            print(_json(show.of_compressed(report)))
+        else:
+            show.compressed(data, report)
+        return
     found = inspection.inspect(data, levels=levels, size=size, schema=schema)
     if json:
         print(_json(found.to_dict()))
@@ -640,6 +651,131 @@ def score(
 
 
 @app.command
+def compress(
+    run: Path,
+    data: str,
+    *,
+    out: Path,
+    steps: int = 32,
+    grid: Literal["best", "uniform"] = "best",
+    effort: int = 1,
+    block: int = 1000,
+    verify: bool = True,
+    precision: Literal["float64", "float32"] = "float64",
+    device: str = "cpu",
+) -> None:
+    """Compress DATA without loss; the file is as long as the bound of the run says.
+
+    It needs constriction: pip install 'nelbo[codec]'.
+
+    Parameters
+    ----------
+    run
+        A run folder of discrete data. decompress needs it too: it is no part of the file.
+    data
+        What the run's schema can hold: a .npy or .npz file, a .png file or a folder of them (of
+        any size), a table, a .txt file or a folder of them.
+    out
+        A .nlb file that does not exist.
+    steps
+        Of the bound that is coded, T: more make a smaller file, and take longer.
+    grid
+        The times of the steps: best for this run, or uniform.
+    effort
+        Code each example in this many ways and keep the shortest: the file falls below the bound,
+        at so many times the work here and none for decompress.
+    block
+        About how many examples are independent of all others.
+    verify
+        Decompress and compare before the file is written.
+    precision
+        Of the network. float32 is faster, and decodes only on the same machine and versions.
+    device
+        Where to run the network; decompress on the same kind.
+    """
+    from nelbo.checkpoint import load
+    from nelbo.codec.files import compress_file
+    from nelbo.model import find_device
+
+    loaded = load(run)
+    loaded.model.to(find_device(device))
+    with _progress("compress") as progress:
+        found = compress_file(
+            loaded,
+            data,
+            out,
+            lambda run: _grid(run, steps, grid),
+            effort=effort,
+            block=block,
+            precision=precision,
+            verify=verify,
+            progress=progress,
+        )
+    for note in found.notes:
+        _say(f"note: {note}")
+    _say(
+        f"{found.original} bytes as {found.compressed} in {out}: {found.bits_per_dim:.3f} bits/dim"
+        " in all"
+    )
+
+
+@app.command
+def decompress(
+    run: Path, file: Path, *, out: Path, salvage: bool = False, device: str = "cpu"
+) -> None:
+    """Restore the data in a compressed FILE: exactly, or not at all.
+
+    Exit codes: 2 for what the command line has wrong, 3 for a damaged file, 4 for another run, 5
+    for a machine or versions on which it would not decode to the right data.
+
+    Parameters
+    ----------
+    run
+        The run folder with which it was compressed.
+    file
+        A .nlb file.
+    out
+        Where the data go, of the kind they had; it does not exist.
+    salvage
+        Of a damaged file, restore the blocks that are whole and name the others; exit code 3.
+    device
+        Where to run the network, of the kind on which it was compressed.
+    """
+    from nelbo.checkpoint import load
+    from nelbo.codec.errors import Damaged
+    from nelbo.codec.files import decompress_file
+    from nelbo.model import find_device
+
+    loaded = load(run)
+    loaded.model.to(find_device(device))
+    with _progress("decompress") as progress:
+        found = decompress_file(loaded, file, out, salvage=salvage, progress=progress)
+    _say(f"{len(found.x)} of {found.header.examples} examples in {out}")
+    if found.lost:
+        lost = ", ".join(f"{first}..{first + count - 1}" for first, count in found.lost)
+        raise Damaged(f"{file} is damaged: lost are the examples {lost}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """Yields what makes, of a total, a bar that is told each increment."""
+    from nelbo._progress import progress_bar
+
+    with ExitStack() as stack:
+
+        def start(total: int) -> Callable[[int], None]:
+            update, so_far = stack.enter_context(progress_bar(what, total)), [0]
+
+            def advance(done: int) -> None:
+                so_far[0] += done
+                update(so_far[0], "")
+
+            return advance
+
+        yield start
+
+
+@app.command
 def report(run: Path, *, out: Path | None = None, seed: int = 0) -> None:
     """Write a self-contained HTML page about a run.
 
@@ -682,7 +818,8 @@ def _say(line: str) -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What the user can mend (ValueError, OSError) is one line and exit code 2; Ctrl-C is 130;
+    """What the user can mend (ValueError, OSError) is one line and exit code 2, or the one that
+    the error has; Ctrl-C is 130;
     anything else is a defect and keeps its traceback."""
     try:
         yield
@@ -697,16 +834,16 @@ def _one_line_errors() -> Iterator[None]:
         place = f"{error.filename}: " if error.filename else ""
         _fail(place + (error.strerror or str(error)))
     except ValueError as error:
-        _fail(str(error))
+        _fail(str(error), getattr(error, "exit_code", 2))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         _fail(f"out of memory: {error}; try a smaller --batch or --width")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     _say(f"nelbo: {' '.join(message.split())}")
-    sys.exit(2)
+    sys.exit(code)
 
 
 def main(arguments: list[str] | None = None) -> None:

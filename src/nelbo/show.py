@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from nelbo.codec.files import Report
 from nelbo.data import Schema
 from nelbo.evaluate import Evaluation
 from nelbo.tighter import ByFlow, ByImportance, Tighter
@@ -80,6 +82,37 @@ def npz(found: Evaluation | Tighter) -> bytes:
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     return file.getvalue()
+
+
+def of_compressed(report: Report) -> dict[str, object]:
+    """A compressed file as plain values for JSON."""
+    return asdict(report)
+
+
+def compressed(name: str, report: Report) -> None:
+    """Print what a compressed file says of itself, and its blocks."""
+    console, header = Console(), report.header
+    title = f"{name}: {header.examples} examples in {report.size} bytes"
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    table = Table()
+    for column in ("examples", "by", "seeds", "batches", "bytes", "bits/dim"):
+        table.add_column(column, justify="left" if column == "by" else "right")
+    for block in report.blocks:
+        place = f"{block.first}..{block.first + block.count - 1}"
+        numbers = map(str, (block.seeds, block.batches, block.size))
+        table.add_row(place, block.mode, *numbers, f"{block.bits_per_dim:.4f}")
+    console.print(table)
+    shape = " x ".join(map(str, header.shape))
+    bound = "none was coded by the model" if report.bound is None else f"{report.bound:.4f}"
+    versions = ", ".join(f"{of} {version}" for of, version in header.versions.items())
+    lines = (
+        f"{report.bits_per_dim:.4f} bits/dim in all; bound on the coded latents: {bound}",
+        f"examples of {shape} numbers of {header.levels} levels; {len(header.steps) - 1} steps;"
+        f" effort {header.effort}; network in {header.precision} on {header.device}",
+        f"model {header.model}, weights: {header.weights}; {versions}",
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
 
 
 def _title(found: Evaluation | Tighter) -> str:

@@ -125,7 +125,7 @@ class Column:
         assert self.precision is not None and self.low is not None
         numbers = self.precision, self.low
         return next(
-            (d for d in range(12) if all(abs(v - round(v, d)) < 1e-9 * abs(v) for v in numbers)),
+            (d for d in range(12) if all(abs(v - round(v, d)) <= 1e-9 * abs(v) for v in numbers)),
             12,
         )
 

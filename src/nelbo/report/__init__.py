@@ -1,6 +1,7 @@
 """One self-contained HTML page about a run: the bound, where its bits go, and what it samples.
 
-The page refers to nothing outside itself and follows from the run and the seed. Its headline is
+The page refers to nothing outside itself and follows from the run and the seed, but for the
+seconds that coding took. Its headline is
 the number of `nelbo evaluate RUN`; its samples are those of `nelbo sample RUN`.
 """
 
@@ -14,7 +15,14 @@ from nelbo.checkpoint import Run, write
 from nelbo.data import as_examples
 from nelbo.evaluate import evaluate
 from nelbo.report import sections
-from nelbo.report.studies import SAMPLE_STEPS, is_image, measure_steps, some, trajectory
+from nelbo.report.studies import (
+    SAMPLE_STEPS,
+    is_image,
+    measure_files,
+    measure_steps,
+    some,
+    trajectory,
+)
 
 
 def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
@@ -23,7 +31,8 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     Args:
         run: a trained run, from `nelbo.checkpoint.load`.
         out: the HTML file; replaced whole.
-        seed: everything random follows from it: the same run and seed make the same page.
+        seed: everything random follows from it: the same run and seed make the same page, but for
+            the seconds.
         progress: show bars on the error stream.
 
     Returns:
@@ -51,13 +60,14 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
         sections.steps(curves, model, unit, len(few)),
         sections.training(run, unit),
     ]
+    coded = measure_files(model, few, run.grid, track("files"))
     if is_image(schema):
         parts += [sections.images(run, few, path), sections.pixels(run, few, cost.numpy(), unit)]
     elif schema.columns:
         parts.append(sections.table(schema, few, path.x, cost.numpy(), unit))
     else:
         parts += [sections.vectors(schema, few, path), sections.columns(cost.numpy(), unit)]
-    parts.append(sections.again(run, seed))
+    parts += [sections.files(run, coded), sections.again(run, seed)]
     template = Template(files("nelbo.report").joinpath("page.html").read_text(encoding="utf-8"))
     title = escape(f"nelbo: {sections.name_of(run)}")
     write(out, template.substitute(title=title, body="\n".join(parts)).encode())

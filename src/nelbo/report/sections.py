@@ -21,7 +21,7 @@ from nelbo.model import Model
 from nelbo.pictures import Canvas
 from nelbo.process import Absorbing
 from nelbo.report import figures, tables
-from nelbo.report.studies import SAMPLE_STEPS, STEPS, Trajectory, is_image, own_step
+from nelbo.report.studies import SAMPLE_STEPS, STEPS, Coded, Trajectory, is_image, own_step
 
 
 def headline(run: Run, result: Evaluation) -> str:
@@ -133,6 +133,38 @@ def steps(curves: list[figures.StepCurve], model: Model, unit: str, examples: in
         f'<div class="two"><figure>{figures.step_curves(curves, unit)}</figure>'
         f'<div class="wide">{_table(head, rows)}</div></div>',
     )
+
+
+def files(run: Run, coded: Coded | None) -> str:
+    """Bytes and seconds of lossless codecs on the same examples; nothing where there are none."""
+    if coded is None:
+        return ""
+    ours = [rival for _, rival in coded.ours]
+    every = sorted([*ours, *coded.others], key=lambda rival: rival.size)
+    numbers = coded.examples * coded.dims
+    rows = [
+        (
+            f"<b>{escape(rival.name)}</b>" if rival in ours else escape(rival.name),
+            f"{rival.size:,}",
+            f"{8 * rival.size / numbers:.3f}",
+            *(f'<span class="time">{_seconds(v)}</span>' for v in rival.seconds),
+        )
+        for rival in every
+    ]
+    images = " as one sheet" if is_image(run.config.schema) else ""
+    head = ("codec", "bytes", "bits/dim", "coding", "decoding")
+    return _section(
+        "What the bits buy",
+        f"The bound is the length of a file: {coded.examples} test examples, compressed and"
+        " decompressed exactly, header and checksums included. More steps make a smaller file and"
+        f" take longer. The other codecs had the same examples{images}; the model, which both"
+        " sides have, is no part of its files. Few examples pay more for the file's start.",
+        f'<div class="wide">{_table(head, rows)}</div>',
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
 
 
 def training(run: Run, unit: str) -> str:
@@ -295,6 +327,11 @@ def again(run: Run, seed: int) -> str:
             "# samples",
             f"nelbo sample {path} --n 64 --steps {SAMPLE_STEPS} --seed {seed} --out samples."
             + _kind_of_file(run.config.schema),
+            *(
+                ("# a file of the data", f"nelbo compress {path} DATA --out data.nlb")
+                if not run.config.schema.density and not run.config.schema.condition
+                else ()
+            ),
             "# this page",
             f"nelbo report {path} --seed {seed}",
         )

@@ -1,5 +1,6 @@
 """What a report measures beside the bound: few steps, the path of samples, single dimensions."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,11 @@ from torch import Tensor
 
 from nelbo._numerics import LOG_2, draw, seeded
 from nelbo._progress import Track
+from nelbo.codec.codec import check_codable
+from nelbo.codec.coding import compress, decompress
+from nelbo.codec.header import Settings
+from nelbo.codec.rivals import Rival, rivals
+from nelbo.codec.stack import constriction
 from nelbo.data import Schema
 from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
@@ -20,6 +26,7 @@ from nelbo.report.figures import StepCurve
 from nelbo.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
 
 STEPS = (2, 4, 8, 16, 32, 64)
+CODED_STEPS = (4, 8, 16, 64)
 SAMPLE_STEPS = 32
 EXAMPLES = 256  # at most, of the test data
 
@@ -101,6 +108,48 @@ def measure_steps(
         values, errors = zip(*points, last, strict=True)
         curves.append(StepCurve(name, STEPS, values, errors, bool(best) and name == own))
     return curves, cost
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Files of the same examples, by this run at several numbers of steps and by other codecs.
+
+    Args:
+        examples: how many.
+        dims: of each.
+        ours: steps and the file of that many.
+        others: that are installed.
+    """
+
+    examples: int
+    dims: int
+    ours: tuple[tuple[int, Rival], ...]
+    others: tuple[Rival, ...]
+
+
+def measure_files(
+    model: Model, x: Tensor, best: Callable[[int], Grid], track: Track = iter
+) -> Coded | None:
+    """The bytes that examples x (N, *shape) take; None where there is no lossless code of them,
+    or constriction is not installed."""
+    try:
+        check_codable(model)
+        constriction()
+    except ValueError:
+        return None
+    ours = []
+    for i in track(range(len(CODED_STEPS))):
+        steps = CODED_STEPS[i]
+        settings = Settings(tuple(best(steps).times.tolist()))
+        start = time.perf_counter()
+        data = compress(model, x, settings, verify=False)
+        middle = time.perf_counter()
+        assert torch.equal(decompress(data, model).x.long(), x.long())
+        seconds = middle - start, time.perf_counter() - middle
+        ours.append((steps, Rival(f"nelbo, {steps} steps", len(data), seconds)))
+    small = x.max() < 256
+    others = rivals(x.to(torch.uint8).numpy()) if small else []
+    return Coded(len(x), model.dims, tuple(ours), tuple(others))
 
 
 @dataclass(frozen=True)

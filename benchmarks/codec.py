@@ -1,0 +1,141 @@
+"""Files by bits-back or direct coding against the bound, and against other codecs.
+
+    python benchmarks/codec.py RUN [--data FILE] [--steps 4 8 16 64] [--orders 3] [--effort 8]
+                                   [--effort-steps 25] [--examples N] [--json out.json]
+
+RUN is a run of discrete data (`nelbo train digits --out RUN`); the data are its test split, or
+FILE. Every number is of the same examples in the same process. The bound is that of the model as
+it is coded: its own reverse step, its grid of T times, 64 calls per example, ± its Monte Carlo
+error. `payload` is all that the coder wrote, initial bits included; `file` adds header, checksums
+and frames. The model is no part of a file. `ideal` is the draw of the bound on the very latents
+that the file holds, in the part that the model coded; `coder` is what a stack grows by over the
+densities of its latents, without a start. Each first order is decoded and compared. Seconds are
+of this process's CPU. --time-steps compares coding and decoding with the same network calls alone.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nelbo.checkpoint import load
+from nelbo.codec import contents
+from nelbo.codec.codec import Codec
+from nelbo.codec.coding import compress, decompress, describe
+from nelbo.codec.direct import Direct
+from nelbo.codec.header import Settings
+from nelbo.codec.rivals import rivals
+from nelbo.evaluate import evaluate
+from nelbo.model import Model, measuring
+
+HEAD = ("T", "effort", "order", "bound", "±", "file", "payload", "/bound", "ideal/bound", "coder")
+
+
+def coder_over_ideal(codec: Codec, x: Tensor) -> float:
+    """Bits that the stack grows by over those of the densities, without any start."""
+    from nelbo.codec.stack import Bottom, Stack
+
+    stack, code = Stack(Bottom("benchmark").words(2**16)), codec.codes.model(0)
+    start = stack.bits
+    with measuring(codec.model):
+        for i, part in enumerate(x.split(codec.codes.batch)):
+            code.push(stack, part.long().numpy(), i * codec.codes.batch)
+    return (stack.bits - start) * math.log(2) / stack.ideal
+
+
+def network_alone(model: Model, settings: Settings, x: Tensor) -> tuple[float, float]:
+    """CPU seconds of coding and decoding x, and of the same network calls alone."""
+    codec, calls = Codec(model, settings), []
+    hook = codec.model.network.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    start = time.process_time()
+    coded = list(codec.encode_blocks(x, 1000))
+    for block, _ in coded:
+        codec.decode_block(block)
+    whole = time.process_time() - start
+    hook.remove()
+    with measuring(codec.model):
+        start = time.process_time()
+        for inputs in calls:
+            codec.model.network(*inputs)
+    return whole, time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--steps", type=int, nargs="*", default=[4, 8, 16, 64])
+    parser.add_argument("--orders", type=int, default=1)
+    parser.add_argument("--effort", type=int, default=1)
+    parser.add_argument("--effort-steps", type=int, nargs="*", default=[])
+    parser.add_argument("--time-steps", type=int, nargs="*", default=[])
+    parser.add_argument("--examples", type=int)
+    parser.add_argument("--calls", type=int, default=64)
+    parser.add_argument("--no-rivals", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    run = load(options.run)
+    if options.data:
+        x = contents.read(options.data, run.config.schema).x
+    else:
+        x = run.examples(split=options.split)[0]
+    x, rows = x[: options.examples], []
+    numbers = x.numel()
+    print(f"{len(x)} examples of {run.model.dims} dimensions; {torch.get_num_threads()} threads")
+    print(" ".join(f"{name:>9}" for name in (*HEAD, "seconds", "decoding")))
+    plans = [(steps, 1) for steps in options.steps]
+    plans += [(steps, options.effort) for steps in options.effort_steps]
+    for steps, effort in plans:
+        grid = run.grid(steps)
+        result = evaluate(run.model, x, times=grid, calls=options.calls)
+        bound, error = result.bits_per_dim, result.standard_error.monte_carlo
+        settings = Settings(tuple(grid.times.tolist()), effort=effort)
+        coder = coder_over_ideal(Codec(run.model, settings), x)
+        for order in range(options.orders if effort == 1 else 1):
+            generator = torch.Generator().manual_seed(order)
+            mixed = x[torch.randperm(len(x), generator=generator)] if order else x
+            start = time.process_time()
+            data = compress(run.model, mixed, settings, verify=False)
+            middle = time.process_time()
+            if not order:
+                assert torch.equal(decompress(data, run.model).x.long(), mixed.long())
+            seconds = middle - start, math.nan if order else time.process_time() - middle
+            header, blocks = describe(data)
+            payload = sum(len(block.payload) for block in blocks)
+            per_dim = 8 * payload / numbers
+            by_model = header.ideal[1] * run.model.dims * math.log(2)
+            ideal = header.ideal[0] / by_model if by_model else math.nan
+            row = (steps, effort, order, bound, error, len(data), payload)
+            row += (per_dim / bound, ideal / bound, coder, *seconds)
+            rows.append(dict(zip((*HEAD, "seconds", "decoding"), row, strict=True)))
+            shown = [f"{v:.5f}" if isinstance(v, float) else str(v) for v in row]
+            print(" ".join(f"{v[:9]:>9}" for v in shown), flush=True)
+    for steps in options.time_steps:
+        settings = Settings(tuple(run.grid(steps).times.tolist()))
+        direct = isinstance(Codec(run.model, settings).codes.model(0), Direct)
+        for _ in range(3):
+            whole, network = network_alone(run.model, settings, x)
+            print(
+                f"T={steps} {'direct' if direct else 'bits-back'}: coding and decoding take"
+                f" {whole:.2f} s of CPU, the same network calls alone {network:.2f} s:"
+                f" {whole / network:.2f} times"
+            )
+    others = [] if options.no_rivals else rivals(x.numpy())
+    for rival in others:
+        coding, decoding = rival.seconds
+        print(
+            f"{rival.name:20} {rival.size:9} bytes {8 * rival.size / numbers:8.4f} bits/dim"
+            f" {coding:8.2f} s {decoding:6.2f} s"
+        )
+    if options.json:
+        found = {"codec": rows, "rivals": [vars(rival) for rival in others]}
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Spend the bits: a lossless compressor whose file length is the bound (docs/codec.md).
+
+settings = Settings(tuple(run.grid(25).times.tolist()))
+data = compress(run.model, x, settings)          # bytes; x of integers, (N, *shape)
+decompress(data, run.model).x                    # the same, or a CodecError
+"""
+
+from nelbo.codec.coding import Decoded, compress, decompress, describe
+from nelbo.codec.errors import CodecError, Damaged, NotReproducible, OtherModel
+from nelbo.codec.header import Settings
+
+__all__ = [
+    "CodecError",
+    "Damaged",
+    "Decoded",
+    "NotReproducible",
+    "OtherModel",
+    "Settings",
+    "compress",
+    "decompress",
+    "describe",
+]

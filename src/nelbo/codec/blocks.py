@@ -1,0 +1,282 @@
+r"""A block: examples on one stack, decoded without any other block.
+
+What a code with bits back borrows before it pays is the price of a file's start, kept low by
+
+    seeds   the first examples are coded by a static table, until their bits are enough for one
+            example of the model
+    ramp    then batches that grow with the bits on the stack, their sizes powers of two
+
+and only what is still missing is put under the stack. With `effort` K every example is coded in K
+ways, which differ by a number that is pushed before it, and the shortest is kept: of K draws of z
+the one of the largest weight, less log K.
+"""
+
+import contextlib
+import lzma
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nelbo.codec.errors import Damaged
+from nelbo.codec.example import ExampleCode, Static
+from nelbo.codec.stack import START, WORD, Bottom, Stack, constriction
+
+MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels alike, xz
+BATCH = 32  # examples of a network call, at most
+SPARE = 1.05  # of what an example is expected to need
+FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}]
+Done = Callable[[int], None]  # is told how many examples are finished
+
+
+def nothing(done: int) -> None:
+    """No progress shown."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block holds.
+
+    Args:
+        first: place of its first example in the data.
+        count: number of its examples.
+        mode: MODEL, EVEN or PACKED.
+        nonce: which of the orders of its symbols.
+        borrowed: words put under the stack.
+        seeds: examples that are coded by the static table.
+        sizes: of the batches of the others, in the order of the data.
+        check: CRC-32 of the examples.
+        payload: what is coded.
+    """
+
+    first: int
+    count: int
+    mode: int
+    nonce: int
+    borrowed: int
+    seeds: int
+    sizes: tuple[int, ...]
+    check: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What codes a block.
+
+    Args:
+        model: makes the code by the model, given a nonce.
+        static: the code of seeds.
+        name: of the model and its steps, for the words under the stack.
+        shape: of one example.
+        levels: each dimension has at most so many.
+        effort: ways to code each example.
+        batch: examples of a network call, at most.
+    """
+
+    model: Callable[[int], ExampleCode]
+    static: Static
+    name: str
+    shape: tuple[int, ...]
+    levels: int
+    effort: int = 1
+    batch: int = BATCH
+
+
+def encode(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
+    """A block of examples x, (N, *shape) int64, and the nats that its model's part costs.
+
+    Args:
+        codes: what codes it.
+        x: the examples.
+        first: place of the first of them.
+        done: told how many examples are finished.
+    """
+    if x.min() < 0 or x.max() >= codes.levels:
+        raise ValueError(f"values must be 0..{codes.levels - 1}; got {x.min()}..{x.max()}")
+    check = checksum(x)
+    even = Block(first, len(x), EVEN, 0, START, 0, (), check, _even(codes, x))
+    packed = Block(first, len(x), PACKED, 0, 0, 0, (), check, _pack(codes, x))
+    tries = [(even, 0.0), (packed, 0.0)]
+    with contextlib.suppress(Damaged):  # of what is too far from all that the model expects
+        if codes.model(0).borrows:
+            tries.append(_with_bits_back(codes, x, first, done))
+        else:
+            nonces = range(codes.effort)
+            tries += [_directly(codes, x, first, nonce, done) for nonce in nonces]
+    return min(tries, key=lambda found: len(found[0].payload))
+
+
+def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
+    """The examples of a block, (N, *shape) int64.
+
+    Raises:
+        Damaged: they are not those that were encoded.
+    """
+    x = _decode(codes, block, done)
+    if x.min(initial=0) < 0 or checksum(x) != block.check:
+        raise Damaged("the decoded data are not those that were encoded")
+    return x
+
+
+def checksum(x: np.ndarray) -> int:
+    """CRC-32 of examples as little-endian 32-bit integers."""
+    return zlib.crc32(np.ascontiguousarray(x, "<i4").tobytes())
+
+
+def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
+    code, bottom = codes.model(0), Bottom(f"{codes.name}, {first}")
+    stack, sizes = Stack(bottom=bottom), []
+    need = _need(code, x[:1], bottom)
+    seeds = 0
+    while seeds < len(x) and stack.bits < need:
+        codes.static.push(stack, x[seeds : seeds + 1])
+        seeds += 1
+    done(seeds)
+    at = seeds
+    while at < len(x):
+        size = _size(stack.bits / need, len(x) - at, codes.batch)
+        stack = _shortest(code, stack, x[at : at + size], codes.effort)
+        at += size
+        sizes.append(size)
+        done(size)
+    words = _bytes(stack.words())
+    check, shape = checksum(x), (stack.borrowed, seeds, tuple(sizes))
+    return Block(first, len(x), MODEL, 0, *shape, check, words), stack.ideal
+
+
+def _directly(
+    codes: Codes, x: np.ndarray, first: int, nonce: int, done: Done
+) -> tuple[Block, float]:
+    code, stack, sizes, at = codes.model(nonce), Stack(floor=0), [], 0
+    while at < len(x):
+        size = _size(codes.batch, len(x) - at, codes.batch)
+        code.push(stack, x[at : at + size], first + at)
+        if not len(stack.words()):  # a decoder takes an empty stack for the end of the words
+            return Block(first, len(x), MODEL, 0, 0, 0, (), 0, bytes(x.nbytes)), 0.0
+        at += size
+        sizes.append(size)
+        done(size)
+    words = _bytes(stack.words())
+    return Block(first, len(x), MODEL, nonce, 0, 0, tuple(sizes), checksum(x), words), stack.ideal
+
+
+def _need(code: ExampleCode, x: np.ndarray, bottom: Bottom) -> float:
+    """Bits that must lie on the stack for one example like x."""
+    trial = Stack(bottom=bottom)
+    code.push(trial, x)
+    return max(1.0, SPARE * (WORD * START - trial.least))
+
+
+def _size(fit: float, left: int, most: int) -> int:
+    """The largest power of two that fits, is left and is allowed; 1 at least."""
+    return 1 << (max(1, int(min(fit, left, most))).bit_length() - 1)
+
+
+def _shortest(code: ExampleCode, stack: Stack, x: np.ndarray, effort: int) -> Stack:
+    """The stack with x on it after the number, of `effort`, with which it is the shortest."""
+    if effort == 1:
+        code.push(stack, x)
+        return stack
+    tries = []
+    for nonce in range(effort):
+        one = stack.copy()
+        one.push(np.array([nonce]), constriction().stream.model.Uniform(effort))
+        code.push(one, x)
+        tries.append(one)
+    return min(tries, key=lambda one: one.bits)
+
+
+def _decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
+    if block.mode == PACKED:
+        return _unpack(codes, block)
+    floor = WORD if block.borrowed else 0
+    stack = Stack(_words(block.payload), floor=floor, counts=False)
+    if block.mode == EVEN:
+        count = block.count * int(np.prod(codes.shape))
+        if 8 * len(block.payload) + 2 * WORD < count * math.log2(codes.levels):
+            raise Damaged("the coded words end before the data do")
+        uniform = constriction().stream.model.Uniform(codes.levels)
+        x = stack.pop(uniform, count=count).astype(np.int64).reshape(-1, *codes.shape)
+    else:
+        x = _unstack(codes, block, stack, done)
+    place = "" if block.mode == EVEN else f", {block.first}"
+    bottom = Bottom(codes.name + place).words(block.borrowed)
+    if not np.array_equal(stack.words(), bottom):
+        raise Damaged("the stack of bits does not end as it began")
+    return x
+
+
+def _unstack(codes: Codes, block: Block, stack: Stack, done: Done) -> np.ndarray:
+    """What the model and the static table coded, the last batch first."""
+    code, at, parts = codes.model(block.nonce), block.count, []
+    if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):
+        raise Damaged("a block says that it was coded in another way than its model does")
+    for size in reversed(block.sizes):
+        if not stack.bits:
+            raise Damaged("the coded words end before the data do")
+        at -= size
+        parts.append(code.pop(stack, size, block.first + at))
+        if code.borrows and codes.effort > 1:
+            stack.pop(constriction().stream.model.Uniform(codes.effort), count=1)
+        done(size)
+    parts += [codes.static.pop(stack, 1) for _ in range(block.seeds)]
+    done(block.seeds)
+    return np.concatenate(parts[::-1])
+
+
+def _even(codes: Codes, x: np.ndarray) -> bytes:
+    """All levels alike."""
+    stack = Stack(bottom=Bottom(codes.name))
+    stack.push(x.ravel(), constriction().stream.model.Uniform(codes.levels))
+    return _bytes(stack.words())
+
+
+def _pack(codes: Codes, x: np.ndarray) -> bytes:
+    return pack(x.astype(_storage(codes)).tobytes())
+
+
+def _unpack(codes: Codes, block: Block) -> np.ndarray:
+    dtype = _storage(codes)
+    size = block.count * int(np.prod(codes.shape)) * dtype.itemsize
+    data = unpack(block.payload, size)
+    if len(data) != size:
+        raise Damaged("a packed block is shorter than its data")
+    return np.frombuffer(data, dtype).astype(np.int64).reshape(-1, *codes.shape)
+
+
+def pack(data: bytes) -> bytes:
+    """By xz, without its frame; nothing of nothing."""
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=FILTER) if data else b""
+
+
+def unpack(packed: bytes, most: int) -> bytes:
+    """What was packed, `most` bytes of it at the most.
+
+    Raises:
+        Damaged: it was not packed.
+    """
+    try:
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTER)
+        return unpacker.decompress(packed, most) if packed else b""
+    except lzma.LZMAError as error:
+        raise Damaged(f"packed bytes cannot be unpacked: {error}") from None
+
+
+def _storage(codes: Codes) -> np.dtype:
+    return np.dtype("u1" if codes.levels <= 256 else "<u2" if codes.levels <= 65536 else "<u4")
+
+
+def _bytes(words: np.ndarray) -> bytes:
+    """Words from the lowest; without the zeros at the top of the topmost, which is none itself."""
+    return words.astype("<u4").tobytes().rstrip(b"\0")
+
+
+def _words(payload: bytes) -> np.ndarray | None:
+    if not payload:
+        return None
+    if not payload[-1]:
+        raise Damaged("the coded words end in a zero")
+    return np.frombuffer(payload + bytes(-len(payload) % 4), "<u4").astype(np.uint32)

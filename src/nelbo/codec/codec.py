@@ -1,0 +1,183 @@
+r"""Examples as bytes and back, with a model that both sides have.
+
+`Codec` fixes what coder and decoder must share: the network in one precision, evaluation mode, the
+times, the batches, the rounding. The header of a file states it, with known answers: a checksum of
+the rounded answers of the network to known latents, in the batches that the file uses, and one of
+known symbols through the entropy coder. Where they differ nothing is decoded.
+"""
+
+import copy
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo.codec.bitsback import BitsBack
+from nelbo.codec.blocks import Block, Codes, Done, decode, encode, nothing
+from nelbo.codec.direct import Direct, shown_at
+from nelbo.codec.example import ExampleCode, Static
+from nelbo.codec.header import PRECISIONS, Settings, pack_times
+from nelbo.codec.laws import GridNormal, Groups, Law, Symbols, law
+from nelbo.codec.stack import Bottom, Stack, constriction
+from nelbo.columns import LevelColumns
+from nelbo.estimate import Grid
+from nelbo.likelihood import Categorical, LevelHead
+from nelbo.model import Model, measuring, model_hash
+from nelbo.process import Absorbing, Gaussian, Levels, Process
+from nelbo.product import Product, ProductDecoder
+
+
+def coder_answer() -> int:
+    """Checksum of known symbols through the entropy coder."""
+    stack, n = Stack(bottom=Bottom("known answer")), np.arange(-40, 41)
+    GridNormal(n / 7, 4 + (n % 5) / 3).put(stack, n // 4)
+    Symbols(-np.abs(n[:, None] / 50 + np.arange(3))).put(stack, np.abs(n % 3))
+    return zlib.crc32(stack.words().astype("<u4").tobytes())
+
+
+class Codec:
+    """Lossless codes of the examples of a model.
+
+    Args:
+        model: of discrete data, not conditional.
+        settings: what coder and decoder share.
+
+    Raises:
+        ValueError: the model has a density, or a part of which no lossless code is known.
+    """
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        constriction()
+        self.levels = check_codable(model)
+        self.hash = model_hash(model)
+        self.settings = settings
+        self.model = copy.deepcopy(model)
+        self.model.network.to(PRECISIONS[settings.precision])
+        most = min(settings.batch, self.model.rows)
+        alone = settings.effort > 1 and not isinstance(model.process, Absorbing)
+        times, effort = pack_times(settings.grid), settings.effort
+        # it names the words under a stack and the orders of symbols: part of the format
+        self.name = f"{self.hash}, {times}, {settings.precision}, {effort}"
+        with _fixed(self.model):
+            self.codes = Codes(
+                self._example_code,
+                Static(_table(self.model, self.levels)),
+                self.name,
+                self.model.shape,
+                self.levels,
+                settings.effort,
+                1 if alone else 1 << (most.bit_length() - 1),
+            )
+
+    def _example_code(self, nonce: int) -> ExampleCode:
+        grid = Grid(self.settings.grid)
+        if isinstance(self.model.process, Absorbing):
+            return Direct(self.model, shown_at(self.model, grid), f"{self.name}, {nonce}")
+        return BitsBack(self.model, grid)
+
+    def answers(self, batches: set[int]) -> dict[str, int]:
+        """Checksums of the network's known answers, by the size of the batch."""
+        with _fixed(self.model):
+            code = self._example_code(0)
+            return {str(b): _checksum(code.answers(b)) for b in sorted(batches)}
+
+    def encode_blocks(
+        self, x: Tensor, block: int, done: Done = nothing
+    ) -> Iterator[tuple[Block, float]]:
+        """Blocks of about so many examples x, (N, *shape), and the nats of one draw of the bound
+        of those that the model coded."""
+        count = max(1, round(len(x) / block)) if len(x) else 0
+        with _fixed(self.model):
+            for part in np.array_split(np.arange(len(x)), count) if count else ():
+                first = int(part[0])
+                rows = x[first : first + len(part)].long().numpy()
+                yield encode(self.codes, rows, first, done)
+
+    def decode_block(self, block: Block, done: Done = nothing) -> np.ndarray:
+        """The examples of a block, (N, *shape).
+
+        Raises:
+            Damaged: they are not those that were coded.
+        """
+        small = np.uint8 if self.levels <= 256 else np.int32
+        with _fixed(self.model):
+            return decode(self.codes, block, done).astype(small)
+
+
+def _checksum(arrays: list[np.ndarray]) -> int:
+    check = 0
+    for numbers in arrays:
+        check = zlib.crc32(np.ascontiguousarray(numbers, "<i8").tobytes(), check)
+    return check
+
+
+def check_codable(model: Model) -> int:
+    """How many levels a dimension has, at most.
+
+    Raises:
+        ValueError: the model has no lossless code.
+    """
+    if model.decoder.density:
+        raise ValueError(
+            "the model has a density, and only discrete data have a lossless code: train on"
+            " integers, with --levels K for the values 0..K-1, or declare the precision of a"
+            " table's columns with --schema"
+        )
+    if model.condition is not None:
+        raise ValueError(
+            f"the model is given {model.given_what}, which a file of the data alone lacks; train"
+            " one without --condition"
+        )
+    return _levels(model.process)
+
+
+def _levels(process: Process) -> int:
+    if isinstance(process, Product):
+        return max(map(_levels, process.parts))
+    if isinstance(process, Absorbing):
+        return process.count
+    if isinstance(process, LevelColumns):
+        return process.values.values.shape[1]
+    if isinstance(process, Gaussian) and isinstance(process.embedding, Levels):
+        return process.embedding.count
+    raise ValueError(
+        "the model has columns of numbers with too many different values to be levels, which have"
+        " no lossless code here; declare a coarser precision of them with --schema"
+    )
+
+
+def _table(model: Model, levels: int) -> Law:
+    """The law of one example without context: what the model says of pure noise; where that is
+    no law of levels, all levels alike."""
+    if not isinstance(model.decoder, LevelHead | Categorical | ProductDecoder):
+        return Symbols(np.full((1, *model.shape, levels), -math.log(levels)))
+    t = torch.ones(1, dtype=torch.float64, device=model.device)
+    z = _noise(model.process, model.shape).to(model.device)[None]
+    found = law(model.likelihood(z, t), torch.ones(model.shape, device=model.device))
+    assert isinstance(found, Symbols | Groups)
+    return found
+
+
+def _noise(process: Process, shape: tuple[int, ...]) -> Tensor:
+    """The latent that knows nothing, (*shape)."""
+    if isinstance(process, Product):
+        pairs = zip(process.parts, process.sizes, strict=True)
+        return torch.cat([_noise(part, (size,)) for part, size in pairs])
+    nothing = process.mask if isinstance(process, Absorbing) else 0
+    return torch.full(shape, nothing, dtype=torch.float64)
+
+
+@contextmanager
+def _fixed(model: Model) -> Iterator[None]:
+    """The network as it measures, and the same algorithms each time."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        with measuring(model):
+            yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before

@@ -1,0 +1,182 @@
+"""From data on disk to a compressed file and back, with a run; what the command line calls."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nelbo._numerics import LOG_2
+from nelbo.checkpoint import Run, check_writable, write
+from nelbo.codec import contents
+from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block, nothing
+from nelbo.codec.codec import check_codable
+from nelbo.codec.coding import BLOCK, Decoded, compress, decompress, describe, head_of
+from nelbo.codec.errors import CodecError
+from nelbo.codec.header import Header, Settings
+from nelbo.estimate import Grid
+
+SUFFIX = ".nlb"
+MODES = {MODEL: "model", EVEN: "even", PACKED: "packed"}
+Progress = Callable[[int], Callable[[int], None]]  # of a total, what is told each increment
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of some data.
+
+    Args:
+        original: bytes of the data as plain numbers or text.
+        compressed: bytes of the file.
+        bits_per_dim: of the file.
+        notes: what is not restored to the byte.
+    """
+
+    original: int
+    compressed: int
+    bits_per_dim: float
+    notes: tuple[str, ...]
+
+
+def compress_file(
+    run: Run,
+    source: str,
+    out: Path,
+    times: Callable[[Run], Grid],
+    *,
+    effort: int = 1,
+    block: int = BLOCK,
+    precision: str = "float64",
+    verify: bool = True,
+    progress: Progress = lambda total: nothing,
+) -> Summary:
+    """Write the data at `source` as a compressed file.
+
+    Args:
+        run: whose model codes it, on the device where it is.
+        source: see `contents.read`.
+        out: a .nlb file that does not exist.
+        times: the grid to code with; asked for once all else is known to be right.
+        effort: ways to code each example, the shortest kept.
+        block: about how many examples are independent of all others.
+        precision: of the network.
+        verify: decode before writing.
+        progress: shows how far it is.
+
+    Raises:
+        ValueError: data, a model or options that have no such code.
+        OSError: naming the file that cannot be read or written.
+    """
+    if out.suffix != SUFFIX:
+        raise ValueError(f"a compressed file ends in {SUFFIX}; got {out}; try {out}{SUFFIX}")
+    if out.exists():
+        raise FileExistsError(f"{out} exists; give another --out, or remove it")
+    check_writable(out)
+    schema = run.config.schema
+    if schema.condition:
+        names = ", ".join(label.name for label in schema.condition)
+        raise ValueError(
+            f"the run models the data given {names}, which a file of the data alone lacks; train"
+            " one without --condition"
+        )
+    check_codable(run.model)
+    found = contents.read(source, schema)
+    if not len(found.x):
+        raise ValueError(f"{source} has no examples to compress")
+    settings = Settings(tuple(times(run).times.tolist()), precision, effort)
+    data = compress(
+        run.model,
+        found.x,
+        settings,
+        block=block,
+        contents=dict(found.about),
+        extra=found.extra,
+        weights=run.weights,
+        verify=verify,
+        done=progress(len(found.x) * (2 if verify else 1)),
+    )
+    write(out, data)
+    bits = 8 * len(data) / found.x.numel()
+    return Summary(found.original, len(data), bits, found.notes)
+
+
+def decompress_file(
+    run: Run,
+    file: Path,
+    out: Path,
+    *,
+    salvage: bool = False,
+    progress: Progress = lambda total: nothing,
+) -> Decoded:
+    """Write the data of a compressed file; with `salvage` what is left of it.
+
+    Raises:
+        CodecError: the file cannot be decoded, or not here.
+        OSError: naming the file that cannot be read or written.
+    """
+    data = file.read_bytes()
+    header = head_of(data)
+    contents.check_output(header.contents, out)
+    found = decompress(data, run.model, salvage=salvage, done=progress(header.examples))
+    if salvage and not len(found.x):
+        raise CodecError(f"nothing of {file} can be saved: none of its blocks is whole")
+    made = contents.Contents(found.x, found.header.contents, found.extra)
+    contents.save(made, run.config.schema, out, found.kept if found.lost else None)
+    return found
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """A block by sight."""
+
+    first: int
+    count: int
+    mode: str
+    seeds: int
+    batches: int
+    size: int
+    bits_per_dim: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compressed file by sight; nothing of it is decoded.
+
+    Args:
+        size: of the file, bytes.
+        header: what it says of itself.
+        bits_per_dim: of the file.
+        bound: bits/dim of one draw of the bound of the examples that the model coded, on the
+            latents that the file holds; None where it coded none.
+        blocks: of the file.
+    """
+
+    size: int
+    header: Header
+    bits_per_dim: float
+    bound: float | None
+    blocks: tuple[BlockReport, ...]
+
+
+def report(data: bytes) -> Report:
+    """What is in the bytes of a file.
+
+    Raises:
+        CodecError: they are damaged.
+    """
+    header, blocks = describe(data)
+    dims = 1
+    for n in header.shape:
+        dims *= n
+    numbers = max(1, header.examples * dims)
+    nats, by_model = header.ideal
+    bound = nats / (LOG_2 * by_model * dims) if by_model else None
+    each = tuple(_of_block(block, dims) for block in blocks)
+    return Report(len(data), header, 8 * len(data) / numbers, bound, each)
+
+
+def _of_block(block: Block, dims: int) -> BlockReport:
+    size = len(block.payload)
+    bits = 8 * size / (block.count * dims)
+    batches = len(block.sizes)
+    return BlockReport(
+        block.first, block.count, MODES[block.mode], block.seeds, batches, size, bits
+    )

@@ -1,0 +1,128 @@
+"""What coder and decoder share beside the model, and what a file says of itself."""
+
+import itertools
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import torch
+
+from nelbo.codec.blocks import BATCH
+from nelbo.codec.errors import Damaged
+from nelbo.estimate import Grid
+
+PARTS = 4096  # even parts of time that a header knows, at most
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How examples are coded: what coder and decoder must share beside the model.
+
+    Args:
+        grid: times of the bound that is coded, as `Grid` takes them.
+        precision: of the network, "float64" or "float32"; the latter decodes on the same
+            machine and versions only.
+        effort: ways in which each example is coded, the shortest kept; 1 to 255.
+        batch: examples of a network call, at most; a power of two up to 256.
+
+    Raises:
+        ValueError: values that cannot be.
+    """
+
+    grid: tuple[float, ...]
+    precision: str = "float64"
+    effort: int = 1
+    batch: int = BATCH
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be float64 or float32; got {self.precision!r}")
+        if not 1 <= self.effort <= 255:
+            raise ValueError(f"effort must be 1 to 255; got {self.effort}; try 8")
+        if not 1 <= self.batch <= 256:
+            raise ValueError(f"batch must be 1 to 256; got {self.batch}; try 32")
+        Grid(self.grid)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    Args:
+        examples: how many.
+        shape: of one.
+        levels: of a dimension, at most.
+        model: hash of the model.
+        weights: which these are, for the record.
+        steps: the times of the grid as `pack_times` has them.
+        precision: of the network.
+        effort: ways in which each example was coded.
+        batch: examples of a network call, at most.
+        device: type of the device that coded.
+        versions: of what coded.
+        answers: batch size to the checksum of the network's known answers.
+        coder: checksum of known symbols through the coder.
+        ideal: nats, and examples, of which one draw of the bound was the model's part.
+        contents: how the examples become the data again.
+    """
+
+    examples: int
+    shape: list[int]
+    levels: int
+    model: str
+    weights: str
+    steps: list[float]
+    precision: str
+    effort: int
+    batch: int
+    device: str
+    versions: dict[str, str]
+    answers: dict[str, int]
+    coder: int
+    ideal: list[float]
+    contents: dict[str, object]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> "Header":
+        """Raises Damaged where a key is missing, unknown or of another kind."""
+        kinds = {f.name: f.type for f in fields(cls)}
+        if values.keys() != kinds.keys():
+            raise Damaged(f"the header has the keys {sorted(values)}, not those of this format")
+        for name, value in values.items():
+            kind = getattr(kinds[name], "__origin__", kinds[name])
+            if not isinstance(value, kind):  # type: ignore[arg-type]
+                raise Damaged(f"{name} in the header cannot be {value!r}")
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def pack_times(times: tuple[float, ...]) -> list[float]:
+    """Times for JSON: the number N of even parts of (0, 1] and the steps between them in parts,
+    where that gives exactly these times; else 0 and the times.
+
+    >>> pack_times((0.25, 0.5, 1.0))
+    [4, 1, 1, 2]
+    """
+    for parts in range(1, PARTS + 1):
+        places = [round(t * parts) for t in times]
+        if min(places) > 0 and _even_times(parts, places) == times:
+            return [parts, *(b - a for a, b in pairwise([0, *places]))]
+    return [0, *times]
+
+
+def unpack_times(packed: list[float]) -> tuple[float, ...]:
+    """The times that were packed.
+
+    Raises:
+        ValueError: there are none.
+    """
+    parts, *rest = packed
+    if not parts:
+        return tuple(map(float, rest))
+    return _even_times(int(parts), list(itertools.accumulate(map(int, rest))))
+
+
+def _even_times(parts: int, places: list[int]) -> tuple[float, ...]:
+    if not 1 <= parts <= PARTS or not all(0 < i <= parts for i in places):
+        raise ValueError(f"times {places} of {parts} parts")
+    even = torch.linspace(0, 1, parts + 1, dtype=torch.float64)
+    return tuple(even[places].tolist())

@@ -1,0 +1,120 @@
+"""What other lossless codecs make of the same examples, and in which time.
+
+Images are written as one sheet of all, about square, which suits these codecs better than a file
+each; the best of the plausible layouts counts.
+"""
+
+import bz2
+import io
+import lzma
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, features
+
+SLOW = 2**19  # pixels beyond which the slowest settings take too long
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A codec and what it makes of the examples.
+
+    Args:
+        name: with its settings.
+        size: bytes.
+        seconds: for coding and for decoding.
+    """
+
+    name: str
+    size: int
+    seconds: tuple[float, float]
+
+
+def rivals(x: np.ndarray) -> list[Rival]:
+    """Those that are installed on examples (N, ...) of uint8; images are (N, C, H, W).
+
+    Raises:
+        ValueError: one of them does not return what it was given.
+    """
+    raw = np.ascontiguousarray(x, np.uint8)
+    by_place = np.ascontiguousarray(raw.reshape(len(raw), -1).T)
+    layouts = raw.tobytes(), by_place.tobytes()
+    xz = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    found = [
+        _best("xz -9e", layouts, lambda b: lzma.compress(b, filters=xz), lzma.decompress),
+        _best("bzip2", layouts, bz2.compress, bz2.decompress),
+    ]
+    try:
+        import zstandard
+    except ImportError:
+        pass
+    else:
+        pack, unpack = zstandard.ZstdCompressor(level=19), zstandard.ZstdDecompressor()
+        found.append(_best("zstd -19", layouts, pack.compress, unpack.decompress))
+    if x.ndim == 4 and x.shape[1] in (1, 3):
+        found += _pictures(raw)
+    return found
+
+
+def sheet(x: np.ndarray) -> np.ndarray:
+    """Images (N, C, H, W) side by side in rows as one image (H', W'[, 3])."""
+    n, c, h, w = x.shape
+    columns = math.ceil(math.sqrt(n * h / w))
+    rows = -(-n // columns)
+    padded = np.concatenate([x, np.zeros((rows * columns - n, c, h, w), x.dtype)])
+    whole = padded.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2)
+    return whole.reshape(rows * h, columns * w, c)[..., 0 if c == 1 else slice(None)]
+
+
+def _pictures(x: np.ndarray) -> list[Rival]:
+    pixels = np.ascontiguousarray(sheet(x))
+    effort = 10 if pixels.size <= SLOW else 7
+    forms: list[tuple[str, str, dict[str, object]]] = [("PNG", "PNG", {"optimize": True})]
+    if features.check("webp"):
+        best: dict[str, object] = {"lossless": True, "quality": 100, "method": 6, "exact": True}
+        forms.append(("WebP", "WEBP", best))
+    try:
+        import pillow_jxl  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        forms.append((f"JPEG-XL effort {effort}", "JXL", {"lossless": True, "effort": effort}))
+    return [_picture(name, pixels, kind, options) for name, kind, options in forms]
+
+
+def _picture(name: str, pixels: np.ndarray, kind: str, options: dict[str, object]) -> Rival:
+    def pack(data: bytes) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(np.frombuffer(data, np.uint8).reshape(pixels.shape)).save(
+            file, kind, **options
+        )
+        return file.getvalue()
+
+    def unpack(data: bytes) -> bytes:
+        with Image.open(io.BytesIO(data)) as image:
+            mode = "L" if pixels.ndim == 2 else "RGB"
+            return np.asarray(image.convert(mode)).tobytes()
+
+    return _best(name, (pixels.tobytes(),), pack, unpack)
+
+
+def _best(
+    name: str,
+    layouts: tuple[bytes, ...],
+    pack: Callable[[bytes], bytes],
+    unpack: Callable[[bytes], bytes],
+) -> Rival:
+    """The shortest of the layouts; the seconds are those of one."""
+    tries = []
+    for data in layouts:
+        start = time.perf_counter()
+        packed = pack(data)
+        middle = time.perf_counter()
+        if unpack(packed) != data:
+            raise ValueError(f"{name} does not return what it was given")
+        tries.append((len(packed), middle - start, time.perf_counter() - middle))
+    size, coding, decoding = min(tries)
+    return Rival(name, size, (coding, decoding))

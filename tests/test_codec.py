@@ -1,0 +1,361 @@
+"""Lossless codes: exact return, the length of the bound, and what their parts promise."""
+
+import math
+
+import known_models
+import numpy as np
+import pytest
+import torch
+from closed_forms import Formula
+from torch.distributions import Normal
+
+from nelbo._distributions import Discrete, LevelMixture
+from nelbo._numerics import seeded
+from nelbo.build import build
+from nelbo.codec import container, pictures
+from nelbo.codec.blocks import EVEN, MODEL, PACKED
+from nelbo.codec.codec import Codec
+from nelbo.codec.coding import compress, decompress, describe
+from nelbo.codec.direct import shown_at
+from nelbo.codec.errors import Damaged, NotReproducible, OtherModel
+from nelbo.codec.header import Settings, pack_times, unpack_times
+from nelbo.codec.laws import law
+from nelbo.codec.stack import Bottom, Stack
+from nelbo.config import configure
+from nelbo.data import Schema
+from nelbo.data.layout import Column
+from nelbo.estimate import Grid
+from nelbo.heads import LevelLogits
+from nelbo.likelihood import DiscretisedGaussian, LevelHead
+from nelbo.model import Model, measuring
+from nelbo.process import Gaussian, Levels
+from nelbo.reverse import Beta, Mixture, Optimal, Posterior
+from nelbo.sample import ancestral
+from nelbo.schedules import Linear
+
+pytest.importorskip("constriction")
+BITS = math.log(2)
+
+
+def skewed(step=Mixture):
+    """A model of levels of which one is frequent, so that its code is short."""
+    known = known_models.levels(step)
+    known.model.head.log_prior.data.copy_(torch.tensor([3.0, 0.0, 0.0, -2.0]))
+    return known
+
+
+def settings(steps, **options):
+    return Settings(tuple(Grid.uniform(steps).times.tolist()), **options)
+
+
+def there_and_back(model, x, how, **options):
+    """The file of x, which came back exactly."""
+    data = compress(model, x, how, verify=False, **options)
+    back = decompress(data, model).x
+    assert torch.equal(back.long(), x.long()) and back.shape == x.shape
+    return data
+
+
+# ---- laws on a stack
+
+
+def laws():
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    mean, k = 3 * normal(2, 3, 5), normal(2, 3, 5, 7)
+    scale = torch.full((2, 3, 5), 0.7, dtype=torch.float64)
+    width = torch.tensor(0.1, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    mixture = LevelMixture(k.log_softmax(-1), 2 * normal(2, 3, 5, 7), scale[..., None])
+    return {
+        "normal": law(Normal(mean, scale), width),
+        "mixture": law(mixture, width),
+        "discrete": law(Discrete(k.log_softmax(-1)), one),
+    }
+
+
+@pytest.mark.parametrize("name", ["normal", "mixture", "discrete"])
+def test_a_law_undoes_itself_and_costs_its_density(name):
+    """Popping from random bits draws from the law, so its mean cost is the entropy; pushing gives
+    back the very same bits."""
+    of, stack = laws()[name], Stack(Bottom("random").words(4000))
+    before, drawn = stack.words(), []
+    start = stack.bits
+    for _ in range(40):
+        drawn.append(of.pop(stack))
+    taken, ideal = start - stack.bits, -stack.ideal / BITS
+    assert taken == pytest.approx(ideal, rel=2e-3)
+    for n in reversed(drawn):
+        of.push(stack, n)
+    assert np.array_equal(stack.words(), before) and stack.ideal == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_far_away_comes_back():
+    of, stack = laws()["normal"], Stack(Bottom("random").words(100))
+    before, n = stack.words(), np.full((2, 3, 5), -70_000)
+    n[0, 1, 2] = 5
+    of.push(stack, n)
+    assert np.array_equal(of.pop(stack), n) and np.array_equal(stack.words(), before)
+    with pytest.raises(Damaged, match="refuses"):
+        of.push(stack, np.full((2, 3, 5), 10**9))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(value):
+    mean = torch.tensor([[0.0, value]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="not finite"):
+        law(
+            Normal(mean, torch.ones_like(mean), validate_args=False),
+            torch.ones((), dtype=torch.float64),
+        )
+    with pytest.raises(ValueError, match="not finite"):
+        law(Discrete(mean), torch.ones((), dtype=torch.float64))
+
+
+def test_an_encoder_borrows_known_words_only_when_it_must():
+    of, stack = laws()["normal"], Stack(bottom=Bottom("here"))
+    n = of.pop(stack)
+    assert stack.borrowed > 2
+    of.push(stack, n)
+    assert np.array_equal(stack.words(), Bottom("here").words(stack.borrowed))
+    with pytest.raises(Damaged, match="end before the data"):
+        of.pop(Stack(Bottom("here").words(2)))
+
+
+# ---- the bound
+
+
+def length_of(codec, x):
+    """What the stack grows by, in bits, and what it should by the densities of its latents."""
+    stack, code = Stack(Bottom("random").words(200)), codec.codes.model(0)
+    start = stack.bits
+    with measuring(codec.model):
+        for i, part in enumerate(x.split(50)):
+            code.push(stack, part.long().numpy(), 50 * i)
+    return stack.bits - start, stack.ideal / BITS
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_length_is_the_bound(steps):
+    """As long as the exact bound of these examples, but for what draws of latents vary, and as
+    the densities along those say, to 0.2 %."""
+    known, grid = known_models.levels(), Grid.uniform(steps)
+    x = ancestral(known.model, 1500, grid)
+    length, ideal = length_of(Codec(known.model, settings(steps)), x)
+    assert length == pytest.approx(ideal, rel=2e-3)
+    assert length == pytest.approx(known.bound(x, grid).sum().item() / BITS, rel=0.02)
+
+
+def test_symbols_cost_the_any_order_bound():
+    """A call for each symbol: the mean over both orders of two dimensions, in closed form."""
+    known = known_models.symbols()
+    model, mask, x = known.model, known.model.process.mask, known.examples(2000).long()
+    length, ideal = length_of(Codec(model, settings(8)), x)
+    assert length == pytest.approx(ideal, rel=1e-3)
+    nats = torch.zeros(len(x), dtype=torch.float64)
+    with measuring(model):
+        for first in (0, 1):
+            z = torch.full_like(x, mask)
+            for i in (first, 1 - first):
+                e_hat = model.predict(z.clone(), torch.ones(len(x))).e_hat[:, i]
+                nats -= e_hat.gather(1, x[:, i : i + 1])[:, 0] / 2
+                z[:, i] = x[:, i]
+    assert length == pytest.approx(nats.sum().item() / BITS, rel=0.01)
+
+
+def test_symbols_that_are_revealed_at_once_cost_their_marginals():
+    known = known_models.symbols()
+    x = known.examples(500)
+    length, _ = length_of(Codec(known.model, settings(1)), x)
+    bound = known.bound(x, Grid.uniform(1)).sum().item() / BITS
+    assert length == pytest.approx(bound, rel=1e-3)
+
+
+def test_symbols_show_as_the_schedule_says():
+    model = known_models.symbols().model
+    model.shape = (100,)
+    assert shown_at(model, Grid([0.5, 1.0])) == [0, 75]  # α = 1 - t²
+    assert shown_at(model, Grid([1.0])) == [0]
+
+
+def test_effort_goes_below_the_bound():
+    """Of several draws of the latents the luckiest is kept, where they differ by many bits."""
+    levels = Levels(4)
+    process = Gaussian(Linear(-4.0, 0.0), levels)
+    quiet = Formula(lambda z, level: torch.zeros(*z.shape, 4, dtype=torch.float64))
+    head, step = LevelLogits(levels.values), Mixture(levels.values)
+    model = Model(quiet, process, head, step, LevelHead(), (24,))
+    head.log_prior.data.copy_(torch.tensor([3.0, 0.0, 0.0, -1.0]))
+    x = ancestral(model, 150, Grid.uniform(8))
+    lengths = {}
+    for effort in (1, 8):
+        codec = Codec(model, settings(1, effort=effort))
+        ((block, _),) = codec.encode_blocks(x, 1000)
+        assert block.mode == MODEL
+        lengths[effort] = len(block.payload)
+        assert np.array_equal(codec.decode_block(block), x.numpy())
+    assert lengths[8] < 0.97 * lengths[1]
+
+
+# ---- exact return
+
+
+@pytest.mark.parametrize("name", ["levels", "symbols"])
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 8, 100])
+def test_any_number_of_examples_comes_back(name, n):
+    known = known_models.MODELS[name]()
+    x = ancestral(known.model, n, Grid.uniform(2)) if n else known.examples(1)[:0]
+    there_and_back(known.model, x, settings(2))
+
+
+@pytest.mark.parametrize("step", [Posterior, Beta, Optimal])
+def test_every_gaussian_step_comes_back(step):
+    known = skewed(step)
+    x = ancestral(known.model, 60, Grid.uniform(4))
+    data = there_and_back(known.model, x, settings(4))
+    assert describe(data)[1][0].mode == MODEL
+
+
+def test_another_decoder_comes_back():
+    known = known_models.levels()
+    known.model.decoder = DiscretisedGaussian(Levels(4))
+    there_and_back(known.model, known.examples(40), settings(2))
+
+
+def test_mixed_columns_come_back():
+    """Levels by bits-back and symbols with them, in one product."""
+    columns = (
+        Column("city", "category", categories=("a", "b", "c"), missing=True),
+        Column("age", "rounded", 1.0, 0.0, 6.0, missing=True),
+        Column("flag", "boolean", categories=("0", "1")),
+    )
+    schema = Schema.of_table(columns)
+    with seeded(0):
+        model = build(configure(schema, 100, width=16, depth=1)[0], schema)
+        rows = torch.stack([torch.randint(1, n, (300,)) for n in (8, 3, 4)], 1).double()
+    model.start_from(rows)
+    x = ancestral(model, 200, Grid.uniform(3)).long()
+    data = there_and_back(model, x, settings(3))
+    (block,) = describe(data)[1]
+    assert block.mode == MODEL
+
+
+def test_unlike_data_come_back_and_cost_no_more_than_themselves():
+    known = known_models.levels()
+    with seeded(3):
+        noise = torch.randint(4, (3000, 2))
+    data = there_and_back(known.model, noise, settings(1))
+    assert {block.mode for block in describe(data)[1]} == {EVEN}
+    assert 8 * sum(len(b.payload) for b in describe(data)[1]) <= 2 * noise.numel() + 3 * 96
+    constant = torch.zeros(3000, 2, dtype=torch.long)
+    data = there_and_back(known.model, constant, settings(1))
+    assert len(data) < 500 and {b.mode for b in describe(data)[1]} == {PACKED}
+
+
+def test_images_of_any_size_are_tiles():
+    for shape, height, width in [((1, 8, 8), 8, 8), ((3, 4, 5), 13, 3), ((1, 2, 3), 5, 7)]:
+        image = np.random.default_rng(0).integers(0, 256, (shape[0], height, width), np.uint8)
+        tiles = pictures.cut(image, shape)
+        assert tiles.shape[1:] == shape
+        assert np.array_equal(pictures.join(tiles, height, width), image)
+
+
+# ---- what a file says
+
+
+def test_times_are_packed_exactly():
+    for times in (Grid.uniform(7).times, torch.tensor([0.1234, 1.0]), torch.tensor([1.0])):
+        exact = tuple(times.double().tolist())
+        assert unpack_times(pack_times(exact)) == exact
+    assert pack_times((0.25, 0.5, 1.0)) == [4, 1, 1, 2]
+
+
+def test_a_file_says_what_it_is():
+    known = known_models.levels()
+    x = ancestral(known.model, 90, Grid.uniform(2))
+    data = there_and_back(known.model, x, settings(2), block=30, extra=b"more")
+    header, blocks = describe(data)
+    assert header.examples == 90 and header.shape == [2] and header.effort == 1
+    assert [block.first for block in blocks] == [0, 30, 60]
+    assert decompress(data, known.model).extra == b"more"
+
+
+def test_another_model_is_refused():
+    known = known_models.MODELS["levels"]()
+    data = compress(known.model, known.examples(9), settings(2))
+    known.model.step.values[0] += 1e-9
+    known.model.head.log_prior.data[0] += 1e-7
+    with pytest.raises(OtherModel) as refused:
+        decompress(data, known.model)
+    assert refused.value.exit_code == 4
+
+
+def changed(data, **values):
+    """The file with another header, its checksums right."""
+    header, extra, at = container.read_prefix(data)
+    blocks = list(container.read_blocks(data, at))
+    made = container.write_prefix({**header, **values}, extra)
+    made += b"".join(map(container.write_block, blocks))
+    return made + container.write_end(made, len(blocks))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"answers": {"1": 7}}, NotReproducible, "the network answers otherwise here"),
+        ({"coder": 7}, NotReproducible, "the entropy coder"),
+        ({"model": "0" * 16}, OtherModel, "give the run"),
+        ({"examples": 10**12}, Damaged, "holds 60 examples"),
+        ({"examples": -1}, Damaged, "holds 60 examples"),
+        ({"shape": [3]}, Damaged, "contradicts the model"),
+        ({"levels": 10**9}, Damaged, "contradicts the model"),
+        ({"levels": 3}, Damaged, "contradicts the model"),
+        ({"steps": [4, 0]}, Damaged, "header"),
+        ({"steps": []}, Damaged, "header"),
+        ({"steps": ["1"]}, Damaged, "header"),
+        ({"precision": "float16"}, Damaged, "precision"),
+        ({"effort": 0}, Damaged, "effort"),
+        ({"effort": 2}, Damaged, "coded words|stack of bits"),
+        ({"batch": 10**9}, Damaged, "batch"),
+        ({"answers": {"x": 7}}, Damaged, "header"),
+        ({"answers": {"99999999": 7}}, Damaged, "header"),
+        ({"examples": "9"}, Damaged, "examples in the header"),
+        ({"colour": 1}, Damaged, "keys"),
+    ],
+)
+def test_a_header_that_lies_is_found_out(values, error, words):
+    known = skewed()
+    x = ancestral(known.model, 60, Grid.uniform(2))
+    data = compress(known.model, x, settings(2))
+    with pytest.raises(error, match=words):
+        decompress(changed(data, **values), known.model)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (lambda: settings(2, effort=0), "effort must be 1 to 255"),
+        (lambda: settings(2, precision="float16"), "precision"),
+        (lambda: settings(2, batch=0), "batch"),
+    ],
+)
+def test_settings_that_cannot_be(how, words):
+    with pytest.raises(ValueError, match=words):
+        how()
+
+
+def test_a_density_has_no_lossless_code():
+    known = known_models.gaussian()
+    with pytest.raises(ValueError, match="only discrete data have a lossless code"):
+        compress(known.model, known.examples(3), settings(2))
+    known = known_models.levels()
+    given = known.model.given(torch.zeros(3, 1), "class")
+    with pytest.raises(ValueError, match="is given class"):
+        compress(given, known.examples(3), settings(2))
+    with pytest.raises(ValueError, match=r"values must be 0\.\.3"):
+        compress(known.model, torch.full((3, 2), 4), settings(2))
+    with pytest.raises(ValueError, match="1 to 20000"):
+        compress(known.model, known.examples(3), settings(2), block=0)

@@ -1,0 +1,337 @@
+"""nelbo compress, decompress and inspect: data of every kind come back, or it is said why not."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+from test_codec import changed
+
+from nelbo import checkpoint
+from nelbo.cli import main
+from nelbo.codec.codec import Codec
+from nelbo.codec.coding import compress, decompress
+from nelbo.codec.errors import CodecError
+from nelbo.codec.header import Settings
+from nelbo.estimate import Grid
+
+pytest.importorskip("constriction")
+GRID = ("--steps", 2, "--grid", "uniform")
+TINY = ("--steps", 2, "--batch", 8, "--width", 32, "--depth", 1)
+
+
+def run_ok(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code in (0, None)
+
+
+def fails(capsys, code, *arguments):
+    """The one line of a command that must fail with this exit code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == code and line.startswith("nelbo: "), line
+    return line
+
+
+def there_and_back(run, source, tmp_path, name):
+    file, out = tmp_path / f"{name}.nlb", tmp_path / name
+    run_ok("compress", run, source, "--out", file, *GRID)
+    run_ok("decompress", run, file, "--out", out)
+    return out
+
+
+def digits(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 17, (n, 8, 8), dtype=np.uint8)
+
+
+def same_arrays(a, b):
+    a, b = np.load(a), np.load(b)
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name])
+
+
+def test_arrays_come_back_with_their_names_types_and_companions(trained, tmp_path):
+    x = digits(5)
+    whole = {"x_test": x.astype(np.int16), "label": np.arange(5.0), "x": x[:, None], "no": x[:0]}
+    np.savez(tmp_path / "in.npz", **whole)
+    same_arrays(
+        tmp_path / "in.npz", there_and_back(trained, tmp_path / "in.npz", tmp_path, "a.npz")
+    )
+    np.save(tmp_path / "in.npy", x)
+    out = there_and_back(trained, tmp_path / "in.npy", tmp_path, "a.npy")
+    assert np.array_equal(np.load(out), x) and np.load(out).dtype == x.dtype
+
+
+def test_images_of_any_size_come_back_with_their_names(trained, tmp_path):
+    r, folder = np.random.default_rng(1), tmp_path / "images"
+    images = {"b.png": (8, 8), "a/deep/ü.png": (3, 20), "z.png": (17, 9)}
+    for name, size in images.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(r.integers(0, 17, size, dtype=np.uint8)).save(folder / name)
+    out = there_and_back(trained, folder, tmp_path, "out")
+    assert {f.relative_to(out).as_posix() for f in out.rglob("*.png")} == set(images)
+    for name in images:
+        with Image.open(folder / name) as a, Image.open(out / name) as b:
+            assert a.mode == b.mode and np.array_equal(np.asarray(a), np.asarray(b))
+    one = there_and_back(trained, folder / "z.png", tmp_path, "one.png")
+    with Image.open(folder / "z.png") as a, Image.open(one) as b:
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_tables_come_back(tmp_path, capsys):
+    r, path, run = random.Random(0), tmp_path / "t.csv", tmp_path / "run"
+    rows = [f"{r.choice('abc')},{r.randrange(9)},{r.choice(['', 'yes', 'no'])}" for _ in range(60)]
+    path.write_text("city,age,smokes\n" + "\n".join(rows) + "\n")
+    run_ok("train", path, "--out", run, "--steps", 2, "--batch", 8, "--width", 16, "--depth", 1)
+    out = there_and_back(run, path, tmp_path, "back.csv")
+    assert out.read_bytes() == path.read_bytes()
+    frame = pl.read_csv(path).select("smokes", "city", pl.col("age").cast(pl.Int16))
+    frame.write_parquet(tmp_path / "t.parquet")
+    out = there_and_back(run, tmp_path / "t.parquet", tmp_path, "back.parquet")
+    assert pl.read_parquet(out).equals(frame) and pl.read_parquet(out).schema == frame.schema
+    (tmp_path / "new.csv").write_text("city,age,smokes\na,1,yes\nd,2,no\n")
+    file = tmp_path / "new.nlb"
+    line = fails(capsys, 2, "compress", run, tmp_path / "new.csv", "--out", file, *GRID)
+    assert "row 2" in line and "'d'" in line and "'city'" in line
+    (tmp_path / "wide.csv").write_text("city,age,smokes,more\na,1,yes,2\n")
+    line = fails(capsys, 2, "compress", run, tmp_path / "wide.csv", "--out", file, *GRID)
+    assert "'more'" in line and not file.exists()
+
+
+def test_texts_come_back_to_the_byte(tmp_path, capsys):
+    folder, run = tmp_path / "texts", tmp_path / "run"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "train.txt").write_text("the cat sat on the mat.\r\n" * 20, newline="")
+    (folder / "a.txt").write_bytes("\ufeffthe cät sat\r\n on".encode())
+    (folder / "sub" / "b.txt").write_bytes(b"at the end\n\n")
+    run_ok("train", tmp_path / "train.txt", "--out", run, "--size", 16, *TINY)
+    out = there_and_back(run, folder, tmp_path, "out")
+    for name in ("a.txt", "sub/b.txt"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    one = there_and_back(run, folder / "a.txt", tmp_path, "one.txt")
+    assert one.read_bytes() == (folder / "a.txt").read_bytes()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    line = fails(
+        capsys, 2, "compress", run, tmp_path / "latin.txt", "--out", tmp_path / "l.nlb", *GRID
+    )
+    assert "not UTF-8" in line
+    run = tmp_path / "bytes"
+    run_ok("train", tmp_path / "train.txt", "--out", run, "--size", 16, "--levels", 256, *TINY)
+    one = there_and_back(run, tmp_path / "latin.txt", tmp_path, "two.txt")
+    assert one.read_bytes() == b"caf\xe9"
+
+
+def test_inspect(trained, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", digits(5))
+    file = tmp_path / "x.nlb"
+    run_ok("compress", trained, tmp_path / "x.npy", "--out", file, *GRID, "--effort", 2)
+    capsys.readouterr()
+    run_ok("inspect", file)
+    shown = capsys.readouterr().out
+    for words in ("5 examples", "bits/dim in all", "1 x 8 x 8", "2 steps", "effort 2", "torch"):
+        assert words in shown
+    run_ok("inspect", file, "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["size"] == file.stat().st_size and report["header"]["examples"] == 5
+    assert report["bits_per_dim"] == 8 * report["size"] / (5 * 64)
+    assert "ends within its last bytes" in fails(
+        capsys, 3, "inspect", write(tmp_path, file.read_bytes()[:-2])
+    )
+
+
+def write(tmp_path, content, name="other.nlb"):
+    (tmp_path / name).write_bytes(content)
+    return tmp_path / name
+
+
+def test_bad_input(trained, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", digits(3))
+    np.save(tmp_path / "high.npy", digits(3) + 9)
+    np.save(tmp_path / "wide.npy", np.zeros((3, 9, 9), np.uint8))
+    np.save(tmp_path / "real.npy", np.zeros((3, 8, 8)))
+    np.save(tmp_path / "none.npy", digits(0))
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.savez(tmp_path / "nothing.npz")
+    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "white.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "colour.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.jpg").write_bytes(b"")
+    write(tmp_path, b"not an image", "no.png")
+    write(tmp_path, b"some text", "a.txt")
+    write(tmp_path, b"a,b\n1,2\n", "a.csv")
+    write(tmp_path, b"", "taken.nlb")
+    out = tmp_path / "out.nlb"
+    for source, target, options, words in [
+        ("missing.npy", out, (), "no file or folder"),
+        ("high.npy", out, (), "holds 0..16"),
+        ("wide.npy", out, (), "(3, 9, 9)"),
+        ("real.npy", out, (), "float64"),
+        ("none.npy", out, (), "no examples"),
+        ("objects.npy", out, (), "cannot be read as arrays"),
+        ("nothing.npz", out, (), "it has none"),
+        ("white.png", out, (), "value 200"),
+        ("colour.png", out, (), "mode RGB"),
+        ("empty", out, (), "no .png files"),
+        ("mixed", out, (), "a.jpg"),
+        ("no.png", out, (), "cannot be read as a PNG"),
+        ("a.txt", out, (), "is text"),
+        ("a.csv", out, (), "is a table"),
+        ("taken.nlb", out, (), "of no type"),
+        ("x.npy", tmp_path / "taken.nlb", (), "exists; give another --out"),
+        ("x.npy", tmp_path / "out.zip", (), "ends in .nlb"),
+        ("x.npy", tmp_path / "taken.nlb" / "out.nlb", (), "taken.nlb"),
+        ("x.npy", out, ("--effort", 0), "effort must be 1 to 255; got 0"),
+        ("x.npy", out, ("--block", 0), "1 to 20000"),
+        ("x.npy", out, ("--device", "abacus"), "no device"),
+        ("x.npy", out, ("--precision", "float16"), "float16"),
+    ]:
+        arguments = ("compress", trained, tmp_path / source, "--out", target, *GRID, *options)
+        assert words in fails(capsys, 2, *arguments), source
+        assert not out.exists()
+    run_ok("compress", trained, tmp_path / "x.npy", "--out", out, *GRID)
+    for file, target, code, words in [
+        ("missing.nlb", "y.npy", 2, "missing.nlb"),
+        ("a.txt", "y.npy", 3, "not a compressed file of nelbo"),
+        ("taken.nlb", "y.npy", 3, "not a compressed file of nelbo"),
+        ("out.nlb", "x.npy", 2, "exists; give another --out"),
+        ("out.nlb", "y.npz", 2, "must end in .npy"),
+    ]:
+        arguments = ("decompress", trained, tmp_path / file, "--out", tmp_path / target)
+        assert words in fails(capsys, code, *arguments)
+    assert not (tmp_path / "y.npy").exists()
+
+
+def test_without_constriction_the_extra_is_named(trained, tmp_path, capsys, monkeypatch):
+    np.save(tmp_path / "x.npy", digits(3))
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    line = fails(
+        capsys, 2, "compress", trained, tmp_path / "x.npy", "--out", tmp_path / "x.nlb", *GRID
+    )
+    assert "pip install 'nelbo[codec]'" in line
+
+
+def test_densities_and_conditions_have_no_code(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "real.npy", rng.normal(size=(40, 3)))
+    np.savez(tmp_path / "given.npz", x=rng.integers(0, 4, (40, 3)), y=rng.integers(0, 2, 40))
+    given = ("--condition", "class")
+    for name, options, words in [
+        ("real.npy", (), "only discrete data"),
+        ("given.npz", given, "without --condition"),
+    ]:
+        run = tmp_path / f"run of {name}"
+        run_ok("train", tmp_path / name, "--out", run, *TINY, *options)
+        out = tmp_path / "x.nlb"
+        assert words in fails(capsys, 2, "compress", run, tmp_path / name, "--out", out, *GRID)
+
+
+def test_salvage_names_what_is_lost(trained, tmp_path, capsys):
+    x = digits(12)
+    np.save(tmp_path / "x.npy", x)
+    file = tmp_path / "x.nlb"
+    run_ok("compress", trained, tmp_path / "x.npy", "--out", file, *GRID, "--block", 4)
+    bad = bytearray(file.read_bytes())
+    bad[-30] ^= 1
+    write(tmp_path, bytes(bad))
+    arguments = ("decompress", trained, tmp_path / "other.nlb", "--out", tmp_path / "y.npy")
+    assert "damaged" in fails(capsys, 3, *arguments)
+    assert "lost are the examples 8..11" in fails(capsys, 3, *arguments, "--salvage")
+    assert np.array_equal(np.load(tmp_path / "y.npy"), x[:8])
+
+
+def test_another_run_is_refused(trained, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", digits(3))
+    other = tmp_path / "other"
+    run_ok("train", "digits", "--out", other, *TINY, "--seed", 1)
+    run_ok("compress", other, tmp_path / "x.npy", "--out", tmp_path / "x.nlb", *GRID)
+    arguments = ("decompress", trained, tmp_path / "x.nlb", "--out", tmp_path / "y.npy")
+    assert "give the run" in fails(capsys, 4, *arguments)
+
+
+# ---- determinism
+
+
+def test_batches_threads_and_precision(trained):
+    """The rounded answers do not depend on threads; a file of one precision is not decoded in
+    the other."""
+    run = checkpoint.load(trained)
+    grid = tuple(Grid.uniform(3).times.tolist())
+    codec = Codec(run.model, Settings(grid))
+    alone, together = (codec.answers({n}) for n in (1, 32))
+    torch.set_num_threads(2)
+    try:
+        assert codec.answers({1}) == alone and codec.answers({32}) == together
+    finally:
+        torch.set_num_threads(1)
+    x = torch.from_numpy(digits(6)[:, None])
+    data = compress(run.model, x, Settings(grid, "float32"))
+    assert torch.equal(decompress(data, run.model).x, x)
+    with pytest.raises(CodecError):
+        decompress(changed(data, precision="float64"), run.model)
+
+
+def test_batches_of_any_size_give_the_same_integers(trained):
+    """In float64 an example's rounded answers do not depend on its batch mates."""
+    run = checkpoint.load(trained)
+    codec = Codec(run.model, Settings((0.5, 1.0)))
+    code = codec.codes.model(0)
+    with torch.no_grad():
+        together = code.answers(32)
+        alone = code.answers(1)
+    for a, b in zip(together, alone, strict=True):
+        assert np.array_equal(a[:1], b)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"OMP_NUM_THREADS": "2"},
+        {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "DNNL_MAX_CPU_ISA": "SSE41"},
+    ],
+    ids=["two threads", "other instructions"],
+)
+def test_a_fresh_process_decodes(trained, tmp_path, environment):
+    x = np.concatenate([digits(4), np.zeros((5, 8, 8), np.uint8)])
+    np.save(tmp_path / "x.npy", x)
+    run_ok("compress", trained, tmp_path / "x.npy", "--out", tmp_path / "x.nlb", *GRID)
+    command = [sys.executable, "-m", "nelbo", "decompress", str(trained), str(tmp_path / "x.nlb")]
+    subprocess.run(
+        [*command, "--out", str(tmp_path / "y.npy")],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+    )
+    assert np.array_equal(np.load(tmp_path / "y.npy"), x)
+
+
+def test_network_answers_that_differ_in_a_bit_are_exact_or_an_error(trained):
+    """A stand-in for another version or device: the last bits of every answer are others."""
+    run = checkpoint.load(trained)
+    x = torch.from_numpy(digits(8)[:, None] // 4)
+    grid = tuple(Grid.uniform(2).times.tolist())
+    data = compress(run.model, x, Settings(grid))
+    for scale, refused in ((1e-15, False), (1e-3, True)):
+        generator = torch.Generator().manual_seed(0)
+
+        def shaken(module, inputs, output, scale=scale, generator=generator):
+            noise = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+            return output * (1 + scale * noise)
+
+        handle = run.model.network.register_forward_hook(shaken)
+        try:
+            assert torch.equal(decompress(data, run.model).x, x) and not refused
+        except CodecError as error:
+            assert refused and error.exit_code == 5
+        finally:
+            handle.remove()
