@@ -395,7 +395,7 @@ def evaluate(
             foreign = integrations.load(run, steps=steps)
             for note in foreign.notes if rank == 0 else ():
                 _say(note)
-            model, weights = foreign.model, foreign.weights
+            model, weights, known = foreign.model, foreign.weights, None
             times: Times | None = foreign.times
             schema = None
             x, split = foreign.examples(data, split)
@@ -403,6 +403,7 @@ def evaluate(
             loaded = load(run)
             weights, schema = loaded.weights, loaded.config.schema
             model, x, split = loaded.law(data, split)
+            known = None if data else loaded.examples(split="train")[0]
             times = None if steps is None else _grid(loaded, steps, grid)
         model.to(find_device(device))
         find: Callable[..., Evaluation | Tighter]
@@ -413,7 +414,8 @@ def evaluate(
             find = partial(evaluate_importance, times=times, samples=importance_samples)
         else:
             find = partial(bound, times=times, calls=calls, target_error=target_error)
-            find = partial(find, per_example=save is not None, variates=variates)
+            find = partial(find, per_example=save is not None)
+            find = partial(find, known=known, variates=variates)
         result = find(model, x, seed=seed, weights=weights, split=split, track=track)
         if rank == 0:
             if save is not None:

@@ -37,7 +37,7 @@ BLOCK = 32  # examples in one, at most
 CALLS = 24  # network calls per example, if nothing else is asked for
 PILOT = (1 / 8, 128)  # share of the calls, and rows of each cell, at most; but ..
 LEAST = 16  # .. so many rows of each cell, where they take no more than half of the calls
-FIRST = 0.75  # share of the calls foreseen for a target error that is spent at once
+FIRST = 0.5  # share of the calls foreseen for a target error that is spent at once
 SCORED = 8  # replicates that give an example its own standard error
 
 

@@ -46,7 +46,13 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     model, stored, split = run.law()
     x = as_examples(stored)
     result = evaluate(
-        model, x, seed=seed, weights=run.weights, split=split, track=track("test bound")
+        model,
+        x,
+        known=run.examples(split="train")[0],
+        seed=seed,
+        weights=run.weights,
+        split=split,
+        track=track("test bound"),
     )
     rows, unit = some(model, x, seed), result.unit
     few = x[rows]
