@@ -27,7 +27,7 @@ from nelbo.allocate import Cells, estimate, pilot
 from nelbo.control import Controls, Draw, LevelReference, Nothing, observe
 from nelbo.data import as_examples
 from nelbo.estimate import Continuum, Grid
-from nelbo.heads import Data, LevelLogits, LevelPrediction, Prediction, SymbolLogits
+from nelbo.heads import Data, LevelLogits, LevelTable, Prediction, SymbolLogits
 from nelbo.likelihood import Categorical, GaussianDensity, LevelHead
 from nelbo.model import Model
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
@@ -275,7 +275,7 @@ def test_divergences_of_levels_are_a_chain(gamma, monkeypatch):
         log_probs = (log_p + evidence).log_softmax(-1)[:, None]
         rows = t.expand(len(z)), z[:, None]
         p = model.step(
-            LevelPrediction(log_probs.exp() @ values, log_probs),
+            LevelTable(log_probs.exp() @ values, log_probs),
             rows[1],
             s.expand(len(z)),
             rows[0],

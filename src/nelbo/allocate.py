@@ -9,8 +9,8 @@ with probability p_c and gives
 v and φ from `control`. E[y] is the sum of costs for any b, k and p > 0. A pilot on some of the
 examples fits b and k cell by cell (least squares over neighbouring cells) and gives what is left,
 sd_c; the best p is proportional to it (Neyman 1934). A share of the draws, 1/√n for n rows that
-tell of a cell and no less than a twentieth, is spread half evenly and half as the costs are: no
-weight 1/p_c exceeds forty times the number of cells, whatever the pilot missed.
+tell of a cell and no less than a twentieth, goes half evenly, half as were best with nothing taken
+off: no weight 1/p_c exceeds forty times the number of cells, whatever the pilot missed.
 
 Draws of one example lend each other their context (`control`): each borrows from the nearest in
 time, of its own replicate or of one before it. So no two replicates borrow from each other, what
@@ -74,9 +74,9 @@ class Cells:
     def _draw(
         self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
     ) -> tuple[Tensor, Tensor]:
-        lender = _lenders(cell + share, replicate).flatten()
         row = torch.arange(len(x)).repeat_interleave(cell.shape[1])
-        place, cell, share = (cell + share).flatten(), cell.flatten(), share.flatten()
+        at, cell, share = cell + share, cell.flatten(), share.flatten()
+        place = at.flatten()
         cost = torch.zeros(len(row), dtype=torch.float64)
         v = torch.zeros(len(row), controls.variates, dtype=torch.float64)
         draws = []
@@ -89,6 +89,8 @@ class Cells:
                 cost[part] = factor * draw.cost.cpu()
                 draws.append((part, factor, draw))
         lent = _gathered([part for part, _, _ in draws], [controls.lend(d) for *_, d in draws])
+        # where nothing is lent all draws are alone
+        lender = torch.full_like(row, -1) if lent is None else _lenders(at, replicate).flatten()
         for part, factor, draw in draws:
             by = lender[part]
             context = None if lent is None or (by < 0).all() else lent[by.to(lent.device)]
@@ -246,9 +248,7 @@ def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Alloc
     p_best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
     # what few rows say of a spread is known to 1/√(2 rows): a cell they underrate has heavy tails
     wary = max(WARY, (len(cell) / count + BORROWED) ** -0.5)
-    typical = near @ mean(cost.abs()) / near.sum(1)
-    by_cost = typical / typical.sum() if typical.sum() > 0 else p_best
-    p = (1 - wary) * p_best + wary * (1 / count + by_cost) / 2
+    p = (1 - wary) * p_best + wary * (1 / count + size / size.sum()) / 2
     table = torch.stack(slopes)
     within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
     level = mean(cost - (v * within[cell]).sum(1) - (phi[:, 1:] * between[cell]).sum(1))
