@@ -5,7 +5,8 @@
 Parquet shards of a mixed table and tar shards of 32x32 images are made, once of that many and once
 of ten times as many; none where the number is 0. Each is loaded and trained on in a process of its
 own, with preset auto, from disk: images as if memory had no room for them. Told are the peak
-resident memory of the process, and the share of the time of its steps that it waited for examples.
+resident memory of the process, and the share of the time of its steps that it waited for examples;
+of a table the steps are those about the end of its first window of blocks.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def measure(source: Path, steps: int) -> dict[str, float]:
     from nelbo.checkpoint import hashes
     from nelbo.config import configure
     from nelbo.data import encoded
-    from nelbo.data.rows import Ahead
+    from nelbo.data.rows import WINDOW, Ahead
     from nelbo.learner import Learner
 
     torch.set_num_threads(1)
@@ -80,6 +81,9 @@ def measure(source: Path, steps: int) -> dict[str, float]:
     loaded = time.perf_counter() - begun
     examples = len(dataset.splits["train"])
     learner = Learner(*configure(dataset.schema, examples), dataset)
+    if learner.blocks is not None:  # where one window of blocks ends and another begins
+        turn = learner.blocks.size * WINDOW // learner.config.batch
+        learner.at.step = max(0, turn - WARM_UP - steps // 2)
     for _ in range(WARM_UP):
         learner.step()
     assert isinstance(learner.read, Ahead)

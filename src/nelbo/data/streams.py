@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 IN_MEMORY = 2**25  # cells of one file, beyond which it is read in blocks
-BLOCK = 2**16  # numbers of a block of examples
-INFERRED = 2**20  # cells that are looked at together to find the columns
+BLOCK = 2**15  # numbers of a block of examples
+INFERRED = 2**19  # cells that are looked at together to find the columns
 GOLDEN, MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
