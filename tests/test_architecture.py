@@ -30,6 +30,7 @@ ORDER = (
     "sample",
     "data",
     "columns",
+    "latent_class",
     "numbers",
     "condition",
     "control",

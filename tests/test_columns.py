@@ -7,7 +7,6 @@ import pytest
 import torch
 from closed_forms import assert_mean
 from torch.distributions import kl_divergence
-from torch.nn.functional import softplus
 
 from nelbo._distributions import Discrete, Joint, log_between
 from nelbo._numerics import seeded
@@ -18,7 +17,7 @@ from nelbo.data.layout import Column, groups, places
 from nelbo.estimate import Continuum, Grid, elbo
 from nelbo.model import measuring
 from nelbo.numbers import (
-    COMPONENTS,
+    ATOMS,
     CellProbability,
     Increasing,
     NumberDensity,
@@ -82,21 +81,22 @@ def known():
 def mixture_law(head, v, cells, given_known):
     """log of the fitted mixture of each column, P of a cell or a density; 0 if missing."""
     known = v.nan_to_num(300.0)[..., None]
-    knots, (mean, log_width) = head.transform.x, (head.mean.double(), head.log_width.double())
+    knots, law = head.transform.x, head.law
     spread = ((knots[:, 1] - knots[:, 0]) / 2)[:, None]
-    width = (math.log(1e-3) + softplus(log_width - math.log(1e-3))).exp()
-    law = torch.distributions.Normal(mean, width)
-    weight = head.log_prior.double()[:, : 1 + COMPONENTS]
-    weight = weight.masked_fill(~head.valid[:, : 1 + COMPONENTS], -torch.inf).log_softmax(-1)
-    weight = weight[:, 1:].log_softmax(-1) if given_known else weight[:, 1:]
+    width = (1e-6 + law.spread.T.double()).sqrt()
+    gaussian = torch.distributions.Normal(law.mean.T.double(), width)
+    weight = law.log_weight.double() + law.log_share[..., -1].double()
+    assert (law.log_share[..., 1:-1] == -torch.inf).all()  # nothing repeats
+    if given_known:
+        weight = weight.log_softmax(-1)
 
     def e(x):
         return (x - knots.mean(1)[:, None]) / spread
 
     if cells:
-        each = (law.cdf(e(known + 0.25)) - law.cdf(e(known - 0.25))).log()
+        each = (gaussian.cdf(e(known + 0.25)) - gaussian.cdf(e(known - 0.25))).log()
     else:
-        each = law.log_prob(e(known)) - spread.log()
+        each = gaussian.log_prob(e(known)) - spread.log()
     return torch.where(v.isnan(), 0.0, (weight + each).logsumexp(-1))
 
 
@@ -213,11 +213,11 @@ def test_numbers_integrate_and_cells_sum_to_one_in_the_units_of_the_data():
     column_of = torch.randn(500, 1, generator=torch.Generator().manual_seed(0)).double()
     column_of[:100] = 0.0  # a value that repeats
     head.start_from(column_of.div(0.25).round().mul(0.25))
-    assert head.valid[0, 1 + COMPONENTS]
+    assert (head.law.log_share[0, :, 1] > -torch.inf).all()
     prediction = head(torch.zeros(1, 1, head.outputs).double(), z, t, process)
     real = replace(prediction, log_weights=prediction.log_weights.clone())
-    real.log_weights[..., 1 + COMPONENTS :] = -torch.inf
-    x = torch.arange(-40000, 40000).double()[:, None] / 400 + 1e-4
+    real.log_weights[..., 1 : 1 + ATOMS] = -torch.inf
+    x = torch.arange(-100000, 100000).double()[:, None] / 5000 + 1e-5
     density = NumberDensity(made)(real, z, t, process)
     total = torch.trapezoid(density.log_prob(x).exp(), x[:, 0])
     assert total.item() == pytest.approx(1, abs=1e-3)  # the jumps at the knots

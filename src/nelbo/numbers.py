@@ -20,31 +20,27 @@ N(0, 1), which is there for it. There is nothing to decode, since a symbol besid
 that it is missing and is decoded itself: P is normalised over {missing} ∪ ℝ.
 """
 
-import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.nn.functional import softplus
 
 from nelbo._distributions import LevelMixture, Shape, log_between
 from nelbo._numerics import over
 from nelbo.data.layout import Place
 from nelbo.heads import Head, Prediction
+from nelbo.latent_class import LatentClasses
 from nelbo.likelihood import Likelihood
 from nelbo.process import Gaussian, Process, per_example
 from nelbo.reverse import Reverse
 from nelbo.schedules import Schedule
 
-COMPONENTS = 8  # of each column
+COMPONENTS = 32  # of the mixture
 ATOMS = 16  # values of a column that repeat, at most
 FREQUENT = 0.01  # share of the rows that makes a value one of them
 NARROWEST = 1e-3  # s of a component, in standard deviations of the column
-FITTED = 4096  # values that the mixture of a column is fitted to
 
 
 class Increasing(nn.Module):
@@ -137,7 +133,8 @@ class Numbers(Gaussian):
 class MixturePrediction(Prediction):
     """P(e|z_t): log-weights, means and variances of the components, (B, D, C) each.
 
-    The first component is that of what is missing; variances of repeating values are zero.
+    The first component is that of what is missing, then come values that repeat, of variance zero,
+    and Gaussians.
     """
 
     log_weights: Tensor
@@ -146,98 +143,72 @@ class MixturePrediction(Prediction):
 
 
 class NumberMixture(Head):
-    """The network gives logits of the components, and shifts of their means and log-widths.
+    """The network gives logits of the components, shifts of their means, and wider ones.
+
+    Without it each column has the law that a mixture fitted to whole rows gives it; see
+    `latent_class`.
 
     Args:
         transform: T.
         places: the columns.
     """
 
-    log_prior: nn.Parameter
     valid: Tensor
     atoms: Tensor
 
     def __init__(self, transform: Increasing, places: Sequence[Place]) -> None:
         super().__init__()
         self.transform, self.places = transform, places
-        columns, count = len(places), 1 + COMPONENTS + ATOMS
-        self.outputs = count + 2 * COMPONENTS
-        self.log_prior = nn.Parameter(torch.zeros(columns, count))
-        self.mean = nn.Parameter(torch.linspace(-2, 2, COMPONENTS).repeat(columns, 1))
-        self.log_width = nn.Parameter(torch.zeros(columns, COMPONENTS))
-        valid = torch.zeros(columns, count, dtype=torch.bool)
-        valid[:, 1 : 1 + COMPONENTS] = True
-        valid[:, 0] = torch.tensor([place.column.missing for place in places])
-        self.register_buffer("valid", valid)
+        columns = len(places)
+        self.outputs = 1 + ATOMS + 3 * COMPONENTS
+        self.law = LatentClasses(columns, COMPONENTS, 1 + ATOMS)
         self.register_buffer("atoms", torch.zeros(columns, ATOMS, dtype=torch.float64))
 
     def start_from(self, x: Tensor) -> None:
-        """Components and repeating values of each column of x, (N, D), by itself."""
-        e = self.transform(x)
+        """Fit the mixture, and find the values that repeat, in x, (N, D)."""
+        e, blurred = self.transform(x), self._blurred(x)
+        special = torch.zeros(*x.shape, 1 + ATOMS, dtype=torch.bool)
+        special[..., 0] = e.isnan()
         for i, place in enumerate(self.places):
-            known = e[:, i][~e[:, i].isnan()]
-            missing = 1 - len(known) / len(x)
-            values, counts = known.unique(return_counts=True)
-            least = max(FREQUENT * len(x), 5)
-            repeats = (counts >= least).nonzero()[:, 0] if place.column.precision else counts[:0]
-            repeats = repeats[counts[repeats].argsort(descending=True)][:ATOMS].long()
-            rest = known[~torch.isin(known, values[repeats])]
-            share = counts[repeats].double() / len(x)
-            weight, mean, width = _fit(rest if len(rest) > COMPONENTS else known)
-            weight = weight * max(1 - missing - share.sum().item(), 1 / len(x))
-            self.atoms[i, : len(repeats)] = values[repeats]
-            self.valid[i, 1 + COMPONENTS :] = torch.arange(ATOMS) < len(repeats)
-            self.mean.data[i], self.log_width.data[i] = mean, width.log()
-            none = torch.ones(ATOMS - len(repeats))
-            first = torch.tensor([missing or 1.0])
-            self.log_prior.data[i] = torch.cat([first, weight, share, none]).log()
+            values = _repeats(e[:, i]) if place.column.precision else e[:0, i]
+            self.atoms[i, : len(values)] = values
+            special[:, i, 1 : 1 + len(values)] = e[:, i, None] == values
+        self.law.start_from(blurred, special)
+
+    def _blurred(self, x: Tensor) -> Tensor:
+        """e of points somewhere in the cells, and noise, which z is there, for what is missing."""
+        width = torch.tensor([place.column.precision or 0.0 for place in self.places])
+        generator = torch.Generator().manual_seed(0)
+        within = torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        e = self.transform(x + width.double() * within)
+        return torch.where(e.isnan(), noise, e)
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> MixturePrediction:
-        logits, shift, wider = output.split(
-            [output.shape[-1] - 2 * COMPONENTS, COMPONENTS, COMPONENTS], -1
-        )
-        narrowest = math.log(NARROWEST)
-        width = narrowest + softplus(self.log_width.to(z) + wider - narrowest)
-        mean = self.mean.to(z) + shift
+        logits, shift, wider = output.split([1 + ATOMS + COMPONENTS, COMPONENTS, COMPONENTS], -1)
+        alpha, noise = process.alpha(t), process.log_one_minus_alpha(t).exp()
+        log_weights, mean, variance = self.law(z, alpha, noise)
+        mean = mean + variance.sqrt() * shift
+        variance = NARROWEST**2 + variance * (2 * wider).exp()
+        atoms = self.atoms.to(z).expand(len(z), -1, -1)
         zero = torch.zeros_like(mean[..., :1])
-        mean = torch.cat([zero, mean, self.atoms.to(z).expand(len(z), -1, -1)], -1)
-        variance = torch.cat(
-            [
-                zero + 1,
-                (2 * width).exp(),
-                torch.zeros_like(self.atoms.to(z)).expand(len(z), -1, -1),
-            ],
-            -1,
-        )
-        alpha, noise = (over(v, mean) for v in (process.alpha(t), _noise(process, t)))
+        mean = torch.cat([zero, atoms, mean], -1)
+        variance = torch.cat([zero + 1, torch.zeros_like(atoms), variance], -1)
+        alpha, noise = over(alpha, mean), over(noise, mean)
         total = alpha * variance + noise
         error = z[..., None] - alpha.sqrt() * mean
-        logits = logits + self.log_prior.to(z) - (total.log() + error.square() / total) / 2
-        log_weights = logits.masked_fill(~self.valid, -torch.inf).log_softmax(-1)
+        log_weights = logits + log_weights - (total.log() + error.square() / total) / 2
+        log_weights = log_weights.log_softmax(-1)
         mean = mean + alpha.sqrt() * variance / total * error
         e_hat = (log_weights.exp() * mean).sum(-1)
         return MixturePrediction(e_hat, log_weights, mean, variance * noise / total)
 
 
-def _noise(process: Process, t: Tensor) -> Tensor:
-    return process.log_one_minus_alpha(t).exp()
-
-
-def _fit(e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, means and widths of a mixture fitted to values (N,)."""
-    from sklearn.mixture import GaussianMixture
-
-    some = e[:: math.ceil(len(e) / FITTED)].numpy()[:, None]
-    count = max(1, min(COMPONENTS, len(np.unique(some)) // 4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has not quite converged
-        found = GaussianMixture(count, reg_covar=1e-4, random_state=0).fit(some)
-    # what is left over splits the components evenly
-    of = torch.arange(COMPONENTS) % count
-    shared = torch.bincount(of, minlength=count)[of]
-    weight = torch.from_numpy(found.weights_)[of] / shared
-    mean = torch.from_numpy(found.means_[:, 0])[of]
-    return weight, mean, torch.from_numpy(found.covariances_[:, 0, 0])[of].sqrt()
+def _repeats(e: Tensor) -> Tensor:
+    """Values of a column, (N,), that are frequent enough to be atoms, the most frequent first."""
+    values, counts = e[~e.isnan()].unique(return_counts=True)
+    order = counts.argsort(descending=True)[:ATOMS]
+    return values[order][counts[order] >= max(FREQUENT * len(e), 5)]
 
 
 class NumberStep(Reverse):
@@ -262,9 +233,9 @@ class _OfNumbers(Distribution):
     def __init__(self, prediction: MixturePrediction, transform: Increasing) -> None:
         # given that it is not missing
         self.log_weights = prediction.log_weights[..., 1:].double().log_softmax(-1)
-        self.loc = prediction.mean[..., 1 : 1 + COMPONENTS].double()
-        self.scale = prediction.variance[..., 1 : 1 + COMPONENTS].double().sqrt()
-        self.atoms = prediction.mean[..., 1 + COMPONENTS :].double()
+        self.atoms = prediction.mean[..., 1 : 1 + ATOMS].double()
+        self.loc = prediction.mean[..., 1 + ATOMS :].double()
+        self.scale = prediction.variance[..., 1 + ATOMS :].double().sqrt()
         self.transform = transform
         super().__init__(batch_shape=prediction.e_hat.shape, validate_args=False)
 
@@ -276,7 +247,7 @@ class _OfNumbers(Distribution):
     def _log_prob(self, x: Tensor) -> Tensor:
         law = Normal(self.loc, self.scale, validate_args=False)
         each = law.log_prob(self.transform(x)[..., None])
-        log_density = (self.log_weights[..., :COMPONENTS] + each).logsumexp(-1)
+        log_density = (self.log_weights[..., ATOMS:] + each).logsumexp(-1)
         return log_density + self.transform.log_slope(x)
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
@@ -284,8 +255,8 @@ class _OfNumbers(Distribution):
         chosen = Categorical(logits=self.log_weights, validate_args=False).sample(shape)[..., None]
         values = torch.cat(
             [
-                Normal(self.loc, self.scale).sample(shape),
                 self.atoms.expand(*shape, *self.atoms.shape),
+                Normal(self.loc, self.scale).sample(shape),
             ],
             -1,
         )
@@ -311,7 +282,7 @@ class _OfCells(_OfNumbers):
         )
         spread = log_between(*((v - self.loc) / self.scale for v in (lower, upper)))
         repeats = torch.where((lower < self.atoms) & (self.atoms <= upper), 0.0, -torch.inf)
-        return (self.log_weights + torch.cat([spread, repeats], -1)).logsumexp(-1)
+        return (self.log_weights + torch.cat([repeats, spread], -1)).logsumexp(-1)
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         x = super().sample(sample_shape)

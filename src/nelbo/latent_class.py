@@ -1,0 +1,131 @@
+r"""The law that a network of numbers starts from: a mixture of Gaussians over whole rows.
+
+    P(e) = Σ_k π_k N( e; μ_k, Σ_k )     gives     q(z_t) = Σ_k π_k N( z; √α μ_k, M_k ),
+
+M_k = αΣ_k + (1-α)I; and with P_k = M_k⁻¹, y_k = z - √α μ_k, each column i given the others is
+
+    z_i | z_-i, k ~ N( z_i - τ_ki (P_k y_k)_i, τ_ki ),      τ_ki = 1/(P_k)_ii,
+
+    P(k|z_-i) ∝ π_k N( z; √α μ_k, M_k ) / N( z_i | z_-i, k ).
+
+The first is z_i = √α e_i + √(1-α) ε for a Gaussian e_i, whose mean and variance follow. So every
+column has a mixture given the other columns at the same noise level, and what z_i itself says of
+e_i is added where it is needed. Values that repeat in a column, and missing ones, are no
+Gaussian: their shares are known within each k, as in latent class analysis.
+"""
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
+
+ROWS = 16_384  # that the mixture is fitted to, at most
+HELD = 5  # each so manieth of them chooses the number of components
+LEAST = 4  # rows for each component
+APART = 0.1  # of its width that a copy of a component is moved
+WIDTH = 0.01  # of a component at least, standard deviations of a column
+
+
+class LatentClasses(nn.Module):
+    """A mixture of Gaussians over D columns.
+
+    Args:
+        columns: D.
+        components: K, at most; they are split evenly where fewer fit better.
+        special: S, of the values of each column that are no Gaussian.
+    """
+
+    log_weight: Tensor
+    mean: Tensor
+    axes: Tensor
+    spread: Tensor
+    log_share: Tensor
+
+    def __init__(self, columns: int, components: int, special: int) -> None:
+        super().__init__()
+        d, k = columns, components
+        self.register_buffer("log_weight", torch.full((k,), -math.log(k)))
+        self.register_buffer("mean", torch.zeros(k, d))
+        self.register_buffer("axes", torch.eye(d).expand(k, d, d).clone())
+        self.register_buffer("spread", torch.ones(k, d))  # variances along the axes
+        # of the special values, then of all others
+        none = torch.full((d, k, special), -torch.inf)
+        self.register_buffer("log_share", torch.cat([none, torch.zeros(d, k, 1)], 2))
+
+    def start_from(self, e: Tensor, special: Tensor) -> None:
+        """Fit to rows e, (N, D), of which special, (N, D, S) booleans, are no Gaussian."""
+        found = _fit(e.numpy(), len(self.log_weight))
+        weight, mean, covariance, belongs = map(
+            torch.from_numpy,
+            (found.weights_, found.means_, found.covariances_, found.predict_proba(e.numpy())),
+        )
+        of = torch.arange(len(self.log_weight)) % len(weight)
+        copies = torch.bincount(of)[of]
+        self.log_weight.copy_((weight[of] / copies).log())
+        variance, axes = torch.linalg.eigh(covariance[of])
+        # copies are moved a little, or they would stay alike in training
+        g = torch.Generator().manual_seed(0)
+        moved = APART * variance.sqrt() * torch.randn(*self.mean.shape, generator=g)
+        moved[: len(weight)] = 0
+        self.mean.copy_(mean[of] + torch.einsum("kde,ke->kd", axes, moved))
+        self.spread.copy_(variance)
+        self.axes.copy_(axes)
+        counts = torch.einsum("nk,nds->dks", belongs, special.double())
+        overall = special.double().mean(0)[:, None]  # counts as one row more of each class
+        shares = (counts + overall) / (belongs.sum(0)[:, None] + 1)
+        rest = (1 - shares.sum(2, keepdim=True)).clamp(min=1 / len(e))
+        self.log_share.copy_(torch.cat([shares, rest], 2)[:, of].log())
+
+    def forward(self, z: Tensor, alpha: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The law of each column given the others: log-weights, then means and variances.
+
+        Args:
+            z: (B, D), at a level of noise.
+            alpha: α_t, (B,).
+            noise: 1-α_t, (B,).
+
+        Returns:
+            Log-weights (B, D, S+K), of the special values and of the components; means and
+            variances of e_i in the components, (B, D, K).
+        """
+        a, n = (v.to(z)[:, None, None] for v in (alpha, noise))
+        axes, mean, spread = (v.to(z) for v in (self.axes, self.mean, self.spread))
+        total = a * spread + n  # eigenvalues of M_k, (B, K, D)
+        y = z[:, None] - a.sqrt() * mean
+        along = torch.einsum("bkd,kde->bke", y, axes)
+        pulled = torch.einsum("bke,kde->bkd", along / total, axes)  # P_k y_k
+        tau = 1 / torch.einsum("bke,kde->bkd", 1 / total, axes.square())
+        log_joint = self.log_weight.to(z) - (total.log() + along.square() / total).sum(2) / 2
+        log_others = log_joint[..., None] + (tau.log() + pulled.square() * tau) / 2
+        log_class = log_others.log_softmax(1).transpose(1, 2)  # log P(k|z_-i), (B, D, K)
+        log_share = self.log_share.to(z)
+        special = (log_class[..., None] + log_share[..., :-1]).logsumexp(2)
+        log_weights = torch.cat([special, log_class + log_share[..., -1]], -1)
+        mean = mean + (y - tau * pulled) / a.sqrt()
+        # (τ-(1-α))/α without the difference: P_ii τ = 1, and Σ_e U_ie² = 1
+        variance = torch.einsum("bke,kde->bkd", spread / total, axes.square()) * tau
+        return log_weights, mean.transpose(1, 2), variance.transpose(1, 2)
+
+
+def _fit(e: np.ndarray, most: int) -> "GaussianMixture":
+    """The mixture of so many components, at most, that tells held-out rows best."""
+    from sklearn.mixture import GaussianMixture
+
+    some = e[:: math.ceil(len(e) / ROWS)]
+    held = np.arange(len(some)) % HELD == HELD - 1
+
+    def fit(rows: np.ndarray, count: int) -> GaussianMixture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it has not quite converged
+            return GaussianMixture(count, reg_covar=WIDTH**2, tol=1e-2, random_state=0).fit(rows)
+
+    counts = [2**i for i in range(most.bit_length())]
+    possible = [count for count in counts[1:] if count * LEAST <= (~held).sum()]
+    scores = {k: fit(some[~held], k).score(some[held]) for k in [1, *possible] if possible}
+    return fit(some, max(scores, key=lambda k: scores[k], default=1))
