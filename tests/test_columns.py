@@ -18,9 +18,8 @@ from nelbo.estimate import Continuum, Grid, elbo
 from nelbo.model import measuring
 from nelbo.numbers import (
     ATOMS,
-    CellProbability,
     Increasing,
-    NumberDensity,
+    NumberDecoder,
     NumberMixture,
     Numbers,
 )
@@ -40,7 +39,7 @@ KNOWN = tuple(replace(c, missing=c.missing and not c.indicated) for c in COLUMNS
 
 
 def rows(n, seed=0, columns=COLUMNS):
-    """Independent columns in the order of the layout: real, cells, levels, symbols."""
+    """Independent columns in the order of the layout: numbers, levels, symbols."""
     g = torch.Generator().manual_seed(seed)
 
     def pick(weights):
@@ -78,41 +77,40 @@ def known():
     return made_of(KNOWN)
 
 
-def mixture_law(head, v, cells, given_known):
-    """log of the fitted mixture of each column, P of a cell or a density; 0 if missing."""
-    known = v.nan_to_num(300.0)[..., None]
+def mixture_law(head, v, given_known):
+    """log of the fitted mixture of numbers (N, D), P of a cell or a density, those known; (N,)."""
     knots, law = head.transform.x, head.law
-    spread = ((knots[:, 1] - knots[:, 0]) / 2)[:, None]
-    width = (1e-6 + law.spread.T.double()).sqrt()
-    gaussian = torch.distributions.Normal(law.mean.T.double(), width)
-    weight = law.log_weight.double() + law.log_share[..., -1].double()
     assert (law.log_share[..., 1:-1] == -torch.inf).all()  # nothing repeats
-    if given_known:
-        weight = weight.log_softmax(-1)
+    mean, spread = knots.mean(1), (knots[:, 1] - knots[:, 0]) / 2
+    cell = torch.tensor([place.column.precision or 1.0 for place in head.places]).double()
+    axes = law.axes.double()
+    covariance = axes @ law.spread.double().diag_embed() @ axes.mT + 1e-6 * torch.eye(v.shape[1])
+    found = []
+    for x in v:
+        known = (~x.isnan()).nonzero()[:, 0]
+        gaussian = torch.distributions.MultivariateNormal(
+            law.mean.double()[:, known], covariance[:, known][:, :, known]
+        )
+        each = law.log_weight.double() + gaussian.log_prob(((x - mean) / spread)[known])
+        if not given_known:
+            each = each + law.log_share[known, :, -1].double().sum(0)
+        found.append(each.logsumexp(0) + (cell / spread)[known].log().sum())
+    return torch.stack(found)[:, None]
 
-    def e(x):
-        return (x - knots.mean(1)[:, None]) / spread
 
-    if cells:
-        each = (gaussian.cdf(e(known + 0.25)) - gaussian.cdf(e(known - 0.25))).log()
-    else:
-        each = gaussian.log_prob(e(known)) - spread.log()
-    return torch.where(v.isnan(), 0.0, (weight + each).logsumexp(-1))
-
-
-def independent(model, x, columns=COLUMNS, given_known=True):
-    """log P(x) of each column under the law that the model starts from, (N, D)."""
+def started_from(model, x, columns=COLUMNS, given_known=True):
+    """log P(x) under the law that the model starts from, of numbers together, by column else."""
     found = []
     for group, head, v in zip(
         groups(columns), model.head.parts, model.process.split(x), strict=True
     ):
-        if group.kind in ("real", "cells"):
-            found.append(mixture_law(head, v, group.kind == "cells", given_known))
+        if group.kind == "numbers":
+            found.append(mixture_law(head, v, given_known))
         else:
             log_p = head.log_prior.double().masked_fill(~head.valid_codes(), -torch.inf)
             log_p = log_p.log_softmax(-1).expand(len(v), -1, -1)
             found.append(log_p.gather(-1, v.long()[..., None])[..., 0])
-    return torch.cat(found, 1)
+    return torch.cat(found, 1).sum(1)
 
 
 def draws_of(model, few, times, count, calls):
@@ -123,16 +121,16 @@ def draws_of(model, few, times, count, calls):
         return elbo(model, x, times, u).elbo.reshape(len(few), count).T
 
 
-def test_an_indifferent_network_costs_exactly_the_independent_law(known):
-    # Its last layer is zero: each column is then denoised exactly, and the bound is tight.
+def test_an_indifferent_network_costs_exactly_the_law_it_starts_from(known):
+    # Its last layer is zero: the rows are then denoised exactly, and the bound is tight.
     few = rows(6, 1, KNOWN)
-    truth = independent(known, few, KNOWN).sum(1)
+    truth = started_from(known, few, KNOWN)
     assert_mean(draws_of(known, few, Continuum(), 800, 8), truth, 0.25)
 
 
 def test_few_steps_are_as_tight_where_columns_are_independent(known):
     few = rows(4, 2, KNOWN)
-    truth = independent(known, few, KNOWN).sum(1)
+    truth = started_from(known, few, KNOWN)
     # The mixture steps are exact; that masks of several columns fall in one step costs nothing.
     assert_mean(draws_of(known, few, Grid([0.2, 0.6, 1.0]), 1500, None), truth, 0.1)
 
@@ -141,7 +139,7 @@ def test_a_known_number_pays_at_most_for_not_being_missing(model):
     few = rows(6, 1)
     draws = draws_of(model, few, Continuum(), 800, 8)
     error = 4 * draws.std(0) / math.sqrt(len(draws))
-    low, high = (independent(model, few, given_known=known).sum(1) for known in (False, True))
+    low, high = (started_from(model, few, given_known=known) for known in (False, True))
     assert (error < 1.0).all() and (low < high - 0.05).any()
     assert (draws.mean(0) > low - error).all() and (draws.mean(0) < high + error).all()
 
@@ -218,10 +216,10 @@ def test_numbers_integrate_and_cells_sum_to_one_in_the_units_of_the_data():
     real = replace(prediction, log_weights=prediction.log_weights.clone())
     real.log_weights[..., 1 : 1 + ATOMS] = -torch.inf
     x = torch.arange(-100000, 100000).double()[:, None] / 5000 + 1e-5
-    density = NumberDensity(made)(real, z, t, process)
+    density = NumberDecoder(made, places([Column("x", "real")]))(real, z, t, process)
     total = torch.trapezoid(density.log_prob(x).exp(), x[:, 0])
     assert total.item() == pytest.approx(1, abs=1e-3)  # the jumps at the knots
-    cells = CellProbability(made, place)(prediction, z, t, process)
+    cells = NumberDecoder(made, place)(prediction, z, t, process)
     lattice = -2.0 + 0.25 * torch.arange(-400, 800).double()[:, None]
     assert cells.log_prob(lattice).exp().sum().item() == pytest.approx(1, abs=1e-12)
     # a missing cell is decoded by its symbol alone
@@ -241,7 +239,7 @@ def test_codes_that_a_column_lacks_have_no_probability(model):
     finally:
         torch.nn.init.zeros_(model.network.last.weight)
     for group, part in zip(groups(COLUMNS), law.parts, strict=True):
-        if group.kind in ("real", "cells"):
+        if group.kind == "numbers":
             continue
         p = part.log_probs.exp()
         torch.testing.assert_close(p.sum(-1), torch.ones(p.shape[:-1]).double())

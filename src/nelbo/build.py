@@ -196,16 +196,11 @@ def _group(
             likelihood.LevelHead(),
         )
     transform = numbers.Increasing(len(group.places))
-    decoder: likelihood.Likelihood = (
-        numbers.CellProbability(transform, group.places)
-        if group.kind == "cells"
-        else numbers.NumberDensity(transform)
-    )
     return (
         numbers.Numbers(schedule, transform),
         numbers.NumberMixture(transform, group.places),
         numbers.NumberStep(),
-        decoder,
+        numbers.NumberDecoder(transform, group.places),
     )
 
 

@@ -25,6 +25,7 @@ Preset = Literal["auto", "best"]
 
 
 MANY_LEVELS = 64  # more are a scale, of which a few curves tell as much in less time
+MANY = 10_000  # examples that need no augmentation, and of a table no dropout
 SMALL = 16  # pixels of the shorter side of a small image
 LEVEL_HEADS = ("levels", "level-curves")  # of which the decoder levels and the step mixture go
 
@@ -129,16 +130,19 @@ class TrainConfig(Section):
             raise ValueError(f"grid must increase within (0, 1] and end at 1.0; got {self.grid}")
 
 
-def _for_table() -> tuple[ModelConfig, TrainConfig]:
+def _for_table(examples: int) -> tuple[ModelConfig, TrainConfig]:
     model = ModelConfig(
         process="product",
+        gamma_min=-9.0,
         head="columns",
         step="columns",
         decoder="columns",
         network="table",
-        width=256,
+        width=128,
+        depth=2,
+        dropout=0.1 if examples < MANY else 0.0,
     )
-    return model, TrainConfig(steps=3000, lr=1e-3, batch=256, augment=0.0)
+    return model, TrainConfig(steps=3000, batch=256, augment=0.0)
 
 
 def _at_least(section: Section, least: int, *names: str) -> None:
@@ -156,7 +160,7 @@ def configure(
 
     Args:
         schema: what one example is.
-        examples: how many there are to train on; few of them are augmented.
+        examples: how many there are to train on; few of them are augmented, or get dropout.
         preset: a name.
         options: fields of either section.
 
@@ -170,7 +174,7 @@ def configure(
         model = replace(model, head="level-curves")
     text = schema.alphabet is not None
     if schema.kind == "table":
-        model, train = _for_table()
+        model, train = _for_table(examples)
     elif schema.levels is None:
         model = replace(
             model, head="velocity", step="posterior", decoder="gaussian", gamma_min=-10.0
@@ -189,7 +193,7 @@ def configure(
         model = replace(model, step="posterior", decoder="evidence")
         train = replace(train, cross_entropy=0.0)
     image = len(schema.shape) == 3 and min(schema.shape[1:]) >= 4
-    if not image or examples > 10_000:
+    if not image or examples > MANY:
         train = replace(train, augment=0.0)
     network = options.get("network", "conv" if image else "transformer" if text else "mlp")
     if network == "transformer" or (image and min(schema.shape[1:]) > SMALL):

@@ -228,43 +228,11 @@ class NumberStep(Reverse):
 
 
 class _OfNumbers(Distribution):
-    """x of which T(x) is of a mixture, (..., C); where x is NaN there is nothing to say."""
+    """x of which T(x) is of a mixture, (..., C); where x is NaN there is nothing to say.
 
-    def __init__(self, prediction: MixturePrediction, transform: Increasing) -> None:
-        # given that it is not missing
-        self.log_weights = prediction.log_weights[..., 1:].double().log_softmax(-1)
-        self.atoms = prediction.mean[..., 1 : 1 + ATOMS].double()
-        self.loc = prediction.mean[..., 1 + ATOMS :].double()
-        self.scale = prediction.variance[..., 1 + ATOMS :].double().sqrt()
-        self.transform = transform
-        super().__init__(batch_shape=prediction.e_hat.shape, validate_args=False)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        missing = value.isnan()
-        found = self._log_prob(torch.where(missing, self.transform.x[:, 0], value))
-        return torch.where(missing, 0.0, found)
-
-    def _log_prob(self, x: Tensor) -> Tensor:
-        law = Normal(self.loc, self.scale, validate_args=False)
-        each = law.log_prob(self.transform(x)[..., None])
-        log_density = (self.log_weights[..., ATOMS:] + each).logsumexp(-1)
-        return log_density + self.transform.log_slope(x)
-
-    def sample(self, sample_shape: Shape = ()) -> Tensor:
-        shape = torch.Size(sample_shape)
-        chosen = Categorical(logits=self.log_weights, validate_args=False).sample(shape)[..., None]
-        values = torch.cat(
-            [
-                self.atoms.expand(*shape, *self.atoms.shape),
-                Normal(self.loc, self.scale).sample(shape),
-            ],
-            -1,
-        )
-        return self.transform.inverse(values.gather(-1, chosen)[..., 0])
-
-
-class _OfCells(_OfNumbers):
-    """The point of the lattice origin + Δ·ℤ in whose cell that x lies."""
+    Where the width Δ of a column is positive, x is the point of the lattice origin + Δ·ℤ in whose
+    cell T⁻¹ of that lies, and has a probability; elsewhere a density.
+    """
 
     def __init__(
         self,
@@ -273,44 +241,44 @@ class _OfCells(_OfNumbers):
         origin: Tensor,
         width: Tensor,
     ) -> None:
-        super().__init__(prediction, transform)
-        self.origin, self.width = origin, width
+        # given that it is not missing
+        self.log_weights = prediction.log_weights[..., 1:].double().log_softmax(-1)
+        self.atoms = prediction.mean[..., 1 : 1 + ATOMS].double()
+        self.loc = prediction.mean[..., 1 + ATOMS :].double()
+        self.scale = prediction.variance[..., 1 + ATOMS :].double().sqrt()
+        self.transform, self.origin = transform, origin
+        self.rounded, self.width = width > 0, torch.where(width > 0, width, 1.0)
+        super().__init__(batch_shape=prediction.e_hat.shape, validate_args=False)
 
-    def _log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, value: Tensor) -> Tensor:
+        missing = value.isnan()
+        x = torch.where(missing, self.transform.x[:, 0], value).double()
+        law = Normal(self.loc, self.scale, validate_args=False)
+        density = (
+            law.log_prob(self.transform(x)[..., None]) + self.transform.log_slope(x)[..., None]
+        )
         lower, upper = (
             self.transform(x + d)[..., None] for d in (-self.width / 2, self.width / 2)
         )
-        spread = log_between(*((v - self.loc) / self.scale for v in (lower, upper)))
-        repeats = torch.where((lower < self.atoms) & (self.atoms <= upper), 0.0, -torch.inf)
-        return (self.log_weights + torch.cat([repeats, spread], -1)).logsumexp(-1)
+        of_cell = log_between(*((v - self.loc) / self.scale for v in (lower, upper)))
+        rounded = self.rounded[..., None]
+        repeats = (lower < self.atoms) & (self.atoms <= upper) & rounded
+        each = [torch.where(repeats, 0.0, -torch.inf), torch.where(rounded, of_cell, density)]
+        found = (self.log_weights + torch.cat(each, -1)).logsumexp(-1)
+        return torch.where(missing, 0.0, found)
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
-        x = super().sample(sample_shape)
-        return self.origin + self.width * ((x - self.origin) / self.width).round()
+        shape = torch.Size(sample_shape)
+        chosen = Categorical(logits=self.log_weights, validate_args=False).sample(shape)[..., None]
+        atoms = self.atoms.expand(*shape, *self.atoms.shape)
+        values = torch.cat([atoms, Normal(self.loc, self.scale).sample(shape)], -1)
+        x = self.transform.inverse(values.gather(-1, chosen)[..., 0])
+        point = self.origin + self.width * ((x - self.origin) / self.width).round()
+        return torch.where(self.rounded, point, x)
 
 
-class NumberDensity(Likelihood):
-    """P(e|z_1) as a density in the units of x.
-
-    Args:
-        transform: T.
-    """
-
-    density = True
-
-    def __init__(self, transform: Increasing) -> None:
-        super().__init__()
-        self.transform = transform
-
-    def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
-    ) -> Independent:
-        assert isinstance(prediction, MixturePrediction)
-        return per_example(_OfNumbers(prediction, self.transform))
-
-
-class CellProbability(Likelihood):
-    """The same law, of the points of a lattice: P of the cell of width Δ around each.
+class NumberDecoder(Likelihood):
+    """P(e|z_1) as a density in the units of x, or as P of the cell of width Δ around x.
 
     Args:
         transform: T.
@@ -323,9 +291,10 @@ class CellProbability(Likelihood):
     def __init__(self, transform: Increasing, places: Sequence[Place]) -> None:
         super().__init__()
         self.transform = transform
+        self.density = any(place.column.kind == "real" for place in places)
         for name, values in (
-            ("origin", [place.column.low for place in places]),
-            ("cell", [place.column.precision for place in places]),
+            ("origin", [place.column.low or 0.0 for place in places]),
+            ("cell", [place.column.precision or 0.0 for place in places]),
         ):
             number = torch.tensor(values, dtype=torch.float64)
             self.register_buffer(name, number, persistent=False)
@@ -334,4 +303,4 @@ class CellProbability(Likelihood):
         self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
     ) -> Independent:
         assert isinstance(prediction, MixturePrediction)
-        return per_example(_OfCells(prediction, self.transform, self.origin, self.cell))
+        return per_example(_OfNumbers(prediction, self.transform, self.origin, self.cell))
