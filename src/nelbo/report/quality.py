@@ -21,6 +21,7 @@ from nelbo.report.tables import known
 SEEN = 20_000  # rows of the training data that others are compared with, at most
 TARGETS = 12  # columns that are predicted, at most
 TREES = 100
+BINS = 20  # of distances
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def figure(of_pairs: Pairs, of_rows: Copies) -> str:
         left.set(xlabel="correlation in rows seen", ylabel="in others", title="pairs of columns")
         least = 1e-3 * max(of_rows.held.max(), of_rows.made.max(), 1e-9)
         log = [np.log10(np.maximum(v, least)) for v in (of_rows.held, of_rows.made)]
-        edges = np.linspace(min(v.min() for v in log), max(v.max() for v in log) + 1e-9, 31)
+        edges = np.linspace(min(v.min() for v in log), max(v.max() for v in log) + 1e-9, BINS + 1)
         for v, colour, name in zip(
             log, (figures.ORANGE, figures.BLUE), ("real, held out", "synthetic"), strict=True
         ):

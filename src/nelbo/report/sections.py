@@ -297,8 +297,9 @@ def quality(found: Quality) -> str:
     return _section(
         "Synthetic rows",
         f"{made} synthetic rows beside {held} real ones that were held out, both compared with"
-        f" the rows of training. Rank correlations of pairs of columns are {pairs.difference:.3f}"
-        f" apart on average, for as many held-out rows {pairs.expected:.3f}. A synthetic row is"
+        f" the rows of training. Rank correlations of pairs of columns differ from theirs by"
+        f" {pairs.difference:.3f} on average, those of as many held-out rows by"
+        f" {pairs.expected:.3f}. A synthetic row is"
         f" nearer to the training rows than a held-out one with probability {share:.2f} ±"
         f" {error:.2f} (new rows 0.5, copies 1); {of_made} synthetic and {of_held} held-out rows"
         " equal a training row. The table has the share of held-out rows in which a random forest"
