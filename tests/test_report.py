@@ -1,5 +1,6 @@
 """The page about a run: its numbers are the bound's, it stands alone, it follows from the seed."""
 
+import importlib
 import re
 import shlex
 from dataclasses import replace
@@ -259,7 +260,7 @@ def test_the_best_grids_stand_before_the_uniform_ones(digits):
 
 def test_a_table_is_compared_with_synthetic_rows(tmp_path, monkeypatch):
     pytest.importorskip("polars")
-    monkeypatch.setattr("nelbo.report.SYNTHETIC", 40)
+    monkeypatch.setattr(importlib.import_module("nelbo.report"), "SYNTHETIC", 40)
     random = np.random.default_rng(5)
     rows = [f"{random.normal():.7f},{i % 7 / 2},{random.choice(['a', '<b>'])}" for i in range(60)]
     rows[3] = ",1.5,a"
