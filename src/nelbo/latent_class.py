@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROWS = 16_384  # that the mixture is fitted to, at most
 HELD = 5  # each so manieth of them chooses the number of components
-LEAST = 4  # rows for each component
+LEAST = 4  # rows for each component, at least; and as many as columns
 APART = 0.1  # of its width that a copy of a component is moved
 WIDTH = 0.01  # of a component at least, standard deviations of a column
 
@@ -114,7 +114,7 @@ class LatentClasses(nn.Module):
 
 
 def _fit(e: np.ndarray, most: int) -> "GaussianMixture":
-    """The mixture of so many components, at most, that tells held-out rows best."""
+    """The mixture of 1, 2, 4 .. components after which held-out rows are told no better."""
     from sklearn.mixture import GaussianMixture
 
     some = e[:: math.ceil(len(e) / ROWS)]
@@ -125,7 +125,12 @@ def _fit(e: np.ndarray, most: int) -> "GaussianMixture":
             warnings.simplefilter("ignore")  # that it has not quite converged
             return GaussianMixture(count, reg_covar=WIDTH**2, tol=1e-2, random_state=0).fit(rows)
 
-    counts = [2**i for i in range(most.bit_length())]
-    possible = [count for count in counts[1:] if count * LEAST <= (~held).sum()]
-    scores = {k: fit(some[~held], k).score(some[held]) for k in [1, *possible] if possible}
-    return fit(some, max(scores, key=lambda k: scores[k], default=1))
+    best, count = -math.inf, 1
+    for k in (2**i for i in range(most.bit_length())):
+        if not held.any() or k * max(LEAST, e.shape[1]) > (~held).sum():
+            break
+        score = fit(some[~held], k).score(some[held])
+        if score <= best:
+            break
+        best, count = score, k
+    return fit(some, count)
