@@ -32,7 +32,7 @@ COLUMNS = (
     Column("age", "rounded", 1.0, 0.0, 6.0, missing=True),
     Column("income", "real", missing=True),
     Column("flag", "boolean", categories=("0", "1")),
-    Column("height", "rounded", 0.5, 100.0, 600.0, missing=True),
+    Column("height", "rounded", 0.001, 100.0, 600.0, missing=True),
 )
 #: the same, with all numbers known
 KNOWN = tuple(replace(c, missing=c.missing and not c.indicated) for c in COLUMNS)
@@ -47,7 +47,7 @@ def rows(n, seed=0, columns=COLUMNS):
         return torch.multinomial(weights, n, replacement=True, generator=g).double()
 
     income = 3 + 2 * torch.randn(n, generator=g, dtype=torch.float64)
-    height = (300 + 40 * torch.randn(n, generator=g, dtype=torch.float64)).mul(2).round() / 2
+    height = (300 + 40 * torch.randn(n, generator=g, dtype=torch.float64)).mul(1000).round() / 1000
     no_income, no_height = pick([0.7, 0.3]), pick([0.9, 0.1])
     if columns is COLUMNS:
         income[no_income == 1], height[no_height == 1] = torch.nan, torch.nan

@@ -61,7 +61,7 @@ def test_what_repeats_is_known_from_other_columns():
     first = np.where(low, -1.0, 1.0) + 0.1 * random.normal(size=600)
     second = np.where(low, 0.0, random.normal(size=600))
     e = torch.from_numpy(np.stack([first, second], 1))
-    special = torch.from_numpy(np.stack([0 * low, low], 1) > 0)[..., None]
+    special = torch.from_numpy(np.stack([0 * low + 1, 1 - low], 1))
     law = LatentClasses(2, 8, 1)
     law.start_from(e, special)
     z = torch.tensor([[-1.0, 0.3], [1.0, 0.3]]).double()

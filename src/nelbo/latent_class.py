@@ -59,7 +59,7 @@ class LatentClasses(nn.Module):
         self.register_buffer("log_share", torch.cat([none, torch.zeros(d, k, 1)], 2))
 
     def start_from(self, e: Tensor, special: Tensor) -> None:
-        """Fit to rows e, (N, D), of which special, (N, D, S) booleans, are no Gaussian."""
+        """Fit to rows e, (N, D); which special value each is, (N, D) integers, S if none."""
         found = _fit(e.numpy(), len(self.log_weight))
         weight, mean, covariance, belongs = map(
             torch.from_numpy,
@@ -76,8 +76,11 @@ class LatentClasses(nn.Module):
         self.mean.copy_(mean[of] + torch.einsum("kde,ke->kd", axes, moved))
         self.spread.copy_(variance)
         self.axes.copy_(axes)
-        counts = torch.einsum("nk,nds->dks", belongs, special.double())
-        overall = special.double().mean(0)[:, None]  # counts as one row more of each class
+        counts = belongs.new_zeros(e.shape[1], self.log_share.shape[2], belongs.shape[1])
+        for of_column, which in zip(counts, special.T, strict=True):
+            of_column.index_add_(0, which, belongs)
+        counts = counts[:, :-1].mT  # of each special value in each class, (D, K, S)
+        overall = counts.sum(1, keepdim=True) / len(e)  # counts as one row more of each class
         shares = (counts + overall) / (belongs.sum(0)[:, None] + 1)
         rest = (1 - shares.sum(2, keepdim=True)).clamp(min=1 / len(e))
         self.log_share.copy_(torch.cat([shares, rest], 2)[:, of].log())
@@ -105,7 +108,7 @@ class LatentClasses(nn.Module):
         log_others = log_joint[..., None] + (tau.log() + pulled.square() * tau) / 2
         log_class = log_others.log_softmax(1).transpose(1, 2)  # log P(k|z_-i), (B, D, K)
         log_share = self.log_share.to(z)
-        special = (log_class[..., None] + log_share[..., :-1]).logsumexp(2)
+        special = torch.einsum("bdk,dks->bds", log_class.exp(), log_share[..., :-1].exp()).log()
         log_weights = torch.cat([special, log_class + log_share[..., -1]], -1)
         mean = mean + (y - tau * pulled) / a.sqrt()
         # (τ-(1-α))/α without the difference: P_ii τ = 1, and Σ_e U_ie² = 1

@@ -38,8 +38,10 @@ from nelbo.reverse import Reverse
 from nelbo.schedules import Schedule
 
 COMPONENTS = 32  # of the mixture
-ATOMS = 16  # values of a column that repeat, at most
-FREQUENT = 0.01  # share of the rows that makes a value one of them
+ATOMS = 512  # values of a column that repeat, at most
+OWN = 16  # of them that the network weighs one by one, the others all alike
+REPEATS = 5  # rows that make a value one of them ..
+FREQUENT = 5e-4  # .. and the share of all rows
 NARROWEST = 1e-3  # s of a component, in standard deviations of the column
 
 
@@ -153,26 +155,32 @@ class NumberMixture(Head):
         places: the columns.
     """
 
-    valid: Tensor
     atoms: Tensor
 
     def __init__(self, transform: Increasing, places: Sequence[Place]) -> None:
         super().__init__()
         self.transform, self.places = transform, places
         columns = len(places)
-        self.outputs = 1 + ATOMS + 3 * COMPONENTS
+        self.outputs = 1 + OWN + 1 + 3 * COMPONENTS
         self.law = LatentClasses(columns, COMPONENTS, 1 + ATOMS)
         self.register_buffer("atoms", torch.zeros(columns, ATOMS, dtype=torch.float64))
+
+    @property
+    def numbers(self) -> int:
+        return 1 + ATOMS + COMPONENTS
 
     def start_from(self, x: Tensor) -> None:
         """Fit the mixture, and find the values that repeat, in x, (N, D)."""
         e, blurred = self.transform(x), self._blurred(x)
-        special = torch.zeros(*x.shape, 1 + ATOMS, dtype=torch.bool)
-        special[..., 0] = e.isnan()
+        special = torch.where(e.isnan(), 0, 1 + ATOMS)
         for i, place in enumerate(self.places):
             values = _repeats(e[:, i]) if place.column.precision else e[:0, i]
             self.atoms[i, : len(values)] = values
-            special[:, i, 1 : 1 + len(values)] = e[:, i, None] == values
+            if len(values):
+                ordered, order = values.sort()
+                at = torch.searchsorted(ordered, e[:, i].contiguous()).clamp(max=len(values) - 1)
+                equal = ordered[at] == e[:, i]
+                special[equal, i] = 1 + order[at[equal]]
         self.law.start_from(blurred, special)
 
     def _blurred(self, x: Tensor) -> Tensor:
@@ -185,7 +193,8 @@ class NumberMixture(Head):
         return torch.where(e.isnan(), noise, e)
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> MixturePrediction:
-        logits, shift, wider = output.split([1 + ATOMS + COMPONENTS, COMPONENTS, COMPONENTS], -1)
+        own, others, logits, shift, wider = output.split([1 + OWN, 1, *3 * [COMPONENTS]], -1)
+        logits = torch.cat([own, others.expand(*z.shape, ATOMS - OWN), logits], -1)
         alpha, noise = process.alpha(t), process.log_one_minus_alpha(t).exp()
         log_weights, mean, variance = self.law(z, alpha, noise)
         mean = mean + variance.sqrt() * shift
@@ -208,7 +217,7 @@ def _repeats(e: Tensor) -> Tensor:
     """Values of a column, (N,), that are frequent enough to be atoms, the most frequent first."""
     values, counts = e[~e.isnan()].unique(return_counts=True)
     order = counts.argsort(descending=True)[:ATOMS]
-    return values[order][counts[order] >= max(FREQUENT * len(e), 5)]
+    return values[order][counts[order] >= max(REPEATS, FREQUENT * len(e))]
 
 
 class NumberStep(Reverse):
