@@ -25,7 +25,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
-ROWS = 16_384  # that the mixture is fitted to, at most
+ROWS = 16_384  # on which the number of components is chosen, at most
+FITTED = (65_536, 2**22)  # rows that the mixture is fitted to: at most; and times D², or ROWS
 HELD = 5  # each so manieth of them chooses the number of components
 LEAST = 4  # rows for each component, at least; and as many as columns
 APART = 0.1  # of its width that a copy of a component is moved
@@ -120,7 +121,7 @@ def _fit(e: np.ndarray, most: int) -> "GaussianMixture":
     """The mixture of 1, 2, 4 .. components after which held-out rows are told no better."""
     from sklearn.mixture import GaussianMixture
 
-    some = e[:: math.ceil(len(e) / ROWS)]
+    some = _thinned(e, ROWS)
     held = np.arange(len(some)) % HELD == HELD - 1
 
     def fit(rows: np.ndarray, count: int) -> GaussianMixture:
@@ -136,4 +137,8 @@ def _fit(e: np.ndarray, most: int) -> "GaussianMixture":
         if score <= best:
             break
         best, count = score, k
-    return fit(some, count)
+    return fit(_thinned(e, max(ROWS, min(FITTED[0], FITTED[1] // e.shape[1] ** 2))), count)
+
+
+def _thinned(e: np.ndarray, most: int) -> np.ndarray:
+    return e[:: math.ceil(len(e) / most)]

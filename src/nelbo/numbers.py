@@ -37,7 +37,7 @@ from nelbo.process import Gaussian, Process, per_example
 from nelbo.reverse import Reverse
 from nelbo.schedules import Schedule
 
-COMPONENTS = 32  # of the mixture
+COMPONENTS = 128  # of the mixture, at most
 ATOMS = 512  # values of a column that repeat, at most
 OWN = 16  # of them that the network weighs one by one, the others all alike
 REPEATS = 5  # rows that make a value one of them ..
@@ -145,7 +145,7 @@ class MixturePrediction(Prediction):
 
 
 class NumberMixture(Head):
-    """The network gives logits of the components, shifts of their means, and wider ones.
+    """The network gives logits of the components, and moves and widens those of a column alike.
 
     Without it each column has the law that a mixture fitted to whole rows gives it; see
     `latent_class`.
@@ -161,7 +161,7 @@ class NumberMixture(Head):
         super().__init__()
         self.transform, self.places = transform, places
         columns = len(places)
-        self.outputs = 1 + OWN + 1 + 3 * COMPONENTS
+        self.outputs = 1 + OWN + 1 + COMPONENTS + 2
         self.law = LatentClasses(columns, COMPONENTS, 1 + ATOMS)
         self.register_buffer("atoms", torch.zeros(columns, ATOMS, dtype=torch.float64))
 
@@ -193,7 +193,7 @@ class NumberMixture(Head):
         return torch.where(e.isnan(), noise, e)
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> MixturePrediction:
-        own, others, logits, shift, wider = output.split([1 + OWN, 1, *3 * [COMPONENTS]], -1)
+        own, others, logits, shift, wider = output.split([1 + OWN, 1, COMPONENTS, 1, 1], -1)
         logits = torch.cat([own, others.expand(*z.shape, ATOMS - OWN), logits], -1)
         alpha, noise = process.alpha(t), process.log_one_minus_alpha(t).exp()
         log_weights, mean, variance = self.law(z, alpha, noise)
