@@ -68,7 +68,7 @@ def ours(
     learner = Learner(model, config, dataset)
     best = learner.fit(patience=MEASUREMENTS)
     took = time.process_time() - started
-    found = evaluate(best, dataset.splits["test"], calls=64)
+    found = evaluate(best, dataset.splits["test"])
     error = found.standard_error.total
     if found.bits_per_dim:
         error *= found.nats / found.bits_per_dim

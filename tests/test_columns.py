@@ -17,7 +17,6 @@ from nelbo.data.layout import Column, groups, places
 from nelbo.estimate import Continuum, Grid, elbo
 from nelbo.model import measuring
 from nelbo.numbers import (
-    ATOMS,
     Increasing,
     NumberDecoder,
     NumberMixture,
@@ -80,20 +79,23 @@ def known():
 def mixture_law(head, v, given_known):
     """log of the fitted mixture of numbers (N, D), P of a cell or a density, those known; (N,)."""
     knots, law = head.transform.x, head.law
-    assert (law.log_share[..., 1:-1] == -torch.inf).all()  # nothing repeats
+    count, special = law.used.tolist()
+    assert special == 1  # nothing repeats
     mean, spread = knots.mean(1), (knots[:, 1] - knots[:, 0]) / 2
     cell = torch.tensor([place.column.precision or 1.0 for place in head.places]).double()
-    axes = law.axes.double()
-    covariance = axes @ law.spread.double().diag_embed() @ axes.mT + 1e-6 * torch.eye(v.shape[1])
+    axes = law.axes[:count].double()
+    covariance = axes @ law.spread[:count].double().diag_embed() @ axes.mT + 1e-6 * torch.eye(
+        v.shape[1]
+    )
     found = []
     for x in v:
         known = (~x.isnan()).nonzero()[:, 0]
         gaussian = torch.distributions.MultivariateNormal(
-            law.mean.double()[:, known], covariance[:, known][:, :, known]
+            law.mean.double()[:count, known], covariance[:, known][:, :, known]
         )
-        each = law.log_weight.double() + gaussian.log_prob(((x - mean) / spread)[known])
+        each = law.log_weight[:count].double() + gaussian.log_prob(((x - mean) / spread)[known])
         if not given_known:
-            each = each + law.log_share[known, :, -1].double().sum(0)
+            each = each + law.log_rest[known, :count].double().sum(0)
         found.append(each.logsumexp(0) + (cell / spread)[known].log().sum())
     return torch.stack(found)[:, None]
 
@@ -211,15 +213,15 @@ def test_numbers_integrate_and_cells_sum_to_one_in_the_units_of_the_data():
     column_of = torch.randn(500, 1, generator=torch.Generator().manual_seed(0)).double()
     column_of[:100] = 0.0  # a value that repeats
     head.start_from(column_of.div(0.25).round().mul(0.25))
-    assert (head.law.log_share[0, :, 1] > -torch.inf).all()
+    assert (head.law.log_share[0, : head.law.used[0], 1] > -torch.inf).all()
     prediction = head(torch.zeros(1, 1, head.outputs).double(), z, t, process)
     real = replace(prediction, log_weights=prediction.log_weights.clone())
-    real.log_weights[..., 1 : 1 + ATOMS] = -torch.inf
+    real.log_weights[..., 1 : head.law.used[1]] = -torch.inf
     x = torch.arange(-100000, 100000).double()[:, None] / 5000 + 1e-5
-    density = NumberDecoder(made, places([Column("x", "real")]))(real, z, t, process)
+    density = NumberDecoder(made, places([Column("x", "real")]), head.law)(real, z, t, process)
     total = torch.trapezoid(density.log_prob(x).exp(), x[:, 0])
     assert total.item() == pytest.approx(1, abs=1e-3)  # the jumps at the knots
-    cells = NumberDecoder(made, place)(prediction, z, t, process)
+    cells = NumberDecoder(made, place, head.law)(prediction, z, t, process)
     lattice = -2.0 + 0.25 * torch.arange(-400, 800).double()[:, None]
     assert cells.log_prob(lattice).exp().sum().item() == pytest.approx(1, abs=1e-12)
     # a missing cell is decoded by its symbol alone

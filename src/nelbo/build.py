@@ -196,11 +196,12 @@ def _group(
             likelihood.LevelHead(),
         )
     transform = numbers.Increasing(len(group.places))
+    mixture = numbers.NumberMixture(transform, group.places)
     return (
         numbers.Numbers(schedule, transform),
-        numbers.NumberMixture(transform, group.places),
+        mixture,
         numbers.NumberStep(),
-        numbers.NumberDecoder(transform, group.places),
+        numbers.NumberDecoder(transform, group.places, mixture.law),
     )
 
 

@@ -155,7 +155,8 @@ class NumberMixture(Head):
         places: the columns.
     """
 
-    atoms: Tensor
+    law: LatentClasses
+    special: Tensor
 
     def __init__(self, transform: Increasing, places: Sequence[Place]) -> None:
         super().__init__()
@@ -163,7 +164,8 @@ class NumberMixture(Head):
         columns = len(places)
         self.outputs = 1 + OWN + 1 + COMPONENTS + 2
         self.law = LatentClasses(columns, COMPONENTS, 1 + ATOMS)
-        self.register_buffer("atoms", torch.zeros(columns, ATOMS, dtype=torch.float64))
+        # means of what is missing, and of values that repeat
+        self.register_buffer("special", torch.zeros(columns, 1 + ATOMS, dtype=torch.float64))
 
     @property
     def numbers(self) -> int:
@@ -175,7 +177,7 @@ class NumberMixture(Head):
         special = torch.where(e.isnan(), 0, 1 + ATOMS)
         for i, place in enumerate(self.places):
             values = _repeats(e[:, i]) if place.column.precision else e[:0, i]
-            self.atoms[i, : len(values)] = values
+            self.special[i, 1 : 1 + len(values)] = values
             if len(values):
                 ordered, order = values.sort()
                 at = torch.searchsorted(ordered, e[:, i].contiguous()).clamp(max=len(values) - 1)
@@ -193,16 +195,18 @@ class NumberMixture(Head):
         return torch.where(e.isnan(), noise, e)
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> MixturePrediction:
+        components, special = self.law.used.tolist()
         own, others, logits, shift, wider = output.split([1 + OWN, 1, COMPONENTS, 1, 1], -1)
-        logits = torch.cat([own, others.expand(*z.shape, ATOMS - OWN), logits], -1)
+        of_special = torch.cat([own, others.expand(*z.shape, ATOMS - OWN)], -1)
+        logits = torch.cat([of_special[..., :special], logits[..., :components]], -1)
         alpha, noise = process.alpha(t), process.log_one_minus_alpha(t).exp()
         log_weights, mean, variance = self.law(z, alpha, noise)
         mean = mean + variance.sqrt() * shift
         variance = NARROWEST**2 + variance * (2 * wider).exp()
-        atoms = self.atoms.to(z).expand(len(z), -1, -1)
-        zero = torch.zeros_like(mean[..., :1])
-        mean = torch.cat([zero, atoms, mean], -1)
-        variance = torch.cat([zero + 1, torch.zeros_like(atoms), variance], -1)
+        of_special = self.special[:, :special].to(z).expand(len(z), -1, -1)
+        exact = torch.zeros_like(of_special)
+        exact[..., 0] = 1  # what is missing is N(0, 1)
+        mean, variance = torch.cat([of_special, mean], -1), torch.cat([exact, variance], -1)
         alpha, noise = over(alpha, mean), over(noise, mean)
         total = alpha * variance + noise
         error = z[..., None] - alpha.sqrt() * mean
@@ -246,15 +250,16 @@ class _OfNumbers(Distribution):
     def __init__(
         self,
         prediction: MixturePrediction,
+        special: int,
         transform: Increasing,
         origin: Tensor,
         width: Tensor,
     ) -> None:
         # given that it is not missing
         self.log_weights = prediction.log_weights[..., 1:].double().log_softmax(-1)
-        self.atoms = prediction.mean[..., 1 : 1 + ATOMS].double()
-        self.loc = prediction.mean[..., 1 + ATOMS :].double()
-        self.scale = prediction.variance[..., 1 + ATOMS :].double().sqrt()
+        self.atoms = prediction.mean[..., 1:special].double()
+        self.loc = prediction.mean[..., special:].double()
+        self.scale = prediction.variance[..., special:].double().sqrt()
         self.transform, self.origin = transform, origin
         self.rounded, self.width = width > 0, torch.where(width > 0, width, 1.0)
         super().__init__(batch_shape=prediction.e_hat.shape, validate_args=False)
@@ -292,14 +297,15 @@ class NumberDecoder(Likelihood):
     Args:
         transform: T.
         places: the columns.
+        law: that of the head, which knows how many components are Gaussians.
     """
 
     origin: Tensor
     cell: Tensor
 
-    def __init__(self, transform: Increasing, places: Sequence[Place]) -> None:
+    def __init__(self, transform: Increasing, places: Sequence[Place], law: LatentClasses) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform, self.law = transform, law
         self.density = any(place.column.kind == "real" for place in places)
         for name, values in (
             ("origin", [place.column.low or 0.0 for place in places]),
@@ -312,4 +318,6 @@ class NumberDecoder(Likelihood):
         self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
     ) -> Independent:
         assert isinstance(prediction, MixturePrediction)
-        return per_example(_OfNumbers(prediction, self.transform, self.origin, self.cell))
+        _, special = self.law.used.tolist()
+        parts = prediction, special, self.transform, self.origin, self.cell
+        return per_example(_OfNumbers(*parts))
