@@ -45,7 +45,7 @@ UCI = ("concrete", "energy", "power-plant", "wine-quality-red", "protein-tertiar
 DEBD = ("nltcs", "plants", "jester", "dna", "accidents", "mushrooms")
 DRAWS = 32  # points of a test row's cell
 COMPONENTS = (1, 2, 4, 8, 16, 32, 64)
-MEASUREMENTS = 20  # on validation while training
+MEASUREMENTS = 10  # on validation while training
 
 Rows = dict[str, np.ndarray]  # by split, (N, D)
 LogDensity = Callable[[np.ndarray], np.ndarray]  # of rows (N, D): (N,), nats

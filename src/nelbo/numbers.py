@@ -41,7 +41,7 @@ COMPONENTS = 128  # of the mixture, at most
 ATOMS = 512  # values of a column that repeat, at most
 OWN = 16  # of them that the network weighs one by one, the others all alike
 REPEATS = 5  # rows that make a value one of them ..
-FREQUENT = 5e-4  # .. and the share of all rows
+RARE, FREQUENT = 5e-4, 0.01  # .. and the share of all rows; for a frequent value
 NARROWEST = 1e-3  # s of a component, in standard deviations of the column
 
 
@@ -176,7 +176,8 @@ class NumberMixture(Head):
         e, blurred = self.transform(x), self._blurred(x)
         special = torch.where(e.isnan(), 0, 1 + ATOMS)
         for i, place in enumerate(self.places):
-            values = _repeats(e[:, i]) if place.column.precision else e[:0, i]
+            column = place.column
+            values = _repeats(e[:, i], column.points) if column.precision else e[:0, i]
             self.special[i, 1 : 1 + len(values)] = values
             if len(values):
                 ordered, order = values.sort()
@@ -217,11 +218,19 @@ class NumberMixture(Head):
         return MixturePrediction(e_hat, log_weights, mean, variance * noise / total)
 
 
-def _repeats(e: Tensor) -> Tensor:
-    """Values of a column, (N,), that are frequent enough to be atoms, the most frequent first."""
+def _repeats(e: Tensor, points: int) -> Tensor:
+    """Values of a column, (N,), of a lattice that are atoms of it, the most frequent first.
+
+    Some frequent ones; all that repeat only where most rows have them, and few of the points are
+    among them: else cells do as well.
+    """
     values, counts = e[~e.isnan()].unique(return_counts=True)
     order = counts.argsort(descending=True)[:ATOMS]
-    return values[order][counts[order] >= max(REPEATS, FREQUENT * len(e))]
+    values, counts = values[order], counts[order]
+    repeat = counts >= max(REPEATS, RARE * len(e))
+    if 4 * repeat.sum() < points and 2 * counts[repeat].sum() > len(e):
+        return values[repeat]
+    return values[counts >= max(REPEATS, FREQUENT * len(e))][:OWN]
 
 
 class NumberStep(Reverse):
