@@ -1,67 +1,159 @@
 """Test log-likelihood of tables: nelbo, a neural spline flow and a Gaussian mixture in one run.
 
-    python benchmarks/density.py --data DATA [--only wine-quality-red nltcs] [--seconds 120]
-        [--json out.json] [--try width=128 lr=2e-3]
+    python benchmarks/density.py DATA [--only wine-quality-red nltcs] [--seconds 120] [--alone]
+        [--as-recorded] [--json out.json]
 
 DATA holds uci_regression/NAME.npz (x, y, test_idx; published split 0, y appended as a column) and
-debd/NAME.npz (train, valid, test; binary). Each model has `--seconds` of one processor for a set.
+debd/NAME.npz (train, valid, test; binary). Each model has `--seconds` of one processor for a set,
+and keeps its best state on a tenth of the training rows (debd: its valid split). nelbo's settings
+are those of `nelbo train`, with as many steps as the time allows. Higher is better.
 
-UCI, nats per row, higher is better. The values are recorded to a precision Δ, found by
-`infer_columns`. nelbo states P of the recorded values; spread evenly over their cells that is a
-density, log P - Σ log Δ. The flow and the mixture are densities of values with uniform noise of
-width Δ added ("cells": fitted and measured so; the mean over the noise is a bound on the same
-quantity), and of the values as they are ("as recorded"), which has no upper limit where values
-repeat. Gaussian mixture: components 1..64 by validation.
+UCI, nats per row. The values are recorded to a precision Δ (`infer_columns` finds it), so the
+density of a recorded value has no upper limit: a model may put a spike on each. What can be
+compared is P of the cell of width Δ around each value, over its width: log P - Σ log Δ, nelbo's
+own statement. The flow and the mixture are trained on values with uniform noise of width Δ added,
+and their log P of a test row is the logarithm of the mean density at DRAWS points of its cell,
+at least as high as the usual dequantisation bound, the mean of the logarithm. Real columns have
+Δ = 0. --as-recorded adds both trained and measured at the values as they are.
 
-debd, nats per row: nelbo's absorbing process.
+debd, nats per row: nelbo alone, with `--process absorbing`.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
+from scipy.special import logsumexp
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
-from nelbo.config import TrainConfig, configure
+from nelbo.config import configure
 from nelbo.data import Dataset, Schema, tables
 from nelbo.data.inference import infer_columns
 from nelbo.data.layout import log_cells
 from nelbo.evaluate import evaluate
 from nelbo.learner import Learner
 
-UCI = (
-    "concrete",
-    "energy",
-    "power-plant",
-    "wine-quality-red",
-    "protein-tertiary-structure",
-)
+UCI = ("concrete", "energy", "power-plant", "wine-quality-red", "protein-tertiary-structure")
 DEBD = ("nltcs", "plants", "jester", "dna", "accidents", "mushrooms")
-DRAWS = 16  # of the noise, per test row
-Options = dict[str, str | int | float]
+DRAWS = 32  # points of a test row's cell
+COMPONENTS = (1, 2, 4, 8, 16, 32, 64)
+MEASUREMENTS = 10  # on validation while training
+
+Rows = dict[str, np.ndarray]  # by split, (N, D)
+LogDensity = Callable[[np.ndarray], np.ndarray]  # of rows (N, D): (N,), nats
 
 
-def uci(path: Path) -> tuple[dict[str, np.ndarray], Schema, np.ndarray]:
-    """Rows by split, the schema of all of them, and the width of each column's cell (0: none)."""
+def ours(
+    dataset: Dataset, seconds: float, **options: str
+) -> tuple[float, float, dict[str, float]]:
+    """Test bound and its standard error in nats per row, and how it came about."""
+    model, config = configure(dataset.schema, len(dataset.splits["train"]), **options)
+    probe, tries = Learner(model, config, dataset), 10
+    probe.step()
+    started = time.process_time()
+    for _ in range(tries):
+        probe.step()
+    each = (time.process_time() - started) / tries
+    steps = max(100, int(0.8 * seconds / each))  # the rest is for validation, and to begin with
+    config = replace(config, steps=steps, evaluate_every=max(1, steps // MEASUREMENTS))
+    started = time.process_time()
+    learner = Learner(model, config, dataset)
+    best = learner.fit(patience=MEASUREMENTS)
+    took = time.process_time() - started
+    found = evaluate(best, dataset.splits["test"])
+    error = found.standard_error.total
+    if found.bits_per_dim:
+        error *= found.nats / found.bits_per_dim
+    about = {"steps": steps, "best": learner.at.best_step, "seconds": round(took)}
+    return -found.nats, error, about
+
+
+def mixture(train: np.ndarray, validation: np.ndarray, seconds: float) -> LogDensity:
+    """The Gaussian mixture whose number of components is best on validation."""
+    best, until = (-np.inf, None), time.process_time() + seconds
+    for components in COMPONENTS:
+        if components * 4 > len(train) or time.process_time() > until:
+            break
+        fitted = GaussianMixture(components, n_init=2, reg_covar=1e-6, random_state=0).fit(train)
+        best = max(best, (fitted.score(validation), fitted), key=lambda pair: pair[0])
+    return best[1].score_samples
+
+
+def flow(batches: Iterator[np.ndarray], validation: np.ndarray, seconds: float) -> LogDensity:
+    """zuko's neural spline flow, trained as nelbo is: AdamW, cosine decay over the time there is,
+    the best on validation kept; it stops early where a quarter of the time brings nothing."""
+    import zuko
+
+    torch.manual_seed(0)
+    made = zuko.flows.NSF(validation.shape[1], transforms=3, hidden_features=(128, 128))
+    optimizer = torch.optim.AdamW(made.parameters(), lr=2e-3, weight_decay=1e-4)
+
+    def log_density(rows: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            parts = torch.as_tensor(rows, dtype=torch.float32).split(4096)
+            return torch.cat([made().log_prob(part) for part in parts]).double().numpy()
+
+    best, kept, since, started, measured = -np.inf, made.state_dict(), 0.0, time.process_time(), 0
+    while (share := (time.process_time() - started) / seconds) < 1 and share - since < 0.25:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * 0.5 * (1 + np.cos(np.pi * share))
+        loss = -made().log_prob(torch.as_tensor(next(batches), dtype=torch.float32)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(made.parameters(), 5.0)
+        optimizer.step()
+        if share * 2 * MEASUREMENTS > measured:
+            measured += 1
+            if (value := log_density(validation).mean()) > best:
+                best, since = value, share
+                kept = {k: v.clone() for k, v in made.state_dict().items()}
+    made.load_state_dict(kept)
+    return log_density
+
+
+def baselines(parts: Rows, width: np.ndarray, seconds: float) -> dict[str, float]:
+    """Mean test log-density in the units of the columns, of values that noise of `width` blurs."""
+    random = np.random.default_rng(1)
+    mean, spread = parts["train"].mean(0), parts["train"].std(0)
+
+    def seen(rows: np.ndarray) -> np.ndarray:
+        return (rows + width * (random.random(rows.shape) - 0.5) - mean) / spread
+
+    def batches() -> Iterator[np.ndarray]:
+        while True:
+            yield seen(parts["train"][random.integers(0, len(parts["train"]), 256)])
+
+    validation = seen(np.concatenate([parts["validation"]] * 4))
+    models = {
+        "flow": flow(batches(), validation, seconds),
+        "mixture": mixture(seen(parts["train"]), validation, seconds),
+    }
+    found = {}
+    for name, log_density in models.items():
+        each = [log_density(seen(parts["test"])) for _ in range(DRAWS if width.any() else 1)]
+        of_cells = logsumexp(each, 0) - np.log(len(each))
+        found[name] = float(of_cells.mean() - np.log(spread).sum())
+    return found
+
+
+def uci(path: Path) -> tuple[Rows, Schema]:
+    """Rows by split, and the schema of all of them."""
     with np.load(path) as file:
         rows, test = np.c_[file["x"], file["y"]], file["test_idx"][0]
     train = np.setdiff1d(np.arange(len(rows)), test)
     train = np.random.default_rng(0).permutation(train)
     cut = len(train) // 10
+    columns, _ = infer_columns(pl.DataFrame({f"c{i}": c for i, c in enumerate(rows.T)}))
     parts = {"train": train[cut:], "validation": train[:cut], "test": test}
-    frame = pl.DataFrame({f"c{i}": column for i, column in enumerate(rows.T)})
-    columns, notes = infer_columns(frame)
-    for note in notes:
-        print("  ", note)
-    width = np.array([column.precision or 0.0 for column in columns])
-    return {k: rows[v] for k, v in parts.items()}, Schema.of_table(columns), width
+    return {k: rows[v] for k, v in parts.items()}, Schema.of_table(columns)
 
 
 def encode(rows: np.ndarray, schema: Schema) -> Tensor:
@@ -69,147 +161,51 @@ def encode(rows: np.ndarray, schema: Schema) -> Tensor:
     return torch.from_numpy(tables.encode(frame, schema.columns, "rows", rounding=True)[0])
 
 
-def ours(dataset: Dataset, seconds: float, options: Options) -> tuple[float, float, dict]:
-    """Test bound, its error in nats, and how it came about."""
-    model, config = configure(dataset.schema, len(dataset.splits["train"]), **options)
-    probe = Learner(model, config, dataset)
-    probe.step()
-    started = time.process_time()
-    for _ in range(10):
-        probe.step()
-    each = (time.process_time() - started) / 10
-    steps = max(100, int(0.85 * seconds / each))
-    every = max(50, steps // 20)
-    config = replace(config, steps=steps, evaluate_every=every)
-    learner, best = Learner(model, config, dataset), {}
-    started = time.process_time()
-    while learner.at.step < steps:
-        learner.step()
-        if learner.at.step % every == 0 or learner.at.step == steps:
-            if learner.measure()[1]:
-                state = learner.average.state_dict()
-                best = {k: v.clone() for k, v in state.items()}
-            if time.process_time() - started > seconds:
-                break
-    took = time.process_time() - started
-    learner.average.load_state_dict(best)
-    found = evaluate(learner.average, dataset.splits["test"], calls=64, seed=0)
-    error = found.standard_error.total * (
-        found.nats / found.bits_per_dim if found.bits_per_dim else 1
-    )
-    about = {"steps": learner.at.step, "best": learner.at.best_step, "seconds": round(took)}
-    return found.nats, error, about
-
-
-def mixture(parts: dict[str, np.ndarray], noisy: Callable, seconds: float) -> float:
-    """Mean test log-density of the mixture whose components are best on validation."""
-    started, best = time.process_time(), (-np.inf, None)
-    train, validation = noisy(parts["train"]), noisy(parts["validation"])
-    for components in (1, 2, 4, 8, 16, 32, 64):
-        if components * 4 > len(train) or time.process_time() - started > seconds:
-            break
-        fitted = GaussianMixture(components, n_init=2, reg_covar=1e-6, random_state=0).fit(train)
-        best = max(best, (fitted.score(validation), fitted), key=lambda pair: pair[0])
-    return float(np.mean([best[1].score(noisy(parts["test"])) for _ in range(DRAWS)]))
-
-
-def flow(parts: dict[str, np.ndarray], noisy: Callable, seconds: float) -> float:
-    """Mean test log-density of zuko's neural spline flow at its best on validation."""
-    import zuko
-
-    torch.manual_seed(0)
-    as_tensor = lambda rows: torch.as_tensor(noisy(rows), dtype=torch.float32)  # noqa: E731
-    made = zuko.flows.NSF(parts["train"].shape[1], transforms=3, hidden_features=(128, 128))
-    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3, weight_decay=1e-4)
-    started, step, best, since, state = time.process_time(), 0, -np.inf, 0, None
-    while time.process_time() - started < seconds and since < 20:
-        rows = parts["train"][np.random.default_rng(step).integers(0, len(parts["train"]), 256)]
-        loss = -made().log_prob(as_tensor(rows)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(made.parameters(), 5.0)
-        optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            with torch.no_grad():
-                each = [made().log_prob(as_tensor(parts["validation"])).mean() for _ in range(4)]
-            value, since = torch.stack(each).mean().item(), since + 1
-            if value > best:
-                best, since = value, 0
-                state = {k: v.clone() for k, v in made.state_dict().items()}
-    made.load_state_dict(state or made.state_dict())
-    with torch.no_grad():
-        each = [made().log_prob(as_tensor(parts["test"])).mean() for _ in range(DRAWS)]
-    return torch.stack(each).mean().item()
-
-
-def compare(path: Path, seconds: float, options: Options, baselines: bool) -> dict:
-    """All models on one UCI set: test log-density per row, nats, in the units of the columns."""
-    parts, schema, width = uci(path)
+def compare(path: Path, seconds: float, alone: bool, recorded: bool) -> dict[str, float]:
+    """All models on one UCI set."""
+    parts, schema = uci(path)
     dataset = Dataset(path.stem, schema, {k: encode(v, schema) for k, v in parts.items()})
-    nats, error, about = ours(dataset, seconds, options)
-    found = {"nelbo": -nats - log_cells(schema.columns), "error": error, **about}
-    if baselines:
-        mean, spread = parts["train"].mean(0), parts["train"].std(0)
-        for name, cell in (("cells", width), ("as recorded", 0 * width)):
-            rng = np.random.default_rng(1)
-
-            def noisy(rows: np.ndarray, cell: np.ndarray = cell, rng: object = rng) -> np.ndarray:
-                return (rows + cell * (rng.random(rows.shape) - 0.5) - mean) / spread
-
-            units = -np.log(spread).sum()
-            found[f"flow, {name}"] = flow(parts, noisy, seconds) + units
-            found[f"mixture, {name}"] = mixture(parts, noisy, seconds) + units
+    value, error, about = ours(dataset, seconds)
+    found = {"nelbo": value - log_cells(schema.columns), "error": error, **about}
+    if alone:
+        return found
+    width = np.array([column.precision or 0.0 for column in schema.columns])
+    found |= baselines(parts, width, seconds)
+    if recorded:
+        of_values = baselines(parts, 0 * width, seconds)
+        found |= {f"{name}, as recorded": value for name, value in of_values.items()}
     return found
 
 
-def binary(path: Path, seconds: float, options: Options) -> dict:
-    """nelbo on one debd set: test log-probability per row, nats."""
+def binary(path: Path, seconds: float) -> dict[str, float]:
+    """nelbo on one debd set."""
+    names = {"train": "train", "valid": "validation", "test": "test"}
     with np.load(path) as file:
-        names = {"train": "train", "valid": "validation", "test": "test"}
-        splits = {names[k]: torch.from_numpy(file[k]) for k in names}
+        splits = {name: torch.from_numpy(file[key]) for key, name in names.items()}
     schema = Schema("levels", tuple(splits["train"].shape[1:]), 2)
     dataset = Dataset(path.stem, schema, splits)
-    nats, error, about = ours(dataset, seconds, {"process": "absorbing", **options})
-    return {"nelbo": -nats, "error": error, **about}
+    value, error, about = ours(dataset, seconds, process="absorbing")
+    return {"nelbo": value, "error": error, **about}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=[*UCI, *DEBD])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--only", nargs="*", choices=UCI + DEBD, default=UCI + DEBD)
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--try", dest="options", nargs="*", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--no-baselines", dest="baselines", action="store_false")
+    parser.add_argument("--alone", action="store_true", help="without the flow and the mixture")
+    parser.add_argument("--as-recorded", action="store_true")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = {
-        f.name: type(v) for f in TrainConfig.__dataclass_fields__.values() for v in [f.default]
-    }
-    options: Options = {}
-    for each in asked.options:
-        name, _, value = each.partition("=")
-        kind = kinds.get(name, int if value.isdecimal() else str)
-        options[name] = (
-            kind(value)
-            if not value.replace(".", "").replace("-", "").isdecimal()
-            else (int(value) if value.lstrip("-").isdecimal() else float(value))
-        )
     results = {}
     for name in asked.only:
-        folder = asked.data / ("uci_regression" if name in UCI else "debd")
-        path = folder / f"{name}.npz"
-        results[name] = (
-            compare(path, asked.seconds, options, asked.baselines)
-            if name in UCI
-            else binary(path, asked.seconds, options)
-        )
-        line = ", ".join(
-            f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in results[name].items()
-        )
-        print(f"{name}: {line}", flush=True)
+        if name in UCI:
+            path = asked.data / "uci_regression" / f"{name}.npz"
+            results[name] = compare(path, asked.seconds, asked.alone, asked.as_recorded)
+        else:
+            results[name] = binary(asked.data / "debd" / f"{name}.npz", asked.seconds)
+        print(f"{name}:", ", ".join(f"{k} {v:.5g}" for k, v in results[name].items()), flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(results, indent=1) + "\n")
 

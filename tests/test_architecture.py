@@ -32,6 +32,7 @@ ORDER = (
     "particles",
     "data",
     "columns",
+    "latent_class",
     "numbers",
     "condition",
     "clusters",

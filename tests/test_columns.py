@@ -7,7 +7,6 @@ import pytest
 import torch
 from closed_forms import assert_mean
 from torch.distributions import kl_divergence
-from torch.nn.functional import softplus
 
 from nelbo._distributions import Discrete, Joint, log_between
 from nelbo._numerics import seeded
@@ -18,10 +17,8 @@ from nelbo.data.layout import Column, groups, places
 from nelbo.estimate import Continuum, Grid, elbo
 from nelbo.model import measuring
 from nelbo.numbers import (
-    COMPONENTS,
-    CellProbability,
     Increasing,
-    NumberDensity,
+    NumberDecoder,
     NumberMixture,
     Numbers,
 )
@@ -34,14 +31,14 @@ COLUMNS = (
     Column("age", "rounded", 1.0, 0.0, 6.0, missing=True),
     Column("income", "real", missing=True),
     Column("flag", "boolean", categories=("0", "1")),
-    Column("height", "rounded", 0.5, 100.0, 600.0, missing=True),
+    Column("height", "rounded", 0.001, 100.0, 600.0, missing=True),
 )
 #: the same, with all numbers known
 KNOWN = tuple(replace(c, missing=c.missing and not c.indicated) for c in COLUMNS)
 
 
 def rows(n, seed=0, columns=COLUMNS):
-    """Independent columns in the order of the layout: real, cells, levels, symbols."""
+    """Independent columns in the order of the layout: numbers, levels, symbols."""
     g = torch.Generator().manual_seed(seed)
 
     def pick(weights):
@@ -49,7 +46,7 @@ def rows(n, seed=0, columns=COLUMNS):
         return torch.multinomial(weights, n, replacement=True, generator=g).double()
 
     income = 3 + 2 * torch.randn(n, generator=g, dtype=torch.float64)
-    height = (300 + 40 * torch.randn(n, generator=g, dtype=torch.float64)).mul(2).round() / 2
+    height = (300 + 40 * torch.randn(n, generator=g, dtype=torch.float64)).mul(1000).round() / 1000
     no_income, no_height = pick([0.7, 0.3]), pick([0.9, 0.1])
     if columns is COLUMNS:
         income[no_income == 1], height[no_height == 1] = torch.nan, torch.nan
@@ -79,40 +76,43 @@ def known():
     return made_of(KNOWN)
 
 
-def mixture_law(head, v, cells, given_known):
-    """log of the fitted mixture of each column, P of a cell or a density; 0 if missing."""
-    known = v.nan_to_num(300.0)[..., None]
-    knots, (mean, log_width) = head.transform.x, (head.mean.double(), head.log_width.double())
-    spread = ((knots[:, 1] - knots[:, 0]) / 2)[:, None]
-    width = (math.log(1e-3) + softplus(log_width - math.log(1e-3))).exp()
-    law = torch.distributions.Normal(mean, width)
-    weight = head.log_prior.double()[:, : 1 + COMPONENTS]
-    weight = weight.masked_fill(~head.valid[:, : 1 + COMPONENTS], -torch.inf).log_softmax(-1)
-    weight = weight[:, 1:].log_softmax(-1) if given_known else weight[:, 1:]
+def mixture_law(head, v, given_known):
+    """log of the fitted mixture of numbers (N, D), P of a cell or a density, those known; (N,)."""
+    knots, law = head.transform.x, head.law
+    count, special = law.used.tolist()
+    assert special == 1  # nothing repeats
+    mean, spread = knots.mean(1), (knots[:, 1] - knots[:, 0]) / 2
+    cell = torch.tensor([place.column.precision or 1.0 for place in head.places]).double()
+    axes = law.axes[:count].double()
+    covariance = axes @ law.spread[:count].double().diag_embed() @ axes.mT + 1e-6 * torch.eye(
+        v.shape[1]
+    )
+    found = []
+    for x in v:
+        known = (~x.isnan()).nonzero()[:, 0]
+        gaussian = torch.distributions.MultivariateNormal(
+            law.mean.double()[:count, known], covariance[:, known][:, :, known]
+        )
+        each = law.log_weight[:count].double() + gaussian.log_prob(((x - mean) / spread)[known])
+        if not given_known:
+            each = each + law.log_rest[known, :count].double().sum(0)
+        found.append(each.logsumexp(0) + (cell / spread)[known].log().sum())
+    return torch.stack(found)[:, None]
 
-    def e(x):
-        return (x - knots.mean(1)[:, None]) / spread
 
-    if cells:
-        each = (law.cdf(e(known + 0.25)) - law.cdf(e(known - 0.25))).log()
-    else:
-        each = law.log_prob(e(known)) - spread.log()
-    return torch.where(v.isnan(), 0.0, (weight + each).logsumexp(-1))
-
-
-def independent(model, x, columns=COLUMNS, given_known=True):
-    """log P(x) of each column under the law that the model starts from, (N, D)."""
+def started_from(model, x, columns=COLUMNS, given_known=True):
+    """log P(x) under the law that the model starts from, of numbers together, by column else."""
     found = []
     for group, head, v in zip(
         groups(columns), model.head.parts, model.process.split(x), strict=True
     ):
-        if group.kind in ("real", "cells"):
-            found.append(mixture_law(head, v, group.kind == "cells", given_known))
+        if group.kind == "numbers":
+            found.append(mixture_law(head, v, given_known))
         else:
             log_p = head.log_prior.double().masked_fill(~head.valid_codes(), -torch.inf)
             log_p = log_p.log_softmax(-1).expand(len(v), -1, -1)
             found.append(log_p.gather(-1, v.long()[..., None])[..., 0])
-    return torch.cat(found, 1)
+    return torch.cat(found, 1).sum(1)
 
 
 def draws_of(model, few, times, count, calls):
@@ -123,16 +123,16 @@ def draws_of(model, few, times, count, calls):
         return elbo(model, x, times, u).elbo.reshape(len(few), count).T
 
 
-def test_an_indifferent_network_costs_exactly_the_independent_law(known):
-    # Its last layer is zero: each column is then denoised exactly, and the bound is tight.
+def test_an_indifferent_network_costs_exactly_the_law_it_starts_from(known):
+    # Its last layer is zero: the rows are then denoised exactly, and the bound is tight.
     few = rows(6, 1, KNOWN)
-    truth = independent(known, few, KNOWN).sum(1)
+    truth = started_from(known, few, KNOWN)
     assert_mean(draws_of(known, few, Continuum(), 800, 8), truth, 0.25)
 
 
 def test_few_steps_are_as_tight_where_columns_are_independent(known):
     few = rows(4, 2, KNOWN)
-    truth = independent(known, few, KNOWN).sum(1)
+    truth = started_from(known, few, KNOWN)
     # The mixture steps are exact; that masks of several columns fall in one step costs nothing.
     assert_mean(draws_of(known, few, Grid([0.2, 0.6, 1.0]), 1500, None), truth, 0.1)
 
@@ -141,7 +141,7 @@ def test_a_known_number_pays_at_most_for_not_being_missing(model):
     few = rows(6, 1)
     draws = draws_of(model, few, Continuum(), 800, 8)
     error = 4 * draws.std(0) / math.sqrt(len(draws))
-    low, high = (independent(model, few, given_known=known).sum(1) for known in (False, True))
+    low, high = (started_from(model, few, given_known=known) for known in (False, True))
     assert (error < 1.0).all() and (low < high - 0.05).any()
     assert (draws.mean(0) > low - error).all() and (draws.mean(0) < high + error).all()
 
@@ -213,15 +213,15 @@ def test_numbers_integrate_and_cells_sum_to_one_in_the_units_of_the_data():
     column_of = torch.randn(500, 1, generator=torch.Generator().manual_seed(0)).double()
     column_of[:100] = 0.0  # a value that repeats
     head.start_from(column_of.div(0.25).round().mul(0.25))
-    assert head.valid[0, 1 + COMPONENTS]
+    assert (head.law.log_share[0, : head.law.used[0], 1] > -torch.inf).all()
     prediction = head(torch.zeros(1, 1, head.outputs).double(), z, t, process)
     real = replace(prediction, log_weights=prediction.log_weights.clone())
-    real.log_weights[..., 1 + COMPONENTS :] = -torch.inf
-    x = torch.arange(-40000, 40000).double()[:, None] / 400 + 1e-4
-    density = NumberDensity(made)(real, z, t, process)
+    real.log_weights[..., 1 : head.law.used[1]] = -torch.inf
+    x = torch.arange(-100000, 100000).double()[:, None] / 5000 + 1e-5
+    density = NumberDecoder(made, places([Column("x", "real")]), head.law)(real, z, t, process)
     total = torch.trapezoid(density.log_prob(x).exp(), x[:, 0])
     assert total.item() == pytest.approx(1, abs=1e-3)  # the jumps at the knots
-    cells = CellProbability(made, place)(prediction, z, t, process)
+    cells = NumberDecoder(made, place, head.law)(prediction, z, t, process)
     lattice = -2.0 + 0.25 * torch.arange(-400, 800).double()[:, None]
     assert cells.log_prob(lattice).exp().sum().item() == pytest.approx(1, abs=1e-12)
     # a missing cell is decoded by its symbol alone
@@ -241,7 +241,7 @@ def test_codes_that_a_column_lacks_have_no_probability(model):
     finally:
         torch.nn.init.zeros_(model.network.last.weight)
     for group, part in zip(groups(COLUMNS), law.parts, strict=True):
-        if group.kind in ("real", "cells"):
+        if group.kind == "numbers":
             continue
         p = part.log_probs.exp()
         torch.testing.assert_close(p.sum(-1), torch.ones(p.shape[:-1]).double())

@@ -1,5 +1,6 @@
 """The page about a run: its numbers are the bound's, it stands alone, it follows from the seed."""
 
+import importlib
 import re
 import shlex
 from dataclasses import replace
@@ -263,3 +264,16 @@ def test_the_best_grids_stand_before_the_uniform_ones(digits):
         bits = sum(term.sum().item() for term in bound) / (8 * digits.model.dims * LOG_2)
         assert curve.values[STEPS.index(4)] == pytest.approx(bits, rel=1e-9)
     assert curves[0].values[-1] == curves[1].values[-1]
+
+
+def test_a_table_is_compared_with_synthetic_rows(tmp_path, monkeypatch):
+    pytest.importorskip("polars")
+    monkeypatch.setattr(importlib.import_module("nelbo.report"), "SYNTHETIC", 40)
+    random = np.random.default_rng(5)
+    rows = [f"{random.normal():.7f},{i % 7 / 2},{random.choice(['a', '<b>'])}" for i in range(60)]
+    rows[3] = ",1.5,a"
+    (tmp_path / "rows.csv").write_text("\n".join(["x,y,z", *rows]) + "\n")
+    run = train(str(tmp_path / "rows.csv"), tmp_path / "run", **SMALL)
+    page = write(run, tmp_path / "report.html")
+    check(page)
+    assert "Synthetic rows" in page and "40 synthetic rows beside 6 real ones" in page

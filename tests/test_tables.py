@@ -100,7 +100,7 @@ def test_where_columns_stand(people):
     columns, _ = infer_columns(tables.read(people))
     kinds = [(g.kind, g.size, [p.column.name for p in g.places]) for g in groups(columns)]
     assert kinds == [
-        ("real", 1, ["income"]),
+        ("numbers", 1, ["income"]),
         ("levels", 64, ["age", "height"]),
         ("symbols", 4, ["sex", "income", "city", "smoker"]),
     ]

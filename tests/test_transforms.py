@@ -10,7 +10,7 @@ from nelbo import data
 from nelbo._numerics import seeded
 from nelbo.data.layout import Column, places
 from nelbo.evaluate import evaluate
-from nelbo.numbers import CellProbability, Increasing, NumberDensity, NumberMixture, Numbers
+from nelbo.numbers import Increasing, NumberDecoder, NumberMixture, Numbers
 from nelbo.schedules import Linear
 from nelbo.train import train
 
@@ -52,8 +52,7 @@ def law(kind, x, precision=None):
     head.start_from(x)
     z = torch.zeros(1, 1).double()
     prediction = head(torch.zeros(1, 1, head.outputs).double(), z, t, process)
-    decoder = CellProbability(made, place) if precision else NumberDensity(made)
-    return decoder(prediction, z, t, process)
+    return NumberDecoder(made, place, head.law)(prediction, z, t, process)
 
 
 @pytest.mark.parametrize("kind", KINDS)

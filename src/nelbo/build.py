@@ -197,16 +197,12 @@ def _group(
         )
     transforms = [place.column.transform for place in group.places]
     transform = numbers.Increasing(len(transforms), transforms=transforms)
-    decoder: likelihood.Likelihood = (
-        numbers.CellProbability(transform, group.places)
-        if group.kind == "cells"
-        else numbers.NumberDensity(transform)
-    )
+    mixture = numbers.NumberMixture(transform, group.places)
     return (
         numbers.Numbers(schedule, transform),
-        numbers.NumberMixture(transform, group.places),
+        mixture,
         numbers.NumberStep(),
-        decoder,
+        numbers.NumberDecoder(transform, group.places, mixture.law),
     )
 
 

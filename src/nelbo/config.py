@@ -133,16 +133,19 @@ class TrainConfig(Section):
             raise ValueError(f"grid must increase within (0, 1] and end at 1.0; got {self.grid}")
 
 
-def _for_table() -> tuple[ModelConfig, TrainConfig]:
+def _for_table(examples: int) -> tuple[ModelConfig, TrainConfig]:
     model = ModelConfig(
         process="product",
+        gamma_min=-9.0,
         head="columns",
         step="columns",
         decoder="columns",
         network="table",
-        width=256,
+        width=128,
+        depth=2,
+        dropout=0.1 if examples < MANY_EXAMPLES else 0.0,
     )
-    return model, TrainConfig(steps=3000, lr=1e-3, batch=256, augment=0.0)
+    return model, TrainConfig(steps=3000, batch=256, augment=0.0)
 
 
 def _at_least(section: Section, least: int, *names: str) -> None:
@@ -160,7 +163,7 @@ def configure(
 
     Args:
         schema: what one example is.
-        examples: how many there are to train on; few of them are augmented.
+        examples: how many there are to train on; few of them are augmented, or get dropout.
         preset: a name.
         options: fields of either section.
 
@@ -178,7 +181,7 @@ def configure(
         model = replace(model, head="velocity", gamma_min=gamma_min)
     text = schema.alphabet is not None
     if schema.kind == "table":
-        model, train = _for_table()
+        model, train = _for_table(examples)
     elif schema.levels is None:
         model = replace(
             model, head="velocity", step="posterior", decoder="gaussian", gamma_min=-10.0

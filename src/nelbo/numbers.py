@@ -21,31 +21,30 @@ that it is missing and is decoded itself: P is normalised over {missing} ∪ ℝ
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
-from torch.nn.functional import softplus
 
 from nelbo._distributions import LevelMixture, Shape, log_between
 from nelbo._numerics import over
 from nelbo.data.layout import Place, Transform
 from nelbo.heads import Head, Prediction
+from nelbo.latent_class import LatentClasses
 from nelbo.likelihood import Likelihood
 from nelbo.process import Gaussian, Process, per_example
 from nelbo.reverse import Reverse
 from nelbo.schedules import Schedule
 
-COMPONENTS = 8  # of each column
-ATOMS = 16  # values of a column that repeat, at most
-FREQUENT = 0.01  # share of the rows that makes a value one of them
+COMPONENTS = 128  # of the mixture, at most
+ATOMS = 512  # values of a column that repeat, at most
+OWN = 16  # of them that the network weighs one by one, the others all alike
+REPEATS = 5  # rows that make a value one of them ..
+RARE, FREQUENT = 5e-4, 0.01  # .. and the share of all rows; for a frequent value
 NARROWEST = 1e-3  # s of a component, in standard deviations of the column
 KNOTS = 32  # of a quantile transform
-FITTED = 4096  # values that the mixture of a column is fitted to
 
 
 class Increasing(nn.Module):
@@ -177,7 +176,8 @@ class Numbers(Gaussian):
 class MixturePrediction(Prediction):
     """P(e|z_t): log-weights, means and variances of the components, (B, D, C) each.
 
-    The first component is that of what is missing; variances of repeating values are zero.
+    The first component is that of what is missing, then come values that repeat, of variance zero,
+    and Gaussians.
     """
 
     log_weights: Tensor
@@ -186,102 +186,96 @@ class MixturePrediction(Prediction):
 
 
 class NumberMixture(Head):
-    """The network gives logits of the components, and shifts of their means and log-widths.
+    """The network gives logits of the components, and moves and widens those of a column alike.
+
+    Without it each column has the law that a mixture fitted to whole rows gives it; see
+    `latent_class`.
 
     Args:
         transform: T.
         places: the columns.
     """
 
-    log_prior: nn.Parameter
-    valid: Tensor
-    atoms: Tensor
+    law: LatentClasses
+    special: Tensor
 
     def __init__(self, transform: Increasing, places: Sequence[Place]) -> None:
         super().__init__()
         self.transform, self.places = transform, places
-        columns, count = len(places), 1 + COMPONENTS + ATOMS
-        self.outputs = count + 2 * COMPONENTS
-        self.log_prior = nn.Parameter(torch.zeros(columns, count))
-        self.mean = nn.Parameter(torch.linspace(-2, 2, COMPONENTS).repeat(columns, 1))
-        self.log_width = nn.Parameter(torch.zeros(columns, COMPONENTS))
-        valid = torch.zeros(columns, count, dtype=torch.bool)
-        valid[:, 1 : 1 + COMPONENTS] = True
-        valid[:, 0] = torch.tensor([place.column.missing for place in places])
-        self.register_buffer("valid", valid)
-        self.register_buffer("atoms", torch.zeros(columns, ATOMS, dtype=torch.float64))
+        columns = len(places)
+        self.outputs = 1 + OWN + 1 + COMPONENTS + 2
+        self.law = LatentClasses(columns, COMPONENTS, 1 + ATOMS)
+        # means of what is missing, and of values that repeat
+        self.register_buffer("special", torch.zeros(columns, 1 + ATOMS, dtype=torch.float64))
+
+    @property
+    def numbers(self) -> int:
+        return 1 + ATOMS + COMPONENTS
 
     def start_from(self, x: Tensor) -> None:
-        """Components and repeating values of each column of x, (N, D), by itself."""
-        e = self.transform(x)
+        """Fit the mixture, and find the values that repeat, in x, (N, D)."""
+        e, blurred = self.transform(x), self._blurred(x)
+        special = torch.where(e.isnan(), 0, 1 + ATOMS)
         for i, place in enumerate(self.places):
-            known = e[:, i][~e[:, i].isnan()]
-            missing = 1 - len(known) / len(x)
-            values, counts = known.unique(return_counts=True)
-            least = max(FREQUENT * len(x), 5)
-            repeats = (counts >= least).nonzero()[:, 0] if place.column.precision else counts[:0]
-            repeats = repeats[counts[repeats].argsort(descending=True)][:ATOMS].long()
-            rest = known[~torch.isin(known, values[repeats])]
-            share = counts[repeats].double() / len(x)
-            weight, mean, width = _fit(rest if len(rest) > COMPONENTS else known)
-            weight = weight * max(1 - missing - share.sum().item(), 1 / len(x))
-            self.atoms[i, : len(repeats)] = values[repeats]
-            self.valid[i, 1 + COMPONENTS :] = torch.arange(ATOMS) < len(repeats)
-            self.mean.data[i], self.log_width.data[i] = mean, width.log()
-            none = torch.ones(ATOMS - len(repeats))
-            first = torch.tensor([missing or 1.0])
-            self.log_prior.data[i] = torch.cat([first, weight, share, none]).log()
+            column = place.column
+            values = _repeats(e[:, i], column.points) if column.precision else e[:0, i]
+            self.special[i, 1 : 1 + len(values)] = values
+            if len(values):
+                ordered, order = values.sort()
+                at = torch.searchsorted(ordered, e[:, i].contiguous()).clamp(max=len(values) - 1)
+                equal = ordered[at] == e[:, i]
+                special[equal, i] = 1 + order[at[equal]]
+        self.law.start_from(blurred, special)
+
+    def _blurred(self, x: Tensor) -> Tensor:
+        """e of points somewhere in the cells, and noise, which z is there, for what is missing."""
+        width = torch.tensor([place.column.precision or 0.0 for place in self.places])
+        generator = torch.Generator().manual_seed(0)
+        within = torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        e = self.transform(x + width.double() * within)
+        return torch.where(e.isnan(), noise, e)
 
     def exclude_missing(self) -> None:
         """From now on no column is missing."""
-        self.valid[:, 0] = False
+        self.law.log_share[..., 0] = -torch.inf
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> MixturePrediction:
-        logits, shift, wider = output.split(
-            [output.shape[-1] - 2 * COMPONENTS, COMPONENTS, COMPONENTS], -1
-        )
-        narrowest = math.log(NARROWEST)
-        width = narrowest + softplus(self.log_width.to(z) + wider - narrowest)
-        mean = self.mean.to(z) + shift
-        zero = torch.zeros_like(mean[..., :1])
-        mean = torch.cat([zero, mean, self.atoms.to(z).expand(len(z), -1, -1)], -1)
-        variance = torch.cat(
-            [
-                zero + 1,
-                (2 * width).exp(),
-                torch.zeros_like(self.atoms.to(z)).expand(len(z), -1, -1),
-            ],
-            -1,
-        )
-        alpha, noise = (over(v, mean) for v in (process.alpha(t), _noise(process, t)))
+        components, special = self.law.used.tolist()
+        own, others, logits, shift, wider = output.split([1 + OWN, 1, COMPONENTS, 1, 1], -1)
+        of_special = torch.cat([own, others.expand(*z.shape, ATOMS - OWN)], -1)
+        logits = torch.cat([of_special[..., :special], logits[..., :components]], -1)
+        alpha, noise = process.alpha(t), process.log_one_minus_alpha(t).exp()
+        log_weights, mean, variance = self.law(z, alpha, noise)
+        mean = mean + variance.sqrt() * shift
+        variance = NARROWEST**2 + variance * (2 * wider).exp()
+        of_special = self.special[:, :special].to(z).expand(len(z), -1, -1)
+        exact = torch.zeros_like(of_special)
+        exact[..., 0] = 1  # what is missing is N(0, 1)
+        mean, variance = torch.cat([of_special, mean], -1), torch.cat([exact, variance], -1)
+        alpha, noise = over(alpha, mean), over(noise, mean)
         total = alpha * variance + noise
         error = z[..., None] - alpha.sqrt() * mean
-        logits = logits + self.log_prior.to(z) - (total.log() + error.square() / total) / 2
-        log_weights = logits.masked_fill(~self.valid, -torch.inf).log_softmax(-1)
+        log_weights = logits + log_weights - (total.log() + error.square() / total) / 2
+        log_weights = log_weights.log_softmax(-1)
         mean = mean + alpha.sqrt() * variance / total * error
         e_hat = (log_weights.exp() * mean).sum(-1)
         return MixturePrediction(e_hat, log_weights, mean, variance * noise / total)
 
 
-def _noise(process: Process, t: Tensor) -> Tensor:
-    return process.log_one_minus_alpha(t).exp()
+def _repeats(e: Tensor, points: int) -> Tensor:
+    """Values of a column, (N,), of a lattice that are atoms of it, the most frequent first.
 
-
-def _fit(e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, means and widths of a mixture fitted to values (N,)."""
-    from sklearn.mixture import GaussianMixture
-
-    some = e[:: math.ceil(len(e) / FITTED)].numpy()[:, None]
-    count = max(1, min(COMPONENTS, len(np.unique(some)) // 4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has not quite converged
-        found = GaussianMixture(count, reg_covar=1e-4, random_state=0).fit(some)
-    # what is left over splits the components evenly
-    of = torch.arange(COMPONENTS) % count
-    shared = torch.bincount(of, minlength=count)[of]
-    weight = torch.from_numpy(found.weights_)[of] / shared
-    mean = torch.from_numpy(found.means_[:, 0])[of]
-    return weight, mean, torch.from_numpy(found.covariances_[:, 0, 0])[of].sqrt()
+    Some frequent ones; all that repeat only where most rows have them, and few of the points are
+    among them: else cells do as well.
+    """
+    values, counts = e[~e.isnan()].unique(return_counts=True)
+    order = counts.argsort(descending=True)[:ATOMS]
+    values, counts = values[order], counts[order]
+    repeat = counts >= max(REPEATS, RARE * len(e))
+    if 4 * repeat.sum() < points and 2 * counts[repeat].sum() > len(e):
+        return values[repeat]
+    return values[counts >= max(REPEATS, FREQUENT * len(e))][:OWN]
 
 
 class NumberStep(Reverse):
@@ -301,104 +295,75 @@ class NumberStep(Reverse):
 
 
 class _OfNumbers(Distribution):
-    """x of which T(x) is of a mixture, (..., C); where x is NaN there is nothing to say."""
+    """x of which T(x) is of a mixture, (..., C); where x is NaN there is nothing to say.
 
-    def __init__(self, prediction: MixturePrediction, transform: Increasing) -> None:
-        # given that it is not missing
-        self.log_weights = prediction.log_weights[..., 1:].double().log_softmax(-1)
-        self.loc = prediction.mean[..., 1 : 1 + COMPONENTS].double()
-        self.scale = prediction.variance[..., 1 : 1 + COMPONENTS].double().sqrt()
-        self.atoms = prediction.mean[..., 1 + COMPONENTS :].double()
-        self.transform = transform
-        super().__init__(batch_shape=prediction.e_hat.shape, validate_args=False)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        missing = value.isnan()
-        found = self._log_prob(torch.where(missing, self.transform.x[:, 0], value))
-        return torch.where(missing, 0.0, found)
-
-    def _log_prob(self, x: Tensor) -> Tensor:
-        law = Normal(self.loc, self.scale, validate_args=False)
-        each = law.log_prob(self.transform(x)[..., None])
-        log_density = (self.log_weights[..., :COMPONENTS] + each).logsumexp(-1)
-        return log_density + self.transform.log_slope(x)
-
-    def sample(self, sample_shape: Shape = ()) -> Tensor:
-        shape = torch.Size(sample_shape)
-        chosen = Categorical(logits=self.log_weights, validate_args=False).sample(shape)[..., None]
-        values = torch.cat(
-            [
-                Normal(self.loc, self.scale).sample(shape),
-                self.atoms.expand(*shape, *self.atoms.shape),
-            ],
-            -1,
-        )
-        return self.transform.inverse(values.gather(-1, chosen)[..., 0])
-
-
-class _OfCells(_OfNumbers):
-    """The point of the lattice origin + Δ·ℤ in whose cell that x lies."""
+    Where the width Δ of a column is positive, x is the point of the lattice origin + Δ·ℤ in whose
+    cell T⁻¹ of that lies, and has a probability; elsewhere a density.
+    """
 
     def __init__(
         self,
         prediction: MixturePrediction,
+        special: int,
         transform: Increasing,
         origin: Tensor,
         width: Tensor,
     ) -> None:
-        super().__init__(prediction, transform)
-        self.origin, self.width = origin, width
+        # given that it is not missing
+        self.log_weights = prediction.log_weights[..., 1:].double().log_softmax(-1)
+        self.atoms = prediction.mean[..., 1:special].double()
+        self.loc = prediction.mean[..., special:].double()
+        self.scale = prediction.variance[..., special:].double().sqrt()
+        self.transform, self.origin = transform, origin
+        self.rounded, self.width = width > 0, torch.where(width > 0, width, 1.0)
+        super().__init__(batch_shape=prediction.e_hat.shape, validate_args=False)
 
-    def _log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, value: Tensor) -> Tensor:
+        missing = value.isnan()
+        x = torch.where(missing, self.transform.x[:, 0], value).double()
+        law = Normal(self.loc, self.scale, validate_args=False)
+        density = (
+            law.log_prob(self.transform(x)[..., None]) + self.transform.log_slope(x)[..., None]
+        )
         lower, upper = (
             self.transform(x + d)[..., None] for d in (-self.width / 2, self.width / 2)
         )
-        spread = log_between(*((v - self.loc) / self.scale for v in (lower, upper)))
-        repeats = torch.where((lower < self.atoms) & (self.atoms <= upper), 0.0, -torch.inf)
-        return (self.log_weights + torch.cat([spread, repeats], -1)).logsumexp(-1)
+        of_cell = log_between(*((v - self.loc) / self.scale for v in (lower, upper)))
+        rounded = self.rounded[..., None]
+        repeats = (lower < self.atoms) & (self.atoms <= upper) & rounded
+        each = [torch.where(repeats, 0.0, -torch.inf), torch.where(rounded, of_cell, density)]
+        found = (self.log_weights + torch.cat(each, -1)).logsumexp(-1)
+        return torch.where(missing, 0.0, found)
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
-        x = super().sample(sample_shape)
-        return self.origin + self.width * ((x - self.origin) / self.width).round()
+        shape = torch.Size(sample_shape)
+        chosen = Categorical(logits=self.log_weights, validate_args=False).sample(shape)[..., None]
+        atoms = self.atoms.expand(*shape, *self.atoms.shape)
+        values = torch.cat([atoms, Normal(self.loc, self.scale).sample(shape)], -1)
+        x = self.transform.inverse(values.gather(-1, chosen)[..., 0])
+        point = self.origin + self.width * ((x - self.origin) / self.width).round()
+        return torch.where(self.rounded, point, x)
 
 
-class NumberDensity(Likelihood):
-    """P(e|z_1) as a density in the units of x.
-
-    Args:
-        transform: T.
-    """
-
-    density = True
-
-    def __init__(self, transform: Increasing) -> None:
-        super().__init__()
-        self.transform = transform
-
-    def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
-    ) -> Independent:
-        assert isinstance(prediction, MixturePrediction)
-        return per_example(_OfNumbers(prediction, self.transform))
-
-
-class CellProbability(Likelihood):
-    """The same law, of the points of a lattice: P of the cell of width Δ around each.
+class NumberDecoder(Likelihood):
+    """P(e|z_1) as a density in the units of x, or as P of the cell of width Δ around x.
 
     Args:
         transform: T.
         places: the columns.
+        law: that of the head, which knows how many components are Gaussians.
     """
 
     origin: Tensor
     cell: Tensor
 
-    def __init__(self, transform: Increasing, places: Sequence[Place]) -> None:
+    def __init__(self, transform: Increasing, places: Sequence[Place], law: LatentClasses) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform, self.law = transform, law
+        self.density = any(place.column.kind == "real" for place in places)
         for name, values in (
-            ("origin", [place.column.low for place in places]),
-            ("cell", [place.column.precision for place in places]),
+            ("origin", [place.column.low or 0.0 for place in places]),
+            ("cell", [place.column.precision or 0.0 for place in places]),
         ):
             number = torch.tensor(values, dtype=torch.float64)
             self.register_buffer(name, number, persistent=False)
@@ -407,4 +372,6 @@ class CellProbability(Likelihood):
         self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
     ) -> Independent:
         assert isinstance(prediction, MixturePrediction)
-        return per_example(_OfCells(prediction, self.transform, self.origin, self.cell))
+        _, special = self.law.used.tolist()
+        parts = prediction, special, self.transform, self.origin, self.cell
+        return per_example(_OfNumbers(*parts))

@@ -127,6 +127,10 @@ class ProductHead(Head):
         # the mean of the groups, for what asks how much memory a dimension takes
         self.outputs = -(-sum(self.widths) // sum(self.sizes))
 
+    @property
+    def numbers(self) -> int:
+        return max(part.numbers for part in self.parts)
+
     def output_shape(self, z: Tensor) -> torch.Size:
         return torch.Size((len(z), sum(self.widths)))
 

@@ -3,14 +3,14 @@
 An example is a vector of numbers, the columns group by group (`groups`), because like columns
 share a process:
 
-    real      the number itself; a density
-    cells     a number on a lattice too fine to count: the number itself; P of its cell
+    numbers   a real number, which has a density, or one on a lattice too fine to count, which
+              has the probability of its cell: the number itself
     levels    a number on a lattice of few points, as a code: 0 is all that lies below `low`, then
               the points low, low + precision, .., high; all that lies above; and, last, missing
     symbols   a category, as a code: 0 is any that training did not have, then the categories;
               and, last, missing
 
-A real or fine column that may be missing is NaN where it is, and has beside it a symbol of its
+A number that may be missing is NaN where it is, and has beside it a symbol of its
 own that says so: 1 where the number is known, 2 where it is missing.
 """
 
@@ -21,9 +21,9 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["real", "rounded", "category", "boolean"]
 Transform = Literal["standardise", "log", "quantile"]
-GroupKind = Literal["real", "cells", "levels", "symbols"]
+GroupKind = Literal["numbers", "levels", "symbols"]
 
-#: points of a lattice that are levels; beyond, cells
+#: points of a lattice that are levels; beyond, numbers
 MOST_POINTS = 254
 #: groups of codes have one of these sizes, so that a code of 2 values is not padded to 200
 SIZES = (4, 16, 64, 256, 1024, 4096, 16384, 65536)
@@ -133,8 +133,8 @@ class Column:
     def group(self) -> GroupKind:
         """The kind of group it belongs to."""
         if self.kind == "rounded":
-            return "levels" if self.points <= MOST_POINTS else "cells"
-        return "real" if self.kind == "real" else "symbols"
+            return "levels" if self.points <= MOST_POINTS else "numbers"
+        return "numbers" if self.kind == "real" else "symbols"
 
     @property
     def codes(self) -> int:
@@ -146,7 +146,7 @@ class Column:
     @property
     def indicated(self) -> bool:
         """Whether a symbol beside it says that it is missing."""
-        return self.missing and self.group in ("real", "cells")
+        return self.missing and self.group == "numbers"
 
     def to_dict(self) -> dict[str, object]:
         """As JSON knows it, without what is at its default."""
@@ -200,7 +200,7 @@ def groups(columns: Iterable[Column]) -> list[Group]:
         for indicator in (False, True) if column.indicated else (False,):
             place = Place(column, index, indicator)
             kind = "symbols" if indicator else column.group
-            size = 1 if kind in ("real", "cells") else _size(place.codes)
+            size = 1 if kind == "numbers" else _size(place.codes)
             places.setdefault((order.index(kind), size), []).append(place)
     return [Group(order[key[0]], key[1], tuple(places[key])) for key in sorted(places)]
 

@@ -15,6 +15,7 @@ from nelbo.checkpoint import Run, write
 from nelbo.data import as_examples
 from nelbo.evaluate import evaluate
 from nelbo.report import sections
+from nelbo.report.quality import measure
 from nelbo.report.studies import (
     SAMPLE_STEPS,
     is_image,
@@ -23,6 +24,8 @@ from nelbo.report.studies import (
     some,
     trajectory,
 )
+
+SYNTHETIC = 1000  # rows of a table
 
 
 def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
@@ -57,7 +60,8 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     rows, unit = some(model, x, seed), result.unit
     few = x[rows]
     curves, cost = measure_steps(model.at(rows), few, seed, track("step counts"), run.grid)
-    count, grid = 64 if is_image(schema) else len(few), run.grid(SAMPLE_STEPS, track("grid"))
+    count = 64 if is_image(schema) else SYNTHETIC if schema.columns else len(few)
+    grid = run.grid(SAMPLE_STEPS, track("grid"))
     sampler = run.law_of_samples(count, seed=seed)
     path = trajectory(sampler, count, grid, seed, track("samples"))
     parts = [
@@ -70,7 +74,9 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     if is_image(schema):
         parts += [sections.images(run, few, path), sections.pixels(run, few, cost.numpy(), unit)]
     elif schema.columns:
+        seen, _ = run.examples(split="train")
         parts.append(sections.table(schema, few, path.x, cost.numpy(), unit))
+        parts.append(sections.quality(measure(schema.columns, seen, x, path.x, seed)))
     else:
         parts += [sections.vectors(schema, few, path), sections.columns(cost.numpy(), unit)]
     parts += [sections.files(run, coded), sections.again(run, seed)]

@@ -21,6 +21,8 @@ from nelbo.model import Model
 from nelbo.pictures import Canvas
 from nelbo.process import Absorbing
 from nelbo.report import figures, tables
+from nelbo.report.quality import Quality
+from nelbo.report.quality import figure as draw_quality
 from nelbo.report.studies import SAMPLE_STEPS, STEPS, Coded, Trajectory, is_image, own_step
 
 
@@ -310,6 +312,32 @@ def table(schema: Schema, x: Tensor, made: Tensor, each: np.ndarray, unit: str) 
         " have.",
         f"<figure>{tables.marginals(schema.columns, x, made)}</figure>"
         f"{_table(head, tables.rows(schema.columns, x, made, each))}",
+    )
+
+
+def quality(found: Quality) -> str:
+    """A table: whether synthetic rows keep pairs of columns, are new, and are of use."""
+    pairs, copies = found.pairs, found.copies
+    share, error = copies.nearer
+    of_held, of_made = copies.exact
+    head = ("column", "always the commonest", "trained on real rows", "on synthetic rows")
+    rows = [
+        (escape(use.name), *(f"{v:.3f}" for v in (use.always, use.real, use.synthetic)))
+        for use in found.uses
+    ]
+    made, held = len(copies.made), len(copies.held)
+    return _section(
+        "Synthetic rows",
+        f"{made} synthetic rows beside {held} real ones that were held out, both compared with"
+        f" the rows of training. Rank correlations of pairs of columns differ from theirs by"
+        f" {pairs.difference:.3f} on average, those of as many held-out rows by"
+        f" {pairs.expected:.3f}. A synthetic row is"
+        f" nearer to the training rows than a held-out one with probability {share:.2f} ±"
+        f" {error:.2f} (new rows 0.5, copies 1); {of_made} synthetic and {of_held} held-out rows"
+        " equal a training row. The table has the share of held-out rows in which a random forest"
+        " tells a column from the others (of numbers, whether it is above the median), ±"
+        f" {0.5 / math.sqrt(held):.3f} at most; it was trained on as many real as synthetic rows.",
+        f"<figure>{draw_quality(pairs, copies)}</figure>{_table(head, rows)}",
     )
 
 

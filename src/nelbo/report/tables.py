@@ -29,7 +29,7 @@ def known(x: Tensor, columns: tuple[Column, ...]) -> list[tuple[Place, np.ndarra
         if not p.indicator
     }
     for place, v in found.values():
-        if place.column.missing and place.column.group in ("levels", "symbols"):
+        if place.column.missing and place.column.group != "numbers":
             v[v == place.codes - 1] = np.nan
     return [found[index] for index in sorted(found)]
 
@@ -37,7 +37,7 @@ def known(x: Tensor, columns: tuple[Column, ...]) -> list[tuple[Place, np.ndarra
 def shares(place: Place, real: np.ndarray, made: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Shares of real and synthetic values in common bins, the last one missing: (bins + 1,)."""
     column = place.column
-    if column.group in ("real", "cells") or place.codes > 2 * BINS:
+    if column.group == "numbers" or place.codes > 2 * BINS:
         some = real[~np.isnan(real)]
         at = np.linspace(0, 1, BINS + 1)[1:-1]
         inner = np.unique(np.quantile(some, at)) if len(some) else np.empty(0)
@@ -113,7 +113,7 @@ def marginals(columns: tuple[Column, ...], real: Tensor, made: Tensor) -> str:
 
 
 def _edges(place: Place, values: np.ndarray) -> np.ndarray:
-    if place.column.group in ("levels", "symbols") and place.codes <= 2 * BINS:
+    if place.column.group != "numbers" and place.codes <= 2 * BINS:
         return np.arange(place.codes + 1 - place.column.missing) - 0.5
     low, high = np.quantile(values, [0.002, 0.998]) if len(values) else (0.0, 1.0)
     return np.linspace(low, max(high, low + 1e-9), BINS + 1)
