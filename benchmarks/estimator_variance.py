@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import LOG_2, seeded
-from nelbo.allocate import Allocation, Cells, estimate, pilot
+from nelbo.allocate import Allocation, Cells, estimate, pilot, spread
 from nelbo.checkpoint import load
 from nelbo.control import Controls
 from nelbo.data import as_examples
@@ -175,7 +175,7 @@ def ours(known: Known, x: Tensor, calls: int, replicates: int) -> Variance:
         costs = torch.cat(
             [
                 estimate(known.cells, known.controls, known.allocation[calls], block, u[:, None])
-                for u in (stratified(len(block), calls) for _ in range(replicates))
+                for u in (spread(len(block), calls) for _ in range(replicates))
             ],
             1,
         )

@@ -9,7 +9,7 @@ from known_models import MODELS
 from torch import Tensor
 
 from nelbo._numerics import seeded
-from nelbo.allocate import WARY, Allocation, Cells, _lenders, estimate, even
+from nelbo.allocate import WARY, Allocation, Cells, _lenders, estimate, even, spread
 from nelbo.allocate import fit as fit_rows
 from nelbo.control import Controls
 from nelbo.data import as_examples
@@ -168,6 +168,17 @@ def test_even():
     assert allocation.between.shape == (6, 4)
     assert not allocation.within.any() and not allocation.between.any()
     assert allocation.left.isnan().all()
+
+
+def test_few_draws_are_stratified_and_near():
+    """Each draw by itself falls once into each of N strata; two of one are a quarter apart."""
+    u = spread(50, 2)
+    for draw in u.unbind(1):
+        assert (draw.sort().values * 50).floor().tolist() == list(range(50))
+    gap = (u[:, 1] - u[:, 0]) % 1
+    torch.testing.assert_close(gap, torch.full_like(gap, 0.25))
+    u = spread(50, 4)
+    assert (u.flatten().sort().values * 200).floor().tolist() == list(range(200))
 
 
 @pytest.mark.parametrize(

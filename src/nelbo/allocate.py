@@ -13,7 +13,7 @@ tell of a cell and no less than a twentieth, goes half evenly, half as were best
 off: no weight 1/p_c exceeds forty times the number of cells, whatever the pilot missed.
 
 Draws of one example lend each other their context (`control`): each borrows from the nearest in
-time, of its own replicate or of one before it. So no two replicates borrow from each other, what
+time, of its own replicate or of one before it. Few draws stand near each other for that. So no two replicates borrow from each other, what
 is taken off them is uncorrelated, and their spread tells the error of their mean.
 """
 
@@ -34,6 +34,7 @@ SPREAD = 4.0  # cells to either side that lend a cell their pilot rows
 BORROWED = 16.0  # pilot rows of its own that its neighbours' variance counts for
 WARY = 0.05  # share of the draws that do not follow sd_c, at least
 NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
+NEAR = 4  # draws of an example that spread over all times; fewer stand as near as these
 LIKE = 64  # rows of a network call, at least, where there are as many
 RIDGE = 0.01  # of each coefficient, relative to the rows that determine it
 
@@ -181,7 +182,7 @@ def pilot(
     # two of each example, as far apart as they will be; the first is alone, if some will be
     each = min(2, draws * replicates)
     examples = math.ceil(rows * cells.count / each)
-    u = (stratified(examples) + torch.arange(each) / (draws * replicates)) % 1
+    u = (stratified(examples) + torch.arange(each) / max(NEAR, draws * replicates)) % 1
     replicate = torch.arange(each) * (draws == 1)
     cell, share = even_cells(u, cells.count)
     # an example is drawn in many cells, and its φ is of them all
@@ -190,6 +191,13 @@ def pilot(
     cost, v = cells.draw(controls.at(once[place]), some[place], cell, share, replicate)
     phi = torch.cat([controls.between(part) for part in some.split(256)])[place[:, None], cell]
     return fit(cells.count, cell.flatten(), cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1))
+
+
+def spread(examples: int, draws: int) -> Tensor:
+    """As `stratified`, but fewer than NEAR draws of an example stand near; (examples, draws)."""
+    if draws >= NEAR:
+        return stratified(examples, draws)
+    return (stratified(examples) + torch.arange(draws) / NEAR) % 1
 
 
 def even_cells(u: Tensor, count: int) -> tuple[Tensor, Tensor]:

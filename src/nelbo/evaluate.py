@@ -25,11 +25,11 @@ from torch import Tensor
 from nelbo._numerics import LOG_2, seeded
 from nelbo._processes import gather, world
 from nelbo._progress import Track
-from nelbo.allocate import Allocation, Cells, estimate, even, pilot
+from nelbo.allocate import Allocation, Cells, estimate, even, pilot, spread
 from nelbo.control import Controls, Nothing
 from nelbo.data import as_examples, fingerprint
 from nelbo.elbo import Bound, prior_term
-from nelbo.estimate import Continuum, Times, stratified
+from nelbo.estimate import Continuum, Times
 from nelbo.model import Model, counting, measuring, model_hash
 
 BLOCKS = 32  # of examples that share strata, where there are enough: degrees of freedom
@@ -331,7 +331,7 @@ def _block(
         block = as_examples(x[rows]).to(model.device)
         last = torch.ones(len(block), dtype=torch.float64, device=model.device)
         prior = prior_term(model, block, last).double().cpu()
-        u = torch.stack([stratified(len(block), way.draws) for _ in range(way.replicates)], 1)
+        u = torch.stack([spread(len(block), way.draws) for _ in range(way.replicates)], 1)
         return prior, estimate(cells, controls.at(rows), allocation, block, u)
 
 
