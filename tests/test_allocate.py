@@ -173,8 +173,9 @@ def test_even():
 def test_few_draws_are_stratified_and_near():
     """Each draw by itself falls once into each of N strata; two of one are a quarter apart."""
     u = spread(50, 2)
-    for draw in u.unbind(1):
-        assert (draw.sort().values * 50).floor().tolist() == list(range(50))
+    for j, draw in enumerate(u.unbind(1)):
+        strata = ((draw - j / 4) % 1 * 50).sort().values.floor()
+        assert strata.tolist() == list(range(50))
     gap = (u[:, 1] - u[:, 0]) % 1
     torch.testing.assert_close(gap, torch.full_like(gap, 0.25))
     u = spread(50, 4)

@@ -13,8 +13,9 @@ tell of a cell and no less than a twentieth, goes half evenly, half as were best
 off: no weight 1/p_c exceeds forty times the number of cells, whatever the pilot missed.
 
 Draws of one example lend each other their context (`control`): each borrows from the nearest in
-time, of its own replicate or of one before it. Few draws stand near each other for that. So no two replicates borrow from each other, what
-is taken off them is uncorrelated, and their spread tells the error of their mean.
+time, of its own replicate or of one before it; two or three stand near each other for that. So no
+two replicates borrow from each other, what is taken off them is uncorrelated, and their spread
+tells the error of their mean.
 """
 
 import math
