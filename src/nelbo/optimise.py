@@ -99,7 +99,8 @@ def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
 
     Of the first, those that turn hidden units into hidden units come before all others.
     """
-    hidden, outer = set(), set()
+    hidden: set[int] = set()
+    outer: set[int] = set()
     for name, module in model.network.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             single = getattr(module, "groups", 1) == 1
