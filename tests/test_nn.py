@@ -1,5 +1,7 @@
 """Contract of the networks: one example is one example, whatever stands beside it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -95,10 +97,11 @@ class TestUNetOfOne(NetworkContract):
     def network(self):
         return UNet(self.shape, self.channels, self.outputs, width=8, depth=1)
 
-    def test_small_digits_of_z_show(self, network, inputs):
-        """z moved by a 512th is another wave, not nearly the same input."""
+    @pytest.mark.usefixtures("inputs")
+    def test_small_digits_of_z_show(self, network):
+        """z moved by a 512th is another wave, not nearly the same input, where noise is small."""
         network.eval()
-        features, level = torch.zeros(4, *self.shape), inputs[1]
+        features, level = torch.zeros(4, *self.shape), torch.full((4,), -12.0)
         base, near = network(features, level), network(features + 1 / 512, level)
         network.first.weight.data[:, 1:] = 0
         plain = network(features + 1 / 512, level) - network(features, level)
@@ -176,6 +179,18 @@ class TestTransformerOfVectors(NetworkContract):
     @pytest.fixture
     def network(self):
         return Transformer(self.shape, self.channels, self.outputs, width=32, depth=1)
+
+
+def test_waves_fade_where_noise_hides_them():
+    """What the sines add is E[ sin ωz | x ]'s share: all of it without noise, nothing of noise."""
+    network = UNet((1, 8, 8), 1, 3, width=8).eval()
+    nn.init.normal_(network.last.weight)
+    z, silent = torch.randn(2, 1, 8, 8), copy.deepcopy(network)
+    silent.first.weight.data[:, 1:] = 0
+    for gamma, change in ((6.0, False), (0.0, False), (-12.0, True)):
+        level = torch.full((2,), gamma)
+        difference = (network(z, level) - silent(z, level)).abs().max().item()
+        assert (difference > 1e-2) == change and (change or difference < 1e-5), gamma
 
 
 def test_rotated_products_depend_on_the_distance_only():

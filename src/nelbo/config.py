@@ -174,7 +174,8 @@ def configure(
         raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}; got {preset!r}")
     model, train = ModelConfig(), TrainConfig()
     if (schema.levels or 0) > MANY_LEVELS:
-        model = replace(model, head="level-curves")
+        # until its noise is a level: neighbours tell what is alike in all of an image
+        model = replace(model, head="level-curves", gamma_min=-10.0)
     fine = (schema.levels or 0) > FINE
     if fine:  # noise of half a level at the data's end
         gamma_min = -2 * math.log((schema.levels or 0) - 1)
