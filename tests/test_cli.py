@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nelbo
-from nelbo.cli import main
+from nelbo.cli import app, main
 
 
 def nelbo_fails(capsys, *arguments):
@@ -32,6 +32,12 @@ def run_ok(*arguments):
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in arguments])
     assert stop.value.code in (0, None)
+
+
+@pytest.mark.parametrize("command", [c for c in app if not c.startswith("-")])
+def test_every_option_says_what_it_is(command):
+    for argument in app[command].assemble_argument_collection(parse_docstring=True):
+        assert argument.parameter.help, argument.name
 
 
 def test_version_and_help(capsys):

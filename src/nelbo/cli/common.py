@@ -1,0 +1,39 @@
+"""What several commands share: types of options with their help, and small functions."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from nelbo.checkpoint import Run
+    from nelbo.estimate import Grid
+
+RunFolder = Annotated[Path, Parameter(help="A run folder.")]
+Seed = Annotated[int, Parameter(help="Everything random follows from it.")]
+Device = Annotated[str, Parameter(help="Where to run the network.")]
+Spacing = Literal["best", "uniform"]
+Labels = Annotated[list[str], Parameter(negative="")]
+
+
+def grid_of(run: "Run", steps: int, spacing: Spacing) -> "Grid":
+    """`steps` times: the best for the run, or uniform."""
+    from nelbo._progress import tracker
+    from nelbo.estimate import Grid
+    from nelbo.grids import even_times
+
+    if spacing == "uniform":
+        return Grid(even_times(run.model.process.schedule, steps, steps))
+    return run.grid(steps, tracker("grid"))
+
+
+def json_text(value: object) -> str:
+    """JSON for people and programs; NaN is refused, for it is none."""
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def say(line: str) -> None:
+    """What is for the reader, not for the next program: on the error stream."""
+    print(line, file=sys.stderr)

@@ -1,0 +1,131 @@
+"""`nelbo compress` and `nelbo decompress`: data as a file as long as their bound, and back."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from nelbo.cli.common import Spacing, grid_of, say
+
+
+def compress(
+    run: Path,
+    data: str,
+    *,
+    out: Path,
+    steps: int = 32,
+    grid: Spacing = "best",
+    effort: int = 1,
+    block: int = 1000,
+    verify: bool = True,
+    precision: Literal["float64", "float32"] = "float64",
+    device: str = "cpu",
+) -> None:
+    """Compress DATA without loss; the file is as long as the bound of the run says.
+
+    It needs constriction: pip install 'nelbo[codec]'.
+
+    Parameters
+    ----------
+    run
+        A run folder of discrete data. decompress needs it too: it is no part of the file.
+    data
+        What the run's schema can hold: a .npy or .npz file, a .png file or a folder of them (of
+        any size), a table, a .txt file or a folder of them.
+    out
+        A .nlb file that does not exist.
+    steps
+        Of the bound that is coded, T: more make a smaller file, and take longer.
+    grid
+        The times of the steps: best for this run, or uniform.
+    effort
+        Code each example in this many ways and keep the shortest: the file falls below the bound,
+        at so many times the work here and none for decompress.
+    block
+        About how many examples are independent of all others.
+    verify
+        Decompress and compare before the file is written.
+    precision
+        Of the network. float32 is faster, and decodes only on the same machine and versions.
+    device
+        Where to run the network; decompress on the same kind.
+    """
+    from nelbo.checkpoint import load
+    from nelbo.codec.files import compress_file
+    from nelbo.model import find_device
+
+    loaded = load(run)
+    loaded.model.to(find_device(device))
+    with _progress("compress") as progress:
+        found = compress_file(
+            loaded,
+            data,
+            out,
+            lambda run: grid_of(run, steps, grid),
+            effort=effort,
+            block=block,
+            precision=precision,
+            verify=verify,
+            progress=progress,
+        )
+    for note in found.notes:
+        say(f"note: {note}")
+    say(
+        f"{found.original} bytes as {found.compressed} in {out}: {found.bits_per_dim:.3f} bits/dim"
+        " in all"
+    )
+
+
+def decompress(
+    run: Path, file: Path, *, out: Path, salvage: bool = False, device: str = "cpu"
+) -> None:
+    """Restore the data in a compressed FILE: exactly, or not at all.
+
+    Exit codes: 2 for what the command line has wrong, 3 for a damaged file, 4 for another run, 5
+    for a machine or versions on which it would not decode to the right data.
+
+    Parameters
+    ----------
+    run
+        The run folder with which it was compressed.
+    file
+        A .nlb file.
+    out
+        Where the data go, of the kind they had; it does not exist.
+    salvage
+        Of a damaged file, restore the blocks that are whole and name the others; exit code 3.
+    device
+        Where to run the network, of the kind on which it was compressed.
+    """
+    from nelbo.checkpoint import load
+    from nelbo.codec.errors import Damaged
+    from nelbo.codec.files import decompress_file
+    from nelbo.model import find_device
+
+    loaded = load(run)
+    loaded.model.to(find_device(device))
+    with _progress("decompress") as progress:
+        found = decompress_file(loaded, file, out, salvage=salvage, progress=progress)
+    say(f"{len(found.x)} of {found.header.examples} examples in {out}")
+    if found.lost:
+        lost = ", ".join(f"{first}..{first + count - 1}" for first, count in found.lost)
+        raise Damaged(f"{file} is damaged: lost are the examples {lost}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """Yields what makes, of a total, a bar that is told each increment."""
+    from nelbo._progress import progress_bar
+
+    with ExitStack() as stack:
+
+        def start(total: int) -> Callable[[int], None]:
+            update, so_far = stack.enter_context(progress_bar(what, total)), [0]
+
+            def advance(done: int) -> None:
+                so_far[0] += done
+                update(so_far[0], "")
+
+            return advance
+
+        yield start

@@ -1,0 +1,168 @@
+"""`nelbo evaluate`: the bound of a run or of another library's model."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nelbo.cli.common import Device, Seed, Spacing, grid_of, json_text, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nelbo.checkpoint import Run
+    from nelbo.estimate import Times
+    from nelbo.evaluate import Evaluation
+    from nelbo.model import Model
+    from nelbo.tighter import Tighter
+
+
+def evaluate(
+    run: str,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    steps: int | None = None,
+    grid: Spacing = "best",
+    calls: int | None = None,
+    target_error: float | None = None,
+    variates: bool = True,
+    importance_samples: int | None = None,
+    ode: bool = False,
+    dequantise: Literal["encoder", "truncated-normal", "uniform"] = "encoder",
+    tolerance: float = 1e-4,
+    save: Path | None = None,
+    columns: bool = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: bool = False,
+) -> None:
+    """State the bound on -log P(x) of a data set, with its error and its price.
+
+    Under torchrun its processes share the work; the number stays the same.
+
+    Parameters
+    ----------
+    run
+        A run folder; or another library's model, diffusers:FOLDER or openai:FILE, with --data.
+    data
+        Other data, of the kind the run was trained on; the run's own where left out.
+    split
+        train, validation or test; all for data without splits. The default is test for the run's
+        own data, and all of other data.
+    steps
+        The bound of the model with this number of steps; continuous time where left out.
+    grid
+        The times of the steps: best for this run, found once and kept in its folder; or uniform.
+    calls
+        Network calls per example, at most, the pilot's included; 24 where left out.
+    target_error
+        In place of --calls: the Monte Carlo standard error to reach, in the unit of the result.
+    variates
+        Take off each draw what is known of it without the network. Without is quicker for many
+        levels and a small network, and then more calls may pay.
+    importance_samples
+        K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
+    ode
+        The likelihood by the probability-flow ODE instead, to two tolerances (extra: ode).
+    dequantise
+        How --ode passes from the data to the first latent.
+    tolerance
+        Of --ode, absolute and relative, per example; the looser one is 10 times as large.
+    save
+        A .npz file for the bound, its error and its terms of each example, in nats.
+    columns
+        Also what each column of a table costs, in --steps, or 32 where left out, of at most 1000
+        examples.
+    json
+        Print one JSON object.
+    """
+    from nelbo import integrations, show
+    from nelbo._processes import together
+    from nelbo._progress import tracker
+    from nelbo.checkpoint import check_writable, load, read_config, write
+    from nelbo.dequantise import DEQUANTISERS
+    from nelbo.evaluate import evaluate as bound
+    from nelbo.model import find_device
+    from nelbo.tighter import evaluate_flow, evaluate_importance
+
+    _only_one_way(steps, calls, target_error, importance_samples, ode)
+    if columns and (
+        json or integrations.is_foreign(run) or not read_config(Path(run)).schema.columns
+    ):
+        raise ValueError("--columns prints what the columns of a run's table cost; leave it out")
+    if save is not None:
+        if save.suffix != ".npz":
+            raise ValueError(f"--save writes a .npz file; got {save}")
+        check_writable(save)
+    with together() as rank:
+        track = tracker("evaluate") if rank == 0 else iter
+        if integrations.is_foreign(run):
+            foreign = integrations.load(run, steps=steps)
+            for note in foreign.notes if rank == 0 else ():
+                say(note)
+            model, weights, known = foreign.model, foreign.weights, None
+            times: Times | None = foreign.times
+            schema = None
+            x, split = foreign.examples(data, split)
+        else:
+            loaded = load(run)
+            weights, schema = loaded.weights, loaded.config.schema
+            model, x, split = loaded.law(data, split)
+            known = None if data else loaded.examples(split="train")[0]
+            times = None if steps is None else grid_of(loaded, steps, grid)
+        model.to(find_device(device))
+        find: Callable[..., Evaluation | Tighter]
+        if ode:
+            way = DEQUANTISERS[dequantise]
+            find = partial(evaluate_flow, dequantiser=way, tolerance=tolerance)
+        elif importance_samples is not None and times is not None:
+            find = partial(evaluate_importance, times=times, samples=importance_samples)
+        else:
+            find = partial(bound, times=times, calls=calls, target_error=target_error)
+            find = partial(find, per_example=save is not None)
+            find = partial(find, known=known, variates=variates)
+        result = find(model, x, seed=seed, weights=weights, split=split, track=track)
+        if rank == 0:
+            if save is not None:
+                write(save, show.npz(result))
+            if json:
+                print(json_text(result.to_dict() | show.of_text(result, schema)))
+            else:
+                show.result(result, schema)
+            if columns:
+                _show_columns(model, loaded, x, steps or 32, grid, seed)
+
+
+def _show_columns(
+    model: "Model", run: "Run", x: "Tensor", steps: int, grid: Spacing, seed: int
+) -> None:
+    """What each column of a table costs under the model of its rows."""
+    from nelbo import show
+    from nelbo.report.dimensions import by_column, by_dimension
+
+    known, few = run.config.schema.columns, slice(1000)
+    (bound,) = by_dimension(model.at(few), x[few], grid_of(run, steps, grid), seed=seed)
+    names = [column.name for column in known]
+    show.columns(names, by_column(-bound.elbo, known), "nats", steps)
+
+
+def _only_one_way(
+    steps: int | None,
+    calls: int | None,
+    target_error: float | None,
+    importance_samples: int | None,
+    ode: bool,
+) -> None:
+    """Refuse options that contradict each other."""
+    if importance_samples is not None and steps is None:
+        raise ValueError(
+            "--importance-samples weights whole paths of a finite number of steps; give --steps"
+        )
+    if ode and (steps is not None or importance_samples is not None):
+        raise ValueError("--ode is of continuous time; leave --steps and --importance-samples out")
+    if (ode or importance_samples is not None) and (calls or target_error):
+        raise ValueError(
+            "--calls and --target-error are for the bound; --ode is priced by --tolerance, and"
+            " --importance-samples by K times T"
+        )

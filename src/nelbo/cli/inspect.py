@@ -1,0 +1,48 @@
+"""`nelbo inspect`: what data or a compressed file are."""
+
+from pathlib import Path
+
+from nelbo.cli.common import json_text
+
+
+def inspect(
+    data: str,
+    *,
+    levels: int | None = None,
+    size: int | None = None,
+    schema: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Show what DATA is: the columns of a table, and what makes a likelihood of it meaningless;
+    of a compressed file its header, bits/dim, bound and blocks.
+
+    Parameters
+    ----------
+    data
+        As for train; or a .nlb file.
+    levels
+        As for train.
+    size
+        As for train.
+    schema
+        As for train.
+    json
+        Print one JSON object, which --schema takes; to leave a column out, delete it there.
+    """
+    from nelbo import inspection
+
+    if data.endswith(".nlb"):
+        from nelbo import show
+        from nelbo.codec import files
+
+        report = files.report(Path(data).read_bytes())
+        if json:
+            print(json_text(show.of_compressed(report)))
+        else:
+            show.compressed(data, report)
+        return
+    found = inspection.inspect(data, levels=levels, size=size, schema=schema)
+    if json:
+        print(json_text(found.to_dict()))
+    else:
+        inspection.show(found)

@@ -1,0 +1,135 @@
+"""`nelbo sample`: new examples, or what is missing in given ones."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nelbo.cli.common import Device, Labels, RunFolder, Seed, Spacing, grid_of, say
+
+if TYPE_CHECKING:
+    from nelbo.checkpoint import Run
+    from nelbo.estimate import Grid
+
+
+def sample(
+    run: RunFolder,
+    *,
+    out: Path | None = None,
+    n: int = 64,
+    steps: int = 32,
+    grid: Spacing = "best",
+    seed: Seed = 0,
+    sampler: Literal["ancestral", "flow"] = "ancestral",
+    condition: Labels | None = None,
+    guidance: float = 1.0,
+    inpaint: Path | None = None,
+    mask: Path | None = None,
+    rounds: int = 1,
+    impute: Path | None = None,
+    particles: int | None = None,
+    device: Device = "cpu",
+) -> None:
+    """Draw new examples from a run.
+
+    Of a conditional run they are draws of P(x|c); without --condition each c is that of a training
+    example, drawn by the seed.
+
+    Parameters
+    ----------
+    out
+        A .png file (a grid of images), a .txt file, or a .npz file (array x in the units of the
+        data); left out, text is printed.
+    n
+        Number of examples.
+    steps
+        Number of steps, each one network call.
+    grid
+        Their times: best for this run, found once and kept in its folder; or uniform.
+    sampler
+        ancestral draws from the model that evaluate --steps measures; flow follows the
+        deterministic probability flow.
+    condition
+        The label of all samples, such as 3; NAME=VALUE, repeated, where there are several.
+    guidance
+        How many times the label counts, at two network calls a step. Only 1 draws from the model
+        whose bound evaluate states; at any other value the samples are of another law.
+    inpaint
+        An image of the size of the run's, whose masked part is drawn given the rest: exactly so
+        for the absorbing process, in approximation for the Gaussian.
+    mask
+        With --inpaint: an image of the same size, white where to draw and black where to keep.
+    rounds
+        With --inpaint: how often each step is made; more make both parts fit better.
+    impute
+        A table with the columns of the run's, whose missing cells are drawn given the others of
+        their row; --out has all else as it was. Other --seed, other draws.
+    particles
+        With --impute: candidates for each row, 32 where left out. The draws near the model's own
+        conditional law as they become many, at --steps network calls each.
+    """
+    from nelbo import pictures
+    from nelbo import sample as samplers
+    from nelbo._progress import tracker
+    from nelbo.checkpoint import check_writable, load, write
+    from nelbo.condition import guided, parse
+    from nelbo.data.encoded import read_masked
+    from nelbo.data.tables import FILES
+    from nelbo.model import find_device
+
+    loaded = load(run)
+    save = pictures.saver(out, loaded.config.schema)
+    if out is not None:
+        check_writable(out)
+    if n < 1:
+        raise ValueError(f"the number of samples must be at least 1; got {n}")
+    if (inpaint is None) != (mask is None) or (inpaint is None and rounds != 1):
+        raise ValueError("--inpaint, --mask and --rounds go together; give an image and a mask")
+    if inpaint is not None and sampler != "ancestral":
+        raise ValueError("--inpaint takes the ancestral sampler; leave --sampler out")
+    if impute is not None:
+        others = (inpaint, condition, n != 64, guidance != 1, sampler != "ancestral")
+        if any(others) or out is None or out.suffix.lower() not in FILES:
+            raise ValueError(
+                "--impute completes a table into the .csv, .tsv, .parquet or .arrow file --out;"
+                " of the other options --steps, --grid, --seed and --particles go with it"
+            )
+        times = grid_of(loaded, steps, grid)
+        loaded.model.to(find_device(device))
+        _complete_table(loaded, impute, out, times, particles, seed)
+        return
+    if particles is not None:
+        raise ValueError("--particles goes with --impute; leave it out")
+    labels = None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
+    model = guided(loaded.law_of_samples(n, labels, seed), guidance)
+    if guidance != 1:
+        say(f"guided {guidance:g} times: not draws of the model whose bound evaluate states")
+    given = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
+    times = grid_of(loaded, steps, grid)
+    model.to(find_device(device))
+    track = tracker("sample")
+    if given is not None:
+        x, known = given[0].expand(n, *model.shape), given[1]
+        x = samplers.complete(model, x, known, times, seed, rounds, track)
+    else:
+        draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
+        x = draw(model, n, times, seed, track)
+    if out is None:
+        sys.stdout.write(save(x.cpu()).decode())
+        return
+    write(out, save(x.cpu()))
+    say(f"{n} samples in {out}")
+
+
+def _complete_table(
+    run: "Run", table: Path, out: Path, times: "Grid", particles: int | None, seed: int
+) -> None:
+    """The table with its missing cells drawn, into `out`."""
+    from nelbo._progress import tracker
+    from nelbo.checkpoint import write
+    from nelbo.data.tables import to_bytes
+    from nelbo.impute import impute
+
+    options = {} if particles is None else {"particles": particles}
+    drawn = impute(run, table, times, seed=seed, track=tracker("impute"), **options)
+    write(out, to_bytes(drawn, out.suffix.lower()))
+    say(f"{drawn.height} rows in {out}")

@@ -1,0 +1,247 @@
+"""`nelbo train`: a new run, one continued, or one fine-tuned."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from nelbo import config
+from nelbo.cli.common import Labels, say
+
+if TYPE_CHECKING:
+    from nelbo.checkpoint import Run
+
+
+def _preset(name: str) -> Parameter:
+    """An option that follows the preset; shows the value of auto for small images."""
+    value = vars(config.ModelConfig()).get(name, vars(config.TrainConfig()).get(name))
+    return Parameter(show_default=lambda _: f"by preset, {value}")
+
+
+@Parameter(name="*")
+@dataclass
+class TrainOptions:
+    """In place of the preset's values; the defaults shown are those of auto for small images.
+
+    Attributes
+    ----------
+    steps
+        Training steps.
+    batch
+        Examples per step.
+    lr
+        Peak learning rate.
+    warmup
+        Steps until the peak.
+    weight_decay
+        Decoupled weight decay of the network's matrices.
+    ema
+        Decay of the moving average of the weights.
+    dropout
+        Share of hidden units dropped.
+    width
+        Channels, or hidden units.
+    depth
+        Residual blocks.
+    members
+        Networks that are trained apart and averaged; each takes its part of the batch.
+    network
+        conv is for images, unet for large ones; transformer for text or anything of few
+        dimensions; mlp for anything.
+    process
+        gaussian noise; or absorbing, for integers: symbols are masked.
+    schedule
+        -log SNR over time. betas is the classic one, 1000 β's from 1e-4 to 0.02. learned takes the
+        interior that makes the draws of the bound vary least, learned-ends also learns the ends.
+    gamma_min
+        -log SNR at the data's end.
+    gamma_max
+        -log SNR at the noise's end.
+    head
+        What the network predicts: levels, one number for each level; level-curves, the weights of
+        a few curves over many levels; or noise, data, velocity; symbols of the absorbing process.
+    step
+        Reverse step P(z_s|z_t): what a bound or sample in few steps uses.
+    decoder
+        P(x|z_1).
+    optimizer
+        adamw; or muon, whose steps of hidden matrices are orthogonal: large images and text learn
+        in fewer.
+    objective
+        The bound, or a re-weighting of its diffusion term.
+    times
+        Of the training steps: stratified over the batch; importance, more often where the loss is
+        large, learned while training; or iid. The loss has the same mean with each.
+    cross_entropy
+        Weight of the decoder's loss at the drawn times.
+    augment
+        Share of the images that are moved a little in training; the network is told which.
+    label_dropout
+        Share of the examples whose labels are dropped, so that sample --guidance has P(x) as well.
+    clip
+        Largest norm of the gradient.
+    evaluate_every
+        Steps between validations; each saves the run.
+    seed
+        Everything random follows from it.
+    """
+
+    steps: Annotated[int | None, _preset("steps")] = None
+    batch: Annotated[int | None, _preset("batch")] = None
+    lr: Annotated[float | None, _preset("lr")] = None
+    warmup: Annotated[int | None, _preset("warmup")] = None
+    weight_decay: Annotated[float | None, _preset("weight_decay")] = None
+    ema: Annotated[float | None, _preset("ema")] = None
+    dropout: Annotated[float | None, _preset("dropout")] = None
+    width: Annotated[int | None, _preset("width")] = None
+    depth: Annotated[int | None, _preset("depth")] = None
+    members: Annotated[int | None, _preset("members")] = None
+    network: Annotated[config.Network | None, _preset("network")] = None
+    process: Annotated[config.Process | None, _preset("process")] = None
+    schedule: Annotated[config.Schedule | None, _preset("schedule")] = None
+    gamma_min: Annotated[float | None, _preset("gamma_min")] = None
+    gamma_max: Annotated[float | None, _preset("gamma_max")] = None
+    head: Annotated[config.Head | None, _preset("head")] = None
+    step: Annotated[config.Step | None, _preset("step")] = None
+    decoder: Annotated[config.Decoder | None, _preset("decoder")] = None
+    optimizer: Annotated[config.Optimizer | None, _preset("optimizer")] = None
+    objective: Annotated[config.Objective | None, _preset("objective")] = None
+    times: Annotated[config.Times | None, _preset("times")] = None
+    cross_entropy: Annotated[float | None, _preset("cross_entropy")] = None
+    augment: Annotated[float | None, _preset("augment")] = None
+    label_dropout: Annotated[float | None, _preset("label_dropout")] = None
+    clip: Annotated[float | None, _preset("clip")] = None
+    evaluate_every: Annotated[int | None, _preset("evaluate_every")] = None
+    seed: Annotated[int | None, _preset("seed")] = None
+
+    def given(self) -> dict[str, str | int | float]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def train(
+    data: str | None = None,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    steps_of_bound: int | None = None,
+    preset: Annotated[config.Preset | None, Parameter(show_default=lambda _: "auto")] = None,
+    levels: int | None = None,
+    size: int | None = None,
+    schema: Path | None = None,
+    condition: Labels | None = None,
+    minutes: float | None = None,
+    device: str = "cpu",
+    options: TrainOptions | None = None,
+) -> None:
+    """Train a model of DATA by maximising the ELBO, into a new run folder.
+
+    Ctrl-C saves the run and --resume continues it exactly. The weights with the best validation
+    bound are kept.
+
+    Parameters
+    ----------
+    data
+        "digits" (scikit-learn's 8x8 images), a .npy, .npz or idx file (integers N x ... are
+        modelled as levels, floats as densities), a table (.csv, .tsv, .parquet, .arrow), a .tar
+        shard of PNG or JPEG images, a .txt file,
+        or a folder of images, idx files, shards or .txt files.
+    out
+        Folder of the new run.
+    resume
+        Run to continue, in place of DATA and --out; of the options only --steps may go with it.
+    steps_of_bound
+        With --resume: fine-tune for the bound with this number of steps, as a new run that starts
+        from the best weights of the old one; --out names it, RUN-8steps and the like by default.
+    preset
+        auto is quick, best takes longer for a tighter bound.
+    levels
+        Number of levels of integer data; found in the data where left out. Images of 16 bits have
+        65536, or with 256 here their upper 8 bits. Text is read as characters, with 256 levels as
+        bytes.
+    size
+        Side in pixels to which images are cropped and resized; or symbols in a chunk of text.
+    schema
+        A JSON file with the columns of a table that are to be used, such as
+        [{"name": "age", "kind": "rounded", "precision": 5}]; what it leaves open is found in the
+        cells. nelbo inspect --json writes one.
+    condition
+        Name of a label of the data, such as class for the sub-folders of a folder of images; may
+        be repeated. The model is then one of P(x|class): evaluate states its bound, given the
+        labels of the data, and sample takes the labels wanted.
+    minutes
+        About how long to train, in place of --steps: as many steps as fit by the time of a few.
+        The run keeps their number, so that it is continued exactly.
+    device
+        Where to train, such as cpu or cuda.
+    options
+        In place of the preset's.
+    """
+    from nelbo._interrupt import Interrupted
+    from nelbo.finetune import fine_tune, name_of
+    from nelbo.train import resume as continue_run
+    from nelbo.train import train as start
+
+    given = options.given() if options else {}
+    work: Callable[[], Run]
+    if resume is None:
+        if steps_of_bound is not None:
+            raise ValueError(
+                "--steps-of-bound fine-tunes a run; name it with --resume:"
+                f" nelbo train --resume RUN --steps-of-bound {steps_of_bound}"
+            )
+        if data is None or out is None:
+            raise ValueError(
+                "train needs DATA and --out, or --resume; try:"
+                " nelbo train digits --out runs/digits"
+            )
+        path = out
+        work = partial(
+            start,
+            data,
+            out,
+            preset=preset or "auto",
+            levels=levels,
+            size=size,
+            schema=schema,
+            condition=condition or (),
+            minutes=minutes,
+            device=device,
+            progress=True,
+            **given,
+        )
+    else:
+        asked = {
+            "DATA": data,
+            "--out": out if steps_of_bound is None else None,
+            "--preset": preset,
+            "--levels": levels,
+            "--size": size,
+            "--schema": schema,
+            "--condition": condition,
+            "--minutes": minutes,
+        }
+        others = [name for name, value in asked.items() if value is not None]
+        others += [f"--{name.replace('_', '-')}" for name in given if name != "steps"]
+        if others:
+            raise ValueError(
+                f"--resume continues a run as it was configured; {others[0]} cannot go with it"
+            )
+        steps = options.steps if options else None
+        if steps_of_bound is None:
+            path = resume
+            work = partial(continue_run, resume, steps=steps, device=device, progress=True)
+        else:
+            path = out or name_of(resume, steps_of_bound)
+            work = partial(
+                fine_tune, resume, steps_of_bound, path, steps=steps, device=device, progress=True
+            )
+    try:
+        run = work()
+    except Interrupted:
+        say(f"stopped and saved; continue with: nelbo train --resume {quote(str(path))}")
+        raise
+    say(f"kept the weights {run.weights}. Next: nelbo evaluate {quote(str(run.path))}")
