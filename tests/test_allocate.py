@@ -9,7 +9,7 @@ from known_models import MODELS
 from torch import Tensor
 
 from nelbo._numerics import seeded
-from nelbo.allocate import WARY, Allocation, Cells, _lenders, estimate, even, spread
+from nelbo.allocate import EVEN, Allocation, Cells, _lenders, estimate, even, spread
 from nelbo.allocate import fit as fit_rows
 from nelbo.control import Controls
 from nelbo.data import as_examples
@@ -224,10 +224,9 @@ def test_the_fit_finds_the_coefficients():
     assert ((found.between[:, 0] - 5).abs() < 4 * size / math.sqrt(20_000)).all()
     # .. so that 2 % of 0.8 and of 0.5 are left, beside the noise
     torch.testing.assert_close(found.left, 0.1 * size, rtol=0.04, atol=0)
-    wary = found.probability - (1 - WARY) * found.left / found.left.sum()
-    assert wary.sum().item() == pytest.approx(WARY)
-    spread = cost.std(1) / cost.std(1).sum()
-    torch.testing.assert_close(wary, WARY * (1 / 9 + spread) / 2, rtol=0.02, atol=0)
+    best = (1 - EVEN) * found.left / found.left.sum() + EVEN / 9
+    torch.testing.assert_close(found.probability, best)
+    assert found.probability.sum().item() == pytest.approx(1)
 
 
 def test_what_is_left_is_not_flattered():

@@ -280,12 +280,12 @@ def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):
     ("shape", "levels", "options", "expected"),
     [
         ((1, 8, 8), 17, {}, ("conv", "levels", 128)),
-        ((1, 28, 28), 256, {}, ("conv", "level-curves", 16)),
-        ((3, 32, 32), 2, {"network": "unet"}, ("unet", "levels", 16)),
+        ((1, 28, 28), 256, {}, ("unet", "level-curves", 16)),
+        ((3, 32, 32), 2, {"network": "conv"}, ("conv", "levels", 16)),
         ((1, 28, 28), 256, {"network": "mlp", "head": "levels"}, ("mlp", "levels", 128)),
         ((5,), 256, {}, ("mlp", "level-curves", 128)),
-        ((3, 32, 32), None, {}, ("conv", "velocity", 16)),
-        ((3, 32, 32), 256, {"head": "noise"}, ("conv", "noise", 16)),
+        ((3, 32, 32), None, {}, ("unet", "velocity", 16)),
+        ((3, 32, 32), 256, {"head": "noise"}, ("unet", "noise", 16)),
         ((8,), 256, {"process": "absorbing"}, ("mlp", "symbols", 128)),
     ],
 )

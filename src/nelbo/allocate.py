@@ -9,8 +9,8 @@ with probability p_c and gives
 v and φ from `control`. E[y] is the sum of costs for any b, k and p > 0. A pilot on some of the
 examples fits b and k cell by cell (least squares over neighbouring cells) and gives what is left,
 sd_c; the best p is proportional to it (Neyman 1934). A share of the draws, 1/√n for n rows that
-tell of a cell and no less than a twentieth, goes half evenly, half as were best with nothing taken
-off: no weight 1/p_c exceeds forty times the number of cells, whatever the pilot missed.
+tell of a cell and no less than a twentieth, is spread evenly, so no weight 1/p_c exceeds twenty
+times the number of cells, whatever the pilot missed.
 
 Draws of one example lend each other their context (`control`): each borrows from the nearest in
 time, of its own replicate or of one before it; two or three stand near each other for that. So no
@@ -33,7 +33,7 @@ from nelbo.terms import Decode, Term
 CELLS = 32  # of the diffusion term, at most
 SPREAD = 4.0  # cells to either side that lend a cell their pilot rows
 BORROWED = 16.0  # pilot rows of its own that its neighbours' variance counts for
-WARY = 0.05  # share of the draws that do not follow sd_c, at least
+EVEN = 0.05  # share of the draws that do not follow the pilot, at least
 NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
 NEAR = 4  # draws of an example that spread over all times; fewer stand as near as these
 LIKE = 64  # rows of a network call, at least, where there are as many
@@ -256,8 +256,8 @@ def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Alloc
     sd = size * torch.stack(left)
     p_best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
     # what few rows say of a spread is known to 1/√(2 rows): a cell they underrate has heavy tails
-    wary = max(WARY, (len(cell) / count + BORROWED) ** -0.5)
-    p = (1 - wary) * p_best + wary * (1 / count + size / size.sum()) / 2
+    spread_evenly = max(EVEN, (len(cell) / count + BORROWED) ** -0.5)
+    p = (1 - spread_evenly) * p_best + spread_evenly / count
     table = torch.stack(slopes)
     within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
     level = mean(cost - (v * within[cell]).sum(1) - (phi[:, 1:] * between[cell]).sum(1))
