@@ -220,10 +220,10 @@ def test_the_density_is_part_of_the_checkpoint(tmp_path, monkeypatch):
     whole = training.train("digits", tmp_path / "whole", **options).path
     order = learner.batch_indices
 
-    def interrupt(examples, batch, step, seed):
+    def interrupt(examples, batch, step, seed, **options):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
-        return order(examples, batch, step, seed)
+        return order(examples, batch, step, seed, **options)
 
     monkeypatch.setattr(learner, "batch_indices", interrupt)
     with pytest.raises(KeyboardInterrupt):

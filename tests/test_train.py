@@ -45,10 +45,10 @@ def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch
     """Ctrl-C in the middle of step `stop`: the step is finished, saved, and continued exactly."""
     order = learner.batch_indices
 
-    def interrupt(examples, batch, step, seed):
+    def interrupt(examples, batch, step, seed, **options):
         if step == stop - 1:
             signal.raise_signal(signal.SIGINT)
-        return order(examples, batch, step, seed)
+        return order(examples, batch, step, seed, **options)
 
     monkeypatch.setattr(learner, "batch_indices", interrupt)
     with pytest.raises(KeyboardInterrupt):
