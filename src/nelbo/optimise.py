@@ -99,7 +99,7 @@ def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
 
     Of the first, those that turn hidden units into hidden units come before all others.
     """
-    hidden, outer = set(), set()
+    hidden, outer = set[int](), set[int]()
     for name, module in model.network.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             single = getattr(module, "groups", 1) == 1
