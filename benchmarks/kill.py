@@ -5,8 +5,8 @@
 `digits` takes most of its time in validations; `rows`, of three numbers of three levels, has a
 checkpoint every second step. The disk is made slow, so that many kills are while it writes. A
 training is resumed and killed until it ends; what it left is compared with what the one without a
-kill left, and another begins, until there were enough kills. All tensors are compared by their bits
-(weights, moving average, best, optimiser, times, learned γ), and all events and words but the
+kill left, and another begins, until there were enough kills. All tensors are compared by their
+bits (weights, moving average, best, optimiser, times, learned γ), and all events and words but the
 clock's; the weights, the configuration and the names of the files as they are. The order of the
 data shows in all of them.
 """
