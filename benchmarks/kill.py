@@ -93,7 +93,7 @@ def trial(folder: Path, data: str, kills: int, r: random.Random) -> None:
             stale = half_written(out)
             process = start(source, out, every)
             # long enough, now and then, to get from one checkpoint to the next
-            process.join(r.uniform(0, max(3 * interval, 3.0)) if killed < kills else None)
+            process.join(r.uniform(0, max(1.5 * interval, 2.0)) if killed < kills else None)
             if process.exitcode is not None:
                 break
             process.kill()
@@ -111,6 +111,7 @@ def trial(folder: Path, data: str, kills: int, r: random.Random) -> None:
         if wrong:
             sys.exit(f"{out} differs after {killed} kills in {', '.join(wrong)}")
         trainings += 1
+        print(f"{data}: {trainings} trainings, {killed} kills", file=sys.stderr, flush=True)
     print(
         f"{data}: {killed} kills ({cut} while a file was written, {between} between the files of a"
         f" checkpoint), {trainings} trainings of {OPTIONS['steps']} steps;"
