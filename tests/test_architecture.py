@@ -53,6 +53,7 @@ ORDER = (
     "integrations",
     "optimise",
     "learner",
+    "state",
     "common_noise",
     "sklearn",
     "train",

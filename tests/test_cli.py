@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nelbo
+from nelbo import checkpoint
 from nelbo.cli import app, main
 
 
@@ -274,12 +275,13 @@ def test_damaged_runs(trained, tmp_path, capsys):
     run_ok("train", "--resume", run)
 
     run = damaged("state of nothing")
-    save_file({}, run / "state.safetensors")
+    checkpoint.write_tensors(run / "state.safetensors", {}, {})
     assert "another architecture" in nelbo_fails(capsys, "train", "--resume", run)
 
-    run = damaged("cut state")
-    whole = (run / "state.safetensors").read_bytes()
-    (run / "state.safetensors").write_bytes(whole[:-9])
+    run = damaged("no whole state")
+    for name in ("state.safetensors", "before.safetensors"):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(whole[:-9])
     assert "truncated" in nelbo_fails(capsys, "train", "--resume", run, "--steps", 8)
 
 

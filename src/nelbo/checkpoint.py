@@ -2,20 +2,23 @@
 
     config.json          data, schema, model and training configuration
     model.safetensors    the best weights so far (moving average), with step and bound
-    state.safetensors    everything to continue training exactly
+    state.safetensors    everything to continue training exactly, the best weights too; see `state`
+    before.safetensors   the state before that, in case the newest is damaged
     metrics.jsonl        one line per event
     data.parquet         the training table, where it was given as a frame and not by its path
     grids.json           the best grids that were found for these weights; found again where lost
 
 Every file is written under a temporary name, synced and renamed: it is whole or it is not there.
+Tensors come with their SHA-256, so that what the disk damaged later is not taken for them.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -41,16 +44,18 @@ from nelbo.model import Model, model_hash
 if TYPE_CHECKING:
     from nelbo.data.tables import Frame
 
-CONFIG, WEIGHTS, STATE, METRICS, GRIDS, TABLE = (
+CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE = (
     "config.json",
     "model.safetensors",
     "state.safetensors",
+    "before.safetensors",
     "metrics.jsonl",
     "grids.json",
     "data.parquet",
 )
 
 
+HASH = "sha256"
 EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
 
 
@@ -236,7 +241,8 @@ class Run:
                     f"the best grid is found on the training data: {error}; or use the uniform"
                     " grid with --grid uniform"
                 ) from None
-            known[key] = best_grid(model, x, steps, track=track).times.tolist()
+            best = best_grid(model, x, steps, track=track).times.tolist()
+            known = _read_grids(path) | {key: best}  # with what others found meanwhile
             with contextlib.suppress(OSError):  # a folder that is read only
                 write(path, (json.dumps(known, indent=1) + "\n").encode())
         return Grid(known[key])
@@ -251,8 +257,13 @@ def _read_grids(path: Path) -> dict[str, list[float]]:
         return {}
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes, before: Path | None = None) -> None:
     """Write the whole file or nothing: temporary name, fsync, rename.
+
+    Args:
+        path: the file.
+        content: all of it.
+        before: a name for the file that was at `path`, where it is kept.
 
     Raises:
         OSError: naming `path`.
@@ -268,7 +279,10 @@ def write(path: Path, content: bytes) -> None:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
+        if before is not None and path.exists():
+            os.replace(path, before)
         os.replace(temporary, path)
+        _sync_names(path.parent)
     except BaseException as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -276,6 +290,22 @@ def write(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def _sync_names(folder: Path) -> None:
+    """Renaming lasts once the folder is on the disk too."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def leftovers(path: Path) -> Iterator[Path]:
+    """Temporary files in a run from which a `write` of training was killed."""
+    for name in (CONFIG, WEIGHTS, STATE, METRICS, TABLE):
+        yield from path.glob(f".{name}.*")
 
 
 def check_writable(path: Path) -> None:
@@ -289,26 +319,56 @@ def check_writable(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
-    """Tensors and a few words about them, as one safetensors file."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, object],
+    before: Path | None = None,
+) -> None:
+    """Tensors and a few words about them, as one safetensors file; `before` as for `write`."""
     # Clones, because the format refuses names that share memory (the transform of real data).
     whole = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     # One key: the format writes several in no fixed order, and equal runs shall be equal files.
-    write(path, save(whole, {"about": json.dumps(dict(about), sort_keys=True)}))
+    words = {**about, HASH: _sha256(whole, about)}
+    write(path, save(whole, {"about": json.dumps(words, sort_keys=True)}), before)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Raises ValueError for a file that is truncated or not safetensors."""
+def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> str:
+    """Of all that a file of tensors says."""
+    digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file and the words about them.
+
+    Args:
+        path: the file.
+        hashed: refuse a file without its SHA-256, such as other programs write.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, not safetensors, or not what was written.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            return {name: file.get_tensor(name) for name in list(file.keys())}, about
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        if not isinstance(about, dict):
+            raise ValueError(f"it says {about!r} of itself")
+        known = about.pop(HASH, None)
+        if (hashed or known is not None) and known != _sha256(tensors, about):
+            raise ValueError(f"its SHA-256 is not {known}" if known else "it has no SHA-256")
+        return tensors, about
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); restore it from a copy or"
-            " train again"
+            f"{path} is truncated, damaged or not a safetensors file ({error}); restore it from a"
+            " copy or train again"
         ) from None
 
 

@@ -88,6 +88,7 @@ class Learner:
         self.law = LAWS[t.times]()
         self.optimizer = optimizer(built, t)
         self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
+        self.best: dict[str, Tensor] = {}  # weights of the best average that was measured
 
     @property
     def average(self) -> Model:
@@ -139,13 +140,13 @@ class Learner:
         Returns:
             The best of the averaged models, one of which is measured every `evaluate_every` steps.
         """
-        t, at, best = self.config, self.at, copy.deepcopy(self.average)
+        t, at = self.config, self.at
         while at.step < t.steps and at.step - at.best_step < patience * t.evaluate_every:
             self.step()
             if at.step % t.evaluate_every == 0 or at.step == t.steps:
-                _, better = self.measure()
-                if better:
-                    best = copy.deepcopy(self.average)
+                self.measure()
+        best = copy.deepcopy(self.average)
+        best.load_state_dict(self.best)
         best.dtype = torch.float64
         return best.eval()
 
@@ -170,6 +171,8 @@ class Learner:
         better = result.nats < self.at.best
         if better:
             self.at.best, self.at.best_step = result.nats, self.at.step
+            weights = average.state_dict().items()
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in weights}
         return result, better
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:

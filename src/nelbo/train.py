@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -12,9 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from nelbo import checkpoint, data
+from nelbo import checkpoint, data, state
 from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2
 from nelbo._progress import progress_bar
@@ -22,7 +21,7 @@ from nelbo.checkpoint import Run, RunConfig
 from nelbo.config import ModelConfig, TrainConfig, configure
 from nelbo.data import Dataset, tables
 from nelbo.evaluate import Evaluation
-from nelbo.learner import Learner, Progress
+from nelbo.learner import Learner
 from nelbo.model import Model
 from nelbo.optimise import learning_rate
 
@@ -137,7 +136,7 @@ def pace(
 
 def check_new(out: Path) -> None:
     """ValueError where a new run cannot be."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(checkpoint.leftovers(out))):
         hint = f"; continue it with --resume {out}" if checkpoint.is_run(out) else ""
         kind = "a run" if checkpoint.is_run(out) else "not a run"
         raise ValueError(f"{out} exists and is {kind}{hint}; choose another --out")
@@ -152,8 +151,8 @@ def begin(training: "Training", progress: bool, weights: Model | None = None) ->
         checkpoint.write(out / checkpoint.CONFIG, training.run.to_json().encode())
         training.fit(progress)
     except Exception:
-        if not (out / checkpoint.WEIGHTS).exists():
-            shutil.rmtree(out, ignore_errors=True)  # all in it is ours, and of no use
+        if not (checkpoint.is_run(out) and (out / checkpoint.WEIGHTS).exists()):
+            training.remove()
         raise
     return checkpoint.load(out)
 
@@ -173,8 +172,9 @@ def resume(
     if steps is not None:
         run = replace(run, train=replace(run.train, steps=steps))
     training = Training(out, run, run.load_data(), device)
-    if (out / checkpoint.STATE).exists():
-        training.load_state()
+    if state.is_in(out):
+        state.load(out, training.learner)
+        training.keep_best()
     training.forget_later_metrics()
     if steps is not None:
         checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
@@ -186,9 +186,12 @@ class Training:
     """One training run and its files."""
 
     def __init__(self, out: Path, run: RunConfig, dataset: Dataset, device: str = "cpu") -> None:
-        self.out, self.run = out, run
+        self.out, self.run, self.new = out, run, not out.exists()
         self.learner = Learner(run.model, run.train, dataset, device)
         self.writer: SummaryWriter | None = None
+        self.told = 0  # the step of the last event
+        for left in checkpoint.leftovers(out):
+            left.unlink()
 
     def fit(self, progress: bool) -> None:
         """Train to the last step; Ctrl-C finishes the step, saves and raises."""
@@ -206,26 +209,33 @@ class Training:
                 update(done, self._note())
                 if done % self.run.train.evaluate_every == 0 or done == total:
                     self._validate()
-                    self.save_state()
+                    state.save(self.out, learner)
                 if interrupted():
-                    self.save_state()
+                    state.save(self.out, learner)
                     raise Interrupted
+            if self.told < learner.at.step:  # it was stopped here, with more steps to come
+                self._validate()
+                state.save(self.out, learner)
 
     def start_from(self, weights: Model) -> None:
         """Begin with the weights of another run; they are kept until there are better ones."""
         for own in (self.learner.model, self.learner.average):
             checkpoint.put_weights(own, weights.state_dict(), "the run")
         self._measure()
-        self.save_state()
+        state.save(self.out, self.learner)
 
     def _measure(self) -> Evaluation:
         """Measure the averaged weights on the validation split; keep the best."""
         result, better = self.learner.measure()
         if better:
-            about = {"weights": "ema", "step": self.learner.at.step}
-            weights = self.learner.average.state_dict()
-            checkpoint.write_tensors(self.out / checkpoint.WEIGHTS, weights, about)
+            self.keep_best()
         return result
+
+    def keep_best(self) -> None:
+        """The best weights, where there are any yet, as those of the run."""
+        if self.learner.best:
+            about = {"weights": "ema", "step": self.learner.at.best_step}
+            checkpoint.write_tensors(self.out / checkpoint.WEIGHTS, self.learner.best, about)
 
     def _validate(self) -> None:
         """Measure, keep the best, and tell."""
@@ -242,50 +252,26 @@ class Training:
         }
         with (self.out / checkpoint.METRICS).open("a") as file:
             file.write(json.dumps(event) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # no state is on the disk before the events that led to it
+        self.told = at.step
         if self.writer is not None:
             for name in ("train", "validation", "lr"):
                 self.writer.add_scalar(name, event[name], at.step)
-
-    def save_state(self) -> None:
-        """Everything to continue exactly, in one file."""
-        learner = self.learner
-        tensors = {f"model.{k}": v for k, v in learner.model.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in learner.ema.state_dict().items()}
-        tensors |= {f"law.{k}": v for k, v in learner.law.state_dict().items()}
-        for i, moments in learner.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
-        about = {"weights": "raw and ema", "progress": learner.at.__dict__}
-        checkpoint.write_tensors(self.out / checkpoint.STATE, tensors, about)
-
-    def load_state(self) -> None:
-        """Continue from `state.safetensors`."""
-        path, learner = self.out / checkpoint.STATE, self.learner
-        tensors, about = checkpoint.read_tensors(path)
-        modules = (("model.", learner.model), ("ema.", learner.ema), ("law.", learner.law))
-        for prefix, module in modules:
-            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            checkpoint.put_weights(module, part, str(path))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, i, moment = name.split(".")
-                state.setdefault(int(i), {})[moment] = tensor
-        groups = learner.optimizer.state_dict()["param_groups"]
-        learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        trained = sum(len(group["params"]) for group in groups)
-        progress = about.get("progress", {})
-        if (
-            len(state) != (trained if progress.get("step") else 0)
-            or progress.keys() != learner.at.__dict__.keys()
-        ):
-            raise ValueError(f"{path} lacks a part of the state; train again")
-        learner.at = Progress(**progress)
 
     def forget_later_metrics(self) -> None:
         """Drop what was logged after the state that training continues from."""
         kept = [e for e in checkpoint.read_metrics(self.out) if e["step"] <= self.learner.at.step]
         lines = "".join(json.dumps(event) + "\n" for event in kept)
         checkpoint.write(self.out / checkpoint.METRICS, lines.encode())
+        self.told = kept[-1]["step"] if kept else 0
+
+    def remove(self) -> None:
+        """All files, and the folder where it was not there before."""
+        for path in self.out.glob("*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self.new and self.out.exists():
+            self.out.rmdir()
 
     def _shown(self, nats: float) -> float:
         dims = self.learner.model.dims

@@ -1,0 +1,192 @@
+"""A training that is killed at any moment of writing its files ends as one that is not."""
+
+import contextlib
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from nelbo import checkpoint, learner, state
+from nelbo.train import resume, train
+
+SMALL = {
+    "steps": 4,
+    "batch": 8,
+    "width": 8,
+    "depth": 1,
+    "evaluate_every": 2,
+    "lr": 0.02,
+    "seed": 1,
+}
+LEARNED = {"schedule": "learned-ends", "times": "importance", "warmup": 1}
+
+
+class Killed(BaseException):
+    """What no handler of errors is meant for, as SIGKILL."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run on rows of levels, beside its data; do not change it, copy it.
+
+    Its second weights are better than its first, so that both are written.
+    """
+    path = tmp_path_factory.mktemp("whole")
+    np.save(path / "x.npy", np.random.default_rng(0).integers(0, 3, (60, 3)) // 2 * 2)
+    return train(str(path / "x.npy"), path / "run", **SMALL, **LEARNED).path
+
+
+def contents(run):
+    """All that a run holds but the clock's, tensors as their bytes."""
+    found = {"names": sorted(p.name for p in run.iterdir() if p.is_file())}
+    found |= {n: (run / n).read_bytes() for n in (checkpoint.CONFIG, checkpoint.WEIGHTS)}
+    for name in (checkpoint.STATE, checkpoint.BEFORE):
+        tensors, about = checkpoint.read_tensors(run / name, hashed=True)
+        del about["progress"]["seconds"]
+        found[name] = about
+        found |= {
+            f"{name} {k}": t.flatten().view(torch.uint8).tolist() for k, t in tensors.items()
+        }
+    events = [json.loads(line) for line in (run / checkpoint.METRICS).read_text().splitlines()]
+    found[checkpoint.METRICS] = [{k: v for k, v in e.items() if k != "seconds"} for e in events]
+    return found
+
+
+def kill_at(patch, moment):
+    """Be killed at this moment: they are counted before a sync and before and after a renaming.
+
+    Of what is then on its way nothing is tidied up. Returns the moments so far, in a list.
+    """
+    past, os = [], checkpoint.os
+    sync, rename, unlink = os.fsync, os.replace, os.unlink
+
+    def reach(what):
+        past.append(what)
+        if len(past) >= moment:
+            raise Killed
+
+    def killed_sync(handle):
+        reach("sync")
+        sync(handle)
+
+    def killed_rename(old, new):
+        reach(f"before {new.name}")
+        rename(old, new)
+        reach(new.name)
+
+    patch.setattr(os, "fsync", killed_sync)
+    patch.setattr(os, "replace", killed_rename)
+    patch.setattr(os, "unlink", lambda path: None if len(past) >= moment else unlink(path))
+    return past
+
+
+@pytest.mark.filterwarnings("ignore:.*is missing. the state before it:UserWarning")
+def test_killed_at_each_moment_of_writing(whole, tmp_path):
+    """Among them are those of the state that makes room for a newer one."""
+    source, expected = str(whole.parent / "x.npy"), contents(whole)
+    for moment in itertools.count(1):
+        run = tmp_path / str(moment)
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+            past = kill_at(patch, moment)
+            train(source, run, **SMALL, **LEARNED)
+        if len(past) < moment:
+            break
+        if checkpoint.is_run(run):
+            resume(run)
+        else:
+            train(source, run, **SMALL, **LEARNED)
+        assert contents(run) == expected, (moment, past)
+    first, second = (
+        [checkpoint.WEIGHTS, *names, checkpoint.STATE] for names in ([], [checkpoint.BEFORE])
+    )
+    files = [name for name in past if " " not in name and name != "sync"]
+    assert files == [checkpoint.CONFIG, *first, *second]
+
+
+@pytest.mark.parametrize("damage", ["one bit", "cut", "other", "missing"])
+def test_a_damaged_state_gives_way_to_the_one_before(whole, tmp_path, damage):
+    """It is said, and no bit of the end is another one; the damaged one is never the one kept."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    path = run / checkpoint.STATE
+    content = bytearray(path.read_bytes())
+    if damage == "one bit":
+        content[-len(content) // 3] ^= 1
+    path.write_bytes(content[: 100 if damage == "cut" else None])
+    if damage == "other":  # whole, but by a program that knows no hash
+        checkpoint.write(path, checkpoint.save({"x": torch.zeros(2)}))
+    if damage == "missing":
+        path.unlink()
+    with pytest.warns(UserWarning, match=r"state.safetensors is .*; the state before .* step 2"):
+        resume(run)
+    left, right = contents(run), contents(whole)
+    assert left == right
+
+
+def test_every_bit_of_a_state_counts(whole, tmp_path):
+    """Flipped anywhere, it is an error or says the same."""
+    before, words = checkpoint.read_tensors(whole / checkpoint.STATE, hashed=True)
+    content = (whole / checkpoint.STATE).read_bytes()
+    rng, path, same = np.random.default_rng(0), tmp_path / "state.safetensors", 0
+    for place in rng.integers(0, 8 * len(content), 300):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            tensors, about = checkpoint.read_tensors(path, hashed=True)
+        except ValueError as error:
+            assert "truncated, damaged or not" in str(error)
+        else:
+            same += 1
+            assert about == words and tensors.keys() == before.keys()
+            assert all(torch.equal(tensors[k], before[k]) for k in before)
+    assert same < 10
+
+
+def test_damaged_weights_are_not_used(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    content = bytearray((run / checkpoint.WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (run / checkpoint.WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors is .*damaged.*SHA-256"):
+        checkpoint.load(run)
+    resume(run)
+    assert contents(run) == contents(whole)
+
+
+def test_the_weights_of_a_finished_run_are_made_again(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / checkpoint.WEIGHTS).unlink()
+    resume(run)
+    assert contents(run) == contents(whole)
+
+
+def test_a_run_that_was_stopped_at_its_new_last_step_is_measured(whole, tmp_path, monkeypatch):
+    step = learner.Learner.step
+
+    def stop(self):
+        step(self)
+        state.save(tmp_path / "run", self)
+        raise Killed
+
+    monkeypatch.setattr(learner.Learner, "step", stop)
+    with pytest.raises(Killed):
+        train(str(whole.parent / "x.npy"), tmp_path / "run", **SMALL)
+    monkeypatch.setattr(learner.Learner, "step", step)
+    run = resume(tmp_path / "run", steps=1)
+    assert run.weights == "ema, step 1" and [event["step"] for event in run.metrics] == [1]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failed_training_leaves_what_was_there(whole, tmp_path, monkeypatch, there):
+    def fail(self):
+        raise ValueError("no step")
+
+    monkeypatch.setattr(learner.Learner, "step", fail)
+    if there:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="no step"):
+        train(str(whole.parent / "x.npy"), tmp_path / "run", **SMALL)
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"] * there
