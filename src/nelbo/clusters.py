@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 RANK = 64  # principal components in which the covariances are free
-COMPONENTS = 10  # at most; each needs as many examples as there are principal components
+COMPONENTS = 10  # at most; each needs as many examples as there are principal components, and ..
+FEWEST = 32  # .. no less than so many
 FLOOR = 0.02  # of the mean variance of a component, in every direction
 NOISES = (-4.0, -1.0, 2.0)  # γ at which `features` look
 
@@ -106,7 +107,7 @@ def _fit(e: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    count = max(1, min(COMPONENTS, len(e) // e.shape[1]))
+    count = max(1, min(COMPONENTS, len(e) // max(FEWEST, e.shape[1])))
     mixture = GaussianMixture(count, reg_covar=floor, max_iter=50, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # any mixture will do

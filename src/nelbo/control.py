@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._numerics import over
-from nelbo.clusters import Clusters
+from nelbo.clusters import FEWEST, Clusters
 from nelbo.data import as_examples
 from nelbo.heads import LevelPrediction, LevelTable, Prediction, level_evidence, log_frequencies
 from nelbo.model import Model
@@ -226,7 +226,7 @@ class Controls:
         if isinstance(process, Gaussian):
             e = process.embed(some).flatten(1).double()
             self.linear = Linear(e)
-            if e.shape[1] <= WIDEST:
+            if e.shape[1] <= WIDEST and len(e) >= FEWEST:
                 self.clusters = Clusters(e)
             if isinstance(process.embedding, Levels):
                 self.levels = LevelReference(model, some, edges)
