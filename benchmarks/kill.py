@@ -30,7 +30,7 @@ from nelbo.train import resume, train
 
 OPTIONS = {"steps": 200, "batch": 16, "width": 8, "depth": 1, "schedule": "learned-ends"}
 EVERY = {"digits": 25, "rows": 2}  # steps from one checkpoint to the next
-DISK = 0.2  # seconds, added to each sync
+DISK = 0.02  # seconds, added to each sync
 
 
 def live(source: str, out: Path, every: int) -> None:
