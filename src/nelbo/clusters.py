@@ -57,19 +57,22 @@ class Clusters:
         d = z[:, None] - root * self.mean
         part = (torch.einsum("bcd,cdr->bcr", d, self.vectors)) * (along - beyond)
         q_d = torch.einsum("bcr,cdr->bcd", part, self.vectors) + beyond * d
-        q_ii = torch.einsum("bcr,cdr->bcd", along - beyond, self.vectors.square()) + beyond
+        squares = self.vectors.square()
+        q_ii = torch.einsum("bcr,cdr->bcd", along - beyond, squares) + beyond
+        # (1/Q_ii - σ²)/α without the difference, for α S_c = Q_c⁻¹ - σ²
+        s_q, s_q_beyond = self.variance * along, self.beyond * beyond
+        variance = torch.einsum("bcr,cdr->bcd", s_q - s_q_beyond, squares) + s_q_beyond
         rest = d.shape[-1] - along.shape[-1]
         log_det = along.log().sum(-1) + rest * beyond.log()[..., 0]
         log_p = self.log_weight + (log_det - (q_d * d).sum(-1)) / 2
         r = q_d / q_ii
         log_w = log_p[..., None] + (r.square() * q_ii - q_ii.log()) / 2
-        variance = (1 / q_ii - 1 + alpha[:, None, None]) / alpha[:, None, None]
         constant = d.shape[-1] / 2 * math.log(2 * math.pi)
         return (
             log_p.logsumexp(-1) - constant,
             log_w.log_softmax(1),
             (z[:, None] - r) / root,
-            variance.clamp(min=1e-6 * self.beyond),
+            variance / q_ii,
         )
 
     def odds(self, z: Tensor, alpha: Tensor, values: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def evaluate(
             foreign = integrations.load(run, steps=steps)
             for note in foreign.notes if rank == 0 else ():
                 say(note)
-            model, weights, known = foreign.model, foreign.weights, None
+            model, weights = foreign.model, foreign.weights
             times: Times | None = foreign.times
             schema = None
             x, split = foreign.examples(data, split)
@@ -109,7 +109,6 @@ def evaluate(
             loaded = load(run)
             weights, schema = loaded.weights, loaded.config.schema
             model, x, split = loaded.law(data, split)
-            known = None if data else loaded.examples(split="train")[0]
             times = None if steps is None else grid_of(loaded, steps, grid)
         model.to(find_device(device))
         find: Callable[..., Evaluation | Tighter]
@@ -120,8 +119,9 @@ def evaluate(
             find = partial(evaluate_importance, times=times, samples=importance_samples)
         else:
             find = partial(bound, times=times, calls=calls, target_error=target_error)
-            find = partial(find, per_example=save is not None)
-            find = partial(find, known=known, variates=variates)
+            of_run = variates and data is None and not integrations.is_foreign(run)
+            known = loaded.examples(split="train")[0] if of_run else None
+            find = partial(find, per_example=save is not None, known=known, variates=variates)
         result = find(model, x, seed=seed, weights=weights, split=split, track=track)
         if rank == 0:
             if save is not None:
