@@ -6,7 +6,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 from nelbo import clusters
 from nelbo._numerics import seeded
-from nelbo.clusters import Clusters
+from nelbo.clusters import Clusters, Mixture
 
 EYE = torch.eye(5, dtype=torch.float64)
 ALPHA = torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
@@ -23,8 +23,7 @@ def data():
 @pytest.fixture(params=[5, 2], ids=["all components", "two"])
 def fitted(data, request, monkeypatch):
     monkeypatch.setattr(clusters, "RANK", request.param)
-    monkeypatch.setattr(clusters, "COMPONENTS", 3)
-    return Clusters(data)
+    return Mixture(data, 3)
 
 
 def covariances(fitted):
@@ -97,9 +96,18 @@ def test_features_are_log_densities(fitted, data):
             assert found[b, 2 * k + 1].item() == pytest.approx(total - constant, rel=1e-6)
 
 
-def test_the_mixture_is_of_the_data(data):
-    """A component for each 32 examples, and their mean is that of the data."""
-    found = Clusters(data)
-    assert len(found.log_weight) == 180 // 32
-    total = (found.log_weight.exp()[:, None] * found.mean).sum(0)
-    torch.testing.assert_close(total, data.mean(0), rtol=0, atol=0.02)
+def test_the_mixtures_are_of_the_data(data):
+    """No more than a component for each 32 examples, and their mean is that of the data."""
+    mixtures = Clusters(data).mixtures
+    assert [len(mixture.log_weight) for mixture in mixtures] == [1, 4, 180 // 32]
+    for mixture in mixtures:
+        total = (mixture.log_weight.exp()[:, None] * mixture.mean).sum(0)
+        torch.testing.assert_close(total, data.mean(0), rtol=0, atol=0.02)
+
+
+def test_what_they_say_is_the_mean(data):
+    found, values = Clusters(data), torch.linspace(-1, 1, 7, dtype=torch.float64)
+    odds = sum(mixture.odds(data[:4], ALPHA, values) for mixture in found.mixtures) / 3
+    torch.testing.assert_close(found.odds(data[:4], ALPHA, values), odds)
+    features = sum(mixture.features(data[:4]) for mixture in found.mixtures) / 3
+    torch.testing.assert_close(found.features(data[:4]), features)

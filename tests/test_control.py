@@ -412,7 +412,7 @@ def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch, exa
     the pilot finds those k and b, and any draws give the one number. For levels and symbols, whose
     dimensions are independent, that is -log P(x) - D(1), in closed form."""
     monkeypatch.setattr(allocate, "RIDGE", 1e-9)
-    monkeypatch.setattr(clusters, "COMPONENTS", 1)  # its features are then quadratics, all of them
+    monkeypatch.setattr(clusters, "SIZES", (1,))  # its features are then quadratics, all of them
     monkeypatch.setattr(allocate, "SPREAD", 0.0)
     times = Grid.uniform(4)
     cells = Cells(times)

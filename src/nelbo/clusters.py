@@ -1,4 +1,4 @@
-r"""A mixture of Gaussians as the law of the data, and what some dimensions say of another.
+r"""Mixtures of Gaussians as the law of the data, and what some dimensions say of another.
 
     p(e) = Σ_c w_c N(e; μ_c, S_c),    z = √α e + σ ε,  σ² = 1-α,    p(z|c) = N(√α μ_c, Q_c⁻¹)
 
@@ -9,6 +9,9 @@ Of one dimension given all others of z, for d = z - √α μ_c and r = (Q_c d)_i
 
 z_i cancels from all of it: whatever is made of this law for dimension i is independent of ε_i, for
 any symmetric Q. S_c is free in the first principal components of the data and one number beyond.
+
+Few components say little and many are fitted to few examples each, so mixtures of several sizes
+are asked and what they say is averaged: of digits that follows a network better than any of them.
 """
 
 import math
@@ -18,27 +21,49 @@ import torch
 from torch import Tensor
 
 RANK = 64  # principal components in which the covariances are free
-COMPONENTS = 10  # at most; each needs as many examples as there are principal components, and ..
-FEWEST = 32  # .. no less than so many
-FLOOR = 0.02  # of the mean variance of a component, in every direction
+SIZES = (1, 4, 10)  # components, at most; each needs as many examples as principal components, ..
+FEWEST = 32  # .. and no less than so many
+FLOOR = 0.05  # of the mean variance of a component, in every direction
 NOISES = (-4.0, -1.0, 2.0)  # γ at which `features` look
 
 
 class Clusters:
-    """The mixture that fits embedded examples, by scikit-learn's EM.
+    """Mixtures of several sizes that fit embedded examples.
 
     Args:
         e: embedded examples, flat, shape (N, D), D at most a thousand or so.
     """
 
     def __init__(self, e: Tensor) -> None:
+        most = max(1, len(e) // max(FEWEST, min(RANK, e.shape[1])))
+        self.mixtures = [Mixture(e, size) for size in sorted({min(most, n) for n in SIZES})]
+
+    def odds(self, z: Tensor, alpha: Tensor, values: Tensor) -> Tensor:
+        """The mean of the mixtures' `odds`; (B, D, K)."""
+        parts = [mixture.odds(z, alpha, values) for mixture in self.mixtures]
+        return torch.stack(parts).mean(0)
+
+    def features(self, e: Tensor) -> Tensor:
+        """The mean of the mixtures' `features`; (B, 2 len(NOISES))."""
+        return torch.stack([mixture.features(e) for mixture in self.mixtures]).mean(0)
+
+
+class Mixture:
+    """The mixture of so many components that fits embedded examples, by scikit-learn's EM.
+
+    Args:
+        e: embedded examples, flat, shape (N, D).
+        components: C.
+    """
+
+    def __init__(self, e: Tensor, components: int) -> None:
         mean, centred = e.mean(0), e - e.mean(0)
         spread, axes = torch.linalg.eigh(centred.T @ centred / len(e))
         rank = min(RANK, e.shape[1])
         axes, beyond = axes[:, -rank:], spread[:-rank].clamp(min=0)
         floor = FLOOR * spread.clamp(min=0).mean() + 1e-12
         #: w_c (C,), μ_c (C, D), and S_c as orthonormal vectors (C, D, R) with variances (C, R), ..
-        self.log_weight, means, covariances = _fit(centred @ axes, floor.item())
+        self.log_weight, means, covariances = _fit(centred @ axes, components, floor.item())
         self.variance, vectors = torch.linalg.eigh(covariances)
         self.mean, self.vectors = mean + means @ axes.T, axes @ vectors
         #: .. and one variance in the directions beyond
@@ -105,13 +130,12 @@ def _mixed(log_w: Tensor, mean: Tensor, variance: Tensor, values: Tensor) -> Ten
     return ((log_w - variance.log() / 2)[..., None] - error / 2).logsumexp(-3)
 
 
-def _fit(e: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fit(e: Tensor, components: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """log w_c, means (C, R) and covariances (C, R, R)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    count = max(1, min(COMPONENTS, len(e) // max(FEWEST, e.shape[1])))
-    mixture = GaussianMixture(count, reg_covar=floor, max_iter=50, random_state=0)
+    mixture = GaussianMixture(components, reg_covar=floor, max_iter=50, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # any mixture will do
         mixture.fit(e.cpu().numpy())

@@ -14,13 +14,13 @@ The references, for e = embed(x) and z_t = √α_t e + √(1-α_t) ε:
     symbols   the same for masks: whether a symbol hides is one Bernoulli variable
 
 o may be anything that is independent of the dimension's own ε: the log-frequencies of the data;
-the same and what a mixture of Gaussians says of the dimension given all others of z (`clusters`);
+the same and what mixtures of Gaussians say of the dimension given all others of z (`clusters`);
 or, where an example is drawn more than once, what the network said of the dimension at *another*
 of its draws, maybe at quite another time. At low noise that takes nine tenths of the variance.
 
 For the exact denoiser of any law p, the diffusion term between times s < t is D(s) - D(t),
 D(t) = KL( q(z_t|x) ‖ p(z_t) ), for each single x: by the chain rule for the KL of the two chains.
-Those differences are φ of a cell; what the mixture of Gaussians says of e is φ of all cells.
+Those differences are φ of a cell; what the mixtures of Gaussians say of e is φ of all cells.
 """
 
 import copy
