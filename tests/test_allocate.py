@@ -9,7 +9,7 @@ from known_models import MODELS
 from torch import Tensor
 
 from nelbo._numerics import seeded
-from nelbo.allocate import EVEN, Allocation, Cells, _lenders, estimate, even, spread
+from nelbo.allocate import EVEN, Allocation, Cells, _apart, _lenders, estimate, even, spread
 from nelbo.allocate import fit as fit_rows
 from nelbo.control import Controls
 from nelbo.data import as_examples
@@ -275,3 +275,13 @@ def test_no_cost_at_all():
     found = fit(zero, torch.randn(5, 8, 1, dtype=torch.float64), torch.ones(5, 8, 2).double())
     torch.testing.assert_close(found.probability, torch.full((5,), 0.2).double())
     assert found.within.isfinite().all() and not found.between.any()
+
+
+def test_replicates_of_one_draw_stand_as_far_apart_as_independent_ones():
+    """Two of them are independent; of more, the one that lends is the nearest of half of them."""
+    with seeded(0):
+        apart = {r: _apart(4000, 1, r) for r in (2, 8)}
+    assert 0 <= apart[2].min() and apart[2].max() <= 0.5
+    # mean of the least of m distances, each uniform on [0, 1/2]: 1/2 (m + 1)
+    assert apart[2].mean().item() == pytest.approx(1 / 4, abs=0.01)
+    assert apart[8].mean().item() == pytest.approx(1 / 10, abs=0.01)

@@ -183,7 +183,7 @@ def pilot(
     # two of each example, as far apart as they will be; the first is alone, if some will be
     each = min(2, draws * replicates)
     examples = math.ceil(rows * cells.count / each)
-    u = (stratified(examples) + torch.arange(each) / max(NEAR, draws * replicates)) % 1
+    u = (stratified(examples) + torch.arange(each) * _apart(examples, draws, replicates)) % 1
     replicate = torch.arange(each) * (draws == 1)
     cell, share = even_cells(u, cells.count)
     # an example is drawn in many cells, and its φ is of them all
@@ -192,6 +192,14 @@ def pilot(
     cost, v = cells.draw(controls.at(once[place]), some[place], cell, share, replicate)
     phi = torch.cat([controls.between(part) for part in some.split(256)])[place[:, None], cell]
     return fit(cells.count, cell.flatten(), cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1))
+
+
+def _apart(examples: int, draws: int, replicates: int) -> Tensor | float:
+    """How far draws of an example stand from the one that lends to them."""
+    if draws > 1:
+        return 1 / max(NEAR, draws * replicates)
+    # of independent replicates it is the nearest, on a circle, of half of them
+    return (1 - torch.rand(examples, 1, dtype=torch.float64) ** (2 / max(2, replicates))) / 2
 
 
 def spread(examples: int, draws: int) -> Tensor:

@@ -223,7 +223,7 @@ def evaluate(
     cells = Cells(times)
     way = plan(len(x), CALLS if calls is None else calls, cells.count, per_example)
     if target_error is not None:
-        way = replace(way, pilot=LEAST)
+        way = replace(way, pilot=LEAST, draws=1)
     with measuring(model), counting(model.network) as calls_made:
         with seeded(seed, 0):
             target = None if target_error is None else target_error / scale
@@ -302,11 +302,11 @@ def _learn(
         return allocation, way
     calls = allocation.variance.item() / len(x) / target**2
     draws = max(1, math.ceil(FIRST * calls / way.replicates)) if math.isfinite(calls) else 1
-    rows = _pilot_rows(len(x) * calls, cells.count)
-    way = replace(way, draws=draws, pilot=rows)
-    if rows <= 2 * LEAST:
+    if draws == way.draws:
         return allocation, way
-    return _learn(cells, controls, x, way, None)
+    # draws that stand nearer lend more, so the coefficients are others
+    rows = _pilot_rows(len(x) * calls, cells.count)
+    return _learn(cells, controls, x, replace(way, draws=draws, pilot=rows), None)
 
 
 def _next_round(way: Plan, error: float, target: float, replicates: int) -> Plan:
