@@ -15,9 +15,9 @@ calls per example. Every example is fixed, so the variance is that of the draws 
                         from the training data, a pilot from the examples themselves
 
 The reconstruction takes network calls too. The first four give it the share of their calls, of
-SHARES, that turns out best for each: a stretch of the times. That share and what density they need
-they know for nothing. nelbo's pilot is paid once per model and counted apart; in `evaluate` rows it
-is counted too.
+SHARES, that turns out best for each: a stretch of the times. That share and what density they
+need they know for nothing. nelbo's pilot is paid once per model and counted apart; in `evaluate`
+rows it is counted too.
 
 At n calls the first four have 1/n of the variance at one, which is measured in S passes. Low
 discrepancy leaves what is neither an effect of the example nor one of time: the residual variance

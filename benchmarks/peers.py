@@ -7,7 +7,9 @@ Training: one UNet2DModel on the same images, in turn, in one process. diffusers
 its own example of unconditional training: `DDPMScheduler.add_noise`, the network, mean squared
 error of the noise, clipped gradient, AdamW. nelbo's is the bound in continuous time with the same
 prediction: three terms, the reconstruction term on a sixteenth of the batch, which is another
-sixteenth of a network call. The ratio is of neighbouring steps, with the error of its median.
+sixteenth of a network call. "by default" is a whole step of `nelbo train` instead, with averaged
+weights, on its preset's U-Net, of the width whose parameters are nearest to theirs in number. The
+ratios are of neighbouring steps, with the error of their median.
 
 Posterior: mean and variance of q(z_{t-1}|z_t,x) for every t of the 1000 linear β's, by
 `DDPMScheduler.step` as shipped (float32), by the same code on float64 tables, by azula's
@@ -23,6 +25,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal, getcontext
 from pathlib import Path
 
@@ -35,8 +38,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate, mse_loss
 
 from nelbo import data
+from nelbo.config import configure
+from nelbo.data import Dataset, Schema
 from nelbo.estimate import stratified
 from nelbo.integrations import wrap
+from nelbo.learner import Learner
 from nelbo.objective import Objective
 from nelbo.process import Affine, Gaussian, Levels
 from nelbo.schedules import Linear, Schedule
@@ -125,10 +131,38 @@ def our_step(shape: tuple[int, ...], levels: int) -> Step:
     return step
 
 
-def training(x: Tensor, levels: int, rounds: int, batch: int) -> dict[str, float]:
-    """Seconds of a step of each, in turn, and their ratio with its error."""
+def default_step(x: Tensor, levels: int, batch: int) -> tuple[Step, int]:
+    """A step as `nelbo train` takes it, on its own batch, and the parameters of its network."""
+    schema = Schema("levels", tuple(x.shape[1:]), levels)
+    dataset = Dataset("memory", schema, {"train": x, "validation": x[:50]})
+    model, train = configure(schema, len(x), batch=batch)
+    theirs = count_parameters(make_network(schema.shape))
+
+    def learner(width: int) -> Learner:
+        return Learner(replace(model, width=width), train, dataset)
+
+    def off(learner: Learner) -> float:
+        return abs(math.log(count_parameters(learner.model.network) / theirs))
+
+    nearest = min((learner(width) for width in range(16, 81, 8)), key=off)
+    return lambda _: nearest.step(), count_parameters(nearest.model.network)
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def training(x: Tensor, levels: int, rounds: int, batch: int) -> dict[str, dict[str, float]]:
+    """Of each, in turn: steps per second, parameters, and time over diffusers' with its error."""
     shape = tuple(x.shape[1:])
-    steps = {"diffusers": their_step(shape, levels), "nelbo": our_step(shape, levels)}
+    default, parameters = default_step(x, levels, batch)
+    steps = {
+        "diffusers": their_step(shape, levels),
+        "nelbo, same network": our_step(shape, levels),
+        "nelbo, by default": default,
+    }
+    counts = dict.fromkeys(steps, count_parameters(make_network(shape)))
+    counts["nelbo, by default"] = parameters
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + 3):
         examples = x[torch.randint(len(x), (batch,))]
@@ -137,10 +171,16 @@ def training(x: Tensor, levels: int, rounds: int, batch: int) -> dict[str, float
             steps[name](examples)
             if i >= 3:
                 seconds[name].append(time.perf_counter() - start)
-    ratios = [n / d for n, d in zip(seconds["nelbo"], seconds["diffusers"], strict=True)]
-    rate = {name: 1 / statistics.median(times) for name, times in seconds.items()}
-    spread = 1.2533 * statistics.stdev(ratios) / math.sqrt(len(ratios))
-    return rate | {"ratio": statistics.median(ratios), "error": spread}
+    found = {}
+    for name, times in seconds.items():
+        ratios = [ours / theirs for ours, theirs in zip(times, seconds["diffusers"], strict=True)]
+        found[name] = {
+            "steps_per_second": 1 / statistics.median(times),
+            "parameters": counts[name],
+            "ratio": statistics.median(ratios),
+            "error": 1.2533 * statistics.stdev(ratios) / math.sqrt(len(ratios)),
+        }
+    return found
 
 
 def by_diffusers(wide: bool) -> Draw:
@@ -252,10 +292,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     x, levels = load_images(options.data)
     cost = training(x, levels, options.rounds, options.batch)
-    print(f"training steps per second, images {tuple(x.shape[1:])}, batch {options.batch}")
-    for name in ("diffusers", "nelbo"):
-        print(f"  {name:28}{cost[name]:10.2f}")
-    print(f"  {'time of nelbo/diffusers':28}{cost['ratio']:10.3f} ± {cost['error']:.3f}")
+    print(f"training, images {tuple(x.shape[1:])}, batch {options.batch}", end="")
+    print(f"{'steps/s':>12}{'parameters':>12}{'time/diffusers':>22}")
+    for name, of in cost.items():
+        numbers = f"{of['steps_per_second']:12.2f}{of['parameters']:12}"
+        print(f"  {name:36}{numbers}{of['ratio']:14.3f} ± {of['error']:.3f}")
     errors = posterior()
     print(f"posterior, largest error over {T - 1} steps{'mean':>12}{'variance, relative':>22}")
     for name, error in errors.items():

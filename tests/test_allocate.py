@@ -281,7 +281,8 @@ def test_replicates_of_one_draw_stand_as_far_apart_as_independent_ones():
     """Two of them are independent; of more, the one that lends is the nearest of half of them."""
     with seeded(0):
         apart = {r: _apart(4000, 1, r) for r in (2, 8)}
-    assert 0 <= apart[2].min() and apart[2].max() <= 0.5
+    assert apart[2].min() >= 0
+    assert apart[2].max() <= 0.5
     # mean of the least of m distances, each uniform on [0, 1/2]: 1/2 (m + 1)
     assert apart[2].mean().item() == pytest.approx(1 / 4, abs=0.01)
     assert apart[8].mean().item() == pytest.approx(1 / 10, abs=0.01)

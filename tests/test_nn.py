@@ -209,3 +209,9 @@ def test_networks_start_by_saying_nothing():
         shape = (1, 5, 5) if isinstance(network, ConvNet) else (4,)
         assert isinstance(network, nn.Module)
         assert not network(torch.randn(2, *shape), torch.zeros(2)).any()
+
+
+def test_a_u_net_of_any_width_that_it_allows():
+    """Also where heads of 32 channels would not fill it: 2·56 = 112 channels are two of 56."""
+    network = UNet((1, 10, 10), 1, 3, width=56)
+    assert network(torch.randn(2, 1, 10, 10), torch.zeros(2)).shape == (2, 1, 10, 10, 3)

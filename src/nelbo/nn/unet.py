@@ -19,7 +19,7 @@ from nelbo.nn.conv import LevelNorm, Local
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 SMALLEST = 8  # side that is not halved
-HEAD = 32  # channels of one head of attention
+HEAD = 32  # channels of one head of attention, at least
 OCTAVES = (2, 3, 4, 5, 6)  # of the sines: 2^n · 2π z
 
 
@@ -28,7 +28,8 @@ class Attend(nn.Module):
 
     def __init__(self, width: int, told: int) -> None:
         super().__init__()
-        self.heads = max(1, width // HEAD)
+        #: as near to HEAD channels each as the width divides
+        self.heads = next(n for n in range(max(1, width // HEAD), 0, -1) if width % n == 0)
         self.norm = LevelNorm(width, told)
         self.query_key_value = nn.Conv2d(width, 3 * width, 1, bias=False)
         self.mixed = zero(nn.Conv2d(width, width, 1))
