@@ -13,6 +13,7 @@ ORDER = (
     "_exponential",
     "_progress",
     "_interrupt",
+    "_limits",
     "_processes",
     "_distributions",
     "schedules",

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nelbo import (
+    _limits,
     columns,
     condition,
     heads,
@@ -88,8 +89,13 @@ def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> 
         affine: the transform of real data; the identity where left out.
 
     Raises:
-        ValueError: parts that do not fit together or to the data.
+        ValueError: parts that do not fit together, to the data or into memory.
     """
+    with _limits.within_memory(f"a model of width {config.width}, depth {config.depth}"):
+        return _build(config, schema, affine)
+
+
+def _build(config: ModelConfig, schema: Schema, affine: Affine | None) -> Model:
     if config.network in ("conv", "unet") and len(schema.shape) != 3:
         raise ValueError(
             f"the network {config.network} is for images; the data's shape is {schema.shape};"

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import nelbo
-from nelbo import data
+from nelbo import _limits, data
 from nelbo._numerics import seeded
 from nelbo._progress import Track
 from nelbo.build import build
@@ -109,12 +109,8 @@ class RunConfig:
         return dataset
 
     @staticmethod
-    def from_json(text: str, where: str) -> "RunConfig":
-        """Raises ValueError for anything that is missing, unknown or not JSON."""
-        try:
-            document = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
+    def from_document(document: object, where: str) -> "RunConfig":
+        """Raises ValueError for anything that is missing, unknown or of another kind."""
         top = _section(document, {"nelbo", "data", "preset", "model", "train"}, where)
         about = _section(top["data"], {"source", "size", "schema", "hashes"}, f"{where}, data")
         for name, kinds in (("source", str), ("size", int | None), ("hashes", dict)):
@@ -251,7 +247,7 @@ class Run:
 def _read_grids(path: Path) -> dict[str, list[float]]:
     """The grids kept in a run; none where the file is missing or damaged."""
     try:
-        known = json.loads(path.read_text())
+        known = cast(dict, _limits.read_json(_limits.contained(path, path.parent)))
         return {str(key): Grid(times).times.tolist() for key, times in known.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
@@ -353,8 +349,9 @@ def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], d
         FileNotFoundError: no such file.
         ValueError: truncated, not safetensors, or not what was written.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
+    _limits.check_memory(_limits.regular(path), f"{path}")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
@@ -365,7 +362,7 @@ def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], d
         if (hashed or known is not None) and known != _sha256(tensors, about):
             raise ValueError(f"its SHA-256 is not {known}" if known else "it has no SHA-256")
         return tensors, about
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:
         raise ValueError(
             f"{path} is truncated, damaged or not a safetensors file ({error}); restore it from a"
             " copy or train again"
@@ -384,6 +381,8 @@ def put_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: s
                 f"{where} has {name} of shape {tuple(tensor.shape)}, the configuration says"
                 f" {tuple(own[name].shape)}: it belongs to another architecture"
             )
+        if own[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{where} has {name} as {tensor.dtype}, where {own[name].dtype} is")
     module.load_state_dict(dict(tensors))
 
 
@@ -397,7 +396,8 @@ def read_config(path: Path) -> RunConfig:
         raise FileNotFoundError(f"the run {path} does not exist; train with: nelbo train")
     if not is_run(path):
         raise FileNotFoundError(f"{path} is not a run: it has no {CONFIG}")
-    run = RunConfig.from_json((path / CONFIG).read_text(errors="replace"), str(path / CONFIG))
+    document = _limits.read_json(_limits.contained(path / CONFIG, path))
+    run = RunConfig.from_document(document, str(path / CONFIG))
     if Path(run.source).name == TABLE and (path / TABLE).is_file():
         run = replace(run, source=str(path.absolute() / TABLE))  # also where the run was moved
     return run
@@ -405,14 +405,24 @@ def read_config(path: Path) -> RunConfig:
 
 def read_metrics(path: Path) -> list[dict]:
     """The events of a run; a line that is none, such as a last one cut by a crash, is left out."""
-    events = []
-    if (path / METRICS).is_file():
-        for line in (path / METRICS).read_text(errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                event = json.loads(line)
-                if isinstance(event, dict) and event.keys() >= EVENT_KEYS:
-                    events.append(event)
-    return events
+    if not (path / METRICS).exists():
+        return []
+    file = _limits.contained(path / METRICS, path)
+    _limits.check_memory(4 * _limits.regular(file), str(file))
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [event for line in lines if (event := _event(line)) is not None]
+
+
+def _event(line: str) -> dict | None:
+    """What a line of the metrics says; None where it is no event."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not event.keys() >= EVENT_KEYS:
+        return None
+    numbers = (event[key] for key in EVENT_KEYS - {"unit"})
+    return event if all(type(number) in (int, float) for number in numbers) else None
 
 
 def load(path: str | Path) -> Run:
@@ -424,9 +434,9 @@ def load(path: str | Path) -> Run:
     """
     path = Path(path)
     run = read_config(path)
-    with seeded(0):  # the first weights, drawn to be replaced
+    tensors, about = read_tensors(_limits.contained(path / WEIGHTS, path))
+    with seeded(0), _limits.within_file(tensors, path / WEIGHTS):  # the first weights, drawn to be replaced
         model = build(run.model, run.schema)
-    tensors, about = read_tensors(path / WEIGHTS)
     put_weights(model, tensors, str(path / WEIGHTS))
     model.eval()
     weights = f"{about.get('weights', 'raw')}, step {about.get('step', '?')}"

@@ -1,0 +1,246 @@
+"""What a file may make us do: its sizes are believed as far as its bytes account for them.
+
+A file from a stranger may claim anything. Before anything is allocated for it,
+
+    a pipe, a socket or a device is refused         `regular`
+    what it claims is held against free memory      `check_memory`
+    what is built for it against the numbers in it  `within_file`
+    JSON is read only up to a size, and is JSON     `read_json`
+
+The sizes here are far beyond any real file of their kind. `NELBO_TRUST_FILES=1` in the environment
+lifts them; nothing lifts that no file is executed.
+"""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+TRUST = "NELBO_TRUST_FILES"
+#: bytes of a JSON file: a table of 1000 columns of 1000 categories takes 16 MiB
+JSON = 2**26
+#: bytes of an encoded image: more than Pillow's largest image has uncompressed, at 16 bits RGBA
+IMAGE = 2**30
+#: bytes of the header of a NumPy array, as numpy itself has it
+ARRAY_HEADER = 10_000
+#: times of a foreign schedule; the usual number is 1000
+STEPS = 10**6
+#: numbers that a model may hold beside 4 times those in its weights: tables of levels and the like
+BESIDE = 2**25
+#: factories of torch whose size is an argument and not that of anything which is there
+FACTORIES = (
+    torch.empty,
+    torch.zeros,
+    torch.ones,
+    torch.full,
+    torch.linspace,
+    torch.arange,
+    torch.eye,
+    torch.rand,
+    torch.randn,
+)
+#: numbers that a tensor counts as at least, so that many small ones are not made for ever
+TENSOR = 2**12
+
+
+def trusted() -> bool:
+    """Whether the user lifts the limits of size."""
+    return os.environ.get(TRUST) == "1"
+
+
+def regular(path: Path) -> int:
+    """The bytes of a file; a link is followed.
+
+    Raises:
+        OSError: there is none, or it is a folder.
+        ValueError: it is a pipe, a socket or a device, to read which may never end.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(f"{path} is a folder where a file is needed")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(
+            f"{path} is a pipe, a socket or a device; copy what it holds to a file, and give that"
+        )
+    return found.st_size
+
+
+def contained(path: Path, folder: Path) -> Path:
+    """The path, which no link leads out of its folder.
+
+    Raises:
+        ValueError: one does.
+    """
+    if not trusted() and not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{path} is a link out of {folder} to {path.resolve()}; copy that file there, or set"
+            f" {TRUST}=1 if you made the link"
+        )
+    return path
+
+
+def check_memory(size: float, what: str) -> None:
+    """Raise ValueError where so many bytes are more than is free; `what` needs them."""
+    free = free_memory()
+    if size > free and not trusted():
+        raise ValueError(
+            f"{what} would take {_gibibytes(size)} of memory, and {_gibibytes(free)} are free; if"
+            f" that is right, use a larger machine, or set {TRUST}=1 to try all the same"
+        )
+
+
+def free_memory() -> float:
+    """Bytes that this process can still have, as far as the system tells; else infinity."""
+    return max(0.0, min(_of_system(), _of_group(), _of_process()))
+
+
+def _of_system() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _of_group() -> float:
+    """What a container may still use."""
+    group = Path("/sys/fs/cgroup")
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return float((group / most).read_text()) - float((group / used).read_text())
+        except (OSError, ValueError):  # also "max": no limit
+            continue
+    return math.inf
+
+
+def _of_process() -> float:
+    """What `ulimit -v` leaves."""
+    try:
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most == resource.RLIM_INFINITY:
+            return math.inf
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return float(most - pages * resource.getpagesize())
+    except (ImportError, OSError, ValueError):
+        return math.inf
+
+
+def _gibibytes(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file says.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no file, too large, or not JSON; NaN and infinities are not.
+    """
+    size = regular(path)
+    if size > JSON and not trusted():
+        raise ValueError(
+            f"{path} has {size} bytes, and JSON here has at most {JSON}; set {TRUST}=1 if it is"
+            " yours"
+        )
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> object:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is not JSON, too deep, or has a number that no float is.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise ValueError(f"{digits[:32]} is beyond all numbers")
+    return value
+
+
+def check_integers(values: Iterable[object], most: int, what: str) -> None:
+    """Raise ValueError where one of the values is an integer beyond `most`."""
+    for value in values:
+        if isinstance(value, int) and value > most and not trusted():
+            raise ValueError(f"{what} cannot be {value}; at most {most} are read")
+
+
+class Within(TorchFunctionMode):
+    """Inside, torch makes no more than so many numbers from sizes, all tensors together.
+
+    What is made from other tensors is not counted, for those were.
+
+    Args:
+        most: numbers.
+        why: the sentence of the error.
+
+    Raises:
+        ValueError: inside, before more is allocated.
+    """
+
+    def __init__(self, most: float, why: str) -> None:
+        super().__init__()
+        self.left, self.why = math.inf if trusted() else most, why
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if func in FACTORIES:
+            self.left -= max(TENSOR, _count(func, args, kwargs))
+            if self.left < 0:
+                raise ValueError(self.why)
+        return func(*args, **kwargs)
+
+
+def within_file(tensors: Mapping[str, Tensor], where: object) -> Within:
+    """Inside, a model is made for the tensors of a file, of whose size it can be."""
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    why = (
+        f"{where} has {numbers} numbers, and the configuration beside it asks for far more: they do"
+        " not belong together"
+    )
+    return Within(4 * numbers + BESIDE, why)
+
+
+def within_memory(what: str) -> Within:
+    """Inside, what is made fits into free memory, as float32."""
+    free = free_memory()
+    return Within(free / 4, f"{what} takes more than the {_gibibytes(free)} of memory that are free")
+
+
+def _count(func: Callable[..., object], args: Sequence[object], kwargs: Mapping) -> float:
+    """Numbers of the tensor that a factory makes, which it does not yet."""
+    try:
+        made = func(*args, **{**kwargs, "device": "meta"})
+    except (RuntimeError, TypeError, OverflowError):  # beyond all that is addressed
+        return math.inf
+    return made.numel() if isinstance(made, Tensor) else 0
