@@ -178,7 +178,7 @@ def test_bad_input(trained, tmp_path, capsys):
         ("wide.npy", out, (), "(3, 9, 9)"),
         ("real.npy", out, (), "float64"),
         ("none.npy", out, (), "no examples"),
-        ("objects.npy", out, (), "cannot be read as arrays"),
+        ("objects.npy", out, (), "cannot be read as numbers"),
         ("nothing.npz", out, (), "it has none"),
         ("white.png", out, (), "value 200"),
         ("colour.png", out, (), "mode RGB"),

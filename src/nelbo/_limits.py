@@ -15,7 +15,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,6 +46,8 @@ FACTORIES = (
     torch.rand,
     torch.randn,
 )
+#: what sizes that cannot be lead to
+IMPOSSIBLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
 #: numbers that a tensor counts as at least, so that many small ones are not made for ever
 TENSOR = 2**12
 
@@ -221,20 +224,34 @@ class Within(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def within_file(tensors: Mapping[str, Tensor], where: object) -> Within:
-    """Inside, a model is made for the tensors of a file, of whose size it can be."""
+@contextmanager
+def within_file(tensors: Mapping[str, Tensor], where: object) -> Iterator[None]:
+    """Inside, a model is made for the tensors of a file, of whose size it can be.
+
+    Raises:
+        ValueError: inside, before more is allocated; or sizes of which nothing can be made.
+    """
     numbers = sum(tensor.numel() for tensor in tensors.values())
     why = (
-        f"{where} has {numbers} numbers, and the configuration beside it asks for far more: they do"
-        " not belong together"
+        f"{where} has {numbers} numbers, and the configuration beside it asks for far more: it"
+        " belongs to another architecture"
     )
-    return Within(4 * numbers + BESIDE, why)
+    try:
+        with Within(4 * numbers + BESIDE, why):
+            yield
+    except IMPOSSIBLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"no model can be made of the configuration beside {where}: {reason}"
+        ) from None
 
 
 def within_memory(what: str) -> Within:
     """Inside, what is made fits into free memory, as float32."""
     free = free_memory()
-    return Within(free / 4, f"{what} takes more than the {_gibibytes(free)} of memory that are free")
+    return Within(
+        free / 4, f"{what} takes more than the {_gibibytes(free)} of memory that are free"
+    )
 
 
 def _count(func: Callable[..., object], args: Sequence[object], kwargs: Mapping) -> float:

@@ -422,7 +422,8 @@ def _event(line: str) -> dict | None:
     if not isinstance(event, dict) or not event.keys() >= EVENT_KEYS:
         return None
     numbers = (event[key] for key in EVENT_KEYS - {"unit"})
-    return event if all(type(number) in (int, float) for number in numbers) else None
+    whole = all(type(n) is float or (type(n) is int and abs(n) < 2**63) for n in numbers)
+    return event if whole else None
 
 
 def load(path: str | Path) -> Run:
@@ -435,7 +436,10 @@ def load(path: str | Path) -> Run:
     path = Path(path)
     run = read_config(path)
     tensors, about = read_tensors(_limits.contained(path / WEIGHTS, path))
-    with seeded(0), _limits.within_file(tensors, path / WEIGHTS):  # the first weights, drawn to be replaced
+    with (
+        seeded(0),
+        _limits.within_file(tensors, path / WEIGHTS),
+    ):  # the first weights, drawn to be replaced
         model = build(run.model, run.schema)
     put_weights(model, tensors, str(path / WEIGHTS))
     model.eval()

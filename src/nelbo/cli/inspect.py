@@ -29,12 +29,13 @@ def inspect(
     json
         Print one JSON object, which --schema takes; to leave a column out, delete it there.
     """
-    from nelbo import inspection
+    from nelbo import _limits, inspection
 
     if data.endswith(".nlb"):
         from nelbo import show
         from nelbo.codec import files
 
+        _limits.regular(Path(data))
         report = files.report(Path(data).read_bytes())
         if json:
             print(json_text(show.of_compressed(report)))

@@ -21,6 +21,7 @@ from nelbo.codec import pictures, tabular, texts
 from nelbo.codec.blocks import pack, unpack
 from nelbo.codec.errors import CodecError, Damaged
 from nelbo.data import Schema, load_like, tables
+from nelbo.data.arrays import load_npy, load_npz
 from nelbo.data.sources import BUILT_IN
 
 ARRAYS = (".npy", ".npz")
@@ -142,16 +143,7 @@ def _files(
 
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"x": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read as arrays of numbers: {str(error).splitlines()[0]}"
-        ) from None
+    return load_npz(path) if path.suffix.lower() == ".npz" else {"x": load_npy(path)}
 
 
 def _arrays(arrays: dict[str, np.ndarray], schema: Schema, source: str, kind: str) -> Contents:

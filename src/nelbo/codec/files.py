@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nelbo import _limits
 from nelbo._numerics import LOG_2
 from nelbo.checkpoint import Run, check_writable, write
 from nelbo.codec import contents
@@ -112,6 +113,7 @@ def decompress_file(
         CodecError: the file cannot be decoded, or not here.
         OSError: naming the file that cannot be read or written.
     """
+    _limits.check_memory(_limits.regular(file), str(file))
     data = file.read_bytes()
     header = head_of(data)
     contents.check_output(header.contents, out)

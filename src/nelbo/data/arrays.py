@@ -1,15 +1,20 @@
 """NumPy files: .npy holds one array, .npz several under names."""
 
+import math
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
+from numpy.lib import format as npy
 
+from nelbo import _limits
 from nelbo.data.conform import Found, by_split
 
+DEFLATED = 1032  # no deflated bytes hold more than so many times their number
 #: what stands before the name of a split
 PREFIXES = ("x_", "X_", "")
 
@@ -23,9 +28,7 @@ def read_npy(path: Path) -> Found:
     Raises:
         ValueError: if the file is damaged or its array is not one of numeric examples.
     """
-    with _reading(path, b"\x93NUMPY") as stream:
-        array = np.load(stream, allow_pickle=False)
-    return found_arrays(path, {"all": array}, {"all": str(path)})
+    return found_arrays(path, {"all": load_npy(path)}, {"all": str(path)})
 
 
 def read_npz(path: Path) -> Found:
@@ -38,8 +41,7 @@ def read_npz(path: Path) -> Found:
         ValueError: if the file is damaged, has none of these names, or an array is not one of
             numeric examples.
     """
-    with _reading(path, b"PK") as stream, np.load(stream, allow_pickle=False) as file:
-        keys = list(file.files)
+    keys = names_in(path)
     names = choose(keys)
     if not names:
         raise ValueError(
@@ -47,11 +49,10 @@ def read_npz(path: Path) -> Found:
             f"x_validation and x_test, or x"
         )
     of_labels = label_names(keys, names)
-    with _reading(path, b"PK") as stream, np.load(stream, allow_pickle=False) as file:
-        # A member that is no array comes as bytes, whose type is refused below.
-        arrays = {split: np.asarray(file[name]) for split, name in names.items()}
-        labels = {split: np.asarray(file[name]) for split, name in of_labels.items()}
     used = (*names.values(), *of_labels.values())
+    loaded = load_npz(path, used)
+    arrays = {split: loaded[name] for split, name in names.items()}
+    labels = {split: loaded[name] for split, name in of_labels.items()}
     ignored = [key for key in keys if key not in used]
     note = f"used {', '.join(used)} and ignored {', '.join(ignored)}"
     where = {split: f"{name} in {path}" for split, name in names.items()}
@@ -60,6 +61,64 @@ def read_npz(path: Path) -> Found:
         return found
     real = any(values.dtype.kind == "f" for values in labels.values())
     return replace(found, labels={"y" if real else "class": labels})
+
+
+def load_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file.
+
+    Raises:
+        ValueError: if it is damaged, holds Python objects, or is larger than free memory.
+    """
+    with _reading(path, npy.MAGIC_PREFIX) as stream:
+        return _array(stream, _limits.regular(path))
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of the arrays in a .npz file."""
+    with _reading(path, b"PK") as stream, zipfile.ZipFile(stream) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of these names in a .npz file; all where left out. Errors as for `load_npy`."""
+    with _reading(path, b"PK") as stream, zipfile.ZipFile(stream) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        return {name: _member(archive, members[name]) for name in names or members}
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array of which no more is allocated than its packed bytes can hold."""
+    most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATED}.get(info.compress_type)
+    if most is not None and info.file_size > most * (info.compress_size + 1):
+        raise ValueError(f"{info.filename} claims {info.file_size} bytes in {info.compress_size}")
+    with archive.open(info) as stream:
+        try:
+            return _array(stream, info.file_size)
+        except ValueError as error:
+            raise ValueError(f"{info.filename}: {error}") from None
+
+
+def _array(stream: IO[bytes], size: int) -> np.ndarray:
+    """The array in a stream of so many bytes, of which the header must not say more."""
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"its format {version} is for named fields, not for numbers")
+    length = stream.read(2 * version[0])
+    if int.from_bytes(length, "little") > _limits.ARRAY_HEADER:
+        raise ValueError("its header is far too long")
+    stream.seek(npy.MAGIC_LEN)
+    read_header = npy.read_array_header_1_0 if version[0] == 1 else npy.read_array_header_2_0
+    shape, _, kind = read_header(stream)
+    needed = math.prod(shape) * kind.itemsize
+    if kind.hasobject:
+        raise ValueError("Object arrays are not read, for they can hold code")
+    if min(shape, default=0) < 0 or needed > size - stream.tell():
+        raise ValueError(
+            f"its header says {shape} of {kind}, {needed} bytes, and {size - stream.tell()} follow"
+        )
+    _limits.check_memory(needed, "it")
+    stream.seek(0)
+    return npy.read_array(stream, allow_pickle=False)
 
 
 def choose(keys: Collection[str]) -> dict[str, str]:
@@ -168,14 +227,13 @@ def _numeric(array: np.ndarray, label: str) -> np.ndarray:
 
 
 @contextmanager
-def _reading(path: Path, magic: bytes) -> Iterator[BinaryIO]:
+def _reading(path: Path, magic: bytes) -> Iterator[IO[bytes]]:
     """An open file, any failure to read which is one ValueError.
 
-    Damage shows as a dozen types of exception from numpy, zipfile, zlib and lzma; a header that
-    lies about its size as MemoryError.
+    Damage shows as a dozen types of exception from numpy, zipfile, zlib and lzma.
     """
     try:
-        # Opened here, as np.load leaves a file open if it turns out damaged.
+        _limits.regular(path)
         with path.open("rb") as file:
             if file.read(len(magic)) != magic:
                 raise ValueError(f"it does not begin as a {path.suffix} file does")

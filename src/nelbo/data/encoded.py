@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo import _limits
 from nelbo.data.conform import Found
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
@@ -62,7 +63,7 @@ class Encoded:
     @staticmethod
     def whole(files: Sequence[Path]) -> "Encoded":
         """Each file is an image."""
-        sizes = np.array([file.stat().st_size for file in files], np.int64)
+        sizes = np.array([_limits.regular(file) for file in files], np.int64)
         return Encoded(tuple(files), np.arange(len(files)), np.zeros_like(sizes), sizes)
 
     def join(self, others: "Sequence[Encoded]") -> "Encoded":
@@ -86,6 +87,8 @@ class Encoded:
         return Encoded(self.files, self.file[rows], self.offset[rows], self.size[rows])
 
     def content(self, i: int) -> bytes:
+        if self.size[i] > _limits.IMAGE and not _limits.trusted():
+            raise ValueError(f"{self.name(i)} has {self.size[i]} bytes, which no image has")
         with self.files[self.file[i]].open("rb") as file:
             file.seek(self.offset[i])
             return file.read(self.size[i])

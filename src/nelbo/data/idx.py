@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nelbo.data.arrays import found_arrays
+from nelbo import _limits
+from nelbo.data.arrays import DEFLATED, found_arrays
 from nelbo.data.conform import SPLITS, Found, by_split
 
 #: the third byte of a file
@@ -17,7 +18,6 @@ TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">
 NAME = re.compile(r"(?P<stem>.*?)[-_.]?(?P<what>images|labels)[-_.]idx\d-\w+(?P<gz>\.gz)?", re.I)
 #: the test set of MNIST goes by a name of its own
 WORDS = {**SPLITS, "test": (*SPLITS["test"], "t10k")}
-EXPANSION = 1032  # no gzip file holds more than so many times its size
 
 
 def is_idx(path: Path) -> bool:
@@ -51,8 +51,9 @@ def read_array(path: Path) -> np.ndarray:
     Raises:
         ValueError: if it is damaged, or not as long as its header says.
     """
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    most = path.stat().st_size * (EXPANSION if path.suffix.lower() == ".gz" else 1)
+    zipped = path.suffix.lower() == ".gz"
+    opener, most = gzip.open if zipped else open, _limits.regular(path)
+    most *= DEFLATED if zipped else 1
     try:
         with opener(path, "rb") as file:
             magic = file.read(4)
@@ -64,6 +65,8 @@ def read_array(path: Path) -> np.ndarray:
                 raise ValueError("it ends within its header")
             needed = math.prod(sizes) * kind.itemsize
             # A header that lies never makes us ask for memory that the file cannot fill.
+            if needed <= most:
+                _limits.check_memory(2 * needed, f"its {sizes} numbers")
             content = file.read(needed + 1) if needed <= most else b""
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(

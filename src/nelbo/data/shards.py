@@ -3,6 +3,7 @@
 A shard is an index of byte ranges. Members are never extracted, and their names are never paths.
 """
 
+import mmap
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nelbo import _limits
 from nelbo.data.conform import Found, parts_of
 from nelbo.data.encoded import SUFFIXES, Encoded, Form, read_images
 
@@ -102,18 +104,29 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
         ValueError: if the file is damaged or ends before they do.
     """
     try:
-        # r: refuses compression, under which members are no ranges of bytes
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        if not _limits.regular(shard):
+            raise ValueError("it is empty")
+        # r: refuses compression, under which members are no ranges of bytes. The file is mapped,
+        # for tarfile asks to read as many bytes as a header says, and here gets those there are.
+        with (
+            shard.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            tarfile.open(fileobj=mapped, mode="r:") as tar,  # type: ignore[call-overload]
+        ):
+            at = -1
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]
+                if member.offset <= at or member.size < 0:
+                    raise ValueError("its members do not follow each other")
+                at = member.offset
                 if member.issparse():
                     raise ValueError("it has sparse members")
                 yield member
             # tarfile takes a file that is cut between members, or in a header, for whole
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            mapped.seek(tar.offset)
+            if mapped.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError("it is cut, its end is missing")
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{shard} cannot be read as a tar file: {error}; copy or write it again, without"
             f" compression"

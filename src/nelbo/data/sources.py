@@ -1,6 +1,5 @@
 """From the name of a source to a data set."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo import _limits
 from nelbo.data import arrays, builtin, folders, hub, idx, shards, streams, tables, text
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
 from nelbo.data.encoded import Form
@@ -171,10 +171,7 @@ def read_json(path: Path) -> object:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return _limits.read_json(path)
 
 
 def is_table(source: str | PathLike[str]) -> bool:

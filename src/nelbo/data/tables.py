@@ -5,6 +5,7 @@ Needs polars (extra: tables). Columns are matched by name, so their order does n
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from os import PathLike
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from nelbo import _limits
 from nelbo.data.layout import Column, Place, places
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def read(path: Path) -> "DataFrame":
     """
     pl = polars()
     suffix = path.suffix.lower()
+    _limits.check_memory(2 * _limits.regular(path), str(path))
     if suffix in SEPARATORS:
         frame = _read_text(path, SEPARATORS[suffix])
     else:
@@ -125,7 +128,7 @@ def _read_text(path: Path, separators: str) -> "DataFrame":
         ) from None
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num} of {path} is no row of text: {error}") from None
-    twice = [name for i, name in enumerate(heading) if name in heading[:i]]
+    twice = [name for name, count in Counter(heading).items() if count > 1]
     if twice:
         raise ValueError(f"{path} has two columns of the name {twice[0]!r}; rename one")
     if heading and all(is_number(name) for name in heading):
@@ -137,8 +140,14 @@ def _read_text(path: Path, separators: str) -> "DataFrame":
             {name: [] for name in heading}, schema=dict.fromkeys(heading, pl.String)
         )
     frame = pl.read_csv(path, separator=separator, infer_schema=False)
-    # blank lines are no rows
-    return frame if frame.height == rows else frame.filter(~pl.all_horizontal(pl.all().is_null()))
+    if frame.height != rows:  # blank lines are no rows
+        frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
+    if frame.height != rows or frame.columns != heading:
+        raise ValueError(
+            f"{path} is read as {rows} rows of text or as {frame.height}, by how its quotes are"
+            " taken; quote every cell that has quotes or line ends in it"
+        )
+    return frame
 
 
 def is_number(text: str) -> bool:

@@ -11,6 +11,7 @@ from typing import AnyStr
 
 import numpy as np
 
+from nelbo import _limits
 from nelbo.data.conform import SPLITS, Found
 from nelbo.data.schema import Schema
 
@@ -23,8 +24,13 @@ OTHER = "\ufffd"  # stands for the characters that are not in the alphabet
 
 def is_text(path: Path) -> bool:
     """Whether it is a .txt file, or a folder of nothing else but hidden files."""
-    files = [path] if path.is_file() else [file for file in path.rglob("[!.]*") if file.is_file()]
-    return bool(files) and all(file.suffix.lower() == SUFFIX for file in files)
+    files = [path] if path.is_file() else (f for f in path.rglob("[!.]*") if f.is_file())
+    some = False
+    for file in files:  # the first that is none decides, of however many there are
+        some = file.suffix.lower() == SUFFIX
+        if not some:
+            return False
+    return some
 
 
 def read(path: Path, length: int | None = None, levels: int | None = None) -> Found:
@@ -126,6 +132,8 @@ def _bytes_of(path: Path) -> tuple[dict[str, bytes], list[str]]:
         notes: list[str] = []
     else:
         groups, notes = _groups(path)
+    size = sum(_limits.regular(file) for files in groups.values() for file in files)
+    _limits.check_memory(5 * size, str(path))  # as bytes, and as characters of 4
     parts = {part: b"".join(file.read_bytes() for file in files) for part, files in groups.items()}
     return parts, notes
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nelbo import _limits
 from nelbo.checkpoint import put_weights, read_tensors
 from nelbo.integrations.foreign import read_json
 
@@ -23,7 +24,6 @@ def network_of(home: Path) -> tuple[nn.Module, str]:
     kind = str(config.get("_class_name"))
     if kind not in NETWORKS:
         raise ValueError(f"{home} holds a {kind}; known are {', '.join(NETWORKS)}")
-    network: nn.Module = made(config, home / "config.json")
     files = sorted(home.glob(f"{WEIGHTS}*.safetensors"))
     if not files:
         pickled = any(home.glob("*.bin"))
@@ -35,6 +35,8 @@ def network_of(home: Path) -> tuple[nn.Module, str]:
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= read_tensors(file)[0]
+    with _limits.within_file(weights, home):
+        network: nn.Module = made(config, home / "config.json")
     put_weights(network, {_renamed(name, weights): weights[name] for name in weights}, str(home))
     return network.eval(), kind
 
@@ -58,4 +60,8 @@ def made(config: Config, where: Path) -> Any:  # noqa: ANN401
     kind = getattr(library, str(config.get("_class_name")), None)
     if kind is None:
         raise ValueError(f"{where} names {config.get('_class_name')}, which diffusers lacks")
-    return kind.from_config(dict(config))
+    _limits.check_integers(config.values(), _limits.STEPS, f"a number in {where}")
+    try:
+        return kind.from_config(dict(config))
+    except _limits.IMPOSSIBLE as error:
+        raise ValueError(f"{where} describes no {config.get('_class_name')}: {error}") from None

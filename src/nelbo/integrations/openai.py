@@ -15,13 +15,13 @@ asked for with clip=True.
 """
 
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from nelbo import _limits
 from nelbo.checkpoint import put_weights, read_tensors
 from nelbo.data import Schema
 from nelbo.estimate import Grid
@@ -98,8 +98,10 @@ def load(
     """
     path = Path(path)
     checked = check_flags(_flags_beside(path) if flags is None else flags)
-    network = UNet(architecture(checked))
-    put_weights(network, _weights(path), str(path))
+    weights = _weights(path)
+    with _limits.within_file(weights, path):
+        network = UNet(architecture(checked))
+    put_weights(network, weights, str(path))
     return build(network, checked, f"openai:{path}", steps=steps, clip=bool(clip), label=label)
 
 
@@ -176,6 +178,7 @@ def check_flags(flags: Flags) -> dict[str, int | bool | str]:
         if type(value) is not kind:
             raise ValueError(f"the flag {name} must be {kind.__name__}; got {value!r}")
         checked[name] = value
+    _limits.check_integers(checked.values(), _limits.STEPS, "a flag")
     if checked["diffusion_steps"] != 1000 and "rescale_timesteps" not in flags:
         raise ValueError(
             "rescale_timesteps must be given where diffusion_steps is not 1000: improved-diffusion"
@@ -267,11 +270,12 @@ def _flags_beside(path: Path) -> Flags:
 def _weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a state dict, .pt or .safetensors")
+    _limits.check_memory(_limits.regular(path), str(path))
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # damage shows as whatever its opcodes led to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} is not a file of tensors and nothing else ({reason}); save a state_dict()"

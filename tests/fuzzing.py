@@ -1,0 +1,339 @@
+"""Valid files of every kind, what damages them, and what must come of reading what is left.
+
+A `Kind` makes one small file and reads one. Of a damaged file there are two good outcomes: a result,
+which is the right one where the file has a checksum, or one of the errors that the command line
+tells in one sentence. All else is a failure: another exception, a warning, a read that takes long.
+"""
+
+import copy
+import gzip
+import io
+import json
+import shutil
+import signal
+import tarfile
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import known_models
+import numpy as np
+import polars as pl
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+
+from nelbo import checkpoint
+from nelbo._numerics import seeded
+from nelbo.codec import files as codec_files
+from nelbo.codec.coding import compress, decompress
+from nelbo.codec.errors import CodecError
+from nelbo.codec.header import Settings
+from nelbo.data import as_examples, load
+from nelbo.integrations import load as load_foreign
+from nelbo.integrations.openai import architecture, check_flags
+from nelbo.integrations.unet import UNet
+from nelbo.report.sections import training as show_training
+
+SECONDS = 20  # that a read of a small file may take on a busy machine
+#: what the command line tells in one sentence
+TOLD = (ValueError, OSError)
+FLAGS = {
+    "image_size": 8,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1",
+    "attention_resolutions": "4",
+    "num_heads": 2,
+    "learn_sigma": True,
+    "diffusion_steps": 10,
+    "rescale_timesteps": True,
+}
+SCHEMA = [{"name": "a", "kind": "rounded", "precision": 1}, {"name": "b", "kind": "category"}]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a file of one kind is made and read.
+
+    Args:
+        name: of the file.
+        content: of a valid one.
+        read: the file, and all that reading it lazily leaves for later.
+        json: whether its values are replaced too.
+        beside: files that it needs, by their names.
+    """
+
+    name: str
+    content: bytes
+    read: Callable[[Path], object]
+    json: bool = False
+    beside: tuple[tuple[str, bytes], ...] = ()
+
+
+# ---- damage
+
+BYTES = st.sampled_from([b"\0", b"\xff", b"\xff\xff\xff\xff", b"\x80", b"\0\0\0\0", b"-", b"9" * 9])
+ODD = st.sampled_from(
+    [
+        *(None, True, False, -1, 0, 1, 2, 3, 1000, 2**31, 10**9, 2**63, 10**30, 0.5, -0.5, 1e-300),
+        *(1e308, -1e308, float("nan"), float("inf"), "", "x", "\0", "1", "é" * 100),
+        *([], {}, [[]], [1], ["a", "a"], [0, 0], [-1, 8, 8], [10**9] * 3, {"a": 1}),
+    ]
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, kind: Kind) -> bytes:
+    """The content after some edits: of values where it is JSON, else of bytes."""
+    if kind.json and draw(st.integers(0, 3)):
+        lines = kind.content.decode().splitlines() if kind.name.endswith("l") else None
+        documents = [json.loads(line) for line in lines or [kind.content]]
+        for _ in range(draw(st.integers(1, 3))):
+            place = draw(st.integers(0, len(documents) - 1))
+            documents[place] = _other(draw, documents[place])
+        return "\n".join(map(json.dumps, documents)).encode()
+    bad = bytearray(kind.content)
+    for _ in range(draw(st.integers(1, 4))):
+        a, b = sorted(draw(st.integers(0, len(bad))) for _ in range(2))
+        match draw(st.integers(0, 7)):
+            case 0 | 1 if bad:
+                bad[min(a, len(bad) - 1)] ^= 1 << draw(st.integers(0, 7))
+            case 2:
+                bad[a : a + 4] = draw(st.binary(min_size=4, max_size=4))
+            case 3:
+                found = draw(BYTES)
+                bad[a : a + len(found)] = found
+            case 4:
+                bad[a:a] = draw(st.binary(min_size=1, max_size=9))
+            case 5:
+                del bad[a : min(b, a + draw(st.sampled_from([1, 4, 64])))]
+            case 6:
+                del bad[a:]
+            case _:
+                bad = bad[:a] + bad[b:] + bad[a:b]
+    return bytes(bad)
+
+
+def _other(draw: st.DrawFn, document: object) -> object:
+    """A document of which a value is another, is gone, or is one that was not there."""
+    document = copy.deepcopy(document)
+    node, steps = document, draw(st.integers(1, 5))
+    for step in range(steps):
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not keys:
+            return draw(ODD) if node is document else document
+        key = draw(st.sampled_from(keys))
+        below = node[key]
+        if step < steps - 1 and isinstance(below, dict | list) and below:
+            node = below
+            continue
+        match draw(st.integers(0, 7)):
+            case 0:
+                del node[key]
+            case 1 if isinstance(node, dict):
+                node["other"] = below
+            case 2 if isinstance(below, int) and not isinstance(below, bool):
+                node[key] = below + draw(st.sampled_from([-1, 1, 10**6]))
+            case _:
+                node[key] = draw(ODD)
+        break
+    return document
+
+
+# ---- what comes of it
+
+
+@contextmanager
+def alarm(seconds: int):
+    """TimeoutError after so many seconds: what hangs, fails."""
+
+    def ring(number, frame):
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(kind: Kind, content: bytes, folder: Path) -> str:
+    """ "read" or "refused"; raises what is neither."""
+    folder.mkdir(exist_ok=True)
+    path = folder / kind.name
+    path.write_bytes(content)
+    for name, other in kind.beside:
+        (folder / name).write_bytes(other)
+    try:
+        with alarm(SECONDS), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "the schedule ends with signal left")
+            kind.read(path)
+        return "read"
+    except TOLD as error:
+        if isinstance(error, TimeoutError):
+            raise AssertionError(f"{kind.name}: {error}") from error
+        assert str(error).strip(), f"{kind.name}: an error without a word"
+        return "refused"
+
+
+# ---- kinds
+
+
+def kinds(run: Path) -> list[Kind]:
+    """All kinds of file that nelbo reads; those of a run from the one at `run`."""
+    return [*_data(), *_of_run(run), *_foreign(), _compressed()]
+
+
+def _whole(path: Path) -> None:
+    found = load(path)
+    for x in found.splits.values():
+        as_examples(x[:])
+
+
+def _data() -> list[Kind]:
+    with seeded(0):
+        x = torch.randint(4, (12, 1, 5, 7), dtype=torch.uint8).numpy()
+    y = np.arange(12) % 3
+    frame = pl.DataFrame(
+        {"a": list(range(12)), "b": ["x", "y", None] * 4, "c": [i / 7 for i in range(12)]}
+    )
+    return [
+        Kind("x.npy", _made(lambda f: np.save(f, x)), _whole),
+        Kind("x.npz", _made(lambda f: np.savez_compressed(f, x=x, y=y)), _labelled),
+        Kind("x-images-idx3-ubyte", _idx(x[:, 0]), _whole),
+        Kind("x-images-idx3-ubyte.gz", gzip.compress(_idx(x[:, 0]), mtime=0), _whole),
+        Kind("x.csv", frame.write_csv().encode(), _whole),
+        Kind("x.tsv", frame.write_csv(separator="\t").encode(), _whole),
+        Kind("x.parquet", _made(frame.write_parquet), _whole),
+        Kind("x.arrow", _made(frame.write_ipc), _whole),
+        Kind("x.tar", _tar(x), _labelled),
+        Kind("x.txt", "the quick brown fox, é; ".encode() * 100, _whole),
+        Kind("x.png", _image(x[0, 0], "PNG"), _folder),
+        Kind("x.jpg", _image(np.kron(x[0, 0], np.full((4, 4), 60, np.uint8)), "JPEG"), _folder),
+        Kind(
+            "schema.json",
+            json.dumps(SCHEMA).encode(),
+            lambda path: load(path.with_name("x.csv"), schema=path),
+            json=True,
+            beside=(("x.csv", frame.write_csv().encode()),),
+        ),
+    ]
+
+
+def _labelled(path: Path) -> None:
+    load(path, condition=["class"])
+
+
+def _folder(path: Path) -> None:
+    folder = path.with_suffix(".images")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for i in range(4):
+        shutil.copy(path, folder / f"{i}{path.suffix}")
+    _whole(folder)
+
+
+def _made(write: Callable[[io.BytesIO], object]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def _image(x: np.ndarray, kind: str) -> bytes:
+    return _made(lambda f: Image.fromarray(x).save(f, kind))
+
+
+def _idx(x: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, x.ndim]) + np.array(x.shape, ">u4").tobytes() + x.tobytes()
+
+
+def _tar(x: np.ndarray) -> bytes:
+    def write(file: io.BytesIO) -> None:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for i, image in enumerate(x):
+                for end, content in ((".png", _image(image[0], "PNG")), (".cls", b"%d" % (i % 3))):
+                    member = tarfile.TarInfo(f"{i:04d}{'é' * (i == 3)}{end}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+    return _made(write)
+
+
+def _of_run(run: Path) -> list[Kind]:
+    whole = {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    state, metrics = (
+        (run / n).read_bytes() for n in (checkpoint.STATE, checkpoint.METRICS)
+    )
+    grids = json.dumps({"abc, 2 steps": [0.5, 1.0]}).encode()
+    tensors, about = checkpoint.read_tensors(run / "model.safetensors")
+
+    def load_whole(path: Path) -> None:
+        found = checkpoint.load(path.parent).model
+        with torch.no_grad():
+            t = torch.full((2,), 0.5, dtype=torch.float64)
+            found.predict(torch.zeros(2, *found.shape, dtype=torch.float64), t)
+
+    def exact(path: Path) -> None:
+        got, words = checkpoint.read_tensors(path, hashed=True)
+        assert words == about and got.keys() == tensors.keys()
+        assert all(torch.equal(got[name], tensors[name]) for name in tensors)
+
+    def show(path: Path) -> None:
+        class Shown:
+            metrics = checkpoint.read_metrics(path.parent)
+            config = checkpoint.read_config(run)
+            weights = "ema, step 2"
+
+        show_training(Shown, "bits/dim")
+
+    return [
+        Kind("config.json", whole["config.json"], load_whole, True, tuple(whole.items())[1:]),
+        Kind("model.safetensors", whole["model.safetensors"], exact),
+        Kind("state.safetensors", state, lambda p: checkpoint.read_tensors(p, hashed=True)),
+        Kind("metrics.jsonl", metrics, show, True),
+        Kind("grids.json", grids, checkpoint._read_grids, True),
+    ]
+
+
+def _foreign() -> list[Kind]:
+    with seeded(0):
+        network = UNet(architecture(check_flags(FLAGS)))
+    weights = _made(lambda f: torch.save(network.state_dict(), f))
+    flags = json.dumps(FLAGS).encode()
+
+    def weigh(path: Path) -> None:
+        load_foreign(f"openai:{path}", steps=2)
+
+    def configure(path: Path) -> None:
+        load_foreign(f"openai:{path.with_suffix('.pt')}", steps=2)
+
+    return [
+        Kind("net.pt", weights, weigh, beside=(("net.json", flags),)),
+        Kind("net.json", flags, configure, True, beside=(("net.pt", weights),)),
+    ]
+
+
+def _compressed() -> Kind:
+    known = known_models.levels().model
+    with seeded(0):
+        x = torch.randint(4, (40, *known.shape))
+    content = compress(known, x, Settings((0.5, 1.0)), block=20)
+
+    def read(path: Path) -> None:
+        data = path.read_bytes()
+        try:
+            assert torch.equal(decompress(data, known).x.long(), x)
+        finally:
+            try:
+                decompress(data, known, salvage=True)
+                codec_files.report(data)
+            except CodecError:
+                pass
+
+    return Kind("x.nlb", content, read)
