@@ -73,14 +73,15 @@ def main() -> None:
                 options.out.mkdir(exist_ok=True)
                 kept = options.out / f"{batch}-{kind.name}"
                 kept.write_bytes((folder / kind.name).read_bytes())
-                failures.append(f"{kept}: {why}")
+                failures.append(kept)
+                print(f"{kept}: {why}", flush=True)
                 some.remove(kind)
         for name, count in counts.items():
             print(f"{name:24} {count['read']:7} read {count['refused']:7} refused")
         total = sum(c["read"] + c["refused"] for c in counts.values())
         minutes = (time.process_time() - start) / 60
         print(f"{total} damaged files, {len(failures)} failures; {minutes:.1f} min of CPU")
-        sys.exit("\n".join(failures) if failures else 0)
+        sys.exit(bool(failures))
 
 
 if __name__ == "__main__":

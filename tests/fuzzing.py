@@ -73,9 +73,15 @@ class Kind:
     beside: tuple[tuple[str, bytes], ...] = ()
 
 
+class TookLong(Exception):
+    """No error that a reader tells."""
+
+
 # ---- damage
 
-BYTES = st.sampled_from([b"\0", b"\xff", b"\xff\xff\xff\xff", b"\x80", b"\0\0\0\0", b"-", b"9" * 9])
+BYTES = st.sampled_from(
+    [b"\0", b"\xff", b"\xff\xff\xff\xff", b"\x80", b"\0\0\0\0", b"-", b"9" * 9]
+)
 ODD = st.sampled_from(
     [
         *(None, True, False, -1, 0, 1, 2, 3, 1000, 2**31, 10**9, 2**63, 10**30, 0.5, -0.5, 1e-300),
@@ -148,10 +154,10 @@ def _other(draw: st.DrawFn, document: object) -> object:
 
 @contextmanager
 def alarm(seconds: int):
-    """TimeoutError after so many seconds: what hangs, fails."""
+    """`TookLong` after so many seconds: what hangs, fails."""
 
     def ring(number, frame):
-        raise TimeoutError(f"not done in {seconds} s")
+        raise TookLong(f"not done in {seconds} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)
@@ -176,8 +182,6 @@ def outcome(kind: Kind, content: bytes, folder: Path) -> str:
             kind.read(path)
         return "read"
     except TOLD as error:
-        if isinstance(error, TimeoutError):
-            raise AssertionError(f"{kind.name}: {error}") from error
         assert str(error).strip(), f"{kind.name}: an error without a word"
         return "refused"
 
@@ -267,9 +271,7 @@ def _tar(x: np.ndarray) -> bytes:
 
 def _of_run(run: Path) -> list[Kind]:
     whole = {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    state, metrics = (
-        (run / n).read_bytes() for n in (checkpoint.STATE, checkpoint.METRICS)
-    )
+    state, metrics = ((run / n).read_bytes() for n in (checkpoint.STATE, checkpoint.METRICS))
     grids = json.dumps({"abc, 2 steps": [0.5, 1.0]}).encode()
     tensors, about = checkpoint.read_tensors(run / "model.safetensors")
 

@@ -48,8 +48,8 @@ FACTORIES = (
 )
 #: what sizes that cannot be lead to
 IMPOSSIBLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
-#: numbers that a tensor counts as at least, so that many small ones are not made for ever
-TENSOR = 2**12
+#: tensors of a model, at most: more than 1000 blocks of any network, which takes seconds
+TENSORS = 2**14
 
 
 def trusted() -> bool:
@@ -193,21 +193,22 @@ def check_integers(values: Iterable[object], most: int, what: str) -> None:
 
 
 class Within(TorchFunctionMode):
-    """Inside, torch makes no more than so many numbers from sizes, all tensors together.
+    """Inside, torch makes no more than so many tensors, of so many numbers, from sizes.
 
     What is made from other tensors is not counted, for those were.
 
     Args:
-        most: numbers.
+        numbers: of all tensors together.
+        tensors: how many of them.
         why: the sentence of the error.
 
     Raises:
         ValueError: inside, before more is allocated.
     """
 
-    def __init__(self, most: float, why: str) -> None:
+    def __init__(self, numbers: float, tensors: int, why: str) -> None:
         super().__init__()
-        self.left, self.why = math.inf if trusted() else most, why
+        self.numbers, self.tensors, self.why = numbers, tensors, why
 
     def __torch_function__(
         self,
@@ -218,8 +219,11 @@ class Within(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func in FACTORIES:
-            self.left -= max(TENSOR, _count(func, args, kwargs))
-            if self.left < 0:
+            self.numbers, self.tensors = (
+                self.numbers - _count(func, args, kwargs),
+                self.tensors - 1,
+            )
+            if min(self.numbers, self.tensors) < 0 and not trusted():
                 raise ValueError(self.why)
         return func(*args, **kwargs)
 
@@ -237,7 +241,7 @@ def within_file(tensors: Mapping[str, Tensor], where: object) -> Iterator[None]:
         " belongs to another architecture"
     )
     try:
-        with Within(4 * numbers + BESIDE, why):
+        with Within(4 * numbers + BESIDE, 4 * len(tensors) + TENSORS // 16, why):
             yield
     except IMPOSSIBLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -250,7 +254,7 @@ def within_memory(what: str) -> Within:
     """Inside, what is made fits into free memory, as float32."""
     free = free_memory()
     return Within(
-        free / 4, f"{what} takes more than the {_gibibytes(free)} of memory that are free"
+        free / 4, TENSORS, f"{what} takes more than the {_gibibytes(free)} of memory that are free"
     )
 
 

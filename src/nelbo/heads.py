@@ -299,15 +299,15 @@ class LevelCurves(LevelLogits):
     """
 
     def __init__(self, values: Tensor, shape: tuple[int, ...] = (), curves: int = 32) -> None:
-        super().__init__(values, shape)
         if curves < 4:
             raise ValueError(f"curves must be at least 4; got {curves}")
+        Logits.__init__(self, len(values), shape)  # without K unit vectors
+        self.register_buffer("values", values, persistent=False)
         self.outputs = curves
         place = torch.linspace(0, curves - 3, len(values))
         bumps = (-0.5 * (place - torch.arange(curves - 2)[:, None]).square()).exp()
         ends = torch.zeros(2, len(values))
         ends[0, 0] = ends[1, -1] = 1
-        del self.curves
         self.curves = nn.Parameter(torch.cat([bumps, ends]))
 
 

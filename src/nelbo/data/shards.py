@@ -71,6 +71,7 @@ def _index(shard: Path) -> tuple[Encoded, list[str | None], set[str]]:
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
     ignored: set[str] = set()
+    _limits.regular(shard)
     with shard.open("rb") as file:
         for member in _members(shard):
             folder, _, name = member.name.rpartition("/")

@@ -1,0 +1,526 @@
+"""Files from strangers: none executes code, is believed for its sizes, or is read for ever."""
+
+import ast
+import gzip
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+import sys
+import tarfile
+import zipfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fuzzing import FLAGS, alarm
+from PIL import Image
+from safetensors.torch import load_file
+from test_cli import nelbo_fails
+
+import nelbo
+from nelbo import _limits, checkpoint
+from nelbo._numerics import seeded
+from nelbo.data import load
+from nelbo.integrations import load as load_foreign
+from nelbo.integrations.openai import architecture, check_flags
+from nelbo.integrations.unet import UNet
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+ROOM = 2**30  # bytes beyond what the process has, in which a refusal must fit
+
+
+@pytest.fixture(autouse=True)
+def _in_time():
+    with alarm(120):
+        yield
+
+
+@contextmanager
+def little_memory():
+    """No allocation beyond `ROOM` succeeds, not even one that is never touched."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def refused(read, words, path):
+    """The read is refused with one sentence of these words, in little memory."""
+    with pytest.raises((ValueError, OSError), match=words) as error, little_memory():
+        read(path)
+    assert "MemoryError" not in str(error.value)
+    return str(error.value)
+
+
+def copied(trained, tmp_path, **changes):
+    """A copy of the run whose configuration has other values, under "section.key"."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    document = json.loads((run / "config.json").read_text())
+    for place, value in changes.items():
+        *sections, key = place.split("__")
+        node = document
+        for section in sections:
+            node = node[section]
+        node[key] = value
+    (run / "config.json").write_text(json.dumps(document))
+    return run
+
+
+# ---- code
+
+
+class Boom:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_no_file_executes_code(trained, tmp_path):
+    """A pickle, and a zip of one as torch.save writes it, under the name of every kind."""
+    mark = tmp_path / "executed"
+    zipped = io.BytesIO()
+    torch.save({"x": Boom(mark)}, zipped)
+    member = io.BytesIO()
+    with zipfile.ZipFile(member, "w") as archive:
+        archive.writestr("x.npy", pickle.dumps(Boom(mark)))
+    objects = io.BytesIO()
+    np.save(objects, np.array([Boom(mark)], dtype=object), allow_pickle=True)
+    harmful = (pickle.dumps(Boom(mark)), zipped.getvalue(), member.getvalue(), objects.getvalue())
+    pickle.loads(harmful[0])
+    assert mark.exists(), "the attack is one"
+    mark.unlink()
+
+    names = ("x.npy", "x.npz", "x-images-idx3-ubyte", "x.csv", "x.parquet", "x.arrow", "x.tar")
+    run = shutil.copytree(trained, tmp_path / "run")
+    network = tmp_path / "net"
+    network.with_suffix(".json").write_text(json.dumps(FLAGS))
+    for i, content in enumerate(harmful):
+        readers = [(tmp_path / name, load) for name in (*names, "x.txt")]
+        readers += [(tmp_path / str(i) / "x.png", lambda path: load(path.parent))]
+        readers += [
+            (network.with_suffix(end), lambda path: load_foreign(f"openai:{path}"))
+            for end in (".pt", ".safetensors")
+        ]
+        for path, read in readers:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            with pytest.raises((ValueError, OSError)):
+                read(path)
+        for name in ("model.safetensors", "grids.json", "metrics.jsonl", "config.json"):
+            (run / name).write_bytes(content)
+        for name in ("state.safetensors", "model.safetensors"):
+            (run / name).write_bytes(content)
+            with pytest.raises(ValueError):
+                checkpoint.read_tensors(run / name)
+        with pytest.raises(ValueError):
+            checkpoint.load(run)
+        assert checkpoint._read_grids(run / "grids.json") == {}
+        assert checkpoint.read_metrics(run) == []
+        shutil.copy(trained / "config.json", run)
+    assert not mark.exists()
+
+
+def test_the_source_has_nothing_that_executes_a_file():
+    """No pickle, eval or exec; torch.load and np.load only without objects."""
+    forbidden = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy"}
+    safe = {"torch.load": "weights_only=True", "np.load": "allow_pickle=False"}
+    for path in Path(nelbo.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {(node.module or "").split(".")[0]}
+            elif isinstance(node, ast.Call):
+                called, given = ast.unparse(node.func), list(map(ast.unparse, node.keywords))
+                assert called not in ("eval", "exec", "compile", "__import__"), path
+                assert called not in safe or safe[called] in given, path
+                if called == "npy.read_array":
+                    assert "allow_pickle=False" in given, path
+                continue
+            else:
+                continue
+            assert not names & forbidden, path
+
+
+def test_names_in_a_run_are_no_html(trained, tmp_path):
+    run = copied(trained, tmp_path, preset="<script>alert(1)</script>")
+    page = nelbo.report(run, tmp_path / "page.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_a_name_with_codes_of_a_terminal_is_printed_without(tmp_path, capsys):
+    line = nelbo_fails(capsys, "inspect", tmp_path / "\x1b[2J\x1b]0;x\x07")
+    assert "\x1b" not in line and "\x07" not in line
+
+
+# ---- sizes that are claimed
+
+
+def npy_header(shape, kind="<f8"):
+    file = io.BytesIO()
+    about = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, about)
+    return file.getvalue()
+
+
+def npz(path, content, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as archive, archive.open("x.npy", "w") as member:
+        for piece in content:
+            member.write(piece)
+
+
+def lying_npz(path):
+    npz(path, [npy_header((10**9,)), bytes(80)])
+
+
+def lying_directory(path, size=4_000_000_000, shape=(10**9,), method=zipfile.ZIP_DEFLATED):
+    """The zip's directory too says that there are 4 GB, in a few packed bytes."""
+    npz(path, [npy_header(shape, "|u1"), bytes(80)], method)
+    whole = bytearray(path.read_bytes())
+    at = whole.rindex(b"PK\x01\x02") + 24
+    whole[at : at + 4] = struct.pack("<I", size)
+    path.write_bytes(whole)
+
+
+def bomb_npz(path):
+    """4 GB in a few bytes of bz2, of which nothing says how many there are."""
+    lying_directory(path, shape=(4 * 10**9 - 128,), method=zipfile.ZIP_BZIP2)
+
+
+def long_header(path):
+    npz(path, [b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31), *[bytes(2**22)] * 64])
+
+
+def bomb_gz(path):
+    sizes = np.array([2**12, 2**10, 2**10], ">u4").tobytes()
+    zeros = gzip.compress(bytes(2**22))
+    path.write_bytes(gzip.compress(b"\0\0\x08\x03" + sizes) + zeros * 1024)
+
+
+def lying_idx(path):
+    path.write_bytes(b"\0\0\x0e\x03" + np.array([2**31] * 3, ">u4").tobytes() + bytes(99))
+
+
+def lying_tar(path):
+    """A header of a long name of 10^12 bytes."""
+    member = tarfile.TarInfo("././@LongLink")
+    member.type = tarfile.GNUTYPE_LONGNAME
+    head = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    head[124:136] = bytes([0x80]) + (10**12).to_bytes(11, "big")
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    path.write_bytes(bytes(head) + bytes(4096))
+
+
+def tar_that_goes_back(path):
+    """A member of negative size, after which tarfile reads the same again."""
+    member = tarfile.TarInfo("0.png")
+    head = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    head[124:136] = b"\xff" * 10 + (2**16 - 512).to_bytes(2, "big")
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    path.write_bytes(bytes(head) + bytes(4096))
+
+
+def chained_tar(path):
+    """Headers of headers of headers."""
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2
+    path.write_bytes((member.tobuf(tarfile.GNU_FORMAT) + b"a\0" + bytes(510)) * 5000)
+
+
+def deep_json(path):
+    path.write_text('{"columns": ' * 100_000)
+
+
+def huge_json(path):
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+def lying_tensors(path):
+    head = {"x": {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4 * 10**9]}}
+    text = json.dumps(head).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+
+
+def endless_header(path):
+    path.write_bytes(struct.pack("<Q", 2**63) + b"{}")
+
+
+def huge_png(path):
+    path.parent.mkdir(exist_ok=True)
+    made = io.BytesIO()
+    Image.new("L", (1, 1)).save(made, "PNG")
+    content = bytearray(made.getvalue())
+    content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
+def sparse_png(path):
+    huge_png(path)
+    with path.open("ab") as file:
+        file.truncate(2**40)
+
+
+def one_line(path):
+    path.write_bytes(b"a,b\n" + b"9" * 2**22 + b",1\n")
+
+
+def sparse_csv(path):
+    with path.open("wb") as file:
+        file.write(b"a,b\n")
+        file.truncate(2**40)
+
+
+def of_folder(path):
+    return load(path.parent)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("name", "write", "read", "words"),
+    [
+        ("x.npz", lying_npz, load, "its header says .* 8000000000 bytes, and 80 follow"),
+        ("x.npz", lying_directory, load, "x.npy claims 4000000000 bytes in"),
+        ("x.npz", bomb_npz, load, "would take 3.73 GiB of memory"),
+        ("x.npz", long_header, load, "header is far too long"),
+        ("x-idx3-ubyte.gz", bomb_gz, load, "would take 8 GiB of memory"),
+        ("x-idx3-ubyte", lying_idx, load, "it holds fewer"),
+        ("x.tar", lying_tar, load, "cannot be read as a tar file"),
+        ("x.tar", tar_that_goes_back, load, "cannot be read as a tar file"),
+        ("x.tar", chained_tar, load, "cannot be read as a tar file"),
+        ("x.json", deep_json, _limits.read_json, "is not JSON"),
+        ("x.json", huge_json, _limits.read_json, "has 1099511627776 bytes, and JSON"),
+        ("x.safetensors", lying_tensors, checkpoint.read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", endless_header, checkpoint.read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", huge_json, checkpoint.read_tensors, "would take 1.02e"),
+        ("images/x.png", huge_png, of_folder, "claims more than .* pixels"),
+        ("images/x.png", sparse_png, of_folder, "1099511627776 bytes, which no image has"),
+        ("x.txt", huge_json, load, "of memory"),
+        ("x.csv", sparse_csv, load, "of memory"),
+        ("x.csv", one_line, load, "no row of text: field larger than field limit"),
+    ],
+)
+def test_what_a_file_claims_is_not_believed(tmp_path, name, write, read, words):
+    write(tmp_path / name)
+    assert "\n" not in refused(read, words, tmp_path / name)
+
+
+def test_large_data_that_are_there_still_load(tmp_path):
+    """Highly compressed is not too highly compressed: 16 MiB of zeros in 17 KB."""
+    x = np.zeros((2**12, 2**12), np.uint8)
+    x[0, 0] = 1
+    np.savez_compressed(tmp_path / "x.npz", x=x)
+    assert (tmp_path / "x.npz").stat().st_size < 2**15
+    assert load(tmp_path / "x.npz").schema.levels == 2
+
+
+def test_the_environment_lifts_the_limits_of_size(monkeypatch):
+    with pytest.raises(ValueError, match=r"would take 9.31e\+20 GiB .*NELBO_TRUST_FILES=1"):
+        _limits.check_memory(1e30, "it")
+    monkeypatch.setenv(_limits.TRUST, "1")
+    _limits.check_memory(1e30, "it")
+
+
+@linux
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("model__width", 10**9),
+        ("model__width", 10**30),
+        ("model__width", 8000),
+        ("model__depth", 10**9),
+        ("model__members", 10**9),
+        ("data__schema__levels", 10**9),
+        ("data__schema__levels", 10**12),
+        ("data__schema__shape", [1, 10**5, 10**5]),
+        ("data__schema__shape", [10**9, 8, 8]),
+    ],
+)
+def test_a_configuration_of_giants_is_refused(trained, tmp_path, place, value):
+    run = copied(trained, tmp_path, **{place: value})
+    refused(nelbo.load, "belongs to another architecture", run)
+
+
+@linux
+def test_many_levels_take_no_square_of_memory():
+    """Nor do the ends of the scale take a matrix of which two rows are kept."""
+    from nelbo.heads import LevelCurves
+
+    with little_memory():
+        LevelCurves(torch.linspace(-1, 1, 2**15), (1,))
+
+
+@linux
+@pytest.mark.parametrize("network", ["conv", "mlp", "transformer", "unet"])
+def test_a_network_that_memory_cannot_hold_is_refused_before_it_is_made(network):
+    from nelbo.build import build
+    from nelbo.config import ModelConfig
+    from nelbo.data import Schema
+
+    for sizes in ({"width": 2**16}, {"width": 2**40}, {"width": 32, "depth": 10**9}):
+        if "depth" in sizes and network != "mlp":
+            continue  # it takes seconds
+        with pytest.raises(ValueError, match="of memory that are free"), little_memory():
+            build(ModelConfig(network=network, **sizes), Schema("levels", (1, 16, 16), 4))
+
+
+@linux
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_channels": 32 * 10**6},
+        {"num_channels": 32 * 10**3},
+        {"num_res_blocks": 10**6},
+        {"diffusion_steps": 10**9},
+        {"image_size": 10**7, "channel_mult": "1", "attention_resolutions": "0"},
+        {"num_head_channels": 0},
+    ],
+)
+def test_flags_of_giants_are_refused(tmp_path, change):
+    with seeded(0):
+        torch.save(UNet(architecture(check_flags(FLAGS))).state_dict(), tmp_path / "net.pt")
+    (tmp_path / "net.json").write_text(json.dumps(FLAGS | change))
+    words = "another architecture|no model|a flag cannot|steps must|attention_resolutions|heads"
+    refused(lambda path: load_foreign(f"openai:{path}", steps=2), words, tmp_path / "net.pt")
+
+
+# ---- what is read
+
+
+def pipe(path):
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+
+
+def endless(path):
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+@linux
+@pytest.mark.parametrize("make", [pipe, endless])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        *((f"x.{end}", load) for end in ("npy", "npz", "csv", "parquet", "arrow", "tar", "txt")),
+        ("x-images-idx3-ubyte", load),
+        ("images/train-images-idx3-ubyte.gz", of_folder),
+        ("images/x.tar", of_folder),
+        ("x.json", _limits.read_json),
+        ("x.safetensors", checkpoint.read_tensors),
+        ("x.pt", lambda path: load_foreign(f"openai:{path}")),
+    ],
+)
+def test_a_pipe_and_a_device_are_not_waited_for(tmp_path, name, read, make):
+    make(tmp_path / name)
+    (tmp_path / "x.json").exists() or (tmp_path / "x.json").write_text(json.dumps(FLAGS))
+    words = "a pipe, a socket or a device|there is no file|has no PNG or JPEG"
+    refused(read, words, tmp_path / name)
+
+
+@linux
+@pytest.mark.parametrize(
+    "source", ["/etc/passwd", "/dev/zero", "/dev/stdin", "PIPE", "", "\0", "x" * 5000, "/proc"]
+)
+def test_a_run_names_its_data_and_they_must_be_those(trained, tmp_path, capsys, source):
+    """Whatever a run names: it is read as data or not at all, and used if its hash is right."""
+    pipe(tmp_path / "pipe.npy")
+    run = copied(trained, tmp_path, data__source=source.replace("PIPE", f"{tmp_path}/pipe.npy"))
+    line = nelbo_fails(capsys, "evaluate", run)
+    assert "root:" not in line
+
+
+def test_data_that_a_run_names_are_used_only_if_they_are_its_own(trained, tmp_path, capsys):
+    with seeded(3):
+        x = torch.randint(17, (40, 1, 8, 8), dtype=torch.uint8)
+    np.save(tmp_path / "private.npy", x.numpy())
+    run = copied(trained, tmp_path, data__source=str(tmp_path / "private.npy"))
+    assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "metrics.jsonl"])
+def test_links_out_of_a_run_are_not_followed(trained, tmp_path, monkeypatch, name):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / name).rename(tmp_path / name)
+    (run / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match="is a link out of"):
+        nelbo.load(run)
+    monkeypatch.setenv(_limits.TRUST, "1")
+    nelbo.load(run)
+
+
+def test_a_link_within_a_run_and_one_to_a_run_are_followed(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "model.safetensors").rename(run / "weights")
+    (run / "model.safetensors").symlink_to("weights")
+    (tmp_path / "link").symlink_to(run)
+    nelbo.load(tmp_path / "link")
+
+
+def test_writing_into_a_run_never_follows_a_link(trained, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    run = shutil.copytree(trained, tmp_path / "run")
+    for name in ("grids.json", "model.safetensors"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(mine)
+        checkpoint.write(run / name, b"other")
+    assert mine.read_text() == "mine"
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000])
+def test_what_is_no_number_is_no_json(trained, tmp_path, number):
+    (tmp_path / "x.json").write_text(f'{{"a": {number}}}')
+    with pytest.raises(ValueError, match="is not JSON"):
+        _limits.read_json(tmp_path / "x.json")
+
+
+def test_events_that_are_none_are_left_out(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    whole = checkpoint.read_metrics(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        for change in ({"step": "3"}, {"step": 10**400}, {"validation": None}, {"lr": []}):
+            file.write(json.dumps(whole[0] | change) + "\n")
+        file.write("[" * 100_000 + "\n")
+    assert whole and checkpoint.read_metrics(run) == whole
+
+
+def test_weights_of_another_kind_are_not_cast(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    tensors = load_file(run / "model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name] = tensors[name].to(torch.complex64)
+    checkpoint.write_tensors(run / "model.safetensors", tensors, {})
+    with pytest.raises(ValueError, match="complex64"):
+        nelbo.load(run)
+
+
+def test_a_table_of_many_columns_is_not_compared_pair_by_pair(tmp_path):
+    from nelbo.data import tables
+
+    pytest.importorskip("polars")
+    names = ",".join(f"c{i}" for i in range(20_000))
+    (tmp_path / "x.csv").write_text(f"{names}\n{names}\n")
+    with alarm(60):
+        assert tables.read(tmp_path / "x.csv").width == 20_000
