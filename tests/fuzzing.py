@@ -1,8 +1,8 @@
 """Valid files of every kind, what damages them, and what must come of reading what is left.
 
-A `Kind` makes one small file and reads one. Of a damaged file there are two good outcomes: a result,
-which is the right one where the file has a checksum, or one of the errors that the command line
-tells in one sentence. All else is a failure: another exception, a warning, a read that takes long.
+A `Kind` makes one small file and reads one. A damaged file has two good outcomes: a result, the
+right one where the file has a checksum, or an error that the command line tells in one sentence.
+All else is a failure: another exception, a warning, a read that takes long.
 """
 
 import copy
@@ -128,9 +128,9 @@ def _other(draw: st.DrawFn, document: object) -> object:
     document = copy.deepcopy(document)
     node, steps = document, draw(st.integers(1, 5))
     for step in range(steps):
+        if not isinstance(node, dict | list) or not node:
+            return draw(ODD)
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-        if not keys:
-            return draw(ODD) if node is document else document
         key = draw(st.sampled_from(keys))
         below = node[key]
         if step < steps - 1 and isinstance(below, dict | list) and below:
@@ -273,6 +273,7 @@ def _of_run(run: Path) -> list[Kind]:
     whole = {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors")}
     state, metrics = ((run / n).read_bytes() for n in (checkpoint.STATE, checkpoint.METRICS))
     grids = json.dumps({"abc, 2 steps": [0.5, 1.0]}).encode()
+    whole_run = checkpoint.load(run)
     tensors, about = checkpoint.read_tensors(run / "model.safetensors")
 
     def load_whole(path: Path) -> None:
@@ -288,6 +289,7 @@ def _of_run(run: Path) -> list[Kind]:
 
     def show(path: Path) -> None:
         class Shown:
+            model = whole_run.model
             metrics = checkpoint.read_metrics(path.parent)
             config = checkpoint.read_config(run)
             weights = "ema, step 2"

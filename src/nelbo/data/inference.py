@@ -245,7 +245,7 @@ def lattice(values: np.ndarray) -> float | None:
             return None
         steps = np.diff(whole)
         if (np.abs(scaled - whole) < 1e-6).all() and (steps > 0).all():
-            step = int(np.gcd.reduce(steps.astype(np.int64)))
+            step = int(np.gcd.reduce(steps.astype(np.int64))) or 1  # of one value alone
             points = (whole[-1] - whole[0]) / step + 1
             return round(step / 10**decimals, decimals) if points <= FINEST else None
     return None
