@@ -49,6 +49,7 @@ FLAGS = {
     "num_heads": 2,
     "learn_sigma": True,
     "diffusion_steps": 10,
+    "noise_schedule": "cosine",
     "rescale_timesteps": True,
 }
 SCHEMA = [{"name": "a", "kind": "rounded", "precision": 1}, {"name": "b", "kind": "category"}]

@@ -56,6 +56,7 @@ CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE = (
 
 
 HASH = "sha256"
+LARGEST = 10**100  # number of an event: larger ones have no mean and no axis
 EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
 
 
@@ -422,8 +423,9 @@ def _event(line: str) -> dict | None:
     if not isinstance(event, dict) or not event.keys() >= EVENT_KEYS:
         return None
     numbers = (event[key] for key in EVENT_KEYS - {"unit"})
-    whole = all(type(n) is float or (type(n) is int and abs(n) < 2**63) for n in numbers)
-    return event if whole else None
+    # NaN is one that a training may write, and a figure leaves out
+    whole = all(type(n) in (int, float) and not abs(n) > LARGEST for n in numbers)
+    return event if whole and type(event["step"]) is int else None
 
 
 def load(path: str | Path) -> Run:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import nelbo
+from nelbo import _limits
 from nelbo.codec import container
 from nelbo.codec.blocks import Block, Done, nothing
 from nelbo.codec.codec import Codec, coder_answer
@@ -127,6 +128,9 @@ def decompress(
     """
     raw, extra, at = container.read_prefix(data)
     header = Header.from_dict(raw)
+    if header.examples < 0:
+        raise Damaged(f"the file holds {header.examples} examples")
+    _limits.check_memory(header.examples, f"the {header.examples} examples that the file claims")
     # all that needs no network comes first
     blocks = list(container.find_blocks(data, at) if salvage else container.read_blocks(data, at))
     if not salvage:

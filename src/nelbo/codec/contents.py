@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo import _limits
 from nelbo.checkpoint import check_writable, write
 from nelbo.codec import pictures, tabular, texts
 from nelbo.codec.blocks import pack, unpack
@@ -212,6 +213,9 @@ def _arrays_as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarra
         for _, dtype, shape, order in about["arrays"]
         if order is None
     )
+    if any(np.dtype(dtype).kind not in "biu" for _, dtype, _, order in about["arrays"] if order):
+        raise Damaged("the levels of the model are integers, and the file says others")
+    _limits.check_memory(most, "what the file holds beside the examples")
     rest = io.BytesIO(unpack(extra, most))
     at, arrays = 0, cast(dict[str, Any], {})
     for name, dtype, shape, order in about["arrays"]:
@@ -228,7 +232,7 @@ def _arrays_as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarra
         arrays[name] = np.ascontiguousarray(part.reshape(shape).astype(dtype))
     file = io.BytesIO()
     if about["kind"] == "npy":
-        np.save(file, arrays["x"])
+        np.save(file, arrays["x"], allow_pickle=False)
     else:
         np.savez_compressed(file, **arrays)
     return file.getvalue()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from nelbo import _limits
 from nelbo.data import tables, text
 from nelbo.data.conform import SPLITS, Found, by_split
 from nelbo.data.encoded import Form, read_images
@@ -206,8 +207,10 @@ class Cells:
         cell = self.rows[int(self.chosen[i])][self.column]
         if cell is None:
             raise ValueError(f"{self.name(i)} has no image; remove it")
-        found: bytes = cell["bytes"] or Path(cell["path"]).read_bytes()
-        return found
+        if cell["bytes"]:
+            return bytes(cell["bytes"])
+        _limits.regular(Path(cell["path"]))
+        return Path(cell["path"]).read_bytes()
 
     def name(self, i: int) -> str:
         return f"row {self.chosen[i] + 1} of {self.source}"

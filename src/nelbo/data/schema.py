@@ -120,6 +120,8 @@ class Schema:
         if self.kind == "levels" and not (_is_int(self.levels) and (self.levels or 0) >= 2):
             raise ValueError(f"levels must be an integer of at least 2; got {self.levels}")
         if self.alphabet is not None:
+            if not isinstance(self.alphabet, str):
+                raise ValueError(f"alphabet must be a text; got {self.alphabet!r}")
             count = len(self.alphabet) + 1 if self.alphabet else 256
             sorted_once = self.alphabet == "".join(sorted(set(self.alphabet)))
             if not sorted_once or len(self.shape) != 1 or self.levels != count:

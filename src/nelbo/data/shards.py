@@ -112,7 +112,7 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
         with (
             shard.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            tarfile.open(fileobj=mapped, mode="r:") as tar,  # type: ignore[call-overload]
+            tarfile.open(fileobj=mapped, mode="r:") as tar,
         ):
             at = -1
             while (member := tar.next()) is not None:

@@ -340,9 +340,4 @@ def _size(file: Path, frame: "LazyFrame") -> tuple[list[str], int]:
 
 
 def _of_file(file: Path, frame: "LazyFrame") -> "DataFrame":
-    pl = tables.polars()
-    try:
-        return frame.collect()
-    except (pl.exceptions.PolarsError, OSError, pl.exceptions.PanicException) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file} cannot be read as a table: {reason}") from None
+    return tables.of_file(file, frame.collect)

@@ -5,6 +5,9 @@ Needs polars (extra: tables). Columns are matched by name, so their order does n
 
 import csv
 import io
+import os
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
@@ -28,6 +31,7 @@ FILES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
 #: what stands for a missing cell in text
 NOTHING = ("", "na", "n/a", "nan", "null", "none", "?")
 OTHER = "(other)"
+_HELD = threading.Lock()  # by the one that holds the error stream
 
 
 def read(path: Path) -> "DataFrame":
@@ -45,12 +49,39 @@ def read(path: Path) -> "DataFrame":
         load: Callable[[Path], DataFrame] = (
             pl.read_parquet if suffix == ".parquet" else pl.read_ipc
         )
-        try:
-            frame = load(path)
-        except (pl.exceptions.PolarsError, OSError, pl.exceptions.PanicException) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} cannot be read as a table: {reason}") from None
+        frame = of_file(path, lambda: load(path))
     return checked(frame, str(path))
+
+
+def of_file(path: Path, load: "Callable[[], DataFrame]") -> "DataFrame":
+    """What polars makes of a file; of damage, on which it may panic, one ValueError.
+
+    A panic is printed, with its stack, on the error stream that all threads share: what is printed
+    in the meantime is held back, and dropped where there was one.
+    """
+    pl = polars()
+    with _HELD, tempfile.TemporaryFile() as held:
+        stream = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        panic = False
+        try:
+            return load()
+        except pl.exceptions.PanicException as error:
+            panic = True
+            raise _damaged(path, error) from None
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise _damaged(path, error) from None
+        finally:
+            os.dup2(stream, 2)
+            os.close(stream)
+            held.seek(0)
+            if not panic and (others := held.read()):
+                os.write(2, others)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(f"{path} cannot be read as a table: {reason}")
 
 
 def find(source: "str | PathLike[str] | Frame") -> tuple[str, "DataFrame"]:
@@ -139,7 +170,10 @@ def _read_text(path: Path, separators: str) -> "DataFrame":
         return pl.DataFrame(
             {name: [] for name in heading}, schema=dict.fromkeys(heading, pl.String)
         )
-    frame = pl.read_csv(path, separator=separator, infer_schema=False)
+    try:
+        frame = pl.read_csv(path, separator=separator, infer_schema=False)
+    except pl.exceptions.PolarsError as error:
+        raise _damaged(path, error) from None
     if frame.height != rows:  # blank lines are no rows
         frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
     if frame.height != rows or frame.columns != heading:
