@@ -5,7 +5,8 @@
 Bytes flipped, overwritten, cut, inserted and swapped, values of JSON replaced: the damage of
 `tests/test_fuzz.py`, whose few examples run with every change. A read ends in a result, the right
 one where the file has a checksum, or in an error that the command line tells in one sentence. What
-ends otherwise is made small by Hypothesis, kept in the folder, and named. Minutes are of CPU.
+ends otherwise is made small by Hypothesis, kept in the folder, and named. Minutes are of CPU;
+Ctrl-C ends them early.
 """
 
 import argparse
@@ -66,7 +67,10 @@ def main() -> None:
         while some and time.process_time() - start < 60 * options.minutes:
             kind = min(some, key=lambda kind: counts[kind.name]["cpu"])
             begun, folder = time.process_time(), Path(place) / "damaged"
-            why = fuzz(kind, BATCH, batch, folder, counts[kind.name])
+            try:
+                why = fuzz(kind, BATCH, batch, folder, counts[kind.name])
+            except KeyboardInterrupt:
+                break
             counts[kind.name]["cpu"] += round(1e6 * (time.process_time() - begun))
             batch += 1
             if why is not None:

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -98,6 +99,15 @@ def _index(shard: Path) -> tuple[Encoded, list[str | None], set[str]]:
     return encoded, [labels.get(key) for key in images], ignored
 
 
+class _Mapped(mmap.mmap):
+    """A file that gives the bytes which are there, however many tarfile reads by a header."""
+
+    def seek(self, pos: int, whence: Literal[0, 1, 2, 3, 4] = 0, /) -> None:
+        if not whence and pos > len(self):
+            raise tarfile.ReadError("unexpected end of data")
+        super().seek(pos, whence)
+
+
 def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
     """All members, whole, one at a time: tarfile would keep a kilobyte of each.
 
@@ -107,11 +117,10 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
     try:
         if not _limits.regular(shard):
             raise ValueError("it is empty")
-        # r: refuses compression, under which members are no ranges of bytes. The file is mapped,
-        # for tarfile asks to read as many bytes as a header says, and here gets those there are.
+        # r: refuses compression, under which members are no ranges of bytes
         with (
             shard.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
             tarfile.open(fileobj=mapped, mode="r:") as tar,
         ):
             at = -1
