@@ -469,6 +469,13 @@ def test_links_out_of_a_run_are_not_followed(trained, tmp_path, monkeypatch, nam
     nelbo.load(run)
 
 
+def test_a_table_in_a_run_is_no_link_either(trained, tmp_path):
+    run = copied(trained, tmp_path, data__source="data.parquet")
+    (run / checkpoint.TABLE).symlink_to(__file__)
+    with pytest.raises(ValueError, match="is a link out of"):
+        checkpoint.read_config(run)
+
+
 def test_a_link_within_a_run_and_one_to_a_run_are_followed(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     (run / "model.safetensors").rename(run / "weights")

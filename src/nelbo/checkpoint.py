@@ -400,6 +400,7 @@ def read_config(path: Path) -> RunConfig:
     document = _limits.read_json(_limits.contained(path / CONFIG, path))
     run = RunConfig.from_document(document, str(path / CONFIG))
     if Path(run.source).name == TABLE and (path / TABLE).is_file():
+        _limits.contained(path / TABLE, path)
         run = replace(run, source=str(path.absolute() / TABLE))  # also where the run was moved
     return run
 
