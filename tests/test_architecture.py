@@ -9,6 +9,7 @@ import nelbo
 
 SOURCE = Path(nelbo.__file__).parent
 ORDER = (
+    "parts",
     "_numerics",
     "_exponential",
     "_progress",
@@ -52,6 +53,7 @@ ORDER = (
     "impute",
     "integrations",
     "optimise",
+    "gradient",
     "learner",
     "state",
     "common_noise",

@@ -117,10 +117,11 @@ class TrainConfig(Section):
     evaluate_every: int = 100
     seed: int = 0
     grid: tuple[float, ...] = ()
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "steps", "batch", "evaluate_every")
+        _at_least(self, 1, "steps", "batch", "evaluate_every", "accumulate")
         _at_least(self, 0, "warmup", "weight_decay", "cross_entropy", "seed")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:

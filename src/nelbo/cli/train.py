@@ -140,7 +140,7 @@ def train(
     """Train a model of DATA by maximising the ELBO, into a new run folder.
 
     Ctrl-C saves the run and --resume continues it exactly. The weights with the best validation
-    bound are kept.
+    bound are kept. Under torchrun its processes share each batch (docs/scale.md).
 
     Parameters
     ----------
@@ -181,12 +181,13 @@ def train(
         In place of the preset's.
     """
     from nelbo._interrupt import Interrupted
+    from nelbo._processes import together
     from nelbo.finetune import fine_tune, name_of
     from nelbo.train import resume as continue_run
     from nelbo.train import train as start
 
     given = options.given() if options else {}
-    work: Callable[[], Run]
+    work: Callable[..., Run]
     if resume is None:
         if steps_of_bound is not None:
             raise ValueError(
@@ -210,7 +211,6 @@ def train(
             condition=condition or (),
             minutes=minutes,
             device=device,
-            progress=True,
             **given,
         )
     else:
@@ -233,15 +233,15 @@ def train(
         steps = options.steps if options else None
         if steps_of_bound is None:
             path = resume
-            work = partial(continue_run, resume, steps=steps, device=device, progress=True)
+            work = partial(continue_run, resume, steps=steps, device=device)
         else:
             path = out or name_of(resume, steps_of_bound)
-            work = partial(
-                fine_tune, resume, steps_of_bound, path, steps=steps, device=device, progress=True
-            )
-    try:
-        run = work()
-    except Interrupted:
-        say(f"stopped and saved; continue with: nelbo train --resume {quote(str(path))}")
-        raise
-    say(f"kept the weights {run.weights}. Next: nelbo evaluate {quote(str(run.path))}")
+            work = partial(fine_tune, resume, steps_of_bound, path, steps=steps, device=device)
+    with together() as rank:
+        tell = say if rank == 0 else lambda line: None
+        try:
+            run = work(progress=rank == 0)
+        except Interrupted:
+            tell(f"stopped and saved; continue with: nelbo train --resume {quote(str(path))}")
+            raise
+        tell(f"kept the weights {run.weights}. Next: nelbo evaluate {quote(str(run.path))}")
