@@ -57,7 +57,7 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
     add(has)
     some = [p for p, count in zip(every, has.tolist(), strict=True) if count]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-    for dtype in {g.dtype for g in gradients}:
+    for dtype in dict.fromkeys(g.dtype for g in gradients):  # in one order on all processes
         alike = [(p, g) for p, g in zip(some, gradients, strict=True) if g.dtype == dtype]
         flat = torch.cat([g.flatten() for _, g in alike])
         add(flat)
