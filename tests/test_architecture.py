@@ -54,6 +54,7 @@ ORDER = (
     "integrations",
     "optimise",
     "gradient",
+    "execution",
     "learner",
     "state",
     "common_noise",

@@ -1,5 +1,7 @@
 """A batch in parts is the same batch: the same loss and gradient, whatever is random in them."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from nelbo._numerics import draw, seeded
 from nelbo.config import configure
 from nelbo.data import Dataset, Label, Schema
+from nelbo.execution import blocks
 from nelbo.learner import Learner
 from nelbo.nn.dropout import Dropout
 from nelbo.parts import Part, current, drawing
@@ -71,6 +74,30 @@ def test_the_gradient_of_a_batch_is_the_sum_of_its_parts(name, accumulate):
     assert largest > 0
     for one, several in zip(*found, strict=True):
         torch.testing.assert_close(several, one, rtol=1e-9, atol=1e-11 * largest)
+
+
+@contextmanager
+def counting():
+    """The tensors that are kept for a gradient."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        yield kept
+
+
+@pytest.mark.parametrize("name", ["levels", "ensemble", "text", "real"])
+def test_activations_that_are_computed_again_give_the_same_gradient(name):
+    """To the bit: the same masks of dropout, also of parts."""
+    found = []
+    for again in (False, True):
+        learner = learner_of(name, accumulate=2, checkpoint_activations=again)
+        assert blocks(learner.model.network)
+        with counting() as kept:
+            _, loss = learner._gradient(0)
+        gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
+        found.append((len(kept), [loss.loss, loss.each, *gradients]))
+    (many, plain), (few, same) = found
+    assert few < 0.7 * many
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])

@@ -23,6 +23,7 @@ from nelbo.data import Dataset, as_examples
 from nelbo.data.rows import WINDOW, Ahead, Rows
 from nelbo.estimate import Continuum, Grid, Times
 from nelbo.evaluate import Evaluation, evaluate
+from nelbo.execution import deterministic, prepare
 from nelbo.few_steps import FewSteps
 from nelbo.gradient import add_gradients, parts_of, summed
 from nelbo.grids import measure_errors
@@ -31,6 +32,7 @@ from nelbo.objective import Loss, Objective
 from nelbo.optimise import Blocks, batch_indices, learning_rate, optimizer, warmed_ema
 from nelbo.process import Affine
 
+SKIPPED = 10  # steps in a row without a finite loss, after which none is hoped for
 STARTED_FROM = 2**15  # examples whose frequencies a model starts from, of those on disk
 VALIDATION = (1000, 2**18)  # examples at most, and numbers: a small part of the time
 
@@ -44,6 +46,8 @@ class Progress:
     best: float = math.inf
     best_step: int = 0
     recent: float = math.nan  # running mean of the bound, nats
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_now: int = 0  # of these, the last ones in a row
 
 
 class Learner:
@@ -91,6 +95,7 @@ class Learner:
         self.law = LAWS[t.times]()
         self.optimizer = optimizer(built, t)
         self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
+        prepare(self.model, t)
         self.best: dict[str, Tensor] = {}  # weights of the best average that was measured
 
     @property
@@ -102,7 +107,7 @@ class Learner:
         """One step of the optimiser on the next batch.
 
         Raises:
-            ValueError: the loss became non-finite.
+            ValueError: the loss became non-finite, and it is not to be skipped, or was too often.
         """
         t, step = self.config, self.at.step
         lr = learning_rate(t, step)
@@ -110,18 +115,30 @@ class Learner:
             group["lr"] = lr
         self.model.train()
         self.optimizer.zero_grad()
-        u, (loss, bound, each, _) = self._gradient(step)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            values = f"{loss.item()}, gradient {norm.item()}"
-            raise ValueError(self._failed(f"the loss became non-finite ({values})", step + 1))
-        self.law.learn(u, each)
-        self.optimizer.step()
-        self.ema.update_parameters(self.model)
+        with deterministic(t.deterministic):
+            u, (loss, bound, each, _) = self._gradient(step)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
+            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                return self._skip(f"({loss.item()}, gradient {norm.item()})")
+            self.law.learn(u, each)
+            self.optimizer.step()
+            self.ema.update_parameters(self.model)
+        self.at.skipped_now = 0
         nats = bound.item()
         recent = nats if math.isnan(self.at.recent) else self.at.recent
         self.at.recent = recent + (nats - recent) * max(0.02, 1 / (step + 1))
         self.at.step = step + 1
+
+    def _skip(self, values: str) -> None:
+        """Leave all weights as they are, for once; or stop."""
+        if self.config.nonfinite == "stop":
+            what = f"the loss became non-finite {values}"
+            raise ValueError(self._failed(what, self.at.step + 1))
+        self.at.skipped, self.at.skipped_now = self.at.skipped + 1, self.at.skipped_now + 1
+        if self.at.skipped_now == SKIPPED:
+            what = f"the loss was non-finite {SKIPPED} times in a row {values}"
+            raise ValueError(self._failed(what, self.at.step + 1))
+        self.at.step += 1
 
     def _gradient(self, step: int) -> tuple[Tensor, Loss]:
         """Backward through the loss of a step; the draws u of its batch, and that loss."""

@@ -74,6 +74,11 @@ def drawing() -> AbstractContextManager[object]:
     return nullcontext() if part is None or len(part) == part.batch else _OwnRows(part)
 
 
+def again() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """Around what is computed now, and once more later, in another thread: the same part."""
+    return nullcontext(), _current.get() or nullcontext()
+
+
 class _OwnRows(TorchDispatchMode):
     """Widens each random operation from the own rows to the batch, and takes them out again."""
 

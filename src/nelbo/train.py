@@ -280,6 +280,8 @@ class Training:
             "validation_standard_error": None if math.isnan(error) else error,
             "unit": result.unit,
         }
+        if self.run.train.nonfinite == "skip":
+            event["skipped"] = at.skipped
         self.told = at.step
         if not self.first:
             return
