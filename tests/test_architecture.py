@@ -9,12 +9,12 @@ import nelbo
 
 SOURCE = Path(nelbo.__file__).parent
 ORDER = (
+    "_processes",
     "parts",
     "_numerics",
     "_exponential",
     "_progress",
     "_interrupt",
-    "_processes",
     "_distributions",
     "schedules",
     "process",

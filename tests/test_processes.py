@@ -145,3 +145,61 @@ def test_a_process_that_dies_or_hangs_ends_the_others(runs, tmp_path, how):
     assert "Traceback" not in first.err
     assert json.loads((tmp_path / "run" / checkpoint.CONFIG).read_text())["train"]["steps"] == 50
     assert checkpoint.load(tmp_path / "run").metrics[-1]["step"] == 2
+
+
+SHARED = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from nelbo import checkpoint, sample
+from nelbo._processes import together
+from nelbo.codec.files import compress_file, decompress_file
+from nelbo.estimate import Grid
+from nelbo.report.dimensions import by_dimension
+from nelbo.scores import Scorer
+source, folder, out = sys.argv[1:]
+with together() as rank:
+    run = checkpoint.load(folder)
+    x, grid = run.examples()[0], Grid.uniform(3)
+    found = [sample.ancestral(run.model, count, grid, seed=2) for count in (1, 5)]
+    known = torch.tensor([True, False, True, False])
+    found.append(sample.complete(run.model, x[:5].long(), known, grid, seed=3, rounds=2))
+    found.append(sample.probability_flow(run.model, 5, grid, seed=2))
+    found.append(Scorer("bound", run.config.schema, run.model, x, calls=8)(run.model, x[:7]).nats)
+    found += by_dimension(run.model, x[:7], grid)[0]
+    file = Path(out) / "x.nlb"
+    compress_file(run, source, file, lambda run: grid, block=20)
+    if rank == 0:
+        (Path(out) / "found.json").write_text(json.dumps([v.tolist() for v in found]))
+"""
+
+
+def test_what_uses_a_run_gives_on_two_processes_what_it_gives_on_one(runs, tmp_path):
+    """Samples, completions, scores and costs to rounding; a compressed file to the byte."""
+    pytest.importorskip("constriction")
+    folder, _ = runs
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        arguments = [str(folder / "x.npy"), str(folder / "one"), str(out)]
+        for ended in launch(["-c", SHARED, *arguments], processes):
+            assert ended.code == 0, ended.err
+    one, two = (json.loads((tmp_path / n / "found.json").read_text()) for n in ("1", "2"))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "1" / "x.nlb").read_bytes() == (tmp_path / "2" / "x.nlb").read_bytes()
+
+
+def test_each_process_does_its_part_of_the_work(runs):
+    """Else two were no quicker than one."""
+    script = """
+from nelbo import _processes, parts
+from nelbo._processes import together
+done = []
+with together() as rank:
+    assert _processes.divided(5, lambda i: done.append(i) or i * i) == [0, 1, 4, 9, 16]
+    print(done, parts.share(5).rows.tolist(), len(parts.share(1)))
+"""
+    said = [ended.out.strip() for ended in launch(["-c", script], 2)]
+    assert said == ["[0, 2, 4] [0, 2, 4] 1", "[1, 3] [1, 3] 1"]

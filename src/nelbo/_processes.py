@@ -42,6 +42,14 @@ def gather(mine: T) -> list[T]:
     return found
 
 
+def divided(count: int, work: Callable[[int], T]) -> list[T]:
+    """work(0), .., work(count - 1), each done by one of the processes; all get them all."""
+    rank, size = world()
+    mine = {i: work(i) for i in range(rank, count, size)}
+    found = {i: done for some in gather(mine) for i, done in some.items()}
+    return [found[i] for i in range(count)]
+
+
 def add(mine: "Tensor") -> None:
     """The sum of what all processes hold, put in its place on each."""
     import torch.distributed as dist

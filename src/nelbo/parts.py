@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from nelbo._processes import gather, world
+
 _current: ContextVar["Part | None"] = ContextVar("part", default=None)
 
 
@@ -134,9 +136,17 @@ class _OwnRows(TorchDispatchMode):
         return rows.unflatten(0, (examples, -1))
 
 
-def gathered(parts: list[tuple[Part, Tensor]], batch: int) -> Tensor:
-    """What was found for the rows of parts, (len(part), ...) each, in its places; else zero."""
-    whole = parts[0][1].new_zeros(batch, *parts[0][1].shape[1:])
-    for part, found in parts:
-        whole[part.rows.to(whole.device)] = found
+def share(batch: int) -> Part:
+    """The part of this process, of as many as there are; all of it where it is too small."""
+    rank, size = world()
+    return Part(torch.arange(batch)[rank::size], batch) if batch >= size else Part.whole(batch)
+
+
+def joined(part: Part, own: Tensor) -> Tensor:
+    """What the processes found for the rows of their parts, for the whole batch."""
+    if len(part) == part.batch:
+        return own
+    whole = own.new_empty(part.batch, *own.shape[1:])
+    for rows, found in gather((part.rows, own.cpu())):
+        whole[rows.to(own.device)] = found.to(own.device)
     return whole
