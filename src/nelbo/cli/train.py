@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _preset(name: str) -> Parameter:
     """An option that follows the preset; shows the value of auto for small images."""
     value = vars(config.ModelConfig()).get(name, vars(config.TrainConfig()).get(name))
-    return Parameter(show_default=lambda _: f"by preset, {value}")
+    return Parameter(show_default=lambda _: f"by preset, {value}", negative="")
 
 
 @Parameter(name="*")
