@@ -9,12 +9,13 @@ import nelbo
 
 SOURCE = Path(nelbo.__file__).parent
 ORDER = (
+    "_processes",
+    "parts",
     "_numerics",
     "_exponential",
     "_progress",
     "_interrupt",
     "_limits",
-    "_processes",
     "_distributions",
     "schedules",
     "process",
@@ -53,6 +54,8 @@ ORDER = (
     "impute",
     "integrations",
     "optimise",
+    "gradient",
+    "execution",
     "learner",
     "state",
     "common_noise",

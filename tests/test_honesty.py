@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from known_models import MODELS, Known
+from processes import launch
 from torch import Tensor
 
 from nelbo._numerics import LOG_2, seeded
@@ -163,29 +160,10 @@ with together() as rank:
 
 def run(processes: int) -> dict[str, list]:
     """What rank 0 of so many processes prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        places = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        env = os.environ | {key: str(value) for key, value in (places | address).items()}
-        command = [sys.executable, "-c", SCRIPT, str(TESTS)]
-        started.append(
-            subprocess.Popen(
-                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    try:
-        printed = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, error) in zip(started, printed, strict=True):
-        assert process.returncode == 0, error
-    assert all(not out for out, _ in printed[1:])
-    return json.loads(printed[0][0].splitlines()[-1])
+    first, *others = launch(["-c", SCRIPT, str(TESTS)], processes)
+    assert all(ended.code == 0 for ended in (first, *others)), (first, others)
+    assert not any(ended.out for ended in others)
+    return json.loads(first.out.splitlines()[-1])
 
 
 def test_two_processes_give_the_same_number():

@@ -97,8 +97,8 @@ def test_gradients_reach_learned_end_points(x):
     schedule = LearnedMonotone(-5.0, 4.0, learn_endpoints=True)
     model = noise_model(schedule)
     Objective()(model, x, stratified(len(x))[:, 0]).loss.backward()
-    for parameter in schedule.parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0
+    assert schedule.ends.grad.abs().min() > 0
+    assert all(parameter.grad is None for parameter in schedule.interior())
 
 
 def test_cross_entropy_is_the_decoder_at_the_drawn_time(x):

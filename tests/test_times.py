@@ -220,10 +220,10 @@ def test_the_density_is_part_of_the_checkpoint(tmp_path, monkeypatch):
     whole = training.train("digits", tmp_path / "whole", **options).path
     order = learner.batch_indices
 
-    def interrupt(examples, batch, step, seed, **where):
+    def interrupt(examples, batch, step, *where):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
-        return order(examples, batch, step, seed, **where)
+        return order(examples, batch, step, *where)
 
     monkeypatch.setattr(learner, "batch_indices", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -311,15 +311,16 @@ def test_the_interior_goes_down_the_second_moment(law):
 
 
 @pytest.mark.parametrize("cross_entropy", [0.0, 0.5])
-def test_one_backward_pass_serves_both(cross_entropy):
+def test_each_parameter_has_the_gradient_of_its_loss(cross_entropy):
     """Network and ends get the gradient of the loss, the interior that of the second moment
     and nothing of the loss."""
     schedule = schedule_of(0.5, learn_endpoints=True)
     model = level_model(schedule)
     x, (u, weight) = torch.randint(0, 5, (40, 1, 2, 3)), taught()(40)
     with seeded(1):
-        loss = Objective(objective.bound, cross_entropy)(model, x, u, weight=weight)
-    loss.loss.backward()
+        of_both = Objective(objective.bound, cross_entropy)
+        loss = of_both(model, x, u, weight=weight)
+    (loss.loss + of_both.interior(model, u, weight, loss.rate)).backward()
     want = torch.autograd.grad(
         log_second_moment(schedule, u, weight * loss.each**2, weight), schedule.interior()
     )
@@ -358,7 +359,8 @@ def test_a_learned_gamma_lowers_the_variance_of_a_draw():
     for _ in range(120):
         x, (u, weight) = torch.randint(0, 5, (64, 1, 2, 3)), Stratified()(64)
         step.zero_grad()
-        Objective()(model, x, u, weight=weight).loss.backward()
+        rate = Objective()(model, x, u, weight=weight).rate
+        Objective().interior(model, u, weight, rate).backward()
         step.step()
     draws = []
     for gamma in (schedule, Linear(-5.0, 6.0)):

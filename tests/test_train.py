@@ -45,10 +45,10 @@ def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch
     """Ctrl-C in the middle of step `stop`: the step is finished, saved, and continued exactly."""
     order = learner.batch_indices
 
-    def interrupt(examples, batch, step, seed, **how):
+    def interrupt(examples, batch, step, *how):
         if step == stop - 1:
             signal.raise_signal(signal.SIGINT)
-        return order(examples, batch, step, seed, **how)
+        return order(examples, batch, step, *how)
 
     monkeypatch.setattr(learner, "batch_indices", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -136,8 +136,8 @@ def test_the_callers_generator_is_left_alone(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     objective = learner.Objective.__call__
 
-    def explode(self, model, x, u, weight=None):
-        loss = objective(self, model, x, u, weight)
+    def explode(self, model, x, u, weight, part):
+        loss = objective(self, model, x, u, weight, part)
         explode.calls += 1
         return loss._replace(loss=loss.loss * float("nan")) if explode.calls == 4 else loss
 

@@ -134,7 +134,7 @@ class LevelMixture(MixtureSameFamily):
 @register_kl(Normal, LevelMixture)
 def _kl_normal_mixture(q: Normal, p: LevelMixture) -> Tensor:
     """E_q log q/p over the antithetic pair m ± σε: unbiased, and the part odd in ε cancels."""
-    z = q.rsample()
+    z = draw(q)
     pair = torch.stack([z, 2 * q.loc - z])
     return (q.log_prob(pair) - p.log_prob(pair)).mean(0)
 
@@ -174,7 +174,7 @@ class Joint(Distribution):
         """Reparametrised in the columns that can be."""
         if sample_shape:
             raise ValueError(f"a Joint draws one sample at a time; got {sample_shape}")
-        return torch.cat([draw(part) for part in self.parts], -1)
+        return torch.cat([p.rsample() if p.has_rsample else p.sample() for p in self.parts], -1)
 
 
 @register_kl(Joint, Joint)

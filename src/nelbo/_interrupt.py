@@ -11,12 +11,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C or SIGTERM came; a second one acts at once."""
+def interruptible(twice: bool = True) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C or SIGTERM came.
+
+    A second one acts at once, but not where it is the first one passed on, as torchrun does.
+    """
     came: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if came:
+        if came and twice:
             raise KeyboardInterrupt
         came.append(number)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from nelbo.parts import drawing
+
 LOG_2 = 0.6931471805599453
 
 
@@ -64,7 +66,8 @@ def log1mexp(a: Tensor) -> Tensor:
 
 def draw(distribution: Distribution) -> Tensor:
     """One sample, reparametrised where the distribution can (learned schedules need it)."""
-    return distribution.rsample() if distribution.has_rsample else distribution.sample()
+    with drawing():
+        return distribution.rsample() if distribution.has_rsample else distribution.sample()
 
 
 def derive_seed(*path: int) -> int:
@@ -85,6 +88,8 @@ def seeded(*path: int) -> Iterator[None]:
     >>> bool(a == b)
     True
     """
-    with torch.random.fork_rng():
+    # not all GPUs of a machine: other processes have theirs
+    used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(used):
         torch.manual_seed(derive_seed(*path))
         yield

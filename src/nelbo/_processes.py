@@ -1,14 +1,23 @@
 """One command on several processes: who this one is, and what all of them found.
 
 `torchrun --nproc_per_node N -m nelbo ...` starts them; alone, a process is rank 0 of 1.
+A process that dies closes its connections, and one that hangs is waited for so many seconds; then
+all others end with a sentence that says so.
 """
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
+TIMEOUT = "NELBO_TIMEOUT"  # seconds; names a variable of the environment
+PATIENCE = 600.0
 
 
 def world() -> tuple[int, int]:
@@ -28,20 +37,99 @@ def gather(mine: T) -> list[T]:
     if size == 1:
         return [mine]
     found = [mine] * size  # each is replaced
-    dist.all_gather_object(found, mine)
+    with _all_are_there():
+        dist.all_gather_object(found, mine)
     return found
+
+
+def divided(count: int, work: Callable[[int], T]) -> list[T]:
+    """work(0), .., work(count - 1), each done by one of the processes; all get them all."""
+    rank, size = world()
+    mine = {i: work(i) for i in range(rank, count, size)}
+    found = {i: done for some in gather(mine) for i, done in some.items()}
+    return [found[i] for i in range(count)]
+
+
+def add(mine: "Tensor") -> None:
+    """The sum of what all processes hold, put in its place on each."""
+    import torch.distributed as dist
+
+    if world()[1] > 1:
+        with _all_are_there():
+            dist.all_reduce(mine)
+
+
+def anywhere(mine: bool) -> bool:
+    """Whether it is so on any process; they find it out together."""
+    import torch
+
+    if world()[1] == 1:
+        return mine
+    count = torch.tensor(int(mine))
+    add(count)
+    return bool(count)
+
+
+def at_first(work: Callable[[], T]) -> T:
+    """What rank 0 makes of it, alone, while the others wait; all get it. If it fails, all end."""
+    rank, size = world()
+    if size == 1:
+        return work()
+    made: list[T] = []
+    try:
+        if rank == 0:
+            made.append(work())
+    finally:
+        found = gather(made)
+    if not found[0]:
+        sys.exit(2)  # rank 0 says why
+    return found[0][0]
 
 
 @contextmanager
 def together() -> Iterator[int]:
-    """Joins the processes that torchrun started, if it did; yields the rank of this one."""
+    """Joins the processes that torchrun started, if it did; yields the rank of this one.
+
+    Raises:
+        ConnectionError: another process ended or did not answer.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return
+    import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    with _all_are_there():
+        dist.init_process_group(backend, timeout=timedelta(seconds=_patience()))
     try:
         yield dist.get_rank()
     finally:
         dist.destroy_process_group()
+
+
+def _patience() -> float:
+    given = os.environ.get(TIMEOUT, "")
+    try:
+        seconds = float(given or PATIENCE)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"{TIMEOUT} must be positive seconds, such as 600; got {given!r}")
+    return seconds
+
+
+@contextmanager
+def _all_are_there() -> Iterator[None]:
+    """Around what needs every process; torch's own errors here name lines of its source."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}:"
+            f" another one ended or did not answer for {_patience():g} seconds ({TIMEOUT} sets"
+            f" how long to wait); see what it said, then continue with --resume"
+        ) from error

@@ -13,6 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from nelbo._processes import world
+
 #: wraps what is iterated over, to show how far it is
 Track = Callable[[Iterable[int]], Iterable[int]]
 
@@ -35,10 +37,13 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int
 
 
 def tracker(what: str) -> Track:
-    """A `track` argument that shows a bar while it iterates."""
+    """A `track` argument that shows a bar while it iterates, on the first of the processes."""
 
     def track(items: Iterable[int]) -> Iterator[int]:
         listed = list(items)
+        if world()[0]:
+            yield from listed
+            return
         with progress_bar(what, len(listed)) as update:
             for i, item in enumerate(listed):
                 yield item

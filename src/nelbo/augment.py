@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from nelbo.data import Schema
+from nelbo.parts import drawing
 
 ROTATION, LOG_SCALE, SHEAR, SHIFT = 0.2, 0.12, 0.2, 0.25  # radians, -, -, half sides
 
@@ -27,7 +28,8 @@ def augment(x: Tensor, share: float, schema: Schema) -> tuple[Tensor, Tensor]:
     """
 
     def uniform(most: float) -> Tensor:
-        return (torch.rand(len(x), device=x.device) * 2 - 1) * most
+        with drawing():
+            return (torch.rand(len(x), device=x.device) * 2 - 1) * most
 
     angle, shear = uniform(ROTATION), uniform(SHEAR)
     wide, high = uniform(LOG_SCALE).exp(), uniform(LOG_SCALE).exp()
@@ -38,5 +40,6 @@ def augment(x: Tensor, share: float, schema: Schema) -> tuple[Tensor, Tensor]:
     moved = grid_sample(x.float(), grid, mode=mode, align_corners=False)
     if schema.levels is not None:
         moved = moved.round().clamp(0, schema.levels - 1)
-    which = torch.rand(len(x), device=x.device) < share
+    with drawing():
+        which = torch.rand(len(x), device=x.device) < share
     return torch.where(which[:, None, None, None], moved.to(x.dtype), x), which.float()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nelbo.data import Label, Schema
 from nelbo.model import Model
+from nelbo.parts import drawing
 
 
 def features(schema: Schema) -> int:
@@ -35,7 +36,8 @@ def encode(labels: Tensor, schema: Schema) -> Tensor:
 
 def drop(condition: Tensor, share: float) -> Tensor:
     """The same (B, F), each row zero with probability `share`."""
-    keep = torch.rand(len(condition), device=condition.device) >= share
+    with drawing():
+        keep = torch.rand(len(condition), device=condition.device) >= share
     return condition * keep[:, None]
 
 

@@ -22,6 +22,8 @@ Network = Literal["conv", "unet", "mlp", "transformer", "table"]
 Objective = Literal["bound", "simple", "min-snr", "p2"]
 Times = Literal["stratified", "importance", "iid"]
 Optimizer = Literal["adamw", "muon"]
+Precision = Literal["float32", "bf16"]
+Nonfinite = Literal["stop", "skip"]
 Preset = Literal["auto", "best"]
 
 
@@ -45,7 +47,7 @@ class Section:
             elif get_origin(kind) is tuple:
                 if not isinstance(value, tuple) or not all(type(v) in (int, float) for v in value):
                     raise ValueError(f"{name} must be numbers; got {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, int | kind):
+            elif isinstance(value, bool) != (kind is bool) or not isinstance(value, int | kind):
                 raise ValueError(f"{name} must be {kind.__name__}; got {value!r}")
             elif not math.isfinite(value):
                 raise ValueError(f"{name} must be finite; got {value}")
@@ -117,10 +119,16 @@ class TrainConfig(Section):
     evaluate_every: int = 100
     seed: int = 0
     grid: tuple[float, ...] = ()
+    accumulate: int = 1
+    precision: Precision = "float32"
+    compile: bool = False
+    checkpoint_activations: bool = False
+    deterministic: bool = False
+    nonfinite: Nonfinite = "stop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "steps", "batch", "evaluate_every")
+        _at_least(self, 1, "steps", "batch", "evaluate_every", "accumulate")
         _at_least(self, 0, "warmup", "weight_decay", "cross_entropy", "seed")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:

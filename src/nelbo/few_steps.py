@@ -18,6 +18,7 @@ from nelbo.elbo import prior_term
 from nelbo.estimate import Grid
 from nelbo.model import Model
 from nelbo.objective import Loss
+from nelbo.parts import Part
 
 
 class FewSteps:
@@ -37,14 +38,19 @@ class FewSteps:
         x: Tensor,
         u: Tensor,
         weight: Tensor | None = None,
+        part: Part | None = None,
     ) -> Loss:
         """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
 
-        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,).
+        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where x is a part of
+        a batch, they are those of the whole batch.
         """
-        weight = torch.ones_like(u) if weight is None else weight
+        part = part or Part.whole(len(x))
         process, times = model.process, self.grid.times.to(x.device)
-        i = (u * len(times)).long().clamp(max=len(times) - 1)
+        step = (u * len(times)).long().clamp(max=len(times) - 1)
+        after = part.among(step > 0)
+        weight, n = part.of(torch.ones_like(u) if weight is None else weight), part.batch
+        u, i = part.of(u), part.of(step)
         e, t = model.embed(x), times[i]
         z = draw(process.marginal(e, t))
         prediction = model.predict(z, t)
@@ -53,10 +59,16 @@ class FewSteps:
         if inner.any():
             z, e, s, t = z[inner], e[inner], times[i[inner] - 1], t[inner]
             p = model.step(prediction.map(lambda v: v[inner]), z, s, t, process)
-            kl = kl_divergence(process.posterior(z, e, s, t), p)
+            with after:
+                kl = kl_divergence(process.posterior(z, e, s, t), p)
             kind = torch.promote_types(decoded.dtype, kl.dtype)  # a density is float64
             each = decoded.to(kind).masked_scatter(inner, kl.to(kind))
         each = len(times) * each
-        bound = (weight * each).mean() + prior_term(model, x, torch.ones_like(u)).mean()
-        loss = bound + self.cross_entropy * (weight * decoded).mean()
-        return Loss(loss, bound.detach(), each.detach())
+        prior = prior_term(model, x, torch.ones_like(u)).sum() / n
+        bound = (weight * each).sum() / n + prior
+        loss = bound + self.cross_entropy * ((weight * decoded).sum() / n)
+        return Loss(loss, bound.detach(), each.detach(), each.detach())
+
+    def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
+        """Zero: a learned γ gets its gradient from the loss alone."""
+        return u.new_zeros(())

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nelbo import checkpoint
+from nelbo._processes import at_first
 from nelbo._progress import tracker
 from nelbo.checkpoint import Run
 from nelbo.train import Training, begin, check_new
@@ -51,7 +52,7 @@ def fine_tune(
     """
     source = Path(source)
     out = Path(out) if out else name_of(source, steps_of_bound)
-    check_new(out)
+    at_first(lambda: check_new(out))
     run = checkpoint.load(source)
     grid = run.grid(steps_of_bound, tracker("grid") if progress else iter)
     model, before = run.config.model, run.config.train

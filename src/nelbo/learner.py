@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from nelbo._numerics import LOG_2, derive_seed, seeded
+from nelbo._processes import world
 from nelbo.augment import augment
 from nelbo.build import LAWS, OBJECTIVES, build
 from nelbo.condition import drop, encode, given_labels
@@ -22,13 +23,16 @@ from nelbo.data import Dataset, as_examples
 from nelbo.data.rows import WINDOW, Ahead, Rows
 from nelbo.estimate import Continuum, Grid, Times
 from nelbo.evaluate import Evaluation, evaluate
+from nelbo.execution import deterministic, prepare
 from nelbo.few_steps import FewSteps
+from nelbo.gradient import add_gradients, parts_of, summed
 from nelbo.grids import measure_errors
 from nelbo.model import Model, find_device
-from nelbo.objective import Objective
+from nelbo.objective import Loss, Objective
 from nelbo.optimise import Blocks, batch_indices, learning_rate, optimizer, warmed_ema
 from nelbo.process import Affine
 
+SKIPPED = 10  # steps in a row without a finite loss, after which none is hoped for
 STARTED_FROM = 2**15  # examples whose frequencies a model starts from, of those on disk
 VALIDATION = (1000, 2**18)  # examples at most, and numbers: a small part of the time
 
@@ -42,6 +46,8 @@ class Progress:
     best: float = math.inf
     best_step: int = 0
     recent: float = math.nan  # running mean of the bound, nats
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_now: int = 0  # of these, the last ones in a row
 
 
 class Learner:
@@ -85,9 +91,11 @@ class Learner:
             if t.grid
             else Objective(OBJECTIVES[t.objective], t.cross_entropy, start=start)
         )
+        self.parts = parts_of(t.batch, t.accumulate)
         self.law = LAWS[t.times]()
         self.optimizer = optimizer(built, t)
         self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
+        prepare(self.model, t)
         self.best: dict[str, Tensor] = {}  # weights of the best average that was measured
 
     @property
@@ -99,40 +107,70 @@ class Learner:
         """One step of the optimiser on the next batch.
 
         Raises:
-            ValueError: the loss became non-finite.
+            ValueError: the loss became non-finite, and it is not to be skipped, or was too often.
         """
-        t, step, schema = self.config, self.at.step, self.dataset.schema
-        index, batch = self.read(step)
-        batch = batch.to(self.model.device)
+        t, step = self.config, self.at.step
         lr = learning_rate(t, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        with seeded(t.seed, 2, step):
-            u, weight = self.law(len(batch))
-            on, model = batch.device, self.model
-            if schema.condition:
-                told = encode(self.dataset.labels["train"][index], schema).to(on)
-                model = model.given(drop(told, t.label_dropout))
-            if t.augment:
-                batch, moved = augment(batch, t.augment, schema)
-                told = torch.zeros(len(batch), 1) if model.condition is None else model.condition
-                model = model.given(torch.cat([moved[:, None], told.to(moved)[:, 1:]], 1))
-            loss, bound, each = self.objective(model, batch, u.to(on), weight.to(on))
-            self.optimizer.zero_grad()
-            # per dimension, in bits: one learning rate and one clip for data of any size
-            (loss / (self.model.dims * LOG_2)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            values = f"{loss.item()}, gradient {norm.item()}"
-            raise ValueError(self._failed(f"the loss became non-finite ({values})", step + 1))
-        self.law.learn(u, each)
-        self.optimizer.step()
-        self.ema.update_parameters(self.model)
+        self.optimizer.zero_grad()
+        with deterministic(t.deterministic):
+            u, (loss, bound, each, _) = self._gradient(step)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
+            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                return self._skip(f"({loss.item()}, gradient {norm.item()})")
+            self.law.learn(u, each)
+            self.optimizer.step()
+            self.ema.update_parameters(self.model)
+        self.at.skipped_now = 0
         nats = bound.item()
         recent = nats if math.isnan(self.at.recent) else self.at.recent
         self.at.recent = recent + (nats - recent) * max(0.02, 1 / (step + 1))
         self.at.step = step + 1
+
+    def _skip(self, values: str) -> None:
+        """Leave all weights as they are, for once; or stop."""
+        if self.config.nonfinite == "stop":
+            what = f"the loss became non-finite {values}"
+            raise ValueError(self._failed(what, self.at.step + 1))
+        self.at.skipped, self.at.skipped_now = self.at.skipped + 1, self.at.skipped_now + 1
+        if self.at.skipped_now == SKIPPED:
+            what = f"the loss was non-finite {SKIPPED} times in a row {values}"
+            raise ValueError(self._failed(what, self.at.step + 1))
+        self.at.step += 1
+
+    def _gradient(self, step: int) -> tuple[Tensor, Loss]:
+        """Backward through the loss of a step; the draws u of its batch, and that loss."""
+        t, on, found = self.config, self.model.device, []
+        # per dimension, in bits: one learning rate and one clip for data of any size
+        scale = 1 / (self.model.dims * LOG_2)
+        index, batch = self.read(step)
+        for own, part in self.parts:
+            with seeded(t.seed, 2, step), part:
+                u, weight = (v.to(on) for v in self.law(t.batch))
+                model, x = self._told(index[own], batch[own].to(on))
+                loss = self.objective(model, x, u, weight, part)
+                (loss.loss * scale).backward()
+            found.append((part, loss))
+        whole = summed(found)
+        add_gradients(self.model.parameters())
+        interior = self.objective.interior(self.model, u, weight, whole.rate)
+        if interior.requires_grad:  # of the whole batch, on each process alike
+            (interior * scale).backward()
+        return u, whole
+
+    def _told(self, index: Tensor, x: Tensor) -> tuple[Model, Tensor]:
+        """The model given the labels of these examples x; and they, some of them moved."""
+        t, schema, model = self.config, self.dataset.schema, self.model
+        if schema.condition:
+            told = encode(self.dataset.labels["train"][index], schema).to(x.device)
+            model = model.given(drop(told, t.label_dropout))
+        if t.augment:
+            x, moved = augment(x, t.augment, schema)
+            told = torch.zeros(len(x), 1) if model.condition is None else model.condition
+            model = model.given(torch.cat([moved[:, None], told.to(moved)[:, 1:]], 1))
+        return model, x
 
     def fit(self, patience: int) -> Model:
         """To the last step, or until `patience` measurements in a row bring nothing better.
@@ -176,9 +214,9 @@ class Learner:
         return result, better
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Which examples a step takes, and they."""
+        """Which examples this process takes in a step, and they."""
         x, t = self.dataset.splits["train"], self.config
-        index = batch_indices(len(x), t.batch, step, t.seed, blocks=self.blocks)
+        index = batch_indices(len(x), t.batch, step, t.seed, *world(), self.blocks)
         return index, as_examples(x[index])
 
     def _warm(self, step: int) -> None:
@@ -186,7 +224,7 @@ class Learner:
         x, t = self.dataset.splits["train"], self.config
         if self.blocks is not None and isinstance(x, Rows):
             later = step + self.blocks.size * WINDOW // (2 * t.batch)
-            x.warm(batch_indices(len(x), t.batch, later, t.seed, blocks=self.blocks).numpy())
+            x.warm(batch_indices(len(x), t.batch, later, t.seed, *world(), self.blocks).numpy())
 
     def of(self, model: Model, split: str) -> Model:
         """A model of the examples of a split, given their labels where it is conditional."""

@@ -7,7 +7,7 @@ arithmetic runs in `Model.dtype` (float64 for measuring, float32 is enough for t
 import copy
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ class Model(nn.Module):
         self.head, self.step = head, step
         self.shape = tuple(shape)
         self.dtype = torch.float64
+        self.precision: torch.dtype | None = None  # of autocast inside the network, if any
         self.condition: Tensor | None = None
         self.given_what = ""
 
@@ -105,7 +106,9 @@ class Model(nn.Module):
                 f"the model is given {len(inputs[-1])} conditions; got {len(z)} examples: choose"
                 " theirs with Model.at"
             )
-        output = self.network(*(v.to(z.device, dtype) for v in inputs)).to(self.dtype)
+        inputs = [v.to(z.device, dtype) for v in inputs]
+        with _narrow(z.device, self.precision):
+            output = self.network(*inputs).to(self.dtype)
         needed = self.head.output_shape(z)
         if output.shape != needed:
             raise ValueError(
@@ -123,6 +126,10 @@ class Model(nn.Module):
         return self.decoder(self.predict(z, t), z, t, self.process)
 
 
+def _narrow(device: torch.device, precision: torch.dtype | None) -> AbstractContextManager[object]:
+    return nullcontext() if precision is None else torch.autocast(device.type, precision)
+
+
 def find_device(name: str) -> torch.device:
     """The device of that name, or ValueError where this machine has none."""
     try:
@@ -134,17 +141,17 @@ def find_device(name: str) -> torch.device:
 @contextmanager
 def measuring(model: Model) -> Iterator[None]:
     """Evaluation mode, float64 around the network, no TF32, no autocast; then all as before."""
-    before = model.training, model.dtype
+    before = model.training, model.dtype, model.precision
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         model.eval()
-        model.dtype = torch.float64
+        model.dtype, model.precision = torch.float64, None
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
         model.train(before[0])
-        model.dtype = before[1]
+        model.dtype, model.precision = before[1:]
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 

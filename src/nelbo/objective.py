@@ -20,7 +20,7 @@ appendix I.2. With p(γ) = 1/γ' and d = h(γ)/p, that is ∫ E[h²|γ]/p dγ, w
     ∇ E[d²] = −E[ d² ∇ log p(γ) ],      at fixed γ, where E[ ∇ log p(γ) ] = 0,
 
 is known from the d of the step: it costs no pass of the network and is blind to w and λ. What is
-added to the loss is log E[d²], of scale one, less its own value.
+added to the loss is log E[d²], of scale one, less its own value: `Objective.interior`.
 """
 
 from collections.abc import Callable
@@ -33,6 +33,7 @@ from nelbo._numerics import constant, draw, slope
 from nelbo.elbo import prior_term, reconstruction_term
 from nelbo.estimate import Continuum
 from nelbo.model import Model
+from nelbo.parts import Part
 from nelbo.schedules import Schedule, log_density
 
 Weight = Callable[[Schedule, Tensor], Tensor]
@@ -62,12 +63,15 @@ def p2(schedule: Schedule, t: Tensor) -> Tensor:
 class Loss(NamedTuple):
     """What is minimised, and the bound it stands for; scalars, mean nats per example.
 
+    Of a part of a batch they are its share: those of all parts add up to those of the batch.
     `each` is w(t) rate(t) of each example, shape (B,): what the law of the times learns from.
+    `rate` is without w(t), what an interior learns from.
     """
 
     loss: Tensor
     bound: Tensor
     each: Tensor
+    rate: Tensor
 
 
 class Objective:
@@ -97,31 +101,49 @@ class Objective:
         x: Tensor,
         u: Tensor,
         weight: Tensor | None = None,
+        part: Part | None = None,
     ) -> Loss:
         """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
 
-        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,).
+        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where x is a part of
+        a batch, they are those of the whole batch.
         """
-        weight = torch.ones_like(u) if weight is None else weight
-        schedule, part = model.process.schedule, x[: max(1, round(self.share * len(x)))]
-        width = 1 - self.times.first
-        t = self.times.first + width * u
+        part = part or Part.whole(len(x))
+        weight, n = part.of(torch.ones_like(u) if weight is None else weight), part.batch
+        schedule, t = model.process.schedule, self.time(part.of(u))
         with constant(schedule.interior()):
             e = model.embed(x)
             z = draw(model.process.marginal(e, t))
             prediction = model.predict(z, t)
-            diffusion = width * model.process.rate(z, e, prediction.e_hat, t)
-            first = torch.full((len(part),), self.times.first, dtype=t.dtype, device=t.device)
-            reconstruction = reconstruction_term(model.at(slice(len(part))), part, first).mean()
-            others = reconstruction + prior_term(model, x, torch.ones_like(t)).mean()
+            diffusion = (1 - self.times.first) * model.process.rate(z, e, prediction.e_hat, t)
+            reconstruction = self._reconstruction(model, x, t, part)
+            others = reconstruction + prior_term(model, x, torch.ones_like(t)).sum() / n
             each = self.weight(schedule, t) * diffusion
-            loss = (weight * each).mean() + others
+            loss = (weight * each).sum() / n + others
             if self.cross_entropy:
                 decoded = model.decoder(prediction, z, t, model.process).log_prob(x)
-                loss = loss - self.cross_entropy * (weight * decoded).mean()
-        squares = weight * diffusion.detach().square()
-        loss = loss + log_second_moment(schedule, t, squares, weight)
-        return Loss(loss, ((weight * diffusion).mean() + others).detach(), each.detach())
+                loss = loss - self.cross_entropy * ((weight * decoded).sum() / n)
+        bound = (weight * diffusion).sum() / n + others
+        return Loss(loss, bound.detach(), each.detach(), diffusion.detach())
+
+    def _reconstruction(self, model: Model, x: Tensor, t: Tensor, part: Part) -> Tensor:
+        """Of the first examples of the batch; t for its dtype."""
+        drawn = max(1, round(self.share * part.batch))
+        own, within = part.between(0, drawn)
+        if not len(within):
+            return t.new_zeros(())
+        first = torch.full((len(within),), self.times.first, dtype=t.dtype, device=t.device)
+        with within:
+            return reconstruction_term(model.at(own), x[own], first).sum() / drawn
+
+    def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
+        """What is added to the loss of a batch for the interior of a learned γ; zero, scalar."""
+        squares = weight * rate.square()
+        return log_second_moment(model.process.schedule, self.time(u), squares, weight)
+
+    def time(self, u: Tensor) -> Tensor:
+        """t at draws u."""
+        return self.times.first + (1 - self.times.first) * u
 
 
 def log_second_moment(schedule: Schedule, t: Tensor, squares: Tensor, weight: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn.functional import logsigmoid, one_hot
 
 from nelbo._distributions import Discrete
 from nelbo._numerics import log1mexp, over, slope
+from nelbo.parts import drawing
 from nelbo.schedules import Schedule
 
 
@@ -92,7 +93,8 @@ class Process(nn.Module, ABC):
 
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
         """z_t of dimensions whose x is known, one draw of q(z_t|x); a symbol shows at once."""
-        return self.marginal(self.embed(x), t).sample()
+        with drawing():
+            return self.marginal(self.embed(x), t).sample()
 
     @abstractmethod
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:

@@ -12,18 +12,21 @@ own conditional law, in the order in which the steps unmask. Where noise is Gaus
 approximation: P(z_s|z_t) knows the known dimensions as noisy as they are at t, not x. Going back
 to z_t ~ q(z_t|z_s) and down again, several times, lets both parts agree (Lugmayr et al. 2022).
 
-A model that is given conditions, one for each sample, draws from P(x|c).
+A model that is given conditions, one for each sample, draws from P(x|c). Several processes share
+the samples, which have the noise that they have on one (`nelbo.parts`).
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from nelbo._numerics import draw, seeded
 from nelbo._progress import Track
 from nelbo.estimate import Grid
 from nelbo.model import Model, measuring
+from nelbo.parts import drawing, joined, share
 from nelbo.process import Gaussian
 
 
@@ -45,7 +48,7 @@ def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track
         return draw(model.at(rows).reverse(z, s, t))
 
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return model.at(rows).likelihood(z, t).sample()
+        return _sample(model.at(rows).likelihood(z, t))
 
     return _descend(model, count, times, seed, step, decode, track=track)
 
@@ -120,9 +123,14 @@ def complete(
         return lower
 
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return torch.where(known[rows], x[rows], model.at(rows).likelihood(z, t).sample())
+        return torch.where(known[rows], x[rows], _sample(model.at(rows).likelihood(z, t)))
 
     return _descend(model, len(x), times, seed, step, decode, start, track)
+
+
+def _sample(distribution: Distribution) -> Tensor:
+    with drawing():
+        return distribution.sample()
 
 
 def _descend(
@@ -142,9 +150,11 @@ def _descend(
     parts = []
     with measuring(model), seeded(seed):
         for rows in torch.arange(count).split(model.rows):
-            at = [t.expand(len(rows)) for t in grid]
-            z = start(rows, model.process.prior(model.shape, at[-1]).sample(), at[-1])
-            for i in track(range(len(grid) - 1, 0, -1)):
-                z = step(rows, z, at[i - 1], at[i])
-            parts.append(decode(rows, z, at[0]))
+            with share(len(rows)) as part:
+                own = part.of(rows)
+                at = [t.expand(len(own)) for t in grid]
+                z = start(own, _sample(model.process.prior(model.shape, at[-1])), at[-1])
+                for i in track(range(len(grid) - 1, 0, -1)):
+                    z = step(own, z, at[i - 1], at[i])
+                parts.append(joined(part, decode(own, z, at[0])))
     return torch.cat(parts)

@@ -35,6 +35,7 @@ from nelbo.data import Schema, as_examples
 from nelbo.estimate import Continuum, Grid, elbo
 from nelbo.grids import even_times
 from nelbo.model import Model, measuring
+from nelbo.parts import drawing, joined, share
 from nelbo.pictures import png
 from nelbo.report.dimensions import by_column, by_dimension
 from nelbo.report.figures import BLUE, GREEN, INK, ORANGE, plot, readable
@@ -232,16 +233,19 @@ class Scorer:
         parts = []
         with measuring(model):
             for begin in self.track(range(0, len(x), rows)):
-                part = slice(begin, begin + rows)
-                few, its = as_examples(x[part]).to(model.device), model.at(part)
-                with seeded(self.seed, begin):
+                block = torch.arange(begin, min(begin + rows, len(x)))
+                with seeded(self.seed, begin), share(len(block)) as part:
+                    own = part.of(block)
+                    few, its = as_examples(x[own]).to(model.device), model.at(own)
                     each = [self._draw(its, few, draws) for _ in range(REPLICATES)]
-                parts.append(torch.stack(each, 1).cpu())
+                parts.append(joined(part, torch.stack(each, 1).cpu()))
         return torch.cat(parts)
 
     @staticmethod
     def _draw(model: Model, x: Tensor, draws: int) -> Tensor:
-        u = (torch.arange(draws) + torch.rand(len(x), 1, dtype=torch.float64)) / draws
+        with drawing():
+            within = torch.rand(len(x), 1, dtype=torch.float64)
+        u = (torch.arange(draws) + within) / draws
         return -elbo(model, x, Continuum(model.process.schedule.start), u).elbo
 
 

@@ -20,6 +20,9 @@ from torch import Tensor
 from nelbo.checkpoint import BEFORE, STATE, put_weights, read_tensors, write_tensors
 from nelbo.learner import Learner, Progress
 
+#: of `Progress`; what it has beside them, older versions did not write
+WRITTEN = {"step", "seconds", "best", "best_step", "recent"}
+
 
 def save(out: Path, learner: Learner) -> None:
     """The newest state of the run `out`; the newest so far becomes the one before."""
@@ -61,7 +64,7 @@ def load(out: Path, learner: Learner) -> None:
     progress, best = about.get("progress", {}), part("best.")
     if (
         len(state) != (trained if progress.get("step") else 0)
-        or progress.keys() != learner.at.__dict__.keys()
+        or not WRITTEN <= progress.keys() <= learner.at.__dict__.keys()
         or best.keys() not in (set(), learner.average.state_dict().keys())
     ):
         raise ValueError(f"{path} lacks a part of the state; train again")

@@ -9,8 +9,9 @@ the second moments of f in bins of u, averaged over the last steps and smoothed 
 bins, so that it is of use from the second step on; a uniform share bounds 1/p. The mean of the
 loss, and so of its gradient, is the same for every p; its variance is not.
 
-All laws draw once for the global batch, that is all processes and accumulated parts of a step, in
-n·P strata. Each part gets one draw of every P neighbouring strata: it is stratified by itself too.
+All laws draw once for the global batch, in n·P strata for P parts of n examples. Each part gets
+one draw of every P neighbouring strata: it is stratified by itself too. `learner` draws one part
+and divides it by rows (`parts`), so that a loss curve does not depend on the processes.
 """
 
 from abc import ABC, abstractmethod

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from nelbo import checkpoint, data, state
 from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2
+from nelbo._processes import anywhere, at_first, world
 from nelbo._progress import progress_bar
 from nelbo.checkpoint import Run, RunConfig
 from nelbo.config import ModelConfig, TrainConfig, configure
@@ -68,7 +70,7 @@ def train(
         Interrupted: after Ctrl-C, with the run saved; `resume` continues it.
     """
     out = Path(out)
-    check_new(out)
+    at_first(lambda: check_new(out))
     dataset = data.load(source, levels=levels, size=size, schema=schema, condition=condition)
     own = None if isinstance(source, str | PathLike) else tables.frame_of(source)
     for note in dataset.notes if progress else ():
@@ -79,7 +81,8 @@ def train(
     if minutes is not None:
         if "steps" in options:
             raise ValueError("steps and minutes both say how long to train; give one of them")
-        steps = pace(model_config, train_config, dataset, 60 * minutes, device)
+        clock = partial(at_first, time.monotonic)  # all take the same steps
+        steps = pace(model_config, train_config, dataset, 60 * minutes, device, clock)
         every = options.get("evaluate_every", max(1, steps // VALIDATIONS))
         train_config = replace(train_config, steps=steps, evaluate_every=int(every))
     run = RunConfig(
@@ -92,7 +95,7 @@ def train(
         train=train_config,
     )
     training = Training(out, run, dataset, device)
-    if own is not None:
+    if own is not None and training.first:
         checkpoint.write(out / checkpoint.TABLE, tables.to_bytes(own, ".parquet"))
     return begin(training, progress)
 
@@ -148,10 +151,11 @@ def begin(training: "Training", progress: bool, weights: Model | None = None) ->
     try:
         if weights is not None:
             training.start_from(weights)
-        checkpoint.write(out / checkpoint.CONFIG, training.run.to_json().encode())
+        training.configure()
         training.fit(progress)
     except Exception:
-        if not (checkpoint.is_run(out) and (out / checkpoint.WEIGHTS).exists()):
+        kept = checkpoint.is_run(out) and (out / checkpoint.WEIGHTS).exists()
+        if training.first and not kept:
             training.remove()
         raise
     return checkpoint.load(out)
@@ -161,6 +165,9 @@ def resume(
     out: str | Path, *, steps: int | None = None, device: str = "cpu", progress: bool = False
 ) -> Run:
     """Continue a run where it stopped, exactly; `steps` extends or shortens it.
+
+    On another number of processes it continues with the same examples, times and noise, but sums
+    are in another order: the same to rounding, not to the bit.
 
     Raises:
         FileNotFoundError: `out` is not a run.
@@ -172,35 +179,52 @@ def resume(
     if steps is not None:
         run = replace(run, train=replace(run.train, steps=steps))
     training = Training(out, run, run.load_data(), device)
-    if state.is_in(out):
-        state.load(out, training.learner)
-        training.keep_best()
-    training.forget_later_metrics()
+    training.restore()
     if steps is not None:
-        checkpoint.write(out / checkpoint.CONFIG, run.to_json().encode())
+        training.configure()
     training.fit(progress)
     return checkpoint.load(out)
 
 
 class Training:
-    """One training run and its files."""
+    """One training run and its files, which the first process writes."""
 
     def __init__(self, out: Path, run: RunConfig, dataset: Dataset, device: str = "cpu") -> None:
         self.out, self.run, self.new = out, run, not out.exists()
+        rank, size = world()
+        self.first, self.alone = rank == 0, size == 1
         self.learner = Learner(run.model, run.train, dataset, device)
         self.writer: SummaryWriter | None = None
         self.told = 0  # the step of the last event
-        for left in checkpoint.leftovers(out):
+        for left in checkpoint.leftovers(out) if self.first else ():
             left.unlink()
+
+    def configure(self) -> None:
+        """Write down what the run is."""
+        if self.first:
+            checkpoint.write(self.out / checkpoint.CONFIG, self.run.to_json().encode())
+
+    def restore(self) -> None:
+        """Go where the run stood, if it has a state."""
+
+        def load() -> None:
+            if state.is_in(self.out):
+                state.load(self.out, self.learner)
+                self.keep_best()
+            self.forget_later_metrics()
+
+        at_first(load)  # it may rename files
+        if not self.first:
+            load()
 
     def fit(self, progress: bool) -> None:
         """Train to the last step; Ctrl-C finishes the step, saves and raises."""
         total, learner = self.run.train.steps, self.learner
         started = time.monotonic() - learner.at.seconds
         with (
-            _tensorboard(self.out, learner.at.step) as self.writer,
-            _bar(progress, total, learner.at.step) as update,
-            interruptible() as interrupted,
+            _tensorboard(self.out, learner.at.step, self.first) as self.writer,
+            _bar(progress and self.first, total, learner.at.step) as update,
+            interruptible(twice=self.alone) as interrupted,
         ):
             while learner.at.step < total:
                 learner.step()
@@ -209,20 +233,26 @@ class Training:
                 update(done, self._note())
                 if done % self.run.train.evaluate_every == 0 or done == total:
                     self._validate()
-                    state.save(self.out, learner)
-                if interrupted():
-                    state.save(self.out, learner)
+                    self.save()
+                if anywhere(interrupted()):
+                    self.save()
                     raise Interrupted
             if self.told < learner.at.step:  # it was stopped here, with more steps to come
                 self._validate()
-                state.save(self.out, learner)
+                self.save()
+        at_first(lambda: None)  # what the others read is written
+
+    def save(self) -> None:
+        """Everything to continue from."""
+        if self.first:
+            state.save(self.out, self.learner)
 
     def start_from(self, weights: Model) -> None:
         """Begin with the weights of another run; they are kept until there are better ones."""
         for own in (self.learner.model, self.learner.average):
             checkpoint.put_weights(own, weights.state_dict(), "the run")
         self._measure()
-        state.save(self.out, self.learner)
+        self.save()
 
     def _measure(self) -> Evaluation:
         """Measure the averaged weights on the validation split; keep the best."""
@@ -233,7 +263,7 @@ class Training:
 
     def keep_best(self) -> None:
         """The best weights, where there are any yet, as those of the run."""
-        if self.learner.best:
+        if self.learner.best and self.first:
             about = {"weights": "ema", "step": self.learner.at.best_step}
             checkpoint.write_tensors(self.out / checkpoint.WEIGHTS, self.learner.best, about)
 
@@ -250,11 +280,15 @@ class Training:
             "validation_standard_error": None if math.isnan(error) else error,
             "unit": result.unit,
         }
+        if self.run.train.nonfinite == "skip":
+            event["skipped"] = at.skipped
+        self.told = at.step
+        if not self.first:
+            return
         with (self.out / checkpoint.METRICS).open("a") as file:
             file.write(json.dumps(event) + "\n")
             file.flush()
             os.fsync(file.fileno())  # no state is on the disk before the events that led to it
-        self.told = at.step
         if self.writer is not None:
             for name in ("train", "validation", "lr"):
                 self.writer.add_scalar(name, event[name], at.step)
@@ -263,7 +297,8 @@ class Training:
         """Drop what was logged after the state that training continues from."""
         kept = [e for e in checkpoint.read_metrics(self.out) if e["step"] <= self.learner.at.step]
         lines = "".join(json.dumps(event) + "\n" for event in kept)
-        checkpoint.write(self.out / checkpoint.METRICS, lines.encode())
+        if self.first:
+            checkpoint.write(self.out / checkpoint.METRICS, lines.encode())
         self.told = kept[-1]["step"] if kept else 0
 
     def remove(self) -> None:
@@ -294,11 +329,13 @@ def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int, str], Non
 
 
 @contextmanager
-def _tensorboard(out: Path, step: int) -> Iterator["SummaryWriter | None"]:
+def _tensorboard(out: Path, step: int, wanted: bool) -> Iterator["SummaryWriter | None"]:
     """A writer of event files where tensorboard is installed; it drops what came after `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        wanted = False
+    if not wanted:
         yield None
         return
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)

@@ -23,6 +23,7 @@ def compress(
 ) -> None:
     """Compress DATA without loss; the file is as long as the bound of the run says.
 
+    Under torchrun its processes share the blocks; the file is the same.
     It needs constriction: pip install 'nelbo[codec]'.
 
     Parameters
@@ -50,13 +51,15 @@ def compress(
     device
         Where to run the network; decompress on the same kind.
     """
+    from nelbo._processes import together
     from nelbo.checkpoint import load
+    from nelbo.codec.blocks import nothing
     from nelbo.codec.files import compress_file
     from nelbo.model import find_device
 
-    loaded = load(run)
-    loaded.model.to(find_device(device))
-    with _progress("compress") as progress:
+    with together() as rank, _progress("compress") as progress:
+        loaded = load(run)
+        loaded.model.to(find_device(device))
         found = compress_file(
             loaded,
             data,
@@ -66,8 +69,10 @@ def compress(
             block=block,
             precision=precision,
             verify=verify,
-            progress=progress,
+            progress=progress if rank == 0 else lambda total: nothing,
         )
+    if rank:
+        return
     for note in found.notes:
         say(f"note: {note}")
     say(

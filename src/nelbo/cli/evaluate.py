@@ -130,12 +130,18 @@ def evaluate(
                 print(json_text(result.to_dict() | show.of_text(result, schema)))
             else:
                 show.result(result, schema)
-            if columns:
-                _show_columns(model, loaded, x, steps or 32, grid, seed)
+        if columns:
+            _show_columns(model, loaded, x, steps or 32, grid, seed, rank == 0)
 
 
 def _show_columns(
-    model: "Model", run: "Run", x: "Tensor", steps: int, grid: Spacing, seed: int
+    model: "Model",
+    run: "Run",
+    x: "Tensor",
+    steps: int,
+    grid: Spacing,
+    seed: int,
+    tell: bool,
 ) -> None:
     """What each column of a table costs under the model of its rows."""
     from nelbo import show
@@ -143,6 +149,8 @@ def _show_columns(
 
     known, few = run.config.schema.columns, slice(1000)
     (bound,) = by_dimension(model.at(few), x[few], grid_of(run, steps, grid), seed=seed)
+    if not tell:
+        return
     names = [column.name for column in known]
     show.columns(names, by_column(-bound.elbo, known), "nats", steps)
 

@@ -32,7 +32,7 @@ def sample(
     """Draw new examples from a run.
 
     Of a conditional run they are draws of P(x|c); without --condition each c is that of a training
-    example, drawn by the seed.
+    example, drawn by the seed. Under torchrun its processes share the work, except --impute.
 
     Parameters
     ----------
@@ -69,6 +69,7 @@ def sample(
     """
     from nelbo import pictures
     from nelbo import sample as samplers
+    from nelbo._processes import together
     from nelbo._progress import tracker
     from nelbo.checkpoint import check_writable, load, write
     from nelbo.condition import guided, parse
@@ -99,25 +100,30 @@ def sample(
         return
     if particles is not None:
         raise ValueError("--particles goes with --impute; leave it out")
-    labels = None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
-    model = guided(loaded.law_of_samples(n, labels, seed), guidance)
-    if guidance != 1:
-        say(f"guided {guidance:g} times: not draws of the model whose bound evaluate states")
-    given = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
-    times = grid_of(loaded, steps, grid)
-    model.to(find_device(device))
-    track = tracker("sample")
-    if given is not None:
-        x, known = given[0].expand(n, *model.shape), given[1]
-        x = samplers.complete(model, x, known, times, seed, rounds, track)
-    else:
-        draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
-        x = draw(model, n, times, seed, track)
-    if out is None:
-        sys.stdout.write(save(x.cpu()).decode())
-        return
-    write(out, save(x.cpu()))
-    say(f"{n} samples in {out}")
+    with together() as rank:
+        labels = (
+            None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
+        )
+        model = guided(loaded.law_of_samples(n, labels, seed), guidance)
+        if guidance != 1 and rank == 0:
+            say(f"guided {guidance:g} times: not draws of the model whose bound evaluate states")
+        given = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
+        times = grid_of(loaded, steps, grid)
+        model.to(find_device(device))
+        track = tracker("sample")
+        if given is not None:
+            x, known = given[0].expand(n, *model.shape), given[1]
+            x = samplers.complete(model, x, known, times, seed, rounds, track)
+        else:
+            draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
+            x = draw(model, n, times, seed, track)
+        if rank:
+            return
+        if out is None:
+            sys.stdout.write(save(x.cpu()).decode())
+            return
+        write(out, save(x.cpu()))
+        say(f"{n} samples in {out}")
 
 
 def _complete_table(

@@ -21,6 +21,8 @@ def score(
 ) -> None:
     """Say how strange each example of DATA is to a run: nats, error, rank and percentile.
 
+    Under torchrun its processes share the work.
+
     Parameters
     ----------
     data
@@ -43,6 +45,7 @@ def score(
         A .png file: the scores of the run's splits and of DATA.
     """
     from nelbo import scores
+    from nelbo._processes import together
     from nelbo._progress import tracker
     from nelbo.checkpoint import check_writable, load, write
     from nelbo.data.conform import SPLITS
@@ -53,17 +56,22 @@ def score(
             if path.suffix.lower() != suffix:
                 raise ValueError(f"the file must end in {suffix}; got {str(path)!r}")
             check_writable(path)
-    loaded = load(run)
-    schema, place = loaded.config.schema, find_device(device)
-    model, x, name = loaded.law(data, split)
-    reference = loaded.law(split=against)[:2]
-    loaded.model.to(place)
-    track = tracker("score")
-    scorer = scores.Scorer(score, schema, *reference, calls=calls, seed=seed, track=track)
-    scored = scorer(model, x)
-    write(out, scored.csv())
-    if figure is not None:
-        each = {k: scorer(*scores.first(*loaded.law(split=k)[:2])).score for k in SPLITS}
-        write(figure, scores.histogram(each | {name: scored.score}, f"{score}, nats"))
-    strange = int((scored.percentile > 95).sum())
-    say(f"{strange} of {len(x)} examples are above 95 % of the {against} split; {out}")
+    with together() as rank:
+        loaded = load(run)
+        schema, place = loaded.config.schema, find_device(device)
+        model, x, name = loaded.law(data, split)
+        reference = loaded.law(split=against)[:2]
+        loaded.model.to(place)
+        track = tracker("score")
+        scorer = scores.Scorer(score, schema, *reference, calls=calls, seed=seed, track=track)
+        scored = scorer(model, x)
+        each = {}
+        if figure is not None:
+            each = {k: scorer(*scores.first(*loaded.law(split=k)[:2])).score for k in SPLITS}
+        if rank:
+            return
+        write(out, scored.csv())
+        if figure is not None:
+            write(figure, scores.histogram(each | {name: scored.score}, f"{score}, nats"))
+        strange = int((scored.percentile > 95).sum())
+        say(f"{strange} of {len(x)} examples are above 95 % of the {against} split; {out}")

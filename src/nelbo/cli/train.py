@@ -1,8 +1,6 @@
 """`nelbo train`: a new run, one continued, or one fine-tuned."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 def _preset(name: str) -> Parameter:
     """An option that follows the preset; shows the value of auto for small images."""
     value = vars(config.ModelConfig()).get(name, vars(config.TrainConfig()).get(name))
-    return Parameter(show_default=lambda _: f"by preset, {value}")
+    return Parameter(show_default=lambda _: f"by preset, {value}", negative="")
 
 
 @Parameter(name="*")
@@ -86,6 +84,22 @@ class TrainOptions:
         Largest norm of the gradient.
     evaluate_every
         Steps between validations; each saves the run.
+    accumulate
+        Parts into which each process divides its examples of a batch, one after the other: less
+        memory, and the same loss.
+    precision
+        Of the network's arithmetic in training, bf16 by autocast; weights, bound and validation
+        are as wide as ever.
+    compile
+        Compile the network: quicker steps on a GPU, after some minutes.
+    checkpoint_activations
+        Keep of each block only what enters it and compute the rest again for the gradient: less
+        memory, and the same gradient.
+    deterministic
+        Only algorithms that give the same bits each time, also on a GPU.
+    nonfinite
+        What becomes of a step whose loss or gradient is not finite: stop, with the best weights
+        kept; or skip it, 9 times in a row at most.
     seed
         Everything random follows from it.
     """
@@ -116,6 +130,12 @@ class TrainOptions:
     label_dropout: Annotated[float | None, _preset("label_dropout")] = None
     clip: Annotated[float | None, _preset("clip")] = None
     evaluate_every: Annotated[int | None, _preset("evaluate_every")] = None
+    accumulate: Annotated[int | None, _preset("accumulate")] = None
+    precision: Annotated[config.Precision | None, _preset("precision")] = None
+    compile: Annotated[bool | None, _preset("compile")] = None
+    checkpoint_activations: Annotated[bool | None, _preset("checkpoint_activations")] = None
+    deterministic: Annotated[bool | None, _preset("deterministic")] = None
+    nonfinite: Annotated[config.Nonfinite | None, _preset("nonfinite")] = None
     seed: Annotated[int | None, _preset("seed")] = None
 
     def given(self) -> dict[str, str | int | float]:
@@ -140,7 +160,7 @@ def train(
     """Train a model of DATA by maximising the ELBO, into a new run folder.
 
     Ctrl-C saves the run and --resume continues it exactly. The weights with the best validation
-    bound are kept.
+    bound are kept. Under torchrun its processes share each batch (docs/scale.md).
 
     Parameters
     ----------
@@ -181,12 +201,12 @@ def train(
         In place of the preset's.
     """
     from nelbo._interrupt import Interrupted
+    from nelbo._processes import together
     from nelbo.finetune import fine_tune, name_of
     from nelbo.train import resume as continue_run
     from nelbo.train import train as start
 
     given = options.given() if options else {}
-    work: Callable[[], Run]
     if resume is None:
         if steps_of_bound is not None:
             raise ValueError(
@@ -199,20 +219,22 @@ def train(
                 " nelbo train digits --out runs/digits"
             )
         path = out
-        work = partial(
-            start,
-            data,
-            out,
-            preset=preset or "auto",
-            levels=levels,
-            size=size,
-            schema=schema,
-            condition=condition or (),
-            minutes=minutes,
-            device=device,
-            progress=True,
-            **given,
-        )
+
+        def work(progress: bool) -> "Run":
+            return start(
+                data,
+                out,
+                preset=preset or "auto",
+                levels=levels,
+                size=size,
+                schema=schema,
+                condition=condition or (),
+                minutes=minutes,
+                device=device,
+                progress=progress,
+                **given,
+            )
+
     else:
         asked = {
             "DATA": data,
@@ -231,17 +253,20 @@ def train(
                 f"--resume continues a run as it was configured; {others[0]} cannot go with it"
             )
         steps = options.steps if options else None
-        if steps_of_bound is None:
-            path = resume
-            work = partial(continue_run, resume, steps=steps, device=device, progress=True)
-        else:
-            path = out or name_of(resume, steps_of_bound)
-            work = partial(
-                fine_tune, resume, steps_of_bound, path, steps=steps, device=device, progress=True
+        path = resume if steps_of_bound is None else out or name_of(resume, steps_of_bound)
+
+        def work(progress: bool) -> "Run":
+            if steps_of_bound is None:
+                return continue_run(path, steps=steps, device=device, progress=progress)
+            return fine_tune(
+                resume, steps_of_bound, path, steps=steps, device=device, progress=progress
             )
-    try:
-        run = work()
-    except Interrupted:
-        say(f"stopped and saved; continue with: nelbo train --resume {quote(str(path))}")
-        raise
-    say(f"kept the weights {run.weights}. Next: nelbo evaluate {quote(str(run.path))}")
+
+    with together() as rank:
+        tell = say if rank == 0 else lambda line: None
+        try:
+            run = work(rank == 0)
+        except Interrupted:
+            tell(f"stopped and saved; continue with: nelbo train --resume {quote(str(path))}")
+            raise
+        tell(f"kept the weights {run.weights}. Next: nelbo evaluate {quote(str(run.path))}")

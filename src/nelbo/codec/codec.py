@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo._processes import divided
 from nelbo.codec.bitsback import BitsBack
 from nelbo.codec.blocks import Block, Codes, Done, decode, encode, nothing
 from nelbo.codec.direct import Direct, shown_at
@@ -87,15 +88,19 @@ class Codec:
 
     def encode_blocks(
         self, x: Tensor, block: int, done: Done = nothing
-    ) -> Iterator[tuple[Block, float]]:
+    ) -> list[tuple[Block, float]]:
         """Blocks of about so many examples x, (N, *shape), and the nats of one draw of the bound
-        of those that the model coded."""
+        of those that the model coded. Several processes share the blocks."""
         count = max(1, round(len(x) / block)) if len(x) else 0
+        parts = np.array_split(np.arange(len(x)), count) if count else []
+
+        def one(i: int) -> tuple[Block, float]:
+            first = int(parts[i][0])
+            rows = x[first : first + len(parts[i])].long().numpy()
+            return encode(self.codes, rows, first, done)
+
         with _fixed(self.model):
-            for part in np.array_split(np.arange(len(x)), count) if count else ():
-                first = int(part[0])
-                rows = x[first : first + len(part)].long().numpy()
-                yield encode(self.codes, rows, first, done)
+            return divided(len(parts), one)
 
     def decode_block(self, block: Block, done: Done = nothing) -> np.ndarray:
         """The examples of a block, (N, *shape).

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import nelbo
 from nelbo import _limits
+from nelbo._processes import divided
 from nelbo.codec import container
 from nelbo.codec.blocks import Block, Done, nothing
 from nelbo.codec.codec import Codec, coder_answer
@@ -52,7 +53,7 @@ def compress(
     if block < 1 or block > 20_000:
         raise ValueError(f"a block must have 1 to 20000 examples; got {block}; try {BLOCK}")
     codec = Codec(model, settings)
-    coded = list(codec.encode_blocks(x, block, done))
+    coded = codec.encode_blocks(x, block, done)
     blocks = [found for found, _ in coded]
     by_model = sum(b.count - b.seeds for b in blocks if b.sizes)
     ideal = sum(nats for _, nats in coded)
@@ -136,13 +137,17 @@ def decompress(
     if not salvage:
         _check_order(blocks, header.examples)
     codec = _codec_of(header, model)
-    parts = {}
-    for block in blocks:
+
+    def one(i: int) -> np.ndarray | None:
         try:
-            parts[block.first] = codec.decode_block(block, done)
+            return codec.decode_block(blocks[i], done)
         except Damaged:
             if not salvage:
                 raise
+            return None
+
+    found = zip(blocks, divided(len(blocks), one), strict=True)
+    parts = {block.first: part for block, part in found if part is not None}
     lost, at = [], 0
     for first, part in sorted(parts.items()):
         if first > at:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nelbo import _limits
 from nelbo._numerics import LOG_2
+from nelbo._processes import world
 from nelbo.checkpoint import Run, check_writable, write
 from nelbo.codec import contents
 from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block, nothing
@@ -94,7 +95,8 @@ def compress_file(
         verify=verify,
         done=progress(len(found.x) * (2 if verify else 1)),
     )
-    write(out, data)
+    if world()[0] == 0:
+        write(out, data)
     bits = 8 * len(data) / found.x.numel()
     return Summary(found.original, len(data), bits, found.notes)
 

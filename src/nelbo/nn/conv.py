@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, silu
 
+from nelbo.nn.dropout import Dropout
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 
@@ -28,7 +29,7 @@ class Local(nn.Module):
         self.norm1, self.norm2 = LevelNorm(width, told), LevelNorm(width, told)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = zero(nn.Conv2d(width, width, 3, padding=1))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         r = self.conv1(silu(self.norm1(h, level)))
@@ -45,7 +46,7 @@ class Global(nn.Module):
         self.norm = LevelNorm(width, told)
         self.down = nn.Linear(width * self.cells**2, 2 * width)
         self.up = zero(nn.Linear(2 * width, width * self.cells**2))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         r = adaptive_avg_pool2d(self.norm(h, level), self.cells).flatten(1)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nelbo.parts import Part, current
+
 
 class Ensemble(nn.Module):
     """The mean output of networks that were trained apart.
@@ -21,6 +23,14 @@ class Ensemble(nn.Module):
         inputs = (features, level) if condition is None else (features, level, condition)
         if not self.training:
             return torch.stack([member(*inputs) for member in self.members]).mean(0)
-        parts = zip(*(x.chunk(len(self.members)) for x in inputs), strict=True)
-        members = zip(self.members, parts, strict=False)  # a small batch has fewer parts
-        return torch.cat([member(*part) for member, part in members])
+        part, outputs = current(len(features)), []
+        rows = torch.arange(part.batch).chunk(len(self.members))
+        for member, its in zip(self.members, rows, strict=False):  # a small batch has fewer
+            own, within = part.between(int(its[0]), int(its[-1]) + 1)
+            if count := len(within):
+                seen = [x[own] for x in inputs]
+            else:  # one row for nothing: other parts draw for this member before the next
+                seen, within = [x[:1] for x in inputs], Part(its[:1] - its[0], len(its))
+            with within:
+                outputs.append(member(*seen)[:count])
+        return torch.cat(outputs)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from nelbo.nn.dropout import Dropout
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 
@@ -14,9 +15,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.scale_shift = zero(nn.Linear(width, 2 * width))
         last = zero(nn.Linear(2 * width, width))
-        self.layers = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.SiLU(), nn.Dropout(dropout), last
-        )
+        self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), Dropout(dropout), last)
 
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         scale, shift = self.scale_shift(level).chunk(2, -1)

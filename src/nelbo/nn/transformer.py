@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from nelbo.nn.dropout import Dropout
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 HEAD = 32  # channels of one head of attention
@@ -48,7 +49,7 @@ class _Block(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.mixed = zero(nn.Linear(width, width))
         self.up, self.down = nn.Linear(width, 4 * width), zero(nn.Linear(4 * width, width))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, h: Tensor, level: Tensor, turn: Tensor) -> Tensor:
         n = self.norm1(h, level)

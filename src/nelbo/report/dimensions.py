@@ -19,6 +19,7 @@ from nelbo.data.layout import Column, places
 from nelbo.elbo import Bound
 from nelbo.estimate import Grid
 from nelbo.model import Model, measuring
+from nelbo.parts import joined, share
 from nelbo.reverse import Reverse
 
 
@@ -42,9 +43,11 @@ def by_dimension(
     parts: list[list[Bound]] = []
     with measuring(model):
         for i, rows in enumerate(torch.arange(len(x)).split(model.rows)):
-            with seeded(seed, i):
-                block = as_examples(x[rows]).to(model.device)
-                parts.append(_block(model.at(rows), block, times, steps))
+            with seeded(seed, i), share(len(rows)) as part:
+                own = part.of(rows)
+                block = as_examples(x[own]).to(model.device)
+                found = _block(model.at(own), block, times, steps)
+            parts.append([Bound(*(joined(part, term) for term in bound)) for bound in found])
     return [
         Bound(*(torch.cat(term).cpu() for term in zip(*bounds, strict=True)))
         for bounds in zip(*parts, strict=True)

@@ -1,0 +1,148 @@
+"""A batch in parts is the same batch: the same loss and gradient, whatever is random in them."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from nelbo._numerics import draw, seeded
+from nelbo.config import configure
+from nelbo.data import Dataset, Label, Schema
+from nelbo.execution import blocks
+from nelbo.learner import Learner
+from nelbo.nn.dropout import Dropout
+from nelbo.parts import Part, current, drawing
+from nelbo.process import Affine
+
+IMAGES = Schema("levels", (1, 4, 5), 4)
+CONV = {"network": "conv", "width": 8, "depth": 1, "dropout": 0.3}
+CASES = {
+    "levels": (IMAGES, CONV | {"augment": 0.5}),
+    "ensemble": (IMAGES, CONV | {"members": 3, "augment": 0.0}),
+    "learned": (IMAGES, CONV | {"schedule": "learned-ends", "augment": 0.0}),
+    "min-snr": (IMAGES, CONV | {"objective": "min-snr", "augment": 0.0}),
+    "unet": (IMAGES, {"network": "unet", "width": 8, "dropout": 0.3, "augment": 0.0}),
+    "grid": (IMAGES, CONV | {"grid": (0.1, 0.4, 1.0), "augment": 0.0}),
+    "symbols": (Schema("levels", (6,), 5), {"process": "absorbing", "width": 16}),
+    "text": (
+        Schema("levels", (6,), 5),
+        {"network": "transformer", "process": "absorbing", "width": 32, "dropout": 0.3},
+    ),
+    "real": (Schema("real", (3,), None), {"dropout": 0.3, "width": 16}),
+    "labels": (
+        Schema("levels", (1, 4, 5), 4, condition=(Label("class", classes=("a", "b")),)),
+        CONV | {"augment": 0.5, "label_dropout": 0.4},
+    ),
+}
+
+
+def learner_of(name, **options):
+    """In float64, and with weights that are not at their first zeros."""
+    schema, given = CASES[name]
+    with seeded(1):
+        shape = (30, *schema.shape)
+        x = torch.randn(shape).double() if schema.levels is None else torch.randint(0, 4, shape)
+        labels = {k: torch.randint(0, 2, (30, 1)).double() for k in ("train", "validation")}
+    splits = {"train": x, "validation": x}
+    dataset = Dataset("memory", schema, splits, labels=labels if schema.condition else {})
+    config = configure(schema, 30, batch=11, steps=9, warmup=0, **given, **options)
+    made = Learner(*config, dataset, affine=None if schema.levels else Affine())
+    with seeded(2), torch.no_grad():
+        for p in made.model.network.parameters():
+            p += 0.05 * torch.randn_like(p)
+    for model in (made.model, made.average):
+        model.double().dtype = torch.float64
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("accumulate", [2, 3, 11])
+def test_the_gradient_of_a_batch_is_the_sum_of_its_parts(name, accumulate):
+    """11 examples in 2, 3 and 11 parts, of one of which no reconstruction is drawn: dropout,
+    augmentation, noise, times and members are those of the batch in one part."""
+    found = []
+    for parts in (1, accumulate):
+        learner = learner_of(name, accumulate=parts)
+        for step in range(3):  # the times follow from what was found before
+            learner.optimizer.zero_grad()
+            u, loss = learner._gradient(step)
+            learner.law.learn(u, loss.each)
+        gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
+        found.append([u, *loss, *gradients])
+    largest = max(g.abs().max().item() for g in gradients)
+    assert largest > 0
+    for one, several in zip(*found, strict=True):
+        torch.testing.assert_close(several, one, rtol=1e-9, atol=1e-11 * largest)
+
+
+@contextmanager
+def counting():
+    """The tensors that are kept for a gradient."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        yield kept
+
+
+@pytest.mark.parametrize("name", ["levels", "ensemble", "text", "real"])
+def test_activations_that_are_computed_again_give_the_same_gradient(name):
+    """To the bit: the same masks of dropout, also of parts."""
+    found = []
+    for again in (False, True):
+        learner = learner_of(name, accumulate=2, checkpoint_activations=again)
+        assert blocks(learner.model.network)
+        with counting() as kept:
+            _, loss = learner._gradient(0)
+        gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
+        found.append((len(kept), [loss.loss, loss.each, *gradients]))
+    (many, plain), (few, same) = found
+    assert few < 0.7 * many
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+def test_random_numbers_of_a_part_are_its_rows_of_the_whole(last):
+    h = torch.rand(7, 4, 3, 5)
+    h = h.to(memory_format=torch.channels_last) if last else h
+    law = torch.distributions.Normal(h, 1 + h)
+    ways = [lambda x, q: Dropout(0.4)(x), lambda x, q: draw(q)]
+    ways.append(lambda x, q: draw(torch.distributions.Categorical(logits=x)))
+    for way in ways:
+        with seeded(3):
+            whole = way(h, law)
+        for rows in ([0, 3, 6], [1, 2], [5]):
+            rows = torch.tensor(rows)
+            own = torch.distributions.Normal(h[rows], 1 + h[rows])
+            with seeded(3), Part(rows, 7):
+                assert torch.equal(way(h[rows], own), whole[rows])
+                after = torch.rand(())
+            with seeded(3):
+                way(h, law)
+                assert torch.rand(()) == after  # the next draw begins at the same place
+
+
+def test_a_random_number_of_no_row_is_an_error():
+    with Part(torch.tensor([0, 2]), 4), drawing(), pytest.raises(RuntimeError, match="no 2 ex"):
+        torch.rand(3)
+    assert len(current(5)) == 5
+
+
+def test_parts_of_parts():
+    part = Part(torch.tensor([1, 4, 7]), 9)
+    own, within = part.between(4, 9)
+    assert (own, within.rows.tolist(), within.batch) == (slice(1, 3), [0, 3], 5)
+    chosen = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1]).bool()
+    among = part.among(chosen)
+    assert (among.rows.tolist(), among.batch) == ([0, 3], 5)
+    assert part.of(torch.arange(9)).tolist() == [1, 4, 7]
+
+
+def test_a_part_needs_an_example():
+    with pytest.raises(ValueError, match=r"batch must be at least 12, one .* 1 process; got 11"):
+        learner_of("real", accumulate=12)
+
+
+def test_all_dropout_of_the_networks_is_that_of_parts():
+    for name in CASES:
+        for module in learner_of(name).model.modules():
+            assert not isinstance(module, nn.Dropout) or isinstance(module, Dropout)

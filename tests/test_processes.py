@@ -1,0 +1,207 @@
+"""Training on two processes is the training on one; what ends one of them ends both."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from processes import launch
+
+from nelbo import checkpoint
+from nelbo.train import resume, train
+
+SMALL = {"steps": 4, "batch": 11, "width": 16, "evaluate_every": 2, "dropout": 0.3, "lr": 0.01}
+LEARNED = {"schedule": "learned-ends", "times": "importance", "optimizer": "muon", "warmup": 1}
+
+SCRIPT = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from nelbo import learner
+from nelbo._interrupt import Interrupted
+from nelbo._processes import together
+from nelbo.train import resume, train
+from test_processes import LEARNED, SMALL
+folder = sys.argv[1]
+with together() as rank:
+    train(f"{folder}/x.npy", f"{folder}/two", **SMALL, **LEARNED)
+    step = learner.Learner.step
+    def interrupted(self):
+        step(self)
+        if self.at.step == 3 and rank == 1:  # one hears of it, both stop
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # torchrun passes on what came already
+    learner.Learner.step = interrupted
+    try:
+        train(f"{folder}/x.npy", f"{folder}/stopped", **SMALL, **LEARNED)
+    except Interrupted:
+        print("stopped")
+    learner.Learner.step = step
+    resume(f"{folder}/stopped")
+    # what one began
+    resume(f"{folder}/half", steps=4)
+    try:
+        train(f"{folder}/x.npy", f"{folder}/two", minutes=1, **SMALL)
+    except (ValueError, SystemExit) as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with the runs of one and of two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    np.save(folder / "x.npy", np.random.default_rng(0).integers(0, 5, (80, 4)))
+    source = str(folder / "x.npy")
+    train(source, folder / "one", **SMALL, **LEARNED)
+    train(source, folder / "half", **SMALL | {"steps": 2, "seed": 0}, **LEARNED)
+    both = launch(["-c", SCRIPT, str(folder)], 2)
+    assert all(ended.code == 0 for ended in both), both
+    return folder, [ended.out.splitlines() for ended in both]
+
+
+def state(run):
+    tensors, about = checkpoint.read_tensors(run / checkpoint.STATE, hashed=True)
+    del about["progress"]["seconds"]
+    return tensors, about
+
+
+def events(run):
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in checkpoint.read_metrics(run)]
+
+
+def test_the_loss_curve_of_two_processes_is_that_of_one(runs):
+    """A batch of 11, dropout, learned γ and times, orthogonal steps: to float32's rounding."""
+    folder, _ = runs
+    one, two = events(folder / "one"), events(folder / "two")
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        for key in ("train", "validation", "validation_standard_error", "lr"):
+            assert a[key] == pytest.approx(b[key], rel=2e-6)
+    (alone, _), (shared, _) = state(folder / "one"), state(folder / "two")
+    assert alone.keys() == shared.keys()
+    for name in alone:
+        torch.testing.assert_close(alone[name], shared[name], rtol=1e-3, atol=2e-5)
+    assert (
+        checkpoint.load(folder / "two").config.train
+        == checkpoint.load(folder / "one").config.train
+    )
+
+
+def test_two_processes_that_were_stopped_continue_exactly(runs):
+    """SIGTERM on one of them ends both after the same step, with the run saved."""
+    folder, said = runs
+    assert said[0][0] == said[1][0] == "stopped"
+    (left, at), (right, then) = state(folder / "two"), state(folder / "stopped")
+    assert at == then and events(folder / "two") == events(folder / "stopped")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_run_continues_on_another_number_of_processes(runs):
+    """Of half of it on one process, or all of it on two, the curve goes on."""
+    folder, _ = runs
+    assert [event["step"] for event in events(folder / "half")] == [2, 4]
+    assert resume(folder / "two", steps=6).metrics[-1]["step"] == 6
+
+
+def test_what_the_first_process_refuses_is_refused_once(runs):
+    _, said = runs
+    assert "two exists and is a run" in said[0][1]
+    assert said[1][1] == "SystemExit 2"
+
+
+def test_accumulated_parts_are_the_batch_too(runs):
+    folder, _ = runs
+    run = train(str(folder / "x.npy"), folder / "parts", accumulate=3, **SMALL, **LEARNED)
+    one, parts = events(folder / "one"), events(run.path)
+    assert [e["train"] for e in one] == pytest.approx([e["train"] for e in parts], rel=2e-6)
+
+
+DYING = """
+import os, sys
+from nelbo import learner
+step = learner.Learner.step
+def die(self):
+    if self.at.step == 2 and os.environ["RANK"] == "1":
+        {how}
+    step(self)
+learner.Learner.step = die
+from nelbo.cli import main
+main(["train", sys.argv[1], "--out", sys.argv[2], "--steps", "50", "--evaluate-every", "1"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "wait"),
+    [("os._exit(9)", "100"), ("import time; time.sleep(18); os._exit(9)", "10")],
+    ids=["dies", "hangs"],
+)
+def test_a_process_that_dies_or_hangs_ends_the_others(runs, tmp_path, how, wait):
+    """In one sentence, within the time to wait, and the run is there to be continued."""
+    folder, _ = runs
+    command = ["-c", DYING.format(how=how), str(folder / "x.npy"), str(tmp_path / "run")]
+    first, second = launch(command, 2, NELBO_TIMEOUT=wait)
+    assert first.code == 2 and second.code == 9
+    last = first.err.strip().splitlines()[-1]
+    assert last.startswith("nelbo: process 0 of 2: another one ended or did not answer")
+    assert "Traceback" not in first.err
+    assert json.loads((tmp_path / "run" / checkpoint.CONFIG).read_text())["train"]["steps"] == 50
+    assert checkpoint.load(tmp_path / "run").metrics[-1]["step"] == 2
+
+
+SHARED = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from nelbo import checkpoint, sample
+from nelbo._processes import together
+from nelbo.codec.files import compress_file, decompress_file
+from nelbo.estimate import Grid
+from nelbo.report.dimensions import by_dimension
+from nelbo.scores import Scorer
+source, folder, out = sys.argv[1:]
+with together() as rank:
+    run = checkpoint.load(folder)
+    x, grid = run.examples()[0], Grid.uniform(3)
+    found = [sample.ancestral(run.model, count, grid, seed=2) for count in (1, 5)]
+    known = torch.tensor([True, False, True, False])
+    found.append(sample.complete(run.model, x[:5].long(), known, grid, seed=3, rounds=2))
+    found.append(sample.probability_flow(run.model, 5, grid, seed=2))
+    found.append(Scorer("bound", run.config.schema, run.model, x, calls=8)(run.model, x[:7]).nats)
+    found += by_dimension(run.model, x[:7], grid)[0]
+    file = Path(out) / "x.nlb"
+    compress_file(run, source, file, lambda run: grid, block=20)
+    if rank == 0:
+        (Path(out) / "found.json").write_text(json.dumps([v.tolist() for v in found]))
+"""
+
+
+def test_what_uses_a_run_gives_on_two_processes_what_it_gives_on_one(runs, tmp_path):
+    """Samples, completions, scores and costs to rounding; a compressed file to the byte."""
+    pytest.importorskip("constriction")
+    folder, _ = runs
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        arguments = [str(folder / "x.npy"), str(folder / "one"), str(out)]
+        for ended in launch(["-c", SHARED, *arguments], processes):
+            assert ended.code == 0, ended.err
+    one, two = (json.loads((tmp_path / n / "found.json").read_text()) for n in ("1", "2"))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "1" / "x.nlb").read_bytes() == (tmp_path / "2" / "x.nlb").read_bytes()
+
+
+def test_each_process_does_its_part_of_the_work(runs):
+    """Else two were no quicker than one."""
+    script = """
+from nelbo import _processes, parts
+from nelbo._processes import together
+done = []
+with together() as rank:
+    assert _processes.divided(5, lambda i: done.append(i) or i * i) == [0, 1, 4, 9, 16]
+    print(done, parts.share(5).rows.tolist(), len(parts.share(1)))
+"""
+    said = [ended.out.strip() for ended in launch(["-c", script], 2)]
+    assert said == ["[0, 2, 4] [0, 2, 4] 1", "[1, 3] [1, 3] 1"]
