@@ -509,7 +509,8 @@ def test_events_that_are_none_are_left_out(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     whole = checkpoint.read_metrics(run)
     with (run / "metrics.jsonl").open("a") as file:
-        for change in ({"step": "3"}, {"step": 10**400}, {"validation": None}, {"lr": []}):
+        error = {"validation_standard_error": [[]]}
+        for change in ({"step": "3"}, {"step": 10**400}, {"validation": None}, {"lr": []}, error):
             file.write(json.dumps(whole[0] | change) + "\n")
         file.write("[" * 100_000 + "\n")
     assert whole and checkpoint.read_metrics(run) == whole

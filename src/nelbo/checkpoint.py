@@ -423,7 +423,9 @@ def _event(line: str) -> dict | None:
         return None
     if not isinstance(event, dict) or not event.keys() >= EVENT_KEYS:
         return None
-    numbers = (event[key] for key in EVENT_KEYS - {"unit"})
+    numbers = [event[key] for key in EVENT_KEYS - {"unit"}]
+    error = event.get("validation_standard_error")
+    numbers += [] if error is None else [error]
     # NaN is one that a training may write, and a figure leaves out
     whole = all(type(n) in (int, float) and not abs(n) > LARGEST for n in numbers)
     return event if whole and type(event["step"]) is int else None
