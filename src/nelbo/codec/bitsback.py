@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from nelbo.codec.example import ExampleCode, known_numbers
-from nelbo.codec.laws import Law, law
-from nelbo.codec.stack import Stack
+from nelbo.codec.laws import Bits, Law, law
 from nelbo.estimate import Grid
 from nelbo.model import Model
 from nelbo.process import Absorbing, Gaussian, Process
@@ -42,7 +41,7 @@ class BitsBack(ExampleCode):
         self.model, self.times = model, grid.times.to(model.device)
         self.widths = [_widths(model, *around) for around in _neighbours(self.times)]
 
-    def push(self, stack: Stack, x: np.ndarray, place: int = 0) -> None:
+    def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
         """Put a batch of examples, (B, *shape) int64, on the stack; T network calls."""
         n = self._first(x).pop(stack)
         self._decoder(n).push(stack, x)
@@ -51,7 +50,7 @@ class BitsBack(ExampleCode):
             self._reverse(n, i).push(stack, before)
         self._prior(len(x)).push(stack, n)
 
-    def pop(self, stack: Stack, count: int, place: int = 0) -> np.ndarray:
+    def pop(self, stack: Bits, count: int, place: int = 0) -> np.ndarray:
         """Take a batch of `count` examples from the stack, (B, *shape) int64."""
         n = self._prior(count).pop(stack)
         for i in reversed(range(1, len(self.times))):

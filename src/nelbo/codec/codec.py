@@ -58,7 +58,6 @@ class Codec:
         self.model = copy.deepcopy(model)
         self.model.network.to(PRECISIONS[settings.precision])
         most = min(settings.batch, self.model.rows)
-        alone = settings.effort > 1 and not isinstance(model.process, Absorbing)
         times, effort = pack_times(settings.grid), settings.effort
         # it names the words under a stack and the orders of symbols: part of the format
         self.name = f"{self.hash}, {times}, {settings.precision}, {effort}"
@@ -70,7 +69,7 @@ class Codec:
                 self.model.shape,
                 self.levels,
                 settings.effort,
-                1 if alone else 1 << (most.bit_length() - 1),
+                1 << (most.bit_length() - 1),
             )
 
     def _example_code(self, nonce: int) -> ExampleCode:

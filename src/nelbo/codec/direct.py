@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from nelbo.codec.example import ExampleCode, known_numbers
-from nelbo.codec.laws import Symbols
-from nelbo.codec.stack import Stack
+from nelbo.codec.laws import Bits, Symbols
 from nelbo.estimate import Grid
 from nelbo.model import Model
 from nelbo.process import Absorbing
@@ -40,7 +39,7 @@ class Direct(ExampleCode):
         self.model, self.mask, self.seed = model, model.process.mask, seed
         self.groups = list(pairwise([*shown, model.dims]))
 
-    def push(self, stack: Stack, x: np.ndarray, place: int = 0) -> None:
+    def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
         order, flat = self._orders(len(x), place), x.reshape(len(x), -1)
         z = np.full_like(flat, self.mask)
         laws = []
@@ -52,7 +51,7 @@ class Direct(ExampleCode):
         for law, symbols in reversed(laws):
             law.push(stack, symbols)
 
-    def pop(self, stack: Stack, count: int, place: int = 0) -> np.ndarray:
+    def pop(self, stack: Bits, count: int, place: int = 0) -> np.ndarray:
         order = self._orders(count, place)
         z = np.full((count, self.model.dims), self.mask, np.int64)
         for first, last in self.groups:

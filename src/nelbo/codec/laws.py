@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from nelbo._distributions import Discrete, DiscretisedNormal, Joint, LevelMixture
-from nelbo.codec.stack import PRECISION, Stack, constriction
+from nelbo.codec.stack import PRECISION, SideBySide, Stack, constriction
 
 FINE = 64  # parts of a bin to which a mean is rounded
 SCALE = 1024  # parts of a bin to which a standard deviation is rounded
@@ -39,6 +39,8 @@ WEIGHTS = np.maximum(
     1, np.rint(np.exp(np.arange(-LEAST * PARTS, 1) / PARTS) * (1 << PRECISION))
 ).astype(np.float32)
 
+Bits = Stack | SideBySide
+
 
 class Law(ABC):
     """A distribution over integers n of shape (B, ...)."""
@@ -48,21 +50,21 @@ class Law(ABC):
         """-log of the probability of n, or for a grid of its density times d; the sum."""
 
     @abstractmethod
-    def put(self, stack: Stack, n: np.ndarray) -> None: ...
+    def put(self, stack: Bits, n: np.ndarray) -> None: ...
 
     @abstractmethod
-    def take(self, stack: Stack) -> np.ndarray: ...
+    def take(self, stack: Bits) -> np.ndarray: ...
 
-    def push(self, stack: Stack, n: np.ndarray) -> None:
+    def push(self, stack: Bits, n: np.ndarray) -> None:
         """Put n on the stack."""
         self.put(stack, n)
-        if stack.counts:
+        if isinstance(stack, Stack) and stack.counts:
             stack.ideal += self.nats(n)
 
-    def pop(self, stack: Stack) -> np.ndarray:
+    def pop(self, stack: Bits) -> np.ndarray:
         """Take n from the stack, int64."""
         n = self.take(stack)
-        if stack.counts:
+        if isinstance(stack, Stack) and stack.counts:
             stack.ideal -= self.nats(n)
         return n
 
@@ -96,23 +98,19 @@ class GridNormal(Law):
     def integers(self) -> list[np.ndarray]:
         return [self.fine, self.scale]
 
-    def put(self, stack: Stack, n: np.ndarray) -> None:
+    def put(self, stack: Bits, n: np.ndarray) -> None:
         away = (n - self.middle).ravel()
         symbols = away.clip(-self.reach, self.reach)
         if self.far:
-            beyond = np.abs(away) >= self.reach
-            rest = np.abs(away[beyond]) - self.reach
-            if len(rest):
-                stack.push(rest, constriction().stream.model.Uniform(1 << FAR))
+            rest = np.abs(away) - self.reach
+            stack.push_some(rest, rest >= 0, constriction().stream.model.Uniform(1 << FAR))
         stack.push(symbols, *self._model())
 
-    def take(self, stack: Stack) -> np.ndarray:
+    def take(self, stack: Bits) -> np.ndarray:
         away = stack.pop(*self._model()).astype(np.int64)
-        beyond = np.abs(away) >= self.reach
-        if self.far and beyond.any():
+        if self.far:
             uniform = constriction().stream.model.Uniform(1 << FAR)
-            rest = stack.pop(uniform, count=int(beyond.sum())).astype(np.int64)
-            away[beyond] += np.sign(away[beyond]) * rest
+            away += np.sign(away) * stack.pop_some(np.abs(away) >= self.reach, uniform)
         return away.reshape(self.middle.shape) + self.middle
 
     def _model(self) -> tuple[object, np.ndarray, np.ndarray]:
@@ -137,10 +135,10 @@ class Symbols(Law):
     def integers(self) -> list[np.ndarray]:
         return [self.rounded]
 
-    def put(self, stack: Stack, n: np.ndarray) -> None:
+    def put(self, stack: Bits, n: np.ndarray) -> None:
         put_symbols(stack, n, self.rounded)
 
-    def take(self, stack: Stack) -> np.ndarray:
+    def take(self, stack: Bits) -> np.ndarray:
         return take_symbols(stack, self.rounded)
 
 
@@ -169,13 +167,13 @@ class GridMixture(Law):
     def integers(self) -> list[np.ndarray]:
         return [self.rounded, self.fine]
 
-    def put(self, stack: Stack, n: np.ndarray) -> None:
+    def put(self, stack: Bits, n: np.ndarray) -> None:
         posterior = self._posterior(n)
         k = take_symbols(stack, posterior)
         self._component(k).put(stack, n)
         put_symbols(stack, k, self.rounded)
 
-    def take(self, stack: Stack) -> np.ndarray:
+    def take(self, stack: Bits) -> np.ndarray:
         k = take_symbols(stack, self.rounded)
         n = self._component(k).take(stack)
         put_symbols(stack, k, self._posterior(n))
@@ -204,11 +202,11 @@ class Groups(Law):
     def integers(self) -> list[np.ndarray]:
         return [numbers for part in self.parts for numbers in part.integers()]
 
-    def put(self, stack: Stack, n: np.ndarray) -> None:
+    def put(self, stack: Bits, n: np.ndarray) -> None:
         for part, v in reversed(self._of(n)):
             part.put(stack, v)
 
-    def take(self, stack: Stack) -> np.ndarray:
+    def take(self, stack: Bits) -> np.ndarray:
         return np.concatenate([part.take(stack) for part in self.parts], 1)
 
     def _of(self, n: np.ndarray) -> list[tuple[Law, np.ndarray]]:
@@ -252,12 +250,12 @@ def rounded(log_probs: np.ndarray) -> np.ndarray:
     return np.rint(finite(log_probs, infinite=True).clip(-LEAST, 0) * PARTS).astype(np.int64)
 
 
-def put_symbols(stack: Stack, k: np.ndarray, log_probs: np.ndarray) -> None:
+def put_symbols(stack: Bits, k: np.ndarray, log_probs: np.ndarray) -> None:
     """Push symbols k, (...), of rounded log-probabilities (..., K)."""
     stack.push(k.ravel(), *_categorical(log_probs))
 
 
-def take_symbols(stack: Stack, log_probs: np.ndarray) -> np.ndarray:
+def take_symbols(stack: Bits, log_probs: np.ndarray) -> np.ndarray:
     """Pop symbols, (...) int64, of rounded log-probabilities (..., K)."""
     k = stack.pop(*_categorical(log_probs))
     return k.astype(np.int64).reshape(log_probs.shape[:-1])
