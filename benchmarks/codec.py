@@ -48,20 +48,29 @@ def coder_over_ideal(codec: Codec, x: Tensor) -> float:
 
 
 def network_alone(model: Model, settings: Settings, x: Tensor) -> tuple[float, float]:
-    """CPU seconds of coding and decoding x, and of the same network calls alone."""
+    """CPU seconds of coding and decoding x, and of the same network calls alone.
+
+    After each batch its calls are made once more, so that both see the same load.
+    """
     codec, calls = Codec(model, settings), []
-    hook = codec.model.network.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
-    start = time.process_time()
-    coded = list(codec.encode_blocks(x, 1000))
-    for block, _ in coded:
-        codec.decode_block(block)
-    whole = time.process_time() - start
-    hook.remove()
-    with measuring(codec.model):
-        start = time.process_time()
-        for inputs in calls:
+    whole, network, since = 0.0, 0.0, time.process_time()
+
+    def again(_: int) -> None:
+        nonlocal whole, network, since
+        middle, mine = time.process_time(), calls.copy()
+        whole += middle - since
+        for inputs in mine:
             codec.model.network(*inputs)
-    return whole, time.process_time() - start
+        calls.clear()
+        since = time.process_time()
+        network += since - middle
+
+    hook = codec.model.network.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    since = time.process_time()
+    for block, _ in list(codec.encode_blocks(x, 1000, again)):
+        codec.decode_block(block, again)
+    hook.remove()
+    return whole, network
 
 
 def main() -> None:
@@ -74,6 +83,7 @@ def main() -> None:
     parser.add_argument("--effort", type=int, default=1)
     parser.add_argument("--effort-steps", type=int, nargs="*", default=[])
     parser.add_argument("--time-steps", type=int, nargs="*", default=[])
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--examples", type=int)
     parser.add_argument("--calls", type=int, default=64)
     parser.add_argument("--no-rivals", action="store_true")
@@ -118,13 +128,13 @@ def main() -> None:
     for steps in options.time_steps:
         settings = Settings(tuple(run.grid(steps).times.tolist()))
         direct = isinstance(Codec(run.model, settings).codes.model(0), Direct)
-        for _ in range(3):
-            whole, network = network_alone(run.model, settings, x)
-            print(
-                f"T={steps} {'direct' if direct else 'bits-back'}: coding and decoding take"
-                f" {whole:.2f} s of CPU, the same network calls alone {network:.2f} s:"
-                f" {whole / network:.2f} times"
-            )
+        times = [network_alone(run.model, settings, x) for _ in range(options.repeats)]
+        ratios = torch.tensor([whole / network for whole, network in times])
+        print(
+            f"T={steps} {'direct' if direct else 'bits-back'}: coding and decoding take"
+            f" {ratios.mean():.3f} times the CPU time of the same network calls alone (standard"
+            f" deviation {ratios.std():.3f} of {len(times)} runs; {times[-1][0]:.2f} s)"
+        )
     others = [] if options.no_rivals else rivals(x.numpy())
     for rival in others:
         coding, decoding = rival.seconds
