@@ -34,9 +34,9 @@ REACH = 9  # standard deviations of the bins that are a symbol of their own
 FAR = 22  # bits for what lies beyond
 PARTS = 1024  # of a nat, to which log-probabilities are rounded
 LEAST = 18  # nats at which a probability has the least weight
-#: weights by log-probability from -LEAST to 0
-WEIGHTS = np.maximum(
-    1, np.rint(np.exp(np.arange(-LEAST * PARTS, 1) / PARTS) * (1 << PRECISION))
+#: weights by log-probability, 0 and then -LEAST to the one below 0: at its own index
+WEIGHTS = np.roll(
+    np.maximum(1, np.rint(np.exp(np.arange(-LEAST * PARTS, 1) / PARTS) * (1 << PRECISION))), 1
 ).astype(np.float32)
 
 Bits = Stack | SideBySide
@@ -133,7 +133,7 @@ class Symbols(Law):
         return -float(np.take_along_axis(self.log_probs, n[..., None], -1).sum())
 
     def integers(self) -> list[np.ndarray]:
-        return [self.rounded]
+        return [self.rounded.astype(np.int64)]
 
     def put(self, stack: Bits, n: np.ndarray) -> None:
         put_symbols(stack, n, self.rounded)
@@ -148,24 +148,25 @@ class GridMixture(Law):
     Args:
         log_probs: log p_k, shape (B, ..., K).
         mean: shape (B, ..., K).
-        sd: broadcastable to (B, ..., K), the same for all k.
+        sd: shape (B, ..., 1).
     """
 
     def __init__(self, log_probs: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> None:
         self.log_probs, self.mean, self.sd = log_probs, finite(mean), finite(sd)
         self.rounded = rounded(log_probs)
-        self.fine = np.rint(self.mean * FINE).astype(np.int64)
+        self.fine = self.mean * FINE
+        np.rint(self.fine, out=self.fine)
 
     def nats(self, n: np.ndarray) -> float:
-        u = (n[..., None] - self.mean) / self.sd
-        log_density = self.log_probs - u * u / 2
+        log_density = _log_density(n, self.log_probs, self.mean, self.sd)
         top = log_density.max(-1, keepdims=True)
-        total = top[..., 0] + np.log(np.exp(log_density - top).sum(-1))
-        each = np.broadcast_to(np.log(self.sd)[..., 0], n.shape)
+        log_density -= top
+        total = top[..., 0] + np.log(np.exp(log_density, out=log_density).sum(-1))
+        each = np.log(self.sd)[..., 0]
         return float((each - total).sum() + n.size * math.log(2 * math.pi) / 2)
 
     def integers(self) -> list[np.ndarray]:
-        return [self.rounded, self.fine]
+        return [self.rounded.astype(np.int64), self.fine.astype(np.int64)]
 
     def put(self, stack: Bits, n: np.ndarray) -> None:
         posterior = self._posterior(n)
@@ -185,9 +186,22 @@ class GridMixture(Law):
 
     def _posterior(self, n: np.ndarray) -> np.ndarray:
         """P(k|n), rounded, made of rounded numbers only."""
-        u = (n[..., None] - self.fine / FINE) / (np.rint(self.sd * SCALE) / SCALE)
-        log_probs = self.rounded / PARTS - u * u / 2
-        return rounded(log_probs - log_probs.max(-1, keepdims=True))
+        sd = np.rint(self.sd * SCALE) / SCALE
+        log_probs = _log_density(n, self.rounded / PARTS, self.fine / FINE, sd)
+        log_probs -= log_probs.max(-1, keepdims=True)
+        return rounded(log_probs)
+
+
+def _log_density(
+    n: np.ndarray, log_probs: np.ndarray, mean: np.ndarray, sd: np.ndarray
+) -> np.ndarray:
+    """log p_k - (n - m_k)²/2σ², shape (B, ..., K)."""
+    u = n[..., None] - mean
+    u /= sd
+    u *= u
+    u /= -2
+    u += log_probs
+    return u
 
 
 class Groups(Law):
@@ -233,7 +247,10 @@ def law(distribution: Distribution, width: Tensor, far: bool = True) -> Law:
         normal = cast(Normal, base.component_distribution)
         wide = width[..., None]
         log_probs = base.mixture_distribution.logits
-        return GridMixture(_np(log_probs), _np(normal.loc / wide), _np(normal.scale / wide))
+        # one standard deviation for all components
+        return GridMixture(
+            _np(log_probs), _np(normal.loc / wide), _np(normal.scale[..., :1] / wide)
+        )
     if isinstance(base, Normal):
         return GridNormal(_np(base.loc / width), _np(base.scale / width), far)
     if isinstance(base, Discrete):
@@ -246,8 +263,10 @@ def law(distribution: Distribution, width: Tensor, far: bool = True) -> Law:
 
 
 def rounded(log_probs: np.ndarray) -> np.ndarray:
-    """Log-probabilities in parts of a nat, int64; all too small ones alike."""
-    return np.rint(finite(log_probs, infinite=True).clip(-LEAST, 0) * PARTS).astype(np.int64)
+    """Log-probabilities in parts of a nat, whole numbers; all too small ones alike."""
+    parts = finite(log_probs, infinite=True).clip(-LEAST, 0)
+    parts *= PARTS
+    return np.rint(parts, out=parts)
 
 
 def put_symbols(stack: Bits, k: np.ndarray, log_probs: np.ndarray) -> None:
@@ -276,7 +295,8 @@ def finite(v: np.ndarray, infinite: bool = False) -> np.ndarray:
 
 
 def _categorical(log_probs: np.ndarray) -> tuple[object, np.ndarray]:
-    weights = WEIGHTS[log_probs.reshape(-1, log_probs.shape[-1]) + LEAST * PARTS]
+    places = log_probs.astype(np.intp).reshape(-1, log_probs.shape[-1])
+    weights = WEIGHTS[places]  # from the end, where the log-probability is negative
     return constriction().stream.model.Categorical(perfect=False, lazy=False), weights
 
 
