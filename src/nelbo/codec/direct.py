@@ -83,8 +83,16 @@ class Direct(ExampleCode):
         return np.frombuffer(stream, "<u8").argsort(kind="stable")
 
 
+def one_by_one(model: Model, steps: int) -> bool:
+    """Whether each symbol has a network call of its own."""
+    return isinstance(model.process, Absorbing) and steps >= model.dims
+
+
 def shown_at(model: Model, grid: Grid) -> list[int]:
-    """c_t for the times of a grid, from the last, none of them twice; 0 is the first."""
+    """c_t for the times of a grid, from the last, none of them twice; 0 is the first. As many
+    times as symbols give each a call of its own, wherever the times are."""
+    if one_by_one(model, len(grid.times)):
+        return list(range(model.dims))
     alpha = model.process.alpha(grid.times.flip(0).to(model.device))
     counts = (alpha * model.dims).round().long().clamp(max=model.dims - 1).tolist()
     return sorted({0, *counts})
