@@ -98,8 +98,8 @@ def main() -> None:
             frames.append(size - bits // 8)
         ratio = total / some.numel() / bounds[1]
         print(
-            f"T={steps} {len(some)} single examples: payload {ratio:.4f} times the any-order bound,"
-            f" {total / should:.4f} times its order; header and frame {min(frames)} to"
+            f"T={steps} {len(some)} single examples: payload {ratio:.4f} times the any-order"
+            f" bound, {total / should:.4f} times its order; header and frame {min(frames)} to"
             f" {max(frames)} bytes each"
         )
 

@@ -91,7 +91,7 @@ class LevelFamily(LevelPrediction):
         self.evidence, self.shape = evidence, shape
 
     @property
-    def e_hat(self) -> Tensor:  # type: ignore[override]
+    def e_hat(self) -> Tensor:
         return self._mean_and_norm[0].view(self.shape)
 
     @property
