@@ -40,8 +40,8 @@ def compress(
     grid
         The times of the steps: best for this run, or uniform.
     effort
-        Search for the ways to code the examples that make the file short, below the bound: about
-        twice as many ways of each as this says are tried here, and none by decompress.
+        K: search for the ways to code the examples that make the file short, below the bound. Each
+        is coded in 4 ways after each of the K shortest beginnings; decompress does not search.
     block
         About how many examples are independent of all others.
     verify

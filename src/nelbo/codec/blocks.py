@@ -136,8 +136,7 @@ def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tupl
         seeds += 1
     done(seeds)
     if codes.effort > 1:
-        kept = -(-codes.effort // 2)
-        ways = best_ways(code, stack, x[seeds:], kept, codes.batch, done)
+        ways = best_ways(code, stack, x[seeds:], codes.effort, codes.batch, done)
         for i, way in enumerate(ways, seeds):
             push_way(stack, np.array([way]))
             code.push(stack, x[i : i + 1])

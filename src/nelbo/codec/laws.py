@@ -84,12 +84,13 @@ class GridNormal(Law):
     """
 
     def __init__(self, mean: np.ndarray, sd: np.ndarray, far: bool = True) -> None:
-        self.mean, self.sd, self.far = finite(mean), np.broadcast_to(finite(sd), mean.shape), far
+        self.mean, self.far = finite(mean), far
         self.fine = np.rint(self.mean * FINE).astype(np.int64)
-        narrow = np.sqrt(np.maximum(self.sd**2 - 1 / 12, 1 / 16))
-        self.scale = np.rint(narrow * SCALE).astype(np.int64)
+        narrow = np.sqrt(np.maximum(finite(sd) ** 2 - 1 / 12, 1 / 16))
+        scale = np.rint(narrow * SCALE).astype(np.int64)
+        self.sd, self.scale = np.broadcast_to(sd, mean.shape), np.broadcast_to(scale, mean.shape)
         self.middle = (self.fine + FINE // 2) // FINE
-        self.reach = math.ceil(REACH * int(self.scale.max(initial=SCALE)) / SCALE) + 1
+        self.reach = math.ceil(REACH * int(scale.max(initial=SCALE)) / SCALE) + 1
 
     def nats(self, n: np.ndarray) -> float:
         u = (n - self.mean) / self.sd
