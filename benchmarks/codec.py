@@ -1,16 +1,19 @@
 """Files by bits-back or direct coding against the bound, and against other codecs.
 
-    python benchmarks/codec.py RUN [--data FILE] [--steps 4 8 16 64] [--orders 3] [--effort 8]
-                                   [--effort-steps 25] [--examples N] [--json out.json]
+    python benchmarks/codec.py RUN [--data FILE] [--steps 4 8 16 64] [--orders 3]
+        [--effort 1 8 64] [--effort-steps 25] [--examples N] [--calls 64] [--grid uniform]
+        [--time-steps 8] [--json out.json]
 
 RUN is a run of discrete data (`nelbo train digits --out RUN`); the data are its test split, or
-FILE. Every number is of the same examples in the same process. The bound is that of the model as
-it is coded: its own reverse step, its grid of T times, 64 calls per example, ± its Monte Carlo
-error. `payload` is all that the coder wrote, initial bits included; `file` adds header, checksums
-and frames. The model is no part of a file. `ideal` is the draw of the bound on the very latents
-that the file holds, in the part that the model coded; `coder` is what a stack grows by over the
-densities of its latents, without a start. Each first order is decoded and compared. Seconds are
-of this process's CPU. --time-steps compares coding and decoding with the same network calls alone.
+FILE, such as a folder of .png files: larger images go to the model as tiles, and to the other
+codecs as they are. --crop S takes the middle S x S pixels of each. Every number is of the same
+examples in the same process. The bound is that of the model as it is coded: its own reverse step,
+its grid of T times, so many calls per example, ± its Monte Carlo error. `payload` is all that the
+coder wrote, initial bits included; `file` adds header, checksums and frames. The model is no part
+of a file. `ideal` is the draw of the bound on the very latents that the file holds, in the part
+that the model coded; `coder` is what a stack grows by over the densities of its latents, without a
+start, of 512 examples at most. Each first order is decoded and compared. Seconds are of this
+process's CPU. --time-steps compares coding and decoding with the same network calls alone.
 """
 
 import argparse
@@ -19,17 +22,22 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nelbo.checkpoint import load
-from nelbo.codec import contents
+from nelbo.codec import contents, pictures
 from nelbo.codec.codec import Codec
 from nelbo.codec.coding import compress, decompress, describe
 from nelbo.codec.direct import Direct
 from nelbo.codec.header import Settings
-from nelbo.codec.rivals import rivals
+from nelbo.codec.rivals import of_images, rivals
+from nelbo.config import MANY_LEVELS
+from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
+from nelbo.grids import even_times
 from nelbo.model import Model, measuring
 
 HEAD = ("T", "effort", "order", "bound", "±", "file", "payload", "/bound", "ideal/bound", "coder")
@@ -47,55 +55,91 @@ def coder_over_ideal(codec: Codec, x: Tensor) -> float:
     return (stack.bits - start) * math.log(2) / stack.ideal
 
 
+def files_of(data: str) -> list[Path]:
+    """A file, or the files of a folder in their order."""
+    path = Path(data)
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def middle_of(file: Path, side: int | None) -> np.ndarray:
+    """The pixels of an image, or the middle ones, (H, W) or (H, W, 3)."""
+    with Image.open(file) as image:
+        pixels = np.asarray(image)
+    if side is None:
+        return pixels
+    top, left = ((n - side) // 2 for n in pixels.shape[:2])
+    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+
+
 def network_alone(model: Model, settings: Settings, x: Tensor) -> tuple[float, float]:
-    """CPU seconds of coding and decoding x, and of the same network calls alone."""
+    """CPU seconds of coding and decoding x, and of the same network calls alone.
+
+    After each batch its calls are made once more, so that both see the same load.
+    """
     codec, calls = Codec(model, settings), []
-    hook = codec.model.network.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
-    start = time.process_time()
-    coded = list(codec.encode_blocks(x, 1000))
-    for block, _ in coded:
-        codec.decode_block(block)
-    whole = time.process_time() - start
-    hook.remove()
-    with measuring(codec.model):
-        start = time.process_time()
-        for inputs in calls:
+    whole, network, since = 0.0, 0.0, time.process_time()
+
+    def again(_: int) -> None:
+        nonlocal whole, network, since
+        middle, mine = time.process_time(), calls.copy()
+        whole += middle - since
+        for inputs in mine:
             codec.model.network(*inputs)
-    return whole, time.process_time() - start
+        calls.clear()
+        since = time.process_time()
+        network += since - middle
+
+    hook = codec.model.network.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    since = time.process_time()
+    for block, _ in list(codec.encode_blocks(x, 1000, again)):
+        codec.decode_block(block, again)
+    hook.remove()
+    return whole, network
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--data")
+    parser.add_argument("--crop", type=int)
     parser.add_argument("--split", default="test")
     parser.add_argument("--steps", type=int, nargs="*", default=[4, 8, 16, 64])
     parser.add_argument("--orders", type=int, default=1)
-    parser.add_argument("--effort", type=int, default=1)
+    parser.add_argument("--effort", type=int, nargs="*", default=[8])
     parser.add_argument("--effort-steps", type=int, nargs="*", default=[])
     parser.add_argument("--time-steps", type=int, nargs="*", default=[])
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--examples", type=int)
     parser.add_argument("--calls", type=int, default=64)
+    parser.add_argument("--grid", choices=["best", "uniform"], default="best")
     parser.add_argument("--no-rivals", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     run = load(options.run)
-    if options.data:
-        x = contents.read(options.data, run.config.schema).x
-    else:
+    images: list[np.ndarray] = []
+    if not options.data:
         x = run.examples(split=options.split)[0]
+    elif pictures.SUFFIX in {file.suffix for file in files_of(options.data)}:
+        images = [middle_of(file, options.crop) for file in files_of(options.data)]
+        shape = run.config.schema.shape
+        tiles = [pictures.cut(np.atleast_3d(image).transpose(2, 0, 1), shape) for image in images]
+        x = torch.from_numpy(np.concatenate(tiles))
+    else:
+        x = contents.read(options.data, run.config.schema).x
     x, rows = x[: options.examples], []
-    numbers = x.numel()
+    numbers = sum(image.size for image in images) or x.numel()
     print(f"{len(x)} examples of {run.model.dims} dimensions; {torch.get_num_threads()} threads")
     print(" ".join(f"{name:>9}" for name in (*HEAD, "seconds", "decoding")))
     plans = [(steps, 1) for steps in options.steps]
-    plans += [(steps, options.effort) for steps in options.effort_steps]
+    plans += [(steps, effort) for effort in options.effort for steps in options.effort_steps]
     for steps, effort in plans:
-        grid = run.grid(steps)
-        result = evaluate(run.model, x, times=grid, calls=options.calls)
+        spaced = Grid(even_times(run.model.process.schedule, steps, steps))
+        grid = run.grid(steps) if options.grid == "best" else spaced
+        few = (run.config.schema.levels or 0) <= MANY_LEVELS
+        result = evaluate(run.model, x, times=grid, calls=options.calls, variates=few)
         bound, error = result.bits_per_dim, result.standard_error.monte_carlo
         settings = Settings(tuple(grid.times.tolist()), effort=effort)
-        coder = coder_over_ideal(Codec(run.model, settings), x)
+        coder = coder_over_ideal(Codec(run.model, settings), x[:512])
         for order in range(options.orders if effort == 1 else 1):
             generator = torch.Generator().manual_seed(order)
             mixed = x[torch.randperm(len(x), generator=generator)] if order else x
@@ -118,14 +162,16 @@ def main() -> None:
     for steps in options.time_steps:
         settings = Settings(tuple(run.grid(steps).times.tolist()))
         direct = isinstance(Codec(run.model, settings).codes.model(0), Direct)
-        for _ in range(3):
-            whole, network = network_alone(run.model, settings, x)
-            print(
-                f"T={steps} {'direct' if direct else 'bits-back'}: coding and decoding take"
-                f" {whole:.2f} s of CPU, the same network calls alone {network:.2f} s:"
-                f" {whole / network:.2f} times"
-            )
-    others = [] if options.no_rivals else rivals(x.numpy())
+        times = [network_alone(run.model, settings, x) for _ in range(options.repeats)]
+        ratios = torch.tensor([whole / network for whole, network in times])
+        print(
+            f"T={steps} {'direct' if direct else 'bits-back'}: coding and decoding take"
+            f" {ratios.mean():.3f} times the CPU time of the same network calls alone (standard"
+            f" deviation {ratios.std():.3f} of {len(times)} runs; {times[-1][0]:.2f} s)"
+        )
+    others = []
+    if not options.no_rivals:
+        others = of_images(images) if images else rivals(x.numpy())
     for rival in others:
         coding, decoding = rival.seconds
         print(

@@ -20,7 +20,8 @@ from nelbo.codec.direct import shown_at
 from nelbo.codec.errors import Damaged, NotReproducible, OtherModel
 from nelbo.codec.header import Settings, pack_times, unpack_times
 from nelbo.codec.laws import law
-from nelbo.codec.stack import Bottom, Stack
+from nelbo.codec.search import WAYS, best_ways, push_way
+from nelbo.codec.stack import Bottom, SideBySide, Stack
 from nelbo.config import configure
 from nelbo.data import Schema
 from nelbo.data.layout import Column
@@ -115,6 +116,46 @@ def test_numbers_that_are_not_finite_are_refused(value):
         law(Discrete(mean), torch.ones((), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", ["normal", "mixture", "discrete"])
+def test_rows_side_by_side_are_those_of_each_stack(name):
+    """A law of two rows on two stacks, what is far away included, leaves each as a law of its
+    own row does."""
+    of, seeds = laws()[name], ("a", "b")
+    alone = [Stack(Bottom(seed).words(300)) for seed in seeds]
+    rows = SideBySide([stack.copy() for stack in alone])
+    n = of.take(rows)
+    if name == "normal":
+        n[0, 1, 2], n[1] = 70_000, -70_000
+    of.put(rows, n)
+    after = [stack.words() for stack in rows.stacks]
+    assert np.array_equal(of.take(rows), n)
+    of.put(rows, n)
+    assert all(map(np.array_equal, after, [stack.words() for stack in rows.stacks]))
+    if name != "normal":  # nothing was changed between
+        assert all(map(np.array_equal, after, [stack.words() for stack in alone]))
+
+
+def test_a_search_keeps_what_one_choice_at_a_time_would_not():
+    """The beam is shorter than the best of each example by itself; and the stack on which it
+    begins, and how many ways are in a batch, do not matter to it."""
+    known = skewed()
+    x = ancestral(known.model, 60, Grid.uniform(2)).numpy()
+    codec, lengths = Codec(known.model, settings(1)), []
+    code = codec.codes.model(0)
+    with measuring(codec.model):
+        for kept in (1, 8):
+            stack, seen = Stack(Bottom("random").words(200)), []
+            before = stack.words()
+            ways = best_ways(code, stack, x, kept, 5, seen.append)
+            assert len(ways) == sum(seen) == len(x) and set(ways) <= set(range(WAYS))
+            assert np.array_equal(stack.words(), before)
+            for i, way in enumerate(ways):
+                push_way(stack, np.array([way]))
+                code.push(stack, x[i : i + 1])
+            lengths.append(stack.bits)
+    assert lengths[1] < lengths[0] - 5
+
+
 def test_an_encoder_borrows_known_words_only_when_it_must():
     of, stack = laws()["normal"], Stack(bottom=Bottom("here"))
     n = of.pop(stack)
@@ -179,6 +220,7 @@ def test_symbols_show_as_the_schedule_says():
     model.shape = (100,)
     assert shown_at(model, Grid([0.5, 1.0])) == [0, 75]  # α = 1 - t²
     assert shown_at(model, Grid([1.0])) == [0]
+    assert shown_at(model, Grid.uniform(100)) == list(range(100))
 
 
 def test_effort_goes_below_the_bound():

@@ -88,6 +88,19 @@ def test_images_of_any_size_come_back_with_their_names(trained, tmp_path):
         assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_photographs_come_back_as_tiles(tmp_path):
+    r, folder = np.random.default_rng(2), tmp_path / "photographs"
+    np.save(tmp_path / "x.npy", r.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8))
+    run_ok("train", tmp_path / "x.npy", "--out", tmp_path / "run", *TINY)
+    folder.mkdir()
+    for name, size in {"a.png": (19, 8), "b.png": (5, 25)}.items():
+        Image.fromarray(r.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    out = there_and_back(tmp_path / "run", folder, tmp_path, "out")
+    for name in ("a.png", "b.png"):
+        with Image.open(folder / name) as a, Image.open(out / name) as b:
+            assert a.mode == b.mode == "RGB" and np.array_equal(np.asarray(a), np.asarray(b))
+
+
 def test_tables_come_back(tmp_path, capsys):
     r, path, run = random.Random(0), tmp_path / "t.csv", tmp_path / "run"
     rows = [f"{r.choice('abc')},{r.randrange(9)},{r.choice(['', 'yes', 'no'])}" for _ in range(60)]

@@ -17,6 +17,7 @@ Sources: Ho et al. 2020 (noise), Salimans & Ho 2022 (velocity), Graves et al. 20
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -66,27 +67,48 @@ class LevelTable(LevelPrediction):
         return self.table
 
 
-@dataclass(frozen=True)
 class LevelFamily(LevelPrediction):
     """log P(x_i = v_k|z_t) = Σ_j c_ij f_j(k) + h_i(k) + log N(z_t; √α_t v_k, 1-α_t) - A_i, made
-    where it is asked for.
+    where it is asked for, and so are ê and A.
 
-    `norm` A as ê; `coefficients` c (B, D, J); `curves` f (J, K); `prior` h (D, K) or (1, K);
-    `evidence` v (K,), z_t (B, D), √α_t (B,) and 1/(1-α_t) (B,).
+    Args:
+        coefficients: c, shape (B, D, J).
+        curves: f, shape (J, K).
+        prior: h, shape (D, K) or (1, K).
+        evidence: v (K,), z_t (B, D), √α_t (B,) and 1/(1-α_t) (B,).
+        shape: of z_t.
     """
 
-    norm: Tensor
-    coefficients: Tensor
-    curves: Tensor
-    prior: Tensor
-    evidence: tuple[Tensor, Tensor, Tensor, Tensor]
+    def __init__(
+        self,
+        coefficients: Tensor,
+        curves: Tensor,
+        prior: Tensor,
+        evidence: tuple[Tensor, Tensor, Tensor, Tensor],
+        shape: torch.Size,
+    ) -> None:
+        self.coefficients, self.curves, self.prior = coefficients, curves, prior
+        self.evidence, self.shape = evidence, shape
+
+    @property
+    def e_hat(self) -> Tensor:
+        return self._mean_and_norm[0].view(self.shape)
+
+    @property
+    def norm(self) -> Tensor:
+        """A, shape of z_t."""
+        return self._mean_and_norm[1].view(self.shape)
+
+    @cached_property
+    def _mean_and_norm(self) -> tuple[Tensor, Tensor]:
+        return mean_and_norm(self.coefficients, self.curves, self.prior, *self.evidence)
 
     @property
     def log_probs(self) -> Tensor:
         values, z, signal, precision = self.evidence
         logits = self.coefficients @ self.curves + self.prior
         logits = logits + _evidence(z[..., None], values, signal, precision)
-        return logits.log_softmax(-1).reshape(*self.norm.shape, -1)
+        return logits.log_softmax(-1).reshape(*self.shape, -1)
 
     def log_prob(self, x: Tensor) -> Tensor:
         x = x.flatten(1).long()
@@ -278,8 +300,7 @@ class LevelLogits(Logits):
         prior = self.log_prior.to(z).reshape(-1, self.count)
         flat = output.reshape(len(z), -1, len(curves))
         evidence = values, z.flatten(1), signal.to(z), precision.to(z)
-        mean, norm = mean_and_norm(flat, curves, prior, *evidence)
-        return LevelFamily(mean.view_as(z), norm.view_as(z), flat, curves, prior, evidence)
+        return LevelFamily(flat, curves, prior, evidence, z.shape)
 
 
 class LevelCurves(LevelLogits):

@@ -36,12 +36,13 @@ def compress(
     out
         A .nlb file that does not exist.
     steps
-        Of the bound that is coded, T: more make a smaller file, and take longer.
+        Of the bound that is coded, T: more make a smaller file, and take longer. Text is shortest
+        with one for each symbol of a chunk.
     grid
         The times of the steps: best for this run, or uniform.
     effort
-        Code each example in this many ways and keep the shortest: the file falls below the bound,
-        at so many times the work here and none for decompress.
+        K: search for the ways to code the examples that make the file short, below the bound. Each
+        is coded in 4 ways after each of the K shortest beginnings; decompress does not search.
     block
         About how many examples are independent of all others.
     verify
@@ -54,6 +55,7 @@ def compress(
     from nelbo._processes import together
     from nelbo.checkpoint import load
     from nelbo.codec.blocks import nothing
+    from nelbo.codec.direct import one_by_one
     from nelbo.codec.files import compress_file
     from nelbo.model import find_device
 
@@ -64,7 +66,8 @@ def compress(
             loaded,
             data,
             out,
-            lambda run: grid_of(run, steps, grid),
+            # with a call for each symbol the times do not matter, and the best take long to find
+            lambda run: grid_of(run, steps, "uniform" if one_by_one(run.model, steps) else grid),
             effort=effort,
             block=block,
             precision=precision,

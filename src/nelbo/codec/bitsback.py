@@ -16,10 +16,10 @@ The sum is log q(z|x)/P(x,z), whose mean is -ELBO. `pop` is the same backwards.
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from nelbo.codec.example import ExampleCode, known_numbers
-from nelbo.codec.laws import Law, law
-from nelbo.codec.stack import Stack
+from nelbo.codec.laws import Bits, GridNormal, Law, law
 from nelbo.estimate import Grid
 from nelbo.model import Model
 from nelbo.process import Absorbing, Gaussian, Process
@@ -41,8 +41,9 @@ class BitsBack(ExampleCode):
     def __init__(self, model: Model, grid: Grid) -> None:
         self.model, self.times = model, grid.times.to(model.device)
         self.widths = [_widths(model, *around) for around in _neighbours(self.times)]
+        self.moves = [self._move(i) for i in range(len(self.times))]
 
-    def push(self, stack: Stack, x: np.ndarray, place: int = 0) -> None:
+    def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
         """Put a batch of examples, (B, *shape) int64, on the stack; T network calls."""
         n = self._first(x).pop(stack)
         self._decoder(n).push(stack, x)
@@ -51,7 +52,7 @@ class BitsBack(ExampleCode):
             self._reverse(n, i).push(stack, before)
         self._prior(len(x)).push(stack, n)
 
-    def pop(self, stack: Stack, count: int, place: int = 0) -> np.ndarray:
+    def pop(self, stack: Bits, count: int, place: int = 0) -> np.ndarray:
         """Take a batch of `count` examples from the stack, (B, *shape) int64."""
         n = self._prior(count).pop(stack)
         for i in reversed(range(1, len(self.times))):
@@ -87,9 +88,23 @@ class BitsBack(ExampleCode):
 
     def _transition(self, n: np.ndarray, i: int) -> Law:
         """q(z_t|z_s) for s, t = t_i, t_{i+1} and z_s of n."""
+        if move := self.moves[i]:
+            factor, sd = move
+            return GridNormal(n * factor, sd, far=False)
         s, t = self._at(i - 1, len(n)), self._at(i, len(n))
         q = self.model.process.transition(self._z(n, i - 1), s, t)
         return law(q, self.widths[i], far=False)
+
+    def _move(self, i: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """What a Gaussian q(z_t|z_s) multiplies z_s by, and its standard deviation, in bins,
+        (*shape) each: the same for all z_s, so that they are asked for once."""
+        if not i or not isinstance(self.model.process, Gaussian):
+            return None
+        z = torch.ones(1, *self.model.shape, dtype=torch.float64, device=self.model.device)
+        q = self.model.process.transition(z, self._at(i - 1, 1), self._at(i, 1)).base_dist
+        assert isinstance(q, Normal)
+        factor, sd = q.loc * self.widths[i - 1] / self.widths[i], q.scale / self.widths[i]
+        return factor[0].cpu().numpy(), sd[0].cpu().numpy()
 
     def _reverse(self, n: np.ndarray, i: int) -> Law:
         """P(z_s|z_t) for s, t = t_i, t_{i+1} and z_t of n."""

@@ -6,9 +6,8 @@ What a code with bits back borrows before it pays is the price of a file's start
             example of the model
     ramp    then batches that grow with the bits on the stack, their sizes powers of two
 
-and only what is still missing is put under the stack. With `effort` K every example is coded in K
-ways, which differ by a number that is pushed before it, and the shortest is kept: of K draws of z
-the one of the largest weight, less log K.
+and only what is still missing is put under the stack. With effort (`search`) there is no ramp:
+the examples go one by one, each after the number that makes the block short.
 """
 
 import contextlib
@@ -22,11 +21,12 @@ import numpy as np
 
 from nelbo.codec.errors import Damaged
 from nelbo.codec.example import ExampleCode, Static
+from nelbo.codec.search import best_ways, pop_way, push_way
 from nelbo.codec.stack import START, WORD, Bottom, Stack, constriction
 
 MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels alike, xz
 BATCH = 32  # examples of a network call, at most
-SPARE = 1.05  # of what an example is expected to need
+SPARE = 1.02  # of what an example is expected to need
 FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}]
 Done = Callable[[int], None]  # is told how many examples are finished
 
@@ -72,7 +72,7 @@ class Codes:
         name: of the model and its steps, for the words under the stack.
         shape: of one example.
         levels: each dimension has at most so many.
-        effort: ways to code each example.
+        effort: of the coder, see `search`; of a code that borrows nothing, orders of symbols.
         batch: examples of a network call, at most.
     """
 
@@ -135,10 +135,16 @@ def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tupl
         codes.static.push(stack, x[seeds : seeds + 1])
         seeds += 1
     done(seeds)
-    at = seeds
+    if codes.effort > 1:
+        ways = best_ways(code, stack, x[seeds:], codes.effort, codes.batch, done)
+        for i, way in enumerate(ways, seeds):
+            push_way(stack, np.array([way]))
+            code.push(stack, x[i : i + 1])
+        sizes = [1] * len(ways)
+    at = seeds + len(sizes)
     while at < len(x):
         size = _size(stack.bits / need, len(x) - at, codes.batch)
-        stack = _shortest(code, stack, x[at : at + size], codes.effort)
+        code.push(stack, x[at : at + size])
         at += size
         sizes.append(size)
         done(size)
@@ -175,20 +181,6 @@ def _size(fit: float, left: int, most: int) -> int:
     return 1 << (max(1, int(min(fit, left, most))).bit_length() - 1)
 
 
-def _shortest(code: ExampleCode, stack: Stack, x: np.ndarray, effort: int) -> Stack:
-    """The stack with x on it after the number, of `effort`, with which it is the shortest."""
-    if effort == 1:
-        code.push(stack, x)
-        return stack
-    tries = []
-    for nonce in range(effort):
-        one = stack.copy()
-        one.push(np.array([nonce]), constriction().stream.model.Uniform(effort))
-        code.push(one, x)
-        tries.append(one)
-    return min(tries, key=lambda one: one.bits)
-
-
 def _decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
     if block.mode == PACKED:
         return _unpack(codes, block)
@@ -220,7 +212,7 @@ def _unstack(codes: Codes, block: Block, stack: Stack, done: Done) -> np.ndarray
         at -= size
         parts.append(code.pop(stack, size, block.first + at))
         if code.borrows and codes.effort > 1:
-            stack.pop(constriction().stream.model.Uniform(codes.effort), count=1)
+            pop_way(stack)
         done(size)
     parts += [codes.static.pop(stack, 1) for _ in range(block.seeds)]
     done(block.seeds)

@@ -30,6 +30,7 @@ from nelbo.likelihood import Categorical, LevelHead
 from nelbo.model import Model, measuring, model_hash
 from nelbo.process import Absorbing, Gaussian, Levels, Process
 from nelbo.product import Product, ProductDecoder
+from nelbo.schedules import Schedule
 
 
 def coder_answer() -> int:
@@ -58,8 +59,8 @@ class Codec:
         self.settings = settings
         self.model = copy.deepcopy(model)
         self.model.network.to(PRECISIONS[settings.precision])
+        _remember(self.model)
         most = min(settings.batch, self.model.rows)
-        alone = settings.effort > 1 and not isinstance(model.process, Absorbing)
         times, effort = pack_times(settings.grid), settings.effort
         # it names the words under a stack and the orders of symbols: part of the format
         self.name = f"{self.hash}, {times}, {settings.precision}, {effort}"
@@ -71,7 +72,7 @@ class Codec:
                 self.model.shape,
                 self.levels,
                 settings.effort,
-                1 if alone else 1 << (most.bit_length() - 1),
+                1 << (most.bit_length() - 1),
             )
 
     def _example_code(self, nonce: int) -> ExampleCode:
@@ -174,6 +175,31 @@ def _noise(process: Process, shape: tuple[int, ...]) -> Tensor:
         return torch.cat([_noise(part, (size,)) for part, size in pairs])
     nothing = process.mask if isinstance(process, Absorbing) else 0
     return torch.full(shape, nothing, dtype=torch.float64)
+
+
+class _Remembered(Schedule):
+    """A schedule that is asked for the same few times again and again, one at each call."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule, self.start = schedule, schedule.start
+        self.known: dict[float, Tensor] = {}
+
+    def forward(self, t: Tensor) -> Tensor:
+        if t.numel() != 1 and t.stride() != (0,):
+            return self.schedule(t)
+        first = t.flatten()[:1]
+        key = first.item()
+        if key not in self.known:
+            self.known[key] = self.schedule(first)[0]
+        return self.known[key].expand(t.shape)
+
+
+def _remember(model: Model) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Schedule):
+                setattr(module, name, _Remembered(child))
 
 
 @contextmanager

@@ -129,13 +129,13 @@ def decompress(
     """
     raw, extra, at = container.read_prefix(data)
     header = Header.from_dict(raw)
-    if header.examples < 0:
-        raise Damaged(f"the file holds {header.examples} examples")
-    _limits.check_memory(header.examples, f"the {header.examples} examples that the file claims")
     # all that needs no network comes first
     blocks = list(container.find_blocks(data, at) if salvage else container.read_blocks(data, at))
     if not salvage:
         _check_order(blocks, header.examples)
+    if header.examples < 0:
+        raise Damaged(f"the file holds {header.examples} examples")
+    _limits.check_memory(header.examples, f"the {header.examples} examples that the file claims")
     codec = _codec_of(header, model)
 
     def one(i: int) -> np.ndarray | None:

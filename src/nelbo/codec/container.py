@@ -156,7 +156,7 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
     if len(data) < end + 4:
         raise Damaged(f"the block {place} is cut")
     if _CRC.unpack_from(data, end)[0] != zlib.crc32(data[at + 4 : end]):
-        raise Damaged(f"the block {place} is damaged")
+        raise Damaged(f"the block {place} is damaged; get a whole copy, or try --salvage")
     if length < _BLOCK.size:
         raise Damaged(f"the block {place} is too short")
     first, count, mode, nonce, runs, borrowed, seeds, check = _BLOCK.unpack_from(data, at + 8)

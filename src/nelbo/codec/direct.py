@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from nelbo.codec.example import ExampleCode, known_numbers
-from nelbo.codec.laws import Symbols
-from nelbo.codec.stack import Stack
+from nelbo.codec.laws import Bits, Symbols
 from nelbo.estimate import Grid
 from nelbo.model import Model
 from nelbo.process import Absorbing
@@ -40,7 +39,7 @@ class Direct(ExampleCode):
         self.model, self.mask, self.seed = model, model.process.mask, seed
         self.groups = list(pairwise([*shown, model.dims]))
 
-    def push(self, stack: Stack, x: np.ndarray, place: int = 0) -> None:
+    def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
         order, flat = self._orders(len(x), place), x.reshape(len(x), -1)
         z = np.full_like(flat, self.mask)
         laws = []
@@ -52,7 +51,7 @@ class Direct(ExampleCode):
         for law, symbols in reversed(laws):
             law.push(stack, symbols)
 
-    def pop(self, stack: Stack, count: int, place: int = 0) -> np.ndarray:
+    def pop(self, stack: Bits, count: int, place: int = 0) -> np.ndarray:
         order = self._orders(count, place)
         z = np.full((count, self.model.dims), self.mask, np.int64)
         for first, last in self.groups:
@@ -84,8 +83,16 @@ class Direct(ExampleCode):
         return np.frombuffer(stream, "<u8").argsort(kind="stable")
 
 
+def one_by_one(model: Model, steps: int) -> bool:
+    """Whether each symbol has a network call of its own."""
+    return isinstance(model.process, Absorbing) and steps >= model.dims
+
+
 def shown_at(model: Model, grid: Grid) -> list[int]:
-    """c_t for the times of a grid, from the last, none of them twice; 0 is the first."""
+    """c_t for the times of a grid, from the last, none of them twice; 0 is the first. As many
+    times as symbols give each a call of its own, wherever the times are."""
+    if one_by_one(model, len(grid.times)):
+        return list(range(model.dims))
     alpha = model.process.alpha(grid.times.flip(0).to(model.device))
     counts = (alpha * model.dims).round().long().clamp(max=model.dims - 1).tolist()
     return sorted({0, *counts})

@@ -5,8 +5,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from nelbo.codec.laws import Law
-from nelbo.codec.stack import Stack
+from nelbo.codec.laws import Bits, Law
 
 
 class ExampleCode(ABC):
@@ -19,11 +18,11 @@ class ExampleCode(ABC):
     borrows: bool
 
     @abstractmethod
-    def push(self, stack: Stack, x: np.ndarray, place: int = 0) -> None:
+    def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
         """Put examples x, (B, *shape) int64, on the stack; the first is the place-th of all."""
 
     @abstractmethod
-    def pop(self, stack: Stack, count: int, place: int = 0) -> np.ndarray:
+    def pop(self, stack: Bits, count: int, place: int = 0) -> np.ndarray:
         """Take a batch of `count` examples from the stack, (B, *shape) int64."""
 
     @abstractmethod
@@ -43,11 +42,11 @@ class Static(ExampleCode):
     def __init__(self, law: Law) -> None:
         self.law = law
 
-    def push(self, stack: Stack, x: np.ndarray, place: int = 0) -> None:
+    def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
         for i in range(len(x)):
             self.law.put(stack, x[i : i + 1])
 
-    def pop(self, stack: Stack, count: int, place: int = 0) -> np.ndarray:
+    def pop(self, stack: Bits, count: int, place: int = 0) -> np.ndarray:
         return np.concatenate([self.law.take(stack) for _ in range(count)][::-1])
 
     def answers(self, count: int) -> list[np.ndarray]:

@@ -57,7 +57,7 @@ def compress_file(
         source: see `contents.read`.
         out: a .nlb file that does not exist.
         times: the grid to code with; asked for once all else is known to be right.
-        effort: ways to code each example, the shortest kept.
+        effort: how far to search for a short file; see `Settings`.
         block: about how many examples are independent of all others.
         precision: of the network.
         verify: decode before writing.

@@ -22,7 +22,8 @@ class Settings:
         grid: times of the bound that is coded, as `Grid` takes them.
         precision: of the network, "float64" or "float32"; the latter decodes on the same
             machine and versions only.
-        effort: ways in which each example is coded, the shortest kept; 1 to 255.
+        effort: K, 1 to 255: a search keeps the K shortest stacks and continues each in 4 ways
+            (`search`), 1 for none; of an absorbing model, K orders of the symbols of a block.
         batch: examples of a network call, at most; a power of two up to 256.
 
     Raises:
@@ -56,7 +57,7 @@ class Header:
         weights: which these are, for the record.
         steps: the times of the grid as `pack_times` has them.
         precision: of the network.
-        effort: ways in which each example was coded.
+        effort: of the coder; more than 1 if a number stands before each example.
         batch: examples of a network call, at most.
         device: type of the device that coded.
         versions: of what coded.

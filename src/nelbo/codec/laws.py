@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from nelbo._distributions import Discrete, DiscretisedNormal, Joint, LevelMixture
-from nelbo.codec.stack import PRECISION, Stack, constriction
+from nelbo.codec.stack import PRECISION, SideBySide, Stack, constriction
 
 FINE = 64  # parts of a bin to which a mean is rounded
 SCALE = 1024  # parts of a bin to which a standard deviation is rounded
@@ -34,10 +34,12 @@ REACH = 9  # standard deviations of the bins that are a symbol of their own
 FAR = 22  # bits for what lies beyond
 PARTS = 1024  # of a nat, to which log-probabilities are rounded
 LEAST = 18  # nats at which a probability has the least weight
-#: weights by log-probability from -LEAST to 0
-WEIGHTS = np.maximum(
-    1, np.rint(np.exp(np.arange(-LEAST * PARTS, 1) / PARTS) * (1 << PRECISION))
+#: weights by log-probability, 0 and then -LEAST to the one below 0: at its own index
+WEIGHTS = np.roll(
+    np.maximum(1, np.rint(np.exp(np.arange(-LEAST * PARTS, 1) / PARTS) * (1 << PRECISION))), 1
 ).astype(np.float32)
+
+Bits = Stack | SideBySide
 
 
 class Law(ABC):
@@ -48,21 +50,21 @@ class Law(ABC):
         """-log of the probability of n, or for a grid of its density times d; the sum."""
 
     @abstractmethod
-    def put(self, stack: Stack, n: np.ndarray) -> None: ...
+    def put(self, stack: Bits, n: np.ndarray) -> None: ...
 
     @abstractmethod
-    def take(self, stack: Stack) -> np.ndarray: ...
+    def take(self, stack: Bits) -> np.ndarray: ...
 
-    def push(self, stack: Stack, n: np.ndarray) -> None:
+    def push(self, stack: Bits, n: np.ndarray) -> None:
         """Put n on the stack."""
         self.put(stack, n)
-        if stack.counts:
+        if isinstance(stack, Stack) and stack.counts:
             stack.ideal += self.nats(n)
 
-    def pop(self, stack: Stack) -> np.ndarray:
+    def pop(self, stack: Bits) -> np.ndarray:
         """Take n from the stack, int64."""
         n = self.take(stack)
-        if stack.counts:
+        if isinstance(stack, Stack) and stack.counts:
             stack.ideal -= self.nats(n)
         return n
 
@@ -82,12 +84,13 @@ class GridNormal(Law):
     """
 
     def __init__(self, mean: np.ndarray, sd: np.ndarray, far: bool = True) -> None:
-        self.mean, self.sd, self.far = finite(mean), np.broadcast_to(finite(sd), mean.shape), far
+        self.mean, self.far = finite(mean), far
         self.fine = np.rint(self.mean * FINE).astype(np.int64)
-        narrow = np.sqrt(np.maximum(self.sd**2 - 1 / 12, 1 / 16))
-        self.scale = np.rint(narrow * SCALE).astype(np.int64)
+        narrow = np.sqrt(np.maximum(finite(sd) ** 2 - 1 / 12, 1 / 16))
+        scale = np.rint(narrow * SCALE).astype(np.int64)
+        self.sd, self.scale = np.broadcast_to(sd, mean.shape), np.broadcast_to(scale, mean.shape)
         self.middle = (self.fine + FINE // 2) // FINE
-        self.reach = math.ceil(REACH * int(self.scale.max(initial=SCALE)) / SCALE) + 1
+        self.reach = math.ceil(REACH * int(scale.max(initial=SCALE)) / SCALE) + 1
 
     def nats(self, n: np.ndarray) -> float:
         u = (n - self.mean) / self.sd
@@ -96,23 +99,19 @@ class GridNormal(Law):
     def integers(self) -> list[np.ndarray]:
         return [self.fine, self.scale]
 
-    def put(self, stack: Stack, n: np.ndarray) -> None:
+    def put(self, stack: Bits, n: np.ndarray) -> None:
         away = (n - self.middle).ravel()
         symbols = away.clip(-self.reach, self.reach)
         if self.far:
-            beyond = np.abs(away) >= self.reach
-            rest = np.abs(away[beyond]) - self.reach
-            if len(rest):
-                stack.push(rest, constriction().stream.model.Uniform(1 << FAR))
+            rest = np.abs(away) - self.reach
+            stack.push_some(rest, rest >= 0, constriction().stream.model.Uniform(1 << FAR))
         stack.push(symbols, *self._model())
 
-    def take(self, stack: Stack) -> np.ndarray:
+    def take(self, stack: Bits) -> np.ndarray:
         away = stack.pop(*self._model()).astype(np.int64)
-        beyond = np.abs(away) >= self.reach
-        if self.far and beyond.any():
+        if self.far:
             uniform = constriction().stream.model.Uniform(1 << FAR)
-            rest = stack.pop(uniform, count=int(beyond.sum())).astype(np.int64)
-            away[beyond] += np.sign(away[beyond]) * rest
+            away += np.sign(away) * stack.pop_some(np.abs(away) >= self.reach, uniform)
         return away.reshape(self.middle.shape) + self.middle
 
     def _model(self) -> tuple[object, np.ndarray, np.ndarray]:
@@ -135,12 +134,12 @@ class Symbols(Law):
         return -float(np.take_along_axis(self.log_probs, n[..., None], -1).sum())
 
     def integers(self) -> list[np.ndarray]:
-        return [self.rounded]
+        return [self.rounded.astype(np.int64)]
 
-    def put(self, stack: Stack, n: np.ndarray) -> None:
+    def put(self, stack: Bits, n: np.ndarray) -> None:
         put_symbols(stack, n, self.rounded)
 
-    def take(self, stack: Stack) -> np.ndarray:
+    def take(self, stack: Bits) -> np.ndarray:
         return take_symbols(stack, self.rounded)
 
 
@@ -150,32 +149,33 @@ class GridMixture(Law):
     Args:
         log_probs: log p_k, shape (B, ..., K).
         mean: shape (B, ..., K).
-        sd: broadcastable to (B, ..., K), the same for all k.
+        sd: shape (B, ..., 1).
     """
 
     def __init__(self, log_probs: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> None:
         self.log_probs, self.mean, self.sd = log_probs, finite(mean), finite(sd)
         self.rounded = rounded(log_probs)
-        self.fine = np.rint(self.mean * FINE).astype(np.int64)
+        self.fine = self.mean * FINE
+        np.rint(self.fine, out=self.fine)
 
     def nats(self, n: np.ndarray) -> float:
-        u = (n[..., None] - self.mean) / self.sd
-        log_density = self.log_probs - u * u / 2
+        log_density = _log_density(n, self.log_probs, self.mean, self.sd)
         top = log_density.max(-1, keepdims=True)
-        total = top[..., 0] + np.log(np.exp(log_density - top).sum(-1))
-        each = np.broadcast_to(np.log(self.sd)[..., 0], n.shape)
+        log_density -= top
+        total = top[..., 0] + np.log(np.exp(log_density, out=log_density).sum(-1))
+        each = np.log(self.sd)[..., 0]
         return float((each - total).sum() + n.size * math.log(2 * math.pi) / 2)
 
     def integers(self) -> list[np.ndarray]:
-        return [self.rounded, self.fine]
+        return [self.rounded.astype(np.int64), self.fine.astype(np.int64)]
 
-    def put(self, stack: Stack, n: np.ndarray) -> None:
+    def put(self, stack: Bits, n: np.ndarray) -> None:
         posterior = self._posterior(n)
         k = take_symbols(stack, posterior)
         self._component(k).put(stack, n)
         put_symbols(stack, k, self.rounded)
 
-    def take(self, stack: Stack) -> np.ndarray:
+    def take(self, stack: Bits) -> np.ndarray:
         k = take_symbols(stack, self.rounded)
         n = self._component(k).take(stack)
         put_symbols(stack, k, self._posterior(n))
@@ -187,9 +187,22 @@ class GridMixture(Law):
 
     def _posterior(self, n: np.ndarray) -> np.ndarray:
         """P(k|n), rounded, made of rounded numbers only."""
-        u = (n[..., None] - self.fine / FINE) / (np.rint(self.sd * SCALE) / SCALE)
-        log_probs = self.rounded / PARTS - u * u / 2
-        return rounded(log_probs - log_probs.max(-1, keepdims=True))
+        sd = np.rint(self.sd * SCALE) / SCALE
+        log_probs = _log_density(n, self.rounded / PARTS, self.fine / FINE, sd)
+        log_probs -= log_probs.max(-1, keepdims=True)
+        return rounded(log_probs)
+
+
+def _log_density(
+    n: np.ndarray, log_probs: np.ndarray, mean: np.ndarray, sd: np.ndarray
+) -> np.ndarray:
+    """log p_k - (n - m_k)²/2σ², shape (B, ..., K)."""
+    u = n[..., None] - mean
+    u /= sd
+    u *= u
+    u /= -2
+    u += log_probs
+    return u
 
 
 class Groups(Law):
@@ -204,11 +217,11 @@ class Groups(Law):
     def integers(self) -> list[np.ndarray]:
         return [numbers for part in self.parts for numbers in part.integers()]
 
-    def put(self, stack: Stack, n: np.ndarray) -> None:
+    def put(self, stack: Bits, n: np.ndarray) -> None:
         for part, v in reversed(self._of(n)):
             part.put(stack, v)
 
-    def take(self, stack: Stack) -> np.ndarray:
+    def take(self, stack: Bits) -> np.ndarray:
         return np.concatenate([part.take(stack) for part in self.parts], 1)
 
     def _of(self, n: np.ndarray) -> list[tuple[Law, np.ndarray]]:
@@ -235,7 +248,10 @@ def law(distribution: Distribution, width: Tensor, far: bool = True) -> Law:
         normal = cast(Normal, base.component_distribution)
         wide = width[..., None]
         log_probs = base.mixture_distribution.logits
-        return GridMixture(_np(log_probs), _np(normal.loc / wide), _np(normal.scale / wide))
+        # one standard deviation for all components
+        return GridMixture(
+            _np(log_probs), _np(normal.loc / wide), _np(normal.scale[..., :1] / wide)
+        )
     if isinstance(base, Normal):
         return GridNormal(_np(base.loc / width), _np(base.scale / width), far)
     if isinstance(base, Discrete):
@@ -248,16 +264,18 @@ def law(distribution: Distribution, width: Tensor, far: bool = True) -> Law:
 
 
 def rounded(log_probs: np.ndarray) -> np.ndarray:
-    """Log-probabilities in parts of a nat, int64; all too small ones alike."""
-    return np.rint(finite(log_probs, infinite=True).clip(-LEAST, 0) * PARTS).astype(np.int64)
+    """Log-probabilities in parts of a nat, whole numbers; all too small ones alike."""
+    parts = finite(log_probs, infinite=True).clip(-LEAST, 0)
+    parts *= PARTS
+    return np.rint(parts, out=parts)
 
 
-def put_symbols(stack: Stack, k: np.ndarray, log_probs: np.ndarray) -> None:
+def put_symbols(stack: Bits, k: np.ndarray, log_probs: np.ndarray) -> None:
     """Push symbols k, (...), of rounded log-probabilities (..., K)."""
     stack.push(k.ravel(), *_categorical(log_probs))
 
 
-def take_symbols(stack: Stack, log_probs: np.ndarray) -> np.ndarray:
+def take_symbols(stack: Bits, log_probs: np.ndarray) -> np.ndarray:
     """Pop symbols, (...) int64, of rounded log-probabilities (..., K)."""
     k = stack.pop(*_categorical(log_probs))
     return k.astype(np.int64).reshape(log_probs.shape[:-1])
@@ -278,7 +296,8 @@ def finite(v: np.ndarray, infinite: bool = False) -> np.ndarray:
 
 
 def _categorical(log_probs: np.ndarray) -> tuple[object, np.ndarray]:
-    weights = WEIGHTS[log_probs.reshape(-1, log_probs.shape[-1]) + LEAST * PARTS]
+    places = log_probs.astype(np.intp).reshape(-1, log_probs.shape[-1])
+    weights = WEIGHTS[places]  # from the end, where the log-probability is negative
     return constriction().stream.model.Categorical(perfect=False, lazy=False), weights
 
 

@@ -24,7 +24,7 @@ from nelbo.codec.errors import Damaged
 WORD = 32  # bits
 PRECISION = 24  # bits of a probability
 START = 2  # words without which the coder's state is too small for words to go under it
-EXTEND = 8  # words that go under at a time
+EXTEND = 16  # a part of so many of what lies under goes there at a time, a word at least
 
 
 def constriction() -> ModuleType:
@@ -94,8 +94,13 @@ class Stack:
     @property
     def bits(self) -> float:
         """What is on the stack, in bits, without the borrowed ones; not rounded to words."""
+        return self.length - WORD * self.borrowed
+
+    @property
+    def length(self) -> float:
+        """What it would be in a file, in bits, not rounded to words."""
         words, state = self.coder.pos()
-        return WORD * (words - self.borrowed) + (math.log2(state) if state else 0.0)
+        return WORD * words + (math.log2(state) if state else 0.0)
 
     def copy(self) -> "Stack":
         """The same bits on a stack of its own."""
@@ -117,10 +122,12 @@ class Stack:
     def pop(self, law: object, *parameters: np.ndarray, count: int | None = None) -> np.ndarray:
         """Take symbols from the stack, (N,) int32; `count` for a law without parameters."""
         arguments = (law, *parameters) if count is None else (law, count)
+        most = PRECISION * (len(parameters[0]) if count is None else count)
         while True:
-            before = self.coder.clone()
+            enough = self.coder.num_valid_bits() >= self.floor + most
+            before = self.coder if enough else self.coder.clone()
             symbols: np.ndarray = _call(self.coder.decode, *arguments)
-            if self.coder.num_valid_bits() >= self.floor:
+            if enough or self.coder.num_valid_bits() >= self.floor:
                 self.least = min(self.least, self.bits)
                 return symbols
             if self.bottom is None:
@@ -128,13 +135,56 @@ class Stack:
             self.coder = before
             self._borrow()
 
+    def push_some(self, symbols: np.ndarray, which: np.ndarray, law: object) -> None:
+        """Put those of the symbols, (N,), that are chosen by which, (N,) bool, on the stack."""
+        if which.any():
+            self.push(symbols[which], law)
+
+    def pop_some(self, which: np.ndarray, law: object) -> np.ndarray:
+        """Take what `push_some` put, in its places, (N,) int64; zero elsewhere."""
+        symbols = np.zeros(len(which), np.int64)
+        if which.any():
+            symbols[which] = self.pop(law, count=int(which.sum()))
+        return symbols
+
     def _borrow(self) -> None:
         """Put more of the known words under the stack."""
         assert self.bottom is not None
-        more = self.borrowed + EXTEND
-        under = self.bottom.words(more)[:EXTEND]
+        more = self.borrowed + max(1, self.borrowed // EXTEND)
+        under = self.bottom.words(more)[: more - self.borrowed]
         self.borrowed = more
         self.coder = self.coder_type(np.concatenate([under, self.words()]))
+
+
+class SideBySide:
+    """Stacks that each take an equal part of what is pushed and popped: rows of one batch.
+
+    Args:
+        stacks: of which `push` and `pop` are those of one that is wide.
+    """
+
+    def __init__(self, stacks: list[Stack]) -> None:
+        self.stacks = stacks
+
+    def push(self, symbols: np.ndarray, law: object, *parameters: np.ndarray) -> None:
+        for one, part, *each in zip(self.stacks, *self._rows(symbols, *parameters), strict=True):
+            one.push(part, law, *each)
+
+    def pop(self, law: object, *parameters: np.ndarray) -> np.ndarray:
+        parts = zip(self.stacks, *self._rows(*parameters), strict=True)
+        return np.concatenate([one.pop(law, *each) for one, *each in parts])
+
+    def push_some(self, symbols: np.ndarray, which: np.ndarray, law: object) -> None:
+        for one, *each in zip(self.stacks, *self._rows(symbols, which), strict=True):
+            one.push_some(*each, law)
+
+    def pop_some(self, which: np.ndarray, law: object) -> np.ndarray:
+        parts = zip(self.stacks, *self._rows(which), strict=True)
+        return np.concatenate([one.pop_some(*each, law) for one, *each in parts])
+
+    def _rows(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Each array by stack."""
+        return [v.reshape(len(self.stacks), -1, *v.shape[1:]) for v in arrays]
 
 
 def _call(method: object, *arguments: object) -> np.ndarray:
