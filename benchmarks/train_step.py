@@ -42,7 +42,7 @@ def bare_step(learner: Learner) -> Callable[[], None]:
         shape = (-1, 1, 1, 1)
         signal, sigma = alpha.sqrt().reshape(shape), noise.sqrt().reshape(shape)
         z = signal * values[x] + sigma * torch.randn(x.shape)
-        logits = network(z, gamma, moved) + log_prior
+        logits = network(z, gamma, moved[:, None]) + log_prior
         evidence = -0.5 * ((z[..., None] - signal[..., None] * values) / sigma[..., None]) ** 2
         return logits + evidence, z
 
