@@ -96,6 +96,7 @@ def evaluate(
             raise ValueError(f"--save writes a .npz file; got {save}")
         check_writable(save)
     with together() as rank:
+        place = find_device(device)
         track = tracker("evaluate") if rank == 0 else iter
         if integrations.is_foreign(run):
             foreign = integrations.load(run, steps=steps)
@@ -109,8 +110,9 @@ def evaluate(
             loaded = load(run)
             weights, schema = loaded.weights, loaded.config.schema
             model, x, split = loaded.law(data, split)
+            loaded.model.to(place)  # a grid is measured there too
             times = None if steps is None else grid_of(loaded, steps, grid)
-        model.to(find_device(device))
+        model.to(place)
         find: Callable[..., Evaluation | Tighter]
         if ode:
             way = DEQUANTISERS[dequantise]

@@ -94,8 +94,8 @@ def sample(
                 "--impute completes a table into the .csv, .tsv, .parquet or .arrow file --out;"
                 " of the other options --steps, --grid, --seed and --particles go with it"
             )
-        times = grid_of(loaded, steps, grid)
         loaded.model.to(find_device(device))
+        times = grid_of(loaded, steps, grid)
         _complete_table(loaded, impute, out, times, particles, seed)
         return
     if particles is not None:
@@ -108,8 +108,10 @@ def sample(
         if guidance != 1 and rank == 0:
             say(f"guided {guidance:g} times: not draws of the model whose bound evaluate states")
         given = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
+        place = find_device(device)
+        loaded.model.to(place)  # a grid is measured there too
         times = grid_of(loaded, steps, grid)
-        model.to(find_device(device))
+        model.to(place)
         track = tracker("sample")
         if given is not None:
             x, known = given[0].expand(n, *model.shape), given[1]
