@@ -5,7 +5,8 @@
 RUN is a run on text (`nelbo train book.txt --out RUN`). The text is the first chunks of its test
 split, as a .txt file that goes through `nelbo compress RUN text.txt` and `nelbo decompress` in
 processes of their own and comes back to the byte. Each single example is a file of its own.
-`payload` is what the coder wrote and `file` all bytes. The any-order bound is that of continuous
+`payload` is what the coder wrote but for the word under its stack, the check of the data, which
+counts with header and frame; `file` is all bytes. The any-order bound is that of continuous
 time, a network call for each symbol; the bound of T calls is looser, for what shows at once costs
 its marginals. Bounds are of the very same examples, ± their Monte Carlo error; `its order` is the
 draw of the bound that the file's own order of symbols is, without that error.
@@ -23,6 +24,7 @@ from nelbo._numerics import LOG_2
 from nelbo.checkpoint import Run, load
 from nelbo.codec.coding import compress, decompress, describe
 from nelbo.codec.header import Settings
+from nelbo.codec.stack import WORD
 from nelbo.data.text import OTHER
 from nelbo.estimate import Continuum, Grid
 from nelbo.evaluate import evaluate
@@ -42,9 +44,10 @@ def text_of(run: Run, x: Tensor) -> bytes:
 
 
 def sizes(data: bytes) -> tuple[int, float, int]:
-    """Bits that the coder wrote, those that its order of symbols should cost, and bytes in all."""
+    """Bits of the symbols, those that their order should cost, and bytes in all."""
     header, blocks = describe(data)
-    return 8 * sum(len(block.payload) for block in blocks), header.ideal[0] / LOG_2, len(data)
+    payload = sum(8 * len(block.payload) - WORD * block.borrowed for block in blocks)
+    return payload, header.ideal[0] / LOG_2, len(data)
 
 
 def through_commands(run: Path, text: bytes, steps: int) -> bytes:
@@ -99,8 +102,8 @@ def main() -> None:
         ratio = total / some.numel() / bounds[1]
         print(
             f"T={steps} {len(some)} single examples: payload {ratio:.4f} times the any-order"
-            f" bound, {total / should:.4f} times its order; header and frame {min(frames)} to"
-            f" {max(frames)} bytes each"
+            f" bound, {total / should:.4f} times its order; header, frame and check {min(frames)}"
+            f" to {max(frames)} bytes each"
         )
 
 

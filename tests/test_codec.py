@@ -13,7 +13,7 @@ from nelbo._distributions import Discrete, LevelMixture
 from nelbo._numerics import seeded
 from nelbo.build import build
 from nelbo.codec import container, pictures
-from nelbo.codec.blocks import EVEN, MODEL, PACKED
+from nelbo.codec.blocks import EVEN, MODEL, PACKED, Codes, decode, encode, nothing
 from nelbo.codec.codec import Codec
 from nelbo.codec.coding import compress, decompress, describe
 from nelbo.codec.direct import shown_at
@@ -295,6 +295,21 @@ def test_unlike_data_come_back_and_cost_no_more_than_themselves():
     constant = torch.zeros(3000, 2, dtype=torch.long)
     data = there_and_back(known.model, constant, settings(1))
     assert len(data) < 500 and {b.mode for b in describe(data)[1]} == {PACKED}
+
+
+def test_many_levels_that_are_no_power_of_two_come_back_alike():
+    """Of levels alike the coder gives the last more than its share, so that it is cheaper."""
+
+    def none(nonce):
+        raise Damaged("a model that expects other data")
+
+    with seeded(0):
+        x = torch.randint(60_000, (2000, 1)).numpy()
+    x[::20] = 59_999
+    codes = Codes(none, None, "a name", (1,), 60_000)
+    block, _ = encode(codes, x, 0, nothing)
+    assert block.mode == EVEN and 8 * len(block.payload) < math.log2(60_000) * x.size
+    assert np.array_equal(decode(codes, block, nothing), x)
 
 
 def test_images_of_any_size_are_tiles():

@@ -5,6 +5,7 @@ import struct
 from dataclasses import replace
 
 import known_models
+import numpy as np
 import pytest
 import torch
 from test_codec import changed, settings, skewed
@@ -12,6 +13,7 @@ from test_codec import changed, settings, skewed
 from nelbo._numerics import seeded
 from nelbo.codec import container
 from nelbo.codec.blocks import EVEN, MODEL, PACKED
+from nelbo.codec.codec import Codec
 from nelbo.codec.coding import compress, decompress, describe
 from nelbo.codec.errors import CodecError, Damaged
 from nelbo.estimate import Grid
@@ -120,6 +122,25 @@ def test_damage_whose_checksums_were_mended(coded):
         assert not assert_exact_or_refused(bad, model, x) or packed
 
 
+def test_packed_data_are_checked_as_well(coded):
+    """A block of xz whose frame was mended, each bit flipped in turn."""
+    model, x, data = coded[2]
+    (block,), codec, silent = describe(data)[1], Codec(model, settings(1)), 0
+    for bit in range(8 * len(block.payload)):
+        bad = bytearray(block.payload)
+        bad[bit // 8] ^= 1 << bit % 8
+        try:
+            found = codec.decode_block(replace(block, payload=bytes(bad)))
+        except Damaged:
+            continue
+        assert np.array_equal(found, x.numpy())
+        silent += 1
+    assert silent < 30
+    for size in (0, 3, 4):
+        with pytest.raises(Damaged):
+            codec.decode_block(replace(block, payload=block.payload[:size]))
+
+
 def test_what_is_saved_of_damaged_files_is_right(coded):
     r = random.Random(2)
     saved = 0
@@ -145,6 +166,7 @@ def test_blocks_that_lie_are_refused_before_they_cost_memory(coded):
         replace(first, borrowed=10**9),
         replace(first, borrowed=first.borrowed + 1),
         replace(first, borrowed=0),
+        replace(first, borrowed=1),
         replace(first, mode=EVEN),
         replace(first, mode=PACKED),
         replace(first, mode=3),
@@ -188,7 +210,10 @@ def test_a_newer_version_and_what_is_no_file_of_ours(coded):
     model, _, data = coded[0]
     newer = bytearray(data)
     newer[8] = 99
-    with pytest.raises(CodecError, match="version 99 and this nelbo reads 1"):
+    with pytest.raises(CodecError, match="version 99 and this nelbo reads 2; try: pip"):
+        decompress(bytes(newer), model)
+    newer[8] = 1
+    with pytest.raises(CodecError, match="version 1 and this nelbo reads 2; restore it"):
         decompress(bytes(newer), model)
     for other in (
         b"",

@@ -6,13 +6,18 @@ What a code with bits back borrows before it pays is the price of a file's start
             example of the model
     ramp    then batches that grow with the bits on the stack, their sizes powers of two
 
-and only what is still missing is put under the stack. With effort (`search`) there is no ramp:
-the examples go one by one, each after the number that makes the block short.
+and only what is still missing is put under the stack. The words there follow from the name of the
+block and from its data, so that a stack that ends with other ones tells of wrong data: a check
+that costs nothing where they are borrowed, and one word of a direct code, whose first symbols
+would waste most of it otherwise. With effort (`search`) there is no ramp: the examples go one by
+one, each after the number that makes the block short.
 """
 
 import contextlib
+import hashlib
 import lzma
 import math
+import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +27,7 @@ import numpy as np
 from nelbo.codec.errors import Damaged
 from nelbo.codec.example import ExampleCode, Static
 from nelbo.codec.search import best_ways, pop_way, push_way
-from nelbo.codec.stack import START, WORD, Bottom, Stack, constriction
+from nelbo.codec.stack import CHECK, PRECISION, START, WORD, Bottom, Stack, constriction
 
 MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels alike, xz
 BATCH = 32  # examples of a network call, at most
@@ -47,7 +52,6 @@ class Block:
         borrowed: words put under the stack.
         seeds: examples that are coded by the static table.
         sizes: of the batches of the others, in the order of the data.
-        check: CRC-32 of the examples.
         payload: what is coded.
     """
 
@@ -58,7 +62,6 @@ class Block:
     borrowed: int
     seeds: int
     sizes: tuple[int, ...]
-    check: int
     payload: bytes
 
 
@@ -96,9 +99,8 @@ def encode(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, 
     """
     if x.min() < 0 or x.max() >= codes.levels:
         raise ValueError(f"values must be 0..{codes.levels - 1}; got {x.min()}..{x.max()}")
-    check = checksum(x)
-    even = Block(first, len(x), EVEN, 0, START, 0, (), check, _even(codes, x))
-    packed = Block(first, len(x), PACKED, 0, 0, 0, (), check, _pack(codes, x))
+    even = Block(first, len(x), EVEN, 0, CHECK, 0, (), _push_alike(codes, x, first))
+    packed = Block(first, len(x), PACKED, 0, 0, 0, (), _pack(codes, x))
     tries = [(even, 0.0), (packed, 0.0)]
     with contextlib.suppress(Damaged):  # of what is too far from all that the model expects
         if codes.model(0).borrows:
@@ -115,19 +117,28 @@ def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
     Raises:
         Damaged: they are not those that were encoded.
     """
-    x = _decode(codes, block, done)
-    if x.min(initial=0) < 0 or checksum(x) != block.check:
-        raise Damaged("the decoded data are not those that were encoded")
+    if block.mode == PACKED:
+        return _unpack(codes, block)
+    floor = WORD if block.borrowed >= START else WORD * CHECK - 1
+    stack = Stack(_words(block.payload), floor=floor, counts=False)
+    if block.mode == EVEN:
+        x = _pop_alike(codes, block, stack)
+    else:
+        x = _unstack(codes, block, stack, done)
+    bottom = _bottom(codes, block.first, x).words(block.borrowed)
+    if not np.array_equal(stack.words(), bottom):
+        raise Damaged("the stack of bits does not end as it began: the data are not those coded")
     return x
 
 
-def checksum(x: np.ndarray) -> int:
-    """CRC-32 of examples as little-endian 32-bit integers."""
-    return zlib.crc32(np.ascontiguousarray(x, "<i4").tobytes())
+def _bottom(codes: Codes, first: int, x: np.ndarray) -> Bottom:
+    """What lies under the stack of examples x, the first of them the first-th of all."""
+    data = hashlib.sha256(np.ascontiguousarray(x, "<i8").tobytes()).hexdigest()
+    return Bottom(f"{codes.name}, {first}, {data}")
 
 
 def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
-    code, bottom = codes.model(0), Bottom(f"{codes.name}, {first}")
+    code, bottom = codes.model(0), _bottom(codes, first, x)
     stack, sizes = Stack(bottom=bottom), []
     need = _need(code, x[:1], bottom)
     seeds = 0
@@ -149,24 +160,23 @@ def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tupl
         sizes.append(size)
         done(size)
     words = _bytes(stack.words())
-    check, shape = checksum(x), (stack.borrowed, seeds, tuple(sizes))
-    return Block(first, len(x), MODEL, 0, *shape, check, words), stack.ideal
+    shape = (stack.borrowed, seeds, tuple(sizes))
+    return Block(first, len(x), MODEL, 0, *shape, words), stack.ideal
 
 
 def _directly(
     codes: Codes, x: np.ndarray, first: int, nonce: int, done: Done
 ) -> tuple[Block, float]:
-    code, stack, sizes, at = codes.model(nonce), Stack(floor=0), [], 0
+    code, stack = codes.model(nonce), Stack(_bottom(codes, first, x).words(CHECK))
+    sizes, at = [], 0
     while at < len(x):
         size = _size(codes.batch, len(x) - at, codes.batch)
         code.push(stack, x[at : at + size], first + at)
-        if not len(stack.words()):  # a decoder takes an empty stack for the end of the words
-            return Block(first, len(x), MODEL, 0, 0, 0, (), 0, bytes(x.nbytes)), 0.0
         at += size
         sizes.append(size)
         done(size)
     words = _bytes(stack.words())
-    return Block(first, len(x), MODEL, nonce, 0, 0, tuple(sizes), checksum(x), words), stack.ideal
+    return Block(first, len(x), MODEL, nonce, CHECK, 0, tuple(sizes), words), stack.ideal
 
 
 def _need(code: ExampleCode, x: np.ndarray, bottom: Bottom) -> float:
@@ -181,34 +191,12 @@ def _size(fit: float, left: int, most: int) -> int:
     return 1 << (max(1, int(min(fit, left, most))).bit_length() - 1)
 
 
-def _decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
-    if block.mode == PACKED:
-        return _unpack(codes, block)
-    floor = WORD if block.borrowed else 0
-    stack = Stack(_words(block.payload), floor=floor, counts=False)
-    if block.mode == EVEN:
-        count = block.count * int(np.prod(codes.shape))
-        if 8 * len(block.payload) + 2 * WORD < count * math.log2(codes.levels):
-            raise Damaged("the coded words end before the data do")
-        uniform = constriction().stream.model.Uniform(codes.levels)
-        x = stack.pop(uniform, count=count).astype(np.int64).reshape(-1, *codes.shape)
-    else:
-        x = _unstack(codes, block, stack, done)
-    place = "" if block.mode == EVEN else f", {block.first}"
-    bottom = Bottom(codes.name + place).words(block.borrowed)
-    if not np.array_equal(stack.words(), bottom):
-        raise Damaged("the stack of bits does not end as it began")
-    return x
-
-
 def _unstack(codes: Codes, block: Block, stack: Stack, done: Done) -> np.ndarray:
     """What the model and the static table coded, the last batch first."""
     code, at, parts = codes.model(block.nonce), block.count, []
     if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):
         raise Damaged("a block says that it was coded in another way than its model does")
     for size in reversed(block.sizes):
-        if not stack.bits:
-            raise Damaged("the coded words end before the data do")
         at -= size
         parts.append(code.pop(stack, size, block.first + at))
         if code.borrows and codes.effort > 1:
@@ -219,23 +207,35 @@ def _unstack(codes: Codes, block: Block, stack: Stack, done: Done) -> np.ndarray
     return np.concatenate(parts[::-1])
 
 
-def _even(codes: Codes, x: np.ndarray) -> bytes:
+def _push_alike(codes: Codes, x: np.ndarray, first: int) -> bytes:
     """All levels alike."""
-    stack = Stack(bottom=Bottom(codes.name))
+    stack = Stack(_bottom(codes, first, x).words(CHECK))
     stack.push(x.ravel(), constriction().stream.model.Uniform(codes.levels))
     return _bytes(stack.words())
 
 
+def _pop_alike(codes: Codes, block: Block, stack: Stack) -> np.ndarray:
+    """What `_push_alike` coded."""
+    count = block.count * int(np.prod(codes.shape))
+    often = 2**PRECISION - (codes.levels - 1) * (2**PRECISION // codes.levels)  # the last level
+    if 8 * len(block.payload) < count * (PRECISION - math.log2(often)):
+        raise Damaged("the coded words end before the data do")
+    uniform = constriction().stream.model.Uniform(codes.levels)
+    return stack.pop(uniform, count=count).astype(np.int64).reshape(-1, *codes.shape)
+
+
 def _pack(codes: Codes, x: np.ndarray) -> bytes:
-    return pack(x.astype(_storage(codes)).tobytes())
+    """By xz, after a CRC-32 of the data."""
+    data = x.astype(_storage(codes)).tobytes()
+    return struct.pack("<I", zlib.crc32(data)) + pack(data)
 
 
 def _unpack(codes: Codes, block: Block) -> np.ndarray:
     dtype = _storage(codes)
     size = block.count * int(np.prod(codes.shape)) * dtype.itemsize
-    data = unpack(block.payload, size)
-    if len(data) != size:
-        raise Damaged("a packed block is shorter than its data")
+    data = unpack(block.payload[4:], size)
+    if len(data) != size or struct.pack("<I", zlib.crc32(data)) != block.payload[:4]:
+        raise Damaged("the unpacked data are not those that were packed")
     return np.frombuffer(data, dtype).astype(np.int64).reshape(-1, *codes.shape)
 
 

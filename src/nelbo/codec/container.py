@@ -10,9 +10,9 @@ r"""The file, extension .nlb; all numbers little-endian.
 
     for each block:
     BLK1, u32 length of what follows but its CRC
-    u32 first, u32 count, u8 mode, u8 nonce, u16 runs, u32 borrowed, u32 seeds, u32 CRC-32 of data
+    u32 first, u32 count, u8 mode, u8 nonce, u16 runs, u32 borrowed, u32 seeds
     runs times: u8 log2 size, u16 how many batches of that size follow each other
-    the coded words
+    the coded words, which hold the check of the data (blocks.py)
     u32 CRC-32 of the block since its length
 
     END1, u32 number of blocks, u32 CRC-32 of all before
@@ -32,15 +32,15 @@ from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block
 from nelbo.codec.errors import CodecError, Damaged
 
 MAGIC = b"\x93NLB\r\n\x1a\n"
-VERSION = 1
+VERSION = 2
 BLOCK, END = b"BLK1", b"END1"
 _PREFIX = struct.Struct("<8sBII")
-_BLOCK = struct.Struct("<IIBBHIII")
+_BLOCK = struct.Struct("<IIBBHII")
 _RUN = struct.Struct("<BH")
 _CRC = struct.Struct("<I")
 _LARGEST = 8  # log2 of a batch
 _MANY = 65535  # batches of a run, and examples of a block
-#: what a header of version 1 usually holds, so that it takes few bytes; part of the format
+#: what a header usually holds, so that it takes few bytes; part of the format
 _USUAL = (
     b'"kind":"text","kind":"image","kind":"images","names":[".png"],"sizes":[,"kind":"table",'
     b'"kind":"npy","dtype":"int64","dtype":"uint8","arrays":[["x_test","x","|u1",[],true]]}'
@@ -80,6 +80,11 @@ def read_prefix(data: bytes) -> tuple[dict[str, object], bytes, int]:
             f"the file has version {version} and this nelbo reads {VERSION}; try: pip install"
             " --upgrade nelbo"
         )
+    if version == 1:
+        raise CodecError(
+            f"the file has version 1 and this nelbo reads {VERSION}; restore it with the nelbo"
+            " that wrote it and compress the data again"
+        )
     at = _PREFIX.size + of_header + of_extra
     if version < 1 or len(data) < at + _CRC.size:
         raise Damaged("the file ends within its header; get a whole copy")
@@ -102,7 +107,6 @@ def write_block(block: Block) -> bytes:
         len(split),
         block.borrowed,
         block.seeds,
-        block.check,
     )
     body += b"".join(_RUN.pack(size.bit_length() - 1, n) for size, n in split) + block.payload
     framed = _CRC.pack(len(body)) + body
@@ -159,7 +163,7 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
         raise Damaged(f"the block {place} is damaged; get a whole copy, or try --salvage")
     if length < _BLOCK.size:
         raise Damaged(f"the block {place} is too short")
-    first, count, mode, nonce, runs, borrowed, seeds, check = _BLOCK.unpack_from(data, at + 8)
+    first, count, mode, nonce, runs, borrowed, seeds = _BLOCK.unpack_from(data, at + 8)
     start = at + 8 + _BLOCK.size
     payload = start + runs * _RUN.size
     if payload > end or mode not in (MODEL, EVEN, PACKED) or 32 * borrowed > 8 * length + 64:
@@ -171,9 +175,7 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
         sizes += [1 << log_size] * n
     if (mode == MODEL and sum(sizes) + seeds != count) or not 0 < count <= _MANY:
         raise Damaged(f"the block {place} has another number of examples than it says")
-    block = Block(
-        first, count, mode, nonce, borrowed, seeds, tuple(sizes), check, data[payload:end]
-    )
+    block = Block(first, count, mode, nonce, borrowed, seeds, tuple(sizes), data[payload:end])
     return block, end + 4
 
 

@@ -8,8 +8,8 @@ latents are drawn ("bits back"). Three things the coder would do in silence are 
     parameters that are not finite  refused
     a panic of the Rust code        becomes the error of damaged data
 
-The known stream is SHAKE-256 of the name of the block, so that a decoder that undoes everything
-ends with exactly those words: a check of the whole block that costs nothing.
+The known stream is SHAKE-256 of a name, of which the data are a part, so that a decoder that
+undoes everything ends with exactly those words: a check of the whole block that costs nothing.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from nelbo.codec.errors import Damaged
 WORD = 32  # bits
 PRECISION = 24  # bits of a probability
 START = 2  # words without which the coder's state is too small for words to go under it
+CHECK = 1  # words under a stack from which nothing is borrowed
 EXTEND = 16  # a part of so many of what lies under goes there at a time, a word at least
 
 
@@ -67,7 +68,7 @@ class Stack:
     Args:
         words: what lies on it, from the lowest; nothing where left out.
         bottom: an encoder's supply of further words; a decoder has none.
-        floor: bits below which nothing may be popped, 32 where words lie under the stack.
+        floor: bits below which nothing may be popped: 32 where words lie under the coder's state.
         counts: whether `ideal` is kept, which a decoder does not need.
     """
 
