@@ -123,6 +123,7 @@ class TrainConfig(Section):
     precision: Precision = "float32"
     compile: bool = False
     checkpoint_activations: bool = False
+    shard: bool = False
     deterministic: bool = False
     nonfinite: Nonfinite = "stop"
 

@@ -95,6 +95,9 @@ class TrainOptions:
     checkpoint_activations
         Keep of each block only what enters it and compute the rest again for the gradient: less
         memory, and the same gradient.
+    shard
+        Divide weights, gradients, moments and averages among the processes, for a network larger
+        than one device (docs/scale.md).
     deterministic
         Only algorithms that give the same bits each time, also on a GPU.
     nonfinite
@@ -134,6 +137,7 @@ class TrainOptions:
     precision: Annotated[config.Precision | None, _preset("precision")] = None
     compile: Annotated[bool | None, _preset("compile")] = None
     checkpoint_activations: Annotated[bool | None, _preset("checkpoint_activations")] = None
+    shard: Annotated[bool | None, _preset("shard")] = None
     deterministic: Annotated[bool | None, _preset("deterministic")] = None
     nonfinite: Annotated[config.Nonfinite | None, _preset("nonfinite")] = None
     seed: Annotated[int | None, _preset("seed")] = None
