@@ -121,7 +121,8 @@ def together() -> Iterator[int]:
     with _all_are_there():
         dist.init_process_group(backend, timeout=timedelta(seconds=_patience()))
     try:
-        yield dist.get_rank()
+        with _all_are_there(dist.DistError):  # a sharded network asks for the others by itself
+            yield dist.get_rank()
     finally:
         dist.destroy_process_group()
 
@@ -138,11 +139,16 @@ def _patience() -> float:
 
 
 @contextmanager
-def _all_are_there() -> Iterator[None]:
-    """Around what needs every process; torch's own errors here name lines of its source."""
+def _all_are_there(kind: type[RuntimeError] = RuntimeError) -> Iterator[None]:
+    """Around what needs every process; torch's own errors here name lines of its source.
+
+    Around other work too, they have to be told from its errors: by their kind, or by gloo's name.
+    """
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, kind) and "gloo" not in str(error):
+            raise
         raise ConnectionError(
             f"process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}:"
             f" another one ended or did not answer for {_patience():g} seconds ({TIMEOUT} sets"
