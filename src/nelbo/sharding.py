@@ -55,7 +55,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor
     """Cut the norm of all gradients down to `largest`; what it was."""
     some = [p for p in parameters if p.grad is not None]
     kinds = [p for p in some if is_sharded(p)], [p for p in some if not is_sharded(p)]
-    norms = [whole(get_total_norm([p.grad for p in kind])) for kind in kinds if kind]
+    found = [[p.grad for p in kind if p.grad is not None] for kind in kinds]
+    norms = [whole(get_total_norm(gradients)) for gradients in found if gradients]
     norm = norms[0] if len(norms) == 1 else torch.hypot(*norms)
     for kind in kinds:
         clip_grads_with_norm_(kind, largest, norm)

@@ -188,12 +188,12 @@ def resume(
     """
     out = Path(out)
     run = checkpoint.read_config(out)
-    given = {"steps": steps, "shard": shard}
-    changed = {name: value for name, value in given.items() if value is not None}
-    run = replace(run, train=replace(run.train, **changed))
-    training = Training(out, run, run.load_data(), device)
+    t = run.train
+    steps, shard = t.steps if steps is None else steps, t.shard if shard is None else shard
+    changed = replace(run, train=replace(t, steps=steps, shard=shard))
+    training = Training(out, changed, run.load_data(), device)
     training.restore()
-    if changed:
+    if changed != run:
         training.configure()
     training.fit(progress)
     return checkpoint.load(out)
