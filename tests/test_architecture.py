@@ -10,6 +10,7 @@ import nelbo
 SOURCE = Path(nelbo.__file__).parent
 ORDER = (
     "_processes",
+    "sharding",
     "parts",
     "_numerics",
     "_exponential",

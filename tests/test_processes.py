@@ -1,6 +1,8 @@
 """Training on two processes is the training on one; what ends one of them ends both."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,34 +14,52 @@ from nelbo.train import resume, train
 
 SMALL = {"steps": 4, "batch": 11, "width": 16, "evaluate_every": 2, "dropout": 0.3, "lr": 0.01}
 LEARNED = {"schedule": "learned-ends", "times": "importance", "optimizer": "muon", "warmup": 1}
+SHARDED = {"shard": True, "checkpoint_activations": True, "accumulate": 3}
 
 SCRIPT = """
-import os, signal, sys
+import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from nelbo import learner
 from nelbo._interrupt import Interrupted
 from nelbo._processes import together
 from nelbo.train import resume, train
-from test_processes import LEARNED, SMALL
+from test_processes import LEARNED, SHARDED, SMALL
 folder = sys.argv[1]
+def numbers(tensors):  # how many this process holds of them, and how many there are
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return [sum(t.numel() for t in some) for some in (local, tensors)]
+def held(self):  # of weights, gradients, averages and moments
+    own, averaged = list(self.model.network.parameters()), list(self.average.network.parameters())
+    moments = [m for p in own for m in self.optimizer.state[p].values() if m.ndim]
+    gradients = [p.grad for p in own if p.grad is not None]  # those that Muon has not used up
+    return [numbers(some) for some in (own, gradients, averaged, moments)]
 with together() as rank:
     train(f"{folder}/x.npy", f"{folder}/two", **SMALL, **LEARNED)
     step = learner.Learner.step
+    def shown(self):
+        step(self)
+        if self.at.step == 4:
+            print(json.dumps(held(self)))
+    learner.Learner.step = shown
+    train(f"{folder}/x.npy", f"{folder}/sharded", **SMALL, **LEARNED, **SHARDED)
     def interrupted(self):
         step(self)
         if self.at.step == 3 and rank == 1:  # one hears of it, both stop
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)  # torchrun passes on what came already
     learner.Learner.step = interrupted
-    try:
-        train(f"{folder}/x.npy", f"{folder}/stopped", **SMALL, **LEARNED)
-    except Interrupted:
-        print("stopped")
+    for name, options in (("stopped", {}), ("sharded-stopped", SHARDED)):
+        try:
+            train(f"{folder}/x.npy", f"{folder}/{name}", **SMALL, **LEARNED, **options)
+        except Interrupted:
+            print("stopped")
     learner.Learner.step = step
     resume(f"{folder}/stopped")
+    resume(f"{folder}/sharded-stopped")
     # what one began
     resume(f"{folder}/half", steps=4)
+    resume(f"{folder}/sharded-half", steps=4, shard=True)
     try:
         train(f"{folder}/x.npy", f"{folder}/two", minutes=1, **SMALL)
     except (ValueError, SystemExit) as error:
@@ -54,7 +74,8 @@ def runs(tmp_path_factory):
     np.save(folder / "x.npy", np.random.default_rng(0).integers(0, 5, (80, 4)))
     source = str(folder / "x.npy")
     train(source, folder / "one", **SMALL, **LEARNED)
-    train(source, folder / "half", **SMALL | {"steps": 2, "seed": 0}, **LEARNED)
+    for name in ("half", "sharded-half"):
+        train(source, folder / name, **SMALL | {"steps": 2, "seed": 0}, **LEARNED)
     both = launch(["-c", SCRIPT, str(folder)], 2)
     assert all(ended.code == 0 for ended in both), both
     return folder, [ended.out.splitlines() for ended in both]
@@ -70,44 +91,68 @@ def events(run):
     return [{k: v for k, v in e.items() if k != "seconds"} for e in checkpoint.read_metrics(run)]
 
 
-def test_the_loss_curve_of_two_processes_is_that_of_one(runs):
+@pytest.mark.parametrize("kind", ["two", "sharded"])
+def test_the_loss_curve_of_two_processes_is_that_of_one(runs, kind):
     """A batch of 11, dropout, learned γ and times, orthogonal steps: to float32's rounding."""
     folder, _ = runs
-    one, two = events(folder / "one"), events(folder / "two")
+    one, two = events(folder / "one"), events(folder / kind)
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
         for key in ("train", "validation", "validation_standard_error", "lr"):
             assert a[key] == pytest.approx(b[key], rel=2e-6)
-    (alone, _), (shared, _) = state(folder / "one"), state(folder / "two")
+    (alone, _), (shared, _) = state(folder / "one"), state(folder / kind)
     assert alone.keys() == shared.keys()
     for name in alone:
         torch.testing.assert_close(alone[name], shared[name], rtol=1e-3, atol=2e-5)
-    assert (
-        checkpoint.load(folder / "two").config.train
-        == checkpoint.load(folder / "one").config.train
-    )
+    options = SHARDED if kind == "sharded" else {}
+    configured = replace(checkpoint.load(folder / "one").config.train, **options)
+    assert checkpoint.load(folder / kind).config.train == configured
 
 
-def test_two_processes_that_were_stopped_continue_exactly(runs):
+def test_each_process_holds_its_share_of_what_is_sharded(runs):
+    """Weights, gradients, averages and moments; a row more where they are odd."""
+    for mine, all_of_it in [pair for said in runs[1] for pair in json.loads(said[0])]:
+        assert mine == pytest.approx(all_of_it / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("whole", "stopped"), [("two", "stopped"), ("sharded", "sharded-stopped")]
+)
+def test_two_processes_that_were_stopped_continue_exactly(runs, whole, stopped):
     """SIGTERM on one of them ends both after the same step, with the run saved."""
     folder, said = runs
-    assert said[0][0] == said[1][0] == "stopped"
-    (left, at), (right, then) = state(folder / "two"), state(folder / "stopped")
-    assert at == then and events(folder / "two") == events(folder / "stopped")
+    assert said[0][1:3] == said[1][1:3] == ["stopped"] * 2
+    (left, at), (right, then) = state(folder / whole), state(folder / stopped)
+    assert at == then and events(folder / whole) == events(folder / stopped)
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_run_continues_on_another_number_of_processes(runs):
-    """Of half of it on one process, or all of it on two, the curve goes on."""
+@pytest.mark.parametrize(("half", "whole"), [("half", "two"), ("sharded-half", "sharded")])
+def test_a_run_continues_on_another_number_of_processes(runs, tmp_path, half, whole):
+    """Of half of it on one process, or all of it on two, the curve goes on; sharded or not."""
     folder, _ = runs
-    assert [event["step"] for event in events(folder / "half")] == [2, 4]
-    assert resume(folder / "two", steps=6).metrics[-1]["step"] == 6
+    assert [event["step"] for event in events(folder / half)] == [2, 4]
+    continued = shutil.copytree(folder / whole, tmp_path / whole)
+    assert resume(continued, steps=6).metrics[-1]["step"] == 6
+
+
+def test_halves_of_a_curve_meet_whether_they_are_sharded_or_not(runs):
+    folder, _ = runs
+    one, two = events(folder / "half"), events(folder / "sharded-half")
+    assert [e["train"] for e in one] == pytest.approx([e["train"] for e in two], rel=2e-6)
+    assert checkpoint.read_config(folder / "sharded-half").train.shard
+
+
+def test_one_process_has_nothing_to_shard(runs, tmp_path):
+    with pytest.raises(ValueError, match="shard divides a network among processes"):
+        train(str(runs[0] / "x.npy"), tmp_path / "run", shard=True, **SMALL)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_first_process_refuses_is_refused_once(runs):
     _, said = runs
-    assert "two exists and is a run" in said[0][1]
-    assert said[1][1] == "SystemExit 2"
+    assert "two exists and is a run" in said[0][-1]
+    assert said[1][-1] == "SystemExit 2"
 
 
 def test_accumulated_parts_are_the_batch_too(runs):
@@ -127,19 +172,26 @@ def die(self):
     step(self)
 learner.Learner.step = die
 from nelbo.cli import main
-main(["train", sys.argv[1], "--out", sys.argv[2], "--steps", "50", "--evaluate-every", "1"])
+run = ["--steps", "50", "--evaluate-every", "1", "--out", *sys.argv[2:]]
+main(["train", sys.argv[1], *run])
 """
 
 
 @pytest.mark.parametrize(
-    ("how", "wait"),
-    [("os._exit(9)", "100"), ("import time; time.sleep(18); os._exit(9)", "10")],
+    ("how", "wait", "options"),
+    [
+        ("os._exit(9)", "100", ["--shard"]),
+        ("import time; time.sleep(18); os._exit(9)", "10", []),
+    ],
     ids=["dies", "hangs"],
 )
-def test_a_process_that_dies_or_hangs_ends_the_others(runs, tmp_path, how, wait):
-    """In one sentence, within the time to wait, and the run is there to be continued."""
+def test_a_process_that_dies_or_hangs_ends_the_others(runs, tmp_path, how, wait, options):
+    """In one sentence, within the time to wait, and the run is there to be continued.
+
+    With a sharded network that is found out within it, else after the backward pass.
+    """
     folder, _ = runs
-    command = ["-c", DYING.format(how=how), str(folder / "x.npy"), str(tmp_path / "run")]
+    command = ["-c", DYING.format(how=how), str(folder / "x.npy"), str(tmp_path / "run"), *options]
     first, second = launch(command, 2, NELBO_TIMEOUT=wait)
     assert first.code == 2 and second.code == 9
     last = first.err.strip().splitlines()[-1]

@@ -196,12 +196,14 @@ def test_weight_decay_leaves_all_but_matrices_alone():
     schema = Schema("levels", (1, 8, 8), 17)
     model, _ = configure(schema, 1000, schedule="learned-ends")
     built = build(model, schema)
-    hidden, outer, rest = parameter_groups(built, 0.1)
-    assert [g["weight_decay"] for g in (hidden, outer, rest)] == [0.1, 0.1, 0]
+    hidden, outer, vectors, outside = parameter_groups(built, 0.1)
+    decays = [g["weight_decay"] for g in (hidden, outer, vectors, outside)]
+    assert decays == [0.1, 0.1, 0, 0]
     assert all(p.ndim in (2, 4) for p in (*hidden["params"], *outer["params"]))
-    spared = {id(p) for p in rest["params"]}
+    spared = {id(p) for p in outside["params"]}
     for part in (built.process, built.head, built.decoder):
         assert {id(p) for p in part.parameters()} <= spared
+    spared |= {id(p) for p in vectors["params"]}
     sizes = [len(g["params"]) for g in (hidden, outer)]
     assert len(spared) + sum(sizes) == len(list(built.parameters()))
     blocks = [m for m in built.network.blocks.modules() if isinstance(m, nn.Conv2d | nn.Linear)]

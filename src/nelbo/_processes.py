@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,14 +20,28 @@ T = TypeVar("T")
 TIMEOUT = "NELBO_TIMEOUT"  # seconds; names a variable of the environment
 PATIENCE = 600.0
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
 
 def world() -> tuple[int, int]:
     """(rank, number of processes)."""
     import torch.distributed as dist
 
+    if _alone.get():
+        return 0, 1
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def each_alone() -> Iterator[None]:
+    """Every process does all of the work, at the same pace as the others, and shares none."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
 
 
 def gather(mine: T) -> list[T]:
@@ -106,7 +121,8 @@ def together() -> Iterator[int]:
     with _all_are_there():
         dist.init_process_group(backend, timeout=timedelta(seconds=_patience()))
     try:
-        yield dist.get_rank()
+        with _all_are_there(dist.DistError):  # a sharded network asks for the others by itself
+            yield dist.get_rank()
     finally:
         dist.destroy_process_group()
 
@@ -123,11 +139,16 @@ def _patience() -> float:
 
 
 @contextmanager
-def _all_are_there() -> Iterator[None]:
-    """Around what needs every process; torch's own errors here name lines of its source."""
+def _all_are_there(kind: type[RuntimeError] = RuntimeError) -> Iterator[None]:
+    """Around what needs every process; torch's own errors here name lines of its source.
+
+    Around other work too, they have to be told from its errors: by their kind, or by gloo's name.
+    """
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, kind) and "gloo" not in str(error):
+            raise
         raise ConnectionError(
             f"process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}:"
             f" another one ended or did not answer for {_patience():g} seconds ({TIMEOUT} sets"

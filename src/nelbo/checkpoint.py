@@ -40,6 +40,7 @@ from nelbo.data import Dataset, Schema
 from nelbo.estimate import Grid
 from nelbo.grids import best_grid, even_times
 from nelbo.model import Model, model_hash
+from nelbo.sharding import divided_like
 
 if TYPE_CHECKING:
     from nelbo.data.tables import Frame
@@ -384,7 +385,7 @@ def put_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: s
             )
         if own[name].is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"{where} has {name} as {tensor.dtype}, where {own[name].dtype} is")
-    module.load_state_dict(dict(tensors))
+    module.load_state_dict({name: divided_like(own[name], t) for name, t in tensors.items()})
 
 
 def is_run(path: Path) -> bool:

@@ -123,6 +123,7 @@ class TrainConfig(Section):
     precision: Precision = "float32"
     compile: bool = False
     checkpoint_activations: bool = False
+    shard: bool = False
     deterministic: bool = False
     nonfinite: Nonfinite = "stop"
 
@@ -130,6 +131,8 @@ class TrainConfig(Section):
         super().__post_init__()
         _at_least(self, 1, "steps", "batch", "evaluate_every", "accumulate")
         _at_least(self, 0, "warmup", "weight_decay", "cross_entropy", "seed")
+        if self.shard and self.compile:
+            raise ValueError("shard does not go with compile; leave one of them out")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")

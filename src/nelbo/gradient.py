@@ -50,9 +50,9 @@ def summed(found: Sequence[tuple[Part, Loss]]) -> Loss:
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Of each parameter that has a gradient on any process, their sum on all processes."""
-    if world()[1] == 1:
-        return
     every = [p for p in parameters if p.requires_grad]
+    if world()[1] == 1 or not every:
+        return
     has = torch.tensor([float(p.grad is not None) for p in every], device=every[0].device)
     add(has)
     some = [p for p, count in zip(every, has.tolist(), strict=True) if count]

@@ -6,6 +6,7 @@ so there is no generator to save: what was stopped and continued ends with the s
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from nelbo._numerics import LOG_2, derive_seed, seeded
-from nelbo._processes import world
+from nelbo._processes import each_alone, world
 from nelbo.augment import augment
 from nelbo.build import LAWS, OBJECTIVES, build
 from nelbo.condition import drop, encode, given_labels
@@ -23,7 +24,7 @@ from nelbo.data import Dataset, as_examples
 from nelbo.data.rows import WINDOW, Ahead, Rows
 from nelbo.estimate import Continuum, Grid, Times
 from nelbo.evaluate import Evaluation, evaluate
-from nelbo.execution import deterministic, prepare
+from nelbo.execution import deterministic, prepare, shard
 from nelbo.few_steps import FewSteps
 from nelbo.gradient import add_gradients, parts_of, summed
 from nelbo.grids import measure_errors
@@ -31,6 +32,7 @@ from nelbo.model import Model, find_device
 from nelbo.objective import Loss, Objective
 from nelbo.optimise import Blocks, batch_indices, learning_rate, optimizer, warmed_ema
 from nelbo.process import Affine
+from nelbo.sharding import clip_gradients, gathered, is_sharded
 
 SKIPPED = 10  # steps in a row without a finite loss, after which none is hoped for
 STARTED_FROM = 2**15  # examples whose frequencies a model starts from, of those on disk
@@ -83,7 +85,13 @@ class Learner:
         built.start_from(train_split if stored is None else stored.few(STARTED_FROM))
         self.blocks = Blocks(stored.block, stored.sequential) if stored and stored.block else None
         self.read = self._batch if stored is None else Ahead(self._batch, self._warm)
-        self.model: Model = built.to(find_device(device))
+        self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
+        on, self.sharded = find_device(device), t.shard and world()[1] > 1
+        for each in (built, self.average):
+            if self.sharded:
+                shard(each, on)
+            each.to(on)
+        self.model: Model = built
         self.model.dtype = torch.float32
         start = built.process.schedule.start
         self.objective: Objective | FewSteps = (
@@ -94,7 +102,6 @@ class Learner:
         self.parts = parts_of(t.batch, t.accumulate)
         self.law = LAWS[t.times]()
         self.optimizer = optimizer(built, t)
-        self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
         prepare(self.model, t)
         self.best: dict[str, Tensor] = {}  # weights of the best average that was measured
 
@@ -117,7 +124,7 @@ class Learner:
         self.optimizer.zero_grad()
         with deterministic(t.deterministic):
             u, (loss, bound, each, _) = self._gradient(step)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.clip)
+            norm = clip_gradients(list(self.model.parameters()), t.clip)
             if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
                 return self._skip(f"({loss.item()}, gradient {norm.item()})")
             self.law.learn(u, each)
@@ -154,7 +161,7 @@ class Learner:
                 (loss.loss * scale).backward()
             found.append((part, loss))
         whole = summed(found)
-        add_gradients(self.model.parameters())
+        add_gradients(p for p in self.model.parameters() if not is_sharded(p))
         interior = self.objective.interior(self.model, u, weight, whole.rate)
         if interior.requires_grad:  # of the whole batch, on each process alike
             (interior * scale).backward()
@@ -200,17 +207,18 @@ class Learner:
         grid, start = self.config.grid, average.process.schedule.start
         times: Times = Grid(grid) if grid else Continuum(start)
         seed = derive_seed(self.config.seed, 3)
-        measure_errors(self.of(average, "train"), self.dataset.splits["train"], seed)
         model = self.of(average, "validation").at(slice(len(x)))
         calls, few = max(8, 2 * len(grid)), (self.dataset.schema.levels or 0) <= MANY_LEVELS
-        result = evaluate(model, x, times=times, calls=calls, variates=few, seed=seed)
+        with each_alone() if self.sharded else nullcontext():
+            measure_errors(self.of(average, "train"), self.dataset.splits["train"], seed)
+            result = evaluate(model, x, times=times, calls=calls, variates=few, seed=seed)
         if not math.isfinite(result.nats):
             raise ValueError(self._failed(f"the validation bound became {result.nats}"))
         better = result.nats < self.at.best
         if better:
             self.at.best, self.at.best_step = result.nats, self.at.step
-            weights = average.state_dict().items()
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in weights}
+            weights = gathered(average.state_dict()).items()
+            self.best = {name: tensor.clone() for name, tensor in weights}
         return result, better
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:

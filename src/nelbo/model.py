@@ -18,6 +18,7 @@ from nelbo.heads import Head, Prediction
 from nelbo.likelihood import Likelihood
 from nelbo.process import Process
 from nelbo.reverse import Reverse
+from nelbo.sharding import whole
 
 ROWS = 2**23  # numbers the arithmetic around one network call may hold
 
@@ -191,5 +192,5 @@ def model_hash(model: Model) -> str:
         digest.update(type(part).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(whole(tensor.detach()).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -129,12 +129,10 @@ class Objective:
     def _reconstruction(self, model: Model, x: Tensor, t: Tensor, part: Part) -> Tensor:
         """Of the first examples of the batch; t for its dtype."""
         drawn = max(1, round(self.share * part.batch))
-        own, within = part.between(0, drawn)
-        if not len(within):
-            return t.new_zeros(())
+        own, within, count = part.some(0, drawn)
         first = torch.full((len(within),), self.times.first, dtype=t.dtype, device=t.device)
         with within:
-            return reconstruction_term(model.at(own), x[own], first).sum() / drawn
+            return reconstruction_term(model.at(own), x[own], first)[:count].sum() / drawn
 
     def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
         """What is added to the loss of a batch for the interior of a learned γ; zero, scalar."""

@@ -14,6 +14,7 @@ from nelbo._numerics import derive_seed
 from nelbo.config import TrainConfig
 from nelbo.data.rows import WINDOW
 from nelbo.model import Model
+from nelbo.sharding import divided_like, own, whole
 
 OUTER = {"first", "last", "level", "scale_shift"}  # names of layers from and to what is outside
 
@@ -97,7 +98,8 @@ def optimizer(model: Model, t: TrainConfig) -> torch.optim.Optimizer:
 def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
     """The network's matrices and kernels decay; its vectors, schedule, head and decoder do not.
 
-    Of the first, those that turn hidden units into hidden units come before all others.
+    Of the first, those that turn hidden units into hidden units come before all others. What
+    the processes share out (`execution.shard`) and what each has whole are in groups apart.
     """
     hidden: set[int] = set()
     outer: set[int] = set()
@@ -106,12 +108,16 @@ def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
             single = getattr(module, "groups", 1) == 1
             kind = hidden if single and not OUTER & set(name.split(".")) else outer
             kind.add(id(module.weight))
+    vectors = {id(p) for p in model.network.parameters()} - hidden - outer
     parameters = [p for p in model.parameters() if p.requires_grad]
-    vectors = [p for p in parameters if id(p) not in hidden | outer]
     return [
         {"params": [p for p in parameters if id(p) in hidden], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) in outer], "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in vectors], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if id(p) not in hidden | outer | vectors],
+            "weight_decay": 0.0,
+        },
     ]
 
 
@@ -137,10 +143,10 @@ class Muon(torch.optim.AdamW):
                 state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(p)
             state["step"] += 1
             b = state["momentum"].mul_(0.95).add_(p.grad)
-            direction = orthogonal((p.grad + 0.95 * b).flatten(1))
+            direction = orthogonal(whole(p.grad + 0.95 * b).flatten(1))
             factor = group["lr"] * 0.4 * math.sqrt(max(direction.shape))
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(factor * direction.view_as(p))
+            p.sub_(factor * divided_like(p, direction.reshape(p.shape)))
             p.grad = None  # nothing is left of it for AdamW
         super().step()
 
@@ -159,7 +165,7 @@ def warmed_ema(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], Non
     """Decay min(decay, (1+i)/(10+i)): useful weights from the first steps on."""
 
     def average(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
-        i = int(count)
+        i, averaged, current = int(count), [own(t) for t in averaged], [own(t) for t in current]
         get_ema_multi_avg_fn(min(decay, (1 + i) / (10 + i)))(averaged, current, count)
 
     return average

@@ -51,6 +51,16 @@ class Part:
         own = slice(first, last)
         return own, Part(self.rows[own] - start, stop - start)
 
+    def some(self, start: int, stop: int) -> tuple[slice, "Part", int]:
+        """As `between`, and how many; but where there are none, one row that counts for nothing.
+
+        So all parts call a network equally often: other parts draw for it, or hold its weights.
+        """
+        own, within = self.between(start, stop)
+        if len(within):
+            return own, within, len(within)
+        return slice(0, 1), Part(torch.zeros(1, dtype=torch.long), stop - start), 0
+
     def among(self, chosen: Tensor) -> "Part":
         """The own rows among the chosen ones, True in a mask (batch,), as a part of those."""
         chosen = chosen.cpu()

@@ -19,13 +19,17 @@ from torch import Tensor
 
 from nelbo.checkpoint import BEFORE, STATE, put_weights, read_tensors, write_tensors
 from nelbo.learner import Learner, Progress
+from nelbo.sharding import divided_like, gathered
 
 #: of `Progress`; what it has beside them, older versions did not write
 WRITTEN = {"step", "seconds", "best", "best_step", "recent"}
 
 
 def save(out: Path, learner: Learner) -> None:
-    """The newest state of the run `out`; the newest so far becomes the one before."""
+    """The newest state of the run `out`; the newest so far becomes the one before.
+
+    The first process writes it; where the network is sharded, all give it what they hold.
+    """
     tensors = {f"model.{k}": v for k, v in learner.model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in learner.ema.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in learner.best.items()}
@@ -33,7 +37,8 @@ def save(out: Path, learner: Learner) -> None:
     for i, moments in learner.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
     about = {"weights": "raw and ema", "progress": learner.at.__dict__}
-    write_tensors(out / STATE, tensors, about, out / BEFORE)
+    if tensors := gathered(tensors):
+        write_tensors(out / STATE, tensors, about, out / BEFORE)
 
 
 def is_in(out: Path) -> bool:
@@ -54,16 +59,17 @@ def load(out: Path, learner: Learner) -> None:
     modules = (("model.", learner.model), ("ema.", learner.ema), ("law.", learner.law))
     for prefix, module in modules:
         put_weights(module, part(prefix), str(path))
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in part("optimizer.").items():
         i, moment = name.split(".")
-        state.setdefault(int(i), {})[moment] = tensor
+        own = parameters[int(i)] if int(i) < len(parameters) else tensor
+        state.setdefault(int(i), {})[moment] = divided_like(own, tensor)
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    trained = sum(len(group["params"]) for group in groups)
     progress, best = about.get("progress", {}), part("best.")
     if (
-        len(state) != (trained if progress.get("step") else 0)
+        len(state) != (len(parameters) if progress.get("step") else 0)
         or not WRITTEN <= progress.keys() <= learner.at.__dict__.keys()
         or best.keys() not in (set(), learner.average.state_dict().keys())
     ):

@@ -78,6 +78,11 @@ def train(
     model_config, train_config = configure(
         dataset.schema, len(dataset.splits["train"]), preset, **options
     )
+    if train_config.shard and world()[1] == 1:
+        raise ValueError(
+            "shard divides a network among processes, and there is one; start more with: torchrun"
+            " --nproc_per_node 2 -m nelbo train ..."
+        )
     if minutes is not None:
         if "steps" in options:
             raise ValueError("steps and minutes both say how long to train; give one of them")
@@ -162,9 +167,16 @@ def begin(training: "Training", progress: bool, weights: Model | None = None) ->
 
 
 def resume(
-    out: str | Path, *, steps: int | None = None, device: str = "cpu", progress: bool = False
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    shard: bool | None = None,
+    device: str = "cpu",
+    progress: bool = False,
 ) -> Run:
     """Continue a run where it stopped, exactly; `steps` extends or shortens it.
+
+    `shard` says whether several processes divide the network from now on.
 
     On another number of processes it continues with the same examples, times and noise, but sums
     are in another order: the same to rounding, not to the bit.
@@ -176,11 +188,12 @@ def resume(
     """
     out = Path(out)
     run = checkpoint.read_config(out)
-    if steps is not None:
-        run = replace(run, train=replace(run.train, steps=steps))
-    training = Training(out, run, run.load_data(), device)
+    t = run.train
+    steps, shard = t.steps if steps is None else steps, t.shard if shard is None else shard
+    changed = replace(run, train=replace(t, steps=steps, shard=shard))
+    training = Training(out, changed, run.load_data(), device)
     training.restore()
-    if steps is not None:
+    if changed != run:
         training.configure()
     training.fit(progress)
     return checkpoint.load(out)
@@ -244,8 +257,7 @@ class Training:
 
     def save(self) -> None:
         """Everything to continue from."""
-        if self.first:
-            state.save(self.out, self.learner)
+        state.save(self.out, self.learner)
 
     def start_from(self, weights: Model) -> None:
         """Begin with the weights of another run; they are kept until there are better ones."""

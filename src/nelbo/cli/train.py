@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from nelbo.checkpoint import Run
 
 
+CHANGEABLE = ("steps", "shard")  # options of a run that is continued
+
+
 def _preset(name: str) -> Parameter:
     """An option that follows the preset; shows the value of auto for small images."""
     value = vars(config.ModelConfig()).get(name, vars(config.TrainConfig()).get(name))
@@ -95,6 +98,9 @@ class TrainOptions:
     checkpoint_activations
         Keep of each block only what enters it and compute the rest again for the gradient: less
         memory, and the same gradient.
+    shard
+        Divide weights, gradients, moments and averages among the processes, for a network larger
+        than one device (docs/scale.md).
     deterministic
         Only algorithms that give the same bits each time, also on a GPU.
     nonfinite
@@ -134,6 +140,7 @@ class TrainOptions:
     precision: Annotated[config.Precision | None, _preset("precision")] = None
     compile: Annotated[bool | None, _preset("compile")] = None
     checkpoint_activations: Annotated[bool | None, _preset("checkpoint_activations")] = None
+    shard: Annotated[bool | None, _preset("shard")] = None
     deterministic: Annotated[bool | None, _preset("deterministic")] = None
     nonfinite: Annotated[config.Nonfinite | None, _preset("nonfinite")] = None
     seed: Annotated[int | None, _preset("seed")] = None
@@ -172,7 +179,8 @@ def train(
     out
         Folder of the new run.
     resume
-        Run to continue, in place of DATA and --out; of the options only --steps may go with it.
+        Run to continue, in place of DATA and --out; of the options only --steps and --shard may go
+        with it.
     steps_of_bound
         With --resume: fine-tune for the bound with this number of steps, as a new run that starts
         from the best weights of the old one; --out names it, RUN-8steps and the like by default.
@@ -247,17 +255,21 @@ def train(
             "--minutes": minutes,
         }
         others = [name for name, value in asked.items() if value is not None]
-        others += [f"--{name.replace('_', '-')}" for name in given if name != "steps"]
+        others += [f"--{name.replace('_', '-')}" for name in given if name not in CHANGEABLE]
         if others:
             raise ValueError(
                 f"--resume continues a run as it was configured; {others[0]} cannot go with it"
             )
-        steps = options.steps if options else None
+        steps, shard = (options.steps, options.shard) if options else (None, None)
+        if steps_of_bound is not None and shard is not None:
+            raise ValueError("--shard is as in the run that is fine-tuned; leave it out")
         path = resume if steps_of_bound is None else out or name_of(resume, steps_of_bound)
 
         def work(progress: bool) -> "Run":
             if steps_of_bound is None:
-                return continue_run(path, steps=steps, device=device, progress=progress)
+                return continue_run(
+                    path, steps=steps, shard=shard, device=device, progress=progress
+                )
             return fine_tune(
                 resume, steps_of_bound, path, steps=steps, device=device, progress=progress
             )

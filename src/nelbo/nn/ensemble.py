@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nelbo.parts import Part, current
+from nelbo.parts import current
 
 
 class Ensemble(nn.Module):
@@ -26,11 +26,7 @@ class Ensemble(nn.Module):
         part, outputs = current(len(features)), []
         rows = torch.arange(part.batch).chunk(len(self.members))
         for member, its in zip(self.members, rows, strict=False):  # a small batch has fewer
-            own, within = part.between(int(its[0]), int(its[-1]) + 1)
-            if count := len(within):
-                seen = [x[own] for x in inputs]
-            else:  # one row for nothing: other parts draw for this member before the next
-                seen, within = [x[:1] for x in inputs], Part(its[:1] - its[0], len(its))
+            own, within, count = part.some(int(its[0]), int(its[-1]) + 1)
             with within:
-                outputs.append(member(*seen)[:count])
+                outputs.append(member(*(x[own] for x in inputs))[:count])
         return torch.cat(outputs)
