@@ -184,12 +184,22 @@ def test_train_command_is_one_the_command_line_takes(digits):
     options = {words[i][2:].replace("-", "_"): words[i + 1] for i in range(5, len(words), 2)}
     stated = digits.config.model.to_dict() | digits.config.train.to_dict() | {"levels": 17}
     assert options == {
-        name: str(value) for name, value in stated.items() if name not in ("clip", "grid")
+        name: str(value)
+        for name, value in stated.items()
+        if name not in ("clip", "grid") and value is not False
     }
     known = [
         word for i in range(5, len(words), 2) if _known(words[i]) for word in words[i : i + 2]
     ]
     app.parse_args([*words[1:5], *known], exit_on_error=False, print_error=False)
+
+
+def test_flags_of_a_training_are_flags_of_its_command(digits):
+    train = replace(digits.config.train, compile=True)
+    command = train_command(replace(digits, config=replace(digits.config, train=train)))
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[words.index("--compile") + 1].startswith("--") or words[-1] == "--compile"
+    assert "--shard" not in words
 
 
 def _known(option: str) -> bool:

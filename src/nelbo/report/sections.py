@@ -389,9 +389,12 @@ def train_command(run: Run) -> str:
     options |= config.model.to_dict() | config.train.to_dict()
     words = [shlex.join(["nelbo", "train", config.source, "--out", str(run.path)])]
     for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [option] * value  # a flag, off where it is left out
         # The clip has no option, and the absorbing process brings its only head and decoder.
-        if value not in (None, (), "symbols", "categorical") and name != "clip":
-            words.append(f"--{name.replace('_', '-')}\0{value}")
+        elif value not in (None, (), "symbols", "categorical") and name != "clip":
+            words.append(f"{option}\0{value}")
     words += [f"--condition\0{shlex.quote(label.name)}" for label in config.schema.condition]
     lines = textwrap.wrap(" ".join(words), 92, break_long_words=False, break_on_hyphens=False)
     return " \\\n    ".join(lines).replace("\0", " ")
