@@ -340,6 +340,7 @@ def test_classes():
         ({"num_channels": "64"}, "num_channels must be int; got '64'"),
         ({"learn_sigma": 1}, "learn_sigma must be bool"),
         ({"num_channels": 40}, "multiples of 32"),
+        ({"num_channels": 0}, "multiples of 32"),
         ({"channel_mult": ""}, "image_size 8 needs channel_mult"),
         ({"attention_resolutions": "4;2"}, "attention_resolutions must be integers"),
         ({"noise_schedule": "linear"}, "betas must lie in (0, 1); number 5 is 1.11556"),

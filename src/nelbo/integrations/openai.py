@@ -196,7 +196,7 @@ def architecture(flags: Flags) -> Architecture:
     if multipliers is None:
         known = ", ".join(map(str, MULTIPLIERS))
         raise ValueError(f"image_size {size} needs channel_mult; the sizes without are {known}")
-    if any(int(m * channels) % GROUPS for m in multipliers):
+    if any((width := int(m * channels)) < 1 or width % GROUPS for m in multipliers):
         raise ValueError(f"num_channels must make multiples of {GROUPS}; got {channels}")
     heads, heads_up = _int(flags, "num_heads"), _int(flags, "num_heads_upsample")
     per_head = _int(flags, "num_head_channels")
