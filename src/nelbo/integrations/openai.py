@@ -177,6 +177,8 @@ def check_flags(flags: Flags) -> dict[str, int | bool | str]:
         kind = type(DEFAULTS[name])
         if type(value) is not kind:
             raise ValueError(f"the flag {name} must be {kind.__name__}; got {value!r}")
+        if type(value) is int and value < 1 and value != DEFAULTS[name]:
+            raise ValueError(f"the flag {name} must be positive; got {value}")
         checked[name] = value
     _limits.check_integers(checked.values(), _limits.STEPS, "a flag")
     if checked["diffusion_steps"] != 1000 and "rescale_timesteps" not in flags:
@@ -196,7 +198,7 @@ def architecture(flags: Flags) -> Architecture:
     if multipliers is None:
         known = ", ".join(map(str, MULTIPLIERS))
         raise ValueError(f"image_size {size} needs channel_mult; the sizes without are {known}")
-    if any((width := int(m * channels)) < 1 or width % GROUPS for m in multipliers):
+    if any(int(m * channels) % GROUPS for m in multipliers):
         raise ValueError(f"num_channels must make multiples of {GROUPS}; got {channels}")
     heads, heads_up = _int(flags, "num_heads"), _int(flags, "num_heads_upsample")
     per_head = _int(flags, "num_head_channels")
