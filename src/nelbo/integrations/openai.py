@@ -198,8 +198,12 @@ def architecture(flags: Flags) -> Architecture:
     if multipliers is None:
         known = ", ".join(map(str, MULTIPLIERS))
         raise ValueError(f"image_size {size} needs channel_mult; the sizes without are {known}")
-    if any(int(m * channels) % GROUPS for m in multipliers):
-        raise ValueError(f"num_channels must make multiples of {GROUPS}; got {channels}")
+    widths = [int(m * channels) for m in multipliers]
+    if any(width < 1 or width % GROUPS for width in widths):
+        raise ValueError(
+            f"num_channels times channel_mult must be multiples of {GROUPS}; got"
+            f" {', '.join(map(str, widths))}"
+        )
     heads, heads_up = _int(flags, "num_heads"), _int(flags, "num_heads_upsample")
     per_head = _int(flags, "num_head_channels")
     return Architecture(
