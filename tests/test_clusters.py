@@ -6,7 +6,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 from nelbo import clusters
 from nelbo._numerics import seeded
-from nelbo.clusters import Clusters, Mixture
+from nelbo.clusters import Clusters, Mixture, Principal
 
 EYE = torch.eye(5, dtype=torch.float64)
 ALPHA = torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
@@ -23,7 +23,7 @@ def data():
 @pytest.fixture(params=[5, 2], ids=["all components", "two"])
 def fitted(data, request, monkeypatch):
     monkeypatch.setattr(clusters, "RANK", request.param)
-    return Mixture(data, 3)
+    return Mixture(Principal(data), 3)
 
 
 def covariances(fitted):

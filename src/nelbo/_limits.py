@@ -3,7 +3,7 @@
 A file from a stranger may claim anything. Before anything is allocated for it,
 
     a pipe, a socket or a device is refused         `regular`
-    what it claims is held against free memory      `check_memory`
+    what it has and claims, against free memory     `check_file`, `check_memory`
     what is built for it against the numbers in it  `within_file`
     JSON is read only up to a size, and is JSON     `read_json`
 
@@ -96,6 +96,11 @@ def check_memory(size: float, what: str) -> None:
             f"{what} would take {_gibibytes(size)} of memory, and {_gibibytes(free)} are free; if"
             f" that is right, use a larger machine, or set {TRUST}=1 to try all the same"
         )
+
+
+def check_file(path: Path, times: float = 1) -> None:
+    """Raise ValueError where so many times a file are more than is free; else as `regular`."""
+    check_memory(times * regular(path), str(path))
 
 
 def free_memory() -> float:

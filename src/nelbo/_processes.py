@@ -7,7 +7,7 @@ all others end with a sentence that says so.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -57,10 +57,17 @@ def gather(mine: T) -> list[T]:
     return found
 
 
-def divided(count: int, work: Callable[[int], T]) -> list[T]:
-    """work(0), .., work(count - 1), each done by one of the processes; all get them all."""
+def divided(
+    count: int,
+    work: Callable[[int], T],
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> list[T]:
+    """work(0), .., work(count - 1), each done by one of the processes; all get them all.
+
+    `track` wraps those of this process, for a progress bar.
+    """
     rank, size = world()
-    mine = {i: work(i) for i in range(rank, count, size)}
+    mine = {i: work(i) for i in track(range(rank, count, size))}
     found = {i: done for some in gather(mine) for i, done in some.items()}
     return [found[i] for i in range(count)]
 

@@ -353,7 +353,7 @@ def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], d
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
-    _limits.check_memory(_limits.regular(path), f"{path}")
+    _limits.check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
@@ -411,7 +411,7 @@ def read_metrics(path: Path) -> list[dict]:
     if not (path / METRICS).exists():
         return []
     file = _limits.contained(path / METRICS, path)
-    _limits.check_memory(4 * _limits.regular(file), str(file))
+    _limits.check_file(file, 4)
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     return [event for line in lines if (event := _event(line)) is not None]
 

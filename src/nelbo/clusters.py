@@ -36,7 +36,9 @@ class Clusters:
 
     def __init__(self, e: Tensor) -> None:
         most = max(1, len(e) // max(FEWEST, min(RANK, e.shape[1])))
-        self.mixtures = [Mixture(e, size) for size in sorted({min(most, n) for n in SIZES})]
+        principal = Principal(e)
+        sizes = sorted({min(most, n) for n in SIZES})
+        self.mixtures = [Mixture(principal, size) for size in sizes]
 
     def odds(self, z: Tensor, alpha: Tensor, values: Tensor) -> Tensor:
         """The mean of the mixtures' `odds`; (B, D, K)."""
@@ -48,26 +50,40 @@ class Clusters:
         return torch.stack([mixture.features(e) for mixture in self.mixtures]).mean(0)
 
 
+class Principal:
+    """The first principal components of embedded examples e, (N, D), and what is beyond them."""
+
+    def __init__(self, e: Tensor) -> None:
+        #: (D,), and (D, R)
+        self.mean, centred = e.mean(0), e - e.mean(0)
+        spread, axes = torch.linalg.eigh(centred.T @ centred / len(e))
+        rank = min(RANK, e.shape[1])
+        self.axes, beyond = axes[:, -rank:], spread[:-rank].clamp(min=0)
+        #: of the examples, (N, R)
+        self.coordinates = centred @ self.axes
+        #: the least variance of a component, and the one in all directions beyond
+        self.floor = FLOOR * spread.clamp(min=0).mean() + 1e-12
+        mean_beyond = beyond.mean() if len(beyond) else torch.zeros_like(self.floor)
+        self.beyond = mean_beyond.maximum(self.floor)
+
+
 class Mixture:
     """The mixture of so many components that fits embedded examples, by scikit-learn's EM.
 
     Args:
-        e: embedded examples, flat, shape (N, D).
+        principal: of the examples.
         components: C.
     """
 
-    def __init__(self, e: Tensor, components: int) -> None:
-        mean, centred = e.mean(0), e - e.mean(0)
-        spread, axes = torch.linalg.eigh(centred.T @ centred / len(e))
-        rank = min(RANK, e.shape[1])
-        axes, beyond = axes[:, -rank:], spread[:-rank].clamp(min=0)
-        floor = FLOOR * spread.clamp(min=0).mean() + 1e-12
+    def __init__(self, principal: Principal, components: int) -> None:
+        fitted = _fit(principal.coordinates, components, principal.floor.item())
         #: w_c (C,), μ_c (C, D), and S_c as orthonormal vectors (C, D, R) with variances (C, R), ..
-        self.log_weight, means, covariances = _fit(centred @ axes, components, floor.item())
+        self.log_weight, means, covariances = fitted
         self.variance, vectors = torch.linalg.eigh(covariances)
-        self.mean, self.vectors = mean + means @ axes.T, axes @ vectors
+        self.mean = principal.mean + means @ principal.axes.T
+        self.vectors = principal.axes @ vectors
         #: .. and one variance in the directions beyond
-        self.beyond = (beyond.mean() if len(beyond) else torch.zeros_like(floor)).maximum(floor)
+        self.beyond = principal.beyond
 
     def _precision(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Those of p(z|c) along the vectors, (B, C, R), and beyond, (B, 1, 1)."""

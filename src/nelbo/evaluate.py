@@ -17,13 +17,14 @@ one by one, so any number of processes that share them give the same number.
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nelbo._numerics import LOG_2, seeded
-from nelbo._processes import gather, world
+from nelbo._processes import divided, gather, world
 from nelbo._progress import Track
 from nelbo.allocate import Allocation, Cells, estimate, even, pilot, spread
 from nelbo.control import Controls, Nothing
@@ -234,13 +235,10 @@ def evaluate(
         piloted = calls_made.forward
         turn, prior, costs = 0, torch.empty(0), torch.empty(len(x), 0, cells.count)
         while True:
-            found = {
-                g: _block(cells, controls, allocation, x, way, (seed, 1, turn, g), g)
-                for g in track(_mine(len(x), way.block))
-            }
-            whole = sorted((g, *block) for part in gather(found) for g, block in part.items())
-            prior = torch.cat([block[1] for block in whole])
-            costs = torch.cat([costs, torch.cat([block[2] for block in whole])], 1)
+            one = partial(_block, cells, controls, allocation, x, way, (seed, 1, turn))
+            blocks = divided(math.ceil(len(x) / way.block), one, track)
+            prior = torch.cat([known for known, _ in blocks])
+            costs = torch.cat([costs, torch.cat([drawn for _, drawn in blocks])], 1)
             error = _standard_error((prior[:, None] + costs.sum(2)) * scale, way.block)
             if target_error is None or error.monte_carlo <= target_error:
                 break
@@ -284,12 +282,6 @@ def precision_of(model: Model) -> str:
     return f"float64 around {next(model.network.parameters()).dtype}".replace("torch.", "")
 
 
-def _mine(examples: int, block: int) -> range:
-    """The blocks of this process."""
-    rank, size = world()
-    return range(rank, math.ceil(examples / block), size)
-
-
 def _learn(
     cells: Cells, controls: Controls, x: Tensor, way: Plan, target: float | None
 ) -> tuple[Allocation, Plan]:
@@ -326,7 +318,7 @@ def _block(
 ) -> tuple[Tensor, Tensor]:
     """Of the g-th block of B examples: prior (B,) and costs (B, R, cells), nats."""
     model = controls.model
-    with seeded(*place):
+    with seeded(*place, g):
         rows = slice(g * way.block, (g + 1) * way.block)
         block = as_examples(x[rows]).to(model.device)
         last = torch.ones(len(block), dtype=torch.float64, device=model.device)

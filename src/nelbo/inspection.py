@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nelbo import data
+from nelbo import _limits, data
 from nelbo.data import Schema, streams, tables
 from nelbo.data.inference import complete, infer_column
 from nelbo.data.layout import Column
-from nelbo.data.sources import is_table, read_json, stream_of
+from nelbo.data.sources import is_table, stream_of
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
@@ -106,7 +106,7 @@ def inspect(
     name, frame = tables.find(source)
     if schema is None:
         return inspect_table(frame, name)
-    declared = complete(frame, read_json(Path(schema)))
+    declared = complete(frame, _limits.read_json(Path(schema)))
     return inspect_table(frame, name, declared)
 
 
@@ -133,7 +133,7 @@ def _repeated(found: data.Dataset) -> list[str]:
 
 def _inspect_stream(table: streams.Table, schema: str | PathLike[str] | None) -> Inspection:
     """A table that is read in blocks: its columns, in one pass, without what takes memory."""
-    declared = None if schema is None else read_json(Path(schema))
+    declared = None if schema is None else _limits.read_json(Path(schema))
     columns, notes = streams.infer(table, declared)
     reports = []
     for column in columns:

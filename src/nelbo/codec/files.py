@@ -115,7 +115,7 @@ def decompress_file(
         CodecError: the file cannot be decoded, or not here.
         OSError: naming the file that cannot be read or written.
     """
-    _limits.check_memory(_limits.regular(file), str(file))
+    _limits.check_file(file)
     data = file.read_bytes()
     header = head_of(data)
     contents.check_output(header.contents, out)

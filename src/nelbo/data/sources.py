@@ -164,16 +164,6 @@ def _unseen(labels: Sequence[Label], train: Tensor) -> list[str]:
     return notes
 
 
-def read_json(path: Path) -> object:
-    """What a JSON file says.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON.
-    """
-    return _limits.read_json(path)
-
-
 def is_table(source: str | PathLike[str]) -> bool:
     """Whether the name is that of a table, or of a folder of its shards."""
     if hub.is_hub(source):
@@ -198,7 +188,7 @@ def _load_stream(
 ) -> Dataset:
     notes: list[str] = []
     if not isinstance(schema, Schema):
-        declared = None if schema is None else read_json(Path(schema))
+        declared = None if schema is None else _limits.read_json(Path(schema))
         columns, notes = streams.infer(table, declared)
         schema = Schema.of_table(columns)
     splits, how = streams.splits(table, schema.columns, seed)
@@ -234,7 +224,7 @@ def _load_table(
         columns, notes = infer_columns(frame.drop(*condition))
         schema = Schema.of_table(columns)
     elif not isinstance(schema, Schema):
-        schema = Schema.of_table(complete(frame.drop(*condition), read_json(Path(schema))))
+        schema = Schema.of_table(complete(frame.drop(*condition), _limits.read_json(Path(schema))))
     rows, taken = tables.encode(frame, schema.columns, name, rounding=True)
     x = torch.from_numpy(rows)
     splits, how = split({part: x[few] for part, few in parts.items()}, name, seed)

@@ -42,7 +42,7 @@ def read(path: Path) -> "DataFrame":
     """
     pl = polars()
     suffix = path.suffix.lower()
-    _limits.check_memory(2 * _limits.regular(path), str(path))
+    _limits.check_file(path, 2)
     if suffix in SEPARATORS:
         frame = _read_text(path, SEPARATORS[suffix])
     else:

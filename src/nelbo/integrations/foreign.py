@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nelbo import data
-from nelbo.data import Schema, sources
+from nelbo import _limits, data
+from nelbo.data import Schema
 from nelbo.estimate import Times
 from nelbo.model import Model
 
@@ -54,7 +54,7 @@ def read_json(path: Path, hint: str = "a model has one beside its weights") -> d
     """The object in a file; ValueError for anything else, and where there is none the hint."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {hint}")
-    found = sources.read_json(path)
+    found = _limits.read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must be a JSON object; got {type(found).__name__}")
     return found

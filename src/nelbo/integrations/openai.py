@@ -278,7 +278,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
         return read_tensors(path)[0]
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a state dict, .pt or .safetensors")
-    _limits.check_memory(_limits.regular(path), str(path))
+    _limits.check_file(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows as whatever its opcodes led to
