@@ -6,8 +6,7 @@
 Training: one UNet2DModel on the same images, in turn, in one process. diffusers' step is that of
 its own example of unconditional training: `DDPMScheduler.add_noise`, the network, mean squared
 error of the noise, clipped gradient, AdamW. nelbo's is the bound in continuous time with the same
-prediction: three terms, the reconstruction term on a sixteenth of the batch, which is another
-sixteenth of a network call. "by default" is a whole step of `nelbo train` instead, with averaged
+prediction: all three terms, a sixteenth of the calls for the reconstruction. "by default" is a whole step of `nelbo train` instead, with averaged
 weights, on its preset's U-Net, of the width whose parameters are nearest to theirs in number. The
 ratios are of neighbouring steps, with the error of their median.
 

@@ -57,20 +57,29 @@ def x():
     ],
 )
 def test_reweightings_weigh_the_error_of_the_noise(x, schedule, weight, of_noise_error):
-    """w(t) rate(t) is the named weight times ‖ε - ε̂‖² at the same draw."""
+    """Of draws above ρ the named weight times ‖ε - ε̂‖², of the others the reconstruction."""
     model = noise_model(schedule)
     u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
-    ends = torch.zeros_like(u), torch.ones_like(u)
+    inner, t = u >= 0.25, ((u - 0.25) / 0.75).clamp(min=0)
+    assert 0 < inner.sum() < len(x)
     with seeded(1):
-        loss = Objective(weight, share=1.0)(model, x, u).loss
+        loss = Objective(weight, share=0.25)(model, x, u).loss
     with seeded(1):
         e = model.embed(x)
-        q = model.process.marginal(e, u).base_dist
+        q = model.process.marginal(e, t).base_dist
         z = q.rsample()
-        error = ((z - q.loc) / q.scale - model.network(z, schedule(u))).square().flatten(1).sum(1)
-        others = reconstruction_term(model, x, ends[0]) + prior_term(model, x, ends[1])
-    expected = (of_noise_error((-schedule(u)).exp()) * error + others).mean()
+        error = ((z - q.loc) / q.scale - model.network(z, schedule(t))).square().flatten(1).sum(1)
+        decoded = -model.likelihood(z, t).log_prob(x) / 0.25
+        prior = prior_term(model, x, torch.ones_like(u))
+    diffusion = of_noise_error((-schedule(t)).exp()) * error / 0.75
+    expected = (torch.where(inner, diffusion, decoded) + prior).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
+def test_a_share_of_all_or_nothing_is_refused(share):
+    with pytest.raises(ValueError, match=f"share must be in \\(0, 1\\); got {share}"):
+        Objective(share=share)
 
 
 def test_the_bound_is_minus_the_elbo(x):
@@ -111,7 +120,7 @@ def test_cross_entropy_is_the_decoder_at_the_drawn_time(x):
     with seeded(1):
         with_decoder = Objective(cross_entropy=0.5)(model, x, u)
     with seeded(1):
-        decoded = reconstruction_term(model, x, u).mean()
+        decoded = reconstruction_term(model, x, Objective().time(u)).mean()
     torch.testing.assert_close(with_decoder.loss - plain.loss, 0.5 * decoded, rtol=1e-9, atol=0)
     torch.testing.assert_close(with_decoder.bound, plain.bound)
 
@@ -136,28 +145,25 @@ def test_conditions_follow_their_examples(x):
     assert model.condition is None
 
 
-@pytest.mark.parametrize("share", [1.0, 0.3])
-def test_each_term_is_given_its_own_conditions(x, share):
+@pytest.mark.parametrize("cross_entropy", [0.0, 0.3])
+def test_each_term_is_given_its_own_conditions(x, cross_entropy):
     """The loss of a batch with conditions is that of the model that is given them."""
     head = LevelLogits(LEVELS.values)
     process = Gaussian(Linear(-5.0, 4.0), LEVELS)
     model = Model(Wiggle(5), process, head, Posterior(), LevelHead(), (1, 3, 5))
     u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
     condition = torch.arange(len(x), dtype=torch.float64)[:, None] + 1
+    objective = Objective(cross_entropy=cross_entropy, share=0.3)
     with seeded(1):
-        loss = Objective(share=share)(model.given(condition), x, u)
+        loss = objective(model.given(condition), x, u).loss
     with seeded(1):
-        part = round(share * len(x))
-        e = model.embed(x)
-        z = draw(process.marginal(e, u))
-        diffusion = process.rate(z, e, model.given(condition).predict(z, u).e_hat, u).mean()
-        first = torch.zeros(part, dtype=torch.float64)
-        own = model.given(condition[:part])
-        rest = (
-            reconstruction_term(own, x[:part], first).mean()
-            + prior_term(model, x, torch.ones_like(u)).mean()
-        )
-    torch.testing.assert_close(loss.loss, diffusion + rest)
+        t, own = objective.time(u), model.given(condition)
+        z = draw(process.marginal(model.embed(x), t))
+        rate = process.rate(z, model.embed(x), own.predict(z, t).e_hat, t) / 0.7
+        decoded = -own.likelihood(z, t).log_prob(x)
+        prior = prior_term(model, x, torch.ones_like(u))
+    each = torch.where(u < 0.3, decoded / 0.3, rate) + prior + cross_entropy * decoded
+    torch.testing.assert_close(loss, each.mean())
 
 
 def test_augmented_images_are_marked_and_the_others_untouched():

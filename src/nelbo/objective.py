@@ -1,6 +1,6 @@
 r"""Training losses: the bound itself, and the well-known re-weightings of its diffusion term.
 
-    loss = E_t[ w(t) rate(t) ] + reconstruction + prior + λ E_t[ −log P(x|z_t) ]
+    loss = E_t[ w(t) rate(t) ] + reconstruction + prior + λ E_u[ −log P(x|z_t(u)) ]
 
 w = 1 and λ = 0 is −ELBO. In terms of the error of the noise prediction, rate = ½ γ'(t) ‖ε - ε̂‖²:
 
@@ -9,9 +9,16 @@ w = 1 and λ = 0 is −ELBO. In terms of the error of the noise prediction, rate
     min-snr   w = 2/γ'(t) · min(SNR, 5)/SNR      Hang et al. 2023: little weight on little noise
     p2        w = 2/γ'(t) · 1/(1 + SNR)          Choi et al. 2022: weight on coarse structure
 
+Reconstruction and diffusion are one expectation over u ∈ [0, 1), of which a share ρ stands for z_1,
+so that each example costs one network call, whichever its draw asks for:
+
+    E_u[ C(u) ],    C(u) = −log P(x|z_1)/ρ  where u < ρ,    w(t) rate(t)/(1−ρ)  at t(u) elsewhere.
+
+The draws may be of another density than uniform, each weighted by 1/p (`nelbo.times`): what has
+learned how much C varies decides how often z_1 is asked for too.
+
 λ adds the decoder asked at the drawn time: for the level head the cross-entropy of the levels,
 which costs no call and keeps the decoder calibrated wherever a short grid will let it decode.
-The expectations may be over other times than uniform ones, each weighted by 1/p (`nelbo.times`).
 
 A learned γ(t) has ends, which the loss trains with the network, and an interior, on which the
 bound does not depend. The interior is trained to the least second moment of d = rate(t), VDM
@@ -30,8 +37,9 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import constant, draw, slope
-from nelbo.elbo import prior_term, reconstruction_term
+from nelbo.elbo import prior_term
 from nelbo.estimate import Continuum
+from nelbo.heads import Prediction
 from nelbo.model import Model
 from nelbo.parts import Part
 from nelbo.schedules import Schedule, log_density
@@ -64,8 +72,8 @@ class Loss(NamedTuple):
     """What is minimised, and the bound it stands for; scalars, mean nats per example.
 
     Of a part of a batch they are its share: those of all parts add up to those of the batch.
-    `each` is w(t) rate(t) of each example, shape (B,): what the law of the times learns from.
-    `rate` is without w(t), what an interior learns from.
+    `each` is C(u) of each example, shape (B,): what the law of the times learns from. `rate` is
+    rate(t) of those that are of the diffusion term, else 0: what an interior learns from.
     """
 
     loss: Tensor
@@ -80,8 +88,7 @@ class Objective:
     Args:
         weight: w(t) on the diffusion term.
         cross_entropy: λ.
-        share: the share of the batch whose reconstruction term is drawn, one more network call
-            each. The mean over the share estimates the mean over the batch.
+        share: ρ, the share of uniform u that stands for the reconstruction, in (0, 1).
         start: time of z_1.
     """
 
@@ -92,6 +99,8 @@ class Objective:
         share: float = 1 / 16,
         start: float = 0.0,
     ) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"share must be in (0, 1); got {share}; try 1/16")
         self.weight, self.cross_entropy, self.share = weight, cross_entropy, share
         self.times = Continuum(start)
 
@@ -110,38 +119,46 @@ class Objective:
         """
         part = part or Part.whole(len(x))
         weight, n = part.of(torch.ones_like(u) if weight is None else weight), part.batch
-        schedule, t = model.process.schedule, self.time(part.of(u))
+        u = part.of(u)
+        schedule, process, t = model.process.schedule, model.process, self.time(u)
+        inner = u >= self.share
         with constant(schedule.interior()):
             e = model.embed(x)
-            z = draw(model.process.marginal(e, t))
+            z = draw(process.marginal(e, t))
             prediction = model.predict(z, t)
-            diffusion = (1 - self.times.first) * model.process.rate(z, e, prediction.e_hat, t)
-            reconstruction = self._reconstruction(model, x, t, part)
-            others = reconstruction + prior_term(model, x, torch.ones_like(t)).sum() / n
-            each = self.weight(schedule, t) * diffusion
-            loss = (weight * each).sum() / n + others
-            if self.cross_entropy:
-                decoded = model.decoder(prediction, z, t, model.process).log_prob(x)
-                loss = loss - self.cross_entropy * ((weight * decoded).sum() / n)
-        bound = (weight * diffusion).sum() / n + others
-        return Loss(loss, bound.detach(), each.detach(), diffusion.detach())
+            rate = torch.where(inner, process.rate(z, e, prediction.e_hat, t), 0)
+            # it is not free: all are asked where λ counts them, else those at the first times
+            asked = ~inner | bool(self.cross_entropy)
+            decoded = self._decoded(model, prediction, x, z, t, asked)
+            reconstruction = torch.where(inner, 0, decoded) / self.share
+            length = (1 - self.times.first) / (1 - self.share)  # of the integral, per draw
+            prior = prior_term(model, x, torch.ones_like(t)).sum() / n
+            each = length * self.weight(schedule, t) * rate + reconstruction
+            loss = (weight * (each + self.cross_entropy * decoded)).sum() / n + prior
+        bound = (weight * (length * rate + reconstruction)).sum() / n + prior
+        return Loss(loss, bound.detach(), each.detach(), rate.detach())
 
-    def _reconstruction(self, model: Model, x: Tensor, t: Tensor, part: Part) -> Tensor:
-        """Of the first examples of the batch; t for its dtype."""
-        drawn = max(1, round(self.share * part.batch))
-        own, within, count = part.some(0, drawn)
-        first = torch.full((len(within),), self.times.first, dtype=t.dtype, device=t.device)
-        with within:
-            return reconstruction_term(model.at(own), x[own], first)[:count].sum() / drawn
+    @staticmethod
+    def _decoded(
+        model: Model, prediction: Prediction, x: Tensor, z: Tensor, t: Tensor, asked: Tensor
+    ) -> Tensor:
+        """−log P(x|z_t) of the rows that are asked, else 0; shape (B,), nats."""
+        if not asked.any():
+            return torch.zeros_like(t)
+        told = prediction.map(lambda v: v[asked])
+        likelihood = model.decoder(told, z[asked], t[asked], model.process)
+        log_p = likelihood.log_prob(x[asked])
+        return -torch.zeros_like(t, dtype=log_p.dtype).masked_scatter(asked, log_p)
 
     def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
         """What is added to the loss of a batch for the interior of a learned γ; zero, scalar."""
+        weight = torch.where(u >= self.share, weight, 0)
         squares = weight * rate.square()
         return log_second_moment(model.process.schedule, self.time(u), squares, weight)
 
     def time(self, u: Tensor) -> Tensor:
-        """t at draws u."""
-        return self.times.first + (1 - self.times.first) * u
+        """t at draws u, that of z_1 for the first of them."""
+        return self.times.at(((u - self.share) / (1 - self.share)).clamp(min=0))
 
 
 def log_second_moment(schedule: Schedule, t: Tensor, squares: Tensor, weight: Tensor) -> Tensor:
