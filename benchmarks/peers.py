@@ -6,9 +6,10 @@
 Training: one UNet2DModel on the same images, in turn, in one process. diffusers' step is that of
 its own example of unconditional training: `DDPMScheduler.add_noise`, the network, mean squared
 error of the noise, clipped gradient, AdamW. nelbo's is the bound in continuous time with the same
-prediction: all three terms, a sixteenth of the calls for the reconstruction. "by default" is a whole step of `nelbo train` instead, with averaged
-weights, on its preset's U-Net, of the width whose parameters are nearest to theirs in number. The
-ratios are of neighbouring steps, with the error of their median.
+prediction: all three terms, a sixteenth of the calls for the reconstruction. "by default" is a
+whole step of `nelbo train` instead, with averaged weights, on its preset's U-Net, of the width
+whose parameters are nearest to theirs in number. The ratios are of neighbouring steps, with the
+error of their median.
 
 Posterior: mean and variance of q(z_{t-1}|z_t,x) for every t of the 1000 linear β's, by
 `DDPMScheduler.step` as shipped (float32), by the same code on float64 tables, by azula's

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py [--rounds 30] [--threads 2] [--json out.json]
 
 Both take the steps of preset auto on digits, in turn, in one process. The bare loop draws a batch,
-a time (for a sixteenth of the batch that of the reconstruction, as nelbo does) and noise, calls the
+a time (for a sixteenth of it that of the reconstruction, as nelbo does) and noise, calls the
 network once, adds the evidence of the levels, takes the bound + 0.1 x cross-entropy, and steps
 AdamW. It has no probability objects, no averaged weights, no checks.
 """

@@ -9,8 +9,8 @@ w = 1 and λ = 0 is −ELBO. In terms of the error of the noise prediction, rate
     min-snr   w = 2/γ'(t) · min(SNR, 5)/SNR      Hang et al. 2023: little weight on little noise
     p2        w = 2/γ'(t) · 1/(1 + SNR)          Choi et al. 2022: weight on coarse structure
 
-Reconstruction and diffusion are one expectation over u ∈ [0, 1), of which a share ρ stands for z_1,
-so that each example costs one network call, whichever its draw asks for:
+Reconstruction and diffusion are one expectation over u ∈ [0, 1), of which a share ρ stands for
+z_1, so that each example costs one network call, whichever its draw asks for:
 
     E_u[ C(u) ],    C(u) = −log P(x|z_1)/ρ  where u < ρ,    w(t) rate(t)/(1−ρ)  at t(u) elsewhere.
 
