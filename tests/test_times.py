@@ -211,8 +211,7 @@ def test_what_the_law_learns_from_is_the_weighted_rate_at_uniform_times():
     torch.testing.assert_close(each[0], each[1])
     with seeded(1):
         plain = Objective()(model, x, u).each
-    t = Objective().time(u)
-    torch.testing.assert_close(each[0], plain * objective.p2(model.process.schedule, t))
+    torch.testing.assert_close(each[0], plain * objective.p2(model.process.schedule, u))
 
 
 def test_the_density_is_part_of_the_checkpoint(tmp_path, monkeypatch):
@@ -322,8 +321,7 @@ def test_each_parameter_has_the_gradient_of_its_loss(cross_entropy):
         of_both = Objective(objective.bound, cross_entropy)
         loss = of_both(model, x, u, weight=weight)
     (loss.loss + of_both.interior(model, u, weight, loss.rate)).backward()
-    inner = weight * (u >= of_both.share)
-    moment = log_second_moment(schedule, of_both.time(u), inner * loss.rate**2, inner)
+    moment = log_second_moment(schedule, u, weight * loss.rate**2, weight)
     want = torch.autograd.grad(moment, schedule.interior())
     for p, gradient in zip(schedule.interior(), want, strict=True):
         torch.testing.assert_close(p.grad, gradient)

@@ -162,7 +162,7 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         training.resume(run, steps=6)
     assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before
-    assert not list(run.glob(".*"))
+    assert [path.name for path in run.glob(".*")] == [checkpoint.LOCK]
 
 
 def test_batches_visit_every_example_once_per_epoch():
@@ -256,6 +256,34 @@ def test_a_run_with_muon_is_resumed_exactly(tmp_path):
             training.train("digits", tmp_path / "cut", **options)
     training.resume(tmp_path / "cut")
     assert_same_run(whole.path, tmp_path / "cut")
+
+
+def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
+    """Neither two resumed ones nor one beside a new one; the files stay as they are."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = (run / checkpoint.STATE).read_bytes()
+    with (
+        training.alone_in(run),
+        pytest.raises(ValueError, match="run is being trained by another process; wait"),
+    ):
+        training.resume(run, steps=9)
+    assert (run / checkpoint.STATE).read_bytes() == before
+    found, step = [], learner.Learner.step
+
+    def beside(self):
+        if self.at.step == 1:
+            with pytest.raises(ValueError, match="trained by another"):
+                training.resume(tmp_path / "new")
+            found.append(self.at.step)
+        step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner.Learner, "step", beside)
+        training.train("digits", tmp_path / "new", **TINY)
+    assert found == [1]
+    assert_same_run(trained, tmp_path / "new")
+    training.resume(run, steps=5)  # the lock is gone with its holder
 
 
 def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):

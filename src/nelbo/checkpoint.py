@@ -7,6 +7,7 @@
     metrics.jsonl        one line per event
     data.parquet         the training table, where it was given as a frame and not by its path
     grids.json           the best grids that were found for these weights; found again where lost
+    .lock                empty; held by the process that trains
 
 Every file is written under a temporary name, synced and renamed: it is whole or it is not there.
 Tensors come with their SHA-256, so that what the disk damaged later is not taken for them.
@@ -45,7 +46,7 @@ from nelbo.sharding import divided_like
 if TYPE_CHECKING:
     from nelbo.data.tables import Frame
 
-CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE = (
+CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
     "config.json",
     "model.safetensors",
     "state.safetensors",
@@ -53,6 +54,7 @@ CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE = (
     "metrics.jsonl",
     "grids.json",
     "data.parquet",
+    ".lock",
 )
 
 

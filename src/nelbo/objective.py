@@ -1,6 +1,6 @@
 r"""Training losses: the bound itself, and the well-known re-weightings of its diffusion term.
 
-    loss = E_t[ w(t) rate(t) ] + reconstruction + prior + λ E_u[ −log P(x|z_t(u)) ]
+    loss = E_t[ w(t) rate(t) ] + reconstruction + prior + λ E[ −log P(x|z_t) ]
 
 w = 1 and λ = 0 is −ELBO. In terms of the error of the noise prediction, rate = ½ γ'(t) ‖ε - ε̂‖²:
 
@@ -9,13 +9,11 @@ w = 1 and λ = 0 is −ELBO. In terms of the error of the noise prediction, rate
     min-snr   w = 2/γ'(t) · min(SNR, 5)/SNR      Hang et al. 2023: little weight on little noise
     p2        w = 2/γ'(t) · 1/(1 + SNR)          Choi et al. 2022: weight on coarse structure
 
-Reconstruction and diffusion are one expectation over u ∈ [0, 1), of which a share ρ stands for
-z_1, so that each example costs one network call, whichever its draw asks for:
-
-    E_u[ C(u) ],    C(u) = −log P(x|z_1)/ρ  where u < ρ,    w(t) rate(t)/(1−ρ)  at t(u) elsewhere.
-
-The draws may be of another density than uniform, each weighted by 1/p (`nelbo.times`): what has
-learned how much C varies decides how often z_1 is asked for too.
+Each example costs one network call. A share ρ of the batch, chosen at random, is asked for its
+reconstruction, −log P(x|z_1)/ρ; the others for the diffusion term, w(t) rate(t)/(1−ρ). The mean is
+that of the bound. The times may be of another density than uniform, each weighted by 1/p
+(`nelbo.times`). ρ is not learned from how much the two vary, as that is: much of a reconstruction
+can vary with the data and little of it with the weights.
 
 λ adds the decoder asked at the drawn time: for the level head the cross-entropy of the levels,
 which costs no call and keeps the decoder calibrated wherever a short grid will let it decode.
@@ -38,7 +36,7 @@ from torch import Tensor
 
 from nelbo._numerics import constant, draw, slope
 from nelbo.elbo import prior_term
-from nelbo.estimate import Continuum
+from nelbo.estimate import Continuum, stratified
 from nelbo.heads import Prediction
 from nelbo.model import Model
 from nelbo.parts import Part
@@ -72,8 +70,8 @@ class Loss(NamedTuple):
     """What is minimised, and the bound it stands for; scalars, mean nats per example.
 
     Of a part of a batch they are its share: those of all parts add up to those of the batch.
-    `each` is C(u) of each example, shape (B,): what the law of the times learns from. `rate` is
-    rate(t) of those that are of the diffusion term, else 0: what an interior learns from.
+    `each` is w(t) rate(t) of each example, shape (B,), 0 of those that gave a reconstruction: what
+    the law of the times learns from. `rate` is without w(t), what an interior learns from.
     """
 
     loss: Tensor
@@ -88,7 +86,7 @@ class Objective:
     Args:
         weight: w(t) on the diffusion term.
         cross_entropy: λ.
-        share: ρ, the share of uniform u that stands for the reconstruction, in (0, 1).
+        share: ρ, in (0, 1).
         start: time of z_1.
     """
 
@@ -118,47 +116,54 @@ class Objective:
         a batch, they are those of the whole batch.
         """
         part = part or Part.whole(len(x))
-        weight, n = part.of(torch.ones_like(u) if weight is None else weight), part.batch
-        u = part.of(u)
-        schedule, process, t = model.process.schedule, model.process, self.time(u)
-        inner = u >= self.share
+        n, schedule, process = part.batch, model.process.schedule, model.process
+        first = part.of(stratified(n)[:, 0] < self.share)
+        # the decoder is not free: it tells of all where λ counts them, else of the first times
+        asked = None if self.cross_entropy else first.nonzero()[:, 0].to(x.device)
+        first = first.to(x.device)
+        t = torch.where(first, self.times.first, self.time(part.of(u)))
+        weight = part.of(torch.ones_like(u) if weight is None else weight).where(~first, 1.0)
         with constant(schedule.interior()):
             e = model.embed(x)
             z = draw(process.marginal(e, t))
             prediction = model.predict(z, t)
-            rate = torch.where(inner, process.rate(z, e, prediction.e_hat, t), 0)
-            # it is not free: all are asked where λ counts them, else those at the first times
-            asked = ~inner | bool(self.cross_entropy)
             decoded = self._decoded(model, prediction, x, z, t, asked)
-            reconstruction = torch.where(inner, 0, decoded) / self.share
-            length = (1 - self.times.first) / (1 - self.share)  # of the integral, per draw
+            rate = process.rate(z, e, prediction.e_hat, t).where(~first, 0.0)
+            length = (1 - self.times.first) / (1 - self.share)  # of the integral, for each of them
             prior = prior_term(model, x, torch.ones_like(t)).sum() / n
-            each = length * self.weight(schedule, t) * rate + reconstruction
-            loss = (weight * (each + self.cross_entropy * decoded)).sum() / n + prior
-        bound = (weight * (length * rate + reconstruction)).sum() / n + prior
+            others = decoded.where(first, 0.0).sum() / self.share / n + prior
+            each = length * self.weight(schedule, t) * rate
+            entropy = self.cross_entropy * (weight * decoded).sum() / n
+            loss = (weight * each).sum() / n + others + entropy
+        bound = length * (weight * rate).sum() / n + others
         return Loss(loss, bound.detach(), each.detach(), rate.detach())
-
-    @staticmethod
-    def _decoded(
-        model: Model, prediction: Prediction, x: Tensor, z: Tensor, t: Tensor, asked: Tensor
-    ) -> Tensor:
-        """−log P(x|z_t) of the rows that are asked, else 0; shape (B,), nats."""
-        if not asked.any():
-            return torch.zeros_like(t)
-        told = prediction.map(lambda v: v[asked])
-        likelihood = model.decoder(told, z[asked], t[asked], model.process)
-        log_p = likelihood.log_prob(x[asked])
-        return -torch.zeros_like(t, dtype=log_p.dtype).masked_scatter(asked, log_p)
 
     def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
         """What is added to the loss of a batch for the interior of a learned γ; zero, scalar."""
-        weight = torch.where(u >= self.share, weight, 0)
         squares = weight * rate.square()
         return log_second_moment(model.process.schedule, self.time(u), squares, weight)
 
     def time(self, u: Tensor) -> Tensor:
-        """t at draws u, that of z_1 for the first of them."""
-        return self.times.at(((u - self.share) / (1 - self.share)).clamp(min=0))
+        """t at draws u."""
+        return self.times.at(u)
+
+    @staticmethod
+    def _decoded(
+        model: Model,
+        prediction: Prediction,
+        x: Tensor,
+        z: Tensor,
+        t: Tensor,
+        asked: Tensor | None,
+    ) -> Tensor:
+        """−log P(x|z_t) of all rows, or of those that are asked, else 0; shape (B,), nats."""
+        if asked is None:
+            return -model.decoder(prediction, z, t, model.process).log_prob(x)
+        if not len(asked):
+            return torch.zeros_like(t)
+        told = prediction.map(lambda v: v[asked])
+        log_p = model.decoder(told, z[asked], t[asked], model.process).log_prob(x[asked])
+        return torch.zeros_like(t, dtype=log_p.dtype).index_put((asked,), -log_p)
 
 
 def log_second_moment(schedule: Schedule, t: Tensor, squares: Tensor, weight: Tensor) -> Tensor:

@@ -157,7 +157,8 @@ def begin(training: "Training", progress: bool, weights: Model | None = None) ->
         if weights is not None:
             training.start_from(weights)
         training.configure()
-        training.fit(progress)
+        with alone_in(out):
+            training.fit(progress)
     except Exception:
         kept = checkpoint.is_run(out) and (out / checkpoint.WEIGHTS).exists()
         if training.first and not kept:
@@ -191,12 +192,41 @@ def resume(
     t = run.train
     steps, shard = t.steps if steps is None else steps, t.shard if shard is None else shard
     changed = replace(run, train=replace(t, steps=steps, shard=shard))
-    training = Training(out, changed, run.load_data(), device)
-    training.restore()
-    if changed != run:
-        training.configure()
-    training.fit(progress)
+    with alone_in(out):
+        training = Training(out, changed, run.load_data(), device)
+        training.restore()
+        if changed != run:
+            training.configure()
+        training.fit(progress)
     return checkpoint.load(out)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Inside, no other training writes into this run; the lock ends with the process.
+
+    Raises:
+        ValueError: another one does.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / checkpoint.LOCK, blocking=False)
+
+    def acquire() -> None:
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{out} is being trained by another process; wait for it, or stop it first"
+            ) from None
+        except (NotImplementedError, OSError):
+            pass  # a file system without locks, or one that lets nothing be written: said later
+
+    at_first(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Training:
