@@ -12,13 +12,14 @@ from torch.distributions import Normal
 from nelbo._distributions import Discrete, LevelMixture
 from nelbo._numerics import seeded
 from nelbo.build import build
-from nelbo.codec import container, pictures
+from nelbo.codec import blocks, container, pictures
 from nelbo.codec.blocks import EVEN, MODEL, PACKED, Codes, decode, encode, nothing
 from nelbo.codec.codec import Codec
 from nelbo.codec.coding import compress, decompress, describe
 from nelbo.codec.direct import shown_at
 from nelbo.codec.errors import Damaged, NotReproducible, OtherModel
 from nelbo.codec.header import Settings, pack_times, unpack_times
+from nelbo.codec.lanes import joined, narrowed, parted, widened
 from nelbo.codec.laws import law
 from nelbo.codec.search import WAYS, best_ways, push_way
 from nelbo.codec.stack import Bottom, SideBySide, Stack
@@ -146,8 +147,9 @@ def test_a_search_keeps_what_one_choice_at_a_time_would_not():
         for kept in (1, 8):
             stack, seen = Stack(Bottom("random").words(200)), []
             before = stack.words()
-            ways = best_ways(code, stack, x, kept, 5, seen.append)
+            ways, sizes = best_ways(code, stack, x, 1.0, 1, kept, 5, seen.append)
             assert len(ways) == sum(seen) == len(x) and set(ways) <= set(range(WAYS))
+            assert sizes == [1] * len(x)
             assert np.array_equal(stack.words(), before)
             for i, way in enumerate(ways):
                 push_way(stack, np.array([way]))
@@ -164,6 +166,51 @@ def test_an_encoder_borrows_known_words_only_when_it_must():
     assert np.array_equal(stack.words(), Bottom("here").words(stack.borrowed))
     with pytest.raises(Damaged, match="end before the data"):
         of.pop(Stack(Bottom("here").words(2)))
+
+
+# ---- lanes
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_stack_that_was_cut_is_whole_again(count):
+    """A zero where the cut would be moves it, for no stack ends in one; and words that were
+    borrowed are no part of what is halved."""
+    stack = Stack(bottom=Bottom("here"))
+    stack._borrow()
+    words = np.concatenate([stack.words(), Bottom("there").words(200)])
+    words[[50, 51, 52, 53, 100, 101, 102, 103, 150, 151, 152, 153]] = 0
+    stack.coder = stack.coder_type(words)
+    lanes = widened([stack], count)
+    assert [lane.borrowed for lane in lanes] == [stack.borrowed] + [0] * (count - 1)
+    assert np.ptp([lane.bits for lane in lanes]) <= 32 * 9
+    (whole,) = narrowed(lanes, 1)
+    assert np.array_equal(whole.words(), words) and whole.borrowed == stack.borrowed
+
+
+def test_lanes_of_any_lengths_become_one_number_at_a_few_bits_each():
+    r = np.random.default_rng(0)
+    for count in (1, 2, 4, 8, 256):
+        for spread in (0, 3, 60):
+            lanes = [Bottom(f"{i}").words(70 + r.integers(spread + 1)) for i in range(count)]
+            lanes[0][-1], lanes[-1][-1] = 1, 7
+            data, bits = joined(lanes), sum(words.size for words in lanes) * 32
+            assert all(map(np.array_equal, parted(data, count), lanes))
+            assert 8 * len(data) < bits + count * 14 + 8
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_no_lanes_is_refused_or_some_words(seed):
+    r = np.random.default_rng(seed)
+    data = r.bytes(int(r.integers(1, 60))) + b"\1"
+    for count in (2, 8, 256):
+        try:
+            found = parted(data, count)
+        except Damaged:
+            continue
+        assert len(found) == count and sum(words.nbytes for words in found) < len(data) + 4 * count
+    with pytest.raises(Damaged, match="end in a zero"):
+        parted(data + b"\0", 2)
+    with pytest.raises(Damaged, match="not those of 8 lanes"):
+        parted(b"", 8)
 
 
 # ---- the bound
@@ -223,16 +270,21 @@ def test_symbols_show_as_the_schedule_says():
     assert shown_at(model, Grid.uniform(100)) == list(range(100))
 
 
-def test_effort_goes_below_the_bound():
-    """Of several draws of the latents the luckiest is kept, where they differ by many bits."""
+def many_dims():
+    """A model of 24 dimensions that knows little."""
     levels = Levels(4)
     process = Gaussian(Linear(-4.0, 0.0), levels)
     quiet = Formula(lambda z, level: torch.zeros(*z.shape, 4, dtype=torch.float64))
     head, step = LevelLogits(levels.values), Mixture(levels.values)
     model = Model(quiet, process, head, step, LevelHead(), (24,))
     head.log_prior.data.copy_(torch.tensor([3.0, 0.0, 0.0, -1.0]))
+    return model
+
+
+def test_effort_goes_below_the_bound():
+    """Of several draws of the latents the luckiest is kept, where they differ by many bits."""
+    model, lengths = many_dims(), {}
     x = ancestral(model, 150, Grid.uniform(8))
-    lengths = {}
     for effort in (1, 8):
         codec = Codec(model, settings(1, effort=effort))
         ((block, _),) = codec.encode_blocks(x, 1000)
@@ -251,6 +303,43 @@ def test_any_number_of_examples_comes_back(name, n):
     known = known_models.MODELS[name]()
     x = ancestral(known.model, n, Grid.uniform(2)) if n else known.examples(1)[:0]
     there_and_back(known.model, x, settings(2))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 8, 60, 447])
+def test_any_number_of_examples_comes_back_by_lanes(n, monkeypatch):
+    """Batches of 1, 2, 4 ... lanes, and smaller ones where the examples are too few."""
+    monkeypatch.setattr(blocks, "LANE", 300)
+    model = many_dims()
+    x = ancestral(model, n, Grid.uniform(8)) if n else torch.zeros(0, 24, dtype=torch.long)
+    data = there_and_back(model, x, settings(1, effort=2))
+    sizes = [size for block in describe(data)[1] for size in block.sizes]
+    most = max(sizes, default=1)
+    end = len(sizes) - sizes[::-1].index(most) if sizes else 0
+    assert sizes == sorted(sizes[:end]) + sorted(sizes[end:], reverse=True)
+    assert most == {447: 32, 60: 4}.get(n, 1)
+
+
+def test_blocks_with_effort_come_back_and_know_nothing_of_each_other(monkeypatch):
+    monkeypatch.setattr(blocks, "LANE", 300)
+    model = many_dims()
+    x = ancestral(model, 150, Grid.uniform(8))
+    data = there_and_back(model, x, settings(1, effort=2), block=50)
+    assert [max(block.sizes) for block in describe(data)[1]] == [4, 4, 4]
+    at = data.index(container.BLOCK)
+    cut = data[:at] + data[data.index(container.BLOCK, at + 4) :]
+    found = decompress(cut, model, salvage=True)
+    assert found.lost == ((0, 50),) and torch.equal(found.x.long(), x[50:])
+
+
+def test_a_lane_that_runs_out_is_not_cut_off(monkeypatch):
+    """Only the lowest may borrow, so that a block of lanes too short for an example has one."""
+    monkeypatch.setattr(blocks, "LANE", 1)
+    monkeypatch.setattr(blocks, "_need", lambda *_: 1.0)
+    model = many_dims()
+    x = ancestral(model, 60, Grid.uniform(8))
+    ((block, _),) = Codec(model, settings(1, effort=2)).encode_blocks(x, 1000)
+    assert set(block.sizes) == {1}
+    there_and_back(model, x, settings(1, effort=2))
 
 
 @pytest.mark.parametrize("step", [Posterior, Beta, Optimal])

@@ -3,15 +3,16 @@
 import random
 import struct
 from dataclasses import replace
+from unittest.mock import patch
 
 import known_models
 import numpy as np
 import pytest
 import torch
-from test_codec import changed, settings, skewed
+from test_codec import changed, many_dims, settings, skewed
 
 from nelbo._numerics import seeded
-from nelbo.codec import container
+from nelbo.codec import blocks, container
 from nelbo.codec.blocks import EVEN, MODEL, PACKED
 from nelbo.codec.codec import Codec
 from nelbo.codec.coding import compress, decompress, describe
@@ -36,14 +37,20 @@ def files():
     again = noise[:30].repeat(30, 1)
     x = ancestral(levels, 150, Grid.uniform(2))
     symbols.head.log_prior.data.copy_(torch.tensor([5.0, 0.0, 0.0]))
+    wide = many_dims()
+    y = ancestral(wide, 90, Grid.uniform(2))
+    with patch.object(blocks, "LANE", 300):
+        lanes = compress(wide, y, settings(1, effort=2), block=45)
+    assert [max(block.sizes) for block in describe(lanes)[1]] == [4, 2]
     made = [
         (levels, x, compress(levels, x, settings(2, batch=8), block=50)),
         (levels, noise, compress(levels, noise, settings(1), block=30, extra=b"labels")),
         (levels, again, compress(levels, again, settings(1))),
         (symbols, likely, compress(symbols, likely, settings(2), block=20)),
+        (wide, y, lanes),
     ]
     modes = [{block.mode for block in describe(data)[1]} for _, _, data in made]
-    assert modes == [{MODEL}, {EVEN}, {PACKED}, {MODEL}]
+    assert modes == [{MODEL}, {EVEN}, {PACKED}, {MODEL}, {MODEL}]
     return made
 
 
@@ -155,8 +162,9 @@ def test_what_is_saved_of_damaged_files_is_right(coded):
     assert saved > 20
 
 
-def test_blocks_that_lie_are_refused_before_they_cost_memory(coded):
-    model, _, data = coded[0]
+@pytest.mark.parametrize("which", [0, 4])
+def test_blocks_that_lie_are_refused_before_they_cost_memory(coded, which):
+    model, _, data = coded[which]
     header, extra, at = container.read_prefix(data)
     first, *rest = container.read_blocks(data, at)
     for lie in (
@@ -172,6 +180,7 @@ def test_blocks_that_lie_are_refused_before_they_cost_memory(coded):
         replace(first, mode=3),
         replace(first, first=1),
         replace(first, sizes=(256,) * 200, count=256 * 200 + first.seeds),
+        replace(first, sizes=(1,) * 256 + (256,), count=512 + first.seeds),
         replace(first, payload=b""),
         replace(first, payload=first.payload[:-1] + b"\0"),
         replace(first, payload=b"\0\0\0\0"),
@@ -181,6 +190,25 @@ def test_blocks_that_lie_are_refused_before_they_cost_memory(coded):
         bad += container.write_end(bad, len(rest) + 1)
         with pytest.raises(Damaged):
             decompress(bad, model)
+
+
+def test_batches_that_lie_of_the_lanes_are_refused(coded):
+    """Cut earlier, later, not at all or into more lanes than there are."""
+    model, _, data = coded[4]
+    (first, _), codec = describe(data)[1], Codec(model, settings(1, effort=2))
+    n = sum(first.sizes)
+    once = first.sizes.index(4)
+    for sizes in (
+        (1,) * n,
+        first.sizes[::-1],
+        (1, *first.sizes[1:once], *[1] * 4, *first.sizes[once + 1 :]),
+        (*first.sizes[:once], 2, 2, *first.sizes[once + 1 :]),
+        (*[1] * (n - 32), 32),
+        (*first.sizes[:once], *[1] * 4, *first.sizes[once + 1 :]),
+    ):
+        assert sum(sizes) == n and sizes != first.sizes
+        with pytest.raises(Damaged):
+            codec.decode_block(replace(first, sizes=sizes))
 
 
 def test_one_damaged_block_costs_its_examples_alone(coded):
@@ -210,11 +238,12 @@ def test_a_newer_version_and_what_is_no_file_of_ours(coded):
     model, _, data = coded[0]
     newer = bytearray(data)
     newer[8] = 99
-    with pytest.raises(CodecError, match="version 99 and this nelbo reads 2; try: pip"):
+    with pytest.raises(CodecError, match="version 99 and this nelbo reads 3; try: pip"):
         decompress(bytes(newer), model)
-    newer[8] = 1
-    with pytest.raises(CodecError, match="version 1 and this nelbo reads 2; restore it"):
-        decompress(bytes(newer), model)
+    for older in (1, 2):
+        newer[8] = older
+        with pytest.raises(CodecError, match=f"version {older} and this nelbo reads 3; restore"):
+            decompress(bytes(newer), model)
     for other in (
         b"",
         b"\x93NLB",

@@ -15,6 +15,7 @@ one, each after the number that makes the block short.
 
 import contextlib
 import hashlib
+import itertools
 import lzma
 import math
 import struct
@@ -26,12 +27,23 @@ import numpy as np
 
 from nelbo.codec.errors import Damaged
 from nelbo.codec.example import ExampleCode, Static
-from nelbo.codec.search import best_ways, pop_way, push_way
-from nelbo.codec.stack import CHECK, PRECISION, START, WORD, Bottom, Stack, constriction
+from nelbo.codec.lanes import joined, narrowed, parted, widened
+from nelbo.codec.search import best_ways, pop_way, power_of_two, push_way
+from nelbo.codec.stack import (
+    CHECK,
+    PRECISION,
+    START,
+    WORD,
+    Bottom,
+    SideBySide,
+    Stack,
+    constriction,
+)
 
 MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels alike, xz
 BATCH = 32  # examples of a network call, at most
 SPARE = 1.02  # of what an example is expected to need
+LANE = 8192  # bits of a block for which there may be a lane
 FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}]
 Done = Callable[[int], None]  # is told how many examples are finished
 
@@ -120,11 +132,13 @@ def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
     if block.mode == PACKED:
         return _unpack(codes, block)
     floor = WORD if block.borrowed >= START else WORD * CHECK - 1
-    stack = Stack(_words(block.payload), floor=floor, counts=False)
+    wide = block.mode == MODEL and block.borrowed >= START and codes.effort > 1
+    parts = parted(block.payload, max(block.sizes, default=1) if wide else 1)
+    lanes = [Stack(words, floor=floor, counts=False) for words in parts]
     if block.mode == EVEN:
-        x = _pop_alike(codes, block, stack)
+        x, stack = _pop_alike(codes, block, lanes[0]), lanes[0]
     else:
-        x = _unstack(codes, block, stack, done)
+        x, stack = _unstack(codes, block, lanes, done)
     bottom = _bottom(codes, block.first, x).words(block.borrowed)
     if not np.array_equal(stack.words(), bottom):
         raise Damaged("the stack of bits does not end as it began: the data are not those coded")
@@ -139,29 +153,52 @@ def _bottom(codes: Codes, first: int, x: np.ndarray) -> Bottom:
 
 def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
     code, bottom = codes.model(0), _bottom(codes, first, x)
-    stack, sizes = Stack(bottom=bottom), []
-    need = _need(code, x[:1], bottom)
-    seeds = 0
+    stack, need, seeds = Stack(bottom=bottom), _need(code, x[:1], bottom), 0
     while seeds < len(x) and stack.bits < need:
         codes.static.push(stack, x[seeds : seeds + 1])
         seeds += 1
     done(seeds)
     if codes.effort > 1:
-        ways = best_ways(code, stack, x[seeds:], codes.effort, codes.batch, done)
-        for i, way in enumerate(ways, seeds):
-            push_way(stack, np.array([way]))
-            code.push(stack, x[i : i + 1])
-        sizes = [1] * len(ways)
-    at = seeds + len(sizes)
-    while at < len(x):
-        size = _size(stack.bits / need, len(x) - at, codes.batch)
-        code.push(stack, x[at : at + size])
-        at += size
-        sizes.append(size)
-        done(size)
-    words = _bytes(stack.words())
-    shape = (stack.borrowed, seeds, tuple(sizes))
-    return Block(first, len(x), MODEL, 0, *shape, words), stack.ideal
+        most = power_of_two(min(codes.batch, len(x) * stack.bits / seeds / LANE))
+        lanes, sizes, ideal = _with_effort(codes, code, stack, x[seeds:], need, most, done)
+    else:
+        lanes, sizes, at = [stack], [], seeds
+        while at < len(x):
+            sizes.append(power_of_two(min(stack.bits / need, len(x) - at, codes.batch)))
+            code.push(stack, x[at : at + sizes[-1]])
+            at += sizes[-1]
+            done(sizes[-1])
+        ideal = stack.ideal
+    payload = joined([lane.words() for lane in lanes])
+    block = Block(first, len(x), MODEL, 0, lanes[0].borrowed, seeds, tuple(sizes), payload)
+    return block, ideal
+
+
+def _with_effort(
+    codes: Codes,
+    code: ExampleCode,
+    stack: Stack,
+    x: np.ndarray,
+    need: float,
+    most: int,
+    done: Done,
+) -> tuple[list[Stack], list[int], float]:
+    """Lanes of all examples x upon a stack, at most so many; the batches, and the nats."""
+    try:
+        ways, sizes = best_ways(code, stack, x, need, most, codes.effort, codes.batch, done)
+        lanes, at, ideal = [stack.copy()], 0, 0.0
+        for size in sizes:
+            lanes = widened(lanes, size)
+            rows = SideBySide(lanes[:size], counts=True)
+            push_way(rows, ways[at : at + size])
+            code.push(rows, x[at : at + size])
+            at += size
+            ideal += rows.ideal
+    except Damaged:  # a lane but the lowest has no bottom from which to borrow
+        if most == 1:
+            raise
+        return _with_effort(codes, code, stack, x, need, 1, done)
+    return lanes, sizes, ideal
 
 
 def _directly(
@@ -170,12 +207,12 @@ def _directly(
     code, stack = codes.model(nonce), Stack(_bottom(codes, first, x).words(CHECK))
     sizes, at = [], 0
     while at < len(x):
-        size = _size(codes.batch, len(x) - at, codes.batch)
+        size = power_of_two(min(len(x) - at, codes.batch))
         code.push(stack, x[at : at + size], first + at)
         at += size
         sizes.append(size)
         done(size)
-    words = _bytes(stack.words())
+    words = joined([stack.words()])
     return Block(first, len(x), MODEL, nonce, CHECK, 0, tuple(sizes), words), stack.ideal
 
 
@@ -186,32 +223,35 @@ def _need(code: ExampleCode, x: np.ndarray, bottom: Bottom) -> float:
     return max(1.0, SPARE * (WORD * START - trial.least))
 
 
-def _size(fit: float, left: int, most: int) -> int:
-    """The largest power of two that fits, is left and is allowed; 1 at least."""
-    return 1 << (max(1, int(min(fit, left, most))).bit_length() - 1)
-
-
-def _unstack(codes: Codes, block: Block, stack: Stack, done: Done) -> np.ndarray:
-    """What the model and the static table coded, the last batch first."""
+def _unstack(
+    codes: Codes, block: Block, lanes: list[Stack], done: Done
+) -> tuple[np.ndarray, Stack]:
+    """What the model and the static table coded, the last batch first, and the stack below."""
     code, at, parts = codes.model(block.nonce), block.count, []
     if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):
         raise Damaged("a block says that it was coded in another way than its model does")
-    for size in reversed(block.sizes):
+    most = [*itertools.accumulate(block.sizes, max)]
+    for size, count in zip(reversed(block.sizes), reversed(most), strict=True):
         at -= size
-        parts.append(code.pop(stack, size, block.first + at))
-        if code.borrows and codes.effort > 1:
-            pop_way(stack)
+        if codes.effort > 1 and code.borrows:
+            lanes = narrowed(lanes, count)
+            rows = SideBySide(lanes[:size])
+            parts.append(code.pop(rows, size))
+            pop_way(rows)
+        else:
+            parts.append(code.pop(lanes[0], size, block.first + at))
         done(size)
+    (stack,) = narrowed(lanes, 1)
     parts += [codes.static.pop(stack, 1) for _ in range(block.seeds)]
     done(block.seeds)
-    return np.concatenate(parts[::-1])
+    return np.concatenate(parts[::-1]), stack
 
 
 def _push_alike(codes: Codes, x: np.ndarray, first: int) -> bytes:
     """All levels alike."""
     stack = Stack(_bottom(codes, first, x).words(CHECK))
     stack.push(x.ravel(), constriction().stream.model.Uniform(codes.levels))
-    return _bytes(stack.words())
+    return joined([stack.words()])
 
 
 def _pop_alike(codes: Codes, block: Block, stack: Stack) -> np.ndarray:
@@ -259,16 +299,3 @@ def unpack(packed: bytes, most: int) -> bytes:
 
 def _storage(codes: Codes) -> np.dtype:
     return np.dtype("u1" if codes.levels <= 256 else "<u2" if codes.levels <= 65536 else "<u4")
-
-
-def _bytes(words: np.ndarray) -> bytes:
-    """Words from the lowest; without the zeros at the top of the topmost, which is none itself."""
-    return words.astype("<u4").tobytes().rstrip(b"\0")
-
-
-def _words(payload: bytes) -> np.ndarray | None:
-    if not payload:
-        return None
-    if not payload[-1]:
-        raise Damaged("the coded words end in a zero")
-    return np.frombuffer(payload + bytes(-len(payload) % 4), "<u4").astype(np.uint32)

@@ -32,7 +32,7 @@ from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block
 from nelbo.codec.errors import CodecError, Damaged
 
 MAGIC = b"\x93NLB\r\n\x1a\n"
-VERSION = 2
+VERSION = 3
 BLOCK, END = b"BLK1", b"END1"
 _PREFIX = struct.Struct("<8sBII")
 _BLOCK = struct.Struct("<IIBBHII")
@@ -80,9 +80,9 @@ def read_prefix(data: bytes) -> tuple[dict[str, object], bytes, int]:
             f"the file has version {version} and this nelbo reads {VERSION}; try: pip install"
             " --upgrade nelbo"
         )
-    if version == 1:
+    if 1 <= version < VERSION:
         raise CodecError(
-            f"the file has version 1 and this nelbo reads {VERSION}; restore it with the nelbo"
+            f"the file has version {version} and this nelbo reads {VERSION}; restore it with the nelbo"
             " that wrote it and compress the data again"
         )
     at = _PREFIX.size + of_header + of_extra

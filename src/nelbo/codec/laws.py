@@ -58,13 +58,13 @@ class Law(ABC):
     def push(self, stack: Bits, n: np.ndarray) -> None:
         """Put n on the stack."""
         self.put(stack, n)
-        if isinstance(stack, Stack) and stack.counts:
+        if stack.counts:
             stack.ideal += self.nats(n)
 
     def pop(self, stack: Bits) -> np.ndarray:
         """Take n from the stack, int64."""
         n = self.take(stack)
-        if isinstance(stack, Stack) and stack.counts:
+        if stack.counts:
             stack.ideal -= self.nats(n)
         return n
 

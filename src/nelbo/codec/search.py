@@ -20,51 +20,87 @@ from collections.abc import Callable
 import numpy as np
 
 from nelbo.codec.example import ExampleCode
+from nelbo.codec.lanes import widened
 from nelbo.codec.stack import SideBySide, Stack, constriction
 
 WAYS = 4  # part of the format: to code an example, of a file of effort 2 and more
 
 
+Paths = list[tuple[Stack, tuple]]  # the shortest first: a stack, its last choice and those before
+
+
 def push_way(stack: Stack | SideBySide, ways: np.ndarray) -> None:
-    """Put the number before an example on a stack."""
+    """Put the numbers before examples on a stack."""
     stack.push(ways, constriction().stream.model.Uniform(WAYS))
 
 
-def pop_way(stack: Stack) -> None:
-    """Take it away again."""
-    stack.pop(constriction().stream.model.Uniform(WAYS), count=1)
+def pop_way(stack: SideBySide) -> None:
+    """Take them away again."""
+    stack.pop(constriction().stream.model.Uniform(WAYS), count=len(stack.stacks))
 
 
 def best_ways(
     code: ExampleCode,
     stack: Stack,
     x: np.ndarray,
+    need: float,
+    most: int,
     kept: int,
     batch: int,
     done: Callable[[int], None],
-) -> list[int]:
-    """A number for each of the examples x, (N, *shape), with which they are short on the stack.
+) -> tuple[np.ndarray, list[int]]:
+    """A number for each of the examples x, (N,), with which they are short on the stack; and the
+    sizes of batches of which each takes a lane for each example.
 
     Args:
         code: of the examples.
         stack: on which they are to go; it stays as it is.
-        x: the examples.
-        kept: stacks that are continued.
+        x: the examples, (N, *shape).
+        need: bits that a lane must have before it gets its first example.
+        most: lanes, at most.
+        kept: stacks of a lane that are continued.
         batch: examples of a network call, at most.
         done: told how many examples are finished.
     """
-    paths: list[tuple[Stack, tuple]] = [(stack, ())]
-    for i in range(len(x)):
-        tries = [(one.copy(), (way, path)) for one, path in paths for way in range(WAYS)]
-        for first in range(0, len(tries), batch):
-            some = tries[first : first + batch]
-            rows = SideBySide([one for one, _ in some])
-            push_way(rows, np.array([path[0] for _, path in some]))
-            code.push(rows, np.repeat(x[i : i + 1], len(some), 0))
-        paths = sorted(tries, key=lambda found: found[0].length)[:kept]
-        done(1)
-    ways, path = [], paths[0][1]
-    while path:
-        way, path = path
-        ways.append(way)
-    return ways[::-1]
+    ways, sizes = np.zeros(len(x), np.int64), []
+    lanes: list[Paths] = [[(stack, ())]]
+    while (at := sum(sizes)) < len(x):
+        best = [paths[0][0] for paths in lanes]
+        if 2 * len(lanes) <= most and min(one.bits for one in best) >= 2 * need:
+            _write(ways, lanes)
+            lanes = [[(one, ())] for one in widened(best, 2 * len(lanes))]
+        sizes.append(power_of_two(min(len(lanes), len(x) - at)))
+        now = range(at, at + sizes[-1])
+        lanes[: sizes[-1]] = _continued(code, lanes[: sizes[-1]], x, now, kept, batch)
+        done(sizes[-1])
+    _write(ways, lanes)
+    return ways, sizes
+
+
+def power_of_two(most: float) -> int:
+    """The largest one that is no more; 1 at least."""
+    return 1 << (max(1, int(most)).bit_length() - 1)
+
+
+def _continued(
+    code: ExampleCode, lanes: list[Paths], x: np.ndarray, at: range, kept: int, batch: int
+) -> list[Paths]:
+    """The best ways to put an example on each lane, those of x at the places `at`."""
+    tries = [
+        [(one.copy(), (i, way, path)) for one, path in paths for way in range(WAYS)]
+        for i, paths in zip(at, lanes, strict=True)
+    ]
+    rows = [row for of_lane in tries for row in of_lane]
+    for first in range(0, len(rows), batch):
+        some = rows[first : first + batch]
+        stacks = SideBySide([one for one, _ in some])
+        push_way(stacks, np.array([path[1] for _, path in some]))
+        code.push(stacks, x[[path[0] for _, path in some]])
+    return [sorted(of_lane, key=lambda found: found[0].length)[:kept] for of_lane in tries]
+
+
+def _write(ways: np.ndarray, lanes: list[Paths]) -> None:
+    """The choices of the best path of each lane."""
+    for (_, path), *_ in lanes:
+        while path:
+            i, ways[i], path = path

@@ -110,6 +110,23 @@ class Stack:
         other.coder = self.coder.clone()
         return other
 
+    def halves(self) -> tuple["Stack", "Stack"]:
+        """Stacks of the lower and the upper half of its bits; the lower has the bottom."""
+        words = self.words()
+        cut = (self.borrowed + len(words)) // 2
+        while not words[cut - 1]:  # the top of a stack is no zero
+            cut += 1
+        low, high = self.copy(), self.copy()
+        low.coder, high.coder = self.coder_type(words[:cut]), self.coder_type(words[cut:])
+        high.bottom, high.borrowed = None, 0
+        return low, high
+
+    def under(self, upper: "Stack") -> "Stack":
+        """The stack of which these are the halves."""
+        whole = self.copy()
+        whole.coder = self.coder_type(np.concatenate([self.words(), upper.words()]))
+        return whole
+
     def words(self) -> np.ndarray:
         """All that lies on it, from the lowest, uint32."""
         found: np.ndarray = self.coder.get_compressed()
@@ -162,18 +179,20 @@ class SideBySide:
 
     Args:
         stacks: of which `push` and `pop` are those of one that is wide.
+        counts: whether `ideal` is kept, as of a stack.
     """
 
-    def __init__(self, stacks: list[Stack]) -> None:
-        self.stacks = stacks
+    def __init__(self, stacks: list[Stack], counts: bool = False) -> None:
+        self.stacks, self.counts, self.ideal = stacks, counts, 0.0
 
     def push(self, symbols: np.ndarray, law: object, *parameters: np.ndarray) -> None:
         for one, part, *each in zip(self.stacks, *self._rows(symbols, *parameters), strict=True):
             one.push(part, law, *each)
 
-    def pop(self, law: object, *parameters: np.ndarray) -> np.ndarray:
+    def pop(self, law: object, *parameters: np.ndarray, count: int | None = None) -> np.ndarray:
+        each_count = None if count is None else count // len(self.stacks)
         parts = zip(self.stacks, *self._rows(*parameters), strict=True)
-        return np.concatenate([one.pop(law, *each) for one, *each in parts])
+        return np.concatenate([one.pop(law, *each, count=each_count) for one, *each in parts])
 
     def push_some(self, symbols: np.ndarray, which: np.ndarray, law: object) -> None:
         for one, *each in zip(self.stacks, *self._rows(symbols, which), strict=True):
