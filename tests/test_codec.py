@@ -170,6 +170,7 @@ def test_an_encoder_borrows_known_words_only_when_it_must():
 
 # ---- lanes
 
+
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_a_stack_that_was_cut_is_whole_again(count):
     """A zero where the cut would be moves it, for no stack ends in one; and words that were

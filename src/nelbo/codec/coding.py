@@ -11,7 +11,7 @@ import nelbo
 from nelbo import _limits
 from nelbo._processes import divided
 from nelbo.codec import container
-from nelbo.codec.blocks import Block, Done, nothing
+from nelbo.codec.blocks import MODEL, Block, Done, nothing
 from nelbo.codec.codec import Codec, coder_answer
 from nelbo.codec.errors import CodecError, Damaged, NotReproducible, OtherModel
 from nelbo.codec.header import Header, Settings, pack_times, unpack_times
@@ -55,7 +55,7 @@ def compress(
     codec = Codec(model, settings)
     coded = codec.encode_blocks(x, block, done)
     blocks = [found for found, _ in coded]
-    by_model = sum(b.count - b.seeds for b in blocks if b.sizes)
+    by_model = sum(b.count - b.seeds for b in blocks if b.mode == MODEL)
     ideal = sum(nats for _, nats in coded)
     header = Header(
         examples=len(x),

@@ -20,7 +20,6 @@ from collections.abc import Callable
 import numpy as np
 
 from nelbo.codec.example import ExampleCode
-from nelbo.codec.lanes import widened
 from nelbo.codec.stack import SideBySide, Stack, constriction
 
 WAYS = 4  # part of the format: to code an example, of a file of effort 2 and more
@@ -67,8 +66,7 @@ def best_ways(
     while (at := sum(sizes)) < len(x):
         best = [paths[0][0] for paths in lanes]
         if 2 * len(lanes) <= most and min(one.bits for one in best) >= 2 * need:
-            _write(ways, lanes)
-            lanes = [[(one, ())] for one in widened(best, 2 * len(lanes))]
+            lanes = [half for paths in lanes for half in _halves(paths)]
         sizes.append(power_of_two(min(len(lanes), len(x) - at)))
         now = range(at, at + sizes[-1])
         lanes[: sizes[-1]] = _continued(code, lanes[: sizes[-1]], x, now, kept, batch)
@@ -97,6 +95,15 @@ def _continued(
         push_way(stacks, np.array([path[1] for _, path in some]))
         code.push(stacks, x[[path[0] for _, path in some]])
     return [sorted(of_lane, key=lambda found: found[0].length)[:kept] for of_lane in tries]
+
+
+def _halves(paths: Paths) -> list[Paths]:
+    """The lane cut in two. What lies deep is the same on most of the stacks: those of the upper
+    half still compete, but for such as differ from the shortest in the lower one."""
+    cut = [(*one.halves(), path) for one, path in paths]
+    low, deep = cut[0][0], cut[0][0].words()
+    same = [(high, path) for one, high, path in cut if np.array_equal(one.words(), deep)]
+    return [[(low, ())], same]
 
 
 def _write(ways: np.ndarray, lanes: list[Paths]) -> None:
