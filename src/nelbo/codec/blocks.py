@@ -10,8 +10,8 @@ What a code with bits back borrows before it pays is the price of a file's start
 and only what is still missing is put under the stack. The words there follow from the name of the
 block and from its data, so that a stack that ends with other ones tells of wrong data: a check
 that costs nothing where they are borrowed, and one word of a direct code, whose first symbols
-would waste most of it otherwise. With effort (`search`) there is no ramp: the examples go one by
-one, each after the number that makes the block short.
+would waste most of it otherwise. With effort (`search`) each example comes after the number that
+makes the block short, and a batch is an example on each of the `lanes`.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ from nelbo.codec.stack import (
 MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels alike, xz
 BATCH = 32  # examples of a network call, at most
 SPARE = 1.02  # of what an example is expected to need
-LANE = 8192  # bits of a block for which there may be a lane
+COARSE = 64  # examples on a coarse grid, at most: where they cost nothing they give nothing
+LANE = 8192  # bits of a block, as seeds cost them, for which there may be a lane
 FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}]
 Done = Callable[[int], None]  # is told how many examples are finished
 
@@ -65,7 +66,7 @@ class Block:
         borrowed: words put under the stack.
         seeds: examples that are coded by the static table.
         coarse: examples after these that are coded on a coarse grid.
-        sizes: of the batches of the others, in the order of the data.
+        sizes: of the batches of the others, powers of two, in the order of the data.
         payload: what is coded.
     """
 
@@ -160,7 +161,7 @@ def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tupl
     seeds = _until(_need(rough, x[:1], bottom), codes.static, stack, x, done)
     most = power_of_two(min(codes.batch, len(x) * stack.bits / seeds / LANE))
     need = _need(code, x[:1], bottom)
-    coarse = _until(need, rough, stack, x[seeds:], done)
+    coarse = _until(need, rough, stack, x[seeds : seeds + COARSE], done)
     at = seeds + coarse
     if codes.effort > 1:
         lanes, sizes, ideal = _with_effort(codes, code, stack, x[at:], need, most, done)
@@ -208,7 +209,7 @@ def _with_effort(
             code.push(rows, x[at : at + size])
             at += size
             ideal += rows.ideal
-    except Damaged:  # a lane but the lowest has no bottom from which to borrow
+    except Damaged:  # only the lowest lane has a bottom from which to borrow
         if most == 1:
             raise
         return _with_effort(codes, code, stack, x, need, 1, done)

@@ -82,8 +82,8 @@ def read_prefix(data: bytes) -> tuple[dict[str, object], bytes, int]:
         )
     if 1 <= version < VERSION:
         raise CodecError(
-            f"the file has version {version} and this nelbo reads {VERSION}; restore it with the nelbo"
-            " that wrote it and compress the data again"
+            f"the file has version {version} and this nelbo reads {VERSION}; restore it with the"
+            " nelbo that wrote it and compress the data again"
         )
     at = _PREFIX.size + of_header + of_extra
     if version < 1 or len(data) < at + _CRC.size:

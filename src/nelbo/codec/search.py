@@ -10,9 +10,14 @@ little longer now may be the one that was lucky after the next example. With s =
 digits at 25 steps, and normal lengths the best of 16 saves 2.5 bits of each example, the beam of 4
 stacks 3.0, one of 16 stacks 3.5, and the gap to -log P(x) is s² log(2)/2 = 4.7.
 
-All ways go through the network as one batch. Its answers in batches of another size differ in
-their last digits, so the block is coded once more with the numbers that were found, one example at
-a time as it will be decoded; a search that was wrong about it costs bits and nothing else.
+An example goes upon the whole one before it, since what it is worth is known when it is finished:
+of the variance of a length half is open until the last quarter of the steps. So it is `lanes` that
+a decoder has side by side, each with a beam of its own.
+
+All ways go through the network in batches that are full. Its answers in batches of another size
+differ in their last digits, so the block is coded once more with the numbers that were found, in
+the batches in which it will be decoded; a search that was wrong about it costs bits and nothing
+else.
 """
 
 from collections.abc import Callable
@@ -23,9 +28,10 @@ from nelbo.codec.example import ExampleCode
 from nelbo.codec.stack import SideBySide, Stack, constriction
 
 WAYS = 4  # part of the format: to code an example, of a file of effort 2 and more
+ROOM = 1.1  # of what an example needs: lanes but the lowest cannot borrow
 
 
-Paths = list[tuple[Stack, tuple]]  # the shortest first: a stack, its last choice and those before
+Paths = list[tuple[Stack, tuple]]  # shortest first: a stack, and its last choice with all before
 
 
 def push_way(stack: Stack | SideBySide, ways: np.ndarray) -> None:
@@ -61,17 +67,21 @@ def best_ways(
         batch: examples of a network call, at most.
         done: told how many examples are finished.
     """
-    ways, sizes = np.zeros(len(x), np.int64), []
     lanes: list[Paths] = [[(stack, ())]]
-    while (at := sum(sizes)) < len(x):
-        best = [paths[0][0] for paths in lanes]
-        if 2 * len(lanes) <= most and min(one.bits for one in best) >= 2 * need:
+    at, sizes = 0, []
+    while at < len(x):
+        least = min(paths[0][0].bits for paths in lanes)
+        if 2 * len(lanes) <= most and least >= 2 * ROOM * need:
             lanes = [half for paths in lanes for half in _halves(paths)]
-        sizes.append(power_of_two(min(len(lanes), len(x) - at)))
-        now = range(at, at + sizes[-1])
-        lanes[: sizes[-1]] = _continued(code, lanes[: sizes[-1]], x, now, kept, batch)
-        done(sizes[-1])
-    _write(ways, lanes)
+        size = power_of_two(min(len(lanes), len(x) - at))
+        lanes[:size] = _continued(code, lanes[:size], x, range(at, at + size), kept, batch)
+        at += size
+        sizes.append(size)
+        done(size)
+    ways = np.zeros(len(x), np.int64)
+    for (_, path), *_ in lanes:
+        while path:
+            i, ways[i], path = path
     return ways, sizes
 
 
@@ -83,7 +93,7 @@ def power_of_two(most: float) -> int:
 def _continued(
     code: ExampleCode, lanes: list[Paths], x: np.ndarray, at: range, kept: int, batch: int
 ) -> list[Paths]:
-    """The best ways to put an example on each lane, those of x at the places `at`."""
+    """The best ways to put an example on each lane, that of x at the lane's place."""
     tries = [
         [(one.copy(), (i, way, path)) for one, path in paths for way in range(WAYS)]
         for i, paths in zip(at, lanes, strict=True)
@@ -104,10 +114,3 @@ def _halves(paths: Paths) -> list[Paths]:
     low, deep = cut[0][0], cut[0][0].words()
     same = [(high, path) for one, high, path in cut if np.array_equal(one.words(), deep)]
     return [[(low, ())], same]
-
-
-def _write(ways: np.ndarray, lanes: list[Paths]) -> None:
-    """The choices of the best path of each lane."""
-    for (_, path), *_ in lanes:
-        while path:
-            i, ways[i], path = path
