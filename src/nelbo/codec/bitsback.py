@@ -25,7 +25,7 @@ from nelbo.model import Model
 from nelbo.process import Absorbing, Gaussian, Process
 from nelbo.product import Product
 
-BINS = 4  # finer ones are no better
+BINS = 1  # of the grid of a latent in the smaller of its two standard deviations
 
 
 class BitsBack(ExampleCode):
@@ -34,18 +34,14 @@ class BitsBack(ExampleCode):
     Args:
         model: of discrete data.
         grid: t_1 .. t_T.
-        bins: of the grid of a latent in the smaller of its two standard deviations.
     """
 
     borrows = True
 
-    def __init__(self, model: Model, grid: Grid, bins: int = BINS) -> None:
-        self.model, self.grid, self.times = model, grid, grid.times.to(model.device)
-        self.widths = [_widths(model, *around, bins) for around in _neighbours(self.times)]
+    def __init__(self, model: Model, grid: Grid) -> None:
+        self.model, self.times = model, grid.times.to(model.device)
+        self.widths = [_widths(model, *around) for around in _neighbours(self.times)]
         self.moves = [self._move(i) for i in range(len(self.times))]
-
-    def coarse(self) -> "BitsBack":
-        return BitsBack(self.model, self.grid, bins=1)
 
     def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
         """Put a batch of examples, (B, *shape) int64, on the stack; T network calls."""
@@ -131,19 +127,19 @@ def _neighbours(times: Tensor) -> list[tuple[Tensor | None, Tensor, Tensor | Non
     return list(zip(padded, times, padded[2:], strict=False))
 
 
-def _widths(model: Model, s: Tensor | None, t: Tensor, u: Tensor | None, bins: int) -> Tensor:
+def _widths(model: Model, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
     """The grid of z_t between times s and u, broadcastable to one example; 1 for symbols."""
     process = model.process
     if not isinstance(process, Product):
-        return _width(process, s, t, u, bins).expand(model.shape)
+        return _width(process, s, t, u).expand(model.shape)
     pairs = zip(process.parts, process.sizes, strict=True)
-    return torch.cat([_width(part, s, t, u, bins).expand(size) for part, size in pairs])
+    return torch.cat([_width(part, s, t, u).expand(size) for part, size in pairs])
 
 
-def _width(process: Process, s: Tensor | None, t: Tensor, u: Tensor | None, bins: int) -> Tensor:
+def _width(process: Process, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
     if isinstance(process, Absorbing):
         return torch.ones_like(t)
     assert isinstance(process, Gaussian)
     drawn = process.log_one_minus_alpha(t).exp() if s is None else process.beta(s, t)
     coded = torch.ones_like(t) if u is None else process.beta_tilde(t, u)
-    return torch.minimum(drawn, coded).sqrt() / bins
+    return torch.minimum(drawn, coded).sqrt() / BINS

@@ -3,8 +3,7 @@ r"""A block: examples on one stack, decoded without any other block.
 What a code with bits back borrows before it pays is the price of a file's start, kept low by
 
     seeds   the first examples are coded by a static table, until their bits are enough for one
-            example of the model on a coarse grid
-    coarse  then by the model on that, until they are enough for the fine one
+            example of the model
     ramp    then batches that grow with the bits on the stack, their sizes powers of two
 
 and only what is still missing is put under the stack. The words there follow from the name of the
@@ -44,7 +43,6 @@ from nelbo.codec.stack import (
 MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels alike, xz
 BATCH = 32  # examples of a network call, at most
 SPARE = 1.02  # of what an example is expected to need
-COARSE = 64  # examples on a coarse grid, at most: where they cost nothing they give nothing
 LANE = 8192  # bits of a block, as seeds cost them, for which there may be a lane
 FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}]
 Done = Callable[[int], None]  # is told how many examples are finished
@@ -65,7 +63,6 @@ class Block:
         nonce: which of the orders of its symbols.
         borrowed: words put under the stack.
         seeds: examples that are coded by the static table.
-        coarse: examples after these that are coded on a coarse grid.
         sizes: of the batches of the others, powers of two, in the order of the data.
         payload: what is coded.
     """
@@ -76,7 +73,6 @@ class Block:
     nonce: int
     borrowed: int
     seeds: int
-    coarse: int
     sizes: tuple[int, ...]
     payload: bytes
 
@@ -115,8 +111,8 @@ def encode(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, 
     """
     if x.min() < 0 or x.max() >= codes.levels:
         raise ValueError(f"values must be 0..{codes.levels - 1}; got {x.min()}..{x.max()}")
-    even = Block(first, len(x), EVEN, 0, CHECK, 0, 0, (), _push_alike(codes, x, first))
-    packed = Block(first, len(x), PACKED, 0, 0, 0, 0, (), _pack(codes, x))
+    even = Block(first, len(x), EVEN, 0, CHECK, 0, (), _push_alike(codes, x, first))
+    packed = Block(first, len(x), PACKED, 0, 0, 0, (), _pack(codes, x))
     tries = [(even, 0.0), (packed, 0.0)]
     with contextlib.suppress(Damaged):  # of what is too far from all that the model expects
         if codes.model(0).borrows:
@@ -157,16 +153,16 @@ def _bottom(codes: Codes, first: int, x: np.ndarray) -> Bottom:
 
 def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
     code, bottom = codes.model(0), _bottom(codes, first, x)
-    stack, rough = Stack(bottom=bottom), code.coarse()
-    seeds = _until(_need(rough, x[:1], bottom), codes.static, stack, x, done)
-    most = power_of_two(min(codes.batch, len(x) * stack.bits / seeds / LANE))
-    need = _need(code, x[:1], bottom)
-    coarse = _until(need, rough, stack, x[seeds : seeds + COARSE], done)
-    at = seeds + coarse
+    stack, need, seeds = Stack(bottom=bottom), _need(code, x[:1], bottom), 0
+    while seeds < len(x) and stack.bits < need:
+        codes.static.push(stack, x[seeds : seeds + 1])
+        seeds += 1
+    done(seeds)
     if codes.effort > 1:
-        lanes, sizes, ideal = _with_effort(codes, code, stack, x[at:], need, most, done)
+        most = power_of_two(min(codes.batch, len(x) * stack.bits / seeds / LANE))
+        lanes, sizes, ideal = _with_effort(codes, code, stack, x[seeds:], need, most, done)
     else:
-        lanes, sizes = [stack], []
+        lanes, sizes, at = [stack], [], seeds
         while at < len(x):
             sizes.append(power_of_two(min(stack.bits / need, len(x) - at, codes.batch)))
             code.push(stack, x[at : at + sizes[-1]])
@@ -174,19 +170,8 @@ def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tupl
             done(sizes[-1])
         ideal = stack.ideal
     payload = joined([lane.words() for lane in lanes])
-    borrowed = lanes[0].borrowed
-    block = Block(first, len(x), MODEL, 0, borrowed, seeds, coarse, tuple(sizes), payload)
+    block = Block(first, len(x), MODEL, 0, lanes[0].borrowed, seeds, tuple(sizes), payload)
     return block, ideal
-
-
-def _until(need: float, code: ExampleCode, stack: Stack, x: np.ndarray, done: Done) -> int:
-    """How many of the examples x it takes, one at a time, until the stack has so many bits."""
-    count = 0
-    while count < len(x) and stack.bits < need:
-        code.push(stack, x[count : count + 1])
-        count += 1
-    done(count)
-    return count
 
 
 def _with_effort(
@@ -228,7 +213,7 @@ def _directly(
         sizes.append(size)
         done(size)
     words = joined([stack.words()])
-    return Block(first, len(x), MODEL, nonce, CHECK, 0, 0, tuple(sizes), words), stack.ideal
+    return Block(first, len(x), MODEL, nonce, CHECK, 0, tuple(sizes), words), stack.ideal
 
 
 def _need(code: ExampleCode, x: np.ndarray, bottom: Bottom) -> float:
@@ -243,8 +228,7 @@ def _unstack(
 ) -> tuple[np.ndarray, Stack]:
     """What the model and the static table coded, the last batch first, and the stack below."""
     code, at, parts = codes.model(block.nonce), block.count, []
-    start = block.seeds + block.coarse
-    if code.borrows != (block.borrowed >= START) or (start and not code.borrows):
+    if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):
         raise Damaged("a block says that it was coded in another way than its model does")
     most = [*itertools.accumulate(block.sizes, max)]
     for size, count in zip(reversed(block.sizes), reversed(most), strict=True):
@@ -258,10 +242,8 @@ def _unstack(
             parts.append(code.pop(lanes[0], size, block.first + at))
         done(size)
     (stack,) = narrowed(lanes, 1)
-    rough = code.coarse()
-    parts += [rough.pop(stack, 1) for _ in range(block.coarse)]
     parts += [codes.static.pop(stack, 1) for _ in range(block.seeds)]
-    done(start)
+    done(block.seeds)
     return np.concatenate(parts[::-1]), stack
 
 

@@ -10,7 +10,7 @@ r"""The file, extension .nlb; all numbers little-endian.
 
     for each block:
     BLK1, u32 length of what follows but its CRC
-    u32 first, u32 count, u8 mode, u8 nonce, u16 runs, u32 borrowed, u16 seeds, u16 coarse
+    u32 first, u32 count, u8 mode, u8 nonce, u16 runs, u32 borrowed, u32 seeds
     runs times: u8 log2 size, u16 how many batches of that size follow each other
     the coded words, which hold the check of the data (blocks.py)
     u32 CRC-32 of the block since its length
@@ -35,7 +35,7 @@ MAGIC = b"\x93NLB\r\n\x1a\n"
 VERSION = 3
 BLOCK, END = b"BLK1", b"END1"
 _PREFIX = struct.Struct("<8sBII")
-_BLOCK = struct.Struct("<IIBBHIHH")
+_BLOCK = struct.Struct("<IIBBHII")
 _RUN = struct.Struct("<BH")
 _CRC = struct.Struct("<I")
 _LARGEST = 8  # log2 of a batch
@@ -107,7 +107,6 @@ def write_block(block: Block) -> bytes:
         len(split),
         block.borrowed,
         block.seeds,
-        block.coarse,
     )
     body += b"".join(_RUN.pack(size.bit_length() - 1, n) for size, n in split) + block.payload
     framed = _CRC.pack(len(body)) + body
@@ -164,7 +163,7 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
         raise Damaged(f"the block {place} is damaged; get a whole copy, or try --salvage")
     if length < _BLOCK.size:
         raise Damaged(f"the block {place} is too short")
-    first, count, mode, nonce, runs, borrowed, seeds, coarse = _BLOCK.unpack_from(data, at + 8)
+    first, count, mode, nonce, runs, borrowed, seeds = _BLOCK.unpack_from(data, at + 8)
     start = at + 8 + _BLOCK.size
     payload = start + runs * _RUN.size
     if payload > end or mode not in (MODEL, EVEN, PACKED) or 32 * borrowed > 8 * length + 64:
@@ -174,10 +173,10 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
         if log_size > _LARGEST or len(sizes) + n > _MANY:
             raise Damaged(f"the block {place} has impossible batches")
         sizes += [1 << log_size] * n
-    if (mode == MODEL and sum(sizes) + seeds + coarse != count) or not 0 < count <= _MANY:
+    if (mode == MODEL and sum(sizes) + seeds != count) or not 0 < count <= _MANY:
         raise Damaged(f"the block {place} has another number of examples than it says")
-    how = (mode, nonce, borrowed, seeds, coarse, tuple(sizes))
-    return Block(first, count, *how, data[payload:end]), end + 4
+    block = Block(first, count, mode, nonce, borrowed, seeds, tuple(sizes), data[payload:end])
+    return block, end + 4
 
 
 def _inflate(packed: bytes, most: int) -> dict[str, object]:

@@ -17,10 +17,6 @@ class ExampleCode(ABC):
     #: whether it takes bits from the stack before it gives some, so that there must be some
     borrows: bool
 
-    def coarse(self) -> "ExampleCode":
-        """A code that takes fewer bits from the stack at first, and costs a little more."""
-        return self
-
     @abstractmethod
     def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
         """Put examples x, (B, *shape) int64, on the stack; the first is the place-th of all."""

@@ -3,7 +3,7 @@ r"""Distributions as an entropy coder needs them: over integers, with integer pa
 A latent lives on a grid of width d, z = n d; `law` turns a distribution over z, or over symbols,
 into one over n that pushes and pops:
 
-    Normal         bins of the grid; mean rounded to d/64, variance less d²/12, so that the mass
+    Normal         bins of the grid; mean rounded to d/256, variance less d²/12, so that the mass
                    of a bin is d times the density at its middle up to higher orders
     LevelMixture   Σ_k p_k N(m_k, σ²): the component k is a further latent, got back by bits-back.
                    Push n: pop k ~ P(k|n), push n with N(m_k, σ²), push k with p
@@ -28,7 +28,7 @@ from torch.distributions import Distribution, Independent, Normal
 from nelbo._distributions import Discrete, DiscretisedNormal, Joint, LevelMixture
 from nelbo.codec.stack import PRECISION, SideBySide, Stack, constriction
 
-FINE = 64  # parts of a bin to which a mean is rounded
+FINE = 256  # parts of a bin to which a mean is rounded
 SCALE = 1024  # parts of a bin to which a standard deviation is rounded
 REACH = 9  # standard deviations of the bins that are a symbol of their own
 FAR = 22  # bits for what lies beyond
