@@ -25,8 +25,6 @@ from nelbo.model import Model
 from nelbo.process import Absorbing, Gaussian, Process
 from nelbo.product import Product
 
-BINS = 1  # of the grid of a latent in the smaller of its two standard deviations
-
 
 class BitsBack(ExampleCode):
     """Batches of examples of a model on T times.
@@ -73,8 +71,8 @@ class BitsBack(ExampleCode):
     def _known_latents(self, count: int, i: int) -> np.ndarray:
         """n of a latent within about 2 standard deviations; of symbols, codes that all have."""
         known, width = known_numbers(count, self.model.shape), self.widths[i].cpu().numpy()
-        step = np.maximum(1, np.rint(1 / (64 * width))).astype(np.int64)
-        return np.where(width == 1, known % 2, (known - 128) * step)
+        n = np.rint((known - 128) / (64 * width)).astype(np.int64)
+        return np.where(width == 1, known % 2, n)
 
     # ---- the distributions of the bound, over integers n with z = n·width
 
@@ -137,9 +135,10 @@ def _widths(model: Model, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tens
 
 
 def _width(process: Process, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
+    """The smaller of the standard deviations with which z_t is drawn and coded."""
     if isinstance(process, Absorbing):
         return torch.ones_like(t)
     assert isinstance(process, Gaussian)
     drawn = process.log_one_minus_alpha(t).exp() if s is None else process.beta(s, t)
     coded = torch.ones_like(t) if u is None else process.beta_tilde(t, u)
-    return torch.minimum(drawn, coded).sqrt() / BINS
+    return torch.minimum(drawn, coded).sqrt()
