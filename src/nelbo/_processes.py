@@ -134,6 +134,12 @@ def together() -> Iterator[int]:
         dist.destroy_process_group()
 
 
+def check_alone(what: str) -> None:
+    """ValueError where torchrun started several processes for what they cannot share."""
+    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"{what} is work for one process, not for {size}; start it by itself")
+
+
 def _patience() -> float:
     given = os.environ.get(TIMEOUT, "")
     try:
