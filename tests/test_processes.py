@@ -299,14 +299,17 @@ def test_commands_write_and_say_once_on_two_processes(runs, tmp_path):
     commands = [
         ["compress", run, str(runs[0] / "x.npy"), "--out", packed, *steps, "--block", "20"],
         ["decompress", run, packed, "--out", str(tmp_path / "x.npy")],
-        ["evaluate", run, *steps, "--importance-samples", "2", "--json"],
+        ["evaluate", run, *steps, "--importance-samples", "2", "--json", "--data"],
         ["sample", str(tmp_path / "table"), "--impute", str(tmp_path / "holes.csv")],
         ["inspect", packed],
     ]
+    commands[2].append(f"file://{runs[0]}/x.npy")  # one of them copies it
     commands[3] += [*steps, "--particles", "2", "--out", str(tmp_path / "whole.csv")]
-    first, second = launch(["-c", COMMANDS, json.dumps(commands)], 2)
+    cache = str(tmp_path / "cache")
+    first, second = launch(["-c", COMMANDS, json.dumps(commands)], 2, NELBO_CACHE=cache)
     assert first.out.count("exit 0") == 4 and "80 of 80 examples in" in first.err
-    assert "70 rows in" in first.err and '"processes": 2' in first.out
+    assert "copy file://" in first.err and "70 rows in" in first.err
+    assert '"processes": 2' in first.out
     assert pl.read_csv(tmp_path / "whole.csv")["b"].null_count() == 0
     assert second.out.split() == ["exit", "0"] * 4 + ["exit", "2"]
     said = second.err.strip()
