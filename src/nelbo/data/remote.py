@@ -122,7 +122,7 @@ def _list(url: str) -> Listed:
         else:
             below, about = path.rstrip("/"), store.find(path, detail=True)
         of_files = [
-            (where, each)
+            (where, each if each.get("size") is not None else store.info(where))
             for where, each in sorted(about.items())
             if each["type"] == "file" and not where.endswith("/")
         ]
