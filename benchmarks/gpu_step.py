@@ -20,7 +20,7 @@ image; at --width 256 nelbo's U-Net takes about as much.
 Method of the utilisation: the FLOPs of one image through the network, forward and backward, are
 counted by torch.utils.flop_counter on the network itself, not compiled, attention as two matrix
 products: 2 for each multiply-add of convolutions and matrix products, and nothing for all else.
-Times the images that went through the network in a step (nelbo's reconstruction adds some),
+Times the images that went through the network in a step, counted there,
 over the seconds of the step and the dense bf16 peak that the maker of the device states. What is
 computed besides the network, loss, optimiser and averages, counts as time and not as work.
 """
