@@ -207,11 +207,15 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from nelbo import checkpoint, sample
-from nelbo._processes import together
+from nelbo._processes import gather, together
 from nelbo.codec.files import compress_file, decompress_file
 from nelbo.estimate import Grid
+from nelbo.grids import best_grid
+from nelbo.model import counting
+from nelbo.particles import conditional
 from nelbo.report.dimensions import by_dimension
 from nelbo.scores import Scorer
+from nelbo.tighter import evaluate_flow, evaluate_importance
 source, folder, out = sys.argv[1:]
 with together() as rank:
     run = checkpoint.load(folder)
@@ -224,14 +228,29 @@ with together() as rank:
     found += by_dimension(run.model, x[:7], grid)[0]
     file = Path(out) / "x.nlb"
     compress_file(run, source, file, lambda run: grid, block=20)
+    decompress_file(run, file, Path(out) / "x.npy")
+    x = x.repeat(9, 1)[:70].long()  # more than a block, and no whole number of them
+    with counting(run.model.network) as calls:
+        exact = [best_grid(run.model, x, 3).times.tolist()]
+        some = known.expand(70, 4)
+        exact.append(conditional(run.model, x, some, grid, particles=3).tolist())
+    exact.append(sum(gather(calls.forward)))
+    for tight in (
+        evaluate_importance(run.model, x, times=grid, samples=3, replicates=2),
+        evaluate_flow(run.model, x, tolerance=0.05),
+    ):
+        exact.append([tight.to_dict() | {"processes": None}, tight.per_example.tolist()])
     if rank == 0:
-        (Path(out) / "found.json").write_text(json.dumps([v.tolist() for v in found]))
+        found = [exact, [v.tolist() for v in found]]
+        (Path(out) / "found.json").write_text(json.dumps(found))
 """
 
 
 def test_what_uses_a_run_gives_on_two_processes_what_it_gives_on_one(runs, tmp_path):
-    """Samples, completions, scores and costs to rounding; a compressed file to the byte."""
+    """Samples, completions, scores and costs to rounding; what is seeded in blocks, a compressed
+    file and what it held to the bit, with as many calls of the network."""
     pytest.importorskip("constriction")
+    pytest.importorskip("torchode")
     folder, _ = runs
     for processes in (1, 2):
         out = tmp_path / str(processes)
@@ -240,9 +259,61 @@ def test_what_uses_a_run_gives_on_two_processes_what_it_gives_on_one(runs, tmp_p
         for ended in launch(["-c", SHARED, *arguments], processes):
             assert ended.code == 0, ended.err
     one, two = (json.loads((tmp_path / n / "found.json").read_text()) for n in ("1", "2"))
-    for a, b in zip(one, two, strict=True):
+    assert one[0] == two[0]
+    for a, b in zip(one[1], two[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert (tmp_path / "1" / "x.nlb").read_bytes() == (tmp_path / "2" / "x.nlb").read_bytes()
+    assert np.array_equal(np.load(tmp_path / "2" / "x.npy"), np.load(folder / "x.npy"))
+
+
+COMMANDS = """
+import json, sys
+from contextlib import nullcontext
+import torch
+torch.set_num_threads(1)
+from nelbo import _processes
+from nelbo.cli import main
+with _processes.together() as rank:
+    _processes.together = lambda: nullcontext(rank)  # once for all commands
+    for command in json.loads(sys.argv[1]):
+        try:
+            main(command)
+        except SystemExit as ended:
+            print("exit", ended.code)
+        _processes.at_first(lambda: None)  # what one wrote, the next command reads
+"""
+
+
+def test_commands_write_and_say_once_on_two_processes(runs, tmp_path):
+    """What one process says to the user and puts on the disk, and the other does not."""
+    pytest.importorskip("constriction")
+    pl = pytest.importorskip("polars")
+    frame = pl.DataFrame({"a": [0.1 * i for i in range(70)], "b": ["u", "v"] * 35})
+    frame.write_csv(tmp_path / "t.csv")
+    small = {"steps": 2, "batch": 8, "width": 8, "evaluate_every": 2}
+    train(str(tmp_path / "t.csv"), tmp_path / "table", **small)
+    holes = frame.with_columns(pl.when(pl.int_range(pl.len()) % 2 == 0).then("b").alias("b"))
+    holes.write_csv(tmp_path / "holes.csv")
+    run, packed = str(runs[0] / "one"), str(tmp_path / "x.nlb")
+    steps = ["--steps", "2", "--grid", "uniform"]
+    commands = [
+        ["compress", run, str(runs[0] / "x.npy"), "--out", packed, *steps, "--block", "20"],
+        ["decompress", run, packed, "--out", str(tmp_path / "x.npy")],
+        ["evaluate", run, *steps, "--importance-samples", "2", "--json", "--data"],
+        ["sample", str(tmp_path / "table"), "--impute", str(tmp_path / "holes.csv")],
+        ["inspect", packed],
+    ]
+    commands[2].append(f"file://{runs[0]}/x.npy")  # one of them copies it
+    commands[3] += [*steps, "--particles", "2", "--out", str(tmp_path / "whole.csv")]
+    cache = str(tmp_path / "cache")
+    first, second = launch(["-c", COMMANDS, json.dumps(commands)], 2, NELBO_CACHE=cache)
+    assert first.out.count("exit 0") == 4 and "80 of 80 examples in" in first.err
+    assert "copy file://" in first.err and "70 rows in" in first.err
+    assert '"processes": 2' in first.out
+    assert pl.read_csv(tmp_path / "whole.csv")["b"].null_count() == 0
+    assert second.out.split() == ["exit", "0"] * 4 + ["exit", "2"]
+    said = second.err.strip()
+    assert said == "nelbo: inspect is work for one process, not for 2; start it by itself"
 
 
 def test_each_process_does_its_part_of_the_work(runs):

@@ -72,13 +72,14 @@ def divided(
     return [found[i] for i in range(count)]
 
 
-def add(mine: "Tensor") -> None:
-    """The sum of what all processes hold, put in its place on each."""
+def add(*mine: "Tensor") -> None:
+    """The sums of what all processes hold, put in their places on each; all wait but once."""
     import torch.distributed as dist
 
     if world()[1] > 1:
         with _all_are_there():
-            dist.all_reduce(mine)
+            for message in [dist.all_reduce(each, async_op=True) for each in mine]:
+                message.wait()
 
 
 def anywhere(mine: bool) -> bool:
@@ -132,6 +133,12 @@ def together() -> Iterator[int]:
             yield dist.get_rank()
     finally:
         dist.destroy_process_group()
+
+
+def check_alone(what: str) -> None:
+    """ValueError where torchrun started several processes for what they cannot share."""
+    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"{what} is work for one process, not for {size}; start it by itself")
 
 
 def _patience() -> float:

@@ -33,6 +33,7 @@ from torch import Tensor
 import nelbo
 from nelbo import _limits, data
 from nelbo._numerics import seeded
+from nelbo._processes import at_first, world
 from nelbo._progress import Track
 from nelbo.build import build
 from nelbo.condition import given_labels
@@ -232,7 +233,7 @@ class Run:
         if len(self.config.train.grid) == steps:
             return Grid(self.config.train.grid)
         path, key = self.path / GRIDS, f"{model_hash(self.model)}, {steps} steps"
-        known = _read_grids(path)
+        known = at_first(lambda: _read_grids(path))  # all measure, or none
         if key not in known:
             try:
                 model, x, _ = self.law(split="train")
@@ -243,8 +244,9 @@ class Run:
                 ) from None
             best = best_grid(model, x, steps, track=track).times.tolist()
             known = _read_grids(path) | {key: best}  # with what others found meanwhile
-            with contextlib.suppress(OSError):  # a folder that is read only
-                write(path, (json.dumps(known, indent=1) + "\n").encode())
+            if world()[0] == 0:
+                with contextlib.suppress(OSError):  # a folder that is read only
+                    write(path, (json.dumps(known, indent=1) + "\n").encode())
         return Grid(known[key])
 
 

@@ -11,8 +11,8 @@ On a table of R and D over candidate times the best grid is a shortest path of T
 
 and a column of the table, all D(s, t) with one t, costs one network call per example: what the
 network says at z_t serves every s (Watson et al. 2021, for σ² = β̃ and a fixed t_1). The same
-draws of noise serve every time, so that what is compared is paired. Nothing here knows which
-process, step or decoder it is.
+draws of noise serve every time, so that what is compared is paired, and several processes can
+share the columns. Nothing here knows which process, step or decoder it is.
 """
 
 import math
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._numerics import draw, seeded
+from nelbo._processes import divided
 from nelbo._progress import Track
 from nelbo.data import as_examples
 from nelbo.estimate import Grid
@@ -138,15 +139,21 @@ def measure(
     dims = max(1, min(model.dims, NUMBERS // numbers)) if model.process.alike else model.dims
     decode = torch.zeros(count, dtype=torch.float64)
     step = torch.full((count, count), math.inf, dtype=torch.float64)
+
+    def column(j: int) -> tuple[Tensor, Tensor]:
+        before = times[max(0, j - longest) : j]
+        decoded, steps = torch.zeros((), dtype=torch.float64), torch.zeros_like(before)
+        for g, rows in enumerate(torch.arange(len(x)).split(model.rows)):
+            with seeded(seed, 2, g):
+                block = as_examples(x[rows]).to(model.device)
+                r, d = _column(model.at(rows), block, before, times[j], dims)
+            decoded += r / len(x)
+            steps += d / len(x)
+        return decoded, steps
+
     with measuring(model):
-        for j in track(range(count)):
-            for g, rows in enumerate(torch.arange(len(x)).split(model.rows)):
-                with seeded(seed, 2, g):
-                    block = as_examples(x[rows]).to(model.device)
-                    first = max(0, j - longest)
-                    r, d = _column(model.at(rows), block, times[first:j], times[j], dims)
-                decode[j] += r / len(x)
-                step[first:j, j] = step[first:j, j].nan_to_num(posinf=0.0) + d / len(x)
+        for j, (decoded, steps) in enumerate(divided(count, column, track)):
+            decode[j], step[j - len(steps) : j, j] = decoded, steps
     return Table(times, decode, step)
 
 
@@ -193,17 +200,21 @@ def measure_errors(model: Model, x: Tensor, seed: int = 0) -> None:
         return
     count = len(model.step.errors)
     some = _some(model, x, seed)
+    times = torch.linspace(0, 1, count, dtype=torch.float64).clamp(model.process.schedule.start)
+
+    def error(i: int) -> float:
+        total = 0.0
+        for g, rows in enumerate(some.split(model.rows)):
+            with seeded(seed, 2, g):
+                e = model.embed(as_examples(x[rows]).to(model.device))
+                at = times[i].to(e.device).expand(len(e))
+                e_hat = model.at(rows).predict(draw(model.process.marginal(e, at)), at).e_hat
+            total += (e - e_hat).square().sum().item()
+        return total / (len(some) * model.dims)
+
     with measuring(model):
-        for i, t in enumerate(torch.linspace(0, 1, count, dtype=torch.float64).tolist()):
-            total = torch.zeros((), dtype=torch.float64, device=model.device)
-            for g, rows in enumerate(some.split(model.rows)):
-                with seeded(seed, 2, g):
-                    e = model.embed(as_examples(x[rows]).to(model.device))
-                    at = torch.full((len(e),), t, dtype=torch.float64, device=e.device)
-                    at = at.clamp(min=model.process.schedule.start)
-                    e_hat = model.at(rows).predict(draw(model.process.marginal(e, at)), at).e_hat
-                total += (e - e_hat).square().sum()
-            model.step.errors[i] = total / (len(some) * model.dims)
+        errors = divided(count, error)
+    model.step.errors.copy_(torch.tensor(errors, dtype=torch.float64))
 
 
 def _some(model: Model, x: Tensor, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ from nelbo import _limits, data
 from nelbo.data import Schema, streams, tables
 from nelbo.data.inference import complete, infer_column
 from nelbo.data.layout import Column
+from nelbo.data.remote import here
 from nelbo.data.sources import is_table, stream_of
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def inspect(
         FileNotFoundError: if there is no such source.
         ValueError: if it cannot be read.
     """
+    source = here(source)
     streamed = stream_of(source)
     if streamed is not None:
         return _inspect_stream(streamed, schema)

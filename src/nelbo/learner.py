@@ -26,7 +26,7 @@ from nelbo.estimate import Continuum, Grid, Times
 from nelbo.evaluate import Evaluation, evaluate
 from nelbo.execution import deterministic, prepare, shard
 from nelbo.few_steps import FewSteps
-from nelbo.gradient import add_gradients, parts_of, summed
+from nelbo.gradient import add_up, parts_of
 from nelbo.grids import measure_errors
 from nelbo.model import Model, find_device
 from nelbo.objective import Loss, Objective
@@ -92,6 +92,8 @@ class Learner:
                 shard(each, on)
             each.to(on)
         self.model: Model = built
+        learned = [p for p in built.parameters() if p.requires_grad]
+        self.undivided = [p for p in learned if not is_sharded(p)]
         self.model.dtype = torch.float32
         start = built.process.schedule.start
         self.objective: Objective | FewSteps = (
@@ -160,8 +162,7 @@ class Learner:
                 loss = self.objective(model, x, u, weight, part)
                 (loss.loss * scale).backward()
             found.append((part, loss))
-        whole = summed(found)
-        add_gradients(p for p in self.model.parameters() if not is_sharded(p))
+        whole = add_up(found, self.undivided)
         interior = self.objective.interior(self.model, u, weight, whole.rate)
         if interior.requires_grad:  # of the whole batch, on each process alike
             (interior * scale).backward()

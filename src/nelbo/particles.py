@@ -9,6 +9,8 @@ Where few particles carry the weight they are drawn anew by it, systematically (
 2011). As K → ∞ the draws are of P(x^u|z^k, x^k), which is the model's own P(x^u|x^k) as far as its
 law of the path is q's (SMCDiff, Trippe et al. 2023). A symbol that is known shows from the start
 (`Process.reveal`), as the network knows what follows from any that show.
+
+Blocks of rows are seeded one by one, so any number of processes that share them draw the same.
 """
 
 import torch
@@ -16,9 +18,12 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from nelbo._numerics import draw, seeded
+from nelbo._processes import divided
 from nelbo._progress import Track
 from nelbo.estimate import Grid
 from nelbo.model import Model, measuring
+
+BLOCK = 32  # rows that are seeded together, where memory allows
 
 
 def conditional(
@@ -41,22 +46,23 @@ def conditional(
         times: the grid; T network calls for each particle.
         particles: K; 1 lets what is known have no say but through the network.
         seed: everything random follows from it.
-        track: wraps the batches, for a progress bar.
+        track: wraps the blocks of rows, for a progress bar.
 
     Raises:
         ValueError: no particles.
     """
     if particles < 1:
         raise ValueError(f"the number of particles must be at least 1; got {particles}")
-    size = max(1, model.rows // particles)
-    parts = []
-    with measuring(model), seeded(seed):
-        for begin in track(range(0, len(x), size)):
-            rows = torch.arange(begin, min(begin + size, len(x)))
-            each = rows.repeat_interleave(particles)
-            its, here = x[each].to(model.device), known[each].to(model.device)
-            parts.append(_descend(model.at(each), its, here, times, particles))
-    return torch.cat(parts)
+    blocks = torch.arange(len(x)).split(min(BLOCK, max(1, model.rows // particles)))
+
+    def one(g: int) -> Tensor:
+        each = blocks[g].repeat_interleave(particles)
+        its, here = x[each].to(model.device), known[each].to(model.device)
+        with seeded(seed, g):
+            return _descend(model.at(each), its, here, times, particles).cpu()
+
+    with measuring(model):
+        return torch.cat(divided(len(blocks), one, track)).to(model.device)
 
 
 def _descend(model: Model, x: Tensor, known: Tensor, times: Grid, particles: int) -> Tensor:

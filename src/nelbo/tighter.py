@@ -5,7 +5,8 @@ r"""One pass over a data set for a bound tighter than one ELBO, with its error a
                           probability flow: the law of the deterministic sampler, another model
                           than the ancestral one
 
-Each example is visited once, in R independent replicates; examples are independent of each other:
+Each example is visited once, in R independent replicates; examples are independent of each other,
+and blocks of them are seeded one by one, so any number of processes that share them give the same:
 
     total²       = var_i( mean_r L_ir ) / N           what another seed and other data change
     Monte Carlo² = mean_i( var_r L_ir ) / (N R)       what another seed changes; unknown if R = 1
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import seeded
+from nelbo._processes import divided, gather, world
 from nelbo._progress import Track
 from nelbo.data import as_examples, fingerprint
 from nelbo.dequantise import Dequantiser, Encoder, check_gaussian
@@ -93,6 +95,7 @@ class Tighter:
     precision: str
     model_hash: str
     data_hash: str
+    processes: int
     #: the lower bound on log P(x), shape (N,), nats, mean of the replicates
     per_example: Tensor = field(repr=False, compare=False)
 
@@ -248,13 +251,18 @@ def _visit(
         raise ValueError("there must be at least one example to evaluate; got none")
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1; got {replicates}")
-    blocks, parts = torch.arange(len(x)).split(BLOCK), []
+    blocks = torch.arange(len(x)).split(BLOCK)
+
+    def one(g: int) -> Tensor:
+        with seeded(seed, g):
+            rows = blocks[g].repeat_interleave(replicates)
+            each = draw(model.at(rows), as_examples(x[rows]).to(model.device)).double().cpu()
+        return each.reshape(len(each), -1, replicates)
+
     with measuring(model), counting(model.network) as calls:
-        for g in track(range(len(blocks))):
-            with seeded(seed, g):
-                rows = blocks[g].repeat_interleave(replicates)
-                each = draw(model.at(rows), as_examples(x[rows]).to(model.device)).double().cpu()
-            parts.append(each.reshape(len(each), -1, replicates))
+        found = torch.cat(divided(len(blocks), one, track), 1)
+    every = gather((calls.forward, calls.backward))
+    forward, backward = (sum(each) for each in zip(*every, strict=True))
 
     def record(each: Tensor, how: ByImportance | ByFlow, weights: str, split: str) -> Tighter:
         nats, density = -each.mean().item(), model.decoder.density
@@ -267,8 +275,8 @@ def _visit(
             examples=len(x),
             dims=model.dims,
             replicates=replicates,
-            calls_per_example=calls.forward / len(x),
-            backward_calls_per_example=calls.backward / len(x),
+            calls_per_example=forward / len(x),
+            backward_calls_per_example=backward / len(x),
             seed=seed,
             weights=weights,
             split=split,
@@ -276,10 +284,11 @@ def _visit(
             precision=precision_of(model),
             model_hash=model_hash(model),
             data_hash=fingerprint(x),
+            processes=world()[1],
             per_example=each.mean(1),
         )
 
-    return torch.cat(parts, 1), record
+    return found, record
 
 
 def _standard_error(each: Tensor) -> StandardError:

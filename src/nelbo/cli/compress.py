@@ -89,6 +89,7 @@ def decompress(
 ) -> None:
     """Restore the data in a compressed FILE: exactly, or not at all.
 
+    Under torchrun its processes share the blocks.
     Exit codes: 2 for what the command line has wrong, 3 for a damaged file, 4 for another run, 5
     for a machine or versions on which it would not decode to the right data.
 
@@ -105,15 +106,25 @@ def decompress(
     device
         Where to run the network, of the kind on which it was compressed.
     """
+    from nelbo._processes import together
     from nelbo.checkpoint import load
+    from nelbo.codec.blocks import nothing
     from nelbo.codec.errors import Damaged
     from nelbo.codec.files import decompress_file
     from nelbo.model import find_device
 
-    loaded = load(run)
-    loaded.model.to(find_device(device))
-    with _progress("decompress") as progress:
-        found = decompress_file(loaded, file, out, salvage=salvage, progress=progress)
+    with together() as rank, _progress("decompress") as progress:
+        loaded = load(run)
+        loaded.model.to(find_device(device))
+        found = decompress_file(
+            loaded,
+            file,
+            out,
+            salvage=salvage,
+            progress=progress if rank == 0 else lambda total: nothing,
+        )
+    if rank:
+        return
     say(f"{len(found.x)} of {found.header.examples} examples in {out}")
     if found.lost:
         lost = ", ".join(f"{first}..{first + count - 1}" for first, count in found.lost)

@@ -30,7 +30,9 @@ def inspect(
         Print one JSON object, which --schema takes; to leave a column out, delete it there.
     """
     from nelbo import _limits, inspection
+    from nelbo._processes import check_alone
 
+    check_alone("inspect")
     if data.endswith(".nlb"):
         from nelbo import show
         from nelbo.codec import files

@@ -8,15 +8,20 @@ from nelbo.cli.common import RunFolder, Seed, say
 def report(run: RunFolder, *, out: Path | None = None, seed: Seed = 0) -> None:
     """Write a self-contained HTML page about a run.
 
+    Under torchrun its processes share the work.
+
     Parameters
     ----------
     out
         The page; report.html in the run folder where left out.
     """
+    from nelbo._processes import together
     from nelbo.checkpoint import check_writable, load
     from nelbo.report import report as make
 
     loaded, page = load(run), out or run / "report.html"
     check_writable(page)
-    make(loaded, page, seed=seed, progress=True)
-    say(f"open {page}")
+    with together() as rank:
+        make(loaded, page, seed=seed, progress=True)
+    if rank == 0:
+        say(f"open {page}")

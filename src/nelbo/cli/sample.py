@@ -32,7 +32,7 @@ def sample(
     """Draw new examples from a run.
 
     Of a conditional run they are draws of P(x|c); without --condition each c is that of a training
-    example, drawn by the seed. Under torchrun its processes share the work, except --impute.
+    example, drawn by the seed. Under torchrun its processes share the work.
 
     Parameters
     ----------
@@ -94,9 +94,10 @@ def sample(
                 "--impute completes a table into the .csv, .tsv, .parquet or .arrow file --out;"
                 " of the other options --steps, --grid, --seed and --particles go with it"
             )
-        loaded.model.to(find_device(device))
-        times = grid_of(loaded, steps, grid)
-        _complete_table(loaded, impute, out, times, particles, seed)
+        with together() as rank:
+            loaded.model.to(find_device(device))
+            times = grid_of(loaded, steps, grid)
+            _complete_table(loaded, impute, out, times, particles, seed, rank == 0)
         return
     if particles is not None:
         raise ValueError("--particles goes with --impute; leave it out")
@@ -129,7 +130,13 @@ def sample(
 
 
 def _complete_table(
-    run: "Run", table: Path, out: Path, times: "Grid", particles: int | None, seed: int
+    run: "Run",
+    table: Path,
+    out: Path,
+    times: "Grid",
+    particles: int | None,
+    seed: int,
+    tell: bool,
 ) -> None:
     """The table with its missing cells drawn, into `out`."""
     from nelbo._progress import tracker
@@ -139,5 +146,7 @@ def _complete_table(
 
     options = {} if particles is None else {"particles": particles}
     drawn = impute(run, table, times, seed=seed, track=tracker("impute"), **options)
+    if not tell:
+        return
     write(out, to_bytes(drawn, out.suffix.lower()))
     say(f"{drawn.height} rows in {out}")

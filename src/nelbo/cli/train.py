@@ -175,7 +175,8 @@ def train(
         "digits" (scikit-learn's 8x8 images), a .npy, .npz or idx file (integers N x ... are
         modelled as levels, floats as densities), a table (.csv, .tsv, .parquet, .arrow), a .tar
         shard of PNG or JPEG images, a .txt file,
-        or a folder of images, idx files, shards or .txt files.
+        or a folder of images, idx files, shards or .txt files; or such files at a URL, as in
+        s3://bucket/data/*.tar.
     out
         Folder of the new run.
     resume

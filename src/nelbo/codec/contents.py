@@ -23,6 +23,7 @@ from nelbo.codec.blocks import pack, unpack
 from nelbo.codec.errors import CodecError, Damaged
 from nelbo.data import Schema, load_like, tables
 from nelbo.data.arrays import load_npy, load_npz
+from nelbo.data.remote import here
 from nelbo.data.sources import BUILT_IN
 
 ARRAYS = (".npy", ".npz")
@@ -59,7 +60,7 @@ def read(source: str, schema: Schema) -> Contents:
         FileNotFoundError: there is no such source.
         ValueError: it is of no known type, empty, or the schema cannot hold it.
     """
-    path = Path(source)
+    path = Path(here(source))
     if source in BUILT_IN:
         x = load_like(source, schema).splits["all"]
         return _arrays({"x": x.numpy()}, schema, source, "npz")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nelbo import _limits
 from nelbo._numerics import LOG_2
-from nelbo._processes import world
+from nelbo._processes import at_first
 from nelbo.checkpoint import Run, check_writable, write
 from nelbo.codec import contents
 from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block, nothing
@@ -95,8 +95,7 @@ def compress_file(
         verify=verify,
         done=progress(len(found.x) * (2 if verify else 1)),
     )
-    if world()[0] == 0:
-        write(out, data)
+    at_first(lambda: write(out, data))
     bits = 8 * len(data) / found.x.numel()
     return Summary(found.original, len(data), bits, found.notes)
 
@@ -123,7 +122,8 @@ def decompress_file(
     if salvage and not len(found.x):
         raise CodecError(f"nothing of {file} can be saved: none of its blocks is whole")
     made = contents.Contents(found.x, found.header.contents, found.extra)
-    contents.save(made, run.config.schema, out, found.kept if found.lost else None)
+    kept = found.kept if found.lost else None
+    at_first(lambda: contents.save(made, run.config.schema, out, kept))
     return found
 
 

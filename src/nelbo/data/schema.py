@@ -184,7 +184,7 @@ class Dataset:
     """Examples of one schema.
 
     Args:
-        source: the name of a built-in set, or an absolute path.
+        source: the name of a built-in set, an absolute path, or a URL.
         schema: what one example is.
         splits: name to (N, *schema.shape), in the smallest storage: uint8, int16, int32 or
             int64 for levels, float32 or float64 for reals. `as_examples` widens a batch.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nelbo import _limits
-from nelbo.data import arrays, builtin, folders, hub, idx, shards, streams, tables, text
+from nelbo.data import arrays, builtin, folders, hub, idx, remote, shards, streams, tables, text
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
 from nelbo.data.encoded import Form
 from nelbo.data.inference import complete, infer_column, infer_columns
@@ -46,9 +46,10 @@ def load(
 
     Args:
         source: "digits", or the path of a .npy, .npz, .txt, idx or .tar file, of a table, or of a
-            folder of images, .txt, idx, .tar, .parquet or .arrow files; or hub:NAME, see `hub`. A
-            string that is a built-in name is never a path: write ./digits for that. Or a table
-            itself: a polars or pandas frame, or names mapped to columns.
+            folder of images, .txt, idx, .tar, .parquet or .arrow files; or hub:NAME, see `hub`; or
+            a URL of such files, see `remote`. A string that is a built-in name is never a path:
+            write ./digits for that. Or a table itself: a polars or pandas frame, or names mapped
+            to columns.
         levels: data are the integers 0..levels-1. By default integers are, as many as are found
             in all splits (256 for 8-bit images), and reals have a density. 256 takes the upper
             8 bits of images of 16 bits. Text is read as characters, with 256 levels as bytes.
@@ -66,6 +67,12 @@ def load(
         raise ValueError(f"levels must be at least 2; got {levels}")
     if seed < 0:
         raise ValueError(f"seed must not be negative; got {seed}")
+    if remote.is_url(source):
+        copy = remote.here(source)
+        at_copy = load(
+            copy, levels=levels, size=size, seed=seed, condition=condition, schema=schema
+        )
+        return replace(at_copy, source=str(source))
     if not isinstance(source, str | PathLike) or is_table(source):
         return _load_table(source, levels, size, seed, schema, condition)
     if schema is not None:
@@ -99,6 +106,7 @@ def load_like(
         FileNotFoundError: if there is no such source.
         ValueError: if it cannot be read or is not of this schema.
     """
+    source = remote.here(source)
     if not isinstance(source, str | PathLike) or is_table(source):
         return _load_table_like(source, schema)
     if schema.kind == "table":

@@ -20,6 +20,7 @@ import numpy as np
 
 from nelbo import _limits
 from nelbo.data.layout import Column, Place, places
+from nelbo.data.remote import here
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
@@ -87,7 +88,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 def find(source: "str | PathLike[str] | Frame") -> tuple[str, "DataFrame"]:
     """The table of that name, or which it is, and a name for messages."""
     if isinstance(source, str | PathLike):
-        path = Path(source).absolute()
+        path = Path(here(source)).absolute()
         return str(path), read(path)
     return "the table", frame_of(source)
 

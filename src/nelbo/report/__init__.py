@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from nelbo._processes import world
 from nelbo._progress import Track, tracker
 from nelbo.checkpoint import Run, write
 from nelbo.data import as_examples
@@ -82,5 +83,6 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     parts += [sections.files(run, coded), sections.again(run, seed)]
     template = Template(files("nelbo.report").joinpath("page.html").read_text(encoding="utf-8"))
     title = escape(f"nelbo: {sections.name_of(run)}")
-    write(out, template.substitute(title=title, body="\n".join(parts)).encode())
+    if world()[0] == 0:
+        write(out, template.substitute(title=title, body="\n".join(parts)).encode())
     return out

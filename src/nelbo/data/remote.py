@@ -1,0 +1,244 @@
+"""Data at a URL of any kind that fsspec knows (extra: remote): copied once, then read as files.
+
+    s3://bucket/rows/            all files below
+    gs://bucket/train-*.tar      those whose names fit
+    https://host/images.npz      one file
+
+Training jumps about in its data and reads all of them for their hash whenever it begins, so each
+machine has them on its disk: in a folder of its cache whose name follows from the URL, the names,
+the sizes and what else the store tells of the files. When these change, it is another folder, and
+the copies are new ones. A copy that was interrupted goes on where it was. What is read is then a
+file, with all that holds for files from strangers; of the store's own words, a size is the most
+that is written, and a name does not lead out of the folder.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from nelbo._processes import gather, world
+from nelbo._progress import progress_bar
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+URL = re.compile(r"[a-z][a-z0-9+.-]+(://|::)", re.I)
+CACHE, OFFLINE = "NELBO_CACHE", "NELBO_OFFLINE"  # name variables of the environment
+CHUNK = 2**22  # bytes that are copied at a time
+AT_ONCE = 16  # files, of stores that can
+MIB = 2**20
+#: what no name of a file has everywhere
+FORBIDDEN = re.compile(r'[\x00-\x1f\\:*?"<>|]')
+
+Source = TypeVar("Source")
+
+
+def is_url(source: object) -> bool:
+    """Whether a source is at a URL."""
+    return isinstance(source, str) and URL.match(source) is not None
+
+
+def here(source: Source) -> Source | str:
+    """Where a source is to be read: the copy of what is at a URL; any other source itself.
+
+    All processes ask together; one on each machine copies.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it cannot be had, or not be kept.
+    """
+    if not isinstance(source, str) or not is_url(source):
+        return source
+    if world()[1] == 1:
+        return str(_copied(source))
+    found = [_copied(source)] if os.environ.get("LOCAL_RANK", "0") == "0" else []
+    gather(None)  # it is there
+    return str(found[0] if found else _copied(source))
+
+
+class File(NamedTuple):
+    """The path of a file in its store, its name below the URL, and its bytes."""
+
+    path: str
+    name: PurePosixPath
+    size: int
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What is at a URL now.
+
+    Args:
+        url: for messages.
+        store: which has it.
+        files: there.
+        single: whether the URL is that of the one file.
+        version: a name for all of it.
+    """
+
+    url: str
+    store: "AbstractFileSystem"
+    files: list[File]
+    single: bool
+    version: str
+
+
+def _copied(url: str) -> Path:
+    """The copy of what is at a URL, which is made where it is not there: a file or a folder."""
+    found = _list(url)
+    folder = _cache() / found.version
+    missing = [file for file in found.files if not _is_there(folder / file.name, file.size)]
+    needed = sum(file.size for file in missing)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{url} takes {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} are free in"
+            f" {folder.parent}, where its copy goes; set {CACHE} to a folder on a larger disk"
+        )
+    if missing:
+        _copy_all(found, folder, missing, needed)
+    return folder / found.files[0].name if found.single else folder
+
+
+def _list(url: str) -> Listed:
+    store, path = _open(url)
+    with _asking(url):
+        single, pattern = False, re.search(r"[*\[]", path)
+        if pattern:
+            below = path[: pattern.start()].rpartition("/")[0]
+            about = store.glob(path, detail=True)
+        elif single := store.isfile(path):
+            below, about = path.rpartition("/")[0], {path: store.info(path)}
+        else:
+            below, about = path.rstrip("/"), store.find(path, detail=True)
+        of_files = [
+            (where, each if each.get("size") is not None else store.info(where))
+            for where, each in sorted(about.items())
+            if each["type"] == "file" and not where.endswith("/")
+        ]
+        if not of_files:
+            raise FileNotFoundError
+        files = [File(k, _name(k, below), _size(k, each)) for k, each in of_files]
+    told = repr((url, [(where, sorted(each.items())) for where, each in of_files]))
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", below.rpartition("/")[2]).strip("-")[:32] or "data"
+    version = f"{stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    return Listed(url, store, files, single, version)
+
+
+def _open(url: str) -> tuple["AbstractFileSystem", str]:
+    """The store of a URL and the path in it.
+
+    Raises:
+        ValueError: no fsspec, no driver of it for such URLs, or no network wanted.
+    """
+    if os.environ.get(OFFLINE) == "1":
+        raise ValueError(f"{url} is elsewhere, and {OFFLINE}=1 says to stay here; unset it")
+    if "::" in url:
+        raise ValueError(f"{url} is a chain of URLs; give the one where the files are")
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise ValueError(
+            f"{url} is read through fsspec; try: pip install 'nelbo[remote]'"
+        ) from None
+    with _asking(url):
+        store, path = url_to_fs(url)
+    return store, str(path)
+
+
+@contextmanager
+def _asking(url: str) -> Iterator[None]:
+    """Around what asks a store, whose driver may raise anything: then one sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file at {url}") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{url} cannot be read: {reason}") from error
+
+
+def _name(path: str, below: str) -> PurePosixPath:
+    """The name of a file below the URL, which is one here too."""
+    name = path.removeprefix(below).removeprefix("/")
+    if any(part in ("", ".", "..") or FORBIDDEN.search(part) for part in name.split("/")):
+        raise ValueError(f"{name!r} cannot be the name of a file here; rename it there")
+    return PurePosixPath(name)
+
+
+def _size(path: str, about: dict) -> int:
+    size = about.get("size")
+    if not isinstance(size, int) or size < 0:
+        raise ValueError(f"the size of {path} is not told; copy it to a disk, and give that")
+    return size
+
+
+def _cache() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nelbo"
+    return Path(os.environ.get(CACHE) or default).absolute()
+
+
+def _is_there(place: Path, size: int) -> bool:
+    return place.is_file() and place.stat().st_size == size
+
+
+def _copy_all(found: Listed, folder: Path, files: list[File], total: int) -> None:
+    """Copy these files of what was found, several at once where the store can, with a bar."""
+    lock, stop, done = threading.Lock(), threading.Event(), 0
+    with progress_bar(f"copy {found.url}", -(-total // MIB)) as update:
+
+        def advance(size: int) -> None:
+            nonlocal done
+            with lock:
+                done += size
+                update(done // MIB, "MiB")
+            if stop.is_set():
+                raise InterruptedError("another file could not be copied")
+
+        at_once = AT_ONCE if found.store.async_impl else 1
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                list(pool.map(lambda file: _copy(found, folder, file, advance), files))
+            except BaseException:  # Ctrl-C too
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _copy(found: Listed, folder: Path, file: File, advance: Callable[[int], None]) -> None:
+    """One file, whole or not at all, and no more of it than was told."""
+    place, left = folder / file.name, file.size
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name[:64]}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            with _asking(found.url):
+                stream = found.store.open(file.path, "rb")
+            with stream:
+                while left >= 0:
+                    with _asking(found.url):
+                        chunk = stream.read(min(CHUNK, left + 1))
+                    if not chunk:
+                        break
+                    out.write(chunk)
+                    left -= len(chunk)
+                    advance(len(chunk))
+        if left:
+            kind = "more" if left < 0 else "fewer"
+            raise ValueError(
+                f"{found.url} cannot be read: {file.path} has {kind} bytes than are told"
+            )
+        os.replace(temporary, place)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
