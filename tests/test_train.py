@@ -284,6 +284,12 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
     assert found == [1]
     assert_same_run(trained, tmp_path / "new")
     training.resume(run, steps=5)  # the lock is gone with its holder
+    with (
+        training.alone_in(tmp_path / "same"),
+        pytest.raises(ValueError, match="trained by another"),
+    ):
+        training.train("digits", tmp_path / "same", **TINY)  # of two that begin it at once
+    assert not (tmp_path / "same" / checkpoint.CONFIG).exists()
 
 
 def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):

@@ -144,7 +144,8 @@ def pace(
 
 def check_new(out: Path) -> None:
     """ValueError where a new run cannot be."""
-    if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(checkpoint.leftovers(out))):
+    known = {*checkpoint.leftovers(out), out / checkpoint.LOCK}
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - known):
         hint = f"; continue it with --resume {out}" if checkpoint.is_run(out) else ""
         kind = "a run" if checkpoint.is_run(out) else "not a run"
         raise ValueError(f"{out} exists and is {kind}{hint}; choose another --out")
@@ -153,17 +154,17 @@ def check_new(out: Path) -> None:
 def begin(training: "Training", progress: bool, weights: Model | None = None) -> Run:
     """A new run to its last step, from these weights where given; no folder without weights."""
     out = training.out
-    try:
-        if weights is not None:
-            training.start_from(weights)
-        training.configure()
-        with alone_in(out):
+    with alone_in(out):
+        try:
+            if weights is not None:
+                training.start_from(weights)
+            training.configure()
             training.fit(progress)
-    except Exception:
-        kept = checkpoint.is_run(out) and (out / checkpoint.WEIGHTS).exists()
-        if training.first and not kept:
-            training.remove()
-        raise
+        except Exception:
+            kept = checkpoint.is_run(out) and (out / checkpoint.WEIGHTS).exists()
+            if training.first and not kept:
+                training.remove()
+            raise
     return checkpoint.load(out)
 
 
@@ -214,6 +215,7 @@ def alone_in(out: Path) -> Iterator[None]:
 
     def acquire() -> None:
         try:
+            out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             raise ValueError(
