@@ -7,6 +7,7 @@
     metrics.jsonl        one line per event
     data.parquet         the training table, where it was given as a frame and not by its path
     grids.json           the best grids that were found for these weights; found again where lost
+    pilots.json          what pilots of evaluations settled (`pilots`), likewise
     .lock                empty; held by the process that trains
 
 Every file is written under a temporary name, synced and renamed: it is whole or it is not there.

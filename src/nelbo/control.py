@@ -250,6 +250,11 @@ class Controls:
         return 2 * sum(p is not None for p in (self.linear, self.log_frequency, self.others))
 
     @property
+    def features(self) -> int:
+        """1 + F, the columns of `between`."""
+        return 1 + self.centre.shape[-1]
+
+    @property
     def others(self) -> Clusters | None:
         """The clusters, if they are asked what other dimensions say of the levels of one."""
         return self.clusters if self.levels and self.log_frequency is not None else None
@@ -335,7 +340,7 @@ class Controls:
 class Nothing(Controls):
     """Nothing is known, and nothing taken off."""
 
-    variates = 0
+    variates, features = 0, 1
 
     def __init__(self, model: Model, edges: Tensor) -> None:
         self.model, self.edges = model, edges

@@ -1,22 +1,15 @@
 r"""One pass over a data set: the mean bound, its terms, its error, its price.
 
-Each example is visited once per replicate r = 1..R, with its own draws of the terms and of z:
-
-    L_ir = prior_i + Σ_cells cost_ir,      bound = mean_i mean_r L_ir
-
-The draws, and what is taken off them, follow a pilot (`allocate`). They are stratified within
-blocks of examples, so neighbours share strata, and the replicates of a block are what is
-independent. Hence the two parts of the standard error:
-
-    Monte Carlo   Σ_g (n_g/N)² var_r( mean_{i in block g} L_ir ) / R      another seed, same data
-    data          ( var_i(mean_r L_ir) - mean_i(var_r(L_ir)/R) ) / N      other data, no noise
-
-The number of network calls is counted at the network, the pilot's among them. Blocks are seeded
-one by one, so any number of processes that share them give the same number.
+Each example is visited once per replicate, with its own draws of the terms and of z, which follow
+a pilot (`allocate`); a target that asks for fewer calls than two of each visits a random sample of
+them. `visits` has the mean and its error. The number of network calls is counted at the network,
+the pilot's among them. Blocks of examples are seeded one by one, so any number of processes that
+share them give the same number.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -32,23 +25,20 @@ from nelbo.data import as_examples, fingerprint
 from nelbo.elbo import Bound, prior_term
 from nelbo.estimate import Continuum, Times
 from nelbo.model import Model, counting, measuring, model_hash
+from nelbo.visits import StandardError, Visits
+
+#: what a pilot settles, from cells, controls, draws and replicates
+Pilots = Callable[[Cells, Controls, int, int], Allocation]
 
 BLOCKS = 32  # of examples that share strata, where there are enough: degrees of freedom
 BLOCK = 32  # examples in one, at most
 CALLS = 24  # network calls per example, if nothing else is asked for
+AT_ONCE = 1024  # examples of which is asked what is known without the network
+FEWEST = 64  # examples that a sample begins with, where there are as many
 PILOT = (1 / 8, 128)  # share of the calls, and rows of each cell, at most; but ..
 LEAST = 16  # .. so many rows of each cell, where they take no more than half of the calls
 FIRST = 0.5  # share of the calls foreseen for a target error that is spent at once
 SCORED = 8  # replicates that give an example its own standard error
-
-
-@dataclass(frozen=True)
-class StandardError:
-    """Of the mean bound; `total`² = `data`² + `monte_carlo`². NaN where it cannot be known."""
-
-    total: float
-    data: float
-    monte_carlo: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,8 @@ class Evaluation:
     Where the model was given conditions it is on −log P(x|c), and `given` names c.
 
     `nats` is per example. Standard errors, terms and curve are in `unit`: bits/dim for
-    probabilities, nats for densities, which have no bits/dim.
+    probabilities, nats for densities, which have no bits/dim. So many of the `examples` were
+    `visited`: all, or a random sample, and then `per_example` is NaN of the others.
     """
 
     bits_per_dim: float | None
@@ -86,6 +77,7 @@ class Evaluation:
     standard_error: StandardError
     terms: Terms
     examples: int
+    visited: int
     dims: int
     calls_per_example: float
     steps: int | None
@@ -131,20 +123,29 @@ class Plan:
     """How the calls for N examples are spent.
 
     Args:
-        block: examples that share strata.
+        visited: examples, to begin with.
+        block: of them, as share strata.
         pilot: rows in each cell of the pilot.
         replicates: R.
         draws: of each example in each replicate.
     """
 
+    visited: int
     block: int
     pilot: int
     replicates: int
     draws: int
 
 
-def plan(examples: int, calls: int, cells: int, scored: bool = False) -> Plan:
+def plan(examples: int, calls: int, cells: int, scored: bool = False, kept: bool = False) -> Plan:
     """Spend `calls` network calls per example, at most, on the pilot and on the draws.
+
+    Args:
+        examples: N.
+        calls: of each.
+        cells: that a pilot looks into.
+        scored: each example shall have an error of its own.
+        kept: there was a pilot before, which costs nothing now.
 
     Raises:
         ValueError: fewer calls than an error bar needs.
@@ -153,20 +154,21 @@ def plan(examples: int, calls: int, cells: int, scored: bool = False) -> Plan:
         raise ValueError(
             f"calls must be at least 2, the least that has an error bar; got {calls}; try 24"
         )
-    rows = _pilot_rows(examples * calls, cells)
+    rows = 0 if kept else _pilot_rows(examples * calls, cells)
     # what the pilot takes is not left for the draws
     left = calls - math.ceil(rows * cells / examples)
     if left < max(2, calls / 2):
         rows, left = 0, calls
+    piloted = bool(rows) or kept
     # two, for strata as fine as can be; more, where examples alone give too few freedoms, ..
     # .. and without a pilot: more examples can share strata then, which do what it would
-    many = scored or not rows or examples < 2 * BLOCKS
+    many = scored or not piloted or examples < 2 * BLOCKS
     replicates = min(left, SCORED if many else 2)
     if left == replicates + 1:
         replicates = left
-    freedoms = replicates - 1 if not rows else 1
+    freedoms = 1 if piloted else replicates - 1
     block = max(1, min(BLOCK, examples * freedoms // BLOCKS))
-    return Plan(block, rows, replicates, left // replicates)
+    return Plan(examples, block, rows, replicates, left // replicates)
 
 
 def _pilot_rows(calls: float, cells: int) -> int:
@@ -183,13 +185,16 @@ def evaluate(
     target_error: float | None = None,
     per_example: bool = False,
     known: Tensor | None = None,
+    pilots: Pilots | None = None,
     variates: bool = True,
     seed: int = 0,
     weights: str = "as given",
     split: str = "as given",
     track: Track = iter,
 ) -> Evaluation:
-    """The bound on -log P(x|φ), mean over the examples x, each visited exactly once.
+    """The bound on -log P(x|φ), mean over the examples x.
+
+    All are visited alike; or, where a target takes fewer calls than two of each, a sample.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
@@ -197,11 +202,13 @@ def evaluate(
         times: Grid(times) for the bound of T steps; left out, continuous time.
         calls: network calls per example, at most; 24 where left out.
         target_error: in place of calls, the Monte Carlo standard error to be reached, in the unit
-            of the result.
+            of the result; it includes what another sample of the examples would change.
         per_example: more replicates of fewer draws, so that each example's own standard error
             has seven degrees of freedom.
         known: other examples of the same law, such as those trained on. The result is on x, and
             unbiased, whatever they are; control variates that were fitted to more are better.
+        pilots: have what a pilot of this model settles, given the cells, the controls of `known`,
+            and the draws and replicates to come: `nelbo.pilots`. Their calls are not counted.
         variates: take off each cost what is known of it without the network. To fit that to
             large images takes longer than some hundred calls of a small network.
         seed: everything random follows from it.
@@ -222,39 +229,51 @@ def evaluate(
     density = model.decoder.density
     scale = scale_of(model)
     cells = Cells(times)
-    way = plan(len(x), CALLS if calls is None else calls, cells.count, per_example)
-    if target_error is not None:
-        way = replace(way, pilot=LEAST, draws=1)
+    count, kept = CALLS if calls is None else calls, pilots is not None
+    way = plan(len(x), count, cells.count, per_example, kept)
+    target = None if target_error is None else target_error / scale
+    if target is not None:
+        way = replace(way, pilot=0 if kept else LEAST, draws=1)
     with measuring(model), counting(model.network) as calls_made:
         with seeded(seed, 0):
-            target = None if target_error is None else target_error / scale
             controls: Controls = Nothing(model, cells.edges)
-            if variates and way.pilot:
+            if variates and (way.pilot or kept):
                 controls = Controls(model, x if known is None else known, cells.edges)
-            allocation, way = _learn(cells, controls, x, way, target)
-        piloted = calls_made.forward
-        turn, prior, costs = 0, torch.empty(0), torch.empty(len(x), 0, cells.count)
-        while True:
-            one = partial(_block, cells, controls, allocation, x, way, (seed, 1, turn))
-            blocks = divided(math.ceil(len(x) / way.block), one, track)
-            prior = torch.cat([known for known, _ in blocks])
-            costs = torch.cat([costs, torch.cat([drawn for _, drawn in blocks])], 1)
-            error = _standard_error((prior[:, None] + costs.sum(2)) * scale, way.block)
-            if target_error is None or error.monte_carlo <= target_error:
-                break
+            learn = partial(_learn, cells, controls, x, pilots)
+            allocation = learn(way)
+            if target is not None:
+                foreseen = allocation.variance.item() / len(x) / target**2
+                wanted = _first_round(way, len(x), foreseen, cells.count, per_example)
+                if (wanted.draws, wanted.replicates) != (way.draws, way.replicates):
+                    # draws that stand nearer lend more, so the coefficients are others
+                    allocation = learn(wanted)
+                way = wanted
+        piloted = 0 if kept else calls_made.forward
+        begun = calls_made.forward
+        visit = partial(_visit, cells, controls, allocation, x, seed=seed, track=track)
+        if way.visited < len(x):
+            order, known_costs = _order(len(x), seed), _known(controls, allocation, x)
+        else:
+            order = torch.arange(len(x))
+            known_costs = torch.zeros(1, 1).double().expand(len(x), 1 + cells.count)
+        blocks = order.split(way.block)
+        some = dict.fromkeys(range(math.ceil(way.visited / way.block)), way.replicates)
+        found, turn = Visits(blocks, [], known_costs).joined(visit(blocks, some, way.draws, 0)), 0
+        while target is not None and found.monte_carlo() > target:
             turn += 1
-            way = _next_round(way, error.monte_carlo, target_error, costs.shape[1])
-        called = piloted + sum(gather(calls_made.forward - piloted))
+            found = found.joined(visit(blocks, found.missing(target), way.draws, turn))
+        called = piloted + sum(gather(calls_made.forward - begun))
 
-    bound = Bound(prior, costs[..., 0].mean(1), costs[..., 1:].sum(2).mean(1))
-    nats = -bound.elbo.mean().item()
+    nats, errors = found.mean(), found.error()
+    columns = slice(0, 1), slice(1, 2), slice(2, None)
     return Evaluation(
         bits_per_dim=None if density else nats * scale,
         nats=nats,
         unit="nats" if density else "bits/dim",
-        standard_error=error,
-        terms=Terms(*((term.mean() * scale).item() for term in bound)),
+        standard_error=StandardError(*(scale * e for e in astuple(errors))),
+        terms=Terms(*(scale * found.mean(some) for some in columns)),
         examples=len(x),
+        visited=len(found.rows),
         dims=model.dims,
         calls_per_example=called / len(x),
         steps=times.steps,
@@ -266,9 +285,9 @@ def evaluate(
         model_hash=model_hash(model),
         data_hash=fingerprint(x),
         processes=world()[1],
-        curve=_curve(cells, costs * scale, way.block),
-        per_example=bound,
-        per_example_error=(costs.sum(2).var(1) / costs.shape[1]).sqrt(),
+        curve=_curve(cells, found, scale),
+        per_example=found.bound,
+        per_example_error=found.error_of_each,
     )
 
 
@@ -283,76 +302,87 @@ def precision_of(model: Model) -> str:
 
 
 def _learn(
-    cells: Cells, controls: Controls, x: Tensor, way: Plan, target: float | None
-) -> tuple[Allocation, Plan]:
-    """The pilot of a plan; for a target in nats, as large as the calls that it foresees allow."""
-    if not way.pilot:
-        # the reconstruction of an example once, if chance will
-        return even(cells, controls, 1, 1 / (way.draws * way.replicates)), way
-    allocation = pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
-    if target is None:
-        return allocation, way
-    calls = allocation.variance.item() / len(x) / target**2
-    draws = max(1, math.ceil(FIRST * calls / way.replicates)) if math.isfinite(calls) else 1
-    if draws == way.draws:
-        return allocation, way
-    # draws that stand nearer lend more, so the coefficients are others
-    rows = _pilot_rows(len(x) * calls, cells.count)
-    return _learn(cells, controls, x, replace(way, draws=draws, pilot=rows), None)
+    cells: Cells, controls: Controls, x: Tensor, pilots: Pilots | None, way: Plan
+) -> Allocation:
+    """What the pilot of a plan settles, or one before it."""
+    if pilots is not None:
+        return pilots(cells, controls, way.draws, way.replicates)
+    if way.pilot:
+        return pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
+    # the reconstruction of an example once, if chance will
+    return even(cells, controls, 1, 1 / (way.draws * way.replicates))
 
 
-def _next_round(way: Plan, error: float, target: float, replicates: int) -> Plan:
-    """The replicates that are missing, of as many draws each."""
-    missing = replicates * ((error / target) ** 2 - 1)
-    return replace(way, replicates=max(1, math.ceil(missing)))
+def _first_round(way: Plan, examples: int, calls: float, cells: int, scored: bool) -> Plan:
+    """The plan of the first draws for a target that may take so many calls per example."""
+    first = FIRST * calls / way.replicates if math.isfinite(calls) else 1.0
+    least = max(FEWEST, math.ceil(first * examples))
+    if least < examples and not scored:
+        block = max(1, min(way.block, least // BLOCKS))
+        visited = min(examples, block * math.ceil(least / block))
+        return replace(way, visited=visited, block=block)
+    rows = _pilot_rows(examples * calls, cells) if way.pilot else 0
+    return replace(way, draws=max(1, math.ceil(first)), pilot=rows)
 
 
-def _block(
+def _order(examples: int, seed: int) -> Tensor:
+    """In which examples are visited, where not all are."""
+    with seeded(seed, 2):
+        return torch.randperm(examples)
+
+
+def _known(controls: Controls, allocation: Allocation, x: Tensor) -> Tensor:
+    """The prior and what is known of each cell without the network, (N, 1 + C), nats."""
+
+    def part(g: int) -> Tensor:
+        rows = slice(g * AT_ONCE, (g + 1) * AT_ONCE)
+        prior, block = _prior(controls.at(rows).model, x[rows])
+        return torch.cat([prior[:, None], allocation.known(controls.between(block))], 1)
+
+    return torch.cat(divided(math.ceil(len(x) / AT_ONCE), part))
+
+
+def _visit(
     cells: Cells,
     controls: Controls,
     allocation: Allocation,
     x: Tensor,
-    way: Plan,
-    place: tuple[int, ...],
-    g: int,
-) -> tuple[Tensor, Tensor]:
-    """Of the g-th block of B examples: prior (B,) and costs (B, R, cells), nats."""
-    model = controls.model
-    with seeded(*place, g):
-        rows = slice(g * way.block, (g + 1) * way.block)
-        block = as_examples(x[rows]).to(model.device)
-        last = torch.ones(len(block), dtype=torch.float64, device=model.device)
-        prior = prior_term(model, block, last).double().cpu()
-        u = torch.stack([spread(len(block), way.draws) for _ in range(way.replicates)], 1)
-        return prior, estimate(cells, controls.at(rows), allocation, block, u)
+    blocks: Sequence[Tensor],
+    some: Mapping[int, int],
+    draws: int,
+    turn: int,
+    *,
+    seed: int,
+    track: Track,
+) -> dict[int, Tensor]:
+    """The prior and the cells' costs of some blocks of B rows, each in so many replicates R, of so
+    many draws of each example; (B, R, 1 + C), nats."""
+    tasks = list(some.items())
+
+    def visited(task: int) -> Tensor:
+        g, replicates = tasks[task]
+        own = controls.at(blocks[g])
+        with seeded(seed, 1, turn, task):
+            prior, block = _prior(own.model, x[blocks[g]])
+            u = torch.stack([spread(len(block), draws) for _ in range(replicates)], 1)
+            costs = estimate(cells, own, allocation, block, u)
+        return torch.cat([prior[:, None, None].expand(-1, replicates, -1), costs], 2)
+
+    return dict(zip(some, divided(len(tasks), visited, track), strict=True))
 
 
-def _monte_carlo(each: Tensor, block: int) -> float:
-    """Standard error of the mean of each (N, R), in blocks whose replicates are independent."""
-    examples, replicates = each.shape
-    variance = sum(
-        (len(part) / examples) ** 2 * part.mean(0).var().item() / replicates
-        for part in each.split(block)
-    )
-    return math.sqrt(variance)
+def _prior(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The prior term of each example (B,), nats; and they on the device of the model."""
+    x = as_examples(x).to(model.device)
+    last = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    return prior_term(model, x, last).double().cpu(), x
 
 
-def _standard_error(each: Tensor, block: int) -> StandardError:
-    """Of the mean of each (N, R)."""
-    examples, replicates = each.shape
-    monte_carlo = _monte_carlo(each, block)
-    if examples == 1:
-        return StandardError(math.nan, math.nan, monte_carlo)
-    noise = each.var(1).mean() / replicates
-    data = math.sqrt(max(0.0, (each.mean(1).var() - noise).item() / examples))
-    return StandardError(math.hypot(data, monte_carlo), data, monte_carlo)
-
-
-def _curve(cells: Cells, costs: Tensor, block: int) -> list[CurvePoint]:
-    """The diffusion term over time, from the costs (N, R, cells)."""
+def _curve(cells: Cells, found: Visits, scale: float) -> list[CurvePoint]:
+    """The diffusion term over time."""
     edges = cells.edges.tolist()
     return [
-        CurvePoint(edges[c - 1], edges[c], costs[..., c].mean().item(), error)
+        CurvePoint(edges[c - 1], edges[c], scale * found.mean(one), scale * found.monte_carlo(one))
         for c in range(1, cells.count)
-        for error in [_monte_carlo(costs[..., c], block)]
+        for one in [slice(1 + c, 2 + c)]
     ]

@@ -46,9 +46,11 @@ def result(found: Evaluation | Tighter, schema: Schema | None = None) -> None:
     line = _sparkline(found) if isinstance(found, Evaluation) else _convergence(found)
     console.print(line, highlight=False)
     backward = "" if isinstance(found, Evaluation) else found.backward_calls_per_example
+    visited = found.visited if isinstance(found, Evaluation) else found.examples
+    which = "each once" if visited == found.examples else f"a sample of {visited} visited"
     console.print(
         f"{found.nats:.3f} nats per example; {found.examples} examples of {found.dims}"
-        f" dimensions, each once; {found.calls_per_example:.4g} network calls per example"
+        f" dimensions, {which}; {found.calls_per_example:.4g} network calls per example"
         f"{f' and {backward:.4g} backward' if backward else ''};"
         f" seed {found.seed}; weights: {found.weights}; {found.precision};"
         f" model {found.model_hash}, data {found.data_hash}",

@@ -25,7 +25,7 @@ from nelbo._progress import Track
 from nelbo.data import as_examples, fingerprint
 from nelbo.dequantise import Dequantiser, Encoder, check_gaussian
 from nelbo.estimate import Times
-from nelbo.evaluate import StandardError, precision_of, scale_of
+from nelbo.evaluate import precision_of, scale_of
 from nelbo.flow import (
     Trace,
     check_flow,
@@ -36,6 +36,7 @@ from nelbo.flow import (
 )
 from nelbo.importance import check_grid, check_samples, importance_weights, log_mean
 from nelbo.model import Model, counting, measuring, model_hash
+from nelbo.visits import StandardError
 
 BLOCK = 64  # examples that are seeded together
 LOOSE = 10.0  # the looser tolerance is this many times the one asked for

@@ -55,9 +55,11 @@ def evaluate(
     grid
         The times of the steps: best for this run, found once and kept in its folder; or uniform.
     calls
-        Network calls per example, at most, the pilot's included; 24 where left out.
+        Network calls per example, at most; 24 where left out. A pilot settles which times they
+        are: of a run once, on its validation split, kept in its folder; else out of these calls.
     target_error
-        In place of --calls: the Monte Carlo standard error to reach, in the unit of the result.
+        In place of --calls: the Monte Carlo standard error to reach, in the unit of the result. A
+        random sample of the examples is visited where that takes fewer than two calls of each.
     variates
         Take off each draw what is known of it without the network. Without is quicker for many
         levels and a small network, and then more calls may pay.
@@ -84,6 +86,7 @@ def evaluate(
     from nelbo.dequantise import DEQUANTISERS
     from nelbo.evaluate import evaluate as bound
     from nelbo.model import find_device
+    from nelbo.pilots import Pilots
     from nelbo.tighter import evaluate_flow, evaluate_importance
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
@@ -122,8 +125,10 @@ def evaluate(
         else:
             find = partial(bound, times=times, calls=calls, target_error=target_error)
             of_run = variates and data is None and not integrations.is_foreign(run)
-            known = loaded.examples(split="train")[0] if of_run else None
-            find = partial(find, per_example=save is not None, known=known, variates=variates)
+            if of_run:
+                known = loaded.examples(split="train")[0]
+                find = partial(find, known=known, pilots=Pilots(loaded, say))
+            find = partial(find, per_example=save is not None, variates=variates)
         result = find(model, x, seed=seed, weights=weights, split=split, track=track)
         if rank == 0:
             if save is not None:

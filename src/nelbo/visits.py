@@ -1,0 +1,139 @@
+r"""From what visited examples cost to the mean of all, with its error.
+
+Each example that is visited costs L_ir = prior_i + Σ_cells cost_ir in replicates r = 1..R_g. They
+are stratified within blocks g of examples, so neighbours share strata, and the replicates of a
+block are what is independent. Where all N are visited,
+
+    mean           mean_i mean_r L_ir
+    Monte Carlo²   Σ_g (n_g/N)² var_r( mean_{i in g} L_ir ) / R_g      another seed, same data
+    data²          ( var_i(mean_r L_ir) - mean_i(var_r(L_ir)/R_g) ) / N     other data, no noise
+
+Where a random sample S of n is, k_i, which is known of every example without the network, stands
+for the others (the regression estimator in two stages: Cochran, Sampling Techniques, 1977,
+sections 7.1 and 10.4):
+
+    mean           mean_{all i} k_i + mean_{i in S}( mean_r L_ir - k_i )
+    Monte Carlo²   (1 - n/N) var_{i in S}( mean_r L_ir - k_i )/n + n/N (that of the mean over S)²
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nelbo.elbo import Bound
+
+FURTHER = 1 / 32  # of the blocks visited: by no fewer grows a sample
+
+
+@dataclass(frozen=True)
+class StandardError:
+    """Of the mean bound; `total`² = `data`² + `monte_carlo`². NaN where it cannot be known."""
+
+    total: float
+    data: float
+    monte_carlo: float
+
+
+@dataclass(frozen=True)
+class Visits:
+    """What n of N examples cost, nats.
+
+    Args:
+        blocks: the rows of all examples, in parts; the first of them are visited.
+        costs: of each of these the prior and all cells, the first of which is the reconstruction,
+            in each replicate; shapes (n_g, R_g, 1 + C).
+        known: of these costs without the network, of all examples, shape (N, 1 + C).
+    """
+
+    blocks: Sequence[Tensor]
+    costs: Sequence[Tensor]
+    known: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """Which examples, (n,)."""
+        return torch.cat(list(self.blocks[: len(self.costs)]))
+
+    @property
+    def bound(self) -> Bound:
+        """Of each example, in the order of the data, (N,); NaN where it was not visited."""
+        prior, reconstruction, *diffusion = self._means().unbind(1)
+        terms = prior, reconstruction, sum(diffusion, torch.zeros_like(prior))
+        return Bound(*map(self._in_order, terms))
+
+    @property
+    def error_of_each(self) -> Tensor:
+        """The Monte Carlo error of each example's bound, as there."""
+        return self._in_order(self._noise().sqrt())
+
+    def _means(self) -> Tensor:
+        """Over the replicates, (n, 1 + C)."""
+        return torch.cat([block.mean(1) for block in self.costs])
+
+    def _noise(self) -> Tensor:
+        """The variance of each example's mean over its replicates, (n,)."""
+        return torch.cat([block.sum(2).var(1) / block.shape[1] for block in self.costs])
+
+    def _in_order(self, each: Tensor) -> Tensor:
+        return each.new_full((len(self.known),), math.nan).index_put((self.rows,), each)
+
+    def mean(self, columns: slice = slice(None)) -> float:
+        """Of some of the costs, over all N examples."""
+        known = self.known[:, columns].sum(1)
+        # nothing where all are visited, to the last bit
+        others = known.mean() - known[self.rows.sort().values].mean()
+        return (self._means()[:, columns].sum(1).mean() + others).item()
+
+    def monte_carlo(self, columns: slice = slice(None)) -> float:
+        """The Monte Carlo error of that mean."""
+        within, between, share = self._variances(columns)
+        return math.sqrt((1 - share) * between + share * within)
+
+    def _variances(self, columns: slice) -> tuple[float, float, float]:
+        """Of the mean over S: by its draws alone, by S and its draws; and n/N."""
+        visited = len(self.rows)
+        within = sum(
+            (len(block) / visited) ** 2 * block[..., columns].sum(2).mean(0).var().item() / r
+            for block in self.costs
+            for r in [block.shape[1]]
+        )
+        if visited == len(self.known):
+            return within, 0.0, 1.0
+        left = (self._means() - self.known[self.rows])[:, columns].sum(1)
+        return within, left.var().item() / visited, visited / len(self.known)
+
+    def error(self) -> StandardError:
+        """Of the mean bound."""
+        each, monte_carlo = self._means().sum(1), self.monte_carlo()
+        if len(each) == 1:
+            return StandardError(math.nan, math.nan, monte_carlo)
+        spread = (each.var() - self._noise().mean()).item()
+        data = math.sqrt(max(0.0, spread / len(self.known)))
+        return StandardError(math.hypot(data, monte_carlo), data, monte_carlo)
+
+    def missing(self, error: float) -> dict[int, int]:
+        """The blocks to visit, and in how many replicates, to bring the Monte Carlo error down to
+        this, in nats: others; or, where none are left, those again that were least."""
+        within, between, share = self._variances(slice(None))
+        there, replicates = len(self.costs), [block.shape[1] for block in self.costs]
+        if there == len(self.blocks):
+            again = sum(replicates) * (within / error**2 - 1)
+            least = sorted(range(there), key=lambda g: replicates[g])
+            repeats = range(math.ceil(max(again, FURTHER * there)))
+            return Counter(least[k % there] for k in repeats)
+        # (1 - n/N) s²/n + w²/N = error², where s² and w² are of one example
+        variance = error**2 + (between - within) * share
+        wanted = there * (between / variance - 1) if variance > 0 else math.inf
+        more = min(max(wanted, FURTHER * there), len(self.blocks) - there)
+        return dict.fromkeys(range(there, there + math.ceil(more)), replicates[0])
+
+    def joined(self, costs: Mapping[int, Tensor]) -> "Visits":
+        """With what blocks cost that were missing."""
+        whole = dict(enumerate(self.costs))
+        for g, more in costs.items():
+            whole[g] = torch.cat([whole[g], more], 1) if g in whole else more
+        return replace(self, costs=list(whole.values()))
