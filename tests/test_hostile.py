@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from test_cli import nelbo_fails
 
 import nelbo
-from nelbo import _limits, checkpoint
+from nelbo import _files, _limits, checkpoint
 from nelbo._numerics import seeded
 from nelbo.data import load
 from nelbo.integrations import load as load_foreign
@@ -126,7 +126,7 @@ def test_no_file_executes_code(trained, tmp_path):
         for name in ("state.safetensors", "model.safetensors"):
             (run / name).write_bytes(content)
             with pytest.raises(ValueError):
-                checkpoint.read_tensors(run / name)
+                _files.read_tensors(run / name)
         with pytest.raises(ValueError):
             checkpoint.load(run)
         assert checkpoint._read_grids(run / "grids.json") == {}
@@ -310,9 +310,9 @@ def of_folder(path):
         ("x.tar", chained_tar, load, "cannot be read as a tar file"),
         ("x.json", deep_json, _limits.read_json, "is not JSON"),
         ("x.json", huge_json, _limits.read_json, "has 1099511627776 bytes, and JSON"),
-        ("x.safetensors", lying_tensors, checkpoint.read_tensors, "is truncated, damaged or not"),
-        ("x.safetensors", endless_header, checkpoint.read_tensors, "is truncated, damaged or not"),
-        ("x.safetensors", huge_json, checkpoint.read_tensors, "would take 1.02e"),
+        ("x.safetensors", lying_tensors, _files.read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", endless_header, _files.read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", huge_json, _files.read_tensors, "would take 1.02e"),
         ("images/x.png", huge_png, of_folder, "claims more than .* pixels"),
         ("images/x.png", sparse_png, of_folder, "1099511627776 bytes, which no image has"),
         ("x.txt", huge_json, load, "of memory"),
@@ -427,7 +427,7 @@ def endless(path):
         ("images/train-images-idx3-ubyte.gz", of_folder),
         ("images/x.tar", of_folder),
         ("x.json", _limits.read_json),
-        ("x.safetensors", checkpoint.read_tensors),
+        ("x.safetensors", _files.read_tensors),
         ("x.pt", lambda path: load_foreign(f"openai:{path}")),
     ],
 )
@@ -491,7 +491,7 @@ def test_writing_into_a_run_never_follows_a_link(trained, tmp_path):
     for name in ("grids.json", "model.safetensors"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(mine)
-        checkpoint.write(run / name, b"other")
+        _files.write(run / name, b"other")
     assert mine.read_text() == "mine"
 
 
@@ -521,7 +521,7 @@ def test_weights_of_another_kind_are_not_cast(trained, tmp_path):
     tensors = load_file(run / "model.safetensors")
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name] = tensors[name].to(torch.complex64)
-    checkpoint.write_tensors(run / "model.safetensors", tensors, {})
+    _files.write_tensors(run / "model.safetensors", tensors, {})
     with pytest.raises(ValueError, match="complex64"):
         nelbo.load(run)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from nelbo import checkpoint, learner, objective
+from nelbo import _files, checkpoint, learner, objective
 from nelbo._numerics import constant, seeded, slope
 from nelbo.build import build
 from nelbo.config import ModelConfig
@@ -231,7 +231,7 @@ def test_the_density_is_part_of_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(learner, "batch_indices", order)
     training.resume(tmp_path / "run")
     left, right = (
-        checkpoint.read_tensors(path / checkpoint.STATE)[0] for path in (whole, tmp_path / "run")
+        _files.read_tensors(path / checkpoint.STATE)[0] for path in (whole, tmp_path / "run")
     )
     assert left["law.count"].sum() > 0 and left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nelbo.checkpoint import BEFORE, STATE, put_weights, read_tensors, write_tensors
+from nelbo._files import put_weights, read_tensors, write_tensors
+from nelbo.checkpoint import BEFORE, STATE
 from nelbo.learner import Learner, Progress
 from nelbo.sharding import divided_like, gathered
 
