@@ -22,6 +22,7 @@ import known_models
 import numpy as np
 import polars as pl
 import torch
+from conftest import OPENAI
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -40,18 +41,7 @@ from nelbo.report.sections import training as show_training
 SECONDS = 20  # that a read of a small file may take on a busy machine
 #: what the command line tells in one sentence
 TOLD = (ValueError, OSError)
-FLAGS = {
-    "image_size": 8,
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1",
-    "attention_resolutions": "4",
-    "num_heads": 2,
-    "learn_sigma": True,
-    "diffusion_steps": 10,
-    "noise_schedule": "cosine",
-    "rescale_timesteps": True,
-}
+FLAGS = OPENAI | {"channel_mult": "1"}  # a small file
 SCHEMA = [{"name": "a", "kind": "rounded", "precision": 1}, {"name": "b", "kind": "category"}]
 
 
