@@ -15,6 +15,7 @@ from nelbo.data.inference import infer_columns, lattice
 from nelbo.data.layout import Column, groups, log_cells, places
 from nelbo.data.schema import Schema
 from nelbo.evaluate import evaluate
+from nelbo.inspection import inspect_table
 from nelbo.report import tables as tables_of_report
 from nelbo.report.dimensions import by_column
 from nelbo.train import resume, train
@@ -350,6 +351,23 @@ def test_a_schema_overrides_what_is_inferred_and_leaves_the_rest_to_the_cells(pe
 def test_a_schema_that_does_not_fit_is_refused(people, tmp_path, content, words):
     with pytest.raises(ValueError, match=words):
         data.load(people, schema=declare(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((-1, 0, 2), "integer, 4 levels"),
+        ((1.5, 2.5, 3.5), "steps of 1 from 1.5, 3 levels"),
+        ((-0.5, 0.5, 1.5), "steps of 1 from -0.5, 3 levels"),
+        ((1, 3, 7), "steps of 2 from 1, 4 levels"),
+        ((0.62, 0.66, 0.76), "rounded to 0.02, 8 levels"),
+        ((9_999_999_999, 9_999_999_998, 9_999_999_996), "integer, 4 levels"),
+        ((999_999.9999, 999_999.9998, 999_999.9996), "rounded to 0.0001, 4 levels"),
+    ],
+)
+def test_an_inspection_says_where_a_lattice_lies(values, words):
+    found = inspect_table(pl.DataFrame({"v": values}, strict=False), "the table")
+    assert found.columns[0].kind == words
 
 
 def test_an_inspection_says_what_speaks_against_a_likelihood(tmp_path, capsys):
