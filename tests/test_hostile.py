@@ -31,6 +31,7 @@ from nelbo.data import load
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
 from nelbo.integrations.unet import UNet
+from nelbo.train import resume
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 ROOM = 2**30  # bytes beyond what the process has, in which a refusal must fit
@@ -467,6 +468,23 @@ def test_links_out_of_a_run_are_not_followed(trained, tmp_path, monkeypatch, nam
         nelbo.load(run)
     monkeypatch.setenv(_limits.TRUST, "1")
     nelbo.load(run)
+
+
+@pytest.mark.parametrize(
+    "name", ["state.safetensors", "before.safetensors", ".lock", "tensorboard"]
+)
+def test_training_does_not_go_on_through_a_link_out_of_a_run(trained, tmp_path, monkeypatch, name):
+    run, mine = shutil.copytree(trained, tmp_path / "run"), tmp_path / "mine"
+    assert (run / name).exists()
+    (run / name).rename(mine)
+    (run / name).symlink_to(mine)
+    before = {path: path.stat().st_mtime_ns for path in (mine, *mine.rglob("*"))}
+    with pytest.raises(ValueError, match=f"{name} is a link out of"):
+        resume(run)
+    assert {path: path.stat().st_mtime_ns for path in (mine, *mine.rglob("*"))} == before
+    if name != ".lock":  # which filelock follows in some versions
+        monkeypatch.setenv(_limits.TRUST, "1")
+        resume(run)
 
 
 def test_a_table_in_a_run_is_no_link_either(trained, tmp_path):

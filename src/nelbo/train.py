@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nelbo import _files, checkpoint, data, state
+from nelbo import _files, _limits, checkpoint, data, state
 from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2
 from nelbo._processes import anywhere, at_first, world
@@ -207,11 +207,11 @@ def alone_in(out: Path) -> Iterator[None]:
     """Inside, no other training writes into this run; the lock ends with the process.
 
     Raises:
-        ValueError: another one does.
+        ValueError: another one does, or the file to lock is a link out of the run.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(out / checkpoint.LOCK, blocking=False)
+    lock = FileLock(_limits.contained(out / checkpoint.LOCK, out), blocking=False)
 
     def acquire() -> None:
         try:
@@ -382,7 +382,8 @@ def _tensorboard(out: Path, step: int, wanted: bool) -> Iterator["SummaryWriter 
     if not wanted:
         yield None
         return
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+    events = _limits.contained(out / "tensorboard", out)
+    writer = SummaryWriter(str(events), purge_step=step + 1 if step else None)
     try:
         yield writer
     finally:
