@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
@@ -511,6 +512,35 @@ def test_writing_into_a_run_never_follows_a_link(trained, tmp_path):
         (run / name).symlink_to(mine)
         _files.write(run / name, b"other")
     assert mine.read_text() == "mine"
+
+
+# ---- folders
+
+
+def test_a_folder_is_searched_as_long_as_images_are_found(trained, tmp_path, monkeypatch, capsys):
+    """As a run names `/`: the search ends early, whatever lies deeper."""
+    disk = tmp_path / "disk"
+    for i in range(40):
+        (disk / f"{i:02}").mkdir(parents=True)
+        for j in range(25):
+            (disk / f"{i:02}" / f"{j}.o").touch()
+    for i in range(5):
+        Image.new("L", (8, 8)).save(disk / f"{i}.png")
+    run = copied(trained, tmp_path, data__source=str(disk))
+    visited, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda top: map(lambda x: visited.append(x) or x, walk(top)))
+    monkeypatch.setattr(_limits, "OTHERS", 500)
+    assert re.search(
+        "holds 5 PNG or JPEG images among the first 5.. files; give a folder of them",
+        nelbo_fails(capsys, "evaluate", run),
+    )
+    assert len(visited) == 22  # of 41
+    monkeypatch.setenv(_limits.TRUST, "1")
+    assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
+    monkeypatch.delenv(_limits.TRUST)
+    for i in range(80):  # of other files 8 for each
+        Image.new("L", (8, 8)).save(disk / f"{i}.png")
+    assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
 
 
 # ---- values
