@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from nelbo.config import configure
-from nelbo.data import Dataset, Schema, tables
+from nelbo.data import Dataset, Schema, examples
 from nelbo.data.inference import infer_columns
 from nelbo.data.layout import log_cells
 from nelbo.evaluate import evaluate
@@ -158,7 +158,7 @@ def uci(path: Path) -> tuple[Rows, Schema]:
 
 def encode(rows: np.ndarray, schema: Schema) -> Tensor:
     frame = pl.DataFrame({c.name: v for c, v in zip(schema.columns, rows.T, strict=True)})
-    return torch.from_numpy(tables.encode(frame, schema.columns, "rows", rounding=True)[0])
+    return torch.from_numpy(examples.encode(frame, schema.columns, "rows", rounding=True)[0])
 
 
 def compare(path: Path, seconds: float, alone: bool, recorded: bool) -> dict[str, float]:

@@ -45,6 +45,7 @@ from nelbo.config import configure
 from nelbo.data import Dataset, Schema
 from nelbo.estimate import stratified
 from nelbo.integrations import wrap
+from nelbo.integrations.diffusers import Plain
 from nelbo.learner import Learner
 from nelbo.model import counting
 from nelbo.objective import Objective
@@ -76,19 +77,7 @@ class Loop(NamedTuple):
     inputs: tuple[Tensor, ...]
 
 
-class Tensors(nn.Module):
-    """The tensor in place of diffusers' output object."""
-
-    def __init__(self, network: UNet2DModel) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, y: Tensor, time: Tensor) -> Tensor:
-        output: Tensor = self.network(y, time).sample
-        return output
-
-
-def their_network(given: argparse.Namespace) -> Tensors:
+def their_network(given: argparse.Namespace) -> Plain:
     torch.manual_seed(0)
     blocks = (32, 64) if given.small else (128, 256, 256, 256)
     rest = len(blocks) - 2
@@ -99,7 +88,7 @@ def their_network(given: argparse.Namespace) -> Tensors:
         down_block_types=("DownBlock2D", "AttnDownBlock2D") + ("DownBlock2D",) * rest,
         up_block_types=("UpBlock2D",) * rest + ("AttnUpBlock2D", "UpBlock2D"),
     )
-    return Tensors(network).to(given.device).train()
+    return Plain(network).to(given.device).train()
 
 
 def images(count: int) -> Tensor:
@@ -119,7 +108,7 @@ def nelbo(given: argparse.Namespace) -> Loop:
 
 
 def theirs_with(
-    given: argparse.Namespace, network: Tensors, loss_of: Callable[[Tensor], Tensor]
+    given: argparse.Namespace, network: Plain, loss_of: Callable[[Tensor], Tensor]
 ) -> Loop:
     """AdamW on a loss of images (B, C, H, W) of levels."""
     x, on = images(max(1024, 2 * given.batch)), given.device

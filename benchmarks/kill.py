@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nelbo import checkpoint, state
+from nelbo import _files, checkpoint, state
 from nelbo.train import resume, train
 
 OPTIONS = {"steps": 200, "batch": 16, "width": 8, "depth": 1, "schedule": "learned-ends"}
@@ -42,7 +42,7 @@ def live(source: str, out: Path, every: int) -> None:
         time.sleep(DISK)
         sync(handle)
 
-    checkpoint.os.fsync = slow_sync
+    _files.os.fsync = slow_sync
     if checkpoint.is_run(out):
         resume(out)
     else:
@@ -65,7 +65,7 @@ def contents(run: Path) -> dict[str, object]:
     for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
         found[name] = (run / name).read_bytes()
     for name in (checkpoint.STATE, checkpoint.BEFORE):
-        tensors, about = checkpoint.read_tensors(run / name, hashed=True)
+        tensors, about = _files.read_tensors(run / name, hashed=True)
         del about["progress"]["seconds"]
         found[f"{name}, about"] = about
         for key, tensor in tensors.items():
@@ -101,7 +101,7 @@ def trial(folder: Path, data: str, kills: int, r: random.Random) -> None:
             killed += 1
             cut += bool(half_written(out) - stale)
             with contextlib.suppress(OSError, ValueError, IndexError):
-                step = checkpoint.read_tensors(out / checkpoint.STATE)[1]["progress"]["step"]
+                step = _files.read_tensors(out / checkpoint.STATE)[1]["progress"]["step"]
                 between += checkpoint.read_metrics(out)[-1]["step"] > step
             between += state.is_in(out) and not (out / checkpoint.STATE).exists()
         if process.exitcode:

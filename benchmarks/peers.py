@@ -42,6 +42,7 @@ from nelbo.config import configure
 from nelbo.data import Dataset, Schema
 from nelbo.estimate import stratified
 from nelbo.integrations import wrap
+from nelbo.integrations.diffusers import Plain
 from nelbo.learner import Learner
 from nelbo.objective import Objective
 from nelbo.process import Affine, Gaussian, Levels
@@ -95,22 +96,10 @@ def their_step(shape: tuple[int, ...], levels: int) -> Step:
     return step
 
 
-class Tensors(torch.nn.Module):
-    """The tensor in place of diffusers' output object."""
-
-    def __init__(self, network: UNet2DModel) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, y: Tensor, time: Tensor) -> Tensor:
-        output: Tensor = self.network(y, time).sample
-        return output
-
-
 def our_step(shape: tuple[int, ...], levels: int) -> Step:
     low, high = -9.0, 9.0
     model = wrap(
-        Tensors(make_network(shape)),
+        Plain(make_network(shape)),
         shape,
         predicts="noise",
         schedule=Linear(low, high),

@@ -9,6 +9,19 @@ from nelbo._numerics import seeded
 from nelbo.train import train
 
 TINY = {"steps": 4, "batch": 16, "width": 8, "depth": 1, "evaluate_every": 2}
+#: flags of a small network of OpenAI's
+OPENAI = {
+    "image_size": 8,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,2",
+    "attention_resolutions": "4",
+    "num_heads": 2,
+    "learn_sigma": True,
+    "diffusion_steps": 10,
+    "noise_schedule": "cosine",
+    "rescale_timesteps": True,
+}
 
 
 @pytest.fixture(scope="session", autouse=True)

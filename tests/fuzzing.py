@@ -22,10 +22,11 @@ import known_models
 import numpy as np
 import polars as pl
 import torch
+from conftest import OPENAI
 from hypothesis import strategies as st
 from PIL import Image
 
-from nelbo import checkpoint
+from nelbo import _files, checkpoint
 from nelbo._numerics import seeded
 from nelbo.codec import files as codec_files
 from nelbo.codec.coding import compress, decompress
@@ -40,18 +41,7 @@ from nelbo.report.sections import training as show_training
 SECONDS = 20  # that a read of a small file may take on a busy machine
 #: what the command line tells in one sentence
 TOLD = (ValueError, OSError)
-FLAGS = {
-    "image_size": 8,
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1",
-    "attention_resolutions": "4",
-    "num_heads": 2,
-    "learn_sigma": True,
-    "diffusion_steps": 10,
-    "noise_schedule": "cosine",
-    "rescale_timesteps": True,
-}
+FLAGS = OPENAI | {"channel_mult": "1"}  # a small file
 SCHEMA = [{"name": "a", "kind": "rounded", "precision": 1}, {"name": "b", "kind": "category"}]
 
 
@@ -275,7 +265,7 @@ def _of_run(run: Path) -> list[Kind]:
     state, metrics = ((run / n).read_bytes() for n in (checkpoint.STATE, checkpoint.METRICS))
     grids = json.dumps({"abc, 2 steps": [0.5, 1.0]}).encode()
     whole_run = checkpoint.load(run)
-    tensors, about = checkpoint.read_tensors(run / "model.safetensors")
+    tensors, about = _files.read_tensors(run / "model.safetensors")
 
     def load_whole(path: Path) -> None:
         found = checkpoint.load(path.parent).model
@@ -284,7 +274,7 @@ def _of_run(run: Path) -> list[Kind]:
             found.predict(torch.zeros(2, *found.shape, dtype=torch.float64), t)
 
     def exact(path: Path) -> None:
-        got, words = checkpoint.read_tensors(path, hashed=True)
+        got, words = _files.read_tensors(path, hashed=True)
         assert words == about and got.keys() == tensors.keys()
         assert all(torch.equal(got[name], tensors[name]) for name in tensors)
 
@@ -300,7 +290,7 @@ def _of_run(run: Path) -> list[Kind]:
     return [
         Kind("config.json", whole["config.json"], load_whole, True, tuple(whole.items())[1:]),
         Kind("model.safetensors", whole["model.safetensors"], exact),
-        Kind("state.safetensors", state, lambda p: checkpoint.read_tensors(p, hashed=True)),
+        Kind("state.safetensors", state, lambda p: _files.read_tensors(p, hashed=True)),
         Kind("metrics.jsonl", metrics, show, True),
         Kind("grids.json", grids, checkpoint._read_grids, True),
     ]

@@ -17,6 +17,7 @@ ORDER = (
     "_progress",
     "_interrupt",
     "_limits",
+    "_files",
     "_distributions",
     "schedules",
     "process",

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nelbo
-from nelbo import checkpoint
+from nelbo import _files
 from nelbo.cli import app, main
 
 
@@ -275,7 +275,7 @@ def test_damaged_runs(trained, tmp_path, capsys):
     run_ok("train", "--resume", run)
 
     run = damaged("state of nothing")
-    checkpoint.write_tensors(run / "state.safetensors", {}, {})
+    _files.write_tensors(run / "state.safetensors", {}, {})
     assert "another architecture" in nelbo_fails(capsys, "train", "--resume", run)
 
     run = damaged("no whole state")

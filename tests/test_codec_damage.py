@@ -192,6 +192,16 @@ def test_blocks_that_lie_are_refused_before_they_cost_memory(coded, which):
             decompress(bad, model)
 
 
+@pytest.mark.parametrize(
+    "text", ['{"effort": NaN}', '{"effort": 1e999}', "[1", "[" * 10_000, "[1]"]
+)
+def test_a_header_that_is_no_json_object_is_damaged(text):
+    with patch.object(container.json, "dumps", lambda *_, **__: text):
+        bad = container.write_prefix({}, b"")
+    with pytest.raises(Damaged, match=r"the header is not (JSON: |one of this format)"):
+        container.read_prefix(bad)
+
+
 def test_batches_that_lie_of_the_lanes_are_refused(coded):
     """Cut earlier, later, not at all or into more lanes than there are."""
     model, _, data = coded[4]

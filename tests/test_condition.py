@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from files import arrays_in
 from PIL import Image
 from torch import nn
@@ -31,7 +32,6 @@ from nelbo.train import resume, train
 
 LOW, HIGH, S = -8.0, 8.0, 0.5
 MIXED = 64.0  # nats more that an example costs, at least, under the condition of another
-TINY = {"steps": 4, "batch": 16, "width": 8, "depth": 1, "evaluate_every": 2}
 SCHEMA = Schema(
     "levels", (2,), 5, (Label("class", ("a", "b", "c")), Label("y", mean=2.0, spread=4.0))
 )

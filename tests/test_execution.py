@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nelbo import checkpoint, learner, state
+from nelbo import _files, checkpoint, learner, state
 from nelbo.config import TrainConfig
 from nelbo.model import measuring
 from nelbo.train import resume, train
@@ -63,11 +63,11 @@ def test_bf16_is_inside_the_network_in_training_only(source, tmp_path):
 def test_a_run_in_bf16_continues_exactly(source, tmp_path):
     for name in ("whole", "half"):
         train(source, tmp_path / name, precision="bf16", **SMALL)
-    whole = checkpoint.read_tensors(tmp_path / "whole" / checkpoint.STATE)[0]
+    whole = _files.read_tensors(tmp_path / "whole" / checkpoint.STATE)[0]
     (tmp_path / "half" / checkpoint.STATE).unlink()  # of step 4; there is the one before
     with pytest.warns(UserWarning, match="missing"):
         resume(tmp_path / "half")
-    half = checkpoint.read_tensors(tmp_path / "half" / checkpoint.STATE)[0]
+    half = _files.read_tensors(tmp_path / "half" / checkpoint.STATE)[0]
     assert all(torch.equal(whole[name], half[name]) for name in whole)
 
 
@@ -78,7 +78,7 @@ def test_compiled_networks_keep_the_names_of_their_weights(source, tmp_path, mon
     run = train(source, tmp_path / "run", compile=True, **SMALL)
     plain = train(source, tmp_path / "plain", **SMALL)
     assert len(asked) == 1
-    states = [checkpoint.read_tensors(r.path / checkpoint.STATE)[0] for r in (run, plain)]
+    states = [_files.read_tensors(r.path / checkpoint.STATE)[0] for r in (run, plain)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -131,7 +131,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(source, tmp_path, monkeypatch)
 
     def watched(self):
         state.save(tmp_path / "run", self)
-        tensors, _ = checkpoint.read_tensors(tmp_path / "run" / checkpoint.STATE)
+        tensors, _ = _files.read_tensors(tmp_path / "run" / checkpoint.STATE)
         before.append(tensors)
         step(self)
 

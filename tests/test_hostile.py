@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
@@ -25,12 +26,13 @@ from safetensors.torch import load_file
 from test_cli import nelbo_fails
 
 import nelbo
-from nelbo import _limits, checkpoint
+from nelbo import _files, _limits, checkpoint
 from nelbo._numerics import seeded
 from nelbo.data import load
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
 from nelbo.integrations.unet import UNet
+from nelbo.train import resume
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 ROOM = 2**30  # bytes beyond what the process has, in which a refusal must fit
@@ -126,7 +128,7 @@ def test_no_file_executes_code(trained, tmp_path):
         for name in ("state.safetensors", "model.safetensors"):
             (run / name).write_bytes(content)
             with pytest.raises(ValueError):
-                checkpoint.read_tensors(run / name)
+                _files.read_tensors(run / name)
         with pytest.raises(ValueError):
             checkpoint.load(run)
         assert checkpoint._read_grids(run / "grids.json") == {}
@@ -310,9 +312,9 @@ def of_folder(path):
         ("x.tar", chained_tar, load, "cannot be read as a tar file"),
         ("x.json", deep_json, _limits.read_json, "is not JSON"),
         ("x.json", huge_json, _limits.read_json, "has 1099511627776 bytes, and JSON"),
-        ("x.safetensors", lying_tensors, checkpoint.read_tensors, "is truncated, damaged or not"),
-        ("x.safetensors", endless_header, checkpoint.read_tensors, "is truncated, damaged or not"),
-        ("x.safetensors", huge_json, checkpoint.read_tensors, "would take 1.02e"),
+        ("x.safetensors", lying_tensors, _files.read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", endless_header, _files.read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", huge_json, _files.read_tensors, "would take 1.02e"),
         ("images/x.png", huge_png, of_folder, "claims more than .* pixels"),
         ("images/x.png", sparse_png, of_folder, "1099511627776 bytes, which no image has"),
         ("x.txt", huge_json, load, "of memory"),
@@ -427,7 +429,7 @@ def endless(path):
         ("images/train-images-idx3-ubyte.gz", of_folder),
         ("images/x.tar", of_folder),
         ("x.json", _limits.read_json),
-        ("x.safetensors", checkpoint.read_tensors),
+        ("x.safetensors", _files.read_tensors),
         ("x.pt", lambda path: load_foreign(f"openai:{path}")),
     ],
 )
@@ -469,6 +471,23 @@ def test_links_out_of_a_run_are_not_followed(trained, tmp_path, monkeypatch, nam
     nelbo.load(run)
 
 
+@pytest.mark.parametrize(
+    "name", ["state.safetensors", "before.safetensors", ".lock", "tensorboard"]
+)
+def test_training_does_not_go_on_through_a_link_out_of_a_run(trained, tmp_path, monkeypatch, name):
+    run, mine = shutil.copytree(trained, tmp_path / "run"), tmp_path / "mine"
+    assert (run / name).exists()
+    (run / name).rename(mine)
+    (run / name).symlink_to(mine)
+    before = {path: path.stat().st_mtime_ns for path in (mine, *mine.rglob("*"))}
+    with pytest.raises(ValueError, match=f"{name} is a link out of"):
+        resume(run)
+    assert {path: path.stat().st_mtime_ns for path in (mine, *mine.rglob("*"))} == before
+    if name != ".lock":  # which filelock follows in some versions
+        monkeypatch.setenv(_limits.TRUST, "1")
+        resume(run)
+
+
 def test_a_table_in_a_run_is_no_link_either(trained, tmp_path):
     run = copied(trained, tmp_path, data__source="data.parquet")
     (run / checkpoint.TABLE).symlink_to(__file__)
@@ -491,8 +510,37 @@ def test_writing_into_a_run_never_follows_a_link(trained, tmp_path):
     for name in ("grids.json", "model.safetensors"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(mine)
-        checkpoint.write(run / name, b"other")
+        _files.write(run / name, b"other")
     assert mine.read_text() == "mine"
+
+
+# ---- folders
+
+
+def test_a_folder_is_searched_as_long_as_images_are_found(trained, tmp_path, monkeypatch, capsys):
+    """As a run names `/`: the search ends early, whatever lies deeper."""
+    disk = tmp_path / "disk"
+    for i in range(40):
+        (disk / f"{i:02}").mkdir(parents=True)
+        for j in range(25):
+            (disk / f"{i:02}" / f"{j}.o").touch()
+    for i in range(5):
+        Image.new("L", (8, 8)).save(disk / f"{i}.png")
+    run = copied(trained, tmp_path, data__source=str(disk))
+    visited, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda top: map(lambda x: visited.append(x) or x, walk(top)))
+    monkeypatch.setattr(_limits, "OTHERS", 500)
+    assert re.search(
+        "holds 5 PNG or JPEG images among the first 5.. files; give a folder of them",
+        nelbo_fails(capsys, "evaluate", run),
+    )
+    assert len(visited) == 22  # of 41
+    monkeypatch.setenv(_limits.TRUST, "1")
+    assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
+    monkeypatch.delenv(_limits.TRUST)
+    for i in range(80):  # of other files 8 for each
+        Image.new("L", (8, 8)).save(disk / f"{i}.png")
+    assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
 
 
 # ---- values
@@ -521,7 +569,7 @@ def test_weights_of_another_kind_are_not_cast(trained, tmp_path):
     tensors = load_file(run / "model.safetensors")
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name] = tensors[name].to(torch.complex64)
-    checkpoint.write_tensors(run / "model.safetensors", tensors, {})
+    _files.write_tensors(run / "model.safetensors", tensors, {})
     with pytest.raises(ValueError, match="complex64"):
         nelbo.load(run)
 

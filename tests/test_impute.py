@@ -11,9 +11,9 @@ from nelbo._numerics import seeded
 from nelbo.build import build
 from nelbo.cli import main
 from nelbo.config import ModelConfig
+from nelbo.data.examples import decode, encode, encode_holes
 from nelbo.data.layout import Column
 from nelbo.data.schema import Schema
-from nelbo.data.tables import decode, encode, encode_holes
 from nelbo.estimate import Grid
 from nelbo.heads import Data
 from nelbo.impute import impute, present

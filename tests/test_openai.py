@@ -12,6 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import OPENAI
 from torch.nn import functional
 
 from nelbo import elbo
@@ -21,19 +22,6 @@ from nelbo.integrations.openai import architecture, build, check_flags, named_be
 from nelbo.integrations.unet import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule ends with signal left")
-
-TINY = {
-    "image_size": 8,
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1,2",
-    "attention_resolutions": "4",
-    "num_heads": 2,
-    "learn_sigma": True,
-    "diffusion_steps": 10,
-    "noise_schedule": "cosine",
-    "rescale_timesteps": True,
-}
 
 
 def random_network(flags):
@@ -204,7 +192,7 @@ def restated(w, y, time, flags, label=None):
 )
 def test_the_network_twice(change):
     """The same output by another statement of the architecture, for each flag that changes it."""
-    flags = TINY | change
+    flags = OPENAI | change
     network = random_network(flags).double()
     with seeded(2), torch.no_grad():
         y, time = torch.randn(2, 3, 8, 8).double(), torch.tensor([0.0, 731.0]).double()
@@ -245,7 +233,7 @@ def their_step(output, z, e, betas, t):
 @pytest.mark.parametrize("respacing", ["", "4"])
 def test_learned_variance_by_their_formulas(respacing):
     """KL of every step, and mean and variance of the last, in numpy, also respaced."""
-    flags = TINY | {"timestep_respacing": respacing}
+    flags = OPENAI | {"timestep_respacing": respacing}
     network = random_network(flags)
     found = build(network, flags)
     model, steps = found.model, found.times.steps
@@ -283,7 +271,7 @@ def test_learned_variance_by_their_formulas(respacing):
 )
 def test_variances(flags, variance):
     """FIXED_LARGE unless sigma_small; learn_sigma wins over both."""
-    flags = TINY | {"learn_sigma": False} | flags
+    flags = OPENAI | {"learn_sigma": False} | flags
     found = build(random_network(flags), flags)
     assert f"variance {variance}," in found.notes[0]
     with torch.no_grad():
@@ -295,17 +283,17 @@ def test_a_file_and_its_flags(tmp_path, suffix):
     """The bound from a file is that from memory; flags stand beside it."""
     from safetensors.torch import save_file
 
-    network = random_network(TINY)
+    network = random_network(OPENAI)
     file = tmp_path / f"ema_0.9999_500000.{suffix}"
     if suffix == "pt":
         torch.save(network.state_dict(), file)
     else:
         save_file(network.state_dict(), file)
-    file.with_suffix(".json").write_text(json.dumps(TINY | {"use_kl": True, "dropout": 0.3}))
+    file.with_suffix(".json").write_text(json.dumps(OPENAI | {"use_kl": True, "dropout": 0.3}))
     found = load(f"openai:{file}", steps=5)
     assert found.weights == file.name and found.schema.shape == (3, 8, 8)
     bounds = []
-    for model in (found.model, build(network, TINY, steps=5).model):
+    for model in (found.model, build(network, OPENAI, steps=5).model):
         with seeded(4), torch.no_grad():
             bounds.append(elbo(model, images(), found.times).elbo)
     assert torch.equal(*bounds)
@@ -313,14 +301,14 @@ def test_a_file_and_its_flags(tmp_path, suffix):
 
 def test_classes():
     """P(x|class): the class is asked for and reaches the network."""
-    flags = TINY | {"class_cond": True}
+    flags = OPENAI | {"class_cond": True}
     network = random_network(flags)
     with pytest.raises(ValueError, match="1000 classes"):
         build(network, flags)
     with pytest.raises(ValueError, match=r"in 0\.\.999 .*got 1000"):
         build(network, flags, label=1000)
     with pytest.raises(ValueError, match="without classes"):
-        build(random_network(TINY), TINY, label=1)
+        build(random_network(OPENAI), OPENAI, label=1)
     model = build(network, flags, label=7).model
     y = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -352,7 +340,7 @@ def test_classes():
     ],
 )
 def test_flags_that_have_no_bound(change, words):
-    flags = TINY | change
+    flags = OPENAI | change
     with pytest.raises(ValueError) as error:
         build(UNet(architecture(check_flags(flags))), flags)
     assert words in str(error.value)
@@ -360,7 +348,7 @@ def test_flags_that_have_no_bound(change, words):
 
 
 def test_the_two_repositories_differ_in_a_default():
-    flags = {name: value for name, value in TINY.items() if name != "rescale_timesteps"}
+    flags = {name: value for name, value in OPENAI.items() if name != "rescale_timesteps"}
     with pytest.raises(ValueError, match="improved-diffusion has it true"):
         check_flags(flags)
     check_flags(flags | {"diffusion_steps": 1000})
@@ -376,7 +364,7 @@ class Code:
 def test_files_that_are_no_weights(tmp_path, capsys):
     """Nothing in a file is run; what cannot be used is one sentence."""
     file = tmp_path / "model.pt"
-    file.with_suffix(".json").write_text(json.dumps(TINY))
+    file.with_suffix(".json").write_text(json.dumps(OPENAI))
 
     def refused(words, kind=ValueError):
         with pytest.raises(kind, match=words) as error:
@@ -391,7 +379,7 @@ def test_files_that_are_no_weights(tmp_path, capsys):
     refused("not a file of tensors")
     torch.save([torch.zeros(3)], file)
     refused("no state dict")
-    torch.save(random_network(TINY | {"learn_sigma": False}).state_dict(), file)
+    torch.save(random_network(OPENAI | {"learn_sigma": False}).state_dict(), file)
     refused("another architecture")
     file.with_suffix(".json").write_text("[1]")
     refused("must be a JSON object")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import launch
 
-from nelbo import checkpoint
+from nelbo import _files, checkpoint
 from nelbo.train import resume, train
 
 SMALL = {"steps": 4, "batch": 11, "width": 16, "evaluate_every": 2, "dropout": 0.3, "lr": 0.01}
@@ -82,7 +82,7 @@ def runs(tmp_path_factory):
 
 
 def state(run):
-    tensors, about = checkpoint.read_tensors(run / checkpoint.STATE, hashed=True)
+    tensors, about = _files.read_tensors(run / checkpoint.STATE, hashed=True)
     del about["progress"]["seconds"]
     return tensors, about
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nelbo import checkpoint, learner, state
+from nelbo import _files, checkpoint, learner, state
 from nelbo.train import resume, train
 
 SMALL = {
@@ -47,7 +47,7 @@ def contents(run):
     found = {"names": sorted(p.name for p in run.iterdir() if p.is_file())}
     found |= {n: (run / n).read_bytes() for n in (checkpoint.CONFIG, checkpoint.WEIGHTS)}
     for name in (checkpoint.STATE, checkpoint.BEFORE):
-        tensors, about = checkpoint.read_tensors(run / name, hashed=True)
+        tensors, about = _files.read_tensors(run / name, hashed=True)
         del about["progress"]["seconds"]
         found[name] = about
         found |= {
@@ -63,7 +63,7 @@ def kill_at(patch, moment):
 
     Of what is then on its way nothing is tidied up. Returns the moments so far, in a list.
     """
-    past, os = [], checkpoint.os
+    past, os = [], _files.os
     sync, rename, unlink = os.fsync, os.replace, os.unlink
 
     def reach(what):
@@ -119,7 +119,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(whole, tmp_path, damage):
         content[-len(content) // 3] ^= 1
     path.write_bytes(content[: 100 if damage == "cut" else None])
     if damage == "other":  # whole, but by a program that knows no hash
-        checkpoint.write(path, checkpoint.save({"x": torch.zeros(2)}))
+        _files.write(path, _files.save({"x": torch.zeros(2)}))
     if damage == "missing":
         path.unlink()
     with pytest.warns(UserWarning, match=r"state.safetensors is .*; the state before .* step 2"):
@@ -130,7 +130,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(whole, tmp_path, damage):
 
 def test_every_bit_of_a_state_counts(whole, tmp_path):
     """Flipped anywhere, it is an error or says the same."""
-    before, words = checkpoint.read_tensors(whole / checkpoint.STATE, hashed=True)
+    before, words = _files.read_tensors(whole / checkpoint.STATE, hashed=True)
     content = (whole / checkpoint.STATE).read_bytes()
     rng, path, same = np.random.default_rng(0), tmp_path / "state.safetensors", 0
     for place in rng.integers(0, 8 * len(content), 300):
@@ -138,7 +138,7 @@ def test_every_bit_of_a_state_counts(whole, tmp_path):
         damaged[place // 8] ^= 1 << (place % 8)
         path.write_bytes(damaged)
         try:
-            tensors, about = checkpoint.read_tensors(path, hashed=True)
+            tensors, about = _files.read_tensors(path, hashed=True)
         except ValueError as error:
             assert "truncated, damaged or not" in str(error)
         else:

@@ -12,10 +12,10 @@ from nelbo import data
 from nelbo._interrupt import Interrupted
 from nelbo.cli import main
 from nelbo.data import fingerprint, rows, streams
+from nelbo.data.examples import encode
 from nelbo.data.inference import infer_columns, infer_merged, merge
 from nelbo.data.layout import Column
 from nelbo.data.streams import Share, TableRows
-from nelbo.data.tables import encode
 from nelbo.evaluate import evaluate
 from nelbo.optimise import Blocks, batch_indices
 from nelbo.train import resume, train

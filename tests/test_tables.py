@@ -10,11 +10,12 @@ import torch
 
 from nelbo import data
 from nelbo.cli import main
-from nelbo.data import tables
+from nelbo.data import examples, tables
 from nelbo.data.inference import infer_columns, lattice
 from nelbo.data.layout import Column, groups, log_cells, places
 from nelbo.data.schema import Schema
 from nelbo.evaluate import evaluate
+from nelbo.inspection import inspect_table
 from nelbo.report import tables as tables_of_report
 from nelbo.report.dimensions import by_column
 from nelbo.train import resume, train
@@ -82,13 +83,13 @@ def test_a_lattice_is_the_coarsest_that_holds_all_values(values, expected):
 def test_a_table_survives_the_way_to_examples_and_back(people, suffix, tmp_path):
     frame = tables.read(people)
     columns, _ = infer_columns(frame)
-    x, notes = tables.encode(frame, columns, "people")
+    x, notes = examples.encode(frame, columns, "people")
     assert x.shape == (4, 7) and notes == []
     path = tmp_path / f"copy{suffix}"
-    path.write_bytes(tables.to_bytes(tables.decode(x, columns), suffix))
-    again, _ = tables.encode(tables.read(path), columns, "copy")
+    path.write_bytes(tables.to_bytes(examples.decode(x, columns), suffix))
+    again, _ = examples.encode(tables.read(path), columns, "copy")
     np.testing.assert_array_equal(x, again)
-    back = tables.decode(x, columns)
+    back = examples.decode(x, columns)
     assert back.columns == [c.name for c in columns]
     assert back["age"].to_list() == [31, 45, 18, 60]
     assert back["height"].to_list() == [170.5, 181.0, None, 177.0]
@@ -290,7 +291,7 @@ def test_costs_of_columns_hold_their_missing_symbols(people):
 def test_marginals_are_compared_as_they_are_seen(people):
     dataset = data.load(people)
     columns = dataset.schema.columns
-    x = torch.from_numpy(tables.encode(tables.read(people), columns, "people")[0]).repeat(50, 1)
+    x = torch.from_numpy(examples.encode(tables.read(people), columns, "people")[0]).repeat(50, 1)
     for place, values in tables_of_report.known(x, columns):
         assert np.isnan(values).mean() == (0.25 if place.column.missing else 0)
         assert tables_of_report.distance(place, values, values) == 0
@@ -350,6 +351,23 @@ def test_a_schema_overrides_what_is_inferred_and_leaves_the_rest_to_the_cells(pe
 def test_a_schema_that_does_not_fit_is_refused(people, tmp_path, content, words):
     with pytest.raises(ValueError, match=words):
         data.load(people, schema=declare(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((-1, 0, 2), "integer, 4 levels"),
+        ((1.5, 2.5, 3.5), "steps of 1 from 1.5, 3 levels"),
+        ((-0.5, 0.5, 1.5), "steps of 1 from -0.5, 3 levels"),
+        ((1, 3, 7), "steps of 2 from 1, 4 levels"),
+        ((0.62, 0.66, 0.76), "rounded to 0.02, 8 levels"),
+        ((9_999_999_999, 9_999_999_998, 9_999_999_996), "integer, 4 levels"),
+        ((999_999.9999, 999_999.9998, 999_999.9996), "rounded to 0.0001, 4 levels"),
+    ],
+)
+def test_an_inspection_says_where_a_lattice_lies(values, words):
+    found = inspect_table(pl.DataFrame({"v": values}, strict=False), "the table")
+    assert found.columns[0].kind == words
 
 
 def test_an_inspection_says_what_speaks_against_a_likelihood(tmp_path, capsys):

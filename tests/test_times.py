@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from nelbo import checkpoint, learner, objective
+from nelbo import _files, checkpoint, learner, objective
 from nelbo._numerics import constant, seeded, slope
 from nelbo.build import build
 from nelbo.config import ModelConfig
@@ -19,10 +19,11 @@ from nelbo.likelihood import LevelHead
 from nelbo.model import Model
 from nelbo.nn.embedding import zero
 from nelbo.objective import Objective, log_second_moment
+from nelbo.parts import Part
 from nelbo.process import Affine, Gaussian, Levels
 from nelbo.reverse import Posterior
 from nelbo.schedules import LearnedMonotone, Linear, log_density
-from nelbo.times import BINS, Iid, Importance, Law, Stratified, stratified_parts
+from nelbo.times import BINS, Iid, Importance, Law, Stratified, stratified
 
 LEVELS = Levels(5)
 
@@ -64,32 +65,30 @@ def schedule_of(shift, **options):
 # ---- the global batch
 
 
-@pytest.mark.parametrize(("examples", "parts"), [(7, 3), (1, 5), (12, 1)])
-def test_the_parts_of_a_batch_are_stratified_alone_and_together(examples, parts):
-    u = stratified_parts(examples, parts)
-    assert u.shape == (parts, examples) and u.dtype == torch.float64
-    assert strata(u, parts * examples) == list(range(parts * examples))
-    for part in u:
-        assert strata(part, examples) == list(range(examples))
+@pytest.mark.parametrize("examples", [21, 5, 12, 1, 49, 98, 103, 107])
+def test_a_batch_is_stratified(examples):
+    """49 and its like give no extra draw (PITFALLS 13)."""
+    u = stratified(examples)
+    assert u.shape == (examples,) and u.dtype == torch.float64
+    assert strata(u, examples) == list(range(examples))
 
 
-def test_no_part_and_no_example_is_tied_to_a_time():
-    """Each u is uniform by itself, and 49 and its like give no extra draw (PITFALLS 13)."""
-    u = torch.stack([stratified_parts(3, 2) for _ in range(4000)])
+def test_no_example_is_tied_to_a_time():
+    """Each u is uniform by itself."""
+    u = torch.stack([stratified(6) for _ in range(4000)])
     error = math.sqrt(1 / 12 / 4000)
     assert ((u.mean(0) - 0.5).abs() < 4.5 * error).all()
     assert ((u.var(0) - 1 / 12).abs() < 0.006).all()
-    for examples in (49, 98, 103, 107):
-        assert stratified_parts(examples, 1).shape == (1, examples)
 
 
 @pytest.mark.parametrize("law", [Iid(), Stratified(), taught()], ids=lambda law: law._get_name())
 def test_processes_share_one_draw(law: Law):
     """Equal generators: the parts are different, and together the draw of the global batch."""
     parts = []
-    for part in range(4):
-        with seeded(5):
-            parts.append(law(32, part, 4)[0])
+    for rank in range(4):
+        part = Part(torch.arange(128)[rank::4], 128)
+        with seeded(5), part:
+            parts.append(part.of(law(128)[0]))
     u = torch.cat(parts)
     assert len(u.unique()) == 128
     if isinstance(law, Importance):  # its distribution function makes p uniform
@@ -231,7 +230,7 @@ def test_the_density_is_part_of_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(learner, "batch_indices", order)
     training.resume(tmp_path / "run")
     left, right = (
-        checkpoint.read_tensors(path / checkpoint.STATE)[0] for path in (whole, tmp_path / "run")
+        _files.read_tensors(path / checkpoint.STATE)[0] for path in (whole, tmp_path / "run")
     )
     assert left["law.count"].sum() > 0 and left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)

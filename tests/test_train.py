@@ -11,7 +11,7 @@ import torch
 from conftest import TINY
 from torch import nn
 
-from nelbo import checkpoint, data, learner
+from nelbo import _files, checkpoint, data, learner
 from nelbo.build import build
 from nelbo.config import TrainConfig, configure
 from nelbo.data import Schema
@@ -26,9 +26,7 @@ training = importlib.import_module("nelbo.train")
 def assert_same_run(a, b):
     """Bit for bit, but for the clock."""
     for name in (checkpoint.WEIGHTS, checkpoint.STATE):
-        (left, about_left), (right, about_right) = (
-            checkpoint.read_tensors(p / name) for p in (a, b)
-        )
+        (left, about_left), (right, about_right) = (_files.read_tensors(p / name) for p in (a, b))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[k], right[k]) for k in left), name
         if name == checkpoint.WEIGHTS:
@@ -54,7 +52,7 @@ def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", tmp_path / "run", **TINY)
     monkeypatch.setattr(learner, "batch_indices", order)
-    _, about = checkpoint.read_tensors(tmp_path / "run" / checkpoint.STATE)
+    _, about = _files.read_tensors(tmp_path / "run" / checkpoint.STATE)
     assert about["progress"]["step"] == stop
     training.resume(tmp_path / "run")
     assert_same_run(trained, tmp_path / "run")
@@ -158,7 +156,7 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device", "disk")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         training.resume(run, steps=6)
     assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before

@@ -6,6 +6,7 @@ A file from a stranger may claim anything. Before anything is allocated for it,
     what it has and claims, against free memory     `check_file`, `check_memory`
     what is built for it against the numbers in it  `within_file`
     JSON is read only up to a size, and is JSON     `read_json`
+    a folder is searched as long as that pays       `check_search`
 
 The sizes here are far beyond any real file of their kind. `NELBO_TRUST_FILES=1` in the environment
 lifts them; nothing lifts that no file is executed.
@@ -34,6 +35,9 @@ ARRAY_HEADER = 10_000
 STEPS = 10**6
 #: numbers that a model may hold beside 4 times those in its weights: tables of levels and the like
 BESIDE = 2**25
+#: files that a folder of data may hold beside 8 for each that is data: the annotations of ImageNet
+#: are half as many
+OTHERS = 2**20
 #: factories of torch whose size is an argument and not that of anything which is there
 FACTORIES = (
     torch.empty,
@@ -101,6 +105,15 @@ def check_memory(size: float, what: str) -> None:
 def check_file(path: Path, times: float = 1) -> None:
     """Raise ValueError where so many times a file are more than is free; else as `regular`."""
     check_memory(times * regular(path), str(path))
+
+
+def check_search(folder: Path, found: int, seen: int, what: str) -> None:
+    """Raise ValueError where a search for data saw far more than it found: `folder` is none."""
+    if seen > 9 * found + OTHERS and not trusted():
+        raise ValueError(
+            f"{folder} holds {found} {what} among the first {seen} files; give a folder of them"
+            f" alone, or set {TRUST}=1 to search all of it"
+        )
 
 
 def free_memory() -> float:

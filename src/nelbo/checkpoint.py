@@ -10,29 +10,24 @@
     pilots.json          what pilots of evaluations settled (`pilots`), likewise
     .lock                empty; held by the process that trains
 
-Every file is written under a temporary name, synced and renamed: it is whole or it is not there.
-Tensors come with their SHA-256, so that what the disk damaged later is not taken for them.
+Each is whole or not there, but for a last line of metrics.jsonl; tensors are what was written
+(`_files`).
 """
 
 import contextlib
-import errno
-import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 import nelbo
 from nelbo import _limits, data
+from nelbo._files import put_weights, read_tensors, write
 from nelbo._numerics import seeded
 from nelbo._processes import at_first, world
 from nelbo._progress import Track
@@ -43,7 +38,6 @@ from nelbo.data import Dataset, Schema
 from nelbo.estimate import Grid
 from nelbo.grids import best_grid, even_times
 from nelbo.model import Model, model_hash
-from nelbo.sharding import divided_like
 
 if TYPE_CHECKING:
     from nelbo.data.tables import Frame
@@ -58,9 +52,6 @@ CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
     "data.parquet",
     ".lock",
 )
-
-
-HASH = "sha256"
 LARGEST = 10**100  # number of an event: larger ones have no mean and no axis
 EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
 
@@ -260,137 +251,10 @@ def _read_grids(path: Path) -> dict[str, list[float]]:
         return {}
 
 
-def write(path: Path, content: bytes, before: Path | None = None) -> None:
-    """Write the whole file or nothing: temporary name, fsync, rename.
-
-    Args:
-        path: the file.
-        content: all of it.
-        before: a name for the file that was at `path`, where it is kept.
-
-    Raises:
-        OSError: naming `path`.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        if before is not None and path.exists():
-            os.replace(path, before)
-        os.replace(temporary, path)
-        _sync_names(path.parent)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
-def _sync_names(folder: Path) -> None:
-    """Renaming lasts once the folder is on the disk too."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def leftovers(path: Path) -> Iterator[Path]:
     """Temporary files in a run from which a `write` of training was killed."""
     for name in (CONFIG, WEIGHTS, STATE, METRICS, TABLE):
         yield from path.glob(f".{name}.*")
-
-
-def check_writable(path: Path) -> None:
-    """OSError now rather than after the work, where `write` could not create the file."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    place = next(folder for folder in path.absolute().parents if folder.exists())
-    if not place.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    if not os.access(place, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    about: Mapping[str, object],
-    before: Path | None = None,
-) -> None:
-    """Tensors and a few words about them, as one safetensors file; `before` as for `write`."""
-    # Clones, because the format refuses names that share memory (the transform of real data).
-    whole = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    # One key: the format writes several in no fixed order, and equal runs shall be equal files.
-    words = {**about, HASH: _sha256(whole, about)}
-    write(path, save(whole, {"about": json.dumps(words, sort_keys=True)}), before)
-
-
-def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> str:
-    """Of all that a file of tensors says."""
-    digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file and the words about them.
-
-    Args:
-        path: the file.
-        hashed: refuse a file without its SHA-256, such as other programs write.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: truncated, not safetensors, or not what was written.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
-    _limits.check_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        if not isinstance(about, dict):
-            raise ValueError(f"it says {about!r} of itself")
-        known = about.pop(HASH, None)
-        if (hashed or known is not None) and known != _sha256(tensors, about):
-            raise ValueError(f"its SHA-256 is not {known}" if known else "it has no SHA-256")
-        return tensors, about
-    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is truncated, damaged or not a safetensors file ({error}); restore it from a"
-            " copy or train again"
-        ) from None
-
-
-def put_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load tensors into a module that has exactly these names and shapes, else ValueError."""
-    own = module.state_dict()
-    for name in sorted(own.keys() ^ tensors.keys()):
-        kind = "lacks" if name in own else "has an unknown"
-        raise ValueError(f"{where} {kind} weight {name}: it belongs to another architecture")
-    for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
-            raise ValueError(
-                f"{where} has {name} of shape {tuple(tensor.shape)}, the configuration says"
-                f" {tuple(own[name].shape)}: it belongs to another architecture"
-            )
-        if own[name].is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{where} has {name} as {tensor.dtype}, where {own[name].dtype} is")
-    module.load_state_dict({name: divided_like(own[name], t) for name, t in tensors.items()})
 
 
 def is_run(path: Path) -> bool:

@@ -9,6 +9,7 @@ Of one dimension given all others of z, for d = z - √α μ_c and r = (Q_c d)_i
 
 z_i cancels from all of it: whatever is made of this law for dimension i is independent of ε_i, for
 any symmetric Q. S_c is free in the first principal components of the data and one number beyond.
+`latent_class` has the same law with S_c free in all directions, which few columns allow.
 
 Few components say little and many are fitted to few examples each, so mixtures of several sizes
 are asked and what they say is averaged: of digits that follows a network better than any of them.

@@ -16,7 +16,7 @@ from nelbo._progress import Track
 from nelbo.checkpoint import Run
 from nelbo.columns import LevelContext, SymbolContext
 from nelbo.condition import given_labels
-from nelbo.data import tables
+from nelbo.data import examples, tables
 from nelbo.data.sources import labels_of
 from nelbo.estimate import Grid
 from nelbo.model import Model
@@ -58,7 +58,7 @@ def impute(
     if not schema.columns:
         raise ValueError(f"cells are those of tables; the run {run.path} is of none")
     label, frame = tables.find(rows)
-    x, known = (torch.from_numpy(v) for v in tables.encode_holes(frame, schema.columns, label))
+    x, known = (torch.from_numpy(v) for v in examples.encode_holes(frame, schema.columns, label))
     incomplete = (~known).any(1)
     if not incomplete.any():
         return frame
@@ -74,7 +74,7 @@ def impute(
         track=track,
     )
     x[incomplete] = drawn.cpu()
-    return tables.filled(frame, tables.decode(x.numpy(), schema.columns))
+    return examples.filled(frame, examples.decode(x.numpy(), schema.columns))
 
 
 def present(model: Model) -> Model:

@@ -1,6 +1,7 @@
 """What a data set is, before anything is trained: its schema, its columns, and what speaks against
 a likelihood of it."""
 
+import math
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -197,11 +198,18 @@ def _kind(column: Column | None) -> str:
         return "not usable"
     if column.kind == "rounded":
         many = f"{column.points} levels" if column.group == "levels" else f"{column.points} cells"
-        kind = "integer" if column.precision == 1 else f"rounded to {column.precision:g}"
-        return f"{kind}, {many}{_scale(column)}"
+        return f"{_lattice(column)}, {many}{_scale(column)}"
     if column.kind == "category":
         return f"category of {len(column.categories)}"
     return column.kind + _scale(column)
+
+
+def _lattice(column: Column) -> str:
+    """A lattice may lie off zero: 1.5, 2.5, 3.5 are no integers."""
+    assert column.precision is not None and column.low is not None
+    if abs(math.remainder(column.low, column.precision)) > 1e-5 * column.precision:
+        return f"steps of {column.precision:g} from {column.low:g}"
+    return "integer" if column.precision == 1 else f"rounded to {column.precision:g}"
 
 
 def _scale(column: Column) -> str:

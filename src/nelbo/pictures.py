@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nelbo.data import Schema, tables
+from nelbo.data import Schema, examples, tables
 from nelbo.data.text import decode
 from nelbo.process import Absorbing, Gaussian, Levels, Process
 
@@ -138,7 +138,7 @@ def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
         return lambda x: png(grid(x, schema))
     if schema.columns and out.suffix.lower() in tables.FILES:
         suffix = out.suffix.lower()
-        return lambda x: tables.to_bytes(tables.decode(x.numpy(), schema.columns), suffix)
+        return lambda x: tables.to_bytes(examples.decode(x.numpy(), schema.columns), suffix)
     if out.suffix.lower() == ".npz":
 
         def array(x: Tensor) -> bytes:

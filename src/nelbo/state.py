@@ -17,7 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from nelbo.checkpoint import BEFORE, STATE, put_weights, read_tensors, write_tensors
+from nelbo import _limits
+from nelbo._files import put_weights, read_tensors, write_tensors
+from nelbo.checkpoint import BEFORE, STATE
 from nelbo.learner import Learner, Progress
 from nelbo.sharding import divided_like, gathered
 
@@ -49,7 +51,7 @@ def load(out: Path, learner: Learner) -> None:
     """Put a learner where the training of the run `out` stood.
 
     Raises:
-        ValueError: no state is whole, or it is of another model.
+        ValueError: no state is whole, it is of another model, or it is a link out of the run.
     """
     path, (tensors, about) = out / STATE, _newest(out)
 
@@ -78,8 +80,12 @@ def load(out: Path, learner: Learner) -> None:
 
 
 def _newest(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the newest whole state says; one that is not whole makes room for the one before."""
-    path, before = out / STATE, out / BEFORE
+    """What the newest whole state says; one that is not whole makes room for the one before.
+
+    Raises:
+        ValueError: neither is whole, or one is a link out of the run.
+    """
+    path, before = (_limits.contained(out / name, out) for name in (STATE, BEFORE))
     try:
         return read_tensors(path, hashed=True)
     except (ValueError, FileNotFoundError) as error:

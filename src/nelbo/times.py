@@ -9,9 +9,8 @@ the second moments of f in bins of u, averaged over the last steps and smoothed 
 bins, so that it is of use from the second step on; a uniform share bounds 1/p. The mean of the
 loss, and so of its gradient, is the same for every p; its variance is not.
 
-All laws draw once for the global batch, in n·P strata for P parts of n examples. Each part gets
-one draw of every P neighbouring strata: it is stratified by itself too. `learner` draws one part
-and divides it by rows (`parts`), so that a loss curve does not depend on the processes.
+A law draws for the global batch, of which `parts` takes rows: a loss curve does not depend on the
+processes.
 """
 
 from abc import ABC, abstractmethod
@@ -25,37 +24,28 @@ MEMORY = 0.98  # of the averages; per step
 FEW = 0.01  # draws of the mean that stand in where there is none
 
 
-def stratified_parts(examples: int, parts: int) -> Tensor:
-    """u (parts, examples), one in each of parts·examples strata; each row one in each of examples.
+def stratified(examples: int) -> Tensor:
+    """u (examples,), one in each of so many strata, in random order: no example is tied to a time.
 
-    Both in random order, so no example is tied to a time. A process r of a world of W that
-    accumulates A parts takes the rows rA..rA+A-1 of parts = W·A, from a generator that all
-    processes have in common.
+    The law of `estimate.stratified`, drawn from other random numbers, those of all runs so far.
 
-    >>> u = stratified_parts(3, 2)
-    >>> (u.flatten().sort().values * 6).floor()
+    >>> (stratified(6).sort().values * 6).floor()
     tensor([0., 1., 2., 3., 4., 5.], dtype=torch.float64)
-    >>> (u.sort(1).values * 3).floor()
-    tensor([[0., 1., 2.],
-            [0., 1., 2.]], dtype=torch.float64)
     """
-    dealt = torch.rand(parts, examples).argsort(0)  # who gets which of neighbouring strata
-    order = torch.rand(parts, examples).argsort(1)
-    within = (dealt + torch.rand(parts, examples, dtype=torch.float64)) / parts
-    return (order + within.gather(1, order)) / examples
+    torch.rand(examples)  # of no use any more; without it every seed would train differently
+    order = torch.rand(examples).argsort()
+    return (order + torch.rand(examples, dtype=torch.float64)[order]) / examples
 
 
 class Law(nn.Module, ABC):
     """Which times a training step draws; what it learns is in its state."""
 
     @abstractmethod
-    def forward(self, examples: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
+    def forward(self, examples: int) -> tuple[Tensor, Tensor]:
         """Draws u in [0, 1) and their weights 1/p(u), shape (examples,) each, float64.
 
         Args:
-            examples: how many.
-            part: which part of the global batch this is.
-            parts: of how many of the same size; all draw from equal generators.
+            examples: of the global batch.
         """
 
     def learn(self, u: Tensor, value: Tensor) -> None:
@@ -65,16 +55,16 @@ class Law(nn.Module, ABC):
 class Iid(Law):
     """Each u by itself: the classic way."""
 
-    def forward(self, examples: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
-        u = torch.rand(parts, examples, dtype=torch.float64)[part]
+    def forward(self, examples: int) -> tuple[Tensor, Tensor]:
+        u = torch.rand(examples, dtype=torch.float64)
         return u, torch.ones_like(u)
 
 
 class Stratified(Law):
     """One u in each stratum of the global batch."""
 
-    def forward(self, examples: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
-        u = stratified_parts(examples, parts)[part]
+    def forward(self, examples: int) -> tuple[Tensor, Tensor]:
+        u = stratified(examples)
         return u, torch.ones_like(u)
 
 
@@ -109,10 +99,10 @@ class Importance(Law):
         rms = ((near + FEW * mean) / (draws + FEW)).sqrt()
         return self.uniform + (1 - self.uniform) * rms / rms.mean()
 
-    def forward(self, examples: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
+    def forward(self, examples: int) -> tuple[Tensor, Tensor]:
         p = self.density()
         edges = torch.cat([p.new_zeros(1), p.cumsum(0) / BINS])
-        v = stratified_parts(examples, parts)[part]
+        v = stratified(examples)
         k = (torch.searchsorted(edges, v, right=True) - 1).clamp(0, BINS - 1)
         u = (k + ((v - edges[k]) * BINS / p[k]).clamp(0, 1)) / BINS
         return u, 1 / p[k]

@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nelbo import checkpoint, data, state
+from nelbo import _files, _limits, checkpoint, data, state
 from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2
 from nelbo._processes import anywhere, at_first, world
@@ -101,7 +101,7 @@ def train(
     )
     training = Training(out, run, dataset, device)
     if own is not None and training.first:
-        checkpoint.write(out / checkpoint.TABLE, tables.to_bytes(own, ".parquet"))
+        _files.write(out / checkpoint.TABLE, tables.to_bytes(own, ".parquet"))
     return begin(training, progress)
 
 
@@ -207,11 +207,11 @@ def alone_in(out: Path) -> Iterator[None]:
     """Inside, no other training writes into this run; the lock ends with the process.
 
     Raises:
-        ValueError: another one does.
+        ValueError: another one does, or the file to lock is a link out of the run.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(out / checkpoint.LOCK, blocking=False)
+    lock = FileLock(_limits.contained(out / checkpoint.LOCK, out), blocking=False)
 
     def acquire() -> None:
         try:
@@ -247,7 +247,7 @@ class Training:
     def configure(self) -> None:
         """Write down what the run is."""
         if self.first:
-            checkpoint.write(self.out / checkpoint.CONFIG, self.run.to_json().encode())
+            _files.write(self.out / checkpoint.CONFIG, self.run.to_json().encode())
 
     def restore(self) -> None:
         """Go where the run stood, if it has a state."""
@@ -294,7 +294,7 @@ class Training:
     def start_from(self, weights: Model) -> None:
         """Begin with the weights of another run; they are kept until there are better ones."""
         for own in (self.learner.model, self.learner.average):
-            checkpoint.put_weights(own, weights.state_dict(), "the run")
+            _files.put_weights(own, weights.state_dict(), "the run")
         self._measure()
         self.save()
 
@@ -309,7 +309,7 @@ class Training:
         """The best weights, where there are any yet, as those of the run."""
         if self.learner.best and self.first:
             about = {"weights": "ema", "step": self.learner.at.best_step}
-            checkpoint.write_tensors(self.out / checkpoint.WEIGHTS, self.learner.best, about)
+            _files.write_tensors(self.out / checkpoint.WEIGHTS, self.learner.best, about)
 
     def _validate(self) -> None:
         """Measure, keep the best, and tell."""
@@ -342,7 +342,7 @@ class Training:
         kept = [e for e in checkpoint.read_metrics(self.out) if e["step"] <= self.learner.at.step]
         lines = "".join(json.dumps(event) + "\n" for event in kept)
         if self.first:
-            checkpoint.write(self.out / checkpoint.METRICS, lines.encode())
+            _files.write(self.out / checkpoint.METRICS, lines.encode())
         self.told = kept[-1]["step"] if kept else 0
 
     def remove(self) -> None:
@@ -382,7 +382,8 @@ def _tensorboard(out: Path, step: int, wanted: bool) -> Iterator["SummaryWriter 
     if not wanted:
         yield None
         return
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+    events = _limits.contained(out / "tensorboard", out)
+    writer = SummaryWriter(str(events), purge_step=step + 1 if step else None)
     try:
         yield writer
     finally:

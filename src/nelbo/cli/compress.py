@@ -3,9 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nelbo.cli.common import Spacing, grid_of, say
+
+if TYPE_CHECKING:
+    from nelbo.checkpoint import Run
+    from nelbo.codec.files import Progress
 
 
 def compress(
@@ -52,16 +56,10 @@ def compress(
     device
         Where to run the network; decompress on the same kind.
     """
-    from nelbo._processes import together
-    from nelbo.checkpoint import load
-    from nelbo.codec.blocks import nothing
     from nelbo.codec.direct import one_by_one
     from nelbo.codec.files import compress_file
-    from nelbo.model import find_device
 
-    with together() as rank, _progress("compress") as progress:
-        loaded = load(run)
-        loaded.model.to(find_device(device))
+    with _at_work("compress", run, device) as (rank, loaded, progress):
         found = compress_file(
             loaded,
             data,
@@ -72,7 +70,7 @@ def compress(
             block=block,
             precision=precision,
             verify=verify,
-            progress=progress if rank == 0 else lambda total: nothing,
+            progress=progress,
         )
     if rank:
         return
@@ -106,23 +104,11 @@ def decompress(
     device
         Where to run the network, of the kind on which it was compressed.
     """
-    from nelbo._processes import together
-    from nelbo.checkpoint import load
-    from nelbo.codec.blocks import nothing
     from nelbo.codec.errors import Damaged
     from nelbo.codec.files import decompress_file
-    from nelbo.model import find_device
 
-    with together() as rank, _progress("decompress") as progress:
-        loaded = load(run)
-        loaded.model.to(find_device(device))
-        found = decompress_file(
-            loaded,
-            file,
-            out,
-            salvage=salvage,
-            progress=progress if rank == 0 else lambda total: nothing,
-        )
+    with _at_work("decompress", run, device) as (rank, loaded, progress):
+        found = decompress_file(loaded, file, out, salvage=salvage, progress=progress)
     if rank:
         return
     say(f"{len(found.x)} of {found.header.examples} examples in {out}")
@@ -132,13 +118,20 @@ def decompress(
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """Yields what makes, of a total, a bar that is told each increment."""
+def _at_work(what: str, run: Path, device: str) -> "Iterator[tuple[int, Run, Progress]]":
+    """Yields the rank of this process, the run on its device, and what makes, of a total, a bar
+    that is told each increment; the first process shows it."""
+    from nelbo._processes import together
     from nelbo._progress import progress_bar
+    from nelbo.checkpoint import load
+    from nelbo.codec.blocks import nothing
+    from nelbo.model import find_device
 
-    with ExitStack() as stack:
+    with together() as rank, ExitStack() as stack:
 
         def start(total: int) -> Callable[[int], None]:
+            if rank:
+                return nothing
             update, so_far = stack.enter_context(progress_bar(what, total)), [0]
 
             def advance(done: int) -> None:
@@ -147,4 +140,6 @@ def _progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
 
             return advance
 
-        yield start
+        loaded = load(run)
+        loaded.model.to(find_device(device))
+        yield rank, loaded, start

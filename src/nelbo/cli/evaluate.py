@@ -80,9 +80,10 @@ def evaluate(
         Print one JSON object.
     """
     from nelbo import integrations, show
+    from nelbo._files import check_writable, write
     from nelbo._processes import together
     from nelbo._progress import tracker
-    from nelbo.checkpoint import check_writable, load, read_config, write
+    from nelbo.checkpoint import load, read_config
     from nelbo.dequantise import DEQUANTISERS
     from nelbo.evaluate import evaluate as bound
     from nelbo.model import find_device

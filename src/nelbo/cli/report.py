@@ -15,8 +15,9 @@ def report(run: RunFolder, *, out: Path | None = None, seed: Seed = 0) -> None:
     out
         The page; report.html in the run folder where left out.
     """
+    from nelbo._files import check_writable
     from nelbo._processes import together
-    from nelbo.checkpoint import check_writable, load
+    from nelbo.checkpoint import load
     from nelbo.report import report as make
 
     loaded, page = load(run), out or run / "report.html"

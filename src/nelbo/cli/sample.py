@@ -69,9 +69,10 @@ def sample(
     """
     from nelbo import pictures
     from nelbo import sample as samplers
+    from nelbo._files import check_writable, write
     from nelbo._processes import together
     from nelbo._progress import tracker
-    from nelbo.checkpoint import check_writable, load, write
+    from nelbo.checkpoint import load
     from nelbo.condition import guided, parse
     from nelbo.data.encoded import read_masked
     from nelbo.data.tables import FILES
@@ -139,8 +140,8 @@ def _complete_table(
     tell: bool,
 ) -> None:
     """The table with its missing cells drawn, into `out`."""
+    from nelbo._files import write
     from nelbo._progress import tracker
-    from nelbo.checkpoint import write
     from nelbo.data.tables import to_bytes
     from nelbo.impute import impute
 

@@ -45,9 +45,10 @@ def score(
         A .png file: the scores of the run's splits and of DATA.
     """
     from nelbo import scores
+    from nelbo._files import check_writable, write
     from nelbo._processes import together
     from nelbo._progress import tracker
-    from nelbo.checkpoint import check_writable, load, write
+    from nelbo.checkpoint import load
     from nelbo.data.conform import SPLITS
     from nelbo.model import find_device
 

@@ -28,6 +28,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 
+from nelbo._limits import parse_json
 from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block
 from nelbo.codec.errors import CodecError, Damaged
 
@@ -180,12 +181,13 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
 
 
 def _inflate(packed: bytes, most: int) -> dict[str, object]:
+    unpacker = zlib.decompressobj(-15, zdict=_USUAL)
     try:
-        unpacker = zlib.decompressobj(-15, zdict=_USUAL)
-        text = unpacker.decompress(packed, most)
-        header = json.loads(text)
-    except (zlib.error, ValueError, RecursionError) as error:
-        raise Damaged(f"the header cannot be read: {error}") from None
+        header = parse_json(unpacker.decompress(packed, most), "the header")
+    except zlib.error as error:
+        raise Damaged(f"the header cannot be unpacked: {error}") from None
+    except ValueError as error:
+        raise Damaged(str(error)) from None
     if not unpacker.eof or not isinstance(header, dict):
         raise Damaged("the header is not one of this format")
     return header

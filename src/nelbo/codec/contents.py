@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nelbo import _limits
-from nelbo.checkpoint import check_writable, write
+from nelbo._files import check_writable, write
 from nelbo.codec import pictures, tabular, texts
 from nelbo.codec.blocks import pack, unpack
 from nelbo.codec.errors import CodecError, Damaged

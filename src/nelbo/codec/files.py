@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nelbo import _limits
+from nelbo._files import check_writable, write
 from nelbo._numerics import LOG_2
 from nelbo._processes import at_first
-from nelbo.checkpoint import Run, check_writable, write
+from nelbo.checkpoint import Run
 from nelbo.codec import contents
 from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block, nothing
 from nelbo.codec.codec import check_codable

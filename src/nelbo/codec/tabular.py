@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nelbo.codec.errors import Damaged
-from nelbo.data import Schema, tables
+from nelbo.data import Schema, examples, tables
 
 if TYPE_CHECKING:
     from polars import DataFrame
@@ -30,7 +30,7 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
     extra = [name for name in frame.columns if all(name != c.name for c in schema.columns)]
     if extra:
         raise ValueError(f"{path} has the column {extra[0]!r}, which the run lacks; remove it")
-    rows, _ = tables.encode(frame, schema.columns, str(path))
+    rows, _ = examples.encode(frame, schema.columns, str(path))
     types = {name: str(dtype) for name, dtype in frame.schema.items()}
     about: dict[str, object] = {"kind": path.suffix.lower()[1:], "types": types}
     x = rows.astype(np.int64)
@@ -56,7 +56,7 @@ def as_bytes(x: np.ndarray, about: dict, schema: Schema) -> bytes:
 def _frame(x: np.ndarray, about: dict, schema: Schema) -> "DataFrame":
     import polars as pl
 
-    frame = tables.decode(x.astype(np.float64), schema.columns)
+    frame = examples.decode(x.astype(np.float64), schema.columns)
     text = f".{about['kind']}" in tables.SEPARATORS
     try:
         types = {n: getattr(pl, t) for n, t in about["types"].items()} if not text else {}

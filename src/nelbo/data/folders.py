@@ -1,11 +1,13 @@
 """Folders of images, and what the names in them mean: splits and classes."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from nelbo import _limits
 from nelbo.data.conform import Found, by_split
 from nelbo.data.encoded import SUFFIXES, Encoded, Form, read_images
 
@@ -21,7 +23,7 @@ def read_folder(folder: Path, form: Form) -> Found:
         form: how images become arrays.
 
     Raises:
-        ValueError: if there are none, or they cannot be read.
+        ValueError: if there are none, or far more other files, or they cannot be read.
     """
     groups, notes = _groups(folder)
     encoded = {part: Encoded.whole(files) for part, files in groups.items()}
@@ -61,8 +63,13 @@ def _groups(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    # Hidden files include macOS's ._name.png, which is no image.
-    names = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
-    images = (name for name in shown if name.suffix.lower() in SUFFIXES)
-    return [folder / name for name in sorted(images, key=Path.as_posix)]
+    images: list[Path] = []
+    seen = 0
+    for place, below, names in os.walk(folder):
+        seen += len(below) + len(names)
+        # Hidden files include macOS's ._name.png, which is no image.
+        below[:] = [name for name in below if not name.startswith(".")]
+        named = [n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+        images += [file for file in (Path(place, name) for name in named) if file.is_file()]
+        _limits.check_search(folder, len(images), seen, "PNG or JPEG images")
+    return sorted(images, key=Path.as_posix)

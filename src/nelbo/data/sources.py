@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from nelbo import _limits
-from nelbo.data import arrays, builtin, folders, hub, idx, remote, shards, streams, tables, text
+from nelbo.data import (
+    arrays,
+    builtin,
+    examples,
+    folders,
+    hub,
+    idx,
+    remote,
+    shards,
+    streams,
+    tables,
+    text,
+)
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
 from nelbo.data.encoded import Form
 from nelbo.data.inference import complete, infer_column, infer_columns
@@ -233,7 +245,7 @@ def _load_table(
         schema = Schema.of_table(columns)
     elif not isinstance(schema, Schema):
         schema = Schema.of_table(complete(frame.drop(*condition), _limits.read_json(Path(schema))))
-    rows, taken = tables.encode(frame, schema.columns, name, rounding=True)
+    rows, taken = examples.encode(frame, schema.columns, name, rounding=True)
     x = torch.from_numpy(rows)
     splits, how = split({part: x[few] for part, few in parts.items()}, name, seed)
     found = Found(name, {part: rows[few] for part, few in parts.items()}, labels=of_cells)
@@ -249,7 +261,7 @@ def _load_table_like(source: "str | PathLike[str] | Frame", schema: Schema) -> D
     if table is not None and not schema.condition:
         return Dataset(table.name, schema, streams.measured(table, schema.columns))
     name, frame = tables.find(source) if table is None else (table.name, table.whole())
-    rows, _ = tables.encode(frame, schema.columns, name)
+    rows, _ = examples.encode(frame, schema.columns, name)
     x, labels = torch.from_numpy(rows), labels_of(frame, schema, name)
     parts = _parts_of(table) | {"all": slice(None)}
     stored = {} if labels is None else {part: labels[few] for part, few in parts.items()}

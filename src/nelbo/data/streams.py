@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import derive_seed
-from nelbo.data import tables
+from nelbo.data import examples, tables
 from nelbo.data.conform import SALT, parts_of
 from nelbo.data.inference import complete_columns, infer_merged
 from nelbo.data.layout import Column, places
@@ -184,7 +184,7 @@ class TableRows(Rows):
         table: the rows.
         columns: the layout.
         share: which of the rows.
-        rounding: as for `tables.encode`.
+        rounding: as for `examples.encode`.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class TableRows(Rows):
         rows = self.share.rows(np.arange(low, high))
         begin, end = int(rows[0]), int(rows[-1]) + 1
         frame = self.table.read(begin, end, [column.name for column in self.columns])
-        x, _ = tables.encode(frame, self.columns, self.table.name, self.rounding, begin)
+        x, _ = examples.encode(frame, self.columns, self.table.name, self.rounding, begin)
         self.known[b] = torch.from_numpy(x[rows - begin])
         if len(self.known) > 2 * WINDOW + 2:
             self.known.popitem(last=False)

@@ -1,6 +1,6 @@
-"""Tables: files into frames, frames into examples by a layout, and samples back into files.
+"""Tables: files and frames of others into frames of polars, their cells, and files again.
 
-Needs polars (extra: tables). Columns are matched by name, so their order does not matter.
+Needs polars (extra: tables).
 """
 
 import csv
@@ -9,7 +9,7 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from nelbo import _limits
-from nelbo.data.layout import Column, Place, places
 from nelbo.data.remote import here
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
 FILES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
 #: what stands for a missing cell in text
 NOTHING = ("", "na", "n/a", "nan", "null", "none", "?")
-OTHER = "(other)"
 _HELD = threading.Lock()  # by the one that holds the error stream
 
 
@@ -277,186 +275,6 @@ def label_cells(frame: "DataFrame", name: str, words: bool) -> np.ndarray:
     """
     series = column_of(frame, name, "the table")
     return np.array(texts(series).fill_null("").to_list(), str) if words else numbers(series)
-
-
-# ---- examples
-
-
-def encode(
-    frame: "DataFrame",
-    columns: Sequence[Column],
-    label: str,
-    rounding: bool = False,
-    first: int = 0,
-) -> tuple[np.ndarray, list[str]]:
-    """The rows as examples, (N, D) float64, and notes on what was not taken as it is.
-
-    Args:
-        frame: the table; columns that the layout does not name are left out.
-        columns: the layout.
-        label: names the table in messages.
-        rounding: round numbers to the precision of their columns; else they must be so.
-        first: row of the table that is the first of the frame.
-
-    Raises:
-        ValueError: a column is not there, or a cell cannot be one of its column.
-    """
-    absent = [column.name for column in columns if column.name not in frame.columns]
-    if absent:
-        others = ", ".join(map(repr, frame.columns))
-        raise ValueError(f"{label} has no column {absent[0]!r}; it has {others}")
-    known = {column.name for column in columns}
-    extra = [name for name in frame.columns if name not in known]
-    notes = [f"columns left out: {', '.join(extra)}"] if extra else []
-    parts: list[np.ndarray] = []
-    for place in places(columns):
-        series = frame[place.column.name]
-        if place.column.kind in ("category", "boolean"):
-            parts.append(_symbols(series, place.column, first))
-            continue
-        values, moved = _numbers(series, place.column, rounding, first)
-        if place.indicator:
-            parts.append(np.where(np.isnan(values), 2.0, 1.0))
-            continue
-        if moved:
-            precision = place.column.precision
-            notes.append(f"{moved} values of {series.name} were rounded to {precision:g}")
-        levels = place.column.group == "levels"
-        parts.append(_levels(values, place.column) if levels else values)
-    return np.stack(parts, 1), notes
-
-
-def encode_holes(
-    frame: "DataFrame", columns: Sequence[Column], label: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of which any cell may be missing, as examples whose cells are all there.
-
-    Args:
-        frame: the table.
-        columns: the layout, whether or not it has missing cells.
-        label: names the table in messages.
-
-    Returns:
-        Examples (N, D), any value standing where a cell is missing, and which of their
-        dimensions are known, (N, D). That a cell is not missing counts as known.
-
-    Raises:
-        ValueError: as `encode`.
-    """
-    whole, missing = frame, {}
-    for column in columns:
-        cells = texts(column_of(frame, column.name, label))
-        missing[column.name] = cells.is_null().to_numpy()
-        some = column.categories[0] if column.categories else str(column.low or 0.0)
-        whole = whole.with_columns(cells.fill_null(some).alias(column.name))
-    x, _ = encode(whole, columns, label)
-    known = [place.indicator | ~missing[place.column.name] for place in places(columns)]
-    return x, np.stack(known, 1)
-
-
-def filled(frame: "DataFrame", drawn: "DataFrame") -> "DataFrame":
-    """A table whose missing cells are those of another; the type of a column gives way to it."""
-    pl = polars()
-    for name in drawn.columns:
-        cells, made = frame[name], drawn[name]
-        hole = texts(cells).is_null()
-        if not hole.any():
-            continue
-        if made.dtype == pl.String:
-            made = texts(cells).zip_with(~hole, made)
-        elif cells.dtype == pl.String:
-            made = cells.zip_with(~hole, made.cast(pl.String))
-        else:
-            kind = cells.dtype if made.dtype.is_integer() else made.dtype
-            made = cells.cast(kind).zip_with(~hole, made.cast(kind))
-        frame = frame.with_columns(made.alias(name))
-    return frame
-
-
-def _symbols(series: "Series", column: Column, first: int) -> np.ndarray:
-    text, pl = texts(series), polars()
-    code = {category: i + 1.0 for i, category in enumerate(column.categories)}
-    absent = float(len(code) + 1) if column.missing else 0.0
-    found = text.replace_strict(code, default=0.0, return_dtype=pl.Float64).to_numpy()
-    codes = np.where(text.is_null().to_numpy(), absent, found)
-    if column.kind == "boolean":
-        wrong = np.flatnonzero(codes == 0)
-        if len(wrong):
-            cell = text[int(wrong[0])]
-            held = "nothing" if cell is None else repr(cell)
-            raise ValueError(
-                f"the column {column.name!r} is boolean, {' or '.join(column.categories)}; row"
-                f" {first + wrong[0] + 1} holds {held}; mend it, or train with --schema where"
-                " the column is a category"
-            )
-    return codes
-
-
-def _numbers(
-    series: "Series", column: Column, rounding: bool, first: int
-) -> tuple[np.ndarray, int]:
-    """The numbers of a column on its lattice, and how many were moved there."""
-    values = numbers(series, first)
-    absent = np.isnan(values)
-    if absent.any() and not column.missing:
-        raise ValueError(
-            f"the column {column.name!r} has {absent.sum()} missing values, the first in row"
-            f" {first + absent.argmax() + 1}, and had none in training; fill them, or train with"
-            ' --schema where the column has "missing": true'
-        )
-    if column.kind == "real":
-        return values, 0
-    assert column.precision is not None and column.low is not None
-    steps = np.rint((values - column.low) / column.precision)
-    points = column.low + column.precision * steps
-    moved = np.abs(values - points) > 1e-6 * column.precision + 1e-12 * np.abs(values)
-    if moved.any() and not rounding:
-        raise ValueError(
-            f"the column {column.name!r} has the precision {column.precision:g}; row"
-            f" {first + moved.argmax() + 1} holds {values[moved.argmax()]:g}; round it first"
-        )
-    return np.round(points, column.decimals), int(moved.sum())
-
-
-def _levels(values: np.ndarray, column: Column) -> np.ndarray:
-    assert column.precision is not None and column.low is not None
-    code = np.rint((values - column.low) / column.precision) + 1
-    code = np.clip(code, 0, column.points + 1)
-    return np.where(np.isnan(values), column.points + 2, code)
-
-
-def decode(x: np.ndarray, columns: Sequence[Column]) -> "DataFrame":
-    """Examples (N, D) as a table with the columns, in their order.
-
-    A number beyond the levels is written as the next point outside; a category that training did
-    not have as "(other)".
-    """
-    pl = polars()
-    at = places(columns)
-    absent = {place.index: x[:, i] == 2 for i, place in enumerate(at) if place.indicator}
-    made: dict[int, Series] = {}
-    for i, place in enumerate(at):
-        if not place.indicator:
-            made[place.index] = _decoded(x[:, i], place, absent.get(place.index))
-    return pl.DataFrame([made[index] for index in range(len(columns))])
-
-
-def _decoded(x: np.ndarray, place: Place, absent: np.ndarray | None) -> "Series":
-    pl = polars()
-    column = place.column
-    if column.kind in ("category", "boolean"):
-        names = [OTHER, *column.categories, None]
-        return pl.Series(column.name, [names[int(code)] for code in x], dtype=pl.String)
-    if column.group == "levels":
-        assert column.precision is not None and column.low is not None
-        absent = x == column.points + 2
-        x = column.low + column.precision * (x - 1)
-    whole = column.kind == "rounded" and column.decimals == 0
-    values = np.round(x, column.decimals) if column.kind == "rounded" else x
-    none = np.zeros(len(x), bool) if absent is None else absent
-    cells = [None if no else v for v, no in zip(values.tolist(), none, strict=True)]
-    series = pl.Series(column.name, cells, dtype=pl.Float64)
-    return series.cast(pl.Int64) if whole else series
 
 
 def to_bytes(frame: "DataFrame", suffix: str) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nelbo import _limits
-from nelbo.checkpoint import put_weights, read_tensors
+from nelbo._files import put_weights, read_tensors
 from nelbo.integrations.foreign import read_json
 
 Config = Mapping[str, object]

@@ -152,7 +152,9 @@ def build(
 class Plain(nn.Module):
     """network(y, time) -> (B, C, ...): of a class where there are some, `keep` channels of it."""
 
-    def __init__(self, network: nn.Module, label: int | None, keep: int | None) -> None:
+    def __init__(
+        self, network: nn.Module, label: int | None = None, keep: int | None = None
+    ) -> None:
         super().__init__()
         self.network, self.label, self.keep = network, label, keep
 

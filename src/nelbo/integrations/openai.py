@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nelbo import _limits
-from nelbo.checkpoint import put_weights, read_tensors
+from nelbo._files import put_weights, read_tensors
 from nelbo.data import Schema
 from nelbo.estimate import Grid
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left, spaced

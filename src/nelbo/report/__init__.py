@@ -10,9 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from nelbo._files import write
 from nelbo._processes import world
 from nelbo._progress import Track, tracker
-from nelbo.checkpoint import Run, write
+from nelbo.checkpoint import Run
 from nelbo.data import as_examples
 from nelbo.evaluate import evaluate
 from nelbo.report import sections
