@@ -16,10 +16,11 @@ import torch
 
 import nelbo
 from nelbo import _limits
+from nelbo._files import write
 from nelbo._numerics import seeded
 from nelbo._processes import at_first
 from nelbo.allocate import EVEN, Allocation, Cells, pilot
-from nelbo.checkpoint import Run, write
+from nelbo.checkpoint import Run
 from nelbo.control import Controls
 from nelbo.data import fingerprint
 from nelbo.model import measuring, model_hash
@@ -81,7 +82,8 @@ class Pilots:
 def _allocation(kept: object, cells: Cells, controls: Controls) -> Allocation | None:
     """What a file says; None where that is nothing, or no allocation for these."""
     try:
-        found = Allocation(**{k: torch.tensor(v).double() for k, v in cast(dict, kept).items()})
+        numbers = {k: torch.tensor(v, dtype=torch.float64) for k, v in cast(dict, kept).items()}
+        found = Allocation(**numbers)
         shapes = [tuple(v.shape) for v in vars(found).values()]
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return None
