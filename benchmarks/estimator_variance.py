@@ -12,12 +12,12 @@ calls per example. Every example is fixed, so the variance is that of the draws 
     free reconstruction low-discrepancy, the reconstruction for nothing, in calls and in variance
     full sum            the bound of T = 1000 steps, a draw for each of its terms (OpenAI)
     nelbo               `allocate.estimate`, strata within blocks as in `nelbo.evaluate`; controls
-                        from the training data, a pilot from the examples themselves
+                        from the training data, the run's own pilot on its validation split
 
 The reconstruction takes network calls too. The first four give it the share of their calls, of
 SHARES, that turns out best for each: a stretch of the times. That share and what density they
-need they know for nothing. nelbo's pilot is paid once per model and counted apart; in `evaluate`
-rows it is counted too.
+need they know for nothing. nelbo's pilot is paid once per model, as `nelbo evaluate` does it, and
+counted apart.
 
 At n calls the first four have 1/n of the variance at one, which is measured in S passes. Low
 discrepancy leaves what is neither an effect of the example nor one of time: the residual variance
@@ -40,14 +40,15 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import LOG_2, seeded
-from nelbo.allocate import Allocation, Cells, estimate, pilot, spread
-from nelbo.checkpoint import load
+from nelbo.allocate import Allocation, Cells, estimate, spread
+from nelbo.checkpoint import Run, load
 from nelbo.control import Controls
 from nelbo.data import as_examples
 from nelbo.elbo import reconstruction_term
 from nelbo.estimate import Continuum, Grid, Times, iid, stratified
-from nelbo.evaluate import CALLS, PILOT, evaluate, plan
+from nelbo.evaluate import CALLS, Evaluation, evaluate, plan
 from nelbo.model import Model, measuring
+from nelbo.pilots import ROWS, Pilots
 from nelbo.reverse import Posterior
 
 AT = (1, 2, 4, 16)  # calls per example
@@ -193,7 +194,7 @@ def reconstruction(model: Model, times: Times, x: Tensor) -> Tensor:
 def ours(known: Known, x: Tensor, calls: int, replicates: int) -> Variance:
     """nelbo's at so many calls."""
     parts = []
-    for block in x.split(plan(len(x), CALLS, known.cells.count).block):
+    for block in x.split(plan(len(x), CALLS, known.cells.count, kept=True).block):
         # as many passes as replicates, which borrow from none but their own
         costs = torch.cat(
             [
@@ -206,17 +207,16 @@ def ours(known: Known, x: Tensor, calls: int, replicates: int) -> Variance:
     return Variance.of(torch.stack(parts))
 
 
-def learn(model: Model, times: Times, x: Tensor, trained: Tensor, rows: int) -> Known:
-    """With so many rows of each cell."""
-    cells = Cells(times)
-    controls = Controls(model, trained, cells.edges)
-    pilots = {n: pilot(cells, controls, x, rows, n, 1) for n in AT}
-    return Known(cells, controls, pilots)
+def learn(run: Run, times: Times, trained: Tensor) -> Known:
+    """What the run's own pilots settle."""
+    cells, pilots = Cells(times), Pilots(run)
+    controls = Controls(run.model, trained, cells.edges)
+    return Known(cells, controls, {n: pilots(cells, controls, n, 1) for n in AT})
 
 
-def compare(model: Model, x: Tensor, trained: Tensor, passes: int, rows: int) -> Iterator[Row]:
+def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
     """All methods, as they are measured."""
-    times = Continuum(model.process.schedule.start)
+    model, times = run.model, Continuum(run.model.process.schedule.start)
     start = time.perf_counter()
     found = peers(model, times, x, passes)
     seconds = (time.perf_counter() - start) / (3 * passes * len(x))
@@ -225,7 +225,7 @@ def compare(model: Model, x: Tensor, trained: Tensor, passes: int, rows: int) ->
     start = time.perf_counter()
     variance = full_sum(model, x)
     yield Row("full sum", T, variance, (time.perf_counter() - start) / (4 * len(x)))
-    known = learn(model, times, x, trained, rows)
+    known = learn(run, times, trained)
     for n in AT:
         replicates = max(2, passes // n)
         start = time.perf_counter()
@@ -235,16 +235,12 @@ def compare(model: Model, x: Tensor, trained: Tensor, passes: int, rows: int) ->
 
 
 def evaluations(
-    model: Model, x: Tensor, trained: Tensor, seeds: int, unit: float
-) -> tuple[Variance, float]:
-    """Of `evaluate` as it is by default, pilot included; and its calls per example."""
-    times = Continuum(model.process.schedule.start)
-    cells = Cells(times).count
-    way = plan(len(x), CALLS, cells)
-    freedoms = math.ceil(len(x) / way.block) * (way.replicates - 1) * seeds
-    results = [evaluate(model, x, times=times, known=trained, seed=seed) for seed in range(seeds)]
-    value = sum((r.standard_error.monte_carlo * unit) ** 2 for r in results) / seeds
-    return Variance(value, math.sqrt(2 / freedoms)), results[0].calls_per_example
+    run: Run, x: Tensor, trained: Tensor, seeds: int, target: float | None = None
+) -> list[Evaluation]:
+    """As `nelbo evaluate` does it."""
+    times = Continuum(run.model.process.schedule.start)
+    options = {"times": times, "known": trained, "pilots": Pilots(run), "target_error": target}
+    return [evaluate(run.model, x, seed=seed, **options) for seed in range(seeds)]
 
 
 def tell(rows: Iterator[Row], unit: float) -> tuple[list[dict[str, object]], Variance]:
@@ -267,26 +263,33 @@ def tell(rows: Iterator[Row], unit: float) -> tuple[list[dict[str, object]], Var
 
 
 def spent(
-    model: Model, x: Tensor, trained: Tensor, low: Variance, seeds: int, unit: float
+    run: Run, x: Tensor, trained: Tensor, low: Variance, seeds: int, unit: float
 ) -> dict[str, float]:
-    """What `evaluate` makes of its calls, pilot and all."""
-    variance, calls = evaluations(model, x, trained, seeds, unit)
+    """What `evaluate` makes of its calls."""
+    results = evaluations(run, x, trained, seeds)
+    blocks = math.ceil(len(x) / plan(len(x), CALLS, 1, kept=True).block)
+    value = sum((r.standard_error.monte_carlo * unit) ** 2 for r in results) / seeds
+    variance = Variance(value, math.sqrt(2 / blocks / seeds))  # two replicates of each
+    calls = results[0].calls_per_example
     ratio = low.at(CALLS).over(variance)
     std = math.sqrt(variance.value) / unit
-    print(f"evaluate, {calls:.1f} calls with its pilot: std {std:.5f} bits/dim; variance of")
-    print(f"  low-discrepancy with {CALLS} over it: {ratio.value:.2f} ± {ratio.error:.0%}")
-    times = Continuum(model.process.schedule.start)
-    result = evaluate(model, x, times=times, known=trained, target_error=TARGET)
-    total, error = result.calls_per_example * len(x), result.standard_error.monte_carlo
-    print(f"evaluate, target_error {TARGET}: {total:.0f} calls, error {error:.4f} bits/dim;")
-    print(f"  the full sum takes {T * len(x)} calls, {T * len(x) / total:.0f} times as many")
+    print(f"evaluate, {calls:.1f} calls: std {std:.5f} bits/dim; variance of low-discrepancy")
+    print(f"  with as many over it: {ratio.value:.2f} ± {ratio.error:.0%}")
+    reached = evaluations(run, x, trained, 4 * seeds, TARGET)
+    totals = torch.tensor([r.calls_per_example * len(x) for r in reached], dtype=torch.float64)
+    total, error = totals.mean().item(), (totals.std() / math.sqrt(len(totals))).item()
+    stated = math.sqrt(sum(r.standard_error.monte_carlo**2 for r in reached) / len(reached))
+    print(f"evaluate, target_error {TARGET}: {total:.0f} ± {error:.0f} calls, the mean of")
+    print(f"  {len(reached)} seeds ({totals.min():.0f} to {totals.max():.0f}), error {stated:.4f}")
+    print(f"  bits/dim; the full sum takes {T * len(x)} calls, {T * len(x) / total:.0f} times")
     return {
         "evaluate_calls": calls,
         "evaluate_std": std,
         "evaluate_ratio": ratio.value,
         "evaluate_relative_error": ratio.error,
         "target_calls": total,
-        "target_error": error,
+        "target_calls_error": error,
+        "target_error": stated,
         "full_sum_over_target": T * len(x) / total,
     }
 
@@ -296,7 +299,6 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--examples", type=int)
     parser.add_argument("--seeds", type=int, default=32, help="S: passes of the peers")
-    parser.add_argument("--pilot", type=int, default=PILOT[1], help="rows in each of its cells")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     run = load(options.run)
@@ -304,11 +306,11 @@ def main() -> None:
     x, trained = as_examples(splits["test"][: options.examples]), splits["train"]
     unit = model.dims * LOG_2
     with measuring(model), seeded(0):
-        rows, low = tell(compare(model, x, trained, options.seeds, options.pilot), unit)
-    summary = spent(model, x, trained, low, max(1, options.seeds // 8), unit)
+        rows, low = tell(compare(run, x, trained, options.seeds), unit)
+    summary = spent(run, x, trained, low, max(1, options.seeds // 8), unit)
     if options.json:
         document = {"run": run.path.name, "examples": len(x), "seeds": options.seeds}
-        document |= {"pilot_rows": options.pilot, "rows": rows, "summary": summary}
+        document |= {"pilot_rows": ROWS, "rows": rows, "summary": summary}
         options.json.write_text(json.dumps(document, indent=2) + "\n")
 
 

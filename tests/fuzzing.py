@@ -26,13 +26,16 @@ from conftest import OPENAI
 from hypothesis import strategies as st
 from PIL import Image
 
-from nelbo import _files, checkpoint
+from nelbo import _files, checkpoint, pilots
 from nelbo._numerics import seeded
+from nelbo.allocate import Cells
 from nelbo.codec import files as codec_files
 from nelbo.codec.coding import compress, decompress
 from nelbo.codec.errors import CodecError
 from nelbo.codec.header import Settings
+from nelbo.control import Nothing
 from nelbo.data import as_examples, load
+from nelbo.estimate import Grid
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
 from nelbo.integrations.unet import UNet
@@ -42,6 +45,12 @@ SECONDS = 20  # that a read of a small file may take on a busy machine
 #: what the command line tells in one sentence
 TOLD = (ValueError, OSError)
 FLAGS = OPENAI | {"channel_mult": "1"}  # a small file
+PILOT = {
+    "probability": [0.25, 0.75],
+    "within": [[], []],
+    "between": [[2.0], [3.0]],
+    "left": [1, 2],
+}
 SCHEMA = [{"name": "a", "kind": "rounded", "precision": 1}, {"name": "b", "kind": "category"}]
 
 
@@ -273,6 +282,13 @@ def _of_run(run: Path) -> list[Kind]:
             t = torch.full((2,), 0.5, dtype=torch.float64)
             found.predict(torch.zeros(2, *found.shape, dtype=torch.float64), t)
 
+    cells = Cells(Grid.uniform(2))
+    nothing = Nothing(whole_run.model, cells.edges)
+
+    def keep(path: Path) -> None:
+        found = pilots._allocation(pilots._read(path).get("a"), cells, nothing)
+        assert found is None or abs(found.probability.sum() - 1) < 1e-6
+
     def exact(path: Path) -> None:
         got, words = _files.read_tensors(path, hashed=True)
         assert words == about and got.keys() == tensors.keys()
@@ -293,6 +309,7 @@ def _of_run(run: Path) -> list[Kind]:
         Kind("state.safetensors", state, lambda p: _files.read_tensors(p, hashed=True)),
         Kind("metrics.jsonl", metrics, show, True),
         Kind("grids.json", grids, checkpoint._read_grids, True),
+        Kind("pilots.json", json.dumps({"a": PILOT}).encode(), keep, True),
     ]
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from test_cli import nelbo_fails
 
 import nelbo
-from nelbo import _files, _limits, checkpoint
+from nelbo import _files, _limits, checkpoint, pilots
 from nelbo._numerics import seeded
 from nelbo.data import load
 from nelbo.integrations import load as load_foreign
@@ -123,7 +123,13 @@ def test_no_file_executes_code(trained, tmp_path):
             path.write_bytes(content)
             with pytest.raises((ValueError, OSError)):
                 read(path)
-        for name in ("model.safetensors", "grids.json", "metrics.jsonl", "config.json"):
+        for name in (
+            "model.safetensors",
+            "grids.json",
+            "pilots.json",
+            "metrics.jsonl",
+            "config.json",
+        ):
             (run / name).write_bytes(content)
         for name in ("state.safetensors", "model.safetensors"):
             (run / name).write_bytes(content)
@@ -132,6 +138,7 @@ def test_no_file_executes_code(trained, tmp_path):
         with pytest.raises(ValueError):
             checkpoint.load(run)
         assert checkpoint._read_grids(run / "grids.json") == {}
+        assert pilots._read(run / "pilots.json") == {}
         assert checkpoint.read_metrics(run) == []
         shutil.copy(trained / "config.json", run)
     assert not mark.exists()

@@ -106,7 +106,7 @@ def test_a_file_from_elsewhere_is_not_read(run, tmp_path):
     measured(run)
     (run.path / FILE).rename(tmp_path / FILE)
     (run.path / FILE).symlink_to(tmp_path / FILE)
-    assert Pilots(run)._read() == {}
+    assert pilots._read(run.path / FILE) == {}
 
 
 def test_a_folder_that_is_read_only_is_no_matter(run, monkeypatch):

@@ -10,6 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -54,7 +55,7 @@ class Pilots:
     def _found(self, cells: Cells, controls: Controls, draws: int, replicates: int) -> Allocation:
         times = f"{cells.times.steps} steps {fingerprint(cells.edges)}"
         key = f"{model_hash(self.run.model)}, {times}, {draws} x {replicates}, {nelbo.__version__}"
-        if (known := _allocation(self._read().get(key), cells, controls)) is not None:
+        if (known := _allocation(_read(self.path).get(key), cells, controls)) is not None:
             return known
         model, x, _ = self.run.law(split="validation")
         self.tell(
@@ -65,18 +66,19 @@ class Pilots:
         own.model = model
         with measuring(model), seeded(0, 5):
             found = pilot(cells, own, x, ROWS, draws, replicates)
-        document = self._read() | {key: {k: v.tolist() for k, v in vars(found).items()}}
+        document = _read(self.path) | {key: {k: v.tolist() for k, v in vars(found).items()}}
         with contextlib.suppress(OSError):  # a folder that is read only
             write(self.path, (json.dumps(document) + "\n").encode())
         return found
 
-    def _read(self) -> dict[str, Any]:
-        """What is kept; nothing where the file is missing or damaged."""
-        try:
-            document = _limits.read_json(_limits.contained(self.path, self.run.path))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return document if isinstance(document, dict) else {}
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is kept; nothing where the file is missing or damaged."""
+    try:
+        document = _limits.read_json(_limits.contained(path, path.parent))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _allocation(kept: object, cells: Cells, controls: Controls) -> Allocation | None:
