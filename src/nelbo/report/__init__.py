@@ -16,6 +16,7 @@ from nelbo._progress import Track, tracker
 from nelbo.checkpoint import Run
 from nelbo.data import as_examples
 from nelbo.evaluate import evaluate
+from nelbo.pilots import Pilots
 from nelbo.report import sections
 from nelbo.report.quality import measure
 from nelbo.report.studies import (
@@ -54,6 +55,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
         model,
         x,
         known=run.examples(split="train")[0],
+        pilots=Pilots(run),
         seed=seed,
         weights=run.weights,
         split=split,
