@@ -22,7 +22,8 @@ counted apart.
 At n calls the first four have 1/n of the variance at one, which is measured in S passes. Low
 discrepancy leaves what is neither an effect of the example nor one of time: the residual variance
 of a two-way fit, the limit of infinitely fine strata. nelbo at n calls is replicated max(2, S/n)
-times; its variance is that between the replicates of each block. Of the full sum's terms each
+times; its variance is that between the replicates of each block. At one call half of the examples
+are visited, two calls each: of their number the variance follows from draws of all (`visits`). Of the full sum's terms each
 example draws one, at stratified places, and the reconstruction, twice: the mean half square of the
 differences, times the number of terms. Its steps are Gaussian, as theirs. The ± are relative
 errors, from the spread over examples or blocks. Peers' seconds are those of our own network calls.
@@ -77,6 +78,12 @@ class Variance:
         """Of so many independent calls, from that of one."""
         return Variance(self.value / calls, self.error)
 
+    def __add__(self, other: "Variance") -> "Variance":
+        """Of two independent numbers."""
+        total = self.value + other.value
+        each = (v.error * v.value for v in (self, other))
+        return Variance(total, math.hypot(*each) / total)
+
     def over(self, other: "Variance") -> "Variance":
         return Variance(self.value / other.value, math.hypot(self.error, other.error))
 
@@ -88,6 +95,7 @@ class Known:
     cells: Cells
     controls: Controls
     allocation: dict[int, Allocation]
+    block: int  # examples that share strata
 
 
 @dataclass(frozen=True)
@@ -191,27 +199,42 @@ def reconstruction(model: Model, times: Times, x: Tensor) -> Tensor:
     return torch.cat([reconstruction_term(model, a, t).cpu() for a, t in parts])
 
 
-def ours(known: Known, x: Tensor, calls: int, replicates: int) -> Variance:
+def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
     """nelbo's at so many calls."""
-    parts = []
-    for block in x.split(plan(len(x), CALLS, known.cells.count, kept=True).block):
-        # as many passes as replicates, which borrow from none but their own
-        costs = torch.cat(
-            [
-                estimate(known.cells, known.controls, known.allocation[calls], block, u[:, None])
-                for u in (spread(len(block), calls) for _ in range(replicates))
-            ],
-            1,
-        )
-        parts.append(costs.sum(2).mean(0).var() * (len(block) / len(x)) ** 2)
-    return Variance.of(torch.stack(parts))
+    # fewer than two are spent on a sample of the examples, two on each
+    draws, replicates = (1, 2) if calls < 2 else (calls, 1)
+    allocation, blocks = known.allocation[calls], x.split(known.block)
+    each = [_each(known, allocation, block, draws, replicates, passes) for block in blocks]
+    parts = [costs.mean(0).var() * (len(costs) / len(x)) ** 2 for costs in each]
+    within = Variance.of(torch.stack(parts))
+    if replicates == 1:
+        return within
+    # (1 - n/N) s²/n + n/N of the sample's w²/n, with n = N/2
+    phi = torch.cat([known.controls.between(block) for block in blocks])
+    left = torch.cat(each) - allocation.known(phi).sum(1, keepdim=True)
+    square = (left - left.mean(0)).square().mean(1)
+    return within + Variance.of(square / len(x) / (len(x) - 1))
 
 
-def learn(run: Run, times: Times, trained: Tensor) -> Known:
+def _each(
+    known: Known, allocation: Allocation, x: Tensor, draws: int, replicates: int, passes: int
+) -> Tensor:
+    """Costs of each example in each pass, (B, passes), nats; the prior is not random."""
+    found = []
+    for _ in range(passes):  # which borrow from none but their own
+        u = torch.stack([spread(len(x), draws) for _ in range(replicates)], 1)
+        found.append(estimate(known.cells, known.controls, allocation, x, u).sum(2).mean(1))
+    return torch.stack(found, 1)
+
+
+def learn(run: Run, times: Times, x: Tensor, trained: Tensor) -> Known:
     """What the run's own pilots settle."""
     cells, pilots = Cells(times), Pilots(run)
     controls = Controls(run.model, trained, cells.edges)
-    return Known(cells, controls, {n: pilots(cells, controls, n, 1) for n in AT})
+    ways = {n: (n, 1) if n > 1 else (1, 2) for n in AT}
+    allocation = {n: pilots(cells, controls, *way) for n, way in ways.items()}
+    block = plan(len(x), CALLS, cells.count, kept=True).block
+    return Known(cells, controls, allocation, block)
 
 
 def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
@@ -225,12 +248,12 @@ def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
     start = time.perf_counter()
     variance = full_sum(model, x)
     yield Row("full sum", T, variance, (time.perf_counter() - start) / (4 * len(x)))
-    known = learn(run, times, trained)
+    known = learn(run, times, x, trained)
     for n in AT:
-        replicates = max(2, passes // n)
+        repeated, each = max(2, passes // n), max(2, n)
         start = time.perf_counter()
-        variance = ours(known, x, n, replicates)
-        seconds = (time.perf_counter() - start) / (len(x) * n * replicates)
+        variance = ours(known, x, n, repeated)
+        seconds = (time.perf_counter() - start) / (len(x) * each * repeated)
         yield Row("nelbo", n, variance, seconds)
 
 

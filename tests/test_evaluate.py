@@ -114,7 +114,25 @@ def test_the_plan_spends_what_it_may():
                     assert 1 <= p.block <= BLOCK
 
 
+def test_fewer_calls_than_examples_visit_a_sample(model, x):
+    """Half of them with two calls each, at random; the error knows of those left out."""
+    many = x.repeat(3, 1)
+    result = evaluate(model, many, calls=1)
+    found = result.per_example.elbo.isfinite()
+    assert found.sum() == result.visited and 0.9 * len(many) < 2 * result.visited <= len(many)
+    assert result.calls_per_example == 2 * result.visited / len(many)
+    assert not torch.equal(
+        found, evaluate(model, many, calls=1, seed=1).per_example.elbo.isfinite()
+    )
+    whole = evaluate(model, many, calls=64)
+    assert abs(result.nats - whole.nats) < 4 * result.standard_error.monte_carlo * 3 * math.log(2)
+    assert result.to_arrays()["nats"].shape == (len(many),)
+
+
 def test_too_few_calls_for_an_error_bar():
+    for calls in (math.nan, math.inf, 0, -1):
+        with pytest.raises(ValueError, match="calls must be at least 0.01 per example"):
+            plan(12_800, calls, 33)
     with pytest.raises(ValueError, match=r"calls must be at least 2.*got 1"):
         plan(10, 1, 33)
 

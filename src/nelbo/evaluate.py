@@ -137,12 +137,16 @@ class Plan:
     draws: int
 
 
-def plan(examples: int, calls: int, cells: int, scored: bool = False, kept: bool = False) -> Plan:
+def plan(
+    examples: int, calls: float, cells: int, scored: bool = False, kept: bool = False
+) -> Plan:
     """Spend `calls` network calls per example, at most, on the pilot and on the draws.
+
+    Fewer than two, the least that has an error bar, are spent on a sample of them, two on each.
 
     Args:
         examples: N.
-        calls: of each.
+        calls: per example.
         cells: that a pilot looks into.
         scored: each example shall have an error of its own.
         kept: there was a pilot before, which costs nothing now.
@@ -150,10 +154,15 @@ def plan(examples: int, calls: int, cells: int, scored: bool = False, kept: bool
     Raises:
         ValueError: fewer calls than an error bar needs.
     """
-    if calls < 2:
+    least = 2.0 if scored else 2 * min(1.0, FEWEST / examples)
+    if not least <= calls < math.inf:
         raise ValueError(
-            f"calls must be at least 2, the least that has an error bar; got {calls}; try 24"
+            f"calls must be at least {least:.2g} per example, to have an error bar, and finite;"
+            f" got {calls}; try 24"
         )
+    if calls < 2:
+        return _sampled(Plan(examples, BLOCK, 0, 2, 1), int(calls / 2 * examples))
+    calls = int(calls)
     rows = 0 if kept else _pilot_rows(examples * calls, cells)
     # what the pilot takes is not left for the draws
     left = calls - math.ceil(rows * cells / examples)
@@ -181,7 +190,7 @@ def evaluate(
     x: Tensor,
     *,
     times: Times | None = None,
-    calls: int | None = None,
+    calls: float | None = None,
     target_error: float | None = None,
     per_example: bool = False,
     known: Tensor | None = None,
@@ -194,15 +203,16 @@ def evaluate(
 ) -> Evaluation:
     """The bound on -log P(x|φ), mean over the examples x.
 
-    All are visited alike; or, where a target takes fewer calls than two of each, a sample.
+    All are visited alike; or, where calls or a target allow less than two of each, a sample.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, shape (N, *model.shape).
         times: Grid(times) for the bound of T steps; left out, continuous time.
-        calls: network calls per example, at most; 24 where left out.
+        calls: network calls per example, at most; 24 where left out. The error includes what
+            another sample of the examples would change, where they are fewer than two.
         target_error: in place of calls, the Monte Carlo standard error to be reached, in the unit
-            of the result; it includes what another sample of the examples would change.
+            of the result.
         per_example: more replicates of fewer draws, so that each example's own standard error
             has seven degrees of freedom.
         known: other examples of the same law, such as those trained on. The result is on x, and
@@ -318,9 +328,7 @@ def _first_round(way: Plan, examples: int, calls: float, cells: int, scored: boo
     first = FIRST * calls / way.replicates if math.isfinite(calls) else 1.0
     least = max(FEWEST, math.ceil(first * examples))
     if least < examples and not scored:
-        block = max(1, min(way.block, least // BLOCKS))
-        visited = min(examples, block * math.ceil(least / block))
-        return replace(way, visited=visited, block=block)
+        return _sampled(way, least)
     rows = _pilot_rows(examples * calls, cells) if way.pilot else 0
     return replace(way, draws=max(1, math.ceil(first)), pilot=rows)
 
@@ -340,6 +348,12 @@ def _known(controls: Controls, allocation: Allocation, x: Tensor) -> Tensor:
         return torch.cat([prior[:, None], allocation.known(controls.between(block))], 1)
 
     return torch.cat(divided(math.ceil(len(x) / AT_ONCE), part))
+
+
+def _sampled(way: Plan, visited: int) -> Plan:
+    """The plan for a sample of so many, a few less where the last block would not be whole."""
+    block = max(1, min(way.block, visited // BLOCKS))
+    return replace(way, visited=visited // block * block, block=block)
 
 
 def _visit(

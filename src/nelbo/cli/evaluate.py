@@ -24,7 +24,7 @@ def evaluate(
     split: str | None = None,
     steps: int | None = None,
     grid: Spacing = "best",
-    calls: int | None = None,
+    calls: float | None = None,
     target_error: float | None = None,
     variates: bool = True,
     importance_samples: int | None = None,
@@ -55,7 +55,8 @@ def evaluate(
     grid
         The times of the steps: best for this run, found once and kept in its folder; or uniform.
     calls
-        Network calls per example, at most; 24 where left out. A pilot settles which times they
+        Network calls per example, at most; 24 where left out. Of fewer than 2, such as 0.1 for
+        many rows, a random sample of the examples gets two each. A pilot settles which times they
         are: of a run once, on its validation split, kept in its folder; else out of these calls.
     target_error
         In place of --calls: the Monte Carlo standard error to reach, in the unit of the result. A
@@ -165,7 +166,7 @@ def _show_columns(
 
 def _only_one_way(
     steps: int | None,
-    calls: int | None,
+    calls: float | None,
     target_error: float | None,
     importance_samples: int | None,
     ode: bool,
