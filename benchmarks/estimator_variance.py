@@ -22,11 +22,12 @@ counted apart.
 At n calls the first four have 1/n of the variance at one, which is measured in S passes. Low
 discrepancy leaves what is neither an effect of the example nor one of time: the residual variance
 of a two-way fit, the limit of infinitely fine strata. nelbo at n calls is replicated max(2, S/n)
-times; its variance is that between the replicates of each block. At one call half of the examples
-are visited, two calls each: of their number the variance follows from draws of all (`visits`). Of the full sum's terms each
-example draws one, at stratified places, and the reconstruction, twice: the mean half square of the
-differences, times the number of terms. Its steps are Gaussian, as theirs. The ± are relative
-errors, from the spread over examples or blocks. Peers' seconds are those of our own network calls.
+times; its variance is that between the replicates of each block. At one call it visits half of the
+examples with two each, as `nelbo evaluate --calls 1` does: `visits` has the variance, whose parts
+are taken from draws of all. Of the full sum's terms each example draws one, at stratified places,
+and the reconstruction, twice: the mean half square of the differences, times the number of terms.
+Its steps are Gaussian, as theirs. The ± are relative errors, from the spread over examples or
+blocks. Peers' seconds are those of our own network calls.
 """
 
 import argparse
