@@ -22,12 +22,12 @@ counted apart.
 At n calls the first four have 1/n of the variance at one, which is measured in S passes. Low
 discrepancy leaves what is neither an effect of the example nor one of time: the residual variance
 of a two-way fit, the limit of infinitely fine strata. nelbo at n calls is replicated max(2, S/n)
-times; its variance is that between the replicates of each block. At one call it visits half of the
-examples with two each, as `nelbo evaluate --calls 1` does: `visits` has the variance, whose parts
-are taken from draws of all. Of the full sum's terms each example draws one, at stratified places,
-and the reconstruction, twice: the mean half square of the differences, times the number of terms.
-Its steps are Gaussian, as theirs. The ± are relative errors, from the spread over examples or
-blocks. Peers' seconds are those of our own network calls.
+times; its variance is that between the replicates of each block. Two calls of each of half of the
+examples are what `nelbo evaluate --calls 1` does, for an error bar: `visits` has the variance,
+whose parts are taken from draws of all. Of the full sum's terms each example draws one, at
+stratified places, and the reconstruction, twice: the mean half square of the differences, times
+the number of terms. Its steps are Gaussian, as theirs. The ± are relative errors, from the spread
+over examples or blocks. Peers' seconds are those of our own network calls.
 """
 
 import argparse
@@ -55,6 +55,7 @@ from nelbo.reverse import Posterior
 
 AT = (1, 2, 4, 16)  # calls per example
 REFERENCE = "low-discrepancy"
+WAYS = {(n, 1): n for n in AT} | {(1, 2): 1}  # draws and replicates, and calls per example
 BINS = 32  # of the density of importance
 SHARES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)  # of the calls, for the reconstruction
 WAVES = 16  # cosines that may describe how costs go with time
@@ -91,11 +92,11 @@ class Variance:
 
 @dataclass(frozen=True)
 class Known:
-    """What nelbo learns of a model before it measures; an allocation for each number of calls."""
+    """What nelbo learns of a model before it measures; an allocation for each way."""
 
     cells: Cells
     controls: Controls
-    allocation: dict[int, Allocation]
+    allocation: dict[tuple[int, int], Allocation]
     block: int  # examples that share strata
 
 
@@ -200,11 +201,10 @@ def reconstruction(model: Model, times: Times, x: Tensor) -> Tensor:
     return torch.cat([reconstruction_term(model, a, t).cpu() for a, t in parts])
 
 
-def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
-    """nelbo's at so many calls."""
-    # fewer than two are spent on a sample of the examples, two on each
-    draws, replicates = (1, 2) if calls < 2 else (calls, 1)
-    allocation, blocks = known.allocation[calls], x.split(known.block)
+def ours(known: Known, x: Tensor, way: tuple[int, int], passes: int) -> Variance:
+    """nelbo's at so many draws and replicates: of each example; or, of two replicates, of half."""
+    draws, replicates = way
+    allocation, blocks = known.allocation[way], x.split(known.block)
     each = [_each(known, allocation, block, draws, replicates, passes) for block in blocks]
     parts = [costs.mean(0).var() * (len(costs) / len(x)) ** 2 for costs in each]
     within = Variance.of(torch.stack(parts))
@@ -232,8 +232,7 @@ def learn(run: Run, times: Times, x: Tensor, trained: Tensor) -> Known:
     """What the run's own pilots settle."""
     cells, pilots = Cells(times), Pilots(run)
     controls = Controls(run.model, trained, cells.edges)
-    ways = {n: (n, 1) if n > 1 else (1, 2) for n in AT}
-    allocation = {n: pilots(cells, controls, *way) for n, way in ways.items()}
+    allocation = {way: pilots(cells, controls, *way) for way in WAYS}
     block = plan(len(x), CALLS, cells.count, kept=True).block
     return Known(cells, controls, allocation, block)
 
@@ -250,12 +249,12 @@ def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
     variance = full_sum(model, x)
     yield Row("full sum", T, variance, (time.perf_counter() - start) / (4 * len(x)))
     known = learn(run, times, x, trained)
-    for n in AT:
-        repeated, each = max(2, passes // n), max(2, n)
+    for way, n in WAYS.items():
+        repeated = max(2, passes // n)
         start = time.perf_counter()
-        variance = ours(known, x, n, repeated)
-        seconds = (time.perf_counter() - start) / (len(x) * each * repeated)
-        yield Row("nelbo", n, variance, seconds)
+        variance = ours(known, x, way, repeated)
+        seconds = (time.perf_counter() - start) / (len(x) * math.prod(way) * repeated)
+        yield Row("nelbo" if way[1] == 1 else "nelbo, of half", n, variance, seconds)
 
 
 def evaluations(
