@@ -61,7 +61,7 @@ def test_evaluate_json(trained, capsys):
 
 
 def test_evaluate_without_variates(trained, capsys):
-    """Another estimate of the same bound, at no more calls."""
+    """Another estimate of the same bound, at no more calls: its pilot is out of them."""
     found = []
     for option in ("--variates", "--no-variates"):
         run_ok("evaluate", trained, "--json", "--calls", 8, option)
@@ -70,7 +70,7 @@ def test_evaluate_without_variates(trained, capsys):
     difference = found[0]["bits_per_dim"] - found[1]["bits_per_dim"]
     assert 0 < abs(difference) < 5 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
     assert errors[0] < errors[1]
-    assert found[0]["calls_per_example"] == found[1]["calls_per_example"]
+    assert found[1]["calls_per_example"] <= found[0]["calls_per_example"] == 8
 
 
 def test_evaluate_to_a_target_error_and_save(trained, tmp_path, capsys):
