@@ -1,10 +1,10 @@
 r"""One pass over a data set: the mean bound, its terms, its error, its price.
 
 Each example is visited once per replicate, with its own draws of the terms and of z, which follow
-a pilot (`allocate`); a target that asks for fewer calls than two of each visits a random sample of
-them. `visits` has the mean and its error. The number of network calls is counted at the network,
-the pilot's among them. Blocks of examples are seeded one by one, so any number of processes that
-share them give the same number.
+a pilot (`allocate`); where calls or a target allow fewer than two of each, a random sample of the
+examples is. `visits` has the mean and its error. The number of network calls is counted at the
+network, a pilot's among them but for one that was kept. Blocks of examples are seeded one by one,
+so any number of processes that share them give the same number.
 """
 
 import math
@@ -258,7 +258,6 @@ def evaluate(
                     # draws that stand nearer lend more, so the coefficients are others
                     allocation = learn(wanted)
                 way = wanted
-        piloted = 0 if kept else calls_made.forward
         begun = calls_made.forward
         visit = partial(_visit, cells, controls, allocation, x, seed=seed, track=track)
         if way.visited < len(x):
@@ -272,7 +271,7 @@ def evaluate(
         while target is not None and found.monte_carlo() > target:
             turn += 1
             found = found.joined(visit(blocks, found.missing(target), way.draws, turn))
-        called = piloted + sum(gather(calls_made.forward - begun))
+        called = (0 if kept else begun) + sum(gather(calls_made.forward - begun))
 
     nats, errors = found.mean(), found.error()
     columns = slice(0, 1), slice(1, 2), slice(2, None)
