@@ -121,6 +121,7 @@ def together() -> Iterator[int]:
         return
     import torch
     import torch.distributed as dist
+    import torch.distributed.nn  # later it would keep the group, and gloo's threads abort the exit
 
     backend = "gloo"
     if torch.cuda.is_available():
