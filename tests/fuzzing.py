@@ -286,8 +286,12 @@ def _of_run(run: Path) -> list[Kind]:
     nothing = Nothing(whole_run.model, cells.edges)
 
     def keep(path: Path) -> None:
-        found = pilots._allocation(pilots._read(path).get("a"), cells, nothing)
+        found = pilots._allocation(_files.kept(path).get("a"), cells, nothing)
         assert found is None or abs(found.probability.sum() - 1) < 1e-6
+
+    def times(path: Path) -> None:
+        for found in _files.kept(path).values():
+            checkpoint._times(found)
 
     def exact(path: Path) -> None:
         got, words = _files.read_tensors(path, hashed=True)
@@ -308,7 +312,7 @@ def _of_run(run: Path) -> list[Kind]:
         Kind("model.safetensors", whole["model.safetensors"], exact),
         Kind("state.safetensors", state, lambda p: _files.read_tensors(p, hashed=True)),
         Kind("metrics.jsonl", metrics, show, True),
-        Kind("grids.json", grids, checkpoint._read_grids, True),
+        Kind("grids.json", grids, times, True),
         Kind("pilots.json", json.dumps({"a": PILOT}).encode(), keep, True),
     ]
 

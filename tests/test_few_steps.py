@@ -11,7 +11,7 @@ from closed_forms import Formula, assert_mean
 from test_cli import run_ok
 from test_train import assert_same_run
 
-from nelbo import checkpoint, grids, learner
+from nelbo import _files, checkpoint, grids, learner
 from nelbo._numerics import seeded
 from nelbo.cli import main
 from nelbo.config import TrainConfig
@@ -204,23 +204,30 @@ def test_a_grid_is_found_once(run, monkeypatch):
         again.grid(2)
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": [2, 1]}', "null", "remove"])
+HUGE = f"[1{'0' * 400}]"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "[]", "{", '{"a": [2, 1]}', '{"KEY": [2, 1]}', f'{{"KEY": {HUGE}}}', "null", "remove"],
+)
 def test_a_damaged_file_of_grids_is_no_matter(run, damage):
     first = run.grid(1).times, run.grid(2).times
     path = run.path / checkpoint.GRIDS
-    assert len(json.loads(path.read_text())) == 2
+    _, key = json.loads(path.read_text())
     path.unlink()
     if damage != "remove":
-        path.write_text(damage)
+        path.write_text(damage.replace("KEY", key))
     assert torch.equal(run.grid(2).times, first[1])
-    assert len(json.loads(path.read_text())) == 1
+    others = {"a": [2, 1]} if '"a"' in damage else {}
+    assert json.loads(path.read_text()) == others | {key: first[1].tolist()}
 
 
 def test_a_folder_that_is_read_only_is_no_matter(run, monkeypatch):
     def refuse(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "write", refuse)
+    monkeypatch.setattr(_files, "write", refuse)
     assert run.grid(2).steps == 2
     assert not (run.path / checkpoint.GRIDS).exists()
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from test_cli import nelbo_fails
 
 import nelbo
-from nelbo import _files, _limits, checkpoint, pilots
+from nelbo import _files, _limits, checkpoint
 from nelbo._numerics import seeded
 from nelbo.data import load
 from nelbo.integrations import load as load_foreign
@@ -137,8 +137,8 @@ def test_no_file_executes_code(trained, tmp_path):
                 _files.read_tensors(run / name)
         with pytest.raises(ValueError):
             checkpoint.load(run)
-        assert checkpoint._read_grids(run / "grids.json") == {}
-        assert pilots._read(run / "pilots.json") == {}
+        assert _files.kept(run / "grids.json") == {}
+        assert _files.kept(run / "pilots.json") == {}
         assert checkpoint.read_metrics(run) == []
         shutil.copy(trained / "config.json", run)
     assert not mark.exists()

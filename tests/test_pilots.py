@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from nelbo import checkpoint, pilots
+from nelbo import _files, checkpoint, pilots
+from nelbo._files import kept
 from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
 from nelbo.pilots import FILE, Pilots
@@ -72,6 +73,8 @@ def tampered(document, how):
         entry["within"] = entry["within"][:-1]
     elif how == "words":
         entry["left"] = "much"
+    elif how == "too large a number":
+        entry["left"][0] = 10**400
     elif how == "a part":
         del entry["left"]
     return document
@@ -85,6 +88,7 @@ def tampered(document, how):
         "not a number",
         "another shape",
         "words",
+        "too large a number",
         "a part",
     ],
 )
@@ -107,14 +111,14 @@ def test_a_file_from_elsewhere_is_not_read(run, tmp_path):
     measured(run)
     (run.path / FILE).rename(tmp_path / FILE)
     (run.path / FILE).symlink_to(tmp_path / FILE)
-    assert pilots._read(run.path / FILE) == {}
+    assert kept(run.path / FILE) == {}
 
 
 def test_a_folder_that_is_read_only_is_no_matter(run, monkeypatch):
     def refuse(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(pilots, "write", refuse)
+    monkeypatch.setattr(_files, "write", refuse)
     measured(run)
     assert not (run.path / FILE).exists()
 

@@ -1,7 +1,8 @@
 """Files that are whole or not there, and files of tensors that are what was written.
 
 Every file is written under a temporary name, synced and renamed. Tensors are safetensors, and come
-with their SHA-256, so that what the disk damaged later is not taken for them.
+with their SHA-256, so that what the disk damaged later is not taken for them. What can be found
+again (`kept`) is a JSON object, and no error where it cannot be read or written.
 """
 
 import contextlib
@@ -68,6 +69,23 @@ def _sync_names(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def kept(path: Path) -> dict[str, object]:
+    """The JSON object in a file of a run; empty where the file is missing, damaged or a link out
+    of its folder."""
+    try:
+        document = _limits.read_json(_limits.contained(path, path.parent))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def keep(path: Path, key: str, value: object) -> None:
+    """Add to what is `kept` in a file, with what others added meanwhile, where that can be."""
+    document = kept(path) | {key: value}
+    with contextlib.suppress(OSError, ValueError):  # a folder that is read only; a NaN
+        write(path, (json.dumps(document, allow_nan=False) + "\n").encode())
 
 
 def check_writable(path: Path) -> None:

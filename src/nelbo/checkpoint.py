@@ -14,20 +14,19 @@ Each is whole or not there, but for a last line of metrics.jsonl; tensors are wh
 (`_files`).
 """
 
-import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 import nelbo
 from nelbo import _limits, data
-from nelbo._files import put_weights, read_tensors, write
+from nelbo._files import keep, kept, put_weights, read_tensors
 from nelbo._numerics import seeded
 from nelbo._processes import at_first, world
 from nelbo._progress import Track
@@ -225,8 +224,8 @@ class Run:
         if len(self.config.train.grid) == steps:
             return Grid(self.config.train.grid)
         path, key = self.path / GRIDS, f"{model_hash(self.model)}, {steps} steps"
-        known = at_first(lambda: _read_grids(path))  # all measure, or none
-        if key not in known:
+        times = at_first(lambda: _times(kept(path).get(key)))  # all measure, or none
+        if times is None:
             try:
                 model, x, _ = self.law(split="train")
             except (ValueError, OSError) as error:
@@ -234,21 +233,18 @@ class Run:
                     f"the best grid is found on the training data: {error}; or use the uniform"
                     " grid with --grid uniform"
                 ) from None
-            best = best_grid(model, x, steps, track=track).times.tolist()
-            known = _read_grids(path) | {key: best}  # with what others found meanwhile
+            times = best_grid(model, x, steps, track=track).times.tolist()
             if world()[0] == 0:
-                with contextlib.suppress(OSError):  # a folder that is read only
-                    write(path, (json.dumps(known, indent=1) + "\n").encode())
-        return Grid(known[key])
+                keep(path, key, times)
+        return Grid(times)
 
 
-def _read_grids(path: Path) -> dict[str, list[float]]:
-    """The grids kept in a run; none where the file is missing or damaged."""
+def _times(found: object) -> list[float] | None:
+    """The times that a file says; None where that is nothing, or no grid."""
     try:
-        known = cast(dict, _limits.read_json(_limits.contained(path, path.parent)))
-        return {str(key): Grid(times).times.tolist() for key, times in known.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return {}
+        return Grid(cast(Any, found)).times.tolist()
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def leftovers(path: Path) -> Iterator[Path]:

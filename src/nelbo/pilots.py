@@ -5,19 +5,15 @@ off. What is estimated with its help is unbiased whatever it says, as long as al
 chance; that is checked where a file is read.
 """
 
-import contextlib
 import copy
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 import nelbo
-from nelbo import _limits
-from nelbo._files import write
+from nelbo._files import keep, kept
 from nelbo._numerics import seeded
 from nelbo._processes import at_first
 from nelbo.allocate import EVEN, Allocation, Cells, pilot
@@ -55,7 +51,7 @@ class Pilots:
     def _found(self, cells: Cells, controls: Controls, draws: int, replicates: int) -> Allocation:
         times = f"{cells.times.steps} steps {fingerprint(cells.edges)}"
         key = f"{model_hash(self.run.model)}, {times}, {draws} x {replicates}, {nelbo.__version__}"
-        if (known := _allocation(_read(self.path).get(key), cells, controls)) is not None:
+        if (known := _allocation(kept(self.path).get(key), cells, controls)) is not None:
             return known
         model, x, _ = self.run.law(split="validation")
         self.tell(
@@ -66,28 +62,17 @@ class Pilots:
         own.model = model
         with measuring(model), seeded(0, 5):
             found = pilot(cells, own, x, ROWS, draws, replicates)
-        document = _read(self.path) | {key: {k: v.tolist() for k, v in vars(found).items()}}
-        with contextlib.suppress(OSError):  # a folder that is read only
-            write(self.path, (json.dumps(document) + "\n").encode())
+        keep(self.path, key, {k: v.tolist() for k, v in vars(found).items()})
         return found
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What is kept; nothing where the file is missing or damaged."""
-    try:
-        document = _limits.read_json(_limits.contained(path, path.parent))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
-def _allocation(kept: object, cells: Cells, controls: Controls) -> Allocation | None:
+def _allocation(numbers: object, cells: Cells, controls: Controls) -> Allocation | None:
     """What a file says; None where that is nothing, or no allocation for these."""
     try:
-        numbers = {k: torch.tensor(v, dtype=torch.float64) for k, v in cast(dict, kept).items()}
-        found = Allocation(**numbers)
+        items = cast(dict, numbers).items()
+        found = Allocation(**{k: torch.tensor(v, dtype=torch.float64) for k, v in items})
         shapes = [tuple(v.shape) for v in vars(found).values()]
-    except (TypeError, ValueError, AttributeError, RuntimeError):
+    except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         return None
     count = cells.count
     fit = shapes == [(count,), (count, controls.variates), (count, controls.features), (count,)]
