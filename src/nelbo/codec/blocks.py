@@ -266,12 +266,12 @@ def _pop_alike(codes: Codes, block: Block, stack: Stack) -> np.ndarray:
 
 def _pack(codes: Codes, x: np.ndarray) -> bytes:
     """By xz, after a CRC-32 of the data."""
-    data = x.astype(_storage(codes)).tobytes()
+    data = x.astype(_packed_type(codes)).tobytes()
     return struct.pack("<I", zlib.crc32(data)) + pack(data)
 
 
 def _unpack(codes: Codes, block: Block) -> np.ndarray:
-    dtype = _storage(codes)
+    dtype = _packed_type(codes)
     size = block.count * int(np.prod(codes.shape)) * dtype.itemsize
     data = unpack(block.payload[4:], size)
     if len(data) != size or struct.pack("<I", zlib.crc32(data)) != block.payload[:4]:
@@ -297,5 +297,11 @@ def unpack(packed: bytes, most: int) -> bytes:
         raise Damaged(f"packed bytes cannot be unpacked: {error}") from None
 
 
-def _storage(codes: Codes) -> np.dtype:
+def storage(levels: int) -> np.dtype:
+    """The smallest type of numpy and torch that holds the levels."""
+    return np.dtype(np.uint8 if levels <= 256 else np.int32)
+
+
+def _packed_type(codes: Codes) -> np.dtype:
+    """In which data are packed: part of the format."""
     return np.dtype("u1" if codes.levels <= 256 else "<u2" if codes.levels <= 65536 else "<u4")

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nelbo._processes import divided
 from nelbo.codec.bitsback import BitsBack
-from nelbo.codec.blocks import Block, Codes, Done, decode, encode, nothing
+from nelbo.codec.blocks import Block, Codes, Done, decode, encode, nothing, storage
 from nelbo.codec.direct import Direct, shown_at
 from nelbo.codec.example import ExampleCode, Static
 from nelbo.codec.header import PRECISIONS, Settings, pack_times
 from nelbo.codec.laws import GridNormal, Groups, Law, Symbols, law
+from nelbo.codec.search import power_of_two
 from nelbo.codec.stack import Bottom, Stack, constriction
 from nelbo.columns import LevelColumns
 from nelbo.estimate import Grid
@@ -72,7 +73,7 @@ class Codec:
                 self.model.shape,
                 self.levels,
                 settings.effort,
-                1 << (most.bit_length() - 1),
+                power_of_two(most),
             )
 
     def _example_code(self, nonce: int) -> ExampleCode:
@@ -109,9 +110,8 @@ class Codec:
         Raises:
             Damaged: they are not those that were coded.
         """
-        small = np.uint8 if self.levels <= 256 else np.int32
         with _fixed(self.model):
-            return decode(self.codes, block, done).astype(small)
+            return decode(self.codes, block, done).astype(storage(self.levels))
 
 
 def _checksum(arrays: list[np.ndarray]) -> int:

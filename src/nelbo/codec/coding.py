@@ -11,7 +11,7 @@ import nelbo
 from nelbo import _limits
 from nelbo._processes import divided
 from nelbo.codec import container
-from nelbo.codec.blocks import MODEL, Block, Done, nothing
+from nelbo.codec.blocks import MODEL, Block, Done, nothing, storage
 from nelbo.codec.codec import Codec, coder_answer
 from nelbo.codec.errors import CodecError, Damaged, NotReproducible, OtherModel
 from nelbo.codec.header import Header, Settings, pack_times, unpack_times
@@ -155,9 +155,8 @@ def decompress(
         at = first + len(part)
     if at < header.examples:
         lost.append((at, header.examples - at))
-    small = np.uint8 if header.levels <= 256 else np.int32
     whole = [part for _, part in sorted(parts.items())]
-    x = np.concatenate(whole) if whole else np.zeros((0, *model.shape), small)
+    x = np.concatenate(whole) if whole else np.zeros((0, *model.shape), storage(header.levels))
     return Decoded(torch.from_numpy(x), tuple(lost), header, extra)
 
 

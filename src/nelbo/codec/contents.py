@@ -19,12 +19,13 @@ from torch import Tensor
 from nelbo import _limits
 from nelbo._files import check_writable, write
 from nelbo.codec import pictures, tabular, texts
-from nelbo.codec.blocks import pack, unpack
+from nelbo.codec.blocks import pack, storage, unpack
 from nelbo.codec.errors import CodecError, Damaged
 from nelbo.data import Schema, load_like, tables
 from nelbo.data.arrays import load_npy, load_npz
 from nelbo.data.remote import here
 from nelbo.data.sources import BUILT_IN
+from nelbo.data.text import is_text
 
 ARRAYS = (".npy", ".npz")
 
@@ -71,7 +72,7 @@ def read(source: str, schema: Schema) -> Contents:
         return _arrays(_load_arrays(path), schema, str(path), suffix[1:])
     if suffix in tables.FILES:
         return Contents(*tabular.read(path, schema))
-    if texts.is_text(path):
+    if is_text(path):
         return Contents(*texts.read(path, schema))
     if suffix == ".png" or path.is_dir():
         return Contents(*pictures.read(path, schema))
@@ -201,11 +202,6 @@ def _to_examples(array: np.ndarray, order: str, schema: Schema) -> np.ndarray:
         array = np.moveaxis(array, -1, 1)
     assert schema.levels is not None
     return array.reshape(-1, *schema.shape).astype(storage(schema.levels))
-
-
-def storage(levels: int) -> np.dtype:
-    """The smallest type of numpy and torch that holds the levels."""
-    return np.dtype(np.uint8 if levels <= 256 else np.int32)
 
 
 def _arrays_as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None) -> bytes:

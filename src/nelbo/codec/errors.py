@@ -10,8 +10,6 @@ class CodecError(ValueError):
 class Damaged(CodecError):
     """The file is not what was written: bits flipped, cut off, or never a container."""
 
-    exit_code = 3
-
 
 class OtherModel(CodecError):
     """The file is whole, and of another model than the one given."""

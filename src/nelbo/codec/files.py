@@ -1,5 +1,6 @@
 """From data on disk to a compressed file and back, with a run; what the command line calls."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,9 +169,7 @@ def report(data: bytes) -> Report:
         CodecError: they are damaged.
     """
     header, blocks = describe(data)
-    dims = 1
-    for n in header.shape:
-        dims *= n
+    dims = math.prod(header.shape)
     numbers = max(1, header.examples * dims)
     nats, by_model = header.ideal
     bound = nats / (LOG_2 * by_model * dims) if by_model else None

@@ -3,7 +3,6 @@
 What is restored are the cells: names and order of the columns, their types, numbers as numbers.
 """
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,14 +42,7 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
 
 def as_bytes(x: np.ndarray, about: dict, schema: Schema) -> bytes:
     """The content of the file with rows x."""
-    frame, file, kind = _frame(x, about, schema), io.BytesIO(), about["kind"]
-    if f".{kind}" in tables.SEPARATORS:
-        frame.write_csv(file, separator=tables.SEPARATORS[f".{kind}"][0])
-    elif kind == "parquet":
-        frame.write_parquet(file)
-    else:
-        frame.write_ipc(file)
-    return file.getvalue()
+    return tables.to_bytes(_frame(x, about, schema), f".{about['kind']}")
 
 
 def _frame(x: np.ndarray, about: dict, schema: Schema) -> "DataFrame":

@@ -14,10 +14,7 @@ from nelbo.codec.blocks import pack, unpack
 from nelbo.codec.errors import Damaged
 from nelbo.codec.pictures import inside
 from nelbo.data import Schema
-from nelbo.data.text import encode, is_text
-
-SUFFIX = ".txt"
-__all__ = ["files", "is_text", "read"]
+from nelbo.data.text import encode
 
 
 def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, int]:
@@ -30,12 +27,12 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
         raise ValueError(f"{path} is text; the run is of examples of shape {schema.shape}")
     found = [path] if path.is_file() else sorted(f for f in path.rglob("[!.]*") if f.is_file())
     contents = [file.read_bytes() for file in found]
-    codes, others = [], ""
+    codes, others, known = [], "", set(schema.alphabet)
     for file, content in zip(found, contents, strict=True):
         text = content if not schema.alphabet else _decode(content, file)
         codes.append(encode(text, schema.alphabet))
         if isinstance(text, str):
-            others += "".join(c for c in text if c not in set(schema.alphabet))
+            others += "".join(c for c in text if c not in known)
     symbols = np.concatenate(codes)
     chunks = np.pad(symbols, (0, -len(symbols) % schema.shape[0])).reshape(-1, *schema.shape)
     about: dict[str, object] = {
