@@ -16,9 +16,9 @@ from nelbo.cli.inspect import inspect
 from nelbo.cli.report import report
 from nelbo.cli.sample import sample
 from nelbo.cli.score import score
-from nelbo.cli.train import TrainOptions, train
+from nelbo.cli.train import train
 
-__all__ = ["TrainOptions", "app", "main"]
+__all__ = ["app", "main"]
 
 app = App(
     name="nelbo",
@@ -31,9 +31,9 @@ for command in (train, inspect, evaluate, sample, score, compress, decompress, r
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What the user can mend (ValueError, OSError) is one line and exit code 2, or the one that
-    the error has; Ctrl-C is 130;
-    anything else is a defect and keeps its traceback."""
+    """What the user can mend (ValueError, OSError, too little memory) is one line and exit code 2,
+    or the one that the error has; Ctrl-C is 130, a reader that left 141; anything else is a
+    defect and keeps its traceback."""
     try:
         yield
     except CycloptsError as error:

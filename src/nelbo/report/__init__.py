@@ -1,8 +1,8 @@
 """One self-contained HTML page about a run: the bound, where its bits go, and what it samples.
 
 The page refers to nothing outside itself and follows from the run and the seed, but for the
-seconds that coding took. Its headline is
-the number of `nelbo evaluate RUN`; its samples are those of `nelbo sample RUN`.
+seconds that coding took. Its headline is the number of `nelbo evaluate RUN`; its samples are those
+of `nelbo sample RUN`.
 """
 
 from html import escape

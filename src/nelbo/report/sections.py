@@ -141,12 +141,11 @@ def files(run: Run, coded: Coded | None) -> str:
     """Bytes and seconds of lossless codecs on the same examples; nothing where there are none."""
     if coded is None:
         return ""
-    ours = [rival for _, rival in coded.ours]
-    every = sorted([*ours, *coded.others], key=lambda rival: rival.size)
+    every = sorted([*coded.ours, *coded.others], key=lambda rival: rival.size)
     numbers = coded.examples * coded.dims
     rows = [
         (
-            f"<b>{escape(rival.name)}</b>" if rival in ours else escape(rival.name),
+            f"<b>{escape(rival.name)}</b>" if rival in coded.ours else escape(rival.name),
             f"{rival.size:,}",
             f"{8 * rival.size / numbers:.3f}",
             *(f'<span class="time">{_seconds(v)}</span>' for v in rival.seconds),
@@ -392,8 +391,8 @@ def train_command(run: Run) -> str:
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words += [option] * value  # a flag, off where it is left out
-        # The clip has no option, and the absorbing process brings its only head and decoder.
-        elif value not in (None, (), "symbols", "categorical") and name != "clip":
+        # the absorbing process brings its only head and decoder
+        elif value not in (None, (), "symbols", "categorical"):
             words.append(f"{option}\0{value}")
     words += [f"--condition\0{shlex.quote(label.name)}" for label in config.schema.condition]
     lines = textwrap.wrap(" ".join(words), 92, break_long_words=False, break_on_hyphens=False)

@@ -117,13 +117,13 @@ class Coded:
     Args:
         examples: how many.
         dims: of each.
-        ours: steps and the file of that many.
+        ours: one for each number of steps.
         others: that are installed.
     """
 
     examples: int
     dims: int
-    ours: tuple[tuple[int, Rival], ...]
+    ours: tuple[Rival, ...]
     others: tuple[Rival, ...]
 
 
@@ -146,7 +146,7 @@ def measure_files(
         middle = time.perf_counter()
         assert torch.equal(decompress(data, model).x.long(), x.long())
         seconds = middle - start, time.perf_counter() - middle
-        ours.append((steps, Rival(f"nelbo, {steps} steps", len(data), seconds)))
+        ours.append(Rival(f"nelbo, {steps} steps", len(data), seconds))
     small = x.max() < 256
     others = rivals(x.to(torch.uint8).numpy()) if small else []
     return Coded(len(x), model.dims, tuple(ours), tuple(others))
