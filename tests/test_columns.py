@@ -109,7 +109,8 @@ def started_from(model, x, columns=COLUMNS, given_known=True):
         if group.kind == "numbers":
             found.append(mixture_law(head, v, given_known))
         else:
-            log_p = head.log_prior.double().masked_fill(~head.valid_codes(), -torch.inf)
+            valid = head.levels.valid if group.kind == "levels" else head.valid
+            log_p = head.log_prior.double().masked_fill(~valid, -torch.inf)
             log_p = log_p.log_softmax(-1).expand(len(v), -1, -1)
             found.append(log_p.gather(-1, v.long()[..., None])[..., 0])
     return torch.cat(found, 1).sum(1)

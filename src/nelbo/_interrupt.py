@@ -11,10 +11,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def interruptible(twice: bool = True) -> Iterator[Callable[[], bool]]:
+def interruptible(twice: bool) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether Ctrl-C or SIGTERM came.
 
-    A second one acts at once, but not where it is the first one passed on, as torchrun does.
+    `twice` lets a second one act at once; under torchrun it may be the first one passed on.
     """
     came: list[int] = []
 

@@ -31,7 +31,7 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
         yield lambda done, note: bar.update(task, completed=done, note=note)
 

@@ -307,10 +307,8 @@ def load(path: str | Path) -> Run:
     path = Path(path)
     run = read_config(path)
     tensors, about = read_tensors(_limits.contained(path / WEIGHTS, path))
-    with (
-        seeded(0),
-        _limits.within_file(tensors, path / WEIGHTS),
-    ):  # the first weights, drawn to be replaced
+    # the first weights are drawn to be replaced
+    with seeded(0), _limits.within_file(tensors, path / WEIGHTS):
         model = build(run.model, run.schema)
     put_weights(model, tensors, str(path / WEIGHTS))
     model.eval()

@@ -126,10 +126,6 @@ class LevelContext(Head):
         for i, place in enumerate(self.levels.places):
             self.levels.valid[i, place.codes - 1] &= not place.column.missing
 
-    def valid_codes(self) -> Tensor:
-        """Which codes each column has, (D, K)."""
-        return self.levels.valid
-
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
         values = self.levels.values.to(z)
         context = (self.basis.to(output) @ output[..., None])[..., 0] + self.log_prior.to(output)
@@ -211,10 +207,6 @@ class SymbolContext(Head):
         for i, place in enumerate(self.places):
             self.valid[i, place.codes - 1] &= place.indicator or not place.column.missing
         self.log_other.fill_(-torch.inf)
-
-    def valid_codes(self) -> Tensor:
-        """Which codes each column has, (D, K), but for code 0."""
-        return self.valid
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
         logits = output + self.log_prior.to(output)

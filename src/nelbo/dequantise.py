@@ -46,8 +46,6 @@ class Dequantiser(ABC):
     """q(z|x) and P(x|z) for z at the first time."""
 
     name: str
-    #: network calls per draw
-    calls = 0
 
     @abstractmethod
     def __call__(self, model: Model, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +56,6 @@ class Encoder(Dequantiser):
     """q(z_1|x) of the process and P(x|z_1) of the model."""
 
     name = "encoder"
-    calls = 1
 
     def __call__(self, model: Model, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         q = model.process.marginal(model.embed(x), t)

@@ -70,8 +70,8 @@ class Loss(NamedTuple):
     """What is minimised, and the bound it stands for; scalars, mean nats per example.
 
     Of a part of a batch they are its share: those of all parts add up to those of the batch.
-    `each` is w(t) rate(t) of each example, shape (B,), 0 of those that gave a reconstruction: what
-    the law of the times learns from. `rate` is without w(t), what an interior learns from.
+    `each` is w(t) rate(t) of each example, shape (B,), times what is the same for all, 0 of those
+    that gave a reconstruction: the law of the times learns from it; an interior, from `rate`.
     """
 
     loss: Tensor
@@ -121,7 +121,7 @@ class Objective:
         # the decoder is not free: it tells of all where λ counts them, else of the first times
         asked = None if self.cross_entropy else first.nonzero()[:, 0].to(x.device)
         first = first.to(x.device)
-        t = torch.where(first, self.times.first, self.time(part.of(u)))
+        t = torch.where(first, self.times.first, self.times.at(part.of(u)))
         weight = part.of(torch.ones_like(u) if weight is None else weight).where(~first, 1.0)
         with constant(schedule.interior()):
             e = model.embed(x)
@@ -141,11 +141,7 @@ class Objective:
     def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
         """What is added to the loss of a batch for the interior of a learned γ; zero, scalar."""
         squares = weight * rate.square()
-        return log_second_moment(model.process.schedule, self.time(u), squares, weight)
-
-    def time(self, u: Tensor) -> Tensor:
-        """t at draws u."""
-        return self.times.at(u)
+        return log_second_moment(model.process.schedule, self.times.at(u), squares, weight)
 
     @staticmethod
     def _decoded(

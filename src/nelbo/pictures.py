@@ -14,6 +14,7 @@ from nelbo.data import Schema, examples, tables
 from nelbo.data.text import decode
 from nelbo.process import Absorbing, Gaussian, Levels, Process
 
+SIDE = 1024  # pixels of the longer side of a grid, where its enlargement stops
 RULE = "-" * 72  # between samples of text
 MASK = np.array([104, 124, 158], np.uint8)  # a grey that no grey pixel has
 
@@ -29,18 +30,12 @@ def to_bytes(x: Tensor, schema: Schema) -> np.ndarray:
     return np.rint(255 * pixels).astype(np.uint8)
 
 
-def grid(x: Tensor, schema: Schema, columns: int | None = None, side: int = 1024) -> Image.Image:
-    """Images in rows, one pixel of margin, enlarged by a whole factor to at most `side`.
-
-    Args:
-        x: images (N, C, H, W) of the schema, C = 1, 3 or 4.
-        schema: what an image is.
-        columns: images in a row; about square where left out.
-        side: pixels of the longer side, where the enlargement stops.
-    """
+def grid(x: Tensor, schema: Schema) -> Image.Image:
+    """Images (N, C, H, W), C = 1, 3 or 4, side by side in about a square, one pixel of margin;
+    enlarged by a whole factor to at most SIDE."""
     images = to_bytes(x, schema)
     n, h, w, c = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     sheet = np.full((rows * (h + 1) + 1, columns * (w + 1) + 1, c), 128, np.uint8)
     sheet[..., 3:] = 255  # the margin is not transparent
@@ -48,7 +43,7 @@ def grid(x: Tensor, schema: Schema, columns: int | None = None, side: int = 1024
         top, left = (i // columns) * (h + 1) + 1, (i % columns) * (w + 1) + 1
         sheet[top : top + h, left : left + w] = image
     picture = Image.fromarray(sheet[..., 0] if c == 1 else sheet)
-    factor = max(1, side // max(sheet.shape))
+    factor = max(1, SIDE // max(sheet.shape))
     return picture.resize(
         (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
     )

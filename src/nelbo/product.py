@@ -124,8 +124,6 @@ class ProductHead(Head):
         super().__init__()
         self.parts, self.sizes = cast(Sequence[Head], nn.ModuleList(parts)), list(sizes)
         self.widths = [part.outputs * size for part, size in zip(parts, sizes, strict=True)]
-        # the mean of the groups, for what asks how much memory a dimension takes
-        self.outputs = -(-sum(self.widths) // sum(self.sizes))
 
     @property
     def numbers(self) -> int:

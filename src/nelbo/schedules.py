@@ -123,7 +123,7 @@ class LearnedMonotone(Schedule):
     r"""γ(t) = γ_0 + (γ_1 - γ_0) (g(t) - g(0)) / (g(1) - g(0)), g increasing by positive weights.
 
     The end points are met exactly. They are pinned, or learned (then the width γ_1 - γ_0 stays
-    positive); weight decay must leave a schedule alone (`train` does).
+    positive); weight decay must leave a schedule alone (`optimise` does).
 
     Args:
         gamma_min: γ_0, or its start where it is learned.

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -84,11 +83,6 @@ def npz(found: Evaluation | Tighter) -> bytes:
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     return file.getvalue()
-
-
-def of_compressed(report: Report) -> dict[str, object]:
-    """A compressed file as plain values for JSON."""
-    return asdict(report)
 
 
 def compressed(name: str, report: Report) -> None:

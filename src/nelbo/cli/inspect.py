@@ -1,5 +1,6 @@
 """`nelbo inspect`: what data or a compressed file are."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from nelbo.cli.common import json_text
@@ -40,7 +41,7 @@ def inspect(
         _limits.regular(Path(data))
         report = files.report(Path(data).read_bytes())
         if json:
-            print(json_text(show.of_compressed(report)))
+            print(json_text(asdict(report)))
         else:
             show.compressed(data, report)
         return

@@ -15,7 +15,7 @@ scheduler without one, or without noise, is measured with the smaller, β̃.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nelbo.data import Schema
 from nelbo.estimate import Continuum, Grid, Times
-from nelbo.integrations._folder import made, network_of
+from nelbo.integrations._folder import Config, made, network_of
 from nelbo.integrations.denoisers import (
     Predicts,
     Variance,
@@ -39,7 +39,6 @@ from nelbo.model import Model
 from nelbo.process import Affine, Levels
 from nelbo.schedules import Linear, Schedule
 
-Config = Mapping[str, object]
 PREDICTS: dict[str, Predicts] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
 VARIANCES: dict[str, Variance] = {
     "fixed_small": "small",

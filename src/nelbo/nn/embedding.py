@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
+FREQUENCIES = 16  # of the sines and cosines of the log-SNR
+
 
 class LevelEmbedding(nn.Module):
     """Sines and cosines of the log-SNR, and a condition, then two layers: (B,) to (B, width).
@@ -18,13 +20,13 @@ class LevelEmbedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, width: int, frequencies: int = 16, conditions: int = 1) -> None:
+    def __init__(self, width: int, conditions: int = 1) -> None:
         super().__init__()
         self.conditions = conditions
-        spaced = torch.logspace(math.log10(0.05), math.log10(4.0), frequencies)
+        spaced = torch.logspace(math.log10(0.05), math.log10(4.0), FREQUENCIES)
         self.register_buffer("frequencies", spaced, persistent=False)
         self.layers = nn.Sequential(
-            nn.Linear(2 * frequencies + conditions, width),
+            nn.Linear(2 * FREQUENCIES + conditions, width),
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
