@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.functional import one_hot
 
 from nelbo.data.layout import Group
 from nelbo.heads import Head, LevelPrediction, LevelTable, Prediction, level_evidence
@@ -164,8 +163,7 @@ class Symbols(Absorbing):
     """The absorbing process of codes; a network sees code 0, unknown to training, as a mask."""
 
     def features(self, z: Tensor) -> Tensor:
-        shown = torch.where(z == 0, self.mask, z.long())
-        return one_hot(shown, self.channels).movedim(-1, 2).flatten(1, 2).double()
+        return super().features(torch.where(z == 0, self.mask, z.long()))
 
 
 class SymbolContext(Head):

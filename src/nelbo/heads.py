@@ -197,8 +197,7 @@ class Mean(Head):
                 f" try Grid.uniform({self.steps}), or another head for continuous time"
             )
         s = (i - 1) / self.steps
-        of_z = process.m_t(torch.ones_like(t), torch.zeros_like(t), s, t)
-        of_e = process.m_t(torch.zeros_like(t), torch.ones_like(t), s, t)
+        of_z, of_e = process.m_t_weights(s, t)
         return Prediction((output - over(of_z, z) * z) / over(of_e, z))
 
 

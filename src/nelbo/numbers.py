@@ -287,7 +287,7 @@ class NumberStep(Reverse):
     ) -> Distribution:
         assert isinstance(prediction, MixturePrediction) and isinstance(process, Gaussian)
         loc = process.m_t(z[..., None], prediction.mean, s, t)
-        of_e = process.m_t(torch.zeros_like(t), torch.ones_like(t), s, t)
+        _, of_e = process.m_t_weights(s, t)
         variance = over(process.beta_tilde(s, t), loc) + (
             over(of_e.square(), loc) * prediction.variance
         )

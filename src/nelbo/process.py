@@ -30,6 +30,12 @@ def per_example(distribution: Distribution) -> Independent:
     return Independent(distribution, len(distribution.batch_shape) - 1, validate_args=False)
 
 
+def normal(mean: Tensor, variance: Tensor) -> Independent:
+    """N(mean, variance) for means (B, ...) and variances (B,)."""
+    scale = over(variance.sqrt(), mean).expand_as(mean)
+    return per_example(Normal(mean, scale, validate_args=False))
+
+
 class Process(nn.Module, ABC):
     """q(z_t|x) and its conditionals; α_t from `schedule`."""
 
@@ -171,10 +177,15 @@ class Gaussian(Process):
 
     def m_t(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """m_t = [ (1-α_s) √(1-β) z_t + √α_s β e ] / (1-α_t), the mean of q(z_s|z_t,x)."""
+        of_z, of_e = self.m_t_weights(s, t)
+        return over(of_z, z) * z + over(of_e, z) * e
+
+    def m_t_weights(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What m_t multiplies z_t and e by, shape of t, float64."""
         shrink = self.log_one_minus_alpha(s) - self.log_one_minus_alpha(t)
         of_z = (shrink + self.log_kept(s, t) / 2).exp()
         of_e = (self.log_alpha(s) / 2 - self.log_one_minus_alpha(t)).exp() * self.beta(s, t)
-        return over(of_z, z) * z + over(of_e, z) * e
+        return of_z, of_e
 
     def embed(self, x: Tensor) -> Tensor:
         return self.embedding(x)
@@ -188,28 +199,23 @@ class Gaussian(Process):
 
     def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
         mean = over((self.log_kept(s, t) / 2).exp(), z) * z
-        return self._normal(mean, self.beta(s, t))
+        return normal(mean, self.beta(s, t))
 
     def marginal(self, e: Tensor, t: Tensor) -> Independent:
         mean = over((self.log_alpha(t) / 2).exp(), e) * e
-        return self._normal(mean, self.log_one_minus_alpha(t).exp())
+        return normal(mean, self.log_one_minus_alpha(t).exp())
 
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
-        return self._normal(self.m_t(z, e, s, t), self.beta_tilde(s, t))
+        return normal(self.m_t(z, e, s, t), self.beta_tilde(s, t))
 
     def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
         zeros = torch.zeros((len(t), *shape), dtype=t.dtype, device=t.device)
-        return self._normal(zeros, torch.ones_like(t))
+        return normal(zeros, torch.ones_like(t))
 
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
         """½ γ'(t) SNR(t) ‖e - ê‖² (equation 8; VDM equation 18)."""
         error = (e - e_hat).square().flatten(1).sum(1)
         return 0.5 * slope(self.schedule, t) * (-self.schedule(t)).exp() * error
-
-    @staticmethod
-    def _normal(mean: Tensor, variance: Tensor) -> Independent:
-        scale = over(variance.sqrt(), mean).expand_as(mean)
-        return per_example(Normal(mean, scale, validate_args=False))
 
 
 class Absorbing(Process):

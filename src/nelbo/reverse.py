@@ -19,7 +19,7 @@ from torch.distributions import Distribution, Normal
 from nelbo._distributions import LevelMixture
 from nelbo._numerics import over
 from nelbo.heads import LevelPrediction, Prediction, VariancePrediction
-from nelbo.process import Gaussian, Process, per_example
+from nelbo.process import Gaussian, Process, normal, per_example
 
 
 class Reverse(nn.Module, ABC):
@@ -48,8 +48,7 @@ class Beta(Reverse):
     ) -> Distribution:
         process = _gaussian(process, self)
         f = process.m_t(z, prediction.e_hat, s, t)
-        scale = over(process.beta(s, t).sqrt(), f).expand_as(f)
-        return per_example(Normal(f, scale, validate_args=False))
+        return normal(f, process.beta(s, t))
 
 
 class Learned(Reverse):
@@ -96,11 +95,8 @@ class Optimal(Reverse):
     ) -> Distribution:
         process = _gaussian(process, self)
         f = process.m_t(z, prediction.e_hat, s, t)
-        # how far m_t moves when e does
-        of_e = process.m_t(torch.zeros_like(t), torch.ones_like(t), s, t)
-        variance = process.beta_tilde(s, t) + of_e.square() * self.error(t)
-        scale = over(variance.sqrt(), f).expand_as(f)
-        return per_example(Normal(f, scale, validate_args=False))
+        _, of_e = process.m_t_weights(s, t)
+        return normal(f, process.beta_tilde(s, t) + of_e.square() * self.error(t))
 
 
 class Mixture(Reverse):
