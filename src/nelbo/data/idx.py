@@ -15,7 +15,7 @@ from nelbo.data.conform import SPLITS, Found, by_split
 
 #: the third byte of a file
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-NAME = re.compile(r"(?P<stem>.*?)[-_.]?(?P<what>images|labels)[-_.]idx\d-\w+(?P<gz>\.gz)?", re.I)
+NAME = re.compile(r"(?P<stem>.*?)[-_.]?(?P<what>images|labels)[-_.]idx\d-\w+(\.gz)?", re.I)
 #: the test set of MNIST goes by a name of its own
 WORDS = {**SPLITS, "test": (*SPLITS["test"], "t10k")}
 
@@ -27,7 +27,7 @@ def is_idx(path: Path) -> bool:
 
 def images_in(folder: Path) -> list[Path]:
     """The idx files of images in a folder, by name."""
-    return [file for file in sorted(folder.iterdir()) if _what(file) == "images"]
+    return [file for file in sorted(folder.iterdir()) if _stem(file, "images") is not None]
 
 
 def read_idx(source: Path) -> Found:
@@ -83,7 +83,7 @@ def read_array(path: Path) -> np.ndarray:
 
 def _splits(folder: Path) -> dict[str, Path]:
     files = images_in(folder)
-    found = by_split(((_match(file)["stem"].lower(), file) for file in files), WORDS)
+    found = by_split(((str(_stem(file, "images")).lower(), file) for file in files), WORDS)
     if not found:
         raise ValueError(
             f"{folder} has several idx files of images, none named train; give one of them:"
@@ -94,22 +94,14 @@ def _splits(folder: Path) -> dict[str, Path]:
 
 def _labels_of(images: Path) -> Path | None:
     """The file of labels beside one of images, plain or gzipped."""
-    match = NAME.fullmatch(images.name)
-    if match is None or match["what"].lower() != "images":
+    stem = _stem(images, "images")
+    if stem is None:
         return None
-    for file in sorted(images.parent.iterdir()):
-        other = NAME.fullmatch(file.name)
-        if other and other["what"].lower() == "labels" and other["stem"] == match["stem"]:
-            return file
-    return None
+    beside = sorted(images.parent.iterdir())
+    return next((file for file in beside if _stem(file, "labels") == stem), None)
 
 
-def _what(file: Path) -> str | None:
+def _stem(file: Path, what: str) -> str | None:
+    """What stands in the name before "images" or "labels"; None where that is not `what`."""
     match = NAME.fullmatch(file.name)
-    return match["what"].lower() if match else None
-
-
-def _match(file: Path) -> re.Match[str]:
-    match = NAME.fullmatch(file.name)
-    assert match is not None
-    return match
+    return match["stem"] if match and match["what"].lower() == what else None

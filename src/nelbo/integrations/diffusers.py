@@ -203,17 +203,15 @@ def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
     if steps is None:
         low, high = (2 * math.log(config[name]) for name in ("sigma_min", "sigma_max"))
         gamma: Tensor | Schedule = Linear(low, high)
-        names: Tensor | Callable[[Tensor], Tensor] = _eighth
     else:
         scheduler.set_timesteps(_at_least_one(steps))
         gamma = gamma_of(sigmas=scheduler.sigmas[:-1].flip(0))
-        names = gamma / 8
     model = assemble(
         network,
         shape,
         predicts=head,
         gamma=gamma,
-        times=names,
+        times=_named(gamma, lambda gamma: gamma / 8),
         factor=head.factor,
         scaling=scaling,
         clip=clip,
@@ -234,17 +232,12 @@ def _flow(whole: Whole, steps: int | None, clip: bool) -> Found:
         scheduler.set_timesteps(_at_least_one(steps))
         tau = scheduler.sigmas[:-1].flip(0).double()
         gamma = 2 * (tau.log() - torch.log1p(-tau))
-    names: Tensor | Callable[[Tensor], Tensor] = (
-        (gamma / 2).sigmoid() * total
-        if isinstance(gamma, Tensor)
-        else lambda gamma: (gamma / 2).sigmoid() * total
-    )
     model = assemble(
         network,
         shape,
         predicts=Flow(),
         gamma=gamma,
-        times=names,
+        times=_named(gamma, lambda gamma: (gamma / 2).sigmoid() * total),
         factor=interpolating,
         scaling=scaling,
         clip=clip,
@@ -253,8 +246,11 @@ def _flow(whole: Whole, steps: int | None, clip: bool) -> Found:
     return model, *_times(steps)
 
 
-def _eighth(gamma: Tensor) -> Tensor:
-    return gamma / 8
+def _named(
+    gamma: Tensor | Schedule, name: Callable[[Tensor], Tensor]
+) -> Tensor | Callable[[Tensor], Tensor]:
+    """What the network calls the times of a table of γ; or, in continuous time, any."""
+    return name(gamma) if isinstance(gamma, Tensor) else name
 
 
 def _times(steps: int | None) -> tuple[Times, str]:
