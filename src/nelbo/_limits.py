@@ -237,10 +237,8 @@ class Within(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func in FACTORIES:
-            self.numbers, self.tensors = (
-                self.numbers - _count(func, args, kwargs),
-                self.tensors - 1,
-            )
+            self.numbers -= _count(func, args, kwargs)
+            self.tensors -= 1
             if min(self.numbers, self.tensors) < 0 and not trusted():
                 raise ValueError(self.why)
         return func(*args, **kwargs)

@@ -121,10 +121,8 @@ def _absorbing(config: ModelConfig, schema: Schema, schedule: schedules.Schedule
     if schema.levels is None:
         raise ValueError("the absorbing process is for integers; these data are real numbers")
     _only(config, head=("symbols",), step=("posterior",), decoder=("categorical",))
-    process, head = (
-        Absorbing(schedule, schema.levels),
-        heads.SymbolLogits(schema.levels, schema.shape),
-    )
+    process = Absorbing(schedule, schema.levels)
+    head = heads.SymbolLogits(schema.levels, schema.shape)
     network = _network(config, schema, process.channels, head.outputs)
     step, decoder = reverse.Posterior(), likelihood.Categorical()
     return Model(network, process, head, step, decoder, schema.shape)

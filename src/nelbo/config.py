@@ -183,14 +183,13 @@ def configure(
     """
     if preset not in get_args(Preset):
         raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}; got {preset!r}")
-    model, train = ModelConfig(), TrainConfig()
-    if (schema.levels or 0) > MANY_LEVELS:
+    model, train, levels = ModelConfig(), TrainConfig(), schema.levels or 0
+    if levels > MANY_LEVELS:
         # until its noise is a level: neighbours tell what is alike in all of an image
         model = replace(model, head="level-curves", gamma_min=-10.0)
-    fine = (schema.levels or 0) > FINE
+    fine = levels > FINE
     if fine:  # noise of half a level at the data's end
-        gamma_min = -2 * math.log((schema.levels or 0) - 1)
-        model = replace(model, head="velocity", gamma_min=gamma_min)
+        model = replace(model, head="velocity", gamma_min=-2 * math.log(levels - 1))
     text = schema.alphabet is not None
     if schema.kind == "table":
         model, train = _for_table(examples)

@@ -27,12 +27,12 @@ from nelbo.learner import Learner
 from nelbo.model import Model
 from nelbo.optimise import learning_rate
 
-VALIDATIONS = 5  # of a training that is given minutes
-
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from nelbo.data.tables import Frame
+
+VALIDATIONS = 5  # of a training that is given minutes
 
 
 def train(

@@ -8,7 +8,7 @@ import io
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +46,7 @@ class Contents:
     about: Mapping[str, object]
     extra: bytes = b""
     original: int = 0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def read(source: str, schema: Schema) -> Contents:

@@ -30,7 +30,6 @@ def headline(run: Run, result: Evaluation) -> str:
     """The bound, what it means, and all it takes to obtain it again."""
     value = result.nats if result.bits_per_dim is None else result.bits_per_dim
     error = result.standard_error
-    unit = "bits/dim" if result.bits_per_dim is not None else "nats"
     facts = {
         "Examples": f"{result.examples} of {result.split}, each once",
         "Data": _shape(run.config.schema),
@@ -50,7 +49,7 @@ def headline(run: Run, result: Evaluation) -> str:
     return (
         f'<header><h1>{escape(name_of(run))} <span class="muted">· nelbo report</span></h1>'
         f'<p class="number">{_rounded(value, error.total)}'
-        f" <small>± {_spread(error.total)} {unit}</small></p>"
+        f" <small>± {_spread(error.total)} {result.unit}</small></p>"
         f'<p class="lead">{_meaning(run.config.schema, result)}</p>'
         f'<dl class="facts">{listed}</dl></header>'
     )
@@ -252,7 +251,7 @@ def vectors(schema: Schema, x: Tensor, path: Trajectory) -> str:
 
 def pixels(run: Run, x: Tensor, each: np.ndarray, unit: str) -> str:
     """Images: the mean map, and the cheapest, the typical and the dearest examples."""
-    name = "bits" if unit == "bits/dim" else "nats"
+    name = unit.removesuffix("/dim")
     maps = each.sum(1)
     total = maps.sum((1, 2))
     order = np.argsort(total, kind="stable")
@@ -289,7 +288,7 @@ def _gradient() -> str:
 def columns(each: np.ndarray, unit: str) -> str:
     """Other data: the mean cost of each dimension."""
     flat = each.reshape(len(each), -1)
-    name = "bits" if unit == "bits/dim" else "nats"
+    name = unit.removesuffix("/dim")
     error = flat.std(0, ddof=1) / math.sqrt(len(flat)) if len(flat) > 1 else np.zeros(len(flat[0]))
     return _section(
         "The price of each dimension",
@@ -301,7 +300,7 @@ def columns(each: np.ndarray, unit: str) -> str:
 
 def table(schema: Schema, x: Tensor, made: Tensor, each: np.ndarray, unit: str) -> str:
     """A table: the mean cost of each column, and synthetic rows beside real ones."""
-    name = "bits" if unit == "bits/dim" else "nats"
+    name = unit.removesuffix("/dim")
     head = ("column", name, "distance", "of two real samples", "missing, real / synthetic")
     return _section(
         "Columns",
