@@ -234,11 +234,14 @@ def test_curves_and_costs_are_of_one_measurement(digits):
     )
 
 
-def test_path_ends_in_the_ancestral_samples(run):
+@pytest.mark.parametrize("numbers", [2**23, 1], ids=["at once", "row by row"])
+def test_path_ends_in_the_ancestral_samples(run, numbers, monkeypatch):
+    monkeypatch.setattr("nelbo.model.ROWS", numbers)
     path = trajectory(run.model, 7, Grid.uniform(9), seed=6)
     assert torch.equal(path.x, ancestral(run.model, 7, Grid.uniform(9), seed=6))
     assert path.times[0] == 1 and path.times == sorted(path.times, reverse=True)
     assert len(path.times) == len(path.z) == len(path.e_hat) == 8
+    assert all(len(seen) == 7 for seen in (*path.z, *path.e_hat))
 
 
 def test_axis_is_readable_with_a_far_value():

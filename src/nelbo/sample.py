@@ -50,7 +50,7 @@ def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return _sample(model.at(rows).likelihood(z, t))
 
-    return _descend(model, count, times, seed, step, decode, track=track)
+    return descend(model, count, times, seed, step, decode, track=track)
 
 
 def probability_flow(
@@ -76,7 +76,7 @@ def probability_flow(
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return model.at(rows).likelihood(z, t).mode
 
-    return _descend(model, count, times, seed, step, decode, track=track)
+    return descend(model, count, times, seed, step, decode, track=track)
 
 
 def complete(
@@ -125,7 +125,7 @@ def complete(
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return torch.where(known[rows], x[rows], _sample(model.at(rows).likelihood(z, t)))
 
-    return _descend(model, len(x), times, seed, step, decode, start, track)
+    return descend(model, len(x), times, seed, step, decode, start, track)
 
 
 def _sample(distribution: Distribution) -> Tensor:
@@ -133,7 +133,7 @@ def _sample(distribution: Distribution) -> Tensor:
         return distribution.sample()
 
 
-def _descend(
+def descend(
     model: Model,
     count: int,
     times: Grid,
@@ -143,7 +143,18 @@ def _descend(
     start: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda rows, z, t: z,
     track: Track = iter,
 ) -> Tensor:
-    """From z_T down to z_1 and x, as many rows at a time as memory allows."""
+    """From z_T down to z_1 and x, as many rows at a time as memory allows.
+
+    Args:
+        model: the model.
+        count: number of samples.
+        times: the grid.
+        seed: everything random follows from it.
+        step: z_s of these rows, given z_t, s and t.
+        decode: x of these rows, given z_1 and its time.
+        start: z_T of these rows, given a draw of the prior and the last time.
+        track: wraps the steps, for a progress bar.
+    """
     if count < 1:
         raise ValueError(f"the number of samples must be at least 1; got {count}")
     grid = times.times.to(model.device)

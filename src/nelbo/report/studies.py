@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import LOG_2, draw, seeded
+from nelbo._processes import each_alone
 from nelbo._progress import Track
 from nelbo.codec.codec import check_codable
 from nelbo.codec.coding import compress, decompress
@@ -18,12 +19,13 @@ from nelbo.codec.stack import constriction
 from nelbo.data import Schema
 from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
-from nelbo.heads import LevelLogits
-from nelbo.model import Model, measuring
+from nelbo.heads import LevelLogits, Prediction
+from nelbo.model import Model
 from nelbo.process import Absorbing, Gaussian
 from nelbo.report.dimensions import by_dimension
 from nelbo.report.figures import StepCurve
 from nelbo.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
+from nelbo.sample import descend
 
 STEPS = (2, 4, 8, 16, 32, 64)
 CODED_STEPS = (4, 8, 16, 64)
@@ -166,18 +168,24 @@ def trajectory(
     model: Model, count: int, times: Grid, seed: int, track: Track = iter
 ) -> Trajectory:
     """The samples of `sample.ancestral` on a grid, with what happened on the way."""
-    grid, steps = times.times.to(model.device), len(times.times)
-    shots = set(torch.linspace(0, steps - 1, 8).round().int().tolist())
-    seen: list[tuple[float, Tensor, Tensor]] = []
-    with measuring(model), seeded(seed):
-        z = model.process.prior(model.shape, grid[-1].expand(count)).sample()
-        for i in track(range(steps - 1, -1, -1)):
-            t = grid[i].expand(count)
-            prediction = model.predict(z, t)
-            if i in shots:
-                seen.append((grid[i].item(), z.cpu(), prediction.e_hat.cpu()))
-            if i > 0:
-                z = draw(model.step(prediction, z, grid[i - 1].expand(count), t, model.process))
-        x = model.decoder(prediction, z, t, model.process).sample()
-    at, z_t, e_hat = zip(*seen, strict=True)
-    return Trajectory(x.cpu(), list(at), list(z_t), list(e_hat))
+    shots = times.times[torch.linspace(len(times.times) - 1, 0, 8).round().long()].tolist()
+    seen: dict[float, list[tuple[Tensor, Tensor]]] = {t: [] for t in shots}
+
+    def predict(rows: Tensor, z: Tensor, t: Tensor) -> Prediction:
+        found = model.at(rows).predict(z, t)
+        if (at := t[0].item()) in seen:
+            seen[at].append((z.cpu(), found.e_hat.cpu()))
+        return found
+
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return draw(model.step(predict(rows, z, t), z, s, t, model.process))
+
+    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return model.decoder(predict(rows, z, t), z, t, model.process).sample()
+
+    with each_alone():  # what is seen is of all rows
+        x = descend(model, count, times, seed, step, decode, track=track)
+    z, e_hat = (
+        [torch.cat([pair[k] for pair in pairs]) for pairs in seen.values()] for k in (0, 1)
+    )
+    return Trajectory(x.cpu(), list(seen), z, e_hat)
