@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from PIL import Image
+from test_cli import run_ok
 from test_codec import changed
 
 from nelbo import checkpoint
@@ -24,12 +25,6 @@ from nelbo.estimate import Grid
 pytest.importorskip("constriction")
 GRID = ("--steps", 2, "--grid", "uniform")
 TINY = ("--steps", 2, "--batch", 8, "--width", 32, "--depth", 1)
-
-
-def run_ok(*arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    assert stop.value.code in (0, None)
 
 
 def fails(capsys, code, *arguments):

@@ -6,12 +6,12 @@ import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from files import chunk
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -420,11 +420,6 @@ def zipped(**members: bytes) -> bytes:
 
 def png(width: int, height: int) -> bytes:
     """A PNG that claims a size and has no pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + crc
-
     claim = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + claim + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 

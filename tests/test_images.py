@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from files import chunk
 from PIL import Image
 
 from nelbo.data import Label, Schema, fingerprint, load, load_like, rows
@@ -100,11 +101,6 @@ def test_a_transparent_colour_is_transparent(tmp_path):
 
 def deep_png(x: np.ndarray) -> bytes:
     """A PNG file of 16 bits, (H, W, 1 to 4), which Pillow cannot write in colour."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + crc
-
     h, w, c = x.shape
     header = struct.pack(">IIBBBBB", w, h, 16, {1: 0, 2: 4, 3: 2, 4: 6}[c], 0, 0, 0)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in x)

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from test_cli import run_ok
 
 from nelbo import data
 from nelbo.cli import main
@@ -33,12 +34,6 @@ def people(tmp_path):
     path = tmp_path / "people.csv"
     path.write_text(PEOPLE)
     return path
-
-
-def run_ok(*arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    assert stop.value.code in (0, None)
 
 
 def write(tmp_path, content, name="t.csv"):
