@@ -53,6 +53,15 @@ def x():
         return torch.randint(0, 4, (2 * BLOCK + 5, 3), dtype=torch.uint8)
 
 
+@pytest.mark.parametrize("spent", [{"calls": 4}, {"target_error": 0.01}], ids=["calls", "target"])
+def test_a_network_that_says_nothing_finite_is_measured_so(model, x, spent):
+    """No number where there is none, nor an error; and it ends."""
+    model.network.weight.data.fill_(math.nan)
+    result = evaluate(model, x, **spent)
+    error = result.standard_error
+    assert all(map(math.isnan, (result.nats, error.total, error.data, error.monte_carlo)))
+
+
 def test_variates_change_the_error_only(model, x):
     """Without what is known of the costs the estimate is of the same bound, and less exact."""
     whole, plain = evaluate(model, x, calls=64), evaluate(model, x, calls=64, variates=False)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,3 +329,18 @@ with together() as rank:
 """
     said = [ended.out.strip() for ended in launch(["-c", script], 2)]
     assert said == ["[0, 2, 4] [0, 2, 4] 1", "[1, 3] [1, 3] 1"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed on Linux")
+def test_no_thread_of_the_group_outlives_it():
+    """One that did would abort the end of Python, whenever it then let go of a tensor."""
+    script = """
+from pathlib import Path
+from nelbo import _processes
+with _processes.together():
+    import torch.distributed.nn  # an optimiser does, by the compiler
+    _processes.gather(0)
+tasks = Path("/proc/self/task").glob("*/comm")
+print([name for name in (task.read_text().strip() for task in tasks) if "gloo" in name])
+"""
+    assert [ended.out.strip() for ended in launch(["-c", script], 2)] == ["[]", "[]"]

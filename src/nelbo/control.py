@@ -82,7 +82,7 @@ def _generator(z: Tensor) -> Tensor:
 
 @contextmanager
 def _same_noise(draw: Draw) -> Iterator[None]:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([draw.z.device] if draw.z.is_cuda else []):
         if draw.z.is_cuda:
             torch.cuda.set_rng_state(draw.state, draw.z.device)
         else:

@@ -324,7 +324,9 @@ def _learn(
 
 def _first_round(way: Plan, examples: int, calls: float, cells: int, scored: bool) -> Plan:
     """The plan of the first draws for a target that may take so many calls per example."""
-    first = FIRST * calls / way.replicates if math.isfinite(calls) else 1.0
+    if not math.isfinite(calls):  # no number of calls will do, and one round shows it
+        calls = way.replicates / FIRST
+    first = FIRST * calls / way.replicates
     least = max(FEWEST, math.ceil(first * examples))
     if least < examples and not scored:
         return _sampled(way, least)

@@ -15,7 +15,7 @@ import torch
 import nelbo
 from nelbo._files import keep, kept
 from nelbo._numerics import seeded
-from nelbo._processes import at_first
+from nelbo._processes import at_first, world
 from nelbo.allocate import EVEN, Allocation, Cells, pilot
 from nelbo.checkpoint import Run
 from nelbo.control import Controls
@@ -46,24 +46,29 @@ class Pilots:
             ValueError: it is not in the folder, and the data of the run are not there.
         """
         draws = 2 ** round(math.log2(draws))  # some draws more or less change little
-        return at_first(lambda: self._found(cells, controls, draws, replicates))
-
-    def _found(self, cells: Cells, controls: Controls, draws: int, replicates: int) -> Allocation:
         times = f"{cells.times.steps} steps {fingerprint(cells.edges)}"
         key = f"{model_hash(self.run.model)}, {times}, {draws} x {replicates}, {nelbo.__version__}"
-        if (known := _allocation(kept(self.path).get(key), cells, controls)) is not None:
+        known = at_first(lambda: _allocation(kept(self.path).get(key), cells, controls))
+        if known is not None:
             return known
+        first = world()[0] == 0
+        if first:
+            self.tell(
+                f"a pilot of {ROWS * cells.count} network calls on the validation split, once: it"
+                f" is kept in {self.path}"
+            )
+        # by all alike: none waits long for another
+        made = self._made(cells, controls, draws, replicates)
+        if first:
+            keep(self.path, key, {k: v.tolist() for k, v in vars(made).items()})
+        return at_first(lambda: made)
+
+    def _made(self, cells: Cells, controls: Controls, draws: int, replicates: int) -> Allocation:
         model, x, _ = self.run.law(split="validation")
-        self.tell(
-            f"a pilot of {ROWS * cells.count} network calls on the validation split, once: it is"
-            f" kept in {self.path}"
-        )
         own = copy.copy(controls)
         own.model = model
         with measuring(model), seeded(0, 5):
-            found = pilot(cells, own, x, ROWS, draws, replicates)
-        keep(self.path, key, {k: v.tolist() for k, v in vars(found).items()})
-        return found
+            return pilot(cells, own, x, ROWS, draws, replicates)
 
 
 def _allocation(numbers: object, cells: Cells, controls: Controls) -> Allocation | None:

@@ -112,7 +112,7 @@ class Visits:
         if len(each) == 1:
             return StandardError(math.nan, math.nan, monte_carlo)
         spread = (each.var() - self._noise().mean()).item()
-        data = math.sqrt(max(0.0, spread / len(self.known)))
+        data = math.sqrt(max(spread, 0.0) / len(self.known))
         return StandardError(math.hypot(data, monte_carlo), data, monte_carlo)
 
     def missing(self, error: float) -> dict[int, int]:
