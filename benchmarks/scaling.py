@@ -3,7 +3,9 @@
     python benchmarks/scaling.py --processes 2 --batch 128 --steps 30
 
 Every process has one thread, so that P cores are compared with one. The efficiency is the rate on
-P over P times the rate on one; with fewer idle cores than processes it says nothing.
+P over P times the rate on one. No more can be had than the cores allow: of P trainings at once
+that share nothing each is slower than one alone, and all wait for the slowest where they share a
+step. What is lost beyond that is the message and the waiting of each step.
 """
 
 import argparse
@@ -49,15 +51,27 @@ def main() -> None:
     if given.measure:
         measure(given.batch, given.steps, given.dropout)
         return
-    rates = []
-    for processes in (1, given.processes):
+    shared = [f"--{k}={getattr(given, k)}" for k in ("batch", "steps", "dropout")]
+
+    def start(processes: int) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes), __file__, "--measure"]
-        command += [f"--{k}={getattr(given, k)}" for k in ("batch", "steps", "dropout")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=3600)
-        rates.append(float(done.stdout.splitlines()[-1]))
-        print(f"{processes} processes: {rates[-1]:.1f} examples/s")
-    print(f"efficiency {rates[1] / rates[0] / given.processes:.3f}")
+        command += ["--nproc_per_node", str(processes), __file__, "--measure", *shared]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def rate(started: subprocess.Popen[str]) -> float:
+        out, _ = started.communicate(timeout=3600)
+        if started.returncode:
+            sys.exit(f"a training ended with exit code {started.returncode}")
+        return float(out.splitlines()[-1])
+
+    p = given.processes
+    one = rate(start(1))
+    print(f"1 process: {one:.1f} examples/s")
+    apart = p * min([rate(each) for each in [start(1) for _ in range(p)]])
+    print(f"{p} that share nothing, {p} times the slowest: {apart:.1f}, {apart / one / p:.3f}")
+    together = rate(start(p))
+    print(f"{p} together: {together:.1f}, efficiency {together / one / p:.3f}")
+    print(f"of what the cores allow: {together / apart:.3f}")
 
 
 if __name__ == "__main__":
