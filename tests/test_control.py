@@ -510,3 +510,39 @@ def test_the_terms_of_the_reference_are_between():
     torch.testing.assert_close(normal[..., 1:].mean(0), torch.zeros_like(normal[0, :, 1:]))
     spread = normal[..., 1:].std(0, correction=0)
     torch.testing.assert_close(spread, torch.ones_like(spread))
+
+
+def test_the_roughness_of_images_is_between():
+    """Σ log(1 + |difference of neighbours|/s), s in units of the mean difference: by loops."""
+    process = Gaussian(Linear(-4.0, 4.0), Levels(4))
+    data = torch.randint(4, (69, 2, 3, 3), generator=torch.Generator().manual_seed(0))
+    head, step = LevelLogits(process.embedding.values), Posterior()
+    network = Formula(lambda z, level: z[..., None].expand(*z.shape, 4))
+    controls = Controls(Model(network, process, head, step, LevelHead(), (2, 3, 3)), data, EDGES)
+
+    def differences(image):
+        for c, i, j in itertools.product(range(2), range(3), range(3)):
+            for k, m in ((i + 1, j), (i, j + 1)):
+                if k < 3 and m < 3:
+                    yield abs(image[c][i][j] - image[c][k][m])
+
+    each = [list(differences(image)) for image in data.tolist()]
+    mean = sum(map(sum, each)) / sum(map(len, each))
+    expected = [
+        [sum(math.log1p(d / s / mean) for d in one) for s in (1 / 16, 1, 16)] for one in each
+    ]
+    expected = torch.tensor(expected, dtype=torch.float64)
+    found = controls._phi(data)[..., :3]
+    torch.testing.assert_close(found, expected[:, None].expand(-1, 4, -1))
+
+
+def test_images_without_neighbours_or_differences_have_no_roughness():
+    """One pixel has none, and a single colour divides by nothing."""
+    one = Gaussian(Linear(-4.0, 4.0), Levels(4))
+    head, network = LevelLogits(one.embedding.values), Formula(lambda z, level: z)
+    for side in (1, 2):
+        model = Model(network, one, head, Posterior(), LevelHead(), (3, side, side))
+        x = torch.full((40, 3, side, side), 2)
+        controls = Controls(model, x, EDGES)
+        assert (controls.roughness is None) == (side == 1)
+        assert controls.between(x).isfinite().all()
