@@ -5,7 +5,6 @@ off. What is estimated with its help is unbiased whatever it says, as long as al
 chance; that is checked where a file is read.
 """
 
-import contextlib
 import copy
 import json
 import math
@@ -58,17 +57,17 @@ class Pilots:
         if (known := _allocation(_read(self.path).get(key), cells, controls)) is not None:
             return known
         model, x, _ = self.run.law(split="validation")
-        self.tell(
-            f"a pilot of {ROWS * cells.count} network calls on the validation split, once: it is"
-            f" kept in {self.path}"
-        )
+        self.tell(f"a pilot of {ROWS * cells.count} network calls on the validation split")
         own = copy.copy(controls)
         own.model = model
         with measuring(model), seeded(0, 5):
             found = pilot(cells, own, x, ROWS, draws, replicates)
         document = _read(self.path) | {key: {k: v.tolist() for k, v in vars(found).items()}}
-        with contextlib.suppress(OSError):  # a folder that is read only
+        try:
             write(self.path, (json.dumps(document) + "\n").encode())
+            self.tell(f"the pilot is kept in {self.path}, for later evaluations")
+        except OSError as error:  # a folder that is read only
+            self.tell(f"the pilot is not kept: {error.filename}: {error.strerror}")
         return found
 
 
