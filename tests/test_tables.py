@@ -446,4 +446,4 @@ def test_from_a_file_to_a_synthetic_file(tmp_path, capsys):
     run_ok("evaluate", run, "--data", out, "--calls", "4", "--steps", "3")
     with pytest.raises(SystemExit):
         main(["sample", run, "--out", str(tmp_path / "s.png")])
-    assert "no images" in capsys.readouterr().err
+    assert "ends in .csv or .tsv or .parquet" in capsys.readouterr().err
