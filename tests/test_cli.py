@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import nelbo
 from nelbo import _files
+from nelbo._progress import progress_bar
 from nelbo.cli import app, main
 
 
@@ -47,6 +48,15 @@ def test_version_and_help(capsys):
     run_ok("train", "--help")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())  # lines as they fit
     assert "--resume" in text and "1800" in text and "[default: cpu]" in text
+
+
+def test_a_bar_fits_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    note = "bound 2.783, validation 2.405 bits/dim"
+    with progress_bar("train", 12_574) as update:
+        update(12_574, note)
+    bar = capsys.readouterr().err
+    assert "12574/12574" in bar and note in bar and "0:00:00" in bar
 
 
 def test_evaluate_json(trained, capsys):
@@ -191,6 +201,7 @@ def test_bad_options(trained, tmp_path, capsys):
         (("evaluate", trained, "--calls", "inf"), "and finite; got inf"),
         (("evaluate", trained, "--split", "tset"), "train, validation, test; got 'tset'"),
         (("sample", trained, "--out", tmp_path / "x.gif"), ".png or .npz"),
+        (("sample", trained), ".png or .npz; got none"),
         (("sample", trained, "--out", tmp_path / "x.png", "--n", 0), "at least 1; got 0"),
         (("sample", trained, "--out", tmp_path / "x.png", "--steps", 0), "at least 1; got 0"),
         (("sample", trained, "--out", "/proc/x.png", "--n", 1, "--steps", 1), "/proc"),

@@ -53,7 +53,9 @@ def settings(steps, **options):
 def there_and_back(model, x, how, **options):
     """The file of x, which came back exactly."""
     data = compress(model, x, how, verify=False, **options)
-    back = decompress(data, model).x
+    shown = []
+    back = decompress(data, model, done=shown.append).x
+    assert sum(shown) == len(x)
     assert torch.equal(back.long(), x.long()) and back.shape == x.shape
     return data
 

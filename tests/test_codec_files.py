@@ -233,10 +233,12 @@ def test_densities_and_conditions_have_no_code(tmp_path, capsys):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "real.npy", rng.normal(size=(40, 3)))
     np.savez(tmp_path / "given.npz", x=rng.integers(0, 4, (40, 3)), y=rng.integers(0, 2, 40))
+    (tmp_path / "fine.csv").write_text("a\n" + "\n".join(map(str, 7.25 * rng.permutation(999))))
     given = ("--condition", "class")
     for name, options, words in [
         ("real.npy", (), "only discrete data"),
         ("given.npz", given, "without --condition"),
+        ("fine.csv", (), "declare a coarser precision"),
     ]:
         run = tmp_path / f"run of {name}"
         run_ok("train", tmp_path / name, "--out", run, *TINY, *options)

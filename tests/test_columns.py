@@ -233,6 +233,29 @@ def test_numbers_integrate_and_cells_sum_to_one_in_the_units_of_the_data():
     assert share == pytest.approx(cells.log_prob(torch.zeros(1, 1)).exp().item(), abs=0.03)
 
 
+@pytest.mark.parametrize("unit", [2.0**-40, 2.0**40])
+def test_the_unit_of_a_density_is_a_factor(unit):
+    """Also of 1e18 ± 1e12: a cell that a column does not have has no gradient, whatever it is."""
+    income = 1e6 + torch.randn(64, 1, generator=torch.Generator().manual_seed(0)).double()
+
+    def log_density(x):
+        schema = Schema.of_table([Column("income", "real")])
+        with seeded(0):
+            model = build(configure(schema, 64, width=16, depth=1)[0], schema)
+        model.start_from(x)
+        model.double().eval()
+        t = torch.full((64,), 0.1).double()
+        found = model.likelihood(model.embed(x), t).log_prob(x).sum()
+        found.backward()
+        return found.item(), [p.grad for p in model.parameters() if p.grad is not None]
+
+    (one, gradient), (other, of_other) = log_density(income), log_density(income * unit)
+    assert other == pytest.approx(one - 64 * math.log(unit), rel=1e-9)
+    assert any(g.abs().max() > 0 for g in gradient)
+    for a, b in zip(gradient, of_other, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_codes_that_a_column_lacks_have_no_probability(model):
     z = model.process.prior(model.shape, torch.ones(50).double()).sample()
     with seeded(1):

@@ -364,15 +364,16 @@ class Code:
 def test_files_that_are_no_weights(tmp_path, capsys):
     """Nothing in a file is run; what cannot be used is one sentence."""
     file = tmp_path / "model.pt"
-    file.with_suffix(".json").write_text(json.dumps(OPENAI))
 
     def refused(words, kind=ValueError):
         with pytest.raises(kind, match=words) as error:
             load(f"openai:{file}")
         assert "\n" not in str(error.value)
 
-    refused("does not exist", FileNotFoundError)
+    refused("model.pt does not exist", FileNotFoundError)
     torch.save({"weights": Code()}, file)
+    refused("model.json does not exist; write there the flags", FileNotFoundError)
+    file.with_suffix(".json").write_text(json.dumps(OPENAI))
     refused("not a file of tensors")
     assert "code was run" not in capsys.readouterr().out
     file.write_bytes(b"nothing")

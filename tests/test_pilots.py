@@ -114,20 +114,27 @@ def test_a_file_from_elsewhere_is_not_read(run, tmp_path):
     assert kept(run.path / FILE) == {}
 
 
+def told(run):
+    lines = []
+    x = run.examples()[0][:8]
+    evaluate(run.model, x, times=Grid.uniform(STEPS), calls=4, pilots=Pilots(run, lines.append))
+    return lines
+
+
 def test_a_folder_that_is_read_only_is_no_matter(run, monkeypatch):
     def refuse(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(_files, "write", refuse)
-    measured(run)
+    begins, ends = told(run)
+    assert begins.startswith("a pilot of")
+    assert ends == f"the pilot is not kept: {run.path / FILE}: Permission denied"
     assert not (run.path / FILE).exists()
 
 
 def test_it_says_what_it_does(run):
-    told = []
-    x = run.examples()[0][:8]
-    evaluate(run.model, x, times=Grid.uniform(STEPS), calls=4, pilots=Pilots(run, told.append))
-    assert told == [
-        f"a pilot of {STEPS * pilots.ROWS} network calls on the validation split, once: it is kept"
-        f" in {run.path / FILE}"
+    assert told(run) == [
+        f"a pilot of {STEPS * pilots.ROWS} network calls on the validation split",
+        f"the pilot is kept in {run.path / FILE}, for later evaluations",
     ]
+    assert told(run) == []

@@ -73,6 +73,12 @@ def test_what_rows_are_good_for(seen, held, alike, apart):
     assert good[0].always == pytest.approx(0.5, abs=0.08)
 
 
+def test_a_category_with_nearly_as_many_values_as_rows_is_no_warning():
+    columns = (Column("a", "real"), Column("c", "category", categories=tuple(map(str, range(30)))))
+    rows = Rows.of(torch.stack([torch.arange(40.0), 1 + torch.arange(40.0) % 30], 1), columns)
+    assert [u.name for u in quality.use(rows, rows, rows)] == ["a", "c"]
+
+
 def test_rows_without_a_pair_or_with_a_constant_have_a_figure():
     x = torch.ones(20, 1, dtype=torch.float64)
     rows = Rows.of(x, COLUMNS[:1])

@@ -173,7 +173,9 @@ def test_what_is_missing_is_one_sentence(store, monkeypatch):
     with pytest.raises(ValueError, match="is a chain of URLs"):
         here("simplecache::memory://x")
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ValueError, match="s3://b/x cannot be read: Install s3fs"):
+    with pytest.raises(
+        ValueError, match=r"s3://b/x cannot be read: Install s3fs.*; nelbo\[remote\]"
+    ):
         here("s3://b/x")
     monkeypatch.setenv("NELBO_OFFLINE", "1")
     with pytest.raises(ValueError, match="NELBO_OFFLINE=1 says to stay here"):

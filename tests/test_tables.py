@@ -1,5 +1,6 @@
 """Tables: what is inferred, round trips, and what is refused with a sentence."""
 
+import datetime
 import json
 import math
 
@@ -16,7 +17,7 @@ from nelbo.data.inference import infer_columns, lattice
 from nelbo.data.layout import Column, groups, log_cells, places
 from nelbo.data.schema import Schema
 from nelbo.evaluate import evaluate
-from nelbo.inspection import inspect_table
+from nelbo.inspection import inspect, inspect_table
 from nelbo.report import tables as tables_of_report
 from nelbo.report.dimensions import by_column
 from nelbo.train import resume, train
@@ -139,6 +140,26 @@ def test_parquet_types_are_understood(tmp_path):
     ]
 
 
+def test_headings_may_be_quoted_as_cells_are(tmp_path):
+    names = ['say "hi"', "a, b", "two\nlines", " space ", "größe"]
+    frame = pl.DataFrame({name: ["x", 'y "z"'] for name in names})
+    for suffix in tables.SEPARATORS:
+        path = write(tmp_path, b"\xef\xbb\xbf" + tables.to_bytes(frame, suffix), f"t{suffix}")
+        assert tables.read(path).equals(frame)
+
+
+def test_an_inspection_shows_columns_of_every_type(tmp_path):
+    day = datetime.date(2020, 1, 1)
+    frame = pl.DataFrame(
+        {"x": [1, 2, 3], "day": [day, day, None], "list": [[1, 2]] * 3, "row": [{"a": 1}] * 3}
+    )
+    frame.write_parquet(tmp_path / "t.parquet")
+    found = inspect(tmp_path / "t.parquet")
+    assert [(c.distinct, c.missing) for c in found.columns] == [(3, 0), (1, 1), (1, 0), (1, 0)]
+    assert found.schema == Schema.of_table([Column("x", "rounded", 1.0, 1.0, 3.0)])
+    assert len(found.warnings) == 3 and "--schema" in found.warnings[0]
+
+
 def test_a_constant_column_and_a_mixed_one_are_categories_with_a_note(tmp_path):
     path = write(tmp_path, "a,b,c\n5,1,2\n5,x,3\n5,3,4\n")
     columns, notes = infer_columns(tables.read(path))
@@ -159,7 +180,7 @@ def test_a_constant_column_and_a_mixed_one_are_categories_with_a_note(tmp_path):
         ("a,b\n", "t.csv", "0 rows"),
         ("", "t.csv", "0 rows"),
         ("a,b\n1,inf\n2,3\n", "t.csv", "'b'.*infinite.*row 1"),
-        ("a,b\n1,\n2,\n", "t.csv", "'b' has no value"),
+        ("a,b\n1,\n2,\n", "t.csv", "'b' has no value.*leave it out with --schema"),
         ("a\n" + "\n".join(f"{i}" for i in range(100)) + "\nzz\n", "t.csv", "'zz' in row 101"),
         ("a\n" + "\n".join(f"w{i // 2}" for i in range(4000)), "t.csv", "2000 different texts"),
         ("a\n" + "\n".join(f"w{i}" for i in range(100)), "t.csv", "100 different texts.*100 rows"),
@@ -373,8 +394,11 @@ def test_an_inspection_says_what_speaks_against_a_likelihood(tmp_path, capsys):
     assert "integer, 4 levels" in text and "not usable" in text
     assert "'who' has 60 different texts" in text and "c is always 7" in text
     assert "v has 4 different values in 60 rows" in text
+    assert "examples are" not in text
     run_ok("inspect", path, "--json")
-    assert json.loads(capsys.readouterr().out)["schema"] is None
+    usable = json.loads(capsys.readouterr().out)
+    assert [column["name"] for column in usable["schema"]["columns"]] == ["k", "v", "c"]
+    assert len(data.load(path, schema=declare(tmp_path, usable)).schema.columns) == 3
     run_ok(
         "inspect", path, "--json", "--schema", declare(tmp_path, [{"name": "v"}, {"name": "k"}])
     )
@@ -417,4 +441,4 @@ def test_from_a_file_to_a_synthetic_file(tmp_path, capsys):
     run_ok("evaluate", run, "--data", out, "--calls", "4", "--steps", "3")
     with pytest.raises(SystemExit):
         main(["sample", run, "--out", str(tmp_path / "s.png")])
-    assert "no images" in capsys.readouterr().err
+    assert "ends in .csv or .tsv or .parquet" in capsys.readouterr().err

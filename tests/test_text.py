@@ -128,6 +128,25 @@ def test_bad_texts_are_refused_in_a_sentence(tmp_path, content, options, message
         data.load(path, **options)
 
 
+def test_the_size_that_is_proposed_fits_every_split(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("some words, and a few more")
+    with pytest.raises(ValueError, match=r"try --size \d+$") as error:
+        data.load(path)
+    data.load(path, size=int(str(error.value).split()[-1]))
+
+
+@pytest.mark.parametrize("content", [b"too short", "Grüße".encode("latin-1") * 99])
+def test_what_a_model_fixes_is_not_proposed(file, tmp_path, content):
+    """Chunks of a model have a length, and its symbols are characters, whatever is measured."""
+    schema = data.load(file, size=LENGTH).schema
+    path = tmp_path / "other.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"give more text|save it as UTF-8") as error:
+        data.load_like(path, schema)
+    assert "--" not in str(error.value)
+
+
 def test_a_text_is_not_for_a_model_of_vectors(file):
     with pytest.raises(ValueError, match="no text"):
         data.load_like(file, Schema("levels", (LENGTH,), 256))
@@ -179,7 +198,7 @@ def test_text_from_the_command_line(tmp_path, file, capsys):
     assert out.read_text() == printed
     with pytest.raises(SystemExit):
         main(["sample", run, "--out", str(tmp_path / "samples.png")])
-    assert "no images" in capsys.readouterr().err
+    assert "ends in .txt or .npz" in capsys.readouterr().err
 
 
 def test_what_is_no_text_is_not_printed():

@@ -2,7 +2,7 @@
 
 Every file is written under a temporary name, synced and renamed. Tensors are safetensors, and come
 with their SHA-256, so that what the disk damaged later is not taken for them. What can be found
-again (`kept`) is a JSON object, and no error where it cannot be read or written.
+again (`kept`) is a JSON object, and no error where it cannot be read.
 """
 
 import contextlib
@@ -82,10 +82,14 @@ def kept(path: Path) -> dict[str, object]:
 
 
 def keep(path: Path, key: str, value: object) -> None:
-    """Add to what is `kept` in a file, with what others added meanwhile, where that can be."""
+    """Add to what is `kept` in a file, with what others added meanwhile.
+
+    Raises:
+        OSError: it cannot be written, as in a folder that is read only.
+        ValueError: a number is not finite.
+    """
     document = kept(path) | {key: value}
-    with contextlib.suppress(OSError, ValueError):  # a folder that is read only; a NaN
-        write(path, (json.dumps(document, allow_nan=False) + "\n").encode())
+    write(path, (json.dumps(document, allow_nan=False) + "\n").encode())
 
 
 def check_writable(path: Path) -> None:

@@ -14,6 +14,7 @@ Each is whole or not there, but for a last line of metrics.jsonl; tensors are wh
 (`_files`).
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -235,7 +236,8 @@ class Run:
                 ) from None
             times = best_grid(model, x, steps, track=track).times.tolist()
             if world()[0] == 0:
-                keep(path, key, times)
+                with contextlib.suppress(OSError):  # a folder that is read only
+                    keep(path, key, times)
         return Grid(times)
 
 

@@ -56,7 +56,8 @@ class Inspection:
         source: what was inspected.
         rows: examples.
         columns: of a table; else none.
-        schema: what a model of it would know; None where columns cannot be modelled.
+        schema: what a model of it would know, of the columns that can be modelled; None without
+            such columns.
         warnings: what makes a likelihood meaningless, or was not taken as it may seem.
         splits: examples in each split of other data.
     """
@@ -165,20 +166,18 @@ def inspect_table(
         if note:
             warnings.append(note)
     columns = [report.column for report in reports if report.column is not None]
-    whole = len(columns) == len(reports)
     copies = frame.height - frame.select(names).n_unique()
     if copies and any(column.kind == "real" for column in columns):
         warnings.append(
             f"{copies} of {frame.height} rows are copies of others: a density of real columns can"
             " grow without bound there, and copies may fall into both training and test"
         )
-    schema = Schema.of_table(columns) if whole else None
+    schema = Schema.of_table(columns) if columns else None
     return Inspection(source, frame.height, tuple(reports), schema, tuple(warnings), {})
 
 
 def _report(series: "Series", column: Column | None) -> ColumnReport:
-    text = tables.texts(series) if column is not None else series.cast(str, strict=False)
-    known = text.drop_nulls()
+    known = (series if column is None else tables.texts(series)).drop_nulls()
     values = ""
     if column is not None and column.kind in ("real", "rounded"):
         number = tables.numbers(series)
@@ -189,7 +188,7 @@ def _report(series: "Series", column: Column | None) -> ColumnReport:
         names = [f"{v} {100 * n / len(known):.0f}%" for v, n in most.head(SHOWN).iter_rows()]
         values = ", ".join(names) + (", .." if len(most) > SHOWN else "")
     return ColumnReport(
-        series.name, _kind(column), values, known.n_unique(), len(text) - len(known), column
+        series.name, _kind(column), values, known.n_unique(), len(series) - len(known), column
     )
 
 
@@ -233,7 +232,7 @@ def show(found: Inspection) -> None:
         sizes = ", ".join(f"{count} {name}" for name, count in found.splits.items())
         console.print(f"{found.source}: {sizes}", highlight=False, markup=False)
     schema = found.schema
-    if schema is not None:
+    if schema is not None and all(column.column for column in found.columns):
         unit = "a density, in nats" if schema.density else "a probability, in bits"
         shape = " x ".join(map(str, schema.shape))
         levels = f" of {schema.levels} levels" if schema.levels else ""

@@ -322,11 +322,12 @@ class _OfNumbers(Distribution):
         missing = value.isnan()
         x = torch.where(missing, self.transform.x[:, 0], value).double()
         law = Normal(self.loc, self.scale, validate_args=False)
-        density = (
-            law.log_prob(self.transform(x)[..., None]) + self.transform.log_slope(x)[..., None]
-        )
+        e = self.transform(x)
+        density = law.log_prob(e[..., None]) + self.transform.log_slope(x)[..., None]
+        # a cell where there is none: one of e, whose gradient is a number in any unit
         lower, upper = (
-            self.transform(x + d)[..., None] for d in (-self.width / 2, self.width / 2)
+            torch.where(self.rounded, self.transform(x + side * self.width), e + side)[..., None]
+            for side in (-0.5, 0.5)
         )
         of_cell = log_between(*((v - self.loc) / self.scale for v in (lower, upper)))
         rounded = self.rounded[..., None]

@@ -119,31 +119,26 @@ def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
     Raises:
         ValueError: a suffix that such examples are not written to.
     """
-    if out is None or out.suffix.lower() == ".txt":
-        if schema.alphabet is None:
-            raise ValueError(
-                f"samples of shape {schema.shape} are no text; write"
-                f" {'a .png or' if len(schema.shape) == 3 else 'a'} .npz file with --out"
-            )
-        alphabet = schema.alphabet
+    images = len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4)
+    kinds = [".txt"] if schema.alphabet is not None else [".png"] if images else []
+    kinds += [*(tables.FILES if schema.columns else ()), ".npz"]
+    suffix = ".txt" if out is None else out.suffix.lower()
+    if suffix not in kinds:
+        raise ValueError(
+            f"samples of shape {schema.shape} go into a file --out that ends in"
+            f" {' or '.join(kinds)}; got {'none' if out is None else repr(str(out))}"
+        )
+    if suffix == ".txt":
+        alphabet = schema.alphabet or ""
         return lambda x: "".join(f"{s}\n{RULE}\n" for s in decode(x.numpy(), alphabet)).encode()
-    if out.suffix.lower() == ".png":
-        if len(schema.shape) != 3 or schema.shape[0] not in (1, 3, 4):
-            raise ValueError(f"examples of shape {schema.shape} are no images; write a .npz file")
+    if suffix == ".png":
         return lambda x: png(grid(x, schema))
-    if schema.columns and out.suffix.lower() in tables.FILES:
-        suffix = out.suffix.lower()
+    if suffix != ".npz":
         return lambda x: tables.to_bytes(examples.decode(x.numpy(), schema.columns), suffix)
-    if out.suffix.lower() == ".npz":
 
-        def array(x: Tensor) -> bytes:
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, x=x.numpy())
-            return buffer.getvalue()
+    def array(x: Tensor) -> bytes:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, x=x.numpy())
+        return buffer.getvalue()
 
-        return array
-    kinds = ".csv, .tsv, .parquet, .arrow" if schema.columns else ".png"
-    raise ValueError(
-        f"samples are written to a {kinds} or .npz file, or of text to a .txt file;"
-        f" got {str(out)!r}"
-    )
+    return array

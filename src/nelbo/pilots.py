@@ -53,14 +53,10 @@ class Pilots:
             return known
         first = world()[0] == 0
         if first:
-            self.tell(
-                f"a pilot of {ROWS * cells.count} network calls on the validation split, once: it"
-                f" is kept in {self.path}"
-            )
-        # by all alike: none waits long for another
-        made = self._made(cells, controls, draws, replicates)
+            self.tell(f"a pilot of {ROWS * cells.count} network calls on the validation split")
+        made = self._made(cells, controls, draws, replicates)  # by all: none waits for another
         if first:
-            keep(self.path, key, {k: v.tolist() for k, v in vars(made).items()})
+            self._keep(key, made)
         return at_first(lambda: made)
 
     def _made(self, cells: Cells, controls: Controls, draws: int, replicates: int) -> Allocation:
@@ -69,6 +65,16 @@ class Pilots:
         own.model = model
         with measuring(model), seeded(0, 5):
             return pilot(cells, own, x, ROWS, draws, replicates)
+
+    def _keep(self, key: str, made: Allocation) -> None:
+        try:
+            keep(self.path, key, {name: v.tolist() for name, v in vars(made).items()})
+        except OSError as error:  # a folder that is read only
+            self.tell(f"the pilot is not kept: {error.filename}: {error.strerror}")
+        except ValueError:
+            self.tell("the pilot is not kept: not all of its numbers are finite")
+        else:
+            self.tell(f"the pilot is kept in {self.path}, for later evaluations")
 
 
 def _allocation(numbers: object, cells: Cells, controls: Controls) -> Allocation | None:

@@ -146,9 +146,9 @@ def check_new(out: Path) -> None:
     """ValueError where a new run cannot be."""
     known = {*checkpoint.leftovers(out), out / checkpoint.LOCK}
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - known):
-        hint = f"; continue it with --resume {out}" if checkpoint.is_run(out) else ""
-        kind = "a run" if checkpoint.is_run(out) else "not a run"
-        raise ValueError(f"{out} exists and is {kind}{hint}; choose another --out")
+        run = f"a run; continue it with --resume {out}, or"
+        kind = run if checkpoint.is_run(out) else "not a run;"
+        raise ValueError(f"{out} exists and is {kind} choose another --out")
 
 
 def begin(training: "Training", progress: bool, weights: Model | None = None) -> Run:

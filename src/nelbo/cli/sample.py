@@ -37,8 +37,8 @@ def sample(
     Parameters
     ----------
     out
-        A .png file (a grid of images), a .txt file, or a .npz file (array x in the units of the
-        data); left out, text is printed.
+        A .png file (a grid of images), a .txt file, a table (.csv, .tsv, .parquet, .arrow), or a
+        .npz file (array x in the units of the data); left out, text is printed.
     n
         Number of examples.
     steps

@@ -180,8 +180,8 @@ def train(
     out
         Folder of the new run.
     resume
-        Run to continue, in place of DATA and --out; of the options only --steps and --shard may go
-        with it.
+        Run to continue, in place of DATA and --out; of the options only --steps, --shard and
+        --device may go with it, and --steps-of-bound.
     steps_of_bound
         With --resume: fine-tune for the bound with this number of steps, as a new run that starts
         from the best weights of the old one; --out names it, RUN-8steps and the like by default.

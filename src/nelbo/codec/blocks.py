@@ -129,6 +129,8 @@ def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
     Raises:
         Damaged: they are not those that were encoded.
     """
+    if block.mode != MODEL:
+        done(block.count)  # at once
     if block.mode == PACKED:
         return _unpack(codes, block)
     floor = WORD if block.borrowed >= START else WORD * CHECK - 1

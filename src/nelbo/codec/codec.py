@@ -29,7 +29,7 @@ from nelbo.columns import LevelColumns
 from nelbo.estimate import Grid
 from nelbo.likelihood import Categorical, LevelHead
 from nelbo.model import Model, measuring, model_hash
-from nelbo.process import Absorbing, Gaussian, Levels, Process
+from nelbo.process import Absorbing, Levels, Process
 from nelbo.product import Product, ProductDecoder
 from nelbo.schedules import Schedule
 
@@ -148,8 +148,9 @@ def _levels(process: Process) -> int:
         return process.count
     if isinstance(process, LevelColumns):
         return process.values.values.shape[1]
-    if isinstance(process, Gaussian) and isinstance(process.embedding, Levels):
-        return process.embedding.count
+    embedding = getattr(process, "embedding", None)  # numbers of a table have none
+    if isinstance(embedding, Levels):
+        return embedding.count
     raise ValueError(
         "the model has columns of numbers with too many different values to be levels, which have"
         " no lossless code here; declare a coarser precision of them with --schema"

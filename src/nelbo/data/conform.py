@@ -170,7 +170,7 @@ def _store(x: Stored, label: str, schema: Schema) -> Tensor:
     if x.shape[1:] != schema.shape:
         raise ValueError(
             f"the examples of {label} have the shape {x.shape[1:]} where {schema.shape} is "
-            f"needed; give data of that shape (--size resizes a folder of images)"
+            "needed; give data of that shape"
         )
     if schema.levels is None:
         if _integers(x):

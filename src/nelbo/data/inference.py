@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nelbo.data.layout import SIZES, Column
-from nelbo.data.tables import is_number, numbers, texts
+from nelbo.data.tables import LEAVE_OUT, is_number, numbers, texts
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
@@ -79,7 +79,7 @@ def infer_merged(chunks: Iterable["DataFrame"]) -> tuple[list[Column], list[str]
             notes.setdefault(name, note)
     for name, column in found.items():
         if column is None:
-            raise ValueError(f"the column {name!r} has no value in any row; remove it")
+            raise ValueError(f"the column {name!r} has no value in any row; {LEAVE_OUT}")
         if len(column.categories) == 1:
             notes[name] = f"{name} is always {column.categories[0]}"
     return [column for column in found.values() if column], [n for n in notes.values() if n]
@@ -154,7 +154,7 @@ def _few(column: Column) -> Column:
     if len(column.categories) > SIZES[4] - 2:
         raise ValueError(
             f"the column {column.name!r} has {len(column.categories)} different texts and more,"
-            " too many for a category; remove it, or leave it out with --schema"
+            f" too many for a category; {LEAVE_OUT}"
         )
     return column
 
@@ -192,7 +192,7 @@ def infer_column(series: "Series") -> tuple[Column, str]:
     distinct = sorted(text.drop_nulls().unique().to_list())
     missing = bool(text.is_null().any())
     if not distinct:
-        raise ValueError(f"the column {name!r} has no value in any row; remove it")
+        raise ValueError(f"the column {name!r} has no value in any row; {LEAVE_OUT}")
     if len(distinct) == 1:
         column = Column(name, "category", categories=(distinct[0],), missing=missing)
         return column, f"{name} is always {distinct[0]}"
@@ -210,7 +210,7 @@ def _category(text: "Series", distinct: list[str], missing: bool) -> Column:
     if len(distinct) > SIZES[4] - 2 or len(distinct) > max(ROWS, 0.9 * rows):
         raise ValueError(
             f"the column {text.name!r} has {len(distinct)} different texts in {rows} rows, too"
-            " many for a category; remove it, or leave it out with --schema"
+            f" many for a category; {LEAVE_OUT}"
         )
     return Column(text.name, "category", categories=tuple(distinct), missing=missing)
 

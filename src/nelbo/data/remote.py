@@ -165,6 +165,8 @@ def _asking(url: str) -> Iterator[None]:
         raise FileNotFoundError(f"there is no file at {url}") from None
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, ImportError):
+            reason += "; nelbo[remote] has the drivers of s3, gs and http"
         raise ValueError(f"{url} cannot be read: {reason}") from error
 
 

@@ -30,6 +30,8 @@ SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
 FILES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
 #: what stands for a missing cell in text
 NOTHING = ("", "na", "n/a", "nan", "null", "none", "?")
+#: what to do with a column that cannot be modelled
+LEAVE_OUT = "remove it, or leave it out with --schema"
 _HELD = threading.Lock()  # by the one that holds the error stream
 
 
@@ -170,17 +172,18 @@ def _read_text(path: Path, separators: str) -> "DataFrame":
             {name: [] for name in heading}, schema=dict.fromkeys(heading, pl.String)
         )
     try:
-        frame = pl.read_csv(path, separator=separator, infer_schema=False)
+        # the heading as a row, for of one polars leaves quotes as they are
+        frame = pl.read_csv(path, separator=separator, infer_schema=False, has_header=False)
     except pl.exceptions.PolarsError as error:
         raise _damaged(path, error) from None
-    if frame.height != rows:  # blank lines are no rows
+    if frame.height != 1 + rows:  # blank lines are no rows
         frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
-    if frame.height != rows or frame.columns != heading:
+    if frame.height != 1 + rows or [name or "" for name in frame.row(0)] != heading:
         raise ValueError(
-            f"{path} is read as {rows} rows of text or as {frame.height}, by how its quotes are"
-            " taken; quote every cell that has quotes or line ends in it"
+            f"{path} is read as {rows} rows of text or as {frame.height - 1}, by how its quotes"
+            " are taken; quote every cell that has quotes or line ends in it"
         )
-    return frame
+    return frame[1:].rename(dict(zip(frame.columns, heading, strict=True)))
 
 
 def is_number(text: str) -> bool:
@@ -214,7 +217,7 @@ def texts(series: "Series") -> "Series":
     else:
         raise ValueError(
             f"the column {series.name!r} is of the type {series.dtype}; give numbers, text or"
-            " booleans, or remove it"
+            f" booleans, {LEAVE_OUT}"
         )
     return text.set(text.str.to_lowercase().is_in(NOTHING).fill_null(True), None)
 

@@ -57,7 +57,7 @@ def of_bytes(
 ) -> Found:
     """The same of the content of each split, or of "all"; `path` is for messages."""
     _refuse_empty(path, parts)
-    texts = {} if levels == 256 else {part: _decode(x, path) for part, x in parts.items()}
+    texts = {} if levels == 256 else {k: _decode(x, path, True) for k, x in parts.items()}
     if missing := [split for split in ("validation", "test") if split not in parts]:
         parts = _split(parts, missing, path)
         texts = _split(texts, missing, path) if texts else {}
@@ -94,7 +94,7 @@ def of_bytes_like(
     if schema.alphabet is None:
         raise ValueError(f"{path} is text, and the model is of no text; give data of its kind")
     _refuse_empty(path, parts)
-    texts = {k: _decode(x, path) if schema.alphabet else x for k, x in parts.items()}
+    texts = {k: _decode(x, path, False) if schema.alphabet else x for k, x in parts.items()}
     codes = {part: encode(text, schema.alphabet) for part, text in texts.items()}
     return _chunks(path, codes, schema.shape[0], schema.alphabet, notes, training=False)
 
@@ -158,13 +158,14 @@ def _groups(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     return groups, [note] if outside else []
 
 
-def _decode(content: bytes, path: Path | str) -> str:
+def _decode(content: bytes, path: Path | str, training: bool) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        other = ", or read it as bytes with --levels 256" if training else ""
         raise ValueError(
             f"{path} is not UTF-8: byte {content[error.start]:#04x} at {error.start}; save it as"
-            " UTF-8, or read it as bytes with --levels 256"
+            f" UTF-8{other}"
         ) from None
 
 
@@ -190,11 +191,13 @@ def _chunks(
 ) -> Found:
     """Chunks (N, length) of the codes of each split."""
     unit, parts = "characters" if alphabet else "bytes", {}
+    shortest = min(map(len, codes.values()))
     for part, code in codes.items():
         if len(code) < length:
+            other = f", or try --size {max(1, shortest // 2)}" if training else ""
             raise ValueError(
                 f"{_label(path, part)} has {len(code)} {unit}, too few for a chunk of {length};"
-                f" give more text, or try --size {max(1, len(code) // 2)}"
+                f" give more text{other}"
             )
         overlap = OVERLAP if training and part == "train" else 1
         stride = max(1, length // min(overlap, max(1, WINDOWS // len(code))))

@@ -97,6 +97,8 @@ def load(
         ValueError: weights that are not of these flags, or flags that have no bound.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a state dict, .pt or .safetensors")
     checked = check_flags(_flags_beside(path) if flags is None else flags)
     weights = _weights(path)
     with _limits.within_file(weights, path):
@@ -276,8 +278,6 @@ def _flags_beside(path: Path) -> Flags:
 def _weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a state dict, .pt or .safetensors")
     _limits.check_file(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)

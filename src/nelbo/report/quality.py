@@ -5,6 +5,7 @@ ones. Whatever is measured of synthetic rows is measured of as many held-out row
 the rows seen: what a perfect model would reach is not 0 or 1 but the number of the held-out rows.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,7 +185,9 @@ def use(seen: Rows, held: Rows, made: Rows, seed: int = 0) -> list[Use]:
         right = []
         for target, trained in ((y_real, features[0]), (y_made, features[1])):
             forest = RandomForestClassifier(TREES, min_samples_leaf=2, random_state=seed)
-            forest.fit(trained.values[:, others], target)
+            with warnings.catch_warnings():  # a category may have nearly as many as rows
+                warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+                forest.fit(trained.values[:, others], target)
             right.append(float((forest.predict(features[2].values[:, others]) == y).mean()))
         kinds_of, counts = np.unique(y_real, return_counts=True)
         always = float((y == kinds_of[counts.argmax()]).mean())
