@@ -199,6 +199,8 @@ def test_bad_options(trained, tmp_path, capsys):
         (("evaluate", trained, "--calls", 0.1), "calls must be at least 0.29 per example"),
         (("evaluate", trained, "--calls", 1, "--save", "x.npz"), "calls must be at least 2 per"),
         (("evaluate", trained, "--calls", "inf"), "and finite; got inf"),
+        (("evaluate", trained, "--calls", 1e30), "try a smaller one"),
+        (("train", "digits", "--out", run, "--batch", 10**30), "try a smaller one"),
         (("evaluate", trained, "--split", "tset"), "train, validation, test; got 'tset'"),
         (("sample", trained, "--out", tmp_path / "x.gif"), ".png or .npz"),
         (("sample", trained), ".png or .npz; got none"),
