@@ -178,6 +178,8 @@ def test_bad_options(trained, tmp_path, capsys):
         (("evaluate", trained, "--ode", "--steps", 2), "leave --steps"),
         (("evaluate", trained, "--ode", "--calls", 9), "--tolerance"),
         (("evaluate", trained, "--calls", 9, "--target-error", 1), "not both"),
+        (("evaluate", trained, "--columns"), "of a run's table"),
+        (("evaluate", trained, "--columns", "--json"), "--json one object; give one"),
         (("evaluate", trained, "--target-error", 0), "target_error must be positive; got 0"),
         (("evaluate", trained, "--save", "scores.csv"), ".npz file; got scores.csv"),
         (("evaluate", "openai:nowhere.pt", "--data", "digits"), "nowhere"),
