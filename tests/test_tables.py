@@ -168,6 +168,14 @@ def test_a_constant_column_and_a_mixed_one_are_categories_with_a_note(tmp_path):
     assert any("'x'" in note for note in notes)
 
 
+def test_a_decimal_comma_is_told(tmp_path):
+    path = write(tmp_path, "a;b\n0,5;x,1\n-1,25;y\n2,0;z\n")
+    columns, notes = infer_columns(tables.read(path))
+    assert [c.kind for c in columns] == ["category", "category"]
+    (note,) = notes
+    assert note.startswith("a holds texts such as '-1,25'") and "write 1.5, not 1,5" in note
+
+
 @pytest.mark.parametrize(
     "content, name, words",
     [

@@ -51,7 +51,9 @@ def _one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        _fail(f"out of memory: {error}; try a smaller --batch or --width")
+        _fail(f"out of memory: {error}; try a smaller --batch or --width of train, --n of sample")
+    except OverflowError as error:
+        _fail(f"a number is beyond what a computer counts: {error}; try a smaller one")
 
 
 def _fail(message: str, code: int = 2) -> None:

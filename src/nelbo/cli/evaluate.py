@@ -92,9 +92,9 @@ def evaluate(
     from nelbo.tighter import evaluate_flow, evaluate_importance
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
-    if columns and (
-        json or integrations.is_foreign(run) or not read_config(Path(run)).schema.columns
-    ):
+    if columns and json:
+        raise ValueError("--columns prints a table, and --json one object; give one of them")
+    if columns and (integrations.is_foreign(run) or not read_config(Path(run)).schema.columns):
         raise ValueError("--columns prints what the columns of a run's table cost; leave it out")
     if save is not None:
         if save.suffix != ".npz":

@@ -200,8 +200,14 @@ def infer_column(series: "Series") -> tuple[Column, str]:
         return Column(name, "boolean", categories=tuple(distinct), missing=missing), ""
     words = [value for value in distinct if not is_number(value)]
     if words and (len(words) == len(distinct) or len(distinct) <= MIXED):
-        mixed = f"{name} holds numbers and texts such as {words[0]!r}: taken as a category"
-        return _category(text, distinct, missing), mixed if len(words) < len(distinct) else ""
+        note = ""
+        if len(words) < len(distinct):
+            note = f"{name} holds numbers and texts such as {words[0]!r}: taken as a category"
+        elif all(is_number(word.replace(",", ".", 1)) for word in words):
+            note = (
+                f"{name} holds texts such as {words[0]!r}: taken as a category; write 1.5, not 1,5"
+            )
+        return _category(text, distinct, missing), note
     return _number(name, numbers(series), missing)
 
 
