@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,6 +12,7 @@ from rich.progress import (
 )
 
 from nelbo._processes import world
+from nelbo._terminal import Terminal
 
 #: wraps what is iterated over, to show how far it is
 Track = Callable[[Iterable[int]], Iterable[int]]
@@ -31,7 +31,7 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Terminal(stderr=True)) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
         yield lambda done, note: bar.update(task, completed=done, note=note)
 

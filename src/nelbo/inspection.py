@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from nelbo import _limits, data
+from nelbo._terminal import Terminal
 from nelbo.data import Schema, streams, tables
 from nelbo.data.inference import complete, infer_column
 from nelbo.data.layout import Column
@@ -217,7 +217,7 @@ def _scale(column: Column) -> str:
 
 def show(found: Inspection) -> None:
     """Print an inspection."""
-    console = Console()
+    console = Terminal()
     if found.columns:
         table = Table(title=f"{escape(found.source)}: {found.rows} rows", title_justify="left")
         for heading in ("column", "kind", "values", "distinct", "missing"):

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from nelbo._terminal import Terminal
 from nelbo.codec.files import Report
 from nelbo.data import Schema
 from nelbo.evaluate import Evaluation
@@ -31,7 +31,7 @@ def of_text(found: Evaluation | Tighter, schema: Schema | None) -> dict[str, flo
 
 def result(found: Evaluation | Tighter, schema: Schema | None = None) -> None:
     """Print a bound: a table, the curve or the convergence, and how to obtain it again."""
-    console = Console()
+    console = Terminal()
     table = _table(_title(found), found)
     if isinstance(found, Evaluation):
         for name, term in vars(found.terms).items():
@@ -70,7 +70,7 @@ def columns(names: list[str], cost: Tensor, unit: str, steps: int) -> None:
         table.add_row(escape(names[i]), f"{mean[i]:.4f}", _error(error[i].item()))
     table.add_section()
     table.add_row("[bold]all", f"[bold]{mean.sum():.4f}", "")
-    Console().print(table)
+    Terminal().print(table)
 
 
 def npz(found: Evaluation | Tighter) -> bytes:
@@ -87,7 +87,7 @@ def npz(found: Evaluation | Tighter) -> bytes:
 
 def compressed(name: str, report: Report) -> None:
     """Print what a compressed file says of itself, and its blocks."""
-    console, header = Console(), report.header
+    console, header = Terminal(), report.header
     title = f"{name}: {header.examples} examples in {report.size} bytes"
     console.print(title, highlight=False, markup=False, soft_wrap=True)
     table = Table()

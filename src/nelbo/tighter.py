@@ -39,6 +39,7 @@ from nelbo.model import Model, counting, measuring, model_hash
 from nelbo.visits import StandardError
 
 BLOCK = 64  # examples that are seeded together
+TOLERANCE = 1e-4  # of the solver
 LOOSE = 10.0  # the looser tolerance is this many times the one asked for
 
 
@@ -154,7 +155,7 @@ def evaluate_flow(
     x: Tensor,
     *,
     dequantiser: Dequantiser | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     samples: int = 1,
     trace: Trace = "auto",
     first: float | None = None,

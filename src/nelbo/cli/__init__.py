@@ -57,9 +57,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _fail(message: str, code: int = 2) -> None:
-    # names in files may hold codes that a terminal obeys
-    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))
-    say(f"nelbo: {line}")
+    say(f"nelbo: {' '.join(message.split())}")
     sys.exit(code)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from nelbo._terminal import printable
+
 if TYPE_CHECKING:
     from nelbo.checkpoint import Run
     from nelbo.estimate import Grid
@@ -36,4 +38,4 @@ def json_text(value: object) -> str:
 
 def say(line: str) -> None:
     """What is for the reader, not for the next program: on the error stream."""
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)

@@ -23,14 +23,14 @@ def evaluate(
     data: str | None = None,
     split: str | None = None,
     steps: int | None = None,
-    grid: Spacing = "best",
+    grid: Spacing | None = None,
     calls: float | None = None,
     target_error: float | None = None,
     variates: bool = True,
     importance_samples: int | None = None,
     ode: bool = False,
-    dequantise: Literal["encoder", "truncated-normal", "uniform"] = "encoder",
-    tolerance: float = 1e-4,
+    dequantise: Literal["encoder", "truncated-normal", "uniform"] | None = None,
+    tolerance: float | None = None,
     save: Path | None = None,
     columns: bool = False,
     seed: Seed = 0,
@@ -69,9 +69,10 @@ def evaluate(
     ode
         The likelihood by the probability-flow ODE instead, to two tolerances (extra: ode).
     dequantise
-        How --ode passes from the data to the first latent.
+        How --ode passes from the data to the first latent; encoder where left out.
     tolerance
-        Of --ode, absolute and relative, per example; the looser one is 10 times as large.
+        Of --ode, absolute and relative, per example, 1e-4 where left out; the looser one is 10
+        times as large.
     save
         A .npz file for the bound, its error and its terms of each example, in nats.
     columns
@@ -89,9 +90,13 @@ def evaluate(
     from nelbo.evaluate import evaluate as bound
     from nelbo.model import find_device
     from nelbo.pilots import Pilots
-    from nelbo.tighter import evaluate_flow, evaluate_importance
+    from nelbo.tighter import TOLERANCE, evaluate_flow, evaluate_importance
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
+    if not ode and (dequantise is not None or tolerance is not None):
+        raise ValueError("--dequantise and --tolerance are of --ode; add it, or leave them out")
+    if grid is not None and steps is None and not columns:
+        raise ValueError("--grid spaces a number of steps; give --steps T too")
     if columns and json:
         raise ValueError("--columns prints a table, and --json one object; give one of them")
     if columns and (integrations.is_foreign(run) or not read_config(Path(run)).schema.columns):
@@ -116,12 +121,13 @@ def evaluate(
             weights, schema = loaded.weights, loaded.config.schema
             model, x, split = loaded.law(data, split)
             loaded.model.to(place)  # a grid is measured there too
-            times = None if steps is None else grid_of(loaded, steps, grid)
+            times = None if steps is None else grid_of(loaded, steps, grid or "best")
         model.to(place)
         find: Callable[..., Evaluation | Tighter]
         if ode:
-            way = DEQUANTISERS[dequantise]
-            find = partial(evaluate_flow, dequantiser=way, tolerance=tolerance)
+            way = None if dequantise is None else DEQUANTISERS[dequantise]
+            price = TOLERANCE if tolerance is None else tolerance
+            find = partial(evaluate_flow, dequantiser=way, tolerance=price)
         elif importance_samples is not None and times is not None:
             find = partial(evaluate_importance, times=times, samples=importance_samples)
         else:
@@ -140,7 +146,7 @@ def evaluate(
             else:
                 show.result(result, schema)
         if columns:
-            _show_columns(model, loaded, x, steps or 32, grid, seed, rank == 0)
+            _show_columns(model, loaded, x, steps or 32, grid or "best", seed, rank == 0)
 
 
 def _show_columns(
