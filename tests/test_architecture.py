@@ -10,6 +10,7 @@ import nelbo
 SOURCE = Path(nelbo.__file__).parent
 ORDER = (
     "_processes",
+    "_terminal",
     "sharding",
     "parts",
     "_numerics",
