@@ -7,6 +7,7 @@ all others end with a sentence that says so.
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TIMEOUT = "NELBO_TIMEOUT"  # seconds; names a variable of the environment
 PATIENCE = 600.0
+LETTING_GO = 0.1  # seconds in which gloo's threads can get Python's lock and free a last tensor
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
@@ -134,6 +136,8 @@ def together() -> Iterator[int]:
             yield dist.get_rank()
     finally:
         dist.destroy_process_group()
+        # where a cache of DTensor's holds the group, nobody waits for its threads but here
+        time.sleep(LETTING_GO)
 
 
 def check_alone(what: str) -> None:
