@@ -41,6 +41,7 @@ ORDER = (
     "numbers",
     "condition",
     "clusters",
+    "roughness",
     "control",
     "allocate",
     "grids",

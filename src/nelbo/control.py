@@ -41,6 +41,7 @@ from nelbo.heads import LevelPrediction, LevelTable, Prediction, level_evidence,
 from nelbo.model import Model
 from nelbo.process import Absorbing, Gaussian, Levels
 from nelbo.reverse import Mixture
+from nelbo.roughness import Roughness
 from nelbo.terms import Decode, Step, Term
 
 FITTED = 4096  # examples whose mean, covariance and frequencies are taken
@@ -48,7 +49,6 @@ WIDEST = 1024  # dimensions up to which covariances are; beyond, variances
 FINEST = 64  # levels up to which a reference of levels pays: it asks for each one's probability
 NODES, REACH = 8, 6.0  # of the integral over ε, from -REACH to REACH
 TABLE = 2**23  # integrands that the table of the levels may have
-SCALES = (1 / 16, 1.0, 16.0)  # of the differences of neighbours, in units of their mean
 
 
 @dataclass(frozen=True)
@@ -206,30 +206,6 @@ class LevelReference:
         return cost - (low - high).flatten(1).sum(1)
 
 
-class Roughness:
-    """Σ log(1 + |x_i - x_j|/s) over neighbours i, j in an image, at a few scales s.
-
-    As what a coder spends that predicts a pixel from the one beside it: of photographs these
-    follow a network's bits more closely than any of the laws above.
-
-    Args:
-        x: images, shape (N, C, H, W), of more than one pixel.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.mean = self._differences(x).mean().clamp(min=1e-300)
-
-    @staticmethod
-    def _differences(x: Tensor) -> Tensor:
-        x = x.double()
-        return torch.cat([x.diff(dim=2).flatten(1), x.diff(dim=3).flatten(1)], 1).abs()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Of each image, shape (B, len(SCALES))."""
-        d = self._differences(x) / self.mean
-        return torch.stack([torch.log1p(d / s).sum(1) for s in SCALES], 1)
-
-
 class Controls:
     """All that is known of a model's costs without its network.
 
@@ -350,21 +326,22 @@ class Controls:
         return torch.cat([torch.ones_like(phi[..., :1]), phi], -1).cpu()
 
     def _phi(self, x: Tensor) -> Tensor:
-        columns = [torch.zeros(len(x), len(self.edges), dtype=torch.float64, device=x.device)]
+        # each of shape (B, cells), or (B, 1) for all cells alike
+        columns = [torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)]
         if self.roughness is not None:
-            columns += [c[:, None].expand(-1, len(self.edges)) for c in self.roughness(x).T]
+            columns += self.roughness(x).split(1, 1)
         if isinstance(self.model.process, Absorbing) and self.log_frequency is not None:
-            surprise = _of_level(-self.log_frequency, x).flatten(1).sum(1)
-            columns.append(surprise[:, None].expand(-1, len(self.edges)))
+            columns.append(_of_level(-self.log_frequency, x).flatten(1).sum(1, keepdim=True))
         if self.linear is not None:
             columns.append(_cells(self.linear.divergence(self.model, x, self.edges)))
         if self.clusters is not None:
             features = self.clusters.features(_gaussian(self.model).embed(x).flatten(1).double())
-            columns += [c[:, None].expand(-1, len(self.edges)) for c in features.unbind(1)]
+            columns += features.split(1, 1)
         if self.levels is not None:
             surprise = _of_level(-self.levels.log_frequency, x).flatten(1).sum(1, keepdim=True)
             columns.append(_cells(self.levels.divergence(x), surprise))
-        return torch.stack(columns[1:] or columns, 2)
+        whole = [c.expand(-1, len(self.edges)) for c in columns[1:] or columns]
+        return torch.stack(whole, 2)
 
 
 class Nothing(Controls):

@@ -97,6 +97,7 @@ def evaluate(
         raise ValueError("--dequantise and --tolerance are of --ode; add it, or leave them out")
     if grid is not None and steps is None and not columns:
         raise ValueError("--grid spaces a number of steps; give --steps T too")
+    spacing = grid or "best"
     if columns and json:
         raise ValueError("--columns prints a table, and --json one object; give one of them")
     if columns and (integrations.is_foreign(run) or not read_config(Path(run)).schema.columns):
@@ -121,7 +122,7 @@ def evaluate(
             weights, schema = loaded.weights, loaded.config.schema
             model, x, split = loaded.law(data, split)
             loaded.model.to(place)  # a grid is measured there too
-            times = None if steps is None else grid_of(loaded, steps, grid or "best")
+            times = None if steps is None else grid_of(loaded, steps, spacing)
         model.to(place)
         find: Callable[..., Evaluation | Tighter]
         if ode:
@@ -146,7 +147,7 @@ def evaluate(
             else:
                 show.result(result, schema)
         if columns:
-            _show_columns(model, loaded, x, steps or 32, grid or "best", seed, rank == 0)
+            _show_columns(model, loaded, x, steps or 32, spacing, seed, rank == 0)
 
 
 def _show_columns(
