@@ -22,9 +22,10 @@ counted apart.
 At n calls the first four have 1/n of the variance at one, which is measured in S passes. Low
 discrepancy leaves what is neither an effect of the example nor one of time: the residual variance
 of a two-way fit, the limit of infinitely fine strata. nelbo at n calls is replicated max(2, S/n)
-times; its variance is that between the replicates of each block. Two calls of each of half of the
-examples are what `nelbo evaluate --calls 1` does, for an error bar: `visits` has the variance,
-whose parts are taken from draws of all. Of the full sum's terms each example draws one, at
+times; its variance is that between the replicates of each block. At one call it does as `nelbo
+evaluate --calls 1`: two calls of each of nearly half of the examples, and of some four, for an
+error bar; `visits` has the variance, whose parts are taken from draws of all, and which leaves out
+what the second visits gain. Of the full sum's terms each example draws one, at
 stratified places, and the reconstruction, twice: the mean half square of the differences, times
 the number of terms. Its steps are Gaussian, as theirs. The ± are relative errors, from the spread
 over examples or blocks. Peers' seconds are those of our own network calls.
@@ -42,7 +43,7 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import LOG_2, seeded
-from nelbo.allocate import Allocation, Cells, estimate, spread
+from nelbo.allocate import Allocation, Cells, estimate, visits
 from nelbo.checkpoint import Run, load
 from nelbo.control import Controls
 from nelbo.data import as_examples
@@ -55,7 +56,6 @@ from nelbo.reverse import Posterior
 
 AT = (1, 2, 4, 16)  # calls per example
 REFERENCE = "low-discrepancy"
-WAYS = {(n, 1): n for n in AT} | {(1, 2): 1}  # draws and replicates, and calls per example
 BINS = 32  # of the density of importance
 SHARES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)  # of the calls, for the reconstruction
 WAVES = 16  # cosines that may describe how costs go with time
@@ -96,7 +96,7 @@ class Known:
 
     cells: Cells
     controls: Controls
-    allocation: dict[tuple[int, int], Allocation]
+    allocation: dict[int, Allocation]  # by draws
     block: int  # examples that share strata
 
 
@@ -201,30 +201,31 @@ def reconstruction(model: Model, times: Times, x: Tensor) -> Tensor:
     return torch.cat([reconstruction_term(model, a, t).cpu() for a, t in parts])
 
 
-def ours(known: Known, x: Tensor, way: tuple[int, int], passes: int) -> Variance:
-    """nelbo's at so many draws and replicates: of each example; or, of two replicates, of half."""
-    draws, replicates = way
-    allocation, blocks = known.allocation[way], x.split(known.block)
-    each = [_each(known, allocation, block, draws, replicates, passes) for block in blocks]
+def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
+    """nelbo's at so many draws of each example; or, at one, of two of each of a sample."""
+    draws = max(2, calls)
+    allocation, blocks = known.allocation[draws], x.split(known.block)
+    each = [_each(known, allocation, block, draws, passes) for block in blocks]
     parts = [costs.mean(0).var() * (len(costs) / len(x)) ** 2 for costs in each]
     within = Variance.of(torch.stack(parts))
-    if replicates == 1:
+    if calls > 1:
         return within
-    # (1 - n/N) s²/n + n/N of the sample's w²/n, with n = N/2
+    # (1 - n/N) s²/n, and n/N of the sample's w²/n, which is that of all
+    visited = plan(len(x), calls, known.cells.count, kept=True).visited
     phi = torch.cat([known.controls.between(block) for block in blocks])
     left = torch.cat(each) - allocation.known(phi).sum(1, keepdim=True)
     square = (left - left.mean(0)).square().mean(1)
-    return within + Variance.of(square / len(x) / (len(x) - 1))
+    share = (1 - visited / len(x)) / visited
+    return within + Variance.of(share * square / (len(x) - 1))
 
 
-def _each(
-    known: Known, allocation: Allocation, x: Tensor, draws: int, replicates: int, passes: int
-) -> Tensor:
+def _each(known: Known, allocation: Allocation, x: Tensor, draws: int, passes: int) -> Tensor:
     """Costs of each example in each pass, (B, passes), nats; the prior is not random."""
+    times, each = visits(draws, known.controls)
     found = []
     for _ in range(passes):  # which borrow from none but their own
-        u = torch.stack([spread(len(x), draws) for _ in range(replicates)], 1)
-        found.append(estimate(known.cells, known.controls, allocation, x, u).sum(2).mean(1))
+        u = stratified(len(x), times)[:, None]
+        found.append(estimate(known.cells, known.controls, allocation, x, u, each).sum((1, 2)))
     return torch.stack(found, 1)
 
 
@@ -232,7 +233,7 @@ def learn(run: Run, times: Times, x: Tensor, trained: Tensor) -> Known:
     """What the run's own pilots settle."""
     cells, pilots = Cells(times), Pilots(run)
     controls = Controls(run.model, trained, cells.edges)
-    allocation = {way: pilots(cells, controls, *way) for way in WAYS}
+    allocation = {draws: pilots(cells, controls, draws, 1) for draws in AT if draws > 1}
     block = plan(len(x), CALLS, cells.count, kept=True).block
     return Known(cells, controls, allocation, block)
 
@@ -249,12 +250,12 @@ def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
     variance = full_sum(model, x)
     yield Row("full sum", T, variance, (time.perf_counter() - start) / (4 * len(x)))
     known = learn(run, times, x, trained)
-    for way, n in WAYS.items():
+    for n in AT:
         repeated = max(2, passes // n)
         start = time.perf_counter()
-        variance = ours(known, x, way, repeated)
-        seconds = (time.perf_counter() - start) / (len(x) * math.prod(way) * repeated)
-        yield Row("nelbo" if way[1] == 1 else "nelbo, of half", n, variance, seconds)
+        variance = ours(known, x, n, repeated)
+        seconds = (time.perf_counter() - start) / (len(x) * max(2, n) * repeated)
+        yield Row("nelbo", n, variance, seconds)
 
 
 def evaluations(

@@ -9,9 +9,19 @@ from known_models import MODELS
 from torch import Tensor
 
 from nelbo._numerics import seeded
-from nelbo.allocate import EVEN, Allocation, Cells, _apart, _lenders, estimate, even, spread
+from nelbo.allocate import (
+    EVEN,
+    Allocation,
+    Cells,
+    _apart,
+    _lenders,
+    estimate,
+    even,
+    located,
+    visits,
+)
 from nelbo.allocate import fit as fit_rows
-from nelbo.control import Controls
+from nelbo.control import Controls, Nothing
 from nelbo.data import as_examples
 from nelbo.estimate import Continuum, Grid, Times, stratified
 
@@ -22,6 +32,7 @@ def _seed():
         yield
 
 
+draw = Cells._draw
 TIMES = pytest.mark.parametrize(
     "times", [Grid([0.05, 0.3, 1.0]), Continuum(0.05)], ids=["grid", "continuum"]
 )
@@ -37,10 +48,9 @@ def arbitrary(count: int, variates: int, features: int, least: float = 0.3) -> A
 def test_uniform_draws_fall_where_they_should():
     """Cell c with frequency p_c, evenly over the cell; the share is in [0, 1)."""
     p = torch.tensor([0.3, 1e-5, 0.25, 0.4, 0.05 - 1e-5], dtype=torch.float64)
-    allocation = Allocation(p, p[:, None], p[:, None], p)
     n = 1_000_000
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    cell, share = allocation.locate(u)
+    cell, share = located(p, u)
     assert (torch.bincount(cell, minlength=5) - n * p).abs().max() <= 1
     assert ((share >= 0) & (share < 1)).all()
     for c in range(5):
@@ -49,15 +59,15 @@ def test_uniform_draws_fall_where_they_should():
         torch.testing.assert_close(steps, torch.full_like(steps, 1 / n / p[c]), atol=1e-9, rtol=0)
         assert inside[0] < 1.01 / (n * p[c])
     ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    cell, share = allocation.locate(ends)
+    cell, share = located(p, ends)
     assert cell.tolist() == [0, 4]
     assert ((share >= 0) & (share < 1)).all()
 
 
 @TIMES
-@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize(("draws", "each"), [(1, 1), (1, 2), (3, 1)])
 @pytest.mark.parametrize("name", MODELS)
-def test_any_allocation_is_unbiased(name, draws, times):
+def test_any_allocation_is_unbiased(name, draws, each, times):
     """E[y] is reconstruction + diffusion of each example, whatever p, k and b are."""
     known = MODELS[name]()
     data = known.examples(69)
@@ -67,9 +77,9 @@ def test_any_allocation_is_unbiased(name, draws, times):
     x = as_examples(data[:3])
     n = 1500 // draws
     features = controls.between(x).shape[-1]
-    allocation = arbitrary(cells.count, controls.variates, features)
+    allocation = arbitrary(cells.count, cells.variates(controls), features)
     u = torch.rand(3, n, draws, dtype=torch.float64)
-    costs = estimate(cells, controls, allocation, x, u)
+    costs = estimate(cells, controls, allocation, x, u, each)
     assert costs.shape == (3, n, cells.count)
     scale = truth[:, 1:].sum(1).max().item()
     assert_mean(costs.sum(-1).T, truth[:, 1:].sum(1), error=0.4 * scale)
@@ -78,7 +88,8 @@ def test_any_allocation_is_unbiased(name, draws, times):
 
 @pytest.mark.parametrize("name", ["levels", "symbols"])
 def test_draws_lend_each_other_their_context(name):
-    """v of two draws has mean zero: the context of each is the other's, never its own."""
+    """v of two draws has mean zero: the context of each is the other's, never its own. So has that
+    of the place in the cell; the mean of two draws of one visit is that of their v."""
     known = MODELS[name]()
     data = as_examples(known.examples(69))
     cells = Cells(Grid([0.3, 0.6, 0.8, 1.0]))
@@ -86,12 +97,16 @@ def test_draws_lend_each_other_their_context(name):
     n, half = 6000, controls.variates // 2
     share = torch.rand(n, 2, dtype=torch.float64)
     replicate = torch.zeros(2, dtype=torch.long)
+    one = replicate[:1]
     for c in range(cells.count - 1):  # at time 1 all symbols are hidden, and nothing varies
         cell = torch.tensor([c, max(0, c - 1)]).expand(n, 2)
-        _, v = cells.draw(controls, data[:1].expand(n, 2), cell, share, replicate)
-        assert not v[..., :half].any()
-        v = v[..., half:]
-        assert_mean(v / v.std(0), 0.0, error=1.01 / math.sqrt(n))
+        _, v = cells.visit(controls, data[:1].expand(n, 2), cell, share, replicate)
+        _, both = cells.visit(controls, data[:1].expand(n, 2), cell[:, :1], share[:, :1], one, 2)
+        for found in (v, both):
+            assert not found[..., :half].any()  # of those alone
+            found = found[..., half:]
+            size = found.std(0).clamp(min=1e-300)  # a place in the first cell is none
+            assert_mean(found / size, 0.0, error=1.01 / math.sqrt(n))
 
 
 def test_who_lends():
@@ -116,7 +131,7 @@ def test_replicates_are_uncorrelated():
     cells = Cells(Grid([0.3, 0.6, 1.0]))
     controls = Controls(known.model, data, cells.edges)
     n = 6000
-    allocation = arbitrary(cells.count, controls.variates, controls.between(data).shape[-1])
+    allocation = arbitrary(cells.count, cells.variates(controls), controls.between(data).shape[-1])
     x, u = data[:1].expand(n, 2), torch.rand(n, 2, 1, dtype=torch.float64)
     one, two = estimate(cells, controls, allocation, x, u).sum(-1).unbind(1)
     product = (one - one.mean()) * (two - two.mean()) / (one.std() * two.std())
@@ -133,7 +148,7 @@ def test_with_nothing_taken_off_it_is_importance_sampling(name):
     x = as_examples(data[:1]).expand(400, 2)
     cells = Cells(times)
     controls = Controls(known.model, data, cells.edges)
-    allocation = arbitrary(cells.count, controls.variates, 1)
+    allocation = arbitrary(cells.count, cells.variates(controls), 1)
     zero = torch.zeros(cells.count, controls.between(x[:1]).shape[-1], dtype=torch.float64)
     allocation = Allocation(allocation.probability, 0 * allocation.within, zero, allocation.left)
     u = torch.stack([stratified(1, 5) for _ in range(400)])
@@ -164,22 +179,33 @@ def test_even():
     torch.testing.assert_close(allocation.probability, expected)
     assert even(cells, controls, 4, 0.01).probability[0].item() == pytest.approx(1 / 6)
     assert even(Cells(Grid.uniform(1)), controls, 4, 0.1).probability.tolist() == [1.0]
-    assert allocation.within.shape == (6, controls.variates)
+    assert allocation.within.shape == (6, cells.variates(controls))
     assert allocation.between.shape == (6, 4)
     assert not allocation.within.any() and not allocation.between.any()
     assert allocation.left.isnan().all()
 
 
-def test_few_draws_are_stratified_and_near():
-    """Each draw by itself falls once into each of N strata; two of one are a quarter apart."""
-    u = spread(50, 2)
-    for j, draw in enumerate(u.unbind(1)):
-        strata = ((draw - j / 4) % 1 * 50).sort().values.floor()
-        assert strata.tolist() == list(range(50))
-    gap = (u[:, 1] - u[:, 0]) % 1
-    torch.testing.assert_close(gap, torch.full_like(gap, 0.25))
-    u = spread(50, 4)
-    assert (u.flatten().sort().values * 200).floor().tolist() == list(range(200))
+def test_two_draws_of_a_visit_stand_half_a_cell_apart(monkeypatch):
+    """In one cell, and each lends to the other; where nothing is lent each draw visits a cell."""
+    known = MODELS["levels"]()
+    data = as_examples(known.examples(69))
+    cells = Cells(Continuum(0.05))
+    controls = Controls(known.model, data, cells.edges)
+    seen = []
+    monkeypatch.setattr(
+        Cells, "_draw", lambda self, *args: (seen.append(args), draw(self, *args))[1]
+    )
+    cell, share = torch.randint(33, (5, 1)), torch.rand(5, 1, dtype=torch.float64)
+    cells.visit(controls, data[:5], cell, share, torch.zeros(1, dtype=torch.long), 2)
+    _, _, cells_of, places, replicate = seen[0]
+    assert torch.equal(cells_of, cell.expand(5, 2))
+    gap = (places[:, 1] - places[:, 0]) % 1
+    torch.testing.assert_close(gap, torch.full_like(gap, 0.5))
+    assert _lenders(cells_of + places, replicate).tolist() == [
+        [2 * i + 1, 2 * i] for i in range(5)
+    ]
+    assert [visits(n, controls) for n in (1, 2, 3)] == [(1, 1), (1, 2), (3, 1)]
+    assert visits(2, Nothing(known.model, cells.edges)) == (2, 1)
 
 
 @pytest.mark.parametrize(

@@ -124,12 +124,14 @@ def test_the_plan_spends_what_it_may():
 
 
 def test_fewer_calls_than_examples_visit_a_sample(model, x):
-    """Half of them with two calls each, at random; the error knows of those left out."""
+    """Nearly half of them with two calls each, some with four, at random; the error knows of those
+    left out."""
     many = x.repeat(3, 1)
     result = evaluate(model, many, calls=1)
     found = result.per_example.elbo.isfinite()
-    assert found.sum() == result.visited and 0.9 * len(many) < 2 * result.visited <= len(many)
-    assert result.calls_per_example == 2 * result.visited / len(many)
+    assert found.sum() == result.visited and 0.8 * len(many) < 2 * result.visited < len(many)
+    assert 0.9 < result.calls_per_example <= 1
+    assert result.calls_per_example > 2 * result.visited / len(many)
     assert not torch.equal(
         found, evaluate(model, many, calls=1, seed=1).per_example.elbo.isfinite()
     )

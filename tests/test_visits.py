@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nelbo.visits import Visits
+from nelbo.visits import Visits, repeated
 
 N, CELLS, REPLICATES, BLOCK = 120, 3, 2, 6
 
@@ -27,18 +27,21 @@ def visit(truth, blocks, replicates=REPLICATES):
     return costs
 
 
-def sample(known, truth, visited):
+def sample(known, truth, visited, twice=N):
     blocks = torch.randperm(N).split(BLOCK)
-    return Visits(blocks, visit(truth, blocks[: visited // BLOCK]), known)
+    there = blocks[: visited // BLOCK]
+    return Visits(blocks, visit(truth, there[:twice]) + visit(truth, there[twice:], 1), known)
 
 
+@pytest.mark.parametrize("twice", [2, 20], ids=["some twice", "all twice"])
 @pytest.mark.parametrize("visited", [12, 60, N])
 @pytest.mark.parametrize("columns", [slice(None), slice(1, 2)], ids=["all", "a cell"])
-def test_the_mean_is_unbiased_and_its_error_true(population, visited, columns):
+def test_the_mean_is_unbiased_and_its_error_true(population, visited, columns, twice):
     """Of 3000 samples: the mean of the means, and that of the squared errors against their
-    variance, known to 2.6 %; of few blocks it is a little less."""
+    variance, known to 2.6 %; of few blocks it is a little less. So where but two blocks were
+    visited more than once."""
     known, truth = population
-    found = [sample(known, truth, visited) for _ in range(3000)]
+    found = [sample(known, truth, visited, twice) for _ in range(3000)]
     means = torch.tensor([f.mean(columns) for f in found], dtype=torch.float64)
     errors = torch.tensor([f.monte_carlo(columns) for f in found], dtype=torch.float64)
     expected = truth[:, columns].sum(1).mean()
@@ -68,10 +71,22 @@ def test_what_was_not_visited_has_no_bound(population):
     assert torch.equal(each.isnan(), found.error_of_each.isnan())
 
 
+def test_some_of_a_sample_are_visited_twice(population):
+    """Eight examples at least; of a sample that grows to be all, two and thirty."""
+    known, truth = population
+    found = sample(known, truth, 12, 1)
+    assert repeated(2, BLOCK, N) == 1 and repeated(N // BLOCK, BLOCK, N) == 5
+    missing = found.missing(0.28)
+    assert min(missing) == 2 and list(missing.values()) == sorted(missing.values(), reverse=True)
+    whole = found.missing(1e-9)
+    assert len(whole) == 18 and sum(n == 2 for n in whole.values()) == 4
+    assert torch.isfinite(found.error_of_each[found.rows]).all()
+
+
 def test_what_is_missing_for_a_target(population):
     """First others, then those that were visited least; the error is then about the target."""
     known, truth = population
-    for target, repeated in ((0.2, False), (0.07, True)):
+    for target, again in ((0.2, False), (0.07, True)):
         reached = []
         for _ in range(50):
             found = sample(known, truth, 30)
@@ -83,6 +98,6 @@ def test_what_is_missing_for_a_target(population):
                 found = found.joined(dict(zip(missing, new, strict=True)))
                 replicates = [block.shape[1] for block in found.costs]
                 assert max(replicates) - min(replicates) <= 1
-            assert (max(replicates) > REPLICATES) == repeated
+            assert (max(replicates) > REPLICATES) == again
             reached.append(found.monte_carlo())
         assert sum(reached) / 50 > 0.9 * target

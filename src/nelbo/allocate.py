@@ -1,21 +1,23 @@
 r"""Which terms to draw, how often, and what to take off: an unbiased estimate of small variance.
 
 The costs of an example, reconstruction and diffusion, are one sum over cells: cell 0 is the
-reconstruction, the others divide u ∈ [0, 1] of the diffusion term evenly. A draw falls into cell c
-with probability p_c and gives
+reconstruction, the others divide u ∈ [0, 1] of the diffusion term evenly. A visit to an example
+falls into cell c with probability p_c and gives
 
     y = Σ_c b_c·φ_c(x) + [ w_c (cost - k_c·v) - b_c·φ_c(x) ] / p_c ,        w_c the width of c in u
 
-v and φ from `control`. E[y] is the sum of costs for any b, k and p > 0. A pilot on some of the
-examples fits b and k cell by cell (least squares over neighbouring cells) and gives what is left,
-sd_c; the best p is proportional to it (Neyman 1934). A share of the draws, 1/√n for n rows that
-tell of a cell and no less than a twentieth, is spread evenly, so no weight 1/p_c exceeds twenty
-times the number of cells, whatever the pilot missed.
+v and φ from `control`; the place in the cell, less its mean, is a v too. E[y] is the sum of costs
+for any b, k and p > 0. A pilot on some of the examples fits b and k cell by cell (least squares
+over neighbouring cells) and gives what is left, sd_c; the best p is proportional to it (Neyman
+1934). A share of the visits, 1/√n for n rows that tell of a cell and no less than a twentieth, is
+spread evenly, so no weight 1/p_c exceeds twenty times the number of cells, whatever the pilot
+missed.
 
 Draws of one example lend each other their context (`control`): each borrows from the nearest in
-time, of its own replicate or of one before it; two or three stand near each other for that. So no
-two replicates borrow from each other, what is taken off them is uncorrelated, and their spread
-tells the error of their mean.
+time, of its own replicate or of one before it. So no two replicates borrow from each other, what
+is taken off them is uncorrelated, and their spread tells the error of their mean. Two draws help
+each other best at nearly one time: they are one visit, half a cell apart, and what the pilot fits
+is their mean.
 """
 
 import math
@@ -35,8 +37,8 @@ SPREAD = 4.0  # cells to either side that lend a cell their pilot rows
 BORROWED = 16.0  # pilot rows of its own that its neighbours' variance counts for
 EVEN = 0.05  # share of the draws that do not follow the pilot, at least
 NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
-NEAR = 4  # draws of an example that spread over all times; fewer stand as near as these
 LIKE = 64  # rows of a network call, at least, where there are as many
+ALIKE = 1 / 2, 16  # share of a pilot's rows, and of each cell, that do not follow others, at least
 RIDGE = 0.01  # of each coefficient, relative to the rows that determine it
 
 
@@ -50,30 +52,59 @@ class Cells:
         u = torch.arange(self.diffusion + 1, dtype=torch.float64) / max(self.diffusion, 1)
         self.edges = times.at(u) if self.diffusion else torch.tensor([1.0]).double()
 
-    def draw(
-        self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
+    def variates(self, controls: Controls) -> int:
+        """G: those of the controls, and the place in the cell."""
+        return controls.variates + 1
+
+    def visit(
+        self,
+        controls: Controls,
+        x: Tensor,
+        cell: Tensor,
+        share: Tensor,
+        replicate: Tensor,
+        each: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """w_c·cost, shape (B, n), and w_c·v, shape (B, n, G), of n draws of each example.
+        """w_c·cost, shape (B, n), and w_c·v, shape (B, n, G), of n visits to each example.
 
         Args:
             controls: the variates and their model.
             x: examples, shape (B, ...).
-            cell: of each draw, shape (B, n).
+            cell: of each visit, shape (B, n).
             share: where in its cell, in [0, 1), shape (B, n).
-            replicate: of each of the n draws, not decreasing, shape (n,).
+            replicate: of each of the n visits, not decreasing, shape (n,).
+            each: draws of a visit, of which these are the means; they share the cell.
         """
+        shape = (*cell.shape, each)
+        within = (share[..., None] + torch.arange(each) / each) % 1
+        cost, v = self._draw(
+            controls,
+            x,
+            cell[..., None].expand(shape).flatten(1),
+            within.flatten(1),
+            replicate.repeat_interleave(each),
+        )
+        # costs change over a cell, and of uniform places in it the mean is known
+        place = (within.mean(-1) - 1 / 2) * (cell > 0)
+        v = torch.cat([v.view(*shape, -1).mean(2), place[..., None]], -1)
+        return cost.view(shape).mean(2), v
+
+    def _draw(
+        self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of single draws, the columns of the controls alone."""
         cost = torch.zeros(cell.shape, dtype=torch.float64)
         v = torch.zeros(*cell.shape, controls.variates, dtype=torch.float64)
         rows = controls.model.rows
         for columns in torch.arange(cell.shape[1]).split(rows):
             for some in torch.arange(len(x)).split(max(1, rows // len(columns))):
                 at = some[:, None], columns
-                cost[at], v[at] = self._draw(
+                cost[at], v[at] = self._call(
                     controls.at(some), x[some], cell[at], share[at], replicate[columns]
                 )
         return cost, v
 
-    def _draw(
+    def _call(
         self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
     ) -> tuple[Tensor, Tensor]:
         row = torch.arange(len(x)).repeat_interleave(cell.shape[1])
@@ -144,13 +175,6 @@ class Allocation:
         """Of the costs of an example by one draw, as the pilot foresees it; scalar, nats²."""
         return (self.left.square() / self.probability).sum()
 
-    def locate(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The cell of uniform draws, and where in it, in [0, 1); shape of u."""
-        ends = self.probability.cumsum(0)
-        cell = torch.searchsorted(ends, u, right=True).clamp(max=len(ends) - 1)
-        share = (u - ends[cell] + self.probability[cell]) / self.probability[cell]
-        return cell, share.clamp(0, 1 - 2**-53)
-
     def known(self, phi: Tensor) -> Tensor:
         """b_c·φ_c of each example and cell, shape (B, C)."""
         return (phi * self.between).sum(-1)
@@ -161,7 +185,7 @@ def even(cells: Cells, controls: Controls, features: int, first: float) -> Alloc
     first = 1.0 if cells.count == 1 else max(first, 1 / cells.count)
     p = torch.full((cells.count,), (1 - first) / max(1, cells.diffusion), dtype=torch.float64)
     p[0] = first
-    within = torch.zeros(cells.count, controls.variates, dtype=torch.float64)
+    within = torch.zeros(cells.count, cells.variates(controls), dtype=torch.float64)
     between = torch.zeros(cells.count, features, dtype=torch.float64)
     return Allocation(p, within, between, torch.full_like(p, torch.nan))
 
@@ -179,40 +203,67 @@ def pilot(
         draws: of each example in each replicate, in what follows.
         replicates: in what follows.
     """
-    device = controls.model.device
-    # two of each example, as far apart as they will be; the first is alone, if some will be
-    each = min(2, draws * replicates)
-    examples = math.ceil(rows * cells.count / each)
-    u = (stratified(examples) + torch.arange(each) * _apart(examples, draws, replicates)) % 1
-    replicate = torch.arange(each) * (draws == 1)
-    cell, share = even_cells(u, cells.count)
-    # an example is drawn in many cells, and its φ is of them all
-    once, place = torch.randint(len(x), (examples,)).unique(return_inverse=True)
-    some = as_examples(x[once]).to(device)
-    cost, v = cells.draw(controls.at(once[place]), some[place], cell, share, replicate)
+    times, each = visits(draws, controls)
+    # two visits to each example, where there will be more that are of one draw, as far apart as
+    # they will be; the first is alone, if some will be
+    both = min(2, times * replicates) if each == 1 else 1
+    replicate = torch.arange(both) * (draws == 1)
+    found: list[tuple[Tensor, ...]] = []
+    p = torch.full((cells.count,), 1 / cells.count, dtype=torch.float64)
+    whole = rows * cells.count // (both * each)
+    # the first where all cells are alike; then where draws, and who lends to them, will be
+    part, least = ALIKE
+    alike = min(whole, math.ceil(max(least, part * rows) * cells.count / (both * each)))
+    for examples in (alike, whole - alike):
+        if examples <= 0:
+            break
+        if found:
+            p = fit(cells.count, *map(torch.cat, zip(*found, strict=True))).probability
+        u = stratified(examples) + torch.arange(both) * _apart(examples, draws, replicates)
+        cell, share = located(p, u % 1)
+        found.append(_rows(cells, controls, x, cell, share, replicate, each))
+    return fit(cells.count, *map(torch.cat, zip(*found, strict=True)))
+
+
+def _rows(
+    cells: Cells,
+    controls: Controls,
+    x: Tensor,
+    cell: Tensor,
+    share: Tensor,
+    replicate: Tensor,
+    each: int,
+) -> tuple[Tensor, ...]:
+    """What `fit` is given, of visits (B, n) to examples taken from x at random."""
+    # an example is visited in many cells, and its φ is of them all
+    once, place = torch.randint(len(x), (len(cell),)).unique(return_inverse=True)
+    some = as_examples(x[once]).to(controls.model.device)
+    here = controls.at(once[place])
+    cost, v = cells.visit(here, some[place], cell, share, replicate, each)
     phi = torch.cat([controls.between(part) for part in some.split(256)])[place[:, None], cell]
-    return fit(cells.count, cell.flatten(), cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1))
+    return cell.flatten(), cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1)
+
+
+def visits(draws: int, controls: Controls) -> tuple[int, int]:
+    """In how many visits so many draws of an example are made, and how many each is of."""
+    return (1, 2) if draws == 2 and controls.lends else (draws, 1)
 
 
 def _apart(examples: int, draws: int, replicates: int) -> Tensor | float:
     """How far draws of an example stand from the one that lends to them."""
     if draws > 1:
-        return 1 / max(NEAR, draws * replicates)
+        return 1 / (draws * replicates)
     # of independent replicates it is the nearest, on a circle, of half of them
     return (1 - torch.rand(examples, 1, dtype=torch.float64) ** (2 / max(2, replicates))) / 2
 
 
-def spread(examples: int, draws: int) -> Tensor:
-    """As `stratified`, but fewer than NEAR draws of an example stand near; (examples, draws)."""
-    if draws >= NEAR:
-        return stratified(examples, draws)
-    return (stratified(examples) + torch.arange(draws) / NEAR) % 1
-
-
-def even_cells(u: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The cell of uniform draws among cells alike, and where in it; shape of u."""
-    cell = (u * count).long().clamp(max=count - 1)
-    return cell, (u * count - cell).clamp(0, 1 - 2**-53)
+def located(probability: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The cell of uniform u among cells of these probabilities, and where in it, in [0, 1); shape
+    of u."""
+    ends = probability.cumsum(0)
+    cell = torch.searchsorted(ends, u, right=True).clamp(max=len(ends) - 1)
+    share = (u - ends[cell] + probability[cell]) / probability[cell]
+    return cell, share.clamp(0, 1 - 2**-53)
 
 
 def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
@@ -287,27 +338,34 @@ def _ridge(design: Tensor, y: Tensor, weight: Tensor, share: Tensor) -> tuple[Te
 
 
 def estimate(
-    cells: Cells, controls: Controls, allocation: Allocation, x: Tensor, u: Tensor
+    cells: Cells,
+    controls: Controls,
+    allocation: Allocation,
+    x: Tensor,
+    u: Tensor,
+    each: int = 1,
 ) -> Tensor:
-    """Costs of each cell, estimated without bias from draws at u; they add up to the bound's.
+    """Costs of each cell, estimated without bias from visits at u; they add up to the bound's.
 
     Args:
         cells: where.
         controls: the variates.
         allocation: from a pilot.
         x: examples on the device of the model, shape (B, ...).
-        u: uniform draws, shape (B, R, n), averaged over n. The R are uncorrelated given x.
+        u: uniform, shape (B, R, n), of n visits, over which is averaged. The R are uncorrelated
+            given x.
+        each: draws of a visit.
 
     Returns:
         shape (B, R, C), nats.
     """
-    examples, replicates, draws = u.shape
-    cell, share = allocation.locate(u.flatten(1))
-    replicate = torch.arange(replicates).repeat_interleave(draws)
-    cost, v = cells.draw(controls, x, cell, share, replicate)
+    examples, replicates, times = u.shape
+    cell, share = located(allocation.probability, u.flatten(1))
+    replicate = torch.arange(replicates).repeat_interleave(times)
+    cost, v = cells.visit(controls, x, cell, share, replicate, each)
     known = allocation.known(controls.between(x))
     left = cost - (v * allocation.within[cell]).sum(-1) - known.gather(1, cell)
     sums = torch.zeros(examples, replicates, cells.count, dtype=torch.float64)
-    each = (left / (allocation.probability[cell] * draws)).view(u.shape)
-    sums.scatter_add_(2, cell.view(u.shape), each)
+    of_visit = (left / (allocation.probability[cell] * times)).view(u.shape)
+    sums.scatter_add_(2, cell.view(u.shape), of_visit)
     return known[:, None] + sums

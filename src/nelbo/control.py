@@ -254,6 +254,11 @@ class Controls:
         return 2 * sum(p is not None for p in (self.linear, self.log_frequency, self.others))
 
     @property
+    def lends(self) -> bool:
+        """Whether a draw tells others of its example the more the nearer they are in time."""
+        return self.levels is not None and self.log_frequency is not None
+
+    @property
     def features(self) -> int:
         """1 + F, the columns of `between`."""
         return 1 + self.centre.shape[-1]
@@ -347,7 +352,7 @@ class Controls:
 class Nothing(Controls):
     """Nothing is known, and nothing taken off."""
 
-    variates, features = 0, 1
+    variates, features, lends = 0, 1, False
 
     def __init__(self, model: Model, edges: Tensor) -> None:
         self.model, self.edges = model, edges

@@ -8,6 +8,7 @@ so any number of processes that share them give the same number.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
@@ -19,13 +20,13 @@ from torch import Tensor
 from nelbo._numerics import LOG_2, seeded
 from nelbo._processes import divided, gather, world
 from nelbo._progress import Track
-from nelbo.allocate import Allocation, Cells, estimate, even, pilot, spread
+from nelbo.allocate import Allocation, Cells, estimate, even, pilot, visits
 from nelbo.control import Controls, Nothing
 from nelbo.data import as_examples, fingerprint
 from nelbo.elbo import Bound, prior_term
-from nelbo.estimate import Continuum, Times
+from nelbo.estimate import Continuum, Times, stratified
 from nelbo.model import Model, counting, measuring, model_hash
-from nelbo.visits import StandardError, Visits
+from nelbo.visits import StandardError, Visits, repeated
 
 #: what a pilot settles, from cells, controls, draws and replicates
 Pilots = Callable[[Cells, Controls, int, int], Allocation]
@@ -128,6 +129,7 @@ class Plan:
         pilot: rows in each cell of the pilot.
         replicates: R.
         draws: of each example in each replicate.
+        repeated: blocks that get one replicate more.
     """
 
     visited: int
@@ -135,6 +137,7 @@ class Plan:
     pilot: int
     replicates: int
     draws: int
+    repeated: int = 0
 
 
 def plan(
@@ -142,7 +145,7 @@ def plan(
 ) -> Plan:
     """Spend `calls` network calls per example, at most, on the pilot and on the draws.
 
-    Fewer than two, the least that has an error bar, are spent on a sample of them, two on each.
+    Fewer than two are spent on a sample of them, two on each, on some of it four.
 
     Args:
         examples: N.
@@ -161,7 +164,7 @@ def plan(
             f" got {calls}; try 24"
         )
     if calls < 2:
-        return _sampled(Plan(examples, BLOCK, 0, 2, 1), int(calls / 2 * examples))
+        return _sampled(Plan(examples, BLOCK, 0, 1, 2), examples, int(calls * examples))
     calls = int(calls)
     rows = 0 if kept else _pilot_rows(examples * calls, cells)
     # what the pilot takes is not left for the draws
@@ -244,6 +247,8 @@ def evaluate(
     target = None if target_error is None else target_error / scale
     if target is not None:
         way = replace(way, pilot=0 if kept else LEAST, draws=1)
+        if len(x) > FEWEST and not per_example:
+            way = replace(way, replicates=1, draws=2)
     with measuring(model), counting(model.network) as calls_made:
         with seeded(seed, 0):
             controls: Controls = Nothing(model, cells.edges)
@@ -252,7 +257,8 @@ def evaluate(
             learn = partial(_learn, cells, controls, x, pilots)
             allocation = learn(way)
             if target is not None:
-                foreseen = allocation.variance.item() / len(x) / target**2
+                of_visit = visits(way.draws, controls)[1]
+                foreseen = allocation.variance.item() * of_visit / len(x) / target**2
                 wanted = _first_round(way, len(x), foreseen, cells.count, per_example)
                 if (wanted.draws, wanted.replicates) != (way.draws, way.replicates):
                     # draws that stand nearer lend more, so the coefficients are others
@@ -266,7 +272,8 @@ def evaluate(
             order = torch.arange(len(x))
             known_costs = torch.zeros(1, 1).double().expand(len(x), 1 + cells.count)
         blocks = order.split(way.block)
-        some = dict.fromkeys(range(math.ceil(way.visited / way.block)), way.replicates)
+        there = range(math.ceil(way.visited / way.block))
+        some = {g: way.replicates + (g < way.repeated) for g in there}
         found, turn = Visits(blocks, [], known_costs).joined(visit(blocks, some, way.draws, 0)), 0
         while target is not None and found.monte_carlo() > target:
             turn += 1
@@ -325,13 +332,15 @@ def _learn(
 def _first_round(way: Plan, examples: int, calls: float, cells: int, scored: bool) -> Plan:
     """The plan of the first draws for a target that may take so many calls per example."""
     if not math.isfinite(calls):  # no number of calls will do, and one round shows it
-        calls = way.replicates / FIRST
-    first = FIRST * calls / way.replicates
-    least = max(FEWEST, math.ceil(first * examples))
-    if least < examples and not scored:
-        return _sampled(way, least)
+        calls = 0.0
+    first = FIRST * calls
+    least = max(2 * FEWEST, math.ceil(first * examples))
+    if least < 2 * examples and not scored:
+        return _sampled(replace(way, replicates=1, draws=2), examples, least)
+    replicates = way.replicates if way.draws == 1 else 2
     rows = _pilot_rows(examples * calls, cells) if way.pilot else 0
-    return replace(way, draws=max(1, math.ceil(first)), pilot=rows)
+    draws = max(1, math.ceil(first / replicates))
+    return replace(way, replicates=replicates, draws=draws, pilot=rows)
 
 
 def _order(examples: int, seed: int) -> Tensor:
@@ -351,10 +360,21 @@ def _known(controls: Controls, allocation: Allocation, x: Tensor) -> Tensor:
     return torch.cat(divided(math.ceil(len(x) / AT_ONCE), part))
 
 
-def _sampled(way: Plan, visited: int) -> Plan:
-    """The plan for a sample of so many, a few less where the last block would not be whole."""
-    block = max(1, min(way.block, visited // BLOCKS))
-    return replace(way, visited=visited // block * block, block=block)
+def _sampled(way: Plan, examples: int, calls: int) -> Plan:
+    """The plan for a sample of N examples by so many calls, or a few less: blocks are whole."""
+    each = calls // way.draws
+    block = max(1, min(way.block, each // BLOCKS))
+    # as many as leave enough for those that are visited twice
+    blocks = (
+        bisect_right(
+            range(examples // block + 1),
+            each // block,
+            key=lambda blocks: blocks + repeated(blocks, block, examples),
+        )
+        - 1
+    )
+    more = repeated(blocks, block, examples)
+    return replace(way, visited=blocks * block, block=block, repeated=more)
 
 
 def _visit(
@@ -379,8 +399,9 @@ def _visit(
         own = controls.at(blocks[g])
         with seeded(seed, 1, turn, task):
             prior, block = _prior(own.model, x[blocks[g]])
-            u = torch.stack([spread(len(block), draws) for _ in range(replicates)], 1)
-            costs = estimate(cells, own, allocation, block, u)
+            times, each = visits(draws, own)
+            u = torch.stack([stratified(len(block), times) for _ in range(replicates)], 1)
+            costs = estimate(cells, own, allocation, block, u, each)
         return torch.cat([prior[:, None, None].expand(-1, replicates, -1), costs], 2)
 
     return dict(zip(some, divided(len(tasks), visited, track), strict=True))

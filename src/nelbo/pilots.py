@@ -86,7 +86,8 @@ def _allocation(numbers: object, cells: Cells, controls: Controls) -> Allocation
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         return None
     count = cells.count
-    fit = shapes == [(count,), (count, controls.variates), (count, controls.features), (count,)]
+    variates = cells.variates(controls)
+    fit = shapes == [(count,), (count, variates), (count, controls.features), (count,)]
     if not fit or not all(v.isfinite().all() for v in vars(found).values()):
         return None
     # every cell has its chance, and these are all there are

@@ -5,15 +5,18 @@ are stratified within blocks g of examples, so neighbours share strata, and the 
 block are what is independent. Where all N are visited,
 
     mean           mean_i mean_r L_ir
-    Monte Carlo²   Σ_g (n_g/N)² var_r( mean_{i in g} L_ir ) / R_g      another seed, same data
-    data²          ( var_i(mean_r L_ir) - mean_i(var_r(L_ir)/R_g) ) / N     other data, no noise
+    Monte Carlo²   Σ_g (n_g/N)² w_g²/R_g,  w_g² = var_r( mean_{i in g} L_ir )   another seed
+    data²          ( var_i(mean_r L_ir) - mean_i(w_i²/R_g) ) / N,  w_i² = var_r( L_ir )  other data
 
 Where a random sample S of n is, k_i, which is known of every example without the network, stands
 for the others (the regression estimator in two stages: Cochran, Sampling Techniques, 1977,
 sections 7.1 and 10.4):
 
     mean           mean_{all i} k_i + mean_{i in S}( mean_r L_ir - k_i )
-    Monte Carlo²   (1 - n/N) var_{i in S}( mean_r L_ir - k_i )/n + n/N (that of the mean over S)²
+    Monte Carlo²   (1 - n/N) s²/n + n/N (that of the mean over S)², s² = var_S( mean_r L_ir - k_i )
+
+Of a sample most is visited once, R_g = 1: there w_i² is the mean of the others, with some of s²
+for caution, and w_g² = w_i²/n_g.
 """
 
 import math
@@ -27,6 +30,15 @@ from torch import Tensor
 from nelbo.elbo import Bound
 
 FURTHER = 1 / 32  # of the blocks visited: by no fewer grows a sample
+TWICE = (8, 32)  # examples of a sample, visited twice: at least; and of one that is all
+CAUTION = 8  # of those visited twice, for which it counts that w² is no more than s²
+
+
+def repeated(blocks: int, block: int, examples: int) -> int:
+    """How many of a sample's blocks to visit twice: w², which they tell, counts for n/N."""
+    least, most = TWICE
+    share = min(1.0, blocks * block / examples)
+    return max(1, round(max(least, most * share**2) / block))
 
 
 @dataclass(frozen=True)
@@ -67,16 +79,19 @@ class Visits:
 
     @property
     def error_of_each(self) -> Tensor:
-        """The Monte Carlo error of each example's bound, as there."""
-        return self._in_order(self._noise().sqrt())
+        """The Monte Carlo error of each example's bound, as there; if it was visited once, that of
+        a typical one."""
+        totals = self._totals()
+        parts = zip(totals, self._noise(totals), strict=True)
+        return self._in_order(torch.cat([w / t.shape[1] for t, w in parts]).sqrt())
 
     def _means(self) -> Tensor:
         """Over the replicates, (n, 1 + C)."""
         return torch.cat([block.mean(1) for block in self.costs])
 
-    def _noise(self) -> Tensor:
-        """The variance of each example's mean over its replicates, (n,)."""
-        return torch.cat([block.sum(2).var(1) / block.shape[1] for block in self.costs])
+    def _totals(self, columns: slice = slice(None)) -> list[Tensor]:
+        """Some of the costs of each example and replicate, (n_g, R_g) of each block."""
+        return [block[..., columns].sum(2) for block in self.costs]
 
     def _in_order(self, each: Tensor) -> Tensor:
         return each.new_full((len(self.known),), math.nan).index_put((self.rows,), each)
@@ -95,23 +110,35 @@ class Visits:
 
     def _variances(self, columns: slice) -> tuple[float, float, float]:
         """Of the mean over S: by its draws alone, by S and its draws; and n/N."""
-        visited = len(self.rows)
-        within = sum(
-            (len(block) / visited) ** 2 * block[..., columns].sum(2).mean(0).var().item() / r
-            for block in self.costs
-            for r in [block.shape[1]]
-        )
+        visited, within, totals = len(self.rows), 0.0, self._totals(columns)
+        for block, noise in zip(totals, self._noise(totals, columns), strict=True):
+            size, replicates = block.shape
+            of_mean = block.mean(0).var() if replicates > 1 else noise.mean() / size
+            within += (size / visited) ** 2 * of_mean.item() / replicates
         if visited == len(self.known):
             return within, 0.0, 1.0
-        left = (self._means() - self.known[self.rows])[:, columns].sum(1)
-        return within, left.var().item() / visited, visited / len(self.known)
+        return within, self._left(columns).var().item() / visited, visited / len(self.known)
+
+    def _left(self, columns: slice) -> Tensor:
+        """mean_r L_ir - k_i, (n,)."""
+        return (self._means() - self.known[self.rows])[:, columns].sum(1)
+
+    def _noise(self, totals: Sequence[Tensor], columns: slice = slice(None)) -> list[Tensor]:
+        """w_i² of each example, (n_g,) of each block."""
+        found = [block.var(1) for block in totals if block.shape[1] > 1]
+        if len(found) == len(totals):
+            return found
+        # few tell it, and the error would be least where they tell the least
+        most = self._left(columns).var().expand(CAUTION)
+        typical = torch.cat([*found, most]).mean()
+        return [b.var(1) if b.shape[1] > 1 else typical.expand(len(b)) for b in totals]
 
     def error(self) -> StandardError:
         """Of the mean bound."""
         each, monte_carlo = self._means().sum(1), self.monte_carlo()
         if len(each) == 1:
             return StandardError(math.nan, math.nan, monte_carlo)
-        spread = (each.var() - self._noise().mean()).item()
+        spread = (each.var() - self.error_of_each.square().nanmean()).item()
         data = math.sqrt(max(spread, 0.0) / len(self.known))
         return StandardError(math.hypot(data, monte_carlo), data, monte_carlo)
 
@@ -128,8 +155,10 @@ class Visits:
         # (1 - n/N) s²/n + w²/N = error², where s² and w² are of one example
         variance = error**2 + (between - within) * share
         wanted = there * (between / variance - 1) if variance > 0 else math.inf
-        more = min(max(wanted, FURTHER * there), len(self.blocks) - there)
-        return dict.fromkeys(range(there, there + math.ceil(more)), replicates[0])
+        then = there + math.ceil(min(max(wanted, FURTHER * there), len(self.blocks) - there))
+        often = repeated(then, len(self.blocks[0]), len(self.known))
+        more = often - sum(r > 1 for r in replicates)
+        return {g: min(replicates) + (g - there < more) for g in range(there, then)}
 
     def joined(self, costs: Mapping[int, Tensor]) -> "Visits":
         """With what blocks cost that were missing."""
