@@ -172,7 +172,7 @@ class Allocation:
 
     @property
     def variance(self) -> Tensor:
-        """Of the costs of an example by one draw, as the pilot foresees it; scalar, nats²."""
+        """Of the costs of an example by one visit, as the pilot foresees it; scalar, nats²."""
         return (self.left.square() / self.probability).sum()
 
     def known(self, phi: Tensor) -> Tensor:

@@ -30,15 +30,16 @@ from torch import Tensor
 from nelbo.elbo import Bound
 
 FURTHER = 1 / 32  # of the blocks visited: by no fewer grows a sample
-TWICE = (8, 32)  # examples of a sample, visited twice: at least; and of one that is all
+TWICE = (8, 1 / 32, 32)  # examples of a sample, visited twice: at least; of it; of one that is all
+NONE = torch.empty(0, dtype=torch.float64)
 CAUTION = 8  # of those visited twice, for which it counts that w² is no more than s²
 
 
 def repeated(blocks: int, block: int, examples: int) -> int:
     """How many of a sample's blocks to visit twice: w², which they tell, counts for n/N."""
-    least, most = TWICE
-    share = min(1.0, blocks * block / examples)
-    return max(1, round(max(least, most * share**2) / block))
+    least, share, most = TWICE
+    visited = min(blocks * block, examples)
+    return max(1, round(max(least, share * visited, most * (visited / examples) ** 2) / block))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Visits:
         """The Monte Carlo error of each example's bound, as there; if it was visited once, that of
         a typical one."""
         totals = self._totals()
-        parts = zip(totals, self._noise(totals), strict=True)
+        parts = zip(totals, _noise(totals), strict=True)
         return self._in_order(torch.cat([w / t.shape[1] for t, w in parts]).sqrt())
 
     def _means(self) -> Tensor:
@@ -111,27 +112,17 @@ class Visits:
     def _variances(self, columns: slice) -> tuple[float, float, float]:
         """Of the mean over S: by its draws alone, by S and its draws; and n/N."""
         visited, within, totals = len(self.rows), 0.0, self._totals(columns)
-        for block, noise in zip(totals, self._noise(totals, columns), strict=True):
+        whole = visited == len(self.known)
+        left = (self._means() - self.known[self.rows])[:, columns].sum(1)
+        # few tell the noise, and the error would be least where they tell the least
+        doubt = NONE if whole else left.var().expand(CAUTION)
+        for block, noise in zip(totals, _noise(totals, doubt), strict=True):
             size, replicates = block.shape
             of_mean = block.mean(0).var() if replicates > 1 else noise.mean() / size
             within += (size / visited) ** 2 * of_mean.item() / replicates
-        if visited == len(self.known):
+        if whole:
             return within, 0.0, 1.0
-        return within, self._left(columns).var().item() / visited, visited / len(self.known)
-
-    def _left(self, columns: slice) -> Tensor:
-        """mean_r L_ir - k_i, (n,)."""
-        return (self._means() - self.known[self.rows])[:, columns].sum(1)
-
-    def _noise(self, totals: Sequence[Tensor], columns: slice = slice(None)) -> list[Tensor]:
-        """w_i² of each example, (n_g,) of each block."""
-        found = [block.var(1) for block in totals if block.shape[1] > 1]
-        if len(found) == len(totals):
-            return found
-        # few tell it, and the error would be least where they tell the least
-        most = self._left(columns).var().expand(CAUTION)
-        typical = torch.cat([*found, most]).mean()
-        return [b.var(1) if b.shape[1] > 1 else typical.expand(len(b)) for b in totals]
+        return within, left.var().item() / visited, visited / len(self.known)
 
     def error(self) -> StandardError:
         """Of the mean bound."""
@@ -166,3 +157,10 @@ class Visits:
         for g, more in costs.items():
             whole[g] = torch.cat([whole[g], more], 1) if g in whole else more
         return replace(self, costs=list(whole.values()))
+
+
+def _noise(totals: Sequence[Tensor], doubt: Tensor = NONE) -> list[Tensor]:
+    """w_i² of each example, (n_g,) of each block; where R_g = 1 the mean of others and doubt."""
+    found = [block.var(1) for block in totals if block.shape[1] > 1]
+    typical = torch.cat([*found, doubt]).mean()
+    return [b.var(1) if b.shape[1] > 1 else typical.expand(len(b)) for b in totals]
