@@ -215,14 +215,14 @@ def pilot(
     part, least = ALIKE
     alike = min(whole, math.ceil(max(least, part * rows) * cells.count / (both * each)))
     for examples in (alike, whole - alike):
-        if examples <= 0:
+        if not examples:
             break
-        if found:
-            p = fit(cells.count, *map(torch.cat, zip(*found, strict=True))).probability
         u = stratified(examples) + torch.arange(both) * _apart(examples, draws, replicates)
         cell, share = located(p, u % 1)
         found.append(_rows(cells, controls, x, cell, share, replicate, each))
-    return fit(cells.count, *map(torch.cat, zip(*found, strict=True)))
+        fitted = fit(cells.count, *map(torch.cat, zip(*found, strict=True)))
+        p = fitted.probability
+    return fitted
 
 
 def _rows(
