@@ -24,11 +24,11 @@ discrepancy leaves what is neither an effect of the example nor one of time: the
 of a two-way fit, the limit of infinitely fine strata. nelbo at n calls is replicated max(2, S/n)
 times; its variance is that between the replicates of each block. At one call it does as `nelbo
 evaluate --calls 1`: two calls of each of nearly half of the examples, and of some four, for an
-error bar; `visits` has the variance, whose parts are taken from draws of all, and which leaves out
-what the second visits gain. Of the full sum's terms each example draws one, at
-stratified places, and the reconstruction, twice: the mean half square of the differences, times
-the number of terms. Its steps are Gaussian, as theirs. The ± are relative errors, from the spread
-over examples or blocks. Peers' seconds are those of our own network calls.
+error bar; `visits` has the variance, whose parts are taken from draws of all. Of the full sum's
+terms each example draws one, at stratified places, and the reconstruction, twice: the mean half
+square of the differences, times the number of terms. Its steps are Gaussian, as theirs. The ± are
+relative errors, from the spread over examples or blocks. Peers' seconds are those of our own
+network calls.
 """
 
 import argparse
@@ -210,13 +210,16 @@ def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
     within = Variance.of(torch.stack(parts))
     if calls > 1:
         return within
-    # (1 - n/N) s²/n, and n/N of the sample's w²/n, which is that of all
-    visited = plan(len(x), calls, known.cells.count, kept=True).visited
+    # (1 - n/N) s²/n, and n/N of the sample's w²/n, which is that of all; w² less by half where
+    # an example is visited twice
+    way = plan(len(x), calls, known.cells.count, kept=True)
+    visited, again = way.visited, way.repeated * way.block / way.visited / 2
     phi = torch.cat([known.controls.between(block) for block in blocks])
     left = torch.cat(each) - allocation.known(phi).sum(1, keepdim=True)
-    square = (left - left.mean(0)).square().mean(1)
+    square = (left - left.mean(0)).square().mean(1) - again * left.var(1)
     share = (1 - visited / len(x)) / visited
-    return within + Variance.of(share * square / (len(x) - 1))
+    twice = Variance((1 - again) * within.value, within.error)
+    return twice + Variance.of(share * square / (len(x) - 1))
 
 
 def _each(known: Known, allocation: Allocation, x: Tensor, draws: int, passes: int) -> Tensor:

@@ -413,7 +413,8 @@ def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch, exa
     dimensions are independent, that is -log P(x) - D(1), in closed form."""
     monkeypatch.setattr(allocate, "RIDGE", 1e-9)
     monkeypatch.setattr(clusters, "SIZES", (1,))  # its features are then quadratics, all of them
-    monkeypatch.setattr(allocate, "SPREAD", 0.0)
+    monkeypatch.setattr(allocate, "NEAR", 0.0)
+    monkeypatch.setattr(allocate, "FAR", 0.0)
     times = Grid.uniform(4)
     cells = Cells(times)
     model, data = its_own_reference(name)

@@ -33,9 +33,10 @@ from nelbo.estimate import Times, stratified
 from nelbo.terms import Decode, Term
 
 CELLS = 32  # of the diffusion term, at most
-SPREAD = 4.0  # cells to either side that lend a cell their pilot rows
-BORROWED = 16.0  # pilot rows of its own that its neighbours' variance counts for
-EVEN = 0.05  # share of the draws that do not follow the pilot, at least
+NEAR, FAR = 10.0, 4.0  # cells to either side that lend a cell slopes, over ∛rows; and spread
+BORROWED = 16.0  # normal rows of its own that its neighbours' variance counts for
+EVEN = 0.05  # share of the draws that do not follow the pilot, at least, ..
+DOUBT = 2.0  # .. and so often the relative variance of a variance that it found
 NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
 LIKE = 64  # rows of a network call, at least, where there are as many
 ALIKE = 1 / 2, 16  # share of a pilot's rows, and of each cell, that do not follow others, at least
@@ -290,41 +291,59 @@ def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Alloc
     distance = (place[:, None] - place).abs().double()
     # the reconstruction is a term of another kind: it lends nothing and borrows nothing
     alike = (place > 0)[:, None] == (place > 0)
-    near = (1 - distance / (SPREAD + 1)).clamp(min=0) * alike
+
+    def around(cells: float) -> Tensor:
+        """Weights of a cell's neighbours, (C, C)."""
+        return (1 - distance / (cells + 1)).clamp(min=0) * alike
+
+    # slopes of neighbours are the more amiss, the better a cell knows its own
+    near, far = around(NEAR / rows.mean() ** (1 / 3)), around(FAR)
     # a few rows of one cell may all miss what is rare in it: spread is shrunk to the neighbours'
-    lent = BORROWED * near / near.sum(1, keepdim=True)
-    own = mean((cost - mean(cost)[cell]).square()) * rows / (rows - 1)
-    variance = (rows * own + lent @ own) / (rows + BORROWED)
+    lent = far / far.sum(1, keepdim=True)
+    y = cost - mean(cost)[cell]
+    own = mean(y.square()) * rows / (rows - 1)
+    variance, borrowed = own, BORROWED
+    for _ in range(2):
+        variance = (rows * own + borrowed * lent @ own) / (rows + borrowed)
+        borrowed = BORROWED * max(1.0, _excess(y, variance[cell]) / 2)
     size = variance.sqrt().clamp(min=1e-12 * cost.abs().max() + 1e-300)
-    y = (cost - mean(cost)[cell]) / size[cell]
+    y = y / size[cell]
     design = torch.cat([v / size[cell, None], phi[:, 1:]], 1)
     # φ has variance 1 over the examples, however little of it the pilot saw
     least = torch.ones_like(design[0])
     least[: v.shape[1]] = 1e-300
     scale = mean(design.square())
     design = design - mean(design)[cell]
-    slopes, left = [], []
-    for weights in near:
+    slopes, error = [], torch.empty_like(y)
+    for c, weights in enumerate(near):
         used = weights[cell] > 0
         unit = scale[weights > 0].mean(0).sqrt().maximum(least)
-        slope, error = _ridge(
+        slope, left_out = _ridge(
             design[used] / unit, y[used], weights[cell[used]], 1 / rows[cell[used]]
         )
         slopes.append(slope / unit)
-        left.append(error)
-    sd = size * torch.stack(left)
+        error[cell == c] = left_out[cell[used] == c]
+    weighted = far * rows
+    left = weighted @ mean(error.square()) / weighted.sum(1)
+    sd = size * left.sqrt()
     p_best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
-    # what few rows say of a spread is known to 1/√(2 rows): a cell they underrate has heavy tails
-    spread_evenly = max(EVEN, (len(cell) / count + BORROWED) ** -0.5)
-    p = (1 - spread_evenly) * p_best + spread_evenly / count
+    doubt = DOUBT * _excess(error, left[cell]) / (len(cell) / count + BORROWED)
+    evenly = min(max(EVEN, doubt), 1 / 2)
+    p = (1 - evenly) * p_best + evenly / count
     table = torch.stack(slopes)
     within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
     level = mean(cost - (v * within[cell]).sum(1) - (phi[:, 1:] * between[cell]).sum(1))
     return Allocation(p, within, torch.cat([level[:, None], between], 1), sd)
 
 
+def _excess(error: Tensor, variance: Tensor) -> float:
+    """Of the kurtosis over that of two values: times 1/n the relative variance of a variance."""
+    seen = variance > 0
+    return (error[seen].square() / variance[seen] - 1).square().sum().item() / len(error)
+
+
 def _ridge(design: Tensor, y: Tensor, weight: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients of columns of one unit, and the root mean square error of a row left out.
+    """Coefficients of columns of one unit, and the error of each row were it left out.
 
     Rows have the mean of their cell taken off, of which each is `share`.
     """
@@ -333,8 +352,7 @@ def _ridge(design: Tensor, y: Tensor, weight: Tensor, share: Tensor) -> tuple[Te
     inverse = torch.linalg.inv(gram)
     solution = inverse @ (weighted.T @ y)
     leverage = (weighted @ inverse * design).sum(1) + share
-    residual = (y - design @ solution) / (1 - leverage).clamp(min=0.1)
-    return solution, ((weight * residual.square()).sum() / weight.sum()).sqrt()
+    return solution, (y - design @ solution) / (1 - leverage).clamp(min=0.1)
 
 
 def estimate(
