@@ -49,9 +49,10 @@ from nelbo.control import Controls
 from nelbo.data import as_examples
 from nelbo.elbo import reconstruction_term
 from nelbo.estimate import Continuum, Grid, Times, iid, stratified
-from nelbo.evaluate import CALLS, Evaluation, evaluate, plan
+from nelbo.evaluate import CALLS, Evaluation, evaluate
 from nelbo.model import Model, measuring
 from nelbo.pilots import ROWS, Pilots
+from nelbo.plan import plan
 from nelbo.reverse import Posterior
 
 AT = (1, 2, 4, 16)  # calls per example

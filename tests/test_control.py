@@ -21,16 +21,18 @@ from torch import Tensor
 from torch.distributions import Categorical as Choice
 from torch.distributions import MixtureSameFamily, Normal, kl_divergence
 
-from nelbo import allocate, clusters, control
+from nelbo import allocate, clusters, references
 from nelbo._numerics import seeded
 from nelbo.allocate import Cells, estimate, pilot
-from nelbo.control import Controls, Draw, LevelReference, Nothing, observe
+from nelbo.control import Controls, Nothing
 from nelbo.data import as_examples
+from nelbo.draw import Draw, observe, same_noise
 from nelbo.estimate import Continuum, Grid
 from nelbo.heads import Data, LevelLogits, LevelTable, Prediction, SymbolLogits
 from nelbo.likelihood import Categorical, GaussianDensity, LevelHead
 from nelbo.model import Model
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.references import LevelReference
 from nelbo.reverse import Mixture, Posterior
 from nelbo.schedules import Linear, PowerAlpha
 from nelbo.terms import Decode, Rate, Step, Term
@@ -53,7 +55,7 @@ def terms(n: int) -> dict[str, Term]:
 @pytest.fixture
 def exact_integrals(monkeypatch):
     """Integrals over ε as fine as they are told to the last digits."""
-    monkeypatch.setattr(control, "NODES", 12)
+    monkeypatch.setattr(references, "NODES", 12)
 
 
 TERMS = pytest.mark.parametrize("kind", ["decode", "step", "rate"])
@@ -66,11 +68,11 @@ TERMS = pytest.mark.parametrize("kind", ["decode", "step", "rate"])
 @pytest.mark.parametrize("widest", [1024, 1], ids=["covariance", "variances"])
 def test_linear_is_a_cost_without_its_mean(kind, widest, monkeypatch):
     """w ‖e - ê‖² of the denoiser of N(μ, Σ), written apart, and its exact mean over ε is zero."""
-    monkeypatch.setattr(control, "WIDEST", widest)
+    monkeypatch.setattr(references, "WIDEST", widest)
     known = gaussian()
     process = known.model.process
     data = known.examples(69)
-    reference = control.Linear(process.embed(data))
+    reference = references.Linear(process.embed(data))
     e = process.embed(data)
     mean, cov = e.mean(0), torch.cov(e.T, correction=0)
     cov = cov if widest > 1 else cov.diag().diag()
@@ -242,7 +244,7 @@ def test_divergences_of_levels_are_a_chain(gamma, monkeypatch):
         shifts = (torch.arange(16, dtype=torch.float64) + 0.5).repeat_interleave(4)[:, None] / 16
         with monkeypatch.context() as patch:
             patch.setattr(torch, "rand", lambda *_, **__: shifts)
-            got = control._divergence(model, x.repeat(16, 1), log_p, time.expand(64))
+            got = references._divergence(model, x.repeat(16, 1), log_p, time.expand(64))
         return got.view(16, 4).mean(0)
 
     def at(level: int, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,7 +299,7 @@ def test_the_table_is_of_each_dimension_s_frequencies(monkeypatch, exact_integra
     assert reference.table.shape == (2, 4, 4)
     direct = torch.stack(
         [
-            control._divergence(
+            references._divergence(
                 known.model, data, reference.log_frequency, t.expand(len(data))
             ).sum(1)
             for t in EDGES
@@ -305,7 +307,7 @@ def test_the_table_is_of_each_dimension_s_frequencies(monkeypatch, exact_integra
         1,
     )
     torch.testing.assert_close(reference.divergence(data), direct, rtol=0, atol=5e-5)
-    monkeypatch.setattr(control, "TABLE", 1)
+    monkeypatch.setattr(references, "TABLE", 1)
     shared = LevelReference(known.model, data, EDGES)
     assert shared.table.shape == (1, 4, 4)
     together = reference.log_frequency.exp().mean(0)
@@ -318,7 +320,7 @@ def test_divergences_of_a_gaussian_are_a_chain():
     rate of the denoiser of N(μ, Σ), and the KL to the exact reverse step."""
     known = gaussian()
     process, data = known.model.process, known.examples(69)
-    reference = control.Linear(process.embed(data))
+    reference = references.Linear(process.embed(data))
     vectors = reference.vectors
     cov = vectors @ reference.variance.diag() @ vectors.T
     mean, one = reference.mean, torch.eye(2, dtype=torch.float64)
@@ -469,7 +471,7 @@ def test_observing_changes_nothing(name, kind):
     e_hat = known.model.predict(draw.z, term.t).e_hat
     assert torch.equal(draw.prediction.e_hat, e_hat)
     torch.set_rng_state(controls_state)
-    with control._same_noise(draw):
+    with same_noise(draw):
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), controls_state)
 
@@ -489,7 +491,7 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
     assert (again - draw.cost).std() > 0.02  # other noise, another cost
     assert left.std() < 5e-5
     low, high = (
-        control._divergence(model, x[:1], controls.levels.log_frequency, v[:1]).sum()
+        references._divergence(model, x[:1], controls.levels.log_frequency, v[:1]).sum()
         for v in (s, t)
     )
     torch.testing.assert_close(left.mean(), low - high, rtol=0, atol=5e-5)

@@ -9,10 +9,11 @@ from torch import nn
 
 from nelbo._numerics import seeded
 from nelbo.estimate import Continuum, Grid, elbo
-from nelbo.evaluate import BLOCK, CALLS, evaluate, plan
+from nelbo.evaluate import CALLS, evaluate
 from nelbo.heads import Data, LevelLogits
 from nelbo.likelihood import GaussianDensity, LevelHead
 from nelbo.model import Model, model_hash
+from nelbo.plan import BLOCK, plan
 from nelbo.process import Affine, Gaussian, Levels
 from nelbo.reverse import Mixture, Posterior
 from nelbo.schedules import Linear

@@ -8,7 +8,7 @@ from closed_forms import orders
 from known_models import MODELS, gaussian
 
 from nelbo._numerics import seeded
-from nelbo.control import observe
+from nelbo.draw import observe
 from nelbo.elbo import diffusion_rate, diffusion_term, reconstruction_term
 from nelbo.likelihood import GaussianDensity
 from nelbo.process import Affine

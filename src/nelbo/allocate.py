@@ -9,9 +9,9 @@ falls into cell c with probability p_c and gives
 v and φ from `control`; the place in the cell, less its mean, is a v too. E[y] is the sum of costs
 for any b, k and p > 0. A pilot on some of the examples fits b and k cell by cell (least squares
 over neighbouring cells) and gives what is left, sd_c; the best p is proportional to it (Neyman
-1934). A share of the visits, 1/√n for n rows that tell of a cell and no less than a twentieth, is
-spread evenly, so no weight 1/p_c exceeds twenty times the number of cells, whatever the pilot
-missed.
+1934). A share of the visits is spread evenly: a twentieth, so no weight 1/p_c exceeds twenty times
+the number of cells, whatever the pilot missed; and more where few rows tell of a cell, or what is
+left has heavy tails.
 
 Draws of one example lend each other their context (`control`): each borrows from the nearest in
 time, of its own replicate or of one before it. So no two replicates borrow from each other, what
@@ -27,16 +27,17 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import over
-from nelbo.control import Controls, observe
+from nelbo.control import Controls
 from nelbo.data import as_examples
+from nelbo.draw import observe
 from nelbo.estimate import Times, stratified
 from nelbo.terms import Decode, Term
 
 CELLS = 32  # of the diffusion term, at most
 NEAR, FAR = 10.0, 4.0  # cells to either side that lend a cell slopes, over ∛rows; and spread
 BORROWED = 16.0  # normal rows of its own that its neighbours' variance counts for
-EVEN = 0.05  # share of the draws that do not follow the pilot, at least, ..
-DOUBT = 2.0  # .. and so often the relative variance of a variance that it found
+EVEN = 0.05  # share of the draws that do not follow the pilot, at least; and ..
+DOUBT = 2.0  # .. so often the relative variance of a variance that it found
 NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
 LIKE = 64  # rows of a network call, at least, where there are as many
 ALIKE = 1 / 2, 16  # share of a pilot's rows, and of each cell, that do not follow others, at least
@@ -280,7 +281,7 @@ def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Alloc
         v: shape (n, G).
         phi: of each row's example and cell, shape (n, 1 + F).
     """
-    rows = cell.bincount(minlength=count).double()
+    rows, typical = cell.bincount(minlength=count).double(), len(cell) / count
 
     def mean(of: Tensor) -> Tensor:
         """Of each cell, (C, ...)."""
@@ -297,7 +298,7 @@ def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Alloc
         return (1 - distance / (cells + 1)).clamp(min=0) * alike
 
     # slopes of neighbours are the more amiss, the better a cell knows its own
-    near, far = around(NEAR / rows.mean() ** (1 / 3)), around(FAR)
+    near, far = around(NEAR / typical ** (1 / 3)), around(FAR)
     # a few rows of one cell may all miss what is rare in it: spread is shrunk to the neighbours'
     lent = far / far.sum(1, keepdim=True)
     y = cost - mean(cost)[cell]
@@ -326,18 +327,22 @@ def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Alloc
     weighted = far * rows
     left = weighted @ mean(error.square()) / weighted.sum(1)
     sd = size * left.sqrt()
-    p_best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
-    doubt = DOUBT * _excess(error, left[cell]) / (len(cell) / count + BORROWED)
-    evenly = min(max(EVEN, doubt), 1 / 2)
-    p = (1 - evenly) * p_best + evenly / count
+    p = _probability(sd, _excess(error, left[cell]) / (typical + BORROWED))
     table = torch.stack(slopes)
     within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
     level = mean(cost - (v * within[cell]).sum(1) - (phi[:, 1:] * between[cell]).sum(1))
     return Allocation(p, within, torch.cat([level[:, None], between], 1), sd)
 
 
+def _probability(sd: Tensor, doubt: float) -> Tensor:
+    """Proportional to sd (C,) but for a share that is even, the more the less sd is known."""
+    best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / len(sd))
+    evenly = min(max(EVEN, DOUBT * doubt), 1 / 2)
+    return (1 - evenly) * best + evenly / len(sd)
+
+
 def _excess(error: Tensor, variance: Tensor) -> float:
-    """Of the kurtosis over that of two values: times 1/n the relative variance of a variance."""
+    """Kurtosis - 1: over n, the relative variance of a variance of n rows."""
     seen = variance > 0
     return (error[seen].square() / variance[seen] - 1).square().sum().item() / len(error)
 

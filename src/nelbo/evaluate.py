@@ -8,7 +8,6 @@ so any number of processes that share them give the same number.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
@@ -26,20 +25,14 @@ from nelbo.data import as_examples, fingerprint
 from nelbo.elbo import Bound, prior_term
 from nelbo.estimate import Continuum, Times, stratified
 from nelbo.model import Model, counting, measuring, model_hash
-from nelbo.visits import StandardError, Visits, repeated
+from nelbo.plan import FEWEST, LEAST, Plan, first_round, plan
+from nelbo.visits import StandardError, Visits
 
 #: what a pilot settles, from cells, controls, draws and replicates
 Pilots = Callable[[Cells, Controls, int, int], Allocation]
 
-BLOCKS = 32  # of examples that share strata, where there are enough: degrees of freedom
-BLOCK = 32  # examples in one, at most
 CALLS = 24  # network calls per example, if nothing else is asked for
 AT_ONCE = 1024  # examples of which is asked what is known without the network
-FEWEST = 64  # examples that a sample begins with, where there are as many
-PILOT = (1 / 8, 128)  # share of the calls, and rows of each cell, at most; but ..
-LEAST = 16  # .. so many rows of each cell, where they take no more than half of the calls
-FIRST = 0.5  # share of the calls foreseen for a target error that is spent at once
-SCORED = 8  # replicates that give an example its own standard error
 
 
 @dataclass(frozen=True)
@@ -119,75 +112,6 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the calls for N examples are spent.
-
-    Args:
-        visited: examples, to begin with.
-        block: of them, as share strata.
-        pilot: rows in each cell of the pilot.
-        replicates: R.
-        draws: of each example in each replicate.
-        repeated: blocks that get one replicate more.
-    """
-
-    visited: int
-    block: int
-    pilot: int
-    replicates: int
-    draws: int
-    repeated: int = 0
-
-
-def plan(
-    examples: int, calls: float, cells: int, scored: bool = False, kept: bool = False
-) -> Plan:
-    """Spend `calls` network calls per example, at most, on the pilot and on the draws.
-
-    Fewer than two are spent on a sample of them, two on each, on some of it four.
-
-    Args:
-        examples: N.
-        calls: per example.
-        cells: that a pilot looks into.
-        scored: each example shall have an error of its own.
-        kept: there was a pilot before, which costs nothing now.
-
-    Raises:
-        ValueError: fewer calls than an error bar needs.
-    """
-    least = 2.0 if scored else 2 * min(1.0, FEWEST / examples)
-    if not least <= calls < math.inf:
-        raise ValueError(
-            f"calls must be at least {least:.2g} per example, to have an error bar, and finite;"
-            f" got {calls}; try 24"
-        )
-    if calls < 2:
-        return _sampled(Plan(examples, BLOCK, 0, 1, 2), examples, int(calls * examples))
-    calls = int(calls)
-    rows = 0 if kept else _pilot_rows(examples * calls, cells)
-    # what the pilot takes is not left for the draws
-    left = calls - math.ceil(rows * cells / examples)
-    if left < max(2, calls / 2):
-        rows, left = 0, calls
-    piloted = bool(rows) or kept
-    # two, for strata as fine as can be; more, where examples alone give too few freedoms, ..
-    # .. and without a pilot: more examples can share strata then, which do what it would
-    many = scored or not piloted or examples < 2 * BLOCKS
-    replicates = min(left, SCORED if many else 2)
-    if left == replicates + 1:
-        replicates = left
-    freedoms = 1 if piloted else replicates - 1
-    block = max(1, min(BLOCK, examples * freedoms // BLOCKS))
-    return Plan(examples, block, rows, replicates, left // replicates)
-
-
-def _pilot_rows(calls: float, cells: int) -> int:
-    """Rows of each cell for a pilot of so many calls in all."""
-    return min(PILOT[1], max(LEAST, int(PILOT[0] * calls / cells)))
-
-
 def evaluate(
     model: Model,
     x: Tensor,
@@ -259,7 +183,7 @@ def evaluate(
             if target is not None:
                 of_visit = visits(way.draws, controls)[1]
                 foreseen = allocation.variance.item() * of_visit / len(x) / target**2
-                wanted = _first_round(way, len(x), foreseen, cells.count, per_example)
+                wanted = first_round(way, len(x), foreseen, cells.count, per_example)
                 if (wanted.draws, wanted.replicates) != (way.draws, way.replicates):
                     # draws that stand nearer lend more, so the coefficients are others
                     allocation = learn(wanted)
@@ -329,20 +253,6 @@ def _learn(
     return even(cells, controls, 1, 1 / (way.draws * way.replicates))
 
 
-def _first_round(way: Plan, examples: int, calls: float, cells: int, scored: bool) -> Plan:
-    """The plan of the first draws for a target that may take so many calls per example."""
-    if not math.isfinite(calls):  # no number of calls will do, and one round shows it
-        calls = 0.0
-    first = FIRST * calls
-    least = max(2 * FEWEST, math.ceil(first * examples))
-    if least < 2 * examples and not scored:
-        return _sampled(replace(way, replicates=1, draws=2), examples, least)
-    replicates = way.replicates if way.draws == 1 else 2
-    rows = _pilot_rows(examples * calls, cells) if way.pilot else 0
-    draws = max(1, math.ceil(first / replicates))
-    return replace(way, replicates=replicates, draws=draws, pilot=rows)
-
-
 def _order(examples: int, seed: int) -> Tensor:
     """In which examples are visited, where not all are."""
     with seeded(seed, 2):
@@ -358,23 +268,6 @@ def _known(controls: Controls, allocation: Allocation, x: Tensor) -> Tensor:
         return torch.cat([prior[:, None], allocation.known(controls.between(block))], 1)
 
     return torch.cat(divided(math.ceil(len(x) / AT_ONCE), part))
-
-
-def _sampled(way: Plan, examples: int, calls: int) -> Plan:
-    """The plan for a sample of N examples by so many calls, or a few less: blocks are whole."""
-    each = calls // way.draws
-    block = max(1, min(way.block, each // BLOCKS))
-    # as many as leave enough for those that are visited twice
-    blocks = (
-        bisect_right(
-            range(examples // block + 1),
-            each // block,
-            key=lambda blocks: blocks + repeated(blocks, block, examples),
-        )
-        - 1
-    )
-    more = repeated(blocks, block, examples)
-    return replace(way, visited=blocks * block, block=block, repeated=more)
 
 
 def _visit(
