@@ -255,6 +255,42 @@ def test_the_fit_finds_the_coefficients():
     assert found.probability.sum().item() == pytest.approx(1)
 
 
+def test_the_more_rows_the_less_a_cell_borrows():
+    """Slopes that bend from cell to cell: of few rows neighbours smear them, of many less."""
+    slopes = 1 + torch.linspace(-1, 1, 9, dtype=torch.float64).square()
+
+    def error(rows: int) -> float:
+        v = torch.randn(9, rows, dtype=torch.float64)
+        cost = slopes[:, None] * v + 0.01 * torch.randn_like(v)
+        found = fit(cost, v[..., None], torch.ones(9, rows, 1, dtype=torch.float64))
+        # the reconstruction borrows nothing
+        return (found.within[1:, 0] - slopes[1:]).square().mean().sqrt().item()
+
+    assert error(4000) < error(16) / 2
+
+
+def test_heavy_tails_are_drawn_more_evenly():
+    """Of 64 rows a cell, normal noise leaves a share of 2 (3 - 1)/80 even; Student's noise of four
+    degrees of freedom, whose variance they know worse, more; that of two values no more than the
+    least."""
+
+    def even_share(noise: Tensor) -> float:
+        size = torch.logspace(-1, 1, 9, dtype=torch.float64)
+        nothing = torch.zeros(*noise.shape, 1, dtype=torch.float64)
+        found = fit(size[:, None] * noise, nothing, nothing + 1)
+        best = found.left / found.left.sum()
+        shares = (found.probability - best) / (1 / 9 - best)
+        torch.testing.assert_close(shares, shares[:1].expand(9))
+        return shares[0].item()
+
+    normal = torch.distributions.Normal(0.0, 1.0).sample((9, 64)).double()
+    heavy = torch.distributions.StudentT(4.0).sample((9, 64)).double()
+    two = torch.tensor([-1.0, 1.0]).double().repeat(9, 32)
+    assert even_share(normal) == pytest.approx(0.05, abs=0.01)
+    assert even_share(heavy) > 1.5 * even_share(normal)
+    assert even_share(two) == pytest.approx(EVEN)
+
+
 def test_what_is_left_is_not_flattered():
     """Eight rows a cell, and features that mean nothing: over 200 pilots the stated root mean
     square of what is left is not below that of fresh rows, nor above it by half."""
