@@ -205,9 +205,10 @@ def reconstruction(model: Model, times: Times, x: Tensor) -> Tensor:
 def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
     """nelbo's at so many draws of each example; or, at one, of two of each of a sample."""
     draws = max(2, calls)
-    allocation, blocks = known.allocation[draws], x.split(known.block)
-    each = [_each(known, allocation, block, draws, passes) for block in blocks]
-    parts = [costs.mean(0).var() * (len(costs) / len(x)) ** 2 for costs in each]
+    allocation = known.allocation[draws]
+    told = allocation.known(torch.cat([known.controls.between(some) for some in x.split(256)]))
+    costs = _costs(known, allocation, x, told, draws, passes)
+    parts = [some.mean(0).var() * (len(some) / len(x)) ** 2 for some in costs.split(known.block)]
     within = Variance.of(torch.stack(parts))
     if calls > 1:
         return within
@@ -215,21 +216,23 @@ def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
     # an example is visited twice
     way = plan(len(x), calls, known.cells.count, kept=True)
     visited, again = way.visited, way.repeated * way.block / way.visited / 2
-    phi = torch.cat([known.controls.between(block) for block in blocks])
-    left = torch.cat(each) - allocation.known(phi).sum(1, keepdim=True)
+    left = costs - told.sum(1, keepdim=True)
     square = (left - left.mean(0)).square().mean(1) - again * left.var(1)
     share = (1 - visited / len(x)) / visited
     twice = Variance((1 - again) * within.value, within.error)
     return twice + Variance.of(share * square / (len(x) - 1))
 
 
-def _each(known: Known, allocation: Allocation, x: Tensor, draws: int, passes: int) -> Tensor:
-    """Costs of each example in each pass, (B, passes), nats; the prior is not random."""
+def _costs(
+    known: Known, allocation: Allocation, x: Tensor, told: Tensor, draws: int, passes: int
+) -> Tensor:
+    """Of each example in each pass, (N, passes), nats; the prior is not random."""
     times, each = visits(draws, known.controls)
     found = []
     for _ in range(passes):  # which borrow from none but their own
-        u = stratified(len(x), times)[:, None]
-        found.append(estimate(known.cells, known.controls, allocation, x, u, each).sum((1, 2)))
+        u = torch.cat([stratified(len(some), times) for some in x.split(known.block)])[:, None]
+        cost = estimate(known.cells, known.controls, allocation, x, u, each, told)
+        found.append(cost.sum((1, 2)))
     return torch.stack(found, 1)
 
 

@@ -367,6 +367,7 @@ def estimate(
     x: Tensor,
     u: Tensor,
     each: int = 1,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Costs of each cell, estimated without bias from visits at u; they add up to the bound's.
 
@@ -378,6 +379,7 @@ def estimate(
         u: uniform, shape (B, R, n), of n visits, over which is averaged. The R are uncorrelated
             given x.
         each: draws of a visit.
+        known: b·φ of the examples, (B, C), where it is there.
 
     Returns:
         shape (B, R, C), nats.
@@ -386,7 +388,8 @@ def estimate(
     cell, share = located(allocation.probability, u.flatten(1))
     replicate = torch.arange(replicates).repeat_interleave(times)
     cost, v = cells.visit(controls, x, cell, share, replicate, each)
-    known = allocation.known(controls.between(x))
+    if known is None:
+        known = allocation.known(controls.between(x))
     left = cost - (v * allocation.within[cell]).sum(-1) - known.gather(1, cell)
     sums = torch.zeros(examples, replicates, cells.count, dtype=torch.float64)
     of_visit = (left / (allocation.probability[cell] * times)).view(u.shape)

@@ -41,6 +41,7 @@ from nelbo.references import WIDEST, LevelReference, Linear, gaussian, of_level
 from nelbo.roughness import Roughness
 
 FITTED = 4096  # examples whose mean, covariance and frequencies are taken
+SCALED = 512  # of them, of which φ has mean 0 and variance 1
 FINEST = 64  # levels up to which a reference of levels pays: it asks for each one's probability
 
 
@@ -76,7 +77,8 @@ class Controls:
             self.log_frequency = log_frequencies(some.cpu(), process.count).to(some.device)
         image = len(model.shape) == 3 and model.shape[1] * model.shape[2] > 1
         self.roughness = Roughness(some) if image else None
-        phi = torch.cat([self._phi(part) for part in some.split(256)])
+        few = some[:: math.ceil(len(some) / SCALED)]
+        phi = torch.cat([self._phi(part) for part in few.split(256)])
         spread = phi.std(0, correction=0)
         self.centre, self.spread = phi.mean(0), torch.where(spread > 0, spread, 1.0)
 

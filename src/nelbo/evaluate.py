@@ -8,9 +8,10 @@ so any number of processes that share them give the same number.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
+from itertools import chain, groupby
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ Pilots = Callable[[Cells, Controls, int, int], Allocation]
 
 CALLS = 24  # network calls per example, if nothing else is asked for
 AT_ONCE = 1024  # examples of which is asked what is known without the network
+TOGETHER = 128  # draws of small blocks, in one task
 
 
 @dataclass(frozen=True)
@@ -189,12 +191,11 @@ def evaluate(
                     allocation = learn(wanted)
                 way = wanted
         begun = calls_made.forward
-        visit = partial(_visit, cells, controls, allocation, x, seed=seed, track=track)
-        if way.visited < len(x):
-            order, known_costs = _order(len(x), seed), _known(controls, allocation, x)
-        else:
-            order = torch.arange(len(x))
-            known_costs = torch.zeros(1, 1).double().expand(len(x), 1 + cells.count)
+        known_costs = _known(controls, allocation, x)
+        visit = partial(
+            _visit, cells, controls, allocation, x, known_costs, seed=seed, track=track
+        )
+        order = torch.arange(len(x)) if way.visited == len(x) else _order(len(x), seed)
         blocks = order.split(way.block)
         there = range(math.ceil(way.visited / way.block))
         some = {g: way.replicates + (g < way.repeated) for g in there}
@@ -264,8 +265,11 @@ def _known(controls: Controls, allocation: Allocation, x: Tensor) -> Tensor:
 
     def part(g: int) -> Tensor:
         rows = slice(g * AT_ONCE, (g + 1) * AT_ONCE)
-        prior, block = _prior(controls.at(rows).model, x[rows])
-        return torch.cat([prior[:, None], allocation.known(controls.between(block))], 1)
+        own = controls.at(rows)
+        some = as_examples(x[rows]).to(own.model.device)
+        last = torch.ones(len(some), dtype=torch.float64, device=some.device)
+        prior = prior_term(own.model, some, last).double().cpu()
+        return torch.cat([prior[:, None], allocation.known(own.between(some))], 1)
 
     return torch.cat(divided(math.ceil(len(x) / AT_ONCE), part))
 
@@ -275,6 +279,7 @@ def _visit(
     controls: Controls,
     allocation: Allocation,
     x: Tensor,
+    known: Tensor,
     blocks: Sequence[Tensor],
     some: Mapping[int, int],
     draws: int,
@@ -285,26 +290,35 @@ def _visit(
 ) -> dict[int, Tensor]:
     """The prior and the cells' costs of some blocks of B rows, each in so many replicates R, of so
     many draws of each example; (B, R, 1 + C), nats."""
-    tasks = list(some.items())
+    times, each = visits(draws, controls)
+    tasks = list(_tasks(some, draws * len(blocks[0])))
 
-    def visited(task: int) -> Tensor:
-        g, replicates = tasks[task]
-        own = controls.at(blocks[g])
+    def visited(task: int) -> list[Tensor]:
+        together, replicates = tasks[task]
+        parts = [blocks[g] for g in together]
+        rows = torch.cat(parts)
+        own = controls.at(rows)
+        block = as_examples(x[rows]).to(own.model.device)
         with seeded(seed, 1, turn, task):
-            prior, block = _prior(own.model, x[blocks[g]])
-            times, each = visits(draws, own)
-            u = torch.stack([stratified(len(block), times) for _ in range(replicates)], 1)
-            costs = estimate(cells, own, allocation, block, u, each)
-        return torch.cat([prior[:, None, None].expand(-1, replicates, -1), costs], 2)
+            u = [stratified(len(p), times) for p in parts for _ in range(replicates)]
+            strata = zip(*[iter(u)] * replicates, strict=True)
+            places = torch.cat([torch.stack(of_block, 1) for of_block in strata])
+            costs = estimate(cells, own, allocation, block, places, each, known[rows, 1:])
+        prior = known[rows, :1, None].expand(-1, replicates, -1)
+        return list(torch.cat([prior, costs], 2).split([len(p) for p in parts]))
 
-    return dict(zip(some, divided(len(tasks), visited, track), strict=True))
+    found = divided(len(tasks), visited, track)
+    return dict(zip(some, chain.from_iterable(found), strict=True))
 
 
-def _prior(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The prior term of each example (B,), nats; and they on the device of the model."""
-    x = as_examples(x).to(model.device)
-    last = torch.ones(len(x), dtype=torch.float64, device=x.device)
-    return prior_term(model, x, last).double().cpu(), x
+def _tasks(some: Mapping[int, int], draws: int) -> Iterator[tuple[list[int], int]]:
+    """Neighbours of as many replicates, together TOGETHER draws, where a replicate of a block is
+    of so many."""
+    for replicates, alike in groupby(some, key=lambda g: some[g]):
+        blocks = list(alike)
+        size = max(1, TOGETHER // (draws * replicates))
+        for first in range(0, len(blocks), size):
+            yield blocks[first : first + size], replicates
 
 
 def _curve(cells: Cells, found: Visits, scale: float) -> list[CurvePoint]:

@@ -24,6 +24,7 @@ from nelbo.model import measuring, model_hash
 
 FILE = "pilots.json"
 ROWS = 256  # of each cell
+EDITION = 2  # of what the numbers mean: to be raised with it, and pilots of others are made again
 
 
 class Pilots:
@@ -47,7 +48,8 @@ class Pilots:
         """
         draws = 2 ** round(math.log2(draws))  # some draws more or less change little
         times = f"{cells.times.steps} steps {fingerprint(cells.edges)}"
-        key = f"{model_hash(self.run.model)}, {times}, {draws} x {replicates}, {nelbo.__version__}"
+        made_by = f"{nelbo.__version__} {EDITION}"
+        key = f"{model_hash(self.run.model)}, {times}, {draws} x {replicates}, {made_by}"
         known = at_first(lambda: _allocation(kept(self.path).get(key), cells, controls))
         if known is not None:
             return known
