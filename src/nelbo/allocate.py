@@ -122,14 +122,15 @@ class Cells:
                 term, factor = self._term(cell[part], share[part].to(x.device))
                 draw = observe(controls.model.at(row[part]), x[row[part]], term)
                 cost[part] = factor * draw.cost.cpu()
-                draws.append((part, factor, draw))
-        lent = _gathered([part for part, _, _ in draws], [controls.lend(d) for *_, d in draws])
+                draws.append((part, factor, draw, controls.told(draw)))
+        parts = [part for part, *_ in draws]
+        lent = _gathered(parts, [controls.lend(draw, told) for *_, draw, told in draws])
         # where nothing is lent all draws are alone
         lender = torch.full_like(row, -1) if lent is None else _lenders(at, replicate).flatten()
-        for part, factor, draw in draws:
+        for part, factor, draw, told in draws:
             by = lender[part]
-            context = None if lent is None or (by < 0).all() else lent[by.to(lent.device)]
-            v[part] = factor * controls.within(draw, context, (by < 0).to(x.device)).cpu()
+            borrowed = None if lent is None or (by < 0).all() else lent[by.to(lent.device)]
+            v[part] = factor * controls.within(draw, told, borrowed, (by < 0).to(x.device)).cpu()
         return cost.view(len(x), -1), v.view(len(x), len(replicate), -1)
 
     def _term(self, cell: Tensor, share: Tensor) -> tuple[Term, float]:

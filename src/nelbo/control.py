@@ -16,7 +16,8 @@ The references, for e = embed(x) and z_t = √α_t e + √(1-α_t) ε:
 o may be anything that is independent of the dimension's own ε: the log-frequencies of the data;
 the same and what mixtures of Gaussians say of the dimension given all others of z (`clusters`);
 or, where an example is drawn more than once, what the network said of the dimension at *another*
-of its draws, maybe at quite another time. At low noise that takes nine tenths of the variance.
+of its draws, maybe at quite another time, with what the mixtures say of this z in place of what
+they said of that. At low noise that takes nine tenths of the variance.
 
 For the exact denoiser of any law p, the diffusion term between times s < t is D(s) - D(t),
 D(t) = KL( q(z_t|x) ‖ p(z_t) ), for each single x: by the chain rule for the KL of the two chains.
@@ -108,47 +109,58 @@ class Controls:
         """The clusters, if they are asked what other dimensions say of the levels of one."""
         return self.clusters if self.levels and self.log_frequency is not None else None
 
-    def lend(self, draw: Draw) -> Tensor | None:
+    def told(self, draw: Draw) -> Tensor | None:
+        """What the clusters tell of each dimension given all others of z: log-probabilities of its
+        levels, shape (B, ..., K)."""
+        if self.others is None or self.levels is None:
+            return None
+        z, alpha = draw.z.double().flatten(1), self.model.process.alpha(draw.term.t)
+        odds = self.others.odds(z, alpha, self.levels.values).view(*draw.x.shape, -1)
+        return (odds + self.levels.log_frequency).log_softmax(-1)
+
+    def lend(self, draw: Draw, told: Tensor | None) -> Tensor | None:
         """What a draw tells other draws of its examples: log-probabilities of the levels of each
-        dimension, without the dimension's own evidence; shape (B, ..., K)."""
+        dimension, without the dimension's own evidence, and beyond what was `told` without the
+        network; shape (B, ..., K)."""
         if self.log_frequency is None:
             return None
         if self.levels is not None and isinstance(draw.prediction, LevelPrediction):
             evidence = level_evidence(
                 draw.z, self.levels.values.to(draw.z), draw.term.t, self.model.process
             )
-            return (draw.prediction.log_probs - evidence).log_softmax(-1)
+            known = (draw.prediction.log_probs - evidence).log_softmax(-1)
+            return known if told is None else known - told
         process = self.model.process
         if isinstance(process, Absorbing):
             hidden = (draw.z == process.mask)[..., None]
             return torch.where(hidden, draw.prediction.e_hat, self.log_frequency)
         return None
 
-    def within(self, draw: Draw, context: Tensor | None, alone: Tensor) -> Tensor:
+    def within(
+        self, draw: Draw, told: Tensor | None, lent: Tensor | None, alone: Tensor
+    ) -> Tensor:
         """Numbers of mean zero given x and t, shape (B, G).
 
         Args:
             draw: the draw whose cost they follow.
-            context: what was lent to it, shape (B, ..., K), if anything was.
+            told: of it, without the network.
+            lent: by another draw, shape (B, ..., K), if anything was. What it knows beyond the
+                clusters is added to what they tell of this draw's own z.
             alone: which examples were lent nothing, shape (B,). Their numbers are other columns
                 than those of the others, for other coefficients.
         """
         columns = []
-        if self.log_frequency is not None:
-            if context is None:
-                context = self.log_frequency
-            else:
-                context = torch.where(over(alone, context).bool(), self.log_frequency, context)
+        context = self.log_frequency
+        if context is not None and lent is not None:
+            known = lent if told is None else (lent + told).log_softmax(-1)
+            context = torch.where(over(alone, known).bool(), context, known)
         if self.linear is not None:
             columns.append(self.linear.within(self.model, draw))
         if self.levels is not None and context is not None:
             columns.append(self.levels.within(self.model, draw, context))
         elif context is not None:
             columns.append(self._hidden(draw, context))
-        if self.levels is not None and self.others is not None:
-            z, alpha = draw.z.double().flatten(1), self.model.process.alpha(draw.term.t)
-            odds = self.others.odds(z, alpha, self.levels.values).view(*draw.x.shape, -1)
-            told = (odds + self.levels.log_frequency).log_softmax(-1)
+        if self.levels is not None and told is not None:
             columns.append(self.levels.within(self.model, draw, told))
         if not columns:
             return draw.cost.new_zeros(len(draw.x), 0)
@@ -197,10 +209,15 @@ class Nothing(Controls):
     def __init__(self, model: Model, edges: Tensor) -> None:
         self.model, self.edges = model, edges
 
-    def lend(self, draw: Draw) -> None:
+    def told(self, draw: Draw) -> None:
         return None
 
-    def within(self, draw: Draw, context: Tensor | None, alone: Tensor) -> Tensor:
+    def lend(self, draw: Draw, told: Tensor | None) -> None:
+        return None
+
+    def within(
+        self, draw: Draw, told: Tensor | None, lent: Tensor | None, alone: Tensor
+    ) -> Tensor:
         return draw.cost.new_zeros(len(draw.x), 0)
 
     def between(self, x: Tensor) -> Tensor:
