@@ -37,7 +37,7 @@ CELLS = 32  # of the diffusion term, at most
 NEAR, FAR = 10.0, 4.0  # cells to either side that lend a cell slopes, over ∛rows; and spread
 BORROWED = 16.0  # normal rows of its own that its neighbours' variance counts for
 EVEN = 0.05  # share of the draws that do not follow the pilot, at least; and ..
-DOUBT = 2.0  # .. so often the relative variance of a variance that it found
+DOUBT = 3.0  # .. so often the relative variance of a variance that it found
 NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
 LIKE = 64  # rows of a network call, at least, where there are as many
 ALIKE = 1 / 2, 16  # share of a pilot's rows, and of each cell, that do not follow others, at least
@@ -122,15 +122,19 @@ class Cells:
                 term, factor = self._term(cell[part], share[part].to(x.device))
                 draw = observe(controls.model.at(row[part]), x[row[part]], term)
                 cost[part] = factor * draw.cost.cpu()
-                draws.append((part, factor, draw, controls.told(draw)))
-        parts = [part for part, *_ in draws]
-        lent = _gathered(parts, [controls.lend(draw, told) for *_, draw, told in draws])
+                draws.append((part, factor, draw))
+        parts, seen = [part for part, *_ in draws], [draw for *_, draw in draws]
+        told = _gathered(parts, [controls.told(draw) for draw in seen])
+        lent = _gathered(parts, [controls.lend(draw) for draw in seen])
         # where nothing is lent all draws are alone
         lender = torch.full_like(row, -1) if lent is None else _lenders(at, replicate).flatten()
-        for part, factor, draw, told in draws:
+        for part, factor, draw in draws:
             by = lender[part]
+            own = None if told is None else told[part.to(told.device)]
+            other = None if told is None else told[by.to(told.device)]
             borrowed = None if lent is None or (by < 0).all() else lent[by.to(lent.device)]
-            v[part] = factor * controls.within(draw, told, borrowed, (by < 0).to(x.device)).cpu()
+            alone = (by < 0).to(x.device)
+            v[part] = factor * controls.within(draw, alone, borrowed, own, other).cpu()
         return cost.view(len(x), -1), v.view(len(x), len(replicate), -1)
 
     def _term(self, cell: Tensor, share: Tensor) -> tuple[Term, float]:

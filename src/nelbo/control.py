@@ -92,7 +92,8 @@ class Controls:
     @property
     def variates(self) -> int:
         """G, the columns of `within`."""
-        return 2 * sum(p is not None for p in (self.linear, self.log_frequency, self.others))
+        parts = self.linear, self.log_frequency, self.others
+        return 2 * sum(p is not None for p in parts) + (self.others is not None)
 
     @property
     def lends(self) -> bool:
@@ -118,18 +119,16 @@ class Controls:
         odds = self.others.odds(z, alpha, self.levels.values).view(*draw.x.shape, -1)
         return (odds + self.levels.log_frequency).log_softmax(-1)
 
-    def lend(self, draw: Draw, told: Tensor | None) -> Tensor | None:
+    def lend(self, draw: Draw) -> Tensor | None:
         """What a draw tells other draws of its examples: log-probabilities of the levels of each
-        dimension, without the dimension's own evidence, and beyond what was `told` without the
-        network; shape (B, ..., K)."""
+        dimension, without the dimension's own evidence; shape (B, ..., K)."""
         if self.log_frequency is None:
             return None
         if self.levels is not None and isinstance(draw.prediction, LevelPrediction):
             evidence = level_evidence(
                 draw.z, self.levels.values.to(draw.z), draw.term.t, self.model.process
             )
-            known = (draw.prediction.log_probs - evidence).log_softmax(-1)
-            return known if told is None else known - told
+            return (draw.prediction.log_probs - evidence).log_softmax(-1)
         process = self.model.process
         if isinstance(process, Absorbing):
             hidden = (draw.z == process.mask)[..., None]
@@ -137,23 +136,26 @@ class Controls:
         return None
 
     def within(
-        self, draw: Draw, told: Tensor | None, lent: Tensor | None, alone: Tensor
+        self,
+        draw: Draw,
+        alone: Tensor,
+        lent: Tensor | None = None,
+        told: Tensor | None = None,
+        told_lender: Tensor | None = None,
     ) -> Tensor:
         """Numbers of mean zero given x and t, shape (B, G).
 
         Args:
             draw: the draw whose cost they follow.
-            told: of it, without the network.
-            lent: by another draw, shape (B, ..., K), if anything was. What it knows beyond the
-                clusters is added to what they tell of this draw's own z.
             alone: which examples were lent nothing, shape (B,). Their numbers are other columns
                 than those of the others, for other coefficients.
+            lent: by another draw, shape (B, ..., K), if anything was.
+            told: what the clusters tell of this draw, and
+            told_lender: of the other. Their difference is how the network's answer will differ.
         """
-        columns = []
-        context = self.log_frequency
+        columns, context = [], self.log_frequency
         if context is not None and lent is not None:
-            known = lent if told is None else (lent + told).log_softmax(-1)
-            context = torch.where(over(alone, known).bool(), context, known)
+            context = torch.where(over(alone, lent).bool(), context, lent)
         if self.linear is not None:
             columns.append(self.linear.within(self.model, draw))
         if self.levels is not None and context is not None:
@@ -166,7 +168,14 @@ class Controls:
             return draw.cost.new_zeros(len(draw.x), 0)
         both = torch.stack(columns, 1)
         which = alone[:, None]
-        return torch.cat([torch.where(which, both, 0.0), torch.where(which, 0.0, both)], 1)
+        columns = [torch.where(which, both, 0.0), torch.where(which, 0.0, both)]
+        if self.levels is not None and told is not None:
+            moved = torch.zeros_like(both[:, :1])
+            if lent is not None and told_lender is not None:
+                here = (lent + told - told_lender).log_softmax(-1)
+                moved = self.levels.within(self.model, draw, here)[:, None]
+            columns.append(torch.where(which, 0.0, moved))
+        return torch.cat(columns, 1)
 
     def _hidden(self, draw: Draw, context: Tensor) -> Tensor:
         """w Σ_i (1[x_i hidden] - (1-α_t)) (-log P(x_i)), log P = context."""
@@ -212,11 +221,16 @@ class Nothing(Controls):
     def told(self, draw: Draw) -> None:
         return None
 
-    def lend(self, draw: Draw, told: Tensor | None) -> None:
+    def lend(self, draw: Draw) -> None:
         return None
 
     def within(
-        self, draw: Draw, told: Tensor | None, lent: Tensor | None, alone: Tensor
+        self,
+        draw: Draw,
+        alone: Tensor,
+        lent: Tensor | None = None,
+        told: Tensor | None = None,
+        told_lender: Tensor | None = None,
     ) -> Tensor:
         return draw.cost.new_zeros(len(draw.x), 0)
 
