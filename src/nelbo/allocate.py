@@ -216,7 +216,10 @@ def pilot(
     both = min(2, times * replicates) if each == 1 else 1
     replicate = torch.arange(both) * (draws == 1)
     found: list[tuple[Tensor, ...]] = []
-    p = torch.full((cells.count,), 1 / cells.count, dtype=torch.float64)
+    # as many for the reconstruction, which borrows nothing, as what others borrow
+    p = torch.ones(cells.count, dtype=torch.float64)
+    p[0] = min(FAR, cells.count)
+    p = p / p.sum()
     whole = rows * cells.count // (both * each)
     # the first where all cells are alike; then where draws, and who lends to them, will be
     part, least = ALIKE
