@@ -8,6 +8,7 @@ from closed_forms import assert_mean
 from known_models import MODELS
 from torch import Tensor
 
+from nelbo import allocate
 from nelbo._numerics import seeded
 from nelbo.allocate import (
     EVEN,
@@ -18,6 +19,7 @@ from nelbo.allocate import (
     estimate,
     even,
     located,
+    pilot,
     visits,
 )
 from nelbo.allocate import fit as fit_rows
@@ -320,6 +322,23 @@ def test_a_cell_that_saw_nothing_is_not_starved():
     found = fit(cost, v, phi)
     assert found.probability[4] > 0.4 / 9
     assert (found.within > 0.4).all()
+
+
+def test_the_reconstruction_is_asked_as_often_as_others_borrow(monkeypatch):
+    """It has no neighbours to lean on, and what is rare in it may be most of the variance."""
+    known = MODELS["levels"]()
+    x, cells = known.examples(69).long(), Cells(Continuum())
+    asked = []
+
+    def keep(count: int, cell: Tensor, *rows: Tensor) -> Allocation:
+        asked.append(cell.bincount(minlength=count))
+        return fit_rows(count, cell, *rows)
+
+    monkeypatch.setattr(allocate, "fit", keep)
+    pilot(cells, Controls(known.model, x, cells.edges), x, 18, 1, 2)
+    first = asked[0]
+    assert first[0] == pytest.approx(4 * first[1:].double().mean().item(), rel=0.1)
+    assert first[1:].min() >= 12
 
 
 def test_what_the_pilot_hardly_saw_it_does_not_judge():

@@ -206,7 +206,7 @@ def pilot(
         cells: where.
         controls: the variates.
         x: examples, shape (N, ...).
-        rows: network calls in each cell, two or more.
+        rows: network calls for each cell, on average; eight or more.
         draws: of each example in each replicate, in what follows.
         replicates: in what follows.
     """
@@ -216,7 +216,7 @@ def pilot(
     both = min(2, times * replicates) if each == 1 else 1
     replicate = torch.arange(both) * (draws == 1)
     found: list[tuple[Tensor, ...]] = []
-    # as many for the reconstruction, which borrows nothing, as what others borrow
+    # the reconstruction borrows nothing: it is asked as often as those that others borrow from
     p = torch.ones(cells.count, dtype=torch.float64)
     p[0] = min(FAR, cells.count)
     p = p / p.sum()
