@@ -338,7 +338,7 @@ def test_the_reconstruction_is_asked_as_often_as_others_borrow(monkeypatch):
     pilot(cells, Controls(known.model, x, cells.edges), x, 18, 1, 2)
     first = asked[0]
     assert first[0] == pytest.approx(4 * first[1:].double().mean().item(), rel=0.1)
-    assert first[1:].min() > 8
+    assert first[1:].min() >= 2  # of fewer there is no variance
 
 
 def test_what_the_pilot_hardly_saw_it_does_not_judge():
