@@ -218,7 +218,7 @@ def pilot(
     found: list[tuple[Tensor, ...]] = []
     # the reconstruction borrows nothing: it is asked as often as those that others borrow from
     p = torch.ones(cells.count, dtype=torch.float64)
-    p[0] = min(FAR, cells.count)
+    p[0] = max(1.0, min(FAR, cells.count))
     p = p / p.sum()
     whole = rows * cells.count // (both * each)
     # the first where all cells are alike; then where draws, and who lends to them, will be

@@ -213,26 +213,11 @@ class Controls:
 class Nothing(Controls):
     """Nothing is known, and nothing taken off."""
 
-    variates, features, lends = 0, 1, False
+    linear = clusters = levels = log_frequency = None
+    features = 1
 
     def __init__(self, model: Model, edges: Tensor) -> None:
         self.model, self.edges = model, edges
-
-    def told(self, draw: Draw) -> None:
-        return None
-
-    def lend(self, draw: Draw) -> None:
-        return None
-
-    def within(
-        self,
-        draw: Draw,
-        alone: Tensor,
-        lent: Tensor | None = None,
-        told: Tensor | None = None,
-        told_lender: Tensor | None = None,
-    ) -> Tensor:
-        return draw.cost.new_zeros(len(draw.x), 0)
 
     def between(self, x: Tensor) -> Tensor:
         return torch.ones(len(x), len(self.edges), 1, dtype=torch.float64)
