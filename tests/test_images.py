@@ -143,7 +143,7 @@ def test_sixteen_bits_are_modelled_in_little_memory(tmp_path):
     run = train(str(tmp_path / "x.npz"), tmp_path / "run", **options)
     assert run.config.schema.levels == 65536
     assert run.config.model.decoder == "discretised-gaussian"
-    result = evaluate(*run.law()[:2], calls=24)
+    result = evaluate(*run.law()[:2], calls=400)  # three examples: an error of 0.2
     # of what is even there is nothing to learn: 16 bits, and more until it is learned
     assert 15.5 < result.bits_per_dim < 40
 

@@ -216,9 +216,10 @@ def pilot(
     both = min(2, times * replicates) if each == 1 else 1
     replicate = torch.arange(both) * (draws == 1)
     found: list[tuple[Tensor, ...]] = []
-    # the reconstruction borrows nothing: it is asked as often as those that others borrow from
+    # the reconstruction borrows nothing: where there are rows, it is asked as often as those that
+    # others borrow from
     p = torch.ones(cells.count, dtype=torch.float64)
-    p[0] = max(1.0, min(FAR, cells.count))
+    p[0] = max(1.0, min(FAR, cells.count, rows / 4))
     p = p / p.sum()
     whole = rows * cells.count // (both * each)
     # the first where all cells are alike; then where draws, and who lends to them, will be

@@ -38,7 +38,7 @@ from nelbo.draw import Draw
 from nelbo.heads import LevelPrediction, level_evidence, log_frequencies
 from nelbo.model import Model
 from nelbo.process import Absorbing, Gaussian, Levels
-from nelbo.references import WIDEST, LevelReference, Linear, gaussian, of_level
+from nelbo.references import TABLE, WIDEST, LevelReference, Linear, gaussian, of_level
 from nelbo.roughness import Roughness
 
 FITTED = 4096  # examples whose mean, covariance and frequencies are taken
@@ -70,7 +70,8 @@ class Controls:
             self.linear = Linear(e)
             if e.shape[1] <= WIDEST and len(e) >= FEWEST:
                 self.clusters = Clusters(e)
-            if isinstance(process.embedding, Levels):
+            # of sixteen bits one column of its table would not fit into memory
+            if isinstance(process.embedding, Levels) and process.embedding.count**2 <= TABLE:
                 self.levels = LevelReference(model, some, edges)
                 if process.embedding.count <= FINEST:
                     self.log_frequency = self.levels.log_frequency
