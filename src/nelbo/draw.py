@@ -45,6 +45,7 @@ def _generator(z: Tensor) -> Tensor:
 
 @contextmanager
 def same_noise(draw: Draw) -> Iterator[None]:
+    """What is random within has the noise that the draw's cost had."""
     with torch.random.fork_rng([draw.z.device] if draw.z.is_cuda else []):
         if draw.z.is_cuda:
             torch.cuda.set_rng_state(draw.state, draw.z.device)

@@ -300,10 +300,8 @@ def _visit(
         own = controls.at(rows)
         block = as_examples(x[rows]).to(own.model.device)
         with seeded(seed, 1, turn, task):
-            u = [stratified(len(p), times) for p in parts for _ in range(replicates)]
-            strata = zip(*[iter(u)] * replicates, strict=True)
-            places = torch.cat([torch.stack(of_block, 1) for of_block in strata])
-            costs = estimate(cells, own, allocation, block, places, each, known[rows, 1:])
+            u = torch.cat([_strata(len(part), replicates, times) for part in parts])
+            costs = estimate(cells, own, allocation, block, u, each, known[rows, 1:])
         prior = known[rows, :1, None].expand(-1, replicates, -1)
         return list(torch.cat([prior, costs], 2).split([len(p) for p in parts]))
 
@@ -311,9 +309,14 @@ def _visit(
     return dict(zip(some, chain.from_iterable(found), strict=True))
 
 
+def _strata(examples: int, replicates: int, times: int) -> Tensor:
+    """Uniform places, stratified within each replicate, (examples, replicates, times)."""
+    return torch.stack([stratified(examples, times) for _ in range(replicates)], 1)
+
+
 def _tasks(some: Mapping[int, int], draws: int) -> Iterator[tuple[list[int], int]]:
-    """Neighbours of as many replicates, together TOGETHER draws, where a replicate of a block is
-    of so many."""
+    """Neighbouring blocks of equal replicates, as many as make TOGETHER draws, and the replicates;
+    a replicate of a block is `draws`."""
     for replicates, alike in groupby(some, key=lambda g: some[g]):
         blocks = list(alike)
         size = max(1, TOGETHER // (draws * replicates))

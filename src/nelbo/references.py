@@ -142,6 +142,7 @@ def of_level(table: Tensor, x: Tensor) -> Tensor:
 
 
 def gaussian(model: Model) -> Gaussian:
+    """The process of a model that these references are of."""
     assert isinstance(model.process, Gaussian)
     return model.process
 
