@@ -518,7 +518,8 @@ def test_the_terms_of_the_reference_are_between():
 
 
 def test_the_roughness_of_images_is_between():
-    """Σ log(1 + |difference of neighbours|/s), s in units of the mean difference: by loops."""
+    """Σ log(1 + |d|/s), d the differences of neighbours, then those from left + above - corner; s
+    in units of the mean difference of neighbours: by loops."""
     process = Gaussian(Linear(-4.0, 4.0), Levels(4))
     data = torch.randint(4, (69, 2, 3, 3), generator=torch.Generator().manual_seed(0))
     head, step = LevelLogits(process.embedding.values), Posterior()
@@ -531,13 +532,20 @@ def test_the_roughness_of_images_is_between():
                 if k < 3 and m < 3:
                     yield abs(image[c][i][j] - image[c][k][m])
 
-    each = [list(differences(image)) for image in data.tolist()]
+    def from_a_plane(image):
+        for c, i, j in itertools.product(range(2), (1, 2), (1, 2)):
+            a = image[c]
+            yield abs(a[i][j] - a[i][j - 1] - a[i - 1][j] + a[i - 1][j - 1])
+
+    images = data.tolist()
+    each = [list(differences(image)) for image in images]
     mean = sum(map(sum, each)) / sum(map(len, each))
     expected = [
-        [sum(math.log1p(d / s / mean) for d in one) for s in (1 / 16, 1, 16)] for one in each
+        [sum(math.log1p(d / s / mean) for d in kind) for kind in kinds for s in (1 / 16, 1, 16)]
+        for kinds in zip(each, map(list, map(from_a_plane, images)), strict=True)
     ]
     expected = torch.tensor(expected, dtype=torch.float64)
-    found = controls._phi(data)[..., :3]
+    found = controls._phi(data)[..., :6]
     torch.testing.assert_close(found, expected[:, None].expand(-1, 4, -1))
 
 

@@ -94,7 +94,7 @@ def first_round(way: Plan, examples: int, calls: float, cells: int, scored: bool
         return _sampled(replace(way, replicates=1, draws=2), examples, least)
     replicates = way.replicates if way.draws == 1 else 2
     rows = _pilot_rows(examples * calls, cells) if way.pilot else 0
-    draws = max(1, math.ceil(first / replicates))
+    draws = max(1, int(first / replicates))
     return replace(way, replicates=replicates, draws=draws, pilot=rows)
 
 
