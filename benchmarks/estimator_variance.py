@@ -21,14 +21,16 @@ counted apart.
 
 At n calls the first four have 1/n of the variance at one, which is measured in S passes. Low
 discrepancy leaves what is neither an effect of the example nor one of time: the residual variance
-of a two-way fit, the limit of infinitely fine strata. nelbo at n calls is replicated max(2, S/n)
-times; its variance is that between the replicates of each block. At one call it does as `nelbo
-evaluate --calls 1`: two calls of each of nearly half of the examples, and of some four, for an
-error bar; `visits` has the variance, whose parts are taken from draws of all. Of the full sum's
-terms each example draws one, at stratified places, and the reconstruction, twice: the mean half
-square of the differences, times the number of terms. Its steps are Gaussian, as theirs. The ± are
-relative errors, from the spread over examples or blocks. Peers' seconds are those of our own
-network calls.
+of a two-way fit, the limit of infinitely fine strata. nelbo at n calls does as `nelbo
+evaluate --calls n`, an error bar included: few calls visit a sample of the examples, some of it
+twice; `visits` has the variance, whose parts are taken from max(2, S/n) passes over all. Of the
+full sum's terms each example draws one, at stratified places, and the reconstruction, twice: the
+mean half square of the differences, times the number of terms. Its steps are Gaussian, as theirs.
+The ± are relative errors, from the spread over examples or blocks. Peers' seconds are those of our
+own network calls.
+
+Below the table: what `nelbo evaluate` makes of its default calls; and, of the whole test split
+whatever N is, how many it takes for a standard error of TARGET.
 """
 
 import argparse
@@ -49,10 +51,10 @@ from nelbo.control import Controls
 from nelbo.data import as_examples
 from nelbo.elbo import reconstruction_term
 from nelbo.estimate import Continuum, Grid, Times, iid, stratified
-from nelbo.evaluate import CALLS, Evaluation, evaluate
+from nelbo.evaluate import CALLS, Evaluation, _strata, evaluate
 from nelbo.model import Model, measuring
 from nelbo.pilots import ROWS, Pilots
-from nelbo.plan import plan
+from nelbo.plan import Plan, plan
 from nelbo.reverse import Posterior
 
 AT = (1, 2, 4, 16)  # calls per example
@@ -97,8 +99,7 @@ class Known:
 
     cells: Cells
     controls: Controls
-    allocation: dict[int, Allocation]  # by draws
-    block: int  # examples that share strata
+    allocation: dict[tuple[int, int], Allocation]  # by draws and replicates
 
 
 @dataclass(frozen=True)
@@ -203,18 +204,17 @@ def reconstruction(model: Model, times: Times, x: Tensor) -> Tensor:
 
 
 def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
-    """nelbo's at so many draws of each example; or, at one, of two of each of a sample."""
-    draws = max(2, calls)
-    allocation = known.allocation[draws]
+    """nelbo's at so many calls per example."""
+    way = _way(known.cells, x, calls)
+    allocation = known.allocation[way.draws, way.replicates]
     told = allocation.known(torch.cat([known.controls.between(some) for some in x.split(256)]))
-    costs = _costs(known, allocation, x, told, draws, passes)
-    parts = [some.mean(0).var() * (len(some) / len(x)) ** 2 for some in costs.split(known.block)]
+    costs = _costs(known, allocation, x, told, way, passes)
+    parts = [some.mean(0).var() * (len(some) / len(x)) ** 2 for some in costs.split(way.block)]
     within = Variance.of(torch.stack(parts))
-    if calls > 1:
+    if way.visited == len(x) and not way.repeated:
         return within
     # (1 - n/N) s²/n, and n/N of the sample's w²/n, which is that of all; w² less by half where
     # an example is visited twice
-    way = plan(len(x), calls, known.cells.count, kept=True)
     visited, again = way.visited, way.repeated * way.block / way.visited / 2
     left = costs - told.sum(1, keepdim=True)
     square = (left - left.mean(0)).square().mean(1) - again * left.var(1)
@@ -223,16 +223,21 @@ def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
     return twice + Variance.of(share * square / (len(x) - 1))
 
 
+def _way(cells: Cells, x: Tensor, calls: int) -> Plan:
+    return plan(len(x), calls, cells.count, kept=True)
+
+
 def _costs(
-    known: Known, allocation: Allocation, x: Tensor, told: Tensor, draws: int, passes: int
+    known: Known, allocation: Allocation, x: Tensor, told: Tensor, way: Plan, passes: int
 ) -> Tensor:
-    """Of each example in each pass, (N, passes), nats; the prior is not random."""
-    times, each = visits(draws, known.controls)
+    """The mean of each example's replicates in each pass, (N, passes), nats; the prior is not
+    random."""
+    times, each = visits(way.draws, known.controls)
     found = []
     for _ in range(passes):  # which borrow from none but their own
-        u = torch.cat([stratified(len(some), times) for some in x.split(known.block)])[:, None]
+        u = torch.cat([_strata(len(some), way.replicates, times) for some in x.split(way.block)])
         cost = estimate(known.cells, known.controls, allocation, x, u, each, told)
-        found.append(cost.sum((1, 2)))
+        found.append(cost.sum(2).mean(1))
     return torch.stack(found, 1)
 
 
@@ -240,9 +245,8 @@ def learn(run: Run, times: Times, x: Tensor, trained: Tensor) -> Known:
     """What the run's own pilots settle."""
     cells, pilots = Cells(times), Pilots(run)
     controls = Controls(run.model, trained, cells.edges)
-    allocation = {draws: pilots(cells, controls, draws, 1) for draws in AT if draws > 1}
-    block = plan(len(x), CALLS, cells.count, kept=True).block
-    return Known(cells, controls, allocation, block)
+    ways = {(way.draws, way.replicates) for way in (_way(cells, x, calls) for calls in AT)}
+    return Known(cells, controls, {way: pilots(cells, controls, *way) for way in sorted(ways)})
 
 
 def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
@@ -261,7 +265,9 @@ def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
         repeated = max(2, passes // n)
         start = time.perf_counter()
         variance = ours(known, x, n, repeated)
-        seconds = (time.perf_counter() - start) / (len(x) * max(2, n) * repeated)
+        way = _way(known.cells, x, n)
+        calls = len(x) * way.draws * way.replicates * repeated
+        seconds = (time.perf_counter() - start) / calls
         yield Row("nelbo", n, variance, seconds)
 
 
@@ -294,9 +300,9 @@ def tell(rows: Iterator[Row], unit: float) -> tuple[list[dict[str, object]], Var
 
 
 def spent(
-    run: Run, x: Tensor, trained: Tensor, low: Variance, seeds: int, unit: float
+    run: Run, x: Tensor, trained: Tensor, whole: Tensor, low: Variance, seeds: int, unit: float
 ) -> dict[str, float]:
-    """What `evaluate` makes of its calls."""
+    """What `evaluate` makes of its calls for x; and what the whole test split takes."""
     results = evaluations(run, x, trained, seeds)
     blocks = math.ceil(len(x) / plan(len(x), CALLS, 1, kept=True).block)
     value = sum((r.standard_error.monte_carlo * unit) ** 2 for r in results) / seeds
@@ -306,13 +312,15 @@ def spent(
     std = math.sqrt(variance.value) / unit
     print(f"evaluate, {calls:.1f} calls: std {std:.5f} bits/dim; variance of low-discrepancy")
     print(f"  with as many over it: {ratio.value:.2f} ± {ratio.error:.0%}")
-    reached = evaluations(run, x, trained, 4 * seeds, TARGET)
-    totals = torch.tensor([r.calls_per_example * len(x) for r in reached], dtype=torch.float64)
+    reached = evaluations(run, whole, trained, 4 * seeds, TARGET)
+    totals = torch.tensor([r.calls_per_example * len(whole) for r in reached], dtype=torch.float64)
     total, error = totals.mean().item(), (totals.std() / math.sqrt(len(totals))).item()
+    fewer = T * len(whole) / total
     stated = math.sqrt(sum(r.standard_error.monte_carlo**2 for r in reached) / len(reached))
-    print(f"evaluate, target_error {TARGET}: {total:.0f} ± {error:.0f} calls, the mean of")
+    print(f"evaluate, target_error {TARGET} of all {len(whole)} test examples:")
+    print(f"  {total:.0f} ± {error:.0f} calls, the mean of")
     print(f"  {len(reached)} seeds ({totals.min():.0f} to {totals.max():.0f}), error {stated:.4f}")
-    print(f"  bits/dim; the full sum takes {T * len(x)} calls, {T * len(x) / total:.0f} times")
+    print(f"  bits/dim; the full sum takes {T * len(whole)} calls, {fewer:.0f} times")
     return {
         "evaluate_calls": calls,
         "evaluate_std": std,
@@ -321,7 +329,7 @@ def spent(
         "target_calls": total,
         "target_calls_error": error,
         "target_error": stated,
-        "full_sum_over_target": T * len(x) / total,
+        "full_sum_over_target": fewer,
     }
 
 
@@ -335,10 +343,11 @@ def main() -> None:
     run = load(options.run)
     splits, model = run.config.load_data().splits, run.model
     x, trained = as_examples(splits["test"][: options.examples]), splits["train"]
+    whole = splits["test"]
     unit = model.dims * LOG_2
     with measuring(model), seeded(0):
         rows, low = tell(compare(run, x, trained, options.seeds), unit)
-    summary = spent(run, x, trained, low, max(1, options.seeds // 8), unit)
+    summary = spent(run, x, trained, whole, low, max(1, options.seeds // 8), unit)
     if options.json:
         document = {"run": run.path.name, "examples": len(x), "seeds": options.seeds}
         document |= {"pilot_rows": ROWS, "rows": rows, "summary": summary}

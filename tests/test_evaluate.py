@@ -112,16 +112,34 @@ def test_the_calls_are_those_of_the_network(model, x, times, calls):
     assert (calls or CALLS) / 2 <= result.calls_per_example <= (calls or CALLS)
 
 
-def test_the_plan_spends_what_it_may():
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("scored", [False, True])
+def test_the_plan_spends_what_it_may(scored, kept):
+    """All are visited, and all or some of them twice, for an error bar; or most of many are."""
     for examples in (1, 5, 69, 447, 10_000):
         for calls in (2, 3, 4, 7, 24, 1000):
             for cells in (1, 9, 33):
-                for scored in (False, True):
-                    p = plan(examples, calls, cells, scored)
-                    each = p.replicates * p.draws
-                    assert p.replicates >= 2
-                    assert p.pilot * cells + each * examples <= calls * examples
-                    assert 1 <= p.block <= BLOCK
+                p = plan(examples, calls, cells, scored, kept)
+                visits = p.replicates * p.visited + p.repeated * p.block
+                assert p.replicates >= 2 or (p.repeated and not scored)
+                assert p.pilot * cells + visits * p.draws <= calls * examples
+                assert not (kept and p.pilot)
+                assert 1 <= p.block <= BLOCK
+                few = p.replicates == 1
+                assert p.visited == examples or (few and examples >= 100 * calls and calls < 8)
+                assert p.visited > 0.9 * examples
+
+
+def test_a_few_calls_of_each_are_one_visit_of_most(model, x):
+    """Draws of one visit lend to each other; the second visits, for an error bar, are paid for by
+    examples left out."""
+    many = x.repeat(20, 1)
+    result = evaluate(model, many, calls=4)
+    assert 0.9 * len(many) < result.visited < len(many)
+    assert 3 < result.calls_per_example <= 4
+    whole = evaluate(model, many, calls=24)
+    assert abs(result.nats - whole.nats) < 4 * result.standard_error.monte_carlo * 3 * math.log(2)
+    assert evaluate(model, many, calls=4, per_example=True).visited == len(many)
 
 
 def test_fewer_calls_than_examples_visit_a_sample(model, x):

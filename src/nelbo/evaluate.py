@@ -1,7 +1,7 @@
 r"""One pass over a data set: the mean bound, its terms, its error, its price.
 
 Each example is visited once per replicate, with its own draws of the terms and of z, which follow
-a pilot (`allocate`); where calls or a target allow fewer than two of each, a random sample of the
+a pilot (`allocate`); where calls or a target allow only a few of each, a random sample of the
 examples is. `visits` has the mean and its error. The number of network calls is counted at the
 network, a pilot's among them but for one that was kept. Blocks of examples are seeded one by one,
 so any number of processes that share them give the same number.
@@ -132,18 +132,19 @@ def evaluate(
 ) -> Evaluation:
     """The bound on -log P(x|φ), mean over the examples x.
 
-    All are visited alike; or, where calls or a target allow less than two of each, a sample.
+    All are visited alike; or, where calls or a target allow only a few of each, a random sample:
+    part of them by fewer than two calls, and most of some hundred by fewer than eight.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, shape (N, *model.shape).
         times: Grid(times) for the bound of T steps; left out, continuous time.
         calls: network calls per example, at most; 24 where left out. The error includes what
-            another sample of the examples would change, where they are fewer than two.
+            another sample of the examples would change, where not all are visited.
         target_error: in place of calls, the Monte Carlo standard error to be reached, in the unit
             of the result.
-        per_example: more replicates of fewer draws, so that each example's own standard error
-            has seven degrees of freedom.
+        per_example: all are visited, in more replicates of fewer draws, so that each example's own
+            standard error has seven degrees of freedom.
         known: other examples of the same law, such as those trained on. The result is on x, and
             unbiased, whatever they are; control variates that were fitted to more are better.
         pilots: have what a pilot of this model settles, given the cells, the controls of `known`,

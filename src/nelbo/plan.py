@@ -9,6 +9,8 @@ from nelbo.visits import repeated
 BLOCKS = 32  # of examples that share strata, where there are enough: degrees of freedom
 BLOCK = 32  # examples in one, at most
 FEWEST = 64  # examples that a sample begins with, where there are as many
+FEW = 8  # calls of each, below which draws of one visit gain by each other, if there are ..
+MANY = 100  # .. so many examples for each, so that second visits to some of them cost less
 PILOT = (1 / 8, 128)  # share of the calls, and rows of each cell, at most; but ..
 LEAST = 16  # .. so many rows of each cell, where they take no more than half of the calls
 FIRST = 0.5  # share of the calls foreseen for a target error that is spent at once
@@ -41,7 +43,8 @@ def plan(
 ) -> Plan:
     """Spend `calls` network calls per example, at most, on the pilot and on the draws.
 
-    Fewer than two are spent on a sample of them, two on each, on some of it four.
+    A few are spent on one visit to each, or to each of a sample, and on second visits to some of
+    it, for an error bar.
 
     Args:
         examples: N.
@@ -68,6 +71,8 @@ def plan(
     if left < max(2, calls / 2):
         rows, left = 0, calls
     piloted = bool(rows) or kept
+    if piloted and _once(examples, calls, scored):
+        return _sampled(Plan(examples, BLOCK, rows, 1, left), examples, left * examples)
     # two, for strata as fine as can be; more, where examples alone give too few freedoms, ..
     # .. and without a pilot: more examples can share strata then, which do what it would
     many = scored or not piloted or examples < 2 * BLOCKS
@@ -90,12 +95,18 @@ def first_round(way: Plan, examples: int, calls: float, cells: int, scored: bool
         calls = 0.0
     first = FIRST * calls
     least = max(2 * FEWEST, math.ceil(first * examples))
-    if least < 2 * examples and not scored:
-        return _sampled(replace(way, replicates=1, draws=2), examples, least)
-    replicates = way.replicates if way.draws == 1 else 2
     rows = _pilot_rows(examples * calls, cells) if way.pilot else 0
+    if (least < 2 * examples and not scored) or _once(examples, first, scored):
+        way = replace(way, replicates=1, draws=max(2, int(first)), pilot=rows)
+        return _sampled(way, examples, least)
+    replicates = way.replicates if way.draws == 1 else 2
     draws = max(1, int(first / replicates))
     return replace(way, replicates=replicates, draws=draws, pilot=rows)
+
+
+def _once(examples: int, calls: float, scored: bool) -> bool:
+    """Whether most examples get all of their calls in one visit."""
+    return calls < FEW and examples >= MANY * calls and not scored
 
 
 def _sampled(way: Plan, examples: int, calls: int) -> Plan:

@@ -16,7 +16,7 @@ sections 7.1 and 10.4):
     Monte Carlo²   (1 - n/N) s²/n + n/N (that of the mean over S)², s² = var_S( mean_r L_ir - k_i )
 
 Of a sample most is visited once, R_g = 1: there w_i² is the mean of the others, with some of s²
-for caution, and w_g² = w_i²/n_g.
+for caution where they are few, and w_g² = w_i²/n_g.
 """
 
 import math
@@ -32,7 +32,7 @@ from nelbo.elbo import Bound
 FURTHER = 1 / 32  # of the blocks visited: by no fewer grows a sample
 TWICE = (8, 1 / 32, 32)  # examples of a sample, visited twice: at least; of it; of one that is all
 NONE = torch.empty(0, dtype=torch.float64)
-CAUTION = 8  # of those visited twice, for which it counts that w² is no more than s²
+CAUTION = 8  # where so many are visited twice, that w² is no more than s² counts for as many
 
 
 def repeated(blocks: int, block: int, examples: int) -> int:
@@ -115,8 +115,8 @@ class Visits:
         whole = visited == len(self.known)
         left = (self._means() - self.known[self.rows])[:, columns].sum(1)
         # few tell the noise, and the error would be least where they tell the least
-        doubt = NONE if whole else left.var().expand(CAUTION)
-        for block, noise in zip(totals, _noise(totals, doubt), strict=True):
+        most = None if whole else left.var()
+        for block, noise in zip(totals, _noise(totals, most), strict=True):
             size, replicates = block.shape
             of_mean = block.mean(0).var() if replicates > 1 else noise.mean() / size
             within += (size / visited) ** 2 * of_mean.item() / replicates
@@ -159,8 +159,12 @@ class Visits:
         return replace(self, costs=list(whole.values()))
 
 
-def _noise(totals: Sequence[Tensor], doubt: Tensor = NONE) -> list[Tensor]:
-    """w_i² of each example, (n_g,) of each block; where R_g = 1 the mean of others and doubt."""
-    found = [block.var(1) for block in totals if block.shape[1] > 1]
-    typical = torch.cat([*found, doubt]).mean()
+def _noise(totals: Sequence[Tensor], most: Tensor | None = None) -> list[Tensor]:
+    """w_i² of each example, (n_g,) of each block; where R_g = 1 the mean of others, and of the
+    most that it is."""
+    found = torch.cat([NONE, *(block.var(1) for block in totals if block.shape[1] > 1)])
+    typical = found.mean()
+    if most is not None:
+        doubt = CAUTION**2 / len(found)
+        typical = (found.sum() + doubt * most) / (len(found) + doubt)
     return [b.var(1) if b.shape[1] > 1 else typical.expand(len(b)) for b in totals]

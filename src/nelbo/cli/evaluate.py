@@ -55,12 +55,13 @@ def evaluate(
     grid
         The times of the steps: best for this run, found once and kept in its folder; or uniform.
     calls
-        Network calls per example, at most; 24 where left out. Of fewer than 2, such as 0.1 for
-        many rows, a random sample of the examples gets two each. A pilot settles which times they
-        are: of a run once, on its validation split, kept in its folder; else out of these calls.
+        Network calls per example, at most; 24 where left out. Fewer than 8 are spent on a random
+        sample of the examples: most of some hundred, or, by fewer than 2, such as 0.1 for many
+        rows, a part, which gets two each. A pilot settles which times they are: of a run once, on its
+        validation split, kept in its folder; else out of these calls.
     target_error
         In place of --calls: the Monte Carlo standard error to reach, in the unit of the result. A
-        random sample of the examples is visited where that takes fewer than two calls of each.
+        random sample of the examples is visited where that takes only a few calls of each.
     variates
         Take off each draw what is known of it without the network. Without is quicker for many
         levels and a small network, and then more calls may pay.
