@@ -24,7 +24,7 @@ from torch.distributions import MixtureSameFamily, Normal, kl_divergence
 from nelbo import allocate, clusters, references
 from nelbo._numerics import seeded
 from nelbo.allocate import Cells, estimate, pilot
-from nelbo.control import Controls, Nothing
+from nelbo.control import NOTHING_SAID, Controls, Nothing
 from nelbo.data import as_examples
 from nelbo.draw import Draw, observe, same_noise
 from nelbo.estimate import Continuum, Grid
@@ -187,9 +187,8 @@ def test_levels_have_mean_zero_by_draws(kind, count, gamma, step, alone):
     controls = Controls(model, data, EDGES)
     x = data[:1].expand(n, 2)
     one, other = (observe(model, x, terms(n)[kind]) for _ in range(2))
-    lent = None if alone else controls.lend(other)
-    told, told_other = controls.told(one), controls.told(other)
-    v = controls.within(one, torch.full((n,), alone), lent, told, told_other)
+    lender = NOTHING_SAID if alone else controls.said(other)
+    v = controls.within(one, controls.said(one), lender, torch.full((n,), alone))
     assert v.shape == (n, 7)
     v, others = (v[:, :3], v[:, 3:]) if alone else (v[:, 3:], v[:, :3])
     assert (v.std(0) > 0).all() and not others.any()
@@ -211,8 +210,10 @@ def test_symbols_have_mean_zero_by_enumeration(kind, alone):
     q = known.model.process.marginal(known.model.embed(x), term.t)
     weights = (q.log_prob(one) + q.log_prob(other)).exp()
     draws = [Draw(x, term, z, known.model.predict(z, term.t), STATE, term.t) for z in (one, other)]
-    lent = None if alone else controls.lend(draws[1])
-    v = controls.within(draws[0], torch.full((len(x),), alone), lent)[:, 0 if alone else 1]
+    said = controls.said(draws[0])
+    lender = NOTHING_SAID if alone else controls.said(draws[1])
+    v = controls.within(draws[0], said, lender, torch.full((len(x),), alone))
+    v = v[:, 0 if alone else 1]
     assert v.abs().max() > 0.1
     assert abs((weights * v).sum().item()) < 1e-14 * v.abs().max()
 
@@ -487,7 +488,8 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
     x = data[:1].expand(500, 2)
     s, t = (torch.full((500,), v, dtype=torch.float64) for v in (0.2, 0.6))
     draw = observe(model, x, Step(t=t, s=s))
-    left = draw.cost - controls.within(draw, torch.ones(500, dtype=torch.bool))[:, 1]
+    alone = torch.ones(500, dtype=torch.bool)
+    left = draw.cost - controls.within(draw, NOTHING_SAID, NOTHING_SAID, alone)[:, 1]
     q = model.process.posterior(draw.z, model.embed(x), s, t)
     again = kl_divergence(q, model.step(draw.prediction, draw.z, s, t, model.process))
     assert (again - draw.cost).std() > 0.02  # other noise, another cost

@@ -11,6 +11,8 @@ from processes import launch
 from torch import Tensor
 
 from nelbo._numerics import LOG_2, seeded
+from nelbo.allocate import Allocation, Cells, pilot
+from nelbo.control import Controls
 from nelbo.data import as_examples
 from nelbo.estimate import Continuum, Grid, Times, elbo, iid, stratified
 from nelbo.evaluate import Evaluation, evaluate
@@ -124,6 +126,31 @@ def test_the_interval_of_a_sample_covers():
         evaluate(known.model, x, times=times, target_error=0.1, seed=seed) for seed in range(SEEDS)
     ]
     assert sorted(r.visited for r in found)[SEEDS // 2] < 150
+    values, errors = torch.tensor([in_nats(r) for r in found], dtype=torch.float64).T
+    covered = ((values - truth).abs() < 1.96 * errors).double().mean().item()
+    assert 0.91 <= covered <= 0.98, covered
+    assert abs(values.mean().item() - truth) < 4 * values.std().item() / math.sqrt(SEEDS)
+
+
+def test_the_interval_of_few_calls_covers():
+    """Two calls of each of most of 200 examples, after a pilot that was kept, and four of some."""
+    known = MODELS["symbols"]()
+    whole = known.examples(700)
+    x, other = whole[:200], whole[200:]
+    truth = known.bound(x, Continuum()).sum(1).mean().item()
+    kept: dict[tuple[int, int], Allocation] = {}
+
+    def pilots(cells: Cells, controls: Controls, *way: int) -> Allocation:
+        if way not in kept:
+            with measuring(known.model), seeded(52):
+                kept[way] = pilot(cells, controls, other, 256, *way)
+        return kept[way]
+
+    found = [
+        evaluate(known.model, x, calls=2, known=other, pilots=pilots, seed=seed)
+        for seed in range(SEEDS)
+    ]
+    assert list(kept) == [(2, 1)] and 160 < found[0].visited < 200
     values, errors = torch.tensor([in_nats(r) for r in found], dtype=torch.float64).T
     covered = ((values - truth).abs() < 1.96 * errors).double().mean().item()
     assert 0.91 <= covered <= 0.98, covered

@@ -49,6 +49,22 @@ def test_the_mean_is_unbiased_and_its_error_true(population, visited, columns, t
     assert 0.9 < errors.square().mean() / means.var() < 1.1
 
 
+def test_a_few_second_visits_know_of_what_is_rare():
+    """One cost in fifty has ten times the noise, and 30 of 1140 examples are visited twice: the
+    intervals of 1000 samples hold the truth."""
+    many = 1200
+    known = torch.randn(many, 1 + CELLS, dtype=torch.float64)
+    truth = known + 0.1 * torch.randn(many, 1 + CELLS, dtype=torch.float64)
+    blocks, hits = torch.arange(many).split(BLOCK), 0
+    for _ in range(1000):
+        scale = torch.where(torch.rand(many, 2, 1) < 0.02, 10.0, 1.0)
+        costs = truth[:, None] + scale * torch.randn(many, 2, 1 + CELLS, dtype=torch.float64)
+        there = [costs[rows] if g < 5 else costs[rows, :1] for g, rows in enumerate(blocks)]
+        found = Visits(blocks, there[:190], known)
+        hits += abs(found.mean() - truth.sum(1).mean().item()) < 1.96 * found.monte_carlo()
+    assert 0.91 <= hits / 1000 <= 0.98, hits
+
+
 def test_all_need_nothing_known(population):
     """To the last bit, in whatever order they were visited."""
     known, truth = population

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import over
-from nelbo.control import Controls
+from nelbo.control import NOTHING_SAID, Controls, Said
 from nelbo.data import as_examples
 from nelbo.draw import observe
 from nelbo.estimate import Times, stratified
@@ -123,18 +123,16 @@ class Cells:
                 draw = observe(controls.model.at(row[part]), x[row[part]], term)
                 cost[part] = factor * draw.cost.cpu()
                 draws.append((part, factor, draw))
-        parts, seen = [part for part, *_ in draws], [draw for *_, draw in draws]
-        told = _gathered(parts, [controls.told(draw) for draw in seen])
-        lent = _gathered(parts, [controls.lend(draw) for draw in seen])
+        said = Said.gathered([d[0] for d in draws], [controls.said(d[2]) for d in draws])
         # where nothing is lent all draws are alone
-        lender = torch.full_like(row, -1) if lent is None else _lenders(at, replicate).flatten()
+        lender = torch.full_like(row, -1)
+        if said.by_network is not None:
+            lender = _lenders(at, replicate).flatten()
         for part, factor, draw in draws:
             by = lender[part]
-            own = None if told is None else told[part.to(told.device)]
-            other = None if told is None else told[by.to(told.device)]
-            borrowed = None if lent is None or (by < 0).all() else lent[by.to(lent.device)]
+            other = said.at(by) if (by >= 0).any() else NOTHING_SAID
             alone = (by < 0).to(x.device)
-            v[part] = factor * controls.within(draw, alone, borrowed, own, other).cpu()
+            v[part] = factor * controls.within(draw, said.at(part), other, alone).cpu()
         return cost.view(len(x), -1), v.view(len(x), len(replicate), -1)
 
     def _term(self, cell: Tensor, share: Tensor) -> tuple[Term, float]:
@@ -158,14 +156,6 @@ def _lenders(place: Tensor, replicate: Tensor) -> Tensor:
     nearest, index = distance.min(2)
     first = len(replicate) * torch.arange(len(place))[:, None]
     return torch.where(nearest.isfinite(), first + index, -1)
-
-
-def _gathered(rows: list[Tensor], parts: list[Tensor | None]) -> Tensor | None:
-    """What lies in parts, all or none of it, in the order of its rows."""
-    found = [part for part in parts if part is not None]
-    if not found:
-        return None
-    return torch.cat(found)[torch.cat(rows).argsort().to(found[0].device)]
 
 
 @dataclass(frozen=True)

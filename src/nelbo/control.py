@@ -27,6 +27,8 @@ is, are φ of all cells.
 
 import copy
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,6 +46,33 @@ from nelbo.roughness import Roughness
 FITTED = 4096  # examples whose mean, covariance and frequencies are taken
 SCALED = 512  # of them, of which φ has mean 0 and variance 1
 FINEST = 64  # levels up to which a reference of levels pays: it asks for each one's probability
+
+
+@dataclass(frozen=True)
+class Said:
+    """Log-probabilities of the levels of each dimension, by two voices; (B, ..., K) or None."""
+
+    by_clusters: Tensor | None = None  # given all others of z
+    by_network: Tensor | None = None
+
+    def at(self, rows: Tensor) -> "Said":
+        """Of some of the B."""
+        return Said(*(p if p is None else p[rows.to(p.device)] for p in self._voices))
+
+    @staticmethod
+    def gathered(rows: Sequence[Tensor], parts: Sequence["Said"]) -> "Said":
+        """What lies in parts, in the order of its rows; a voice speaks in all of them or none."""
+        order = torch.cat(list(rows)).argsort()
+        voices = zip(*(part._voices for part in parts), strict=True)
+        spoken = [[p for p in voice if p is not None] for voice in voices]
+        return Said(*(torch.cat(v)[order.to(v[0].device)] if v else None for v in spoken))
+
+    @property
+    def _voices(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.by_clusters, self.by_network
+
+
+NOTHING_SAID = Said()
 
 
 class Controls:
@@ -111,18 +140,18 @@ class Controls:
         """The clusters, if they are asked what other dimensions say of the levels of one."""
         return self.clusters if self.levels and self.log_frequency is not None else None
 
-    def told(self, draw: Draw) -> Tensor | None:
-        """What the clusters tell of each dimension given all others of z: log-probabilities of its
-        levels, shape (B, ..., K)."""
+    def said(self, draw: Draw) -> "Said":
+        """What is said at a draw of the dimensions of z, each without its own evidence."""
+        return Said(self._by_clusters(draw), self._by_network(draw))
+
+    def _by_clusters(self, draw: Draw) -> Tensor | None:
         if self.others is None or self.levels is None:
             return None
         z, alpha = draw.z.double().flatten(1), self.model.process.alpha(draw.term.t)
         odds = self.others.odds(z, alpha, self.levels.values).view(*draw.x.shape, -1)
         return (odds + self.levels.log_frequency).log_softmax(-1)
 
-    def lend(self, draw: Draw) -> Tensor | None:
-        """What a draw tells other draws of its examples: log-probabilities of the levels of each
-        dimension, without the dimension's own evidence; shape (B, ..., K)."""
+    def _by_network(self, draw: Draw) -> Tensor | None:
         if self.log_frequency is None:
             return None
         if self.levels is not None and isinstance(draw.prediction, LevelPrediction):
@@ -136,25 +165,18 @@ class Controls:
             return torch.where(hidden, draw.prediction.e_hat, self.log_frequency)
         return None
 
-    def within(
-        self,
-        draw: Draw,
-        alone: Tensor,
-        lent: Tensor | None = None,
-        told: Tensor | None = None,
-        told_lender: Tensor | None = None,
-    ) -> Tensor:
+    def within(self, draw: Draw, said: "Said", lender: "Said", alone: Tensor) -> Tensor:
         """Numbers of mean zero given x and t, shape (B, G).
 
         Args:
             draw: the draw whose cost they follow.
-            alone: which examples were lent nothing, shape (B,). Their numbers are other columns
-                than those of the others, for other coefficients.
-            lent: by another draw, shape (B, ..., K), if anything was.
-            told: what the clusters tell of this draw, and
-            told_lender: of the other. Their difference is how the network's answer will differ.
+            said: at this draw, by the clusters, and
+            lender: at another of each example, from which it borrows; `NOTHING_SAID` for none.
+                The difference of the clusters is how the network's answer will differ.
+            alone: which examples borrow nothing, shape (B,). Their numbers are other columns than
+                those of the others, for other coefficients.
         """
-        columns, context = [], self.log_frequency
+        columns, context, lent = [], self.log_frequency, lender.by_network
         if context is not None and lent is not None:
             context = torch.where(over(alone, lent).bool(), context, lent)
         if self.linear is not None:
@@ -163,6 +185,7 @@ class Controls:
             columns.append(self.levels.within(self.model, draw, context))
         elif context is not None:
             columns.append(self._hidden(draw, context))
+        told, told_lender = said.by_clusters, lender.by_clusters
         if self.levels is not None and told is not None:
             columns.append(self.levels.within(self.model, draw, told))
         if not columns:

@@ -133,7 +133,8 @@ def evaluate(
     """The bound on -log P(x|φ), mean over the examples x.
 
     All are visited alike; or, where calls or a target allow only a few of each, a random sample:
-    part of them by fewer than two calls, and most of some hundred by fewer than eight.
+    part of them by fewer than two calls; after a kept pilot most of some hundred by fewer
+    than eight.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.

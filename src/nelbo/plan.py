@@ -71,8 +71,8 @@ def plan(
     if left < max(2, calls / 2):
         rows, left = 0, calls
     piloted = bool(rows) or kept
-    if piloted and _once(examples, calls, scored):
-        return _sampled(Plan(examples, BLOCK, rows, 1, left), examples, left * examples)
+    if kept and _once(examples, calls, scored):
+        return _sampled(Plan(examples, BLOCK, 0, 1, calls), examples, calls * examples)
     # two, for strata as fine as can be; more, where examples alone give too few freedoms, ..
     # .. and without a pilot: more examples can share strata then, which do what it would
     many = scored or not piloted or examples < 2 * BLOCKS
@@ -95,17 +95,19 @@ def first_round(way: Plan, examples: int, calls: float, cells: int, scored: bool
         calls = 0.0
     first = FIRST * calls
     least = max(2 * FEWEST, math.ceil(first * examples))
-    rows = _pilot_rows(examples * calls, cells) if way.pilot else 0
-    if (least < 2 * examples and not scored) or _once(examples, first, scored):
-        way = replace(way, replicates=1, draws=max(2, int(first)), pilot=rows)
-        return _sampled(way, examples, least)
+    if least < 2 * examples and not scored:
+        return _sampled(replace(way, replicates=1, draws=2), examples, least)
+    if not way.pilot and _once(examples, first, scored):
+        return _sampled(replace(way, replicates=1, draws=int(first)), examples, least)
     replicates = way.replicates if way.draws == 1 else 2
+    rows = _pilot_rows(examples * calls, cells) if way.pilot else 0
     draws = max(1, int(first / replicates))
     return replace(way, replicates=replicates, draws=draws, pilot=rows)
 
 
 def _once(examples: int, calls: float, scored: bool) -> bool:
-    """Whether most examples get all of their calls in one visit."""
+    """Whether most examples get all of their calls in one visit; after a pilot of few rows some
+    costs would be rare and large, and few second visits would not see them."""
     return calls < FEW and examples >= MANY * calls and not scored
 
 

@@ -15,8 +15,9 @@ sections 7.1 and 10.4):
     mean           mean_{all i} k_i + mean_{i in S}( mean_r L_ir - k_i )
     Monte Carlo²   (1 - n/N) s²/n + n/N (that of the mean over S)², s² = var_S( mean_r L_ir - k_i )
 
-Of a sample most is visited once, R_g = 1: there w_i² is the mean of the others, with some of s²
-for caution where they are few, and w_g² = w_i²/n_g.
+Of a sample most is visited once, R_g = 1: there w_i² is s² times the share of it that is noise in
+those visited twice (a rare large cost is in both of its parts), with some caution where they are
+few, and w_g² = w_i²/n_g.
 """
 
 import math
@@ -31,7 +32,6 @@ from nelbo.elbo import Bound
 
 FURTHER = 1 / 32  # of the blocks visited: by no fewer grows a sample
 TWICE = (8, 1 / 32, 32)  # examples of a sample, visited twice: at least; of it; of one that is all
-NONE = torch.empty(0, dtype=torch.float64)
 CAUTION = 8  # where so many are visited twice, that w² is no more than s² counts for as many
 
 
@@ -82,17 +82,35 @@ class Visits:
     def error_of_each(self) -> Tensor:
         """The Monte Carlo error of each example's bound, as there; if it was visited once, that of
         a typical one."""
-        totals = self._totals()
-        parts = zip(totals, _noise(totals), strict=True)
-        return self._in_order(torch.cat([w / t.shape[1] for t, w in parts]).sqrt())
+        parts = zip(self.costs, self._noise(), strict=True)
+        return self._in_order(torch.cat([w / block.shape[1] for block, w in parts]).sqrt())
 
     def _means(self) -> Tensor:
         """Over the replicates, (n, 1 + C)."""
         return torch.cat([block.mean(1) for block in self.costs])
 
-    def _totals(self, columns: slice = slice(None)) -> list[Tensor]:
+    def _totals(self, columns: slice) -> list[Tensor]:
         """Some of the costs of each example and replicate, (n_g, R_g) of each block."""
         return [block[..., columns].sum(2) for block in self.costs]
+
+    def _left(self, columns: slice) -> list[Tensor]:
+        """The same less what is known of them."""
+        known = self.known[:, columns].sum(1)
+        parts = zip(self._totals(columns), self.blocks, strict=False)
+        return [total - known[rows, None] for total, rows in parts]
+
+    def _noise(self, columns: slice = slice(None), caution: float = 0.0) -> list[Tensor]:
+        """w_i² of each example, (n_g,) of each block."""
+        totals, left = self._totals(columns), self._left(columns)
+        typical = torch.tensor(math.nan).double()
+        twice = [block for block in left if block.shape[1] > 1]
+        if twice and len(twice) < len(left):
+            once = torch.cat([block[:, 0] for block in left])
+            noise = torch.cat([block.var(1) for block in twice])
+            square = torch.cat([(block - once.mean()).square().mean(1) for block in twice])
+            doubt = caution**2 / len(noise) * square.mean()
+            typical = once.var() * (noise.sum() + doubt) / (square.sum() + doubt)
+        return [b.var(1) if b.shape[1] > 1 else typical.expand(len(b)) for b in totals]
 
     def _in_order(self, each: Tensor) -> Tensor:
         return each.new_full((len(self.known),), math.nan).index_put((self.rows,), each)
@@ -111,18 +129,18 @@ class Visits:
 
     def _variances(self, columns: slice) -> tuple[float, float, float]:
         """Of the mean over S: by its draws alone, by S and its draws; and n/N."""
-        visited, within, totals = len(self.rows), 0.0, self._totals(columns)
-        whole = visited == len(self.known)
-        left = (self._means() - self.known[self.rows])[:, columns].sum(1)
+        visited, within = len(self.rows), 0.0
         # few tell the noise, and the error would be least where they tell the least
-        most = None if whole else left.var()
-        for block, noise in zip(totals, _noise(totals, most), strict=True):
+        noises = self._noise(columns, CAUTION)
+        for block, noise in zip(self._totals(columns), noises, strict=True):
             size, replicates = block.shape
             of_mean = block.mean(0).var() if replicates > 1 else noise.mean() / size
             within += (size / visited) ** 2 * of_mean.item() / replicates
-        if whole:
+        if visited == len(self.known):
             return within, 0.0, 1.0
-        return within, left.var().item() / visited, visited / len(self.known)
+        left = torch.cat([block.mean(1) for block in self._left(columns)])
+        between = left.var().item() / visited
+        return within, between, visited / len(self.known)
 
     def error(self) -> StandardError:
         """Of the mean bound."""
@@ -157,14 +175,3 @@ class Visits:
         for g, more in costs.items():
             whole[g] = torch.cat([whole[g], more], 1) if g in whole else more
         return replace(self, costs=list(whole.values()))
-
-
-def _noise(totals: Sequence[Tensor], most: Tensor | None = None) -> list[Tensor]:
-    """w_i² of each example, (n_g,) of each block; where R_g = 1 the mean of others, and of the
-    most that it is."""
-    found = torch.cat([NONE, *(block.var(1) for block in totals if block.shape[1] > 1)])
-    typical = found.mean()
-    if most is not None:
-        doubt = CAUTION**2 / len(found)
-        typical = (found.sum() + doubt * most) / (len(found) + doubt)
-    return [b.var(1) if b.shape[1] > 1 else typical.expand(len(b)) for b in totals]

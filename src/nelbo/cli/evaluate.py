@@ -57,8 +57,8 @@ def evaluate(
     calls
         Network calls per example, at most; 24 where left out. Fewer than 8 are spent on a random
         sample of the examples: most of some hundred, or, by fewer than 2, such as 0.1 for many
-        rows, a part, which gets two each. A pilot settles which times they are: of a run once, on its
-        validation split, kept in its folder; else out of these calls.
+        rows, a part, which gets two each. A pilot settles which times they are: of a run once, on
+        its validation split, kept in its folder; else out of these calls.
     target_error
         In place of --calls: the Monte Carlo standard error to reach, in the unit of the result. A
         random sample of the examples is visited where that takes only a few calls of each.
