@@ -59,8 +59,8 @@ def plan(
     least = 2.0 if scored else 2 * min(1.0, FEWEST / examples)
     if not least <= calls < math.inf:
         raise ValueError(
-            f"calls must be at least {least:.2g} per example, to have an error bar, and finite;"
-            f" got {calls}; try 24"
+            f"calls must be at least {least:.2g} per example, to have an error bar"
+            f"{' of each' if scored else ''}, and finite; got {calls}; try 24"
         )
     if calls < 2:
         return _sampled(Plan(examples, BLOCK, 0, 1, 2), examples, int(calls * examples))
