@@ -140,7 +140,7 @@ class Controls:
         """The clusters, if they are asked what other dimensions say of the levels of one."""
         return self.clusters if self.levels and self.log_frequency is not None else None
 
-    def said(self, draw: Draw) -> "Said":
+    def said(self, draw: Draw) -> Said:
         """What is said at a draw of the dimensions of z, each without its own evidence."""
         return Said(self._by_clusters(draw), self._by_network(draw))
 
@@ -165,7 +165,7 @@ class Controls:
             return torch.where(hidden, draw.prediction.e_hat, self.log_frequency)
         return None
 
-    def within(self, draw: Draw, said: "Said", lender: "Said", alone: Tensor) -> Tensor:
+    def within(self, draw: Draw, said: Said, lender: Said, alone: Tensor) -> Tensor:
         """Numbers of mean zero given x and t, shape (B, G).
 
         Args:

@@ -101,10 +101,11 @@ class Visits:
 
     def _noise(self, columns: slice = slice(None), caution: float = 0.0) -> list[Tensor]:
         """w_i² of each example, (n_g,) of each block."""
-        totals, left = self._totals(columns), self._left(columns)
+        totals = self._totals(columns)
         typical = torch.tensor(math.nan).double()
-        twice = [block for block in left if block.shape[1] > 1]
-        if twice and len(twice) < len(left):
+        if len({block.shape[1] > 1 for block in totals}) == 2:
+            left = self._left(columns)
+            twice = [block for block in left if block.shape[1] > 1]
             once = torch.cat([block[:, 0] for block in left])
             noise = torch.cat([block.var(1) for block in twice])
             square = torch.cat([(block - once.mean()).square().mean(1) for block in twice])
