@@ -36,6 +36,11 @@ def check_coverage(known: Known, x: Tensor, times: Times, calls: int) -> None:
         in_nats(evaluate(known.model, x, times=times, calls=calls, seed=seed))
         for seed in range(SEEDS)
     ]
+    check_intervals(found, truth)
+
+
+def check_intervals(found: list[tuple[float, float]], truth: float) -> None:
+    """Enough of them hold it .."""
     values, errors = torch.tensor(found, dtype=torch.float64).T
     covered = ((values - truth).abs() < 1.96 * errors).double().mean().item()
     assert 0.91 <= covered <= 0.98, covered
@@ -126,10 +131,7 @@ def test_the_interval_of_a_sample_covers():
         evaluate(known.model, x, times=times, target_error=0.1, seed=seed) for seed in range(SEEDS)
     ]
     assert sorted(r.visited for r in found)[SEEDS // 2] < 150
-    values, errors = torch.tensor([in_nats(r) for r in found], dtype=torch.float64).T
-    covered = ((values - truth).abs() < 1.96 * errors).double().mean().item()
-    assert 0.91 <= covered <= 0.98, covered
-    assert abs(values.mean().item() - truth) < 4 * values.std().item() / math.sqrt(SEEDS)
+    check_intervals([in_nats(r) for r in found], truth)
 
 
 def test_the_interval_of_few_calls_covers():
@@ -151,10 +153,7 @@ def test_the_interval_of_few_calls_covers():
         for seed in range(SEEDS)
     ]
     assert list(kept) == [(2, 1)] and 160 < found[0].visited < 200
-    values, errors = torch.tensor([in_nats(r) for r in found], dtype=torch.float64).T
-    covered = ((values - truth).abs() < 1.96 * errors).double().mean().item()
-    assert 0.91 <= covered <= 0.98, covered
-    assert abs(values.mean().item() - truth) < 4 * values.std().item() / math.sqrt(SEEDS)
+    check_intervals([in_nats(r) for r in found], truth)
 
 
 @pytest.mark.parametrize("name", ["levels", "symbols"])

@@ -65,14 +65,14 @@ def plan(
     if calls < 2:
         return _sampled(Plan(examples, BLOCK, 0, 1, 2), examples, int(calls * examples))
     calls = int(calls)
+    if kept and _once(examples, calls, scored):
+        return _sampled(Plan(examples, BLOCK, 0, 1, calls), examples, calls * examples)
     rows = 0 if kept else _pilot_rows(examples * calls, cells)
     # what the pilot takes is not left for the draws
     left = calls - math.ceil(rows * cells / examples)
     if left < max(2, calls / 2):
         rows, left = 0, calls
     piloted = bool(rows) or kept
-    if kept and _once(examples, calls, scored):
-        return _sampled(Plan(examples, BLOCK, 0, 1, calls), examples, calls * examples)
     # two, for strata as fine as can be; more, where examples alone give too few freedoms, ..
     # .. and without a pilot: more examples can share strata then, which do what it would
     many = scored or not piloted or examples < 2 * BLOCKS
