@@ -11,7 +11,7 @@ from files import arrays_in
 from PIL import Image
 from torch import nn
 
-from nelbo import checkpoint
+from nelbo import checkpoint, data
 from nelbo._numerics import seeded
 from nelbo.cli import main
 from nelbo.condition import Guided, drop, encode, features, guided, parse
@@ -103,6 +103,38 @@ def test_other_measures_keep_rows_together(pairs):
     torch.testing.assert_close(-by_paths.per_example, want[few], rtol=0, atol=MIXED / 8)
     by_flow = evaluate_flow(given.at(few), x[few], samples=2, trace="exact", tolerance=1e-3)
     torch.testing.assert_close(-by_flow.per_example, want[few], rtol=0, atol=MIXED / 8)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model, x: evaluate(model, x, calls=4),
+        lambda model, x: elbo(model, x, Grid.uniform(3)),
+        lambda model, x: evaluate_importance(model, x, times=Grid.uniform(3), samples=2),
+        lambda model, x: evaluate_flow(model, x, samples=2),
+        lambda model, x: best_grid(model, x, 4),
+        lambda model, x: by_dimension(model, x, Grid.uniform(3)),
+    ],
+    ids=["evaluate", "elbo", "importance", "flow", "grid", "dimensions"],
+)
+def test_conditions_of_other_examples_are_refused(pairs, measure):
+    """Neither a slice of the examples nor more of them, under the labels of other rows."""
+    x, c = pairs
+    given = model().given(c, "class")
+    for some in (x[20:40], x.repeat(2, 1)):
+        with pytest.raises(
+            ValueError, match=f"the class of 70 examples; got {len(some)} examples"
+        ):
+            measure(given, some)
+    with pytest.raises(ValueError, match=r"one of P\(x\|class\), and which class"):
+        measure(_without_labels(given), x)
+
+
+def _without_labels(given):
+    """The model as a run of P(x|class) holds it, which no examples were given yet."""
+    model = given.unconditional()
+    model.given_what = "class"
+    return model
 
 
 def test_grids_and_errors_are_measured_on_pairs(pairs):
@@ -273,6 +305,11 @@ def test_a_conditional_run(conditional, tmp_path, capsys):
     assert len(x) == len(labels)
     call(["evaluate", str(conditional), "--calls", "4"])
     assert "log P(x|class)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"take model and examples from run\.law"):
+        evaluate(run.model, x)
+    assert evaluate(run.model.unconditional(), x, calls=4).given == ""
+    some = evaluate(given.at(slice(5, 15)), x[5:15], calls=4)
+    assert some.given == "class" and some.examples == 10
     names = [tmp_path / f"{name}.npz" for name in ("three", "four", "mixed", "guided")]
     sample = ["sample", str(conditional), "--n", "4", "--steps", "2", "--grid", "uniform"]
     call([*sample, "--condition", "3", "--out", str(names[0])])
@@ -301,7 +338,7 @@ def test_networks_learn_what_they_are_given(tmp_path):
     options = {"steps": 120, "lr": 1e-2, "warmup": 10, "batch": 64, "width": 32, "depth": 1}
     run = train(str(tmp_path / "x.npz"), tmp_path / "run", condition=["class"], **options)
     given, x, _ = run.law()
-    assert evaluate(given, x).nats < evaluate(run.model, x).nats - 0.4
+    assert evaluate(given, x).nats < evaluate(run.model.unconditional(), x).nats - 0.4
     for name, value in (("0", 0), ("1", 3)):
         labels = parse([name], run.config.schema).expand(50, 1)
         drawn = ancestral(run.law_of_samples(50, labels), 50, Grid.uniform(8))
@@ -358,6 +395,8 @@ def test_columns_of_a_table_are_conditions(tmp_path):
     of_colour, of_b = run.config.schema.condition
     assert of_colour.classes == ("", "blue", "red") and not of_b.classes
     assert [column.name for column in run.config.schema.columns] == ["a"]
+    notes = data.load(str(source), condition=["colour", "b"]).notes
+    assert not any("left out" in note for note in notes)  # the labels are used, not left out
     given, x, _ = run.law(str(source))
     assert x[:, 0].tolist() == pytest.approx(a, abs=1e-8)
     want = torch.tensor([[of_colour.classes.index(c), y] for c, y in zip(colour, b, strict=True)])

@@ -3,7 +3,7 @@
     run = nelbo.load("runs/digits")
     x, _ = run.examples()
     nelbo.evaluate(run.model, x)                 # mean bound, standard error, terms, price
-    nelbo.elbo(run.model, x[:8].long()).elbo     # per example, nats
+    nelbo.elbo(run.model, x[:8].long()).elbo     # one unbiased draw per example, nats
 
 Names are imported where first used, so `import nelbo` costs no more than its own lines.
 """

@@ -92,7 +92,9 @@ def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> 
         ValueError: parts that do not fit together, to the data or into memory.
     """
     with _limits.within_memory(f"a model of width {config.width}, depth {config.depth}"):
-        return _build(config, schema, affine)
+        model = _build(config, schema, affine)
+    model.given_what = condition.names(schema)
+    return model
 
 
 def _build(config: ModelConfig, schema: Schema, affine: Affine | None) -> Model:

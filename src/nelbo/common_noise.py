@@ -42,7 +42,7 @@ def common_bound(model: Model, x: Tensor, draws: int, seed: int) -> Bound:
     if draws < 1:
         raise ValueError(f"draws must be at least 1; got {draws}; try 32")
     start, first = process.schedule.start, math.ceil(draws / 4)
-    with measuring(model), seeded(seed):
+    with measuring(model, x), seeded(seed):
         u = (torch.arange(draws) + torch.rand(draws, dtype=torch.float64)) / draws
         t = torch.cat([torch.full((first,), start, dtype=torch.float64), start + (1 - start) * u])
         noise = torch.randn(len(t), *model.shape, dtype=torch.float64)

@@ -27,6 +27,11 @@ def features(schema: Schema) -> int:
     return 1 + sum(label.features for label in schema.condition)
 
 
+def names(schema: Schema) -> str:
+    """The labels that a model of this schema is given, as c of P(x|c); empty where none are."""
+    return ", ".join(label.name for label in schema.condition)
+
+
 def encode(labels: Tensor, schema: Schema) -> Tensor:
     """Labels (B, len(schema.condition)) as conditions (B, F) of examples that were not moved."""
     columns = zip(schema.condition, labels.unbind(1), strict=True)
@@ -45,7 +50,7 @@ def given_labels(model: Model, labels: Tensor | None, schema: Schema) -> Model:
     """The model of examples with labels (N, len(schema.condition)); itself if not conditional."""
     if not schema.condition or labels is None:
         return model
-    return model.given(encode(labels, schema), ", ".join(label.name for label in schema.condition))
+    return model.given(encode(labels, schema), names(schema))
 
 
 def parse(texts: Sequence[str], schema: Schema) -> Tensor:

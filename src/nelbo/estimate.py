@@ -145,7 +145,11 @@ def elbo(model: Model, x: Tensor, times: Times | None = None, u: Tensor | None =
 
     Returns:
         Bound(prior, reconstruction, diffusion), shape (B,) each; `.elbo` is minus their sum.
+
+    Raises:
+        ValueError: a model of P(x|c) without the conditions of these examples.
     """
+    model.check_law(len(x))
     times = Continuum(model.process.schedule.start) if times is None else times
     if u is None:
         u = stratified(len(x), max(times.terms, 1))

@@ -177,7 +177,7 @@ def evaluate(
         way = replace(way, pilot=0 if kept else LEAST, draws=1)
         if len(x) > FEWEST and not per_example:
             way = replace(way, replicates=1, draws=2)
-    with measuring(model), counting(model.network) as calls_made:
+    with measuring(model, x), counting(model.network) as calls_made:
         with seeded(seed, 0):
             controls: Controls = Nothing(model, cells.edges)
             if variates and (way.pilot or kept):

@@ -88,6 +88,7 @@ def best_grid(
     Raises:
         ValueError: fewer than one step, or more than there are times to choose from.
     """
+    model.check_law(len(x))
     if candidates is None:
         candidates = even_times(model.process.schedule, steps, 16 + 2 * steps)
     if not 1 <= steps <= len(candidates):
@@ -151,7 +152,7 @@ def measure(
             steps += d / len(x)
         return decoded, steps
 
-    with measuring(model):
+    with measuring(model, x):
         for j, (decoded, steps) in enumerate(divided(count, column, track)):
             decode[j], step[j - len(steps) : j, j] = decoded, steps
     return Table(times, decode, step)
@@ -212,7 +213,7 @@ def measure_errors(model: Model, x: Tensor, seed: int = 0) -> None:
             total += (e - e_hat).square().sum().item()
         return total / (len(some) * model.dims)
 
-    with measuring(model):
+    with measuring(model, x):
         errors = divided(count, error)
     model.step.errors.copy_(torch.tensor(errors, dtype=torch.float64))
 

@@ -6,7 +6,7 @@ arithmetic runs in `Model.dtype` (float64 for measuring, float32 is enough for t
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class Model(nn.Module):
         self.dtype = torch.float64
         self.precision: torch.dtype | None = None  # of autocast inside the network, if any
         self.condition: Tensor | None = None
-        self.given_what = ""
+        self.given_what = ""  # names of c where the model is one of P(x|c)
 
     def given(self, condition: Tensor, what: str = "condition") -> "Model":
         """The model of N examples that are given conditions (N, F); it shares all weights.
@@ -63,6 +63,30 @@ class Model(nn.Module):
         model = copy.copy(self)
         model.condition, model.given_what = condition, what
         return model
+
+    def unconditional(self) -> "Model":
+        """The model of P(x), whatever it can be given; it shares all weights."""
+        model = copy.copy(self)
+        model.condition, model.given_what = None, ""
+        return model
+
+    def check_law(self, examples: int) -> None:
+        """Refuse to measure so many examples with no conditions, or with those of others.
+
+        Raises:
+            ValueError: the model is of P(x|c) and has no c, or as many as are other examples.
+        """
+        if self.condition is None and self.given_what:
+            raise ValueError(
+                f"the model is one of P(x|{self.given_what}), and which {self.given_what} each"
+                " example has was not said: take model and examples from run.law(...), or measure"
+                " P(x) with model.unconditional()"
+            )
+        if self.condition is not None and len(self.condition) != examples:
+            raise ValueError(
+                f"the model was given the {self.given_what} of {len(self.condition)} examples; got"
+                f" {examples} examples: choose theirs with model.at(rows), rows a slice or tensor"
+            )
 
     def at(self, rows: slice | Tensor) -> "Model":
         """The model of some of the examples; itself where it was given nothing."""
@@ -140,8 +164,18 @@ def find_device(name: str) -> torch.device:
 
 
 @contextmanager
-def measuring(model: Model) -> Iterator[None]:
-    """Evaluation mode, float64 around the network, no TF32, no autocast; then all as before."""
+def measuring(model: Model, x: Sized | None = None) -> Iterator[None]:
+    """Evaluation mode, float64 around the network, no TF32, no autocast; then all as before.
+
+    Args:
+        model: the model to measure.
+        x: the examples on which it is measured, where a bound is.
+
+    Raises:
+        ValueError: a model of P(x|c) without the conditions of these examples.
+    """
+    if x is not None:
+        model.check_law(len(x))
     before = model.training, model.dtype, model.precision
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:

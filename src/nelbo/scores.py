@@ -231,7 +231,7 @@ class Scorer:
         draws = self.calls // REPLICATES - 1
         rows = max(1, model.rows // draws)
         parts = []
-        with measuring(model):
+        with measuring(model, x):
             for begin in self.track(range(0, len(x), rows)):
                 block = torch.arange(begin, min(begin + rows, len(x)))
                 with seeded(self.seed, begin), share(len(block)) as part:

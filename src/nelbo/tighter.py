@@ -261,7 +261,7 @@ def _visit(
             each = draw(model.at(rows), as_examples(x[rows]).to(model.device)).double().cpu()
         return each.reshape(len(each), -1, replicates)
 
-    with measuring(model), counting(model.network) as calls:
+    with measuring(model, x), counting(model.network) as calls:
         found = torch.cat(divided(len(blocks), one, track), 1)
     every = gather((calls.forward, calls.backward))
     forward, backward = (sum(each) for each in zip(*every, strict=True))

@@ -133,7 +133,7 @@ def check_codable(model: Model) -> int:
             " integers, with --levels K for the values 0..K-1, or declare the precision of a"
             " table's columns with --schema"
         )
-    if model.condition is not None:
+    if model.given_what:
         raise ValueError(
             f"the model is given {model.given_what}, which a file of the data alone lacks; train"
             " one without --condition"

@@ -245,7 +245,8 @@ def _load_table(
         schema = Schema.of_table(columns)
     elif not isinstance(schema, Schema):
         schema = Schema.of_table(complete(frame.drop(*condition), _limits.read_json(Path(schema))))
-    rows, taken = examples.encode(frame, schema.columns, name, rounding=True)
+    of_examples = frame.drop(*condition)
+    rows, taken = examples.encode(of_examples, schema.columns, name, rounding=True)
     x = torch.from_numpy(rows)
     splits, how = split({part: x[few] for part, few in parts.items()}, name, seed)
     found = Found(name, {part: rows[few] for part, few in parts.items()}, labels=of_cells)

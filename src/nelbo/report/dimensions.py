@@ -41,7 +41,7 @@ def by_dimension(
     """
     steps = steps or (model.step,)
     parts: list[list[Bound]] = []
-    with measuring(model):
+    with measuring(model, x):
         for i, rows in enumerate(torch.arange(len(x)).split(model.rows)):
             with seeded(seed, i), share(len(rows)) as part:
                 own = part.of(rows)
