@@ -1,10 +1,12 @@
 """nelbo compress, decompress and inspect: data of every kind come back, or it is said why not."""
 
+import io
 import json
 import os
 import random
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import polars as pl
@@ -65,6 +67,57 @@ def test_arrays_come_back_with_their_names_types_and_companions(trained, tmp_pat
     np.save(tmp_path / "in.npy", x)
     out = there_and_back(trained, tmp_path / "in.npy", tmp_path, "a.npy")
     assert np.array_equal(np.load(out), x) and np.load(out).dtype == x.dtype
+
+
+def test_arrays_of_any_name_and_type_come_back_beside_the_examples(trained, tmp_path, capsys):
+    """Names that numpy's writer takes for its own, fields, and numbers beyond the levels."""
+    inner = np.dtype([("low", ">i2"), ("high", "<f8", (2,))])
+    fields = np.dtype({"names": ["id", "pair"], "formats": ["<i4", inner], "offsets": [0, 8]})
+    rows = np.zeros(5, fields)
+    rows["id"], rows["pair"]["high"] = np.arange(5), [1.5, -0.25]
+    whole = {
+        "x": digits(5),
+        "file": np.arange(3),
+        "allow_pickle": np.array("yes"),
+        "a.npy": np.array([1 + 2j, np.nan]),
+        "sub/name": np.array(["2020-01-31"], "M8[D]"),
+        "rows": rows,
+        "raw": np.array([b"abcd"], "V4"),
+        "photographs": digits(2, 1).astype(np.int64) + 900,
+    }
+    with zipfile.ZipFile(tmp_path / "in.npz", "w") as archive:
+        for name, array in whole.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array)
+    out = there_and_back(trained, tmp_path / "in.npz", tmp_path, "out.npz")
+    assert "photographs" in capsys.readouterr().err
+    with np.load(tmp_path / "in.npz") as before, np.load(out) as after:
+        assert list(before) == list(after) == list(whole)
+        for name in whole:
+            assert before[name].dtype == after[name].dtype
+            np.testing.assert_array_equal(before[name], after[name], strict=True)
+
+
+def test_what_would_not_come_back_is_refused_before_work(trained, tmp_path, capsys):
+    buffer = io.BytesIO()
+    np.save(buffer, digits(2))
+    with zipfile.ZipFile(tmp_path / "twice.npz", "w") as archive, pytest.warns(UserWarning):
+        for _ in range(2):
+            archive.writestr("x.npy", buffer.getvalue())
+    shade = Image.fromarray(digits(1)[0])
+    shade.save(tmp_path / "shade.png", transparency=3)
+    for name, words in [("twice.npz", "two of its arrays"), ("shade.png", "transparent colour")]:
+        file = tmp_path / "no.nlb"
+        line = fails(capsys, 2, "compress", trained, tmp_path / name, "--out", file, *GRID)
+        assert words in line and not file.exists()
+
+
+def test_single_numbers_come_back(tmp_path):
+    """Which training takes as vectors of one number."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 5, 40).astype(">u2"))
+    run_ok("train", tmp_path / "x.npy", "--out", tmp_path / "run", *TINY)
+    out = there_and_back(tmp_path / "run", tmp_path / "x.npy", tmp_path, "out.npy")
+    assert out.read_bytes() == (tmp_path / "x.npy").read_bytes()
 
 
 def test_images_of_any_size_come_back_with_their_names(trained, tmp_path):

@@ -4,22 +4,16 @@ Unlike `nelbo.data`, which makes examples for a model to learn from, nothing her
 rounded or left out. What the schema cannot hold is refused, or goes with the examples as it is.
 """
 
-import io
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from nelbo import _limits
 from nelbo._files import check_writable, write
-from nelbo.codec import pictures, tabular, texts
-from nelbo.codec.blocks import pack, storage, unpack
+from nelbo.codec import arrays, pictures, tabular, texts
 from nelbo.codec.errors import CodecError, Damaged
 from nelbo.data import Schema, load_like, tables
 from nelbo.data.arrays import load_npy, load_npz
@@ -64,16 +58,22 @@ def read(source: str, schema: Schema) -> Contents:
     path = Path(here(source))
     if source in BUILT_IN:
         x = load_like(source, schema).splits["all"]
-        return _arrays({"x": x.numpy()}, schema, source, "npz")
+        return Contents(*arrays.read({"x": x.numpy()}, schema, source, "npz"))
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     suffix = path.suffix.lower()
     if suffix in ARRAYS:
-        return _arrays(_load_arrays(path), schema, str(path), suffix[1:])
+        return Contents(*arrays.read(_load_arrays(path), schema, str(path), suffix[1:]))
     if suffix in tables.FILES:
         return Contents(*tabular.read(path, schema))
     if is_text(path):
-        return Contents(*texts.read(path, schema))
+        found = Contents(*texts.read(path, schema))
+        for file, content in texts.files(
+            found.x.numpy(), dict(found.about), found.extra, schema, path, None
+        ):
+            if file.read_bytes() != content:
+                raise ValueError(f"{file} could not be restored to the byte; it is not compressed")
+        return found
     if suffix == ".png" or path.is_dir():
         return Contents(*pictures.read(path, schema))
     raise ValueError(
@@ -132,7 +132,7 @@ def _files(
     kind, x, about = contents.about["kind"], contents.x.numpy(), dict(contents.about)
     places = None if kept is None else kept.numpy()
     if kind in ("npy", "npz"):
-        return [(out, _arrays_as_bytes(x, about, contents.extra, places))]
+        return [(out, arrays.as_bytes(x, about, contents.extra, places))]
     if kind in ("png", "images"):
         return pictures.files(x, about, out, places)
     if kind in ("txt", "texts"):
@@ -142,94 +142,5 @@ def _files(
     raise Damaged(f"the file holds data of an unknown kind, {kind!r}")
 
 
-# ---- arrays
-
-
 def _load_arrays(path: Path) -> dict[str, np.ndarray]:
     return load_npz(path) if path.suffix.lower() == ".npz" else {"x": load_npy(path)}
-
-
-def _arrays(arrays: dict[str, np.ndarray], schema: Schema, source: str, kind: str) -> Contents:
-    """Arrays of examples by the model, all others beside it."""
-    if schema.levels is None:
-        raise ValueError(f"the run is of a table; {source} holds arrays")
-    whole, parts, extra = [], [], bytearray()
-    for name, array in arrays.items():
-        if array.dtype.hasobject:
-            raise ValueError(f"the array {name} of {source} holds Python objects; leave it out")
-        order = _layout(array.shape[1:], schema) if array.dtype.kind in "biu" else None
-        whole.append([name, array.dtype.str, list(array.shape), order])
-        if order is None:
-            extra += array.tobytes()
-        elif array.size:
-            _check_levels(array, schema.levels, f"{name} of {source}")
-            parts.append(_to_examples(array, order, schema))
-    if all(entry[3] is None for entry in whole):
-        found = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items()) or "none"
-        raise ValueError(
-            f"{source} has no array of integers of shape (N, {', '.join(map(str, schema.shape))})"
-            f" as the run needs; it has {found}"
-        )
-    x = np.concatenate(parts) if parts else np.zeros((0, *schema.shape), np.uint8)
-    about = {"kind": kind, "arrays": whole}
-    size = sum(array.nbytes for array in arrays.values())
-    return Contents(torch.from_numpy(x), about, pack(bytes(extra)), size)
-
-
-def _layout(shape: tuple[int, ...], schema: Schema) -> str | None:
-    """How an array of examples of this shape holds them: as the schema, without its one channel,
-    or with the channels last."""
-    if shape == schema.shape:
-        return "same"
-    if len(schema.shape) != 3:
-        return None
-    channels, *sides = schema.shape
-    if channels == 1 and shape == tuple(sides):
-        return "flat"
-    return "last" if shape == (*sides, channels) else None
-
-
-def _check_levels(array: np.ndarray, levels: int, label: str) -> None:
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= levels:
-        raise ValueError(
-            f"{label} holds the values {low}..{high}; the run's schema holds 0..{levels - 1}"
-        )
-
-
-def _to_examples(array: np.ndarray, order: str, schema: Schema) -> np.ndarray:
-    if order == "last":
-        array = np.moveaxis(array, -1, 1)
-    assert schema.levels is not None
-    return array.reshape(-1, *schema.shape).astype(storage(schema.levels))
-
-
-def _arrays_as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None) -> bytes:
-    most = sum(
-        math.prod(shape) * np.dtype(dtype).itemsize
-        for _, dtype, shape, order in about["arrays"]
-        if order is None
-    )
-    if any(np.dtype(dtype).kind not in "biu" for _, dtype, _, order in about["arrays"] if order):
-        raise Damaged("the levels of the model are integers, and the file says others")
-    _limits.check_memory(most, "what the file holds beside the examples")
-    rest = io.BytesIO(unpack(extra, most))
-    at, arrays = 0, cast(dict[str, Any], {})
-    for name, dtype, shape, order in about["arrays"]:
-        if order is None:
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            arrays[name] = np.frombuffer(rest.read(size), dtype).reshape(shape)
-            continue
-        mine = slice(at, at + shape[0])
-        if places is not None:
-            shape = [int(((places >= at) & (places < at + shape[0])).sum()), *shape[1:]]
-            mine = slice(*np.searchsorted(places, [at, mine.stop]))
-        at += int(shape[0]) if places is None else mine.stop - mine.start
-        part = np.moveaxis(x[mine], 1, -1) if order == "last" else x[mine]
-        arrays[name] = np.ascontiguousarray(part.reshape(shape).astype(dtype))
-    file = io.BytesIO()
-    if about["kind"] == "npy":
-        np.save(file, arrays["x"], allow_pickle=False)
-    else:
-        np.savez_compressed(file, **arrays)
-    return file.getvalue()

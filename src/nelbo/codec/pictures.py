@@ -88,6 +88,11 @@ def _load(file: Path, schema: Schema) -> np.ndarray:
                     f"{file} is an image of mode {image.mode}; the run's are of {mode}, and a"
                     f" conversion would lose something: save it as {mode}"
                 )
+            if "transparency" in image.info:
+                raise ValueError(
+                    f"{file} has a transparent colour, which the run's images have not; save it"
+                    " without"
+                )
             pixels = np.atleast_3d(np.asarray(image))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} cannot be read as a PNG image: {error}") from None

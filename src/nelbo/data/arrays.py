@@ -76,14 +76,25 @@ def load_npy(path: Path) -> np.ndarray:
 def names_in(path: Path) -> list[str]:
     """The names of the arrays in a .npz file."""
     with _reading(path, b"PK") as stream, zipfile.ZipFile(stream) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
+        return list(_members(archive))
 
 
 def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of these names in a .npz file; all where left out. Errors as for `load_npy`."""
     with _reading(path, b"PK") as stream, zipfile.ZipFile(stream) as archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        members = _members(archive)
         return {name: _member(archive, members[name]) for name in names or members}
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The arrays of an archive by name; ValueError where two have the same one."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        if name in members:
+            raise ValueError(f"two of its arrays have the name {name!r}")
+        members[name] = info
+    return members
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
