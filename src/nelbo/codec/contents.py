@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nelbo._files import check_writable, write
 from nelbo.codec import arrays, pictures, tabular, texts
+from nelbo.codec.arrays import as_bytes as _arrays_as_bytes
 from nelbo.codec.errors import CodecError, Damaged
 from nelbo.data import Schema, load_like, tables
 from nelbo.data.arrays import load_npy, load_npz
@@ -132,7 +133,7 @@ def _files(
     kind, x, about = contents.about["kind"], contents.x.numpy(), dict(contents.about)
     places = None if kept is None else kept.numpy()
     if kind in ("npy", "npz"):
-        return [(out, arrays.as_bytes(x, about, contents.extra, places))]
+        return [(out, _arrays_as_bytes(x, about, contents.extra, places))]
     if kind in ("png", "images"):
         return pictures.files(x, about, out, places)
     if kind in ("txt", "texts"):
