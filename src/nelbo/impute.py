@@ -8,8 +8,10 @@ is missing is imposed on each as it is drawn, not on all at once.
 """
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from nelbo._progress import Track
@@ -40,8 +42,11 @@ def impute(
     seed: int = 0,
     particles: int = 32,
     track: Track = iter,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> "DataFrame":
     """The rows with their missing cells drawn given the others, by the model of a run.
+
+    A word that is only guessed to mean a missing cell is kept; see `examples.holes`.
 
     Args:
         run: of a table.
@@ -50,6 +55,7 @@ def impute(
         seed: everything random follows from it; each seed is another draw.
         particles: candidates for each row, from which one is drawn; more are more exact.
         track: wraps the steps, for a progress bar.
+        tell: called with a note on each column in which words mean missing cells.
 
     Raises:
         ValueError: the run is of no table, a column is not there, or a cell is none of its column.
@@ -59,7 +65,10 @@ def impute(
         raise ValueError(f"cells are those of tables; the run {run.path} is of none")
     label, frame = tables.find(rows)
     x, known = (torch.from_numpy(v) for v in examples.encode_holes(frame, schema.columns, label))
-    incomplete = (~known).any(1)
+    for note in examples.words_in_holes(frame, schema.columns):
+        tell(note)
+    empty = [examples.holes(frame[c.name], c).to_numpy() for c in schema.columns]
+    incomplete = torch.from_numpy(np.stack(empty, 1)).any(1)
     if not incomplete.any():
         return frame
     labels = labels_of(frame, schema, label)
@@ -74,7 +83,7 @@ def impute(
         track=track,
     )
     x[incomplete] = drawn.cpu()
-    return examples.filled(frame, examples.decode(x.numpy(), schema.columns))
+    return examples.filled(frame, examples.decode(x.numpy(), schema.columns), schema.columns)
 
 
 def present(model: Model) -> Model:

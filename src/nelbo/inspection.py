@@ -13,8 +13,9 @@ from rich.table import Table
 
 from nelbo import _limits, data
 from nelbo._terminal import Terminal
-from nelbo.data import Schema, streams, tables
-from nelbo.data.inference import complete, infer_column
+from nelbo.data import Schema, cells, streams, tables
+from nelbo.data.examples import texts_of
+from nelbo.data.inference import complete, listed
 from nelbo.data.layout import Column
 from nelbo.data.remote import here
 from nelbo.data.sources import is_table, stream_of
@@ -110,7 +111,7 @@ def inspect(
     name, frame = tables.find(source)
     if schema is None:
         return inspect_table(frame, name)
-    declared = complete(frame, _limits.read_json(Path(schema)))
+    declared = listed(_limits.read_json(Path(schema)), frame.columns)
     return inspect_table(frame, name, declared)
 
 
@@ -152,19 +153,21 @@ def _inspect_stream(table: streams.Table, schema: str | PathLike[str] | None) ->
 
 
 def inspect_table(
-    frame: "DataFrame", source: str, declared: list[Column] | None = None
+    frame: "DataFrame", source: str, declared: list[dict] | None = None
 ) -> Inspection:
     """The same of a table; a column that cannot be modelled becomes a warning."""
     reports, warnings = [], []
-    names = [column.name for column in declared or ()] or frame.columns
-    for i, name in enumerate(names):
+    names = [each["name"] for each in declared] if declared else frame.columns
+    for each in declared or [{"name": name} for name in names]:
+        column: Column | None = None
         try:
-            column, note = (declared[i], "") if declared else infer_column(frame[name])
+            ((column,), notes) = complete(frame, [each])
         except ValueError as error:
-            column, note = None, str(error)
-        reports.append(_report(frame[name], column))
-        if note:
-            warnings.append(note)
+            if len(each) > 1:  # what is declared must hold
+                raise
+            notes = [str(error)]
+        reports.append(_report(frame[each["name"]], column))
+        warnings += notes
     columns = [report.column for report in reports if report.column is not None]
     copies = frame.height - frame.select(names).n_unique()
     if copies and any(column.kind == "real" for column in columns):
@@ -177,10 +180,10 @@ def inspect_table(
 
 
 def _report(series: "Series", column: Column | None) -> ColumnReport:
-    known = (series if column is None else tables.texts(series)).drop_nulls()
+    known = (series if column is None else texts_of(series, column)).drop_nulls()
     values = ""
     if column is not None and column.kind in ("real", "rounded"):
-        number = tables.numbers(series)
+        number = cells.numbers(series, words=column.missing_words)
         number = number[number == number]
         values = f"{number.min():g} .. {number.max():g}"
     elif column is not None:

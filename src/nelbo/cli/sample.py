@@ -146,7 +146,9 @@ def _complete_table(
     from nelbo.impute import impute
 
     options = {} if particles is None else {"particles": particles}
-    drawn = impute(run, table, times, seed=seed, track=tracker("impute"), **options)
+    told = say if tell else str
+    track = tracker("impute")
+    drawn = impute(run, table, times, seed=seed, track=track, tell=told, **options)
     if not tell:
         return
     write(out, to_bytes(drawn, out.suffix.lower()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nelbo.codec.errors import Damaged
-from nelbo.data import Schema, examples, tables
+from nelbo.data import Schema, cells, examples, tables
 
 if TYPE_CHECKING:
     from polars import DataFrame
@@ -60,10 +60,10 @@ def _frame(x: np.ndarray, about: dict, schema: Schema) -> "DataFrame":
 def _compare(frame: "DataFrame", made: "DataFrame", path: Path) -> None:
     """Raise ValueError where a cell would come back as another."""
     for name in frame.columns:
-        before, after = tables.texts(frame[name]), tables.texts(made[name])
+        before, after = cells.texts(frame[name]), cells.texts(made[name])
         same = before.eq_missing(after)
         if made[name].dtype.is_numeric():
-            a, b = tables.numbers(frame[name]), tables.numbers(made[name])
+            a, b = cells.numbers(frame[name]), cells.numbers(made[name])
             equal = same.to_numpy() | (a == b) | (np.isnan(a) & np.isnan(b))
         else:
             equal = same.to_numpy()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nelbo.data.cells import numbers, texts
 from nelbo.data.layout import Column, Place, places
-from nelbo.data.tables import column_of, numbers, polars, texts
+from nelbo.data.tables import column_of, polars
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
@@ -76,7 +77,7 @@ def encode_holes(
     """
     whole, missing = frame, {}
     for column in columns:
-        cells = texts(column_of(frame, column.name, label))
+        cells = texts_of(column_of(frame, column.name, label), column)
         missing[column.name] = cells.is_null().to_numpy()
         some = column.categories[0] if column.categories else str(column.low or 0.0)
         whole = whole.with_columns(cells.fill_null(some).alias(column.name))
@@ -85,18 +86,45 @@ def encode_holes(
     return x, np.stack(known, 1)
 
 
-def filled(frame: "DataFrame", drawn: "DataFrame") -> "DataFrame":
-    """A table whose missing cells are those of another; the type of a column gives way to it."""
+def holes(series: "Series", column: Column) -> "Series":
+    """Which cells of a column an imputation fills.
+
+    They are the empty ones, and words that mean a missing cell if that is sure: because the
+    schema declares them, or because the others are numbers. A usual word such as NA among other
+    words is a guess, for which no cell is overwritten.
+    """
+    guessed = column.missing_words is None and column.kind in ("category", "boolean")
+    return texts(series, () if guessed else column.missing_words, column.categories).is_null()
+
+
+def words_in_holes(frame: "DataFrame", columns: Sequence[Column]) -> list[str]:
+    """Notes on the words in a table that mean missing cells: those kept, and those drawn anew."""
+    notes = []
+    kept = 'is kept as it is; to have it drawn, train with it among "missing_words" in --schema'
+    for column in columns:
+        series = frame[column.name]
+        text, hole = texts(series, ()), holes(series, column)
+        word = text.is_not_null() & texts_of(series, column).is_null()
+        for which, said in ((hole, "counts as a missing cell, and is drawn"), (~hole, kept)):
+            some = text.filter(word & which).unique().sort().to_list()
+            if some:
+                notes.append(f"{column.name}: {', '.join(map(repr, some))} {said}")
+    return notes
+
+
+def filled(frame: "DataFrame", drawn: "DataFrame", columns: Sequence[Column]) -> "DataFrame":
+    """A table whose holes are the cells of another; the type of a column gives way to it."""
     pl = polars()
-    for name in drawn.columns:
+    for column in columns:
+        name = column.name
         cells, made = frame[name], drawn[name]
-        hole = texts(cells).is_null()
+        hole = holes(cells, column)
         if not hole.any():
             continue
-        if made.dtype == pl.String:
-            made = texts(cells).zip_with(~hole, made)
-        elif cells.dtype == pl.String:
+        if cells.dtype == pl.String:
             made = cells.zip_with(~hole, made.cast(pl.String))
+        elif made.dtype == pl.String:
+            made = texts(cells, ()).zip_with(~hole, made)
         else:
             kind = cells.dtype if made.dtype.is_integer() else made.dtype
             made = cells.cast(kind).zip_with(~hole, made.cast(kind))
@@ -104,8 +132,13 @@ def filled(frame: "DataFrame", drawn: "DataFrame") -> "DataFrame":
     return frame
 
 
+def texts_of(series: "Series", column: Column) -> "Series":
+    """The cells of a column as text, null where they are missing to it."""
+    return texts(series, column.missing_words, column.categories)
+
+
 def _symbols(series: "Series", column: Column, first: int) -> np.ndarray:
-    text, pl = texts(series), polars()
+    text, pl = texts_of(series, column), polars()
     code = {category: i + 1.0 for i, category in enumerate(column.categories)}
     absent = float(len(code) + 1) if column.missing else 0.0
     found = text.replace_strict(code, default=0.0, return_dtype=pl.Float64).to_numpy()
@@ -127,7 +160,7 @@ def _numbers(
     series: "Series", column: Column, rounding: bool, first: int
 ) -> tuple[np.ndarray, int]:
     """The numbers of a column on its lattice, and how many were moved there."""
-    values = numbers(series, first)
+    values = numbers(series, first, column.missing_words)
     absent = np.isnan(values)
     if absent.any() and not column.missing:
         raise ValueError(

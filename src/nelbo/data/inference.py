@@ -5,14 +5,15 @@ precision is the largest distance of which all differences are multiples, so tha
 the probabilities is not higher than the data warrant.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nelbo.data.cells import LEAVE_OUT, missing_words, numbers, texts, words_note
 from nelbo.data.layout import SIZES, Column
-from nelbo.data.tables import LEAVE_OUT, is_number, numbers, texts
+from nelbo.data.spelling import canonical, codes, comma_advice, is_number, spellings
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
@@ -26,42 +27,52 @@ TRUTH = ({"false", "true"}, {"0", "1"})
 
 
 def infer_columns(frame: "DataFrame") -> tuple[list[Column], list[str]]:
-    """The columns of a table, and a note on each that is not what it may seem.
+    """The columns of a table, and notes on what is not what it may seem.
 
     Raises:
         ValueError: a column without a cell, with infinite numbers, or with too many texts.
     """
     found = [infer_column(frame[name]) for name in frame.columns]
-    return [column for column, _ in found], [note for _, note in found if note]
+    return [column for column, _ in found], [note for _, notes in found for note in notes]
 
 
-def complete(frame: "DataFrame", declared: object) -> list[Column]:
-    """The columns that a user declares, what they leave open found in the cells.
+def complete(frame: "DataFrame", declared: object) -> tuple[list[Column], list[str]]:
+    """The columns that a user declares, what they leave open found in the cells, and notes.
 
     Args:
         frame: the table.
         declared: as JSON has it, a list with an object for each column that is to be used, or an
             object with this list as "columns": "name" and any of the other keys of a `Column`.
+            "missing_words" of the object is of all columns that have none; with it alone, all
+            columns are used.
 
     Raises:
         ValueError: it is not so, names a column that is not there, or cannot be completed.
     """
+    found = [_complete(frame[each["name"]], each) for each in listed(declared, frame.columns)]
+    return [column for column, _ in found], [note for _, notes in found for note in notes]
+
+
+def listed(declared: object, names: Sequence[str]) -> list[dict]:
+    """The objects of a schema of a table with columns of these names; as for `complete`."""
     if isinstance(declared, Mapping):
         declared = declared.get("schema", declared)
+    of_all = {}
     if isinstance(declared, Mapping):
-        declared = declared.get("columns")
+        of_all = {k: v for k, v in declared.items() if k == "missing_words"}
+        declared = declared.get("columns", [{"name": name} for name in names] if of_all else None)
     if not isinstance(declared, list) or not all(isinstance(each, dict) for each in declared):
         raise ValueError(
             'a schema is a list of columns such as {"name": "age", "kind": "rounded",'
             ' "precision": 1}, or an object with it as "columns"'
         )
     for each in declared:
-        if each.get("name") not in frame.columns:
+        if each.get("name") not in names:
             raise ValueError(
                 f"the schema has the column {each.get('name')!r}; the table has"
-                f" {', '.join(map(repr, frame.columns))}"
+                f" {', '.join(map(repr, names))}"
             )
-    return [_complete(frame[each["name"]], each) for each in declared]
+    return [of_all | each for each in declared]
 
 
 def infer_merged(chunks: Iterable["DataFrame"]) -> tuple[list[Column], list[str]]:
@@ -72,33 +83,41 @@ def infer_merged(chunks: Iterable["DataFrame"]) -> tuple[list[Column], list[str]
     """
     found: dict[str, Column | None] = {}
     notes: dict[str, str] = {}
+    words: dict[str, set[str]] = {}
     for frame in chunks:
         for name in frame.columns:
             column, note = _infer_some(frame[name])
             found[name] = _merge_some(found[name], column) if name in found else column
             notes.setdefault(name, note)
+            words.setdefault(name, set()).update(missing_words(frame[name]))
     for name, column in found.items():
         if column is None:
             raise ValueError(f"the column {name!r} has no value in any row; {LEAVE_OUT}")
         if len(column.categories) == 1:
             notes[name] = f"{name} is always {column.categories[0]}"
-    return [column for column in found.values() if column], [n for n in notes.values() if n]
+    said = [words_note(name, sorted(some)) for name, some in words.items() if some]
+    return [column for column in found.values() if column], [*filter(None, notes.values()), *said]
 
 
-def complete_columns(chunks: Iterable["DataFrame"], declared: object) -> list[Column]:
+def complete_columns(
+    chunks: Iterable["DataFrame"], declared: object
+) -> tuple[list[Column], list[str]]:
     """The columns that a user declares of a table that comes in chunks, as for `complete`."""
     found: list[Column] = []
+    said: dict[str, None] = {}
     for frame in chunks:
-        some = complete(frame, declared)
-        found = [merge(a, b) for a, b in zip(found, some, strict=True)] if found else some
-    return found
+        kinds = ["kind" in each for each in listed(declared, frame.columns)]
+        some, notes = complete(frame, declared)
+        said |= dict.fromkeys(notes)
+        found = [*map(merge, found, some, kinds)] if found else some
+    return found, list(said)
 
 
 def _infer_some(series: "Series") -> tuple[Column | None, str]:
     """As `infer_column`, for some rows; None where all cells are missing."""
     if texts(series).is_null().all():
         return None, ""
-    column, note = infer_column(series)
+    column, note = _infer(series)
     return column, "" if len(column.categories) == 1 else note
 
 
@@ -109,36 +128,43 @@ def _merge_some(a: Column | None, b: Column | None) -> Column | None:
     return merge(a, b)
 
 
-def merge(a: Column, b: Column) -> Column:
+def merge(a: Column, b: Column, declared: bool = False) -> Column:
     """What a column is that is a in some rows and b in the others.
+
+    Args:
+        a: of some rows.
+        b: of the others.
+        declared: whether a user says the kind, which is that of both then.
 
     Raises:
         ValueError: numbers and texts.
     """
-    missing = a.missing or b.missing
+    kept = replace(a, missing=a.missing or b.missing)
     if a.categories and b.categories:
-        distinct = sorted({*a.categories, *b.categories})
-        numeric = all(map(is_number, distinct))
-        if a.kind == b.kind == "category" and not (numeric and len(distinct) > 1):
-            return _few(replace(a, categories=tuple(distinct), missing=missing))
-        if len(distinct) == 2 and {value.lower() for value in distinct} in TRUTH:
-            return Column(a.name, "boolean", categories=tuple(distinct), missing=missing)
+        distinct = spellings({*a.categories, *b.categories})
+        numeric = all(map(is_number, distinct)) and not codes(distinct)
+        if a.kind == b.kind == "category" and (declared or not (numeric and len(distinct) > 1)):
+            return _few(replace(kept, categories=tuple(distinct)))
+        if {canonical(value) for value in distinct} in TRUTH:
+            return replace(kept, kind="boolean", categories=tuple(distinct))
         if not numeric:
-            return _few(Column(a.name, "category", categories=tuple(distinct), missing=missing))
-    words = [value for column in (a, b) for value in column.categories if not is_number(value)]
+            return _few(replace(kept, kind="category", categories=tuple(distinct)))
+    values = [value for column in (a, b) for value in column.categories]
+    words = [v for v in values if not is_number(v)] or codes(values)
     if words:
         raise ValueError(
             f"the column {a.name!r} holds numbers in some rows and texts such as {words[0]!r} in"
             " others; mend it, or declare it a category with --schema"
         )
+    real = replace(kept, kind="real", precision=None, low=None, high=None, categories=())
     if "real" in (a.kind, b.kind):
-        return Column(a.name, "real", missing=missing)
+        return real
     points = np.unique(np.concatenate([_points(a), _points(b)]))
     precision = lattice(points)
     if precision is None:
-        return Column(a.name, "real", missing=missing)
+        return real
     low, high = float(points[0]), float(points[-1])
-    return Column(a.name, "rounded", precision, low, high, missing=missing)
+    return replace(real, kind="rounded", precision=precision, low=low, high=high)
 
 
 def _points(column: Column) -> np.ndarray:
@@ -159,15 +185,20 @@ def _few(column: Column) -> Column:
     return column
 
 
-def _complete(series: "Series", declared: dict[str, object]) -> Column:
+def _complete(series: "Series", declared: dict) -> tuple[Column, list[str]]:
+    words, keep = declared.get("missing_words"), declared.get("categories", ())
+    Column(series.name, "real", missing_words=words)  # refuses what are no words
+    notes = [] if words is not None else _of_words(series, keep)
     if "kind" not in declared:
-        declared = infer_column(series)[0].to_dict() | declared
-    text = texts(series)
+        column, note = _infer(series, words)
+        declared = column.to_dict() | declared
+        notes = [note] * bool(note) + notes
+    text = texts(series, words, keep)
     found: dict[str, object] = {"missing": bool(text.is_null().any())}
     if declared["kind"] in ("category", "boolean"):
-        found["categories"] = sorted(text.drop_nulls().unique().to_list())
+        found["categories"] = spellings(text.drop_nulls().unique().to_list())
     if declared["kind"] == "rounded":
-        values = numbers(series)
+        values = numbers(series, words=words)
         known = np.unique(values[~np.isnan(values)])
         precision = declared.get("precision", lattice(known) if len(known) > 1 else 1.0)
         if not isinstance(precision, int | float) or not precision > 0:
@@ -177,46 +208,74 @@ def _complete(series: "Series", declared: dict[str, object]) -> Column:
         ends = np.rint(known[[0, -1]] / precision) * precision
         low, high = (round(float(end), 12) for end in ends)
         found |= {"precision": float(precision), "low": low, "high": high}
-    return Column.from_dict(found | declared)
+    return Column.from_dict(found | declared), notes
 
 
-def infer_column(series: "Series") -> tuple[Column, str]:
-    """What one column is, and a note on it or ""; as for `infer_columns`."""
+def infer_column(series: "Series") -> tuple[Column, list[str]]:
+    """What one column is, and notes on it; as for `infer_columns`."""
+    column, note = _infer(series)
+    return column, [note] * bool(note) + _of_words(series)
+
+
+def _of_words(series: "Series", keep: Collection[str] = ()) -> list[str]:
+    words = missing_words(series, keep=keep)
+    return [words_note(series.name, words)] if words else []
+
+
+def _infer(series: "Series", words: Collection[str] | None = None) -> tuple[Column, str]:
+    """What one column is, and a note on it or "", where these words mean missing cells."""
     name = series.name
     if series.dtype.is_numeric():
-        values = numbers(series)
+        values = numbers(series, words=words)
         absent = np.isnan(values)
         if len(np.unique(values[~absent])) > 2:  # need not go by way of texts
             return _number(name, values, bool(absent.any()))
-    text = texts(series)
-    distinct = sorted(text.drop_nulls().unique().to_list())
+    text = texts(series, words)
+    every = sorted(text.drop_nulls().unique().to_list())
     missing = bool(text.is_null().any())
-    if not distinct:
+    if not every:
         raise ValueError(f"the column {name!r} has no value in any row; {LEAVE_OUT}")
-    if len(distinct) == 1:
-        column = Column(name, "category", categories=(distinct[0],), missing=missing)
-        return column, f"{name} is always {distinct[0]}"
-    if {value.lower() for value in distinct} in TRUTH and len(distinct) == 2:
-        return Column(name, "boolean", categories=tuple(distinct), missing=missing), ""
-    words = [value for value in distinct if not is_number(value)]
-    if words and (len(words) == len(distinct) or len(distinct) <= MIXED):
-        note = ""
-        if len(words) < len(distinct):
-            note = f"{name} holds numbers and texts such as {words[0]!r}: taken as a category"
-        elif all(is_number(word.replace(",", ".", 1)) for word in words):
-            note = (
-                f"{name} holds texts such as {words[0]!r}: taken as a category; write 1.5, not 1,5"
-            )
-        return _category(text, distinct, missing), note
-    return _number(name, numbers(series), missing)
+    few = spellings(every) if len(every) <= MIXED else every
+    if len(few) == 1:
+        column = Column(name, "category", categories=(few[0],), missing=missing)
+        return column, f"{name} is always {few[0]}"
+    if {canonical(value) for value in few[:3]} in TRUTH:
+        return Column(name, "boolean", categories=tuple(few), missing=missing), ""
+    odd = [value for value in every if not is_number(value)]
+    if codes(every) or (odd and (len(odd) == len(every) or len(few) <= MIXED)):
+        note = _of_texts(name, every, odd)
+        return _category(text, spellings(every), missing, note), note
+    if odd and (advice := comma_advice(odd)):
+        raise ValueError(f"the column {name!r} holds texts such as {odd[0]!r}: {advice}")
+    return _number(name, numbers(series, words=words), missing)
 
 
-def _category(text: "Series", distinct: list[str], missing: bool) -> Column:
+def _of_texts(name: str, values: list[str], odd: list[str]) -> str:
+    """The note on a column of texts of which some are no numbers; "" where all is plain."""
+    if odd and (advice := comma_advice(odd)):
+        return f"{name} holds texts such as {odd[0]!r}: taken as a category; {advice}"
+    if odd and len(odd) < len(values):
+        return f"{name} holds numbers and texts such as {odd[0]!r}: taken as a category"
+    if like_numbers := codes(values):
+        return (
+            f"{name} holds codes such as {like_numbers[0]!r}: taken as a category; if they are"
+            ' numbers, declare "kind": "rounded" for the column with --schema'
+        )
+    distinct = {*spellings(values)}
+    other = next((value for value in values if value not in distinct), None)
+    if other is None:
+        return ""
+    own = next(value for value in distinct if canonical(value) == canonical(other))
+    return f"{name} writes one value as {own!r} and as {other!r}: taken as the same"
+
+
+def _category(text: "Series", distinct: list[str], missing: bool, note: str) -> Column:
     rows = len(text.drop_nulls())
     if len(distinct) > SIZES[4] - 2 or len(distinct) > max(ROWS, 0.9 * rows):
+        because = f"; {note.removeprefix(text.name).strip()}" if note else ""
         raise ValueError(
             f"the column {text.name!r} has {len(distinct)} different texts in {rows} rows, too"
-            f" many for a category; {LEAVE_OUT}"
+            f" many for a category; {LEAVE_OUT}{because}"
         )
     return Column(text.name, "category", categories=tuple(distinct), missing=missing)
 

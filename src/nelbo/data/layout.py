@@ -58,6 +58,8 @@ class Column:
         missing: whether cells may be missing.
         transform: of a number, in whose scale it is modelled; see `numbers.Increasing`. It changes
             no unit: a density stays one of the column as it is.
+        missing_words: words that mean a missing cell; the usual ones (NA, null, ..) where None.
+            An empty cell is missing always, and a word among the categories never.
 
     Raises:
         ValueError: if these contradict each other.
@@ -71,6 +73,7 @@ class Column:
     categories: tuple[str, ...] = ()
     missing: bool = False
     transform: Transform = "standardise"
+    missing_words: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         where = f"of the column {self.name!r}"
@@ -104,6 +107,12 @@ class Column:
                 raise ValueError(f"categories {where} are {len(self.categories)}, too many")
         elif self.categories:
             raise ValueError(f"categories {where} are for the kinds category and boolean")
+        words = self.missing_words or ()
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"missing_words {where} must be a list of texts; got {words!r}")
+        both = sorted({*words} & {*self.categories})
+        if both:
+            raise ValueError(f"{both[0]!r} {where} is a category and a missing word; choose one")
         if self.transform not in get_args(Transform):
             names = ", ".join(get_args(Transform))
             raise ValueError(f"transform {where} must be one of {names}; got {self.transform!r}")
@@ -165,9 +174,12 @@ class Column:
         if not isinstance(values["name"], str):
             raise ValueError(f"the name of a column must be a text; got {values['name']!r}")
         categories = values.get("categories", ())
-        if not isinstance(categories, list | tuple):
-            raise ValueError(f"categories must be a list of texts; got {categories!r}")
-        return cls(**{**values, "categories": tuple(categories)})
+        words = values.get("missing_words")
+        for key, texts in (("categories", categories), ("missing_words", words or ())):
+            if not isinstance(texts, list | tuple):
+                raise ValueError(f"{key} must be a list of texts; got {texts!r}")
+        words = None if words is None else tuple(words)
+        return cls(**{**values, "categories": tuple(categories), "missing_words": words})
 
 
 @dataclass(frozen=True)

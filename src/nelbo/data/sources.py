@@ -244,7 +244,9 @@ def _load_table(
         columns, notes = infer_columns(frame.drop(*condition))
         schema = Schema.of_table(columns)
     elif not isinstance(schema, Schema):
-        schema = Schema.of_table(complete(frame.drop(*condition), _limits.read_json(Path(schema))))
+        declared = _limits.read_json(Path(schema))
+        columns, notes = complete(frame.drop(*condition), declared)
+        schema = Schema.of_table(columns)
     of_examples = frame.drop(*condition)
     rows, taken = examples.encode(of_examples, schema.columns, name, rounding=True)
     x = torch.from_numpy(rows)

@@ -288,7 +288,7 @@ def infer(table: Table, declared: object = None) -> tuple[list[Column], list[str
     """The columns of a table in one pass over its rows, and notes on them; see `inference`."""
     if declared is None:
         return infer_merged(table.chunks())
-    return complete_columns(table.chunks(), declared), []
+    return complete_columns(table.chunks(), declared)
 
 
 def splits(

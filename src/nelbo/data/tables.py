@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from nelbo import _limits
+from nelbo.data.cells import numbers, texts
 from nelbo.data.remote import here
+from nelbo.data.spelling import is_number
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
@@ -28,10 +30,6 @@ if TYPE_CHECKING:
 
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
 FILES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
-#: what stands for a missing cell in text
-NOTHING = ("", "na", "n/a", "nan", "null", "none", "?")
-#: what to do with a column that cannot be modelled
-LEAVE_OUT = "remove it, or leave it out with --schema"
 _HELD = threading.Lock()  # by the one that holds the error stream
 
 
@@ -184,76 +182,6 @@ def _read_text(path: Path, separators: str) -> "DataFrame":
             " are taken; quote every cell that has quotes or line ends in it"
         )
     return frame[1:].rename(dict(zip(frame.columns, heading, strict=True)))
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a number."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-# ---- cells
-
-
-def texts(series: "Series") -> "Series":
-    """The cells of a column as text without spaces around it; null where there is nothing.
-
-    Raises:
-        ValueError: a column of dates, lists or the like.
-    """
-    pl = polars()
-    if series.dtype.is_float():
-        whole = series.is_finite() & (series == series.round())
-        integers = series.set(~whole.fill_null(False), None).cast(pl.Int64, strict=False)
-        text = integers.cast(pl.String)
-        text = text.zip_with(text.is_not_null(), series.fill_nan(None).cast(pl.String))
-    elif series.dtype in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null) or (
-        series.dtype.is_numeric()
-    ):
-        text = series.cast(pl.String).str.strip_chars()
-    else:
-        raise ValueError(
-            f"the column {series.name!r} is of the type {series.dtype}; give numbers, text or"
-            f" booleans, {LEAVE_OUT}"
-        )
-    return text.set(text.str.to_lowercase().is_in(NOTHING).fill_null(True), None)
-
-
-def numbers(series: "Series", first: int = 0) -> np.ndarray:
-    """The cells of a column as float64, shape (N,), NaN where there is nothing.
-
-    Args:
-        series: the column.
-        first: row of the table that is its first.
-
-    Raises:
-        ValueError: a cell that is no number, or is infinite; it names the row.
-    """
-    pl = polars()
-    if series.dtype.is_numeric():
-        found = series.cast(pl.Float64)
-    else:
-        text = texts(series)
-        found = text.cast(pl.Float64, strict=False)
-        odd = text.is_not_null() & found.is_null()
-        if odd.any():
-            row = int(odd.arg_true()[0])
-            raise ValueError(
-                f"the column {series.name!r} holds numbers, but {text[row]!r} in row"
-                f" {first + row + 1}; mend it, or declare the column a category with --schema"
-            )
-    values = found.to_numpy().astype(np.float64)
-    values[found.is_null().to_numpy()] = np.nan
-    infinite = np.isinf(values)
-    if infinite.any():
-        raise ValueError(
-            f"the column {series.name!r} has {infinite.sum()} infinite values, the first in row"
-            f" {first + infinite.argmax() + 1}; remove those rows, or leave the cells empty"
-        )
-    return values
 
 
 def column_of(frame: "DataFrame", name: str, label: str) -> "Series":

@@ -1,0 +1,91 @@
+"""How values are written: which texts are numbers, which are codes, and which say the same.
+
+Text is a number where it follows one grammar, which knows no underscores and no digits of other
+scripts. A number whose spelling says more than its value is a code: 007 is not 7, and no program
+writes 100000 as 1E5 (those that shorten it write 1e+05, or 1.0E5).
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from decimal import Decimal
+
+#: the grammar of numbers, for the regular expressions of Python and of polars
+NUMBER = r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|(?i:inf|infinity))"
+_LEADING_ZERO = re.compile(r"[+-]?0[0-9].*")
+_BARE_EXPONENT = re.compile(r"[0-9]+[eE][0-9]+")
+_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+),[0-9]+")
+_FURTHEST = 40  # decimal places from the point, beyond which a number is not written out
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number, or the code that looks like one."""
+    return re.fullmatch(NUMBER, text) is not None
+
+
+def codes(values: Iterable[str]) -> list[str]:
+    """The values of a column that look like numbers and are codes.
+
+    >>> codes(["007", "100"]), codes(["1E5", "17"]), codes(["1E5", "1.5"]), codes(["0.5", "0"])
+    (['007'], ['1E5'], [], [])
+    """
+    numbers = [value for value in values if is_number(value)]
+    zeros = {value for value in numbers if _LEADING_ZERO.fullmatch(value)}
+    bare = {value for value in numbers if _BARE_EXPONENT.fullmatch(value)} - zeros
+    if any(re.search(r"[.+-]", value) for value in numbers if value not in zeros):
+        bare = set()  # measurements, some of them written short
+    return sorted(zeros | bare)
+
+
+def canonical(text: str) -> str:
+    """The one spelling of a value: of a number, of true and false, of accented letters.
+
+    >>> [canonical(text) for text in ("1.0", "+1", "1.50", "1e-3", "TRUE", "007", "1E5", "Rom")]
+    ['1', '1', '1.5', '0.001', 'true', '007', '1E5', 'Rom']
+    """
+    text = unicodedata.normalize("NFC", text)
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    if not is_number(text) or _LEADING_ZERO.fullmatch(text) or _BARE_EXPONENT.fullmatch(text):
+        return text
+    value = Decimal(text)
+    if not value.is_finite() or abs(value.adjusted()) > _FURTHEST:
+        return text
+    plain = format(value, "f")
+    plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
+    return "0" if plain == "-0" else plain
+
+
+def spellings(values: Iterable[str]) -> list[str]:
+    """Different values of a category, sorted, of those that are spelled in several ways one.
+
+    Numbers with decimals are told apart as they are written, for 1.1 and 1.10 may be versions.
+
+    >>> spellings(["1", "1.0", "True", "true", "1.1", "1.10"])
+    ['1', '1.1', '1.10', 'true']
+    """
+    found: dict[str, str] = {}
+    for value in sorted({*values}):
+        plain = canonical(value)
+        key = value if "." in plain else plain
+        if key not in found or value == plain:
+            found[key] = value
+    return sorted(found.values())
+
+
+def comma_advice(values: Iterable[str]) -> str:
+    """Advice on numbers that are written with commas; "" where the texts are others."""
+    values = list(values)
+    if all(_THOUSANDS.fullmatch(value) for value in values):
+        if any(value.count(",") > 1 or "." in value for value in values):
+            return "write 1250, not 1,250"
+        plain = values[0].replace(",", "")
+        return (
+            f"write {plain} if its comma groups thousands, and {values[0].replace(',', '.')} if"
+            " it is a decimal comma"
+        )
+    if all(_DECIMAL_COMMA.fullmatch(value) for value in values):
+        grouped = any("." in value for value in values)
+        return "write 1250.5, not 1.250,5" if grouped else "write 1.5, not 1,5"
+    return ""

@@ -1,0 +1,197 @@
+"""Cells: what counts as missing, as a number, as a code, and as the same value."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from conftest import TINY
+from test_cli import run_ok
+
+from nelbo import data
+from nelbo.data import cells, examples
+from nelbo.data.inference import infer_column, infer_columns, infer_merged
+from nelbo.data.layout import Column
+from nelbo.data.spelling import canonical, is_number
+from nelbo.estimate import Grid
+from nelbo.impute import impute
+from nelbo.inspection import inspect
+from nelbo.train import train
+
+LANDS = ["NA", "DE", "FR", "NA", "", "DE"] * 10
+
+
+def lands(tmp_path, suffix=".csv"):
+    frame = pl.DataFrame({"land": LANDS, "size": ["1", "NA", "3", "4", "", "2"] * 10})
+    path = tmp_path / f"lands{suffix}"
+    frame.write_csv(path) if suffix == ".csv" else frame.write_parquet(path)
+    return path
+
+
+def declare(tmp_path, content):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_words_that_mean_missing_are_named(tmp_path, suffix):
+    path = lands(tmp_path, suffix)
+    for notes in (data.load(path).notes, inspect(path).warnings):
+        assert any(note.startswith("land: the word 'NA' means a missing cell") for note in notes)
+        assert any(note.startswith("size: the word 'NA' means a missing cell") for note in notes)
+    _, notes = infer_merged([pl.DataFrame({"a": ["x", "NA"]}), pl.DataFrame({"a": ["?", "y"]})])
+    assert [note for note in notes if "the words '?', 'NA' mean a missing cell" in note]
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"columns": [{"name": "land", "missing_words": []}]},
+        [{"name": "land", "kind": "category", "categories": ["DE", "FR", "NA"], "missing": True}],
+        [{"name": "land", "missing_words": ["-"]}],
+        {"missing_words": ["n.a."], "columns": [{"name": "land"}]},
+    ],
+)
+def test_a_schema_says_which_words_mean_missing(tmp_path, declared):
+    path = lands(tmp_path)
+    found = data.load(path, schema=declare(tmp_path, declared))
+    (column,) = found.schema.columns
+    assert column.categories == ("DE", "FR", "NA") and column.missing
+    assert not any("the word" in note for note in found.notes)
+    assert Column.from_dict(json.loads(json.dumps(column.to_dict()))) == column
+    x = data.load_like(path, found.schema).splits["all"][:, 0].tolist()
+    assert x[:6] == [3, 1, 2, 3, 4, 1]
+
+
+def test_missing_words_alone_are_those_of_all_columns(tmp_path):
+    frame = pl.DataFrame(
+        {"a": ["-", "x", "NA"] * 5, "b": [-9, 1, 2] * 5, "c": ["-", "1", "2"] * 5}
+    )
+    frame.write_csv(tmp_path / "t.csv")
+    schema = declare(tmp_path, {"missing_words": ["-", "-9"]})
+    a, b, c = data.load(tmp_path / "t.csv", schema=schema).schema.columns
+    assert a.categories == ("NA", "x") and a.missing
+    assert (b.low, b.high, b.missing) == (c.low, c.high, c.missing) == (1, 2, True)
+    for each in (frame, {"b": [-9, 1, 2]}):  # numbers by type too
+        x, _ = examples.encode(
+            each if isinstance(each, pl.DataFrame) else pl.DataFrame(each), [b], "t"
+        )
+        assert x[:3, 0].tolist() == [4, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [("NA", "must be a list of texts"), ([3], "must be a list of texts"), (["a"], "choose one")],
+)
+def test_missing_words_that_cannot_be_are_refused(words, says):
+    with pytest.raises(ValueError, match=says):
+        Column.from_dict(
+            {"name": "a", "kind": "category", "categories": ["a", "b"], "missing_words": words}
+        )
+
+
+def test_an_imputation_fills_what_is_empty_and_keeps_words(tmp_path, capsys):
+    """Among words NA may be Namibia; among numbers, and where declared, it is nothing."""
+    path = lands(tmp_path)
+    run = train(str(path), tmp_path / "run", **TINY)
+    made = tmp_path / "made.csv"
+    command = ["sample", run.path, "--impute", path, "--steps", "2", "--grid", "uniform"]
+    run_ok(*command, "--out", made)
+    said = capsys.readouterr().err
+    assert "land: 'NA' is kept as it is" in said and "size: 'NA' counts as a missing" in said
+    full = pl.read_csv(made, infer_schema=False)
+    kept = [was or None for was in LANDS]
+    assert [a for a, was in zip(full["land"], kept, strict=True) if was] == [*filter(None, kept)]
+    assert set(full["land"].filter(pl.Series(kept).is_null())) <= {"DE", "FR"}
+    assert full["size"].cast(pl.Float64).is_not_null().all()
+    schema = declare(tmp_path, {"missing_words": ["NA"]})
+    declared = train(str(path), tmp_path / "declared", schema=str(schema), **TINY)
+    assert set(impute(declared, path, Grid.uniform(2), particles=2)["land"]) == {"DE", "FR"}
+
+
+@pytest.mark.parametrize(
+    ("values", "first"),
+    [
+        (["007", "010", "100"], "007"),
+        (["00501", "90210", "10001"], "00501"),
+        (["1E5", "2E3", "12e4"], "12e4"),
+        (["17", "1E5", "18"], "1E5"),
+        (["042.0", "250.1", "401.9"], "042.0"),
+        (["007", "x1", "12"], "x1"),
+    ],
+)
+def test_codes_that_look_like_numbers_are_categories_and_stay_as_written(values, first):
+    column, notes = infer_column(pl.Series("a", values * 5))
+    assert column.categories == tuple(sorted(values)) and repr(first) in " ".join(notes)
+    frame = pl.DataFrame({"a": values})
+    x, _ = examples.encode(frame, [column], "t")
+    assert examples.decode(x, [column])["a"].to_list() == values
+    assert (
+        examples.encode(pl.DataFrame({"a": ["7", "501", "100000"]}), [column], "t")[0] == 0
+    ).all()
+    halves = [frame, pl.DataFrame({"a": values[::-1]})]
+    assert infer_merged(halves)[0] == [column]
+
+
+def test_many_codes_are_a_category_or_are_left_out_with_advice():
+    zips = [f"{i:05d}" for i in range(9_900, 10_100)]
+    column, _ = infer_column(pl.Series("zip", zips * 2))
+    assert column.kind == "category" and len(column.categories) == 200
+    with pytest.raises(ValueError, match=r'200 different texts.*declare "kind": "rounded"'):
+        infer_column(pl.Series("zip", zips))
+
+
+@pytest.mark.parametrize(
+    ("values", "precision"),
+    [
+        (["1E+05", "2e+05", "3e+05"], 1e5),
+        (["1.5e3", "2e3", "3e3"], 500),
+        (["0", "0.5", "-1"], 0.5),
+    ],
+)
+def test_numbers_as_programs_write_them_are_numbers(values, precision):
+    column, notes = infer_column(pl.Series("a", values))
+    assert column.kind == "rounded" and column.precision == precision and not notes
+
+
+@pytest.mark.parametrize("text", ["2019_20", "1_000", "٣", "0x10", "1e", "+", ".", "nan", "12 3"])
+def test_one_grammar_tells_numbers_everywhere(text):
+    assert not is_number(text) and canonical(text) == text
+    values = [text, "1", "2"]
+    if text != "nan":  # a missing cell
+        assert infer_column(pl.Series("a", values))[0].categories == tuple(sorted(values))
+        with pytest.raises(ValueError, match="holds numbers, but"):
+            cells.numbers(pl.Series("a", values))
+
+
+@pytest.mark.parametrize("text", ["5", "+5.", ".5", "-0", "1e400"[:3], "1E-07", "007", "12.50"])
+def test_what_is_a_number_is_read_as_one(text):
+    assert is_number(text)
+    assert cells.numbers(pl.Series("a", [text])).tolist() == [float(text)]
+    assert np.isfinite(float(canonical(text)))
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        (
+            ["1,250", "2,100"],
+            "write 1250 if its comma groups thousands, and 1.250 if it is a deci",
+        ),
+        (["1,250,000", "2,100"], "write 1250, not 1,250"),
+        (["1,250.5", "950"], "write 1250, not 1,250"),
+        (["1,25", "2,5"], "write 1.5, not 1,5"),
+        (["1.250,5", "2.100,75"], "write 1250.5, not 1.250,5"),
+    ],
+)
+def test_commas_in_numbers_are_advised_on(values, advice):
+    column, (note,) = infer_column(pl.Series("a", values * 5))
+    assert column.kind == "category" and advice in note
+    many = [f"{i}{values[0][1:]}" for i in range(1, 10)] + [
+        f"{i}{values[0]}" for i in range(1, 90)
+    ]
+    with pytest.raises(ValueError, match="different texts") as error:
+        infer_column(pl.Series("a", many))
+    assert "; write " in str(error.value)
+    assert infer_columns(pl.DataFrame({"a": ["x,1", "y"]}))[1] == []
