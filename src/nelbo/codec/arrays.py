@@ -129,6 +129,8 @@ def as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None
     most = sum(math.prod(shape) * kind.itemsize for _, kind, shape, order in whole if not order)
     if any(kind.kind not in "biu" for _, kind, _, order in whole if order):
         raise Damaged("the levels of the model are integers, and the file says others")
+    if any(kind.hasobject for _, kind, _, _ in whole):
+        raise Damaged("the file says that it holds Python objects")
     _limits.check_memory(most, "what the file holds beside the examples")
     rest = io.BytesIO(unpack(extra, most))
     at, arrays = 0, cast(dict[str, Any], {})
@@ -169,8 +171,6 @@ def _dtype(descr: object) -> np.dtype:
         found = npy.descr_to_dtype(_fields(descr))
     else:
         raise Damaged(f"the file holds numbers of the type {descr!r}")
-    if found.hasobject:
-        raise Damaged("the file says that it holds Python objects")
     return found
 
 
