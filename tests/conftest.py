@@ -29,6 +29,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Tests keep nothing in the cache of who runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NELBO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request):
     """What a test draws without a seed of its own is the same each time it runs."""

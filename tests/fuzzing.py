@@ -291,7 +291,7 @@ def _of_run(run: Path) -> list[Kind]:
 
     def times(path: Path) -> None:
         for found in _files.kept(path).values():
-            checkpoint._times(found)
+            checkpoint._times(found, 2, 0.0)
 
     def exact(path: Path) -> None:
         got, words = _files.read_tensors(path, hashed=True)

@@ -19,6 +19,7 @@ ORDER = (
     "_interrupt",
     "_limits",
     "_files",
+    "_cache",
     "_distributions",
     "schedules",
     "process",

@@ -459,11 +459,15 @@ def test_a_run_names_its_data_and_they_must_be_those(trained, tmp_path, capsys, 
     assert "root:" not in line
 
 
-def test_data_that_a_run_names_are_used_only_if_they_are_its_own(trained, tmp_path, capsys):
+def test_data_that_a_run_names_are_used_only_if_they_are_its_own(
+    trained, tmp_path, capsys, monkeypatch
+):
     with seeded(3):
         x = torch.randint(17, (40, 1, 8, 8), dtype=torch.uint8)
     np.save(tmp_path / "private.npy", x.numpy())
     run = copied(trained, tmp_path, data__source=str(tmp_path / "private.npy"))
+    assert "are not read" in nelbo_fails(capsys, "evaluate", run)
+    monkeypatch.setenv(_limits.TRUST, "1")
     assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
 
 
@@ -524,8 +528,8 @@ def test_writing_into_a_run_never_follows_a_link(trained, tmp_path):
 # ---- folders
 
 
-def test_a_folder_is_searched_as_long_as_images_are_found(trained, tmp_path, monkeypatch, capsys):
-    """As a run names `/`: the search ends early, whatever lies deeper."""
+def test_a_folder_is_searched_as_long_as_images_are_found(tmp_path, monkeypatch, capsys):
+    """As of `/`: the search ends early, whatever lies deeper."""
     disk = tmp_path / "disk"
     for i in range(40):
         (disk / f"{i:02}").mkdir(parents=True)
@@ -533,21 +537,20 @@ def test_a_folder_is_searched_as_long_as_images_are_found(trained, tmp_path, mon
             (disk / f"{i:02}" / f"{j}.o").touch()
     for i in range(5):
         Image.new("L", (8, 8)).save(disk / f"{i}.png")
-    run = copied(trained, tmp_path, data__source=str(disk))
     visited, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda top: map(lambda x: visited.append(x) or x, walk(top)))
     monkeypatch.setattr(_limits, "OTHERS", 500)
     assert re.search(
         "holds 5 PNG or JPEG images among the first 5.. files; give a folder of them",
-        nelbo_fails(capsys, "evaluate", run),
+        nelbo_fails(capsys, "inspect", disk),
     )
     assert len(visited) == 22  # of 41
     monkeypatch.setenv(_limits.TRUST, "1")
-    assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
+    load(disk, levels=2)
     monkeypatch.delenv(_limits.TRUST)
     for i in range(80):  # of other files 8 for each
         Image.new("L", (8, 8)).save(disk / f"{i}.png")
-    assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
+    load(disk, levels=2)
 
 
 # ---- values

@@ -1,16 +1,20 @@
-"""A pilot of a run is paid for once, and what its file says cannot bend a number."""
+"""A pilot of a run is paid for once by each user, and nothing in a run can bend a number."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from nelbo import _files, checkpoint, pilots
-from nelbo._files import kept
+from nelbo import _cache, checkpoint, pilots
+from nelbo.allocate import Cells
+from nelbo.control import Controls
 from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
-from nelbo.pilots import FILE, Pilots
+from nelbo.pilots import KIND, Pilots
 
 STEPS = 3
 
@@ -18,8 +22,14 @@ STEPS = 3
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(pilots, "ROWS", 4)
-    kept_by_others = shutil.ignore_patterns(FILE)
-    return checkpoint.load(shutil.copytree(trained, tmp_path / "run", ignore=kept_by_others))
+    monkeypatch.setenv("NELBO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_cache, "_unwritten", {})
+    return checkpoint.load(shutil.copytree(trained, tmp_path / "run"))
+
+
+def entries():
+    """The files of the cache that keep a pilot."""
+    return sorted((_cache.folder() / KIND).glob("*.json"))
 
 
 def measured(run, **options):
@@ -45,23 +55,20 @@ def test_others_have_their_own(run):
     """Other weights, times and numbers of draws; draws nearly as many share one."""
     measured(run)
 
-    def kept():
-        return len(json.loads((run.path / FILE).read_text()))
-
-    assert kept() == 1
+    assert len(entries()) == 1
     measured(run, times=Grid.uniform(2))
-    assert kept() == 2
+    assert len(entries()) == 2
     measured(run, calls=64)
     measured(run, calls=72)
-    assert kept() == 3
+    assert len(entries()) == 3
     with torch.no_grad():
         next(run.model.parameters()).add_(1)
     measured(run)
-    assert kept() == 4
+    assert len(entries()) == 4
 
 
 def tampered(document, how):
-    (entry,) = document.values()
+    entry = document["value"]
     p = entry["probability"]
     if how == "a cell without a chance":
         p[1], p[2] = p[1] + p[2] - 1e-6, 1e-6
@@ -94,8 +101,8 @@ def tampered(document, how):
 )
 def test_a_file_that_would_bend_the_number_is_made_again(run, how):
     result, dear = measured(run)
-    document = json.loads((run.path / FILE).read_text())
-    (run.path / FILE).write_text(json.dumps(tampered(document, how)))
+    (file,) = entries()
+    file.write_text(json.dumps(tampered(json.loads(file.read_text()), how)))
     again, spent = measured(run)
     assert again == result and spent == dear
 
@@ -103,15 +110,55 @@ def test_a_file_that_would_bend_the_number_is_made_again(run, how):
 @pytest.mark.parametrize("damage", ["", "[]", "{", "null", '{"a": [2, 1]}', "[" * 10**5])
 def test_a_damaged_file_is_no_matter(run, damage):
     result, _ = measured(run)
-    (run.path / FILE).write_text(damage)
+    entries()[0].write_text(damage)
     assert measured(run)[0] == result
 
 
-def test_a_file_from_elsewhere_is_not_read(run, tmp_path):
-    measured(run)
-    (run.path / FILE).rename(tmp_path / FILE)
-    (run.path / FILE).symlink_to(tmp_path / FILE)
-    assert kept(run.path / FILE) == {}
+def bent(entry):
+    """Nearly all visits go to two times, and a huge coefficient is taken off the others, where
+    no draw will fall: of mean nothing, and each number shown is far too small."""
+    p, between = entry["probability"], entry["between"]
+    count = len(p)
+    entry["probability"] = [0.05 / count + (i < 2) * (0.95 / 2) for i in range(count)]
+    for i in range(2, count):
+        between[i][0] -= 1e3
+    return entry
+
+
+def test_nothing_in_the_folder_of_a_run_is_a_pilot(run, tmp_path, monkeypatch):
+    """One that would show any number, with a small error, under every key that a run can know."""
+    result, dear = measured(run, times=Grid.uniform(5))
+    (file,) = entries()
+    document = json.loads(file.read_text())
+    monkeypatch.setenv("NELBO_CACHE", str(tmp_path / "other user"))
+    value = bent(document["value"])
+    document["value"] = value
+    old_key = document["key"]
+    (run.path / "pilots.json").write_text(json.dumps(document | {old_key: value}))
+    for place in (run.path / KIND, run.path / "cache" / KIND):
+        place.mkdir(parents=True)
+        (place / file.name).write_text(json.dumps(document))
+    assert measured(checkpoint.load(run.path), times=Grid.uniform(5)) == (result, dear)
+    # the attack is one: as this user's own word it is taken
+    entries()[0].write_text(json.dumps(document))
+    assert measured(run, times=Grid.uniform(5))[0].nats != pytest.approx(result.nats, rel=0.1)
+
+
+def test_the_cache_of_another_user_is_not_read(run, monkeypatch):
+    result, dear = measured(run)
+    mine = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    assert measured(run) == (result, dear)
+
+
+def test_a_pilot_is_of_the_data_too(run):
+    """The same weights beside other data, as a run from elsewhere may state them."""
+    cells, draws = Cells(Grid.uniform(STEPS)), 4
+    controls = Controls(run.model, run.examples(split="train")[0][:100], cells.edges)
+    Pilots(run)(cells, controls, draws, 1)
+    other = replace(run.config, hashes={**run.config.hashes, "validation": "others"})
+    with pytest.raises(ValueError, match="no longer those of the run"):
+        Pilots(replace(run, config=other))(cells, controls, draws, 1)
 
 
 def told(run):
@@ -121,20 +168,31 @@ def told(run):
     return lines
 
 
-def test_a_folder_that_is_read_only_is_no_matter(run, monkeypatch):
-    def refuse(path, content):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(_files, "write", refuse)
+def test_a_cache_that_is_read_only_is_no_matter(run, tmp_path, monkeypatch):
+    """It is said, and the pilot lasts as long as the process."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NELBO_CACHE", str(tmp_path / "file"))
     begins, ends = told(run)
     assert begins.startswith("a pilot of")
-    assert ends == f"the pilot is not kept: {run.path / FILE}: Permission denied"
-    assert not (run.path / FILE).exists()
+    assert ends.startswith(f"the pilot is not kept: {tmp_path / 'file'}")
+    assert ends.endswith("NELBO_CACHE names another folder for it")
+    assert told(run) == []
+
+
+def test_without_a_home_there_is_no_cache(run, monkeypatch):
+    for name in ("NELBO_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert "not kept: no home; NELBO_CACHE names another" in told(run)[1]
+
+
+def no_home():
+    raise RuntimeError("no home")
 
 
 def test_it_says_what_it_does(run):
     assert told(run) == [
         f"a pilot of {STEPS * pilots.ROWS} network calls on the validation split",
-        f"the pilot is kept in {run.path / FILE}, for later evaluations",
+        f"the pilot is kept in {_cache.folder() / KIND}, for later evaluations",
     ]
     assert told(run) == []

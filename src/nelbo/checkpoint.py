@@ -7,17 +7,18 @@
     metrics.jsonl        one line per event
     data.parquet         the training table, where it was given as a frame and not by its path
     grids.json           the best grids that were found for these weights; found again where lost
-    pilots.json          what pilots of evaluations settled (`pilots`), likewise
     .lock                empty; held by the process that trains
 
 Each is whole or not there, but for a last line of metrics.jsonl; tensors are what was written
-(`_files`).
+(`_files`). A run may come from anyone: what it names outside of its folder, its data, is read only
+where this user's own cache knows data of these hashes (`RunConfig.place`).
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 import nelbo
-from nelbo import _limits, data
+from nelbo import _cache, _limits, data
 from nelbo._files import keep, kept, put_weights, read_tensors
 from nelbo._numerics import seeded
 from nelbo._processes import at_first, world
@@ -35,6 +36,7 @@ from nelbo.build import build
 from nelbo.condition import given_labels
 from nelbo.config import ModelConfig, TrainConfig
 from nelbo.data import Dataset, Schema
+from nelbo.data.sources import BUILT_IN
 from nelbo.estimate import Grid
 from nelbo.grids import best_grid, even_times
 from nelbo.model import Model, model_hash
@@ -52,6 +54,7 @@ CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
     "data.parquet",
     ".lock",
 )
+KIND = "data"  # folder of the cache
 LARGEST = 10**100  # number of an event: larger ones have no mean and no axis
 EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
 
@@ -67,6 +70,8 @@ class RunConfig:
     preset: str
     model: ModelConfig
     train: TrainConfig
+    #: whether the data are in the folder of the run
+    within: bool = field(default=False, compare=False)
 
     def to_json(self) -> str:
         document = {
@@ -84,26 +89,86 @@ class RunConfig:
         return json.dumps(document, indent=2) + "\n"
 
     def load_data(self) -> Dataset:
-        """The run's own data.
+        """The run's own data, read at `place`.
 
         Raises:
-            ValueError: they are no longer those of the run.
+            FileNotFoundError: they are no longer there.
+            ValueError: no place is known, or they are no longer those of the run; of what is there
+                instead nothing is told.
         """
-        table = self.schema if self.schema.kind == "table" else None
-        names = [label.name for label in self.schema.condition]
-        dataset = data.load(
-            self.source,
-            levels=self.schema.levels,
-            size=self.size,
-            schema=table,
-            condition=names,
-        )
-        if dataset.schema != self.schema or hashes(dataset) != self.hashes:
+        place = at_first(self.place)
+        if place is None:
             raise ValueError(
-                f"the data at {self.source} are no longer those of the run: bring them back,"
+                f"the data of the run, which it calls {_shown(self.source)!r}, are not read: this"
+                " user has not trained on them here. Give them once, with: nelbo evaluate RUN"
+                f" --data DATA, in Python run.meet(DATA); or set {_limits.TRUST}=1 if the run is"
+                " yours"
+            )
+        try:
+            dataset = self._read(place)
+        except ValueError:
+            raise ValueError(
+                f"the data at {place} cannot be read as those of the run; see: nelbo inspect"
+                f" {place}; or evaluate others with --data"
+            ) from None
+        if not self._are(dataset):
+            raise ValueError(
+                f"the data at {place} are no longer those of the run: bring them back,"
                 " or evaluate others with --data"
             )
         return dataset
+
+    def place(self) -> str | None:
+        """Where the run's own data are; None where only the run says where.
+
+        Built-in data and those in the folder of the run are always known; others where this user
+        trained on data of these hashes, or named them (`remember`).
+        """
+        if self.source in BUILT_IN or self.within:
+            return self.source
+        identity = self._identity()
+        if _cache.get(KIND, f"{identity} {self.source}") is True:
+            return self.source
+        newest = _cache.get(KIND, identity)
+        if isinstance(newest, str):
+            return newest
+        return self.source if _limits.trusted() else None
+
+    def remember(self, place: str) -> None:
+        """Keep for this user that data of the run's hashes are at a place.
+
+        Raises:
+            OSError: it cannot be written, and lasts as long as the process.
+        """
+        identity = self._identity()
+        try:
+            _cache.put(KIND, f"{identity} {place}", True)
+        finally:
+            _cache.put(KIND, identity, place)
+
+    def recognises(self, source: str) -> str | None:
+        """The full name of the source where its data are those of the run, by their hashes."""
+        try:
+            dataset = self._read(source)
+        except (ValueError, OSError):
+            return None
+        return dataset.source if self._are(dataset) else None
+
+    def _identity(self) -> str:
+        about = [self.size, self.hashes, self.schema.to_dict()]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def _read(self, source: str) -> Dataset:
+        return data.load(
+            source,
+            levels=self.schema.levels,
+            size=self.size,
+            schema=self.schema if self.schema.kind == "table" else None,
+            condition=[label.name for label in self.schema.condition],
+        )
+
+    def _are(self, dataset: Dataset) -> bool:
+        return dataset.schema == self.schema and hashes(dataset) == self.hashes
 
     @staticmethod
     def from_document(document: object, where: str) -> "RunConfig":
@@ -132,6 +197,10 @@ def hashes(dataset: Dataset) -> dict[str, str]:
     """The fingerprint of each split, and of its labels where they count."""
     labels = {f"labels of {name}": data.fingerprint(y) for name, y in dataset.labels.items()}
     return {name: data.fingerprint(x) for name, x in dataset.splits.items()} | labels
+
+
+def _shown(text: str, most: int = 64) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 
 def _section(document: object, keys: set[str], where: str) -> dict:
@@ -172,7 +241,7 @@ class Run:
                 of the run's own data and "all" of other data.
 
         Raises:
-            ValueError: data of another schema, or no such split.
+            ValueError: data of another schema, or no such split; or the run's own, not known here.
         """
         if source is None:
             dataset = self.config.load_data()
@@ -185,6 +254,20 @@ class Run:
         name = split if source is None else f"{split} of {place}"
         model = given_labels(self.model, dataset.labels.get(split), self.config.schema)
         return model, dataset.splits[split], name
+
+    def meet(self, source: "str | PathLike[str] | Frame") -> bool:
+        """Whether the run's own data were unknown, and these are they: then they are known.
+
+        A run that this user did not train reads nothing that it names, until it is given here.
+        """
+        if not isinstance(source, str | PathLike) or at_first(self.config.place) is not None:
+            return False
+        place = self.config.recognises(str(source))
+        if place is None:
+            return False
+        with contextlib.suppress(OSError):  # it lasts as long as the process
+            self.config.remember(place)
+        return True
 
     def law_of_samples(self, count: int, labels: Tensor | None = None, seed: int = 0) -> Model:
         """The model of `count` new examples, given labels where the run is conditional.
@@ -225,7 +308,8 @@ class Run:
         if len(self.config.train.grid) == steps:
             return Grid(self.config.train.grid)
         path, key = self.path / GRIDS, f"{model_hash(self.model)}, {steps} steps"
-        times = at_first(lambda: _times(kept(path).get(key)))  # all measure, or none
+        start = self.model.process.schedule.start
+        times = at_first(lambda: _times(kept(path).get(key), steps, start))  # all, or none
         if times is None:
             try:
                 model, x, _ = self.law(split="train")
@@ -241,12 +325,13 @@ class Run:
         return Grid(times)
 
 
-def _times(found: object) -> list[float] | None:
-    """The times that a file says; None where that is nothing, or no grid."""
+def _times(found: object, steps: int, start: float) -> list[float] | None:
+    """The times that a file says; None where that is no grid of so many from `start` on."""
     try:
-        return Grid(cast(Any, found)).times.tolist()
+        times = Grid(cast(Any, found)).times
     except (TypeError, ValueError, OverflowError):
         return None
+    return times.tolist() if len(times) == steps and times[0] >= start else None
 
 
 def leftovers(path: Path) -> Iterator[Path]:
@@ -269,7 +354,8 @@ def read_config(path: Path) -> RunConfig:
     run = RunConfig.from_document(document, str(path / CONFIG))
     if Path(run.source).name == TABLE and (path / TABLE).is_file():
         _limits.contained(path / TABLE, path)
-        run = replace(run, source=str(path.absolute() / TABLE))  # also where the run was moved
+        # also where the run was moved
+        run = replace(run, source=str(path.absolute() / TABLE), within=True)
     return run
 
 

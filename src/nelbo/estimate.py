@@ -80,7 +80,7 @@ class Grid(Times):
             or len(times) < 1
             or not times[0] > 0
             or times[-1] != 1
-            or (times.diff() <= 0).any()
+            or not (times.diff() > 0).all()
         ):
             raise ValueError(
                 f"times must increase within (0, 1] and end at 1.0; got {times.tolist()};"

@@ -1,11 +1,14 @@
-"""What pilots settled of a run, kept in its folder: an evaluation after the first pays for none.
+"""What pilots settled of a run, kept for this user: an evaluation after the first pays for none.
 
 A pilot (`allocate`) asks the network on the validation split which times to draw and what to take
-off. What is estimated with its help is unbiased whatever it says, as long as all times have their
-chance; that is checked where a file is read.
+off. That is unbiased over all draws whatever it says, and can still be made to show any number
+beside a small error: times with so little chance that no draw falls there, and a large coefficient
+for each. So a pilot is a result of this user's own commands, in their cache under hashes of all
+that it follows from, and never a part of a run, which may come from anyone.
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from typing import cast
@@ -13,7 +16,7 @@ from typing import cast
 import torch
 
 import nelbo
-from nelbo._files import keep, kept
+from nelbo import _cache
 from nelbo._numerics import seeded
 from nelbo._processes import at_first, world
 from nelbo.allocate import EVEN, Allocation, Cells, pilot
@@ -22,7 +25,7 @@ from nelbo.control import Controls
 from nelbo.data import fingerprint
 from nelbo.model import measuring, model_hash
 
-FILE = "pilots.json"
+KIND = "pilots"  # folder of the cache
 ROWS = 256  # of each cell
 EDITION = 4  # of what the numbers mean: to be raised with it, and pilots of others are made again
 
@@ -36,7 +39,7 @@ class Pilots:
     """
 
     def __init__(self, run: Run, tell: Callable[[str], None] = lambda what: None) -> None:
-        self.run, self.tell, self.path = run, tell, run.path / FILE
+        self.run, self.tell = run, tell
 
     def __call__(
         self, cells: Cells, controls: Controls, draws: int, replicates: int
@@ -44,13 +47,17 @@ class Pilots:
         """What one settles for so many draws of each example in so many replicates.
 
         Raises:
-            ValueError: it is not in the folder, and the data of the run are not there.
+            ValueError: it is not in the cache, and the data of the run are not there.
         """
         draws = 2 ** round(math.log2(draws))  # some draws more or less change little
         times = f"{cells.times.steps} steps {fingerprint(cells.edges)}"
-        made_by = f"{nelbo.__version__} {EDITION}"
-        key = f"{model_hash(self.run.model)}, {times}, {draws} x {replicates}, {made_by}"
-        known = at_first(lambda: _allocation(kept(self.path).get(key), cells, controls))
+        config, made_by = self.run.config, f"{nelbo.__version__} {EDITION}"
+        schema = json.dumps(config.schema.to_dict(), sort_keys=True)
+        key = (
+            f"{model_hash(self.run.model)}, {schema}, {sorted(config.hashes.items())}, {times},"
+            f" {draws} x {replicates}, {ROWS} rows, {made_by}"
+        )
+        known = at_first(lambda: _allocation(_cache.get(KIND, key), cells, controls))
         if known is not None:
             return known
         first = world()[0] == 0
@@ -70,13 +77,13 @@ class Pilots:
 
     def _keep(self, key: str, made: Allocation) -> None:
         try:
-            keep(self.path, key, {name: v.tolist() for name, v in vars(made).items()})
-        except OSError as error:  # a folder that is read only
-            self.tell(f"the pilot is not kept: {error.filename}: {error.strerror}")
+            _cache.put(KIND, key, {name: v.tolist() for name, v in vars(made).items()})
+        except OSError as error:  # a cache that is read only
+            self.tell(f"the pilot is not kept: {_cache.reason(error)}")
         except ValueError:
             self.tell("the pilot is not kept: not all of its numbers are finite")
         else:
-            self.tell(f"the pilot is kept in {self.path}, for later evaluations")
+            self.tell(f"the pilot is kept in {_cache.folder() / KIND}, for later evaluations")
 
 
 def _allocation(numbers: object, cells: Cells, controls: Controls) -> Allocation | None:

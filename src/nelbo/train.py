@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nelbo import _files, _limits, checkpoint, data, state
+from nelbo import _cache, _files, _limits, checkpoint, data, state
 from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2
 from nelbo._processes import anywhere, at_first, world
@@ -22,6 +22,7 @@ from nelbo._progress import progress_bar
 from nelbo.checkpoint import Run, RunConfig
 from nelbo.config import ModelConfig, TrainConfig, configure
 from nelbo.data import Dataset, tables
+from nelbo.data.sources import BUILT_IN
 from nelbo.evaluate import Evaluation
 from nelbo.learner import Learner
 from nelbo.model import Model
@@ -98,7 +99,14 @@ def train(
         preset=preset,
         model=model_config,
         train=train_config,
+        within=own is not None,
     )
+    if own is None and run.source not in BUILT_IN and world()[0] == 0:
+        try:
+            run.remember(run.source)
+        except OSError as error:
+            if progress:
+                print(f"where the data are is not kept: {_cache.reason(error)}", file=sys.stderr)
     training = Training(out, run, dataset, device)
     if own is not None and training.first:
         _files.write(out / checkpoint.TABLE, tables.to_bytes(own, ".parquet"))

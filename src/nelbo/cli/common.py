@@ -10,8 +10,11 @@ from cyclopts import Parameter
 from nelbo._terminal import printable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nelbo.checkpoint import Run
     from nelbo.estimate import Grid
+    from nelbo.model import Model
 
 RunFolder = Annotated[Path, Parameter(help="A run folder.")]
 Seed = Annotated[int, Parameter(help="Everything random follows from it.")]
@@ -29,6 +32,15 @@ def grid_of(run: "Run", steps: int, spacing: Spacing) -> "Grid":
     if spacing == "uniform":
         return Grid(even_times(run.model.process.schedule, steps, steps))
     return run.grid(steps, tracker("grid"))
+
+
+def examples_of(
+    run: "Run", data: str | None, split: str | None, tell: bool
+) -> "tuple[Model, Tensor, str]":
+    """The law of `data`, or of the run's own; what are its own is known from then on, and told."""
+    if data is not None and run.meet(data) and tell:
+        say(f"{data} are the run's own data; its commands read them there from now on")
+    return run.law(data, split)
 
 
 def json_text(value: object) -> str:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nelbo.cli.common import Device, Seed, Spacing, grid_of, json_text, say
+from nelbo.cli.common import Device, Seed, Spacing, examples_of, grid_of, json_text, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def evaluate(
         Network calls per example, at most; 24 where left out. Fewer than 8 are spent on a random
         sample of the examples: most of some hundred, or, by fewer than 2, such as 0.1 for many
         rows, a part, which gets two each. A pilot settles which times they are: of a run once, on
-        its validation split, kept in its folder; else out of these calls.
+        its validation split, kept in your cache; else out of these calls.
     target_error
         In place of --calls: the Monte Carlo standard error to reach, in the unit of the result. A
         random sample of the examples is visited where that takes only a few calls of each.
@@ -121,7 +121,7 @@ def evaluate(
         else:
             loaded = load(run)
             weights, schema = loaded.weights, loaded.config.schema
-            model, x, split = loaded.law(data, split)
+            model, x, split = examples_of(loaded, data, split, rank == 0)
             loaded.model.to(place)  # a grid is measured there too
             times = None if steps is None else grid_of(loaded, steps, spacing)
         model.to(place)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from nelbo.cli.common import Device, RunFolder, Seed, say
+from nelbo.cli.common import Device, RunFolder, Seed, examples_of, say
 
 
 def score(
@@ -60,7 +60,7 @@ def score(
     with together() as rank:
         loaded = load(run)
         schema, place = loaded.config.schema, find_device(device)
-        model, x, name = loaded.law(data, split)
+        model, x, name = examples_of(loaded, data, split, rank == 0)
         reference = loaded.law(split=against)[:2]
         loaded.model.to(place)
         track = tracker("score")

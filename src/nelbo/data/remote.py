@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from nelbo import _cache
 from nelbo._processes import gather, world
 from nelbo._progress import progress_bar
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+(://|::)", re.I)
-CACHE, OFFLINE = "NELBO_CACHE", "NELBO_OFFLINE"  # name variables of the environment
+OFFLINE = "NELBO_OFFLINE"  # names a variable of the environment
 CHUNK = 2**22  # bytes that are copied at a time
 AT_ONCE = 16  # files, of stores that can
 MIB = 2**20
@@ -95,7 +96,7 @@ class Listed:
 def _copied(url: str) -> Path:
     """The copy of what is at a URL, which is made where it is not there: a file or a folder."""
     found = _list(url)
-    folder = _cache() / found.version
+    folder = _cache.folder() / found.version
     missing = [file for file in found.files if not _is_there(folder / file.name, file.size)]
     needed = sum(file.size for file in missing)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,8 @@ def _copied(url: str) -> Path:
     if needed > free:
         raise ValueError(
             f"{url} takes {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} are free in"
-            f" {folder.parent}, where its copy goes; set {CACHE} to a folder on a larger disk"
+            f" {folder.parent}, where its copy goes; set {_cache.CACHE} to a folder on a larger"
+            " disk"
         )
     if missing:
         _copy_all(found, folder, missing, needed)
@@ -183,11 +185,6 @@ def _size(path: str, about: dict) -> int:
     if not isinstance(size, int) or size < 0:
         raise ValueError(f"the size of {path} is not told; copy it to a disk, and give that")
     return size
-
-
-def _cache() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nelbo"
-    return Path(os.environ.get(CACHE) or default).absolute()
 
 
 def _is_there(place: Path, size: int) -> bool:

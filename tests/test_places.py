@@ -1,0 +1,146 @@
+"""Where a run's data are is this user's word: a run from elsewhere reads nothing but itself."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import TINY
+from test_cli import nelbo_fails, run_ok
+
+from nelbo import _cache, _limits, checkpoint
+from nelbo.checkpoint import read_config
+from nelbo.train import train
+
+SECRET = "hunter2"
+
+
+@pytest.fixture
+def me(tmp_path, monkeypatch):
+    """A user without a past."""
+    monkeypatch.setenv("NELBO_CACHE", str(tmp_path / "me"))
+    monkeypatch.setattr(_cache, "_unwritten", {})
+    return monkeypatch
+
+
+@pytest.fixture
+def other(me, tmp_path):
+    """Afterwards, another user who has none."""
+    return lambda: me.setenv("NELBO_CACHE", str(tmp_path / "other"))
+
+
+def rows(path, seed=0):
+    np.save(path, np.random.default_rng(seed).integers(0, 3, (60, 3)))
+    return path
+
+
+@pytest.fixture
+def run(me, tmp_path):
+    return train(str(rows(tmp_path / "x.npy")), tmp_path / "run", **TINY).path
+
+
+def names(run, source):
+    document = json.loads((run / "config.json").read_text())
+    document["data"]["source"] = str(source)
+    (run / "config.json").write_text(json.dumps(document))
+
+
+def test_a_run_of_this_user_just_works_also_where_it_was_moved(run, tmp_path):
+    moved = run.rename(tmp_path / "moved")
+    assert len(checkpoint.load(moved).examples()[0]) == 6
+
+
+def test_a_run_from_elsewhere_reads_its_data_once_they_are_given(run, tmp_path, other, capsys):
+    """At the place that it names they are not read; where they are given they are, and then
+    they are known, also for another run of the same data."""
+    other()
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for command in (["evaluate", run], ["report", run], ["train", "--resume", run]):
+        line = nelbo_fails(capsys, *command)
+        assert "nelbo evaluate RUN --data DATA" in line
+    here = shutil.copy(tmp_path / "x.npy", tmp_path / "here.npy")
+    run_ok("evaluate", run, "--data", here, "--calls", 8, "--json")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["examples"] == 60
+    assert "are the run's own data" in err
+    (tmp_path / "x.npy").unlink()
+    run_ok("evaluate", copy, "--calls", 8, "--json")
+    assert json.loads(capsys.readouterr().out)["examples"] == 6
+
+
+def test_other_data_do_not_make_its_own_known(run, tmp_path, other, capsys):
+    other()
+    run_ok("evaluate", run, "--data", rows(tmp_path / "y.npy", 1), "--calls", 8)
+    assert "are the run's own" not in capsys.readouterr().err
+    assert read_config(run).place() is None
+
+
+def test_nothing_is_copied_or_opened_for_a_run_from_elsewhere(run, tmp_path, me, capsys):
+    """Folders of the victim, by a URL, by a link, by a path through the run, and by the hub."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "a.csv").write_text(f"password,{SECRET}\n1,{SECRET}\n2,{SECRET}\n")
+    rows(secret / "x.npy", 2)
+    me.setenv("NELBO_CACHE", str(tmp_path / "victim"))
+    (run / "link").symlink_to(secret)
+    for source in (
+        f"file://{secret}",
+        f"local://{secret}/a.csv",
+        secret / "a.csv",
+        run / "link" / "x.npy",
+        f"{run}/../secret/x.npy",
+        f"hub:{secret}",
+        secret / "data.parquet",
+    ):
+        names(run, source)
+        line = nelbo_fails(capsys, "evaluate", run)
+        assert "are not read" in line and SECRET not in line and "password" not in line
+    kept = [path for path in (tmp_path / "victim").rglob("*") if path.is_file()]
+    assert not kept
+
+
+def test_of_data_that_changed_nothing_is_shown(me, tmp_path, capsys):
+    pytest.importorskip("polars")
+    table = tmp_path / "t.csv"
+    table.write_text("a,b\n" + "".join(f"{i % 7},{'xy'[i % 2]}\n" for i in range(60)))
+    run = train(str(table), tmp_path / "run", **TINY).path
+    for text in (f"password,{SECRET}\n1,{SECRET}\n", f"a,b\n{SECRET},x\n", "a,b\n1\n"):
+        table.write_text(text)
+        line = nelbo_fails(capsys, "evaluate", run)
+        assert SECRET not in line and "password" not in line and "nelbo inspect" in line
+
+
+def test_built_in_data_and_a_table_in_the_run_are_its_own(trained, tmp_path, other):
+    pl = pytest.importorskip("polars")
+    frame = pl.DataFrame({"a": [i % 7 for i in range(60)], "b": ["xy"[i % 2] for i in range(60)]})
+    with_table = train(frame, tmp_path / "table", **TINY)
+    assert len(with_table.examples()[0]) == 6
+    other()
+    for path in (trained, with_table.path, shutil.copytree(with_table.path, tmp_path / "moved")):
+        assert len(checkpoint.load(path).examples()[0]) > 5
+
+
+def test_a_user_may_trust_a_run(run, other, me):
+    other()
+    me.setenv(_limits.TRUST, "1")
+    assert len(checkpoint.load(run).examples()[0]) == 6
+
+
+def test_without_a_cache_a_training_still_knows_its_data(me, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    me.setenv("NELBO_CACHE", str(tmp_path / "file"))
+    run = train(str(rows(tmp_path / "x.npy")), tmp_path / "run", progress=True, **TINY)
+    assert "where the data are is not kept" in capsys.readouterr().err
+    assert len(run.examples()[0]) == 6
+
+
+@pytest.mark.parametrize("change", ["too many", "too few", "early"])
+def test_a_grid_is_one_of_the_steps_asked(trained, tmp_path, change):
+    run = checkpoint.load(shutil.copytree(trained, tmp_path / "run"))
+    right = run.grid(3).times.tolist()
+    path = run.path / checkpoint.GRIDS
+    document = json.loads(path.read_text())
+    (key,) = (key for key, times in document.items() if times == right)
+    lies = {"too many": [i / 500 for i in range(1, 501)], "too few": [1.0], "early": [2, 3, 1.0]}
+    path.write_text(json.dumps(document | {key: lies[change]}))
+    assert run.grid(3).times.tolist() == right
