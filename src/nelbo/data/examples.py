@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nelbo.data.cells import numbers, texts
+from nelbo.data.cells import numbers, raw_texts, texts
+from nelbo.data.dtypes import describe, given_back
 from nelbo.data.layout import Column, Place, places
 from nelbo.data.tables import column_of, polars
 
@@ -113,7 +114,10 @@ def words_in_holes(frame: "DataFrame", columns: Sequence[Column]) -> list[str]:
 
 
 def filled(frame: "DataFrame", drawn: "DataFrame", columns: Sequence[Column]) -> "DataFrame":
-    """A table whose holes are the cells of another; the type of a column gives way to it."""
+    """A table whose holes are the cells of another; the type of a column stays.
+
+    It gives way only where a cell has no place in it, as 0.5 among integers.
+    """
     pl = polars()
     for column in columns:
         name = column.name
@@ -121,14 +125,12 @@ def filled(frame: "DataFrame", drawn: "DataFrame", columns: Sequence[Column]) ->
         hole = holes(cells, column)
         if not hole.any():
             continue
-        if cells.dtype == pl.String:
-            made = cells.zip_with(~hole, made.cast(pl.String))
-        elif made.dtype == pl.String:
-            made = texts(cells, ()).zip_with(~hole, made)
-        else:
-            kind = cells.dtype if made.dtype.is_integer() else made.dtype
-            made = cells.cast(kind).zip_with(~hole, made.cast(kind))
-        frame = frame.with_columns(made.alias(name))
+        fitting = made.filter(hole)
+        if cells.dtype != pl.Null:
+            fitting = given_back(fitting, describe(cells.dtype))
+        if fitting.dtype != cells.dtype:
+            cells = raw_texts(cells) if fitting.dtype == pl.String else cells.cast(fitting.dtype)
+        frame = frame.with_columns(cells.scatter(hole.arg_true(), fitting).alias(name))
     return frame
 
 
@@ -206,6 +208,12 @@ def decode(x: np.ndarray, columns: Sequence[Column]) -> "DataFrame":
 
 
 def _decoded(x: np.ndarray, place: Place, absent: np.ndarray | None) -> "Series":
+    """One column, in the type of its source."""
+    series = _plain(x, place, absent)
+    return given_back(series, place.column.dtype) if place.column.dtype else series
+
+
+def _plain(x: np.ndarray, place: Place, absent: np.ndarray | None) -> "Series":
     pl = polars()
     column = place.column
     if column.kind in ("category", "boolean"):

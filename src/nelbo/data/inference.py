@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nelbo.data.cells import LEAVE_OUT, missing_words, numbers, texts, words_note
+from nelbo.data.dtypes import categories_of, describe
 from nelbo.data.layout import SIZES, Column
 from nelbo.data.spelling import canonical, codes, comma_advice, is_number, spellings
 
 if TYPE_CHECKING:
-    from polars import DataFrame, Series
+    from polars import DataFrame, DataType, Series
 
 DECIMALS = 6  # more are those of a real number
 FINEST = 10**7  # points of a lattice; beyond, a real number
@@ -156,7 +157,9 @@ def merge(a: Column, b: Column, declared: bool = False) -> Column:
             f"the column {a.name!r} holds numbers in some rows and texts such as {words[0]!r} in"
             " others; mend it, or declare it a category with --schema"
         )
-    real = replace(kept, kind="real", precision=None, low=None, high=None, categories=())
+    real = replace(
+        kept, kind="real", precision=None, low=None, high=None, categories=(), range=_hull(a, b)
+    )
     if "real" in (a.kind, b.kind):
         return real
     points = np.unique(np.concatenate([_points(a), _points(b)]))
@@ -164,7 +167,18 @@ def merge(a: Column, b: Column, declared: bool = False) -> Column:
     if precision is None:
         return real
     low, high = float(points[0]), float(points[-1])
-    return replace(real, kind="rounded", precision=precision, low=low, high=high)
+    return replace(real, kind="rounded", precision=precision, low=low, high=high, range=None)
+
+
+def _hull(a: Column, b: Column) -> tuple[float, float] | None:
+    """The range of the numbers of both; None where that of one is unknown."""
+    ends = []
+    for column in (a, b):
+        values = [float(value) for value in column.categories] or column.ends
+        if values is None:
+            return None
+        ends += [min(values), max(values)]
+    return min(ends), max(ends)
 
 
 def _points(column: Column) -> np.ndarray:
@@ -208,7 +222,23 @@ def _complete(series: "Series", declared: dict) -> tuple[Column, list[str]]:
         ends = np.rint(known[[0, -1]] / precision) * precision
         low, high = (round(float(end), 12) for end in ends)
         found |= {"precision": float(precision), "low": low, "high": high}
+    if declared["kind"] == "real":
+        found["range"] = _range(numbers(series, words=words))
     return Column.from_dict(found | declared), notes
+
+
+def _range(values: np.ndarray) -> tuple[float, float] | None:
+    """The least and the largest of some numbers, of which NaN is none."""
+    known = values[~np.isnan(values)]
+    return (float(known.min()), float(known.max())) if len(known) else None
+
+
+def typed(columns: Iterable[Column], types: "Mapping[str, DataType]") -> list[Column]:
+    """Columns that know of which type their source is, but for those whose type is declared."""
+    return [
+        replace(c, dtype=c.dtype or describe(types[c.name])) if c.name in types else c
+        for c in columns
+    ]
 
 
 def infer_column(series: "Series") -> tuple[Column, list[str]]:
@@ -225,6 +255,8 @@ def _of_words(series: "Series", keep: Collection[str] = ()) -> list[str]:
 def _infer(series: "Series", words: Collection[str] | None = None) -> tuple[Column, str]:
     """What one column is, and a note on it or "", where these words mean missing cells."""
     name = series.name
+    if (declared := categories_of(series.dtype)) is not None:
+        return _declared_category(series, words, declared)
     if series.dtype.is_numeric():
         values = numbers(series, words=words)
         absent = np.isnan(values)
@@ -248,6 +280,20 @@ def _infer(series: "Series", words: Collection[str] | None = None) -> tuple[Colu
     if odd and (advice := comma_advice(odd)):
         raise ValueError(f"the column {name!r} holds texts such as {odd[0]!r}: {advice}")
     return _number(name, numbers(series, words=words), missing)
+
+
+def _declared_category(
+    series: "Series", words: Collection[str] | None, declared: list[str]
+) -> tuple[Column, str]:
+    """A column whose type says that it is a category, whatever its cells look like."""
+    text = texts(series, words)
+    found = {*declared, *text.drop_nulls().unique()}
+    if not found:
+        raise ValueError(f"the column {series.name!r} has no value in any row; {LEAVE_OUT}")
+    column, note = _category(text, sorted(found), bool(text.is_null().any()), ""), ""
+    if len(found) == 1:
+        note = f"{series.name} is always {column.categories[0]}"
+    return column, note
 
 
 def _of_texts(name: str, values: list[str], odd: list[str]) -> str:
@@ -286,7 +332,7 @@ def _number(name: str, values: np.ndarray, missing: bool) -> tuple[Column, str]:
     if precision is not None:
         low, high = float(known[0]), float(known[-1])
         return Column(name, "rounded", precision, low, high, missing=missing), ""
-    column = Column(name, "real", missing=missing)
+    column = Column(name, "real", missing=missing, range=_range(values))
     rows = int((~np.isnan(values)).sum())
     if len(known) <= 0.9 * rows:
         return column, (

@@ -16,7 +16,7 @@ own that says so: 1 where the number is known, 2 where it is missing.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Kind = Literal["real", "rounded", "category", "boolean"]
@@ -60,6 +60,10 @@ class Column:
             no unit: a density stays one of the column as it is.
         missing_words: words that mean a missing cell; the usual ones (NA, null, ..) where None.
             An empty cell is missing always, and a word among the categories never.
+        range: the least and the largest value of a real number in training; None where unknown.
+        dtype: type of the cells in the source, to which samples are given back; see `dtypes`.
+            That of what they are read as where "", as of text files. Neither the range nor the
+            type is a part of the model.
 
     Raises:
         ValueError: if these contradict each other.
@@ -74,6 +78,8 @@ class Column:
     missing: bool = False
     transform: Transform = "standardise"
     missing_words: tuple[str, ...] | None = None
+    range: tuple[float, float] | None = field(default=None, compare=False, repr=False)
+    dtype: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         where = f"of the column {self.name!r}"
@@ -113,6 +119,16 @@ class Column:
         both = sorted({*words} & {*self.categories})
         if both:
             raise ValueError(f"{both[0]!r} {where} is a category and a missing word; choose one")
+        if self.range is not None:
+            ends = self.range
+            numbers = len(ends) == 2 and all(map(_is_number, ends)) and ends[0] <= ends[1]
+            if self.kind != "real" or not numbers:
+                raise ValueError(
+                    f"the range {where} must be two numbers, the least first, and is for the kind"
+                    f" real; got {ends!r}"
+                )
+        if not isinstance(self.dtype, str):
+            raise ValueError(f"the dtype {where} must be a text; got {self.dtype!r}")
         if self.transform not in get_args(Transform):
             names = ", ".join(get_args(Transform))
             raise ValueError(f"transform {where} must be one of {names}; got {self.transform!r}")
@@ -137,6 +153,11 @@ class Column:
             (d for d in range(12) if all(abs(v - round(v, d)) <= 1e-9 * abs(v) for v in numbers)),
             12,
         )
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The least and the largest number of training; None of no number, or where unknown."""
+        return self.range if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def group(self) -> GroupKind:
@@ -178,8 +199,15 @@ class Column:
         for key, texts in (("categories", categories), ("missing_words", words or ())):
             if not isinstance(texts, list | tuple):
                 raise ValueError(f"{key} must be a list of texts; got {texts!r}")
-        words = None if words is None else tuple(words)
-        return cls(**{**values, "categories": tuple(categories), "missing_words": words})
+        ends = values.get("range")
+        if ends is not None and not isinstance(ends, list | tuple):
+            raise ValueError(f"range must be a list of two numbers; got {ends!r}")
+        made = {
+            "categories": tuple(categories),
+            "missing_words": None if words is None else tuple(words),
+            "range": None if ends is None else tuple(ends),
+        }
+        return cls(**{**values, **made})
 
 
 @dataclass(frozen=True)

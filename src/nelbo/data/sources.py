@@ -26,7 +26,7 @@ from nelbo.data import (
 )
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
 from nelbo.data.encoded import Form
-from nelbo.data.inference import complete, infer_column, infer_columns
+from nelbo.data.inference import complete, infer_column, infer_columns, typed
 from nelbo.data.labels import codes, infer_label, of_examples, standardised
 from nelbo.data.schema import Dataset, Label, Schema
 
@@ -192,6 +192,13 @@ def is_table(source: str | PathLike[str]) -> bool:
     return path.suffix.lower() in tables.FILES or (path.is_dir() and bool(streams.shards_of(path)))
 
 
+def read_as_text(source: "str | PathLike[str] | Frame") -> bool:
+    """Whether a table is a text file, whose cells have no types."""
+    if not isinstance(source, str | PathLike) or hub.is_hub(source):
+        return False
+    return Path(source).suffix.lower() in tables.SEPARATORS
+
+
 def stream_of(source: "str | PathLike[str] | Frame") -> streams.Table | None:
     """The table that is to be read in blocks of rows, if it is such a one."""
     if hub.is_hub(source):
@@ -210,7 +217,7 @@ def _load_stream(
     if not isinstance(schema, Schema):
         declared = None if schema is None else _limits.read_json(Path(schema))
         columns, notes = streams.infer(table, declared)
-        schema = Schema.of_table(columns)
+        schema = Schema.of_table(typed(columns, table.read(0, 1, table.names).schema))
     splits, how = streams.splits(table, schema.columns, seed)
     return Dataset(table.name, schema, splits, (*notes, *how))
 
@@ -248,6 +255,8 @@ def _load_table(
         columns, notes = complete(frame.drop(*condition), declared)
         schema = Schema.of_table(columns)
     of_examples = frame.drop(*condition)
+    if not read_as_text(source):
+        schema = replace(schema, columns=tuple(typed(schema.columns, frame.schema)))
     rows, taken = examples.encode(of_examples, schema.columns, name, rounding=True)
     x = torch.from_numpy(rows)
     splits, how = split({part: x[few] for part, few in parts.items()}, name, seed)

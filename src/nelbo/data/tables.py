@@ -20,6 +20,7 @@ import numpy as np
 
 from nelbo import _limits
 from nelbo.data.cells import numbers, texts
+from nelbo.data.frames import columns_of
 from nelbo.data.remote import here
 from nelbo.data.spelling import is_number
 
@@ -95,7 +96,7 @@ def frame_of(table: "Frame") -> "DataFrame":
     """A frame of polars, pandas or datasets, or a mapping of names to columns, as one of polars.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is none of these, or two columns have the same name.
     """
     pl = polars()
     if hasattr(table, "to_polars"):  # of datasets
@@ -105,10 +106,9 @@ def frame_of(table: "Frame") -> "DataFrame":
     if isinstance(table, pl.DataFrame):
         return checked(table, "the table")
     try:
-        if isna := getattr(table, "isna", None):  # pandas has several ways to say: nothing here
-            table = cast(Any, table).astype(object).where(~isna(), None)
-        columns = {str(name): list(table[name]) for name in table}  # type: ignore[index]
-        return checked(pl.DataFrame(columns, strict=False, nan_to_null=True), "the table")
+        if hasattr(table, "column_names") and hasattr(table, "to_pydict"):  # of pyarrow
+            return checked(cast(Any, pl.from_arrow(cast(Any, table))), "the table")
+        return checked(pl.DataFrame(columns_of(table)), "the table")
     except (TypeError, KeyError, pl.exceptions.PolarsError) as error:
         kind = type(table).__name__
         raise ValueError(
