@@ -670,3 +670,67 @@ def test_a_container_that_claims_arrays_is_not_believed(tmp_path):
     about = {"kind": "npz", "arrays": [["x", "|O", [1, 2], "same"]]}
     with pytest.raises(ValueError, match="are integers"):
         _arrays_as_bytes(np.zeros((1, 2)), about, b"", None)
+
+
+# ---- few bytes that become many
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, bits, colour, rows, interlaced=0, before=b""):
+    """A PNG of these unfiltered bytes, whether or not they are all its rows."""
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
+    parts = (chunk(b"IHDR", head), before, chunk(b"IDAT", zlib.compress(rows, 9)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def images(folder, *contents):
+    folder.mkdir()
+    for i, content in enumerate(contents):
+        (folder / f"{i}.png").write_bytes(content)
+    return folder
+
+
+@linux
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (png(9400, 9400, 16, 0, bytes(4)), "claims 9400x9400 pixels, which 12 bytes do not hold"),
+        (png(9400, 9400, 16, 6, bytes(4)), "claims 9400x9400 pixels"),
+        (png(9400, 9400, 8, 6, bytes(40_000)), "claims 9400x9400 pixels"),
+        (png(700, 700, 8, 2, bytes(1_000_000)), "it is cut: of 1470700 bytes of pixels 1000000"),
+        (png(8, 8, 8, 0, bytes(27)), "it is cut: of 72 bytes of pixels 27"),
+        (png(5, 7, 8, 0, bytes(44), interlaced=1), "it is cut: of 49 bytes of pixels 44"),
+        (png(8, 8, 8, 3, bytes(72)), "it has no palette"),
+    ],
+)
+def test_an_image_without_all_its_pixels_is_refused(tmp_path, content, words):
+    line = refused(load, words, images(tmp_path / "images", *[content] * 12))
+    assert "0.png cannot be read as a PNG or JPEG image" in line
+
+
+def test_whole_images_of_every_kind_are_read(tmp_path):
+    """Rows of one bit, palettes and interlaced images are as long as their kind says."""
+    with seeded(5):
+        x = torch.randint(256, (13, 11, 3), dtype=torch.uint8).numpy()
+    for kind in ("1", "L", "P", "RGB", "RGBA"):
+        made = io.BytesIO()
+        Image.fromarray(x).convert(kind).save(made, "PNG")
+        folder = images(tmp_path / kind, *[made.getvalue()] * 11)
+        if kind == "L":  # two passes of one pixel each
+            (folder / "0.png").write_bytes(png(11, 13, 8, 0, bytes(range(1, 13)) * 13))
+        assert load(folder).splits["train"].shape[2:] == (13, 11)
+    small = png(2, 1, 8, 0, bytes([0, 1, 0, 2]), interlaced=1)
+    big = png(2, 1, 8, 0, bytes([0, 3, 4]))
+    found = load(images(tmp_path / "interlaced", *[small, big] * 6))
+    assert found.splits["train"].unique().tolist() == [1, 2, 3, 4]
+
+
+def test_images_that_few_bytes_hold_are_read_in_turn(tmp_path):
+    """A folder of black images is one, and is not kept in memory."""
+    content = png(2000, 2000, 8, 6, bytes(2000 * 8001))
+    found = load(images(tmp_path / "images", *[content] * 12), levels=256)
+    assert any("read again each time" in note for note in found.notes)
+    assert found.splits["train"][0].sum() == 0

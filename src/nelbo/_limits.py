@@ -29,6 +29,11 @@ TRUST = "NELBO_TRUST_FILES"
 JSON = 2**26
 #: bytes of an encoded image: more than Pillow's largest image has uncompressed, at 16 bits RGBA
 IMAGE = 2**30
+#: bytes that any file may become when it is unpacked, and how many times its own size beyond that:
+#: sparse images and constant columns stay below
+UNPACKED, INFLATION = 2**27, 256
+#: no deflated bytes hold more than so many times their number
+DEFLATED = 1032
 #: bytes of the header of a NumPy array, as numpy itself has it
 ARRAY_HEADER = 10_000
 #: times of a foreign schedule; the usual number is 1000
@@ -105,6 +110,28 @@ def check_memory(size: float, what: str) -> None:
 def check_file(path: Path, times: float = 1) -> None:
     """Raise ValueError where so many times a file are more than is free; else as `regular`."""
     check_memory(times * regular(path), str(path))
+
+
+def inflates(size: float, packed: float) -> bool:
+    """Whether so many bytes are suspiciously many for those that they are packed in."""
+    return size > max(UNPACKED, INFLATION * packed) and not trusted()
+
+
+def check_unpacked(size: float, packed: float, what: str, times: float = 1) -> None:
+    """Raise ValueError before bytes are unpacked into so many that they only fill memory.
+
+    Args:
+        size: bytes when unpacked.
+        packed: bytes in the file.
+        what: is unpacked.
+        times: how many times the size memory is taken meanwhile.
+    """
+    if inflates(size, packed):
+        raise ValueError(
+            f"{what} would be unpacked from {int(packed)} bytes to {_gibibytes(size)}, as no data"
+            f" are; if that is right, save it without compression, or set {TRUST}=1"
+        )
+    check_memory(times * size, what)
 
 
 def check_search(folder: Path, found: int, seen: int, what: str) -> None:

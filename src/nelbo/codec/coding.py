@@ -81,9 +81,14 @@ def compress(
     data = container.write_prefix(asdict(header), extra)
     data += b"".join(container.write_block(found) for found in blocks)
     data += container.write_end(data, len(blocks))
-    if verify and not torch.equal(decompress(data, model, done=done).x.long(), x.long()):
+    if verify and not _same(decompress(data, model, done=done).x, x):
         raise NotReproducible("what was compressed does not decode to itself here: not written")
     return data
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    kind = torch.promote_types(a.dtype, b.dtype)  # not all as int64: they may be many
+    return torch.equal(a.to(kind), b.to(kind))
 
 
 @dataclass(frozen=True)

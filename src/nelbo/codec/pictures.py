@@ -5,18 +5,23 @@ and cut off again. What is restored are the pixels, not the bytes of the file.
 """
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from nelbo import _limits
 from nelbo.codec.errors import Damaged
 from nelbo.data import Schema
+from nelbo.data.pillow import bits_of, opened
 
 MODES = {1: "L", 3: "RGB"}
 SUFFIX = ".png"
+#: bytes for each number of the images, while they are cut, coded and compared
+TAKEN = 5
 
 
 def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, int]:
@@ -32,6 +37,7 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
     if others or not files:
         what = f"such as {others[0]}: a folder of .png files is compressed whole" if others else ""
         raise ValueError(f"{path} has {'other files' if others else 'no .png files'} {what}")
+    _check_size(files, path)
     images = [_load(file, schema) for file in files]
     tiles = np.concatenate([cut(image, schema.shape) for image in images])
     sizes = [list(image.shape[1:]) for image in images]
@@ -78,30 +84,42 @@ def join(tiles: np.ndarray, height: int, width: int) -> np.ndarray:
     return whole.reshape(channels, rows * h, columns * w)[:, :height, :width]
 
 
+def _check_size(files: list[Path], folder: Path) -> None:
+    """Raise ValueError before images are decoded that together are more than memory is for."""
+    pixels = packed = 0
+    for file in files:
+        packed += _limits.regular(file)
+        _limits.check_file(file)
+        pixels += opened(file.read_bytes(), partial(str, file), _samples, ("PNG",))
+    _limits.check_unpacked(pixels, packed, str(folder), TAKEN)
+
+
+def _samples(image: Image.Image) -> int:
+    return image.width * image.height * len(image.getbands())
+
+
 def _load(file: Path, schema: Schema) -> np.ndarray:
     """The pixels of an image, (C, H, W) uint8."""
     mode = MODES[schema.shape[0]]
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            if image.mode != mode or getattr(image, "n_frames", 1) > 1:
-                raise ValueError(
-                    f"{file} is an image of mode {image.mode}; the run's are of {mode}, and a"
-                    f" conversion would lose something: save it as {mode}"
-                )
-            if "transparency" in image.info:
-                raise ValueError(
-                    f"{file} has a transparent colour, which the run's images have not; save it"
-                    " without"
-                )
-            pixels = np.atleast_3d(np.asarray(image))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as a PNG image: {error}") from None
-    assert schema.levels is not None
-    if pixels.max() >= schema.levels:
+
+    def pixels(image: Image.Image) -> tuple[str, np.ndarray | None]:
+        plain = image.mode == mode and getattr(image, "n_frames", 1) == 1
+        return image.mode, np.atleast_3d(np.asarray(image)) if plain else None
+
+    content = file.read_bytes()
+    found, x = opened(content, partial(str, file), pixels, ("PNG",), whole=True)
+    bits = bits_of(content)
+    if x is None or bits > 8:
         raise ValueError(
-            f"{file} holds the value {pixels.max()}; the run's schema holds 0..{schema.levels - 1}"
+            f"{file} is an image of mode {found} of {bits} bits; the run's are of {mode}, and a"
+            f" conversion would lose something: save it as {mode}"
         )
-    return pixels.transpose(2, 0, 1)
+    assert schema.levels is not None
+    if x.max() >= schema.levels:
+        raise ValueError(
+            f"{file} holds the value {x.max()}; the run's schema holds 0..{schema.levels - 1}"
+        )
+    return x.transpose(2, 0, 1)
 
 
 def _save(image: np.ndarray) -> bytes:

@@ -14,7 +14,6 @@ from numpy.lib import format as npy
 from nelbo import _limits
 from nelbo.data.conform import Found, by_split
 
-DEFLATED = 1032  # no deflated bytes hold more than so many times their number
 #: what stands before the name of a split
 PREFIXES = ("x_", "X_", "")
 
@@ -99,7 +98,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     """An array of which no more is allocated than its packed bytes can hold."""
-    most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATED}.get(info.compress_type)
+    most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _limits.DEFLATED}.get(info.compress_type)
     if most is not None and info.file_size > most * (info.compress_size + 1):
         raise ValueError(f"{info.filename} claims {info.file_size} bytes in {info.compress_size}")
     with archive.open(info) as stream:

@@ -4,13 +4,12 @@ Pixels are taken as stored: an EXIF orientation is not applied, colour profiles 
 colour under transparent pixels stays. Nothing is ever written to disk.
 """
 
-import io
 import tarfile
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from nelbo import _limits
 from nelbo.data.conform import Found
+from nelbo.data.pillow import bits_of, opened
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: bytes of pixels beyond which images are not kept in memory
 IN_MEMORY = 2**31
+#: of the pixels of a data set, while it is split
+COPIES = 3
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 GREY = ("1", "L", "LA", "I;16", "I")
@@ -134,6 +136,8 @@ class Images(Rows):
 
     def read(self, rows: np.ndarray) -> Tensor:
         kind = torch.int32 if self.form.deep else torch.uint8
+        numbers = len(rows) * self.shape[1:].numel()
+        _limits.check_memory(numbers * self.dtype.itemsize, f"{len(rows)} images at a time")
         x = torch.empty((len(rows), *self.shape[1:]), dtype=kind)
         for i, row in enumerate(rows.tolist()):
             x[i] = torch.from_numpy(_pixels(self.encoded, row, self.form, self.shape[1]))
@@ -166,19 +170,21 @@ def read_images(
         ValueError: if one is damaged, only some are of 16 bits, or sizes differ and `form.size`
             is None.
     """
-    notes, channels, sixteen = list(notes), form.channels, 0
+    notes, channels, sixteen, packed = list(notes), form.channels, 0, 0
     first: tuple[Pictures, tuple[int, int]] | None = None
     for images in groups.values():
         for i in range(len(images)):
-            image, bits = _decode(images, i, pixels=False)
-            sixteen += bits == 16
-            channels = max(channels, _channels(images, i, image))
-            first = first or (images, image.size)
-            if form.size is None and image.size != first[1]:
+            content = images.content(i)
+            size, least = _look(content, partial(images.name, i))
+            sixteen += bits_of(content) == 16
+            packed += len(content)
+            channels = max(channels, least)
+            first = first or (images, size)
+            if form.size is None and size != first[1]:
                 raise ValueError(
                     f"images differ in size: {first[0].name(0)} is {_size(first[1])} but"
-                    f" {images.name(i)} is {_size(image.size)};"
-                    f" --size {min(*first[1], *image.size)} makes them alike"
+                    f" {images.name(i)} is {_size(size)};"
+                    f" --size {min(*first[1], *size)} makes them alike"
                 )
     assert first is not None
     count = sum(map(len, groups.values()))
@@ -197,7 +203,12 @@ def read_images(
     width, height = first[1] if form.size is None else (form.size, form.size)
     shape = channels, height, width
     rows = {part: Images(images, form, shape) for part, images in groups.items()}
-    if sum(each.shape.numel() for each in rows.values()) > IN_MEMORY:
+    whole = sum(each.shape.numel() * each.dtype.itemsize for each in rows.values())
+    if (
+        whole > IN_MEMORY
+        or COPIES * whole > _limits.free_memory()
+        or _limits.inflates(whole, packed)
+    ):
         notes.append("more images than memory is for: they are read again each time")
         return Found(source, dict(rows), form.most + 1, tuple(notes))
     parts = {part: each[:].numpy() for part, each in rows.items()}
@@ -236,12 +247,19 @@ def _pixels(images: Pictures, i: int, form: Form, channels: int) -> np.ndarray:
     """One image, (channels, H, W), uint8 or int32."""
     from PIL import Image
 
-    if form.deep:
-        deep = _deep(images, i, channels)
-        each = [_fit(Image.fromarray(c.astype(np.float32)), form.size) for c in deep]
-        return np.stack([np.rint(np.asarray(c)).clip(0, form.most) for c in each]).astype(np.int32)
-    array = np.array(_fit(_plain(_decode(images, i, pixels=True)[0], channels), form.size))
-    return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
+    content, name = images.content(i), partial(images.name, i)
+    if not form.deep:
+
+        def pixels(image: "Image.Image") -> np.ndarray:
+            return np.array(_fit(_plain(image, channels), form.size))
+
+        array = opened(content, name, pixels)
+        return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
+    deep = _deep(content, name, channels)
+    if form.size is None:
+        return deep
+    each = [_fit(Image.fromarray(c.astype(np.float32)), form.size) for c in deep]
+    return np.stack([np.rint(np.asarray(c)).clip(0, form.most) for c in each]).astype(np.int32)
 
 
 def _fit(image: "Image.Image", size: int | None) -> "Image.Image":
@@ -256,40 +274,56 @@ def _fit(image: "Image.Image", size: int | None) -> "Image.Image":
     return image.crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _deep(images: Pictures, i: int, channels: int) -> np.ndarray:
-    """One image of 16 bits, (channels, H, W).
+def _deep(content: bytes, name: Callable[[], str], channels: int) -> np.ndarray:
+    """One image of 16 bits, (channels, H, W) int32.
 
     Of colour Pillow reads the upper of two bytes, in big-endian order; told that the order is
     little-endian, it reads the lower ones.
     """
-    from PIL import Image
 
-    upper = np.asarray(_decode(images, i, pixels=True)[0]).astype(np.int64)
+    def lower(image: Any) -> np.ndarray | None:  # noqa: ANN401
+        codec, extents, offset, known = image.tile[0]
+        if known not in ("RGB;16B", "RGBA;16B"):
+            return None
+        image.tile = [(codec, extents, offset, known.replace("16B", "16L"))]
+        return np.array(image)
+
+    upper = opened(content, name, np.array)
+    x = np.full((channels, *upper.shape[:2]), 65535, np.int32)
     if upper.ndim == 2:
-        x = np.stack([upper] * min(channels, 3))
-    else:
-        with Image.open(io.BytesIO(images.content(i)), formats=("PNG",)) as image:
-            codec, extents, offset, order = image.tile[0]
-            if order not in ("RGB;16B", "RGBA;16B"):
-                raise ValueError(
-                    f"{images.name(i)} has 16 bits of grey with transparency; save it as RGBA, or"
-                    " take the upper 8 bits with --levels 256"
-                )
-            order = order.replace("16B", "16L")
-            image.tile = [cast(Any, (codec, extents, offset, order))]  # a _Tile where there is one
-            lower = np.asarray(image)
-        x = np.moveaxis(256 * upper + lower, 2, 0)
-    opaque = np.full_like(x[:1], 65535)
-    return np.concatenate([x, opaque])[:channels]
+        x[:3] = upper
+        return x
+    low = opened(content, name, lower)
+    if low is None:
+        raise ValueError(
+            f"{name()} has 16 bits of grey with transparency; save it as RGBA, or"
+            " take the upper 8 bits with --levels 256"
+        )
+    for k in range(min(channels, upper.shape[2])):
+        x[k] = upper[..., k].astype(np.int32) * 256 + low[..., k]
+    return x
 
 
-def _channels(images: Pictures, i: int, image: "Image.Image") -> int:
-    """As few as hold the image; its header tells unless it may be transparent."""
-    if image.has_transparency_data:
-        whole = _decode(images, i, pixels=True)[0]
-        if whole.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-            return 4
-    return 3 if image.mode in COLOUR else 1
+def _look(content: bytes, name: Callable[[], str]) -> tuple[tuple[int, int], int]:
+    """The size of an image, of which no pixel is missing, and the fewest channels that hold it;
+    its header tells these unless it may be transparent."""
+
+    def look(image: "Image.Image") -> tuple[str, tuple[int, int], int]:
+        size, mode = image.size, image.mode
+        known = mode in GREY + COLOUR
+        if known and image.has_transparency_data and _alpha(image) != (255, 255):
+            return mode, size, 4
+        return mode, size, 3 if mode in COLOUR else 1
+
+    mode, size, channels = opened(content, name, look, whole=True)
+    if mode not in GREY + COLOUR:
+        raise ValueError(f"{name()} has the colour mode {mode}; convert it to grey or RGB")
+    return size, channels
+
+
+def _alpha(image: "Image.Image") -> object:
+    """The least and the largest opacity of its pixels."""
+    return image.convert("RGBA").getchannel("A").getextrema()
 
 
 def _plain(image: "Image.Image", channels: int) -> "Image.Image":
@@ -301,37 +335,6 @@ def _plain(image: "Image.Image", channels: int) -> "Image.Image":
     if image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns of transparent palettes
     return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
-
-
-def _decode(images: Pictures, i: int, pixels: bool) -> tuple["Image.Image", int]:
-    """An image, of which only the header is read unless `pixels`, and its bits a channel."""
-    from PIL import Image
-
-    content = images.content(i)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-                if pixels:
-                    image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{images.name(i)} claims more than {Image.MAX_IMAGE_PIXELS} pixels; remove it or"
-            f" scale it down"
-        ) from error
-    except Exception as error:  # damage shows as OSError, SyntaxError, EOFError, struct.error, ..
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{images.name(i)} cannot be read as a PNG or JPEG image: {reason}; remove it or save"
-            f" it again"
-        ) from error
-    # Pillow narrows 16-bit colour to 8 bits in silence, so ask the header.
-    bits = content[24] if content.startswith(b"\x89PNG") else 8
-    if image.mode not in GREY + COLOUR:
-        raise ValueError(
-            f"{images.name(i)} has the colour mode {image.mode}; convert it to grey or RGB"
-        )
-    return image, bits
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nelbo import _limits
-from nelbo.data.arrays import DEFLATED, found_arrays
+from nelbo.data.arrays import found_arrays
 from nelbo.data.conform import SPLITS, Found, by_split
 
 #: the third byte of a file
@@ -53,7 +53,7 @@ def read_array(path: Path) -> np.ndarray:
     """
     zipped = path.suffix.lower() == ".gz"
     opener, most = gzip.open if zipped else open, _limits.regular(path)
-    most *= DEFLATED if zipped else 1
+    most *= _limits.DEFLATED if zipped else 1
     try:
         with opener(path, "rb") as file:
             magic = file.read(4)
