@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from test_cli import run_ok
 from test_codec import changed
+from test_hostile import png
 
 from nelbo import checkpoint
 from nelbo.cli import main
@@ -106,7 +107,17 @@ def test_what_would_not_come_back_is_refused_before_work(trained, tmp_path, caps
             archive.writestr("x.npy", buffer.getvalue())
     shade = Image.fromarray(digits(1)[0])
     shade.save(tmp_path / "shade.png", transparency=3)
-    for name, words in [("twice.npz", "two of its arrays"), ("shade.png", "transparent colour")]:
+    raw = b"".join(b"\0" + bytes(16) for _ in range(8))
+    (tmp_path / "deep.png").write_bytes(png(8, 8, 16, 0, raw))
+    (tmp_path / "cut.png").write_bytes(png(8, 8, 8, 0, raw[:34]))
+    (tmp_path / "vast.png").write_bytes(png(10**4, 10**4, 8, 0, bytes(10**4 * (10**4 + 1))))
+    for name, words in [
+        ("twice.npz", "two of its arrays"),
+        ("shade.png", "transparent colour"),
+        ("deep.png", "of 16 bits"),
+        ("cut.png", "it is cut: of 72 bytes of pixels 34"),
+        ("vast.png", "claims more than 89478485 pixels"),
+    ]:
         file = tmp_path / "no.nlb"
         line = fails(capsys, 2, "compress", trained, tmp_path / name, "--out", file, *GRID)
         assert words in line and not file.exists()

@@ -102,17 +102,22 @@ def _load(file: Path, schema: Schema) -> np.ndarray:
     """The pixels of an image, (C, H, W) uint8."""
     mode = MODES[schema.shape[0]]
 
-    def pixels(image: Image.Image) -> tuple[str, np.ndarray | None]:
+    def pixels(image: Image.Image) -> tuple[str, bool, np.ndarray | None]:
         plain = image.mode == mode and getattr(image, "n_frames", 1) == 1
-        return image.mode, np.atleast_3d(np.asarray(image)) if plain else None
+        clear = "transparency" in image.info
+        return image.mode, clear, np.atleast_3d(np.asarray(image)) if plain else None
 
     content = file.read_bytes()
-    found, x = opened(content, partial(str, file), pixels, ("PNG",), whole=True)
+    found, clear, x = opened(content, partial(str, file), pixels, ("PNG",), whole=True)
     bits = bits_of(content)
     if x is None or bits > 8:
         raise ValueError(
             f"{file} is an image of mode {found} of {bits} bits; the run's are of {mode}, and a"
             f" conversion would lose something: save it as {mode}"
+        )
+    if clear:
+        raise ValueError(
+            f"{file} has a transparent colour, which the run's images have not; save it without"
         )
     assert schema.levels is not None
     if x.max() >= schema.levels:
