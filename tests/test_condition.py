@@ -393,13 +393,14 @@ def test_columns_of_a_table_are_conditions(tmp_path):
     source.write_text("\n".join(["a,colour,b", *lines]))
     run = train(str(source), tmp_path / "run", condition=["colour", "b"], **TINY)
     of_colour, of_b = run.config.schema.condition
-    assert of_colour.classes == ("", "blue", "red") and not of_b.classes
+    assert of_colour.classes == ("blue", "red") and not of_b.classes
     assert [column.name for column in run.config.schema.columns] == ["a"]
     notes = data.load(str(source), condition=["colour", "b"]).notes
     assert not any("left out" in note for note in notes)  # the labels are used, not left out
     given, x, _ = run.law(str(source))
     assert x[:, 0].tolist() == pytest.approx(a, abs=1e-8)
-    want = torch.tensor([[of_colour.classes.index(c), y] for c, y in zip(colour, b, strict=True)])
+    place = {"blue": 0.0, "red": 1.0, "": math.nan}  # an empty cell is no class
+    want = torch.tensor([[place[c], y] for c, y in zip(colour, b, strict=True)])
     torch.testing.assert_close(given.condition, encode(want.double(), run.config.schema))
     assert math.isfinite(evaluate(*run.law()[:2], calls=4).nats)
     labels = parse(["colour=blue", "b=0.5"], run.config.schema).expand(3, 2)

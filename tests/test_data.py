@@ -125,7 +125,7 @@ def test_digits_are_scikit_learns_in_file_order(tmp_path, monkeypatch):
     assert together[:, 0].equal(torch.from_numpy(load_digits().images).long())
     assert load_like("digits", data.schema).splits["all"].equal(together)
     for path in ("./digits", Path("digits")):
-        with pytest.raises(ValueError, match="has no PNG or JPEG images"):
+        with pytest.raises(ValueError, match="has no images"):
             load(path)
 
 
@@ -367,7 +367,7 @@ def test_other_types_refused(tmp_path, x):
         ({"train": counts(), "test": counts(d=5)}, r"integers of the shape \(4,\) but .* \(5,\)"),
         ({"train": counts(), "test": vectors()}, r"integers .* test split are real"),
         ({"x_train": counts(), "x_val": counts(), "x_valid": counts()}, "x_valid and x_val both"),
-        ({"images": counts(), "labels": counts()}, "holds the arrays images, labels; name"),
+        ({"wings": counts(), "beaks": counts()}, "holds the arrays wings, beaks; name"),
         ({"x": counts(), "X": counts()}, "holds the arrays x, X"),
         ({}, r"holds the arrays \(none\)"),
         ({"x_test": counts(), "y_test": counts()}, "no training examples, only test"),
@@ -656,11 +656,11 @@ def test_images_refused(tmp_path, write, message):
 
 
 def test_folders_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no PNG or JPEG images"):
+    with pytest.raises(ValueError, match="has no images"):
         load(tmp_path)
     (tmp_path / "val").mkdir()
     picture(tmp_path / "train" / "a.png")
-    with pytest.raises(ValueError, match=r"val has no PNG or JPEG images; fill or remove"):
+    with pytest.raises(ValueError, match=r"val has no images; fill or remove"):
         load(tmp_path)
     (tmp_path / "valid").mkdir()
     with pytest.raises(ValueError, match=r"valid and .*val both name the validation split"):

@@ -443,7 +443,7 @@ def endless(path):
 def test_a_pipe_and_a_device_are_not_waited_for(tmp_path, name, read, make):
     make(tmp_path / name)
     (tmp_path / "x.json").exists() or (tmp_path / "x.json").write_text(json.dumps(FLAGS))
-    words = "a pipe, a socket or a device|there is no file|has no PNG or JPEG"
+    words = "a pipe, a socket or a device|there is no file|has no images"
     refused(read, words, tmp_path / name)
 
 
@@ -538,13 +538,15 @@ def test_a_folder_is_searched_as_long_as_images_are_found(tmp_path, monkeypatch,
     for i in range(5):
         Image.new("L", (8, 8)).save(disk / f"{i}.png")
     visited, walk = [], os.walk
-    monkeypatch.setattr(os, "walk", lambda top: map(lambda x: visited.append(x) or x, walk(top)))
+    monkeypatch.setattr(
+        os, "walk", lambda top, **how: map(lambda x: visited.append(x) or x, walk(top, **how))
+    )
     monkeypatch.setattr(_limits, "OTHERS", 500)
     assert re.search(
-        "holds 5 PNG or JPEG images among the first 5.. files; give a folder of them",
+        "holds 5 images among the first 5.. files; give a folder of them",
         nelbo_fails(capsys, "inspect", disk),
     )
-    assert len(visited) == 22  # of 41
+    assert len({place for place, _, _ in visited}) == 22  # of 41
     monkeypatch.setenv(_limits.TRUST, "1")
     load(disk, levels=2)
     monkeypatch.delenv(_limits.TRUST)

@@ -66,7 +66,7 @@ def test_a_table_by_name_is_that_of_its_files(parquet, prefix, monkeypatch):
     assert {k: len(x) for k, x in like.items()} == {"train": 200, "test": 30, "all": 230}
     torch.testing.assert_close(like["all"][200:], like["test"][:], equal_nan=True)
     given = data.load(f"{prefix}{parquet}", condition=["word"])
-    assert given.schema.condition[0].classes == ("", "green", "red")
+    assert given.schema.condition[0].classes == ("green", "red")
     assert len(given.labels["test"]) == 30
 
 

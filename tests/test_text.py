@@ -44,9 +44,18 @@ def test_a_text_is_cut_in_order(file):
     assert train == [SAID[i : i + LENGTH] for i in range(len(SAID) - 2 * n - LENGTH + 1)]
 
 
-def test_longer_chunks_to_train_on_overlap_sixteen_fold(file):
-    x = data.load(file, size=64).splits["train"]
-    assert torch.equal(x[1:, :-4], x[:-1, 4:])
+def test_longer_chunks_to_train_on_begin_anywhere_sixteen_to_a_length(tmp_path):
+    """Also where the text has a period that the strides have: each phase is learned as often."""
+    (tmp_path / "fixed.txt").write_text("".join(map(chr, range(97, 97 + 16))) * 4000)
+    found = data.load(tmp_path / "fixed.txt", size=128)  # a stride is 8, the period 16
+    first = torch.bincount(found.splits["train"][:, 0].long(), minlength=16).double()
+    train = len(found.splits["train"])
+    assert train == pytest.approx(0.8 * 64000 / 8, rel=0.01)
+    each = train / 16  # binomial, 4.5 errors
+    assert ((first - each).abs() < 4.5 * each**0.5).all()
+    again = data.load(tmp_path / "fixed.txt", size=128).splits["train"]
+    other = data.load(tmp_path / "fixed.txt", size=128, seed=1).splits["train"]
+    assert torch.equal(found.splits["train"], again) and not torch.equal(again, other)
 
 
 def test_characters_and_bytes_come_back():

@@ -17,7 +17,7 @@ where this user's own cache knows data of these hashes (`RunConfig.place`).
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -36,7 +36,8 @@ from nelbo.build import build
 from nelbo.condition import given_labels
 from nelbo.config import ModelConfig, TrainConfig
 from nelbo.data import Dataset, Schema
-from nelbo.data.sources import BUILT_IN
+from nelbo.data.sources import BUILT_IN, Splits
+from nelbo.data.splits import NONE, Declared, declare
 from nelbo.estimate import Grid
 from nelbo.grids import best_grid, even_times
 from nelbo.model import Model, model_hash
@@ -70,6 +71,7 @@ class RunConfig:
     preset: str
     model: ModelConfig
     train: TrainConfig
+    splits: Declared | None = None
     #: whether the data are in the folder of the run
     within: bool = field(default=False, compare=False)
 
@@ -81,6 +83,7 @@ class RunConfig:
                 "size": self.size,
                 "schema": self.schema.to_dict(),
                 "hashes": self.hashes,
+                "splits": None if self.splits is None else dict(self.splits),
             },
             "preset": self.preset,
             "model": self.model.to_dict(),
@@ -165,6 +168,7 @@ class RunConfig:
             size=self.size,
             schema=self.schema if self.schema.kind == "table" else None,
             condition=[label.name for label in self.schema.condition],
+            splits=NONE if self.splits is not None and not self.splits else self.splits,
         )
 
     def _are(self, dataset: Dataset) -> bool:
@@ -174,12 +178,15 @@ class RunConfig:
     def from_document(document: object, where: str) -> "RunConfig":
         """Raises ValueError for anything that is missing, unknown or of another kind."""
         top = _section(document, {"nelbo", "data", "preset", "model", "train"}, where)
-        about = _section(top["data"], {"source", "size", "schema", "hashes"}, f"{where}, data")
+        given = {"splits": None} | top["data"] if isinstance(top["data"], dict) else top["data"]
+        keys = {"source", "size", "schema", "hashes", "splits"}
+        about = _section(given, keys, f"{where}, data")
         for name, kinds in (("source", str), ("size", int | None), ("hashes", dict)):
             if not isinstance(about[name], kinds):
                 raise ValueError(f"{name} in {where}, data, cannot be {about[name]!r}")
         try:
             schema = Schema.from_dict(about["schema"])
+            splits = _declared(about["splits"])
         except ValueError as error:
             raise ValueError(f"{error} in {where}") from None
         return RunConfig(
@@ -187,10 +194,23 @@ class RunConfig:
             schema=schema,
             size=about["size"],
             hashes=about["hashes"],
+            splits=splits,
             preset=str(top["preset"]),
             model=ModelConfig.from_dict(top["model"], f"{where}, model"),
             train=TrainConfig.from_dict(top["train"], f"{where}, train"),
         )
+
+
+def _declared(splits: object) -> Declared | None:
+    """What `to_json` wrote of declared splits."""
+    if splits is None or splits == {}:
+        return splits
+    if not isinstance(splits, dict) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for names in splits.values()
+    ):
+        raise ValueError(f"splits must be lists of names; got {splits!r}")
+    return declare(splits)
 
 
 def hashes(dataset: Dataset) -> dict[str, str]:
@@ -223,13 +243,20 @@ class Run:
     metrics: list[dict]
 
     def examples(
-        self, source: "str | PathLike[str] | Frame | None" = None, split: str | None = None
+        self,
+        source: "str | PathLike[str] | Frame | None" = None,
+        split: str | None = None,
+        splits: Splits | None = None,
     ) -> tuple[Tensor, str]:
         """Examples of the run's own data or of other data, and a name for them; see `law`."""
-        return self.law(source, split)[1:]
+        return self.law(source, split, splits)[1:]
 
     def law(
-        self, source: "str | PathLike[str] | Frame | None" = None, split: str | None = None
+        self,
+        source: "str | PathLike[str] | Frame | None" = None,
+        split: str | None = None,
+        splits: Splits | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> tuple[Model, Tensor, str]:
         """Examples of the run's own data or of other data, their model, and a name for them.
 
@@ -239,6 +266,8 @@ class Run:
             source: other data of the run's schema; the run's own where left out.
             split: "train", "validation", "test"; of other data also "all". The default is "test"
                 of the run's own data and "all" of other data.
+            splits: of other data, as `nelbo.data.load` takes them.
+            tell: is given each note on other data.
 
         Raises:
             ValueError: data of another schema, or no such split; or the run's own, not known here.
@@ -246,7 +275,12 @@ class Run:
         if source is None:
             dataset = self.config.load_data()
         else:
-            dataset = data.load_like(source, self.config.schema, size=self.config.size)
+            dataset = data.load_like(
+                source, self.config.schema, size=self.config.size, splits=splits
+            )
+            if tell is not None:
+                for note in dataset.notes:
+                    tell(f"note: {note}")
         split = split or ("test" if source is None else "all")
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
@@ -274,8 +308,8 @@ class Run:
 
         Args:
             count: of examples.
-            labels: of each, (count, len(schema.condition)); drawn with replacement from those of
-                the training data by the seed where left out.
+            labels: of each, (count, len(schema.condition)); drawn with replacement from the
+                complete ones of the training data by the seed where left out.
             seed: of the draw.
 
         Raises:
@@ -291,6 +325,9 @@ class Run:
                 raise ValueError(
                     f"labels are drawn from the training data: {error}; or give --condition"
                 ) from None
+            known = known[~known.isnan().any(1)]
+            if not len(known):
+                raise ValueError("no training example has all labels; give --condition")
             with seeded(seed, 4):
                 labels = known[torch.randint(len(known), (count,))]
         return given_labels(self.model, labels, schema)

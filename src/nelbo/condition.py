@@ -47,10 +47,15 @@ def drop(condition: Tensor, share: float) -> Tensor:
 
 
 def given_labels(model: Model, labels: Tensor | None, schema: Schema) -> Model:
-    """The model of examples with labels (N, len(schema.condition)); itself if not conditional."""
+    """The model of examples with labels (N, len(schema.condition)); itself if not conditional.
+
+    Of an example whose labels are missing, NaN, it is P(x), and what is given says how many are.
+    """
     if not schema.condition or labels is None:
         return model
-    return model.given(encode(labels, schema), names(schema))
+    without = int(labels.isnan().any(1).sum())
+    some = f", where it is known, which {without} of {len(labels)} are not" if without else ""
+    return model.given(encode(labels, schema), names(schema) + some)
 
 
 def parse(texts: Sequence[str], schema: Schema) -> Tensor:

@@ -18,7 +18,8 @@ from nelbo.data.examples import texts_of
 from nelbo.data.inference import complete, listed
 from nelbo.data.layout import Column
 from nelbo.data.remote import here
-from nelbo.data.sources import is_table, stream_of
+from nelbo.data.sources import Splits, is_table, stream_of
+from nelbo.data.splits import declare
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
@@ -91,6 +92,7 @@ def inspect(
     levels: int | None = None,
     size: int | None = None,
     schema: str | PathLike[str] | None = None,
+    splits: Splits | None = None,
 ) -> Inspection:
     """What is at `source`, which `nelbo.data.load` understands; arguments as there.
 
@@ -99,15 +101,16 @@ def inspect(
         ValueError: if it cannot be read.
     """
     source = here(source)
-    streamed = stream_of(source)
+    named = declare(splits)
+    streamed = stream_of(source, named)
     if streamed is not None:
         return _inspect_stream(streamed, schema)
-    if isinstance(source, str | PathLike) and not is_table(source):
-        found = data.load(source, levels=levels, size=size, schema=schema)
-        splits = {name: len(x) for name, x in found.splits.items()}
-        rows = sum(splits.values())
+    if isinstance(source, str | PathLike) and not is_table(source, named):
+        found = data.load(source, levels=levels, size=size, schema=schema, splits=splits)
+        sizes = {name: len(x) for name, x in found.splits.items()}
+        rows = sum(sizes.values())
         warnings = (*found.notes, *_repeated(found))
-        return Inspection(found.source, rows, (), found.schema, warnings, splits)
+        return Inspection(found.source, rows, (), found.schema, warnings, sizes)
     name, frame = tables.find(source)
     if schema is None:
         return inspect_table(frame, name)
@@ -149,7 +152,9 @@ def _inspect_stream(table: streams.Table, schema: str | PathLike[str] | None) ->
     whole = "copies of rows are not looked for in a table that is read in blocks"
     sizes = {name: count for name, (_, count) in table.parts.items()}
     found = Schema.of_table(columns)
-    return Inspection(table.name, table.count, tuple(reports), found, (*notes, whole), sizes)
+    return Inspection(
+        table.name, table.count, tuple(reports), found, (*table.notes, *notes, whole), sizes
+    )
 
 
 def inspect_table(

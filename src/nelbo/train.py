@@ -22,7 +22,8 @@ from nelbo._progress import progress_bar
 from nelbo.checkpoint import Run, RunConfig
 from nelbo.config import ModelConfig, TrainConfig, configure
 from nelbo.data import Dataset, tables
-from nelbo.data.sources import BUILT_IN
+from nelbo.data.sources import BUILT_IN, Splits
+from nelbo.data.splits import declare
 from nelbo.evaluate import Evaluation
 from nelbo.learner import Learner
 from nelbo.model import Model
@@ -45,6 +46,7 @@ def train(
     size: int | None = None,
     schema: str | PathLike[str] | None = None,
     condition: Sequence[str] = (),
+    splits: Splits | None = None,
     minutes: float | None = None,
     device: str = "cpu",
     progress: bool = False,
@@ -61,6 +63,7 @@ def train(
         size: side to which images are resized.
         schema: a JSON file with the columns of a table, found in its cells where left out.
         condition: names of labels; the model is then one of P(x|labels).
+        splits: which names are of which split, as `nelbo.data.load` takes them.
         minutes: about how long, in place of `steps`: see `pace`.
         device: where to train, such as "cpu" or "cuda".
         progress: show what was found and a progress bar on the error stream.
@@ -72,7 +75,9 @@ def train(
     """
     out = Path(out)
     at_first(lambda: check_new(out))
-    dataset = data.load(source, levels=levels, size=size, schema=schema, condition=condition)
+    dataset = data.load(
+        source, levels=levels, size=size, schema=schema, condition=condition, splits=splits
+    )
     own = None if isinstance(source, str | PathLike) else tables.frame_of(source)
     for note in dataset.notes if progress else ():
         print(note, file=sys.stderr)
@@ -100,6 +105,7 @@ def train(
         model=model_config,
         train=train_config,
         within=own is not None,
+        splits=declare(splits),
     )
     if own is None and run.source not in BUILT_IN and world()[0] == 0:
         try:

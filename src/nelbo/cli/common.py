@@ -20,6 +20,14 @@ RunFolder = Annotated[Path, Parameter(help="A run folder.")]
 Seed = Annotated[int, Parameter(help="Everything random follows from it.")]
 Device = Annotated[str, Parameter(help="Where to run the network.")]
 Spacing = Literal["best", "uniform"]
+Splits = Annotated[
+    str,
+    Parameter(
+        help="Which names in DATA are of which split: train=A,validation=B,test=C, of sub-folders,"
+        " files, arrays or a hub's splits, patterns such as b* too; or none, to draw all splits."
+        " Left out, names that have the words tell."
+    ),
+]
 Labels = Annotated[list[str], Parameter(negative="")]
 
 
@@ -35,12 +43,12 @@ def grid_of(run: "Run", steps: int, spacing: Spacing) -> "Grid":
 
 
 def examples_of(
-    run: "Run", data: str | None, split: str | None, tell: bool
+    run: "Run", data: str | None, split: str | None, tell: bool, splits: str | None = None
 ) -> "tuple[Model, Tensor, str]":
     """The law of `data`, or of the run's own; what are its own is known from then on, and told."""
     if data is not None and run.meet(data) and tell:
         say(f"{data} are the run's own data; its commands read them there from now on")
-    return run.law(data, split)
+    return run.law(data, split, splits, say if tell else None)
 
 
 def json_text(value: object) -> str:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nelbo.cli.common import Device, Seed, Spacing, examples_of, grid_of, json_text, say
+from nelbo.cli.common import Device, Seed, Spacing, Splits, examples_of, grid_of, json_text, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ def evaluate(
     *,
     data: str | None = None,
     split: str | None = None,
+    splits: Splits | None = None,
     steps: int | None = None,
     grid: Spacing | None = None,
     calls: float | None = None,
@@ -117,11 +118,11 @@ def evaluate(
             model, weights = foreign.model, foreign.weights
             times: Times | None = foreign.times
             schema = None
-            x, split = foreign.examples(data, split)
+            x, split = foreign.examples(data, split, splits)
         else:
             loaded = load(run)
             weights, schema = loaded.weights, loaded.config.schema
-            model, x, split = examples_of(loaded, data, split, rank == 0)
+            model, x, split = examples_of(loaded, data, split, rank == 0, splits)
             loaded.model.to(place)  # a grid is measured there too
             times = None if steps is None else grid_of(loaded, steps, spacing)
         model.to(place)

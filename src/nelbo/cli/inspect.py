@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from nelbo.cli.common import json_text
+from nelbo.cli.common import Splits, json_text
 
 
 def inspect(
@@ -12,6 +12,7 @@ def inspect(
     levels: int | None = None,
     size: int | None = None,
     schema: Path | None = None,
+    splits: Splits | None = None,
     json: bool = False,
 ) -> None:
     """Show what DATA is: the columns of a table, and what makes a likelihood of it meaningless;
@@ -45,7 +46,7 @@ def inspect(
         else:
             show.compressed(data, report)
         return
-    found = inspection.inspect(data, levels=levels, size=size, schema=schema)
+    found = inspection.inspect(data, levels=levels, size=size, schema=schema, splits=splits)
     if json:
         print(json_text(found.to_dict()))
     else:

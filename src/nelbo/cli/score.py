@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from nelbo.cli.common import Device, RunFolder, Seed, examples_of, say
+from nelbo.cli.common import Device, RunFolder, Seed, Splits, examples_of, say
 
 
 def score(
@@ -14,6 +14,7 @@ def score(
     score: Literal["bound", "complexity", "typicality"] = "bound",
     against: Literal["validation", "train", "test"] = "validation",
     split: str | None = None,
+    splits: Splits | None = None,
     calls: int | None = None,
     figure: Path | None = None,
     seed: Seed = 0,
@@ -49,7 +50,7 @@ def score(
     from nelbo._processes import together
     from nelbo._progress import tracker
     from nelbo.checkpoint import load
-    from nelbo.data.conform import SPLITS
+    from nelbo.data.splits import SPLITS
     from nelbo.model import find_device
 
     for path, suffix in ((out, ".csv"), (figure, ".png")):
@@ -60,7 +61,7 @@ def score(
     with together() as rank:
         loaded = load(run)
         schema, place = loaded.config.schema, find_device(device)
-        model, x, name = examples_of(loaded, data, split, rank == 0)
+        model, x, name = examples_of(loaded, data, split, rank == 0, splits)
         reference = loaded.law(split=against)[:2]
         loaded.model.to(place)
         track = tracker("score")

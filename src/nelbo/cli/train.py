@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from nelbo import config
-from nelbo.cli.common import Labels, say
+from nelbo.cli.common import Labels, Splits, say
 
 if TYPE_CHECKING:
     from nelbo.checkpoint import Run
@@ -160,6 +160,7 @@ def train(
     size: int | None = None,
     schema: Path | None = None,
     condition: Labels | None = None,
+    splits: Splits | None = None,
     minutes: float | None = None,
     device: str = "cpu",
     options: TrainOptions | None = None,
@@ -174,7 +175,7 @@ def train(
     data
         "digits" (scikit-learn's 8x8 images), a .npy, .npz or idx file (integers N x ... are
         modelled as levels, floats as densities), a table (.csv, .tsv, .parquet, .arrow), a .tar
-        shard of PNG or JPEG images, a .txt file,
+        shard of images, a .txt file,
         or a folder of images, idx files, shards or .txt files; or such files at a URL, as in
         s3://bucket/data/*.tar.
     out
@@ -238,6 +239,7 @@ def train(
                 size=size,
                 schema=schema,
                 condition=condition or (),
+                splits=splits,
                 minutes=minutes,
                 device=device,
                 progress=progress,
@@ -253,6 +255,7 @@ def train(
             "--size": size,
             "--schema": schema,
             "--condition": condition,
+            "--splits": splits,
             "--minutes": minutes,
         }
         others = [name for name, value in asked.items() if value is not None]

@@ -12,13 +12,21 @@ import numpy as np
 from numpy.lib import format as npy
 
 from nelbo import _limits
-from nelbo.data.conform import Found, by_split
+from nelbo.data.conform import Found
+from nelbo.data.splits import (
+    MEANING,
+    Declared,
+    group,
+    one_each,
+    refuse_unclear,
+    split_of,
+    words_of,
+)
 
-#: what stands before the name of a split
-PREFIXES = ("x_", "X_", "")
-
-#: what arrays of labels are called, before the name of a split
-LABELS = ("y", "labels", "label")
+#: what arrays of examples are called beside the name of a split, the likeliest first
+EXAMPLES = ("x", "images", "image", "data", "inputs", "features", "samples", "examples")
+#: what arrays of labels are called
+LABELS = ("y", "labels", "label", "targets", "target", "classes", "class")
 
 
 def read_npy(path: Path) -> Found:
@@ -30,24 +38,24 @@ def read_npy(path: Path) -> Found:
     return found_arrays(path, {"all": load_npy(path)}, {"all": str(path)})
 
 
-def read_npz(path: Path) -> Found:
+def read_npz(path: Path, splits: Declared | None = None) -> Found:
     """The examples of a .npz file: x_train, x_validation, x_test; train, ..; x; or the only one.
 
-    Arrays y_train, .. or labels_train, ..; y or labels are their labels: integers and strings are
-    classes, under the name class, and reals are numbers, under the name y.
+    Arrays y_train, train_labels, ..; y or labels are their labels: integers and strings are
+    classes, under the name class, and reals are numbers, under the name y. Which names are of
+    which split: see `splits`.
 
     Raises:
         ValueError: if the file is damaged, has none of these names, or an array is not one of
             numeric examples.
     """
     keys = names_in(path)
-    names = choose(keys)
+    names, of_labels, guessed = choose(keys, path, splits)
     if not names:
         raise ValueError(
             f"{path} holds the arrays {', '.join(keys) or '(none)'}; name the examples x_train, "
             f"x_validation and x_test, or x"
         )
-    of_labels = label_names(keys, names)
     used = (*names.values(), *of_labels.values())
     loaded = load_npz(path, used)
     arrays = {split: loaded[name] for split, name in names.items()}
@@ -55,7 +63,8 @@ def read_npz(path: Path) -> Found:
     ignored = [key for key in keys if key not in used]
     note = f"used {', '.join(used)} and ignored {', '.join(ignored)}"
     where = {split: f"{name} in {path}" for split, name in names.items()}
-    found = found_arrays(path, arrays, where, (note,) if ignored else ())
+    notes = (*guessed, *([note] if ignored else []))
+    found = found_arrays(path, arrays, where, notes)
     if not labels:
         return found
     real = any(values.dtype.kind == "f" for values in labels.values())
@@ -131,42 +140,66 @@ def _array(stream: IO[bytes], size: int) -> np.ndarray:
     return npy.read_array(stream, allow_pickle=False)
 
 
-def choose(keys: Collection[str]) -> dict[str, str]:
-    """Which array is which split, {} if no rule applies.
+def choose(
+    keys: Collection[str], source: object = "", declared: Declared | None = None
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Which array is which split, {} if no rule applies; which holds its labels, {} unless all
+    splits have some; and notes.
 
-    >>> choose(["x_train", "y_train", "x_val"])
-    {'train': 'x_train', 'validation': 'x_val'}
-    >>> choose(["x", "y"])
-    {'all': 'x'}
+    >>> choose(["x_train", "y_train", "x_val"])[:2]
+    ({'train': 'x_train', 'validation': 'x_val'}, {})
+    >>> choose(["trainImages", "test_images", "train_labels", "ids"])[0]
+    {'train': 'trainImages', 'test': 'test_images'}
+    >>> choose(["X", "target"])[:2]
+    ({'all': 'X'}, {'all': 'target'})
 
     Raises:
-        ValueError: if two names mean the same split.
+        ValueError: if two names mean the same split, or one cannot be told.
     """
-    for prefix in PREFIXES:
-        of_prefix = ((key.removeprefix(prefix), key) for key in keys if key.startswith(prefix))
-        if splits := by_split(of_prefix):
-            return splits
-    if len(keys) == 1:
-        return {"all": next(iter(keys))}
-    only = [key for key in ("x", "X") if key in keys]
-    return {"all": only[0]} if len(only) == 1 else {}
-
-
-def label_names(keys: Collection[str], names: Mapping[str, str]) -> dict[str, str]:
-    """Which array holds the labels of which split, {} unless all splits have one.
-
-    >>> label_names(["x_train", "y_train"], {"train": "x_train"})
-    {'train': 'y_train'}
-    >>> label_names(["x", "labels"], {"all": "x"})
-    {'all': 'labels'}
-    """
-    found: dict[str, str] = {}
+    of_labels = [key for key in keys if set(_stem(key)) & set(LABELS)]
+    others = [key for key in keys if key not in of_labels]
+    notes: list[str] = []
+    if declared:
+        names = one_each(group(list(keys), source, declared, BESIDE), list(keys), source)
+    else:
+        for key in others:
+            refuse_unclear(key, source)
+        names, notes = _by_stem(others, source, declared)
+    labels = {}
     for split, name in names.items():
-        ending = "" if split == "all" else f"_{name.removeprefix('x_').removeprefix('X_')}"
-        for option in (word + ending for word in LABELS):
-            if option in keys and option != name:
-                found.setdefault(split, option)
-    return found if len(found) == len(names) else {}
+        own = None if split == "all" else split_of(name)
+        mine = [key for key in of_labels if key != name and split_of(key) == own]
+        ranked = sorted(mine, key=lambda key: (len(_stem(key)), LABELS.index(_word(key))))
+        if ranked:
+            labels[split] = ranked[0]
+    return names, labels if len(labels) == len(names) else {}, notes
+
+
+BESIDE = "arrays beside the splits"
+
+
+def _stem(key: str) -> tuple[str, ...]:
+    """The words of a key but for that of its split."""
+    return tuple(word for word in words_of(key) if word not in MEANING)
+
+
+def _word(key: str) -> str:
+    return next(word for word in _stem(key) if word in LABELS)
+
+
+def _by_stem(
+    keys: Collection[str], source: object, declared: Declared | None
+) -> tuple[dict[str, str], list[str]]:
+    """The array of each split of those that examples are likeliest in, and notes; or the one."""
+    stems: list[tuple[str, ...]] = [*((word,) for word in EXAMPLES), ()]
+    own = {_stem(key) for key in keys} - set(stems)
+    stems += own if len(own) == 1 else []
+    alike = [[key for key in keys if _stem(key) == stem] for stem in stems]
+    for some in sorted(alike, key=lambda some: not any(map(split_of, some))):
+        groups = group(some, source, declared, BESIDE)
+        if len(some) == 1 or (some and "all" not in groups.parts):
+            return one_each(groups, some, source), groups.notes
+    return {}, []
 
 
 def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:

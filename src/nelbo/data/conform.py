@@ -1,10 +1,8 @@
 """From the arrays that a reader found to a schema, stored tensors and splits."""
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
+from nelbo.data.splits import SPLITS
 
 #: beyond this many values per dimension, integers are better treated as real or binned
 MOST_LEVELS = 65536
@@ -19,15 +18,6 @@ MOST_LEVELS = 65536
 #: of the seed of a split
 SALT = 0x6E656C626F
 
-#: the splits, and what a source may call them
-SPLITS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val"),
-    "test": ("test",),
-}
-
-
-Thing = TypeVar("Thing")
 Stored = np.ndarray | Rows
 
 
@@ -55,48 +45,6 @@ class Found:
 
     def label(self, part: str) -> str:
         return self.source if part == "all" else f"the {part} split of {self.source}"
-
-
-def by_split(
-    named: Iterable[tuple[str, Thing]], words: Mapping[str, Collection[str]] = SPLITS
-) -> dict[str, Thing]:
-    """Things by name as those of the splits that the names mean; others are left out.
-
-    Raises:
-        ValueError: if two are of the same split.
-    """
-    named, found = list(named), {}
-    for split, names in words.items():
-        present = [thing for word in names for name, thing in named if name == word]
-        if len(present) > 1:
-            raise ValueError(
-                f"{present[0]} and {present[1]} both name the {split} split; keep one"
-            )
-        if present:
-            found[split] = present[0]
-    return found
-
-
-def parts_of(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split by the first word of their names; {"all": files} if they have none.
-
-    >>> parts_of([Path("train-0.tar"), Path("val-0.tar")])["validation"][0].name
-    'val-0.tar'
-
-    Raises:
-        ValueError: only some are of a split.
-    """
-    word = {file: re.split(r"[^a-z]", file.name.lower())[0] for file in files}
-    parts = {
-        split: [file for file in files if word[file] in names] for split, names in SPLITS.items()
-    }
-    parts = {split: found for split, found in parts.items() if found}
-    if sum(map(len, parts.values())) == len(files):
-        return parts
-    if parts:
-        other = next(file for file in files if not any(file in part for part in parts.values()))
-        raise ValueError(f"{other} is of no split, but others are; name it train-.., or move it")
-    return {"all": list(files)}
 
 
 def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:

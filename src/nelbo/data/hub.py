@@ -7,6 +7,7 @@ disk: a table is passed over once to find its columns and once for its hash, and
 order, shuffled in windows; a run is continued by skipping what it has seen.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,11 @@ import numpy as np
 
 from nelbo import _limits
 from nelbo.data import tables, text
-from nelbo.data.conform import SPLITS, Found, by_split
+from nelbo.data.conform import Found
 from nelbo.data.encoded import Form, read_images
+from nelbo.data.labels import as_text
 from nelbo.data.schema import Schema
+from nelbo.data.splits import Declared, group, one_each
 from nelbo.data.streams import Table
 
 if TYPE_CHECKING:
@@ -68,8 +71,8 @@ class Opened:
         return TEXT in self.features and self.features[TEXT].dtype in ("string", "large_string")
 
 
-def find(source: str) -> Opened:
-    """The data set of that name.
+def find(source: str, declared: Declared | None = None) -> Opened:
+    """The data set of that name, with the splits as declared.
 
     Raises:
         ValueError: `datasets` is missing, cannot load it, or no split of it can be told.
@@ -95,23 +98,25 @@ def find(source: str) -> Opened:
         raise ValueError(f"datasets cannot load {rest!r}: {reason}") from error
     name = prefix + (f"{rest}:{config}" if config else rest)
     splits = dict(found) if isinstance(found, dict) else {"all": found}
-    known = by_split(splits.items()) or (splits if list(splits) == ["all"] else {})
-    if not known:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}, none of which is train")
-    others = [split for split in splits if not any(split in words for words in SPLITS.values())]
-    notes = (f"splits left out: {', '.join(others)}",) if others and "all" not in known else ()
+    groups = group(list(splits), name, declared, "beside the splits")
+    if len(groups.parts.get("all", ())) > 1:
+        raise ValueError(
+            f"{name} has the splits {', '.join(splits)}, none of which is train; name it, as in"
+            f" --splits train={next(iter(splits))}"
+        )
+    known = {each: splits[k] for each, k in one_each(groups, list(splits), name).items()}
     first = next(iter(known.values()))
     features = first.features or first.resolve_features().features
-    return Opened(name, known, features, streaming and hasattr(first, "skip"), notes)
+    return Opened(name, known, features, streaming and hasattr(first, "skip"), tuple(groups.notes))
 
 
-def table(source: str) -> Table | None:
+def table(source: str, declared: Declared | None = None) -> Table | None:
     """The data set as a table; None if it is of images or text.
 
     Raises:
         ValueError: it has columns that no table has.
     """
-    found = find(source)
+    found = find(source, declared)
     if found.image or found.is_text:
         return None
     for name, feature in found.features.items():
@@ -123,13 +128,15 @@ def table(source: str) -> Table | None:
     return (Stream if found.streaming else Stored)(found)
 
 
-def read(source: str, form: Form, schema: Schema | None) -> tuple[str, Found]:
+def read(
+    source: str, form: Form, schema: Schema | None, declared: Declared | None = None, seed: int = 0
+) -> tuple[str, Found]:
     """The images or the text of a data set; to measure a model of `schema` on, if given.
 
     Raises:
         ValueError: a stream of images, or options that do not go with it.
     """
-    found = find(source)
+    found = find(source, declared)
     if found.image:
         return found.name, _images(found, found.image, form)
     parts = {split: _join(each) for split, each in found.splits.items()}
@@ -137,7 +144,7 @@ def read(source: str, form: Form, schema: Schema | None) -> tuple[str, Found]:
     notes = [*found.notes, *([f"columns left out: {', '.join(others)}"] if others else [])]
     if schema is not None:
         return found.name, text.of_bytes_like(found.name, parts, notes, schema)
-    return found.name, text.of_bytes(found.name, parts, notes, form.size, form.levels)
+    return found.name, text.of_bytes(found.name, parts, notes, form.size, form.levels, seed)
 
 
 def _join(rows: "Split") -> bytes:
@@ -169,10 +176,24 @@ def _images(found: Opened, column: str, form: Form) -> Found:
 
 
 def _labels(rows: "Split", name: str, feature: "FeatureType") -> np.ndarray:
-    values = rows.with_format("numpy")[name][:]
+    """The labels of rows; "" or NaN where one is missing, which of classes is the code -1 too."""
+    values = rows.with_format("arrow")[name][:].to_pylist()
     if _type(feature) == "ClassLabel":
-        return np.array(feature.names)[values]
-    return np.asarray(values, str) if feature.dtype == "string" else np.asarray(values)
+        names = dict(enumerate(feature.names)) | {None: "", -1: ""}
+        odd = next((i for i, value in enumerate(values) if value not in names), None)
+        if odd is not None:
+            raise ValueError(
+                f"the label {name} of row {odd + 1} is {values[odd]}; it has {len(feature.names)}"
+                " classes, and -1 for none"
+            )
+        return np.array([names[value] for value in values], str)
+    some = [value for value in values if value is not None]
+    if any(isinstance(value, float) for value in some):
+        return np.array([math.nan if value is None else value for value in values], float)
+    if len(some) == len(values) and not any(isinstance(value, str) for value in some):
+        return np.array(values)
+    texts = {value: as_text(np.array([value]))[0] for value in set(some)}
+    return np.array([texts.get(value, "") for value in values], str)
 
 
 class Cells:
@@ -231,6 +252,7 @@ class _Rows(Table):
             parts[split] = first, self._count(rows)
             first += parts[split][1]
         super().__init__(found.name, parts, list(found.features))
+        self.notes = found.notes
         if not first:
             raise ValueError(f"{found.name} has 0 rows; give at least 1")
 

@@ -11,13 +11,12 @@ import numpy as np
 
 from nelbo import _limits
 from nelbo.data.arrays import found_arrays
-from nelbo.data.conform import SPLITS, Found, by_split
+from nelbo.data.conform import Found
+from nelbo.data.splits import Declared, group, one_each
 
 #: the third byte of a file
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 NAME = re.compile(r"(?P<stem>.*?)[-_.]?(?P<what>images|labels)[-_.]idx\d-\w+(\.gz)?", re.I)
-#: the test set of MNIST goes by a name of its own
-WORDS = {**SPLITS, "test": (*SPLITS["test"], "t10k")}
 
 
 def is_idx(path: Path) -> bool:
@@ -30,7 +29,7 @@ def images_in(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if _stem(file, "images") is not None]
 
 
-def read_idx(source: Path) -> Found:
+def read_idx(source: Path, splits: Declared | None = None) -> Found:
     """The examples of an idx file; or of train-images-idx3-ubyte and the like in a folder.
 
     Files of labels beside them are their classes.
@@ -38,8 +37,9 @@ def read_idx(source: Path) -> Found:
     Raises:
         ValueError: if a file is damaged or not as long as its header says.
     """
-    files = {"all": source} if source.is_file() else _splits(source)
-    found = found_arrays(source, {part: read_array(file) for part, file in files.items()}, files)
+    files, notes = ({"all": source}, []) if source.is_file() else _splits(source, splits)
+    arrays = {part: read_array(file) for part, file in files.items()}
+    found = found_arrays(source, arrays, files, tuple(notes))
     beside = {part: _labels_of(file) for part, file in files.items()}
     labels = {part: read_array(file) for part, file in beside.items() if file is not None}
     return replace(found, labels={"class": labels}) if len(labels) == len(files) else found
@@ -81,15 +81,16 @@ def read_array(path: Path) -> np.ndarray:
     return array.astype(kind.newbyteorder("="))
 
 
-def _splits(folder: Path) -> dict[str, Path]:
-    files = images_in(folder)
-    found = by_split(((str(_stem(file, "images")).lower(), file) for file in files), WORDS)
-    if not found:
+def _splits(folder: Path, splits: Declared | None) -> tuple[dict[str, Path], list[str]]:
+    files = {str(_stem(file, "images")): file for file in images_in(folder)}
+    groups = group(list(files), folder, splits)
+    if len(groups.parts.get("all", ())) > 1:
         raise ValueError(
             f"{folder} has several idx files of images, none named train; give one of them:"
-            f" {files[0]}"
+            f" {next(iter(files.values()))}"
         )
-    return found
+    stems = one_each(groups, list(files), folder)
+    return {split: files[stem] for split, stem in stems.items()}, groups.notes
 
 
 def _labels_of(images: Path) -> Path | None:

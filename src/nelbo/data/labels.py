@@ -1,6 +1,7 @@
 """Labels of examples, which a model may be conditioned on: classes by name, or real numbers."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from nelbo.data.schema import Label
 
+NO_CLASS = "-1"  # of an example without a class, where classes are 0, 1, 2, ..
+
 
 def of_examples(values: np.ndarray, count: int, name: str, where: str) -> np.ndarray:
-    """Labels as found, of `count` examples, as (count,) texts, integers or finite reals.
+    """Labels as found, of `count` examples, (count,): texts, integers or reals, NaN where missing.
 
     Raises:
         ValueError: if they are none.
@@ -27,8 +30,8 @@ def of_examples(values: np.ndarray, count: int, name: str, where: str) -> np.nda
             f" float64 or strings"
         )
     values = values.reshape(count)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        first = int((~np.isfinite(values)).argmax())
+    if values.dtype.kind == "f" and np.isinf(values).any():
+        first = int(np.isinf(values).argmax())
         raise ValueError(
             f"the label {name} of example {first} of {where} is {values[first]}; fill or remove it"
         )
@@ -38,32 +41,64 @@ def of_examples(values: np.ndarray, count: int, name: str, where: str) -> np.nda
 def infer_label(name: str, parts: Mapping[str, np.ndarray], source: str) -> Label:
     """Strings, integers and booleans are classes, in their order; reals are numbers.
 
+    NaN, "" and, beside 0, 1, .., the code -1 are no labels: those of examples that have none.
+
     Args:
         name: of the label.
         parts: (N,) of each part.
         source: for messages.
 
     Raises:
-        ValueError: if there is one class only, or about as many as examples.
+        ValueError: if there is one class only, or about as many as examples, or none; or if -1
+            may be a class or none.
     """
     if all(values.dtype.kind == "f" for values in parts.values()):
+        for part, values in parts.items():
+            if np.isnan(values).all():
+                where = source if part == "all" else f"the {part} split of {source}"
+                if part in ("all", "train"):
+                    raise ValueError(
+                        f"the label {name} of example 0 of {where} is nan, and so are all others;"
+                        f" leave --condition {name} out"
+                    )
         return Label(name)
-    values = [text for part in parts.values() for text in as_text(part)]
-    classes = sorted(set(values), key=_in_order)
+    texts = {part: as_text(values) for part, values in parts.items()}
+    known = [text for part in texts.values() for text in part if text]
+    classes = sorted(set(known), key=_in_order)
+    if NO_CLASS in classes and _is_code(name, texts, classes):
+        classes.remove(NO_CLASS)
+        known = [text for text in known if text != NO_CLASS]
     if len(classes) < 2:
+        has = f"are {classes[0]!r}" if classes else "are missing"
+        raise ValueError(f"all labels {name} of {source} {has}; leave --condition {name} out")
+    if len(classes) > max(len(known) // 2, 2):
         raise ValueError(
-            f"all labels {name} of {source} are {classes[0]!r}; leave --condition {name} out"
-        )
-    if len(classes) > max(len(values) // 2, 2):
-        raise ValueError(
-            f"the label {name} of {source} takes {len(classes)} values in {len(values)} examples,"
+            f"the label {name} of {source} takes {len(classes)} values in {len(known)} examples,"
             f" which are no classes; save it as float64 if it is a number"
         )
     return Label(name, tuple(classes))
 
 
+def _is_code(name: str, texts: Mapping[str, list[str]], classes: list[str]) -> bool:
+    """Whether -1 says that an example has no class, as it does beside 0, 1, 2, ..
+
+    Raises:
+        ValueError: beside 0 and 1 alone, where it may be a third one.
+    """
+    others = [text for text in classes if text != NO_CLASS]
+    if len(others) < 2 or not all(map(str.isdecimal, others)):
+        return False
+    mixed = any(NO_CLASS in part and len(set(part)) > 1 for part in texts.values())
+    if others == ["0", "1"] and mixed:
+        raise ValueError(
+            f"the labels {name} are -1, 0 and 1: three classes, or two and -1 for none; save them"
+            " as words, empty where there is none"
+        )
+    return True
+
+
 def codes(values: np.ndarray, label: Label, where: str) -> Tensor:
-    """Labels as the places of their classes, or as numbers; (N,), float64.
+    """Labels as the places of their classes, or as numbers; (N,), float64, NaN where missing.
 
     Raises:
         ValueError: if one is none of the classes.
@@ -74,7 +109,13 @@ def codes(values: np.ndarray, label: Label, where: str) -> Tensor:
                 f"the labels {label.name} of {where} must be numbers; got {values[0]}"
             )
         return torch.from_numpy(values.astype(np.float64))
-    place = {name: i for i, name in enumerate(label.classes)}
+    place = {name: float(i) for i, name in enumerate(label.classes)} | {"": math.nan}
+    if all(map(str.isdecimal, label.classes)):
+        place[NO_CLASS] = math.nan
+    if values.dtype.kind == "f":  # of classes that are numbers, where some are missing
+        if not np.array_equal(values, np.rint(values), equal_nan=True):
+            raise ValueError(f"the labels {label.name} of {where} are no classes but numbers")
+        values = np.array(["" if np.isnan(v) else str(int(v)) for v in values.tolist()], str)
     texts = as_text(values)
     for i, text in enumerate(texts):
         if text not in place:
@@ -85,6 +126,19 @@ def codes(values: np.ndarray, label: Label, where: str) -> Tensor:
     return torch.tensor([place[text] for text in texts], dtype=torch.float64)
 
 
+def missing(labels: Sequence[Label], stored: Mapping[str, Tensor]) -> list[str]:
+    """A note on the examples of each split that lack a label (N, len(labels)), if any do."""
+    lacking = {split: int(values.isnan().any(1).sum()) for split, values in stored.items()}
+    counts = [f"{n} of {len(stored[split])} {split}" for split, n in lacking.items() if n]
+    if not counts:
+        return []
+    names = " or ".join(label.name for label in labels)
+    return [
+        f"without {names}: {', '.join(counts)} examples; they are learned and measured as"
+        f" examples of which no {names} is known, by P(x)"
+    ]
+
+
 def standardised(label: Label, train: Tensor) -> Label:
     """A real label with mean and spread of the training examples; classes as they are.
 
@@ -93,9 +147,11 @@ def standardised(label: Label, train: Tensor) -> Label:
     """
     if label.classes:
         return label
-    spread = train.std(correction=0).item()
+    train = train[~train.isnan()]
+    spread = train.std(correction=0).item() if len(train) else 0.0
     if not spread > 0:
-        raise ValueError(f"all labels {label.name} are {train[0]:g}; leave --condition out")
+        value = f"{train[0]:g}" if len(train) else "missing"
+        raise ValueError(f"all labels {label.name} are {value}; leave --condition out")
     return replace(label, mean=train.mean().item(), spread=spread)
 
 

@@ -53,11 +53,14 @@ class Label:
         return len(self.classes) or 2
 
     def encode(self, values: Tensor) -> Tensor:
-        """Values (N,) as (N, features): one-hot; or standardised, and a one. Never all zero."""
+        """Values (N,) as (N, features): one-hot; or standardised, and a one. All zero only where
+        the value is missing, NaN."""
+        known = ~values.isnan()
         if self.classes:
-            return one_hot(values.long(), len(self.classes)).double()
-        values = (values.double() - self.mean) / self.spread
-        return torch.stack([values, torch.ones_like(values)], 1)
+            codes = torch.where(known, values, 0).long()
+            return one_hot(codes, len(self.classes)).double() * known[:, None]
+        values = torch.where(known, (values.double() - self.mean) / self.spread, 0)
+        return torch.stack([values, known.double()], 1)
 
     def describe(self) -> str:
         """What it may be."""
@@ -190,7 +193,7 @@ class Dataset:
             int64 for levels, float32 or float64 for reals. `as_examples` widens a batch.
         notes: one sentence for each thing that was inferred and not asked for.
         labels: name of a split to (N, len(schema.condition)), float64: the place of each
-            example's class, or its number.
+            example's class, or its number; NaN where it has none.
     """
 
     source: str

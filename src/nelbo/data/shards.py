@@ -6,84 +6,103 @@ A shard is an index of byte ranges. Members are never extracted, and their names
 import mmap
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from nelbo import _limits
-from nelbo.data.conform import Found, parts_of
+from nelbo.data.conform import Found
 from nelbo.data.encoded import SUFFIXES, Encoded, Form, read_images
+from nelbo.data.splits import Declared, group, split_of
+from nelbo.data.walk import walk
 
+SUFFIX = ".tar"
 LABEL = ".cls"
 LONGEST = 1000  # bytes of a label, at most
 
 
-def read_shards(source: Path, form: Form) -> Found:
+def read_shards(source: Path, form: Form, splits: Declared | None = None) -> Found:
     """The images of one tar file, or of all the tar files in a folder, in order of their names.
 
-    Files named train-000.tar, val-000.tar, test-000.tar and the like are the splits.
+    Which are of which split is told by the names of shards, and of members in them; see `splits`.
 
     Args:
         source: a .tar file, or a folder of some.
         form: how images become arrays.
+        splits: as declared.
 
     Raises:
-        ValueError: if a shard is cut or damaged, has no images, or only some have labels.
+        ValueError: if a shard is cut or damaged, or has no images.
     """
-    groups: dict[str, Encoded] = {}
-    labels: dict[str, list[str | None]] = {}
-    ignored: set[str] = set()
-    for part, files in _parts(source).items():
-        images, labels[part] = [], []
-        for file in files:
-            encoded, texts, others = _index(file)
-            images.append(encoded)
-            labels[part] += texts
-            ignored |= others
-        groups[part] = images[0].join(images[1:])
-    notes = [f"members {', '.join(sorted(ignored))} ignored"] if ignored else []
-    found = read_images(str(source), groups, form, notes)
-    known = [text is not None for texts in labels.values() for text in texts]
-    if any(known) and not all(known):
-        raise ValueError(
-            f"{source} has a label {LABEL} for {sum(known)} of its {len(known)} images; label all"
-        )
-    if not all(known):
+    walked = None if source.is_file() else walk(source, (SUFFIX,), "tar files")
+    indices = [_index(file) for file in ([source] if walked is None else walked.files)]
+    if not indices:
+        raise ValueError(f"{source} has no images, for its tar files are no files")
+    names, texts, ignored = [], [], Counter[str]()
+    for index in indices:
+        shard = index.images.files[0].relative_to(source).as_posix()
+        names += index.names if walked is None else [f"{shard}/{name}" for name in index.names]
+        texts += index.labels
+        ignored += index.ignored
+    parts, _, guessed = group(names, source, splits, "images outside the splits")
+    images = indices[0].images.join([index.images for index in indices[1:]])
+    notes = [] if walked is None else walked.notes()
+    if ignored:
+        notes.append(f"members {', '.join(sorted(ignored))} ignored")
+    groups = {part: images.at(np.array(rows)) for part, rows in parts.items()}
+    found = read_images(str(source), groups, form, [*notes, *guessed])
+    if not any(texts):
         return found
-    return replace(found, labels={"class": {p: np.array(texts) for p, texts in labels.items()}})
+    labels = {part: np.array([texts[i] for i in rows]) for part, rows in parts.items()}
+    return replace(found, labels={"class": labels})
 
 
-def shards_of(folder: Path) -> list[Path]:
-    """The tar files in a folder, by name."""
-    return sorted(file for file in folder.glob("*.tar") if not file.name.startswith("."))
+def holds_shards(folder: Path) -> bool:
+    """Whether there are tar files in a folder, or in its folders of splits."""
+    places = [folder, *(each for each in folder.iterdir() if split_of(each.name))]
+    return any(
+        file.name[0] != "." for place in places if place.is_dir() for file in place.glob("*.tar")
+    )
 
 
-def _parts(source: Path) -> dict[str, list[Path]]:
-    if source.is_file():
-        return {"all": [source]}
-    return parts_of(shards_of(source))
+class Index(NamedTuple):
+    """What a shard holds.
+
+    Args:
+        images: as ranges of bytes.
+        names: of the members that they are.
+        labels: of each image; empty where it has none.
+        ignored: types of the other members.
+    """
+
+    images: Encoded
+    names: list[str]
+    labels: list[str]
+    ignored: Counter[str]
 
 
-def _index(shard: Path) -> tuple[Encoded, list[str | None], set[str]]:
-    """The images of a shard, their labels, and the types of its other members."""
-    images: dict[str, tuple[int, int]] = {}
+def _index(shard: Path) -> Index:
+    images: dict[str, tuple[str, str, int, int]] = {}  # by the name without its type
     labels: dict[str, str] = {}
-    ignored: set[str] = set()
+    ignored = Counter[str]()
     _limits.regular(shard)
     with shard.open("rb") as file:
         for member in _members(shard):
             folder, _, name = member.name.rpartition("/")
-            if not member.isreg() or name.startswith("."):
+            if member.isdir() or name.startswith("."):
                 continue
-            stem, dot, suffix = name.partition(".")
-            key, suffix = f"{folder}/{stem}", f"{dot}{suffix}".lower()
-            if suffix in SUFFIXES:
+            stem, dot, last = name.rpartition(".")
+            key, suffix = f"{folder}/{stem}", f"{dot}{last}".lower()
+            if not member.isreg():
+                ignored["that are links"] += 1
+            elif suffix in SUFFIXES:
                 if key in images:
                     raise ValueError(f"{shard} has two images {key.lstrip('/')}; keep one")
-                images[key] = member.offset_data, member.size
+                images[key] = member.name, suffix, member.offset_data, member.size
             elif suffix == LABEL:
                 file.seek(member.offset_data)
                 text = file.read(min(member.size, LONGEST)).decode(errors="replace").strip()
@@ -91,12 +110,50 @@ def _index(shard: Path) -> tuple[Encoded, list[str | None], set[str]]:
                     raise ValueError(f"the label {member.name} in {shard} is empty; name a class")
                 labels[key] = sys.intern(text)  # few different ones
             else:
-                ignored.add(suffix or name)
+                ignored[name[name.find(".") :].lower() if "." in name else name] += 1
+    images, fields = _examples(images, shard)
+    ignored += fields
     if not images:
-        raise ValueError(f"{shard} has no PNG or JPEG images; give a tar file that holds some")
-    offset, size = np.array(list(images.values()), np.int64).T
-    encoded = Encoded((shard,), np.zeros(len(images), np.int64), offset, size)
-    return encoded, [labels.get(key) for key in images], ignored
+        raise ValueError(f"{shard} has no images; give a tar file that holds some")
+    names, _, offset, size = zip(*images.values(), strict=True)
+    encoded = Encoded(
+        (shard,), np.zeros(len(names), np.int64), np.array(offset, np.int64), np.array(size)
+    )
+    known = [labels.get(key) or labels.get(_key(key), "") for key in images]
+    return Index(encoded, list(names), known, ignored)
+
+
+def _key(name: str) -> str:
+    """The key of a member: WebDataset has it end at the first dot of the name."""
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.partition('.')[0]}"
+
+
+def _examples(
+    images: dict[str, tuple[str, str, int, int]], shard: Path
+) -> tuple[dict[str, tuple[str, str, int, int]], Counter[str]]:
+    """The images that are an example each, and the types of those that are not.
+
+    KEY.seg.png beside KEY.png is another field of that example. Where there is no KEY.png the dots
+    are of the key, unless the same words stand behind several keys: then they name fields.
+    """
+    dotted: dict[str, list[str]] = {}
+    for name in images:
+        if (key := _key(name)) != name:
+            dotted.setdefault(key, []).append(name)
+    beside = [name for key, names in dotted.items() if key in images for name in names]
+    alone = {key: names for key, names in dotted.items() if key not in images}
+    fields = Counter(name.removeprefix(key) for key, names in alone.items() for name in names)
+    if any(len(names) > 1 for names in alone.values()) and max(fields.values()) > 1:
+        several = next(names for names in alone.values() if len(names) > 1)
+        first, second = (images[name][0] for name in several[:2])
+        raise ValueError(
+            f"{shard} has several images of one example, {first} and {second}; keep those of one"
+            " field in it"
+        )
+    ignored = Counter(name.removeprefix(_key(name)) + images[name][1] for name in beside)
+    others = set(beside)
+    return {name: each for name, each in images.items() if name not in others}, ignored
 
 
 class _Mapped(mmap.mmap):

@@ -27,8 +27,9 @@ from nelbo.data import (
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
 from nelbo.data.encoded import Form
 from nelbo.data.inference import complete, infer_column, infer_columns, typed
-from nelbo.data.labels import codes, infer_label, of_examples, standardised
+from nelbo.data.labels import codes, infer_label, missing, of_examples, standardised
 from nelbo.data.schema import Dataset, Label, Schema
+from nelbo.data.splits import Declared, declare
 
 if TYPE_CHECKING:
     from polars import DataFrame
@@ -36,11 +37,12 @@ if TYPE_CHECKING:
     from nelbo.data.tables import Frame
 
 BUILT_IN = {"digits": builtin.digits}
-FILES = {".npy": arrays.read_npy, ".npz": arrays.read_npz}
 SUPPORTED = (
     ".npy, .npz, .txt, idx or .tar files, a .csv, .tsv, .parquet or .arrow table, or a folder of"
-    " PNG or JPEG images or of such files"
+    " images or of such files"
 )
+#: what declares splits
+Splits = str | Mapping[str, str | Sequence[str]]
 
 
 def load(
@@ -51,6 +53,7 @@ def load(
     seed: int = 0,
     condition: Sequence[str] = (),
     schema: Schema | str | PathLike[str] | None = None,
+    splits: Splits | None = None,
 ) -> Dataset:
     """A data set to train on, with the splits "train", "validation" and "test".
 
@@ -70,6 +73,9 @@ def load(
         condition: names of labels that the examples are to be conditioned on.
         schema: of a table, or a JSON file that `inference.complete` understands; found in its
             cells where left out.
+        splits: which names are of which split, {"train": "a", "test": "b*"} or "train=a,test=b*",
+            of sub-folders, files, arrays or splits of a hub; "none" draws all splits. By default
+            the names tell, see `splits`.
 
     Raises:
         FileNotFoundError: if there is no such source.
@@ -79,30 +85,41 @@ def load(
         raise ValueError(f"levels must be at least 2; got {levels}")
     if seed < 0:
         raise ValueError(f"seed must not be negative; got {seed}")
+    declared = declare(splits)
     if remote.is_url(source):
         copy = remote.here(source)
         at_copy = load(
-            copy, levels=levels, size=size, seed=seed, condition=condition, schema=schema
+            copy,
+            levels=levels,
+            size=size,
+            seed=seed,
+            condition=condition,
+            schema=schema,
+            splits=splits,
         )
         return replace(at_copy, source=str(source))
-    if not isinstance(source, str | PathLike) or is_table(source):
-        return _load_table(source, levels, size, seed, schema, condition)
+    if not isinstance(source, str | PathLike) or is_table(source, declared):
+        return _load_table(source, levels, size, seed, schema, condition, declared)
     if schema is not None:
         raise ValueError(f"a schema is given for tables; {source} is none")
-    name, found = _read(source, Form(size, levels=levels))
+    name, found = _read(source, Form(size, levels=levels), None, declared, seed)
     schema, inferred = infer(found, levels)
-    splits, how = split(store(found, schema), found.source, seed)
+    made, how = split(store(found, schema), found.source, seed)
     if schema.kind == "real":
-        refuse_constant(splits["train"], found.source)
+        refuse_constant(made["train"], found.source)
     labels, stored, unseen = _condition(found, condition, seed)
     if not labels:
         inferred += [f"--condition {each} conditions on the labels" for each in found.labels]
     schema = replace(schema, condition=labels)
-    return Dataset(name, schema, splits, (*found.notes, *inferred, *how, *unseen), stored)
+    return Dataset(name, schema, made, (*found.notes, *inferred, *how, *unseen), stored)
 
 
 def load_like(
-    source: "str | PathLike[str] | Frame", schema: Schema, *, size: int | None = None
+    source: "str | PathLike[str] | Frame",
+    schema: Schema,
+    *,
+    size: int | None = None,
+    splits: Splits | None = None,
 ) -> Dataset:
     """A data set to evaluate a model of some schema on.
 
@@ -110,6 +127,7 @@ def load_like(
         source: as in `load`.
         schema: what the model knows; the data must be of this shape and have these values.
         size: as in `load`.
+        splits: as in `load`; "none" for "all" of it.
 
     Returns:
         The splits that the source itself has, and "all", which is all of it in their order.
@@ -118,24 +136,24 @@ def load_like(
         FileNotFoundError: if there is no such source.
         ValueError: if it cannot be read or is not of this schema.
     """
-    source = remote.here(source)
-    if not isinstance(source, str | PathLike) or is_table(source):
-        return _load_table_like(source, schema)
+    source, declared = remote.here(source), declare(splits)
+    if not isinstance(source, str | PathLike) or is_table(source, declared):
+        return _load_table_like(source, schema, declared)
     if schema.kind == "table":
         raise ValueError(f"the model is of a table; {source} is not such data")
     channels = schema.shape[0] if len(schema.shape) == 3 else 1
-    name, found = _read(source, Form(size, channels, schema.levels), schema)
+    name, found = _read(source, Form(size, channels, schema.levels), schema, declared)
     if found.levels is not None and schema.levels is not None and found.levels < schema.levels:
         # Its values would fit, and mean something else.
         raise ValueError(
             f"{found.source} has {found.levels} levels where {schema.levels} are needed; "
             f"rescale it to 0..{schema.levels - 1} and save it as integers"
         )
-    splits, labels = store(found, schema), _store_labels(found, schema.condition)
-    for each in (splits, labels):
+    made, labels = store(found, schema), _store_labels(found, schema.condition)
+    for each in (made, labels):
         if each and "all" not in each:
             each["all"] = together(list(each.values()))
-    return Dataset(name, schema, splits, found.notes, labels)
+    return Dataset(name, schema, made, (*found.notes, *missing(schema.condition, labels)), labels)
 
 
 def _condition(
@@ -148,7 +166,7 @@ def _condition(
     stored, _ = split(_store_labels(found, labels), found.source, seed)
     train = stored["train"]
     labels = [standardised(label, train[:, i]) for i, label in enumerate(labels)]
-    return tuple(labels), stored, _unseen(labels, train)
+    return tuple(labels), stored, [*_unseen(labels, train), *missing(labels, stored)]
 
 
 def _labelled(found: Found, name: str) -> Mapping[str, np.ndarray]:
@@ -177,17 +195,17 @@ def _unseen(labels: Sequence[Label], train: Tensor) -> list[str]:
     """A note for each label that has classes without a training example."""
     notes = []
     for label, values in zip(labels, train.unbind(1), strict=True):
-        seen = set(values.long().tolist()) if label.classes else set()
+        seen = set(values[~values.isnan()].long().tolist()) if label.classes else set()
         unseen = [name for i, name in enumerate(label.classes) if i not in seen]
         if unseen:
             notes.append(f"no training example has the {label.name} {', '.join(unseen)}")
     return notes
 
 
-def is_table(source: str | PathLike[str]) -> bool:
+def is_table(source: str | PathLike[str], splits: Declared | None = None) -> bool:
     """Whether the name is that of a table, or of a folder of its shards."""
     if hub.is_hub(source):
-        return hub.table(str(source)) is not None
+        return hub.table(str(source), splits) is not None
     path = Path(source)
     return path.suffix.lower() in tables.FILES or (path.is_dir() and bool(streams.shards_of(path)))
 
@@ -199,11 +217,16 @@ def read_as_text(source: "str | PathLike[str] | Frame") -> bool:
     return Path(source).suffix.lower() in tables.SEPARATORS
 
 
-def stream_of(source: "str | PathLike[str] | Frame") -> streams.Table | None:
+def stream_of(
+    source: "str | PathLike[str] | Frame", splits: Declared | None = None
+) -> streams.Table | None:
     """The table that is to be read in blocks of rows, if it is such a one."""
     if hub.is_hub(source):
-        return hub.table(str(source))
-    return streams.find(Path(source).absolute()) if isinstance(source, str | PathLike) else None
+        return hub.table(str(source), splits)
+    path = Path(source).absolute() if isinstance(source, str | PathLike) else None
+    if splits is not None and (path is None or path.is_file()):
+        raise ValueError(f"splits are declared by names, and {_name(source)} is one table")
+    return None if path is None else streams.find(path, splits)
 
 
 def _name(source: "str | PathLike[str] | Frame") -> str:
@@ -229,6 +252,7 @@ def _load_table(
     seed: int,
     schema: Schema | str | PathLike[str] | None,
     condition: Sequence[str],
+    declared: Declared | None,
 ) -> Dataset:
     for option, value in (("levels", levels), ("size", size)):
         if value is not None:
@@ -236,7 +260,7 @@ def _load_table(
                 f"--{option} is for arrays and images; {_name(source)} is a table, whose columns"
                 " --schema describes"
             )
-    table = stream_of(source)
+    table = stream_of(source, declared)
     if table is not None and not condition:
         return _load_stream(table, schema, seed)
     name, frame = tables.find(source) if table is None else (table.name, table.whole())
@@ -251,8 +275,8 @@ def _load_table(
         columns, notes = infer_columns(frame.drop(*condition))
         schema = Schema.of_table(columns)
     elif not isinstance(schema, Schema):
-        declared = _limits.read_json(Path(schema))
-        columns, notes = complete(frame.drop(*condition), declared)
+        said = _limits.read_json(Path(schema))
+        columns, notes = complete(frame.drop(*condition), said)
         schema = Schema.of_table(columns)
     of_examples = frame.drop(*condition)
     if not read_as_text(source):
@@ -263,13 +287,16 @@ def _load_table(
     found = Found(name, {part: rows[few] for part, few in parts.items()}, labels=of_cells)
     labels, stored, unseen = _condition(found, condition, seed)
     schema = replace(schema, condition=labels)
-    return Dataset(name, schema, splits, (*notes, *taken, *how, *unseen), stored)
+    guessed = () if table is None else table.notes
+    return Dataset(name, schema, splits, (*guessed, *notes, *taken, *how, *unseen), stored)
 
 
-def _load_table_like(source: "str | PathLike[str] | Frame", schema: Schema) -> Dataset:
+def _load_table_like(
+    source: "str | PathLike[str] | Frame", schema: Schema, declared: Declared | None
+) -> Dataset:
     if schema.kind != "table":
         raise ValueError(f"the model is of no table; {_name(source)} is not such data")
-    table = stream_of(source)
+    table = stream_of(source, declared)
     if table is not None and not schema.condition:
         return Dataset(table.name, schema, streams.measured(table, schema.columns))
     name, frame = tables.find(source) if table is None else (table.name, table.whole())
@@ -297,37 +324,44 @@ def labels_of(frame: "DataFrame", schema: Schema, name: str) -> Tensor | None:
 
 
 def _read(
-    source: str | PathLike[str], form: Form, schema: Schema | None = None
+    source: str | PathLike[str],
+    form: Form,
+    schema: Schema | None,
+    splits: Declared | None,
+    seed: int = 0,
 ) -> tuple[str, Found]:
     """The full name of a source and what is in it; to measure a model of `schema` on, if given."""
     if form.size is not None and form.size < 1:
         raise ValueError(f"size must be at least 1; got {form.size}")
     if hub.is_hub(source):
-        return hub.read(str(source), form, schema)
+        return hub.read(str(source), form, schema, splits, seed)
     path = Path(source).absolute()
     built_in = BUILT_IN.get(source) if isinstance(source, str) else None
     if built_in is None and text.is_text(path):
         if schema is not None:
-            return str(path), text.read_like(path, schema)
-        return str(path), text.read(path, form.size, form.levels)
+            return str(path), text.read_like(path, schema, splits)
+        return str(path), text.read(path, form.size, form.levels, splits, seed)
     if built_in is None and path.is_dir() and not idx.images_in(path):
-        read = shards.read_shards if shards.shards_of(path) else folders.read_folder
-        return str(path), read(path, form)
+        read = shards.read_shards if shards.holds_shards(path) else folders.read_folder
+        return str(path), read(path, form, splits)
     if built_in is None and path.is_file() and path.suffix.lower() == ".tar":
-        return str(path), shards.read_shards(path, form)
+        return str(path), shards.read_shards(path, form, splits)
     if form.size is not None:
         raise ValueError(
             f"--size resizes encoded images or cuts text; {source} holds none, so leave it out"
         )
+    npz = built_in is None and path.is_file() and path.suffix.lower() == ".npz"
+    if splits is not None and not npz and not path.is_dir():
+        raise ValueError(f"splits are declared by names, and {source} is of one part")
     if built_in is not None:
         return str(source), built_in()
     if path.is_dir() or (path.is_file() and idx.is_idx(path)):
-        return str(path), idx.read_idx(path)
+        return str(path), idx.read_idx(path, splits)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file or folder {path}; give {SUPPORTED}, or a built-in set: "
             f"{', '.join(BUILT_IN)}"
         )
-    if path.suffix.lower() not in FILES:
+    if path.suffix.lower() not in (".npy", ".npz"):
         raise ValueError(f"{path} is of no known type; give {SUPPORTED}")
-    return str(path), FILES[path.suffix.lower()](path)
+    return str(path), arrays.read_npz(path, splits) if npz else arrays.read_npy(path)

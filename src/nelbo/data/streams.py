@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -21,14 +22,17 @@ from torch import Tensor
 
 from nelbo._numerics import derive_seed
 from nelbo.data import examples, tables
-from nelbo.data.conform import SALT, parts_of
+from nelbo.data.conform import SALT
 from nelbo.data.inference import complete_columns, infer_merged
 from nelbo.data.layout import Column, places
 from nelbo.data.rows import WINDOW, Rows
+from nelbo.data.splits import Declared, group
+from nelbo.data.walk import files_below
 
 if TYPE_CHECKING:
     from polars import DataFrame, LazyFrame
 
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 IN_MEMORY = 2**25  # cells of one file, beyond which it is read in blocks
 BLOCK = 2**15  # numbers of a block of examples
@@ -47,6 +51,8 @@ class Table(ABC):
 
     #: whether rows are only read in their order at a fair price
     sequential = False
+    #: what was guessed of its splits, or left out
+    notes: Sequence[str] = ()
 
     def __init__(self, name: str, parts: Mapping[str, tuple[int, int]], names: list[str]) -> None:
         self.name, self.parts, self.names = name, parts, names
@@ -84,14 +90,25 @@ class Files(Table):
     Args:
         name: for messages.
         groups: the files of each split, or of "all".
+        told: cells of all rows of a file that its folders name, of columns that it lacks.
+        notes: what was guessed.
 
     Raises:
         ValueError: a file is damaged, or has other columns than the first.
     """
 
-    def __init__(self, name: str, groups: Mapping[str, Sequence[Path]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        groups: Mapping[str, Sequence[Path]],
+        told: Mapping[Path, Mapping[str, str | None]] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
         self.files = [file for files in groups.values() for file in files]
-        self.frames = [_scan(file) for file in self.files]
+        self.told = [(told or {}).get(file, {}) for file in self.files]
+        self.frames = [
+            _scan(file, cells) for file, cells in zip(self.files, self.told, strict=True)
+        ]
         names, counts = zip(*map(_size, self.files, self.frames), strict=True)
         for file, other in zip(self.files, names, strict=True):
             if set(other) != set(names[0]):
@@ -105,6 +122,8 @@ class Files(Table):
             begin, at = at, at + len(files)
             parts[part] = int(self.first[begin]), int(self.first[at] - self.first[begin])
         super().__init__(name, parts, list(names[0]))
+        columns = ", ".join(dict.fromkeys(k for cells in self.told for k in cells))
+        self.notes = [*notes, *([f"columns named by folders: {columns}"] if columns else [])]
 
     def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
         import polars as pl
@@ -119,7 +138,8 @@ class Files(Table):
 
     def identity(self) -> bytes:
         digest = hashlib.sha256()
-        for path in self.files:
+        for path, cells in zip(self.files, self.told, strict=True):
+            digest.update(repr(sorted(cells.items())).encode() if cells else b"")
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.digest()
@@ -264,14 +284,20 @@ class TableRows(Rows):
             self.known.popitem(last=False)
 
 
-def find(source: Path) -> Table | None:
+def find(source: Path, splits: Declared | None = None) -> Table | None:
     """The table that is to be read in blocks: a folder of Parquet or Arrow files, or a large one.
 
-    Files named train-000.parquet, val-.., test-.. and the like are the splits.
+    Which files are of which split is told by their names, see `splits`.
     """
     if source.is_dir():
         files = shards_of(source)
-        return Files(str(source), parts_of(files)) if files else None
+        names = [file.relative_to(source).as_posix() for file in files]
+        if not files:
+            return None
+        parts, rests, notes = group(names, source, splits)
+        of_part = {part: [files[i] for i in few] for part, few in parts.items()}
+        told = {files[i]: partitions(rests[i]) for i in range(len(files))}
+        return Files(str(source), of_part, told, notes)
     if source.suffix.lower() not in SUFFIXES or not source.is_file():
         return None
     names, count = _size(source, _scan(source))
@@ -279,9 +305,25 @@ def find(source: Path) -> Table | None:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The Parquet or Arrow files in a folder, by name, if it has no others."""
-    files = sorted(file for file in folder.glob("[!._]*") if file.is_file())
-    return files if all(file.suffix.lower() in SUFFIXES for file in files) else []
+    """The Parquet or Arrow files below a folder, by name, if it has no others."""
+    files = []
+    for file in files_below(folder):
+        if any(part[0] == "_" for part in file.relative_to(folder).parts):
+            continue  # _SUCCESS, _metadata and the like
+        if file.suffix.lower() not in SUFFIXES:
+            return []
+        files.append(file)
+    return sorted(files, key=Path.as_posix)
+
+
+def partitions(name: str) -> dict[str, str | None]:
+    """The cells that the folders of a file name, as Hive has them.
+
+    >>> partitions("year=2020/city=S%C3%A3o/part-0.parquet")
+    {'year': '2020', 'city': 'São'}
+    """
+    pairs = [part.partition("=") for part in name.split("/")[:-1] if "=" in part]
+    return {unquote(k): None if v == HIVE_NULL else unquote(v) for k, _, v in pairs}
 
 
 def infer(table: Table, declared: object = None) -> tuple[list[Column], list[str]]:
@@ -314,7 +356,7 @@ def splits(
     made = {name: TableRows(table, columns, s, rounding=True) for name, s in shares.items()}
     sizes = ", ".join(f"{len(x)} {name}" for name, x in made.items())
     how = f"of each ten rows, {len(missing)} by seed {seed}: " if missing else ""
-    return cast(dict[str, Tensor], made), [f"read in blocks of rows; {how}{sizes}"]
+    return cast(dict[str, Tensor], made), [*table.notes, f"read in blocks of rows; {how}{sizes}"]
 
 
 def measured(table: Table, columns: Sequence[Column]) -> dict[str, Tensor]:
@@ -325,9 +367,21 @@ def measured(table: Table, columns: Sequence[Column]) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], made)
 
 
-def _scan(file: Path) -> "LazyFrame":
+def _scan(file: Path, told: Mapping[str, str | None] | None = None) -> "LazyFrame":
+    """The rows of a file, with the cells that its folders name where it lacks these columns."""
     pl = tables.polars()
-    return (pl.scan_parquet if file.suffix.lower() == ".parquet" else pl.scan_ipc)(file)
+    options = {"hive_partitioning": False}
+    frame = (pl.scan_parquet if file.suffix.lower() == ".parquet" else pl.scan_ipc)(
+        file, **options
+    )
+    if not told:
+        return cast("LazyFrame", frame)
+    own = tables.of_file(file, frame.collect_schema)
+    lacks = {name: cell for name, cell in told.items() if name not in own}
+    return cast(
+        "LazyFrame",
+        frame.with_columns(pl.lit(cell, pl.String).alias(name) for name, cell in lacks.items()),
+    )
 
 
 def _size(file: Path, frame: "LazyFrame") -> tuple[list[str], int]:

@@ -199,7 +199,7 @@ def column_of(frame: "DataFrame", name: str, label: str) -> "Series":
 def label_cells(frame: "DataFrame", name: str, words: bool) -> np.ndarray:
     """The cells of a column that is a condition, (N,): as words, or else as numbers.
 
-    No word is a class of its own, "".
+    Missing ones are "" or NaN.
 
     Raises:
         ValueError: no such column, or a cell that is no number.

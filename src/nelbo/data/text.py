@@ -2,8 +2,8 @@
 
 The alphabet is that of the training split, sorted, and one symbol more stands for any other
 character. A text of bytes has 256 symbols and no alphabet. Splits are contiguous, so that no
-chunk stands in two. Chunks to measure on follow each other; those to train on overlap, for a
-chunk may begin anywhere.
+chunk stands in two. Chunks to measure on follow each other; those to train on overlap and begin
+at random, for a chunk may begin anywhere.
 """
 
 from pathlib import Path
@@ -12,8 +12,10 @@ from typing import AnyStr
 import numpy as np
 
 from nelbo import _limits
-from nelbo.data.conform import SPLITS, Found
+from nelbo.data.conform import SALT, Found
 from nelbo.data.schema import Schema
+from nelbo.data.splits import SPLITS, Declared, group
+from nelbo.data.walk import files_below, walk
 
 SUFFIX = ".txt"
 LENGTH = 128  # symbols of a chunk
@@ -24,28 +26,37 @@ OTHER = "\ufffd"  # stands for the characters that are not in the alphabet
 
 def is_text(path: Path) -> bool:
     """Whether it is a .txt file, or a folder of nothing else but hidden files."""
-    files = [path] if path.is_file() else (f for f in path.rglob("[!.]*") if f.is_file())
+    if path.is_file():
+        return path.suffix.lower() == SUFFIX
     some = False
-    for file in files:  # the first that is none decides, of however many there are
+    for file in files_below(path):  # the first that is none decides, of however many there are
         some = file.suffix.lower() == SUFFIX
         if not some:
             return False
     return some
 
 
-def read(path: Path, length: int | None = None, levels: int | None = None) -> Found:
+def read(
+    path: Path,
+    length: int | None = None,
+    levels: int | None = None,
+    splits: Declared | None = None,
+    seed: int = 0,
+) -> Found:
     """A text to train on; splits that it lacks are a tenth each of the end of its training text.
 
     Args:
-        path: a .txt file in UTF-8; or a folder of them, whose files or sub-folders train,
-            validation (valid, val) and test are the splits, if there are any.
+        path: a .txt file in UTF-8; or a folder of them, of which the names of files or sub-folders
+            tell the splits, see `splits`.
         length: symbols of a chunk; 128 where left out.
         levels: 256 for bytes; else characters, where they are not too many.
+        splits: as declared.
+        seed: of where training chunks begin.
 
     Raises:
         ValueError: an empty or short text, one that is not UTF-8, another number of levels.
     """
-    return of_bytes(path, *_bytes_of(path), length, levels)
+    return of_bytes(path, *_bytes_of(path, splits), length, levels, seed)
 
 
 def of_bytes(
@@ -54,6 +65,7 @@ def of_bytes(
     notes: list[str],
     length: int | None = None,
     levels: int | None = None,
+    seed: int = 0,
 ) -> Found:
     """The same of the content of each split, or of "all"; `path` is for messages."""
     _refuse_empty(path, parts)
@@ -75,16 +87,16 @@ def of_bytes(
     codes = {part: encode(texts.get(part, x), alphabet) for part, x in parts.items()}
     if codes["train"].min() == codes["train"].max():
         raise ValueError(f"all symbols of {path} are the same, so there is nothing to learn")
-    return _chunks(path, codes, length or LENGTH, alphabet, notes, training=True)
+    return _chunks(path, codes, length or LENGTH, alphabet, notes, seed)
 
 
-def read_like(path: Path, schema: Schema) -> Found:
+def read_like(path: Path, schema: Schema, splits: Declared | None = None) -> Found:
     """A text to measure a model of some schema on; see `read`.
 
     Raises:
         ValueError: as `read`; the model is of no text.
     """
-    return of_bytes_like(path, *_bytes_of(path), schema)
+    return of_bytes_like(path, *_bytes_of(path, splits), schema)
 
 
 def of_bytes_like(
@@ -96,7 +108,7 @@ def of_bytes_like(
     _refuse_empty(path, parts)
     texts = {k: _decode(x, path, False) if schema.alphabet else x for k, x in parts.items()}
     codes = {part: encode(text, schema.alphabet) for part, text in texts.items()}
-    return _chunks(path, codes, schema.shape[0], schema.alphabet, notes, training=False)
+    return _chunks(path, codes, schema.shape[0], schema.alphabet, notes)
 
 
 def encode(text: str | bytes, alphabet: str) -> np.ndarray:
@@ -125,13 +137,13 @@ def decode(x: np.ndarray, alphabet: str) -> list[str]:
     return ["".join((alphabet + OTHER)[k] for k in chunk) for chunk in x.tolist()]
 
 
-def _bytes_of(path: Path) -> tuple[dict[str, bytes], list[str]]:
+def _bytes_of(path: Path, splits: Declared | None) -> tuple[dict[str, bytes], list[str]]:
     """The content of each split, or "all", the files of a split in the order of their names."""
     if path.is_file():
         groups: dict[str, list[Path]] = {"all": [path]}
         notes: list[str] = []
     else:
-        groups, notes = _groups(path)
+        groups, notes = _groups(path, splits)
     size = sum(_limits.regular(file) for files in groups.values() for file in files)
     _limits.check_memory(5 * size, str(path))  # as bytes, and as characters of 4
     parts = {part: b"".join(file.read_bytes() for file in files) for part, files in groups.items()}
@@ -144,18 +156,12 @@ def _refuse_empty(path: Path | str, parts: dict[str, bytes]) -> None:
             raise ValueError(f"{_label(path, part)} is an empty text; give one with symbols in it")
 
 
-def _groups(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    groups: dict[str, list[Path]] = {}
-    everything = sorted(folder.rglob(f"*{SUFFIX}"))
-    for split, names in SPLITS.items():
-        files = [f for f in everything if f.relative_to(folder).with_suffix("").parts[0] in names]
-        if files:
-            groups[split] = files
-    if not groups:
-        return {"all": everything}, []
-    outside = len(everything) - sum(map(len, groups.values()))
-    note = f"{outside} files outside the splits {', '.join(groups)} left out"
-    return groups, [note] if outside else []
+def _groups(folder: Path, splits: Declared | None) -> tuple[dict[str, list[Path]], list[str]]:
+    files, _, _ = walked = walk(folder, (SUFFIX,), "texts")
+    names = [file.relative_to(folder).as_posix() for file in files]
+    parts, _, notes = group(names, folder, splits)
+    found = {part: [files[i] for i in few] for part, few in parts.items()}
+    return found, [*walked.notes(), *notes]
 
 
 def _decode(content: bytes, path: Path | str, training: bool) -> str:
@@ -187,9 +193,14 @@ def _chunks(
     length: int,
     alphabet: str,
     notes: list[str],
-    training: bool,
+    seed: int | None = None,
 ) -> Found:
-    """Chunks (N, length) of the codes of each split."""
+    """Chunks (N, length) of the codes of each split; to train on, by a seed, where there is one.
+
+    Chunks to train on begin anywhere: one at random in each stride, for at multiples of the stride
+    they would see records of a fixed width at some of their phases only.
+    """
+    training = seed is not None
     unit, parts = "characters" if alphabet else "bytes", {}
     shortest = min(map(len, codes.values()))
     for part, code in codes.items():
@@ -199,12 +210,19 @@ def _chunks(
                 f"{_label(path, part)} has {len(code)} {unit}, too few for a chunk of {length};"
                 f" give more text{other}"
             )
-        overlap = OVERLAP if training and part == "train" else 1
+        learned = training and part == "train"
+        overlap = OVERLAP if learned else 1
         stride = max(1, length // min(overlap, max(1, WINDOWS // len(code))))
-        parts[part] = np.lib.stride_tricks.sliding_window_view(code, length)[::stride].copy()
+        windows = np.lib.stride_tricks.sliding_window_view(code, length)
+        begin = np.arange(0, len(windows), stride)
+        if learned:
+            # raw bits are the same in every numpy
+            bits = np.random.PCG64([SALT, 1, seed or 0]).random_raw(len(begin))
+            begin = begin + (bits % np.uint64(stride)).astype(np.int64)
+        parts[part] = windows[begin.clip(max=len(windows) - 1)]
         rest = (len(code) - length) % stride
         others = int((code == len(alphabet)).sum()) if alphabet else 0
-        if rest and overlap == 1:
+        if rest and not learned:
             notes.append(f"the last {rest} {unit} of {_label(path, part)} fill no chunk: left out")
         if others:
             notes.append(f"{others} characters of {_label(path, part)} are not in the alphabet")

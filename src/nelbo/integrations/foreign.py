@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nelbo import _limits, data
 from nelbo.data import Schema
+from nelbo.data.sources import Splits
 from nelbo.estimate import Times
 from nelbo.model import Model
 
@@ -31,19 +32,22 @@ class Foreign:
     weights: str
     notes: tuple[str, ...]
 
-    def examples(self, source: str | None, split: str | None = None) -> tuple[Tensor, str]:
+    def examples(
+        self, source: str | None, split: str | None = None, splits: Splits | None = None
+    ) -> tuple[Tensor, str]:
         """Examples to measure the model on, and a name for them.
 
         Args:
             source: as for `nelbo evaluate --data`.
             split: "train", "validation", "test" or "all", the default.
+            splits: which names are of which split, as `nelbo.data.load` takes them.
 
         Raises:
             ValueError: no source, data of another schema, or no such split.
         """
         if source is None:
             raise ValueError(f"{self.name} brings no data; give some with --data")
-        dataset = data.load_like(source, self.schema)
+        dataset = data.load_like(source, self.schema, splits=splits)
         split = split or "all"
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
