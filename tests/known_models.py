@@ -20,6 +20,7 @@ from nelbo.heads import Data, LevelLogits, SymbolLogits
 from nelbo.likelihood import Categorical, GaussianDensity, LevelHead
 from nelbo.model import Model
 from nelbo.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.product import Product, ProductDecoder, ProductHead, ProductStep
 from nelbo.reverse import Mixture, Posterior, Reverse
 from nelbo.schedules import Linear, PowerAlpha
 
@@ -219,3 +220,61 @@ MODELS: dict[str, Callable[[], Known]] = {
     "levels": levels,
     "symbols": symbols,
 }
+
+
+# ---- larger ones, of pairs of dimensions that nothing ties to each other
+
+
+def pairs(known: Known, shape: tuple[int, ...]) -> Known:
+    """Examples of this shape, each pair of whose dimensions is an example of `known`."""
+    one, each = known.model, torch.Size(shape).numel() // D
+
+    def network(features: Tensor, level: Tensor) -> Tensor:
+        parts = features.reshape(len(features) * each, -1)
+        found: Tensor = one.network(parts, level.repeat_interleave(each))
+        return found.reshape(len(features), *shape, *found.shape[2:])
+
+    return Known(
+        Model(Formula(network), one.process, one.head, one.step, one.decoder, shape),
+        lambda n: known.examples(n * each).reshape(n, *shape),
+        lambda x, times: known.bound(x.reshape(-1, D), times).view(len(x), each, 3).sum(1),
+    )
+
+
+def image() -> Known:
+    """2 x 3 pixels of four levels."""
+    return pairs(levels(), (1, 2, 3))
+
+
+def text() -> Known:
+    """Eight symbols."""
+    return pairs(symbols(), (8,))
+
+
+def table() -> Known:
+    """Two real columns and four categories."""
+    parts, sizes = [gaussian(), pairs(symbols(), (4,))], [D, 4]
+    one, other = (part.model for part in parts)
+
+    def network(features: Tensor, level: Tensor) -> Tensor:
+        found = one.network(features[:, :D], level), other.network(features[:, D:], level)
+        return torch.cat([v.flatten(1) for v in found], 1)
+
+    def terms(x: Tensor, times: Times) -> Tensor:
+        return parts[0].terms(x[:, :D], times) + parts[1].terms(x[:, D:].long(), times)
+
+    return Known(
+        Model(
+            Formula(network),
+            Product([one.process, other.process], sizes),
+            ProductHead([one.head, other.head], sizes),
+            ProductStep([one.step, other.step]),
+            ProductDecoder([one.decoder, other.decoder]),
+            (sum(sizes),),
+        ),
+        lambda n: torch.cat([part.examples(n).double() for part in parts], 1),
+        terms,
+    )
+
+
+LARGER: dict[str, Callable[[], Known]] = {"image": image, "text": text, "table": table}

@@ -44,6 +44,7 @@ ORDER = (
     "clusters",
     "roughness",
     "draw",
+    "intervals",
     "references",
     "control",
     "allocate",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from known_models import MODELS, Known
+from known_models import LARGER, MODELS, Known
 from processes import launch
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from nelbo.control import Controls
 from nelbo.data import as_examples
 from nelbo.estimate import Continuum, Grid, Times, elbo, iid, stratified
 from nelbo.evaluate import Evaluation, evaluate
+from nelbo.heads import SymbolLogits
 from nelbo.model import measuring
 
 TESTS = Path(__file__).parent
@@ -226,3 +227,67 @@ def test_two_processes_give_the_same_number():
         assert alone[0]["nats"] == pytest.approx(
             sum(map(float, alone[1]["nats"])) / examples, rel=1e-12
         )
+
+
+@pytest.mark.parametrize(("name", "calls"), [("text", 2), ("image", 4)])
+def test_each_example_s_interval_covers_at_few_calls(name, calls):
+    """Without a pilot. At two calls of a text each two draws in five agree on nothing at all."""
+    known, seeds = LARGER[name](), 30
+    x = known.examples(24)
+    truth = known.bound(x, Continuum()).sum(1)
+    found = [
+        evaluate(known.model, x, calls=calls, per_example=True, seed=seed).to_arrays()
+        for seed in range(seeds)
+    ]
+    values, errors = (
+        torch.stack([torch.tensor(f[key]) for f in found]) for key in ("nats", "standard_error")
+    )
+    stated = errors.isfinite()
+    assert stated.double().mean() > 0.9 and (errors[stated] > 0).all()
+    covered = ((values - truth).abs() <= 1.96 * errors)[stated].double().mean().item()
+    # 720 intervals, of 30 seeds: those of a seed share what is known of the noise
+    assert 0.92 <= covered <= 0.985, covered
+
+
+@pytest.mark.parametrize("calls", [8, 24])
+@pytest.mark.parametrize("name", ["gaussian", "table"])
+def test_one_example_takes_no_other_with_it(name, calls):
+    """A cell of 1e5 among a hundred: the others' errors are what they were, and true."""
+    known = {**MODELS, **LARGER}[name]()
+    x = known.examples(100)
+    others = torch.arange(100) != 17
+    far = x.clone()
+    far[17, 0] = 1e5
+    truth = known.bound(far, Continuum()).sum(1)
+    clean, found = (
+        evaluate(known.model, v, calls=calls, per_example=True).to_arrays() for v in (x, far)
+    )
+    before, after = (torch.tensor(a["standard_error"]) for a in (clean, found))
+    assert after[others].nanmedian() < 1.5 * before[others].nanmedian()
+    off = (torch.tensor(found["nats"]) - truth)[others]
+    assert (off.abs() < 1.96 * after[others]).double().mean() > 0.8
+    assert off.square().mean().sqrt() < 3 * before[others].square().nanmean().sqrt()
+
+
+@pytest.mark.parametrize("times", [Continuum(), Grid.uniform(4)], ids=["continuum", "4"])
+@pytest.mark.parametrize("calls", [4, 24])
+def test_probability_zero_stays_in_its_row(times, calls):
+    """Where a symbol is impossible its rows have the bound -inf, and the mean is infinite; all
+    others have a bound, and an error."""
+    known = MODELS["symbols"]()
+    head = known.model.head
+    assert isinstance(head, SymbolLogits)
+    x = known.examples(70)
+    possible = (x != 2).all(1)
+    x = torch.cat([x[possible], x[~possible][:3]])
+    head.log_prior.data = torch.tensor([0.0, 0.0, -torch.inf])
+    result = evaluate(known.model, x, times=times, calls=calls, per_example=True)
+    found = result.to_arrays()
+    values, errors = (torch.tensor(found[key]) for key in ("nats", "standard_error"))
+    assert result.nats == torch.inf and math.isnan(result.standard_error.total)
+    impossible = values.isinf()
+    assert impossible[-3:].any() and not impossible[:-3].any()
+    assert values[:-3].isfinite().all() and errors[:-3].isfinite().all()
+    assert errors[impossible].isnan().all()
+    truth = known.bound(x[:-3], times).sum(1)
+    assert ((values[:-3] - truth).abs() < 1.96 * errors[:-3]).double().mean() > 0.85

@@ -31,6 +31,7 @@ from nelbo.control import NOTHING_SAID, Controls, Said
 from nelbo.data import as_examples
 from nelbo.draw import observe
 from nelbo.estimate import Times, stratified
+from nelbo.intervals import apart
 from nelbo.terms import Decode, Term
 
 CELLS = 32  # of the diffusion term, at most
@@ -221,7 +222,7 @@ def pilot(
         u = stratified(examples) + torch.arange(both) * _apart(examples, draws, replicates)
         cell, share = located(p, u % 1)
         found.append(_rows(cells, controls, x, cell, share, replicate, each))
-        fitted = fit(cells.count, *map(torch.cat, zip(*found, strict=True)))
+        fitted = fit(cells.count, *_usual(*map(torch.cat, zip(*found, strict=True))))
         p = fitted.probability
     return fitted
 
@@ -235,14 +236,34 @@ def _rows(
     replicate: Tensor,
     each: int,
 ) -> tuple[Tensor, ...]:
-    """What `fit` is given, of visits (B, n) to examples taken from x at random."""
+    """What `_usual` is given, of visits (B, n) to examples taken from x at random."""
     # an example is visited in many cells, and its φ is of them all
-    once, place = torch.randint(len(x), (len(cell),)).unique(return_inverse=True)
+    drawn = torch.randint(len(x), (len(cell),))
+    once, place = drawn.unique(return_inverse=True)
     some = as_examples(x[once]).to(controls.model.device)
     here = controls.at(once[place])
     cost, v = cells.visit(here, some[place], cell, share, replicate, each)
     phi = torch.cat([controls.between(part) for part in some.split(256)])[place[:, None], cell]
-    return cell.flatten(), cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1)
+    example = drawn.repeat_interleave(cell.shape[1])
+    return example, cell.flatten(), cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1)
+
+
+def _usual(
+    example: Tensor, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fit` is given: an example that costs, whenever it is drawn, what no other does, or
+    that once is not finite, says nothing. What is settled is for the others."""
+    finite = cost.isfinite() & v.isfinite().all(1)
+    counted = torch.where(finite, cost, torch.nan)
+    middle = torch.stack([counted[cell == c].nanmedian() for c in range(int(cell.max()) + 1)])
+    middle = middle[cell]
+    off = torch.where(finite, (cost - middle).abs(), torch.inf)
+    of = example.unique(return_inverse=True)[1]
+    silent = apart(off, of)[of]
+    cost, some = torch.where(silent, middle, cost), silent[:, None]
+    one = torch.ones_like(phi[:, :1])
+    phi = torch.cat([one, torch.where(some, 0.0, phi[:, 1:])], 1)
+    return cell, cost, torch.where(some, 0.0, v), phi
 
 
 def visits(draws: int, controls: Controls) -> tuple[int, int]:

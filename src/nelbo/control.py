@@ -38,6 +38,7 @@ from nelbo.clusters import FEWEST, Clusters
 from nelbo.data import as_examples
 from nelbo.draw import Draw
 from nelbo.heads import LevelPrediction, level_evidence, log_frequencies
+from nelbo.intervals import apart
 from nelbo.model import Model
 from nelbo.process import Absorbing, Gaussian, Levels
 from nelbo.references import TABLE, WIDEST, LevelReference, Linear, gaussian, of_level
@@ -45,6 +46,8 @@ from nelbo.roughness import Roughness
 
 FITTED = 4096  # examples whose mean, covariance and frequencies are taken
 SCALED = 512  # of them, of which φ has mean 0 and variance 1
+MOST = 10.0  # of φ, in standard deviations
+LEAST = -100.0  # a log-probability that a network says; of what it calls impossible as well
 FINEST = 64  # levels up to which a reference of levels pays: it asks for each one's probability
 
 
@@ -96,6 +99,9 @@ class Controls:
         process = model.process
         if isinstance(process, Gaussian):
             e = process.embed(some).flatten(1).double()
+            # one row far out would be all that is fitted to
+            usual = ~apart((e - e.median(0).values).abs().amax(1))
+            some, e = some[usual], e[usual]
             self.linear = Linear(e)
             if e.shape[1] <= WIDEST and len(e) >= FEWEST:
                 self.clusters = Clusters(e)
@@ -158,11 +164,11 @@ class Controls:
             evidence = level_evidence(
                 draw.z, self.levels.values.to(draw.z), draw.term.t, self.model.process
             )
-            return (draw.prediction.log_probs - evidence).log_softmax(-1)
+            return (draw.prediction.log_probs - evidence).log_softmax(-1).clamp(min=LEAST)
         process = self.model.process
         if isinstance(process, Absorbing):
             hidden = (draw.z == process.mask)[..., None]
-            return torch.where(hidden, draw.prediction.e_hat, self.log_frequency)
+            return torch.where(hidden, draw.prediction.e_hat.clamp(min=LEAST), self.log_frequency)
         return None
 
     def within(self, draw: Draw, said: Said, lender: Said, alone: Tensor) -> Tensor:
@@ -213,6 +219,8 @@ class Controls:
     def between(self, x: Tensor) -> Tensor:
         """φ of each example and cell, (B, cells, F): a one, then numbers of mean 0, variance 1."""
         phi = (self._phi(x) - self.centre) / self.spread
+        # any numbers will do: of an example like no other they are such as others have, too
+        phi = phi.nan_to_num(0.0).clamp(-MOST, MOST)
         return torch.cat([torch.ones_like(phi[..., :1]), phi], -1).cpu()
 
     def _phi(self, x: Tensor) -> Tensor:

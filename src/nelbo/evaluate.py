@@ -64,7 +64,8 @@ class Evaluation:
 
     `nats` is per example. Standard errors, terms and curve are in `unit`: bits/dim for
     probabilities, nats for densities, which have no bits/dim. So many of the `examples` were
-    `visited`: all, or a random sample, and then `per_example` is NaN of the others.
+    `visited`: all, or a random sample, and then `per_example` is NaN of the others. A value ± 1.96
+    of its standard error is a 95 % interval; NaN is an error of which too little is known.
     """
 
     bits_per_dim: float | None
@@ -144,8 +145,8 @@ def evaluate(
             another sample of the examples would change, where not all are visited.
         target_error: in place of calls, the Monte Carlo standard error to be reached, in the unit
             of the result.
-        per_example: all are visited, in more replicates of fewer draws, so that each example's own
-            standard error has seven degrees of freedom.
+        per_example: all are visited, in more replicates of fewer draws, which tell more of each
+            example's own standard error.
         known: other examples of the same law, such as those trained on. The result is on x, and
             unbiased, whatever they are; control variates that were fitted to more are better.
         pilots: have what a pilot of this model settles, given the cells, the controls of `known`,
@@ -202,7 +203,7 @@ def evaluate(
         there = range(math.ceil(way.visited / way.block))
         some = {g: way.replicates + (g < way.repeated) for g in there}
         found, turn = Visits(blocks, [], known_costs).joined(visit(blocks, some, way.draws, 0)), 0
-        while target is not None and found.monte_carlo() > target:
+        while target is not None and found.monte_carlo() > 0 and not found.stated() <= target:
             turn += 1
             found = found.joined(visit(blocks, found.missing(target), way.draws, turn))
         called = (0 if kept else begun) + sum(gather(calls_made.forward - begun))
@@ -330,7 +331,7 @@ def _curve(cells: Cells, found: Visits, scale: float) -> list[CurvePoint]:
     """The diffusion term over time."""
     edges = cells.edges.tolist()
     return [
-        CurvePoint(edges[c - 1], edges[c], scale * found.mean(one), scale * found.monte_carlo(one))
+        CurvePoint(edges[c - 1], edges[c], scale * found.mean(one), scale * found.stated(one))
         for c in range(1, cells.count)
         for one in [slice(1 + c, 2 + c)]
     ]

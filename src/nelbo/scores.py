@@ -19,7 +19,6 @@ category's part is that of -log P(x_i|what shows) in a random order, and so are 
 
 import csv
 import io
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from nelbo._progress import Track
 from nelbo.data import Schema, as_examples
 from nelbo.estimate import Continuum, Grid, elbo
 from nelbo.grids import even_times
+from nelbo.intervals import errors
 from nelbo.model import Model, measuring
 from nelbo.parts import drawing, joined, share
 from nelbo.pictures import png
@@ -102,7 +102,7 @@ class Scored:
     Args:
         score: (N,).
         nats: the bound on -log P(x), (N,).
-        standard_error: its Monte Carlo part, (N,).
+        standard_error: its Monte Carlo part, (N,); NaN where it is not known.
         reference: the scores of the reference, (M,).
         bits: from nats to bits/dim, None for a density.
         columns: the names of a table's columns.
@@ -207,7 +207,7 @@ class Scorer:
     def __call__(self, model: Model, x: Tensor) -> Scored:
         """The scores of examples x, (N, *shape), under their model."""
         each = self._nats(model, x)
-        nats, error = each.mean(1), each.std(1) / math.sqrt(REPLICATES)
+        nats, error = each.mean(1), errors([each])
         score = self.define(nats, x, self.schema, self.mean)
         bits = None if model.decoder.density else 1 / (model.dims * LOG_2)
         found = Scored(score, nats, error, self.reference, bits)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from nelbo.elbo import Bound
+from nelbo.intervals import errors, freedoms, typical, widened
 
 FURTHER = 1 / 32  # of the blocks visited: by no fewer grows a sample
 TWICE = (8, 1 / 32, 32)  # examples of a sample, visited twice: at least; of it; of one that is all
@@ -44,7 +45,8 @@ def repeated(blocks: int, block: int, examples: int) -> int:
 
 @dataclass(frozen=True)
 class StandardError:
-    """Of the mean bound; `total`² = `data`² + `monte_carlo`². NaN where it cannot be known."""
+    """Of the mean bound; `total`² = `data`² + `monte_carlo`². Value ± 1.96 of it is a 95 %
+    interval, however few draws tell of it (`intervals`); NaN where they tell too little."""
 
     total: float
     data: float
@@ -80,10 +82,8 @@ class Visits:
 
     @property
     def error_of_each(self) -> Tensor:
-        """The Monte Carlo error of each example's bound, as there; if it was visited once, that of
-        a typical one."""
-        parts = zip(self.costs, self._noise(), strict=True)
-        return self._in_order(torch.cat([w / block.shape[1] for block, w in parts]).sqrt())
+        """The Monte Carlo error of each example's bound, as there; NaN where it is not known."""
+        return self._in_order(errors(self._left(slice(None))))
 
     def _means(self) -> Tensor:
         """Over the replicates, (n, 1 + C)."""
@@ -99,57 +99,77 @@ class Visits:
         parts = zip(self._totals(columns), self.blocks, strict=False)
         return [total - known[rows, None] for total, rows in parts]
 
-    def _noise(self, columns: slice = slice(None), caution: float = 0.0) -> list[Tensor]:
-        """w_i² of each example, (n_g,) of each block."""
-        totals = self._totals(columns)
-        typical = torch.tensor(math.nan).double()
-        if len({block.shape[1] > 1 for block in totals}) == 2:
-            left = self._left(columns)
-            twice = [block for block in left if block.shape[1] > 1]
-            once = torch.cat([block[:, 0] for block in left])
-            noise = torch.cat([block.var(1) for block in twice])
-            square = torch.cat([(block - once.mean()).square().mean(1) for block in twice])
-            doubt = caution**2 / len(noise) * square.mean()
-            typical = once.var() * (noise.sum() + doubt) / (square.sum() + doubt)
-        return [b.var(1) if b.shape[1] > 1 else typical.expand(len(b)) for b in totals]
+    def _noise(self, columns: slice, caution: float = 0.0) -> tuple[list[Tensor], float]:
+        """w_i² of each example, (n_g,) of each block; and the degrees of freedom of the one that
+        all have who were visited once."""
+        alike, known = math.nan, math.nan
+        if len({block.shape[1] > 1 for block in self.costs}) == 2:
+            alike, known = typical(self._left(columns), caution)
+        return [
+            b.var(1) if b.shape[1] > 1 else torch.full((len(b),), alike).double()
+            for b in self._totals(columns)
+        ], known
 
     def _in_order(self, each: Tensor) -> Tensor:
         return each.new_full((len(self.known),), math.nan).index_put((self.rows,), each)
 
     def mean(self, columns: slice = slice(None)) -> float:
         """Of some of the costs, over all N examples."""
-        known = self.known[:, columns].sum(1)
-        # nothing where all are visited, to the last bit
-        others = known.mean() - known[self.rows.sort().values].mean()
-        return (self._means()[:, columns].sum(1).mean() + others).item()
+        mean = self._means()[:, columns].sum(1).mean()
+        if len(self.rows) < len(self.known):
+            known = self.known[:, columns].sum(1)
+            mean = mean + known.mean() - known[self.rows].mean()
+        return mean.item()
 
     def monte_carlo(self, columns: slice = slice(None)) -> float:
-        """The Monte Carlo error of that mean."""
+        """The root of the estimated Monte Carlo variance of that mean."""
         within, between, share = self._variances(columns)
         return math.sqrt((1 - share) * between + share * within)
 
+    def stated(self, columns: slice = slice(None)) -> float:
+        """The Monte Carlo error that may be stated of that mean; NaN where it is not known."""
+        within, each, between = self._parts(columns)
+        share = len(self.rows) / len(self.known)
+        parts = torch.cat([share * within, (1 - share) * between])
+        error = self.monte_carlo(columns)
+        known = freedoms(parts, torch.cat([each, torch.ones_like(between)]))
+        return error * widened(known) if error > 0 else math.nan
+
     def _variances(self, columns: slice) -> tuple[float, float, float]:
         """Of the mean over S: by its draws alone, by S and its draws; and n/N."""
-        visited, within = len(self.rows), 0.0
+        within, _, between = self._parts(columns)
+        return within.sum().item(), between.sum().item(), len(self.rows) / len(self.known)
+
+    def _parts(self, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Independent parts of the variance of the mean over S: of that by its draws alone, with
+        the degrees of freedom of each; and of that by S and its draws, of one degree each."""
+        visited = len(self.rows)
         # few tell the noise, and the error would be least where they tell the least
-        noises = self._noise(columns, CAUTION)
+        noises, known = self._noise(columns, CAUTION)
+        parts, once = [], 0.0
         for block, noise in zip(self._totals(columns), noises, strict=True):
             size, replicates = block.shape
-            of_mean = block.mean(0).var() if replicates > 1 else noise.mean() / size
-            within += (size / visited) ** 2 * of_mean.item() / replicates
+            if replicates > 1:
+                of_mean = block.mean(0).var() / replicates
+                parts.append(((size / visited) ** 2 * of_mean.item(), replicates - 1.0))
+            else:
+                once += (size / visited**2 * noise.mean()).item()
+        within, each = torch.tensor([*parts, (once, known)] if once else parts).double().T
         if visited == len(self.known):
-            return within, 0.0, 1.0
+            return within, each, within[:0]
         left = torch.cat([block.mean(1) for block in self._left(columns)])
-        between = left.var().item() / visited
-        return within, between, visited / len(self.known)
+        return within, each, (left - left.mean()).square() / (visited * (visited - 1))
 
     def error(self) -> StandardError:
         """Of the mean bound."""
-        each, monte_carlo = self._means().sum(1), self.monte_carlo()
+        each, monte_carlo = self._means().sum(1), self.stated()
         if len(each) == 1:
             return StandardError(math.nan, math.nan, monte_carlo)
-        spread = (each.var() - self.error_of_each.square().nanmean()).item()
-        data = math.sqrt(max(spread, 0.0) / len(self.known))
+        noises, _ = self._noise(slice(None))
+        counts = [block.shape[1] for block in self.costs]
+        noise = torch.cat([w / n for w, n in zip(noises, counts, strict=True)]).mean()
+        spread = (each.var() - noise).clamp(min=0) / len(self.known)
+        data = spread.sqrt().item() * widened(len(each) - 1.0)
         return StandardError(math.hypot(data, monte_carlo), data, monte_carlo)
 
     def missing(self, error: float) -> dict[int, int]:

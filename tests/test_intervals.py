@@ -1,0 +1,109 @@
+"""What is stated of few draws is true, and no example's error is another's doing."""
+
+import math
+
+import pytest
+import torch
+
+from nelbo import intervals
+from nelbo._numerics import seeded
+from nelbo.intervals import apart, errors, freedoms, widened
+
+N, TRIALS = 40, 400
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with seeded(60):
+        yield
+
+
+def covered(draws, mean):
+    """The share of the intervals value ± 1.96 errors of (N, R) draws, TRIALS times, that hold it;
+    and of the errors that were stated."""
+    found = [(draw.mean(1) - mean, errors([draw])) for draw in (draws() for _ in range(TRIALS))]
+    off, stated = (torch.stack(each) for each in zip(*found, strict=True))
+    hit = off.abs() <= 1.96 * stated
+    return (hit.sum() / stated.isfinite().sum()).item(), stated.isfinite().double().mean().item()
+
+
+@pytest.mark.parametrize("replicates", [2, 4, 8])
+@pytest.mark.parametrize("law", ["normal", "exponential", "rare"])
+def test_few_replicates_cover(law, replicates):
+    """Of two replicates 70 % and fewer do, if each example knows but its own."""
+    laws = {
+        "normal": (lambda: torch.randn(N, replicates).double(), 0.0),
+        "exponential": (lambda: -torch.rand(N, replicates).double().log(), 1.0),
+        # nothing in two of three draws, else much
+        "rare": (lambda: torch.rand(N, replicates).double().sub(2 / 3).relu() * 6, 1 / 3),
+    }
+    share, stated = covered(*laws[law])
+    assert stated == 1
+    assert 0.93 <= share <= 0.97
+
+
+def test_examples_that_differ_have_errors_that_differ():
+    """Half of them have ten times the noise of the others, and eight replicates tell."""
+    scale = torch.tensor([1.0, 10.0]).double().repeat(N // 2)[:, None]
+    found = errors([scale * torch.randn(N, 8).double()])
+    assert found[1::2].mean() > 1.5 * found[::2].mean()
+    share, _ = covered(lambda: scale * torch.randn(N, 8).double(), 0.0)
+    assert 0.93 <= share <= 0.98
+
+
+def test_agreement_by_chance_is_no_certainty():
+    """Two draws that are equal have an error; draws that all are say nothing of one."""
+    draws = torch.randn(N, 2).double()
+    draws[:20, 1] = draws[:20, 0]
+    assert (errors([draws]) > 0.3).all()
+    assert errors([torch.ones(N, 2).double()]).isnan().all()
+    assert errors([torch.zeros(1, 2).double()]).isnan().all()
+
+
+@pytest.mark.parametrize("far", [1e5, 1e150, math.inf, -math.inf, math.nan])
+def test_one_example_moves_no_other_s_error(far):
+    """It has its own of eight replicates, if it is a number at all, and none of two."""
+    for replicates in (2, 8):
+        draws = torch.randn(N, replicates).double()
+        before = errors([draws])
+        draws[3] = far * (1 + 0.1 * torch.randn(replicates).double())
+        after, others = errors([draws]), torch.arange(N) != 3
+        assert (after[others] / before[others] - 1).abs().max() < 0.3
+        if replicates == 8 and math.isfinite(far):
+            assert 0.01 < after[3] / far < 0.1
+        else:
+            assert after[3].isnan()
+
+
+def test_a_rare_draw_is_no_rare_example():
+    """One that is far out in one of its replicates counts with all; and if it is all that counts,
+    nothing is known."""
+    draws = torch.randn(N, 2).double()
+    draws[:6, 1] = 1e3
+    assert (errors([draws]) > 100).all()
+    draws[1:, 1] = 0
+    assert errors([draws]).isnan().all()
+
+
+def test_an_example_is_apart_of_most_others():
+    distance = torch.rand(50).double()
+    distance[[4, 9]] = torch.tensor([1e3, math.nan]).double()
+    assert apart(distance).nonzero()[:, 0].tolist() == [4, 9]
+    # those of 25 examples, two each: of the second only one is far
+    example = torch.arange(50) % 25
+    distance[[9, 34]] = torch.tensor([1e3, 1e3]).double()
+    assert apart(distance, example).nonzero()[:, 0].tolist() == [9]
+    assert not apart(torch.zeros(5)).any()
+    assert apart(torch.full((5,), math.inf)).all()
+
+
+def test_degrees_of_freedom():
+    """Of equal normal parts their sum; of one that is all there is its own."""
+    estimates = torch.randn(5000, 21, 4).double().var(2)
+    found = torch.tensor([freedoms(e, torch.full((21,), 3.0)) for e in estimates]).median()
+    assert found.item() == pytest.approx(63, rel=0.15)
+    one = torch.tensor([1e9, 1.0, 1.0]).double()
+    assert freedoms(one, torch.tensor([7.0, 1, 1])) == pytest.approx(7)
+    assert widened(7) * 1.959964 == pytest.approx(2.364624, rel=1e-6)
+    assert widened(1e6) == pytest.approx(1, abs=1e-5)
+    assert math.isnan(widened(intervals.FEWEST - 0.1)) and math.isnan(widened(math.nan))
