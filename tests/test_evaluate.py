@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from nelbo import show
 from nelbo._numerics import seeded
 from nelbo.allocate import pilot
 from nelbo.estimate import Continuum, Grid, elbo
@@ -247,3 +248,15 @@ def test_no_examples(model, x):
 def test_another_shape(model):
     with pytest.raises(ValueError, match=r"shape \(3,\); got \(5,\)"):
         evaluate(model, torch.zeros(4, 5, dtype=torch.int64))
+
+
+def test_two_draws_state_no_error(model, x, capsys):
+    """Of one example they know nothing of what they missed: nothing is stated, and it says so."""
+    result = evaluate(model, x[:1], calls=2)
+    assert math.isnan(result.standard_error.monte_carlo) and math.isfinite(result.nats)
+    assert result.to_dict()["standard_error"]["monte_carlo"] is None
+    assert result.per_example_error.isnan().all()
+    show.result(result)
+    assert "too much alike" in capsys.readouterr().out
+    show.result(evaluate(model, x, calls=8))
+    assert "alike" not in capsys.readouterr().out

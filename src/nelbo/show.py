@@ -56,6 +56,20 @@ def result(found: Evaluation | Tighter, schema: Schema | None = None) -> None:
         highlight=False,
         markup=False,
     )
+    if line := _no_error(found):
+        console.print(line, highlight=False, markup=False)
+
+
+def _no_error(found: Evaluation | Tighter) -> str:
+    """Why an error is not known, and what to do; nothing where it is."""
+    if not math.isfinite(found.nats):
+        return "an example has probability 0, or its bound is no number: the mean has no error"
+    if isinstance(found, Evaluation) and math.isnan(found.standard_error.monte_carlo):
+        return (
+            "the draws are too few, or too much alike, to state a Monte Carlo error; try more"
+            " --calls"
+        )
+    return ""
 
 
 def columns(names: list[str], cost: Tensor, unit: str, steps: int) -> None:

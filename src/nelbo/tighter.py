@@ -35,6 +35,7 @@ from nelbo.flow import (
     unit_probes,
 )
 from nelbo.importance import check_grid, check_samples, importance_weights, log_mean
+from nelbo.intervals import freedoms, widened
 from nelbo.model import Model, counting, measuring, model_hash
 from nelbo.visits import StandardError
 
@@ -294,9 +295,14 @@ def _visit(
 
 
 def _standard_error(each: Tensor) -> StandardError:
-    """Of the mean of each (N, R), independent in both."""
+    """Of the mean of each (N, R), independent in both; widened as far as few tell of it."""
     examples, replicates = each.shape
     total = each.mean(1).var().item() / examples if examples > 1 else math.nan
-    noise = each.var(1).mean().item() / (examples * replicates) if replicates > 1 else math.nan
+    own = each.var(1) / replicates if replicates > 1 else torch.full_like(each[:, 0], math.nan)
+    noise = own.mean().item() / examples
+    known = freedoms(own, torch.full_like(own, replicates - 1.0))
     data = max(0.0, total - noise) if replicates > 1 else math.nan
-    return StandardError(*(math.sqrt(v) for v in (total, data, noise)))
+    width = widened(examples - 1.0)
+    return StandardError(
+        math.sqrt(total) * width, math.sqrt(data) * width, math.sqrt(noise) * widened(known)
+    )
