@@ -27,6 +27,7 @@ ORDER = (
     "likelihood",
     "reverse",
     "product",
+    "_checks",
     "model",
     "elbo",
     "terms",

@@ -631,19 +631,14 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
-def gif(path: Path) -> None:
-    Image.fromarray(np.zeros((H, W), np.uint8)).save(path, "GIF")
-
-
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (cmyk, "the colour mode CMYK; convert"),
-        (truncated, "cannot be read as a PNG or JPEG image: .*truncated"),
-        (gif, "cannot be read as a PNG or JPEG image"),
-        (lambda path: path.write_text("no image"), "cannot be read as a PNG or JPEG image"),
-        (lambda path: path.write_bytes(b""), "cannot be read as a PNG or JPEG image"),
-        (lambda path: path.write_bytes(png(W, H)), "cannot be read as a PNG or JPEG image"),
+        (truncated, "cannot be read as an image: it is cut"),
+        (lambda path: path.write_text("no image"), "cannot be read as an image"),
+        (lambda path: path.write_bytes(b""), "cannot be read as an image"),
+        (lambda path: path.write_bytes(png(W, H)), "cannot be read as an image"),
         (lambda path: path.write_bytes(png(10**4, 10**4)), "claims more than .* pixels"),
         (lambda path: path.write_bytes(png(10**6, 10**6)), "claims more than .* pixels"),
     ],

@@ -710,7 +710,7 @@ def images(folder, *contents):
 )
 def test_an_image_without_all_its_pixels_is_refused(tmp_path, content, words):
     line = refused(load, words, images(tmp_path / "images", *[content] * 12))
-    assert "0.png cannot be read as a PNG or JPEG image" in line
+    assert "0.png cannot be read as an image" in line
 
 
 def test_whole_images_of_every_kind_are_read(tmp_path):

@@ -120,6 +120,9 @@ class LevelContext(Head):
         smooth = smooth / smooth.sum(1, keepdim=True)
         self.log_prior.data.copy_(torch.where(valid, smooth, 1.0).log())
 
+    def allowed(self) -> Tensor:
+        return self.levels.valid
+
     def exclude_missing(self) -> None:
         """From now on no column is missing."""
         for i, place in enumerate(self.levels.places):
@@ -199,6 +202,12 @@ class SymbolContext(Head):
         self.log_prior.data.copy_(torch.where(self.valid, smooth, 1.0).log())
         share = (_counts(x, self.outputs)[:, 0] + 1) / (len(x) + 2)
         self.log_other.copy_(torch.where(self.open, share, 0.0).log())
+
+    def allowed(self) -> Tensor:
+        """Code 0 too, where the column is open to categories that training did not have."""
+        allowed = self.valid.clone()
+        allowed[:, 0] = self.log_other > -torch.inf
+        return allowed
 
     def exclude_missing(self) -> None:
         """From now on no column is missing, and none has a category that training did not."""

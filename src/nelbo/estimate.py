@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nelbo._checks import as_tensor, check_examples
 from nelbo.elbo import Bound, prior_term, reconstruction_term
 from nelbo.model import Model
 from nelbo.terms import Rate, Step, Term
@@ -133,6 +134,22 @@ class Continuum(Times):
         return Rate(self.at(u)), 1 - self.first
 
 
+def times_of(model: Model, times: Times | None) -> Times:
+    """The times as given; left out, the continuum of the model's schedule.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if times is None:
+        return Continuum(model.process.schedule.start)
+    if not isinstance(times, Times):
+        raise ValueError(
+            f"times must be Grid(times) or Continuum(); got {times!r}; for T uniform steps give"
+            " Grid.uniform(T)"
+        )
+    return times
+
+
 def elbo(model: Model, x: Tensor, times: Times | None = None, u: Tensor | None = None) -> Bound:
     """The three terms of −ELBO per example, unbiased, in nats.
 
@@ -147,10 +164,13 @@ def elbo(model: Model, x: Tensor, times: Times | None = None, u: Tensor | None =
         Bound(prior, reconstruction, diffusion), shape (B,) each; `.elbo` is minus their sum.
 
     Raises:
-        ValueError: a model of P(x|c) without the conditions of these examples.
+        ValueError: a model of P(x|c) without the conditions of these examples; no such examples.
     """
+    x = as_tensor(x).to(model.device)
     model.check_law(len(x))
-    times = Continuum(model.process.schedule.start) if times is None else times
+    check_examples(model, x)
+    x = x.double() if x.is_floating_point() else x.long()
+    times = times_of(model, times)
     if u is None:
         u = stratified(len(x), max(times.terms, 1))
     u = u.reshape(len(x), -1).to(x.device)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo._checks import as_tensor
 from nelbo._numerics import LOG_2, seeded
 from nelbo._processes import divided, gather, world
 from nelbo._progress import Track
@@ -24,7 +25,7 @@ from nelbo.allocate import Allocation, Cells, estimate, even, pilot, visits
 from nelbo.control import Controls, Nothing
 from nelbo.data import as_examples, fingerprint
 from nelbo.elbo import Bound, prior_term
-from nelbo.estimate import Continuum, Times, stratified
+from nelbo.estimate import Times, stratified, times_of
 from nelbo.model import Model, counting, measuring, model_hash
 from nelbo.plan import FEWEST, LEAST, Plan, first_round, plan
 from nelbo.visits import StandardError, Visits
@@ -139,7 +140,7 @@ def evaluate(
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
-        x: examples in the space of the data, shape (N, *model.shape).
+        x: examples in the space of the data, (N, *model.shape): a tensor or a NumPy array.
         times: Grid(times) for the bound of T steps; left out, continuous time.
         calls: network calls per example, at most; 24 where left out. The error includes what
             another sample of the examples would change, where not all are visited.
@@ -161,7 +162,7 @@ def evaluate(
     Raises:
         ValueError: examples of another shape, too few calls, an impossible target.
     """
-    times = Continuum(model.process.schedule.start) if times is None else times
+    x, times = as_tensor(x), times_of(model, times)
     if len(x) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
     if target_error is not None and not (target_error > 0 and math.isfinite(target_error)):

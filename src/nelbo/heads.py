@@ -142,6 +142,10 @@ class Head(nn.Module, ABC):
     def start_from(self, x: Tensor) -> None:
         """Take from training examples x, (N, ...), what is known before training; here nothing."""
 
+    def allowed(self) -> Tensor | None:
+        """Which codes each dimension can have, (D, K); None where those of the process are all."""
+        return None
+
     @property
     def numbers(self) -> int:
         """Numbers per dimension that the arithmetic around a network call holds."""

@@ -6,7 +6,7 @@ arithmetic runs in `Model.dtype` (float64 for measuring, float32 is enough for t
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from nelbo._checks import check_examples
 from nelbo.heads import Head, Prediction
 from nelbo.likelihood import Likelihood
 from nelbo.process import Process
@@ -164,7 +165,7 @@ def find_device(name: str) -> torch.device:
 
 
 @contextmanager
-def measuring(model: Model, x: Sized | None = None) -> Iterator[None]:
+def measuring(model: Model, x: Tensor | None = None) -> Iterator[None]:
     """Evaluation mode, float64 around the network, no TF32, no autocast; then all as before.
 
     Args:
@@ -172,10 +173,11 @@ def measuring(model: Model, x: Sized | None = None) -> Iterator[None]:
         x: the examples on which it is measured, where a bound is.
 
     Raises:
-        ValueError: a model of P(x|c) without the conditions of these examples.
+        ValueError: a model of P(x|c) without the conditions of these examples; no such examples.
     """
     if x is not None:
         model.check_law(len(x))
+        check_examples(model, x)
     before = model.training, model.dtype, model.precision
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:

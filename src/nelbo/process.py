@@ -43,6 +43,8 @@ class Process(nn.Module, ABC):
     channels: int
     #: numbers of e per dimension of the data
     width: int = 1
+    #: how many codes a dimension of the data has, 0..codes-1; 0 where it is a real number
+    codes: int = 0
     #: whether the law of a dimension does not depend on which it is, so that some stand for all
     alike: bool = True
 
@@ -165,6 +167,7 @@ class Gaussian(Process):
     def __init__(self, schedule: Schedule, embedding: Levels | Affine) -> None:
         super().__init__(schedule)
         self.embedding = embedding
+        self.codes = embedding.count if isinstance(embedding, Levels) else 0
 
     def beta(self, s: Tensor, t: Tensor) -> Tensor:
         """β of the step from s to t, 1 - α_t/α_s; float64."""
@@ -233,7 +236,7 @@ class Absorbing(Process):
         super().__init__(schedule)
         if count < 2:
             raise ValueError(f"levels must be at least 2; got {count}")
-        self.count = self.mask = self.width = count
+        self.count = self.mask = self.width = self.codes = count
         self.channels = count + 1
 
     def embed(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
+from nelbo._checks import as_tensor
 from nelbo._numerics import seeded
 from nelbo._processes import divided, gather, world
 from nelbo._progress import Track
@@ -250,6 +251,7 @@ def _visit(
     draw: Callable[[Model, Tensor], Tensor],
 ) -> tuple[Tensor, Record]:
     """draw (M, B) of every example and replicate, shape (M, N, R), and what makes the record."""
+    x = as_tensor(x)
     if len(x) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
     if replicates < 1:

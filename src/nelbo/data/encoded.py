@@ -1,15 +1,17 @@
-"""Encoded images, each a range of bytes of a file: PNG and JPEG; grey, RGB or RGBA.
+"""Encoded images, each a range of bytes of a file: grey, RGB or RGBA.
 
-Pixels are taken as stored: an EXIF orientation is not applied, colour profiles are not, and the
-colour under transparent pixels stays. Nothing is ever written to disk.
+They are turned as EXIF says, which is noted; of several frames the first is taken, which is noted
+too. Colour profiles are not applied, and the colour under transparent pixels stays. Nothing is
+ever written to disk.
 """
 
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from nelbo import _limits
 from nelbo.data.conform import Found
-from nelbo.data.pillow import bits_of, opened
+from nelbo.data.pillow import TURNED, bits_of, opened, orientation, upright
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
 
@@ -29,10 +31,9 @@ IN_MEMORY = 2**31
 #: of the pixels of a data set, while it is split
 COPIES = 3
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
-GREY = ("1", "L", "LA", "I;16", "I")
+GREY = ("1", "L", "LA", "I;16", "I;16B", "I")
 COLOUR = ("RGB", "RGBA", "P")
-SIXTEEN = ("I;16", "I")  # how Pillow has 16 bits of grey
+SIXTEEN = ("I;16", "I;16B", "I")  # how Pillow has 16 bits of grey, the last one in older versions
 
 
 class Pictures(Protocol):
@@ -114,17 +115,19 @@ class Form:
         channels: 1, 3 or 4 of them, or more where an image has more.
         levels: 256 takes the upper 8 bits of images of 16 bits.
         deep: take 16 bits a channel.
+        binary: images of one bit are of the levels 0 and 1.
     """
 
     size: int | None = None
     channels: int = 1
     levels: int | None = None
     deep: bool = False
+    binary: bool = False
 
     @property
     def most(self) -> int:
         """The largest value of a channel."""
-        return 65535 if self.deep else 255
+        return 65535 if self.deep else 1 if self.binary else 255
 
 
 class Images(Rows):
@@ -154,8 +157,8 @@ class Images(Rows):
 def read_images(
     source: str, groups: Mapping[str, Pictures], form: Form, notes: Iterable[str] = ()
 ) -> Found:
-    """All images (N, C, H, W) with 256 levels, or 65536 where all have 16 bits a channel; unread
-    where memory does not hold them.
+    """All images (N, C, H, W) with 256 levels, 65536 where all have 16 bits a channel, or 2 where
+    all have one bit; unread where memory does not hold them.
 
     Four channels if a pixel of any image is transparent; else three if any has colour or a
     palette; else one.
@@ -170,15 +173,16 @@ def read_images(
         ValueError: if one is damaged, only some are of 16 bits, or sizes differ and `form.size`
             is None.
     """
-    notes, channels, sixteen, packed = list(notes), form.channels, 0, 0
+    notes, channels, packed, seen = list(notes), form.channels, 0, Counter[str]()
     first: tuple[Pictures, tuple[int, int]] | None = None
     for images in groups.values():
         for i in range(len(images)):
             content = images.content(i)
-            size, least = _look(content, partial(images.name, i))
-            sixteen += bits_of(content) == 16
-            packed += len(content)
-            channels = max(channels, least)
+            look = _look(content, partial(images.name, i))
+            size, packed = look.size, packed + len(content)
+            seen += Counter(sixteen=look.bits == 16, one=look.bits == 1, turned=look.turned)
+            seen += Counter(several=look.frames > 1, further=look.frames - 1)
+            channels = max(channels, look.channels)
             first = first or (images, size)
             if form.size is None and size != first[1]:
                 raise ValueError(
@@ -188,7 +192,12 @@ def read_images(
                 )
     assert first is not None
     count = sum(map(len, groups.values()))
-    form = replace(form, deep=bool(sixteen) and form.levels != 256)
+    sixteen = seen["sixteen"]
+    form = replace(
+        form,
+        deep=bool(sixteen) and form.levels != 256,
+        binary=seen["one"] == count and form.size is None and form.levels in (None, 2),
+    )
     if form.deep and sixteen < count:
         raise ValueError(
             f"{sixteen} of the {count} images of {source} have 16 bits a channel and the others 8;"
@@ -196,6 +205,15 @@ def read_images(
         )
     if sixteen and not form.deep:
         notes.append(f"of {sixteen} images of 16 bits a channel, the upper 8 were taken")
+    if form.binary:
+        notes.append("images of one bit: 2 levels; --levels 256 has black and white among 256")
+    if seen["turned"]:
+        notes.append(f"{seen['turned']} images turned as their EXIF orientation says")
+    if seen["several"]:
+        notes.append(
+            f"of {seen['several']} images of several frames the first is taken: {seen['further']}"
+            " further frames left out"
+        )
     if form.size is not None:
         notes.append(
             f"images cropped to the centred square and resampled to {form.size}x{form.size}"
@@ -251,9 +269,11 @@ def _pixels(images: Pictures, i: int, form: Form, channels: int) -> np.ndarray:
     if not form.deep:
 
         def pixels(image: "Image.Image") -> np.ndarray:
-            return np.array(_fit(_plain(image, channels), form.size))
+            return np.array(_fit(_plain(upright(image, content), channels), form.size))
 
         array = opened(content, name, pixels)
+        if form.binary:
+            array = array // 255
         return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
     deep = _deep(content, name, channels)
     if form.size is None:
@@ -286,9 +306,9 @@ def _deep(content: bytes, name: Callable[[], str], channels: int) -> np.ndarray:
         if known not in ("RGB;16B", "RGBA;16B"):
             return None
         image.tile = [(codec, extents, offset, known.replace("16B", "16L"))]
-        return np.array(image)
+        return np.array(upright(image, content))
 
-    upper = opened(content, name, np.array)
+    upper = opened(content, name, lambda image: np.array(upright(image, content)))
     x = np.full((channels, *upper.shape[:2]), 65535, np.int32)
     if upper.ndim == 2:
         x[:3] = upper
@@ -304,21 +324,38 @@ def _deep(content: bytes, name: Callable[[], str], channels: int) -> np.ndarray:
     return x
 
 
-def _look(content: bytes, name: Callable[[], str]) -> tuple[tuple[int, int], int]:
-    """The size of an image, of which no pixel is missing, and the fewest channels that hold it;
-    its header tells these unless it may be transparent."""
+class Look(NamedTuple):
+    """What is known of an image before its pixels are: width and height as it is to be seen, the
+    fewest channels that hold it, bits a channel, whether EXIF turns it, and frames."""
 
-    def look(image: "Image.Image") -> tuple[str, tuple[int, int], int]:
-        size, mode = image.size, image.mode
-        known = mode in GREY + COLOUR
-        if known and image.has_transparency_data and _alpha(image) != (255, 255):
-            return mode, size, 4
-        return mode, size, 3 if mode in COLOUR else 1
+    size: tuple[int, int]
+    channels: int
+    bits: int
+    turned: bool
+    frames: int
 
-    mode, size, channels = opened(content, name, look, whole=True)
-    if mode not in GREY + COLOUR:
+
+def _look(content: bytes, name: Callable[[], str]) -> Look:
+    """A look at an image of which no pixel is missing; its header tells unless it may be
+    transparent."""
+
+    def look(image: "Image.Image") -> tuple[str, Look | None]:
+        mode = image.mode
+        if mode not in GREY + COLOUR or (mode == "I" and image.format != "PNG"):
+            return mode, None
+        frames, way = getattr(image, "n_frames", 1), orientation(image, content)
+        width, height = image.size
+        if way in TURNED and image.format != "TIFF":  # of which Pillow says the size as seen
+            width, height = height, width
+        bits = 1 if mode == "1" else 16 if mode in SIXTEEN else bits_of(content)
+        clear = image.has_transparency_data and _alpha(image) != (255, 255)
+        channels = 4 if clear else 3 if mode in COLOUR else 1
+        return mode, Look((width, height), channels, bits, way != 1, frames)
+
+    mode, found = opened(content, name, look, whole=True)
+    if found is None:
         raise ValueError(f"{name()} has the colour mode {mode}; convert it to grey or RGB")
-    return size, channels
+    return found
 
 
 def _alpha(image: "Image.Image") -> object:

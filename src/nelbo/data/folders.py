@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from nelbo.data.conform import Found
-from nelbo.data.encoded import SUFFIXES, Encoded, Form, read_images
+from nelbo.data.encoded import Encoded, Form, read_images
+from nelbo.data.pillow import SUFFIXES
 from nelbo.data.splits import Declared, group, split_of
 from nelbo.data.walk import Walked, walk
 

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 PNG = b"\x89PNG\r\n\x1a\n"
-FORMATS = ("PNG", "JPEG")
+#: what is read, by the ends of names and as Pillow calls it
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+ORIENTATION = 0x0112  # the tag of EXIF
+TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 #: pixels that any format may make of few bytes, and that one byte beyond can hold: of a JPEG 512
 FEW, HELD = 2**24, 1024
 #: bytes of memory that a pixel takes while it is decoded, converted and copied, of 8 and 16 bits
@@ -71,10 +78,25 @@ def opened(
         ) from error
     except Exception as error:  # damage shows as OSError, SyntaxError, EOFError, struct.error, ..
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        kind = f"a {formats[0]} image" if len(formats) == 1 else "an image"
         raise ValueError(
-            f"{name()} cannot be read as a {' or '.join(formats)} image: {reason}; remove it or"
-            " save it again"
+            f"{name()} cannot be read as {kind}: {reason}; remove it or save it again"
         ) from error
+
+
+def orientation(image: "Image.Image", content: bytes) -> int:
+    """How EXIF says that an image is to be turned, 1 to 8; 1 leaves it as it is."""
+    if image.format == "PNG" and not any(word in content for word in (b"eXIf", b"exif", b"xmp")):
+        return 1  # to ask Pillow would decode all of it
+    found = image.getexif().get(ORIENTATION, 1)
+    return found if found in range(1, 9) else 1
+
+
+def upright(image: "Image.Image", content: bytes) -> "Image.Image":
+    """An image as EXIF says that it is to be seen."""
+    from PIL import ImageOps
+
+    return image if orientation(image, content) == 1 else ImageOps.exif_transpose(image)
 
 
 def bits_of(content: bytes) -> int:

@@ -1,0 +1,121 @@
+"""Examples at the door of evaluate and elbo: taken where they are plain, else one sentence."""
+
+import numpy as np
+import pytest
+import torch
+
+import nelbo
+from nelbo import data
+from nelbo._numerics import seeded
+from nelbo.build import build
+from nelbo.config import configure
+from nelbo.data import Schema
+from nelbo.tighter import evaluate_importance
+
+RNG = np.random.default_rng(2)
+
+
+def untrained(schema: Schema, x: torch.Tensor, **options):
+    with seeded(0):
+        model = build(configure(schema, len(x), width=8, depth=1, **options)[0], schema, None)
+        model.start_from(x)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["gaussian", "absorbing"])
+def levels(request):
+    x = torch.from_numpy(RNG.integers(0, 5, (6, 3)))
+    return untrained(Schema("levels", (3,), 5), x, process=request.param), x
+
+
+def test_what_is_plain_is_taken_as_it_is(levels):
+    model, x = levels
+    want = nelbo.evaluate(model, x, calls=8).nats
+    byte = x.to(torch.uint8)
+    for same in (x.numpy(), byte, byte.numpy(), x.numpy().astype(">i4"), x.int()):
+        assert nelbo.evaluate(model, same, calls=8).nats == want
+        with seeded(1):
+            bound = nelbo.elbo(model, same).elbo
+        with seeded(1):
+            assert torch.equal(bound, nelbo.elbo(model, x).elbo)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.float(), r"x is torch\.float32, and the model is of the integers 0\.\.4"),
+        (lambda x: x / 4, "not scaled"),
+        (lambda x: (x / 4).numpy(), "not scaled"),
+        (
+            lambda x: x + 3,
+            r"row \d of x has [567] in dimension \d, which .* 0\.\.4",
+        ),
+        (
+            lambda x: x.index_put((torch.tensor(4), torch.tensor(1)), torch.tensor(-1)),
+            r"row 4 .* -1",
+        ),
+        (lambda x: x[:, :2], r"shape \(3,\); got \(2,\): x must be \(N, 3\)"),
+        (lambda x: x[0], r"got \(\): x must be \(N, 3\)"),
+        (lambda x: x.tolist(), "tensor or a NumPy array of examples .* got list"),
+        (lambda x: x.numpy().astype(str), "array of numbers; got one of the type <U"),
+        (lambda x: x.to(torch.complex64), "x must be real numbers"),
+    ],
+)
+def test_what_is_no_example_is_one_sentence(levels, change, message):
+    model, x = levels
+    wrong, grid = change(x), nelbo.Grid.uniform(2)
+    for measure in (
+        lambda: nelbo.evaluate(model, wrong),
+        lambda: nelbo.elbo(model, wrong),
+        lambda: evaluate_importance(model, wrong, times=grid, samples=2),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            measure()
+        assert "\n" not in str(error.value)
+
+
+def test_bytes_are_all_levels_of_256():
+    x = torch.arange(256).reshape(64, 4)
+    model = untrained(Schema("levels", (4,), 256), x)
+    assert nelbo.elbo(model, x.to(torch.uint8)).elbo.isfinite().all()
+
+
+def test_times_are_times(levels):
+    for measure in (nelbo.evaluate, nelbo.elbo):
+        with pytest.raises(ValueError, match=r"times must be Grid.*got 8; .*Grid\.uniform"):
+            measure(*levels, times=8)
+
+
+def test_codes_of_a_table_are_its_columns(tmp_path):
+    pytest.importorskip("polars")
+    frame = {
+        "word": ["a", "b", "c", "a"] * 10,
+        "flag": [True, False] * 20,
+        "level": [1, 2, 4, 2] * 10,
+        "real": RNG.normal(size=40).tolist(),
+    }
+    found = data.load(frame)
+    x = torch.cat(list(found.splits.values())).double()
+    model = untrained(found.schema, x)
+    assert nelbo.evaluate(model, x[:5], calls=8).nats < float("inf")
+    for dim in range(x.shape[1]):
+        for value in (np.inf, 99.0, 0.5, -1.0):
+            wrong = x[:5].clone()
+            wrong[3, dim] = value
+            real = len({*x[:, dim].tolist()}) > 5
+            if real and value != np.inf:
+                assert nelbo.elbo(model, wrong).elbo.shape == (5,)
+                continue
+            with pytest.raises(ValueError, match=rf"row 3 of x .* in dimension {dim}"):
+                nelbo.evaluate(model, wrong)
+
+
+def test_reals_are_finite():
+    x = torch.from_numpy(RNG.normal(size=(6, 3)))
+    model = untrained(Schema("real", (3,), None), x)
+    assert nelbo.evaluate(model, x.numpy(), calls=8).nats == nelbo.evaluate(model, x, calls=8).nats
+    for value in (np.nan, np.inf, -np.inf):
+        wrong = x.clone()
+        wrong[2, 1] = value
+        with pytest.raises(ValueError, match=r"row 2 of x has .* in dimension 1, .* finite"):
+            nelbo.evaluate(model, wrong)
