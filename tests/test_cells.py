@@ -5,11 +5,13 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from conftest import TINY
 from test_cli import run_ok
 
 from nelbo import data
-from nelbo.data import cells, examples
+from nelbo.condition import parse
+from nelbo.data import cells, examples, streams
 from nelbo.data.inference import infer_column, infer_columns, infer_merged
 from nelbo.data.layout import Column
 from nelbo.data.spelling import canonical, is_number
@@ -195,3 +197,104 @@ def test_commas_in_numbers_are_advised_on(values, advice):
         infer_column(pl.Series("a", many))
     assert "; write " in str(error.value)
     assert infer_columns(pl.DataFrame({"a": ["x,1", "y"]}))[1] == []
+
+
+def codes_of(values, column):
+    frame = pl.DataFrame({"a": values}, strict=False)
+    return examples.encode(frame, [column], "t")[0][:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("classes", "values", "expected"),
+    [
+        (("1", "2"), [1.0, 2.0, 3.0], [1, 2, 0]),
+        (("1", "2"), ["1.0", "+2", "2.00", "2.5"], [1, 2, 2, 0]),
+        (("1.0", "2.0"), [2, 1], [2, 1]),
+        (("False", "True"), [True, False], [2, 1]),
+        (("false", "true"), ["TRUE", "False", "1", "0"], [2, 1, 2, 1]),
+        (("0", "1"), ["true", "False"], [2, 1]),
+        (("Zoe\u0308",), ["Zo\u00eb", "Zoe"], [1, 0]),
+        (("1.1", "1.10"), ["1.10", "1.1", "1.100"], [2, 1, 0]),
+        (("007", "1E5"), ["7", "007", "1E5", "100000"], [0, 1, 2, 0]),
+        (("true", "x"), ["True", "1"], [1, 0]),
+    ],
+)
+def test_a_value_is_the_same_however_it_is_spelled(classes, values, expected):
+    assert codes_of(values, Column("a", "category", categories=classes)) == expected
+
+
+def test_spellings_of_one_file_are_one_category():
+    column, notes = infer_column(pl.Series("a", ["True", "true", "FALSE", "True"]))
+    assert column == Column("a", "boolean", categories=("FALSE", "true"))
+    column, notes = infer_column(pl.Series("a", ["1", "1.0", "x", "2.50", "2.5"]))
+    assert column.categories == ("1", "2.5", "2.50", "x") and "as '1' and as '1.0'" in notes[0]
+    chunks = [pl.DataFrame({"a": ["x", "1"]}), pl.DataFrame({"a": ["y", "1.0"]})]
+    assert infer_merged(chunks)[0][0].categories == ("1", "x", "y")
+
+
+def test_other_spellings_change_no_bound(tmp_path, capsys):
+    """Of integers, floats and booleans, in columns and in conditions, in files of either kind."""
+    whole = pl.DataFrame({"g": [1, 2, 3] * 20, "b": [True, False] * 30, "k": [0, 1, 2, 3, 4] * 12})
+    as_text = whole.with_columns(
+        pl.col("g").cast(pl.Float64).cast(pl.String),
+        pl.col("b").replace_strict({True: "TRUE", False: "False"}, return_dtype=pl.String),
+    )
+    whole.write_parquet(tmp_path / "t.parquet")
+    as_text.write_csv(tmp_path / "t.csv")
+    schema = declare(tmp_path, [{"name": "g", "kind": "category"}, {"name": "b"}, {"name": "k"}])
+    run = train(str(tmp_path / "t.parquet"), tmp_path / "run", schema=str(schema), **TINY)
+    both = [run.law(tmp_path / name)[1] for name in ("t.parquet", "t.csv")]
+    assert both[0].equal(both[1]) and (both[0] > 0).all()
+    given = train(str(tmp_path / "t.csv"), tmp_path / "given", condition=["b", "g"], **TINY)
+    laws = [given.law(tmp_path / name)[0].condition for name in ("t.parquet", "t.csv")]
+    assert laws[0].equal(laws[1])
+    typed = parse(["b=true", "g=2"], given.config.schema)
+    assert typed.equal(parse(["b=TRUE", "g=2.0"], given.config.schema))
+
+
+def test_cells_that_training_did_not_have_are_counted_and_said(tmp_path, capsys):
+    rows = pl.DataFrame({"g": ["u", "v"] * 30, "k": [0, 1, 2] * 20})
+    rows.write_csv(tmp_path / "t.csv")
+    run = train(str(tmp_path / "t.csv"), tmp_path / "run", **TINY)
+    odd = pl.DataFrame({"g": ["u", "V", "V", "NA", "v"] * 4, "k": [0, 1, 9, 2, 0] * 4})
+    odd.write_csv(tmp_path / "odd.csv")
+    said = [
+        "8 cells of g, such as 'V', are none of its categories: counted as (other)",
+        "4 cells of g, such as 'NA', are missing, which none was in training: counted as (other)",
+        "4 cells of k, such as 9, lie outside 0 .. 2: counted as just outside",
+    ]
+    assert set(data.load_like(tmp_path / "odd.csv", run.config.schema).notes) == {*said}
+    commands = (
+        ["evaluate", run.path, "--calls", "4", "--data", tmp_path / "odd.csv"],
+        ["score", run.path, tmp_path / "odd.csv", "--calls", "8", "--out", tmp_path / "s.csv"],
+    )
+    for command in commands:
+        run_ok(*command)
+        told = capsys.readouterr().err
+        assert all(line in told for line in said)
+    with pytest.warns(UserWarning, match="8 cells of g"):
+        run.law({"g": ["V"] * 8, "k": [0] * 8})
+    holes = odd.with_columns(k=pl.lit(None, pl.Int64))
+    told = []
+    impute(run, holes, Grid.uniform(2), particles=2, tell=told.append)
+    assert said[0] in told
+
+
+def test_rows_read_in_blocks_are_counted_once(tmp_path, capsys, monkeypatch):
+    rows = pl.DataFrame({"g": ["u", "v"] * 60, "k": [0, 1, 2] * 40})
+    (tmp_path / "t").mkdir()
+    rows.write_parquet(tmp_path / "t" / "a.parquet")
+    run = train(str(tmp_path / "t"), tmp_path / "run", **TINY)
+    monkeypatch.setattr(streams, "BLOCK", 20)
+    monkeypatch.setattr(streams, "WINDOW", 1)
+    (tmp_path / "odd").mkdir()
+    odd = rows.with_columns(g=pl.when(pl.col("k") == 1).then(pl.lit("w")).otherwise(pl.col("g")))
+    odd.write_parquet(tmp_path / "odd" / "a.parquet")
+    x = run.law(tmp_path / "odd")[1]
+    for _ in range(2):
+        assert len(torch.cat(list(x.split(7)))) == 120
+        assert x.notes() == [
+            "40 cells of g, such as 'w', are none of its categories: counted as (other)"
+        ]
+    run_ok("evaluate", run.path, "--calls", "4", "--data", tmp_path / "odd")
+    assert "40 cells of g" in capsys.readouterr().err

@@ -17,6 +17,7 @@ where this user's own cache knows data of these hashes (`RunConfig.place`).
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -223,6 +224,10 @@ def _shown(text: str, most: int = 64) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=3)
+
+
 def _section(document: object, keys: set[str], where: str) -> dict:
     if not isinstance(document, dict):
         raise ValueError(f"{where} must be a JSON object; got {type(document).__name__}")
@@ -256,7 +261,7 @@ class Run:
         source: "str | PathLike[str] | Frame | None" = None,
         split: str | None = None,
         splits: Splits | None = None,
-        tell: Callable[[str], None] | None = None,
+        tell: Callable[[str], object] = _warn,
     ) -> tuple[Model, Tensor, str]:
         """Examples of the run's own data or of other data, their model, and a name for them.
 
@@ -267,7 +272,8 @@ class Run:
             split: "train", "validation", "test"; of other data also "all". The default is "test"
                 of the run's own data and "all" of other data.
             splits: of other data, as `nelbo.data.load` takes them.
-            tell: is given each note on other data.
+            tell: called with what is to be known of other data, such as cells that training did
+                not have; a warning by default.
 
         Raises:
             ValueError: data of another schema, or no such split; or the run's own, not known here.
@@ -278,9 +284,8 @@ class Run:
             dataset = data.load_like(
                 source, self.config.schema, size=self.config.size, splits=splits
             )
-            if tell is not None:
-                for note in dataset.notes:
-                    tell(f"note: {note}")
+            for note in dataset.notes:
+                tell(f"note: {note}")
         split = split or ("test" if source is None else "all")
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")

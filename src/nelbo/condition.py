@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nelbo.data import Label, Schema
+from nelbo.data.spelling import is_number, places_of
 from nelbo.model import Model
 from nelbo.parts import drawing
 
@@ -88,12 +89,12 @@ def parse(texts: Sequence[str], schema: Schema) -> Tensor:
 
 
 def _value(label: Label, text: str) -> float:
-    try:
-        value = float(label.classes.index(text)) if label.classes else float(text)
-        if abs(value) < float("inf"):
-            return value
-    except ValueError:
-        pass
+    if label.classes:
+        place = places_of([text], label.classes).get(text)
+        if place is not None:
+            return float(place)
+    elif is_number(text) and abs(float(text)) < float("inf"):
+        return float(text)
     raise ValueError(f"the label {text!r} is out of range: {label.describe()}")
 
 

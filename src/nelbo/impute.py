@@ -64,8 +64,10 @@ def impute(
     if not schema.columns:
         raise ValueError(f"cells are those of tables; the run {run.path} is of none")
     label, frame = tables.find(rows)
-    x, known = (torch.from_numpy(v) for v in examples.encode_holes(frame, schema.columns, label))
-    for note in examples.words_in_holes(frame, schema.columns):
+    unseen = examples.Unseen()
+    encoded = examples.encode_holes(frame, schema.columns, label, unseen)
+    x, known = (torch.from_numpy(v) for v in encoded)
+    for note in (*examples.words_in_holes(frame, schema.columns), *unseen.notes()):
         tell(note)
     empty = [examples.holes(frame[c.name], c).to_numpy() for c in schema.columns]
     incomplete = torch.from_numpy(np.stack(empty, 1)).any(1)

@@ -48,12 +48,21 @@ def examples_of(
     """The law of `data`, or of the run's own; what are its own is known from then on, and told."""
     if data is not None and run.meet(data) and tell:
         say(f"{data} are the run's own data; its commands read them there from now on")
-    return run.law(data, split, splits, say if tell else None)
+    return run.law(data, split, splits, say if tell else str)
 
 
 def json_text(value: object) -> str:
     """JSON for people and programs; NaN is refused, for it is none."""
     return json.dumps(value, indent=2, allow_nan=False)
+
+
+def say_notes(x: "Tensor") -> None:
+    """Say what is to be known of examples that were read in blocks."""
+    from nelbo.data.rows import Rows
+
+    if isinstance(x, Rows):
+        for note in x.notes():
+            say(f"note: {note}")
 
 
 def say(line: str) -> None:

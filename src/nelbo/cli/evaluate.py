@@ -5,7 +5,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nelbo.cli.common import Device, Seed, Spacing, Splits, examples_of, grid_of, json_text, say
+from nelbo.cli.common import (
+    Device,
+    Seed,
+    Spacing,
+    Splits,
+    examples_of,
+    grid_of,
+    json_text,
+    say,
+    say_notes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,6 +158,7 @@ def evaluate(
                 print(json_text(result.to_dict() | show.of_text(result, schema)))
             else:
                 show.result(result, schema)
+            say_notes(x)
         if columns:
             _show_columns(model, loaded, x, steps or 32, spacing, seed, rank == 0)
 

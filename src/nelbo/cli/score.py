@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from nelbo.cli.common import Device, RunFolder, Seed, Splits, examples_of, say
+from nelbo.cli.common import Device, RunFolder, Seed, Splits, examples_of, say, say_notes
 
 
 def score(
@@ -76,4 +76,5 @@ def score(
         if figure is not None:
             write(figure, scores.histogram(each | {name: scored.score}, f"{score}, nats"))
         strange = int((scored.percentile > 95).sum())
+        say_notes(x)
         say(f"{strange} of {len(x)} examples are above 95 % of the {against} split; {out}")

@@ -11,6 +11,7 @@ import numpy as np
 from nelbo.data.cells import numbers, raw_texts, texts
 from nelbo.data.dtypes import describe, given_back
 from nelbo.data.layout import Column, Place, places
+from nelbo.data.spelling import places_of
 from nelbo.data.tables import column_of, polars
 
 if TYPE_CHECKING:
@@ -19,12 +20,33 @@ if TYPE_CHECKING:
 OTHER = "(other)"
 
 
+class Unseen:
+    """Cells that training did not have and that are counted as something else, by column."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], tuple[int, str]] = {}
+
+    def add(self, column: str, count: int, cell: str, said: str) -> None:
+        """So many cells of a column, one of them shown as `cell`, of which this is said."""
+        before, first = self._found.get((column, said), (0, cell))
+        if count:
+            self._found[column, said] = before + count, first
+
+    def notes(self) -> list[str]:
+        """A sentence for each column and for each thing that is said."""
+        return [
+            f"{count} {'cell' if count == 1 else 'cells'} of {column}, such as {cell}, {said}"
+            for (column, said), (count, cell) in self._found.items()
+        ]
+
+
 def encode(
     frame: "DataFrame",
     columns: Sequence[Column],
     label: str,
     rounding: bool = False,
     first: int = 0,
+    unseen: Unseen | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """The rows as examples, (N, D) float64, and notes on what was not taken as it is.
 
@@ -34,6 +56,7 @@ def encode(
         label: names the table in messages.
         rounding: round numbers to the precision of their columns; else they must be so.
         first: row of the table that is the first of the frame.
+        unseen: where cells that training did not have are counted; in the notes if None.
 
     Raises:
         ValueError: a column is not there, or a cell cannot be one of its column.
@@ -41,11 +64,12 @@ def encode(
     known = {column.name for column in columns}
     extra = [name for name in frame.columns if name not in known]
     notes = [f"columns left out: {', '.join(extra)}"] if extra else []
+    own = Unseen() if unseen is None else unseen
     parts: list[np.ndarray] = []
     for place in places(columns):
         series = column_of(frame, place.column.name, label)
         if place.column.kind in ("category", "boolean"):
-            parts.append(_symbols(series, place.column, first))
+            parts.append(_symbols(series, place.column, first, own))
             continue
         values, moved = _numbers(series, place.column, rounding, first)
         if place.indicator:
@@ -55,12 +79,12 @@ def encode(
             precision = place.column.precision
             notes.append(f"{moved} values of {series.name} were rounded to {precision:g}")
         levels = place.column.group == "levels"
-        parts.append(_levels(values, place.column) if levels else values)
-    return np.stack(parts, 1), notes
+        parts.append(_levels(values, place.column, own) if levels else values)
+    return np.stack(parts, 1), notes if unseen is not None else notes + own.notes()
 
 
 def encode_holes(
-    frame: "DataFrame", columns: Sequence[Column], label: str
+    frame: "DataFrame", columns: Sequence[Column], label: str, unseen: Unseen | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of which any cell may be missing, as examples whose cells are all there.
 
@@ -68,6 +92,7 @@ def encode_holes(
         frame: the table.
         columns: the layout, whether or not it has missing cells.
         label: names the table in messages.
+        unseen: where cells that training did not have are counted.
 
     Returns:
         Examples (N, D), any value standing where a cell is missing, and which of their
@@ -82,7 +107,7 @@ def encode_holes(
         missing[column.name] = cells.is_null().to_numpy()
         some = column.categories[0] if column.categories else str(column.low or 0.0)
         whole = whole.with_columns(cells.fill_null(some).alias(column.name))
-    x, _ = encode(whole, columns, label)
+    x, _ = encode(whole, columns, label, unseen=unseen)
     known = [place.indicator | ~missing[place.column.name] for place in places(columns)]
     return x, np.stack(known, 1)
 
@@ -139,12 +164,14 @@ def texts_of(series: "Series", column: Column) -> "Series":
     return texts(series, column.missing_words, column.categories)
 
 
-def _symbols(series: "Series", column: Column, first: int) -> np.ndarray:
+def _symbols(series: "Series", column: Column, first: int, unseen: Unseen) -> np.ndarray:
     text, pl = texts_of(series, column), polars()
-    code = {category: i + 1.0 for i, category in enumerate(column.categories)}
-    absent = float(len(code) + 1) if column.missing else 0.0
+    place = places_of(text.drop_nulls().unique(), column.categories)
+    code = {value: i + 1.0 for value, i in place.items()}
+    absent = float(len(column.categories) + 1) if column.missing else 0.0
     found = text.replace_strict(code, default=0.0, return_dtype=pl.Float64).to_numpy()
-    codes = np.where(text.is_null().to_numpy(), absent, found)
+    none = text.is_null().to_numpy()
+    codes = np.where(none, absent, found)
     if column.kind == "boolean":
         wrong = np.flatnonzero(codes == 0)
         if len(wrong):
@@ -155,6 +182,16 @@ def _symbols(series: "Series", column: Column, first: int) -> np.ndarray:
                 f" {first + wrong[0] + 1} holds {held}; mend it, or train with --schema where"
                 " the column is a category"
             )
+    other = np.flatnonzero((codes == 0) & ~none)
+    if len(other):
+        cell = repr(text[int(other[0])])
+        unseen.add(
+            column.name, len(other), cell, f"are none of its categories: counted as {OTHER}"
+        )
+    if none.any() and not column.missing:
+        word = raw_texts(series)[int(none.argmax())]  # it may be one that means missing
+        said = f"are missing, which none was in training: counted as {OTHER}"
+        unseen.add(column.name, int(none.sum()), repr(word or ""), said)
     return codes
 
 
@@ -184,9 +221,13 @@ def _numbers(
     return np.round(points, column.decimals), int(moved.sum())
 
 
-def _levels(values: np.ndarray, column: Column) -> np.ndarray:
+def _levels(values: np.ndarray, column: Column, unseen: Unseen) -> np.ndarray:
     assert column.precision is not None and column.low is not None
     code = np.rint((values - column.low) / column.precision) + 1
+    beyond = np.flatnonzero((code < 1) | (code > column.points))
+    if len(beyond):
+        said = f"lie outside {column.low:g} .. {column.high:g}: counted as just outside"
+        unseen.add(column.name, len(beyond), f"{values[beyond[0]]:g}", said)
     code = np.clip(code, 0, column.points + 1)
     return np.where(np.isnan(values), column.points + 2, code)
 

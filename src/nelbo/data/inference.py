@@ -14,7 +14,7 @@ import numpy as np
 from nelbo.data.cells import LEAVE_OUT, missing_words, numbers, texts, words_note
 from nelbo.data.dtypes import categories_of, describe
 from nelbo.data.layout import SIZES, Column
-from nelbo.data.spelling import canonical, codes, comma_advice, is_number, spellings
+from nelbo.data.spelling import TRUTH, canonical, codes, comma_advice, is_number, spellings
 
 if TYPE_CHECKING:
     from polars import DataFrame, DataType, Series
@@ -24,7 +24,6 @@ FINEST = 10**7  # points of a lattice; beyond, a real number
 FURTHEST = 10**10  # of them from 0, where float64 still tells a millionth of one
 ROWS = 50  # with more texts than this, and than nine tenths of the rows, they name the rows
 MIXED = 64  # different texts up to which numbers and words together make a category
-TRUTH = ({"false", "true"}, {"0", "1"})
 
 
 def infer_columns(frame: "DataFrame") -> tuple[list[Column], list[str]]:
@@ -275,8 +274,10 @@ def _infer(series: "Series", words: Collection[str] | None = None) -> tuple[Colu
         return Column(name, "boolean", categories=tuple(few), missing=missing), ""
     odd = [value for value in every if not is_number(value)]
     if codes(every) or (odd and (len(odd) == len(every) or len(few) <= MIXED)):
+        few = spellings(every)
         note = _of_texts(name, every, odd)
-        return _category(text, spellings(every), missing, note), note
+        column = _category(text, few, missing, note)
+        return column, "; ".join(filter(None, (note, _of_spellings(name, every, few))))
     if odd and (advice := comma_advice(odd)):
         raise ValueError(f"the column {name!r} holds texts such as {odd[0]!r}: {advice}")
     return _number(name, numbers(series, words=words), missing)
@@ -307,8 +308,13 @@ def _of_texts(name: str, values: list[str], odd: list[str]) -> str:
             f"{name} holds codes such as {like_numbers[0]!r}: taken as a category; if they are"
             ' numbers, declare "kind": "rounded" for the column with --schema'
         )
-    distinct = {*spellings(values)}
-    other = next((value for value in values if value not in distinct), None)
+    return ""
+
+
+def _of_spellings(name: str, values: list[str], distinct: list[str]) -> str:
+    """The note on a column that writes one value in two ways; "" if it does not."""
+    known = {*distinct}
+    other = next((value for value in values if value not in known), None)
     if other is None:
         return ""
     own = next(value for value in distinct if canonical(value) == canonical(other))

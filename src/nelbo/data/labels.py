@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nelbo.data.schema import Label
+from nelbo.data.spelling import places_of
 
 NO_CLASS = "-1"  # of an example without a class, where classes are 0, 1, 2, ..
 
@@ -109,14 +110,14 @@ def codes(values: np.ndarray, label: Label, where: str) -> Tensor:
                 f"the labels {label.name} of {where} must be numbers; got {values[0]}"
             )
         return torch.from_numpy(values.astype(np.float64))
-    place = {name: float(i) for i, name in enumerate(label.classes)} | {"": math.nan}
-    if all(map(str.isdecimal, label.classes)):
-        place[NO_CLASS] = math.nan
     if values.dtype.kind == "f":  # of classes that are numbers, where some are missing
         if not np.array_equal(values, np.rint(values), equal_nan=True):
             raise ValueError(f"the labels {label.name} of {where} are no classes but numbers")
         values = np.array(["" if np.isnan(v) else str(int(v)) for v in values.tolist()], str)
     texts = as_text(values)
+    place: dict[str, float] = {**places_of({*texts}, label.classes), "": math.nan}
+    if all(map(str.isdecimal, label.classes)):
+        place[NO_CLASS] = math.nan
     for i, text in enumerate(texts):
         if text not in place:
             raise ValueError(

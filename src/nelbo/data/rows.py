@@ -74,6 +74,10 @@ class Rows(ABC):
         """Do now what makes reading these rows later quick; by default nothing."""
         return
 
+    def notes(self) -> list[str]:
+        """What is to be said of the examples that were read so far; by default nothing."""
+        return []
+
     def fingerprint(self) -> bytes | None:
         """Bytes that tell the examples, where these are had without reading all of them."""
         return None

@@ -300,11 +300,13 @@ def _load_table_like(
     if table is not None and not schema.condition:
         return Dataset(table.name, schema, streams.measured(table, schema.columns))
     name, frame = tables.find(source) if table is None else (table.name, table.whole())
-    rows, _ = examples.encode(frame, schema.columns, name)
+    unseen = examples.Unseen()
+    rows, _ = examples.encode(frame, schema.columns, name, unseen=unseen)
     x, labels = torch.from_numpy(rows), labels_of(frame, schema, name)
     parts = _parts_of(table) | {"all": slice(None)}
     stored = {} if labels is None else {part: labels[few] for part, few in parts.items()}
-    return Dataset(name, schema, {part: x[few] for part, few in parts.items()}, labels=stored)
+    splits = {part: x[few] for part, few in parts.items()}
+    return Dataset(name, schema, splits, tuple(unseen.notes()), stored)
 
 
 def _parts_of(table: streams.Table | None) -> dict[str, slice]:

@@ -7,11 +7,13 @@ writes 100000 as 1E5 (those that shorten it write 1e+05, or 1.0E5).
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 #: the grammar of numbers, for the regular expressions of Python and of polars
 NUMBER = r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|(?i:inf|infinity))"
+#: pairs of values that are booleans
+TRUTH = ({"false", "true"}, {"0", "1"})
 _LEADING_ZERO = re.compile(r"[+-]?0[0-9].*")
 _BARE_EXPONENT = re.compile(r"[0-9]+[eE][0-9]+")
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
@@ -55,6 +57,26 @@ def canonical(text: str) -> str:
     plain = format(value, "f")
     plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
     return "0" if plain == "-0" else plain
+
+
+def places_of(values: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
+    """The place of each value among some classes, however it is spelled; of none where it is none.
+
+    Of two classes that are false and true, 0 and 1 are spellings.
+
+    >>> places_of(["2.0", "2", "3"], ["1", "2"]), places_of(["TRUE", "0"], ["False", "True"])
+    ({'2.0': 1, '2': 1}, {'TRUE': 1, '0': 0})
+    """
+    exact = {name: place for place, name in enumerate(classes)}
+    plain: dict[str, int | None] = {}
+    for name, place in exact.items():
+        key = canonical(name)
+        plain[key] = None if key in plain else place  # 1.1 and 1.10 are two, and 1.100 is neither
+    if plain.keys() in TRUTH:
+        for word, number in (("false", "0"), ("true", "1")):
+            plain[word] = plain[number] = plain.get(word, plain.get(number))
+    found = {value: exact.get(value, plain.get(canonical(value))) for value in values}
+    return {value: place for value, place in found.items() if place is not None}
 
 
 def spellings(values: Iterable[str]) -> list[str]:

@@ -219,6 +219,7 @@ class TableRows(Rows):
         self.known: OrderedDict[int, Tensor] = OrderedDict()
         self.coming = 0  # the block after the last one that was read
         self.lock = threading.Lock()
+        self.unseen, self.counted = examples.Unseen(), np.zeros(-(-len(self) // self.block), bool)
 
     def read(self, rows: np.ndarray) -> Tensor:
         x = torch.empty((len(rows), *self.shape[1:]), dtype=torch.float64)
@@ -244,6 +245,9 @@ class TableRows(Rows):
         each = max(1, count // len(blocks)) if not self.sequential else count
         rows = (blocks[:, None] * self.per_block + np.arange(min(each, self.per_block))).flatten()
         return self.read(rows[rows < len(self)][:count])
+
+    def notes(self) -> list[str]:
+        return self.unseen.notes()
 
     def fingerprint(self) -> bytes | None:
         content = self.table.identity()
@@ -278,7 +282,10 @@ class TableRows(Rows):
         rows = self.share.rows(np.arange(low, high))
         begin, end = int(rows[0]), int(rows[-1]) + 1
         frame = self.table.read(begin, end, [column.name for column in self.columns])
-        x, _ = examples.encode(frame, self.columns, self.table.name, self.rounding, begin)
+        unseen = examples.Unseen() if self.counted[b] else self.unseen
+        self.counted[b] = True
+        name, rounding = self.table.name, self.rounding
+        x, _ = examples.encode(frame, self.columns, name, rounding, begin, unseen)
         self.known[b] = torch.from_numpy(x[rows - begin])
         if len(self.known) > 2 * WINDOW + 2:
             self.known.popitem(last=False)
