@@ -11,7 +11,7 @@ from test_cli import run_ok
 
 from nelbo import data
 from nelbo.condition import parse
-from nelbo.data import cells, examples, streams
+from nelbo.data import cells, examples, streams, tables
 from nelbo.data.inference import infer_column, infer_columns, infer_merged
 from nelbo.data.layout import Column
 from nelbo.data.spelling import canonical, is_number
@@ -298,3 +298,50 @@ def test_rows_read_in_blocks_are_counted_once(tmp_path, capsys, monkeypatch):
         ]
     run_ok("evaluate", run.path, "--calls", "4", "--data", tmp_path / "odd")
     assert "40 cells of g" in capsys.readouterr().err
+
+
+PRICES = [round(1.1 + 0.1 * ((i * 7919) % 9000), 1) for i in range(300)]
+
+
+@pytest.mark.parametrize("dtype", [pl.Float64, pl.Float32])
+def test_prices_are_a_lattice_whatever_type_holds_them(tmp_path, dtype):
+    frame = pl.DataFrame({"price": pl.Series(PRICES, dtype=dtype), "k": [0, 1, 2] * 100})
+    want = Column("price", "rounded", 0.1, min(PRICES), max(PRICES))
+    widened = frame.with_columns(pl.col("price").cast(pl.Float64))  # as pandas and JSON do
+    for each in (frame, widened, frame.write_csv):
+        if callable(each):
+            each(tmp_path / "t.csv")
+            each = tables.read(tmp_path / "t.csv")
+        (column, _), notes = infer_columns(each)
+        assert column == want and not notes
+        x = examples.encode(each, [column], "t", rounding=False)[0][:, 0]
+        np.testing.assert_allclose(x, PRICES, rtol=1e-12)
+    assert infer_merged([frame[:150], frame[150:]])[0][0] == want
+
+
+def test_other_numbers_of_float32_stay_what_they_are():
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(size=300), rng.uniform(512, 513, 300), rng.uniform(1e5, 2e5, 300)):
+        assert infer_column(pl.Series("a", values, dtype=pl.Float32))[0].kind == "real"
+    eighths = pl.Series("a", [1e5 + i / 8 for i in range(100)], dtype=pl.Float32)
+    assert infer_column(eighths)[0].precision == 0.125
+    column = Column("a", "rounded", 0.1, 1.0, 900.0)
+    for off in (136.25, 136.31, 0.15):
+        with pytest.raises(ValueError, match="round it first"):
+            examples.encode(pl.DataFrame({"a": pl.Series([off], dtype=pl.Float32)}), [column], "t")
+
+
+def test_what_was_trained_on_is_not_refused(tmp_path, capsys):
+    """Of float32, and of a declared precision that is coarser than the data."""
+    frame = pl.DataFrame({"price": pl.Series(PRICES, dtype=pl.Float32), "k": [0, 1, 2] * 100})
+    frame.write_parquet(tmp_path / "t.parquet")
+    for precision in (0.1, 5):
+        declared = [{"name": "price", "kind": "rounded", "precision": precision}, {"name": "k"}]
+        schema = declare(tmp_path, declared)
+        run = train(str(tmp_path / "t.parquet"), tmp_path / f"{precision}", schema=schema, **TINY)
+        run_ok("evaluate", run.path, "--calls", "4", "--data", tmp_path / "t.parquet")
+        told = capsys.readouterr().err
+        assert ("of price, such as" in told and "are rounded to 5, as in training" in told) == (
+            precision == 5
+        )
+        assert run.config.schema.columns[0].rounds == (precision == 5)

@@ -129,3 +129,23 @@ def numbers(series: "Series", first: int = 0, words: Collection[str] | None = No
             f" {first + infinite.argmax() + 1}; remove those rows, or leave the cells empty"
         )
     return values
+
+
+def slack(values: np.ndarray, precision: float) -> np.ndarray:
+    """How far numbers may lie from the points of a lattice that they stand for, each.
+
+    A number that float32 holds exactly is taken as one of float32, which cannot be nearer to its
+    decimals: 136.3 is 136.30000305 there. Where that is no longer far less than the precision,
+    it says nothing, and the number must be on its point.
+    """
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32) == values
+    coarse = np.where(single, 2.0**-23 * np.abs(values), 0.0)
+    return np.where(coarse <= precision / 16, coarse, 0.0)
+
+
+def off_lattice(values: np.ndarray, precision: float, low: float) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest points of a lattice to some numbers, and which numbers are no points of it."""
+    points = low + precision * np.rint((values - low) / precision)
+    allowed = 1e-6 * precision + 1e-12 * np.abs(values) + slack(values, precision)
+    return points, np.abs(values - points) > allowed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nelbo.data.cells import numbers, raw_texts, texts
+from nelbo.data.cells import numbers, off_lattice, raw_texts, texts
 from nelbo.data.dtypes import describe, given_back
 from nelbo.data.layout import Column, Place, places
 from nelbo.data.spelling import places_of
@@ -75,9 +75,13 @@ def encode(
         if place.indicator:
             parts.append(np.where(np.isnan(values), 2.0, 1.0))
             continue
-        if moved:
-            precision = place.column.precision
-            notes.append(f"{moved} values of {series.name} were rounded to {precision:g}")
+        if len(moved):
+            precision = f"{place.column.precision:g}"
+            if rounding:
+                notes.append(f"{len(moved)} values of {series.name} were rounded to {precision}")
+            else:
+                said = f"are rounded to {precision}, as in training"
+                own.add(series.name, len(moved), f"{moved[0]:g}", said)
         levels = place.column.group == "levels"
         parts.append(_levels(values, place.column, own) if levels else values)
     return np.stack(parts, 1), notes if unseen is not None else notes + own.notes()
@@ -197,8 +201,8 @@ def _symbols(series: "Series", column: Column, first: int, unseen: Unseen) -> np
 
 def _numbers(
     series: "Series", column: Column, rounding: bool, first: int
-) -> tuple[np.ndarray, int]:
-    """The numbers of a column on its lattice, and how many were moved there."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of a column on its lattice, and the cells that were moved there."""
     values = numbers(series, first, column.missing_words)
     absent = np.isnan(values)
     if absent.any() and not column.missing:
@@ -208,17 +212,15 @@ def _numbers(
             ' --schema where the column has "missing": true'
         )
     if column.kind == "real":
-        return values, 0
+        return values, values[:0]
     assert column.precision is not None and column.low is not None
-    steps = np.rint((values - column.low) / column.precision)
-    points = column.low + column.precision * steps
-    moved = np.abs(values - points) > 1e-6 * column.precision + 1e-12 * np.abs(values)
-    if moved.any() and not rounding:
+    points, moved = off_lattice(values, column.precision, column.low)
+    if moved.any() and not (rounding or column.rounds):
         raise ValueError(
             f"the column {column.name!r} has the precision {column.precision:g}; row"
             f" {first + moved.argmax() + 1} holds {values[moved.argmax()]:g}; round it first"
         )
-    return np.round(points, column.decimals), int(moved.sum())
+    return np.round(points, column.decimals), values[moved]
 
 
 def _levels(values: np.ndarray, column: Column, unseen: Unseen) -> np.ndarray:

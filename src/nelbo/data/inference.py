@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nelbo.data.cells import LEAVE_OUT, missing_words, numbers, texts, words_note
+from nelbo.data.cells import (
+    LEAVE_OUT,
+    missing_words,
+    numbers,
+    off_lattice,
+    slack,
+    texts,
+    words_note,
+)
 from nelbo.data.dtypes import categories_of, describe
 from nelbo.data.layout import SIZES, Column
 from nelbo.data.spelling import TRUTH, canonical, codes, comma_advice, is_number, spellings
@@ -157,7 +165,14 @@ def merge(a: Column, b: Column, declared: bool = False) -> Column:
             " others; mend it, or declare it a category with --schema"
         )
     real = replace(
-        kept, kind="real", precision=None, low=None, high=None, categories=(), range=_hull(a, b)
+        kept,
+        kind="real",
+        precision=None,
+        low=None,
+        high=None,
+        categories=(),
+        rounds=False,
+        range=_hull(a, b),
     )
     if "real" in (a.kind, b.kind):
         return real
@@ -166,7 +181,8 @@ def merge(a: Column, b: Column, declared: bool = False) -> Column:
     if precision is None:
         return real
     low, high = float(points[0]), float(points[-1])
-    return replace(real, kind="rounded", precision=precision, low=low, high=high, range=None)
+    rounded = replace(real, precision=precision, low=low, high=high, range=None, kind="rounded")
+    return replace(rounded, rounds=a.rounds or b.rounds)
 
 
 def _hull(a: Column, b: Column) -> tuple[float, float] | None:
@@ -218,9 +234,12 @@ def _complete(series: "Series", declared: dict) -> tuple[Column, list[str]]:
             raise ValueError(
                 f"the precision of the column {series.name!r} must be positive; got {precision!r}"
             )
-        ends = np.rint(known[[0, -1]] / precision) * precision
-        low, high = (round(float(end), 12) for end in ends)
-        found |= {"precision": float(precision), "low": low, "high": high}
+        points = np.rint(known / precision) * precision
+        low, high = (round(float(end), 12) for end in points[[0, -1]])
+        own = declared.get("low", low)
+        own = own if isinstance(own, int | float) else low
+        rounds = bool(off_lattice(known, float(precision), own)[1].any())
+        found |= {"precision": float(precision), "low": low, "high": high, "rounds": rounds}
     if declared["kind"] == "real":
         found["range"] = _range(numbers(series, words=words))
     return Column.from_dict(found | declared), notes
@@ -334,9 +353,8 @@ def _category(text: "Series", distinct: list[str], missing: bool, note: str) -> 
 
 def _number(name: str, values: np.ndarray, missing: bool) -> tuple[Column, str]:
     known = np.unique(values[~np.isnan(values)])
-    precision = lattice(known)
-    if precision is not None:
-        low, high = float(known[0]), float(known[-1])
+    if (found := _lattice(known)) is not None:
+        precision, low, high = found
         return Column(name, "rounded", precision, low, high, missing=missing), ""
     column = Column(name, "real", missing=missing, range=_range(values))
     rows = int((~np.isnan(values)).sum())
@@ -355,14 +373,23 @@ def lattice(values: np.ndarray) -> float | None:
     >>> lattice(np.array([0.62, 0.66, 0.76]))
     0.02
     """
+    found = _lattice(values)
+    return None if found is None else found[0]
+
+
+def _lattice(values: np.ndarray) -> tuple[float, float, float] | None:
+    """The same, with the least and the largest value as points."""
     for decimals in range(DECIMALS + 1):
         scaled = values * 10**decimals
         whole = np.rint(scaled)
         if np.abs(whole).max() > FURTHEST:
             return None
         steps = np.diff(whole)
-        if (np.abs(scaled - whole) < 1e-6).all() and (steps > 0).all():
+        error = 1e-6 + 10**decimals * slack(values, 10**-decimals)
+        if (np.abs(scaled - whole) < error).all() and (steps > 0).all():
             step = int(np.gcd.reduce(steps.astype(np.int64))) or 1  # of one value alone
-            points = (whole[-1] - whole[0]) / step + 1
-            return round(step / 10**decimals, decimals) if points <= FINEST else None
+            if (whole[-1] - whole[0]) / step + 1 > FINEST:
+                return None
+            ends = (round(float(values[i]), decimals) for i in (0, -1))
+            return round(step / 10**decimals, decimals), *ends
     return None

@@ -60,6 +60,7 @@ class Column:
             no unit: a density stays one of the column as it is.
         missing_words: words that mean a missing cell; the usual ones (NA, null, ..) where None.
             An empty cell is missing always, and a word among the categories never.
+        rounds: whether numbers off the lattice are rounded to it, as those of training were.
         range: the least and the largest value of a real number in training; None where unknown.
         dtype: type of the cells in the source, to which samples are given back; see `dtypes`.
             That of what they are read as where "", as of text files. Neither the range nor the
@@ -78,6 +79,7 @@ class Column:
     missing: bool = False
     transform: Transform = "standardise"
     missing_words: tuple[str, ...] | None = None
+    rounds: bool = field(default=False, compare=False)
     range: tuple[float, float] | None = field(default=None, compare=False, repr=False)
     dtype: str = field(default="", compare=False, repr=False)
 
@@ -86,8 +88,9 @@ class Column:
         if self.kind not in get_args(Kind):
             kinds = ", ".join(get_args(Kind))
             raise ValueError(f"the kind {where} must be one of {kinds}; got {self.kind!r}")
-        if not isinstance(self.missing, bool):
-            raise ValueError(f"missing {where} must be true or false; got {self.missing!r}")
+        for key, value in (("missing", self.missing), ("rounds", self.rounds)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{key} {where} must be true or false; got {value!r}")
         lattice = (self.precision, self.low, self.high)
         if self.kind != "rounded" and lattice != (None, None, None):
             raise ValueError(f"precision, low and high {where} are for the kind rounded")
