@@ -10,6 +10,7 @@ from conftest import TINY
 from test_cli import run_ok
 
 from nelbo import data
+from nelbo.cli import main
 from nelbo.condition import parse
 from nelbo.data import cells, examples, streams, tables
 from nelbo.data.inference import infer_column, infer_columns, infer_merged
@@ -345,3 +346,59 @@ def test_what_was_trained_on_is_not_refused(tmp_path, capsys):
             precision == 5
         )
         assert run.config.schema.columns[0].rounds == (precision == 5)
+
+
+def cased(values, dtype=None):
+    return pl.DataFrame({"cls": pl.Series(values * 30, dtype=dtype), "x": [0, 1, 2, 3] * 30})
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_whole_numbers_of_a_condition_are_classes(tmp_path, capsys, suffix):
+    """As those of arrays; numbers between them are no class."""
+    path = tmp_path / f"t{suffix}"
+    path.write_bytes(tables.to_bytes(cased([1, 2, 3, 2]), suffix))
+    found = data.load(path, condition=["cls"])
+    assert found.schema.condition[0].classes == ("1", "2", "3")
+    assert any("cls: whole numbers are taken as 3 classes" in note for note in found.notes)
+    run = train(str(path), tmp_path / "run", condition=["cls"], **TINY)
+    assert run.config.load_data().schema == run.config.schema
+    assert run.law(cased([1.0, 2.0, 3.0, 2.0]))[0].condition.equal(run.law(path)[0].condition)
+    command = ["sample", run.path, "--n", "2", "--steps", "2", "--out", tmp_path / "s.csv"]
+    run_ok(*command, "--condition", "2.0")
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, command), "--condition", "2.5"])
+    assert stop.value.code and "'2.5' is out of range: cls is one of 1" in capsys.readouterr().err
+
+
+def test_a_schema_says_what_a_condition_is(tmp_path):
+    path = tmp_path / "t.csv"
+    cased(["1", "2", "3", "NA"]).write_csv(path)
+    classes = {}
+    for key, declared in {
+        "words": {"missing_words": []},
+        "category": {"kind": "category", "categories": ["1", "2", "3", "NA"]},
+    }.items():
+        schema = declare(tmp_path, [{"name": "cls", **declared}, {"name": "x"}])
+        found = data.load(path, condition=["cls"], schema=schema)
+        classes[key] = found.schema.condition[0].classes
+        assert [column.name for column in found.schema.columns] == ["x"]
+        again = data.load(path, condition=["cls"], schema=found.schema)
+        assert again.schema == found.schema
+    assert set(classes.values()) == {("1", "2", "3", "NA")}
+    cased([1, 2, 3, 2]).write_csv(path)
+    schema = declare(tmp_path, [{"name": "cls", "kind": "real"}, {"name": "x"}])
+    found = data.load(path, condition=["cls"], schema=schema)
+    assert not found.schema.condition[0].classes
+    assert data.load(path, condition=["cls"], schema=found.schema).schema == found.schema
+    schema = declare(tmp_path, [{"name": "cls", "missing_words": ["-"]}, {"name": "x"}])
+    with pytest.raises(ValueError, match=r"the condition 'cls' has missing_words \['-'\]"):
+        data.load(path, condition=["cls"], schema=schema)
+
+
+def test_a_condition_that_is_measured_stays_a_number():
+    rng = np.random.default_rng(0)
+    ages = [int(i) for i in rng.permutation(120)]
+    frame = pl.DataFrame({"age": ages, "cls": [1.0, 2.0, 3.0] * 40, "x": [0, 1, 2, 3] * 30})
+    found = data.load(frame, condition=["age", "cls"])
+    assert [label.classes for label in found.schema.condition] == [(), ()]
+    assert "age has 120 different whole numbers in 120 rows: taken as a number" in found.notes

@@ -14,6 +14,7 @@ from nelbo import _limits
 from nelbo.data import (
     arrays,
     builtin,
+    conditions,
     examples,
     folders,
     hub,
@@ -26,7 +27,7 @@ from nelbo.data import (
 )
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
 from nelbo.data.encoded import Form
-from nelbo.data.inference import complete, infer_column, infer_columns, typed
+from nelbo.data.inference import complete, infer_columns, typed
 from nelbo.data.labels import codes, infer_label, missing, of_examples, standardised
 from nelbo.data.schema import Dataset, Label, Schema
 from nelbo.data.splits import Declared, declare
@@ -265,19 +266,17 @@ def _load_table(
         return _load_stream(table, schema, seed)
     name, frame = tables.find(source) if table is None else (table.name, table.whole())
     parts, of_cells = _parts_of(table), {}
-    for label in condition:
-        kind = infer_column(tables.column_of(frame, label, name))[0].kind
-        words = kind in ("category", "boolean")
-        cells = tables.label_cells(frame, label, words)
-        of_cells[label] = {part: cells[rows] for part, rows in parts.items()}
     notes: list[str] = []
-    if schema is None:
-        columns, notes = infer_columns(frame.drop(*condition))
-        schema = Schema.of_table(columns)
-    elif not isinstance(schema, Schema):
-        said = _limits.read_json(Path(schema))
-        columns, notes = complete(frame.drop(*condition), said)
-        schema = Schema.of_table(columns)
+    if isinstance(schema, Schema):
+        cells = {label.name: conditions.cells_like(frame, label) for label in schema.condition}
+    else:
+        said = None if schema is None else _limits.read_json(Path(schema))
+        cells, rest, of_labels = conditions.taken_from(frame, condition, said, name)
+        others = frame.drop(*condition)
+        columns, notes = infer_columns(others) if rest is None else complete(others, rest)
+        schema, notes = Schema.of_table(columns), [*notes, *of_labels]
+    for label in condition:
+        of_cells[label] = {part: cells[label][rows] for part, rows in parts.items()}
     of_examples = frame.drop(*condition)
     if not read_as_text(source):
         schema = replace(schema, columns=tuple(typed(schema.columns, frame.schema)))
@@ -318,8 +317,7 @@ def _parts_of(table: streams.Table | None) -> dict[str, slice]:
 def labels_of(frame: "DataFrame", schema: Schema, name: str) -> Tensor | None:
     """The labels in the rows of a table, (N, len(schema.condition)); None without labels."""
     of_cells = {
-        label.name: {"all": tables.label_cells(frame, label.name, bool(label.classes))}
-        for label in schema.condition
+        label.name: {"all": conditions.cells_like(frame, label)} for label in schema.condition
     }
     found = Found(name, {"all": np.empty((frame.height, 0))}, labels=of_cells)
     return _store_labels(found, schema.condition).get("all")

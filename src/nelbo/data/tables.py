@@ -16,10 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from nelbo import _limits
-from nelbo.data.cells import numbers, texts
 from nelbo.data.frames import columns_of
 from nelbo.data.remote import here
 from nelbo.data.spelling import is_number
@@ -194,18 +191,6 @@ def column_of(frame: "DataFrame", name: str, label: str) -> "Series":
         others = ", ".join(map(repr, frame.columns))
         raise ValueError(f"{label} has no column {name!r}; it has {others}")
     return frame[name]
-
-
-def label_cells(frame: "DataFrame", name: str, words: bool) -> np.ndarray:
-    """The cells of a column that is a condition, (N,): as words, or else as numbers.
-
-    Missing ones are "" or NaN.
-
-    Raises:
-        ValueError: no such column, or a cell that is no number.
-    """
-    series = column_of(frame, name, "the table")
-    return np.array(texts(series).fill_null("").to_list(), str) if words else numbers(series)
 
 
 def to_bytes(frame: "DataFrame", suffix: str) -> bytes:

@@ -1,0 +1,89 @@
+"""Columns of a table as conditions: words and whole numbers are classes, as in arrays."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nelbo.data.cells import numbers, texts
+from nelbo.data.inference import complete, listed
+from nelbo.data.schema import Label
+from nelbo.data.tables import column_of
+
+if TYPE_CHECKING:
+    from polars import DataFrame, Series
+
+MISSING = ""  # how an empty cell is written among classes
+
+
+def taken_from(
+    frame: "DataFrame", names: Sequence[str], declared: object, where: str
+) -> tuple[dict[str, np.ndarray], object, list[str]]:
+    """The cells of columns to condition on, what a schema says of the others, and notes.
+
+    Args:
+        frame: the table.
+        names: of the columns, which the schema may describe too.
+        declared: the schema as JSON has it, or None.
+        where: the table's name for messages.
+
+    Raises:
+        ValueError: as `cells_of`, or it is no schema of the table.
+    """
+    every = [] if declared is None else listed(declared, frame.columns)
+    of_each = {each["name"]: each for each in every if each["name"] in names}
+    found = {name: cells_of(frame, name, of_each.get(name, {}), where) for name in names}
+    rest = [each for each in every if each["name"] not in names]
+    notes = [note for _, some in found.values() for note in some]
+    return {k: v for k, (v, _) in found.items()}, None if declared is None else rest, notes
+
+
+def cells_of(
+    frame: "DataFrame", name: str, declared: dict, where: str
+) -> tuple[np.ndarray, list[str]]:
+    """The cells of a column to condition on, (N,), as words or as numbers, and notes on them.
+
+    Args:
+        frame: the table.
+        name: of the column.
+        declared: what a schema says of it; its kind and its missing words count.
+        where: the table's name for messages.
+
+    Raises:
+        ValueError: no such column, or one that is no condition.
+    """
+    series = column_of(frame, name, where)
+    (column,), notes = complete(frame, [{**declared, "name": name}])
+    if column.missing_words:
+        raise ValueError(
+            f"the condition {name!r} has missing_words {list(column.missing_words)!r}, which are"
+            " for the columns that are modelled; empty those cells in the data instead"
+        )
+    words = texts(series, column.missing_words, column.categories)
+    if column.kind in ("category", "boolean"):
+        return _filled(words), notes
+    if "kind" in declared or not _are_integers(series, words):
+        return numbers(series), notes
+    count = words.drop_nulls().n_unique()
+    if count > max(len(words) // 2, 2):
+        said = f"has {count} different whole numbers in {len(words)} rows: taken as a number"
+        return numbers(series), [*notes, f"{name} {said}"]
+    said = f"whole numbers are taken as {count} classes; if they are measurements, declare"
+    return _filled(words), [*notes, f'{name}: {said} "kind": "real" for the column with --schema']
+
+
+def cells_like(frame: "DataFrame", label: Label) -> np.ndarray:
+    """The cells of a column that a model is conditioned on, as for `cells_of`."""
+    series = column_of(frame, label.name, "the table")
+    return _filled(texts(series, keep=label.classes)) if label.classes else numbers(series)
+
+
+def _filled(words: "Series") -> np.ndarray:
+    return np.array(words.fill_null(MISSING).to_list(), str)
+
+
+def _are_integers(series: "Series", words: "Series") -> bool:
+    """Whether numbers are whole by their type, or as they are written."""
+    if series.dtype.is_numeric():
+        return series.dtype.is_integer()
+    return bool(words.drop_nulls().str.contains(r"^[+-]?[0-9]+$").all())
