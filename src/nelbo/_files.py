@@ -24,6 +24,8 @@ from nelbo import _limits
 from nelbo.sharding import divided_like
 
 HASH = "sha256"
+#: bytes that stand before tensors: the names and shapes of 100 000
+HEAD = 2**24
 
 
 def write(path: Path, content: bytes, before: Path | None = None) -> None:
@@ -139,7 +141,8 @@ def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], d
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
-    _limits.check_file(path)
+    _limits.check_file(path, 2)
+    _check_head(path)
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
@@ -155,6 +158,17 @@ def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], d
             f"{path} is truncated, damaged or not a safetensors file ({error}); restore it from a"
             " copy or train again"
         ) from None
+
+
+def _check_head(path: Path) -> None:
+    """Raise ValueError where the heading of a safetensors file is far larger than any is."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if HEAD < size <= path.stat().st_size and not _limits.trusted():
+        raise ValueError(
+            f"the heading of {path} has {size} bytes, and one of tensors has at most {HEAD}; set"
+            f" {_limits.TRUST}=1 if the file is yours"
+        )
 
 
 def put_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

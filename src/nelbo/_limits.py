@@ -27,6 +27,10 @@ from torch.overrides import TorchFunctionMode
 TRUST = "NELBO_TRUST_FILES"
 #: bytes of a JSON file: a table of 1000 columns of 1000 categories takes 16 MiB
 JSON = 2**26
+#: bytes of memory for each byte of JSON, most of which may be brackets
+OBJECTS = 30
+#: characters of a value that a message repeats
+BRIEF = 200
 #: bytes of an encoded image: more than Pillow's largest image has uncompressed, at 16 bits RGBA
 IMAGE = 2**30
 #: bytes that any file may become when it is unpacked, and how many times its own size beyond that:
@@ -134,6 +138,12 @@ def check_unpacked(size: float, packed: float, what: str, times: float = 1) -> N
     check_memory(times * size, what)
 
 
+def brief(value: object) -> str:
+    """A value of a file for a message: its beginning, where it is long."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= BRIEF else f"{text[:BRIEF]}.. ({len(text)} characters)"
+
+
 def check_search(folder: Path, found: int, seen: int, what: str) -> None:
     """Raise ValueError where a search for data saw far more than it found: `folder` is none."""
     if seen > 9 * found + OTHERS and not trusted():
@@ -205,6 +215,7 @@ def read_json(path: Path) -> object:
             f"{path} has {size} bytes, and JSON here has at most {JSON}; set {TRUST}=1 if it is"
             " yours"
         )
+    check_memory(OBJECTS * size, str(path))
     return parse_json(path.read_bytes(), str(path))
 
 

@@ -18,6 +18,9 @@ from nelbo.cli.sample import sample
 from nelbo.cli.score import score
 from nelbo.cli.train import train
 
+#: characters of an error, at most
+LONGEST = 2000
+
 __all__ = ["app", "main"]
 
 app = App(
@@ -57,7 +60,10 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _fail(message: str, code: int = 2) -> None:
-    say(f"nelbo: {' '.join(message.split())}")
+    line = " ".join(message.split())
+    if len(line) > LONGEST:  # it repeats a value of a file; what to do stands at its end
+        line = f"{line[: LONGEST // 2]} .. {line[-LONGEST // 2 :]}"
+    say(f"nelbo: {line}")
     sys.exit(code)
 
 

@@ -131,7 +131,10 @@ def as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None
         raise Damaged("the levels of the model are integers, and the file says others")
     if any(kind.hasobject for _, kind, _, _ in whole):
         raise Damaged("the file says that it holds Python objects")
-    _limits.check_memory(most, "what the file holds beside the examples")
+    beside = "what the file holds beside the examples"
+    if most < 0:
+        raise Damaged(f"{beside} has a negative size")
+    _limits.check_unpacked(most, len(extra), beside, 3)
     rest = io.BytesIO(unpack(extra, most))
     at, arrays = 0, cast(dict[str, Any], {})
     for name, kind, shape, order in whole:

@@ -19,6 +19,10 @@ from nelbo.codec.stack import coder_version
 from nelbo.model import Model, model_hash
 
 BLOCK = 1000  # examples
+#: bytes that an example takes beside its numbers: its place in a batch, and whether it is lost
+SIZE = 16
+#: times that the numbers of all examples are in memory while a file is restored
+COPIES = 10
 
 
 def compress(
@@ -134,13 +138,7 @@ def decompress(
     """
     raw, extra, at = container.read_prefix(data)
     header = Header.from_dict(raw)
-    # all that needs no network comes first
-    blocks = list(container.find_blocks(data, at) if salvage else container.read_blocks(data, at))
-    if not salvage:
-        _check_order(blocks, header.examples)
-    if header.examples < 0:
-        raise Damaged(f"the file holds {header.examples} examples")
-    _limits.check_memory(header.examples, f"the {header.examples} examples that the file claims")
+    blocks = _blocks(data, at, header, salvage)  # all that needs no network comes first
     codec = _codec_of(header, model)
 
     def one(i: int) -> np.ndarray | None:
@@ -181,9 +179,8 @@ def describe(data: bytes) -> tuple[Header, list[Block]]:
         CodecError: the file is damaged.
     """
     raw, _, at = container.read_prefix(data)
-    header, blocks = Header.from_dict(raw), list(container.read_blocks(data, at))
-    _check_order(blocks, header.examples)
-    return header, blocks
+    header = Header.from_dict(raw)
+    return header, _blocks(data, at, header)
 
 
 def _codec_of(header: Header, model: Model) -> Codec:
@@ -221,12 +218,38 @@ def _codec_of(header: Header, model: Model) -> Codec:
     return codec
 
 
-def _check_order(blocks: list[Block], examples: int) -> None:
-    """Raises Damaged where the blocks are not all examples in their order."""
-    expected = 0
-    for block in blocks:
-        if block.first != expected:
-            raise Damaged(f"a block begins at example {block.first}, not at {expected}")
-        expected += block.count
-    if expected != examples:
-        raise Damaged(f"the file holds {expected} examples, not {examples}")
+def _blocks(data: bytes, at: int, header: Header, salvage: bool = False) -> list[Block]:
+    """The blocks of a file, of as many examples as its header says.
+
+    Raises:
+        Damaged: they are not all examples in their order; for a salvage it is enough that no two
+            hold the same.
+        ValueError: the bytes of the file cannot be that many examples.
+    """
+    read = container.find_blocks if salvage else container.read_blocks
+    if not salvage and (count := sum(b.count for b in read(data, at))) != header.examples:
+        raise Damaged(f"the file holds {count} examples, not {header.examples}")
+    if header.examples < 0:
+        raise Damaged(f"the file holds {header.examples} examples")
+    numbers = header.examples * (math.prod(header.shape) * storage(header.levels).itemsize + SIZE)
+    claimed = f"the {header.examples} examples that the file claims"
+    _limits.check_unpacked(numbers, len(data), claimed, COPIES)
+    blocks: list[Block] = []
+    found = 0
+    for block in read(data, at):
+        if not salvage and block.first != found:
+            raise Damaged(f"a block begins at example {block.first}, not at {found}")
+        if found + block.count <= header.examples:
+            blocks.append(block)
+            found += block.count
+    return _apart(blocks, header.examples) if salvage else blocks
+
+
+def _apart(blocks: list[Block], examples: int) -> list[Block]:
+    """Those blocks that begin after the one before them, none beyond all examples."""
+    found, end = [], 0
+    for block in sorted(blocks, key=lambda block: block.first):
+        if end <= block.first <= examples - block.count:
+            found.append(block)
+            end = block.first + block.count
+    return found

@@ -52,11 +52,17 @@ _USUAL = (
     b':"npz","arrays":[["x","|u1",[447,1,8,8],true]]}}'
 )
 _INFLATION = 64  # how much larger than deflated a header may be, and 64 KiB
+HEADER = 2**24  # bytes of a header: the names of 500 000 images
 
 
 def write_prefix(header: Mapping[str, object], extra: bytes) -> bytes:
     """All before the blocks."""
     text = json.dumps(dict(header), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    if len(text.encode()) > HEADER:
+        raise ValueError(
+            f"the names and sizes of the data take more than {HEADER} bytes; compress them in"
+            " several files"
+        )
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=_USUAL)
     packed = packer.compress(text.encode()) + packer.flush()
     prefix = _PREFIX.pack(MAGIC, VERSION, len(packed), len(extra)) + packed + extra
@@ -92,7 +98,7 @@ def read_prefix(data: bytes) -> tuple[dict[str, object], bytes, int]:
     if _CRC.unpack_from(data, at)[0] != zlib.crc32(data[:at]):
         raise Damaged("the header is damaged, and nothing can be read without; get a whole copy")
     packed = data[_PREFIX.size : _PREFIX.size + of_header]
-    header = _inflate(packed, _INFLATION * len(packed) + 2**16)
+    header = _inflate(packed, min(HEADER, _INFLATION * len(packed) + 2**16))
     return header, data[_PREFIX.size + of_header : at], at + _CRC.size
 
 

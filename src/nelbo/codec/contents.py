@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from nelbo._files import check_writable, write
+from nelbo._limits import brief
 from nelbo.codec import arrays, pictures, tabular, texts
 from nelbo.codec.arrays import as_bytes as _arrays_as_bytes
 from nelbo.codec.errors import CodecError, Damaged
@@ -106,10 +107,12 @@ def save(contents: Contents, schema: Schema, out: Path, kept: Tensor | None = No
     check_output(contents.about, out)
     try:
         made = _files(contents, schema, out, kept)
-    except CodecError:
+    except (CodecError, MemoryError):
         raise
-    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
-        raise Damaged(f"the contents of the file contradict themselves: {error!r}") from None
+    except (
+        Exception
+    ) as error:  # what a header says leads anywhere: struct.error of a long name, ..
+        raise Damaged(f"the contents of the file contradict themselves: {brief(error)}") from None
     if [path for path, _ in made] == [out]:
         write(out, made[0][1])
     else:

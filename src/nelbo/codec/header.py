@@ -3,9 +3,11 @@
 import itertools
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import cast, get_args, get_origin
 
 import torch
 
+from nelbo._limits import brief
 from nelbo.codec.blocks import BATCH
 from nelbo.codec.errors import Damaged
 from nelbo.estimate import Grid
@@ -90,10 +92,28 @@ class Header:
         if values.keys() != kinds.keys():
             raise Damaged(f"the header has the keys {sorted(values)}, not those of this format")
         for name, value in values.items():
-            kind = getattr(kinds[name], "__origin__", kinds[name])
-            if not isinstance(value, kind):  # type: ignore[arg-type]
-                raise Damaged(f"{name} in the header cannot be {value!r}")
+            if not _is(value, kinds[name]):
+                raise Damaged(f"{name} in the header cannot be {brief(value)}")
+        if cast(int, values["examples"]) > 2**53:
+            raise Damaged(f"the file cannot hold {brief(values['examples'])} examples")
+        if len(cast(list, values["ideal"])) != 2 or not all(
+            0 < n < 2**53 for n in cast(list, values["shape"])
+        ):
+            raise Damaged("the shape or the price in the header cannot be")
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _is(value: object, kind: object) -> bool:
+    """Whether a value of JSON is of a type such as list[int]."""
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    if outer is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, cast(type, outer)) or isinstance(value, bool):
+        return False
+    if not inner or inner[-1] is object:
+        return True
+    values = value.values() if isinstance(value, dict) else cast(list, value)
+    return all(_is(each, inner[-1]) for each in values)
 
 
 def pack_times(times: tuple[float, ...]) -> list[float]:

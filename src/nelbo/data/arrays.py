@@ -23,6 +23,8 @@ from nelbo.data.splits import (
     words_of,
 )
 
+#: times that arrays are in memory while they are checked and split
+COPIES = 3
 #: what arrays of examples are called beside the name of a split, the likeliest first
 EXAMPLES = ("x", "images", "image", "data", "inputs", "features", "samples", "examples")
 #: what arrays of labels are called
@@ -91,7 +93,10 @@ def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
     """The arrays of these names in a .npz file; all where left out. Errors as for `load_npy`."""
     with _reading(path, b"PK") as stream, zipfile.ZipFile(stream) as archive:
         members = _members(archive)
-        return {name: _member(archive, members[name]) for name in names or members}
+        wanted = {name: members[name] for name in names or members}
+        whole = sum(map(_check_claim, wanted.values()))
+        _limits.check_unpacked(whole, _limits.regular(path), "it", COPIES)
+        return {name: _member(archive, info) for name, info in wanted.items()}
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -105,11 +110,17 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return members
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """An array of which no more is allocated than its packed bytes can hold."""
-    most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _limits.DEFLATED}.get(info.compress_type)
+def _check_claim(info: zipfile.ZipInfo) -> int:
+    """The bytes of an array; ValueError where its packed ones do not hold as many."""
+    known = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _limits.DEFLATED}
+    most = known.get(info.compress_type)
     if most is not None and info.file_size > most * (info.compress_size + 1):
         raise ValueError(f"{info.filename} claims {info.file_size} bytes in {info.compress_size}")
+    return info.file_size
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array of which no more is allocated than is packed."""
     with archive.open(info) as stream:
         try:
             return _array(stream, info.file_size)
@@ -135,7 +146,7 @@ def _array(stream: IO[bytes], size: int) -> np.ndarray:
         raise ValueError(
             f"its header says {shape} of {kind}, {needed} bytes, and {size - stream.tell()} follow"
         )
-    _limits.check_memory(needed, "it")
+    _limits.check_memory(COPIES * needed, "it")
     stream.seek(0)
     return npy.read_array(stream, allow_pickle=False)
 

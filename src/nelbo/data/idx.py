@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nelbo import _limits
-from nelbo.data.arrays import found_arrays
+from nelbo.data.arrays import COPIES, found_arrays
 from nelbo.data.conform import Found
 from nelbo.data.splits import Declared, group, one_each
 
@@ -66,7 +66,8 @@ def read_array(path: Path) -> np.ndarray:
             needed = math.prod(sizes) * kind.itemsize
             # A header that lies never makes us ask for memory that the file cannot fill.
             if needed <= most:
-                _limits.check_memory(2 * needed, f"its {sizes} numbers")
+                packed = _limits.regular(path)
+                _limits.check_unpacked(needed, packed, f"its {sizes} numbers", COPIES)
             content = file.read(needed + 1) if needed <= most else b""
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(

@@ -21,7 +21,7 @@ from nelbo.data.cells import (
     words_note,
 )
 from nelbo.data.dtypes import categories_of, describe
-from nelbo.data.layout import SIZES, Column
+from nelbo.data.layout import POINTS, SIZES, Column
 from nelbo.data.spelling import TRUTH, canonical, codes, comma_advice, is_number, spellings
 
 if TYPE_CHECKING:
@@ -230,19 +230,36 @@ def _complete(series: "Series", declared: dict) -> tuple[Column, list[str]]:
         values = numbers(series, words=words)
         known = np.unique(values[~np.isnan(values)])
         precision = declared.get("precision", lattice(known) if len(known) > 1 else 1.0)
-        if not isinstance(precision, int | float) or not precision > 0:
+        if not isinstance(precision, int | float) or not 0 < precision < 1e300:
             raise ValueError(
                 f"the precision of the column {series.name!r} must be positive; got {precision!r}"
             )
-        points = np.rint(known / precision) * precision
-        low, high = (round(float(end), 12) for end in points[[0, -1]])
-        own = declared.get("low", low)
-        own = own if isinstance(own, int | float) else low
-        rounds = bool(off_lattice(known, float(precision), own)[1].any())
-        found |= {"precision": float(precision), "low": low, "high": high, "rounds": rounds}
+        found["precision"] = float(precision)
+        if len(known):
+            found |= _ends(series.name, known, float(precision), declared.get("low"))
+        elif not {"low", "high"} <= declared.keys():
+            raise ValueError(
+                f"the column {series.name!r} has no value in any row; {LEAVE_OUT}, or declare its"
+                " low and high"
+            )
     if declared["kind"] == "real":
         found["range"] = _range(numbers(series, words=words))
     return Column.from_dict(found | declared), notes
+
+
+def _ends(name: str, known: np.ndarray, precision: float, own: object) -> dict[str, object]:
+    """The ends of the lattice that some sorted numbers are rounded to, and whether any is moved;
+    `own` is the lower end that the user declares."""
+    if not np.abs(known).max() / POINTS < precision:
+        raise ValueError(
+            f"the precision {precision:g} of the column {name!r} is too fine for numbers such as"
+            f" {known[-1]:g}; give a coarser one, or take the column as real"
+        )
+    points = np.rint(known[[0, -1]] / precision) * precision
+    low, high = (round(float(end), 12) for end in points)
+    first = own if isinstance(own, int | float) else low
+    rounds = bool(off_lattice(known, precision, first)[1].any())
+    return {"low": low, "high": high, "rounds": rounds}
 
 
 def _range(values: np.ndarray) -> tuple[float, float] | None:

@@ -43,6 +43,10 @@ def with_keys(cls: type, values: object, what: str) -> Mapping[str, Any]:
     return values
 
 
+#: points of a lattice, at most: beyond, a float64 skips some
+POINTS = 2**53
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of a table.
@@ -101,6 +105,11 @@ class Column:
             if not (precision > 0 and low <= high):
                 raise ValueError(
                     f"precision {where} must be positive and low at most high; got {lattice}"
+                )
+            if not high / precision - low / precision < POINTS:
+                raise ValueError(
+                    f"precision {where} is {precision:g}, too fine for the numbers {low:g} to"
+                    f" {high:g}; give a coarser one, or take the column as real"
                 )
         if self.kind in ("category", "boolean"):
             texts = all(isinstance(c, str) for c in self.categories)

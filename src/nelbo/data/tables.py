@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
 FILES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
+#: bytes of memory for each of a text file: a cell of two is a text of polars, and of Python
+TEXT = 24
 _HELD = threading.Lock()  # by the one that holds the error stream
 
 
@@ -39,7 +41,7 @@ def read(path: Path) -> "DataFrame":
     """
     pl = polars()
     suffix = path.suffix.lower()
-    _limits.check_file(path, 2)
+    _limits.check_file(path, TEXT if suffix in SEPARATORS else 2)
     if suffix in SEPARATORS:
         frame = _read_text(path, SEPARATORS[suffix])
     else:

@@ -18,6 +18,8 @@ from nelbo.data.splits import SPLITS, Declared, group
 from nelbo.data.walk import files_below, walk
 
 SUFFIX = ".txt"
+#: bytes of memory for each of the file: characters of 4, their codes, overlapping chunks
+TAKEN = 18
 LENGTH = 128  # symbols of a chunk
 CHARACTERS = 254  # most different ones of a text that is read as characters: 256 levels are bytes
 OVERLAP, WINDOWS = 16, 2**26  # training chunks per length of text, and symbols of all of them
@@ -145,7 +147,7 @@ def _bytes_of(path: Path, splits: Declared | None) -> tuple[dict[str, bytes], li
     else:
         groups, notes = _groups(path, splits)
     size = sum(_limits.regular(file) for files in groups.values() for file in files)
-    _limits.check_memory(5 * size, str(path))  # as bytes, and as characters of 4
+    _limits.check_memory(TAKEN * size, str(path))
     parts = {part: b"".join(file.read_bytes() for file in files) for part, files in groups.items()}
     return parts, notes
 

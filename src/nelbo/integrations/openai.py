@@ -15,6 +15,7 @@ asked for with clip=True.
 """
 
 import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -278,8 +279,9 @@ def _flags_beside(path: Path) -> Flags:
 def _weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    _limits.check_file(path)
+    _limits.check_file(path, 2)
     try:
+        _check_zip(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows as whatever its opcodes led to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -288,4 +290,23 @@ def _weights(path: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path} holds no state dict; save network.state_dict() there")
+    for name, tensor in weights.items():
+        _check_dense(tensor, f"{_limits.brief(str(name))} in {path}")
     return {str(name): tensor for name, tensor in weights.items()}
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ValueError where a file that torch.save wrote unpacks to more than it holds."""
+    if not zipfile.is_zipfile(path):
+        return  # as torch.save wrote before 1.6: nothing in it is packed
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > path.stat().st_size and not _limits.trusted():
+        raise ValueError(f"it says that it holds {size} bytes, and torch.save packs none")
+
+
+def _check_dense(tensor: Tensor, where: str) -> None:
+    """Raise ValueError unless each number of a tensor has bytes of its own."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{where} repeats its numbers or is sparse; save the tensor contiguous")
