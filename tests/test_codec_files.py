@@ -115,7 +115,7 @@ def test_what_would_not_come_back_is_refused_before_work(trained, tmp_path, caps
         ("twice.npz", "two of its arrays"),
         ("shade.png", "transparent colour"),
         ("deep.png", "of 16 bits"),
-        ("cut.png", "it is truncated: of 72 bytes of pixels 34"),
+        ("cut.png", "it is cut: of 72 bytes of pixels 34"),
         ("vast.png", "claims more than 89478485 pixels"),
     ]:
         file = tmp_path / "no.nlb"

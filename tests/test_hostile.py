@@ -704,10 +704,10 @@ def images(folder, *contents):
         (png(9400, 9400, 8, 6, bytes(40_000)), "claims 9400x9400 pixels"),
         (
             png(580, 580, 8, 2, bytes(1_000_000)),
-            "it is truncated: of 1009780 bytes of pixels 1000000",
+            "it is cut: of 1009780 bytes of pixels 1000000",
         ),
-        (png(8, 8, 8, 0, bytes(27)), "it is truncated: of 72 bytes of pixels 27"),
-        (png(5, 7, 8, 0, bytes(44), interlaced=1), "it is truncated: of 49 bytes of pixels 44"),
+        (png(8, 8, 8, 0, bytes(27)), "it is cut: of 72 bytes of pixels 27"),
+        (png(5, 7, 8, 0, bytes(44), interlaced=1), "it is cut: of 49 bytes of pixels 44"),
         (png(8, 8, 8, 3, bytes(72)), "it has no palette"),
     ],
 )

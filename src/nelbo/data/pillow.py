@@ -124,7 +124,7 @@ def _check_png(content: bytes) -> None:
     if needed > _limits.DEFLATED * (size + 1):
         raise ValueError(_claim(width, height, size))
     if (found := _inflated(packed, needed)) < needed:
-        raise ValueError(f"it is truncated: of {needed} bytes of pixels {found} are there")
+        raise ValueError(f"it is cut: of {needed} bytes of pixels {found} are there")
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
