@@ -2,7 +2,7 @@
 a likelihood of it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,11 +111,12 @@ def inspect(
         rows = sum(sizes.values())
         warnings = (*found.notes, *_repeated(found))
         return Inspection(found.source, rows, (), found.schema, warnings, sizes)
-    name, frame = tables.find(source)
-    if schema is None:
-        return inspect_table(frame, name)
-    declared = listed(_limits.read_json(Path(schema)), frame.columns)
-    return inspect_table(frame, name, declared)
+    notes: list[str] = []
+    name, frame = tables.find(source, notes)
+    said = None if schema is None else _limits.read_json(Path(schema))
+    declared = None if said is None else listed(said, frame.columns)
+    inspected = inspect_table(frame, name, declared)
+    return replace(inspected, warnings=(*notes, *inspected.warnings))
 
 
 def _repeated(found: data.Dataset) -> list[str]:

@@ -264,17 +264,17 @@ def _load_table(
     table = stream_of(source, declared)
     if table is not None and not condition:
         return _load_stream(table, schema, seed)
-    name, frame = tables.find(source) if table is None else (table.name, table.whole())
-    parts, of_cells = _parts_of(table), {}
     notes: list[str] = []
+    name, frame = tables.find(source, notes) if table is None else (table.name, table.whole())
+    parts, of_cells = _parts_of(table), {}
     if isinstance(schema, Schema):
         cells = {label.name: conditions.cells_like(frame, label) for label in schema.condition}
     else:
         said = None if schema is None else _limits.read_json(Path(schema))
         cells, rest, of_labels = conditions.taken_from(frame, condition, said, name)
         others = frame.drop(*condition)
-        columns, notes = infer_columns(others) if rest is None else complete(others, rest)
-        schema, notes = Schema.of_table(columns), [*notes, *of_labels]
+        columns, guesses = infer_columns(others) if rest is None else complete(others, rest)
+        schema, notes = Schema.of_table(columns), [*notes, *guesses, *of_labels]
     for label in condition:
         of_cells[label] = {part: cells[label][rows] for part, rows in parts.items()}
     of_examples = frame.drop(*condition)
@@ -298,14 +298,15 @@ def _load_table_like(
     table = stream_of(source, declared)
     if table is not None and not schema.condition:
         return Dataset(table.name, schema, streams.measured(table, schema.columns))
-    name, frame = tables.find(source) if table is None else (table.name, table.whole())
+    notes: list[str] = []
+    name, frame = tables.find(source, notes) if table is None else (table.name, table.whole())
     unseen = examples.Unseen()
     rows, _ = examples.encode(frame, schema.columns, name, unseen=unseen)
     x, labels = torch.from_numpy(rows), labels_of(frame, schema, name)
     parts = _parts_of(table) | {"all": slice(None)}
     stored = {} if labels is None else {part: labels[few] for part, few in parts.items()}
     splits = {part: x[few] for part, few in parts.items()}
-    return Dataset(name, schema, splits, tuple(unseen.notes()), stored)
+    return Dataset(name, schema, splits, (*notes, *unseen.notes()), stored)
 
 
 def _parts_of(table: streams.Table | None) -> dict[str, slice]:

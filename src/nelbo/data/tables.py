@@ -3,12 +3,10 @@
 Needs polars (extra: tables).
 """
 
-import csv
 import io
 import os
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from os import PathLike
@@ -17,24 +15,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from nelbo import _limits
+from nelbo.data import delimited
 from nelbo.data.frames import columns_of
 from nelbo.data.remote import here
-from nelbo.data.spelling import is_number
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
 
     Frame = DataFrame | Mapping[str, Iterable[object]]  # of pandas too
 
-SEPARATORS = {".csv": ",;\t|", ".tsv": "\t"}
+SEPARATORS = delimited.SUFFIXES
 FILES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
 #: bytes of memory for each of a text file: a cell of two is a text of polars, and of Python
 TEXT = 24
 _HELD = threading.Lock()  # by the one that holds the error stream
 
 
-def read(path: Path) -> "DataFrame":
+def read(path: Path, notes: list[str] | None = None) -> "DataFrame":
     """The table in a .csv, .tsv, .parquet, .arrow, .feather or .ipc file; text files as text.
+
+    Args:
+        path: the file.
+        notes: what is guessed of a text file is added to them.
 
     Raises:
         ValueError: if the file is damaged, ragged, not UTF-8, or has no rows or no headings.
@@ -43,7 +45,10 @@ def read(path: Path) -> "DataFrame":
     suffix = path.suffix.lower()
     _limits.check_file(path, TEXT if suffix in SEPARATORS else 2)
     if suffix in SEPARATORS:
-        frame = _read_text(path, SEPARATORS[suffix])
+        try:
+            frame = delimited.read(path, [] if notes is None else notes)
+        except pl.exceptions.PolarsError as error:
+            raise _damaged(path, error) from None
     else:
         load: Callable[[Path], DataFrame] = (
             pl.read_parquet if suffix == ".parquet" else pl.read_ipc
@@ -83,11 +88,13 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be read as a table: {reason}")
 
 
-def find(source: "str | PathLike[str] | Frame") -> tuple[str, "DataFrame"]:
-    """The table of that name, or which it is, and a name for messages."""
+def find(
+    source: "str | PathLike[str] | Frame", notes: list[str] | None = None
+) -> tuple[str, "DataFrame"]:
+    """The table of that name, or which it is, and a name for messages; notes as for `read`."""
     if isinstance(source, str | PathLike):
         path = Path(here(source)).absolute()
-        return str(path), read(path)
+        return str(path), read(path, notes)
     return "the table", frame_of(source)
 
 
@@ -132,57 +139,6 @@ def checked(frame: "DataFrame", label: str, rows: int | None = None) -> "DataFra
     return frame
 
 
-def _read_text(path: Path, separators: str) -> "DataFrame":
-    """A text table whose every row has as many fields as the heading; all cells as text."""
-    pl = polars()
-    rows = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            separator = max(separators, key=first.count)
-            file.seek(0)
-            reader = csv.reader(file, delimiter=separator, strict=True)
-            heading = next(reader, [])
-            for row in reader:
-                if row and len(row) != len(heading):
-                    raise ValueError(
-                        f"line {reader.line_num} of {path} has {len(row)} fields where the heading"
-                        f" has {len(heading)}; mend that line"
-                    )
-                rows += bool(row)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x};"
-            " save it as UTF-8"
-        ) from None
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num} of {path} is no row of text: {error}") from None
-    twice = [name for name, count in Counter(heading).items() if count > 1]
-    if twice:
-        raise ValueError(f"{path} has two columns of the name {twice[0]!r}; rename one")
-    if heading and all(is_number(name) for name in heading):
-        raise ValueError(
-            f"the first line of {path} holds numbers; put a line with the columns' names before it"
-        )
-    if not rows:
-        return pl.DataFrame(
-            {name: [] for name in heading}, schema=dict.fromkeys(heading, pl.String)
-        )
-    try:
-        # the heading as a row, for of one polars leaves quotes as they are
-        frame = pl.read_csv(path, separator=separator, infer_schema=False, has_header=False)
-    except pl.exceptions.PolarsError as error:
-        raise _damaged(path, error) from None
-    if frame.height != 1 + rows:  # blank lines are no rows
-        frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
-    if frame.height != 1 + rows or [name or "" for name in frame.row(0)] != heading:
-        raise ValueError(
-            f"{path} is read as {rows} rows of text or as {frame.height - 1}, by how its quotes"
-            " are taken; quote every cell that has quotes or line ends in it"
-        )
-    return frame[1:].rename(dict(zip(frame.columns, heading, strict=True)))
-
-
 def column_of(frame: "DataFrame", name: str, label: str) -> "Series":
     """A column by its name.
 
@@ -199,7 +155,9 @@ def to_bytes(frame: "DataFrame", suffix: str) -> bytes:
     """A table as the content of a .csv, .tsv, .parquet or .arrow file."""
     file = io.BytesIO()
     if suffix in SEPARATORS:
-        frame.write_csv(file, separator=SEPARATORS[suffix][0])
+        # a blank line is no row: in one column an empty cell must be written
+        empty = '""' if frame.width == 1 else ""
+        frame.write_csv(file, separator=SEPARATORS[suffix], null_value=empty)
     elif suffix == ".parquet":
         frame.write_parquet(file)
     else:
