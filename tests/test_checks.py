@@ -119,3 +119,57 @@ def test_reals_are_finite():
         wrong[2, 1] = value
         with pytest.raises(ValueError, match=r"row 2 of x has .* in dimension 1, .* finite"):
             nelbo.evaluate(model, wrong)
+
+
+def test_other_levels_are_told_and_so_is_a_bound_worse_than_uniform(tmp_path, capsys):
+    from nelbo.cli import main
+
+    x = RNG.integers(0, 256, (40, 6), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "low.npy", x % 17)
+    tiny = {"steps": 2, "batch": 8, "width": 8, "depth": 1}
+    run = nelbo.train(tmp_path / "x.npy", tmp_path / "run", **tiny)
+    notes = data.load_like(tmp_path / "low.npy", run.config.schema).notes
+    assert any(
+        "largest value 16 of 255" in note and "rescale it to 0..255" in note for note in notes
+    )
+    assert not data.load_like(tmp_path / "x.npy", run.config.schema).notes
+    command = ["evaluate", str(run.path), "--data", str(tmp_path / "low.npy"), "--calls", "8"]
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, *more])
+        assert not stop.value.code
+        said = capsys.readouterr().err
+        assert "largest value 16 of 255" in said
+        bound = nelbo.evaluate(run.model, x % 17, calls=8).bits_per_dim
+        assert ("worse than uniform" in said and "8 bits/dim" in said) == (bound > 8)
+
+
+def test_worse_than_uniform_by_its_number():
+    from types import SimpleNamespace
+
+    from nelbo.show import worse_than_uniform
+
+    for bits, levels, worse in (
+        (8.01, 256, True),
+        (7.99, 256, False),
+        (1.1, 2, True),
+        (9.0, 0, 0),
+    ):
+        line = worse_than_uniform(SimpleNamespace(bits_per_dim=bits), levels)
+        assert bool(line) == worse
+    assert not worse_than_uniform(SimpleNamespace(bits_per_dim=None), 256)
+
+
+def test_what_fails_before_the_first_step_is_not_the_learning_rate(tmp_path):
+    pytest.importorskip("polars")
+    tiny = {"steps": 5, "batch": 8, "width": 8, "depth": 1}
+    frame = {"a": (RNG.normal(size=60) * 1e160).tolist()}
+    with pytest.raises(ValueError, match=r"no learning rate .* the data lie in -\S+e\+160\.\."):
+        nelbo.train(frame, tmp_path / "a", **tiny)
+    np.save(tmp_path / "x.npy", RNG.normal(size=(60, 2)) * 1e160)
+    with pytest.raises(ValueError, match=r"which lie in -\S+e\+160\.\..* rescale the data"):
+        nelbo.train(tmp_path / "x.npy", tmp_path / "b", **tiny)
+    np.save(tmp_path / "y.npy", RNG.normal(size=(60, 2)))
+    with pytest.raises(ValueError, match="learning rate is too high"):
+        nelbo.train(tmp_path / "y.npy", tmp_path / "c", **{**tiny, "lr": 1e6, "warmup": 0})

@@ -660,3 +660,31 @@ def test_folders_refused(tmp_path):
     (tmp_path / "valid").mkdir()
     with pytest.raises(ValueError, match=r"valid and .*val both name the validation split"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "read", "said"),
+    [
+        ((9, 1, 6, 4), (1, 6, 4), "channels first"),
+        ((9, 3, 6, 4), (3, 6, 4), "channels first"),
+        ((9, 6, 7, 3), (3, 6, 7), "channels last"),
+        ((9, 4, 7, 1), (1, 4, 7), "channels last"),
+        ((9, 3, 28, 1), (1, 3, 28), "channels last"),
+        ((9, 1, 28, 3), (1, 28, 3), "channels first"),
+    ],
+)
+def test_channels_are_beside_the_wider_image(tmp_path, shape, read, said):
+    x = RNG.integers(0, 6, shape)
+    found = load_like(save(tmp_path / "x.npy", x), Schema("levels", read, 6))
+    want = x if said == "channels first" else np.moveaxis(x, 3, 1)
+    assert (found.splits["all"].numpy() == want).all()
+    assert any(said in note for note in found.notes)
+
+
+def test_pixels_between_zero_and_one_are_led_to_levels(tmp_path):
+    x = RNG.random((30, 5, 4))
+    assert any("np.rint(255 * x)" in n for n in load(save(tmp_path / "x.npy", x)).notes)
+    assert not any("255" in n for n in load(save(tmp_path / "y.npy", 2 * x)).notes)
+    x[:, 0, 0] = 0
+    with pytest.raises(ValueError, match=r"always 0 .* np\.rint\(255 \* x\)"):
+        load(save(tmp_path / "z.npy", x))

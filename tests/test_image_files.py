@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nelbo.data import load, load_like
+from nelbo.data import Schema, load, load_like
 
 RNG = np.random.default_rng(11)
 H, W = 6, 9
@@ -129,3 +129,22 @@ def test_numbers_of_other_widths_are_refused_or_whole(tmp_path):
         Image.fromarray(deep[0].astype(mode)).save(Path(tmp_path) / "4.tif")
         with pytest.raises(ValueError, match=r"4\.tif has the colour mode [IF]"):
             load(tmp_path)
+
+
+def test_what_a_file_of_pixels_would_lose_is_not_compressed(tmp_path):
+    from nelbo.codec import pictures, texts
+
+    schema = Schema("levels", (1, 4, 4), 256)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels()).save(tmp_path / "a" / "0.png", exif=exif)
+    with pytest.raises(ValueError, match=r"0\.png is turned by its EXIF orientation"):
+        pictures.read(tmp_path / "a", schema)
+    Image.fromarray(pixels()).save(tmp_path / "a" / "0.png")
+    assert len(pictures.read(tmp_path / "a", schema)[0])
+    (tmp_path / "a" / "b").symlink_to(tmp_path)
+    text = Schema("levels", (4,), 256, alphabet="")
+    for read, of in ((pictures.read, schema), (texts.read, text)):
+        with pytest.raises(ValueError, match="b is a link to a folder"):
+            read(tmp_path / "a", of)

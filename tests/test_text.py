@@ -229,3 +229,29 @@ def test_codes_of_any_text_are_levels():
         a == b or (b == text.OTHER and a not in alphabet)
         for a, b in zip(content, back, strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "kind"),
+    [
+        *((f"utf-16-{end}", "UTF-16") for end in ("le", "be")),
+        *((f"utf-32-{end}", "UTF-32") for end in ("le", "be")),
+        ("utf-16", "UTF-16"),
+        ("utf-32", "UTF-32"),
+    ],
+)
+def test_wide_characters_are_no_bytes(tmp_path, encoding, kind):
+    source = tmp_path / "wide.txt"
+    source.write_bytes((SAID * 9).encode(encoding))
+    with pytest.raises(ValueError, match=rf"looks like {kind}.* save it as UTF-8, or .* 256"):
+        data.load(source)
+    with pytest.raises(ValueError, match=rf"looks like {kind}.* save it as UTF-8$"):
+        data.load_like(source, Schema("levels", (4,), 3, alphabet="ab"))
+    assert data.load(source, levels=256, size=8).schema.levels == 256
+
+
+def test_a_text_has_no_zeros(tmp_path):
+    source = tmp_path / "zero.txt"
+    source.write_text(SAID * 9 + "\0" + SAID)
+    with pytest.raises(ValueError, match=r"zero\.txt is no text: byte 0x00 at \d+; save"):
+        data.load(source)

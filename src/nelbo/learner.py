@@ -241,11 +241,30 @@ class Learner:
 
     def _failed(self, what: str, step: int | None = None) -> str:
         kept = f"the weights of step {self.at.best_step} are kept"
+        if math.isnan(self.at.recent):  # no step was taken: the weights are those drawn at first
+            low, high = _range(self.dataset.splits["train"])
+            ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+            least, most = self.average.process.schedule(ends.to(self.average.device)).tolist()
+            why = (
+                "before the first step, so that no learning rate is to blame: the data lie in"
+                f" {low:g}..{high:g}, gamma in {least:g}..{most:g}; rescale the data to about"
+                " -1..1, or leave --gamma-min and --gamma-max out"
+            )
+        else:
+            why = (
+                "most often the learning rate is too high: try a lower --lr than"
+                f" {self.config.lr:g}"
+            )
         return (
             f"{what} at step {step or self.at.step};"
-            f" {kept if self.at.best_step else 'there were no weights to keep yet'}; most often"
-            f" the learning rate is too high: try a lower --lr than {self.config.lr:g}"
+            f" {kept if self.at.best_step else 'there were no weights to keep yet'}; {why}"
         )
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    """The least and the largest value of examples that is there."""
+    known = (x.few(STARTED_FROM) if isinstance(x, Rows) else x).double().nan_to_num(0)
+    return known.min().item(), known.max().item()
 
 
 def standardise(dataset: Dataset) -> Affine | None:
@@ -265,6 +284,7 @@ def standardise(dataset: Dataset) -> Affine | None:
     if not ((spread > 0) & spread.isfinite() & mean.isfinite()).all():
         raise ValueError(
             f"mean {mean.flatten()[0]:g} and standard deviation {spread.min():g} to"
-            f" {spread.max():g} of the data cannot be standardised; rescale the data"
+            f" {spread.max():g} of the data, which lie in {x.min():g}..{x.max():g}, cannot be"
+            " standardised; rescale the data"
         )
     return Affine(mean, spread)

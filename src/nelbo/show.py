@@ -29,6 +29,16 @@ def of_text(found: Evaluation | Tighter, schema: Schema | None) -> dict[str, flo
     return {f"bits_per_{symbol}": found.bits_per_dim, "perplexity": 2**found.bits_per_dim}
 
 
+def worse_than_uniform(found: Evaluation | Tighter, levels: int) -> str:
+    """A sentence where a bound says less than that all levels are as likely; else ""."""
+    if found.bits_per_dim is None or levels < 2 or not found.bits_per_dim > math.log2(levels):
+        return ""
+    return (
+        f"worse than uniform: that all {levels} levels are as likely takes {math.log2(levels):.4g}"
+        " bits/dim; are these data of the kind, and of the levels, that the model was trained on?"
+    )
+
+
 def result(found: Evaluation | Tighter, schema: Schema | None = None) -> None:
     """Print a bound: a table, the curve or the convergence, and how to obtain it again."""
     console = Terminal()

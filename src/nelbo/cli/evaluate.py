@@ -128,7 +128,7 @@ def evaluate(
             model, weights = foreign.model, foreign.weights
             times: Times | None = foreign.times
             schema = None
-            x, split = foreign.examples(data, split, splits)
+            x, split = foreign.examples(data, split, splits, say if rank == 0 else None)
         else:
             loaded = load(run)
             weights, schema = loaded.weights, loaded.config.schema
@@ -159,6 +159,8 @@ def evaluate(
             else:
                 show.result(result, schema)
             say_notes(x)
+            if line := show.worse_than_uniform(result, model.process.codes):
+                say(f"note: {line}")
         if columns:
             _show_columns(model, loaded, x, steps or 32, spacing, seed, rank == 0)
 

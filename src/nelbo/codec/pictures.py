@@ -16,7 +16,7 @@ from torch import Tensor
 from nelbo import _limits
 from nelbo.codec.errors import Damaged
 from nelbo.data import Schema
-from nelbo.data.pillow import bits_of, opened
+from nelbo.data.pillow import bits_of, opened, orientation
 
 MODES = {1: "L", 3: "RGB"}
 SUFFIX = ".png"
@@ -32,7 +32,7 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
     """
     if len(schema.shape) != 3 or schema.shape[0] not in MODES or schema.levels is None:
         raise ValueError(f"{path} holds images; the run's examples have the shape {schema.shape}")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("[!.]*") if f.is_file())
+    files = files_of(path)
     others = [file for file in files if file.suffix.lower() != SUFFIX]
     if others or not files:
         what = f"such as {others[0]}: a folder of .png files is compressed whole" if others else ""
@@ -64,6 +64,21 @@ def files(
             made.append((name, _save(join(x[first:last], height, width))))
         at += count
     return made
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, or all in a folder but hidden ones, by name.
+
+    Raises:
+        ValueError: a folder in it is a link, which would not come back as one.
+    """
+    if path.is_file():
+        return [path]
+    found = sorted(path.rglob("[!.]*"))
+    for each in found:
+        if each.is_symlink() and each.is_dir():
+            raise ValueError(f"{each} is a link to a folder; put that folder in its place")
+    return [each for each in found if each.is_file()]
 
 
 def cut(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -102,13 +117,13 @@ def _load(file: Path, schema: Schema) -> np.ndarray:
     """The pixels of an image, (C, H, W) uint8."""
     mode = MODES[schema.shape[0]]
 
-    def pixels(image: Image.Image) -> tuple[str, bool, np.ndarray | None]:
+    def pixels(image: Image.Image) -> tuple[str, bool, bool, np.ndarray | None]:
         plain = image.mode == mode and getattr(image, "n_frames", 1) == 1
-        clear = "transparency" in image.info
-        return image.mode, clear, np.atleast_3d(np.asarray(image)) if plain else None
+        clear, turned = "transparency" in image.info, orientation(image, content) != 1
+        return image.mode, clear, turned, np.atleast_3d(np.asarray(image)) if plain else None
 
     content = file.read_bytes()
-    found, clear, x = opened(content, partial(str, file), pixels, ("PNG",), whole=True)
+    found, clear, turned, x = opened(content, partial(str, file), pixels, ("PNG",), whole=True)
     bits = bits_of(content)
     if x is None or bits > 8:
         raise ValueError(
@@ -118,6 +133,11 @@ def _load(file: Path, schema: Schema) -> np.ndarray:
     if clear:
         raise ValueError(
             f"{file} has a transparent colour, which the run's images have not; save it without"
+        )
+    if turned:
+        raise ValueError(
+            f"{file} is turned by its EXIF orientation, which would not come back with its pixels;"
+            " save it upright"
         )
     assert schema.levels is not None
     if x.max() >= schema.levels:

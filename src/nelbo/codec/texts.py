@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nelbo.codec.blocks import pack, unpack
 from nelbo.codec.errors import Damaged
-from nelbo.codec.pictures import inside
+from nelbo.codec.pictures import files_of, inside
 from nelbo.data import Schema
 from nelbo.data.text import encode
 
@@ -25,7 +25,7 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
     """
     if schema.alphabet is None:
         raise ValueError(f"{path} is text; the run is of examples of shape {schema.shape}")
-    found = [path] if path.is_file() else sorted(f for f in path.rglob("[!.]*") if f.is_file())
+    found = files_of(path)
     contents = [file.read_bytes() for file in found]
     codes, others, known = [], "", set(schema.alphabet)
     for file, content in zip(found, contents, strict=True):

@@ -25,6 +25,7 @@ from nelbo.data.splits import (
 
 #: times that arrays are in memory while they are checked and split
 COPIES = 3
+CHANNELS = (1, 3, 4)  # of an image
 #: what arrays of examples are called beside the name of a split, the likeliest first
 EXAMPLES = ("x", "images", "image", "data", "inputs", "features", "samples", "examples")
 #: what arrays of labels are called
@@ -216,8 +217,8 @@ def _by_stem(
 def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
     """An array of any rank as (N, D) vectors or (N, C, H, W) images, and a note if it was moved.
 
-    (N,) becomes (N, 1); (N, H, W) becomes grey images; of (N, ., ., .) the channels are last if
-    that axis has 1, 3 or 4 entries, else first.
+    (N,) becomes (N, 1); (N, H, W) becomes grey images; of (N, ., ., .) the channels are the axis
+    of 1, 3 or 4 entries, first or last; of two such axes the one that leaves the wider image.
 
     Raises:
         ValueError: if no rule applies or there are no examples.
@@ -230,9 +231,16 @@ def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
         return array, None
     if array.ndim == 3:
         return array[:, None], None
-    if array.ndim == 4 and array.shape[3] in (1, 3, 4):
+    first, last = (array.ndim == 4 and array.shape[k] in CHANNELS for k in (1, -1))
+    if first and last:  # the channels are those beside which the image is less narrow
+        sides = sorted(array.shape[2:]), sorted(array.shape[1:3])
+        first = sides[0] > sides[1]
+        where = "first" if first else "last"
+        note = f"{array.shape} read as images with channels {where}, which could be otherwise"
+        return (array if first else np.moveaxis(array, 3, 1)), note
+    if last:
         return np.moveaxis(array, 3, 1), f"{array.shape} read as images with channels last"
-    if array.ndim == 4 and array.shape[1] in (1, 3, 4):
+    if first:
         return array, None
     raise ValueError(
         f"{label} has the shape {array.shape}; give vectors (N, D) or images (N, H, W), "

@@ -15,6 +15,11 @@ from nelbo.data.splits import SPLITS
 #: beyond this many values per dimension, integers are better treated as real or binned
 MOST_LEVELS = 65536
 
+#: what leads from images of real numbers to those of levels
+TO_LEVELS = (
+    "if they are pixels that were divided by 255, save np.rint(255 * x).astype(np.uint8): levels,"
+    " whose probability has bits/dim"
+)
 #: of the seed of a split
 SALT = 0x6E656C626F
 
@@ -76,6 +81,8 @@ def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:
             notes = [
                 "all values are whole numbers in a real type; --levels K counts them as levels"
             ]
+        elif len(shape) == 3 and all(_unit(x) for x in found.parts.values()):
+            notes = [f"real numbers in [0, 1], so a density, in nats; {TO_LEVELS}"]
         return Schema("real", shape, None), notes
     return _inferred_levels(found, shape)
 
@@ -208,15 +215,22 @@ def refuse_constant(train: Tensor, source: str) -> None:
     index = constant.nonzero()[0].tolist()
     where = f"column {index[0]}" if len(index) == 1 else f"pixel {tuple(index)}"
     others = int(constant.sum()) - 1
+    pixels = train.ndim == 4 and train.amin() >= 0 and train.amax() <= 1
+    more = f"; {TO_LEVELS}" if pixels else ""
     raise ValueError(
         f"{where} of {source} is always {train[(0, *index)].item():g} in the training split"
         f"{f' (and {others} more are constant)' if others else ''}: a density is unbounded "
-        f"there; drop it, or add noise to it"
+        f"there; drop it, or add noise to it{more}"
     )
 
 
 def _integers(x: Stored) -> bool:
     return x.dtype.kind in "bui"
+
+
+def _unit(x: Stored) -> bool:
+    """Whether all values lie in [0, 1], as those of images that were divided by 255."""
+    return not _integers(x) and not isinstance(x, Rows) and x.min() >= 0 and x.max() <= 1
 
 
 def _whole(x: Stored) -> bool:

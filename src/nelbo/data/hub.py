@@ -172,7 +172,9 @@ def _images(found: Opened, column: str, form: Form) -> Found:
         for name, feature in found.features.items()
         if _type(feature) in ("ClassLabel", "Value")
     }
-    return replace(read_images(found.name, cells, form, found.notes), labels=labels)
+    others = [name for name in found.features if name != column and name not in labels]
+    notes = [*found.notes, *([f"columns left out: {', '.join(others)}"] if others else [])]
+    return replace(read_images(found.name, cells, form, notes), labels=labels)
 
 
 def _labels(rows: "Split", name: str, feature: "FeatureType") -> np.ndarray:

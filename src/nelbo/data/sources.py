@@ -151,10 +151,25 @@ def load_like(
             f"rescale it to 0..{schema.levels - 1} and save it as integers"
         )
     made, labels = store(found, schema), _store_labels(found, schema.condition)
+    notes = [*found.notes, *_much_less(made, schema, found.source)]
     for each in (made, labels):
         if each and "all" not in each:
             each["all"] = together(list(each.values()))
-    return Dataset(name, schema, made, (*found.notes, *missing(schema.condition, labels)), labels)
+    return Dataset(name, schema, made, (*notes, *missing(schema.condition, labels)), labels)
+
+
+def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> list[str]:
+    """A note where all levels lie in the lower half of the model's: they may be other levels."""
+    if schema.levels is None or schema.alphabet is not None:
+        return []
+    largest = max(int(x.max()) for x in splits.values())
+    if 2 * largest >= schema.levels - 1 or schema.levels == 2:
+        return []
+    return [
+        f"largest value {largest} of {schema.levels - 1} in {source}: if its levels are"
+        f" 0..{largest}, they mean something else to the model; rescale it to"
+        f" 0..{schema.levels - 1}"
+    ]
 
 
 def _condition(

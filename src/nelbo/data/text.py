@@ -167,14 +167,34 @@ def _groups(folder: Path, splits: Declared | None) -> tuple[dict[str, list[Path]
 
 
 def _decode(content: bytes, path: Path | str, training: bool) -> str:
+    other = ", or read it as bytes with --levels 256" if training else ""
+    wide = _wide(content)
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        other = ", or read it as bytes with --levels 256" if training else ""
+        looks = f" and looks like {wide}" if wide else ""
         raise ValueError(
-            f"{path} is not UTF-8: byte {content[error.start]:#04x} at {error.start}; save it as"
-            f" UTF-8{other}"
+            f"{path} is not UTF-8{looks}: byte {content[error.start]:#04x} at {error.start}; save"
+            f" it as UTF-8{other}"
         ) from None
+    if "\0" in text:
+        looks = f"looks like {wide}" if wide else "is no text"
+        raise ValueError(
+            f"{path} {looks}: byte 0x00 at {content.index(0)}; save it as UTF-8{other}"
+        )
+    return text
+
+
+def _wide(content: bytes) -> str:
+    """UTF-32 or UTF-16, where the first bytes look like one of them, with its mark or without."""
+    head = content[:4096]
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    zeros = [head[k::4].count(0) / max(1, len(head[k::4])) for k in range(4)]
+    often = sum(share > 0.5 for share in zeros)
+    return {2: "UTF-16", 3: "UTF-32"}.get(often, "")
 
 
 def _split(parts: dict[str, AnyStr], missing: list[str], path: Path | str) -> dict[str, AnyStr]:

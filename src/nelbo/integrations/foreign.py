@@ -1,5 +1,6 @@
 """A foreign model beside what `evaluate` wants to know of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,11 @@ class Foreign:
     notes: tuple[str, ...]
 
     def examples(
-        self, source: str | None, split: str | None = None, splits: Splits | None = None
+        self,
+        source: str | None,
+        split: str | None = None,
+        splits: Splits | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> tuple[Tensor, str]:
         """Examples to measure the model on, and a name for them.
 
@@ -41,6 +46,7 @@ class Foreign:
             source: as for `nelbo evaluate --data`.
             split: "train", "validation", "test" or "all", the default.
             splits: which names are of which split, as `nelbo.data.load` takes them.
+            tell: is given each note on the data.
 
         Raises:
             ValueError: no source, data of another schema, or no such split.
@@ -48,6 +54,9 @@ class Foreign:
         if source is None:
             raise ValueError(f"{self.name} brings no data; give some with --data")
         dataset = data.load_like(source, self.schema, splits=splits)
+        if tell is not None:
+            for note in dataset.notes:
+                tell(f"note: {note}")
         split = split or "all"
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
