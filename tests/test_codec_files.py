@@ -1,7 +1,9 @@
 """nelbo compress, decompress and inspect: data of every kind come back, or it is said why not."""
 
+import datetime
 import io
 import json
+import math
 import os
 import random
 import subprocess
@@ -19,10 +21,17 @@ from test_hostile import png
 
 from nelbo import checkpoint
 from nelbo.cli import main
+from nelbo.codec import contents
+from nelbo.codec.beside import equal_cells
+from nelbo.codec.blocks import pack
 from nelbo.codec.codec import Codec
 from nelbo.codec.coding import compress, decompress
 from nelbo.codec.errors import CodecError
 from nelbo.codec.header import Settings
+from nelbo.data import tables
+from nelbo.data.layout import Column
+from nelbo.data.schema import Schema
+from nelbo.data.tables import to_bytes
 from nelbo.estimate import Grid
 
 pytest.importorskip("constriction")
@@ -178,6 +187,105 @@ def test_tables_come_back(tmp_path, capsys):
     (tmp_path / "wide.csv").write_text("city,age,smokes,more\na,1,yes,2\n")
     line = fails(capsys, 2, "compress", run, tmp_path / "wide.csv", "--out", file, *GRID)
     assert "'more'" in line and not file.exists()
+
+
+def mixed(n, seed=0):
+    """A table of many types, of which a run leaves some columns out, with odd cells."""
+    r = np.random.default_rng(seed)
+    day = [datetime.date(2020, 1, 1 + int(d)) for d in r.integers(0, 28, n)]
+    frame = pl.DataFrame(
+        {
+            "who": pl.Series([f"näme {i}" for i in range(n)], dtype=pl.String),
+            "truth": r.random(n) < 0.5,
+            "day": day,
+            "enum": pl.Series(r.choice(["lo", "hi"], n), dtype=pl.Enum(["lo", "mid", "hi"])),
+            "word": pl.Series(r.choice(["NA", "DE", "fr"], n), dtype=pl.Categorical),
+            "price": pl.Series(r.choice(["1.10", "2.20"], n)).cast(pl.Decimal(10, 2)),
+            "half": pl.Series(r.choice([0.5, 1.5, -0.0], n), dtype=pl.Float32),
+            "hole": r.choice([0.1 + 0.2, math.nan, 1.5], n),
+            "at": pl.Series(day).cast(pl.Datetime("ns", "UTC")),
+            "big": pl.Series([2**63 + i for i in range(n)], dtype=pl.UInt64),
+            "small": pl.Series(r.integers(0, 5, n), dtype=pl.UInt8),
+        }
+    )
+    gaps = pl.int_range(pl.len()) % 7 == 0
+    return frame.with_columns(pl.when(~gaps).then(pl.col("hole", "word", "day", "who", "truth")))
+
+
+def test_a_table_of_any_types_comes_back_to_the_bit(tmp_path, capsys):
+    """Types, left-out columns, NaN beside null, -0.0 beside 0, words that count as missing."""
+    frame, run = mixed(80), tmp_path / "run"
+    names = ("truth", "enum", "word", "price", "half", "hole", "small")
+    (tmp_path / "s.json").write_text(json.dumps([{"name": name} for name in names]))
+    for suffix in (".parquet", ".arrow"):
+        (tmp_path / f"t{suffix}").write_bytes(to_bytes(frame, suffix))
+    schema = ("--schema", tmp_path / "s.json")
+    run_ok("train", tmp_path / "t.parquet", "--out", run, *TINY, *schema)
+    for suffix in (".parquet", ".arrow"):
+        capsys.readouterr()
+        out = there_and_back(run, tmp_path / f"t{suffix}", tmp_path, f"back{suffix}")
+        said = capsys.readouterr().err
+        assert "the columns who, day, at, big" in said and "cells of hole" in said
+        back = tables.read(out)
+        assert back.schema == frame.schema
+        for series in frame:
+            assert equal_cells(series, back[series.name]).all(), series.name
+    other = frame.with_columns(pl.lit(1).alias("more"))
+    other.write_parquet(tmp_path / "more.parquet")
+    file = tmp_path / "more.nlb"
+    line = fails(capsys, 2, "compress", run, tmp_path / "more.parquet", "--out", file, *GRID)
+    assert "'more'" in line and not file.exists()
+    frame.with_columns(day=pl.Series([[1]] * 80)).write_parquet(tmp_path / "list.parquet")
+    line = fails(capsys, 2, "compress", run, tmp_path / "list.parquet", "--out", file, *GRID)
+    assert "'day' is of the type List" in line
+
+
+def test_cells_of_text_come_back_as_they_were_written(tmp_path, capsys):
+    """Spellings, spaces, words that mean missing, quotes around nothing; also after a salvage."""
+    r, run = random.Random(1), tmp_path / "run"
+    land, number = ["NA", "DE", " fr ", "None", ""], ["1", "1.0", "+2", "3e0", '" 1"']
+    rows = [f"{i},{r.choice(land)},{r.choice(number)},{i}." for i in range(60)]
+    (tmp_path / "t.csv").write_text(",land,n,id\n" + "\n".join(rows) + "\n")
+    run_ok("train", tmp_path / "t.csv", "--out", run, *TINY, "--schema", declared(tmp_path))
+    before = tables.read(tmp_path / "t.csv")
+    out = there_and_back(run, tmp_path / "t.csv", tmp_path, "back.csv")
+    assert tables.read(out).equals(before)
+    file = tmp_path / "b.nlb"
+    run_ok("compress", run, tmp_path / "t.csv", "--out", file, *GRID, "--block", 20)
+    bad = bytearray(file.read_bytes())
+    bad[-30] ^= 1
+    write(tmp_path, bytes(bad))
+    arguments = ("decompress", run, tmp_path / "other.nlb", "--out", tmp_path / "part.csv")
+    fails(capsys, 3, *arguments, "--salvage")
+    assert tables.read(tmp_path / "part.csv").equals(before[:40])
+
+
+def declared(tmp_path):
+    path = tmp_path / "schema.json"
+    path.write_text('[{"name": "land"}, {"name": "n"}]')
+    return path
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"columns": [["id", 10**15]]},
+        {"columns": [["id", 5]], "rows": 10**12},
+        {"columns": [["id", -5]]},
+        {"cells": [["id", 10**14, 3]]},
+        {"cells": [["id", 3, 3]]},
+        {"types": {"n": "Enum[3]"}},
+        {"types": {"nothing": "String"}},
+        {"columns": 3},
+    ],
+)
+def test_headers_of_tables_that_lie_are_damage(tmp_path, about):
+    schema = Schema.of_table([Column("n", "rounded", 1.0, 0.0, 5.0)])
+    whole = {"kind": "csv", "types": {"n": "String", "id": "String"}, "rows": 4} | about
+    made = contents.Contents(torch.ones(4, 1), whole, pack(b"\xff" * 40))
+    with pytest.raises((CodecError, ValueError)) as error:
+        contents.save(made, schema, tmp_path / "x.csv")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_texts_come_back_to_the_byte(tmp_path, capsys):

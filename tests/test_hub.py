@@ -34,7 +34,7 @@ def _quiet(tmp_path_factory, monkeypatch):
 def table(n, start=0):
     k = np.arange(start, start + n)
     word = [("red", "green", None)[i % 3] for i in k]
-    return pl.DataFrame({"id": k, "real": np.sin(k * 1.0), "word": word})
+    return pl.DataFrame({"place": 3 * k, "real": np.sin(k * 1.0), "word": word})
 
 
 @pytest.fixture

@@ -1,28 +1,32 @@
 """Cells and dimensions drawn given the others: against closed forms, and as a user does it."""
 
 import math
+import re
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
+from test_cli import run_ok
 from torch import nn
 
 from nelbo._numerics import seeded
 from nelbo.build import build
+from nelbo.checkpoint import load
 from nelbo.cli import main
 from nelbo.config import ModelConfig
-from nelbo.data.examples import decode, encode, encode_holes
+from nelbo.data.examples import decode, encode, encode_holes, outside_training
 from nelbo.data.layout import Column
 from nelbo.data.schema import Schema
 from nelbo.estimate import Grid
 from nelbo.heads import Data
-from nelbo.impute import impute, present
+from nelbo.impute import impute, present, sample_table, within
 from nelbo.likelihood import GaussianDensity
 from nelbo.model import Model
 from nelbo.particles import conditional, resample
 from nelbo.process import Affine, Gaussian
 from nelbo.reverse import Posterior
-from nelbo.sample import complete
+from nelbo.sample import complete, rejection
 from nelbo.schedules import Linear
 
 RHO = 0.9
@@ -186,3 +190,109 @@ def test_only_tables_have_cells(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--grid", "uniform", "--out", str(tmp_path / "o.npz")])
     assert "--impute completes a table" in capsys.readouterr().err
+
+
+# ---- new rows
+
+
+def test_rejection_draws_from_the_law_within_a_set_and_gives_up_in_time():
+    """A normal law above 1: its mean there is φ(1)/(1 - Φ(1)); the first draws stay."""
+
+    def draw(rows, seed):
+        with seeded(seed):
+            return torch.randn(len(rows), 1, dtype=torch.float64) + 100.0 * (rows[:, None] % 2)
+
+    def above(limit):
+        return lambda x: (x - 100.0 * (x > 50)).squeeze(1) > limit
+
+    n = 4000
+    found = rejection(draw, n, above(1.0), seed=3)
+    part = 0.5 * math.erfc(math.sqrt(0.5))  # 1 - Φ(1)
+    mean = math.exp(-0.5) / math.sqrt(2 * math.pi) / part
+    kind = 100.0 * (torch.arange(n) % 2)
+    z = found.x[:, 0] - kind  # each row is of its own law
+    assert z.min() > 1 and abs(z.mean().item() - mean) < 5 * 0.45 / math.sqrt(n)
+    assert abs(1 - found.outside / found.drawn - part) < 5 * math.sqrt(part / found.drawn)
+    first, kept = draw(torch.arange(n), 3), above(1.0)(draw(torch.arange(n), 3))
+    assert found.x[kept].equal(first[kept])
+    alike = rejection(draw, n, lambda x: torch.ones(len(x), dtype=torch.bool), seed=3)
+    assert alike.x.equal(first) and (alike.drawn, alike.outside) == (n, 0)
+    for count, limit in ((1, 4.5), (n, 2.5)):
+        with pytest.raises(ValueError, match=r"only \d+ of \d+ samples"):
+            rejection(draw, count, above(limit))
+    calls = []
+
+    def stubborn(rows, seed):  # one row of many is never inside
+        calls.append(len(rows))
+        return torch.where(rows == 7, -1.0, 1.0)[:, None]
+
+    with pytest.raises(ValueError, match="samples that the model drew lie in"):
+        rejection(stubborn, n, lambda x: x[:, 0] > 0)
+    assert len(calls) < 20 and sum(calls) < 2 * n
+
+
+def test_what_training_had():
+    """Codes of nothing that was seen, and numbers beyond their ranges, are outside it."""
+    columns = (
+        Column("a", "real", missing=True, range=(-1.0, 2.0)),
+        Column("b", "rounded", 1.0, 1.0, 12.0, missing=True),
+        Column("c", "category", categories=("u", "v"), missing=True),
+        Column("e", "rounded", 0.01, 0.0, 50.0),
+    )
+    frame = pl.DataFrame(
+        {
+            "a": [0.5, None, 2.0, 2.1, 0.0, 0.0, 0.0, 0.0],
+            "b": [1.0, None, 12.0, 5.0, 13.0, 0.0, 5.0, 5.0],
+            "c": ["u", None, "v", "u", "u", "u", "w", "u"],
+            "e": [0.0, 1.0, 50.0, 3.0, 3.0, 3.0, 3.0, 50.01],
+        }
+    )
+    x, _ = encode(frame, columns, "t")
+    at = np.argwhere(outside_training(x, columns)).tolist()
+    assert at == [[3, 0], [4, 1], [5, 1], [6, 2], [7, 3]]
+    unknown = (Column("a", "real"),)
+    assert not outside_training(np.array([[1e9]]), unknown).any()
+
+
+def test_rows_that_are_drawn_lie_in_what_training_had(tmp_path, capsys):
+    """By the command line and by Python the same rows, and as modelled others beside them."""
+    rows = [f"{i % 12 + 1},{'ABC'[i % 3]},{(7 * i % 100) / 8}" for i in range(150)]
+    (tmp_path / "t.csv").write_text("month,city,spend\n" + "\n".join(rows) + "\n")
+    run, out = tmp_path / "run", tmp_path / "s.csv"
+    options = ("--steps", 2, "--width", 8, "--depth", 1, "--batch", 16)
+    run_ok("train", tmp_path / "t.csv", "--out", run, *options)
+    grid = ("--steps", 2, "--grid", "uniform")
+    run_ok("sample", run, "--n", 300, *grid, "--out", out)
+    said = capsys.readouterr().err
+    assert re.search(r"redrawn: [1-9]\d* of \d+ rows \(\d+\.\d%\)", said)
+    made = pl.read_csv(out)
+    assert made["month"].is_between(1, 12).all() and made["spend"].is_between(0, 99 / 8).all()
+    assert set(made["city"]) <= set("ABC")
+    loaded, times, told = load(run), Grid((0.5, 1.0)), []
+    assert sample_table(loaded, 300, times, tell=told.append).equals(made)
+    assert told[0] in said
+    run_ok("sample", run, "--n", 300, *grid, "--out", tmp_path / "m.csv", "--as-modelled")
+    assert "redrawn" not in capsys.readouterr().err
+    own = pl.read_csv(tmp_path / "m.csv")
+    assert sample_table(loaded, 300, times, as_modelled=True).equals(own)
+    inside = (
+        own["month"].is_between(1, 12)
+        & own["spend"].is_between(0, 99 / 8)
+        & own["city"].is_in(["A", "B", "C"])
+    )
+    assert not inside.all() and own.filter(inside).equals(made.filter(inside))
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--impute", str(out), "--out", "x.csv", "--as-modelled"])
+
+
+def test_a_hopeless_law_is_said_in_a_sentence():
+    """Nothing is drawn without end where no row can lie in the ranges."""
+    columns = (Column("a", "real", range=(0.0, 1.0)),)
+    with pytest.raises(ValueError, match=r"only 0 of .* --as-modelled \(as_modelled"):
+        within(lambda rows, seed: rows[:, None] + 7.0, 5, Schema.of_table(columns), 0)
+
+    def refuses(rows, seed):
+        raise ValueError("other reasons")
+
+    with pytest.raises(ValueError, match=r"^other reasons$"):
+        within(refuses, 5, Schema.of_table(columns), 0)

@@ -1,10 +1,15 @@
-"""The missing cells of a table's rows, drawn given the others.
+"""Rows of a table that are drawn: new ones, and the missing cells of given ones.
 
-The rows are conditioned on having no missing cell: that a cell is missing is one more state of
-its column, and left out of the column's probabilities here, as is a category that training did
-not have. The cells are then drawn by weighted particles, which near the model's conditional law
-as they become many (`particles` says how). Where two or more cells of a row are drawn, that none
-is missing is imposed on each as it is drawn, not on all at once.
+*New rows* lie in what training had: a row with a number beyond the range of its column, or with a
+category that training did not have, is drawn again, whole. That is the model's law given that a
+row lies there, for which its bound holds all the more; `as_modelled` is the model's own.
+
+*Missing cells* are drawn given the others of their row. The rows are conditioned on having no
+missing cell: that a cell is missing is one more state of its column, and left out of the column's
+probabilities here, as is a category that training did not have. The cells are then drawn by
+weighted particles, which near the model's conditional law as they become many (`particles` says
+how). Where two or more cells of a row are drawn, that none is missing is imposed on each as it is
+drawn, not on all at once.
 """
 
 import copy
@@ -13,18 +18,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nelbo._progress import Track
 from nelbo.checkpoint import Run
 from nelbo.columns import LevelContext, SymbolContext
 from nelbo.condition import given_labels
-from nelbo.data import examples, tables
+from nelbo.data import Schema, examples, tables
 from nelbo.data.sources import labels_of
 from nelbo.estimate import Grid
 from nelbo.model import Model
 from nelbo.numbers import NumberMixture
 from nelbo.particles import conditional
 from nelbo.product import ProductHead
+from nelbo.sample import Hopeless, ancestral, rejection
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -32,6 +39,74 @@ if TYPE_CHECKING:
     from polars import DataFrame
 
     from nelbo.data.tables import Frame
+
+
+def sample_table(
+    run: Run,
+    count: int,
+    times: Grid,
+    *,
+    seed: int = 0,
+    labels: Tensor | None = None,
+    as_modelled: bool = False,
+    track: Track = iter,
+    tell: Callable[[str], object] = lambda line: None,
+) -> "DataFrame":
+    """New rows of the table of a run.
+
+    Args:
+        run: of a table.
+        count: of rows.
+        times: the grid of the reverse process.
+        seed: everything random follows from it.
+        labels: of each row where the run is conditional; see `Run.law_of_samples`.
+        as_modelled: draw from the model's own law, of which rows may lie outside what training
+            had; a column that then holds "(other)" is of text.
+        track: wraps the steps, for a progress bar.
+        tell: called with a sentence on the rows that were drawn again.
+
+    Raises:
+        ValueError: the run is of no table, or hardly any row of its model lies in what training
+            had.
+    """
+    schema = run.config.schema
+    if not schema.columns:
+        raise ValueError(f"rows are those of tables; the run {run.path} is of none")
+    model = run.law_of_samples(count, labels, seed)
+
+    def draw(rows: Tensor, seed: int) -> Tensor:
+        return ancestral(model.at(rows), len(rows), times, seed, track).cpu()
+
+    x = draw(torch.arange(count), seed) if as_modelled else within(draw, count, schema, seed, tell)
+    return examples.decode(x.numpy(), schema.columns)
+
+
+def within(
+    draw: Callable[[Tensor, int], Tensor],
+    count: int,
+    schema: Schema,
+    seed: int,
+    tell: Callable[[str], object] = lambda line: None,
+) -> Tensor:
+    """Samples of a table's rows in what training had; arguments as for `rejection`."""
+
+    def inside(x: Tensor) -> Tensor:
+        outside = examples.outside_training(x.cpu().numpy(), schema.columns)
+        return torch.from_numpy(~outside.any(1))
+
+    try:
+        found = rejection(draw, count, inside, seed)
+    except Hopeless as error:
+        raise ValueError(
+            f"{error}, its ranges and categories: train longer, or take rows as the model has them"
+            " with --as-modelled (as_modelled in Python)"
+        ) from None
+    tell(
+        f"redrawn: {found.outside} of {found.drawn} rows ({found.outside / found.drawn:.1%}) had a"
+        " number beyond the range of training or a category that it did not have; --as-modelled"
+        " keeps them"
+    )
+    return found.x
 
 
 def impute(

@@ -2,6 +2,7 @@
 a likelihood of it."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,7 @@ from nelbo import _limits, data
 from nelbo._terminal import Terminal
 from nelbo.data import Schema, cells, streams, tables
 from nelbo.data.examples import texts_of
+from nelbo.data.identifiers import Evidence
 from nelbo.data.inference import complete, listed
 from nelbo.data.layout import Column
 from nelbo.data.remote import here
@@ -115,7 +117,8 @@ def inspect(
     name, frame = tables.find(source, notes)
     said = None if schema is None else _limits.read_json(Path(schema))
     declared = None if said is None else listed(said, frame.columns)
-    inspected = inspect_table(frame, name, declared)
+    stored = tables.stored_index(Path(source)) if isinstance(source, str | PathLike) else ()
+    inspected = inspect_table(frame, name, declared, stored)
     return replace(inspected, warnings=(*notes, *inspected.warnings))
 
 
@@ -152,22 +155,32 @@ def _inspect_stream(table: streams.Table, schema: str | PathLike[str] | None) ->
         reports.append(ColumnReport(column.name, _kind(column), values, None, missing, column))
     whole = "copies of rows are not looked for in a table that is read in blocks"
     sizes = {name: count for name, (_, count) in table.parts.items()}
-    found = Schema.of_table(columns)
+    found = Schema.of_table(columns, table.names) if columns else None
     return Inspection(
         table.name, table.count, tuple(reports), found, (*table.notes, *notes, whole), sizes
     )
 
 
 def inspect_table(
-    frame: "DataFrame", source: str, declared: list[dict] | None = None
+    frame: "DataFrame",
+    source: str,
+    declared: list[dict] | None = None,
+    stored: Collection[str] = (),
 ) -> Inspection:
     """The same of a table; a column that cannot be modelled becomes a warning."""
     reports, warnings = [], []
     names = [each["name"] for each in declared] if declared else frame.columns
     for each in declared or [{"name": name} for name in names]:
         column: Column | None = None
+        series = frame[each["name"]]
+        seen = Evidence(series.name, series.name in stored)
+        if declared is None and seen.add(series).reason:
+            reports.append(_report(series, None))
+            warnings.append(seen.reason)
+            continue
         try:
             ((column,), notes) = complete(frame, [each])
+            notes += [seen.note] * bool(declared is None and seen.note)
         except ValueError as error:
             if len(each) > 1:  # what is declared must hold
                 raise
@@ -181,7 +194,7 @@ def inspect_table(
             f"{copies} of {frame.height} rows are copies of others: a density of real columns can"
             " grow without bound there, and copies may fall into both training and test"
         )
-    schema = Schema.of_table(columns) if columns else None
+    schema = Schema.of_table(columns, frame.columns) if columns else None
     return Inspection(source, frame.height, tuple(reports), schema, tuple(warnings), {})
 
 
@@ -203,7 +216,7 @@ def _report(series: "Series", column: Column | None) -> ColumnReport:
 
 def _kind(column: Column | None) -> str:
     if column is None:
-        return "not usable"
+        return "not usable as it is"
     if column.kind == "rounded":
         many = f"{column.points} levels" if column.group == "levels" else f"{column.points} cells"
         return f"{_lattice(column)}, {many}{_scale(column)}"

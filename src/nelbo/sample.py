@@ -2,6 +2,7 @@ r"""Samplers on a grid of T times, T network calls.
 
 ancestral         z_T ~ P(z_T),  z_{t-1} ~ P(z_{t-1}|z_t),  x ~ P(x|z_1): the model's own law,
                   the one whose bound `evaluate` states for the same grid and step
+rejection         x ~ P(x|x in S): draws outside S are drawn again, whole
 probability_flow  z_s = √α_s ê + √(1-α_s) ε̂, the most probable x at the end: deterministic
                   given z_T (Song et al. 2021, DDIM with η = 0); not the law of the bound
 complete          the unknown dimensions of x given the known ones
@@ -16,18 +17,25 @@ A model that is given conditions, one for each sample, draws from P(x|c). Severa
 the samples, which have the noise that they have on one (`nelbo.parts`).
 """
 
+import itertools
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from nelbo._numerics import draw, seeded
+from nelbo._numerics import derive_seed, draw, seeded
 from nelbo._progress import Track
 from nelbo.estimate import Grid
 from nelbo.model import Model, measuring
 from nelbo.parts import drawing, joined, share
 from nelbo.process import Gaussian
+
+MOST = 20  # draws for a sample by rejection, in the mean
+PATIENCE = 1000  # draws for any one of them, at most about
+BELIEVED = 200  # draws from which on the share of those that are accepted is believed
 
 
 def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track = iter) -> Tensor:
@@ -126,6 +134,69 @@ def complete(
         return torch.where(known[rows], x[rows], _sample(model.at(rows).likelihood(z, t)))
 
     return descend(model, len(x), times, seed, step, decode, start, track)
+
+
+class Hopeless(ValueError):
+    """Hardly any sample lies where it should."""
+
+
+class Accepted(NamedTuple):
+    """Samples within a set.
+
+    Args:
+        x: the samples, (count, *shape).
+        drawn: how many were drawn for them.
+        outside: how many of these lay outside the set.
+    """
+
+    x: Tensor
+    drawn: int
+    outside: int
+
+
+def rejection(
+    draw: Callable[[Tensor, int], Tensor],
+    count: int,
+    inside: Callable[[Tensor], Tensor],
+    seed: int = 0,
+) -> Accepted:
+    """x ~ P(x|x in S): samples outside of S are drawn again, whole, until they are in it.
+
+    It is the law of the samples given that they are in S, of which P(x|x in S) >= P(x). The first
+    draws are those of the seed, whatever S is.
+
+    Args:
+        draw: samples of these rows, (N,), by a seed.
+        count: number of samples.
+        inside: which of some samples are in S, booleans (N,).
+        seed: everything random follows from it.
+
+    Raises:
+        Hopeless: so few samples are in S that one takes more than MOST draws in the mean.
+    """
+    waiting, drawn, outside, tries, found = torch.arange(count), 0, 0, 0, None
+    for turn in itertools.count():
+        share = 1 - outside / drawn if drawn else 1.0
+        often = math.ceil(1 / max(share, 1 / MOST)) << max(turn - 1, 0)
+        tries += often
+        rows = waiting.repeat_interleave(often)
+        x = draw(rows, derive_seed(seed, turn) if turn else seed)
+        good = inside(x)
+        drawn, outside = drawn + len(rows), outside + int((~good).sum())
+        found = x.new_empty((count, *x.shape[1:])) if found is None else found
+        good = good.reshape(-1, often)
+        done, first = good.any(1), good.int().argmax(1)
+        chosen = x.reshape(-1, often, *x.shape[1:])[torch.arange(len(waiting)), first]
+        found[waiting[done]] = chosen[done]
+        waiting = waiting[~done]
+        kept = drawn - outside
+        if not len(waiting):
+            return Accepted(found, drawn, outside)
+        if (drawn >= BELIEVED and MOST * kept < drawn) or tries >= PATIENCE:
+            raise Hopeless(
+                f"only {kept} of {drawn} samples that the model drew lie in what training had"
+            )
+    raise AssertionError
 
 
 def _sample(distribution: Distribution) -> Tensor:

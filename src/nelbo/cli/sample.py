@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from nelbo.cli.common import Device, Labels, RunFolder, Seed, Spacing, grid_of, say
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nelbo.checkpoint import Run
     from nelbo.estimate import Grid
 
@@ -27,6 +29,7 @@ def sample(
     rounds: int = 1,
     impute: Path | None = None,
     particles: int | None = None,
+    as_modelled: bool = False,
     device: Device = "cpu",
 ) -> None:
     """Draw new examples from a run.
@@ -66,7 +69,12 @@ def sample(
     particles
         With --impute: candidates for each row, 32 where left out. The draws near the model's own
         conditional law as they become many, at --steps network calls each.
+    as_modelled
+        Of a table: keep rows with numbers beyond the range of training, or with a category that it
+        did not have, written as (other). Without it such rows are drawn again, whole.
     """
+    import torch
+
     from nelbo import pictures
     from nelbo import sample as samplers
     from nelbo._files import check_writable, write
@@ -76,6 +84,7 @@ def sample(
     from nelbo.condition import guided, parse
     from nelbo.data.encoded import read_masked
     from nelbo.data.tables import FILES
+    from nelbo.impute import within
     from nelbo.model import find_device
 
     loaded = load(run)
@@ -89,7 +98,7 @@ def sample(
     if inpaint is not None and sampler != "ancestral":
         raise ValueError("--inpaint takes the ancestral sampler; leave --sampler out")
     if impute is not None:
-        others = (inpaint, condition, n != 64, guidance != 1, sampler != "ancestral")
+        others = (inpaint, condition, n != 64, guidance != 1, sampler != "ancestral", as_modelled)
         if any(others) or out is None or out.suffix.lower() not in FILES:
             raise ValueError(
                 "--impute completes a table into the .csv, .tsv, .parquet or .arrow file --out;"
@@ -100,6 +109,8 @@ def sample(
             times = grid_of(loaded, steps, grid)
             _complete_table(loaded, impute, out, times, particles, seed, rank == 0)
         return
+    if as_modelled and not loaded.config.schema.columns:
+        raise ValueError("--as-modelled is for tables; leave it out")
     if particles is not None:
         raise ValueError("--particles goes with --impute; leave it out")
     with together() as rank:
@@ -119,8 +130,16 @@ def sample(
             x, known = given[0].expand(n, *model.shape), given[1]
             x = samplers.complete(model, x, known, times, seed, rounds, track)
         else:
-            draw = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
-            x = draw(model, n, times, seed, track)
+            sampled = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
+
+            def draw(rows: "Tensor", seed: int) -> "Tensor":
+                return sampled(model.at(rows), len(rows), times, seed, track)
+
+            schema = loaded.config.schema
+            if schema.columns and not as_modelled:
+                x = within(draw, n, schema, seed, say if rank == 0 else str)
+            else:
+                x = draw(torch.arange(n), seed)
         if rank:
             return
         if out is None:

@@ -142,7 +142,7 @@ def _files(
     if kind in ("txt", "texts"):
         return texts.files(x, about, contents.extra, schema, out, places)
     if f".{kind}" in tables.FILES:
-        return [(out, tabular.as_bytes(x, about, schema))]
+        return [(out, tabular.as_bytes(x, about, contents.extra, schema, places))]
     raise Damaged(f"the file holds data of an unknown kind, {kind!r}")
 
 

@@ -1,8 +1,13 @@
 """Tables whose columns are all discrete as rows of codes, and back.
 
-What is restored are the cells: names and order of the columns, their types, numbers as numbers.
+What is restored are the cells: names and order of the columns, their types, and each cell as it
+was written. Columns that the run leaves out go beside the rows, and so do cells that say what
+others say in another way: 1.50 for 1.5, NA or NaN for a missing one.
 """
 
+import io
+import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,66 +15,133 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo import _limits
+from nelbo.codec.beside import equal_cells, of_bytes, to_bytes
+from nelbo.codec.blocks import pack, unpack
 from nelbo.codec.errors import Damaged
-from nelbo.data import Schema, cells, examples, tables
+from nelbo.data import Schema, dtypes, examples, tables
+from nelbo.data.cells import raw_texts
 
 if TYPE_CHECKING:
-    from polars import DataFrame
+    from polars import DataFrame, Series
 
 
 def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, int, tuple]:
     """The rows of a table as codes, what restores them, and the bytes of its file.
 
     Raises:
-        ValueError: cells or columns that the schema cannot hold.
+        ValueError: cells or columns that the schema cannot hold, or that would not come back.
     """
     if schema.kind != "table":
         raise ValueError(f"{path} is a table; the run is of examples of shape {schema.shape}")
     frame = tables.read(path)
-    extra = [name for name in frame.columns if all(name != c.name for c in schema.columns)]
-    if extra:
-        raise ValueError(f"{path} has the column {extra[0]!r}, which the run lacks; remove it")
+    known = {column.name for column in schema.columns}
+    left = [name for name in frame.columns if name not in known]
+    for name in left:
+        if name not in schema.left_out:
+            raise ValueError(f"{path} has the column {name!r}, which the run lacks; remove it")
     rows, _ = examples.encode(frame, schema.columns, str(path))
-    types = {name: str(dtype) for name, dtype in frame.schema.items()}
-    about: dict[str, object] = {"kind": path.suffix.lower()[1:], "types": types}
+    _refuse_outside(rows, frame, schema, path)
     x = rows.astype(np.int64)
-    _compare(frame, _frame(x, about, schema), path)
-    notes: tuple[str, ...] = ()
-    if as_bytes(x, about, schema) != path.read_bytes():
-        notes = ("the cells are kept, but not the layout of the file around them",)
-    return torch.from_numpy(x), about, b"", path.stat().st_size, notes
+    types = {name: dtypes.describe(dtype) for name, dtype in frame.schema.items()}
+    about: dict[str, object] = {"kind": path.suffix.lower()[1:], "types": types}
+    about["rows"] = frame.height
+    pieces: list[bytes] = []
+    columns: list[tuple[str, int]] = []
+    cells: list[tuple[str, int, int]] = []
+    made = examples.decode(rows, schema.columns)
+    for name in frame.columns:
+        series = frame[name]
+        back = None if name in left else dtypes.given_back(made[name], types[name])
+        if back is None or back.dtype != series.dtype:
+            pieces.append(to_bytes(series))
+            columns.append((name, len(pieces[-1])))
+        elif not (same := equal_cells(series, back)).all():
+            at = np.flatnonzero(~same)
+            pieces += [at.astype("<u4").tobytes(), to_bytes(series.gather(at))]
+            cells.append((name, len(at), len(pieces[-1])))
+    about |= {"columns": columns, "cells": cells}
+    extra = pack(b"".join(pieces))
+    content = as_bytes(x, json.loads(json.dumps(about)), extra, schema, None)
+    _check(frame, content, path)
+    notes = []
+    if columns:
+        names = ", ".join(name or "(no name)" for name, _ in columns)
+        notes.append(f"kept beside the rows: the columns {names}")
+    notes += [f"kept as they are written: {n} cells of {name}" for name, n, _ in cells]
+    if content != path.read_bytes():
+        notes.append("the cells are kept, but not the layout of the file around them")
+    return torch.from_numpy(x), about, extra, path.stat().st_size, tuple(notes)
 
 
-def as_bytes(x: np.ndarray, about: dict, schema: Schema) -> bytes:
-    """The content of the file with rows x."""
-    return tables.to_bytes(_frame(x, about, schema), f".{about['kind']}")
+def as_bytes(
+    x: np.ndarray, about: dict, extra: bytes, schema: Schema, places: np.ndarray | None
+) -> bytes:
+    """The content of the file with rows x; with those of `places` only, after a salvage.
 
-
-def _frame(x: np.ndarray, about: dict, schema: Schema) -> "DataFrame":
-    import polars as pl
-
-    frame = examples.decode(x.astype(np.float64), schema.columns)
-    text = f".{about['kind']}" in tables.SEPARATORS
+    Raises:
+        Damaged: what is said of the columns contradicts itself.
+    """
+    pl = tables.polars()
+    sizes, patches = dict(about.get("columns", ())), {n: c for n, *c in about.get("cells", ())}
+    most = sum(sizes.values()) + sum(4 * count + size for count, size in patches.values())
+    _limits.check_memory(most, "what the file holds beside the rows")
+    rest = io.BytesIO(unpack(extra, most))
+    found: dict[str, Series] = {}  # a frame of a list names what has no name
     try:
-        types = {n: getattr(pl, t) for n, t in about["types"].items()} if not text else {}
-        return frame.select(list(about["types"])).cast(types)
-    except (pl.exceptions.PolarsError, AttributeError) as error:
+        made = examples.decode(x.astype(np.float64), schema.columns)
+        for name, kind in about["types"].items():
+            if name in sizes:
+                series = of_bytes(name, kind, about["rows"], rest.read(sizes[name]))
+                found[name] = series if places is None else series.gather(places)
+                continue
+            series = dtypes.given_back(made[name], kind)
+            if name in patches:
+                count, size = patches[name]
+                at = np.frombuffer(rest.read(4 * count), "<u4").astype(np.int64)
+                cells = of_bytes(name, kind, count, rest.read(size))
+                series = _patched(series, at, cells, places)
+            found[name] = series
+        return tables.to_bytes(pl.DataFrame(found), f".{about['kind']}")
+    except pl.exceptions.PolarsError as error:
         raise Damaged(f"the table cannot be made of the file's columns: {error}") from None
 
 
-def _compare(frame: "DataFrame", made: "DataFrame", path: Path) -> None:
-    """Raise ValueError where a cell would come back as another."""
-    for name in frame.columns:
-        before, after = cells.texts(frame[name]), cells.texts(made[name])
-        same = before.eq_missing(after)
-        if made[name].dtype.is_numeric():
-            a, b = cells.numbers(frame[name]), cells.numbers(made[name])
-            equal = same.to_numpy() | (a == b) | (np.isnan(a) & np.isnan(b))
-        else:
-            equal = same.to_numpy()
-        if not equal.all():
-            row = int(np.flatnonzero(~equal)[0])
+def _patched(
+    series: "Series", at: np.ndarray, cells: "Series", places: np.ndarray | None
+) -> "Series":
+    """A column with the cells `at` some rows of the whole table, of which it has `places`."""
+    if places is not None:
+        kept = np.isin(at, places)
+        at, cells = np.searchsorted(places, at[kept]), cells.filter(kept)
+    return series.scatter(at, cells)
+
+
+def _refuse_outside(rows: np.ndarray, frame: "DataFrame", schema: Schema, path: Path) -> None:
+    """Raise ValueError where a cell has a code that stands for several others."""
+    outside = examples.outside_training(rows, schema.columns)
+    if outside.any():
+        row = int(outside.any(1).argmax())
+        name = schema.columns[int(outside[row].argmax())].name
+        cell = raw_texts(frame[name])[row]
+        raise ValueError(
+            f"row {row + 1} of {path} holds {cell!r} in the column {name!r}, which the run's"
+            " schema cannot hold; train with data that have it"
+        )
+
+
+def _check(frame: "DataFrame", content: bytes, path: Path) -> None:
+    """Raise ValueError where the file that would be restored is not of the cells of the frame."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"restored{path.suffix}"
+        file.write_bytes(content)
+        again = tables.read(file)
+    if again.columns != frame.columns or again.height != frame.height:
+        raise ValueError(f"the rows and names of {path} would not come back as they are")
+    for series in frame:
+        other = again[series.name]
+        if other.dtype != series.dtype or not equal_cells(series, other).all():
             raise ValueError(
-                f"row {row + 1} of {path} holds {before[row]!r} in the column {name!r}, which the"
-                " run's schema cannot hold; train with data that have it"
+                f"the column {series.name!r} of {path} would not come back exactly, as"
+                f" {series.dtype} of the same cells; leave it out, or write it in another way"
             )

@@ -250,6 +250,27 @@ def decode(x: np.ndarray, columns: Sequence[Column]) -> "DataFrame":
     return pl.DataFrame([made[index] for index in range(len(columns))])
 
 
+def outside_training(x: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
+    """Which cells of examples (N, D) are none that training had, (N, len(columns)): numbers beyond
+    the least and the largest of their columns, categories that it did not know."""
+    at = places(columns)
+    inside, absent = (np.full((len(x), len(columns)), known) for known in (True, False))
+    for i, place in enumerate(at):
+        if place.indicator:
+            absent[:, place.index] = x[:, i] == 2
+    for i, place in enumerate(at):
+        column, value, index = place.column, x[:, i], place.index
+        if place.indicator or column.group == "symbols":
+            inside[:, index] &= value > 0
+        elif column.group == "levels":
+            inside[:, index] &= (value != 0) & (value != column.points + 1)
+        elif column.ends is not None:
+            low, high = column.ends
+            half = (column.precision or 0.0) / 2
+            inside[:, index] &= absent[:, index] | ((value >= low - half) & (value <= high + half))
+    return ~inside
+
+
 def _decoded(x: np.ndarray, place: Place, absent: np.ndarray | None) -> "Series":
     """One column, in the type of its source."""
     series = _plain(x, place, absent)

@@ -21,6 +21,7 @@ from nelbo.data.cells import (
     words_note,
 )
 from nelbo.data.dtypes import categories_of, describe
+from nelbo.data.identifiers import Evidence, identifies, name_rows
 from nelbo.data.layout import POINTS, SIZES, Column
 from nelbo.data.spelling import TRUTH, canonical, codes, comma_advice, is_number, spellings
 
@@ -30,18 +31,32 @@ if TYPE_CHECKING:
 DECIMALS = 6  # more are those of a real number
 FINEST = 10**7  # points of a lattice; beyond, a real number
 FURTHEST = 10**10  # of them from 0, where float64 still tells a millionth of one
-ROWS = 50  # with more texts than this, and than nine tenths of the rows, they name the rows
 MIXED = 64  # different texts up to which numbers and words together make a category
 
 
-def infer_columns(frame: "DataFrame") -> tuple[list[Column], list[str]]:
-    """The columns of a table, and notes on what is not what it may seem.
+def infer_columns(
+    frame: "DataFrame", stored: Collection[str] = ()
+) -> tuple[list[Column], list[str]]:
+    """The columns of a table but for those that name its rows (`identifiers`), and notes on what
+    is not what it may seem.
+
+    Args:
+        frame: the table.
+        stored: columns that the source calls an index.
 
     Raises:
         ValueError: a column without a cell, with infinite numbers, or with too many texts.
     """
-    found = [infer_column(frame[name]) for name in frame.columns]
-    return [column for column, _ in found], [note for _, notes in found for note in notes]
+    columns, notes = [], []
+    for series in frame:
+        seen = Evidence(series.name, series.name in stored).add(series)
+        if seen.reason:
+            notes.append(seen.reason)
+            continue
+        column, said = infer_column(series)
+        columns.append(column)
+        notes += [*filter(None, [seen.note]), *said]
+    return columns, notes
 
 
 def complete(frame: "DataFrame", declared: object) -> tuple[list[Column], list[str]]:
@@ -57,8 +72,18 @@ def complete(frame: "DataFrame", declared: object) -> tuple[list[Column], list[s
     Raises:
         ValueError: it is not so, names a column that is not there, or cannot be completed.
     """
-    found = [_complete(frame[each["name"]], each) for each in listed(declared, frame.columns)]
+    used = listed(declared, frame.columns)
+    if not _names_columns(declared):
+        used = [each for each in used if not identifies(frame[each["name"]])]
+    found = [_complete(frame[each["name"]], each) for each in used]
     return [column for column, _ in found], [note for _, notes in found for note in notes]
+
+
+def _names_columns(declared: object) -> bool:
+    """Whether a schema says which columns are used, or something of all of them."""
+    if isinstance(declared, Mapping):
+        declared = declared.get("schema", declared)
+    return not isinstance(declared, Mapping) or "columns" in declared
 
 
 def listed(declared: object, names: Sequence[str]) -> list[dict]:
@@ -83,7 +108,9 @@ def listed(declared: object, names: Sequence[str]) -> list[dict]:
     return [of_all | each for each in declared]
 
 
-def infer_merged(chunks: Iterable["DataFrame"]) -> tuple[list[Column], list[str]]:
+def infer_merged(
+    chunks: Iterable["DataFrame"], stored: Collection[str] = ()
+) -> tuple[list[Column], list[str]]:
     """The columns of a table that comes in chunks, as for `infer_columns`.
 
     Raises:
@@ -92,19 +119,37 @@ def infer_merged(chunks: Iterable["DataFrame"]) -> tuple[list[Column], list[str]
     found: dict[str, Column | None] = {}
     notes: dict[str, str] = {}
     words: dict[str, set[str]] = {}
+    seen: dict[str, Evidence] = {}
+    wrong: dict[str, ValueError] = {}
     for frame in chunks:
         for name in frame.columns:
-            column, note = _infer_some(frame[name])
-            found[name] = _merge_some(found[name], column) if name in found else column
+            seen.setdefault(name, Evidence(name, name in stored)).add(frame[name])
+            if seen[name].stored or name in wrong:
+                continue
+            try:
+                column, note = _infer_some(frame[name])
+                found[name] = _merge_some(found[name], column) if name in found else column
+            except ValueError as error:  # of no column, or of one that names the rows
+                wrong[name] = error
+                continue
             notes.setdefault(name, note)
             words.setdefault(name, set()).update(missing_words(frame[name]))
+    left = {name: each.reason for name, each in seen.items() if each.reason}
+    for name, reason in wrong.items():
+        if name not in left:
+            raise reason
+    for kept in (found, notes, words):
+        for name in left:
+            kept.pop(name, None)
     for name, column in found.items():
         if column is None:
             raise ValueError(f"the column {name!r} has no value in any row; {LEAVE_OUT}")
         if len(column.categories) == 1:
             notes[name] = f"{name} is always {column.categories[0]}"
     said = [words_note(name, sorted(some)) for name, some in words.items() if some]
-    return [column for column in found.values() if column], [*filter(None, notes.values()), *said]
+    own = [seen[name].note for name in found]
+    all_notes = [*left.values(), *filter(None, own), *filter(None, notes.values()), *said]
+    return [column for column in found.values() if column], all_notes
 
 
 def complete_columns(
@@ -219,7 +264,7 @@ def _complete(series: "Series", declared: dict) -> tuple[Column, list[str]]:
     Column(series.name, "real", missing_words=words)  # refuses what are no words
     notes = [] if words is not None else _of_words(series, keep)
     if "kind" not in declared:
-        column, note = _infer(series, words)
+        column, note = _infer(series, words, asked=True)
         declared = column.to_dict() | declared
         notes = [note] * bool(note) + notes
     text = texts(series, words, keep)
@@ -287,8 +332,11 @@ def _of_words(series: "Series", keep: Collection[str] = ()) -> list[str]:
     return [words_note(series.name, words)] if words else []
 
 
-def _infer(series: "Series", words: Collection[str] | None = None) -> tuple[Column, str]:
-    """What one column is, and a note on it or "", where these words mean missing cells."""
+def _infer(
+    series: "Series", words: Collection[str] | None = None, asked: bool = False
+) -> tuple[Column, str]:
+    """What one column is, and a note on it or "", where these words mean missing cells; of texts
+    that name the rows a category only where it is asked for."""
     name = series.name
     if (declared := categories_of(series.dtype)) is not None:
         return _declared_category(series, words, declared)
@@ -312,7 +360,7 @@ def _infer(series: "Series", words: Collection[str] | None = None) -> tuple[Colu
     if codes(every) or (odd and (len(odd) == len(every) or len(few) <= MIXED)):
         few = spellings(every)
         note = _of_texts(name, every, odd)
-        column = _category(text, few, missing, note)
+        column = _category(text, few, missing, note, asked)
         return column, "; ".join(filter(None, (note, _of_spellings(name, every, few))))
     if odd and (advice := comma_advice(odd)):
         raise ValueError(f"the column {name!r} holds texts such as {odd[0]!r}: {advice}")
@@ -327,7 +375,7 @@ def _declared_category(
     found = {*declared, *text.drop_nulls().unique()}
     if not found:
         raise ValueError(f"the column {series.name!r} has no value in any row; {LEAVE_OUT}")
-    column, note = _category(text, sorted(found), bool(text.is_null().any()), ""), ""
+    column, note = _category(text, sorted(found), bool(text.is_null().any()), "", True), ""
     if len(found) == 1:
         note = f"{series.name} is always {column.categories[0]}"
     return column, note
@@ -357,9 +405,11 @@ def _of_spellings(name: str, values: list[str], distinct: list[str]) -> str:
     return f"{name} writes one value as {own!r} and as {other!r}: taken as the same"
 
 
-def _category(text: "Series", distinct: list[str], missing: bool, note: str) -> Column:
+def _category(
+    text: "Series", distinct: list[str], missing: bool, note: str, asked: bool
+) -> Column:
     rows = len(text.drop_nulls())
-    if len(distinct) > SIZES[4] - 2 or len(distinct) > max(ROWS, 0.9 * rows):
+    if len(distinct) > SIZES[4] - 2 or (not asked and name_rows(len(distinct), rows)):
         because = f"; {note.removeprefix(text.name).strip()}" if note else ""
         raise ValueError(
             f"the column {text.name!r} has {len(distinct)} different texts in {rows} rows, too"

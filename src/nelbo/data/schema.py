@@ -99,6 +99,7 @@ class Schema:
         alphabet: of text, the sorted characters that the levels are but the last, which is any
             other one; "" where the levels are bytes; None where the data are no text.
         columns: of a table; `layout` says where each stands in an example.
+        left_out: names of the other columns of the table, which the model does not know.
 
     Raises:
         ValueError: if these contradict each other.
@@ -110,6 +111,7 @@ class Schema:
     condition: tuple[Label, ...] = ()
     alphabet: str | None = None
     columns: tuple[Column, ...] = ()
+    left_out: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -144,10 +146,13 @@ class Schema:
             )
 
     @staticmethod
-    def of_table(columns: Iterable[Column]) -> "Schema":
-        """The schema of a table with these columns."""
+    def of_table(columns: Iterable[Column], names: Iterable[str] = ()) -> "Schema":
+        """The schema of a table with these columns, of all that have the names."""
         columns = tuple(columns)
-        return Schema("table", (len(places(columns)),), None, columns=columns)
+        known = {column.name for column in columns}
+        left_out = tuple(name for name in names if name not in known)
+        shape = (len(places(columns)),)
+        return Schema("table", shape, None, columns=columns, left_out=left_out)
 
     @property
     def density(self) -> bool:
@@ -157,7 +162,8 @@ class Schema:
     def to_dict(self) -> dict[str, object]:
         """As JSON knows it: `Schema.from_dict(schema.to_dict()) == schema`."""
         columns = [column.to_dict() for column in self.columns]
-        return {**asdict(self), "shape": list(self.shape), "columns": columns}
+        made = {"shape": list(self.shape), "columns": columns, "left_out": list(self.left_out)}
+        return {**asdict(self), **made}
 
     @classmethod
     def from_dict(cls, values: object) -> "Schema":
@@ -174,7 +180,11 @@ class Schema:
             raise ValueError(f"condition must be a list of labels; got {labels!r}")
         if not isinstance(columns, list | tuple):
             raise ValueError(f"columns must be a list; got {columns!r}")
+        left_out = values.get("left_out", ())
+        if not isinstance(left_out, list | tuple) or not all(isinstance(n, str) for n in left_out):
+            raise ValueError(f"left_out must be a list of names; got {left_out!r}")
         made = {
+            "left_out": tuple(left_out),
             "shape": tuple(values["shape"]),
             "condition": tuple(map(Label.from_dict, labels)),
             "columns": tuple(map(Column.from_dict, columns)),

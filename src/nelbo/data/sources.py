@@ -29,6 +29,7 @@ from nelbo.data.conform import Found, infer, refuse_constant, split, store, toge
 from nelbo.data.encoded import Form
 from nelbo.data.inference import complete, infer_columns, typed
 from nelbo.data.labels import codes, infer_label, missing, of_examples, standardised
+from nelbo.data.layout import Column
 from nelbo.data.schema import Dataset, Label, Schema
 from nelbo.data.splits import Declared, declare
 
@@ -249,6 +250,19 @@ def _name(source: "str | PathLike[str] | Frame") -> str:
     return str(source) if isinstance(source, str | PathLike) else "the table"
 
 
+def _stored(source: "str | PathLike[str] | Frame", table: streams.Table | None) -> Sequence[str]:
+    """The columns that a source calls an index."""
+    if table is not None:
+        return table.stored
+    return tables.stored_index(Path(source)) if isinstance(source, str | PathLike) else ()
+
+
+def refuse_empty(columns: Sequence[Column], name: str, notes: Sequence[str]) -> None:
+    """Raise ValueError where no column is left to be modelled, and say why."""
+    if not columns:
+        raise ValueError(f"no column of {name} is left to model: {notes[0]}")
+
+
 def _load_stream(
     table: streams.Table, schema: Schema | str | PathLike[str] | None, seed: int
 ) -> Dataset:
@@ -256,7 +270,9 @@ def _load_stream(
     if not isinstance(schema, Schema):
         declared = None if schema is None else _limits.read_json(Path(schema))
         columns, notes = streams.infer(table, declared)
-        schema = Schema.of_table(typed(columns, table.read(0, 1, table.names).schema))
+        refuse_empty(columns, table.name, notes)
+        columns = typed(columns, table.read(0, 1, table.names).schema)
+        schema = Schema.of_table(columns, table.names)
     splits, how = streams.splits(table, schema.columns, seed)
     return Dataset(table.name, schema, splits, (*notes, *how))
 
@@ -282,17 +298,24 @@ def _load_table(
     notes: list[str] = []
     name, frame = tables.find(source, notes) if table is None else (table.name, table.whole())
     parts, of_cells = _parts_of(table), {}
+    noted: list[str] = []  # columns of which it is said why they are left out
     if isinstance(schema, Schema):
         cells = {label.name: conditions.cells_like(frame, label) for label in schema.condition}
     else:
         said = None if schema is None else _limits.read_json(Path(schema))
         cells, rest, of_labels = conditions.taken_from(frame, condition, said, name)
         others = frame.drop(*condition)
-        columns, guesses = infer_columns(others) if rest is None else complete(others, rest)
-        schema, notes = Schema.of_table(columns), [*notes, *guesses, *of_labels]
+        if rest is None:
+            columns, guesses = infer_columns(others, _stored(source, table))
+            refuse_empty(columns, name, guesses)
+            noted = [name for name in others.columns if all(name != c.name for c in columns)]
+        else:
+            columns, guesses = complete(others, rest if condition else said)
+        schema = Schema.of_table(columns, frame.columns)
+        notes = [*notes, *guesses, *of_labels]
     for label in condition:
         of_cells[label] = {part: cells[label][rows] for part, rows in parts.items()}
-    of_examples = frame.drop(*condition)
+    of_examples = frame.drop(*condition, *noted)
     if not read_as_text(source):
         schema = replace(schema, columns=tuple(typed(schema.columns, frame.schema)))
     rows, taken = examples.encode(of_examples, schema.columns, name, rounding=True)

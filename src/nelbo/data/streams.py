@@ -53,6 +53,8 @@ class Table(ABC):
     sequential = False
     #: what was guessed of its splits, or left out
     notes: Sequence[str] = ()
+    #: columns that the source calls an index
+    stored: Sequence[str] = ()
 
     def __init__(self, name: str, parts: Mapping[str, tuple[int, int]], names: list[str]) -> None:
         self.name, self.parts, self.names = name, parts, names
@@ -124,6 +126,7 @@ class Files(Table):
         super().__init__(name, parts, list(names[0]))
         columns = ", ".join(dict.fromkeys(k for cells in self.told for k in cells))
         self.notes = [*notes, *([f"columns named by folders: {columns}"] if columns else [])]
+        self.stored = tables.stored_index(self.files[0])
 
     def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
         import polars as pl
@@ -336,7 +339,7 @@ def partitions(name: str) -> dict[str, str | None]:
 def infer(table: Table, declared: object = None) -> tuple[list[Column], list[str]]:
     """The columns of a table in one pass over its rows, and notes on them; see `inference`."""
     if declared is None:
-        return infer_merged(table.chunks())
+        return infer_merged(table.chunks(), table.stored)
     return complete_columns(table.chunks(), declared)
 
 

@@ -4,6 +4,7 @@ Needs polars (extra: tables).
 """
 
 import io
+import json
 import os
 import tempfile
 import threading
@@ -122,8 +123,20 @@ def frame_of(table: "Frame") -> "DataFrame":
         ) from None
 
 
+def stored_index(path: Path) -> list[str]:
+    """The columns of a Parquet file in which pandas stored its index, as the file says."""
+    pl = polars()
+    if path.suffix.lower() != ".parquet" or not hasattr(pl, "read_parquet_metadata"):
+        return []
+    try:
+        about = json.loads(pl.read_parquet_metadata(path).get("pandas", "{}"))
+        return [name for name in about["index_columns"] if isinstance(name, str)]
+    except (ValueError, TypeError, KeyError, RecursionError, pl.exceptions.PolarsError, OSError):
+        return []
+
+
 def checked(frame: "DataFrame", label: str, rows: int | None = None) -> "DataFrame":
-    """The frame; ValueError where it has no rows, or columns without a name.
+    """The frame; ValueError where it has no rows, or columns without a name but the first.
 
     Args:
         frame: the table.
@@ -134,7 +147,7 @@ def checked(frame: "DataFrame", label: str, rows: int | None = None) -> "DataFra
     if not frame.width or not rows:
         raise ValueError(f"{label} has {rows} rows and {frame.width} columns; give at least 1")
     unnamed = [i + 1 for i, name in enumerate(frame.columns) if not name.strip()]
-    if unnamed:
+    if unnamed and (unnamed != [1] or frame.width == 1 or frame.columns[0]):  # 1 is an index
         raise ValueError(f"column {unnamed[0]} of {label} has no name; name it, or remove it")
     return frame
 
