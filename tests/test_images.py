@@ -537,7 +537,8 @@ def test_training_does_not_see_where_images_are(tmp_path, monkeypatch, request):
     model, x, _ = two.law()
     later = evaluate(model, x, calls=4)
     monkeypatch.undo()
-    assert evaluate(model, two.law()[1], calls=4) == later
+    again = evaluate(model, two.law()[1], calls=4)
+    assert again.to_dict() == later.to_dict()  # errors that are not stated are NaN
 
 
 def test_processes_share_the_examples_of_a_step():
