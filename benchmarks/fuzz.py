@@ -10,6 +10,7 @@ Ctrl-C ends them early.
 """
 
 import argparse
+import resource
 import sys
 import tempfile
 import time
@@ -55,8 +56,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--reader", help="the name of one kind of file, such as x.npz")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--gibibytes", type=float, default=4, help="of memory that a read may take"
+    )
     parser.add_argument("--out", type=Path, default=Path("fuzz-failures"))
     options = parser.parse_args()
+    used = 4096 * int(Path("/proc/self/statm").read_text().split()[0])
+    most = round(used + options.gibibytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))  # a MemoryError is a failure
     with tempfile.TemporaryDirectory() as place:
         made = kinds(train("digits", Path(place) / "run", **TINY).path)
         some = [kind for kind in made if options.reader in (None, kind.name)]

@@ -11,8 +11,10 @@ import io
 import json
 import shutil
 import signal
+import struct
 import tarfile
 import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from PIL import Image
 from nelbo import _files, checkpoint, pilots
 from nelbo._numerics import seeded
 from nelbo.allocate import Cells
+from nelbo.codec import container
 from nelbo.codec import files as codec_files
 from nelbo.codec.coding import compress, decompress
 from nelbo.codec.errors import CodecError
@@ -51,6 +54,12 @@ PILOT = {
     "between": [[2.0], [3.0]],
     "left": [1, 2],
 }
+#: codes like numbers, words for nothing, commas of thousands, one value in several spellings
+CELLS = "code,word,amount,flag,year\n" + "".join(
+    f'00{i % 7},{("NA", "None", "?", "x")[i % 4]},"1,{250 + i}",{("True", "true", "1.0")[i % 3]},'
+    f"{1990 + i % 9}_{i % 4}\n"
+    for i in range(40)
+)
 SCHEMA = [{"name": "a", "kind": "rounded", "precision": 1}, {"name": "b", "kind": "category"}]
 
 
@@ -102,6 +111,8 @@ def damaged(draw: st.DrawFn, kind: Kind) -> bytes:
             documents[place] = _other(draw, documents[place])
         return "\n".join(map(json.dumps, documents)).encode()
     bad = bytearray(kind.content)
+    if kind.name.endswith(".png") and draw(st.booleans()):
+        _claim(draw, bad)
     for _ in range(draw(st.integers(1, 4))):
         a, b = sorted(draw(st.integers(0, len(bad))) for _ in range(2))
         match draw(st.integers(0, 7)):
@@ -121,6 +132,16 @@ def damaged(draw: st.DrawFn, kind: Kind) -> bytes:
             case _:
                 bad = bad[:a] + bad[b:] + bad[a:b]
     return bytes(bad)
+
+
+def _claim(draw: st.DrawFn, png: bytearray) -> None:
+    """Another header of a PNG, with its right checksum: sizes, bits, colours, interlacing."""
+    sides = st.sampled_from([0, 1, 5, 6, 7, 8, 100, 4000, 9000, 2**31 - 1])
+    bits, colour = draw(st.sampled_from([1, 2, 4, 8, 16])), draw(st.sampled_from([0, 2, 3, 4, 6]))
+    png[16:29] = struct.pack(
+        ">IIBBBBB", draw(sides), draw(sides), bits, colour, 0, 0, draw(st.integers(0, 1))
+    )
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
 
 
 def _other(draw: st.DrawFn, document: object) -> object:
@@ -191,7 +212,7 @@ def outcome(kind: Kind, content: bytes, folder: Path) -> str:
 
 def kinds(run: Path) -> list[Kind]:
     """All kinds of file that nelbo reads; those of a run from the one at `run`."""
-    return [*_data(), *_of_run(run), *_foreign(), _compressed()]
+    return [*_data(), *_of_run(run), *_foreign(), *_compressed()]
 
 
 def _whole(path: Path) -> None:
@@ -214,6 +235,7 @@ def _data() -> list[Kind]:
         Kind("x-images-idx3-ubyte.gz", gzip.compress(_idx(x[:, 0]), mtime=0), _whole),
         Kind("x.csv", frame.write_csv().encode(), _whole),
         Kind("x.tsv", frame.write_csv(separator="\t").encode(), _whole),
+        Kind("cells.csv", CELLS.encode(), _whole),
         Kind("x.parquet", _made(frame.write_parquet), _whole),
         Kind("x.arrow", _made(frame.write_ipc), _whole),
         Kind("x.tar", _tar(x), _labelled),
@@ -335,7 +357,7 @@ def _foreign() -> list[Kind]:
     ]
 
 
-def _compressed() -> Kind:
+def _compressed() -> list[Kind]:
     known = known_models.levels().model
     with seeded(0):
         x = torch.randint(4, (40, *known.shape))
@@ -352,4 +374,18 @@ def _compressed() -> Kind:
             except CodecError:
                 pass
 
-    return Kind("x.nlb", content, read)
+    header, extra, at = container.read_prefix(content)
+
+    def read_header(path: Path) -> None:
+        other = json.loads(path.read_text())
+        data = container.write_prefix(other, extra) + content[at:]
+        try:
+            decompress(data, known, salvage=True)
+        finally:
+            codec_files.report(data)
+
+    return [
+        Kind("x.nlb", content, read),
+        # with the right checksum, as one writes it who means harm
+        Kind("header.json", json.dumps(header).encode(), read_header, json=True),
+    ]

@@ -12,7 +12,7 @@ NAMES = (
     *("x.npy", "x.npz", "x-images-idx3-ubyte", "x-images-idx3-ubyte.gz", "x.csv", "x.tsv"),
     *("x.parquet", "x.arrow", "x.tar", "x.txt", "x.png", "x.jpg", "schema.json", "config.json"),
     *("model.safetensors", "state.safetensors", "metrics.jsonl", "grids.json"),
-    *("pilots.json", "net.pt", "net.json", "x.nlb"),
+    *("pilots.json", "net.pt", "net.json", "x.nlb", "header.json", "cells.csv"),
 )
 
 

@@ -938,3 +938,21 @@ def test_a_declared_column_without_a_value_is_told(tmp_path):
     (tmp_path / "schema.json").write_text('[{"name": "a", "kind": "rounded"}, {"name": "b"}]')
     with pytest.raises(ValueError, match="column 'a' has no value in any row"):
         load(tmp_path / "x.csv", schema=tmp_path / "schema.json")
+
+
+@linux
+@pytest.mark.parametrize("end", ["parquet", "arrow"])
+def test_rows_of_one_value_are_not_unpacked_without_end(tmp_path, end):
+    """A few kilobytes say that a number and a word repeat 10 million times."""
+    pl = pytest.importorskip("polars")
+    from nelbo.data import tables
+
+    path = tmp_path / f"x.{end}"
+    rows = pl.LazyFrame({"a": pl.repeat(1, 10**7, dtype=pl.Int8, eager=True)}).collect()
+    if end == "parquet":
+        rows.with_columns(b=pl.lit("x")).write_parquet(path)
+    else:
+        rows.with_columns(b=pl.lit("x")).write_ipc(path, compression="zstd")
+    assert path.stat().st_size < 2**19
+    with pytest.raises(ValueError, match=r"would be unpacked from .* to 0.22[0-9] GiB"):
+        tables.read(path)

@@ -13,7 +13,7 @@ from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nelbo import _limits
 from nelbo.data import delimited
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 SEPARATORS = delimited.SUFFIXES
 FILES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
+Result = TypeVar("Result")
 #: bytes of memory for each of a text file: a cell of two is a text of polars, and of Python
 TEXT = 24
+#: times that the cells of other files are in memory, as they are and as examples
+CELLS = 3
 _HELD = threading.Lock()  # by the one that holds the error stream
 
 
@@ -51,14 +54,19 @@ def read(path: Path, notes: list[str] | None = None) -> "DataFrame":
         except pl.exceptions.PolarsError as error:
             raise _damaged(path, error) from None
     else:
-        load: Callable[[Path], DataFrame] = (
-            pl.read_parquet if suffix == ".parquet" else pl.read_ipc
-        )
+        parquet = suffix == ".parquet"
+        load: Callable[[Path], DataFrame] = pl.read_parquet if parquet else pl.read_ipc
+        scan = (pl.scan_parquet if parquet else pl.scan_ipc)(path)
+        rows = int(of_file(path, scan.select(pl.len()).collect).item())
+        types = of_file(path, scan.collect_schema).dtypes()
+        # a text is at least a view of 16 bytes
+        width = sum(8 if dtype.is_numeric() else 16 for dtype in types)
+        _limits.check_unpacked(rows * width, path.stat().st_size, str(path), CELLS)
         frame = of_file(path, lambda: load(path))
     return checked(frame, str(path))
 
 
-def of_file(path: Path, load: "Callable[[], DataFrame]") -> "DataFrame":
+def of_file(path: Path, load: Callable[[], Result]) -> Result:
     """What polars makes of a file; of damage, on which it may panic, one ValueError.
 
     A panic is printed, with its stack, on the error stream that all threads share: what is printed
