@@ -591,7 +591,7 @@ def test_a_table_of_many_columns_is_not_compared_pair_by_pair(tmp_path):
 
     pytest.importorskip("polars")
     names = ",".join(f"c{i}" for i in range(20_000))
-    (tmp_path / "x.csv").write_text(f"{names}\n{names}\n")
+    (tmp_path / "x.csv").write_text(f"{names}\n{','.join('1' * 20_000)}\n")
     with alarm(60):
         assert tables.read(tmp_path / "x.csv").width == 20_000
 
@@ -915,7 +915,7 @@ def test_names_in_a_container_are_names(tmp_path, name, kind):
 
 def test_an_error_is_no_longer_than_can_be_read(tmp_path, capsys):
     pytest.importorskip("polars")
-    (tmp_path / "x.csv").write_text(f"a,{'b' * 60_000}\n1,2\n2,{'x' * 10**5}\n" * 12)
+    (tmp_path / "x.csv").write_text(f"a,{'b' * 60_000}\n" + f"1,2\n2,{'x' * 10**5}\n" * 12)
     (tmp_path / "schema.json").write_text(json.dumps([{"name": "c" * 10**6}]))
     line = nelbo_fails(capsys, "inspect", tmp_path / "x.csv", "--schema", tmp_path / "schema.json")
     assert len(line) < 2100 and "the schema has the column" in line
