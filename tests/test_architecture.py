@@ -9,6 +9,7 @@ import nelbo
 
 SOURCE = Path(nelbo.__file__).parent
 ORDER = (
+    "_scalars",
     "_processes",
     "_terminal",
     "sharding",
@@ -70,7 +71,7 @@ ORDER = (
     "execution",
     "learner",
     "state",
-    "common_noise",
+    "row_bounds",
     "sklearn",
     "train",
     "finetune",

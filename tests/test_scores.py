@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import shutil
 
 import numpy as np
 import polars as pl
@@ -12,13 +13,16 @@ from closed_forms import assert_mean
 from PIL import Image
 from test_cli import nelbo_fails, run_ok
 
-from nelbo import data
+from nelbo import _files, data
 from nelbo._numerics import seeded
 from nelbo.checkpoint import load
 from nelbo.data import Schema, as_examples
-from nelbo.estimate import elbo, stratified
+from nelbo.estimate import Grid, elbo, stratified
+from nelbo.evaluate import evaluate
 from nelbo.model import measuring
+from nelbo.sample import ancestral
 from nelbo.scores import Scored, Scorer, code_length, histogram
+from nelbo.train import train
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +172,66 @@ def test_bad_options_are_one_line(trained, few, tmp_path, monkeypatch, capsys, o
     monkeypatch.chdir(tmp_path)
     assert says in nelbo_fails(capsys, "score", trained, few, *options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def far_run(tmp_path_factory):
+    """A run of arrays, and of a table, and rows further and further out for each."""
+    folder, random = tmp_path_factory.mktemp("far"), np.random.default_rng(0)
+    rows = random.normal(size=(200, 2))
+    far = [[0.1, 0.2], [1e13, 0.0], [0.0, -1e21], [3.4e38, 0.0], [0.0, 1e100], [-1.7e308, 0.0]]
+    np.savez(folder / "train.npz", x=rows)
+    np.savez(folder / "far.npz", x=np.array(far))
+    names = ["a", "b"]
+    pl.DataFrame(rows, schema=names, orient="row").write_csv(folder / "train.csv")
+    pl.DataFrame(far, schema=names, orient="row").write_csv(folder / "far.csv")
+    for kind in ("npz", "csv"):
+        options = {"steps": 3, "width": 8, "depth": 1}
+        train(str(folder / f"train.{kind}"), folder / kind, **options)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["npz", "csv"])
+def test_rows_out_of_all_range_are_the_most_anomalous(far_run, kind):
+    """Beyond 1e19 the squares of float32 overflow, beyond 1e154 those of float64."""
+    run_ok("score", far_run / kind, far_run / f"far.{kind}", "--out", far_run / "s.csv")
+    found = list(csv.DictReader((far_run / "s.csv").read_text().splitlines()))
+    assert not any(value == "nan" for row in found for value in row.values())
+    assert float(found[0]["percentile"]) < 100
+    assert [float(row["percentile"]) for row in found[1:]] == [100.0] * 5
+    assert [int(row["rank"]) for row in found[1:]] == [1] * 5
+
+
+@pytest.mark.parametrize("kind", ["npz", "csv"])
+def test_no_bound_is_printed_that_is_not_a_number(far_run, kind, capsys):
+    error = nelbo_fails(capsys, "evaluate", far_run / kind, "--data", far_run / f"far.{kind}")
+    assert "example 4" in error and "too large" in error
+    loaded = load(far_run / kind)
+    x = loaded.examples(far_run / f"far.{kind}")[0]
+    with pytest.raises(ValueError, match=r"example 4 \(counted from 0; 2 in all\)"):
+        evaluate(loaded.model, x)
+    assert math.isfinite(evaluate(loaded.model, x[:3]).nats)
+
+
+def test_weights_that_are_not_finite_are_refused(far_run, tmp_path, capsys):
+    """Where a run is loaded, and where a model is used that no file is behind."""
+    loaded = load(far_run / "npz")
+    x = loaded.examples()[0]
+    weight = next(loaded.model.network.parameters())
+    weight.data.view(-1)[0] = math.nan
+    for use in (
+        lambda: evaluate(loaded.model, x),
+        lambda: ancestral(loaded.model, 2, Grid.uniform(2)),
+        lambda: Scorer("bound", loaded.config.schema, loaded.model, x),
+    ):
+        with pytest.raises(ValueError, match=r"not finite.*restore the weights"):
+            use()
+    broken = shutil.copytree(far_run / "npz", tmp_path / "broken")
+    _files.write_tensors(broken / "model.safetensors", loaded.model.state_dict(), {})
+    for command in (
+        ("evaluate", broken),
+        ("score", broken, "--out", tmp_path / "s.csv"),
+        ("sample", broken, "--out", tmp_path / "s.npz"),
+    ):
+        assert "not finite" in nelbo_fails(capsys, *command)
+    assert not (tmp_path / "s.csv").exists()

@@ -1,4 +1,4 @@
-"""The scikit-learn estimators, the common noise under their scores, and the memory."""
+"""The scikit-learn estimators, the bounds of rows under their scores, and the memory."""
 
 import importlib.util
 import math
@@ -9,6 +9,7 @@ import pytest
 import torch
 from closed_forms import assert_mean
 from scipy.sparse import csr_array
+from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.datasets import load_wine
 from sklearn.exceptions import NotFittedError
@@ -19,7 +20,6 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from nelbo._numerics import seeded
 from nelbo.build import build
-from nelbo.common_noise import common_bound
 from nelbo.config import ModelConfig
 from nelbo.data import Schema
 from nelbo.estimate import elbo, stratified
@@ -27,7 +27,9 @@ from nelbo.learner import Learner
 from nelbo.model import measuring
 from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.memory import Memory, best_bandwidth
+from nelbo.nn.mixture import Corrected, MixtureDenoiser
 from nelbo.process import Affine
+from nelbo.row_bounds import row_bounds
 from nelbo.sklearn import DiffusionDensity, DiffusionOutlierDetector
 
 QUICK = {"steps": 3, "width": 8, "depth": 1, "draws": 4}
@@ -69,41 +71,101 @@ def real_model(gamma_min=-6.0, noise=0.0, affine=None):
     return model.double().eval()
 
 
-# ---- common noise
+# ---- bounds of rows
 
 
-def test_the_bound_of_a_gaussian_is_exact_for_every_row():
-    """Zero velocity is the exact denoiser of N(0, I): what is left is the integral over times."""
+STANDARD = MixtureDenoiser.standard(3)
+
+
+def two_normals():
+    """0.3 N(a, A) + 0.7 N(b, B) in three dimensions, as a denoiser and as what torch knows."""
+    with seeded(5):
+        weight = torch.tensor([0.3, 0.7], dtype=torch.float64)
+        mean = torch.randn(2, 3, dtype=torch.float64)
+        factor = 0.5 * torch.randn(2, 3, 3, dtype=torch.float64)
+    covariance = factor @ factor.mT + 0.05 * torch.eye(3)
+    law = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(weight),
+        torch.distributions.MultivariateNormal(mean, covariance),
+    )
+    return MixtureDenoiser(weight, mean, *torch.linalg.eigh(covariance)), law
+
+
+def test_the_mixtures_density_and_score_are_those_of_its_latents():
+    """Tweedie: v = (√α z - E[e|z])/√(1-α), and E[e|z] = (z + (1-α) ∇ log p(z))/√α."""
+    known, law = two_normals()
+    z = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z.requires_grad_()
+    gamma = torch.linspace(-6, 4, 7, dtype=torch.float64)
+    alpha, noise = torch.sigmoid(-gamma)[:, None], torch.sigmoid(gamma)[:, None]
+    v, log_p = known.describe(z, gamma)
+    (score,) = torch.autograd.grad(log_p.sum(), z)
+    e_hat = alpha.sqrt() * z - noise.sqrt() * v
+    torch.testing.assert_close(e_hat, (z + noise * score) / alpha.sqrt())
+    clean = known.describe(z, torch.full_like(gamma, -60.0))[1]
+    torch.testing.assert_close(clean, law.log_prob(z))
+    standard = MixtureDenoiser.standard(3).describe(z, gamma)
+    torch.testing.assert_close(standard[0], torch.zeros_like(z), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("reference", ["standard", "mixture"])
+def test_the_bound_of_a_gaussian_is_exact_for_every_row(reference):
+    """Zero velocity is the exact denoiser of N(0, I): what is left is the error that is stated."""
     affine = Affine(torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, 3.0, 1.0]))
-    model = real_model(gamma_min=-6.0, affine=affine)
-    model.decoder.log_spread.data.fill_(0.5 * math.log(torch.sigmoid(torch.tensor(-6.0)).item()))
+    model = real_model(gamma_min=-9.0, affine=affine)
+    model.decoder.log_spread.data.fill_(0.5 * math.log(torch.sigmoid(torch.tensor(-9.0)).item()))
     with seeded(1):
         e = torch.randn(7, 3, dtype=torch.float64)
     x = affine.shift + affine.scale * e
     truth = torch.distributions.Normal(affine.shift, affine.scale).log_prob(x).sum(1)
-    torch.testing.assert_close(common_bound(model, x, 400, 3).elbo, truth, rtol=0, atol=2e-3)
+    known = STANDARD if reference == "standard" else two_normals()[0]
+    found = row_bounds(model, x, 200, 3, known)
+    assert ((found.elbo - truth).abs() < 4 * found.error + 1e-3).all()
+    assert found.error.max() < (0.05 if reference == "standard" else 0.5)
 
 
-def test_the_mean_over_seeds_is_the_bound():
-    """With any network: what the linear denoiser takes off has mean zero."""
-    model = real_model(gamma_min=-4.0, noise=0.3)
+def test_the_bound_of_a_mixture_is_its_density():
+    """A network that is the mixture: the difference that is drawn is zero."""
+    known, law = two_normals()
+    model = real_model(gamma_min=-11.0)
+    model.network = Corrected(known, model.network)
+    model.decoder.log_spread.data.fill_(-5.5)
+    x = law.sample((9,))
+    found = row_bounds(model, x, 16, 3, known)
+    torch.testing.assert_close(found.elbo, law.log_prob(x), rtol=0, atol=0.02)
+
+
+def test_the_mean_over_seeds_is_the_bound_and_their_spread_the_error():
+    """With any network and any reference."""
+    model, known = real_model(gamma_min=-4.0, noise=0.3), two_normals()[0]
     with seeded(1):
         x = 2 * torch.randn(2, 3, dtype=torch.float64)
-    draws = torch.stack([common_bound(model, x, 8, seed).elbo for seed in range(100)])
+    each = [row_bounds(model, x, 8, seed, known) for seed in range(200)]
+    draws = torch.stack([found.elbo for found in each])
     with seeded(2), measuring(model):
         many = x.repeat_interleave(2000, 0)
         truth = elbo(model, many, u=stratified(len(many), 4)).elbo.reshape(2, -1).mean(1)
     assert_mean(draws, truth, 0.2)
+    stated = torch.stack([found.error for found in each]).square().mean(0).sqrt()
+    ratio = stated / draws.std(0)
+    assert ((ratio > 0.8) & (ratio < 1.25)).all()
 
 
-def test_a_row_is_scored_by_itself():
+def test_a_row_is_scored_by_itself_with_draws_of_its_own():
+    """Neither order nor company change a score; rows that differ have errors that are independent:
+    over seeds they are not correlated, as those of common draws are by nearly 1."""
     model = real_model(noise=0.3)
     x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    all_at_once = common_bound(model, x, 4, 0).elbo
-    one_by_one = torch.cat([common_bound(model, row[None], 4, 0).elbo for row in x])
+    all_at_once = row_bounds(model, x, 4, 0, STANDARD).elbo
+    one_by_one = torch.cat([row_bounds(model, row[None], 4, 0, STANDARD).elbo for row in x])
     torch.testing.assert_close(all_at_once, one_by_one, rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match="draws must be at least 1"):
-        common_bound(model, x, 0, 0)
+    turned = row_bounds(model, x.flip(0), 4, 0, STANDARD).elbo.flip(0)
+    torch.testing.assert_close(all_at_once, turned, rtol=1e-12, atol=0)
+    near = torch.stack([x[0], x[0] + 1e-9])
+    draws = torch.stack([row_bounds(model, near, 4, seed, STANDARD).elbo for seed in range(100)])
+    assert abs(torch.corrcoef(draws.T)[0, 1]) < 0.4
+    with pytest.raises(ValueError, match="draws must be at least 2"):
+        row_bounds(model, x, 1, 0, STANDARD)
 
 
 # ---- memory
@@ -134,7 +196,7 @@ def test_the_average_of_two_denoisers_costs_at_most_the_average():
     costs = []
     for used in (network, memory, Ensemble([network, memory])):
         model.network = used.eval()
-        costs.append(-common_bound(model, x, 8, 0).elbo)
+        costs.append(-row_bounds(model, x, 8, 0, STANDARD).elbo)
     assert (costs[2] < (costs[0] + costs[1]) / 2).all()
 
 
@@ -177,9 +239,9 @@ def test_density_learns_and_is_of_the_users_units(density):
     learned = DiffusionDensity(**{**SMALL, "steps": 200, "lr": 1e-2}).fit(x)
     assert independent + 0.2 < learned.score(x) < independent + 2
     assert density.score(X) == pytest.approx(density.score_samples(X).mean())
-    scaled = DiffusionDensity(**SMALL).fit(100 * X)
-    expected = density.score_samples(X) - 3 * math.log(100)
-    np.testing.assert_allclose(scaled.score_samples(100 * X), expected, atol=1e-4)
+    scaled = DiffusionDensity(**SMALL).fit(128 * X)  # a factor that rounds nothing
+    expected = density.score_samples(X) - 3 * math.log(128)
+    np.testing.assert_allclose(scaled.score_samples(128 * X), expected, atol=1e-4)
 
 
 def test_samples_are_rows_like_those_of_fit(density):
@@ -201,8 +263,8 @@ def test_no_density_exceeds_the_floor(monkeypatch):
     """Also where training would make the decoder narrower than the resolution."""
     fit = Learner.fit
 
-    def narrow(learner, patience):
-        model = fit(learner, patience)
+    def narrow(learner, *others):
+        model = fit(learner, *others)
         model.decoder.log_spread.data.fill_(-20.0)
         return model
 
@@ -249,9 +311,66 @@ def test_frames_keep_their_column_names():
         model.score_samples(frame.select("acid", "alcohol", "ash"))
 
 
+@pytest.mark.parametrize("name", ["density", "detector"])
+def test_what_overflows_is_the_most_anomalous(name, request):
+    """At 1e160 standard deviations squares have no float64; at 1e20 those of float32 have none."""
+    fitted, middle = request.getfixturevalue(name), X.mean(0)
+    far = np.array(
+        [middle, *(middle + np.array([0, v, 0]) for v in (1e20, -1e100, 1e160, -1.7e308))]
+    )
+    scores, error = fitted.score_samples(far, return_std=True)
+    assert not np.isnan(scores).any() and not np.isnan(error).any()
+    assert (scores[1:] < -1e10).all() and (scores[2:] <= scores[1:-1]).all()
+    if name == "detector":
+        assert fitted.predict(far).tolist() == [1, -1, -1, -1, -1]
+
+
+def law_of_two(rows, seed):
+    """N(-2, 0.3²) and N(1, 1), 3 to 7: rows (N, 1) and their mean log-density."""
+    random = np.random.default_rng(seed)
+    x = np.where(
+        random.random(rows) < 0.3, random.normal(-2, 0.3, rows), random.normal(1, 1, rows)
+    )
+    density = 0.3 * norm.pdf(x, -2, 0.3) + 0.7 * norm.pdf(x, 1, 1)
+    return x[:, None], np.log(density).mean()
+
+
+def test_a_mixture_is_told_as_well_as_it_can_be():
+    (x, _), (new, truth) = law_of_two(2000, 0), law_of_two(2000, 1)
+    model = DiffusionDensity(random_state=0).fit(x)
+    assert model.score(new) == pytest.approx(truth, abs=0.02)
+    assert model.best_iter_ <= model.n_iter_ < 1000
+    assert abs(model.validation_score_ - truth) < 0.3 and model.validation_score_std_ < 0.01
+
+
+def test_few_values_reach_the_floor():
+    """Three values: each has its share of the greatest density at this resolution."""
+    values, share = np.array([0.0, 1.0, 5.0]), np.array([0.5, 0.3, 0.2])
+    x = np.random.default_rng(0).choice(values, 600, p=share)[:, None]
+    attainable = (share * np.log(share)).sum() - math.log(math.sqrt(2 * math.pi) * 0.01 * x.std())
+    score = DiffusionDensity(resolution=0.01, **SMALL).fit(x).score(x)
+    assert attainable - 0.1 < score < attainable + 0.1
+
+
+def test_numbers_of_numpy_are_parameters():
+    grid = {"width": np.arange(8, 24, 8), "resolution": np.array([0.1], np.float32)}
+    search = GridSearchCV(DiffusionDensity(**QUICK), grid, cv=2).fit(X)
+    assert np.isfinite(search.best_score_)
+    options = {"memory": np.int16(9), "draws": np.uint8(4), "contamination": np.float32(0.1)}
+    detector = DiffusionOutlierDetector(**{**QUICK, **options}).fit(X)
+    assert detector.offset_ < np.median(detector.score_samples(X))
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"memory": 100.0}, "memory must be int"),
+        ({"draws": 1}, "draws must be at least 2"),
+        ({"draws": "many"}, "draws must be int"),
+        ({"width": 16.0}, "width must be int"),
+        ({"resolution": None}, "resolution must be float"),
+        ({"contamination": None}, "contamination must be"),
+        ({"random_state": "one"}, "seed"),
         ({"resolution": 0.0}, "resolution must be in"),
         ({"validation": 1.0}, "validation must be a share"),
         ({"memory": -1}, "memory must be a number"),
@@ -260,7 +379,8 @@ def test_frames_keep_their_column_names():
         ({"contamination": "most"}, "contamination must be"),
     ],
 )
-def test_impossible_options_are_refused(options, says):
+def test_impossible_options_are_refused_before_training(options, says, monkeypatch):
+    monkeypatch.setattr(Learner, "step", lambda learner: pytest.fail("a step was made"))
     with pytest.raises(ValueError, match=says):
         DiffusionOutlierDetector(**{**SMALL, **options}).fit(X)
 

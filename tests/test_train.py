@@ -1,6 +1,7 @@
 """Training can be stopped anywhere and loses nothing."""
 
 import importlib
+import json
 import shutil
 import signal
 from dataclasses import replace
@@ -330,3 +331,34 @@ def test_the_preset_follows_the_data(shape, levels, options, expected):
     assert (model.network, model.head, train.batch) == expected
     build(replace(model, width=8, depth=1), schema)
     assert type(model).from_dict(model.to_dict(), "here") == model
+
+
+def test_numbers_of_numpy_are_options(tmp_path):
+    rows = {"a": np.random.default_rng(0).normal(size=60)}
+    options = {"steps": np.int64(2), "width": np.arange(8, 9)[0], "lr": np.float32(1e-3)}
+    run = training.train(rows, tmp_path / "run", depth=np.int8(1), **options)
+    kinds = [type(value) for value in (run.config.train.steps, run.config.model.width)]
+    assert kinds == [int, int] and run.config.train.lr == pytest.approx(1e-3)
+    x = run.examples()[0]
+    found = evaluate(run.model, x, calls=np.int64(8), seed=np.int64(3))
+    assert json.loads(json.dumps(found.to_dict()))["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"width": 16.0}, "width must be int"),
+        ({"steps": True}, "steps must be int"),
+        ({"lr": "fast"}, "lr must be float"),
+        ({"lr": 10**400}, "lr must be finite"),
+        ({"levels": "17"}, "levels must be an integer"),
+        ({"size": 4.5}, "size must be an integer"),
+        ({"minutes": "3"}, "minutes must be a finite number"),
+        ({"preset": None}, "preset must be one of"),
+    ],
+)
+def test_options_are_checked_before_anything_is_made(tmp_path, options, says):
+    rows = {"a": np.random.default_rng(0).normal(size=60)}
+    with pytest.raises(ValueError, match=says):
+        training.train(rows, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()

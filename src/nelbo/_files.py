@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nelbo import _limits
+from nelbo._numerics import check_finite
 from nelbo.sharding import divided_like
 
 HASH = "sha256"
@@ -172,7 +173,11 @@ def _check_head(path: Path) -> None:
 
 
 def put_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load tensors into a module that has exactly these names and shapes, else ValueError."""
+    """Load tensors into a module that has exactly these names and shapes, and that are finite.
+
+    Raises:
+        ValueError: they are not so.
+    """
     own = module.state_dict()
     for name in sorted(own.keys() ^ tensors.keys()):
         kind = "lacks" if name in own else "has an unknown"
@@ -186,3 +191,4 @@ def put_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
         if own[name].is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"{where} has {name} as {tensor.dtype}, where {own[name].dtype} is")
     module.load_state_dict({name: divided_like(own[name], t) for name, t in tensors.items()})
+    check_finite(module, where)

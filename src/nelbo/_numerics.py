@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from nelbo.parts import drawing
+from nelbo.sharding import own
 
 LOG_2 = 0.6931471805599453
 
@@ -68,6 +69,20 @@ def draw(distribution: Distribution) -> Tensor:
     """One sample, reparametrised where the distribution can (learned schedules need it)."""
     with drawing():
         return distribution.rsample() if distribution.has_rsample else distribution.sample()
+
+
+def check_finite(module: nn.Module, where: str) -> None:
+    """ValueError where a parameter is not finite, or a buffer NaN (log 0 may stand in one)."""
+    learned = {name for name, _ in module.named_parameters()}
+    for name, tensor in module.state_dict().items():
+        of_it = own(tensor)
+        if not of_it.is_floating_point():
+            continue
+        if (~of_it.isfinite() if name in learned else of_it.isnan()).any():
+            raise ValueError(
+                f"{where} has values in {name} that are not finite, and so gives no number;"
+                " restore the weights from a copy, or train again"
+            )
 
 
 def derive_seed(*path: int) -> int:

@@ -6,6 +6,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args, get_origin, get_type_hints
 
+from nelbo._scalars import LARGEST, plain
+
 if TYPE_CHECKING:
     from nelbo.data import Schema
 
@@ -35,13 +37,16 @@ LEVEL_HEADS = ("levels", "level-curves")  # of which the decoder levels and the 
 
 
 class Section:
-    """A part of a configuration whose values are checked against their types."""
+    """A part of a configuration whose values are checked against their types.
+
+    Integers and floats of NumPy, which grid searches give, are taken as those of Python.
+    """
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
             if get_origin(kind) is Literal:
-                if value not in get_args(kind):
+                if not isinstance(value, str) or value not in get_args(kind):
                     names = ", ".join(get_args(kind))
                     raise ValueError(f"{name} must be one of {names}; got {value!r}")
             elif get_origin(kind) is tuple:
@@ -49,8 +54,9 @@ class Section:
                     raise ValueError(f"{name} must be numbers; got {value!r}")
             elif isinstance(value, bool) != (kind is bool) or not isinstance(value, int | kind):
                 raise ValueError(f"{name} must be {kind.__name__}; got {value!r}")
-            elif not math.isfinite(value):
+            elif not abs(value) <= LARGEST:
                 raise ValueError(f"{name} must be finite; got {value}")
+            object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(cast(Any, self))

@@ -21,6 +21,7 @@ from nelbo._checks import as_tensor
 from nelbo._numerics import LOG_2, seeded
 from nelbo._processes import divided, gather, world
 from nelbo._progress import Track
+from nelbo._scalars import integer
 from nelbo.allocate import Allocation, Cells, estimate, even, pilot, visits
 from nelbo.control import Controls, Nothing
 from nelbo.data import as_examples, fingerprint
@@ -35,6 +36,7 @@ Pilots = Callable[[Cells, Controls, int, int], Allocation]
 
 CALLS = 24  # network calls per example, if nothing else is asked for
 AT_ONCE = 1024  # examples of which is asked what is known without the network
+FARTHEST = 1e140  # nats of the prior: beyond, squares of other costs overflow
 TOGETHER = 128  # draws of small blocks, in one task
 
 
@@ -162,6 +164,7 @@ def evaluate(
     Raises:
         ValueError: examples of another shape, too few calls, an impossible target.
     """
+    seed = integer("seed", seed, 0)
     x, times = as_tensor(x), times_of(model, times)
     if len(x) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
@@ -196,6 +199,7 @@ def evaluate(
                 way = wanted
         begun = calls_made.forward
         known_costs = _known(controls, allocation, x)
+        _check_prior(known_costs[:, 0])
         visit = partial(
             _visit, cells, controls, allocation, x, known_costs, seed=seed, track=track
         )
@@ -262,6 +266,16 @@ def _order(examples: int, seed: int) -> Tensor:
     """In which examples are visited, where not all are."""
     with seeded(seed, 2):
         return torch.randperm(examples)
+
+
+def _check_prior(nats: Tensor) -> None:
+    """Refuse examples at whose first latents float64 would overflow, where all costs are NaN."""
+    beyond = (~(nats < FARTHEST)).nonzero().flatten()
+    if len(beyond):
+        raise ValueError(
+            f"example {int(beyond[0])} (counted from 0; {len(beyond)} in all) has values too large"
+            " for its bound to be a number; leave it out, or correct it"
+        )
 
 
 def _known(controls: Controls, allocation: Allocation, x: Tensor) -> Tensor:

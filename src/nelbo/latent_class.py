@@ -14,6 +14,7 @@ e_i is added where it is needed. Values that repeat in a column, and missing one
 Gaussian: their shares are known within each k, as in latent class analysis.
 """
 
+import copy
 import math
 import warnings
 from typing import TYPE_CHECKING
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 ROWS = 16_384  # on which the number of components is chosen, at most
 FITTED = (65_536, 2**22)  # rows that the mixture is fitted to: at most; and times D², or ROWS
 HELD = 5  # each so manieth of them chooses the number of components
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 64, 128)  # components that are tried
+PATIENCE = 2  # of these in a row that are no better
+SHRINKAGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+TOLERANCE = 1e-3  # nats by which a last step of EM is better
 LEAST = 4  # rows for each component, at least; and as many as columns
 FEW = 8  # components that a network is given at least; copies, where fewer fit better
 APART = 0.1  # of its width that a copy of a component is moved
@@ -64,7 +69,7 @@ class LatentClasses(nn.Module):
 
     def start_from(self, e: Tensor, special: Tensor) -> None:
         """Fit to rows e, (N, D); which special value each is, (N, D) integers, S if none."""
-        found = _fit(e.numpy(), len(self.log_weight))
+        found = fit(e.numpy(), len(self.log_weight))
         weight, mean, covariance, belongs = map(
             torch.from_numpy,
             (found.weights_, found.means_, found.covariances_, found.predict_proba(e.numpy())),
@@ -121,27 +126,61 @@ class LatentClasses(nn.Module):
         return log_weights, mean.transpose(1, 2), variance.transpose(1, 2)
 
 
-def _fit(e: np.ndarray, most: int) -> "GaussianMixture":
-    """The mixture of 1, 2, 4 .. components after which held-out rows are told no better."""
+def fit(e: np.ndarray, most: int, floor: float = WIDTH**2) -> "GaussianMixture":
+    """The mixture of Gaussians whose size and shrinkage tell held-out rows best.
+
+    Sizes are tried from 1 on until two in a row are no better, each with the covariances
+    (1-λ) Σ_k + λ I for a few λ: few rows of many columns do not settle them. One component with
+    λ = 1 is the standard normal law, so with too few rows for anything else the law is that.
+
+    Args:
+        e: embedded rows, of about mean 0 and variance 1 in each column, (N, D).
+        most: components, at most.
+        floor: the least variance of a component in any direction.
+    """
     from sklearn.mixture import GaussianMixture
 
     some = _thinned(e, ROWS)
     held = np.arange(len(some)) % HELD == HELD - 1
 
-    def fit(rows: np.ndarray, count: int) -> GaussianMixture:
+    def fitted(mixture: GaussianMixture, rows: np.ndarray) -> GaussianMixture:
+        mixture.set_params(reg_covar=floor, tol=TOLERANCE, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it has not quite converged
-            return GaussianMixture(count, reg_covar=WIDTH**2, tol=1e-2, random_state=0).fit(rows)
+            return mixture.fit(rows)
 
-    best, count = -math.inf, 1
-    for k in (2**i for i in range(most.bit_length())):
-        if not held.any() or k * max(LEAST, e.shape[1]) > (~held).sum():
+    best, chosen, shrinkage, worse = -math.inf, GaussianMixture(), 1.0, 0
+    for k in (k for k in COUNTS if k <= most):
+        if not held.any() or worse == PATIENCE:
             break
-        score = fit(some[~held], k).score(some[held])
-        if score <= best:
+        if k > 1 and k * max(LEAST, e.shape[1]) > (~held).sum():
             break
-        best, count = score, k
-    return fit(_thinned(e, max(ROWS, min(FITTED[0], FITTED[1] // e.shape[1] ** 2))), count)
+        found, worse = fitted(GaussianMixture(k), some[~held]), worse + 1
+        for share in SHRINKAGES:
+            score = _shrunk(found, share).score(some[held])
+            if score > best:
+                best, shrinkage, worse = score, share, 0
+                # all rows are fitted from there: another start ends elsewhere
+                chosen = GaussianMixture(
+                    k,
+                    weights_init=found.weights_,
+                    means_init=found.means_,
+                    precisions_init=found.precisions_,
+                )
+    rows = _thinned(e, max(ROWS, min(FITTED[0], FITTED[1] // e.shape[1] ** 2)))
+    return _shrunk(fitted(chosen, rows), shrinkage)
+
+
+def _shrunk(found: "GaussianMixture", share: float) -> "GaussianMixture":
+    """The mixture with a share of the identity in its covariances."""
+    covariances = (1 - share) * found.covariances_ + share * np.eye(found.means_.shape[1])
+    shrunk = copy.copy(found)
+    shrunk.covariances_ = covariances
+    halves = np.linalg.inv(np.linalg.cholesky(covariances))
+    shrunk.precisions_cholesky_ = halves.transpose(0, 2, 1)
+    if share == 1 and len(shrunk.means_) == 1:
+        shrunk.means_ = np.zeros_like(shrunk.means_)
+    return shrunk
 
 
 def _thinned(e: np.ndarray, most: int) -> np.ndarray:

@@ -6,12 +6,13 @@ so there is no generator to save: what was stopped and continued ends with the s
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from nelbo._numerics import LOG_2, derive_seed, seeded
@@ -29,6 +30,7 @@ from nelbo.few_steps import FewSteps
 from nelbo.gradient import add_up, parts_of
 from nelbo.grids import measure_errors
 from nelbo.model import Model, find_device
+from nelbo.nn.mixture import Corrected
 from nelbo.objective import Loss, Objective
 from nelbo.optimise import Blocks, batch_indices, learning_rate, optimizer, warmed_ema
 from nelbo.process import Affine
@@ -61,6 +63,7 @@ class Learner:
         dataset: with the splits "train" and "validation".
         device: where to train.
         affine: the transform of real data; `standardise` where left out.
+        known: a network without weights, to whose output what is trained is added.
 
     Raises:
         ValueError: parts that do not fit together or to the data; no such device.
@@ -73,6 +76,7 @@ class Learner:
         dataset: Dataset,
         device: str = "cpu",
         affine: Affine | None = None,
+        known: nn.Module | None = None,
     ) -> None:
         schema, t = dataset.schema, train
         if t.augment and len(schema.shape) != 3:
@@ -80,6 +84,8 @@ class Learner:
         self.config, self.dataset, self.at = train, dataset, Progress()
         with seeded(t.seed, 0):
             built = build(model, schema, affine or standardise(dataset))
+        if known is not None:
+            built.network = Corrected(known, built.network)
         train_split = dataset.splits["train"]
         stored = train_split if isinstance(train_split, Rows) else None
         built.start_from(train_split if stored is None else stored.few(STARTED_FROM))
@@ -180,17 +186,23 @@ class Learner:
             model = model.given(torch.cat([moved[:, None], told.to(moved)[:, 1:]], 1))
         return model, x
 
-    def fit(self, patience: int) -> Model:
+    def fit(self, patience: int, bound: Callable[[Model], float] | None = None) -> Model:
         """To the last step, or until `patience` measurements in a row bring nothing better.
+
+        Args:
+            patience: measurements.
+            bound: of an averaged model, nats, in place of `measure`; then also of the first one.
 
         Returns:
             The best of the averaged models, one of which is measured every `evaluate_every` steps.
         """
         t, at = self.config, self.at
+        if bound is not None:
+            self.keep(bound(self.average))
         while at.step < t.steps and at.step - at.best_step < patience * t.evaluate_every:
             self.step()
             if at.step % t.evaluate_every == 0 or at.step == t.steps:
-                self.measure()
+                self.measure() if bound is None else self.keep(bound(self.average))
         best = copy.deepcopy(self.average)
         best.load_state_dict(self.best)
         best.dtype = torch.float64
@@ -213,14 +225,22 @@ class Learner:
         with each_alone() if self.sharded else nullcontext():
             measure_errors(self.of(average, "train"), self.dataset.splits["train"], seed)
             result = evaluate(model, x, times=times, calls=calls, variates=few, seed=seed)
-        if not math.isfinite(result.nats):
-            raise ValueError(self._failed(f"the validation bound became {result.nats}"))
-        better = result.nats < self.at.best
+        return result, self.keep(result.nats)
+
+    def keep(self, nats: float) -> bool:
+        """The averaged weights, whose validation bound is this, if it is the best; whether it is.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        if not math.isfinite(nats):
+            raise ValueError(self._failed(f"the validation bound became {nats}"))
+        better = nats < self.at.best
         if better:
-            self.at.best, self.at.best_step = result.nats, self.at.step
-            weights = gathered(average.state_dict()).items()
+            self.at.best, self.at.best_step = nats, self.at.step
+            weights = gathered(self.average.state_dict()).items()
             self.best = {name: tensor.clone() for name, tensor in weights}
-        return result, better
+        return better
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Which examples this process takes in a step, and they."""

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from nelbo._checks import check_examples
+from nelbo._numerics import check_finite
 from nelbo.heads import Head, Prediction
 from nelbo.likelihood import Likelihood
 from nelbo.process import Process
 from nelbo.reverse import Reverse
 from nelbo.sharding import whole
 
+FAR = 1e6  # of z, in the units of its noise: further out a network of float32 overflows
 ROWS = 2**23  # numbers the arithmetic around one network call may hold
 
 
@@ -125,7 +127,7 @@ class Model(nn.Module):
     def predict(self, z: Tensor, t: Tensor) -> Prediction:
         """One call of the network: what it says of the data, given z = z_t."""
         dtype = next(self.network.parameters()).dtype
-        features, level = self.process.features(z), self.process.level(t)
+        features, level = self.process.features(z).clamp(-FAR, FAR), self.process.level(t)
         inputs = [features, level] + ([] if self.condition is None else [self.condition])
         if len(inputs[-1]) != len(z):
             raise ValueError(
@@ -173,8 +175,10 @@ def measuring(model: Model, x: Tensor | None = None) -> Iterator[None]:
         x: the examples on which it is measured, where a bound is.
 
     Raises:
-        ValueError: a model of P(x|c) without the conditions of these examples; no such examples.
+        ValueError: a model of P(x|c) without the conditions of these examples; no such examples;
+            weights that are not finite.
     """
+    check_finite(model, "the model")
     if x is not None:
         model.check_law(len(x))
         check_examples(model, x)

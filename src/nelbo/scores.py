@@ -5,6 +5,8 @@ r"""How strange each example is to a model: scores by name, in nats, larger is s
                  data: what is simple is cheap under any model (Serrà et al. 2020)
     typicality   | -ELBO(x) - the mean over the reference |: too cheap is strange as well
 
+Examples too far from all others for float64 to hold their bound have the score infinity.
+
 A score is told beside those of a reference: its rank there, 1 for stranger than all, and its
 percentile. The reference is the validation split. To the training examples the model was fitted,
 so their bounds are lower than those of new examples of the same law; among held-out ones such
@@ -19,6 +21,7 @@ category's part is that of -log P(x_i|what shows) in a random order, and so are 
 
 import csv
 import io
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +33,7 @@ from torch import Tensor
 
 from nelbo._numerics import LOG_2, seeded
 from nelbo._progress import Track
+from nelbo._scalars import integer
 from nelbo.data import Schema, as_examples
 from nelbo.estimate import Continuum, Grid, elbo
 from nelbo.grids import even_times
@@ -154,6 +158,11 @@ class Scored:
         return text.getvalue().encode()
 
 
+def _overflown(nats: Tensor) -> Tensor:
+    """The nats, infinite where numbers so far out entered that their squares have no value."""
+    return torch.where(nats.isnan(), math.inf, nats)
+
+
 def first(model: Model, x: Tensor) -> tuple[Model, Tensor]:
     """The first REFERENCE of the examples and their model."""
     few = slice(REFERENCE)
@@ -190,7 +199,8 @@ class Scorer:
         if name not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}; got {name!r}")
         self.define, self.schema = SCORES[name], schema
-        self.calls = CALLS if calls is None else calls
+        self.calls = CALLS if calls is None else integer("calls", calls)
+        seed = integer("seed", seed, 0)
         if self.calls < 2 * REPLICATES:
             raise ValueError(
                 f"calls must be at least {2 * REPLICATES}, the least that gives an example its"
@@ -207,14 +217,14 @@ class Scorer:
     def __call__(self, model: Model, x: Tensor) -> Scored:
         """The scores of examples x, (N, *shape), under their model."""
         each = self._nats(model, x)
-        nats, error = each.mean(1), errors([each])
+        nats, error = each.mean(1), _overflown(errors([each]))
         score = self.define(nats, x, self.schema, self.mean)
         bits = None if model.decoder.density else 1 / (model.dims * LOG_2)
         found = Scored(score, nats, error, self.reference, bits)
         if not self.schema.columns:
             return found
         names = tuple(column.name for column in self.schema.columns)
-        excess = self._of_columns(model, x) - self.usual
+        excess = _overflown(self._of_columns(model, x) - self.usual)
         return replace(found, columns=names, excess=excess)
 
     def _of_columns(self, model: Model, x: Tensor) -> Tensor:
@@ -239,7 +249,7 @@ class Scorer:
                     few, its = as_examples(x[own]).to(model.device), model.at(own)
                     each = [self._draw(its, few, draws) for _ in range(REPLICATES)]
                 parts.append(joined(part, torch.stack(each, 1).cpu()))
-        return torch.cat(parts)
+        return _overflown(torch.cat(parts))
 
     @staticmethod
     def _draw(model: Model, x: Tensor, draws: int) -> Tensor:

@@ -1,14 +1,17 @@
 """Densities and outliers in scikit-learn's manner: `fit(X)`, then scores per row, and samples.
 
-Both train a diffusion model of real rows by `learner.Learner`, in memory. The model is of the
-standardised rows seen at a finite resolution r: its first latent keeps a noise of r standard
-deviations of each column. So no column, however few values it has, gives more than
+Both train a diffusion model of real rows by `learner.Learner`, in memory. It starts from a mixture
+of Gaussians (`latent_class.fit`), whose exact denoiser the network corrects, and stops by the
+bound of held-out rows. The model is of the standardised rows seen at a finite resolution r: its
+first latent keeps a noise of r standard deviations of each column, which no component is narrower
+than. So no column, however few values it has, gives more than
 
     log P(x) <= -Σ_i log( √(2π) r s_i ),    s_i the standard deviation of column i (1 if constant).
 
-Scores use the same times and noise for every row (`common_noise`): they are a function of the row.
+The times and the noise of a row's score follow from the seed and the row alone (`row_bounds`).
 """
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Self, cast
 
@@ -19,17 +22,22 @@ from sklearn.base import BaseEstimator, DensityMixin, OutlierMixin
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nelbo.common_noise import common_bound
-from nelbo.config import ModelConfig, TrainConfig
+from nelbo._scalars import integer, plain
+from nelbo.config import ModelConfig, Section, TrainConfig
 from nelbo.data import Dataset, Schema
 from nelbo.estimate import Grid
 from nelbo.grids import even_times
+from nelbo.latent_class import fit
 from nelbo.learner import Learner
+from nelbo.model import Model
 from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.memory import Memory, best_bandwidth
+from nelbo.nn.mixture import MixtureDenoiser
 from nelbo.process import Affine
+from nelbo.row_bounds import RowBounds, row_bounds
 from nelbo.sample import ancestral
 
 if TYPE_CHECKING:
@@ -37,6 +45,33 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 PATIENCE = 5  # measurements without a better one
+COMPONENTS = 128  # of the mixture, at most
+NARROWER = 4  # than the resolution may components be: the decoder never is
+WIDEST = 1000  # columns, beyond which training starts from the standard normal law
+MEASURED = (1000, 8)  # held-out rows, at most, and draws of each that measure a step
+
+
+@dataclass(frozen=True)
+class _Settings(Section):
+    """The parameters of an estimator that no other section checks."""
+
+    resolution: float
+    validation: float
+    memory: int
+    draws: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation must be a share in (0, 1); got {self.validation}")
+        if not 0 < self.resolution <= 1:
+            raise ValueError(f"resolution must be in (0, 1]; got {self.resolution}; try 0.01")
+        if not self.memory >= 0:
+            raise ValueError(f"memory must be a number of rows, or 0; got {self.memory}")
+        if not self.draws >= 2:
+            raise ValueError(
+                f"draws must be at least 2, to have an error; got {self.draws}; try 32"
+            )
 
 
 class _Diffusion(BaseEstimator):
@@ -45,7 +80,7 @@ class _Diffusion(BaseEstimator):
     def __init__(
         self,
         *,
-        resolution: float = 0.01,
+        resolution: float = 0.001,
         steps: int | None = None,
         batch: int = 128,
         lr: float = 2e-3,
@@ -73,32 +108,41 @@ class _Diffusion(BaseEstimator):
 
     def _learn(self, X: "ArrayLike") -> tuple[np.ndarray, np.ndarray]:
         """Fit; returns the rows that were trained on and those held out."""
-        if not 0 < self.validation < 1:
-            raise ValueError(f"validation must be a share in (0, 1); got {self.validation}")
-        if not 0 < self.resolution <= 1:
-            raise ValueError(f"resolution must be in (0, 1]; got {self.resolution}; try 0.01")
-        if not self.memory >= 0:
-            raise ValueError(f"memory must be a number of rows, or 0; got {self.memory}")
-        x = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        settings = _Settings(self.resolution, self.validation, self.memory, self.draws)
         random = check_random_state(self.random_state)
-        seed, order = int(random.randint(2**31 - 1)), random.permutation(len(x))
-        held = min(len(x) - 1, max(1, round(self.validation * len(x))))
+        seed = int(random.randint(2**31 - 1))
+        self._configure(1, seed, settings)  # refuses before it looks at the rows
+        x = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        order = random.permutation(len(x))
+        held = min(len(x) - 1, max(1, round(settings.validation * len(x))))
         rows = {"train": x[np.sort(order[held:])], "validation": x[np.sort(order[:held])]}
         splits = {name: torch.tensor(part) for name, part in rows.items()}
         dataset = Dataset("memory", Schema("real", (x.shape[1],), None), splits)
-        learner = Learner(*self._configure(len(x), seed), dataset, affine=_affine(x))
-        model = learner.fit(PATIENCE).double()
-        with torch.no_grad():  # no narrower than what is stated above
-            spread = cast(Tensor, model.decoder.log_spread)
-            spread.clamp_(min=float(np.log(self.resolution)))
-        if self.memory:
-            known = model.embed(splits["train"])[order[held:].argsort()[: self.memory]]
-            bandwidth = best_bandwidth(known, self.resolution) if len(known) > 1 else 1.0
-            model.network = Ensemble([model.network, Memory(known, bandwidth)]).eval()
-        self.model_, self.n_iter_, self._seed = model, learner.at.step, seed
+        affine = _affine(x)
+        with threadpool_limits(1):  # batches so small are only slowed down by more threads
+            known = _mixture(affine(splits["train"]), settings.resolution)
+            configs = self._configure(len(x), seed, settings)
+            learner = Learner(*configs, dataset, affine=affine, known=known)
+            few = splits["validation"][: MEASURED[0]]
+            measure = _Measure(few, seed, known.double(), settings.resolution)
+            model = learner.fit(PATIENCE, measure).double()
+            _widen(model, settings.resolution)
+        if settings.memory:
+            embedded = model.embed(splits["train"])[order[held:].argsort()[: settings.memory]]
+            several = len(embedded) > 1
+            bandwidth = best_bandwidth(embedded, settings.resolution) if several else 1.0
+            model.network = Ensemble([model.network, Memory(embedded, bandwidth)]).eval()
+        self.model_, self._known, self._seed = model, known.double(), seed
+        self.n_iter_, self.best_iter_ = learner.at.step, learner.at.best_step
+        self._draws = settings.draws
+        found = self._bound(rows["validation"])
+        self.validation_score_ = found.elbo.mean().item()
+        self.validation_score_std_ = found.error.square().sum().sqrt().item() / held
         return rows["train"], rows["validation"]
 
-    def _configure(self, rows: int, seed: int) -> tuple[ModelConfig, TrainConfig]:
+    def _configure(
+        self, rows: int, seed: int, settings: _Settings
+    ) -> tuple[ModelConfig, TrainConfig]:
         """Names and sizes; few rows need few steps."""
         steps = min(1000, max(200, 2 * rows)) if self.steps is None else self.steps
         model = ModelConfig(
@@ -106,7 +150,7 @@ class _Diffusion(BaseEstimator):
             step="posterior",
             decoder="gaussian",
             network="mlp",
-            gamma_min=2 * float(np.log(self.resolution)) if self.resolution > 0 else 0.0,
+            gamma_min=2 * float(np.log(settings.resolution)),
             width=self.width,
             depth=self.depth,
             dropout=self.dropout,
@@ -124,19 +168,56 @@ class _Diffusion(BaseEstimator):
         )
         return model, train
 
-    def score_samples(self, X: "ArrayLike") -> np.ndarray:
-        """The lower bound on log P(x) of each row, (N,), nats, in the units of X.
+    def score_samples(
+        self, X: "ArrayLike", return_std: bool = False
+    ) -> "np.ndarray | tuple[np.ndarray, np.ndarray]":
+        """An estimate of the lower bound on log P(x) of each row, (N,), nats, in the units of X.
+
+        It is unbiased: the mean over seeds is a lower bound, and a single one is off by an error
+        that falls with `draws`. The draws of a row follow from `random_state` and the row alone,
+        so that the errors of different rows are independent, and that of the mean of N rows is
+        the root of the sum of their squares over N.
+
+        Args:
+            X: rows, (N, D).
+            return_std: also return the standard error of each, (N,), nats.
 
         Raises:
             NotFittedError: before `fit`.
             ValueError: other columns than those of `fit`, or values that are not finite.
         """
         check_is_fitted(self)
-        x = validate_data(self, X, dtype=np.float64, reset=False)
-        return self._bound(x)
+        found = self._bound(validate_data(self, X, dtype=np.float64, reset=False))
+        scores = found.elbo.numpy()
+        return (scores, found.error.numpy()) if return_std else scores
 
-    def _bound(self, x: np.ndarray) -> np.ndarray:
-        return common_bound(self.model_, torch.tensor(x), self.draws, self._seed).elbo.numpy()
+    def _bound(self, x: np.ndarray) -> RowBounds:
+        return row_bounds(self.model_, torch.tensor(x), self._draws, self._seed, self._known)
+
+
+class _Measure:
+    """The bound of held-out rows by an averaged model; more than that of the first one only as
+    far as the gain is beyond its standard error, or the best of many would be so by chance."""
+
+    def __init__(self, x: Tensor, seed: int, known: MixtureDenoiser, resolution: float) -> None:
+        self.x, self.seed, self.known = x, seed, known
+        self.resolution = resolution
+        self.first: Tensor | None = None
+
+    def __call__(self, model: Model) -> float:
+        _widen(model, self.resolution)
+        nats = -row_bounds(model, self.x, MEASURED[1], self.seed, self.known).elbo
+        if self.first is None:
+            self.first = nats
+        gain = self.first - nats
+        error = gain.std(correction=0) / len(gain) ** 0.5
+        return (self.first.mean() - gain.mean() + error).item()
+
+
+def _widen(model: Model, resolution: float) -> None:
+    """A decoder no narrower than what is stated above."""
+    with torch.no_grad():
+        cast(Tensor, model.decoder.log_spread).clamp_(min=float(np.log(resolution)))
 
 
 class DiffusionDensity(DensityMixin, _Diffusion):
@@ -145,7 +226,8 @@ class DiffusionDensity(DensityMixin, _Diffusion):
     Args:
         resolution: the finest detail, in standard deviations of each column: the floor under a
             density of repeated values, as `reg_covar` is for a mixture of Gaussians.
-        steps: training steps, at most; by the number of rows where left out, 200 to 1000.
+        steps: training steps, at most; by the number of rows where left out, 200 to 1000. Training
+            ends earlier where five measurements in a row on the rows held out are no better.
         batch: rows in a step.
         lr: peak learning rate.
         width: hidden units.
@@ -154,12 +236,15 @@ class DiffusionDensity(DensityMixin, _Diffusion):
         weight_decay: of the matrices of the network.
         validation: share of the rows held out, to stop in time.
         memory: rows whose kernel density stands beside the network; 0 for the network alone.
-        draws: of times and noise in the score of a row.
+        draws: of times and noise in the score of a row, at least 2.
         random_state: everything random follows from it.
 
     Attributes:
         model_: the `nelbo.Model`.
         n_iter_: training steps that were made.
+        best_iter_: the step whose weights these are; 0 for the mixture that it starts from.
+        validation_score_: the mean score of the rows that were held out.
+        validation_score_std_: the Monte Carlo standard error of that.
         n_features_in_: number of columns.
         feature_names_in_: their names, if `fit` was given a frame whose names are texts.
     """
@@ -176,7 +261,7 @@ class DiffusionDensity(DensityMixin, _Diffusion):
 
     def score(self, X: "ArrayLike", y: object = None) -> float:
         """The mean of `score_samples`, nats per row."""
-        return float(self.score_samples(X).mean())
+        return float(np.mean(self.score_samples(X)))
 
     def sample(
         self, n_samples: int = 1, random_state: "int | RandomState | None" = None, steps: int = 64
@@ -192,6 +277,7 @@ class DiffusionDensity(DensityMixin, _Diffusion):
             steps: of the reverse process, a network call each.
         """
         check_is_fitted(self)
+        n_samples, steps = integer("n_samples", n_samples, 1), integer("steps", steps, 1)
         random = check_random_state(self.random_state if random_state is None else random_state)
         grid = Grid(even_times(self.model_.process.schedule, steps, steps))
         rows = ancestral(self.model_, n_samples, grid, int(random.randint(2**31 - 1))).numpy()
@@ -209,7 +295,8 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
         contamination: the share of the rows of `fit` that lie below `offset_`; "auto" puts it
             where one in ten of the rows lies that were held out of training.
         resolution: the finest detail, in standard deviations of each column.
-        steps: training steps, at most; by the number of rows, 200 to 1000, where None.
+        steps: training steps, at most; by the number of rows, 200 to 1000, where None. Training
+            ends earlier where five measurements in a row on the rows held out are no better.
         batch: rows in a step.
         lr: peak learning rate.
         width: hidden units.
@@ -218,13 +305,16 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
         weight_decay: of the matrices of the network.
         validation: share of the rows held out, to stop in time.
         memory: rows in the memory, at most; 0 for the network alone.
-        draws: of times and noise in the score of a row.
+        draws: of times and noise in the score of a row, at least 2.
         random_state: everything random follows from it.
 
     Attributes:
         offset_: `decision_function` is `score_samples` less this.
         model_: the `nelbo.Model`.
         n_iter_: training steps that were made.
+        best_iter_: the step whose weights these are; 0 for the mixture that it starts from.
+        validation_score_: the mean score of the rows that were held out.
+        validation_score_std_: the Monte Carlo standard error of that.
         n_features_in_: number of columns.
         feature_names_in_: their names, if `fit` was given a frame whose names are texts.
     """
@@ -269,22 +359,18 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
             ValueError: fewer than two rows, values that are not finite, sparse data, columns too
                 large for their squares, or no such contamination.
         """
-        auto = isinstance(self.contamination, str) and self.contamination == "auto"
-        if not auto and not (
-            isinstance(self.contamination, int | float) and 0 < self.contamination <= 0.5
-        ):
-            raise ValueError(
-                f'contamination must be "auto" or in (0, 0.5]; got {self.contamination!r}'
-            )
+        share = plain(self.contamination)
+        auto = isinstance(share, str) and share == "auto"
+        if not auto and not (isinstance(share, int | float) and 0 < share <= 0.5):
+            raise ValueError(f'contamination must be "auto" or in (0, 0.5]; got {share!r}')
         trained, held = self._learn(X)
-        share = 0.1 if auto else float(self.contamination)
-        scores = self._bound(held if auto else np.concatenate([trained, held]))
-        self.offset_ = float(np.quantile(scores, share))
+        scores = self._bound(held if auto else np.concatenate([trained, held])).elbo
+        self.offset_ = float(np.quantile(scores.numpy(), 0.1 if auto else share))
         return self
 
     def decision_function(self, X: "ArrayLike") -> np.ndarray:
         """`score_samples` less `offset_`, (N,), nats: negative for outliers."""
-        return self.score_samples(X) - self.offset_
+        return np.asarray(self.score_samples(X)) - self.offset_
 
     def predict(self, X: "ArrayLike") -> np.ndarray:
         """1 for rows like those of `fit`, -1 for outliers, (N,)."""
@@ -298,6 +384,19 @@ def _affine(x: np.ndarray) -> Affine:
     if not (np.isfinite(scaler.scale_).all() and np.isfinite(scaler.mean_).all()):
         raise ValueError("a column of X is too large for its square; rescale it")
     return Affine(torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_))
+
+
+def _mixture(e: Tensor, resolution: float) -> MixtureDenoiser:
+    """The mixture of Gaussians that training starts from, no component narrower than that."""
+    if e.shape[1] > WIDEST:
+        return MixtureDenoiser.standard(e.shape[1])
+    least = (resolution / NARROWER) ** 2
+    found = fit(e.numpy(), COMPONENTS, least)
+    weight, mean, covariance = map(
+        torch.from_numpy, (found.weights_, found.means_, found.covariances_)
+    )
+    variance, axes = torch.linalg.eigh(covariance)
+    return MixtureDenoiser(weight, mean, variance.clamp(min=least), axes)
 
 
 def _framed(rows: np.ndarray, names: "np.ndarray | None") -> np.ndarray:

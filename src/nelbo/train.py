@@ -19,6 +19,7 @@ from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2
 from nelbo._processes import anywhere, at_first, world
 from nelbo._progress import progress_bar
+from nelbo._scalars import integer, real
 from nelbo.checkpoint import Run, RunConfig
 from nelbo.config import ModelConfig, TrainConfig, configure
 from nelbo.data import Dataset, tables
@@ -62,7 +63,7 @@ def train(
         levels: number of levels of integer data, found where left out.
         size: side to which images are resized.
         schema: a JSON file with the columns of a table, found in its cells where left out.
-        condition: names of labels; the model is then one of P(x|labels).
+        condition: names of labels, or one of them; the model is then one of P(x|labels).
         splits: which names are of which split, as `nelbo.data.load` takes them.
         minutes: about how long, in place of `steps`: see `pace`.
         device: where to train, such as "cpu" or "cuda".
@@ -74,6 +75,10 @@ def train(
         Interrupted: after Ctrl-C, with the run saved; `resume` continues it.
     """
     out = Path(out)
+    levels = None if levels is None else integer("levels", levels, 2)
+    size = None if size is None else integer("size", size, 1)
+    minutes = None if minutes is None else real("minutes", minutes)
+    condition = [condition] if isinstance(condition, str) else condition
     at_first(lambda: check_new(out))
     dataset = data.load(
         source, levels=levels, size=size, schema=schema, condition=condition, splits=splits

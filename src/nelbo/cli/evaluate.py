@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -151,6 +152,11 @@ def evaluate(
                 find = partial(find, known=known, pilots=Pilots(loaded, say))
             find = partial(find, per_example=save is not None, variates=variates)
         result = find(model, x, seed=seed, weights=weights, split=split, track=track)
+        if isnan(result.nats):
+            raise ValueError(
+                f"the bound of {split} is not a number; look for values out of all range in the"
+                " data, example by example with: nelbo score"
+            )
         if rank == 0:
             if save is not None:
                 write(save, show.npz(result))
