@@ -56,7 +56,7 @@ def start(*arguments: object) -> multiprocessing.Process:
 
 
 def half_written(run: Path) -> set[Path]:
-    return set(checkpoint.leftovers(run))
+    return {path for path in run.iterdir() if _files.is_part(path)}
 
 
 def contents(run: Path) -> dict[str, object]:

@@ -73,6 +73,7 @@ ORDER = (
     "state",
     "row_bounds",
     "sklearn",
+    "events",
     "train",
     "finetune",
     "pictures",

@@ -439,3 +439,44 @@ def test_it_brings_no_data(networks):
         found.examples(None)
     with pytest.raises(ValueError, match="17 levels where 256"):
         found.examples("digits")
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DDPMScheduler", {"trained_betas": ["a"] * T}),
+        ("DDPMScheduler", {"trained_betas": [[0.1]] * T}),
+        ("DDPMScheduler", {"beta_schedule": ["linear"]}),
+        ("DDPMScheduler", {"num_train_timesteps": T, "prediction_type": None}),
+        ("EDMEulerScheduler", {"sigma_data": "wide"}),
+        ("EDMEulerScheduler", {"sigma_min": "a"}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": "much"}),
+        ("KarrasVeScheduler", {}),
+        ("FlaxDDPMScheduler", {}),  # of another framework
+        ("CosineDPMSolverMultistepScheduler", {}),  # needs torchsde
+        ("ScoreSdeVpScheduler", {}),
+        ("NoSuchScheduler" * 10**4, {}),
+    ],
+)
+def test_a_scheduler_of_a_strange_description_is_one_sentence(networks, tmp_path, name, config):
+    (tmp_path / "scheduler").mkdir()
+    networks[3].save_pretrained(tmp_path / "unet")
+    document = {"_class_name": name, "num_train_timesteps": T, "clip_sample": False} | config
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(document))
+    for steps in (None, 2):
+        with pytest.raises(ValueError) as error:
+            load(f"diffusers:{tmp_path}", steps=steps)
+        assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("times", [[9, 3], [3, 3], [-1, 2]])
+def test_a_scheduler_that_takes_times_of_no_training_is_refused(networks, times):
+    scheduler = ddpm()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(scheduler),
+            "set_timesteps",
+            lambda self, *_: setattr(self, "timesteps", torch.tensor(times)),
+        )
+        with pytest.raises(ValueError, match="are none of those, or come twice"):
+            build(networks[3], scheduler, steps=2)

@@ -1,6 +1,7 @@
 """Data sets of `datasets`, from files that the tests write: tables, streams, images, text."""
 
 import io
+import json
 import sys
 from contextlib import nullcontext
 
@@ -182,3 +183,77 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'nelbo\[hub\]'"):
         data.load("hub:nobody/nothing")
+
+
+# ---- folders from elsewhere
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """What is the victim's: an image, a table, and what `save_to_disk` wrote."""
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    Image.new("L", (8, 8), 7).save(folder / "x.png")
+    table(60).with_columns(password=pl.lit("hunter2")).write_csv(folder / "x.csv")
+    datasets.Dataset.from_dict({"a": [*range(60)]}).save_to_disk(folder / "saved")
+    return folder
+
+
+def cells_with_paths(folder, secret):
+    image = {"bytes": None, "path": str(secret / "x.png")}
+    features = datasets.Features({"image": datasets.Image()})
+    images = datasets.Dataset.from_dict({"image": [image] * 20}, features=features)
+    images.to_parquet(folder / "train.parquet")
+
+
+def files_in_a_readme(folder, secret, how="../secret/x.csv"):
+    (folder / "README.md").write_text(
+        f'---\nconfigs:\n- config_name: default\n  data_files: "{how}"\n---\n'
+    )
+    table(60).write_csv(folder / "train.csv")
+
+
+def absolute_files_in_a_readme(folder, secret):
+    files_in_a_readme(folder, secret, str(secret / "x.csv"))
+
+
+def names_of_saved_files(folder, secret):
+    datasets.Dataset.from_dict({"a": [*range(60)]}).save_to_disk(folder)
+    state = json.loads((folder / "state.json").read_text())
+    (name,) = (p.name for p in (secret / "saved").glob("*.arrow"))
+    state["_data_files"] = [{"filename": f"../secret/saved/{name}"}]
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def a_link(folder, secret):
+    (folder / "train.csv").symlink_to(secret / "x.csv")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        cells_with_paths,
+        files_in_a_readme,
+        absolute_files_in_a_readme,
+        names_of_saved_files,
+        a_link,
+    ],
+)
+def test_a_folder_reads_nothing_outside_of_itself(tmp_path, secret, make, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    make(folder, secret)
+    with pytest.raises(ValueError, match="outside of it") as error:
+        data.load(f"hub:{folder}")
+    assert "hunter2" not in str(error.value) and "password" not in str(error.value)
+    if make is not names_of_saved_files:  # which has but one column, of row numbers
+        monkeypatch.setenv("NELBO_TRUST_FILES", "1")
+        data.load(f"hub:{folder}", levels=256 if make is cells_with_paths else None)
+
+
+def test_images_in_files_of_the_folder_are_read(tmp_path):
+    folder = tmp_path / "folder" / "train"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i}.png")
+    assert data.load(f"hub:{folder.parent}").schema.shape == (1, 8, 8)

@@ -5,12 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from test_cli import nelbo_fails, run_ok
 
-from nelbo import _cache, _limits, checkpoint
+from nelbo import _cache, _files, _limits, checkpoint
 from nelbo.checkpoint import read_config
-from nelbo.train import train
+from nelbo.train import resume, train
 
 SECRET = "hunter2"
 
@@ -144,3 +145,41 @@ def test_a_grid_is_one_of_the_steps_asked(trained, tmp_path, change):
     lies = {"too many": [i / 500 for i in range(1, 501)], "too few": [1.0], "early": [2, 3, 1.0]}
     path.write_text(json.dumps(document | {key: lies[change]}))
     assert run.grid(3).times.tolist() == right
+
+
+def test_events_are_read_only_so_far(trained, tmp_path, me):
+    """Neither a file of gigabytes nor one endless line; what is whole is read."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    path, whole = run / checkpoint.METRICS, checkpoint.read_metrics(run)
+    line = path.read_text().splitlines()[0]
+    path.write_text(f'{line[:-1]}, "more": "{"x" * 10**6}"}}\n' + path.read_text())
+    assert checkpoint.read_metrics(run) == whole
+    with path.open("ab") as file:
+        file.truncate(2**30)
+    with pytest.raises(ValueError, match=r"has 1073741824 bytes, and JSON here has at most"):
+        checkpoint.load(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "3"}, {"step": 1.5}, {"best": []}, {"other": 1}, {"skipped": None}],
+)
+def test_a_state_says_where_it_stood(trained, tmp_path, change):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / checkpoint.BEFORE).unlink()
+    tensors, about = _files.read_tensors(run / checkpoint.STATE)
+    about["progress"] |= change
+    _files.write_tensors(run / checkpoint.STATE, tensors, about)
+    with pytest.raises(ValueError, match="does not say where the training stood|lacks a part"):
+        resume(run)
+
+
+@pytest.mark.parametrize("name", ["optimizer.x.exp_avg", "optimizer.exp_avg"])
+def test_moments_are_of_parameters(trained, tmp_path, name):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / checkpoint.BEFORE).unlink()
+    tensors, about = _files.read_tensors(run / checkpoint.STATE)
+    tensors[name] = torch.zeros(1)
+    _files.write_tensors(run / checkpoint.STATE, tensors, about)
+    with pytest.raises(ValueError, match="moments of no parameter"):
+        resume(run)

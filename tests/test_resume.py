@@ -105,7 +105,8 @@ def test_killed_at_each_moment_of_writing(whole, tmp_path):
     first, second = (
         [checkpoint.WEIGHTS, *names, checkpoint.STATE] for names in ([], [checkpoint.BEFORE])
     )
-    files = [name for name in past if " " not in name and name != "sync"]
+    # in the user's cache an entry has 64 digits
+    files = [name for name in past if " " not in name and name != "sync" and len(name) < 64]
     assert files == [checkpoint.CONFIG, *first, *second]
 
 

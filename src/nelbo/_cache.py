@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 
 from nelbo import _limits
-from nelbo._files import write
+from nelbo._files import tidy, write
 
 CACHE = "NELBO_CACHE"  # names a variable of the environment
 
@@ -60,6 +60,7 @@ def put(kind: str, key: str, value: object) -> None:
     content = (json.dumps({"key": key, "value": value}, allow_nan=False) + "\n").encode()
     try:
         folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        tidy(_path(kind, key).parent)
         write(_path(kind, key), content)
     except OSError:
         _unwritten[kind, key] = value

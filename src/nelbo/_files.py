@@ -1,8 +1,10 @@
 """Files that are whole or not there, and files of tensors that are what was written.
 
-Every file is written under a temporary name, synced and renamed. Tensors are safetensors, and come
-with their SHA-256, so that what the disk damaged later is not taken for them. What can be found
-again (`kept`) is a JSON object, and no error where it cannot be read.
+Every file is written under a temporary name, synced and renamed. A process holds what it has not
+renamed yet by a lock that ends with it, so what a killed one left is known, and removed (`tidy`).
+Tensors are safetensors, and come with their SHA-256, so that what the disk damaged later is not
+taken for them. What can be found again (`kept`) is a JSON object, and no error where it cannot be
+read.
 """
 
 import contextlib
@@ -10,8 +12,10 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,17 @@ from nelbo import _limits
 from nelbo._numerics import check_finite
 from nelbo.sharding import divided_like
 
+try:
+    import fcntl
+except ImportError:  # Windows, which removes no file that is open
+    fcntl = None  # type: ignore[assignment]
+
 HASH = "sha256"
 #: bytes that stand before tensors: the names and shapes of 100 000
 HEAD = 2**24
+PART = ".nelbo-part"  # ends the names of what is not whole yet
+#: the names that `part_of` gives
+PARTS = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(PART)}", re.DOTALL)
 
 
 def write(path: Path, content: bytes, before: Path | None = None) -> None:
@@ -43,17 +55,19 @@ def write(path: Path, content: bytes, before: Path | None = None) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = part_of(path)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        if before is not None and path.exists():
-            os.replace(path, before)
-        os.replace(temporary, path)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            if fcntl is None:
+                file.close()
+            if before is not None and path.exists():
+                os.replace(path, before)
+            os.replace(temporary, path)
         _sync_names(path.parent)
     except BaseException as error:
         if temporary is not None:
@@ -62,6 +76,67 @@ def write(path: Path, content: bytes, before: Path | None = None) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def part_of(path: Path) -> tuple[int, str]:
+    """A new file beside `path`, open and held until it is closed, and its name."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=PART)
+        _hold(handle, wait=True)
+        if os.path.exists(name):  # no other process tidied up in between
+            return handle, name
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def folder_part_of(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, held and at the end removed with what is left in it."""
+    name = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=PART)
+    handle = None if fcntl is None else os.open(name, os.O_RDONLY)
+    try:
+        if handle is not None:
+            _hold(handle, wait=True)
+        yield Path(name)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def is_part(path: Path) -> bool:
+    """Whether a name is one of files and folders that are not whole yet."""
+    return PARTS.fullmatch(path.name) is not None
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes left in a folder: ours by their names, held by nobody."""
+    with contextlib.suppress(OSError):
+        for path in filter(is_part, list(folder.iterdir())):
+            with contextlib.suppress(OSError):
+                _remove_unless_held(path)
+
+
+def _remove_unless_held(path: Path) -> None:
+    if fcntl is None:
+        path.unlink()
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if _hold(handle, wait=False):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    finally:
+        os.close(handle)
+
+
+def _hold(handle: int, wait: bool) -> bool:
+    """Lock an open file or folder; whether that went well."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held, or a file system without locks
+        return False
+    return True
 
 
 def _sync_names(folder: Path) -> None:
@@ -96,7 +171,10 @@ def keep(path: Path, key: str, value: object) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """OSError now rather than after the work, where `write` could not create the file."""
+    """OSError now rather than after the work, where `write` could not create the file.
+
+    What killed commands left beside it is removed.
+    """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     place = next(folder for folder in path.absolute().parents if folder.exists())
@@ -104,6 +182,7 @@ def check_writable(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     if not os.access(place, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    tidy(path.absolute().parent)
 
 
 def write_tensors(

@@ -31,6 +31,8 @@ JSON = 2**26
 OBJECTS = 30
 #: characters of a value that a message repeats
 BRIEF = 200
+#: bytes of the events of a run, 80 000 validations, and of one of them
+EVENTS, EVENT = 2**24, 2**12
 #: bytes of an encoded image: more than Pillow's largest image has uncompressed, at 16 bits RGBA
 IMAGE = 2**30
 #: bytes that any file may become when it is unpacked, and how many times its own size beyond that:
@@ -209,14 +211,19 @@ def read_json(path: Path) -> object:
         OSError: it cannot be read.
         ValueError: it is no file, too large, or not JSON; NaN and infinities are not.
     """
+    check_json(path)
+    return parse_json(path.read_bytes(), str(path))
+
+
+def check_json(path: Path, most: int = JSON) -> None:
+    """Raise ValueError where a file has more bytes than JSON of its kind; else as `regular`."""
     size = regular(path)
-    if size > JSON and not trusted():
+    if size > most and not trusted():
         raise ValueError(
-            f"{path} has {size} bytes, and JSON here has at most {JSON}; set {TRUST}=1 if it is"
+            f"{path} has {size} bytes, and JSON here has at most {most}; set {TRUST}=1 if it is"
             " yours"
         )
     check_memory(OBJECTS * size, str(path))
-    return parse_json(path.read_bytes(), str(path))
 
 
 def parse_json(text: str | bytes, where: str) -> object:

@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -33,6 +33,7 @@ from nelbo._files import keep, kept, put_weights, read_tensors
 from nelbo._numerics import seeded
 from nelbo._processes import at_first, world
 from nelbo._progress import Track
+from nelbo._terminal import shortened
 from nelbo.build import build
 from nelbo.condition import given_labels
 from nelbo.config import ModelConfig, TrainConfig
@@ -56,6 +57,8 @@ CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
     "data.parquet",
     ".lock",
 )
+#: what a training writes, beside its events
+WRITTEN = (CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK)
 KIND = "data"  # folder of the cache
 LARGEST = 10**100  # number of an event: larger ones have no mean and no axis
 EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
@@ -103,7 +106,7 @@ class RunConfig:
         place = at_first(self.place)
         if place is None:
             raise ValueError(
-                f"the data of the run, which it calls {_shown(self.source)!r}, are not read: this"
+                f"the data of the run, which it calls {shortened(self.source, 64)!r}, are not read: this"
                 " user has not trained on them here. Give them once, with: nelbo evaluate RUN"
                 f" --data DATA, in Python run.meet(DATA); or set {_limits.TRUST}=1 if the run is"
                 " yours"
@@ -218,10 +221,6 @@ def hashes(dataset: Dataset) -> dict[str, str]:
     """The fingerprint of each split, and of its labels where they count."""
     labels = {f"labels of {name}": data.fingerprint(y) for name, y in dataset.labels.items()}
     return {name: data.fingerprint(x) for name, x in dataset.splits.items()} | labels
-
-
-def _shown(text: str, most: int = 64) -> str:
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 
 def _warn(line: str) -> None:
@@ -376,12 +375,6 @@ def _times(found: object, steps: int, start: float) -> list[float] | None:
     return times.tolist() if len(times) == steps and times[0] >= start else None
 
 
-def leftovers(path: Path) -> Iterator[Path]:
-    """Temporary files in a run from which a `write` of training was killed."""
-    for name in (CONFIG, WEIGHTS, STATE, METRICS, TABLE):
-        yield from path.glob(f".{name}.*")
-
-
 def is_run(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
@@ -406,9 +399,10 @@ def read_metrics(path: Path) -> list[dict]:
     if not (path / METRICS).exists():
         return []
     file = _limits.contained(path / METRICS, path)
-    _limits.check_file(file, 4)
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [event for line in lines if (event := _event(line)) is not None]
+    _limits.check_json(file, _limits.EVENTS)
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        short = (line for line in lines if len(line) <= _limits.EVENT)
+        return [event for line in short if (event := _event(line)) is not None]
 
 
 def _event(line: str) -> dict | None:
@@ -442,5 +436,5 @@ def load(path: str | Path) -> Run:
         model = build(run.model, run.schema)
     put_weights(model, tensors, str(path / WEIGHTS))
     model.eval()
-    weights = f"{about.get('weights', 'raw')}, step {about.get('step', '?')}"
+    weights = shortened(f"{about.get('weights', 'raw')}, step {about.get('step', '?')}", 64)
     return Run(path, model, run, weights, read_metrics(path))

@@ -22,6 +22,7 @@ from nelbo._processes import divided
 from nelbo._progress import Track
 from nelbo.estimate import Grid
 from nelbo.model import Model, measuring
+from nelbo.sample import numbers_only
 
 BLOCK = 32  # rows that are seeded together, where memory allows
 
@@ -61,7 +62,7 @@ def conditional(
         with seeded(seed, g):
             return _descend(model.at(each), its, here, times, particles).cpu()
 
-    with measuring(model):
+    with measuring(model), numbers_only(model.network):
         return torch.cat(divided(len(blocks), one, track)).to(model.device)
 
 

@@ -19,11 +19,12 @@ the samples, which have the noise that they have on one (`nelbo.parts`).
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from nelbo._numerics import derive_seed, draw, seeded
@@ -36,6 +37,10 @@ from nelbo.process import Gaussian
 MOST = 20  # draws for a sample by rejection, in the mean
 PATIENCE = 1000  # draws for any one of them, at most about
 BELIEVED = 200  # draws from which on the share of those that are accepted is believed
+NO_NUMBERS = (
+    "the network's output is not finite, so there is nothing to draw from: its weights are damaged"
+    " or grew without bound; restore them from a copy, or train again with a smaller --lr"
+)
 
 
 def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track = iter) -> Tensor:
@@ -229,14 +234,34 @@ def descend(
     if count < 1:
         raise ValueError(f"the number of samples must be at least 1; got {count}")
     grid = times.times.to(model.device)
-    parts = []
-    with measuring(model), seeded(seed):
-        for rows in torch.arange(count).split(model.rows):
+    parts, blocks = [], torch.arange(count).split(model.rows)
+    calls = iter(track(range(len(blocks) * len(grid))))  # all, for one bar
+    with measuring(model), seeded(seed), numbers_only(model.network):
+        for rows in blocks:
             with share(len(rows)) as part:
                 own = part.of(rows)
                 at = [t.expand(len(own)) for t in grid]
                 z = start(own, _sample(model.process.prior(model.shape, at[-1])), at[-1])
-                for i in track(range(len(grid) - 1, 0, -1)):
+                for i in range(len(grid) - 1, 0, -1):
+                    next(calls)
                     z = step(own, z, at[i - 1], at[i])
+                next(calls)
                 parts.append(joined(part, decode(own, z, at[0])))
+        next(calls, None)  # the bar ends
     return torch.cat(parts)
+
+
+@contextmanager
+def numbers_only(network: nn.Module) -> Iterator[None]:
+    """Inside, an output of the network that is not finite is an error: of it anything would be
+    drawn, such as the first of all symbols."""
+
+    def check(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.isfinite().all():
+            raise ValueError(NO_NUMBERS)
+
+    handle = network.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()

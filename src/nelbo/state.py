@@ -64,12 +64,16 @@ def load(out: Path, learner: Learner) -> None:
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in part("optimizer.").items():
-        i, moment = name.split(".")
+        i, _, moment = name.partition(".")
+        if not i.isdecimal():
+            raise ValueError(f"{path} has moments of no parameter; train again")
         own = parameters[int(i)] if int(i) < len(parameters) else tensor
         state.setdefault(int(i), {})[moment] = divided_like(own, tensor)
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
     progress, best = about.get("progress", {}), part("best.")
+    if not isinstance(progress, dict) or not all(map(_is_progress, progress.items())):
+        raise ValueError(f"{path} does not say where the training stood; train again")
     if (
         len(state) != (len(parameters) if progress.get("step") else 0)
         or not WRITTEN <= progress.keys() <= learner.at.__dict__.keys()
@@ -77,6 +81,13 @@ def load(out: Path, learner: Learner) -> None:
     ):
         raise ValueError(f"{path} lacks a part of the state; train again")
     learner.at, learner.best = Progress(**progress), best
+
+
+def _is_progress(item: tuple[str, object]) -> bool:
+    """Whether a name and its value are of `Progress`."""
+    name, value = item
+    kind = type(vars(Progress()).get(name))
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _newest(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,18 +3,17 @@
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nelbo import _cache, _files, _limits, checkpoint, data, state
+from nelbo import _cache, _files, _limits, checkpoint, data, events, state
 from nelbo._interrupt import Interrupted, interruptible
 from nelbo._numerics import LOG_2
 from nelbo._processes import anywhere, at_first, world
@@ -31,8 +30,6 @@ from nelbo.model import Model
 from nelbo.optimise import learning_rate
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from nelbo.data.tables import Frame
 
 VALIDATIONS = 5  # of a training that is given minutes
@@ -118,10 +115,8 @@ def train(
         except OSError as error:
             if progress:
                 print(f"where the data are is not kept: {_cache.reason(error)}", file=sys.stderr)
-    training = Training(out, run, dataset, device)
-    if own is not None and training.first:
-        _files.write(out / checkpoint.TABLE, tables.to_bytes(own, ".parquet"))
-    return begin(training, progress)
+    table = None if own is None else tables.to_bytes(own, ".parquet")
+    return begin(Training(out, run, dataset, device), progress, table=table)
 
 
 def pace(
@@ -163,26 +158,42 @@ def pace(
 
 def check_new(out: Path) -> None:
     """ValueError where a new run cannot be."""
-    known = {*checkpoint.leftovers(out), out / checkpoint.LOCK}
-    if out.exists() and (not out.is_dir() or set(out.iterdir()) - known):
+    if out.is_dir():
+        others = [p for p in out.iterdir() if p.name != checkpoint.LOCK and not _files.is_part(p)]
+    if out.exists() and (not out.is_dir() or others):
         run = f"a run; continue it with --resume {out}, or"
         kind = run if checkpoint.is_run(out) else "not a run;"
         raise ValueError(f"{out} exists and is {kind} choose another --out")
 
 
-def begin(training: "Training", progress: bool, weights: Model | None = None) -> Run:
-    """A new run to its last step, from these weights where given; no folder without weights."""
+def begin(
+    training: "Training",
+    progress: bool,
+    weights: Model | None = None,
+    table: bytes | None = None,
+) -> Run:
+    """A new run to its last step; no run where that fails before there are weights.
+
+    Args:
+        training: of a folder that was new when its data were read.
+        progress: show a bar.
+        weights: to start from.
+        table: the data, where the run keeps them.
+    """
     out = training.out
-    with alone_in(out):
+    with alone_in(out) as made:
+        at_first(lambda: check_new(out))  # another may have trained there meanwhile
         try:
+            training.found()
+            if table is not None and training.first:
+                _files.write(out / checkpoint.TABLE, table)
             if weights is not None:
                 training.start_from(weights)
             training.configure()
             training.fit(progress)
-        except Exception:
-            kept = checkpoint.is_run(out) and (out / checkpoint.WEIGHTS).exists()
-            if training.first and not kept:
-                training.remove()
+        except (Exception, SystemExit):
+            if training.first:
+                training.remove(made)
             raise
     return checkpoint.load(out)
 
@@ -214,6 +225,7 @@ def resume(
     changed = replace(run, train=replace(t, steps=steps, shard=shard))
     with alone_in(out):
         training = Training(out, changed, run.load_data(), device)
+        training.found()
         training.restore()
         if changed != run:
             training.configure()
@@ -222,8 +234,10 @@ def resume(
 
 
 @contextmanager
-def alone_in(out: Path) -> Iterator[None]:
+def alone_in(out: Path) -> Iterator[bool]:
     """Inside, no other training writes into this run; the lock ends with the process.
+
+    Yields whether the folder was made for it. What killed trainings left there is removed.
 
     Raises:
         ValueError: another one does, or the file to lock is a link out of the run.
@@ -232,7 +246,8 @@ def alone_in(out: Path) -> Iterator[None]:
 
     lock = FileLock(_limits.contained(out / checkpoint.LOCK, out), blocking=False)
 
-    def acquire() -> None:
+    def acquire() -> bool:
+        new = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -242,10 +257,12 @@ def alone_in(out: Path) -> Iterator[None]:
             ) from None
         except (NotImplementedError, OSError):
             pass  # a file system without locks, or one that lets nothing be written: said later
+        _files.tidy(out)
+        return new
 
-    at_first(acquire)
+    made = at_first(acquire)
     try:
-        yield
+        yield made
     finally:
         lock.release()
 
@@ -254,14 +271,26 @@ class Training:
     """One training run and its files, which the first process writes."""
 
     def __init__(self, out: Path, run: RunConfig, dataset: Dataset, device: str = "cpu") -> None:
-        self.out, self.run, self.new = out, run, not out.exists()
+        self.out, self.run = out, run
         rank, size = world()
         self.first, self.alone = rank == 0, size == 1
         self.learner = Learner(run.model, run.train, dataset, device)
-        self.writer: SummaryWriter | None = None
+        self.add_event: events.Add = lambda event, step: None
         self.told = 0  # the step of the last event
-        for left in checkpoint.leftovers(out) if self.first else ():
-            left.unlink()
+        self.folder: tuple[int, int] | None = None  # where it is on its disk, once it is there
+
+    def found(self) -> None:
+        """Note which folder it is, so that one that vanishes or is replaced is missed."""
+        self.folder = _place(self.out)
+
+    def check_there(self) -> None:
+        """FileNotFoundError where the folder is no longer the one that training began in."""
+        if self.first and self.folder is not None and _place(self.out) != self.folder:
+            raise FileNotFoundError(
+                f"the run folder {self.out} was removed or moved while it was trained, so nothing"
+                " more of it is saved; bring it back and continue with nelbo train --resume"
+                f" {self.out}, or train again"
+            )
 
     def configure(self) -> None:
         """Write down what the run is."""
@@ -286,12 +315,13 @@ class Training:
         total, learner = self.run.train.steps, self.learner
         started = time.monotonic() - learner.at.seconds
         with (
-            _tensorboard(self.out, learner.at.step, self.first) as self.writer,
+            events.written(self.out, learner.at.step, self.first) as self.add_event,
             _bar(progress and self.first, total, learner.at.step) as update,
             interruptible(twice=self.alone) as interrupted,
         ):
             while learner.at.step < total:
                 learner.step()
+                self.check_there()
                 learner.at.seconds = time.monotonic() - started
                 done = learner.at.step
                 update(done, self._note())
@@ -308,6 +338,7 @@ class Training:
 
     def save(self) -> None:
         """Everything to continue from."""
+        self.check_there()
         state.save(self.out, self.learner)
 
     def start_from(self, weights: Model) -> None:
@@ -326,6 +357,7 @@ class Training:
 
     def keep_best(self) -> None:
         """The best weights, where there are any yet, as those of the run."""
+        self.check_there()
         if self.learner.best and self.first:
             about = {"weights": "ema", "step": self.learner.at.best_step}
             _files.write_tensors(self.out / checkpoint.WEIGHTS, self.learner.best, about)
@@ -333,6 +365,7 @@ class Training:
     def _validate(self) -> None:
         """Measure, keep the best, and tell."""
         result, at = self._measure(), self.learner.at
+        self.check_there()
         error = result.standard_error.total
         event = {
             "step": at.step,
@@ -352,9 +385,7 @@ class Training:
             file.write(json.dumps(event) + "\n")
             file.flush()
             os.fsync(file.fileno())  # no state is on the disk before the events that led to it
-        if self.writer is not None:
-            for name in ("train", "validation", "lr"):
-                self.writer.add_scalar(name, event[name], at.step)
+        self.add_event(event, at.step)
 
     def forget_later_metrics(self) -> None:
         """Drop what was logged after the state that training continues from."""
@@ -364,12 +395,19 @@ class Training:
             _files.write(self.out / checkpoint.METRICS, lines.encode())
         self.told = kept[-1]["step"] if kept else 0
 
-    def remove(self) -> None:
-        """All files, and the folder where it was not there before."""
-        for path in self.out.glob("*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if self.new and self.out.exists():
-            self.out.rmdir()
+    def remove(self, made: bool) -> None:
+        """Remove what a training that failed wrote, by name, unless it can be continued; and the
+        folder where it was `made` for it and holds nothing else."""
+        out = self.out
+        whole = checkpoint.is_run(out) and (out / checkpoint.WEIGHTS).exists()
+        if whole or state.is_in(out) or _place(out) != self.folder:
+            return
+        with suppress(OSError):
+            events.remove(out)
+            for name in checkpoint.WRITTEN:
+                (out / name).unlink(missing_ok=True)
+            if made:
+                out.rmdir()
 
     def _shown(self, nats: float) -> float:
         dims = self.learner.model.dims
@@ -382,6 +420,15 @@ class Training:
         return f"bound {self._shown(at.recent):.3f}{best} {unit}"
 
 
+def _place(folder: Path) -> tuple[int, int] | None:
+    """Where a folder is on its disk; None where there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 @contextmanager
 def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
     if not show:
@@ -389,21 +436,3 @@ def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int, str], Non
         return
     with progress_bar("train", total, done) as update:
         yield update
-
-
-@contextmanager
-def _tensorboard(out: Path, step: int, wanted: bool) -> Iterator["SummaryWriter | None"]:
-    """A writer of event files where tensorboard is installed; it drops what came after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        wanted = False
-    if not wanted:
-        yield None
-        return
-    events = _limits.contained(out / "tensorboard", out)
-    writer = SummaryWriter(str(events), purge_step=step + 1 if step else None)
-    try:
-        yield writer
-    finally:
-        writer.close()

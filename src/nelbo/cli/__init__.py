@@ -3,12 +3,16 @@
 import io
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from cyclopts import App, CycloptsError
 
 import nelbo
+from nelbo._interrupt import ended_tidily
 from nelbo.cli.common import say
 from nelbo.cli.compress import compress, decompress
 from nelbo.cli.evaluate import evaluate
@@ -18,8 +22,8 @@ from nelbo.cli.sample import sample
 from nelbo.cli.score import score
 from nelbo.cli.train import train
 
-#: characters of an error, at most
-LONGEST = 2000
+TRACEBACK = "NELBO_TRACEBACK"  # names a variable of the environment
+FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 __all__ = ["app", "main"]
 
@@ -35,8 +39,9 @@ for command in (train, inspect, evaluate, sample, score, compress, decompress, r
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """What the user can mend (ValueError, OSError, too little memory) is one line and exit code 2,
-    or the one that the error has; Ctrl-C is 130, a reader that left 141; anything else is a
-    defect and keeps its traceback."""
+    or the one that the error has; Ctrl-C is 130, a reader that left 141. Anything else is a
+    defect, or a library's failure on what a file holds: one line too, exit code 1, and its
+    traceback where NELBO_TRACEBACK=1 asks for it."""
     try:
         yield
     except CycloptsError as error:
@@ -53,17 +58,46 @@ def _one_line_errors() -> Iterator[None]:
         _fail(str(error), getattr(error, "exit_code", 2))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
+            _fail_of_defect(error)
         _fail(f"out of memory: {error}; try a smaller --batch or --width of train, --n of sample")
     except OverflowError as error:
         _fail(f"a number is beyond what a computer counts: {error}; try a smaller one")
+    except BaseException as error:
+        # the panics of polars are no Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        _fail_of_defect(error)
+
+
+def _fail_of_defect(error: BaseException) -> None:
+    """One line on an error that nothing foresaw, and where it came from."""
+    if os.environ.get(TRACEBACK) == "1":
+        raise error
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    reason = str(error).splitlines()[0] if str(error) else "no more is said"
+    _fail(
+        f"{type(error).__name__} in {Path(where.filename).stem}, line {where.lineno}: {reason}; a"
+        " defect here, or a library's failure on what a file holds: say what you did to the"
+        f" authors, with what {TRACEBACK}=1 shows",
+        1,
+    )
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings as notes, without lines of source; not those that are for programmers."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if not issubclass(category, FOR_PROGRAMMERS):
+            say(f"note: {' '.join(str(message).split())}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _fail(message: str, code: int = 2) -> None:
-    line = " ".join(message.split())
-    if len(line) > LONGEST:  # it repeats a value of a file; what to do stands at its end
-        line = f"{line[: LONGEST // 2]} .. {line[-LONGEST // 2 :]}"
-    say(f"nelbo: {line}")
+    say(f"nelbo: {' '.join(message.split())}")
     sys.exit(code)
 
 
@@ -72,5 +106,5 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a symbol shows a ?
-    with _one_line_errors():
+    with ended_tidily(), _one_line_errors(), _one_line_warnings():
         app(arguments, exit_on_error=False, print_error=False)

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from nelbo._terminal import printable
+from nelbo import _terminal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,17 @@ def examples_of(
     return run.law(data, split, splits, say if tell else str)
 
 
+def say_of_formulas(out: Path, content: bytes) -> None:
+    """Say where a spreadsheet would run what a table holds; the cells stay what they are."""
+    from nelbo.data.tables import SEPARATORS, formula_in
+
+    if out.suffix.lower() in SEPARATORS and (cell := formula_in(content)) is not None:
+        say(
+            f"note: {out} has cells that a spreadsheet takes for formulas, such as {cell!r}; they"
+            " are written as they are in the data: import the columns as text"
+        )
+
+
 def json_text(value: object) -> str:
     """JSON for people and programs; NaN is refused, for it is none."""
     return json.dumps(value, indent=2, allow_nan=False)
@@ -67,4 +79,5 @@ def say_notes(x: "Tensor") -> None:
 
 def say(line: str) -> None:
     """What is for the reader, not for the next program: on the error stream."""
-    print(printable(line), file=sys.stderr)
+    with suppress(OSError):  # the terminal is closed
+        print(_terminal.line(line), file=sys.stderr)

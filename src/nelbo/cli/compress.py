@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nelbo.cli.common import Spacing, grid_of, say
+from nelbo.cli.common import Spacing, grid_of, say, say_of_formulas
 
 if TYPE_CHECKING:
     from nelbo.checkpoint import Run
@@ -111,6 +111,8 @@ def decompress(
         found = decompress_file(loaded, file, out, salvage=salvage, progress=progress)
     if rank:
         return
+    if out.is_file():
+        say_of_formulas(out, out.read_bytes())
     say(f"{len(found.x)} of {found.header.examples} examples in {out}")
     if found.lost:
         lost = ", ".join(f"{first}..{first + count - 1}" for first, count in found.lost)

@@ -4,7 +4,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nelbo.cli.common import Device, Labels, RunFolder, Seed, Spacing, grid_of, say
+from nelbo.cli.common import (
+    Device,
+    Labels,
+    RunFolder,
+    Seed,
+    Spacing,
+    grid_of,
+    say,
+    say_of_formulas,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,7 +154,9 @@ def sample(
         if out is None:
             sys.stdout.write(save(x.cpu()).decode())
             return
-        write(out, save(x.cpu()))
+        content = save(x.cpu())
+        write(out, content)
+        say_of_formulas(out, content)
         say(f"{n} samples in {out}")
 
 
@@ -170,5 +181,7 @@ def _complete_table(
     drawn = impute(run, table, times, seed=seed, track=track, tell=told, **options)
     if not tell:
         return
-    write(out, to_bytes(drawn, out.suffix.lower()))
+    content = to_bytes(drawn, out.suffix.lower())
+    write(out, content)
+    say_of_formulas(out, content)
     say(f"{drawn.height} rows in {out}")

@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
-from nelbo.cli.common import Device, RunFolder, Seed, Splits, examples_of, say, say_notes
+from nelbo.cli.common import (
+    Device,
+    RunFolder,
+    Seed,
+    Splits,
+    examples_of,
+    say,
+    say_notes,
+    say_of_formulas,
+)
 
 
 def score(
@@ -72,7 +81,9 @@ def score(
             each = {k: scorer(*scores.first(*loaded.law(split=k)[:2])).score for k in SPLITS}
         if rank:
             return
-        write(out, scored.csv())
+        content = scored.csv()
+        write(out, content)
+        say_of_formulas(out, content)
         if figure is not None:
             write(figure, scores.histogram(each | {name: scored.score}, f"{score}, nats"))
         strange = int((scored.percentile > 95).sum())

@@ -4,7 +4,6 @@ Unlike `nelbo.data`, which makes examples for a model to learn from, nothing her
 rounded or left out. What the schema cannot hold is refused, or goes with the examples as it is.
 """
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from nelbo._files import check_writable, write
+from nelbo._files import check_writable, folder_part_of, write
 from nelbo._limits import brief
 from nelbo.codec import arrays, pictures, tabular, texts
 from nelbo.codec.arrays import as_bytes as _arrays_as_bytes
@@ -122,8 +121,8 @@ def save(contents: Contents, schema: Schema, out: Path, kept: Tensor | None = No
 def _write_folder(made: list[tuple[Path, bytes]], out: Path) -> None:
     """All files or none."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        whole = Path(temporary) / "whole"
+    with folder_part_of(out) as temporary:
+        whole = temporary / "whole"
         whole.mkdir()
         for path, content in made:
             write(whole / path.relative_to(out), content)

@@ -5,6 +5,9 @@ data are follows from their features: images where a column holds images, text w
 called text, else a table. Rows stay in the Arrow files of `datasets`. hub-stream: keeps nothing on
 disk: a table is passed over once to find its columns and once for its hash, and then read in its
 order, shuffled in windows; a run is continued by skipping what it has seen.
+
+A folder from elsewhere may name other files: in its README, in what `save_to_disk` wrote, in the
+cells of its images. Only what is in it is read, and of a data set of the hub what `datasets` got.
 """
 
 import math
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from nelbo import _limits
+from nelbo._terminal import shortened
 from nelbo.data import tables, text
 from nelbo.data.conform import Found
 from nelbo.data.encoded import Form, read_images
@@ -53,6 +57,7 @@ class Opened:
         features: of their columns.
         streaming: whether they are streams.
         notes: what was left out.
+        homes: the folders whose files are its own.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Opened:
     features: "Mapping[str, FeatureType]"
     streaming: bool
     notes: tuple[str, ...]
+    homes: tuple[Path, ...] = ()
 
     @property
     def image(self) -> str | None:
@@ -88,14 +94,25 @@ def find(source: str, declared: Declared | None = None) -> Opened:
         rest = str(place)
     else:
         rest, _, config = rest.partition(":")
+    homes = _homes(place if place.exists() else None)
     try:
         if any((place / name).is_file() for name in SAVED):
             found = datasets.load_from_disk(rest)
+            each = found.values() if isinstance(found, dict) else [found]
+            named = [about["filename"] for one in each for about in one.cache_files]
         else:
+            builder = datasets.load_dataset_builder(rest, config or None)
+            named = [
+                file for files in (builder.config.data_files or {}).values() for file in files
+            ]
+            _check_inside(named, homes, rest)
             found = datasets.load_dataset(rest, config or None, streaming=streaming)
+    except Outside:
+        raise
     except Exception as error:  # of fsspec, requests, pyarrow, .. as the place demands
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"datasets cannot load {rest!r}: {reason}") from error
+    _check_inside(named, homes, rest)
     name = prefix + (f"{rest}:{config}" if config else rest)
     splits = dict(found) if isinstance(found, dict) else {"all": found}
     groups = group(list(splits), name, declared, "beside the splits")
@@ -107,7 +124,39 @@ def find(source: str, declared: Declared | None = None) -> Opened:
     known = {each: splits[k] for each, k in one_each(groups, list(splits), name).items()}
     first = next(iter(known.values()))
     features = first.features or first.resolve_features().features
-    return Opened(name, known, features, streaming and hasattr(first, "skip"), tuple(groups.notes))
+    streamed = streaming and hasattr(first, "skip")
+    return Opened(name, known, features, streamed, tuple(groups.notes), homes)
+
+
+class Outside(ValueError):
+    """A data set names a file that is none of its own."""
+
+
+def _homes(place: Path | None) -> tuple[Path, ...]:
+    """Where files of a data set may be: in its folder, and where `datasets` keeps what it got."""
+    import datasets
+    from huggingface_hub import constants
+
+    kept = (
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+        constants.HF_HUB_CACHE,
+    )
+    return tuple(Path(each).resolve() for each in (*kept, *([] if place is None else [place])))
+
+
+def _check_inside(named: "Sequence[str]", homes: tuple[Path, ...], source: str) -> None:
+    """Raise Outside where one of the files that a data set names is a local one of others."""
+    for name in map(str, named):
+        local = name.removeprefix("file://")
+        if ("://" in local and "::" not in local) or _limits.trusted():
+            continue  # of the hub, or at a URL
+        path = Path(local.rpartition("::")[2].removeprefix("file://")).resolve()
+        if not any(path.is_relative_to(home) for home in homes):
+            raise Outside(
+                f"{source} names the file {shortened(name, 200)}, which is outside of it; put what"
+                f" it needs into it, or set {_limits.TRUST}=1 if you wrote it"
+            )
 
 
 def table(source: str, declared: Declared | None = None) -> Table | None:
@@ -164,7 +213,12 @@ def _images(found: Opened, column: str, form: Form) -> Found:
     import datasets
 
     cells = {
-        split: Cells(found.name, rows.cast_column(column, datasets.Image(decode=False)), column)
+        split: Cells(
+            found.name,
+            rows.cast_column(column, datasets.Image(decode=False)),
+            column,
+            homes=found.homes,
+        )
         for split, rows in found.splits.items()
     }
     labels = {
@@ -206,25 +260,32 @@ class Cells:
         rows: a data set of `datasets` that does not decode them.
         column: which one.
         chosen: rows; all where left out.
+        homes: the folders in which a cell may name a file.
     """
 
     def __init__(
-        self, source: str, rows: "Split", column: str, chosen: np.ndarray | None = None
+        self,
+        source: str,
+        rows: "Split",
+        column: str,
+        chosen: np.ndarray | None = None,
+        homes: tuple[Path, ...] = (),
     ) -> None:
-        self.source, self.rows, self.column = source, rows, column
+        self.source, self.rows, self.column, self.homes = source, rows, column, homes
         self.chosen = np.arange(len(rows)) if chosen is None else chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def at(self, rows: np.ndarray) -> "Cells":
-        return Cells(self.source, self.rows, self.column, self.chosen[rows])
+        return Cells(self.source, self.rows, self.column, self.chosen[rows], self.homes)
 
     def join(self, others: "Sequence[Cells]") -> "Cells":
         import datasets
 
         each = [cells.rows.select(cells.chosen) for cells in (self, *others)]
-        return Cells(self.source, datasets.concatenate_datasets(each), self.column)
+        joined = datasets.concatenate_datasets(each)
+        return Cells(self.source, joined, self.column, homes=self.homes)
 
     def content(self, i: int) -> bytes:
         cell = self.rows[int(self.chosen[i])][self.column]
@@ -232,6 +293,9 @@ class Cells:
             raise ValueError(f"{self.name(i)} has no image; remove it")
         if cell["bytes"]:
             return bytes(cell["bytes"])
+        if not cell["path"]:
+            raise ValueError(f"{self.name(i)} has no image; remove it")
+        _check_inside([cell["path"]], self.homes, self.name(i))
         _limits.regular(Path(cell["path"]))
         return Path(cell["path"]).read_bytes()
 

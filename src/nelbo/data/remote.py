@@ -16,7 +16,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nelbo import _cache
+from nelbo._files import part_of, tidy
 from nelbo._processes import gather, world
 from nelbo._progress import progress_bar
 
@@ -193,6 +193,8 @@ def _is_there(place: Path, size: int) -> bool:
 
 def _copy_all(found: Listed, folder: Path, files: list[File], total: int) -> None:
     """Copy these files of what was found, several at once where the store can, with a bar."""
+    for place in {(folder / file.name).parent for file in files}:
+        tidy(place)
     lock, stop, done = threading.Lock(), threading.Event(), 0
     with progress_bar(f"copy {found.url}", -(-total // MIB)) as update:
 
@@ -218,7 +220,7 @@ def _copy(found: Listed, folder: Path, file: File, advance: Callable[[int], None
     """One file, whole or not at all, and no more of it than was told."""
     place, left = folder / file.name, file.size
     place.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name[:64]}.")
+    handle, temporary = part_of(place)
     try:
         with os.fdopen(handle, "wb") as out:
             with _asking(found.url):

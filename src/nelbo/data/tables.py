@@ -6,6 +6,7 @@ Needs polars (extra: tables).
 import io
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -184,6 +185,22 @@ def to_bytes(frame: "DataFrame", suffix: str) -> bytes:
     else:
         frame.write_ipc(file)
     return file.getvalue()
+
+
+#: a cell of a text table that a spreadsheet takes for a formula: begins as one, and is no number
+FORMULA = re.compile(
+    rb"(?:^|[,;\t\n])\"?((?:[=@]|[+-](?![\d.eE+-]*\"?(?:[,;\t\r\n]|$)))[^,;\t\r\n\"]{0,40})"
+)
+
+
+def formula_in(content: bytes) -> str | None:
+    """The first cell of a text table that a spreadsheet would take for a formula, and run.
+
+    >>> formula_in(b"a,b\\n-1.5,=1+1\\n")
+    '=1+1'
+    """
+    found = FORMULA.search(content)
+    return None if found is None else found[1].decode(errors="replace")
 
 
 def polars() -> ModuleType:

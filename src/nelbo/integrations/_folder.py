@@ -1,6 +1,7 @@
 """What a folder written by diffusers holds, read without running anything in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from nelbo import _limits
 from nelbo._files import put_weights, read_tensors
+from nelbo._terminal import shortened
 from nelbo.integrations.foreign import read_json
 
 Config = Mapping[str, object]
@@ -57,11 +59,28 @@ def made(config: Config, where: Path) -> Any:  # noqa: ANN401
         raise ValueError(
             "diffusers models need the package diffusers; pip install 'nelbo[diffusers]'"
         ) from None
-    kind = getattr(library, str(config.get("_class_name")), None)
-    if kind is None:
-        raise ValueError(f"{where} names {config.get('_class_name')}, which diffusers lacks")
     _limits.check_integers(config.values(), _limits.STEPS, f"a number in {where}")
+    name = str(config.get("_class_name"))
+    with described(f"{where} describes no {shortened(name, 64)}"):
+        kind = getattr(library, name, None)
+        if kind is None:
+            raise ValueError(f"{where} names {shortened(name, 64)}, which diffusers lacks")
+        found = kind.from_config(dict(config))
+        if found is None:  # as where a class is no longer kept
+            raise ValueError(
+                f"{where} describes a {shortened(name, 64)}, which diffusers left out"
+            )
+        return found
+
+
+@contextmanager
+def described(what: str) -> Iterator[None]:
+    """Around what diffusers makes of a description, which may raise anything: then one sentence,
+    also where it needs packages that are not there."""
     try:
-        return kind.from_config(dict(config))
-    except _limits.IMPOSSIBLE as error:
-        raise ValueError(f"{where} describes no {config.get('_class_name')}: {error}") from None
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no more is said"
+        raise ValueError(f"{what}: {type(error).__name__}: {shortened(reason, 300)}") from error

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nelbo.data import Schema
 from nelbo.estimate import Continuum, Grid, Times
-from nelbo.integrations._folder import Config, made, network_of
+from nelbo.integrations._folder import Config, described, made, network_of
 from nelbo.integrations.denoisers import (
     Predicts,
     Variance,
@@ -129,17 +129,18 @@ def build(
     check_label(label, _classes(about))
     drop = wide and not learned
     whole: Whole = Plain(network, label, shape[0] if drop else None), scheduler, shape, scaling
-    if kind.startswith("EDM"):
-        model, times, how = _edm(whole, steps, bool(clip))
-    elif kind.startswith("FlowMatch"):
-        model, times, how = _flow(whole, steps, bool(clip))
-    elif "beta_schedule" in config:
-        model, times, how = _discrete(whole, steps, bool(clip), kind)
-    else:
-        raise ValueError(
-            f"the scheduler {kind} has no betas and is not EDM or flow matching; wrap the network"
-            " with nelbo.integrations.wrap"
-        )
+    with described(f"the scheduler {kind} does not say what one of its kind does"):
+        if kind.startswith("EDM"):
+            model, times, how = _edm(whole, steps, bool(clip))
+        elif kind.startswith("FlowMatch"):
+            model, times, how = _flow(whole, steps, bool(clip))
+        elif "beta_schedule" in config:
+            model, times, how = _discrete(whole, steps, bool(clip), kind)
+        else:
+            raise ValueError(
+                f"the scheduler {kind} has no betas and is not EDM or flow matching; wrap the"
+                " network with nelbo.integrations.wrap"
+            )
     notes = [f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped", *signal_left(model)]
     if drop:
         notes.append("the network also gives a variance, which the scheduler does not use")
@@ -178,6 +179,12 @@ def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
     if steps is not None and kind.startswith(("DDPM", "DDIM")):
         scheduler.set_timesteps(steps)
         keep = sorted(int(t) for t in scheduler.timesteps)
+        if sorted({*keep} & {*range(len(betas))}) != keep:
+            raise ValueError(
+                f"the scheduler takes the times {keep[0]} to {keep[-1]}, {len(keep)} of them, of"
+                f" {len(betas)} that it was trained at: some are none of those, or come twice;"
+                " give a number of steps for which it takes different ones"
+            )
     variance = VARIANCES[str(config.get("variance_type") or "fixed_small")]
     model = assemble(
         network,

@@ -13,6 +13,7 @@ from string import Template
 from nelbo._files import write
 from nelbo._processes import world
 from nelbo._progress import Track, tracker
+from nelbo._terminal import printable
 from nelbo.checkpoint import Run
 from nelbo.data import as_examples
 from nelbo.evaluate import evaluate
@@ -87,5 +88,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     template = Template(files("nelbo.report").joinpath("page.html").read_text(encoding="utf-8"))
     title = escape(f"nelbo: {sections.name_of(run)}")
     if world()[0] == 0:
-        write(out, template.substitute(title=title, body="\n".join(parts)).encode())
+        # names in it come from files: no codes of a terminal, and nothing that turns text around
+        page = printable(template.substitute(title=title, body="\n".join(parts)))
+        write(out, page.encode())
     return out

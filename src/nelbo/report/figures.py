@@ -8,6 +8,7 @@ import base64
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ VARIABLES = {
 STYLE: dict[Any, object] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nelbo",
+    "text.parse_math": False,  # names of columns and categories may hold dollars
+    "text.usetex": False,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 11,
@@ -85,7 +88,8 @@ def svg(figure: "Figure", name: str, label: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the page's own fonts draw them
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     box = re.search(r'viewBox="(\S+ \S+ (\S+) \S+)"', text)

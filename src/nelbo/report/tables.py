@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo._terminal import shortened
 from nelbo.data.layout import Column, Place, places
 from nelbo.report import figures
 from nelbo.report.dimensions import by_column
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN = 12  # columns in a figure, at most
+NAME = 200  # characters of a column's
 BINS = 24  # of a column of numbers
 
 
@@ -78,7 +80,7 @@ def rows(
         missing = f"{np.isnan(a).mean():.1%} / {np.isnan(b).mean():.1%}"
         found.append(
             (
-                escape(place.column.name),
+                escape(shortened(place.column.name, NAME)),
                 f"{each[:, i].mean():.3f} ± {error:.3f}".replace("-", "−"),
                 f"{distance(place, a, b):.3f}",
                 f"{expected_distance(place, a, b):.3f}",
@@ -105,7 +107,7 @@ def marginals(columns: tuple[Column, ...], real: Tensor, made: Tensor) -> str:
                     height, edges, color=colour, linewidth=1.5, label=None if place.index else name
                 )
             _ticks(ax, place)
-            ax.set_title(place.column.name, fontsize=11, color=figures.INK)
+            ax.set_title(shortened(place.column.name, 32), fontsize=11, color=figures.INK)
             ax.set_yticks([])
             ax.spines["left"].set_visible(False)
         figure.legend(loc="outside upper left", ncols=2, handlelength=1.4)
@@ -129,4 +131,4 @@ def _ticks(ax: "Axes", place: Place) -> None:
         ax.set_xticks(at, [f"{value:g}" for value in values])
     elif column.group == "symbols":
         names = column.categories[:6]
-        ax.set_xticks(range(1, len(names) + 1), [name[:8] for name in names])
+        ax.set_xticks(range(1, len(names) + 1), [shortened(name, 8) for name in names])
