@@ -170,7 +170,7 @@ def test_a_state_says_where_it_stood(trained, tmp_path, change):
     tensors, about = _files.read_tensors(run / checkpoint.STATE)
     about["progress"] |= change
     _files.write_tensors(run / checkpoint.STATE, tensors, about)
-    with pytest.raises(ValueError, match="does not say where the training stood|lacks a part"):
+    with pytest.raises(ValueError, match=r"does not say where the training stood|lacks a part"):
         resume(run)
 
 
