@@ -105,11 +105,11 @@ class RunConfig:
         """
         place = at_first(self.place)
         if place is None:
+            name = shortened(self.source, 64)
             raise ValueError(
-                f"the data of the run, which it calls {shortened(self.source, 64)!r}, are not read:"
-                " this user has not trained on them here. Give them once, with: nelbo evaluate RUN"
-                f" --data DATA, in Python run.meet(DATA); or set {_limits.TRUST}=1 if the run is"
-                " yours"
+                f"the data of the run, which it calls {name!r}, are not read: this user has not"
+                " trained on them here. Give them once, with: nelbo evaluate RUN --data DATA, in"
+                f" Python run.meet(DATA); or set {_limits.TRUST}=1 if the run is yours"
             )
         try:
             dataset = self._read(place)
