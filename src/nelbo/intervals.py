@@ -6,7 +6,7 @@ estimate s² that is worth ν normal squares, its degrees of freedom, that is
     s t_ν(0.975) / 1.96,        ν = (Σ_g s_g²)² / Σ_g s_g⁴/(d_g + 2) - 2 ,
 
 where s² is a sum of independent s_g² of d_g degrees each (Welch 1947; the less, the more unequal
-they are, or the heavier their tails). Where ν is less than FEWEST nothing is stated: NaN.
+they are, or the heavier their tails). Where there are fewer than FEWEST nothing is stated: NaN.
 
 One example is drawn too seldom to know its own variance: of two draws both may miss what is rare,
 and agree. So all examples share the mean of theirs, as far as their differences are chance
@@ -20,7 +20,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-FEWEST = 2.0  # degrees of freedom of a variance of which an error is stated
+FEWEST = 2.0  # degrees of freedom of normal draws, of which an error is stated
 OWN = 8  # replicates that give an example an error of its own, if it is like no other
 HALVES = 4  # replicates of which two halves have a variance each
 MOST = 0.75  # of what an example's own variance differs by counts: none is nearly 0 by chance
@@ -30,13 +30,19 @@ NORMAL = 1.959964  # the 97.5 % quantile
 
 def widened(freedoms: float) -> float:
     """What the root of a variance with so many degrees of freedom is multiplied by."""
-    return float(stdtrit(freedoms, 0.975)) / NORMAL if freedoms >= FEWEST else math.nan
+    return float(stdtrit(freedoms, 0.975)) / NORMAL
 
 
 def freedoms(parts: Tensor, each: Tensor) -> float:
-    """ν of a sum of estimated variances, (n,), which have so many degrees of freedom, (n,)."""
+    """ν of a sum of estimated variances, (n,), which have so many degrees of freedom, (n,).
+
+    NaN where these are too few, or nothing varies; one at least: where one part is all that there
+    is the error is wide, and not only stated when it is not.
+    """
     squares = (parts.square() / (each + 2)).sum()
-    return (parts.sum().square() / squares - 2).item()
+    if not each.sum() >= FEWEST or not squares > 0:
+        return math.nan
+    return max(1.0, (parts.sum().square() / squares - 2).item())
 
 
 def apart(distance: Tensor, example: Tensor | None = None) -> Tensor:

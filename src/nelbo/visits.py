@@ -132,7 +132,10 @@ class Visits:
         share = len(self.rows) / len(self.known)
         parts = torch.cat([share * within, (1 - share) * between])
         error = self.monte_carlo(columns)
-        known = freedoms(parts, torch.cat([each, torch.ones_like(between)]))
+        each = torch.cat([each, torch.ones_like(between)])
+        known = freedoms(parts, each)
+        # few draws of heavy tails see but a part of them, and when they do the mean is amiss, too
+        known = max(1.0, known * min(1.0, known / each.sum().item()))
         return error * widened(known) if error > 0 else math.nan
 
     def _variances(self, columns: slice) -> tuple[float, float, float]:
