@@ -84,7 +84,7 @@ def digits(tmp_path_factory):
     # A few test examples are enough here.
     law, few = run.law, run.examples()[0][:12]
 
-    def of_few(source=None, split=None):
+    def of_few(source=None, split=None, splits=None):
         return law(source, split) if split else (run.model, few, "test")
 
     object.__setattr__(run, "law", of_few)

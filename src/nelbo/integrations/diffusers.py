@@ -206,6 +206,10 @@ def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
     """Any σ; F of Karras et al. 2022, told log(σ)/4 = γ/8."""
     network, scheduler, shape, scaling = whole
     config = scheduler.config
+    for name in ("sigma_data", "sigma_min", "sigma_max"):
+        value = config[name]
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"the scheduler's {name} must be a positive number; got {value!r}")
     head = EDM(config["sigma_data"], -1.0 if config["prediction_type"] == "v_prediction" else 1.0)
     if steps is None:
         low, high = (2 * math.log(config[name]) for name in ("sigma_min", "sigma_max"))
