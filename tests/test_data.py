@@ -370,7 +370,10 @@ def test_other_types_refused(tmp_path, x):
         ({"wings": counts(), "beaks": counts()}, "holds the arrays wings, beaks; name"),
         ({"x": counts(), "X": counts()}, "holds the arrays x, X"),
         ({}, r"holds the arrays \(none\)"),
-        ({"x_test": counts(), "y_test": counts()}, "no training examples, only test"),
+        (
+            {"x_test": counts(), "y_test": counts()},
+            "no training examples, only test; name them .* --splits",
+        ),
         ({"x": counts(n=2)}, "2 training examples, too few .* at least 3"),
         ({"train": counts(n=1), "test": counts()}, "1 training examples, .* validation off"),
         ({"train": counts(), "test": counts(n=0)}, "test in .* is empty"),
@@ -684,6 +687,8 @@ def test_channels_are_beside_the_wider_image(tmp_path, shape, read, said):
 def test_pixels_between_zero_and_one_are_led_to_levels(tmp_path):
     x = RNG.random((30, 5, 4))
     assert any("np.rint(255 * x)" in n for n in load(save(tmp_path / "x.npy", x)).notes)
+    signed = load(save(tmp_path / "signed.npy", 2 * x - 1)).notes
+    assert any("[-1, 1]" in n and "np.rint(127.5 * (x + 1))" in n for n in signed)
     assert not any("255" in n for n in load(save(tmp_path / "y.npy", 2 * x)).notes)
     x[:, 0, 0] = 0
     with pytest.raises(ValueError, match=r"always 0 .* np\.rint\(255 \* x\)"):

@@ -126,7 +126,7 @@ def test_what_was_guessed_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("names", [("trainset", "b", "c"), ("a", "b", "latest")])
+@pytest.mark.parametrize("names", [("trainset", "b", "c"), ("a", "b", "mytest")])
 def test_names_that_may_be_splits_are_declared(tmp_path, make, names):
     """Nothing is pooled, or left out, that is called like a split."""
     source = make(tmp_path / "x", names)
@@ -252,3 +252,21 @@ def test_partitions_of_hive_are_columns_or_splits(tmp_path):
     with pytest.raises(ValueError, match="both name the train"):
         group(["Train/a", "train/b"], "x")
     assert declare("none") == {}
+
+
+def test_ordinary_words_are_no_splits(tmp_path):
+    """Words that hold "test" or "train" by chance, as names of classes and of files."""
+    source = folders(tmp_path / "x", ("latest_cars", "Contest", "trains"))
+    for i in range(4):
+        picture().save(source / "trains" / f"protest_{i}.png")
+    found = data.load(source)
+    assert sum(len(x) for x in found.splits.values()) == 15
+    assert any("split 80/10/10" in note for note in found.notes)
+
+
+def test_a_folder_of_tables_is_told_from_one_of_images(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"holds \.csv files, which are read one at a time"):
+        data.load(tmp_path)

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from nelbo import data
 from nelbo.data import dtypes, examples
 from nelbo.data.inference import infer_columns, typed
 from nelbo.data.schema import Schema
@@ -131,3 +132,19 @@ def test_a_schema_is_of_its_columns_not_of_their_types():
     assert by_type == plain and by_type.to_dict() != plain.to_dict()
     real = next(c for c in by_type.columns if c.name == "real")
     assert real.range == (FRAME["real"].min(), FRAME["real"].max())
+
+
+def test_a_named_index_of_pandas_is_said_to_be_left_out():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"city": ["u", "v"] * 20, "x": np.arange(40) % 7})
+    assert not any("index" in note for note in data.load(frame).notes)
+    notes = data.load(frame.set_index("city")).notes
+    assert any("index of the frame, city, left out" in note for note in notes)
+
+
+def test_columns_of_objects_are_refused_in_one_sentence():
+    pd = pytest.importorskip("pandas")
+    months = pd.period_range("2000-01", periods=40, freq="M")
+    for cells in (months, np.arange(40) * 1j):
+        with pytest.raises(ValueError, match="'m' is of the type Object; give numbers"):
+            data.load(pd.DataFrame({"m": cells, "x": np.arange(40)}))

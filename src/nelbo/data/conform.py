@@ -10,16 +10,18 @@ from torch import Tensor
 
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
-from nelbo.data.splits import SPLITS
+from nelbo.data.splits import ADVICE, SPLITS
 
 #: beyond this many values per dimension, integers are better treated as real or binned
 MOST_LEVELS = 65536
 
 #: what leads from images of real numbers to those of levels
 TO_LEVELS = (
-    "if they are pixels that were divided by 255, save np.rint(255 * x).astype(np.uint8): levels,"
+    "if they are pixels that were {how}, save np.rint({back}).astype(np.uint8): levels,"
     " whose probability has bits/dim"
 )
+FROM_UNIT = TO_LEVELS.format(how="divided by 255", back="255 * x")
+FROM_SIGNED = TO_LEVELS.format(how="scaled to [-1, 1]", back="127.5 * (x + 1)")
 #: of the seed of a split
 SALT = 0x6E656C626F
 
@@ -81,8 +83,10 @@ def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:
             notes = [
                 "all values are whole numbers in a real type; --levels K counts them as levels"
             ]
-        elif len(shape) == 3 and all(_unit(x) for x in found.parts.values()):
-            notes = [f"real numbers in [0, 1], so a density, in nats; {TO_LEVELS}"]
+        elif len(shape) == 3 and all(_within(x, 0) for x in found.parts.values()):
+            notes = [f"real numbers in [0, 1], so a density, in nats; {FROM_UNIT}"]
+        elif len(shape) == 3 and all(_within(x, -1) for x in found.parts.values()):
+            notes = [f"real numbers in [-1, 1], so a density, in nats; {FROM_SIGNED}"]
         return Schema("real", shape, None), notes
     return _inferred_levels(found, shape)
 
@@ -165,7 +169,8 @@ def split(
     train = parts["train"] if "train" in parts else parts.get("all")
     if train is None:
         raise ValueError(
-            f"{source} has no training examples, only {', '.join(parts)}; name them train"
+            f"{source} has no training examples, only {', '.join(parts)}; name them train, or"
+            f" {ADVICE}"
         )
     missing = [name for name in ("validation", "test") if name not in parts]
     if not missing:
@@ -216,7 +221,7 @@ def refuse_constant(train: Tensor, source: str) -> None:
     where = f"column {index[0]}" if len(index) == 1 else f"pixel {tuple(index)}"
     others = int(constant.sum()) - 1
     pixels = train.ndim == 4 and train.amin() >= 0 and train.amax() <= 1
-    more = f"; {TO_LEVELS}" if pixels else ""
+    more = f"; {FROM_UNIT}" if pixels else ""
     raise ValueError(
         f"{where} of {source} is always {train[(0, *index)].item():g} in the training split"
         f"{f' (and {others} more are constant)' if others else ''}: a density is unbounded "
@@ -228,9 +233,9 @@ def _integers(x: Stored) -> bool:
     return x.dtype.kind in "bui"
 
 
-def _unit(x: Stored) -> bool:
-    """Whether all values lie in [0, 1], as those of images that were divided by 255."""
-    return not _integers(x) and not isinstance(x, Rows) and x.min() >= 0 and x.max() <= 1
+def _within(x: Stored, low: int) -> bool:
+    """Whether all values lie in [low, 1], as those of images that were scaled."""
+    return not _integers(x) and not isinstance(x, Rows) and x.min() >= low and x.max() <= 1
 
 
 def _whole(x: Stored) -> bool:

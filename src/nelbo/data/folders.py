@@ -31,6 +31,8 @@ def read_folder(folder: Path, form: Form, splits: Declared | None = None) -> Fou
     """
     walked = walk(folder, SUFFIXES, WHAT)
     names = [file.relative_to(folder).as_posix() for file in walked.files]
+    if not names and _tables(walked):
+        raise ValueError(_no_images(folder, walked))
     empty = _empty_splits(folder, names) if splits is None else []
     parts, rests, notes = group([*names, *empty], folder, splits, "images outside the folders")
     if empty:
@@ -66,10 +68,14 @@ def _empty_splits(folder: Path, names: Sequence[str]) -> list[str]:
 
 def _no_images(folder: Path, walked: Walked) -> str:
     """What to do where there are no images."""
-    tables = [kind for kind in (".csv", ".tsv", ".npy", ".npz") if walked.others[kind]]
-    if tables:
+    if tables := _tables(walked):
         return (
             f"{folder} holds {tables[0]} files, which are read one at a time; give one of them, or"
             " put all examples into one .npz file with x_train and x_test, or into Parquet files"
         )
     return f"{folder} has no images ({', '.join(SUFFIXES)}); give a folder that holds some"
+
+
+def _tables(walked: Walked) -> list[str]:
+    """The types of files of tables and arrays among those that are no images."""
+    return [kind for kind in (".csv", ".tsv", ".npy", ".npz") if walked.others[kind]]

@@ -43,6 +43,16 @@ def columns_of(table: object) -> "list[Series]":
     return [_column(name, values) for name, values in found]
 
 
+def left_out(table: object) -> list[str]:
+    """A note on a named index of a pandas frame, which is no column of it."""
+    if not (hasattr(table, "iloc") and hasattr(table, "columns")):
+        return []
+    names = [str(name) for name in cast(Any, table).index.names if name is not None]
+    if not names:
+        return []
+    return [f"the index of the frame, {', '.join(names)}, left out; reset_index() keeps it"]
+
+
 def _column(name: str, values: object) -> "Series":
     """One column; what its library calls missing is null."""
     pl = import_module("polars")

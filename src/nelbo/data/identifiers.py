@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from nelbo.data.cells import texts
-from nelbo.data.spelling import NUMBER, codes, comma_advice
+from nelbo.data.spelling import NUMBER, codes, number_advice
 
 if TYPE_CHECKING:
     from polars import Series
@@ -51,8 +51,11 @@ class Evidence:
             return self
         numbers, words = _cells(series)
         found = words if numbers is None else numbers
-        known = series.clear() if found is None else found.drop_nulls()
-        if len(known) or found is None:
+        if found is None:
+            self.integers = self.words = False
+            return self
+        known = found.drop_nulls()
+        if len(known):
             self.integers &= numbers is not None
             self.words &= words is not None
         self.known += len(known)
@@ -168,7 +171,7 @@ def _cells(series: "Series") -> "tuple[Series | None, Series | None]":
     numbers = cells.str.contains(f"^(?:{NUMBER})$")
     if not numbers.any():
         values = cells.drop_nulls().unique().to_list()
-        return None, None if values and comma_advice(values) else cells  # these are numbers
+        return None, None if values and number_advice(values) else cells  # these are numbers
     if cells.str.contains(CODE).any() and codes(cells.drop_nulls().unique()):
         return None, cells
     if not cells.str.contains(r"^[+-]?[0-9]+$").all():

@@ -23,7 +23,7 @@ from nelbo.data.cells import (
 from nelbo.data.dtypes import categories_of, describe
 from nelbo.data.identifiers import Evidence, identifies, name_rows
 from nelbo.data.layout import POINTS, SIZES, Column
-from nelbo.data.spelling import TRUTH, canonical, codes, comma_advice, is_number, spellings
+from nelbo.data.spelling import TRUTH, canonical, codes, is_number, number_advice, spellings
 
 if TYPE_CHECKING:
     from polars import DataFrame, DataType, Series
@@ -362,7 +362,7 @@ def _infer(
         note = _of_texts(name, every, odd)
         column = _category(text, few, missing, note, asked)
         return column, "; ".join(filter(None, (note, _of_spellings(name, every, few))))
-    if odd and (advice := comma_advice(odd)):
+    if odd and (advice := number_advice(odd)):
         raise ValueError(f"the column {name!r} holds texts such as {odd[0]!r}: {advice}")
     return _number(name, numbers(series, words=words), missing)
 
@@ -383,7 +383,7 @@ def _declared_category(
 
 def _of_texts(name: str, values: list[str], odd: list[str]) -> str:
     """The note on a column of texts of which some are no numbers; "" where all is plain."""
-    if odd and (advice := comma_advice(odd)):
+    if odd and (advice := number_advice(odd)):
         return f"{name} holds texts such as {odd[0]!r}: taken as a category; {advice}"
     if odd and len(odd) < len(values):
         return f"{name} holds numbers and texts such as {odd[0]!r}: taken as a category"

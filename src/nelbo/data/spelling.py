@@ -18,6 +18,12 @@ _LEADING_ZERO = re.compile(r"[+-]?0[0-9].*")
 _BARE_EXPONENT = re.compile(r"[0-9]+[eE][0-9]+")
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+),[0-9]+")
+#: numbers with a currency, a per cent, groups by blanks or apostrophes, or the typographic minus
+_MARKED = re.compile(
+    r"[-+\u2212]?\s?[$\u20ac\xa3\xa5]?\s?[-\u2212]?"
+    r"(?:[1-9][0-9]{0,2}(?:[ \xa0\u2009\u202f'\u2019,][0-9]{3})+|0|[1-9][0-9]*)"
+    r"(?:\.[0-9]+|,[0-9]{1,2})?\s?[%$\u20ac\xa3\xa5]?"
+)
 _FURTHEST = 40  # decimal places from the point, beyond which a number is not written out
 
 
@@ -96,8 +102,13 @@ def spellings(values: Iterable[str]) -> list[str]:
     return sorted(found.values())
 
 
-def comma_advice(values: Iterable[str]) -> str:
-    """Advice on numbers that are written with commas; "" where the texts are others."""
+def number_advice(values: Iterable[str]) -> str:
+    """Advice on numbers that are written with more than digits and a point, such as commas,
+    blanks or currencies; "" where the texts are others.
+
+    >>> number_advice(["1,5", "2,25"]), number_advice(["$12.50"]), number_advice(["12:50"])
+    ('write 1.5, not 1,5', 'write 12.50, not $12.50', '')
+    """
     values = list(values)
     if all(_THOUSANDS.fullmatch(value) for value in values):
         if any(value.count(",") > 1 or "." in value for value in values):
@@ -110,4 +121,7 @@ def comma_advice(values: Iterable[str]) -> str:
     if all(_DECIMAL_COMMA.fullmatch(value) for value in values):
         grouped = any("." in value for value in values)
         return "write 1250.5, not 1.250,5" if grouped else "write 1.5, not 1,5"
+    if all(_MARKED.fullmatch(value) for value in values):
+        plain = re.sub(r",([0-9]{1,2})(?![0-9])", r".\1", values[0].replace("\u2212", "-"))
+        return f"write {re.sub(r'[^-+0-9.]', '', plain)}, not {values[0]}"
     return ""

@@ -28,6 +28,13 @@ WORD = re.compile(r"t10k|(?<![a-z])[xy](?=(?:train|test|val|valid|dev)(?![a-z]))
 CAPITALS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 NONE = "none"  # declares that the names mean no splits
 LIKELY = re.compile("train|test|val|dev|t10k", re.I)  # quick: most names have none of these
+#: words that hold "train" or "test" and mean no part of data
+ORDINARY = re.compile(
+    r"(?<![a-z])(?:(?:la|grea|fas|shor|ligh|brigh|smar|ho|we)test|contests?|protest(?:s|ers?|ant)?|attest|"
+    r"detest|testament|testimon(?:y|ial)s?|intestin(?:e|es|al)|testicular|testis|"
+    r"trains|trainers?|(?:re|con)?strain(?:s|ts?)?)(?![a-z])",
+    re.I,
+)
 ADVICE = "declare the splits, as in --splits train=A,test=B, or --splits none to draw them"
 SHOWN = 3  # names in a message
 
@@ -152,7 +159,7 @@ def group(
 
 def refuse_unclear(name: str, source: object) -> None:
     """Raise ValueError where a name holds "train" or "test" and no word of it is of one split."""
-    word = re.search("train|test", name, re.I)
+    word = re.search("train|test", ORDINARY.sub("", name), re.I)
     if word is not None and _decided(name) is None:
         raise ValueError(
             f"{name} in {source} holds {word[0]!r} and is of no split by its words; {ADVICE}"

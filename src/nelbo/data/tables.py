@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nelbo import _limits
 from nelbo.data import delimited
-from nelbo.data.frames import columns_of
+from nelbo.data.frames import columns_of, left_out
 from nelbo.data.remote import here
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def find(
     if isinstance(source, str | PathLike):
         path = Path(here(source)).absolute()
         return str(path), read(path, notes)
+    if notes is not None:
+        notes += left_out(source)
     return "the table", frame_of(source)
 
 
