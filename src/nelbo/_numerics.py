@@ -72,8 +72,8 @@ def draw(distribution: Distribution) -> Tensor:
 
 
 def check_finite(module: nn.Module, where: str) -> None:
-    """ValueError where a parameter is not finite, or a buffer NaN (log 0 may stand in one)."""
-    learned = {name for name, _ in module.named_parameters()}
+    """ValueError where a parameter is not finite, or a buffer or a `log_..` NaN: log 0 is none."""
+    learned = {n for n, _ in module.named_parameters() if not n.split(".")[-1].startswith("log_")}
     for name, tensor in module.state_dict().items():
         of_it = own(tensor)
         if not of_it.is_floating_point():
