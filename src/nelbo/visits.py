@@ -99,16 +99,15 @@ class Visits:
         parts = zip(self._totals(columns), self.blocks, strict=False)
         return [total - known[rows, None] for total, rows in parts]
 
-    def _noise(self, columns: slice, caution: float = 0.0) -> tuple[list[Tensor], float]:
-        """w_i² of each example, (n_g,) of each block; and the degrees of freedom of the one that
-        all have who were visited once."""
-        alike, known = math.nan, math.nan
+    def _noise(self, columns: slice, caution: float = 0.0) -> list[Tensor]:
+        """w_i² of each example, (n_g,) of each block."""
+        alike = math.nan
         if len({block.shape[1] > 1 for block in self.costs}) == 2:
-            alike, known = typical(self._left(columns), caution)
+            alike, _ = typical(self._left(columns), caution)
         return [
             b.var(1) if b.shape[1] > 1 else torch.full((len(b),), alike).double()
             for b in self._totals(columns)
-        ], known
+        ]
 
     def _in_order(self, each: Tensor) -> Tensor:
         return each.new_full((len(self.known),), math.nan).index_put((self.rows,), each)
@@ -134,8 +133,9 @@ class Visits:
         error = self.monte_carlo(columns)
         each = torch.cat([each, torch.ones_like(between)])
         known = freedoms(parts, each)
-        # few draws of heavy tails see but a part of them, and when they do the mean is amiss, too
-        known = max(1.0, known * min(1.0, known / each.sum().item()))
+        if all(block.shape[1] > 1 for block in self.costs) and not len(between):
+            # few draws of heavy tails see a part of them, and where they do the mean is amiss too
+            known = max(1.0, known * min(1.0, known / each.sum().item()))
         return error * widened(known) if error > 0 else math.nan
 
     def _variances(self, columns: slice) -> tuple[float, float, float]:
@@ -147,8 +147,9 @@ class Visits:
         """Independent parts of the variance of the mean over S: of that by its draws alone, with
         the degrees of freedom of each; and of that by S and its draws, of one degree each."""
         visited = len(self.rows)
-        # few tell the noise, and the error would be least where they tell the least
-        noises, known = self._noise(columns, CAUTION)
+        # few tell the noise, and the error would be least where they tell the least: the caution
+        # stands for their degrees of freedom
+        noises = self._noise(columns, CAUTION)
         parts, once = [], 0.0
         for block, noise in zip(self._totals(columns), noises, strict=True):
             size, replicates = block.shape
@@ -157,7 +158,7 @@ class Visits:
                 parts.append(((size / visited) ** 2 * of_mean.item(), replicates - 1.0))
             else:
                 once += (size / visited**2 * noise.mean()).item()
-        within, each = torch.tensor([*parts, (once, known)] if once else parts).double().T
+        within, each = torch.tensor([*parts, (once, visited - 1.0)] if once else parts).double().T
         if visited == len(self.known):
             return within, each, within[:0]
         left = torch.cat([block.mean(1) for block in self._left(columns)])
@@ -168,7 +169,7 @@ class Visits:
         each, monte_carlo = self._means().sum(1), self.stated()
         if len(each) == 1:
             return StandardError(math.nan, math.nan, monte_carlo)
-        noises, _ = self._noise(slice(None))
+        noises = self._noise(slice(None))
         counts = [block.shape[1] for block in self.costs]
         noise = torch.cat([w / n for w, n in zip(noises, counts, strict=True)]).mean()
         spread = (each.var() - noise).clamp(min=0) / len(self.known)
