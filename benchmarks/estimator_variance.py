@@ -55,6 +55,7 @@ from nelbo.evaluate import CALLS, Evaluation, _strata, evaluate
 from nelbo.model import Model, measuring
 from nelbo.pilots import ROWS, Pilots
 from nelbo.plan import Plan, plan
+from nelbo.proposal import proposal
 from nelbo.reverse import Posterior
 
 AT = (1, 2, 4, 16)  # calls per example
@@ -243,7 +244,7 @@ def _costs(
 
 def learn(run: Run, times: Times, x: Tensor, trained: Tensor) -> Known:
     """What the run's own pilots settle."""
-    cells, pilots = Cells(times), Pilots(run)
+    cells, pilots = Cells(times, proposal(run.model, times, trained)), Pilots(run)
     controls = Controls(run.model, trained, cells.edges)
     ways = {(way.draws, way.replicates) for way in (_way(cells, x, calls) for calls in AT)}
     return Known(cells, controls, {way: pilots(cells, controls, *way) for way in sorted(ways)})

@@ -49,6 +49,7 @@ ORDER = (
     "intervals",
     "references",
     "control",
+    "proposal",
     "allocate",
     "grids",
     "visits",

@@ -1,10 +1,11 @@
 r"""Which terms to draw, how often, and what to take off: an unbiased estimate of small variance.
 
 The costs of an example, reconstruction and diffusion, are one sum over cells: cell 0 is the
-reconstruction, the others divide u ∈ [0, 1] of the diffusion term evenly. A visit to an example
-falls into cell c with probability p_c and gives
+reconstruction, the others divide u ∈ [0, 1] of the diffusion term into parts that a proposal q
+holds to cost alike (`proposal`); a step that it holds to cost as much as a part is one by itself.
+A visit to an example falls into cell c with probability p_c, within it as q does, and gives
 
-    y = Σ_c b_c·φ_c(x) + [ w_c (cost - k_c·v) - b_c·φ_c(x) ] / p_c ,        w_c the width of c in u
+    y = Σ_c b_c·φ_c(x) + [ w (cost - k_c·v) - b_c·φ_c(x) ] / p_c ,        w = q(c)/q(u)
 
 v and φ from `control`; the place in the cell, less its mean, is a v too. E[y] is the sum of costs
 for any b, k and p > 0. A pilot on some of the examples fits b and k cell by cell (least squares
@@ -32,6 +33,8 @@ from nelbo.data import as_examples
 from nelbo.draw import observe
 from nelbo.estimate import Times, stratified
 from nelbo.intervals import apart
+from nelbo.proposal import Proposal
+from nelbo.proposal import even as even_proposal
 from nelbo.terms import Decode, Term
 
 CELLS = 32  # of the diffusion term, at most
@@ -46,14 +49,22 @@ RIDGE = 0.01  # of each coefficient, relative to the rows that determine it
 
 
 class Cells:
-    """The cells of the costs for one kind of times."""
+    """The cells of the costs for one kind of times.
 
-    def __init__(self, times: Times) -> None:
-        self.times = times
-        self.diffusion = CELLS if times.steps is None else min(times.terms, CELLS)
+    Args:
+        times: of the bound.
+        proposal: where the costs are held to be; left out, all u alike.
+    """
+
+    def __init__(self, times: Times, proposal: Proposal | None = None) -> None:
+        self.times, self.proposal = times, even_proposal(times) if proposal is None else proposal
+        edges = torch.tensor(self.proposal.cells(CELLS) if times.terms else [0])
+        #: the distribution function of the proposal at the edges
+        self.ends = torch.cat([torch.zeros(1).double(), self.proposal.mass.cumsum(0)])[edges]
+        self.diffusion = len(edges) - 1
         self.count = 1 + self.diffusion
-        u = torch.arange(self.diffusion + 1, dtype=torch.float64) / max(self.diffusion, 1)
-        self.edges = times.at(u) if self.diffusion else torch.tensor([1.0]).double()
+        at = self.proposal.u[edges]
+        self.edges = times.at(at) if self.diffusion else torch.tensor([1.0]).double()
 
     def variates(self, controls: Controls) -> int:
         """G: those of the controls, and the place in the cell."""
@@ -68,7 +79,7 @@ class Cells:
         replicate: Tensor,
         each: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """w_c·cost, shape (B, n), and w_c·v, shape (B, n, G), of n visits to each example.
+        """w·cost, shape (B, n), and w·v, shape (B, n, G), of n visits to each example.
 
         Args:
             controls: the variates and their model.
@@ -120,7 +131,7 @@ class Cells:
             # like times together: the cost of an integral depends on the noise
             order = kind.nonzero()[:, 0][place[kind].argsort()]
             for part in order.split(max(LIKE, math.ceil(len(order) / 4))) if kind.any() else ():
-                term, factor = self._term(cell[part], share[part].to(x.device))
+                term, factor = self._term(cell[part], share[part], x.device)
                 draw = observe(controls.model.at(row[part]), x[row[part]], term)
                 cost[part] = factor * draw.cost.cpu()
                 draws.append((part, factor, draw))
@@ -133,15 +144,18 @@ class Cells:
             by = lender[part]
             other = said.at(by) if (by >= 0).any() else NOTHING_SAID
             alone = (by < 0).to(x.device)
-            v[part] = factor * controls.within(draw, said.at(part), other, alone).cpu()
+            v[part] = factor[:, None] * controls.within(draw, said.at(part), other, alone).cpu()
         return cost.view(len(x), -1), v.view(len(x), len(replicate), -1)
 
-    def _term(self, cell: Tensor, share: Tensor) -> tuple[Term, float]:
+    def _term(self, cell: Tensor, share: Tensor, device: torch.device) -> tuple[Term, Tensor]:
+        """The terms at places in the cells, and w·(the factor of a cost), shape of `cell`."""
         if (cell == 0).any():
-            return Decode(torch.full_like(share, self.times.first)), 1.0
-        u = (cell.to(share.device) - 1 + share) / self.diffusion
-        term, factor = self.times.term(u)
-        return term, factor / self.diffusion
+            first = torch.full_like(share, self.times.first).to(device)
+            return Decode(first), torch.ones_like(share)
+        width = self.ends.diff()[cell - 1]
+        u, weight = self.proposal.at(self.ends[cell - 1] + share * width)
+        term, factor = self.times.term(u.to(device))
+        return term, factor * weight * width
 
 
 def _lenders(place: Tensor, replicate: Tensor) -> Tensor:
@@ -161,7 +175,7 @@ def _lenders(place: Tensor, replicate: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a pilot settles: p (C,), k (C, G), b (C, 1 + F), and the sd of w_c cost (C,) left."""
+    """What a pilot settles: p (C,), k (C, G), b (C, 1 + F), and the sd of w cost (C,) left."""
 
     probability: Tensor
     within: Tensor
@@ -179,10 +193,10 @@ class Allocation:
 
 
 def even(cells: Cells, controls: Controls, features: int, first: float) -> Allocation:
-    """No pilot: nothing taken off; `first` is the share of the reconstruction, the rest alike."""
+    """No pilot: nothing taken off; `first` is the share of the reconstruction, the rest goes by
+    the proposal."""
     first = 1.0 if cells.count == 1 else max(first, 1 / cells.count)
-    p = torch.full((cells.count,), (1 - first) / max(1, cells.diffusion), dtype=torch.float64)
-    p[0] = first
+    p = torch.cat([torch.full((1,), first).double(), (1 - first) * cells.ends.diff()])
     within = torch.zeros(cells.count, cells.variates(controls), dtype=torch.float64)
     between = torch.zeros(cells.count, features, dtype=torch.float64)
     return Allocation(p, within, between, torch.full_like(p, torch.nan))

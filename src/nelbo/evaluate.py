@@ -29,6 +29,7 @@ from nelbo.elbo import Bound, prior_term
 from nelbo.estimate import Times, stratified, times_of
 from nelbo.model import Model, counting, measuring, model_hash
 from nelbo.plan import FEWEST, LEAST, Plan, first_round, plan
+from nelbo.proposal import proposal
 from nelbo.visits import StandardError, Visits
 
 #: what a pilot settles, from cells, controls, draws and replicates
@@ -37,6 +38,7 @@ Pilots = Callable[[Cells, Controls, int, int], Allocation]
 CALLS = 24  # network calls per example, if nothing else is asked for
 AT_ONCE = 1024  # examples of which is asked what is known without the network
 FARTHEST = 1e140  # nats of the prior: beyond, squares of other costs overflow
+MUCH = 1 / 4  # of the draws without a pilot, for the reconstruction
 TOGETHER = 128  # draws of small blocks, in one task
 
 
@@ -174,7 +176,8 @@ def evaluate(
         raise ValueError("give calls or target_error, not both")
     density = model.decoder.density
     scale = scale_of(model)
-    cells = Cells(times)
+    others = x if known is None else known
+    cells = Cells(times, proposal(model, times, others))
     count, kept = CALLS if calls is None else calls, pilots is not None
     way = plan(len(x), count, cells.count, per_example, kept)
     target = None if target_error is None else target_error / scale
@@ -186,7 +189,7 @@ def evaluate(
         with seeded(seed, 0):
             controls: Controls = Nothing(model, cells.edges)
             if variates and (way.pilot or kept):
-                controls = Controls(model, x if known is None else known, cells.edges)
+                controls = Controls(model, others, cells.edges)
             learn = partial(_learn, cells, controls, x, pilots)
             allocation = learn(way)
             if target is not None:
@@ -258,8 +261,11 @@ def _learn(
         return pilots(cells, controls, way.draws, way.replicates)
     if way.pilot:
         return pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
-    # the reconstruction of an example once, if chance will
-    return even(cells, controls, 1, 1 / (way.draws * way.replicates))
+    # the reconstruction of an example once, if chance will; where that is not many more, as often
+    # in each replicate of a block
+    once, strata = 1 / (way.draws * way.replicates), way.block * way.draws
+    evenly = max(1, round(strata * once)) / strata
+    return even(cells, controls, 1, evenly if evenly <= MUCH else once)
 
 
 def _order(examples: int, seed: int) -> Tensor:

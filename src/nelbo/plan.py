@@ -81,6 +81,9 @@ def plan(
         replicates = left
     freedoms = 1 if piloted else replicates - 1
     block = max(1, min(BLOCK, examples * freedoms // BLOCKS))
+    if not piloted:
+        # no level is taken off, and a last block that is not whole would meet cells unevenly
+        block = min(range(block, block // 2, -1), key=lambda size: -examples % size)
     return Plan(examples, block, rows, replicates, left // replicates)
 
 
