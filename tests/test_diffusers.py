@@ -408,8 +408,8 @@ def test_what_is_not_a_model_is_refused(networks, tmp_path):
         with pytest.raises(kind, match=words):
             load(f"diffusers:{tmp_path}")
 
-    (unet / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKL"}))
-    refused("holds a AutoencoderKL")
+    (unet / "config.json").write_text(json.dumps(config | {"_class_name": "UNet3DModel"}))
+    refused("holds a UNet3DModel")
     (unet / "config.json").write_text("{")
     refused("is not JSON")
     (unet / "config.json").write_text(json.dumps(config | {"block_out_channels": [8, 16]}))
@@ -429,8 +429,36 @@ def test_what_is_not_a_model_is_refused(networks, tmp_path):
     refused("names no scheduler")
     (tmp_path / "scheduler" / "scheduler_config.json").unlink()
     refused("scheduler_config.json does not exist", FileNotFoundError)
-    (tmp_path / "vae").mkdir()
-    refused("latents of a VAE")
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "index"),
+    [
+        ("vae", None, None),
+        ("vqvae", None, None),
+        ("first_stage", "VQModel", None),
+        ("decoder", "AsymmetricAutoencoderKL", None),
+        ("decoder", "AutoencoderDC", None),
+        (None, None, {"movq": ["diffusers", "VQModel"]}),
+        (None, None, {"image_decoder": ["diffusers", "ConsistencyDecoderVAE"]}),
+        (None, None, {"_class_name": "LDMPipeline"}),
+    ],
+)
+def test_latents_are_not_pixels(networks, tmp_path, folder, kind, index):
+    """An autoencoder in any folder, or named in the index whatever is there, is refused."""
+    save(tmp_path, networks[3], ddpm())
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]})
+    )
+    load(f"diffusers:{tmp_path}")
+    if folder is not None:
+        (tmp_path / folder).mkdir()
+    if kind is not None:
+        (tmp_path / folder / "config.json").write_text(json.dumps({"_class_name": kind}))
+    if index is not None:
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="latents of an autoencoder"):
+        load(f"diffusers:{tmp_path}")
 
 
 def test_it_brings_no_data(networks):

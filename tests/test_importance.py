@@ -12,6 +12,7 @@ from test_categorical import arbitrary, table_model
 from test_derivation import BETAS, EYE, D, LinearGaussian, T
 from torch import Tensor
 
+from nelbo import evaluate
 from nelbo._numerics import seeded
 from nelbo.estimate import Continuum, Grid, elbo
 from nelbo.heads import LevelLogits
@@ -153,6 +154,21 @@ def test_the_pass_visits_each_example_once():
     b = measure(0)
     assert torch.equal(a.per_example[:BLOCK], b.per_example)
     assert not torch.equal(measure(1).per_example, b.per_example)
+
+
+def test_one_step_has_one_latent():
+    """Of a grid of one time the path is z alone: one sample is the ELBO, more are tighter, and
+    no diffusion term is met."""
+    model, x = levels_model(), torch.randint(0, 4, (24, 3, 1, 2))
+    found = [
+        evaluate_importance(model, x, times=Grid.uniform(1), samples=samples, replicates=8)
+        for samples in (1, 4, 64)
+    ]
+    plain = evaluate(model, x, times=Grid.uniform(1), calls=64)
+    error = math.hypot(plain.standard_error.monte_carlo, found[0].standard_error.monte_carlo)
+    assert abs(plain.bits_per_dim - found[0].bits_per_dim) < 4 * error
+    assert found[2].nats < found[1].nats < found[0].nats
+    assert [f.calls_per_example for f in found] == [8, 32, 512]
 
 
 def test_the_error_is_that_of_other_seeds():

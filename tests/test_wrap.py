@@ -1,6 +1,7 @@
 """Foreign denoisers: whatever language a model is in, its bound is the same."""
 
 import math
+import re
 import warnings
 
 import numpy as np
@@ -289,6 +290,21 @@ def test_signal_left_at_the_end_is_told_in_nats():
     extremes = 255 * torch.ones(1, *SHAPE).long()
     prior = full_sum(model, extremes, 5).prior.item()
     np.testing.assert_allclose(prior, nats, rtol=1e-12)
+
+
+def test_signal_left_of_real_data_is_that_of_their_mean_square():
+    """Real data have no largest value: the note gives the prior term for any, exactly."""
+    with pytest.warns(UserWarning, match="signal left") as caught:
+        model = wrap(
+            constant(0.0), SHAPE, predicts="data", betas=BETAS[:5], scaling=Affine(0.5, 2.0)
+        )
+    x = 40 * torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(3)).double()
+    square = ((x - 0.5) / 2).square().mean().item()
+    said = str(caught[0].message)
+    first, second = map(float, re.search(r"costs (\S+) \+ (\S+) \(E\[e²\] - 1\)", said).groups())
+    prior = full_sum(model, x, 5).prior.mean().item()
+    assert first + second * (square - 1) == pytest.approx(prior, rel=0.005)
+    assert "up to" not in said
 
 
 def test_no_warning_where_no_signal_is_left():

@@ -14,6 +14,7 @@ network calls each. Which process, step or decoder it is, nothing here knows.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,12 +47,12 @@ def log_weights(model: Model, x: Tensor, times: Grid) -> Tensor:
     Its mean is the ELBO; it takes T network calls.
     """
     process, e = model.process, model.embed(x)
-    first, *later = (t.expand(len(x)) for t in times.times.to(x.device))
-    last = later[-1] if later else first
+    every = [t.expand(len(x)) for t in times.times.to(x.device)]
+    first, last = every[0], every[-1]
     q = process.marginal(e, last)
     z = q.sample()
     weight = process.prior(x.shape[1:], last).log_prob(z) - q.log_prob(z)
-    for s, t in reversed(list(zip([first, *later[:-1]], later, strict=True))):
+    for s, t in reversed(list(pairwise(every))):
         p, q = model.reverse(z, s, t), process.posterior(z, e, s, t)
         z = q.sample()
         weight = weight + p.log_prob(z) - q.log_prob(z)

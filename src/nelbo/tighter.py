@@ -43,6 +43,7 @@ from nelbo.visits import StandardError
 BLOCK = 64  # examples that are seeded together
 TOLERANCE = 1e-4  # of the solver
 LOOSE = 10.0  # the looser tolerance is this many times the one asked for
+STILL = 0.01  # of the result per dimension, that an example may change where no error is stated
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def evaluate_flow(
 
     Raises:
         ValueError: no Gaussian process, a dequantiser of other data, K < 1, K > 1 with a random
-            trace, or no torchode.
+            trace, no torchode; or an example's bound that changes between the two tolerances by
+            more than the standard error of the mean: the solver has not settled what it is.
     """
     check_samples(samples)
     process, exact = check_gaussian(model), is_exact(model, trace)
@@ -220,7 +222,23 @@ def evaluate_flow(
         loose=-loose.mean().item() * scale_of(model),
         largest_change=(tight - loose).abs().max().item() * scale_of(model),
     )
-    return record(tight, how, weights, split)
+    found = record(tight, how, weights, split)
+    _check_settled(found, how)
+    return found
+
+
+def _check_settled(found: Tighter, how: ByFlow) -> None:
+    """The solver's own error is none of those stated, so it must be the smaller one."""
+    stated = [found.standard_error.total, found.standard_error.monte_carlo]
+    unknown = STILL * (found.dims if found.unit == "nats" else 1)
+    error = next((e for e in stated if math.isfinite(e)), unknown)
+    if not how.largest_change <= error:
+        raise ValueError(
+            f"the solver has not settled the bound: between the tolerances {how.loose_tolerance:g}"
+            f" and {how.tolerance:g} an example's changes by {how.largest_change:.2g}"
+            f" {found.unit}, more than the error of {error:.2g} that would be stated; try a"
+            f" tolerance of {how.tolerance / LOOSE:g}"
+        )
 
 
 def _flow_weights(

@@ -1,5 +1,6 @@
 """What a folder written by diffusers holds, read without running anything in it."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,8 +17,38 @@ from nelbo.integrations.foreign import read_json
 Config = Mapping[str, object]
 NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
+INDEX = "model_index.json"
+#: in the name of a class or of a folder that holds an autoencoder
+AUTOENCODER = re.compile("autoencoder|vae|vq", re.IGNORECASE)
+#: in the name of a pipeline whose network sees latents
+LATENT = re.compile("latent|^ldm", re.IGNORECASE)
 #: names in weights saved before attention had its present ones
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def autoencoder_of(path: Path) -> str | None:
+    """Where a pipeline's folder names or holds an autoencoder, whose latents the network sees."""
+    for name, kind in _components(path):
+        if AUTOENCODER.search(name) or AUTOENCODER.search(kind):
+            return shortened(f"{name}: {kind}" if kind else name)
+    index = path / INDEX
+    pipeline = str(read_json(index).get("_class_name")) if index.is_file() else ""
+    return shortened(f"{INDEX}: {pipeline}") if LATENT.search(pipeline) else None
+
+
+def _components(path: Path) -> Iterator[tuple[str, str]]:
+    """Names and classes of the parts of a pipeline, by its index and by its folders; a class that
+    is not known is ''."""
+    index = path / INDEX
+    for name, value in read_json(index).items() if index.is_file() else ():
+        # [library, class], or [None, None] for a part that was left out
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None:
+            yield name, str(value[1])
+    for config in sorted(path.glob("*/config.json")):
+        yield config.parent.name, str(read_json(config).get("_class_name", ""))
+    for part in sorted(path.iterdir()):
+        if part.is_dir():
+            yield part.name, ""
 
 
 def network_of(home: Path) -> tuple[nn.Module, str]:

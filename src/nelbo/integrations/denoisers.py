@@ -179,17 +179,29 @@ def spaced(total: int, steps: int) -> list[int]:
 
 
 def signal_left(model: Model) -> list[str]:
-    """A note where KL( q(z_T|x) ‖ N(0, I) ) may be worth one, with what it costs at most."""
-    embedding = model.process.embedding if isinstance(model.process, Gaussian) else None
-    largest = embedding.values.abs().max().item() if isinstance(embedding, Levels) else 1.0
+    """A note where KL( q(z_T|x) ‖ N(0, I) ) may be worth one, with what it costs.
+
+    Of levels it is the most that it can be; real data have no largest value, so of them it is what
+    their mean square makes it.
+    """
     last = torch.ones((), dtype=torch.float64)
     alpha = model.process.alpha(last).item()
-    nats = model.dims / 2 * (alpha * (largest**2 - 1) - math.log1p(-alpha))
+    embedding = model.process.embedding if isinstance(model.process, Gaussian) else None
+    levels = isinstance(embedding, Levels)
+    square = embedding.values.square().max().item() if isinstance(embedding, Levels) else 1.0
+    nats = model.dims / 2 * (alpha * (square - 1) - math.log1p(-alpha))
     if nats < NOTED * model.dims * LOG_2:
         return []
+    each = f"{model.dims / 2 * alpha:.3g} (E[e²] - 1)"
+    cost = (
+        f"costs up to {nats:.3g} nats per example"
+        if levels
+        else f"costs {nats:.3g} + {each} nats per example, where E[e²] is the mean square of the"
+        " data as the model sees them, (x - shift)/scale"
+    )
     return [
         f"the schedule ends with signal left (α_T = {alpha:.2g}): sampling starts from noise that"
-        f" has none, and the prior term costs up to {nats:.3g} nats per example"
+        f" has none, and the prior term {cost}"
     ]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nelbo.data import Schema
 from nelbo.estimate import Continuum, Grid, Times
-from nelbo.integrations._folder import Config, described, made, network_of
+from nelbo.integrations._folder import Config, autoencoder_of, described, made, network_of
 from nelbo.integrations.denoisers import (
     Predicts,
     Variance,
@@ -75,10 +75,12 @@ def load(
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}; save a pipeline there, or its parts")
-    if (path / "vae").exists():
+    found = autoencoder_of(path)
+    if found is not None:
         raise ValueError(
-            f"{path} models the latents of a VAE, of which there is a density only; encode them"
-            " and use nelbo.integrations.diffusers.build(network, scheduler, scaling=Affine())"
+            f"{path} models the latents of an autoencoder ({found}), of which there is a density"
+            " only; encode them and use nelbo.integrations.diffusers.build(network, scheduler,"
+            " scaling=Affine())"
         )
     home = next((path / n for n in ("unet", "transformer") if (path / n).is_dir()), path)
     network, kind = network_of(home)
