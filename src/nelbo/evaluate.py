@@ -176,16 +176,16 @@ def evaluate(
         raise ValueError("give calls or target_error, not both")
     density = model.decoder.density
     scale = scale_of(model)
-    others = x if known is None else known
-    cells = Cells(times, proposal(model, times, others))
-    count, kept = CALLS if calls is None else calls, pilots is not None
-    way = plan(len(x), count, cells.count, per_example, kept)
-    target = None if target_error is None else target_error / scale
-    if target is not None:
-        way = replace(way, pilot=0 if kept else LEAST, draws=1)
-        if len(x) > FEWEST and not per_example:
-            way = replace(way, replicates=1, draws=2)
     with measuring(model, x), counting(model.network) as calls_made:
+        others = x if known is None else known
+        cells = Cells(times, proposal(model, times, others))
+        count, kept = CALLS if calls is None else calls, pilots is not None
+        way = plan(len(x), count, cells.count, per_example, kept)
+        target = None if target_error is None else target_error / scale
+        if target is not None:
+            way = replace(way, pilot=0 if kept else LEAST, draws=1)
+            if len(x) > FEWEST and not per_example:
+                way = replace(way, replicates=1, draws=2)
         with seeded(seed, 0):
             controls: Controls = Nothing(model, cells.edges)
             if variates and (way.pilot or kept):
