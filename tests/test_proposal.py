@@ -103,6 +103,13 @@ def test_bins_of_continuous_time_are_small(start):
     assert found.u.diff().max() <= 1 / 200
 
 
+@pytest.mark.parametrize("name", ["levels", "symbols"])
+def test_models_of_logits_are_drawn_evenly_in_continuous_time(name):
+    known, times = MODELS[name](), Continuum()
+    found = proposal(known.model, times, known.examples(9))
+    assert torch.equal(found.mass, even(times).mass)
+
+
 def test_places_are_those_of_the_distribution_function():
     """By a fine quadrature of places: each bin as often as its mass, and the mean weight one; a
     step of a grid is met in its middle."""

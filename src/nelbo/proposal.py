@@ -15,7 +15,8 @@ and δ² lies about one of these, whatever the network:
 
 A symbol is hidden at t and shown at s with probability α_s - α_t, and a step of an absorbing
 process costs in proportion. The proposal mixes both with even draws, so that no draw weighs more
-than 1/SHARE times what it would by the best of the three.
+than 1/SHARE times what it would by the best of the three. In continuous time a model of logits is
+drawn evenly: its costs follow another curve, which a pilot finds.
 """
 
 import math
@@ -98,7 +99,7 @@ def proposal(model: Model, times: Times, x: Tensor) -> Proposal:
         times: of the bound.
         x: examples of the law that is measured, shape (N, ...).
     """
-    if times.terms == 0:
+    if times.terms == 0 or (times.steps is None and not _has_point_output(model.head)):
         return even(times)
     u = even(times).u if times.steps is not None else _bins(times, model.process)
     edges = times.at(u).to(model.device)
@@ -166,11 +167,20 @@ def _linear(process: Process, variances: Tensor, t: Tensor) -> Tensor:
     return (variances * noise / (alpha * variances + noise)).mean(1)
 
 
+def _has_point_output(head: Head) -> bool:
+    """Whether some output is a noise, data or velocity. Logits come with the evidence of z, so at
+    low noise costs nearly vanish, and the reference would have too many draws there."""
+    if isinstance(head, ProductHead):
+        return any(_has_point_output(part) for part in head.parts)
+    point = head.head if isinstance(head, WithVariance) else head
+    return point.outputs == 1 and not isinstance(point, Logits)
+
+
 def _of_output(process: Process, head: Head, t: Tensor) -> Tensor:
     """δ² of an output that is off by one, shape of t; 0 where it means logits."""
-    point = head.head if isinstance(head, WithVariance) else head
-    if isinstance(point, Logits) or point.outputs != 1:
+    if not _has_point_output(head):
         return torch.zeros_like(t)
+    point = head.head if isinstance(head, WithVariance) else head
     zero = torch.zeros_like(t)[:, None]
     outputs = (torch.zeros_like(zero), torch.ones_like(zero))
     low, high = (point(output, zero, t, process).e_hat for output in outputs)
