@@ -18,6 +18,7 @@ Config = Mapping[str, object]
 NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = "model_index.json"
+SHOWN = 80  # characters of a name from a folder, in a message
 #: in the name of a class or of a folder that holds an autoencoder
 AUTOENCODER = re.compile("autoencoder|vae|vq", re.IGNORECASE)
 #: in the name of a pipeline whose network sees latents
@@ -30,10 +31,10 @@ def autoencoder_of(path: Path) -> str | None:
     """Where a pipeline's folder names or holds an autoencoder, whose latents the network sees."""
     for name, kind in _components(path):
         if AUTOENCODER.search(name) or AUTOENCODER.search(kind):
-            return shortened(f"{name}: {kind}" if kind else name)
+            return shortened(f"{name}: {kind}" if kind else name, SHOWN)
     index = path / INDEX
     pipeline = str(read_json(index).get("_class_name")) if index.is_file() else ""
-    return shortened(f"{INDEX}: {pipeline}") if LATENT.search(pipeline) else None
+    return shortened(f"{INDEX}: {pipeline}", SHOWN) if LATENT.search(pipeline) else None
 
 
 def _components(path: Path) -> Iterator[tuple[str, str]]:
