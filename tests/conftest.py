@@ -1,5 +1,6 @@
 """One small trained run for the tests that need one; every test has its own, fixed seed."""
 
+import signal
 from zlib import crc32
 
 import pytest
@@ -27,6 +28,14 @@ OPENAI = {
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts():
+    """Ctrl-C is heard also where the tests run behind a shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

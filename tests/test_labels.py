@@ -136,7 +136,9 @@ def test_a_run_says_of_how_many_it_is_a_bound_on_p_of_x(tmp_path):
     source = arrays(tmp_path / "x.npz", x=X, y=y)
     tiny = {"steps": 3, "batch": 4, "width": 8, "depth": 1}
     run = train(source, tmp_path / "run", condition=["class"], **tiny)
-    model, x, _ = run.law(source)
+    said: list[str] = []
+    model, x, _ = run.law(source, tell=said.append)
+    assert any("without class: 10 of 40" in line for line in said)
     result = evaluate(model, x, calls=8)
     assert result.given == "class, where it is known, which 10 of 40 are not"
     assert math.isfinite(result.nats)

@@ -133,7 +133,8 @@ class Visits:
         error = self.monte_carlo(columns)
         each = torch.cat([each, torch.ones_like(between)])
         known = freedoms(parts, each)
-        if all(block.shape[1] > 1 for block in self.costs) and not len(between):
+        drawn_again = all(block.shape[1] > 1 for block in self.costs) and not len(between)
+        if drawn_again and not math.isnan(known):
             # few draws of heavy tails see a part of them, and where they do the mean is amiss too
             known = max(1.0, known * min(1.0, known / each.sum().item()))
         return error * widened(known) if error > 0 else math.nan
