@@ -67,7 +67,7 @@ def test_densities_are_of_the_units_of_the_data(kind, sample):
 
 
 def test_a_scale_that_fits_costs_the_entropy(sample):
-    """That of exp N(2, 1) is 2 + ½ log 2πe; of new draws, Gaussians of x itself are not so near."""
+    """That of exp N(2, 1) is 2 + ½ log 2πe; Gaussians of x itself are farther, of new draws."""
     entropy = 2 + 0.5 * math.log(2 * math.pi * math.e)
     known = sample[sample[:, 0] > 0]
     with seeded(11):
