@@ -408,3 +408,29 @@ def test_a_condition_that_is_measured_stays_a_number():
     found = data.load(frame, condition=["age", "cls"])
     assert [label.classes for label in found.schema.condition] == [(), ()]
     assert "age has 120 different whole numbers in 120 rows: taken as a number" in found.notes
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_whole_numbers_of_a_real_type_as_a_condition_are_said_to_be_numbers(tmp_path, suffix):
+    """As pandas has integers where a cell is missing."""
+    path = tmp_path / f"t{suffix}"
+    path.write_bytes(tables.to_bytes(cased([1.0, 2.0, 3.0, None]), suffix))
+    found = data.load(path, condition="cls")
+    assert not found.schema.condition[0].classes
+    assert any(
+        "cls: whole numbers of a real type are taken as a number; if" in n for n in found.notes
+    )
+    other = data.load(cased([1.5, 2.0, 3.0, 2.0]), condition="cls")
+    assert not any("real type" in note for note in other.notes)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_columns_that_training_did_not_have_are_said_to_be_left_out(tmp_path, suffix):
+    path = tmp_path / f"t{suffix}"
+    frame = cased([1, 2, 3, 2]).with_row_index("id")
+    schema = data.load(frame, condition="cls").schema
+    path.write_bytes(tables.to_bytes(frame.with_columns(y=1, z=2), suffix))
+    for like in (schema, data.load(frame).schema):
+        (note,) = data.load_like(path, like).notes
+        assert note == "columns that training did not have are left out: 'y', 'z'"
+        assert data.load_like(frame, like).notes == ()

@@ -639,7 +639,7 @@ def truncated(path: Path) -> None:
     [
         (cmyk, "the colour mode CMYK; convert"),
         (truncated, "cannot be read as an image: it is cut"),
-        (lambda path: path.write_text("no image"), "cannot be read as an image"),
+        (lambda path: path.write_text("no image"), "as an image: it is of no known type; remove"),
         (lambda path: path.write_bytes(b""), "cannot be read as an image"),
         (lambda path: path.write_bytes(png(W, H)), "cannot be read as an image"),
         (lambda path: path.write_bytes(png(10**4, 10**4)), "claims more than .* pixels"),

@@ -75,7 +75,6 @@ def train(
     levels = None if levels is None else integer("levels", levels, 2)
     size = None if size is None else integer("size", size, 1)
     minutes = None if minutes is None else real("minutes", minutes)
-    condition = [condition] if isinstance(condition, str) else condition
     at_first(lambda: check_new(out))
     dataset = data.load(
         source, levels=levels, size=size, schema=schema, condition=condition, splits=splits

@@ -62,7 +62,14 @@ def cells_of(
     words = texts(series, column.missing_words, column.categories)
     if column.kind in ("category", "boolean"):
         return _filled(words), notes
-    if "kind" in declared or not _are_integers(series, words):
+    if "kind" in declared:
+        return numbers(series), notes
+    if not _are_integers(series, words):
+        if column.precision is not None and column.precision.is_integer():
+            said = (
+                "whole numbers of a real type are taken as a number; if they are classes, declare"
+            )
+            notes = [*notes, f'{name}: {said} "kind": "category" for the column with --schema']
         return numbers(series), notes
     count = words.drop_nulls().n_unique()
     if count > max(len(words) // 2, 2):

@@ -410,7 +410,8 @@ def _category(
 ) -> Column:
     rows = len(text.drop_nulls())
     if len(distinct) > SIZES[4] - 2 or (not asked and name_rows(len(distinct), rows)):
-        because = f"; {note.removeprefix(text.name).strip()}" if note else ""
+        said = note.removeprefix(text.name).strip().replace(": taken as a category", "")
+        because = f"; it {said}" if note else ""
         raise ValueError(
             f"the column {text.name!r} has {len(distinct)} different texts in {rows} rows, too"
             f" many for a category; {LEAVE_OUT}{because}"

@@ -58,7 +58,7 @@ def opened(
     Raises:
         ValueError: it is damaged, or claims more pixels than its bytes, memory or Pillow hold.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -78,6 +78,8 @@ def opened(
         ) from error
     except Exception as error:  # damage shows as OSError, SyntaxError, EOFError, struct.error, ..
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # it names an object of Python
+            reason = "it is of no known type"
         kind = f"a {formats[0]} image" if len(formats) == 1 else "an image"
         raise ValueError(
             f"{name()} cannot be read as {kind}: {reason}; remove it or save it again"

@@ -72,7 +72,7 @@ def load(
             8 bits of images of 16 bits. Text is read as characters, with 256 levels as bytes.
         size: resize encoded images to size x size; cut a text into chunks of that length.
         seed: of the split.
-        condition: names of labels that the examples are to be conditioned on.
+        condition: names of labels that the examples are to be conditioned on, or one of them.
         schema: of a table, or a JSON file that `inference.complete` understands; found in its
             cells where left out.
         splits: which names are of which split, {"train": "a", "test": "b*"} or "train=a,test=b*",
@@ -87,6 +87,7 @@ def load(
         raise ValueError(f"levels must be at least 2; got {levels}")
     if seed < 0:
         raise ValueError(f"seed must not be negative; got {seed}")
+    condition = [condition] if isinstance(condition, str) else condition
     declared = declare(splits)
     if remote.is_url(source):
         copy = remote.here(source)
@@ -335,9 +336,11 @@ def _load_table_like(
         raise ValueError(f"the model is of no table; {_name(source)} is not such data")
     table = stream_of(source, declared)
     if table is not None and not schema.condition:
-        return Dataset(table.name, schema, streams.measured(table, schema.columns))
-    notes: list[str] = []
+        notes = _unknown(table.names, schema)
+        return Dataset(table.name, schema, streams.measured(table, schema.columns), tuple(notes))
+    notes = []
     name, frame = tables.find(source, notes) if table is None else (table.name, table.whole())
+    notes += _unknown(frame.columns, schema)
     unseen = examples.Unseen()
     rows, _ = examples.encode(frame, schema.columns, name, unseen=unseen)
     x, labels = torch.from_numpy(rows), labels_of(frame, schema, name)
@@ -345,6 +348,14 @@ def _load_table_like(
     stored = {} if labels is None else {part: labels[few] for part, few in parts.items()}
     splits = {part: x[few] for part, few in parts.items()}
     return Dataset(name, schema, splits, (*notes, *unseen.notes()), stored)
+
+
+def _unknown(names: Sequence[str], schema: Schema) -> list[str]:
+    """A note on columns that training did not have."""
+    known = {*schema.left_out, *(column.name for column in schema.columns)}
+    known.update(label.name for label in schema.condition)
+    new = ", ".join(repr(name) for name in names if name not in known)
+    return [f"columns that training did not have are left out: {new}"] if new else []
 
 
 def _parts_of(table: streams.Table | None) -> dict[str, slice]:
