@@ -234,9 +234,10 @@ def _check_settled(found: Tighter, how: ByFlow) -> None:
     error = next((e for e in stated if math.isfinite(e)), unknown)
     bound = found.nats if found.bits_per_dim is None else found.bits_per_dim
     # what one example may change by is what the mean may, of so many that change independently
-    changes = (("the mean", abs(bound - how.loose), error),)
-    changes += (("an example", how.largest_change, error * math.sqrt(found.examples)),)
-    for what, change, most in changes:
+    for what, change, most in (
+        ("the mean", abs(bound - how.loose), error),
+        ("an example", how.largest_change, error * math.sqrt(found.examples)),
+    ):
         if not change <= most:
             raise ValueError(
                 "the solver has not settled the bound: between the tolerances"
