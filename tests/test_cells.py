@@ -110,7 +110,9 @@ def test_an_imputation_fills_what_is_empty_and_keeps_words(tmp_path, capsys):
     assert full["size"].cast(pl.Float64).is_not_null().all()
     schema = declare(tmp_path, {"missing_words": ["NA"]})
     declared = train(str(path), tmp_path / "declared", schema=str(schema), **TINY)
-    assert set(impute(declared, path, Grid.uniform(2), particles=2)["land"]) == {"DE", "FR"}
+    assert set(
+        impute(declared.model, declared.config.schema, path, Grid.uniform(2), particles=2)["land"]
+    ) == {"DE", "FR"}
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_cells_that_training_did_not_have_are_counted_and_said(tmp_path, capsys)
         run.law({"g": ["V"] * 8, "k": [0] * 8})
     holes = odd.with_columns(k=pl.lit(None, pl.Int64))
     told = []
-    impute(run, holes, Grid.uniform(2), particles=2, tell=told.append)
+    impute(run.model, run.config.schema, holes, Grid.uniform(2), particles=2, tell=told.append)
     assert said[0] in told
 
 

@@ -160,11 +160,15 @@ def test_missing_cells_of_rows_follow_the_others(of_words, tmp_path, capsys):
     side = made["where"].replace_strict({"left": -1, "right": 1})
     assert ((side * x).filter(hole) > 0).mean() > 0.9
     assert (made["again"] == made["where"]).filter(~hole).mean() > 0.9
-    again = impute(run, rows, Grid.uniform(12), particles=16)
-    other = impute(run, rows, Grid.uniform(12), particles=16, seed=1)
-    assert again["x"].equals(impute(run, rows, Grid.uniform(12), particles=16)["x"])
+    again = impute(run.model, run.config.schema, rows, Grid.uniform(12), particles=16)
+    other = impute(run.model, run.config.schema, rows, Grid.uniform(12), particles=16, seed=1)
+    assert again["x"].equals(
+        impute(run.model, run.config.schema, rows, Grid.uniform(12), particles=16)["x"]
+    )
     assert not other["x"].equals(again["x"])
-    assert impute(run, frame[1:2], Grid.uniform(2)).equals(frame[1:2])  # nothing to draw
+    assert impute(run.model, run.config.schema, frame[1:2], Grid.uniform(2)).equals(
+        frame[1:2]
+    )  # nothing to draw
 
 
 @pytest.mark.parametrize(
@@ -269,12 +273,16 @@ def test_rows_that_are_drawn_lie_in_what_training_had(tmp_path, capsys):
     assert made["month"].is_between(1, 12).all() and made["spend"].is_between(0, 99 / 8).all()
     assert set(made["city"]) <= set("ABC")
     loaded, times, told = load(run), Grid((0.5, 1.0)), []
-    assert sample_table(loaded, 300, times, tell=told.append).equals(made)
+    assert sample_table(loaded.model, loaded.config.schema, 300, times, tell=told.append).equals(
+        made
+    )
     assert told[0] in said
     run_ok("sample", run, "--n", 300, *grid, "--out", tmp_path / "m.csv", "--as-modelled")
     assert "redrawn" not in capsys.readouterr().err
     own = pl.read_csv(tmp_path / "m.csv")
-    assert sample_table(loaded, 300, times, as_modelled=True).equals(own)
+    assert sample_table(loaded.model, loaded.config.schema, 300, times, as_modelled=True).equals(
+        own
+    )
     inside = (
         own["month"].is_between(1, 12)
         & own["spend"].is_between(0, 99 / 8)

@@ -230,8 +230,8 @@ with together() as rank:
     found.append(Scorer("bound", run.config.schema, run.model, x, calls=8)(run.model, x[:7]).nats)
     found += by_dimension(run.model, x[:7], grid)[0]
     file = Path(out) / "x.nlb"
-    compress_file(run, source, file, lambda run: grid, block=20)
-    decompress_file(run, file, Path(out) / "x.npy")
+    compress_file(run.model, run.config.schema, source, file, lambda: grid, block=20)
+    decompress_file(run.model, run.config.schema, file, Path(out) / "x.npy")
     x = x.repeat(9, 1)[:70].long()  # more than a block, and no whole number of them
     with counting(run.model.network) as calls:
         exact = [best_grid(run.model, x, 3).times.tolist()]

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from nelbo._progress import Track
-from nelbo.checkpoint import Run
 from nelbo.columns import LevelContext, SymbolContext
 from nelbo.condition import given_labels
 from nelbo.data import Schema, examples, tables
@@ -42,37 +41,35 @@ if TYPE_CHECKING:
 
 
 def sample_table(
-    run: Run,
+    model: Model,
+    schema: Schema,
     count: int,
     times: Grid,
     *,
     seed: int = 0,
-    labels: Tensor | None = None,
     as_modelled: bool = False,
     track: Track = iter,
     tell: Callable[[str], object] = lambda line: None,
 ) -> "DataFrame":
-    """New rows of the table of a run.
+    """Draw new rows of a table.
 
     Args:
-        run: of a table.
+        model: of the rows; a conditional one has the labels of `count` rows
+            (`Run.law_of_samples`).
+        schema: of the table.
         count: of rows.
         times: the grid of the reverse process.
         seed: everything random follows from it.
-        labels: of each row where the run is conditional; see `Run.law_of_samples`.
         as_modelled: draw from the model's own law, of which rows may lie outside what training
             had; a column that then holds "(other)" is of text.
         track: wraps the steps, for a progress bar.
         tell: called with a sentence on the rows that were drawn again.
 
     Raises:
-        ValueError: the run is of no table, or hardly any row of its model lies in what training
+        ValueError: the schema is of no table, or hardly any row of its model lies in what training
             had.
     """
-    schema = run.config.schema
-    if not schema.columns:
-        raise ValueError(f"rows are those of tables; the run {run.path} is of none")
-    model = run.law_of_samples(count, labels, seed)
+    _check_table(schema)
 
     def draw(rows: Tensor, seed: int) -> Tensor:
         return ancestral(model.at(rows), len(rows), times, seed, track).cpu()
@@ -110,7 +107,8 @@ def within(
 
 
 def impute(
-    run: Run,
+    model: Model,
+    schema: Schema,
     rows: "str | PathLike[str] | Frame",
     times: Grid,
     *,
@@ -119,13 +117,14 @@ def impute(
     track: Track = iter,
     tell: Callable[[str], object] = lambda line: None,
 ) -> "DataFrame":
-    """The rows with their missing cells drawn given the others, by the model of a run.
+    """Draw the missing cells of rows given the others.
 
     A word that is only guessed to mean a missing cell is kept; see `examples.holes`.
 
     Args:
-        run: of a table.
-        rows: a table with the columns of the run, found by name, and maybe others, which stay.
+        model: of a table's rows.
+        schema: of the table.
+        rows: a table with the columns of the schema, found by name, and maybe others, which stay.
         times: the grid of the reverse process.
         seed: everything random follows from it; each seed is another draw.
         particles: candidates for each row, from which one is drawn; more are more exact.
@@ -133,11 +132,10 @@ def impute(
         tell: called with a note on each column in which words mean missing cells.
 
     Raises:
-        ValueError: the run is of no table, a column is not there, or a cell is none of its column.
+        ValueError: the schema is of no table, a column is not there, or a cell is none of its
+            column.
     """
-    schema = run.config.schema
-    if not schema.columns:
-        raise ValueError(f"cells are those of tables; the run {run.path} is of none")
+    _check_table(schema)
     label, frame = tables.find(rows)
     unseen = examples.Unseen()
     encoded = examples.encode_holes(frame, schema.columns, label, unseen)
@@ -149,7 +147,7 @@ def impute(
     if not incomplete.any():
         return frame
     labels = labels_of(frame, schema, label)
-    model = given_labels(present(run.model), labels, schema).at(incomplete)
+    model = given_labels(present(model), labels, schema).at(incomplete)
     drawn = conditional(
         model,
         x[incomplete],
@@ -161,6 +159,11 @@ def impute(
     )
     x[incomplete] = drawn.cpu()
     return examples.filled(frame, examples.decode(x.numpy(), schema.columns), schema.columns)
+
+
+def _check_table(schema: Schema) -> None:
+    if not schema.columns:
+        raise ValueError(f"rows are those of tables; the schema is of {schema.kind}")
 
 
 def present(model: Model) -> Model:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from nelbo.data import Schema, examples, tables
+from nelbo.data.pillow import png
 from nelbo.data.text import decode
 from nelbo.process import Absorbing, Gaussian, Levels, Process
 
@@ -55,13 +56,6 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
         return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
     opaque = pixels[..., 3:] / 255
     return np.rint(255 + opaque * (pixels[..., :3] - 255.0)).astype(np.uint8)
-
-
-def png(picture: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 class Canvas:

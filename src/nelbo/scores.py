@@ -35,12 +35,12 @@ from nelbo._numerics import LOG_2, seeded
 from nelbo._progress import Track
 from nelbo._scalars import integer
 from nelbo.data import Schema, as_examples
+from nelbo.data.pillow import png
 from nelbo.estimate import Continuum, Grid, elbo
 from nelbo.grids import even_times
 from nelbo.intervals import errors
 from nelbo.model import Model, measuring
 from nelbo.parts import drawing, joined, share
-from nelbo.pictures import png
 from nelbo.report.dimensions import by_column, by_dimension
 from nelbo.report.figures import BLUE, GREEN, INK, ORANGE, plot, readable
 

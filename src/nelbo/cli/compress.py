@@ -61,11 +61,13 @@ def compress(
 
     with _at_work("compress", run, device) as (rank, loaded, progress):
         found = compress_file(
-            loaded,
+            loaded.model,
+            loaded.config.schema,
             data,
             out,
             # with a call for each symbol the times do not matter, and the best take long to find
-            lambda run: grid_of(run, steps, "uniform" if one_by_one(run.model, steps) else grid),
+            lambda: grid_of(loaded, steps, "uniform" if one_by_one(loaded.model, steps) else grid),
+            weights=loaded.weights,
             effort=effort,
             block=block,
             precision=precision,
@@ -108,7 +110,9 @@ def decompress(
     from nelbo.codec.files import decompress_file
 
     with _at_work("decompress", run, device) as (rank, loaded, progress):
-        found = decompress_file(loaded, file, out, salvage=salvage, progress=progress)
+        found = decompress_file(
+            loaded.model, loaded.config.schema, file, out, salvage=salvage, progress=progress
+        )
     if rank:
         return
     if out.is_file():

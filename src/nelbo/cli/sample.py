@@ -178,7 +178,9 @@ def _complete_table(
     options = {} if particles is None else {"particles": particles}
     told = say if tell else str
     track = tracker("impute")
-    drawn = impute(run, table, times, seed=seed, track=track, tell=told, **options)
+    drawn = impute(
+        run.model, run.config.schema, table, times, seed=seed, track=track, tell=told, **options
+    )
     if not tell:
         return
     content = to_bytes(drawn, out.suffix.lower())

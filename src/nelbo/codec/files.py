@@ -9,14 +9,15 @@ from nelbo import _limits
 from nelbo._files import check_writable, write
 from nelbo._numerics import LOG_2
 from nelbo._processes import at_first
-from nelbo.checkpoint import Run
 from nelbo.codec import contents
 from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block, nothing
 from nelbo.codec.codec import check_codable
 from nelbo.codec.coding import BLOCK, Decoded, compress, decompress, describe, head_of
 from nelbo.codec.errors import CodecError
 from nelbo.codec.header import Header, Settings
+from nelbo.data import Schema
 from nelbo.estimate import Grid
+from nelbo.model import Model
 
 SUFFIX = ".nlb"
 MODES = {MODEL: "model", EVEN: "even", PACKED: "packed"}
@@ -41,11 +42,13 @@ class Summary:
 
 
 def compress_file(
-    run: Run,
+    model: Model,
+    schema: Schema,
     source: str,
     out: Path,
-    times: Callable[[Run], Grid],
+    times: Callable[[], Grid],
     *,
+    weights: str = "as given",
     effort: int = 1,
     block: int = BLOCK,
     precision: str = "float64",
@@ -55,10 +58,12 @@ def compress_file(
     """Write the data at `source` as a compressed file.
 
     Args:
-        run: whose model codes it, on the device where it is.
+        model: that codes it, on the device where it is.
+        schema: of the data.
         source: see `contents.read`.
         out: a .nlb file that does not exist.
         times: the grid to code with; asked for once all else is known to be right.
+        weights: which these are, for the record.
         effort: how far to search for a short file; see `Settings`.
         block: about how many examples are independent of all others.
         precision: of the network.
@@ -74,26 +79,25 @@ def compress_file(
     if out.exists():
         raise FileExistsError(f"{out} exists; give another --out, or remove it")
     check_writable(out)
-    schema = run.config.schema
     if schema.condition:
         names = ", ".join(label.name for label in schema.condition)
         raise ValueError(
-            f"the run models the data given {names}, which a file of the data alone lacks; train"
+            f"the model is of data given {names}, which a file of the data alone lacks; train"
             " one without --condition"
         )
-    check_codable(run.model)
+    check_codable(model)
     found = contents.read(source, schema)
     if not len(found.x):
         raise ValueError(f"{source} has no examples to compress")
-    settings = Settings(tuple(times(run).times.tolist()), precision, effort)
+    settings = Settings(tuple(times().times.tolist()), precision, effort)
     data = compress(
-        run.model,
+        model,
         found.x,
         settings,
         block=block,
         contents=dict(found.about),
         extra=found.extra,
-        weights=run.weights,
+        weights=weights,
         verify=verify,
         done=progress(len(found.x) * (2 if verify else 1)),
     )
@@ -103,7 +107,8 @@ def compress_file(
 
 
 def decompress_file(
-    run: Run,
+    model: Model,
+    schema: Schema,
     file: Path,
     out: Path,
     *,
@@ -120,12 +125,12 @@ def decompress_file(
     data = file.read_bytes()
     header = head_of(data)
     contents.check_output(header.contents, out)
-    found = decompress(data, run.model, salvage=salvage, done=progress(header.examples))
+    found = decompress(data, model, salvage=salvage, done=progress(header.examples))
     if salvage and not len(found.x):
         raise CodecError(f"nothing of {file} can be saved: none of its blocks is whole")
     made = contents.Contents(found.x, found.header.contents, found.extra)
     kept = found.kept if found.lost else None
-    at_first(lambda: contents.save(made, run.config.schema, out, kept))
+    at_first(lambda: contents.save(made, schema, out, kept))
     return found
 
 

@@ -147,3 +147,10 @@ def _inflated(packed: list[memoryview], most: int) -> int:
             count += len(unpacker.decompress(rest, 2**20))
             rest = unpacker.unconsumed_tail
     return count if count >= most else count + len(unpacker.flush())
+
+
+def png(image: "Image.Image") -> bytes:
+    """Return an image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
