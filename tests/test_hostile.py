@@ -639,6 +639,19 @@ def test_a_panic_of_polars_is_one_sentence(tmp_path, capfd):
     assert capfd.readouterr().err == "spoken\n"
 
 
+@pytest.mark.parametrize("name", ["PanicException", "ComputeError"])
+def test_what_polars_says_of_a_text_table_is_one_sentence(tmp_path, monkeypatch, name):
+    pl = pytest.importorskip("polars")
+
+    def fail(*args, **options):
+        raise getattr(pl.exceptions, name)("index out of bounds")
+
+    monkeypatch.setattr(pl, "read_csv", fail)
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"x.csv cannot be read as a table: index out of bounds"):
+        load(tmp_path / "x.csv")
+
+
 @linux
 def test_a_container_that_claims_examples_is_not_believed():
     """A salvage marks which examples are lost: of 10^12 that are claimed, none is marked."""
@@ -956,3 +969,41 @@ def test_rows_of_one_value_are_not_unpacked_without_end(tmp_path, end):
     assert path.stat().st_size < 2**19
     with pytest.raises(ValueError, match=r"would be unpacked from .* to 0.22[0-9] GiB"):
         tables.read(path)
+
+
+@linux
+@pytest.mark.parametrize("end", ["parquet", "arrow"])
+@pytest.mark.parametrize("aborts", [False, True])
+def test_a_text_of_few_bytes_is_not_unpacked_here(tmp_path, monkeypatch, end, aborts):
+    """One cell of 256 MiB in a file of some kilobytes, within its limit of memory and beyond it,
+    where polars ends its whole process."""
+    pl = pytest.importorskip("polars")
+    from nelbo.data import decoded, tables
+
+    path = tmp_path / f"x.{end}"
+    frame = pl.DataFrame({"a": [1, 2], "b": ["x" * 2**28, "y"]})
+    if end == "parquet":
+        frame.write_parquet(path, compression="zstd")
+    else:
+        frame.write_ipc(path, compression="zstd")
+    del frame
+    assert path.stat().st_size < 2**14
+    if aborts:
+        monkeypatch.setattr(decoded, "BASE", 0)
+        monkeypatch.setattr(decoded, "CELLS", 1)
+    monkeypatch.setattr(tables, "scan", lambda path: pytest.fail("read in this process"))
+    words = "more would be made than its size" if aborts else "would be unpacked from .* 0.25 GiB"
+    with pytest.raises(ValueError, match=words):
+        tables.read(path)
+
+
+@linux
+def test_texts_that_rows_share_are_counted_for_each(tmp_path):
+    """A dictionary of one text, 2 MiB, in a hundred rows of a folder of tables."""
+    pl = pytest.importorskip("polars")
+    (tmp_path / "t").mkdir()
+    frame = pl.DataFrame({"a": range(100)}).with_columns(b=pl.lit("x" * 2**21))
+    frame.write_parquet(tmp_path / "t" / "1.parquet")
+    frame.with_columns(b=pl.lit("x")).write_parquet(tmp_path / "t" / "0.parquet")
+    with pytest.raises(ValueError, match=r"1.parquet would be unpacked from .* to 0.195 GiB"):
+        load(tmp_path / "t")

@@ -49,6 +49,15 @@ def parquet(tmp_path):
     return folder
 
 
+def test_a_folder_of_few_bytes_is_not_unpacked(tmp_path):
+    """A dictionary of one text, 2 MiB, in a hundred rows."""
+    (tmp_path / "table").mkdir()
+    frame = pl.DataFrame({"a": range(100)}).with_columns(b=pl.lit("x" * 2**21))
+    frame.write_parquet(tmp_path / "table" / "train.parquet")
+    with pytest.raises(ValueError, match=r"would be unpacked from .* to 0.195 GiB"):
+        data.load(f"hub:{tmp_path / 'table'}")
+
+
 @pytest.mark.parametrize("prefix", ["hub:", "hub-stream:"])
 def test_a_table_by_name_is_that_of_its_files(parquet, prefix, monkeypatch):
     monkeypatch.setattr(streams, "BLOCK", 32)

@@ -20,7 +20,7 @@ import numpy as np
 
 from nelbo import _limits
 from nelbo._terminal import shortened
-from nelbo.data import tables, text
+from nelbo.data import decoded, tables, text
 from nelbo.data.conform import Found
 from nelbo.data.encoded import Form, read_images
 from nelbo.data.labels import as_text
@@ -106,6 +106,8 @@ def find(source: str, declared: Declared | None = None) -> Opened:
                 file for files in (builder.config.data_files or {}).values() for file in files
             ]
             _check_inside(named, homes, rest)
+            here = (Path(file) for file in named if file.endswith(".parquet"))
+            decoded.check([file for file in here if file.is_file()])
             found = datasets.load_dataset(rest, config or None, streaming=streaming)
     except Outside:
         raise

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nelbo._numerics import derive_seed
-from nelbo.data import examples, tables
+from nelbo.data import decoded, examples, tables
 from nelbo.data.conform import SALT
 from nelbo.data.inference import complete_columns, infer_merged
 from nelbo.data.layout import Column, places
@@ -108,6 +108,7 @@ class Files(Table):
     ) -> None:
         self.files = [file for files in groups.values() for file in files]
         self.told = [(told or {}).get(file, {}) for file in self.files]
+        decoded.check(self.files)
         self.frames = [
             _scan(file, cells) for file, cells in zip(self.files, self.told, strict=True)
         ]
@@ -310,6 +311,7 @@ def find(source: Path, splits: Declared | None = None) -> Table | None:
         return Files(str(source), of_part, told, notes)
     if source.suffix.lower() not in SUFFIXES or not source.is_file():
         return None
+    decoded.check([source])
     names, count = _size(source, _scan(source))
     return Files(str(source), {"all": [source]}) if len(names) * count > IN_MEMORY else None
 
@@ -380,18 +382,12 @@ def measured(table: Table, columns: Sequence[Column]) -> dict[str, Tensor]:
 def _scan(file: Path, told: Mapping[str, str | None] | None = None) -> "LazyFrame":
     """The rows of a file, with the cells that its folders name where it lacks these columns."""
     pl = tables.polars()
-    options = {"hive_partitioning": False}
-    frame = (pl.scan_parquet if file.suffix.lower() == ".parquet" else pl.scan_ipc)(
-        file, **options
-    )
+    frame = tables.scan(file)
     if not told:
-        return cast("LazyFrame", frame)
+        return frame
     own = tables.of_file(file, frame.collect_schema)
     lacks = {name: cell for name, cell in told.items() if name not in own}
-    return cast(
-        "LazyFrame",
-        frame.with_columns(pl.lit(cell, pl.String).alias(name) for name, cell in lacks.items()),
-    )
+    return frame.with_columns(pl.lit(cell, pl.String).alias(name) for name, cell in lacks.items())
 
 
 def _size(file: Path, frame: "LazyFrame") -> tuple[list[str], int]:

@@ -17,12 +17,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nelbo import _limits
-from nelbo.data import delimited
+from nelbo.data import decoded, delimited
 from nelbo.data.frames import columns_of, left_out
 from nelbo.data.remote import here
 
 if TYPE_CHECKING:
-    from polars import DataFrame, Series
+    from polars import DataFrame, LazyFrame, Series
 
     Frame = DataFrame | Mapping[str, Iterable[object]]  # of pandas too
 
@@ -31,8 +31,6 @@ FILES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
 Result = TypeVar("Result")
 #: bytes of memory for each of a text file: a cell of two is a text of polars, and of Python
 TEXT = 24
-#: times that the cells of other files are in memory, as they are and as examples
-CELLS = 3
 _HELD = threading.Lock()  # by the one that holds the error stream
 
 
@@ -46,25 +44,22 @@ def read(path: Path, notes: list[str] | None = None) -> "DataFrame":
     Raises:
         ValueError: if the file is damaged, ragged, not UTF-8, or has no rows or no headings.
     """
-    pl = polars()
     suffix = path.suffix.lower()
     _limits.check_file(path, TEXT if suffix in SEPARATORS else 2)
     if suffix in SEPARATORS:
-        try:
-            frame = delimited.read(path, [] if notes is None else notes)
-        except pl.exceptions.PolarsError as error:
-            raise _damaged(path, error) from None
+        said = [] if notes is None else notes
+        frame = of_file(path, lambda: delimited.read(path, said))
     else:
-        parquet = suffix == ".parquet"
-        load: Callable[[Path], DataFrame] = pl.read_parquet if parquet else pl.read_ipc
-        scan = (pl.scan_parquet if parquet else pl.scan_ipc)(path)
-        rows = int(of_file(path, scan.select(pl.len()).collect).item())
-        types = of_file(path, scan.collect_schema).dtypes()
-        # a text is at least a view of 16 bytes
-        width = sum(8 if dtype.is_numeric() else 16 for dtype in types)
-        _limits.check_unpacked(rows * width, path.stat().st_size, str(path), CELLS)
-        frame = of_file(path, lambda: load(path))
+        decoded.check([path])
+        frame = of_file(path, scan(path).collect)
     return checked(frame, str(path))
+
+
+def scan(path: Path) -> "LazyFrame":
+    """The rows of a .parquet, .arrow, .feather or .ipc file, unread."""
+    pl = polars()
+    found = pl.scan_parquet if path.suffix.lower() == ".parquet" else pl.scan_ipc
+    return cast("LazyFrame", found(path, hive_partitioning=False))
 
 
 def of_file(path: Path, load: Callable[[], Result]) -> Result:
