@@ -248,6 +248,18 @@ def test_each_example_s_interval_covers_at_few_calls(name, calls):
     assert 0.92 <= covered <= 0.985, covered
 
 
+def test_two_calls_tell_of_the_mean():
+    """Of a table in which one row makes two thirds of the noise: most of it is in the diffusion
+    term, and of two calls for the reconstruction every other there were few left for it."""
+    known = LARGER["table"]()
+    x = known.examples(24)
+    truth = known.bound(x, Continuum()).sum(1).mean().item()
+    found = [in_nats(evaluate(known.model, x, calls=2, seed=seed)) for seed in range(100)]
+    values, errors = torch.tensor(found, dtype=torch.float64).T
+    assert values.std() < 3.5  # 4.4 with every other
+    assert ((values - truth).abs() < 1.96 * errors).double().mean() > 0.88  # 0.86
+
+
 @pytest.mark.parametrize("calls", [8, 24])
 @pytest.mark.parametrize("name", ["gaussian", "table"])
 def test_one_example_takes_no_other_with_it(name, calls):

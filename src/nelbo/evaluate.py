@@ -265,7 +265,7 @@ def _learn(
     # in each replicate of a block
     once, strata = 1 / (way.draws * way.replicates), way.block * way.draws
     evenly = max(1, round(strata * once)) / strata
-    return even(cells, controls, 1, evenly if evenly <= MUCH else once)
+    return even(cells, controls, 1, evenly if evenly <= MUCH else min(once, MUCH))
 
 
 def _order(examples: int, seed: int) -> Tensor:
