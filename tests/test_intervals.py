@@ -74,6 +74,17 @@ def test_one_example_moves_no_other_s_error(far):
             assert after[3].isnan()
 
 
+def test_one_example_s_noise_is_no_other_s():
+    """It is as large as the others, but varies thirty times as much, in both of its halves."""
+    scale = torch.ones(N, 1).double()
+    clean = [errors([torch.randn(N, 8).double()]) for _ in range(20)]
+    scale[3] = 30.0
+    draws = [scale * torch.randn(N, 8).double() for _ in range(20)]
+    found, others = torch.stack([errors([d]) for d in draws]), torch.arange(N) != 3
+    assert found[:, others].mean() < 1.1 * torch.stack(clean).mean()
+    assert 0.7 < found[:, 3].mean() / (30 / math.sqrt(8) * widened(7)) < 1.3
+
+
 def test_a_rare_draw_is_no_rare_example():
     """One that is far out in one of its replicates counts with all; and if it is all that counts,
     little is known."""

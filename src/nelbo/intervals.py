@@ -25,6 +25,7 @@ OWN = 8  # replicates that give an example an error of its own, if it is like no
 HALVES = 4  # replicates of which two halves have a variance each
 MOST = 0.75  # of what an example's own variance differs by counts: none is nearly 0 by chance
 FAR, SHARE = 10.0, 0.9  # so many times as far as so many are, and an example is like no other
+NOISIER = 4.0  # the same of the noise of half of the replicates
 NORMAL = 1.959964  # the 97.5 % quantile
 
 
@@ -45,19 +46,20 @@ def freedoms(parts: Tensor, each: Tensor) -> float:
     return max(1.0, (parts.sum().square() / squares - 2).item())
 
 
-def apart(distance: Tensor, example: Tensor | None = None) -> Tensor:
+def apart(distance: Tensor, example: Tensor | None = None, far_is: float = FAR) -> Tensor:
     """Which examples are like no other, (N,): all of their distances are far beyond most others,
     or one is no number.
 
     Args:
         distance: from what is usual, (n,).
         example: that each is of, (n,), 0..N-1; left out, each is of its own.
+        far_is: so many times as far as nine of ten.
     """
     example = torch.arange(len(distance)) if example is None else example
     number = distance.isfinite().cpu()
     finite = distance.cpu()[number].double()
     usual = finite.kthvalue(math.ceil(SHARE * len(finite))).values.item() if len(finite) else 0.0
-    far = distance.cpu() > FAR * usual if usual > 0 else ~number
+    far = distance.cpu() > far_is * usual if usual > 0 else ~number
     like_others = torch.zeros(int(example.max()) + 1, dtype=torch.bool)
     like_others[example[~far]] = True
     like_others[example[~number]] = False
@@ -72,7 +74,7 @@ def errors(replicates: Sequence[Tensor]) -> Tensor:
     counts = torch.cat([torch.full((len(b),), b.shape[1]) for b in replicates])
     values = torch.cat([block.flatten() for block in replicates])
     example = torch.arange(len(counts)).repeat_interleave(counts)
-    far = apart((values - values.nanmedian()).abs(), example)
+    far = apart((values - values.nanmedian()).abs(), example) | _noisy(replicates)
     error = torch.full_like(far, math.nan, dtype=torch.float64)
     if not far.all():
         parts = zip(replicates, far.split(list(map(len, replicates))), strict=True)
@@ -82,6 +84,24 @@ def errors(replicates: Sequence[Tensor]) -> Tensor:
     enough = far & (counts >= OWN)
     error[enough] = (alone / counts)[enough].sqrt() * widened(OWN - 1)
     return torch.where(error > 0, error, math.nan)
+
+
+def _noisy(replicates: Sequence[Tensor]) -> Tensor:
+    """Which examples have more noise than any other in each half of many replicates, (n,)."""
+    halves = [
+        torch.cat([half.std(1) for half in _halves(block)])
+        if block.shape[1] >= OWN
+        else block.new_zeros(2 * len(block))
+        for block in replicates
+    ]
+    example = torch.arange(sum(map(len, replicates))).split(list(map(len, replicates)))
+    return apart(torch.cat(halves), torch.cat([each.repeat(2) for each in example]), NOISIER)
+
+
+def _halves(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the replicates, (n_g, R_g)."""
+    middle = block.shape[1] // 2
+    return block[:, :middle], block[:, middle:]
 
 
 def _own(block: Tensor) -> Tensor:
@@ -125,7 +145,7 @@ def _credibility(replicates: Sequence[Tensor]) -> float:
     enough = [block for block in replicates if block.shape[1] >= HALVES]
     if sum(map(len, enough)) < 2:
         return 0.0
-    parts = [(b[:, : b.shape[1] // 2].var(1), b[:, b.shape[1] // 2 :].var(1)) for b in enough]
+    parts = [[half.var(1) for half in _halves(block)] for block in enough]
     one, other = (torch.cat(half) for half in zip(*parts, strict=True))
     whole = torch.cat([block.var(1) for block in enough])
     common = ((one - one.mean()) * (other - other.mean())).mean() / whole.var(correction=0)
