@@ -436,3 +436,30 @@ def test_columns_that_training_did_not_have_are_said_to_be_left_out(tmp_path, su
         (note,) = data.load_like(path, like).notes
         assert note == "columns that training did not have are left out: 'y', 'z'"
         assert data.load_like(frame, like).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (["1.007", "12.077", "850"], True),
+        (["1.007", "0.125", "850"], False),
+        (["1.007", "1.5", "850"], False),
+        (["1007", "1250", "850"], False),
+    ],
+)
+def test_points_that_may_group_thousands_are_said(tmp_path, cells, said):
+    rows = "".join(f"{cells[i % 3]};{i % 5}\n" for i in range(40))
+    (tmp_path / "x.csv").write_text(f"a;b\n{rows}")
+    found = data.load(tmp_path / "x.csv")
+    note = "a: 1.007 is read with three decimals; if the point groups thousands, write 1007"
+    assert any(note in each for each in found.notes) == said
+    pl.DataFrame({"a": [float(c) for c in cells] * 10}).write_parquet(tmp_path / "x.parquet")
+    assert not any("thousands" in note for note in data.load(tmp_path / "x.parquet").notes)
+
+
+def test_several_groups_of_thousands_are_advised_on(tmp_path):
+    rows = "".join(f"1.{i % 5}00.000;{i % 5}\n" for i in range(40))
+    (tmp_path / "x.csv").write_text(f"a;b\n{rows}")
+    assert any(
+        "write 1000000, not 1.000.000" in note for note in data.load(tmp_path / "x.csv").notes
+    )

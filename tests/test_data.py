@@ -625,10 +625,6 @@ def test_sizes_that_differ(tmp_path):
         load_like(tmp_path, Schema("levels", (1, 4, 4), 256))
 
 
-def cmyk(path: Path) -> None:
-    Image.fromarray(np.zeros((H, W, 3), np.uint8)).convert("CMYK").save(path, "JPEG")
-
-
 def truncated(path: Path) -> None:
     picture(path, (64, 64))
     path.write_bytes(path.read_bytes()[:2000])
@@ -637,7 +633,6 @@ def truncated(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (cmyk, "the colour mode CMYK; convert"),
         (truncated, "cannot be read as an image: it is cut"),
         (lambda path: path.write_text("no image"), "as an image: it is of no known type; remove"),
         (lambda path: path.write_bytes(b""), "cannot be read as an image"),

@@ -80,3 +80,14 @@ def test_one_column_with_empty_cells_keeps_its_rows(tmp_path, suffix):
     path = tmp_path / f"t{suffix}"
     path.write_bytes(tables.to_bytes(frame, suffix))
     assert [cell or None for cell in tables.read(path)["x"]] == ["1", None, "3"]
+
+
+def test_headings_are_taken_without_the_blanks_around_them(tmp_path):
+    (tmp_path / "x.csv").write_text('a , b," c "\n' + "".join(f"{i},{i},x\n" for i in range(12)))
+    notes: list[str] = []
+    frame = tables.read(tmp_path / "x.csv", notes)
+    assert frame.columns == ["a", "b", "c"] and frame.height == 12
+    assert any("has headings such as 'a '" in note for note in notes)
+    (tmp_path / "x.csv").write_text("a, a\n1,2\n")
+    with pytest.raises(ValueError, match="two columns of the name 'a'"):
+        tables.read(tmp_path / "x.csv", [])

@@ -46,6 +46,22 @@ def test_all_kinds_of_a_folder_are_read(tmp_path):
     assert len(load_like(tmp_path / "x.tar", load(tmp_path / "x.tar").schema).splits["all"]) == 6
 
 
+def test_images_of_print_are_read_and_said(tmp_path):
+    """CMYK, which cameras do not write and print shops do, and another end of the name of a JPEG;
+    their colours are those that the four inks leave."""
+    inks = np.zeros((H, W, 4), np.uint8)
+    inks[..., 0], inks[..., 3] = 255, 51  # all of cyan takes the red, a fifth of black of the rest
+    for name in ("a.tif", "b.jfif", "c.jpg", "d.tif"):
+        kind = "TIFF" if name.endswith("tif") else "JPEG"
+        Image.fromarray(inks, "CMYK").save(tmp_path / name, kind)
+    found = load_like(tmp_path, Schema("levels", (3, H, W), 256))
+    assert len(found.splits["all"]) == 4
+    want = torch.tensor([0, 204, 204], dtype=torch.uint8)[:, None, None]
+    assert (found.splits["all"][0] == want).all()
+    assert (found.splits["all"].int() - want.int()).abs().max() <= 2  # of JPEG
+    assert "4 images of CMYK taken as RGB, without a colour profile" in found.notes
+
+
 TURNS = {1: (0, False), 2: (0, True), 3: (2, False), 4: (2, True)}
 TURNS |= {5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 

@@ -14,7 +14,8 @@ import torch
 from nelbo import checkpoint
 from nelbo._numerics import LOG_2, seeded
 from nelbo.cli import app
-from nelbo.data import as_examples
+from nelbo.data import Schema, as_examples
+from nelbo.data.layout import Column
 from nelbo.elbo import diffusion_term, prior_term, reconstruction_term
 from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
@@ -282,3 +283,25 @@ def test_a_table_is_compared_with_synthetic_rows(tmp_path, monkeypatch):
     page = write(run, tmp_path / "report.html")
     check(page)
     assert "Synthetic rows" in page and "40 synthetic rows beside 6 real ones" in page
+    assert re.search(r"Synthetic rows: (redrawn: \d+ of \d+ rows|as the model draws them)", page)
+
+
+def test_synthetic_rows_are_those_of_sample(monkeypatch):
+    """Rows beyond the range of training are drawn again, or said to be kept where all are."""
+    pytest.importorskip("polars")
+    report = importlib.import_module("nelbo.report")
+
+    class Normal:
+        def at(self, rows):
+            return self
+
+    def draw(model, count, grid, seed, track):
+        with seeded(seed):
+            return torch.randn(count, 1, dtype=torch.float64)
+
+    monkeypatch.setattr(report, "ancestral", draw)
+    for ends, said in (((-1.0, 2.0), "redrawn: "), ((50.0, 60.0), "as the model draws them")):
+        schema = Schema.of_table([Column("a", "real", range=ends)])
+        x, how = report._rows(Normal(), 200, schema, Grid.uniform(2), 0, iter)
+        assert len(x) == 200 and how.startswith(said)
+        assert ((x >= -1) & (x <= 2)).all() == (ends[0] == -1)

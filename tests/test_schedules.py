@@ -255,3 +255,10 @@ def test_other_times_are_refused():
         ValueError, match=r"no time between 0 and 1/3; got 0.1.*Continuum\(start=1/3\)"
     ):
         schedule(torch.tensor([0.1, 0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("ends", [(-3000.0, 6.0), (-7.0, 1e6), (float("-inf"), 6.0)])
+@pytest.mark.parametrize("kind", [Linear, Cosine, LearnedMonotone])
+def test_ends_beyond_numbers_are_refused_with_the_range(kind, ends):
+    with pytest.raises(ValueError, match=r"both within -300..300; got .* try gamma_min"):
+        kind(*ends)

@@ -29,8 +29,6 @@ TRUST = "NELBO_TRUST_FILES"
 JSON = 2**26
 #: bytes of memory for each byte of JSON, most of which may be brackets
 OBJECTS = 30
-#: characters of a value that a message repeats
-BRIEF = 200
 #: bytes of the events of a run, 80 000 validations, and of one of them
 EVENTS, EVENT = 2**24, 2**12
 #: bytes of an encoded image: more than Pillow's largest image has uncompressed, at 16 bits RGBA
@@ -138,12 +136,6 @@ def check_unpacked(size: float, packed: float, what: str, times: float = 1) -> N
             f" are; if that is right, save it without compression, or set {TRUST}=1"
         )
     check_memory(times * size, what)
-
-
-def brief(value: object) -> str:
-    """A value of a file for a message: its beginning, where it is long."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= BRIEF else f"{text[:BRIEF]}.. ({len(text)} characters)"
 
 
 def check_search(folder: Path, found: int, seen: int, what: str) -> None:

@@ -7,7 +7,8 @@ from unicodedata import category
 from rich.console import Console
 from rich.text import Text
 
-WORD, LINE = 400, 4000  # characters that are shown: of a path or value, and of a sentence
+#: characters that are shown: of a value within a sentence, of a path or word, and of a sentence
+VALUE, WORD, LINE = 200, 400, 4000
 
 
 def printable(text: str) -> str:
@@ -15,7 +16,7 @@ def printable(text: str) -> str:
     return re.sub(r"[^ -~\n\t]", lambda c: "\ufffd" if category(c[0])[0] == "C" else c[0], text)
 
 
-def shortened(text: str, most: int) -> str:
+def shortened(text: str, most: int = VALUE) -> str:
     """The text with a mark in place of its middle where it is longer than `most`.
 
     >>> shortened("0123456789", 5)

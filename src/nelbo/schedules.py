@@ -40,11 +40,15 @@ class Schedule(nn.Module, ABC):
         return Betas(betas)
 
 
+#: γ beyond which e^γ or e^-γ times a number of data is none of float64
+FURTHEST = 300
+
+
 def _check_range(gamma_min: float, gamma_max: float) -> None:
-    if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
+    if not -FURTHEST <= gamma_min < gamma_max <= FURTHEST:
         raise ValueError(
-            f"gamma_min must be less than gamma_max, both finite; got {gamma_min} and {gamma_max};"
-            " try gamma_min=-7, gamma_max=6"
+            f"gamma_min must be less than gamma_max, both within -{FURTHEST}..{FURTHEST}; got"
+            f" {gamma_min} and {gamma_max}; try gamma_min=-7, gamma_max=6"
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from nelbo._files import check_writable, folder_part_of, write
-from nelbo._limits import brief
+from nelbo._terminal import shortened
 from nelbo.codec import arrays, pictures, tabular, texts
 from nelbo.codec.arrays import as_bytes as _arrays_as_bytes
 from nelbo.codec.errors import CodecError, Damaged
@@ -111,7 +111,9 @@ def save(contents: Contents, schema: Schema, out: Path, kept: Tensor | None = No
     except (
         Exception
     ) as error:  # what a header says leads anywhere: struct.error of a long name, ..
-        raise Damaged(f"the contents of the file contradict themselves: {brief(error)}") from None
+        raise Damaged(
+            f"the contents of the file contradict themselves: {shortened(repr(error))}"
+        ) from None
     if [path for path, _ in made] == [out]:
         write(out, made[0][1])
     else:

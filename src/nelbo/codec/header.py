@@ -7,7 +7,7 @@ from typing import cast, get_args, get_origin
 
 import torch
 
-from nelbo._limits import brief
+from nelbo._terminal import shortened
 from nelbo.codec.blocks import BATCH
 from nelbo.codec.errors import Damaged
 from nelbo.estimate import Grid
@@ -93,9 +93,9 @@ class Header:
             raise Damaged(f"the header has the keys {sorted(values)}, not those of this format")
         for name, value in values.items():
             if not _is(value, kinds[name]):
-                raise Damaged(f"{name} in the header cannot be {brief(value)}")
+                raise Damaged(f"{name} in the header cannot be {shortened(repr(value))}")
         if cast(int, values["examples"]) > 2**53:
-            raise Damaged(f"the file cannot hold {brief(values['examples'])} examples")
+            raise Damaged(f"the file cannot hold {shortened(repr(values['examples']))} examples")
         if len(cast(list, values["ideal"])) != 2 or not all(
             0 < n < 2**53 for n in cast(list, values["shape"])
         ):

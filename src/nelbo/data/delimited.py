@@ -67,7 +67,7 @@ def read(path: Path, notes: list[str]) -> "DataFrame":
     import polars as pl
 
     layout = _layout(path, notes)
-    heading = layout.heading
+    heading = [name.strip() for name in layout.heading]
     twice = [name for name, count in Counter(heading).items() if count > 1]
     if twice and not all(map(is_number, heading)):
         raise ValueError(f"{path} has two columns of the name {twice[0]!r}; rename one")
@@ -84,10 +84,15 @@ def read(path: Path, notes: list[str]) -> "DataFrame":
     rows = layout.rows
     if frame.height != 1 + rows:  # blank lines are no rows
         frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
-    if frame.height != 1 + rows or [name or "" for name in frame.row(0)] != heading:
+    if frame.height != 1 + rows or [name or "" for name in frame.row(0)] != layout.heading:
         raise ValueError(
             f"{path} is read as {rows} rows of text or as {frame.height - 1}, by how its quotes"
             " are taken; quote every cell that has quotes or line ends in it"
+        )
+    if heading != layout.heading:
+        blank = next(n for n, m in zip(layout.heading, heading, strict=True) if n != m)
+        notes.append(
+            f"{path} has headings such as {blank!r}: taken without the blanks around them"
         )
     frame = frame[1:]
     _check_heading(path, frame, heading, notes)

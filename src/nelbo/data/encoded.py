@@ -32,7 +32,7 @@ IN_MEMORY = 2**31
 COPIES = 3
 
 GREY = ("1", "L", "LA", "I;16", "I;16B", "I")
-COLOUR = ("RGB", "RGBA", "P")
+COLOUR = ("RGB", "RGBA", "P", "CMYK")
 SIXTEEN = ("I;16", "I;16B", "I")  # how Pillow has 16 bits of grey, the last one in older versions
 
 
@@ -181,7 +181,7 @@ def read_images(
             look = _look(content, partial(images.name, i))
             size, packed = look.size, packed + len(content)
             seen += Counter(sixteen=look.bits == 16, one=look.bits == 1, turned=look.turned)
-            seen += Counter(several=look.frames > 1, further=look.frames - 1)
+            seen += Counter(several=look.frames > 1, further=look.frames - 1, printed=look.printed)
             channels = max(channels, look.channels)
             first = first or (images, size)
             if form.size is None and size != first[1]:
@@ -214,6 +214,8 @@ def read_images(
             f"of {seen['several']} images of several frames the first is taken: {seen['further']}"
             " further frames left out"
         )
+    if seen["printed"]:
+        notes.append(f"{seen['printed']} images of CMYK taken as RGB, without a colour profile")
     if form.size is not None:
         notes.append(
             f"images cropped to the centred square and resampled to {form.size}x{form.size}"
@@ -326,13 +328,15 @@ def _deep(content: bytes, name: Callable[[], str], channels: int) -> np.ndarray:
 
 class Look(NamedTuple):
     """What is known of an image before its pixels are: width and height as it is to be seen, the
-    fewest channels that hold it, bits a channel, whether EXIF turns it, and frames."""
+    fewest channels that hold it, bits a channel, whether EXIF turns it, frames, and whether its
+    colours are those of print."""
 
     size: tuple[int, int]
     channels: int
     bits: int
     turned: bool
     frames: int
+    printed: bool
 
 
 def _look(content: bytes, name: Callable[[], str]) -> Look:
@@ -350,7 +354,7 @@ def _look(content: bytes, name: Callable[[], str]) -> Look:
         bits = 1 if mode == "1" else 16 if mode in SIXTEEN else bits_of(content)
         clear = image.has_transparency_data and _alpha(image) != (255, 255)
         channels = 4 if clear else 3 if mode in COLOUR else 1
-        return mode, Look((width, height), channels, bits, way != 1, frames)
+        return mode, Look((width, height), channels, bits, way != 1, frames, mode == "CMYK")
 
     mode, found = opened(content, name, look, whole=True)
     if found is None:
@@ -371,6 +375,8 @@ def _plain(image: "Image.Image", channels: int) -> "Image.Image":
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns of transparent palettes
+    if image.mode == "CMYK":
+        image = image.convert("RGB")  # of which alone Pillow makes RGBA or grey
     return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
 
 

@@ -23,7 +23,15 @@ from nelbo.data.cells import (
 from nelbo.data.dtypes import categories_of, describe
 from nelbo.data.identifiers import Evidence, identifies, name_rows
 from nelbo.data.layout import POINTS, SIZES, Column
-from nelbo.data.spelling import TRUTH, canonical, codes, is_number, number_advice, spellings
+from nelbo.data.spelling import (
+    TRUTH,
+    canonical,
+    codes,
+    is_number,
+    number_advice,
+    spellings,
+    thousands_advice,
+)
 
 if TYPE_CHECKING:
     from polars import DataFrame, DataType, Series
@@ -364,7 +372,10 @@ def _infer(
         return column, "; ".join(filter(None, (note, _of_spellings(name, every, few))))
     if odd and (advice := number_advice(odd)):
         raise ValueError(f"the column {name!r} holds texts such as {odd[0]!r}: {advice}")
-    return _number(name, numbers(series, words=words), missing)
+    column, note = _number(name, numbers(series, words=words), missing)
+    written = str(series.dtype) == "String"
+    grouped = f"{name}: {advice}" if written and (advice := thousands_advice(every)) else ""
+    return column, "; ".join(filter(None, (grouped, note)))
 
 
 def _declared_category(

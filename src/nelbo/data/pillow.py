@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 PNG = b"\x89PNG\r\n\x1a\n"
 #: what is read, by the ends of names and as Pillow calls it
 SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")

@@ -18,6 +18,8 @@ _LEADING_ZERO = re.compile(r"[+-]?0[0-9].*")
 _BARE_EXPONENT = re.compile(r"[0-9]+[eE][0-9]+")
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+),[0-9]+")
+#: whole numbers whose points group thousands, if they are not numbers of three decimals
+_POINTS = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})*")
 #: numbers with a currency, a per cent, groups by blanks or apostrophes, or the typographic minus
 _MARKED = re.compile(
     r"[-+\u2212]?\s?[$\u20ac\xa3\xa5]?\s?[-\u2212]?"
@@ -102,6 +104,24 @@ def spellings(values: Iterable[str]) -> list[str]:
     return sorted(found.values())
 
 
+def thousands_advice(values: Sequence[str]) -> str:
+    """A warning on numbers whose points may group thousands, as in much of Europe: each that has
+    one has three decimals, and none begins with 0; "" where they cannot be.
+
+    >>> thousands_advice(["1.007", "850"])
+    '1.007 is read with three decimals; if the point groups thousands, write 1007'
+    >>> thousands_advice(["0.125", "1.007"]), thousands_advice(["850", "12"])
+    ('', '')
+    """
+    if not all(_POINTS.fullmatch(value) for value in values):
+        return ""
+    found = next((value for value in values if "." in value), None)
+    if found is None:
+        return ""
+    plain = found.replace(".", "")
+    return f"{found} is read with three decimals; if the point groups thousands, write {plain}"
+
+
 def number_advice(values: Iterable[str]) -> str:
     """Advice on numbers that are written with more than digits and a point, such as commas,
     blanks or currencies; "" where the texts are others.
@@ -118,6 +138,8 @@ def number_advice(values: Iterable[str]) -> str:
             f"write {plain} if its comma groups thousands, and {values[0].replace(',', '.')} if"
             " it is a decimal comma"
         )
+    if all(_POINTS.fullmatch(value) for value in values):
+        return f"write {values[0].replace('.', '')}, not {values[0]}"
     if all(_DECIMAL_COMMA.fullmatch(value) for value in values):
         grouped = any("." in value for value in values)
         return "write 1250.5, not 1.250,5" if grouped else "write 1.5, not 1,5"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nelbo import _limits
 from nelbo._files import put_weights, read_tensors
+from nelbo._terminal import shortened
 from nelbo.data import Schema
 from nelbo.estimate import Grid
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left, spaced
@@ -291,7 +292,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path} holds no state dict; save network.state_dict() there")
     for name, tensor in weights.items():
-        _check_dense(tensor, f"{_limits.brief(str(name))} in {path}")
+        _check_dense(tensor, f"{shortened(str(name))} in {path}")
     return {str(name): tensor for name, tensor in weights.items()}
 
 

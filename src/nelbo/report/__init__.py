@@ -10,13 +10,19 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+import torch
+from torch import Tensor
+
 from nelbo._files import write
 from nelbo._processes import world
 from nelbo._progress import Track, tracker
 from nelbo._terminal import printable
 from nelbo.checkpoint import Run
-from nelbo.data import as_examples
+from nelbo.data import Schema, as_examples
+from nelbo.estimate import Grid
 from nelbo.evaluate import evaluate
+from nelbo.impute import within
+from nelbo.model import Model
 from nelbo.pilots import Pilots
 from nelbo.report import sections
 from nelbo.report.quality import measure
@@ -28,6 +34,7 @@ from nelbo.report.studies import (
     some,
     trajectory,
 )
+from nelbo.sample import ancestral
 
 SYNTHETIC = 1000  # rows of a table
 
@@ -68,7 +75,6 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     count = 64 if is_image(schema) else SYNTHETIC if schema.columns else len(few)
     grid = run.grid(SAMPLE_STEPS, track("grid"))
     sampler = run.law_of_samples(count, seed=seed)
-    path = trajectory(sampler, count, grid, seed, track("samples"))
     parts = [
         sections.headline(run, result),
         sections.terms(model, result),
@@ -77,12 +83,15 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     ]
     coded = measure_files(model, few, run.grid, track("files"))
     if is_image(schema):
+        path = trajectory(sampler, count, grid, seed, track("samples"))
         parts += [sections.images(run, few, path), sections.pixels(run, few, cost.numpy(), unit)]
     elif schema.columns:
         seen, _ = run.examples(split="train")
-        parts.append(sections.table(schema, few, path.x, cost.numpy(), unit))
-        parts.append(sections.quality(measure(schema.columns, seen, x, path.x, seed)))
+        made, how = _rows(sampler, count, schema, grid, seed, track("samples"))
+        parts.append(sections.table(schema, few, made, how, cost.numpy(), unit))
+        parts.append(sections.quality(measure(schema.columns, seen, x, made, seed)))
     else:
+        path = trajectory(sampler, count, grid, seed, track("samples"))
         parts += [sections.vectors(schema, few, path), sections.columns(cost.numpy(), unit)]
     parts += [sections.files(run, coded), sections.again(run, seed)]
     template = Template(files("nelbo.report").joinpath("page.html").read_text(encoding="utf-8"))
@@ -92,3 +101,21 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
         page = printable(template.substitute(title=title, body="\n".join(parts)))
         write(out, page.encode())
     return out
+
+
+def _rows(
+    model: Model, count: int, schema: Schema, grid: Grid, seed: int, track: Track
+) -> tuple[Tensor, str]:
+    """Rows of a table as `nelbo sample` draws them, and a sentence on which those are."""
+
+    def draw(rows: Tensor, seed: int) -> Tensor:
+        return ancestral(model.at(rows), len(rows), grid, seed, track).cpu()
+
+    said: list[str] = []
+    try:
+        return within(draw, count, schema, seed, said.append), said[0]
+    except ValueError:  # hardly any row is within what training had
+        return draw(torch.arange(count), seed), (
+            "as the model draws them, of which hardly any lie in the ranges and categories of"
+            " training"
+        )

@@ -298,7 +298,7 @@ def columns(each: np.ndarray, unit: str) -> str:
     )
 
 
-def table(schema: Schema, x: Tensor, made: Tensor, each: np.ndarray, unit: str) -> str:
+def table(schema: Schema, x: Tensor, made: Tensor, how: str, each: np.ndarray, unit: str) -> str:
     """A table: the mean cost of each column, and synthetic rows beside real ones."""
     name = unit.removesuffix("/dim")
     head = ("column", name, "distance", "of two real samples", "missing, real / synthetic")
@@ -307,7 +307,7 @@ def table(schema: Schema, x: Tensor, made: Tensor, each: np.ndarray, unit: str) 
         f"The bound at 64 steps before it is summed over columns, mean over {len(each)} test rows;"
         f" and {len(made)} synthetic rows in {SAMPLE_STEPS} steps beside them: the distance is the"
         " total variation of the binned marginals, next to what two samples of one law would"
-        " have.",
+        f" have. Synthetic rows: {escape(how)}.",
         f"<figure>{tables.marginals(schema.columns, x, made)}</figure>"
         f"{_table(head, tables.rows(schema.columns, x, made, each))}",
     )
