@@ -5,8 +5,8 @@
 Bytes flipped, overwritten, cut, inserted and swapped, values of JSON replaced: the damage of
 `tests/test_fuzz.py`, whose few examples run with every change. A read ends in a result, the right
 one where the file has a checksum, or in an error that the command line tells in one sentence. What
-ends otherwise is made small by Hypothesis, kept in the folder, and named. Minutes are of CPU;
-Ctrl-C ends them early.
+ends otherwise, a NaN where a number is told among it, is made small by Hypothesis, kept in the
+folder, and named. Minutes are of CPU; Ctrl-C ends them early.
 """
 
 import argparse

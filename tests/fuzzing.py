@@ -2,13 +2,15 @@
 
 A `Kind` makes one small file and reads one. A damaged file has two good outcomes: a result, the
 right one where the file has a checksum, or an error that the command line tells in one sentence.
-All else is a failure: another exception, a warning, a read that takes long.
+All else is a failure: another exception, a warning, a number that is none, a read that takes long.
 """
 
 import copy
 import gzip
 import io
 import json
+import math
+import re
 import shutil
 import signal
 import struct
@@ -39,6 +41,7 @@ from nelbo.codec.header import Settings
 from nelbo.control import Nothing
 from nelbo.data import as_examples, load
 from nelbo.estimate import Grid
+from nelbo.evaluate import evaluate
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
 from nelbo.integrations.unet import UNet
@@ -239,6 +242,11 @@ def _data() -> list[Kind]:
         Kind("x.parquet", _made(frame.write_parquet), _whole),
         Kind("x.arrow", _made(frame.write_ipc), _whole),
         Kind("x.tar", _tar(x), _labelled),
+        # some hundred times as large as their bytes
+        Kind("sparse.npz", _made(lambda f: np.savez_compressed(f, x=_sparse())), _whole),
+        Kind("sparse.parquet", _made(_repeating().write_parquet), _whole),
+        Kind("sparse.arrow", _made(_repeating_ipc), _whole),
+        Kind("heads.tar", _heads(x), _whole),
         Kind("x.txt", "the quick brown fox, é; ".encode() * 100, _whole),
         Kind("x.png", _image(x[0, 0], "PNG"), _folder),
         Kind("x.jpg", _image(np.kron(x[0, 0], np.full((4, 4), 60, np.uint8)), "JPEG"), _folder),
@@ -279,6 +287,38 @@ def _idx(x: np.ndarray) -> bytes:
     return bytes([0, 0, 8, x.ndim]) + np.array(x.shape, ">u4").tobytes() + x.tobytes()
 
 
+def _sparse() -> np.ndarray:
+    x = np.zeros((100, 1, 64, 64), np.uint8)
+    x[::3, :, 5] = 1
+    return x
+
+
+def _repeating() -> pl.DataFrame:
+    """A text of a mebibyte, whole numbers and reals in runs."""
+    rows = np.arange(3000)
+    text = ["x" * 2**20, *("y" for _ in rows[1:])]
+    return pl.DataFrame({"a": rows // 1000, "b": rows // 900 / 7, "c": text})
+
+
+def _repeating_ipc(file: io.BytesIO) -> None:
+    _repeating().write_ipc(file, compression="zstd")
+
+
+def _heads(x: np.ndarray) -> bytes:
+    """Names and comments in headers of their own, of PAX and of GNU's tar."""
+
+    def write(file: io.BytesIO) -> None:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for i, image in enumerate(x):
+                content = _image(image[0], "PNG")
+                member = tarfile.TarInfo(f"{'d' * 150}/{i:04d}.png")
+                member.size, member.pax_headers = len(content), {"comment": "c" * 600}
+                tar.format = tarfile.PAX_FORMAT if i % 2 else tarfile.GNU_FORMAT
+                tar.addfile(member, io.BytesIO(content))
+
+    return _made(write)
+
+
 def _tar(x: np.ndarray) -> bytes:
     def write(file: io.BytesIO) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -298,11 +338,13 @@ def _of_run(run: Path) -> list[Kind]:
     whole_run = checkpoint.load(run)
     tensors, about = _files.read_tensors(run / "model.safetensors")
 
-    def load_whole(path: Path) -> None:
-        found = checkpoint.load(path.parent).model
-        with torch.no_grad():
-            t = torch.full((2,), 0.5, dtype=torch.float64)
-            found.predict(torch.zeros(2, *found.shape, dtype=torch.float64), t)
+    def measure(path: Path) -> None:
+        """What is told of examples is a number."""
+        run = checkpoint.load(path.parent)
+        kind = torch.float64 if run.config.schema.density else torch.long
+        x = torch.zeros(4, *run.model.shape, dtype=kind)
+        found = evaluate(run.model, x, calls=4)
+        assert math.isfinite(found.nats), f"{found.nats} nats"
 
     cells = Cells(Grid.uniform(2))
     nothing = Nothing(whole_run.model, cells.edges)
@@ -314,6 +356,15 @@ def _of_run(run: Path) -> list[Kind]:
     def times(path: Path) -> None:
         for found in _files.kept(path).values():
             checkpoint._times(found, 2, 0.0)
+
+    at = 8 + int.from_bytes(whole["model.safetensors"][:8], "little")
+    heading = whole["model.safetensors"][8:at]
+
+    def put_heading(path: Path) -> None:
+        other = path.read_bytes()
+        file = path.with_name("model.safetensors")
+        file.write_bytes(struct.pack("<Q", len(other)) + other + whole[file.name][at:])
+        measure(file)
 
     def exact(path: Path) -> None:
         got, words = _files.read_tensors(path, hashed=True)
@@ -327,11 +378,13 @@ def _of_run(run: Path) -> list[Kind]:
             config = checkpoint.read_config(run)
             weights = "ema, step 2"
 
-        show_training(Shown, "bits/dim")
+        assert not re.search(r"\bnan\b", show_training(Shown, "bits/dim").lower())
 
     return [
-        Kind("config.json", whole["config.json"], load_whole, True, tuple(whole.items())[1:]),
+        Kind("config.json", whole["config.json"], measure, True, tuple(whole.items())[1:]),
         Kind("model.safetensors", whole["model.safetensors"], exact),
+        # with the right length, as one writes it who means harm
+        Kind("heading.json", heading, put_heading, True, (("config.json", whole["config.json"]),)),
         Kind("state.safetensors", state, lambda p: _files.read_tensors(p, hashed=True)),
         Kind("metrics.jsonl", metrics, show, True),
         Kind("grids.json", grids, times, True),

@@ -13,6 +13,7 @@ NAMES = (
     *("x.parquet", "x.arrow", "x.tar", "x.txt", "x.png", "x.jpg", "schema.json", "config.json"),
     *("model.safetensors", "state.safetensors", "metrics.jsonl", "grids.json"),
     *("pilots.json", "net.pt", "net.json", "x.nlb", "header.json", "cells.csv"),
+    *("sparse.npz", "sparse.parquet", "sparse.arrow", "heads.tar", "heading.json"),
 )
 
 
