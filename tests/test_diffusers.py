@@ -508,3 +508,46 @@ def test_a_scheduler_that_takes_times_of_no_training_is_refused(networks, times)
         )
         with pytest.raises(ValueError, match="are none of those, or come twice"):
             build(networks[3], scheduler, steps=2)
+
+
+def test_the_default_weights_are_those_that_their_index_names(networks, tmp_path):
+    """Shards beside a file of other weights, which diffusers leaves to those who name it."""
+    save(tmp_path, networks[3], ddpm())
+    want = load(f"diffusers:{tmp_path}").model
+    with seeded(7):
+        other = diffusers.UNet2DModel.from_config(networks[3].config)
+    for file in (tmp_path / "unet").iterdir():
+        file.unlink()
+    networks[3].save_pretrained(tmp_path / "unet", max_shard_size="15KB")
+    other.save_pretrained(tmp_path / "unet", variant="non_ema")
+    found = load(f"diffusers:{tmp_path}").model
+    assert all(map(torch.equal, found.state_dict().values(), want.state_dict().values()))
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(ValueError, match="must name the weights' files beside it"):
+        load(f"diffusers:{tmp_path}")
+    index.unlink()
+    with pytest.raises(ValueError, match=r"several variants, .*non_ema.*; keep one"):
+        load(f"diffusers:{tmp_path}")
+
+
+def test_a_flag_that_a_scheduler_passes_over_is_refused(networks, tmp_path):
+    """PNDM made from the config of a zero-SNR training keeps the flag and does nothing with it."""
+    trained = ddpm(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    swapped = diffusers.PNDMScheduler.from_config(trained.config)
+    save(tmp_path, networks[3], swapped)
+    with pytest.raises(ValueError, match=r"rescale_betas_zero_snr=true.*PNDMScheduler passes"):
+        load(f"diffusers:{tmp_path}")
+
+
+def test_a_description_may_hold_infinity(networks, tmp_path):
+    save(tmp_path, networks[3], diffusers.DPMSolverMultistepScheduler(num_train_timesteps=T))
+    settings = tmp_path / "scheduler" / "scheduler_config.json"
+    assert "-Infinity" in settings.read_text()
+    assert load(f"diffusers:{tmp_path}").times is not None
+    settings.write_text(settings.read_text().replace("-Infinity", "NaN"))
+    with pytest.raises(ValueError, match="NaN is no number"):
+        load(f"diffusers:{tmp_path}")
+    settings.write_text(settings.read_text().replace("NaN", "0").replace("0.02", "Infinity"))
+    with pytest.raises(ValueError):
+        load(f"diffusers:{tmp_path}")

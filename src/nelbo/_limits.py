@@ -196,15 +196,19 @@ def _gibibytes(size: float) -> str:
     return f"{size / 2**30:.3g} GiB"
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path, infinite: bool = False) -> object:
     """What a JSON file says.
+
+    Args:
+        path: the file.
+        infinite: take Infinity and -Infinity, which are no JSON, as Python writes them.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is no file, too large, or not JSON; NaN and infinities are not.
     """
     check_json(path)
-    return parse_json(path.read_bytes(), str(path))
+    return parse_json(path.read_bytes(), str(path), infinite)
 
 
 def check_json(path: Path, most: int = JSON) -> None:
@@ -218,20 +222,25 @@ def check_json(path: Path, most: int = JSON) -> None:
     check_memory(OBJECTS * size, str(path))
 
 
-def parse_json(text: str | bytes, where: str) -> object:
-    """What a JSON text says.
+def parse_json(text: str | bytes, where: str, infinite: bool = False) -> object:
+    """What a JSON text says; `infinite` as for `read_json`.
 
     Raises:
         ValueError: it is not JSON, too deep, or has a number that no float is.
     """
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        constant = _infinity if infinite else _no_number
+        return json.loads(text, parse_constant=constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _infinity(name: str) -> float:
+    return _no_number(name) if name == "NaN" else float(name)
 
 
 def _finite(digits: str) -> float:

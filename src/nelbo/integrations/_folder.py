@@ -58,7 +58,7 @@ def network_of(home: Path) -> tuple[nn.Module, str]:
     kind = str(config.get("_class_name"))
     if kind not in NETWORKS:
         raise ValueError(f"{home} holds a {kind}; known are {', '.join(NETWORKS)}")
-    files = sorted(home.glob(f"{WEIGHTS}*.safetensors"))
+    files = _files_of(home)
     if not files:
         pickled = any(home.glob("*.bin"))
         why = "only .bin, a format that can hold code" if pickled else "none"
@@ -73,6 +73,32 @@ def network_of(home: Path) -> tuple[nn.Module, str]:
         network: nn.Module = made(config, home / "config.json")
     put_weights(network, {_renamed(name, weights): weights[name] for name in weights}, str(home))
     return network.eval(), kind
+
+
+def _files_of(home: Path) -> list[Path]:
+    """The files of the default weights, as diffusers finds them: by their index, else the one;
+    those of a variant, such as fp16, where there are no others.
+
+    Raises:
+        ValueError: the index names none of its folder, or there are several variants.
+    """
+    index, one = (home / f"{WEIGHTS}.safetensors{end}" for end in (".index.json", ""))
+    if index.is_file():
+        named = read_json(index).get("weight_map")
+        names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} must name the weights' files beside it in weight_map")
+        return [home / name for name in sorted(names)]
+    if one.is_file():
+        return [one]
+    files = sorted(home.glob(f"{WEIGHTS}*.safetensors"))
+    variants = {re.sub(r"-\d+-of-\d+", "", file.name) for file in files}
+    if len(variants) > 1:
+        several = shortened(", ".join(sorted(variants)))
+        raise ValueError(
+            f"{home} has weights of several variants, {several}, and none by default; keep one"
+        )
+    return files
 
 
 def _renamed(name: str, weights: Mapping[str, Tensor]) -> str:

@@ -16,6 +16,7 @@ scheduler without one, or without noise, is measured with the smaller, β̃.
 import copy
 import math
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,7 +87,7 @@ def load(
     network, kind = network_of(home)
     settings = path / "scheduler" / "scheduler_config.json"
     settings = settings if settings.is_file() else path / "scheduler_config.json"
-    config = read_json(settings)
+    config = read_json(settings, infinite=True)  # as that of DPM-Solver has
     if not str(config.get("_class_name")).endswith("Scheduler"):
         raise ValueError(f"{settings} names no scheduler; its _class_name says which it is")
     scheduler = made(config, settings)
@@ -126,6 +127,12 @@ def build(
     about: Config = dict(network.config)  # type: ignore[arg-type]
     kind = str(config.get("_class_name", type(scheduler).__name__))
     _refuse(config, clip)
+    zero = "rescale_betas_zero_snr"
+    if config.get(zero) and zero not in signature(type(scheduler).__init__).parameters:
+        raise ValueError(
+            f"the config has {zero}=true, as the network was trained, and a {kind} passes over it;"
+            " give the scheduler of the training, such as DDPMScheduler"
+        )
     shape, wide = _shape(about), about.get("out_channels") == 2 * _number(about, "in_channels")
     learned = config.get("variance_type") == "learned_range"
     check_label(label, _classes(about))

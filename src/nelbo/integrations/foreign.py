@@ -63,11 +63,16 @@ class Foreign:
         return dataset.splits[split], f"{split} of {source}"
 
 
-def read_json(path: Path, hint: str = "a model has one beside its weights") -> dict[str, object]:
-    """The object in a file; ValueError for anything else, and where there is none the hint."""
+def read_json(
+    path: Path, hint: str = "a model has one beside its weights", infinite: bool = False
+) -> dict[str, object]:
+    """The object in a file; ValueError for anything else, and where there is none the hint.
+
+    `infinite` as for `_limits.read_json`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {hint}")
-    found = _limits.read_json(path)
+    found = _limits.read_json(path, infinite)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must be a JSON object; got {type(found).__name__}")
     return found
