@@ -200,6 +200,8 @@ def test_rows_out_of_all_range_are_the_most_anomalous(far_run, kind):
     assert float(found[0]["percentile"]) < 100
     assert [float(row["percentile"]) for row in found[1:]] == [100.0] * 5
     assert [int(row["rank"]) for row in found[1:]] == [1] * 5
+    # most of these rows are extreme; what is usual is that of the reference
+    assert 0 < float(found[0]["standard_error"]) < 10
 
 
 @pytest.mark.parametrize("kind", ["npz", "csv"])

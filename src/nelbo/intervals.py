@@ -46,7 +46,12 @@ def freedoms(parts: Tensor, each: Tensor) -> float:
     return max(1.0, (parts.sum().square() / squares - 2).item())
 
 
-def apart(distance: Tensor, example: Tensor | None = None, far_is: float = FAR) -> Tensor:
+def apart(
+    distance: Tensor,
+    example: Tensor | None = None,
+    far_is: float = FAR,
+    others: Tensor | None = None,
+) -> Tensor:
     """Which examples are like no other, (N,): all of their distances are far beyond most others,
     or one is no number.
 
@@ -54,10 +59,12 @@ def apart(distance: Tensor, example: Tensor | None = None, far_is: float = FAR) 
         distance: from what is usual, (n,).
         example: that each is of, (n,), 0..N-1; left out, each is of its own.
         far_is: so many times as far as nine of ten.
+        others: the distances of these ten; left out, all of them.
     """
     example = torch.arange(len(distance)) if example is None else example
     number = distance.isfinite().cpu()
-    finite = distance.cpu()[number].double()
+    finite = (distance if others is None else others).cpu().double()
+    finite = finite[finite.isfinite()]
     usual = finite.kthvalue(math.ceil(SHARE * len(finite))).values.item() if len(finite) else 0.0
     far = distance.cpu() > far_is * usual if usual > 0 else ~number
     like_others = torch.zeros(int(example.max()) + 1, dtype=torch.bool)
@@ -66,24 +73,30 @@ def apart(distance: Tensor, example: Tensor | None = None, far_is: float = FAR) 
     return ~like_others.to(distance.device)
 
 
-def errors(replicates: Sequence[Tensor]) -> Tensor:
+def errors(replicates: Sequence[Tensor], reference: Tensor | None = None) -> Tensor:
     """The stated error of the mean of each example's replicates, (n,), in blocks (n_g, R_g).
 
     An example like no other has a variance of its own, or no error where it has few replicates.
+    What is usual is that of a reference, (M, R), where there is one, however few or strange the
+    examples are, and it shares its variances with them.
     """
+    known = 0 if reference is None else len(reference)
+    replicates = [*replicates] if reference is None else [reference, *replicates]
     counts = torch.cat([torch.full((len(b),), b.shape[1]) for b in replicates])
     values = torch.cat([block.flatten() for block in replicates])
     example = torch.arange(len(counts)).repeat_interleave(counts)
-    far = apart((values - values.nanmedian()).abs(), example) | _noisy(replicates)
+    usual = slice(None) if reference is None else slice(reference.numel())
+    distance = (values - values[usual].nanmedian()).abs()
+    far = apart(distance, example, others=distance[usual]) | _noisy(replicates)
     error = torch.full_like(far, math.nan, dtype=torch.float64)
     if not far.all():
         parts = zip(replicates, far.split(list(map(len, replicates))), strict=True)
-        shared, known = _shared([near for b, f in parts if len(near := b[~f])])
-        error[~far] = (shared / counts[~far]).sqrt() * widened(known)
+        shared, freedom = _shared([near for b, f in parts if len(near := b[~f])])
+        error[~far] = (shared / counts[~far]).sqrt() * widened(freedom)
     alone = torch.cat([_own(block) for block in replicates])
     enough = far & (counts >= OWN)
     error[enough] = (alone / counts)[enough].sqrt() * widened(OWN - 1)
-    return torch.where(error > 0, error, math.nan)
+    return torch.where(error > 0, error, math.nan)[known:]
 
 
 def _noisy(replicates: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ FEW = 8  # calls of each, below which draws of one visit gain by each other, if 
 MANY = 100  # .. so many examples for each, so that second visits to some of them cost less
 PILOT = (1 / 8, 128)  # share of the calls, and rows of each cell, at most; but ..
 LEAST = 16  # .. so many rows of each cell, where they take no more than half of the calls
-FIRST = 0.5  # share of the calls foreseen for a target error that is spent at once
+FIRST = 0.5  # share of the calls foreseen for a target error, spent at once, where all are visited
 SCORED = 8  # replicates that give an example its own standard error
 
 
@@ -96,7 +96,9 @@ def first_round(way: Plan, examples: int, calls: float, cells: int, scored: bool
     """The plan of the first draws for a target that may take so many calls per example."""
     if not math.isfinite(calls):  # no number of calls will do, and one round shows it
         calls = 0.0
-    first = FIRST * calls
+    # a sample is spent as foreseen: the fewer rounds follow from what was seen, the less of what
+    # is rare is missed by those that end (`visits`)
+    first = max(FIRST * calls, min(calls, 2 - 1 / examples))
     least = max(2 * FEWEST, math.ceil(first * examples))
     if least < 2 * examples and not scored:
         return _sampled(replace(way, replicates=1, draws=2), examples, least)

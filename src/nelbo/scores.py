@@ -210,14 +210,15 @@ class Scorer:
         model, reference = first(model, reference)
         self.define(torch.zeros(1), reference[:1], schema, 0.0)  # refuses before the work
         self.usual = self._of_columns(model, reference).mean(0)
-        nats = self._nats(model, reference).mean(1)
+        self.replicates = self._nats(model, reference)
+        nats = self.replicates.mean(1)
         self.mean = nats.mean().item()
         self.reference = self.define(nats, reference, schema, self.mean)
 
     def __call__(self, model: Model, x: Tensor) -> Scored:
         """The scores of examples x, (N, *shape), under their model."""
         each = self._nats(model, x)
-        nats, error = each.mean(1), _overflown(errors([each]))
+        nats, error = each.mean(1), _overflown(errors([each], self.replicates))
         score = self.define(nats, x, self.schema, self.mean)
         bits = None if model.decoder.density else 1 / (model.dims * LOG_2)
         found = Scored(score, nats, error, self.reference, bits)

@@ -15,6 +15,11 @@ sections 7.1 and 10.4):
     mean           mean_{all i} k_i + mean_{i in S}( mean_r L_ir - k_i )
     Monte Carlo²   (1 - n/N) s²/n + n/N (that of the mean over S)², s² = var_S( mean_r L_ir - k_i )
 
+Where further rounds follow from the spread of those before, they end the sooner the less was seen
+of what is rare and large, and a plain mean is too low: E mean = μ - cov(mean, s²)/s². So each
+visit's weight is one over the number of visits that would have been made had its own cost not been
+seen, n_{-i} ∝ s²_{-i}, which it does not sway: E[y_i / n_{-i}] = μ E[1 / n_{-i}].
+
 Of a sample most is visited once, R_g = 1: there w_i² is s² times the share of it that is noise in
 those visited twice (a rare large cost is in both of its parts), with some caution where they are
 few, and w_g² = w_i²/n_g.
@@ -62,11 +67,13 @@ class Visits:
         costs: of each of these the prior and all cells, the first of which is the reconstruction,
             in each replicate; shapes (n_g, R_g, 1 + C).
         known: of these costs without the network, of all examples, shape (N, 1 + C).
+        first: visits that were made whatever they would cost; left out, all of them.
     """
 
     blocks: Sequence[Tensor]
     costs: Sequence[Tensor]
     known: Tensor
+    first: int | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -85,9 +92,46 @@ class Visits:
         """The Monte Carlo error of each example's bound, as there; NaN where it is not known."""
         return self._in_order(errors(self._left(slice(None))))
 
+    @property
+    def made(self) -> int:
+        """Visits, of all examples."""
+        return sum(block.shape[0] * block.shape[1] for block in self.costs)
+
     def _means(self) -> Tensor:
         """Over the replicates, (n, 1 + C)."""
-        return torch.cat([block.mean(1) for block in self.costs])
+        parts = zip(self.costs, self._of_replicates(), strict=True)
+        return torch.cat([(block * weight[:, None]).sum(1) for block, weight in parts])
+
+    def _of_replicates(self) -> list[Tensor]:
+        """The weights of the replicates of each block, (R_g,), which add up to 1."""
+        equal = [torch.ones(b.shape[1]).double() / b.shape[1] for b in self.costs]
+        again = all(block.shape[1] > 1 for block in self.costs)
+        if self.first is None or not again:
+            return equal
+        means = [block.mean(0) for block in self._totals(slice(None))]
+        each = [len(b) ** 2 / b.shape[1] for b in self.costs]
+        whole = sum(n * mean.var() for n, mean in zip(each, means, strict=True))
+        return [
+            self._weights(1 + n * (_without(mean) - mean.var()) / whole)
+            for n, mean in zip(each, means, strict=True)
+        ]
+
+    def _of_examples(self) -> Tensor:
+        """The weights of the examples of a sample, (n,), which add up to 1."""
+        left = torch.cat([block.mean(1) for block in self._left(slice(None))])
+        if self.first is None:
+            return torch.full_like(left, 1 / len(left))
+        within, between, share = self._variances(slice(None))
+        ratio = _without(left) / left.var()
+        # as many more as the error asks for: (1 - n/N) s²/n + w²/N
+        rest = share * (between - within)
+        return self._weights(ratio * between / (between + (ratio - 1) * rest))
+
+    def _weights(self, ratio: Tensor) -> Tensor:
+        """Of visits without each of which there would have been this share of them, (n,)."""
+        ratio = torch.where(ratio.isfinite(), ratio, 1.0)
+        weight = 1 / (len(ratio) * ratio.clamp(min=(self.first or self.made) / self.made))
+        return weight + (1 - weight.sum()) / len(weight)
 
     def _totals(self, columns: slice) -> list[Tensor]:
         """Some of the costs of each example and replicate, (n_g, R_g) of each block."""
@@ -114,11 +158,11 @@ class Visits:
 
     def mean(self, columns: slice = slice(None)) -> float:
         """Of some of the costs, over all N examples."""
-        mean = self._means()[:, columns].sum(1).mean()
-        if len(self.rows) < len(self.known):
-            known = self.known[:, columns].sum(1)
-            mean = mean + known.mean() - known[self.rows].mean()
-        return mean.item()
+        means = self._means()[:, columns].sum(1)
+        if len(self.rows) == len(self.known):
+            return means.mean().item()
+        known = self.known[:, columns].sum(1)
+        return (known.mean() + self._of_examples() @ (means - known[self.rows])).item()
 
     def monte_carlo(self, columns: slice = slice(None)) -> float:
         """The root of the estimated Monte Carlo variance of that mean."""
@@ -200,4 +244,13 @@ class Visits:
         whole = dict(enumerate(self.costs))
         for g, more in costs.items():
             whole[g] = torch.cat([whole[g], more], 1) if g in whole else more
-        return replace(self, costs=list(whole.values()))
+        first = self.made if self.costs and self.first is None else self.first
+        return replace(self, costs=list(whole.values()), first=first)
+
+
+def _without(values: Tensor) -> Tensor:
+    """The variance of all but each of the values, (n,); where they are too few, that of all."""
+    n, square = len(values), (values - values.mean()).square()
+    if n < 3:
+        return values.var().expand(n)
+    return (square.sum() - square * n / (n - 1)) / (n - 2)
