@@ -1007,3 +1007,15 @@ def test_texts_that_rows_share_are_counted_for_each(tmp_path):
     frame.with_columns(b=pl.lit("x")).write_parquet(tmp_path / "t" / "0.parquet")
     with pytest.raises(ValueError, match=r"1.parquet would be unpacked from .* to 0.195 GiB"):
         load(tmp_path / "t")
+
+
+@pytest.mark.parametrize("program", ["/no/such/python", sys.executable])
+def test_tables_are_read_where_no_other_process_can_be_had(tmp_path, monkeypatch, program):
+    """A sandbox, and a Python that does not find polars."""
+    pl = pytest.importorskip("polars")
+    from nelbo.data import decoded, tables
+
+    monkeypatch.setattr(decoded.sys, "executable", program)
+    monkeypatch.setattr(decoded, "DECODER", tmp_path / "none.py")
+    pl.DataFrame({"a": [1, 2]}).write_parquet(tmp_path / "x.parquet")
+    assert tables.read(tmp_path / "x.parquet").height == 2

@@ -56,6 +56,8 @@ def main() -> None:
         limit_memory(int(limit))
         try:
             sizes = sizes_of(path)
+        except MemoryError:
+            raise
         except BaseException:  # damage, a panic too: the reader itself tells it
             sizes = 0, 0
         print(*sizes, flush=True)

@@ -56,7 +56,7 @@ def _check(files: Sequence[tuple[Path, int, int, int]]) -> None:
     for (texts, size), (file, packed, *_) in zip(sizes, files, strict=False):
         times = CELLS + (TEXTS - CELLS) * texts / max(1, size)
         _limits.check_unpacked(size, packed, str(file), times)
-    if len(sizes) < len(files):
+    if why and len(sizes) < len(files):
         file, packed, *_ = files[len(sizes)]
         raise ValueError(
             f"{file} cannot be read as a table: of its {packed} bytes, {why}; write it again, or"
@@ -65,18 +65,23 @@ def _check(files: Sequence[tuple[Path, int, int, int]]) -> None:
 
 
 def _decoded(asked: bytes) -> tuple[list[tuple[int, int]], str]:
-    """The sizes of the files that were decoded, and why of the next there is none."""
+    """The sizes of the files that were decoded, and why of the next there is none; "" where no
+    process can be had for it, as in some sandboxes."""
     command = [sys.executable, "-P", str(DECODER)]
     environment = os.environ | {"POLARS_MAX_THREADS": "2", "RUST_BACKTRACE": "0"}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run(
             command, input=asked, capture_output=True, timeout=SECONDS, env=environment
         )
     except subprocess.TimeoutExpired as error:
         return _pairs(error.stdout or b""), f"nothing is made within {SECONDS} s"
+    except OSError:
+        return [], ""
     if b"allocat" in done.stderr or b"MemoryError" in done.stderr:
         return _pairs(done.stdout), "more would be made than its size or memory accounts for"
-    return _pairs(done.stdout), "nothing can be made: it ends polars"
+    ended = done.returncode < 0 or done.returncode > 128  # by a signal
+    return _pairs(done.stdout), "nothing can be made: it ends polars" if ended else ""
 
 
 def _pairs(lines: bytes) -> list[tuple[int, int]]:
