@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 
 import nelbo
-from nelbo import checkpoint, data
-from nelbo.config import MANY_LEVELS, configure
-from nelbo.train import VALIDATIONS, pace
+from nelbo import data
+from nelbo.runs import run as run_folder
+from nelbo.runs.train import VALIDATIONS, pace
+from nelbo.training.presets import MANY_LEVELS, configure
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     started = time.process_time()
-    if checkpoint.is_run(asked.out):
+    if run_folder.is_run(asked.out):
         run = nelbo.resume(asked.out, progress=sys.stderr.isatty())
     else:
         dataset = data.load(asked.data)

@@ -27,25 +27,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nelbo.checkpoint import load
-from nelbo.codec import contents, pictures
-from nelbo.codec.codec import Codec
-from nelbo.codec.coding import compress, decompress, describe
-from nelbo.codec.direct import Direct
-from nelbo.codec.header import Settings
-from nelbo.codec.rivals import of_images, rivals
-from nelbo.config import MANY_LEVELS
-from nelbo.estimate import Grid
-from nelbo.evaluate import evaluate
-from nelbo.grids import even_times
-from nelbo.model import Model, measuring
+from nelbo.codec.api import compress, decompress, describe
+from nelbo.codec.coding.codec import Codec
+from nelbo.codec.coding.direct import Direct
+from nelbo.codec.format import contents, pictures
+from nelbo.codec.settings import Settings
+from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.times import Grid, even_times
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.report.other_codecs import of_images, rivals
+from nelbo.runs.run import load
+from nelbo.training.presets import MANY_LEVELS
 
 HEAD = ("T", "effort", "order", "bound", "±", "file", "payload", "/bound", "ideal/bound", "coder")
 
 
 def coder_over_ideal(codec: Codec, x: Tensor) -> float:
     """Bits that the stack grows by over those of the densities, without any start."""
-    from nelbo.codec.stack import Bottom, Stack
+    from nelbo.codec.entropy.stack import Bottom, Stack
 
     stack, code = Stack(Bottom("benchmark").words(2**16)), codec.codes.model(0)
     start = stack.bits

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nelbo.checkpoint import load
-from nelbo.codec.coding import compress, decompress
+from nelbo.codec.api import compress, decompress
 from nelbo.codec.errors import CodecError
-from nelbo.codec.header import Settings
+from nelbo.codec.settings import Settings
+from nelbo.runs.run import load
 
 PROCESSES = {
     "the same": {"OMP_NUM_THREADS": "1"},

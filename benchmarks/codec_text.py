@@ -20,14 +20,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nelbo._numerics import LOG_2
-from nelbo.checkpoint import Run, load
-from nelbo.codec.coding import compress, decompress, describe
-from nelbo.codec.header import Settings
-from nelbo.codec.stack import WORD
-from nelbo.data.text import OTHER
-from nelbo.estimate import Continuum, Grid
-from nelbo.evaluate import evaluate
+from nelbo._utils.numerics import LOG_2
+from nelbo.codec.api import compress, decompress, describe
+from nelbo.codec.entropy.stack import WORD
+from nelbo.codec.settings import Settings
+from nelbo.data.readers.text import OTHER
+from nelbo.diffusion.times import Continuum, Grid
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.runs.run import Run, load
 
 
 def nelbo(*arguments: object) -> None:

@@ -29,12 +29,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from known_models import LARGER, Known
 
-from nelbo._numerics import LOG_2, seeded
-from nelbo.allocate import Allocation, Cells, pilot
-from nelbo.control import Controls
-from nelbo.estimate import Continuum, Grid, Times
-from nelbo.evaluate import Evaluation, evaluate
-from nelbo.model import measuring
+from nelbo._utils.numerics import LOG_2, seeded
+from nelbo.diffusion.model import measuring
+from nelbo.diffusion.times import Continuum, Grid, Times
+from nelbo.evaluation.allocation import Allocation, Cells, pilot
+from nelbo.evaluation.control_variates import Controls
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.evaluation.result import Evaluation
 
 ROWS = 256  # of each cell of a pilot that is kept
 OTHERS = 500  # examples that it is made on

@@ -34,12 +34,13 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from nelbo.config import configure
-from nelbo.data import Dataset, Schema, examples
-from nelbo.data.inference import infer_columns
-from nelbo.data.layout import log_cells
-from nelbo.evaluate import evaluate
-from nelbo.learner import Learner
+from nelbo.data import Dataset, Schema
+from nelbo.data.columns import log_cells
+from nelbo.data.tabular import encoding
+from nelbo.data.tabular.inference import infer_columns
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.training.presets import configure
+from nelbo.training.trainer import Learner
 
 UCI = ("concrete", "energy", "power-plant", "wine-quality-red", "protein-tertiary-structure")
 DEBD = ("nltcs", "plants", "jester", "dna", "accidents", "mushrooms")
@@ -158,7 +159,7 @@ def uci(path: Path) -> tuple[Rows, Schema]:
 
 def encode(rows: np.ndarray, schema: Schema) -> Tensor:
     frame = pl.DataFrame({c.name: v for c, v in zip(schema.columns, rows.T, strict=True)})
-    return torch.from_numpy(examples.encode(frame, schema.columns, "rows", rounding=True)[0])
+    return torch.from_numpy(encoding.encode(frame, schema.columns, "rows", rounding=True)[0])
 
 
 def compare(path: Path, seconds: float, alone: bool, recorded: bool) -> dict[str, float]:

@@ -44,19 +44,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nelbo._numerics import LOG_2, seeded
-from nelbo.allocate import Allocation, Cells, estimate, visits
-from nelbo.checkpoint import Run, load
-from nelbo.control import Controls
+from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.data import as_examples
-from nelbo.elbo import reconstruction_term
-from nelbo.estimate import Continuum, Grid, Times, iid, stratified
-from nelbo.evaluate import CALLS, Evaluation, _strata, evaluate
-from nelbo.model import Model, measuring
-from nelbo.pilots import ROWS, Pilots
-from nelbo.plan import Plan, plan
-from nelbo.proposal import proposal
-from nelbo.reverse import Posterior
+from nelbo.diffusion.elbo import reconstruction_term
+from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.reverse import Posterior
+from nelbo.diffusion.times import Continuum, Grid, Times, iid, stratified
+from nelbo.evaluation.allocation import Allocation, Cells, estimate, visits
+from nelbo.evaluation.control_variates import Controls
+from nelbo.evaluation.evaluate import CALLS, _strata, evaluate
+from nelbo.evaluation.result import Evaluation
+from nelbo.evaluation.survey import Plan, plan
+from nelbo.evaluation.time_density import proposal
+from nelbo.runs.pilot_cache import ROWS, Pilots
+from nelbo.runs.run import Run, load
 
 AT = (1, 2, 4, 16)  # calls per example
 REFERENCE = "low-discrepancy"

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from nelbo.checkpoint import load
-from nelbo.estimate import Continuum, Grid
-from nelbo.evaluate import evaluate
-from nelbo.grids import best_grid, measure_errors
-from nelbo.model import Model
-from nelbo.reverse import Beta, Mixture, Optimal, Posterior, Reverse
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior, Reverse
+from nelbo.diffusion.times import Continuum, Grid
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.evaluation.grid_search import best_grid, measure_errors
+from nelbo.runs.run import load
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 

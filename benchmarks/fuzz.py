@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from conftest import TINY
 from fuzzing import Kind, damaged, kinds, outcome
 
-from nelbo.train import train
+from nelbo.runs.train import train
 
 BATCH = 100  # files at a time
 

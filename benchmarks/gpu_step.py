@@ -41,16 +41,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
-from nelbo.config import configure
 from nelbo.data import Dataset, Schema
-from nelbo.estimate import stratified
+from nelbo.diffusion.model import counting
+from nelbo.diffusion.process import Levels
+from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import stratified
 from nelbo.integrations import wrap
 from nelbo.integrations.diffusers import Plain
-from nelbo.learner import Learner
-from nelbo.model import counting
-from nelbo.objective import Objective
-from nelbo.process import Levels
-from nelbo.schedules import Linear
+from nelbo.training.objective import Objective
+from nelbo.training.presets import configure
+from nelbo.training.trainer import Learner
 
 SHAPE, LEVELS, T = (3, 32, 32), 256, 1000
 WARMUP = 5  # steps that are not timed, after the one that compiles

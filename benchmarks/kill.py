@@ -25,8 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nelbo import _files, checkpoint, state
-from nelbo.train import resume, train
+from nelbo._utils import files
+from nelbo.runs import run as run_folder
+from nelbo.runs import training_state
+from nelbo.runs.train import resume, train
 
 OPTIONS = {"steps": 200, "batch": 16, "width": 8, "depth": 1, "schedule": "learned-ends"}
 EVERY = {"digits": 25, "rows": 2}  # steps from one checkpoint to the next
@@ -42,8 +44,8 @@ def live(source: str, out: Path, every: int) -> None:
         time.sleep(DISK)
         sync(handle)
 
-    _files.os.fsync = slow_sync
-    if checkpoint.is_run(out):
+    files.os.fsync = slow_sync
+    if run_folder.is_run(out):
         resume(out)
     else:
         train(source, out, evaluate_every=every, **OPTIONS)
@@ -56,23 +58,23 @@ def start(*arguments: object) -> multiprocessing.Process:
 
 
 def half_written(run: Path) -> set[Path]:
-    return {path for path in run.iterdir() if _files.is_part(path)}
+    return {path for path in run.iterdir() if files.is_part(path)}
 
 
 def contents(run: Path) -> dict[str, object]:
     """What a run holds, without the clock."""
     found: dict[str, object] = {"names": sorted(p.name for p in run.iterdir() if p.is_file())}
-    for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
+    for name in (run_folder.CONFIG, run_folder.WEIGHTS):
         found[name] = (run / name).read_bytes()
-    for name in (checkpoint.STATE, checkpoint.BEFORE):
-        tensors, about = _files.read_tensors(run / name, hashed=True)
+    for name in (run_folder.STATE, run_folder.BEFORE):
+        tensors, about = files.read_tensors(run / name, hashed=True)
         del about["progress"]["seconds"]
         found[f"{name}, about"] = about
         for key, tensor in tensors.items():
             bits = tensor.flatten().view(torch.uint8).numpy().tobytes()
             found[f"{name}, {key}"] = (tensor.dtype, tuple(tensor.shape), bits)
-    events = [json.loads(line) for line in (run / checkpoint.METRICS).read_text().splitlines()]
-    found[checkpoint.METRICS] = [{k: v for k, v in e.items() if k != "seconds"} for e in events]
+    events = [json.loads(line) for line in (run / run_folder.METRICS).read_text().splitlines()]
+    found[run_folder.METRICS] = [{k: v for k, v in e.items() if k != "seconds"} for e in events]
     return found
 
 
@@ -101,9 +103,9 @@ def trial(folder: Path, data: str, kills: int, r: random.Random) -> None:
             killed += 1
             cut += bool(half_written(out) - stale)
             with contextlib.suppress(OSError, ValueError, IndexError):
-                step = _files.read_tensors(out / checkpoint.STATE)[1]["progress"]["step"]
-                between += checkpoint.read_metrics(out)[-1]["step"] > step
-            between += state.is_in(out) and not (out / checkpoint.STATE).exists()
+                step = files.read_tensors(out / run_folder.STATE)[1]["progress"]["step"]
+                between += run_folder.read_metrics(out)[-1]["step"] > step
+            between += training_state.is_in(out) and not (out / run_folder.STATE).exists()
         if process.exitcode:
             sys.exit(f"{out} could not be resumed: exit code {process.exitcode}")
         ended = contents(out)

@@ -38,15 +38,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate, mse_loss
 
 from nelbo import data
-from nelbo.config import configure
 from nelbo.data import Dataset, Schema
-from nelbo.estimate import stratified
+from nelbo.diffusion.process import Affine, Gaussian, Levels
+from nelbo.diffusion.schedules import Linear, Schedule
+from nelbo.diffusion.times import stratified
 from nelbo.integrations import wrap
 from nelbo.integrations.diffusers import Plain
-from nelbo.learner import Learner
-from nelbo.objective import Objective
-from nelbo.process import Affine, Gaussian, Levels
-from nelbo.schedules import Linear, Schedule
+from nelbo.training.objective import Objective
+from nelbo.training.presets import configure
+from nelbo.training.trainer import Learner
 
 Step = Callable[[Tensor], None]
 Draw = Callable[[Tensor, Tensor, int, int], Tensor]  # z_t, x, t, seed -> z_{t-1}

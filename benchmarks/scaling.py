@@ -17,9 +17,9 @@ import time
 import torch
 
 from nelbo import data
-from nelbo._processes import gather, together
-from nelbo.config import configure
-from nelbo.learner import Learner
+from nelbo._utils.distributed import gather, together
+from nelbo.training.presets import configure
+from nelbo.training.trainer import Learner
 
 
 def measure(batch: int, steps: int, dropout: float) -> None:

@@ -67,11 +67,11 @@ def measure(source: Path, steps: int) -> dict[str, float]:
     import torch
 
     from nelbo import data
-    from nelbo.checkpoint import hashes
-    from nelbo.config import configure
-    from nelbo.data import encoded
+    from nelbo.data.readers import encoded
     from nelbo.data.rows import WINDOW, Ahead
-    from nelbo.learner import Learner
+    from nelbo.runs.run import hashes
+    from nelbo.training.presets import configure
+    from nelbo.training.trainer import Learner
 
     torch.set_num_threads(1)
     encoded.IN_MEMORY = 0

@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from known_models import LARGER, MODELS
 
-from nelbo._numerics import LOG_2
-from nelbo.estimate import Continuum, Grid
-from nelbo.evaluate import evaluate
+from nelbo._utils.numerics import LOG_2
+from nelbo.diffusion.times import Continuum, Grid
+from nelbo.evaluation.evaluate import evaluate
 
 KINDS = MODELS | LARGER
 

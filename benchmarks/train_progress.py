@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from nelbo import checkpoint
-from nelbo.config import TrainConfig
-from nelbo.train import resume, train
+from nelbo.runs import run as run_folder
+from nelbo.runs.train import resume, train
+from nelbo.training.config import TrainConfig
 
 Options = dict[str, str | int | float]
 Curve = list[tuple[int, float, float]]  # step, seconds, bits/dim
@@ -66,7 +66,7 @@ def options_of(name: str, steps: int) -> Options:
 
 def curve_of(options: Options, out: Path) -> Curve:
     """Train, or read a finished run; the validation bound after each 100 steps."""
-    run = resume(out) if checkpoint.is_run(out) else train("digits", out, **options)
+    run = resume(out) if run_folder.is_run(out) else train("digits", out, **options)
     return [(e["step"], e["seconds"], e["validation"]) for e in run.metrics]
 
 

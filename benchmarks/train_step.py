@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nelbo import data
-from nelbo.augment import augment
-from nelbo.config import configure
-from nelbo.learner import Learner
+from nelbo.training.augmentation import augment
+from nelbo.training.presets import configure
+from nelbo.training.trainer import Learner
 
 
 def bare_step(learner: Learner) -> Callable[[], None]:

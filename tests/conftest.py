@@ -6,8 +6,8 @@ from zlib import crc32
 import pytest
 import torch
 
-from nelbo._numerics import seeded
-from nelbo.train import train
+from nelbo._utils.numerics import seeded
+from nelbo.runs.train import train
 
 TINY = {"steps": 4, "batch": 16, "width": 8, "depth": 1, "evaluate_every": 2}
 #: flags of a small network of OpenAI's

@@ -9,9 +9,9 @@ from closed_forms import assert_mean, orders
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
-from nelbo._numerics import seeded, slope
-from nelbo.process import Process
-from nelbo.schedules import Schedule
+from nelbo._utils.numerics import seeded, slope
+from nelbo.diffusion.process import Process
+from nelbo.diffusion.schedules import Schedule
 
 
 class ProcessContract:

@@ -30,22 +30,24 @@ from conftest import OPENAI
 from hypothesis import strategies as st
 from PIL import Image
 
-from nelbo import _files, checkpoint, pilots
-from nelbo._numerics import seeded
-from nelbo.allocate import Cells
-from nelbo.codec import container
+from nelbo._utils import files
+from nelbo._utils.numerics import seeded
 from nelbo.codec import files as codec_files
-from nelbo.codec.coding import compress, decompress
+from nelbo.codec.api import compress, decompress
 from nelbo.codec.errors import CodecError
-from nelbo.codec.header import Settings
-from nelbo.control import Nothing
+from nelbo.codec.format import container
+from nelbo.codec.settings import Settings
 from nelbo.data import as_examples, load
-from nelbo.estimate import Grid
-from nelbo.evaluate import evaluate
+from nelbo.diffusion.times import Grid
+from nelbo.evaluation.allocation import Cells
+from nelbo.evaluation.control_variates import Nothing
+from nelbo.evaluation.evaluate import evaluate
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
-from nelbo.integrations.unet import UNet
+from nelbo.integrations.openai_unet import UNet
 from nelbo.report.sections import training as show_training
+from nelbo.runs import pilot_cache
+from nelbo.runs import run as run_folder
 
 SECONDS = 20  # that a read of a small file may take on a busy machine
 #: what the command line tells in one sentence
@@ -333,14 +335,14 @@ def _tar(x: np.ndarray) -> bytes:
 
 def _of_run(run: Path) -> list[Kind]:
     whole = {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    state, metrics = ((run / n).read_bytes() for n in (checkpoint.STATE, checkpoint.METRICS))
+    state, metrics = ((run / n).read_bytes() for n in (run_folder.STATE, run_folder.METRICS))
     grids = json.dumps({"abc, 2 steps": [0.5, 1.0]}).encode()
-    whole_run = checkpoint.load(run)
-    tensors, about = _files.read_tensors(run / "model.safetensors")
+    whole_run = run_folder.load(run)
+    tensors, about = files.read_tensors(run / "model.safetensors")
 
     def measure(path: Path) -> None:
         """What is told of examples is a number."""
-        run = checkpoint.load(path.parent)
+        run = run_folder.load(path.parent)
         kind = torch.float64 if run.config.schema.density else torch.long
         x = torch.zeros(4, *run.model.shape, dtype=kind)
         found = evaluate(run.model, x, calls=4)
@@ -350,12 +352,12 @@ def _of_run(run: Path) -> list[Kind]:
     nothing = Nothing(whole_run.model, cells.edges)
 
     def keep(path: Path) -> None:
-        found = pilots._allocation(_files.kept(path).get("a"), cells, nothing)
+        found = pilot_cache._allocation(files.kept(path).get("a"), cells, nothing)
         assert found is None or abs(found.probability.sum() - 1) < 1e-6
 
     def times(path: Path) -> None:
-        for found in _files.kept(path).values():
-            checkpoint._times(found, 2, 0.0)
+        for found in files.kept(path).values():
+            run_folder._times(found, 2, 0.0)
 
     at = 8 + int.from_bytes(whole["model.safetensors"][:8], "little")
     heading = whole["model.safetensors"][8:at]
@@ -367,15 +369,15 @@ def _of_run(run: Path) -> list[Kind]:
         measure(file)
 
     def exact(path: Path) -> None:
-        got, words = _files.read_tensors(path, hashed=True)
+        got, words = files.read_tensors(path, hashed=True)
         assert words == about and got.keys() == tensors.keys()
         assert all(torch.equal(got[name], tensors[name]) for name in tensors)
 
     def show(path: Path) -> None:
         class Shown:
             model = whole_run.model
-            metrics = checkpoint.read_metrics(path.parent)
-            config = checkpoint.read_config(run)
+            metrics = run_folder.read_metrics(path.parent)
+            config = run_folder.read_config(run)
             weights = "ema, step 2"
 
         assert not re.search(r"\bnan\b", show_training(Shown, "bits/dim").lower())
@@ -385,7 +387,7 @@ def _of_run(run: Path) -> list[Kind]:
         Kind("model.safetensors", whole["model.safetensors"], exact),
         # with the right length, as one writes it who means harm
         Kind("heading.json", heading, put_heading, True, (("config.json", whole["config.json"]),)),
-        Kind("state.safetensors", state, lambda p: _files.read_tensors(p, hashed=True)),
+        Kind("state.safetensors", state, lambda p: files.read_tensors(p, hashed=True)),
         Kind("metrics.jsonl", metrics, show, True),
         Kind("grids.json", grids, times, True),
         Kind("pilots.json", json.dumps({"a": PILOT}).encode(), keep, True),

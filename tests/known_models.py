@@ -14,15 +14,15 @@ from closed_forms import Formula, legendre_nodes, normal_nodes, states
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo._numerics import seeded
-from nelbo.estimate import Grid, Times
-from nelbo.heads import Data, LevelLogits, SymbolLogits
-from nelbo.likelihood import Categorical, GaussianDensity, LevelHead
-from nelbo.model import Model
-from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.product import Product, ProductDecoder, ProductHead, ProductStep
-from nelbo.reverse import Mixture, Posterior, Reverse
-from nelbo.schedules import Linear, PowerAlpha
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Data, LevelLogits, SymbolLogits
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.product import Product, ProductDecoder, ProductHead, ProductStep
+from nelbo.diffusion.reverse import Mixture, Posterior, Reverse
+from nelbo.diffusion.schedules import Linear, PowerAlpha
+from nelbo.diffusion.times import Grid, Times
 
 D = 2  # dimensions of each
 FLAT = torch.zeros(D, dtype=torch.float64)

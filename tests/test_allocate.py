@@ -8,9 +8,11 @@ from closed_forms import assert_mean
 from known_models import MODELS
 from torch import Tensor
 
-from nelbo import allocate
-from nelbo._numerics import seeded
-from nelbo.allocate import (
+from nelbo._utils.numerics import seeded
+from nelbo.data import as_examples
+from nelbo.diffusion.times import Continuum, Grid, Times, stratified
+from nelbo.evaluation import allocation as allocate
+from nelbo.evaluation.allocation import (
     EVEN,
     Allocation,
     Cells,
@@ -22,10 +24,8 @@ from nelbo.allocate import (
     pilot,
     visits,
 )
-from nelbo.allocate import fit as fit_rows
-from nelbo.control import Controls, Nothing
-from nelbo.data import as_examples
-from nelbo.estimate import Continuum, Grid, Times, stratified
+from nelbo.evaluation.allocation import fit as fit_rows
+from nelbo.evaluation.control_variates import Controls, Nothing
 
 
 @pytest.fixture(autouse=True)

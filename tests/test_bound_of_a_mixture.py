@@ -19,14 +19,14 @@ from closed_forms import Formula, assert_mean, legendre_nodes, normal_nodes
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo._numerics import seeded
-from nelbo.estimate import Continuum, Grid, Times, elbo
-from nelbo.heads import Data
-from nelbo.likelihood import GaussianDensity
-from nelbo.model import Model
-from nelbo.process import Affine, Gaussian
-from nelbo.reverse import Beta, Posterior, Reverse
-from nelbo.schedules import Linear
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import GaussianDensity
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Data
+from nelbo.diffusion.process import Affine, Gaussian
+from nelbo.diffusion.reverse import Beta, Posterior, Reverse
+from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import Continuum, Grid, Times, elbo
 
 W = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MU = torch.tensor([-1.2, 0.6], dtype=torch.float64)

@@ -9,15 +9,21 @@ from closed_forms import Formula, MaskChain, assert_mean, legendre_nodes, states
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo._numerics import seeded
-from nelbo.elbo import Bound, diffusion_rate, diffusion_term, prior_term, reconstruction_term
-from nelbo.estimate import Continuum, Grid, Times, elbo, iid
-from nelbo.heads import SymbolLogits
-from nelbo.likelihood import Categorical
-from nelbo.model import Model
-from nelbo.process import Absorbing
-from nelbo.reverse import Posterior
-from nelbo.schedules import Linear, PowerAlpha, Schedule
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import Categorical
+from nelbo.diffusion.elbo import (
+    Bound,
+    diffusion_rate,
+    diffusion_term,
+    prior_term,
+    reconstruction_term,
+)
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import SymbolLogits
+from nelbo.diffusion.process import Absorbing
+from nelbo.diffusion.reverse import Posterior
+from nelbo.diffusion.schedules import Linear, PowerAlpha, Schedule
+from nelbo.diffusion.times import Continuum, Grid, Times, elbo, iid
 
 K, D = 3, 2
 STATES = torch.tensor(states(K, D))

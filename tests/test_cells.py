@@ -11,15 +11,15 @@ from test_cli import run_ok
 
 from nelbo import data
 from nelbo.cli import main
-from nelbo.condition import parse
-from nelbo.data import cells, examples, streams, tables
-from nelbo.data.inference import infer_column, infer_columns, infer_merged
-from nelbo.data.layout import Column
-from nelbo.data.spelling import canonical, is_number
-from nelbo.estimate import Grid
-from nelbo.impute import impute
-from nelbo.inspection import inspect
-from nelbo.train import train
+from nelbo.data.columns import Column
+from nelbo.data.inspection import inspect
+from nelbo.data.tabular import cells, encoding, streams, tables
+from nelbo.data.tabular.inference import infer_column, infer_columns, infer_merged
+from nelbo.data.tabular.spelling import canonical, is_number
+from nelbo.diffusion.times import Grid
+from nelbo.models.conditioning import parse
+from nelbo.runs.train import train
+from nelbo.sampling.imputation import impute
 
 LANDS = ["NA", "DE", "FR", "NA", "", "DE"] * 10
 
@@ -77,7 +77,7 @@ def test_missing_words_alone_are_those_of_all_columns(tmp_path):
     assert a.categories == ("NA", "x") and a.missing
     assert (b.low, b.high, b.missing) == (c.low, c.high, c.missing) == (1, 2, True)
     for each in (frame, {"b": [-9, 1, 2]}):  # numbers by type too
-        x, _ = examples.encode(
+        x, _ = encoding.encode(
             each if isinstance(each, pl.DataFrame) else pl.DataFrame(each), [b], "t"
         )
         assert x[:3, 0].tolist() == [4, 1, 2]
@@ -130,10 +130,10 @@ def test_codes_that_look_like_numbers_are_categories_and_stay_as_written(values,
     column, notes = infer_column(pl.Series("a", values * 5))
     assert column.categories == tuple(sorted(values)) and repr(first) in " ".join(notes)
     frame = pl.DataFrame({"a": values})
-    x, _ = examples.encode(frame, [column], "t")
-    assert examples.decode(x, [column])["a"].to_list() == values
+    x, _ = encoding.encode(frame, [column], "t")
+    assert encoding.decode(x, [column])["a"].to_list() == values
     assert (
-        examples.encode(pl.DataFrame({"a": ["7", "501", "100000"]}), [column], "t")[0] == 0
+        encoding.encode(pl.DataFrame({"a": ["7", "501", "100000"]}), [column], "t")[0] == 0
     ).all()
     halves = [frame, pl.DataFrame({"a": values[::-1]})]
     assert infer_merged(halves)[0] == [column]
@@ -210,7 +210,7 @@ def test_commas_in_numbers_are_advised_on(values, advice):
 
 def codes_of(values, column):
     frame = pl.DataFrame({"a": values}, strict=False)
-    return examples.encode(frame, [column], "t")[0][:, 0].tolist()
+    return encoding.encode(frame, [column], "t")[0][:, 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_prices_are_a_lattice_whatever_type_holds_them(tmp_path, dtype):
             each = tables.read(tmp_path / "t.csv")
         (column, _), notes = infer_columns(each)
         assert column == want and not notes
-        x = examples.encode(each, [column], "t", rounding=False)[0][:, 0]
+        x = encoding.encode(each, [column], "t", rounding=False)[0][:, 0]
         np.testing.assert_allclose(x, PRICES, rtol=1e-12)
     assert infer_merged([frame[:150], frame[150:]])[0][0] == want
 
@@ -337,7 +337,7 @@ def test_other_numbers_of_float32_stay_what_they_are():
     column = Column("a", "rounded", 0.1, 1.0, 900.0)
     for off in (136.25, 136.31, 0.15):
         with pytest.raises(ValueError, match="round it first"):
-            examples.encode(pl.DataFrame({"a": pl.Series([off], dtype=pl.Float32)}), [column], "t")
+            encoding.encode(pl.DataFrame({"a": pl.Series([off], dtype=pl.Float32)}), [column], "t")
 
 
 def test_what_was_trained_on_is_not_refused(tmp_path, capsys):

@@ -6,11 +6,11 @@ import torch
 
 import nelbo
 from nelbo import data
-from nelbo._numerics import seeded
-from nelbo.build import build
-from nelbo.config import configure
+from nelbo._utils.numerics import seeded
 from nelbo.data import Schema
-from nelbo.tighter import evaluate_importance
+from nelbo.evaluation.importance_bound import evaluate_importance
+from nelbo.models.build import build
+from nelbo.training.presets import configure
 
 RNG = np.random.default_rng(2)
 
@@ -148,7 +148,7 @@ def test_other_levels_are_told_and_so_is_a_bound_worse_than_uniform(tmp_path, ca
 def test_worse_than_uniform_by_its_number():
     from types import SimpleNamespace
 
-    from nelbo.show import worse_than_uniform
+    from nelbo.cli.display import worse_than_uniform
 
     for bits, levels, worse in (
         (8.01, 256, True),

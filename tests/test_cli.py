@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nelbo
-from nelbo import _files
-from nelbo._progress import progress_bar
+from nelbo._utils import files
+from nelbo._utils.progress import progress_bar
 from nelbo.cli import app, main
 
 
@@ -295,7 +295,7 @@ def test_damaged_runs(trained, tmp_path, capsys):
     run_ok("train", "--resume", run)
 
     run = damaged("state of nothing")
-    _files.write_tensors(run / "state.safetensors", {}, {})
+    files.write_tensors(run / "state.safetensors", {}, {})
     assert "another architecture" in nelbo_fails(capsys, "train", "--resume", run)
 
     run = damaged("no whole state")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from nelbo import clusters
-from nelbo._numerics import seeded
-from nelbo.clusters import Clusters, Mixture, Principal
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion import gaussian_mixture
+from nelbo.diffusion.gaussian_mixture import Clusters, Mixture, Principal
 
 EYE = torch.eye(5, dtype=torch.float64)
 ALPHA = torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
@@ -22,7 +22,7 @@ def data():
 
 @pytest.fixture(params=[5, 2], ids=["all components", "two"])
 def fitted(data, request, monkeypatch):
-    monkeypatch.setattr(clusters, "RANK", request.param)
+    monkeypatch.setattr(gaussian_mixture, "RANK", request.param)
     return Mixture(Principal(data), 3)
 
 
@@ -79,7 +79,7 @@ def test_a_dimension_s_own_noise_tells_nothing_of_it(fitted, data):
 
 def test_features_are_log_densities(fitted, data):
     found = fitted.features(data[:4])
-    for k, gamma in enumerate(clusters.NOISES):
+    for k, gamma in enumerate(gaussian_mixture.NOISES):
         alpha = torch.tensor(-gamma, dtype=torch.float64).sigmoid()
         joint = alpha * covariances(fitted) + (1 - alpha) * EYE
         each = MultivariateNormal(alpha.sqrt() * fitted.mean, joint)

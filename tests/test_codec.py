@@ -9,31 +9,33 @@ import torch
 from closed_forms import Formula
 from torch.distributions import Normal
 
-from nelbo._distributions import Discrete, LevelMixture
-from nelbo._numerics import seeded
-from nelbo.build import build
-from nelbo.codec import blocks, container, pictures
-from nelbo.codec.blocks import EVEN, MODEL, PACKED, Codes, decode, encode, nothing
-from nelbo.codec.codec import Codec
-from nelbo.codec.coding import compress, decompress, describe
-from nelbo.codec.direct import shown_at
+from nelbo._utils.numerics import seeded
+from nelbo.codec.api import compress, decompress, describe
+from nelbo.codec.coding import blocks
+from nelbo.codec.coding.blocks import EVEN, MODEL, PACKED, Codes, decode, encode, nothing
+from nelbo.codec.coding.codec import Codec
+from nelbo.codec.coding.direct import shown_at
+from nelbo.codec.coding.search import WAYS, best_ways, push_way
+from nelbo.codec.entropy.lanes import joined, narrowed, parted, widened
+from nelbo.codec.entropy.laws import law
+from nelbo.codec.entropy.stack import Bottom, SideBySide, Stack
 from nelbo.codec.errors import Damaged, NotReproducible, OtherModel
-from nelbo.codec.header import Settings, pack_times, unpack_times
-from nelbo.codec.lanes import joined, narrowed, parted, widened
-from nelbo.codec.laws import law
-from nelbo.codec.search import WAYS, best_ways, push_way
-from nelbo.codec.stack import Bottom, SideBySide, Stack
-from nelbo.config import configure
+from nelbo.codec.format import container, pictures
+from nelbo.codec.format.header import pack_times, unpack_times
+from nelbo.codec.settings import Settings
 from nelbo.data import Schema
-from nelbo.data.layout import Column
-from nelbo.estimate import Grid
-from nelbo.heads import LevelLogits
-from nelbo.likelihood import DiscretisedGaussian, LevelHead
-from nelbo.model import Model, measuring
-from nelbo.process import Gaussian, Levels
-from nelbo.reverse import Beta, Mixture, Optimal, Posterior
-from nelbo.sample import ancestral
-from nelbo.schedules import Linear
+from nelbo.data.columns import Column
+from nelbo.diffusion.decoder import DiscretisedGaussian, LevelHead
+from nelbo.diffusion.distributions import Discrete, LevelMixture
+from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.parametrization import LevelLogits
+from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior
+from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import Grid
+from nelbo.models.build import build
+from nelbo.sampling.samplers import ancestral
+from nelbo.training.presets import configure
 
 pytest.importorskip("constriction")
 BITS = math.log(2)

@@ -11,14 +11,15 @@ import pytest
 import torch
 from test_codec import changed, many_dims, settings, skewed
 
-from nelbo._numerics import seeded
-from nelbo.codec import blocks, container
-from nelbo.codec.blocks import EVEN, MODEL, PACKED
-from nelbo.codec.codec import Codec
-from nelbo.codec.coding import compress, decompress, describe
+from nelbo._utils.numerics import seeded
+from nelbo.codec.api import compress, decompress, describe
+from nelbo.codec.coding import blocks
+from nelbo.codec.coding.blocks import EVEN, MODEL, PACKED
+from nelbo.codec.coding.codec import Codec
 from nelbo.codec.errors import CodecError, Damaged
-from nelbo.estimate import Grid
-from nelbo.sample import ancestral
+from nelbo.codec.format import container
+from nelbo.diffusion.times import Grid
+from nelbo.sampling.samplers import ancestral
 
 pytest.importorskip("constriction")
 

@@ -19,20 +19,20 @@ from test_cli import run_ok
 from test_codec import changed
 from test_hostile import png
 
-from nelbo import checkpoint
 from nelbo.cli import main
-from nelbo.codec import contents
-from nelbo.codec.beside import equal_cells
-from nelbo.codec.blocks import pack
-from nelbo.codec.codec import Codec
-from nelbo.codec.coding import compress, decompress
+from nelbo.codec.api import compress, decompress
+from nelbo.codec.coding.blocks import pack
+from nelbo.codec.coding.codec import Codec
 from nelbo.codec.errors import CodecError
-from nelbo.codec.header import Settings
-from nelbo.data import tables
-from nelbo.data.layout import Column
+from nelbo.codec.format import contents
+from nelbo.codec.format.beside import equal_cells
+from nelbo.codec.settings import Settings
+from nelbo.data.columns import Column
 from nelbo.data.schema import Schema
-from nelbo.data.tables import to_bytes
-from nelbo.estimate import Grid
+from nelbo.data.tabular import tables
+from nelbo.data.tabular.tables import to_bytes
+from nelbo.diffusion.times import Grid
+from nelbo.runs import run as run_folder
 
 pytest.importorskip("constriction")
 GRID = ("--steps", 2, "--grid", "uniform")
@@ -447,7 +447,7 @@ def test_another_run_is_refused(trained, tmp_path, capsys):
 def test_batches_threads_and_precision(trained):
     """The rounded answers do not depend on threads; a file of one precision is not decoded in
     the other."""
-    run = checkpoint.load(trained)
+    run = run_folder.load(trained)
     grid = tuple(Grid.uniform(3).times.tolist())
     codec = Codec(run.model, Settings(grid))
     alone, together = (codec.answers({n}) for n in (1, 32))
@@ -465,7 +465,7 @@ def test_batches_threads_and_precision(trained):
 
 def test_batches_of_any_size_give_the_same_integers(trained):
     """In float64 an example's rounded answers do not depend on its batch mates."""
-    run = checkpoint.load(trained)
+    run = run_folder.load(trained)
     codec = Codec(run.model, Settings((0.5, 1.0)))
     code = codec.codes.model(0)
     with torch.no_grad():
@@ -499,7 +499,7 @@ def test_a_fresh_process_decodes(trained, tmp_path, environment):
 
 def test_network_answers_that_differ_in_a_bit_are_exact_or_an_error(trained):
     """A stand-in for another version or device: the last bits of every answer are others."""
-    run = checkpoint.load(trained)
+    run = run_folder.load(trained)
     x = torch.from_numpy(digits(8)[:, None] // 4)
     grid = tuple(Grid.uniform(2).times.tolist())
     data = compress(run.model, x, Settings(grid))

@@ -8,23 +8,18 @@ import torch
 from closed_forms import assert_mean
 from torch.distributions import kl_divergence
 
-from nelbo._distributions import Discrete, Joint, log_between
-from nelbo._numerics import seeded
-from nelbo.build import build
-from nelbo.config import configure
+from nelbo._utils.numerics import seeded
 from nelbo.data import Schema
-from nelbo.data.layout import Column, groups, places
-from nelbo.estimate import Continuum, Grid, elbo
-from nelbo.model import measuring
-from nelbo.numbers import (
-    Increasing,
-    NumberDecoder,
-    NumberMixture,
-    Numbers,
-)
-from nelbo.process import per_example
-from nelbo.report.dimensions import by_dimension
-from nelbo.schedules import Linear
+from nelbo.data.columns import Column, groups, places
+from nelbo.diffusion.distributions import Discrete, Joint, log_between
+from nelbo.diffusion.model import measuring
+from nelbo.diffusion.process import per_example
+from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import Continuum, Grid, elbo
+from nelbo.evaluation.per_dimension import by_dimension
+from nelbo.models.build import build
+from nelbo.models.tabular.continuous import Increasing, NumberDecoder, NumberMixture, Numbers
+from nelbo.training.presets import configure
 
 COLUMNS = (
     Column("city", "category", categories=("a", "b", "c"), missing=True),

@@ -11,24 +11,26 @@ from files import arrays_in
 from PIL import Image
 from torch import nn
 
-from nelbo import checkpoint, data
-from nelbo._numerics import seeded
+from nelbo import data
+from nelbo._utils.numerics import seeded
 from nelbo.cli import main
-from nelbo.condition import Guided, drop, encode, features, guided, parse
 from nelbo.data import Label, Schema
-from nelbo.estimate import Grid, elbo
-from nelbo.evaluate import evaluate
-from nelbo.grids import best_grid, measure_errors
-from nelbo.heads import Data, SymbolLogits
-from nelbo.likelihood import Categorical, GaussianDensity
-from nelbo.model import Model
-from nelbo.process import Absorbing, Affine, Gaussian
-from nelbo.report.dimensions import by_dimension
-from nelbo.reverse import Optimal, Posterior
-from nelbo.sample import ancestral, complete
-from nelbo.schedules import Linear, PowerAlpha
-from nelbo.tighter import evaluate_flow, evaluate_importance
-from nelbo.train import resume, train
+from nelbo.diffusion.decoder import Categorical, GaussianDensity
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Data, SymbolLogits
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian
+from nelbo.diffusion.reverse import Optimal, Posterior
+from nelbo.diffusion.schedules import Linear, PowerAlpha
+from nelbo.diffusion.times import Grid, elbo
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.evaluation.grid_search import best_grid, measure_errors
+from nelbo.evaluation.importance_bound import evaluate_importance
+from nelbo.evaluation.per_dimension import by_dimension
+from nelbo.evaluation.probability_flow import evaluate_flow
+from nelbo.models.conditioning import Guided, drop, encode, features, guided, parse
+from nelbo.runs import run as run_folder
+from nelbo.runs.train import resume, train
+from nelbo.sampling.samplers import ancestral, complete
 
 LOW, HIGH, S = -8.0, 8.0, 0.5
 MIXED = 64.0  # nats more that an example costs, at least, under the condition of another
@@ -296,7 +298,7 @@ def conditional(tmp_path_factory):
 
 
 def test_a_conditional_run(conditional, tmp_path, capsys):
-    run = checkpoint.load(conditional)
+    run = run_folder.load(conditional)
     (label,) = run.config.schema.condition
     assert label.classes == tuple("0123456789")
     given, x, _ = run.law()
@@ -346,7 +348,7 @@ def test_networks_learn_what_they_are_given(tmp_path):
 
 
 def test_an_image_is_completed(conditional, tmp_path, capsys):
-    x = checkpoint.load(conditional).examples()[0][0, 0]
+    x = run_folder.load(conditional).examples()[0][0, 0]
     Image.fromarray(np.rint(x.numpy() * (255 / 16)).astype(np.uint8)).save(tmp_path / "x.png")
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 4:] = 255

@@ -21,21 +21,21 @@ from torch import Tensor
 from torch.distributions import Categorical as Choice
 from torch.distributions import MixtureSameFamily, Normal, kl_divergence
 
-from nelbo import allocate, clusters, references
-from nelbo._numerics import seeded
-from nelbo.allocate import Cells, estimate, pilot
-from nelbo.control import NOTHING_SAID, Controls, Nothing
+from nelbo._utils.numerics import seeded
 from nelbo.data import as_examples
-from nelbo.draw import Draw, observe, same_noise
-from nelbo.estimate import Continuum, Grid
-from nelbo.heads import Data, LevelLogits, LevelTable, Prediction, SymbolLogits
-from nelbo.likelihood import Categorical, GaussianDensity, LevelHead
-from nelbo.model import Model
-from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.references import LevelReference
-from nelbo.reverse import Mixture, Posterior
-from nelbo.schedules import Linear, PowerAlpha
-from nelbo.terms import Decode, Rate, Step, Term
+from nelbo.diffusion import gaussian_mixture
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Data, LevelLogits, LevelTable, Prediction, SymbolLogits
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.reverse import Mixture, Posterior
+from nelbo.diffusion.schedules import Linear, PowerAlpha
+from nelbo.diffusion.terms import Decode, Rate, Step, Term
+from nelbo.diffusion.times import Continuum, Grid
+from nelbo.evaluation import allocation, reference_denoisers
+from nelbo.evaluation.allocation import Cells, estimate, pilot
+from nelbo.evaluation.control_variates import NOTHING_SAID, Controls, Nothing
+from nelbo.evaluation.reference_denoisers import Draw, LevelReference, observe, same_noise
 
 EDGES = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
 STATE = torch.empty(0)
@@ -55,7 +55,7 @@ def terms(n: int) -> dict[str, Term]:
 @pytest.fixture
 def exact_integrals(monkeypatch):
     """Integrals over ε as fine as they are told to the last digits."""
-    monkeypatch.setattr(references, "NODES", 12)
+    monkeypatch.setattr(reference_denoisers, "NODES", 12)
 
 
 TERMS = pytest.mark.parametrize("kind", ["decode", "step", "rate"])
@@ -68,11 +68,11 @@ TERMS = pytest.mark.parametrize("kind", ["decode", "step", "rate"])
 @pytest.mark.parametrize("widest", [1024, 1], ids=["covariance", "variances"])
 def test_linear_is_a_cost_without_its_mean(kind, widest, monkeypatch):
     """w ‖e - ê‖² of the denoiser of N(μ, Σ), written apart, and its exact mean over ε is zero."""
-    monkeypatch.setattr(references, "WIDEST", widest)
+    monkeypatch.setattr(reference_denoisers, "WIDEST", widest)
     known = gaussian()
     process = known.model.process
     data = known.examples(69)
-    reference = references.Linear(process.embed(data))
+    reference = reference_denoisers.Linear(process.embed(data))
     e = process.embed(data)
     mean, cov = e.mean(0), torch.cov(e.T, correction=0)
     cov = cov if widest > 1 else cov.diag().diag()
@@ -247,7 +247,7 @@ def test_divergences_of_levels_are_a_chain(gamma, monkeypatch):
         shifts = (torch.arange(16, dtype=torch.float64) + 0.5).repeat_interleave(4)[:, None] / 16
         with monkeypatch.context() as patch:
             patch.setattr(torch, "rand", lambda *_, **__: shifts)
-            got = references._divergence(model, x.repeat(16, 1), log_p, time.expand(64))
+            got = reference_denoisers._divergence(model, x.repeat(16, 1), log_p, time.expand(64))
         return got.view(16, 4).mean(0)
 
     def at(level: int, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,7 +302,7 @@ def test_the_table_is_of_each_dimension_s_frequencies(monkeypatch, exact_integra
     assert reference.table.shape == (2, 4, 4)
     direct = torch.stack(
         [
-            references._divergence(
+            reference_denoisers._divergence(
                 known.model, data, reference.log_frequency, t.expand(len(data))
             ).sum(1)
             for t in EDGES
@@ -310,7 +310,7 @@ def test_the_table_is_of_each_dimension_s_frequencies(monkeypatch, exact_integra
         1,
     )
     torch.testing.assert_close(reference.divergence(data), direct, rtol=0, atol=5e-5)
-    monkeypatch.setattr(references, "TABLE", 1)
+    monkeypatch.setattr(reference_denoisers, "TABLE", 1)
     shared = LevelReference(known.model, data, EDGES)
     assert shared.table.shape == (1, 4, 4)
     together = reference.log_frequency.exp().mean(0)
@@ -323,7 +323,7 @@ def test_divergences_of_a_gaussian_are_a_chain():
     rate of the denoiser of N(μ, Σ), and the KL to the exact reverse step."""
     known = gaussian()
     process, data = known.model.process, known.examples(69)
-    reference = references.Linear(process.embed(data))
+    reference = reference_denoisers.Linear(process.embed(data))
     vectors = reference.vectors
     cov = vectors @ reference.variance.diag() @ vectors.T
     mean, one = reference.mean, torch.eye(2, dtype=torch.float64)
@@ -416,10 +416,12 @@ def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch, exa
     """On a grid with a cell for each term, cost - k v - b φ = 0: with no ridge and no neighbours
     the pilot finds those k and b, and any draws give the one number. For levels and symbols, whose
     dimensions are independent, that is -log P(x) - D(1), in closed form."""
-    monkeypatch.setattr(allocate, "RIDGE", 1e-9)
-    monkeypatch.setattr(clusters, "SIZES", (1,))  # its features are then quadratics, all of them
-    monkeypatch.setattr(allocate, "NEAR", 0.0)
-    monkeypatch.setattr(allocate, "FAR", 0.0)
+    monkeypatch.setattr(allocation, "RIDGE", 1e-9)
+    monkeypatch.setattr(
+        gaussian_mixture, "SIZES", (1,)
+    )  # its features are then quadratics, all of them
+    monkeypatch.setattr(allocation, "NEAR", 0.0)
+    monkeypatch.setattr(allocation, "FAR", 0.0)
     times = Grid.uniform(4)
     cells = Cells(times)
     model, data = its_own_reference(name)
@@ -495,7 +497,7 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
     assert (again - draw.cost).std() > 0.02  # other noise, another cost
     assert left.std() < 5e-5
     low, high = (
-        references._divergence(model, x[:1], controls.levels.log_frequency, v[:1]).sum()
+        reference_denoisers._divergence(model, x[:1], controls.levels.log_frequency, v[:1]).sum()
         for v in (s, t)
     )
     torch.testing.assert_close(left.mean(), low - high, rtol=0, atol=5e-5)

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from nelbo.data import Dataset, Schema, as_examples, fingerprint, load, load_like
-from nelbo.inspection import inspect
+from nelbo.data.inspection import inspect
 
 N, C, H, W = 20, 3, 5, 7
 RNG = np.random.default_rng(0)

@@ -4,8 +4,8 @@ import polars as pl
 import pytest
 
 from nelbo import data
-from nelbo.data import tables
-from nelbo.inspection import inspect
+from nelbo.data.inspection import inspect
+from nelbo.data.tabular import tables
 
 
 def write(tmp_path, content, name="t.csv"):

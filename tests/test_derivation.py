@@ -15,15 +15,15 @@ from closed_forms import (
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo._numerics import seeded
-from nelbo.elbo import diffusion_term, prior_term, reconstruction_term
-from nelbo.estimate import Grid, elbo
-from nelbo.heads import Mean
-from nelbo.likelihood import GaussianDensity
-from nelbo.model import Model
-from nelbo.process import Affine, Gaussian
-from nelbo.reverse import Beta, Posterior, Reverse
-from nelbo.schedules import Schedule
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import GaussianDensity
+from nelbo.diffusion.elbo import diffusion_term, prior_term, reconstruction_term
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Mean
+from nelbo.diffusion.process import Affine, Gaussian
+from nelbo.diffusion.reverse import Beta, Posterior, Reverse
+from nelbo.diffusion.schedules import Schedule
+from nelbo.diffusion.times import Grid, elbo
 
 BETAS = [0.3, 0.1, 0.6, 0.45]
 T, D = len(BETAS), 3

@@ -9,11 +9,11 @@ from scipy.stats import norm
 from torch.distributions import kl_divergence
 
 from nelbo import Grid, elbo, evaluate
-from nelbo._numerics import seeded
-from nelbo.estimate import Continuum
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.process import Affine
+from nelbo.diffusion.times import Continuum
 from nelbo.integrations import is_foreign, load
 from nelbo.integrations.diffusers import build
-from nelbo.process import Affine
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -8,15 +8,15 @@ import torch
 from closed_forms import Formula, assert_mean, orders
 from torch import Tensor
 
-from nelbo._numerics import seeded
-from nelbo.elbo import Bound, diffusion_term
-from nelbo.estimate import Continuum, Grid, elbo, iid, stratified
-from nelbo.heads import Data
-from nelbo.likelihood import GaussianDensity
-from nelbo.model import Model, measuring
-from nelbo.process import Affine, Gaussian
-from nelbo.reverse import Posterior, Reverse
-from nelbo.schedules import Cosine, Linear, Schedule
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import GaussianDensity
+from nelbo.diffusion.elbo import Bound, diffusion_term
+from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.parametrization import Data
+from nelbo.diffusion.process import Affine, Gaussian
+from nelbo.diffusion.reverse import Posterior, Reverse
+from nelbo.diffusion.schedules import Cosine, Linear, Schedule
+from nelbo.diffusion.times import Continuum, Grid, elbo, iid, stratified
 
 SHAPE = (3, 5, 7)
 

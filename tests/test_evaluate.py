@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from nelbo import show
-from nelbo._numerics import seeded
-from nelbo.allocate import pilot
-from nelbo.estimate import Continuum, Grid, elbo
-from nelbo.evaluate import CALLS, evaluate
-from nelbo.heads import Data, LevelLogits
-from nelbo.likelihood import GaussianDensity, LevelHead
-from nelbo.model import Model, measuring, model_hash
-from nelbo.plan import BLOCK, plan
-from nelbo.process import Affine, Gaussian, Levels
-from nelbo.reverse import Mixture, Posterior
-from nelbo.schedules import Linear
+from nelbo._utils.numerics import seeded
+from nelbo.cli import display
+from nelbo.diffusion.decoder import GaussianDensity, LevelHead
+from nelbo.diffusion.model import Model, measuring, model_hash
+from nelbo.diffusion.parametrization import Data, LevelLogits
+from nelbo.diffusion.process import Affine, Gaussian, Levels
+from nelbo.diffusion.reverse import Mixture, Posterior
+from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import Continuum, Grid, elbo
+from nelbo.evaluation.allocation import pilot
+from nelbo.evaluation.evaluate import CALLS, evaluate
+from nelbo.evaluation.survey import BLOCK, plan
 
 
 class Tilt(nn.Module):
@@ -256,7 +256,7 @@ def test_two_draws_state_no_error(model, x, capsys):
     assert math.isnan(result.standard_error.monte_carlo) and math.isfinite(result.nats)
     assert result.to_dict()["standard_error"]["monte_carlo"] is None
     assert result.per_example_error.isnan().all()
-    show.result(result)
+    display.result(result)
     assert "too much alike" in capsys.readouterr().out
-    show.result(evaluate(model, x, calls=8))
+    display.result(evaluate(model, x, calls=8))
     assert "alike" not in capsys.readouterr().out

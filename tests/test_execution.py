@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from nelbo import _files, checkpoint, learner, state
-from nelbo.config import TrainConfig
-from nelbo.model import measuring
-from nelbo.train import resume, train
+from nelbo._utils import files
+from nelbo.diffusion.model import measuring
+from nelbo.runs import run as run_folder
+from nelbo.runs import training_state
+from nelbo.runs.train import resume, train
+from nelbo.training import trainer
+from nelbo.training.config import TrainConfig
 
 SMALL = {"steps": 4, "batch": 16, "width": 16, "evaluate_every": 2, "warmup": 0, "lr": 0.01}
 
@@ -35,9 +38,9 @@ def two_steps(source, tmp_path, **options):
         made.append(self)
         raise KeyboardInterrupt
 
-    made, step = [], learner.Learner.step
+    made, step = [], trainer.Learner.step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(learner.Learner, "step", stop)
+        patch.setattr(trainer.Learner, "step", stop)
         train(source, tmp_path, **SMALL | options)
     return made[0], taken
 
@@ -56,18 +59,18 @@ def test_bf16_is_inside_the_network_in_training_only(source, tmp_path):
         narrow.model.predict(z, t)
     assert narrow.model.precision is torch.bfloat16
     assert seen[0].dtype == torch.float32 and narrow.average.precision is None
-    written = json.loads((tmp_path / "narrow" / checkpoint.CONFIG).read_text())["train"]
+    written = json.loads((tmp_path / "narrow" / run_folder.CONFIG).read_text())["train"]
     assert (written["precision"], written["deterministic"]) == ("bf16", False)
 
 
 def test_a_run_in_bf16_continues_exactly(source, tmp_path):
     for name in ("whole", "half"):
         train(source, tmp_path / name, precision="bf16", **SMALL)
-    whole = _files.read_tensors(tmp_path / "whole" / checkpoint.STATE)[0]
-    (tmp_path / "half" / checkpoint.STATE).unlink()  # of step 4; there is the one before
+    whole = files.read_tensors(tmp_path / "whole" / run_folder.STATE)[0]
+    (tmp_path / "half" / run_folder.STATE).unlink()  # of step 4; there is the one before
     with pytest.warns(UserWarning, match="missing"):
         resume(tmp_path / "half")
-    half = _files.read_tensors(tmp_path / "half" / checkpoint.STATE)[0]
+    half = files.read_tensors(tmp_path / "half" / run_folder.STATE)[0]
     assert all(torch.equal(whole[name], half[name]) for name in whole)
 
 
@@ -78,19 +81,19 @@ def test_compiled_networks_keep_the_names_of_their_weights(source, tmp_path, mon
     run = train(source, tmp_path / "run", compile=True, **SMALL)
     plain = train(source, tmp_path / "plain", **SMALL)
     assert len(asked) == 1
-    states = [_files.read_tensors(r.path / checkpoint.STATE)[0] for r in (run, plain)]
+    states = [files.read_tensors(r.path / run_folder.STATE)[0] for r in (run, plain)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_deterministic_is_for_the_steps_alone(source, tmp_path, monkeypatch):
-    seen, gradient = [], learner.Learner._gradient
+    seen, gradient = [], trainer.Learner._gradient
 
     def watched(self, step):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return gradient(self, step)
 
-    monkeypatch.setattr(learner.Learner, "_gradient", watched)
+    monkeypatch.setattr(trainer.Learner, "_gradient", watched)
     train(source, tmp_path / "run", deterministic=True, **SMALL)
     assert seen == [True] * 4
     assert not torch.are_deterministic_algorithms_enabled()
@@ -100,7 +103,7 @@ def test_deterministic_is_for_the_steps_alone(source, tmp_path, monkeypatch):
 
 def poison(monkeypatch, steps):
     """The gradient of these steps is not finite."""
-    gradient = learner.Learner._gradient
+    gradient = trainer.Learner._gradient
 
     def poisoned(self, step):
         u, loss = gradient(self, step)
@@ -108,7 +111,7 @@ def poison(monkeypatch, steps):
             next(self.model.network.parameters()).grad[0] = math.inf
         return u, loss
 
-    monkeypatch.setattr(learner.Learner, "_gradient", poisoned)
+    monkeypatch.setattr(trainer.Learner, "_gradient", poisoned)
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_last_state(source, tmp_path, monkeypatch):
@@ -127,15 +130,15 @@ def test_a_step_that_is_not_finite_can_be_skipped(source, tmp_path, monkeypatch)
     poison(monkeypatch, {2, 3, 6})
     options = SMALL | {"steps": 8, "nonfinite": "skip"}
     before = []
-    step = learner.Learner.step
+    step = trainer.Learner.step
 
     def watched(self):
-        state.save(tmp_path / "run", self)
-        tensors, _ = _files.read_tensors(tmp_path / "run" / checkpoint.STATE)
+        training_state.save(tmp_path / "run", self)
+        tensors, _ = files.read_tensors(tmp_path / "run" / run_folder.STATE)
         before.append(tensors)
         step(self)
 
-    monkeypatch.setattr(learner.Learner, "step", watched)
+    monkeypatch.setattr(trainer.Learner, "step", watched)
     run = train(source, tmp_path / "run", **options)
     changed = [
         any(not torch.equal(a[k], b[k]) for k in a if k in b and not k.startswith("best."))
@@ -149,7 +152,7 @@ def test_ten_skipped_steps_in_a_row_are_too_many(source, tmp_path, monkeypatch):
     poison(monkeypatch, set(range(3, 40)))
     with pytest.raises(ValueError, match=r"non-finite 10 times in a row .* at step 13; the"):
         train(source, tmp_path / "run", nonfinite="skip", **SMALL | {"steps": 40})
-    assert checkpoint.load(tmp_path / "run").metrics[-1]["skipped"] == 9
+    assert run_folder.load(tmp_path / "run").metrics[-1]["skipped"] == 9
 
 
 def test_flags_are_true_or_false():

@@ -11,24 +11,26 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from nelbo import _files, checkpoint, learner
-from nelbo.train import resume, train
+from nelbo._utils import files
+from nelbo.runs import run as run_folder
+from nelbo.runs.train import resume, train
+from nelbo.training import trainer
 
-training = sys.modules["nelbo.train"]  # the function has its name
+training = sys.modules["nelbo.runs.train"]  # the function has its name
 unix = pytest.mark.skipif(os.name != "posix", reason="signals and locks of Unix")
 ENDLESS = TINY | {"steps": 10**6, "evaluate_every": 10**6}
 
 
 def at_step(monkeypatch, step, action):
     """Have something happen before a step of the next training."""
-    before = learner.Learner.step
+    before = trainer.Learner.step
 
     def stepped(self):
         if self.at.step == step:
             action()
         return before(self)
 
-    monkeypatch.setattr(learner.Learner, "step", stepped)
+    monkeypatch.setattr(trainer.Learner, "step", stepped)
 
 
 def fail():
@@ -77,13 +79,13 @@ def test_two_trainings_on_one_folder_do_not_overwrite_each_other(tmp_path, monke
     def other_first(*args, **options):
         monkeypatch.setattr(training, "configure", before)
         train("digits", run, seed=1, **TINY)
-        seeds["content"] = (run / checkpoint.WEIGHTS).read_bytes()
+        seeds["content"] = (run / run_folder.WEIGHTS).read_bytes()
         return before(*args, **options)
 
     monkeypatch.setattr(training, "configure", other_first)
     with pytest.raises(ValueError, match="is a run; continue it with --resume"):
         train("digits", run, seed=2, **TINY)
-    assert (run / checkpoint.WEIGHTS).read_bytes() == seeds["content"]
+    assert (run / run_folder.WEIGHTS).read_bytes() == seeds["content"]
 
 
 @pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
@@ -144,7 +146,7 @@ def test_tensorboard_that_fails_is_no_matter(tmp_path, monkeypatch, capfd):
 
 def left_behind(folder, name):
     """A temporary file as a killed command leaves it."""
-    handle, temporary = _files.part_of(folder / name)
+    handle, temporary = files.part_of(folder / name)
     os.close(handle)
     return Path(temporary)
 
@@ -152,31 +154,31 @@ def left_behind(folder, name):
 @unix
 def test_leftovers_go_with_the_next_command_and_nothing_else_does(tmp_path):
     """Ours by name that no process holds: not the user's files, not one that is being written."""
-    mine = [".x.npz.12345678", f"x{_files.PART}", f".x.short{_files.PART}", ".nelbo-part"]
+    mine = [".x.npz.12345678", f"x{files.PART}", f".x.short{files.PART}", ".nelbo-part"]
     for name in mine:
         (tmp_path / name).write_text("mine")
-    (tmp_path / f".link.abcd1234{_files.PART}").symlink_to(tmp_path / mine[0])
+    (tmp_path / f".link.abcd1234{files.PART}").symlink_to(tmp_path / mine[0])
     left = left_behind(tmp_path, "other.csv")
-    with _files.folder_part_of(tmp_path / "images") as folder:
+    with files.folder_part_of(tmp_path / "images") as folder:
         (folder / "0.png").touch()
-        held, writing = _files.part_of(tmp_path / "x.npz")
-        _files.check_writable(tmp_path / "y.npz")
+        held, writing = files.part_of(tmp_path / "x.npz")
+        files.check_writable(tmp_path / "y.npz")
         assert not left.exists()
         assert Path(writing).exists() and (folder / "0.png").exists()
         os.close(held)
-    _files.check_writable(tmp_path / "y.npz")
+    files.check_writable(tmp_path / "y.npz")
     assert sorted(p.name for p in tmp_path.iterdir() if not p.is_symlink()) == sorted(mine)
 
 
 def test_a_name_of_full_length_can_be_written(tmp_path):
     """A temporary name is not longer than a file system allows."""
-    _files.write(tmp_path / ("x" * 251 + ".csv"), b"1")
+    files.write(tmp_path / ("x" * 251 + ".csv"), b"1")
     assert len(list(tmp_path.iterdir())) == 1
 
 
 SLOW = """
 import os, sys, time
-from nelbo import _files
+from nelbo._utils import files as _files
 from nelbo.cli import main
 where, arguments = sys.argv[1], sys.argv[2:]
 before = os.fsync
@@ -212,8 +214,8 @@ def test_a_command_that_is_ended_leaves_nothing_half_written(trained, tmp_path, 
     left = list(out.parent.iterdir())
     assert "Traceback" not in errors
     if number == signal.SIGKILL:
-        assert code == -number and all(map(_files.is_part, left)) and len(left) == 1
-        _files.check_writable(out)
+        assert code == -number and all(map(files.is_part, left)) and len(left) == 1
+        files.check_writable(out)
         assert not list(out.parent.iterdir())
     else:
         assert code == 128 + number and not left
@@ -222,7 +224,7 @@ def test_a_command_that_is_ended_leaves_nothing_half_written(trained, tmp_path, 
 @unix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_training_that_is_ended_is_saved(tmp_path, monkeypatch, number):
-    from nelbo._interrupt import Interrupted
+    from nelbo._utils.signals import Interrupted
 
     at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted):

@@ -11,23 +11,26 @@ from closed_forms import Formula, assert_mean
 from test_cli import run_ok
 from test_train import assert_same_run
 
-from nelbo import _files, checkpoint, grids, learner
-from nelbo._numerics import seeded
+from nelbo._utils import files
+from nelbo._utils.numerics import seeded
 from nelbo.cli import main
-from nelbo.config import TrainConfig
-from nelbo.estimate import Grid, elbo, iid
-from nelbo.evaluate import evaluate
-from nelbo.few_steps import FewSteps
-from nelbo.finetune import fine_tune, name_of
-from nelbo.heads import LevelLogits
-from nelbo.likelihood import LevelHead
-from nelbo.model import Model
-from nelbo.process import Gaussian, Levels
-from nelbo.reverse import Mixture
-from nelbo.schedules import Linear
+from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import LevelLogits
+from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.reverse import Mixture
+from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import Grid, elbo, iid
+from nelbo.evaluation import grid_search
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.runs import run as run_folder
+from nelbo.runs.finetune import fine_tune, name_of
+from nelbo.training import trainer
+from nelbo.training.config import TrainConfig
+from nelbo.training.objective import FewSteps
 
 # `nelbo.train` is the function; this is its module.
-training = importlib.import_module("nelbo.train")
+training = importlib.import_module("nelbo.runs.train")
 TIMES = (0.3, 0.55, 1.0)
 VALUES = Levels(3).values
 
@@ -86,8 +89,8 @@ def test_a_condition_reaches_the_network():
 def _few_examples(trained):
     """What is measured on the way may be rough here; not what others' run was made with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grids, "EXAMPLES", 16)
-        patch.setattr(learner, "VALIDATION", (16, 2**18))
+        patch.setattr(grid_search, "EXAMPLES", 16)
+        patch.setattr(trainer, "VALIDATION", (16, 2**18))
         yield
 
 
@@ -107,29 +110,29 @@ def tuned(source):
 def test_a_fine_tuned_run_is_a_new_run(trained, source, tuned):
     """It stands beside its source, trains the best grid of it, and says so."""
     assert tuned.path == source.with_name("digits-2steps")
-    run = checkpoint.load(source)
+    run = run_folder.load(source)
     assert tuned.config.train.grid == tuple(run.grid(2).times.tolist())
     assert tuned.grid(2).times.tolist() == list(tuned.config.train.grid)
-    assert run.weights == checkpoint.load(trained).weights and run.config.train.grid == ()
+    assert run.weights == run_folder.load(trained).weights and run.config.train.grid == ()
     assert [event["step"] for event in tuned.metrics] == [2, 4]
 
 
 def test_fine_tuning_improves_the_bound_of_its_steps(source, tmp_path, monkeypatch):
     """On a given grid; validation is by that bound."""
     # the best grid of a model that has learned nothing stays in the noise
-    monkeypatch.setattr(checkpoint.Run, "grid", lambda run, steps, *_: Grid.uniform(steps))
+    monkeypatch.setattr(run_folder.Run, "grid", lambda run, steps, *_: Grid.uniform(steps))
     source = shutil.copytree(source, tmp_path / "source")
-    config = (source / checkpoint.CONFIG).read_text()
+    config = (source / run_folder.CONFIG).read_text()
     seldom = config.replace('"evaluate_every": 2', '"evaluate_every": 60')
-    (source / checkpoint.CONFIG).write_text(seldom)
-    run = checkpoint.load(source)
+    (source / run_folder.CONFIG).write_text(seldom)
+    run = run_folder.load(source)
     seen = []
 
     def listen(model, x, times, **rest):
         seen.append(times.times.tolist())
         return evaluate(model, x, times=times, **rest)
 
-    monkeypatch.setattr(learner, "evaluate", listen)
+    monkeypatch.setattr(trainer, "evaluate", listen)
     better = fine_tune(source, 4, tmp_path / "new", steps=120)
     assert seen == 3 * [[0.25, 0.5, 0.75, 1.0]]
     x = run.examples(split="validation")[0][:64]
@@ -142,27 +145,27 @@ def test_fine_tuning_improves_the_bound_of_its_steps(source, tmp_path, monkeypat
 
 def test_worse_weights_are_not_kept(source, tmp_path, monkeypatch):
     """The weights it starts from stay where training only harms."""
-    monkeypatch.setattr(learner, "learning_rate", lambda t, step: 0.3)
+    monkeypatch.setattr(trainer, "learning_rate", lambda t, step: 0.3)
     run = fine_tune(source, 2, tmp_path / "new", steps=2)
     assert run.weights == "ema, step 0"
-    start = checkpoint.load(source).model.state_dict()
+    start = run_folder.load(source).model.state_dict()
     assert all(torch.equal(v, start[k]) for k, v in run.model.state_dict().items())
 
 
 @pytest.mark.parametrize("last", [0, 3])
 def test_a_crash_repeats_the_lost_steps(source, tuned, tmp_path, monkeypatch, last):
     """Also the first ones: the state of step 0 holds the weights it starts from."""
-    step = learner.Learner.step
+    step = trainer.Learner.step
 
     def crash(self):
         if self.at.step == last:
             raise RuntimeError("power cut")
         step(self)
 
-    monkeypatch.setattr(learner.Learner, "step", crash)
+    monkeypatch.setattr(trainer.Learner, "step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         fine_tune(source, out=tmp_path / "run", **FINE)
-    monkeypatch.setattr(learner.Learner, "step", step)
+    monkeypatch.setattr(trainer.Learner, "step", step)
     training.resume(tmp_path / "run")
     assert_same_run(tuned.path, tmp_path / "run")
 
@@ -173,9 +176,9 @@ def test_the_best_variance_is_measured_with_the_weights(source, tmp_path):
         "digits", tmp_path / "run", step="optimal", steps=2, batch=8, width=8, depth=1
     )
     assert (run.model.step.errors > 0).all() and (run.model.step.errors.diff() > 0).sum() > 25
-    before = checkpoint.model_hash(run.model)
+    before = run_folder.model_hash(run.model)
     run.model.step.errors *= 2
-    assert checkpoint.model_hash(run.model) != before
+    assert run_folder.model_hash(run.model) != before
 
 
 # ---- the grid of a run
@@ -183,8 +186,8 @@ def test_the_best_variance_is_measured_with_the_weights(source, tmp_path):
 
 @pytest.fixture
 def run(source, tmp_path):
-    (source / checkpoint.GRIDS).unlink(missing_ok=True)
-    return checkpoint.load(shutil.copytree(source, tmp_path / "run"))
+    (source / run_folder.GRIDS).unlink(missing_ok=True)
+    return run_folder.load(shutil.copytree(source, tmp_path / "run"))
 
 
 def test_a_grid_is_found_once(run, monkeypatch):
@@ -193,8 +196,8 @@ def test_a_grid_is_found_once(run, monkeypatch):
     def found_again(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(checkpoint, "best_grid", found_again)
-    again = checkpoint.load(run.path)
+    monkeypatch.setattr(run_folder, "best_grid", found_again)
+    again = run_folder.load(run.path)
     assert torch.equal(again.grid(2).times, first)
     with pytest.raises(AssertionError):
         again.grid(3)
@@ -213,7 +216,7 @@ HUGE = f"[1{'0' * 400}]"
 )
 def test_a_damaged_file_of_grids_is_no_matter(run, damage):
     first = run.grid(1).times, run.grid(2).times
-    path = run.path / checkpoint.GRIDS
+    path = run.path / run_folder.GRIDS
     _, key = json.loads(path.read_text())
     path.unlink()
     if damage != "remove":
@@ -227,17 +230,17 @@ def test_a_folder_that_is_read_only_is_no_matter(run, monkeypatch):
     def refuse(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(_files, "write", refuse)
+    monkeypatch.setattr(files, "write", refuse)
     assert run.grid(2).steps == 2
-    assert not (run.path / checkpoint.GRIDS).exists()
+    assert not (run.path / run_folder.GRIDS).exists()
 
 
 def test_a_run_of_an_older_version_loads(run):
-    path = run.path / checkpoint.CONFIG
+    path = run.path / run_folder.CONFIG
     document = json.loads(path.read_text())
     del document["train"]["grid"]
     path.write_text(json.dumps(document))
-    assert checkpoint.load(run.path).config == run.config
+    assert run_folder.load(run.path).config == run.config
 
 
 @pytest.mark.parametrize("grid", [(0.5, 0.2, 1.0), (0.5,), (0.0, 1.0)])
@@ -272,7 +275,7 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, arguments, wo
 def test_samples_follow_the_grid(run, tmp_path, monkeypatch):
     """`sample --steps T` takes the grid of the run; `--grid uniform` the even one."""
     seen = []
-    samplers = importlib.import_module("nelbo.sample")
+    samplers = importlib.import_module("nelbo.sampling.samplers")
     draw = samplers.ancestral
 
     def listen(model, n, times, *rest):
@@ -288,4 +291,4 @@ def test_samples_follow_the_grid(run, tmp_path, monkeypatch):
 
 
 def test_the_name_of_a_fine_tuned_run():
-    assert name_of(checkpoint.Path("a/b"), 4) == checkpoint.Path("a/b-4steps")
+    assert name_of(run_folder.Path("a/b"), 4) == run_folder.Path("a/b-4steps")

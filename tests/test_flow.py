@@ -9,25 +9,26 @@ from test_bound_of_a_mixture import MU, TAU, W, ideal
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from nelbo._numerics import seeded
-from nelbo.dequantise import Encoder, TruncatedNormal, Uniform
-from nelbo.estimate import Continuum
-from nelbo.flow import (
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.model import Calls, Model, counting
+from nelbo.diffusion.parametrization import Data, LevelLogits, Mean, SymbolLogits, WithVariance
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.reverse import Mixture, Posterior
+from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
+from nelbo.diffusion.times import Continuum
+from nelbo.evaluation.dequantization import Encoder, TruncatedNormal, Uniform
+from nelbo.evaluation.probability_flow import (
     carry,
     drift_and_trace,
+    evaluate_flow,
     is_exact,
     log_density,
     random_probes,
     time_of,
     unit_probes,
 )
-from nelbo.heads import Data, LevelLogits, Mean, SymbolLogits, WithVariance
-from nelbo.likelihood import Categorical, GaussianDensity, LevelHead
-from nelbo.model import Calls, Model, counting
-from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.reverse import Mixture, Posterior
-from nelbo.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
-from nelbo.tighter import BLOCK, evaluate_flow
+from nelbo.evaluation.replicates import BLOCK
 
 ENDS = (-4.0, 2.5)
 SHAPE = (3, 1, 2)

@@ -8,17 +8,17 @@ import torch
 from closed_forms import Formula
 from torch.distributions import kl_divergence
 
-from nelbo import grids
-from nelbo._numerics import seeded
-from nelbo.elbo import diffusion_term, reconstruction_term
-from nelbo.estimate import Grid
-from nelbo.grids import Table, best_grid, even_times, measure, measure_errors
-from nelbo.heads import Data, LevelLogits, Prediction, SymbolLogits
-from nelbo.likelihood import Categorical, GaussianDensity, LevelHead
-from nelbo.model import Model
-from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.reverse import Beta, Mixture, Optimal, Posterior
-from nelbo.schedules import Betas, Linear, PowerAlpha
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.elbo import diffusion_term, reconstruction_term
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Data, LevelLogits, Prediction, SymbolLogits
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior
+from nelbo.diffusion.schedules import Betas, Linear, PowerAlpha
+from nelbo.diffusion.times import Grid, even_times
+from nelbo.evaluation import grid_search
+from nelbo.evaluation.grid_search import Table, best_grid, measure, measure_errors
 
 LEVELS, SHAPE = 3, (2, 3)
 VALUES = Levels(LEVELS).values
@@ -101,7 +101,7 @@ def test_the_table_is_the_terms_of_the_bound(name, dims, monkeypatch):
     n, model = 4000, MODELS[name]()
     x = examples(n)
     times = torch.tensor([0.2, 0.5, 0.8, 1.0], dtype=torch.float64)
-    monkeypatch.setattr(grids, "NUMBERS", n * 4 * 4 * LEVELS * dims)
+    monkeypatch.setattr(grid_search, "NUMBERS", n * 4 * 4 * LEVELS * dims)
     table = measure(model, x, times, longest=4)
     with torch.no_grad():
         for i, j in ((0, 1), (0, 3), (2, 3)):
@@ -177,8 +177,8 @@ def normal_model(step):
 
 def test_the_measured_error_of_a_gaussian(monkeypatch):
     """For x ~ N(0, 1) and its ideal denoiser, v(t) = Var(x|z_t) = 1 - α_t."""
-    monkeypatch.setattr(grids, "EXAMPLES", 40_000)
-    monkeypatch.setattr(grids, "_some", lambda model, x, seed: torch.arange(len(x)))
+    monkeypatch.setattr(grid_search, "EXAMPLES", 40_000)
+    monkeypatch.setattr(grid_search, "_some", lambda model, x, seed: torch.arange(len(x)))
     step = Optimal(torch.zeros(4, dtype=torch.float64))
     x = torch.randn(40_000, 5, dtype=torch.float64)
     measure_errors(normal_model(step), x)

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from nelbo import _exponential
-from nelbo._exponential import mean_and_norm
-from nelbo._numerics import constant, seeded
-from nelbo.heads import (
+from nelbo._utils.numerics import constant, seeded
+from nelbo.diffusion import level_law
+from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.level_law import mean_and_norm
+from nelbo.diffusion.parametrization import (
     Data,
     LevelCurves,
     LevelLogits,
@@ -18,10 +19,9 @@ from nelbo.heads import (
     Velocity,
     WithVariance,
 )
-from nelbo.likelihood import LevelHead
-from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.reverse import Beta, Learned, Mixture, Posterior
-from nelbo.schedules import LearnedMonotone, Linear, PowerAlpha, Schedule
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.reverse import Beta, Learned, Mixture, Posterior
+from nelbo.diffusion.schedules import LearnedMonotone, Linear, PowerAlpha, Schedule
 
 SHAPE = (2, 3, 5, 7)
 T = torch.tensor([0.25, 0.75], dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_levels_in_parts_are_the_levels(monkeypatch):
     x = torch.randint(5, SHAPE)
     found = []
     for part in (2**20, 1):
-        monkeypatch.setattr(_exponential, "PART", {"cpu": part})
+        monkeypatch.setattr(level_law, "PART", {"cpu": part})
         output = output.detach().requires_grad_()
         with constant(schedule.interior()):
             z = process.marginal(process.embed(x), T).base_dist
@@ -178,7 +178,7 @@ def test_levels_in_parts_are_the_levels(monkeypatch):
 def test_gradients_of_the_law_of_levels(monkeypatch, part, shared):
     """Of mean and log-norm in all that they depend on, by finite differences: autograd knows
     neither, for their probabilities are not kept."""
-    monkeypatch.setattr(_exponential, "PART", {"cpu": part})
+    monkeypatch.setattr(level_law, "PART", {"cpu": part})
     shapes = (2, 3, 4), (4, 5), (1 if shared else 3, 5), (2, 3), (2,), (2,)
     c, f, h, z, a, p = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
     v = torch.linspace(-1, 1, 5, dtype=torch.float64)

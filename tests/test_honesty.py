@@ -10,13 +10,14 @@ from known_models import LARGER, MODELS, Known
 from processes import launch
 from torch import Tensor
 
-from nelbo._numerics import LOG_2, seeded
-from nelbo.allocate import Allocation, Cells, pilot
-from nelbo.control import Controls
+from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.data import as_examples
-from nelbo.estimate import Continuum, Grid, Times, elbo, iid, stratified
-from nelbo.evaluate import Evaluation, evaluate
-from nelbo.model import measuring
+from nelbo.diffusion.model import measuring
+from nelbo.diffusion.times import Continuum, Grid, Times, elbo, iid, stratified
+from nelbo.evaluation.allocation import Allocation, Cells, pilot
+from nelbo.evaluation.control_variates import Controls
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.evaluation.result import Evaluation
 
 TESTS = Path(__file__).parent
 SEEDS = 200
@@ -182,9 +183,9 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from known_models import MODELS
-from nelbo._processes import together
-from nelbo.estimate import Grid
-from nelbo.evaluate import evaluate
+from nelbo._utils.distributed import together
+from nelbo.diffusion.times import Grid
+from nelbo.evaluation.evaluate import evaluate
 with together() as rank:
     found = {}
     for examples in (69, 5, 300):

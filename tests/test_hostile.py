@@ -26,13 +26,14 @@ from safetensors.torch import load_file
 from test_cli import nelbo_fails
 
 import nelbo
-from nelbo import _files, _limits, checkpoint
-from nelbo._numerics import seeded
+from nelbo._utils import files, limits
+from nelbo._utils.numerics import seeded
 from nelbo.data import load
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
-from nelbo.integrations.unet import UNet
-from nelbo.train import resume
+from nelbo.integrations.openai_unet import UNet
+from nelbo.runs import run as run_folder
+from nelbo.runs.train import resume
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 ROOM = 2**30  # bytes beyond what the process has, in which a refusal must fit
@@ -134,12 +135,12 @@ def test_no_file_executes_code(trained, tmp_path):
         for name in ("state.safetensors", "model.safetensors"):
             (run / name).write_bytes(content)
             with pytest.raises(ValueError):
-                _files.read_tensors(run / name)
+                files.read_tensors(run / name)
         with pytest.raises(ValueError):
-            checkpoint.load(run)
-        assert _files.kept(run / "grids.json") == {}
-        assert _files.kept(run / "pilots.json") == {}
-        assert checkpoint.read_metrics(run) == []
+            run_folder.load(run)
+        assert files.kept(run / "grids.json") == {}
+        assert files.kept(run / "pilots.json") == {}
+        assert run_folder.read_metrics(run) == []
         shutil.copy(trained / "config.json", run)
     assert not mark.exists()
 
@@ -317,11 +318,11 @@ def of_folder(path):
         ("x.tar", lying_tar, load, "cannot be read as a tar file"),
         ("x.tar", tar_that_goes_back, load, "cannot be read as a tar file"),
         ("x.tar", chained_tar, load, "cannot be read as a tar file"),
-        ("x.json", deep_json, _limits.read_json, "is not JSON"),
-        ("x.json", huge_json, _limits.read_json, "has 1099511627776 bytes, and JSON"),
-        ("x.safetensors", lying_tensors, _files.read_tensors, "is truncated, damaged or not"),
-        ("x.safetensors", endless_header, _files.read_tensors, "is truncated, damaged or not"),
-        ("x.safetensors", huge_json, _files.read_tensors, "would take 2.05e"),
+        ("x.json", deep_json, limits.read_json, "is not JSON"),
+        ("x.json", huge_json, limits.read_json, "has 1099511627776 bytes, and JSON"),
+        ("x.safetensors", lying_tensors, files.read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", endless_header, files.read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", huge_json, files.read_tensors, "would take 2.05e"),
         ("images/x.png", huge_png, of_folder, "claims more than .* pixels"),
         ("images/x.png", sparse_png, of_folder, "1099511627776 bytes, which no image has"),
         ("x.txt", huge_json, load, "of memory"),
@@ -345,9 +346,9 @@ def test_large_data_that_are_there_still_load(tmp_path):
 
 def test_the_environment_lifts_the_limits_of_size(monkeypatch):
     with pytest.raises(ValueError, match=r"would take 9.31e\+20 GiB .*NELBO_TRUST_FILES=1"):
-        _limits.check_memory(1e30, "it")
-    monkeypatch.setenv(_limits.TRUST, "1")
-    _limits.check_memory(1e30, "it")
+        limits.check_memory(1e30, "it")
+    monkeypatch.setenv(limits.TRUST, "1")
+    limits.check_memory(1e30, "it")
 
 
 @linux
@@ -373,7 +374,7 @@ def test_a_configuration_of_giants_is_refused(trained, tmp_path, place, value):
 @linux
 def test_many_levels_take_no_square_of_memory():
     """Nor do the ends of the scale take a matrix of which two rows are kept."""
-    from nelbo.heads import LevelCurves
+    from nelbo.diffusion.parametrization import LevelCurves
 
     with little_memory():
         LevelCurves(torch.linspace(-1, 1, 2**15), (1,))
@@ -382,9 +383,9 @@ def test_many_levels_take_no_square_of_memory():
 @linux
 @pytest.mark.parametrize("network", ["conv", "mlp", "transformer", "unet"])
 def test_a_network_that_memory_cannot_hold_is_refused_before_it_is_made(network):
-    from nelbo.build import build
-    from nelbo.config import ModelConfig
     from nelbo.data import Schema
+    from nelbo.models.build import build
+    from nelbo.models.config import ModelConfig
 
     for sizes in ({"width": 2**16}, {"width": 2**40}, {"width": 32, "depth": 10**9}):
         if "depth" in sizes and network != "mlp":
@@ -435,8 +436,8 @@ def endless(path):
         ("x-images-idx3-ubyte", load),
         ("images/train-images-idx3-ubyte.gz", of_folder),
         ("images/x.tar", of_folder),
-        ("x.json", _limits.read_json),
-        ("x.safetensors", _files.read_tensors),
+        ("x.json", limits.read_json),
+        ("x.safetensors", files.read_tensors),
         ("x.pt", lambda path: load_foreign(f"openai:{path}")),
     ],
 )
@@ -467,7 +468,7 @@ def test_data_that_a_run_names_are_used_only_if_they_are_its_own(
     np.save(tmp_path / "private.npy", x.numpy())
     run = copied(trained, tmp_path, data__source=str(tmp_path / "private.npy"))
     assert "are not read" in nelbo_fails(capsys, "evaluate", run)
-    monkeypatch.setenv(_limits.TRUST, "1")
+    monkeypatch.setenv(limits.TRUST, "1")
     assert "no longer those of the run" in nelbo_fails(capsys, "evaluate", run)
 
 
@@ -478,7 +479,7 @@ def test_links_out_of_a_run_are_not_followed(trained, tmp_path, monkeypatch, nam
     (run / name).symlink_to(tmp_path / name)
     with pytest.raises(ValueError, match="is a link out of"):
         nelbo.load(run)
-    monkeypatch.setenv(_limits.TRUST, "1")
+    monkeypatch.setenv(limits.TRUST, "1")
     nelbo.load(run)
 
 
@@ -495,15 +496,15 @@ def test_training_does_not_go_on_through_a_link_out_of_a_run(trained, tmp_path, 
         resume(run)
     assert {path: path.stat().st_mtime_ns for path in (mine, *mine.rglob("*"))} == before
     if name != ".lock":  # which filelock follows in some versions
-        monkeypatch.setenv(_limits.TRUST, "1")
+        monkeypatch.setenv(limits.TRUST, "1")
         resume(run)
 
 
 def test_a_table_in_a_run_is_no_link_either(trained, tmp_path):
     run = copied(trained, tmp_path, data__source="data.parquet")
-    (run / checkpoint.TABLE).symlink_to(__file__)
+    (run / run_folder.TABLE).symlink_to(__file__)
     with pytest.raises(ValueError, match="is a link out of"):
-        checkpoint.read_config(run)
+        run_folder.read_config(run)
 
 
 def test_a_link_within_a_run_and_one_to_a_run_are_followed(trained, tmp_path):
@@ -521,7 +522,7 @@ def test_writing_into_a_run_never_follows_a_link(trained, tmp_path):
     for name in ("grids.json", "model.safetensors"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(mine)
-        _files.write(run / name, b"other")
+        files.write(run / name, b"other")
     assert mine.read_text() == "mine"
 
 
@@ -541,15 +542,15 @@ def test_a_folder_is_searched_as_long_as_images_are_found(tmp_path, monkeypatch,
     monkeypatch.setattr(
         os, "walk", lambda top, **how: map(lambda x: visited.append(x) or x, walk(top, **how))
     )
-    monkeypatch.setattr(_limits, "OTHERS", 500)
+    monkeypatch.setattr(limits, "OTHERS", 500)
     assert re.search(
         "holds 5 images among the first 5.. files; give a folder of them",
         nelbo_fails(capsys, "inspect", disk),
     )
     assert len({place for place, _, _ in visited}) == 22  # of 41
-    monkeypatch.setenv(_limits.TRUST, "1")
+    monkeypatch.setenv(limits.TRUST, "1")
     load(disk, levels=2)
-    monkeypatch.delenv(_limits.TRUST)
+    monkeypatch.delenv(limits.TRUST)
     for i in range(80):  # of other files 8 for each
         Image.new("L", (8, 8)).save(disk / f"{i}.png")
     load(disk, levels=2)
@@ -562,18 +563,18 @@ def test_a_folder_is_searched_as_long_as_images_are_found(tmp_path, monkeypatch,
 def test_what_is_no_number_is_no_json(trained, tmp_path, number):
     (tmp_path / "x.json").write_text(f'{{"a": {number}}}')
     with pytest.raises(ValueError, match="is not JSON"):
-        _limits.read_json(tmp_path / "x.json")
+        limits.read_json(tmp_path / "x.json")
 
 
 def test_events_that_are_none_are_left_out(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
-    whole = checkpoint.read_metrics(run)
+    whole = run_folder.read_metrics(run)
     with (run / "metrics.jsonl").open("a") as file:
         error = {"validation_standard_error": [[]]}
         for change in ({"step": "3"}, {"step": 10**400}, {"validation": None}, {"lr": []}, error):
             file.write(json.dumps(whole[0] | change) + "\n")
         file.write("[" * 100_000 + "\n")
-    assert whole and checkpoint.read_metrics(run) == whole
+    assert whole and run_folder.read_metrics(run) == whole
 
 
 def test_weights_of_another_kind_are_not_cast(trained, tmp_path):
@@ -581,13 +582,13 @@ def test_weights_of_another_kind_are_not_cast(trained, tmp_path):
     tensors = load_file(run / "model.safetensors")
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name] = tensors[name].to(torch.complex64)
-    _files.write_tensors(run / "model.safetensors", tensors, {})
+    files.write_tensors(run / "model.safetensors", tensors, {})
     with pytest.raises(ValueError, match="complex64"):
         nelbo.load(run)
 
 
 def test_a_table_of_many_columns_is_not_compared_pair_by_pair(tmp_path):
-    from nelbo.data import tables
+    from nelbo.data.tabular import tables
 
     pytest.importorskip("polars")
     names = ",".join(f"c{i}" for i in range(20_000))
@@ -603,11 +604,11 @@ def test_a_table_of_many_columns_is_not_compared_pair_by_pair(tmp_path):
 def test_an_alphabet_is_a_text(trained, tmp_path, alphabet):
     run = copied(trained, tmp_path, data__schema__alphabet=alphabet)
     with pytest.raises(ValueError, match="alphabet must be a text"):
-        checkpoint.read_config(run)
+        run_folder.read_config(run)
 
 
 def test_a_column_of_one_number_written_in_two_ways():
-    from nelbo.data.inference import lattice
+    from nelbo.data.tabular.inference import lattice
 
     assert lattice(np.array([0.25])) == 0.01
 
@@ -622,7 +623,7 @@ def test_quotes_within_cells_are_told(tmp_path):
 
 def test_a_panic_of_polars_is_one_sentence(tmp_path, capfd):
     pl = pytest.importorskip("polars")
-    from nelbo.data import tables
+    from nelbo.data.tabular import tables
 
     def panic():
         os.write(2, b"thread panicked at ..\n")
@@ -658,10 +659,10 @@ def test_a_container_that_claims_examples_is_not_believed():
     pytest.importorskip("constriction")
     import known_models
 
-    from nelbo.codec import container
-    from nelbo.codec.coding import compress, decompress
+    from nelbo.codec.api import compress, decompress
     from nelbo.codec.errors import Damaged
-    from nelbo.codec.header import Settings
+    from nelbo.codec.format import container
+    from nelbo.codec.settings import Settings
 
     model = known_models.levels().model
     x = torch.zeros((4, *model.shape), dtype=torch.int64)
@@ -676,8 +677,8 @@ def test_a_container_that_claims_examples_is_not_believed():
 @linux
 def test_a_container_that_claims_arrays_is_not_believed(tmp_path):
     """What lies beside the examples is packed by xz, of which a few bytes can be gigabytes."""
-    from nelbo.codec.blocks import pack
-    from nelbo.codec.contents import _arrays_as_bytes
+    from nelbo.codec.coding.blocks import pack
+    from nelbo.codec.format.contents import _arrays_as_bytes
 
     about = {"kind": "npz", "arrays": [["y", "<f8", [10**12], None]]}
     with pytest.raises(ValueError, match=r"would be unpacked from .* to 7.45e\+03 GiB"):
@@ -748,7 +749,7 @@ def test_whole_images_of_every_kind_are_read(tmp_path):
 
 def test_images_that_few_bytes_hold_are_read_in_turn(tmp_path, monkeypatch):
     """A folder of black images is one, and is not kept in memory."""
-    monkeypatch.setattr(_limits, "UNPACKED", 2**20)
+    monkeypatch.setattr(limits, "UNPACKED", 2**20)
     content = png(200, 200, 8, 6, bytes(200 * 801))
     found = load(images(tmp_path / "images", *[content] * 12), levels=256)
     assert any("read again each time" in note for note in found.notes)
@@ -777,7 +778,7 @@ def test_a_reader_needs_more_memory_than_its_file_has(tmp_path, monkeypatch):
     (tmp_path / "x.txt").write_text("x y " * 25_000)
     for name, times in (("x.npy", 3), ("x.csv", 24), ("x.txt", 18)):
         size = times * 10**5
-        monkeypatch.setattr(_limits, "free_memory", lambda most=size - 1: most)
+        monkeypatch.setattr(limits, "free_memory", lambda most=size - 1: most)
         with pytest.raises(ValueError, match="would take"):
             load(tmp_path / name)
 
@@ -806,7 +807,7 @@ def test_weights_that_repeat_a_number_are_refused(tmp_path, repeat):
 def test_the_heading_of_tensors_is_not_longer_than_any(tmp_path):
     head = b'{"__metadata__": {"about": "' + b"x" * 2**24 + b'"}}'
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
-    refused(_files.read_tensors, "the heading of .* has", tmp_path / "x.safetensors")
+    refused(files.read_tensors, "the heading of .* has", tmp_path / "x.safetensors")
 
 
 def compressed():
@@ -814,9 +815,9 @@ def compressed():
     pytest.importorskip("constriction")
     import known_models
 
-    from nelbo.codec import container
-    from nelbo.codec.coding import compress
-    from nelbo.codec.header import Settings
+    from nelbo.codec.api import compress
+    from nelbo.codec.format import container
+    from nelbo.codec.settings import Settings
 
     model = known_models.levels().model
     data = compress(model, torch.zeros((4, *model.shape), dtype=torch.int64), Settings((1.0,)))
@@ -830,8 +831,8 @@ def test_blocks_of_few_bytes_that_hold_many_batches(salvage):
     """Each of 60 bytes, with 65535 batches of one example; for a salvage all the same ones."""
     from dataclasses import replace
 
-    from nelbo.codec import container
-    from nelbo.codec.coding import decompress
+    from nelbo.codec.api import decompress
+    from nelbo.codec.format import container
 
     model, data, header, extra, at = compressed()
     block = next(container.read_blocks(data, at))
@@ -879,9 +880,9 @@ def test_blocks_of_few_bytes_that_hold_many_batches(salvage):
     ],
 )
 def test_values_within_the_lists_of_a_header_are_checked(change):
-    from nelbo.codec import container
     from nelbo.codec.errors import Damaged
     from nelbo.codec.files import report
+    from nelbo.codec.format import container
 
     _, data, header, extra, at = compressed()
     with pytest.raises(Damaged) as error:
@@ -890,8 +891,8 @@ def test_values_within_the_lists_of_a_header_are_checked(change):
 
 
 def test_a_long_header_is_not_unpacked():
-    from nelbo.codec import container
     from nelbo.codec.errors import Damaged
+    from nelbo.codec.format import container
 
     _, _, header, _, _ = compressed()
     text = (json.dumps(header)[:-1] + ',"z":[' + "[]," * 6 * 10**6 + "[]]}").encode()
@@ -905,7 +906,7 @@ def test_a_long_header_is_not_unpacked():
 @pytest.mark.parametrize("name", ["x" * 70_000, "\0", "a/../../b", 7, None, ["a"]])
 @pytest.mark.parametrize("kind", ["npz", "images", "texts", "csv"])
 def test_names_in_a_container_are_names(tmp_path, name, kind):
-    from nelbo.codec import contents
+    from nelbo.codec.format import contents
     from nelbo.data import Schema
 
     about = {
@@ -958,7 +959,7 @@ def test_a_declared_column_without_a_value_is_told(tmp_path):
 def test_rows_of_one_value_are_not_unpacked_without_end(tmp_path, end):
     """A few kilobytes say that a number and a word repeat 10 million times."""
     pl = pytest.importorskip("polars")
-    from nelbo.data import tables
+    from nelbo.data.tabular import tables
 
     path = tmp_path / f"x.{end}"
     rows = pl.LazyFrame({"a": pl.repeat(1, 10**7, dtype=pl.Int8, eager=True)}).collect()
@@ -978,7 +979,7 @@ def test_a_text_of_few_bytes_is_not_unpacked_here(tmp_path, monkeypatch, end, ab
     """One cell of 256 MiB in a file of some kilobytes, within its limit of memory and beyond it,
     where polars ends its whole process."""
     pl = pytest.importorskip("polars")
-    from nelbo.data import decoded, tables
+    from nelbo.data.tabular import decoded, tables
 
     path = tmp_path / f"x.{end}"
     frame = pl.DataFrame({"a": [1, 2], "b": ["x" * 2**28, "y"]})
@@ -1013,7 +1014,7 @@ def test_texts_that_rows_share_are_counted_for_each(tmp_path):
 def test_tables_are_read_where_no_other_process_can_be_had(tmp_path, monkeypatch, program):
     """A sandbox, and a Python that does not find polars."""
     pl = pytest.importorskip("polars")
-    from nelbo.data import decoded, tables
+    from nelbo.data.tabular import decoded, tables
 
     monkeypatch.setattr(decoded.sys, "executable", program)
     monkeypatch.setattr(decoded, "DECODER", tmp_path / "none.py")

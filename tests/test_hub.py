@@ -5,20 +5,20 @@ import json
 import sys
 from contextlib import nullcontext
 
+import datasets
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from PIL import Image
 
-datasets = pytest.importorskip("datasets")
-
-from nelbo import data  # noqa: E402
-from nelbo._interrupt import Interrupted  # noqa: E402
-from nelbo.cli import main  # noqa: E402
-from nelbo.data import hub, streams  # noqa: E402
-from nelbo.data.streams import TableRows  # noqa: E402
-from nelbo.train import resume, train  # noqa: E402
+from nelbo import data
+from nelbo._utils.signals import Interrupted
+from nelbo.cli import main
+from nelbo.data.readers import hub
+from nelbo.data.tabular import streams
+from nelbo.data.tabular.streams import TableRows
+from nelbo.runs.train import resume, train
 
 OPTIONS = {"batch": 16, "width": 8, "depth": 1, "evaluate_every": 3}
 
@@ -88,7 +88,7 @@ def test_training_is_stopped_and_resumed_exactly(parquet, prefix, tmp_path, monk
     stopped = iter([False] * 16 + [True])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         soon = nullcontext(lambda: next(stopped))
-        patch.setattr(sys.modules["nelbo.train"], "interruptible", lambda **_: soon)
+        patch.setattr(sys.modules["nelbo.runs.train"], "interruptible", lambda **_: soon)
         train(source, tmp_path / "two", steps=24, **OPTIONS)
     two = resume(tmp_path / "two")
     weights = [(run.path / "model.safetensors").read_bytes() for run in (one, two)]

@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 
 from nelbo import data
-from nelbo.data.identifiers import Evidence, says_identifier
-from nelbo.data.inference import infer_columns, infer_merged
-from nelbo.inspection import inspect
+from nelbo.data.inspection import inspect
+from nelbo.data.tabular.identifiers import Evidence, says_identifier
+from nelbo.data.tabular.inference import infer_columns, infer_merged
 
 N = 60
 R = np.random.default_rng(0)

@@ -148,7 +148,7 @@ def test_numbers_of_other_widths_are_refused_or_whole(tmp_path):
 
 
 def test_what_a_file_of_pixels_would_lose_is_not_compressed(tmp_path):
-    from nelbo.codec import pictures, texts
+    from nelbo.codec.format import pictures, texts
 
     schema = Schema("levels", (1, 4, 4), 256)
     exif = Image.Exif()

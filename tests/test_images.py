@@ -14,10 +14,10 @@ from files import chunk
 from PIL import Image
 
 from nelbo.data import Label, Schema, fingerprint, load, load_like, rows
-from nelbo.data import encoded as encoded_images
-from nelbo.evaluate import evaluate
-from nelbo.optimise import batch_indices
-from nelbo.train import train
+from nelbo.data.readers import encoded as encoded_images
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.runs.train import train
+from nelbo.training.batching import batch_indices
 
 H, W = 5, 7
 RNG = np.random.default_rng(0)

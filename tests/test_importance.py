@@ -13,16 +13,22 @@ from test_derivation import BETAS, EYE, D, LinearGaussian, T
 from torch import Tensor
 
 from nelbo import evaluate
-from nelbo._numerics import seeded
-from nelbo.estimate import Continuum, Grid, elbo
-from nelbo.heads import LevelLogits
-from nelbo.importance import importance_bound, importance_weights, log_mean, log_weights
-from nelbo.likelihood import LevelHead
-from nelbo.model import Model
-from nelbo.process import Gaussian, Levels
-from nelbo.reverse import Beta, Mixture, Posterior, Reverse
-from nelbo.schedules import Linear, PowerAlpha
-from nelbo.tighter import BLOCK, evaluate_importance
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import LevelLogits
+from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.reverse import Beta, Mixture, Posterior, Reverse
+from nelbo.diffusion.schedules import Linear, PowerAlpha
+from nelbo.diffusion.times import Continuum, Grid, elbo
+from nelbo.evaluation.importance_bound import (
+    evaluate_importance,
+    importance_bound,
+    importance_weights,
+    log_mean,
+    log_weights,
+)
+from nelbo.evaluation.replicates import BLOCK
 
 X = torch.tensor([0.9, -1.6, 1.1], dtype=torch.float64)
 STEPS = pytest.mark.parametrize("step", [Beta(), Posterior()], ids=["beta", "beta_tilde"])

@@ -10,24 +10,24 @@ import torch
 from test_cli import run_ok
 from torch import nn
 
-from nelbo._numerics import seeded
-from nelbo.build import build
-from nelbo.checkpoint import load
+from nelbo._utils.numerics import seeded
 from nelbo.cli import main
-from nelbo.config import ModelConfig
-from nelbo.data.examples import decode, encode, encode_holes, outside_training
-from nelbo.data.layout import Column
+from nelbo.data.columns import Column
 from nelbo.data.schema import Schema
-from nelbo.estimate import Grid
-from nelbo.heads import Data
-from nelbo.impute import impute, present, sample_table, within
-from nelbo.likelihood import GaussianDensity
-from nelbo.model import Model
-from nelbo.particles import conditional, resample
-from nelbo.process import Affine, Gaussian
-from nelbo.reverse import Posterior
-from nelbo.sample import complete, rejection
-from nelbo.schedules import Linear
+from nelbo.data.tabular.encoding import decode, encode, encode_holes, outside_training
+from nelbo.diffusion.decoder import GaussianDensity
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Data
+from nelbo.diffusion.process import Affine, Gaussian
+from nelbo.diffusion.reverse import Posterior
+from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import Grid
+from nelbo.models.build import build
+from nelbo.models.config import ModelConfig
+from nelbo.runs.run import load
+from nelbo.sampling.imputation import impute, present, sample_table, within
+from nelbo.sampling.samplers import complete, rejection
+from nelbo.sampling.smc import conditional, resample
 
 RHO = 0.9
 COLUMNS = (

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from nelbo._numerics import seeded
-from nelbo.intervals import apart, errors, freedoms, widened
+from nelbo._utils.numerics import seeded
+from nelbo.evaluation.intervals import apart, errors, freedoms, widened
 
 N, TRIALS = 40, 400
 

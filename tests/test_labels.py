@@ -10,8 +10,8 @@ from PIL import Image
 from test_splits import picture, tar
 
 from nelbo import data, evaluate
-from nelbo.condition import encode
-from nelbo.train import train
+from nelbo.models.conditioning import encode
+from nelbo.runs.train import train
 
 RNG = np.random.default_rng(9)
 X = RNG.integers(0, 6, (40, 4))

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from nelbo._numerics import seeded
-from nelbo.data.layout import Column, places
-from nelbo.latent_class import LatentClasses
-from nelbo.numbers import NumberMixture, Numbers
-from nelbo.schedules import Linear
+from nelbo._utils.numerics import seeded
+from nelbo.data.columns import Column, places
+from nelbo.diffusion.gaussian_mixture import LatentClasses
+from nelbo.diffusion.schedules import Linear
+from nelbo.models.tabular.continuous import NumberMixture, Numbers
 
 D = 3
 COLUMNS = [Column(f"c{i}", "real") for i in range(D)]

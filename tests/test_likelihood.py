@@ -8,9 +8,8 @@ from closed_forms import assert_mean
 from contracts import DiscreteContract
 from torch.distributions import Independent
 
-from nelbo._numerics import seeded
-from nelbo.heads import LevelLogits, LevelPrediction, Prediction
-from nelbo.likelihood import (
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import (
     Bernoulli,
     Categorical,
     DiscretisedGaussian,
@@ -18,8 +17,9 @@ from nelbo.likelihood import (
     GaussianDensity,
     LevelHead,
 )
-from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.schedules import Linear, PowerAlpha
+from nelbo.diffusion.parametrization import LevelLogits, LevelPrediction, Prediction
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.schedules import Linear, PowerAlpha
 
 SHAPE = (2, 3, 5, 7)
 T1 = torch.tensor([0.1, 0.6], dtype=torch.float64)

@@ -10,12 +10,13 @@ from conftest import TINY
 from fuzzing import alarm
 from test_cli import nelbo_fails, run_ok
 
-from nelbo import _terminal, checkpoint
+from nelbo._utils import progress
 from nelbo.cli import main
-from nelbo.data.layout import Column
-from nelbo.data.tables import formula_in
+from nelbo.data.columns import Column
+from nelbo.data.tabular.tables import formula_in
 from nelbo.report import tables
-from nelbo.train import train
+from nelbo.runs import run as run_folder
+from nelbo.runs.train import train
 
 NAMES = ("$5^$", "$1k-$5k", "a\x1b[31mb", "x\u202ey", r"\frac{", "=cmd|'/C calc'!A0", "日" * 3)
 
@@ -51,7 +52,7 @@ def test_a_page_holds_no_codes(monkeypatch, trained, tmp_path):
     monkeypatch.setattr(module, "trajectory", lambda *_, **__: type("P", (), {"x": None}))
     for name in ("headline", "terms", "steps", "training", "images", "pixels", "files", "again"):
         monkeypatch.setattr(module.sections, name, lambda *_: "a\x1b[31m\u202e\u200fb é")
-    page = module.report(checkpoint.load(trained), tmp_path / "x.html").read_text()
+    page = module.report(run_folder.load(trained), tmp_path / "x.html").read_text()
     assert not {"\x1b", "\u202e", "\u200f"} & {*page} and "b é" in page
 
 
@@ -91,15 +92,15 @@ def test_endless_words_are_cut(tmp_path, capsys):
     value = "x" * 10**6
     line = nelbo_fails(capsys, "inspect", value + "y")
     assert len(line) < 1000 and line.endswith("too long")
-    line = _terminal.line(" ".join(map(str, range(10**5))))
-    assert len(line) == _terminal.LINE and line.startswith("0 1") and line.endswith("99999")
+    line = progress.line(" ".join(map(str, range(10**5))))
+    assert len(line) == progress.LINE and line.startswith("0 1") and line.endswith("99999")
     short = "the column 'a' holds numbers\n"
-    assert _terminal.line(short) == short
+    assert progress.line(short) == short
 
 
 def test_a_failure_that_nothing_foresaw_is_one_line(monkeypatch, tmp_path, capsys):
     """Also the panics of polars, which are no Exceptions; with its stack where that is wanted."""
-    from nelbo import inspection
+    from nelbo.data import inspection
 
     class PanicException(BaseException):
         pass
@@ -122,7 +123,7 @@ def test_a_failure_that_nothing_foresaw_is_one_line(monkeypatch, tmp_path, capsy
 
 @pytest.mark.filterwarnings("default")
 def test_warnings_are_notes_without_source(monkeypatch, capsys):
-    from nelbo import inspection
+    from nelbo.data import inspection
 
     def warn(*_, **__):
         warnings.warn("mind\nthis", UserWarning, stacklevel=1)
@@ -141,10 +142,10 @@ def test_warnings_are_notes_without_source(monkeypatch, capsys):
 
 def test_all_samples_have_one_bar(trained):
     """Of as many parts as there are calls of blocks of rows; also in one step."""
-    from nelbo.estimate import Grid
-    from nelbo.sample import ancestral
+    from nelbo.diffusion.times import Grid
+    from nelbo.sampling.samplers import ancestral
 
-    model = checkpoint.load(trained).model
+    model = run_folder.load(trained).model
     for steps in (1, 3):
         totals, past = [], []
 
@@ -161,10 +162,10 @@ def test_all_samples_have_one_bar(trained):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_output_that_is_no_number_is_not_drawn_from(trained, bad):
-    from nelbo.estimate import Grid
-    from nelbo.sample import ancestral, probability_flow
+    from nelbo.diffusion.times import Grid
+    from nelbo.sampling.samplers import ancestral, probability_flow
 
-    model = checkpoint.load(trained).model
+    model = run_folder.load(trained).model
     before = model.network.forward
     model.network.forward = lambda *a, **k: before(*a, **k) * bad
     for draw in (ancestral, probability_flow):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nelbo._numerics import seeded
+from nelbo._utils.numerics import seeded
 from nelbo.nn.conv import ConvNet
 from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.mlp import MLP

@@ -9,8 +9,8 @@ import torch
 from closed_forms import assert_mean, normal_nodes
 from torch.distributions import Normal, kl_divergence
 
-from nelbo._distributions import Discrete, DiscretisedNormal, LevelMixture
-from nelbo._numerics import derive_seed, draw, log1mexp, over, seeded, slope
+from nelbo._utils.numerics import derive_seed, draw, log1mexp, over, seeded, slope
+from nelbo.diffusion.distributions import Discrete, DiscretisedNormal, LevelMixture
 
 INF = math.inf
 

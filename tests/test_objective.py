@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from nelbo import objective
-from nelbo._numerics import draw, seeded
-from nelbo.augment import augment
+from nelbo._utils.numerics import draw, seeded
 from nelbo.data import Schema
-from nelbo.elbo import prior_term, reconstruction_term
-from nelbo.estimate import Continuum, elbo, stratified
-from nelbo.heads import LevelLogits, Noise
-from nelbo.likelihood import Evidence, LevelHead
-from nelbo.model import Model
-from nelbo.objective import Objective
-from nelbo.process import Gaussian, Levels
-from nelbo.reverse import Posterior
-from nelbo.schedules import Cosine, LearnedMonotone, Linear
+from nelbo.diffusion.decoder import Evidence, LevelHead
+from nelbo.diffusion.elbo import prior_term, reconstruction_term
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import LevelLogits, Noise
+from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.reverse import Posterior
+from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear
+from nelbo.diffusion.times import Continuum, elbo, stratified
+from nelbo.training import objective
+from nelbo.training.augmentation import augment
+from nelbo.training.objective import Objective
 
 LEVELS = Levels(5)
 

@@ -16,10 +16,10 @@ from conftest import OPENAI
 from torch.nn import functional
 
 from nelbo import elbo
-from nelbo._numerics import seeded
+from nelbo._utils.numerics import seeded
 from nelbo.integrations import load
 from nelbo.integrations.openai import architecture, build, check_flags, named_betas
-from nelbo.integrations.unet import UNet
+from nelbo.integrations.openai_unet import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule ends with signal left")
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from nelbo._numerics import draw, seeded
-from nelbo.config import configure
+from nelbo._utils.batch_rng import Part, current, drawing
+from nelbo._utils.numerics import draw, seeded
 from nelbo.data import Dataset, Label, Schema
-from nelbo.execution import blocks
-from nelbo.learner import Learner
+from nelbo.diffusion.process import Affine
 from nelbo.nn.dropout import Dropout
-from nelbo.parts import Part, current, drawing
-from nelbo.process import Affine
+from nelbo.training.parallel import blocks
+from nelbo.training.presets import configure
+from nelbo.training.trainer import Learner
 
 IMAGES = Schema("levels", (1, 4, 5), 4)
 CONV = {"network": "conv", "width": 8, "depth": 1, "dropout": 0.3}

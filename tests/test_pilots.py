@@ -9,27 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from nelbo import _cache, checkpoint, pilots
-from nelbo.allocate import Cells
-from nelbo.control import Controls
-from nelbo.estimate import Grid
-from nelbo.evaluate import evaluate
-from nelbo.pilots import KIND, Pilots
+from nelbo._utils import cache
+from nelbo.diffusion.times import Grid
+from nelbo.evaluation.allocation import Cells
+from nelbo.evaluation.control_variates import Controls
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.runs import pilot_cache
+from nelbo.runs import run as run_folder
+from nelbo.runs.pilot_cache import KIND, Pilots
 
 STEPS = 3
 
 
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(pilots, "ROWS", 4)
+    monkeypatch.setattr(pilot_cache, "ROWS", 4)
     monkeypatch.setenv("NELBO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(_cache, "_unwritten", {})
-    return checkpoint.load(shutil.copytree(trained, tmp_path / "run"))
+    monkeypatch.setattr(cache, "_unwritten", {})
+    return run_folder.load(shutil.copytree(trained, tmp_path / "run"))
 
 
 def entries():
     """The files of the cache that keep a pilot."""
-    return sorted((_cache.folder() / KIND).glob("*.json"))
+    return sorted((cache.folder() / KIND).glob("*.json"))
 
 
 def measured(run, **options):
@@ -47,7 +49,7 @@ def test_it_is_paid_for_once_and_changes_nothing(run):
     first, dear = measured(run)
     again, cheap = measured(run)
     assert first == again
-    assert dear - cheap == STEPS * pilots.ROWS  # one cell is the reconstruction
+    assert dear - cheap == STEPS * pilot_cache.ROWS  # one cell is the reconstruction
     assert cheap == first.calls_per_example * 8 == 4 * 8
 
 
@@ -138,7 +140,7 @@ def test_nothing_in_the_folder_of_a_run_is_a_pilot(run, tmp_path, monkeypatch):
     for place in (run.path / KIND, run.path / "cache" / KIND):
         place.mkdir(parents=True)
         (place / file.name).write_text(json.dumps(document))
-    assert measured(checkpoint.load(run.path), times=Grid.uniform(5)) == (result, dear)
+    assert measured(run_folder.load(run.path), times=Grid.uniform(5)) == (result, dear)
     # the attack is one: as this user's own word it is taken
     entries()[0].write_text(json.dumps(document))
     assert measured(run, times=Grid.uniform(5))[0].nats != pytest.approx(result.nats, rel=0.1)
@@ -192,7 +194,7 @@ def no_home():
 
 def test_it_says_what_it_does(run):
     assert told(run) == [
-        f"a pilot of {STEPS * pilots.ROWS} network calls on the validation split",
-        f"the pilot is kept in {_cache.folder() / KIND}, for later evaluations",
+        f"a pilot of {STEPS * pilot_cache.ROWS} network calls on the validation split",
+        f"the pilot is kept in {cache.folder() / KIND}, for later evaluations",
     ]
     assert told(run) == []

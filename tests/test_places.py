@@ -9,9 +9,10 @@ import torch
 from conftest import TINY
 from test_cli import nelbo_fails, run_ok
 
-from nelbo import _cache, _files, _limits, checkpoint
-from nelbo.checkpoint import read_config
-from nelbo.train import resume, train
+from nelbo._utils import cache, files, limits
+from nelbo.runs import run as run_folder
+from nelbo.runs.run import read_config
+from nelbo.runs.train import resume, train
 
 SECRET = "hunter2"
 
@@ -20,7 +21,7 @@ SECRET = "hunter2"
 def me(tmp_path, monkeypatch):
     """A user without a past."""
     monkeypatch.setenv("NELBO_CACHE", str(tmp_path / "me"))
-    monkeypatch.setattr(_cache, "_unwritten", {})
+    monkeypatch.setattr(cache, "_unwritten", {})
     return monkeypatch
 
 
@@ -48,7 +49,7 @@ def names(run, source):
 
 def test_a_run_of_this_user_just_works_also_where_it_was_moved(run, tmp_path):
     moved = run.rename(tmp_path / "moved")
-    assert len(checkpoint.load(moved).examples()[0]) == 6
+    assert len(run_folder.load(moved).examples()[0]) == 6
 
 
 def test_a_run_from_elsewhere_reads_its_data_once_they_are_given(run, tmp_path, other, capsys):
@@ -118,13 +119,13 @@ def test_built_in_data_and_a_table_in_the_run_are_its_own(trained, tmp_path, oth
     assert len(with_table.examples()[0]) == 6
     other()
     for path in (trained, with_table.path, shutil.copytree(with_table.path, tmp_path / "moved")):
-        assert len(checkpoint.load(path).examples()[0]) > 5
+        assert len(run_folder.load(path).examples()[0]) > 5
 
 
 def test_a_user_may_trust_a_run(run, other, me):
     other()
-    me.setenv(_limits.TRUST, "1")
-    assert len(checkpoint.load(run).examples()[0]) == 6
+    me.setenv(limits.TRUST, "1")
+    assert len(run_folder.load(run).examples()[0]) == 6
 
 
 def test_without_a_cache_a_training_still_knows_its_data(me, tmp_path, capsys):
@@ -137,9 +138,9 @@ def test_without_a_cache_a_training_still_knows_its_data(me, tmp_path, capsys):
 
 @pytest.mark.parametrize("change", ["too many", "too few", "early"])
 def test_a_grid_is_one_of_the_steps_asked(trained, tmp_path, change):
-    run = checkpoint.load(shutil.copytree(trained, tmp_path / "run"))
+    run = run_folder.load(shutil.copytree(trained, tmp_path / "run"))
     right = run.grid(3).times.tolist()
-    path = run.path / checkpoint.GRIDS
+    path = run.path / run_folder.GRIDS
     document = json.loads(path.read_text())
     (key,) = (key for key, times in document.items() if times == right)
     lies = {"too many": [i / 500 for i in range(1, 501)], "too few": [1.0], "early": [2, 3, 1.0]}
@@ -150,14 +151,14 @@ def test_a_grid_is_one_of_the_steps_asked(trained, tmp_path, change):
 def test_events_are_read_only_so_far(trained, tmp_path, me):
     """Neither a file of gigabytes nor one endless line; what is whole is read."""
     run = shutil.copytree(trained, tmp_path / "run")
-    path, whole = run / checkpoint.METRICS, checkpoint.read_metrics(run)
+    path, whole = run / run_folder.METRICS, run_folder.read_metrics(run)
     line = path.read_text().splitlines()[0]
     path.write_text(f'{line[:-1]}, "more": "{"x" * 10**6}"}}\n' + path.read_text())
-    assert checkpoint.read_metrics(run) == whole
+    assert run_folder.read_metrics(run) == whole
     with path.open("ab") as file:
         file.truncate(2**30)
     with pytest.raises(ValueError, match=r"has 1073741824 bytes, and JSON here has at most"):
-        checkpoint.load(run)
+        run_folder.load(run)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +167,10 @@ def test_events_are_read_only_so_far(trained, tmp_path, me):
 )
 def test_a_state_says_where_it_stood(trained, tmp_path, change):
     run = shutil.copytree(trained, tmp_path / "run")
-    (run / checkpoint.BEFORE).unlink()
-    tensors, about = _files.read_tensors(run / checkpoint.STATE)
+    (run / run_folder.BEFORE).unlink()
+    tensors, about = files.read_tensors(run / run_folder.STATE)
     about["progress"] |= change
-    _files.write_tensors(run / checkpoint.STATE, tensors, about)
+    files.write_tensors(run / run_folder.STATE, tensors, about)
     with pytest.raises(ValueError, match=r"does not say where the training stood|lacks a part"):
         resume(run)
 
@@ -177,9 +178,9 @@ def test_a_state_says_where_it_stood(trained, tmp_path, change):
 @pytest.mark.parametrize("name", ["optimizer.x.exp_avg", "optimizer.exp_avg"])
 def test_moments_are_of_parameters(trained, tmp_path, name):
     run = shutil.copytree(trained, tmp_path / "run")
-    (run / checkpoint.BEFORE).unlink()
-    tensors, about = _files.read_tensors(run / checkpoint.STATE)
+    (run / run_folder.BEFORE).unlink()
+    tensors, about = files.read_tensors(run / run_folder.STATE)
     tensors[name] = torch.zeros(1)
-    _files.write_tensors(run / checkpoint.STATE, tensors, about)
+    files.write_tensors(run / run_folder.STATE, tensors, about)
     with pytest.raises(ValueError, match="moments of no parameter"):
         resume(run)

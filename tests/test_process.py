@@ -11,9 +11,9 @@ from contracts import ProcessContract
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo._numerics import seeded
-from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.schedules import Cosine, Linear, PowerAlpha, Schedule
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.schedules import Cosine, Linear, PowerAlpha, Schedule
 
 SHAPE = (2, 3, 5, 7)
 S = torch.tensor([0.2, 0.5], dtype=torch.float64)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from processes import launch
 
-from nelbo import _files, checkpoint
-from nelbo.train import resume, train
+from nelbo._utils import files
+from nelbo.runs import run as run_folder
+from nelbo.runs.train import resume, train
 
 SMALL = {"steps": 4, "batch": 11, "width": 16, "evaluate_every": 2, "dropout": 0.3, "lr": 0.01}
 LEARNED = {"schedule": "learned-ends", "times": "importance", "optimizer": "muon", "warmup": 1}
@@ -21,10 +22,10 @@ SCRIPT = """
 import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from nelbo import learner
-from nelbo._interrupt import Interrupted
-from nelbo._processes import together
-from nelbo.train import resume, train
+from nelbo.training import trainer
+from nelbo._utils.signals import Interrupted
+from nelbo._utils.distributed import together
+from nelbo.runs.train import resume, train
 from test_processes import LEARNED, SHARDED, SMALL
 folder = sys.argv[1]
 def numbers(tensors):  # how many this process holds of them, and how many there are
@@ -37,25 +38,25 @@ def held(self):  # of weights, gradients, averages and moments
     return [numbers(some) for some in (own, gradients, averaged, moments)]
 with together() as rank:
     train(f"{folder}/x.npy", f"{folder}/two", **SMALL, **LEARNED)
-    step = learner.Learner.step
+    step = trainer.Learner.step
     def shown(self):
         step(self)
         if self.at.step == 4:
             print(json.dumps(held(self)))
-    learner.Learner.step = shown
+    trainer.Learner.step = shown
     train(f"{folder}/x.npy", f"{folder}/sharded", **SMALL, **LEARNED, **SHARDED)
     def interrupted(self):
         step(self)
         if self.at.step == 3 and rank == 1:  # one hears of it, both stop
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)  # torchrun passes on what came already
-    learner.Learner.step = interrupted
+    trainer.Learner.step = interrupted
     for name, options in (("stopped", {}), ("sharded-stopped", SHARDED)):
         try:
             train(f"{folder}/x.npy", f"{folder}/{name}", **SMALL, **LEARNED, **options)
         except Interrupted:
             print("stopped")
-    learner.Learner.step = step
+    trainer.Learner.step = step
     resume(f"{folder}/stopped")
     resume(f"{folder}/sharded-stopped")
     # what one began
@@ -83,13 +84,13 @@ def runs(tmp_path_factory):
 
 
 def state(run):
-    tensors, about = _files.read_tensors(run / checkpoint.STATE, hashed=True)
+    tensors, about = files.read_tensors(run / run_folder.STATE, hashed=True)
     del about["progress"]["seconds"]
     return tensors, about
 
 
 def events(run):
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in checkpoint.read_metrics(run)]
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in run_folder.read_metrics(run)]
 
 
 @pytest.mark.parametrize("kind", ["two", "sharded"])
@@ -106,8 +107,8 @@ def test_the_loss_curve_of_two_processes_is_that_of_one(runs, kind):
     for name in alone:
         torch.testing.assert_close(alone[name], shared[name], rtol=1e-3, atol=2e-5)
     options = SHARDED if kind == "sharded" else {}
-    configured = replace(checkpoint.load(folder / "one").config.train, **options)
-    assert checkpoint.load(folder / kind).config.train == configured
+    configured = replace(run_folder.load(folder / "one").config.train, **options)
+    assert run_folder.load(folder / kind).config.train == configured
 
 
 def test_each_process_holds_its_share_of_what_is_sharded(runs):
@@ -141,7 +142,7 @@ def test_halves_of_a_curve_meet_whether_they_are_sharded_or_not(runs):
     folder, _ = runs
     one, two = events(folder / "half"), events(folder / "sharded-half")
     assert [e["train"] for e in one] == pytest.approx([e["train"] for e in two], rel=2e-6)
-    assert checkpoint.read_config(folder / "sharded-half").train.shard
+    assert run_folder.read_config(folder / "sharded-half").train.shard
 
 
 def test_one_process_has_nothing_to_shard(runs, tmp_path):
@@ -165,13 +166,13 @@ def test_accumulated_parts_are_the_batch_too(runs):
 
 DYING = """
 import os, sys
-from nelbo import learner
-step = learner.Learner.step
+from nelbo.training import trainer
+step = trainer.Learner.step
 def die(self):
     if self.at.step == 2 and os.environ["RANK"] == "1":
         {how}
     step(self)
-learner.Learner.step = die
+trainer.Learner.step = die
 from nelbo.cli import main
 run = ["--steps", "50", "--evaluate-every", "1", "--out", *sys.argv[2:]]
 main(["train", sys.argv[1], *run])
@@ -198,8 +199,8 @@ def test_a_process_that_dies_or_hangs_ends_the_others(runs, tmp_path, how, wait,
     last = first.err.strip().splitlines()[-1]
     assert last.startswith("nelbo: process 0 of 2: another one ended or did not answer")
     assert "Traceback" not in first.err
-    assert json.loads((tmp_path / "run" / checkpoint.CONFIG).read_text())["train"]["steps"] == 50
-    assert checkpoint.load(tmp_path / "run").metrics[-1]["step"] == 2
+    assert json.loads((tmp_path / "run" / run_folder.CONFIG).read_text())["train"]["steps"] == 50
+    assert run_folder.load(tmp_path / "run").metrics[-1]["step"] == 2
 
 
 SHARED = """
@@ -207,25 +208,27 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from nelbo import checkpoint, sample
-from nelbo._processes import gather, together
+from nelbo.runs import run as run_folder
+from nelbo.sampling import samplers
+from nelbo._utils.distributed import gather, together
 from nelbo.codec.files import compress_file, decompress_file
-from nelbo.estimate import Grid
-from nelbo.grids import best_grid
-from nelbo.model import counting
-from nelbo.particles import conditional
-from nelbo.report.dimensions import by_dimension
-from nelbo.scores import Scorer
-from nelbo.tighter import evaluate_flow, evaluate_importance
+from nelbo.diffusion.times import Grid
+from nelbo.evaluation.grid_search import best_grid
+from nelbo.diffusion.model import counting
+from nelbo.sampling.smc import conditional
+from nelbo.evaluation.per_dimension import by_dimension
+from nelbo.evaluation.anomaly_scores import Scorer
+from nelbo.evaluation.probability_flow import evaluate_flow
+from nelbo.evaluation.importance_bound import evaluate_importance
 from known_models import levels
 source, folder, out = sys.argv[1:]
 with together() as rank:
-    run = checkpoint.load(folder)
+    run = run_folder.load(folder)
     x, grid = run.examples()[0], Grid.uniform(3)
-    found = [sample.ancestral(run.model, count, grid, seed=2) for count in (1, 5)]
+    found = [samplers.ancestral(run.model, count, grid, seed=2) for count in (1, 5)]
     known = torch.tensor([True, False, True, False])
-    found.append(sample.complete(run.model, x[:5].long(), known, grid, seed=3, rounds=2))
-    found.append(sample.probability_flow(run.model, 5, grid, seed=2))
+    found.append(samplers.complete(run.model, x[:5].long(), known, grid, seed=3, rounds=2))
+    found.append(samplers.probability_flow(run.model, 5, grid, seed=2))
     found.append(Scorer("bound", run.config.schema, run.model, x, calls=8)(run.model, x[:7]).nats)
     found += by_dimension(run.model, x[:7], grid)[0]
     file = Path(out) / "x.nlb"
@@ -274,7 +277,7 @@ import json, sys
 from contextlib import nullcontext
 import torch
 torch.set_num_threads(1)
-from nelbo import _processes
+from nelbo._utils import distributed as _processes
 from nelbo.cli import main
 with _processes.together() as rank:
     _processes.together = lambda: nullcontext(rank)  # once for all commands
@@ -322,8 +325,9 @@ def test_commands_write_and_say_once_on_two_processes(runs, tmp_path):
 def test_each_process_does_its_part_of_the_work(runs):
     """Else two were no quicker than one."""
     script = """
-from nelbo import _processes, parts
-from nelbo._processes import together
+from nelbo._utils import distributed as _processes
+from nelbo._utils import batch_rng as parts
+from nelbo._utils.distributed import together
 done = []
 with together() as rank:
     assert _processes.divided(5, lambda i: done.append(i) or i * i) == [0, 1, 4, 9, 16]
@@ -338,7 +342,7 @@ def test_no_thread_of_the_group_outlives_it():
     """One that did would abort the end of Python, whenever it then let go of a tensor."""
     script = """
 from pathlib import Path
-from nelbo import _processes
+from nelbo._utils import distributed as _processes
 with _processes.together():
     import torch.distributed.nn  # an optimiser does, by the compiler
     _processes.gather(0)

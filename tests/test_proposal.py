@@ -9,11 +9,11 @@ from known_models import MODELS
 from torch import Tensor, nn
 
 from nelbo import evaluate
-from nelbo.allocate import CELLS, Cells
-from nelbo.estimate import Continuum, Grid
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.times import Continuum, Grid
+from nelbo.evaluation.allocation import CELLS, Cells
+from nelbo.evaluation.time_density import SHARE, Proposal, even, proposal
 from nelbo.integrations import wrap
-from nelbo.model import Model
-from nelbo.proposal import SHARE, Proposal, even, proposal
 
 T = 1000
 LINEAR = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)

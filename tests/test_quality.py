@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nelbo.data.layout import Column
+from nelbo.data.columns import Column
 from nelbo.report import quality
 from nelbo.report.quality import Rows
 

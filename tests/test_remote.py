@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from nelbo import data
-from nelbo.checkpoint import read_config
 from nelbo.data.remote import here
-from nelbo.train import resume
+from nelbo.runs.run import read_config
+from nelbo.runs.train import resume
 
 fsspec = pytest.importorskip("fsspec")
 from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402

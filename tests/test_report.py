@@ -11,25 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from nelbo import checkpoint
-from nelbo._numerics import LOG_2, seeded
+from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.cli import app
 from nelbo.data import Schema, as_examples
-from nelbo.data.layout import Column
-from nelbo.elbo import diffusion_term, prior_term, reconstruction_term
-from nelbo.estimate import Grid
-from nelbo.evaluate import evaluate
-from nelbo.grids import even_times
-from nelbo.model import measuring
-from nelbo.pilots import Pilots
+from nelbo.data.columns import Column
+from nelbo.diffusion.elbo import diffusion_term, prior_term, reconstruction_term
+from nelbo.diffusion.model import measuring
+from nelbo.diffusion.reverse import Posterior
+from nelbo.diffusion.times import Grid, even_times
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.evaluation.per_dimension import by_dimension
 from nelbo.report import studies
-from nelbo.report.dimensions import by_dimension
 from nelbo.report.figures import readable
 from nelbo.report.sections import train_command, training
 from nelbo.report.studies import STEPS, measure_steps, trajectory
-from nelbo.reverse import Posterior
-from nelbo.sample import ancestral
-from nelbo.train import train
+from nelbo.runs import run as run_folder
+from nelbo.runs.pilot_cache import Pilots
+from nelbo.runs.train import train
+from nelbo.sampling.samplers import ancestral
 
 SMALL = {"steps": 5, "batch": 16, "width": 16, "evaluate_every": 5}
 
@@ -65,7 +64,7 @@ def _quick_grids():
         return Grid(even_times(model.process.schedule, steps, steps) ** 1.5)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "best_grid", early)
+        patch.setattr(run_folder, "best_grid", early)
         patch.setattr(studies, "CODED_STEPS", (2, 3))
         yield
 
@@ -237,7 +236,7 @@ def test_curves_and_costs_are_of_one_measurement(digits):
 
 @pytest.mark.parametrize("numbers", [2**23, 1], ids=["at once", "row by row"])
 def test_path_ends_in_the_ancestral_samples(run, numbers, monkeypatch):
-    monkeypatch.setattr("nelbo.model.ROWS", numbers)
+    monkeypatch.setattr("nelbo.diffusion.model.ROWS", numbers)
     path = trajectory(run.model, 7, Grid.uniform(9), seed=6)
     assert torch.equal(path.x, ancestral(run.model, 7, Grid.uniform(9), seed=6))
     assert path.times[0] == 1 and path.times == sorted(path.times, reverse=True)

@@ -9,14 +9,20 @@ from closed_forms import Formula, assert_mean, normal_nodes, orders
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo._numerics import seeded
-from nelbo.estimate import Grid, elbo
-from nelbo.heads import Data, LevelLogits, LevelPrediction, Prediction, VariancePrediction
-from nelbo.likelihood import LevelHead
-from nelbo.model import Model
-from nelbo.process import Affine, Gaussian, Levels
-from nelbo.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
-from nelbo.schedules import Linear
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import (
+    Data,
+    LevelLogits,
+    LevelPrediction,
+    Prediction,
+    VariancePrediction,
+)
+from nelbo.diffusion.process import Affine, Gaussian, Levels
+from nelbo.diffusion.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
+from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import Grid, elbo
 
 SHAPE = (2, 3, 5, 7)
 DIMS = 105

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from nelbo.estimate import Grid
-from nelbo.heads import Data, LevelLogits, SymbolLogits
-from nelbo.likelihood import Categorical, GaussianDensity, LevelHead
-from nelbo.model import Model
-from nelbo.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.reverse import Beta, Mixture, Posterior
-from nelbo.sample import ancestral, probability_flow
-from nelbo.schedules import Linear, PowerAlpha
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Data, LevelLogits, SymbolLogits
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.reverse import Beta, Mixture, Posterior
+from nelbo.diffusion.schedules import Linear, PowerAlpha
+from nelbo.diffusion.times import Grid
+from nelbo.sampling.samplers import ancestral, probability_flow
 
 
 class Zero(nn.Module):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from contracts import ScheduleContract
 
-from nelbo._numerics import seeded
-from nelbo.estimate import Continuum, Grid
-from nelbo.process import Affine, Gaussian
-from nelbo.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.process import Affine, Gaussian
+from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
+from nelbo.diffusion.times import Continuum, Grid
 
 
 @pytest.fixture(autouse=True)

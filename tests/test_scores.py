@@ -13,16 +13,18 @@ from closed_forms import assert_mean
 from PIL import Image
 from test_cli import nelbo_fails, run_ok
 
-from nelbo import _files, data
-from nelbo._numerics import seeded
-from nelbo.checkpoint import load
+from nelbo import data
+from nelbo._utils import files
+from nelbo._utils.numerics import seeded
 from nelbo.data import Schema, as_examples
-from nelbo.estimate import Grid, elbo, stratified
-from nelbo.evaluate import evaluate
-from nelbo.model import measuring
-from nelbo.sample import ancestral
-from nelbo.scores import Scored, Scorer, code_length, histogram
-from nelbo.train import train
+from nelbo.diffusion.model import measuring
+from nelbo.diffusion.times import Grid, elbo, stratified
+from nelbo.evaluation.anomaly_scores import Scored, Scorer, code_length
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.report.score_figure import histogram
+from nelbo.runs.run import load
+from nelbo.runs.train import train
+from nelbo.sampling.samplers import ancestral
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +231,7 @@ def test_weights_that_are_not_finite_are_refused(far_run, tmp_path, capsys):
         with pytest.raises(ValueError, match=r"not finite.*restore the weights"):
             use()
     broken = shutil.copytree(far_run / "npz", tmp_path / "broken")
-    _files.write_tensors(broken / "model.safetensors", loaded.model.state_dict(), {})
+    files.write_tensors(broken / "model.safetensors", loaded.model.state_dict(), {})
     for command in (
         ("evaluate", broken),
         ("score", broken, "--out", tmp_path / "s.csv"),

@@ -18,19 +18,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from nelbo._numerics import seeded
-from nelbo.build import build
-from nelbo.config import ModelConfig
+from nelbo._utils.numerics import seeded
 from nelbo.data import Schema
-from nelbo.estimate import elbo, stratified
-from nelbo.learner import Learner
-from nelbo.model import measuring
+from nelbo.diffusion.model import measuring
+from nelbo.diffusion.process import Affine
+from nelbo.diffusion.times import elbo, stratified
+from nelbo.evaluation.row_bounds import row_bounds
+from nelbo.models.build import build
+from nelbo.models.config import ModelConfig
 from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.memory import Memory, best_bandwidth
 from nelbo.nn.mixture import Corrected, MixtureDenoiser
-from nelbo.process import Affine
-from nelbo.row_bounds import row_bounds
 from nelbo.sklearn import DiffusionDensity, DiffusionOutlierDetector
+from nelbo.training.trainer import Learner
 
 QUICK = {"steps": 3, "width": 8, "depth": 1, "draws": 4}
 SMALL = {"steps": 60, "width": 16, "depth": 1, "batch": 32, "draws": 8, "random_state": 0}

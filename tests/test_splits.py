@@ -13,7 +13,7 @@ from nelbo import data
 from nelbo.cli import main
 from nelbo.data import Schema
 from nelbo.data.splits import declare, group
-from nelbo.train import train
+from nelbo.runs.train import train
 
 RNG = np.random.default_rng(5)
 SIZES = {"train": 6, "validation": 3, "test": 2}

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from nelbo import data
-from nelbo._interrupt import Interrupted
+from nelbo._utils.signals import Interrupted
 from nelbo.cli import main
-from nelbo.data import fingerprint, rows, streams
-from nelbo.data.examples import encode
-from nelbo.data.inference import infer_columns, infer_merged, merge
-from nelbo.data.layout import Column
-from nelbo.data.streams import Share, TableRows
-from nelbo.evaluate import evaluate
-from nelbo.optimise import Blocks, batch_indices
-from nelbo.train import resume, train
+from nelbo.data import fingerprint, rows
+from nelbo.data.columns import Column
+from nelbo.data.tabular import streams
+from nelbo.data.tabular.encoding import encode
+from nelbo.data.tabular.inference import infer_columns, infer_merged, merge
+from nelbo.data.tabular.streams import Share, TableRows
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.runs.train import resume, train
+from nelbo.training.batching import Blocks, batch_indices
 
 N = 1003
 
@@ -198,7 +199,7 @@ def test_training_resumes_exactly_and_is_measured(shards, tmp_path, monkeypatch)
     stopped = iter([False] * 4 + [True] * 9)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         soon = nullcontext(lambda: next(stopped))
-        patch.setattr(sys.modules["nelbo.train"], "interruptible", lambda **_: soon)
+        patch.setattr(sys.modules["nelbo.runs.train"], "interruptible", lambda **_: soon)
         train(str(shards), tmp_path / "two", steps=9, **OPTIONS)
     two = resume(tmp_path / "two")
     weights = [(run.path / "model.safetensors").read_bytes() for run in (one, two)]

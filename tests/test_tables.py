@@ -12,15 +12,15 @@ from test_cli import run_ok
 
 from nelbo import data
 from nelbo.cli import main
-from nelbo.data import examples, tables
-from nelbo.data.inference import infer_columns, lattice
-from nelbo.data.layout import Column, groups, log_cells, places
+from nelbo.data.columns import Column, groups, log_cells, places
+from nelbo.data.inspection import inspect, inspect_table
 from nelbo.data.schema import Schema
-from nelbo.evaluate import evaluate
-from nelbo.inspection import inspect, inspect_table
+from nelbo.data.tabular import encoding, tables
+from nelbo.data.tabular.inference import infer_columns, lattice
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.evaluation.per_dimension import by_column
 from nelbo.report import tables as tables_of_report
-from nelbo.report.dimensions import by_column
-from nelbo.train import resume, train
+from nelbo.runs.train import resume, train
 
 PEOPLE = """age,sex,income,height,city,smoker
 31,F,2.123456789,170.5,Oslo,0
@@ -79,13 +79,13 @@ def test_a_lattice_is_the_coarsest_that_holds_all_values(values, expected):
 def test_a_table_survives_the_way_to_examples_and_back(people, suffix, tmp_path):
     frame = tables.read(people)
     columns, _ = infer_columns(frame)
-    x, notes = examples.encode(frame, columns, "people")
+    x, notes = encoding.encode(frame, columns, "people")
     assert x.shape == (4, 7) and notes == []
     path = tmp_path / f"copy{suffix}"
-    path.write_bytes(tables.to_bytes(examples.decode(x, columns), suffix))
-    again, _ = examples.encode(tables.read(path), columns, "copy")
+    path.write_bytes(tables.to_bytes(encoding.decode(x, columns), suffix))
+    again, _ = encoding.encode(tables.read(path), columns, "copy")
     np.testing.assert_array_equal(x, again)
-    back = examples.decode(x, columns)
+    back = encoding.decode(x, columns)
     assert back.columns == [c.name for c in columns]
     assert back["age"].to_list() == [31, 45, 18, 60]
     assert back["height"].to_list() == [170.5, 181.0, None, 177.0]
@@ -315,7 +315,7 @@ def test_costs_of_columns_hold_their_missing_symbols(people):
 def test_marginals_are_compared_as_they_are_seen(people):
     dataset = data.load(people)
     columns = dataset.schema.columns
-    x = torch.from_numpy(examples.encode(tables.read(people), columns, "people")[0]).repeat(50, 1)
+    x = torch.from_numpy(encoding.encode(tables.read(people), columns, "people")[0]).repeat(50, 1)
     for place, values in tables_of_report.known(x, columns):
         assert np.isnan(values).mean() == (0.25 if place.column.missing else 0)
         assert tables_of_report.distance(place, values, values) == 0

@@ -3,7 +3,7 @@
 import pytest
 from rich.table import Table
 
-from nelbo._terminal import Terminal, printable
+from nelbo._utils.progress import Terminal, printable
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import torch
 from closed_forms import orders
 from known_models import MODELS, gaussian
 
-from nelbo._numerics import seeded
-from nelbo.draw import observe
-from nelbo.elbo import diffusion_rate, diffusion_term, reconstruction_term
-from nelbo.likelihood import GaussianDensity
-from nelbo.process import Affine
-from nelbo.terms import Decode, Rate, Step
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.decoder import GaussianDensity
+from nelbo.diffusion.elbo import diffusion_rate, diffusion_term, reconstruction_term
+from nelbo.diffusion.process import Affine
+from nelbo.diffusion.terms import Decode, Rate, Step
+from nelbo.evaluation.reference_denoisers import observe
 
 S = torch.tensor([0.2, 0.31, 0.5], dtype=torch.float64)
 T = torch.tensor([0.25, 0.6, 0.95], dtype=torch.float64)

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from nelbo import data
-from nelbo._numerics import LOG_2
-from nelbo.build import build
+from nelbo._utils.numerics import LOG_2
 from nelbo.cli import main
-from nelbo.config import configure
-from nelbo.data import Schema, text
-from nelbo.evaluate import evaluate
-from nelbo.heads import log_frequencies
+from nelbo.data import Schema
+from nelbo.data.readers import text
+from nelbo.diffusion.parametrization import log_frequencies
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.models.build import build
+from nelbo.training.presets import configure
 
 LENGTH = 16
 SAID = "the cat sat on the mat, and the dog sat on the log. " * 40
@@ -211,7 +212,7 @@ def test_text_from_the_command_line(tmp_path, file, capsys):
 
 
 def test_what_is_no_text_is_not_printed():
-    from nelbo.pictures import saver
+    from nelbo.report.images import saver
 
     for shape, hint in (((1, 4, 4), "png"), ((4,), "npz")):
         with pytest.raises(ValueError, match=hint):

@@ -9,26 +9,28 @@ import pytest
 import torch
 from conftest import TINY
 
-from nelbo import _files, checkpoint, learner, objective
-from nelbo._numerics import constant, seeded, slope
-from nelbo.build import build
-from nelbo.config import ModelConfig
+from nelbo._utils import files
+from nelbo._utils.batch_rng import Part
+from nelbo._utils.numerics import constant, seeded, slope
 from nelbo.data import Schema
-from nelbo.heads import LevelLogits
-from nelbo.likelihood import LevelHead
-from nelbo.model import Model
+from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import LevelLogits
+from nelbo.diffusion.process import Affine, Gaussian, Levels
+from nelbo.diffusion.reverse import Posterior
+from nelbo.diffusion.schedules import LearnedMonotone, Linear, log_density
+from nelbo.models.build import build
+from nelbo.models.config import ModelConfig
 from nelbo.nn.embedding import zero
-from nelbo.objective import Objective, log_second_moment
-from nelbo.parts import Part
-from nelbo.process import Affine, Gaussian, Levels
-from nelbo.reverse import Posterior
-from nelbo.schedules import LearnedMonotone, Linear, log_density
-from nelbo.times import BINS, Iid, Importance, Law, Stratified, stratified
+from nelbo.runs import run as run_folder
+from nelbo.training import objective, trainer
+from nelbo.training.objective import Objective, log_second_moment
+from nelbo.training.timestep_samplers import BINS, Iid, Importance, Law, Stratified, stratified
 
 LEVELS = Levels(5)
 
 # `nelbo.train` is the function; this is its module.
-training = importlib.import_module("nelbo.train")
+training = importlib.import_module("nelbo.runs.train")
 
 
 @pytest.fixture(autouse=True)
@@ -217,20 +219,20 @@ def test_the_density_is_part_of_the_checkpoint(tmp_path, monkeypatch):
     """A run of importance times that was stopped ends as one that was not, to the bit."""
     options = {**TINY, "evaluate_every": 4, "times": "importance", "schedule": "learned-ends"}
     whole = training.train("digits", tmp_path / "whole", **options).path
-    order = learner.batch_indices
+    order = trainer.batch_indices
 
     def interrupt(examples, batch, step, *where):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
         return order(examples, batch, step, *where)
 
-    monkeypatch.setattr(learner, "batch_indices", interrupt)
+    monkeypatch.setattr(trainer, "batch_indices", interrupt)
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", tmp_path / "run", **options)
-    monkeypatch.setattr(learner, "batch_indices", order)
+    monkeypatch.setattr(trainer, "batch_indices", order)
     training.resume(tmp_path / "run")
     left, right = (
-        _files.read_tensors(path / checkpoint.STATE)[0] for path in (whole, tmp_path / "run")
+        files.read_tensors(path / run_folder.STATE)[0] for path in (whole, tmp_path / "run")
     )
     assert left["law.count"].sum() > 0 and left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)

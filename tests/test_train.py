@@ -12,28 +12,32 @@ import torch
 from conftest import TINY
 from torch import nn
 
-from nelbo import _files, checkpoint, data, learner
-from nelbo.build import build
-from nelbo.config import TrainConfig, configure
+from nelbo import data
+from nelbo._utils import files
 from nelbo.data import Schema
-from nelbo.estimate import Continuum, Grid
-from nelbo.evaluate import evaluate
-from nelbo.optimise import Muon, parameter_groups
+from nelbo.diffusion.times import Continuum, Grid
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.models.build import build
+from nelbo.runs import run as run_folder
+from nelbo.training import trainer
+from nelbo.training.config import TrainConfig
+from nelbo.training.optim import Muon, parameter_groups
+from nelbo.training.presets import configure
 
 # `nelbo.train` is the function; this is its module.
-training = importlib.import_module("nelbo.train")
+training = importlib.import_module("nelbo.runs.train")
 
 
 def assert_same_run(a, b):
     """Bit for bit, but for the clock."""
-    for name in (checkpoint.WEIGHTS, checkpoint.STATE):
-        (left, about_left), (right, about_right) = (_files.read_tensors(p / name) for p in (a, b))
+    for name in (run_folder.WEIGHTS, run_folder.STATE):
+        (left, about_left), (right, about_right) = (files.read_tensors(p / name) for p in (a, b))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[k], right[k]) for k in left), name
-        if name == checkpoint.WEIGHTS:
+        if name == run_folder.WEIGHTS:
             assert about_left == about_right
             assert (a / name).read_bytes() == (b / name).read_bytes()
-    events = [checkpoint.read_metrics(p) for p in (a, b)]
+    events = [run_folder.read_metrics(p) for p in (a, b)]
     for event in (*events[0], *events[1]):
         del event["seconds"]
     assert events[0] == events[1]
@@ -42,18 +46,18 @@ def assert_same_run(a, b):
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch, stop):
     """Ctrl-C in the middle of step `stop`: the step is finished, saved, and continued exactly."""
-    order = learner.batch_indices
+    order = trainer.batch_indices
 
     def interrupt(examples, batch, step, *how):
         if step == stop - 1:
             signal.raise_signal(signal.SIGINT)
         return order(examples, batch, step, *how)
 
-    monkeypatch.setattr(learner, "batch_indices", interrupt)
+    monkeypatch.setattr(trainer, "batch_indices", interrupt)
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", tmp_path / "run", **TINY)
-    monkeypatch.setattr(learner, "batch_indices", order)
-    _, about = _files.read_tensors(tmp_path / "run" / checkpoint.STATE)
+    monkeypatch.setattr(trainer, "batch_indices", order)
+    _, about = files.read_tensors(tmp_path / "run" / run_folder.STATE)
     assert about["progress"]["step"] == stop
     training.resume(tmp_path / "run")
     assert_same_run(trained, tmp_path / "run")
@@ -61,18 +65,18 @@ def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch
 
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(trained, tmp_path, monkeypatch):
     """Killed after step 3, the state is that of step 2; what was logged later is dropped."""
-    step = learner.Learner.step
+    step = trainer.Learner.step
 
     def crash(self):
         if self.at.step == 3:
             raise RuntimeError("power cut")
         step(self)
 
-    monkeypatch.setattr(learner.Learner, "step", crash)
+    monkeypatch.setattr(trainer.Learner, "step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         training.train("digits", tmp_path / "run", **TINY)
-    monkeypatch.setattr(learner.Learner, "step", step)
-    with (tmp_path / "run" / checkpoint.METRICS).open("a") as file:
+    monkeypatch.setattr(trainer.Learner, "step", step)
+    with (tmp_path / "run" / run_folder.METRICS).open("a") as file:
         file.write('{"step": 3, "validation": 1.0}\n{"step": 4, "valid')
     training.resume(tmp_path / "run")
     assert_same_run(trained, tmp_path / "run")
@@ -80,9 +84,9 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(trained, tmp_path, m
 
 def test_a_finished_run_stays_as_it_is(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
-    before = (run / checkpoint.WEIGHTS).read_bytes()
-    assert training.resume(run).metrics == checkpoint.read_metrics(trained)
-    assert (run / checkpoint.WEIGHTS).read_bytes() == before
+    before = (run / run_folder.WEIGHTS).read_bytes()
+    assert training.resume(run).metrics == run_folder.read_metrics(trained)
+    assert (run / run_folder.WEIGHTS).read_bytes() == before
 
 
 def test_more_steps_than_planned(trained, tmp_path):
@@ -96,13 +100,13 @@ def test_minutes_are_steps_by_the_time_of_some(tmp_path, monkeypatch):
     """With a clock that ticks at each step, validations being free, they are budget over tick;
     the run knows their number, so it is resumed like any."""
     ticks = [0.0]
-    step = learner.Learner.step
+    step = trainer.Learner.step
 
     def ticking(self):
         ticks[0] += 2.0
         step(self)
 
-    monkeypatch.setattr(learner.Learner, "step", ticking)
+    monkeypatch.setattr(trainer.Learner, "step", ticking)
     dataset = data.load("digits")
     sizes = {k: v for k, v in TINY.items() if k not in ("steps", "evaluate_every")}
     preset = configure(dataset.schema, 1000, **sizes)
@@ -123,7 +127,7 @@ def test_seeds(trained, tmp_path):
     training.train("digits", tmp_path / "same", **TINY)
     assert_same_run(trained, tmp_path / "same")
     other = training.train("digits", tmp_path / "other", seed=1, **TINY)
-    assert other.metrics[0]["validation"] != checkpoint.read_metrics(trained)[0]["validation"]
+    assert other.metrics[0]["validation"] != run_folder.read_metrics(trained)[0]["validation"]
 
 
 def test_the_callers_generator_is_left_alone(tmp_path):
@@ -133,7 +137,7 @@ def test_the_callers_generator_is_left_alone(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    objective = learner.Objective.__call__
+    objective = trainer.Objective.__call__
 
     def explode(self, model, x, u, weight, part):
         loss = objective(self, model, x, u, weight, part)
@@ -141,10 +145,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
         return loss._replace(loss=loss.loss * float("nan")) if explode.calls == 4 else loss
 
     explode.calls = 0
-    monkeypatch.setattr(learner.Objective, "__call__", explode)
+    monkeypatch.setattr(trainer.Objective, "__call__", explode)
     with pytest.raises(ValueError, match=r"non-finite .*at step 4; the weights of step 2.*--lr"):
         training.train("digits", tmp_path / "run", **TINY)
-    run = checkpoint.load(tmp_path / "run")
+    run = run_folder.load(tmp_path / "run")
     assert run.weights == "ema, step 2"
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
@@ -157,32 +161,32 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device", "disk")
 
-    monkeypatch.setattr(_files.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         training.resume(run, steps=6)
     assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before
-    assert [path.name for path in run.glob(".*")] == [checkpoint.LOCK]
+    assert [path.name for path in run.glob(".*")] == [run_folder.LOCK]
 
 
 def test_batches_visit_every_example_once_per_epoch():
-    stream = torch.cat([learner.batch_indices(7, 3, step, seed=5) for step in range(14)])
+    stream = torch.cat([trainer.batch_indices(7, 3, step, seed=5) for step in range(14)])
     for epoch in stream.reshape(6, 7):
         assert sorted(epoch.tolist()) == list(range(7))
     assert not torch.equal(stream[:7], stream[7:14])
-    larger = learner.batch_indices(3, 10, 0, seed=5)
+    larger = trainer.batch_indices(3, 10, 0, seed=5)
     assert [int((larger == i).sum()) for i in range(3)] in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
     config = TrainConfig(steps=100, warmup=10, lr=1.0)
-    rates = [learner.learning_rate(config, step) for step in range(101)]
+    rates = [trainer.learning_rate(config, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9]
     assert rates[9] == pytest.approx(1.0, abs=0.03) and rates[100] == pytest.approx(0.0)
 
 
 def test_the_average_warms_up():
     """After n steps the average is no older than a tenth of them."""
-    average = learner.warmed_ema(0.999)
+    average = trainer.warmed_ema(0.999)
     ema, at_zero = [torch.zeros(())], 1.0
     for i in range(1, 40):
         average(ema, [torch.ones(())], torch.tensor(i))
@@ -242,7 +246,7 @@ def test_a_run_with_muon_is_resumed_exactly(tmp_path):
     options = TINY | {"optimizer": "muon"}
     whole = training.train("digits", tmp_path / "whole", **options)
     assert whole.config.train.optimizer == "muon"
-    step = learner.Learner.step
+    step = trainer.Learner.step
 
     def crash(self):
         if self.at.step == 3:
@@ -250,7 +254,7 @@ def test_a_run_with_muon_is_resumed_exactly(tmp_path):
         step(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learner.Learner, "step", crash)
+        patch.setattr(trainer.Learner, "step", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             training.train("digits", tmp_path / "cut", **options)
     training.resume(tmp_path / "cut")
@@ -261,14 +265,14 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
     """Neither two resumed ones nor one beside a new one; the files stay as they are."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    before = (run / checkpoint.STATE).read_bytes()
+    before = (run / run_folder.STATE).read_bytes()
     with (
         training.alone_in(run),
         pytest.raises(ValueError, match="run is being trained by another process; wait"),
     ):
         training.resume(run, steps=9)
-    assert (run / checkpoint.STATE).read_bytes() == before
-    found, step = [], learner.Learner.step
+    assert (run / run_folder.STATE).read_bytes() == before
+    found, step = [], trainer.Learner.step
 
     def beside(self):
         if self.at.step == 1:
@@ -278,7 +282,7 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
         step(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learner.Learner, "step", beside)
+        patch.setattr(trainer.Learner, "step", beside)
         training.train("digits", tmp_path / "new", **TINY)
     assert found == [1]
     assert_same_run(trained, tmp_path / "new")
@@ -288,7 +292,7 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
         pytest.raises(ValueError, match="trained by another"),
     ):
         training.train("digits", tmp_path / "same", **TINY)  # of two that begin it at once
-    assert not (tmp_path / "same" / checkpoint.CONFIG).exists()
+    assert not (tmp_path / "same" / run_folder.CONFIG).exists()
 
 
 def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):

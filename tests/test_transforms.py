@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from nelbo import data
-from nelbo._numerics import seeded
-from nelbo.data.layout import Column, places
-from nelbo.evaluate import evaluate
-from nelbo.numbers import Increasing, NumberDecoder, NumberMixture, Numbers
-from nelbo.schedules import Linear
-from nelbo.train import train
+from nelbo._utils.numerics import seeded
+from nelbo.data.columns import Column, places
+from nelbo.diffusion.schedules import Linear
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.models.tabular.continuous import Increasing, NumberDecoder, NumberMixture, Numbers
+from nelbo.runs.train import train
 
 KINDS = ("standardise", "log", "quantile")
 

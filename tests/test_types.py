@@ -7,10 +7,10 @@ import polars as pl
 import pytest
 
 from nelbo import data
-from nelbo.data import dtypes, examples
-from nelbo.data.inference import infer_columns, typed
 from nelbo.data.schema import Schema
-from nelbo.data.tables import frame_of
+from nelbo.data.tabular import dtypes, encoding
+from nelbo.data.tabular.inference import infer_columns, typed
+from nelbo.data.tabular.tables import frame_of
 
 N = 60
 R = np.random.default_rng(3)
@@ -42,8 +42,8 @@ def test_rows_that_are_drawn_have_the_types_of_the_source(holes):
         gaps = pl.int_range(pl.len()) % 5 == 0
         frame = frame.with_columns(pl.when(~gaps).then(pl.all()))
     columns = columns_of(frame)
-    x, _ = examples.encode(frame, columns, "t")
-    made = examples.decode(x, columns)
+    x, _ = encoding.encode(frame, columns, "t")
+    made = encoding.decode(x, columns)
     assert made.schema == frame.schema and made.equals(frame)
 
 
@@ -51,21 +51,21 @@ def test_a_completed_table_keeps_its_types():
     columns = columns_of(FRAME)
     gaps = pl.int_range(pl.len()) % 4 == 0
     holes = FRAME.with_columns(pl.when(~gaps).then(pl.all()))
-    x, _ = examples.encode(FRAME, columns, "t")
-    made = examples.filled(holes, examples.decode(x, columns), columns)
+    x, _ = encoding.encode(FRAME, columns, "t")
+    made = encoding.filled(holes, encoding.decode(x, columns), columns)
     assert made.schema == FRAME.schema and made.equals(FRAME)
     empty = FRAME.with_columns(pl.lit(None).alias("small"))  # a column that is all to be drawn
-    made = examples.filled(empty, examples.decode(x, columns), columns)
+    made = encoding.filled(empty, encoding.decode(x, columns), columns)
     assert made.schema == FRAME.schema and made.equals(FRAME)
 
 
 def test_a_type_gives_way_to_a_cell_that_has_no_place_in_it():
     """Such as a category that training did not have, which is drawn as a word."""
     columns = columns_of(FRAME)
-    x, _ = examples.encode(FRAME, columns, "t")
-    made = examples.decode(np.zeros_like(x), columns)
+    x, _ = encoding.encode(FRAME, columns, "t")
+    made = encoding.decode(np.zeros_like(x), columns)
     assert made["enum"].dtype == made["truth"].dtype == pl.String
-    assert made["enum"][0] == examples.OTHER and made["small"].dtype == pl.Int64
+    assert made["enum"][0] == encoding.OTHER and made["small"].dtype == pl.Int64
 
 
 def test_a_declared_category_is_one_whatever_its_values_look_like():

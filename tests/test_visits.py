@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nelbo.visits import Visits, repeated
+from nelbo.evaluation.survey import Visits, repeated
 
 N, CELLS, REPLICATES, BLOCK = 120, 3, 2, 6
 

@@ -12,12 +12,12 @@ from scipy.stats import norm
 from torch import nn
 
 from nelbo import Continuum, Grid, elbo
-from nelbo._numerics import seeded
-from nelbo.heads import Prediction, VariancePrediction
-from nelbo.integrations import denoisers, parts, spaced, wrap
-from nelbo.integrations.parts import EDM, Flow, LastStep, OnSteps, Steps, interpolating
-from nelbo.process import Affine, Levels
-from nelbo.schedules import Linear
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.parametrization import Prediction, VariancePrediction
+from nelbo.diffusion.process import Affine, Levels
+from nelbo.diffusion.schedules import Linear
+from nelbo.integrations import adapters, denoisers, spaced, wrap
+from nelbo.integrations.adapters import EDM, Flow, LastStep, OnSteps, Steps, interpolating
 
 # the tests want a prior term that can be seen
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule ends with signal left")
@@ -245,7 +245,7 @@ def test_large_batches_go_in_parts(monkeypatch):
     model = wrap(network, SHAPE, predicts="velocity", **told)
     x = images(7)
     whole = full_sum(model, x)
-    monkeypatch.setattr(parts, "NUMBERS", 5 * math.prod(SHAPE))
+    monkeypatch.setattr(adapters, "NUMBERS", 5 * math.prod(SHAPE))
     network.told.clear()
     for a, b in zip(full_sum(model, x), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)

@@ -13,36 +13,36 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from nelbo._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from nelbo.checkpoint import Run, load
-    from nelbo.elbo import Bound
-    from nelbo.estimate import Continuum, Grid, elbo
-    from nelbo.evaluate import evaluate
-    from nelbo.model import Model
-    from nelbo.process import Absorbing, Gaussian
+    from nelbo.diffusion.elbo import Bound
+    from nelbo.diffusion.model import Model
+    from nelbo.diffusion.process import Absorbing, Gaussian
+    from nelbo.diffusion.schedules import Schedule
+    from nelbo.diffusion.times import Continuum, Grid, elbo
+    from nelbo.evaluation.evaluate import evaluate
     from nelbo.report import report
-    from nelbo.sample import ancestral
-    from nelbo.schedules import Schedule
-    from nelbo.train import resume, train
+    from nelbo.runs.run import Run, load
+    from nelbo.runs.train import resume, train
+    from nelbo.sampling.samplers import ancestral
 
 _HOME = {
-    "Absorbing": "process",
-    "Bound": "elbo",
-    "Continuum": "estimate",
-    "Gaussian": "process",
-    "Grid": "estimate",
-    "Model": "model",
-    "Run": "checkpoint",
-    "Schedule": "schedules",
-    "ancestral": "sample",
-    "elbo": "estimate",
-    "evaluate": "evaluate",
-    "load": "checkpoint",
+    "Absorbing": "diffusion.process",
+    "Bound": "diffusion.elbo",
+    "Continuum": "diffusion.times",
+    "Gaussian": "diffusion.process",
+    "Grid": "diffusion.times",
+    "Model": "diffusion.model",
+    "Run": "runs.run",
+    "Schedule": "diffusion.schedules",
+    "ancestral": "sampling.samplers",
+    "elbo": "diffusion.times",
+    "evaluate": "evaluation.evaluate",
+    "load": "runs.run",
     "report": "report",
-    "resume": "train",
-    "train": "train",
+    "resume": "runs.train",
+    "train": "runs.train",
 }
 __all__ = [
     "Absorbing",
@@ -76,7 +76,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`nelbo.elbo` is the function also after something imported the module of that name."""
+    """`nelbo.report` is the function also after something imported the folder of that name."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _HOME or not isinstance(value, ModuleType):

@@ -25,20 +25,20 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nelbo._scalars import integer, plain
-from nelbo.config import ModelConfig, Section, TrainConfig
+from nelbo._utils.scalars import integer, plain
 from nelbo.data import Dataset, Schema
-from nelbo.estimate import Grid
-from nelbo.grids import even_times
-from nelbo.latent_class import fit
-from nelbo.learner import Learner
-from nelbo.model import Model
+from nelbo.diffusion.gaussian_mixture import fit
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Affine
+from nelbo.diffusion.times import Grid, even_times
+from nelbo.evaluation.row_bounds import RowBounds, row_bounds
+from nelbo.models.config import ModelConfig, Section
 from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.memory import Memory, best_bandwidth
 from nelbo.nn.mixture import MixtureDenoiser
-from nelbo.process import Affine
-from nelbo.row_bounds import RowBounds, row_bounds
-from nelbo.sample import ancestral
+from nelbo.sampling.samplers import ancestral
+from nelbo.training.config import TrainConfig
+from nelbo.training.trainer import Learner
 
 if TYPE_CHECKING:
     from numpy.random import RandomState

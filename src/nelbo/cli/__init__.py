@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cyclopts import App, CycloptsError
 
-import nelbo
-from nelbo._interrupt import ended_tidily
+from nelbo._utils.signals import ended_tidily
+from nelbo._version import __version__
 from nelbo.cli.common import say
 from nelbo.cli.compress import compress, decompress
 from nelbo.cli.evaluate import evaluate
@@ -30,7 +30,7 @@ __all__ = ["app", "main"]
 app = App(
     name="nelbo",
     help="Diffusion models you can measure in bits.",
-    version=f"nelbo {nelbo.__version__}",
+    version=f"nelbo {__version__}",
 )
 for command in (train, inspect, evaluate, sample, score, compress, decompress, report):
     app.command(command)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from nelbo import _terminal
+from nelbo._utils import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nelbo.checkpoint import Run
-    from nelbo.estimate import Grid
-    from nelbo.model import Model
+    from nelbo.diffusion.model import Model
+    from nelbo.diffusion.times import Grid
+    from nelbo.runs.run import Run
 
 RunFolder = Annotated[Path, Parameter(help="A run folder.")]
 Seed = Annotated[int, Parameter(help="Everything random follows from it.")]
@@ -34,9 +34,8 @@ Labels = Annotated[list[str], Parameter(negative="")]
 
 def grid_of(run: "Run", steps: int, spacing: Spacing) -> "Grid":
     """`steps` times: the best for the run, or uniform."""
-    from nelbo._progress import tracker
-    from nelbo.estimate import Grid
-    from nelbo.grids import even_times
+    from nelbo._utils.progress import tracker
+    from nelbo.diffusion.times import Grid, even_times
 
     if spacing == "uniform":
         return Grid(even_times(run.model.process.schedule, steps, steps))
@@ -54,7 +53,7 @@ def examples_of(
 
 def say_of_formulas(out: Path, content: bytes) -> None:
     """Say where a spreadsheet would run what a table holds; the cells stay what they are."""
-    from nelbo.data.tables import SEPARATORS, formula_in
+    from nelbo.data.tabular.tables import SEPARATORS, formula_in
 
     if out.suffix.lower() in SEPARATORS and (cell := formula_in(content)) is not None:
         say(
@@ -80,4 +79,4 @@ def say_notes(x: "Tensor") -> None:
 def say(line: str) -> None:
     """What is for the reader, not for the next program: on the error stream."""
     with suppress(OSError):  # the terminal is closed
-        print(_terminal.line(line), file=sys.stderr)
+        print(progress.line(line), file=sys.stderr)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from nelbo.cli.common import Spacing, grid_of, say, say_of_formulas
 
 if TYPE_CHECKING:
-    from nelbo.checkpoint import Run
     from nelbo.codec.files import Progress
+    from nelbo.runs.run import Run
 
 
 def compress(
@@ -56,7 +56,7 @@ def compress(
     device
         Where to run the network; decompress on the same kind.
     """
-    from nelbo.codec.direct import one_by_one
+    from nelbo.codec.coding.direct import one_by_one
     from nelbo.codec.files import compress_file
 
     with _at_work("compress", run, device) as (rank, loaded, progress):
@@ -127,11 +127,11 @@ def decompress(
 def _at_work(what: str, run: Path, device: str) -> "Iterator[tuple[int, Run, Progress]]":
     """Yields the rank of this process, the run on its device, and what makes, of a total, a bar
     that is told each increment; the first process shows it."""
-    from nelbo._processes import together
-    from nelbo._progress import progress_bar
-    from nelbo.checkpoint import load
-    from nelbo.codec.blocks import nothing
-    from nelbo.model import find_device
+    from nelbo._utils.distributed import together
+    from nelbo._utils.progress import progress_bar
+    from nelbo.codec.coding.blocks import nothing
+    from nelbo.diffusion.model import find_device
+    from nelbo.runs.run import load
 
     with together() as rank, ExitStack() as stack:
 

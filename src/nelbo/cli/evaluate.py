@@ -21,11 +21,10 @@ from nelbo.cli.common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nelbo.checkpoint import Run
-    from nelbo.estimate import Times
-    from nelbo.evaluate import Evaluation
-    from nelbo.model import Model
-    from nelbo.tighter import Tighter
+    from nelbo.diffusion.model import Model
+    from nelbo.diffusion.times import Times
+    from nelbo.evaluation.result import Evaluation, Tighter
+    from nelbo.runs.run import Run
 
 
 def evaluate(
@@ -94,16 +93,18 @@ def evaluate(
     json
         Print one JSON object.
     """
-    from nelbo import integrations, show
-    from nelbo._files import check_writable, write
-    from nelbo._processes import together
-    from nelbo._progress import tracker
-    from nelbo.checkpoint import load, read_config
-    from nelbo.dequantise import DEQUANTISERS
-    from nelbo.evaluate import evaluate as bound
-    from nelbo.model import find_device
-    from nelbo.pilots import Pilots
-    from nelbo.tighter import TOLERANCE, evaluate_flow, evaluate_importance
+    from nelbo import integrations
+    from nelbo._utils.distributed import together
+    from nelbo._utils.files import check_writable, write
+    from nelbo._utils.progress import tracker
+    from nelbo.cli import display
+    from nelbo.diffusion.model import find_device
+    from nelbo.evaluation.dequantization import DEQUANTISERS
+    from nelbo.evaluation.evaluate import evaluate as bound
+    from nelbo.evaluation.importance_bound import evaluate_importance
+    from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
+    from nelbo.runs.pilot_cache import Pilots
+    from nelbo.runs.run import load, read_config
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
     if not ode and (dequantise is not None or tolerance is not None):
@@ -159,13 +160,13 @@ def evaluate(
             )
         if rank == 0:
             if save is not None:
-                write(save, show.npz(result))
+                write(save, display.npz(result))
             if json:
-                print(json_text(result.to_dict() | show.of_text(result, schema)))
+                print(json_text(result.to_dict() | display.of_text(result, schema)))
             else:
-                show.result(result, schema)
+                display.result(result, schema)
             say_notes(x)
-            if line := show.worse_than_uniform(result, model.process.codes):
+            if line := display.worse_than_uniform(result, model.process.codes):
                 say(f"note: {line}")
         if columns:
             _show_columns(model, loaded, x, steps or 32, spacing, seed, rank == 0)
@@ -181,15 +182,15 @@ def _show_columns(
     tell: bool,
 ) -> None:
     """What each column of a table costs under the model of its rows."""
-    from nelbo import show
-    from nelbo.report.dimensions import by_column, by_dimension
+    from nelbo.cli import display
+    from nelbo.evaluation.per_dimension import by_column, by_dimension
 
     known, few = run.config.schema.columns, slice(1000)
     (bound,) = by_dimension(model.at(few), x[few], grid_of(run, steps, grid), seed=seed)
     if not tell:
         return
     names = [column.name for column in known]
-    show.columns(names, by_column(-bound.elbo, known), "nats", steps)
+    display.columns(names, by_column(-bound.elbo, known), "nats", steps)
 
 
 def _only_one_way(

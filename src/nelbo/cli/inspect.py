@@ -31,23 +31,24 @@ def inspect(
     json
         Print one JSON object, which --schema takes; to leave a column out, delete it there.
     """
-    from nelbo import _limits, inspection
-    from nelbo._processes import check_alone
+    from nelbo._utils import limits
+    from nelbo._utils.distributed import check_alone
+    from nelbo.cli import display
+    from nelbo.data import inspection
 
     check_alone("inspect")
     if data.endswith(".nlb"):
-        from nelbo import show
         from nelbo.codec import files
 
-        _limits.regular(Path(data))
+        limits.regular(Path(data))
         report = files.report(Path(data).read_bytes())
         if json:
             print(json_text(asdict(report)))
         else:
-            show.compressed(data, report)
+            display.compressed(data, report)
         return
     found = inspection.inspect(data, levels=levels, size=size, schema=schema, splits=splits)
     if json:
         print(json_text(found.to_dict()))
     else:
-        inspection.show(found)
+        display.inspection(found)

@@ -15,10 +15,10 @@ def report(run: RunFolder, *, out: Path | None = None, seed: Seed = 0) -> None:
     out
         The page; report.html in the run folder where left out.
     """
-    from nelbo._files import check_writable
-    from nelbo._processes import together
-    from nelbo.checkpoint import load
+    from nelbo._utils.distributed import together
+    from nelbo._utils.files import check_writable
     from nelbo.report import report as make
+    from nelbo.runs.run import load
 
     loaded, page = load(run), out or run / "report.html"
     check_writable(page)

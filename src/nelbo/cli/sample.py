@@ -18,8 +18,8 @@ from nelbo.cli.common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nelbo.checkpoint import Run
-    from nelbo.estimate import Grid
+    from nelbo.diffusion.times import Grid
+    from nelbo.runs.run import Run
 
 
 def sample(
@@ -84,20 +84,20 @@ def sample(
     """
     import torch
 
-    from nelbo import pictures
-    from nelbo import sample as samplers
-    from nelbo._files import check_writable, write
-    from nelbo._processes import together
-    from nelbo._progress import tracker
-    from nelbo.checkpoint import load
-    from nelbo.condition import guided, parse
-    from nelbo.data.encoded import read_masked
-    from nelbo.data.tables import FILES
-    from nelbo.impute import within
-    from nelbo.model import find_device
+    from nelbo._utils.distributed import together
+    from nelbo._utils.files import check_writable, write
+    from nelbo._utils.progress import tracker
+    from nelbo.data.readers.encoded import read_masked
+    from nelbo.data.tabular.tables import FILES
+    from nelbo.diffusion.model import find_device
+    from nelbo.models.conditioning import guided, parse
+    from nelbo.report import images
+    from nelbo.runs.run import load
+    from nelbo.sampling import samplers as samplers
+    from nelbo.sampling.imputation import within
 
     loaded = load(run)
-    save = pictures.saver(out, loaded.config.schema)
+    save = images.saver(out, loaded.config.schema)
     if out is not None:
         check_writable(out)
     if n < 1:
@@ -170,10 +170,10 @@ def _complete_table(
     tell: bool,
 ) -> None:
     """The table with its missing cells drawn, into `out`."""
-    from nelbo._files import write
-    from nelbo._progress import tracker
-    from nelbo.data.tables import to_bytes
-    from nelbo.impute import impute
+    from nelbo._utils.files import write
+    from nelbo._utils.progress import tracker
+    from nelbo.data.tabular.tables import to_bytes
+    from nelbo.sampling.imputation import impute
 
     options = {} if particles is None else {"particles": particles}
     told = say if tell else str

@@ -54,13 +54,13 @@ def score(
     figure
         A .png file: the scores of the run's splits and of DATA.
     """
-    from nelbo import scores
-    from nelbo._files import check_writable, write
-    from nelbo._processes import together
-    from nelbo._progress import tracker
-    from nelbo.checkpoint import load
+    from nelbo._utils.distributed import together
+    from nelbo._utils.files import check_writable, write
+    from nelbo._utils.progress import tracker
     from nelbo.data.splits import SPLITS
-    from nelbo.model import find_device
+    from nelbo.diffusion.model import find_device
+    from nelbo.evaluation import anomaly_scores
+    from nelbo.runs.run import load
 
     for path, suffix in ((out, ".csv"), (figure, ".png")):
         if path is not None:
@@ -74,18 +74,24 @@ def score(
         reference = loaded.law(split=against)[:2]
         loaded.model.to(place)
         track = tracker("score")
-        scorer = scores.Scorer(score, schema, *reference, calls=calls, seed=seed, track=track)
+        scorer = anomaly_scores.Scorer(
+            score, schema, *reference, calls=calls, seed=seed, track=track
+        )
         scored = scorer(model, x)
         each = {}
         if figure is not None:
-            each = {k: scorer(*scores.first(*loaded.law(split=k)[:2])).score for k in SPLITS}
+            each = {
+                k: scorer(*anomaly_scores.first(*loaded.law(split=k)[:2])).score for k in SPLITS
+            }
         if rank:
             return
         content = scored.csv()
         write(out, content)
         say_of_formulas(out, content)
         if figure is not None:
-            write(figure, scores.histogram(each | {name: scored.score}, f"{score}, nats"))
+            from nelbo.report.score_figure import histogram
+
+            write(figure, histogram(each | {name: scored.score}, f"{score}, nats"))
         strange = int((scored.percentile > 95).sum())
         say_notes(x)
         say(f"{strange} of {len(x)} examples are above 95 % of the {against} split; {out}")

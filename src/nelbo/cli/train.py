@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from nelbo import config
 from nelbo.cli.common import Labels, Splits, say
+from nelbo.models.config import Decoder, Head, ModelConfig, Network, Process, Schedule, Step
+from nelbo.training import config
+from nelbo.training.presets import Preset
 
 if TYPE_CHECKING:
-    from nelbo.checkpoint import Run
+    from nelbo.runs.run import Run
 
 
 CHANGEABLE = ("steps", "shard")  # options of a run that is continued
@@ -19,7 +21,7 @@ CHANGEABLE = ("steps", "shard")  # options of a run that is continued
 
 def _preset(name: str) -> Parameter:
     """An option that follows the preset; shows the value of auto for small images."""
-    value = vars(config.ModelConfig()).get(name, vars(config.TrainConfig()).get(name))
+    value = vars(ModelConfig()).get(name, vars(config.TrainConfig()).get(name))
     return Parameter(show_default=lambda _: f"by preset, {value}", negative="")
 
 
@@ -120,14 +122,14 @@ class TrainOptions:
     width: Annotated[int | None, _preset("width")] = None
     depth: Annotated[int | None, _preset("depth")] = None
     members: Annotated[int | None, _preset("members")] = None
-    network: Annotated[config.Network | None, _preset("network")] = None
-    process: Annotated[config.Process | None, _preset("process")] = None
-    schedule: Annotated[config.Schedule | None, _preset("schedule")] = None
+    network: Annotated[Network | None, _preset("network")] = None
+    process: Annotated[Process | None, _preset("process")] = None
+    schedule: Annotated[Schedule | None, _preset("schedule")] = None
     gamma_min: Annotated[float | None, _preset("gamma_min")] = None
     gamma_max: Annotated[float | None, _preset("gamma_max")] = None
-    head: Annotated[config.Head | None, _preset("head")] = None
-    step: Annotated[config.Step | None, _preset("step")] = None
-    decoder: Annotated[config.Decoder | None, _preset("decoder")] = None
+    head: Annotated[Head | None, _preset("head")] = None
+    step: Annotated[Step | None, _preset("step")] = None
+    decoder: Annotated[Decoder | None, _preset("decoder")] = None
     optimizer: Annotated[config.Optimizer | None, _preset("optimizer")] = None
     objective: Annotated[config.Objective | None, _preset("objective")] = None
     times: Annotated[config.Times | None, _preset("times")] = None
@@ -155,7 +157,7 @@ def train(
     out: Path | None = None,
     resume: Path | None = None,
     steps_of_bound: int | None = None,
-    preset: Annotated[config.Preset | None, Parameter(show_default=lambda _: "auto")] = None,
+    preset: Annotated[Preset | None, Parameter(show_default=lambda _: "auto")] = None,
     levels: int | None = None,
     size: int | None = None,
     schema: Path | None = None,
@@ -210,11 +212,11 @@ def train(
     options
         In place of the preset's.
     """
-    from nelbo._interrupt import Interrupted
-    from nelbo._processes import together
-    from nelbo.finetune import fine_tune, name_of
-    from nelbo.train import resume as continue_run
-    from nelbo.train import train as start
+    from nelbo._utils.distributed import together
+    from nelbo._utils.signals import Interrupted
+    from nelbo.runs.finetune import fine_tune, name_of
+    from nelbo.runs.train import resume as continue_run
+    from nelbo.runs.train import train as start
 
     given = options.given() if options else {}
     if resume is None:

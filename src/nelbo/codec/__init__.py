@@ -5,9 +5,9 @@ data = compress(run.model, x, settings)          # bytes; x of integers, (N, *sh
 decompress(data, run.model).x                    # the same, or a CodecError
 """
 
-from nelbo.codec.coding import Decoded, compress, decompress, describe
+from nelbo.codec.api import Decoded, compress, decompress, describe
 from nelbo.codec.errors import CodecError, Damaged, NotReproducible, OtherModel
-from nelbo.codec.header import Settings
+from nelbo.codec.settings import Settings
 
 __all__ = [
     "CodecError",

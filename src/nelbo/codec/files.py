@@ -5,19 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nelbo import _limits
-from nelbo._files import check_writable, write
-from nelbo._numerics import LOG_2
-from nelbo._processes import at_first
-from nelbo.codec import contents
-from nelbo.codec.blocks import EVEN, MODEL, PACKED, Block, nothing
-from nelbo.codec.codec import check_codable
-from nelbo.codec.coding import BLOCK, Decoded, compress, decompress, describe, head_of
+from nelbo._utils import limits
+from nelbo._utils.distributed import at_first
+from nelbo._utils.files import check_writable, write
+from nelbo._utils.numerics import LOG_2
+from nelbo.codec.api import BLOCK, Decoded, compress, decompress, describe, head_of
+from nelbo.codec.coding.blocks import EVEN, MODEL, PACKED, Block, nothing
+from nelbo.codec.coding.codec import check_codable
 from nelbo.codec.errors import CodecError
-from nelbo.codec.header import Header, Settings
+from nelbo.codec.format import contents
+from nelbo.codec.format.header import Header
+from nelbo.codec.settings import Settings
 from nelbo.data import Schema
-from nelbo.estimate import Grid
-from nelbo.model import Model
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.times import Grid
 
 SUFFIX = ".nlb"
 MODES = {MODEL: "model", EVEN: "even", PACKED: "packed"}
@@ -121,7 +122,7 @@ def decompress_file(
         CodecError: the file cannot be decoded, or not here.
         OSError: naming the file that cannot be read or written.
     """
-    _limits.check_file(file)
+    limits.check_file(file)
     data = file.read_bytes()
     header = head_of(data)
     contents.check_output(header.contents, out)

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nelbo.data.cells import numbers, texts
-from nelbo.data.inference import complete, listed
 from nelbo.data.schema import Label
-from nelbo.data.tables import column_of
+from nelbo.data.tabular.cells import numbers, texts
+from nelbo.data.tabular.inference import complete, listed
+from nelbo.data.tabular.tables import column_of
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series

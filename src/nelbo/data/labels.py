@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nelbo.data.schema import Label
-from nelbo.data.spelling import places_of
+from nelbo.data.tabular.spelling import places_of
 
 NO_CLASS = "-1"  # of an example without a class, where classes are 0, 1, 2, ..
 

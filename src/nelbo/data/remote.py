@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from nelbo import _cache
-from nelbo._files import part_of, tidy
-from nelbo._processes import gather, world
-from nelbo._progress import progress_bar
+from nelbo._utils import cache
+from nelbo._utils.distributed import gather, world
+from nelbo._utils.files import part_of, tidy
+from nelbo._utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -96,7 +96,7 @@ class Listed:
 def _copied(url: str) -> Path:
     """The copy of what is at a URL, which is made where it is not there: a file or a folder."""
     found = _list(url)
-    folder = _cache.folder() / found.version
+    folder = cache.folder() / found.version
     missing = [file for file in found.files if not _is_there(folder / file.name, file.size)]
     needed = sum(file.size for file in missing)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def _copied(url: str) -> Path:
     if needed > free:
         raise ValueError(
             f"{url} takes {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} are free in"
-            f" {folder.parent}, where its copy goes; set {_cache.CACHE} to a folder on a larger"
+            f" {folder.parent}, where its copy goes; set {cache.CACHE} to a folder on a larger"
             " disk"
         )
     if missing:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from nelbo.data.layout import Column, places, with_keys
+from nelbo.data.columns import Column, places, with_keys
 from nelbo.data.rows import Rows
 
 Kind = Literal["levels", "real", "table"]

@@ -10,33 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo import _limits
-from nelbo.data import (
-    arrays,
-    builtin,
-    conditions,
-    examples,
-    folders,
-    hub,
-    idx,
-    remote,
-    shards,
-    streams,
-    tables,
-    text,
-)
+from nelbo._utils import limits
+from nelbo.data import conditions, remote
+from nelbo.data.columns import Column
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
-from nelbo.data.encoded import Form
-from nelbo.data.inference import complete, infer_columns, typed
 from nelbo.data.labels import codes, infer_label, missing, of_examples, standardised
-from nelbo.data.layout import Column
+from nelbo.data.readers import arrays, builtin, folders, hub, idx, shards, text
+from nelbo.data.readers.encoded import Form
 from nelbo.data.schema import Dataset, Label, Schema
 from nelbo.data.splits import Declared, declare
+from nelbo.data.tabular import encoding, streams, tables
+from nelbo.data.tabular.inference import complete, infer_columns, typed
 
 if TYPE_CHECKING:
     from polars import DataFrame
 
-    from nelbo.data.tables import Frame
+    from nelbo.data.tabular.tables import Frame
 
 BUILT_IN = {"digits": builtin.digits}
 SUPPORTED = (
@@ -269,7 +258,7 @@ def _load_stream(
 ) -> Dataset:
     notes: list[str] = []
     if not isinstance(schema, Schema):
-        declared = None if schema is None else _limits.read_json(Path(schema))
+        declared = None if schema is None else limits.read_json(Path(schema))
         columns, notes = streams.infer(table, declared)
         refuse_empty(columns, table.name, notes)
         columns = typed(columns, table.read(0, 1, table.names).schema)
@@ -303,7 +292,7 @@ def _load_table(
     if isinstance(schema, Schema):
         cells = {label.name: conditions.cells_like(frame, label) for label in schema.condition}
     else:
-        said = None if schema is None else _limits.read_json(Path(schema))
+        said = None if schema is None else limits.read_json(Path(schema))
         cells, rest, of_labels = conditions.taken_from(frame, condition, said, name)
         others = frame.drop(*condition)
         if rest is None:
@@ -319,7 +308,7 @@ def _load_table(
     of_examples = frame.drop(*condition, *noted)
     if not read_as_text(source):
         schema = replace(schema, columns=tuple(typed(schema.columns, frame.schema)))
-    rows, taken = examples.encode(of_examples, schema.columns, name, rounding=True)
+    rows, taken = encoding.encode(of_examples, schema.columns, name, rounding=True)
     x = torch.from_numpy(rows)
     splits, how = split({part: x[few] for part, few in parts.items()}, name, seed)
     found = Found(name, {part: rows[few] for part, few in parts.items()}, labels=of_cells)
@@ -341,8 +330,8 @@ def _load_table_like(
     notes = []
     name, frame = tables.find(source, notes) if table is None else (table.name, table.whole())
     notes += _unknown(frame.columns, schema)
-    unseen = examples.Unseen()
-    rows, _ = examples.encode(frame, schema.columns, name, unseen=unseen)
+    unseen = encoding.Unseen()
+    rows, _ = encoding.encode(frame, schema.columns, name, unseen=unseen)
     x, labels = torch.from_numpy(rows), labels_of(frame, schema, name)
     parts = _parts_of(table) | {"all": slice(None)}
     stored = {} if labels is None else {part: labels[few] for part, few in parts.items()}

@@ -6,7 +6,7 @@ What the number means and which flags are refused: docs/foreign.md.
 from importlib import import_module
 
 from nelbo.integrations.denoisers import spaced, wrap
-from nelbo.integrations.foreign import Foreign
+from nelbo.integrations.external import Foreign
 
 __all__ = ["Foreign", "is_foreign", "load", "spaced", "wrap"]
 

@@ -16,9 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nelbo import heads, reverse
-from nelbo._numerics import LOG_2
-from nelbo.integrations.parts import (
+from nelbo._utils.numerics import LOG_2
+from nelbo.diffusion import parametrization, reverse
+from nelbo.diffusion.decoder import Evidence, GaussianDensity, Likelihood
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Affine, Gaussian, Levels
+from nelbo.diffusion.schedules import Schedule
+from nelbo.integrations.adapters import (
     Adapter,
     Clipped,
     Factor,
@@ -28,20 +32,16 @@ from nelbo.integrations.parts import (
     exploding,
     preserving,
 )
-from nelbo.likelihood import Evidence, GaussianDensity, Likelihood
-from nelbo.model import Model
-from nelbo.process import Affine, Gaussian, Levels
-from nelbo.schedules import Schedule
 
 Predicts = Literal["noise", "data", "velocity", "score"]
 Variance = Literal["small", "large", "learned-range"]
 Numbers = Tensor | Sequence[float]
 
-HEADS: dict[str, Callable[[], heads.Head]] = {
-    "noise": heads.Noise,
-    "data": heads.Data,
-    "velocity": heads.Velocity,
-    "score": heads.Noise,
+HEADS: dict[str, Callable[[], parametrization.Head]] = {
+    "noise": parametrization.Noise,
+    "data": parametrization.Data,
+    "velocity": parametrization.Velocity,
+    "score": parametrization.Noise,
 }
 STEPS: dict[str, Callable[[], reverse.Reverse]] = {
     "small": reverse.Posterior,
@@ -55,7 +55,7 @@ def wrap(
     network: nn.Module,
     shape: tuple[int, ...],
     *,
-    predicts: Predicts | heads.Head = "noise",
+    predicts: Predicts | parametrization.Head = "noise",
     betas: Numbers | None = None,
     alphas: Numbers | None = None,
     sigmas: Numbers | None = None,
@@ -124,7 +124,7 @@ def assemble(
     network: nn.Module,
     shape: tuple[int, ...],
     *,
-    predicts: Predicts | heads.Head,
+    predicts: Predicts | parametrization.Head,
     gamma: Tensor | Schedule,
     times: Tensor | Callable[[Tensor], Tensor] | None,
     factor: Factor = preserving,
@@ -269,13 +269,13 @@ def _kept(keep: Sequence[int] | None, total: int) -> Tensor:
 
 
 def _head(
-    predicts: Predicts | heads.Head, variance: Variance, clip: Levels | Affine | None
-) -> heads.Head:
+    predicts: Predicts | parametrization.Head, variance: Variance, clip: Levels | Affine | None
+) -> parametrization.Head:
     if isinstance(predicts, str) and predicts not in HEADS:
         raise ValueError(f"predicts must be one of {', '.join(HEADS)}; got {predicts!r}")
     head = HEADS[predicts]() if isinstance(predicts, str) else predicts
     if variance == "learned-range":
-        head = heads.WithVariance(head)
+        head = parametrization.WithVariance(head)
     if clip is None:
         return head
     if isinstance(clip, Affine):

@@ -24,8 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from nelbo.data import Schema
-from nelbo.estimate import Continuum, Grid, Times
-from nelbo.integrations._folder import Config, autoencoder_of, described, made, network_of
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Affine, Levels
+from nelbo.diffusion.schedules import Linear, Schedule
+from nelbo.diffusion.times import Continuum, Grid, Times
+from nelbo.integrations.adapters import EDM, Flow, interpolating
 from nelbo.integrations.denoisers import (
     Predicts,
     Variance,
@@ -34,11 +37,8 @@ from nelbo.integrations.denoisers import (
     signal_left,
     spaced,
 )
-from nelbo.integrations.foreign import Foreign, check_label, read_json
-from nelbo.integrations.parts import EDM, Flow, interpolating
-from nelbo.model import Model
-from nelbo.process import Affine, Levels
-from nelbo.schedules import Linear, Schedule
+from nelbo.integrations.diffusers_folder import Config, autoencoder_of, described, made, network_of
+from nelbo.integrations.external import Foreign, check_label, read_json
 
 PREDICTS: dict[str, Predicts] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
 VARIANCES: dict[str, Variance] = {

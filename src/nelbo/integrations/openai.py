@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nelbo import _limits
-from nelbo._files import put_weights, read_tensors
-from nelbo._terminal import shortened
+from nelbo._utils import limits
+from nelbo._utils.files import put_weights, read_tensors
+from nelbo._utils.progress import shortened
 from nelbo.data import Schema
-from nelbo.estimate import Grid
+from nelbo.diffusion.process import Levels
+from nelbo.diffusion.times import Grid
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left, spaced
-from nelbo.integrations.foreign import Foreign, check_label, read_json
-from nelbo.integrations.unet import GROUPS, Architecture, UNet
-from nelbo.process import Levels
+from nelbo.integrations.external import Foreign, check_label, read_json
+from nelbo.integrations.openai_unet import GROUPS, Architecture, UNet
 
 Flags = Mapping[str, object]
 
@@ -103,7 +103,7 @@ def load(
         raise FileNotFoundError(f"{path} does not exist; give a state dict, .pt or .safetensors")
     checked = check_flags(_flags_beside(path) if flags is None else flags)
     weights = _weights(path)
-    with _limits.within_file(weights, path):
+    with limits.within_file(weights, path):
         network = UNet(architecture(checked))
     put_weights(network, weights, str(path))
     return build(network, checked, f"openai:{path}", steps=steps, clip=bool(clip), label=label)
@@ -184,7 +184,7 @@ def check_flags(flags: Flags) -> dict[str, int | bool | str]:
         if type(value) is int and value < 1 and value != DEFAULTS[name]:
             raise ValueError(f"the flag {name} must be positive; got {value}")
         checked[name] = value
-    _limits.check_integers(checked.values(), _limits.STEPS, "a flag")
+    limits.check_integers(checked.values(), limits.STEPS, "a flag")
     if checked["diffusion_steps"] != 1000 and "rescale_timesteps" not in flags:
         raise ValueError(
             "rescale_timesteps must be given where diffusion_steps is not 1000: improved-diffusion"
@@ -280,7 +280,7 @@ def _flags_beside(path: Path) -> Flags:
 def _weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    _limits.check_file(path, 2)
+    limits.check_file(path, 2)
     try:
         _check_zip(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -302,7 +302,7 @@ def _check_zip(path: Path) -> None:
         return  # as torch.save wrote before 1.6: nothing in it is packed
     with zipfile.ZipFile(path) as archive:
         size = sum(member.file_size for member in archive.infolist())
-    if size > path.stat().st_size and not _limits.trusted():
+    if size > path.stat().st_size and not limits.trusted():
         raise ValueError(f"it says that it holds {size} bytes, and torch.save packs none")
 
 

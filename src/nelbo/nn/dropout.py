@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from nelbo.parts import drawing
+from nelbo._utils.batch_rng import drawing
 
 
 class Dropout(nn.Dropout):
-    """torch's, but a part of a batch has its rows of the masks of the whole (`nelbo.parts`)."""
+    """torch's, but a part of a batch has its rows of the masks of the whole (`batch_rng`)."""
 
     def forward(self, h: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # compiled masks are other ones in any case

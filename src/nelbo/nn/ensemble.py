@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nelbo.parts import current
+from nelbo._utils.batch_rng import current
 
 
 class Ensemble(nn.Module):

@@ -13,17 +13,13 @@ from string import Template
 import torch
 from torch import Tensor
 
-from nelbo._files import write
-from nelbo._processes import world
-from nelbo._progress import Track, tracker
-from nelbo._terminal import printable
-from nelbo.checkpoint import Run
+from nelbo._utils.distributed import world
+from nelbo._utils.files import write
+from nelbo._utils.progress import Track, printable, tracker
 from nelbo.data import Schema, as_examples
-from nelbo.estimate import Grid
-from nelbo.evaluate import evaluate
-from nelbo.impute import within
-from nelbo.model import Model
-from nelbo.pilots import Pilots
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.times import Grid
+from nelbo.evaluation.evaluate import evaluate
 from nelbo.report import sections
 from nelbo.report.quality import measure
 from nelbo.report.studies import (
@@ -34,7 +30,10 @@ from nelbo.report.studies import (
     some,
     trajectory,
 )
-from nelbo.sample import ancestral
+from nelbo.runs.pilot_cache import Pilots
+from nelbo.runs.run import Run
+from nelbo.sampling.imputation import within
+from nelbo.sampling.samplers import ancestral
 
 SYNTHETIC = 1000  # rows of a table
 
@@ -43,7 +42,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     """Write the page about `run` to `out`.
 
     Args:
-        run: a trained run, from `nelbo.checkpoint.load`.
+        run: a trained run, from `nelbo.runs.run.load`.
         out: the HTML file; replaced whole.
         seed: everything random follows from it: the same run and seed make the same page, but for
             the seconds.

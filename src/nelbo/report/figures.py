@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from nelbo.data.pillow import png
+from nelbo.data.readers.pillow import png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

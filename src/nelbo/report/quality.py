@@ -13,9 +13,9 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from nelbo._numerics import seeded
+from nelbo._utils.numerics import seeded
 from nelbo.data import as_examples
-from nelbo.data.layout import Column, Place
+from nelbo.data.columns import Column, Place
 from nelbo.report import figures
 from nelbo.report.tables import known
 

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import nelbo
-from nelbo._numerics import LOG_2
-from nelbo.checkpoint import Run
+from nelbo._utils.numerics import LOG_2
+from nelbo._version import __version__
 from nelbo.data import Schema
-from nelbo.evaluate import Evaluation
-from nelbo.model import Model
-from nelbo.pictures import Canvas
-from nelbo.process import Absorbing
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Absorbing
+from nelbo.evaluation.result import Evaluation
 from nelbo.report import figures, tables
+from nelbo.report.images import Canvas
 from nelbo.report.quality import Quality
 from nelbo.report.quality import figure as draw_quality
 from nelbo.report.studies import SAMPLE_STEPS, STEPS, Coded, Trajectory, is_image, own_step
+from nelbo.runs.run import Run
 
 
 def headline(run: Run, result: Evaluation) -> str:
@@ -363,7 +363,7 @@ def again(run: Run, seed: int) -> str:
         )
     )
     versions = (
-        f"nelbo {nelbo.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+        f"nelbo {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )
     return _section(
         "To obtain it again",

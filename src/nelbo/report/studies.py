@@ -8,24 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo._numerics import LOG_2, draw, seeded
-from nelbo._processes import each_alone
-from nelbo._progress import Track
-from nelbo.codec.codec import check_codable
-from nelbo.codec.coding import compress, decompress
-from nelbo.codec.header import Settings
-from nelbo.codec.rivals import Rival, rivals
-from nelbo.codec.stack import constriction
+from nelbo._utils.distributed import each_alone
+from nelbo._utils.numerics import LOG_2, draw, seeded
+from nelbo._utils.progress import Track
+from nelbo.codec.api import compress, decompress
+from nelbo.codec.coding.codec import check_codable
+from nelbo.codec.entropy.stack import constriction
+from nelbo.codec.settings import Settings
 from nelbo.data import Schema
-from nelbo.estimate import Grid
-from nelbo.evaluate import evaluate
-from nelbo.heads import LevelLogits, Prediction
-from nelbo.model import Model
-from nelbo.process import Absorbing, Gaussian
-from nelbo.report.dimensions import by_dimension
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import LevelLogits, Prediction
+from nelbo.diffusion.process import Absorbing, Gaussian
+from nelbo.diffusion.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
+from nelbo.diffusion.times import Grid
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.evaluation.per_dimension import by_dimension
 from nelbo.report.figures import StepCurve
-from nelbo.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
-from nelbo.sample import descend
+from nelbo.report.other_codecs import Rival, rivals
+from nelbo.sampling.samplers import descend
 
 STEPS = (2, 4, 8, 16, 32, 64)
 CODED_STEPS = (4, 8, 16, 64)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo._terminal import shortened
-from nelbo.data.layout import Column, Place, places
+from nelbo._utils.progress import shortened
+from nelbo.data.columns import Column, Place, places
+from nelbo.evaluation.per_dimension import by_column
 from nelbo.report import figures
-from nelbo.report.dimensions import by_column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,273 @@
+"""Files that are whole or not there, and files of tensors that are what was written.
+
+Every file is written under a temporary name, synced and renamed. A process holds what it has not
+renamed yet by a lock that ends with it, so what a killed one left is known, and removed (`tidy`).
+Tensors are safetensors, and come with their SHA-256, so that what the disk damaged later is not
+taken for them. What can be found again (`kept`) is a JSON object, and no error where it cannot be
+read.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nelbo._utils import limits
+from nelbo._utils.numerics import check_finite
+from nelbo._utils.sharding import divided_like
+
+try:
+    import fcntl
+except ImportError:  # Windows, which removes no file that is open
+    fcntl = None  # type: ignore[assignment]
+
+HASH = "sha256"
+#: bytes that stand before tensors: the names and shapes of 100 000
+HEAD = 2**24
+PART = ".nelbo-part"  # ends the names of what is not whole yet
+#: the names that `part_of` gives
+PARTS = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(PART)}", re.DOTALL)
+
+
+def write(path: Path, content: bytes, before: Path | None = None) -> None:
+    """Write the whole file or nothing: temporary name, fsync, rename.
+
+    Args:
+        path: the file.
+        content: all of it.
+        before: a name for the file that was at `path`, where it is kept.
+
+    Raises:
+        OSError: naming `path`.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = part_of(path)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            if fcntl is None:
+                file.close()
+            if before is not None and path.exists():
+                os.replace(path, before)
+            os.replace(temporary, path)
+        _sync_names(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def part_of(path: Path) -> tuple[int, str]:
+    """A new file beside `path`, open and held until it is closed, and its name."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=PART)
+        _hold(handle, wait=True)
+        if os.path.exists(name):  # no other process tidied up in between
+            return handle, name
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def folder_part_of(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, held and at the end removed with what is left in it."""
+    name = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=PART)
+    handle = None if fcntl is None else os.open(name, os.O_RDONLY)
+    try:
+        if handle is not None:
+            _hold(handle, wait=True)
+        yield Path(name)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def is_part(path: Path) -> bool:
+    """Whether a name is one of files and folders that are not whole yet."""
+    return PARTS.fullmatch(path.name) is not None
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes left in a folder: ours by their names, held by nobody."""
+    with contextlib.suppress(OSError):
+        for path in filter(is_part, list(folder.iterdir())):
+            with contextlib.suppress(OSError):
+                _remove_unless_held(path)
+
+
+def _remove_unless_held(path: Path) -> None:
+    if fcntl is None:
+        path.unlink()
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if _hold(handle, wait=False):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    finally:
+        os.close(handle)
+
+
+def _hold(handle: int, wait: bool) -> bool:
+    """Lock an open file or folder; whether that went well."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held, or a file system without locks
+        return False
+    return True
+
+
+def _sync_names(folder: Path) -> None:
+    """Renaming lasts once the folder is on the disk too."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def kept(path: Path) -> dict[str, object]:
+    """The JSON object in a file of a run; empty where the file is missing, damaged or a link out
+    of its folder."""
+    try:
+        document = limits.read_json(limits.contained(path, path.parent))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def keep(path: Path, key: str, value: object) -> None:
+    """Add to what is `kept` in a file, with what others added meanwhile.
+
+    Raises:
+        OSError: it cannot be written, as in a folder that is read only.
+        ValueError: a number is not finite.
+    """
+    document = kept(path) | {key: value}
+    write(path, (json.dumps(document, allow_nan=False) + "\n").encode())
+
+
+def check_writable(path: Path) -> None:
+    """OSError now rather than after the work, where `write` could not create the file.
+
+    What killed commands left beside it is removed.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    if not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    tidy(path.absolute().parent)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, object],
+    before: Path | None = None,
+) -> None:
+    """Tensors and a few words about them, as one safetensors file; `before` as for `write`."""
+    # Clones, because the format refuses names that share memory (the transform of real data).
+    whole = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    # One key: the format writes several in no fixed order, and equal runs shall be equal files.
+    words = {**about, HASH: _sha256(whole, about)}
+    write(path, save(whole, {"about": json.dumps(words, sort_keys=True)}), before)
+
+
+def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> str:
+    """Of all that a file of tensors says."""
+    digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file and the words about them.
+
+    Args:
+        path: the file.
+        hashed: refuse a file without its SHA-256, such as other programs write.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, not safetensors, or not what was written.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
+    limits.check_file(path, 2)
+    _check_head(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        if not isinstance(about, dict):
+            raise ValueError(f"it says {about!r} of itself")
+        known = about.pop(HASH, None)
+        if (hashed or known is not None) and known != _sha256(tensors, about):
+            raise ValueError(f"its SHA-256 is not {known}" if known else "it has no SHA-256")
+        return tensors, about
+    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is truncated, damaged or not a safetensors file ({error}); restore it from a"
+            " copy or train again"
+        ) from None
+
+
+def _check_head(path: Path) -> None:
+    """Raise ValueError where the heading of a safetensors file is far larger than any is."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if HEAD < size <= path.stat().st_size and not limits.trusted():
+        raise ValueError(
+            f"the heading of {path} has {size} bytes, and one of tensors has at most {HEAD}; set"
+            f" {limits.TRUST}=1 if the file is yours"
+        )
+
+
+def put_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load tensors into a module that has exactly these names and shapes, and that are finite.
+
+    Raises:
+        ValueError: they are not so.
+    """
+    own = module.state_dict()
+    for name in sorted(own.keys() ^ tensors.keys()):
+        kind = "lacks" if name in own else "has an unknown"
+        raise ValueError(f"{where} {kind} weight {name}: it belongs to another architecture")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"{where} has {name} of shape {tuple(tensor.shape)}, the configuration says"
+                f" {tuple(own[name].shape)}: it belongs to another architecture"
+            )
+        if own[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{where} has {name} as {tensor.dtype}, where {own[name].dtype} is")
+    module.load_state_dict({name: divided_like(own[name], t) for name, t in tensors.items()})
+    check_finite(module, where)

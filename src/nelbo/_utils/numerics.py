@@ -1,0 +1,110 @@
+"""The stable forms, decided in one place: alignment of shapes, slopes, log(1 - exp), seeds."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from nelbo._utils.batch_rng import drawing
+from nelbo._utils.sharding import own
+
+LOG_2 = 0.6931471805599453
+
+
+def over(v: Tensor, x: Tensor) -> Tensor:
+    """v of shape (B,) as (B, 1, ..., 1), to stand over x of shape (B, ...), in the dtype of x.
+
+    Coefficients are computed in float64 and meet the data only here.
+
+    >>> over(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 5, 7)).shape
+    torch.Size([2, 1, 1, 1])
+    """
+    dtype = x.dtype if x.is_floating_point() else v.dtype
+    return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)).to(dtype)
+
+
+def slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """df/dt for an elementwise f; shape of t, differentiable in f's own parameters.
+
+    Reverse mode: torch 2.13's forward mode compiles with the deprecated `torch.jit.script` at
+    its first use, which is an error where warnings are.
+
+    >>> slope(lambda t: t**3, torch.tensor([2.0])).item()
+    12.0
+    """
+    training = torch.is_grad_enabled()
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        (df,) = torch.autograd.grad(f(t).sum(), t, create_graph=training)
+    return df
+
+
+@contextmanager
+def constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """What is computed inside has no gradient in these parameters."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, learned in before:
+            parameter.requires_grad_(learned)
+
+
+def log1mexp(a: Tensor) -> Tensor:
+    """log(1 - exp(a)) for a <= 0, accurate at both ends (Maechler 2012, eq. 7)."""
+    near_zero = a > -LOG_2
+    return torch.where(
+        near_zero,
+        (-torch.expm1(torch.where(near_zero, a, -1.0))).log(),
+        torch.log1p(-torch.where(near_zero, -1.0, a).exp()),
+    )
+
+
+def draw(distribution: Distribution) -> Tensor:
+    """One sample, reparametrised where the distribution can (learned schedules need it)."""
+    with drawing():
+        return distribution.rsample() if distribution.has_rsample else distribution.sample()
+
+
+def check_finite(module: nn.Module, where: str) -> None:
+    """ValueError where a parameter is not finite, or a buffer or a `log_..` NaN: log 0 is none."""
+    learned = {n for n, _ in module.named_parameters() if not n.split(".")[-1].startswith("log_")}
+    for name, tensor in module.state_dict().items():
+        of_it = own(tensor)
+        if not of_it.is_floating_point():
+            continue
+        if (~of_it.isfinite() if name in learned else of_it.isnan()).any():
+            raise ValueError(
+                f"{where} has values in {name} that are not finite, and so gives no number;"
+                " restore the weights from a copy, or train again"
+            )
+
+
+def derive_seed(*path: int) -> int:
+    """A 63-bit seed for the place `path` = (seed, step, ...): independent streams, no state."""
+    if min(path) < 0:
+        raise ValueError(f"seed must be at least 0; got {min(path)}")
+    # SeedSequence ignores trailing zeros, so without its length (1, 0) would be the place (1,).
+    sequence = np.random.SeedSequence([len(path), *path])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def seeded(*path: int) -> Iterator[None]:
+    """Everything random inside follows from `path`; the caller's generators are left alone.
+
+    >>> with seeded(0): a = torch.rand(())
+    >>> with seeded(0): b = torch.rand(())
+    >>> bool(a == b)
+    True
+    """
+    # not all GPUs of a machine: other processes have theirs
+    used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(used):
+        torch.manual_seed(derive_seed(*path))
+        yield

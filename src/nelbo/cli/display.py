@@ -1,0 +1,222 @@
+"""Results as text on the terminal, and as arrays in a file."""
+
+import io
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from nelbo._utils.progress import Terminal
+from nelbo.codec.files import Report
+from nelbo.data import Schema
+from nelbo.data.inspection import Inspection
+from nelbo.evaluation.result import ByFlow, ByImportance, Evaluation, Tighter
+
+if TYPE_CHECKING:
+    pass
+
+
+def of_text(found: Evaluation | Tighter, schema: Schema | None) -> dict[str, float]:
+    """What the bound is for each symbol of a text; {} where the schema is of none.
+
+    The perplexity is 2 to the bits: among how many equally likely symbols one would choose.
+    """
+    if schema is None or schema.alphabet is None or found.bits_per_dim is None:
+        return {}
+    symbol = "character" if schema.alphabet else "byte"
+    return {f"bits_per_{symbol}": found.bits_per_dim, "perplexity": 2**found.bits_per_dim}
+
+
+def worse_than_uniform(found: Evaluation | Tighter, levels: int) -> str:
+    """A sentence where a bound says less than that all levels are as likely; else ""."""
+    if found.bits_per_dim is None or levels < 2 or not found.bits_per_dim > math.log2(levels):
+        return ""
+    return (
+        f"worse than uniform: that all {levels} levels are as likely takes {math.log2(levels):.4g}"
+        " bits/dim; are these data of the kind, and of the levels, that the model was trained on?"
+    )
+
+
+def result(found: Evaluation | Tighter, schema: Schema | None = None) -> None:
+    """Print a bound: a table, the curve or the convergence, and how to obtain it again."""
+    console = Terminal()
+    table = _table(_title(found), found)
+    if isinstance(found, Evaluation):
+        for name, term in vars(found.terms).items():
+            table.add_row(name, f"{term:.4f}", "")
+    console.print(table)
+    per_symbol = (
+        f"{name.replace('_', ' ')} {v:.4f}" for name, v in of_text(found, schema).items()
+    )
+    if line := ", ".join(per_symbol):
+        console.print(line, highlight=False)
+    line = _sparkline(found) if isinstance(found, Evaluation) else _convergence(found)
+    console.print(line, highlight=False)
+    backward = "" if isinstance(found, Evaluation) else found.backward_calls_per_example
+    visited = found.visited if isinstance(found, Evaluation) else found.examples
+    which = "each once" if visited == found.examples else f"a sample of {visited} visited"
+    console.print(
+        f"{found.nats:.3f} nats per example; {found.examples} examples of {found.dims}"
+        f" dimensions, {which}; {found.calls_per_example:.4g} network calls per example"
+        f"{f' and {backward:.4g} backward' if backward else ''};"
+        f" seed {found.seed}; weights: {found.weights}; {found.precision};"
+        f" model {found.model_hash}, data {found.data_hash}",
+        highlight=False,
+        markup=False,
+    )
+    if line := _no_error(found):
+        console.print(line, highlight=False, markup=False)
+
+
+def _no_error(found: Evaluation | Tighter) -> str:
+    """Why an error is not known, and what to do; nothing where it is."""
+    if not math.isfinite(found.nats):
+        return "an example has probability 0, or its bound is no number: the mean has no error"
+    if isinstance(found, Evaluation) and math.isnan(found.standard_error.monte_carlo):
+        return (
+            "the draws are too few, or too much alike, to state a Monte Carlo error; try more"
+            " --calls"
+        )
+    return ""
+
+
+def columns(names: list[str], cost: Tensor, unit: str, steps: int) -> None:
+    """Print what each column costs, from the costs (N, C) of examples; the dearest first."""
+    mean = cost.mean(0)
+    error = (cost.var(0) / len(cost)).sqrt() if len(cost) > 1 else torch.full_like(mean, math.nan)
+    title = f"by column, {len(cost)} examples, {steps} steps"
+    table = Table(title=title, title_justify="left")
+    for name in ("column", unit, "standard error"):
+        table.add_column(name, justify="left" if name == "column" else "right")
+    for i in mean.argsort(descending=True).tolist():
+        table.add_row(escape(names[i]), f"{mean[i]:.4f}", _error(error[i].item()))
+    table.add_section()
+    table.add_row("[bold]all", f"[bold]{mean.sum():.4f}", "")
+    Terminal().print(table)
+
+
+def npz(found: Evaluation | Tighter) -> bytes:
+    """A NumPy file of arrays of shape (N,), nats, in the order of the data; `about` is JSON."""
+    arrays: dict[str, Any] = {"about": np.array(json.dumps(found.to_dict()))}
+    if isinstance(found, Evaluation):
+        arrays |= found.to_arrays()
+    else:
+        arrays["nats"] = -found.per_example.numpy()
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def compressed(name: str, report: Report) -> None:
+    """Print what a compressed file says of itself, and its blocks."""
+    console, header = Terminal(), report.header
+    title = f"{name}: {header.examples} examples in {report.size} bytes"
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    table = Table()
+    for column in ("examples", "by", "seeds", "batches", "bytes", "bits/dim"):
+        table.add_column(column, justify="left" if column == "by" else "right")
+    for block in report.blocks:
+        place = f"{block.first}..{block.first + block.count - 1}"
+        numbers = map(str, (block.seeds, block.batches, block.size))
+        table.add_row(place, block.mode, *numbers, f"{block.bits_per_dim:.4f}")
+    console.print(table)
+    shape = " x ".join(map(str, header.shape))
+    bound = "none was coded by the model" if report.bound is None else f"{report.bound:.4f}"
+    versions = ", ".join(f"{of} {version}" for of, version in header.versions.items())
+    lines = (
+        f"{report.bits_per_dim:.4f} bits/dim in all; bound on the coded latents: {bound}",
+        f"examples of {shape} numbers of {header.levels} levels; {len(header.steps) - 1} steps;"
+        f" effort {header.effort}; network in {header.precision} on {header.device}",
+        f"model {header.model}, weights: {header.weights}; {versions}",
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _title(found: Evaluation | Tighter) -> str:
+    if isinstance(found, Evaluation):
+        how = "continuous time" if found.steps is None else f"{found.steps} steps"
+        return f"{_bound(found)}, {escape(found.split)}, {how}"
+    if isinstance(found.how, ByImportance):
+        how = f"{found.how.samples} importance-weighted samples of {found.how.steps} steps"
+    else:
+        how = f"probability flow, {found.how.dequantiser} dequantisation"
+    return f"{_bound(found)}, {escape(found.split)}, {how}"
+
+
+def _bound(found: Evaluation | Tighter) -> str:
+    return f"bound on -log P(x|{escape(found.given)})" if found.given else "bound on -log P(x)"
+
+
+def _table(title: str, found: Evaluation | Tighter) -> Table:
+    error, unit = found.standard_error, found.unit
+    table = Table(title=title, title_justify="left")
+    for column in ("", unit, "standard error"):
+        table.add_column(column, justify="left" if not column else "right")
+    value = found.nats if found.bits_per_dim is None else found.bits_per_dim
+    table.add_row("[bold]bound", f"[bold]{value:.4f}", _error(error.total))
+    table.add_row("  of it data", "", _error(error.data))
+    table.add_row("  of it Monte Carlo", "", _error(error.monte_carlo), end_section=True)
+    return table
+
+
+def _error(value: float) -> str:
+    return "not known" if math.isnan(value) else f"{value:.4f}"
+
+
+def _sparkline(found: Evaluation) -> str:
+    """The diffusion term over time, one block per bin."""
+    points = [point for point in found.curve if not math.isnan(point.value)]
+    heights = [point.value / (point.t_to - point.t_from) for point in points]
+    top = max(heights, default=0.0)
+    if not top > 0:
+        return "diffusion over t: none"
+    blocks = "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(8 * h / top)))] for h in heights)
+    return f"diffusion over t: 0 {blocks} 1, at most {top:.3g} {found.unit} per unit of t"
+
+
+def _convergence(found: Tighter) -> str:
+    """What tells whether a tighter bound may be believed."""
+    if isinstance(found.how, ByFlow):
+        how = found.how
+        return (
+            f"at tolerance {how.tolerance:g}; at {how.loose_tolerance:g} it is {how.loose:.4f}"
+            f" {found.unit}, no example differs by more than {how.largest_change:.2g};"
+            f" trace {how.trace}"
+        )
+    return (
+        f"the weights of the {found.how.samples} samples are worth"
+        f" {found.how.weight_share * found.how.samples:.2g} equal ones on average"
+    )
+
+
+def inspection(found: Inspection) -> None:
+    """Print an inspection."""
+    console = Terminal()
+    if found.columns:
+        table = Table(title=f"{escape(found.source)}: {found.rows} rows", title_justify="left")
+        for heading in ("column", "kind", "values", "distinct", "missing"):
+            table.add_column(heading, justify="right" if heading[-1] in "tg" else "left")
+        for c in found.columns:
+            missing = "some" if c.missing is None else str(c.missing or "")
+            distinct = "" if c.distinct is None else str(c.distinct)
+            row = (c.name, c.kind, c.values, distinct, missing)
+            table.add_row(*map(escape, row))
+        console.print(table)
+    else:
+        sizes = ", ".join(f"{count} {name}" for name, count in found.splits.items())
+        console.print(f"{found.source}: {sizes}", highlight=False, markup=False)
+    schema = found.schema
+    if schema is not None and all(column.column for column in found.columns):
+        unit = "a density, in nats" if schema.density else "a probability, in bits"
+        shape = " x ".join(map(str, schema.shape))
+        levels = f" of {schema.levels} levels" if schema.levels else ""
+        line = f"examples are {shape} numbers{levels}; a model of them has {unit}"
+        console.print(line, highlight=False)
+    for warning in found.warnings:
+        console.print(f"note: {warning}", highlight=False, markup=False)

@@ -1,0 +1,256 @@
+"""Examples as the bytes of a file, and back."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo._utils import limits
+from nelbo._utils.distributed import divided
+from nelbo._version import __version__
+from nelbo.codec.coding.blocks import MODEL, Block, Done, nothing, storage
+from nelbo.codec.coding.codec import Codec, coder_answer
+from nelbo.codec.entropy.stack import coder_version
+from nelbo.codec.errors import CodecError, Damaged, NotReproducible, OtherModel
+from nelbo.codec.format import container
+from nelbo.codec.format.header import Header, pack_times, unpack_times
+from nelbo.codec.settings import Settings
+from nelbo.diffusion.model import Model, model_hash
+
+BLOCK = 1000  # examples
+#: bytes that an example takes beside its numbers: its place in a batch, and whether it is lost
+SIZE = 16
+#: times that the numbers of all examples are in memory while a file is restored
+COPIES = 10
+
+
+def compress(
+    model: Model,
+    x: Tensor,
+    settings: Settings,
+    *,
+    block: int = BLOCK,
+    contents: dict[str, object] | None = None,
+    extra: bytes = b"",
+    weights: str = "as given",
+    verify: bool = True,
+    done: Done = nothing,
+) -> bytes:
+    """Examples as the bytes of a file.
+
+    Args:
+        model: of discrete data, not conditional.
+        x: examples, (N, *model.shape), of integers that are levels of the model.
+        settings: how they are coded.
+        block: about how many examples are independent of all others.
+        contents: kept in the header.
+        extra: kept in the file as it is.
+        weights: which these are, for the record.
+        verify: decode the file and compare before it is returned.
+        done: told how many examples are finished, coded or verified.
+
+    Raises:
+        ValueError: a model or examples that have no such code.
+        NotReproducible: the verification failed.
+    """
+    if block < 1 or block > 20_000:
+        raise ValueError(f"a block must have 1 to 20000 examples; got {block}; try {BLOCK}")
+    codec = Codec(model, settings)
+    coded = codec.encode_blocks(x, block, done)
+    blocks = [found for found, _ in coded]
+    by_model = sum(b.count - b.seeds for b in blocks if b.mode == MODEL)
+    ideal = sum(nats for _, nats in coded)
+    header = Header(
+        examples=len(x),
+        shape=list(model.shape),
+        levels=codec.levels,
+        model=codec.hash,
+        weights=weights,
+        steps=pack_times(settings.grid),
+        precision=settings.precision,
+        effort=settings.effort,
+        batch=settings.batch,
+        device=model.device.type,
+        versions={
+            "nelbo": __version__,
+            "torch": torch.__version__,
+            "constriction": coder_version(),
+        },
+        answers=codec.answers({max(b.sizes, default=1) for b in blocks} | {1}),
+        coder=coder_answer(),
+        ideal=[round(ideal, 1), float(by_model)] if math.isfinite(ideal) else [0.0, 0.0],
+        contents=contents or {},
+    )
+    data = container.write_prefix(asdict(header), extra)
+    data += b"".join(container.write_block(found) for found in blocks)
+    data += container.write_end(data, len(blocks))
+    if verify and not _same(decompress(data, model, done=done).x, x):
+        raise NotReproducible("what was compressed does not decode to itself here: not written")
+    return data
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    kind = torch.promote_types(a.dtype, b.dtype)  # not all as int64: they may be many
+    return torch.equal(a.to(kind), b.to(kind))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was in a file.
+
+    Args:
+        x: the examples that could be decoded, (N, *shape).
+        lost: first and count of those that could not, in order; empty but for a salvage.
+        header: of the file.
+        extra: of the file.
+    """
+
+    x: Tensor
+    lost: tuple[tuple[int, int], ...]
+    header: Header
+    extra: bytes
+
+    @property
+    def kept(self) -> Tensor:
+        """Places of the examples x in the data, (N,)."""
+        keep = torch.ones(self.header.examples, dtype=torch.bool)
+        for first, count in self.lost:
+            keep[first : first + count] = False
+        return keep.nonzero()[:, 0]
+
+
+def decompress(
+    data: bytes, model: Model, *, salvage: bool = False, done: Done = nothing
+) -> Decoded:
+    """The examples in the bytes of a file.
+
+    Args:
+        data: the file.
+        model: the one that it was compressed with.
+        salvage: leave out blocks that are damaged; else they are an error.
+        done: told how many examples are finished.
+
+    Raises:
+        Damaged: the file is damaged.
+        OtherModel: it is of another model.
+        NotReproducible: it would not decode to the right data here.
+    """
+    raw, extra, at = container.read_prefix(data)
+    header = Header.from_dict(raw)
+    blocks = _blocks(data, at, header, salvage)  # all that needs no network comes first
+    codec = _codec_of(header, model)
+
+    def one(i: int) -> np.ndarray | None:
+        try:
+            return codec.decode_block(blocks[i], done)
+        except Damaged:
+            if not salvage:
+                raise
+            return None
+
+    found = zip(blocks, divided(len(blocks), one), strict=True)
+    parts = {block.first: part for block, part in found if part is not None}
+    lost, at = [], 0
+    for first, part in sorted(parts.items()):
+        if first > at:
+            lost.append((at, first - at))
+        at = first + len(part)
+    if at < header.examples:
+        lost.append((at, header.examples - at))
+    whole = [part for _, part in sorted(parts.items())]
+    x = np.concatenate(whole) if whole else np.zeros((0, *model.shape), storage(header.levels))
+    return Decoded(torch.from_numpy(x), tuple(lost), header, extra)
+
+
+def head_of(data: bytes) -> Header:
+    """What a file says of itself.
+
+    Raises:
+        CodecError: it is no file of this format, or its header is damaged.
+    """
+    return Header.from_dict(container.read_prefix(data)[0])
+
+
+def describe(data: bytes) -> tuple[Header, list[Block]]:
+    """What a file says of itself, and its blocks; no model is needed.
+
+    Raises:
+        CodecError: the file is damaged.
+    """
+    raw, _, at = container.read_prefix(data)
+    header = Header.from_dict(raw)
+    return header, _blocks(data, at, header)
+
+
+def _codec_of(header: Header, model: Model) -> Codec:
+    """The codec of a file, after all that speaks against decoding it was ruled out."""
+    if header.model != model_hash(model):
+        raise OtherModel(
+            f"the file is of the model {header.model}, and this one is {model_hash(model)}: give"
+            f" the run it was compressed with (weights {header.weights})"
+        )
+    try:
+        settings = Settings(
+            unpack_times(header.steps), header.precision, header.effort, header.batch
+        )
+        codec = Codec(model, settings)
+        batches = {int(size) for size in header.answers}
+    except CodecError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"the header cannot be: {error}") from None
+    same = header.shape == list(model.shape) and header.levels == codec.levels
+    if not batches <= set(range(1, 257)) or not same:
+        raise Damaged("the header contradicts the model")
+    here = f"torch {torch.__version__} on {model.device.type}"
+    there = f"torch {header.versions.get('torch')} on {header.device}"
+    if coder_answer() != header.coder:
+        raise NotReproducible(
+            f"the entropy coder of constriction {coder_version()} is not that of"
+            f" {header.versions.get('constriction')}; install that version"
+        )
+    if codec.answers(batches) != header.answers:
+        raise NotReproducible(
+            f"the network answers otherwise here ({here}) than where the file was made ({there});"
+            " decode it there"
+        )
+    return codec
+
+
+def _blocks(data: bytes, at: int, header: Header, salvage: bool = False) -> list[Block]:
+    """The blocks of a file, of as many examples as its header says.
+
+    Raises:
+        Damaged: they are not all examples in their order; for a salvage it is enough that no two
+            hold the same.
+        ValueError: the bytes of the file cannot be that many examples.
+    """
+    read = container.find_blocks if salvage else container.read_blocks
+    if not salvage and (count := sum(b.count for b in read(data, at))) != header.examples:
+        raise Damaged(f"the file holds {count} examples, not {header.examples}")
+    if header.examples < 0:
+        raise Damaged(f"the file holds {header.examples} examples")
+    numbers = header.examples * (math.prod(header.shape) * storage(header.levels).itemsize + SIZE)
+    claimed = f"the {header.examples} examples that the file claims"
+    limits.check_unpacked(numbers, len(data), claimed, COPIES)
+    blocks: list[Block] = []
+    found = 0
+    for block in read(data, at):
+        if not salvage and block.first != found:
+            raise Damaged(f"a block begins at example {block.first}, not at {found}")
+        if found + block.count <= header.examples:
+            blocks.append(block)
+            found += block.count
+    return _apart(blocks, header.examples) if salvage else blocks
+
+
+def _apart(blocks: list[Block], examples: int) -> list[Block]:
+    """Those blocks that begin after the one before them, none beyond all examples."""
+    found, end = [], 0
+    for block in sorted(blocks, key=lambda block: block.first):
+        if end <= block.first <= examples - block.count:
+            found.append(block)
+            end = block.first + block.count
+    return found

@@ -1,0 +1,144 @@
+r"""Bits-back coding: examples on a stack at the price of the bound.
+
+Each line of `push` adds or takes what a term of the bound says (equation 4; Townsend et al. 2019,
+interleaved as in Kingma et al. 2019, so that only one latent is ever borrowed for):
+
+    pop  z_1 ~ q(z_1|x)                       - log 1/q(z_1|x)
+    push x with P(x|z_1)                      + log 1/P(x|z_1)
+    for t = 2..T:
+        pop  z_t ~ q(z_t|z_{t-1})             - log 1/q(z_t|z_{t-1})
+        push z_{t-1} with P(z_{t-1}|z_t)      + log 1/P(z_{t-1}|z_t)
+    push z_T with P(z_T)                      + log 1/P(z_T)
+
+The sum is log q(z|x)/P(x,z), whose mean is -ELBO. `pop` is the same backwards.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from nelbo.codec.coding.example import ExampleCode, known_numbers
+from nelbo.codec.entropy.laws import Bits, GridNormal, Law, law
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Absorbing, Gaussian, Process
+from nelbo.diffusion.product import Product
+from nelbo.diffusion.times import Grid
+
+
+class BitsBack(ExampleCode):
+    """Batches of examples of a model on T times.
+
+    Args:
+        model: of discrete data.
+        grid: t_1 .. t_T.
+    """
+
+    borrows = True
+
+    def __init__(self, model: Model, grid: Grid) -> None:
+        self.model, self.times = model, grid.times.to(model.device)
+        self.widths = [_widths(model, *around) for around in _neighbours(self.times)]
+        self.moves = [self._move(i) for i in range(len(self.times))]
+
+    def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
+        """Put a batch of examples, (B, *shape) int64, on the stack; T network calls."""
+        n = self._first(x).pop(stack)
+        self._decoder(n).push(stack, x)
+        for i in range(1, len(self.times)):
+            before, n = n, self._transition(n, i).pop(stack)
+            self._reverse(n, i).push(stack, before)
+        self._prior(len(x)).push(stack, n)
+
+    def pop(self, stack: Bits, count: int, place: int = 0) -> np.ndarray:
+        """Take a batch of `count` examples from the stack, (B, *shape) int64."""
+        n = self._prior(count).pop(stack)
+        for i in reversed(range(1, len(self.times))):
+            after, n = n, self._reverse(n, i).pop(stack)
+            self._transition(n, i).push(stack, after)
+        x = self._decoder(n).pop(stack)
+        self._first(x).push(stack, n)
+        return x
+
+    def answers(self, count: int) -> list[np.ndarray]:
+        laws = []
+        last = len(self.times) - 1
+        for i in sorted({0, last // 2, last}):
+            n = self._known_latents(count, i)
+            laws.append(self._reverse(n, i) if i else self._decoder(n))
+        return [numbers for each in laws for numbers in each.integers()]
+
+    def _known_latents(self, count: int, i: int) -> np.ndarray:
+        """n of a latent within about 2 standard deviations; of symbols, codes that all have."""
+        known, width = known_numbers(count, self.model.shape), self.widths[i].cpu().numpy()
+        n = np.rint((known - 128) / (64 * width)).astype(np.int64)
+        return np.where(width == 1, known % 2, n)
+
+    # ---- the distributions of the bound, over integers n with z = n·width
+
+    def _first(self, x: np.ndarray) -> Law:
+        e = self.model.embed(torch.from_numpy(x).to(self.model.device))
+        return law(self.model.process.marginal(e, self._at(0, len(x))), self.widths[0], far=False)
+
+    def _decoder(self, n: np.ndarray) -> Law:
+        one = torch.ones_like(self.widths[0])
+        return law(self.model.likelihood(self._z(n, 0), self._at(0, len(n))), one)
+
+    def _transition(self, n: np.ndarray, i: int) -> Law:
+        """q(z_t|z_s) for s, t = t_i, t_{i+1} and z_s of n."""
+        if move := self.moves[i]:
+            factor, sd = move
+            return GridNormal(n * factor, sd, far=False)
+        s, t = self._at(i - 1, len(n)), self._at(i, len(n))
+        q = self.model.process.transition(self._z(n, i - 1), s, t)
+        return law(q, self.widths[i], far=False)
+
+    def _move(self, i: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """What a Gaussian q(z_t|z_s) multiplies z_s by, and its standard deviation, in bins,
+        (*shape) each: the same for all z_s, so that they are asked for once."""
+        if not i or not isinstance(self.model.process, Gaussian):
+            return None
+        z = torch.ones(1, *self.model.shape, dtype=torch.float64, device=self.model.device)
+        q = self.model.process.transition(z, self._at(i - 1, 1), self._at(i, 1)).base_dist
+        assert isinstance(q, Normal)
+        factor, sd = q.loc * self.widths[i - 1] / self.widths[i], q.scale / self.widths[i]
+        return factor[0].cpu().numpy(), sd[0].cpu().numpy()
+
+    def _reverse(self, n: np.ndarray, i: int) -> Law:
+        """P(z_s|z_t) for s, t = t_i, t_{i+1} and z_t of n."""
+        s, t = self._at(i - 1, len(n)), self._at(i, len(n))
+        return law(self.model.reverse(self._z(n, i), s, t), self.widths[i - 1])
+
+    def _prior(self, count: int) -> Law:
+        t = self._at(len(self.times) - 1, count)
+        return law(self.model.process.prior(self.model.shape, t), self.widths[-1])
+
+    def _z(self, n: np.ndarray, i: int) -> Tensor:
+        return torch.from_numpy(n).to(self.model.device) * self.widths[i]
+
+    def _at(self, i: int, count: int) -> Tensor:
+        return self.times[i].expand(count)
+
+
+def _neighbours(times: Tensor) -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
+    padded = [None, *times, None]
+    return list(zip(padded, times, padded[2:], strict=False))
+
+
+def _widths(model: Model, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
+    """The grid of z_t between times s and u, broadcastable to one example; 1 for symbols."""
+    process = model.process
+    if not isinstance(process, Product):
+        return _width(process, s, t, u).expand(model.shape)
+    pairs = zip(process.parts, process.sizes, strict=True)
+    return torch.cat([_width(part, s, t, u).expand(size) for part, size in pairs])
+
+
+def _width(process: Process, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
+    """The smaller of the standard deviations with which z_t is drawn and coded."""
+    if isinstance(process, Absorbing):
+        return torch.ones_like(t)
+    assert isinstance(process, Gaussian)
+    drawn = process.log_one_minus_alpha(t).exp() if s is None else process.beta(s, t)
+    coded = torch.ones_like(t) if u is None else process.beta_tilde(t, u)
+    return torch.minimum(drawn, coded).sqrt()

@@ -1,0 +1,309 @@
+r"""A block: examples on one stack, decoded without any other block.
+
+What a code with bits back borrows before it pays is the price of a file's start, kept low by
+
+    seeds   the first examples are coded by a static table, until their bits are enough for one
+            example of the model
+    ramp    then batches that grow with the bits on the stack, their sizes powers of two
+
+and only what is still missing is put under the stack. The words there follow from the name of the
+block and from its data, so that a stack that ends with other ones tells of wrong data: a check
+that costs nothing where they are borrowed, and one word of a direct code, whose first symbols
+would waste most of it otherwise. With effort (`search`) each example comes after the number that
+makes the block short, and a batch is an example on each of the `lanes`.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import lzma
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nelbo.codec.coding.example import ExampleCode, Static
+from nelbo.codec.coding.search import best_ways, pop_way, power_of_two, push_way
+from nelbo.codec.entropy.lanes import joined, narrowed, parted, widened
+from nelbo.codec.entropy.stack import (
+    CHECK,
+    PRECISION,
+    START,
+    WORD,
+    Bottom,
+    SideBySide,
+    Stack,
+    constriction,
+)
+from nelbo.codec.errors import Damaged
+
+MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels alike, xz
+BATCH = 32  # examples of a network call, at most
+SPARE = 1.02  # of what an example is expected to need
+LANE = 8192  # bits of a block, as seeds cost them, for which there may be a lane
+FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}]
+Done = Callable[[int], None]  # is told how many examples are finished
+
+
+def nothing(done: int) -> None:
+    """No progress shown."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block holds.
+
+    Args:
+        first: place of its first example in the data.
+        count: number of its examples.
+        mode: MODEL, EVEN or PACKED.
+        nonce: which of the orders of its symbols.
+        borrowed: words put under the stack.
+        seeds: examples that are coded by the static table.
+        sizes: of the batches of the others, powers of two, in the order of the data.
+        payload: what is coded.
+    """
+
+    first: int
+    count: int
+    mode: int
+    nonce: int
+    borrowed: int
+    seeds: int
+    sizes: tuple[int, ...]
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What codes a block.
+
+    Args:
+        model: makes the code by the model, given a nonce.
+        static: the code of seeds.
+        name: of the model and its steps, for the words under the stack.
+        shape: of one example.
+        levels: each dimension has at most so many.
+        effort: of the coder, see `search`; of a code that borrows nothing, orders of symbols.
+        batch: examples of a network call, at most.
+    """
+
+    model: Callable[[int], ExampleCode]
+    static: Static
+    name: str
+    shape: tuple[int, ...]
+    levels: int
+    effort: int = 1
+    batch: int = BATCH
+
+
+def encode(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
+    """A block of examples x, (N, *shape) int64, and the nats that its model's part costs.
+
+    Args:
+        codes: what codes it.
+        x: the examples.
+        first: place of the first of them.
+        done: told how many examples are finished.
+    """
+    if x.min() < 0 or x.max() >= codes.levels:
+        raise ValueError(f"values must be 0..{codes.levels - 1}; got {x.min()}..{x.max()}")
+    even = Block(first, len(x), EVEN, 0, CHECK, 0, (), _push_alike(codes, x, first))
+    packed = Block(first, len(x), PACKED, 0, 0, 0, (), _pack(codes, x))
+    tries = [(even, 0.0), (packed, 0.0)]
+    with contextlib.suppress(Damaged):  # of what is too far from all that the model expects
+        if codes.model(0).borrows:
+            tries.append(_with_bits_back(codes, x, first, done))
+        else:
+            nonces = range(codes.effort)
+            tries += [_directly(codes, x, first, nonce, done) for nonce in nonces]
+    return min(tries, key=lambda found: len(found[0].payload))
+
+
+def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
+    """The examples of a block, (N, *shape) int64.
+
+    Raises:
+        Damaged: they are not those that were encoded.
+    """
+    if block.mode != MODEL:
+        done(block.count)  # at once
+    if block.mode == PACKED:
+        return _unpack(codes, block)
+    floor = WORD if block.borrowed >= START else WORD * CHECK - 1
+    wide = block.mode == MODEL and block.borrowed >= START and codes.effort > 1
+    parts = parted(block.payload, max(block.sizes, default=1) if wide else 1)
+    lanes = [Stack(words, floor=floor, counts=False) for words in parts]
+    if block.mode == EVEN:
+        x, stack = _pop_alike(codes, block, lanes[0]), lanes[0]
+    else:
+        x, stack = _unstack(codes, block, lanes, done)
+    bottom = _bottom(codes, block.first, x).words(block.borrowed)
+    if not np.array_equal(stack.words(), bottom):
+        raise Damaged("the stack of bits does not end as it began: the data are not those coded")
+    return x
+
+
+def _bottom(codes: Codes, first: int, x: np.ndarray) -> Bottom:
+    """What lies under the stack of examples x, the first of them the first-th of all."""
+    data = hashlib.sha256(np.ascontiguousarray(x, "<i8").tobytes()).hexdigest()
+    return Bottom(f"{codes.name}, {first}, {data}")
+
+
+def _with_bits_back(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
+    code, bottom = codes.model(0), _bottom(codes, first, x)
+    stack, need, seeds = Stack(bottom=bottom), _need(code, x[:1], bottom), 0
+    while seeds < len(x) and stack.bits < need:
+        codes.static.push(stack, x[seeds : seeds + 1])
+        seeds += 1
+    done(seeds)
+    if codes.effort > 1:
+        most = power_of_two(min(codes.batch, len(x) * stack.bits / seeds / LANE))
+        lanes, sizes, ideal = _with_effort(codes, code, stack, x[seeds:], need, most, done)
+    else:
+        lanes, sizes, at = [stack], [], seeds
+        while at < len(x):
+            sizes.append(power_of_two(min(stack.bits / need, len(x) - at, codes.batch)))
+            code.push(stack, x[at : at + sizes[-1]])
+            at += sizes[-1]
+            done(sizes[-1])
+        ideal = stack.ideal
+    payload = joined([lane.words() for lane in lanes])
+    block = Block(first, len(x), MODEL, 0, lanes[0].borrowed, seeds, tuple(sizes), payload)
+    return block, ideal
+
+
+def _with_effort(
+    codes: Codes,
+    code: ExampleCode,
+    stack: Stack,
+    x: np.ndarray,
+    need: float,
+    most: int,
+    done: Done,
+) -> tuple[list[Stack], list[int], float]:
+    """Lanes of all examples x upon a stack, at most so many; the batches, and the nats."""
+    try:
+        ways, sizes = best_ways(code, stack, x, need, most, codes.effort, codes.batch, done)
+        lanes, at, ideal = [stack.copy()], 0, stack.ideal
+        for size in sizes:
+            lanes = widened(lanes, size)
+            rows = SideBySide(lanes[:size], counts=True)
+            push_way(rows, ways[at : at + size])
+            code.push(rows, x[at : at + size])
+            at += size
+            ideal += rows.ideal
+    except Damaged:  # only the lowest lane has a bottom from which to borrow
+        if most == 1:
+            raise
+        return _with_effort(codes, code, stack, x, need, 1, done)
+    return lanes, sizes, ideal
+
+
+def _directly(
+    codes: Codes, x: np.ndarray, first: int, nonce: int, done: Done
+) -> tuple[Block, float]:
+    code, stack = codes.model(nonce), Stack(_bottom(codes, first, x).words(CHECK))
+    sizes, at = [], 0
+    while at < len(x):
+        size = power_of_two(min(len(x) - at, codes.batch))
+        code.push(stack, x[at : at + size], first + at)
+        at += size
+        sizes.append(size)
+        done(size)
+    words = joined([stack.words()])
+    return Block(first, len(x), MODEL, nonce, CHECK, 0, tuple(sizes), words), stack.ideal
+
+
+def _need(code: ExampleCode, x: np.ndarray, bottom: Bottom) -> float:
+    """Bits that must lie on the stack for one example like x."""
+    trial = Stack(bottom=bottom)
+    code.push(trial, x)
+    return max(1.0, SPARE * (WORD * START - trial.least))
+
+
+def _unstack(
+    codes: Codes, block: Block, lanes: list[Stack], done: Done
+) -> tuple[np.ndarray, Stack]:
+    """What the model and the static table coded, the last batch first, and the stack below."""
+    code, at, parts = codes.model(block.nonce), block.count, []
+    if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):
+        raise Damaged("a block says that it was coded in another way than its model does")
+    most = [*itertools.accumulate(block.sizes, max)]
+    for size, count in zip(reversed(block.sizes), reversed(most), strict=True):
+        at -= size
+        if codes.effort > 1 and code.borrows:
+            lanes = narrowed(lanes, count)
+            rows = SideBySide(lanes[:size])
+            parts.append(code.pop(rows, size))
+            pop_way(rows)
+        else:
+            parts.append(code.pop(lanes[0], size, block.first + at))
+        done(size)
+    (stack,) = narrowed(lanes, 1)
+    parts += [codes.static.pop(stack, 1) for _ in range(block.seeds)]
+    done(block.seeds)
+    return np.concatenate(parts[::-1]), stack
+
+
+def _push_alike(codes: Codes, x: np.ndarray, first: int) -> bytes:
+    """All levels alike."""
+    stack = Stack(_bottom(codes, first, x).words(CHECK))
+    stack.push(x.ravel(), constriction().stream.model.Uniform(codes.levels))
+    return joined([stack.words()])
+
+
+def _pop_alike(codes: Codes, block: Block, stack: Stack) -> np.ndarray:
+    """What `_push_alike` coded."""
+    count = block.count * int(np.prod(codes.shape))
+    often = 2**PRECISION - (codes.levels - 1) * (2**PRECISION // codes.levels)  # the last level
+    if 8 * len(block.payload) < count * (PRECISION - math.log2(often)):
+        raise Damaged("the coded words end before the data do")
+    uniform = constriction().stream.model.Uniform(codes.levels)
+    return stack.pop(uniform, count=count).astype(np.int64).reshape(-1, *codes.shape)
+
+
+def _pack(codes: Codes, x: np.ndarray) -> bytes:
+    """By xz, after a CRC-32 of the data."""
+    data = x.astype(_packed_type(codes)).tobytes()
+    return struct.pack("<I", zlib.crc32(data)) + pack(data)
+
+
+def _unpack(codes: Codes, block: Block) -> np.ndarray:
+    dtype = _packed_type(codes)
+    size = block.count * int(np.prod(codes.shape)) * dtype.itemsize
+    data = unpack(block.payload[4:], size)
+    if len(data) != size or struct.pack("<I", zlib.crc32(data)) != block.payload[:4]:
+        raise Damaged("the unpacked data are not those that were packed")
+    return np.frombuffer(data, dtype).astype(np.int64).reshape(-1, *codes.shape)
+
+
+def pack(data: bytes) -> bytes:
+    """By xz, without its frame; nothing of nothing."""
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=FILTER) if data else b""
+
+
+def unpack(packed: bytes, most: int) -> bytes:
+    """What was packed, `most` bytes of it at the most.
+
+    Raises:
+        Damaged: it was not packed.
+    """
+    try:
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTER)
+        return unpacker.decompress(packed, most) if packed else b""
+    except lzma.LZMAError as error:
+        raise Damaged(f"packed bytes cannot be unpacked: {error}") from None
+
+
+def storage(levels: int) -> np.dtype:
+    """The smallest type of numpy and torch that holds the levels."""
+    return np.dtype(np.uint8 if levels <= 256 else np.int32)
+
+
+def _packed_type(codes: Codes) -> np.dtype:
+    """In which data are packed: part of the format."""
+    return np.dtype("u1" if codes.levels <= 256 else "<u2" if codes.levels <= 65536 else "<u4")

@@ -1,0 +1,216 @@
+r"""Examples as bytes and back, with a model that both sides have.
+
+`Codec` fixes what coder and decoder must share: the network in one precision, evaluation mode, the
+times, the batches, the rounding. The header of a file states it, with known answers: a checksum of
+the rounded answers of the network to known latents, in the batches that the file uses, and one of
+known symbols through the entropy coder. Where they differ nothing is decoded.
+"""
+
+import copy
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo._utils.distributed import divided
+from nelbo.codec.coding.bitsback import BitsBack
+from nelbo.codec.coding.blocks import Block, Codes, Done, decode, encode, nothing, storage
+from nelbo.codec.coding.direct import Direct, shown_at
+from nelbo.codec.coding.example import ExampleCode, Static
+from nelbo.codec.coding.search import power_of_two
+from nelbo.codec.entropy.laws import GridNormal, Groups, Law, Symbols, law
+from nelbo.codec.entropy.stack import Bottom, Stack, constriction
+from nelbo.codec.format.header import pack_times
+from nelbo.codec.settings import PRECISIONS, Settings
+from nelbo.diffusion.decoder import Categorical, LevelHead
+from nelbo.diffusion.model import Model, measuring, model_hash
+from nelbo.diffusion.process import Absorbing, Levels, Process
+from nelbo.diffusion.product import Product, ProductDecoder
+from nelbo.diffusion.schedules import Schedule
+from nelbo.diffusion.times import Grid
+from nelbo.models.tabular.discrete import LevelColumns
+
+
+def coder_answer() -> int:
+    """Checksum of known symbols through the entropy coder."""
+    stack, n = Stack(bottom=Bottom("known answer")), np.arange(-40, 41)
+    GridNormal(n / 7, 4 + (n % 5) / 3).put(stack, n // 4)
+    Symbols(-np.abs(n[:, None] / 50 + np.arange(3))).put(stack, np.abs(n % 3))
+    return zlib.crc32(stack.words().astype("<u4").tobytes())
+
+
+class Codec:
+    """Lossless codes of the examples of a model.
+
+    Args:
+        model: of discrete data, not conditional.
+        settings: what coder and decoder share.
+
+    Raises:
+        ValueError: the model has a density, or a part of which no lossless code is known.
+    """
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        constriction()
+        self.levels = check_codable(model)
+        self.hash = model_hash(model)
+        self.settings = settings
+        self.model = copy.deepcopy(model)
+        self.model.network.to(PRECISIONS[settings.precision])
+        _remember(self.model)
+        most = min(settings.batch, self.model.rows)
+        times, effort = pack_times(settings.grid), settings.effort
+        # it names the words under a stack and the orders of symbols: part of the format
+        self.name = f"{self.hash}, {times}, {settings.precision}, {effort}"
+        with _fixed(self.model):
+            self.codes = Codes(
+                self._example_code,
+                Static(_table(self.model, self.levels)),
+                self.name,
+                self.model.shape,
+                self.levels,
+                settings.effort,
+                power_of_two(most),
+            )
+
+    def _example_code(self, nonce: int) -> ExampleCode:
+        grid = Grid(self.settings.grid)
+        if isinstance(self.model.process, Absorbing):
+            return Direct(self.model, shown_at(self.model, grid), f"{self.name}, {nonce}")
+        return BitsBack(self.model, grid)
+
+    def answers(self, batches: set[int]) -> dict[str, int]:
+        """Checksums of the network's known answers, by the size of the batch."""
+        with _fixed(self.model):
+            code = self._example_code(0)
+            return {str(b): _checksum(code.answers(b)) for b in sorted(batches)}
+
+    def encode_blocks(
+        self, x: Tensor, block: int, done: Done = nothing
+    ) -> list[tuple[Block, float]]:
+        """Blocks of about so many examples x, (N, *shape), and the nats of one draw of the bound
+        of those that the model coded. Several processes share the blocks."""
+        count = max(1, round(len(x) / block)) if len(x) else 0
+        parts = np.array_split(np.arange(len(x)), count) if count else []
+
+        def one(i: int) -> tuple[Block, float]:
+            first = int(parts[i][0])
+            rows = x[first : first + len(parts[i])].long().numpy()
+            return encode(self.codes, rows, first, done)
+
+        with _fixed(self.model):
+            return divided(len(parts), one)
+
+    def decode_block(self, block: Block, done: Done = nothing) -> np.ndarray:
+        """The examples of a block, (N, *shape).
+
+        Raises:
+            Damaged: they are not those that were coded.
+        """
+        with _fixed(self.model):
+            return decode(self.codes, block, done).astype(storage(self.levels))
+
+
+def _checksum(arrays: list[np.ndarray]) -> int:
+    check = 0
+    for numbers in arrays:
+        check = zlib.crc32(np.ascontiguousarray(numbers, "<i8").tobytes(), check)
+    return check
+
+
+def check_codable(model: Model) -> int:
+    """How many levels a dimension has, at most.
+
+    Raises:
+        ValueError: the model has no lossless code.
+    """
+    if model.decoder.density:
+        raise ValueError(
+            "the model has a density, and only discrete data have a lossless code: train on"
+            " integers, with --levels K for the values 0..K-1, or declare the precision of a"
+            " table's columns with --schema"
+        )
+    if model.given_what:
+        raise ValueError(
+            f"the model is given {model.given_what}, which a file of the data alone lacks; train"
+            " one without --condition"
+        )
+    return _levels(model.process)
+
+
+def _levels(process: Process) -> int:
+    if isinstance(process, Product):
+        return max(map(_levels, process.parts))
+    if isinstance(process, Absorbing):
+        return process.count
+    if isinstance(process, LevelColumns):
+        return process.values.values.shape[1]
+    embedding = getattr(process, "embedding", None)  # numbers of a table have none
+    if isinstance(embedding, Levels):
+        return embedding.count
+    raise ValueError(
+        "the model has columns of numbers with too many different values to be levels, which have"
+        " no lossless code here; declare a coarser precision of them with --schema"
+    )
+
+
+def _table(model: Model, levels: int) -> Law:
+    """The law of one example without context: what the model says of pure noise; where that is
+    no law of levels, all levels alike."""
+    if not isinstance(model.decoder, LevelHead | Categorical | ProductDecoder):
+        return Symbols(np.full((1, *model.shape, levels), -math.log(levels)))
+    t = torch.ones(1, dtype=torch.float64, device=model.device)
+    z = _noise(model.process, model.shape).to(model.device)[None]
+    found = law(model.likelihood(z, t), torch.ones(model.shape, device=model.device))
+    assert isinstance(found, Symbols | Groups)
+    return found
+
+
+def _noise(process: Process, shape: tuple[int, ...]) -> Tensor:
+    """The latent that knows nothing, (*shape)."""
+    if isinstance(process, Product):
+        pairs = zip(process.parts, process.sizes, strict=True)
+        return torch.cat([_noise(part, (size,)) for part, size in pairs])
+    nothing = process.mask if isinstance(process, Absorbing) else 0
+    return torch.full(shape, nothing, dtype=torch.float64)
+
+
+class _Remembered(Schedule):
+    """A schedule that is asked for the same few times again and again, one at each call."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule, self.start = schedule, schedule.start
+        self.known: dict[float, Tensor] = {}
+
+    def forward(self, t: Tensor) -> Tensor:
+        if t.numel() != 1 and t.stride() != (0,):
+            return self.schedule(t)
+        first = t.flatten()[:1]
+        key = first.item()
+        if key not in self.known:
+            self.known[key] = self.schedule(first)[0]
+        return self.known[key].expand(t.shape)
+
+
+def _remember(model: Model) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Schedule):
+                setattr(module, name, _Remembered(child))
+
+
+@contextmanager
+def _fixed(model: Model) -> Iterator[None]:
+    """The network as it measures, and the same algorithms each time."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        with measuring(model):
+            yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before

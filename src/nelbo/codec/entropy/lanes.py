@@ -1,0 +1,88 @@
+r"""Lanes: parts of a stack, each of which codes examples of its own, side by side.
+
+With effort (`search`) an example goes whole upon the one before it, so that a decoder's network
+calls would be of one example each. But a stack of bits may be cut: the lower and the upper half
+of its words are two stacks that know nothing of each other, and one put upon the other again they
+are the stack that was cut. So a block begins on one lane, and when every lane holds enough for
+two examples of the model all are cut in two; a network call then takes an example of each. A cut
+costs nothing. What does is the end, where the lanes, which are numbers, become one number:
+
+    the first lane | the others, without their leading ones | a field for each other | its bits
+
+A field has the length of a lane, less their mean: it depends on the luck of its examples, for
+digits about 9 bits. The search loses 2 as it begins anew, so that a lane costs about 10.
+The batches say where the cuts are: there are as many lanes as the largest batch so far, and a
+smaller one takes the first of them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nelbo.codec.entropy.stack import WORD, Stack
+from nelbo.codec.errors import Damaged
+
+FIELD = 5  # bits that say how many a field has
+
+
+def widened(lanes: list[Stack], count: int) -> list[Stack]:
+    """Cut in two until there are `count` lanes, a power of two."""
+    while len(lanes) < count:
+        lanes = [half for lane in lanes for half in lane.halves()]
+    return lanes
+
+
+def narrowed(lanes: list[Stack], count: int) -> list[Stack]:
+    """The `count` lanes that were `widened` to these."""
+    while len(lanes) > count:
+        lanes = [low.under(high) for low, high in zip(lanes[::2], lanes[1::2], strict=True)]
+    return lanes
+
+
+def joined(lanes: Sequence[np.ndarray]) -> bytes:
+    """The words of all lanes, each from the lowest."""
+    whole, *others = (int.from_bytes(words.astype("<u4").tobytes(), "little") for words in lanes)
+    sizes = [number.bit_length() - 1 for number in others]
+    for number, size in zip(others, sizes, strict=True):
+        whole = whole << size | number ^ 1 << size
+    if others:
+        mean = whole.bit_length() // len(lanes)
+        bits = 1 + max(abs(size - mean) for size in sizes).bit_length()
+        for size in sizes:
+            whole = whole << bits | size - mean + (1 << bits - 1)
+        whole = whole << FIELD | bits
+    return whole.to_bytes((whole.bit_length() + 7) // 8, "little")
+
+
+def parted(data: bytes, count: int) -> list[np.ndarray]:
+    """The words of `count` lanes that were joined.
+
+    Raises:
+        Damaged: they were not.
+    """
+    if data and not data[-1]:
+        raise Damaged("the coded words end in a zero")
+    whole, fields, numbers = int.from_bytes(data, "little"), [], []
+    if count > 1:
+        bits, whole = _taken(whole, FIELD)
+        for _ in range(count - 1):
+            field, whole = _taken(whole, bits)
+            fields.append(field - (1 << bits >> 1))
+    mean = whole.bit_length() // count
+    for field in fields:
+        size = mean + field
+        if not 0 <= size < whole.bit_length():
+            raise Damaged(f"the coded words are not those of {count} lanes")
+        number, whole = _taken(whole, size)
+        numbers.append(number | 1 << size)
+    return [_words(number) for number in (whole, *reversed(numbers))]
+
+
+def _taken(whole: int, bits: int) -> tuple[int, int]:
+    """The lowest bits of a number, and the number without them."""
+    return whole & (1 << bits) - 1, whole >> bits
+
+
+def _words(number: int) -> np.ndarray:
+    data = number.to_bytes(WORD // 8 * -(-number.bit_length() // WORD), "little")
+    return np.frombuffer(data, "<u4").astype(np.uint32)

@@ -1,0 +1,187 @@
+"""Arrays of a .npy or .npz file: examples of a schema, all others beside them, and back.
+
+What is restored are the arrays: their names, order, types and numbers, fields included.
+"""
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from nelbo._utils import limits
+from nelbo.codec.coding.blocks import pack, storage, unpack
+from nelbo.codec.errors import Damaged
+from nelbo.data import Schema
+
+
+def read(
+    arrays: Mapping[str, np.ndarray], schema: Schema, source: str, kind: str
+) -> tuple[Tensor, dict[str, object], bytes, int, tuple[str, ...]]:
+    """The examples in arrays, what restores these, their bytes, and notes on what stays beside.
+
+    Raises:
+        ValueError: no array holds examples of the schema, or one could not be restored.
+    """
+    if schema.levels is None:
+        raise ValueError(f"the run is of a table; {source} holds arrays")
+    whole, parts, extra, beyond = [], [], bytearray(), []
+    levels = f"the run's schema holds 0..{schema.levels - 1}"
+    for name, array in arrays.items():
+        if array.dtype.hasobject:
+            raise ValueError(f"the array {name} of {source} holds Python objects; leave it out")
+        order = _layout(array, schema)
+        if order is not None and (wrong := _beyond(array, schema.levels)):
+            order = None
+            beyond.append(f"{name} of {source} holds the values {wrong}; {levels}")
+        whole.append([name, npy.dtype_to_descr(array.dtype), list(array.shape), order])
+        if order is None:
+            extra += array.tobytes()
+        elif array.size:
+            parts.append(_to_examples(array, order, schema))
+    if all(entry[3] is None for entry in whole):
+        if beyond:
+            raise ValueError(beyond[0])
+        found = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items()) or "none"
+        raise ValueError(
+            f"{source} has no array of integers of shape (N, {', '.join(map(str, schema.shape))})"
+            f" as the run needs; it has {found}"
+        )
+    x = np.concatenate(parts) if parts else np.zeros((0, *schema.shape), np.uint8)
+    about: dict[str, object] = {"kind": kind, "arrays": whole}
+    packed = pack(bytes(extra))
+    _check(arrays, as_bytes(x, json.loads(json.dumps(about)), packed, None), source)
+    size = sum(array.nbytes for array in arrays.values())
+    notes = tuple(f"{each}: kept beside the examples, as it is" for each in beyond)
+    return torch.from_numpy(x), about, packed, size, notes
+
+
+def _check(arrays: Mapping[str, np.ndarray], made: bytes, source: str) -> None:
+    """Raise ValueError where the file that would be restored is not that of the arrays."""
+    found = np.load(io.BytesIO(made), allow_pickle=False)
+    again = {"x": found} if isinstance(found, np.ndarray) else dict(found)
+    for name, array in arrays.items():
+        other = again.get(name)
+        if other is None or (array.dtype, array.shape) != (other.dtype, other.shape):
+            raise ValueError(
+                f"the array {name} of {source}, {array.dtype} {array.shape}, could not be restored"
+                " exactly; save it in a file of its own"
+            )
+        if not _same(array, other):
+            raise ValueError(
+                f"the numbers of the array {name} of {source} could not be restored exactly; save"
+                " it in a file of its own"
+            )
+    if list(again) != list(arrays):
+        raise ValueError(f"the names of the arrays of {source} could not be restored; rename them")
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether arrays of one type hold the same bits, but for what lies between fields."""
+    if a.dtype.names:
+        return all(_same(a[name], b[name]) for name in a.dtype.names)
+    return a.tobytes() == b.tobytes()
+
+
+def _layout(array: np.ndarray, schema: Schema) -> str | None:
+    """How an array holds examples: as the schema, without its one channel or its one number, or
+    with the channels last; None where it holds none."""
+    shape = array.shape[1:]
+    if array.dtype.kind not in "biu" or not array.ndim:
+        return None
+    if shape == schema.shape:
+        return "same"
+    if schema.shape[0] == 1 and shape == schema.shape[1:]:
+        return "flat"
+    if len(schema.shape) == 3 and shape == (*schema.shape[1:], schema.shape[0]):
+        return "last"
+    return None
+
+
+def _beyond(array: np.ndarray, levels: int) -> str:
+    """The range of an array that is not all levels, else ""."""
+    if not array.size:
+        return ""
+    low, high = int(array.min()), int(array.max())
+    return f"{low}..{high}" if low < 0 or high >= levels else ""
+
+
+def _to_examples(array: np.ndarray, order: str, schema: Schema) -> np.ndarray:
+    if order == "last":
+        array = np.moveaxis(array, -1, 1)
+    assert schema.levels is not None
+    return array.reshape(-1, *schema.shape).astype(storage(schema.levels))
+
+
+def as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None) -> bytes:
+    """The content of the file with examples x; of `places` only, after a salvage.
+
+    Raises:
+        Damaged: types that no such file has.
+    """
+    whole = [(name, _dtype(descr), shape, order) for name, descr, shape, order in about["arrays"]]
+    most = sum(math.prod(shape) * kind.itemsize for _, kind, shape, order in whole if not order)
+    if any(kind.kind not in "biu" for _, kind, _, order in whole if order):
+        raise Damaged("the levels of the model are integers, and the file says others")
+    if any(kind.hasobject for _, kind, _, _ in whole):
+        raise Damaged("the file says that it holds Python objects")
+    beside = "what the file holds beside the examples"
+    if most < 0:
+        raise Damaged(f"{beside} has a negative size")
+    limits.check_unpacked(most, len(extra), beside, 3)
+    rest = io.BytesIO(unpack(extra, most))
+    at, arrays = 0, cast(dict[str, Any], {})
+    for name, kind, shape, order in whole:
+        if order is None:
+            size = math.prod(shape) * kind.itemsize
+            arrays[name] = np.frombuffer(rest.read(size), kind).reshape(shape)
+            continue
+        mine = slice(at, at + shape[0])
+        if places is not None:
+            shape = [int(((places >= at) & (places < at + shape[0])).sum()), *shape[1:]]
+            mine = slice(*np.searchsorted(places, [at, mine.stop]))
+        at += int(shape[0]) if places is None else mine.stop - mine.start
+        part = np.moveaxis(x[mine], 1, -1) if order == "last" else x[mine]
+        arrays[name] = np.ascontiguousarray(part.reshape(shape).astype(kind))
+    file = io.BytesIO()
+    if about["kind"] == "npy":
+        np.save(file, arrays["x"], allow_pickle=False)
+    else:
+        _write_npz(file, arrays)
+    return file.getvalue()
+
+
+def _write_npz(file: io.BytesIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """As `numpy.savez_compressed`, which takes names such as `file` for its own parameters."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                npy.write_array(member, array, allow_pickle=False)
+
+
+def _dtype(descr: object) -> np.dtype:
+    """The type that `numpy.lib.format.dtype_to_descr` described, after JSON made lists of its
+    tuples: fields are (name, description) or (name, description, shape), a name may be a pair."""
+    if isinstance(descr, str):
+        found = np.dtype(descr)
+    elif isinstance(descr, list):
+        found = npy.descr_to_dtype(_fields(descr))
+    else:
+        raise Damaged(f"the file holds numbers of the type {descr!r}")
+    return found
+
+
+def _fields(descr: list) -> list[tuple]:
+    def name(value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    def kind(value: object) -> object:
+        return _fields(value) if isinstance(value, list) else value
+
+    return [(name(field[0]), kind(field[1]), *map(tuple, field[2:])) for field in descr]

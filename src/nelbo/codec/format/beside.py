@@ -1,0 +1,106 @@
+"""Columns of a table as bytes, exactly: what goes beside the rows that a model codes.
+
+For each column whether its cells are there, a bit each; then the numbers of those of fixed size,
+or the lengths of all others as text and their bytes.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nelbo.codec.errors import Damaged
+from nelbo.data.tabular.dtypes import describe, parse
+from nelbo.data.tabular.tables import polars
+
+if TYPE_CHECKING:
+    from polars import DataType, Series
+
+#: types whose cells are stored as text, which says them exactly
+AS_TEXT = ("String", "Categorical", "Enum", "Decimal", "Int128", "UInt128")
+#: the numbers that stand for the cells of types that are none
+PHYSICAL = {"Boolean": "u1", "Date": "i4", "Time": "i8", "Datetime": "i8", "Duration": "i8"}
+
+
+def to_bytes(series: "Series") -> bytes:
+    """The cells of a column.
+
+    Raises:
+        ValueError: its type is not flat.
+    """
+    pl = polars()
+    name, numbers = _kind(series.dtype)
+    if not name:
+        raise ValueError(
+            f"the column {series.name!r} is of the type {series.dtype}, which is not compressed;"
+            " remove it"
+        )
+    there = np.packbits(series.is_not_null().to_numpy()).tobytes()
+    if name == "Null":
+        return there
+    if name in AS_TEXT:
+        texts = series.cast(pl.String).fill_null("")
+        lengths = texts.str.len_bytes().to_numpy().astype("<u4")
+        return there + lengths.tobytes() + "".join(texts).encode()
+    plain = series.cast(pl.UInt8) if name == "Boolean" else series.to_physical()
+    return there + plain.fill_null(0).to_numpy().astype(numbers).tobytes()
+
+
+def of_bytes(name: str, dtype: str, count: int, data: bytes) -> "Series":
+    """The column of `count` cells of a type (`dtypes`) that became these bytes.
+
+    Raises:
+        Damaged: they are none.
+    """
+    pl = polars()
+    made = parse(dtype)
+    kind, numbers = _kind(made)
+    begin = -(-count // 8)
+    if len(data) < begin:
+        raise Damaged(f"the cells of the column {name!r} are cut")
+    there = np.unpackbits(np.frombuffer(data[:begin], np.uint8), count=count).astype(bool)
+    rest = data[begin:]
+    try:
+        if kind == "Null":
+            return pl.Series(name, [None] * count, dtype=pl.Null)
+        if kind in AS_TEXT:
+            lengths = np.frombuffer(rest[: 4 * count], "<u4").astype(np.int64)
+            ends, text = np.cumsum(lengths), rest[4 * count :]
+            if len(lengths) != count or (ends[-1] if count else 0) != len(text):
+                raise Damaged(f"the cells of the column {name!r} are cut")
+            cells = [
+                text[end - size : end].decode() if known else None
+                for end, size, known in zip(ends, lengths, there, strict=True)
+            ]
+            return pl.Series(name, cells, dtype=pl.String).cast(made)
+        values = np.frombuffer(rest, numbers)
+        if len(values) != count:
+            raise Damaged(f"the cells of the column {name!r} are cut")
+        plain = pl.Series(name, values.astype(values.dtype.newbyteorder("=")))
+        return plain.cast(made).set(pl.Series(~there), None)
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        raise Damaged(f"the column {name!r} cannot be made of its cells: {error}") from None
+
+
+def equal_cells(a: "Series", b: "Series") -> np.ndarray:
+    """Which cells of two columns of one type are the same to the bit, (N,)."""
+    pl = polars()
+    if a.dtype.is_float():
+        both = (a.is_null() & b.is_null()).to_numpy()
+        one = (a.is_null() ^ b.is_null()).to_numpy()
+        bits = [s.fill_null(0).to_numpy().astype(_kind(a.dtype)[1]) for s in (a, b)]
+        unsigned = f"u{bits[0].dtype.itemsize}"
+        return both | (~one & (bits[0].view(unsigned) == bits[1].view(unsigned)))
+    if _kind(a.dtype)[0] in ("Categorical", "Enum"):
+        a, b = a.cast(pl.String), b.cast(pl.String)
+    return a.eq_missing(b).to_numpy()
+
+
+def _kind(dtype: "DataType") -> tuple[str, str]:
+    """The name of a type without its brackets, and what its cells are as numbers of NumPy."""
+    name = describe(dtype).partition("[")[0]
+    if name in PHYSICAL:
+        return name, f"<{PHYSICAL[name]}"
+    for word, letter in (("UInt", "u"), ("Int", "i"), ("Float", "f")):
+        if name.startswith(word) and name not in AS_TEXT:
+            return name, f"<{letter}{int(name.removeprefix(word)) // 8}"
+    return name, ""

@@ -1,0 +1,309 @@
+"""NumPy files: .npy holds one array, .npz several under names."""
+
+import math
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from nelbo._utils import limits
+from nelbo.data.conform import Found
+from nelbo.data.splits import (
+    MEANING,
+    Declared,
+    group,
+    one_each,
+    refuse_unclear,
+    split_of,
+    words_of,
+)
+
+#: times that arrays are in memory while they are checked and split
+COPIES = 3
+CHANNELS = (1, 3, 4)  # of an image
+#: what arrays of examples are called beside the name of a split, the likeliest first
+EXAMPLES = ("x", "images", "image", "data", "inputs", "features", "samples", "examples")
+#: what arrays of labels are called
+LABELS = ("y", "labels", "label", "targets", "target", "classes", "class")
+
+
+def read_npy(path: Path) -> Found:
+    """The one array of a .npy file.
+
+    Raises:
+        ValueError: if the file is damaged or its array is not one of numeric examples.
+    """
+    return found_arrays(path, {"all": load_npy(path)}, {"all": str(path)})
+
+
+def read_npz(path: Path, splits: Declared | None = None) -> Found:
+    """The examples of a .npz file: x_train, x_validation, x_test; train, ..; x; or the only one.
+
+    Arrays y_train, train_labels, ..; y or labels are their labels: integers and strings are
+    classes, under the name class, and reals are numbers, under the name y. Which names are of
+    which split: see `splits`.
+
+    Raises:
+        ValueError: if the file is damaged, has none of these names, or an array is not one of
+            numeric examples.
+    """
+    keys = names_in(path)
+    names, of_labels, guessed = choose(keys, path, splits)
+    if not names:
+        raise ValueError(
+            f"{path} holds the arrays {', '.join(keys) or '(none)'}; name the examples x_train, "
+            f"x_validation and x_test, or x"
+        )
+    used = (*names.values(), *of_labels.values())
+    loaded = load_npz(path, used)
+    arrays = {split: loaded[name] for split, name in names.items()}
+    labels = {split: loaded[name] for split, name in of_labels.items()}
+    ignored = [key for key in keys if key not in used]
+    note = f"used {', '.join(used)} and ignored {', '.join(ignored)}"
+    where = {split: f"{name} in {path}" for split, name in names.items()}
+    notes = (*guessed, *([note] if ignored else []))
+    found = found_arrays(path, arrays, where, notes)
+    if not labels:
+        return found
+    real = any(values.dtype.kind == "f" for values in labels.values())
+    return replace(found, labels={"y" if real else "class": labels})
+
+
+def load_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file.
+
+    Raises:
+        ValueError: if it is damaged, holds Python objects, or is larger than free memory.
+    """
+    with _reading(path, npy.MAGIC_PREFIX) as stream:
+        return _array(stream, limits.regular(path))
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of the arrays in a .npz file."""
+    with _reading(path, b"PK") as stream, zipfile.ZipFile(stream) as archive:
+        return list(_members(archive))
+
+
+def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of these names in a .npz file; all where left out. Errors as for `load_npy`."""
+    with _reading(path, b"PK") as stream, zipfile.ZipFile(stream) as archive:
+        members = _members(archive)
+        wanted = {name: members[name] for name in names or members}
+        whole = sum(map(_check_claim, wanted.values()))
+        limits.check_unpacked(whole, limits.regular(path), "it", COPIES)
+        return {name: _member(archive, info) for name, info in wanted.items()}
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The arrays of an archive by name; ValueError where two have the same one."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        if name in members:
+            raise ValueError(f"two of its arrays have the name {name!r}")
+        members[name] = info
+    return members
+
+
+def _check_claim(info: zipfile.ZipInfo) -> int:
+    """The bytes of an array; ValueError where its packed ones do not hold as many."""
+    known = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: limits.DEFLATED}
+    most = known.get(info.compress_type)
+    if most is not None and info.file_size > most * (info.compress_size + 1):
+        raise ValueError(f"{info.filename} claims {info.file_size} bytes in {info.compress_size}")
+    return info.file_size
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array of which no more is allocated than is packed."""
+    with archive.open(info) as stream:
+        try:
+            return _array(stream, info.file_size)
+        except ValueError as error:
+            raise ValueError(f"{info.filename}: {error}") from None
+
+
+def _array(stream: IO[bytes], size: int) -> np.ndarray:
+    """The array in a stream of so many bytes, of which the header must not say more."""
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"its format {version} is for named fields, not for numbers")
+    length = stream.read(2 * version[0])
+    if int.from_bytes(length, "little") > limits.ARRAY_HEADER:
+        raise ValueError("its header is far too long")
+    stream.seek(npy.MAGIC_LEN)
+    read_header = npy.read_array_header_1_0 if version[0] == 1 else npy.read_array_header_2_0
+    shape, _, kind = read_header(stream)
+    needed = math.prod(shape) * kind.itemsize
+    if kind.hasobject:
+        raise ValueError("Object arrays are not read, for they can hold code")
+    if min(shape, default=0) < 0 or needed > size - stream.tell():
+        raise ValueError(
+            f"its header says {shape} of {kind}, {needed} bytes, and {size - stream.tell()} follow"
+        )
+    limits.check_memory(COPIES * needed, "it")
+    stream.seek(0)
+    return npy.read_array(stream, allow_pickle=False)
+
+
+def choose(
+    keys: Collection[str], source: object = "", declared: Declared | None = None
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Which array is which split, {} if no rule applies; which holds its labels, {} unless all
+    splits have some; and notes.
+
+    >>> choose(["x_train", "y_train", "x_val"])[:2]
+    ({'train': 'x_train', 'validation': 'x_val'}, {})
+    >>> choose(["trainImages", "test_images", "train_labels", "ids"])[0]
+    {'train': 'trainImages', 'test': 'test_images'}
+    >>> choose(["X", "target"])[:2]
+    ({'all': 'X'}, {'all': 'target'})
+
+    Raises:
+        ValueError: if two names mean the same split, or one cannot be told.
+    """
+    of_labels = [key for key in keys if set(_stem(key)) & set(LABELS)]
+    others = [key for key in keys if key not in of_labels]
+    notes: list[str] = []
+    if declared:
+        names = one_each(group(list(keys), source, declared, BESIDE), list(keys), source)
+    else:
+        for key in others:
+            refuse_unclear(key, source)
+        names, notes = _by_stem(others, source, declared)
+    labels = {}
+    for split, name in names.items():
+        own = None if split == "all" else split_of(name)
+        mine = [key for key in of_labels if key != name and split_of(key) == own]
+        ranked = sorted(mine, key=lambda key: (len(_stem(key)), LABELS.index(_word(key))))
+        if ranked:
+            labels[split] = ranked[0]
+    return names, labels if len(labels) == len(names) else {}, notes
+
+
+BESIDE = "arrays beside the splits"
+
+
+def _stem(key: str) -> tuple[str, ...]:
+    """The words of a key but for that of its split."""
+    return tuple(word for word in words_of(key) if word not in MEANING)
+
+
+def _word(key: str) -> str:
+    return next(word for word in _stem(key) if word in LABELS)
+
+
+def _by_stem(
+    keys: Collection[str], source: object, declared: Declared | None
+) -> tuple[dict[str, str], list[str]]:
+    """The array of each split of those that examples are likeliest in, and notes; or the one."""
+    stems: list[tuple[str, ...]] = [*((word,) for word in EXAMPLES), ()]
+    own = {_stem(key) for key in keys} - set(stems)
+    stems += own if len(own) == 1 else []
+    alike = [[key for key in keys if _stem(key) == stem] for stem in stems]
+    for some in sorted(alike, key=lambda some: not any(map(split_of, some))):
+        groups = group(some, source, declared, BESIDE)
+        if len(some) == 1 or (some and "all" not in groups.parts):
+            return one_each(groups, some, source), groups.notes
+    return {}, []
+
+
+def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
+    """An array of any rank as (N, D) vectors or (N, C, H, W) images, and a note if it was moved.
+
+    (N,) becomes (N, 1); (N, H, W) becomes grey images; of (N, ., ., .) the channels are the axis
+    of 1, 3 or 4 entries, first or last; of two such axes the one that leaves the wider image.
+
+    Raises:
+        ValueError: if no rule applies or there are no examples.
+    """
+    if array.size == 0:
+        raise ValueError(f"{label} is empty: its shape is {array.shape}; give at least 1 example")
+    if array.ndim <= 1:
+        return array.reshape(-1, 1), None
+    if array.ndim == 2:
+        return array, None
+    if array.ndim == 3:
+        return array[:, None], None
+    first, last = (array.ndim == 4 and array.shape[k] in CHANNELS for k in (1, -1))
+    if first and last:  # the channels are those beside which the image is less narrow
+        sides = sorted(array.shape[2:]), sorted(array.shape[1:3])
+        first = sides[0] > sides[1]
+        where = "first" if first else "last"
+        note = f"{array.shape} read as images with channels {where}, which could be otherwise"
+        return (array if first else np.moveaxis(array, 3, 1)), note
+    if last:
+        return np.moveaxis(array, 3, 1), f"{array.shape} read as images with channels last"
+    if first:
+        return array, None
+    raise ValueError(
+        f"{label} has the shape {array.shape}; give vectors (N, D) or images (N, H, W), "
+        f"(N, C, H, W) or (N, H, W, C) with 1, 3 or 4 channels"
+    )
+
+
+def found_arrays(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    where: Mapping[str, object],
+    notes: tuple[str, ...] = (),
+) -> Found:
+    """Arrays as the parts of a source, laid out as examples; `where` each is, for messages.
+
+    Raises:
+        ValueError: if one is not of numeric examples.
+    """
+    moved: list[str] = []
+    parts: dict[str, np.ndarray] = {}
+    for split, array in arrays.items():
+        place = str(where[split])
+        parts[split], note = layout(_numeric(array, place), place)
+        if note and note not in moved:
+            moved.append(note)
+    levels = 2 if all(x.dtype == bool for x in parts.values()) else None
+    return Found(str(path), parts, levels, (*notes, *moved))
+
+
+def _numeric(array: np.ndarray, label: str) -> np.ndarray:
+    """Booleans and integers as they are, reals as finite float32 or float64."""
+    if array.dtype.kind in "bui":
+        return array
+    if array.dtype.kind != "f":
+        raise ValueError(f"{label} has the type {array.dtype}; save it as integers or float64")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32 if array.dtype.itemsize <= 4 else np.float64, copy=False)
+    wrong = ~np.isfinite(array)
+    if wrong.any():
+        index = tuple(int(i) for i in np.unravel_index(wrong.argmax(), array.shape))
+        raise ValueError(
+            f"{label} has {wrong.sum()} NaN or infinite values, the first at index {index}; "
+            f"remove or fill them"
+        )
+    return array
+
+
+@contextmanager
+def _reading(path: Path, magic: bytes) -> Iterator[IO[bytes]]:
+    """An open file, any failure to read which is one ValueError.
+
+    Damage shows as a dozen types of exception from numpy, zipfile, zlib and lzma.
+    """
+    try:
+        limits.regular(path)
+        with path.open("rb") as file:
+            if file.read(len(magic)) != magic:
+                raise ValueError(f"it does not begin as a {path.suffix} file does")
+            file.seek(0)
+            yield file
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as numbers: {reason}; write it with "
+            f"numpy.{'save' if path.suffix.lower() == '.npy' else 'savez'}, without Python objects"
+        ) from error

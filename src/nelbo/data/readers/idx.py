@@ -1,0 +1,109 @@
+"""idx files, the format of MNIST: a header of sizes and then the numbers, plain or gzipped."""
+
+import gzip
+import math
+import re
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nelbo._utils import limits
+from nelbo.data.conform import Found
+from nelbo.data.readers.arrays import COPIES, found_arrays
+from nelbo.data.splits import Declared, group, one_each
+
+#: the third byte of a file
+TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+NAME = re.compile(r"(?P<stem>.*?)[-_.]?(?P<what>images|labels)[-_.]idx\d-\w+(\.gz)?", re.I)
+
+
+def is_idx(path: Path) -> bool:
+    """Whether the name is that of an idx file, as in train-images-idx3-ubyte.gz."""
+    return "idx" in path.name.lower()
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The idx files of images in a folder, by name."""
+    return [file for file in sorted(folder.iterdir()) if _stem(file, "images") is not None]
+
+
+def read_idx(source: Path, splits: Declared | None = None) -> Found:
+    """The examples of an idx file; or of train-images-idx3-ubyte and the like in a folder.
+
+    Files of labels beside them are their classes.
+
+    Raises:
+        ValueError: if a file is damaged or not as long as its header says.
+    """
+    files, notes = ({"all": source}, []) if source.is_file() else _splits(source, splits)
+    arrays = {part: read_array(file) for part, file in files.items()}
+    found = found_arrays(source, arrays, files, tuple(notes))
+    beside = {part: _labels_of(file) for part, file in files.items()}
+    labels = {part: read_array(file) for part, file in beside.items() if file is not None}
+    return replace(found, labels={"class": labels}) if len(labels) == len(files) else found
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array of an idx file, in the byte order of this machine.
+
+    Raises:
+        ValueError: if it is damaged, or not as long as its header says.
+    """
+    zipped = path.suffix.lower() == ".gz"
+    opener, most = gzip.open if zipped else open, limits.regular(path)
+    most *= limits.DEFLATED if zipped else 1
+    try:
+        with opener(path, "rb") as file:
+            magic = file.read(4)
+            if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in TYPES or not magic[3]:
+                raise ValueError("it does not begin as an idx file does")
+            kind = np.dtype(TYPES[magic[2]])
+            sizes = np.frombuffer(file.read(4 * magic[3]), ">u4").tolist()
+            if len(sizes) < magic[3]:
+                raise ValueError("it ends within its header")
+            needed = math.prod(sizes) * kind.itemsize
+            # A header that lies never makes us ask for memory that the file cannot fill.
+            if needed <= most:
+                packed = limits.regular(path)
+                limits.check_unpacked(needed, packed, f"its {sizes} numbers", COPIES)
+            content = file.read(needed + 1) if needed <= most else b""
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(
+            f"{path} cannot be read as an idx file: {error}; copy it again"
+        ) from error
+    if len(content) != needed:
+        raise ValueError(
+            f"{path} cannot be read as an idx file: its header says {sizes}, {needed} bytes, and"
+            f" it holds {'more' if len(content) > needed else 'fewer'}; copy it again"
+        )
+    array = np.frombuffer(content, kind).reshape(sizes)
+    return array.astype(kind.newbyteorder("="))
+
+
+def _splits(folder: Path, splits: Declared | None) -> tuple[dict[str, Path], list[str]]:
+    files = {str(_stem(file, "images")): file for file in images_in(folder)}
+    groups = group(list(files), folder, splits)
+    if len(groups.parts.get("all", ())) > 1:
+        raise ValueError(
+            f"{folder} has several idx files of images, none named train; give one of them:"
+            f" {next(iter(files.values()))}"
+        )
+    stems = one_each(groups, list(files), folder)
+    return {split: files[stem] for split, stem in stems.items()}, groups.notes
+
+
+def _labels_of(images: Path) -> Path | None:
+    """The file of labels beside one of images, plain or gzipped."""
+    stem = _stem(images, "images")
+    if stem is None:
+        return None
+    beside = sorted(images.parent.iterdir())
+    return next((file for file in beside if _stem(file, "labels") == stem), None)
+
+
+def _stem(file: Path, what: str) -> str | None:
+    """What stands in the name before "images" or "labels"; None where that is not `what`."""
+    match = NAME.fullmatch(file.name)
+    return match["stem"] if match and match["what"].lower() == what else None

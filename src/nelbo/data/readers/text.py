@@ -1,0 +1,258 @@
+"""Text as chunks of symbols: its characters, or its bytes.
+
+The alphabet is that of the training split, sorted, and one symbol more stands for any other
+character. A text of bytes has 256 symbols and no alphabet. Splits are contiguous, so that no
+chunk stands in two. Chunks to measure on follow each other; those to train on overlap and begin
+at random, for a chunk may begin anywhere.
+"""
+
+from pathlib import Path
+from typing import AnyStr
+
+import numpy as np
+
+from nelbo._utils import limits
+from nelbo.data.conform import SALT, Found
+from nelbo.data.readers.walk import files_below, walk
+from nelbo.data.schema import Schema
+from nelbo.data.splits import SPLITS, Declared, group
+
+SUFFIX = ".txt"
+#: bytes of memory for each of the file: characters of 4, their codes, overlapping chunks
+TAKEN = 18
+LENGTH = 128  # symbols of a chunk
+CHARACTERS = 254  # most different ones of a text that is read as characters: 256 levels are bytes
+OVERLAP, WINDOWS = 16, 2**26  # training chunks per length of text, and symbols of all of them
+OTHER = "\ufffd"  # stands for the characters that are not in the alphabet
+
+
+def is_text(path: Path) -> bool:
+    """Whether it is a .txt file, or a folder of nothing else but hidden files."""
+    if path.is_file():
+        return path.suffix.lower() == SUFFIX
+    some = False
+    for file in files_below(path):  # the first that is none decides, of however many there are
+        some = file.suffix.lower() == SUFFIX
+        if not some:
+            return False
+    return some
+
+
+def read(
+    path: Path,
+    length: int | None = None,
+    levels: int | None = None,
+    splits: Declared | None = None,
+    seed: int = 0,
+) -> Found:
+    """A text to train on; splits that it lacks are a tenth each of the end of its training text.
+
+    Args:
+        path: a .txt file in UTF-8; or a folder of them, of which the names of files or sub-folders
+            tell the splits, see `splits`.
+        length: symbols of a chunk; 128 where left out.
+        levels: 256 for bytes; else characters, where they are not too many.
+        splits: as declared.
+        seed: of where training chunks begin.
+
+    Raises:
+        ValueError: an empty or short text, one that is not UTF-8, another number of levels.
+    """
+    return of_bytes(path, *_bytes_of(path, splits), length, levels, seed)
+
+
+def of_bytes(
+    path: Path | str,
+    parts: dict[str, bytes],
+    notes: list[str],
+    length: int | None = None,
+    levels: int | None = None,
+    seed: int = 0,
+) -> Found:
+    """The same of the content of each split, or of "all"; `path` is for messages."""
+    _refuse_empty(path, parts)
+    texts = {} if levels == 256 else {k: _decode(x, path, True) for k, x in parts.items()}
+    if missing := [split for split in ("validation", "test") if split not in parts]:
+        parts = _split(parts, missing, path)
+        texts = _split(texts, missing, path) if texts else {}
+        notes.append(f"{' and '.join(missing)}: a tenth each, off the end of the training text")
+    alphabet = "".join(sorted(set(texts.get("train", ""))))
+    if texts and len(alphabet) > CHARACTERS:
+        texts, alphabet = {}, ""
+        notes.append(f"more than {CHARACTERS} different characters: read as bytes")
+    count = len(alphabet) + 1 if texts else 256
+    if levels not in (None, count):
+        raise ValueError(
+            f"{path} has {count - 1} different characters, and one level stands for any other:"
+            f" {count} levels; got {levels}; leave --levels out, or give 256 for bytes"
+        )
+    codes = {part: encode(texts.get(part, x), alphabet) for part, x in parts.items()}
+    if codes["train"].min() == codes["train"].max():
+        raise ValueError(f"all symbols of {path} are the same, so there is nothing to learn")
+    return _chunks(path, codes, length or LENGTH, alphabet, notes, seed)
+
+
+def read_like(path: Path, schema: Schema, splits: Declared | None = None) -> Found:
+    """A text to measure a model of some schema on; see `read`.
+
+    Raises:
+        ValueError: as `read`; the model is of no text.
+    """
+    return of_bytes_like(path, *_bytes_of(path, splits), schema)
+
+
+def of_bytes_like(
+    path: Path | str, parts: dict[str, bytes], notes: list[str], schema: Schema
+) -> Found:
+    """The same of the content of each split, or of "all"; `path` is for messages."""
+    if schema.alphabet is None:
+        raise ValueError(f"{path} is text, and the model is of no text; give data of its kind")
+    _refuse_empty(path, parts)
+    texts = {k: _decode(x, path, False) if schema.alphabet else x for k, x in parts.items()}
+    codes = {part: encode(text, schema.alphabet) for part, text in texts.items()}
+    return _chunks(path, codes, schema.shape[0], schema.alphabet, notes)
+
+
+def encode(text: str | bytes, alphabet: str) -> np.ndarray:
+    """Characters as their places in the sorted alphabet, others as its length; bytes as they are.
+
+    >>> encode("abxa", "ab")
+    array([0, 1, 2, 0], dtype=uint8)
+    >>> encode(b"ab", "")
+    array([97, 98], dtype=uint8)
+    """
+    if isinstance(text, bytes):
+        return np.frombuffer(text, np.uint8)
+    points, known = (np.frombuffer(s.encode("utf-32-le"), np.uint32) for s in (text, alphabet))
+    place = np.searchsorted(known, points).clip(max=len(known) - 1)
+    return np.where(known[place] == points, place, len(known)).astype(np.uint8)
+
+
+def decode(x: np.ndarray, alphabet: str) -> list[str]:
+    """Chunks (N, L) of symbols as N strings; what is no character becomes \ufffd.
+
+    >>> decode(np.array([[0, 1, 2]]), "ab") == ["ab\ufffd"]
+    True
+    """
+    if not alphabet:
+        return [bytes(chunk.tolist()).decode("utf-8", errors="replace") for chunk in x]
+    return ["".join((alphabet + OTHER)[k] for k in chunk) for chunk in x.tolist()]
+
+
+def _bytes_of(path: Path, splits: Declared | None) -> tuple[dict[str, bytes], list[str]]:
+    """The content of each split, or "all", the files of a split in the order of their names."""
+    if path.is_file():
+        groups: dict[str, list[Path]] = {"all": [path]}
+        notes: list[str] = []
+    else:
+        groups, notes = _groups(path, splits)
+    size = sum(limits.regular(file) for files in groups.values() for file in files)
+    limits.check_memory(TAKEN * size, str(path))
+    parts = {part: b"".join(file.read_bytes() for file in files) for part, files in groups.items()}
+    return parts, notes
+
+
+def _refuse_empty(path: Path | str, parts: dict[str, bytes]) -> None:
+    for part, content in parts.items():
+        if not content.strip():
+            raise ValueError(f"{_label(path, part)} is an empty text; give one with symbols in it")
+
+
+def _groups(folder: Path, splits: Declared | None) -> tuple[dict[str, list[Path]], list[str]]:
+    files, _, _ = walked = walk(folder, (SUFFIX,), "texts")
+    names = [file.relative_to(folder).as_posix() for file in files]
+    parts, _, notes = group(names, folder, splits)
+    found = {part: [files[i] for i in few] for part, few in parts.items()}
+    return found, [*walked.notes(), *notes]
+
+
+def _decode(content: bytes, path: Path | str, training: bool) -> str:
+    other = ", or read it as bytes with --levels 256" if training else ""
+    wide = _wide(content)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        looks = f" and looks like {wide}" if wide else ""
+        raise ValueError(
+            f"{path} is not UTF-8{looks}: byte {content[error.start]:#04x} at {error.start}; save"
+            f" it as UTF-8{other}"
+        ) from None
+    if "\0" in text:
+        looks = f"looks like {wide}" if wide else "is no text"
+        raise ValueError(
+            f"{path} {looks}: byte 0x00 at {content.index(0)}; save it as UTF-8{other}"
+        )
+    return text
+
+
+def _wide(content: bytes) -> str:
+    """UTF-32 or UTF-16, where the first bytes look like one of them, with its mark or without."""
+    head = content[:4096]
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    zeros = [head[k::4].count(0) / max(1, len(head[k::4])) for k in range(4)]
+    often = sum(share > 0.5 for share in zeros)
+    return {2: "UTF-16", 3: "UTF-32"}.get(often, "")
+
+
+def _split(parts: dict[str, AnyStr], missing: list[str], path: Path | str) -> dict[str, AnyStr]:
+    """With a tenth of the training text, off its end, for each split that is missing."""
+    rest = {split: text for split, text in parts.items() if split in SPLITS}
+    source = parts.get("train", parts.get("all"))
+    if source is None:
+        raise ValueError(f"{path} has no training text, only {', '.join(parts)}; name it train")
+    tenth = len(source) // 10
+    cuts = [len(source) - tenth * k for k in range(len(missing), -1, -1)]
+    rest["train"] = source[: cuts[0]]
+    return rest | {s: source[a:b] for s, a, b in zip(missing, cuts, cuts[1:], strict=False)}
+
+
+def _chunks(
+    path: Path | str,
+    codes: dict[str, np.ndarray],
+    length: int,
+    alphabet: str,
+    notes: list[str],
+    seed: int | None = None,
+) -> Found:
+    """Chunks (N, length) of the codes of each split; to train on, by a seed, where there is one.
+
+    Chunks to train on begin anywhere: one at random in each stride, for at multiples of the stride
+    they would see records of a fixed width at some of their phases only.
+    """
+    training = seed is not None
+    unit, parts = "characters" if alphabet else "bytes", {}
+    shortest = min(map(len, codes.values()))
+    for part, code in codes.items():
+        if len(code) < length:
+            other = f", or try --size {max(1, shortest // 2)}" if training else ""
+            raise ValueError(
+                f"{_label(path, part)} has {len(code)} {unit}, too few for a chunk of {length};"
+                f" give more text{other}"
+            )
+        learned = training and part == "train"
+        overlap = OVERLAP if learned else 1
+        stride = max(1, length // min(overlap, max(1, WINDOWS // len(code))))
+        windows = np.lib.stride_tricks.sliding_window_view(code, length)
+        begin = np.arange(0, len(windows), stride)
+        if learned:
+            # raw bits are the same in every numpy
+            bits = np.random.PCG64([SALT, 1, seed or 0]).random_raw(len(begin))
+            begin = begin + (bits % np.uint64(stride)).astype(np.int64)
+        parts[part] = windows[begin.clip(max=len(windows) - 1)]
+        rest = (len(code) - length) % stride
+        others = int((code == len(alphabet)).sum()) if alphabet else 0
+        if rest and not learned:
+            notes.append(f"the last {rest} {unit} of {_label(path, part)} fill no chunk: left out")
+        if others:
+            notes.append(f"{others} characters of {_label(path, part)} are not in the alphabet")
+    known = f"{len(alphabet)} different ones and one for any other; " if alphabet else ""
+    notes.append(f"text in chunks of {length} {unit}; {known}--size sets the length")
+    levels = len(alphabet) + 1 if alphabet else 256
+    return Found(str(path), parts, levels, tuple(notes), alphabet=alphabet)
+
+
+def _label(path: Path | str, part: str) -> str:
+    return str(path) if part == "all" else f"the {part} split of {path}"

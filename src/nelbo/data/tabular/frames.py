@@ -1,0 +1,103 @@
+"""Frames of others, and mappings of names to columns, as columns of polars of the same types."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from nelbo.data.tabular.cells import raw_texts
+
+if TYPE_CHECKING:
+    from polars import Series
+
+NUMBERS = "biuf"  # kinds of NumPy types that are taken as they are
+
+
+def columns_of(table: object) -> "list[Series]":
+    """The columns of a pandas frame, a structured array, or a mapping of names to columns.
+
+    Raises:
+        ValueError: two have the same name, or it is an array without names.
+        TypeError, KeyError: it is none of these.
+    """
+    if hasattr(table, "iloc") and hasattr(table, "columns"):
+        frame = cast(Any, table)
+        found = [(str(name), frame.iloc[:, i]) for i, name in enumerate(frame.columns)]
+    elif isinstance(table, np.ndarray) and table.dtype.names and table.ndim == 1:
+        found = [(name, table[name]) for name in table.dtype.names]
+    elif not isinstance(table, Mapping):
+        kind = type(table).__name__
+        also = ""
+        if hasattr(table, "shape"):
+            also = "; save an array with numpy.save and give its path, or name its columns"
+        raise ValueError(
+            f"a table is a polars or pandas frame or a mapping of columns; got {kind}{also}"
+        )
+    else:
+        found = [(str(name), table[name]) for name in table]
+    names = [name for name, _ in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the table has two columns of the name {twice!r}; rename one")
+    return [_column(name, values) for name, values in found]
+
+
+def left_out(table: object) -> list[str]:
+    """A note on a named index of a pandas frame, which is no column of it."""
+    if not (hasattr(table, "iloc") and hasattr(table, "columns")):
+        return []
+    names = [str(name) for name in cast(Any, table).index.names if name is not None]
+    if not names:
+        return []
+    return [f"the index of the frame, {', '.join(names)}, left out; reset_index() keeps it"]
+
+
+def _column(name: str, values: object) -> "Series":
+    """One column; what its library calls missing is null."""
+    pl = import_module("polars")
+    if isinstance(values, pl.Series):
+        return values.rename(name)
+    if hasattr(values, "detach"):
+        values = cast(Any, values).detach().cpu().numpy()
+    if hasattr(values, "iloc"):
+        return _of_pandas(name, values)
+    if isinstance(values, np.ndarray) and values.ndim != 1:
+        raise ValueError(
+            f"the column {name!r} has the shape {values.shape}; give one number for each row"
+        )
+    if isinstance(values, np.ndarray) and values.dtype.kind in NUMBERS:
+        return _of_numbers(name, values, np.zeros(len(values), bool))
+    cells = values.tolist() if isinstance(values, np.ndarray) else list(cast(Any, values))
+    return pl.Series(name, cells, strict=False, nan_to_null=True)
+
+
+def _of_pandas(name: str, values: object) -> "Series":
+    pl, series = import_module("polars"), cast(Any, values)
+    missing, dtype = series.isna().to_numpy(), series.dtype
+    if hasattr(dtype, "categories"):
+        categories = pl.Series(dtype.categories.tolist(), strict=False)
+        try:
+            names = raw_texts(categories).to_list()
+        except ValueError:  # intervals, dates
+            names = [str(each) for each in dtype.categories]
+        cells = [None if code < 0 else names[code] for code in series.cat.codes]
+        return pl.Series(name, cells, dtype=pl.Categorical)
+    plain = getattr(dtype, "numpy_dtype", dtype)
+    if not isinstance(plain, np.dtype):
+        plain = np.asarray(series).dtype
+    if plain.kind in NUMBERS:
+        masked = missing.any() and plain.kind != "f"
+        found = series.to_numpy(dtype=plain, na_value=0) if masked else np.asarray(series, plain)
+        return _of_numbers(name, found, missing)
+    cells = [None if no else v for v, no in zip(series.astype(object), missing, strict=True)]
+    return pl.Series(name, cells, strict=False, nan_to_null=True)
+
+
+def _of_numbers(name: str, values: np.ndarray, missing: np.ndarray) -> "Series":
+    pl = import_module("polars")
+    if values.dtype.kind == "f":
+        values = values.astype(np.float32 if values.dtype.itemsize <= 4 else np.float64)
+        missing = missing | np.isnan(values)
+    made = pl.Series(name, np.ascontiguousarray(values.astype(values.dtype.newbyteorder("="))))
+    return made.set(pl.Series(missing), None) if missing.any() else made

@@ -1,0 +1,474 @@
+"""What the columns of a table are, as far as their cells tell.
+
+A column is numbers if all its cells are. They are rounded if they stand on a lattice: the
+precision is the largest distance of which all differences are multiples, so that a density made of
+the probabilities is not higher than the data warrant.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nelbo.data.columns import POINTS, SIZES, Column
+from nelbo.data.tabular.cells import (
+    LEAVE_OUT,
+    missing_words,
+    numbers,
+    off_lattice,
+    slack,
+    texts,
+    words_note,
+)
+from nelbo.data.tabular.dtypes import categories_of, describe
+from nelbo.data.tabular.identifiers import Evidence, identifies, name_rows
+from nelbo.data.tabular.spelling import (
+    TRUTH,
+    canonical,
+    codes,
+    is_number,
+    number_advice,
+    spellings,
+    thousands_advice,
+)
+
+if TYPE_CHECKING:
+    from polars import DataFrame, DataType, Series
+
+DECIMALS = 6  # more are those of a real number
+FINEST = 10**7  # points of a lattice; beyond, a real number
+FURTHEST = 10**10  # of them from 0, where float64 still tells a millionth of one
+MIXED = 64  # different texts up to which numbers and words together make a category
+
+
+def infer_columns(
+    frame: "DataFrame", stored: Collection[str] = ()
+) -> tuple[list[Column], list[str]]:
+    """The columns of a table but for those that name its rows (`identifiers`), and notes on what
+    is not what it may seem.
+
+    Args:
+        frame: the table.
+        stored: columns that the source calls an index.
+
+    Raises:
+        ValueError: a column without a cell, with infinite numbers, or with too many texts.
+    """
+    columns, notes = [], []
+    for series in frame:
+        seen = Evidence(series.name, series.name in stored).add(series)
+        if seen.reason:
+            notes.append(seen.reason)
+            continue
+        column, said = infer_column(series)
+        columns.append(column)
+        notes += [*filter(None, [seen.note]), *said]
+    return columns, notes
+
+
+def complete(frame: "DataFrame", declared: object) -> tuple[list[Column], list[str]]:
+    """The columns that a user declares, what they leave open found in the cells, and notes.
+
+    Args:
+        frame: the table.
+        declared: as JSON has it, a list with an object for each column that is to be used, or an
+            object with this list as "columns": "name" and any of the other keys of a `Column`.
+            "missing_words" of the object is of all columns that have none; with it alone, all
+            columns are used.
+
+    Raises:
+        ValueError: it is not so, names a column that is not there, or cannot be completed.
+    """
+    used = listed(declared, frame.columns)
+    if not _names_columns(declared):
+        used = [each for each in used if not identifies(frame[each["name"]])]
+    found = [_complete(frame[each["name"]], each) for each in used]
+    return [column for column, _ in found], [note for _, notes in found for note in notes]
+
+
+def _names_columns(declared: object) -> bool:
+    """Whether a schema says which columns are used, or something of all of them."""
+    if isinstance(declared, Mapping):
+        declared = declared.get("schema", declared)
+    return not isinstance(declared, Mapping) or "columns" in declared
+
+
+def listed(declared: object, names: Sequence[str]) -> list[dict]:
+    """The objects of a schema of a table with columns of these names; as for `complete`."""
+    if isinstance(declared, Mapping):
+        declared = declared.get("schema", declared)
+    of_all = {}
+    if isinstance(declared, Mapping):
+        of_all = {k: v for k, v in declared.items() if k == "missing_words"}
+        declared = declared.get("columns", [{"name": name} for name in names] if of_all else None)
+    if not isinstance(declared, list) or not all(isinstance(each, dict) for each in declared):
+        raise ValueError(
+            'a schema is a list of columns such as {"name": "age", "kind": "rounded",'
+            ' "precision": 1}, or an object with it as "columns"'
+        )
+    for each in declared:
+        if each.get("name") not in names:
+            raise ValueError(
+                f"the schema has the column {each.get('name')!r}; the table has"
+                f" {', '.join(map(repr, names))}"
+            )
+    return [of_all | each for each in declared]
+
+
+def infer_merged(
+    chunks: Iterable["DataFrame"], stored: Collection[str] = ()
+) -> tuple[list[Column], list[str]]:
+    """The columns of a table that comes in chunks, as for `infer_columns`.
+
+    Raises:
+        ValueError: also numbers in one chunk and texts in another.
+    """
+    found: dict[str, Column | None] = {}
+    notes: dict[str, str] = {}
+    words: dict[str, set[str]] = {}
+    seen: dict[str, Evidence] = {}
+    wrong: dict[str, ValueError] = {}
+    for frame in chunks:
+        for name in frame.columns:
+            seen.setdefault(name, Evidence(name, name in stored)).add(frame[name])
+            if seen[name].stored or name in wrong:
+                continue
+            try:
+                column, note = _infer_some(frame[name])
+                found[name] = _merge_some(found[name], column) if name in found else column
+            except ValueError as error:  # of no column, or of one that names the rows
+                wrong[name] = error
+                continue
+            notes.setdefault(name, note)
+            words.setdefault(name, set()).update(missing_words(frame[name]))
+    left = {name: each.reason for name, each in seen.items() if each.reason}
+    for name, reason in wrong.items():
+        if name not in left:
+            raise reason
+    for kept in (found, notes, words):
+        for name in left:
+            kept.pop(name, None)
+    for name, column in found.items():
+        if column is None:
+            raise ValueError(f"the column {name!r} has no value in any row; {LEAVE_OUT}")
+        if len(column.categories) == 1:
+            notes[name] = f"{name} is always {column.categories[0]}"
+    said = [words_note(name, sorted(some)) for name, some in words.items() if some]
+    own = [seen[name].note for name in found]
+    all_notes = [*left.values(), *filter(None, own), *filter(None, notes.values()), *said]
+    return [column for column in found.values() if column], all_notes
+
+
+def complete_columns(
+    chunks: Iterable["DataFrame"], declared: object
+) -> tuple[list[Column], list[str]]:
+    """The columns that a user declares of a table that comes in chunks, as for `complete`."""
+    found: list[Column] = []
+    said: dict[str, None] = {}
+    for frame in chunks:
+        kinds = ["kind" in each for each in listed(declared, frame.columns)]
+        some, notes = complete(frame, declared)
+        said |= dict.fromkeys(notes)
+        found = [*map(merge, found, some, kinds)] if found else some
+    return found, list(said)
+
+
+def _infer_some(series: "Series") -> tuple[Column | None, str]:
+    """As `infer_column`, for some rows; None where all cells are missing."""
+    if texts(series).is_null().all():
+        return None, ""
+    column, note = _infer(series)
+    return column, "" if len(column.categories) == 1 else note
+
+
+def _merge_some(a: Column | None, b: Column | None) -> Column | None:
+    if a is None or b is None:
+        column = a or b
+        return None if column is None else replace(column, missing=True)
+    return merge(a, b)
+
+
+def merge(a: Column, b: Column, declared: bool = False) -> Column:
+    """What a column is that is a in some rows and b in the others.
+
+    Args:
+        a: of some rows.
+        b: of the others.
+        declared: whether a user says the kind, which is that of both then.
+
+    Raises:
+        ValueError: numbers and texts.
+    """
+    kept = replace(a, missing=a.missing or b.missing)
+    if a.categories and b.categories:
+        distinct = spellings({*a.categories, *b.categories})
+        numeric = all(map(is_number, distinct)) and not codes(distinct)
+        if a.kind == b.kind == "category" and (declared or not (numeric and len(distinct) > 1)):
+            return _few(replace(kept, categories=tuple(distinct)))
+        if {canonical(value) for value in distinct} in TRUTH:
+            return replace(kept, kind="boolean", categories=tuple(distinct))
+        if not numeric:
+            return _few(replace(kept, kind="category", categories=tuple(distinct)))
+    values = [value for column in (a, b) for value in column.categories]
+    words = [v for v in values if not is_number(v)] or codes(values)
+    if words:
+        raise ValueError(
+            f"the column {a.name!r} holds numbers in some rows and texts such as {words[0]!r} in"
+            " others; mend it, or declare it a category with --schema"
+        )
+    real = replace(
+        kept,
+        kind="real",
+        precision=None,
+        low=None,
+        high=None,
+        categories=(),
+        rounds=False,
+        range=_hull(a, b),
+    )
+    if "real" in (a.kind, b.kind):
+        return real
+    points = np.unique(np.concatenate([_points(a), _points(b)]))
+    precision = lattice(points)
+    if precision is None:
+        return real
+    low, high = float(points[0]), float(points[-1])
+    rounded = replace(real, precision=precision, low=low, high=high, range=None, kind="rounded")
+    return replace(rounded, rounds=a.rounds or b.rounds)
+
+
+def _hull(a: Column, b: Column) -> tuple[float, float] | None:
+    """The range of the numbers of both; None where that of one is unknown."""
+    ends = []
+    for column in (a, b):
+        values = [float(value) for value in column.categories] or column.ends
+        if values is None:
+            return None
+        ends += [min(values), max(values)]
+    return min(ends), max(ends)
+
+
+def _points(column: Column) -> np.ndarray:
+    """Points that span the lattice of numbers."""
+    if column.categories:
+        return np.array([float(value) for value in column.categories])
+    assert column.precision is not None and column.low is not None and column.high is not None
+    first = min(column.low + column.precision, column.high)
+    return np.array([column.low, round(first, 12), column.high])
+
+
+def _few(column: Column) -> Column:
+    if len(column.categories) > SIZES[4] - 2:
+        raise ValueError(
+            f"the column {column.name!r} has {len(column.categories)} different texts and more,"
+            f" too many for a category; {LEAVE_OUT}"
+        )
+    return column
+
+
+def _complete(series: "Series", declared: dict) -> tuple[Column, list[str]]:
+    words, keep = declared.get("missing_words"), declared.get("categories", ())
+    Column(series.name, "real", missing_words=words)  # refuses what are no words
+    notes = [] if words is not None else _of_words(series, keep)
+    if "kind" not in declared:
+        column, note = _infer(series, words, asked=True)
+        declared = column.to_dict() | declared
+        notes = [note] * bool(note) + notes
+    text = texts(series, words, keep)
+    found: dict[str, object] = {"missing": bool(text.is_null().any())}
+    if declared["kind"] in ("category", "boolean"):
+        found["categories"] = spellings(text.drop_nulls().unique().to_list())
+    if declared["kind"] == "rounded":
+        values = numbers(series, words=words)
+        known = np.unique(values[~np.isnan(values)])
+        precision = declared.get("precision", lattice(known) if len(known) > 1 else 1.0)
+        if not isinstance(precision, int | float) or not 0 < precision < 1e300:
+            raise ValueError(
+                f"the precision of the column {series.name!r} must be positive; got {precision!r}"
+            )
+        found["precision"] = float(precision)
+        if len(known):
+            found |= _ends(series.name, known, float(precision), declared.get("low"))
+        elif not {"low", "high"} <= declared.keys():
+            raise ValueError(
+                f"the column {series.name!r} has no value in any row; {LEAVE_OUT}, or declare its"
+                " low and high"
+            )
+    if declared["kind"] == "real":
+        found["range"] = _range(numbers(series, words=words))
+    return Column.from_dict(found | declared), notes
+
+
+def _ends(name: str, known: np.ndarray, precision: float, own: object) -> dict[str, object]:
+    """The ends of the lattice that some sorted numbers are rounded to, and whether any is moved;
+    `own` is the lower end that the user declares."""
+    if not np.abs(known).max() / POINTS < precision:
+        raise ValueError(
+            f"the precision {precision:g} of the column {name!r} is too fine for numbers such as"
+            f" {known[-1]:g}; give a coarser one, or take the column as real"
+        )
+    points = np.rint(known[[0, -1]] / precision) * precision
+    low, high = (round(float(end), 12) for end in points)
+    first = own if isinstance(own, int | float) else low
+    rounds = bool(off_lattice(known, precision, first)[1].any())
+    return {"low": low, "high": high, "rounds": rounds}
+
+
+def _range(values: np.ndarray) -> tuple[float, float] | None:
+    """The least and the largest of some numbers, of which NaN is none."""
+    known = values[~np.isnan(values)]
+    return (float(known.min()), float(known.max())) if len(known) else None
+
+
+def typed(columns: Iterable[Column], types: "Mapping[str, DataType]") -> list[Column]:
+    """Columns that know of which type their source is, but for those whose type is declared."""
+    return [
+        replace(c, dtype=c.dtype or describe(types[c.name])) if c.name in types else c
+        for c in columns
+    ]
+
+
+def infer_column(series: "Series") -> tuple[Column, list[str]]:
+    """What one column is, and notes on it; as for `infer_columns`."""
+    column, note = _infer(series)
+    return column, [note] * bool(note) + _of_words(series)
+
+
+def _of_words(series: "Series", keep: Collection[str] = ()) -> list[str]:
+    words = missing_words(series, keep=keep)
+    return [words_note(series.name, words)] if words else []
+
+
+def _infer(
+    series: "Series", words: Collection[str] | None = None, asked: bool = False
+) -> tuple[Column, str]:
+    """What one column is, and a note on it or "", where these words mean missing cells; of texts
+    that name the rows a category only where it is asked for."""
+    name = series.name
+    if (declared := categories_of(series.dtype)) is not None:
+        return _declared_category(series, words, declared)
+    if series.dtype.is_numeric():
+        values = numbers(series, words=words)
+        absent = np.isnan(values)
+        if len(np.unique(values[~absent])) > 2:  # need not go by way of texts
+            return _number(name, values, bool(absent.any()))
+    text = texts(series, words)
+    every = sorted(text.drop_nulls().unique().to_list())
+    missing = bool(text.is_null().any())
+    if not every:
+        raise ValueError(f"the column {name!r} has no value in any row; {LEAVE_OUT}")
+    few = spellings(every) if len(every) <= MIXED else every
+    if len(few) == 1:
+        column = Column(name, "category", categories=(few[0],), missing=missing)
+        return column, f"{name} is always {few[0]}"
+    if {canonical(value) for value in few[:3]} in TRUTH:
+        return Column(name, "boolean", categories=tuple(few), missing=missing), ""
+    odd = [value for value in every if not is_number(value)]
+    if codes(every) or (odd and (len(odd) == len(every) or len(few) <= MIXED)):
+        few = spellings(every)
+        note = _of_texts(name, every, odd)
+        column = _category(text, few, missing, note, asked)
+        return column, "; ".join(filter(None, (note, _of_spellings(name, every, few))))
+    if odd and (advice := number_advice(odd)):
+        raise ValueError(f"the column {name!r} holds texts such as {odd[0]!r}: {advice}")
+    column, note = _number(name, numbers(series, words=words), missing)
+    written = str(series.dtype) == "String"
+    grouped = f"{name}: {advice}" if written and (advice := thousands_advice(every)) else ""
+    return column, "; ".join(filter(None, (grouped, note)))
+
+
+def _declared_category(
+    series: "Series", words: Collection[str] | None, declared: list[str]
+) -> tuple[Column, str]:
+    """A column whose type says that it is a category, whatever its cells look like."""
+    text = texts(series, words)
+    found = {*declared, *text.drop_nulls().unique()}
+    if not found:
+        raise ValueError(f"the column {series.name!r} has no value in any row; {LEAVE_OUT}")
+    column, note = _category(text, sorted(found), bool(text.is_null().any()), "", True), ""
+    if len(found) == 1:
+        note = f"{series.name} is always {column.categories[0]}"
+    return column, note
+
+
+def _of_texts(name: str, values: list[str], odd: list[str]) -> str:
+    """The note on a column of texts of which some are no numbers; "" where all is plain."""
+    if odd and (advice := number_advice(odd)):
+        return f"{name} holds texts such as {odd[0]!r}: taken as a category; {advice}"
+    if odd and len(odd) < len(values):
+        return f"{name} holds numbers and texts such as {odd[0]!r}: taken as a category"
+    if like_numbers := codes(values):
+        return (
+            f"{name} holds codes such as {like_numbers[0]!r}: taken as a category; if they are"
+            ' numbers, declare "kind": "rounded" for the column with --schema'
+        )
+    return ""
+
+
+def _of_spellings(name: str, values: list[str], distinct: list[str]) -> str:
+    """The note on a column that writes one value in two ways; "" if it does not."""
+    known = {*distinct}
+    other = next((value for value in values if value not in known), None)
+    if other is None:
+        return ""
+    own = next(value for value in distinct if canonical(value) == canonical(other))
+    return f"{name} writes one value as {own!r} and as {other!r}: taken as the same"
+
+
+def _category(
+    text: "Series", distinct: list[str], missing: bool, note: str, asked: bool
+) -> Column:
+    rows = len(text.drop_nulls())
+    if len(distinct) > SIZES[4] - 2 or (not asked and name_rows(len(distinct), rows)):
+        said = note.removeprefix(text.name).strip().replace(": taken as a category", "")
+        because = f"; it {said}" if note else ""
+        raise ValueError(
+            f"the column {text.name!r} has {len(distinct)} different texts in {rows} rows, too"
+            f" many for a category; {LEAVE_OUT}{because}"
+        )
+    return Column(text.name, "category", categories=tuple(distinct), missing=missing)
+
+
+def _number(name: str, values: np.ndarray, missing: bool) -> tuple[Column, str]:
+    known = np.unique(values[~np.isnan(values)])
+    if (found := _lattice(known)) is not None:
+        precision, low, high = found
+        return Column(name, "rounded", precision, low, high, missing=missing), ""
+    column = Column(name, "real", missing=missing, range=_range(values))
+    rows = int((~np.isnan(values)).sum())
+    if len(known) <= 0.9 * rows:
+        return column, (
+            f"{name} has {len(known)} different values in {rows} rows: a density can grow without"
+            " bound at values that repeat; declare its precision with --schema"
+        )
+    return column, ""
+
+
+def lattice(values: np.ndarray) -> float | None:
+    """The largest distance whose multiples all differences of the sorted values are, if there is
+    one with at most 6 decimals and not too many points.
+
+    >>> lattice(np.array([0.62, 0.66, 0.76]))
+    0.02
+    """
+    found = _lattice(values)
+    return None if found is None else found[0]
+
+
+def _lattice(values: np.ndarray) -> tuple[float, float, float] | None:
+    """The same, with the least and the largest value as points."""
+    for decimals in range(DECIMALS + 1):
+        scaled = values * 10**decimals
+        whole = np.rint(scaled)
+        if np.abs(whole).max() > FURTHEST:
+            return None
+        steps = np.diff(whole)
+        error = 1e-6 + 10**decimals * slack(values, 10**-decimals)
+        if (np.abs(scaled - whole) < error).all() and (steps > 0).all():
+            step = int(np.gcd.reduce(steps.astype(np.int64))) or 1  # of one value alone
+            if (whole[-1] - whole[0]) / step + 1 > FINEST:
+                return None
+            ends = (round(float(values[i]), decimals) for i in (0, -1))
+            return round(step / 10**decimals, decimals), *ends
+    return None

@@ -1,0 +1,112 @@
+"""Examples are checked where they are handed in: type, shape, and each code against the model."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo.diffusion.product import Product, ProductHead
+
+if TYPE_CHECKING:
+    from nelbo.diffusion.model import Model
+    from nelbo.diffusion.parametrization import Head
+    from nelbo.diffusion.process import Process
+
+TOGETHER = 2**24  # numbers that are looked at together
+
+
+def as_tensor(x: "Tensor | np.ndarray") -> Tensor:
+    """Examples as a tensor that shares their storage where it can.
+
+    Raises:
+        ValueError: they are neither a tensor nor an array of numbers.
+    """
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "biuf":
+            raise ValueError(f"x must be an array of numbers; got one of the type {x.dtype}")
+        native = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+        return torch.from_numpy(native if native.flags.writeable else native.copy())
+    if not isinstance(x, Tensor) and not hasattr(x, "chunks"):  # `data.rows.Rows`
+        raise ValueError(
+            f"x must be a tensor or a NumPy array of examples (N, ...); got {type(x).__name__}"
+        )
+    return x
+
+
+def check_examples(model: "Model", x: Tensor) -> None:
+    """Refuse what is no example of a model (N, *model.shape), naming the first row that is none.
+
+    Raises:
+        ValueError: another shape or type, or a value that is no code of its dimension.
+    """
+    if not len(x.shape) or tuple(x.shape[1:]) != model.shape:
+        wanted = ", ".join(("N", *map(str, model.shape)))
+        raise ValueError(
+            f"the model is of examples of shape {model.shape}; got {tuple(x.shape[1:])}: x must be"
+            f" ({wanted})"
+        )
+    if not isinstance(x, Tensor):
+        return  # read from files, and checked then
+    if x.dtype.is_complex:
+        raise ValueError(f"x must be real numbers; got {x.dtype}")
+    of_columns = isinstance(model.process, Product)
+    legal = _legal(model.process, model.head)
+    levels = [codes for codes, _ in legal if codes is not None]
+    if levels and not of_columns and x.is_floating_point():
+        most = levels[0].shape[-1] - 1
+        raise ValueError(
+            f"x is {x.dtype}, and the model is of the integers 0..{most}: give these as they are,"
+            " not scaled; x.long() where they are so already"
+        )
+    size = max(1, TOGETHER // model.dims)
+    for first in range(0, len(x), size):
+        rows, at = x[first : first + size].flatten(1), 0
+        for codes, width in legal:
+            part = rows[:, at : at + width] if of_columns else rows
+            wrong = _not_a_number(part, of_columns) if codes is None else _no_code(part, codes)
+            if wrong.any():
+                _refuse(part, wrong, codes, first, at)
+            at += width
+
+
+def _legal(process: "Process", head: "Head") -> list[tuple[Tensor | None, int]]:
+    """Which codes the dimensions of each group have, (D or 1, K), None where they are real
+    numbers; and D."""
+    if isinstance(process, Product) and isinstance(head, ProductHead):
+        each = zip(process.parts, head.parts, process.sizes, strict=True)
+        return [(_legal(part, of)[0][0], size) for part, of, size in each]
+    allowed = head.allowed()
+    if allowed is None and process.codes:
+        allowed = torch.ones(1, process.codes, dtype=torch.bool)
+    return [(allowed, 0)]
+
+
+def _not_a_number(x: Tensor, of_columns: bool) -> Tensor:
+    """Infinite ones, and NaN, which in a column is a missing cell."""
+    return x.isinf() if of_columns else ~x.isfinite()
+
+
+def _no_code(x: Tensor, codes: Tensor) -> Tensor:
+    count = codes.shape[-1]
+    whole = x.long()
+    out = (x != whole) | (whole < 0) | (whole >= count)  # of bytes 256 would be 0
+    if len(codes) == 1 and codes.all():
+        return out
+    known = codes.to(x.device).expand(x.shape[1], -1)
+    place = whole.clamp(0, count - 1)
+    return out | ~known[torch.arange(x.shape[1], device=x.device), place]
+
+
+def _refuse(x: Tensor, wrong: Tensor, codes: Tensor | None, first: int, at: int) -> None:
+    row, dim = wrong.nonzero()[0].tolist()
+    value, rows = x[row, dim].item(), int(wrong.any(1).sum())
+    more = f" (and {rows - 1} more rows have such values)" if rows > 1 else ""
+    if codes is None:
+        must = "a finite number"
+    else:
+        own = codes[min(dim, len(codes) - 1)].nonzero().flatten().tolist()
+        must = f"one of the model's integers {own[0]}..{own[-1]}"
+    raise ValueError(
+        f"row {first + row} of x has {value:g} in dimension {at + dim}, which must be {must}{more}"
+    )

@@ -1,0 +1,333 @@
+r"""The law that a network of numbers starts from: a mixture of Gaussians over whole rows.
+
+    P(e) = Σ_k π_k N( e; μ_k, Σ_k )     gives     q(z_t) = Σ_k π_k N( z; √α μ_k, M_k ),
+
+M_k = αΣ_k + (1-α)I; and with P_k = M_k⁻¹, y_k = z - √α μ_k, each column i given the others is
+
+    z_i | z_-i, k ~ N( z_i - τ_ki (P_k y_k)_i, τ_ki ),      τ_ki = 1/(P_k)_ii,
+
+    P(k|z_-i) ∝ π_k N( z; √α μ_k, M_k ) / N( z_i | z_-i, k ).
+
+The first is z_i = √α e_i + √(1-α) ε for a Gaussian e_i, whose mean and variance follow. So every
+column has a mixture given the other columns at the same noise level, and what z_i itself says of
+e_i is added where it is needed. Values that repeat in a column, and missing ones, are no
+Gaussian: their shares are known within each k, as in latent class analysis.
+"""
+
+import copy
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
+
+
+ROWS = 16_384  # on which the number of components is chosen, at most
+FITTED = (65_536, 2**22)  # rows that the mixture is fitted to: at most; and times D², or ROWS
+HELD = 5  # each so manieth of them chooses the number of components
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 64, 128)  # components that are tried
+PATIENCE = 2  # of these in a row that are no better
+SHRINKAGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+TOLERANCE = 1e-3  # nats by which a last step of EM is better
+LEAST = 4  # rows for each component, at least; and as many as columns
+FEW = 8  # components that a network is given at least; copies, where fewer fit better
+APART = 0.1  # of its width that a copy of a component is moved
+WIDTH = 0.01  # of a component at least, standard deviations of a column
+
+
+class LatentClasses(nn.Module):
+    """A mixture of Gaussians over D columns.
+
+    Args:
+        columns: D.
+        components: K, at most; as many are in use as fit best, though FEW at least.
+        special: S, of the values of each column that are no Gaussian, at most.
+    """
+
+    log_weight: Tensor
+    mean: Tensor
+    axes: Tensor
+    spread: Tensor
+    log_share: Tensor
+    log_rest: Tensor
+    used: Tensor
+
+    def __init__(self, columns: int, components: int, special: int) -> None:
+        super().__init__()
+        d, k, s = columns, components, special
+        self.register_buffer("log_weight", torch.full((k,), -math.log(k)))
+        self.register_buffer("mean", torch.zeros(k, d))
+        self.register_buffer("axes", torch.eye(d).expand(k, d, d).clone())
+        self.register_buffer("spread", torch.ones(k, d))  # variances along the axes
+        self.register_buffer("log_share", torch.full((d, k, s), -torch.inf))
+        self.register_buffer("log_rest", torch.zeros(d, k))  # of what is not special
+        self.register_buffer("used", torch.tensor([k, s]))
+
+    def start_from(self, e: Tensor, special: Tensor) -> None:
+        """Fit to rows e, (N, D); which special value each is, (N, D) integers, S if none."""
+        found = fit(e.numpy(), len(self.log_weight))
+        weight, mean, covariance, belongs = map(
+            torch.from_numpy,
+            (found.weights_, found.means_, found.covariances_, found.predict_proba(e.numpy())),
+        )
+        of = torch.arange(max(len(weight), min(FEW, len(self.log_weight)))) % len(weight)
+        variance, axes = torch.linalg.eigh(covariance[of])
+        # copies are moved a little, or they would stay alike in training
+        g = torch.Generator().manual_seed(0)
+        moved = APART * variance.sqrt() * torch.randn(*variance.shape, generator=g)
+        moved[: len(weight)] = 0
+        counts = belongs.new_zeros(e.shape[1], self.log_share.shape[2] + 1, belongs.shape[1])
+        for of_column, which in zip(counts, special.T, strict=True):
+            of_column.index_add_(0, which, belongs)
+        counts = counts[:, :-1].mT  # of each special value in each class, (D, K, S)
+        overall = counts.sum(1, keepdim=True) / len(e)  # counts as one row more of each class
+        shares = ((counts + overall) / (belongs.sum(0)[:, None] + 1))[:, of]
+        rest = (1 - shares.sum(2)).clamp(min=1 / len(e))
+        k, s = len(of), _last((counts > 0).any(1).any(0)) + 1
+        self.used.copy_(torch.tensor([k, s]))
+        self.log_weight[:k] = (weight[of] / torch.bincount(of)[of]).log()
+        self.mean[:k] = mean[of] + torch.einsum("kde,ke->kd", axes, moved)
+        self.axes[:k], self.spread[:k] = axes, variance
+        self.log_share[:, :k], self.log_rest[:, :k] = shares.log(), rest.log()
+
+    def forward(self, z: Tensor, alpha: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The law of each column given the others: log-weights, then means and variances.
+
+        Args:
+            z: (B, D), at a level of noise.
+            alpha: α_t, (B,).
+            noise: 1-α_t, (B,).
+
+        Returns:
+            Log-weights (B, D, S+K), of the special values and of the components in use; means
+            and variances of e_i in these components, (B, D, K).
+        """
+        a, n = (v.to(z)[:, None, None] for v in (alpha, noise))
+        k, s = self.used.tolist()
+        axes, mean, spread = (v[:k].to(z) for v in (self.axes, self.mean, self.spread))
+        total = a * spread + n  # eigenvalues of M_k, (B, K, D)
+        y = z[:, None] - a.sqrt() * mean
+        along = torch.einsum("bkd,kde->bke", y, axes)
+        pulled = torch.einsum("bke,kde->bkd", along / total, axes)  # P_k y_k
+        tau = 1 / torch.einsum("bke,kde->bkd", 1 / total, axes.square())
+        log_joint = self.log_weight[:k].to(z) - (total.log() + along.square() / total).sum(2) / 2
+        log_others = log_joint[..., None] + (tau.log() + pulled.square() * tau) / 2
+        log_class = log_others.log_softmax(1).transpose(1, 2)  # log P(k|z_-i), (B, D, K)
+        share = self.log_share[:, :k, :s].exp().to(z)
+        special = torch.einsum("bdk,dks->bds", log_class.exp(), share).log()
+        log_weights = torch.cat([special, log_class + self.log_rest[:, :k].to(z)], -1)
+        mean = mean + (y - tau * pulled) / a.sqrt()
+        # (τ-(1-α))/α without the difference: P_ii τ = 1, and Σ_e U_ie² = 1
+        variance = torch.einsum("bke,kde->bkd", spread / total, axes.square()) * tau
+        return log_weights, mean.transpose(1, 2), variance.transpose(1, 2)
+
+
+def fit(e: np.ndarray, most: int, floor: float = WIDTH**2) -> "GaussianMixture":
+    """The mixture of Gaussians whose size and shrinkage tell held-out rows best.
+
+    Sizes are tried from 1 on until two in a row are no better, each with the covariances
+    (1-λ) Σ_k + λ I for a few λ: few rows of many columns do not settle them. One component with
+    λ = 1 is the standard normal law, so with too few rows for anything else the law is that.
+
+    Args:
+        e: embedded rows, of about mean 0 and variance 1 in each column, (N, D).
+        most: components, at most.
+        floor: the least variance of a component in any direction.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    some = _thinned(e, ROWS)
+    held = np.arange(len(some)) % HELD == HELD - 1
+
+    def fitted(mixture: GaussianMixture, rows: np.ndarray) -> GaussianMixture:
+        mixture.set_params(reg_covar=floor, tol=TOLERANCE, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it has not quite converged
+            return mixture.fit(rows)
+
+    best, chosen, shrinkage, worse = -math.inf, GaussianMixture(), 1.0, 0
+    for k in (k for k in COUNTS if k <= most):
+        if not held.any() or worse == PATIENCE:
+            break
+        if k > 1 and k * max(LEAST, e.shape[1]) > (~held).sum():
+            break
+        found, worse = fitted(GaussianMixture(k), some[~held]), worse + 1
+        for share in SHRINKAGES:
+            score = _shrunk(found, share).score(some[held])
+            if score > best:
+                best, shrinkage, worse = score, share, 0
+                # all rows are fitted from there: another start ends elsewhere
+                chosen = GaussianMixture(
+                    k,
+                    weights_init=found.weights_,
+                    means_init=found.means_,
+                    precisions_init=found.precisions_,
+                )
+    rows = _thinned(e, max(ROWS, min(FITTED[0], FITTED[1] // e.shape[1] ** 2)))
+    return _shrunk(fitted(chosen, rows), shrinkage)
+
+
+def _shrunk(found: "GaussianMixture", share: float) -> "GaussianMixture":
+    """The mixture with a share of the identity in its covariances."""
+    covariances = (1 - share) * found.covariances_ + share * np.eye(found.means_.shape[1])
+    shrunk = copy.copy(found)
+    shrunk.covariances_ = covariances
+    halves = np.linalg.inv(np.linalg.cholesky(covariances))
+    shrunk.precisions_cholesky_ = halves.transpose(0, 2, 1)
+    if share == 1 and len(shrunk.means_) == 1:
+        shrunk.means_ = np.zeros_like(shrunk.means_)
+    return shrunk
+
+
+def _thinned(e: np.ndarray, most: int) -> np.ndarray:
+    return e[:: math.ceil(len(e) / most)]
+
+
+def _last(which: Tensor) -> int:
+    """The last that is true, or 0."""
+    return int((which * torch.arange(len(which))).max())
+
+
+RANK = 64  # principal components in which the covariances are free
+SIZES = (1, 4, 10)  # components, at most; each needs as many examples as principal components, ..
+FEWEST = 32  # .. and no less than so many
+FLOOR = 0.05  # of the mean variance of a component, in every direction
+NOISES = (-4.0, -1.0, 2.0)  # γ at which `features` look
+
+
+class Clusters:
+    """Mixtures of several sizes that fit embedded examples.
+
+    Args:
+        e: embedded examples, flat, shape (N, D), D at most a thousand or so.
+    """
+
+    def __init__(self, e: Tensor) -> None:
+        most = max(1, len(e) // max(FEWEST, min(RANK, e.shape[1])))
+        principal = Principal(e)
+        sizes = sorted({min(most, n) for n in SIZES})
+        self.mixtures = [Mixture(principal, size) for size in sizes]
+
+    def odds(self, z: Tensor, alpha: Tensor, values: Tensor) -> Tensor:
+        """The mean of the mixtures' `odds`; (B, D, K)."""
+        parts = [mixture.odds(z, alpha, values) for mixture in self.mixtures]
+        return torch.stack(parts).mean(0)
+
+    def features(self, e: Tensor) -> Tensor:
+        """The mean of the mixtures' `features`; (B, 2 len(NOISES))."""
+        return torch.stack([mixture.features(e) for mixture in self.mixtures]).mean(0)
+
+
+class Principal:
+    """The first principal components of embedded examples e, (N, D), and what is beyond them."""
+
+    def __init__(self, e: Tensor) -> None:
+        #: (D,), and (D, R)
+        self.mean, centred = e.mean(0), e - e.mean(0)
+        spread, axes = torch.linalg.eigh(centred.T @ centred / len(e))
+        rank = min(RANK, e.shape[1])
+        self.axes, beyond = axes[:, -rank:], spread[:-rank].clamp(min=0)
+        #: of the examples, (N, R)
+        self.coordinates = centred @ self.axes
+        #: the least variance of a component, and the one in all directions beyond
+        self.floor = FLOOR * spread.clamp(min=0).mean() + 1e-12
+        mean_beyond = beyond.mean() if len(beyond) else torch.zeros_like(self.floor)
+        self.beyond = mean_beyond.maximum(self.floor)
+
+
+class Mixture:
+    """The mixture of so many components that fits embedded examples, by scikit-learn's EM.
+
+    Args:
+        principal: of the examples.
+        components: C.
+    """
+
+    def __init__(self, principal: Principal, components: int) -> None:
+        fitted = _fit_components(principal.coordinates, components, principal.floor.item())
+        #: w_c (C,), μ_c (C, D), and S_c as orthonormal vectors (C, D, R) with variances (C, R), ..
+        self.log_weight, means, covariances = fitted
+        self.variance, vectors = torch.linalg.eigh(covariances)
+        self.mean = principal.mean + means @ principal.axes.T
+        self.vectors = principal.axes @ vectors
+        #: .. and one variance in the directions beyond
+        self.beyond = principal.beyond
+
+    def _precision(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of p(z|c) along the vectors, (B, C, R), and beyond, (B, 1, 1)."""
+        alpha = alpha[:, None, None]
+        noise = 1 - alpha
+        return 1 / (alpha * self.variance + noise), 1 / (alpha * self.beyond + noise)
+
+    def _given_others(self, z: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log p(z), (B,), and log w_ci, mean and variance of e_i given the others, (B, C, D)."""
+        along, beyond = self._precision(alpha)
+        root = alpha.sqrt()[:, None, None]
+        d = z[:, None] - root * self.mean
+        part = (torch.einsum("bcd,cdr->bcr", d, self.vectors)) * (along - beyond)
+        q_d = torch.einsum("bcr,cdr->bcd", part, self.vectors) + beyond * d
+        squares = self.vectors.square()
+        q_ii = torch.einsum("bcr,cdr->bcd", along - beyond, squares) + beyond
+        # (1/Q_ii - σ²)/α without the difference, for α S_c = Q_c⁻¹ - σ²
+        s_q, s_q_beyond = self.variance * along, self.beyond * beyond
+        variance = torch.einsum("bcr,cdr->bcd", s_q - s_q_beyond, squares) + s_q_beyond
+        rest = d.shape[-1] - along.shape[-1]
+        log_det = along.log().sum(-1) + rest * beyond.log()[..., 0]
+        log_p = self.log_weight + (log_det - (q_d * d).sum(-1)) / 2
+        r = q_d / q_ii
+        log_w = log_p[..., None] + (r.square() * q_ii - q_ii.log()) / 2
+        constant = d.shape[-1] / 2 * math.log(2 * math.pi)
+        return (
+            log_p.logsumexp(-1) - constant,
+            log_w.log_softmax(1),
+            (z[:, None] - r) / root,
+            variance / q_ii,
+        )
+
+    def odds(self, z: Tensor, alpha: Tensor, values: Tensor) -> Tensor:
+        """log p(e_i = v_k|z_j, j≠i) - log p(e_i = v_k), how the others change it; (B, D, K).
+
+        Args:
+            z: shape (B, D).
+            alpha: shape (B,).
+            values: v_1..v_K, shape (K,).
+        """
+        _, log_w, mean, variance = self._given_others(z, alpha)
+        own = torch.einsum("cdr,cr->cd", self.vectors.square(), self.variance - self.beyond)
+        alone = _mixed(self.log_weight[:, None], self.mean, own + self.beyond, values)
+        return _mixed(log_w, mean, variance, values) - alone
+
+    def features(self, e: Tensor) -> Tensor:
+        """-log p(z) and -Σ_i log p(e_i|z_j, j≠i) at z = √α e for a few α; (B, 2 len(NOISES))."""
+        columns = []
+        for gamma in NOISES:
+            alpha = torch.full_like(e[:, 0], -gamma).sigmoid()
+            log_p, log_w, mean, variance = self._given_others(alpha.sqrt()[:, None] * e, alpha)
+            each = log_w - ((e[:, None] - mean).square() / variance + variance.log()) / 2
+            columns += [-log_p, -each.logsumexp(1).sum(1)]
+        return torch.stack(columns, 1)
+
+
+def _mixed(log_w: Tensor, mean: Tensor, variance: Tensor, values: Tensor) -> Tensor:
+    """log Σ_c w_c N(v_k; mean, variance), (.., D, K), of numbers (.., C, D); up to a constant."""
+    error = (values - mean[..., None]).square() / variance[..., None]
+    return ((log_w - variance.log() / 2)[..., None] - error / 2).logsumexp(-3)
+
+
+def _fit_components(e: Tensor, components: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log w_c, means (C, R) and covariances (C, R, R)."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    mixture = GaussianMixture(components, reg_covar=floor, max_iter=50, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # any mixture will do
+        mixture.fit(e.cpu().numpy())
+    found = mixture.weights_, mixture.means_, mixture.covariances_
+    weights, means, covariances = (torch.as_tensor(v).to(e) for v in found)
+    return weights.log(), means, covariances

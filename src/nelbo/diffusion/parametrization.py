@@ -1,0 +1,346 @@
+r"""What a network's output means: a prediction ê of e = embed(x), given z_t.
+
+ê stands wherever e stands in the encoder, so a head is all that a parametrisation changes:
+
+    Noise         output is ε̂     ê = (z_t - √(1-α_t) ε̂) / √α_t
+    Data          output is ê
+    Velocity      output is v̂     ê = √α_t z_t - √(1-α_t) v̂
+    Mean          output is f     ê solves m_t(z_t, ê) = f for the step from t to t - 1/T
+    LevelLogits   P(x_i = v_k|z_t) = softmax_k( output_k + log N(z_t; √α_t v_k, 1-α_t) ), ê its
+                  mean: the arithmetic of one pixel is exact, the network only adds context
+    LevelCurves   the same with Σ_j output_j c_j(k) for output_k: a few curves over many levels
+    SymbolLogits  ê = log P(x_i = k|z_t) = log_softmax(output), for the absorbing process
+
+Sources: Ho et al. 2020 (noise), Salimans & Ho 2022 (velocity), Graves et al. 2023 (discrete data).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from nelbo._utils.numerics import over
+from nelbo.diffusion.level_law import mean_and_norm
+from nelbo.diffusion.process import Absorbing, Gaussian, Process
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """ê, shape of embed(x)."""
+
+    e_hat: Tensor
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Self:
+        """f of each of its tensors, such as a choice of examples or of dimensions."""
+        return replace(
+            self, **{field.name: f(getattr(self, field.name)) for field in fields(self)}
+        )
+
+
+@dataclass(frozen=True)
+class LevelPrediction(Prediction, ABC):
+    """ê as the mean of probabilities of the levels."""
+
+    @property
+    @abstractmethod
+    def log_probs(self) -> Tensor:
+        """log P(x_i = v_k|z_t) of all levels, shape (B, ..., K)."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log P(x_i|z_t) of the level of each dimension, shape of x, that of ê."""
+        return self.log_probs.gather(-1, x[..., None].long())[..., 0]
+
+
+@dataclass(frozen=True)
+class LevelTable(LevelPrediction):
+    """All of the probabilities."""
+
+    table: Tensor
+
+    @property
+    def log_probs(self) -> Tensor:
+        return self.table
+
+
+class LevelFamily(LevelPrediction):
+    """log P(x_i = v_k|z_t) = Σ_j c_ij f_j(k) + h_i(k) + log N(z_t; √α_t v_k, 1-α_t) - A_i, made
+    where it is asked for, and so are ê and A.
+
+    Args:
+        coefficients: c, shape (B, D, J).
+        curves: f, shape (J, K).
+        prior: h, shape (D, K) or (1, K).
+        evidence: v (K,), z_t (B, D), √α_t (B,) and 1/(1-α_t) (B,).
+        shape: of z_t.
+    """
+
+    def __init__(
+        self,
+        coefficients: Tensor,
+        curves: Tensor,
+        prior: Tensor,
+        evidence: tuple[Tensor, Tensor, Tensor, Tensor],
+        shape: torch.Size,
+    ) -> None:
+        self.coefficients, self.curves, self.prior = coefficients, curves, prior
+        self.evidence, self.shape = evidence, shape
+
+    @property
+    def e_hat(self) -> Tensor:
+        return self._mean_and_norm[0].view(self.shape)
+
+    @property
+    def norm(self) -> Tensor:
+        """A, shape of z_t."""
+        return self._mean_and_norm[1].view(self.shape)
+
+    @cached_property
+    def _mean_and_norm(self) -> tuple[Tensor, Tensor]:
+        return mean_and_norm(self.coefficients, self.curves, self.prior, *self.evidence)
+
+    @property
+    def log_probs(self) -> Tensor:
+        values, z, signal, precision = self.evidence
+        logits = self.coefficients @ self.curves + self.prior
+        logits = logits + _evidence(z[..., None], values, signal, precision)
+        return logits.log_softmax(-1).reshape(*self.shape, -1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).long()
+        values, z, signal, precision = self.evidence
+        context = (embedding(x, self.curves.T) * self.coefficients).sum(-1)
+        prior = self.prior[torch.arange(len(self.prior), device=x.device), x]
+        logit = context + prior + _evidence(z, values[x], signal, precision)
+        return logit.view_as(self.norm) - self.norm
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> LevelTable:  # type: ignore[override]
+        return LevelTable(f(self.e_hat), f(self.log_probs))
+
+
+@dataclass(frozen=True)
+class VariancePrediction(Prediction):
+    """ê, and where log σ² lies between log β̃ (0) and log β (1), shape of ê."""
+
+    fraction: Tensor
+
+
+class Head(nn.Module, ABC):
+    """Network output, shape (B, ...) or (B, ..., outputs), to a prediction."""
+
+    #: numbers the network gives per dimension of the data
+    outputs: int = 1
+
+    def output_shape(self, z: Tensor) -> torch.Size:
+        """What the network must give for z."""
+        return z.shape if self.outputs == 1 else torch.Size((*z.shape, self.outputs))
+
+    def start_from(self, x: Tensor) -> None:
+        """Take from training examples x, (N, ...), what is known before training; here nothing."""
+
+    def allowed(self) -> Tensor | None:
+        """Which codes each dimension can have, (D, K); None where those of the process are all."""
+        return None
+
+    @property
+    def numbers(self) -> int:
+        """Numbers per dimension that the arithmetic around a network call holds."""
+        return self.outputs
+
+    @abstractmethod
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction: ...
+
+
+class Noise(Head):
+    """The output is ε̂ in z_t = √α_t e + √(1-α_t) ε."""
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        signal = over((process.log_alpha(t) / 2).exp(), z)
+        noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
+        return Prediction((z - noise * output) / signal)
+
+
+class Data(Head):
+    """The output is ê."""
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        return Prediction(output)
+
+
+class Velocity(Head):
+    """The output is v̂ = √α_t ε̂ - √(1-α_t) ê; zero is the best linear guess for unit data."""
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        signal = over((process.log_alpha(t) / 2).exp(), z)
+        noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
+        return Prediction(signal * z - noise * output)
+
+
+class Mean(Head):
+    """The output is f(z_t, φ, t) itself, the mean of p(z_{t-1}|z_t) on the times i/T.
+
+    Args:
+        steps: T; the step that f belongs to is from t to t - 1/T, with α_0 = 1.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        if not isinstance(process, Gaussian):
+            raise TypeError(f"Mean needs a Gaussian process; got {type(process).__name__}")
+        i = (t * self.steps).round()
+        if ((t * self.steps - i).abs() > 1e-9 * self.steps).any():
+            raise ValueError(
+                f"the mean f belongs to steps of 1/{self.steps}; got a time off that grid;"
+                f" try Grid.uniform({self.steps}), or another head for continuous time"
+            )
+        s = (i - 1) / self.steps
+        of_z, of_e = process.m_t_weights(s, t)
+        return Prediction((output - over(of_z, z) * z) / over(of_e, z))
+
+
+class WithVariance(Head):
+    """A point head and, as a second output v, the variance of the step: log σ² at (v + 1)/2
+    between log β̃ and log β (Nichol & Dhariwal 2021, equation 15)."""
+
+    outputs = 2
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        if head.outputs != 1:
+            raise ValueError(
+                f"WithVariance wraps a head with one output; {type(head).__name__} has"
+                f" {head.outputs}; try WithVariance(Noise())"
+            )
+        self.head = head
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        point = self.head(output[..., 0], z, t, process)
+        return VariancePrediction(point.e_hat, (output[..., 1] + 1) / 2)
+
+
+def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: Process) -> Tensor:
+    """log N(z_t; √α_t v_k, 1-α_t) + const for each level k, shape (B, ..., K)."""
+    return _evidence(z[..., None], values.to(z.dtype), *_signal_and_precision(t, process))
+
+
+def _signal_and_precision(t: Tensor, process: Process) -> tuple[Tensor, Tensor]:
+    """√α_t and 1/(1-α_t), shape of t."""
+    return process.alpha(t).sqrt(), (-process.log_one_minus_alpha(t)).exp()
+
+
+def _evidence(z: Tensor, values: Tensor, signal: Tensor, precision: Tensor) -> Tensor:
+    error = z - over(signal, z) * values
+    return error.square() * over(-0.5 * precision, z)
+
+
+class Logits(Head):
+    """Logits of K values per dimension, on top of a learned log-prior of each dimension.
+
+    Args:
+        count: the number K of values.
+        shape: shape of one example, for a log-prior (*shape, K); left out, all dimensions share
+            one (K,).
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.outputs = self.count = count
+        self.log_prior = nn.Parameter(torch.zeros(*shape, count))
+
+    @property
+    def numbers(self) -> int:
+        return self.count
+
+    def start_from(self, x: Tensor) -> None:
+        """Set the log-prior to the log-frequencies of the levels in x, (N, *shape).
+
+        Under a network that gives zero the model is then the factorised Bayes denoiser.
+        """
+        self.log_prior.data.copy_(log_frequencies(x, self.count))
+
+
+def log_frequencies(x: Tensor, count: int) -> Tensor:
+    """Log-frequencies of the `count` levels in each dimension of x, (N, ...): (..., count).
+
+    A dimension's counts are smoothed by as many counts of the frequencies over all dimensions.
+    """
+    places = count * torch.arange(x[0].numel()).reshape(x.shape[1:])
+    counts = torch.zeros(x[0].numel() * count, dtype=torch.int64)
+    for part in x.split(4096):
+        counts += torch.bincount((places + part).flatten(), minlength=len(counts))
+    table = counts.double().reshape(*x.shape[1:], count)
+    overall = table.flatten(0, -2).sum(0) + 1
+    smooth = table + count * overall / overall.sum()
+    return (smooth / smooth.sum(-1, keepdim=True)).log()
+
+
+class LevelLogits(Logits):
+    """P(x_i = v_k|z_t) ∝ exp(output_k + log-prior_k) N(z_t; √α_t v_k, 1-α_t), and ê = Σ_k P_k v_k.
+
+    Args:
+        values: v_1..v_K, shape (K,).
+        shape: shape of one example; see `Logits`.
+    """
+
+    values: Tensor
+    curves: Tensor
+
+    def __init__(self, values: Tensor, shape: tuple[int, ...] = ()) -> None:
+        super().__init__(len(values), shape)
+        self.register_buffer("values", values, persistent=False)
+        self.register_buffer("curves", torch.eye(len(values)), persistent=False)
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
+        signal, precision = _signal_and_precision(t, process)
+        values, curves = self.values.to(z), self.curves.to(z)
+        prior = self.log_prior.to(z).reshape(-1, self.count)
+        flat = output.reshape(len(z), -1, len(curves))
+        evidence = values, z.flatten(1), signal.to(z), precision.to(z)
+        return LevelFamily(flat, curves, prior, evidence, z.shape)
+
+
+class LevelCurves(LevelLogits):
+    """As `LevelLogits`, with Σ_j output_j c_jk for output_k: for many levels that are a scale.
+
+    The curves c_j are learned. They begin as bumps at even places, as wide as they are apart, and
+    one spike for each end of the scale, where clipped values pile up. K curves that are the unit
+    vectors would be LevelLogits.
+
+    Args:
+        values: v_1..v_K, shape (K,).
+        shape: shape of one example; see `Logits`.
+        curves: how many, at least 4.
+
+    Raises:
+        ValueError: fewer curves.
+    """
+
+    def __init__(self, values: Tensor, shape: tuple[int, ...] = (), curves: int = 32) -> None:
+        if curves < 4:
+            raise ValueError(f"curves must be at least 4; got {curves}")
+        Logits.__init__(self, len(values), shape)  # without K unit vectors
+        self.register_buffer("values", values, persistent=False)
+        self.outputs = curves
+        place = torch.linspace(0, curves - 3, len(values))
+        bumps = (-0.5 * (place - torch.arange(curves - 2)[:, None]).square()).exp()
+        ends = torch.zeros(2, len(values))
+        ends[0, 0] = ends[1, -1] = 1
+        self.curves = nn.Parameter(torch.cat([bumps, ends]))
+
+
+class SymbolLogits(Logits):
+    """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior)."""
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        if not isinstance(process, Absorbing):
+            raise TypeError(
+                f"SymbolLogits needs an Absorbing process; got {type(process).__name__}"
+            )
+        return Prediction((output + self.log_prior.to(output)).log_softmax(-1))

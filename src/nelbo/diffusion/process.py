@@ -1,0 +1,294 @@
+r"""The encoder q: how data becomes noise. It is fixed, and everything about it is known.
+
+For times s < t, e = embed(x), and α_t = sigmoid(-γ(t)) from a schedule (equations 2-6, 9):
+
+    Gaussian    q(z_t|z_s)   = N( √(1-β) z_s, β ),                 1-β = α_t/α_s
+                q(z_t|x)     = N( √α_t e, 1-α_t )
+                q(z_s|z_t,x) = N( m_t, β̃ ),  β̃ = β (1-α_s)/(1-α_t)
+                m_t          = [ (1-α_s) √(1-β) z_t + √α_s β e ] / (1-α_t)
+    Absorbing   q(z_t|x)     keeps each symbol with probability α_t, else shows a mask
+
+A conditional is a method that returns a distribution with batch shape (B,). One `posterior`
+serves q(z_s|z_t,x), given e, and the model's p(z_s|z_t), given a prediction in place of e.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+from torch.nn.functional import logsigmoid, one_hot
+
+from nelbo._utils.batch_rng import drawing
+from nelbo._utils.numerics import log1mexp, over, slope
+from nelbo.diffusion.distributions import Discrete
+from nelbo.diffusion.schedules import Schedule
+
+
+def per_example(distribution: Distribution) -> Independent:
+    """All dimensions but the first belong to one example."""
+    return Independent(distribution, len(distribution.batch_shape) - 1, validate_args=False)
+
+
+def normal(mean: Tensor, variance: Tensor) -> Independent:
+    """N(mean, variance) for means (B, ...) and variances (B,)."""
+    scale = over(variance.sqrt(), mean).expand_as(mean)
+    return per_example(Normal(mean, scale, validate_args=False))
+
+
+class Process(nn.Module, ABC):
+    """q(z_t|x) and its conditionals; α_t from `schedule`."""
+
+    #: channels of `features` per dimension of the data
+    channels: int
+    #: numbers of e per dimension of the data
+    width: int = 1
+    #: how many codes a dimension of the data has, 0..codes-1; 0 where it is a real number
+    codes: int = 0
+    #: whether the law of a dimension does not depend on which it is, so that some stand for all
+    alike: bool = True
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        """log α_t, shape of t, float64."""
+        return logsigmoid(-self.schedule(t))
+
+    def log_one_minus_alpha(self, t: Tensor) -> Tensor:
+        """log(1 - α_t), shape of t, float64: not a difference, so exact at both ends."""
+        return logsigmoid(self.schedule(t))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """α_t, shape of t, float64."""
+        return self.log_alpha(t).exp()
+
+    def log_kept(self, s: Tensor, t: Tensor) -> Tensor:
+        """log(α_t/α_s), what of the signal at s is left at t; Gaussian: log(1-β)."""
+        return self.log_alpha(t) - self.log_alpha(s)
+
+    def start_from(self, x: Tensor) -> None:
+        """Take from training examples x, (N, ...), what is fixed before training; here nothing."""
+
+    @abstractmethod
+    def embed(self, x: Tensor) -> Tensor:
+        """e, the data in the space of the process, float64."""
+
+    @abstractmethod
+    def features(self, z: Tensor) -> Tensor:
+        """What a network sees of z: (B, C, ...) with `channels` channels for each of z's."""
+
+    @abstractmethod
+    def level(self, t: Tensor) -> Tensor:
+        """What a network is told of the noise level, shape of t."""
+
+    @abstractmethod
+    def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Distribution:
+        """q(z_t|z_s) for z = z_s and s < t."""
+
+    @abstractmethod
+    def marginal(self, e: Tensor, t: Tensor) -> Distribution:
+        """q(z_t|x)."""
+
+    @abstractmethod
+    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Distribution:
+        """q(z_s|z_t,x) for z = z_t and s < t; e is embed(x) or a prediction of it."""
+
+    @abstractmethod
+    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Distribution:
+        """p(z_T), z_T of the given data shape, for the last times t, shape (B,)."""
+
+    def reveal(self, x: Tensor, t: Tensor) -> Tensor:
+        """z_t of dimensions whose x is known, one draw of q(z_t|x); a symbol shows at once."""
+        with drawing():
+            return self.marginal(self.embed(x), t).sample()
+
+    @abstractmethod
+    def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
+        """lim_{s→t} KL( posterior(z, e, s, t) ‖ posterior(z, e_hat, s, t) ) / (t-s); (B,)."""
+
+
+class Levels(nn.Module):
+    """Integers 0..K-1 as K equally spaced values from low to high; [-1, 1], edges included.
+
+    Args:
+        count: the number K of levels.
+        low: value of level 0.
+        high: value of level K-1. Bins centred in [-1, 1] have high = 1 - 1/K = -low.
+    """
+
+    values: Tensor
+
+    def __init__(self, count: int, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__()
+        if count < 2:
+            raise ValueError(f"levels must be at least 2; got {count}")
+        if not low < high:
+            raise ValueError(f"low must be less than high; got {low} and {high}; try -1 and 1")
+        self.count = count
+        values = torch.linspace(low, high, count, dtype=torch.float64)
+        self.register_buffer("values", values, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.values[x]
+
+
+class Affine(nn.Module):
+    """Real data as e = (x - shift) / scale.
+
+    Args:
+        shift: broadcastable to one example, in the data's units.
+        scale: the same, positive.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, shift: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float64))
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.double() - self.shift) / self.scale
+
+
+class Gaussian(Process):
+    """q(z_t|z_s) = N(√(1-β) z_s, β), equations 2, 3, 6 and 8.
+
+    Args:
+        schedule: γ(t).
+        embedding: Levels(K) for integers, Affine(shift, scale) for real data.
+    """
+
+    channels = 1
+
+    def __init__(self, schedule: Schedule, embedding: Levels | Affine) -> None:
+        super().__init__(schedule)
+        self.embedding = embedding
+        self.codes = embedding.count if isinstance(embedding, Levels) else 0
+
+    def beta(self, s: Tensor, t: Tensor) -> Tensor:
+        """β of the step from s to t, 1 - α_t/α_s; float64."""
+        return -torch.expm1(self.log_kept(s, t))
+
+    def beta_tilde(self, s: Tensor, t: Tensor) -> Tensor:
+        """β̃ = β (1-α_s)/(1-α_t), the variance of q(z_s|z_t,x); float64."""
+        shrink = self.log_one_minus_alpha(s) - self.log_one_minus_alpha(t)
+        return self.beta(s, t) * shrink.exp()
+
+    def m_t(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """m_t = [ (1-α_s) √(1-β) z_t + √α_s β e ] / (1-α_t), the mean of q(z_s|z_t,x)."""
+        of_z, of_e = self.m_t_weights(s, t)
+        return over(of_z, z) * z + over(of_e, z) * e
+
+    def m_t_weights(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What m_t multiplies z_t and e by, shape of t, float64."""
+        shrink = self.log_one_minus_alpha(s) - self.log_one_minus_alpha(t)
+        of_z = (shrink + self.log_kept(s, t) / 2).exp()
+        of_e = (self.log_alpha(s) / 2 - self.log_one_minus_alpha(t)).exp() * self.beta(s, t)
+        return of_z, of_e
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.embedding(x)
+
+    def features(self, z: Tensor) -> Tensor:
+        return z
+
+    def level(self, t: Tensor) -> Tensor:
+        # γ itself: a network that knows the log-SNR fits any grid and any learned schedule.
+        return self.schedule(t)
+
+    def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
+        mean = over((self.log_kept(s, t) / 2).exp(), z) * z
+        return normal(mean, self.beta(s, t))
+
+    def marginal(self, e: Tensor, t: Tensor) -> Independent:
+        mean = over((self.log_alpha(t) / 2).exp(), e) * e
+        return normal(mean, self.log_one_minus_alpha(t).exp())
+
+    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
+        return normal(self.m_t(z, e, s, t), self.beta_tilde(s, t))
+
+    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
+        zeros = torch.zeros((len(t), *shape), dtype=t.dtype, device=t.device)
+        return normal(zeros, torch.ones_like(t))
+
+    def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
+        """½ γ'(t) SNR(t) ‖e - ê‖² (equation 8; VDM equation 18)."""
+        error = (e - e_hat).square().flatten(1).sum(1)
+        return 0.5 * slope(self.schedule, t) * (-self.schedule(t)).exp() * error
+
+
+class Absorbing(Process):
+    """Each symbol is kept with probability α_t, else masked (equation 9).
+
+    z holds symbols 0..K-1 or the mask K; e and its prediction are log-probabilities (..., K).
+    Sources: Austin et al. 2021 (D3PM), Shi et al. 2024 (MD4).
+
+    Args:
+        schedule: γ(t), α_t = sigmoid(-γ(t)).
+        count: the number K of symbols.
+    """
+
+    def __init__(self, schedule: Schedule, count: int) -> None:
+        super().__init__(schedule)
+        if count < 2:
+            raise ValueError(f"levels must be at least 2; got {count}")
+        self.count = self.mask = self.width = self.codes = count
+        self.channels = count + 1
+
+    def embed(self, x: Tensor) -> Tensor:
+        return one_hot(x.long(), self.count).double().log()
+
+    def features(self, z: Tensor) -> Tensor:
+        return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
+
+    def level(self, t: Tensor) -> Tensor:
+        # Given the symbols that show, P(x|z_t) does not depend on t (Ou et al. 2024).
+        return torch.zeros_like(t)
+
+    def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
+        kept = self.log_kept(s, t)
+        shown = self._show(z)
+        next_ = self._masked_with(shown[..., :-1], kept, log1mexp(kept)).log_probs
+        return per_example(Discrete(torch.where((z == self.mask)[..., None], shown, next_)))
+
+    def marginal(self, e: Tensor, t: Tensor) -> Independent:
+        return per_example(self._masked_with(e, self.log_alpha(t), self.log_one_minus_alpha(t)))
+
+    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
+        masked = self.log_one_minus_alpha(t)
+        reveal = self.log_alpha(s) + log1mexp(self.log_kept(s, t)) - masked
+        stay = self.log_one_minus_alpha(s) - masked
+        log_probs = self._masked_with(e, reveal, stay).log_probs
+        shown = (z != self.mask)[..., None]
+        return per_example(Discrete(torch.where(shown, self._show(z).to(e.dtype), log_probs)))
+
+    def reveal(self, x: Tensor, t: Tensor) -> Tensor:
+        # The model knows P(x_i| any symbols that show): what is known need not wait for its time.
+        return x
+
+    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
+        # The share α_T that no mask hides yet is uniform: with all mass on the mask, KL = inf.
+        uniform = torch.zeros((len(t), *shape, self.count), dtype=t.dtype, device=t.device)
+        uniform = uniform.log_softmax(-1)
+        return per_example(
+            self._masked_with(uniform, self.log_alpha(t), self.log_one_minus_alpha(t))
+        )
+
+    def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
+        """-α'(t)/(1-α_t) Σ_masked -log P(x_i|z_t) (equation 9); -α'/(1-α) = γ' α."""
+        surprise = -torch.where(e == 0, e_hat, 0.0).sum(-1)
+        hidden = torch.where(z == self.mask, surprise, 0.0).flatten(1).sum(1)
+        return slope(self.schedule, t) * self.alpha(t) * hidden
+
+    def _show(self, z: Tensor) -> Tensor:
+        return one_hot(z.long(), self.channels).double().log()
+
+    def _masked_with(self, e: Tensor, log_shown: Tensor, log_masked: Tensor) -> Discrete:
+        """e with probability exp(log_shown), else the mask."""
+        shown = over(log_shown, e) + e
+        mask = over(log_masked, e).expand_as(e[..., :1])
+        return Discrete(torch.cat([shown, mask], -1))

@@ -1,0 +1,188 @@
+r"""Columns of several kinds in one model: a product of processes.
+
+x = (x_1, .., x_G) are groups of columns, side by side; each group has a process of its own, and
+they share nothing but the time and the network:
+
+    q(z_t|x) = Π_g q_g(z_t^g|x^g),      P(z_s|z_t) = Π_g P_g(z_s^g|z_t),      P(x|z_1) alike.
+
+The network sees all of z_t, so a column's prediction knows the others. A KL of products is the sum
+of KLs, and a rate the sum of rates: `elbo.py` need not know. e, the features and the network's
+output are flat, (B, ·), those of the groups one after the other.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
+
+from nelbo.diffusion.decoder import Likelihood
+from nelbo.diffusion.distributions import Joint
+from nelbo.diffusion.parametrization import Head, Prediction
+from nelbo.diffusion.process import Process, per_example
+from nelbo.diffusion.reverse import Reverse
+
+
+def join(parts: Sequence[Distribution]) -> Independent:
+    """Distributions of batch shape (B,) over groups of columns as one of batch shape (B,)."""
+    return per_example(Joint([cast(Independent, part).base_dist for part in parts]))
+
+
+class Product(Process):
+    """A process for each group of columns.
+
+    Its schedule and the noise level that the network is told are those of the first group.
+
+    Args:
+        parts: the processes.
+        sizes: D_g, the columns of each.
+    """
+
+    alike = False
+
+    def __init__(self, parts: Sequence[Process], sizes: Sequence[int]) -> None:
+        super().__init__(parts[0].schedule)
+        self.parts, self.sizes = cast(Sequence[Process], nn.ModuleList(parts)), list(sizes)
+        self.widths = [part.width * size for part, size in zip(parts, sizes, strict=True)]
+
+    def split(self, v: Tensor) -> list[Tensor]:
+        """x or z, (B, D), into those of the groups."""
+        return list(v.split(self.sizes, 1))
+
+    def split_e(self, e: Tensor) -> list[Tensor]:
+        """e or its prediction, (B, ·), into those of the groups."""
+        return [
+            v if part.width == 1 else v.reshape(len(v), -1, part.width)
+            for part, v in zip(self.parts, e.split(self.widths, 1), strict=True)
+        ]
+
+    def start_from(self, x: Tensor) -> None:
+        for part, v in zip(self.parts, self.split(x), strict=True):
+            part.start_from(v)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self._flat(part.embed(v) for part, v in self._of(x))
+
+    def features(self, z: Tensor) -> Tensor:
+        return self._flat(part.features(v) for part, v in self._of(z))
+
+    def level(self, t: Tensor) -> Tensor:
+        return self.parts[0].level(t)
+
+    def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
+        return join([part.transition(v, s, t) for part, v in self._of(z)])
+
+    def marginal(self, e: Tensor, t: Tensor) -> Independent:
+        each = zip(self.parts, self.split_e(e), strict=True)
+        return join([part.marginal(v, t) for part, v in each])
+
+    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
+        each = zip(self._of(z), self.split_e(e), strict=True)
+        return join([part.posterior(v, w, s, t) for (part, v), w in each])
+
+    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
+        each = zip(self.parts, self.sizes, strict=True)
+        return join([part.prior((size,), t) for part, size in each])
+
+    def reveal(self, x: Tensor, t: Tensor) -> Tensor:
+        return self._flat(part.reveal(v, t) for part, v in self._of(x))
+
+    def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
+        """Σ_g of the rates of the groups."""
+        each = zip(self._of(z), self.split_e(e), self.split_e(e_hat), strict=True)
+        return torch.stack([part.rate(v, w, w_hat, t) for (part, v), w, w_hat in each]).sum(0)
+
+    def _of(self, v: Tensor) -> list[tuple[Process, Tensor]]:
+        return list(zip(self.parts, self.split(v), strict=True))
+
+    @staticmethod
+    def _flat(parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+@dataclass(frozen=True)
+class ProductPrediction(Prediction):
+    """The prediction of each group; ê is theirs, flat."""
+
+    parts: tuple[Prediction, ...]
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, e_hat=f(self.e_hat), parts=tuple(part.map(f) for part in self.parts))
+
+
+class ProductHead(Head):
+    """A head for each group of columns.
+
+    Args:
+        parts: the heads.
+        sizes: D_g, the columns of each.
+    """
+
+    def __init__(self, parts: Sequence[Head], sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.parts, self.sizes = cast(Sequence[Head], nn.ModuleList(parts)), list(sizes)
+        self.widths = [part.outputs * size for part, size in zip(parts, sizes, strict=True)]
+
+    @property
+    def numbers(self) -> int:
+        return max(part.numbers for part in self.parts)
+
+    def output_shape(self, z: Tensor) -> torch.Size:
+        return torch.Size((len(z), sum(self.widths)))
+
+    def start_from(self, x: Tensor) -> None:
+        for part, v in zip(self.parts, x.split(self.sizes, 1), strict=True):
+            part.start_from(v)
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        process = _product(process)
+        outputs, of_z = output.split(self.widths, 1), process.split(z)
+        each = zip(self.parts, outputs, of_z, process.parts, strict=True)
+        parts = tuple(
+            head(o.reshape(head.output_shape(v)), v, t, part) for head, o, v, part in each
+        )
+        e_hat = torch.cat([part.e_hat.flatten(1) for part in parts], 1)
+        return ProductPrediction(e_hat, parts)
+
+
+class ProductStep(Reverse):
+    """A reverse step for each group of columns."""
+
+    def __init__(self, parts: Sequence[Reverse]) -> None:
+        super().__init__()
+        self.parts = cast(Sequence[Reverse], nn.ModuleList(parts))
+
+    def forward(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Distribution:
+        process = _product(process)
+        each = zip(self.parts, _parts(prediction), process.split(z), process.parts, strict=True)
+        return join([step(of, v, s, t, part) for step, of, v, part in each])
+
+
+class ProductDecoder(Likelihood):
+    """A decoder for each group of columns: a density if one of them is."""
+
+    def __init__(self, parts: Sequence[Likelihood]) -> None:
+        super().__init__()
+        self.parts = cast(Sequence[Likelihood], nn.ModuleList(parts))
+        self.density = any(part.density for part in parts)
+
+    def forward(
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+    ) -> Independent:
+        process = _product(process)
+        each = zip(self.parts, _parts(prediction), process.split(z), process.parts, strict=True)
+        return join([decoder(of, v, t, part) for decoder, of, v, part in each])
+
+
+def _product(process: Process) -> Product:
+    assert isinstance(process, Product)
+    return process
+
+
+def _parts(prediction: Prediction) -> tuple[Prediction, ...]:
+    assert isinstance(prediction, ProductPrediction)
+    return prediction.parts

@@ -1,0 +1,139 @@
+r"""P(z_s|z_t): the reverse step, s < t, made of a prediction at z_t.
+
+    Posterior   q(z_s|z_t, x = ê): Gaussian with variance β̃, or the categorical step
+    Beta        N(m_t(z_t, ê), β)
+    Learned     N(m_t(z_t, ê), σ²), log σ² between log β̃ and log β by the network
+    Optimal     N(m_t(z_t, ê), σ²), σ² of the least KL: β̃ + (√α_s β/(1-α_t))² E‖e - ê‖²/D
+    Mixture     Σ_k P(x_i = v_k|z_t) q(z_s|z_t, x_i = v_k): the exact marginal of each dimension
+
+For s → t all of them tend to the posterior step (β̃/β → 1, the mixture to one Gaussian), so they
+share one continuous-time bound, and differ the more the fewer the steps.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
+
+from nelbo._utils.numerics import over
+from nelbo.diffusion.distributions import LevelMixture
+from nelbo.diffusion.parametrization import LevelPrediction, Prediction, VariancePrediction
+from nelbo.diffusion.process import Gaussian, Process, normal, per_example
+
+
+class Reverse(nn.Module, ABC):
+    """P(z_s|z_t) for z = z_t, with batch shape (B,)."""
+
+    @abstractmethod
+    def forward(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Distribution: ...
+
+
+class Posterior(Reverse):
+    """q(z_s|z_t,x) with ê for x: σ² = β̃ for a Gaussian process (equation 7)."""
+
+    def forward(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Distribution:
+        return process.posterior(z, prediction.e_hat, s, t)
+
+
+class Beta(Reverse):
+    """N(f, β) with f = m_t(z_t, ê); the KL is ‖m_t - f‖²/(2β) + const (equation 7)."""
+
+    def forward(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Distribution:
+        process = _gaussian(process, self)
+        f = process.m_t(z, prediction.e_hat, s, t)
+        return normal(f, process.beta(s, t))
+
+
+class Learned(Reverse):
+    """N(f, σ²), log σ² = v log β + (1-v) log β̃ (Nichol & Dhariwal 2021, equation 15)."""
+
+    def forward(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Distribution:
+        process = _gaussian(process, self)
+        if not isinstance(prediction, VariancePrediction):
+            raise TypeError("the learned variance needs a head with a variance: WithVariance")
+        f = process.m_t(z, prediction.e_hat, s, t)
+        low, high = process.beta_tilde(s, t).log(), process.beta(s, t).log()
+        log_variance = over(low, f) + prediction.fraction * over(high - low, f)
+        return per_example(Normal(f, (log_variance / 2).exp(), validate_args=False))
+
+
+class Optimal(Reverse):
+    """N(f, σ²) with the σ² of the least expected KL: β̃ + (√α_s β/(1-α_t))² v(t), where
+    v(t) = E‖e - ê‖²/D (Bao et al. 2022, theorem 1).
+
+    v is data of the model, measured in training (`grids.measure_errors`); before, it is zero and
+    σ² = β̃. Any v gives a bound, so straight lines between its points will do.
+
+    Args:
+        errors: v at evenly spaced times from 0 to 1, shape (N,).
+    """
+
+    errors: Tensor
+
+    def __init__(self, errors: Tensor | None = None) -> None:
+        super().__init__()
+        errors = torch.zeros(33, dtype=torch.float64) if errors is None else errors
+        self.register_buffer("errors", errors.double())
+
+    def error(self, t: Tensor) -> Tensor:
+        """v(t), shape of t."""
+        last = len(self.errors) - 1
+        below = (t * last).long().clamp(0, last - 1)
+        return torch.lerp(self.errors[below], self.errors[below + 1], t * last - below)
+
+    def forward(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Distribution:
+        process = _gaussian(process, self)
+        f = process.m_t(z, prediction.e_hat, s, t)
+        _, of_e = process.m_t_weights(s, t)
+        return normal(f, process.beta_tilde(s, t) + of_e.square() * self.error(t))
+
+
+class Mixture(Reverse):
+    """Σ_k P(x_i = v_k|z_t) N(m_t(z_t, v_k), β̃) for each dimension i.
+
+    Args:
+        values: v_1..v_K, shape (K,).
+    """
+
+    values: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values, persistent=False)
+
+    def forward(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Distribution:
+        process = _gaussian(process, self)
+        if not isinstance(prediction, LevelPrediction):
+            raise TypeError("the mixture step needs a head that predicts levels: LevelLogits")
+        return mixture(prediction, self.values, z, s, t, process)
+
+
+def mixture(
+    prediction: LevelPrediction, values: Tensor, z: Tensor, s: Tensor, t: Tensor, process: Gaussian
+) -> Distribution:
+    """Σ_k P(x_i = v_k|z_t) N(m_t(z_t, v_k), β̃) for values v of shape (K,) or (..., K)."""
+    loc = process.m_t(z[..., None], values.to(z), s, t)
+    scale = over(process.beta_tilde(s, t).sqrt(), loc)
+    return per_example(LevelMixture(prediction.log_probs, loc, scale))
+
+
+def _gaussian(process: Process, step: Reverse) -> Gaussian:
+    if not isinstance(process, Gaussian):
+        raise TypeError(
+            f"{type(step).__name__} is a step of a Gaussian process; got"
+            f" {type(process).__name__}; try Posterior()"
+        )
+    return process

@@ -1,0 +1,204 @@
+r"""Estimates of the bound: which times, how many draws.
+
+Both kinds of times write the diffusion term as an integral over u ∈ [0, 1), so one law of u serves
+both and every estimate is unbiased:
+
+    Grid(times)   Σ_{i=1..T-1} KL_i   = E_u[ (T-1) KL_⌈(T-1)u⌉ ]
+    Continuum()   ∫_start^1 rate(t) dt = E_u[ (1-start) rate(start + (1-start) u) ]
+
+Laws of u: `iid`, or `stratified`, which with T-1 draws per example visits each term once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nelbo.diffusion.checks import as_tensor, check_examples
+from nelbo.diffusion.elbo import Bound, prior_term, reconstruction_term
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.schedules import Betas, Schedule
+from nelbo.diffusion.terms import Rate, Step, Term
+
+
+def iid(examples: int, draws: int = 1) -> Tensor:
+    """u independent and uniform, shape (examples, draws), float64."""
+    return torch.rand(examples, draws, dtype=torch.float64)
+
+
+def stratified(examples: int, draws: int = 1) -> Tensor:
+    """Each u uniform on [0, 1); together one in each of examples·draws strata.
+
+    Example i draws u_ij = (j + v_i)/draws, j = 0..draws-1, and v falls once into each of
+    `examples` strata, in random order (so no example is tied to a time). Shape (examples, draws),
+    float64.
+
+    >>> u = stratified(3, 2)
+    >>> (u.flatten().sort().values * 6).floor()
+    tensor([0., 1., 2., 3., 4., 5.], dtype=torch.float64)
+    """
+    v = (torch.randperm(examples) + torch.rand(examples, dtype=torch.float64)) / examples
+    return (torch.arange(draws) + v[:, None]) / draws
+
+
+class Times(ABC):
+    """The times of z_1 .. z_T."""
+
+    #: time of z_1, which P(x|z_1) decodes; z_T is at time 1
+    first: float
+    #: number of terms in the diffusion term; 1 stands for the integral
+    terms: int
+    #: T, or None in continuous time
+    steps: int | None
+
+    @abstractmethod
+    def at(self, u: Tensor) -> Tensor:
+        """The time at u ∈ [0, 1], shape of u; the nearest one of a grid."""
+
+    @abstractmethod
+    def term(self, u: Tensor) -> tuple[Term, float]:
+        """The term at uniform u, shape (B,), and the factor of its cost."""
+
+    def diffusion(self, model: Model, x: Tensor, u: Tensor) -> Tensor:
+        """Unbiased draw of the diffusion term for uniform u, shape (B,), nats."""
+        if self.terms == 0:
+            return torch.zeros_like(u)
+        term, factor = self.term(u)
+        return factor * term.cost(model, x)
+
+
+class Grid(Times):
+    """T times t_1 < ... < t_T = 1, T - 1 KL terms; T network calls for the whole bound.
+
+    Args:
+        times: increasing, in (0, 1], the last 1. The classic T steps are `Grid.uniform(T)`.
+    """
+
+    def __init__(self, times: Tensor | Sequence[float]) -> None:
+        times = torch.as_tensor(times, dtype=torch.float64)
+        if (
+            times.ndim != 1
+            or len(times) < 1
+            or not times[0] > 0
+            or times[-1] != 1
+            or not (times.diff() > 0).all()
+        ):
+            raise ValueError(
+                f"times must increase within (0, 1] and end at 1.0; got {times.tolist()};"
+                " try torch.linspace(0, 1, T + 1)[1:]"
+            )
+        self.times = times
+        self.first = times[0].item()
+        self.steps = len(times)
+        self.terms = len(times) - 1
+
+    @staticmethod
+    def uniform(steps: int) -> "Grid":
+        """The times 1/T, 2/T, ..., 1.
+
+        >>> Grid.uniform(4).times
+        tensor([0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1; got {steps}")
+        return Grid(torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:])
+
+    def at(self, u: Tensor) -> Tensor:
+        return self.times.to(u.device)[(u * self.terms).round().long()]
+
+    def term(self, u: Tensor) -> tuple[Term, float]:
+        times = self.times.to(u.device)
+        i = (u * self.terms).long().clamp(max=self.terms - 1)
+        return Step(t=times[i + 1], s=times[i]), float(self.terms)
+
+
+class Continuum(Times):
+    """Infinitely many steps between the time of z_1 and 1.
+
+    Args:
+        start: time of z_1; a schedule made of T betas needs 1/T or later.
+    """
+
+    steps = None
+    terms = 1
+
+    def __init__(self, start: float = 0.0) -> None:
+        if not 0 <= start < 1:
+            raise ValueError(f"start must be in [0, 1); got {start}")
+        self.first = start
+
+    def at(self, u: Tensor) -> Tensor:
+        return self.first + (1 - self.first) * u
+
+    def term(self, u: Tensor) -> tuple[Term, float]:
+        return Rate(self.at(u)), 1 - self.first
+
+
+def times_of(model: Model, times: Times | None) -> Times:
+    """The times as given; left out, the continuum of the model's schedule.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if times is None:
+        return Continuum(model.process.schedule.start)
+    if not isinstance(times, Times):
+        raise ValueError(
+            f"times must be Grid(times) or Continuum(); got {times!r}; for T uniform steps give"
+            " Grid.uniform(T)"
+        )
+    return times
+
+
+def elbo(model: Model, x: Tensor, times: Times | None = None, u: Tensor | None = None) -> Bound:
+    """The three terms of −ELBO per example, unbiased, in nats.
+
+    Args:
+        model: the model; its `dtype` is the precision of the arithmetic around the network.
+        x: examples, shape (B, ...).
+        times: Grid(times) or Continuum(start); left out, Continuum from the schedule's start.
+        u: uniform draws in [0, 1), shape (B,) or (B, n), averaged over n. Left out, they are
+            stratified, n as large as the number of terms: the full sum over a grid.
+
+    Returns:
+        Bound(prior, reconstruction, diffusion), shape (B,) each; `.elbo` is minus their sum.
+
+    Raises:
+        ValueError: a model of P(x|c) without the conditions of these examples; no such examples.
+    """
+    x = as_tensor(x).to(model.device)
+    model.check_law(len(x))
+    check_examples(model, x)
+    x = x.double() if x.is_floating_point() else x.long()
+    times = times_of(model, times)
+    if u is None:
+        u = stratified(len(x), max(times.terms, 1))
+    u = u.reshape(len(x), -1).to(x.device)
+    first = torch.full((len(x),), times.first, dtype=torch.float64, device=x.device)
+    prior = prior_term(model, x, torch.ones_like(first))
+    reconstruction = reconstruction_term(model, x, first)
+    draws = u.shape[1]
+    row = torch.arange(len(x), device=x.device).repeat_interleave(draws)
+    each = times.diffusion(model.at(row), x[row], u.flatten())
+    return Bound(prior, reconstruction, each.reshape(len(x), draws).mean(1))
+
+
+def even_times(schedule: Schedule, steps: int, count: int) -> Tensor:
+    """About `count` evenly spaced times of a schedule, at least `steps`, the last 1.
+
+    Raises:
+        ValueError: fewer than one step, or more than the schedule has.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    if not isinstance(schedule, Betas):
+        return torch.linspace(0, 1, count + 1, dtype=torch.float64)[1:]
+    if steps > schedule.steps:
+        raise ValueError(
+            f"steps must be at most {schedule.steps}, the number of betas in the schedule;"
+            f" got {steps}"
+        )
+    count = min(count, schedule.steps)
+    i = torch.linspace(0, schedule.steps, count + 1, dtype=torch.float64)[1:].round()
+    return i / schedule.steps

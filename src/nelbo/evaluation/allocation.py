@@ -1,0 +1,431 @@
+r"""Which terms to draw, how often, and what to take off: an unbiased estimate of small variance.
+
+The costs of an example, reconstruction and diffusion, are one sum over cells: cell 0 is the
+reconstruction, the others divide u ∈ [0, 1] of the diffusion term into parts that a proposal q
+holds to cost alike (`proposal`); a step that it holds to cost as much as a part is one by itself.
+A visit to an example falls into cell c with probability p_c, within it as q does, and gives
+
+    y = Σ_c b_c·φ_c(x) + [ w (cost - k_c·v) - b_c·φ_c(x) ] / p_c ,        w = q(c)/q(u)
+
+v and φ from `control`; the place in the cell, less its mean, is a v too. E[y] is the sum of costs
+for any b, k and p > 0. A pilot on some of the examples fits b and k cell by cell (least squares
+over neighbouring cells) and gives what is left, sd_c; the best p is proportional to it (Neyman
+1934). A share of the visits is spread evenly: a twentieth, so no weight 1/p_c exceeds twenty times
+the number of cells, whatever the pilot missed; and more where few rows tell of a cell, or what is
+left has heavy tails.
+
+Draws of one example lend each other their context (`control`): each borrows from the nearest in
+time, of its own replicate or of one before it. So no two replicates borrow from each other, what
+is taken off them is uncorrelated, and their spread tells the error of their mean. Two draws help
+each other best at nearly one time: they are one visit, half a cell apart, and what the pilot fits
+is their mean.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.numerics import over
+from nelbo.data import as_examples
+from nelbo.diffusion.terms import Decode, Term
+from nelbo.diffusion.times import Times, stratified
+from nelbo.evaluation.control_variates import NOTHING_SAID, Controls, Said
+from nelbo.evaluation.intervals import apart
+from nelbo.evaluation.reference_denoisers import observe
+from nelbo.evaluation.time_density import Proposal
+from nelbo.evaluation.time_density import even as even_proposal
+
+CELLS = 32  # of the diffusion term, at most
+NEAR, FAR = 10.0, 4.0  # cells to either side that lend a cell slopes, over ∛rows; and spread
+BORROWED = 16.0  # normal rows of its own that its neighbours' variance counts for
+EVEN = 0.05  # share of the draws that do not follow the pilot, at least; and ..
+DOUBT = 3.0  # .. so often the relative variance of a variance that it found
+NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
+LIKE = 64  # rows of a network call, at least, where there are as many
+ALIKE = 1 / 2, 16  # share of a pilot's rows, and of each cell, that do not follow others, at least
+RIDGE = 0.01  # of each coefficient, relative to the rows that determine it
+
+
+class Cells:
+    """The cells of the costs for one kind of times.
+
+    Args:
+        times: of the bound.
+        proposal: where the costs are held to be; left out, all u alike.
+    """
+
+    def __init__(self, times: Times, proposal: Proposal | None = None) -> None:
+        self.times, self.proposal = times, even_proposal(times) if proposal is None else proposal
+        edges = torch.tensor(self.proposal.cells(CELLS) if times.terms else [0])
+        #: the distribution function of the proposal at the edges
+        self.ends = torch.cat([torch.zeros(1).double(), self.proposal.mass.cumsum(0)])[edges]
+        self.diffusion = len(edges) - 1
+        self.count = 1 + self.diffusion
+        at = self.proposal.u[edges]
+        self.edges = times.at(at) if self.diffusion else torch.tensor([1.0]).double()
+
+    def variates(self, controls: Controls) -> int:
+        """G: those of the controls, and the place in the cell."""
+        return controls.variates + 1
+
+    def visit(
+        self,
+        controls: Controls,
+        x: Tensor,
+        cell: Tensor,
+        share: Tensor,
+        replicate: Tensor,
+        each: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """w·cost, shape (B, n), and w·v, shape (B, n, G), of n visits to each example.
+
+        Args:
+            controls: the variates and their model.
+            x: examples, shape (B, ...).
+            cell: of each visit, shape (B, n).
+            share: where in its cell, in [0, 1), shape (B, n).
+            replicate: of each of the n visits, not decreasing, shape (n,).
+            each: draws of a visit, of which these are the means; they share the cell.
+        """
+        shape = (*cell.shape, each)
+        within = (share[..., None] + torch.arange(each) / each) % 1
+        cost, v = self._draw(
+            controls,
+            x,
+            cell[..., None].expand(shape).flatten(1),
+            within.flatten(1),
+            replicate.repeat_interleave(each),
+        )
+        # costs change over a cell, and of uniform places in it the mean is known
+        place = (within.mean(-1) - 1 / 2) * (cell > 0)
+        v = torch.cat([v.view(*shape, -1).mean(2), place[..., None]], -1)
+        return cost.view(shape).mean(2), v
+
+    def _draw(
+        self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of single draws, the columns of the controls alone."""
+        cost = torch.zeros(cell.shape, dtype=torch.float64)
+        v = torch.zeros(*cell.shape, controls.variates, dtype=torch.float64)
+        rows = controls.model.rows
+        for columns in torch.arange(cell.shape[1]).split(rows):
+            for some in torch.arange(len(x)).split(max(1, rows // len(columns))):
+                at = some[:, None], columns
+                cost[at], v[at] = self._call(
+                    controls.at(some), x[some], cell[at], share[at], replicate[columns]
+                )
+        return cost, v
+
+    def _call(
+        self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        row = torch.arange(len(x)).repeat_interleave(cell.shape[1])
+        at, cell, share = cell + share, cell.flatten(), share.flatten()
+        place = at.flatten()
+        cost = torch.zeros(len(row), dtype=torch.float64)
+        v = torch.zeros(len(row), controls.variates, dtype=torch.float64)
+        draws = []
+        for kind in (cell == 0, cell > 0):
+            # like times together: the cost of an integral depends on the noise
+            order = kind.nonzero()[:, 0][place[kind].argsort()]
+            for part in order.split(max(LIKE, math.ceil(len(order) / 4))) if kind.any() else ():
+                term, factor = self._term(cell[part], share[part], x.device)
+                draw = observe(controls.model.at(row[part]), x[row[part]], term)
+                cost[part] = factor * draw.cost.cpu()
+                draws.append((part, factor, draw))
+        said = Said.gathered([d[0] for d in draws], [controls.said(d[2]) for d in draws])
+        # where nothing is lent all draws are alone
+        lender = torch.full_like(row, -1)
+        if said.by_network is not None:
+            lender = _lenders(at, replicate).flatten()
+        for part, factor, draw in draws:
+            by = lender[part]
+            other = said.at(by) if (by >= 0).any() else NOTHING_SAID
+            alone = (by < 0).to(x.device)
+            v[part] = factor[:, None] * controls.within(draw, said.at(part), other, alone).cpu()
+        return cost.view(len(x), -1), v.view(len(x), len(replicate), -1)
+
+    def _term(self, cell: Tensor, share: Tensor, device: torch.device) -> tuple[Term, Tensor]:
+        """The terms at places in the cells, and w·(the factor of a cost), shape of `cell`."""
+        if (cell == 0).any():
+            first = torch.full_like(share, self.times.first).to(device)
+            return Decode(first), torch.ones_like(share)
+        width = self.ends.diff()[cell - 1]
+        u, weight = self.proposal.at(self.ends[cell - 1] + share * width)
+        term, factor = self.times.term(u.to(device))
+        return term, factor * weight * width
+
+
+def _lenders(place: Tensor, replicate: Tensor) -> Tensor:
+    """The row that lends to each of n draws of B examples, -1 where none does; (B, n).
+
+    It is the nearest in `place` (B, n) of the same example and of no later replicate (n,), with
+    a preference for less noise, as it knows more.
+    """
+    ahead = place[:, None] - place[:, :, None]
+    distance = torch.where(ahead > 0, NOISIER * ahead, -ahead)
+    own = torch.eye(len(replicate), dtype=torch.bool)
+    distance[:, own | (replicate[:, None] < replicate)] = torch.inf
+    nearest, index = distance.min(2)
+    first = len(replicate) * torch.arange(len(place))[:, None]
+    return torch.where(nearest.isfinite(), first + index, -1)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a pilot settles: p (C,), k (C, G), b (C, 1 + F), and the sd of w cost (C,) left."""
+
+    probability: Tensor
+    within: Tensor
+    between: Tensor
+    left: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the costs of an example by one visit, as the pilot foresees it; scalar, nats²."""
+        return (self.left.square() / self.probability).sum()
+
+    def known(self, phi: Tensor) -> Tensor:
+        """b_c·φ_c of each example and cell, shape (B, C)."""
+        return (phi * self.between).sum(-1)
+
+
+def even(cells: Cells, controls: Controls, features: int, first: float) -> Allocation:
+    """No pilot: nothing taken off; `first` is the share of the reconstruction, the rest goes by
+    the proposal."""
+    first = 1.0 if cells.count == 1 else max(first, 1 / cells.count)
+    p = torch.cat([torch.full((1,), first).double(), (1 - first) * cells.ends.diff()])
+    within = torch.zeros(cells.count, cells.variates(controls), dtype=torch.float64)
+    between = torch.zeros(cells.count, features, dtype=torch.float64)
+    return Allocation(p, within, between, torch.full_like(p, torch.nan))
+
+
+def pilot(
+    cells: Cells, controls: Controls, x: Tensor, rows: int, draws: int, replicates: int
+) -> Allocation:
+    """Draw so many rows in each cell on examples of x, and fit.
+
+    Args:
+        cells: where.
+        controls: the variates.
+        x: examples, shape (N, ...).
+        rows: network calls for each cell, on average; eight or more.
+        draws: of each example in each replicate, in what follows.
+        replicates: in what follows.
+    """
+    times, each = visits(draws, controls)
+    # two visits to each example, where there will be more that are of one draw, as far apart as
+    # they will be; the first is alone, if some will be
+    both = min(2, times * replicates) if each == 1 else 1
+    replicate = torch.arange(both) * (draws == 1)
+    found: list[tuple[Tensor, ...]] = []
+    # the reconstruction borrows nothing: where there are rows, it is asked as often as those that
+    # others borrow from
+    p = torch.ones(cells.count, dtype=torch.float64)
+    p[0] = max(1.0, min(FAR, cells.count, rows / 4))
+    p = p / p.sum()
+    whole = rows * cells.count // (both * each)
+    # the first where all cells are alike; then where draws, and who lends to them, will be
+    part, least = ALIKE
+    alike = min(whole, math.ceil(max(least, part * rows) * cells.count / (both * each)))
+    for examples in (alike, whole - alike):
+        if not examples:
+            break
+        u = stratified(examples) + torch.arange(both) * _apart(examples, draws, replicates)
+        cell, share = located(p, u % 1)
+        found.append(_rows(cells, controls, x, cell, share, replicate, each))
+        fitted = fit(cells.count, *_usual(*map(torch.cat, zip(*found, strict=True))))
+        p = fitted.probability
+    return fitted
+
+
+def _rows(
+    cells: Cells,
+    controls: Controls,
+    x: Tensor,
+    cell: Tensor,
+    share: Tensor,
+    replicate: Tensor,
+    each: int,
+) -> tuple[Tensor, ...]:
+    """What `_usual` is given, of visits (B, n) to examples taken from x at random."""
+    # an example is visited in many cells, and its φ is of them all
+    drawn = torch.randint(len(x), (len(cell),))
+    once, place = drawn.unique(return_inverse=True)
+    some = as_examples(x[once]).to(controls.model.device)
+    here = controls.at(once[place])
+    cost, v = cells.visit(here, some[place], cell, share, replicate, each)
+    phi = torch.cat([controls.between(part) for part in some.split(256)])[place[:, None], cell]
+    example = drawn.repeat_interleave(cell.shape[1])
+    return example, cell.flatten(), cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1)
+
+
+def _usual(
+    example: Tensor, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fit` is given: an example that costs, whenever it is drawn, what no other does, or
+    that once is not finite, says nothing. What is settled is for the others."""
+    finite = cost.isfinite() & v.isfinite().all(1)
+    counted = torch.where(finite, cost, torch.nan)
+    middle = torch.stack([counted[cell == c].nanmedian() for c in range(int(cell.max()) + 1)])
+    middle = middle[cell]
+    off = torch.where(finite, (cost - middle).abs(), torch.inf)
+    of = example.unique(return_inverse=True)[1]
+    silent = apart(off, of)[of]
+    cost, some = torch.where(silent, middle, cost), silent[:, None]
+    one = torch.ones_like(phi[:, :1])
+    phi = torch.cat([one, torch.where(some, 0.0, phi[:, 1:])], 1)
+    return cell, cost, torch.where(some, 0.0, v), phi
+
+
+def visits(draws: int, controls: Controls) -> tuple[int, int]:
+    """In how many visits so many draws of an example are made, and how many each is of."""
+    return (1, 2) if draws == 2 and controls.lends else (draws, 1)
+
+
+def _apart(examples: int, draws: int, replicates: int) -> Tensor | float:
+    """How far draws of an example stand from the one that lends to them."""
+    if draws > 1:
+        return 1 / (draws * replicates)
+    # of independent replicates it is the nearest, on a circle, of half of them
+    return (1 - torch.rand(examples, 1, dtype=torch.float64) ** (2 / max(2, replicates))) / 2
+
+
+def located(probability: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The cell of uniform u among cells of these probabilities, and where in it, in [0, 1); shape
+    of u."""
+    ends = probability.cumsum(0)
+    cell = torch.searchsorted(ends, u, right=True).clamp(max=len(ends) - 1)
+    share = (u - ends[cell] + probability[cell]) / probability[cell]
+    return cell, share.clamp(0, 1 - 2**-53)
+
+
+def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
+    """Ridge regression of costs (n,) on v (n, G) and φ (n, 1 + F), cell by cell.
+
+    A cell's slopes and spread lean on its neighbours', slopes in units of each cell's spread; its
+    level is its own.
+
+    Args:
+        count: C, the number of cells.
+        cell: of each row, shape (n,), two rows or more in each.
+        cost: shape (n,).
+        v: shape (n, G).
+        phi: of each row's example and cell, shape (n, 1 + F).
+    """
+    rows, typical = cell.bincount(minlength=count).double(), len(cell) / count
+
+    def mean(of: Tensor) -> Tensor:
+        """Of each cell, (C, ...)."""
+        sums = torch.zeros(count, *of.shape[1:], dtype=torch.float64).index_add_(0, cell, of)
+        return sums / over(rows, sums)
+
+    place = torch.arange(count)
+    distance = (place[:, None] - place).abs().double()
+    # the reconstruction is a term of another kind: it lends nothing and borrows nothing
+    alike = (place > 0)[:, None] == (place > 0)
+
+    def around(cells: float) -> Tensor:
+        """Weights of a cell's neighbours, (C, C)."""
+        return (1 - distance / (cells + 1)).clamp(min=0) * alike
+
+    # slopes of neighbours are the more amiss, the better a cell knows its own
+    near, far = around(NEAR / typical ** (1 / 3)), around(FAR)
+    # a few rows of one cell may all miss what is rare in it: spread is shrunk to the neighbours'
+    lent = far / far.sum(1, keepdim=True)
+    y = cost - mean(cost)[cell]
+    own = mean(y.square()) * rows / (rows - 1)
+    variance, borrowed = own, BORROWED
+    for _ in range(2):
+        variance = (rows * own + borrowed * lent @ own) / (rows + borrowed)
+        borrowed = BORROWED * max(1.0, _excess(y, variance[cell]) / 2)
+    size = variance.sqrt().clamp(min=1e-12 * cost.abs().max() + 1e-300)
+    y = y / size[cell]
+    design = torch.cat([v / size[cell, None], phi[:, 1:]], 1)
+    # φ has variance 1 over the examples, however little of it the pilot saw
+    least = torch.ones_like(design[0])
+    least[: v.shape[1]] = 1e-300
+    scale = mean(design.square())
+    design = design - mean(design)[cell]
+    slopes, error = [], torch.empty_like(y)
+    for c, weights in enumerate(near):
+        used = weights[cell] > 0
+        unit = scale[weights > 0].mean(0).sqrt().maximum(least)
+        slope, left_out = _ridge(
+            design[used] / unit, y[used], weights[cell[used]], 1 / rows[cell[used]]
+        )
+        slopes.append(slope / unit)
+        error[cell == c] = left_out[cell[used] == c]
+    weighted = far * rows
+    left = weighted @ mean(error.square()) / weighted.sum(1)
+    sd = size * left.sqrt()
+    p = _probability(sd, _excess(error, left[cell]) / (typical + BORROWED))
+    table = torch.stack(slopes)
+    within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
+    level = mean(cost - (v * within[cell]).sum(1) - (phi[:, 1:] * between[cell]).sum(1))
+    return Allocation(p, within, torch.cat([level[:, None], between], 1), sd)
+
+
+def _probability(sd: Tensor, doubt: float) -> Tensor:
+    """Proportional to sd (C,) but for a share that is even, the more the less sd is known."""
+    best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / len(sd))
+    evenly = min(max(EVEN, DOUBT * doubt), 1 / 2)
+    return (1 - evenly) * best + evenly / len(sd)
+
+
+def _excess(error: Tensor, variance: Tensor) -> float:
+    """Kurtosis - 1: over n, the relative variance of a variance of n rows."""
+    seen = variance > 0
+    return (error[seen].square() / variance[seen] - 1).square().sum().item() / len(error)
+
+
+def _ridge(design: Tensor, y: Tensor, weight: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients of columns of one unit, and the error of each row were it left out.
+
+    Rows have the mean of their cell taken off, of which each is `share`.
+    """
+    weighted = weight[:, None] * design
+    gram = weighted.T @ design + RIDGE * weight.sum() * torch.eye(design.shape[1], dtype=y.dtype)
+    inverse = torch.linalg.inv(gram)
+    solution = inverse @ (weighted.T @ y)
+    leverage = (weighted @ inverse * design).sum(1) + share
+    return solution, (y - design @ solution) / (1 - leverage).clamp(min=0.1)
+
+
+def estimate(
+    cells: Cells,
+    controls: Controls,
+    allocation: Allocation,
+    x: Tensor,
+    u: Tensor,
+    each: int = 1,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Costs of each cell, estimated without bias from visits at u; they add up to the bound's.
+
+    Args:
+        cells: where.
+        controls: the variates.
+        allocation: from a pilot.
+        x: examples on the device of the model, shape (B, ...).
+        u: uniform, shape (B, R, n), of n visits, over which is averaged. The R are uncorrelated
+            given x.
+        each: draws of a visit.
+        known: b·φ of the examples, (B, C), where it is there.
+
+    Returns:
+        shape (B, R, C), nats.
+    """
+    examples, replicates, times = u.shape
+    cell, share = located(allocation.probability, u.flatten(1))
+    replicate = torch.arange(replicates).repeat_interleave(times)
+    cost, v = cells.visit(controls, x, cell, share, replicate, each)
+    if known is None:
+        known = allocation.known(controls.between(x))
+    left = cost - (v * allocation.within[cell]).sum(-1) - known.gather(1, cell)
+    sums = torch.zeros(examples, replicates, cells.count, dtype=torch.float64)
+    of_visit = (left / (allocation.probability[cell] * times)).view(u.shape)
+    sums.scatter_add_(2, cell.view(u.shape), of_visit)
+    return known[:, None] + sums

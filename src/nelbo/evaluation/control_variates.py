@@ -1,0 +1,299 @@
+r"""Control variates: numbers of known mean that vary as the costs of the network do.
+
+A draw of a term of the bound costs c(x, z), one network call. Two kinds of number take variance
+from it and leave its expectation alone:
+
+    within    r(x, z) - E[ r(x, z) | x, t ], for a reference r that needs no network
+    between   φ(x), any numbers of the example alone, for each cell of the times
+
+The references, for e = embed(x) and z_t = √α_t e + √(1-α_t) ε:
+
+    linear    the denoiser of N(μ, Σ), mean and covariance of the data: a quadratic in ε
+    levels    the Bayes denoiser of independent dimensions whose levels have log-probabilities o.
+              A dimension's cost depends on its own ε alone, so E is one integral over ε
+    symbols   the same for masks: whether a symbol hides is one Bernoulli variable
+
+o may be anything that is independent of the dimension's own ε: the log-frequencies of the data;
+the same and what mixtures of Gaussians say of the dimension given all others of z (`clusters`);
+or, where an example is drawn more than once, what the network said of the dimension at *another*
+of its draws, maybe at quite another time, with what the mixtures say of this z in place of what
+they said of that. At low noise that takes nine tenths of the variance.
+
+For the exact denoiser of any law p, the diffusion term between times s < t is D(s) - D(t),
+D(t) = KL( q(z_t|x) ‖ p(z_t) ), for each single x: by the chain rule for the KL of the two chains.
+Those differences are φ of a cell; what the mixtures of Gaussians say of e, and how rough an image
+is, are φ of all cells.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.numerics import over
+from nelbo.data import as_examples
+from nelbo.diffusion.gaussian_mixture import FEWEST, Clusters
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import LevelPrediction, level_evidence, log_frequencies
+from nelbo.diffusion.process import Absorbing, Gaussian, Levels
+from nelbo.evaluation.intervals import apart
+from nelbo.evaluation.reference_denoisers import (
+    TABLE,
+    WIDEST,
+    Draw,
+    LevelReference,
+    Linear,
+    gaussian,
+    of_level,
+)
+
+FITTED = 4096  # examples whose mean, covariance and frequencies are taken
+SCALED = 512  # of them, of which φ has mean 0 and variance 1
+MOST = 10.0  # of φ, in standard deviations
+LEAST = -100.0  # a log-probability that a network says; of what it calls impossible as well
+FINEST = 64  # levels up to which a reference of levels pays: it asks for each one's probability
+
+
+@dataclass(frozen=True)
+class Said:
+    """Log-probabilities of the levels of each dimension, by two voices; (B, ..., K) or None."""
+
+    by_clusters: Tensor | None = None  # given all others of z
+    by_network: Tensor | None = None
+
+    def at(self, rows: Tensor) -> "Said":
+        """Of some of the B."""
+        return Said(*(p if p is None else p[rows.to(p.device)] for p in self._voices))
+
+    @staticmethod
+    def gathered(rows: Sequence[Tensor], parts: Sequence["Said"]) -> "Said":
+        """What lies in parts, in the order of its rows; a voice speaks in all of them or none."""
+        order = torch.cat(list(rows)).argsort()
+        voices = zip(*(part._voices for part in parts), strict=True)
+        spoken = [[p for p in voice if p is not None] for voice in voices]
+        return Said(*(torch.cat(v)[order.to(v[0].device)] if v else None for v in spoken))
+
+    @property
+    def _voices(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.by_clusters, self.by_network
+
+
+NOTHING_SAID = Said()
+
+
+class Controls:
+    """All that is known of a model's costs without its network.
+
+    Args:
+        model: the model.
+        x: examples of the same law as those to be measured, or these, shape (N, ...): what is
+            fitted is fitted to them.
+        edges: times between which the cells lie, the first being that of z_1; shape (cells,).
+    """
+
+    def __init__(self, model: Model, x: Tensor, edges: Tensor) -> None:
+        self.model, self.edges = model, edges.to(model.device)
+        some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
+        self.linear: Linear | None = None
+        self.clusters: Clusters | None = None
+        self.levels: LevelReference | None = None
+        #: log-frequencies of the levels (not too many) or symbols in each dimension, (..., K)
+        self.log_frequency: Tensor | None = None
+        process = model.process
+        if isinstance(process, Gaussian):
+            e = process.embed(some).flatten(1).double()
+            # one row far out would be all that is fitted to
+            usual = ~apart((e - e.median(0).values).abs().amax(1))
+            some, e = some[usual], e[usual]
+            self.linear = Linear(e)
+            if e.shape[1] <= WIDEST and len(e) >= FEWEST:
+                self.clusters = Clusters(e)
+            # of sixteen bits one column of its table would not fit into memory
+            if isinstance(process.embedding, Levels) and process.embedding.count**2 <= TABLE:
+                self.levels = LevelReference(model, some, edges)
+                if process.embedding.count <= FINEST:
+                    self.log_frequency = self.levels.log_frequency
+        elif isinstance(process, Absorbing):
+            self.log_frequency = log_frequencies(some.cpu(), process.count).to(some.device)
+        image = len(model.shape) == 3 and model.shape[1] * model.shape[2] > 1
+        self.roughness = Roughness(some) if image else None
+        few = some[:: math.ceil(len(some) / SCALED)]
+        phi = torch.cat([self._phi(part) for part in few.split(256)])
+        spread = phi.std(0, correction=0)
+        self.centre, self.spread = phi.mean(0), torch.where(spread > 0, spread, 1.0)
+
+    def at(self, rows: slice | Tensor) -> "Controls":
+        """The same for some of the examples that the model is given conditions of."""
+        controls = copy.copy(self)
+        controls.model = self.model.at(rows)
+        return controls
+
+    @property
+    def variates(self) -> int:
+        """G, the columns of `within`."""
+        parts = self.linear, self.log_frequency, self.others
+        return 2 * sum(p is not None for p in parts) + (self.others is not None)
+
+    @property
+    def lends(self) -> bool:
+        """Whether a draw tells others of its example the more the nearer they are in time."""
+        return self.levels is not None and self.log_frequency is not None
+
+    @property
+    def features(self) -> int:
+        """1 + F, the columns of `between`."""
+        return 1 + self.centre.shape[-1]
+
+    @property
+    def others(self) -> Clusters | None:
+        """The clusters, if they are asked what other dimensions say of the levels of one."""
+        return self.clusters if self.levels and self.log_frequency is not None else None
+
+    def said(self, draw: Draw) -> Said:
+        """What is said at a draw of the dimensions of z, each without its own evidence."""
+        return Said(self._by_clusters(draw), self._by_network(draw))
+
+    def _by_clusters(self, draw: Draw) -> Tensor | None:
+        if self.others is None or self.levels is None:
+            return None
+        z, alpha = draw.z.double().flatten(1), self.model.process.alpha(draw.term.t)
+        odds = self.others.odds(z, alpha, self.levels.values).view(*draw.x.shape, -1)
+        return (odds + self.levels.log_frequency).log_softmax(-1)
+
+    def _by_network(self, draw: Draw) -> Tensor | None:
+        if self.log_frequency is None:
+            return None
+        if self.levels is not None and isinstance(draw.prediction, LevelPrediction):
+            evidence = level_evidence(
+                draw.z, self.levels.values.to(draw.z), draw.term.t, self.model.process
+            )
+            return (draw.prediction.log_probs - evidence).log_softmax(-1).clamp(min=LEAST)
+        process = self.model.process
+        if isinstance(process, Absorbing):
+            hidden = (draw.z == process.mask)[..., None]
+            return torch.where(hidden, draw.prediction.e_hat.clamp(min=LEAST), self.log_frequency)
+        return None
+
+    def within(self, draw: Draw, said: Said, lender: Said, alone: Tensor) -> Tensor:
+        """Numbers of mean zero given x and t, shape (B, G).
+
+        Args:
+            draw: the draw whose cost they follow.
+            said: at this draw, by the clusters, and
+            lender: at another of each example, from which it borrows; `NOTHING_SAID` for none.
+                The difference of the clusters is how the network's answer will differ.
+            alone: which examples borrow nothing, shape (B,). Their numbers are other columns than
+                those of the others, for other coefficients.
+        """
+        columns, context, lent = [], self.log_frequency, lender.by_network
+        if context is not None and lent is not None:
+            context = torch.where(over(alone, lent).bool(), context, lent)
+        if self.linear is not None:
+            columns.append(self.linear.within(self.model, draw))
+        if self.levels is not None and context is not None:
+            columns.append(self.levels.within(self.model, draw, context))
+        elif context is not None:
+            columns.append(self._hidden(draw, context))
+        told, told_lender = said.by_clusters, lender.by_clusters
+        if self.levels is not None and told is not None:
+            columns.append(self.levels.within(self.model, draw, told))
+        if not columns:
+            return draw.cost.new_zeros(len(draw.x), 0)
+        both = torch.stack(columns, 1)
+        which = alone[:, None]
+        columns = [torch.where(which, both, 0.0), torch.where(which, 0.0, both)]
+        if self.levels is not None and told is not None:
+            moved = torch.zeros_like(both[:, :1])
+            if lent is not None and told_lender is not None:
+                here = (lent + told - told_lender).log_softmax(-1)
+                moved = self.levels.within(self.model, draw, here)[:, None]
+            columns.append(torch.where(which, 0.0, moved))
+        return torch.cat(columns, 1)
+
+    def _hidden(self, draw: Draw, context: Tensor) -> Tensor:
+        """w Σ_i (1[x_i hidden] - (1-α_t)) (-log P(x_i)), log P = context."""
+        process = self.model.process
+        assert isinstance(process, Absorbing)
+        surprise = of_level(-context, draw.x)
+        share = process.log_one_minus_alpha(draw.term.t).exp()
+        hidden = (draw.z == process.mask).double() - over(share, surprise)
+        return draw.term.mask_weight(process) * (hidden * surprise).flatten(1).sum(1)
+
+    def between(self, x: Tensor) -> Tensor:
+        """φ of each example and cell, (B, cells, F): a one, then numbers of mean 0, variance 1."""
+        phi = (self._phi(x) - self.centre) / self.spread
+        # any numbers will do: of an example like no other they are such as others have, too
+        phi = phi.nan_to_num(0.0).clamp(-MOST, MOST)
+        return torch.cat([torch.ones_like(phi[..., :1]), phi], -1).cpu()
+
+    def _phi(self, x: Tensor) -> Tensor:
+        # each of shape (B, cells), or (B, 1) for all cells alike
+        columns = [torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)]
+        if self.roughness is not None:
+            columns += self.roughness(x).split(1, 1)
+        if isinstance(self.model.process, Absorbing) and self.log_frequency is not None:
+            columns.append(of_level(-self.log_frequency, x).flatten(1).sum(1, keepdim=True))
+        if self.linear is not None:
+            columns.append(_cells(self.linear.divergence(self.model, x, self.edges)))
+        if self.clusters is not None:
+            features = self.clusters.features(gaussian(self.model).embed(x).flatten(1).double())
+            columns += features.split(1, 1)
+        if self.levels is not None:
+            surprise = of_level(-self.levels.log_frequency, x).flatten(1).sum(1, keepdim=True)
+            columns.append(_cells(self.levels.divergence(x), surprise))
+        whole = [c.expand(-1, len(self.edges)) for c in columns[1:] or columns]
+        return torch.stack(whole, 2)
+
+
+class Nothing(Controls):
+    """Nothing is known, and nothing taken off."""
+
+    linear = clusters = levels = log_frequency = None
+    features = 1
+
+    def __init__(self, model: Model, edges: Tensor) -> None:
+        self.model, self.edges = model, edges
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.ones(len(x), len(self.edges), 1, dtype=torch.float64)
+
+
+def _cells(divergence: Tensor, surprise: Tensor | float = 0.0) -> Tensor:
+    """From D at the edges to the reconstruction and the differences, shape (B, cells)."""
+    first = surprise - divergence[:, :1]
+    return torch.cat([first, divergence[:, :-1] - divergence[:, 1:]], 1)
+
+
+SCALES = (1 / 16, 1.0, 16.0)  # of differences, in units of the mean one of neighbours
+
+
+class Roughness:
+    """Σ log(1 + |d|/s) over an image, at a few scales s, of two kinds of differences d.
+
+    As what a coder spends that predicts a pixel from the one beside it, or above it, and one that
+    does from all three around the corner: of photographs these follow a network's bits more
+    closely than any law in `control`.
+
+    Args:
+        x: images, shape (N, C, H, W), of more than one pixel.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        neighbours, _ = self._differences(x)
+        self.mean = neighbours.mean().clamp(min=1e-300)
+
+    @staticmethod
+    def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of neighbours; and of a pixel from left + above - corner."""
+        x = x.double()
+        down, right = x.diff(dim=2), x.diff(dim=3)
+        neighbours = torch.cat([down.flatten(1), right.flatten(1)], 1)
+        return neighbours.abs(), down.diff(dim=3).flatten(1).abs()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of each image, shape (B, 2 len(SCALES))."""
+        kinds = [d / self.mean for d in self._differences(x)]
+        return torch.stack([torch.log1p(d / s).sum(1) for d in kinds for s in SCALES], 1)

@@ -1,0 +1,279 @@
+r"""One pass over a data set: the mean bound, its terms, its error, its price.
+
+Each example is visited once per replicate, with its own draws of the terms and of z, which follow
+a pilot (`allocate`); where calls or a target allow only a few of each, a random sample of the
+examples is. `visits` has the mean and its error. The number of network calls is counted at the
+network, a pilot's among them but for one that was kept. Blocks of examples are seeded one by one,
+so any number of processes that share them give the same number.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
+from functools import partial
+from itertools import chain, groupby
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.distributed import divided, gather, world
+from nelbo._utils.numerics import LOG_2, seeded
+from nelbo._utils.progress import Track
+from nelbo._utils.scalars import integer
+from nelbo.data import as_examples, fingerprint
+from nelbo.diffusion.checks import as_tensor
+from nelbo.diffusion.elbo import prior_term
+from nelbo.diffusion.model import Model, counting, measuring, model_hash
+from nelbo.diffusion.times import Times, stratified, times_of
+from nelbo.evaluation.allocation import Allocation, Cells, estimate, even, pilot, visits
+from nelbo.evaluation.control_variates import Controls, Nothing
+from nelbo.evaluation.result import CurvePoint, Evaluation, StandardError, Terms
+from nelbo.evaluation.survey import FEWEST, LEAST, Plan, Visits, first_round, plan
+from nelbo.evaluation.time_density import proposal
+
+#: what a pilot settles, from cells, controls, draws and replicates
+Pilots = Callable[[Cells, Controls, int, int], Allocation]
+
+CALLS = 24  # network calls per example, if nothing else is asked for
+AT_ONCE = 1024  # examples of which is asked what is known without the network
+FARTHEST = 1e140  # nats of the prior: beyond, squares of other costs overflow
+MUCH = 1 / 4  # of the draws without a pilot, for the reconstruction
+TOGETHER = 128  # draws of small blocks, in one task
+
+
+def evaluate(
+    model: Model,
+    x: Tensor,
+    *,
+    times: Times | None = None,
+    calls: float | None = None,
+    target_error: float | None = None,
+    per_example: bool = False,
+    known: Tensor | None = None,
+    pilots: Pilots | None = None,
+    variates: bool = True,
+    seed: int = 0,
+    weights: str = "as given",
+    split: str = "as given",
+    track: Track = iter,
+) -> Evaluation:
+    """The bound on -log P(x|φ), mean over the examples x.
+
+    All are visited alike; or, where calls or a target allow only a few of each, a random sample:
+    part of them by fewer than two calls; after a kept pilot most of some hundred by fewer
+    than eight.
+
+    Args:
+        model: the model; measured in evaluation mode with float64 around the network.
+        x: examples in the space of the data, (N, *model.shape): a tensor or a NumPy array.
+        times: Grid(times) for the bound of T steps; left out, continuous time.
+        calls: network calls per example, at most; 24 where left out. The error includes what
+            another sample of the examples would change, where not all are visited.
+        target_error: in place of calls, the Monte Carlo standard error to be reached, in the unit
+            of the result.
+        per_example: all are visited, in more replicates of fewer draws, which tell more of each
+            example's own standard error.
+        known: other examples of the same law, such as those trained on. The result is on x, and
+            unbiased, whatever they are; control variates that were fitted to more are better.
+        pilots: have what a pilot of this model settles, given the cells, the controls of `known`,
+            and the draws and replicates to come: `runs.pilot_cache`. Their calls are not counted.
+        variates: take off each cost what is known of it without the network. To fit that to
+            large images takes longer than some hundred calls of a small network.
+        seed: everything random follows from it.
+        weights: which weights these are, for the record.
+        split: which data these are, for the record.
+        track: wraps the blocks of examples, for a progress bar.
+
+    Raises:
+        ValueError: examples of another shape, too few calls, an impossible target.
+    """
+    seed = integer("seed", seed, 0)
+    x, times = as_tensor(x), times_of(model, times)
+    if len(x) == 0:
+        raise ValueError("there must be at least one example to evaluate; got none")
+    if target_error is not None and not (target_error > 0 and math.isfinite(target_error)):
+        raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
+    if target_error is not None and calls is not None:
+        raise ValueError("give calls or target_error, not both")
+    density = model.decoder.density
+    scale = scale_of(model)
+    with measuring(model, x), counting(model.network) as calls_made:
+        others = x if known is None else known
+        cells = Cells(times, proposal(model, times, others))
+        count, kept = CALLS if calls is None else calls, pilots is not None
+        way = plan(len(x), count, cells.count, per_example, kept)
+        target = None if target_error is None else target_error / scale
+        if target is not None:
+            way = replace(way, pilot=0 if kept else LEAST, draws=1)
+            if len(x) > FEWEST and not per_example:
+                way = replace(way, replicates=1, draws=2)
+        with seeded(seed, 0):
+            controls: Controls = Nothing(model, cells.edges)
+            if variates and (way.pilot or kept):
+                controls = Controls(model, others, cells.edges)
+            learn = partial(_learn, cells, controls, x, pilots)
+            allocation = learn(way)
+            if target is not None:
+                of_visit = visits(way.draws, controls)[1]
+                foreseen = allocation.variance.item() * of_visit / len(x) / target**2
+                wanted = first_round(way, len(x), foreseen, cells.count, per_example)
+                if (wanted.draws, wanted.replicates) != (way.draws, way.replicates):
+                    # draws that stand nearer lend more, so the coefficients are others
+                    allocation = learn(wanted)
+                way = wanted
+        begun = calls_made.forward
+        known_costs = _known(controls, allocation, x)
+        _check_prior(known_costs[:, 0])
+        visit = partial(
+            _visit, cells, controls, allocation, x, known_costs, seed=seed, track=track
+        )
+        order = torch.arange(len(x)) if way.visited == len(x) else _order(len(x), seed)
+        blocks = order.split(way.block)
+        there = range(math.ceil(way.visited / way.block))
+        some = {g: way.replicates + (g < way.repeated) for g in there}
+        found, turn = Visits(blocks, [], known_costs).joined(visit(blocks, some, way.draws, 0)), 0
+        while target is not None and found.monte_carlo() > 0 and not found.stated() <= target:
+            turn += 1
+            found = found.joined(visit(blocks, found.missing(target), way.draws, turn))
+        called = (0 if kept else begun) + sum(gather(calls_made.forward - begun))
+
+    nats, errors = found.mean(), found.error()
+    columns = slice(0, 1), slice(1, 2), slice(2, None)
+    return Evaluation(
+        bits_per_dim=None if density else nats * scale,
+        nats=nats,
+        unit="nats" if density else "bits/dim",
+        standard_error=StandardError(*(scale * e for e in astuple(errors))),
+        terms=Terms(*(scale * found.mean(some) for some in columns)),
+        examples=len(x),
+        visited=len(found.rows),
+        dims=model.dims,
+        calls_per_example=called / len(x),
+        steps=times.steps,
+        seed=seed,
+        weights=weights,
+        split=split,
+        given=model.given_what,
+        precision=precision_of(model),
+        model_hash=model_hash(model),
+        data_hash=fingerprint(x),
+        processes=world()[1],
+        curve=_curve(cells, found, scale),
+        per_example=found.bound,
+        per_example_error=found.error_of_each,
+    )
+
+
+def scale_of(model: Model) -> float:
+    """From nats per example to the unit of a result: bits/dim, or nats for densities."""
+    return 1.0 if model.decoder.density else 1 / (model.dims * LOG_2)
+
+
+def precision_of(model: Model) -> str:
+    """In which arithmetic a bound was measured, for the record."""
+    return f"float64 around {next(model.network.parameters()).dtype}".replace("torch.", "")
+
+
+def _learn(
+    cells: Cells, controls: Controls, x: Tensor, pilots: Pilots | None, way: Plan
+) -> Allocation:
+    """What the pilot of a plan settles, or one before it."""
+    if pilots is not None:
+        return pilots(cells, controls, way.draws, way.replicates)
+    if way.pilot:
+        return pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
+    # the reconstruction of an example once, if chance will; where that is not many more, as often
+    # in each replicate of a block
+    once, strata = 1 / (way.draws * way.replicates), way.block * way.draws
+    evenly = max(1, round(strata * once)) / strata
+    return even(cells, controls, 1, evenly if evenly <= MUCH else min(once, MUCH))
+
+
+def _order(examples: int, seed: int) -> Tensor:
+    """In which examples are visited, where not all are."""
+    with seeded(seed, 2):
+        return torch.randperm(examples)
+
+
+def _check_prior(nats: Tensor) -> None:
+    """Refuse examples at whose first latents float64 would overflow, where all costs are NaN."""
+    beyond = (~(nats < FARTHEST)).nonzero().flatten()
+    if len(beyond):
+        raise ValueError(
+            f"example {int(beyond[0])} (counted from 0; {len(beyond)} in all) has values too large"
+            " for its bound to be a number; leave it out, or correct it"
+        )
+
+
+def _known(controls: Controls, allocation: Allocation, x: Tensor) -> Tensor:
+    """The prior and what is known of each cell without the network, (N, 1 + C), nats."""
+
+    def part(g: int) -> Tensor:
+        rows = slice(g * AT_ONCE, (g + 1) * AT_ONCE)
+        own = controls.at(rows)
+        some = as_examples(x[rows]).to(own.model.device)
+        last = torch.ones(len(some), dtype=torch.float64, device=some.device)
+        prior = prior_term(own.model, some, last).double().cpu()
+        return torch.cat([prior[:, None], allocation.known(own.between(some))], 1)
+
+    return torch.cat(divided(math.ceil(len(x) / AT_ONCE), part))
+
+
+def _visit(
+    cells: Cells,
+    controls: Controls,
+    allocation: Allocation,
+    x: Tensor,
+    known: Tensor,
+    blocks: Sequence[Tensor],
+    some: Mapping[int, int],
+    draws: int,
+    turn: int,
+    *,
+    seed: int,
+    track: Track,
+) -> dict[int, Tensor]:
+    """The prior and the cells' costs of some blocks of B rows, each in so many replicates R, of so
+    many draws of each example; (B, R, 1 + C), nats."""
+    times, each = visits(draws, controls)
+    tasks = list(_tasks(some, draws * len(blocks[0])))
+
+    def visited(task: int) -> list[Tensor]:
+        together, replicates = tasks[task]
+        parts = [blocks[g] for g in together]
+        rows = torch.cat(parts)
+        own = controls.at(rows)
+        block = as_examples(x[rows]).to(own.model.device)
+        with seeded(seed, 1, turn, task):
+            u = torch.cat([_strata(len(part), replicates, times) for part in parts])
+            costs = estimate(cells, own, allocation, block, u, each, known[rows, 1:])
+        prior = known[rows, :1, None].expand(-1, replicates, -1)
+        return list(torch.cat([prior, costs], 2).split([len(p) for p in parts]))
+
+    found = divided(len(tasks), visited, track)
+    return dict(zip(some, chain.from_iterable(found), strict=True))
+
+
+def _strata(examples: int, replicates: int, times: int) -> Tensor:
+    """Uniform places, stratified within each replicate, (examples, replicates, times)."""
+    return torch.stack([stratified(examples, times) for _ in range(replicates)], 1)
+
+
+def _tasks(some: Mapping[int, int], draws: int) -> Iterator[tuple[list[int], int]]:
+    """Neighbouring blocks of equal replicates, as many as make TOGETHER draws, and the replicates;
+    a replicate of a block is `draws`."""
+    for replicates, alike in groupby(some, key=lambda g: some[g]):
+        blocks = list(alike)
+        size = max(1, TOGETHER // (draws * replicates))
+        for first in range(0, len(blocks), size):
+            yield blocks[first : first + size], replicates
+
+
+def _curve(cells: Cells, found: Visits, scale: float) -> list[CurvePoint]:
+    """The diffusion term over time."""
+    edges = cells.edges.tolist()
+    return [
+        CurvePoint(edges[c - 1], edges[c], scale * found.mean(one), scale * found.stated(one))
+        for c in range(1, cells.count)
+        for one in [slice(1 + c, 2 + c)]
+    ]

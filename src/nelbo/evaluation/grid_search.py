@@ -1,0 +1,203 @@
+r"""The best grid of T times for a given model, by dynamic programming.
+
+The bound of T steps is a sum over neighbours on the grid, and its prior term does not change:
+
+    −ELBO(t_1 .. t_T = 1) = prior + R(t_1) + Σ_{i=2..T} D(t_{i-1}, t_i),
+    R(t) = E[ −log P(x|z_t) ],   D(s, t) = E KL( q(z_s|z_t,x) ‖ P(z_s|z_t) ).
+
+On a table of R and D over candidate times the best grid is a shortest path of T nodes,
+
+    B_1(t) = R(t),   B_k(t) = min_{s<t} B_{k-1}(s) + D(s, t),   the answer is B_T(1),
+
+and a column of the table, all D(s, t) with one t, costs one network call per example: what the
+network says at z_t serves every s (Watson et al. 2021, for σ² = β̃ and a fixed t_1). The same
+draws of noise serve every time, so that what is compared is paired, and several processes can
+share the columns. Nothing here knows which process, step or decoder it is.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from nelbo._utils.distributed import divided
+from nelbo._utils.numerics import draw, seeded
+from nelbo._utils.progress import Track
+from nelbo.data import as_examples
+from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.reverse import Optimal
+from nelbo.diffusion.times import Grid, even_times
+
+EXAMPLES = 192  # at most, to measure a table with
+NUMBERS = 2**26  # of the arithmetic around all pairs of a table, about
+
+
+@dataclass(frozen=True)
+class Table:
+    """What bounds of few steps are made of, in nats per example.
+
+    Attributes:
+        times: the M candidate times, increasing, the last 1.
+        decode: R(t), shape (M,).
+        step: D(s, t) at [s, t], shape (M, M); inf where it was not measured.
+    """
+
+    times: Tensor
+    decode: Tensor
+    step: Tensor
+
+    def bound(self, times: Tensor) -> float:
+        """R(t_1) + Σ D(t_{i-1}, t_i) for times among the candidates."""
+        at = torch.searchsorted(self.times, times - 1e-12)
+        return (self.decode[at[0]] + self.step[at[:-1], at[1:]].sum()).item()
+
+    def best(self, steps: int) -> Tensor:
+        """The `steps` times of the least bound, the last of them 1."""
+        least, before = self.decode, []
+        for _ in range(steps - 1):
+            least, s = (least[:, None] + self.step).min(0)
+            before.append(s)
+        path = [len(self.times) - 1]
+        for s in reversed(before):
+            path.append(int(s[path[-1]]))
+        return self.times[path[::-1]]
+
+
+def best_grid(
+    model: Model,
+    x: Tensor,
+    steps: int,
+    *,
+    candidates: Tensor | None = None,
+    seed: int = 0,
+    track: Track = iter,
+) -> Grid:
+    """The grid of `steps` times with the least bound of the model, as measured on examples x.
+
+    Args:
+        model: the model, with the reverse step that it takes.
+        x: examples to measure on, such as training data; a few of them are drawn.
+        steps: T.
+        candidates: times to choose from, increasing, the last 1; evenly spaced where left out.
+        seed: everything random follows from it.
+        track: wraps the candidates, for a progress bar.
+
+    Raises:
+        ValueError: fewer than one step, or more than there are times to choose from.
+    """
+    model.check_law(len(x))
+    if candidates is None:
+        candidates = even_times(model.process.schedule, steps, 16 + 2 * steps)
+    if not 1 <= steps <= len(candidates):
+        raise ValueError(f"steps must be 1 to {len(candidates)}, the number of times; got {steps}")
+    if steps == len(candidates) or steps == 1:
+        return Grid(candidates[-steps:])
+    # No step of a good grid is much longer than the mean step.
+    longest = math.ceil(4 * len(candidates) / steps)
+    rows = _some(model, x, seed)
+    table = measure(model.at(rows), x[rows], candidates, longest, seed, track)
+    return Grid(table.best(steps))
+
+
+def measure(
+    model: Model, x: Tensor, times: Tensor, longest: int, seed: int = 0, track: Track = iter
+) -> Table:
+    """R and D over candidate times, means over the examples x; one network call for each time.
+
+    Args:
+        model: the model.
+        x: examples, shape (N, *model.shape).
+        times: the M candidates, increasing.
+        longest: steps over more candidates than this are not measured.
+        seed: everything random follows from it.
+        track: wraps the candidates, for a progress bar.
+    """
+    count = len(times)
+    numbers = len(x) * count * min(longest, count) * model.head.numbers
+    dims = max(1, min(model.dims, NUMBERS // numbers)) if model.process.alike else model.dims
+    decode = torch.zeros(count, dtype=torch.float64)
+    step = torch.full((count, count), math.inf, dtype=torch.float64)
+
+    def column(j: int) -> tuple[Tensor, Tensor]:
+        before = times[max(0, j - longest) : j]
+        decoded, steps = torch.zeros((), dtype=torch.float64), torch.zeros_like(before)
+        for g, rows in enumerate(torch.arange(len(x)).split(model.rows)):
+            with seeded(seed, 2, g):
+                block = as_examples(x[rows]).to(model.device)
+                r, d = _column(model.at(rows), block, before, times[j], dims)
+            decoded += r / len(x)
+            steps += d / len(x)
+        return decoded, steps
+
+    with measuring(model, x):
+        for j, (decoded, steps) in enumerate(divided(count, column, track)):
+            decode[j], step[j - len(steps) : j, j] = decoded, steps
+    return Table(times, decode, step)
+
+
+def _column(
+    model: Model, x: Tensor, before: Tensor, at: Tensor, dims: int
+) -> tuple[Tensor, Tensor]:
+    """Sums over the examples of R(t) and of D(s, t) for each s in `before`; one network call.
+
+    D is measured on `dims` of each example's dimensions, which unbiased are scaled up: the pairs,
+    not the calls, are the work of a table, and float32 is enough to choose by.
+    """
+    process, e = model.process, model.embed(x)
+    t = at.to(x.device).expand(len(x))
+    z = draw(process.marginal(e, t))
+    prediction = model.predict(z, t)
+    decoded = -model.decoder(prediction, z, t, process).log_prob(x).sum().cpu()
+
+    # in turn, so that the examples together show each dimension equally often
+    turn = torch.arange(len(x) * dims).reshape(len(x), dims) % model.dims
+    chosen = torch.randperm(model.dims)[turn].to(x.device)
+
+    def some(v: Tensor) -> Tensor:
+        v = v.float() if v.is_floating_point() else v
+        if dims == model.dims:
+            return v
+        v = v.flatten(1, len(model.shape))
+        return v[torch.arange(len(v), device=v.device)[:, None], chosen]
+
+    z, e, prediction = some(z), some(e), prediction.map(some)
+    noise = int(torch.randint(2**62, ()))
+    found = torch.zeros(len(before), dtype=torch.float64)
+    for i, s in enumerate(before.to(x.device)):
+        s = s.expand(len(x))
+        p = model.step(prediction, z, s, t, process)
+        with seeded(noise):
+            kl = kl_divergence(process.posterior(z, e, s, t), p)
+        found[i] = kl.double().sum().cpu()
+    return decoded, found * (model.dims / dims)
+
+
+def measure_errors(model: Model, x: Tensor, seed: int = 0) -> None:
+    """Set v(t) = E‖e − ê‖²/D of a model whose step is `Optimal`, as measured on examples x."""
+    if not isinstance(model.step, Optimal):
+        return
+    count = len(model.step.errors)
+    some = _some(model, x, seed)
+    times = torch.linspace(0, 1, count, dtype=torch.float64).clamp(model.process.schedule.start)
+
+    def error(i: int) -> float:
+        total = 0.0
+        for g, rows in enumerate(some.split(model.rows)):
+            with seeded(seed, 2, g):
+                e = model.embed(as_examples(x[rows]).to(model.device))
+                at = times[i].to(e.device).expand(len(e))
+                e_hat = model.at(rows).predict(draw(model.process.marginal(e, at)), at).e_hat
+            total += (e - e_hat).square().sum().item()
+        return total / (len(some) * model.dims)
+
+    with measuring(model, x):
+        errors = divided(count, error)
+    model.step.errors.copy_(torch.tensor(errors, dtype=torch.float64))
+
+
+def _some(model: Model, x: Tensor, seed: int) -> Tensor:
+    """The rows of x to measure on; fewer where each is large."""
+    with seeded(seed, 1):
+        return torch.randperm(len(x))[: max(16, min(EXAMPLES, 2**15 // model.dims))]

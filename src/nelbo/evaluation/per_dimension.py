@@ -1,0 +1,92 @@
+"""The bound before its dimensions are summed: what each pixel or column costs.
+
+Every distribution of the bound is a product over dimensions i given z, so each term splits:
+
+    -ELBO = Σ_i KL_i( q(z_T|x) ‖ P(z_T) ) + E[ -log P(x_i|z_1) ]
+                + Σ_t E KL_i( q(z_{t-1}|z_t,x) ‖ P(z_{t-1}|z_t) )
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, kl_divergence
+
+from nelbo._utils.batch_rng import joined, share
+from nelbo._utils.numerics import draw, seeded
+from nelbo.data import as_examples
+from nelbo.data.columns import Column, places
+from nelbo.diffusion.elbo import Bound
+from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.reverse import Reverse
+from nelbo.diffusion.times import Grid
+
+
+def by_dimension(
+    model: Model, x: Tensor, times: Grid, steps: Sequence[Reverse] = (), seed: int = 0
+) -> list[Bound]:
+    """The terms of −ELBO on a grid, all of them, one draw of z each: T network calls per example.
+
+    Args:
+        model: the model.
+        x: examples in the space of the data, shape (N, *model.shape).
+        times: the grid.
+        steps: reverse steps P(z_s|z_t) to compare; the model's own where left out.
+        seed: everything random follows from it.
+
+    Returns:
+        For each step Bound(prior, reconstruction, diffusion), shape (N, *model.shape), nats. The
+        draws of z, and so the first two terms, are common to all steps.
+    """
+    steps = steps or (model.step,)
+    parts: list[list[Bound]] = []
+    with measuring(model, x):
+        for i, rows in enumerate(torch.arange(len(x)).split(model.rows)):
+            with seeded(seed, i), share(len(rows)) as part:
+                own = part.of(rows)
+                block = as_examples(x[own]).to(model.device)
+                found = _block(model.at(own), block, times, steps)
+            parts.append([Bound(*(joined(part, term) for term in bound)) for bound in found])
+    return [
+        Bound(*(torch.cat(term).cpu() for term in zip(*bounds, strict=True)))
+        for bounds in zip(*parts, strict=True)
+    ]
+
+
+def by_column(each: Tensor, columns: Sequence[Column]) -> Tensor:
+    """Costs of the dimensions of a table's rows, (N, D), as those of its columns, (N, C).
+
+    The symbol that a cell is missing is part of its column's cost, so both sum to the same.
+    """
+    found = torch.zeros(len(each), len(columns), dtype=torch.float64)
+    index = torch.tensor([place.index for place in places(columns)])
+    return found.index_add_(1, index, each.double())
+
+
+def _block(model: Model, x: Tensor, times: Grid, steps: Sequence[Reverse]) -> list[Bound]:
+    process, e = model.process, model.embed(x)
+    grid = times.times.to(x.device)[:, None].expand(-1, len(x))
+    prior = _kl(process.marginal(e, grid[-1]), process.prior(model.shape, grid[-1]))
+    z = draw(process.marginal(e, grid[0]))
+    reconstruction = -_each(model.likelihood(z, grid[0])).log_prob(x)
+    diffusion = [torch.zeros_like(prior) for _ in steps]
+    for s, t in pairwise(grid):
+        z = draw(process.marginal(e, t))
+        q, prediction = process.posterior(z, e, s, t), model.predict(z, t)
+        for step, total in zip(steps, diffusion, strict=True):
+            total += _kl(q, step(prediction, z, s, t, process))
+    return [Bound(prior, reconstruction, total) for total in diffusion]
+
+
+def _kl(q: Distribution, p: Distribution) -> Tensor:
+    return kl_divergence(_each(q), _each(p))
+
+
+def _each(distribution: Distribution) -> Distribution:
+    """The distributions of the dimensions, whose product is `distribution`."""
+    if not isinstance(distribution, Independent):
+        raise TypeError(
+            f"dimensions must be independent given z; got {type(distribution).__name__}"
+        )
+    return distribution.base_dist

@@ -1,0 +1,314 @@
+r"""The probability flow: a deterministic path with the marginals of the diffusion.
+
+In the variable γ = −log SNR, which any schedule reaches, with α = sigmoid(−γ) and ê = ê(z, γ) the
+model's prediction, the flow of equation 2 (Song et al. 2021, equation 13) is
+
+    dz/dγ = ½ √α (√α z − ê) =: f(z, γ),        zero where the data are unit normal,
+
+for dz_t = ½ (α z − √α ê) dγ follows from z/√α = e + e^{γ/2} ε, d(z/√α)/de^{γ/2} = ε̂. A density is
+carried along it by d log p(z)/dγ = −tr ∂f/∂z, so with p(z_T) = N(0, 1) at the last γ
+
+    log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ.
+
+tr ∂f/∂z = Σ_v v·(∂f/∂z)ᵀ v over all unit vectors v, or in expectation for one v of random signs
+(Hutchinson), drawn once for the whole path, so that f stays a function of (z, γ). f and v·∂f/∂z
+share one forward pass; each v is one backward pass. Both are counted at the network.
+
+Each example has its own steps and its own error, so its value does not depend on its batch mates.
+"""
+
+import math
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.numerics import over
+from nelbo._utils.progress import Track
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Mean, WithVariance
+from nelbo.diffusion.schedules import Schedule
+from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_gaussian
+from nelbo.evaluation.evaluate import scale_of
+from nelbo.evaluation.importance_bound import (
+    check_samples,
+    log_mean,
+)
+from nelbo.evaluation.replicates import BLOCK, _visit
+from nelbo.evaluation.result import ByFlow, Tighter
+
+Trace = Literal["auto", "exact", "hutchinson"]
+EXACT_UP_TO = 16  # dimensions, where `auto` takes the exact trace
+MAX_STEPS = 10_000
+
+
+class Carried(NamedTuple):
+    """The end of a path, and what the density lost on it: log p(start) − log p(end)."""
+
+    z: Tensor
+    log_det: Tensor
+
+
+def is_exact(model: Model, trace: Trace) -> bool:
+    """Whether the trace is exact: asked for, or D small."""
+    if trace not in ("auto", "exact", "hutchinson"):
+        raise ValueError(f"trace must be auto, exact or hutchinson; got {trace!r}")
+    return trace == "exact" or (trace == "auto" and model.dims <= EXACT_UP_TO)
+
+
+def unit_probes(z: Tensor) -> Tensor:
+    """All D unit vectors, shape (D, B, ...): the exact trace, D backward passes."""
+    dims = z[0].numel()
+    units = torch.eye(dims, dtype=z.dtype, device=z.device)
+    return units.reshape(dims, 1, *z.shape[1:]).expand(dims, *z.shape)
+
+
+def random_probes(z: Tensor) -> Tensor:
+    """One vector of random signs per example, shape (1, B, ...); exact for a diagonal ∂f/∂z."""
+    return (torch.randint(0, 2, z.shape) * 2 - 1).to(z)[None]
+
+
+def time_of(schedule: Schedule, gamma: Tensor, first: float) -> Tensor:
+    """t in [first, 1] with γ(t) = gamma, by bisection to the last bit; shape of gamma."""
+    low, high = torch.full_like(gamma, first), torch.ones_like(gamma)
+    for _ in range(53):
+        middle = (low + high) / 2
+        above = schedule(middle) > gamma
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
+def drift(model: Model, z: Tensor, gamma: Tensor, first: float) -> Tensor:
+    """f(z, γ) = ½ √α (√α z − ê); shape of z."""
+    t = time_of(model.process.schedule, gamma, first)
+    signal = over(torch.sigmoid(-gamma).sqrt(), z)
+    return 0.5 * signal * (signal * z - model.predict(z, t).e_hat)
+
+
+def drift_and_trace(
+    model: Model, z: Tensor, gamma: Tensor, first: float, probes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """f(z, γ), and Σ_v v·(∂f/∂z)ᵀ v, shape (B,): one forward pass, one backward pass per v."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        f = drift(model, z, gamma, first)
+        trace = torch.zeros_like(gamma)
+        for v in probes:
+            (gradient,) = torch.autograd.grad(f, z, v, retain_graph=True)
+            trace = trace + (v * gradient).flatten(1).sum(1)
+    return f.detach(), trace
+
+
+def carry(
+    model: Model,
+    z: Tensor,
+    start: float,
+    end: float,
+    probes: Tensor,
+    tolerance: float,
+) -> Carried:
+    """z along the flow from time `start` to `end`, either way, and ∫ tr ∂f/∂z dγ, shape (B,).
+
+    Args:
+        model: the model; its process must be Gaussian.
+        z: latents at `start`, shape (B, ...), any shape.
+        start: a time.
+        end: a time, before or after `start`.
+        probes: `unit_probes` or `random_probes`.
+        tolerance: of one step, absolute and relative, for each example: root mean square over z,
+            and of the integral in nats per dimension.
+
+    Raises:
+        ValueError: no Gaussian process, no flow of its head, or the solver does not finish.
+    """
+    torchode = _solver()
+    gammas = check_flow(model, start, end, tolerance)
+    ends = (gamma.expand(len(z)).contiguous() for gamma in gammas)
+    first, shape = min(start, end), z.shape
+
+    def flow(gamma: Tensor, state: Tensor) -> Tensor:
+        place = state[:, :-1].reshape(shape)
+        f, trace = drift_and_trace(model, place, gamma, first, probes)
+        return torch.cat([f.flatten(1), trace[:, None] / model.dims], 1)
+
+    state = torch.cat([z.flatten(1), torch.zeros_like(z.flatten(1)[:, :1])], 1).double()
+    term = torchode.ODETerm(flow)
+    control = torchode.IntegralController(
+        atol=tolerance, rtol=tolerance, norm=error_norm, term=term
+    )
+    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control, max_steps=MAX_STEPS)
+    solution = solver.solve(torchode.InitialValueProblem(state, *ends))
+    if (solution.status != 0).any():
+        raise ValueError(
+            f"the ODE solver did not come to an end at tolerance {tolerance:g} (the flow is not"
+            f" finite, or asks for more than {MAX_STEPS} steps); try a larger tolerance"
+        )
+    at_end = solution.ys[:, -1]
+    return Carried(at_end[:, :-1].reshape(shape), at_end[:, -1] * model.dims)
+
+
+def log_density(model: Model, z: Tensor, first: float, probes: Tensor, tolerance: float) -> Tensor:
+    """log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ for z_1 at the time `first`; (B,), nats."""
+    z_last, log_det = carry(model, z, first, 1.0, probes, tolerance)
+    last = torch.ones(len(z), dtype=torch.float64, device=z.device)
+    return model.process.prior(z.shape[1:], last).log_prob(z_last) + log_det
+
+
+def error_norm(error: Tensor) -> Tensor:
+    """The root mean square over z, or the integral's own error where that is more; shape (B,)."""
+    of_z = error[:, :-1].square().mean(1).sqrt()
+    return torch.maximum(of_z, error[:, -1].abs())
+
+
+def check_flow(model: Model, start: float, end: float, tolerance: float) -> Tensor:
+    """γ at both ends, shape (2,).
+
+    Raises:
+        ValueError: no Gaussian process, a head that has no flow, an infinite γ, or a tolerance
+            outside (0, 1).
+    """
+    process = check_gaussian(model)
+    head = model.head.head if isinstance(model.head, WithVariance) else model.head
+    if isinstance(head, Mean):
+        raise ValueError(
+            f"the mean f belongs to {head.steps} steps and has no flow between them; try a model"
+            " that predicts noise, data or velocity"
+        )
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be in (0, 1); got {tolerance}; try 1e-4")
+    with torch.no_grad():
+        times = torch.tensor([start, end], dtype=torch.float64, device=model.device)
+        gammas = process.schedule(times)
+    if not gammas.isfinite().all():
+        raise ValueError(
+            f"the flow needs a finite γ at both ends; at the times {start:g} and {end:g} it is"
+            f" {gammas.tolist()}; try a first time above 0 and a schedule with a finite end"
+        )
+    return gammas
+
+
+def _solver() -> ModuleType:
+    try:
+        # Its steps are per example. In others one norm over the batch rules them all.
+        import torchode
+    except ImportError:
+        raise ValueError(
+            "the ODE likelihood needs the package torchode; try: pip install 'nelbo[ode]'"
+        ) from None
+    return torchode
+
+
+TOLERANCE = 1e-4  # of the solver
+LOOSE = 10.0  # the looser tolerance is this many times the one asked for
+STILL = 0.01  # of the result per dimension, that an example may change where no error is stated
+
+
+def evaluate_flow(
+    model: Model,
+    x: Tensor,
+    *,
+    dequantiser: Dequantiser | None = None,
+    tolerance: float = TOLERANCE,
+    samples: int = 1,
+    trace: Trace = "auto",
+    first: float | None = None,
+    replicates: int = 1,
+    seed: int = 0,
+    weights: str = "as given",
+    split: str = "as given",
+    track: Track = iter,
+) -> Tighter:
+    """The bound on −log P(x|φ) by the probability flow, mean over the examples x.
+
+    Args:
+        model: the model; measured in evaluation mode with float64 around the network.
+        x: examples in the space of the data, shape (N, *model.shape).
+        dequantiser: q(z|x) at the first time: Encoder(), the default, for levels and real data;
+            TruncatedNormal() and Uniform() for levels.
+        tolerance: of the solver; the bound is stated at it and at 10 times it.
+        samples: K draws of z per example, importance-weighted; more than 1 needs the exact trace.
+        trace: exact, hutchinson (one probe per draw of z), or auto: exact up to D = 16.
+        first: time of z_1; left out, the earliest of the schedule.
+        replicates: independent repetitions per example; from two the Monte Carlo error follows.
+        seed: everything random follows from it.
+        weights: which weights these are, for the record.
+        split: which data these are, for the record.
+        track: wraps the blocks of examples, for a progress bar.
+
+    Raises:
+        ValueError: no Gaussian process, a dequantiser of other data, K < 1, K > 1 with a random
+            trace, no torchode; or an example's bound that changes between the two tolerances by
+            more than the standard error of the mean: the solver has not settled what it is.
+    """
+    check_samples(samples)
+    process, exact = check_gaussian(model), is_exact(model, trace)
+    if samples > 1 and not exact:
+        raise ValueError(
+            f"{samples} importance samples need the exact trace: the noise of Hutchinson's would"
+            " raise the mean of the weights, and the result be no bound; try trace='exact'"
+        )
+    dequantiser = Encoder() if dequantiser is None else dequantiser
+    first = process.schedule.start if first is None else first
+    tolerances = (LOOSE * tolerance, tolerance)
+    for each in tolerances:
+        check_flow(model, first, 1.0, each)
+
+    def draw(model: Model, x: Tensor) -> Tensor:
+        rows = torch.arange(len(x)).repeat_interleave(samples).split(min(BLOCK, model.rows))
+        each = [
+            _flow_weights(model.at(part), x[part], dequantiser, first, exact, tolerances)
+            for part in rows
+        ]
+        return log_mean(torch.cat(each, 1).reshape(2, len(x), samples))
+
+    (loose, tight), record = _visit(model, x, replicates, seed, track, draw)
+    how = ByFlow(
+        samples=samples,
+        dequantiser=dequantiser.name,
+        trace="exact" if exact else "hutchinson",
+        first=first,
+        tolerance=tolerance,
+        loose_tolerance=tolerances[0],
+        loose=-loose.mean().item() * scale_of(model),
+        largest_change=(tight - loose).abs().max().item() * scale_of(model),
+    )
+    found = record(tight, how, weights, split)
+    _check_settled(found, how)
+    return found
+
+
+def _check_settled(found: Tighter, how: ByFlow) -> None:
+    """The solver's own error is none of those stated, so it must be the smaller one."""
+    stated = [found.standard_error.total, found.standard_error.monte_carlo]
+    unknown = STILL * (found.dims if found.unit == "nats" else 1)
+    error = next((e for e in stated if math.isfinite(e)), unknown)
+    bound = found.nats if found.bits_per_dim is None else found.bits_per_dim
+    # what one example may change by is what the mean may, of so many that change independently
+    for what, change, most in (
+        ("the mean", abs(bound - how.loose), error),
+        ("an example", how.largest_change, error * math.sqrt(found.examples)),
+    ):
+        if not change <= most:
+            raise ValueError(
+                "the solver has not settled the bound: between the tolerances"
+                f" {how.loose_tolerance:g} and {how.tolerance:g} {what} changes by {change:.2g}"
+                f" {found.unit}, more than an error of {most:.2g} that is stated of it; try a"
+                f" tolerance of {how.tolerance / LOOSE:g}"
+            )
+
+
+def _flow_weights(
+    model: Model,
+    x: Tensor,
+    dequantiser: Dequantiser,
+    first: float,
+    exact: bool,
+    tolerances: tuple[float, float],
+) -> Tensor:
+    """log p(z) + log P(x|z) − log q(z|x) at both tolerances for the same z and probes; (2, B)."""
+    t = torch.full((len(x),), first, dtype=torch.float64, device=x.device)
+    z, log_ratio = dequantiser(model, x, t)
+    probes = unit_probes(z) if exact else random_probes(z)
+    log_p = [log_density(model, z, first, probes, tolerance) for tolerance in tolerances]
+    return torch.stack(log_p) + log_ratio

@@ -1,0 +1,242 @@
+"""One network call and what it saw."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from nelbo._utils.numerics import over
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import LevelTable, Prediction, log_frequencies
+from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.reverse import Mixture
+from nelbo.diffusion.terms import Decode, Step, Term
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One network call for each of B examples: z = z_t, what was predicted, and its cost (B,)."""
+
+    x: Tensor
+    term: Term
+    z: Tensor
+    prediction: Prediction
+    state: Tensor  # of the generator after the call: the noise of a Monte Carlo KL
+    cost: Tensor
+
+
+def observe(model: Model, x: Tensor, term: Term) -> Draw:
+    """Draw a term and keep what its network call saw."""
+    seen: list[tuple[Tensor, Prediction, Tensor]] = []
+
+    def keep(head: object, inputs: tuple[Tensor, Tensor], prediction: Prediction) -> None:
+        seen.append((inputs[1], prediction, _generator(inputs[1])))
+
+    handle = model.head.register_forward_hook(keep)
+    try:
+        cost = term.cost(model, x).double()
+    finally:
+        handle.remove()
+    return Draw(x, term, *seen[-1], cost)
+
+
+def _generator(z: Tensor) -> Tensor:
+    return torch.cuda.get_rng_state(z.device) if z.is_cuda else torch.get_rng_state()
+
+
+@contextmanager
+def same_noise(draw: Draw) -> Iterator[None]:
+    """What is random within has the noise that the draw's cost had."""
+    with torch.random.fork_rng([draw.z.device] if draw.z.is_cuda else []):
+        if draw.z.is_cuda:
+            torch.cuda.set_rng_state(draw.state, draw.z.device)
+        else:
+            torch.set_rng_state(draw.state)
+        yield
+
+
+WIDEST = 1024  # dimensions up to which covariances are; beyond, variances
+NODES, REACH = 8, 6.0  # of the integral over ε, from -REACH to REACH
+TABLE = 2**23  # integrands that the table of the levels may have
+
+
+class Linear:
+    """The denoiser of N(μ, Σ) in the eigenvectors of Σ.
+
+    Args:
+        e: embedded examples, flat, shape (N, D); μ and Σ are theirs.
+    """
+
+    def __init__(self, e: Tensor) -> None:
+        self.mean = e.mean(0)
+        centred = e - self.mean
+        if e.shape[1] <= WIDEST:
+            variance, self.vectors = torch.linalg.eigh(centred.T @ centred / len(e))
+        else:
+            variance, self.vectors = centred.square().mean(0), None
+        self.variance = variance.clamp(min=0) + 1e-6 * variance.mean() + 1e-12
+
+    def _rotated(self, v: Tensor) -> Tensor:
+        return v if self.vectors is None else v @ self.vectors
+
+    def within(self, model: Model, draw: Draw) -> Tensor:
+        """w (‖e - ê‖² - its mean), shape (B,)."""
+        process, t = gaussian(model), draw.term.t
+        e, z = process.embed(draw.x).flatten(1), draw.z.double().flatten(1)
+        alpha = process.alpha(t)[:, None]
+        noise = process.log_one_minus_alpha(t).exp()[:, None]
+        a = self._rotated(e - self.mean)
+        n = self._rotated(z - alpha.sqrt() * e) / noise.sqrt()
+        total = alpha * self.variance + noise
+        of_a, of_n = noise / total, (alpha * noise).sqrt() * self.variance / total
+        centred = of_n.square() * (n.square() - 1) - 2 * of_a * of_n * a * n
+        return draw.term.error_weight(process) * centred.sum(1)
+
+    def divergence(self, model: Model, x: Tensor, t: Tensor) -> Tensor:
+        """D at each of the times t, shape (B, len(t))."""
+        process = gaussian(model)
+        a = self._rotated(process.embed(x).flatten(1) - self.mean)
+        columns = []
+        for time in t:
+            alpha, noise = process.alpha(time), process.log_one_minus_alpha(time).exp()
+            total = alpha * self.variance + noise
+            ratio = noise / total
+            columns.append((ratio - 1 - ratio.log() + alpha * a.square() / total).sum(1) / 2)
+        return torch.stack(columns, 1)
+
+
+class LevelReference:
+    """The Bayes denoiser of independent dimensions.
+
+    Args:
+        model: of levels.
+        x: examples whose frequencies are taken, shape (N, ...).
+        edges: times at which D is tabulated.
+    """
+
+    def __init__(self, model: Model, x: Tensor, edges: Tensor) -> None:
+        embedding = gaussian(model).embedding
+        assert isinstance(embedding, Levels)
+        self.values = embedding.values
+        log_frequency = log_frequencies(x.cpu(), embedding.count).to(self.values.device)
+        self.group, log_group = self._group(log_frequency.flatten(0, -2), len(edges))
+        self.log_frequency = log_group[self.group].reshape(log_frequency.shape)
+        #: D of each group of dimensions, level and edge
+        self.table = self._tabulate(model, log_group, edges)
+
+    def _group(self, log_frequency: Tensor, edges: int) -> tuple[Tensor, Tensor]:
+        """Dimensions of neighbouring mean level share frequencies where a table of all is dear."""
+        dims, count = log_frequency.shape
+        groups = max(1, min(dims, TABLE // (count * count * edges)))
+        order = (log_frequency.exp() @ self.values).argsort()
+        group = torch.empty(dims, dtype=torch.long, device=order.device)
+        group[order] = torch.arange(dims, device=order.device) * groups // dims
+        shared = torch.zeros(groups, count, dtype=torch.float64, device=order.device)
+        shared.index_add_(0, group, log_frequency.exp())
+        return group, (shared / shared.sum(1, keepdim=True)).log()
+
+    def _tabulate(self, model: Model, log_group: Tensor, edges: Tensor) -> Tensor:
+        count = len(self.values)
+        x = torch.arange(count, device=self.values.device)[:, None].expand(-1, len(log_group))
+        columns = [_divergence(model, x, log_group, t.expand(count)) for t in edges]
+        return torch.stack(columns, -1).transpose(0, 1)
+
+    def divergence(self, x: Tensor) -> Tensor:
+        """D at the edges, shape (B, edges)."""
+        return self.table[self.group, x.flatten(1)].sum(1)
+
+    def within(self, model: Model, draw: Draw, context: Tensor) -> Tensor:
+        """r - E r under log-probabilities `context`, shape (..., K); (B,)."""
+        posterior = _posterior(model, context.expand(*draw.x.shape, -1), draw.term.t)
+        if isinstance(draw.term, Decode):
+            return _centred(lambda z: -of_level(posterior(z).log_softmax(-1), draw.x), model, draw)
+        if isinstance(draw.term, Step) and isinstance(model.step, Mixture):
+            log_probs = posterior(draw.z.double()).log_softmax(-1)
+            return self._mixture_within(model, draw, draw.term.s, log_probs, context)
+        e = gaussian(model).embed(draw.x)
+        square = _centred(
+            lambda z: (e - posterior(z).softmax(-1) @ self.values).square(), model, draw
+        )
+        return draw.term.error_weight(gaussian(model)) * square
+
+    def _mixture_within(
+        self, model: Model, draw: Draw, s: Tensor, log_probs: Tensor, context: Tensor
+    ) -> Tensor:
+        """KL( q(z_s|z_t,x) ‖ mixture step ) with the noise of the draw, and D(s) - D(t)."""
+        process, t, z = gaussian(model), draw.term.t, draw.z
+        prediction = LevelTable(log_probs.exp() @ self.values.to(z), log_probs)
+        with same_noise(draw):
+            q = process.posterior(z, model.embed(draw.x), s, t)
+            cost = kl_divergence(q, model.step(prediction, z, s, t, process))
+        low, high = (_divergence(model, draw.x, context, u) for u in (s, t))
+        return cost - (low - high).flatten(1).sum(1)
+
+
+def of_level(table: Tensor, x: Tensor) -> Tensor:
+    """table_k at k = x_i of each dimension, shape of x."""
+    return table.expand(*x.shape, table.shape[-1]).gather(-1, x[..., None])[..., 0]
+
+
+def gaussian(model: Model) -> Gaussian:
+    """The process of a model that these references are of."""
+    assert isinstance(model.process, Gaussian)
+    return model.process
+
+
+def _nodes(like: Tensor, sharp: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """ε and weight of the trapezoid rule for N(0, 1), shape of `like`, float64.
+
+    Each element has its own random shift: that is unbiased for any integrand, and elements do not
+    share what is left of the error. `sharp` is the distance of levels in units of the noise:
+    where it exceeds 1 the posterior jumps between levels, and the nodes stand closer.
+    """
+    count = NODES if sharp.max() < 1 else 2 * NODES
+    width = 2 * REACH / count
+    shift = torch.rand(like.shape, dtype=torch.float64, device=like.device) - count / 2
+    for i in range(count):
+        e = width * (i + shift)
+        yield e, width / math.sqrt(2 * math.pi) * torch.exp(-0.5 * e.square())
+
+
+def _sharpness(model: Model, t: Tensor) -> Tensor:
+    """Distance of neighbouring levels in units of the noise, shape of t."""
+    process = gaussian(model)
+    assert isinstance(process.embedding, Levels)
+    gap = process.embedding.values[1] - process.embedding.values[0]
+    return gap * (-process.schedule(t) / 2).exp()
+
+
+def _posterior(model: Model, context: Tensor, t: Tensor) -> Callable[[Tensor], Tensor]:
+    """z_t to context_k + log N(z; √α_t v_k, 1-α_t) + z²/(2 (1-α_t)), shape (..., K)."""
+    process = gaussian(model)
+    assert isinstance(process.embedding, Levels)
+    values = process.embedding.values
+    of_z = (process.log_alpha(t) / 2 - process.log_one_minus_alpha(t)).exp()
+    base = context.double() - over((-process.schedule(t)).exp() / 2, context) * values.square()
+    return lambda z: base + (over(of_z, z) * z)[..., None] * values
+
+
+def _centred(cost: Callable[[Tensor], Tensor], model: Model, draw: Draw) -> Tensor:
+    """Σ_i cost_i(z) - E cost_i, for costs of each dimension that see its own noise only; (B,)."""
+    centred = cost(draw.z.double())
+    q = gaussian(model).marginal(model.embed(draw.x).double(), draw.term.t).base_dist
+    for e, weight in _nodes(q.loc, _sharpness(model, draw.term.t)):
+        centred = centred - weight * cost(q.loc + q.scale * e)
+    return centred.flatten(1).sum(1)
+
+
+def _divergence(model: Model, x: Tensor, context: Tensor, t: Tensor) -> Tensor:
+    """D_i(t) = KL( q(z_t|x_i) ‖ Σ_k P_k q(z_t|v_k) ) of each dimension, log P = context; as x."""
+    process = gaussian(model)
+    q = process.marginal(process.embed(x), t).base_dist
+    posterior = _posterior(model, context.expand(*x.shape, -1), t)
+    total = torch.zeros_like(q.loc)
+    for e, weight in _nodes(q.loc, _sharpness(model, t)):
+        z = q.loc + q.scale * e
+        log_p = posterior(z).logsumexp(-1) - (z / q.scale).square() / 2
+        total = total + weight * (-e.square() / 2 - log_p)
+    return total

@@ -1,0 +1,90 @@
+"""Replicates of a draw for every example of a data set, in blocks that processes share."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.distributed import divided, gather, world
+from nelbo._utils.numerics import seeded
+from nelbo._utils.progress import Track
+from nelbo.data import as_examples, fingerprint
+from nelbo.diffusion.checks import as_tensor
+from nelbo.diffusion.model import Model, counting, measuring, model_hash
+from nelbo.evaluation.evaluate import precision_of, scale_of
+from nelbo.evaluation.intervals import freedoms, widened
+from nelbo.evaluation.result import ByFlow, ByImportance, StandardError, Tighter
+
+BLOCK = 64  # examples that are seeded together
+
+
+Record = Callable[[Tensor, ByImportance | ByFlow, str, str], Tighter]
+
+
+def _visit(
+    model: Model,
+    x: Tensor,
+    replicates: int,
+    seed: int,
+    track: Track,
+    draw: Callable[[Model, Tensor], Tensor],
+) -> tuple[Tensor, Record]:
+    """draw (M, B) of every example and replicate, shape (M, N, R), and what makes the record."""
+    x = as_tensor(x)
+    if len(x) == 0:
+        raise ValueError("there must be at least one example to evaluate; got none")
+    if replicates < 1:
+        raise ValueError(f"replicates must be at least 1; got {replicates}")
+    blocks = torch.arange(len(x)).split(BLOCK)
+
+    def one(g: int) -> Tensor:
+        with seeded(seed, g):
+            rows = blocks[g].repeat_interleave(replicates)
+            each = draw(model.at(rows), as_examples(x[rows]).to(model.device)).double().cpu()
+        return each.reshape(len(each), -1, replicates)
+
+    with measuring(model, x), counting(model.network) as calls:
+        found = torch.cat(divided(len(blocks), one, track), 1)
+    every = gather((calls.forward, calls.backward))
+    forward, backward = (sum(each) for each in zip(*every, strict=True))
+
+    def record(each: Tensor, how: ByImportance | ByFlow, weights: str, split: str) -> Tighter:
+        nats, density = -each.mean().item(), model.decoder.density
+        return Tighter(
+            bits_per_dim=None if density else nats * scale_of(model),
+            nats=nats,
+            unit="nats" if density else "bits/dim",
+            standard_error=_standard_error(each * scale_of(model)),
+            how=how,
+            examples=len(x),
+            dims=model.dims,
+            replicates=replicates,
+            calls_per_example=forward / len(x),
+            backward_calls_per_example=backward / len(x),
+            seed=seed,
+            weights=weights,
+            split=split,
+            given=model.given_what,
+            precision=precision_of(model),
+            model_hash=model_hash(model),
+            data_hash=fingerprint(x),
+            processes=world()[1],
+            per_example=each.mean(1),
+        )
+
+    return found, record
+
+
+def _standard_error(each: Tensor) -> StandardError:
+    """Of the mean of each (N, R), independent in both; widened as far as few tell of it."""
+    examples, replicates = each.shape
+    total = each.mean(1).var().item() / examples if examples > 1 else math.nan
+    own = each.var(1) / replicates if replicates > 1 else torch.full_like(each[:, 0], math.nan)
+    noise = own.mean().item() / examples
+    known = freedoms(own, torch.full_like(own, replicates - 1.0))
+    data = max(0.0, total - noise) if replicates > 1 else math.nan
+    width = widened(examples - 1.0)
+    return StandardError(
+        math.sqrt(total) * width, math.sqrt(data) * width, math.sqrt(noise) * widened(known)
+    )

@@ -1,0 +1,154 @@
+r"""The bound of each row of real data by draws of its own, with an error for each.
+
+A row's times and noise follow from the seed and from what the row holds, and no other row has
+them: its score depends on nothing beside it, and the error of a mean falls with the rows as with
+the draws. Each noise is used with both signs, and the times are in strata of two draws, whose
+differences give the error.
+
+What is known is not drawn. Any law P has the exact denoiser ê_P, whose costs are for each e
+
+    ∫ w(t) E‖e - ê_P(z_t)‖² dt = KL( q(z_start|e) ‖ P(z_start) ) - KL( q(z_1|e) ‖ P(z_1) )
+
+(the chain rule of KL along the exact reverse process), w = ½ γ' SNR. With a mixture of Gaussians
+near the model,
+
+    -ELBO(x) = prior - KL_1 + [ reconstruction + KL_start ] + ∫ w E[ ‖e-ê‖² - ‖e-ê_P‖² ] dt,
+
+only what the model differs by from the mixture is left to chance.
+"""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo._utils.numerics import over
+from nelbo.diffusion.decoder import GaussianDensity
+from nelbo.diffusion.elbo import prior_term
+from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.process import Gaussian
+from nelbo.diffusion.terms import Rate
+from nelbo.nn.mixture import MixtureDenoiser
+
+LATENTS = 2**14  # rows that one call of the network takes: of the draws of some examples
+
+
+class RowBounds(NamedTuple):
+    """The lower bound on log P(x) of each row and its standard error, (N,), nats."""
+
+    elbo: Tensor
+    error: Tensor
+
+
+def row_bounds(
+    model: Model, x: Tensor, draws: int, seed: int, known: MixtureDenoiser
+) -> RowBounds:
+    """The bound of each example of real data; -inf where float64 cannot hold it.
+
+    Args:
+        model: of a Gaussian process and a Gaussian density.
+        x: examples, (N, *model.shape).
+        draws: of times, J, made even; the network is called 2J times for each example, and twice
+            for each fourth of J for the reconstruction.
+        seed: with a row, that of its draws.
+        known: a law of the embedded examples, such as the one that the model started from.
+
+    Raises:
+        ValueError: another kind of model, or fewer than two draws.
+    """
+    process, decoder = model.process, model.decoder
+    if not (isinstance(process, Gaussian) and isinstance(decoder, GaussianDensity)):
+        raise ValueError("rows are measured of real data with a Gaussian process and density")
+    if draws < 2:
+        raise ValueError(f"draws must be at least 2, to have an error; got {draws}; try 32")
+    strata = math.ceil(draws / 2)
+    ends = max(2, math.ceil(draws / 4))
+    rows = max(1, min(model.rows, LATENTS) // (2 * strata + ends))
+    parts = []
+    with measuring(model):
+        for some in x.double().split(rows):
+            u, noise = _own_draws(model.embed(some), strata, ends, seed)
+            parts.append(_some(model, process, decoder, some, u, noise, known))
+    elbo, error = (torch.cat(each) for each in zip(*parts, strict=True))
+    far = elbo.isnan()
+    return RowBounds(
+        torch.where(far, -math.inf, elbo), torch.where(far | error.isnan(), math.inf, error)
+    )
+
+
+def _own_draws(e: Tensor, strata: int, ends: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Times in [0, 1), (B, 2 strata), two in each, and noise, (B, 2 strata + ends, *shape).
+
+    They follow from the embedded rows e, (B, *shape): the unit of a column changes nothing.
+    """
+    draws, shape = 2 * strata, e.shape[1:]
+    u, noise = np.empty((len(e), draws)), np.empty((len(e), draws + ends, *shape))
+    for i, row in enumerate((e + 0.0).numpy()):  # -0.0 is 0.0
+        key = hashlib.blake2b(row.tobytes(), digest_size=16, key=seed.to_bytes(8, "little"))
+        of_row = np.random.Generator(np.random.Philox(key=int.from_bytes(key.digest(), "little")))
+        u[i], noise[i] = of_row.random(draws), of_row.standard_normal(noise.shape[1:])
+    within = torch.from_numpy(u).reshape(len(e), strata, 2)
+    return (torch.arange(strata)[:, None] + within).flatten(1) / strata, torch.from_numpy(noise)
+
+
+def _some(
+    model: Model,
+    process: Gaussian,
+    decoder: GaussianDensity,
+    x: Tensor,
+    u: Tensor,
+    noise: Tensor,
+    known: MixtureDenoiser,
+) -> RowBounds:
+    start, draws = process.schedule.start, u.shape[1]
+    e, last = model.embed(x), torch.ones(len(x), dtype=torch.float64)
+
+    # the times between: what the model misses more than the mixture does
+    t = start + (1 - start) * u
+    of_row = torch.arange(len(x)).repeat_interleave(draws)
+    wide, eps = e[of_row], noise[:, :draws].flatten(0, 1)
+    cost = torch.zeros(len(wide), dtype=torch.float64)
+    for sign in (1, -1):
+        z, e_hat, of_known, _ = _both(model, known, wide, sign * eps, t.flatten())
+        # ‖e - ê‖² - ‖e - ê_P‖² without the difference of large numbers
+        more = (of_known - e_hat) * (2 * wide - e_hat - of_known)
+        cost += more.flatten(1).sum(1) / 2
+    weight = (1 - start) * Rate(t.flatten()).error_weight(process)
+    pairs = (cost * weight).reshape(len(x), -1, 2)
+    diffusion = pairs.mean((1, 2))
+    variance = pairs.diff(dim=2)[..., 0].square().sum(1) / (2 * pairs.shape[1]) ** 2
+
+    # the ends: reconstruction + KL_start - KL_1
+    eps = noise[:, draws:]
+    of_row = torch.arange(len(x)).repeat_interleave(eps.shape[1])
+    wide, eps = e[of_row], eps.flatten(0, 1)
+    first, final = torch.full((len(wide),), start, dtype=torch.float64), last[of_row]
+    cost = torch.zeros(len(wide), dtype=torch.float64)
+    for sign in (1, -1):
+        _, e_hat, _, log_p = _both(model, known, wide, sign * eps, first)
+        missed = (wide - e_hat).square().flatten(1).sum(1)
+        signal, rest = (process.alpha(final).sqrt(), process.log_one_minus_alpha(final) / 2)
+        z = over(signal, wide) * wide + over(rest.exp(), wide) * (sign * eps)
+        log_p_last = known.describe(z, process.schedule(final))[1]
+        cost += (missed * (-2 * decoder.log_spread).exp() / 2 - log_p + log_p_last) / 2
+    of_ends = cost.reshape(len(x), -1)
+    entropies = (process.log_one_minus_alpha(t_) for t_ in (last, torch.full_like(last, start)))
+    of_last, of_start = entropies
+    scale = (decoder.affine.scale.log() + decoder.log_spread).expand(model.shape).sum()
+    constant = scale + model.dims * (math.log(2 * math.pi) + of_last - of_start) / 2
+    nats = prior_term(model, x, last) + diffusion + of_ends.mean(1) + constant
+    return RowBounds(-nats, (variance + of_ends.var(1) / of_ends.shape[1]).sqrt())
+
+
+def _both(
+    model: Model, known: MixtureDenoiser, e: Tensor, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z_t, ê of the model and of the known law, shape of e (B, *shape), and log P(z_t), (B,)."""
+    process = model.process
+    signal, rest = process.alpha(t).sqrt(), (process.log_one_minus_alpha(t) / 2).exp()
+    z = over(signal, e) * e + over(rest, e) * noise
+    v, log_p = known.describe(z, process.schedule(t))
+    return z, model.predict(z, t).e_hat, over(signal, z) * z - over(rest, z) * v, log_p

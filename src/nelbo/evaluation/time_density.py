@@ -1,0 +1,197 @@
+r"""A proposal over the times, known before the network is asked once.
+
+The diffusion term is an integral over u ∈ [0, 1] (`estimate`). Its integrand may be concentrated:
+19 of the 999 steps of the usual schedule are a fifth of the term, and the last step of a cosine
+schedule may be most of it. Draws that are even over u miss such steps, and do not know what they
+missed. What a step (s, t) costs follows from the schedule but for the error of the prediction,
+
+    KL( q(z_s|z_t,x) ‖ P(z_s|z_t) ) = D/2 (SNR_s - SNR_t) δ²,      δ² = E‖e - ê‖²/D   (σ² = β̃)
+
+and δ² lies about one of these, whatever the network:
+
+    reference   the denoiser of N(μ, Σ) of the data:   Σ_d λ_d (1-α) / (α λ_d + 1-α) / D
+    output      an output that is wrong by one: 1/SNR for a network that predicts noise, 1 for one
+                that predicts data (`heads`)
+
+A symbol is hidden at t and shown at s with probability α_s - α_t, and a step of an absorbing
+process costs in proportion. The proposal mixes both with even draws, so that no draw weighs more
+than 1/SHARE times what it would by the best of the three. In continuous time a model of logits is
+drawn evenly: its costs follow another curve, which a pilot finds.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from nelbo.data import as_examples
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Head, Logits, VariancePrediction, WithVariance
+from nelbo.diffusion.process import Absorbing, Gaussian, Process
+from nelbo.diffusion.product import Product, ProductHead, ProductStep
+from nelbo.diffusion.reverse import Beta, Optimal, Reverse
+from nelbo.diffusion.times import Times
+
+SHARE = 0.4, 0.4, 0.2  # of the draws: by the reference, by an error of the output, and evenly
+BINS = 256  # of continuous time, at least: even in u, and none wider in γ or α than that
+HALVINGS = 40  # of a bin in which γ or α runs, at most
+FITTED = 4096  # examples whose variances are taken
+WIDEST = 1024  # dimensions up to which their covariances are
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A density of u, constant within bins; for a grid, these are its steps.
+
+    Args:
+        u: edges of the bins, from 0 to 1, shape (K + 1,).
+        mass: their probabilities, shape (K,).
+        steps: the bins are the steps of a grid.
+    """
+
+    u: Tensor
+    mass: Tensor
+    steps: bool
+
+    def at(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """u where the distribution function is `place`, and 1/density there; shape of `place`."""
+        ends = self.mass.cumsum(0)
+        bin_ = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
+        width, mass = self.u.diff()[bin_], self.mass[bin_]
+        share = ((place - ends[bin_] + mass) / mass).clamp(0, 1 - 2**-53)
+        # a step is one term, wherever in it u falls
+        share = torch.full_like(share, 0.5) if self.steps else share
+        return self.u[bin_] + share * width, width / mass
+
+    def cells(self, most: int) -> list[int]:
+        """Edges, as indices of u, of at most so many groups of bins of nearly one mass.
+
+        A bin that has the mass of a group, or more, is one by itself.
+        """
+        if len(self.mass) <= most:
+            return list(range(len(self.u)))
+        edges, left, here = [0], 1.0, 0.0
+        for i, mass in enumerate(self.mass.tolist()):
+            wanted = left / (most - len(edges) + 1)
+            if here and len(edges) < most and (mass >= wanted or here + mass / 2 > wanted):
+                edges.append(i)
+                left, here = left - here, 0.0
+            here += mass
+        return [*edges, len(self.mass)]
+
+
+def even(times: Times) -> Proposal:
+    """All u alike."""
+    count = BINS if times.steps is None else times.terms
+    u = torch.arange(count + 1, dtype=torch.float64) / max(count, 1)
+    return Proposal(u, u.diff(), times.steps is not None)
+
+
+@torch.no_grad()
+def proposal(model: Model, times: Times, x: Tensor) -> Proposal:
+    """The steps' weights by the schedule, the kind of output, and the variances of examples x.
+
+    Args:
+        model: its network is not asked.
+        times: of the bound.
+        x: examples of the law that is measured, shape (N, ...).
+    """
+    if times.terms == 0 or (times.steps is None and not _has_point_output(model.head)):
+        return even(times)
+    u = even(times).u if times.steps is not None else _bins(times, model.process)
+    edges = times.at(u).to(model.device)
+    some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
+    shares = zip(SHARE, (*_masses(model, some, edges[:-1], edges[1:]), u.diff()), strict=True)
+    mass = torch.zeros_like(u[1:])
+    for share, each in shares:
+        each = each.cpu().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+        if each.sum() > 0:
+            mass += share * each / each.sum()
+    return Proposal(u, mass / mass.sum(), times.steps is not None)
+
+
+def _bins(times: Times, process: Process) -> Tensor:
+    """Edges of bins of continuous time that are small in u and in what the costs follow."""
+    u = torch.arange(BINS + 1, dtype=torch.float64) / BINS
+    follow = process.alpha if isinstance(process, Absorbing) else process.schedule
+    device = next(process.buffers(), u).device
+    for _ in range(HALVINGS):
+        run = follow(times.at(u).to(device)).cpu().diff().abs()
+        wide = run > run.sum() / BINS
+        if not run.sum().isfinite() or not wide.any():
+            break
+        u = torch.cat([u, (u[:-1] + u[1:])[wide] / 2]).sort().values
+    return u
+
+
+def _masses(model: Model, x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What steps cost by the reference and by an error of the output, shape of t each."""
+    reference, output = torch.zeros_like(t), torch.zeros_like(t)
+    for process, head, step, own in _parts(model, x):
+        dims = own[0].numel()
+        if isinstance(process, Gaussian):
+            variances = _variances(process.embed(own).flatten(1))
+            reference += dims * _cost(process, step, _linear(process, variances, t), s, t)
+            output += dims * _cost(process, step, _of_output(process, head, t), s, t)
+        elif isinstance(process, Absorbing):
+            shown = dims * math.log(process.count) * (process.alpha(s) - process.alpha(t))
+            reference, output = reference + shown, output + shown
+    return reference, output
+
+
+def _parts(model: Model, x: Tensor) -> Iterator[tuple[Process, Head, Reverse, Tensor]]:
+    """Process, head, step and data of each group of columns; of other data, all there is."""
+    process, head, step = model.process, model.head, model.step
+    if not isinstance(process, Product):
+        yield process, head, step, x
+        return
+    assert isinstance(head, ProductHead) and isinstance(step, ProductStep)
+    yield from zip(process.parts, head.parts, step.parts, process.split(x), strict=True)
+
+
+def _variances(e: Tensor) -> Tensor:
+    """λ: of the principal components where the examples e (N, D) tell them, else of dimensions."""
+    centred = (e - e.nanmean(0)).nan_to_num().double()
+    if centred.shape[1] <= min(WIDEST, len(e) - 1):
+        return torch.linalg.eigvalsh(centred.T @ centred / len(e)).clamp(min=0)
+    variances = centred.square().mean(0).sort().values
+    return variances[:: math.ceil(len(variances) / WIDEST)]
+
+
+def _linear(process: Process, variances: Tensor, t: Tensor) -> Tensor:
+    """δ² of the denoiser of N(μ, Σ), shape of t."""
+    alpha, noise = process.alpha(t)[:, None], process.log_one_minus_alpha(t).exp()[:, None]
+    return (variances * noise / (alpha * variances + noise)).mean(1)
+
+
+def _has_point_output(head: Head) -> bool:
+    """Whether some output is a noise, data or velocity. Logits come with the evidence of z, so at
+    low noise costs nearly vanish, and the reference would have too many draws there."""
+    if isinstance(head, ProductHead):
+        return any(_has_point_output(part) for part in head.parts)
+    point = head.head if isinstance(head, WithVariance) else head
+    return point.outputs == 1 and not isinstance(point, Logits)
+
+
+def _of_output(process: Process, head: Head, t: Tensor) -> Tensor:
+    """δ² of an output that is off by one, shape of t; 0 where it means logits."""
+    if not _has_point_output(head):
+        return torch.zeros_like(t)
+    point = head.head if isinstance(head, WithVariance) else head
+    zero = torch.zeros_like(t)[:, None]
+    outputs = (torch.zeros_like(zero), torch.ones_like(zero))
+    low, high = (point(output, zero, t, process).e_hat for output in outputs)
+    return (high - low)[:, 0].square()
+
+
+def _cost(process: Gaussian, step: Reverse, error: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """KL of steps of one dimension whose prediction misses by the root of `error`; nats."""
+    zero = torch.zeros_like(t)[:, None]
+    q = process.posterior(zero, error.sqrt()[:, None], s, t)
+    p = process.posterior(zero, zero, s, t)
+    if isinstance(step, Beta | Optimal):
+        p = step(VariancePrediction(zero, zero), zero, s, t, process)
+    return kl_divergence(q, p)

@@ -1,0 +1,270 @@
+r"""What other people's diffusion models are made of, in our terms.
+
+Their latents are y_t = a_t x + b_t ε with any a and b; ours keep the variance: α + (1-α) = 1. Both
+have the same log-SNR, γ = 2 log(b/a), so they differ by a factor that depends on γ alone:
+
+    y_t = c(γ) z_t,   c² = a² + b²,    √α_t = a/c,   √(1-α_t) = b/c
+
+    preserving      a² + b² = 1                c = 1               Ho et al. 2020
+    exploding       a = 1, b = σ               c² = 1 + e^γ        Song et al. 2021, EDM
+    interpolating   a = 1 - τ, b = τ           τ = sigmoid(γ/2)    Lipman et al. 2023
+
+What their networks predict, from z and their output F, beside our own heads:
+
+    score           F = ∇ log q(y_t)           ε̂ = -b F
+    EDM             F of Karras et al. 2022    x̂ = c_skip y + c_out F            equation 7
+    flow            F = dy/dτ = ε - x          x̂ = y - τ F
+
+Times: a model trained at T times knows these only. They are i/T here, i = 1..T, where the first
+is the one the decoder reads; what the network calls it (0, 999, a σ) is a table beside it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from nelbo._utils.numerics import over
+from nelbo.diffusion.decoder import Likelihood
+from nelbo.diffusion.distributions import DiscretisedNormal
+from nelbo.diffusion.parametrization import Head, Prediction, VariancePrediction
+from nelbo.diffusion.process import Affine, Gaussian, Levels, Process, per_example
+from nelbo.diffusion.schedules import Schedule
+
+Factor = Callable[[Tensor], Tensor]
+NUMBERS = 2**18  # that a call of a foreign network may be given: it may be a large one
+
+
+def preserving(gamma: Tensor) -> Tensor:
+    """c = 1."""
+    return torch.ones_like(gamma)
+
+
+def exploding(gamma: Tensor) -> Tensor:
+    """c = √(1 + σ²), σ² = e^γ."""
+    return gamma.exp().add(1).sqrt()
+
+
+def interpolating(gamma: Tensor) -> Tensor:
+    """c = √((1-τ)² + τ²), τ = sigmoid(γ/2)."""
+    return torch.hypot((-gamma / 2).sigmoid(), (gamma / 2).sigmoid())
+
+
+class Steps(Schedule):
+    """γ at the times i/T, i = 1..T, and nowhere else; γ(0) = -inf.
+
+    Args:
+        gamma: γ_1 < ... < γ_T, the last may be infinite: no signal is left.
+    """
+
+    gamma: Tensor
+
+    def __init__(self, gamma: Tensor) -> None:
+        super().__init__()
+        # persistent, so that the hash of a model knows its schedule
+        self.register_buffer("gamma", gamma.double())
+        self.steps = len(gamma)
+        self.start = 1 / self.steps
+
+    def index(self, t: Tensor) -> Tensor:
+        """i for the time t = i/T; int64.
+
+        Raises:
+            ValueError: a time off the grid.
+        """
+        place = t.detach().double() * self.steps
+        i = place.round()
+        if (
+            ((place - i).abs() > 1e-9 * self.steps).any()
+            or (i < 0).any()
+            or (i > self.steps).any()
+        ):
+            raise ValueError(
+                f"the model knows {self.steps} times, i/{self.steps}, and was asked for others;"
+                f" try Grid.uniform({self.steps}) or a divisor of it, or keep=... for other times"
+            )
+        return i.long()
+
+    def forward(self, t: Tensor) -> Tensor:
+        i = self.index(t)
+        return torch.where(i == 0, -torch.inf, self.gamma[(i - 1).clamp(min=0)])
+
+
+class OnSteps(Gaussian):
+    """A Gaussian process on `Steps`, whose network is told i, not γ."""
+
+    schedule: Steps
+
+    def level(self, t: Tensor) -> Tensor:
+        i = self.schedule.index(t)
+        if (i == 0).any():
+            raise ValueError(
+                "the model was trained at discrete times and has no bound in continuous time;"
+                f" give times=Grid.uniform({self.schedule.steps})"
+            )
+        return i.to(t.dtype)
+
+
+class Adapter(nn.Module):
+    """Our protocol, network(features, level), in front of theirs, network(y, time).
+
+    Args:
+        network: called with y (B, *shape) and its time (B,); gives (B, C, ...), or (B, 2C, ...)
+            with a variance in the second half of the channels.
+        shape: one example.
+        outputs: 2 with a variance, else 1.
+        times: what the network calls the times of `gamma`, shape (T,); or its name for any γ.
+        gamma: γ_1..γ_T, where `times` is a table.
+        factor: c(γ), to make their latents of ours.
+        score: the output is a score, and becomes ε̂.
+    """
+
+    times: Tensor
+    gamma: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: tuple[int, ...],
+        outputs: int,
+        times: Tensor | Callable[[Tensor], Tensor],
+        gamma: Tensor | None,
+        factor: Factor,
+        score: bool,
+    ) -> None:
+        super().__init__()
+        own = next(network.parameters(), None)
+        wide = own is None or own.dtype == torch.float64
+        # The first parameter says in which type `Model` calls: never less than float32, so that
+        # the name of a time survives where the network itself computes in less.
+        reference = torch.zeros(0, dtype=torch.float64 if wide else torch.float32)
+        self.reference = nn.Parameter(reference, requires_grad=False)
+        self.network, self.shape, self.outputs = network, shape, outputs
+        self.factor, self.score = factor, score
+        self.name: Callable[[Tensor], Tensor] | None = None
+        if isinstance(times, Tensor):
+            assert gamma is not None and len(gamma) == len(times)
+            self.register_buffer("times", times)
+            self.register_buffer("gamma", gamma)
+        else:
+            self.name = times
+
+    def forward(self, features: Tensor, level: Tensor) -> Tensor:
+        gamma, time = self._clock(level)
+        y = features * over(self.factor(gamma), features)
+        y = y.to(next(self.network.parameters(), features).dtype)
+        rows = max(1, min(256, NUMBERS // y[0].numel()))
+        calls = zip(y.split(rows), time.split(rows), strict=True)
+        output = torch.cat([self._call(*inputs) for inputs in calls]).to(features.dtype)
+        parts = output.reshape(len(output), self.outputs, -1, *self.shape[1:])
+        if self.score:
+            b = self.factor(gamma) * gamma.sigmoid().sqrt()
+            parts = torch.cat([parts[:, :1] * -over(b, parts), parts[:, 1:]], 1)
+        return parts[:, 0] if self.outputs == 1 else parts.movedim(1, -1)
+
+    def _clock(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        if self.name is not None:
+            gamma = level.double()
+            return gamma, self.name(gamma).to(level.dtype)
+        i = level.round().long() - 1
+        time = self.times[i]
+        return self.gamma[i], time.to(level.dtype) if time.is_floating_point() else time
+
+    def _call(self, y: Tensor, time: Tensor) -> Tensor:
+        output: object = self.network(y, time)
+        channels, batch = self.outputs * self.shape[0], len(y)
+        expected = (batch, channels, *self.shape[1:])
+        if isinstance(output, Tensor) and output.shape == expected:
+            return output
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        hint = "wrap it in a module that gives that tensor"
+        if got == (batch, 2 * self.shape[0], *self.shape[1:]):
+            hint = 'if the second half of the channels is a variance, say variance="learned-range"'
+        raise ValueError(f"the wrapped network must give {expected}; got {got}; {hint}")
+
+
+class EDM(Head):
+    """x̂ = c_skip y + c_out F of variance exploding latents y (Karras et al. 2022, table 1).
+
+    Args:
+        sigma_data: their σ_data.
+        sign: -1 where the network was trained with -c_out, as in v-prediction.
+    """
+
+    def __init__(self, sigma_data: float, sign: float = 1.0) -> None:
+        super().__init__()
+        self.sigma_data, self.sign = sigma_data, sign
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        gamma, data = process.schedule(t), self.sigma_data
+        sigma = (gamma / 2).exp()
+        total = torch.hypot(sigma, torch.full_like(sigma, data))
+        of_z = exploding(gamma) * (data / total) ** 2
+        of_output = self.sign * sigma * data / total
+        return Prediction(over(of_z, z) * z + over(of_output, z) * output)
+
+    def factor(self, gamma: Tensor) -> Tensor:
+        """The network sees c_in y, c_in = 1/√(σ² + σ_data²)."""
+        sigma = (gamma / 2).exp()
+        return exploding(gamma) / torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
+
+
+class Flow(Head):
+    """x̂ = y - τ F, the network predicting dy/dτ = ε - x of y = (1-τ) x + τ ε."""
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        gamma = process.schedule(t)
+        return Prediction(
+            over(interpolating(gamma), z) * z - over((gamma / 2).sigmoid(), z) * output
+        )
+
+
+class Clipped(Head):
+    """x̂ clipped to the range of the data: another model than without, with a bound of its own."""
+
+    def __init__(self, head: Head, low: float, high: float) -> None:
+        super().__init__()
+        self.head, self.low, self.high = head, low, high
+        self.outputs = head.outputs
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        prediction = self.head(output, z, t, process)
+        e_hat = prediction.e_hat.clamp(self.low, self.high)
+        if isinstance(prediction, VariancePrediction):
+            return VariancePrediction(e_hat, prediction.fraction)
+        return Prediction(e_hat)
+
+
+class LastStep(Likelihood):
+    """N(x̂(z_1), σ²), in bins for levels: the last step, from z_1 to x, with the model's variance.
+
+    The posterior variance of that step is 0. Nichol & Dhariwal 2021 take that of the step before,
+    β̃_2, in place of it, for σ² = β too; a learned variance lies between β̃_2 and β_1.
+    """
+
+    def __init__(self, scaling: Levels | Affine) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.density = isinstance(scaling, Affine)
+
+    def forward(
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+    ) -> Independent:
+        assert isinstance(process, OnSteps)
+        steps = process.schedule.steps
+        if (process.schedule.index(t) != 1).any():
+            raise ValueError(
+                f"the model's last step is from z_1 at 1/{steps} to x, and the grid begins later;"
+                ' begin it there, wrap with keep=..., or with decoder="evidence"'
+            )
+        e_hat = prediction.e_hat
+        log_variance = over(process.beta_tilde(t, t * 2).log(), e_hat).expand_as(e_hat)
+        if isinstance(prediction, VariancePrediction):
+            largest = over(process.log_one_minus_alpha(t), e_hat)
+            log_variance = log_variance + prediction.fraction * (largest - log_variance)
+        scale = (log_variance / 2).exp()
+        if isinstance(self.scaling, Levels):
+            return per_example(DiscretisedNormal(e_hat, scale, self.scaling.values))
+        mean = self.scaling.shift + self.scaling.scale * e_hat
+        return per_example(Normal(mean, self.scaling.scale * scale, validate_args=False))

@@ -1,0 +1,144 @@
+"""What a folder written by diffusers holds, read without running anything in it."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nelbo._utils import limits
+from nelbo._utils.files import put_weights, read_tensors
+from nelbo._utils.progress import shortened
+from nelbo.integrations.external import read_json
+
+Config = Mapping[str, object]
+NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")
+WEIGHTS = "diffusion_pytorch_model"
+INDEX = "model_index.json"
+SHOWN = 80  # characters of a name from a folder, in a message
+#: in the name of a class or of a folder that holds an autoencoder
+AUTOENCODER = re.compile("autoencoder|vae|vq", re.IGNORECASE)
+#: in the name of a pipeline whose network sees latents
+LATENT = re.compile("latent|^ldm", re.IGNORECASE)
+#: names in weights saved before attention had its present ones
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def autoencoder_of(path: Path) -> str | None:
+    """Where a pipeline's folder names or holds an autoencoder, whose latents the network sees."""
+    for name, kind in _components(path):
+        if AUTOENCODER.search(name) or AUTOENCODER.search(kind):
+            return shortened(f"{name}: {kind}" if kind else name, SHOWN)
+    index = path / INDEX
+    pipeline = str(read_json(index).get("_class_name")) if index.is_file() else ""
+    return shortened(f"{INDEX}: {pipeline}", SHOWN) if LATENT.search(pipeline) else None
+
+
+def _components(path: Path) -> Iterator[tuple[str, str]]:
+    """Names and classes of the parts of a pipeline, by its index and by its folders; a class that
+    is not known is ''."""
+    index = path / INDEX
+    for name, value in read_json(index).items() if index.is_file() else ():
+        # [library, class], or [None, None] for a part that was left out
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None:
+            yield name, str(value[1])
+    for config in sorted(path.glob("*/config.json")):
+        yield config.parent.name, str(read_json(config).get("_class_name", ""))
+    for part in sorted(path.iterdir()):
+        if part.is_dir():
+            yield part.name, ""
+
+
+def network_of(home: Path) -> tuple[nn.Module, str]:
+    """The network of a folder with exactly its weights, and the name of its class."""
+    config = read_json(home / "config.json")
+    kind = str(config.get("_class_name"))
+    if kind not in NETWORKS:
+        raise ValueError(f"{home} holds a {kind}; known are {', '.join(NETWORKS)}")
+    files = _files_of(home)
+    if not files:
+        pickled = any(home.glob("*.bin"))
+        why = "only .bin, a format that can hold code" if pickled else "none"
+        raise ValueError(
+            f"{home} must hold its weights as {WEIGHTS}.safetensors; it has {why}; write it with"
+            " save_pretrained(folder, safe_serialization=True)"
+        )
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= read_tensors(file)[0]
+    with limits.within_file(weights, home):
+        network: nn.Module = made(config, home / "config.json")
+    put_weights(network, {_renamed(name, weights): weights[name] for name in weights}, str(home))
+    return network.eval(), kind
+
+
+def _files_of(home: Path) -> list[Path]:
+    """The files of the default weights, as diffusers finds them: by their index, else the one;
+    those of a variant, such as fp16, where there are no others.
+
+    Raises:
+        ValueError: the index names none of its folder, or there are several variants.
+    """
+    index, one = (home / f"{WEIGHTS}.safetensors{end}" for end in (".index.json", ""))
+    if index.is_file():
+        named = read_json(index).get("weight_map")
+        names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} must name the weights' files beside it in weight_map")
+        return [home / name for name in sorted(names)]
+    if one.is_file():
+        return [one]
+    files = sorted(home.glob(f"{WEIGHTS}*.safetensors"))
+    variants = {re.sub(r"-\d+-of-\d+", "", file.name) for file in files}
+    if len(variants) > 1:
+        several = shortened(", ".join(sorted(variants)))
+        raise ValueError(
+            f"{home} has weights of several variants, {several}, and none by default; keep one"
+        )
+    return files
+
+
+def _renamed(name: str, weights: Mapping[str, Tensor]) -> str:
+    """The present name of a weight of an attention of old."""
+    place, _, leaf = name.rpartition(".")
+    block, _, part = place.rpartition(".")
+    old = part in OLD_NAMES and f"{block}.proj_attn.{leaf}" in weights
+    return f"{block}.{OLD_NAMES[part]}.{leaf}" if old else name
+
+
+def made(config: Config, where: Path) -> Any:  # noqa: ANN401
+    """The object of diffusers that a config describes."""
+    try:
+        library = import_module("diffusers")
+    except ModuleNotFoundError:
+        raise ValueError(
+            "diffusers models need the package diffusers; pip install 'nelbo[diffusers]'"
+        ) from None
+    limits.check_integers(config.values(), limits.STEPS, f"a number in {where}")
+    name = str(config.get("_class_name"))
+    with described(f"{where} describes no {shortened(name, 64)}"):
+        kind = getattr(library, name, None)
+        if kind is None:
+            raise ValueError(f"{where} names {shortened(name, 64)}, which diffusers lacks")
+        found = kind.from_config(dict(config))
+        if found is None:  # as where a class is no longer kept
+            raise ValueError(
+                f"{where} describes a {shortened(name, 64)}, which diffusers left out"
+            )
+        return found
+
+
+@contextmanager
+def described(what: str) -> Iterator[None]:
+    """Around what diffusers makes of a description, which may raise anything: then one sentence,
+    also where it needs packages that are not there."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no more is said"
+        raise ValueError(f"{what}: {type(error).__name__}: {shortened(reason, 300)}") from error

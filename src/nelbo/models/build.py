@@ -1,0 +1,229 @@
+"""Names into objects: the one place where a string chooses a class."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from nelbo._utils import limits
+from nelbo.data import Schema
+from nelbo.data.columns import Group, groups
+from nelbo.diffusion import decoder as likelihood
+from nelbo.diffusion import parametrization, reverse, schedules
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels, Process
+from nelbo.diffusion.product import Product, ProductDecoder, ProductHead, ProductStep
+from nelbo.models import conditioning
+from nelbo.models.config import ModelConfig
+from nelbo.models.tabular import continuous, discrete
+from nelbo.nn.conv import ConvNet
+from nelbo.nn.ensemble import Ensemble
+from nelbo.nn.mlp import MLP
+from nelbo.nn.table import TableNet
+from nelbo.nn.transformer import Transformer
+from nelbo.nn.unet import UNet
+
+SCHEDULES: Mapping[str, Callable[[float, float], schedules.Schedule]] = {
+    "linear": schedules.Linear,
+    "cosine": schedules.Cosine,
+    "betas": lambda low, high: schedules.Betas(torch.linspace(1e-4, 0.02, 1000)),
+    "learned": schedules.LearnedMonotone,
+    "learned-ends": lambda low, high: schedules.LearnedMonotone(low, high, learn_endpoints=True),
+    "linear-alpha": lambda low, high: schedules.PowerAlpha(1.0),
+    "quadratic-alpha": lambda low, high: schedules.PowerAlpha(2.0),
+}
+POINT_HEADS: Mapping[str, Callable[[], parametrization.Head]] = {
+    "noise": parametrization.Noise,
+    "data": parametrization.Data,
+    "velocity": parametrization.Velocity,
+}
+LEVEL_HEADS: Mapping[str, Callable[[torch.Tensor, tuple[int, ...]], parametrization.Head]] = {
+    "levels": parametrization.LevelLogits,
+    "level-curves": parametrization.LevelCurves,
+}
+STEPS: Mapping[str, Callable[[], reverse.Reverse]] = {
+    "posterior": reverse.Posterior,
+    "beta": reverse.Beta,
+    "learned": reverse.Learned,
+    "optimal": reverse.Optimal,
+}
+LEVEL_DECODERS: Mapping[str, Callable[[Levels], likelihood.Likelihood]] = {
+    "levels": lambda levels: likelihood.LevelHead(),
+    "evidence": likelihood.Evidence,
+    "discretised-gaussian": likelihood.DiscretisedGaussian,
+    "bernoulli": lambda levels: likelihood.Bernoulli(),
+}
+NETWORKS: Mapping[str, type[nn.Module]] = {
+    "conv": ConvNet,
+    "unet": UNet,
+    "mlp": MLP,
+    "transformer": Transformer,
+}
+
+
+def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> Model:
+    """The untrained model of a configuration for data of a schema.
+
+    Args:
+        config: names and sizes.
+        schema: what one example is.
+        affine: the transform of real data; the identity where left out.
+
+    Raises:
+        ValueError: parts that do not fit together, to the data or into memory.
+    """
+    with limits.within_memory(f"a model of width {config.width}, depth {config.depth}"):
+        model = _build(config, schema, affine)
+    model.given_what = conditioning.names(schema)
+    return model
+
+
+def _build(config: ModelConfig, schema: Schema, affine: Affine | None) -> Model:
+    if config.network in ("conv", "unet") and len(schema.shape) != 3:
+        raise ValueError(
+            f"the network {config.network} is for images; the data's shape is {schema.shape};"
+            " try mlp"
+        )
+    schedule = SCHEDULES[config.schedule](config.gamma_min, config.gamma_max)
+    if schema.kind == "table":
+        return _table(config, schema, schedule)
+    if config.process == "absorbing":
+        return _absorbing(config, schema, schedule)
+    if config.schedule in ("linear-alpha", "quadratic-alpha"):
+        raise ValueError(
+            f"the schedule {config.schedule} ends in infinite γ: it is for the absorbing process;"
+            " try --schedule linear"
+        )
+    if schema.levels is None:
+        affine = affine or Affine(torch.zeros(schema.shape), torch.ones(schema.shape))
+        return _real(config, schema, schedule, affine)
+    return _levels(config, schema, schedule, Levels(schema.levels))
+
+
+def _absorbing(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) -> Model:
+    if schema.levels is None:
+        raise ValueError("the absorbing process is for integers; these data are real numbers")
+    _only(config, head=("symbols",), step=("posterior",), decoder=("categorical",))
+    process = Absorbing(schedule, schema.levels)
+    head = parametrization.SymbolLogits(schema.levels, schema.shape)
+    network = _network(config, schema, process.channels, head.outputs)
+    step, decoder = reverse.Posterior(), likelihood.Categorical()
+    return Model(network, process, head, step, decoder, schema.shape)
+
+
+def _real(
+    config: ModelConfig, schema: Schema, schedule: schedules.Schedule, affine: Affine
+) -> Model:
+    _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=("gaussian",))
+    decoder = likelihood.GaussianDensity(affine, _start_spread(schedule))
+    head = _point_head(config)
+    network = _network(config, schema, Gaussian.channels, head.outputs)
+    step = STEPS[config.step]()
+    return Model(network, Gaussian(schedule, affine), head, step, decoder, schema.shape)
+
+
+def _levels(
+    config: ModelConfig, schema: Schema, schedule: schedules.Schedule, levels: Levels
+) -> Model:
+    if config.head in LEVEL_HEADS:
+        _only(
+            config, step=("mixture", "posterior", "beta", "optimal"), decoder=tuple(LEVEL_DECODERS)
+        )
+        head: parametrization.Head = LEVEL_HEADS[config.head](levels.values, schema.shape)
+    else:
+        decoders = tuple(name for name in LEVEL_DECODERS if name != "levels")
+        _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=decoders)
+        head = _point_head(config)
+    if config.decoder == "bernoulli" and levels.count != 2:
+        raise ValueError(f"the decoder bernoulli is for 2 levels; the data have {levels.count}")
+    mixture = config.step == "mixture"
+    step = reverse.Mixture(levels.values) if mixture else STEPS[config.step]()
+    decoder = LEVEL_DECODERS[config.decoder](levels)
+    network = _network(config, schema, Gaussian.channels, head.outputs)
+    return Model(network, Gaussian(schedule, levels), head, step, decoder, schema.shape)
+
+
+def _table(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) -> Model:
+    if (config.process, config.network) != ("product", "table"):
+        raise ValueError(
+            f"a table takes the process product and the network table; got {config.process} and"
+            f" {config.network}; leave both out"
+        )
+    _only(config, head=("columns",), step=("columns",), decoder=("columns",))
+    found = groups(schema.columns)
+    count = sum(len(group.places) for group in found if group.kind != "symbols")
+    parts = [_group(group, schedule) for group in found]
+    sizes = [len(group.places) for group in found]
+    process = Product([part[0] for part in parts], sizes)
+    head = ProductHead([part[1] for part in parts], sizes)
+    features = sum(p.channels * size for p, size in zip(process.parts, sizes, strict=True))
+    sizes_of_network = config.width, config.depth, config.dropout, conditioning.features(schema)
+    network = _members(
+        config, lambda: TableNet(count, features, sum(head.widths), *sizes_of_network)
+    )
+    step = ProductStep([part[2] for part in parts])
+    decoder = ProductDecoder([part[3] for part in parts])
+    return Model(network, process, head, step, decoder, schema.shape)
+
+
+def _group(
+    group: Group, schedule: schedules.Schedule
+) -> tuple[Process, parametrization.Head, reverse.Reverse, likelihood.Likelihood]:
+    """What the columns of a group are made of. Symbols have a schedule that ends in masks."""
+    if group.kind == "symbols":
+        process = discrete.Symbols(schedules.PowerAlpha(2.0), group.size)
+        head = discrete.SymbolContext(group)
+        return process, head, reverse.Posterior(), likelihood.Categorical()
+    if group.kind == "levels":
+        levels = discrete.LevelValues(group)
+        return (
+            discrete.LevelColumns(schedule, levels),
+            discrete.LevelContext(group, levels),
+            discrete.LevelMixture(levels),
+            likelihood.LevelHead(),
+        )
+    transforms = [place.column.transform for place in group.places]
+    transform = continuous.Increasing(len(transforms), transforms=transforms)
+    mixture = continuous.NumberMixture(transform, group.places)
+    return (
+        continuous.Numbers(schedule, transform),
+        mixture,
+        continuous.NumberStep(),
+        continuous.NumberDecoder(transform, group.places, mixture.law),
+    )
+
+
+def _start_spread(schedule: schedules.Schedule) -> float:
+    """What z_1 leaves open about unit data: variance (1-α)/α = exp γ at the start."""
+    with torch.no_grad():
+        gamma = schedule(torch.tensor(schedule.start, dtype=torch.float64)).item()
+    return math.exp(gamma / 2)
+
+
+def _point_head(config: ModelConfig) -> parametrization.Head:
+    head = POINT_HEADS[config.head]()
+    return parametrization.WithVariance(head) if config.step == "learned" else head
+
+
+def _network(config: ModelConfig, schema: Schema, channels: int, outputs: int) -> nn.Module:
+    sizes = config.width, config.depth, config.dropout
+    made = NETWORKS[config.network]
+    parts = schema.shape, channels, outputs, *sizes, conditioning.features(schema)
+    return _members(config, lambda: made(*parts))
+
+
+def _members(config: ModelConfig, make: Callable[[], nn.Module]) -> nn.Module:
+    members = [make() for _ in range(config.members)]
+    return members[0] if config.members == 1 else Ensemble(members)
+
+
+def _only(config: ModelConfig, **allowed: tuple[str, ...]) -> None:
+    for part, names in allowed.items():
+        value = getattr(config, part)
+        if value not in names:
+            raise ValueError(
+                f"the {part} {value} does not go with the process {config.process} and"
+                f" {'these data' if part == 'head' else f'the head {config.head}'};"
+                f" try --{part} {names[0]}"
+            )

@@ -1,0 +1,230 @@
+r"""The columns of a table that are codes, levels and symbols; `numbers` has the others.
+
+    levels    Gaussian of the values of the codes, with level probabilities and the mixture step
+    symbols   Absorbing
+
+What training did not see has a probability all the same: a level by what Good (1953) says of
+unseen species, a category by the rule of succession.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from nelbo.data.columns import Group
+from nelbo.diffusion.parametrization import (
+    Head,
+    LevelPrediction,
+    LevelTable,
+    Prediction,
+    level_evidence,
+)
+from nelbo.diffusion.process import Absorbing, Gaussian, Process
+from nelbo.diffusion.reverse import Reverse, mixture
+from nelbo.diffusion.schedules import Schedule
+
+WAVES = 24  # numbers that stand for the context of a column of more levels than SINGLE
+SINGLE = 64
+
+
+def _valid(group: Group) -> Tensor:
+    """Which codes each column has, shape (D, K)."""
+    codes = torch.tensor([place.codes for place in group.places])
+    return torch.arange(group.size) < codes[:, None]
+
+
+def _counts(x: Tensor, size: int) -> Tensor:
+    """How often each column of x, (N, D), has each code; (D, K), float64."""
+    places = size * torch.arange(x.shape[1])
+    flat = torch.bincount((x.long() + places).flatten(), minlength=size * x.shape[1])
+    return flat.reshape(-1, size).double()
+
+
+class LevelValues(nn.Module):
+    """The value of each code of a column of levels, (D, K): in standard deviations from the mean.
+
+    What lies below or above stands one precision outside; missing, a standard deviation below.
+    """
+
+    values: Tensor
+    valid: Tensor
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.places = group.places
+        shape = len(group.places), group.size
+        self.register_buffer("values", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("valid", _valid(group), persistent=False)
+
+    def start_from(self, x: Tensor) -> None:
+        """Values from the codes x, (N, D)."""
+        code = torch.arange(self.values.shape[1]).double()
+        for i, place in enumerate(self.places):
+            points = x[:, i].double()
+            last = place.codes - 1
+            if place.column.missing:
+                points = points[points < last]
+            spread = points.std(correction=0).item() if len(points) else 0.0
+            values = (code - (points.mean() if len(points) else 0)) / (spread or 1.0)
+            if place.column.missing:
+                values[last] = values[0] - 1
+            self.values[i] = torch.where(self.valid[i], values, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.values.expand(len(x), -1, -1)
+        return values.gather(-1, x.long()[..., None])[..., 0]
+
+
+class LevelColumns(Gaussian):
+    """The Gaussian process of the values of codes."""
+
+    def __init__(self, schedule: Schedule, levels: LevelValues) -> None:
+        Process.__init__(self, schedule)
+        self.values = levels
+
+    def start_from(self, x: Tensor) -> None:
+        self.values.start_from(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        e: Tensor = self.values(x)
+        return e
+
+
+class LevelContext(Head):
+    """P(x = v_k|z_t) ∝ exp(context_k + log-prior_k) N(z_t; √α_t v_k, 1-α_t), ê its mean.
+
+    With many levels the context is a sum of a few smooth functions of the level, whose
+    coefficients the network gives; with few, one number for each.
+
+    Args:
+        group: the columns.
+        levels: their values.
+    """
+
+    basis: Tensor
+
+    def __init__(self, group: Group, levels: LevelValues) -> None:
+        super().__init__()
+        self.levels = levels
+        single = group.size <= SINGLE
+        self.outputs = group.size if single else WAVES + 1
+        basis = torch.eye(group.size) if single else _waves(group)
+        self.register_buffer("basis", basis.double(), persistent=False)
+        self.log_prior = nn.Parameter(torch.zeros(len(group.places), group.size))
+
+    def start_from(self, x: Tensor) -> None:
+        """The log-prior from the frequencies of the codes x, (N, D).
+
+        What was not seen shares as many counts as there are codes that were seen once, and one
+        (Good 1953): that much is new in a sample of this size.
+        """
+        counts, valid = _counts(x, self.levels.values.shape[1]), self.levels.valid
+        unseen = (counts == 1).sum(1, keepdim=True) + 1.0
+        smooth = counts + unseen / valid.sum(1, keepdim=True)
+        smooth = smooth / smooth.sum(1, keepdim=True)
+        self.log_prior.data.copy_(torch.where(valid, smooth, 1.0).log())
+
+    def allowed(self) -> Tensor:
+        return self.levels.valid
+
+    def exclude_missing(self) -> None:
+        """From now on no column is missing."""
+        for i, place in enumerate(self.levels.places):
+            self.levels.valid[i, place.codes - 1] &= not place.column.missing
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
+        values = self.levels.values.to(z)
+        context = (self.basis.to(output) @ output[..., None])[..., 0] + self.log_prior.to(output)
+        logits = context + level_evidence(z, values, t, process)
+        log_probs = logits.masked_fill(~self.levels.valid, -torch.inf).log_softmax(-1)
+        return LevelTable((log_probs.exp() * values).sum(-1), log_probs)
+
+
+def _waves(group: Group) -> Tensor:
+    """Cosines of the code over the codes of each column, and its last code alone: (D, K, M)."""
+    code = torch.arange(group.size)
+    columns = []
+    for place in group.places:
+        u = code / (place.codes - 1)
+        waves = torch.cos(math.pi * u[:, None] * torch.arange(1, WAVES + 1))
+        last = (code == place.codes - 1).float() * place.column.missing
+        columns.append(torch.cat([waves, last[:, None]], 1))
+    return torch.stack(columns)
+
+
+class LevelMixture(Reverse):
+    """Σ_k P(x_i = v_k|z_t) q(z_s|z_t, x_i = v_k), the values of each column being its own."""
+
+    def __init__(self, levels: LevelValues) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+    ) -> Distribution:
+        assert isinstance(prediction, LevelPrediction) and isinstance(process, Gaussian)
+        return mixture(prediction, self.levels.values, z, s, t, process)
+
+
+class Symbols(Absorbing):
+    """The absorbing process of codes; a network sees code 0, unknown to training, as a mask."""
+
+    def features(self, z: Tensor) -> Tensor:
+        return super().features(torch.where(z == 0, self.mask, z.long()))
+
+
+class SymbolContext(Head):
+    """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior), but for code 0 a fixed share.
+
+    A category that training did not have has the probability 1/(N + 2) of N examples, whatever
+    the network says (the rule of succession); a boolean has no other values.
+
+    Args:
+        group: the columns.
+    """
+
+    log_other: Tensor
+    valid: Tensor
+    open: Tensor
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.outputs, self.places = group.size, group.places
+        valid = _valid(group)
+        valid[:, 0] = False
+        open_ = [p.column.kind == "category" and not p.indicator for p in group.places]
+        self.register_buffer("valid", valid, persistent=False)
+        self.register_buffer("open", torch.tensor(open_), persistent=False)
+        others = torch.full((len(group.places),), -torch.inf, dtype=torch.float64)
+        self.register_buffer("log_other", others)
+        self.log_prior = nn.Parameter(torch.zeros(len(group.places), group.size))
+
+    def start_from(self, x: Tensor) -> None:
+        """The log-prior from the frequencies of the codes x, (N, D)."""
+        counts = torch.where(self.valid, _counts(x, self.outputs) + 1, 0.0)
+        smooth = counts / counts.sum(1, keepdim=True)
+        self.log_prior.data.copy_(torch.where(self.valid, smooth, 1.0).log())
+        share = (_counts(x, self.outputs)[:, 0] + 1) / (len(x) + 2)
+        self.log_other.copy_(torch.where(self.open, share, 0.0).log())
+
+    def allowed(self) -> Tensor:
+        """Code 0 too, where the column is open to categories that training did not have."""
+        allowed = self.valid.clone()
+        allowed[:, 0] = self.log_other > -torch.inf
+        return allowed
+
+    def exclude_missing(self) -> None:
+        """From now on no column is missing, and none has a category that training did not."""
+        for i, place in enumerate(self.places):
+            self.valid[i, place.codes - 1] &= place.indicator or not place.column.missing
+        self.log_other.fill_(-torch.inf)
+
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+        logits = output + self.log_prior.to(output)
+        known = logits.masked_fill(~self.valid, -torch.inf).log_softmax(-1)
+        other = self.log_other.to(known)[:, None]
+        known = known + torch.log1p(-other.exp())
+        is_other = torch.arange(self.outputs, device=z.device) == 0
+        return Prediction(torch.where(is_other, other, known))

@@ -1,0 +1,139 @@
+"""Examples as pictures, and the files that samples are written to."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nelbo.data import Schema
+from nelbo.data.readers.pillow import png
+from nelbo.data.readers.text import decode
+from nelbo.data.tabular import encoding, tables
+from nelbo.diffusion.process import Absorbing, Gaussian, Levels, Process
+
+SIDE = 1024  # pixels of the longer side of a grid, where its enlargement stops
+RULE = "-" * 72  # between samples of text
+MASK = np.array([104, 124, 158], np.uint8)  # a grey that no grey pixel has
+
+
+def to_bytes(x: Tensor, schema: Schema) -> np.ndarray:
+    """Images (N, C, H, W) as (N, H, W, C) of 8 bits: levels fill 0..255, real data their range."""
+    pixels = x.double().movedim(1, -1).numpy()
+    if schema.levels is not None:
+        pixels = pixels / (schema.levels - 1)
+    else:
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / max(high - low, np.finfo(float).tiny)
+    return np.rint(255 * pixels).astype(np.uint8)
+
+
+def grid(x: Tensor, schema: Schema) -> Image.Image:
+    """Images (N, C, H, W), C = 1, 3 or 4, side by side in about a square, one pixel of margin;
+    enlarged by a whole factor to at most SIDE."""
+    images = to_bytes(x, schema)
+    n, h, w, c = images.shape
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (h + 1) + 1, columns * (w + 1) + 1, c), 128, np.uint8)
+    sheet[..., 3:] = 255  # the margin is not transparent
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (h + 1) + 1, (i % columns) * (w + 1) + 1
+        sheet[top : top + h, left : left + w] = image
+    picture = Image.fromarray(sheet[..., 0] if c == 1 else sheet)
+    factor = max(1, SIDE // max(sheet.shape))
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
+
+
+def over_white(pixels: np.ndarray) -> np.ndarray:
+    """Grey, RGB or RGBA of 8 bits, shape (..., C), as RGB on a white ground, (..., 3)."""
+    if pixels.shape[-1] < 4:
+        return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
+    opaque = pixels[..., 3:] / 255
+    return np.rint(255 + opaque * (pixels[..., :3] - 255.0)).astype(np.uint8)
+
+
+class Canvas:
+    """Data, latents and predictions as RGB pixels: all levels, or real data between quantiles.
+
+    Args:
+        process: what the latents are of.
+        schema: what an image is, C = 1, 3 or 4.
+        x: images from which the span of real data is taken.
+    """
+
+    def __init__(self, process: Process, schema: Schema, x: Tensor) -> None:
+        self.process = process
+        limits = torch.tensor([0.002, 0.998], dtype=torch.float64)
+        few = x.double().flatten()[: 2**20]
+        low, high = (0.0, schema.levels - 1.0) if schema.levels else few.quantile(limits).tolist()
+        self.low, self.high = low, max(high, low + 1e-12)
+
+    def data(self, x: Tensor) -> np.ndarray:
+        """x (N, C, H, W) in the data's units as (N, H, W, 3)."""
+        pixels = (x.double().cpu().movedim(1, -1).numpy() - self.low) / (self.high - self.low)
+        pixels = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+        return over_white(pixels)
+
+    def embedded(self, e: Tensor) -> np.ndarray:
+        """e in the space of a Gaussian process."""
+        assert isinstance(self.process, Gaussian)
+        if isinstance(self.process.embedding, Levels):
+            return self.data((e + 1) / 2 * self.high)
+        return self.data(self.process.embedding.shift + self.process.embedding.scale * e)
+
+    def latent(self, z: Tensor, t: float) -> np.ndarray:
+        """z_t, brought to the range of the data; masks in a colour of their own."""
+        if isinstance(self.process, Absorbing):
+            masked = (z == self.process.mask).cpu().movedim(1, -1).numpy()
+            pixels = self.data(z)
+            return np.where(masked[..., :3], MASK, pixels).astype(np.uint8)
+        if isinstance(self.process.embedding, Levels):
+            alpha = self.process.alpha(torch.tensor(t, dtype=torch.float64)).item()
+            z = z / (math.sqrt(alpha) + 2 * math.sqrt(1 - alpha))
+        return self.embedded(z)
+
+    def prediction(self, e_hat: Tensor, z: Tensor) -> np.ndarray:
+        """The mean of x that is predicted at z; a symbol that shows is itself."""
+        if isinstance(self.process, Absorbing):
+            probabilities = e_hat.exp()
+            mean = probabilities @ torch.arange(self.process.count).to(probabilities)
+            return self.data(torch.where(z == self.process.mask, mean, z.to(mean)))
+        return self.embedded(e_hat)
+
+
+def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
+    """How samples become the file `out`, or what is printed; decided before they are drawn.
+
+    Raises:
+        ValueError: a suffix that such examples are not written to.
+    """
+    images = len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4)
+    kinds = [".txt"] if schema.alphabet is not None else [".png"] if images else []
+    kinds += [*(tables.FILES if schema.columns else ()), ".npz"]
+    suffix = ".txt" if out is None else out.suffix.lower()
+    if suffix not in kinds:
+        raise ValueError(
+            f"samples of shape {schema.shape} go into a file --out that ends in"
+            f" {' or '.join(kinds)}; got {'none' if out is None else repr(str(out))}"
+        )
+    if suffix == ".txt":
+        alphabet = schema.alphabet or ""
+        return lambda x: "".join(f"{s}\n{RULE}\n" for s in decode(x.numpy(), alphabet)).encode()
+    if suffix == ".png":
+        return lambda x: png(grid(x, schema))
+    if suffix != ".npz":
+        return lambda x: tables.to_bytes(encoding.decode(x.numpy(), schema.columns), suffix)
+
+    def array(x: Tensor) -> bytes:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, x=x.numpy())
+        return buffer.getvalue()
+
+    return array

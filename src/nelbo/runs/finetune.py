@@ -1,0 +1,68 @@
+"""Fine-tuning: a new run that starts from the best weights of another and trains its T-step bound.
+
+The times are the best grid of the run it starts from. They stand in the configuration of the new
+run, so that its bound and its samples in T steps use exactly them. The weights it starts from are
+the first that are kept: they stay where no later ones have a better T-step bound.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from nelbo._utils.distributed import at_first
+from nelbo._utils.progress import tracker
+from nelbo.runs import run as run_folder
+from nelbo.runs.run import Run
+from nelbo.runs.train import Training, begin, check_new
+
+DROPOUT = 0.3  # at least: the same examples come again, at few times only
+
+
+def name_of(source: Path, steps_of_bound: int) -> Path:
+    """Where the fine-tuned run goes: beside its source.
+
+    >>> name_of(Path("runs/digits"), 8).as_posix()
+    'runs/digits-8steps'
+    """
+    return source.with_name(f"{source.absolute().name}-{steps_of_bound}steps")
+
+
+def fine_tune(
+    source: str | Path,
+    steps_of_bound: int,
+    out: str | Path | None = None,
+    *,
+    steps: int | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+) -> Run:
+    """Train the bound of `steps_of_bound` steps from the best weights of the run `source`.
+
+    Args:
+        source: a run folder, which is left as it is.
+        steps_of_bound: T.
+        out: the new run folder; `source`-8steps and the like where left out.
+        steps: training steps; two thirds of those of `source` where left out.
+        device: where to train.
+        progress: show progress bars on the error stream.
+
+    Raises:
+        FileNotFoundError: `source` is not a run.
+        ValueError: `out` exists; T is no number of steps; the loss becomes non-finite.
+        Interrupted: after Ctrl-C, with the run saved; `resume` continues it.
+    """
+    source = Path(source)
+    out = Path(out) if out else name_of(source, steps_of_bound)
+    at_first(lambda: check_new(out))
+    run = run_folder.load(source)
+    grid = run.grid(steps_of_bound, tracker("grid") if progress else iter)
+    model, before = run.config.model, run.config.train
+    train = replace(
+        before,
+        steps=max(1, 2 * before.steps // 3) if steps is None else steps,
+        warmup=min(before.warmup, 50),
+        cross_entropy=0.0,
+        grid=tuple(grid.times.tolist()),
+    )
+    model = replace(model, dropout=max(model.dropout, DROPOUT))
+    config = replace(run.config, model=model, train=train)
+    return begin(Training(out, config, config.load_data(), device), progress, run.model)

@@ -1,0 +1,443 @@
+"""Training runs: a folder that is resumed exactly (`learner` says why), and its metrics."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nelbo import data
+from nelbo._utils import cache, files, limits
+from nelbo._utils.distributed import anywhere, at_first, world
+from nelbo._utils.numerics import LOG_2
+from nelbo._utils.progress import progress_bar
+from nelbo._utils.scalars import integer, real
+from nelbo._utils.signals import Interrupted, interruptible
+from nelbo.data import Dataset
+from nelbo.data.sources import BUILT_IN, Splits
+from nelbo.data.splits import declare
+from nelbo.data.tabular import tables
+from nelbo.diffusion.model import Model
+from nelbo.evaluation.result import Evaluation
+from nelbo.models.config import ModelConfig
+from nelbo.runs import events, training_state
+from nelbo.runs import run as run_folder
+from nelbo.runs.run import Run, RunConfig
+from nelbo.training.config import TrainConfig
+from nelbo.training.optim import learning_rate
+from nelbo.training.presets import configure
+from nelbo.training.trainer import Learner
+
+if TYPE_CHECKING:
+    from nelbo.data.tabular.tables import Frame
+
+VALIDATIONS = 5  # of a training that is given minutes
+
+
+def train(
+    source: "str | PathLike[str] | Frame",
+    out: str | Path,
+    *,
+    preset: str = "auto",
+    levels: int | None = None,
+    size: int | None = None,
+    schema: str | PathLike[str] | None = None,
+    condition: Sequence[str] = (),
+    splits: Splits | None = None,
+    minutes: float | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+    **options: str | int | float,
+) -> Run:
+    """Train a model of the data at `source` into the new run folder `out`.
+
+    Args:
+        source: "digits", or a path that `nelbo.data.load` understands; or a table itself, a polars
+            or pandas frame or a mapping of names to columns, of which the run keeps a copy.
+        out: a folder that does not exist yet, or is empty.
+        preset: see `nelbo.config.configure`.
+        levels: number of levels of integer data, found where left out.
+        size: side to which images are resized.
+        schema: a JSON file with the columns of a table, found in its cells where left out.
+        condition: names of labels, or one of them; the model is then one of P(x|labels).
+        splits: which names are of which split, as `nelbo.data.load` takes them.
+        minutes: about how long, in place of `steps`: see `pace`.
+        device: where to train, such as "cpu" or "cuda".
+        progress: show what was found and a progress bar on the error stream.
+        options: any field of ModelConfig or TrainConfig, in place of the preset's.
+
+    Raises:
+        ValueError: bad data or options; `out` exists; the loss becomes non-finite.
+        Interrupted: after Ctrl-C, with the run saved; `resume` continues it.
+    """
+    out = Path(out)
+    levels = None if levels is None else integer("levels", levels, 2)
+    size = None if size is None else integer("size", size, 1)
+    minutes = None if minutes is None else real("minutes", minutes)
+    at_first(lambda: check_new(out))
+    dataset = data.load(
+        source, levels=levels, size=size, schema=schema, condition=condition, splits=splits
+    )
+    own = None if isinstance(source, str | PathLike) else tables.frame_of(source)
+    for note in dataset.notes if progress else ():
+        print(note, file=sys.stderr)
+    model_config, train_config = configure(
+        dataset.schema, len(dataset.splits["train"]), preset, **options
+    )
+    if train_config.shard and world()[1] == 1:
+        raise ValueError(
+            "shard divides a network among processes, and there is one; start more with: torchrun"
+            " --nproc_per_node 2 -m nelbo train ..."
+        )
+    if minutes is not None:
+        if "steps" in options:
+            raise ValueError("steps and minutes both say how long to train; give one of them")
+        clock = partial(at_first, time.monotonic)  # all take the same steps
+        steps = pace(model_config, train_config, dataset, 60 * minutes, device, clock)
+        every = options.get("evaluate_every", max(1, steps // VALIDATIONS))
+        train_config = replace(train_config, steps=steps, evaluate_every=int(every))
+    run = RunConfig(
+        source=dataset.source if own is None else str(out.absolute() / run_folder.TABLE),
+        schema=dataset.schema,
+        size=size,
+        hashes=run_folder.hashes(dataset),
+        preset=preset,
+        model=model_config,
+        train=train_config,
+        within=own is not None,
+        splits=declare(splits),
+    )
+    if own is None and run.source not in BUILT_IN and world()[0] == 0:
+        try:
+            run.remember(run.source)
+        except OSError as error:
+            if progress:
+                print(f"where the data are is not kept: {cache.reason(error)}", file=sys.stderr)
+    table = None if own is None else tables.to_bytes(own, ".parquet")
+    return begin(Training(out, run, dataset, device), progress, table=table)
+
+
+def pace(
+    model: ModelConfig,
+    train: TrainConfig,
+    dataset: Dataset,
+    seconds: float,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Steps that take about so many seconds with `VALIDATIONS` validations, by the time of some.
+
+    The learning rate falls to zero at the last step, so their number has to be known before the
+    first; it is then a part of the run, and the run as reproducible as any.
+
+    Raises:
+        ValueError: too little time for any training.
+    """
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"minutes must be positive; got {seconds / 60:g}")
+    learner = Learner(model, train, dataset, device)
+    learner.step()  # the first one pays for what is set up once
+    begun = clock()
+    learner.measure()
+    measured, steps = clock(), 0
+    while steps < 3 or clock() - measured < 0.01 * seconds:
+        learner.step()
+        steps += 1
+    left = seconds - VALIDATIONS * (measured - begun) - (clock() - begun)
+    within = int(left * steps / (clock() - measured))
+    if within < VALIDATIONS:
+        raise ValueError(
+            f"{seconds / 60:g} minutes are too few: a step takes"
+            f" {(clock() - measured) / steps:.2g} seconds, and {VALIDATIONS} validations"
+            f" {VALIDATIONS * (measured - begun):.2g}; give more, or --steps"
+        )
+    return within
+
+
+def check_new(out: Path) -> None:
+    """ValueError where a new run cannot be."""
+    if out.is_dir():
+        others = [p for p in out.iterdir() if p.name != run_folder.LOCK and not files.is_part(p)]
+    if out.exists() and (not out.is_dir() or others):
+        run = f"a run; continue it with --resume {out}, or"
+        kind = run if run_folder.is_run(out) else "not a run;"
+        raise ValueError(f"{out} exists and is {kind} choose another --out")
+
+
+def begin(
+    training: "Training",
+    progress: bool,
+    weights: Model | None = None,
+    table: bytes | None = None,
+) -> Run:
+    """A new run to its last step; no run where that fails before there are weights.
+
+    Args:
+        training: of a folder that was new when its data were read.
+        progress: show a bar.
+        weights: to start from.
+        table: the data, where the run keeps them.
+    """
+    out = training.out
+    with alone_in(out) as made:
+        at_first(lambda: check_new(out))  # another may have trained there meanwhile
+        try:
+            training.found()
+            if table is not None and training.first:
+                files.write(out / run_folder.TABLE, table)
+            if weights is not None:
+                training.start_from(weights)
+            training.configure()
+            training.fit(progress)
+        except (Exception, SystemExit):
+            if training.first:
+                training.remove(made)
+            raise
+    return run_folder.load(out)
+
+
+def resume(
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    shard: bool | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+) -> Run:
+    """Continue a run where it stopped, exactly; `steps` extends or shortens it.
+
+    `shard` says whether several processes divide the network from now on.
+
+    On another number of processes it continues with the same examples, times and noise, but sums
+    are in another order: the same to rounding, not to the bit.
+
+    Raises:
+        FileNotFoundError: `out` is not a run.
+        ValueError: its state is damaged or of another model; the loss becomes non-finite.
+        Interrupted: after Ctrl-C, with the run saved.
+    """
+    out = Path(out)
+    run = run_folder.read_config(out)
+    t = run.train
+    steps, shard = t.steps if steps is None else steps, t.shard if shard is None else shard
+    changed = replace(run, train=replace(t, steps=steps, shard=shard))
+    with alone_in(out):
+        training = Training(out, changed, run.load_data(), device)
+        training.found()
+        training.restore()
+        if changed != run:
+            training.configure()
+        training.fit(progress)
+    return run_folder.load(out)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[bool]:
+    """Inside, no other training writes into this run; the lock ends with the process.
+
+    Yields whether the folder was made for it. What killed trainings left there is removed.
+
+    Raises:
+        ValueError: another one does, or the file to lock is a link out of the run.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(limits.contained(out / run_folder.LOCK, out), blocking=False)
+
+    def acquire() -> bool:
+        new = not out.exists()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{out} is being trained by another process; wait for it, or stop it first"
+            ) from None
+        except (NotImplementedError, OSError):
+            pass  # a file system without locks, or one that lets nothing be written: said later
+        files.tidy(out)
+        return new
+
+    made = at_first(acquire)
+    try:
+        yield made
+    finally:
+        lock.release()
+
+
+class Training:
+    """One training run and its files, which the first process writes."""
+
+    def __init__(self, out: Path, run: RunConfig, dataset: Dataset, device: str = "cpu") -> None:
+        self.out, self.run = out, run
+        rank, size = world()
+        self.first, self.alone = rank == 0, size == 1
+        self.learner = Learner(run.model, run.train, dataset, device)
+        self.add_event: events.Add = lambda event, step: None
+        self.told = 0  # the step of the last event
+        self.folder: tuple[int, int] | None = None  # where it is on its disk, once it is there
+
+    def found(self) -> None:
+        """Note which folder it is, so that one that vanishes or is replaced is missed."""
+        self.folder = _place(self.out)
+
+    def check_there(self) -> None:
+        """FileNotFoundError where the folder is no longer the one that training began in."""
+        if self.first and self.folder is not None and _place(self.out) != self.folder:
+            raise FileNotFoundError(
+                f"the run folder {self.out} was removed or moved while it was trained, so nothing"
+                " more of it is saved; bring it back and continue with nelbo train --resume"
+                f" {self.out}, or train again"
+            )
+
+    def configure(self) -> None:
+        """Write down what the run is."""
+        if self.first:
+            files.write(self.out / run_folder.CONFIG, self.run.to_json().encode())
+
+    def restore(self) -> None:
+        """Go where the run stood, if it has a state."""
+
+        def load() -> None:
+            if training_state.is_in(self.out):
+                training_state.load(self.out, self.learner)
+                self.keep_best()
+            self.forget_later_metrics()
+
+        at_first(load)  # it may rename files
+        if not self.first:
+            load()
+
+    def fit(self, progress: bool) -> None:
+        """Train to the last step; Ctrl-C finishes the step, saves and raises."""
+        total, learner = self.run.train.steps, self.learner
+        started = time.monotonic() - learner.at.seconds
+        with (
+            events.written(self.out, learner.at.step, self.first) as self.add_event,
+            _bar(progress and self.first, total, learner.at.step) as update,
+            interruptible(twice=self.alone) as interrupted,
+        ):
+            while learner.at.step < total:
+                learner.step()
+                self.check_there()
+                learner.at.seconds = time.monotonic() - started
+                done = learner.at.step
+                update(done, self._note())
+                if done % self.run.train.evaluate_every == 0 or done == total:
+                    self._validate()
+                    self.save()
+                if anywhere(interrupted()):
+                    self.save()
+                    raise Interrupted
+            if self.told < learner.at.step:  # it was stopped here, with more steps to come
+                self._validate()
+                self.save()
+        at_first(lambda: None)  # what the others read is written
+
+    def save(self) -> None:
+        """Everything to continue from."""
+        self.check_there()
+        training_state.save(self.out, self.learner)
+
+    def start_from(self, weights: Model) -> None:
+        """Begin with the weights of another run; they are kept until there are better ones."""
+        for own in (self.learner.model, self.learner.average):
+            files.put_weights(own, weights.state_dict(), "the run")
+        self._measure()
+        self.save()
+
+    def _measure(self) -> Evaluation:
+        """Measure the averaged weights on the validation split; keep the best."""
+        result, better = self.learner.measure()
+        if better:
+            self.keep_best()
+        return result
+
+    def keep_best(self) -> None:
+        """The best weights, where there are any yet, as those of the run."""
+        self.check_there()
+        if self.learner.best and self.first:
+            about = {"weights": "ema", "step": self.learner.at.best_step}
+            files.write_tensors(self.out / run_folder.WEIGHTS, self.learner.best, about)
+
+    def _validate(self) -> None:
+        """Measure, keep the best, and tell."""
+        result, at = self._measure(), self.learner.at
+        self.check_there()
+        error = result.standard_error.total
+        event = {
+            "step": at.step,
+            "seconds": round(at.seconds, 3),
+            "lr": learning_rate(self.run.train, at.step - 1),
+            "train": self._shown(at.recent),
+            "validation": self._shown(result.nats),
+            "validation_standard_error": None if math.isnan(error) else error,
+            "unit": result.unit,
+        }
+        if self.run.train.nonfinite == "skip":
+            event["skipped"] = at.skipped
+        self.told = at.step
+        if not self.first:
+            return
+        with (self.out / run_folder.METRICS).open("a") as file:
+            file.write(json.dumps(event) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # no state is on the disk before the events that led to it
+        self.add_event(event, at.step)
+
+    def forget_later_metrics(self) -> None:
+        """Drop what was logged after the state that training continues from."""
+        kept = [e for e in run_folder.read_metrics(self.out) if e["step"] <= self.learner.at.step]
+        lines = "".join(json.dumps(event) + "\n" for event in kept)
+        if self.first:
+            files.write(self.out / run_folder.METRICS, lines.encode())
+        self.told = kept[-1]["step"] if kept else 0
+
+    def remove(self, made: bool) -> None:
+        """Remove what a training that failed wrote, by name, unless it can be continued; and the
+        folder where it was `made` for it and holds nothing else."""
+        out = self.out
+        whole = run_folder.is_run(out) and (out / run_folder.WEIGHTS).exists()
+        if whole or training_state.is_in(out) or _place(out) != self.folder:
+            return
+        with suppress(OSError):
+            events.remove(out)
+            for name in run_folder.WRITTEN:
+                (out / name).unlink(missing_ok=True)
+            if made:
+                out.rmdir()
+
+    def _shown(self, nats: float) -> float:
+        dims = self.learner.model.dims
+        return nats if self.run.schema.density else nats / (dims * LOG_2)
+
+    def _note(self) -> str:
+        at = self.learner.at
+        unit = "nats" if self.run.schema.density else "bits/dim"
+        best = f", validation {self._shown(at.best):.3f}" if at.best_step else ""
+        return f"bound {self._shown(at.recent):.3f}{best} {unit}"
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """Where a folder is on its disk; None where there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    if not show:
+        yield lambda done, note: None
+        return
+    with progress_bar("train", total, done) as update:
+        yield update

@@ -1,0 +1,113 @@
+"""Everything that a training continues from, in one file; and the file that was there before it.
+
+    model.*, ema.*   the weights and their moving average, a learned γ among them
+    best.*           the averaged weights of the best bound so far: `model.safetensors` is a copy
+    law.*            the sampler of times
+    optimizer.i.*    of the i-th parameter
+    progress         `learner.Progress`
+
+There is no generator to save (`learner` says why). A file that is damaged, by its hash, or missing
+gives way to the one before it; the steps since then are taken again, with the same result.
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nelbo._utils import limits
+from nelbo._utils.files import put_weights, read_tensors, write_tensors
+from nelbo._utils.sharding import divided_like, gathered
+from nelbo.runs.run import BEFORE, STATE
+from nelbo.training.trainer import Learner, Progress
+
+#: of `Progress`; what it has beside them, older versions did not write
+WRITTEN = {"step", "seconds", "best", "best_step", "recent"}
+
+
+def save(out: Path, learner: Learner) -> None:
+    """The newest state of the run `out`; the newest so far becomes the one before.
+
+    The first process writes it; where the network is sharded, all give it what they hold.
+    """
+    tensors = {f"model.{k}": v for k, v in learner.model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in learner.ema.state_dict().items()}
+    tensors |= {f"best.{k}": v for k, v in learner.best.items()}
+    tensors |= {f"law.{k}": v for k, v in learner.law.state_dict().items()}
+    for i, moments in learner.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+    about = {"weights": "raw and ema", "progress": learner.at.__dict__}
+    if tensors := gathered(tensors):
+        write_tensors(out / STATE, tensors, about, out / BEFORE)
+
+
+def is_in(out: Path) -> bool:
+    return (out / STATE).is_file() or (out / BEFORE).is_file()
+
+
+def load(out: Path, learner: Learner) -> None:
+    """Put a learner where the training of the run `out` stood.
+
+    Raises:
+        ValueError: no state is whole, it is of another model, or it is a link out of the run.
+    """
+    path, (tensors, about) = out / STATE, _newest(out)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    modules = (("model.", learner.model), ("ema.", learner.ema), ("law.", learner.law))
+    for prefix, module in modules:
+        put_weights(module, part(prefix), str(path))
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in part("optimizer.").items():
+        i, _, moment = name.partition(".")
+        if not i.isdecimal():
+            raise ValueError(f"{path} has moments of no parameter; train again")
+        own = parameters[int(i)] if int(i) < len(parameters) else tensor
+        state.setdefault(int(i), {})[moment] = divided_like(own, tensor)
+    groups = learner.optimizer.state_dict()["param_groups"]
+    learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    progress, best = about.get("progress", {}), part("best.")
+    if not isinstance(progress, dict) or not all(map(_is_progress, progress.items())):
+        raise ValueError(f"{path} does not say where the training stood; train again")
+    if (
+        len(state) != (len(parameters) if progress.get("step") else 0)
+        or not WRITTEN <= progress.keys() <= learner.at.__dict__.keys()
+        or best.keys() not in (set(), learner.average.state_dict().keys())
+    ):
+        raise ValueError(f"{path} lacks a part of the state; train again")
+    learner.at, learner.best = Progress(**progress), best
+
+
+def _is_progress(item: tuple[str, object]) -> bool:
+    """Whether a name and its value are of `Progress`."""
+    name, value = item
+    kind = type(vars(Progress()).get(name))
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _newest(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the newest whole state says; one that is not whole makes room for the one before.
+
+    Raises:
+        ValueError: neither is whole, or one is a link out of the run.
+    """
+    path, before = (limits.contained(out / name, out) for name in (STATE, BEFORE))
+    try:
+        return read_tensors(path, hashed=True)
+    except (ValueError, FileNotFoundError) as error:
+        try:
+            found = read_tensors(before, hashed=True)
+        except (ValueError, FileNotFoundError):
+            raise error from None
+        step = found[1].get("progress", {}).get("step")
+        what = "damaged" if path.exists() else "missing"
+        warnings.warn(
+            f"{path} is {what}; the state before it is used, of step {step}", stacklevel=2
+        )
+        os.replace(before, path)
+        return found

@@ -1,0 +1,267 @@
+r"""Samplers on a grid of T times, T network calls.
+
+ancestral         z_T ~ P(z_T),  z_{t-1} ~ P(z_{t-1}|z_t),  x ~ P(x|z_1): the model's own law,
+                  the one whose bound `evaluate` states for the same grid and step
+rejection         x ~ P(x|x in S): draws outside S are drawn again, whole
+probability_flow  z_s = √α_s ê + √(1-α_s) ε̂, the most probable x at the end: deterministic
+                  given z_T (Song et al. 2021, DDIM with η = 0); not the law of the bound
+complete          the unknown dimensions of x given the known ones
+
+`complete` lets known dimensions follow q(z_s|z_t,x) and unknown ones P(z_s|z_t). Where symbols
+are masked, known ones show from the start and each step draws from P(x_i|what shows): the model's
+own conditional law, in the order in which the steps unmask. Where noise is Gaussian it is an
+approximation: P(z_s|z_t) knows the known dimensions as noisy as they are at t, not x. Going back
+to z_t ~ q(z_t|z_s) and down again, several times, lets both parts agree (Lugmayr et al. 2022).
+
+A model that is given conditions, one for each sample, draws from P(x|c). Several processes share
+the samples, which have the noise that they have on one (`nelbo._utils.batch_rng`).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from nelbo._utils.batch_rng import drawing, joined, share
+from nelbo._utils.numerics import derive_seed, draw, seeded
+from nelbo._utils.progress import Track
+from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.process import Gaussian
+from nelbo.diffusion.times import Grid
+
+MOST = 20  # draws for a sample by rejection, in the mean
+PATIENCE = 1000  # draws for any one of them, at most about
+BELIEVED = 200  # draws from which on the share of those that are accepted is believed
+NO_NUMBERS = (
+    "the network's output is not finite, so there is nothing to draw from: its weights are damaged"
+    " or grew without bound; restore them from a copy, or train again with a smaller --lr"
+)
+
+
+def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track = iter) -> Tensor:
+    """x ~ P(x|φ) by ancestral sampling.
+
+    Args:
+        model: the model.
+        count: number of samples.
+        times: the grid; `Grid.uniform(T)`.
+        seed: everything random follows from it.
+        track: wraps the steps, for a progress bar.
+
+    Returns:
+        Samples in the space of the data, shape (count, *model.shape).
+    """
+
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return draw(model.at(rows).reverse(z, s, t))
+
+    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return _sample(model.at(rows).likelihood(z, t))
+
+    return descend(model, count, times, seed, step, decode, track=track)
+
+
+def probability_flow(
+    model: Model, count: int, times: Grid, seed: int = 0, track: Track = iter
+) -> Tensor:
+    """x at the end of the deterministic path from z_T ~ P(z_T); arguments as for `ancestral`.
+
+    Raises:
+        ValueError: the process is not Gaussian: symbols have no deterministic path.
+    """
+    process = model.process
+    if not isinstance(process, Gaussian):
+        raise ValueError(
+            f"a deterministic path needs a Gaussian process; the model's is"
+            f" {type(process).__name__}; use the ancestral sampler"
+        )
+
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        e_hat = model.at(rows).predict(z, t).e_hat
+        q_s, q_t = process.marginal(e_hat, s).base_dist, process.marginal(e_hat, t).base_dist
+        return q_s.loc + q_s.scale * (z - q_t.loc) / q_t.scale
+
+    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return model.at(rows).likelihood(z, t).mode
+
+    return descend(model, count, times, seed, step, decode, track=track)
+
+
+def complete(
+    model: Model,
+    x: Tensor,
+    known: Tensor,
+    times: Grid,
+    seed: int = 0,
+    rounds: int = 1,
+    track: Track = iter,
+) -> Tensor:
+    """x with the dimensions that are not known drawn given those that are.
+
+    Args:
+        model: the model.
+        x: examples in the space of the data, shape (N, *model.shape); what is not known may be
+            any value of the data.
+        known: which dimensions are, booleans that broadcast to x.
+        times: the grid; `Grid.uniform(T)`.
+        seed: everything random follows from it.
+        rounds: how often each step is made; T times as many network calls.
+        track: wraps the steps, for a progress bar.
+
+    Raises:
+        ValueError: examples of another shape, or no rounds.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1; got {rounds}")
+    if x.shape[1:] != model.shape:
+        raise ValueError(f"examples must have the shape {model.shape}; got {tuple(x.shape[1:])}")
+    process, known = model.process, known.expand(x.shape).to(model.device)
+    x = x.to(model.device)
+
+    def start(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return torch.where(known[rows], process.reveal(x[rows], t), z)
+
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        e, here, lower = model.embed(x[rows]), known[rows], z
+        for turn in range(rounds):
+            if turn:
+                z = torch.where(here, z, draw(process.transition(lower, s, t)))
+            free = draw(model.at(rows).reverse(z, s, t))
+            lower = torch.where(here, draw(process.posterior(z, e, s, t)), free)
+        return lower
+
+    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return torch.where(known[rows], x[rows], _sample(model.at(rows).likelihood(z, t)))
+
+    return descend(model, len(x), times, seed, step, decode, start, track)
+
+
+class Hopeless(ValueError):
+    """Hardly any sample lies where it should."""
+
+
+class Accepted(NamedTuple):
+    """Samples within a set.
+
+    Args:
+        x: the samples, (count, *shape).
+        drawn: how many were drawn for them.
+        outside: how many of these lay outside the set.
+    """
+
+    x: Tensor
+    drawn: int
+    outside: int
+
+
+def rejection(
+    draw: Callable[[Tensor, int], Tensor],
+    count: int,
+    inside: Callable[[Tensor], Tensor],
+    seed: int = 0,
+) -> Accepted:
+    """x ~ P(x|x in S): samples outside of S are drawn again, whole, until they are in it.
+
+    It is the law of the samples given that they are in S, of which P(x|x in S) >= P(x). The first
+    draws are those of the seed, whatever S is.
+
+    Args:
+        draw: samples of these rows, (N,), by a seed.
+        count: number of samples.
+        inside: which of some samples are in S, booleans (N,).
+        seed: everything random follows from it.
+
+    Raises:
+        Hopeless: so few samples are in S that one takes more than MOST draws in the mean.
+    """
+    waiting, drawn, outside, tries, found = torch.arange(count), 0, 0, 0, None
+    for turn in itertools.count():
+        share = 1 - outside / drawn if drawn else 1.0
+        often = math.ceil(1 / max(share, 1 / MOST)) << max(turn - 1, 0)
+        tries += often
+        rows = waiting.repeat_interleave(often)
+        x = draw(rows, derive_seed(seed, turn) if turn else seed)
+        good = inside(x)
+        drawn, outside = drawn + len(rows), outside + int((~good).sum())
+        found = x.new_empty((count, *x.shape[1:])) if found is None else found
+        good = good.reshape(-1, often)
+        done, first = good.any(1), good.int().argmax(1)
+        chosen = x.reshape(-1, often, *x.shape[1:])[torch.arange(len(waiting)), first]
+        found[waiting[done]] = chosen[done]
+        waiting = waiting[~done]
+        kept = drawn - outside
+        if not len(waiting):
+            return Accepted(found, drawn, outside)
+        if (drawn >= BELIEVED and MOST * kept < drawn) or tries >= PATIENCE:
+            raise Hopeless(
+                f"only {kept} of {drawn} samples that the model drew lie in what training had"
+            )
+    raise AssertionError
+
+
+def _sample(distribution: Distribution) -> Tensor:
+    with drawing():
+        return distribution.sample()
+
+
+def descend(
+    model: Model,
+    count: int,
+    times: Grid,
+    seed: int,
+    step: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    decode: Callable[[Tensor, Tensor, Tensor], Tensor],
+    start: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda rows, z, t: z,
+    track: Track = iter,
+) -> Tensor:
+    """From z_T down to z_1 and x, as many rows at a time as memory allows.
+
+    Args:
+        model: the model.
+        count: number of samples.
+        times: the grid.
+        seed: everything random follows from it.
+        step: z_s of these rows, given z_t, s and t.
+        decode: x of these rows, given z_1 and its time.
+        start: z_T of these rows, given a draw of the prior and the last time.
+        track: wraps the steps, for a progress bar.
+    """
+    if count < 1:
+        raise ValueError(f"the number of samples must be at least 1; got {count}")
+    grid = times.times.to(model.device)
+    parts, blocks = [], torch.arange(count).split(model.rows)
+    calls = iter(track(range(len(blocks) * len(grid))))  # all, for one bar
+    with measuring(model), seeded(seed), numbers_only(model.network):
+        for rows in blocks:
+            with share(len(rows)) as part:
+                own = part.of(rows)
+                at = [t.expand(len(own)) for t in grid]
+                z = start(own, _sample(model.process.prior(model.shape, at[-1])), at[-1])
+                for i in range(len(grid) - 1, 0, -1):
+                    next(calls)
+                    z = step(own, z, at[i - 1], at[i])
+                next(calls)
+                parts.append(joined(part, decode(own, z, at[0])))
+        next(calls, None)  # the bar ends
+    return torch.cat(parts)
+
+
+@contextmanager
+def numbers_only(network: nn.Module) -> Iterator[None]:
+    """Inside, an output of the network that is not finite is an error: of it anything would be
+    drawn, such as the first of all symbols."""
+
+    def check(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.isfinite().all():
+            raise ValueError(NO_NUMBERS)
+
+    handle = network.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,45 @@
+r"""Augmentation that does not change what is modelled.
+
+Some images of a batch are moved a little and the network is told which: it learns
+P(x|moved) and P(x|not moved) together, and only the second, the law of the data, is ever measured
+or sampled (Karras et al. 2020, 2022: non-leaking augmentation).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from nelbo._utils.batch_rng import drawing
+from nelbo.data import Schema
+
+ROTATION, LOG_SCALE, SHEAR, SHIFT = 0.2, 0.12, 0.2, 0.25  # radians, -, -, half sides
+
+
+def augment(x: Tensor, share: float, schema: Schema) -> tuple[Tensor, Tensor]:
+    """Move each image with probability `share` by a small random affine map.
+
+    Args:
+        x: images (B, C, H, W): integers, or reals.
+        share: probability.
+        schema: what an image is; moved levels are rounded to levels.
+
+    Returns:
+        The images, and which of them were moved: (B,) of 0 and 1.
+    """
+
+    def uniform(most: float) -> Tensor:
+        with drawing():
+            return (torch.rand(len(x), device=x.device) * 2 - 1) * most
+
+    angle, shear = uniform(ROTATION), uniform(SHEAR)
+    wide, high = uniform(LOG_SCALE).exp(), uniform(LOG_SCALE).exp()
+    top = torch.stack([angle.cos() * wide, (shear - angle.sin()) * high, uniform(SHIFT)], 1)
+    bottom = torch.stack([angle.sin() * wide, angle.cos() * high, uniform(SHIFT)], 1)
+    grid = affine_grid(torch.stack([top, bottom], 1), list(x.shape), align_corners=False)
+    mode = "bicubic" if schema.levels is not None else "bilinear"
+    moved = grid_sample(x.float(), grid, mode=mode, align_corners=False)
+    if schema.levels is not None:
+        moved = moved.round().clamp(0, schema.levels - 1)
+    with drawing():
+        which = torch.rand(len(x), device=x.device) < share
+    return torch.where(which[:, None, None, None], moved.to(x.dtype), x), which.float()

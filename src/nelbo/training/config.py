@@ -1,0 +1,62 @@
+"""How a model is trained: names and sizes, as a run keeps them."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from nelbo.models.config import Section, _at_least
+
+if TYPE_CHECKING:
+    pass
+
+
+Objective = Literal["bound", "simple", "min-snr", "p2"]
+Times = Literal["stratified", "importance", "iid"]
+Optimizer = Literal["adamw", "muon"]
+Precision = Literal["float32", "bf16"]
+Nonfinite = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """How a model is trained; `grid`, where there is one, holds the times whose bound is."""
+
+    steps: int = 1800
+    batch: int = 128
+    lr: float = 2e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    clip: float = 5.0
+    ema: float = 0.999
+    optimizer: Optimizer = "adamw"
+    objective: Objective = "bound"
+    times: Times = "importance"
+    cross_entropy: float = 0.1
+    augment: float = 0.7
+    label_dropout: float = 0.1
+    evaluate_every: int = 100
+    seed: int = 0
+    grid: tuple[float, ...] = ()
+    accumulate: int = 1
+    precision: Precision = "float32"
+    compile: bool = False
+    checkpoint_activations: bool = False
+    shard: bool = False
+    deterministic: bool = False
+    nonfinite: Nonfinite = "stop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "steps", "batch", "evaluate_every", "accumulate")
+        _at_least(self, 0, "warmup", "weight_decay", "cross_entropy", "seed")
+        if self.shard and self.compile:
+            raise ValueError("shard does not go with compile; leave one of them out")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        for name in ("ema", "augment", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
+        ends = (0.0, *self.grid)
+        if self.grid and not (ends[-1] == 1 and all(a < b for a, b in pairwise(ends))):
+            raise ValueError(f"grid must increase within (0, 1] and end at 1.0; got {self.grid}")

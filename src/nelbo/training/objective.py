@@ -1,0 +1,243 @@
+r"""Training losses: the bound itself, and the well-known re-weightings of its diffusion term.
+
+    loss = E_t[ w(t) rate(t) ] + reconstruction + prior + λ E[ −log P(x|z_t) ]
+
+w = 1 and λ = 0 is −ELBO. In terms of the error of the noise prediction, rate = ½ γ'(t) ‖ε - ε̂‖²:
+
+    bound     w = 1
+    simple    w = 2/γ'(t)                        ‖ε - ε̂‖²: Ho et al. 2020, equation 14
+    min-snr   w = 2/γ'(t) · min(SNR, 5)/SNR      Hang et al. 2023: little weight on little noise
+    p2        w = 2/γ'(t) · 1/(1 + SNR)          Choi et al. 2022: weight on coarse structure
+
+Each example costs one network call. A share ρ of the batch, chosen at random, is asked for its
+reconstruction, −log P(x|z_1)/ρ; the others for the diffusion term, w(t) rate(t)/(1−ρ). The mean is
+that of the bound. The times may be of another density than uniform, each weighted by 1/p
+(`timestep_samplers`). ρ is not learned from how much the two vary, as that is: much of a
+reconstruction can vary with the data and little of it with the weights.
+
+λ adds the decoder asked at the drawn time: for the level head the cross-entropy of the levels,
+which costs no call and keeps the decoder calibrated wherever a short grid will let it decode.
+
+A learned γ(t) has ends, which the loss trains with the network, and an interior, on which the
+bound does not depend. The interior is trained to the least second moment of d = rate(t), VDM
+appendix I.2. With p(γ) = 1/γ' and d = h(γ)/p, that is ∫ E[h²|γ]/p dγ, whose gradient
+
+    ∇ E[d²] = −E[ d² ∇ log p(γ) ],      at fixed γ, where E[ ∇ log p(γ) ] = 0,
+
+is known from the d of the step: it costs no pass of the network and is blind to w and λ. What is
+added to the loss is log E[d²], of scale one, less its own value: `Objective.interior`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from nelbo._utils.batch_rng import Part
+from nelbo._utils.numerics import constant, draw, slope
+from nelbo.diffusion.elbo import prior_term
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Prediction
+from nelbo.diffusion.schedules import Schedule, log_density
+from nelbo.diffusion.times import Continuum, Grid, stratified
+
+Weight = Callable[[Schedule, Tensor], Tensor]
+
+
+def bound(schedule: Schedule, t: Tensor) -> Tensor:
+    """w = 1: nats."""
+    return torch.ones_like(t)
+
+
+def simple(schedule: Schedule, t: Tensor) -> Tensor:
+    """w = 2/γ'(t): the squared error of the noise, all noise levels alike."""
+    return 2 / slope(schedule, t)
+
+
+def min_snr(schedule: Schedule, t: Tensor) -> Tensor:
+    """w = 2/γ'(t) · min(SNR, 5)/SNR: the squared error of x, at most five-fold."""
+    snr = (-schedule(t)).exp()
+    return simple(schedule, t) * snr.clamp(max=5) / snr
+
+
+def p2(schedule: Schedule, t: Tensor) -> Tensor:
+    """w = 2/γ'(t) · 1/(1 + SNR)."""
+    return simple(schedule, t) / (1 + (-schedule(t)).exp())
+
+
+class Loss(NamedTuple):
+    """What is minimised, and the bound it stands for; scalars, mean nats per example.
+
+    Of a part of a batch they are its share: those of all parts add up to those of the batch.
+    `each` is w(t) rate(t) of each example, shape (B,), times what is the same for all, 0 of those
+    that gave a reconstruction: the law of the times learns from it; an interior, from `rate`.
+    """
+
+    loss: Tensor
+    bound: Tensor
+    each: Tensor
+    rate: Tensor
+
+
+class Objective:
+    """The loss of a batch in continuous time.
+
+    Args:
+        weight: w(t) on the diffusion term.
+        cross_entropy: λ.
+        share: ρ, in (0, 1).
+        start: time of z_1.
+    """
+
+    def __init__(
+        self,
+        weight: Weight = bound,
+        cross_entropy: float = 0.0,
+        share: float = 1 / 16,
+        start: float = 0.0,
+    ) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"share must be in (0, 1); got {share}; try 1/16")
+        self.weight, self.cross_entropy, self.share = weight, cross_entropy, share
+        self.times = Continuum(start)
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        u: Tensor,
+        weight: Tensor | None = None,
+        part: Part | None = None,
+    ) -> Loss:
+        """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
+
+        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where x is a part of
+        a batch, they are those of the whole batch.
+        """
+        part = part or Part.whole(len(x))
+        n, schedule, process = part.batch, model.process.schedule, model.process
+        first = part.of(stratified(n)[:, 0] < self.share)
+        # the decoder is not free: it tells of all where λ counts them, else of the first times
+        asked = None if self.cross_entropy else first.nonzero()[:, 0].to(x.device)
+        first = first.to(x.device)
+        t = torch.where(first, self.times.first, self.times.at(part.of(u)))
+        weight = part.of(torch.ones_like(u) if weight is None else weight).where(~first, 1.0)
+        with constant(schedule.interior()):
+            e = model.embed(x)
+            z = draw(process.marginal(e, t))
+            prediction = model.predict(z, t)
+            decoded = self._decoded(model, prediction, x, z, t, asked)
+            rate = process.rate(z, e, prediction.e_hat, t).where(~first, 0.0)
+            length = (1 - self.times.first) / (1 - self.share)  # of the integral, for each of them
+            prior = prior_term(model, x, torch.ones_like(t)).sum() / n
+            others = decoded.where(first, 0.0).sum() / self.share / n + prior
+            each = length * self.weight(schedule, t) * rate
+            entropy = self.cross_entropy * (weight * decoded).sum() / n
+            loss = (weight * each).sum() / n + others + entropy
+        bound = length * (weight * rate).sum() / n + others
+        return Loss(loss, bound.detach(), each.detach(), rate.detach())
+
+    def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
+        """What is added to the loss of a batch for the interior of a learned γ; zero, scalar."""
+        squares = weight * rate.square()
+        return log_second_moment(model.process.schedule, self.times.at(u), squares, weight)
+
+    @staticmethod
+    def _decoded(
+        model: Model,
+        prediction: Prediction,
+        x: Tensor,
+        z: Tensor,
+        t: Tensor,
+        asked: Tensor | None,
+    ) -> Tensor:
+        """−log P(x|z_t) of all rows, or of those that are asked, else 0; shape (B,), nats."""
+        if asked is None:
+            return -model.decoder(prediction, z, t, model.process).log_prob(x)
+        if not len(asked):
+            return torch.zeros_like(t)
+        told = prediction.map(lambda v: v[asked])
+        log_p = model.decoder(told, z[asked], t[asked], model.process).log_prob(x[asked])
+        return torch.zeros_like(t, dtype=log_p.dtype).index_put((asked,), -log_p)
+
+
+def log_second_moment(schedule: Schedule, t: Tensor, squares: Tensor, weight: Tensor) -> Tensor:
+    """0, whose gradient in the interior of the schedule is that of log E[d²]; scalar.
+
+    Args:
+        schedule: γ(t).
+        t: times, weighted by `weight` = 1/p, shape (B,).
+        squares: weight·d², shape (B,).
+        weight: shape (B,).
+    """
+    interior = {id(parameter) for parameter in schedule.interior()}
+    if not (interior and torch.is_grad_enabled()):
+        return squares.new_zeros(())
+    with constant(p for p in schedule.parameters() if id(p) not in interior):
+        score = log_density(schedule, t)
+    # E[ score ] = 0, so a constant may be taken from d²: less variance
+    value = ((squares / squares.mean() - weight) * score).mean()
+    return value.detach() - value
+
+
+class FewSteps:
+    """The loss of a batch on a grid.
+
+    Args:
+        times: t_1 < ... < t_T = 1.
+        cross_entropy: λ.
+    """
+
+    def __init__(self, times: Sequence[float], cross_entropy: float = 0.0) -> None:
+        self.grid, self.cross_entropy = Grid(times), cross_entropy
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        u: Tensor,
+        weight: Tensor | None = None,
+        part: Part | None = None,
+    ) -> Loss:
+        """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
+
+        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where x is a part of
+        a batch, they are those of the whole batch.
+        """
+        part = part or Part.whole(len(x))
+        process, timestep_samplers = model.process, self.grid.times.to(x.device)
+        step = (u * len(timestep_samplers)).long().clamp(max=len(timestep_samplers) - 1)
+        after = part.among(step > 0)
+        weight, n = part.of(torch.ones_like(u) if weight is None else weight), part.batch
+        u, i = part.of(u), part.of(step)
+        e, t = model.embed(x), timestep_samplers[i]
+        z = draw(process.marginal(e, t))
+        prediction = model.predict(z, t)
+        decoded = -model.decoder(prediction, z, t, process).log_prob(x)
+        each, inner = decoded, i > 0
+        if inner.any():
+            z, e, s, t = z[inner], e[inner], timestep_samplers[i[inner] - 1], t[inner]
+            p = model.step(prediction.map(lambda v: v[inner]), z, s, t, process)
+            with after:
+                kl = kl_divergence(process.posterior(z, e, s, t), p)
+            kind = torch.promote_types(decoded.dtype, kl.dtype)  # a density is float64
+            each = decoded.to(kind).masked_scatter(inner, kl.to(kind))
+        each = len(timestep_samplers) * each
+        prior = prior_term(model, x, torch.ones_like(u)).sum() / n
+        bound = (weight * each).sum() / n + prior
+        loss = bound + self.cross_entropy * ((weight * decoded).sum() / n)
+        return Loss(loss, bound.detach(), each.detach(), each.detach())
+
+    def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
+        """Zero: a learned γ gets its gradient from the loss alone."""
+        return u.new_zeros(())
+
+
+OBJECTIVES: Mapping[str, Weight] = {
+    "bound": bound,
+    "simple": simple,
+    "min-snr": min_snr,
+    "p2": p2,
+}

@@ -1,0 +1,118 @@
+"""Which model and training suit a data set, where the user does not say."""
+
+import math
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+from nelbo.models.config import Decoder, ModelConfig
+from nelbo.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from nelbo.data import Schema
+
+
+Preset = Literal["auto", "best"]
+
+
+MANY_LEVELS = 64  # more are a scale, of which a few curves tell as much in less time
+MANY_EXAMPLES = 10_000  # more are not learned by heart in so few steps: no augmentation or dropout
+FINE = 4096  # more are told one by one by no head: the decoder is a Gaussian over them
+SMALL = 16  # pixels of the shorter side of a small image
+LEVEL_HEADS = ("levels", "level-curves")  # of which the decoder levels and the step mixture go
+
+
+def _for_table(examples: int) -> tuple[ModelConfig, TrainConfig]:
+    model = ModelConfig(
+        process="product",
+        gamma_min=-9.0,
+        head="columns",
+        step="columns",
+        decoder="columns",
+        network="table",
+        width=128,
+        depth=2,
+        dropout=0.1 if examples < MANY_EXAMPLES else 0.0,
+    )
+    return model, TrainConfig(steps=3000, batch=256, augment=0.0)
+
+
+def configure(
+    schema: "Schema", examples: int, preset: str = "auto", **options: str | int | float
+) -> tuple[ModelConfig, TrainConfig]:
+    """The preset that fits the data, with options in place of its values.
+
+    What follows from an option follows it: another head brings its step and decoder.
+
+    Args:
+        schema: what one example is.
+        examples: how many there are to train on; few of them are augmented, or get dropout.
+        preset: a name.
+        options: fields of either section.
+
+    Raises:
+        ValueError: an unknown preset or option, or an impossible value.
+    """
+    if preset not in get_args(Preset):
+        raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}; got {preset!r}")
+    model, train, levels = ModelConfig(), TrainConfig(), schema.levels or 0
+    if levels > MANY_LEVELS:
+        # until its noise is a level: neighbours tell what is alike in all of an image
+        model = replace(model, head="level-curves", gamma_min=-10.0)
+    fine = levels > FINE
+    if fine:  # noise of half a level at the data's end
+        model = replace(model, head="velocity", gamma_min=-2 * math.log(levels - 1))
+    text = schema.alphabet is not None
+    if schema.kind == "table":
+        model, train = _for_table(examples)
+    elif schema.levels is None:
+        model = replace(
+            model, head="velocity", step="posterior", decoder="gaussian", gamma_min=-10.0
+        )
+        train = replace(train, cross_entropy=0.0)
+    elif options.get("process", "absorbing" if text else "gaussian") == "absorbing":
+        model = replace(
+            model,
+            process="absorbing",
+            schedule="quadratic-alpha",
+            head="symbols",
+            step="posterior",
+            decoder="categorical",
+        )
+    elif options.get("head", model.head) not in LEVEL_HEADS:
+        decoder: Decoder = "discretised-gaussian" if fine else "evidence"
+        model = replace(model, step="posterior", decoder=decoder)
+        train = replace(train, cross_entropy=0.0)
+    image = len(schema.shape) == 3 and min(schema.shape[1:]) >= 4
+    if not image or examples > MANY_EXAMPLES:
+        train = replace(train, augment=0.0)
+    large = image and min(schema.shape[1:]) > SMALL
+    of_image = "unet" if large else "conv"
+    network = options.get("network", of_image if image else "transformer" if text else "mlp")
+    if network == "transformer" or large:
+        # an example is dear: many small steps, few validations
+        train = replace(train, steps=10_000, batch=16, lr=3e-3, evaluate_every=1000)
+        train = replace(train, optimizer="muon")
+    if network == "unet":
+        dropout = model.dropout if examples <= MANY_EXAMPLES else 0.0
+        model = replace(model, network="unet", depth=1, dropout=dropout)
+    if network == "transformer":
+        model = replace(model, network="transformer", width=128, depth=4, dropout=0.0)
+        train = replace(train, lr=2e-3, augment=0.0)
+    if network == "mlp" and schema.kind != "table":
+        model = replace(model, network="mlp", width=128)
+        train = replace(train, steps=3000, batch=128, lr=1e-3, augment=0.0, evaluate_every=100)
+    if preset == "best":
+        model = replace(model, width=3 * model.width // 2, dropout=0.2, members=3)
+        train = replace(train, steps=4 * train.steps // 3, batch=3 * train.batch)
+        if train.augment:
+            train = replace(train, augment=0.75)
+
+    known = {f.name: kind for kind in (ModelConfig, TrainConfig) for f in fields(kind)}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}; known are {', '.join(known)}")
+    of_model, of_train = (
+        cast(dict[str, Any], {k: v for k, v in options.items() if known[k] is kind})
+        for kind in (ModelConfig, TrainConfig)
+    )
+    return replace(model, **of_model), replace(train, **of_train)

@@ -1,0 +1,313 @@
+"""One training step at a time, in memory; `train` adds the files of a run.
+
+All randomness of step k follows from (seed, k) and the order of the examples from (seed, epoch),
+so there is no generator to save: what was stopped and continued ends with the same weights.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from nelbo._utils.distributed import each_alone, world
+from nelbo._utils.numerics import LOG_2, derive_seed, seeded
+from nelbo._utils.sharding import clip_gradients, gathered, is_sharded
+from nelbo.data import Dataset, as_examples
+from nelbo.data.rows import WINDOW, Ahead, Rows
+from nelbo.diffusion.model import Model, find_device
+from nelbo.diffusion.process import Affine
+from nelbo.diffusion.times import Continuum, Grid, Times
+from nelbo.evaluation.evaluate import evaluate
+from nelbo.evaluation.grid_search import measure_errors
+from nelbo.evaluation.result import Evaluation
+from nelbo.models.build import build
+from nelbo.models.conditioning import drop, encode, given_labels
+from nelbo.models.config import ModelConfig
+from nelbo.nn.mixture import Corrected
+from nelbo.training.augmentation import augment
+from nelbo.training.batching import Blocks, batch_indices
+from nelbo.training.config import TrainConfig
+from nelbo.training.objective import OBJECTIVES, FewSteps, Loss, Objective
+from nelbo.training.optim import learning_rate, optimizer, warmed_ema
+from nelbo.training.parallel import add_up, deterministic, parts_of, prepare, shard
+from nelbo.training.presets import MANY_LEVELS
+from nelbo.training.timestep_samplers import LAWS
+
+SKIPPED = 10  # steps in a row without a finite loss, after which none is hoped for
+STARTED_FROM = 2**15  # examples whose frequencies a model starts from, of those on disk
+VALIDATION = (1000, 2**18)  # examples at most, and numbers: a small part of the time
+
+
+@dataclass
+class Progress:
+    """Where a training stands; saved with its state."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    best_step: int = 0
+    recent: float = math.nan  # running mean of the bound, nats
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_now: int = 0  # of these, the last ones in a row
+
+
+class Learner:
+    """A model of a data set, its moving average `ema`, and what trains them.
+
+    Args:
+        model: what to build.
+        train: how to train it.
+        dataset: with the splits "train" and "validation".
+        device: where to train.
+        affine: the transform of real data; `standardise` where left out.
+        known: a network without weights, to whose output what is trained is added.
+
+    Raises:
+        ValueError: parts that do not fit together or to the data; no such device.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        dataset: Dataset,
+        device: str = "cpu",
+        affine: Affine | None = None,
+        known: nn.Module | None = None,
+    ) -> None:
+        schema, t = dataset.schema, train
+        if t.augment and len(schema.shape) != 3:
+            raise ValueError(f"augment is for images, and these are not; got {t.augment}, try 0")
+        self.config, self.dataset, self.at = train, dataset, Progress()
+        with seeded(t.seed, 0):
+            built = build(model, schema, affine or standardise(dataset))
+        if known is not None:
+            built.network = Corrected(known, built.network)
+        train_split = dataset.splits["train"]
+        stored = train_split if isinstance(train_split, Rows) else None
+        built.start_from(train_split if stored is None else stored.few(STARTED_FROM))
+        self.blocks = Blocks(stored.block, stored.sequential) if stored and stored.block else None
+        self.read = self._batch if stored is None else Ahead(self._batch, self._warm)
+        self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
+        on, self.sharded = find_device(device), t.shard and world()[1] > 1
+        for each in (built, self.average):
+            if self.sharded:
+                shard(each, on)
+            each.to(on)
+        self.model: Model = built
+        learned = [p for p in built.parameters() if p.requires_grad]
+        self.undivided = [p for p in learned if not is_sharded(p)]
+        self.model.dtype = torch.float32
+        start = built.process.schedule.start
+        self.objective: Objective | FewSteps = (
+            FewSteps(t.grid, t.cross_entropy)
+            if t.grid
+            else Objective(OBJECTIVES[t.objective], t.cross_entropy, start=start)
+        )
+        self.parts = parts_of(t.batch, t.accumulate)
+        self.law = LAWS[t.times]()
+        self.optimizer = optimizer(built, t)
+        prepare(self.model, t)
+        self.best: dict[str, Tensor] = {}  # weights of the best average that was measured
+
+    @property
+    def average(self) -> Model:
+        """The model with averaged weights, the one that is measured and kept."""
+        return cast(Model, self.ema.module)
+
+    def step(self) -> None:
+        """One step of the optimiser on the next batch.
+
+        Raises:
+            ValueError: the loss became non-finite, and it is not to be skipped, or was too often.
+        """
+        t, step = self.config, self.at.step
+        lr = learning_rate(t, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        self.optimizer.zero_grad()
+        with deterministic(t.deterministic):
+            u, (loss, bound, each, _) = self._gradient(step)
+            norm = clip_gradients(list(self.model.parameters()), t.clip)
+            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                return self._skip(f"({loss.item()}, gradient {norm.item()})")
+            self.law.learn(u, each)
+            self.optimizer.step()
+            self.ema.update_parameters(self.model)
+        self.at.skipped_now = 0
+        nats = bound.item()
+        recent = nats if math.isnan(self.at.recent) else self.at.recent
+        self.at.recent = recent + (nats - recent) * max(0.02, 1 / (step + 1))
+        self.at.step = step + 1
+
+    def _skip(self, values: str) -> None:
+        """Leave all weights as they are, for once; or stop."""
+        if self.config.nonfinite == "stop":
+            what = f"the loss became non-finite {values}"
+            raise ValueError(self._failed(what, self.at.step + 1))
+        self.at.skipped, self.at.skipped_now = self.at.skipped + 1, self.at.skipped_now + 1
+        if self.at.skipped_now == SKIPPED:
+            what = f"the loss was non-finite {SKIPPED} times in a row {values}"
+            raise ValueError(self._failed(what, self.at.step + 1))
+        self.at.step += 1
+
+    def _gradient(self, step: int) -> tuple[Tensor, Loss]:
+        """Backward through the loss of a step; the draws u of its batch, and that loss."""
+        t, on, found = self.config, self.model.device, []
+        # per dimension, in bits: one learning rate and one clip for data of any size
+        scale = 1 / (self.model.dims * LOG_2)
+        index, batch = self.read(step)
+        for own, part in self.parts:
+            with seeded(t.seed, 2, step), part:
+                u, weight = (v.to(on) for v in self.law(t.batch))
+                model, x = self._told(index[own], batch[own].to(on))
+                loss = self.objective(model, x, u, weight, part)
+                (loss.loss * scale).backward()
+            found.append((part, loss))
+        whole = add_up(found, self.undivided)
+        interior = self.objective.interior(self.model, u, weight, whole.rate)
+        if interior.requires_grad:  # of the whole batch, on each process alike
+            (interior * scale).backward()
+        return u, whole
+
+    def _told(self, index: Tensor, x: Tensor) -> tuple[Model, Tensor]:
+        """The model given the labels of these examples x; and they, some of them moved."""
+        t, schema, model = self.config, self.dataset.schema, self.model
+        if schema.condition:
+            told = encode(self.dataset.labels["train"][index], schema).to(x.device)
+            model = model.given(drop(told, t.label_dropout))
+        if t.augment:
+            x, moved = augment(x, t.augment, schema)
+            told = torch.zeros(len(x), 1) if model.condition is None else model.condition
+            model = model.given(torch.cat([moved[:, None], told.to(moved)[:, 1:]], 1))
+        return model, x
+
+    def fit(self, patience: int, bound: Callable[[Model], float] | None = None) -> Model:
+        """To the last step, or until `patience` measurements in a row bring nothing better.
+
+        Args:
+            patience: measurements.
+            bound: of an averaged model, nats, in place of `measure`; then also of the first one.
+
+        Returns:
+            The best of the averaged models, one of which is measured every `evaluate_every` steps.
+        """
+        t, at = self.config, self.at
+        if bound is not None:
+            self.keep(bound(self.average))
+        while at.step < t.steps and at.step - at.best_step < patience * t.evaluate_every:
+            self.step()
+            if at.step % t.evaluate_every == 0 or at.step == t.steps:
+                self.measure() if bound is None else self.keep(bound(self.average))
+        best = copy.deepcopy(self.average)
+        best.load_state_dict(self.best)
+        best.dtype = torch.float64
+        return best.eval()
+
+    def measure(self) -> tuple[Evaluation, bool]:
+        """The averaged weights on the validation split, and whether they are the best so far.
+
+        Raises:
+            ValueError: the bound became non-finite.
+        """
+        examples = min(VALIDATION[0], max(100, VALIDATION[1] // self.model.dims))
+        x = self.dataset.splits["validation"][:examples]
+        average = self.average
+        grid, start = self.config.grid, average.process.schedule.start
+        times: Times = Grid(grid) if grid else Continuum(start)
+        seed = derive_seed(self.config.seed, 3)
+        model = self.of(average, "validation").at(slice(len(x)))
+        calls, few = max(8, 2 * len(grid)), (self.dataset.schema.levels or 0) <= MANY_LEVELS
+        with each_alone() if self.sharded else nullcontext():
+            measure_errors(self.of(average, "train"), self.dataset.splits["train"], seed)
+            result = evaluate(model, x, times=times, calls=calls, variates=few, seed=seed)
+        return result, self.keep(result.nats)
+
+    def keep(self, nats: float) -> bool:
+        """The averaged weights, whose validation bound is this, if it is the best; whether it is.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        if not math.isfinite(nats):
+            raise ValueError(self._failed(f"the validation bound became {nats}"))
+        better = nats < self.at.best
+        if better:
+            self.at.best, self.at.best_step = nats, self.at.step
+            weights = gathered(self.average.state_dict()).items()
+            self.best = {name: tensor.clone() for name, tensor in weights}
+        return better
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Which examples this process takes in a step, and they."""
+        x, t = self.dataset.splits["train"], self.config
+        index = batch_indices(len(x), t.batch, step, t.seed, *world(), self.blocks)
+        return index, as_examples(x[index])
+
+    def _warm(self, step: int) -> None:
+        """Have read what comes half a window of blocks after a step."""
+        x, t = self.dataset.splits["train"], self.config
+        if self.blocks is not None and isinstance(x, Rows):
+            later = step + self.blocks.size * WINDOW // (2 * t.batch)
+            x.warm(batch_indices(len(x), t.batch, later, t.seed, *world(), self.blocks).numpy())
+
+    def of(self, model: Model, split: str) -> Model:
+        """A model of the examples of a split, given their labels where it is conditional."""
+        return given_labels(model, self.dataset.labels.get(split), self.dataset.schema)
+
+    def _failed(self, what: str, step: int | None = None) -> str:
+        kept = f"the weights of step {self.at.best_step} are kept"
+        if math.isnan(self.at.recent):  # no step was taken: the weights are those drawn at first
+            low, high = _range(self.dataset.splits["train"])
+            ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+            least, most = self.average.process.schedule(ends.to(self.average.device)).tolist()
+            why = (
+                "before the first step, so that no learning rate is to blame: the data lie in"
+                f" {low:g}..{high:g}, gamma in {least:g}..{most:g}; rescale the data to about"
+                " -1..1, or leave --gamma-min and --gamma-max out"
+            )
+        else:
+            why = (
+                "most often the learning rate is too high: try a lower --lr than"
+                f" {self.config.lr:g}"
+            )
+        return (
+            f"{what} at step {step or self.at.step};"
+            f" {kept if self.at.best_step else 'there were no weights to keep yet'}; {why}"
+        )
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    """The least and the largest value of examples that is there."""
+    known = (x.few(STARTED_FROM) if isinstance(x, Rows) else x).double().nan_to_num(0)
+    return known.min().item(), known.max().item()
+
+
+def standardise(dataset: Dataset) -> Affine | None:
+    """By the training split: per dimension, for images per channel; None but for real data.
+
+    Raises:
+        ValueError: a dimension that is constant, or too large for its square.
+    """
+    schema = dataset.schema
+    if schema.kind != "real":
+        return None
+    x = dataset.splits["train"].double()
+    dims = (0, 2, 3) if len(schema.shape) == 3 else (0,)
+    shape = schema.shape
+    mean = x.mean(dims, keepdim=True)[0].expand(shape).clone()
+    spread = x.std(dims, keepdim=True)[0].expand(shape).clone()
+    if not ((spread > 0) & spread.isfinite() & mean.isfinite()).all():
+        raise ValueError(
+            f"mean {mean.flatten()[0]:g} and standard deviation {spread.min():g} to"
+            f" {spread.max():g} of the data, which lie in {x.min():g}..{x.max():g}, cannot be"
+            " standardised; rescale the data"
+        )
+    return Affine(mean, spread)
