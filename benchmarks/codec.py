@@ -33,7 +33,7 @@ from nelbo.codec.coding.direct import Direct
 from nelbo.codec.format import contents, pictures
 from nelbo.codec.settings import Settings
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.times import Grid, even_times
+from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.report.other_codecs import of_images, rivals
 from nelbo.runs.run import load
@@ -132,7 +132,7 @@ def main() -> None:
     plans = [(steps, 1) for steps in options.steps]
     plans += [(steps, effort) for effort in options.effort for steps in options.effort_steps]
     for steps, effort in plans:
-        spaced = Grid(even_times(run.model.process.schedule, steps, steps))
+        spaced = TimeGrid(even_times(run.model.process.schedule, steps, steps))
         grid = run.grid(steps) if options.grid == "best" else spaced
         few = (run.config.schema.levels or 0) <= MANY_LEVELS
         result = evaluate(run.model, x, times=grid, calls=options.calls, variates=few)

@@ -25,7 +25,7 @@ from nelbo.codec.api import compress, decompress, describe
 from nelbo.codec.entropy.stack import WORD
 from nelbo.codec.settings import Settings
 from nelbo.data.readers.text import OTHER
-from nelbo.diffusion.times import Continuum, Grid
+from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.runs.run import Run, load
 
@@ -78,12 +78,12 @@ def main() -> None:
     print(f"{len(x)} chunks of {run.model.dims} symbols, {len(text)} bytes; bits per symbol")
     bounds = []
     for part in (x, some):
-        found = evaluate(run.model, part, times=Continuum(), calls=options.calls)
+        found = evaluate(run.model, part, times=ContinuousTime(), calls=options.calls)
         bounds.append(found.bits_per_dim)
         error = found.standard_error.monte_carlo
         print(f"any-order bound of {len(part)} examples: {bounds[-1]:.4f} ± {error:.4f}")
     for steps in options.steps:
-        grid = Grid.uniform(steps)
+        grid = TimeGrid.uniform(steps)
         at_once = evaluate(run.model, x, times=grid, calls=options.calls).bits_per_dim
         bits, ideal, size = sizes(through_commands(options.run, text, steps))
         print(

@@ -31,9 +31,9 @@ from known_models import LARGER, Known
 
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.diffusion.model import measuring
-from nelbo.diffusion.times import Continuum, Grid, Times
-from nelbo.evaluation.allocation import Allocation, Cells, pilot
-from nelbo.evaluation.control_variates import Controls
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
+from nelbo.evaluation.allocation import Proposal, Strata, pilot
+from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.result import Evaluation
 
@@ -83,11 +83,11 @@ def coverage(values: Tensor, errors: Tensor, truth: Tensor) -> Coverage:
     )
 
 
-def kept_pilots(known: Known, others: Tensor) -> Callable[..., Allocation]:
+def kept_pilots(known: Known, others: Tensor) -> Callable[..., Proposal]:
     """As those of a run: made once, of examples that are not measured."""
-    made: dict[tuple[int, int], Allocation] = {}
+    made: dict[tuple[int, int], Proposal] = {}
 
-    def pilots(cells: Cells, controls: Controls, draws: int, replicates: int) -> Allocation:
+    def pilots(cells: Strata, controls: ControlVariates, draws: int, replicates: int) -> Proposal:
         key = draws, replicates
         if key not in made:
             with measuring(known.model), seeded(52):
@@ -98,7 +98,7 @@ def kept_pilots(known: Known, others: Tensor) -> Callable[..., Allocation]:
 
 
 def covered(
-    name: str, times: Times, calls: int, kept: bool, examples: int, seeds: int
+    name: str, times: TimeDiscretization, calls: int, kept: bool, examples: int, seeds: int
 ) -> tuple[Coverage, Coverage]:
     """Of the rows and of the mean, in one cell of the table."""
     known = LARGER[name]()
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    times = Continuum() if options.steps is None else Grid.uniform(options.steps)
+    times = ContinuousTime() if options.steps is None else TimeGrid.uniform(options.steps)
     head = f"{'kind':6} {'calls':>5} {'pilot':5} {'of':4} {'stated':>6} {'covered':>8}"
     print(f"{head} {'±':>4} {'z':>6} {'bias':>5} {'least':>5}")
     rows, wrong = [], 0

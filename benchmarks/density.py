@@ -40,7 +40,7 @@ from nelbo.data.tabular import encoding
 from nelbo.data.tabular.inference import infer_columns
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.training.presets import configure
-from nelbo.training.trainer import Learner
+from nelbo.training.trainer import Trainer
 
 UCI = ("concrete", "energy", "power-plant", "wine-quality-red", "protein-tertiary-structure")
 DEBD = ("nltcs", "plants", "jester", "dna", "accidents", "mushrooms")
@@ -57,7 +57,7 @@ def ours(
 ) -> tuple[float, float, dict[str, float]]:
     """Test bound and its standard error in nats per row, and how it came about."""
     model, config = configure(dataset.schema, len(dataset.splits["train"]), **options)
-    probe, tries = Learner(model, config, dataset), 10
+    probe, tries = Trainer(model, config, dataset), 10
     probe.step()
     started = time.process_time()
     for _ in range(tries):
@@ -66,7 +66,7 @@ def ours(
     steps = max(100, int(0.8 * seconds / each))  # the rest is for validation, and to begin with
     config = replace(config, steps=steps, evaluate_every=max(1, steps // MEASUREMENTS))
     started = time.process_time()
-    learner = Learner(model, config, dataset)
+    learner = Trainer(model, config, dataset)
     best = learner.fit(patience=MEASUREMENTS)
     took = time.process_time() - started
     found = evaluate(best, dataset.splits["test"])

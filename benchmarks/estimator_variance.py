@@ -49,13 +49,13 @@ from nelbo.data import as_examples
 from nelbo.diffusion.elbo import reconstruction_term
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.reverse import Posterior
-from nelbo.diffusion.times import Continuum, Grid, Times, iid, stratified
-from nelbo.evaluation.allocation import Allocation, Cells, estimate, visits
-from nelbo.evaluation.control_variates import Controls
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, iid, stratified
+from nelbo.evaluation.allocation import Proposal, Strata, estimate, visits
+from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.evaluate import CALLS, _strata, evaluate
 from nelbo.evaluation.result import Evaluation
-from nelbo.evaluation.survey import Plan, plan
-from nelbo.evaluation.time_density import proposal
+from nelbo.evaluation.survey import SamplingPlan, plan
+from nelbo.evaluation.time_density import time_density
 from nelbo.runs.pilot_cache import ROWS, Pilots
 from nelbo.runs.run import Run, load
 
@@ -99,9 +99,9 @@ class Variance:
 class Known:
     """What nelbo learns of a model before it measures; an allocation for each way."""
 
-    cells: Cells
-    controls: Controls
-    allocation: dict[tuple[int, int], Allocation]  # by draws and replicates
+    cells: Strata
+    controls: ControlVariates
+    allocation: dict[tuple[int, int], Proposal]  # by draws and replicates
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def paying(y: Tensor, u: Tensor, decoded: Tensor) -> Iterator[tuple[Tensor, Tens
         yield torch.where(chosen, decoded / share, y / (1 - share)), torch.where(chosen, -1.0, u)
 
 
-def diffusion(model: Model, times: Times, x: Tensor, u: Tensor) -> Tensor:
+def diffusion(model: Model, times: TimeDiscretization, x: Tensor, u: Tensor) -> Tensor:
     """Draws of the diffusion term at u (N, S), nats."""
     rows = x.repeat_interleave(u.shape[1], 0)
     parts = zip(rows.split(model.rows), u.flatten().split(model.rows), strict=True)
@@ -159,7 +159,7 @@ def warp(u: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     return ((bin_ + share) / len(mass)).clamp(max=1 - 2**-53), 1 / (mass[bin_] * len(mass))
 
 
-def peers(model: Model, times: Times, x: Tensor, passes: int) -> dict[str, Variance]:
+def peers(model: Model, times: TimeDiscretization, x: Tensor, passes: int) -> dict[str, Variance]:
     """The first five at one call."""
     decoded = torch.stack([reconstruction(model, times, x) for _ in range(passes)], 1)
     u = iid(len(x), passes)
@@ -187,7 +187,7 @@ def peers(model: Model, times: Times, x: Tensor, passes: int) -> dict[str, Varia
 
 def full_sum(model: Model, x: Tensor) -> Variance:
     """Of a draw of each of T terms, from two draws of one of them and of the reconstruction."""
-    grid = Grid.uniform(T)
+    grid = TimeGrid.uniform(T)
     # a Gaussian step, whose KL has no noise of its own, as theirs
     own, model.step = model.step, Posterior()
     step = diffusion(model, grid, x, stratified(len(x)).expand(-1, 2))
@@ -198,7 +198,7 @@ def full_sum(model: Model, x: Tensor) -> Variance:
     return Variance.of(each[:, 0] / len(x) ** 2)
 
 
-def reconstruction(model: Model, times: Times, x: Tensor) -> Tensor:
+def reconstruction(model: Model, times: TimeDiscretization, x: Tensor) -> Tensor:
     """A draw of it for each example, (N,), nats."""
     first = torch.full((len(x),), times.first, dtype=torch.float64, device=x.device)
     parts = zip(x.split(model.rows), first.split(model.rows), strict=True)
@@ -225,12 +225,12 @@ def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
     return twice + Variance.of(share * square / (len(x) - 1))
 
 
-def _way(cells: Cells, x: Tensor, calls: int) -> Plan:
+def _way(cells: Strata, x: Tensor, calls: int) -> SamplingPlan:
     return plan(len(x), calls, cells.count, kept=True)
 
 
 def _costs(
-    known: Known, allocation: Allocation, x: Tensor, told: Tensor, way: Plan, passes: int
+    known: Known, allocation: Proposal, x: Tensor, told: Tensor, way: SamplingPlan, passes: int
 ) -> Tensor:
     """The mean of each example's replicates in each pass, (N, passes), nats; the prior is not
     random."""
@@ -243,17 +243,17 @@ def _costs(
     return torch.stack(found, 1)
 
 
-def learn(run: Run, times: Times, x: Tensor, trained: Tensor) -> Known:
+def learn(run: Run, times: TimeDiscretization, x: Tensor, trained: Tensor) -> Known:
     """What the run's own pilots settle."""
-    cells, pilots = Cells(times, proposal(run.model, times, trained)), Pilots(run)
-    controls = Controls(run.model, trained, cells.edges)
+    cells, pilots = Strata(times, time_density(run.model, times, trained)), Pilots(run)
+    controls = ControlVariates(run.model, trained, cells.edges)
     ways = {(way.draws, way.replicates) for way in (_way(cells, x, calls) for calls in AT)}
     return Known(cells, controls, {way: pilots(cells, controls, *way) for way in sorted(ways)})
 
 
 def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
     """All methods, as they are measured."""
-    model, times = run.model, Continuum(run.model.process.schedule.start)
+    model, times = run.model, ContinuousTime(run.model.process.schedule.start)
     start = time.perf_counter()
     found = peers(model, times, x, passes)
     seconds = (time.perf_counter() - start) / (3 * passes * len(x))
@@ -277,7 +277,7 @@ def evaluations(
     run: Run, x: Tensor, trained: Tensor, seeds: int, target: float | None = None
 ) -> list[Evaluation]:
     """As `nelbo evaluate` does it."""
-    times = Continuum(run.model.process.schedule.start)
+    times = ContinuousTime(run.model.process.schedule.start)
     options = {"times": times, "known": trained, "pilots": Pilots(run), "target_error": target}
     return [evaluate(run.model, x, seed=seed, **options) for seed in range(seeds)]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior, Reverse
-from nelbo.diffusion.times import Continuum, Grid
+from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior, ReverseKernel
+from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import best_grid, measure_errors
 from nelbo.runs.run import load
@@ -25,7 +25,7 @@ from nelbo.runs.run import load
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def steps_of(model: Model, train: torch.Tensor) -> dict[str, Reverse]:
+def steps_of(model: Model, train: torch.Tensor) -> dict[str, ReverseKernel]:
     """The reverse steps to compare; the best variance is measured on training data."""
     optimal = Optimal().to(model.device)
     own, model.step = model.step, optimal
@@ -51,13 +51,13 @@ def main() -> None:
     run = load(options.run)
     model, train = run.model, run.config.load_data().splits["train"]
     x = run.examples(split=options.split)[0][: options.examples]
-    result = evaluate(model, x, times=Continuum(model.process.schedule.start), calls=64)
+    result = evaluate(model, x, times=ContinuousTime(model.process.schedule.start), calls=64)
     limit = result.bits_per_dim
     print(f"continuous time: {limit:.4f} ± {result.standard_error.monte_carlo:.4f} bits/dim")
     print(f"{'step':20} {'grid':16} {'T':>3} {'bits/dim':>9} {'±':>7} {'over ∞':>7}")
     rows = []
 
-    def tell(step: str, grid: str, times: Grid, of: Model) -> None:
+    def tell(step: str, grid: str, times: TimeGrid, of: Model) -> None:
         result = evaluate(of, x, times=times, calls=max(4 * times.steps, 8))
         value, error = result.bits_per_dim, result.standard_error.monte_carlo
         over = value / limit - 1
@@ -70,7 +70,7 @@ def main() -> None:
     for name, step in steps_of(model, train).items():
         model.step = step
         for steps in options.steps:
-            tell(name, "uniform", Grid.uniform(steps), model)
+            tell(name, "uniform", TimeGrid.uniform(steps), model)
             started = time.perf_counter()
             grid = run.grid(steps) if type(step) is type(own) else None
             grid = grid or best_grid(model, train, steps)

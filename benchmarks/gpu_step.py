@@ -50,7 +50,7 @@ from nelbo.integrations import wrap
 from nelbo.integrations.diffusers import Plain
 from nelbo.training.objective import Objective
 from nelbo.training.presets import configure
-from nelbo.training.trainer import Learner
+from nelbo.training.trainer import Trainer
 
 SHAPE, LEVELS, T = (3, 32, 32), 256, 1000
 WARMUP = 5  # steps that are not timed, after the one that compiles
@@ -100,7 +100,7 @@ def nelbo(given: argparse.Namespace) -> Loop:
     options = {"batch": given.batch, "width": given.width, "precision": "bf16"}
     configured = configure(schema, 50_000, **options, network="unet")
     dataset = Dataset("memory", schema, {"train": x, "validation": x[:50]})
-    learner = Learner(*configured, dataset, given.device)
+    learner = Trainer(*configured, dataset, given.device)
     model = learner.model
     z = torch.zeros(1, *SHAPE, device=given.device)
     told = torch.zeros(1, 1, device=given.device)

@@ -39,14 +39,14 @@ from torch.nn.functional import interpolate, mse_loss
 
 from nelbo import data
 from nelbo.data import Dataset, Schema
-from nelbo.diffusion.process import Affine, Gaussian, Levels
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import stratified
 from nelbo.integrations import wrap
 from nelbo.integrations.diffusers import Plain
 from nelbo.training.objective import Objective
 from nelbo.training.presets import configure
-from nelbo.training.trainer import Learner
+from nelbo.training.trainer import Trainer
 
 Step = Callable[[Tensor], None]
 Draw = Callable[[Tensor, Tensor, int, int], Tensor]  # z_t, x, t, seed -> z_{t-1}
@@ -127,10 +127,10 @@ def default_step(x: Tensor, levels: int, batch: int) -> tuple[Step, int]:
     model, train = configure(schema, len(x), batch=batch)
     theirs = count_parameters(make_network(schema.shape))
 
-    def learner(width: int) -> Learner:
-        return Learner(replace(model, width=width), train, dataset)
+    def learner(width: int) -> Trainer:
+        return Trainer(replace(model, width=width), train, dataset)
 
-    def off(learner: Learner) -> float:
+    def off(learner: Trainer) -> float:
         return abs(math.log(count_parameters(learner.model.network) / theirs))
 
     nearest = min((learner(width) for width in range(16, 81, 8)), key=off)
@@ -213,7 +213,7 @@ def by_azula(betas: Tensor) -> Draw:
 
 
 def by_nelbo(betas: Tensor) -> Draw:
-    process = Gaussian(Schedule.from_betas(betas), Affine())
+    process = GaussianDiffusion(Schedule.from_betas(betas), Affine())
 
     def draw(z: Tensor, x: Tensor, t: int, seed: int) -> Tensor:
         torch.manual_seed(seed)

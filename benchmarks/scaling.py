@@ -17,19 +17,19 @@ import time
 import torch
 
 from nelbo import data
-from nelbo._utils.distributed import gather, together
+from nelbo._utils.distributed import gather, process_group
 from nelbo.training.presets import configure
-from nelbo.training.trainer import Learner
+from nelbo.training.trainer import Trainer
 
 
 def measure(batch: int, steps: int, dropout: float) -> None:
     """Prints the examples per second of all processes together, the median over the steps."""
     torch.set_num_threads(1)
-    with together() as rank:
+    with process_group() as rank:
         dataset = data.load("digits")
         processes = len(gather(0))
         options = {"batch": batch * processes, "dropout": dropout}
-        learner = Learner(*configure(dataset.schema, 1000, **options), dataset)
+        learner = Trainer(*configure(dataset.schema, 1000, **options), dataset)
         seconds = []
         for _ in range(steps):
             begun = time.perf_counter()

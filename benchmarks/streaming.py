@@ -71,7 +71,7 @@ def measure(source: Path, steps: int) -> dict[str, float]:
     from nelbo.data.rows import WINDOW, Ahead
     from nelbo.runs.run import hashes
     from nelbo.training.presets import configure
-    from nelbo.training.trainer import Learner
+    from nelbo.training.trainer import Trainer
 
     torch.set_num_threads(1)
     encoded.IN_MEMORY = 0
@@ -80,7 +80,7 @@ def measure(source: Path, steps: int) -> dict[str, float]:
     hashes(dataset)
     loaded = time.perf_counter() - begun
     examples = len(dataset.splits["train"])
-    learner = Learner(*configure(dataset.schema, examples), dataset)
+    learner = Trainer(*configure(dataset.schema, examples), dataset)
     if learner.blocks is not None:  # where one window of blocks ends and another begins
         turn = learner.blocks.size * WINDOW // learner.config.batch
         learner.at.step = max(0, turn - WARM_UP - steps // 2)

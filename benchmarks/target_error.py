@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from known_models import LARGER, MODELS
 
 from nelbo._utils.numerics import LOG_2
-from nelbo.diffusion.times import Continuum, Grid
+from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 
 KINDS = MODELS | LARGER
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="continuous time where left out")
     parser.add_argument("--seeds", type=int, default=200)
     options = parser.parse_args()
-    times = Continuum() if options.steps is None else Grid.uniform(options.steps)
+    times = ContinuousTime() if options.steps is None else TimeGrid.uniform(options.steps)
     wrong = 0
     print(
         f"{'kind':9} {'target':>7} {'bias':>7} {'±':>5} {'stated':>6} {'most':>5} {'covered':>7}"

@@ -24,10 +24,10 @@ from torch.nn.functional import cross_entropy
 from nelbo import data
 from nelbo.training.augmentation import augment
 from nelbo.training.presets import configure
-from nelbo.training.trainer import Learner
+from nelbo.training.trainer import Trainer
 
 
-def bare_step(learner: Learner) -> Callable[[], None]:
+def bare_step(learner: Trainer) -> Callable[[], None]:
     """The same step, written out."""
     t, schema = learner.config, learner.dataset.schema
     model = copy.deepcopy(learner.model).train()
@@ -75,7 +75,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dataset = data.load("digits")
     model, train = configure(dataset.schema, len(dataset.splits["train"]))
-    learner = Learner(model, train, dataset)
+    learner = Trainer(model, train, dataset)
     steps = {"bare loop": bare_step(learner), "nelbo": learner.step}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(options.rounds + 3):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from nelbo._utils.numerics import seeded, slope
-from nelbo.diffusion.process import Process
+from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.schedules import Schedule
 
 
@@ -38,7 +38,7 @@ class ProcessContract:
         r, s, t = [[0.1, 0.3], [0.35, 0.5], [0.6, 0.95]]
         return tuple(torch.tensor(v[: len(x)], dtype=torch.float64) for v in (r, s, t))
 
-    def path(self, process: Process, x: Tensor) -> tuple[Tensor, ...]:
+    def path(self, process: ForwardProcess, x: Tensor) -> tuple[Tensor, ...]:
         with seeded(6):
             _, s, t = self.times(x)
             e = process.embed(x)

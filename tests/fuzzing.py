@@ -38,9 +38,9 @@ from nelbo.codec.errors import CodecError
 from nelbo.codec.format import container
 from nelbo.codec.settings import Settings
 from nelbo.data import as_examples, load
-from nelbo.diffusion.times import Grid
-from nelbo.evaluation.allocation import Cells
-from nelbo.evaluation.control_variates import Nothing
+from nelbo.diffusion.times import TimeGrid
+from nelbo.evaluation.allocation import Strata
+from nelbo.evaluation.control_variates import NoControlVariates
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
@@ -348,8 +348,8 @@ def _of_run(run: Path) -> list[Kind]:
         found = evaluate(run.model, x, calls=4)
         assert math.isfinite(found.nats), f"{found.nats} nats"
 
-    cells = Cells(Grid.uniform(2))
-    nothing = Nothing(whole_run.model, cells.edges)
+    cells = Strata(TimeGrid.uniform(2))
+    nothing = NoControlVariates(whole_run.model, cells.edges)
 
     def keep(path: Path) -> None:
         found = pilot_cache._allocation(files.kept(path).get("a"), cells, nothing)

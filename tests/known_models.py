@@ -15,14 +15,19 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Data, LevelLogits, SymbolLogits
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
-from nelbo.diffusion.product import Product, ProductDecoder, ProductHead, ProductStep
-from nelbo.diffusion.reverse import Mixture, Posterior, Reverse
+from nelbo.diffusion.parametrization import LevelLogits, SymbolLogits, XPrediction
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
+from nelbo.diffusion.product import (
+    ProductDecoder,
+    ProductDiffusion,
+    ProductParametrization,
+    ProductReverseKernel,
+)
+from nelbo.diffusion.reverse import Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear, PowerAlpha
-from nelbo.diffusion.times import Grid, Times
+from nelbo.diffusion.times import TimeDiscretization, TimeGrid
 
 D = 2  # dimensions of each
 FLAT = torch.zeros(D, dtype=torch.float64)
@@ -34,18 +39,20 @@ class Known:
 
     model: Model
     examples: Callable[[int], Tensor]
-    terms: Callable[[Tensor, Times], Tensor]
+    terms: Callable[[Tensor, TimeDiscretization], Tensor]
 
-    def bound(self, x: Tensor, times: Times) -> Tensor:
+    def bound(self, x: Tensor, times: TimeDiscretization) -> Tensor:
         """Prior, reconstruction and diffusion of each example, shape (N, 3), nats."""
         distinct, place = x.unique(dim=0, return_inverse=True)
         with torch.no_grad():
             return self.terms(distinct, times)[place]
 
 
-def _over_time(times: Times, step: Callable, rate: Callable, n: int = 24) -> Tensor | float:
+def _over_time(
+    times: TimeDiscretization, step: Callable, rate: Callable, n: int = 24
+) -> Tensor | float:
     """Σ step(s, t) over a grid, or ∫ rate(t) dt."""
-    if isinstance(times, Grid):
+    if isinstance(times, TimeGrid):
         return sum(step(s, t) for s, t in itertools.pairwise(times.times))
     nodes = zip(*legendre_nodes(times.first, 1.0, n), strict=True)
     return sum(weight * rate(t) for t, weight in nodes)
@@ -64,15 +71,15 @@ def gaussian() -> Known:
         return torch.sigmoid(-gamma)[:, None].sqrt() * z @ mix.T
 
     decoder = GaussianDensity(affine, spread).requires_grad_(False)
-    process = Gaussian(Linear(low, high), affine)
-    model = Model(Formula(network), process, Data(), Posterior(), decoder, (D,))
+    process = GaussianDiffusion(Linear(low, high), affine)
+    model = Model(Formula(network), process, XPrediction(), Posterior(), decoder, (D,))
 
     def examples(n: int) -> Tensor:
         with seeded(31):
             a = torch.randn(n, D, dtype=torch.float64)
         return torch.stack([2 * a[:, 0] + 0.5, 0.5 * a[:, 0] + 0.4 * a[:, 1] ** 2 - 1], 1)
 
-    def terms(x: Tensor, times: Times) -> Tensor:
+    def terms(x: Tensor, times: TimeDiscretization) -> Tensor:
         e = (x - torch.tensor([0.5, -1.0])) / torch.tensor([2.0, 0.7])
 
         def snr(t: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ def gaussian() -> Known:
 NODES, WEIGHTS = normal_nodes(49, 7.0)
 
 
-def levels(step: type[Reverse] = Mixture) -> Known:
+def levels(step: type[ReverseKernel] = Mixture) -> Known:
     """Four levels; logits lean with both dimensions of z_t and the time."""
     kinds = Levels(4)
     lean = torch.tensor([-1.0, 0.5, 0.2, 1.1], dtype=torch.float64)
@@ -114,8 +121,8 @@ def levels(step: type[Reverse] = Mixture) -> Known:
 
     head = LevelLogits(kinds.values)
     reverse = Mixture(kinds.values) if step is Mixture else step()
-    process = Gaussian(Linear(-4.0, 2.5), kinds)
-    model = Model(Formula(network), process, head, reverse, LevelHead(), (D,))
+    process = GaussianDiffusion(Linear(-4.0, 2.5), kinds)
+    model = Model(Formula(network), process, head, reverse, LevelDecoder(), (D,))
 
     def examples(n: int) -> Tensor:
         with seeded(32):
@@ -124,13 +131,13 @@ def levels(step: type[Reverse] = Mixture) -> Known:
             x[1, ::3] = x[0, ::3]
         return x.T.to(torch.uint8)
 
-    def terms(x: Tensor, times: Times) -> Tensor:
+    def terms(x: Tensor, times: TimeDiscretization) -> Tensor:
         return torch.stack([_terms_of_levels(model, one, times) for one in x.long()])
 
     return Known(model, examples, terms)
 
 
-def _terms_of_levels(model: Model, one: Tensor, times: Times) -> Tensor:
+def _terms_of_levels(model: Model, one: Tensor, times: TimeDiscretization) -> Tensor:
     """Of a single example (D,), the expectations by quadrature."""
     weights = torch.outer(WEIGHTS, WEIGHTS).flatten()
     noise = torch.cartesian_prod(NODES, NODES)
@@ -178,14 +185,14 @@ def symbols() -> Known:
         z = features.reshape(-1, D, K + 1).argmax(-1)
         return table[z[:, 0] * (K + 1) + z[:, 1]]
 
-    process = Absorbing(PowerAlpha(2.0), K)
+    process = MaskedDiffusion(PowerAlpha(2.0), K)
     model = Model(Formula(network), process, SymbolLogits(K), Posterior(), Categorical(), (D,))
 
     def examples(n: int) -> Tensor:
         with seeded(34):
             return torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), n * D, True).view(n, D)
 
-    def one_example(one: Tensor, times: Times) -> Tensor:
+    def one_example(one: Tensor, times: TimeDiscretization) -> Tensor:
         x = one.expand_as(every)
         e = model.embed(x)
 
@@ -209,7 +216,7 @@ def symbols() -> Known:
         decoded = mean(-model.likelihood(every, first).log_prob(x), first)
         return torch.stack([prior, decoded, torch.as_tensor(_over_time(times, step, rate))])
 
-    def terms(x: Tensor, times: Times) -> Tensor:
+    def terms(x: Tensor, times: TimeDiscretization) -> Tensor:
         return torch.stack([one_example(one, times) for one in x])
 
     return Known(model, examples, terms)
@@ -260,15 +267,15 @@ def table() -> Known:
         found = one.network(features[:, :D], level), other.network(features[:, D:], level)
         return torch.cat([v.flatten(1) for v in found], 1)
 
-    def terms(x: Tensor, times: Times) -> Tensor:
+    def terms(x: Tensor, times: TimeDiscretization) -> Tensor:
         return parts[0].terms(x[:, :D], times) + parts[1].terms(x[:, D:].long(), times)
 
     return Known(
         Model(
             Formula(network),
-            Product([one.process, other.process], sizes),
-            ProductHead([one.head, other.head], sizes),
-            ProductStep([one.step, other.step]),
+            ProductDiffusion([one.process, other.process], sizes),
+            ProductParametrization([one.head, other.head], sizes),
+            ProductReverseKernel([one.step, other.step]),
             ProductDecoder([one.decoder, other.decoder]),
             (sum(sizes),),
         ),

@@ -10,22 +10,22 @@ from torch import Tensor
 
 from nelbo._utils.numerics import seeded
 from nelbo.data import as_examples
-from nelbo.diffusion.times import Continuum, Grid, Times, stratified
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, stratified
 from nelbo.evaluation import allocation as allocate
 from nelbo.evaluation.allocation import (
     EVEN,
-    Allocation,
-    Cells,
+    Proposal,
+    Strata,
     _apart,
     _lenders,
     estimate,
     even,
-    located,
     pilot,
+    stratum_of,
     visits,
 )
-from nelbo.evaluation.allocation import fit as fit_rows
-from nelbo.evaluation.control_variates import Controls, Nothing
+from nelbo.evaluation.allocation import fit_proposal as fit_rows
+from nelbo.evaluation.control_variates import ControlVariates, NoControlVariates
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +34,17 @@ def _seed():
         yield
 
 
-draw = Cells._draw
+draw = Strata._draw
 TIMES = pytest.mark.parametrize(
-    "times", [Grid([0.05, 0.3, 1.0]), Continuum(0.05)], ids=["grid", "continuum"]
+    "times", [TimeGrid([0.05, 0.3, 1.0]), ContinuousTime(0.05)], ids=["grid", "continuum"]
 )
 
 
-def arbitrary(count: int, variates: int, features: int, least: float = 0.3) -> Allocation:
+def arbitrary(count: int, variates: int, features: int, least: float = 0.3) -> Proposal:
     """Any probabilities and any coefficients."""
     p = least / count + (1 - least) * torch.rand(count, dtype=torch.float64).softmax(0)
     within, between = (torch.randn(count, n, dtype=torch.float64) for n in (variates, features))
-    return Allocation(p / p.sum(), within, 0.3 * between, torch.full_like(p, math.nan))
+    return Proposal(p / p.sum(), within, 0.3 * between, torch.full_like(p, math.nan))
 
 
 def test_uniform_draws_fall_where_they_should():
@@ -52,7 +52,7 @@ def test_uniform_draws_fall_where_they_should():
     p = torch.tensor([0.3, 1e-5, 0.25, 0.4, 0.05 - 1e-5], dtype=torch.float64)
     n = 1_000_000
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    cell, share = located(p, u)
+    cell, share = stratum_of(p, u)
     assert (torch.bincount(cell, minlength=5) - n * p).abs().max() <= 1
     assert ((share >= 0) & (share < 1)).all()
     for c in range(5):
@@ -61,7 +61,7 @@ def test_uniform_draws_fall_where_they_should():
         torch.testing.assert_close(steps, torch.full_like(steps, 1 / n / p[c]), atol=1e-9, rtol=0)
         assert inside[0] < 1.01 / (n * p[c])
     ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    cell, share = located(p, ends)
+    cell, share = stratum_of(p, ends)
     assert cell.tolist() == [0, 4]
     assert ((share >= 0) & (share < 1)).all()
 
@@ -74,8 +74,8 @@ def test_any_allocation_is_unbiased(name, draws, each, times):
     known = MODELS[name]()
     data = known.examples(69)
     truth = known.bound(data[:3], times)
-    cells = Cells(times)
-    controls = Controls(known.model, data, cells.edges)
+    cells = Strata(times)
+    controls = ControlVariates(known.model, data, cells.edges)
     x = as_examples(data[:3])
     n = 1500 // draws
     features = controls.between(x).shape[-1]
@@ -94,8 +94,8 @@ def test_draws_lend_each_other_their_context(name):
     of the place in the cell; the mean of two draws of one visit is that of their v."""
     known = MODELS[name]()
     data = as_examples(known.examples(69))
-    cells = Cells(Grid([0.3, 0.6, 0.8, 1.0]))
-    controls = Controls(known.model, data, cells.edges)
+    cells = Strata(TimeGrid([0.3, 0.6, 0.8, 1.0]))
+    controls = ControlVariates(known.model, data, cells.edges)
     n, half = 6000, controls.variates // 2
     share = torch.rand(n, 2, dtype=torch.float64)
     replicate = torch.zeros(2, dtype=torch.long)
@@ -130,8 +130,8 @@ def test_replicates_are_uncorrelated():
     """What is taken off one replicate depends on others' noise; their covariance is none."""
     known = MODELS["levels"]()
     data = as_examples(known.examples(69))
-    cells = Cells(Grid([0.3, 0.6, 1.0]))
-    controls = Controls(known.model, data, cells.edges)
+    cells = Strata(TimeGrid([0.3, 0.6, 1.0]))
+    controls = ControlVariates(known.model, data, cells.edges)
     n = 6000
     allocation = arbitrary(cells.count, cells.variates(controls), controls.between(data).shape[-1])
     x, u = data[:1].expand(n, 2), torch.rand(n, 2, 1, dtype=torch.float64)
@@ -145,14 +145,14 @@ def test_with_nothing_taken_off_it_is_importance_sampling(name):
     """k = b = 0 and any p, several stratified draws, averaged: the same expectation, and each
     cell's own cost in its own place."""
     known = MODELS[name]()
-    times = Grid.uniform(4)
+    times = TimeGrid.uniform(4)
     data = known.examples(69)
     x = as_examples(data[:1]).expand(400, 2)
-    cells = Cells(times)
-    controls = Controls(known.model, data, cells.edges)
+    cells = Strata(times)
+    controls = ControlVariates(known.model, data, cells.edges)
     allocation = arbitrary(cells.count, cells.variates(controls), 1)
     zero = torch.zeros(cells.count, controls.between(x[:1]).shape[-1], dtype=torch.float64)
-    allocation = Allocation(allocation.probability, 0 * allocation.within, zero, allocation.left)
+    allocation = Proposal(allocation.probability, 0 * allocation.within, zero, allocation.left)
     u = torch.stack([stratified(1, 5) for _ in range(400)])
     costs = estimate(cells, controls, allocation, x, u)[:, 0]
     truth = known.bound(data[:1], times)[0]
@@ -163,7 +163,7 @@ def test_with_nothing_taken_off_it_is_importance_sampling(name):
         assert_mean(costs[:, c], part, error=0.1 * truth.sum().item())
 
 
-class Between(Grid):
+class Between(TimeGrid):
     """One term of a grid."""
 
     def __init__(self, s: float, t: float) -> None:
@@ -174,13 +174,13 @@ class Between(Grid):
 def test_even():
     """No pilot: a share for the reconstruction, the other cells alike, nothing taken off."""
     known = MODELS["levels"]()
-    cells = Cells(Grid.uniform(6))
-    controls = Controls(known.model, known.examples(69), cells.edges)
+    cells = Strata(TimeGrid.uniform(6))
+    controls = ControlVariates(known.model, known.examples(69), cells.edges)
     allocation = even(cells, controls, 4, 0.25)
     expected = torch.tensor([0.25, 0.15, 0.15, 0.15, 0.15, 0.15], dtype=torch.float64)
     torch.testing.assert_close(allocation.probability, expected)
     assert even(cells, controls, 4, 0.01).probability[0].item() == pytest.approx(1 / 6)
-    assert even(Cells(Grid.uniform(1)), controls, 4, 0.1).probability.tolist() == [1.0]
+    assert even(Strata(TimeGrid.uniform(1)), controls, 4, 0.1).probability.tolist() == [1.0]
     assert allocation.within.shape == (6, cells.variates(controls))
     assert allocation.between.shape == (6, 4)
     assert not allocation.within.any() and not allocation.between.any()
@@ -191,11 +191,11 @@ def test_two_draws_of_a_visit_stand_half_a_cell_apart(monkeypatch):
     """In one cell, and each lends to the other; where nothing is lent each draw visits a cell."""
     known = MODELS["levels"]()
     data = as_examples(known.examples(69))
-    cells = Cells(Continuum(0.05))
-    controls = Controls(known.model, data, cells.edges)
+    cells = Strata(ContinuousTime(0.05))
+    controls = ControlVariates(known.model, data, cells.edges)
     seen = []
     monkeypatch.setattr(
-        Cells, "_draw", lambda self, *args: (seen.append(args), draw(self, *args))[1]
+        Strata, "_draw", lambda self, *args: (seen.append(args), draw(self, *args))[1]
     )
     cell, share = torch.randint(33, (5, 1)), torch.rand(5, 1, dtype=torch.float64)
     cells.visit(controls, data[:5], cell, share, torch.zeros(1, dtype=torch.long), 2)
@@ -207,17 +207,22 @@ def test_two_draws_of_a_visit_stand_half_a_cell_apart(monkeypatch):
         [2 * i + 1, 2 * i] for i in range(5)
     ]
     assert [visits(n, controls) for n in (1, 2, 3)] == [(1, 1), (1, 2), (3, 1)]
-    assert visits(2, Nothing(known.model, cells.edges)) == (2, 1)
+    assert visits(2, NoControlVariates(known.model, cells.edges)) == (2, 1)
 
 
 @pytest.mark.parametrize(
     ("times", "count"),
-    [(Grid.uniform(1), 1), (Grid.uniform(2), 2), (Grid.uniform(100), 33), (Continuum(0.1), 33)],
+    [
+        (TimeGrid.uniform(1), 1),
+        (TimeGrid.uniform(2), 2),
+        (TimeGrid.uniform(100), 33),
+        (ContinuousTime(0.1), 33),
+    ],
     ids=["1", "2", "100", "continuum"],
 )
-def test_cells_cover_the_times(times: Times, count: int):
+def test_cells_cover_the_times(times: TimeDiscretization, count: int):
     """From the first time to 1, without a gap; the reconstruction comes first."""
-    cells = Cells(times)
+    cells = Strata(times)
     assert cells.count == count
     assert len(cells.edges) == count
     assert cells.edges[0] == times.first
@@ -225,7 +230,7 @@ def test_cells_cover_the_times(times: Times, count: int):
     assert (cells.edges.diff() > 0).all()
 
 
-def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
+def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Proposal:
     """Of costs (C, n), as many rows in each cell."""
     cell = torch.arange(len(cost)).repeat_interleave(cost.shape[1])
     return fit_rows(len(cost), cell, cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1))
@@ -327,15 +332,15 @@ def test_a_cell_that_saw_nothing_is_not_starved():
 def test_the_reconstruction_is_asked_as_often_as_others_borrow(monkeypatch):
     """It has no neighbours to lean on, and what is rare in it may be most of the variance."""
     known = MODELS["levels"]()
-    x, cells = known.examples(69).long(), Cells(Continuum())
+    x, cells = known.examples(69).long(), Strata(ContinuousTime())
     asked = []
 
-    def keep(count: int, cell: Tensor, *rows: Tensor) -> Allocation:
+    def keep(count: int, cell: Tensor, *rows: Tensor) -> Proposal:
         asked.append(cell.bincount(minlength=count))
         return fit_rows(count, cell, *rows)
 
-    monkeypatch.setattr(allocate, "fit", keep)
-    pilot(cells, Controls(known.model, x, cells.edges), x, 18, 1, 2)
+    monkeypatch.setattr(allocate, "fit_proposal", keep)
+    pilot(cells, ControlVariates(known.model, x, cells.edges), x, 18, 1, 2)
     first = asked[0]
     assert first[0] == pytest.approx(4 * first[1:].double().mean().item(), rel=0.1)
     assert first[1:].min() >= 2  # of fewer there is no variance

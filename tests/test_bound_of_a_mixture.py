@@ -22,11 +22,11 @@ from torch.distributions import kl_divergence
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Data
-from nelbo.diffusion.process import Affine, Gaussian
-from nelbo.diffusion.reverse import Beta, Posterior, Reverse
+from nelbo.diffusion.parametrization import XPrediction
+from nelbo.diffusion.process import Affine, GaussianDiffusion
+from nelbo.diffusion.reverse import Beta, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear
-from nelbo.diffusion.times import Continuum, Grid, Times, elbo
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, elbo
 
 W = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MU = torch.tensor([-1.2, 0.6], dtype=torch.float64)
@@ -73,11 +73,11 @@ def wrong(z: Tensor, gamma: Tensor) -> Tensor:
     return ideal(z, gamma) + wrong_by(z, gamma)
 
 
-def model(denoiser, step: Reverse | None = None) -> Model:
+def model(denoiser, step: ReverseKernel | None = None) -> Model:
     return Model(
         Formula(denoiser),
-        Gaussian(Linear(*GAMMA), Affine()),
-        Data(),
+        GaussianDiffusion(Linear(*GAMMA), Affine()),
+        XPrediction(),
         step or Posterior(),
         GaussianDensity(Affine(), SPREAD).requires_grad_(False),
         shape=(1,),
@@ -90,7 +90,7 @@ def data_nodes() -> tuple[Tensor, Tensor]:
     return x.flatten(), (W[:, None] * WEIGHTS).flatten()
 
 
-def expected_cost(m: Model, times: Times) -> tuple[float, float, float]:
+def expected_cost(m: Model, times: TimeDiscretization) -> tuple[float, float, float]:
     """E over the data of the three terms: distributions of the library, quadrature in x, z, t."""
     x, of_x = data_nodes()
     x, weights = x[:, None].expand(-1, len(NODES)).reshape(-1, 1), torch.outer(of_x, WEIGHTS)
@@ -110,7 +110,7 @@ def expected_cost(m: Model, times: Times) -> tuple[float, float, float]:
         z, ts = at(times.first)
         reconstruction = mean(-m.likelihood(z, ts).log_prob(x))
         diffusion = 0.0
-        if isinstance(times, Grid):
+        if isinstance(times, TimeGrid):
             for s, t in itertools.pairwise(times.times.tolist()):
                 z, ts = at(t)
                 before = torch.full_like(ts, s)
@@ -173,7 +173,7 @@ def test_the_ideal_bound_misses_only_its_ends():
     prior's and the decoder's mismatch, both computed apart."""
     prior, decoder = gap_at_the_ends()
     assert prior > 1e-4 and decoder > 1e-2
-    bound = -sum(expected_cost(model(ideal), Continuum()))
+    bound = -sum(expected_cost(model(ideal), ContinuousTime()))
     assert abs(evidence() - bound - prior - decoder) < 1e-9
 
 
@@ -190,7 +190,7 @@ def test_a_wrong_denoiser_pays_for_its_error():
         extra += (weight * 0.5 * (GAMMA[1] - GAMMA[0]) * (-gamma).exp() * mean).item()
     error = wrong_by(z[:, None], torch.full_like(z, GAMMA[0]))[:, 0].square()
     ends = (log_marginal(z, alpha_at(0.0)).exp() * error).sum().item() * dz / (2 * SPREAD**2)
-    right, off = (expected_cost(model(f), Continuum()) for f in (ideal, wrong))
+    right, off = (expected_cost(model(f), ContinuousTime()) for f in (ideal, wrong))
     assert abs(off[2] - right[2] - extra) < 1e-9
     assert abs(off[1] - right[1] - ends) < 1e-9
     assert extra > 1e-3
@@ -201,13 +201,13 @@ def test_a_wrong_denoiser_pays_for_its_error():
 def test_grids_stay_below_and_approach(step):
     """Equations 5, 7 and 8: on grids between the same ends the bound is below E log p_data,
     rises with T, and stays below the continuous one."""
-    limit = -sum(expected_cost(model(ideal), Continuum(0.1)))
+    limit = -sum(expected_cost(model(ideal), ContinuousTime(0.1)))
     prior, decoder = gap_at_the_ends(0.1)
     assert abs(evidence() - limit - prior - decoder) < 1e-9
     bounds = [
         -sum(
             expected_cost(
-                model(ideal, step), Grid(torch.linspace(0.1, 1, n + 1, dtype=torch.float64))
+                model(ideal, step), TimeGrid(torch.linspace(0.1, 1, n + 1, dtype=torch.float64))
             )
         )
         for n in (1, 2, 4, 8, 16)
@@ -216,7 +216,9 @@ def test_grids_stay_below_and_approach(step):
 
 
 @pytest.mark.parametrize("denoiser", [ideal, wrong])
-@pytest.mark.parametrize("times", [Continuum(), Grid.uniform(8)], ids=["continuum", "grid"])
+@pytest.mark.parametrize(
+    "times", [ContinuousTime(), TimeGrid.uniform(8)], ids=["continuum", "grid"]
+)
 def test_the_estimate_is_the_bound(denoiser, times):
     """Equations 5 and 8: `elbo` by draws of data, times and latents, within 4 standard
     errors of the quadrature, and with them below E log p_data(x)."""

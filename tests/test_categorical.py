@@ -20,10 +20,10 @@ from nelbo.diffusion.elbo import (
 )
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import SymbolLogits
-from nelbo.diffusion.process import Absorbing
+from nelbo.diffusion.process import MaskedDiffusion
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha, Schedule
-from nelbo.diffusion.times import Continuum, Grid, Times, elbo, iid
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, elbo, iid
 
 K, D = 3, 2
 STATES = torch.tensor(states(K, D))
@@ -46,7 +46,7 @@ def table_model(shown: np.ndarray, schedule: Schedule) -> Model:
 
     return Model(
         Formula(table),
-        Absorbing(schedule, K),
+        MaskedDiffusion(schedule, K),
         SymbolLogits(K),
         Posterior(),
         Categorical(),
@@ -74,7 +74,7 @@ def over_states(model: Model, x: Tensor, t: Tensor, values: Tensor) -> Tensor:
     return torch.where(weights > 0, weights * values, 0.0).sum()
 
 
-def exact_bound(model: Model, x: tuple[int, ...], times: Times) -> Bound:
+def exact_bound(model: Model, x: tuple[int, ...], times: TimeDiscretization) -> Bound:
     """The three terms with the expectations over z_t taken over all states (and over time by
     quadrature that is exact for polynomials of degree 39)."""
     x = torch.tensor(x)
@@ -85,7 +85,7 @@ def exact_bound(model: Model, x: tuple[int, ...], times: Times) -> Bound:
     decoded = -model.likelihood(STATES, first).log_prob(xs)
     reconstruction = over_states(model, x, first, decoded)
     diffusion = torch.zeros((), dtype=torch.float64)
-    if isinstance(times, Grid):
+    if isinstance(times, TimeGrid):
         for s, t in itertools.pairwise(times.times):
             s, t = s.expand(len(STATES)), t.expand(len(STATES))
             q, p = model.process.posterior(STATES, e, s, t), model.reverse(STATES, s, t)
@@ -101,11 +101,11 @@ def exact_bound(model: Model, x: tuple[int, ...], times: Times) -> Bound:
 CHAINS = pytest.mark.parametrize(
     ("schedule", "times"),
     [
-        (PowerAlpha(), Grid.uniform(1)),
-        (PowerAlpha(), Grid.uniform(3)),
-        (PowerAlpha(), Grid([0.1, 0.35, 1.0])),
-        (Linear(-3.0, 2.0), Grid([0.3, 0.6, 1.0])),
-        (Schedule.from_betas([0.2, 0.5, 0.3]), Grid.uniform(3)),
+        (PowerAlpha(), TimeGrid.uniform(1)),
+        (PowerAlpha(), TimeGrid.uniform(3)),
+        (PowerAlpha(), TimeGrid([0.1, 0.35, 1.0])),
+        (Linear(-3.0, 2.0), TimeGrid([0.3, 0.6, 1.0])),
+        (Schedule.from_betas([0.2, 0.5, 0.3]), TimeGrid.uniform(3)),
     ],
     ids=["T=1", "uniform", "uneven", "symbols left at T", "betas"],
 )
@@ -138,11 +138,11 @@ def test_the_enumerated_model_is_normalised(schedule, times):
 @pytest.mark.parametrize(
     ("schedule", "times"),
     [
-        (PowerAlpha(), Grid.uniform(3)),
-        (Linear(-3.0, 2.0), Grid([0.3, 0.6, 1.0])),
+        (PowerAlpha(), TimeGrid.uniform(3)),
+        (Linear(-3.0, 2.0), TimeGrid([0.3, 0.6, 1.0])),
         # From 0 on, E rate² = ∫ dt/t: the mean is right and the variance infinite.
-        (PowerAlpha(), Continuum(0.05)),
-        (Linear(-3.0, 2.0), Continuum()),
+        (PowerAlpha(), ContinuousTime(0.05)),
+        (Linear(-3.0, 2.0), ContinuousTime()),
     ],
     ids=["grid", "symbols left at T", "continuum", "continuum, symbols left"],
 )
@@ -159,7 +159,7 @@ def test_terms_by_draws_are_the_enumerated_ones(schedule, times):
         got = elbo(model, xs, times, u=iid(n))
         assert_mean(got.diffusion, truth.diffusion, error=0.03)
         torch.testing.assert_close(got.prior, truth.prior.expand(n), rtol=0, atol=1e-14)
-        if isinstance(times, Grid):
+        if isinstance(times, TimeGrid):
             total = 0.0
             for s, t in itertools.pairwise(times.times):
                 draws = diffusion_term(model, xs, ones * s, ones * t)
@@ -201,7 +201,7 @@ def test_few_steps_cost_the_mutual_information_over_t(steps):
     information = (joint * np.log(joint / product)).sum()
     assert information > 0.1
     gap = sum(
-        joint[x] * (np.log(joint[x]) - exact_bound(model, x, Grid.uniform(steps)).elbo.item())
+        joint[x] * (np.log(joint[x]) - exact_bound(model, x, TimeGrid.uniform(steps)).elbo.item())
         for x in EXAMPLES
     )
     assert abs(gap - information / steps) < 1e-12
@@ -213,7 +213,7 @@ def test_continuous_time_costs_nothing():
     joint = joint_table()
     model = table_model(true_conditionals(joint), PowerAlpha())
     for x in EXAMPLES:
-        bound = exact_bound(model, x, Continuum())
+        bound = exact_bound(model, x, ContinuousTime())
         assert bound.prior == 0
         assert bound.reconstruction == 0
         assert abs(bound.elbo.item() - np.log(joint[x])) < 1e-12
@@ -230,17 +230,18 @@ def test_continuous_time_does_not_depend_on_the_schedule():
             return -3 + 5 * t.double().square()
 
     for x in EXAMPLES[:3]:
-        straight = exact_bound(table_model(shown, Linear(-3.0, 2.0)), x, Continuum()).elbo
-        bent = exact_bound(table_model(shown, Bent()), x, Continuum()).elbo
+        straight = exact_bound(table_model(shown, Linear(-3.0, 2.0)), x, ContinuousTime()).elbo
+        bent = exact_bound(table_model(shown, Bent()), x, ContinuousTime()).elbo
         torch.testing.assert_close(straight, bent, rtol=0, atol=1e-10)
 
 
 def test_grids_approach_the_continuum_at_first_order():
     """Equations 5 and 9: the bound on a grid tends to the continuous one like 1/T."""
     model = table_model(arbitrary(), PowerAlpha())
-    limit = exact_bound(model, (1, 2), Continuum()).elbo
+    limit = exact_bound(model, (1, 2), ContinuousTime()).elbo
     errors = [
-        (exact_bound(model, (1, 2), Grid.uniform(n)).elbo - limit).item() for n in (8, 16, 32, 64)
+        (exact_bound(model, (1, 2), TimeGrid.uniform(n)).elbo - limit).item()
+        for n in (8, 16, 32, 64)
     ]
     ratios = np.log2(np.abs(np.array(errors[:-1]) / errors[1:]))
     assert ((ratios > 0.95) & (ratios < 1.05)).all()

@@ -16,7 +16,7 @@ from nelbo.data.inspection import inspect
 from nelbo.data.tabular import cells, encoding, streams, tables
 from nelbo.data.tabular.inference import infer_column, infer_columns, infer_merged
 from nelbo.data.tabular.spelling import canonical, is_number
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.models.conditioning import parse
 from nelbo.runs.train import train
 from nelbo.sampling.imputation import impute
@@ -111,7 +111,9 @@ def test_an_imputation_fills_what_is_empty_and_keeps_words(tmp_path, capsys):
     schema = declare(tmp_path, {"missing_words": ["NA"]})
     declared = train(str(path), tmp_path / "declared", schema=str(schema), **TINY)
     assert set(
-        impute(declared.model, declared.config.schema, path, Grid.uniform(2), particles=2)["land"]
+        impute(declared.model, declared.config.schema, path, TimeGrid.uniform(2), particles=2)[
+            "land"
+        ]
     ) == {"DE", "FR"}
 
 
@@ -285,7 +287,7 @@ def test_cells_that_training_did_not_have_are_counted_and_said(tmp_path, capsys)
         run.law({"g": ["V"] * 8, "k": [0] * 8})
     holes = odd.with_columns(k=pl.lit(None, pl.Int64))
     told = []
-    impute(run.model, run.config.schema, holes, Grid.uniform(2), particles=2, tell=told.append)
+    impute(run.model, run.config.schema, holes, TimeGrid.uniform(2), particles=2, tell=told.append)
     assert said[0] in told
 
 

@@ -18,7 +18,7 @@ RNG = np.random.default_rng(2)
 def untrained(schema: Schema, x: torch.Tensor, **options):
     with seeded(0):
         model = build(configure(schema, len(x), width=8, depth=1, **options)[0], schema, None)
-        model.start_from(x)
+        model.fit_statistics(x)
     return model.eval()
 
 
@@ -63,7 +63,7 @@ def test_what_is_plain_is_taken_as_it_is(levels):
 )
 def test_what_is_no_example_is_one_sentence(levels, change, message):
     model, x = levels
-    wrong, grid = change(x), nelbo.Grid.uniform(2)
+    wrong, grid = change(x), nelbo.TimeGrid.uniform(2)
     for measure in (
         lambda: nelbo.evaluate(model, wrong),
         lambda: nelbo.elbo(model, wrong),
@@ -82,7 +82,9 @@ def test_bytes_are_all_levels_of_256():
 
 def test_times_are_times(levels):
     for measure in (nelbo.evaluate, nelbo.elbo):
-        with pytest.raises(ValueError, match=r"times must be Grid.*got 8; .*Grid\.uniform"):
+        with pytest.raises(
+            ValueError, match=r"times must be TimeGrid.*got 8; .*TimeGrid\.uniform"
+        ):
             measure(*levels, times=8)
 
 

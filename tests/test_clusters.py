@@ -6,7 +6,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion import gaussian_mixture
-from nelbo.diffusion.gaussian_mixture import Clusters, Mixture, Principal
+from nelbo.diffusion.gaussian_mixture import GaussianMixtureEnsemble, Mixture, Principal
 
 EYE = torch.eye(5, dtype=torch.float64)
 ALPHA = torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_features_are_log_densities(fitted, data):
 
 def test_the_mixtures_are_of_the_data(data):
     """No more than a component for each 32 examples, and their mean is that of the data."""
-    mixtures = Clusters(data).mixtures
+    mixtures = GaussianMixtureEnsemble(data).mixtures
     assert [len(mixture.log_weight) for mixture in mixtures] == [1, 4, 180 // 32]
     for mixture in mixtures:
         total = (mixture.log_weight.exp()[:, None] * mixture.mean).sum(0)
@@ -106,7 +106,7 @@ def test_the_mixtures_are_of_the_data(data):
 
 
 def test_what_they_say_is_the_mean(data):
-    found, values = Clusters(data), torch.linspace(-1, 1, 7, dtype=torch.float64)
+    found, values = GaussianMixtureEnsemble(data), torch.linspace(-1, 1, 7, dtype=torch.float64)
     odds = sum(mixture.odds(data[:4], ALPHA, values) for mixture in found.mixtures) / 3
     torch.testing.assert_close(found.odds(data[:4], ALPHA, values), odds)
     features = sum(mixture.features(data[:4]) for mixture in found.mixtures) / 3

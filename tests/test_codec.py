@@ -19,20 +19,20 @@ from nelbo.codec.coding.search import WAYS, best_ways, push_way
 from nelbo.codec.entropy.lanes import joined, narrowed, parted, widened
 from nelbo.codec.entropy.laws import law
 from nelbo.codec.entropy.stack import Bottom, SideBySide, Stack
-from nelbo.codec.errors import Damaged, NotReproducible, OtherModel
+from nelbo.codec.errors import CorruptFileError, ModelMismatchError, NotReproducibleError
 from nelbo.codec.format import container, pictures
 from nelbo.codec.format.header import pack_times, unpack_times
 from nelbo.codec.settings import Settings
 from nelbo.data import Schema
 from nelbo.data.columns import Column
-from nelbo.diffusion.decoder import DiscretisedGaussian, LevelHead
+from nelbo.diffusion.decoder import DiscretisedGaussian, LevelDecoder
 from nelbo.diffusion.distributions import Discrete, LevelMixture
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.parametrization import LevelLogits
-from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior
 from nelbo.diffusion.schedules import Linear
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.models.build import build
 from nelbo.sampling.samplers import ancestral
 from nelbo.training.presets import configure
@@ -49,7 +49,7 @@ def skewed(step=Mixture):
 
 
 def settings(steps, **options):
-    return Settings(tuple(Grid.uniform(steps).times.tolist()), **options)
+    return Settings(tuple(TimeGrid.uniform(steps).times.tolist()), **options)
 
 
 def there_and_back(model, x, how, **options):
@@ -105,7 +105,7 @@ def test_what_is_far_away_comes_back():
     n[0, 1, 2] = 5
     of.push(stack, n)
     assert np.array_equal(of.pop(stack), n) and np.array_equal(stack.words(), before)
-    with pytest.raises(Damaged, match="refuses"):
+    with pytest.raises(CorruptFileError, match="refuses"):
         of.push(stack, np.full((2, 3, 5), 10**9))
 
 
@@ -144,7 +144,7 @@ def test_a_search_keeps_what_one_choice_at_a_time_would_not():
     """The beam is shorter than the best of each example by itself; and the stack on which it
     begins, and how many ways are in a batch, do not matter to it."""
     known = skewed()
-    x = ancestral(known.model, 60, Grid.uniform(2)).numpy()
+    x = ancestral(known.model, 60, TimeGrid.uniform(2)).numpy()
     codec, lengths = Codec(known.model, settings(1)), []
     code = codec.codes.model(0)
     with measuring(codec.model):
@@ -168,7 +168,7 @@ def test_an_encoder_borrows_known_words_only_when_it_must():
     assert stack.borrowed > 2
     of.push(stack, n)
     assert np.array_equal(stack.words(), Bottom("here").words(stack.borrowed))
-    with pytest.raises(Damaged, match="end before the data"):
+    with pytest.raises(CorruptFileError, match="end before the data"):
         of.pop(Stack(Bottom("here").words(2)))
 
 
@@ -209,12 +209,12 @@ def test_what_is_no_lanes_is_refused_or_some_words(seed):
     for count in (2, 8, 256):
         try:
             found = parted(data, count)
-        except Damaged:
+        except CorruptFileError:
             continue
         assert len(found) == count and sum(words.nbytes for words in found) < len(data) + 4 * count
-    with pytest.raises(Damaged, match="end in a zero"):
+    with pytest.raises(CorruptFileError, match="end in a zero"):
         parted(data + b"\0", 2)
-    with pytest.raises(Damaged, match="not those of 8 lanes"):
+    with pytest.raises(CorruptFileError, match="not those of 8 lanes"):
         parted(b"", 8)
 
 
@@ -235,7 +235,7 @@ def length_of(codec, x):
 def test_the_length_is_the_bound(steps):
     """As long as the exact bound of these examples, but for what draws of latents vary, and as
     the densities along those say, to 0.2 %."""
-    known, grid = known_models.levels(), Grid.uniform(steps)
+    known, grid = known_models.levels(), TimeGrid.uniform(steps)
     x = ancestral(known.model, 1500, grid)
     length, ideal = length_of(Codec(known.model, settings(steps)), x)
     assert length == pytest.approx(ideal, rel=2e-3)
@@ -263,25 +263,25 @@ def test_symbols_that_are_revealed_at_once_cost_their_marginals():
     known = known_models.symbols()
     x = known.examples(500)
     length, _ = length_of(Codec(known.model, settings(1)), x)
-    bound = known.bound(x, Grid.uniform(1)).sum().item() / BITS
+    bound = known.bound(x, TimeGrid.uniform(1)).sum().item() / BITS
     assert length == pytest.approx(bound, rel=1e-3)
 
 
 def test_symbols_show_as_the_schedule_says():
     model = known_models.symbols().model
     model.shape = (100,)
-    assert shown_at(model, Grid([0.5, 1.0])) == [0, 75]  # α = 1 - t²
-    assert shown_at(model, Grid([1.0])) == [0]
-    assert shown_at(model, Grid.uniform(100)) == list(range(100))
+    assert shown_at(model, TimeGrid([0.5, 1.0])) == [0, 75]  # α = 1 - t²
+    assert shown_at(model, TimeGrid([1.0])) == [0]
+    assert shown_at(model, TimeGrid.uniform(100)) == list(range(100))
 
 
 def many_dims():
     """A model of 24 dimensions that knows little."""
     levels = Levels(4)
-    process = Gaussian(Linear(-4.0, 0.0), levels)
+    process = GaussianDiffusion(Linear(-4.0, 0.0), levels)
     quiet = Formula(lambda z, level: torch.zeros(*z.shape, 4, dtype=torch.float64))
     head, step = LevelLogits(levels.values), Mixture(levels.values)
-    model = Model(quiet, process, head, step, LevelHead(), (24,))
+    model = Model(quiet, process, head, step, LevelDecoder(), (24,))
     head.log_prior.data.copy_(torch.tensor([3.0, 0.0, 0.0, -1.0]))
     return model
 
@@ -290,7 +290,7 @@ def test_effort_goes_below_the_bound(monkeypatch):
     """Of several draws of the latents the luckiest is kept, where they differ by many bits; and
     lanes cost a few bits each."""
     model, lengths = many_dims(), {}
-    x = ancestral(model, 150, Grid.uniform(8))
+    x = ancestral(model, 150, TimeGrid.uniform(8))
     for effort, lane in ((1, 8192), (8, 8192), (8, 500)):
         monkeypatch.setattr(blocks, "LANE", lane)
         codec = Codec(model, settings(1, effort=effort))
@@ -309,7 +309,7 @@ def test_effort_goes_below_the_bound(monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 8, 100])
 def test_any_number_of_examples_comes_back(name, n):
     known = known_models.MODELS[name]()
-    x = ancestral(known.model, n, Grid.uniform(2)) if n else known.examples(1)[:0]
+    x = ancestral(known.model, n, TimeGrid.uniform(2)) if n else known.examples(1)[:0]
     there_and_back(known.model, x, settings(2))
 
 
@@ -318,7 +318,7 @@ def test_any_number_of_examples_comes_back_by_lanes(n, monkeypatch):
     """Batches of 1, 2, 4 ... lanes, and smaller ones where the examples are too few."""
     monkeypatch.setattr(blocks, "LANE", 300)
     model = many_dims()
-    x = ancestral(model, n, Grid.uniform(8)) if n else torch.zeros(0, 24, dtype=torch.long)
+    x = ancestral(model, n, TimeGrid.uniform(8)) if n else torch.zeros(0, 24, dtype=torch.long)
     data = there_and_back(model, x, settings(1, effort=2))
     sizes = [size for block in describe(data)[1] for size in block.sizes]
     most = max(sizes, default=1)
@@ -330,7 +330,7 @@ def test_any_number_of_examples_comes_back_by_lanes(n, monkeypatch):
 def test_blocks_with_effort_come_back_and_know_nothing_of_each_other(monkeypatch):
     monkeypatch.setattr(blocks, "LANE", 300)
     model = many_dims()
-    x = ancestral(model, 150, Grid.uniform(8))
+    x = ancestral(model, 150, TimeGrid.uniform(8))
     data = there_and_back(model, x, settings(1, effort=2), block=50)
     assert all(max(block.sizes) > 1 for block in describe(data)[1])
     at = data.index(container.BLOCK)
@@ -344,7 +344,7 @@ def test_a_lane_that_runs_out_is_not_cut_off(monkeypatch):
     monkeypatch.setattr(blocks, "LANE", 1)
     monkeypatch.setattr(blocks, "_need", lambda *_: 1.0)
     model = many_dims()
-    x = ancestral(model, 60, Grid.uniform(8))
+    x = ancestral(model, 60, TimeGrid.uniform(8))
     ((block, _),) = Codec(model, settings(1, effort=2)).encode_blocks(x, 1000)
     assert set(block.sizes) == {1}
     there_and_back(model, x, settings(1, effort=2))
@@ -353,7 +353,7 @@ def test_a_lane_that_runs_out_is_not_cut_off(monkeypatch):
 @pytest.mark.parametrize("step", [Posterior, Beta, Optimal])
 def test_every_gaussian_step_comes_back(step):
     known = skewed(step)
-    x = ancestral(known.model, 60, Grid.uniform(4))
+    x = ancestral(known.model, 60, TimeGrid.uniform(4))
     data = there_and_back(known.model, x, settings(4))
     assert describe(data)[1][0].mode == MODEL
 
@@ -375,8 +375,8 @@ def test_mixed_columns_come_back():
     with seeded(0):
         model = build(configure(schema, 100, width=16, depth=1)[0], schema)
         rows = torch.stack([torch.randint(1, n, (300,)) for n in (8, 3, 4)], 1).double()
-    model.start_from(rows)
-    x = ancestral(model, 200, Grid.uniform(3)).long()
+    model.fit_statistics(rows)
+    x = ancestral(model, 200, TimeGrid.uniform(3)).long()
     data = there_and_back(model, x, settings(3))
     (block,) = describe(data)[1]
     assert block.mode == MODEL
@@ -398,7 +398,7 @@ def test_many_levels_that_are_no_power_of_two_come_back_alike():
     """Of levels alike the coder gives the last more than its share, so that it is cheaper."""
 
     def none(nonce):
-        raise Damaged("a model that expects other data")
+        raise CorruptFileError("a model that expects other data")
 
     with seeded(0):
         x = torch.randint(60_000, (2000, 1)).numpy()
@@ -421,7 +421,7 @@ def test_images_of_any_size_are_tiles():
 
 
 def test_times_are_packed_exactly():
-    for times in (Grid.uniform(7).times, torch.tensor([0.1234, 1.0]), torch.tensor([1.0])):
+    for times in (TimeGrid.uniform(7).times, torch.tensor([0.1234, 1.0]), torch.tensor([1.0])):
         exact = tuple(times.double().tolist())
         assert unpack_times(pack_times(exact)) == exact
     assert pack_times((0.25, 0.5, 1.0)) == [4, 1, 1, 2]
@@ -429,7 +429,7 @@ def test_times_are_packed_exactly():
 
 def test_a_file_says_what_it_is():
     known = known_models.levels()
-    x = ancestral(known.model, 90, Grid.uniform(2))
+    x = ancestral(known.model, 90, TimeGrid.uniform(2))
     data = there_and_back(known.model, x, settings(2), block=30, extra=b"more")
     header, blocks = describe(data)
     assert header.examples == 90 and header.shape == [2] and header.effort == 1
@@ -442,7 +442,7 @@ def test_another_model_is_refused():
     data = compress(known.model, known.examples(9), settings(2))
     known.model.step.values[0] += 1e-9
     known.model.head.log_prior.data[0] += 1e-7
-    with pytest.raises(OtherModel) as refused:
+    with pytest.raises(ModelMismatchError) as refused:
         decompress(data, known.model)
     assert refused.value.exit_code == 4
 
@@ -459,30 +459,30 @@ def changed(data, **values):
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [
-        ({"answers": {"1": 7}}, NotReproducible, "the network answers otherwise here"),
-        ({"coder": 7}, NotReproducible, "the entropy coder"),
-        ({"model": "0" * 16}, OtherModel, "give the run"),
-        ({"examples": 10**12}, Damaged, "holds 60 examples"),
-        ({"examples": -1}, Damaged, "holds 60 examples"),
-        ({"shape": [3]}, Damaged, "contradicts the model"),
-        ({"levels": 10**9}, Damaged, "contradicts the model"),
-        ({"levels": 3}, Damaged, "contradicts the model"),
-        ({"steps": [4, 0]}, Damaged, "header"),
-        ({"steps": []}, Damaged, "header"),
-        ({"steps": ["1"]}, Damaged, "header"),
-        ({"precision": "float16"}, Damaged, "precision"),
-        ({"effort": 0}, Damaged, "effort"),
-        ({"effort": 2}, Damaged, "coded words|stack of bits"),
-        ({"batch": 10**9}, Damaged, "batch"),
-        ({"answers": {"x": 7}}, Damaged, "header"),
-        ({"answers": {"99999999": 7}}, Damaged, "header"),
-        ({"examples": "9"}, Damaged, "examples in the header"),
-        ({"colour": 1}, Damaged, "keys"),
+        ({"answers": {"1": 7}}, NotReproducibleError, "the network answers otherwise here"),
+        ({"coder": 7}, NotReproducibleError, "the entropy coder"),
+        ({"model": "0" * 16}, ModelMismatchError, "give the run"),
+        ({"examples": 10**12}, CorruptFileError, "holds 60 examples"),
+        ({"examples": -1}, CorruptFileError, "holds 60 examples"),
+        ({"shape": [3]}, CorruptFileError, "contradicts the model"),
+        ({"levels": 10**9}, CorruptFileError, "contradicts the model"),
+        ({"levels": 3}, CorruptFileError, "contradicts the model"),
+        ({"steps": [4, 0]}, CorruptFileError, "header"),
+        ({"steps": []}, CorruptFileError, "header"),
+        ({"steps": ["1"]}, CorruptFileError, "header"),
+        ({"precision": "float16"}, CorruptFileError, "precision"),
+        ({"effort": 0}, CorruptFileError, "effort"),
+        ({"effort": 2}, CorruptFileError, "coded words|stack of bits"),
+        ({"batch": 10**9}, CorruptFileError, "batch"),
+        ({"answers": {"x": 7}}, CorruptFileError, "header"),
+        ({"answers": {"99999999": 7}}, CorruptFileError, "header"),
+        ({"examples": "9"}, CorruptFileError, "examples in the header"),
+        ({"colour": 1}, CorruptFileError, "keys"),
     ],
 )
 def test_a_header_that_lies_is_found_out(values, error, words):
     known = skewed()
-    x = ancestral(known.model, 60, Grid.uniform(2))
+    x = ancestral(known.model, 60, TimeGrid.uniform(2))
     data = compress(known.model, x, settings(2))
     with pytest.raises(error, match=words):
         decompress(changed(data, **values), known.model)

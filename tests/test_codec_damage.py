@@ -16,9 +16,9 @@ from nelbo.codec.api import compress, decompress, describe
 from nelbo.codec.coding import blocks
 from nelbo.codec.coding.blocks import EVEN, MODEL, PACKED
 from nelbo.codec.coding.codec import Codec
-from nelbo.codec.errors import CodecError, Damaged
+from nelbo.codec.errors import CodecError, CorruptFileError
 from nelbo.codec.format import container
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.sampling.samplers import ancestral
 
 pytest.importorskip("constriction")
@@ -36,10 +36,10 @@ def files():
         noise = torch.randint(4, (90, 2))
         likely = torch.multinomial(torch.tensor([0.96, 0.02, 0.02]), 120, True).view(60, 2)
     again = noise[:30].repeat(30, 1)
-    x = ancestral(levels, 150, Grid.uniform(2))
+    x = ancestral(levels, 150, TimeGrid.uniform(2))
     symbols.head.log_prior.data.copy_(torch.tensor([5.0, 0.0, 0.0]))
     wide = many_dims()
-    y = ancestral(wide, 90, Grid.uniform(2))
+    y = ancestral(wide, 90, TimeGrid.uniform(2))
     with patch.object(blocks, "LANE", 300):
         lanes = compress(wide, y, settings(1, effort=2), block=45)
     assert [max(block.sizes) for block in describe(lanes)[1]] == [4, 2]
@@ -139,13 +139,13 @@ def test_packed_data_are_checked_as_well(coded):
         bad[bit // 8] ^= 1 << bit % 8
         try:
             found = codec.decode_block(replace(block, payload=bytes(bad)))
-        except Damaged:
+        except CorruptFileError:
             continue
         assert np.array_equal(found, x.numpy())
         silent += 1
     assert silent < 30
     for size in (0, 3, 4):
-        with pytest.raises(Damaged):
+        with pytest.raises(CorruptFileError):
             codec.decode_block(replace(block, payload=block.payload[:size]))
 
 
@@ -189,7 +189,7 @@ def test_blocks_that_lie_are_refused_before_they_cost_memory(coded, which):
         bad = container.write_prefix({**header, "examples": lie.count + 100}, extra)
         bad += b"".join(map(container.write_block, (lie, *rest)))
         bad += container.write_end(bad, len(rest) + 1)
-        with pytest.raises(Damaged):
+        with pytest.raises(CorruptFileError):
             decompress(bad, model)
 
 
@@ -199,7 +199,7 @@ def test_blocks_that_lie_are_refused_before_they_cost_memory(coded, which):
 def test_a_header_that_is_no_json_object_is_damaged(text):
     with patch.object(container.json, "dumps", lambda *_, **__: text):
         bad = container.write_prefix({}, b"")
-    with pytest.raises(Damaged, match=r"the header is not (JSON: |one of this format)"):
+    with pytest.raises(CorruptFileError, match=r"the header is not (JSON: |one of this format)"):
         container.read_prefix(bad)
 
 
@@ -218,7 +218,7 @@ def test_batches_that_lie_of_the_lanes_are_refused(coded):
         (*first.sizes[:once], *[1] * 4, *first.sizes[once + 1 :]),
     ):
         assert sum(sizes) == n and sizes != first.sizes
-        with pytest.raises(Damaged):
+        with pytest.raises(CorruptFileError):
             codec.decode_block(replace(first, sizes=sizes))
 
 
@@ -229,7 +229,7 @@ def test_one_damaged_block_costs_its_examples_alone(coded):
     for place in (second, second + 6, second + 40):
         bad = bytearray(data)
         bad[place] ^= 4
-        with pytest.raises(Damaged):
+        with pytest.raises(CorruptFileError):
             decompress(bytes(bad), model)
         found = decompress(bytes(bad), model, salvage=True)
         assert found.lost == ((50, 50),)
@@ -261,15 +261,15 @@ def test_a_newer_version_and_what_is_no_file_of_ours(coded):
         b"\x89PNG\r\n\x1a\n" + bytes(100),
         data.replace(b"\r\n", b"\n"),
     ):
-        with pytest.raises(Damaged, match="not a compressed file of nelbo"):
+        with pytest.raises(CorruptFileError, match="not a compressed file of nelbo"):
             decompress(other, model)
 
 
 def test_a_header_of_many_megabytes_in_few_is_refused(coded):
     model, _, data = coded[0]
-    with pytest.raises(Damaged, match="header"):
+    with pytest.raises(CorruptFileError, match="header"):
         decompress(changed(data, weights=" " * 10**7), model)
     huge = bytearray(data)
     struct.pack_into("<II", huge, 9, 2**32 - 1, 2**32 - 1)
-    with pytest.raises(Damaged, match="ends within its header"):
+    with pytest.raises(CorruptFileError, match="ends within its header"):
         decompress(bytes(huge), model)

@@ -31,7 +31,7 @@ from nelbo.data.columns import Column
 from nelbo.data.schema import Schema
 from nelbo.data.tabular import tables
 from nelbo.data.tabular.tables import to_bytes
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.runs import run as run_folder
 
 pytest.importorskip("constriction")
@@ -448,7 +448,7 @@ def test_batches_threads_and_precision(trained):
     """The rounded answers do not depend on threads; a file of one precision is not decoded in
     the other."""
     run = run_folder.load(trained)
-    grid = tuple(Grid.uniform(3).times.tolist())
+    grid = tuple(TimeGrid.uniform(3).times.tolist())
     codec = Codec(run.model, Settings(grid))
     alone, together = (codec.answers({n}) for n in (1, 32))
     torch.set_num_threads(2)
@@ -501,7 +501,7 @@ def test_network_answers_that_differ_in_a_bit_are_exact_or_an_error(trained):
     """A stand-in for another version or device: the last bits of every answer are others."""
     run = run_folder.load(trained)
     x = torch.from_numpy(digits(8)[:, None] // 4)
-    grid = tuple(Grid.uniform(2).times.tolist())
+    grid = tuple(TimeGrid.uniform(2).times.tolist())
     data = compress(run.model, x, Settings(grid))
     for scale, refused in ((1e-15, False), (1e-3, True)):
         generator = torch.Generator().manual_seed(0)

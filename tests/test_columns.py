@@ -15,10 +15,15 @@ from nelbo.diffusion.distributions import Discrete, Joint, log_between
 from nelbo.diffusion.model import measuring
 from nelbo.diffusion.process import per_example
 from nelbo.diffusion.schedules import Linear
-from nelbo.diffusion.times import Continuum, Grid, elbo
+from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo
 from nelbo.evaluation.per_dimension import by_dimension
 from nelbo.models.build import build
-from nelbo.models.tabular.continuous import Increasing, NumberDecoder, NumberMixture, Numbers
+from nelbo.models.tabular.continuous import (
+    ContinuousColumns,
+    ContinuousDecoder,
+    ContinuousMixture,
+    MonotoneTransform,
+)
 from nelbo.training.presets import configure
 
 COLUMNS = (
@@ -57,7 +62,7 @@ def made_of(columns):
     schema = Schema.of_table(columns)
     with seeded(0):
         model = build(configure(schema, 100, width=16, depth=1)[0], schema)
-    model.start_from(rows(4000, columns=columns))
+    model.fit_statistics(rows(4000, columns=columns))
     return model.double().eval()
 
 
@@ -123,19 +128,19 @@ def test_an_indifferent_network_costs_exactly_the_law_it_starts_from(known):
     # Its last layer is zero: the rows are then denoised exactly, and the bound is tight.
     few = rows(6, 1, KNOWN)
     truth = started_from(known, few, KNOWN)
-    assert_mean(draws_of(known, few, Continuum(), 800, 8), truth, 0.25)
+    assert_mean(draws_of(known, few, ContinuousTime(), 800, 8), truth, 0.25)
 
 
 def test_few_steps_are_as_tight_where_columns_are_independent(known):
     few = rows(4, 2, KNOWN)
     truth = started_from(known, few, KNOWN)
     # The mixture steps are exact; that masks of several columns fall in one step costs nothing.
-    assert_mean(draws_of(known, few, Grid([0.2, 0.6, 1.0]), 1500, None), truth, 0.1)
+    assert_mean(draws_of(known, few, TimeGrid([0.2, 0.6, 1.0]), 1500, None), truth, 0.1)
 
 
 def test_a_known_number_pays_at_most_for_not_being_missing(model):
     few = rows(6, 1)
-    draws = draws_of(model, few, Continuum(), 800, 8)
+    draws = draws_of(model, few, ContinuousTime(), 800, 8)
     error = 4 * draws.std(0) / math.sqrt(len(draws))
     low, high = (started_from(model, few, given_known=known) for known in (False, True))
     assert (error < 1.0).all() and (low < high - 0.05).any()
@@ -145,7 +150,7 @@ def test_a_known_number_pays_at_most_for_not_being_missing(model):
 def test_costs_by_column_add_up_to_the_bound(model):
     x = rows(3)
     with measuring(model):
-        (found,) = by_dimension(model, x, Grid([0.3, 1.0]), seed=5)
+        (found,) = by_dimension(model, x, TimeGrid([0.3, 1.0]), seed=5)
         with seeded(5, 0):
             total = model_terms(model, x)
     assert found.elbo.shape == (3, 8 - 1)
@@ -165,7 +170,7 @@ def model_terms(model, x):
 
 
 def test_a_missing_number_is_a_stationary_chain():
-    process = Numbers(Linear(-6.0, 4.0), Increasing(1))
+    process = ContinuousColumns(Linear(-6.0, 4.0), MonotoneTransform(1))
     nan = torch.full((2, 1), torch.nan, dtype=torch.float64)
     s, t = torch.tensor([0.2, 0.5]).double(), torch.tensor([0.6, 0.9]).double()
     z = torch.tensor([[1.3], [-0.4]]).double()
@@ -187,7 +192,7 @@ def test_a_missing_number_is_a_stationary_chain():
 
 
 def transform():
-    made = Increasing(1, 4)
+    made = MonotoneTransform(1, 4)
     made.x.copy_(torch.tensor([[-2.0, 0.0, 0.5, 7.0]]))
     made.e.copy_(torch.tensor([[-1.5, -0.5, 0.8, 2.0]]))
     return made
@@ -203,21 +208,21 @@ def test_a_transform_inverts_and_knows_its_slope():
 
 def test_numbers_integrate_and_cells_sum_to_one_in_the_units_of_the_data():
     made, column = transform(), Column("x", "rounded", 0.25, -2.0, 100.0)
-    process, t = Numbers(Linear(-6.0, 4.0), made), torch.full((1,), 0.3).double()
+    process, t = ContinuousColumns(Linear(-6.0, 4.0), made), torch.full((1,), 0.3).double()
     z, place = torch.tensor([[0.3]]).double(), places([column])
-    head = NumberMixture(made, place)
+    head = ContinuousMixture(made, place)
     column_of = torch.randn(500, 1, generator=torch.Generator().manual_seed(0)).double()
     column_of[:100] = 0.0  # a value that repeats
-    head.start_from(column_of.div(0.25).round().mul(0.25))
+    head.fit_statistics(column_of.div(0.25).round().mul(0.25))
     assert (head.law.log_share[0, : head.law.used[0], 1] > -torch.inf).all()
     prediction = head(torch.zeros(1, 1, head.outputs).double(), z, t, process)
     real = replace(prediction, log_weights=prediction.log_weights.clone())
     real.log_weights[..., 1 : head.law.used[1]] = -torch.inf
     x = torch.arange(-100000, 100000).double()[:, None] / 5000 + 1e-5
-    density = NumberDecoder(made, places([Column("x", "real")]), head.law)(real, z, t, process)
+    density = ContinuousDecoder(made, places([Column("x", "real")]), head.law)(real, z, t, process)
     total = torch.trapezoid(density.log_prob(x).exp(), x[:, 0])
     assert total.item() == pytest.approx(1, abs=1e-3)  # the jumps at the knots
-    cells = NumberDecoder(made, place, head.law)(prediction, z, t, process)
+    cells = ContinuousDecoder(made, place, head.law)(prediction, z, t, process)
     lattice = -2.0 + 0.25 * torch.arange(-400, 800).double()[:, None]
     assert cells.log_prob(lattice).exp().sum().item() == pytest.approx(1, abs=1e-12)
     # a missing cell is decoded by its symbol alone
@@ -237,7 +242,7 @@ def test_the_unit_of_a_density_is_a_factor(unit):
         schema = Schema.of_table([Column("income", "real")])
         with seeded(0):
             model = build(configure(schema, 64, width=16, depth=1)[0], schema)
-        model.start_from(x)
+        model.fit_statistics(x)
         model.double().eval()
         t = torch.full((64,), 0.1).double()
         found = model.likelihood(model.embed(x), t).log_prob(x).sum()

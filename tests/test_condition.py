@@ -17,11 +17,11 @@ from nelbo.cli import main
 from nelbo.data import Label, Schema
 from nelbo.diffusion.decoder import Categorical, GaussianDensity
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Data, SymbolLogits
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian
+from nelbo.diffusion.parametrization import SymbolLogits, XPrediction
+from nelbo.diffusion.process import Affine, GaussianDiffusion, MaskedDiffusion
 from nelbo.diffusion.reverse import Optimal, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
-from nelbo.diffusion.times import Grid, elbo
+from nelbo.diffusion.times import TimeGrid, elbo
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import best_grid, measure_errors
 from nelbo.evaluation.importance_bound import evaluate_importance
@@ -57,8 +57,8 @@ def model(step=None):
     """P(x|c) = N(c, S²) in two dimensions, but for the prior term."""
     spread = math.sqrt(1 / (1 / S**2 + math.exp(-LOW)))
     decoder = GaussianDensity(Affine(), spread).requires_grad_(False)
-    process = Gaussian(Linear(LOW, HIGH), Affine())
-    return Model(Denoiser(), process, Data(), step or Posterior(), decoder, (2,))
+    process = GaussianDiffusion(Linear(LOW, HIGH), Affine())
+    return Model(Denoiser(), process, XPrediction(), step or Posterior(), decoder, (2,))
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_the_bound_is_of_each_example_given_its_own(pairs):
 def test_other_measures_keep_rows_together(pairs):
     x, c = pairs
     given, want = model().given(c), exact(x, c)
-    few, fine = slice(0, 12), Grid.uniform(128)
+    few, fine = slice(0, 12), TimeGrid.uniform(128)
     with seeded(1), torch.no_grad():
         bound = elbo(given, x, fine)
     torch.testing.assert_close(-bound.elbo, want, rtol=0, atol=MIXED / 8)
@@ -111,11 +111,11 @@ def test_other_measures_keep_rows_together(pairs):
     "measure",
     [
         lambda model, x: evaluate(model, x, calls=4),
-        lambda model, x: elbo(model, x, Grid.uniform(3)),
-        lambda model, x: evaluate_importance(model, x, times=Grid.uniform(3), samples=2),
+        lambda model, x: elbo(model, x, TimeGrid.uniform(3)),
+        lambda model, x: evaluate_importance(model, x, times=TimeGrid.uniform(3), samples=2),
         lambda model, x: evaluate_flow(model, x, samples=2),
         lambda model, x: best_grid(model, x, 4),
-        lambda model, x: by_dimension(model, x, Grid.uniform(3)),
+        lambda model, x: by_dimension(model, x, TimeGrid.uniform(3)),
     ],
     ids=["evaluate", "elbo", "importance", "flow", "grid", "dimensions"],
 )
@@ -152,7 +152,7 @@ def test_grids_and_errors_are_measured_on_pairs(pairs):
 def test_samples_follow_their_conditions(pairs):
     _, c = pairs
     c = c.repeat(20, 1)
-    x = ancestral(model().given(c), len(c), Grid.uniform(64))
+    x = ancestral(model().given(c), len(c), TimeGrid.uniform(64))
     for value in c.unique():
         mine = x[c[:, 0] == value]
         assert (mine.mean(0) - value).abs().max() < 0.1
@@ -236,12 +236,12 @@ def test_masked_symbols_are_completed_exactly():
             z = features.unflatten(1, (3, 4)).argmax(2)
             return table[z[:, 0], z[:, 1], z[:, 2]].log().clamp(min=-1e3) + self.zero
 
-    process = Absorbing(PowerAlpha(1.0), 3)
+    process = MaskedDiffusion(PowerAlpha(1.0), 3)
     of_table = Model(Table(), process, SymbolLogits(3), Posterior(), Categorical(), (3,))
     n = 20_000
     x = torch.tensor([[0, 2, 1]]).expand(n, 3)
     known = torch.tensor([False, True, False])
-    drawn = complete(of_table, x, known, Grid.uniform(64), seed=1)
+    drawn = complete(of_table, x, known, TimeGrid.uniform(64), seed=1)
     assert drawn[:, 1].eq(2).all()
     found = torch.bincount(3 * drawn[:, 0] + drawn[:, 2], minlength=9).double() / n
     want = joint[:, 2] / joint[:, 2].sum()
@@ -266,13 +266,20 @@ def test_gaussian_completion_nears_the_conditional_law():
             return self.one * alpha[:, None].sqrt() * right @ cov
 
     decoder = GaussianDensity(Affine(), 0.02).requires_grad_(False)
-    best = Model(Best(), Gaussian(Linear(LOW, 6.0), Affine()), Data(), Posterior(), decoder, (2,))
+    best = Model(
+        Best(),
+        GaussianDiffusion(Linear(LOW, 6.0), Affine()),
+        XPrediction(),
+        Posterior(),
+        decoder,
+        (2,),
+    )
     n = 2000
     x = torch.tensor([[2.0, 0.0]], dtype=torch.float64).expand(n, 2)
     known = torch.tensor([True, False])
     means = []
     for rounds in (1, 8):
-        drawn = complete(best, x, known, Grid.uniform(48), seed=2, rounds=rounds)
+        drawn = complete(best, x, known, TimeGrid.uniform(48), seed=2, rounds=rounds)
         assert drawn[:, 0].eq(2.0).all()
         means.append(drawn[:, 1].mean().item())
     spread = math.sqrt(1 - rho**2)
@@ -343,7 +350,7 @@ def test_networks_learn_what_they_are_given(tmp_path):
     assert evaluate(given, x).nats < evaluate(run.model.unconditional(), x).nats - 0.4
     for name, value in (("0", 0), ("1", 3)):
         labels = parse([name], run.config.schema).expand(50, 1)
-        drawn = ancestral(run.law_of_samples(50, labels), 50, Grid.uniform(8))
+        drawn = ancestral(run.model_for_sampling(50, labels), 50, TimeGrid.uniform(8))
         assert drawn.eq(value).double().mean() > 0.9
 
 
@@ -406,7 +413,7 @@ def test_columns_of_a_table_are_conditions(tmp_path):
     torch.testing.assert_close(given.condition, encode(want.double(), run.config.schema))
     assert math.isfinite(evaluate(*run.law()[:2], calls=4).nats)
     labels = parse(["colour=blue", "b=0.5"], run.config.schema).expand(3, 2)
-    assert ancestral(run.law_of_samples(3, labels), 3, Grid.uniform(2)).shape == (3, 1)
+    assert ancestral(run.model_for_sampling(3, labels), 3, TimeGrid.uniform(2)).shape == (3, 1)
     assert resume(run.path, steps=5).config.schema == run.config.schema
     with pytest.raises(ValueError, match=r"x\.csv has no column 'c'; it has 'a', 'colour', 'b'"):
         train(str(source), tmp_path / "other", condition=["c"], **TINY)

@@ -24,18 +24,24 @@ from torch.distributions import MixtureSameFamily, Normal, kl_divergence
 from nelbo._utils.numerics import seeded
 from nelbo.data import as_examples
 from nelbo.diffusion import gaussian_mixture
-from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Data, LevelLogits, LevelTable, Prediction, SymbolLogits
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.parametrization import (
+    LevelLogits,
+    LevelTable,
+    Prediction,
+    SymbolLogits,
+    XPrediction,
+)
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
-from nelbo.diffusion.terms import Decode, Rate, Step, Term
-from nelbo.diffusion.times import Continuum, Grid
+from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, Term
+from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation import allocation, reference_denoisers
-from nelbo.evaluation.allocation import Cells, estimate, pilot
-from nelbo.evaluation.control_variates import NOTHING_SAID, Controls, Nothing
-from nelbo.evaluation.reference_denoisers import Draw, LevelReference, observe, same_noise
+from nelbo.evaluation.allocation import Strata, estimate, pilot
+from nelbo.evaluation.control_variates import NO_CONTEXT, ControlVariates, NoControlVariates
+from nelbo.evaluation.reference_denoisers import LevelReference, TermDraw, draw_term, same_noise
 
 EDGES = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
 STATE = torch.empty(0)
@@ -49,7 +55,11 @@ def _seed():
 
 def terms(n: int) -> dict[str, Term]:
     s, t = (torch.full((n,), v, dtype=torch.float64) for v in (0.35, 0.5))
-    return {"decode": Decode(t=s), "step": Step(t=t, s=s), "rate": Rate(t=t)}
+    return {
+        "decode": ReconstructionTerm(t=s),
+        "step": DiffusionTerm(t=t, s=s),
+        "rate": DiffusionRate(t=t),
+    }
 
 
 @pytest.fixture
@@ -82,7 +92,7 @@ def test_linear_is_a_cost_without_its_mean(kind, widest, monkeypatch):
         rows = x.expand(4, 2)
         alpha = process.alpha(term.t[:1])
         z = alpha.sqrt() * process.embed(rows) + (1 - alpha).sqrt() * noise
-        draw = Draw(rows, term, z, Prediction(z), STATE, z[:, 0])
+        draw = TermDraw(rows, term, z, Prediction(z), STATE, z[:, 0])
         got = reference.within(known.model, draw)
         gain = alpha.sqrt() * cov @ torch.linalg.inv(alpha * cov + (1 - alpha) * torch.eye(2))
         e_hat = mean + (z - alpha.sqrt() * mean) @ gain.T
@@ -99,10 +109,10 @@ def test_linear_is_a_cost_without_its_mean(kind, widest, monkeypatch):
 def one_level_model(count: int, gamma: float, step: str = "mixture") -> Model:
     kinds = Levels(count)
     reverse = Mixture(kinds.values) if step == "mixture" else Posterior()
-    process = Gaussian(Linear(gamma, gamma + 6.0), kinds)
+    process = GaussianDiffusion(Linear(gamma, gamma + 6.0), kinds)
     head = LevelLogits(kinds.values, (1,)).double()
     network = Formula(lambda z, level: torch.zeros(*z.shape, count, dtype=torch.float64))
-    return Model(network, process, head, reverse, LevelHead(), (1,))
+    return Model(network, process, head, reverse, LevelDecoder(), (1,))
 
 
 def sharpness(model: Model, t: float) -> float:
@@ -132,11 +142,11 @@ def test_levels_have_mean_zero_by_quadrature(count, gamma, least, most, kind, mo
         grid = torch.cartesian_prod(noise, shifts)
         x = torch.full((len(grid), 1), level)
         times = torch.full((len(grid),), t, dtype=torch.float64)
-        term = Decode(t=times) if kind == "decode" else Rate(t=times)
+        term = ReconstructionTerm(t=times) if kind == "decode" else DiffusionRate(t=times)
         q = model.process.marginal(model.embed(x), times).base_dist
         z = q.loc + q.scale * grid[:, :1]
         monkeypatch.setattr(torch, "rand", lambda *_, grid=grid, **__: grid[:, 1:])
-        draw = Draw(x, term, z, Prediction(z), STATE, z[:, 0])
+        draw = TermDraw(x, term, z, Prediction(z), STATE, z[:, 0])
         got = reference.within(model, draw, logits.log_softmax(-1))
         mean = (got.view(len(noise), 16).mean(1) * weights).sum()
         assert abs(mean.item()) < 4e-9 * got.abs().max() + 1e-12
@@ -154,12 +164,12 @@ def test_nodes_are_unbiased_where_they_are_too_coarse():
     context = torch.tensor([ratio, 0.0], dtype=torch.float64).log_softmax(-1)
     x = torch.ones(n, 1, dtype=torch.int64)
     z = process.marginal(process.embed(x), t).sample()
-    draw = Draw(x, Rate(t=t), z, Prediction(z), STATE, z[:, 0])
+    draw = TermDraw(x, DiffusionRate(t=t), z, Prediction(z), STATE, z[:, 0])
     reference = LevelReference(model, torch.tensor([[0], [1]]), EDGES)
     got = reference.within(model, draw, context)
     assert_mean(got / got.std(), 0.0, error=0.008)
     beyond = normal_cdf(0.3)
-    jump = Rate(t=t[:1]).error_weight(process) * 4
+    jump = DiffusionRate(t=t[:1]).error_weight(process) * 4
     # by chance of z (share beyond) and of the shift, at most half a node of the widest weight
     assert 0.8 < got.std() / (jump * math.sqrt(beyond * (1 - beyond))) < 1.2
 
@@ -181,13 +191,13 @@ def test_levels_have_mean_zero_by_draws(kind, count, gamma, step, alone):
     lean = torch.linspace(-1, 1, count, dtype=torch.float64)
     network = Formula(lambda z, level: (1.5 * z.flip(1) + 0.3 * z)[..., None].tanh() * lean)
     reverse = Mixture(kinds.values) if step == "mixture" else Posterior()
-    process = Gaussian(Linear(gamma, gamma + 6.0), kinds)
-    model = Model(network, process, LevelLogits(kinds.values), reverse, LevelHead(), (2,))
+    process = GaussianDiffusion(Linear(gamma, gamma + 6.0), kinds)
+    model = Model(network, process, LevelLogits(kinds.values), reverse, LevelDecoder(), (2,))
     data = torch.randint(count, (69, 2))
-    controls = Controls(model, data, EDGES)
+    controls = ControlVariates(model, data, EDGES)
     x = data[:1].expand(n, 2)
-    one, other = (observe(model, x, terms(n)[kind]) for _ in range(2))
-    lender = NOTHING_SAID if alone else controls.said(other)
+    one, other = (draw_term(model, x, terms(n)[kind]) for _ in range(2))
+    lender = NO_CONTEXT if alone else controls.said(other)
     v = controls.within(one, controls.said(one), lender, torch.full((n,), alone))
     assert v.shape == (n, 7)
     v, others = (v[:, :3], v[:, 3:]) if alone else (v[:, 3:], v[:, :3])
@@ -204,14 +214,16 @@ def test_symbols_have_mean_zero_by_enumeration(kind, alone):
     pairs = torch.cartesian_prod(torch.arange(len(every)), torch.arange(len(every)))
     one, other = every[pairs[:, 0]], every[pairs[:, 1]]
     data = known.examples(69)
-    controls = Controls(known.model, data, EDGES)
+    controls = ControlVariates(known.model, data, EDGES)
     x = data[:1].expand_as(one)
     term = terms(len(x))[kind]
     q = known.model.process.marginal(known.model.embed(x), term.t)
     weights = (q.log_prob(one) + q.log_prob(other)).exp()
-    draws = [Draw(x, term, z, known.model.predict(z, term.t), STATE, term.t) for z in (one, other)]
+    draws = [
+        TermDraw(x, term, z, known.model.predict(z, term.t), STATE, term.t) for z in (one, other)
+    ]
     said = controls.said(draws[0])
-    lender = NOTHING_SAID if alone else controls.said(draws[1])
+    lender = NO_CONTEXT if alone else controls.said(draws[1])
     v = controls.within(draws[0], said, lender, torch.full((len(x),), alone))
     v = v[:, 0 if alone else 1]
     assert v.abs().max() > 0.1
@@ -371,17 +383,17 @@ def level_reference_model(data: Tensor, step: str = "mixture") -> Model:
     kinds = Levels(4)
     reverse = Mixture(kinds.values) if step == "mixture" else Posterior()
     head = LevelLogits(kinds.values, tuple(data.shape[1:])).double()
-    head.start_from(data)
+    head.fit_statistics(data)
     network = Formula(lambda z, level: torch.zeros(*z.shape, 4, dtype=torch.float64))
-    process = Gaussian(Linear(-4.0, 2.5), kinds)
-    return Model(network, process, head, reverse, LevelHead(), tuple(data.shape[1:]))
+    process = GaussianDiffusion(Linear(-4.0, 2.5), kinds)
+    return Model(network, process, head, reverse, LevelDecoder(), tuple(data.shape[1:]))
 
 
 def symbol_reference_model(data: Tensor) -> Model:
     head = SymbolLogits(3, tuple(data.shape[1:])).double()
-    head.start_from(data)
+    head.fit_statistics(data)
     network = Formula(lambda z, level: torch.zeros(len(z), 2, 3, dtype=torch.float64))
-    process = Absorbing(PowerAlpha(2.0), 3)
+    process = MaskedDiffusion(PowerAlpha(2.0), 3)
     return Model(network, process, head, Posterior(), Categorical(), tuple(data.shape[1:]))
 
 
@@ -395,9 +407,9 @@ def linear_reference_model(data: Tensor) -> Model:
         centred = z - alpha[:, 0].sqrt() * mean
         return mean + (gain @ centred[..., None])[..., 0]
 
-    process = Gaussian(Linear(-4.0, 2.0), Affine())
+    process = GaussianDiffusion(Linear(-4.0, 2.0), Affine())
     decoder = GaussianDensity(Affine(), 0.2).requires_grad_(False)
-    return Model(Formula(network), process, Data(), Posterior(), decoder, (2,))
+    return Model(Formula(network), process, XPrediction(), Posterior(), decoder, (2,))
 
 
 def its_own_reference(name: str) -> tuple[Model, Tensor]:
@@ -422,10 +434,10 @@ def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch, exa
     )  # its features are then quadratics, all of them
     monkeypatch.setattr(allocation, "NEAR", 0.0)
     monkeypatch.setattr(allocation, "FAR", 0.0)
-    times = Grid.uniform(4)
-    cells = Cells(times)
+    times = TimeGrid.uniform(4)
+    cells = Strata(times)
     model, data = its_own_reference(name)
-    controls = Controls(model, data, cells.edges)
+    controls = ControlVariates(model, data, cells.edges)
     found = pilot(cells, controls, data, 64, 7, 3)
     x, draws = data[:8], torch.rand(8, 3, 7, dtype=torch.float64)
     costs = estimate(cells, controls, found, x, draws)
@@ -447,11 +459,11 @@ def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch, exa
 def test_the_pilot_finds_what_there_is(name):
     """With its ridge, and in continuous time, where a cell holds many times: a sixteenth of the
     variance of the costs is left, at most."""
-    cells = Cells(Continuum())
+    cells = Strata(ContinuousTime())
     model, data = its_own_reference(name)
-    controls = Controls(model, data, cells.edges)
+    controls = ControlVariates(model, data, cells.edges)
     found = pilot(cells, controls, data, 64, 1, 1)
-    plain = pilot(cells, Nothing(model, cells.edges), data, 64, 1, 1)
+    plain = pilot(cells, NoControlVariates(model, cells.edges), data, 64, 1, 1)
     assert found.left.sum() < plain.left.sum() / 4
 
 
@@ -469,7 +481,7 @@ def test_observing_changes_nothing(name, kind):
     with seeded(3):
         cost, after = term.cost(known.model, x), torch.rand(4)
     with seeded(3):
-        draw = observe(known.model, x, term)
+        draw = draw_term(known.model, x, term)
         controls_state = torch.get_rng_state()
         assert torch.equal(torch.rand(4), after)
     assert torch.equal(draw.cost, cost.double())
@@ -486,12 +498,12 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
     KL, which is most of its variance, is gone but for what 24 nodes leave of an integral."""
     data = levels().examples(69).long()
     model = level_reference_model(data)
-    controls = Controls(model, data, EDGES)
+    controls = ControlVariates(model, data, EDGES)
     x = data[:1].expand(500, 2)
     s, t = (torch.full((500,), v, dtype=torch.float64) for v in (0.2, 0.6))
-    draw = observe(model, x, Step(t=t, s=s))
+    draw = draw_term(model, x, DiffusionTerm(t=t, s=s))
     alone = torch.ones(500, dtype=torch.bool)
-    left = draw.cost - controls.within(draw, NOTHING_SAID, NOTHING_SAID, alone)[:, 1]
+    left = draw.cost - controls.within(draw, NO_CONTEXT, NO_CONTEXT, alone)[:, 1]
     q = model.process.posterior(draw.z, model.embed(x), s, t)
     again = kl_divergence(q, model.step(draw.prediction, draw.z, s, t, model.process))
     assert (again - draw.cost).std() > 0.02  # other noise, another cost
@@ -507,7 +519,7 @@ def test_the_terms_of_the_reference_are_between():
     """φ of a cell of levels is D(s) - D(t) and -log P(x) - D(t_1), up to scale."""
     data = levels().examples(69).long()
     model = level_reference_model(data)
-    controls = Controls(model, data, EDGES)
+    controls = ControlVariates(model, data, EDGES)
     phi = controls._phi(data)[..., -1]
     d = controls.levels.divergence(data)
     surprise = -model.head.log_prior.expand(69, 2, 4).gather(-1, data[..., None]).sum((1, 2))
@@ -524,11 +536,13 @@ def test_the_terms_of_the_reference_are_between():
 def test_the_roughness_of_images_is_between():
     """Σ log(1 + |d|/s), d the differences of neighbours, then those from left + above - corner; s
     in units of the mean difference of neighbours: by loops."""
-    process = Gaussian(Linear(-4.0, 4.0), Levels(4))
+    process = GaussianDiffusion(Linear(-4.0, 4.0), Levels(4))
     data = torch.randint(4, (69, 2, 3, 3), generator=torch.Generator().manual_seed(0))
     head, step = LevelLogits(process.embedding.values), Posterior()
     network = Formula(lambda z, level: z[..., None].expand(*z.shape, 4))
-    controls = Controls(Model(network, process, head, step, LevelHead(), (2, 3, 3)), data, EDGES)
+    controls = ControlVariates(
+        Model(network, process, head, step, LevelDecoder(), (2, 3, 3)), data, EDGES
+    )
 
     def differences(image):
         for c, i, j in itertools.product(range(2), range(3), range(3)):
@@ -555,11 +569,11 @@ def test_the_roughness_of_images_is_between():
 
 def test_images_without_neighbours_or_differences_have_no_roughness():
     """One pixel has none, and a single colour divides by nothing."""
-    one = Gaussian(Linear(-4.0, 4.0), Levels(4))
+    one = GaussianDiffusion(Linear(-4.0, 4.0), Levels(4))
     head, network = LevelLogits(one.embedding.values), Formula(lambda z, level: z)
     for side in (1, 2):
-        model = Model(network, one, head, Posterior(), LevelHead(), (3, side, side))
+        model = Model(network, one, head, Posterior(), LevelDecoder(), (3, side, side))
         x = torch.full((40, 3, side, side), 2)
-        controls = Controls(model, x, EDGES)
+        controls = ControlVariates(model, x, EDGES)
         assert (controls.roughness is None) == (side == 1)
         assert controls.between(x).isfinite().all()

@@ -20,10 +20,10 @@ from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import diffusion_term, prior_term, reconstruction_term
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Mean
-from nelbo.diffusion.process import Affine, Gaussian
-from nelbo.diffusion.reverse import Beta, Posterior, Reverse
+from nelbo.diffusion.process import Affine, GaussianDiffusion
+from nelbo.diffusion.reverse import Beta, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Schedule
-from nelbo.diffusion.times import Grid, elbo
+from nelbo.diffusion.times import TimeGrid, elbo
 
 BETAS = [0.3, 0.1, 0.6, 0.45]
 T, D = len(BETAS), 3
@@ -53,7 +53,7 @@ class LinearGaussian:
 
     def __init__(
         self,
-        step: Reverse,
+        step: ReverseKernel,
         matrix: Tensor,
         offset: Tensor,
         betas: list[float] = BETAS,
@@ -79,13 +79,13 @@ class LinearGaussian:
         affine = Affine(shift, scale)
         self.model = Model(
             Formula(f),
-            Gaussian(schedule, affine),
+            GaussianDiffusion(schedule, affine),
             Mean(len(betas)),
             step,
             GaussianDensity(affine, spread),
             shape=(D,),
         )
-        self.times = Grid.uniform(len(betas))
+        self.times = TimeGrid.uniform(len(betas))
 
     def joint_p(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of (z_T, ..., z_1, x) under P."""
@@ -165,7 +165,7 @@ STEPS = pytest.mark.parametrize("step", [Beta(), Posterior()], ids=["beta", "bet
 POINTS = torch.tensor([[0.0, 0.0, 0.0], [1.3, -2.0, 0.4], [-5.0, 3.0, 9.0]], dtype=torch.float64)
 
 
-def arbitrary(step: Reverse) -> LinearGaussian:
+def arbitrary(step: ReverseKernel) -> LinearGaussian:
     """A model of which nothing is special."""
     matrix = 0.7 * EYE + 0.3 * torch.randn(T, D, D, dtype=torch.float64)
     return LinearGaussian(step, matrix, torch.randn(T, D, dtype=torch.float64))

@@ -8,10 +8,10 @@ import torch
 from scipy.stats import norm
 from torch.distributions import kl_divergence
 
-from nelbo import Grid, elbo, evaluate
+from nelbo import TimeGrid, elbo, evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.process import Affine
-from nelbo.diffusion.times import Continuum
+from nelbo.diffusion.times import ContinuousTime
 from nelbo.integrations import is_foreign, load
 from nelbo.integrations.diffusers import build
 
@@ -263,7 +263,7 @@ def test_steps_and_continuous_time_have_the_same_ends(kind, zero):
         network = Recorder(None)
         network.forward = lambda y, time, return_dict: (zero(y, time.reshape(-1, 1, 1, 1)),)
         found = build(network, getattr(diffusers, kind)(), steps=steps)
-        assert isinstance(found.times, Continuum if steps is None else Grid)
+        assert isinstance(found.times, ContinuousTime if steps is None else TimeGrid)
         with torch.no_grad():
             return elbo(found.model, x, found.times, u).diffusion.item()
 
@@ -295,7 +295,9 @@ def test_a_folder_is_what_was_saved(networks, tmp_path, pipeline):
     examples, name = found.examples(str(tmp_path / "x.npz"))
     assert name.startswith("all of") and np.array_equal(examples.numpy(), x)
     a = evaluate(found.model, examples, times=found.times, calls=2 * T)
-    b = evaluate(build(networks[3], scheduler).model, examples, times=Grid.uniform(T), calls=2 * T)
+    b = evaluate(
+        build(networks[3], scheduler).model, examples, times=TimeGrid.uniform(T), calls=2 * T
+    )
     assert a.bits_per_dim == b.bits_per_dim and a.model_hash == b.model_hash
     assert "8 of 8 steps, variance small, x̂ not clipped" in found.notes[0]
 

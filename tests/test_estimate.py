@@ -12,11 +12,11 @@ from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import Bound, diffusion_term
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.parametrization import Data
-from nelbo.diffusion.process import Affine, Gaussian
-from nelbo.diffusion.reverse import Posterior, Reverse
+from nelbo.diffusion.parametrization import XPrediction
+from nelbo.diffusion.process import Affine, GaussianDiffusion
+from nelbo.diffusion.reverse import Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Cosine, Linear, Schedule
-from nelbo.diffusion.times import Continuum, Grid, elbo, iid, stratified
+from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo, iid, stratified
 
 SHAPE = (3, 5, 7)
 
@@ -31,13 +31,13 @@ def gaussian_model(
     x_hat,
     shape: tuple[int, ...] = SHAPE,
     schedule: Schedule | None = None,
-    step: Reverse | None = None,
+    step: ReverseKernel | None = None,
 ) -> Model:
     """x̂ a formula of z_t and γ, with σ² = β̃."""
     return Model(
         Formula(x_hat),
-        Gaussian(schedule or Linear(-4.0, 2.0), Affine()),
-        Data(),
+        GaussianDiffusion(schedule or Linear(-4.0, 2.0), Affine()),
+        XPrediction(),
         step or Posterior(),
         GaussianDensity(Affine()),
         shape=shape,
@@ -62,7 +62,9 @@ def batches(law, n: int, draws: int = 1) -> Tensor:
 
 
 GRIDS = pytest.mark.parametrize(
-    "times", [Grid.uniform(4), Grid([0.1, 0.3, 1.0]), Grid.uniform(50)], ids=["4", "uneven", "50"]
+    "times",
+    [TimeGrid.uniform(4), TimeGrid([0.1, 0.3, 1.0]), TimeGrid.uniform(50)],
+    ids=["4", "uneven", "50"],
 )
 
 
@@ -108,7 +110,7 @@ def test_the_continuum_is_unbiased(schedule, law):
         first = (-schedule(torch.tensor([start], dtype=torch.float64))).exp().item()
         truth = 0.5 * (first - math.exp(-2.0)) * square(x)[0].item()
         with torch.no_grad():
-            got = elbo(model, x, Continuum(start), u=batches(law, n)).diffusion
+            got = elbo(model, x, ContinuousTime(start), u=batches(law, n)).diffusion
         assert_mean(got.reshape(-1, BATCH).mean(1), truth, error=0.02 * truth)
 
 
@@ -120,7 +122,7 @@ def test_stratified_times_have_less_variance():
     with torch.no_grad():
         scatter = {
             law: torch.stack(
-                [elbo(model, x, Continuum(), u=law(16)).diffusion.mean() for _ in range(200)]
+                [elbo(model, x, ContinuousTime(), u=law(16)).diffusion.mean() for _ in range(200)]
             ).var()
             for law in (iid, stratified)
         }
@@ -152,7 +154,7 @@ def test_stratified_ties_no_example_to_a_time():
 def test_one_step_has_no_diffusion():
     """Equation 5 at T = 1: prior and reconstruction at the one time, nothing between."""
     model, x = blind(), torch.randn(2, *SHAPE, dtype=torch.float64)
-    for times in (Grid.uniform(1), Grid([1.0])):
+    for times in (TimeGrid.uniform(1), TimeGrid([1.0])):
         with torch.no_grad():
             got = elbo(model, x, times)
         assert torch.equal(got.diffusion, torch.zeros(2, dtype=torch.float64))
@@ -170,7 +172,9 @@ def test_the_elbo_is_minus_the_sum():
     assert bound.elbo.tolist() == [-111.0, -222.0]
 
 
-@pytest.mark.parametrize("times", [Grid.uniform(4), Continuum()], ids=["grid", "continuum"])
+@pytest.mark.parametrize(
+    "times", [TimeGrid.uniform(4), ContinuousTime()], ids=["grid", "continuum"]
+)
 @pytest.mark.parametrize("shape", [SHAPE, (3,)], ids=str)
 def test_an_example_does_not_see_its_batch(times, shape):
     """Each of the three terms is per example: with the noise-free model, a batch is its parts."""
@@ -232,14 +236,14 @@ def test_finer_grids_approach_the_continuum_from_above():
 
 
 @pytest.mark.parametrize(
-    "times", [Grid.uniform(8), Continuum(), Continuum(0.3)], ids=["grid", "0", "0.3"]
+    "times", [TimeGrid.uniform(8), ContinuousTime(), ContinuousTime(0.3)], ids=["grid", "0", "0.3"]
 )
 def test_draws_of_an_ideal_denoiser(times):
     """Equations 5 and 8: `elbo` by draws of x, t and z, on a case known in closed form."""
     v, n = 2.5, 60_000
     model = gaussian_model(shrink(v), shape=(1,))
     x = math.sqrt(v) * torch.randn(n, 1, dtype=torch.float64)
-    if isinstance(times, Grid):
+    if isinstance(times, TimeGrid):
         s, t = times.times[:-1], times.times[1:]
         truth = (0.5 * ((4 - 6 * s).exp() - (4 - 6 * t).exp()) @ mmse(v, t)).item()
     else:
@@ -264,7 +268,7 @@ def test_measuring_is_float64_and_leaves_no_trace():
     with measuring(model):
         assert not model.training and not torch.is_grad_enabled()
         x = torch.randn(2, *SHAPE, dtype=torch.float64)
-        assert elbo(model, x, Grid.uniform(3)).elbo.dtype == torch.float64
+        assert elbo(model, x, TimeGrid.uniform(3)).elbo.dtype == torch.float64
     assert model.training and model.dtype == torch.float32
     with pytest.raises(ZeroDivisionError), measuring(model):
         raise ZeroDivisionError

@@ -9,13 +9,13 @@ from torch import nn
 
 from nelbo._utils.numerics import seeded
 from nelbo.cli import display
-from nelbo.diffusion.decoder import GaussianDensity, LevelHead
+from nelbo.diffusion.decoder import GaussianDensity, LevelDecoder
 from nelbo.diffusion.model import Model, measuring, model_hash
-from nelbo.diffusion.parametrization import Data, LevelLogits
-from nelbo.diffusion.process import Affine, Gaussian, Levels
+from nelbo.diffusion.parametrization import LevelLogits, XPrediction
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear
-from nelbo.diffusion.times import Continuum, Grid, elbo
+from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo
 from nelbo.evaluation.allocation import pilot
 from nelbo.evaluation.evaluate import CALLS, evaluate
 from nelbo.evaluation.survey import BLOCK, plan
@@ -46,8 +46,8 @@ class Shrink(nn.Module):
 @pytest.fixture
 def model():
     levels = Levels(4)
-    process, head = Gaussian(Linear(-6.0, 5.0), levels), LevelLogits(levels.values)
-    return Model(Tilt(), process, head, Mixture(levels.values), LevelHead(), (3,))
+    process, head = GaussianDiffusion(Linear(-6.0, 5.0), levels), LevelLogits(levels.values)
+    return Model(Tilt(), process, head, Mixture(levels.values), LevelDecoder(), (3,))
 
 
 @pytest.fixture
@@ -87,7 +87,9 @@ def test_every_example_counts_once_and_alike(model, x):
     assert abs(alone.mean().item() - each[-1].item()) < 4 * max(error, 0.2)
 
 
-@pytest.mark.parametrize("times", [Continuum(), Grid.uniform(5)], ids=["continuum", "grid"])
+@pytest.mark.parametrize(
+    "times", [ContinuousTime(), TimeGrid.uniform(5)], ids=["continuum", "grid"]
+)
 def test_the_terms_add_up(model, x, times):
     result = evaluate(model, x, times=times, calls=240)
     total = result.terms.prior + result.terms.reconstruction + result.terms.diffusion
@@ -102,7 +104,7 @@ def test_the_terms_add_up(model, x, times):
 @pytest.mark.parametrize("calls", [None, 2, 3, 4, 9, 21, 64])
 @pytest.mark.parametrize(
     "times",
-    [Continuum(), Grid.uniform(8), Grid.uniform(1000), Grid.uniform(1)],
+    [ContinuousTime(), TimeGrid.uniform(8), TimeGrid.uniform(1000), TimeGrid.uniform(1)],
     ids=["continuum", "8", "1000", "1"],
 )
 def test_the_calls_are_those_of_the_network(model, x, times, calls):
@@ -205,8 +207,8 @@ def test_a_density_is_in_nats_of_the_data_s_units():
     for scale in (1.0, 8.0):  # a power of two: the same e to the last bit, so the same draws
         affine = Affine(torch.zeros(2), torch.full((2,), scale))
         decoder = GaussianDensity(affine, math.exp(-5))
-        process = Gaussian(Linear(-10.0, 8.0), affine)
-        model = Model(Shrink(), process, Data(), Posterior(), decoder, (2,))
+        process = GaussianDiffusion(Linear(-10.0, 8.0), affine)
+        model = Model(Shrink(), process, XPrediction(), Posterior(), decoder, (2,))
         result = evaluate(model, scale * x, calls=600)
         assert result.standard_error.monte_carlo < 0.015
         assert result.bits_per_dim is None and result.unit == "nats"

@@ -38,9 +38,9 @@ def two_steps(source, tmp_path, **options):
         made.append(self)
         raise KeyboardInterrupt
 
-    made, step = [], trainer.Learner.step
+    made, step = [], trainer.Trainer.step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.Learner, "step", stop)
+        patch.setattr(trainer.Trainer, "step", stop)
         train(source, tmp_path, **SMALL | options)
     return made[0], taken
 
@@ -87,13 +87,13 @@ def test_compiled_networks_keep_the_names_of_their_weights(source, tmp_path, mon
 
 
 def test_deterministic_is_for_the_steps_alone(source, tmp_path, monkeypatch):
-    seen, gradient = [], trainer.Learner._gradient
+    seen, gradient = [], trainer.Trainer._gradient
 
     def watched(self, step):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return gradient(self, step)
 
-    monkeypatch.setattr(trainer.Learner, "_gradient", watched)
+    monkeypatch.setattr(trainer.Trainer, "_gradient", watched)
     train(source, tmp_path / "run", deterministic=True, **SMALL)
     assert seen == [True] * 4
     assert not torch.are_deterministic_algorithms_enabled()
@@ -103,7 +103,7 @@ def test_deterministic_is_for_the_steps_alone(source, tmp_path, monkeypatch):
 
 def poison(monkeypatch, steps):
     """The gradient of these steps is not finite."""
-    gradient = trainer.Learner._gradient
+    gradient = trainer.Trainer._gradient
 
     def poisoned(self, step):
         u, loss = gradient(self, step)
@@ -111,7 +111,7 @@ def poison(monkeypatch, steps):
             next(self.model.network.parameters()).grad[0] = math.inf
         return u, loss
 
-    monkeypatch.setattr(trainer.Learner, "_gradient", poisoned)
+    monkeypatch.setattr(trainer.Trainer, "_gradient", poisoned)
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_last_state(source, tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(source, tmp_path, monkeypatch)
     poison(monkeypatch, {2, 3, 6})
     options = SMALL | {"steps": 8, "nonfinite": "skip"}
     before = []
-    step = trainer.Learner.step
+    step = trainer.Trainer.step
 
     def watched(self):
         training_state.save(tmp_path / "run", self)
@@ -138,7 +138,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(source, tmp_path, monkeypatch)
         before.append(tensors)
         step(self)
 
-    monkeypatch.setattr(trainer.Learner, "step", watched)
+    monkeypatch.setattr(trainer.Trainer, "step", watched)
     run = train(source, tmp_path / "run", **options)
     changed = [
         any(not torch.equal(a[k], b[k]) for k in a if k in b and not k.startswith("best."))

@@ -23,14 +23,14 @@ ENDLESS = TINY | {"steps": 10**6, "evaluate_every": 10**6}
 
 def at_step(monkeypatch, step, action):
     """Have something happen before a step of the next training."""
-    before = trainer.Learner.step
+    before = trainer.Trainer.step
 
     def stepped(self):
         if self.at.step == step:
             action()
         return before(self)
 
-    monkeypatch.setattr(trainer.Learner, "step", stepped)
+    monkeypatch.setattr(trainer.Trainer, "step", stepped)
 
 
 def fail():

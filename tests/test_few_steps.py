@@ -14,20 +14,20 @@ from test_train import assert_same_run
 from nelbo._utils import files
 from nelbo._utils.numerics import seeded
 from nelbo.cli import main
-from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits
-from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Mixture
 from nelbo.diffusion.schedules import Linear
-from nelbo.diffusion.times import Grid, elbo, iid
+from nelbo.diffusion.times import TimeGrid, elbo, iid
 from nelbo.evaluation import grid_search
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.runs import run as run_folder
 from nelbo.runs.finetune import fine_tune, name_of
 from nelbo.training import trainer
 from nelbo.training.config import TrainConfig
-from nelbo.training.objective import FewSteps
+from nelbo.training.objective import GridObjective
 
 # `nelbo.train` is the function; this is its module.
 training = importlib.import_module("nelbo.runs.train")
@@ -47,8 +47,8 @@ class Network(Formula):
 
 
 def model():
-    process, head = Gaussian(Linear(-5.0, 4.0), Levels(3)), LevelLogits(VALUES)
-    return Model(Network(), process, head, Mixture(VALUES), LevelHead(), (4,))
+    process, head = GaussianDiffusion(Linear(-5.0, 4.0), Levels(3)), LevelLogits(VALUES)
+    return Model(Network(), process, head, Mixture(VALUES), LevelDecoder(), (4,))
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
@@ -58,17 +58,17 @@ def test_the_loss_is_the_bound_of_the_grid(power):
     n = 40_000
     with seeded(4), torch.no_grad():
         x = torch.randint(3, (n, 4))
-        bound = elbo(model(), x, Grid(TIMES))
+        bound = elbo(model(), x, TimeGrid(TIMES))
         u = iid(n)[:, 0] ** power  # density u^(1/power - 1) / power
         weight = power * u ** (1 - 1 / power)
-        loss = FewSteps(TIMES)(model(), x, u, weight=weight)
+        loss = GridObjective(TIMES)(model(), x, u, weight=weight)
         each = weight * loss.each + bound.prior
         assert loss.loss.item() == pytest.approx(each.mean().item())
         assert loss.bound.item() == loss.loss.item()
         error = bound.elbo.std() / math.sqrt(n)
         assert_mean(each + bound.elbo.mean(), 0.0, error=0.05)
         assert error < 0.05
-        with_entropy = FewSteps(TIMES, 0.5)(model(), x, 0 * u, weight=weight)
+        with_entropy = GridObjective(TIMES, 0.5)(model(), x, 0 * u, weight=weight)
         # all u are 0: each example decodes z_1, and λ adds its 3rd part's half
         added = (with_entropy.loss - with_entropy.bound) / (
             with_entropy.bound - bound.prior.mean()
@@ -81,7 +81,7 @@ def test_a_condition_reaches_the_network():
     for given in (model(), model().given(torch.zeros(8, 1)), model().given(torch.ones(8, 1))):
         with seeded(4):
             x, u = torch.randint(3, (8, 4)), torch.rand(8, dtype=torch.float64)
-            losses.append(FewSteps(TIMES)(given, x, u).loss)
+            losses.append(GridObjective(TIMES)(given, x, u).loss)
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -120,7 +120,7 @@ def test_a_fine_tuned_run_is_a_new_run(trained, source, tuned):
 def test_fine_tuning_improves_the_bound_of_its_steps(source, tmp_path, monkeypatch):
     """On a given grid; validation is by that bound."""
     # the best grid of a model that has learned nothing stays in the noise
-    monkeypatch.setattr(run_folder.Run, "grid", lambda run, steps, *_: Grid.uniform(steps))
+    monkeypatch.setattr(run_folder.Run, "grid", lambda run, steps, *_: TimeGrid.uniform(steps))
     source = shutil.copytree(source, tmp_path / "source")
     config = (source / run_folder.CONFIG).read_text()
     seldom = config.replace('"evaluate_every": 2', '"evaluate_every": 60')
@@ -155,17 +155,17 @@ def test_worse_weights_are_not_kept(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("last", [0, 3])
 def test_a_crash_repeats_the_lost_steps(source, tuned, tmp_path, monkeypatch, last):
     """Also the first ones: the state of step 0 holds the weights it starts from."""
-    step = trainer.Learner.step
+    step = trainer.Trainer.step
 
     def crash(self):
         if self.at.step == last:
             raise RuntimeError("power cut")
         step(self)
 
-    monkeypatch.setattr(trainer.Learner, "step", crash)
+    monkeypatch.setattr(trainer.Trainer, "step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         fine_tune(source, out=tmp_path / "run", **FINE)
-    monkeypatch.setattr(trainer.Learner, "step", step)
+    monkeypatch.setattr(trainer.Trainer, "step", step)
     training.resume(tmp_path / "run")
     assert_same_run(tuned.path, tmp_path / "run")
 

@@ -10,13 +10,19 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.model import Calls, Model, counting
-from nelbo.diffusion.parametrization import Data, LevelLogits, Mean, SymbolLogits, WithVariance
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.parametrization import (
+    LevelLogits,
+    Mean,
+    SymbolLogits,
+    WithVariance,
+    XPrediction,
+)
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
-from nelbo.diffusion.times import Continuum
+from nelbo.diffusion.times import ContinuousTime
 from nelbo.evaluation.dequantization import Encoder, TruncatedNormal, Uniform
 from nelbo.evaluation.probability_flow import (
     carry,
@@ -76,10 +82,13 @@ class NormalData:
         self, schedule: Schedule | None = None, shape=SHAPE, affine=None, spread=0.1
     ) -> Model:
         affine = Affine() if affine is None else affine
-        process, decoder = Gaussian(schedule or Linear(*ENDS), affine), GaussianDensity(affine)
+        process, decoder = (
+            GaussianDiffusion(schedule or Linear(*ENDS), affine),
+            GaussianDensity(affine),
+        )
         decoder.log_spread.data.fill_(torch.tensor(spread).log())
         network = Formula(self.denoise)
-        return Model(network, process, Data(), Posterior(), decoder, shape)
+        return Model(network, process, XPrediction(), Posterior(), decoder, shape)
 
 
 @pytest.fixture
@@ -93,8 +102,10 @@ def latents(count: int, shape=SHAPE) -> Tensor:
 
 def mixture_model() -> Model:
     """The ideal denoiser of a mixture of two normals, D = 1: not linear."""
-    process = Gaussian(Linear(*ENDS), Affine())
-    return Model(Formula(ideal), process, Data(), Posterior(), GaussianDensity(Affine()), (1,))
+    process = GaussianDiffusion(Linear(*ENDS), Affine())
+    return Model(
+        Formula(ideal), process, XPrediction(), Posterior(), GaussianDensity(Affine()), (1,)
+    )
 
 
 def mixture_log_density(z: Tensor) -> Tensor:
@@ -255,8 +266,8 @@ class Nothing(nn.Module):
 def levels_model(values: Levels, gamma: float) -> Model:
     head = LevelLogits(values.values)
     head.log_prior.data = PRIOR.log()
-    process, step = Gaussian(Linear(gamma, 4.0), values), Mixture(values.values)
-    return Model(Nothing(), process, head, step, LevelHead(), (1,))
+    process, step = GaussianDiffusion(Linear(gamma, 4.0), values), Mixture(values.values)
+    return Model(Nothing(), process, head, step, LevelDecoder(), (1,))
 
 
 def quadrature(model: Model, dequantiser, first: float) -> Tensor:
@@ -384,13 +395,13 @@ def test_refusals(case, monkeypatch):
     model, x = case.model(), torch.randn(2, *SHAPE)
     masks = Model(
         Nothing(),
-        Absorbing(PowerAlpha(), K),
+        MaskedDiffusion(PowerAlpha(), K),
         SymbolLogits(K),
         Posterior(),
         Categorical(),
         (1,),
     )
-    with pytest.raises(ValueError, match="Gaussian process; the model's is Absorbing"):
+    with pytest.raises(ValueError, match="Gaussian process; the model's is MaskedDiffusion"):
         evaluate_flow(masks, torch.zeros(2, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="at least 1; got 0"):
         evaluate_flow(model, x, samples=0)
@@ -416,4 +427,4 @@ def test_refusals(case, monkeypatch):
         with pytest.raises(ValueError, match=r"pip install 'nelbo\[ode\]'"):
             evaluate_flow(model, x)
     assert is_exact(model, "auto") and not is_exact(case.model(shape=(17,)), "auto")
-    assert Continuum(0.0).first == model.process.schedule.start
+    assert ContinuousTime(0.0).first == model.process.schedule.start

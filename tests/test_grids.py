@@ -9,14 +9,14 @@ from closed_forms import Formula
 from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.elbo import diffusion_term, reconstruction_term
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Data, LevelLogits, Prediction, SymbolLogits
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.parametrization import LevelLogits, Prediction, SymbolLogits, XPrediction
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior
 from nelbo.diffusion.schedules import Betas, Linear, PowerAlpha
-from nelbo.diffusion.times import Grid, even_times
+from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation import grid_search
 from nelbo.evaluation.grid_search import Table, best_grid, measure, measure_errors
 
@@ -43,9 +43,9 @@ def level_model(step=None, schedule=None):
         k = torch.arange(LEVELS, dtype=torch.float64)
         return 0.3 * z[..., None].roll(1, 1) * k - 0.1 * k**2
 
-    process = Gaussian(schedule or Linear(-5.0, 4.0), Levels(LEVELS))
+    process = GaussianDiffusion(schedule or Linear(-5.0, 4.0), Levels(LEVELS))
     step = step or STEPS["mixture"]
-    return Model(Formula(network), process, LevelLogits(VALUES), step, LevelHead(), SHAPE)
+    return Model(Formula(network), process, LevelLogits(VALUES), step, LevelDecoder(), SHAPE)
 
 
 def symbol_model():
@@ -53,7 +53,7 @@ def symbol_model():
         shown = z.unflatten(1, (SHAPE[0], LEVELS + 1)).movedim(2, -1)
         return 0.5 * shown.roll(1, 1)[..., :-1]
 
-    process, head = Absorbing(PowerAlpha(2.0), LEVELS), SymbolLogits(LEVELS)
+    process, head = MaskedDiffusion(PowerAlpha(2.0), LEVELS), SymbolLogits(LEVELS)
     return Model(Formula(network), process, head, Posterior(), Categorical(), SHAPE)
 
 
@@ -88,7 +88,7 @@ def test_the_best_grid_is_no_worse_than_the_uniform_one(name):
     model = MODELS[name]()
     times = even_times(model.process.schedule, 4, 12)
     table = measure(model, examples(200), times, longest=12)
-    best, uniform = table.best(4), Grid.uniform(4).times
+    best, uniform = table.best(4), TimeGrid.uniform(4).times
     assert table.bound(best) < table.bound(uniform) - 1e-3
     assert len(best) == 4 and best[-1] == 1
 
@@ -171,8 +171,8 @@ def normal_model(step):
     def network(z, level):
         return torch.sigmoid(-level).sqrt()[:, None] * z
 
-    process = Gaussian(Linear(-5.0, 4.0), Affine())
-    return Model(Formula(network), process, Data(), step, GaussianDensity(Affine()), (5,))
+    process = GaussianDiffusion(Linear(-5.0, 4.0), Affine())
+    return Model(Formula(network), process, XPrediction(), step, GaussianDensity(Affine()), (5,))
 
 
 def test_the_measured_error_of_a_gaussian(monkeypatch):
@@ -201,7 +201,7 @@ def test_the_best_variance_of_a_gaussian_is_beta():
 
 def test_the_best_variance_is_the_least_kl():
     """With v the mean squared error of these very predictions, every other v costs more."""
-    process = Gaussian(Linear(-5.0, 4.0), Affine())
+    process = GaussianDiffusion(Linear(-5.0, 4.0), Affine())
     z, e, e_hat = torch.randn(3, 40, 7, dtype=torch.float64)
     s, t = (torch.full((40,), v, dtype=torch.float64) for v in (0.4, 0.7))
     q, v = process.posterior(z, e, s, t), (e - e_hat).square().mean()
@@ -221,7 +221,7 @@ def test_the_error_is_a_line_between_its_points():
 def test_the_best_grid_in_earnest():
     """By fresh draws: the best grid of 4 times has a lower bound than the uniform one."""
     model, x = level_model(Posterior()), examples(20_000)
-    best, uniform = best_grid(model, x, 4).times, Grid.uniform(4).times
+    best, uniform = best_grid(model, x, 4).times, TimeGrid.uniform(4).times
 
     def cost(times):
         with torch.no_grad():

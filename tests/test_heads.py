@@ -7,19 +7,19 @@ import torch
 
 from nelbo._utils.numerics import constant, seeded
 from nelbo.diffusion import level_law
-from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.level_law import mean_and_norm
 from nelbo.diffusion.parametrization import (
-    Data,
+    EpsPrediction,
     LevelCurves,
     LevelLogits,
     Mean,
-    Noise,
     SymbolLogits,
-    Velocity,
+    VPrediction,
     WithVariance,
+    XPrediction,
 )
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.reverse import Beta, Learned, Mixture, Posterior
 from nelbo.diffusion.schedules import LearnedMonotone, Linear, PowerAlpha, Schedule
 
@@ -33,7 +33,7 @@ def _seed():
         yield
 
 
-def alpha_of(process: Gaussian, t: torch.Tensor) -> torch.Tensor:
+def alpha_of(process: GaussianDiffusion, t: torch.Tensor) -> torch.Tensor:
     """α = 1/(1 + e^γ), over a batch of pictures."""
     return (1 / (1 + process.schedule(t).exp())).reshape(-1, 1, 1, 1)
 
@@ -44,7 +44,7 @@ def alpha_of(process: Gaussian, t: torch.Tensor) -> torch.Tensor:
 def test_heads_agree(schedule):
     """Equations 3, 6 and 7: x̂ written as ε̂, x̂, v̂ or f is read back as x̂; f by the
     textbook formula of m_t from the α's."""
-    process = Gaussian(schedule, Affine())
+    process = GaussianDiffusion(schedule, Affine())
     z, e_hat = torch.randn(2, *SHAPE, dtype=torch.float64)
     a = alpha_of(process, T)
     noise = (z - a.sqrt() * e_hat) / (1 - a).sqrt()
@@ -53,9 +53,9 @@ def test_heads_agree(schedule):
     beta = 1 - a / before
     mean = ((1 - before) * (1 - beta).sqrt() * z + before.sqrt() * beta * e_hat) / (1 - a)
     for head, output in (
-        (Noise(), noise),
-        (Data(), e_hat),
-        (Velocity(), velocity),
+        (EpsPrediction(), noise),
+        (XPrediction(), e_hat),
+        (VPrediction(), velocity),
         (Mean(4), mean),
     ):
         got = head(output, z, T, process).e_hat
@@ -64,7 +64,7 @@ def test_heads_agree(schedule):
 
 def test_mean_of_the_first_step_is_the_data():
     """Equation 7 with α_0 = 1: f(z_1, 1/T) is x̂ itself."""
-    process = Gaussian(Schedule.from_betas([1e-4, 0.2, 0.3, 0.4]), Affine())
+    process = GaussianDiffusion(Schedule.from_betas([1e-4, 0.2, 0.3, 0.4]), Affine())
     z, output = torch.randn(2, 1, 3, dtype=torch.float64)
     got = Mean(4)(output, z, T[:1], process).e_hat
     torch.testing.assert_close(got, output, rtol=1e-11, atol=1e-11)
@@ -73,7 +73,7 @@ def test_mean_of_the_first_step_is_the_data():
 @pytest.mark.parametrize("steps", [3, 7, 49, 1000])
 def test_mean_accepts_every_time_of_its_grid(steps):
     """The times i/T however they are rounded, and the step Beta has f as its mean there."""
-    process = Gaussian(Schedule.from_betas(torch.linspace(0.01, 0.2, steps)), Affine())
+    process = GaussianDiffusion(Schedule.from_betas(torch.linspace(0.01, 0.2, steps)), Affine())
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:]
     z, f = torch.randn(2, steps, 2, dtype=torch.float64)
     prediction = Mean(steps)(f, z, t, process)
@@ -83,16 +83,16 @@ def test_mean_accepts_every_time_of_its_grid(steps):
 
 def test_mean_refuses_times_off_its_grid():
     """f belongs to steps of 1/T."""
-    process = Gaussian(Schedule.from_betas([0.1, 0.2, 0.3, 0.4]), Affine())
+    process = GaussianDiffusion(Schedule.from_betas([0.1, 0.2, 0.3, 0.4]), Affine())
     z = torch.zeros(2, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"steps of 1/4; .*try Grid.uniform\(4\)"):
+    with pytest.raises(ValueError, match=r"steps of 1/4; .*try TimeGrid.uniform\(4\)"):
         Mean(4)(z, z, torch.tensor([0.5, 0.6], dtype=torch.float64), process)
 
 
 def test_level_logits_of_zero_are_the_posterior_of_one_pixel():
     """With no context, P(v_k|z_t) ∝ N(z_t; √α v_k, 1-α), Bayes under a uniform
     prior; densities by hand, x̂ their mean."""
-    process = Gaussian(Linear(-6.0, 5.0), Levels(17))
+    process = GaussianDiffusion(Linear(-6.0, 5.0), Levels(17))
     x = torch.randint(17, SHAPE)
     z = process.marginal(process.embed(x), T).sample()
     values = torch.tensor([2 * k / 16 - 1 for k in range(17)], dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_level_logits_of_zero_are_the_posterior_of_one_pixel():
 
 def test_level_logits_are_a_prior():
     """Outputs log P(v_k) + anything constant give Bayes under that prior."""
-    process = Gaussian(Linear(-6.0, 5.0), Levels(3))
+    process = GaussianDiffusion(Linear(-6.0, 5.0), Levels(3))
     z = torch.randn(SHAPE, dtype=torch.float64)
     prior = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
     values = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_level_logits_are_a_prior():
 
 def test_curves_are_logits_through_a_matrix():
     """... so unit vectors for curves give LevelLogits, and any curves a law that sums to one."""
-    process = Gaussian(Linear(-13.0, 5.0), Levels(17))
+    process = GaussianDiffusion(Linear(-13.0, 5.0), Levels(17))
     values, z = process.embedding.values, torch.randn(SHAPE, dtype=torch.float64)
     full, few = LevelLogits(values, SHAPE[1:]), LevelCurves(values, SHAPE[1:], 17)
     few.log_prior.data = full.log_prior.data = torch.randn(*SHAPE[1:], 17)
@@ -137,7 +137,7 @@ def test_curves_are_logits_through_a_matrix():
 def test_few_curves_reach_every_level():
     """For each level there is an output that it or a near one is likeliest for, for each end that
     level itself; and outputs as large as they come have a finite gradient."""
-    process = Gaussian(Linear(-7.0, 40.0), Levels(256))
+    process = GaussianDiffusion(Linear(-7.0, 40.0), Levels(256))
     head = LevelCurves(process.embedding.values)
     t = torch.ones(1, dtype=torch.float64)
     z = torch.zeros(256, dtype=torch.float64)
@@ -154,7 +154,7 @@ def test_levels_in_parts_are_the_levels(monkeypatch):
     """Parts of the batch that are computed again give the same law and gradients, also of a
     schedule whose interior is held constant only in the forward pass."""
     schedule = LearnedMonotone(-6.0, 5.0, learn_endpoints=True)
-    process = Gaussian(schedule, Levels(5))
+    process = GaussianDiffusion(schedule, Levels(5))
     head = LevelCurves(process.embedding.values, SHAPE[1:], 4)
     output, noise = torch.randn(*SHAPE, 4), torch.randn(SHAPE, dtype=torch.float64)
     x = torch.randint(5, SHAPE)
@@ -194,7 +194,7 @@ def test_gradients_of_the_law_of_levels(monkeypatch, part, shared):
 
 def test_the_probability_of_one_level_needs_no_table():
     """... it is what the table of all levels says, also of a choice of dimensions."""
-    process = Gaussian(Linear(-9.0, 5.0), Levels(17))
+    process = GaussianDiffusion(Linear(-9.0, 5.0), Levels(17))
     x, z = torch.randint(17, SHAPE), torch.randn(SHAPE, dtype=torch.float64)
     for shape in ((), SHAPE[1:]):
         head = LevelCurves(process.embedding.values, shape, 6)
@@ -204,7 +204,7 @@ def test_the_probability_of_one_level_needs_no_table():
         torch.testing.assert_close(each, found.log_probs.gather(-1, x[..., None])[..., 0])
         first = found.map(lambda v: v[:, 0])
         torch.testing.assert_close(first.log_prob(x[:, 0]), each[:, 0])
-        law = LevelHead()(found, z, T, process)
+        law = LevelDecoder()(found, z, T, process)
         torch.testing.assert_close(law.log_prob(x), each.sum((1, 2, 3)))
         torch.testing.assert_close(law.log_prob(torch.stack([x, x]))[1], each.sum((1, 2, 3)))
 
@@ -217,14 +217,14 @@ def test_too_few_curves_are_refused():
 def test_variance_runs_from_beta_tilde_to_beta():
     """Equation 7: v = -1 is β̃, v = 1 is β, 0 their geometric mean; x̂ is the inner head's
     and the mean of the step is that of Posterior and Beta."""
-    process = Gaussian(Linear(-6.0, 5.0), Affine())
+    process = GaussianDiffusion(Linear(-6.0, 5.0), Affine())
     z, noise = torch.randn(2, *SHAPE, dtype=torch.float64)
     s = T - 0.2
     low, high = process.beta_tilde(s, T), process.beta(s, T)
     for v, variance in ((-1.0, low), (1.0, high), (0.0, (low * high).sqrt())):
         output = torch.stack([noise, torch.full_like(noise, v)], -1)
-        prediction = WithVariance(Noise())(output, z, T, process)
-        inner = Noise()(noise, z, T, process)
+        prediction = WithVariance(EpsPrediction())(output, z, T, process)
+        inner = EpsPrediction()(noise, z, T, process)
         assert torch.equal(prediction.e_hat, inner.e_hat)
         step = Learned()(prediction, z, s, T, process)
         want = variance.reshape(2, 1, 1, 1).expand(SHAPE)
@@ -235,7 +235,7 @@ def test_variance_runs_from_beta_tilde_to_beta():
 
 def test_symbol_logits_are_normalised():
     """Equation 9: ê = log_softmax of the output."""
-    process = Absorbing(PowerAlpha(), 3)
+    process = MaskedDiffusion(PowerAlpha(), 3)
     output = torch.randn(2, 3, 3, dtype=torch.float64)
     e_hat = SymbolLogits(3)(output, torch.full((2, 3), 3), T, process).e_hat
     truth = output.exp() / output.exp().sum(-1, keepdim=True)
@@ -245,12 +245,17 @@ def test_symbol_logits_are_normalised():
 
 def test_heads_and_steps_refuse_what_they_cannot_use():
     """Each refusal names what is needed instead."""
-    gaussian, absorbing = Gaussian(Linear(-6.0, 5.0), Affine()), Absorbing(PowerAlpha(), 3)
+    gaussian, absorbing = (
+        GaussianDiffusion(Linear(-6.0, 5.0), Affine()),
+        MaskedDiffusion(PowerAlpha(), 3),
+    )
     z = torch.zeros(2, 3, dtype=torch.float64)
-    point = Data()(z, z, T, gaussian)
-    with pytest.raises(TypeError, match="Mean needs a Gaussian process; got Absorbing"):
+    point = XPrediction()(z, z, T, gaussian)
+    with pytest.raises(TypeError, match="Mean needs GaussianDiffusion; got MaskedDiffusion"):
         Mean(4)(z, z, T, absorbing)
-    with pytest.raises(TypeError, match="SymbolLogits needs an Absorbing process; got Gaussian"):
+    with pytest.raises(
+        TypeError, match="SymbolLogits needs MaskedDiffusion; got GaussianDiffusion"
+    ):
         SymbolLogits(3)(z, z, T, gaussian)
     with pytest.raises(ValueError, match=r"LevelLogits has 3; try WithVariance\(Noise\(\)\)"):
         WithVariance(LevelLogits(torch.linspace(-1, 1, 3)))
@@ -260,7 +265,9 @@ def test_heads_and_steps_refuse_what_they_cannot_use():
     with pytest.raises(TypeError, match="LevelLogits"):
         Mixture(values)(point, z, T - 0.1, T, gaussian)
     for step in (Beta(), Learned(), Mixture(values)):
-        with pytest.raises(TypeError, match=r"Gaussian process; got Absorbing; try Posterior\(\)"):
+        with pytest.raises(
+            TypeError, match=r"Gaussian process; got MaskedDiffusion; try Posterior\(\)"
+        ):
             step(point, z, T - 0.1, T, absorbing)
 
 
@@ -270,14 +277,14 @@ def test_logits_start_from_the_frequencies_of_each_dimension():
     levels = Levels(4)
     x = torch.randint(0, 4, (5000, 2, 3)) % torch.tensor([[4, 3, 2], [1, 4, 2]])
     head = LevelLogits(levels.values, (2, 3))
-    head.start_from(x.to(torch.uint8))
+    head.fit_statistics(x.to(torch.uint8))
     frequency = torch.nn.functional.one_hot(x, 4).double().mean(0)
     z, t = torch.randn(1, 2, 3, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    noise = Gaussian(Linear(-6.0, 40.0), levels)
+    noise = GaussianDiffusion(Linear(-6.0, 40.0), levels)
     got = head(torch.zeros(1, 2, 3, 4, dtype=torch.float64), z, t, noise).log_probs[0].exp()
     torch.testing.assert_close(got.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     assert (got - frequency).abs().max() < 4 / 5000
     assert got.min() > 0
     symbols = SymbolLogits(4, (2, 3))
-    symbols.start_from(x)
+    symbols.fit_statistics(x)
     torch.testing.assert_close(symbols.log_prior, head.log_prior)

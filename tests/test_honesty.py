@@ -13,9 +13,16 @@ from torch import Tensor
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.data import as_examples
 from nelbo.diffusion.model import measuring
-from nelbo.diffusion.times import Continuum, Grid, Times, elbo, iid, stratified
-from nelbo.evaluation.allocation import Allocation, Cells, pilot
-from nelbo.evaluation.control_variates import Controls
+from nelbo.diffusion.times import (
+    ContinuousTime,
+    TimeDiscretization,
+    TimeGrid,
+    elbo,
+    iid,
+    stratified,
+)
+from nelbo.evaluation.allocation import Proposal, Strata, pilot
+from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.result import Evaluation
 
@@ -29,7 +36,7 @@ def in_nats(result: Evaluation) -> tuple[float, float]:
     return result.nats, result.standard_error.monte_carlo * scale
 
 
-def check_coverage(known: Known, x: Tensor, times: Times, calls: int) -> None:
+def check_coverage(known: Known, x: Tensor, times: TimeDiscretization, calls: int) -> None:
     """Of the intervals bound ± 1.96 errors of 200 seeds, 91 to 98 % hold the truth. The count of
     hits has a standard deviation of 1.5 %; with 16 and more degrees of freedom t covers 93 %."""
     truth = known.bound(x, times).sum(1).mean().item()
@@ -57,7 +64,7 @@ def check_intervals(found: list[tuple[float, float]], truth: float) -> None:
 def test_the_interval_covers(name, steps):
     """Against a closed form, a sum over all states, quadrature: never another estimate."""
     known = MODELS[name]()
-    times = Continuum() if steps is None else Grid.uniform(steps)
+    times = ContinuousTime() if steps is None else TimeGrid.uniform(steps)
     # of the real data one example in eight makes most of the error, which then has little more
     # than its seven degrees of freedom: there are more of those
     examples = {"gaussian": 24, "symbols": 8, "levels": 4}[name] if steps else 6
@@ -66,7 +73,7 @@ def test_the_interval_covers(name, steps):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("times", [Continuum(), Grid.uniform(4)], ids=["continuum", "4"])
+@pytest.mark.parametrize("times", [ContinuousTime(), TimeGrid.uniform(4)], ids=["continuum", "4"])
 def test_all_estimators_agree(name, times):
     """Full sum, single draws, low-discrepancy draws, importance and control variates at many
     numbers of calls: all within 4 of their own errors of the truth."""
@@ -99,10 +106,10 @@ def test_a_fine_grid_is_the_continuum(name):
     x = known.examples(6)
     start = 0.05
 
-    def steps(n: int) -> Grid:
-        return Grid(torch.linspace(start, 1, n + 1, dtype=torch.float64))
+    def steps(n: int) -> TimeGrid:
+        return TimeGrid(torch.linspace(start, 1, n + 1, dtype=torch.float64))
 
-    limit = known.bound(x, Continuum(start)).sum(1).mean().item()
+    limit = known.bound(x, ContinuousTime(start)).sum(1).mean().item()
     gaps = [known.bound(x, steps(n)).sum(1).mean().item() - limit for n in (10, 20)]
     assert 1.7 < gaps[0] / gaps[1] < 2.3
     value, error = in_nats(evaluate(known.model, x, times=steps(400), calls=400))
@@ -115,10 +122,12 @@ def test_a_target_is_reached(name, target):
     """Whatever the seed: the stated error is below the target, and the truth within 4 of it."""
     known = MODELS[name]()
     x = known.examples(69)
-    truth = known.bound(x, Grid.uniform(4)).sum(1).mean().item()
+    truth = known.bound(x, TimeGrid.uniform(4)).sum(1).mean().item()
     scale = 1.0 if name == "gaussian" else 2 * LOG_2
     for seed in range(3):
-        result = evaluate(known.model, x, times=Grid.uniform(4), target_error=target, seed=seed)
+        result = evaluate(
+            known.model, x, times=TimeGrid.uniform(4), target_error=target, seed=seed
+        )
         assert result.standard_error.monte_carlo <= target
         assert abs(result.nats - truth) < 4 * target * scale
 
@@ -126,7 +135,7 @@ def test_a_target_is_reached(name, target):
 def test_the_interval_of_a_sample_covers():
     """Where a target takes but some of the examples the interval holds the mean of all 300."""
     known = MODELS["symbols"]()
-    x, times = known.examples(300), Grid.uniform(4)
+    x, times = known.examples(300), TimeGrid.uniform(4)
     truth = known.bound(x, times).sum(1).mean().item()
     found = [
         evaluate(known.model, x, times=times, target_error=0.1, seed=seed) for seed in range(SEEDS)
@@ -140,10 +149,10 @@ def test_the_interval_of_few_calls_covers():
     known = MODELS["symbols"]()
     whole = known.examples(700)
     x, other = whole[:200], whole[200:]
-    truth = known.bound(x, Continuum()).sum(1).mean().item()
-    kept: dict[tuple[int, int], Allocation] = {}
+    truth = known.bound(x, ContinuousTime()).sum(1).mean().item()
+    kept: dict[tuple[int, int], Proposal] = {}
 
-    def pilots(cells: Cells, controls: Controls, *way: int) -> Allocation:
+    def pilots(cells: Strata, controls: ControlVariates, *way: int) -> Proposal:
         if way not in kept:
             with measuring(known.model), seeded(52):
                 kept[way] = pilot(cells, controls, other, 256, *way)
@@ -162,7 +171,7 @@ def test_each_example_has_its_own_error(name):
     """Over 30 seeds the spread of an example's bound is what was stated for it, on average over
     the examples, and its mean is its truth."""
     known = MODELS[name]()
-    x, times, seeds = known.examples(10), Grid.uniform(4), 30
+    x, times, seeds = known.examples(10), TimeGrid.uniform(4), 30
     found = [
         evaluate(known.model, x, times=times, calls=64, per_example=True, seed=seed).to_arrays()
         for seed in range(seeds)
@@ -183,16 +192,16 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from known_models import MODELS
-from nelbo._utils.distributed import together
-from nelbo.diffusion.times import Grid
+from nelbo._utils.distributed import process_group
+from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.evaluate import evaluate
-with together() as rank:
+with process_group() as rank:
     found = {}
     for examples in (69, 5, 300):
         for how in ({"calls": 24}, {"target_error": 0.1}, {"calls": 40, "per_example": True}):
             known = MODELS["symbols"]()
             x = known.examples(examples)
-            result = evaluate(known.model, x, times=Grid.uniform(4), seed=4, **how)
+            result = evaluate(known.model, x, times=TimeGrid.uniform(4), seed=4, **how)
             # of an example that was not visited nothing is known, and NaN is not NaN
             arrays = {k: [repr(v) for v in a.tolist()] for k, a in result.to_arrays().items()}
             found[f"{examples} {how}"] = [result.to_dict(), arrays]
@@ -234,7 +243,7 @@ def test_each_example_s_interval_covers_at_few_calls(name, calls):
     """Without a pilot. At two calls of a text each two draws in five agree on nothing at all."""
     known, seeds = LARGER[name](), 30
     x = known.examples(24)
-    truth = known.bound(x, Continuum()).sum(1)
+    truth = known.bound(x, ContinuousTime()).sum(1)
     found = [
         evaluate(known.model, x, calls=calls, per_example=True, seed=seed).to_arrays()
         for seed in range(seeds)
@@ -254,7 +263,7 @@ def test_two_calls_tell_of_the_mean():
     term, and of two calls for the reconstruction every other there were few left for it."""
     known = LARGER["table"]()
     x = known.examples(24)
-    truth = known.bound(x, Continuum()).sum(1).mean().item()
+    truth = known.bound(x, ContinuousTime()).sum(1).mean().item()
     found = [in_nats(evaluate(known.model, x, calls=2, seed=seed)) for seed in range(100)]
     values, errors = torch.tensor(found, dtype=torch.float64).T
     assert values.std() < 3.5  # 4.4 with every other
@@ -270,7 +279,7 @@ def test_one_example_takes_no_other_with_it(name, calls):
     others = torch.arange(100) != 17
     far = x.clone()
     far[17, 0] = 1e5
-    truth = known.bound(far, Continuum()).sum(1)
+    truth = known.bound(far, ContinuousTime()).sum(1)
     clean, found = (
         evaluate(known.model, v, calls=calls, per_example=True).to_arrays() for v in (x, far)
     )
@@ -281,7 +290,7 @@ def test_one_example_takes_no_other_with_it(name, calls):
     assert off.square().mean().sqrt() < 3 * before[others].square().nanmean().sqrt()
 
 
-@pytest.mark.parametrize("times", [Continuum(), Grid.uniform(4)], ids=["continuum", "4"])
+@pytest.mark.parametrize("times", [ContinuousTime(), TimeGrid.uniform(4)], ids=["continuum", "4"])
 @pytest.mark.parametrize("calls", [4, 24])
 def test_probability_zero_stays_in_its_row(times, calls):
     """Where a symbol is impossible its rows have the bound -inf, and the mean is infinite; all

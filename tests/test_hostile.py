@@ -660,7 +660,7 @@ def test_a_container_that_claims_examples_is_not_believed():
     import known_models
 
     from nelbo.codec.api import compress, decompress
-    from nelbo.codec.errors import Damaged
+    from nelbo.codec.errors import CorruptFileError
     from nelbo.codec.format import container
     from nelbo.codec.settings import Settings
 
@@ -670,7 +670,7 @@ def test_a_container_that_claims_examples_is_not_believed():
     header, extra, at = container.read_prefix(data)
     for claimed, words in ((10**12, "would be unpacked from"), (-1, "holds -1 examples")):
         other = container.write_prefix(header | {"examples": claimed}, extra) + data[at:]
-        with pytest.raises((ValueError, Damaged), match=words):
+        with pytest.raises((ValueError, CorruptFileError), match=words):
             decompress(other, model, salvage=True)
 
 
@@ -880,18 +880,18 @@ def test_blocks_of_few_bytes_that_hold_many_batches(salvage):
     ],
 )
 def test_values_within_the_lists_of_a_header_are_checked(change):
-    from nelbo.codec.errors import Damaged
+    from nelbo.codec.errors import CorruptFileError
     from nelbo.codec.files import report
     from nelbo.codec.format import container
 
     _, data, header, extra, at = compressed()
-    with pytest.raises(Damaged) as error:
+    with pytest.raises(CorruptFileError) as error:
         report(container.write_prefix(header | change, extra) + data[at:])
     assert len(str(error.value)) < 400
 
 
 def test_a_long_header_is_not_unpacked():
-    from nelbo.codec.errors import Damaged
+    from nelbo.codec.errors import CorruptFileError
     from nelbo.codec.format import container
 
     _, _, header, _, _ = compressed()
@@ -899,7 +899,7 @@ def test_a_long_header_is_not_unpacked():
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=container._USUAL)
     packed = packer.compress(text) + packer.flush()
     prefix = container._PREFIX.pack(container.MAGIC, container.VERSION, len(packed), 0) + packed
-    with pytest.raises(Damaged):
+    with pytest.raises(CorruptFileError):
         container.read_prefix(prefix + struct.pack("<I", zlib.crc32(prefix)))
 
 

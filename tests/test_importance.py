@@ -14,13 +14,13 @@ from torch import Tensor
 
 from nelbo import evaluate
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits
-from nelbo.diffusion.process import Gaussian, Levels
-from nelbo.diffusion.reverse import Beta, Mixture, Posterior, Reverse
+from nelbo.diffusion.process import GaussianDiffusion, Levels
+from nelbo.diffusion.reverse import Beta, Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear, PowerAlpha
-from nelbo.diffusion.times import Continuum, Grid, elbo
+from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo
 from nelbo.evaluation.importance_bound import (
     evaluate_importance,
     importance_bound,
@@ -40,7 +40,7 @@ def _seed():
         yield
 
 
-def mild(step: Reverse) -> LinearGaussian:
+def mild(step: ReverseKernel) -> LinearGaussian:
     """Near √(1-β) z with variance β, which turns the chain round exactly where x is unit normal
     and all weights are P(x): so the weights here vary little."""
     matrix = (1 - torch.tensor(BETAS, dtype=torch.float64)).sqrt()[:, None, None] * EYE
@@ -49,9 +49,9 @@ def mild(step: Reverse) -> LinearGaussian:
     return LinearGaussian(step, matrix, offset, spread=0.6)
 
 
-def symbols() -> tuple[Model, Grid, MaskChain]:
+def symbols() -> tuple[Model, TimeGrid, MaskChain]:
     shown = arbitrary()
-    model, times = table_model(shown, PowerAlpha()), Grid([0.3, 0.6, 1.0])
+    model, times = table_model(shown, PowerAlpha()), TimeGrid([0.3, 0.6, 1.0])
     return model, times, MaskChain(model.process.alpha(times.times).tolist(), shown)
 
 
@@ -64,8 +64,8 @@ def levels_model() -> Model:
         mean = (z + z.flatten(1).mean(1)[:, None, None, None])[..., None]
         return (mean + 0.05 * level[:, None, None, None, None]) * torch.linspace(-1, 1, 4).double()
 
-    process, step = Gaussian(Linear(-6.0, 5.0), levels), Mixture(levels.values)
-    return Model(Formula(lean), process, head, step, LevelHead(), (3, 1, 2))
+    process, step = GaussianDiffusion(Linear(-6.0, 5.0), levels), Mixture(levels.values)
+    return Model(Formula(lean), process, head, step, LevelDecoder(), (3, 1, 2))
 
 
 @STEPS
@@ -112,7 +112,7 @@ def test_symbols_by_enumeration():
 
 def test_the_mixture_step_agrees_with_the_elbo():
     """E log w by paths is the bound by its three terms, estimated apart."""
-    model, times = levels_model(), Grid.uniform(4)
+    model, times = levels_model(), TimeGrid.uniform(4)
     x = torch.tensor([0, 3, 1, 1, 2, 0]).reshape(3, 1, 2).expand(20_000, 3, 1, 2)
     paths, terms = log_weights(model, x, times), elbo(model, x, times).elbo
     assert_mean(paths - terms, 0.0, error=0.03)
@@ -136,7 +136,7 @@ def test_more_paths_are_tighter(step):
 def test_the_pass_visits_each_example_once():
     """Calls are T K R per example; the mean is over examples; all follows from the seed; small
     chunks draw from the same law."""
-    model, times = levels_model(), Grid.uniform(3)
+    model, times = levels_model(), TimeGrid.uniform(3)
     x = torch.randint(0, 4, (BLOCK + 3, 3, 1, 2), dtype=torch.uint8)
 
     def measure(seed: int, rows: int = BLOCK):
@@ -167,10 +167,10 @@ def test_one_step_has_one_latent():
     no diffusion term is met."""
     model, x = levels_model(), torch.randint(0, 4, (24, 3, 1, 2))
     found = [
-        evaluate_importance(model, x, times=Grid.uniform(1), samples=samples, replicates=8)
+        evaluate_importance(model, x, times=TimeGrid.uniform(1), samples=samples, replicates=8)
         for samples in (1, 4, 64)
     ]
-    plain = evaluate(model, x, times=Grid.uniform(1), calls=64)
+    plain = evaluate(model, x, times=TimeGrid.uniform(1), calls=64)
     error = math.hypot(plain.standard_error.monte_carlo, found[0].standard_error.monte_carlo)
     assert abs(plain.bits_per_dim - found[0].bits_per_dim) < 4 * error
     assert found[2].nats < found[1].nats < found[0].nats
@@ -179,7 +179,7 @@ def test_one_step_has_one_latent():
 
 def test_the_error_is_that_of_other_seeds():
     """The Monte Carlo part is the spread of the mean over seeds, the total adds the data's."""
-    model, times = levels_model(), Grid.uniform(2)
+    model, times = levels_model(), TimeGrid.uniform(2)
     x = torch.randint(0, 4, (24, 3, 1, 2))
     results = [
         evaluate_importance(model, x, times=times, samples=2, replicates=2, seed=seed)
@@ -204,10 +204,10 @@ def test_small_chunks_keep_the_law(monkeypatch):
 def test_refusals():
     model, x = levels_model(), torch.zeros(2, 3, 1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="at least 1; got 0"):
-        evaluate_importance(model, x, times=Grid.uniform(2), samples=0)
-    with pytest.raises(ValueError, match=r"got Continuum.*--steps 64"):
-        evaluate_importance(model, x, times=Continuum(), samples=2)
+        evaluate_importance(model, x, times=TimeGrid.uniform(2), samples=0)
+    with pytest.raises(ValueError, match=r"got ContinuousTime.*--steps 64"):
+        evaluate_importance(model, x, times=ContinuousTime(), samples=2)
     with pytest.raises(ValueError, match="replicates must be at least 1; got 0"):
-        evaluate_importance(model, x, times=Grid.uniform(2), samples=2, replicates=0)
+        evaluate_importance(model, x, times=TimeGrid.uniform(2), samples=2, replicates=0)
     with pytest.raises(ValueError, match="got none"):
-        evaluate_importance(model, x[:0], times=Grid.uniform(2), samples=2)
+        evaluate_importance(model, x[:0], times=TimeGrid.uniform(2), samples=2)

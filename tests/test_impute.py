@@ -17,11 +17,11 @@ from nelbo.data.schema import Schema
 from nelbo.data.tabular.encoding import decode, encode, encode_holes, outside_training
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Data
-from nelbo.diffusion.process import Affine, Gaussian
+from nelbo.diffusion.parametrization import XPrediction
+from nelbo.diffusion.process import Affine, GaussianDiffusion
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.models.build import build
 from nelbo.models.config import ModelConfig
 from nelbo.runs.run import load
@@ -56,12 +56,12 @@ class Best(nn.Module):
 def test_weighted_particles_draw_from_the_conditional_law():
     """x_2|x_1 = 2 is N(2ρ, 1-ρ²), to the error of the draws; one particle is far from it."""
     decoder = GaussianDensity(Affine(), 0.05).requires_grad_(False)
-    process = Gaussian(Linear(-6.0, 6.0), Affine())
-    best = Model(Best(), process, Data(), Posterior(), decoder, (2,))
+    process = GaussianDiffusion(Linear(-6.0, 6.0), Affine())
+    best = Model(Best(), process, XPrediction(), Posterior(), decoder, (2,))
     n = 1000
     x = torch.tensor([[2.0, 0.0]], dtype=torch.float64).expand(n, 2)
     known = torch.tensor([True, False]).expand(n, 2)
-    grid, found = Grid.uniform(32), {}
+    grid, found = TimeGrid.uniform(32), {}
     for k in (1, 64):
         found[k] = conditional(best, x, known, grid, particles=k, seed=2)
         assert found[k][:, 0].eq(2.0).all()
@@ -112,11 +112,11 @@ def test_cells_that_are_drawn_are_never_missing_nor_new():
         }
     )
     model = untrained(COLUMNS)
-    model.start_from(torch.from_numpy(encode(frame, COLUMNS, "t")[0]))
+    model.fit_statistics(torch.from_numpy(encode(frame, COLUMNS, "t")[0]))
     x, known = map(torch.from_numpy, encode_holes(frame[:30], COLUMNS, "t"))
     assert known[0].sum() == 2 and known.eq(known[0]).all()  # d, and the symbol beside a
-    before = conditional(model, x, known, Grid.uniform(4), particles=4)
-    x = conditional(present(model), x, known, Grid.uniform(4), particles=4)
+    before = conditional(model, x, known, TimeGrid.uniform(4), particles=4)
+    x = conditional(present(model), x, known, TimeGrid.uniform(4), particles=4)
     schema = Schema.of_table(COLUMNS)
     made, worse = (decode(v.numpy(), schema.columns) for v in (x, before))
     assert made.null_count().sum_horizontal().item() == 0
@@ -160,13 +160,13 @@ def test_missing_cells_of_rows_follow_the_others(of_words, tmp_path, capsys):
     side = made["where"].replace_strict({"left": -1, "right": 1})
     assert ((side * x).filter(hole) > 0).mean() > 0.9
     assert (made["again"] == made["where"]).filter(~hole).mean() > 0.9
-    again = impute(run.model, run.config.schema, rows, Grid.uniform(12), particles=16)
-    other = impute(run.model, run.config.schema, rows, Grid.uniform(12), particles=16, seed=1)
+    again = impute(run.model, run.config.schema, rows, TimeGrid.uniform(12), particles=16)
+    other = impute(run.model, run.config.schema, rows, TimeGrid.uniform(12), particles=16, seed=1)
     assert again["x"].equals(
-        impute(run.model, run.config.schema, rows, Grid.uniform(12), particles=16)["x"]
+        impute(run.model, run.config.schema, rows, TimeGrid.uniform(12), particles=16)["x"]
     )
     assert not other["x"].equals(again["x"])
-    assert impute(run.model, run.config.schema, frame[1:2], Grid.uniform(2)).equals(
+    assert impute(run.model, run.config.schema, frame[1:2], TimeGrid.uniform(2)).equals(
         frame[1:2]
     )  # nothing to draw
 
@@ -272,7 +272,7 @@ def test_rows_that_are_drawn_lie_in_what_training_had(tmp_path, capsys):
     made = pl.read_csv(out)
     assert made["month"].is_between(1, 12).all() and made["spend"].is_between(0, 99 / 8).all()
     assert set(made["city"]) <= set("ABC")
-    loaded, times, told = load(run), Grid((0.5, 1.0)), []
+    loaded, times, told = load(run), TimeGrid((0.5, 1.0)), []
     assert sample_table(loaded.model, loaded.config.schema, 300, times, tell=told.append).equals(
         made
     )

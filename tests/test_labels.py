@@ -146,5 +146,5 @@ def test_a_run_says_of_how_many_it_is_a_bound_on_p_of_x(tmp_path):
     alone = evaluate(run.model.given(torch.zeros(3, 4), "nothing"), x[rows], calls=8)
     own = evaluate(model.at(rows), x[rows], calls=8)
     assert own.nats == alone.nats
-    drawn = run.law_of_samples(50).condition
+    drawn = run.model_for_sampling(50).condition
     assert drawn is not None and drawn[:, 1:].sum(1).eq(1).all()  # samples have a class each

@@ -5,9 +5,9 @@ import torch
 
 from nelbo._utils.numerics import seeded
 from nelbo.data.columns import Column, places
-from nelbo.diffusion.gaussian_mixture import LatentClasses
+from nelbo.diffusion.gaussian_mixture import GaussianMixtureWithAtoms
 from nelbo.diffusion.schedules import Linear
-from nelbo.models.tabular.continuous import NumberMixture, Numbers
+from nelbo.models.tabular.continuous import ContinuousColumns, ContinuousMixture
 
 D = 3
 COLUMNS = [Column(f"c{i}", "real") for i in range(D)]
@@ -16,8 +16,8 @@ COLUMNS = [Column(f"c{i}", "real") for i in range(D)]
 def head_and_process():
     """A head of a mixture whose columns hang together."""
     with seeded(0):
-        process = Numbers(Linear(-6.0, 4.0), torch.nn.Identity())
-        head = NumberMixture(process.transform, places(COLUMNS)).double()
+        process = ContinuousColumns(Linear(-6.0, 4.0), torch.nn.Identity())
+        head = ContinuousMixture(process.transform, places(COLUMNS)).double()
         law = head.law
         law.mean.normal_()
         law.axes.copy_(torch.linalg.qr(torch.randn(*law.axes.shape, dtype=torch.float64)).Q)
@@ -62,8 +62,8 @@ def test_what_repeats_is_known_from_other_columns():
     second = np.where(low, 0.0, random.normal(size=600))
     e = torch.from_numpy(np.stack([first, second], 1))
     special = torch.from_numpy(np.stack([0 * low + 1, 1 - low], 1))
-    law = LatentClasses(2, 8, 1)
-    law.start_from(e, special)
+    law = GaussianMixtureWithAtoms(2, 8, 1)
+    law.fit_statistics(e, special)
     z = torch.tensor([[-1.0, 0.3], [1.0, 0.3]]).double()
     alpha = torch.full((2,), 0.9).double()
     log_weights, _, _ = law(z, alpha, 1 - alpha)

@@ -15,10 +15,10 @@ from nelbo.diffusion.decoder import (
     DiscretisedGaussian,
     Evidence,
     GaussianDensity,
-    LevelHead,
+    LevelDecoder,
 )
 from nelbo.diffusion.parametrization import LevelLogits, LevelPrediction, Prediction
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 
 SHAPE = (2, 3, 5, 7)
@@ -32,9 +32,9 @@ def _seed():
         yield
 
 
-def noisy(count: int) -> tuple[Gaussian, torch.Tensor, torch.Tensor]:
+def noisy(count: int) -> tuple[GaussianDiffusion, torch.Tensor, torch.Tensor]:
     """A process on K levels, data, and a z_1 of it."""
-    process = Gaussian(Linear(-6.0, 4.0), Levels(count))
+    process = GaussianDiffusion(Linear(-6.0, 4.0), Levels(count))
     x = torch.randint(count, SHAPE)
     return process, x, process.marginal(process.embed(x), T1).sample()
 
@@ -52,7 +52,7 @@ class TestLevelHead(OfLevels):
         process, _, z = noisy(count)
         output = torch.randn(*SHAPE, count, dtype=torch.float64)
         prediction = LevelLogits(Levels(count).values)(output, z, T1, process)
-        return LevelHead()(prediction, z, T1, process)
+        return LevelDecoder()(prediction, z, T1, process)
 
 
 class TestEvidence(OfLevels):
@@ -84,7 +84,7 @@ class TestBernoulli(DiscreteContract):
 class TestCategorical(OfLevels):
     @pytest.fixture
     def distribution(self, count):
-        process = Absorbing(PowerAlpha(), count)
+        process = MaskedDiffusion(PowerAlpha(), count)
         z = process.marginal(process.embed(torch.randint(count, SHAPE)), T1).sample()
         e_hat = torch.randn(*SHAPE, count, dtype=torch.float64).log_softmax(-1)
         return Categorical()(Prediction(e_hat), z, T1, process)
@@ -137,7 +137,7 @@ def test_categorical_copies_what_shows():
     """Equation 9: a symbol that shows is certain, a masked one is the prediction."""
     z = torch.tensor([[1, 3, 3]])
     e_hat = torch.randn(1, 3, 3, dtype=torch.float64).log_softmax(-1)
-    p = Categorical()(Prediction(e_hat), z, T1[:1], Absorbing(PowerAlpha(), 3))
+    p = Categorical()(Prediction(e_hat), z, T1[:1], MaskedDiffusion(PowerAlpha(), 3))
     assert p.base_dist.log_prob(torch.tensor([[1, 0, 0]]))[0, 0] == 0
     assert p.base_dist.log_prob(torch.tensor([[2, 0, 0]]))[0, 0] == -math.inf
     got = p.base_dist.log_prob(torch.tensor([[1, 0, 2]]))[0, 1:]
@@ -183,10 +183,12 @@ class TestGaussianDensity:
         assert_mean(error.square(), 1.0, error=0.012)
 
 
-@pytest.mark.parametrize("decoder", [LevelHead(), Evidence(Levels(17))], ids=["head", "evidence"])
+@pytest.mark.parametrize(
+    "decoder", [LevelDecoder(), Evidence(Levels(17))], ids=["head", "evidence"]
+)
 def test_level_decoders_are_certain_without_noise(decoder):
     """As the noise of z_1 goes, the level is read out of z_1 for nothing."""
-    process = Gaussian(Linear(-30.0, 4.0), Levels(17))
+    process = GaussianDiffusion(Linear(-30.0, 4.0), Levels(17))
     x = torch.randint(17, SHAPE)
     t = torch.zeros(2, dtype=torch.float64)
     z = process.marginal(process.embed(x), t).sample()
@@ -200,7 +202,7 @@ def test_level_head_refuses_other_predictions():
     """A network that predicts a point gives no probabilities of levels."""
     process, _, z = noisy(17)
     with pytest.raises(TypeError, match="LevelLogits"):
-        LevelHead()(Prediction(z), z, T1, process)
+        LevelDecoder()(Prediction(z), z, T1, process)
     assert isinstance(
         LevelLogits(Levels(17).values)(z[..., None].expand(*SHAPE, 17), z, T1, process),
         LevelPrediction,

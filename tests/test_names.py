@@ -142,7 +142,7 @@ def test_warnings_are_notes_without_source(monkeypatch, capsys):
 
 def test_all_samples_have_one_bar(trained):
     """Of as many parts as there are calls of blocks of rows; also in one step."""
-    from nelbo.diffusion.times import Grid
+    from nelbo.diffusion.times import TimeGrid
     from nelbo.sampling.samplers import ancestral
 
     model = run_folder.load(trained).model
@@ -155,14 +155,14 @@ def test_all_samples_have_one_bar(trained):
                 yield i
                 past.append(i)
 
-        x = ancestral(model, 2 * model.rows + 1, Grid.uniform(steps), track=track)
+        x = ancestral(model, 2 * model.rows + 1, TimeGrid.uniform(steps), track=track)
         assert len(x) == 2 * model.rows + 1
         assert totals == [3 * steps] and past == list(range(3 * steps))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_output_that_is_no_number_is_not_drawn_from(trained, bad):
-    from nelbo.diffusion.times import Grid
+    from nelbo.diffusion.times import TimeGrid
     from nelbo.sampling.samplers import ancestral, probability_flow
 
     model = run_folder.load(trained).model
@@ -170,4 +170,4 @@ def test_an_output_that_is_no_number_is_not_drawn_from(trained, bad):
     model.network.forward = lambda *a, **k: before(*a, **k) * bad
     for draw in (ancestral, probability_flow):
         with pytest.raises(ValueError, match="the network's output is not finite"):
-            draw(model, 2, Grid.uniform(2))
+            draw(model, 2, TimeGrid.uniform(2))

@@ -8,14 +8,14 @@ from torch import nn
 
 from nelbo._utils.numerics import draw, seeded
 from nelbo.data import Schema
-from nelbo.diffusion.decoder import Evidence, LevelHead
+from nelbo.diffusion.decoder import Evidence, LevelDecoder
 from nelbo.diffusion.elbo import prior_term, reconstruction_term
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import LevelLogits, Noise
-from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.parametrization import EpsPrediction, LevelLogits
+from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear
-from nelbo.diffusion.times import Continuum, elbo, stratified
+from nelbo.diffusion.times import ContinuousTime, elbo, stratified
 from nelbo.training import objective
 from nelbo.training.augmentation import augment
 from nelbo.training.objective import Objective
@@ -38,7 +38,14 @@ class Wiggle(nn.Module):
 
 def noise_model(schedule):
     decoder = Evidence(LEVELS)
-    return Model(Wiggle(), Gaussian(schedule, LEVELS), Noise(), Posterior(), decoder, (1, 3, 5))
+    return Model(
+        Wiggle(),
+        GaussianDiffusion(schedule, LEVELS),
+        EpsPrediction(),
+        Posterior(),
+        decoder,
+        (1, 3, 5),
+    )
 
 
 @pytest.fixture
@@ -87,7 +94,7 @@ def test_the_bound_is_minus_the_elbo(x):
     model = noise_model(LearnedMonotone(-5.0, 4.0, learn_endpoints=True))
     many = x.repeat(2000, 1, 1, 1)
     with seeded(2):
-        bound = -elbo(model, many, Continuum()).elbo.mean()
+        bound = -elbo(model, many, ContinuousTime()).elbo.mean()
         losses = [
             Objective(share=0.2)(
                 model, many[torch.randperm(len(many))], stratified(len(many))[:, 0]
@@ -112,8 +119,8 @@ def test_gradients_reach_learned_end_points(x):
 
 def test_cross_entropy_is_the_decoder_at_the_drawn_time(x):
     head = LevelLogits(LEVELS.values)
-    process = Gaussian(Linear(-5.0, 4.0), LEVELS)
-    model = Model(Wiggle(5), process, head, Posterior(), LevelHead(), (1, 3, 5))
+    process = GaussianDiffusion(Linear(-5.0, 4.0), LEVELS)
+    model = Model(Wiggle(5), process, head, Posterior(), LevelDecoder(), (1, 3, 5))
     u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
     with seeded(1):
         plain = Objective()(model, x, u)
@@ -150,8 +157,8 @@ def test_conditions_follow_their_examples(x):
 def test_each_term_is_given_its_own_conditions(x, cross_entropy):
     """The loss of a batch with conditions is that of the model that is given them."""
     head = LevelLogits(LEVELS.values)
-    process = Gaussian(Linear(-5.0, 4.0), LEVELS)
-    model = Model(Wiggle(5), process, head, Posterior(), LevelHead(), (1, 3, 5))
+    process = GaussianDiffusion(Linear(-5.0, 4.0), LEVELS)
+    model = Model(Wiggle(5), process, head, Posterior(), LevelDecoder(), (1, 3, 5))
     u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
     condition = torch.arange(len(x), dtype=torch.float64)[:, None] + 1
     objective = Objective(cross_entropy=cross_entropy, share=0.3)

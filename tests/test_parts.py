@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from nelbo._utils.batch_rng import Part, current, drawing
+from nelbo._utils.batch_rng import BatchShard, current, shard_rng
 from nelbo._utils.numerics import draw, seeded
 from nelbo.data import Dataset, Label, Schema
 from nelbo.diffusion.process import Affine
 from nelbo.nn.dropout import Dropout
 from nelbo.training.parallel import blocks
 from nelbo.training.presets import configure
-from nelbo.training.trainer import Learner
+from nelbo.training.trainer import Trainer
 
 IMAGES = Schema("levels", (1, 4, 5), 4)
 CONV = {"network": "conv", "width": 8, "depth": 1, "dropout": 0.3}
@@ -47,7 +47,7 @@ def learner_of(name, **options):
     splits = {"train": x, "validation": x}
     dataset = Dataset("memory", schema, splits, labels=labels if schema.condition else {})
     config = configure(schema, 30, batch=11, steps=9, warmup=0, **given, **options)
-    made = Learner(*config, dataset, affine=None if schema.levels else Affine())
+    made = Trainer(*config, dataset, affine=None if schema.levels else Affine())
     with seeded(2), torch.no_grad():
         for p in made.model.network.parameters():
             p += 0.05 * torch.randn_like(p)
@@ -122,7 +122,7 @@ def test_random_numbers_of_a_part_are_its_rows_of_the_whole(last):
         for rows in ([0, 3, 6], [1, 2], [5]):
             rows = torch.tensor(rows)
             own = torch.distributions.Normal(h[rows], 1 + h[rows])
-            with seeded(3), Part(rows, 7):
+            with seeded(3), BatchShard(rows, 7):
                 assert torch.equal(way(h[rows], own), whole[rows])
                 after = torch.rand(())
             with seeded(3):
@@ -131,13 +131,17 @@ def test_random_numbers_of_a_part_are_its_rows_of_the_whole(last):
 
 
 def test_a_random_number_of_no_row_is_an_error():
-    with Part(torch.tensor([0, 2]), 4), drawing(), pytest.raises(RuntimeError, match="no 2 ex"):
+    with (
+        BatchShard(torch.tensor([0, 2]), 4),
+        shard_rng(),
+        pytest.raises(RuntimeError, match="no 2 ex"),
+    ):
         torch.rand(3)
     assert len(current(5)) == 5
 
 
 def test_parts_of_parts():
-    part = Part(torch.tensor([1, 4, 7]), 9)
+    part = BatchShard(torch.tensor([1, 4, 7]), 9)
     own, within = part.between(4, 9)
     assert (own, within.rows.tolist(), within.batch) == (slice(1, 3), [0, 3], 5)
     chosen = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1]).bool()

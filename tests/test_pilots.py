@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nelbo._utils import cache
-from nelbo.diffusion.times import Grid
-from nelbo.evaluation.allocation import Cells
-from nelbo.evaluation.control_variates import Controls
+from nelbo.diffusion.times import TimeGrid
+from nelbo.evaluation.allocation import Strata
+from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.runs import pilot_cache
 from nelbo.runs import run as run_folder
@@ -39,7 +39,7 @@ def measured(run, **options):
     rows = []
     hook = run.model.network.register_forward_hook(lambda _, inputs, out: rows.append(len(out)))
     x, known = run.examples()[0][:8], run.examples(split="train")[0][:100]
-    options = {"calls": 4, "times": Grid.uniform(STEPS), "known": known} | options
+    options = {"calls": 4, "times": TimeGrid.uniform(STEPS), "known": known} | options
     result = evaluate(run.model, x, pilots=Pilots(run), **options)
     hook.remove()
     return result, sum(rows)
@@ -58,7 +58,7 @@ def test_others_have_their_own(run):
     measured(run)
 
     assert len(entries()) == 1
-    measured(run, times=Grid.uniform(2))
+    measured(run, times=TimeGrid.uniform(2))
     assert len(entries()) == 2
     measured(run, calls=64)
     measured(run, calls=72)
@@ -129,7 +129,7 @@ def bent(entry):
 
 def test_nothing_in_the_folder_of_a_run_is_a_pilot(run, tmp_path, monkeypatch):
     """One that would show any number, with a small error, under every key that a run can know."""
-    result, dear = measured(run, times=Grid.uniform(5))
+    result, dear = measured(run, times=TimeGrid.uniform(5))
     (file,) = entries()
     document = json.loads(file.read_text())
     monkeypatch.setenv("NELBO_CACHE", str(tmp_path / "other user"))
@@ -140,10 +140,10 @@ def test_nothing_in_the_folder_of_a_run_is_a_pilot(run, tmp_path, monkeypatch):
     for place in (run.path / KIND, run.path / "cache" / KIND):
         place.mkdir(parents=True)
         (place / file.name).write_text(json.dumps(document))
-    assert measured(run_folder.load(run.path), times=Grid.uniform(5)) == (result, dear)
+    assert measured(run_folder.load(run.path), times=TimeGrid.uniform(5)) == (result, dear)
     # the attack is one: as this user's own word it is taken
     entries()[0].write_text(json.dumps(document))
-    assert measured(run, times=Grid.uniform(5))[0].nats != pytest.approx(result.nats, rel=0.1)
+    assert measured(run, times=TimeGrid.uniform(5))[0].nats != pytest.approx(result.nats, rel=0.1)
 
 
 def test_the_cache_of_another_user_is_not_read(run, monkeypatch):
@@ -155,8 +155,8 @@ def test_the_cache_of_another_user_is_not_read(run, monkeypatch):
 
 def test_a_pilot_is_of_the_data_too(run):
     """The same weights beside other data, as a run from elsewhere may state them."""
-    cells, draws = Cells(Grid.uniform(STEPS)), 4
-    controls = Controls(run.model, run.examples(split="train")[0][:100], cells.edges)
+    cells, draws = Strata(TimeGrid.uniform(STEPS)), 4
+    controls = ControlVariates(run.model, run.examples(split="train")[0][:100], cells.edges)
     Pilots(run)(cells, controls, draws, 1)
     other = replace(run.config, hashes={**run.config.hashes, "validation": "others"})
     with pytest.raises(ValueError, match="no longer those of the run"):
@@ -166,7 +166,9 @@ def test_a_pilot_is_of_the_data_too(run):
 def told(run):
     lines = []
     x = run.examples()[0][:8]
-    evaluate(run.model, x, times=Grid.uniform(STEPS), calls=4, pilots=Pilots(run, lines.append))
+    evaluate(
+        run.model, x, times=TimeGrid.uniform(STEPS), calls=4, pilots=Pilots(run, lines.append)
+    )
     return lines
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.schedules import Cosine, Linear, PowerAlpha, Schedule
 
 SHAPE = (2, 3, 5, 7)
@@ -39,7 +39,7 @@ class GaussianContract(ProcessContract):
 class TestGaussianOfReals(GaussianContract):
     @pytest.fixture
     def process(self):
-        return Gaussian(Linear(-5.0, 1.5), Affine(0.3, 0.7))
+        return GaussianDiffusion(Linear(-5.0, 1.5), Affine(0.3, 0.7))
 
 
 class TestGaussianOfLevels(GaussianContract):
@@ -49,7 +49,7 @@ class TestGaussianOfLevels(GaussianContract):
 
     @pytest.fixture
     def process(self):
-        return Gaussian(Cosine(-6.0, 3.0), Levels(17))
+        return GaussianDiffusion(Cosine(-6.0, 3.0), Levels(17))
 
 
 class TestAbsorbing(ProcessContract):
@@ -63,7 +63,7 @@ class TestAbsorbing(ProcessContract):
 
     @pytest.fixture
     def process(self):
-        return Absorbing(Linear(-4.0, 3.0), 5)
+        return MaskedDiffusion(Linear(-4.0, 3.0), 5)
 
     def test_a_guess_costs(self, process, x):
         """Equation 9: ... where a mask hides something to guess."""
@@ -77,7 +77,7 @@ class TestAbsorbing(ProcessContract):
 
 
 def scalar_bayes(
-    process: Gaussian, z: Tensor, e: Tensor, s: Tensor, t: Tensor
+    process: GaussianDiffusion, z: Tensor, e: Tensor, s: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of z_s | z_t, x from the joint of (z_s, z_t), element by element.
 
@@ -105,7 +105,7 @@ def scalar_bayes(
 @pytest.mark.parametrize("schedule", [Linear(-5.0, 4.0), Cosine(-9.0, 6.0)], ids=["lin", "cos"])
 def test_m_t_and_beta_tilde_by_bayes_rule(schedule, shape):
     """Equation 6: m_t and β̃_t are the conditional of the joint Gaussian of (z_s, z_t)."""
-    process = Gaussian(schedule, Affine())
+    process = GaussianDiffusion(schedule, Affine())
     e, z = torch.randn(2, *shape, dtype=torch.float64)
     s, t = S[: len(e)], U[: len(e)]
     mean, variance = scalar_bayes(process, z, e, s, t)
@@ -120,7 +120,7 @@ def test_the_kernel_is_the_chain():
     """Equations 2 and 3: t steps of √(1-β) z + √β ε give N(√α_t x, 1-α_t),
     α_t = Π(1-β_s)."""
     betas = [0.02, 0.3, 0.001, 0.5, 0.1]
-    process = Gaussian(Schedule.from_betas(betas), Affine())
+    process = GaussianDiffusion(Schedule.from_betas(betas), Affine())
     x = torch.randn(1, 3, dtype=torch.float64)
     mean, variance = x, torch.zeros((), dtype=torch.float64)
     for i, beta in enumerate(betas, start=1):
@@ -139,7 +139,7 @@ def test_the_kernel_is_the_chain():
 
 def test_two_gaussian_transitions_are_one_exactly():
     """Equations 2 and 3: r→s then s→t is r→t, and x→s then s→t is x→t."""
-    process = Gaussian(Linear(-5.0, 4.0), Affine())
+    process = GaussianDiffusion(Linear(-5.0, 4.0), Affine())
     r, z = torch.tensor([0.1, 0.3], dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
     for first, whole in (
         (process.transition(z, r, S), process.transition(z, r, U)),
@@ -154,7 +154,7 @@ def test_two_gaussian_transitions_are_one_exactly():
 
 def test_the_prior_term_in_closed_form():
     """Equation 5: KL( N(√α e, 1-α) ‖ N(0, 1) ) = ½ [ α‖e‖² − D α − D log(1-α) ]."""
-    process = Gaussian(Linear(-5.0, 1.5), Affine())
+    process = GaussianDiffusion(Linear(-5.0, 1.5), Affine())
     e = torch.randn(SHAPE, dtype=torch.float64)
     t = torch.ones(2, dtype=torch.float64)
     alpha = 1 / (1 + math.exp(1.5))
@@ -167,7 +167,7 @@ def test_the_prior_term_in_closed_form():
 def test_gaussian_at_the_data_itself():
     """Equation 6 at α_0 = 1: q(z_0|z_1,x) is x without noise, m_t = x and β̃ = 0, and the
     step from 0 is q(z_1|x): no clip, no 0/0."""
-    process = Gaussian(Schedule.from_betas([1e-4, 0.02, 0.3]), Affine())
+    process = GaussianDiffusion(Schedule.from_betas([1e-4, 0.02, 0.3]), Affine())
     x, z = torch.randn(2, *SHAPE, dtype=torch.float64)
     s, t = torch.zeros(2, dtype=torch.float64), torch.full((2,), 1 / 3, dtype=torch.float64)
     torch.testing.assert_close(process.m_t(z, x, s, t), x, rtol=1e-12, atol=0)
@@ -185,13 +185,13 @@ def test_levels_fill_their_range():
     with pytest.raises(ValueError, match=r"levels must be at least 2; got 1"):
         Levels(1)
     with pytest.raises(ValueError, match=r"levels must be at least 2; got 1"):
-        Absorbing(PowerAlpha(), 1)
+        MaskedDiffusion(PowerAlpha(), 1)
 
 
 @pytest.mark.parametrize("gamma", [17.0, 40.0])
 def test_signal_survives_far_into_the_noise(gamma):
     """Α = sigmoid(-γ) keeps its digits where 1 - sigmoid(γ) is 0."""
-    process = Gaussian(Linear(-gamma, gamma), Affine())
+    process = GaussianDiffusion(Linear(-gamma, gamma), Affine())
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     small = math.exp(-gamma) / (1 + math.exp(-gamma))
     torch.testing.assert_close(process.alpha(ends)[1].item(), small, rtol=1e-13, atol=0)
@@ -204,7 +204,7 @@ def test_beta_of_a_tiny_step_keeps_its_digits(steps):
     """Differences by expm1: β of a step of 1/T is -expm1 of the exact
     difference of log α, to the digits that float64 times leave (1e-16 T relative)."""
     schedule = Linear(-13.0, 5.0)
-    process = Gaussian(schedule, Affine())
+    process = GaussianDiffusion(schedule, Affine())
     t = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     s = t - 1 / steps
     getcontext().prec = 40
@@ -225,7 +225,7 @@ def test_beta_of_a_tiny_step_keeps_its_digits(steps):
 # ---- absorbing: equation 9
 
 
-def matrices(process: Absorbing, s: float, t: float) -> tuple[Tensor, Tensor]:
+def matrices(process: MaskedDiffusion, s: float, t: float) -> tuple[Tensor, Tensor]:
     """exp log_prob of q(z_t|z_s) and of q(z_s|z_t, x) as tables over all symbols."""
     k = process.count
     z = torch.arange(k + 1)
@@ -249,7 +249,7 @@ def matrices(process: Absorbing, s: float, t: float) -> tuple[Tensor, Tensor]:
 def test_absorbing_tables(schedule, r, s, t):
     """Equations 4 and 9, all symbols, end points included: rows sum to 1, transitions
     compose (Chapman-Kolmogorov), and Bayes' rule gives the posterior wherever q(z_t|x) > 0."""
-    process = Absorbing(schedule, 3)
+    process = MaskedDiffusion(schedule, 3)
     (first, _), (second, back), (whole, _) = (
         matrices(process, *pair) for pair in ((r, s), (s, t), (r, t))
     )
@@ -269,7 +269,7 @@ def test_absorbing_tables(schedule, r, s, t):
 
 def test_absorbing_end_points():
     """Equation 9 with α_0 = 1 and α_1 = 0: certain and impossible, nothing undefined."""
-    process = Absorbing(PowerAlpha(), 3)
+    process = MaskedDiffusion(PowerAlpha(), 3)
     x, masks = torch.tensor([[2, 0]]), torch.tensor([[3, 3]])
     e = process.embed(x)
     zero, half, one = (torch.tensor([v], dtype=torch.float64) for v in (0.0, 0.5, 1.0))
@@ -289,7 +289,7 @@ def test_absorbing_end_points():
 @pytest.mark.parametrize(("s", "t"), [(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)])
 def test_absorbing_kl_is_finite_at_the_end_points(s, t):
     """Equation 9: KL = (α_s-α_t)/(1-α_t) Σ_masked −log P(x_i|z_t), gradients finite."""
-    process = Absorbing(PowerAlpha(), 3)
+    process = MaskedDiffusion(PowerAlpha(), 3)
     x, z = torch.tensor([[2, 0, 1]]), torch.tensor([[3, 3, 1]])
     logits = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
     e, e_hat = process.embed(x), logits.log_softmax(-1)
@@ -306,7 +306,7 @@ def test_absorbing_kl_is_finite_at_the_end_points(s, t):
 def test_what_no_mask_hides_at_the_end_is_uniform():
     """Equation 5: the prior gives the share α_T to all symbols alike, so the prior term is
     D α_T log K, finite."""
-    process = Absorbing(Linear(-4.0, 1.0), 5)
+    process = MaskedDiffusion(Linear(-4.0, 1.0), 5)
     t = torch.ones(2, dtype=torch.float64)
     alpha = 1 / (1 + math.exp(1.0))
     prior = process.prior((3, 7), t)
@@ -323,11 +323,11 @@ def test_what_no_mask_hides_at_the_end_is_uniform():
 
 def test_absorbing_features_are_the_symbols():
     """What the network sees is one-hot, the channels of one dimension side by side."""
-    process = Absorbing(PowerAlpha(), 4)
+    process = MaskedDiffusion(PowerAlpha(), 4)
     z = torch.randint(5, SHAPE)
     seen = process.features(z).reshape(2, 3, 5, 5, 7)
     assert torch.equal(seen.argmax(2), z)
     assert torch.equal(seen.sum(2), torch.ones(SHAPE, dtype=torch.float64))
     flat = torch.tensor(states(2, 3))
-    seen = Absorbing(PowerAlpha(), 2).features(flat).reshape(-1, 3, 3)
+    seen = MaskedDiffusion(PowerAlpha(), 2).features(flat).reshape(-1, 3, 3)
     assert np.array_equal(seen.argmax(-1).numpy(), flat.numpy())

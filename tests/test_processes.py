@@ -24,7 +24,7 @@ import torch
 torch.set_num_threads(1)
 from nelbo.training import trainer
 from nelbo._utils.signals import Interrupted
-from nelbo._utils.distributed import together
+from nelbo._utils.distributed import process_group
 from nelbo.runs.train import resume, train
 from test_processes import LEARNED, SHARDED, SMALL
 folder = sys.argv[1]
@@ -36,27 +36,27 @@ def held(self):  # of weights, gradients, averages and moments
     moments = [m for p in own for m in self.optimizer.state[p].values() if m.ndim]
     gradients = [p.grad for p in own if p.grad is not None]  # those that Muon has not used up
     return [numbers(some) for some in (own, gradients, averaged, moments)]
-with together() as rank:
+with process_group() as rank:
     train(f"{folder}/x.npy", f"{folder}/two", **SMALL, **LEARNED)
-    step = trainer.Learner.step
+    step = trainer.Trainer.step
     def shown(self):
         step(self)
         if self.at.step == 4:
             print(json.dumps(held(self)))
-    trainer.Learner.step = shown
+    trainer.Trainer.step = shown
     train(f"{folder}/x.npy", f"{folder}/sharded", **SMALL, **LEARNED, **SHARDED)
     def interrupted(self):
         step(self)
         if self.at.step == 3 and rank == 1:  # one hears of it, both stop
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)  # torchrun passes on what came already
-    trainer.Learner.step = interrupted
+    trainer.Trainer.step = interrupted
     for name, options in (("stopped", {}), ("sharded-stopped", SHARDED)):
         try:
             train(f"{folder}/x.npy", f"{folder}/{name}", **SMALL, **LEARNED, **options)
         except Interrupted:
             print("stopped")
-    trainer.Learner.step = step
+    trainer.Trainer.step = step
     resume(f"{folder}/stopped")
     resume(f"{folder}/sharded-stopped")
     # what one began
@@ -167,12 +167,12 @@ def test_accumulated_parts_are_the_batch_too(runs):
 DYING = """
 import os, sys
 from nelbo.training import trainer
-step = trainer.Learner.step
+step = trainer.Trainer.step
 def die(self):
     if self.at.step == 2 and os.environ["RANK"] == "1":
         {how}
     step(self)
-trainer.Learner.step = die
+trainer.Trainer.step = die
 from nelbo.cli import main
 run = ["--steps", "50", "--evaluate-every", "1", "--out", *sys.argv[2:]]
 main(["train", sys.argv[1], *run])
@@ -210,9 +210,9 @@ import torch
 torch.set_num_threads(1)
 from nelbo.runs import run as run_folder
 from nelbo.sampling import samplers
-from nelbo._utils.distributed import gather, together
+from nelbo._utils.distributed import gather, process_group
 from nelbo.codec.files import compress_file, decompress_file
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.grid_search import best_grid
 from nelbo.diffusion.model import counting
 from nelbo.sampling.smc import conditional
@@ -222,9 +222,9 @@ from nelbo.evaluation.probability_flow import evaluate_flow
 from nelbo.evaluation.importance_bound import evaluate_importance
 from known_models import levels
 source, folder, out = sys.argv[1:]
-with together() as rank:
+with process_group() as rank:
     run = run_folder.load(folder)
-    x, grid = run.examples()[0], Grid.uniform(3)
+    x, grid = run.examples()[0], TimeGrid.uniform(3)
     found = [samplers.ancestral(run.model, count, grid, seed=2) for count in (1, 5)]
     known = torch.tensor([True, False, True, False])
     found.append(samplers.complete(run.model, x[:5].long(), known, grid, seed=3, rounds=2))
@@ -277,16 +277,16 @@ import json, sys
 from contextlib import nullcontext
 import torch
 torch.set_num_threads(1)
-from nelbo._utils import distributed as _processes
+from nelbo._utils import distributed
 from nelbo.cli import main
-with _processes.together() as rank:
+with _processes.process_group() as rank:
     _processes.together = lambda: nullcontext(rank)  # once for all commands
     for command in json.loads(sys.argv[1]):
         try:
             main(command)
         except SystemExit as ended:
             print("exit", ended.code)
-        _processes.at_first(lambda: None)  # what one wrote, the next command reads
+        _processes.main_process_first(lambda: None)  # what one wrote, the next command reads
 """
 
 
@@ -325,13 +325,14 @@ def test_commands_write_and_say_once_on_two_processes(runs, tmp_path):
 def test_each_process_does_its_part_of_the_work(runs):
     """Else two were no quicker than one."""
     script = """
-from nelbo._utils import distributed as _processes
-from nelbo._utils import batch_rng as parts
-from nelbo._utils.distributed import together
+from nelbo._utils import distributed
+from nelbo._utils import batch_rng
+from nelbo._utils.distributed import process_group
 done = []
-with together() as rank:
-    assert _processes.divided(5, lambda i: done.append(i) or i * i) == [0, 1, 4, 9, 16]
-    print(done, parts.share(5).rows.tolist(), len(parts.share(1)))
+with process_group() as rank:
+    squares = distributed.map_across_processes(5, lambda i: done.append(i) or i * i)
+    assert squares == [0, 1, 4, 9, 16]
+    print(done, batch_rng.local_shard(5).rows.tolist(), len(batch_rng.local_shard(1)))
 """
     said = [ended.out.strip() for ended in launch(["-c", script], 2)]
     assert said == ["[0, 2, 4] [0, 2, 4] 1", "[1, 3] [1, 3] 1"]
@@ -342,8 +343,8 @@ def test_no_thread_of_the_group_outlives_it():
     """One that did would abort the end of Python, whenever it then let go of a tensor."""
     script = """
 from pathlib import Path
-from nelbo._utils import distributed as _processes
-with _processes.together():
+from nelbo._utils import distributed
+with _processes.process_group():
     import torch.distributed.nn  # an optimiser does, by the compiler
     _processes.gather(0)
 tasks = Path("/proc/self/task").glob("*/comm")

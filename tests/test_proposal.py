@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from nelbo import evaluate
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.times import Continuum, Grid
-from nelbo.evaluation.allocation import CELLS, Cells
-from nelbo.evaluation.time_density import SHARE, Proposal, even, proposal
+from nelbo.diffusion.times import ContinuousTime, TimeGrid
+from nelbo.evaluation.allocation import CELLS, Strata
+from nelbo.evaluation.time_density import SHARE, TimeDensity, even, time_density
 from nelbo.integrations import wrap
 
 T = 1000
@@ -52,7 +52,7 @@ def test_no_step_weighs_more_than_its_share(betas, variance):
     """Of a network that predicts no noise: by the closed form, whatever the schedule, a step is
     drawn at least SHARE as often as it deserves; and never less than evenly."""
     model = wrap(Zero(), (1, 4, 4), betas=betas, variance=variance)
-    found = proposal(model, Grid.uniform(T), images(40))
+    found = time_density(model, TimeGrid.uniform(T), images(40))
     exact = no_noise(betas, variance)
     assert (found.mass / (exact / exact.sum())).min() > SHARE[1] - 1e-9
     assert found.mass.min() >= SHARE[2] / (T - 1)
@@ -64,7 +64,7 @@ def test_the_reference_is_the_linear_denoiser():
     denoiser is linear: its steps have their shares too."""
     model = wrap(Zero(), (1, 4, 4), betas=LINEAR, predicts="data")
     x = images(4000)
-    found = proposal(model, Grid.uniform(T), x)
+    found = time_density(model, TimeGrid.uniform(T), x)
     alpha = (1 - LINEAR).cumprod(0)
     snr = alpha / (1 - alpha)
     e = x.flatten(1).double() / 127.5 - 1
@@ -77,8 +77,8 @@ def test_the_reference_is_the_linear_denoiser():
 def test_symbols_are_shown_in_proportion():
     """A step of a mask process by what it shows, in a grid of uneven times."""
     known = MODELS["symbols"]()
-    times = Grid([0.05, 0.06, 0.9, 0.91, 1.0])
-    found = proposal(known.model, times, known.examples(9))
+    times = TimeGrid([0.05, 0.06, 0.9, 0.91, 1.0])
+    found = time_density(known.model, times, known.examples(9))
     shown = -known.model.process.alpha(times.times).diff()
     expected = (SHARE[0] + SHARE[1]) * shown / shown.sum() + SHARE[2] / 4
     torch.testing.assert_close(found.mass, expected)
@@ -96,8 +96,8 @@ def test_bins_of_continuous_time_are_small(start):
 
     known = MODELS["gaussian"]()
     known.model.process.schedule = Steep()
-    times = Continuum(start)
-    found = proposal(known.model, times, known.examples(9))
+    times = ContinuousTime(start)
+    found = time_density(known.model, times, known.examples(9))
     gamma = known.model.process.schedule(times.at(found.u))
     assert gamma.diff().max() <= (gamma[-1] - gamma[0]) / 200
     assert found.u.diff().max() <= 1 / 200
@@ -105,15 +105,15 @@ def test_bins_of_continuous_time_are_small(start):
 
 @pytest.mark.parametrize("name", ["levels", "symbols"])
 def test_models_of_logits_are_drawn_evenly_in_continuous_time(name):
-    known, times = MODELS[name](), Continuum()
-    found = proposal(known.model, times, known.examples(9))
+    known, times = MODELS[name](), ContinuousTime()
+    found = time_density(known.model, times, known.examples(9))
     assert torch.equal(found.mass, even(times).mass)
 
 
 def test_places_are_those_of_the_distribution_function():
     """By a fine quadrature of places: each bin as often as its mass, and the mean weight one; a
     step of a grid is met in its middle."""
-    found = Proposal(
+    found = TimeDensity(
         torch.tensor([0.0, 0.1, 0.5, 1.0]), torch.tensor([0.7, 0.1, 0.2]).double(), steps=False
     )
     n = 100_000
@@ -124,7 +124,7 @@ def test_places_are_those_of_the_distribution_function():
     assert inside == pytest.approx([0.7, 0.1, 0.2], abs=2 / n)
     assert weight.mean().item() == pytest.approx(1)
     assert (weight * u).mean().item() == pytest.approx(0.5, abs=1e-4)
-    steps = Proposal(found.u, found.mass, steps=True)
+    steps = TimeDensity(found.u, found.mass, steps=True)
     middle = steps.at(place)[0].unique()
     torch.testing.assert_close(middle, torch.tensor([0.05, 0.3, 0.75]).to(middle))
 
@@ -132,7 +132,7 @@ def test_places_are_those_of_the_distribution_function():
 @pytest.mark.parametrize("betas", [LINEAR, COSINE], ids=["linear", "cosine"])
 def test_heavy_steps_are_cells_of_their_own(betas):
     model = wrap(Zero(), (1, 4, 4), betas=betas)
-    found = proposal(model, Grid.uniform(T), images(40))
+    found = time_density(model, TimeGrid.uniform(T), images(40))
     edges = found.cells(CELLS)
     assert edges[0] == 0 and edges[-1] == T - 1 and len(edges) <= CELLS + 1
     assert edges == sorted(set(edges))
@@ -144,7 +144,7 @@ def test_heavy_steps_are_cells_of_their_own(betas):
 
 
 def test_without_weights_all_times_are_alike():
-    grid, time = Cells(Grid.uniform(100)), Cells(Continuum(0.1))
+    grid, time = Strata(TimeGrid.uniform(100)), Strata(ContinuousTime(0.1))
     torch.testing.assert_close(even(grid.times).mass, torch.full((99,), 1 / 99).double())
     torch.testing.assert_close(time.edges, torch.linspace(0.1, 1, 33).double())
 
@@ -155,7 +155,7 @@ SEEDS = 50
 def errors_away(model: Model, x: Tensor, exact: float, **how: object) -> Tensor:
     """By how many stated errors the diffusion term of each seed misses, bits/dim."""
     found = [
-        evaluate(model, x, times=Grid.uniform(T), seed=seed, **how)  # type: ignore[arg-type]
+        evaluate(model, x, times=TimeGrid.uniform(T), seed=seed, **how)  # type: ignore[arg-type]
         for seed in range(SEEDS)
     ]
     errors = torch.tensor([r.standard_error.monte_carlo for r in found])

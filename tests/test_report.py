@@ -18,7 +18,7 @@ from nelbo.data.columns import Column
 from nelbo.diffusion.elbo import diffusion_term, prior_term, reconstruction_term
 from nelbo.diffusion.model import measuring
 from nelbo.diffusion.reverse import Posterior
-from nelbo.diffusion.times import Grid, even_times
+from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.per_dimension import by_dimension
 from nelbo.report import studies
@@ -61,7 +61,7 @@ def _quick_grids():
     """The best grids are not measured here; they are some other ones than the uniform ones."""
 
     def early(model, x, steps, **_):
-        return Grid(even_times(model.process.schedule, steps, steps) ** 1.5)
+        return TimeGrid(even_times(model.process.schedule, steps, steps) ** 1.5)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder, "best_grid", early)
@@ -200,7 +200,7 @@ def test_flags_of_a_training_are_flags_of_its_command(digits):
 
 
 def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):
-    x, grid = as_examples(run.examples()[0]), Grid.uniform(4)
+    x, grid = as_examples(run.examples()[0]), TimeGrid.uniform(4)
     (found,) = by_dimension(run.model, x, grid, seed=5)
     t = grid.times[:, None].expand(-1, len(x))
     with measuring(run.model), seeded(5, 0):
@@ -227,7 +227,7 @@ def test_curves_and_costs_are_of_one_measurement(digits):
     assert mixture.values[len(STEPS) - 1] == pytest.approx(each.mean().item(), rel=1e-12)
     error = each.std().item() / len(x) ** 0.5
     assert mixture.errors[len(STEPS) - 1] == pytest.approx(error, rel=1e-9)
-    _, bound = by_dimension(digits.model, x, Grid.uniform(8), (step, Posterior()), seed=2)
+    _, bound = by_dimension(digits.model, x, TimeGrid.uniform(8), (step, Posterior()), seed=2)
     nats = -bound.elbo.flatten(1).sum(1).mean().item()
     assert gaussian.values[STEPS.index(8)] == pytest.approx(
         nats / digits.model.dims / LOG_2, rel=1e-12
@@ -237,8 +237,8 @@ def test_curves_and_costs_are_of_one_measurement(digits):
 @pytest.mark.parametrize("numbers", [2**23, 1], ids=["at once", "row by row"])
 def test_path_ends_in_the_ancestral_samples(run, numbers, monkeypatch):
     monkeypatch.setattr("nelbo.diffusion.model.ROWS", numbers)
-    path = trajectory(run.model, 7, Grid.uniform(9), seed=6)
-    assert torch.equal(path.x, ancestral(run.model, 7, Grid.uniform(9), seed=6))
+    path = trajectory(run.model, 7, TimeGrid.uniform(9), seed=6)
+    assert torch.equal(path.x, ancestral(run.model, 7, TimeGrid.uniform(9), seed=6))
     assert path.times[0] == 1 and path.times == sorted(path.times, reverse=True)
     assert len(path.times) == len(path.z) == len(path.e_hat) == 8
     assert all(len(seen) == 7 for seen in (*path.z, *path.e_hat))
@@ -258,13 +258,13 @@ def test_the_best_grids_stand_before_the_uniform_ones(digits):
     x = as_examples(digits.examples()[0][:8])
 
     def late(steps):
-        return Grid(Grid.uniform(steps).times ** 0.5)
+        return TimeGrid(TimeGrid.uniform(steps).times ** 0.5)
 
     curves, _ = measure_steps(digits.model, x, seed=2, best=late)
     names = "mixture step, best grid", "mixture step", "Gaussian step, σ² = β̃"
     assert tuple(curve.name for curve in curves) == names
     assert [curve.thin for curve in curves] == [False, True, False]
-    for curve, grid in zip(curves, (late, Grid.uniform), strict=False):
+    for curve, grid in zip(curves, (late, TimeGrid.uniform), strict=False):
         (bound,) = by_dimension(digits.model, x, grid(4), seed=2)
         bits = sum(term.sum().item() for term in bound) / (8 * digits.model.dims * LOG_2)
         assert curve.values[STEPS.index(4)] == pytest.approx(bits, rel=1e-9)
@@ -301,6 +301,6 @@ def test_synthetic_rows_are_those_of_sample(monkeypatch):
     monkeypatch.setattr(report, "ancestral", draw)
     for ends, said in (((-1.0, 2.0), "redrawn: "), ((50.0, 60.0), "as the model draws them")):
         schema = Schema.of_table([Column("a", "real", range=ends)])
-        x, how = report._rows(Normal(), 200, schema, Grid.uniform(2), 0, iter)
+        x, how = report._rows(Normal(), 200, schema, TimeGrid.uniform(2), 0, iter)
         assert len(x) == 200 and how.startswith(said)
         assert ((x >= -1) & (x <= 2)).all() == (ends[0] == -1)

@@ -171,17 +171,17 @@ def test_the_weights_of_a_finished_run_are_made_again(whole, tmp_path):
 
 
 def test_a_run_that_was_stopped_at_its_new_last_step_is_measured(whole, tmp_path, monkeypatch):
-    step = trainer.Learner.step
+    step = trainer.Trainer.step
 
     def stop(self):
         step(self)
         training_state.save(tmp_path / "run", self)
         raise Killed
 
-    monkeypatch.setattr(trainer.Learner, "step", stop)
+    monkeypatch.setattr(trainer.Trainer, "step", stop)
     with pytest.raises(Killed):
         train(str(whole.parent / "x.npy"), tmp_path / "run", **SMALL)
-    monkeypatch.setattr(trainer.Learner, "step", step)
+    monkeypatch.setattr(trainer.Trainer, "step", step)
     run = resume(tmp_path / "run", steps=1)
     assert run.weights == "ema, step 1" and [event["step"] for event in run.metrics] == [1]
 
@@ -191,7 +191,7 @@ def test_a_failed_training_leaves_what_was_there(whole, tmp_path, monkeypatch, t
     def fail(self):
         raise ValueError("no step")
 
-    monkeypatch.setattr(trainer.Learner, "step", fail)
+    monkeypatch.setattr(trainer.Trainer, "step", fail)
     if there:
         (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match="no step"):

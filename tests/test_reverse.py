@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import (
-    Data,
     LevelLogits,
     LevelPrediction,
     Prediction,
     VariancePrediction,
+    XPrediction,
 )
-from nelbo.diffusion.process import Affine, Gaussian, Levels
-from nelbo.diffusion.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
+from nelbo.diffusion.reverse import Beta, Learned, Mixture, Optimal, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear
-from nelbo.diffusion.times import Grid, elbo
+from nelbo.diffusion.times import TimeGrid, elbo
 
 SHAPE = (2, 3, 5, 7)
 DIMS = 105
@@ -36,9 +36,11 @@ def _seed():
         yield
 
 
-def setup() -> tuple[Gaussian, Tensor, Tensor, Tensor]:
+def setup() -> tuple[GaussianDiffusion, Tensor, Tensor, Tensor]:
     """A process and z_t, e, ê of which nothing is special."""
-    return Gaussian(Linear(-5.0, 4.0), Affine()), *torch.randn(3, *SHAPE, dtype=torch.float64)
+    return GaussianDiffusion(Linear(-5.0, 4.0), Affine()), *torch.randn(
+        3, *SHAPE, dtype=torch.float64
+    )
 
 
 def per_example(v: Tensor) -> Tensor:
@@ -124,18 +126,18 @@ PRIOR = torch.tensor([0.1, 0.5, 0.15, 0.25], dtype=torch.float64)
 NODES, WEIGHTS = normal_nodes(121)
 
 
-def line(gamma_min: float = -4.0, gamma_max: float = 2.0) -> Gaussian:
-    return Gaussian(Linear(gamma_min, gamma_max), Levels(LEVELS))
+def line(gamma_min: float = -4.0, gamma_max: float = 2.0) -> GaussianDiffusion:
+    return GaussianDiffusion(Linear(gamma_min, gamma_max), Levels(LEVELS))
 
 
-def predict(z: Tensor, t: Tensor, process: Gaussian) -> LevelPrediction:
+def predict(z: Tensor, t: Tensor, process: GaussianDiffusion) -> LevelPrediction:
     """Bayes under PRIOR, for z of shape (B, 1): what an ideal network says of one dimension."""
     output = PRIOR.log().expand(len(z), 1, LEVELS)
     return LevelLogits(VALUES)(output, z, t, process)
 
 
 def kl_by_quadrature(
-    process: Gaussian, step: Reverse, x: int, z: Tensor, s: float, t: float
+    process: GaussianDiffusion, step: ReverseKernel, x: int, z: Tensor, s: float, t: float
 ) -> Tensor:
     """KL( q(z_s|z_t,x) ‖ P(z_s|z_t) ) for each z_t in z, shape (N,), the integral over z_s."""
     z = z[:, None]
@@ -211,16 +213,16 @@ def test_the_mixture_kl_of_a_model_is_unbiased():
     assert_mean(kl_divergence(q, p), truth, error=0.01 * truth)
 
 
-def ideal_model(process: Gaussian, step: Reverse) -> Model:
+def ideal_model(process: GaussianDiffusion, step: ReverseKernel) -> Model:
     """The ideal network of one dimension: the log prior as its output, whatever z_t."""
 
     def context(z: Tensor, level: Tensor) -> Tensor:
         return PRIOR.log().expand(*z.shape, LEVELS)
 
-    return Model(Formula(context), process, LevelLogits(VALUES), step, LevelHead(), shape=(1,))
+    return Model(Formula(context), process, LevelLogits(VALUES), step, LevelDecoder(), shape=(1,))
 
 
-def expected_bound(process: Gaussian, step: Reverse, times: Grid) -> float:
+def expected_bound(process: GaussianDiffusion, step: ReverseKernel, times: TimeGrid) -> float:
     """E over x ~ PRIOR of −ELBO in one dimension, every integral by quadrature."""
     model = ideal_model(process, step)
     total = 0.0
@@ -258,7 +260,7 @@ def test_the_mixture_loses_nothing_in_one_dimension(steps):
     mismatch = (marginal * (marginal / normal).log()).sum().item() * (z[1] - z[0]).item()
     entropy = -(PRIOR * PRIOR.log()).sum().item()
     assert mismatch > 1e-3
-    got = expected_bound(process, Mixture(VALUES), Grid.uniform(steps))
+    got = expected_bound(process, Mixture(VALUES), TimeGrid.uniform(steps))
     assert abs(got - entropy - mismatch) < 1e-10
 
 
@@ -267,7 +269,7 @@ def test_the_mixture_beats_the_gaussian_step():
     tighter one."""
     process = line()
     for steps in (2, 4, 8):
-        times = Grid.uniform(steps)
+        times = TimeGrid.uniform(steps)
         mixture = expected_bound(process, Mixture(VALUES), times)
         assert mixture < expected_bound(process, Posterior(), times) - 1e-3
         assert mixture < expected_bound(process, Beta(), times) - 1e-3
@@ -277,7 +279,7 @@ def test_the_bound_of_a_mixture_model_by_draws():
     """Equation 5: `elbo` with the mixture step is what quadrature says, over x ~ PRIOR."""
     process, n = line(), 60_000
     x = torch.multinomial(PRIOR, n, replacement=True)[:, None]
-    times = Grid.uniform(4)
+    times = TimeGrid.uniform(4)
     truth = expected_bound(process, Mixture(VALUES), times)
     with torch.no_grad():
         got = elbo(ideal_model(process, Mixture(VALUES)), x, times)
@@ -293,6 +295,6 @@ def test_all_steps_are_one_where_the_model_is_certain():
     prediction = LevelLogits(VALUES)(output, z, T, process)
     assert torch.equal(prediction.e_hat, VALUES[1].expand(2, 3))
     mixture = Mixture(VALUES)(prediction, z, S, T, process)
-    gaussian = Posterior()(Data()(prediction.e_hat, z, T, process), z, S, T, process)
+    gaussian = Posterior()(XPrediction()(prediction.e_hat, z, T, process), z, S, T, process)
     at = gaussian.sample()
     torch.testing.assert_close(mixture.log_prob(at), gaussian.log_prob(at), rtol=1e-13, atol=0)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelHead
+from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Data, LevelLogits, SymbolLogits
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels
+from nelbo.diffusion.parametrization import LevelLogits, SymbolLogits, XPrediction
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.reverse import Beta, Mixture, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.sampling.samplers import ancestral, probability_flow
 
 
@@ -48,20 +48,24 @@ def level_model(step):
     head = LevelLogits(levels.values)
     head.log_prior.data = PRIOR.log()
     made = Mixture(levels.values) if step == "mixture" else Posterior()
-    return Model(Zero(3), Gaussian(Linear(-7.0, 6.0), levels), head, made, LevelHead(), (2,))
+    return Model(
+        Zero(3), GaussianDiffusion(Linear(-7.0, 6.0), levels), head, made, LevelDecoder(), (2,)
+    )
 
 
 def symbol_model():
     head = SymbolLogits(3)
     head.log_prior.data = PRIOR.log()
-    process = Absorbing(PowerAlpha(), 3)
+    process = MaskedDiffusion(PowerAlpha(), 3)
     return Model(Zero(3), process, head, Posterior(), Categorical(), (2,))
 
 
 def normal_model(step):
     affine = Affine(torch.full((2,), 5.0), torch.full((2,), 0.5))
     decoder = GaussianDensity(affine, math.exp(-4))
-    return Model(Shrink(), Gaussian(Linear(-8.0, 8.0), affine), Data(), step, decoder, (2,))
+    return Model(
+        Shrink(), GaussianDiffusion(Linear(-8.0, 8.0), affine), XPrediction(), step, decoder, (2,)
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_independent_dimensions_are_sampled_exactly(model, steps):
     """With the exact conditionals of independent dimensions, P(x) is the prior at any T where
     the step is exact, and for T → ∞ where it is not."""
     n = 4000
-    x = ancestral(model, n, Grid.uniform(steps), seed=1)
+    x = ancestral(model, n, TimeGrid.uniform(steps), seed=1)
     frequency = torch.stack([(x == k).double().mean() for k in range(3)])
     error = (PRIOR * (1 - PRIOR) / (2 * n)).sqrt()
     assert ((frequency - PRIOR).abs() < 4 * error).all()
@@ -89,28 +93,28 @@ def test_independent_dimensions_are_sampled_exactly(model, steps):
 @pytest.mark.parametrize("sampler", [ancestral, probability_flow])
 def test_normal_data_come_back_with_mean_and_variance(sampler):
     """N(0, 4) in the units of e, so N(5, 1) in those of the data."""
-    x = sampler(normal_model(Posterior()), 3000, Grid.uniform(100), seed=2)
+    x = sampler(normal_model(Posterior()), 3000, TimeGrid.uniform(100), seed=2)
     assert abs(x.mean().item() - 5) < 4 / math.sqrt(6000)
     assert x.std().item() == pytest.approx(1, abs=4 / math.sqrt(12000) + 0.02)
 
 
 def test_beta_steps_are_wider_than_posterior_steps():
-    wide = ancestral(normal_model(Beta()), 2000, Grid.uniform(10), seed=3).std()
-    narrow = ancestral(normal_model(Posterior()), 2000, Grid.uniform(10), seed=3).std()
+    wide = ancestral(normal_model(Beta()), 2000, TimeGrid.uniform(10), seed=3).std()
+    narrow = ancestral(normal_model(Posterior()), 2000, TimeGrid.uniform(10), seed=3).std()
     assert wide > narrow
 
 
 def test_seeds():
-    model, grid = level_model("mixture"), Grid.uniform(3)
+    model, grid = level_model("mixture"), TimeGrid.uniform(3)
     assert torch.equal(ancestral(model, 50, grid, 1), ancestral(model, 50, grid, 1))
     assert not torch.equal(ancestral(model, 50, grid, 1), ancestral(model, 50, grid, 2))
 
 
 def test_the_flow_needs_a_gaussian_process():
-    with pytest.raises(ValueError, match=r"Gaussian process.*Absorbing.*ancestral"):
-        probability_flow(symbol_model(), 1, Grid.uniform(2))
+    with pytest.raises(ValueError, match=r"Gaussian process.*MaskedDiffusion.*ancestral"):
+        probability_flow(symbol_model(), 1, TimeGrid.uniform(2))
 
 
 def test_no_samples():
     with pytest.raises(ValueError, match="at least 1; got 0"):
-        ancestral(symbol_model(), 0, Grid.uniform(2))
+        ancestral(symbol_model(), 0, TimeGrid.uniform(2))

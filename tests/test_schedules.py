@@ -8,9 +8,9 @@ import torch
 from contracts import ScheduleContract
 
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.process import Affine, Gaussian
+from nelbo.diffusion.process import Affine, GaussianDiffusion
 from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
-from nelbo.diffusion.times import Continuum, Grid
+from nelbo.diffusion.times import ContinuousTime, TimeGrid
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_cosine_is_cosine():
 
 def test_linear_alpha_is_linear():
     """Equation 9: α_t = 1 - t, its ends exactly 1 and 0."""
-    process = Gaussian(PowerAlpha(), Affine())
+    process = GaussianDiffusion(PowerAlpha(), Affine())
     t = torch.linspace(0, 1, 33, dtype=torch.float64)
     torch.testing.assert_close(process.alpha(t), 1 - t, rtol=1e-14, atol=0)
     assert process.log_alpha(t[-1:]).item() == -math.inf
@@ -130,7 +130,7 @@ def test_gradients_reach_what_is_learned(learn):
     """Learned γ: its value and its slope have gradients in every learned
     parameter, and pinned end points have none."""
     schedule = LearnedMonotone(-7.0, 6.0, width=8, learn_endpoints=learn)
-    process = Gaussian(schedule, Affine())
+    process = GaussianDiffusion(schedule, Affine())
     t = torch.tensor([0.2, 0.7], dtype=torch.float64)
     z = torch.ones(2, 3, dtype=torch.float64)
     process.rate(z, z, 0 * z, t).sum().backward()
@@ -143,7 +143,7 @@ def test_gradients_reach_what_is_learned(learn):
 def test_slope_of_a_learned_schedule_is_differentiable():
     """Equation 8: ∂γ'/∂φ by autograd is the difference quotient of γ' in φ."""
     schedule = LearnedMonotone(-7.0, 6.0, width=4)
-    process = Gaussian(schedule, Affine())
+    process = GaussianDiffusion(schedule, Affine())
     t, z = torch.tensor([0.37], dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
     (got,) = torch.autograd.grad(process.rate(z, z, 0 * z, t).sum(), schedule.shift)
     want = torch.empty_like(got)
@@ -180,7 +180,7 @@ def test_betas_come_back(betas):
     """Equation 2: α_t = Π_{s<=t}(1-β_s) at t/T, and the step from (t-1)/T has β_t again,
     to the digits that γ holds: rounding γ by |γ| 2^-52 moves log α by (1-α) |γ| 2^-52."""
     schedule = Schedule.from_betas(betas.tolist())
-    process = Gaussian(schedule, Affine())
+    process = GaussianDiffusion(schedule, Affine())
     steps = len(betas)
     t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     s = torch.arange(steps, dtype=torch.float64) / steps
@@ -193,7 +193,7 @@ def test_betas_come_back(betas):
     tilde = process.beta_tilde(s, t)
     assert tilde.isfinite().all()
     assert tilde[0] == 0 and (tilde[1:] > 0).all() and (tilde < got).all()
-    grid = Grid.uniform(steps).times
+    grid = TimeGrid.uniform(steps).times
     torch.testing.assert_close(schedule(grid), schedule(t), rtol=0, atol=1e-12)
 
 
@@ -207,7 +207,7 @@ def test_times_between_betas_interpolate():
 def test_slope_at_a_time_of_a_beta():
     """The slope at i/T is that of a neighbouring interval, not the zero of a rounded time."""
     schedule = Schedule.from_betas([0.1, 0.2, 0.3, 0.4])
-    process = Gaussian(schedule, Affine())
+    process = GaussianDiffusion(schedule, Affine())
     t = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
     z = torch.ones(4, 1, dtype=torch.float64)
     assert (process.rate(z, z, 0 * z, t) > 0).all()
@@ -240,19 +240,19 @@ def test_empty_ranges_of_gamma_are_refused(make, ends):
 def test_grids_that_do_not_end_at_one_are_refused(times):
     """Times increase within (0, 1] and end at 1."""
     with pytest.raises(ValueError, match=r"times must increase .*end at 1.0; got .*try torch"):
-        Grid(times)
+        TimeGrid(times)
 
 
 def test_other_times_are_refused():
     """Steps >= 1, a start in [0, 1), and no time before the first β."""
     with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
-        Grid.uniform(0)
+        TimeGrid.uniform(0)
     for start in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"start must be in \[0, 1\); got"):
-            Continuum(start)
+            ContinuousTime(start)
     schedule = Schedule.from_betas([0.1, 0.2, 0.3])
     with pytest.raises(
-        ValueError, match=r"no time between 0 and 1/3; got 0.1.*Continuum\(start=1/3\)"
+        ValueError, match=r"no time between 0 and 1/3; got 0.1.*ContinuousTime\(start=1/3\)"
     ):
         schedule(torch.tensor([0.1, 0.5], dtype=torch.float64))
 

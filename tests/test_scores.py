@@ -18,7 +18,7 @@ from nelbo._utils import files
 from nelbo._utils.numerics import seeded
 from nelbo.data import Schema, as_examples
 from nelbo.diffusion.model import measuring
-from nelbo.diffusion.times import Grid, elbo, stratified
+from nelbo.diffusion.times import TimeGrid, elbo, stratified
 from nelbo.evaluation.anomaly_scores import Scored, Scorer, code_length
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.report.score_figure import histogram
@@ -225,7 +225,7 @@ def test_weights_that_are_not_finite_are_refused(far_run, tmp_path, capsys):
     weight.data.view(-1)[0] = math.nan
     for use in (
         lambda: evaluate(loaded.model, x),
-        lambda: ancestral(loaded.model, 2, Grid.uniform(2)),
+        lambda: ancestral(loaded.model, 2, TimeGrid.uniform(2)),
         lambda: Scorer("bound", loaded.config.schema, loaded.model, x),
     ):
         with pytest.raises(ValueError, match=r"not finite.*restore the weights"):

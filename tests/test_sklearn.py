@@ -30,7 +30,7 @@ from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.memory import Memory, best_bandwidth
 from nelbo.nn.mixture import Corrected, MixtureDenoiser
 from nelbo.sklearn import DiffusionDensity, DiffusionOutlierDetector
-from nelbo.training.trainer import Learner
+from nelbo.training.trainer import Trainer
 
 QUICK = {"steps": 3, "width": 8, "depth": 1, "draws": 4}
 SMALL = {"steps": 60, "width": 16, "depth": 1, "batch": 32, "draws": 8, "random_state": 0}
@@ -261,14 +261,14 @@ def test_repeated_values_and_constant_columns_have_a_finite_density():
 
 def test_no_density_exceeds_the_floor(monkeypatch):
     """Also where training would make the decoder narrower than the resolution."""
-    fit = Learner.fit
+    fit = Trainer.fit
 
     def narrow(learner, *others):
         model = fit(learner, *others)
         model.decoder.log_spread.data.fill_(-20.0)
         return model
 
-    monkeypatch.setattr(Learner, "fit", narrow)
+    monkeypatch.setattr(Trainer, "fit", narrow)
     x = np.tile([[0.0, 5.0, 1.0], [1.0, 5.0, 1.0]], (20, 1))
     model = DiffusionDensity(resolution=0.05, memory=40, **{**SMALL, "steps": 1}).fit(x)
     spread = model.model_.decoder.log_spread.item()
@@ -380,7 +380,7 @@ def test_numbers_of_numpy_are_parameters():
     ],
 )
 def test_impossible_options_are_refused_before_training(options, says, monkeypatch):
-    monkeypatch.setattr(Learner, "step", lambda learner: pytest.fail("a step was made"))
+    monkeypatch.setattr(Trainer, "step", lambda learner: pytest.fail("a step was made"))
     with pytest.raises(ValueError, match=says):
         DiffusionOutlierDetector(**{**SMALL, **options}).fit(X)
 

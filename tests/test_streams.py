@@ -61,7 +61,7 @@ def test_each_row_is_in_one_split(shards):
     }
     whole = torch.from_numpy(encode(table(), found.schema.columns, "t")[0])
     place = [c.name for c in found.schema.columns].index("place")
-    at = [p.index for p in data.layout.places(found.schema.columns)].index(place)
+    at = [p.index for p in data.columns.places(found.schema.columns)].index(place)
     ids = torch.cat([v[:, at] for v in x.values()])
     assert sorted(ids.tolist()) == sorted(whole[:, at].tolist())
     by_id = whole[whole[:, at].argsort()]

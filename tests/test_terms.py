@@ -11,12 +11,16 @@ from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import diffusion_rate, diffusion_term, reconstruction_term
 from nelbo.diffusion.process import Affine
-from nelbo.diffusion.terms import Decode, Rate, Step
-from nelbo.evaluation.reference_denoisers import observe
+from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm
+from nelbo.evaluation.reference_denoisers import draw_term
 
 S = torch.tensor([0.2, 0.31, 0.5], dtype=torch.float64)
 T = torch.tensor([0.25, 0.6, 0.95], dtype=torch.float64)
-TERMS = {"decode": Decode(t=T), "step": Step(t=T, s=S), "rate": Rate(t=T)}
+TERMS = {
+    "decode": ReconstructionTerm(t=T),
+    "step": DiffusionTerm(t=T, s=S),
+    "rate": DiffusionRate(t=T),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +51,7 @@ def test_the_weight_of_an_error(term):
     """Equations 7 and 8: the cost is w ‖e - ê‖², with the ê that the network gave."""
     known = gaussian()
     x = known.examples(3)
-    draw = observe(known.model, x, TERMS[term])
+    draw = draw_term(known.model, x, TERMS[term])
     error = (known.model.embed(x) - draw.prediction.e_hat).square().sum(1)
     weight = TERMS[term].error_weight(known.model.process)
     torch.testing.assert_close(draw.cost, weight * error, rtol=1e-11, atol=0)
@@ -65,10 +69,10 @@ def test_the_weight_of_an_error_in_decoding(t):
     known.model.process.embedding = Affine()
     x = known.examples(3)
     times = torch.full((3,), t, dtype=torch.float64)
-    draw = observe(known.model, x, Decode(times))
+    draw = draw_term(known.model, x, ReconstructionTerm(times))
     error = (x - draw.prediction.e_hat).square().sum(1)
     constant = math.log(2 * math.pi) + gamma
-    weight = Decode(times).error_weight(known.model.process)
+    weight = ReconstructionTerm(times).error_weight(known.model.process)
     torch.testing.assert_close(draw.cost, weight * error + constant, rtol=1e-11, atol=1e-11)
 
 
@@ -77,7 +81,7 @@ def test_the_weight_of_a_mask(term):
     """Equation 9 and its steps: the cost is w Σ_masked -log P(x_i|z_t)."""
     known = MODELS["symbols"]()
     x = known.examples(3)
-    draw = observe(known.model, x, TERMS[term])
+    draw = draw_term(known.model, x, TERMS[term])
     surprise = -draw.prediction.e_hat.gather(-1, x[..., None])[..., 0]
     hidden = torch.where(draw.z == known.model.process.mask, surprise, 0.0).sum(1)
     weight = TERMS[term].mask_weight(known.model.process)
@@ -92,10 +96,12 @@ def test_the_weight_of_a_mask(term):
 def test_the_weight_of_a_rate_is_the_limit(name, weight):
     """Step(t-h, t)/h → Rate(t) at first order."""
     process = MODELS[name]().model.process
-    rate = getattr(Rate(t=T), f"{weight}_weight")(process)
+    rate = getattr(DiffusionRate(t=T), f"{weight}_weight")(process)
     for i in range(3):
         errors = [
-            ((getattr(Step(t=T, s=T - h), f"{weight}_weight")(process) / h - rate)[i]).item()
+            (
+                (getattr(DiffusionTerm(t=T, s=T - h), f"{weight}_weight")(process) / h - rate)[i]
+            ).item()
             for h in (2.0**-9, 2.0**-10, 2.0**-11, 2.0**-12)
         ]
         assert abs(errors[-1]) < 0.01 * rate[i]

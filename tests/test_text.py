@@ -110,7 +110,7 @@ def test_a_model_that_says_nothing_pays_the_entropy_of_its_frequencies(file):
     assert (config.process, config.network) == ("absorbing", "transformer")
     model = build(config, found.schema)
     x, train = found.splits["test"].clone(), found.splits["train"]
-    model.head.start_from(train)
+    model.head.fit_statistics(train)
     result = evaluate(model, x, calls=512)
     table = log_frequencies(train, found.schema.levels)
     exact = -table.expand(len(x), -1, -1).gather(-1, x.long()[..., None]).sum().item() / len(x)

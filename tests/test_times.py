@@ -10,13 +10,13 @@ import torch
 from conftest import TINY
 
 from nelbo._utils import files
-from nelbo._utils.batch_rng import Part
+from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import constant, seeded, slope
 from nelbo.data import Schema
-from nelbo.diffusion.decoder import LevelHead
+from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits
-from nelbo.diffusion.process import Affine, Gaussian, Levels
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import LearnedMonotone, Linear, log_density
 from nelbo.models.build import build
@@ -25,7 +25,14 @@ from nelbo.nn.embedding import zero
 from nelbo.runs import run as run_folder
 from nelbo.training import objective, trainer
 from nelbo.training.objective import Objective, log_second_moment
-from nelbo.training.timestep_samplers import BINS, Iid, Importance, Law, Stratified, stratified
+from nelbo.training.timestep_samplers import (
+    BINS,
+    SecondMomentImportance,
+    Stratified,
+    TimestepSampler,
+    Uniform,
+    stratified,
+)
 
 LEVELS = Levels(5)
 
@@ -48,7 +55,7 @@ def steep(u):
 
 
 def taught(f=steep, steps=100):
-    law = Importance()
+    law = SecondMomentImportance()
     for _ in range(steps):
         u, _ = law(128)
         law.learn(u, f(u))
@@ -83,21 +90,23 @@ def test_no_example_is_tied_to_a_time():
     assert ((u.var(0) - 1 / 12).abs() < 0.006).all()
 
 
-@pytest.mark.parametrize("law", [Iid(), Stratified(), taught()], ids=lambda law: law._get_name())
-def test_processes_share_one_draw(law: Law):
+@pytest.mark.parametrize(
+    "law", [Uniform(), Stratified(), taught()], ids=lambda law: law._get_name()
+)
+def test_processes_share_one_draw(law: TimestepSampler):
     """Equal generators: the parts are different, and together the draw of the global batch."""
     parts = []
     for rank in range(4):
-        part = Part(torch.arange(128)[rank::4], 128)
+        part = BatchShard(torch.arange(128)[rank::4], 128)
         with seeded(5), part:
             parts.append(part.of(law(128)[0]))
     u = torch.cat(parts)
     assert len(u.unique()) == 128
-    if isinstance(law, Importance):  # its distribution function makes p uniform
+    if isinstance(law, SecondMomentImportance):  # its distribution function makes p uniform
         edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
         inside = (u[:, None] - edges[:-1]).clamp(0, 1 / BINS)
         u = (inside * law.density()).sum(1)
-    if not isinstance(law, Iid):
+    if not isinstance(law, Uniform):
         assert strata(u, 128) == list(range(128))
 
 
@@ -114,7 +123,12 @@ def test_weighted_draws_are_unbiased(f):
 
 
 def test_the_density_is_one_and_bounds_its_weights():
-    for law in (Importance(), taught(), taught(torch.zeros_like), Importance(uniform=1.0)):
+    for law in (
+        SecondMomentImportance(),
+        taught(),
+        taught(torch.zeros_like),
+        SecondMomentImportance(uniform=1.0),
+    ):
         p = law.density()
         assert p.mean().item() == pytest.approx(1, abs=1e-12)
         assert p.min() >= law.uniform - 1e-12
@@ -130,7 +144,10 @@ def test_the_density_is_the_best_one():
     # at the ends the smoothing sees one side only, 1.5/64 wide, over which f moves by a tenth
     torch.testing.assert_close(law.density(), want, rtol=0.1, atol=0)
     u, weight = law(10_000)
-    second, uniform = (weight * steep(u)).square().mean(), steep(Iid()(10_000)[0]).square().mean()
+    second, uniform = (
+        (weight * steep(u)).square().mean(),
+        steep(Uniform()(10_000)[0]).square().mean(),
+    )
     least = ((1 - math.exp(-4)) / 4) ** 2
     assert second < 1.1 * least and uniform > 2 * least
 
@@ -159,7 +176,7 @@ def test_it_forgets():
 def test_shares_outside_their_range_are_refused():
     for uniform in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"uniform must be in \(0, 1\]; got .*; try 0.25"):
-            Importance(uniform)
+            SecondMomentImportance(uniform)
 
 
 # ---- in the loss
@@ -177,8 +194,8 @@ class Bump(torch.nn.Module):
 
 
 def level_model(schedule, network=None):
-    process, head = Gaussian(schedule, LEVELS), LevelLogits(LEVELS.values)
-    return Model(network or Bump(), process, head, Posterior(), LevelHead(), (1, 2, 3))
+    process, head = GaussianDiffusion(schedule, LEVELS), LevelLogits(LEVELS.values)
+    return Model(network or Bump(), process, head, Posterior(), LevelDecoder(), (1, 2, 3))
 
 
 @pytest.mark.parametrize("weight", [objective.bound, objective.simple, objective.min_snr])
@@ -343,7 +360,7 @@ def test_the_bound_does_not_depend_on_the_interior():
     e = torch.ones(len(t), 1, dtype=torch.float64)
     squares = []
     for shift in (0.0, 0.4, 0.8):
-        process = Gaussian(schedule_of(shift), Affine())
+        process = GaussianDiffusion(schedule_of(shift), Affine())
         d = process.rate(e, e, 0 * e, t).detach()
         assert d.mean().item() == pytest.approx((math.exp(5) - math.exp(-4)) / 2, rel=1e-5)
         squares.append(d.square().mean().item())
@@ -364,7 +381,7 @@ def test_a_learned_gamma_lowers_the_variance_of_a_draw():
         step.step()
     draws = []
     for gamma in (schedule, Linear(-5.0, 6.0)):
-        x, (u, _) = torch.randint(0, 5, (20_000, 1, 2, 3)), Iid()(20_000)
+        x, (u, _) = torch.randint(0, 5, (20_000, 1, 2, 3)), Uniform()(20_000)
         with torch.no_grad():
             draws.append(Objective()(level_model(gamma, zero(Bump())), x, u).each)
     learned, linear = draws

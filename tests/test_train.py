@@ -15,7 +15,7 @@ from torch import nn
 from nelbo import data
 from nelbo._utils import files
 from nelbo.data import Schema
-from nelbo.diffusion.times import Continuum, Grid
+from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.models.build import build
 from nelbo.runs import run as run_folder
@@ -65,17 +65,17 @@ def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch
 
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(trained, tmp_path, monkeypatch):
     """Killed after step 3, the state is that of step 2; what was logged later is dropped."""
-    step = trainer.Learner.step
+    step = trainer.Trainer.step
 
     def crash(self):
         if self.at.step == 3:
             raise RuntimeError("power cut")
         step(self)
 
-    monkeypatch.setattr(trainer.Learner, "step", crash)
+    monkeypatch.setattr(trainer.Trainer, "step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         training.train("digits", tmp_path / "run", **TINY)
-    monkeypatch.setattr(trainer.Learner, "step", step)
+    monkeypatch.setattr(trainer.Trainer, "step", step)
     with (tmp_path / "run" / run_folder.METRICS).open("a") as file:
         file.write('{"step": 3, "validation": 1.0}\n{"step": 4, "valid')
     training.resume(tmp_path / "run")
@@ -100,13 +100,13 @@ def test_minutes_are_steps_by_the_time_of_some(tmp_path, monkeypatch):
     """With a clock that ticks at each step, validations being free, they are budget over tick;
     the run knows their number, so it is resumed like any."""
     ticks = [0.0]
-    step = trainer.Learner.step
+    step = trainer.Trainer.step
 
     def ticking(self):
         ticks[0] += 2.0
         step(self)
 
-    monkeypatch.setattr(trainer.Learner, "step", ticking)
+    monkeypatch.setattr(trainer.Trainer, "step", ticking)
     dataset = data.load("digits")
     sizes = {k: v for k, v in TINY.items() if k not in ("steps", "evaluate_every")}
     preset = configure(dataset.schema, 1000, **sizes)
@@ -246,7 +246,7 @@ def test_a_run_with_muon_is_resumed_exactly(tmp_path):
     options = TINY | {"optimizer": "muon"}
     whole = training.train("digits", tmp_path / "whole", **options)
     assert whole.config.train.optimizer == "muon"
-    step = trainer.Learner.step
+    step = trainer.Trainer.step
 
     def crash(self):
         if self.at.step == 3:
@@ -254,7 +254,7 @@ def test_a_run_with_muon_is_resumed_exactly(tmp_path):
         step(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Learner, "step", crash)
+        patch.setattr(trainer.Trainer, "step", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             training.train("digits", tmp_path / "cut", **options)
     training.resume(tmp_path / "cut")
@@ -272,7 +272,7 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
     ):
         training.resume(run, steps=9)
     assert (run / run_folder.STATE).read_bytes() == before
-    found, step = [], trainer.Learner.step
+    found, step = [], trainer.Trainer.step
 
     def beside(self):
         if self.at.step == 1:
@@ -282,7 +282,7 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
         step(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Learner, "step", beside)
+        patch.setattr(trainer.Trainer, "step", beside)
         training.train("digits", tmp_path / "new", **TINY)
     assert found == [1]
     assert_same_run(trained, tmp_path / "new")
@@ -307,7 +307,7 @@ def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):
     test, _ = run.examples()
     distance = (test.numpy()[:, None] - means) ** 2 / (2 * spread**2)
     log_p = np.log(np.exp(-distance.sum(-1)).mean(1) / (2 * np.pi * spread**2))
-    for times in (Continuum(), Grid.uniform(64)):
+    for times in (ContinuousTime(), TimeGrid.uniform(64)):
         result = evaluate(run.model, test, times=times, calls=64)
         gap = result.nats + log_p.mean()  # E log P(x) − ELBO on the same examples
         assert gap > -3 * result.standard_error.monte_carlo

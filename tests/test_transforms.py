@@ -11,7 +11,12 @@ from nelbo._utils.numerics import seeded
 from nelbo.data.columns import Column, places
 from nelbo.diffusion.schedules import Linear
 from nelbo.evaluation.evaluate import evaluate
-from nelbo.models.tabular.continuous import Increasing, NumberDecoder, NumberMixture, Numbers
+from nelbo.models.tabular.continuous import (
+    ContinuousColumns,
+    ContinuousDecoder,
+    ContinuousMixture,
+    MonotoneTransform,
+)
 from nelbo.runs.train import train
 
 KINDS = ("standardise", "log", "quantile")
@@ -27,8 +32,8 @@ def sample():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transform_inverts_and_owns_its_log_determinant(kind, sample):
-    made = Increasing(1, transforms=[kind])
-    made.start_from(sample)
+    made = MonotoneTransform(1, transforms=[kind])
+    made.fit_statistics(sample)
     x = torch.tensor([[-30.0], [-0.2], [0.0], [1e-3], [0.7], [9.0], [44.0], [1e4]]).double()
     x.requires_grad_()
     e = made(x)
@@ -45,14 +50,14 @@ def law(kind, x, precision=None):
         place = places([Column("x", "rounded", precision, low, high, transform=kind)])
     else:
         place = places([Column("x", "real", transform=kind)])
-    made = Increasing(1, transforms=[kind])
-    process, t = Numbers(Linear(-6.0, 40.0), made), torch.ones(1).double()
-    made.start_from(x)
-    head = NumberMixture(made, place)
-    head.start_from(x)
+    made = MonotoneTransform(1, transforms=[kind])
+    process, t = ContinuousColumns(Linear(-6.0, 40.0), made), torch.ones(1).double()
+    made.fit_statistics(x)
+    head = ContinuousMixture(made, place)
+    head.fit_statistics(x)
     z = torch.zeros(1, 1).double()
     prediction = head(torch.zeros(1, 1, head.outputs).double(), z, t, process)
-    return NumberDecoder(made, place, head.law)(prediction, z, t, process)
+    return ContinuousDecoder(made, place, head.law)(prediction, z, t, process)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,9 +94,9 @@ def test_cells_sum_to_one(kind, sample):
 
 
 def test_a_quantile_transform_stands_values_that_repeat():
-    made = Increasing(2, transforms=["quantile", "standardise"])
+    made = MonotoneTransform(2, transforms=["quantile", "standardise"])
     x = torch.stack([torch.tensor([1.0] * 90 + [2.0] * 10), torch.arange(100.0)], 1).double()
-    made.start_from(x)
+    made.fit_statistics(x)
     assert (made.x.diff(dim=1) > 0).all()
     torch.testing.assert_close(made.inverse(made(x)), x)
     torch.testing.assert_close(made(x)[:, 1], (x[:, 1] - 49.5) / x[:, 1].std(correction=0))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nelbo.evaluation.survey import Visits, repeated
+from nelbo.evaluation.survey import SurveyEstimate, repeated
 
 N, CELLS, REPLICATES, BLOCK = 120, 3, 2, 6
 
@@ -30,7 +30,9 @@ def visit(truth, blocks, replicates=REPLICATES):
 def sample(known, truth, visited, twice=N):
     blocks = torch.randperm(N).split(BLOCK)
     there = blocks[: visited // BLOCK]
-    return Visits(blocks, visit(truth, there[:twice]) + visit(truth, there[twice:], 1), known)
+    return SurveyEstimate(
+        blocks, visit(truth, there[:twice]) + visit(truth, there[twice:], 1), known
+    )
 
 
 @pytest.mark.parametrize("twice", [2, 20], ids=["some twice", "all twice"])
@@ -60,7 +62,7 @@ def test_a_few_second_visits_know_of_what_is_rare():
         scale = torch.where(torch.rand(many, 2, 1) < 0.02, 10.0, 1.0)
         costs = truth[:, None] + scale * torch.randn(many, 2, 1 + CELLS, dtype=torch.float64)
         there = [costs[rows] if g < 5 else costs[rows, :1] for g, rows in enumerate(blocks)]
-        found = Visits(blocks, there[:190], known)
+        found = SurveyEstimate(blocks, there[:190], known)
         hits += abs(found.mean() - truth.sum(1).mean().item()) < 1.96 * found.monte_carlo()
     assert 0.91 <= hits / 1000 <= 0.98, hits
 
@@ -69,7 +71,9 @@ def test_all_need_nothing_known(population):
     """To the last bit, in whatever order they were visited."""
     known, truth = population
     found = sample(known, truth, N)
-    blind = Visits(found.blocks, found.costs, torch.zeros(1, 1).double().expand(N, 1 + CELLS))
+    blind = SurveyEstimate(
+        found.blocks, found.costs, torch.zeros(1, 1).double().expand(N, 1 + CELLS)
+    )
     for columns in (slice(None), slice(0, 1), slice(2, None)):
         assert found.mean(columns) == blind.mean(columns)
     assert found.error() == blind.error()
@@ -138,13 +142,13 @@ def test_ending_by_the_spread_biases_no_mean(again):
                 for g in some
             }
 
-        found = Visits(blocks, [], torch.zeros(size, 1).double())
+        found = SurveyEstimate(blocks, [], torch.zeros(size, 1).double())
         begun = {g: 2 for g in range(8)} if again else {g: 1 + (g == 0) for g in range(5)}
         found = found.joined(costs(begun))
         while not found.stated() <= target:
             found = found.joined(costs(found.missing(target)))
         expected = truth.mean().item() * (1 if again else 1.1)
         off.append((found.mean() - expected) / target)
-        plain.append((Visits(blocks, found.costs, found.known).mean() - expected) / target)
+        plain.append((SurveyEstimate(blocks, found.costs, found.known).mean() - expected) / target)
     assert sum(plain) / seeds < -0.1
     assert abs(sum(off) / seeds) < 0.1

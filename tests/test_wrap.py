@@ -11,7 +11,7 @@ from contracts import DiscreteContract, ProcessContract, ScheduleContract
 from scipy.stats import norm
 from torch import nn
 
-from nelbo import Continuum, Grid, elbo
+from nelbo import ContinuousTime, TimeGrid, elbo
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.parametrization import Prediction, VariancePrediction
 from nelbo.diffusion.process import Affine, Levels
@@ -58,7 +58,7 @@ def images(n=4, levels=256):
 
 def full_sum(model, x, steps=T):
     with seeded(2):
-        return elbo(model, x, Grid.uniform(steps))
+        return elbo(model, x, TimeGrid.uniform(steps))
 
 
 def betas_tilde(alphas):
@@ -343,7 +343,7 @@ def test_continuous_time():
     )
     x = images(1)
     u = (torch.arange(4000).double() + 0.5) / 4000
-    got = elbo(model, x, Continuum(), u[None]).diffusion
+    got = elbo(model, x, ContinuousTime(), u[None]).diffusion
     e = x / 127.5 - 1
     want = 0.5 * (math.exp(6) - math.exp(-8)) * e.square().sum()
     torch.testing.assert_close(got[0], want.double(), rtol=1e-5, atol=0)
@@ -508,15 +508,15 @@ def test_other_times_than_its_own_are_refused():
     model = wrap(constant(0.0), SHAPE, **GOOD)
     x = images()
     for times, words in (
-        (Grid.uniform(2 * T), r"knows 12 times.*Grid.uniform\(12\)"),
-        (Grid.uniform(5), "knows 12 times"),
-        (Continuum(), "no bound in continuous time"),
-        (Grid.uniform(4), "the grid begins later"),
+        (TimeGrid.uniform(2 * T), r"knows 12 times.*TimeGrid.uniform\(12\)"),
+        (TimeGrid.uniform(5), "knows 12 times"),
+        (ContinuousTime(), "no bound in continuous time"),
+        (TimeGrid.uniform(4), "the grid begins later"),
     ):
         with pytest.raises(ValueError, match=words):
             elbo(model, x, times)
     late = wrap(constant(0.0), SHAPE, **GOOD, decoder="evidence")
-    assert elbo(late, x, Grid.uniform(4)).elbo.isfinite().all()
+    assert elbo(late, x, TimeGrid.uniform(4)).elbo.isfinite().all()
     with pytest.raises(ValueError, match="has 12 steps, and a bound of 13"):
         spaced(T, 13)
 

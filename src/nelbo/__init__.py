@@ -18,9 +18,9 @@ from nelbo._version import __version__ as __version__
 if TYPE_CHECKING:
     from nelbo.diffusion.elbo import Bound
     from nelbo.diffusion.model import Model
-    from nelbo.diffusion.process import Absorbing, Gaussian
+    from nelbo.diffusion.process import GaussianDiffusion, MaskedDiffusion
     from nelbo.diffusion.schedules import Schedule
-    from nelbo.diffusion.times import Continuum, Grid, elbo
+    from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo
     from nelbo.evaluation.evaluate import evaluate
     from nelbo.report import report
     from nelbo.runs.run import Run, load
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from nelbo.sampling.samplers import ancestral
 
 _HOME = {
-    "Absorbing": "diffusion.process",
+    "MaskedDiffusion": "diffusion.process",
     "Bound": "diffusion.elbo",
-    "Continuum": "diffusion.times",
-    "Gaussian": "diffusion.process",
-    "Grid": "diffusion.times",
+    "ContinuousTime": "diffusion.times",
+    "GaussianDiffusion": "diffusion.process",
+    "TimeGrid": "diffusion.times",
     "Model": "diffusion.model",
     "Run": "runs.run",
     "Schedule": "diffusion.schedules",
@@ -45,14 +45,14 @@ _HOME = {
     "train": "runs.train",
 }
 __all__ = [
-    "Absorbing",
     "Bound",
-    "Continuum",
-    "Gaussian",
-    "Grid",
+    "ContinuousTime",
+    "GaussianDiffusion",
+    "MaskedDiffusion",
     "Model",
     "Run",
     "Schedule",
+    "TimeGrid",
     "ancestral",
     "elbo",
     "evaluate",

@@ -1,6 +1,6 @@
 """Densities and outliers in scikit-learn's manner: `fit(X)`, then scores per row, and samples.
 
-Both train a diffusion model of real rows by `learner.Learner`, in memory. It starts from a mixture
+Both train a diffusion model of real rows by `learner.Trainer`, in memory. It starts from a mixture
 of Gaussians (`latent_class.fit`), whose exact denoiser the network corrects, and stops by the
 bound of held-out rows. The model is of the standardised rows seen at a finite resolution r: its
 first latent keeps a noise of r standard deviations of each column, which no component is narrower
@@ -30,7 +30,7 @@ from nelbo.data import Dataset, Schema
 from nelbo.diffusion.gaussian_mixture import fit
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine
-from nelbo.diffusion.times import Grid, even_times
+from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation.row_bounds import RowBounds, row_bounds
 from nelbo.models.config import ModelConfig, Section
 from nelbo.nn.ensemble import Ensemble
@@ -38,7 +38,7 @@ from nelbo.nn.memory import Memory, best_bandwidth
 from nelbo.nn.mixture import MixtureDenoiser
 from nelbo.sampling.samplers import ancestral
 from nelbo.training.config import TrainConfig
-from nelbo.training.trainer import Learner
+from nelbo.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from numpy.random import RandomState
@@ -122,7 +122,7 @@ class _Diffusion(BaseEstimator):
         with threadpool_limits(1):  # batches so small are only slowed down by more threads
             known = _mixture(affine(splits["train"]), settings.resolution)
             configs = self._configure(len(x), seed, settings)
-            learner = Learner(*configs, dataset, affine=affine, known=known)
+            learner = Trainer(*configs, dataset, affine=affine, known=known)
             few = splits["validation"][: MEASURED[0]]
             measure = _Measure(few, seed, known.double(), settings.resolution)
             model = learner.fit(PATIENCE, measure).double()
@@ -279,7 +279,7 @@ class DiffusionDensity(DensityMixin, _Diffusion):
         check_is_fitted(self)
         n_samples, steps = integer("n_samples", n_samples, 1), integer("steps", steps, 1)
         random = check_random_state(self.random_state if random_state is None else random_state)
-        grid = Grid(even_times(self.model_.process.schedule, steps, steps))
+        grid = TimeGrid(even_times(self.model_.process.schedule, steps, steps))
         rows = ancestral(self.model_, n_samples, grid, int(random.randint(2**31 - 1))).numpy()
         return _framed(rows, getattr(self, "feature_names_in_", None))
 

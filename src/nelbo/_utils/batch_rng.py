@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_map_only
 
 from nelbo._utils.distributed import gather, world
 
-_current: ContextVar["Part | None"] = ContextVar("part", default=None)
+_current: ContextVar["BatchShard | None"] = ContextVar("part", default=None)
 
 
-class Part:
+class BatchShard:
     """Rows of a batch, in increasing order; as a context, the part in which random numbers are
-    drawn, see `drawing`.
+    drawn, see `shard_rng`.
 
     Args:
         rows: their places in the batch.
@@ -32,11 +32,11 @@ class Part:
 
     def __init__(self, rows: Tensor, batch: int) -> None:
         self.rows, self.batch = rows.contiguous(), batch
-        self.before: list[Token[Part | None]] = []
+        self.before: list[Token[BatchShard | None]] = []
 
     @staticmethod
-    def whole(batch: int) -> "Part":
-        return Part(torch.arange(batch), batch)
+    def whole(batch: int) -> "BatchShard":
+        return BatchShard(torch.arange(batch), batch)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,13 +45,13 @@ class Part:
         """Of something of each row of the batch, that of the own rows."""
         return whole if len(self) == self.batch else whole[self.rows.to(whole.device)]
 
-    def between(self, start: int, stop: int) -> tuple[slice, "Part"]:
+    def between(self, start: int, stop: int) -> tuple[slice, "BatchShard"]:
         """Which own rows are among the rows start..stop-1 of the batch, as a part of those."""
         first, last = torch.searchsorted(self.rows, torch.tensor([start, stop])).tolist()
         own = slice(first, last)
-        return own, Part(self.rows[own] - start, stop - start)
+        return own, BatchShard(self.rows[own] - start, stop - start)
 
-    def some(self, start: int, stop: int) -> tuple[slice, "Part", int]:
+    def some(self, start: int, stop: int) -> tuple[slice, "BatchShard", int]:
         """As `between`, and how many; but where there are none, one row that counts for nothing.
 
         So all parts call a network equally often: other parts draw for it, or hold its weights.
@@ -59,15 +59,15 @@ class Part:
         own, within = self.between(start, stop)
         if len(within):
             return own, within, len(within)
-        return slice(0, 1), Part(torch.zeros(1, dtype=torch.long), stop - start), 0
+        return slice(0, 1), BatchShard(torch.zeros(1, dtype=torch.long), stop - start), 0
 
-    def among(self, chosen: Tensor) -> "Part":
+    def among(self, chosen: Tensor) -> "BatchShard":
         """The own rows among the chosen ones, True in a mask (batch,), as a part of those."""
         chosen = chosen.cpu()
         places = chosen.cumsum(0) - 1
-        return Part(places[self.rows][chosen[self.rows]], int(chosen.sum()))
+        return BatchShard(places[self.rows][chosen[self.rows]], int(chosen.sum()))
 
-    def __enter__(self) -> "Part":
+    def __enter__(self) -> "BatchShard":
         self.before.append(_current.set(self))
         return self
 
@@ -75,12 +75,12 @@ class Part:
         _current.reset(self.before.pop())
 
 
-def current(rows: int) -> Part:
+def current(rows: int) -> BatchShard:
     """The part that `rows` rows at hand are; the whole batch where nobody said."""
-    return _current.get() or Part.whole(rows)
+    return _current.get() or BatchShard.whole(rows)
 
 
-def drawing() -> AbstractContextManager[object]:
+def shard_rng() -> AbstractContextManager[object]:
     """What is random inside is drawn for the whole batch; the own rows of it are what one gets."""
     part = _current.get()
     return nullcontext() if part is None or len(part) == part.batch else _OwnRows(part)
@@ -94,7 +94,7 @@ def again() -> tuple[AbstractContextManager[object], AbstractContextManager[obje
 class _OwnRows(TorchDispatchMode):
     """Widens each random operation from the own rows to the batch, and takes them out again."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: BatchShard) -> None:
         super().__init__()
         self.part = part
 
@@ -146,13 +146,17 @@ class _OwnRows(TorchDispatchMode):
         return rows.unflatten(0, (examples, -1))
 
 
-def share(batch: int) -> Part:
+def local_shard(batch: int) -> BatchShard:
     """The part of this process, of as many as there are; all of it where it is too small."""
     rank, size = world()
-    return Part(torch.arange(batch)[rank::size], batch) if batch >= size else Part.whole(batch)
+    return (
+        BatchShard(torch.arange(batch)[rank::size], batch)
+        if batch >= size
+        else BatchShard.whole(batch)
+    )
 
 
-def joined(part: Part, own: Tensor) -> Tensor:
+def gather_rows(part: BatchShard, own: Tensor) -> Tensor:
     """What the processes found for the rows of their parts, for the whole batch."""
     if len(part) == part.batch:
         return own

@@ -37,7 +37,7 @@ def world() -> tuple[int, int]:
 
 
 @contextmanager
-def each_alone() -> Iterator[None]:
+def no_communication() -> Iterator[None]:
     """Every process does all of the work, at the same pace as the others, and shares none."""
     before = _alone.set(True)
     try:
@@ -59,7 +59,7 @@ def gather(mine: T) -> list[T]:
     return found
 
 
-def divided(
+def map_across_processes(
     count: int,
     work: Callable[[int], T],
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -95,7 +95,7 @@ def anywhere(mine: bool) -> bool:
     return bool(count)
 
 
-def at_first(work: Callable[[], T]) -> T:
+def main_process_first(work: Callable[[], T]) -> T:
     """What rank 0 makes of it, alone, while the others wait; all get it. If it fails, all end."""
     rank, size = world()
     if size == 1:
@@ -112,7 +112,7 @@ def at_first(work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def together() -> Iterator[int]:
+def process_group() -> Iterator[int]:
     """Joins the processes that torchrun started, if it did; yields the rank of this one.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from nelbo._utils.batch_rng import drawing
+from nelbo._utils.batch_rng import shard_rng
 from nelbo._utils.sharding import own
 
 LOG_2 = 0.6931471805599453
@@ -67,7 +67,7 @@ def log1mexp(a: Tensor) -> Tensor:
 
 def draw(distribution: Distribution) -> Tensor:
     """One sample, reparametrised where the distribution can (learned schedules need it)."""
-    with drawing():
+    with shard_rng():
         return distribution.rsample() if distribution.has_rsample else distribution.sample()
 
 

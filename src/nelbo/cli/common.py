@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nelbo.diffusion.model import Model
-    from nelbo.diffusion.times import Grid
+    from nelbo.diffusion.times import TimeGrid
     from nelbo.runs.run import Run
 
 RunFolder = Annotated[Path, Parameter(help="A run folder.")]
@@ -32,13 +32,13 @@ Splits = Annotated[
 Labels = Annotated[list[str], Parameter(negative="")]
 
 
-def grid_of(run: "Run", steps: int, spacing: Spacing) -> "Grid":
+def grid_of(run: "Run", steps: int, spacing: Spacing) -> "TimeGrid":
     """`steps` times: the best for the run, or uniform."""
     from nelbo._utils.progress import tracker
-    from nelbo.diffusion.times import Grid, even_times
+    from nelbo.diffusion.times import TimeGrid, even_times
 
     if spacing == "uniform":
-        return Grid(even_times(run.model.process.schedule, steps, steps))
+        return TimeGrid(even_times(run.model.process.schedule, steps, steps))
     return run.grid(steps, tracker("grid"))
 
 

@@ -106,7 +106,7 @@ def decompress(
     device
         Where to run the network, of the kind on which it was compressed.
     """
-    from nelbo.codec.errors import Damaged
+    from nelbo.codec.errors import CorruptFileError
     from nelbo.codec.files import decompress_file
 
     with _at_work("decompress", run, device) as (rank, loaded, progress):
@@ -120,20 +120,20 @@ def decompress(
     say(f"{len(found.x)} of {found.header.examples} examples in {out}")
     if found.lost:
         lost = ", ".join(f"{first}..{first + count - 1}" for first, count in found.lost)
-        raise Damaged(f"{file} is damaged: lost are the examples {lost}")
+        raise CorruptFileError(f"{file} is damaged: lost are the examples {lost}")
 
 
 @contextmanager
 def _at_work(what: str, run: Path, device: str) -> "Iterator[tuple[int, Run, Progress]]":
     """Yields the rank of this process, the run on its device, and what makes, of a total, a bar
     that is told each increment; the first process shows it."""
-    from nelbo._utils.distributed import together
+    from nelbo._utils.distributed import process_group
     from nelbo._utils.progress import progress_bar
     from nelbo.codec.coding.blocks import nothing
     from nelbo.diffusion.model import find_device
     from nelbo.runs.run import load
 
-    with together() as rank, ExitStack() as stack:
+    with process_group() as rank, ExitStack() as stack:
 
         def start(total: int) -> Callable[[int], None]:
             if rank:

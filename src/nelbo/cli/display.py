@@ -15,13 +15,13 @@ from nelbo._utils.progress import Terminal
 from nelbo.codec.files import Report
 from nelbo.data import Schema
 from nelbo.data.inspection import Inspection
-from nelbo.evaluation.result import ByFlow, ByImportance, Evaluation, Tighter
+from nelbo.evaluation.result import BoundEstimate, Evaluation, FlowDetails, ImportanceDetails
 
 if TYPE_CHECKING:
     pass
 
 
-def of_text(found: Evaluation | Tighter, schema: Schema | None) -> dict[str, float]:
+def of_text(found: Evaluation | BoundEstimate, schema: Schema | None) -> dict[str, float]:
     """What the bound is for each symbol of a text; {} where the schema is of none.
 
     The perplexity is 2 to the bits: among how many equally likely symbols one would choose.
@@ -32,7 +32,7 @@ def of_text(found: Evaluation | Tighter, schema: Schema | None) -> dict[str, flo
     return {f"bits_per_{symbol}": found.bits_per_dim, "perplexity": 2**found.bits_per_dim}
 
 
-def worse_than_uniform(found: Evaluation | Tighter, levels: int) -> str:
+def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
     """A sentence where a bound says less than that all levels are as likely; else ""."""
     if found.bits_per_dim is None or levels < 2 or not found.bits_per_dim > math.log2(levels):
         return ""
@@ -42,7 +42,7 @@ def worse_than_uniform(found: Evaluation | Tighter, levels: int) -> str:
     )
 
 
-def result(found: Evaluation | Tighter, schema: Schema | None = None) -> None:
+def result(found: Evaluation | BoundEstimate, schema: Schema | None = None) -> None:
     """Print a bound: a table, the curve or the convergence, and how to obtain it again."""
     console = Terminal()
     table = _table(_title(found), found)
@@ -73,7 +73,7 @@ def result(found: Evaluation | Tighter, schema: Schema | None = None) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _no_error(found: Evaluation | Tighter) -> str:
+def _no_error(found: Evaluation | BoundEstimate) -> str:
     """Why an error is not known, and what to do; nothing where it is."""
     if not math.isfinite(found.nats):
         return "an example has probability 0, or its bound is no number: the mean has no error"
@@ -100,7 +100,7 @@ def columns(names: list[str], cost: Tensor, unit: str, steps: int) -> None:
     Terminal().print(table)
 
 
-def npz(found: Evaluation | Tighter) -> bytes:
+def npz(found: Evaluation | BoundEstimate) -> bytes:
     """A NumPy file of arrays of shape (N,), nats, in the order of the data; `about` is JSON."""
     arrays: dict[str, Any] = {"about": np.array(json.dumps(found.to_dict()))}
     if isinstance(found, Evaluation):
@@ -138,22 +138,22 @@ def compressed(name: str, report: Report) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _title(found: Evaluation | Tighter) -> str:
+def _title(found: Evaluation | BoundEstimate) -> str:
     if isinstance(found, Evaluation):
         how = "continuous time" if found.steps is None else f"{found.steps} steps"
         return f"{_bound(found)}, {escape(found.split)}, {how}"
-    if isinstance(found.how, ByImportance):
+    if isinstance(found.how, ImportanceDetails):
         how = f"{found.how.samples} importance-weighted samples of {found.how.steps} steps"
     else:
         how = f"probability flow, {found.how.dequantiser} dequantisation"
     return f"{_bound(found)}, {escape(found.split)}, {how}"
 
 
-def _bound(found: Evaluation | Tighter) -> str:
+def _bound(found: Evaluation | BoundEstimate) -> str:
     return f"bound on -log P(x|{escape(found.given)})" if found.given else "bound on -log P(x)"
 
 
-def _table(title: str, found: Evaluation | Tighter) -> Table:
+def _table(title: str, found: Evaluation | BoundEstimate) -> Table:
     error, unit = found.standard_error, found.unit
     table = Table(title=title, title_justify="left")
     for column in ("", unit, "standard error"):
@@ -180,9 +180,9 @@ def _sparkline(found: Evaluation) -> str:
     return f"diffusion over t: 0 {blocks} 1, at most {top:.3g} {found.unit} per unit of t"
 
 
-def _convergence(found: Tighter) -> str:
+def _convergence(found: BoundEstimate) -> str:
     """What tells whether a tighter bound may be believed."""
-    if isinstance(found.how, ByFlow):
+    if isinstance(found.how, FlowDetails):
         how = found.how
         return (
             f"at tolerance {how.tolerance:g}; at {how.loose_tolerance:g} it is {how.loose:.4f}"

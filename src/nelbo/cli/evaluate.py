@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nelbo.diffusion.model import Model
-    from nelbo.diffusion.times import Times
-    from nelbo.evaluation.result import Evaluation, Tighter
+    from nelbo.diffusion.times import TimeDiscretization
+    from nelbo.evaluation.result import BoundEstimate, Evaluation
     from nelbo.runs.run import Run
 
 
@@ -94,7 +94,7 @@ def evaluate(
         Print one JSON object.
     """
     from nelbo import integrations
-    from nelbo._utils.distributed import together
+    from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable, write
     from nelbo._utils.progress import tracker
     from nelbo.cli import display
@@ -120,7 +120,7 @@ def evaluate(
         if save.suffix != ".npz":
             raise ValueError(f"--save writes a .npz file; got {save}")
         check_writable(save)
-    with together() as rank:
+    with process_group() as rank:
         place = find_device(device)
         track = tracker("evaluate") if rank == 0 else iter
         if integrations.is_foreign(run):
@@ -128,7 +128,7 @@ def evaluate(
             for note in foreign.notes if rank == 0 else ():
                 say(note)
             model, weights = foreign.model, foreign.weights
-            times: Times | None = foreign.times
+            times: TimeDiscretization | None = foreign.times
             schema = None
             x, split = foreign.examples(data, split, splits, say if rank == 0 else None)
         else:
@@ -138,7 +138,7 @@ def evaluate(
             loaded.model.to(place)  # a grid is measured there too
             times = None if steps is None else grid_of(loaded, steps, spacing)
         model.to(place)
-        find: Callable[..., Evaluation | Tighter]
+        find: Callable[..., Evaluation | BoundEstimate]
         if ode:
             way = None if dequantise is None else DEQUANTISERS[dequantise]
             price = TOLERANCE if tolerance is None else tolerance

@@ -15,14 +15,14 @@ def report(run: RunFolder, *, out: Path | None = None, seed: Seed = 0) -> None:
     out
         The page; report.html in the run folder where left out.
     """
-    from nelbo._utils.distributed import together
+    from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable
     from nelbo.report import report as make
     from nelbo.runs.run import load
 
     loaded, page = load(run), out or run / "report.html"
     check_writable(page)
-    with together() as rank:
+    with process_group() as rank:
         make(loaded, page, seed=seed, progress=True)
     if rank == 0:
         say(f"open {page}")

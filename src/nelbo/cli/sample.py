@@ -18,7 +18,7 @@ from nelbo.cli.common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nelbo.diffusion.times import Grid
+    from nelbo.diffusion.times import TimeGrid
     from nelbo.runs.run import Run
 
 
@@ -84,7 +84,7 @@ def sample(
     """
     import torch
 
-    from nelbo._utils.distributed import together
+    from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable, write
     from nelbo._utils.progress import tracker
     from nelbo.data.readers.encoded import read_masked
@@ -113,7 +113,7 @@ def sample(
                 "--impute completes a table into the .csv, .tsv, .parquet or .arrow file --out;"
                 " of the other options --steps, --grid, --seed and --particles go with it"
             )
-        with together() as rank:
+        with process_group() as rank:
             loaded.model.to(find_device(device))
             times = grid_of(loaded, steps, grid)
             _complete_table(loaded, impute, out, times, particles, seed, rank == 0)
@@ -122,11 +122,11 @@ def sample(
         raise ValueError("--as-modelled is for tables; leave it out")
     if particles is not None:
         raise ValueError("--particles goes with --impute; leave it out")
-    with together() as rank:
+    with process_group() as rank:
         labels = (
             None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
         )
-        model = guided(loaded.law_of_samples(n, labels, seed), guidance)
+        model = guided(loaded.model_for_sampling(n, labels, seed), guidance)
         if guidance != 1 and rank == 0:
             say(f"guided {guidance:g} times: not draws of the model whose bound evaluate states")
         given = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
@@ -164,7 +164,7 @@ def _complete_table(
     run: "Run",
     table: Path,
     out: Path,
-    times: "Grid",
+    times: "TimeGrid",
     particles: int | None,
     seed: int,
     tell: bool,

@@ -54,7 +54,7 @@ def score(
     figure
         A .png file: the scores of the run's splits and of DATA.
     """
-    from nelbo._utils.distributed import together
+    from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable, write
     from nelbo._utils.progress import tracker
     from nelbo.data.splits import SPLITS
@@ -67,7 +67,7 @@ def score(
             if path.suffix.lower() != suffix:
                 raise ValueError(f"the file must end in {suffix}; got {str(path)!r}")
             check_writable(path)
-    with together() as rank:
+    with process_group() as rank:
         loaded = load(run)
         schema, place = loaded.config.schema, find_device(device)
         model, x, name = examples_of(loaded, data, split, rank == 0, splits)

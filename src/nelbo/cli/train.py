@@ -212,7 +212,7 @@ def train(
     options
         In place of the preset's.
     """
-    from nelbo._utils.distributed import together
+    from nelbo._utils.distributed import process_group
     from nelbo._utils.signals import Interrupted
     from nelbo.runs.finetune import fine_tune, name_of
     from nelbo.runs.train import resume as continue_run
@@ -280,7 +280,7 @@ def train(
                 resume, steps_of_bound, path, steps=steps, device=device, progress=progress
             )
 
-    with together() as rank:
+    with process_group() as rank:
         tell = say if rank == 0 else lambda line: None
         try:
             run = work(rank == 0)

@@ -6,15 +6,20 @@ decompress(data, run.model).x                    # the same, or a CodecError
 """
 
 from nelbo.codec.api import Decoded, compress, decompress, describe
-from nelbo.codec.errors import CodecError, Damaged, NotReproducible, OtherModel
+from nelbo.codec.errors import (
+    CodecError,
+    CorruptFileError,
+    ModelMismatchError,
+    NotReproducibleError,
+)
 from nelbo.codec.settings import Settings
 
 __all__ = [
     "CodecError",
-    "Damaged",
+    "CorruptFileError",
     "Decoded",
-    "NotReproducible",
-    "OtherModel",
+    "ModelMismatchError",
+    "NotReproducibleError",
     "Settings",
     "compress",
     "decompress",

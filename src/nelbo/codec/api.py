@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from nelbo._utils import limits
-from nelbo._utils.distributed import divided
+from nelbo._utils.distributed import map_across_processes
 from nelbo._version import __version__
 from nelbo.codec.coding.blocks import MODEL, Block, Done, nothing, storage
 from nelbo.codec.coding.codec import Codec, coder_answer
 from nelbo.codec.entropy.stack import coder_version
-from nelbo.codec.errors import CodecError, Damaged, NotReproducible, OtherModel
+from nelbo.codec.errors import (
+    CodecError,
+    CorruptFileError,
+    ModelMismatchError,
+    NotReproducibleError,
+)
 from nelbo.codec.format import container
 from nelbo.codec.format.header import Header, pack_times, unpack_times
 from nelbo.codec.settings import Settings
@@ -53,7 +58,7 @@ def compress(
 
     Raises:
         ValueError: a model or examples that have no such code.
-        NotReproducible: the verification failed.
+        NotReproducibleError: the verification failed.
     """
     if block < 1 or block > 20_000:
         raise ValueError(f"a block must have 1 to 20000 examples; got {block}; try {BLOCK}")
@@ -87,7 +92,9 @@ def compress(
     data += b"".join(container.write_block(found) for found in blocks)
     data += container.write_end(data, len(blocks))
     if verify and not _same(decompress(data, model, done=done).x, x):
-        raise NotReproducible("what was compressed does not decode to itself here: not written")
+        raise NotReproducibleError(
+            "what was compressed does not decode to itself here: not written"
+        )
     return data
 
 
@@ -133,9 +140,9 @@ def decompress(
         done: told how many examples are finished.
 
     Raises:
-        Damaged: the file is damaged.
-        OtherModel: it is of another model.
-        NotReproducible: it would not decode to the right data here.
+        CorruptFileError: the file is damaged.
+        ModelMismatchError: it is of another model.
+        NotReproducibleError: it would not decode to the right data here.
     """
     raw, extra, at = container.read_prefix(data)
     header = Header.from_dict(raw)
@@ -145,12 +152,12 @@ def decompress(
     def one(i: int) -> np.ndarray | None:
         try:
             return codec.decode_block(blocks[i], done)
-        except Damaged:
+        except CorruptFileError:
             if not salvage:
                 raise
             return None
 
-    found = zip(blocks, divided(len(blocks), one), strict=True)
+    found = zip(blocks, map_across_processes(len(blocks), one), strict=True)
     parts = {block.first: part for block, part in found if part is not None}
     lost, at = [], 0
     for first, part in sorted(parts.items()):
@@ -187,7 +194,7 @@ def describe(data: bytes) -> tuple[Header, list[Block]]:
 def _codec_of(header: Header, model: Model) -> Codec:
     """The codec of a file, after all that speaks against decoding it was ruled out."""
     if header.model != model_hash(model):
-        raise OtherModel(
+        raise ModelMismatchError(
             f"the file is of the model {header.model}, and this one is {model_hash(model)}: give"
             f" the run it was compressed with (weights {header.weights})"
         )
@@ -200,19 +207,19 @@ def _codec_of(header: Header, model: Model) -> Codec:
     except CodecError:
         raise
     except (ValueError, TypeError) as error:
-        raise Damaged(f"the header cannot be: {error}") from None
+        raise CorruptFileError(f"the header cannot be: {error}") from None
     same = header.shape == list(model.shape) and header.levels == codec.levels
     if not batches <= set(range(1, 257)) or not same:
-        raise Damaged("the header contradicts the model")
+        raise CorruptFileError("the header contradicts the model")
     here = f"torch {torch.__version__} on {model.device.type}"
     there = f"torch {header.versions.get('torch')} on {header.device}"
     if coder_answer() != header.coder:
-        raise NotReproducible(
+        raise NotReproducibleError(
             f"the entropy coder of constriction {coder_version()} is not that of"
             f" {header.versions.get('constriction')}; install that version"
         )
     if codec.answers(batches) != header.answers:
-        raise NotReproducible(
+        raise NotReproducibleError(
             f"the network answers otherwise here ({here}) than where the file was made ({there});"
             " decode it there"
         )
@@ -223,15 +230,15 @@ def _blocks(data: bytes, at: int, header: Header, salvage: bool = False) -> list
     """The blocks of a file, of as many examples as its header says.
 
     Raises:
-        Damaged: they are not all examples in their order; for a salvage it is enough that no two
-            hold the same.
+        CorruptFileError: they are not all examples in their order; for a salvage it is enough that
+            no two hold the same.
         ValueError: the bytes of the file cannot be that many examples.
     """
     read = container.find_blocks if salvage else container.read_blocks
     if not salvage and (count := sum(b.count for b in read(data, at))) != header.examples:
-        raise Damaged(f"the file holds {count} examples, not {header.examples}")
+        raise CorruptFileError(f"the file holds {count} examples, not {header.examples}")
     if header.examples < 0:
-        raise Damaged(f"the file holds {header.examples} examples")
+        raise CorruptFileError(f"the file holds {header.examples} examples")
     numbers = header.examples * (math.prod(header.shape) * storage(header.levels).itemsize + SIZE)
     claimed = f"the {header.examples} examples that the file claims"
     limits.check_unpacked(numbers, len(data), claimed, COPIES)
@@ -239,7 +246,7 @@ def _blocks(data: bytes, at: int, header: Header, salvage: bool = False) -> list
     found = 0
     for block in read(data, at):
         if not salvage and block.first != found:
-            raise Damaged(f"a block begins at example {block.first}, not at {found}")
+            raise CorruptFileError(f"a block begins at example {block.first}, not at {found}")
         if found + block.count <= header.examples:
             blocks.append(block)
             found += block.count

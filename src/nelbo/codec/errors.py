@@ -7,17 +7,17 @@ class CodecError(ValueError):
     exit_code = 3
 
 
-class Damaged(CodecError):
+class CorruptFileError(CodecError):
     """The file is not what was written: bits flipped, cut off, or never a container."""
 
 
-class OtherModel(CodecError):
+class ModelMismatchError(CodecError):
     """The file is whole, and of another model than the one given."""
 
     exit_code = 4
 
 
-class NotReproducible(CodecError):
+class NotReproducibleError(CodecError):
     """The file and the model are right, but here the network or the coder answers otherwise."""
 
     exit_code = 5

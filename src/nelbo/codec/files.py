@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nelbo._utils import limits
-from nelbo._utils.distributed import at_first
+from nelbo._utils.distributed import main_process_first
 from nelbo._utils.files import check_writable, write
 from nelbo._utils.numerics import LOG_2
 from nelbo.codec.api import BLOCK, Decoded, compress, decompress, describe, head_of
@@ -18,7 +18,7 @@ from nelbo.codec.format.header import Header
 from nelbo.codec.settings import Settings
 from nelbo.data import Schema
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 
 SUFFIX = ".nlb"
 MODES = {MODEL: "model", EVEN: "even", PACKED: "packed"}
@@ -47,7 +47,7 @@ def compress_file(
     schema: Schema,
     source: str,
     out: Path,
-    times: Callable[[], Grid],
+    times: Callable[[], TimeGrid],
     *,
     weights: str = "as given",
     effort: int = 1,
@@ -102,7 +102,7 @@ def compress_file(
         verify=verify,
         done=progress(len(found.x) * (2 if verify else 1)),
     )
-    at_first(lambda: write(out, data))
+    main_process_first(lambda: write(out, data))
     bits = 8 * len(data) / found.x.numel()
     return Summary(found.original, len(data), bits, found.notes)
 
@@ -131,7 +131,7 @@ def decompress_file(
         raise CodecError(f"nothing of {file} can be saved: none of its blocks is whole")
     made = contents.Contents(found.x, found.header.contents, found.extra)
     kept = found.kept if found.lost else None
-    at_first(lambda: contents.save(made, schema, out, kept))
+    main_process_first(lambda: contents.save(made, schema, out, kept))
     return found
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from nelbo.codec.coding.blocks import BATCH
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
@@ -15,7 +15,7 @@ class Settings:
     """How examples are coded: what coder and decoder must share beside the model.
 
     Args:
-        grid: times of the bound that is coded, as `Grid` takes them.
+        grid: times of the bound that is coded, as `TimeGrid` takes them.
         precision: of the network, "float64" or "float32"; the latter decodes on the same
             machine and versions only.
         effort: K, 1 to 255: a search keeps the K shortest stacks and continues each in 4 ways
@@ -38,4 +38,4 @@ class Settings:
             raise ValueError(f"effort must be 1 to 255; got {self.effort}; try 8")
         if not 1 <= self.batch <= 256:
             raise ValueError(f"batch must be 1 to 256; got {self.batch}; try 32")
-        Grid(self.grid)
+        TimeGrid(self.grid)

@@ -60,7 +60,7 @@ class Column:
         high: the largest.
         categories: the values of a category or boolean, as text.
         missing: whether cells may be missing.
-        transform: of a number, in whose scale it is modelled; see `numbers.Increasing`. It changes
+        transform: of a number, in whose scale it is modelled; see `MonotoneTransform`. It changes
             no unit: a density stays one of the column as it is.
         missing_words: words that mean a missing cell; the usual ones (NA, null, ..) where None.
             An empty cell is missing always, and a word among the categories never.

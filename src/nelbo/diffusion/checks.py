@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo.diffusion.product import Product, ProductHead
+from nelbo.diffusion.product import ProductDiffusion, ProductParametrization
 
 if TYPE_CHECKING:
     from nelbo.diffusion.model import Model
-    from nelbo.diffusion.parametrization import Head
-    from nelbo.diffusion.process import Process
+    from nelbo.diffusion.parametrization import Parametrization
+    from nelbo.diffusion.process import ForwardProcess
 
 TOGETHER = 2**24  # numbers that are looked at together
 
@@ -50,7 +50,7 @@ def check_examples(model: "Model", x: Tensor) -> None:
         return  # read from files, and checked then
     if x.dtype.is_complex:
         raise ValueError(f"x must be real numbers; got {x.dtype}")
-    of_columns = isinstance(model.process, Product)
+    of_columns = isinstance(model.process, ProductDiffusion)
     legal = _legal(model.process, model.head)
     levels = [codes for codes, _ in legal if codes is not None]
     if levels and not of_columns and x.is_floating_point():
@@ -70,10 +70,10 @@ def check_examples(model: "Model", x: Tensor) -> None:
             at += width
 
 
-def _legal(process: "Process", head: "Head") -> list[tuple[Tensor | None, int]]:
+def _legal(process: "ForwardProcess", head: "Parametrization") -> list[tuple[Tensor | None, int]]:
     """Which codes the dimensions of each group have, (D or 1, K), None where they are real
     numbers; and D."""
-    if isinstance(process, Product) and isinstance(head, ProductHead):
+    if isinstance(process, ProductDiffusion) and isinstance(head, ProductParametrization):
         each = zip(process.parts, head.parts, process.sizes, strict=True)
         return [(_legal(part, of)[0][0], size) for part, of, size in each]
     allowed = head.allowed()

@@ -15,10 +15,10 @@ from torch.nn.functional import logsigmoid
 
 from nelbo.diffusion.distributions import Discrete, DiscretisedNormal
 from nelbo.diffusion.parametrization import LevelPrediction, Prediction, level_evidence
-from nelbo.diffusion.process import Affine, Levels, Process, per_example
+from nelbo.diffusion.process import Affine, ForwardProcess, Levels, per_example
 
 
-class Likelihood(nn.Module, ABC):
+class Decoder(nn.Module, ABC):
     """P(x|z_1) from a prediction at z_1."""
 
     #: a density, in nats only; else a probability
@@ -26,7 +26,7 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         """P(x|z_1) for z = z_1, shape (B, ...), at the first times t, shape (B,)."""
 
@@ -48,18 +48,18 @@ class _Predicted(Discrete):
         return self.prediction.log_prob(value)
 
 
-class LevelHead(Likelihood):
+class LevelDecoder(Decoder):
     """P(x_i = v_k|z_1) are the level probabilities the network predicts, evidence included."""
 
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         if not isinstance(prediction, LevelPrediction):
-            raise TypeError("LevelHead needs a network head that predicts levels: LevelLogits")
+            raise TypeError("LevelDecoder needs a network head that predicts levels: LevelLogits")
         return per_example(_Predicted(prediction))
 
 
-class Evidence(Likelihood):
+class Evidence(Decoder):
     """P(x_i = v_k|z_1) ∝ q(z_1|x_i = v_k), no network (Kingma et al. 2021, equation 16)."""
 
     def __init__(self, levels: Levels) -> None:
@@ -67,13 +67,13 @@ class Evidence(Likelihood):
         self.levels = levels
 
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         evidence = level_evidence(z, self.levels.values, t, process)
         return per_example(Discrete(evidence.log_softmax(-1)))
 
 
-class DiscretisedGaussian(Likelihood):
+class DiscretisedGaussian(Decoder):
     """The bin of level k under N(x̂(z_1), scale²), outermost bins open (Ho et al. 2020, eq. 13).
 
     Args:
@@ -88,13 +88,13 @@ class DiscretisedGaussian(Likelihood):
         self.log_scale = nn.Parameter(torch.tensor(math.log(start), dtype=torch.float64))
 
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         scale = self.log_scale.exp().to(z.dtype)
         return per_example(DiscretisedNormal(prediction.e_hat, scale, self.levels.values))
 
 
-class GaussianDensity(Likelihood):
+class GaussianDensity(Decoder):
     """x ~ N(shift + scale·ê(z_1), (scale·spread)²): a density in the data's units.
 
     Args:
@@ -111,7 +111,7 @@ class GaussianDensity(Likelihood):
         self.log_spread = nn.Parameter(torch.tensor(math.log(spread), dtype=torch.float64))
 
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         e_hat = prediction.e_hat.double()
         mean = self.affine.shift + self.affine.scale * e_hat
@@ -119,7 +119,7 @@ class GaussianDensity(Likelihood):
         return per_example(Normal(mean, spread, validate_args=False))
 
 
-class Bernoulli(Likelihood):
+class Bernoulli(Decoder):
     """P(x_i = 1|z_1) = sigmoid(slope·x̂_i + offset), for two levels; slope and offset learned."""
 
     def __init__(self) -> None:
@@ -128,17 +128,17 @@ class Bernoulli(Likelihood):
         self.offset = nn.Parameter(torch.tensor(0.0, dtype=torch.float64))
 
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         logit = self.slope.to(z.dtype) * prediction.e_hat + self.offset.to(z.dtype)
         return per_example(Discrete(torch.stack([logsigmoid(-logit), logsigmoid(logit)], -1)))
 
 
-class Categorical(Likelihood):
+class Categorical(Decoder):
     """Absorbing process: a symbol that shows is itself, a masked one is predicted."""
 
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         shows = torch.arange(prediction.e_hat.shape[-1], device=z.device) == z[..., None]
         certain = shows.to(prediction.e_hat.dtype).log()

@@ -40,7 +40,7 @@ APART = 0.1  # of its width that a copy of a component is moved
 WIDTH = 0.01  # of a component at least, standard deviations of a column
 
 
-class LatentClasses(nn.Module):
+class GaussianMixtureWithAtoms(nn.Module):
     """A mixture of Gaussians over D columns.
 
     Args:
@@ -68,7 +68,7 @@ class LatentClasses(nn.Module):
         self.register_buffer("log_rest", torch.zeros(d, k))  # of what is not special
         self.register_buffer("used", torch.tensor([k, s]))
 
-    def start_from(self, e: Tensor, special: Tensor) -> None:
+    def fit_statistics(self, e: Tensor, special: Tensor) -> None:
         """Fit to rows e, (N, D); which special value each is, (N, D) integers, S if none."""
         found = fit(e.numpy(), len(self.log_weight))
         weight, mean, covariance, belongs = map(
@@ -200,7 +200,7 @@ FLOOR = 0.05  # of the mean variance of a component, in every direction
 NOISES = (-4.0, -1.0, 2.0)  # γ at which `features` look
 
 
-class Clusters:
+class GaussianMixtureEnsemble:
     """Mixtures of several sizes that fit embedded examples.
 
     Args:

@@ -17,10 +17,10 @@ from torch.distributions import Distribution
 from nelbo._utils.numerics import check_finite
 from nelbo._utils.sharding import whole
 from nelbo.diffusion.checks import check_examples
-from nelbo.diffusion.decoder import Likelihood
-from nelbo.diffusion.parametrization import Head, Prediction
-from nelbo.diffusion.process import Process
-from nelbo.diffusion.reverse import Reverse
+from nelbo.diffusion.decoder import Decoder
+from nelbo.diffusion.parametrization import Parametrization, Prediction
+from nelbo.diffusion.process import ForwardProcess
+from nelbo.diffusion.reverse import ReverseKernel
 
 FAR = 1e6  # of z, in the units of its noise: further out a network of float32 overflows
 ROWS = 2**23  # numbers the arithmetic around one network call may hold
@@ -43,10 +43,10 @@ class Model(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        process: Process,
-        head: Head,
-        step: Reverse,
-        decoder: Likelihood,
+        process: ForwardProcess,
+        head: Parametrization,
+        step: ReverseKernel,
+        decoder: Decoder,
         shape: tuple[int, ...],
     ) -> None:
         super().__init__()
@@ -111,10 +111,10 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         """Take from training examples x, (N, *shape), what is fixed or known before training."""
-        self.process.start_from(x)
-        self.head.start_from(x)
+        self.process.fit_statistics(x)
+        self.head.fit_statistics(x)
 
     def embed(self, x: Tensor) -> Tensor:
         """e, the data in the space of the process."""

@@ -26,7 +26,7 @@ from torch.nn.functional import embedding
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.level_law import mean_and_norm
-from nelbo.diffusion.process import Absorbing, Gaussian, Process
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class VariancePrediction(Prediction):
     fraction: Tensor
 
 
-class Head(nn.Module, ABC):
+class Parametrization(nn.Module, ABC):
     """Network output, shape (B, ...) or (B, ..., outputs), to a prediction."""
 
     #: numbers the network gives per dimension of the data
@@ -139,7 +139,7 @@ class Head(nn.Module, ABC):
         """What the network must give for z."""
         return z.shape if self.outputs == 1 else torch.Size((*z.shape, self.outputs))
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         """Take from training examples x, (N, ...), what is known before training; here nothing."""
 
     def allowed(self) -> Tensor | None:
@@ -152,35 +152,37 @@ class Head(nn.Module, ABC):
         return self.outputs
 
     @abstractmethod
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction: ...
+    def forward(
+        self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess
+    ) -> Prediction: ...
 
 
-class Noise(Head):
+class EpsPrediction(Parametrization):
     """The output is ε̂ in z_t = √α_t e + √(1-α_t) ε."""
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         signal = over((process.log_alpha(t) / 2).exp(), z)
         noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
         return Prediction((z - noise * output) / signal)
 
 
-class Data(Head):
+class XPrediction(Parametrization):
     """The output is ê."""
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         return Prediction(output)
 
 
-class Velocity(Head):
+class VPrediction(Parametrization):
     """The output is v̂ = √α_t ε̂ - √(1-α_t) ê; zero is the best linear guess for unit data."""
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         signal = over((process.log_alpha(t) / 2).exp(), z)
         noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
         return Prediction(signal * z - noise * output)
 
 
-class Mean(Head):
+class Mean(Parametrization):
     """The output is f(z_t, φ, t) itself, the mean of p(z_{t-1}|z_t) on the times i/T.
 
     Args:
@@ -191,27 +193,27 @@ class Mean(Head):
         super().__init__()
         self.steps = steps
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
-        if not isinstance(process, Gaussian):
-            raise TypeError(f"Mean needs a Gaussian process; got {type(process).__name__}")
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
+        if not isinstance(process, GaussianDiffusion):
+            raise TypeError(f"Mean needs GaussianDiffusion; got {type(process).__name__}")
         i = (t * self.steps).round()
         if ((t * self.steps - i).abs() > 1e-9 * self.steps).any():
             raise ValueError(
                 f"the mean f belongs to steps of 1/{self.steps}; got a time off that grid;"
-                f" try Grid.uniform({self.steps}), or another head for continuous time"
+                f" try TimeGrid.uniform({self.steps}), or another head for continuous time"
             )
         s = (i - 1) / self.steps
         of_z, of_e = process.m_t_weights(s, t)
         return Prediction((output - over(of_z, z) * z) / over(of_e, z))
 
 
-class WithVariance(Head):
+class WithVariance(Parametrization):
     """A point head and, as a second output v, the variance of the step: log σ² at (v + 1)/2
     between log β̃ and log β (Nichol & Dhariwal 2021, equation 15)."""
 
     outputs = 2
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Parametrization) -> None:
         super().__init__()
         if head.outputs != 1:
             raise ValueError(
@@ -220,17 +222,17 @@ class WithVariance(Head):
             )
         self.head = head
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         point = self.head(output[..., 0], z, t, process)
         return VariancePrediction(point.e_hat, (output[..., 1] + 1) / 2)
 
 
-def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: Process) -> Tensor:
+def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: ForwardProcess) -> Tensor:
     """log N(z_t; √α_t v_k, 1-α_t) + const for each level k, shape (B, ..., K)."""
     return _evidence(z[..., None], values.to(z.dtype), *_signal_and_precision(t, process))
 
 
-def _signal_and_precision(t: Tensor, process: Process) -> tuple[Tensor, Tensor]:
+def _signal_and_precision(t: Tensor, process: ForwardProcess) -> tuple[Tensor, Tensor]:
     """√α_t and 1/(1-α_t), shape of t."""
     return process.alpha(t).sqrt(), (-process.log_one_minus_alpha(t)).exp()
 
@@ -240,7 +242,7 @@ def _evidence(z: Tensor, values: Tensor, signal: Tensor, precision: Tensor) -> T
     return error.square() * over(-0.5 * precision, z)
 
 
-class Logits(Head):
+class Logits(Parametrization):
     """Logits of K values per dimension, on top of a learned log-prior of each dimension.
 
     Args:
@@ -258,7 +260,7 @@ class Logits(Head):
     def numbers(self) -> int:
         return self.count
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         """Set the log-prior to the log-frequencies of the levels in x, (N, *shape).
 
         Under a network that gives zero the model is then the factorised Bayes denoiser.
@@ -297,7 +299,9 @@ class LevelLogits(Logits):
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("curves", torch.eye(len(values)), persistent=False)
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
+    def forward(
+        self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess
+    ) -> LevelPrediction:
         signal, precision = _signal_and_precision(t, process)
         values, curves = self.values.to(z), self.curves.to(z)
         prior = self.log_prior.to(z).reshape(-1, self.count)
@@ -338,9 +342,7 @@ class LevelCurves(LevelLogits):
 class SymbolLogits(Logits):
     """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior)."""
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
-        if not isinstance(process, Absorbing):
-            raise TypeError(
-                f"SymbolLogits needs an Absorbing process; got {type(process).__name__}"
-            )
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
+        if not isinstance(process, MaskedDiffusion):
+            raise TypeError(f"SymbolLogits needs MaskedDiffusion; got {type(process).__name__}")
         return Prediction((output + self.log_prior.to(output)).log_softmax(-1))

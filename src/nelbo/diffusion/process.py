@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.nn.functional import logsigmoid, one_hot
 
-from nelbo._utils.batch_rng import drawing
+from nelbo._utils.batch_rng import shard_rng
 from nelbo._utils.numerics import log1mexp, over, slope
 from nelbo.diffusion.distributions import Discrete
 from nelbo.diffusion.schedules import Schedule
@@ -36,7 +36,7 @@ def normal(mean: Tensor, variance: Tensor) -> Independent:
     return per_example(Normal(mean, scale, validate_args=False))
 
 
-class Process(nn.Module, ABC):
+class ForwardProcess(nn.Module, ABC):
     """q(z_t|x) and its conditionals; α_t from `schedule`."""
 
     #: channels of `features` per dimension of the data
@@ -68,7 +68,7 @@ class Process(nn.Module, ABC):
         """log(α_t/α_s), what of the signal at s is left at t; Gaussian: log(1-β)."""
         return self.log_alpha(t) - self.log_alpha(s)
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         """Take from training examples x, (N, ...), what is fixed before training; here nothing."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Process(nn.Module, ABC):
 
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
         """z_t of dimensions whose x is known, one draw of q(z_t|x); a symbol shows at once."""
-        with drawing():
+        with shard_rng():
             return self.marginal(self.embed(x), t).sample()
 
     @abstractmethod
@@ -154,7 +154,7 @@ class Affine(nn.Module):
         return (x.double() - self.shift) / self.scale
 
 
-class Gaussian(Process):
+class GaussianDiffusion(ForwardProcess):
     """q(z_t|z_s) = N(√(1-β) z_s, β), equations 2, 3, 6 and 8.
 
     Args:
@@ -221,7 +221,7 @@ class Gaussian(Process):
         return 0.5 * slope(self.schedule, t) * (-self.schedule(t)).exp() * error
 
 
-class Absorbing(Process):
+class MaskedDiffusion(ForwardProcess):
     """Each symbol is kept with probability α_t, else masked (equation 9).
 
     z holds symbols 0..K-1 or the mask K; e and its prediction are log-probabilities (..., K).

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
-from nelbo.diffusion.decoder import Likelihood
+from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import Joint
-from nelbo.diffusion.parametrization import Head, Prediction
-from nelbo.diffusion.process import Process, per_example
-from nelbo.diffusion.reverse import Reverse
+from nelbo.diffusion.parametrization import Parametrization, Prediction
+from nelbo.diffusion.process import ForwardProcess, per_example
+from nelbo.diffusion.reverse import ReverseKernel
 
 
 def join(parts: Sequence[Distribution]) -> Independent:
@@ -30,7 +30,7 @@ def join(parts: Sequence[Distribution]) -> Independent:
     return per_example(Joint([cast(Independent, part).base_dist for part in parts]))
 
 
-class Product(Process):
+class ProductDiffusion(ForwardProcess):
     """A process for each group of columns.
 
     Its schedule and the noise level that the network is told are those of the first group.
@@ -42,9 +42,9 @@ class Product(Process):
 
     alike = False
 
-    def __init__(self, parts: Sequence[Process], sizes: Sequence[int]) -> None:
+    def __init__(self, parts: Sequence[ForwardProcess], sizes: Sequence[int]) -> None:
         super().__init__(parts[0].schedule)
-        self.parts, self.sizes = cast(Sequence[Process], nn.ModuleList(parts)), list(sizes)
+        self.parts, self.sizes = cast(Sequence[ForwardProcess], nn.ModuleList(parts)), list(sizes)
         self.widths = [part.width * size for part, size in zip(parts, sizes, strict=True)]
 
     def split(self, v: Tensor) -> list[Tensor]:
@@ -58,9 +58,9 @@ class Product(Process):
             for part, v in zip(self.parts, e.split(self.widths, 1), strict=True)
         ]
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         for part, v in zip(self.parts, self.split(x), strict=True):
-            part.start_from(v)
+            part.fit_statistics(v)
 
     def embed(self, x: Tensor) -> Tensor:
         return self._flat(part.embed(v) for part, v in self._of(x))
@@ -94,7 +94,7 @@ class Product(Process):
         each = zip(self._of(z), self.split_e(e), self.split_e(e_hat), strict=True)
         return torch.stack([part.rate(v, w, w_hat, t) for (part, v), w, w_hat in each]).sum(0)
 
-    def _of(self, v: Tensor) -> list[tuple[Process, Tensor]]:
+    def _of(self, v: Tensor) -> list[tuple[ForwardProcess, Tensor]]:
         return list(zip(self.parts, self.split(v), strict=True))
 
     @staticmethod
@@ -112,7 +112,7 @@ class ProductPrediction(Prediction):
         return replace(self, e_hat=f(self.e_hat), parts=tuple(part.map(f) for part in self.parts))
 
 
-class ProductHead(Head):
+class ProductParametrization(Parametrization):
     """A head for each group of columns.
 
     Args:
@@ -120,9 +120,9 @@ class ProductHead(Head):
         sizes: D_g, the columns of each.
     """
 
-    def __init__(self, parts: Sequence[Head], sizes: Sequence[int]) -> None:
+    def __init__(self, parts: Sequence[Parametrization], sizes: Sequence[int]) -> None:
         super().__init__()
-        self.parts, self.sizes = cast(Sequence[Head], nn.ModuleList(parts)), list(sizes)
+        self.parts, self.sizes = cast(Sequence[Parametrization], nn.ModuleList(parts)), list(sizes)
         self.widths = [part.outputs * size for part, size in zip(parts, sizes, strict=True)]
 
     @property
@@ -132,11 +132,11 @@ class ProductHead(Head):
     def output_shape(self, z: Tensor) -> torch.Size:
         return torch.Size((len(z), sum(self.widths)))
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         for part, v in zip(self.parts, x.split(self.sizes, 1), strict=True):
-            part.start_from(v)
+            part.fit_statistics(v)
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         process = _product(process)
         outputs, of_z = output.split(self.widths, 1), process.split(z)
         each = zip(self.parts, outputs, of_z, process.parts, strict=True)
@@ -147,39 +147,39 @@ class ProductHead(Head):
         return ProductPrediction(e_hat, parts)
 
 
-class ProductStep(Reverse):
+class ProductReverseKernel(ReverseKernel):
     """A reverse step for each group of columns."""
 
-    def __init__(self, parts: Sequence[Reverse]) -> None:
+    def __init__(self, parts: Sequence[ReverseKernel]) -> None:
         super().__init__()
-        self.parts = cast(Sequence[Reverse], nn.ModuleList(parts))
+        self.parts = cast(Sequence[ReverseKernel], nn.ModuleList(parts))
 
     def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         process = _product(process)
         each = zip(self.parts, _parts(prediction), process.split(z), process.parts, strict=True)
         return join([step(of, v, s, t, part) for step, of, v, part in each])
 
 
-class ProductDecoder(Likelihood):
+class ProductDecoder(Decoder):
     """A decoder for each group of columns: a density if one of them is."""
 
-    def __init__(self, parts: Sequence[Likelihood]) -> None:
+    def __init__(self, parts: Sequence[Decoder]) -> None:
         super().__init__()
-        self.parts = cast(Sequence[Likelihood], nn.ModuleList(parts))
+        self.parts = cast(Sequence[Decoder], nn.ModuleList(parts))
         self.density = any(part.density for part in parts)
 
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         process = _product(process)
         each = zip(self.parts, _parts(prediction), process.split(z), process.parts, strict=True)
         return join([decoder(of, v, t, part) for decoder, of, v, part in each])
 
 
-def _product(process: Process) -> Product:
-    assert isinstance(process, Product)
+def _product(process: ForwardProcess) -> ProductDiffusion:
+    assert isinstance(process, ProductDiffusion)
     return process
 
 

@@ -19,43 +19,43 @@ from torch.distributions import Distribution, Normal
 from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import LevelMixture
 from nelbo.diffusion.parametrization import LevelPrediction, Prediction, VariancePrediction
-from nelbo.diffusion.process import Gaussian, Process, normal, per_example
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal, per_example
 
 
-class Reverse(nn.Module, ABC):
+class ReverseKernel(nn.Module, ABC):
     """P(z_s|z_t) for z = z_t, with batch shape (B,)."""
 
     @abstractmethod
     def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution: ...
 
 
-class Posterior(Reverse):
+class Posterior(ReverseKernel):
     """q(z_s|z_t,x) with ê for x: σ² = β̃ for a Gaussian process (equation 7)."""
 
     def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         return process.posterior(z, prediction.e_hat, s, t)
 
 
-class Beta(Reverse):
+class Beta(ReverseKernel):
     """N(f, β) with f = m_t(z_t, ê); the KL is ‖m_t - f‖²/(2β) + const (equation 7)."""
 
     def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         process = _gaussian(process, self)
         f = process.m_t(z, prediction.e_hat, s, t)
         return normal(f, process.beta(s, t))
 
 
-class Learned(Reverse):
+class Learned(ReverseKernel):
     """N(f, σ²), log σ² = v log β + (1-v) log β̃ (Nichol & Dhariwal 2021, equation 15)."""
 
     def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         process = _gaussian(process, self)
         if not isinstance(prediction, VariancePrediction):
@@ -66,7 +66,7 @@ class Learned(Reverse):
         return per_example(Normal(f, (log_variance / 2).exp(), validate_args=False))
 
 
-class Optimal(Reverse):
+class Optimal(ReverseKernel):
     """N(f, σ²) with the σ² of the least expected KL: β̃ + (√α_s β/(1-α_t))² v(t), where
     v(t) = E‖e - ê‖²/D (Bao et al. 2022, theorem 1).
 
@@ -91,7 +91,7 @@ class Optimal(Reverse):
         return torch.lerp(self.errors[below], self.errors[below + 1], t * last - below)
 
     def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         process = _gaussian(process, self)
         f = process.m_t(z, prediction.e_hat, s, t)
@@ -99,7 +99,7 @@ class Optimal(Reverse):
         return normal(f, process.beta_tilde(s, t) + of_e.square() * self.error(t))
 
 
-class Mixture(Reverse):
+class Mixture(ReverseKernel):
     """Σ_k P(x_i = v_k|z_t) N(m_t(z_t, v_k), β̃) for each dimension i.
 
     Args:
@@ -113,7 +113,7 @@ class Mixture(Reverse):
         self.register_buffer("values", values, persistent=False)
 
     def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         process = _gaussian(process, self)
         if not isinstance(prediction, LevelPrediction):
@@ -122,7 +122,12 @@ class Mixture(Reverse):
 
 
 def mixture(
-    prediction: LevelPrediction, values: Tensor, z: Tensor, s: Tensor, t: Tensor, process: Gaussian
+    prediction: LevelPrediction,
+    values: Tensor,
+    z: Tensor,
+    s: Tensor,
+    t: Tensor,
+    process: GaussianDiffusion,
 ) -> Distribution:
     """Σ_k P(x_i = v_k|z_t) N(m_t(z_t, v_k), β̃) for values v of shape (K,) or (..., K)."""
     loc = process.m_t(z[..., None], values.to(z), s, t)
@@ -130,8 +135,8 @@ def mixture(
     return per_example(LevelMixture(prediction.log_probs, loc, scale))
 
 
-def _gaussian(process: Process, step: Reverse) -> Gaussian:
-    if not isinstance(process, Gaussian):
+def _gaussian(process: ForwardProcess, step: ReverseKernel) -> GaussianDiffusion:
+    if not isinstance(process, GaussianDiffusion):
         raise TypeError(
             f"{type(step).__name__} is a step of a Gaussian process; got"
             f" {type(process).__name__}; try Posterior()"

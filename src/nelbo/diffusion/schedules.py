@@ -112,7 +112,7 @@ class Betas(Schedule):
         if ((place < 0) & (place != -1)).any():
             raise ValueError(
                 f"a schedule of {self.steps} betas has no time between 0 and 1/{self.steps};"
-                f" got {t.min().item():.6g}; try Continuum(start=1/{self.steps})"
+                f" got {t.min().item():.6g}; try ContinuousTime(start=1/{self.steps})"
             )
         if self.steps == 1:
             gamma = self.gamma.expand_as(place)

@@ -17,7 +17,7 @@ from torch import Tensor
 from nelbo._utils.numerics import slope
 from nelbo.diffusion.elbo import diffusion_rate, diffusion_term, reconstruction_term
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Process
+from nelbo.diffusion.process import ForwardProcess
 
 
 @dataclass(frozen=True)
@@ -31,30 +31,30 @@ class Term(ABC):
         """One draw, one network call each, shape (B,), nats."""
 
     @abstractmethod
-    def error_weight(self, process: Process) -> Tensor:
+    def error_weight(self, process: ForwardProcess) -> Tensor:
         """w in w ‖e - ê‖², the cost of a Gaussian step with variance β̃; shape (B,)."""
 
     @abstractmethod
-    def mask_weight(self, process: Process) -> Tensor:
+    def mask_weight(self, process: ForwardProcess) -> Tensor:
         """w in w Σ_masked -log P(x_i|z_t), shape (B,)."""
 
 
 @dataclass(frozen=True)
-class Decode(Term):
+class ReconstructionTerm(Term):
     """E_q(z_1|x)[ -log P(x|z_1) ] at the first times t."""
 
     def cost(self, model: Model, x: Tensor) -> Tensor:
         return reconstruction_term(model, x, self.t)
 
-    def error_weight(self, process: Process) -> Tensor:
+    def error_weight(self, process: ForwardProcess) -> Tensor:
         return (-process.schedule(self.t)).exp() / 2
 
-    def mask_weight(self, process: Process) -> Tensor:
+    def mask_weight(self, process: ForwardProcess) -> Tensor:
         return torch.ones_like(self.t)
 
 
 @dataclass(frozen=True)
-class Step(Term):
+class DiffusionTerm(Term):
     """E_q(z_t|x) KL( q(z_s|z_t,x) ‖ P(z_s|z_t) )."""
 
     s: Tensor
@@ -62,25 +62,25 @@ class Step(Term):
     def cost(self, model: Model, x: Tensor) -> Tensor:
         return diffusion_term(model, x, self.s, self.t)
 
-    def error_weight(self, process: Process) -> Tensor:
+    def error_weight(self, process: ForwardProcess) -> Tensor:
         snr_s, snr_t = ((-process.schedule(v)).exp() for v in (self.s, self.t))
         return (snr_s - snr_t) / 2
 
-    def mask_weight(self, process: Process) -> Tensor:
+    def mask_weight(self, process: ForwardProcess) -> Tensor:
         return (process.alpha(self.s) - process.alpha(self.t)) / (
             process.log_one_minus_alpha(self.t).exp()
         )
 
 
 @dataclass(frozen=True)
-class Rate(Term):
+class DiffusionRate(Term):
     """lim_{s→t} Step(s, t)/(t-s)."""
 
     def cost(self, model: Model, x: Tensor) -> Tensor:
         return diffusion_rate(model, x, self.t)
 
-    def error_weight(self, process: Process) -> Tensor:
+    def error_weight(self, process: ForwardProcess) -> Tensor:
         return slope(process.schedule, self.t) * (-process.schedule(self.t)).exp() / 2
 
-    def mask_weight(self, process: Process) -> Tensor:
+    def mask_weight(self, process: ForwardProcess) -> Tensor:
         return slope(process.schedule, self.t) * process.alpha(self.t)

@@ -3,8 +3,8 @@ r"""Estimates of the bound: which times, how many draws.
 Both kinds of times write the diffusion term as an integral over u ∈ [0, 1), so one law of u serves
 both and every estimate is unbiased:
 
-    Grid(times)   Σ_{i=1..T-1} KL_i   = E_u[ (T-1) KL_⌈(T-1)u⌉ ]
-    Continuum()   ∫_start^1 rate(t) dt = E_u[ (1-start) rate(start + (1-start) u) ]
+    TimeGrid(times)   Σ_{i=1..T-1} KL_i   = E_u[ (T-1) KL_⌈(T-1)u⌉ ]
+    ContinuousTime()   ∫_start^1 rate(t) dt = E_u[ (1-start) rate(start + (1-start) u) ]
 
 Laws of u: `iid`, or `stratified`, which with T-1 draws per example visits each term once.
 """
@@ -19,7 +19,7 @@ from nelbo.diffusion.checks import as_tensor, check_examples
 from nelbo.diffusion.elbo import Bound, prior_term, reconstruction_term
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import Betas, Schedule
-from nelbo.diffusion.terms import Rate, Step, Term
+from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, Term
 
 
 def iid(examples: int, draws: int = 1) -> Tensor:
@@ -42,7 +42,7 @@ def stratified(examples: int, draws: int = 1) -> Tensor:
     return (torch.arange(draws) + v[:, None]) / draws
 
 
-class Times(ABC):
+class TimeDiscretization(ABC):
     """The times of z_1 .. z_T."""
 
     #: time of z_1, which P(x|z_1) decodes; z_T is at time 1
@@ -68,11 +68,11 @@ class Times(ABC):
         return factor * term.cost(model, x)
 
 
-class Grid(Times):
+class TimeGrid(TimeDiscretization):
     """T times t_1 < ... < t_T = 1, T - 1 KL terms; T network calls for the whole bound.
 
     Args:
-        times: increasing, in (0, 1], the last 1. The classic T steps are `Grid.uniform(T)`.
+        times: increasing, in (0, 1], the last 1. The classic T steps are `TimeGrid.uniform(T)`.
     """
 
     def __init__(self, times: Tensor | Sequence[float]) -> None:
@@ -94,15 +94,15 @@ class Grid(Times):
         self.terms = len(times) - 1
 
     @staticmethod
-    def uniform(steps: int) -> "Grid":
+    def uniform(steps: int) -> "TimeGrid":
         """The times 1/T, 2/T, ..., 1.
 
-        >>> Grid.uniform(4).times
+        >>> TimeGrid.uniform(4).times
         tensor([0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
-        return Grid(torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:])
+        return TimeGrid(torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:])
 
     def at(self, u: Tensor) -> Tensor:
         return self.times.to(u.device)[(u * self.terms).round().long()]
@@ -110,10 +110,10 @@ class Grid(Times):
     def term(self, u: Tensor) -> tuple[Term, float]:
         times = self.times.to(u.device)
         i = (u * self.terms).long().clamp(max=self.terms - 1)
-        return Step(t=times[i + 1], s=times[i]), float(self.terms)
+        return DiffusionTerm(t=times[i + 1], s=times[i]), float(self.terms)
 
 
-class Continuum(Times):
+class ContinuousTime(TimeDiscretization):
     """Infinitely many steps between the time of z_1 and 1.
 
     Args:
@@ -132,32 +132,35 @@ class Continuum(Times):
         return self.first + (1 - self.first) * u
 
     def term(self, u: Tensor) -> tuple[Term, float]:
-        return Rate(self.at(u)), 1 - self.first
+        return DiffusionRate(self.at(u)), 1 - self.first
 
 
-def times_of(model: Model, times: Times | None) -> Times:
+def times_of(model: Model, times: TimeDiscretization | None) -> TimeDiscretization:
     """The times as given; left out, the continuum of the model's schedule.
 
     Raises:
         ValueError: they are something else.
     """
     if times is None:
-        return Continuum(model.process.schedule.start)
-    if not isinstance(times, Times):
+        return ContinuousTime(model.process.schedule.start)
+    if not isinstance(times, TimeDiscretization):
         raise ValueError(
-            f"times must be Grid(times) or Continuum(); got {times!r}; for T uniform steps give"
-            " Grid.uniform(T)"
+            f"times must be TimeGrid(times) or ContinuousTime(); got {times!r}; for T"
+            " uniform steps give TimeGrid.uniform(T)"
         )
     return times
 
 
-def elbo(model: Model, x: Tensor, times: Times | None = None, u: Tensor | None = None) -> Bound:
+def elbo(
+    model: Model, x: Tensor, times: TimeDiscretization | None = None, u: Tensor | None = None
+) -> Bound:
     """The three terms of −ELBO per example, unbiased, in nats.
 
     Args:
         model: the model; its `dtype` is the precision of the arithmetic around the network.
         x: examples, shape (B, ...).
-        times: Grid(times) or Continuum(start); left out, Continuum from the schedule's start.
+        times: TimeGrid(times) or ContinuousTime(start); left out, ContinuousTime from the
+            schedule's start.
         u: uniform draws in [0, 1), shape (B,) or (B, n), averaged over n. Left out, they are
             stratified, n as large as the number of terms: the full sum over a grid.
 

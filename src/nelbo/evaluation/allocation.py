@@ -29,12 +29,12 @@ from torch import Tensor
 
 from nelbo._utils.numerics import over
 from nelbo.data import as_examples
-from nelbo.diffusion.terms import Decode, Term
-from nelbo.diffusion.times import Times, stratified
-from nelbo.evaluation.control_variates import NOTHING_SAID, Controls, Said
+from nelbo.diffusion.terms import ReconstructionTerm, Term
+from nelbo.diffusion.times import TimeDiscretization, stratified
+from nelbo.evaluation.control_variates import NO_CONTEXT, ContextLogits, ControlVariates
 from nelbo.evaluation.intervals import apart
-from nelbo.evaluation.reference_denoisers import observe
-from nelbo.evaluation.time_density import Proposal
+from nelbo.evaluation.reference_denoisers import draw_term
+from nelbo.evaluation.time_density import TimeDensity
 from nelbo.evaluation.time_density import even as even_proposal
 
 CELLS = 32  # of the diffusion term, at most
@@ -48,7 +48,7 @@ ALIKE = 1 / 2, 16  # share of a pilot's rows, and of each cell, that do not foll
 RIDGE = 0.01  # of each coefficient, relative to the rows that determine it
 
 
-class Cells:
+class Strata:
     """The cells of the costs for one kind of times.
 
     Args:
@@ -56,7 +56,7 @@ class Cells:
         proposal: where the costs are held to be; left out, all u alike.
     """
 
-    def __init__(self, times: Times, proposal: Proposal | None = None) -> None:
+    def __init__(self, times: TimeDiscretization, proposal: TimeDensity | None = None) -> None:
         self.times, self.proposal = times, even_proposal(times) if proposal is None else proposal
         edges = torch.tensor(self.proposal.cells(CELLS) if times.terms else [0])
         #: the distribution function of the proposal at the edges
@@ -66,13 +66,13 @@ class Cells:
         at = self.proposal.u[edges]
         self.edges = times.at(at) if self.diffusion else torch.tensor([1.0]).double()
 
-    def variates(self, controls: Controls) -> int:
+    def variates(self, controls: ControlVariates) -> int:
         """G: those of the controls, and the place in the cell."""
         return controls.variates + 1
 
     def visit(
         self,
-        controls: Controls,
+        controls: ControlVariates,
         x: Tensor,
         cell: Tensor,
         share: Tensor,
@@ -104,7 +104,7 @@ class Cells:
         return cost.view(shape).mean(2), v
 
     def _draw(
-        self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
+        self, controls: ControlVariates, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of single draws, the columns of the controls alone."""
         cost = torch.zeros(cell.shape, dtype=torch.float64)
@@ -119,7 +119,7 @@ class Cells:
         return cost, v
 
     def _call(
-        self, controls: Controls, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
+        self, controls: ControlVariates, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
     ) -> tuple[Tensor, Tensor]:
         row = torch.arange(len(x)).repeat_interleave(cell.shape[1])
         at, cell, share = cell + share, cell.flatten(), share.flatten()
@@ -132,17 +132,17 @@ class Cells:
             order = kind.nonzero()[:, 0][place[kind].argsort()]
             for part in order.split(max(LIKE, math.ceil(len(order) / 4))) if kind.any() else ():
                 term, factor = self._term(cell[part], share[part], x.device)
-                draw = observe(controls.model.at(row[part]), x[row[part]], term)
+                draw = draw_term(controls.model.at(row[part]), x[row[part]], term)
                 cost[part] = factor * draw.cost.cpu()
                 draws.append((part, factor, draw))
-        said = Said.gathered([d[0] for d in draws], [controls.said(d[2]) for d in draws])
+        said = ContextLogits.gathered([d[0] for d in draws], [controls.said(d[2]) for d in draws])
         # where nothing is lent all draws are alone
         lender = torch.full_like(row, -1)
         if said.by_network is not None:
             lender = _lenders(at, replicate).flatten()
         for part, factor, draw in draws:
             by = lender[part]
-            other = said.at(by) if (by >= 0).any() else NOTHING_SAID
+            other = said.at(by) if (by >= 0).any() else NO_CONTEXT
             alone = (by < 0).to(x.device)
             v[part] = factor[:, None] * controls.within(draw, said.at(part), other, alone).cpu()
         return cost.view(len(x), -1), v.view(len(x), len(replicate), -1)
@@ -151,7 +151,7 @@ class Cells:
         """The terms at places in the cells, and w·(the factor of a cost), shape of `cell`."""
         if (cell == 0).any():
             first = torch.full_like(share, self.times.first).to(device)
-            return Decode(first), torch.ones_like(share)
+            return ReconstructionTerm(first), torch.ones_like(share)
         width = self.ends.diff()[cell - 1]
         u, weight = self.proposal.at(self.ends[cell - 1] + share * width)
         term, factor = self.times.term(u.to(device))
@@ -174,7 +174,7 @@ def _lenders(place: Tensor, replicate: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Proposal:
     """What a pilot settles: p (C,), k (C, G), b (C, 1 + F), and the sd of w cost (C,) left."""
 
     probability: Tensor
@@ -192,19 +192,19 @@ class Allocation:
         return (phi * self.between).sum(-1)
 
 
-def even(cells: Cells, controls: Controls, features: int, first: float) -> Allocation:
+def even(cells: Strata, controls: ControlVariates, features: int, first: float) -> Proposal:
     """No pilot: nothing taken off; `first` is the share of the reconstruction, the rest goes by
     the proposal."""
     first = 1.0 if cells.count == 1 else max(first, 1 / cells.count)
     p = torch.cat([torch.full((1,), first).double(), (1 - first) * cells.ends.diff()])
     within = torch.zeros(cells.count, cells.variates(controls), dtype=torch.float64)
     between = torch.zeros(cells.count, features, dtype=torch.float64)
-    return Allocation(p, within, between, torch.full_like(p, torch.nan))
+    return Proposal(p, within, between, torch.full_like(p, torch.nan))
 
 
 def pilot(
-    cells: Cells, controls: Controls, x: Tensor, rows: int, draws: int, replicates: int
-) -> Allocation:
+    cells: Strata, controls: ControlVariates, x: Tensor, rows: int, draws: int, replicates: int
+) -> Proposal:
     """Draw so many rows in each cell on examples of x, and fit.
 
     Args:
@@ -234,16 +234,16 @@ def pilot(
         if not examples:
             break
         u = stratified(examples) + torch.arange(both) * _apart(examples, draws, replicates)
-        cell, share = located(p, u % 1)
+        cell, share = stratum_of(p, u % 1)
         found.append(_rows(cells, controls, x, cell, share, replicate, each))
-        fitted = fit(cells.count, *_usual(*map(torch.cat, zip(*found, strict=True))))
+        fitted = fit_proposal(cells.count, *_usual(*map(torch.cat, zip(*found, strict=True))))
         p = fitted.probability
     return fitted
 
 
 def _rows(
-    cells: Cells,
-    controls: Controls,
+    cells: Strata,
+    controls: ControlVariates,
     x: Tensor,
     cell: Tensor,
     share: Tensor,
@@ -265,8 +265,8 @@ def _rows(
 def _usual(
     example: Tensor, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `fit` is given: an example that costs, whenever it is drawn, what no other does, or
-    that once is not finite, says nothing. What is settled is for the others."""
+    """What `fit_proposal` is given: an example that costs, whenever it is drawn, what no other
+    does, or that once is not finite, says nothing. What is settled is for the others."""
     finite = cost.isfinite() & v.isfinite().all(1)
     counted = torch.where(finite, cost, torch.nan)
     middle = torch.stack([counted[cell == c].nanmedian() for c in range(int(cell.max()) + 1)])
@@ -280,7 +280,7 @@ def _usual(
     return cell, cost, torch.where(some, 0.0, v), phi
 
 
-def visits(draws: int, controls: Controls) -> tuple[int, int]:
+def visits(draws: int, controls: ControlVariates) -> tuple[int, int]:
     """In how many visits so many draws of an example are made, and how many each is of."""
     return (1, 2) if draws == 2 and controls.lends else (draws, 1)
 
@@ -293,7 +293,7 @@ def _apart(examples: int, draws: int, replicates: int) -> Tensor | float:
     return (1 - torch.rand(examples, 1, dtype=torch.float64) ** (2 / max(2, replicates))) / 2
 
 
-def located(probability: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def stratum_of(probability: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The cell of uniform u among cells of these probabilities, and where in it, in [0, 1); shape
     of u."""
     ends = probability.cumsum(0)
@@ -302,7 +302,7 @@ def located(probability: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return cell, share.clamp(0, 1 - 2**-53)
 
 
-def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Allocation:
+def fit_proposal(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Proposal:
     """Ridge regression of costs (n,) on v (n, G) and φ (n, 1 + F), cell by cell.
 
     A cell's slopes and spread lean on its neighbours', slopes in units of each cell's spread; its
@@ -365,7 +365,7 @@ def fit(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Alloc
     table = torch.stack(slopes)
     within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
     level = mean(cost - (v * within[cell]).sum(1) - (phi[:, 1:] * between[cell]).sum(1))
-    return Allocation(p, within, torch.cat([level[:, None], between], 1), sd)
+    return Proposal(p, within, torch.cat([level[:, None], between], 1), sd)
 
 
 def _probability(sd: Tensor, doubt: float) -> Tensor:
@@ -395,9 +395,9 @@ def _ridge(design: Tensor, y: Tensor, weight: Tensor, share: Tensor) -> tuple[Te
 
 
 def estimate(
-    cells: Cells,
-    controls: Controls,
-    allocation: Allocation,
+    cells: Strata,
+    controls: ControlVariates,
+    allocation: Proposal,
     x: Tensor,
     u: Tensor,
     each: int = 1,
@@ -419,7 +419,7 @@ def estimate(
         shape (B, R, C), nats.
     """
     examples, replicates, times = u.shape
-    cell, share = located(allocation.probability, u.flatten(1))
+    cell, share = stratum_of(allocation.probability, u.flatten(1))
     replicate = torch.arange(replicates).repeat_interleave(times)
     cost, v = cells.visit(controls, x, cell, share, replicate, each)
     if known is None:

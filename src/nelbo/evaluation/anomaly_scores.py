@@ -31,14 +31,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nelbo._utils.batch_rng import drawing, joined, share
+from nelbo._utils.batch_rng import gather_rows, local_shard, shard_rng
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo.data import Schema, as_examples
 from nelbo.data.readers.pillow import png
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.times import Continuum, Grid, elbo, even_times
+from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo, even_times
 from nelbo.evaluation.intervals import errors
 from nelbo.evaluation.per_dimension import by_column, by_dimension
 
@@ -229,7 +229,7 @@ class Scorer:
         known = self.schema.columns
         if not known:
             return torch.zeros(len(x), 0)
-        grid = Grid(even_times(model.process.schedule, STEPS, STEPS))
+        grid = TimeGrid(even_times(model.process.schedule, STEPS, STEPS))
         (bound,) = by_dimension(model, x, grid, seed=self.seed)
         return by_column(-bound.elbo, known)
 
@@ -241,16 +241,16 @@ class Scorer:
         with measuring(model, x):
             for begin in self.track(range(0, len(x), rows)):
                 block = torch.arange(begin, min(begin + rows, len(x)))
-                with seeded(self.seed, begin), share(len(block)) as part:
+                with seeded(self.seed, begin), local_shard(len(block)) as part:
                     own = part.of(block)
                     few, its = as_examples(x[own]).to(model.device), model.at(own)
                     each = [self._draw(its, few, draws) for _ in range(REPLICATES)]
-                parts.append(joined(part, torch.stack(each, 1).cpu()))
+                parts.append(gather_rows(part, torch.stack(each, 1).cpu()))
         return _overflown(torch.cat(parts))
 
     @staticmethod
     def _draw(model: Model, x: Tensor, draws: int) -> Tensor:
-        with drawing():
+        with shard_rng():
             within = torch.rand(len(x), 1, dtype=torch.float64)
         u = (torch.arange(draws) + within) / draws
-        return -elbo(model, x, Continuum(model.process.schedule.start), u).elbo
+        return -elbo(model, x, ContinuousTime(model.process.schedule.start), u).elbo

@@ -35,17 +35,17 @@ from torch import Tensor
 
 from nelbo._utils.numerics import over
 from nelbo.data import as_examples
-from nelbo.diffusion.gaussian_mixture import FEWEST, Clusters
+from nelbo.diffusion.gaussian_mixture import FEWEST, GaussianMixtureEnsemble
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelPrediction, level_evidence, log_frequencies
-from nelbo.diffusion.process import Absorbing, Gaussian, Levels
+from nelbo.diffusion.process import GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.evaluation.intervals import apart
 from nelbo.evaluation.reference_denoisers import (
     TABLE,
     WIDEST,
-    Draw,
     LevelReference,
     Linear,
+    TermDraw,
     gaussian,
     of_level,
 )
@@ -58,33 +58,33 @@ FINEST = 64  # levels up to which a reference of levels pays: it asks for each o
 
 
 @dataclass(frozen=True)
-class Said:
+class ContextLogits:
     """Log-probabilities of the levels of each dimension, by two voices; (B, ..., K) or None."""
 
     by_clusters: Tensor | None = None  # given all others of z
     by_network: Tensor | None = None
 
-    def at(self, rows: Tensor) -> "Said":
+    def at(self, rows: Tensor) -> "ContextLogits":
         """Of some of the B."""
-        return Said(*(p if p is None else p[rows.to(p.device)] for p in self._voices))
+        return ContextLogits(*(p if p is None else p[rows.to(p.device)] for p in self._voices))
 
     @staticmethod
-    def gathered(rows: Sequence[Tensor], parts: Sequence["Said"]) -> "Said":
+    def gathered(rows: Sequence[Tensor], parts: Sequence["ContextLogits"]) -> "ContextLogits":
         """What lies in parts, in the order of its rows; a voice speaks in all of them or none."""
         order = torch.cat(list(rows)).argsort()
         voices = zip(*(part._voices for part in parts), strict=True)
         spoken = [[p for p in voice if p is not None] for voice in voices]
-        return Said(*(torch.cat(v)[order.to(v[0].device)] if v else None for v in spoken))
+        return ContextLogits(*(torch.cat(v)[order.to(v[0].device)] if v else None for v in spoken))
 
     @property
     def _voices(self) -> tuple[Tensor | None, Tensor | None]:
         return self.by_clusters, self.by_network
 
 
-NOTHING_SAID = Said()
+NO_CONTEXT = ContextLogits()
 
 
-class Controls:
+class ControlVariates:
     """All that is known of a model's costs without its network.
 
     Args:
@@ -98,34 +98,34 @@ class Controls:
         self.model, self.edges = model, edges.to(model.device)
         some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
         self.linear: Linear | None = None
-        self.clusters: Clusters | None = None
+        self.clusters: GaussianMixtureEnsemble | None = None
         self.levels: LevelReference | None = None
         #: log-frequencies of the levels (not too many) or symbols in each dimension, (..., K)
         self.log_frequency: Tensor | None = None
         process = model.process
-        if isinstance(process, Gaussian):
+        if isinstance(process, GaussianDiffusion):
             e = process.embed(some).flatten(1).double()
             # one row far out would be all that is fitted to
             usual = ~apart((e - e.median(0).values).abs().amax(1))
             some, e = some[usual], e[usual]
             self.linear = Linear(e)
             if e.shape[1] <= WIDEST and len(e) >= FEWEST:
-                self.clusters = Clusters(e)
+                self.clusters = GaussianMixtureEnsemble(e)
             # of sixteen bits one column of its table would not fit into memory
             if isinstance(process.embedding, Levels) and process.embedding.count**2 <= TABLE:
                 self.levels = LevelReference(model, some, edges)
                 if process.embedding.count <= FINEST:
                     self.log_frequency = self.levels.log_frequency
-        elif isinstance(process, Absorbing):
+        elif isinstance(process, MaskedDiffusion):
             self.log_frequency = log_frequencies(some.cpu(), process.count).to(some.device)
         image = len(model.shape) == 3 and model.shape[1] * model.shape[2] > 1
-        self.roughness = Roughness(some) if image else None
+        self.roughness = GradientFeatures(some) if image else None
         few = some[:: math.ceil(len(some) / SCALED)]
         phi = torch.cat([self._phi(part) for part in few.split(256)])
         spread = phi.std(0, correction=0)
         self.centre, self.spread = phi.mean(0), torch.where(spread > 0, spread, 1.0)
 
-    def at(self, rows: slice | Tensor) -> "Controls":
+    def at(self, rows: slice | Tensor) -> "ControlVariates":
         """The same for some of the examples that the model is given conditions of."""
         controls = copy.copy(self)
         controls.model = self.model.at(rows)
@@ -148,22 +148,22 @@ class Controls:
         return 1 + self.centre.shape[-1]
 
     @property
-    def others(self) -> Clusters | None:
+    def others(self) -> GaussianMixtureEnsemble | None:
         """The clusters, if they are asked what other dimensions say of the levels of one."""
         return self.clusters if self.levels and self.log_frequency is not None else None
 
-    def said(self, draw: Draw) -> Said:
+    def said(self, draw: TermDraw) -> ContextLogits:
         """What is said at a draw of the dimensions of z, each without its own evidence."""
-        return Said(self._by_clusters(draw), self._by_network(draw))
+        return ContextLogits(self._by_clusters(draw), self._by_network(draw))
 
-    def _by_clusters(self, draw: Draw) -> Tensor | None:
+    def _by_clusters(self, draw: TermDraw) -> Tensor | None:
         if self.others is None or self.levels is None:
             return None
         z, alpha = draw.z.double().flatten(1), self.model.process.alpha(draw.term.t)
         odds = self.others.odds(z, alpha, self.levels.values).view(*draw.x.shape, -1)
         return (odds + self.levels.log_frequency).log_softmax(-1)
 
-    def _by_network(self, draw: Draw) -> Tensor | None:
+    def _by_network(self, draw: TermDraw) -> Tensor | None:
         if self.log_frequency is None:
             return None
         if self.levels is not None and isinstance(draw.prediction, LevelPrediction):
@@ -172,18 +172,20 @@ class Controls:
             )
             return (draw.prediction.log_probs - evidence).log_softmax(-1).clamp(min=LEAST)
         process = self.model.process
-        if isinstance(process, Absorbing):
+        if isinstance(process, MaskedDiffusion):
             hidden = (draw.z == process.mask)[..., None]
             return torch.where(hidden, draw.prediction.e_hat.clamp(min=LEAST), self.log_frequency)
         return None
 
-    def within(self, draw: Draw, said: Said, lender: Said, alone: Tensor) -> Tensor:
+    def within(
+        self, draw: TermDraw, said: ContextLogits, lender: ContextLogits, alone: Tensor
+    ) -> Tensor:
         """Numbers of mean zero given x and t, shape (B, G).
 
         Args:
             draw: the draw whose cost they follow.
             said: at this draw, by the clusters, and
-            lender: at another of each example, from which it borrows; `NOTHING_SAID` for none.
+            lender: at another of each example, from which it borrows; `NO_CONTEXT` for none.
                 The difference of the clusters is how the network's answer will differ.
             alone: which examples borrow nothing, shape (B,). Their numbers are other columns than
                 those of the others, for other coefficients.
@@ -213,10 +215,10 @@ class Controls:
             columns.append(torch.where(which, 0.0, moved))
         return torch.cat(columns, 1)
 
-    def _hidden(self, draw: Draw, context: Tensor) -> Tensor:
+    def _hidden(self, draw: TermDraw, context: Tensor) -> Tensor:
         """w Σ_i (1[x_i hidden] - (1-α_t)) (-log P(x_i)), log P = context."""
         process = self.model.process
-        assert isinstance(process, Absorbing)
+        assert isinstance(process, MaskedDiffusion)
         surprise = of_level(-context, draw.x)
         share = process.log_one_minus_alpha(draw.term.t).exp()
         hidden = (draw.z == process.mask).double() - over(share, surprise)
@@ -234,7 +236,7 @@ class Controls:
         columns = [torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)]
         if self.roughness is not None:
             columns += self.roughness(x).split(1, 1)
-        if isinstance(self.model.process, Absorbing) and self.log_frequency is not None:
+        if isinstance(self.model.process, MaskedDiffusion) and self.log_frequency is not None:
             columns.append(of_level(-self.log_frequency, x).flatten(1).sum(1, keepdim=True))
         if self.linear is not None:
             columns.append(_cells(self.linear.divergence(self.model, x, self.edges)))
@@ -248,7 +250,7 @@ class Controls:
         return torch.stack(whole, 2)
 
 
-class Nothing(Controls):
+class NoControlVariates(ControlVariates):
     """Nothing is known, and nothing taken off."""
 
     linear = clusters = levels = log_frequency = None
@@ -270,7 +272,7 @@ def _cells(divergence: Tensor, surprise: Tensor | float = 0.0) -> Tensor:
 SCALES = (1 / 16, 1.0, 16.0)  # of differences, in units of the mean one of neighbours
 
 
-class Roughness:
+class GradientFeatures:
     """Σ log(1 + |d|/s) over an image, at a few scales s, of two kinds of differences d.
 
     As what a coder spends that predicts a pixel from the one beside it, or above it, and one that

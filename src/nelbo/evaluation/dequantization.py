@@ -26,15 +26,15 @@ from torch import Tensor
 
 from nelbo._utils.numerics import log1mexp, over
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.process import GaussianDiffusion, Levels
 
 #: the largest double below 1, whose quantile is finite
 BELOW_ONE = 1 - 2.0**-53
 
 
-def check_gaussian(model: Model) -> Gaussian:
+def check_gaussian(model: Model) -> GaussianDiffusion:
     """Only a Gaussian process has a flow."""
-    if not isinstance(model.process, Gaussian):
+    if not isinstance(model.process, GaussianDiffusion):
         raise ValueError(
             f"the ODE likelihood needs a Gaussian process; the model's is"
             f" {type(model.process).__name__}: symbols have no flow; use importance samples"
@@ -101,7 +101,7 @@ DEQUANTISERS: Mapping[str, Dequantiser] = {
 }
 
 
-def _of_levels(model: Model, dequantiser: Dequantiser) -> tuple[Gaussian, Levels]:
+def _of_levels(model: Model, dequantiser: Dequantiser) -> tuple[GaussianDiffusion, Levels]:
     process = check_gaussian(model)
     if not isinstance(process.embedding, Levels):
         raise ValueError(

@@ -16,7 +16,7 @@ from itertools import chain, groupby
 import torch
 from torch import Tensor
 
-from nelbo._utils.distributed import divided, gather, world
+from nelbo._utils.distributed import gather, map_across_processes, world
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
@@ -24,15 +24,15 @@ from nelbo.data import as_examples, fingerprint
 from nelbo.diffusion.checks import as_tensor
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
-from nelbo.diffusion.times import Times, stratified, times_of
-from nelbo.evaluation.allocation import Allocation, Cells, estimate, even, pilot, visits
-from nelbo.evaluation.control_variates import Controls, Nothing
+from nelbo.diffusion.times import TimeDiscretization, stratified, times_of
+from nelbo.evaluation.allocation import Proposal, Strata, estimate, even, pilot, visits
+from nelbo.evaluation.control_variates import ControlVariates, NoControlVariates
 from nelbo.evaluation.result import CurvePoint, Evaluation, StandardError, Terms
-from nelbo.evaluation.survey import FEWEST, LEAST, Plan, Visits, first_round, plan
-from nelbo.evaluation.time_density import proposal
+from nelbo.evaluation.survey import FEWEST, LEAST, SamplingPlan, SurveyEstimate, first_round, plan
+from nelbo.evaluation.time_density import time_density
 
 #: what a pilot settles, from cells, controls, draws and replicates
-Pilots = Callable[[Cells, Controls, int, int], Allocation]
+Pilots = Callable[[Strata, ControlVariates, int, int], Proposal]
 
 CALLS = 24  # network calls per example, if nothing else is asked for
 AT_ONCE = 1024  # examples of which is asked what is known without the network
@@ -45,7 +45,7 @@ def evaluate(
     model: Model,
     x: Tensor,
     *,
-    times: Times | None = None,
+    times: TimeDiscretization | None = None,
     calls: float | None = None,
     target_error: float | None = None,
     per_example: bool = False,
@@ -66,7 +66,7 @@ def evaluate(
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, (N, *model.shape): a tensor or a NumPy array.
-        times: Grid(times) for the bound of T steps; left out, continuous time.
+        times: TimeGrid(times) for the bound of T steps; left out, continuous time.
         calls: network calls per example, at most; 24 where left out. The error includes what
             another sample of the examples would change, where not all are visited.
         target_error: in place of calls, the Monte Carlo standard error to be reached, in the unit
@@ -99,7 +99,7 @@ def evaluate(
     scale = scale_of(model)
     with measuring(model, x), counting(model.network) as calls_made:
         others = x if known is None else known
-        cells = Cells(times, proposal(model, times, others))
+        cells = Strata(times, time_density(model, times, others))
         count, kept = CALLS if calls is None else calls, pilots is not None
         way = plan(len(x), count, cells.count, per_example, kept)
         target = None if target_error is None else target_error / scale
@@ -108,9 +108,9 @@ def evaluate(
             if len(x) > FEWEST and not per_example:
                 way = replace(way, replicates=1, draws=2)
         with seeded(seed, 0):
-            controls: Controls = Nothing(model, cells.edges)
+            controls: ControlVariates = NoControlVariates(model, cells.edges)
             if variates and (way.pilot or kept):
-                controls = Controls(model, others, cells.edges)
+                controls = ControlVariates(model, others, cells.edges)
             learn = partial(_learn, cells, controls, x, pilots)
             allocation = learn(way)
             if target is not None:
@@ -131,7 +131,10 @@ def evaluate(
         blocks = order.split(way.block)
         there = range(math.ceil(way.visited / way.block))
         some = {g: way.replicates + (g < way.repeated) for g in there}
-        found, turn = Visits(blocks, [], known_costs).joined(visit(blocks, some, way.draws, 0)), 0
+        found, turn = (
+            SurveyEstimate(blocks, [], known_costs).joined(visit(blocks, some, way.draws, 0)),
+            0,
+        )
         while target is not None and found.monte_carlo() > 0 and not found.stated() <= target:
             turn += 1
             found = found.joined(visit(blocks, found.missing(target), way.draws, turn))
@@ -175,8 +178,8 @@ def precision_of(model: Model) -> str:
 
 
 def _learn(
-    cells: Cells, controls: Controls, x: Tensor, pilots: Pilots | None, way: Plan
-) -> Allocation:
+    cells: Strata, controls: ControlVariates, x: Tensor, pilots: Pilots | None, way: SamplingPlan
+) -> Proposal:
     """What the pilot of a plan settles, or one before it."""
     if pilots is not None:
         return pilots(cells, controls, way.draws, way.replicates)
@@ -205,7 +208,7 @@ def _check_prior(nats: Tensor) -> None:
         )
 
 
-def _known(controls: Controls, allocation: Allocation, x: Tensor) -> Tensor:
+def _known(controls: ControlVariates, allocation: Proposal, x: Tensor) -> Tensor:
     """The prior and what is known of each cell without the network, (N, 1 + C), nats."""
 
     def part(g: int) -> Tensor:
@@ -216,13 +219,13 @@ def _known(controls: Controls, allocation: Allocation, x: Tensor) -> Tensor:
         prior = prior_term(own.model, some, last).double().cpu()
         return torch.cat([prior[:, None], allocation.known(own.between(some))], 1)
 
-    return torch.cat(divided(math.ceil(len(x) / AT_ONCE), part))
+    return torch.cat(map_across_processes(math.ceil(len(x) / AT_ONCE), part))
 
 
 def _visit(
-    cells: Cells,
-    controls: Controls,
-    allocation: Allocation,
+    cells: Strata,
+    controls: ControlVariates,
+    allocation: Proposal,
     x: Tensor,
     known: Tensor,
     blocks: Sequence[Tensor],
@@ -250,7 +253,7 @@ def _visit(
         prior = known[rows, :1, None].expand(-1, replicates, -1)
         return list(torch.cat([prior, costs], 2).split([len(p) for p in parts]))
 
-    found = divided(len(tasks), visited, track)
+    found = map_across_processes(len(tasks), visited, track)
     return dict(zip(some, chain.from_iterable(found), strict=True))
 
 
@@ -269,7 +272,7 @@ def _tasks(some: Mapping[int, int], draws: int) -> Iterator[tuple[list[int], int
             yield blocks[first : first + size], replicates
 
 
-def _curve(cells: Cells, found: Visits, scale: float) -> list[CurvePoint]:
+def _curve(cells: Strata, found: SurveyEstimate, scale: float) -> list[CurvePoint]:
     """The diffusion term over time."""
     edges = cells.edges.tolist()
     return [

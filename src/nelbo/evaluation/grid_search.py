@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo._utils.distributed import divided
+from nelbo._utils.distributed import map_across_processes
 from nelbo._utils.numerics import draw, seeded
 from nelbo._utils.progress import Track
 from nelbo.data import as_examples
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.reverse import Optimal
-from nelbo.diffusion.times import Grid, even_times
+from nelbo.diffusion.times import TimeGrid, even_times
 
 EXAMPLES = 192  # at most, to measure a table with
 NUMBERS = 2**26  # of the arithmetic around all pairs of a table, about
@@ -73,7 +73,7 @@ def best_grid(
     candidates: Tensor | None = None,
     seed: int = 0,
     track: Track = iter,
-) -> Grid:
+) -> TimeGrid:
     """The grid of `steps` times with the least bound of the model, as measured on examples x.
 
     Args:
@@ -93,12 +93,12 @@ def best_grid(
     if not 1 <= steps <= len(candidates):
         raise ValueError(f"steps must be 1 to {len(candidates)}, the number of times; got {steps}")
     if steps == len(candidates) or steps == 1:
-        return Grid(candidates[-steps:])
+        return TimeGrid(candidates[-steps:])
     # No step of a good grid is much longer than the mean step.
     longest = math.ceil(4 * len(candidates) / steps)
     rows = _some(model, x, seed)
     table = measure(model.at(rows), x[rows], candidates, longest, seed, track)
-    return Grid(table.best(steps))
+    return TimeGrid(table.best(steps))
 
 
 def measure(
@@ -132,7 +132,7 @@ def measure(
         return decoded, steps
 
     with measuring(model, x):
-        for j, (decoded, steps) in enumerate(divided(count, column, track)):
+        for j, (decoded, steps) in enumerate(map_across_processes(count, column, track)):
             decode[j], step[j - len(steps) : j, j] = decoded, steps
     return Table(times, decode, step)
 
@@ -193,7 +193,7 @@ def measure_errors(model: Model, x: Tensor, seed: int = 0) -> None:
         return total / (len(some) * model.dims)
 
     with measuring(model, x):
-        errors = divided(count, error)
+        errors = map_across_processes(count, error)
     model.step.errors.copy_(torch.tensor(errors, dtype=torch.float64))
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from nelbo._utils.progress import Track
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.times import Grid, Times
+from nelbo.diffusion.times import TimeDiscretization, TimeGrid
 from nelbo.evaluation.replicates import _visit
-from nelbo.evaluation.result import ByImportance, Tighter
+from nelbo.evaluation.result import BoundEstimate, ImportanceDetails
 
 
 def check_samples(samples: int) -> None:
@@ -34,17 +34,17 @@ def check_samples(samples: int) -> None:
         )
 
 
-def check_grid(times: Times) -> Grid:
+def check_grid(times: TimeDiscretization) -> TimeGrid:
     """The weight of a path is known on a grid only."""
-    if not isinstance(times, Grid):
+    if not isinstance(times, TimeGrid):
         raise ValueError(
             f"importance samples need a grid of T times; got {type(times).__name__}, whose paths"
-            " have infinitely many; try Grid.uniform(64), or --steps 64"
+            " have infinitely many; try TimeGrid.uniform(64), or --steps 64"
         )
     return times
 
 
-def log_weights(model: Model, x: Tensor, times: Grid) -> Tensor:
+def log_weights(model: Model, x: Tensor, times: TimeGrid) -> Tensor:
     """log P(x,z)/q(z|x) for one path z ~ q(z|x) of each row of x; shape (B,), nats.
 
     Its mean is the ELBO; it takes T network calls.
@@ -67,7 +67,7 @@ def log_mean(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
 
 
-def importance_weights(model: Model, x: Tensor, times: Times, samples: int) -> Tensor:
+def importance_weights(model: Model, x: Tensor, times: TimeDiscretization, samples: int) -> Tensor:
     """log P(x,z^k)/q(z^k|x) of K paths for each example, shape (B, K), nats.
 
     Raises:
@@ -80,13 +80,13 @@ def importance_weights(model: Model, x: Tensor, times: Times, samples: int) -> T
     return weights.reshape(len(x), samples)
 
 
-def importance_bound(model: Model, x: Tensor, times: Times, samples: int) -> Tensor:
+def importance_bound(model: Model, x: Tensor, times: TimeDiscretization, samples: int) -> Tensor:
     """log 1/K Σ_k P(x,z^k)/q(z^k|x), one draw of L_K; shape (B,), nats.
 
     Args:
         model: the model; its `dtype` is the precision of the arithmetic around the network.
         x: examples, shape (B, ...).
-        times: Grid(times), T network calls for each sample.
+        times: TimeGrid(times), T network calls for each sample.
         samples: K, at least 1; 1 is the ELBO of the same grid.
 
     Raises:
@@ -99,20 +99,20 @@ def evaluate_importance(
     model: Model,
     x: Tensor,
     *,
-    times: Times,
+    times: TimeDiscretization,
     samples: int,
     replicates: int = 1,
     seed: int = 0,
     weights: str = "as given",
     split: str = "as given",
     track: Track = iter,
-) -> Tighter:
+) -> BoundEstimate:
     """L_K, the K-sample importance-weighted bound on −log P(x|φ), mean over the examples x.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, shape (N, *model.shape).
-        times: Grid(times).
+        times: TimeGrid(times).
         samples: K; K T network calls per example and replicate.
         replicates: independent draws of L_K per example; from two the Monte Carlo error follows.
         seed: everything random follows from it.
@@ -131,5 +131,5 @@ def evaluate_importance(
         return torch.stack([log_mean(log_w), (2 * log_mean(log_w) - log_mean(2 * log_w)).exp()])
 
     (bound, share), record = _visit(model, x, replicates, seed, track, draw)
-    how = ByImportance(samples, len(grid.times), share.mean().item())
+    how = ImportanceDetails(samples, len(grid.times), share.mean().item())
     return record(bound, how, weights, split)

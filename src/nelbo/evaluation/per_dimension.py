@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-from nelbo._utils.batch_rng import joined, share
+from nelbo._utils.batch_rng import gather_rows, local_shard
 from nelbo._utils.numerics import draw, seeded
 from nelbo.data import as_examples
 from nelbo.data.columns import Column, places
 from nelbo.diffusion.elbo import Bound
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.reverse import Reverse
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.reverse import ReverseKernel
+from nelbo.diffusion.times import TimeGrid
 
 
 def by_dimension(
-    model: Model, x: Tensor, times: Grid, steps: Sequence[Reverse] = (), seed: int = 0
+    model: Model, x: Tensor, times: TimeGrid, steps: Sequence[ReverseKernel] = (), seed: int = 0
 ) -> list[Bound]:
     """The terms of −ELBO on a grid, all of them, one draw of z each: T network calls per example.
 
@@ -43,11 +43,11 @@ def by_dimension(
     parts: list[list[Bound]] = []
     with measuring(model, x):
         for i, rows in enumerate(torch.arange(len(x)).split(model.rows)):
-            with seeded(seed, i), share(len(rows)) as part:
+            with seeded(seed, i), local_shard(len(rows)) as part:
                 own = part.of(rows)
                 block = as_examples(x[own]).to(model.device)
                 found = _block(model.at(own), block, times, steps)
-            parts.append([Bound(*(joined(part, term) for term in bound)) for bound in found])
+            parts.append([Bound(*(gather_rows(part, term) for term in bound)) for bound in found])
     return [
         Bound(*(torch.cat(term).cpu() for term in zip(*bounds, strict=True)))
         for bounds in zip(*parts, strict=True)
@@ -64,7 +64,9 @@ def by_column(each: Tensor, columns: Sequence[Column]) -> Tensor:
     return found.index_add_(1, index, each.double())
 
 
-def _block(model: Model, x: Tensor, times: Grid, steps: Sequence[Reverse]) -> list[Bound]:
+def _block(
+    model: Model, x: Tensor, times: TimeGrid, steps: Sequence[ReverseKernel]
+) -> list[Bound]:
     process, e = model.process, model.embed(x)
     grid = times.times.to(x.device)[:, None].expand(-1, len(x))
     prior = _kl(process.marginal(e, grid[-1]), process.prior(model.shape, grid[-1]))

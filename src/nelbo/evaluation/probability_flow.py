@@ -36,7 +36,7 @@ from nelbo.evaluation.importance_bound import (
     log_mean,
 )
 from nelbo.evaluation.replicates import BLOCK, _visit
-from nelbo.evaluation.result import ByFlow, Tighter
+from nelbo.evaluation.result import BoundEstimate, FlowDetails
 
 Trace = Literal["auto", "exact", "hutchinson"]
 EXACT_UP_TO = 16  # dimensions, where `auto` takes the exact trace
@@ -218,7 +218,7 @@ def evaluate_flow(
     weights: str = "as given",
     split: str = "as given",
     track: Track = iter,
-) -> Tighter:
+) -> BoundEstimate:
     """The bound on −log P(x|φ) by the probability flow, mean over the examples x.
 
     Args:
@@ -263,7 +263,7 @@ def evaluate_flow(
         return log_mean(torch.cat(each, 1).reshape(2, len(x), samples))
 
     (loose, tight), record = _visit(model, x, replicates, seed, track, draw)
-    how = ByFlow(
+    how = FlowDetails(
         samples=samples,
         dequantiser=dequantiser.name,
         trace="exact" if exact else "hutchinson",
@@ -278,7 +278,7 @@ def evaluate_flow(
     return found
 
 
-def _check_settled(found: Tighter, how: ByFlow) -> None:
+def _check_settled(found: BoundEstimate, how: FlowDetails) -> None:
     """The solver's own error is none of those stated, so it must be the smaller one."""
     stated = [found.standard_error.total, found.standard_error.monte_carlo]
     unknown = STILL * (found.dims if found.unit == "nats" else 1)

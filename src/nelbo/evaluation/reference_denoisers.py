@@ -12,13 +12,13 @@ from torch.distributions import kl_divergence
 from nelbo._utils.numerics import over
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelTable, Prediction, log_frequencies
-from nelbo.diffusion.process import Gaussian, Levels
+from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Mixture
-from nelbo.diffusion.terms import Decode, Step, Term
+from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, Term
 
 
 @dataclass(frozen=True)
-class Draw:
+class TermDraw:
     """One network call for each of B examples: z = z_t, what was predicted, and its cost (B,)."""
 
     x: Tensor
@@ -29,7 +29,7 @@ class Draw:
     cost: Tensor
 
 
-def observe(model: Model, x: Tensor, term: Term) -> Draw:
+def draw_term(model: Model, x: Tensor, term: Term) -> TermDraw:
     """Draw a term and keep what its network call saw."""
     seen: list[tuple[Tensor, Prediction, Tensor]] = []
 
@@ -41,7 +41,7 @@ def observe(model: Model, x: Tensor, term: Term) -> Draw:
         cost = term.cost(model, x).double()
     finally:
         handle.remove()
-    return Draw(x, term, *seen[-1], cost)
+    return TermDraw(x, term, *seen[-1], cost)
 
 
 def _generator(z: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _generator(z: Tensor) -> Tensor:
 
 
 @contextmanager
-def same_noise(draw: Draw) -> Iterator[None]:
+def same_noise(draw: TermDraw) -> Iterator[None]:
     """What is random within has the noise that the draw's cost had."""
     with torch.random.fork_rng([draw.z.device] if draw.z.is_cuda else []):
         if draw.z.is_cuda:
@@ -83,7 +83,7 @@ class Linear:
     def _rotated(self, v: Tensor) -> Tensor:
         return v if self.vectors is None else v @ self.vectors
 
-    def within(self, model: Model, draw: Draw) -> Tensor:
+    def within(self, model: Model, draw: TermDraw) -> Tensor:
         """w (‖e - ê‖² - its mean), shape (B,)."""
         process, t = gaussian(model), draw.term.t
         e, z = process.embed(draw.x).flatten(1), draw.z.double().flatten(1)
@@ -149,12 +149,12 @@ class LevelReference:
         """D at the edges, shape (B, edges)."""
         return self.table[self.group, x.flatten(1)].sum(1)
 
-    def within(self, model: Model, draw: Draw, context: Tensor) -> Tensor:
+    def within(self, model: Model, draw: TermDraw, context: Tensor) -> Tensor:
         """r - E r under log-probabilities `context`, shape (..., K); (B,)."""
         posterior = _posterior(model, context.expand(*draw.x.shape, -1), draw.term.t)
-        if isinstance(draw.term, Decode):
+        if isinstance(draw.term, ReconstructionTerm):
             return _centred(lambda z: -of_level(posterior(z).log_softmax(-1), draw.x), model, draw)
-        if isinstance(draw.term, Step) and isinstance(model.step, Mixture):
+        if isinstance(draw.term, DiffusionTerm) and isinstance(model.step, Mixture):
             log_probs = posterior(draw.z.double()).log_softmax(-1)
             return self._mixture_within(model, draw, draw.term.s, log_probs, context)
         e = gaussian(model).embed(draw.x)
@@ -164,7 +164,7 @@ class LevelReference:
         return draw.term.error_weight(gaussian(model)) * square
 
     def _mixture_within(
-        self, model: Model, draw: Draw, s: Tensor, log_probs: Tensor, context: Tensor
+        self, model: Model, draw: TermDraw, s: Tensor, log_probs: Tensor, context: Tensor
     ) -> Tensor:
         """KL( q(z_s|z_t,x) ‖ mixture step ) with the noise of the draw, and D(s) - D(t)."""
         process, t, z = gaussian(model), draw.term.t, draw.z
@@ -181,9 +181,9 @@ def of_level(table: Tensor, x: Tensor) -> Tensor:
     return table.expand(*x.shape, table.shape[-1]).gather(-1, x[..., None])[..., 0]
 
 
-def gaussian(model: Model) -> Gaussian:
+def gaussian(model: Model) -> GaussianDiffusion:
     """The process of a model that these references are of."""
-    assert isinstance(model.process, Gaussian)
+    assert isinstance(model.process, GaussianDiffusion)
     return model.process
 
 
@@ -220,7 +220,7 @@ def _posterior(model: Model, context: Tensor, t: Tensor) -> Callable[[Tensor], T
     return lambda z: base + (over(of_z, z) * z)[..., None] * values
 
 
-def _centred(cost: Callable[[Tensor], Tensor], model: Model, draw: Draw) -> Tensor:
+def _centred(cost: Callable[[Tensor], Tensor], model: Model, draw: TermDraw) -> Tensor:
     """Σ_i cost_i(z) - E cost_i, for costs of each dimension that see its own noise only; (B,)."""
     centred = cost(draw.z.double())
     q = gaussian(model).marginal(model.embed(draw.x).double(), draw.term.t).base_dist

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nelbo._utils.distributed import divided, gather, world
+from nelbo._utils.distributed import gather, map_across_processes, world
 from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
 from nelbo.data import as_examples, fingerprint
@@ -14,12 +14,12 @@ from nelbo.diffusion.checks import as_tensor
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
 from nelbo.evaluation.evaluate import precision_of, scale_of
 from nelbo.evaluation.intervals import freedoms, widened
-from nelbo.evaluation.result import ByFlow, ByImportance, StandardError, Tighter
+from nelbo.evaluation.result import BoundEstimate, FlowDetails, ImportanceDetails, StandardError
 
 BLOCK = 64  # examples that are seeded together
 
 
-Record = Callable[[Tensor, ByImportance | ByFlow, str, str], Tighter]
+Record = Callable[[Tensor, ImportanceDetails | FlowDetails, str, str], BoundEstimate]
 
 
 def _visit(
@@ -45,13 +45,15 @@ def _visit(
         return each.reshape(len(each), -1, replicates)
 
     with measuring(model, x), counting(model.network) as calls:
-        found = torch.cat(divided(len(blocks), one, track), 1)
+        found = torch.cat(map_across_processes(len(blocks), one, track), 1)
     every = gather((calls.forward, calls.backward))
     forward, backward = (sum(each) for each in zip(*every, strict=True))
 
-    def record(each: Tensor, how: ByImportance | ByFlow, weights: str, split: str) -> Tighter:
+    def record(
+        each: Tensor, how: ImportanceDetails | FlowDetails, weights: str, split: str
+    ) -> BoundEstimate:
         nats, density = -each.mean().item(), model.decoder.density
-        return Tighter(
+        return BoundEstimate(
             bits_per_dim=None if density else nats * scale_of(model),
             nats=nats,
             unit="nats" if density else "bits/dim",

@@ -99,7 +99,7 @@ def _finite(value: object) -> object:
 
 
 @dataclass(frozen=True)
-class ByImportance:
+class ImportanceDetails:
     """K paths on a grid of T times. `weight_share` is the mean of (Σw)²/(K Σw²): 1 where all paths
     weigh the same, 1/K where one carries all."""
 
@@ -109,7 +109,7 @@ class ByImportance:
 
 
 @dataclass(frozen=True)
-class ByFlow:
+class FlowDetails:
     """The probability flow at the tighter of two tolerances.
 
     The bound at the looser one, on the same draws, is `loose`; `largest_change` is the most that
@@ -127,7 +127,7 @@ class ByFlow:
 
 
 @dataclass(frozen=True)
-class Tighter:
+class BoundEstimate:
     """A bound on −log P(x), mean over examples, and everything needed to obtain it again.
 
     `nats` is per example; standard errors are in `unit`: bits/dim for probabilities, nats for
@@ -139,7 +139,7 @@ class Tighter:
     nats: float
     unit: str
     standard_error: StandardError
-    how: ByImportance | ByFlow
+    how: ImportanceDetails | FlowDetails
     examples: int
     dims: int
     replicates: int

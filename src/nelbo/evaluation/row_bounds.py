@@ -29,8 +29,8 @@ from nelbo._utils.numerics import over
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.process import Gaussian
-from nelbo.diffusion.terms import Rate
+from nelbo.diffusion.process import GaussianDiffusion
+from nelbo.diffusion.terms import DiffusionRate
 from nelbo.nn.mixture import MixtureDenoiser
 
 LATENTS = 2**14  # rows that one call of the network takes: of the draws of some examples
@@ -60,7 +60,7 @@ def row_bounds(
         ValueError: another kind of model, or fewer than two draws.
     """
     process, decoder = model.process, model.decoder
-    if not (isinstance(process, Gaussian) and isinstance(decoder, GaussianDensity)):
+    if not (isinstance(process, GaussianDiffusion) and isinstance(decoder, GaussianDensity)):
         raise ValueError("rows are measured of real data with a Gaussian process and density")
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to have an error; got {draws}; try 32")
@@ -96,7 +96,7 @@ def _own_draws(e: Tensor, strata: int, ends: int, seed: int) -> tuple[Tensor, Te
 
 def _some(
     model: Model,
-    process: Gaussian,
+    process: GaussianDiffusion,
     decoder: GaussianDensity,
     x: Tensor,
     u: Tensor,
@@ -116,7 +116,7 @@ def _some(
         # ‖e - ê‖² - ‖e - ê_P‖² without the difference of large numbers
         more = (of_known - e_hat) * (2 * wide - e_hat - of_known)
         cost += more.flatten(1).sum(1) / 2
-    weight = (1 - start) * Rate(t.flatten()).error_weight(process)
+    weight = (1 - start) * DiffusionRate(t.flatten()).error_weight(process)
     pairs = (cost * weight).reshape(len(x), -1, 2)
     diffusion = pairs.mean((1, 2))
     variance = pairs.diff(dim=2)[..., 0].square().sum(1) / (2 * pairs.shape[1]) ** 2

@@ -51,7 +51,7 @@ def repeated(blocks: int, block: int, examples: int) -> int:
 
 
 @dataclass(frozen=True)
-class Visits:
+class SurveyEstimate:
     """What n of N examples cost, nats.
 
     Args:
@@ -231,7 +231,7 @@ class Visits:
         more = often - sum(r > 1 for r in replicates)
         return {g: min(replicates) + (g - there < more) for g in range(there, then)}
 
-    def joined(self, costs: Mapping[int, Tensor]) -> "Visits":
+    def joined(self, costs: Mapping[int, Tensor]) -> "SurveyEstimate":
         """With what blocks cost that were missing."""
         whole = dict(enumerate(self.costs))
         for g, more in costs.items():
@@ -260,7 +260,7 @@ SCORED = 8  # replicates that give an example its own standard error
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """How the calls for N examples are spent.
 
     Args:
@@ -282,7 +282,7 @@ class Plan:
 
 def plan(
     examples: int, calls: float, cells: int, scored: bool = False, kept: bool = False
-) -> Plan:
+) -> SamplingPlan:
     """Spend `calls` network calls per example, at most, on the pilot and on the draws.
 
     A few are spent on one visit to each, or to each of a sample, and on second visits to some of
@@ -305,10 +305,10 @@ def plan(
             f"{' of each' if scored else ''}, and finite; got {calls}; try 24"
         )
     if calls < 2:
-        return _sampled(Plan(examples, BLOCK, 0, 1, 2), examples, int(calls * examples))
+        return _sampled(SamplingPlan(examples, BLOCK, 0, 1, 2), examples, int(calls * examples))
     calls = int(calls)
     if kept and _once(examples, calls, scored):
-        return _sampled(Plan(examples, BLOCK, 0, 1, calls), examples, calls * examples)
+        return _sampled(SamplingPlan(examples, BLOCK, 0, 1, calls), examples, calls * examples)
     rows = 0 if kept else _pilot_rows(examples * calls, cells)
     # what the pilot takes is not left for the draws
     left = calls - math.ceil(rows * cells / examples)
@@ -326,7 +326,7 @@ def plan(
     if not piloted:
         # no level is taken off, and a last block that is not whole would meet cells unevenly
         block = min(range(block, block // 2, -1), key=lambda size: -examples % size)
-    return Plan(examples, block, rows, replicates, left // replicates)
+    return SamplingPlan(examples, block, rows, replicates, left // replicates)
 
 
 def _pilot_rows(calls: float, cells: int) -> int:
@@ -334,7 +334,9 @@ def _pilot_rows(calls: float, cells: int) -> int:
     return min(PILOT[1], max(LEAST, int(PILOT[0] * calls / cells)))
 
 
-def first_round(way: Plan, examples: int, calls: float, cells: int, scored: bool) -> Plan:
+def first_round(
+    way: SamplingPlan, examples: int, calls: float, cells: int, scored: bool
+) -> SamplingPlan:
     """The plan of the first draws for a target that may take so many calls per example."""
     if not math.isfinite(calls):  # no number of calls will do, and one round shows it
         calls = 0.0
@@ -358,7 +360,7 @@ def _once(examples: int, calls: float, scored: bool) -> bool:
     return calls < FEW and examples >= MANY * calls and not scored
 
 
-def _sampled(way: Plan, examples: int, calls: int) -> Plan:
+def _sampled(way: SamplingPlan, examples: int, calls: int) -> SamplingPlan:
     """The plan for a sample of N examples by so many calls, or a few less: blocks are whole."""
     each = calls // way.draws
     block = max(1, min(way.block, each // BLOCKS))

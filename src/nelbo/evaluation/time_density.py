@@ -29,11 +29,16 @@ from torch.distributions import kl_divergence
 
 from nelbo.data import as_examples
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Head, Logits, VariancePrediction, WithVariance
-from nelbo.diffusion.process import Absorbing, Gaussian, Process
-from nelbo.diffusion.product import Product, ProductHead, ProductStep
-from nelbo.diffusion.reverse import Beta, Optimal, Reverse
-from nelbo.diffusion.times import Times
+from nelbo.diffusion.parametrization import (
+    Logits,
+    Parametrization,
+    VariancePrediction,
+    WithVariance,
+)
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
+from nelbo.diffusion.product import ProductDiffusion, ProductParametrization, ProductReverseKernel
+from nelbo.diffusion.reverse import Beta, Optimal, ReverseKernel
+from nelbo.diffusion.times import TimeDiscretization
 
 SHARE = 0.4, 0.4, 0.2  # of the draws: by the reference, by an error of the output, and evenly
 BINS = 256  # of continuous time, at least: even in u, and none wider in γ or α than that
@@ -43,7 +48,7 @@ WIDEST = 1024  # dimensions up to which their covariances are
 
 
 @dataclass(frozen=True)
-class Proposal:
+class TimeDensity:
     """A density of u, constant within bins; for a grid, these are its steps.
 
     Args:
@@ -83,15 +88,15 @@ class Proposal:
         return [*edges, len(self.mass)]
 
 
-def even(times: Times) -> Proposal:
+def even(times: TimeDiscretization) -> TimeDensity:
     """All u alike."""
     count = BINS if times.steps is None else times.terms
     u = torch.arange(count + 1, dtype=torch.float64) / max(count, 1)
-    return Proposal(u, u.diff(), times.steps is not None)
+    return TimeDensity(u, u.diff(), times.steps is not None)
 
 
 @torch.no_grad()
-def proposal(model: Model, times: Times, x: Tensor) -> Proposal:
+def time_density(model: Model, times: TimeDiscretization, x: Tensor) -> TimeDensity:
     """The steps' weights by the schedule, the kind of output, and the variances of examples x.
 
     Args:
@@ -110,13 +115,13 @@ def proposal(model: Model, times: Times, x: Tensor) -> Proposal:
         each = each.cpu().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
         if each.sum() > 0:
             mass += share * each / each.sum()
-    return Proposal(u, mass / mass.sum(), times.steps is not None)
+    return TimeDensity(u, mass / mass.sum(), times.steps is not None)
 
 
-def _bins(times: Times, process: Process) -> Tensor:
+def _bins(times: TimeDiscretization, process: ForwardProcess) -> Tensor:
     """Edges of bins of continuous time that are small in u and in what the costs follow."""
     u = torch.arange(BINS + 1, dtype=torch.float64) / BINS
-    follow = process.alpha if isinstance(process, Absorbing) else process.schedule
+    follow = process.alpha if isinstance(process, MaskedDiffusion) else process.schedule
     device = next(process.buffers(), u).device
     for _ in range(HALVINGS):
         run = follow(times.at(u).to(device)).cpu().diff().abs()
@@ -132,23 +137,25 @@ def _masses(model: Model, x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tens
     reference, output = torch.zeros_like(t), torch.zeros_like(t)
     for process, head, step, own in _parts(model, x):
         dims = own[0].numel()
-        if isinstance(process, Gaussian):
+        if isinstance(process, GaussianDiffusion):
             variances = _variances(process.embed(own).flatten(1))
             reference += dims * _cost(process, step, _linear(process, variances, t), s, t)
             output += dims * _cost(process, step, _of_output(process, head, t), s, t)
-        elif isinstance(process, Absorbing):
+        elif isinstance(process, MaskedDiffusion):
             shown = dims * math.log(process.count) * (process.alpha(s) - process.alpha(t))
             reference, output = reference + shown, output + shown
     return reference, output
 
 
-def _parts(model: Model, x: Tensor) -> Iterator[tuple[Process, Head, Reverse, Tensor]]:
+def _parts(
+    model: Model, x: Tensor
+) -> Iterator[tuple[ForwardProcess, Parametrization, ReverseKernel, Tensor]]:
     """Process, head, step and data of each group of columns; of other data, all there is."""
     process, head, step = model.process, model.head, model.step
-    if not isinstance(process, Product):
+    if not isinstance(process, ProductDiffusion):
         yield process, head, step, x
         return
-    assert isinstance(head, ProductHead) and isinstance(step, ProductStep)
+    assert isinstance(head, ProductParametrization) and isinstance(step, ProductReverseKernel)
     yield from zip(process.parts, head.parts, step.parts, process.split(x), strict=True)
 
 
@@ -161,22 +168,22 @@ def _variances(e: Tensor) -> Tensor:
     return variances[:: math.ceil(len(variances) / WIDEST)]
 
 
-def _linear(process: Process, variances: Tensor, t: Tensor) -> Tensor:
+def _linear(process: ForwardProcess, variances: Tensor, t: Tensor) -> Tensor:
     """δ² of the denoiser of N(μ, Σ), shape of t."""
     alpha, noise = process.alpha(t)[:, None], process.log_one_minus_alpha(t).exp()[:, None]
     return (variances * noise / (alpha * variances + noise)).mean(1)
 
 
-def _has_point_output(head: Head) -> bool:
+def _has_point_output(head: Parametrization) -> bool:
     """Whether some output is a noise, data or velocity. Logits come with the evidence of z, so at
     low noise costs nearly vanish, and the reference would have too many draws there."""
-    if isinstance(head, ProductHead):
+    if isinstance(head, ProductParametrization):
         return any(_has_point_output(part) for part in head.parts)
     point = head.head if isinstance(head, WithVariance) else head
     return point.outputs == 1 and not isinstance(point, Logits)
 
 
-def _of_output(process: Process, head: Head, t: Tensor) -> Tensor:
+def _of_output(process: ForwardProcess, head: Parametrization, t: Tensor) -> Tensor:
     """δ² of an output that is off by one, shape of t; 0 where it means logits."""
     if not _has_point_output(head):
         return torch.zeros_like(t)
@@ -187,7 +194,9 @@ def _of_output(process: Process, head: Head, t: Tensor) -> Tensor:
     return (high - low)[:, 0].square()
 
 
-def _cost(process: Gaussian, step: Reverse, error: Tensor, s: Tensor, t: Tensor) -> Tensor:
+def _cost(
+    process: GaussianDiffusion, step: ReverseKernel, error: Tensor, s: Tensor, t: Tensor
+) -> Tensor:
     """KL of steps of one dimension whose prediction misses by the root of `error`; nats."""
     zero = torch.zeros_like(t)[:, None]
     q = process.posterior(zero, error.sqrt()[:, None], s, t)

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from nelbo._utils.numerics import over
-from nelbo.diffusion.decoder import Likelihood
+from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import DiscretisedNormal
-from nelbo.diffusion.parametrization import Head, Prediction, VariancePrediction
-from nelbo.diffusion.process import Affine, Gaussian, Levels, Process, per_example
+from nelbo.diffusion.parametrization import Parametrization, Prediction, VariancePrediction
+from nelbo.diffusion.process import Affine, ForwardProcess, GaussianDiffusion, Levels, per_example
 from nelbo.diffusion.schedules import Schedule
 
 Factor = Callable[[Tensor], Tensor]
@@ -82,7 +82,8 @@ class Steps(Schedule):
         ):
             raise ValueError(
                 f"the model knows {self.steps} times, i/{self.steps}, and was asked for others;"
-                f" try Grid.uniform({self.steps}) or a divisor of it, or keep=... for other times"
+                f" try TimeGrid.uniform({self.steps}) or a divisor of it, or keep=... for"
+                " other times"
             )
         return i.long()
 
@@ -91,7 +92,7 @@ class Steps(Schedule):
         return torch.where(i == 0, -torch.inf, self.gamma[(i - 1).clamp(min=0)])
 
 
-class OnSteps(Gaussian):
+class OnSteps(GaussianDiffusion):
     """A Gaussian process on `Steps`, whose network is told i, not γ."""
 
     schedule: Steps
@@ -101,7 +102,7 @@ class OnSteps(Gaussian):
         if (i == 0).any():
             raise ValueError(
                 "the model was trained at discrete times and has no bound in continuous time;"
-                f" give times=Grid.uniform({self.schedule.steps})"
+                f" give times=TimeGrid.uniform({self.schedule.steps})"
             )
         return i.to(t.dtype)
 
@@ -184,7 +185,7 @@ class Adapter(nn.Module):
         raise ValueError(f"the wrapped network must give {expected}; got {got}; {hint}")
 
 
-class EDM(Head):
+class EDM(Parametrization):
     """x̂ = c_skip y + c_out F of variance exploding latents y (Karras et al. 2022, table 1).
 
     Args:
@@ -196,7 +197,7 @@ class EDM(Head):
         super().__init__()
         self.sigma_data, self.sign = sigma_data, sign
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         gamma, data = process.schedule(t), self.sigma_data
         sigma = (gamma / 2).exp()
         total = torch.hypot(sigma, torch.full_like(sigma, data))
@@ -210,25 +211,25 @@ class EDM(Head):
         return exploding(gamma) / torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
 
 
-class Flow(Head):
+class Flow(Parametrization):
     """x̂ = y - τ F, the network predicting dy/dτ = ε - x of y = (1-τ) x + τ ε."""
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         gamma = process.schedule(t)
         return Prediction(
             over(interpolating(gamma), z) * z - over((gamma / 2).sigmoid(), z) * output
         )
 
 
-class Clipped(Head):
+class Clipped(Parametrization):
     """x̂ clipped to the range of the data: another model than without, with a bound of its own."""
 
-    def __init__(self, head: Head, low: float, high: float) -> None:
+    def __init__(self, head: Parametrization, low: float, high: float) -> None:
         super().__init__()
         self.head, self.low, self.high = head, low, high
         self.outputs = head.outputs
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         prediction = self.head(output, z, t, process)
         e_hat = prediction.e_hat.clamp(self.low, self.high)
         if isinstance(prediction, VariancePrediction):
@@ -236,7 +237,7 @@ class Clipped(Head):
         return Prediction(e_hat)
 
 
-class LastStep(Likelihood):
+class LastStep(Decoder):
     """N(x̂(z_1), σ²), in bins for levels: the last step, from z_1 to x, with the model's variance.
 
     The posterior variance of that step is 0. Nichol & Dhariwal 2021 take that of the step before,
@@ -249,7 +250,7 @@ class LastStep(Likelihood):
         self.density = isinstance(scaling, Affine)
 
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         assert isinstance(process, OnSteps)
         steps = process.schedule.steps

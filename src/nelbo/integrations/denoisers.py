@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from nelbo._utils.numerics import LOG_2
 from nelbo.diffusion import parametrization, reverse
-from nelbo.diffusion.decoder import Evidence, GaussianDensity, Likelihood
+from nelbo.diffusion.decoder import Decoder, Evidence, GaussianDensity
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Affine, Gaussian, Levels
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Schedule
 from nelbo.integrations.adapters import (
     Adapter,
@@ -37,13 +37,13 @@ Predicts = Literal["noise", "data", "velocity", "score"]
 Variance = Literal["small", "large", "learned-range"]
 Numbers = Tensor | Sequence[float]
 
-HEADS: dict[str, Callable[[], parametrization.Head]] = {
-    "noise": parametrization.Noise,
-    "data": parametrization.Data,
-    "velocity": parametrization.Velocity,
-    "score": parametrization.Noise,
+HEADS: dict[str, Callable[[], parametrization.Parametrization]] = {
+    "noise": parametrization.EpsPrediction,
+    "data": parametrization.XPrediction,
+    "velocity": parametrization.VPrediction,
+    "score": parametrization.EpsPrediction,
 }
-STEPS: dict[str, Callable[[], reverse.Reverse]] = {
+STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "small": reverse.Posterior,
     "large": reverse.Beta,
     "learned-range": reverse.Learned,
@@ -55,7 +55,7 @@ def wrap(
     network: nn.Module,
     shape: tuple[int, ...],
     *,
-    predicts: Predicts | parametrization.Head = "noise",
+    predicts: Predicts | parametrization.Parametrization = "noise",
     betas: Numbers | None = None,
     alphas: Numbers | None = None,
     sigmas: Numbers | None = None,
@@ -64,7 +64,7 @@ def wrap(
     factor: Factor | None = None,
     variance: Variance = "small",
     scaling: Levels | Affine | None = None,
-    decoder: Likelihood | Literal["step", "evidence"] | None = None,
+    decoder: Decoder | Literal["step", "evidence"] | None = None,
     clip: bool = False,
     keep: Sequence[int] | None = None,
 ) -> Model:
@@ -124,13 +124,13 @@ def assemble(
     network: nn.Module,
     shape: tuple[int, ...],
     *,
-    predicts: Predicts | parametrization.Head,
+    predicts: Predicts | parametrization.Parametrization,
     gamma: Tensor | Schedule,
     times: Tensor | Callable[[Tensor], Tensor] | None,
     factor: Factor = preserving,
     variance: Variance = "small",
     scaling: Levels | Affine,
-    decoder: Likelihood | Literal["step", "evidence"] | None = None,
+    decoder: Decoder | Literal["step", "evidence"] | None = None,
     clip: bool = False,
     keep: Sequence[int] | None = None,
 ) -> Model:
@@ -151,12 +151,12 @@ def assemble(
                 f"a network that predicts {predicts} says nothing of the data where no signal is"
                 " left, and the schedule ends there (α_T = 0); leave that time out with keep=..."
             )
-        process: Gaussian = OnSteps(Steps(gamma), scaling)
+        process: GaussianDiffusion = OnSteps(Steps(gamma), scaling)
         adapter = Adapter(network, shape, head.outputs, table, gamma, factor, score)
     else:
         if times is None or isinstance(times, Tensor) or keep is not None:
             raise ValueError("a schedule γ(t) goes with times=function of γ, and without keep")
-        process = Gaussian(gamma, scaling)
+        process = GaussianDiffusion(gamma, scaling)
         adapter = Adapter(network, shape, head.outputs, times, None, factor, score)
     model = Model(
         adapter, process, head, STEPS[variance](), _decoder(decoder, process, scaling), shape
@@ -186,7 +186,7 @@ def signal_left(model: Model) -> list[str]:
     """
     last = torch.ones((), dtype=torch.float64)
     alpha = model.process.alpha(last).item()
-    embedding = model.process.embedding if isinstance(model.process, Gaussian) else None
+    embedding = model.process.embedding if isinstance(model.process, GaussianDiffusion) else None
     levels = isinstance(embedding, Levels)
     square = embedding.values.square().max().item() if isinstance(embedding, Levels) else 1.0
     nats = model.dims / 2 * (alpha * (square - 1) - math.log1p(-alpha))
@@ -269,8 +269,10 @@ def _kept(keep: Sequence[int] | None, total: int) -> Tensor:
 
 
 def _head(
-    predicts: Predicts | parametrization.Head, variance: Variance, clip: Levels | Affine | None
-) -> parametrization.Head:
+    predicts: Predicts | parametrization.Parametrization,
+    variance: Variance,
+    clip: Levels | Affine | None,
+) -> parametrization.Parametrization:
     if isinstance(predicts, str) and predicts not in HEADS:
         raise ValueError(f"predicts must be one of {', '.join(HEADS)}; got {predicts!r}")
     head = HEADS[predicts]() if isinstance(predicts, str) else predicts
@@ -284,11 +286,11 @@ def _head(
 
 
 def _decoder(
-    decoder: Likelihood | Literal["step", "evidence"] | None,
-    process: Gaussian,
+    decoder: Decoder | Literal["step", "evidence"] | None,
+    process: GaussianDiffusion,
     scaling: Levels | Affine,
-) -> Likelihood:
-    if isinstance(decoder, Likelihood):
+) -> Decoder:
+    if isinstance(decoder, Decoder):
         return decoder
     on_steps = isinstance(process, OnSteps)
     name = decoder or ("step" if on_steps else "evidence")
@@ -300,7 +302,7 @@ def _decoder(
             )
         return LastStep(scaling)
     if name != "evidence":
-        raise ValueError(f"decoder must be step, evidence or a Likelihood; got {name!r}")
+        raise ValueError(f"decoder must be step, evidence or a Decoder; got {name!r}")
     if isinstance(scaling, Levels):
         return Evidence(scaling)
     first = torch.full((), process.schedule.start, dtype=torch.float64)

@@ -27,7 +27,7 @@ from nelbo.data import Schema
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear, Schedule
-from nelbo.diffusion.times import Continuum, Grid, Times
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.adapters import EDM, Flow, interpolating
 from nelbo.integrations.denoisers import (
     Predicts,
@@ -176,7 +176,7 @@ class Plain(nn.Module):
 
 
 Whole = tuple[Plain, Scheduler, tuple[int, ...], Levels | Affine]
-Found = tuple[Model, Times, str]
+Found = tuple[Model, TimeDiscretization, str]
 
 
 def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
@@ -208,7 +208,7 @@ def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
         decoder="step" if len(keep) > 1 else "evidence",
     )
     how = f"in {len(keep)} of {len(betas)} steps, variance {variance}"
-    return model, Grid.uniform(len(keep)), how
+    return model, TimeGrid.uniform(len(keep)), how
 
 
 def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
@@ -273,10 +273,10 @@ def _named(
     return name(gamma) if isinstance(gamma, Tensor) else name
 
 
-def _times(steps: int | None) -> tuple[Times, str]:
+def _times(steps: int | None) -> tuple[TimeDiscretization, str]:
     if steps is None:
-        return Continuum(), "in continuous time"
-    return Grid.uniform(steps), f"in {steps} steps, variance small"
+        return ContinuousTime(), "in continuous time"
+    return TimeGrid.uniform(steps), f"in {steps} steps, variance small"
 
 
 def _refuse(config: Config, clip: bool | None) -> None:

@@ -11,7 +11,7 @@ from nelbo._utils import limits
 from nelbo.data import Schema
 from nelbo.data.sources import Splits
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.times import Times
+from nelbo.diffusion.times import TimeDiscretization
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Foreign:
     name: str
     model: Model
     schema: Schema
-    times: Times
+    times: TimeDiscretization
     weights: str
     notes: tuple[str, ...]
 

@@ -27,7 +27,7 @@ from nelbo._utils.files import put_weights, read_tensors
 from nelbo._utils.progress import shortened
 from nelbo.data import Schema
 from nelbo.diffusion.process import Levels
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left, spaced
 from nelbo.integrations.external import Foreign, check_label, read_json
 from nelbo.integrations.openai_unet import GROUPS, Architecture, UNet
@@ -147,7 +147,7 @@ def build(
         *signal_left(model),
     )
     schema = Schema("levels", (3, size, size), 256)
-    return Foreign(name, model, schema, Grid.uniform(len(keep)), Path(name).name, notes)
+    return Foreign(name, model, schema, TimeGrid.uniform(len(keep)), Path(name).name, notes)
 
 
 class Labelled(nn.Module):

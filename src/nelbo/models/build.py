@@ -12,8 +12,19 @@ from nelbo.data.columns import Group, groups
 from nelbo.diffusion import decoder as likelihood
 from nelbo.diffusion import parametrization, reverse, schedules
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Absorbing, Affine, Gaussian, Levels, Process
-from nelbo.diffusion.product import Product, ProductDecoder, ProductHead, ProductStep
+from nelbo.diffusion.process import (
+    Affine,
+    ForwardProcess,
+    GaussianDiffusion,
+    Levels,
+    MaskedDiffusion,
+)
+from nelbo.diffusion.product import (
+    ProductDecoder,
+    ProductDiffusion,
+    ProductParametrization,
+    ProductReverseKernel,
+)
 from nelbo.models import conditioning
 from nelbo.models.config import ModelConfig
 from nelbo.models.tabular import continuous, discrete
@@ -33,23 +44,25 @@ SCHEDULES: Mapping[str, Callable[[float, float], schedules.Schedule]] = {
     "linear-alpha": lambda low, high: schedules.PowerAlpha(1.0),
     "quadratic-alpha": lambda low, high: schedules.PowerAlpha(2.0),
 }
-POINT_HEADS: Mapping[str, Callable[[], parametrization.Head]] = {
-    "noise": parametrization.Noise,
-    "data": parametrization.Data,
-    "velocity": parametrization.Velocity,
+POINT_HEADS: Mapping[str, Callable[[], parametrization.Parametrization]] = {
+    "noise": parametrization.EpsPrediction,
+    "data": parametrization.XPrediction,
+    "velocity": parametrization.VPrediction,
 }
-LEVEL_HEADS: Mapping[str, Callable[[torch.Tensor, tuple[int, ...]], parametrization.Head]] = {
+LEVEL_HEADS: Mapping[
+    str, Callable[[torch.Tensor, tuple[int, ...]], parametrization.Parametrization]
+] = {
     "levels": parametrization.LevelLogits,
     "level-curves": parametrization.LevelCurves,
 }
-STEPS: Mapping[str, Callable[[], reverse.Reverse]] = {
+STEPS: Mapping[str, Callable[[], reverse.ReverseKernel]] = {
     "posterior": reverse.Posterior,
     "beta": reverse.Beta,
     "learned": reverse.Learned,
     "optimal": reverse.Optimal,
 }
-LEVEL_DECODERS: Mapping[str, Callable[[Levels], likelihood.Likelihood]] = {
-    "levels": lambda levels: likelihood.LevelHead(),
+LEVEL_DECODERS: Mapping[str, Callable[[Levels], likelihood.Decoder]] = {
+    "levels": lambda levels: likelihood.LevelDecoder(),
     "evidence": likelihood.Evidence,
     "discretised-gaussian": likelihood.DiscretisedGaussian,
     "bernoulli": lambda levels: likelihood.Bernoulli(),
@@ -105,7 +118,7 @@ def _absorbing(config: ModelConfig, schema: Schema, schedule: schedules.Schedule
     if schema.levels is None:
         raise ValueError("the absorbing process is for integers; these data are real numbers")
     _only(config, head=("symbols",), step=("posterior",), decoder=("categorical",))
-    process = Absorbing(schedule, schema.levels)
+    process = MaskedDiffusion(schedule, schema.levels)
     head = parametrization.SymbolLogits(schema.levels, schema.shape)
     network = _network(config, schema, process.channels, head.outputs)
     step, decoder = reverse.Posterior(), likelihood.Categorical()
@@ -118,9 +131,9 @@ def _real(
     _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=("gaussian",))
     decoder = likelihood.GaussianDensity(affine, _start_spread(schedule))
     head = _point_head(config)
-    network = _network(config, schema, Gaussian.channels, head.outputs)
+    network = _network(config, schema, GaussianDiffusion.channels, head.outputs)
     step = STEPS[config.step]()
-    return Model(network, Gaussian(schedule, affine), head, step, decoder, schema.shape)
+    return Model(network, GaussianDiffusion(schedule, affine), head, step, decoder, schema.shape)
 
 
 def _levels(
@@ -130,7 +143,9 @@ def _levels(
         _only(
             config, step=("mixture", "posterior", "beta", "optimal"), decoder=tuple(LEVEL_DECODERS)
         )
-        head: parametrization.Head = LEVEL_HEADS[config.head](levels.values, schema.shape)
+        head: parametrization.Parametrization = LEVEL_HEADS[config.head](
+            levels.values, schema.shape
+        )
     else:
         decoders = tuple(name for name in LEVEL_DECODERS if name != "levels")
         _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=decoders)
@@ -140,8 +155,8 @@ def _levels(
     mixture = config.step == "mixture"
     step = reverse.Mixture(levels.values) if mixture else STEPS[config.step]()
     decoder = LEVEL_DECODERS[config.decoder](levels)
-    network = _network(config, schema, Gaussian.channels, head.outputs)
-    return Model(network, Gaussian(schedule, levels), head, step, decoder, schema.shape)
+    network = _network(config, schema, GaussianDiffusion.channels, head.outputs)
+    return Model(network, GaussianDiffusion(schedule, levels), head, step, decoder, schema.shape)
 
 
 def _table(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) -> Model:
@@ -155,42 +170,44 @@ def _table(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) ->
     count = sum(len(group.places) for group in found if group.kind != "symbols")
     parts = [_group(group, schedule) for group in found]
     sizes = [len(group.places) for group in found]
-    process = Product([part[0] for part in parts], sizes)
-    head = ProductHead([part[1] for part in parts], sizes)
+    process = ProductDiffusion([part[0] for part in parts], sizes)
+    head = ProductParametrization([part[1] for part in parts], sizes)
     features = sum(p.channels * size for p, size in zip(process.parts, sizes, strict=True))
     sizes_of_network = config.width, config.depth, config.dropout, conditioning.features(schema)
     network = _members(
         config, lambda: TableNet(count, features, sum(head.widths), *sizes_of_network)
     )
-    step = ProductStep([part[2] for part in parts])
+    step = ProductReverseKernel([part[2] for part in parts])
     decoder = ProductDecoder([part[3] for part in parts])
     return Model(network, process, head, step, decoder, schema.shape)
 
 
 def _group(
     group: Group, schedule: schedules.Schedule
-) -> tuple[Process, parametrization.Head, reverse.Reverse, likelihood.Likelihood]:
+) -> tuple[
+    ForwardProcess, parametrization.Parametrization, reverse.ReverseKernel, likelihood.Decoder
+]:
     """What the columns of a group are made of. Symbols have a schedule that ends in masks."""
     if group.kind == "symbols":
-        process = discrete.Symbols(schedules.PowerAlpha(2.0), group.size)
-        head = discrete.SymbolContext(group)
+        process = discrete.MaskedColumns(schedules.PowerAlpha(2.0), group.size)
+        head = discrete.MaskedContext(group)
         return process, head, reverse.Posterior(), likelihood.Categorical()
     if group.kind == "levels":
-        levels = discrete.LevelValues(group)
+        levels = discrete.OrdinalValues(group)
         return (
-            discrete.LevelColumns(schedule, levels),
-            discrete.LevelContext(group, levels),
-            discrete.LevelMixture(levels),
-            likelihood.LevelHead(),
+            discrete.OrdinalColumns(schedule, levels),
+            discrete.OrdinalContext(group, levels),
+            discrete.OrdinalMixture(levels),
+            likelihood.LevelDecoder(),
         )
     transforms = [place.column.transform for place in group.places]
-    transform = continuous.Increasing(len(transforms), transforms=transforms)
-    mixture = continuous.NumberMixture(transform, group.places)
+    transform = continuous.MonotoneTransform(len(transforms), transforms=transforms)
+    mixture = continuous.ContinuousMixture(transform, group.places)
     return (
-        continuous.Numbers(schedule, transform),
+        continuous.ContinuousColumns(schedule, transform),
         mixture,
-        continuous.NumberStep(),
-        continuous.NumberDecoder(transform, group.places, mixture.law),
+        continuous.ContinuousReverseKernel(),
+        continuous.ContinuousDecoder(transform, group.places, mixture.law),
     )
 
 
@@ -201,7 +218,7 @@ def _start_spread(schedule: schedules.Schedule) -> float:
     return math.exp(gamma / 2)
 
 
-def _point_head(config: ModelConfig) -> parametrization.Head:
+def _point_head(config: ModelConfig) -> parametrization.Parametrization:
     head = POINT_HEADS[config.head]()
     return parametrization.WithVariance(head) if config.step == "learned" else head
 

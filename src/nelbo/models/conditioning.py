@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nelbo._utils.batch_rng import drawing
+from nelbo._utils.batch_rng import shard_rng
 from nelbo.data import Label, Schema
 from nelbo.data.tabular.spelling import is_number, places_of
 from nelbo.diffusion.model import Model
@@ -42,7 +42,7 @@ def encode(labels: Tensor, schema: Schema) -> Tensor:
 
 def drop(condition: Tensor, share: float) -> Tensor:
     """The same (B, F), each row zero with probability `share`."""
-    with drawing():
+    with shard_rng():
         keep = torch.rand(len(condition), device=condition.device) >= share
     return condition * keep[:, None]
 

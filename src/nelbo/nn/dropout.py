@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from nelbo._utils.batch_rng import drawing
+from nelbo._utils.batch_rng import shard_rng
 
 
 class Dropout(nn.Dropout):
@@ -12,5 +12,5 @@ class Dropout(nn.Dropout):
     def forward(self, h: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # compiled masks are other ones in any case
             return super().forward(h)
-        with drawing():
+        with shard_rng():
             return super().forward(h)

@@ -18,7 +18,7 @@ ENTRIES = 2**22  # of the table of distances that are held at a time
 
 
 class Memory(nn.Module):
-    """E[x|z_t] of a kernel density as the output of the head `Velocity`.
+    """E[x|z_t] of a kernel density as the output of the head `VPrediction`.
 
     Args:
         examples: x_i in the space of the process, (N, *shape).

@@ -19,7 +19,7 @@ ENTRIES = 2**22  # of the table of rows and components that is held at a time
 
 
 class MixtureDenoiser(nn.Module):
-    """E[e|z] of a mixture as the output of the head `Velocity`, and the density of z.
+    """E[e|z] of a mixture as the output of the head `VPrediction`, and the density of z.
 
     Args:
         weight: π, shape (K,).

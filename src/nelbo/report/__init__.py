@@ -18,7 +18,7 @@ from nelbo._utils.files import write
 from nelbo._utils.progress import Track, printable, tracker
 from nelbo.data import Schema, as_examples
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.report import sections
 from nelbo.report.quality import measure
@@ -73,7 +73,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     curves, cost = measure_steps(model.at(rows), few, seed, track("step counts"), run.grid)
     count = 64 if is_image(schema) else SYNTHETIC if schema.columns else len(few)
     grid = run.grid(SAMPLE_STEPS, track("grid"))
-    sampler = run.law_of_samples(count, seed=seed)
+    sampler = run.model_for_sampling(count, seed=seed)
     parts = [
         sections.headline(run, result),
         sections.terms(model, result),
@@ -103,7 +103,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
 
 
 def _rows(
-    model: Model, count: int, schema: Schema, grid: Grid, seed: int, track: Track
+    model: Model, count: int, schema: Schema, grid: TimeGrid, seed: int, track: Track
 ) -> tuple[Tensor, str]:
     """Rows of a table as `nelbo sample` draws them, and a sentence on which those are."""
 

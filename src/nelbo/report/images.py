@@ -14,7 +14,7 @@ from nelbo.data import Schema
 from nelbo.data.readers.pillow import png
 from nelbo.data.readers.text import decode
 from nelbo.data.tabular import encoding, tables
-from nelbo.diffusion.process import Absorbing, Gaussian, Levels, Process
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, Levels, MaskedDiffusion
 
 SIDE = 1024  # pixels of the longer side of a grid, where its enlargement stops
 RULE = "-" * 72  # between samples of text
@@ -68,7 +68,7 @@ class Canvas:
         x: images from which the span of real data is taken.
     """
 
-    def __init__(self, process: Process, schema: Schema, x: Tensor) -> None:
+    def __init__(self, process: ForwardProcess, schema: Schema, x: Tensor) -> None:
         self.process = process
         limits = torch.tensor([0.002, 0.998], dtype=torch.float64)
         few = x.double().flatten()[: 2**20]
@@ -83,14 +83,14 @@ class Canvas:
 
     def embedded(self, e: Tensor) -> np.ndarray:
         """e in the space of a Gaussian process."""
-        assert isinstance(self.process, Gaussian)
+        assert isinstance(self.process, GaussianDiffusion)
         if isinstance(self.process.embedding, Levels):
             return self.data((e + 1) / 2 * self.high)
         return self.data(self.process.embedding.shift + self.process.embedding.scale * e)
 
     def latent(self, z: Tensor, t: float) -> np.ndarray:
         """z_t, brought to the range of the data; masks in a colour of their own."""
-        if isinstance(self.process, Absorbing):
+        if isinstance(self.process, MaskedDiffusion):
             masked = (z == self.process.mask).cpu().movedim(1, -1).numpy()
             pixels = self.data(z)
             return np.where(masked[..., :3], MASK, pixels).astype(np.uint8)
@@ -101,7 +101,7 @@ class Canvas:
 
     def prediction(self, e_hat: Tensor, z: Tensor) -> np.ndarray:
         """The mean of x that is predicted at z; a symbol that shows is itself."""
-        if isinstance(self.process, Absorbing):
+        if isinstance(self.process, MaskedDiffusion):
             probabilities = e_hat.exp()
             mean = probabilities @ torch.arange(self.process.count).to(probabilities)
             return self.data(torch.where(z == self.process.mask, mean, z.to(mean)))

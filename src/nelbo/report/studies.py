@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo._utils.distributed import each_alone
+from nelbo._utils.distributed import no_communication
 from nelbo._utils.numerics import LOG_2, draw, seeded
 from nelbo._utils.progress import Track
 from nelbo.codec.api import compress, decompress
@@ -18,9 +18,9 @@ from nelbo.codec.settings import Settings
 from nelbo.data import Schema
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits, Prediction
-from nelbo.diffusion.process import Absorbing, Gaussian
-from nelbo.diffusion.reverse import Beta, Learned, Mixture, Optimal, Posterior, Reverse
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.process import GaussianDiffusion, MaskedDiffusion
+from nelbo.diffusion.reverse import Beta, Learned, Mixture, Optimal, Posterior, ReverseKernel
+from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.per_dimension import by_dimension
 from nelbo.report.figures import StepCurve
@@ -45,12 +45,12 @@ def some(model: Model, x: Tensor, seed: int) -> Tensor:
         return torch.randperm(len(x))[:count].sort().values
 
 
-def steps_of(model: Model) -> dict[str, Reverse]:
+def steps_of(model: Model) -> dict[str, ReverseKernel]:
     """The reverse steps this model can take, by name; the tightest first, its own included."""
-    if not isinstance(model.process, Gaussian):
-        name = "categorical step" if isinstance(model.process, Absorbing) else "reverse step"
+    if not isinstance(model.process, GaussianDiffusion):
+        name = "categorical step" if isinstance(model.process, MaskedDiffusion) else "reverse step"
         return {name: model.step}
-    found: dict[str, Reverse] = {}
+    found: dict[str, ReverseKernel] = {}
     if isinstance(model.head, LevelLogits):
         found["mixture step"] = Mixture(model.head.values)
     if isinstance(model.step, Learned):
@@ -73,7 +73,7 @@ def measure_steps(
     x: Tensor,
     seed: int,
     track: Track = iter,
-    best: Callable[[int], Grid] | None = None,
+    best: Callable[[int], TimeGrid] | None = None,
 ) -> tuple[list[StepCurve], Tensor]:
     """Each reverse step at T = 2, 4, ..., 64, and ∞, which they share; and the costs of each
     dimension (N, *shape) with the model's own step at 64. In the unit of the evaluation.
@@ -90,7 +90,7 @@ def measure_steps(
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     cost = torch.empty(0)
     for i in track(range(len(STEPS))):
-        grid = Grid.uniform(STEPS[i])
+        grid = TimeGrid.uniform(STEPS[i])
         bounds = dict(
             zip(kinds, by_dimension(model, x, grid, tuple(kinds.values()), seed), strict=True)
         )
@@ -130,7 +130,7 @@ class Coded:
 
 
 def measure_files(
-    model: Model, x: Tensor, best: Callable[[int], Grid], track: Track = iter
+    model: Model, x: Tensor, best: Callable[[int], TimeGrid], track: Track = iter
 ) -> Coded | None:
     """The bytes that examples x (N, *shape) take; None where there is no lossless code of them,
     or constriction is not installed."""
@@ -165,7 +165,7 @@ class Trajectory:
 
 
 def trajectory(
-    model: Model, count: int, times: Grid, seed: int, track: Track = iter
+    model: Model, count: int, times: TimeGrid, seed: int, track: Track = iter
 ) -> Trajectory:
     """The samples of `sample.ancestral` on a grid, with what happened on the way."""
     shots = times.times[torch.linspace(len(times.times) - 1, 0, 8).round().long()].tolist()
@@ -183,7 +183,7 @@ def trajectory(
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return model.decoder(predict(rows, z, t), z, t, model.process).sample()
 
-    with each_alone():  # what is seen is of all rows
+    with no_communication():  # what is seen is of all rows
         x = descend(model, count, times, seed, step, decode, track=track)
     z, e_hat = (
         [torch.cat([pair[k] for pair in pairs]) for pairs in seen.values()] for k in (0, 1)

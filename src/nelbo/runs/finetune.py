@@ -8,7 +8,7 @@ the first that are kept: they stay where no later ones have a better T-step boun
 from dataclasses import replace
 from pathlib import Path
 
-from nelbo._utils.distributed import at_first
+from nelbo._utils.distributed import main_process_first
 from nelbo._utils.progress import tracker
 from nelbo.runs import run as run_folder
 from nelbo.runs.run import Run
@@ -52,7 +52,7 @@ def fine_tune(
     """
     source = Path(source)
     out = Path(out) if out else name_of(source, steps_of_bound)
-    at_first(lambda: check_new(out))
+    main_process_first(lambda: check_new(out))
     run = run_folder.load(source)
     grid = run.grid(steps_of_bound, tracker("grid") if progress else iter)
     model, before = run.config.model, run.config.train

@@ -16,13 +16,13 @@ from typing import cast
 import torch
 
 from nelbo._utils import cache
-from nelbo._utils.distributed import at_first, world
+from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.numerics import seeded
 from nelbo._version import __version__
 from nelbo.data import fingerprint
 from nelbo.diffusion.model import measuring, model_hash
-from nelbo.evaluation.allocation import EVEN, Allocation, Cells, pilot
-from nelbo.evaluation.control_variates import Controls
+from nelbo.evaluation.allocation import EVEN, Proposal, Strata, pilot
+from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.runs.run import Run
 
 KIND = "pilots"  # folder of the cache
@@ -42,8 +42,8 @@ class Pilots:
         self.run, self.tell = run, tell
 
     def __call__(
-        self, cells: Cells, controls: Controls, draws: int, replicates: int
-    ) -> Allocation:
+        self, cells: Strata, controls: ControlVariates, draws: int, replicates: int
+    ) -> Proposal:
         """What one settles for so many draws of each example in so many replicates.
 
         Raises:
@@ -57,7 +57,7 @@ class Pilots:
             f"{model_hash(self.run.model)}, {schema}, {sorted(config.hashes.items())}, {times},"
             f" {draws} x {replicates}, {ROWS} rows, {made_by}"
         )
-        known = at_first(lambda: _allocation(cache.get(KIND, key), cells, controls))
+        known = main_process_first(lambda: _allocation(cache.get(KIND, key), cells, controls))
         if known is not None:
             return known
         first = world()[0] == 0
@@ -66,16 +66,18 @@ class Pilots:
         made = self._made(cells, controls, draws, replicates)  # by all: none waits for another
         if first:
             self._keep(key, made)
-        return at_first(lambda: made)
+        return main_process_first(lambda: made)
 
-    def _made(self, cells: Cells, controls: Controls, draws: int, replicates: int) -> Allocation:
+    def _made(
+        self, cells: Strata, controls: ControlVariates, draws: int, replicates: int
+    ) -> Proposal:
         model, x, _ = self.run.law(split="validation")
         own = copy.copy(controls)
         own.model = model
         with measuring(model), seeded(0, 5):
             return pilot(cells, own, x, ROWS, draws, replicates)
 
-    def _keep(self, key: str, made: Allocation) -> None:
+    def _keep(self, key: str, made: Proposal) -> None:
         try:
             cache.put(KIND, key, {name: v.tolist() for name, v in vars(made).items()})
         except OSError as error:  # a cache that is read only
@@ -86,11 +88,11 @@ class Pilots:
             self.tell(f"the pilot is kept in {cache.folder() / KIND}, for later evaluations")
 
 
-def _allocation(numbers: object, cells: Cells, controls: Controls) -> Allocation | None:
+def _allocation(numbers: object, cells: Strata, controls: ControlVariates) -> Proposal | None:
     """What a file says; None where that is nothing, or no allocation for these."""
     try:
         items = cast(dict, numbers).items()
-        found = Allocation(**{k: torch.tensor(v, dtype=torch.float64) for k, v in items})
+        found = Proposal(**{k: torch.tensor(v, dtype=torch.float64) for k, v in items})
         shapes = [tuple(v.shape) for v in vars(found).values()]
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         return None

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nelbo import data
 from nelbo._utils import cache, limits
-from nelbo._utils.distributed import at_first, world
+from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.files import keep, kept, put_weights, read_tensors
 from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track, shortened
@@ -38,7 +38,7 @@ from nelbo.data import Dataset, Schema
 from nelbo.data.sources import BUILT_IN, Splits
 from nelbo.data.splits import NONE, Declared, declare
 from nelbo.diffusion.model import Model, model_hash
-from nelbo.diffusion.times import Grid, even_times
+from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation.grid_search import best_grid
 from nelbo.models.build import build
 from nelbo.models.conditioning import given_labels
@@ -104,7 +104,7 @@ class RunConfig:
             ValueError: no place is known, or they are no longer those of the run; of what is there
                 instead nothing is told.
         """
-        place = at_first(self.place)
+        place = main_process_first(self.place)
         if place is None:
             name = shortened(self.source, 64)
             raise ValueError(
@@ -299,7 +299,10 @@ class Run:
 
         A run that this user did not train reads nothing that it names, until it is given here.
         """
-        if not isinstance(source, str | PathLike) or at_first(self.config.place) is not None:
+        if (
+            not isinstance(source, str | PathLike)
+            or main_process_first(self.config.place) is not None
+        ):
             return False
         place = self.config.recognises(str(source))
         if place is None:
@@ -308,7 +311,7 @@ class Run:
             self.config.remember(place)
         return True
 
-    def law_of_samples(self, count: int, labels: Tensor | None = None, seed: int = 0) -> Model:
+    def model_for_sampling(self, count: int, labels: Tensor | None = None, seed: int = 0) -> Model:
         """The model of `count` new examples, given labels where the run is conditional.
 
         Args:
@@ -337,7 +340,7 @@ class Run:
                 labels = known[torch.randint(len(known), (count,))]
         return given_labels(self.model, labels, schema)
 
-    def grid(self, steps: int, track: Track = iter) -> Grid:
+    def grid(self, steps: int, track: Track = iter) -> TimeGrid:
         """The best grid of `steps` times for this model, the same whoever asks.
 
         It is the one the run was trained on, where it has as many times; else it is found on the
@@ -348,10 +351,12 @@ class Run:
         """
         even_times(self.model.process.schedule, steps, steps)  # refuses what cannot be
         if len(self.config.train.grid) == steps:
-            return Grid(self.config.train.grid)
+            return TimeGrid(self.config.train.grid)
         path, key = self.path / GRIDS, f"{model_hash(self.model)}, {steps} steps"
         start = self.model.process.schedule.start
-        times = at_first(lambda: _times(kept(path).get(key), steps, start))  # all, or none
+        times = main_process_first(
+            lambda: _times(kept(path).get(key), steps, start)
+        )  # all, or none
         if times is None:
             try:
                 model, x, _ = self.law(split="train")
@@ -364,13 +369,13 @@ class Run:
             if world()[0] == 0:
                 with contextlib.suppress(OSError):  # a folder that is read only
                     keep(path, key, times)
-        return Grid(times)
+        return TimeGrid(times)
 
 
 def _times(found: object, steps: int, start: float) -> list[float] | None:
     """The times that a file says; None where that is no grid of so many from `start` on."""
     try:
-        times = Grid(cast(Any, found)).times
+        times = TimeGrid(cast(Any, found)).times
     except (TypeError, ValueError, OverflowError):
         return None
     return times.tolist() if len(times) == steps and times[0] >= start else None

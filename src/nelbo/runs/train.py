@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from nelbo import data
 from nelbo._utils import cache, files, limits
-from nelbo._utils.distributed import anywhere, at_first, world
+from nelbo._utils.distributed import anywhere, main_process_first, world
 from nelbo._utils.numerics import LOG_2
 from nelbo._utils.progress import progress_bar
 from nelbo._utils.scalars import integer, real
@@ -33,7 +33,7 @@ from nelbo.runs.run import Run, RunConfig
 from nelbo.training.config import TrainConfig
 from nelbo.training.optim import learning_rate
 from nelbo.training.presets import configure
-from nelbo.training.trainer import Learner
+from nelbo.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from nelbo.data.tabular.tables import Frame
@@ -81,7 +81,7 @@ def train(
     levels = None if levels is None else integer("levels", levels, 2)
     size = None if size is None else integer("size", size, 1)
     minutes = None if minutes is None else real("minutes", minutes)
-    at_first(lambda: check_new(out))
+    main_process_first(lambda: check_new(out))
     dataset = data.load(
         source, levels=levels, size=size, schema=schema, condition=condition, splits=splits
     )
@@ -99,7 +99,7 @@ def train(
     if minutes is not None:
         if "steps" in options:
             raise ValueError("steps and minutes both say how long to train; give one of them")
-        clock = partial(at_first, time.monotonic)  # all take the same steps
+        clock = partial(main_process_first, time.monotonic)  # all take the same steps
         steps = pace(model_config, train_config, dataset, 60 * minutes, device, clock)
         every = options.get("evaluate_every", max(1, steps // VALIDATIONS))
         train_config = replace(train_config, steps=steps, evaluate_every=int(every))
@@ -142,7 +142,7 @@ def pace(
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"minutes must be positive; got {seconds / 60:g}")
-    learner = Learner(model, train, dataset, device)
+    learner = Trainer(model, train, dataset, device)
     learner.step()  # the first one pays for what is set up once
     begun = clock()
     learner.measure()
@@ -187,13 +187,13 @@ def begin(
     """
     out = training.out
     with alone_in(out) as made:
-        at_first(lambda: check_new(out))  # another may have trained there meanwhile
+        main_process_first(lambda: check_new(out))  # another may have trained there meanwhile
         try:
             training.found()
             if table is not None and training.first:
                 files.write(out / run_folder.TABLE, table)
             if weights is not None:
-                training.start_from(weights)
+                training.fit_statistics(weights)
             training.configure()
             training.fit(progress)
         except (Exception, SystemExit):
@@ -265,7 +265,7 @@ def alone_in(out: Path) -> Iterator[bool]:
         files.tidy(out)
         return new
 
-    made = at_first(acquire)
+    made = main_process_first(acquire)
     try:
         yield made
     finally:
@@ -279,7 +279,7 @@ class Training:
         self.out, self.run = out, run
         rank, size = world()
         self.first, self.alone = rank == 0, size == 1
-        self.learner = Learner(run.model, run.train, dataset, device)
+        self.learner = Trainer(run.model, run.train, dataset, device)
         self.add_event: events.Add = lambda event, step: None
         self.told = 0  # the step of the last event
         self.folder: tuple[int, int] | None = None  # where it is on its disk, once it is there
@@ -311,7 +311,7 @@ class Training:
                 self.keep_best()
             self.forget_later_metrics()
 
-        at_first(load)  # it may rename files
+        main_process_first(load)  # it may rename files
         if not self.first:
             load()
 
@@ -339,14 +339,14 @@ class Training:
             if self.told < learner.at.step:  # it was stopped here, with more steps to come
                 self._validate()
                 self.save()
-        at_first(lambda: None)  # what the others read is written
+        main_process_first(lambda: None)  # what the others read is written
 
     def save(self) -> None:
         """Everything to continue from."""
         self.check_there()
         training_state.save(self.out, self.learner)
 
-    def start_from(self, weights: Model) -> None:
+    def fit_statistics(self, weights: Model) -> None:
         """Begin with the weights of another run; they are kept until there are better ones."""
         for own in (self.learner.model, self.learner.average):
             files.put_weights(own, weights.state_dict(), "the run")

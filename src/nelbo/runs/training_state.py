@@ -21,13 +21,13 @@ from nelbo._utils import limits
 from nelbo._utils.files import put_weights, read_tensors, write_tensors
 from nelbo._utils.sharding import divided_like, gathered
 from nelbo.runs.run import BEFORE, STATE
-from nelbo.training.trainer import Learner, Progress
+from nelbo.training.trainer import Progress, Trainer
 
 #: of `Progress`; what it has beside them, older versions did not write
 WRITTEN = {"step", "seconds", "best", "best_step", "recent"}
 
 
-def save(out: Path, learner: Learner) -> None:
+def save(out: Path, learner: Trainer) -> None:
     """The newest state of the run `out`; the newest so far becomes the one before.
 
     The first process writes it; where the network is sharded, all give it what they hold.
@@ -47,7 +47,7 @@ def is_in(out: Path) -> bool:
     return (out / STATE).is_file() or (out / BEFORE).is_file()
 
 
-def load(out: Path, learner: Learner) -> None:
+def load(out: Path, learner: Trainer) -> None:
     """Put a learner where the training of the run `out` stood.
 
     Raises:

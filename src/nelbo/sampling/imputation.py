@@ -25,11 +25,11 @@ from nelbo.data import Schema
 from nelbo.data.sources import labels_of
 from nelbo.data.tabular import encoding, tables
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.product import ProductHead
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.product import ProductParametrization
+from nelbo.diffusion.times import TimeGrid
 from nelbo.models.conditioning import given_labels
-from nelbo.models.tabular.continuous import NumberMixture
-from nelbo.models.tabular.discrete import LevelContext, SymbolContext
+from nelbo.models.tabular.continuous import ContinuousMixture
+from nelbo.models.tabular.discrete import MaskedContext, OrdinalContext
 from nelbo.sampling.samplers import Hopeless, ancestral, rejection
 from nelbo.sampling.smc import conditional
 
@@ -45,7 +45,7 @@ def sample_table(
     model: Model,
     schema: Schema,
     count: int,
-    times: Grid,
+    times: TimeGrid,
     *,
     seed: int = 0,
     as_modelled: bool = False,
@@ -56,7 +56,7 @@ def sample_table(
 
     Args:
         model: of the rows; a conditional one has the labels of `count` rows
-            (`Run.law_of_samples`).
+            (`Run.model_for_sampling`).
         schema: of the table.
         count: of rows.
         times: the grid of the reverse process.
@@ -111,7 +111,7 @@ def impute(
     model: Model,
     schema: Schema,
     rows: "str | PathLike[str] | Frame",
-    times: Grid,
+    times: TimeGrid,
     *,
     seed: int = 0,
     particles: int = 32,
@@ -170,8 +170,8 @@ def _check_table(schema: Schema) -> None:
 def present(model: Model) -> Model:
     """A copy of a table's model under which no cell is missing and no category is new."""
     model = copy.deepcopy(model)
-    assert isinstance(model.head, ProductHead)
+    assert isinstance(model.head, ProductParametrization)
     for head in model.head.parts:
-        assert isinstance(head, LevelContext | SymbolContext | NumberMixture)
+        assert isinstance(head, OrdinalContext | MaskedContext | ContinuousMixture)
         head.exclude_missing()
     return model

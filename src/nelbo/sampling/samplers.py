@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from nelbo._utils.batch_rng import drawing, joined, share
+from nelbo._utils.batch_rng import gather_rows, local_shard, shard_rng
 from nelbo._utils.numerics import derive_seed, draw, seeded
 from nelbo._utils.progress import Track
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.process import Gaussian
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.process import GaussianDiffusion
+from nelbo.diffusion.times import TimeGrid
 
 MOST = 20  # draws for a sample by rejection, in the mean
 PATIENCE = 1000  # draws for any one of them, at most about
@@ -43,13 +43,15 @@ NO_NUMBERS = (
 )
 
 
-def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track = iter) -> Tensor:
+def ancestral(
+    model: Model, count: int, times: TimeGrid, seed: int = 0, track: Track = iter
+) -> Tensor:
     """x ~ P(x|φ) by ancestral sampling.
 
     Args:
         model: the model.
         count: number of samples.
-        times: the grid; `Grid.uniform(T)`.
+        times: the grid; `TimeGrid.uniform(T)`.
         seed: everything random follows from it.
         track: wraps the steps, for a progress bar.
 
@@ -67,7 +69,7 @@ def ancestral(model: Model, count: int, times: Grid, seed: int = 0, track: Track
 
 
 def probability_flow(
-    model: Model, count: int, times: Grid, seed: int = 0, track: Track = iter
+    model: Model, count: int, times: TimeGrid, seed: int = 0, track: Track = iter
 ) -> Tensor:
     """x at the end of the deterministic path from z_T ~ P(z_T); arguments as for `ancestral`.
 
@@ -75,7 +77,7 @@ def probability_flow(
         ValueError: the process is not Gaussian: symbols have no deterministic path.
     """
     process = model.process
-    if not isinstance(process, Gaussian):
+    if not isinstance(process, GaussianDiffusion):
         raise ValueError(
             f"a deterministic path needs a Gaussian process; the model's is"
             f" {type(process).__name__}; use the ancestral sampler"
@@ -96,7 +98,7 @@ def complete(
     model: Model,
     x: Tensor,
     known: Tensor,
-    times: Grid,
+    times: TimeGrid,
     seed: int = 0,
     rounds: int = 1,
     track: Track = iter,
@@ -108,7 +110,7 @@ def complete(
         x: examples in the space of the data, shape (N, *model.shape); what is not known may be
             any value of the data.
         known: which dimensions are, booleans that broadcast to x.
-        times: the grid; `Grid.uniform(T)`.
+        times: the grid; `TimeGrid.uniform(T)`.
         seed: everything random follows from it.
         rounds: how often each step is made; T times as many network calls.
         track: wraps the steps, for a progress bar.
@@ -205,14 +207,14 @@ def rejection(
 
 
 def _sample(distribution: Distribution) -> Tensor:
-    with drawing():
+    with shard_rng():
         return distribution.sample()
 
 
 def descend(
     model: Model,
     count: int,
-    times: Grid,
+    times: TimeGrid,
     seed: int,
     step: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     decode: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -238,7 +240,7 @@ def descend(
     calls = iter(track(range(len(blocks) * len(grid))))  # all, for one bar
     with measuring(model), seeded(seed), numbers_only(model.network):
         for rows in blocks:
-            with share(len(rows)) as part:
+            with local_shard(len(rows)) as part:
                 own = part.of(rows)
                 at = [t.expand(len(own)) for t in grid]
                 z = start(own, _sample(model.process.prior(model.shape, at[-1])), at[-1])
@@ -246,7 +248,7 @@ def descend(
                     next(calls)
                     z = step(own, z, at[i - 1], at[i])
                 next(calls)
-                parts.append(joined(part, decode(own, z, at[0])))
+                parts.append(gather_rows(part, decode(own, z, at[0])))
         next(calls, None)  # the bar ends
     return torch.cat(parts)
 

@@ -8,7 +8,7 @@ by side, z^u ~ P(z_s|z_t), each with the weight by which the model knows the pat
 Where few particles carry the weight they are drawn anew by it, systematically (Doucet & Johansen
 2011). As K → ∞ the draws are of P(x^u|z^k, x^k), which is the model's own P(x^u|x^k) as far as its
 law of the path is q's (SMCDiff, Trippe et al. 2023). A symbol that is known shows from the start
-(`Process.reveal`), as the network knows what follows from any that show.
+(`ForwardProcess.reveal`), as the network knows what follows from any that show.
 
 Blocks of rows are seeded one by one, so any number of processes that share them draw the same.
 """
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from nelbo._utils.distributed import divided
+from nelbo._utils.distributed import map_across_processes
 from nelbo._utils.numerics import draw, seeded
 from nelbo._utils.progress import Track
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.times import TimeGrid
 from nelbo.sampling.samplers import numbers_only
 
 BLOCK = 32  # rows that are seeded together, where memory allows
@@ -31,7 +31,7 @@ def conditional(
     model: Model,
     x: Tensor,
     known: Tensor,
-    times: Grid,
+    times: TimeGrid,
     *,
     particles: int = 32,
     seed: int = 0,
@@ -63,10 +63,10 @@ def conditional(
             return _descend(model.at(each), its, here, times, particles).cpu()
 
     with measuring(model), numbers_only(model.network):
-        return torch.cat(divided(len(blocks), one, track)).to(model.device)
+        return torch.cat(map_across_processes(len(blocks), one, track)).to(model.device)
 
 
-def _descend(model: Model, x: Tensor, known: Tensor, times: Grid, particles: int) -> Tensor:
+def _descend(model: Model, x: Tensor, known: Tensor, times: TimeGrid, particles: int) -> Tensor:
     """One particle of the K of each row, that of x (N K, ...); (N, ...)."""
     process, e = model.process, model.embed(x)
     at = [t.expand(len(x)) for t in times.times.to(model.device)]

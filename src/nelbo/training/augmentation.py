@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from nelbo._utils.batch_rng import drawing
+from nelbo._utils.batch_rng import shard_rng
 from nelbo.data import Schema
 
 ROTATION, LOG_SCALE, SHEAR, SHIFT = 0.2, 0.12, 0.2, 0.25  # radians, -, -, half sides
@@ -28,7 +28,7 @@ def augment(x: Tensor, share: float, schema: Schema) -> tuple[Tensor, Tensor]:
     """
 
     def uniform(most: float) -> Tensor:
-        with drawing():
+        with shard_rng():
             return (torch.rand(len(x), device=x.device) * 2 - 1) * most
 
     angle, shear = uniform(ROTATION), uniform(SHEAR)
@@ -40,6 +40,6 @@ def augment(x: Tensor, share: float, schema: Schema) -> tuple[Tensor, Tensor]:
     moved = grid_sample(x.float(), grid, mode=mode, align_corners=False)
     if schema.levels is not None:
         moved = moved.round().clamp(0, schema.levels - 1)
-    with drawing():
+    with shard_rng():
         which = torch.rand(len(x), device=x.device) < share
     return torch.where(which[:, None, None, None], moved.to(x.dtype), x), which.float()

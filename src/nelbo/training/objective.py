@@ -35,13 +35,13 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo._utils.batch_rng import Part
+from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import constant, draw, slope
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Prediction
 from nelbo.diffusion.schedules import Schedule, log_density
-from nelbo.diffusion.times import Continuum, Grid, stratified
+from nelbo.diffusion.times import ContinuousTime, TimeGrid, stratified
 
 Weight = Callable[[Schedule, Tensor], Tensor]
 
@@ -101,7 +101,7 @@ class Objective:
         if not 0 < share < 1:
             raise ValueError(f"share must be in (0, 1); got {share}; try 1/16")
         self.weight, self.cross_entropy, self.share = weight, cross_entropy, share
-        self.times = Continuum(start)
+        self.times = ContinuousTime(start)
 
     def __call__(
         self,
@@ -109,14 +109,14 @@ class Objective:
         x: Tensor,
         u: Tensor,
         weight: Tensor | None = None,
-        part: Part | None = None,
+        part: BatchShard | None = None,
     ) -> Loss:
         """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
 
         The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where x is a part of
         a batch, they are those of the whole batch.
         """
-        part = part or Part.whole(len(x))
+        part = part or BatchShard.whole(len(x))
         n, schedule, process = part.batch, model.process.schedule, model.process
         first = part.of(stratified(n)[:, 0] < self.share)
         # the decoder is not free: it tells of all where λ counts them, else of the first times
@@ -182,7 +182,7 @@ def log_second_moment(schedule: Schedule, t: Tensor, squares: Tensor, weight: Te
     return value.detach() - value
 
 
-class FewSteps:
+class GridObjective:
     """The loss of a batch on a grid.
 
     Args:
@@ -191,7 +191,7 @@ class FewSteps:
     """
 
     def __init__(self, times: Sequence[float], cross_entropy: float = 0.0) -> None:
-        self.grid, self.cross_entropy = Grid(times), cross_entropy
+        self.grid, self.cross_entropy = TimeGrid(times), cross_entropy
 
     def __call__(
         self,
@@ -199,14 +199,14 @@ class FewSteps:
         x: Tensor,
         u: Tensor,
         weight: Tensor | None = None,
-        part: Part | None = None,
+        part: BatchShard | None = None,
     ) -> Loss:
         """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
 
         The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where x is a part of
         a batch, they are those of the whole batch.
         """
-        part = part or Part.whole(len(x))
+        part = part or BatchShard.whole(len(x))
         process, timestep_samplers = model.process, self.grid.times.to(x.device)
         step = (u * len(timestep_samplers)).long().clamp(max=len(timestep_samplers) - 1)
         after = part.among(step > 0)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nelbo._utils.batch_rng import Part, again
+from nelbo._utils.batch_rng import BatchShard, again
 from nelbo._utils.distributed import add, world
 from nelbo.diffusion.model import Model
 from nelbo.training.config import TrainConfig
@@ -72,7 +72,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def parts_of(batch: int, accumulate: int = 1) -> list[tuple[slice, Part]]:
+def parts_of(batch: int, accumulate: int = 1) -> list[tuple[slice, BatchShard]]:
     """What this process takes of a batch, in so many parts: which of its rows, and the part.
 
     Raises:
@@ -86,10 +86,10 @@ def parts_of(batch: int, accumulate: int = 1) -> list[tuple[slice, Part]]:
         )
     rows = torch.arange(batch)[rank::size]
     parts = [slice(k, None, accumulate) for k in range(accumulate)]
-    return [(own, Part(rows[own], batch)) for own in parts]
+    return [(own, BatchShard(rows[own], batch)) for own in parts]
 
 
-def add_up(found: Sequence[tuple[Part, Loss]], parameters: Sequence[nn.Parameter]) -> Loss:
+def add_up(found: Sequence[tuple[BatchShard, Loss]], parameters: Sequence[nn.Parameter]) -> Loss:
     """The loss of a batch from those of this process's parts, the same on all processes; and of
     each parameter that has a gradient on any of them, the sum of these on all."""
     batch, on = found[0][0].batch, found[0][1].loss.device

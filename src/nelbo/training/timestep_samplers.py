@@ -4,10 +4,10 @@ The loss of a step is E_{u~U[0,1)}[ f(u) ], and for any density p > 0
 
     E_{u~U}[ f(u) ] = E_{u~p}[ f(u)/p(u) ],      E_{u~p}[ (f/p)² ] = ∫ f²/p du,
 
-least for p ∝ √E[f²|u] (Owen 2013, chapter 9). `Importance` learns that p while training, from
-the second moments of f in bins of u, averaged over the last steps and smoothed over neighbouring
-bins, so that it is of use from the second step on; a uniform share bounds 1/p. The mean of the
-loss, and so of its gradient, is the same for every p; its variance is not.
+least for p ∝ √E[f²|u] (Owen 2013, chapter 9). `SecondMomentImportance` learns that p while
+training, from the second moments of f in bins of u, averaged over the last steps and smoothed over
+neighbouring bins, so that it is of use from the second step on; a uniform share bounds 1/p. The
+mean of the loss, and so of its gradient, is the same for every p; its variance is not.
 
 A law draws for the global batch, of which `parts` takes rows: a loss curve does not depend on the
 processes.
@@ -38,7 +38,7 @@ def stratified(examples: int) -> Tensor:
     return (order + torch.rand(examples, dtype=torch.float64)[order]) / examples
 
 
-class Law(nn.Module, ABC):
+class TimestepSampler(nn.Module, ABC):
     """Which times a training step draws; what it learns is in its state."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class Law(nn.Module, ABC):
         """Take note that the integrand, not weighted, was value (B,) at u (B,)."""
 
 
-class Iid(Law):
+class Uniform(TimestepSampler):
     """Each u by itself: the classic way."""
 
     def forward(self, examples: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ class Iid(Law):
         return u, torch.ones_like(u)
 
 
-class Stratified(Law):
+class Stratified(TimestepSampler):
     """One u in each stratum of the global batch."""
 
     def forward(self, examples: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ class Stratified(Law):
         return u, torch.ones_like(u)
 
 
-class Importance(Law):
+class SecondMomentImportance(TimestepSampler):
     """Stratified, through the inverse of the distribution function of a density that is learned.
 
     Args:
@@ -115,8 +115,8 @@ class Importance(Law):
         self.moment.mul_(MEMORY).index_add_(0, k, squares)
 
 
-LAWS: Mapping[str, Callable[[], Law]] = {
+TIMESTEP_SAMPLERS: Mapping[str, Callable[[], TimestepSampler]] = {
     "stratified": Stratified,
-    "importance": Importance,
-    "iid": Iid,
+    "importance": SecondMomentImportance,
+    "iid": Uniform,
 }

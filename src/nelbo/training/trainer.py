@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from nelbo._utils.distributed import each_alone, world
+from nelbo._utils.distributed import no_communication, world
 from nelbo._utils.numerics import LOG_2, derive_seed, seeded
 from nelbo._utils.sharding import clip_gradients, gathered, is_sharded
 from nelbo.data import Dataset, as_examples
 from nelbo.data.rows import WINDOW, Ahead, Rows
 from nelbo.diffusion.model import Model, find_device
 from nelbo.diffusion.process import Affine
-from nelbo.diffusion.times import Continuum, Grid, Times
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import measure_errors
 from nelbo.evaluation.result import Evaluation
@@ -33,11 +33,11 @@ from nelbo.nn.mixture import Corrected
 from nelbo.training.augmentation import augment
 from nelbo.training.batching import Blocks, batch_indices
 from nelbo.training.config import TrainConfig
-from nelbo.training.objective import OBJECTIVES, FewSteps, Loss, Objective
+from nelbo.training.objective import OBJECTIVES, GridObjective, Loss, Objective
 from nelbo.training.optim import learning_rate, optimizer, warmed_ema
 from nelbo.training.parallel import add_up, deterministic, parts_of, prepare, shard
 from nelbo.training.presets import MANY_LEVELS
-from nelbo.training.timestep_samplers import LAWS
+from nelbo.training.timestep_samplers import TIMESTEP_SAMPLERS
 
 SKIPPED = 10  # steps in a row without a finite loss, after which none is hoped for
 STARTED_FROM = 2**15  # examples whose frequencies a model starts from, of those on disk
@@ -57,7 +57,7 @@ class Progress:
     skipped_now: int = 0  # of these, the last ones in a row
 
 
-class Learner:
+class Trainer:
     """A model of a data set, its moving average `ema`, and what trains them.
 
     Args:
@@ -91,7 +91,7 @@ class Learner:
             built.network = Corrected(known, built.network)
         train_split = dataset.splits["train"]
         stored = train_split if isinstance(train_split, Rows) else None
-        built.start_from(train_split if stored is None else stored.few(STARTED_FROM))
+        built.fit_statistics(train_split if stored is None else stored.few(STARTED_FROM))
         self.blocks = Blocks(stored.block, stored.sequential) if stored and stored.block else None
         self.read = self._batch if stored is None else Ahead(self._batch, self._warm)
         self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
@@ -105,13 +105,13 @@ class Learner:
         self.undivided = [p for p in learned if not is_sharded(p)]
         self.model.dtype = torch.float32
         start = built.process.schedule.start
-        self.objective: Objective | FewSteps = (
-            FewSteps(t.grid, t.cross_entropy)
+        self.objective: Objective | GridObjective = (
+            GridObjective(t.grid, t.cross_entropy)
             if t.grid
             else Objective(OBJECTIVES[t.objective], t.cross_entropy, start=start)
         )
         self.parts = parts_of(t.batch, t.accumulate)
-        self.law = LAWS[t.times]()
+        self.law = TIMESTEP_SAMPLERS[t.times]()
         self.optimizer = optimizer(built, t)
         prepare(self.model, t)
         self.best: dict[str, Tensor] = {}  # weights of the best average that was measured
@@ -221,11 +221,11 @@ class Learner:
         x = self.dataset.splits["validation"][:examples]
         average = self.average
         grid, start = self.config.grid, average.process.schedule.start
-        times: Times = Grid(grid) if grid else Continuum(start)
+        times: TimeDiscretization = TimeGrid(grid) if grid else ContinuousTime(start)
         seed = derive_seed(self.config.seed, 3)
         model = self.of(average, "validation").at(slice(len(x)))
         calls, few = max(8, 2 * len(grid)), (self.dataset.schema.levels or 0) <= MANY_LEVELS
-        with each_alone() if self.sharded else nullcontext():
+        with no_communication() if self.sharded else nullcontext():
             measure_errors(self.of(average, "train"), self.dataset.splits["train"], seed)
             result = evaluate(model, x, times=times, calls=calls, variates=few, seed=seed)
         return result, self.keep(result.nats)

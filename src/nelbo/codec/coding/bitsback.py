@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from nelbo.codec.coding.example import ExampleCode, known_numbers
-from nelbo.codec.entropy.laws import Bits, GridNormal, Law, law
+from nelbo.codec.entropy.laws import Bits, GridNormal, SymbolModel, law
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Absorbing, Gaussian, Process
-from nelbo.diffusion.product import Product
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
+from nelbo.diffusion.product import ProductDiffusion
+from nelbo.diffusion.times import TimeGrid
 
 
 class BitsBack(ExampleCode):
@@ -36,7 +36,7 @@ class BitsBack(ExampleCode):
 
     borrows = True
 
-    def __init__(self, model: Model, grid: Grid) -> None:
+    def __init__(self, model: Model, grid: TimeGrid) -> None:
         self.model, self.times = model, grid.times.to(model.device)
         self.widths = [_widths(model, *around) for around in _neighbours(self.times)]
         self.moves = [self._move(i) for i in range(len(self.times))]
@@ -76,15 +76,15 @@ class BitsBack(ExampleCode):
 
     # ---- the distributions of the bound, over integers n with z = n·width
 
-    def _first(self, x: np.ndarray) -> Law:
+    def _first(self, x: np.ndarray) -> SymbolModel:
         e = self.model.embed(torch.from_numpy(x).to(self.model.device))
         return law(self.model.process.marginal(e, self._at(0, len(x))), self.widths[0], far=False)
 
-    def _decoder(self, n: np.ndarray) -> Law:
+    def _decoder(self, n: np.ndarray) -> SymbolModel:
         one = torch.ones_like(self.widths[0])
         return law(self.model.likelihood(self._z(n, 0), self._at(0, len(n))), one)
 
-    def _transition(self, n: np.ndarray, i: int) -> Law:
+    def _transition(self, n: np.ndarray, i: int) -> SymbolModel:
         """q(z_t|z_s) for s, t = t_i, t_{i+1} and z_s of n."""
         if move := self.moves[i]:
             factor, sd = move
@@ -96,7 +96,7 @@ class BitsBack(ExampleCode):
     def _move(self, i: int) -> tuple[np.ndarray, np.ndarray] | None:
         """What a Gaussian q(z_t|z_s) multiplies z_s by, and its standard deviation, in bins,
         (*shape) each: the same for all z_s, so that they are asked for once."""
-        if not i or not isinstance(self.model.process, Gaussian):
+        if not i or not isinstance(self.model.process, GaussianDiffusion):
             return None
         z = torch.ones(1, *self.model.shape, dtype=torch.float64, device=self.model.device)
         q = self.model.process.transition(z, self._at(i - 1, 1), self._at(i, 1)).base_dist
@@ -104,12 +104,12 @@ class BitsBack(ExampleCode):
         factor, sd = q.loc * self.widths[i - 1] / self.widths[i], q.scale / self.widths[i]
         return factor[0].cpu().numpy(), sd[0].cpu().numpy()
 
-    def _reverse(self, n: np.ndarray, i: int) -> Law:
+    def _reverse(self, n: np.ndarray, i: int) -> SymbolModel:
         """P(z_s|z_t) for s, t = t_i, t_{i+1} and z_t of n."""
         s, t = self._at(i - 1, len(n)), self._at(i, len(n))
         return law(self.model.reverse(self._z(n, i), s, t), self.widths[i - 1])
 
-    def _prior(self, count: int) -> Law:
+    def _prior(self, count: int) -> SymbolModel:
         t = self._at(len(self.times) - 1, count)
         return law(self.model.process.prior(self.model.shape, t), self.widths[-1])
 
@@ -128,17 +128,17 @@ def _neighbours(times: Tensor) -> list[tuple[Tensor | None, Tensor, Tensor | Non
 def _widths(model: Model, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
     """The grid of z_t between times s and u, broadcastable to one example; 1 for symbols."""
     process = model.process
-    if not isinstance(process, Product):
+    if not isinstance(process, ProductDiffusion):
         return _width(process, s, t, u).expand(model.shape)
     pairs = zip(process.parts, process.sizes, strict=True)
     return torch.cat([_width(part, s, t, u).expand(size) for part, size in pairs])
 
 
-def _width(process: Process, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
+def _width(process: ForwardProcess, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
     """The smaller of the standard deviations with which z_t is drawn and coded."""
-    if isinstance(process, Absorbing):
+    if isinstance(process, MaskedDiffusion):
         return torch.ones_like(t)
-    assert isinstance(process, Gaussian)
+    assert isinstance(process, GaussianDiffusion)
     drawn = process.log_one_minus_alpha(t).exp() if s is None else process.beta(s, t)
     coded = torch.ones_like(t) if u is None else process.beta_tilde(t, u)
     return torch.minimum(drawn, coded).sqrt()

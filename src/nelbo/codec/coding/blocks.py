@@ -38,7 +38,7 @@ from nelbo.codec.entropy.stack import (
     Stack,
     constriction,
 )
-from nelbo.codec.errors import Damaged
+from nelbo.codec.errors import CorruptFileError
 
 MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels alike, xz
 BATCH = 32  # examples of a network call, at most
@@ -114,7 +114,9 @@ def encode(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, 
     even = Block(first, len(x), EVEN, 0, CHECK, 0, (), _push_alike(codes, x, first))
     packed = Block(first, len(x), PACKED, 0, 0, 0, (), _pack(codes, x))
     tries = [(even, 0.0), (packed, 0.0)]
-    with contextlib.suppress(Damaged):  # of what is too far from all that the model expects
+    with contextlib.suppress(
+        CorruptFileError
+    ):  # of what is too far from all that the model expects
         if codes.model(0).borrows:
             tries.append(_with_bits_back(codes, x, first, done))
         else:
@@ -127,7 +129,7 @@ def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
     """The examples of a block, (N, *shape) int64.
 
     Raises:
-        Damaged: they are not those that were encoded.
+        CorruptFileError: they are not those that were encoded.
     """
     if block.mode != MODEL:
         done(block.count)  # at once
@@ -143,7 +145,9 @@ def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
         x, stack = _unstack(codes, block, lanes, done)
     bottom = _bottom(codes, block.first, x).words(block.borrowed)
     if not np.array_equal(stack.words(), bottom):
-        raise Damaged("the stack of bits does not end as it began: the data are not those coded")
+        raise CorruptFileError(
+            "the stack of bits does not end as it began: the data are not those coded"
+        )
     return x
 
 
@@ -196,7 +200,7 @@ def _with_effort(
             code.push(rows, x[at : at + size])
             at += size
             ideal += rows.ideal
-    except Damaged:  # only the lowest lane has a bottom from which to borrow
+    except CorruptFileError:  # only the lowest lane has a bottom from which to borrow
         if most == 1:
             raise
         return _with_effort(codes, code, stack, x, need, 1, done)
@@ -231,7 +235,7 @@ def _unstack(
     """What the model and the static table coded, the last batch first, and the stack below."""
     code, at, parts = codes.model(block.nonce), block.count, []
     if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):
-        raise Damaged("a block says that it was coded in another way than its model does")
+        raise CorruptFileError("a block says that it was coded in another way than its model does")
     most = [*itertools.accumulate(block.sizes, max)]
     for size, count in zip(reversed(block.sizes), reversed(most), strict=True):
         at -= size
@@ -261,7 +265,7 @@ def _pop_alike(codes: Codes, block: Block, stack: Stack) -> np.ndarray:
     count = block.count * int(np.prod(codes.shape))
     often = 2**PRECISION - (codes.levels - 1) * (2**PRECISION // codes.levels)  # the last level
     if 8 * len(block.payload) < count * (PRECISION - math.log2(often)):
-        raise Damaged("the coded words end before the data do")
+        raise CorruptFileError("the coded words end before the data do")
     uniform = constriction().stream.model.Uniform(codes.levels)
     return stack.pop(uniform, count=count).astype(np.int64).reshape(-1, *codes.shape)
 
@@ -277,7 +281,7 @@ def _unpack(codes: Codes, block: Block) -> np.ndarray:
     size = block.count * int(np.prod(codes.shape)) * dtype.itemsize
     data = unpack(block.payload[4:], size)
     if len(data) != size or struct.pack("<I", zlib.crc32(data)) != block.payload[:4]:
-        raise Damaged("the unpacked data are not those that were packed")
+        raise CorruptFileError("the unpacked data are not those that were packed")
     return np.frombuffer(data, dtype).astype(np.int64).reshape(-1, *codes.shape)
 
 
@@ -290,13 +294,13 @@ def unpack(packed: bytes, most: int) -> bytes:
     """What was packed, `most` bytes of it at the most.
 
     Raises:
-        Damaged: it was not packed.
+        CorruptFileError: it was not packed.
     """
     try:
         unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTER)
         return unpacker.decompress(packed, most) if packed else b""
     except lzma.LZMAError as error:
-        raise Damaged(f"packed bytes cannot be unpacked: {error}") from None
+        raise CorruptFileError(f"packed bytes cannot be unpacked: {error}") from None
 
 
 def storage(levels: int) -> np.dtype:

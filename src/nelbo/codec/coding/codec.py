@@ -16,23 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo._utils.distributed import divided
+from nelbo._utils.distributed import map_across_processes
 from nelbo.codec.coding.bitsback import BitsBack
 from nelbo.codec.coding.blocks import Block, Codes, Done, decode, encode, nothing, storage
 from nelbo.codec.coding.direct import Direct, shown_at
 from nelbo.codec.coding.example import ExampleCode, Static
 from nelbo.codec.coding.search import power_of_two
-from nelbo.codec.entropy.laws import GridNormal, Groups, Law, Symbols, law
+from nelbo.codec.entropy.laws import GridNormal, Groups, SymbolModel, Symbols, law
 from nelbo.codec.entropy.stack import Bottom, Stack, constriction
 from nelbo.codec.format.header import pack_times
 from nelbo.codec.settings import PRECISIONS, Settings
-from nelbo.diffusion.decoder import Categorical, LevelHead
+from nelbo.diffusion.decoder import Categorical, LevelDecoder
 from nelbo.diffusion.model import Model, measuring, model_hash
-from nelbo.diffusion.process import Absorbing, Levels, Process
-from nelbo.diffusion.product import Product, ProductDecoder
+from nelbo.diffusion.process import ForwardProcess, Levels, MaskedDiffusion
+from nelbo.diffusion.product import ProductDecoder, ProductDiffusion
 from nelbo.diffusion.schedules import Schedule
-from nelbo.diffusion.times import Grid
-from nelbo.models.tabular.discrete import LevelColumns
+from nelbo.diffusion.times import TimeGrid
+from nelbo.models.tabular.discrete import OrdinalColumns
 
 
 def coder_answer() -> int:
@@ -78,8 +78,8 @@ class Codec:
             )
 
     def _example_code(self, nonce: int) -> ExampleCode:
-        grid = Grid(self.settings.grid)
-        if isinstance(self.model.process, Absorbing):
+        grid = TimeGrid(self.settings.grid)
+        if isinstance(self.model.process, MaskedDiffusion):
             return Direct(self.model, shown_at(self.model, grid), f"{self.name}, {nonce}")
         return BitsBack(self.model, grid)
 
@@ -103,13 +103,13 @@ class Codec:
             return encode(self.codes, rows, first, done)
 
         with _fixed(self.model):
-            return divided(len(parts), one)
+            return map_across_processes(len(parts), one)
 
     def decode_block(self, block: Block, done: Done = nothing) -> np.ndarray:
         """The examples of a block, (N, *shape).
 
         Raises:
-            Damaged: they are not those that were coded.
+            CorruptFileError: they are not those that were coded.
         """
         with _fixed(self.model):
             return decode(self.codes, block, done).astype(storage(self.levels))
@@ -142,12 +142,12 @@ def check_codable(model: Model) -> int:
     return _levels(model.process)
 
 
-def _levels(process: Process) -> int:
-    if isinstance(process, Product):
+def _levels(process: ForwardProcess) -> int:
+    if isinstance(process, ProductDiffusion):
         return max(map(_levels, process.parts))
-    if isinstance(process, Absorbing):
+    if isinstance(process, MaskedDiffusion):
         return process.count
-    if isinstance(process, LevelColumns):
+    if isinstance(process, OrdinalColumns):
         return process.values.values.shape[1]
     embedding = getattr(process, "embedding", None)  # numbers of a table have none
     if isinstance(embedding, Levels):
@@ -158,10 +158,10 @@ def _levels(process: Process) -> int:
     )
 
 
-def _table(model: Model, levels: int) -> Law:
+def _table(model: Model, levels: int) -> SymbolModel:
     """The law of one example without context: what the model says of pure noise; where that is
     no law of levels, all levels alike."""
-    if not isinstance(model.decoder, LevelHead | Categorical | ProductDecoder):
+    if not isinstance(model.decoder, LevelDecoder | Categorical | ProductDecoder):
         return Symbols(np.full((1, *model.shape, levels), -math.log(levels)))
     t = torch.ones(1, dtype=torch.float64, device=model.device)
     z = _noise(model.process, model.shape).to(model.device)[None]
@@ -170,12 +170,12 @@ def _table(model: Model, levels: int) -> Law:
     return found
 
 
-def _noise(process: Process, shape: tuple[int, ...]) -> Tensor:
+def _noise(process: ForwardProcess, shape: tuple[int, ...]) -> Tensor:
     """The latent that knows nothing, (*shape)."""
-    if isinstance(process, Product):
+    if isinstance(process, ProductDiffusion):
         pairs = zip(process.parts, process.sizes, strict=True)
         return torch.cat([_noise(part, (size,)) for part, size in pairs])
-    nothing = process.mask if isinstance(process, Absorbing) else 0
+    nothing = process.mask if isinstance(process, MaskedDiffusion) else 0
     return torch.full(shape, nothing, dtype=torch.float64)
 
 

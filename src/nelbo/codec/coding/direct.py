@@ -19,15 +19,15 @@ from torch import Tensor
 from nelbo.codec.coding.example import ExampleCode, known_numbers
 from nelbo.codec.entropy.laws import Bits, Symbols
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Absorbing
-from nelbo.diffusion.times import Grid
+from nelbo.diffusion.process import MaskedDiffusion
+from nelbo.diffusion.times import TimeGrid
 
 
 class Direct(ExampleCode):
     """Batches of examples of an absorbing model.
 
     Args:
-        model: with an `Absorbing` process.
+        model: with an `MaskedDiffusion` process.
         shown: how many symbols show at each network call, increasing from 0.
         seed: of the orders.
     """
@@ -35,7 +35,7 @@ class Direct(ExampleCode):
     borrows = False
 
     def __init__(self, model: Model, shown: list[int], seed: str) -> None:
-        assert isinstance(model.process, Absorbing)
+        assert isinstance(model.process, MaskedDiffusion)
         self.model, self.mask, self.seed = model, model.process.mask, seed
         self.groups = list(pairwise([*shown, model.dims]))
 
@@ -85,10 +85,10 @@ class Direct(ExampleCode):
 
 def one_by_one(model: Model, steps: int) -> bool:
     """Whether each symbol has a network call of its own."""
-    return isinstance(model.process, Absorbing) and steps >= model.dims
+    return isinstance(model.process, MaskedDiffusion) and steps >= model.dims
 
 
-def shown_at(model: Model, grid: Grid) -> list[int]:
+def shown_at(model: Model, grid: TimeGrid) -> list[int]:
     """c_t for the times of a grid, from the last, none of them twice; 0 is the first. As many
     times as symbols give each a call of its own, wherever the times are."""
     if one_by_one(model, len(grid.times)):

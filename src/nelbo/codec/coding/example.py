@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from nelbo.codec.entropy.laws import Bits, Law
+from nelbo.codec.entropy.laws import Bits, SymbolModel
 
 
 class ExampleCode(ABC):
@@ -39,7 +39,7 @@ class Static(ExampleCode):
 
     borrows = False
 
-    def __init__(self, law: Law) -> None:
+    def __init__(self, law: SymbolModel) -> None:
         self.law = law
 
     def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nelbo.codec.entropy.stack import WORD, Stack
-from nelbo.codec.errors import Damaged
+from nelbo.codec.errors import CorruptFileError
 
 FIELD = 5  # bits that say how many a field has
 
@@ -58,10 +58,10 @@ def parted(data: bytes, count: int) -> list[np.ndarray]:
     """The words of `count` lanes that were joined.
 
     Raises:
-        Damaged: they were not.
+        CorruptFileError: they were not.
     """
     if data and not data[-1]:
-        raise Damaged("the coded words end in a zero")
+        raise CorruptFileError("the coded words end in a zero")
     whole, fields, numbers = int.from_bytes(data, "little"), [], []
     if count > 1:
         bits, whole = _taken(whole, FIELD)
@@ -72,7 +72,7 @@ def parted(data: bytes, count: int) -> list[np.ndarray]:
     for field in fields:
         size = mean + field
         if not 0 <= size < whole.bit_length():
-            raise Damaged(f"the coded words are not those of {count} lanes")
+            raise CorruptFileError(f"the coded words are not those of {count} lanes")
         number, whole = _taken(whole, size)
         numbers.append(number | 1 << size)
     return [_words(number) for number in (whole, *reversed(numbers))]

@@ -42,7 +42,7 @@ WEIGHTS = np.roll(
 Bits = Stack | SideBySide
 
 
-class Law(ABC):
+class SymbolModel(ABC):
     """A distribution over integers n of shape (B, ...)."""
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Law(ABC):
         """The rounded parameters: what a known answer is made of."""
 
 
-class GridNormal(Law):
+class GridNormal(SymbolModel):
     """N(mean, sd²) on the integers, both in bins.
 
     Args:
@@ -120,7 +120,7 @@ class GridNormal(Law):
         return bins, rest, self.scale.ravel() / SCALE
 
 
-class Symbols(Law):
+class Symbols(SymbolModel):
     """Symbols.
 
     Args:
@@ -143,7 +143,7 @@ class Symbols(Law):
         return take_symbols(stack, self.rounded)
 
 
-class GridMixture(Law):
+class GridMixture(SymbolModel):
     """Σ_k p_k N(mean_k, sd²) on the integers, in bins.
 
     Args:
@@ -205,10 +205,10 @@ def _log_density(
     return u
 
 
-class Groups(Law):
+class Groups(SymbolModel):
     """Groups of columns, each with a law of its own; n is (B, D)."""
 
-    def __init__(self, parts: Sequence[Law], sizes: Sequence[int]) -> None:
+    def __init__(self, parts: Sequence[SymbolModel], sizes: Sequence[int]) -> None:
         self.parts, self.cuts = parts, np.cumsum(sizes)[:-1]
 
     def nats(self, n: np.ndarray) -> float:
@@ -224,11 +224,11 @@ class Groups(Law):
     def take(self, stack: Bits) -> np.ndarray:
         return np.concatenate([part.take(stack) for part in self.parts], 1)
 
-    def _of(self, n: np.ndarray) -> list[tuple[Law, np.ndarray]]:
+    def _of(self, n: np.ndarray) -> list[tuple[SymbolModel, np.ndarray]]:
         return list(zip(self.parts, np.split(n, self.cuts, 1), strict=True))
 
 
-def law(distribution: Distribution, width: Tensor, far: bool = True) -> Law:
+def law(distribution: Distribution, width: Tensor, far: bool = True) -> SymbolModel:
     """A distribution with batch shape (B,) as a law over the integers n of z = n·width.
 
     Args:

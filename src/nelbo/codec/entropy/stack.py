@@ -19,7 +19,7 @@ from types import ModuleType
 
 import numpy as np
 
-from nelbo.codec.errors import Damaged
+from nelbo.codec.errors import CorruptFileError
 
 WORD = 32  # bits
 PRECISION = 24  # bits of a probability
@@ -86,7 +86,7 @@ class Stack:
         try:
             self.coder = self.coder_type() if words is None else self.coder_type(words)
         except ValueError:
-            raise Damaged("the coded words end in a zero") from None
+            raise CorruptFileError("the coded words end in a zero") from None
         #: nats that the pushed symbols cost less those that popped ones gave, by their densities
         self.ideal = 0.0
         #: fewest bits that were on the stack, those borrowed counted as missing
@@ -149,7 +149,7 @@ class Stack:
                 self.least = min(self.least, self.bits)
                 return symbols
             if self.bottom is None:
-                raise Damaged("the coded words end before the data do")
+                raise CorruptFileError("the coded words end before the data do")
             self.coder = before
             self._borrow()
 
@@ -213,4 +213,6 @@ def _call(method: object, *arguments: object) -> np.ndarray:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of the Rust code is no Exception
-        raise Damaged(f"the coder refuses a symbol: {str(error).splitlines()[0]}") from None
+        raise CorruptFileError(
+            f"the coder refuses a symbol: {str(error).splitlines()[0]}"
+        ) from None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nelbo._utils import limits
 from nelbo.codec.coding.blocks import pack, storage, unpack
-from nelbo.codec.errors import Damaged
+from nelbo.codec.errors import CorruptFileError
 from nelbo.data import Schema
 
 
@@ -123,17 +123,17 @@ def as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None
     """The content of the file with examples x; of `places` only, after a salvage.
 
     Raises:
-        Damaged: types that no such file has.
+        CorruptFileError: types that no such file has.
     """
     whole = [(name, _dtype(descr), shape, order) for name, descr, shape, order in about["arrays"]]
     most = sum(math.prod(shape) * kind.itemsize for _, kind, shape, order in whole if not order)
     if any(kind.kind not in "biu" for _, kind, _, order in whole if order):
-        raise Damaged("the levels of the model are integers, and the file says others")
+        raise CorruptFileError("the levels of the model are integers, and the file says others")
     if any(kind.hasobject for _, kind, _, _ in whole):
-        raise Damaged("the file says that it holds Python objects")
+        raise CorruptFileError("the file says that it holds Python objects")
     beside = "what the file holds beside the examples"
     if most < 0:
-        raise Damaged(f"{beside} has a negative size")
+        raise CorruptFileError(f"{beside} has a negative size")
     limits.check_unpacked(most, len(extra), beside, 3)
     rest = io.BytesIO(unpack(extra, most))
     at, arrays = 0, cast(dict[str, Any], {})
@@ -173,7 +173,7 @@ def _dtype(descr: object) -> np.dtype:
     elif isinstance(descr, list):
         found = npy.descr_to_dtype(_fields(descr))
     else:
-        raise Damaged(f"the file holds numbers of the type {descr!r}")
+        raise CorruptFileError(f"the file holds numbers of the type {descr!r}")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nelbo.codec.errors import Damaged
+from nelbo.codec.errors import CorruptFileError
 from nelbo.data.tabular.dtypes import describe, parse
 from nelbo.data.tabular.tables import polars
 
@@ -49,14 +49,14 @@ def of_bytes(name: str, dtype: str, count: int, data: bytes) -> "Series":
     """The column of `count` cells of a type (`dtypes`) that became these bytes.
 
     Raises:
-        Damaged: they are none.
+        CorruptFileError: they are none.
     """
     pl = polars()
     made = parse(dtype)
     kind, numbers = _kind(made)
     begin = -(-count // 8)
     if len(data) < begin:
-        raise Damaged(f"the cells of the column {name!r} are cut")
+        raise CorruptFileError(f"the cells of the column {name!r} are cut")
     there = np.unpackbits(np.frombuffer(data[:begin], np.uint8), count=count).astype(bool)
     rest = data[begin:]
     try:
@@ -66,7 +66,7 @@ def of_bytes(name: str, dtype: str, count: int, data: bytes) -> "Series":
             lengths = np.frombuffer(rest[: 4 * count], "<u4").astype(np.int64)
             ends, text = np.cumsum(lengths), rest[4 * count :]
             if len(lengths) != count or (ends[-1] if count else 0) != len(text):
-                raise Damaged(f"the cells of the column {name!r} are cut")
+                raise CorruptFileError(f"the cells of the column {name!r} are cut")
             cells = [
                 text[end - size : end].decode() if known else None
                 for end, size, known in zip(ends, lengths, there, strict=True)
@@ -74,11 +74,13 @@ def of_bytes(name: str, dtype: str, count: int, data: bytes) -> "Series":
             return pl.Series(name, cells, dtype=pl.String).cast(made)
         values = np.frombuffer(rest, numbers)
         if len(values) != count:
-            raise Damaged(f"the cells of the column {name!r} are cut")
+            raise CorruptFileError(f"the cells of the column {name!r} are cut")
         plain = pl.Series(name, values.astype(values.dtype.newbyteorder("=")))
         return plain.cast(made).set(pl.Series(~there), None)
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        raise Damaged(f"the column {name!r} cannot be made of its cells: {error}") from None
+        raise CorruptFileError(
+            f"the column {name!r} cannot be made of its cells: {error}"
+        ) from None
 
 
 def equal_cells(a: "Series", b: "Series") -> np.ndarray:

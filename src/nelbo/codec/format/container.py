@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping
 
 from nelbo._utils.limits import parse_json
 from nelbo.codec.coding.blocks import EVEN, MODEL, PACKED, Block
-from nelbo.codec.errors import CodecError, Damaged
+from nelbo.codec.errors import CodecError, CorruptFileError
 
 MAGIC = b"\x93NLB\r\n\x1a\n"
 VERSION = 3
@@ -76,11 +76,11 @@ def read_prefix(data: bytes) -> tuple[dict[str, object], bytes, int]:
         CodecError: not a container, of a newer version, or damaged.
     """
     if data[: len(MAGIC)] != MAGIC:
-        raise Damaged(
+        raise CorruptFileError(
             "not a compressed file of nelbo: its first bytes are others; nelbo compress writes one"
         )
     if len(data) < _PREFIX.size:
-        raise Damaged("the file ends within its first bytes; get a whole copy")
+        raise CorruptFileError("the file ends within its first bytes; get a whole copy")
     _, version, of_header, of_extra = _PREFIX.unpack_from(data)
     if version > VERSION:
         raise CodecError(
@@ -94,9 +94,11 @@ def read_prefix(data: bytes) -> tuple[dict[str, object], bytes, int]:
         )
     at = _PREFIX.size + of_header + of_extra
     if version < 1 or len(data) < at + _CRC.size:
-        raise Damaged("the file ends within its header; get a whole copy")
+        raise CorruptFileError("the file ends within its header; get a whole copy")
     if _CRC.unpack_from(data, at)[0] != zlib.crc32(data[:at]):
-        raise Damaged("the header is damaged, and nothing can be read without; get a whole copy")
+        raise CorruptFileError(
+            "the header is damaged, and nothing can be read without; get a whole copy"
+        )
     packed = data[_PREFIX.size : _PREFIX.size + of_header]
     header = _inflate(packed, min(HEADER, _INFLATION * len(packed) + 2**16))
     return header, data[_PREFIX.size + of_header : at], at + _CRC.size
@@ -124,7 +126,7 @@ def read_blocks(data: bytes, at: int) -> Iterator[Block]:
     """The blocks from `at` to the end of the file, which must be whole.
 
     Raises:
-        Damaged: where it is not.
+        CorruptFileError: where it is not.
     """
     count = 0
     while data[at : at + 4] != END:
@@ -132,13 +134,13 @@ def read_blocks(data: bytes, at: int) -> Iterator[Block]:
         count += 1
         yield block
     if at + 12 != len(data):
-        raise Damaged(
+        raise CorruptFileError(
             "the file ends within its last bytes"
             if at + 12 > len(data)
             else "there is something behind the end of the file"
         )
     if struct.unpack_from("<II", data, at + 4) != (count, zlib.crc32(data[: at + 8])):
-        raise Damaged("the file as a whole is damaged")
+        raise CorruptFileError("the file as a whole is damaged")
 
 
 def find_blocks(data: bytes, at: int) -> Iterator[Block]:
@@ -147,7 +149,7 @@ def find_blocks(data: bytes, at: int) -> Iterator[Block]:
         try:
             block, at = _read_block(data, at)
             yield block
-        except Damaged:
+        except CorruptFileError:
             at += 1
 
 
@@ -161,27 +163,27 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
     """The block at `at`, and where it ends."""
     place = f"at byte {at} of {len(data)}"
     if data[at : at + 4] != BLOCK or len(data) < at + 8:
-        raise Damaged(f"there is no block {place}: the file is cut or damaged")
+        raise CorruptFileError(f"there is no block {place}: the file is cut or damaged")
     (length,) = _CRC.unpack_from(data, at + 4)
     end = at + 8 + length
     if len(data) < end + 4:
-        raise Damaged(f"the block {place} is cut")
+        raise CorruptFileError(f"the block {place} is cut")
     if _CRC.unpack_from(data, end)[0] != zlib.crc32(data[at + 4 : end]):
-        raise Damaged(f"the block {place} is damaged; get a whole copy, or try --salvage")
+        raise CorruptFileError(f"the block {place} is damaged; get a whole copy, or try --salvage")
     if length < _BLOCK.size:
-        raise Damaged(f"the block {place} is too short")
+        raise CorruptFileError(f"the block {place} is too short")
     first, count, mode, nonce, runs, borrowed, seeds = _BLOCK.unpack_from(data, at + 8)
     start = at + 8 + _BLOCK.size
     payload = start + runs * _RUN.size
     if payload > end or mode not in (MODEL, EVEN, PACKED) or 32 * borrowed > 8 * length + 64:
-        raise Damaged(f"the block {place} contradicts itself")
+        raise CorruptFileError(f"the block {place} contradicts itself")
     sizes: list[int] = []
     for log_size, n in _RUN.iter_unpack(data[start:payload]):
         if log_size > _LARGEST or len(sizes) + n > _MANY:
-            raise Damaged(f"the block {place} has impossible batches")
+            raise CorruptFileError(f"the block {place} has impossible batches")
         sizes += [1 << log_size] * n
     if (mode == MODEL and sum(sizes) + seeds != count) or not 0 < count <= _MANY:
-        raise Damaged(f"the block {place} has another number of examples than it says")
+        raise CorruptFileError(f"the block {place} has another number of examples than it says")
     block = Block(first, count, mode, nonce, borrowed, seeds, tuple(sizes), data[payload:end])
     return block, end + 4
 
@@ -191,9 +193,9 @@ def _inflate(packed: bytes, most: int) -> dict[str, object]:
     try:
         header = parse_json(unpacker.decompress(packed, most), "the header")
     except zlib.error as error:
-        raise Damaged(f"the header cannot be unpacked: {error}") from None
+        raise CorruptFileError(f"the header cannot be unpacked: {error}") from None
     except ValueError as error:
-        raise Damaged(str(error)) from None
+        raise CorruptFileError(str(error)) from None
     if not unpacker.eof or not isinstance(header, dict):
-        raise Damaged("the header is not one of this format")
+        raise CorruptFileError("the header is not one of this format")
     return header

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nelbo._utils.files import check_writable, folder_part_of, write
 from nelbo._utils.progress import shortened
-from nelbo.codec.errors import CodecError, Damaged
+from nelbo.codec.errors import CodecError, CorruptFileError
 from nelbo.codec.format import arrays, pictures, tabular, texts
 from nelbo.codec.format.arrays import as_bytes as _arrays_as_bytes
 from nelbo.data import Schema, load_like
@@ -101,7 +101,7 @@ def save(contents: Contents, schema: Schema, out: Path, kept: Tensor | None = No
     """Write the data; of `kept` places only, (n,), after a salvage.
 
     Raises:
-        Damaged: the contents contradict themselves.
+        CorruptFileError: the contents contradict themselves.
         OSError: naming the file that cannot be written.
     """
     check_output(contents.about, out)
@@ -112,7 +112,7 @@ def save(contents: Contents, schema: Schema, out: Path, kept: Tensor | None = No
     except (
         Exception
     ) as error:  # what a header says leads anywhere: struct.error of a long name, ..
-        raise Damaged(
+        raise CorruptFileError(
             f"the contents of the file contradict themselves: {shortened(repr(error))}"
         ) from None
     if [path for path, _ in made] == [out]:
@@ -145,7 +145,7 @@ def _files(
         return texts.files(x, about, contents.extra, schema, out, places)
     if f".{kind}" in tables.FILES:
         return [(out, tabular.as_bytes(x, about, contents.extra, schema, places))]
-    raise Damaged(f"the file holds data of an unknown kind, {kind!r}")
+    raise CorruptFileError(f"the file holds data of an unknown kind, {kind!r}")
 
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray]:

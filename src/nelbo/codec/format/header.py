@@ -8,7 +8,7 @@ from typing import cast, get_args, get_origin
 import torch
 
 from nelbo._utils.progress import shortened
-from nelbo.codec.errors import Damaged
+from nelbo.codec.errors import CorruptFileError
 
 PARTS = 4096  # even parts of time that a header knows, at most
 
@@ -53,19 +53,23 @@ class Header:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "Header":
-        """Raises Damaged where a key is missing, unknown or of another kind."""
+        """Raises CorruptFileError where a key is missing, unknown or of another kind."""
         kinds = {f.name: f.type for f in fields(cls)}
         if values.keys() != kinds.keys():
-            raise Damaged(f"the header has the keys {sorted(values)}, not those of this format")
+            raise CorruptFileError(
+                f"the header has the keys {sorted(values)}, not those of this format"
+            )
         for name, value in values.items():
             if not _is(value, kinds[name]):
-                raise Damaged(f"{name} in the header cannot be {shortened(repr(value))}")
+                raise CorruptFileError(f"{name} in the header cannot be {shortened(repr(value))}")
         if cast(int, values["examples"]) > 2**53:
-            raise Damaged(f"the file cannot hold {shortened(repr(values['examples']))} examples")
+            raise CorruptFileError(
+                f"the file cannot hold {shortened(repr(values['examples']))} examples"
+            )
         if len(cast(list, values["ideal"])) != 2 or not all(
             0 < n < 2**53 for n in cast(list, values["shape"])
         ):
-            raise Damaged("the shape or the price in the header cannot be")
+            raise CorruptFileError("the shape or the price in the header cannot be")
         return cls(**values)  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from nelbo._utils import limits
-from nelbo.codec.errors import Damaged
+from nelbo.codec.errors import CorruptFileError
 from nelbo.data import Schema
 from nelbo.data.readers.pillow import bits_of, opened, orientation
 
@@ -158,5 +158,5 @@ def inside(folder: Path, name: str) -> Path:
     """A name below the folder: a file says no other."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-        raise Damaged(f"the file names an image {name!r} outside its folder")
+        raise CorruptFileError(f"the file names an image {name!r} outside its folder")
     return folder / path

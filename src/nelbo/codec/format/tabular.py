@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nelbo._utils import limits
 from nelbo.codec.coding.blocks import pack, unpack
-from nelbo.codec.errors import Damaged
+from nelbo.codec.errors import CorruptFileError
 from nelbo.codec.format.beside import equal_cells, of_bytes, to_bytes
 from nelbo.data import Schema
 from nelbo.data.tabular import dtypes, encoding, tables
@@ -81,7 +81,7 @@ def as_bytes(
     """The content of the file with rows x; with those of `places` only, after a salvage.
 
     Raises:
-        Damaged: what is said of the columns contradicts itself.
+        CorruptFileError: what is said of the columns contradicts itself.
     """
     pl = tables.polars()
     sizes, patches = dict(about.get("columns", ())), {n: c for n, *c in about.get("cells", ())}
@@ -105,7 +105,9 @@ def as_bytes(
             found[name] = series
         return tables.to_bytes(pl.DataFrame(found), f".{about['kind']}")
     except pl.exceptions.PolarsError as error:
-        raise Damaged(f"the table cannot be made of the file's columns: {error}") from None
+        raise CorruptFileError(
+            f"the table cannot be made of the file's columns: {error}"
+        ) from None
 
 
 def _patched(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nelbo.codec.coding.blocks import pack, unpack
-from nelbo.codec.errors import Damaged
+from nelbo.codec.errors import CorruptFileError
 from nelbo.codec.format.pictures import files_of, inside
 from nelbo.data import Schema
 from nelbo.data.readers.text import encode
@@ -73,7 +73,7 @@ def files(
         )
         made.append((name, text.encode()))
     if next(others, None) is not None:
-        raise Damaged("the text has fewer unknown characters than the file says")
+        raise CorruptFileError("the text has fewer unknown characters than the file says")
     return made
 
 

@@ -30,12 +30,12 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from nelbo._utils.numerics import over
 from nelbo.data.columns import Place, Transform
-from nelbo.diffusion.decoder import Likelihood
+from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import LevelMixture, Shape, log_between
-from nelbo.diffusion.gaussian_mixture import LatentClasses
-from nelbo.diffusion.parametrization import Head, Prediction
-from nelbo.diffusion.process import Gaussian, Process, per_example
-from nelbo.diffusion.reverse import Reverse
+from nelbo.diffusion.gaussian_mixture import GaussianMixtureWithAtoms
+from nelbo.diffusion.parametrization import Parametrization, Prediction
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, per_example
+from nelbo.diffusion.reverse import ReverseKernel
 from nelbo.diffusion.schedules import Schedule
 
 COMPONENTS = 128  # of the mixture, at most
@@ -47,7 +47,7 @@ NARROWEST = 1e-3  # s of a component, in standard deviations of the column
 KNOTS = 32  # of a quantile transform
 
 
-class Increasing(nn.Module):
+class MonotoneTransform(nn.Module):
     """e = T(x) for each column: straight lines between knots, and beyond, T(u_k) = e_k, where
 
         u = x;   or where the transform is log, with the least positive value c of training,
@@ -81,7 +81,7 @@ class Increasing(nn.Module):
         self.register_buffer("log", torch.tensor(log), persistent=False)
         self.register_buffer("unit", torch.ones(columns, dtype=torch.float64))
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         """T from x, (N, D); NaN does not count."""
         positive = torch.where(x > 0, x.double(), torch.inf).amin(0)
         self.unit.copy_(torch.where(positive.isfinite(), positive, 1.0))
@@ -134,7 +134,7 @@ class Increasing(nn.Module):
         return torch.where(self.log, x, u)
 
 
-class Numbers(Gaussian):
+class ContinuousColumns(GaussianDiffusion):
     """The Gaussian process of numbers, some of which are missing: NaN, in x and in e.
 
     Args:
@@ -142,12 +142,12 @@ class Numbers(Gaussian):
         transform: T.
     """
 
-    def __init__(self, schedule: Schedule, transform: Increasing) -> None:
-        Process.__init__(self, schedule)
+    def __init__(self, schedule: Schedule, transform: MonotoneTransform) -> None:
+        ForwardProcess.__init__(self, schedule)
         self.transform = transform
 
-    def start_from(self, x: Tensor) -> None:
-        self.transform.start_from(x)
+    def fit_statistics(self, x: Tensor) -> None:
+        self.transform.fit_statistics(x)
 
     def embed(self, x: Tensor) -> Tensor:
         e: Tensor = self.transform(x)
@@ -185,7 +185,7 @@ class MixturePrediction(Prediction):
     variance: Tensor
 
 
-class NumberMixture(Head):
+class ContinuousMixture(Parametrization):
     """The network gives logits of the components, and moves and widens those of a column alike.
 
     Without it each column has the law that a mixture fitted to whole rows gives it; see
@@ -196,15 +196,15 @@ class NumberMixture(Head):
         places: the columns.
     """
 
-    law: LatentClasses
+    law: GaussianMixtureWithAtoms
     special: Tensor
 
-    def __init__(self, transform: Increasing, places: Sequence[Place]) -> None:
+    def __init__(self, transform: MonotoneTransform, places: Sequence[Place]) -> None:
         super().__init__()
         self.transform, self.places = transform, places
         columns = len(places)
         self.outputs = 1 + OWN + 1 + COMPONENTS + 2
-        self.law = LatentClasses(columns, COMPONENTS, 1 + ATOMS)
+        self.law = GaussianMixtureWithAtoms(columns, COMPONENTS, 1 + ATOMS)
         # means of what is missing, and of values that repeat
         self.register_buffer("special", torch.zeros(columns, 1 + ATOMS, dtype=torch.float64))
 
@@ -212,7 +212,7 @@ class NumberMixture(Head):
     def numbers(self) -> int:
         return 1 + ATOMS + COMPONENTS
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         """Fit the mixture, and find the values that repeat, in x, (N, D)."""
         e, blurred = self.transform(x), self._blurred(x)
         special = torch.where(e.isnan(), 0, 1 + ATOMS)
@@ -225,7 +225,7 @@ class NumberMixture(Head):
                 at = torch.searchsorted(ordered, e[:, i].contiguous()).clamp(max=len(values) - 1)
                 equal = ordered[at] == e[:, i]
                 special[equal, i] = 1 + order[at[equal]]
-        self.law.start_from(blurred, special)
+        self.law.fit_statistics(blurred, special)
 
     def _blurred(self, x: Tensor) -> Tensor:
         """e of points somewhere in the cells, and noise, which z is there, for what is missing."""
@@ -240,7 +240,9 @@ class NumberMixture(Head):
         """From now on no column is missing."""
         self.law.log_share[..., 0] = -torch.inf
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> MixturePrediction:
+    def forward(
+        self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess
+    ) -> MixturePrediction:
         components, special = self.law.used.tolist()
         own, others, logits, shift, wider = output.split([1 + OWN, 1, COMPONENTS, 1, 1], -1)
         of_special = torch.cat([own, others.expand(*z.shape, ATOMS - OWN)], -1)
@@ -278,14 +280,14 @@ def _repeats(e: Tensor, points: int) -> Tensor:
     return values[counts >= max(REPEATS, FREQUENT * len(e))][:OWN]
 
 
-class NumberStep(Reverse):
+class ContinuousReverseKernel(ReverseKernel):
     """∫ q(z_s|z_t,e) P(e|z_t) de = Σ_c w_c(z) N( m_t(z_t, μ_c(z)), β̃ + b² s_c²(z) ), where
     b = √α_s β/(1-α_t) is how far m_t moves when e does."""
 
     def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
-        assert isinstance(prediction, MixturePrediction) and isinstance(process, Gaussian)
+        assert isinstance(prediction, MixturePrediction) and isinstance(process, GaussianDiffusion)
         loc = process.m_t(z[..., None], prediction.mean, s, t)
         _, of_e = process.m_t_weights(s, t)
         variance = over(process.beta_tilde(s, t), loc) + (
@@ -305,7 +307,7 @@ class _OfNumbers(Distribution):
         self,
         prediction: MixturePrediction,
         special: int,
-        transform: Increasing,
+        transform: MonotoneTransform,
         origin: Tensor,
         width: Tensor,
     ) -> None:
@@ -346,7 +348,7 @@ class _OfNumbers(Distribution):
         return torch.where(self.rounded, point, x)
 
 
-class NumberDecoder(Likelihood):
+class ContinuousDecoder(Decoder):
     """P(e|z_1) as a density in the units of x, or as P of the cell of width Δ around x.
 
     Args:
@@ -358,7 +360,9 @@ class NumberDecoder(Likelihood):
     origin: Tensor
     cell: Tensor
 
-    def __init__(self, transform: Increasing, places: Sequence[Place], law: LatentClasses) -> None:
+    def __init__(
+        self, transform: MonotoneTransform, places: Sequence[Place], law: GaussianMixtureWithAtoms
+    ) -> None:
         super().__init__()
         self.transform, self.law = transform, law
         self.density = any(place.column.kind == "real" for place in places)
@@ -370,7 +374,7 @@ class NumberDecoder(Likelihood):
             self.register_buffer(name, number, persistent=False)
 
     def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         assert isinstance(prediction, MixturePrediction)
         _, special = self.law.used.tolist()

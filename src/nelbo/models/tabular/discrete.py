@@ -15,14 +15,14 @@ from torch.distributions import Distribution
 
 from nelbo.data.columns import Group
 from nelbo.diffusion.parametrization import (
-    Head,
     LevelPrediction,
     LevelTable,
+    Parametrization,
     Prediction,
     level_evidence,
 )
-from nelbo.diffusion.process import Absorbing, Gaussian, Process
-from nelbo.diffusion.reverse import Reverse, mixture
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
+from nelbo.diffusion.reverse import ReverseKernel, mixture
 from nelbo.diffusion.schedules import Schedule
 
 WAVES = 24  # numbers that stand for the context of a column of more levels than SINGLE
@@ -42,7 +42,7 @@ def _counts(x: Tensor, size: int) -> Tensor:
     return flat.reshape(-1, size).double()
 
 
-class LevelValues(nn.Module):
+class OrdinalValues(nn.Module):
     """The value of each code of a column of levels, (D, K): in standard deviations from the mean.
 
     What lies below or above stands one precision outside; missing, a standard deviation below.
@@ -58,7 +58,7 @@ class LevelValues(nn.Module):
         self.register_buffer("values", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("valid", _valid(group), persistent=False)
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         """Values from the codes x, (N, D)."""
         code = torch.arange(self.values.shape[1]).double()
         for i, place in enumerate(self.places):
@@ -77,22 +77,22 @@ class LevelValues(nn.Module):
         return values.gather(-1, x.long()[..., None])[..., 0]
 
 
-class LevelColumns(Gaussian):
+class OrdinalColumns(GaussianDiffusion):
     """The Gaussian process of the values of codes."""
 
-    def __init__(self, schedule: Schedule, levels: LevelValues) -> None:
-        Process.__init__(self, schedule)
+    def __init__(self, schedule: Schedule, levels: OrdinalValues) -> None:
+        ForwardProcess.__init__(self, schedule)
         self.values = levels
 
-    def start_from(self, x: Tensor) -> None:
-        self.values.start_from(x)
+    def fit_statistics(self, x: Tensor) -> None:
+        self.values.fit_statistics(x)
 
     def embed(self, x: Tensor) -> Tensor:
         e: Tensor = self.values(x)
         return e
 
 
-class LevelContext(Head):
+class OrdinalContext(Parametrization):
     """P(x = v_k|z_t) ∝ exp(context_k + log-prior_k) N(z_t; √α_t v_k, 1-α_t), ê its mean.
 
     With many levels the context is a sum of a few smooth functions of the level, whose
@@ -105,7 +105,7 @@ class LevelContext(Head):
 
     basis: Tensor
 
-    def __init__(self, group: Group, levels: LevelValues) -> None:
+    def __init__(self, group: Group, levels: OrdinalValues) -> None:
         super().__init__()
         self.levels = levels
         single = group.size <= SINGLE
@@ -114,7 +114,7 @@ class LevelContext(Head):
         self.register_buffer("basis", basis.double(), persistent=False)
         self.log_prior = nn.Parameter(torch.zeros(len(group.places), group.size))
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         """The log-prior from the frequencies of the codes x, (N, D).
 
         What was not seen shares as many counts as there are codes that were seen once, and one
@@ -134,7 +134,9 @@ class LevelContext(Head):
         for i, place in enumerate(self.levels.places):
             self.levels.valid[i, place.codes - 1] &= not place.column.missing
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> LevelPrediction:
+    def forward(
+        self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess
+    ) -> LevelPrediction:
         values = self.levels.values.to(z)
         context = (self.basis.to(output) @ output[..., None])[..., 0] + self.log_prior.to(output)
         logits = context + level_evidence(z, values, t, process)
@@ -154,28 +156,28 @@ def _waves(group: Group) -> Tensor:
     return torch.stack(columns)
 
 
-class LevelMixture(Reverse):
+class OrdinalMixture(ReverseKernel):
     """Σ_k P(x_i = v_k|z_t) q(z_s|z_t, x_i = v_k), the values of each column being its own."""
 
-    def __init__(self, levels: LevelValues) -> None:
+    def __init__(self, levels: OrdinalValues) -> None:
         super().__init__()
         self.levels = levels
 
     def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: Process
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
-        assert isinstance(prediction, LevelPrediction) and isinstance(process, Gaussian)
+        assert isinstance(prediction, LevelPrediction) and isinstance(process, GaussianDiffusion)
         return mixture(prediction, self.levels.values, z, s, t, process)
 
 
-class Symbols(Absorbing):
+class MaskedColumns(MaskedDiffusion):
     """The absorbing process of codes; a network sees code 0, unknown to training, as a mask."""
 
     def features(self, z: Tensor) -> Tensor:
         return super().features(torch.where(z == 0, self.mask, z.long()))
 
 
-class SymbolContext(Head):
+class MaskedContext(Parametrization):
     """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior), but for code 0 a fixed share.
 
     A category that training did not have has the probability 1/(N + 2) of N examples, whatever
@@ -201,7 +203,7 @@ class SymbolContext(Head):
         self.register_buffer("log_other", others)
         self.log_prior = nn.Parameter(torch.zeros(len(group.places), group.size))
 
-    def start_from(self, x: Tensor) -> None:
+    def fit_statistics(self, x: Tensor) -> None:
         """The log-prior from the frequencies of the codes x, (N, D)."""
         counts = torch.where(self.valid, _counts(x, self.outputs) + 1, 0.0)
         smooth = counts / counts.sum(1, keepdim=True)
@@ -221,7 +223,7 @@ class SymbolContext(Head):
             self.valid[i, place.codes - 1] &= place.indicator or not place.column.missing
         self.log_other.fill_(-torch.inf)
 
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: Process) -> Prediction:
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         logits = output + self.log_prior.to(output)
         known = logits.masked_fill(~self.valid, -torch.inf).log_softmax(-1)
         other = self.log_other.to(known)[:, None]
