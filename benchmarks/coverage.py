@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from known_models import LARGER, Known
 
 from nelbo._utils.numerics import LOG_2, seeded
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import measuring
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.evaluation.allocation import Proposal, Strata, pilot
@@ -91,7 +92,7 @@ def kept_pilots(known: Known, others: Tensor) -> Callable[..., Proposal]:
         key = draws, replicates
         if key not in made:
             with measuring(known.model), seeded(52):
-                made[key] = pilot(cells, controls, others, ROWS, draws, replicates)
+                made[key] = pilot(cells, controls, Batch(others), ROWS, draws, replicates)
         return made[key]
 
     return pilots

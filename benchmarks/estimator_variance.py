@@ -46,6 +46,7 @@ from torch import Tensor
 
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.data import as_examples
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import reconstruction_term
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.reverse import Posterior
@@ -238,7 +239,7 @@ def _costs(
     found = []
     for _ in range(passes):  # which borrow from none but their own
         u = torch.cat([_strata(len(some), way.replicates, times) for some in x.split(way.block)])
-        cost = estimate(known.cells, known.controls, allocation, x, u, each, told)
+        cost = estimate(known.cells, known.controls, allocation, Batch(x), u, each, told)
         found.append(cost.sum(2).mean(1))
     return torch.stack(found, 1)
 

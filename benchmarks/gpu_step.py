@@ -42,6 +42,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 from nelbo.data import Dataset, Schema
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import counting
 from nelbo.diffusion.process import Levels
 from nelbo.diffusion.schedules import Linear
@@ -154,7 +155,7 @@ def nelbo_their_network(given: argparse.Namespace) -> Loop:
 
     def loss_of(x: Tensor) -> Tensor:
         u = stratified(len(x)).flatten().to(x.device)
-        return objective(model, x, u).loss / (model.dims * math.log(2))
+        return objective(model, Batch(x), u).loss / (model.dims * math.log(2))
 
     return theirs_with(given, network, loss_of)
 

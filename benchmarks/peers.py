@@ -39,6 +39,7 @@ from torch.nn.functional import interpolate, mse_loss
 
 from nelbo import data
 from nelbo.data import Dataset, Schema
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import stratified
@@ -111,7 +112,7 @@ def our_step(shape: tuple[int, ...], levels: int) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step(x: Tensor) -> None:
-        loss = objective(model, x, stratified(len(x)).flatten()).loss
+        loss = objective(model, Batch(x), stratified(len(x)).flatten()).loss
         optimizer.zero_grad()
         (loss / (model.dims * math.log(2))).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

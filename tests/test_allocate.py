@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nelbo._utils.numerics import seeded
 from nelbo.data import as_examples
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, stratified
 from nelbo.evaluation import allocation as allocate
 from nelbo.evaluation.allocation import (
@@ -81,7 +82,7 @@ def test_any_allocation_is_unbiased(name, draws, each, times):
     features = controls.between(x).shape[-1]
     allocation = arbitrary(cells.count, cells.variates(controls), features)
     u = torch.rand(3, n, draws, dtype=torch.float64)
-    costs = estimate(cells, controls, allocation, x, u, each)
+    costs = estimate(cells, controls, allocation, Batch(x), u, each)
     assert costs.shape == (3, n, cells.count)
     scale = truth[:, 1:].sum(1).max().item()
     assert_mean(costs.sum(-1).T, truth[:, 1:].sum(1), error=0.4 * scale)
@@ -102,8 +103,10 @@ def test_draws_lend_each_other_their_context(name):
     one = replicate[:1]
     for c in range(cells.count - 1):  # at time 1 all symbols are hidden, and nothing varies
         cell = torch.tensor([c, max(0, c - 1)]).expand(n, 2)
-        _, v = cells.visit(controls, data[:1].expand(n, 2), cell, share, replicate)
-        _, both = cells.visit(controls, data[:1].expand(n, 2), cell[:, :1], share[:, :1], one, 2)
+        _, v = cells.visit(controls, Batch(data[:1].expand(n, 2)), cell, share, replicate)
+        _, both = cells.visit(
+            controls, Batch(data[:1].expand(n, 2)), cell[:, :1], share[:, :1], one, 2
+        )
         for found in (v, both):
             assert not found[..., :half].any()  # of those alone
             found = found[..., half:]
@@ -135,7 +138,7 @@ def test_replicates_are_uncorrelated():
     n = 6000
     allocation = arbitrary(cells.count, cells.variates(controls), controls.between(data).shape[-1])
     x, u = data[:1].expand(n, 2), torch.rand(n, 2, 1, dtype=torch.float64)
-    one, two = estimate(cells, controls, allocation, x, u).sum(-1).unbind(1)
+    one, two = estimate(cells, controls, allocation, Batch(x), u).sum(-1).unbind(1)
     product = (one - one.mean()) * (two - two.mean()) / (one.std() * two.std())
     assert_mean(product, 0.0, error=product.std().item() * 1.01 / math.sqrt(n))
 
@@ -154,7 +157,7 @@ def test_with_nothing_taken_off_it_is_importance_sampling(name):
     zero = torch.zeros(cells.count, controls.between(x[:1]).shape[-1], dtype=torch.float64)
     allocation = Proposal(allocation.probability, 0 * allocation.within, zero, allocation.left)
     u = torch.stack([stratified(1, 5) for _ in range(400)])
-    costs = estimate(cells, controls, allocation, x, u)[:, 0]
+    costs = estimate(cells, controls, allocation, Batch(x), u)[:, 0]
     truth = known.bound(data[:1], times)[0]
     assert_mean(costs[:, 0], truth[1], error=0.1 * truth.sum().item())
     for c in range(1, cells.count):
@@ -198,7 +201,7 @@ def test_two_draws_of_a_visit_stand_half_a_cell_apart(monkeypatch):
         Strata, "_draw", lambda self, *args: (seen.append(args), draw(self, *args))[1]
     )
     cell, share = torch.randint(33, (5, 1)), torch.rand(5, 1, dtype=torch.float64)
-    cells.visit(controls, data[:5], cell, share, torch.zeros(1, dtype=torch.long), 2)
+    cells.visit(controls, Batch(data[:5]), cell, share, torch.zeros(1, dtype=torch.long), 2)
     _, _, cells_of, places, replicate = seen[0]
     assert torch.equal(cells_of, cell.expand(5, 2))
     gap = (places[:, 1] - places[:, 0]) % 1
@@ -340,7 +343,7 @@ def test_the_reconstruction_is_asked_as_often_as_others_borrow(monkeypatch):
         return fit_rows(count, cell, *rows)
 
     monkeypatch.setattr(allocate, "fit_proposal", keep)
-    pilot(cells, ControlVariates(known.model, x, cells.edges), x, 18, 1, 2)
+    pilot(cells, ControlVariates(known.model, x, cells.edges), Batch(x), 18, 1, 2)
     first = asked[0]
     assert first[0] == pytest.approx(4 * first[1:].double().mean().item(), rel=0.1)
     assert first[1:].min() >= 2  # of fewer there is no variance

@@ -254,10 +254,10 @@ def test_other_spellings_change_no_bound(tmp_path, capsys):
     as_text.write_csv(tmp_path / "t.csv")
     schema = declare(tmp_path, [{"name": "g", "kind": "category"}, {"name": "b"}, {"name": "k"}])
     run = train(str(tmp_path / "t.parquet"), tmp_path / "run", schema=str(schema), **TINY)
-    both = [run.law(tmp_path / name)[1] for name in ("t.parquet", "t.csv")]
+    both = [run.batch(tmp_path / name)[0].x for name in ("t.parquet", "t.csv")]
     assert both[0].equal(both[1]) and (both[0] > 0).all()
     given = train(str(tmp_path / "t.csv"), tmp_path / "given", condition=["b", "g"], **TINY)
-    laws = [given.law(tmp_path / name)[0].condition for name in ("t.parquet", "t.csv")]
+    laws = [given.batch(tmp_path / name)[0].condition for name in ("t.parquet", "t.csv")]
     assert laws[0].equal(laws[1])
     typed = parse(["b=true", "g=2"], given.config.schema)
     assert typed.equal(parse(["b=TRUE", "g=2.0"], given.config.schema))
@@ -284,7 +284,7 @@ def test_cells_that_training_did_not_have_are_counted_and_said(tmp_path, capsys)
         told = capsys.readouterr().err
         assert all(line in told for line in said)
     with pytest.warns(UserWarning, match="8 cells of g"):
-        run.law({"g": ["V"] * 8, "k": [0] * 8})
+        run.batch({"g": ["V"] * 8, "k": [0] * 8})
     holes = odd.with_columns(k=pl.lit(None, pl.Int64))
     told = []
     impute(run.model, run.config.schema, holes, TimeGrid.uniform(2), particles=2, tell=told.append)
@@ -301,7 +301,7 @@ def test_rows_read_in_blocks_are_counted_once(tmp_path, capsys, monkeypatch):
     (tmp_path / "odd").mkdir()
     odd = rows.with_columns(g=pl.when(pl.col("k") == 1).then(pl.lit("w")).otherwise(pl.col("g")))
     odd.write_parquet(tmp_path / "odd" / "a.parquet")
-    x = run.law(tmp_path / "odd")[1]
+    x = run.batch(tmp_path / "odd")[0].x
     for _ in range(2):
         assert len(torch.cat(list(x.split(7)))) == 120
         assert x.notes() == [
@@ -372,7 +372,8 @@ def test_whole_numbers_of_a_condition_are_classes(tmp_path, capsys, suffix):
     assert any("cls: whole numbers are taken as 3 classes" in note for note in found.notes)
     run = train(str(path), tmp_path / "run", condition=["cls"], **TINY)
     assert run.config.load_data().schema == run.config.schema
-    assert run.law(cased([1.0, 2.0, 3.0, 2.0]))[0].condition.equal(run.law(path)[0].condition)
+    other = run.batch(cased([1.0, 2.0, 3.0, 2.0]))[0]
+    assert other.condition.equal(run.batch(path)[0].condition)
     command = ["sample", run.path, "--n", "2", "--steps", "2", "--out", tmp_path / "s.csv"]
     run_ok(*command, "--condition", "2.0")
     with pytest.raises(SystemExit) as stop:

@@ -506,7 +506,8 @@ def test_a_density_has_no_lossless_code():
     with pytest.raises(ValueError, match="only discrete data have a lossless code"):
         compress(known.model, known.examples(3), settings(2))
     known = known_models.levels()
-    given = known.model.given(torch.zeros(3, 1), "class")
+    given = known.model.unconditional()
+    given.conditioned_on = "class"
     with pytest.raises(ValueError, match="is given class"):
         compress(given, known.examples(3), settings(2))
     with pytest.raises(ValueError, match=r"values must be 0\.\.3"):

@@ -15,6 +15,7 @@ from nelbo import data
 from nelbo._utils.numerics import seeded
 from nelbo.cli import main
 from nelbo.data import Label, Schema
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Categorical, GaussianDensity
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import SymbolLogits, XPrediction
@@ -76,7 +77,7 @@ def exact(x, c):
 
 def test_the_bound_is_of_each_example_given_its_own(pairs):
     x, c = pairs
-    result = evaluate(model().given(c, "class"), x, calls=32, per_example=True)
+    result = evaluate(model(), Batch(x, c, "class"), calls=32, per_example=True)
     want = exact(x, c)
     assert result.given == "class"
     assert abs(result.nats - want.mean()) < 0.02 + 4 * result.standard_error.monte_carlo
@@ -84,7 +85,7 @@ def test_the_bound_is_of_each_example_given_its_own(pairs):
     # the same numbers, one class after another
     for value in c.unique():
         mine = c[:, 0] == value
-        of_class = evaluate(model().given(c[mine]), x[mine], calls=32)
+        of_class = evaluate(model(), Batch(x, c)[mine], calls=32)
         error = 4 * of_class.standard_error.monte_carlo
         assert abs(of_class.nats - want[mine].mean()) < 0.02 + error
     assert evaluate(model(), x).nats > result.nats + 10
@@ -92,18 +93,16 @@ def test_the_bound_is_of_each_example_given_its_own(pairs):
 
 def test_other_measures_keep_rows_together(pairs):
     x, c = pairs
-    given, want = model().given(c), exact(x, c)
+    given, batch, want = model(), Batch(x, c), exact(x, c)
     few, fine = slice(0, 12), TimeGrid.uniform(128)
     with seeded(1), torch.no_grad():
-        bound = elbo(given, x, fine)
+        bound = elbo(given, batch, fine)
     torch.testing.assert_close(-bound.elbo, want, rtol=0, atol=MIXED / 8)
-    (parts,) = by_dimension(given, x, fine, ())
+    (parts,) = by_dimension(given, batch, fine, ())
     torch.testing.assert_close(sum(parts).sum(1), want, rtol=0, atol=MIXED / 8)
-    by_paths = evaluate_importance(
-        given.at(few), x[few], times=fine, samples=3, replicates=2, seed=1
-    )
+    by_paths = evaluate_importance(given, batch[few], times=fine, samples=3, replicates=2, seed=1)
     torch.testing.assert_close(-by_paths.per_example, want[few], rtol=0, atol=MIXED / 8)
-    by_flow = evaluate_flow(given.at(few), x[few], samples=2, trace="exact", tolerance=1e-3)
+    by_flow = evaluate_flow(given, batch[few], samples=2, trace="exact", tolerance=1e-3)
     torch.testing.assert_close(-by_flow.per_example, want[few], rtol=0, atol=MIXED / 8)
 
 
@@ -122,37 +121,29 @@ def test_other_measures_keep_rows_together(pairs):
 def test_conditions_of_other_examples_are_refused(pairs, measure):
     """Neither a slice of the examples nor more of them, under the labels of other rows."""
     x, c = pairs
-    given = model().given(c, "class")
     for some in (x[20:40], x.repeat(2, 1)):
-        with pytest.raises(
-            ValueError, match=f"the class of 70 examples; got {len(some)} examples"
-        ):
-            measure(given, some)
+        with pytest.raises(ValueError, match=f"got 70 conditions of {len(some)} examples"):
+            measure(model(), Batch(some, c))
+    of_class = model()
+    of_class.conditioned_on = "class"  # as a run of P(x|class) holds it
     with pytest.raises(ValueError, match=r"one of P\(x\|class\), and which class"):
-        measure(_without_labels(given), x)
-
-
-def _without_labels(given):
-    """The model as a run of P(x|class) holds it, which no examples were given yet."""
-    model = given.unconditional()
-    model.given_what = "class"
-    return model
+        measure(of_class, x)
 
 
 def test_grids_and_errors_are_measured_on_pairs(pairs):
     """Of a shift in x and c together neither the best grid nor v(t) depends on much."""
     x, c = pairs
-    grid = best_grid(model().given(c), x, 4)
-    assert grid.times.equal(best_grid(model().given(0 * c), x - c, 4).times)
+    grid = best_grid(model(), Batch(x, c), 4)
+    assert grid.times.equal(best_grid(model(), Batch(x - c, 0 * c), 4).times)
     one = model(Optimal())
-    measure_errors(one.given(c), x)
+    measure_errors(one, Batch(x, c))
     assert one.step.errors.max() < 2 * S**2  # 16 or so if rows were mixed up
 
 
 def test_samples_follow_their_conditions(pairs):
     _, c = pairs
     c = c.repeat(20, 1)
-    x = ancestral(model().given(c), len(c), TimeGrid.uniform(64))
+    x = ancestral(model(), len(c), TimeGrid.uniform(64), condition=c)
     for value in c.unique():
         mine = x[c[:, 0] == value]
         assert (mine.mean(0) - value).abs().max() < 0.1
@@ -162,11 +153,12 @@ def test_samples_follow_their_conditions(pairs):
 def test_guidance_counts_the_condition(pairs):
     _, c = pairs
     z, t = torch.ones(70, 2).double(), torch.full((70,), 0.5).double()
-    given, free = model().given(c), model().given(0 * c)
+    given = model()
+    given.conditioned_on = "class"
     with torch.no_grad():
-        with_c, without = (m.predict(z, t).e_hat for m in (given, free))
+        with_c, without = (given.predict(z, t, each).e_hat for each in (c, 0 * c))
         for g in (0.0, 0.5, 2.0):
-            output = guided(given, g).predict(z, t).e_hat
+            output = guided(given, g).predict(z, t, c).e_hat
             torch.testing.assert_close(output, without + g * (with_c - without))
     assert guided(given, 1.0) is given
     assert not isinstance(given.network, Guided)
@@ -308,16 +300,16 @@ def test_a_conditional_run(conditional, tmp_path, capsys):
     run = run_folder.load(conditional)
     (label,) = run.config.schema.condition
     assert label.classes == tuple("0123456789")
-    given, x, _ = run.law()
-    labels = run.config.load_data().labels["test"]
-    assert given.condition.equal(encode(labels, run.config.schema))
+    batch, _ = run.batch()
+    x, labels = batch.x, run.config.load_data().labels["test"]
+    assert batch.condition.equal(encode(labels, run.config.schema))
     assert len(x) == len(labels)
     call(["evaluate", str(conditional), "--calls", "4"])
     assert "log P(x|class)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"take model and examples from run\.law"):
+    with pytest.raises(ValueError, match=r"take the examples from run\.batch"):
         evaluate(run.model, x)
     assert evaluate(run.model.unconditional(), x, calls=4).given == ""
-    some = evaluate(given.at(slice(5, 15)), x[5:15], calls=4)
+    some = evaluate(run.model, batch[5:15], calls=4)
     assert some.given == "class" and some.examples == 10
     names = [tmp_path / f"{name}.npz" for name in ("three", "four", "mixed", "guided")]
     sample = ["sample", str(conditional), "--n", "4", "--steps", "2", "--grid", "uniform"]
@@ -346,11 +338,12 @@ def test_networks_learn_what_they_are_given(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.repeat(3 * y[:, None], 4, 1), y=y)
     options = {"steps": 120, "lr": 1e-2, "warmup": 10, "batch": 64, "width": 32, "depth": 1}
     run = train(str(tmp_path / "x.npz"), tmp_path / "run", condition=["class"], **options)
-    given, x, _ = run.law()
-    assert evaluate(given, x).nats < evaluate(run.model.unconditional(), x).nats - 0.4
+    batch, _ = run.batch()
+    free = evaluate(run.model.unconditional(), batch.x)
+    assert evaluate(run.model, batch).nats < free.nats - 0.4
     for name, value in (("0", 0), ("1", 3)):
         labels = parse([name], run.config.schema).expand(50, 1)
-        drawn = ancestral(run.model_for_sampling(50, labels), 50, TimeGrid.uniform(8))
+        drawn = ancestral(run.model, 50, TimeGrid.uniform(8), condition=run.conditions(50, labels))
         assert drawn.eq(value).double().mean() > 0.9
 
 
@@ -406,14 +399,16 @@ def test_columns_of_a_table_are_conditions(tmp_path):
     assert [column.name for column in run.config.schema.columns] == ["a"]
     notes = data.load(str(source), condition=["colour", "b"]).notes
     assert not any("left out" in note for note in notes)  # the labels are used, not left out
-    given, x, _ = run.law(str(source))
-    assert x[:, 0].tolist() == pytest.approx(a, abs=1e-8)
+    batch, _ = run.batch(str(source))
+    assert batch.x[:, 0].tolist() == pytest.approx(a, abs=1e-8)
     place = {"blue": 0.0, "red": 1.0, "": math.nan}  # an empty cell is no class
     want = torch.tensor([[place[c], y] for c, y in zip(colour, b, strict=True)])
-    torch.testing.assert_close(given.condition, encode(want.double(), run.config.schema))
-    assert math.isfinite(evaluate(*run.law()[:2], calls=4).nats)
+    torch.testing.assert_close(batch.condition, encode(want.double(), run.config.schema))
+    assert math.isfinite(evaluate(run.model, run.batch()[0], calls=4).nats)
     labels = parse(["colour=blue", "b=0.5"], run.config.schema).expand(3, 2)
-    assert ancestral(run.model_for_sampling(3, labels), 3, TimeGrid.uniform(2)).shape == (3, 1)
+    condition = run.conditions(3, labels)
+    drawn = ancestral(run.model, 3, TimeGrid.uniform(2), condition=condition)
+    assert drawn.shape == (3, 1)
     assert resume(run.path, steps=5).config.schema == run.config.schema
     with pytest.raises(ValueError, match=r"x\.csv has no column 'c'; it has 'a', 'colour', 'b'"):
         train(str(source), tmp_path / "other", condition=["c"], **TINY)

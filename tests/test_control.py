@@ -24,6 +24,7 @@ from torch.distributions import MixtureSameFamily, Normal, kl_divergence
 from nelbo._utils.numerics import seeded
 from nelbo.data import as_examples
 from nelbo.diffusion import gaussian_mixture
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import (
@@ -196,7 +197,7 @@ def test_levels_have_mean_zero_by_draws(kind, count, gamma, step, alone):
     data = torch.randint(count, (69, 2))
     controls = ControlVariates(model, data, EDGES)
     x = data[:1].expand(n, 2)
-    one, other = (draw_term(model, x, terms(n)[kind]) for _ in range(2))
+    one, other = (draw_term(model, Batch(x), terms(n)[kind]) for _ in range(2))
     lender = NO_CONTEXT if alone else controls.said(other)
     v = controls.within(one, controls.said(one), lender, torch.full((n,), alone))
     assert v.shape == (n, 7)
@@ -438,9 +439,9 @@ def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch, exa
     cells = Strata(times)
     model, data = its_own_reference(name)
     controls = ControlVariates(model, data, cells.edges)
-    found = pilot(cells, controls, data, 64, 7, 3)
+    found = pilot(cells, controls, Batch(data), 64, 7, 3)
     x, draws = data[:8], torch.rand(8, 3, 7, dtype=torch.float64)
-    costs = estimate(cells, controls, found, x, draws)
+    costs = estimate(cells, controls, found, Batch(x), draws)
     total = costs.sum(-1)
     # of the integrals over ε 24 nodes leave 1e-5, of a cost of one or two
     torch.testing.assert_close(total, total[:, :1].expand_as(total), rtol=0, atol=1e-3)
@@ -462,8 +463,8 @@ def test_the_pilot_finds_what_there_is(name):
     cells = Strata(ContinuousTime())
     model, data = its_own_reference(name)
     controls = ControlVariates(model, data, cells.edges)
-    found = pilot(cells, controls, data, 64, 1, 1)
-    plain = pilot(cells, NoControlVariates(model, cells.edges), data, 64, 1, 1)
+    found = pilot(cells, controls, Batch(data), 64, 1, 1)
+    plain = pilot(cells, NoControlVariates(model, cells.edges), Batch(data), 64, 1, 1)
     assert found.left.sum() < plain.left.sum() / 4
 
 
@@ -479,9 +480,9 @@ def test_observing_changes_nothing(name, kind):
     x = as_examples(known.examples(5))
     term = terms(5)[kind]
     with seeded(3):
-        cost, after = term.cost(known.model, x), torch.rand(4)
+        cost, after = term.cost(known.model, Batch(x)), torch.rand(4)
     with seeded(3):
-        draw = draw_term(known.model, x, term)
+        draw = draw_term(known.model, Batch(x), term)
         controls_state = torch.get_rng_state()
         assert torch.equal(torch.rand(4), after)
     assert torch.equal(draw.cost, cost.double())
@@ -501,7 +502,7 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
     controls = ControlVariates(model, data, EDGES)
     x = data[:1].expand(500, 2)
     s, t = (torch.full((500,), v, dtype=torch.float64) for v in (0.2, 0.6))
-    draw = draw_term(model, x, DiffusionTerm(t=t, s=s))
+    draw = draw_term(model, Batch(x), DiffusionTerm(t=t, s=s))
     alone = torch.ones(500, dtype=torch.bool)
     left = draw.cost - controls.within(draw, NO_CONTEXT, NO_CONTEXT, alone)[:, 1]
     q = model.process.posterior(draw.z, model.embed(x), s, t)

@@ -9,6 +9,7 @@ from torch import nn
 
 from nelbo._utils.numerics import seeded
 from nelbo.cli import display
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import GaussianDensity, LevelDecoder
 from nelbo.diffusion.model import Model, measuring, model_hash
 from nelbo.diffusion.parametrization import LevelLogits, XPrediction
@@ -141,7 +142,7 @@ def test_a_few_calls_of_each_are_one_visit_of_most(model, x):
 
     def kept(cells, controls, draws, replicates):
         with measuring(model), seeded(8):
-            return pilot(cells, controls, many, 64, draws, replicates)
+            return pilot(cells, controls, Batch(many), 64, draws, replicates)
 
     result = evaluate(model, many, calls=4, pilots=kept)
     assert 0.9 * len(many) < result.visited < len(many)

@@ -14,6 +14,7 @@ from test_train import assert_same_run
 from nelbo._utils import files
 from nelbo._utils.numerics import seeded
 from nelbo.cli import main
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits
@@ -61,14 +62,14 @@ def test_the_loss_is_the_bound_of_the_grid(power):
         bound = elbo(model(), x, TimeGrid(TIMES))
         u = iid(n)[:, 0] ** power  # density u^(1/power - 1) / power
         weight = power * u ** (1 - 1 / power)
-        loss = GridObjective(TIMES)(model(), x, u, weight=weight)
+        loss = GridObjective(TIMES)(model(), Batch(x), u, weight=weight)
         each = weight * loss.each + bound.prior
         assert loss.loss.item() == pytest.approx(each.mean().item())
         assert loss.bound.item() == loss.loss.item()
         error = bound.elbo.std() / math.sqrt(n)
         assert_mean(each + bound.elbo.mean(), 0.0, error=0.05)
         assert error < 0.05
-        with_entropy = GridObjective(TIMES, 0.5)(model(), x, 0 * u, weight=weight)
+        with_entropy = GridObjective(TIMES, 0.5)(model(), Batch(x), 0 * u, weight=weight)
         # all u are 0: each example decodes z_1, and λ adds its 3rd part's half
         added = (with_entropy.loss - with_entropy.bound) / (
             with_entropy.bound - bound.prior.mean()
@@ -78,10 +79,10 @@ def test_the_loss_is_the_bound_of_the_grid(power):
 
 def test_a_condition_reaches_the_network():
     losses = []
-    for given in (model(), model().given(torch.zeros(8, 1)), model().given(torch.ones(8, 1))):
+    for condition in (None, torch.zeros(8, 1), torch.ones(8, 1)):
         with seeded(4):
             x, u = torch.randint(3, (8, 4)), torch.rand(8, dtype=torch.float64)
-            losses.append(GridObjective(TIMES)(given, x, u).loss)
+            losses.append(GridObjective(TIMES)(model(), Batch(x, condition), u).loss)
     assert losses[0] == losses[1] != losses[2]
 
 

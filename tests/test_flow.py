@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.model import Calls, Model, counting
 from nelbo.diffusion.parametrization import (
@@ -309,7 +310,7 @@ def test_dequantised_levels(dequantiser, levels, first):
     x = torch.arange(K).repeat_interleave(2500)[:, None]
     t = torch.full((len(x),), first, dtype=torch.float64)
     with torch.no_grad():
-        z, log_ratio = dequantiser(model, x, t)
+        z, log_ratio = dequantiser(model, Batch(x), t)
     log_w = log_ratio + log_density(model, z, first, random_probes(z), 1e-6)
     draws = log_w.reshape(K, -1).T
     error = draws.exp().std(0) / len(draws) ** 0.5
@@ -343,7 +344,7 @@ def test_real_data_are_a_density_in_their_own_units(case):
 
     rows = x.expand(4000, *SHAPE)
     with torch.no_grad():
-        z, log_ratio = Encoder()(model, rows, torch.zeros(4000).double())
+        z, log_ratio = Encoder()(model, Batch(rows), torch.zeros(4000).double())
     log_w = log_ratio + log_density(model, z, 0.0, unit_probes(z), 1e-4)
     assert_mean((log_w - truth).exp(), 1.0, error=0.03)
     one, many = (evaluate_flow(model, x[None].expand(40, *SHAPE), samples=k) for k in (1, 8))

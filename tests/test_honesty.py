@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.data import as_examples
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import measuring
 from nelbo.diffusion.times import (
     ContinuousTime,
@@ -155,7 +156,7 @@ def test_the_interval_of_few_calls_covers():
     def pilots(cells: Strata, controls: ControlVariates, *way: int) -> Proposal:
         if way not in kept:
             with measuring(known.model), seeded(52):
-                kept[way] = pilot(cells, controls, other, 256, *way)
+                kept[way] = pilot(cells, controls, Batch(other), 256, *way)
         return kept[way]
 
     found = [

@@ -143,7 +143,7 @@ def test_sixteen_bits_are_modelled_in_little_memory(tmp_path):
     run = train(str(tmp_path / "x.npz"), tmp_path / "run", **options)
     assert run.config.schema.levels == 65536
     assert run.config.model.decoder == "discretised-gaussian"
-    result = evaluate(*run.law()[:2], calls=400)  # three examples: an error of 0.2
+    result = evaluate(run.model, run.batch()[0], calls=400)  # three examples: an error of 0.2
     # of what is even there is nothing to learn: 16 bits, and more until it is learned
     assert 15.5 < result.bits_per_dim < 40
 
@@ -534,10 +534,9 @@ def test_training_does_not_see_where_images_are(tmp_path, monkeypatch, request):
     weights = [(run.path / "model.safetensors").read_bytes() for run in (one, two)]
     assert weights[0] == weights[1]
     assert one.config.hashes == two.config.hashes
-    model, x, _ = two.law()
-    later = evaluate(model, x, calls=4)
+    later = evaluate(two.model, two.batch()[0], calls=4)
     monkeypatch.undo()
-    again = evaluate(model, two.law()[1], calls=4)
+    again = evaluate(two.model, two.batch()[0], calls=4)
     assert again.to_dict() == later.to_dict()  # errors that are not stated are NaN
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nelbo import evaluate
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits
@@ -72,7 +73,7 @@ def levels_model() -> Model:
 def test_one_path_is_the_elbo_of_gaussians(step):
     """E log w = ELBO, in closed form."""
     case = mild(step)
-    draws = log_weights(case.model, X.expand(20_000, D), case.times)
+    draws = log_weights(case.model, Batch(X.expand(20_000, D)), case.times)
     assert_mean(draws, case.elbo(X), error=0.015)
 
 
@@ -114,7 +115,7 @@ def test_the_mixture_step_agrees_with_the_elbo():
     """E log w by paths is the bound by its three terms, estimated apart."""
     model, times = levels_model(), TimeGrid.uniform(4)
     x = torch.tensor([0, 3, 1, 1, 2, 0]).reshape(3, 1, 2).expand(20_000, 3, 1, 2)
-    paths, terms = log_weights(model, x, times), elbo(model, x, times).elbo
+    paths, terms = log_weights(model, Batch(x), times), elbo(model, x, times).elbo
     assert_mean(paths - terms, 0.0, error=0.03)
 
 

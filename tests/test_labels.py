@@ -10,6 +10,7 @@ from PIL import Image
 from test_splits import picture, tar
 
 from nelbo import data, evaluate
+from nelbo.diffusion.batch import Batch
 from nelbo.models.conditioning import encode
 from nelbo.runs.train import train
 
@@ -137,14 +138,14 @@ def test_a_run_says_of_how_many_it_is_a_bound_on_p_of_x(tmp_path):
     tiny = {"steps": 3, "batch": 4, "width": 8, "depth": 1}
     run = train(source, tmp_path / "run", condition=["class"], **tiny)
     said: list[str] = []
-    model, x, _ = run.law(source, tell=said.append)
+    batch, _ = run.batch(source, tell=said.append)
     assert any("without class: 10 of 40" in line for line in said)
-    result = evaluate(model, x, calls=8)
+    result = evaluate(run.model, batch, calls=8)
     assert result.given == "class, where it is known, which 10 of 40 are not"
     assert math.isfinite(result.nats)
     rows = torch.tensor([0, 4, 8])  # without a class
-    alone = evaluate(run.model.given(torch.zeros(3, 4), "nothing"), x[rows], calls=8)
-    own = evaluate(model.at(rows), x[rows], calls=8)
+    alone = evaluate(run.model, Batch(batch.x[rows], torch.zeros(3, 4), "nothing"), calls=8)
+    own = evaluate(run.model, batch[rows], calls=8)
     assert own.nats == alone.nats
-    drawn = run.model_for_sampling(50).condition
+    drawn = run.conditions(50)
     assert drawn is not None and drawn[:, 1:].sum(1).eq(1).all()  # samples have a class each

@@ -8,6 +8,7 @@ from torch import nn
 
 from nelbo._utils.numerics import draw, seeded
 from nelbo.data import Schema
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Evidence, LevelDecoder
 from nelbo.diffusion.elbo import prior_term, reconstruction_term
 from nelbo.diffusion.model import Model
@@ -68,7 +69,7 @@ def test_reweightings_weigh_the_error_of_the_noise(x, schedule, weight, of_noise
     model = noise_model(schedule)
     u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
     with seeded(1):
-        loss = Objective(weight, share=0.3)(model, x, u).loss
+        loss = Objective(weight, share=0.3)(model, Batch(x), u).loss
     with seeded(1):
         first = stratified(len(x))[:, 0] < 0.3
         t, e = torch.where(first, 0.0, u), model.embed(x)
@@ -97,7 +98,7 @@ def test_the_bound_is_minus_the_elbo(x):
         bound = -elbo(model, many, ContinuousTime()).elbo.mean()
         losses = [
             Objective(share=0.2)(
-                model, many[torch.randperm(len(many))], stratified(len(many))[:, 0]
+                model, Batch(many[torch.randperm(len(many))]), stratified(len(many))[:, 0]
             )
             for _ in range(4)
         ]
@@ -112,7 +113,7 @@ def test_the_bound_is_minus_the_elbo(x):
 def test_gradients_reach_learned_end_points(x):
     schedule = LearnedMonotone(-5.0, 4.0, learn_endpoints=True)
     model = noise_model(schedule)
-    Objective()(model, x, stratified(len(x))[:, 0]).loss.backward()
+    Objective()(model, Batch(x), stratified(len(x))[:, 0]).loss.backward()
     assert schedule.ends.grad.abs().min() > 0
     assert all(parameter.grad is None for parameter in schedule.interior())
 
@@ -123,9 +124,9 @@ def test_cross_entropy_is_the_decoder_at_the_drawn_time(x):
     model = Model(Wiggle(5), process, head, Posterior(), LevelDecoder(), (1, 3, 5))
     u = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
     with seeded(1):
-        plain = Objective()(model, x, u)
+        plain = Objective()(model, Batch(x), u)
     with seeded(1):
-        with_decoder = Objective(cross_entropy=0.5)(model, x, u)
+        with_decoder = Objective(cross_entropy=0.5)(model, Batch(x), u)
     with seeded(1):
         t = torch.where(stratified(len(x))[:, 0] < 1 / 16, 0.0, u)
         decoded = reconstruction_term(model, x, t).mean()
@@ -140,17 +141,17 @@ def test_conditions_follow_their_examples(x):
         t = torch.full((len(x),), 0.4, dtype=torch.float64)
         z = model.embed(x)
         condition = torch.arange(len(x), dtype=torch.float64)[:, None]
-        together = model.given(condition).predict(z, t).e_hat
-        alone = model.given(condition[3:4]).predict(z[3:4], t[3:4]).e_hat
+        together = model.predict(z, t, condition).e_hat
+        alone = model.predict(z[3:4], t[3:4], condition[3:4]).e_hat
         without = model.predict(z, t).e_hat
-        chosen = model.given(condition).at(slice(3, 4)).predict(z[3:4], t[3:4]).e_hat
-        with pytest.raises(ValueError, match="given 7 conditions; got 2 examples"):
-            model.given(condition).predict(z[:2], t[:2])
+        one = Batch(x, condition)[3:4]
+        chosen = model.predict(z[3:4], t[3:4], one.condition).e_hat
+        with pytest.raises(ValueError, match="got 7 conditions of 2 examples"):
+            model.predict(z[:2], t[:2], condition)
     torch.testing.assert_close(together[3:4], alone)
     torch.testing.assert_close(chosen, alone)
     torch.testing.assert_close(together[:1], without[:1])  # condition 0
     assert (together[1:] - without[1:]).abs().min() > 0
-    assert model.condition is None
 
 
 @pytest.mark.parametrize("cross_entropy", [0.0, 0.3])
@@ -163,13 +164,13 @@ def test_each_term_is_given_its_own_conditions(x, cross_entropy):
     condition = torch.arange(len(x), dtype=torch.float64)[:, None] + 1
     objective = Objective(cross_entropy=cross_entropy, share=0.3)
     with seeded(1):
-        loss = objective(model.given(condition), x, u).loss
+        loss = objective(model, Batch(x, condition), u).loss
     with seeded(1):
         first = stratified(len(x))[:, 0] < 0.3
-        t, own = torch.where(first, 0.0, u), model.given(condition)
+        t = torch.where(first, 0.0, u)
         z = draw(process.marginal(model.embed(x), t))
-        rate = process.rate(z, model.embed(x), own.predict(z, t).e_hat, t) / 0.7
-        decoded = -own.likelihood(z, t).log_prob(x)
+        rate = process.rate(z, model.embed(x), model.predict(z, t, condition).e_hat, t) / 0.7
+        decoded = -model.likelihood(z, t, condition).log_prob(x)
         prior = prior_term(model, x, torch.ones_like(u))
     each = torch.where(first, decoded / 0.3, rate) + prior + cross_entropy * decoded
     torch.testing.assert_close(loss, each.mean())

@@ -229,7 +229,7 @@ with process_group() as rank:
     known = torch.tensor([True, False, True, False])
     found.append(samplers.complete(run.model, x[:5].long(), known, grid, seed=3, rounds=2))
     found.append(samplers.probability_flow(run.model, 5, grid, seed=2))
-    found.append(Scorer("bound", run.config.schema, run.model, x, calls=8)(run.model, x[:7]).nats)
+    found.append(Scorer("bound", run.config.schema, run.model, x, calls=8)(x[:7]).nats)
     found += by_dimension(run.model, x[:7], grid)[0]
     file = Path(out) / "x.nlb"
     compress_file(run.model, run.config.schema, source, file, lambda: grid, block=20)

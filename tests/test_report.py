@@ -15,6 +15,7 @@ from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.cli import app
 from nelbo.data import Schema, as_examples
 from nelbo.data.columns import Column
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import diffusion_term, prior_term, reconstruction_term
 from nelbo.diffusion.model import measuring
 from nelbo.diffusion.reverse import Posterior
@@ -82,12 +83,12 @@ def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "run"
     run = train("digits", out, **SMALL)
     # A few test examples are enough here.
-    law, few = run.law, run.examples()[0][:12]
+    batch, few = run.batch, Batch(run.examples()[0][:12])
 
     def of_few(source=None, split=None, splits=None):
-        return law(source, split) if split else (run.model, few, "test")
+        return batch(source, split) if split else (few, "test")
 
-    object.__setattr__(run, "law", of_few)
+    object.__setattr__(run, "batch", of_few)
     return run
 
 
@@ -217,7 +218,7 @@ def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):
 def test_curves_and_costs_are_of_one_measurement(digits):
     x = as_examples(digits.examples()[0])
     step = digits.model.step
-    curves, cost = measure_steps(digits.model, x, seed=2)
+    curves, cost = measure_steps(digits.model, Batch(x), seed=2)
     assert digits.model.step is step
     mixture, gaussian = curves
     assert (mixture.name, gaussian.name) == ("mixture step", "Gaussian step, σ² = β̃")
@@ -260,7 +261,7 @@ def test_the_best_grids_stand_before_the_uniform_ones(digits):
     def late(steps):
         return TimeGrid(TimeGrid.uniform(steps).times ** 0.5)
 
-    curves, _ = measure_steps(digits.model, x, seed=2, best=late)
+    curves, _ = measure_steps(digits.model, Batch(x), seed=2, best=late)
     names = "mixture step, best grid", "mixture step", "Gaussian step, σ² = β̃"
     assert tuple(curve.name for curve in curves) == names
     assert [curve.thin for curve in curves] == [False, True, False]

@@ -46,19 +46,17 @@ def test_each_definition_is_the_bound_and_what_its_name_says(run, x):
     bound, complexity, typicality = (
         scorer(run, name) for name in ("bound", "complexity", "typicality")
     )
-    nats = bound(run.model, x).nats
-    torch.testing.assert_close(bound(run.model, x).score, nats)
+    nats = bound(x).nats
+    torch.testing.assert_close(bound(x).score, nats)
     length = code_length(x, run.config.schema)
-    torch.testing.assert_close(complexity(run.model, x).score, nats - length)
-    torch.testing.assert_close(
-        typicality(run.model, x).score, (nats - bound.reference.mean()).abs()
-    )
-    assert bound(run.model, x).bits == pytest.approx(1 / (64 * math.log(2)))
+    torch.testing.assert_close(complexity(x).score, nats - length)
+    torch.testing.assert_close(typicality(x).score, (nats - bound.reference.mean()).abs())
+    assert bound(x).bits == pytest.approx(1 / (64 * math.log(2)))
 
 
 def test_the_bound_of_an_example_and_its_error(run, x):
     """Sixteen times by other seeds: their mean is the bound, their spread the error they state."""
-    each = [scorer(run, "bound", seed=seed)(run.model, x) for seed in range(16)]
+    each = [scorer(run, "bound", seed=seed)(x) for seed in range(16)]
     nats = torch.stack([found.nats for found in each])
     with seeded(0), measuring(run.model):
         many = as_examples(x).repeat_interleave(100, 0)
@@ -92,7 +90,7 @@ def test_rank_and_percentile():
 def test_held_out_examples_of_the_same_law_rank_anywhere(run):
     """Each half of a split among the other: the mean percentile is 50 within its error."""
     half, rest = run.config.load_data().splits["test"][:120].split(60)
-    found = Scorer("bound", run.config.schema, run.model, half, calls=8)(run.model, rest)
+    found = Scorer("bound", run.config.schema, run.model, half, calls=8)(rest)
     assert abs(found.percentile.mean().item() - 50) < 4 * 100 * math.sqrt(2 / 12 / 60)
 
 
@@ -123,7 +121,7 @@ def test_columns_that_make_a_row_strange(of_words, tmp_path):
     score = Scorer("bound", run.config.schema, run.model, reference, calls=24)
     x = data.load_like(rows, run.config.schema).splits["all"]
     odd = data.load_like(turned, run.config.schema).splits["all"]
-    found, strange = score(run.model, x), score(run.model, odd)
+    found, strange = score(x), score(odd)
     whole = found.excess.sum(1) + score.usual.sum()
     # a grid of 32 steps is a little above continuous time, and one draw of it noisy
     assert abs((whole - found.nats).mean()) < 1.0

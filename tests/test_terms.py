@@ -8,6 +8,7 @@ from closed_forms import orders
 from known_models import MODELS, gaussian
 
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import diffusion_rate, diffusion_term, reconstruction_term
 from nelbo.diffusion.process import Affine
@@ -41,7 +42,7 @@ def test_terms_are_those_of_the_bound(name):
         (TERMS["rate"], lambda: diffusion_rate(known.model, x, T)),
     ):
         with seeded(1):
-            cost = term.cost(known.model, x)
+            cost = term.cost(known.model, Batch(x))
         with seeded(1):
             assert torch.equal(cost, function())
 
@@ -51,7 +52,7 @@ def test_the_weight_of_an_error(term):
     """Equations 7 and 8: the cost is w ‖e - ê‖², with the ê that the network gave."""
     known = gaussian()
     x = known.examples(3)
-    draw = draw_term(known.model, x, TERMS[term])
+    draw = draw_term(known.model, Batch(x), TERMS[term])
     error = (known.model.embed(x) - draw.prediction.e_hat).square().sum(1)
     weight = TERMS[term].error_weight(known.model.process)
     torch.testing.assert_close(draw.cost, weight * error, rtol=1e-11, atol=0)
@@ -69,7 +70,7 @@ def test_the_weight_of_an_error_in_decoding(t):
     known.model.process.embedding = Affine()
     x = known.examples(3)
     times = torch.full((3,), t, dtype=torch.float64)
-    draw = draw_term(known.model, x, ReconstructionTerm(times))
+    draw = draw_term(known.model, Batch(x), ReconstructionTerm(times))
     error = (x - draw.prediction.e_hat).square().sum(1)
     constant = math.log(2 * math.pi) + gamma
     weight = ReconstructionTerm(times).error_weight(known.model.process)
@@ -81,7 +82,7 @@ def test_the_weight_of_a_mask(term):
     """Equation 9 and its steps: the cost is w Σ_masked -log P(x_i|z_t)."""
     known = MODELS["symbols"]()
     x = known.examples(3)
-    draw = draw_term(known.model, x, TERMS[term])
+    draw = draw_term(known.model, Batch(x), TERMS[term])
     surprise = -draw.prediction.e_hat.gather(-1, x[..., None])[..., 0]
     hidden = torch.where(draw.z == known.model.process.mask, surprise, 0.0).sum(1)
     weight = TERMS[term].mask_weight(known.model.process)

@@ -13,6 +13,7 @@ from nelbo._utils import files
 from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import constant, seeded, slope
 from nelbo.data import Schema
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits
@@ -208,7 +209,7 @@ def test_every_objective_and_its_gradient_keep_their_mean(weight):
         draws = []
         for _ in range(40):
             u, weights = law(len(x))
-            loss = Objective(weight, 0.5)(model, x[torch.randperm(500)], u, weight=weights)
+            loss = Objective(weight, 0.5)(model, Batch(x[torch.randperm(500)]), u, weight=weights)
             (gradient,) = torch.autograd.grad(loss.loss, model.network.weight)
             draws.append(torch.cat([gradient, torch.stack([loss.loss.detach(), loss.bound])]))
         results.append(torch.stack(draws))
@@ -225,10 +226,12 @@ def test_what_the_law_learns_from_is_the_weighted_rate_at_uniform_times():
     each = []
     for factor in (1.0, 3.0):
         with seeded(1):
-            each.append(Objective(objective.p2)(model, x, u, weight=factor * torch.ones(9)).each)
+            each.append(
+                Objective(objective.p2)(model, Batch(x), u, weight=factor * torch.ones(9)).each
+            )
     torch.testing.assert_close(each[0], each[1])
     with seeded(1):
-        plain = Objective()(model, x, u).each
+        plain = Objective()(model, Batch(x), u).each
     torch.testing.assert_close(each[0], plain * objective.p2(model.process.schedule, u))
 
 
@@ -337,7 +340,7 @@ def test_each_parameter_has_the_gradient_of_its_loss(cross_entropy):
     x, (u, weight) = torch.randint(0, 5, (40, 1, 2, 3)), taught()(40)
     with seeded(1):
         of_both = Objective(objective.bound, cross_entropy)
-        loss = of_both(model, x, u, weight=weight)
+        loss = of_both(model, Batch(x), u, weight=weight)
     (loss.loss + of_both.interior(model, u, weight, loss.rate)).backward()
     moment = log_second_moment(schedule, u, weight * loss.rate**2, weight)
     want = torch.autograd.grad(moment, schedule.interior())
@@ -346,7 +349,7 @@ def test_each_parameter_has_the_gradient_of_its_loss(cross_entropy):
     fixed = level_model(schedule)
     fixed.load_state_dict(model.state_dict())
     with seeded(1), constant(schedule.interior()):
-        same = Objective(objective.bound, cross_entropy)(fixed, x, u, weight=weight).loss
+        same = Objective(objective.bound, cross_entropy)(fixed, Batch(x), u, weight=weight).loss
         ends, network = torch.autograd.grad(same, [schedule.ends, fixed.network.weight])
     torch.testing.assert_close(same, loss.loss)
     torch.testing.assert_close(schedule.ends.grad, ends)
@@ -376,14 +379,14 @@ def test_a_learned_gamma_lowers_the_variance_of_a_draw():
     for _ in range(120):
         x, (u, weight) = torch.randint(0, 5, (64, 1, 2, 3)), Stratified()(64)
         step.zero_grad()
-        rate = Objective()(model, x, u, weight=weight).rate
+        rate = Objective()(model, Batch(x), u, weight=weight).rate
         Objective().interior(model, u, weight, rate).backward()
         step.step()
     draws = []
     for gamma in (schedule, Linear(-5.0, 6.0)):
         x, (u, _) = torch.randint(0, 5, (20_000, 1, 2, 3)), Uniform()(20_000)
         with torch.no_grad():
-            draws.append(Objective()(level_model(gamma, zero(Bump())), x, u).each)
+            draws.append(Objective()(level_model(gamma, zero(Bump())), Batch(x), u).each)
     learned, linear = draws
     assert learned.var() < 0.6 * linear.var()
     error = ((learned.var() + linear.var()) / 20_000).sqrt()

@@ -139,8 +139,8 @@ def test_the_callers_generator_is_left_alone(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     objective = trainer.Objective.__call__
 
-    def explode(self, model, x, u, weight, part):
-        loss = objective(self, model, x, u, weight, part)
+    def explode(self, model, batch, u, weight, part):
+        loss = objective(self, model, batch, u, weight, part)
         explode.calls += 1
         return loss._replace(loss=loss.loss * float("nan")) if explode.calls == 4 else loss
 

@@ -113,8 +113,7 @@ def test_a_transform_is_declared_in_the_schema(tmp_path):
     source = str(tmp_path / "t.parquet")
     run = train(source, tmp_path / "run", schema=schema, **options)
     assert run.config.schema.columns[0].transform == "log"
-    law_of_run, x, _ = run.law()
-    assert math.isfinite(evaluate(law_of_run, x, calls=4).nats)
+    assert math.isfinite(evaluate(run.model, run.batch()[0], calls=4).nats)
     schema.write_text('[{"name": "few", "transform": "log"}]')
     with pytest.raises(ValueError, match="transform of the column 'few' is for real numbers"):
         data.load(source, schema=schema)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from nelbo._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from nelbo.diffusion.batch import Batch
     from nelbo.diffusion.elbo import Bound
     from nelbo.diffusion.model import Model
     from nelbo.diffusion.process import GaussianDiffusion, MaskedDiffusion
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "MaskedDiffusion": "diffusion.process",
+    "Batch": "diffusion.batch",
     "Bound": "diffusion.elbo",
     "ContinuousTime": "diffusion.times",
     "GaussianDiffusion": "diffusion.process",
@@ -45,6 +47,7 @@ _HOME = {
     "train": "runs.train",
 }
 __all__ = [
+    "Batch",
     "Bound",
     "ContinuousTime",
     "GaussianDiffusion",

@@ -13,7 +13,7 @@ from nelbo._utils import progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nelbo.diffusion.model import Model
+    from nelbo.diffusion.batch import Batch
     from nelbo.diffusion.times import TimeGrid
     from nelbo.runs.run import Run
 
@@ -44,11 +44,11 @@ def grid_of(run: "Run", steps: int, spacing: Spacing) -> "TimeGrid":
 
 def examples_of(
     run: "Run", data: str | None, split: str | None, tell: bool, splits: str | None = None
-) -> "tuple[Model, Tensor, str]":
-    """The law of `data`, or of the run's own; what are its own is known from then on, and told."""
+) -> "tuple[Batch, str]":
+    """Examples of `data`, or the run's own; data that are its own are known from then on."""
     if data is not None and run.meet(data) and tell:
         say(f"{data} are the run's own data; its commands read them there from now on")
-    return run.law(data, split, splits, say if tell else str)
+    return run.batch(data, split, splits, say if tell else str)
 
 
 def say_of_formulas(out: Path, content: bytes) -> None:

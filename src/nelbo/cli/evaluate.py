@@ -19,9 +19,7 @@ from nelbo.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from nelbo.diffusion.model import Model
+    from nelbo.diffusion.batch import Batch
     from nelbo.diffusion.times import TimeDiscretization
     from nelbo.evaluation.result import BoundEstimate, Evaluation
     from nelbo.runs.run import Run
@@ -98,6 +96,7 @@ def evaluate(
     from nelbo._utils.files import check_writable, write
     from nelbo._utils.progress import tracker
     from nelbo.cli import display
+    from nelbo.diffusion.batch import Batch
     from nelbo.diffusion.model import find_device
     from nelbo.evaluation.dequantization import DEQUANTISERS
     from nelbo.evaluation.evaluate import evaluate as bound
@@ -131,11 +130,13 @@ def evaluate(
             times: TimeDiscretization | None = foreign.times
             schema = None
             x, split = foreign.examples(data, split, splits, say if rank == 0 else None)
+            batch = Batch(x)
         else:
             loaded = load(run)
             weights, schema = loaded.weights, loaded.config.schema
-            model, x, split = examples_of(loaded, data, split, rank == 0, splits)
-            loaded.model.to(place)  # a grid is measured there too
+            batch, split = examples_of(loaded, data, split, rank == 0, splits)
+            model = loaded.model
+            model.to(place)  # a grid is measured there too
             times = None if steps is None else grid_of(loaded, steps, spacing)
         model.to(place)
         find: Callable[..., Evaluation | BoundEstimate]
@@ -152,7 +153,7 @@ def evaluate(
                 known = loaded.examples(split="train")[0]
                 find = partial(find, known=known, pilots=Pilots(loaded, say))
             find = partial(find, per_example=save is not None, variates=variates)
-        result = find(model, x, seed=seed, weights=weights, split=split, track=track)
+        result = find(model, batch, seed=seed, weights=weights, split=split, track=track)
         if isnan(result.nats):
             raise ValueError(
                 f"the bound of {split} is not a number; look for values out of all range in the"
@@ -165,17 +166,16 @@ def evaluate(
                 print(json_text(result.to_dict() | display.of_text(result, schema)))
             else:
                 display.result(result, schema)
-            say_notes(x)
+            say_notes(batch.x)
             if line := display.worse_than_uniform(result, model.process.codes):
                 say(f"note: {line}")
         if columns:
-            _show_columns(model, loaded, x, steps or 32, spacing, seed, rank == 0)
+            _show_columns(loaded, batch, steps or 32, spacing, seed, rank == 0)
 
 
 def _show_columns(
-    model: "Model",
     run: "Run",
-    x: "Tensor",
+    batch: "Batch",
     steps: int,
     grid: Spacing,
     seed: int,
@@ -185,8 +185,8 @@ def _show_columns(
     from nelbo.cli import display
     from nelbo.evaluation.per_dimension import by_column, by_dimension
 
-    known, few = run.config.schema.columns, slice(1000)
-    (bound,) = by_dimension(model.at(few), x[few], grid_of(run, steps, grid), seed=seed)
+    known = run.config.schema.columns
+    (bound,) = by_dimension(run.model, batch[:1000], grid_of(run, steps, grid), seed=seed)
     if not tell:
         return
     names = [column.name for column in known]

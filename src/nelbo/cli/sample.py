@@ -89,11 +89,12 @@ def sample(
     from nelbo._utils.progress import tracker
     from nelbo.data.readers.encoded import read_masked
     from nelbo.data.tabular.tables import FILES
+    from nelbo.diffusion.batch import rows_of
     from nelbo.diffusion.model import find_device
     from nelbo.models.conditioning import guided, parse
     from nelbo.report import images
     from nelbo.runs.run import load
-    from nelbo.sampling import samplers as samplers
+    from nelbo.sampling import samplers
     from nelbo.sampling.imputation import within
 
     loaded = load(run)
@@ -126,23 +127,24 @@ def sample(
         labels = (
             None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
         )
-        model = guided(loaded.model_for_sampling(n, labels, seed), guidance)
+        given = loaded.conditions(n, labels, seed)
+        model = guided(loaded.model, guidance)
         if guidance != 1 and rank == 0:
             say(f"guided {guidance:g} times: not draws of the model whose bound evaluate states")
-        given = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
+        pixels = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
         place = find_device(device)
         loaded.model.to(place)  # a grid is measured there too
         times = grid_of(loaded, steps, grid)
         model.to(place)
         track = tracker("sample")
-        if given is not None:
-            x, known = given[0].expand(n, *model.shape), given[1]
-            x = samplers.complete(model, x, known, times, seed, rounds, track)
+        if pixels is not None:
+            x, known = pixels[0].expand(n, *model.shape), pixels[1]
+            x = samplers.complete(model, x, known, times, seed, rounds, track, given)
         else:
             sampled = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
 
             def draw(rows: "Tensor", seed: int) -> "Tensor":
-                return sampled(model.at(rows), len(rows), times, seed, track)
+                return sampled(model, len(rows), times, seed, track, rows_of(given, rows))
 
             schema = loaded.config.schema
             if schema.columns and not as_modelled:

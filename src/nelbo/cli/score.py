@@ -70,18 +70,18 @@ def score(
     with process_group() as rank:
         loaded = load(run)
         schema, place = loaded.config.schema, find_device(device)
-        model, x, name = examples_of(loaded, data, split, rank == 0, splits)
-        reference = loaded.law(split=against)[:2]
+        batch, name = examples_of(loaded, data, split, rank == 0, splits)
+        reference, _ = loaded.batch(split=against)
         loaded.model.to(place)
         track = tracker("score")
         scorer = anomaly_scores.Scorer(
-            score, schema, *reference, calls=calls, seed=seed, track=track
+            score, schema, loaded.model, reference, calls=calls, seed=seed, track=track
         )
-        scored = scorer(model, x)
+        scored = scorer(batch)
         each = {}
         if figure is not None:
             each = {
-                k: scorer(*anomaly_scores.first(*loaded.law(split=k)[:2])).score for k in SPLITS
+                k: scorer(anomaly_scores.first(loaded.batch(split=k)[0])).score for k in SPLITS
             }
         if rank:
             return
@@ -93,5 +93,5 @@ def score(
 
             write(figure, histogram(each | {name: scored.score}, f"{score}, nats"))
         strange = int((scored.percentile > 95).sum())
-        say_notes(x)
-        say(f"{strange} of {len(x)} examples are above 95 % of the {against} split; {out}")
+        say_notes(batch.x)
+        say(f"{strange} of {len(batch)} examples are above 95 % of the {against} split; {out}")

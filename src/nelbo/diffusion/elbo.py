@@ -12,7 +12,7 @@ By Bayes, q(z_t|z_{t-1}) = q(z_{t-1}|z_t,x) q(z_t|x) / q(z_{t-1}|x), the product
             + Σ_{t=2..T} E_q(z_t|x) KL( q(z_{t-1}|z_t,x) ‖ P(z_{t-1}|z_t,φ) )     diffusion
 
 Each function is one term, one draw of z, per example: shape (B,), nats. Which process, network,
-reverse step or decoder it is, nothing here knows.
+reverse step or decoder it is, nothing here knows. Given a condition c, P is P(·|c) throughout.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,21 +45,27 @@ def prior_term(model: "Model", x: Tensor, t: Tensor) -> Tensor:
     return kl_divergence(q, model.process.prior(x.shape[1:], t))
 
 
-def reconstruction_term(model: "Model", x: Tensor, t: Tensor) -> Tensor:
+def reconstruction_term(
+    model: "Model", x: Tensor, t: Tensor, condition: Tensor | None = None
+) -> Tensor:
     """E_q(z_1|x)[ −log P(x|z_1,φ) ] at the first times t, one draw; shape (B,), nats."""
     z = draw(model.process.marginal(model.embed(x), t))
-    return -model.likelihood(z, t).log_prob(x)
+    return -model.likelihood(z, t, condition).log_prob(x)
 
 
-def diffusion_term(model: "Model", x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+def diffusion_term(
+    model: "Model", x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None
+) -> Tensor:
     """E_q(z_t|x) KL( q(z_s|z_t,x) ‖ P(z_s|z_t,φ) ), one draw; shape (B,), nats."""
     e = model.embed(x)
     z = draw(model.process.marginal(e, t))
-    return kl_divergence(model.process.posterior(z, e, s, t), model.reverse(z, s, t))
+    return kl_divergence(model.process.posterior(z, e, s, t), model.reverse(z, s, t, condition))
 
 
-def diffusion_rate(model: "Model", x: Tensor, t: Tensor) -> Tensor:
+def diffusion_rate(
+    model: "Model", x: Tensor, t: Tensor, condition: Tensor | None = None
+) -> Tensor:
     """lim_{s→t} diffusion_term/(t−s), one draw; shape (B,), nats per unit of time."""
     e = model.embed(x)
     z = draw(model.process.marginal(e, t))
-    return model.process.rate(z, e, model.predict(z, t).e_hat, t)
+    return model.process.rate(z, e, model.predict(z, t, condition).e_hat, t)

@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 
 from nelbo._utils.numerics import check_finite
 from nelbo._utils.sharding import whole
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.parametrization import Parametrization, Prediction
@@ -55,47 +56,37 @@ class Model(nn.Module):
         self.shape = tuple(shape)
         self.dtype = torch.float64
         self.precision: torch.dtype | None = None  # of autocast inside the network, if any
-        self.condition: Tensor | None = None
-        self.given_what = ""  # names of c where the model is one of P(x|c)
-
-    def given(self, condition: Tensor, what: str = "condition") -> "Model":
-        """The model of N examples that are given conditions (N, F); it shares all weights.
-
-        It is measured on these examples, in their order, as the model of P(x|what).
-        """
-        model = copy.copy(self)
-        model.condition, model.given_what = condition, what
-        return model
+        self.conditioned_on = ""  # names of c, where the model is one of P(x|c)
 
     def unconditional(self) -> "Model":
-        """The model of P(x), whatever it can be given; it shares all weights."""
+        """Return the model of P(x), which shares all weights, of a model of P(x|c)."""
         model = copy.copy(self)
-        model.condition, model.given_what = None, ""
+        model.conditioned_on = ""
         return model
 
-    def check_law(self, examples: int) -> None:
-        """Refuse to measure so many examples with no conditions, or with those of others.
+    def check_condition(self, condition: Tensor | None, examples: int) -> None:
+        """Refuse to call a model of P(x|c) without c, or with the c of more or fewer examples.
 
         Raises:
-            ValueError: the model is of P(x|c) and has no c, or as many as are other examples.
+            ValueError: as said.
         """
-        if self.condition is None and self.given_what:
+        if condition is None:
+            if self.conditioned_on:
+                raise ValueError(
+                    f"the model is one of P(x|{self.conditioned_on}), and which"
+                    f" {self.conditioned_on} each example has was not said: take the examples from"
+                    " run.batch(...), give nelbo.Batch(x, condition), or measure P(x) with"
+                    " model.unconditional()"
+                )
+        elif len(condition) != examples:
             raise ValueError(
-                f"the model is one of P(x|{self.given_what}), and which {self.given_what} each"
-                " example has was not said: take model and examples from run.law(...), or measure"
-                " P(x) with model.unconditional()"
-            )
-        if self.condition is not None and len(self.condition) != examples:
-            raise ValueError(
-                f"the model was given the {self.given_what} of {len(self.condition)} examples; got"
-                f" {examples} examples: choose theirs with model.at(rows), rows a slice or tensor"
+                f"each example has its own condition; got {len(condition)} conditions of"
+                f" {examples} examples: choose the same rows of both, as batch[rows] does"
             )
 
-    def at(self, rows: slice | Tensor) -> "Model":
-        """The model of some of the examples; itself where it was given nothing."""
-        if self.condition is None:
-            return self
-        return self.given(self.condition[rows], self.given_what)
+    def given(self, batch: Batch) -> str:
+        """Return what the bound of a batch is conditioned on, for the record; "" for P(x)."""
+        return "" if batch.condition is None else batch.given or self.conditioned_on or "condition"
 
     @property
     def dims(self) -> int:
@@ -124,16 +115,12 @@ class Model(nn.Module):
             )
         return self.process.embed(x).to(self.dtype)
 
-    def predict(self, z: Tensor, t: Tensor) -> Prediction:
-        """One call of the network: what it says of the data, given z = z_t."""
+    def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
+        """Call the network once: its prediction of the data, given z = z_t and the condition."""
+        self.check_condition(condition, len(z))
         dtype = next(self.network.parameters()).dtype
         features, level = self.process.features(z).clamp(-FAR, FAR), self.process.level(t)
-        inputs = [features, level] + ([] if self.condition is None else [self.condition])
-        if len(inputs[-1]) != len(z):
-            raise ValueError(
-                f"the model is given {len(inputs[-1])} conditions; got {len(z)} examples: choose"
-                " theirs with Model.at"
-            )
+        inputs = [features, level] + ([] if condition is None else [condition])
         inputs = [v.to(z.device, dtype) for v in inputs]
         with _narrow(z.device, self.precision):
             output = self.network(*inputs).to(self.dtype)
@@ -145,13 +132,15 @@ class Model(nn.Module):
             )
         return self.head(output, z, t, self.process)
 
-    def reverse(self, z: Tensor, s: Tensor, t: Tensor) -> Distribution:
+    def reverse(
+        self, z: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> Distribution:
         """P(z_s|z_t, φ) for z = z_t."""
-        return self.step(self.predict(z, t), z, s, t, self.process)
+        return self.step(self.predict(z, t, condition), z, s, t, self.process)
 
-    def likelihood(self, z: Tensor, t: Tensor) -> Distribution:
+    def likelihood(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Distribution:
         """P(x|z_1, φ) for z = z_1 at the first times t."""
-        return self.decoder(self.predict(z, t), z, t, self.process)
+        return self.decoder(self.predict(z, t, condition), z, t, self.process)
 
 
 def _narrow(device: torch.device, precision: torch.dtype | None) -> AbstractContextManager[object]:
@@ -167,21 +156,21 @@ def find_device(name: str) -> torch.device:
 
 
 @contextmanager
-def measuring(model: Model, x: Tensor | None = None) -> Iterator[None]:
+def measuring(model: Model, batch: Batch | None = None) -> Iterator[None]:
     """Evaluation mode, float64 around the network, no TF32, no autocast; then all as before.
 
     Args:
         model: the model to measure.
-        x: the examples on which it is measured, where a bound is.
+        batch: the examples on which it is measured, where a bound is.
 
     Raises:
         ValueError: a model of P(x|c) without the conditions of these examples; no such examples;
             weights that are not finite.
     """
     check_finite(model, "the model")
-    if x is not None:
-        model.check_law(len(x))
-        check_examples(model, x)
+    if batch is not None:
+        model.check_condition(batch.condition, len(batch))
+        check_examples(model, batch.x)
     before = model.training, model.dtype, model.precision
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:

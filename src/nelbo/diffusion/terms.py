@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.numerics import slope
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import diffusion_rate, diffusion_term, reconstruction_term
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import ForwardProcess
@@ -27,7 +28,7 @@ class Term(ABC):
     t: Tensor
 
     @abstractmethod
-    def cost(self, model: Model, x: Tensor) -> Tensor:
+    def cost(self, model: Model, batch: Batch) -> Tensor:
         """One draw, one network call each, shape (B,), nats."""
 
     @abstractmethod
@@ -43,8 +44,8 @@ class Term(ABC):
 class ReconstructionTerm(Term):
     """E_q(z_1|x)[ -log P(x|z_1) ] at the first times t."""
 
-    def cost(self, model: Model, x: Tensor) -> Tensor:
-        return reconstruction_term(model, x, self.t)
+    def cost(self, model: Model, batch: Batch) -> Tensor:
+        return reconstruction_term(model, batch.x, self.t, batch.condition)
 
     def error_weight(self, process: ForwardProcess) -> Tensor:
         return (-process.schedule(self.t)).exp() / 2
@@ -59,8 +60,8 @@ class DiffusionTerm(Term):
 
     s: Tensor
 
-    def cost(self, model: Model, x: Tensor) -> Tensor:
-        return diffusion_term(model, x, self.s, self.t)
+    def cost(self, model: Model, batch: Batch) -> Tensor:
+        return diffusion_term(model, batch.x, self.s, self.t, batch.condition)
 
     def error_weight(self, process: ForwardProcess) -> Tensor:
         snr_s, snr_t = ((-process.schedule(v)).exp() for v in (self.s, self.t))
@@ -76,8 +77,8 @@ class DiffusionTerm(Term):
 class DiffusionRate(Term):
     """lim_{s→t} Step(s, t)/(t-s)."""
 
-    def cost(self, model: Model, x: Tensor) -> Tensor:
-        return diffusion_rate(model, x, self.t)
+    def cost(self, model: Model, batch: Batch) -> Tensor:
+        return diffusion_rate(model, batch.x, self.t, batch.condition)
 
     def error_weight(self, process: ForwardProcess) -> Tensor:
         return slope(process.schedule, self.t) * (-process.schedule(self.t)).exp() / 2

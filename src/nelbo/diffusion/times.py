@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nelbo.diffusion.checks import as_tensor, check_examples
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.elbo import Bound, prior_term, reconstruction_term
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import Betas, Schedule
@@ -60,12 +61,12 @@ class TimeDiscretization(ABC):
     def term(self, u: Tensor) -> tuple[Term, float]:
         """The term at uniform u, shape (B,), and the factor of its cost."""
 
-    def diffusion(self, model: Model, x: Tensor, u: Tensor) -> Tensor:
+    def diffusion(self, model: Model, batch: Batch, u: Tensor) -> Tensor:
         """Unbiased draw of the diffusion term for uniform u, shape (B,), nats."""
         if self.terms == 0:
             return torch.zeros_like(u)
         term, factor = self.term(u)
-        return factor * term.cost(model, x)
+        return factor * term.cost(model, batch)
 
 
 class TimeGrid(TimeDiscretization):
@@ -152,13 +153,16 @@ def times_of(model: Model, times: TimeDiscretization | None) -> TimeDiscretizati
 
 
 def elbo(
-    model: Model, x: Tensor, times: TimeDiscretization | None = None, u: Tensor | None = None
+    model: Model,
+    x: Tensor | Batch,
+    times: TimeDiscretization | None = None,
+    u: Tensor | None = None,
 ) -> Bound:
     """The three terms of −ELBO per example, unbiased, in nats.
 
     Args:
         model: the model; its `dtype` is the precision of the arithmetic around the network.
-        x: examples, shape (B, ...).
+        x: examples, shape (B, ...), or a `Batch` of them and their conditions.
         times: TimeGrid(times) or ContinuousTime(start); left out, ContinuousTime from the
             schedule's start.
         u: uniform draws in [0, 1), shape (B,) or (B, n), averaged over n. Left out, they are
@@ -170,20 +174,21 @@ def elbo(
     Raises:
         ValueError: a model of P(x|c) without the conditions of these examples; no such examples.
     """
-    x = as_tensor(x).to(model.device)
-    model.check_law(len(x))
-    check_examples(model, x)
-    x = x.double() if x.is_floating_point() else x.long()
+    batch = Batch.of(x)
+    model.check_condition(batch.condition, len(batch))
+    check_examples(model, batch.x)
+    batch = batch.to(model.device)
+    x = batch.x
     times = times_of(model, times)
     if u is None:
         u = stratified(len(x), max(times.terms, 1))
     u = u.reshape(len(x), -1).to(x.device)
     first = torch.full((len(x),), times.first, dtype=torch.float64, device=x.device)
     prior = prior_term(model, x, torch.ones_like(first))
-    reconstruction = reconstruction_term(model, x, first)
+    reconstruction = reconstruction_term(model, x, first, batch.condition)
     draws = u.shape[1]
     row = torch.arange(len(x), device=x.device).repeat_interleave(draws)
-    each = times.diffusion(model.at(row), x[row], u.flatten())
+    each = times.diffusion(model, batch[row], u.flatten())
     return Bound(prior, reconstruction, each.reshape(len(x), draws).mean(1))
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.numerics import over
-from nelbo.data import as_examples
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.terms import ReconstructionTerm, Term
 from nelbo.diffusion.times import TimeDiscretization, stratified
 from nelbo.evaluation.control_variates import NO_CONTEXT, ContextLogits, ControlVariates
@@ -73,7 +73,7 @@ class Strata:
     def visit(
         self,
         controls: ControlVariates,
-        x: Tensor,
+        batch: Batch,
         cell: Tensor,
         share: Tensor,
         replicate: Tensor,
@@ -83,7 +83,7 @@ class Strata:
 
         Args:
             controls: the variates and their model.
-            x: examples, shape (B, ...).
+            batch: examples, x of shape (B, ...).
             cell: of each visit, shape (B, n).
             share: where in its cell, in [0, 1), shape (B, n).
             replicate: of each of the n visits, not decreasing, shape (n,).
@@ -93,7 +93,7 @@ class Strata:
         within = (share[..., None] + torch.arange(each) / each) % 1
         cost, v = self._draw(
             controls,
-            x,
+            batch,
             cell[..., None].expand(shape).flatten(1),
             within.flatten(1),
             replicate.repeat_interleave(each),
@@ -104,23 +104,34 @@ class Strata:
         return cost.view(shape).mean(2), v
 
     def _draw(
-        self, controls: ControlVariates, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
+        self,
+        controls: ControlVariates,
+        batch: Batch,
+        cell: Tensor,
+        share: Tensor,
+        replicate: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Of single draws, the columns of the controls alone."""
         cost = torch.zeros(cell.shape, dtype=torch.float64)
         v = torch.zeros(*cell.shape, controls.variates, dtype=torch.float64)
         rows = controls.model.rows
         for columns in torch.arange(cell.shape[1]).split(rows):
-            for some in torch.arange(len(x)).split(max(1, rows // len(columns))):
+            for some in torch.arange(len(batch)).split(max(1, rows // len(columns))):
                 at = some[:, None], columns
                 cost[at], v[at] = self._call(
-                    controls.at(some), x[some], cell[at], share[at], replicate[columns]
+                    controls, batch[some], cell[at], share[at], replicate[columns]
                 )
         return cost, v
 
     def _call(
-        self, controls: ControlVariates, x: Tensor, cell: Tensor, share: Tensor, replicate: Tensor
+        self,
+        controls: ControlVariates,
+        batch: Batch,
+        cell: Tensor,
+        share: Tensor,
+        replicate: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        x = batch.x
         row = torch.arange(len(x)).repeat_interleave(cell.shape[1])
         at, cell, share = cell + share, cell.flatten(), share.flatten()
         place = at.flatten()
@@ -132,7 +143,7 @@ class Strata:
             order = kind.nonzero()[:, 0][place[kind].argsort()]
             for part in order.split(max(LIKE, math.ceil(len(order) / 4))) if kind.any() else ():
                 term, factor = self._term(cell[part], share[part], x.device)
-                draw = draw_term(controls.model.at(row[part]), x[row[part]], term)
+                draw = draw_term(controls.model, batch[row[part]], term)
                 cost[part] = factor * draw.cost.cpu()
                 draws.append((part, factor, draw))
         said = ContextLogits.gathered([d[0] for d in draws], [controls.said(d[2]) for d in draws])
@@ -203,14 +214,19 @@ def even(cells: Strata, controls: ControlVariates, features: int, first: float) 
 
 
 def pilot(
-    cells: Strata, controls: ControlVariates, x: Tensor, rows: int, draws: int, replicates: int
+    cells: Strata,
+    controls: ControlVariates,
+    batch: Batch,
+    rows: int,
+    draws: int,
+    replicates: int,
 ) -> Proposal:
     """Draw so many rows in each cell on examples of x, and fit.
 
     Args:
         cells: where.
         controls: the variates.
-        x: examples, shape (N, ...).
+        batch: examples, x of shape (N, ...).
         rows: network calls for each cell, on average; eight or more.
         draws: of each example in each replicate, in what follows.
         replicates: in what follows.
@@ -235,7 +251,7 @@ def pilot(
             break
         u = stratified(examples) + torch.arange(both) * _apart(examples, draws, replicates)
         cell, share = stratum_of(p, u % 1)
-        found.append(_rows(cells, controls, x, cell, share, replicate, each))
+        found.append(_rows(cells, controls, batch, cell, share, replicate, each))
         fitted = fit_proposal(cells.count, *_usual(*map(torch.cat, zip(*found, strict=True))))
         p = fitted.probability
     return fitted
@@ -244,20 +260,19 @@ def pilot(
 def _rows(
     cells: Strata,
     controls: ControlVariates,
-    x: Tensor,
+    batch: Batch,
     cell: Tensor,
     share: Tensor,
     replicate: Tensor,
     each: int,
 ) -> tuple[Tensor, ...]:
-    """What `_usual` is given, of visits (B, n) to examples taken from x at random."""
+    """What `_usual` is given, of visits (B, n) to examples taken from the batch at random."""
     # an example is visited in many cells, and its φ is of them all
-    drawn = torch.randint(len(x), (len(cell),))
+    drawn = torch.randint(len(batch), (len(cell),))
     once, place = drawn.unique(return_inverse=True)
-    some = as_examples(x[once]).to(controls.model.device)
-    here = controls.at(once[place])
-    cost, v = cells.visit(here, some[place], cell, share, replicate, each)
-    phi = torch.cat([controls.between(part) for part in some.split(256)])[place[:, None], cell]
+    some = batch[once].to(controls.model.device)
+    cost, v = cells.visit(controls, some[place], cell, share, replicate, each)
+    phi = torch.cat([controls.between(part) for part in some.x.split(256)])[place[:, None], cell]
     example = drawn.repeat_interleave(cell.shape[1])
     return example, cell.flatten(), cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1)
 
@@ -398,7 +413,7 @@ def estimate(
     cells: Strata,
     controls: ControlVariates,
     allocation: Proposal,
-    x: Tensor,
+    batch: Batch,
     u: Tensor,
     each: int = 1,
     known: Tensor | None = None,
@@ -409,7 +424,7 @@ def estimate(
         cells: where.
         controls: the variates.
         allocation: from a pilot.
-        x: examples on the device of the model, shape (B, ...).
+        batch: examples on the device of the model, x of shape (B, ...).
         u: uniform, shape (B, R, n), of n visits, over which is averaged. The R are uncorrelated
             given x.
         each: draws of a visit.
@@ -421,9 +436,9 @@ def estimate(
     examples, replicates, times = u.shape
     cell, share = stratum_of(allocation.probability, u.flatten(1))
     replicate = torch.arange(replicates).repeat_interleave(times)
-    cost, v = cells.visit(controls, x, cell, share, replicate, each)
+    cost, v = cells.visit(controls, batch, cell, share, replicate, each)
     if known is None:
-        known = allocation.known(controls.between(x))
+        known = allocation.known(controls.between(batch.x))
     left = cost - (v * allocation.within[cell]).sum(-1) - known.gather(1, cell)
     sums = torch.zeros(examples, replicates, cells.count, dtype=torch.float64)
     of_visit = (left / (allocation.probability[cell] * times)).view(u.shape)

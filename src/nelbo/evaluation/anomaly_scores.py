@@ -35,8 +35,9 @@ from nelbo._utils.batch_rng import gather_rows, local_shard, shard_rng
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
-from nelbo.data import Schema, as_examples
+from nelbo.data import Schema
 from nelbo.data.readers.pillow import png
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo, even_times
 from nelbo.evaluation.intervals import errors
@@ -159,10 +160,9 @@ def _overflown(nats: Tensor) -> Tensor:
     return torch.where(nats.isnan(), math.inf, nats)
 
 
-def first(model: Model, x: Tensor) -> tuple[Model, Tensor]:
-    """The first REFERENCE of the examples and their model."""
-    few = slice(REFERENCE)
-    return model.at(few), x[few]
+def first(batch: Batch) -> Batch:
+    """Return the first REFERENCE of the examples."""
+    return batch[:REFERENCE]
 
 
 class Scorer:
@@ -171,8 +171,8 @@ class Scorer:
     Args:
         name: of the score, one of SCORES.
         schema: what an example is.
-        model: of the reference; a conditional one is given the labels of its examples.
-        reference: examples to compare with; the first thousand are used.
+        model: the model.
+        reference: examples to compare with, or a `Batch`; the first thousand are used.
         calls: network calls per example, of which a sixth and more decode; 24 where left out.
         seed: everything random follows from it.
         track: wraps what takes time, for a progress bar.
@@ -186,7 +186,7 @@ class Scorer:
         name: str,
         schema: Schema,
         model: Model,
-        reference: Tensor,
+        reference: Tensor | Batch,
         *,
         calls: int | None = None,
         seed: int = 0,
@@ -203,54 +203,54 @@ class Scorer:
                 f" error; got {calls}; try {CALLS}"
             )
         self.seed, self.track = seed, track
-        model, reference = first(model, reference)
-        self.define(torch.zeros(1), reference[:1], schema, 0.0)  # refuses before the work
-        self.usual = self._of_columns(model, reference).mean(0)
-        self.replicates = self._nats(model, reference)
+        self.model, known = model, first(Batch.of(reference))
+        self.define(torch.zeros(1), known.x[:1], schema, 0.0)  # refuses before the work
+        self.usual = self._of_columns(known).mean(0)
+        self.replicates = self._nats(known)
         nats = self.replicates.mean(1)
         self.mean = nats.mean().item()
-        self.reference = self.define(nats, reference, schema, self.mean)
+        self.reference = self.define(nats, known.x, schema, self.mean)
 
-    def __call__(self, model: Model, x: Tensor) -> Scored:
-        """The scores of examples x, (N, *shape), under their model."""
-        each = self._nats(model, x)
+    def __call__(self, x: Tensor | Batch) -> Scored:
+        """Return the scores of examples x, (N, *shape), or of a `Batch`."""
+        batch, model = Batch.of(x), self.model
+        each = self._nats(batch)
         nats, error = each.mean(1), _overflown(errors([each], self.replicates))
-        score = self.define(nats, x, self.schema, self.mean)
+        score = self.define(nats, batch.x, self.schema, self.mean)
         bits = None if model.decoder.density else 1 / (model.dims * LOG_2)
         found = Scored(score, nats, error, self.reference, bits)
         if not self.schema.columns:
             return found
         names = tuple(column.name for column in self.schema.columns)
-        excess = _overflown(self._of_columns(model, x) - self.usual)
+        excess = _overflown(self._of_columns(batch) - self.usual)
         return replace(found, columns=names, excess=excess)
 
-    def _of_columns(self, model: Model, x: Tensor) -> Tensor:
+    def _of_columns(self, batch: Batch) -> Tensor:
         """Nats of each column of each row, (N, C); (N, 0) where there are no columns."""
         known = self.schema.columns
         if not known:
-            return torch.zeros(len(x), 0)
-        grid = TimeGrid(even_times(model.process.schedule, STEPS, STEPS))
-        (bound,) = by_dimension(model, x, grid, seed=self.seed)
+            return torch.zeros(len(batch), 0)
+        grid = TimeGrid(even_times(self.model.process.schedule, STEPS, STEPS))
+        (bound,) = by_dimension(self.model, batch, grid, seed=self.seed)
         return by_column(-bound.elbo, known)
 
-    def _nats(self, model: Model, x: Tensor) -> Tensor:
+    def _nats(self, batch: Batch) -> Tensor:
         """The bound on -log P(x) of each example, in replicates; (N, REPLICATES)."""
-        draws = self.calls // REPLICATES - 1
+        model, draws = self.model, self.calls // REPLICATES - 1
         rows = max(1, model.rows // draws)
         parts = []
-        with measuring(model, x):
-            for begin in self.track(range(0, len(x), rows)):
-                block = torch.arange(begin, min(begin + rows, len(x)))
+        with measuring(model, batch):
+            for begin in self.track(range(0, len(batch), rows)):
+                block = torch.arange(begin, min(begin + rows, len(batch)))
                 with seeded(self.seed, begin), local_shard(len(block)) as part:
-                    own = part.of(block)
-                    few, its = as_examples(x[own]).to(model.device), model.at(own)
-                    each = [self._draw(its, few, draws) for _ in range(REPLICATES)]
+                    few = batch[part.of(block)].to(model.device)
+                    each = [self._draw(model, few, draws) for _ in range(REPLICATES)]
                 parts.append(gather_rows(part, torch.stack(each, 1).cpu()))
         return _overflown(torch.cat(parts))
 
     @staticmethod
-    def _draw(model: Model, x: Tensor, draws: int) -> Tensor:
+    def _draw(model: Model, batch: Batch, draws: int) -> Tensor:
         with shard_rng():
-            within = torch.rand(len(x), 1, dtype=torch.float64)
+            within = torch.rand(len(batch), 1, dtype=torch.float64)
         u = (torch.arange(draws) + within) / draws
-        return -elbo(model, x, ContinuousTime(model.process.schedule.start), u).elbo
+        return -elbo(model, batch, ContinuousTime(model.process.schedule.start), u).elbo

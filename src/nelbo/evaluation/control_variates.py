@@ -25,7 +25,6 @@ Those differences are φ of a cell; what the mixtures of Gaussians say of e, and
 is, are φ of all cells.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,12 +123,6 @@ class ControlVariates:
         phi = torch.cat([self._phi(part) for part in few.split(256)])
         spread = phi.std(0, correction=0)
         self.centre, self.spread = phi.mean(0), torch.where(spread > 0, spread, 1.0)
-
-    def at(self, rows: slice | Tensor) -> "ControlVariates":
-        """The same for some of the examples that the model is given conditions of."""
-        controls = copy.copy(self)
-        controls.model = self.model.at(rows)
-        return controls
 
     @property
     def variates(self) -> int:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.numerics import log1mexp, over
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import GaussianDiffusion, Levels
 
@@ -48,7 +49,7 @@ class Dequantiser(ABC):
     name: str
 
     @abstractmethod
-    def __call__(self, model: Model, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         """z ~ q(z|x), shape of x, and log P(x|z) − log q(z|x), shape (B,), nats."""
 
 
@@ -57,10 +58,10 @@ class Encoder(Dequantiser):
 
     name = "encoder"
 
-    def __call__(self, model: Model, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        q = model.process.marginal(model.embed(x), t)
+    def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+        q = model.process.marginal(model.embed(batch.x), t)
         z = q.sample()
-        return z, model.likelihood(z, t).log_prob(x) - q.log_prob(z)
+        return z, model.likelihood(z, t, batch.condition).log_prob(batch.x) - q.log_prob(z)
 
 
 class TruncatedNormal(Dequantiser):
@@ -68,9 +69,9 @@ class TruncatedNormal(Dequantiser):
 
     name = "truncated-normal"
 
-    def __call__(self, model: Model, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         process, levels = _of_levels(model, self)
-        e = model.embed(x)
+        x, e = batch.x, model.embed(batch.x)
         sigma = over((process.log_one_minus_alpha(t) / 2).exp(), e)
         tau = over((-process.schedule(t) / 2).exp(), e) * _half_bin(levels)
         low = torch.where(x == 0, -torch.inf, -tau)
@@ -88,9 +89,9 @@ class Uniform(Dequantiser):
 
     name = "uniform"
 
-    def __call__(self, model: Model, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         process, levels = _of_levels(model, self)
-        e, h = model.embed(x), _half_bin(levels)
+        e, h = model.embed(batch.x), _half_bin(levels)
         signal = over(process.alpha(t).sqrt(), e)
         log_width = (2 * h * signal).log().expand_as(e)
         return signal * (e + h * (2 * torch.rand_like(e) - 1)), _total(log_width)

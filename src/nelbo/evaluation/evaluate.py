@@ -21,7 +21,7 @@ from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo.data import as_examples, fingerprint
-from nelbo.diffusion.checks import as_tensor
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
 from nelbo.diffusion.times import TimeDiscretization, stratified, times_of
@@ -43,7 +43,7 @@ TOGETHER = 128  # draws of small blocks, in one task
 
 def evaluate(
     model: Model,
-    x: Tensor,
+    x: Tensor | Batch,
     *,
     times: TimeDiscretization | None = None,
     calls: float | None = None,
@@ -65,7 +65,8 @@ def evaluate(
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
-        x: examples in the space of the data, (N, *model.shape): a tensor or a NumPy array.
+        x: examples in the space of the data, (N, *model.shape): a tensor or a NumPy array; or a
+            `Batch` of them and their conditions.
         times: TimeGrid(times) for the bound of T steps; left out, continuous time.
         calls: network calls per example, at most; 24 where left out. The error includes what
             another sample of the examples would change, where not all are visited.
@@ -85,11 +86,13 @@ def evaluate(
         track: wraps the blocks of examples, for a progress bar.
 
     Raises:
-        ValueError: examples of another shape, too few calls, an impossible target.
+        ValueError: examples of another shape, a model of P(x|c) and no conditions, too few calls,
+            an impossible target.
     """
     seed = integer("seed", seed, 0)
-    x, times = as_tensor(x), times_of(model, times)
-    if len(x) == 0:
+    batch, times = Batch.of(x), times_of(model, times)
+    count = len(batch)
+    if count == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
     if target_error is not None and not (target_error > 0 and math.isfinite(target_error)):
         raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
@@ -97,37 +100,37 @@ def evaluate(
         raise ValueError("give calls or target_error, not both")
     density = model.decoder.density
     scale = scale_of(model)
-    with measuring(model, x), counting(model.network) as calls_made:
-        others = x if known is None else known
+    with measuring(model, batch), counting(model.network) as calls_made:
+        others = batch.x if known is None else known
         cells = Strata(times, time_density(model, times, others))
-        count, kept = CALLS if calls is None else calls, pilots is not None
-        way = plan(len(x), count, cells.count, per_example, kept)
+        kept = pilots is not None
+        way = plan(count, CALLS if calls is None else calls, cells.count, per_example, kept)
         target = None if target_error is None else target_error / scale
         if target is not None:
             way = replace(way, pilot=0 if kept else LEAST, draws=1)
-            if len(x) > FEWEST and not per_example:
+            if count > FEWEST and not per_example:
                 way = replace(way, replicates=1, draws=2)
         with seeded(seed, 0):
             controls: ControlVariates = NoControlVariates(model, cells.edges)
             if variates and (way.pilot or kept):
                 controls = ControlVariates(model, others, cells.edges)
-            learn = partial(_learn, cells, controls, x, pilots)
+            learn = partial(_learn, cells, controls, batch, pilots)
             allocation = learn(way)
             if target is not None:
                 of_visit = visits(way.draws, controls)[1]
-                foreseen = allocation.variance.item() * of_visit / len(x) / target**2
-                wanted = first_round(way, len(x), foreseen, cells.count, per_example)
+                foreseen = allocation.variance.item() * of_visit / count / target**2
+                wanted = first_round(way, count, foreseen, cells.count, per_example)
                 if (wanted.draws, wanted.replicates) != (way.draws, way.replicates):
                     # draws that stand nearer lend more, so the coefficients are others
                     allocation = learn(wanted)
                 way = wanted
         begun = calls_made.forward
-        known_costs = _known(controls, allocation, x)
+        known_costs = _known(controls, allocation, batch.x)
         _check_prior(known_costs[:, 0])
         visit = partial(
-            _visit, cells, controls, allocation, x, known_costs, seed=seed, track=track
+            _visit, cells, controls, allocation, batch, known_costs, seed=seed, track=track
         )
-        order = torch.arange(len(x)) if way.visited == len(x) else _order(len(x), seed)
+        order = torch.arange(count) if way.visited == count else _order(count, seed)
         blocks = order.split(way.block)
         there = range(math.ceil(way.visited / way.block))
         some = {g: way.replicates + (g < way.repeated) for g in there}
@@ -148,18 +151,18 @@ def evaluate(
         unit="nats" if density else "bits/dim",
         standard_error=StandardError(*(scale * e for e in astuple(errors))),
         terms=Terms(*(scale * found.mean(some) for some in columns)),
-        examples=len(x),
+        examples=count,
         visited=len(found.rows),
         dims=model.dims,
-        calls_per_example=called / len(x),
+        calls_per_example=called / count,
         steps=times.steps,
         seed=seed,
         weights=weights,
         split=split,
-        given=model.given_what,
+        given=model.given(batch),
         precision=precision_of(model),
         model_hash=model_hash(model),
-        data_hash=fingerprint(x),
+        data_hash=fingerprint(batch.x),
         processes=world()[1],
         curve=_curve(cells, found, scale),
         per_example=found.bound,
@@ -178,13 +181,17 @@ def precision_of(model: Model) -> str:
 
 
 def _learn(
-    cells: Strata, controls: ControlVariates, x: Tensor, pilots: Pilots | None, way: SamplingPlan
+    cells: Strata,
+    controls: ControlVariates,
+    batch: Batch,
+    pilots: Pilots | None,
+    way: SamplingPlan,
 ) -> Proposal:
     """What the pilot of a plan settles, or one before it."""
     if pilots is not None:
         return pilots(cells, controls, way.draws, way.replicates)
     if way.pilot:
-        return pilot(cells, controls, x, way.pilot, way.draws, way.replicates)
+        return pilot(cells, controls, batch, way.pilot, way.draws, way.replicates)
     # the reconstruction of an example once, if chance will; where that is not many more, as often
     # in each replicate of a block
     once, strata = 1 / (way.draws * way.replicates), way.block * way.draws
@@ -213,11 +220,10 @@ def _known(controls: ControlVariates, allocation: Proposal, x: Tensor) -> Tensor
 
     def part(g: int) -> Tensor:
         rows = slice(g * AT_ONCE, (g + 1) * AT_ONCE)
-        own = controls.at(rows)
-        some = as_examples(x[rows]).to(own.model.device)
+        some = as_examples(x[rows]).to(controls.model.device)
         last = torch.ones(len(some), dtype=torch.float64, device=some.device)
-        prior = prior_term(own.model, some, last).double().cpu()
-        return torch.cat([prior[:, None], allocation.known(own.between(some))], 1)
+        prior = prior_term(controls.model, some, last).double().cpu()
+        return torch.cat([prior[:, None], allocation.known(controls.between(some))], 1)
 
     return torch.cat(map_across_processes(math.ceil(len(x) / AT_ONCE), part))
 
@@ -226,7 +232,7 @@ def _visit(
     cells: Strata,
     controls: ControlVariates,
     allocation: Proposal,
-    x: Tensor,
+    batch: Batch,
     known: Tensor,
     blocks: Sequence[Tensor],
     some: Mapping[int, int],
@@ -245,11 +251,10 @@ def _visit(
         together, replicates = tasks[task]
         parts = [blocks[g] for g in together]
         rows = torch.cat(parts)
-        own = controls.at(rows)
-        block = as_examples(x[rows]).to(own.model.device)
+        block = batch[rows].to(controls.model.device)
         with seeded(seed, 1, turn, task):
             u = torch.cat([_strata(len(part), replicates, times) for part in parts])
-            costs = estimate(cells, own, allocation, block, u, each, known[rows, 1:])
+            costs = estimate(cells, controls, allocation, block, u, each, known[rows, 1:])
         prior = known[rows, :1, None].expand(-1, replicates, -1)
         return list(torch.cat([prior, costs], 2).split([len(p) for p in parts]))
 

@@ -25,7 +25,7 @@ from torch.distributions import kl_divergence
 from nelbo._utils.distributed import map_across_processes
 from nelbo._utils.numerics import draw, seeded
 from nelbo._utils.progress import Track
-from nelbo.data import as_examples
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.reverse import Optimal
 from nelbo.diffusion.times import TimeGrid, even_times
@@ -67,7 +67,7 @@ class Table:
 
 def best_grid(
     model: Model,
-    x: Tensor,
+    x: Tensor | Batch,
     steps: int,
     *,
     candidates: Tensor | None = None,
@@ -78,7 +78,7 @@ def best_grid(
 
     Args:
         model: the model, with the reverse step that it takes.
-        x: examples to measure on, such as training data; a few of them are drawn.
+        x: examples to measure on, such as training data, or a `Batch`; a few of them are drawn.
         steps: T.
         candidates: times to choose from, increasing, the last 1; evenly spaced where left out.
         seed: everything random follows from it.
@@ -87,7 +87,8 @@ def best_grid(
     Raises:
         ValueError: fewer than one step, or more than there are times to choose from.
     """
-    model.check_law(len(x))
+    batch = Batch.of(x)
+    model.check_condition(batch.condition, len(batch))
     if candidates is None:
         candidates = even_times(model.process.schedule, steps, 16 + 2 * steps)
     if not 1 <= steps <= len(candidates):
@@ -96,26 +97,31 @@ def best_grid(
         return TimeGrid(candidates[-steps:])
     # No step of a good grid is much longer than the mean step.
     longest = math.ceil(4 * len(candidates) / steps)
-    rows = _some(model, x, seed)
-    table = measure(model.at(rows), x[rows], candidates, longest, seed, track)
+    few = batch[_some(model, batch.x, seed)]
+    table = measure(model, few, candidates, longest, seed, track)
     return TimeGrid(table.best(steps))
 
 
 def measure(
-    model: Model, x: Tensor, times: Tensor, longest: int, seed: int = 0, track: Track = iter
+    model: Model,
+    x: Tensor | Batch,
+    times: Tensor,
+    longest: int,
+    seed: int = 0,
+    track: Track = iter,
 ) -> Table:
     """R and D over candidate times, means over the examples x; one network call for each time.
 
     Args:
         model: the model.
-        x: examples, shape (N, *model.shape).
+        x: examples, shape (N, *model.shape), or a `Batch`.
         times: the M candidates, increasing.
         longest: steps over more candidates than this are not measured.
         seed: everything random follows from it.
         track: wraps the candidates, for a progress bar.
     """
-    count = len(times)
-    numbers = len(x) * count * min(longest, count) * model.head.numbers
+    batch, count = Batch.of(x), len(times)
+    numbers = len(batch) * count * min(longest, count) * model.head.numbers
     dims = max(1, min(model.dims, NUMBERS // numbers)) if model.process.alike else model.dims
     decode = torch.zeros(count, dtype=torch.float64)
     step = torch.full((count, count), math.inf, dtype=torch.float64)
@@ -123,32 +129,32 @@ def measure(
     def column(j: int) -> tuple[Tensor, Tensor]:
         before = times[max(0, j - longest) : j]
         decoded, steps = torch.zeros((), dtype=torch.float64), torch.zeros_like(before)
-        for g, rows in enumerate(torch.arange(len(x)).split(model.rows)):
+        for g, rows in enumerate(torch.arange(len(batch)).split(model.rows)):
             with seeded(seed, 2, g):
-                block = as_examples(x[rows]).to(model.device)
-                r, d = _column(model.at(rows), block, before, times[j], dims)
-            decoded += r / len(x)
-            steps += d / len(x)
+                r, d = _column(model, batch[rows].to(model.device), before, times[j], dims)
+            decoded += r / len(batch)
+            steps += d / len(batch)
         return decoded, steps
 
-    with measuring(model, x):
+    with measuring(model, batch):
         for j, (decoded, steps) in enumerate(map_across_processes(count, column, track)):
             decode[j], step[j - len(steps) : j, j] = decoded, steps
     return Table(times, decode, step)
 
 
 def _column(
-    model: Model, x: Tensor, before: Tensor, at: Tensor, dims: int
+    model: Model, batch: Batch, before: Tensor, at: Tensor, dims: int
 ) -> tuple[Tensor, Tensor]:
     """Sums over the examples of R(t) and of D(s, t) for each s in `before`; one network call.
 
     D is measured on `dims` of each example's dimensions, which unbiased are scaled up: the pairs,
     not the calls, are the work of a table, and float32 is enough to choose by.
     """
-    process, e = model.process, model.embed(x)
+    x, process = batch.x, model.process
+    e = model.embed(x)
     t = at.to(x.device).expand(len(x))
     z = draw(process.marginal(e, t))
-    prediction = model.predict(z, t)
+    prediction = model.predict(z, t, batch.condition)
     decoded = -model.decoder(prediction, z, t, process).log_prob(x).sum().cpu()
 
     # in turn, so that the examples together show each dimension equally often
@@ -174,25 +180,27 @@ def _column(
     return decoded, found * (model.dims / dims)
 
 
-def measure_errors(model: Model, x: Tensor, seed: int = 0) -> None:
+def measure_errors(model: Model, x: Tensor | Batch, seed: int = 0) -> None:
     """Set v(t) = E‖e − ê‖²/D of a model whose step is `Optimal`, as measured on examples x."""
     if not isinstance(model.step, Optimal):
         return
-    count = len(model.step.errors)
-    some = _some(model, x, seed)
+    batch, count = Batch.of(x), len(model.step.errors)
+    some = _some(model, batch.x, seed)
     times = torch.linspace(0, 1, count, dtype=torch.float64).clamp(model.process.schedule.start)
 
     def error(i: int) -> float:
         total = 0.0
         for g, rows in enumerate(some.split(model.rows)):
             with seeded(seed, 2, g):
-                e = model.embed(as_examples(x[rows]).to(model.device))
+                own = batch[rows].to(model.device)
+                e = model.embed(own.x)
                 at = times[i].to(e.device).expand(len(e))
-                e_hat = model.at(rows).predict(draw(model.process.marginal(e, at)), at).e_hat
+                z = draw(model.process.marginal(e, at))
+                e_hat = model.predict(z, at, own.condition).e_hat
             total += (e - e_hat).square().sum().item()
         return total / (len(some) * model.dims)
 
-    with measuring(model, x):
+    with measuring(model, batch):
         errors = map_across_processes(count, error)
     model.step.errors.copy_(torch.tensor(errors, dtype=torch.float64))
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.progress import Track
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
 from nelbo.evaluation.replicates import _visit
@@ -44,11 +45,12 @@ def check_grid(times: TimeDiscretization) -> TimeGrid:
     return times
 
 
-def log_weights(model: Model, x: Tensor, times: TimeGrid) -> Tensor:
+def log_weights(model: Model, batch: Batch, times: TimeGrid) -> Tensor:
     """log P(x,z)/q(z|x) for one path z ~ q(z|x) of each row of x; shape (B,), nats.
 
     Its mean is the ELBO; it takes T network calls.
     """
+    x, condition = batch.x, batch.condition
     process, e = model.process, model.embed(x)
     every = [t.expand(len(x)) for t in times.times.to(x.device)]
     first, last = every[0], every[-1]
@@ -56,10 +58,10 @@ def log_weights(model: Model, x: Tensor, times: TimeGrid) -> Tensor:
     z = q.sample()
     weight = process.prior(x.shape[1:], last).log_prob(z) - q.log_prob(z)
     for s, t in reversed(list(pairwise(every))):
-        p, q = model.reverse(z, s, t), process.posterior(z, e, s, t)
+        p, q = model.reverse(z, s, t, condition), process.posterior(z, e, s, t)
         z = q.sample()
         weight = weight + p.log_prob(z) - q.log_prob(z)
-    return weight + model.likelihood(z, first).log_prob(x)
+    return weight + model.likelihood(z, first, condition).log_prob(x)
 
 
 def log_mean(log_weights: Tensor) -> Tensor:
@@ -67,7 +69,9 @@ def log_mean(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
 
 
-def importance_weights(model: Model, x: Tensor, times: TimeDiscretization, samples: int) -> Tensor:
+def importance_weights(
+    model: Model, x: Tensor | Batch, times: TimeDiscretization, samples: int
+) -> Tensor:
     """log P(x,z^k)/q(z^k|x) of K paths for each example, shape (B, K), nats.
 
     Raises:
@@ -75,17 +79,20 @@ def importance_weights(model: Model, x: Tensor, times: TimeDiscretization, sampl
     """
     check_samples(samples)
     grid = check_grid(times)
-    rows = torch.arange(len(x)).repeat_interleave(samples).split(model.rows)
-    weights = torch.cat([log_weights(model.at(part), x[part], grid).double() for part in rows])
-    return weights.reshape(len(x), samples)
+    batch = Batch.of(x)
+    rows = torch.arange(len(batch)).repeat_interleave(samples).split(model.rows)
+    weights = torch.cat([log_weights(model, batch[part], grid).double() for part in rows])
+    return weights.reshape(len(batch), samples)
 
 
-def importance_bound(model: Model, x: Tensor, times: TimeDiscretization, samples: int) -> Tensor:
+def importance_bound(
+    model: Model, x: Tensor | Batch, times: TimeDiscretization, samples: int
+) -> Tensor:
     """log 1/K Σ_k P(x,z^k)/q(z^k|x), one draw of L_K; shape (B,), nats.
 
     Args:
         model: the model; its `dtype` is the precision of the arithmetic around the network.
-        x: examples, shape (B, ...).
+        x: examples, shape (B, ...), or a `Batch`.
         times: TimeGrid(times), T network calls for each sample.
         samples: K, at least 1; 1 is the ELBO of the same grid.
 
@@ -97,7 +104,7 @@ def importance_bound(model: Model, x: Tensor, times: TimeDiscretization, samples
 
 def evaluate_importance(
     model: Model,
-    x: Tensor,
+    x: Tensor | Batch,
     *,
     times: TimeDiscretization,
     samples: int,
@@ -111,7 +118,7 @@ def evaluate_importance(
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
-        x: examples in the space of the data, shape (N, *model.shape).
+        x: examples in the space of the data, shape (N, *model.shape), or a `Batch`.
         times: TimeGrid(times).
         samples: K; K T network calls per example and replicate.
         replicates: independent draws of L_K per example; from two the Monte Carlo error follows.
@@ -126,8 +133,8 @@ def evaluate_importance(
     check_samples(samples)
     grid = check_grid(times)
 
-    def draw(model: Model, x: Tensor) -> Tensor:
-        log_w = importance_weights(model, x, grid, samples)
+    def draw(batch: Batch) -> Tensor:
+        log_w = importance_weights(model, batch, grid, samples)
         return torch.stack([log_mean(log_w), (2 * log_mean(log_w) - log_mean(2 * log_w)).exp()])
 
     (bound, share), record = _visit(model, x, replicates, seed, track, draw)

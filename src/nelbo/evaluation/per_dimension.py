@@ -15,8 +15,8 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 from nelbo._utils.batch_rng import gather_rows, local_shard
 from nelbo._utils.numerics import draw, seeded
-from nelbo.data import as_examples
 from nelbo.data.columns import Column, places
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import Bound
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.reverse import ReverseKernel
@@ -24,13 +24,17 @@ from nelbo.diffusion.times import TimeGrid
 
 
 def by_dimension(
-    model: Model, x: Tensor, times: TimeGrid, steps: Sequence[ReverseKernel] = (), seed: int = 0
+    model: Model,
+    x: Tensor | Batch,
+    times: TimeGrid,
+    steps: Sequence[ReverseKernel] = (),
+    seed: int = 0,
 ) -> list[Bound]:
     """The terms of −ELBO on a grid, all of them, one draw of z each: T network calls per example.
 
     Args:
         model: the model.
-        x: examples in the space of the data, shape (N, *model.shape).
+        x: examples in the space of the data, shape (N, *model.shape), or a `Batch`.
         times: the grid.
         steps: reverse steps P(z_s|z_t) to compare; the model's own where left out.
         seed: everything random follows from it.
@@ -39,14 +43,13 @@ def by_dimension(
         For each step Bound(prior, reconstruction, diffusion), shape (N, *model.shape), nats. The
         draws of z, and so the first two terms, are common to all steps.
     """
-    steps = steps or (model.step,)
+    batch, steps = Batch.of(x), steps or (model.step,)
     parts: list[list[Bound]] = []
-    with measuring(model, x):
-        for i, rows in enumerate(torch.arange(len(x)).split(model.rows)):
+    with measuring(model, batch):
+        for i, rows in enumerate(torch.arange(len(batch)).split(model.rows)):
             with seeded(seed, i), local_shard(len(rows)) as part:
-                own = part.of(rows)
-                block = as_examples(x[own]).to(model.device)
-                found = _block(model.at(own), block, times, steps)
+                block = batch[part.of(rows)].to(model.device)
+                found = _block(model, block, times, steps)
             parts.append([Bound(*(gather_rows(part, term) for term in bound)) for bound in found])
     return [
         Bound(*(torch.cat(term).cpu() for term in zip(*bounds, strict=True)))
@@ -65,17 +68,19 @@ def by_column(each: Tensor, columns: Sequence[Column]) -> Tensor:
 
 
 def _block(
-    model: Model, x: Tensor, times: TimeGrid, steps: Sequence[ReverseKernel]
+    model: Model, batch: Batch, times: TimeGrid, steps: Sequence[ReverseKernel]
 ) -> list[Bound]:
-    process, e = model.process, model.embed(x)
+    x, process = batch.x, model.process
+    e = model.embed(x)
     grid = times.times.to(x.device)[:, None].expand(-1, len(x))
     prior = _kl(process.marginal(e, grid[-1]), process.prior(model.shape, grid[-1]))
     z = draw(process.marginal(e, grid[0]))
-    reconstruction = -_each(model.likelihood(z, grid[0])).log_prob(x)
+    reconstruction = -_each(model.likelihood(z, grid[0], batch.condition)).log_prob(x)
     diffusion = [torch.zeros_like(prior) for _ in steps]
     for s, t in pairwise(grid):
         z = draw(process.marginal(e, t))
-        q, prediction = process.posterior(z, e, s, t), model.predict(z, t)
+        q = process.posterior(z, e, s, t)
+        prediction = model.predict(z, t, batch.condition)
         for step, total in zip(steps, diffusion, strict=True):
             total += _kl(q, step(prediction, z, s, t, process))
     return [Bound(prior, reconstruction, total) for total in diffusion]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from nelbo._utils.numerics import over
 from nelbo._utils.progress import Track
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Mean, WithVariance
 from nelbo.diffusion.schedules import Schedule
@@ -79,20 +80,27 @@ def time_of(schedule: Schedule, gamma: Tensor, first: float) -> Tensor:
     return (low + high) / 2
 
 
-def drift(model: Model, z: Tensor, gamma: Tensor, first: float) -> Tensor:
+def drift(
+    model: Model, z: Tensor, gamma: Tensor, first: float, condition: Tensor | None = None
+) -> Tensor:
     """f(z, γ) = ½ √α (√α z − ê); shape of z."""
     t = time_of(model.process.schedule, gamma, first)
     signal = over(torch.sigmoid(-gamma).sqrt(), z)
-    return 0.5 * signal * (signal * z - model.predict(z, t).e_hat)
+    return 0.5 * signal * (signal * z - model.predict(z, t, condition).e_hat)
 
 
 def drift_and_trace(
-    model: Model, z: Tensor, gamma: Tensor, first: float, probes: Tensor
+    model: Model,
+    z: Tensor,
+    gamma: Tensor,
+    first: float,
+    probes: Tensor,
+    condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """f(z, γ), and Σ_v v·(∂f/∂z)ᵀ v, shape (B,): one forward pass, one backward pass per v."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        f = drift(model, z, gamma, first)
+        f = drift(model, z, gamma, first, condition)
         trace = torch.zeros_like(gamma)
         for v in probes:
             (gradient,) = torch.autograd.grad(f, z, v, retain_graph=True)
@@ -107,6 +115,7 @@ def carry(
     end: float,
     probes: Tensor,
     tolerance: float,
+    condition: Tensor | None = None,
 ) -> Carried:
     """z along the flow from time `start` to `end`, either way, and ∫ tr ∂f/∂z dγ, shape (B,).
 
@@ -118,6 +127,7 @@ def carry(
         probes: `unit_probes` or `random_probes`.
         tolerance: of one step, absolute and relative, for each example: root mean square over z,
             and of the integral in nats per dimension.
+        condition: of each of the B, (B, F).
 
     Raises:
         ValueError: no Gaussian process, no flow of its head, or the solver does not finish.
@@ -129,7 +139,7 @@ def carry(
 
     def flow(gamma: Tensor, state: Tensor) -> Tensor:
         place = state[:, :-1].reshape(shape)
-        f, trace = drift_and_trace(model, place, gamma, first, probes)
+        f, trace = drift_and_trace(model, place, gamma, first, probes, condition)
         return torch.cat([f.flatten(1), trace[:, None] / model.dims], 1)
 
     state = torch.cat([z.flatten(1), torch.zeros_like(z.flatten(1)[:, :1])], 1).double()
@@ -148,9 +158,16 @@ def carry(
     return Carried(at_end[:, :-1].reshape(shape), at_end[:, -1] * model.dims)
 
 
-def log_density(model: Model, z: Tensor, first: float, probes: Tensor, tolerance: float) -> Tensor:
+def log_density(
+    model: Model,
+    z: Tensor,
+    first: float,
+    probes: Tensor,
+    tolerance: float,
+    condition: Tensor | None = None,
+) -> Tensor:
     """log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ for z_1 at the time `first`; (B,), nats."""
-    z_last, log_det = carry(model, z, first, 1.0, probes, tolerance)
+    z_last, log_det = carry(model, z, first, 1.0, probes, tolerance, condition)
     last = torch.ones(len(z), dtype=torch.float64, device=z.device)
     return model.process.prior(z.shape[1:], last).log_prob(z_last) + log_det
 
@@ -206,7 +223,7 @@ STILL = 0.01  # of the result per dimension, that an example may change where no
 
 def evaluate_flow(
     model: Model,
-    x: Tensor,
+    x: Tensor | Batch,
     *,
     dequantiser: Dequantiser | None = None,
     tolerance: float = TOLERANCE,
@@ -223,7 +240,7 @@ def evaluate_flow(
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
-        x: examples in the space of the data, shape (N, *model.shape).
+        x: examples in the space of the data, shape (N, *model.shape), or a `Batch`.
         dequantiser: q(z|x) at the first time: Encoder(), the default, for levels and real data;
             TruncatedNormal() and Uniform() for levels.
         tolerance: of the solver; the bound is stated at it and at 10 times it.
@@ -254,13 +271,13 @@ def evaluate_flow(
     for each in tolerances:
         check_flow(model, first, 1.0, each)
 
-    def draw(model: Model, x: Tensor) -> Tensor:
-        rows = torch.arange(len(x)).repeat_interleave(samples).split(min(BLOCK, model.rows))
+    def draw(batch: Batch) -> Tensor:
+        rows = torch.arange(len(batch)).repeat_interleave(samples).split(min(BLOCK, model.rows))
         each = [
-            _flow_weights(model.at(part), x[part], dequantiser, first, exact, tolerances)
+            _flow_weights(model, batch[part], dequantiser, first, exact, tolerances)
             for part in rows
         ]
-        return log_mean(torch.cat(each, 1).reshape(2, len(x), samples))
+        return log_mean(torch.cat(each, 1).reshape(2, len(batch), samples))
 
     (loose, tight), record = _visit(model, x, replicates, seed, track, draw)
     how = FlowDetails(
@@ -300,15 +317,18 @@ def _check_settled(found: BoundEstimate, how: FlowDetails) -> None:
 
 def _flow_weights(
     model: Model,
-    x: Tensor,
+    batch: Batch,
     dequantiser: Dequantiser,
     first: float,
     exact: bool,
     tolerances: tuple[float, float],
 ) -> Tensor:
     """log p(z) + log P(x|z) − log q(z|x) at both tolerances for the same z and probes; (2, B)."""
-    t = torch.full((len(x),), first, dtype=torch.float64, device=x.device)
-    z, log_ratio = dequantiser(model, x, t)
+    t = torch.full((len(batch),), first, dtype=torch.float64, device=batch.x.device)
+    z, log_ratio = dequantiser(model, batch, t)
     probes = unit_probes(z) if exact else random_probes(z)
-    log_p = [log_density(model, z, first, probes, tolerance) for tolerance in tolerances]
+    log_p = [
+        log_density(model, z, first, probes, tolerance, batch.condition)
+        for tolerance in tolerances
+    ]
     return torch.stack(log_p) + log_ratio

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import over
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelTable, Prediction, log_frequencies
 from nelbo.diffusion.process import GaussianDiffusion, Levels
@@ -29,7 +30,7 @@ class TermDraw:
     cost: Tensor
 
 
-def draw_term(model: Model, x: Tensor, term: Term) -> TermDraw:
+def draw_term(model: Model, batch: Batch, term: Term) -> TermDraw:
     """Draw a term and keep what its network call saw."""
     seen: list[tuple[Tensor, Prediction, Tensor]] = []
 
@@ -38,10 +39,10 @@ def draw_term(model: Model, x: Tensor, term: Term) -> TermDraw:
 
     handle = model.head.register_forward_hook(keep)
     try:
-        cost = term.cost(model, x).double()
+        cost = term.cost(model, batch).double()
     finally:
         handle.remove()
-    return TermDraw(x, term, *seen[-1], cost)
+    return TermDraw(batch.x, term, *seen[-1], cost)
 
 
 def _generator(z: Tensor) -> Tensor:

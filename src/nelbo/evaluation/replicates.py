@@ -9,8 +9,8 @@ from torch import Tensor
 from nelbo._utils.distributed import gather, map_across_processes, world
 from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
-from nelbo.data import as_examples, fingerprint
-from nelbo.diffusion.checks import as_tensor
+from nelbo.data import fingerprint
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
 from nelbo.evaluation.evaluate import precision_of, scale_of
 from nelbo.evaluation.intervals import freedoms, widened
@@ -24,27 +24,27 @@ Record = Callable[[Tensor, ImportanceDetails | FlowDetails, str, str], BoundEsti
 
 def _visit(
     model: Model,
-    x: Tensor,
+    x: Tensor | Batch,
     replicates: int,
     seed: int,
     track: Track,
-    draw: Callable[[Model, Tensor], Tensor],
+    draw: Callable[[Batch], Tensor],
 ) -> tuple[Tensor, Record]:
     """draw (M, B) of every example and replicate, shape (M, N, R), and what makes the record."""
-    x = as_tensor(x)
-    if len(x) == 0:
+    batch = Batch.of(x)
+    if len(batch) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1; got {replicates}")
-    blocks = torch.arange(len(x)).split(BLOCK)
+    blocks = torch.arange(len(batch)).split(BLOCK)
 
     def one(g: int) -> Tensor:
         with seeded(seed, g):
             rows = blocks[g].repeat_interleave(replicates)
-            each = draw(model.at(rows), as_examples(x[rows]).to(model.device)).double().cpu()
+            each = draw(batch[rows].to(model.device)).double().cpu()
         return each.reshape(len(each), -1, replicates)
 
-    with measuring(model, x), counting(model.network) as calls:
+    with measuring(model, batch), counting(model.network) as calls:
         found = torch.cat(map_across_processes(len(blocks), one, track), 1)
     every = gather((calls.forward, calls.backward))
     forward, backward = (sum(each) for each in zip(*every, strict=True))
@@ -59,18 +59,18 @@ def _visit(
             unit="nats" if density else "bits/dim",
             standard_error=_standard_error(each * scale_of(model)),
             how=how,
-            examples=len(x),
+            examples=len(batch),
             dims=model.dims,
             replicates=replicates,
-            calls_per_example=forward / len(x),
-            backward_calls_per_example=backward / len(x),
+            calls_per_example=forward / len(batch),
+            backward_calls_per_example=backward / len(batch),
             seed=seed,
             weights=weights,
             split=split,
-            given=model.given_what,
+            given=model.given(batch),
             precision=precision_of(model),
             model_hash=model_hash(model),
-            data_hash=fingerprint(x),
+            data_hash=fingerprint(batch.x),
             processes=world()[1],
             per_example=each.mean(1),
         )

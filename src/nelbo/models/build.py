@@ -88,7 +88,7 @@ def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> 
     """
     with limits.within_memory(f"a model of width {config.width}, depth {config.depth}"):
         model = _build(config, schema, affine)
-    model.given_what = conditioning.names(schema)
+    model.conditioned_on = conditioning.names(schema)
     return model
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nelbo._utils.batch_rng import shard_rng
 from nelbo.data import Label, Schema
 from nelbo.data.tabular.spelling import is_number, places_of
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 
 
@@ -47,16 +48,20 @@ def drop(condition: Tensor, share: float) -> Tensor:
     return condition * keep[:, None]
 
 
-def given_labels(model: Model, labels: Tensor | None, schema: Schema) -> Model:
-    """The model of examples with labels (N, len(schema.condition)); itself if not conditional.
+def labelled(x: Tensor, labels: Tensor | None, schema: Schema) -> Batch:
+    """Return examples and, where the schema is conditional, their labels as conditions.
 
-    Of an example whose labels are missing, NaN, it is P(x), and what is given says how many are.
+    Args:
+        x: examples (N, ...).
+        labels: (N, len(schema.condition)). Where they are missing, NaN, the example is one of
+            P(x), and `given` says how many are.
+        schema: of the examples.
     """
     if not schema.condition or labels is None:
-        return model
+        return Batch(x)
     without = int(labels.isnan().any(1).sum())
     some = f", where it is known, which {without} of {len(labels)} are not" if without else ""
-    return model.given(encode(labels, schema), names(schema) + some)
+    return Batch(x, encode(labels, schema), names(schema) + some)
 
 
 def parse(texts: Sequence[str], schema: Schema) -> Tensor:
@@ -99,20 +104,22 @@ def _value(label: Label, text: str) -> float:
 
 
 def guided(model: Model, guidance: float) -> Model:
-    """A model that was given conditions, which count `guidance` times; it shares all weights.
+    """Return the model with conditions that count `guidance` times; it shares all weights.
 
     Raises:
-        ValueError: the model was given none, or the guidance is not finite.
+        ValueError: the model takes no condition, or the guidance is not finite.
     """
     if not abs(guidance) < float("inf"):
         raise ValueError(f"guidance must be finite; got {guidance}")
     if guidance == 1:
         return model
-    if model.condition is None:
+    if not model.conditioned_on:
         raise ValueError("guidance is for conditional runs; train one with --condition NAME")
     network = Guided(model.network, guidance)
     parts = model.process, model.head, model.step, model.decoder
-    return Model(network, *parts, model.shape).given(model.condition, model.given_what)
+    strong = Model(network, *parts, model.shape)
+    strong.conditioned_on = model.conditioned_on
+    return strong
 
 
 class Guided(nn.Module):

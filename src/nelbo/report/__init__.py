@@ -17,6 +17,7 @@ from nelbo._utils.distributed import world
 from nelbo._utils.files import write
 from nelbo._utils.progress import Track, printable, tracker
 from nelbo.data import Schema, as_examples
+from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.evaluate import evaluate
@@ -56,11 +57,11 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
         return tracker(what) if progress else iter
 
     schema = run.config.schema
-    model, stored, split = run.law()
-    x = as_examples(stored)
+    model = run.model
+    batch, split = run.batch()
     result = evaluate(
         model,
-        x,
+        batch,
         known=run.examples(split="train")[0],
         pilots=Pilots(run),
         seed=seed,
@@ -68,12 +69,13 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
         split=split,
         track=track("test bound"),
     )
-    rows, unit = some(model, x, seed), result.unit
+    x, unit = as_examples(batch.x), result.unit
+    rows = some(model, x, seed)
     few = x[rows]
-    curves, cost = measure_steps(model.at(rows), few, seed, track("step counts"), run.grid)
+    curves, cost = measure_steps(model, batch[rows], seed, track("step counts"), run.grid)
     count = 64 if is_image(schema) else SYNTHETIC if schema.columns else len(few)
     grid = run.grid(SAMPLE_STEPS, track("grid"))
-    sampler = run.model_for_sampling(count, seed=seed)
+    condition = run.conditions(count, seed=seed)
     parts = [
         sections.headline(run, result),
         sections.terms(model, result),
@@ -82,15 +84,15 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     ]
     coded = measure_files(model, few, run.grid, track("files"))
     if is_image(schema):
-        path = trajectory(sampler, count, grid, seed, track("samples"))
+        path = trajectory(model, count, grid, seed, track("samples"), condition)
         parts += [sections.images(run, few, path), sections.pixels(run, few, cost.numpy(), unit)]
     elif schema.columns:
         seen, _ = run.examples(split="train")
-        made, how = _rows(sampler, count, schema, grid, seed, track("samples"))
+        made, how = _rows(model, condition, count, schema, grid, seed, track("samples"))
         parts.append(sections.table(schema, few, made, how, cost.numpy(), unit))
         parts.append(sections.quality(measure(schema.columns, seen, x, made, seed)))
     else:
-        path = trajectory(sampler, count, grid, seed, track("samples"))
+        path = trajectory(model, count, grid, seed, track("samples"), condition)
         parts += [sections.vectors(schema, few, path), sections.columns(cost.numpy(), unit)]
     parts += [sections.files(run, coded), sections.again(run, seed)]
     template = Template(files("nelbo.report").joinpath("page.html").read_text(encoding="utf-8"))
@@ -103,12 +105,19 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
 
 
 def _rows(
-    model: Model, count: int, schema: Schema, grid: TimeGrid, seed: int, track: Track
+    model: Model,
+    condition: Tensor | None,
+    count: int,
+    schema: Schema,
+    grid: TimeGrid,
+    seed: int,
+    track: Track,
 ) -> tuple[Tensor, str]:
     """Rows of a table as `nelbo sample` draws them, and a sentence on which those are."""
 
     def draw(rows: Tensor, seed: int) -> Tensor:
-        return ancestral(model.at(rows), len(rows), grid, seed, track).cpu()
+        given = rows_of(condition, rows)
+        return ancestral(model, len(rows), grid, seed, track, given).cpu()
 
     said: list[str] = []
     try:

@@ -16,6 +16,7 @@ from nelbo.codec.coding.codec import check_codable
 from nelbo.codec.entropy.stack import constriction
 from nelbo.codec.settings import Settings
 from nelbo.data import Schema
+from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits, Prediction
 from nelbo.diffusion.process import GaussianDiffusion, MaskedDiffusion
@@ -70,7 +71,7 @@ def own_step(model: Model) -> str:
 
 def measure_steps(
     model: Model,
-    x: Tensor,
+    batch: Batch,
     seed: int,
     track: Track = iter,
     best: Callable[[int], TimeGrid] | None = None,
@@ -82,7 +83,7 @@ def measure_steps(
     same on uniform ones thin behind it.
     """
     kinds = steps_of(model)
-    limit = evaluate(model, x, calls=64, seed=seed, track=track)
+    limit = evaluate(model, batch, calls=64, seed=seed, track=track)
     scale = 1.0 if limit.bits_per_dim is None else 1 / LOG_2
     own = own_step(model)
     first = f"{own}, best grid"
@@ -92,16 +93,20 @@ def measure_steps(
     for i in track(range(len(STEPS))):
         grid = TimeGrid.uniform(STEPS[i])
         bounds = dict(
-            zip(kinds, by_dimension(model, x, grid, tuple(kinds.values()), seed), strict=True)
+            zip(kinds, by_dimension(model, batch, grid, tuple(kinds.values()), seed), strict=True)
         )
         if best:
-            (bounds[first],) = by_dimension(model, x, best(STEPS[i]), (), seed)
+            (bounds[first],) = by_dimension(model, batch, best(STEPS[i]), (), seed)
         for name, bound in bounds.items():
             each = scale * sum(bound, start=torch.zeros(()))
             if name == own:
                 cost = each
             total = each.flatten(1).sum(1) / (1 if scale == 1 else model.dims)
-            error = (total.var(correction=1) / len(x)).sqrt() if len(x) > 1 else torch.zeros(())
+            error = (
+                (total.var(correction=1) / len(batch)).sqrt()
+                if len(batch) > 1
+                else torch.zeros(())
+            )
             found[name].append((total.mean().item(), error.item()))
     value = limit.nats if limit.bits_per_dim is None else limit.bits_per_dim
     last = value, float(np.nan_to_num(limit.standard_error.total))
@@ -165,14 +170,19 @@ class Trajectory:
 
 
 def trajectory(
-    model: Model, count: int, times: TimeGrid, seed: int, track: Track = iter
+    model: Model,
+    count: int,
+    times: TimeGrid,
+    seed: int,
+    track: Track = iter,
+    condition: Tensor | None = None,
 ) -> Trajectory:
     """The samples of `sample.ancestral` on a grid, with what happened on the way."""
     shots = times.times[torch.linspace(len(times.times) - 1, 0, 8).round().long()].tolist()
     seen: dict[float, list[tuple[Tensor, Tensor]]] = {t: [] for t in shots}
 
     def predict(rows: Tensor, z: Tensor, t: Tensor) -> Prediction:
-        found = model.at(rows).predict(z, t)
+        found = model.predict(z, t, rows_of(condition, rows))
         if (at := t[0].item()) in seen:
             seen[at].append((z.cpu(), found.e_hat.cpu()))
         return found

@@ -7,7 +7,6 @@ for each. So a pilot is a result of this user's own commands, in their cache und
 that it follows from, and never a part of a run, which may come from anyone.
 """
 
-import copy
 import json
 import math
 from collections.abc import Callable
@@ -71,11 +70,9 @@ class Pilots:
     def _made(
         self, cells: Strata, controls: ControlVariates, draws: int, replicates: int
     ) -> Proposal:
-        model, x, _ = self.run.law(split="validation")
-        own = copy.copy(controls)
-        own.model = model
-        with measuring(model), seeded(0, 5):
-            return pilot(cells, own, x, ROWS, draws, replicates)
+        batch, _ = self.run.batch(split="validation")
+        with measuring(controls.model), seeded(0, 5):
+            return pilot(cells, controls, batch, ROWS, draws, replicates)
 
     def _keep(self, key: str, made: Proposal) -> None:
         try:

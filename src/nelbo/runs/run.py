@@ -37,11 +37,12 @@ from nelbo._version import __version__
 from nelbo.data import Dataset, Schema
 from nelbo.data.sources import BUILT_IN, Splits
 from nelbo.data.splits import NONE, Declared, declare
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, model_hash
 from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation.grid_search import best_grid
 from nelbo.models.build import build
-from nelbo.models.conditioning import given_labels
+from nelbo.models.conditioning import encode, labelled
 from nelbo.models.config import ModelConfig
 from nelbo.training.config import TrainConfig
 
@@ -253,19 +254,20 @@ class Run:
         split: str | None = None,
         splits: Splits | None = None,
     ) -> tuple[Tensor, str]:
-        """Examples of the run's own data or of other data, and a name for them; see `law`."""
-        return self.law(source, split, splits)[1:]
+        """Examples of the run's own data or of other data, and a name for them; see `batch`."""
+        batch, name = self.batch(source, split, splits)
+        return batch.x, name
 
-    def law(
+    def batch(
         self,
         source: "str | PathLike[str] | Frame | None" = None,
         split: str | None = None,
         splits: Splits | None = None,
         tell: Callable[[str], object] = _warn,
-    ) -> tuple[Model, Tensor, str]:
-        """Examples of the run's own data or of other data, their model, and a name for them.
+    ) -> tuple[Batch, str]:
+        """Return examples of the run's own data or of other data, and a name for them.
 
-        The model is given the labels of the examples where the run is conditional.
+        They have their labels as conditions where the run is conditional.
 
         Args:
             source: other data of the run's schema; the run's own where left out.
@@ -291,8 +293,8 @@ class Run:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
         place = source if isinstance(source, str | PathLike) else "a table"
         name = split if source is None else f"{split} of {place}"
-        model = given_labels(self.model, dataset.labels.get(split), self.config.schema)
-        return model, dataset.splits[split], name
+        labels = dataset.labels.get(split)
+        return labelled(dataset.splits[split], labels, self.config.schema), name
 
     def meet(self, source: "str | PathLike[str] | Frame") -> bool:
         """Whether the run's own data were unknown, and these are they: then they are known.
@@ -311,8 +313,8 @@ class Run:
             self.config.remember(place)
         return True
 
-    def model_for_sampling(self, count: int, labels: Tensor | None = None, seed: int = 0) -> Model:
-        """The model of `count` new examples, given labels where the run is conditional.
+    def conditions(self, count: int, labels: Tensor | None = None, seed: int = 0) -> Tensor | None:
+        """Return the conditions of `count` new examples, (count, F); None if not conditional.
 
         Args:
             count: of examples.
@@ -325,7 +327,7 @@ class Run:
         """
         schema = self.config.schema
         if not schema.condition:
-            return self.model
+            return None
         if labels is None:
             try:
                 known = self.config.load_data().labels["train"]
@@ -338,7 +340,7 @@ class Run:
                 raise ValueError("no training example has all labels; give --condition")
             with seeded(seed, 4):
                 labels = known[torch.randint(len(known), (count,))]
-        return given_labels(self.model, labels, schema)
+        return encode(labels, schema)
 
     def grid(self, steps: int, track: Track = iter) -> TimeGrid:
         """The best grid of `steps` times for this model, the same whoever asks.
@@ -359,13 +361,13 @@ class Run:
         )  # all, or none
         if times is None:
             try:
-                model, x, _ = self.law(split="train")
+                batch, _ = self.batch(split="train")
             except (ValueError, OSError) as error:
                 raise ValueError(
                     f"the best grid is found on the training data: {error}; or use the uniform"
                     " grid with --grid uniform"
                 ) from None
-            times = best_grid(model, x, steps, track=track).times.tolist()
+            times = best_grid(self.model, batch, steps, track=track).times.tolist()
             if world()[0] == 0:
                 with contextlib.suppress(OSError):  # a folder that is read only
                     keep(path, key, times)

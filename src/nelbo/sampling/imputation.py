@@ -24,10 +24,11 @@ from nelbo._utils.progress import Track
 from nelbo.data import Schema
 from nelbo.data.sources import labels_of
 from nelbo.data.tabular import encoding, tables
+from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.product import ProductParametrization
 from nelbo.diffusion.times import TimeGrid
-from nelbo.models.conditioning import given_labels
+from nelbo.models.conditioning import labelled
 from nelbo.models.tabular.continuous import ContinuousMixture
 from nelbo.models.tabular.discrete import MaskedContext, OrdinalContext
 from nelbo.sampling.samplers import Hopeless, ancestral, rejection
@@ -48,6 +49,7 @@ def sample_table(
     times: TimeGrid,
     *,
     seed: int = 0,
+    condition: Tensor | None = None,
     as_modelled: bool = False,
     track: Track = iter,
     tell: Callable[[str], object] = lambda line: None,
@@ -55,12 +57,13 @@ def sample_table(
     """Draw new rows of a table.
 
     Args:
-        model: of the rows; a conditional one has the labels of `count` rows
-            (`Run.model_for_sampling`).
+        model: of the rows.
         schema: of the table.
         count: of rows.
         times: the grid of the reverse process.
         seed: everything random follows from it.
+        condition: c of each row, (count, F), where the model is one of P(x|c); see
+            `Run.conditions`.
         as_modelled: draw from the model's own law, of which rows may lie outside what training
             had; a column that then holds "(other)" is of text.
         track: wraps the steps, for a progress bar.
@@ -73,7 +76,7 @@ def sample_table(
     _check_table(schema)
 
     def draw(rows: Tensor, seed: int) -> Tensor:
-        return ancestral(model.at(rows), len(rows), times, seed, track).cpu()
+        return ancestral(model, len(rows), times, seed, track, rows_of(condition, rows)).cpu()
 
     x = draw(torch.arange(count), seed) if as_modelled else within(draw, count, schema, seed, tell)
     return encoding.decode(x.numpy(), schema.columns)
@@ -147,11 +150,10 @@ def impute(
     incomplete = torch.from_numpy(np.stack(empty, 1)).any(1)
     if not incomplete.any():
         return frame
-    labels = labels_of(frame, schema, label)
-    model = given_labels(present(model), labels, schema).at(incomplete)
+    batch = labelled(x, labels_of(frame, schema, label), schema)
     drawn = conditional(
-        model,
-        x[incomplete],
+        present(model),
+        batch[incomplete],
         known[incomplete],
         times,
         particles=particles,

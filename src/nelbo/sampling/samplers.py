@@ -13,7 +13,7 @@ own conditional law, in the order in which the steps unmask. Where noise is Gaus
 approximation: P(z_s|z_t) knows the known dimensions as noisy as they are at t, not x. Going back
 to z_t ~ q(z_t|z_s) and down again, several times, lets both parts agree (Lugmayr et al. 2022).
 
-A model that is given conditions, one for each sample, draws from P(x|c). Several processes share
+Given conditions, one for each sample, a model draws from P(x|c). Several processes share
 the samples, which have the noise that they have on one (`nelbo._utils.batch_rng`).
 """
 
@@ -30,6 +30,7 @@ from torch.distributions import Distribution
 from nelbo._utils.batch_rng import gather_rows, local_shard, shard_rng
 from nelbo._utils.numerics import derive_seed, draw, seeded
 from nelbo._utils.progress import Track
+from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.process import GaussianDiffusion
 from nelbo.diffusion.times import TimeGrid
@@ -44,7 +45,12 @@ NO_NUMBERS = (
 
 
 def ancestral(
-    model: Model, count: int, times: TimeGrid, seed: int = 0, track: Track = iter
+    model: Model,
+    count: int,
+    times: TimeGrid,
+    seed: int = 0,
+    track: Track = iter,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """x ~ P(x|φ) by ancestral sampling.
 
@@ -54,22 +60,29 @@ def ancestral(
         times: the grid; `TimeGrid.uniform(T)`.
         seed: everything random follows from it.
         track: wraps the steps, for a progress bar.
+        condition: c of each sample, (count, F), where the model is one of P(x|c).
 
     Returns:
         Samples in the space of the data, shape (count, *model.shape).
     """
 
     def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return draw(model.at(rows).reverse(z, s, t))
+        return draw(model.reverse(z, s, t, rows_of(condition, rows)))
 
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return _sample(model.at(rows).likelihood(z, t))
+        return _sample(model.likelihood(z, t, rows_of(condition, rows)))
 
+    model.check_condition(condition, count)
     return descend(model, count, times, seed, step, decode, track=track)
 
 
 def probability_flow(
-    model: Model, count: int, times: TimeGrid, seed: int = 0, track: Track = iter
+    model: Model,
+    count: int,
+    times: TimeGrid,
+    seed: int = 0,
+    track: Track = iter,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """x at the end of the deterministic path from z_T ~ P(z_T); arguments as for `ancestral`.
 
@@ -84,13 +97,14 @@ def probability_flow(
         )
 
     def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        e_hat = model.at(rows).predict(z, t).e_hat
+        e_hat = model.predict(z, t, rows_of(condition, rows)).e_hat
         q_s, q_t = process.marginal(e_hat, s).base_dist, process.marginal(e_hat, t).base_dist
         return q_s.loc + q_s.scale * (z - q_t.loc) / q_t.scale
 
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return model.at(rows).likelihood(z, t).mode
+        return model.likelihood(z, t, rows_of(condition, rows)).mode
 
+    model.check_condition(condition, count)
     return descend(model, count, times, seed, step, decode, track=track)
 
 
@@ -102,6 +116,7 @@ def complete(
     seed: int = 0,
     rounds: int = 1,
     track: Track = iter,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """x with the dimensions that are not known drawn given those that are.
 
@@ -114,6 +129,7 @@ def complete(
         seed: everything random follows from it.
         rounds: how often each step is made; T times as many network calls.
         track: wraps the steps, for a progress bar.
+        condition: c of each sample, (N, F), where the model is one of P(x|c).
 
     Raises:
         ValueError: examples of another shape, or no rounds.
@@ -133,13 +149,15 @@ def complete(
         for turn in range(rounds):
             if turn:
                 z = torch.where(here, z, draw(process.transition(lower, s, t)))
-            free = draw(model.at(rows).reverse(z, s, t))
+            free = draw(model.reverse(z, s, t, rows_of(condition, rows)))
             lower = torch.where(here, draw(process.posterior(z, e, s, t)), free)
         return lower
 
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return torch.where(known[rows], x[rows], _sample(model.at(rows).likelihood(z, t)))
+        drawn = _sample(model.likelihood(z, t, rows_of(condition, rows)))
+        return torch.where(known[rows], x[rows], drawn)
 
+    model.check_condition(condition, len(x))
     return descend(model, len(x), times, seed, step, decode, start, track)
 
 
@@ -242,13 +260,13 @@ def descend(
         for rows in blocks:
             with local_shard(len(rows)) as part:
                 own = part.of(rows)
-                at = [t.expand(len(own)) for t in grid]
-                z = start(own, _sample(model.process.prior(model.shape, at[-1])), at[-1])
+                t = [each.expand(len(own)) for each in grid]
+                z = start(own, _sample(model.process.prior(model.shape, t[-1])), t[-1])
                 for i in range(len(grid) - 1, 0, -1):
                     next(calls)
-                    z = step(own, z, at[i - 1], at[i])
+                    z = step(own, z, t[i - 1], t[i])
                 next(calls)
-                parts.append(gather_rows(part, decode(own, z, at[0])))
+                parts.append(gather_rows(part, decode(own, z, t[0])))
         next(calls, None)  # the bar ends
     return torch.cat(parts)
 

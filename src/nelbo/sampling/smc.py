@@ -20,6 +20,7 @@ from torch.distributions import Distribution, Independent
 from nelbo._utils.distributed import map_across_processes
 from nelbo._utils.numerics import draw, seeded
 from nelbo._utils.progress import Track
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeGrid
 from nelbo.sampling.samplers import numbers_only
@@ -29,7 +30,7 @@ BLOCK = 32  # rows that are seeded together, where memory allows
 
 def conditional(
     model: Model,
-    x: Tensor,
+    x: Tensor | Batch,
     known: Tensor,
     times: TimeGrid,
     *,
@@ -42,7 +43,7 @@ def conditional(
     Args:
         model: the model.
         x: examples in the space of the data, shape (N, *model.shape); what is not known may be
-            any value of the data.
+            any value of the data; or a `Batch` of them and their conditions.
         known: which dimensions are, booleans (N, *model.shape).
         times: the grid; T network calls for each particle.
         particles: K; 1 lets what is known have no say but through the network.
@@ -54,33 +55,36 @@ def conditional(
     """
     if particles < 1:
         raise ValueError(f"the number of particles must be at least 1; got {particles}")
-    blocks = torch.arange(len(x)).split(min(BLOCK, max(1, model.rows // particles)))
+    batch = Batch.of(x)
+    model.check_condition(batch.condition, len(batch))
+    blocks = torch.arange(len(batch)).split(min(BLOCK, max(1, model.rows // particles)))
 
     def one(g: int) -> Tensor:
         each = blocks[g].repeat_interleave(particles)
-        its, here = x[each].to(model.device), known[each].to(model.device)
+        its, here = batch[each], known[each].to(model.device)
         with seeded(seed, g):
-            return _descend(model.at(each), its, here, times, particles).cpu()
+            return _descend(model, its, here, times, particles).cpu()
 
     with measuring(model), numbers_only(model.network):
         return torch.cat(map_across_processes(len(blocks), one, track)).to(model.device)
 
 
-def _descend(model: Model, x: Tensor, known: Tensor, times: TimeGrid, particles: int) -> Tensor:
+def _descend(model: Model, batch: Batch, known: Tensor, times: TimeGrid, particles: int) -> Tensor:
     """One particle of the K of each row, that of x (N K, ...); (N, ...)."""
-    process, e = model.process, model.embed(x)
+    process, x = model.process, batch.x.to(model.device)
+    e = model.embed(x)
     at = [t.expand(len(x)) for t in times.times.to(model.device)]
     path = _common(process.reveal(x, at[-1]), particles)
     z = torch.where(known, path, process.prior(model.shape, at[-1]).sample())
     log_w = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for i in range(len(at) - 1, 0, -1):
         s, t = at[i - 1], at[i]
-        p = model.reverse(z, s, t)
+        p = model.reverse(z, s, t, batch.condition)
         path = _common(draw(process.posterior(z, e, s, t)), particles)
         z = torch.where(known, path, draw(p))
         chosen, log_w = resample((log_w + _sum(known, p, z)).reshape(-1, particles))
         z = z[chosen]
-    likelihood = model.likelihood(z, at[0])
+    likelihood = model.likelihood(z, at[0], batch.condition)
     log_w = (log_w + _sum(known, likelihood, x)).reshape(-1, particles)
     best = torch.multinomial(log_w.softmax(1), 1)[:, 0]
     best = best + torch.arange(len(best), device=best.device) * particles

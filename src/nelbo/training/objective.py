@@ -37,6 +37,7 @@ from torch.distributions import kl_divergence
 
 from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import constant, draw, slope
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Prediction
@@ -106,17 +107,17 @@ class Objective:
     def __call__(
         self,
         model: Model,
-        x: Tensor,
+        batch: Batch,
         u: Tensor,
         weight: Tensor | None = None,
         part: BatchShard | None = None,
     ) -> Loss:
-        """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
+        """Loss of examples, x of shape (B, ...), in random order, at draws u, shape (B,).
 
-        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where x is a part of
-        a batch, they are those of the whole batch.
+        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where these are part
+        of a batch, they are those of the whole batch.
         """
-        part = part or BatchShard.whole(len(x))
+        x, part = batch.x, part or BatchShard.whole(len(batch))
         n, schedule, process = part.batch, model.process.schedule, model.process
         first = part.of(stratified(n)[:, 0] < self.share)
         # the decoder is not free: it tells of all where λ counts them, else of the first times
@@ -127,7 +128,7 @@ class Objective:
         with constant(schedule.interior()):
             e = model.embed(x)
             z = draw(process.marginal(e, t))
-            prediction = model.predict(z, t)
+            prediction = model.predict(z, t, batch.condition)
             decoded = self._decoded(model, prediction, x, z, t, asked)
             rate = process.rate(z, e, prediction.e_hat, t).where(~first, 0.0)
             length = (1 - self.times.first) / (1 - self.share)  # of the integral, for each of them
@@ -196,35 +197,35 @@ class GridObjective:
     def __call__(
         self,
         model: Model,
-        x: Tensor,
+        batch: Batch,
         u: Tensor,
         weight: Tensor | None = None,
         part: BatchShard | None = None,
     ) -> Loss:
-        """Loss of examples x, shape (B, ...), in random order, at draws u, shape (B,).
+        """Loss of examples, x of shape (B, ...), in random order, at draws u, shape (B,).
 
-        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where x is a part of
-        a batch, they are those of the whole batch.
+        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where these are part
+        of a batch, they are those of the whole batch.
         """
-        part = part or BatchShard.whole(len(x))
-        process, timestep_samplers = model.process, self.grid.times.to(x.device)
-        step = (u * len(timestep_samplers)).long().clamp(max=len(timestep_samplers) - 1)
+        x, part = batch.x, part or BatchShard.whole(len(batch))
+        process, times = model.process, self.grid.times.to(x.device)
+        step = (u * len(times)).long().clamp(max=len(times) - 1)
         after = part.among(step > 0)
         weight, n = part.of(torch.ones_like(u) if weight is None else weight), part.batch
         u, i = part.of(u), part.of(step)
-        e, t = model.embed(x), timestep_samplers[i]
+        e, t = model.embed(x), times[i]
         z = draw(process.marginal(e, t))
-        prediction = model.predict(z, t)
+        prediction = model.predict(z, t, batch.condition)
         decoded = -model.decoder(prediction, z, t, process).log_prob(x)
         each, inner = decoded, i > 0
         if inner.any():
-            z, e, s, t = z[inner], e[inner], timestep_samplers[i[inner] - 1], t[inner]
+            z, e, s, t = z[inner], e[inner], times[i[inner] - 1], t[inner]
             p = model.step(prediction.map(lambda v: v[inner]), z, s, t, process)
             with after:
                 kl = kl_divergence(process.posterior(z, e, s, t), p)
             kind = torch.promote_types(decoded.dtype, kl.dtype)  # a density is float64
             each = decoded.to(kind).masked_scatter(inner, kl.to(kind))
-        each = len(timestep_samplers) * each
+        each = len(times) * each
         prior = prior_term(model, x, torch.ones_like(u)).sum() / n
         bound = (weight * each).sum() / n + prior
         loss = bound + self.cross_entropy * ((weight * decoded).sum() / n)

@@ -20,6 +20,7 @@ from nelbo._utils.numerics import LOG_2, derive_seed, seeded
 from nelbo._utils.sharding import clip_gradients, gathered, is_sharded
 from nelbo.data import Dataset, as_examples
 from nelbo.data.rows import WINDOW, Ahead, Rows
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, find_device
 from nelbo.diffusion.process import Affine
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
@@ -27,7 +28,7 @@ from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import measure_errors
 from nelbo.evaluation.result import Evaluation
 from nelbo.models.build import build
-from nelbo.models.conditioning import drop, encode, given_labels
+from nelbo.models.conditioning import drop, encode, labelled
 from nelbo.models.config import ModelConfig
 from nelbo.nn.mixture import Corrected
 from nelbo.training.augmentation import augment
@@ -167,8 +168,8 @@ class Trainer:
         for own, part in self.parts:
             with seeded(t.seed, 2, step), part:
                 u, weight = (v.to(on) for v in self.law(t.batch))
-                model, x = self._told(index[own], batch[own].to(on))
-                loss = self.objective(model, x, u, weight, part)
+                some = self._conditioned(index[own], batch[own].to(on))
+                loss = self.objective(self.model, some, u, weight, part)
                 (loss.loss * scale).backward()
             found.append((part, loss))
         whole = add_up(found, self.undivided)
@@ -177,17 +178,17 @@ class Trainer:
             (interior * scale).backward()
         return u, whole
 
-    def _told(self, index: Tensor, x: Tensor) -> tuple[Model, Tensor]:
-        """The model given the labels of these examples x; and they, some of them moved."""
-        t, schema, model = self.config, self.dataset.schema, self.model
+    def _conditioned(self, index: Tensor, x: Tensor) -> Batch:
+        """Examples x, some of them moved, with their labels and whether they were moved."""
+        t, schema, condition = self.config, self.dataset.schema, None
         if schema.condition:
-            told = encode(self.dataset.labels["train"][index], schema).to(x.device)
-            model = model.given(drop(told, t.label_dropout))
+            labels = encode(self.dataset.labels["train"][index], schema).to(x.device)
+            condition = drop(labels, t.label_dropout)
         if t.augment:
             x, moved = augment(x, t.augment, schema)
-            told = torch.zeros(len(x), 1) if model.condition is None else model.condition
-            model = model.given(torch.cat([moved[:, None], told.to(moved)[:, 1:]], 1))
-        return model, x
+            labels = torch.zeros(len(x), 1) if condition is None else condition
+            condition = torch.cat([moved[:, None], labels.to(moved)[:, 1:]], 1)
+        return Batch(x, condition)
 
     def fit(self, patience: int, bound: Callable[[Model], float] | None = None) -> Model:
         """To the last step, or until `patience` measurements in a row bring nothing better.
@@ -218,16 +219,15 @@ class Trainer:
             ValueError: the bound became non-finite.
         """
         examples = min(VALIDATION[0], max(100, VALIDATION[1] // self.model.dims))
-        x = self.dataset.splits["validation"][:examples]
+        few = self.examples("validation")[:examples]
         average = self.average
         grid, start = self.config.grid, average.process.schedule.start
         times: TimeDiscretization = TimeGrid(grid) if grid else ContinuousTime(start)
         seed = derive_seed(self.config.seed, 3)
-        model = self.of(average, "validation").at(slice(len(x)))
-        calls, few = max(8, 2 * len(grid)), (self.dataset.schema.levels or 0) <= MANY_LEVELS
+        calls, variates = max(8, 2 * len(grid)), (self.dataset.schema.levels or 0) <= MANY_LEVELS
         with no_communication() if self.sharded else nullcontext():
-            measure_errors(self.of(average, "train"), self.dataset.splits["train"], seed)
-            result = evaluate(model, x, times=times, calls=calls, variates=few, seed=seed)
+            measure_errors(average, self.examples("train"), seed)
+            result = evaluate(average, few, times=times, calls=calls, variates=variates, seed=seed)
         return result, self.keep(result.nats)
 
     def keep(self, nats: float) -> bool:
@@ -258,9 +258,10 @@ class Trainer:
             later = step + self.blocks.size * WINDOW // (2 * t.batch)
             x.warm(batch_indices(len(x), t.batch, later, t.seed, *world(), self.blocks).numpy())
 
-    def of(self, model: Model, split: str) -> Model:
-        """A model of the examples of a split, given their labels where it is conditional."""
-        return given_labels(model, self.dataset.labels.get(split), self.dataset.schema)
+    def examples(self, split: str) -> Batch:
+        """Return the examples of a split, with their labels where the schema is conditional."""
+        data = self.dataset
+        return labelled(data.splits[split], data.labels.get(split), data.schema)
 
     def _failed(self, what: str, step: int | None = None) -> str:
         kept = f"the weights of step {self.at.best_step} are kept"

@@ -134,10 +134,10 @@ def check_codable(model: Model) -> int:
             " integers, with --levels K for the values 0..K-1, or declare the precision of a"
             " table's columns with --schema"
         )
-    if model.given_what:
+    if model.conditioned_on:
         raise ValueError(
-            f"the model is given {model.given_what}, which a file of the data alone lacks; train"
-            " one without --condition"
+            f"the model is given {model.conditioned_on}, which a file of the data alone lacks;"
+            " train one without --condition"
         )
     return _levels(model.process)
 
