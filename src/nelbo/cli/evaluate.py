@@ -102,7 +102,6 @@ def evaluate(
     from nelbo.evaluation.evaluate import evaluate as bound
     from nelbo.evaluation.importance_bound import evaluate_importance
     from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
-    from nelbo.runs.pilot_cache import Pilots
     from nelbo.runs.run import load, read_config
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
@@ -143,17 +142,16 @@ def evaluate(
         if ode:
             way = None if dequantise is None else DEQUANTISERS[dequantise]
             price = TOLERANCE if tolerance is None else tolerance
-            find = partial(evaluate_flow, dequantiser=way, tolerance=price)
+            find = partial(evaluate_flow, model, dequantiser=way, tolerance=price)
         elif importance_samples is not None and times is not None:
-            find = partial(evaluate_importance, times=times, samples=importance_samples)
+            find = partial(evaluate_importance, model, times=times, samples=importance_samples)
         else:
-            find = partial(bound, times=times, calls=calls, target_error=target_error)
-            of_run = variates and data is None and not integrations.is_foreign(run)
-            if of_run:
-                known = loaded.examples(split="train")[0]
-                find = partial(find, known=known, pilots=Pilots(loaded, say))
+            find = partial(bound, model)
+            if not integrations.is_foreign(run):
+                find = partial(loaded.measure, own=data is None, tell=say)
+            find = partial(find, times=times, calls=calls, target_error=target_error)
             find = partial(find, per_example=save is not None, variates=variates)
-        result = find(model, batch, seed=seed, weights=weights, split=split, track=track)
+        result = find(batch, seed=seed, weights=weights, split=split, track=track)
         if isnan(result.nats):
             raise ValueError(
                 f"the bound of {split} is not a number; look for values out of all range in the"

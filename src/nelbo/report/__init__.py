@@ -20,7 +20,6 @@ from nelbo.data import Schema, as_examples
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
-from nelbo.evaluation.evaluate import evaluate
 from nelbo.report import sections
 from nelbo.report.quality import measure
 from nelbo.report.studies import (
@@ -31,7 +30,6 @@ from nelbo.report.studies import (
     some,
     trajectory,
 )
-from nelbo.runs.pilot_cache import Pilots
 from nelbo.runs.run import Run
 from nelbo.sampling.imputation import within
 from nelbo.sampling.samplers import ancestral
@@ -59,16 +57,8 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     schema = run.config.schema
     model = run.model
     batch, split = run.batch()
-    result = evaluate(
-        model,
-        batch,
-        known=run.examples(split="train")[0],
-        pilots=Pilots(run),
-        seed=seed,
-        weights=run.weights,
-        split=split,
-        track=track("test bound"),
-    )
+    bar = track("test bound")
+    result = run.measure(batch, split=split, own=True, tell=str, seed=seed, track=bar)
     x, unit = as_examples(batch.x), result.unit
     rows = some(model, x, seed)
     few = x[rows]

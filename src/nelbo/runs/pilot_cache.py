@@ -37,7 +37,7 @@ class Pilots:
         tell: is told what takes a while.
     """
 
-    def __init__(self, run: Run, tell: Callable[[str], None] = lambda what: None) -> None:
+    def __init__(self, run: Run, tell: Callable[[str], object] = lambda what: None) -> None:
         self.run, self.tell = run, tell
 
     def __call__(

@@ -39,8 +39,10 @@ from nelbo.data.sources import BUILT_IN, Splits
 from nelbo.data.splits import NONE, Declared, declare
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, model_hash
-from nelbo.diffusion.times import TimeGrid, even_times
+from nelbo.diffusion.times import TimeDiscretization, TimeGrid, even_times
+from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import best_grid
+from nelbo.evaluation.result import Evaluation
 from nelbo.models.build import build
 from nelbo.models.conditioning import encode, labelled
 from nelbo.models.config import ModelConfig
@@ -295,6 +297,68 @@ class Run:
         name = split if source is None else f"{split} of {place}"
         labels = dataset.labels.get(split)
         return labelled(dataset.splits[split], labels, self.config.schema), name
+
+    def evaluate(
+        self,
+        source: "str | PathLike[str] | Frame | None" = None,
+        split: str | None = None,
+        *,
+        splits: Splits | None = None,
+        steps: int | None = None,
+        tell: Callable[[str], object] = _warn,
+        **options: Any,  # noqa: ANN401 - those of `measure`
+    ) -> Evaluation:
+        """Return the bound on -log P(x) of the run's own data or of other data.
+
+        It is the number of `nelbo evaluate RUN`.
+
+        Args:
+            source: as for `batch`; the run's own data where left out.
+            split: as for `batch`.
+            splits: as for `batch`.
+            steps: T, for the bound of T steps on the run's best grid; continuous time if left out.
+            tell: as for `batch`, and called with what takes a while.
+            options: calls, target_error, per_example, variates, seed and track of
+                `nelbo.evaluate`.
+
+        Raises:
+            ValueError: as `batch`, `grid` and `nelbo.evaluate` do.
+        """
+        batch, name = self.batch(source, split, splits, tell)
+        times = None if steps is None else self.grid(steps)
+        own = source is None
+        return self.measure(batch, split=name, own=own, times=times, tell=tell, **options)
+
+    def measure(
+        self,
+        batch: Batch,
+        *,
+        split: str = "as given",
+        own: bool = False,
+        times: TimeDiscretization | None = None,
+        variates: bool = True,
+        tell: Callable[[str], object] = _warn,
+        **options: Any,  # noqa: ANN401 - those of `nelbo.evaluate`
+    ) -> Evaluation:
+        """Return the bound of examples that were read from `batch`.
+
+        Args:
+            batch: the examples.
+            split: their name, for the record.
+            own: whether they are of the run's own data. Then the control variates are fitted to
+                its training split, and a pilot on its validation split is kept for this user.
+            times: of the bound; continuous time where left out.
+            variates: see `nelbo.evaluate`.
+            tell: called with what takes a while.
+            options: see `nelbo.evaluate`.
+        """
+        from nelbo.runs.pilot_cache import Pilots
+
+        if own and variates:
+            options["known"] = self.examples(split="train")[0]
+            options["pilots"] = Pilots(self, tell)
+        options = {"weights": self.weights, "split": split, "times": times, **options}
+        return evaluate(self.model, batch, variates=variates, **options)
 
     def meet(self, source: "str | PathLike[str] | Frame") -> bool:
         """Whether the run's own data were unknown, and these are they: then they are known.
