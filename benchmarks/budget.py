@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nelbo
 from nelbo import data
-from nelbo.runs import run as run_folder
+from nelbo.runs import config as run_config
 from nelbo.runs.train import VALIDATIONS, pace
 from nelbo.training.presets import MANY_LEVELS, configure
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     started = time.process_time()
-    if run_folder.is_run(asked.out):
+    if run_config.is_run(asked.out):
         run = nelbo.resume(asked.out, progress=sys.stderr.isatty())
     else:
         dataset = data.load(asked.data)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from nelbo._utils import files
-from nelbo.runs import run as run_folder
+from nelbo.runs import config as run_config
 from nelbo.runs import training_state
 from nelbo.runs.train import resume, train
 
@@ -45,7 +45,7 @@ def live(source: str, out: Path, every: int) -> None:
         sync(handle)
 
     files.os.fsync = slow_sync
-    if run_folder.is_run(out):
+    if run_config.is_run(out):
         resume(out)
     else:
         train(source, out, evaluate_every=every, **OPTIONS)
@@ -64,17 +64,17 @@ def half_written(run: Path) -> set[Path]:
 def contents(run: Path) -> dict[str, object]:
     """What a run holds, without the clock."""
     found: dict[str, object] = {"names": sorted(p.name for p in run.iterdir() if p.is_file())}
-    for name in (run_folder.CONFIG, run_folder.WEIGHTS):
+    for name in (run_config.CONFIG, run_config.WEIGHTS):
         found[name] = (run / name).read_bytes()
-    for name in (run_folder.STATE, run_folder.BEFORE):
+    for name in (run_config.STATE, run_config.BEFORE):
         tensors, about = files.read_tensors(run / name, hashed=True)
         del about["progress"]["seconds"]
         found[f"{name}, about"] = about
         for key, tensor in tensors.items():
             bits = tensor.flatten().view(torch.uint8).numpy().tobytes()
             found[f"{name}, {key}"] = (tensor.dtype, tuple(tensor.shape), bits)
-    events = [json.loads(line) for line in (run / run_folder.METRICS).read_text().splitlines()]
-    found[run_folder.METRICS] = [{k: v for k, v in e.items() if k != "seconds"} for e in events]
+    events = [json.loads(line) for line in (run / run_config.METRICS).read_text().splitlines()]
+    found[run_config.METRICS] = [{k: v for k, v in e.items() if k != "seconds"} for e in events]
     return found
 
 
@@ -103,9 +103,9 @@ def trial(folder: Path, data: str, kills: int, r: random.Random) -> None:
             killed += 1
             cut += bool(half_written(out) - stale)
             with contextlib.suppress(OSError, ValueError, IndexError):
-                step = files.read_tensors(out / run_folder.STATE)[1]["progress"]["step"]
-                between += run_folder.read_metrics(out)[-1]["step"] > step
-            between += training_state.is_in(out) and not (out / run_folder.STATE).exists()
+                step = files.read_tensors(out / run_config.STATE)[1]["progress"]["step"]
+                between += run_config.read_metrics(out)[-1]["step"] > step
+            between += training_state.is_in(out) and not (out / run_config.STATE).exists()
         if process.exitcode:
             sys.exit(f"{out} could not be resumed: exit code {process.exitcode}")
         ended = contents(out)

@@ -69,7 +69,7 @@ def measure(source: Path, steps: int) -> dict[str, float]:
     from nelbo import data
     from nelbo.data.readers import encoded
     from nelbo.data.rows import WINDOW, Ahead
-    from nelbo.runs.run import hashes
+    from nelbo.runs.config import hashes
     from nelbo.training.presets import configure
     from nelbo.training.trainer import Trainer
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from nelbo.runs import run as run_folder
+from nelbo.runs import config as run_config
 from nelbo.runs.train import resume, train
 from nelbo.training.config import TrainConfig
 
@@ -66,7 +66,7 @@ def options_of(name: str, steps: int) -> Options:
 
 def curve_of(options: Options, out: Path) -> Curve:
     """Train, or read a finished run; the validation bound after each 100 steps."""
-    run = resume(out) if run_folder.is_run(out) else train("digits", out, **options)
+    run = resume(out) if run_config.is_run(out) else train("digits", out, **options)
     return [(e["step"], e["seconds"], e["validation"]) for e in run.metrics]
 
 

@@ -46,6 +46,7 @@ from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
 from nelbo.integrations.openai_unet import UNet
 from nelbo.report.sections import training as show_training
+from nelbo.runs import config as run_config
 from nelbo.runs import pilot_cache
 from nelbo.runs import run as run_folder
 
@@ -335,7 +336,7 @@ def _tar(x: np.ndarray) -> bytes:
 
 def _of_run(run: Path) -> list[Kind]:
     whole = {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    state, metrics = ((run / n).read_bytes() for n in (run_folder.STATE, run_folder.METRICS))
+    state, metrics = ((run / n).read_bytes() for n in (run_config.STATE, run_config.METRICS))
     grids = json.dumps({"abc, 2 steps": [0.5, 1.0]}).encode()
     whole_run = run_folder.load(run)
     tensors, about = files.read_tensors(run / "model.safetensors")
@@ -376,8 +377,8 @@ def _of_run(run: Path) -> list[Kind]:
     def show(path: Path) -> None:
         class Shown:
             model = whole_run.model
-            metrics = run_folder.read_metrics(path.parent)
-            config = run_folder.read_config(run)
+            metrics = run_config.read_metrics(path.parent)
+            config = run_config.read_config(run)
             weights = "ema, step 2"
 
         assert not re.search(r"\bnan\b", show_training(Shown, "bits/dim").lower())

@@ -10,6 +10,7 @@ import torch
 
 from nelbo._utils import files
 from nelbo.diffusion.model import measuring
+from nelbo.runs import config as run_config
 from nelbo.runs import run as run_folder
 from nelbo.runs import training_state
 from nelbo.runs.train import resume, train
@@ -59,18 +60,18 @@ def test_bf16_is_inside_the_network_in_training_only(source, tmp_path):
         narrow.model.predict(z, t)
     assert narrow.model.precision is torch.bfloat16
     assert seen[0].dtype == torch.float32 and narrow.average.precision is None
-    written = json.loads((tmp_path / "narrow" / run_folder.CONFIG).read_text())["train"]
+    written = json.loads((tmp_path / "narrow" / run_config.CONFIG).read_text())["train"]
     assert (written["precision"], written["deterministic"]) == ("bf16", False)
 
 
 def test_a_run_in_bf16_continues_exactly(source, tmp_path):
     for name in ("whole", "half"):
         train(source, tmp_path / name, precision="bf16", **SMALL)
-    whole = files.read_tensors(tmp_path / "whole" / run_folder.STATE)[0]
-    (tmp_path / "half" / run_folder.STATE).unlink()  # of step 4; there is the one before
+    whole = files.read_tensors(tmp_path / "whole" / run_config.STATE)[0]
+    (tmp_path / "half" / run_config.STATE).unlink()  # of step 4; there is the one before
     with pytest.warns(UserWarning, match="missing"):
         resume(tmp_path / "half")
-    half = files.read_tensors(tmp_path / "half" / run_folder.STATE)[0]
+    half = files.read_tensors(tmp_path / "half" / run_config.STATE)[0]
     assert all(torch.equal(whole[name], half[name]) for name in whole)
 
 
@@ -81,7 +82,7 @@ def test_compiled_networks_keep_the_names_of_their_weights(source, tmp_path, mon
     run = train(source, tmp_path / "run", compile=True, **SMALL)
     plain = train(source, tmp_path / "plain", **SMALL)
     assert len(asked) == 1
-    states = [files.read_tensors(r.path / run_folder.STATE)[0] for r in (run, plain)]
+    states = [files.read_tensors(r.path / run_config.STATE)[0] for r in (run, plain)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -134,7 +135,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(source, tmp_path, monkeypatch)
 
     def watched(self):
         training_state.save(tmp_path / "run", self)
-        tensors, _ = files.read_tensors(tmp_path / "run" / run_folder.STATE)
+        tensors, _ = files.read_tensors(tmp_path / "run" / run_config.STATE)
         before.append(tensors)
         step(self)
 

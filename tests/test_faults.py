@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY
 
 from nelbo._utils import files
-from nelbo.runs import run as run_folder
+from nelbo.runs import config as run_config
 from nelbo.runs.train import resume, train
 from nelbo.training import trainer
 
@@ -79,13 +79,13 @@ def test_two_trainings_on_one_folder_do_not_overwrite_each_other(tmp_path, monke
     def other_first(*args, **options):
         monkeypatch.setattr(training, "configure", before)
         train("digits", run, seed=1, **TINY)
-        seeds["content"] = (run / run_folder.WEIGHTS).read_bytes()
+        seeds["content"] = (run / run_config.WEIGHTS).read_bytes()
         return before(*args, **options)
 
     monkeypatch.setattr(training, "configure", other_first)
     with pytest.raises(ValueError, match="is a run; continue it with --resume"):
         train("digits", run, seed=2, **TINY)
-    assert (run / run_folder.WEIGHTS).read_bytes() == seeds["content"]
+    assert (run / run_config.WEIGHTS).read_bytes() == seeds["content"]
 
 
 @pytest.mark.parametrize("how", ["removed", "moved", "replaced"])

@@ -24,6 +24,7 @@ from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import TimeGrid, elbo, iid
 from nelbo.evaluation import grid_search
 from nelbo.evaluation.evaluate import evaluate
+from nelbo.runs import config as run_config
 from nelbo.runs import run as run_folder
 from nelbo.runs.finetune import fine_tune, name_of
 from nelbo.training import trainer
@@ -123,9 +124,9 @@ def test_fine_tuning_improves_the_bound_of_its_steps(source, tmp_path, monkeypat
     # the best grid of a model that has learned nothing stays in the noise
     monkeypatch.setattr(run_folder.Run, "grid", lambda run, steps, *_: TimeGrid.uniform(steps))
     source = shutil.copytree(source, tmp_path / "source")
-    config = (source / run_folder.CONFIG).read_text()
+    config = (source / run_config.CONFIG).read_text()
     seldom = config.replace('"evaluate_every": 2', '"evaluate_every": 60')
-    (source / run_folder.CONFIG).write_text(seldom)
+    (source / run_config.CONFIG).write_text(seldom)
     run = run_folder.load(source)
     seen = []
 
@@ -187,7 +188,7 @@ def test_the_best_variance_is_measured_with_the_weights(source, tmp_path):
 
 @pytest.fixture
 def run(source, tmp_path):
-    (source / run_folder.GRIDS).unlink(missing_ok=True)
+    (source / run_config.GRIDS).unlink(missing_ok=True)
     return run_folder.load(shutil.copytree(source, tmp_path / "run"))
 
 
@@ -217,7 +218,7 @@ HUGE = f"[1{'0' * 400}]"
 )
 def test_a_damaged_file_of_grids_is_no_matter(run, damage):
     first = run.grid(1).times, run.grid(2).times
-    path = run.path / run_folder.GRIDS
+    path = run.path / run_config.GRIDS
     _, key = json.loads(path.read_text())
     path.unlink()
     if damage != "remove":
@@ -233,11 +234,11 @@ def test_a_folder_that_is_read_only_is_no_matter(run, monkeypatch):
 
     monkeypatch.setattr(files, "write", refuse)
     assert run.grid(2).steps == 2
-    assert not (run.path / run_folder.GRIDS).exists()
+    assert not (run.path / run_config.GRIDS).exists()
 
 
 def test_a_run_of_an_older_version_loads(run):
-    path = run.path / run_folder.CONFIG
+    path = run.path / run_config.CONFIG
     document = json.loads(path.read_text())
     del document["train"]["grid"]
     path.write_text(json.dumps(document))

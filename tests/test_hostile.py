@@ -32,6 +32,7 @@ from nelbo.data import load
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
 from nelbo.integrations.openai_unet import UNet
+from nelbo.runs import config as run_config
 from nelbo.runs import run as run_folder
 from nelbo.runs.train import resume
 
@@ -140,7 +141,7 @@ def test_no_file_executes_code(trained, tmp_path):
             run_folder.load(run)
         assert files.kept(run / "grids.json") == {}
         assert files.kept(run / "pilots.json") == {}
-        assert run_folder.read_metrics(run) == []
+        assert run_config.read_metrics(run) == []
         shutil.copy(trained / "config.json", run)
     assert not mark.exists()
 
@@ -502,9 +503,9 @@ def test_training_does_not_go_on_through_a_link_out_of_a_run(trained, tmp_path, 
 
 def test_a_table_in_a_run_is_no_link_either(trained, tmp_path):
     run = copied(trained, tmp_path, data__source="data.parquet")
-    (run / run_folder.TABLE).symlink_to(__file__)
+    (run / run_config.TABLE).symlink_to(__file__)
     with pytest.raises(ValueError, match="is a link out of"):
-        run_folder.read_config(run)
+        run_config.read_config(run)
 
 
 def test_a_link_within_a_run_and_one_to_a_run_are_followed(trained, tmp_path):
@@ -568,13 +569,13 @@ def test_what_is_no_number_is_no_json(trained, tmp_path, number):
 
 def test_events_that_are_none_are_left_out(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
-    whole = run_folder.read_metrics(run)
+    whole = run_config.read_metrics(run)
     with (run / "metrics.jsonl").open("a") as file:
         error = {"validation_standard_error": [[]]}
         for change in ({"step": "3"}, {"step": 10**400}, {"validation": None}, {"lr": []}, error):
             file.write(json.dumps(whole[0] | change) + "\n")
         file.write("[" * 100_000 + "\n")
-    assert whole and run_folder.read_metrics(run) == whole
+    assert whole and run_config.read_metrics(run) == whole
 
 
 def test_weights_of_another_kind_are_not_cast(trained, tmp_path):
@@ -604,7 +605,7 @@ def test_a_table_of_many_columns_is_not_compared_pair_by_pair(tmp_path):
 def test_an_alphabet_is_a_text(trained, tmp_path, alphabet):
     run = copied(trained, tmp_path, data__schema__alphabet=alphabet)
     with pytest.raises(ValueError, match="alphabet must be a text"):
-        run_folder.read_config(run)
+        run_config.read_config(run)
 
 
 def test_a_column_of_one_number_written_in_two_ways():

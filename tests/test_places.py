@@ -10,8 +10,9 @@ from conftest import TINY
 from test_cli import nelbo_fails, run_ok
 
 from nelbo._utils import cache, files, limits
+from nelbo.runs import config as run_config
 from nelbo.runs import run as run_folder
-from nelbo.runs.run import read_config
+from nelbo.runs.config import read_config
 from nelbo.runs.train import resume, train
 
 SECRET = "hunter2"
@@ -140,7 +141,7 @@ def test_without_a_cache_a_training_still_knows_its_data(me, tmp_path, capsys):
 def test_a_grid_is_one_of_the_steps_asked(trained, tmp_path, change):
     run = run_folder.load(shutil.copytree(trained, tmp_path / "run"))
     right = run.grid(3).times.tolist()
-    path = run.path / run_folder.GRIDS
+    path = run.path / run_config.GRIDS
     document = json.loads(path.read_text())
     (key,) = (key for key, times in document.items() if times == right)
     lies = {"too many": [i / 500 for i in range(1, 501)], "too few": [1.0], "early": [2, 3, 1.0]}
@@ -151,10 +152,10 @@ def test_a_grid_is_one_of_the_steps_asked(trained, tmp_path, change):
 def test_events_are_read_only_so_far(trained, tmp_path, me):
     """Neither a file of gigabytes nor one endless line; what is whole is read."""
     run = shutil.copytree(trained, tmp_path / "run")
-    path, whole = run / run_folder.METRICS, run_folder.read_metrics(run)
+    path, whole = run / run_config.METRICS, run_config.read_metrics(run)
     line = path.read_text().splitlines()[0]
     path.write_text(f'{line[:-1]}, "more": "{"x" * 10**6}"}}\n' + path.read_text())
-    assert run_folder.read_metrics(run) == whole
+    assert run_config.read_metrics(run) == whole
     with path.open("ab") as file:
         file.truncate(2**30)
     with pytest.raises(ValueError, match=r"has 1073741824 bytes, and JSON here has at most"):
@@ -167,10 +168,10 @@ def test_events_are_read_only_so_far(trained, tmp_path, me):
 )
 def test_a_state_says_where_it_stood(trained, tmp_path, change):
     run = shutil.copytree(trained, tmp_path / "run")
-    (run / run_folder.BEFORE).unlink()
-    tensors, about = files.read_tensors(run / run_folder.STATE)
+    (run / run_config.BEFORE).unlink()
+    tensors, about = files.read_tensors(run / run_config.STATE)
     about["progress"] |= change
-    files.write_tensors(run / run_folder.STATE, tensors, about)
+    files.write_tensors(run / run_config.STATE, tensors, about)
     with pytest.raises(ValueError, match=r"does not say where the training stood|lacks a part"):
         resume(run)
 
@@ -178,9 +179,9 @@ def test_a_state_says_where_it_stood(trained, tmp_path, change):
 @pytest.mark.parametrize("name", ["optimizer.x.exp_avg", "optimizer.exp_avg"])
 def test_moments_are_of_parameters(trained, tmp_path, name):
     run = shutil.copytree(trained, tmp_path / "run")
-    (run / run_folder.BEFORE).unlink()
-    tensors, about = files.read_tensors(run / run_folder.STATE)
+    (run / run_config.BEFORE).unlink()
+    tensors, about = files.read_tensors(run / run_config.STATE)
     tensors[name] = torch.zeros(1)
-    files.write_tensors(run / run_folder.STATE, tensors, about)
+    files.write_tensors(run / run_config.STATE, tensors, about)
     with pytest.raises(ValueError, match="moments of no parameter"):
         resume(run)

@@ -11,6 +11,7 @@ import torch
 from processes import launch
 
 from nelbo._utils import files
+from nelbo.runs import config as run_config
 from nelbo.runs import run as run_folder
 from nelbo.runs.train import resume, train
 
@@ -84,13 +85,13 @@ def runs(tmp_path_factory):
 
 
 def state(run):
-    tensors, about = files.read_tensors(run / run_folder.STATE, hashed=True)
+    tensors, about = files.read_tensors(run / run_config.STATE, hashed=True)
     del about["progress"]["seconds"]
     return tensors, about
 
 
 def events(run):
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in run_folder.read_metrics(run)]
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in run_config.read_metrics(run)]
 
 
 @pytest.mark.parametrize("kind", ["two", "sharded"])
@@ -142,7 +143,7 @@ def test_halves_of_a_curve_meet_whether_they_are_sharded_or_not(runs):
     folder, _ = runs
     one, two = events(folder / "half"), events(folder / "sharded-half")
     assert [e["train"] for e in one] == pytest.approx([e["train"] for e in two], rel=2e-6)
-    assert run_folder.read_config(folder / "sharded-half").train.shard
+    assert run_config.read_config(folder / "sharded-half").train.shard
 
 
 def test_one_process_has_nothing_to_shard(runs, tmp_path):
@@ -199,7 +200,7 @@ def test_a_process_that_dies_or_hangs_ends_the_others(runs, tmp_path, how, wait,
     last = first.err.strip().splitlines()[-1]
     assert last.startswith("nelbo: process 0 of 2: another one ended or did not answer")
     assert "Traceback" not in first.err
-    assert json.loads((tmp_path / "run" / run_folder.CONFIG).read_text())["train"]["steps"] == 50
+    assert json.loads((tmp_path / "run" / run_config.CONFIG).read_text())["train"]["steps"] == 50
     assert run_folder.load(tmp_path / "run").metrics[-1]["step"] == 2
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nelbo import data
 from nelbo.data.remote import here
-from nelbo.runs.run import read_config
+from nelbo.runs.config import read_config
 from nelbo.runs.train import resume
 
 fsspec = pytest.importorskip("fsspec")

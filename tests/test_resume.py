@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nelbo._utils import files as _files
+from nelbo.runs import config as run_config
 from nelbo.runs import run as run_folder
 from nelbo.runs import training_state
 from nelbo.runs.train import resume, train
@@ -40,7 +41,7 @@ def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole")
     np.save(path / "x.npy", np.random.default_rng(0).integers(0, 3, (60, 3)) // 2 * 2)
     run = train(str(path / "x.npy"), path / "run", **SMALL, **LEARNED).path
-    first, second = (event["validation"] for event in run_folder.read_metrics(run))
+    first, second = (event["validation"] for event in run_config.read_metrics(run))
     assert second < first
     return run
 
@@ -48,16 +49,16 @@ def whole(tmp_path_factory):
 def contents(run):
     """All that a run holds but the clock's, tensors as their bytes."""
     found = {"names": sorted(p.name for p in run.iterdir() if p.is_file())}
-    found |= {n: (run / n).read_bytes() for n in (run_folder.CONFIG, run_folder.WEIGHTS)}
-    for name in (run_folder.STATE, run_folder.BEFORE):
+    found |= {n: (run / n).read_bytes() for n in (run_config.CONFIG, run_config.WEIGHTS)}
+    for name in (run_config.STATE, run_config.BEFORE):
         tensors, about = _files.read_tensors(run / name, hashed=True)
         del about["progress"]["seconds"]
         found[name] = about
         found |= {
             f"{name} {k}": t.flatten().view(torch.uint8).tolist() for k, t in tensors.items()
         }
-    events = [json.loads(line) for line in (run / run_folder.METRICS).read_text().splitlines()]
-    found[run_folder.METRICS] = [{k: v for k, v in e.items() if k != "seconds"} for e in events]
+    events = [json.loads(line) for line in (run / run_config.METRICS).read_text().splitlines()]
+    found[run_config.METRICS] = [{k: v for k, v in e.items() if k != "seconds"} for e in events]
     return found
 
 
@@ -100,24 +101,24 @@ def test_killed_at_each_moment_of_writing(whole, tmp_path):
             train(source, run, **SMALL, **LEARNED)
         if len(past) < moment:
             break
-        if run_folder.is_run(run):
+        if run_config.is_run(run):
             resume(run)
         else:
             train(source, run, **SMALL, **LEARNED)
         assert contents(run) == expected, (moment, past)
     first, second = (
-        [run_folder.WEIGHTS, *names, run_folder.STATE] for names in ([], [run_folder.BEFORE])
+        [run_config.WEIGHTS, *names, run_config.STATE] for names in ([], [run_config.BEFORE])
     )
     # in the user's cache an entry has 64 digits
     files = [name for name in past if " " not in name and name != "sync" and len(name) < 64]
-    assert files == [run_folder.CONFIG, *first, *second]
+    assert files == [run_config.CONFIG, *first, *second]
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut", "other", "missing"])
 def test_a_damaged_state_gives_way_to_the_one_before(whole, tmp_path, damage):
     """It is said, and no bit of the end is another one; the damaged one is never the one kept."""
     run = shutil.copytree(whole, tmp_path / "run")
-    path = run / run_folder.STATE
+    path = run / run_config.STATE
     content = bytearray(path.read_bytes())
     if damage == "one bit":
         content[-len(content) // 3] ^= 1
@@ -134,8 +135,8 @@ def test_a_damaged_state_gives_way_to_the_one_before(whole, tmp_path, damage):
 
 def test_every_bit_of_a_state_counts(whole, tmp_path):
     """Flipped anywhere, it is an error or says the same."""
-    before, words = _files.read_tensors(whole / run_folder.STATE, hashed=True)
-    content = (whole / run_folder.STATE).read_bytes()
+    before, words = _files.read_tensors(whole / run_config.STATE, hashed=True)
+    content = (whole / run_config.STATE).read_bytes()
     rng, path, same = np.random.default_rng(0), tmp_path / "state.safetensors", 0
     for place in rng.integers(0, 8 * len(content), 300):
         damaged = bytearray(content)
@@ -154,9 +155,9 @@ def test_every_bit_of_a_state_counts(whole, tmp_path):
 
 def test_damaged_weights_are_not_used(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
-    content = bytearray((run / run_folder.WEIGHTS).read_bytes())
+    content = bytearray((run / run_config.WEIGHTS).read_bytes())
     content[-1] ^= 1
-    (run / run_folder.WEIGHTS).write_bytes(content)
+    (run / run_config.WEIGHTS).write_bytes(content)
     with pytest.raises(ValueError, match=r"model.safetensors is .*damaged.*SHA-256"):
         run_folder.load(run)
     resume(run)
@@ -165,7 +166,7 @@ def test_damaged_weights_are_not_used(whole, tmp_path):
 
 def test_the_weights_of_a_finished_run_are_made_again(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
-    (run / run_folder.WEIGHTS).unlink()
+    (run / run_config.WEIGHTS).unlink()
     resume(run)
     assert contents(run) == contents(whole)
 

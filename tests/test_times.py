@@ -23,7 +23,7 @@ from nelbo.diffusion.schedules import LearnedMonotone, Linear, log_density
 from nelbo.models.build import build
 from nelbo.models.config import ModelConfig
 from nelbo.nn.embedding import zero
-from nelbo.runs import run as run_folder
+from nelbo.runs import config as run_config
 from nelbo.training import objective, trainer
 from nelbo.training.objective import Objective, log_second_moment
 from nelbo.training.timestep_samplers import (
@@ -252,7 +252,7 @@ def test_the_density_is_part_of_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "batch_indices", order)
     training.resume(tmp_path / "run")
     left, right = (
-        files.read_tensors(path / run_folder.STATE)[0] for path in (whole, tmp_path / "run")
+        files.read_tensors(path / run_config.STATE)[0] for path in (whole, tmp_path / "run")
     )
     assert left["law.count"].sum() > 0 and left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)

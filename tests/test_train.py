@@ -18,6 +18,7 @@ from nelbo.data import Schema
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.models.build import build
+from nelbo.runs import config as run_config
 from nelbo.runs import run as run_folder
 from nelbo.training import trainer
 from nelbo.training.config import TrainConfig
@@ -30,14 +31,14 @@ training = importlib.import_module("nelbo.runs.train")
 
 def assert_same_run(a, b):
     """Bit for bit, but for the clock."""
-    for name in (run_folder.WEIGHTS, run_folder.STATE):
+    for name in (run_config.WEIGHTS, run_config.STATE):
         (left, about_left), (right, about_right) = (files.read_tensors(p / name) for p in (a, b))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[k], right[k]) for k in left), name
-        if name == run_folder.WEIGHTS:
+        if name == run_config.WEIGHTS:
             assert about_left == about_right
             assert (a / name).read_bytes() == (b / name).read_bytes()
-    events = [run_folder.read_metrics(p) for p in (a, b)]
+    events = [run_config.read_metrics(p) for p in (a, b)]
     for event in (*events[0], *events[1]):
         del event["seconds"]
     assert events[0] == events[1]
@@ -57,7 +58,7 @@ def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", tmp_path / "run", **TINY)
     monkeypatch.setattr(trainer, "batch_indices", order)
-    _, about = files.read_tensors(tmp_path / "run" / run_folder.STATE)
+    _, about = files.read_tensors(tmp_path / "run" / run_config.STATE)
     assert about["progress"]["step"] == stop
     training.resume(tmp_path / "run")
     assert_same_run(trained, tmp_path / "run")
@@ -76,7 +77,7 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(trained, tmp_path, m
     with pytest.raises(RuntimeError, match="power cut"):
         training.train("digits", tmp_path / "run", **TINY)
     monkeypatch.setattr(trainer.Trainer, "step", step)
-    with (tmp_path / "run" / run_folder.METRICS).open("a") as file:
+    with (tmp_path / "run" / run_config.METRICS).open("a") as file:
         file.write('{"step": 3, "validation": 1.0}\n{"step": 4, "valid')
     training.resume(tmp_path / "run")
     assert_same_run(trained, tmp_path / "run")
@@ -84,9 +85,9 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(trained, tmp_path, m
 
 def test_a_finished_run_stays_as_it_is(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
-    before = (run / run_folder.WEIGHTS).read_bytes()
-    assert training.resume(run).metrics == run_folder.read_metrics(trained)
-    assert (run / run_folder.WEIGHTS).read_bytes() == before
+    before = (run / run_config.WEIGHTS).read_bytes()
+    assert training.resume(run).metrics == run_config.read_metrics(trained)
+    assert (run / run_config.WEIGHTS).read_bytes() == before
 
 
 def test_more_steps_than_planned(trained, tmp_path):
@@ -127,7 +128,7 @@ def test_seeds(trained, tmp_path):
     training.train("digits", tmp_path / "same", **TINY)
     assert_same_run(trained, tmp_path / "same")
     other = training.train("digits", tmp_path / "other", seed=1, **TINY)
-    assert other.metrics[0]["validation"] != run_folder.read_metrics(trained)[0]["validation"]
+    assert other.metrics[0]["validation"] != run_config.read_metrics(trained)[0]["validation"]
 
 
 def test_the_callers_generator_is_left_alone(tmp_path):
@@ -165,7 +166,7 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         training.resume(run, steps=6)
     assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before
-    assert [path.name for path in run.glob(".*")] == [run_folder.LOCK]
+    assert [path.name for path in run.glob(".*")] == [run_config.LOCK]
 
 
 def test_batches_visit_every_example_once_per_epoch():
@@ -265,13 +266,13 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
     """Neither two resumed ones nor one beside a new one; the files stay as they are."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    before = (run / run_folder.STATE).read_bytes()
+    before = (run / run_config.STATE).read_bytes()
     with (
         training.alone_in(run),
         pytest.raises(ValueError, match="run is being trained by another process; wait"),
     ):
         training.resume(run, steps=9)
-    assert (run / run_folder.STATE).read_bytes() == before
+    assert (run / run_config.STATE).read_bytes() == before
     found, step = [], trainer.Trainer.step
 
     def beside(self):
@@ -292,7 +293,7 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
         pytest.raises(ValueError, match="trained by another"),
     ):
         training.train("digits", tmp_path / "same", **TINY)  # of two that begin it at once
-    assert not (tmp_path / "same" / run_folder.CONFIG).exists()
+    assert not (tmp_path / "same" / run_config.CONFIG).exists()
 
 
 def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):

@@ -102,7 +102,8 @@ def evaluate(
     from nelbo.evaluation.evaluate import evaluate as bound
     from nelbo.evaluation.importance_bound import evaluate_importance
     from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
-    from nelbo.runs.run import load, read_config
+    from nelbo.runs.config import read_config
+    from nelbo.runs.run import load
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
     if not ode and (dequantise is not None or tolerance is not None):

@@ -1,25 +1,9 @@
-"""A run on disk: weights as safetensors, everything else as JSON. Nothing here executes a file.
-
-    config.json          data, schema, model and training configuration
-    model.safetensors    the best weights so far (moving average), with step and bound
-    state.safetensors    everything to continue training exactly, the best weights too; see `state`
-    before.safetensors   the state before that, in case the newest is damaged
-    metrics.jsonl        one line per event
-    data.parquet         the training table, where it was given as a frame and not by its path
-    grids.json           the best grids that were found for these weights; found again where lost
-    .lock                empty; held by the process that trains
-
-Each is whole or not there, but for a last line of metrics.jsonl; tensors are what was written
-(`_files`). A run may come from anyone: what it names outside of its folder, its data, is read only
-where this user's own cache knows data of these hashes (`RunConfig.place`).
-"""
+"""A trained run, as people hold it: its model, its data and its numbers (files: `config`)."""
 
 import contextlib
-import hashlib
-import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,15 +12,12 @@ import torch
 from torch import Tensor
 
 from nelbo import data
-from nelbo._utils import cache, limits
+from nelbo._utils import limits
 from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.files import keep, kept, put_weights, read_tensors
 from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track, shortened
-from nelbo._version import __version__
-from nelbo.data import Dataset, Schema
-from nelbo.data.sources import BUILT_IN, Splits
-from nelbo.data.splits import NONE, Declared, declare
+from nelbo.data.sources import Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, model_hash
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid, even_times
@@ -45,199 +26,14 @@ from nelbo.evaluation.grid_search import best_grid
 from nelbo.evaluation.result import Evaluation
 from nelbo.models.build import build
 from nelbo.models.conditioning import encode, labelled
-from nelbo.models.config import ModelConfig
-from nelbo.training.config import TrainConfig
+from nelbo.runs.config import GRIDS, WEIGHTS, RunConfig, read_config, read_metrics
 
 if TYPE_CHECKING:
     from nelbo.data.tabular.tables import Frame
 
-CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
-    "config.json",
-    "model.safetensors",
-    "state.safetensors",
-    "before.safetensors",
-    "metrics.jsonl",
-    "grids.json",
-    "data.parquet",
-    ".lock",
-)
-#: what a training writes, beside its events
-WRITTEN = (CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK)
-KIND = "data"  # folder of the cache
-LARGEST = 10**100  # number of an event: larger ones have no mean and no axis
-EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What `config.json` says."""
-
-    source: str
-    schema: Schema
-    size: int | None
-    hashes: dict[str, str]
-    preset: str
-    model: ModelConfig
-    train: TrainConfig
-    splits: Declared | None = None
-    #: whether the data are in the folder of the run
-    within: bool = field(default=False, compare=False)
-
-    def to_json(self) -> str:
-        document = {
-            "nelbo": __version__,
-            "data": {
-                "source": self.source,
-                "size": self.size,
-                "schema": self.schema.to_dict(),
-                "hashes": self.hashes,
-                "splits": None if self.splits is None else dict(self.splits),
-            },
-            "preset": self.preset,
-            "model": self.model.to_dict(),
-            "train": self.train.to_dict(),
-        }
-        return json.dumps(document, indent=2) + "\n"
-
-    def load_data(self) -> Dataset:
-        """The run's own data, read at `place`.
-
-        Raises:
-            FileNotFoundError: they are no longer there.
-            ValueError: no place is known, or they are no longer those of the run; of what is there
-                instead nothing is told.
-        """
-        place = main_process_first(self.place)
-        if place is None:
-            name = shortened(self.source, 64)
-            raise ValueError(
-                f"the data of the run, which it calls {name!r}, are not read: this user has not"
-                " trained on them here. Give them once, with: nelbo evaluate RUN --data DATA, in"
-                f" Python run.meet(DATA); or set {limits.TRUST}=1 if the run is yours"
-            )
-        try:
-            dataset = self._read(place)
-        except ValueError:
-            raise ValueError(
-                f"the data at {place} cannot be read as those of the run; see: nelbo inspect"
-                f" {place}; or evaluate others with --data"
-            ) from None
-        if not self._are(dataset):
-            raise ValueError(
-                f"the data at {place} are no longer those of the run: bring them back,"
-                " or evaluate others with --data"
-            )
-        return dataset
-
-    def place(self) -> str | None:
-        """Where the run's own data are; None where only the run says where.
-
-        Built-in data and those in the folder of the run are always known; others where this user
-        trained on data of these hashes, or named them (`remember`).
-        """
-        if self.source in BUILT_IN or self.within:
-            return self.source
-        identity = self._identity()
-        if cache.get(KIND, f"{identity} {self.source}") is True:
-            return self.source
-        newest = cache.get(KIND, identity)
-        if isinstance(newest, str):
-            return newest
-        return self.source if limits.trusted() else None
-
-    def remember(self, place: str) -> None:
-        """Keep for this user that data of the run's hashes are at a place.
-
-        Raises:
-            OSError: it cannot be written, and lasts as long as the process.
-        """
-        identity = self._identity()
-        try:
-            cache.put(KIND, f"{identity} {place}", True)
-        finally:
-            cache.put(KIND, identity, place)
-
-    def recognises(self, source: str) -> str | None:
-        """The full name of the source where its data are those of the run, by their hashes."""
-        try:
-            dataset = self._read(source)
-        except (ValueError, OSError):
-            return None
-        return dataset.source if self._are(dataset) else None
-
-    def _identity(self) -> str:
-        about = [self.size, self.hashes, self.schema.to_dict()]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-    def _read(self, source: str) -> Dataset:
-        return data.load(
-            source,
-            levels=self.schema.levels,
-            size=self.size,
-            schema=self.schema if self.schema.kind == "table" else None,
-            condition=[label.name for label in self.schema.condition],
-            splits=NONE if self.splits is not None and not self.splits else self.splits,
-        )
-
-    def _are(self, dataset: Dataset) -> bool:
-        return dataset.schema == self.schema and hashes(dataset) == self.hashes
-
-    @staticmethod
-    def from_document(document: object, where: str) -> "RunConfig":
-        """Raises ValueError for anything that is missing, unknown or of another kind."""
-        top = _section(document, {"nelbo", "data", "preset", "model", "train"}, where)
-        given = {"splits": None} | top["data"] if isinstance(top["data"], dict) else top["data"]
-        keys = {"source", "size", "schema", "hashes", "splits"}
-        about = _section(given, keys, f"{where}, data")
-        for name, kinds in (("source", str), ("size", int | None), ("hashes", dict)):
-            if not isinstance(about[name], kinds):
-                raise ValueError(f"{name} in {where}, data, cannot be {about[name]!r}")
-        try:
-            schema = Schema.from_dict(about["schema"])
-            splits = _declared(about["splits"])
-        except ValueError as error:
-            raise ValueError(f"{error} in {where}") from None
-        return RunConfig(
-            source=about["source"],
-            schema=schema,
-            size=about["size"],
-            hashes=about["hashes"],
-            splits=splits,
-            preset=str(top["preset"]),
-            model=ModelConfig.from_dict(top["model"], f"{where}, model"),
-            train=TrainConfig.from_dict(top["train"], f"{where}, train"),
-        )
-
-
-def _declared(splits: object) -> Declared | None:
-    """What `to_json` wrote of declared splits."""
-    if splits is None or splits == {}:
-        return splits
-    if not isinstance(splits, dict) or not all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-        for names in splits.values()
-    ):
-        raise ValueError(f"splits must be lists of names; got {splits!r}")
-    return declare(splits)
-
-
-def hashes(dataset: Dataset) -> dict[str, str]:
-    """The fingerprint of each split, and of its labels where they count."""
-    labels = {f"labels of {name}": data.fingerprint(y) for name, y in dataset.labels.items()}
-    return {name: data.fingerprint(x) for name, x in dataset.splits.items()} | labels
-
 
 def _warn(line: str) -> None:
     warnings.warn(line, stacklevel=3)
-
-
-def _section(document: object, keys: set[str], where: str) -> dict:
-    if not isinstance(document, dict):
-        raise ValueError(f"{where} must be a JSON object; got {type(document).__name__}")
-    for key in sorted(document.keys() ^ keys):
-        kind = "unknown" if key in document else "missing"
-        raise ValueError(f"{kind} key {key!r} in {where}; known are {', '.join(sorted(keys))}")
-    return document
 
 
 @dataclass(frozen=True)
@@ -445,52 +241,6 @@ def _times(found: object, steps: int, start: float) -> list[float] | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return times.tolist() if len(times) == steps and times[0] >= start else None
-
-
-def is_run(path: Path) -> bool:
-    return (path / CONFIG).is_file()
-
-
-def read_config(path: Path) -> RunConfig:
-    """Raises FileNotFoundError where the folder is not a run."""
-    if not path.exists():
-        raise FileNotFoundError(f"the run {path} does not exist; train with: nelbo train")
-    if not is_run(path):
-        raise FileNotFoundError(f"{path} is not a run: it has no {CONFIG}")
-    document = limits.read_json(limits.contained(path / CONFIG, path))
-    run = RunConfig.from_document(document, str(path / CONFIG))
-    if Path(run.source).name == TABLE and (path / TABLE).is_file():
-        limits.contained(path / TABLE, path)
-        # also where the run was moved
-        run = replace(run, source=str(path.absolute() / TABLE), within=True)
-    return run
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The events of a run; a line that is none, such as a last one cut by a crash, is left out."""
-    if not (path / METRICS).exists():
-        return []
-    file = limits.contained(path / METRICS, path)
-    limits.check_json(file, limits.EVENTS)
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        short = (line for line in lines if len(line) <= limits.EVENT)
-        return [event for line in short if (event := _event(line)) is not None]
-
-
-def _event(line: str) -> dict | None:
-    """What a line of the metrics says; None where it is no event."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(event, dict) or not event.keys() >= EVENT_KEYS:
-        return None
-    numbers = [event[key] for key in EVENT_KEYS - {"unit"}]
-    error = event.get("validation_standard_error")
-    numbers += [] if error is None else [error]
-    # NaN is one that a training may write, and a figure leaves out
-    whole = all(type(n) in (int, float) and not abs(n) > LARGEST for n in numbers)
-    return event if whole and type(event["step"]) is int else None
 
 
 def load(path: str | Path) -> Run:

@@ -27,9 +27,11 @@ from nelbo.data.tabular import tables
 from nelbo.diffusion.model import Model
 from nelbo.evaluation.result import Evaluation
 from nelbo.models.config import ModelConfig
+from nelbo.runs import config as run_config
 from nelbo.runs import events, training_state
 from nelbo.runs import run as run_folder
-from nelbo.runs.run import Run, RunConfig
+from nelbo.runs.config import RunConfig
+from nelbo.runs.run import Run
 from nelbo.training.config import TrainConfig
 from nelbo.training.optim import learning_rate
 from nelbo.training.presets import configure
@@ -104,10 +106,10 @@ def train(
         every = options.get("evaluate_every", max(1, steps // VALIDATIONS))
         train_config = replace(train_config, steps=steps, evaluate_every=int(every))
     run = RunConfig(
-        source=dataset.source if own is None else str(out.absolute() / run_folder.TABLE),
+        source=dataset.source if own is None else str(out.absolute() / run_config.TABLE),
         schema=dataset.schema,
         size=size,
-        hashes=run_folder.hashes(dataset),
+        hashes=run_config.hashes(dataset),
         preset=preset,
         model=model_config,
         train=train_config,
@@ -164,10 +166,10 @@ def pace(
 def check_new(out: Path) -> None:
     """ValueError where a new run cannot be."""
     if out.is_dir():
-        others = [p for p in out.iterdir() if p.name != run_folder.LOCK and not files.is_part(p)]
+        others = [p for p in out.iterdir() if p.name != run_config.LOCK and not files.is_part(p)]
     if out.exists() and (not out.is_dir() or others):
         run = f"a run; continue it with --resume {out}, or"
-        kind = run if run_folder.is_run(out) else "not a run;"
+        kind = run if run_config.is_run(out) else "not a run;"
         raise ValueError(f"{out} exists and is {kind} choose another --out")
 
 
@@ -191,7 +193,7 @@ def begin(
         try:
             training.found()
             if table is not None and training.first:
-                files.write(out / run_folder.TABLE, table)
+                files.write(out / run_config.TABLE, table)
             if weights is not None:
                 training.fit_statistics(weights)
             training.configure()
@@ -224,7 +226,7 @@ def resume(
         Interrupted: after Ctrl-C, with the run saved.
     """
     out = Path(out)
-    run = run_folder.read_config(out)
+    run = run_config.read_config(out)
     t = run.train
     steps, shard = t.steps if steps is None else steps, t.shard if shard is None else shard
     changed = replace(run, train=replace(t, steps=steps, shard=shard))
@@ -249,7 +251,7 @@ def alone_in(out: Path) -> Iterator[bool]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(limits.contained(out / run_folder.LOCK, out), blocking=False)
+    lock = FileLock(limits.contained(out / run_config.LOCK, out), blocking=False)
 
     def acquire() -> bool:
         new = not out.exists()
@@ -300,7 +302,7 @@ class Training:
     def configure(self) -> None:
         """Write down what the run is."""
         if self.first:
-            files.write(self.out / run_folder.CONFIG, self.run.to_json().encode())
+            files.write(self.out / run_config.CONFIG, self.run.to_json().encode())
 
     def restore(self) -> None:
         """Go where the run stood, if it has a state."""
@@ -365,7 +367,7 @@ class Training:
         self.check_there()
         if self.learner.best and self.first:
             about = {"weights": "ema", "step": self.learner.at.best_step}
-            files.write_tensors(self.out / run_folder.WEIGHTS, self.learner.best, about)
+            files.write_tensors(self.out / run_config.WEIGHTS, self.learner.best, about)
 
     def _validate(self) -> None:
         """Measure, keep the best, and tell."""
@@ -386,7 +388,7 @@ class Training:
         self.told = at.step
         if not self.first:
             return
-        with (self.out / run_folder.METRICS).open("a") as file:
+        with (self.out / run_config.METRICS).open("a") as file:
             file.write(json.dumps(event) + "\n")
             file.flush()
             os.fsync(file.fileno())  # no state is on the disk before the events that led to it
@@ -394,22 +396,22 @@ class Training:
 
     def forget_later_metrics(self) -> None:
         """Drop what was logged after the state that training continues from."""
-        kept = [e for e in run_folder.read_metrics(self.out) if e["step"] <= self.learner.at.step]
+        kept = [e for e in run_config.read_metrics(self.out) if e["step"] <= self.learner.at.step]
         lines = "".join(json.dumps(event) + "\n" for event in kept)
         if self.first:
-            files.write(self.out / run_folder.METRICS, lines.encode())
+            files.write(self.out / run_config.METRICS, lines.encode())
         self.told = kept[-1]["step"] if kept else 0
 
     def remove(self, made: bool) -> None:
         """Remove what a training that failed wrote, by name, unless it can be continued; and the
         folder where it was `made` for it and holds nothing else."""
         out = self.out
-        whole = run_folder.is_run(out) and (out / run_folder.WEIGHTS).exists()
+        whole = run_config.is_run(out) and (out / run_config.WEIGHTS).exists()
         if whole or training_state.is_in(out) or _place(out) != self.folder:
             return
         with suppress(OSError):
             events.remove(out)
-            for name in run_folder.WRITTEN:
+            for name in run_config.WRITTEN:
                 (out / name).unlink(missing_ok=True)
             if made:
                 out.rmdir()

@@ -20,7 +20,7 @@ from torch import Tensor
 from nelbo._utils import limits
 from nelbo._utils.files import put_weights, read_tensors, write_tensors
 from nelbo._utils.sharding import divided_like, gathered
-from nelbo.runs.run import BEFORE, STATE
+from nelbo.runs.config import BEFORE, STATE
 from nelbo.training.trainer import Progress, Trainer
 
 #: of `Progress`; what it has beside them, older versions did not write
