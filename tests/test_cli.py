@@ -263,6 +263,7 @@ def test_damaged_runs(trained, tmp_path, capsys):
 
     for path, value, words in [
         (("colour",), 1, "unknown key 'colour'"),
+        (("format",), 1, "has format 1 and this nelbo reads 2: train the run again"),
         (("model", "colour"), 1, "unknown key 'colour'"),
         (("model", "width"), "wide", "width must be int; got 'wide'"),
         (("model", "head"), "nose", "head must be one of"),

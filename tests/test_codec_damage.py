@@ -249,11 +249,11 @@ def test_a_newer_version_and_what_is_no_file_of_ours(coded):
     model, _, data = coded[0]
     newer = bytearray(data)
     newer[8] = 99
-    with pytest.raises(CodecError, match="version 99 and this nelbo reads 3; try: pip"):
+    with pytest.raises(CodecError, match="version 99 and this nelbo reads 4; try: pip"):
         decompress(bytes(newer), model)
-    for older in (1, 2):
+    for older in (1, 2, 3):
         newer[8] = older
-        with pytest.raises(CodecError, match=f"version {older} and this nelbo reads 3; restore"):
+        with pytest.raises(CodecError, match=f"version {older} and this nelbo reads 4; restore"):
             decompress(bytes(newer), model)
     for other in (
         b"",

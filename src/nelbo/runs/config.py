@@ -47,6 +47,7 @@ CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
 #: what a training writes, beside its events
 WRITTEN = (CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK)
 KIND = "data"  # folder of the cache
+FORMAT = 2  # of a run; raised where what one says or holds changes its meaning
 LARGEST = 10**100  # number of an event: larger ones have no mean and no axis
 EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
 
@@ -69,6 +70,7 @@ class RunConfig:
     def to_json(self) -> str:
         document = {
             "nelbo": __version__,
+            "format": FORMAT,
             "data": {
                 "source": self.source,
                 "size": self.size,
@@ -168,7 +170,12 @@ class RunConfig:
     @staticmethod
     def from_document(document: object, where: str) -> "RunConfig":
         """Raises ValueError for anything that is missing, unknown or of another kind."""
-        top = _section(document, {"nelbo", "data", "preset", "model", "train"}, where)
+        if isinstance(document, dict) and document.get("format") != FORMAT:
+            raise ValueError(
+                f"{where} has format {document.get('format', 1)!r} and this nelbo reads {FORMAT}:"
+                " train the run again with it, or use the nelbo that wrote it"
+            )
+        top = _section(document, {"nelbo", "format", "data", "preset", "model", "train"}, where)
         given = {"splits": None} | top["data"] if isinstance(top["data"], dict) else top["data"]
         keys = {"source", "size", "schema", "hashes", "splits"}
         about = _section(given, keys, f"{where}, data")

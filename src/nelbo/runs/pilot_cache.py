@@ -26,7 +26,7 @@ from nelbo.runs.run import Run
 
 KIND = "pilots"  # folder of the cache
 ROWS = 256  # of each cell
-EDITION = 6  # of what the numbers mean: to be raised with it, and pilots of others are made again
+EDITION = 7  # of what the numbers mean: to be raised with it, and pilots of others are made again
 
 
 class Pilots:

@@ -33,7 +33,7 @@ from nelbo.codec.coding.blocks import EVEN, MODEL, PACKED, Block
 from nelbo.codec.errors import CodecError, CorruptFileError
 
 MAGIC = b"\x93NLB\r\n\x1a\n"
-VERSION = 3
+VERSION = 4
 BLOCK, END = b"BLK1", b"END1"
 _PREFIX = struct.Struct("<8sBII")
 _BLOCK = struct.Struct("<IIBBHII")
