@@ -281,5 +281,5 @@ def test_the_model_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"examples of shape \(3,\); got \(4,\)"):
         elbo(model, torch.zeros(2, 4, dtype=torch.float64))
     wrong = gaussian_model(lambda z, gamma: z[:, :2], shape=(3,))
-    with pytest.raises(ValueError, match=r"must give \(2, 3\) for Data; got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"must give \(2, 3\) for XPrediction; got \(2, 2\)"):
         elbo(wrong, torch.zeros(2, 3, dtype=torch.float64))

@@ -257,7 +257,9 @@ def test_heads_and_steps_refuse_what_they_cannot_use():
         TypeError, match="SymbolLogits needs MaskedDiffusion; got GaussianDiffusion"
     ):
         SymbolLogits(3)(z, z, T, gaussian)
-    with pytest.raises(ValueError, match=r"LevelLogits has 3; try WithVariance\(Noise\(\)\)"):
+    with pytest.raises(
+        ValueError, match=r"LevelLogits has 3; try WithVariance\(EpsPrediction\(\)\)"
+    ):
         WithVariance(LevelLogits(torch.linspace(-1, 1, 3)))
     with pytest.raises(TypeError, match="WithVariance"):
         Learned()(point, z, T - 0.1, T, gaussian)

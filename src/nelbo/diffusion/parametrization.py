@@ -2,9 +2,9 @@ r"""What a network's output means: a prediction ê of e = embed(x), given z_t.
 
 ê stands wherever e stands in the encoder, so a head is all that a parametrisation changes:
 
-    Noise         output is ε̂     ê = (z_t - √(1-α_t) ε̂) / √α_t
-    Data          output is ê
-    Velocity      output is v̂     ê = √α_t z_t - √(1-α_t) v̂
+    EpsPrediction output is ε̂     ê = (z_t - √(1-α_t) ε̂) / √α_t
+    XPrediction   output is ê
+    VPrediction   output is v̂     ê = √α_t z_t - √(1-α_t) v̂
     Mean          output is f     ê solves m_t(z_t, ê) = f for the step from t to t - 1/T
     LevelLogits   P(x_i = v_k|z_t) = softmax_k( output_k + log N(z_t; √α_t v_k, 1-α_t) ), ê its
                   mean: the arithmetic of one pixel is exact, the network only adds context
@@ -218,7 +218,7 @@ class WithVariance(Parametrization):
         if head.outputs != 1:
             raise ValueError(
                 f"WithVariance wraps a head with one output; {type(head).__name__} has"
-                f" {head.outputs}; try WithVariance(Noise())"
+                f" {head.outputs}; try WithVariance(EpsPrediction())"
             )
         self.head = head
 
