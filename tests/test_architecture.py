@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import nelbo
+from nelbo.models import config
 
 SOURCE = Path(nelbo.__file__).parent
 
@@ -29,3 +32,10 @@ def test_names_stay_functions_after_their_modules_are_imported():
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert len(nelbo.__all__) <= 28
+
+
+@pytest.mark.parametrize("table", [name for name in vars(config) if name.isupper()])
+def test_every_registered_name_stands_for_something(table):
+    names = getattr(config, table)
+    for name in names if isinstance(names, dict) else ():
+        assert callable(config.resolve(name, names)), name

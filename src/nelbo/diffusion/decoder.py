@@ -7,6 +7,7 @@ takes a prediction made at (z_1, t_1) and returns a distribution with batch shap
 
 import math
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,11 @@ class Decoder(nn.Module, ABC):
 
     #: a density, in nats only; else a probability
     density = False
+
+    @classmethod
+    def of_levels(cls, levels: Levels) -> Self:
+        """Make the decoder into integers that stand for these levels, as a configuration does."""
+        return cls()
 
     @abstractmethod
     def forward(
@@ -62,6 +68,10 @@ class LevelDecoder(Decoder):
 class Evidence(Decoder):
     """P(x_i = v_k|z_1) ∝ q(z_1|x_i = v_k), no network (Kingma et al. 2021, equation 16)."""
 
+    @classmethod
+    def of_levels(cls, levels: Levels) -> Self:
+        return cls(levels)
+
     def __init__(self, levels: Levels) -> None:
         super().__init__()
         self.levels = levels
@@ -80,6 +90,10 @@ class DiscretisedGaussian(Decoder):
         levels: the values of the levels.
         scale: standard deviation in units of the values, where it starts; learned.
     """
+
+    @classmethod
+    def of_levels(cls, levels: Levels) -> Self:
+        return cls(levels)
 
     def __init__(self, levels: Levels, scale: float | None = None) -> None:
         super().__init__()

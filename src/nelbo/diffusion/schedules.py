@@ -7,7 +7,7 @@ t = 1..T, lives on the times t/T: `Schedule.from_betas`. Everything is float64, 
 step is a small difference of neighbouring γ's. Sources: Kingma et al. 2021 (VDM), section 3 and
 appendix H; Nichol & Dhariwal 2021 (cosine).
 
-To add a schedule: one class with `forward(t) -> gamma`; it inherits the contract tests.
+To add a schedule: one class with `forward(t) -> gamma`, see CONTRIBUTING.md.
 """
 
 import math
@@ -188,6 +188,29 @@ class PowerAlpha(Schedule):
     def forward(self, t: Tensor) -> Tensor:
         masked = t.double() ** self.power
         return masked.log() - torch.log1p(-masked)
+
+
+# ---- schedules by name, of (gamma_min, gamma_max), where the class takes other arguments
+
+
+def ddpm_betas(gamma_min: float, gamma_max: float) -> Betas:
+    """1000 β's from 1e-4 to 0.02 (Ho et al. 2020), whatever the ends."""
+    return Betas(torch.linspace(1e-4, 0.02, 1000))
+
+
+def learned_endpoints(gamma_min: float, gamma_max: float) -> LearnedMonotone:
+    """A learned schedule whose ends are learned too, from these."""
+    return LearnedMonotone(gamma_min, gamma_max, learn_endpoints=True)
+
+
+def linear_alpha(gamma_min: float, gamma_max: float) -> PowerAlpha:
+    """α_t = 1 - t, whose ends are infinite."""
+    return PowerAlpha(1.0)
+
+
+def quadratic_alpha(gamma_min: float, gamma_max: float) -> PowerAlpha:
+    """α_t = 1 - t², whose ends are infinite."""
+    return PowerAlpha(2.0)
 
 
 def log_density(schedule: Schedule, t: Tensor) -> Tensor:

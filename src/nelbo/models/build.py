@@ -1,7 +1,7 @@
-"""Names into objects: the one place where a string chooses a class."""
+"""Names into objects: the parts of a configuration, of the tables in `config`, as one model."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,9 +15,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import (
     Affine,
     ForwardProcess,
-    GaussianDiffusion,
     Levels,
-    MaskedDiffusion,
 )
 from nelbo.diffusion.product import (
     ProductDecoder,
@@ -26,53 +24,21 @@ from nelbo.diffusion.product import (
     ProductReverseKernel,
 )
 from nelbo.models import conditioning
-from nelbo.models.config import ModelConfig
+from nelbo.models.config import (
+    LEVEL_DECODERS,
+    LEVEL_HEADS,
+    NETWORKS,
+    POINT_HEADS,
+    SCHEDULES,
+    STEPS,
+    SYMBOL_PROCESSES,
+    VALUE_PROCESSES,
+    ModelConfig,
+    resolve,
+)
 from nelbo.models.tabular import continuous, discrete
-from nelbo.nn.conv import ConvNet
 from nelbo.nn.ensemble import Ensemble
-from nelbo.nn.mlp import MLP
 from nelbo.nn.table import TableNet
-from nelbo.nn.transformer import Transformer
-from nelbo.nn.unet import UNet
-
-SCHEDULES: Mapping[str, Callable[[float, float], schedules.Schedule]] = {
-    "linear": schedules.Linear,
-    "cosine": schedules.Cosine,
-    "betas": lambda low, high: schedules.Betas(torch.linspace(1e-4, 0.02, 1000)),
-    "learned": schedules.LearnedMonotone,
-    "learned-ends": lambda low, high: schedules.LearnedMonotone(low, high, learn_endpoints=True),
-    "linear-alpha": lambda low, high: schedules.PowerAlpha(1.0),
-    "quadratic-alpha": lambda low, high: schedules.PowerAlpha(2.0),
-}
-POINT_HEADS: Mapping[str, Callable[[], parametrization.Parametrization]] = {
-    "noise": parametrization.EpsPrediction,
-    "data": parametrization.XPrediction,
-    "velocity": parametrization.VPrediction,
-}
-LEVEL_HEADS: Mapping[
-    str, Callable[[torch.Tensor, tuple[int, ...]], parametrization.Parametrization]
-] = {
-    "levels": parametrization.LevelLogits,
-    "level-curves": parametrization.LevelCurves,
-}
-STEPS: Mapping[str, Callable[[], reverse.ReverseKernel]] = {
-    "posterior": reverse.Posterior,
-    "beta": reverse.Beta,
-    "learned": reverse.Learned,
-    "optimal": reverse.Optimal,
-}
-LEVEL_DECODERS: Mapping[str, Callable[[Levels], likelihood.Decoder]] = {
-    "levels": lambda levels: likelihood.LevelDecoder(),
-    "evidence": likelihood.Evidence,
-    "discretised-gaussian": likelihood.DiscretisedGaussian,
-    "bernoulli": lambda levels: likelihood.Bernoulli(),
-}
-NETWORKS: Mapping[str, type[nn.Module]] = {
-    "conv": ConvNet,
-    "unet": UNet,
-    "mlp": MLP,
-    "transformer": Transformer,
-}
 
 
 def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> Model:
@@ -98,11 +64,11 @@ def _build(config: ModelConfig, schema: Schema, affine: Affine | None) -> Model:
             f"the network {config.network} is for images; the data's shape is {schema.shape};"
             " try mlp"
         )
-    schedule = SCHEDULES[config.schedule](config.gamma_min, config.gamma_max)
+    schedule = resolve(config.schedule, SCHEDULES)(config.gamma_min, config.gamma_max)
     if schema.kind == "table":
         return _table(config, schema, schedule)
-    if config.process == "absorbing":
-        return _absorbing(config, schema, schedule)
+    if config.process in SYMBOL_PROCESSES:
+        return _symbols(config, schema, schedule)
     if config.schedule in ("linear-alpha", "quadratic-alpha"):
         raise ValueError(
             f"the schedule {config.schedule} ends in infinite γ: it is for the absorbing process;"
@@ -114,11 +80,13 @@ def _build(config: ModelConfig, schema: Schema, affine: Affine | None) -> Model:
     return _levels(config, schema, schedule, Levels(schema.levels))
 
 
-def _absorbing(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) -> Model:
+def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) -> Model:
     if schema.levels is None:
-        raise ValueError("the absorbing process is for integers; these data are real numbers")
+        raise ValueError(
+            f"the {config.process} process is for integers; these data are real numbers"
+        )
     _only(config, head=("symbols",), step=("posterior",), decoder=("categorical",))
-    process = MaskedDiffusion(schedule, schema.levels)
+    process = resolve(config.process, SYMBOL_PROCESSES)(schedule, schema.levels)
     head = parametrization.SymbolLogits(schema.levels, schema.shape)
     network = _network(config, schema, process.channels, head.outputs)
     step, decoder = reverse.Posterior(), likelihood.Categorical()
@@ -130,10 +98,11 @@ def _real(
 ) -> Model:
     _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=("gaussian",))
     decoder = likelihood.GaussianDensity(affine, _start_spread(schedule))
+    process = resolve(config.process, VALUE_PROCESSES)(schedule, affine)
     head = _point_head(config)
-    network = _network(config, schema, GaussianDiffusion.channels, head.outputs)
-    step = STEPS[config.step]()
-    return Model(network, GaussianDiffusion(schedule, affine), head, step, decoder, schema.shape)
+    network = _network(config, schema, process.channels, head.outputs)
+    step = resolve(config.step, STEPS)()
+    return Model(network, process, head, step, decoder, schema.shape)
 
 
 def _levels(
@@ -143,9 +112,7 @@ def _levels(
         _only(
             config, step=("mixture", "posterior", "beta", "optimal"), decoder=tuple(LEVEL_DECODERS)
         )
-        head: parametrization.Parametrization = LEVEL_HEADS[config.head](
-            levels.values, schema.shape
-        )
+        head = resolve(config.head, LEVEL_HEADS)(levels.values, schema.shape)
     else:
         decoders = tuple(name for name in LEVEL_DECODERS if name != "levels")
         _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=decoders)
@@ -153,10 +120,11 @@ def _levels(
     if config.decoder == "bernoulli" and levels.count != 2:
         raise ValueError(f"the decoder bernoulli is for 2 levels; the data have {levels.count}")
     mixture = config.step == "mixture"
-    step = reverse.Mixture(levels.values) if mixture else STEPS[config.step]()
-    decoder = LEVEL_DECODERS[config.decoder](levels)
-    network = _network(config, schema, GaussianDiffusion.channels, head.outputs)
-    return Model(network, GaussianDiffusion(schedule, levels), head, step, decoder, schema.shape)
+    step = reverse.Mixture(levels.values) if mixture else resolve(config.step, STEPS)()
+    decoder = resolve(config.decoder, LEVEL_DECODERS).of_levels(levels)
+    process = resolve(config.process, VALUE_PROCESSES)(schedule, levels)
+    network = _network(config, schema, process.channels, head.outputs)
+    return Model(network, process, head, step, decoder, schema.shape)
 
 
 def _table(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) -> Model:
@@ -219,13 +187,13 @@ def _start_spread(schedule: schedules.Schedule) -> float:
 
 
 def _point_head(config: ModelConfig) -> parametrization.Parametrization:
-    head = POINT_HEADS[config.head]()
+    head = resolve(config.head, POINT_HEADS)()
     return parametrization.WithVariance(head) if config.step == "learned" else head
 
 
 def _network(config: ModelConfig, schema: Schema, channels: int, outputs: int) -> nn.Module:
     sizes = config.width, config.depth, config.dropout
-    made = NETWORKS[config.network]
+    made = resolve(config.network, NETWORKS)
     parts = schema.shape, channels, outputs, *sizes, conditioning.features(schema)
     return _members(config, lambda: made(*parts))
 

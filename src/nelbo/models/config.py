@@ -2,24 +2,89 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args, get_origin, get_type_hints
+from pkgutil import resolve_name
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Self,
+    TypeAlias,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from nelbo._utils.scalars import LARGEST, plain
 
-if TYPE_CHECKING:
-    pass
+#: Names of parts, and the class or function that each stands for; adding a line here registers a
+#: part. They are imported where a model is built (`resolve`), so that `--help` loads no torch.
+#: A schedule is made of (gamma_min, gamma_max).
+SCHEDULES = {
+    "linear": "nelbo.diffusion.schedules:Linear",
+    "cosine": "nelbo.diffusion.schedules:Cosine",
+    "betas": "nelbo.diffusion.schedules:ddpm_betas",
+    "learned": "nelbo.diffusion.schedules:LearnedMonotone",
+    "learned-ends": "nelbo.diffusion.schedules:learned_endpoints",
+    "linear-alpha": "nelbo.diffusion.schedules:linear_alpha",
+    "quadratic-alpha": "nelbo.diffusion.schedules:quadratic_alpha",
+}
+#: processes of real numbers, and of integers as values: of (schedule, Affine or Levels)
+VALUE_PROCESSES = {"gaussian": "nelbo.diffusion.process:GaussianDiffusion"}
+#: processes of symbols: of (schedule, number of symbols)
+SYMBOL_PROCESSES = {"absorbing": "nelbo.diffusion.process:MaskedDiffusion"}
+#: parametrizations that predict one number for each dimension: of ()
+POINT_HEADS = {
+    "noise": "nelbo.diffusion.parametrization:EpsPrediction",
+    "data": "nelbo.diffusion.parametrization:XPrediction",
+    "velocity": "nelbo.diffusion.parametrization:VPrediction",
+}
+#: parametrizations that predict the probability of each level: of (values of the levels, shape)
+LEVEL_HEADS = {
+    "levels": "nelbo.diffusion.parametrization:LevelLogits",
+    "level-curves": "nelbo.diffusion.parametrization:LevelCurves",
+}
+#: reverse kernels for any parametrization: of ()
+STEPS = {
+    "posterior": "nelbo.diffusion.reverse:Posterior",
+    "beta": "nelbo.diffusion.reverse:Beta",
+    "learned": "nelbo.diffusion.reverse:Learned",
+    "optimal": "nelbo.diffusion.reverse:Optimal",
+}
+#: decoders into integers: `Decoder.of_levels` of the class
+LEVEL_DECODERS = {
+    "levels": "nelbo.diffusion.decoder:LevelDecoder",
+    "evidence": "nelbo.diffusion.decoder:Evidence",
+    "discretised-gaussian": "nelbo.diffusion.decoder:DiscretisedGaussian",
+    "bernoulli": "nelbo.diffusion.decoder:Bernoulli",
+}
+#: networks: of (shape, channels, outputs, width, depth, dropout, conditions)
+NETWORKS = {
+    "conv": "nelbo.nn.conv:ConvNet",
+    "unet": "nelbo.nn.unet:UNet",
+    "mlp": "nelbo.nn.mlp:MLP",
+    "transformer": "nelbo.nn.transformer:Transformer",
+}
+
+if TYPE_CHECKING:  # a type checker reads no table
+    Process: TypeAlias = str
+    Schedule: TypeAlias = str
+    Head: TypeAlias = str
+    Step: TypeAlias = str
+    Decoder: TypeAlias = str
+    Network: TypeAlias = str
+else:
+    Process = Literal[(*VALUE_PROCESSES, *SYMBOL_PROCESSES, "product")]
+    Schedule = Literal[tuple(SCHEDULES)]
+    Head = Literal[(*LEVEL_HEADS, *POINT_HEADS, "symbols", "columns")]
+    Step = Literal[("mixture", *STEPS, "columns")]
+    Decoder = Literal[(*LEVEL_DECODERS, "gaussian", "categorical", "columns")]
+    Network = Literal[(*NETWORKS, "table")]
 
 
-Process = Literal["gaussian", "absorbing", "product"]
-Schedule = Literal[
-    "linear", "cosine", "betas", "learned", "learned-ends", "linear-alpha", "quadratic-alpha"
-]
-Head = Literal["levels", "level-curves", "noise", "data", "velocity", "symbols", "columns"]
-Step = Literal["mixture", "posterior", "beta", "learned", "optimal", "columns"]
-Decoder = Literal[
-    "levels", "evidence", "discretised-gaussian", "bernoulli", "gaussian", "categorical", "columns"
-]
-Network = Literal["conv", "unet", "mlp", "transformer", "table"]
+def resolve(name: str, table: Mapping[str, str]) -> Any:  # noqa: ANN401
+    """Return the class or function that a name of a table stands for."""
+    return resolve_name(table[name])
 
 
 class Section:

@@ -4,7 +4,7 @@ import math
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from nelbo.models.config import Decoder, ModelConfig
+from nelbo.models.config import LEVEL_HEADS, SYMBOL_PROCESSES, Decoder, ModelConfig
 from nelbo.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ MANY_LEVELS = 64  # more are a scale, of which a few curves tell as much in less
 MANY_EXAMPLES = 10_000  # more are not learned by heart in so few steps: no augmentation or dropout
 FINE = 4096  # more are told one by one by no head: the decoder is a Gaussian over them
 SMALL = 16  # pixels of the shorter side of a small image
-LEVEL_HEADS = ("levels", "level-curves")  # of which the decoder levels and the step mixture go
 
 
 def _for_table(examples: int) -> tuple[ModelConfig, TrainConfig]:
@@ -69,10 +68,10 @@ def configure(
             model, head="velocity", step="posterior", decoder="gaussian", gamma_min=-10.0
         )
         train = replace(train, cross_entropy=0.0)
-    elif options.get("process", "absorbing" if text else "gaussian") == "absorbing":
+    elif (process := options.get("process", "absorbing" if text else "")) in SYMBOL_PROCESSES:
         model = replace(
             model,
-            process="absorbing",
+            process=str(process),
             schedule="quadratic-alpha",
             head="symbols",
             step="posterior",
