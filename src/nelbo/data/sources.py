@@ -1,10 +1,10 @@
 """From the name of a source to a data set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,35 @@ if TYPE_CHECKING:
 
     from nelbo.data.tabular.tables import Frame
 
+
+class Reader(NamedTuple):
+    """A kind of file or folder, and the function that reads it.
+
+    Args:
+        knows: whether a path is of that kind; the first reader that knows it reads it.
+        read: what is in it, given how images become arrays and which splits are declared.
+        resizes: whether it takes a size.
+        parts: whether a file has splits, so that some may be declared; a folder always may.
+    """
+
+    knows: Callable[[Path], bool]
+    read: Callable[[Path, Form, Declared | None], Found]
+    resizes: bool = False
+    parts: bool = False
+
+
+def _is_file(suffix: str) -> Callable[[Path], bool]:
+    return lambda path: path.is_file() and path.suffix.lower() == suffix
+
+
+#: readers of arrays and images; adding a line here registers one
+READERS = (
+    Reader(shards.is_shards, shards.read_shards, resizes=True, parts=True),
+    Reader(idx.is_source, lambda path, form, splits: idx.read_idx(path, splits)),
+    Reader(Path.is_dir, folders.read_folder, resizes=True),
+    Reader(_is_file(".npz"), lambda path, form, splits: arrays.read_npz(path, splits), parts=True),
+    Reader(_is_file(".npy"), lambda path, form, splits: arrays.read_npy(path)),
+)
 BUILT_IN = {"digits": builtin.digits}
 SUPPORTED = (
     ".npy, .npz, .txt, idx or .tar files, a .csv, .tsv, .parquet or .arrow table, or a folder of"
@@ -380,27 +409,20 @@ def _read(
         if schema is not None:
             return str(path), text.read_like(path, schema, splits)
         return str(path), text.read(path, form.size, form.levels, splits, seed)
-    if built_in is None and path.is_dir() and not idx.images_in(path):
-        read = shards.read_shards if shards.holds_shards(path) else folders.read_folder
-        return str(path), read(path, form, splits)
-    if built_in is None and path.is_file() and path.suffix.lower() == ".tar":
-        return str(path), shards.read_shards(path, form, splits)
-    if form.size is not None:
+    reader = None if built_in else next((each for each in READERS if each.knows(path)), None)
+    if form.size is not None and not (reader and reader.resizes):
         raise ValueError(
             f"--size resizes encoded images or cuts text; {source} holds none, so leave it out"
         )
-    npz = built_in is None and path.is_file() and path.suffix.lower() == ".npz"
-    if splits is not None and not npz and not path.is_dir():
+    if splits is not None and not (reader and reader.parts) and not path.is_dir():
         raise ValueError(f"splits are declared by names, and {source} is of one part")
     if built_in is not None:
         return str(source), built_in()
-    if path.is_dir() or (path.is_file() and idx.is_idx(path)):
-        return str(path), idx.read_idx(path, splits)
+    if reader is not None:
+        return str(path), reader.read(path, form, splits)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file or folder {path}; give {SUPPORTED}, or a built-in set: "
             f"{', '.join(BUILT_IN)}"
         )
-    if path.suffix.lower() not in (".npy", ".npz"):
-        raise ValueError(f"{path} is of no known type; give {SUPPORTED}")
-    return str(path), arrays.read_npz(path, splits) if npz else arrays.read_npy(path)
+    raise ValueError(f"{path} is of no known type; give {SUPPORTED}")

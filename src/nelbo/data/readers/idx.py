@@ -29,6 +29,11 @@ def images_in(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if _stem(file, "images") is not None]
 
 
+def is_source(path: Path) -> bool:
+    """Whether `read_idx` reads it: an idx file, or a folder of them."""
+    return bool(images_in(path)) if path.is_dir() else path.is_file() and is_idx(path)
+
+
 def read_idx(source: Path, splits: Declared | None = None) -> Found:
     """The examples of an idx file; or of train-images-idx3-ubyte and the like in a folder.
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from nelbo._utils import limits
 from nelbo.data.conform import Found
+from nelbo.data.readers import idx
 from nelbo.data.readers.encoded import Encoded, Form, read_images
 from nelbo.data.readers.pillow import SUFFIXES
 from nelbo.data.readers.walk import walk
@@ -60,6 +61,13 @@ def read_shards(source: Path, form: Form, splits: Declared | None = None) -> Fou
         return found
     labels = {part: np.array([texts[i] for i in rows]) for part, rows in parts.items()}
     return replace(found, labels={"class": labels})
+
+
+def is_shards(path: Path) -> bool:
+    """Whether `read_shards` reads it: a tar file, or a folder of them without idx files."""
+    if path.is_dir():
+        return not idx.images_in(path) and holds_shards(path)
+    return path.is_file() and path.suffix.lower() == ".tar"
 
 
 def holds_shards(folder: Path) -> bool:
