@@ -9,6 +9,8 @@ import torch
 from nelbo._utils.numerics import seeded
 from nelbo.runs.train import train
 
+pytest.register_assert_rewrite("nelbo.testing")
+
 TINY = {"steps": 4, "batch": 16, "width": 8, "depth": 1, "evaluate_every": 2}
 #: flags of a small network of OpenAI's
 OPENAI = {

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from closed_forms import assert_mean
-from contracts import DiscreteContract
 from torch.distributions import Independent
 
 from nelbo._utils.numerics import seeded
@@ -20,6 +19,7 @@ from nelbo.diffusion.decoder import (
 from nelbo.diffusion.parametrization import LevelLogits, LevelPrediction, Prediction
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.schedules import Linear, PowerAlpha
+from nelbo.testing import DiscreteContract
 
 SHAPE = (2, 3, 5, 7)
 T1 = torch.tensor([0.1, 0.6], dtype=torch.float64)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from closed_forms import condition, states
-from contracts import ProcessContract
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.schedules import Cosine, Linear, PowerAlpha, Schedule
+from nelbo.testing import ProcessContract
 
 SHAPE = (2, 3, 5, 7)
 S = torch.tensor([0.2, 0.5], dtype=torch.float64)

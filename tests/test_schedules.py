@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from contracts import ScheduleContract
 
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.process import Affine, GaussianDiffusion
 from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
+from nelbo.testing import ScheduleContract
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from contracts import DiscreteContract, ProcessContract, ScheduleContract
 from scipy.stats import norm
 from torch import nn
 
@@ -18,6 +17,7 @@ from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear
 from nelbo.integrations import adapters, denoisers, spaced, wrap
 from nelbo.integrations.adapters import EDM, Flow, LastStep, OnSteps, Steps, interpolating
+from nelbo.testing import DiscreteContract, ProcessContract, ScheduleContract
 
 # the tests want a prior term that can be seen
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule ends with signal left")

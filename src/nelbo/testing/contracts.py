@@ -1,17 +1,17 @@
-"""What every process, schedule and discrete likelihood must satisfy.
+"""What every process, schedule and decoder into integers must satisfy.
 
 A new one inherits: `class TestMine(ProcessContract)` with the fixture and methods named there.
 """
 
 import pytest
 import torch
-from closed_forms import assert_mean, orders
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from nelbo._utils.numerics import seeded, slope
 from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.schedules import Schedule
+from nelbo.testing.assertions import assert_mean, orders
 
 
 class ProcessContract:
@@ -28,15 +28,15 @@ class ProcessContract:
         raise NotImplementedError
 
     @pytest.fixture(params=[(2, 3, 5, 7), (2, 3), (1, 3, 5)], ids=str)
-    def x(self, request) -> Tensor:
+    def x(self, request: pytest.FixtureRequest) -> Tensor:
         with seeded(5):
             return self.examples(request.param)
 
     @staticmethod
     def times(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """r < s < t, different for each example."""
-        r, s, t = [[0.1, 0.3], [0.35, 0.5], [0.6, 0.95]]
-        return tuple(torch.tensor(v[: len(x)], dtype=torch.float64) for v in (r, s, t))
+        r, s, t = torch.tensor([[0.1, 0.3], [0.35, 0.5], [0.6, 0.95]], dtype=torch.float64)
+        return r[: len(x)], s[: len(x)], t[: len(x)]
 
     def path(self, process: ForwardProcess, x: Tensor) -> tuple[Tensor, ...]:
         with seeded(6):
@@ -45,7 +45,7 @@ class ProcessContract:
             z_s = process.marginal(e, s).sample()
             return e, self.guess(e), s, t, z_s, process.transition(z_s, s, t).sample()
 
-    def test_bayes(self, process, x):
+    def test_bayes(self, process: ForwardProcess, x: Tensor) -> None:
         """Equation 4: q(z_t|z_s) q(z_s|x) = q(z_s|z_t,x) q(z_t|x), per example."""
         e, _, s, t, z_s, z_t = self.path(process, x)
         forward = process.transition(z_s, s, t).log_prob(z_t) + process.marginal(e, s).log_prob(
@@ -55,7 +55,7 @@ class ProcessContract:
         assert forward.shape == (len(x),)
         torch.testing.assert_close(forward, back, rtol=1e-11, atol=1e-10)
 
-    def test_two_transitions_are_one(self, process, x):
+    def test_two_transitions_are_one(self, process: ForwardProcess, x: Tensor) -> None:
         """Chapman-Kolmogorov: q(z_t|z_r) = ∫ q(z_t|z_s) q(z_s|z_r) dz_s. With Bayes' rule for the
         middle, q(z_s|z_r,z_t) = q(z_t|z_s) q(z_s|z_r) / q(z_t|z_r) must integrate to 1."""
         r, s, t = (v[:1].expand(20_000) for v in self.times(x))
@@ -67,7 +67,7 @@ class ProcessContract:
         whole = process.transition(start, r, t).log_prob(ends)
         assert_mean((density - whole).exp(), 1.0, error=0.04)
 
-    def test_the_truth_costs_nothing(self, process, x):
+    def test_the_truth_costs_nothing(self, process: ForwardProcess, x: Tensor) -> None:
         """Equation 5: KL and rate are zero where the prediction is the data."""
         e, _, s, t, _, z = self.path(process, x)
         q = process.posterior(z, e, s, t)
@@ -75,7 +75,7 @@ class ProcessContract:
         torch.testing.assert_close(kl_divergence(q, q), zeros, rtol=0, atol=0)
         torch.testing.assert_close(process.rate(z, e, e, t), zeros, rtol=0, atol=0)
 
-    def test_a_guess_costs(self, process, x):
+    def test_a_guess_costs(self, process: ForwardProcess, x: Tensor) -> None:
         """Equation 5: KL and rate are positive and finite where it is not."""
         e, guess, s, t, _, z = self.path(process, x)
         q, p = process.posterior(z, e, s, t), process.posterior(z, guess, s, t)
@@ -83,7 +83,7 @@ class ProcessContract:
         assert (kl > 0).all() and kl.isfinite().all()
         assert (rate > 0).all() and rate.isfinite().all()
 
-    def test_rate_is_the_limit_of_the_kl(self, process, x):
+    def test_rate_is_the_limit_of_the_kl(self, process: ForwardProcess, x: Tensor) -> None:
         """Equations 8 and 9: KL(s, t)/(t-s) → rate(t) as s → t, at first order."""
         e, guess, _, t, _, z = self.path(process, x)
         rate = process.rate(z, e, guess, t)
@@ -94,7 +94,7 @@ class ProcessContract:
         assert errors[-1] < 0.01
         assert ((orders(errors) - 1).abs() < 0.05).all(), orders(errors)
 
-    def test_examples_do_not_mix(self, process, x):
+    def test_examples_do_not_mix(self, process: ForwardProcess, x: Tensor) -> None:
         """Each example of a batch, with its own times, is as if it were alone."""
         e, guess, s, t, z_s, z = self.path(process, x)
 
@@ -114,7 +114,7 @@ class ProcessContract:
         for together, *single in zip(values(slice(None)), *alone, strict=True):
             torch.testing.assert_close(together, torch.cat(single), rtol=1e-13, atol=1e-13)
 
-    def test_prior_term_by_draws(self, process, x):
+    def test_prior_term_by_draws(self, process: ForwardProcess, x: Tensor) -> None:
         """Equation 5: KL( q(z_T|x) ‖ p(z_T) ) is the mean of log q/p under q."""
         x = x[:1].flatten(1)[:, :2].expand(100_000, 2)
         t = torch.ones(len(x), dtype=torch.float64)
@@ -124,7 +124,7 @@ class ProcessContract:
         assert exact[0] > 0
         assert_mean(q.log_prob(z) - p.log_prob(z), exact[0], error=0.1 * exact[0].item())
 
-    def test_features_tell_latents_apart(self, process, x):
+    def test_features_tell_latents_apart(self, process: ForwardProcess, x: Tensor) -> None:
         """A network sees `channels` channels per channel of z, and two z's look different."""
         *_, z_s, z_t = self.path(process, x)
         a, b = process.features(z_s), process.features(z_t)
@@ -145,14 +145,14 @@ class ScheduleContract:
         high = 1.0 if self.ends[1] is not None else 1 - 1e-6
         return torch.linspace(low, high, 2049, dtype=torch.float64)
 
-    def test_increases(self, schedule):
+    def test_increases(self, schedule: Schedule) -> None:
         """Equation 8: γ = -log SNR increases, finite between its ends, in float64."""
         gamma = schedule(self.inside(schedule))
         assert gamma.dtype == torch.float64
         assert gamma.isfinite().all()
         assert (gamma.diff() > 0).all()
 
-    def test_meets_its_ends(self, schedule):
+    def test_meets_its_ends(self, schedule: Schedule) -> None:
         """γ(start) and γ(1) are what was asked for."""
         times = torch.tensor([schedule.start, 1.0], dtype=torch.float64)
         for got, end, infinity in zip(
@@ -161,7 +161,7 @@ class ScheduleContract:
             want = torch.tensor(infinity if end is None else end, dtype=torch.float64)
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
-    def test_slope(self, schedule):
+    def test_slope(self, schedule: Schedule) -> None:
         """Equation 8: γ'(t) by differentiation is the difference quotient, to O(h²)."""
         h = 1e-5
         places = torch.tensor([0.031, 0.17, 0.43, 0.68, 0.94], dtype=torch.float64)
@@ -170,7 +170,7 @@ class ScheduleContract:
         # h²/6 · γ''' ≈ 1e-6 relative at the earliest time of the steepest, 1/t
         torch.testing.assert_close(slope(schedule, t), quotient, rtol=1e-6, atol=1e-6)
 
-    def test_is_elementwise(self, schedule):
+    def test_is_elementwise(self, schedule: Schedule) -> None:
         """γ of a table of times is the table of γ's, float32 times included."""
         t = self.inside(schedule)[torch.randperm(2049)[:35]].reshape(5, 7)
         one_by_one = torch.stack([schedule(v) for v in t.flatten()]).reshape(5, 7)
@@ -191,12 +191,12 @@ class DiscreteContract:
             [base.log_prob(torch.full(base.batch_shape, k)) for k in range(self.levels)]
         ).exp()
 
-    def test_sums_to_one(self, distribution):
+    def test_sums_to_one(self, distribution: Independent) -> None:
         """The probabilities of all levels sum to 1, for each element."""
         total = self.table(distribution).sum(0)
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-13)
 
-    def test_an_example_is_the_product_of_its_elements(self, distribution):
+    def test_an_example_is_the_product_of_its_elements(self, distribution: Independent) -> None:
         """log P(x|z_1) of an example, shape (B,), sums its dimensions and no other's."""
         value = distribution.sample()
         elements = distribution.base_dist.log_prob(value)
@@ -204,7 +204,7 @@ class DiscreteContract:
         torch.testing.assert_close(got, elements.flatten(1).sum(1), rtol=1e-13, atol=1e-13)
         assert got.isfinite().all()
 
-    def test_samples_follow_the_probabilities(self, distribution):
+    def test_samples_follow_the_probabilities(self, distribution: Independent) -> None:
         """Frequencies of the levels over all elements of 200 draws, and the mean surprise of the
         draws, the entropy, within 4 standard errors; a level of probability zero never comes."""
         n = 200
@@ -222,7 +222,7 @@ class DiscreteContract:
         entropy = torch.special.entr(table).sum(0).flatten(1).sum(1)
         assert_mean(surprise, entropy, error=2.0)
 
-    def test_the_mode_is_the_most_probable(self, distribution):
+    def test_the_mode_is_the_most_probable(self, distribution: Independent) -> None:
         """What `mode` gives has the greatest probability of all levels."""
         table = self.table(distribution)
         at_mode = table.gather(0, distribution.base_dist.mode[None])[0]

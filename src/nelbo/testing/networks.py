@@ -1,0 +1,51 @@
+"""What every network must satisfy."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nelbo._utils.numerics import seeded
+
+
+class NetworkContract:
+    """One example is one example, whatever stands beside it. Give the fixture `network`.
+
+    It is for examples of `shape` with `channels` features and `outputs` numbers per dimension.
+    """
+
+    shape: tuple[int, ...] = (3, 5, 7)
+    channels = 2
+    outputs = 4
+
+    @pytest.fixture
+    def inputs(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        with seeded(1):
+            for parameter in network.parameters():  # the last layers start at zero
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            first = (self.channels * self.shape[0], *self.shape[1:])
+            return torch.randn(4, *first), torch.tensor([-6.0, 0.0, 0.5, 5.0])
+
+    def test_examples_do_not_mix(self, network: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        network.eval()
+        features, level = inputs
+        together = network(features, level)
+        extra = () if self.outputs == 1 else (self.outputs,)
+        assert together.shape == (4, *self.shape, *extra)
+        alone = network(features[2:3], level[2:3])
+        torch.testing.assert_close(together[2:3], alone, rtol=1e-4, atol=1e-5)
+
+    def test_all_inputs_matter(self, network: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        network.eval()
+        features, level = inputs
+        base = network(features, level)
+        assert (network(features + 0.1, level) - base).abs().max() > 1e-4
+        assert (network(features, level + 0.1) - base).abs().max() > 1e-4
+        told = network(features, level, torch.ones(4, 1))
+        assert (told - base).abs().max() > 1e-4
+        torch.testing.assert_close(network(features, level, torch.zeros(4, 1)), base)
+
+    def test_all_parameters_learn(self, network: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        network.train()
+        network(*inputs).square().sum().backward()
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
