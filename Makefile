@@ -2,13 +2,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: setup demo test lint types wheel clean
+# how the packages are installed; other versions: INSTALL=".venv/bin/pip install"
+INSTALL ?= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: setup demo test test-slow lint types wheel clean
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ode,tensorboard]"
+	$(INSTALL) -e ".[dev,ode,tensorboard]"
 	touch $@
 
 demo: setup
@@ -21,12 +25,17 @@ demo: setup
 	@echo "Look at $(RUN)/report.html and $(RUN)/samples.png"
 
 test: setup lint types wheel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST) -m "not slow"
+
+# Statistics that take long.
+test-slow: setup
+	$(PYTEST) -m slow tests
 
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/codespell src tests benchmarks docs *.md
 
 types: setup
 	$(BIN)/mypy
