@@ -24,6 +24,8 @@ class Decoder(nn.Module, ABC):
 
     #: a density, in nats only; else a probability
     density = False
+    #: of a prediction at any time t it makes P(x|z_t), not only of one at the first
+    at_any_time = False
 
     @classmethod
     def of_levels(cls, levels: Levels) -> Self:
@@ -56,6 +58,8 @@ class _Predicted(Discrete):
 
 class LevelDecoder(Decoder):
     """P(x_i = v_k|z_1) are the level probabilities the network predicts, evidence included."""
+
+    at_any_time = True
 
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
@@ -150,6 +154,8 @@ class Bernoulli(Decoder):
 
 class Categorical(Decoder):
     """Absorbing process: a symbol that shows is itself, a masked one is predicted."""
+
+    at_any_time = True
 
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess

@@ -13,6 +13,7 @@ serves q(z_s|z_t,x), given e, and the model's p(z_s|z_t), given a prediction in 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +46,19 @@ class ForwardProcess(nn.Module, ABC):
     width: int = 1
     #: how many codes a dimension of the data has, 0..codes-1; 0 where it is a real number
     codes: int = 0
+    #: the value of z that hides a dimension, where z shows x as it is or hides it; else None
+    mask: int | None = None
     #: whether the law of a dimension does not depend on which it is, so that some stand for all
     alike: bool = True
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
+
+    @property
+    def factors(self) -> "Sequence[ForwardProcess]":
+        """The processes of the groups of columns; of other data, this process alone."""
+        return (self,)
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """log α_t, shape of t, float64."""
@@ -99,6 +107,31 @@ class ForwardProcess(nn.Module, ABC):
     def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Distribution:
         """p(z_T), z_T of the given data shape, for the last times t, shape (B,)."""
 
+    def blank(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """The latent that says nothing of x, of the given data shape, float64."""
+        return torch.zeros(shape, dtype=torch.float64)
+
+    def grid_width(
+        self,
+        shape: torch.Size | tuple[int, ...],
+        s: Tensor | None,
+        t: Tensor,
+        u: Tensor | None,
+    ) -> Tensor:
+        """Width of the grid on which z_t is coded, of the given data shape; 1 for symbols.
+
+        Args:
+            shape: of one example.
+            s: the time before t on a grid of times, a number; None where t is the first.
+            t: a time, a number.
+            u: the time after t; None where t is the last.
+        """
+        return torch.ones_like(t).expand(shape)
+
+    def linear_transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor] | None:
+        """a and b, shape of t, of q(z_t|z_s) = N(a z_s, b²); None where it has another form."""
+        return None
+
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
         """z_t of dimensions whose x is known, one draw of q(z_t|x); a symbol shows at once."""
         with shard_rng():
@@ -142,6 +175,7 @@ class Affine(nn.Module):
         scale: the same, positive.
     """
 
+    count = 0  # no levels
     shift: Tensor
     scale: Tensor
 
@@ -167,7 +201,7 @@ class GaussianDiffusion(ForwardProcess):
     def __init__(self, schedule: Schedule, embedding: Levels | Affine) -> None:
         super().__init__(schedule)
         self.embedding = embedding
-        self.codes = embedding.count if isinstance(embedding, Levels) else 0
+        self.codes = embedding.count
 
     def beta(self, s: Tensor, t: Tensor) -> Tensor:
         """β of the step from s to t, 1 - α_t/α_s; float64."""
@@ -211,6 +245,22 @@ class GaussianDiffusion(ForwardProcess):
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
         return normal(self.m_t(z, e, s, t), self.beta_tilde(s, t))
 
+    def grid_width(
+        self,
+        shape: torch.Size | tuple[int, ...],
+        s: Tensor | None,
+        t: Tensor,
+        u: Tensor | None,
+    ) -> Tensor:
+        """The smaller of the standard deviations with which z_t is drawn and coded."""
+        drawn = self.log_one_minus_alpha(t).exp() if s is None else self.beta(s, t)
+        coded = torch.ones_like(t) if u is None else self.beta_tilde(t, u)
+        return torch.minimum(drawn, coded).sqrt().expand(shape)
+
+    def linear_transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """√(1-β) and √β."""
+        return (self.log_kept(s, t) / 2).exp(), self.beta(s, t).sqrt()
+
     def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
         zeros = torch.zeros((len(t), *shape), dtype=t.dtype, device=t.device)
         return normal(zeros, torch.ones_like(t))
@@ -231,6 +281,8 @@ class MaskedDiffusion(ForwardProcess):
         schedule: γ(t), α_t = sigmoid(-γ(t)).
         count: the number K of symbols.
     """
+
+    mask: int
 
     def __init__(self, schedule: Schedule, count: int) -> None:
         super().__init__(schedule)
@@ -265,6 +317,9 @@ class MaskedDiffusion(ForwardProcess):
         log_probs = self._masked_with(e, reveal, stay).log_probs
         shown = (z != self.mask)[..., None]
         return per_example(Discrete(torch.where(shown, self._show(z).to(e.dtype), log_probs)))
+
+    def blank(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return torch.full(shape, self.mask, dtype=torch.float64)
 
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
         # The model knows P(x_i| any symbols that show): what is known need not wait for its time.

@@ -47,6 +47,10 @@ class ProductDiffusion(ForwardProcess):
         self.parts, self.sizes = cast(Sequence[ForwardProcess], nn.ModuleList(parts)), list(sizes)
         self.widths = [part.width * size for part, size in zip(parts, sizes, strict=True)]
 
+    @property
+    def factors(self) -> Sequence[ForwardProcess]:
+        return self.parts
+
     def split(self, v: Tensor) -> list[Tensor]:
         """x or z, (B, D), into those of the groups."""
         return list(v.split(self.sizes, 1))
@@ -85,6 +89,20 @@ class ProductDiffusion(ForwardProcess):
     def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
         each = zip(self.parts, self.sizes, strict=True)
         return join([part.prior((size,), t) for part, size in each])
+
+    def blank(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        each = zip(self.parts, self.sizes, strict=True)
+        return torch.cat([part.blank((size,)) for part, size in each])
+
+    def grid_width(
+        self,
+        shape: torch.Size | tuple[int, ...],
+        s: Tensor | None,
+        t: Tensor,
+        u: Tensor | None,
+    ) -> Tensor:
+        each = zip(self.parts, self.sizes, strict=True)
+        return torch.cat([part.grid_width((size,), s, t, u) for part, size in each])
 
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
         return self._flat(part.reveal(v, t) for part, v in self._of(x))
@@ -169,6 +187,7 @@ class ProductDecoder(Decoder):
         super().__init__()
         self.parts = cast(Sequence[Decoder], nn.ModuleList(parts))
         self.density = any(part.density for part in parts)
+        self.at_any_time = all(part.at_any_time for part in parts)
 
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess

@@ -16,13 +16,10 @@ The sum is log q(z|x)/P(x,z), whose mean is -ELBO. `pop` is the same backwards.
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Normal
 
 from nelbo.codec.coding.example import ExampleCode, known_numbers
 from nelbo.codec.entropy.laws import Bits, GridNormal, SymbolModel, law
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
-from nelbo.diffusion.product import ProductDiffusion
 from nelbo.diffusion.times import TimeGrid
 
 
@@ -38,7 +35,8 @@ class BitsBack(ExampleCode):
 
     def __init__(self, model: Model, grid: TimeGrid) -> None:
         self.model, self.times = model, grid.times.to(model.device)
-        self.widths = [_widths(model, *around) for around in _neighbours(self.times)]
+        width = model.process.grid_width
+        self.widths = [width(model.shape, *around) for around in _neighbours(self.times)]
         self.moves = [self._move(i) for i in range(len(self.times))]
 
     def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
@@ -94,15 +92,15 @@ class BitsBack(ExampleCode):
         return law(q, self.widths[i], far=False)
 
     def _move(self, i: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """What a Gaussian q(z_t|z_s) multiplies z_s by, and its standard deviation, in bins,
+        """What a linear q(z_t|z_s) multiplies z_s by, and its standard deviation, in bins,
         (*shape) each: the same for all z_s, so that they are asked for once."""
-        if not i or not isinstance(self.model.process, GaussianDiffusion):
+        if not i:
             return None
-        z = torch.ones(1, *self.model.shape, dtype=torch.float64, device=self.model.device)
-        q = self.model.process.transition(z, self._at(i - 1, 1), self._at(i, 1)).base_dist
-        assert isinstance(q, Normal)
-        factor, sd = q.loc * self.widths[i - 1] / self.widths[i], q.scale / self.widths[i]
-        return factor[0].cpu().numpy(), sd[0].cpu().numpy()
+        move = self.model.process.linear_transition(self.times[i - 1], self.times[i])
+        if move is None:
+            return None
+        factor, sd = move[0] * self.widths[i - 1] / self.widths[i], move[1] / self.widths[i]
+        return factor.cpu().numpy(), sd.cpu().numpy()
 
     def _reverse(self, n: np.ndarray, i: int) -> SymbolModel:
         """P(z_s|z_t) for s, t = t_i, t_{i+1} and z_t of n."""
@@ -123,22 +121,3 @@ class BitsBack(ExampleCode):
 def _neighbours(times: Tensor) -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
     padded = [None, *times, None]
     return list(zip(padded, times, padded[2:], strict=False))
-
-
-def _widths(model: Model, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
-    """The grid of z_t between times s and u, broadcastable to one example; 1 for symbols."""
-    process = model.process
-    if not isinstance(process, ProductDiffusion):
-        return _width(process, s, t, u).expand(model.shape)
-    pairs = zip(process.parts, process.sizes, strict=True)
-    return torch.cat([_width(part, s, t, u).expand(size) for part, size in pairs])
-
-
-def _width(process: ForwardProcess, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
-    """The smaller of the standard deviations with which z_t is drawn and coded."""
-    if isinstance(process, MaskedDiffusion):
-        return torch.ones_like(t)
-    assert isinstance(process, GaussianDiffusion)
-    drawn = process.log_one_minus_alpha(t).exp() if s is None else process.beta(s, t)
-    coded = torch.ones_like(t) if u is None else process.beta_tilde(t, u)
-    return torch.minimum(drawn, coded).sqrt()

@@ -22,17 +22,14 @@ from nelbo.codec.coding.blocks import Block, Codes, Done, decode, encode, nothin
 from nelbo.codec.coding.direct import Direct, shown_at
 from nelbo.codec.coding.example import ExampleCode, Static
 from nelbo.codec.coding.search import power_of_two
-from nelbo.codec.entropy.laws import GridNormal, Groups, SymbolModel, Symbols, law
+from nelbo.codec.entropy.laws import GridNormal, SymbolModel, Symbols, law
 from nelbo.codec.entropy.stack import Bottom, Stack, constriction
 from nelbo.codec.format.header import pack_times
 from nelbo.codec.settings import PRECISIONS, Settings
-from nelbo.diffusion.decoder import Categorical, LevelDecoder
 from nelbo.diffusion.model import Model, measuring, model_hash
-from nelbo.diffusion.process import ForwardProcess, Levels, MaskedDiffusion
-from nelbo.diffusion.product import ProductDecoder, ProductDiffusion
+from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.times import TimeGrid
-from nelbo.models.tabular.discrete import OrdinalColumns
 
 
 def coder_answer() -> int:
@@ -79,7 +76,7 @@ class Codec:
 
     def _example_code(self, nonce: int) -> ExampleCode:
         grid = TimeGrid(self.settings.grid)
-        if isinstance(self.model.process, MaskedDiffusion):
+        if self.model.process.mask is not None:
             return Direct(self.model, shown_at(self.model, grid), f"{self.name}, {nonce}")
         return BitsBack(self.model, grid)
 
@@ -143,40 +140,23 @@ def check_codable(model: Model) -> int:
 
 
 def _levels(process: ForwardProcess) -> int:
-    if isinstance(process, ProductDiffusion):
-        return max(map(_levels, process.parts))
-    if isinstance(process, MaskedDiffusion):
-        return process.count
-    if isinstance(process, OrdinalColumns):
-        return process.values.values.shape[1]
-    embedding = getattr(process, "embedding", None)  # numbers of a table have none
-    if isinstance(embedding, Levels):
-        return embedding.count
-    raise ValueError(
-        "the model has columns of numbers with too many different values to be levels, which have"
-        " no lossless code here; declare a coarser precision of them with --schema"
-    )
+    counts = [factor.codes for factor in process.factors]
+    if not all(counts):
+        raise ValueError(
+            "the model has columns of numbers with too many different values to be levels, which"
+            " have no lossless code here; declare a coarser precision of them with --schema"
+        )
+    return max(counts)
 
 
 def _table(model: Model, levels: int) -> SymbolModel:
     """The law of one example without context: what the model says of pure noise; where that is
     no law of levels, all levels alike."""
-    if not isinstance(model.decoder, LevelDecoder | Categorical | ProductDecoder):
+    if not model.decoder.at_any_time:
         return Symbols(np.full((1, *model.shape, levels), -math.log(levels)))
     t = torch.ones(1, dtype=torch.float64, device=model.device)
-    z = _noise(model.process, model.shape).to(model.device)[None]
-    found = law(model.likelihood(z, t), torch.ones(model.shape, device=model.device))
-    assert isinstance(found, Symbols | Groups)
-    return found
-
-
-def _noise(process: ForwardProcess, shape: tuple[int, ...]) -> Tensor:
-    """The latent that knows nothing, (*shape)."""
-    if isinstance(process, ProductDiffusion):
-        pairs = zip(process.parts, process.sizes, strict=True)
-        return torch.cat([_noise(part, (size,)) for part, size in pairs])
-    nothing = process.mask if isinstance(process, MaskedDiffusion) else 0
-    return torch.full(shape, nothing, dtype=torch.float64)
+    z = model.process.blank(model.shape).to(model.device)[None]
+    return law(model.likelihood(z, t), torch.ones(model.shape, device=model.device))
 
 
 class _Remembered(Schedule):

@@ -19,7 +19,6 @@ from torch import Tensor
 from nelbo.codec.coding.example import ExampleCode, known_numbers
 from nelbo.codec.entropy.laws import Bits, Symbols
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import MaskedDiffusion
 from nelbo.diffusion.times import TimeGrid
 
 
@@ -27,7 +26,7 @@ class Direct(ExampleCode):
     """Batches of examples of an absorbing model.
 
     Args:
-        model: with an `MaskedDiffusion` process.
+        model: with a process that has a mask.
         shown: how many symbols show at each network call, increasing from 0.
         seed: of the orders.
     """
@@ -35,7 +34,7 @@ class Direct(ExampleCode):
     borrows = False
 
     def __init__(self, model: Model, shown: list[int], seed: str) -> None:
-        assert isinstance(model.process, MaskedDiffusion)
+        assert model.process.mask is not None
         self.model, self.mask, self.seed = model, model.process.mask, seed
         self.groups = list(pairwise([*shown, model.dims]))
 
@@ -85,7 +84,7 @@ class Direct(ExampleCode):
 
 def one_by_one(model: Model, steps: int) -> bool:
     """Whether each symbol has a network call of its own."""
-    return isinstance(model.process, MaskedDiffusion) and steps >= model.dims
+    return model.process.mask is not None and steps >= model.dims
 
 
 def shown_at(model: Model, grid: TimeGrid) -> list[int]:

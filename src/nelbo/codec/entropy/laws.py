@@ -18,6 +18,7 @@ numbers takes additions, multiplications and tables only, which are the same on 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import singledispatch
 from typing import cast
 
 import numpy as np
@@ -240,27 +241,49 @@ def law(distribution: Distribution, width: Tensor, far: bool = True) -> SymbolMo
         TypeError: no law is known for it.
     """
     base = distribution.base_dist if isinstance(distribution, Independent) else distribution
-    if isinstance(base, Joint):
-        widths = width.split(base.sizes, -1)
-        parts = [law(part, w, far) for part, w in zip(base.parts, widths, strict=True)]
-        return Groups(parts, base.sizes)
-    if isinstance(base, LevelMixture):
-        normal = cast(Normal, base.component_distribution)
-        wide = width[..., None]
-        log_probs = base.mixture_distribution.logits
-        # one standard deviation for all components
-        return GridMixture(
-            _np(log_probs), _np(normal.loc / wide), _np(normal.scale[..., :1] / wide)
-        )
-    if isinstance(base, Normal):
-        return GridNormal(_np(base.loc / width), _np(base.scale / width), far)
-    if isinstance(base, Discrete):
-        return Symbols(_np(base.log_probs))
-    if isinstance(base, DiscretisedNormal):
-        levels = torch.arange(len(base.edges) + 1, device=base.loc.device)
-        each = [base.log_prob(level.expand(base.loc.shape)) for level in levels]
-        return Symbols(_np(torch.stack(each, -1)))
+    return law_of(base, width, far)
+
+
+@singledispatch
+def law_of(base: Distribution, width: Tensor, far: bool) -> SymbolModel:
+    """`law` of a distribution whose batch shape is that of its values, by its class.
+
+    `@law_of.register` makes a further class of distributions known to the coder.
+    """
     raise TypeError(f"no lossless code is known for a {type(base).__name__}")
+
+
+@law_of.register
+def _(base: Joint, width: Tensor, far: bool) -> SymbolModel:
+    widths = width.split(base.sizes, -1)
+    parts = [law_of(part, w, far) for part, w in zip(base.parts, widths, strict=True)]
+    return Groups(parts, base.sizes)
+
+
+@law_of.register
+def _(base: LevelMixture, width: Tensor, far: bool) -> SymbolModel:
+    normal = cast(Normal, base.component_distribution)
+    wide = width[..., None]
+    log_probs = base.mixture_distribution.logits
+    # one standard deviation for all components
+    return GridMixture(_np(log_probs), _np(normal.loc / wide), _np(normal.scale[..., :1] / wide))
+
+
+@law_of.register
+def _(base: Normal, width: Tensor, far: bool) -> SymbolModel:
+    return GridNormal(_np(base.loc / width), _np(base.scale / width), far)
+
+
+@law_of.register
+def _(base: Discrete, width: Tensor, far: bool) -> SymbolModel:
+    return Symbols(_np(base.log_probs))
+
+
+@law_of.register
+def _(base: DiscretisedNormal, width: Tensor, far: bool) -> SymbolModel:
+    levels = torch.arange(len(base.edges) + 1, device=base.loc.device)
+    each = [base.log_prob(level.expand(base.loc.shape)) for level in levels]
+    return Symbols(_np(torch.stack(each, -1)))
 
 
 def rounded(log_probs: np.ndarray) -> np.ndarray:

@@ -82,7 +82,7 @@ class OrdinalColumns(GaussianDiffusion):
 
     def __init__(self, schedule: Schedule, levels: OrdinalValues) -> None:
         ForwardProcess.__init__(self, schedule)
-        self.values = levels
+        self.values, self.codes = levels, levels.values.shape[1]
 
     def fit_statistics(self, x: Tensor) -> None:
         self.values.fit_statistics(x)
