@@ -142,6 +142,11 @@ class Parametrization(nn.Module, ABC):
     def fit_statistics(self, x: Tensor) -> None:
         """Take from training examples x, (N, ...), what is known before training; here nothing."""
 
+    @property
+    def level_values(self) -> Tensor | None:
+        """v_1..v_K, shape (K,), where it gives P(x_i = v_k|z_t) of the same v for all i."""
+        return None
+
     def allowed(self) -> Tensor | None:
         """Which codes each dimension can have, (D, K); None where those of the process are all."""
         return None
@@ -298,6 +303,10 @@ class LevelLogits(Logits):
         super().__init__(len(values), shape)
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("curves", torch.eye(len(values)), persistent=False)
+
+    @property
+    def level_values(self) -> Tensor:
+        return self.values
 
     def forward(
         self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess

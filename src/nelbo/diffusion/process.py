@@ -48,6 +48,8 @@ class ForwardProcess(nn.Module, ABC):
     codes: int = 0
     #: the value of z that hides a dimension, where z shows x as it is or hides it; else None
     mask: int | None = None
+    #: how its posterior is called as a reverse step, where steps are compared
+    posterior_name: str = "reverse step"
     #: whether the law of a dimension does not depend on which it is, so that some stand for all
     alike: bool = True
 
@@ -132,6 +134,23 @@ class ForwardProcess(nn.Module, ABC):
         """a and b, shape of t, of q(z_t|z_s) = N(a z_s, b²); None where it has another form."""
         return None
 
+    def picture(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """z_t in the units of the data, for the eye, and where it hides them; shape of z each.
+
+        Args:
+            z: latents at one time, (B, ...), symbols where this is not overridden.
+            t: their time, a number.
+        """
+        return z, torch.zeros_like(z, dtype=torch.bool)
+
+    def mean(self, e: Tensor, z: Tensor) -> Tensor:
+        """E[x|z_t] by a prediction e at z = z_t, in the units of the data, shape of z.
+
+        Where this is not overridden, e is log-probabilities of the codes.
+        """
+        probabilities = e.exp()
+        return probabilities @ torch.arange(probabilities.shape[-1]).to(probabilities)
+
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
         """z_t of dimensions whose x is known, one draw of q(z_t|x); a symbol shows at once."""
         with shard_rng():
@@ -159,12 +178,16 @@ class Levels(nn.Module):
             raise ValueError(f"levels must be at least 2; got {count}")
         if not low < high:
             raise ValueError(f"low must be less than high; got {low} and {high}; try -1 and 1")
-        self.count = count
+        self.count, self.low, self.high = count, low, high
         values = torch.linspace(low, high, count, dtype=torch.float64)
         self.register_buffer("values", values, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.values[x]
+
+    def inverse(self, e: Tensor) -> Tensor:
+        """x of values e, also between and beyond the levels, shape of e."""
+        return (e - self.low) / (self.high - self.low) * (self.count - 1)
 
 
 class Affine(nn.Module):
@@ -187,6 +210,10 @@ class Affine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x.double() - self.shift) / self.scale
 
+    def inverse(self, e: Tensor) -> Tensor:
+        """x = shift + scale e, shape of e."""
+        return self.shift + self.scale * e
+
 
 class GaussianDiffusion(ForwardProcess):
     """q(z_t|z_s) = N(√(1-β) z_s, β), equations 2, 3, 6 and 8.
@@ -197,6 +224,7 @@ class GaussianDiffusion(ForwardProcess):
     """
 
     channels = 1
+    posterior_name = "Gaussian step, σ² = β̃"
 
     def __init__(self, schedule: Schedule, embedding: Levels | Affine) -> None:
         super().__init__(schedule)
@@ -261,6 +289,15 @@ class GaussianDiffusion(ForwardProcess):
         """√(1-β) and √β."""
         return (self.log_kept(s, t) / 2).exp(), self.beta(s, t).sqrt()
 
+    def picture(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        if self.codes:  # levels have ends, which signal and two standard deviations shall meet
+            alpha = self.alpha(t)
+            z = z / (alpha.sqrt() + 2 * (1 - alpha).sqrt())
+        return self.embedding.inverse(z), torch.zeros_like(z, dtype=torch.bool)
+
+    def mean(self, e: Tensor, z: Tensor) -> Tensor:
+        return self.embedding.inverse(e)
+
     def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
         zeros = torch.zeros((len(t), *shape), dtype=t.dtype, device=t.device)
         return normal(zeros, torch.ones_like(t))
@@ -283,6 +320,7 @@ class MaskedDiffusion(ForwardProcess):
     """
 
     mask: int
+    posterior_name = "categorical step"
 
     def __init__(self, schedule: Schedule, count: int) -> None:
         super().__init__(schedule)
@@ -320,6 +358,14 @@ class MaskedDiffusion(ForwardProcess):
 
     def blank(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         return torch.full(shape, self.mask, dtype=torch.float64)
+
+    def picture(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return z, z == self.mask
+
+    def mean(self, e: Tensor, z: Tensor) -> Tensor:
+        """A symbol that shows is itself."""
+        mean = super().mean(e, z)
+        return torch.where(z == self.mask, mean, z.to(mean))
 
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
         # The model knows P(x_i| any symbols that show): what is known need not wait for its time.

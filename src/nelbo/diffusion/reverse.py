@@ -25,6 +25,10 @@ from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal, p
 class ReverseKernel(nn.Module, ABC):
     """P(z_s|z_t) for z = z_t, with batch shape (B,)."""
 
+    def name(self, process: ForwardProcess) -> str:
+        """How it is called where steps are compared."""
+        return "reverse step"
+
     @abstractmethod
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
@@ -34,6 +38,9 @@ class ReverseKernel(nn.Module, ABC):
 class Posterior(ReverseKernel):
     """q(z_s|z_t,x) with ê for x: σ² = β̃ for a Gaussian process (equation 7)."""
 
+    def name(self, process: ForwardProcess) -> str:
+        return process.posterior_name
+
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
@@ -42,6 +49,9 @@ class Posterior(ReverseKernel):
 
 class Beta(ReverseKernel):
     """N(f, β) with f = m_t(z_t, ê); the KL is ‖m_t - f‖²/(2β) + const (equation 7)."""
+
+    def name(self, process: ForwardProcess) -> str:
+        return "Gaussian step, σ² = β"
 
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
@@ -53,6 +63,9 @@ class Beta(ReverseKernel):
 
 class Learned(ReverseKernel):
     """N(f, σ²), log σ² = v log β + (1-v) log β̃ (Nichol & Dhariwal 2021, equation 15)."""
+
+    def name(self, process: ForwardProcess) -> str:
+        return "Gaussian step, learned σ²"
 
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
@@ -84,6 +97,9 @@ class Optimal(ReverseKernel):
         errors = torch.zeros(33, dtype=torch.float64) if errors is None else errors
         self.register_buffer("errors", errors.double())
 
+    def name(self, process: ForwardProcess) -> str:
+        return "Gaussian step, best σ²"
+
     def error(self, t: Tensor) -> Tensor:
         """v(t), shape of t."""
         last = len(self.errors) - 1
@@ -111,6 +127,9 @@ class Mixture(ReverseKernel):
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.register_buffer("values", values, persistent=False)
+
+    def name(self, process: ForwardProcess) -> str:
+        return "mixture step"
 
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess

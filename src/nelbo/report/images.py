@@ -14,7 +14,7 @@ from nelbo.data import Schema
 from nelbo.data.readers.pillow import png
 from nelbo.data.readers.text import decode
 from nelbo.data.tabular import encoding, tables
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, Levels, MaskedDiffusion
+from nelbo.diffusion.process import ForwardProcess
 
 SIDE = 1024  # pixels of the longer side of a grid, where its enlargement stops
 RULE = "-" * 72  # between samples of text
@@ -81,31 +81,15 @@ class Canvas:
         pixels = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
         return over_white(pixels)
 
-    def embedded(self, e: Tensor) -> np.ndarray:
-        """e in the space of a Gaussian process."""
-        assert isinstance(self.process, GaussianDiffusion)
-        if isinstance(self.process.embedding, Levels):
-            return self.data((e + 1) / 2 * self.high)
-        return self.data(self.process.embedding.shift + self.process.embedding.scale * e)
-
     def latent(self, z: Tensor, t: float) -> np.ndarray:
         """z_t, brought to the range of the data; masks in a colour of their own."""
-        if isinstance(self.process, MaskedDiffusion):
-            masked = (z == self.process.mask).cpu().movedim(1, -1).numpy()
-            pixels = self.data(z)
-            return np.where(masked[..., :3], MASK, pixels).astype(np.uint8)
-        if isinstance(self.process.embedding, Levels):
-            alpha = self.process.alpha(torch.tensor(t, dtype=torch.float64)).item()
-            z = z / (math.sqrt(alpha) + 2 * math.sqrt(1 - alpha))
-        return self.embedded(z)
+        x, hidden = self.process.picture(z, torch.tensor(t, dtype=torch.float64))
+        masked = hidden.cpu().movedim(1, -1).numpy()
+        return np.where(masked[..., :3], MASK, self.data(x)).astype(np.uint8)
 
     def prediction(self, e_hat: Tensor, z: Tensor) -> np.ndarray:
         """The mean of x that is predicted at z; a symbol that shows is itself."""
-        if isinstance(self.process, MaskedDiffusion):
-            probabilities = e_hat.exp()
-            mean = probabilities @ torch.arange(self.process.count).to(probabilities)
-            return self.data(torch.where(z == self.process.mask, mean, z.to(mean)))
-        return self.embedded(e_hat)
+        return self.data(self.process.mean(e_hat, z))
 
 
 def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:

@@ -16,7 +16,6 @@ from nelbo._utils.numerics import LOG_2
 from nelbo._version import __version__
 from nelbo.data import Schema
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import MaskedDiffusion
 from nelbo.evaluation.result import Evaluation
 from nelbo.report import figures, tables
 from nelbo.report.images import Canvas
@@ -211,9 +210,9 @@ def images(run: Run, x: Tensor, path: Trajectory) -> str:
     ]
     labels = [f"{t:.2f}" for t in path.times]
     final = canvas.data(path.x[:6])
-    absorbing = isinstance(run.model.process, MaskedDiffusion)
-    grey = " Masked pixels are blue-grey." if absorbing else ""
-    mean = "Mean of P(x|z<sub>t</sub>)" if absorbing else "Prediction x̂(z<sub>t</sub>)"
+    masks = run.model.process.mask is not None
+    grey = " Masked pixels are blue-grey." if masks else ""
+    mean = "Mean of P(x|z<sub>t</sub>)" if masks else "Prediction x̂(z<sub>t</sub>)"
     return _section(
         "Samples",
         f"{len(path.x)} samples in {SAMPLE_STEPS} steps beside as many test examples, none of them"

@@ -18,9 +18,8 @@ from nelbo.codec.settings import Settings
 from nelbo.data import Schema
 from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import LevelLogits, Prediction
-from nelbo.diffusion.process import GaussianDiffusion, MaskedDiffusion
-from nelbo.diffusion.reverse import Beta, Learned, Mixture, Optimal, Posterior, ReverseKernel
+from nelbo.diffusion.parametrization import Prediction
+from nelbo.diffusion.reverse import Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.per_dimension import by_dimension
@@ -47,26 +46,17 @@ def some(model: Model, x: Tensor, seed: int) -> Tensor:
 
 
 def steps_of(model: Model) -> dict[str, ReverseKernel]:
-    """The reverse steps this model can take, by name; the tightest first, its own included."""
-    if not isinstance(model.process, GaussianDiffusion):
-        name = "categorical step" if isinstance(model.process, MaskedDiffusion) else "reverse step"
-        return {name: model.step}
-    found: dict[str, ReverseKernel] = {}
-    if isinstance(model.head, LevelLogits):
-        found["mixture step"] = Mixture(model.head.values)
-    if isinstance(model.step, Learned):
-        found["Gaussian step, learned σ²"] = model.step
-    found["Gaussian step, σ² = β̃"] = Posterior()
-    if isinstance(model.step, Beta):
-        found["Gaussian step, σ² = β"] = model.step
-    if isinstance(model.step, Optimal):
-        found["Gaussian step, best σ²"] = model.step
-    return found
+    """The reverse steps this model can take, by name, its own included."""
+    values = model.head.level_values
+    mixture = [] if values is None else [Mixture(values)]
+    # the model's own is last, and so the one that its name stands for
+    steps: list[ReverseKernel] = [*mixture, Posterior(), model.step]
+    return {step.name(model.process): step for step in steps}
 
 
 def own_step(model: Model) -> str:
     """The name of the model's own step."""
-    return next(name for name, step in steps_of(model).items() if type(step) is type(model.step))
+    return model.step.name(model.process)
 
 
 def measure_steps(
