@@ -16,7 +16,6 @@ from nelbo.diffusion.parametrization import (
     LevelLogits,
     LevelPrediction,
     Prediction,
-    VariancePrediction,
     XPrediction,
 )
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
@@ -84,7 +83,7 @@ def test_kl_with_a_learned_variance():
     mean = alpha_s.sqrt().reshape(2, 1, 1, 1) * beta / (1 - alpha_t).reshape(2, 1, 1, 1)
     square = (mean * (e - e_hat)).square()
     each = 0.5 * (tilde / variance - 1 - (tilde / variance).log() + square / variance)
-    p = Learned()(VariancePrediction(e_hat, v), z, S, T, process)
+    p = Learned()(Prediction(e_hat, fraction=v), z, S, T, process)
     got = kl_divergence(process.posterior(z, e, S, T), p)
     torch.testing.assert_close(got, each.flatten(1).sum(1), rtol=1e-11, atol=0)
 
@@ -107,7 +106,7 @@ def test_every_gaussian_step_has_the_rate_as_its_limit(step, fraction):
     process, z, e, e_hat = setup()
     prediction = Prediction(e_hat)
     if fraction is not None:
-        prediction = VariancePrediction(e_hat, torch.full(SHAPE, fraction, dtype=torch.float64))
+        prediction = Prediction(e_hat, fraction=torch.full(SHAPE, fraction, dtype=torch.float64))
     rate = process.rate(z, e, e_hat, T)
     errors = []
     for h in (2.0**-k for k in (9, 10, 11, 12)):

@@ -12,7 +12,7 @@ from torch import nn
 
 from nelbo import ContinuousTime, TimeGrid, elbo
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.parametrization import Prediction, VariancePrediction
+from nelbo.diffusion.parametrization import Prediction
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear
 from nelbo.integrations import adapters, denoisers, spaced, wrap
@@ -393,7 +393,7 @@ class TestLastStep(DiscreteContract):
             e_hat = torch.randn(2, *SHAPE).double()
             prediction = Prediction(e_hat)
             if request.param is not None:
-                prediction = VariancePrediction(e_hat, torch.full_like(e_hat, request.param))
+                prediction = Prediction(e_hat, fraction=torch.full_like(e_hat, request.param))
             t = torch.full((2,), 1 / 6, dtype=torch.float64)
             return LastStep(scaling)(prediction, e_hat, t, process)
 

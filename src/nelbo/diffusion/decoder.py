@@ -11,10 +11,10 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution, Independent
 from torch.nn.functional import logsigmoid
 
-from nelbo.diffusion.distributions import Discrete, DiscretisedNormal
+from nelbo.diffusion.distributions import Discrete
 from nelbo.diffusion.parametrization import LevelPrediction, Prediction, level_evidence
 from nelbo.diffusion.process import Affine, ForwardProcess, Levels, per_example
 
@@ -109,7 +109,7 @@ class DiscretisedGaussian(Decoder):
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         scale = self.log_scale.exp().to(z.dtype)
-        return per_example(DiscretisedNormal(prediction.e_hat, scale, self.levels.values))
+        return per_example(self.levels.pushforward(prediction.e_hat, scale))
 
 
 class GaussianDensity(Decoder):
@@ -132,9 +132,7 @@ class GaussianDensity(Decoder):
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
         e_hat = prediction.e_hat.double()
-        mean = self.affine.shift + self.affine.scale * e_hat
-        spread = (self.affine.scale * self.log_spread.exp()).expand_as(mean)
-        return per_example(Normal(mean, spread, validate_args=False))
+        return per_example(self.affine.pushforward(e_hat, self.log_spread.exp()))
 
 
 class Bernoulli(Decoder):

@@ -16,7 +16,7 @@ Sources: Ho et al. 2020 (noise), Salimans & Ho 2022 (velocity), Graves et al. 20
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Self
 
@@ -31,15 +31,21 @@ from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDif
 
 @dataclass(frozen=True)
 class Prediction:
-    """ê, shape of embed(x)."""
+    """ê, shape of embed(x).
+
+    Args:
+        e_hat: ê.
+        fraction: where log σ² of a step lies between log β̃ (0) and log β (1), shape of ê; None
+            of a network that says nothing of it.
+    """
 
     e_hat: Tensor
+    fraction: Tensor | None = field(default=None, kw_only=True)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Self:
         """f of each of its tensors, such as a choice of examples or of dimensions."""
-        return replace(
-            self, **{field.name: f(getattr(self, field.name)) for field in fields(self)}
-        )
+        each = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: f(v) for name, v in each.items() if v is not None})
 
 
 @dataclass(frozen=True)
@@ -120,13 +126,6 @@ class LevelFamily(LevelPrediction):
 
     def map(self, f: Callable[[Tensor], Tensor]) -> LevelTable:  # type: ignore[override]
         return LevelTable(f(self.e_hat), f(self.log_probs))
-
-
-@dataclass(frozen=True)
-class VariancePrediction(Prediction):
-    """ê, and where log σ² lies between log β̃ (0) and log β (1), shape of ê."""
-
-    fraction: Tensor
 
 
 class Parametrization(nn.Module, ABC):
@@ -229,7 +228,7 @@ class WithVariance(Parametrization):
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         point = self.head(output[..., 0], z, t, process)
-        return VariancePrediction(point.e_hat, (output[..., 1] + 1) / 2)
+        return Prediction(point.e_hat, fraction=(output[..., 1] + 1) / 2)
 
 
 def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: ForwardProcess) -> Tensor:

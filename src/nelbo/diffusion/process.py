@@ -12,6 +12,7 @@ A conditional is a method that returns a distribution with batch shape (B,). One
 serves q(z_s|z_t,x), given e, and the model's p(z_s|z_t), given a prediction in place of e.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ from torch.nn.functional import logsigmoid, one_hot
 
 from nelbo._utils.batch_rng import shard_rng
 from nelbo._utils.numerics import log1mexp, over, slope
-from nelbo.diffusion.distributions import Discrete
+from nelbo.diffusion.distributions import Discrete, DiscretisedNormal
 from nelbo.diffusion.schedules import Schedule
 
 
@@ -189,6 +190,10 @@ class Levels(nn.Module):
         """x of values e, also between and beyond the levels, shape of e."""
         return (e - self.low) / (self.high - self.low) * (self.count - 1)
 
+    def pushforward(self, mean: Tensor, sd: Tensor) -> Distribution:
+        """The law of the level whose bin e ~ N(mean, sd²) falls into, element by element."""
+        return DiscretisedNormal(mean, sd, self.values)
+
 
 class Affine(nn.Module):
     """Real data as e = (x - shift) / scale.
@@ -198,7 +203,7 @@ class Affine(nn.Module):
         scale: the same, positive.
     """
 
-    count = 0  # no levels
+    count, low, high = 0, -math.inf, math.inf  # no levels, and no ends of the values e
     shift: Tensor
     scale: Tensor
 
@@ -213,6 +218,10 @@ class Affine(nn.Module):
     def inverse(self, e: Tensor) -> Tensor:
         """x = shift + scale e, shape of e."""
         return self.shift + self.scale * e
+
+    def pushforward(self, mean: Tensor, sd: Tensor) -> Distribution:
+        """The law of x where e ~ N(mean, sd²), element by element: a density in units of x."""
+        return Normal(self.inverse(mean), self.scale * sd, validate_args=False)
 
 
 class GaussianDiffusion(ForwardProcess):

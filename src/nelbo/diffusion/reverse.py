@@ -18,7 +18,7 @@ from torch.distributions import Distribution, Normal
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import LevelMixture
-from nelbo.diffusion.parametrization import LevelPrediction, Prediction, VariancePrediction
+from nelbo.diffusion.parametrization import LevelPrediction, Prediction
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal, per_example
 
 
@@ -71,7 +71,7 @@ class Learned(ReverseKernel):
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         process = _gaussian(process, self)
-        if not isinstance(prediction, VariancePrediction):
+        if prediction.fraction is None:
             raise TypeError("the learned variance needs a head with a variance: WithVariance")
         f = process.m_t(z, prediction.e_hat, s, t)
         low, high = process.beta_tilde(s, t).log(), process.beta(s, t).log()

@@ -29,12 +29,7 @@ from torch.distributions import kl_divergence
 
 from nelbo.data import as_examples
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import (
-    Logits,
-    Parametrization,
-    VariancePrediction,
-    WithVariance,
-)
+from nelbo.diffusion.parametrization import Logits, Parametrization, Prediction, WithVariance
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
 from nelbo.diffusion.product import ProductDiffusion, ProductParametrization, ProductReverseKernel
 from nelbo.diffusion.reverse import Beta, Optimal, ReverseKernel
@@ -202,5 +197,5 @@ def _cost(
     q = process.posterior(zero, error.sqrt()[:, None], s, t)
     p = process.posterior(zero, zero, s, t)
     if isinstance(step, Beta | Optimal):
-        p = step(VariancePrediction(zero, zero), zero, s, t, process)
+        p = step(Prediction(zero, fraction=zero), zero, s, t, process)
     return kl_divergence(q, p)

@@ -23,12 +23,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.decoder import Decoder
-from nelbo.diffusion.distributions import DiscretisedNormal
-from nelbo.diffusion.parametrization import Parametrization, Prediction, VariancePrediction
+from nelbo.diffusion.parametrization import Parametrization, Prediction
 from nelbo.diffusion.process import Affine, ForwardProcess, GaussianDiffusion, Levels, per_example
 from nelbo.diffusion.schedules import Schedule
 
@@ -232,9 +231,7 @@ class Clipped(Parametrization):
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         prediction = self.head(output, z, t, process)
         e_hat = prediction.e_hat.clamp(self.low, self.high)
-        if isinstance(prediction, VariancePrediction):
-            return VariancePrediction(e_hat, prediction.fraction)
-        return Prediction(e_hat)
+        return Prediction(e_hat, fraction=prediction.fraction)
 
 
 class LastStep(Decoder):
@@ -247,7 +244,7 @@ class LastStep(Decoder):
     def __init__(self, scaling: Levels | Affine) -> None:
         super().__init__()
         self.scaling = scaling
-        self.density = isinstance(scaling, Affine)
+        self.density = not scaling.count
 
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
@@ -261,11 +258,7 @@ class LastStep(Decoder):
             )
         e_hat = prediction.e_hat
         log_variance = over(process.beta_tilde(t, t * 2).log(), e_hat).expand_as(e_hat)
-        if isinstance(prediction, VariancePrediction):
+        if prediction.fraction is not None:
             largest = over(process.log_one_minus_alpha(t), e_hat)
             log_variance = log_variance + prediction.fraction * (largest - log_variance)
-        scale = (log_variance / 2).exp()
-        if isinstance(self.scaling, Levels):
-            return per_example(DiscretisedNormal(e_hat, scale, self.scaling.values))
-        mean = self.scaling.shift + self.scaling.scale * e_hat
-        return per_example(Normal(mean, self.scaling.scale * scale, validate_args=False))
+        return per_example(self.scaling.pushforward(e_hat, (log_variance / 2).exp()))

@@ -153,15 +153,15 @@ def assemble(
             )
         process: GaussianDiffusion = OnSteps(Steps(gamma), scaling)
         adapter = Adapter(network, shape, head.outputs, table, gamma, factor, score)
+        steps = len(gamma)
     else:
         if times is None or isinstance(times, Tensor) or keep is not None:
             raise ValueError("a schedule γ(t) goes with times=function of γ, and without keep")
         process = GaussianDiffusion(gamma, scaling)
         adapter = Adapter(network, shape, head.outputs, times, None, factor, score)
-    model = Model(
-        adapter, process, head, STEPS[variance](), _decoder(decoder, process, scaling), shape
-    )
-    return model.eval()
+        steps = 0
+    last = _decoder(decoder, process.schedule, scaling, steps)
+    return Model(adapter, process, head, STEPS[variance](), last, shape).eval()
 
 
 def spaced(total: int, steps: int) -> list[int]:
@@ -186,9 +186,9 @@ def signal_left(model: Model) -> list[str]:
     """
     last = torch.ones((), dtype=torch.float64)
     alpha = model.process.alpha(last).item()
-    embedding = model.process.embedding if isinstance(model.process, GaussianDiffusion) else None
-    levels = isinstance(embedding, Levels)
-    square = embedding.values.square().max().item() if isinstance(embedding, Levels) else 1.0
+    levels = model.process.codes
+    ends = torch.tensor([0, levels - 1])
+    square = model.process.embed(ends).square().max().item() if levels else 1.0
     nats = model.dims / 2 * (alpha * (square - 1) - math.log1p(-alpha))
     if nats < NOTED * model.dims * LOG_2:
         return []
@@ -280,22 +280,22 @@ def _head(
         head = parametrization.WithVariance(head)
     if clip is None:
         return head
-    if isinstance(clip, Affine):
+    if not clip.count:
         raise ValueError("clip=True needs data with a range, levels; real data have none")
-    return Clipped(head, clip.values[0].item(), clip.values[-1].item())
+    return Clipped(head, clip.low, clip.high)
 
 
 def _decoder(
     decoder: Decoder | Literal["step", "evidence"] | None,
-    process: GaussianDiffusion,
+    schedule: Schedule,
     scaling: Levels | Affine,
+    steps: int,
 ) -> Decoder:
-    if isinstance(decoder, Decoder):
+    if isinstance(decoder, Decoder):  # an argument is the part itself or its name
         return decoder
-    on_steps = isinstance(process, OnSteps)
-    name = decoder or ("step" if on_steps else "evidence")
+    name = decoder or ("step" if steps else "evidence")
     if name == "step":
-        if not isinstance(process, OnSteps) or process.schedule.steps < 2:
+        if steps < 2:
             raise ValueError(
                 'decoder="step" takes its variance from the second of at least 2 times; try'
                 ' decoder="evidence"'
@@ -303,7 +303,7 @@ def _decoder(
         return LastStep(scaling)
     if name != "evidence":
         raise ValueError(f"decoder must be step, evidence or a Decoder; got {name!r}")
-    if isinstance(scaling, Levels):
+    if isinstance(scaling, Levels):  # a decoder is of one scaling: the user's choice decides
         return Evidence(scaling)
-    first = torch.full((), process.schedule.start, dtype=torch.float64)
-    return GaussianDensity(scaling, math.exp(process.schedule(first).item() / 2))
+    first = torch.full((), schedule.start, dtype=torch.float64)
+    return GaussianDensity(scaling, math.exp(schedule(first).item() / 2))

@@ -153,7 +153,7 @@ def build(
     notes = [f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped", *signal_left(model)]
     if drop:
         notes.append("the network also gives a variance, which the scheduler does not use")
-    levels = scaling.count if isinstance(scaling, Levels) else None
+    levels = scaling.count or None
     schema = Schema("real" if levels is None else "levels", shape, levels)
     return Foreign(name, model, schema, times, weights, tuple(notes))
 
