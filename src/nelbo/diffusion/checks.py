@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo.diffusion.product import ProductDiffusion, ProductParametrization
-
 if TYPE_CHECKING:
     from nelbo.diffusion.model import Model
     from nelbo.diffusion.parametrization import Parametrization
@@ -50,9 +48,10 @@ def check_examples(model: "Model", x: Tensor) -> None:
         return  # read from files, and checked then
     if x.dtype.is_complex:
         raise ValueError(f"x must be real numbers; got {x.dtype}")
-    of_columns = isinstance(model.process, ProductDiffusion)
-    legal = _legal(model.process, model.head)
-    levels = [codes for codes, _ in legal if codes is not None]
+    process = model.process
+    of_columns = not process.alike  # side by side in one tensor, of floats where one of them is
+    legal = list(map(_legal, process.factors, model.head.factors))
+    levels = [codes for codes in legal if codes is not None]
     if levels and not of_columns and x.is_floating_point():
         most = levels[0].shape[-1] - 1
         raise ValueError(
@@ -62,24 +61,19 @@ def check_examples(model: "Model", x: Tensor) -> None:
     size = max(1, TOGETHER // model.dims)
     for first in range(0, len(x), size):
         rows, at = x[first : first + size].flatten(1), 0
-        for codes, width in legal:
-            part = rows[:, at : at + width] if of_columns else rows
+        for codes, part in zip(legal, process.split(rows), strict=True):
             wrong = _not_a_number(part, of_columns) if codes is None else _no_code(part, codes)
             if wrong.any():
                 _refuse(part, wrong, codes, first, at)
-            at += width
+            at += part.shape[1]
 
 
-def _legal(process: "ForwardProcess", head: "Parametrization") -> list[tuple[Tensor | None, int]]:
-    """Which codes the dimensions of each group have, (D or 1, K), None where they are real
-    numbers; and D."""
-    if isinstance(process, ProductDiffusion) and isinstance(head, ProductParametrization):
-        each = zip(process.parts, head.parts, process.sizes, strict=True)
-        return [(_legal(part, of)[0][0], size) for part, of, size in each]
+def _legal(process: "ForwardProcess", head: "Parametrization") -> Tensor | None:
+    """Which codes the dimensions have, (D or 1, K); None where they are real numbers."""
     allowed = head.allowed()
     if allowed is None and process.codes:
         allowed = torch.ones(1, process.codes, dtype=torch.bool)
-    return [(allowed, 0)]
+    return allowed
 
 
 def _not_a_number(x: Tensor, of_columns: bool) -> Tensor:

@@ -64,9 +64,10 @@ class LevelDecoder(Decoder):
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
-        if not isinstance(prediction, LevelPrediction):
+        levels = prediction.levels
+        if levels is None:
             raise TypeError("LevelDecoder needs a network head that predicts levels: LevelLogits")
-        return per_example(_Predicted(prediction))
+        return per_example(_Predicted(levels))
 
 
 class Evidence(Decoder):

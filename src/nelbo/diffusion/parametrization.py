@@ -15,7 +15,7 @@ Sources: Ho et al. 2020 (noise), Salimans & Ho 2022 (velocity), Graves et al. 20
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Self
@@ -42,6 +42,16 @@ class Prediction:
     e_hat: Tensor
     fraction: Tensor | None = field(default=None, kw_only=True)
 
+    @property
+    def factors(self) -> "Sequence[Prediction]":
+        """The predictions of the groups of columns; of other data, this one alone."""
+        return (self,)
+
+    @property
+    def levels(self) -> "LevelPrediction | None":
+        """The same with probabilities of the levels, where it has them."""
+        return None
+
     def map(self, f: Callable[[Tensor], Tensor]) -> Self:
         """f of each of its tensors, such as a choice of examples or of dimensions."""
         each = {part.name: getattr(self, part.name) for part in fields(self)}
@@ -51,6 +61,10 @@ class Prediction:
 @dataclass(frozen=True)
 class LevelPrediction(Prediction, ABC):
     """ê as the mean of probabilities of the levels."""
+
+    @property
+    def levels(self) -> Self:
+        return self
 
     @property
     @abstractmethod
@@ -134,6 +148,11 @@ class Parametrization(nn.Module, ABC):
     #: numbers the network gives per dimension of the data
     outputs: int = 1
 
+    @property
+    def factors(self) -> "Sequence[Parametrization]":
+        """Those of the groups of columns; of other data, this one alone."""
+        return (self,)
+
     def output_shape(self, z: Tensor) -> torch.Size:
         """What the network must give for z."""
         return z.shape if self.outputs == 1 else torch.Size((*z.shape, self.outputs))
@@ -198,8 +217,7 @@ class Mean(Parametrization):
         self.steps = steps
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
-        if not isinstance(process, GaussianDiffusion):
-            raise TypeError(f"Mean needs GaussianDiffusion; got {type(process).__name__}")
+        process = GaussianDiffusion.require(process, "Mean needs GaussianDiffusion")
         i = (t * self.steps).round()
         if ((t * self.steps - i).abs() > 1e-9 * self.steps).any():
             raise ValueError(
@@ -351,6 +369,5 @@ class SymbolLogits(Logits):
     """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior)."""
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
-        if not isinstance(process, MaskedDiffusion):
-            raise TypeError(f"SymbolLogits needs MaskedDiffusion; got {type(process).__name__}")
+        MaskedDiffusion.require(process, "SymbolLogits needs MaskedDiffusion")
         return Prediction((output + self.log_prior.to(output)).log_softmax(-1))

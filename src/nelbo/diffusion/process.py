@@ -15,6 +15,7 @@ serves q(z_s|z_t,x), given e, and the model's p(z_s|z_t), given a prediction in 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,21 @@ class ForwardProcess(nn.Module, ABC):
     def factors(self) -> "Sequence[ForwardProcess]":
         """The processes of the groups of columns; of other data, this process alone."""
         return (self,)
+
+    def split(self, v: Tensor) -> list[Tensor]:
+        """x or z, (B, ...), into those of `factors`."""
+        return [v]
+
+    @classmethod
+    def require(cls, process: "ForwardProcess", need: str, hint: str = "") -> Self:
+        """The process, for a part whose formulas are those of this class alone.
+
+        Raises:
+            TypeError: it is of another class; the message has the need and the hint.
+        """
+        if not isinstance(process, cls):
+            raise TypeError(f"{need}; got {type(process).__name__}{hint}")
+        return process
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """log α_t, shape of t, float64."""

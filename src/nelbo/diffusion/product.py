@@ -126,6 +126,10 @@ class ProductPrediction(Prediction):
 
     parts: tuple[Prediction, ...]
 
+    @property
+    def factors(self) -> Sequence[Prediction]:
+        return self.parts
+
     def map(self, f: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, e_hat=f(self.e_hat), parts=tuple(part.map(f) for part in self.parts))
 
@@ -144,6 +148,10 @@ class ProductParametrization(Parametrization):
         self.widths = [part.outputs * size for part, size in zip(parts, sizes, strict=True)]
 
     @property
+    def factors(self) -> Sequence[Parametrization]:
+        return self.parts
+
+    @property
     def numbers(self) -> int:
         return max(part.numbers for part in self.parts)
 
@@ -155,9 +163,8 @@ class ProductParametrization(Parametrization):
             part.fit_statistics(v)
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
-        process = _product(process)
         outputs, of_z = output.split(self.widths, 1), process.split(z)
-        each = zip(self.parts, outputs, of_z, process.parts, strict=True)
+        each = zip(self.parts, outputs, of_z, process.factors, strict=True)
         parts = tuple(
             head(o.reshape(head.output_shape(v)), v, t, part) for head, o, v, part in each
         )
@@ -172,11 +179,14 @@ class ProductReverseKernel(ReverseKernel):
         super().__init__()
         self.parts = cast(Sequence[ReverseKernel], nn.ModuleList(parts))
 
+    @property
+    def factors(self) -> Sequence[ReverseKernel]:
+        return self.parts
+
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
-        process = _product(process)
-        each = zip(self.parts, _parts(prediction), process.split(z), process.parts, strict=True)
+        each = zip(self.parts, prediction.factors, process.split(z), process.factors, strict=True)
         return join([step(of, v, s, t, part) for step, of, v, part in each])
 
 
@@ -192,16 +202,5 @@ class ProductDecoder(Decoder):
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
-        process = _product(process)
-        each = zip(self.parts, _parts(prediction), process.split(z), process.parts, strict=True)
+        each = zip(self.parts, prediction.factors, process.split(z), process.factors, strict=True)
         return join([decoder(of, v, t, part) for decoder, of, v, part in each])
-
-
-def _product(process: ForwardProcess) -> ProductDiffusion:
-    assert isinstance(process, ProductDiffusion)
-    return process
-
-
-def _parts(prediction: Prediction) -> tuple[Prediction, ...]:
-    assert isinstance(prediction, ProductPrediction)
-    return prediction.parts

@@ -11,6 +11,7 @@ share one continuous-time bound, and differ the more the fewer the steps.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal, p
 
 class ReverseKernel(nn.Module, ABC):
     """P(z_s|z_t) for z = z_t, with batch shape (B,)."""
+
+    @property
+    def factors(self) -> "Sequence[ReverseKernel]":
+        """Those of the groups of columns; of other data, this one alone."""
+        return (self,)
 
     def name(self, process: ForwardProcess) -> str:
         """How it is called where steps are compared."""
@@ -135,9 +141,10 @@ class Mixture(ReverseKernel):
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         process = _gaussian(process, self)
-        if not isinstance(prediction, LevelPrediction):
+        levels = prediction.levels
+        if levels is None:
             raise TypeError("the mixture step needs a head that predicts levels: LevelLogits")
-        return mixture(prediction, self.values, z, s, t, process)
+        return mixture(levels, self.values, z, s, t, process)
 
 
 def mixture(
@@ -155,9 +162,5 @@ def mixture(
 
 
 def _gaussian(process: ForwardProcess, step: ReverseKernel) -> GaussianDiffusion:
-    if not isinstance(process, GaussianDiffusion):
-        raise TypeError(
-            f"{type(step).__name__} is a step of a Gaussian process; got"
-            f" {type(process).__name__}; try Posterior()"
-        )
-    return process
+    need = f"{type(step).__name__} is a step of a Gaussian process"
+    return GaussianDiffusion.require(process, need, "; try Posterior()")

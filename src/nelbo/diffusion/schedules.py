@@ -24,6 +24,8 @@ class Schedule(nn.Module, ABC):
 
     #: earliest time at which γ is defined; a grid or a continuum starts here or later
     start: float = 0.0
+    #: T of a schedule that is a table of T times; None where γ is a formula
+    steps: int | None = None
 
     def interior(self) -> list[nn.Parameter]:
         """Learned parameters that leave γ(0) and γ(1) alone: no bound in continuous time depends
@@ -89,6 +91,7 @@ class Betas(Schedule):
     """
 
     gamma: Tensor
+    steps: int
 
     def __init__(self, betas: Tensor | Sequence[float]) -> None:
         super().__init__()

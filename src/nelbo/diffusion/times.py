@@ -19,7 +19,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.elbo import Bound, prior_term, reconstruction_term
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.schedules import Betas, Schedule
+from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, Term
 
 
@@ -200,11 +200,11 @@ def even_times(schedule: Schedule, steps: int, count: int) -> Tensor:
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
-    if not isinstance(schedule, Betas):
+    if schedule.steps is None:
         return torch.linspace(0, 1, count + 1, dtype=torch.float64)[1:]
     if steps > schedule.steps:
         raise ValueError(
-            f"steps must be at most {schedule.steps}, the number of betas in the schedule;"
+            f"steps must be at most {schedule.steps}, the number of times in the schedule;"
             f" got {steps}"
         )
     count = min(count, schedule.steps)

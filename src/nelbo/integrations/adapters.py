@@ -58,6 +58,7 @@ class Steps(Schedule):
     """
 
     gamma: Tensor
+    steps: int
 
     def __init__(self, gamma: Tensor) -> None:
         super().__init__()

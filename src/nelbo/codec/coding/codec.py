@@ -164,7 +164,7 @@ class _Remembered(Schedule):
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
-        self.schedule, self.start = schedule, schedule.start
+        self.schedule, self.start, self.steps = schedule, schedule.start, schedule.steps
         self.known: dict[float, Tensor] = {}
 
     def forward(self, t: Tensor) -> Tensor:

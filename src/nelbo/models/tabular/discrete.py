@@ -166,8 +166,9 @@ class OrdinalMixture(ReverseKernel):
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
-        assert isinstance(prediction, LevelPrediction) and isinstance(process, GaussianDiffusion)
-        return mixture(prediction, self.levels.values, z, s, t, process)
+        process = GaussianDiffusion.require(process, "OrdinalMixture needs GaussianDiffusion")
+        assert prediction.levels is not None
+        return mixture(prediction.levels, self.levels.values, z, s, t, process)
 
 
 class MaskedColumns(MaskedDiffusion):
