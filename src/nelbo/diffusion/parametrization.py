@@ -165,6 +165,9 @@ class Parametrization(nn.Module, ABC):
         """v_1..v_K, shape (K,), where it gives P(x_i = v_k|z_t) of the same v for all i."""
         return None
 
+    def exclude_missing(self) -> None:
+        """From now on no cell of a table is missing; of other data none is anyway."""
+
     def allowed(self) -> Tensor | None:
         """Which codes each dimension can have, (D, K); None where those of the process are all."""
         return None

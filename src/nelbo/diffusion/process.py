@@ -50,6 +50,8 @@ class ForwardProcess(nn.Module, ABC):
     codes: int = 0
     #: the value of z that hides a dimension, where z shows x as it is or hides it; else None
     mask: int | None = None
+    #: whether a deterministic path leads from noise to data: the probability flow
+    has_flow: bool = False
     #: how its posterior is called as a reverse step, where steps are compared
     posterior_name: str = "reverse step"
     #: whether the law of a dimension does not depend on which it is, so that some stand for all
@@ -111,19 +113,19 @@ class ForwardProcess(nn.Module, ABC):
         """What a network is told of the noise level, shape of t."""
 
     @abstractmethod
-    def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Distribution:
+    def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
         """q(z_t|z_s) for z = z_s and s < t."""
 
     @abstractmethod
-    def marginal(self, e: Tensor, t: Tensor) -> Distribution:
+    def marginal(self, e: Tensor, t: Tensor) -> Independent:
         """q(z_t|x)."""
 
     @abstractmethod
-    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Distribution:
+    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
         """q(z_s|z_t,x) for z = z_t and s < t; e is embed(x) or a prediction of it."""
 
     @abstractmethod
-    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Distribution:
+    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
         """p(z_T), z_T of the given data shape, for the last times t, shape (B,)."""
 
     def blank(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -249,6 +251,7 @@ class GaussianDiffusion(ForwardProcess):
     """
 
     channels = 1
+    has_flow = True
     posterior_name = "Gaussian step, σ² = β̃"
 
     def __init__(self, schedule: Schedule, embedding: Levels | Affine) -> None:

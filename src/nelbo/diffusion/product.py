@@ -162,6 +162,10 @@ class ProductParametrization(Parametrization):
         for part, v in zip(self.parts, x.split(self.sizes, 1), strict=True):
             part.fit_statistics(v)
 
+    def exclude_missing(self) -> None:
+        for part in self.parts:
+            part.exclude_missing()
+
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         outputs, of_z = output.split(self.widths, 1), process.split(z)
         each = zip(self.parts, outputs, of_z, process.factors, strict=True)

@@ -26,11 +26,8 @@ from nelbo.data.sources import labels_of
 from nelbo.data.tabular import encoding, tables
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.product import ProductParametrization
 from nelbo.diffusion.times import TimeGrid
 from nelbo.models.conditioning import labelled
-from nelbo.models.tabular.continuous import ContinuousMixture
-from nelbo.models.tabular.discrete import MaskedContext, OrdinalContext
 from nelbo.sampling.samplers import Hopeless, ancestral, rejection
 from nelbo.sampling.smc import conditional
 
@@ -172,8 +169,5 @@ def _check_table(schema: Schema) -> None:
 def present(model: Model) -> Model:
     """A copy of a table's model under which no cell is missing and no category is new."""
     model = copy.deepcopy(model)
-    assert isinstance(model.head, ProductParametrization)
-    for head in model.head.parts:
-        assert isinstance(head, OrdinalContext | MaskedContext | ContinuousMixture)
-        head.exclude_missing()
+    model.head.exclude_missing()
     return model

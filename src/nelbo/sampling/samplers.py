@@ -32,7 +32,6 @@ from nelbo._utils.numerics import derive_seed, draw, seeded
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.process import GaussianDiffusion
 from nelbo.diffusion.times import TimeGrid
 
 MOST = 20  # draws for a sample by rejection, in the mean
@@ -87,10 +86,10 @@ def probability_flow(
     """x at the end of the deterministic path from z_T ~ P(z_T); arguments as for `ancestral`.
 
     Raises:
-        ValueError: the process is not Gaussian: symbols have no deterministic path.
+        ValueError: the process has no such path: symbols have none.
     """
     process = model.process
-    if not isinstance(process, GaussianDiffusion):
+    if not process.has_flow:
         raise ValueError(
             f"a deterministic path needs a Gaussian process; the model's is"
             f" {type(process).__name__}; use the ancestral sampler"
