@@ -147,6 +147,13 @@ class Parametrization(nn.Module, ABC):
 
     #: numbers the network gives per dimension of the data
     outputs: int = 1
+    #: T of one whose output belongs to T steps and has no meaning between their times
+    steps: int | None = None
+
+    @property
+    def point(self) -> "Parametrization | None":
+        """That of one output per dimension, a noise, data or velocity; None where it is logits."""
+        return self if self.outputs == 1 else None
 
     @property
     def factors(self) -> "Sequence[Parametrization]":
@@ -215,6 +222,8 @@ class Mean(Parametrization):
         steps: T; the step that f belongs to is from t to t - 1/T, with α_0 = 1.
     """
 
+    steps: int
+
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps = steps
@@ -245,7 +254,11 @@ class WithVariance(Parametrization):
                 f"WithVariance wraps a head with one output; {type(head).__name__} has"
                 f" {head.outputs}; try WithVariance(EpsPrediction())"
             )
-        self.head = head
+        self.head, self.steps = head, head.steps
+
+    @property
+    def point(self) -> Parametrization | None:
+        return self.head.point
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         point = self.head(output[..., 0], z, t, process)
@@ -280,6 +293,10 @@ class Logits(Parametrization):
         super().__init__()
         self.outputs = self.count = count
         self.log_prior = nn.Parameter(torch.zeros(*shape, count))
+
+    @property
+    def point(self) -> None:
+        return None
 
     @property
     def numbers(self) -> int:

@@ -224,11 +224,13 @@ class Affine(nn.Module):
     count, low, high = 0, -math.inf, math.inf  # no levels, and no ends of the values e
     shift: Tensor
     scale: Tensor
+    values: Tensor
 
     def __init__(self, shift: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> None:
         super().__init__()
         self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float64))
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64))
+        self.register_buffer("values", torch.zeros(0, dtype=torch.float64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.double() - self.shift) / self.scale

@@ -26,6 +26,9 @@ from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal, p
 class ReverseKernel(nn.Module, ABC):
     """P(z_s|z_t) for z = z_t, with batch shape (B,)."""
 
+    #: a mixture over levels, whose cost is not w ‖e - ê‖² even where the process is Gaussian
+    mixes_levels: bool = False
+
     @property
     def factors(self) -> "Sequence[ReverseKernel]":
         """Those of the groups of columns; of other data, this one alone."""
@@ -34,6 +37,17 @@ class ReverseKernel(nn.Module, ABC):
     def name(self, process: ForwardProcess) -> str:
         """How it is called where steps are compared."""
         return "reverse step"
+
+    def variance(self, s: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+        """σ², shape of t, as far as no network decides it: β̃ where this is not overridden."""
+        return process.beta_tilde(s, t)
+
+    def error_times(self) -> Tensor:
+        """Times at which it is to be given v(t) = E‖e - ê‖²/D of the model, (N,); none here."""
+        return torch.zeros(0, dtype=torch.float64)
+
+    def set_errors(self, errors: Tensor) -> None:
+        """Take v at `error_times`."""
 
     @abstractmethod
     def forward(
@@ -59,12 +73,15 @@ class Beta(ReverseKernel):
     def name(self, process: ForwardProcess) -> str:
         return "Gaussian step, σ² = β"
 
+    def variance(self, s: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+        return process.beta(s, t)
+
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         process = _gaussian(process, self)
         f = process.m_t(z, prediction.e_hat, s, t)
-        return normal(f, process.beta(s, t))
+        return normal(f, self.variance(s, t, process))
 
 
 class Learned(ReverseKernel):
@@ -106,6 +123,16 @@ class Optimal(ReverseKernel):
     def name(self, process: ForwardProcess) -> str:
         return "Gaussian step, best σ²"
 
+    def error_times(self) -> Tensor:
+        return torch.linspace(0, 1, len(self.errors), dtype=torch.float64)
+
+    def set_errors(self, errors: Tensor) -> None:
+        self.errors.copy_(errors)
+
+    def variance(self, s: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+        _, of_e = process.m_t_weights(s, t)
+        return process.beta_tilde(s, t) + of_e.square() * self.error(t)
+
     def error(self, t: Tensor) -> Tensor:
         """v(t), shape of t."""
         last = len(self.errors) - 1
@@ -117,8 +144,7 @@ class Optimal(ReverseKernel):
     ) -> Distribution:
         process = _gaussian(process, self)
         f = process.m_t(z, prediction.e_hat, s, t)
-        _, of_e = process.m_t_weights(s, t)
-        return normal(f, process.beta_tilde(s, t) + of_e.square() * self.error(t))
+        return normal(f, self.variance(s, t, process))
 
 
 class Mixture(ReverseKernel):
@@ -128,6 +154,7 @@ class Mixture(ReverseKernel):
         values: v_1..v_K, shape (K,).
     """
 
+    mixes_levels = True
     values: Tensor
 
     def __init__(self, values: Tensor) -> None:

@@ -28,6 +28,7 @@ is, are φ of all cells.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ from nelbo._utils.numerics import over
 from nelbo.data import as_examples
 from nelbo.diffusion.gaussian_mixture import FEWEST, GaussianMixtureEnsemble
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import LevelPrediction, level_evidence, log_frequencies
-from nelbo.diffusion.process import GaussianDiffusion, Levels, MaskedDiffusion
+from nelbo.diffusion.parametrization import level_evidence, log_frequencies
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
 from nelbo.evaluation.intervals import apart
 from nelbo.evaluation.reference_denoisers import (
     TABLE,
@@ -83,6 +84,55 @@ class ContextLogits:
 NO_CONTEXT = ContextLogits()
 
 
+@dataclass(frozen=True)
+class References:
+    """What is known of a process without a network; None where nothing is.
+
+    Args:
+        x: the examples that it is fitted to, without those far from all others.
+        linear: the denoiser of N(μ, Σ).
+        clusters: mixtures of Gaussians of e.
+        levels: the Bayes denoiser of independent levels.
+        log_frequency: of the levels (not too many) or symbols in each dimension, (..., K).
+    """
+
+    x: Tensor
+    linear: Linear | None = None
+    clusters: GaussianMixtureEnsemble | None = None
+    levels: LevelReference | None = None
+    log_frequency: Tensor | None = None
+
+
+@singledispatch
+def references(process: ForwardProcess, model: Model, x: Tensor, edges: Tensor) -> References:
+    """What examples x (N, ...) say of the process of a model, by its class.
+
+    Nothing of one that is not known: `@references.register` makes a further class known.
+    """
+    return References(x)
+
+
+@references.register
+def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> References:
+    e = process.embed(x).flatten(1).double()
+    # one row far out would be all that is fitted to
+    usual = ~apart((e - e.median(0).values).abs().amax(1))
+    x, e = x[usual], e[usual]
+    fits = e.shape[1] <= WIDEST and len(e) >= FEWEST
+    linear, clusters = Linear(e), GaussianMixtureEnsemble(e) if fits else None
+    # of sixteen bits one column of its table would not fit into memory
+    if not process.codes or process.codes**2 > TABLE:
+        return References(x, linear, clusters)
+    levels = LevelReference(model, x, edges)
+    log_frequency = levels.log_frequency if process.codes <= FINEST else None
+    return References(x, linear, clusters, levels, log_frequency)
+
+
+@references.register
+def _(process: MaskedDiffusion, model: Model, x: Tensor, edges: Tensor) -> References:
+    return References(x, log_frequency=log_frequencies(x.cpu(), process.count).to(x.device))
+
+
 class ControlVariates:
     """All that is known of a model's costs without its network.
 
@@ -96,27 +146,9 @@ class ControlVariates:
     def __init__(self, model: Model, x: Tensor, edges: Tensor) -> None:
         self.model, self.edges = model, edges.to(model.device)
         some = as_examples(x[:: math.ceil(len(x) / FITTED)]).to(model.device)
-        self.linear: Linear | None = None
-        self.clusters: GaussianMixtureEnsemble | None = None
-        self.levels: LevelReference | None = None
-        #: log-frequencies of the levels (not too many) or symbols in each dimension, (..., K)
-        self.log_frequency: Tensor | None = None
-        process = model.process
-        if isinstance(process, GaussianDiffusion):
-            e = process.embed(some).flatten(1).double()
-            # one row far out would be all that is fitted to
-            usual = ~apart((e - e.median(0).values).abs().amax(1))
-            some, e = some[usual], e[usual]
-            self.linear = Linear(e)
-            if e.shape[1] <= WIDEST and len(e) >= FEWEST:
-                self.clusters = GaussianMixtureEnsemble(e)
-            # of sixteen bits one column of its table would not fit into memory
-            if isinstance(process.embedding, Levels) and process.embedding.count**2 <= TABLE:
-                self.levels = LevelReference(model, some, edges)
-                if process.embedding.count <= FINEST:
-                    self.log_frequency = self.levels.log_frequency
-        elif isinstance(process, MaskedDiffusion):
-            self.log_frequency = log_frequencies(some.cpu(), process.count).to(some.device)
+        known = references(model.process, model, some, edges)
+        some, self.linear, self.clusters = known.x, known.linear, known.clusters
+        self.levels, self.log_frequency = known.levels, known.log_frequency
         image = len(model.shape) == 3 and model.shape[1] * model.shape[2] > 1
         self.roughness = GradientFeatures(some) if image else None
         few = some[:: math.ceil(len(some) / SCALED)]
@@ -159,13 +191,13 @@ class ControlVariates:
     def _by_network(self, draw: TermDraw) -> Tensor | None:
         if self.log_frequency is None:
             return None
-        if self.levels is not None and isinstance(draw.prediction, LevelPrediction):
+        predicted, process = draw.prediction.levels, self.model.process
+        if self.levels is not None and predicted is not None:
             evidence = level_evidence(
                 draw.z, self.levels.values.to(draw.z), draw.term.t, self.model.process
             )
-            return (draw.prediction.log_probs - evidence).log_softmax(-1).clamp(min=LEAST)
-        process = self.model.process
-        if isinstance(process, MaskedDiffusion):
+            return (predicted.log_probs - evidence).log_softmax(-1).clamp(min=LEAST)
+        if process.mask is not None:
             hidden = (draw.z == process.mask)[..., None]
             return torch.where(hidden, draw.prediction.e_hat.clamp(min=LEAST), self.log_frequency)
         return None
@@ -211,7 +243,7 @@ class ControlVariates:
     def _hidden(self, draw: TermDraw, context: Tensor) -> Tensor:
         """w Σ_i (1[x_i hidden] - (1-α_t)) (-log P(x_i)), log P = context."""
         process = self.model.process
-        assert isinstance(process, MaskedDiffusion)
+        assert process.mask is not None
         surprise = of_level(-context, draw.x)
         share = process.log_one_minus_alpha(draw.term.t).exp()
         hidden = (draw.z == process.mask).double() - over(share, surprise)
@@ -229,7 +261,7 @@ class ControlVariates:
         columns = [torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)]
         if self.roughness is not None:
             columns += self.roughness(x).split(1, 1)
-        if isinstance(self.model.process, MaskedDiffusion) and self.log_frequency is not None:
+        if self.levels is None and self.log_frequency is not None:
             columns.append(of_level(-self.log_frequency, x).flatten(1).sum(1, keepdim=True))
         if self.linear is not None:
             columns.append(_cells(self.linear.divergence(self.model, x, self.edges)))

@@ -27,15 +27,15 @@ from torch import Tensor
 from nelbo._utils.numerics import log1mexp, over
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import GaussianDiffusion, Levels
+from nelbo.diffusion.process import ForwardProcess
 
 #: the largest double below 1, whose quantile is finite
 BELOW_ONE = 1 - 2.0**-53
 
 
-def check_gaussian(model: Model) -> GaussianDiffusion:
+def check_gaussian(model: Model) -> ForwardProcess:
     """Only a Gaussian process has a flow."""
-    if not isinstance(model.process, GaussianDiffusion):
+    if not model.process.has_flow:
         raise ValueError(
             f"the ODE likelihood needs a Gaussian process; the model's is"
             f" {type(model.process).__name__}: symbols have no flow; use importance samples"
@@ -70,12 +70,12 @@ class TruncatedNormal(Dequantiser):
     name = "truncated-normal"
 
     def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        process, levels = _of_levels(model, self)
+        process, h = _of_levels(model, self)
         x, e = batch.x, model.embed(batch.x)
         sigma = over((process.log_one_minus_alpha(t) / 2).exp(), e)
-        tau = over((-process.schedule(t) / 2).exp(), e) * _half_bin(levels)
+        tau = over((-process.schedule(t) / 2).exp(), e) * h
         low = torch.where(x == 0, -torch.inf, -tau)
-        high = torch.where(x == levels.count - 1, torch.inf, tau)
+        high = torch.where(x == process.codes - 1, torch.inf, tau)
         below, upto = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
         log_mass = upto + log1mexp(below - upto)
         u = below.exp() + torch.rand_like(e) * log_mass.exp()
@@ -90,8 +90,8 @@ class Uniform(Dequantiser):
     name = "uniform"
 
     def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        process, levels = _of_levels(model, self)
-        e, h = model.embed(batch.x), _half_bin(levels)
+        process, h = _of_levels(model, self)
+        e = model.embed(batch.x)
         signal = over(process.alpha(t).sqrt(), e)
         log_width = (2 * h * signal).log().expand_as(e)
         return signal * (e + h * (2 * torch.rand_like(e) - 1)), _total(log_width)
@@ -102,19 +102,16 @@ DEQUANTISERS: Mapping[str, Dequantiser] = {
 }
 
 
-def _of_levels(model: Model, dequantiser: Dequantiser) -> tuple[GaussianDiffusion, Levels]:
+def _of_levels(model: Model, dequantiser: Dequantiser) -> tuple[ForwardProcess, Tensor]:
+    """The process, and h, half the distance of neighbouring values."""
     process = check_gaussian(model)
-    if not isinstance(process.embedding, Levels):
+    if not process.codes:
         raise ValueError(
             f"{dequantiser.name} dequantisation is for levels; the model's data are real numbers;"
             f" try {Encoder.name}"
         )
-    return process, process.embedding
-
-
-def _half_bin(levels: Levels) -> Tensor:
-    """h, half the distance of neighbouring values."""
-    return (levels.values[1] - levels.values[0]) / 2
+    first, second = process.embed(torch.arange(2, device=model.device))
+    return process, (second - first) / 2
 
 
 def _total(each: Tensor) -> Tensor:

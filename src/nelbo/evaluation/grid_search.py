@@ -27,7 +27,6 @@ from nelbo._utils.numerics import draw, seeded
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.reverse import Optimal
 from nelbo.diffusion.times import TimeGrid, even_times
 
 EXAMPLES = 192  # at most, to measure a table with
@@ -181,12 +180,12 @@ def _column(
 
 
 def measure_errors(model: Model, x: Tensor | Batch, seed: int = 0) -> None:
-    """Set v(t) = E‖e − ê‖²/D of a model whose step is `Optimal`, as measured on examples x."""
-    if not isinstance(model.step, Optimal):
+    """Set v(t) = E‖e − ê‖²/D of a model whose step takes it, as measured on examples x."""
+    times = model.step.error_times().clamp(model.process.schedule.start)
+    if not len(times):
         return
-    batch, count = Batch.of(x), len(model.step.errors)
+    batch = Batch.of(x)
     some = _some(model, batch.x, seed)
-    times = torch.linspace(0, 1, count, dtype=torch.float64).clamp(model.process.schedule.start)
 
     def error(i: int) -> float:
         total = 0.0
@@ -201,8 +200,8 @@ def measure_errors(model: Model, x: Tensor | Batch, seed: int = 0) -> None:
         return total / (len(some) * model.dims)
 
     with measuring(model, batch):
-        errors = map_across_processes(count, error)
-    model.step.errors.copy_(torch.tensor(errors, dtype=torch.float64))
+        errors = map_across_processes(len(times), error)
+    model.step.set_errors(torch.tensor(errors, dtype=torch.float64))
 
 
 def _some(model: Model, x: Tensor, seed: int) -> Tensor:

@@ -28,7 +28,6 @@ from nelbo._utils.numerics import over
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Mean, WithVariance
 from nelbo.diffusion.schedules import Schedule
 from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_gaussian
 from nelbo.evaluation.evaluate import scale_of
@@ -186,11 +185,10 @@ def check_flow(model: Model, start: float, end: float, tolerance: float) -> Tens
             outside (0, 1).
     """
     process = check_gaussian(model)
-    head = model.head.head if isinstance(model.head, WithVariance) else model.head
-    if isinstance(head, Mean):
+    if model.head.steps is not None:
         raise ValueError(
-            f"the mean f belongs to {head.steps} steps and has no flow between them; try a model"
-            " that predicts noise, data or velocity"
+            f"the mean f belongs to {model.head.steps} steps and has no flow between them; try a"
+            " model that predicts noise, data or velocity"
         )
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must be in (0, 1); got {tolerance}; try 1e-4")

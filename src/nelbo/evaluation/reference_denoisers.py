@@ -13,8 +13,7 @@ from nelbo._utils.numerics import over
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelTable, Prediction, log_frequencies
-from nelbo.diffusion.process import GaussianDiffusion, Levels
-from nelbo.diffusion.reverse import Mixture
+from nelbo.diffusion.process import GaussianDiffusion
 from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, Term
 
 
@@ -121,7 +120,6 @@ class LevelReference:
 
     def __init__(self, model: Model, x: Tensor, edges: Tensor) -> None:
         embedding = gaussian(model).embedding
-        assert isinstance(embedding, Levels)
         self.values = embedding.values
         log_frequency = log_frequencies(x.cpu(), embedding.count).to(self.values.device)
         self.group, log_group = self._group(log_frequency.flatten(0, -2), len(edges))
@@ -155,7 +153,7 @@ class LevelReference:
         posterior = _posterior(model, context.expand(*draw.x.shape, -1), draw.term.t)
         if isinstance(draw.term, ReconstructionTerm):
             return _centred(lambda z: -of_level(posterior(z).log_softmax(-1), draw.x), model, draw)
-        if isinstance(draw.term, DiffusionTerm) and isinstance(model.step, Mixture):
+        if isinstance(draw.term, DiffusionTerm) and model.step.mixes_levels:
             log_probs = posterior(draw.z.double()).log_softmax(-1)
             return self._mixture_within(model, draw, draw.term.s, log_probs, context)
         e = gaussian(model).embed(draw.x)
@@ -184,8 +182,7 @@ def of_level(table: Tensor, x: Tensor) -> Tensor:
 
 def gaussian(model: Model) -> GaussianDiffusion:
     """The process of a model that these references are of."""
-    assert isinstance(model.process, GaussianDiffusion)
-    return model.process
+    return GaussianDiffusion.require(model.process, "the reference is of a Gaussian process")
 
 
 def _nodes(like: Tensor, sharp: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,7 +203,6 @@ def _nodes(like: Tensor, sharp: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _sharpness(model: Model, t: Tensor) -> Tensor:
     """Distance of neighbouring levels in units of the noise, shape of t."""
     process = gaussian(model)
-    assert isinstance(process.embedding, Levels)
     gap = process.embedding.values[1] - process.embedding.values[0]
     return gap * (-process.schedule(t) / 2).exp()
 
@@ -214,7 +210,6 @@ def _sharpness(model: Model, t: Tensor) -> Tensor:
 def _posterior(model: Model, context: Tensor, t: Tensor) -> Callable[[Tensor], Tensor]:
     """z_t to context_k + log N(z; √α_t v_k, 1-α_t) + z²/(2 (1-α_t)), shape (..., K)."""
     process = gaussian(model)
-    assert isinstance(process.embedding, Levels)
     values = process.embedding.values
     of_z = (process.log_alpha(t) / 2 - process.log_one_minus_alpha(t)).exp()
     base = context.double() - over((-process.schedule(t)).exp() / 2, context) * values.square()

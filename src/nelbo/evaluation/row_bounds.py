@@ -29,7 +29,7 @@ from nelbo._utils.numerics import over
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.process import GaussianDiffusion
+from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.terms import DiffusionRate
 from nelbo.nn.mixture import MixtureDenoiser
 
@@ -60,7 +60,8 @@ def row_bounds(
         ValueError: another kind of model, or fewer than two draws.
     """
     process, decoder = model.process, model.decoder
-    if not (isinstance(process, GaussianDiffusion) and isinstance(decoder, GaussianDensity)):
+    # the reconstruction is integrated by hand here, which holds for this decoder alone
+    if not (process.has_flow and isinstance(decoder, GaussianDensity)):
         raise ValueError("rows are measured of real data with a Gaussian process and density")
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to have an error; got {draws}; try 32")
@@ -96,7 +97,7 @@ def _own_draws(e: Tensor, strata: int, ends: int, seed: int) -> tuple[Tensor, Te
 
 def _some(
     model: Model,
-    process: GaussianDiffusion,
+    process: ForwardProcess,
     decoder: GaussianDensity,
     x: Tensor,
     u: Tensor,

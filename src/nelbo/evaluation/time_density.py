@@ -20,8 +20,8 @@ drawn evenly: its costs follow another curve, which a pilot finds.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import singledispatch
 
 import torch
 from torch import Tensor
@@ -29,10 +29,9 @@ from torch.distributions import kl_divergence
 
 from nelbo.data import as_examples
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Logits, Parametrization, Prediction, WithVariance
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
-from nelbo.diffusion.product import ProductDiffusion, ProductParametrization, ProductReverseKernel
-from nelbo.diffusion.reverse import Beta, Optimal, ReverseKernel
+from nelbo.diffusion.parametrization import Parametrization
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion, normal
+from nelbo.diffusion.reverse import ReverseKernel
 from nelbo.diffusion.times import TimeDiscretization
 
 SHARE = 0.4, 0.4, 0.2  # of the draws: by the reference, by an error of the output, and evenly
@@ -99,7 +98,10 @@ def time_density(model: Model, times: TimeDiscretization, x: Tensor) -> TimeDens
         times: of the bound.
         x: examples of the law that is measured, shape (N, ...).
     """
-    if times.terms == 0 or (times.steps is None and not _has_point_output(model.head)):
+    # Logits come with the evidence of z, so at low noise costs nearly vanish, and the reference
+    # would have too many draws there.
+    logits = all(head.point is None for head in model.head.factors)
+    if times.terms == 0 or (times.steps is None and logits):
         return even(times)
     u = even(times).u if times.steps is not None else _bins(times, model.process)
     edges = times.at(u).to(model.device)
@@ -116,7 +118,7 @@ def time_density(model: Model, times: TimeDiscretization, x: Tensor) -> TimeDens
 def _bins(times: TimeDiscretization, process: ForwardProcess) -> Tensor:
     """Edges of bins of continuous time that are small in u and in what the costs follow."""
     u = torch.arange(BINS + 1, dtype=torch.float64) / BINS
-    follow = process.alpha if isinstance(process, MaskedDiffusion) else process.schedule
+    follow = process.schedule if process.mask is None else process.alpha
     device = next(process.buffers(), u).device
     for _ in range(HALVINGS):
         run = follow(times.at(u).to(device)).cpu().diff().abs()
@@ -130,28 +132,66 @@ def _bins(times: TimeDiscretization, process: ForwardProcess) -> Tensor:
 def _masses(model: Model, x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """What steps cost by the reference and by an error of the output, shape of t each."""
     reference, output = torch.zeros_like(t), torch.zeros_like(t)
-    for process, head, step, own in _parts(model, x):
-        dims = own[0].numel()
-        if isinstance(process, GaussianDiffusion):
-            variances = _variances(process.embed(own).flatten(1))
-            reference += dims * _cost(process, step, _linear(process, variances, t), s, t)
-            output += dims * _cost(process, step, _of_output(process, head, t), s, t)
-        elif isinstance(process, MaskedDiffusion):
-            shown = dims * math.log(process.count) * (process.alpha(s) - process.alpha(t))
-            reference, output = reference + shown, output + shown
+    groups = model.process.factors, model.head.factors, model.step.factors, model.process.split(x)
+    for process, head, step, own in zip(*groups, strict=True):
+        by_reference, by_output = step_costs(process, head, step, own, s, t)
+        reference, output = reference + by_reference, output + by_output
     return reference, output
 
 
-def _parts(
-    model: Model, x: Tensor
-) -> Iterator[tuple[ForwardProcess, Parametrization, ReverseKernel, Tensor]]:
-    """Process, head, step and data of each group of columns; of other data, all there is."""
-    process, head, step = model.process, model.head, model.step
-    if not isinstance(process, ProductDiffusion):
-        yield process, head, step, x
-        return
-    assert isinstance(head, ProductParametrization) and isinstance(step, ProductReverseKernel)
-    yield from zip(process.parts, head.parts, step.parts, process.split(x), strict=True)
+@singledispatch
+def step_costs(
+    process: ForwardProcess,
+    head: Parametrization,
+    step: ReverseKernel,
+    x: Tensor,
+    s: Tensor,
+    t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What the steps of a process cost by the reference and by an error of the output.
+
+    Shape of t each, up to a factor; zeros where nothing is known. `@step_costs.register` says it
+    of a further class of processes.
+
+    Args:
+        process: q of the examples.
+        head: what the network's output means.
+        step: the reverse step.
+        x: examples, (N, ...).
+        s: beginnings of the steps.
+        t: their ends.
+    """
+    return torch.zeros_like(t), torch.zeros_like(t)
+
+
+@step_costs.register
+def _(
+    process: GaussianDiffusion,
+    head: Parametrization,
+    step: ReverseKernel,
+    x: Tensor,
+    s: Tensor,
+    t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    errors = (
+        _linear(process, _variances(process.embed(x).flatten(1)), t),
+        _of_output(process, head, t),
+    )
+    reference, output = (_cost(process, step, error, s, t) for error in errors)
+    return x[0].numel() * reference, x[0].numel() * output
+
+
+@step_costs.register
+def _(
+    process: MaskedDiffusion,
+    head: Parametrization,
+    step: ReverseKernel,
+    x: Tensor,
+    s: Tensor,
+    t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    shown = x[0].numel() * math.log(process.count) * (process.alpha(s) - process.alpha(t))
+    return shown, shown
 
 
 def _variances(e: Tensor) -> Tensor:
@@ -169,20 +209,11 @@ def _linear(process: ForwardProcess, variances: Tensor, t: Tensor) -> Tensor:
     return (variances * noise / (alpha * variances + noise)).mean(1)
 
 
-def _has_point_output(head: Parametrization) -> bool:
-    """Whether some output is a noise, data or velocity. Logits come with the evidence of z, so at
-    low noise costs nearly vanish, and the reference would have too many draws there."""
-    if isinstance(head, ProductParametrization):
-        return any(_has_point_output(part) for part in head.parts)
-    point = head.head if isinstance(head, WithVariance) else head
-    return point.outputs == 1 and not isinstance(point, Logits)
-
-
 def _of_output(process: ForwardProcess, head: Parametrization, t: Tensor) -> Tensor:
     """δ² of an output that is off by one, shape of t; 0 where it means logits."""
-    if not _has_point_output(head):
+    point = head.point
+    if point is None:
         return torch.zeros_like(t)
-    point = head.head if isinstance(head, WithVariance) else head
     zero = torch.zeros_like(t)[:, None]
     outputs = (torch.zeros_like(zero), torch.ones_like(zero))
     low, high = (point(output, zero, t, process).e_hat for output in outputs)
@@ -195,7 +226,5 @@ def _cost(
     """KL of steps of one dimension whose prediction misses by the root of `error`; nats."""
     zero = torch.zeros_like(t)[:, None]
     q = process.posterior(zero, error.sqrt()[:, None], s, t)
-    p = process.posterior(zero, zero, s, t)
-    if isinstance(step, Beta | Optimal):
-        p = step(Prediction(zero, fraction=zero), zero, s, t, process)
+    p = normal(process.m_t(zero, zero, s, t), step.variance(s, t, process))
     return kl_divergence(q, p)

@@ -227,7 +227,7 @@ class Clipped(Parametrization):
     def __init__(self, head: Parametrization, low: float, high: float) -> None:
         super().__init__()
         self.head, self.low, self.high = head, low, high
-        self.outputs = head.outputs
+        self.outputs, self.steps = head.outputs, head.steps
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         prediction = self.head(output, z, t, process)
