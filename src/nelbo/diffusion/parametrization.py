@@ -26,7 +26,7 @@ from torch.nn.functional import embedding
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.level_law import mean_and_norm
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
 
 
 @dataclass(frozen=True)
@@ -389,5 +389,9 @@ class SymbolLogits(Logits):
     """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior)."""
 
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
-        MaskedDiffusion.require(process, "SymbolLogits needs MaskedDiffusion")
+        if process.width != self.count:
+            raise TypeError(
+                f"SymbolLogits needs MaskedDiffusion; got {type(process).__name__}, whose e are"
+                f" no log-probabilities of {self.count} symbols"
+            )
         return Prediction((output + self.log_prior.to(output)).log_softmax(-1))

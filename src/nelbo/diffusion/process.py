@@ -27,6 +27,8 @@ from nelbo._utils.numerics import log1mexp, over, slope
 from nelbo.diffusion.distributions import Discrete, DiscretisedNormal
 from nelbo.diffusion.schedules import Schedule
 
+Shape = torch.Size | tuple[int, ...]
+
 
 def per_example(distribution: Distribution) -> Independent:
     """All dimensions but the first belong to one example."""
@@ -125,20 +127,14 @@ class ForwardProcess(nn.Module, ABC):
         """q(z_s|z_t,x) for z = z_t and s < t; e is embed(x) or a prediction of it."""
 
     @abstractmethod
-    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
+    def prior(self, shape: Shape, t: Tensor) -> Independent:
         """p(z_T), z_T of the given data shape, for the last times t, shape (B,)."""
 
-    def blank(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    def blank(self, shape: Shape) -> Tensor:
         """The latent that says nothing of x, of the given data shape, float64."""
         return torch.zeros(shape, dtype=torch.float64)
 
-    def grid_width(
-        self,
-        shape: torch.Size | tuple[int, ...],
-        s: Tensor | None,
-        t: Tensor,
-        u: Tensor | None,
-    ) -> Tensor:
+    def grid_width(self, shape: Shape, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
         """Width of the grid on which z_t is coded, of the given data shape; 1 for symbols.
 
         Args:
@@ -303,13 +299,7 @@ class GaussianDiffusion(ForwardProcess):
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
         return normal(self.m_t(z, e, s, t), self.beta_tilde(s, t))
 
-    def grid_width(
-        self,
-        shape: torch.Size | tuple[int, ...],
-        s: Tensor | None,
-        t: Tensor,
-        u: Tensor | None,
-    ) -> Tensor:
+    def grid_width(self, shape: Shape, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
         """The smaller of the standard deviations with which z_t is drawn and coded."""
         drawn = self.log_one_minus_alpha(t).exp() if s is None else self.beta(s, t)
         coded = torch.ones_like(t) if u is None else self.beta_tilde(t, u)
@@ -328,7 +318,7 @@ class GaussianDiffusion(ForwardProcess):
     def mean(self, e: Tensor, z: Tensor) -> Tensor:
         return self.embedding.inverse(e)
 
-    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
+    def prior(self, shape: Shape, t: Tensor) -> Independent:
         zeros = torch.zeros((len(t), *shape), dtype=t.dtype, device=t.device)
         return normal(zeros, torch.ones_like(t))
 
@@ -386,7 +376,7 @@ class MaskedDiffusion(ForwardProcess):
         shown = (z != self.mask)[..., None]
         return per_example(Discrete(torch.where(shown, self._show(z).to(e.dtype), log_probs)))
 
-    def blank(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    def blank(self, shape: Shape) -> Tensor:
         return torch.full(shape, self.mask, dtype=torch.float64)
 
     def picture(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -401,7 +391,7 @@ class MaskedDiffusion(ForwardProcess):
         # The model knows P(x_i| any symbols that show): what is known need not wait for its time.
         return x
 
-    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
+    def prior(self, shape: Shape, t: Tensor) -> Independent:
         # The share α_T that no mask hides yet is uniform: with all mass on the mask, KL = inf.
         uniform = torch.zeros((len(t), *shape, self.count), dtype=t.dtype, device=t.device)
         uniform = uniform.log_softmax(-1)

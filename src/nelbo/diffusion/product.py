@@ -21,7 +21,7 @@ from torch.distributions import Distribution, Independent
 from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import Joint
 from nelbo.diffusion.parametrization import Parametrization, Prediction
-from nelbo.diffusion.process import ForwardProcess, per_example
+from nelbo.diffusion.process import ForwardProcess, Shape, per_example
 from nelbo.diffusion.reverse import ReverseKernel
 
 
@@ -86,21 +86,15 @@ class ProductDiffusion(ForwardProcess):
         each = zip(self._of(z), self.split_e(e), strict=True)
         return join([part.posterior(v, w, s, t) for (part, v), w in each])
 
-    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
+    def prior(self, shape: Shape, t: Tensor) -> Independent:
         each = zip(self.parts, self.sizes, strict=True)
         return join([part.prior((size,), t) for part, size in each])
 
-    def blank(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    def blank(self, shape: Shape) -> Tensor:
         each = zip(self.parts, self.sizes, strict=True)
         return torch.cat([part.blank((size,)) for part, size in each])
 
-    def grid_width(
-        self,
-        shape: torch.Size | tuple[int, ...],
-        s: Tensor | None,
-        t: Tensor,
-        u: Tensor | None,
-    ) -> Tensor:
+    def grid_width(self, shape: Shape, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
         each = zip(self.parts, self.sizes, strict=True)
         return torch.cat([part.grid_width((size,), s, t, u) for part, size in each])
 
