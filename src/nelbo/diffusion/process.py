@@ -42,7 +42,13 @@ def normal(mean: Tensor, variance: Tensor) -> Independent:
 
 
 class ForwardProcess(nn.Module, ABC):
-    """q(z_t|x) and its conditionals; α_t from `schedule`."""
+    """q(z_t|x) and its conditionals; α_t from `schedule`.
+
+    A new process is one subclass that passes `ProcessContract` of the tests: what differs between
+    processes is asked here. Defaults are those of symbols that noise replaces by others of the
+    same codes. Control variates and costs known beforehand, which make estimates better and which
+    a process need not have, are registered by class in `evaluation` (`references`, `step_costs`).
+    """
 
     #: channels of `features` per dimension of the data
     channels: int
