@@ -132,19 +132,19 @@ class ProcessContract:
         moved = (a - b).abs().reshape(len(x), x.shape[1], process.channels, -1).sum(2)
         assert torch.equal(moved.flatten() > 0, (z_s != z_t).flatten())
 
-    def test_factors_are_the_whole(self, process, x):
+    def test_factors_are_the_whole(self, process: ForwardProcess, x: Tensor) -> None:
         """A latent is those of the factors side by side; one that is no product is its factor."""
         parts = process.split(x)
         assert len(parts) == len(process.factors)
         assert torch.equal(torch.cat([part.flatten(1) for part in parts], 1), x.flatten(1))
 
-    def test_codes_are_all_that_the_data_have(self, process, x):
+    def test_codes_are_all_that_the_data_have(self, process: ForwardProcess, x: Tensor) -> None:
         """Integers are 0..codes-1; real numbers have no codes."""
         assert (process.codes == 0) == x.is_floating_point()
         if process.codes:
             assert x.min() >= 0 and x.max() < process.codes
 
-    def test_a_mask_hides_or_shows(self, process, x):
+    def test_a_mask_hides_or_shows(self, process: ForwardProcess, x: Tensor) -> None:
         """Equation 9: where there is a mask, z is x or the mask, both in some places."""
         x = x[:1].expand(500, *x.shape[1:])
         z = process.marginal(process.embed(x), torch.full((500,), 0.5).double()).sample()
@@ -152,14 +152,16 @@ class ProcessContract:
             assert ((z == process.mask) | (z == x)).all()
             assert 0 < (z == process.mask).sum() < z.numel()
 
-    def test_the_blank_latent_is_one_of_the_prior(self, process, x):
+    def test_the_blank_latent_is_one_of_the_prior(
+        self, process: ForwardProcess, x: Tensor
+    ) -> None:
         """The coder begins from it: the network sees numbers, and the prior can give it."""
         blank, t = process.blank(x.shape[1:]), torch.ones(1, dtype=torch.float64)
         assert blank.shape == x.shape[1:] and blank.dtype == torch.float64
         assert process.features(blank[None]).isfinite().all()
         assert process.prior(x.shape[1:], t).log_prob(blank[None]).isfinite()
 
-    def test_the_grid_of_a_latent_is_fine(self, process, x):
+    def test_the_grid_of_a_latent_is_fine(self, process: ForwardProcess, x: Tensor) -> None:
         """Its width is at most a standard deviation of the draw; symbols are their own grid."""
         *_, z_s, z_t = self.path(process, x)
         s, t, u = (torch.tensor(v, dtype=torch.float64) for v in (0.35, 0.6, 0.95))
@@ -172,7 +174,9 @@ class ProcessContract:
                 q = process.transition(z_s[:1], s[None], t[None]).base_dist
                 assert (width <= q.stddev * (1 + 1e-12)).all()
 
-    def test_a_linear_transition_is_the_transition(self, process, x):
+    def test_a_linear_transition_is_the_transition(
+        self, process: ForwardProcess, x: Tensor
+    ) -> None:
         """Equation 2: where q(z_t|z_s) is said to be N(a z_s, b²), it is."""
         *_, z_s, z_t = self.path(process, x)
         s, t = (torch.tensor(v, dtype=torch.float64) for v in (0.35, 0.6))
@@ -185,7 +189,9 @@ class ProcessContract:
                 process.transition(z_s, s, t).log_prob(z_t), each, rtol=1e-12, atol=1e-12
             )
 
-    def test_the_mean_under_the_truth_is_the_data(self, process, x):
+    def test_the_mean_under_the_truth_is_the_data(
+        self, process: ForwardProcess, x: Tensor
+    ) -> None:
         """E[x|z_t] of the prediction e = embed(x) is x, in the units of the data."""
         e, _, _, t, _, z = self.path(process, x)
         torch.testing.assert_close(process.mean(e, z), x.double(), rtol=1e-12, atol=1e-12)
