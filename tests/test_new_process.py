@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from contracts import ProcessContract
 from torch import Tensor
 from torch.distributions import Independent
 from torch.nn.functional import one_hot
@@ -25,6 +24,7 @@ from nelbo.nn.mlp import MLP
 from nelbo.report.images import Canvas
 from nelbo.report.studies import own_step, steps_of, trajectory
 from nelbo.sampling.samplers import ancestral, complete, probability_flow
+from nelbo.testing import ProcessContract
 
 SHAPE, LEVELS = (1, 4, 5), 5
 GRID = TimeGrid.uniform(8)
