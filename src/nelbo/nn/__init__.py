@@ -1,0 +1,1 @@
+"""Neural networks, which return tensors and know no probabilities."""

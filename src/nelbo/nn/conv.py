@@ -3,26 +3,33 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, silu
+from typing_extensions import override
 
 from nelbo.nn.dropout import Dropout
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 
 class LevelNorm(nn.Module):
-    """Group normalisation whose scale and shift depend on the noise level, told by numbers."""
+    """Group normalisation whose scale and shift depend on the noise level.
+
+    Args:
+        width: channels, a multiple of 8.
+        told: features of the embedded noise level.
+    """
 
     def __init__(self, width: int, told: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
         self.scale_shift = zero(nn.Linear(told, 2 * width))
 
+    @override
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         scale, shift = self.scale_shift(level)[:, :, None, None].chunk(2, 1)
         return self.norm(h) * (1 + scale) + shift
 
 
 class Local(nn.Module):
-    """Residual block of two 3x3 convolutions: what stands nearby."""
+    """Residual block of two 3x3 convolutions, for structure that is local."""
 
     def __init__(self, width: int, told: int, dropout: float) -> None:
         super().__init__()
@@ -31,13 +38,14 @@ class Local(nn.Module):
         self.conv2 = zero(nn.Conv2d(width, width, 3, padding=1))
         self.dropout = Dropout(dropout)
 
+    @override
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         r = self.conv1(silu(self.norm1(h, level)))
         return h + self.conv2(self.dropout(silu(self.norm2(r, level))))
 
 
 class Global(nn.Module):
-    """Residual block over the whole image: 4x4 pooled cells through one hidden layer and back."""
+    """Residual block over the whole image: two dense layers on the image pooled to 4x4 cells."""
 
     cells = 4
 
@@ -48,6 +56,7 @@ class Global(nn.Module):
         self.up = zero(nn.Linear(2 * width, width * self.cells**2))
         self.dropout = Dropout(dropout)
 
+    @override
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         r = adaptive_avg_pool2d(self.norm(h, level), self.cells).flatten(1)
         r = self.up(self.dropout(silu(self.down(self.dropout(r)))))
@@ -56,7 +65,7 @@ class Global(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Images: features (B, C·channels, H, W) and level (B,) to (B, C, H, W[, outputs]).
+    """Network for images: features (B, C·channels, H, W), level (B,) to (B, C, H, W[, outputs]).
 
     Args:
         shape: (C, H, W) of one example.
@@ -65,10 +74,10 @@ class ConvNet(nn.Module):
         width: channels of the hidden layers, a multiple of 8.
         depth: pairs of a local and a global block.
         dropout: share of hidden units dropped in training.
-        conditions: numbers that a condition has.
+        conditions: numbers in the condition of an example.
 
     Raises:
-        ValueError: a width that is no multiple of 8.
+        ValueError: if the width is not a multiple of 8.
     """
 
     def __init__(
@@ -95,6 +104,7 @@ class ConvNet(nn.Module):
         self.norm = LevelNorm(width, told)
         self.last = zero(nn.Conv2d(width, of_image * outputs, 3, padding=1))
 
+    @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         h, level = self.first(features) + self.position, self.level(level, condition)
         for block in self.blocks:

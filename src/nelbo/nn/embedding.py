@@ -1,21 +1,26 @@
-"""What a network is told beside z, as features; layers that start at zero."""
+"""Embedding of the noise level and the condition; layers initialised to zero."""
 
 import math
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-FREQUENCIES = 16  # of the sines and cosines of the log-SNR
+FREQUENCIES = 16  # number of frequencies of the sines and cosines of the log-SNR
 
 
 class LevelEmbedding(nn.Module):
-    """Sines and cosines of the log-SNR, and a condition, then two layers: (B,) to (B, width).
+    """Two layers on sines and cosines of the log-SNR and on the condition: (B,) to (B, width).
 
-    The frequencies are log-spaced so that the whole range of γ and steps of a tenth both show.
-    A condition is `conditions` numbers per example, (B, conditions); left out, they are 0.
+    The frequencies are log-spaced, so that the features resolve both the whole range of γ and
+    steps of a tenth.
+
+    Args:
+        width: features of the embedding.
+        conditions: numbers in the condition of an example; they are 0 where `forward` gets none.
     """
 
     frequencies: Tensor
@@ -32,6 +37,7 @@ class LevelEmbedding(nn.Module):
             nn.SiLU(),
         )
 
+    @override
     def forward(self, level: Tensor, condition: Tensor | None = None) -> Tensor:
         phase = level[:, None] * self.frequencies
         if condition is None:
@@ -40,7 +46,7 @@ class LevelEmbedding(nn.Module):
 
 
 def zero(layer: Layer) -> Layer:
-    """The layer with all its parameters zero: what it feeds is at first left as it is."""
+    """Set all parameters of the layer to zero, so that its residual block starts as identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -4,24 +4,25 @@ r"""A network without weights: the exact denoiser of a kernel density.
 
     w = softmax_i( -‖z_t - √α x_i‖² / 2v ),   v = α h² + 1 - α,   k = α h²/v,
 
-so a diffusion model of it is as good as the kernel density itself, at every noise level. The
-mean of a memory and of a trained network is a denoiser whose squared error, and so whose bound, is
-at most the mean of theirs, since the square is convex; and most often less than either.
+so a diffusion model with this denoiser is as good as the kernel density itself, at every noise
+level. The mean of a memory and a trained network is a denoiser whose squared error, and therefore
+whose bound, is at most the mean of the two, since the square is convex; it is usually below both.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-ENTRIES = 2**22  # of the table of distances that are held at a time
+ENTRIES = 2**22  # distances held in memory at a time
 
 
 class Memory(nn.Module):
-    """E[x|z_t] of a kernel density as the output of the head `VPrediction`.
+    """Exact denoiser of a kernel density, in the parametrization `VPrediction`.
 
     Args:
-        examples: x_i in the space of the process, (N, *shape).
+        examples: x_i in the space of the process, shape (N, *shape).
         bandwidth: h, in the same space.
     """
 
@@ -32,8 +33,9 @@ class Memory(nn.Module):
         self.register_buffer("examples", examples.flatten(1))
         self.bandwidth = bandwidth
 
+    @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
-        """v̂ = √α ε̂ - √(1-α) ê at z = features, (B, *shape), and level = γ, (B,)."""
+        """Return v̂ = √α ε̂ - √(1-α) ê at z = features, (B, *shape), and γ = level, (B,)."""
         rows = max(1, ENTRIES // len(self.examples))
         parts = zip(features.flatten(1).split(rows), level[:, None].split(rows), strict=True)
         return torch.cat([self._velocity(*part) for part in parts]).reshape(features.shape)
@@ -50,7 +52,12 @@ class Memory(nn.Module):
 
 
 def best_bandwidth(examples: Tensor, least: float) -> float:
-    """The h of the greatest leave-one-out likelihood, between `least` and 4; (N, ...), N > 1."""
+    """Return the bandwidth h in [least, 4] of the greatest leave-one-out likelihood.
+
+    Args:
+        examples: x_i in the space of the process, shape (N, ...) with N > 1.
+        least: the smallest bandwidth to consider, in the same space.
+    """
     x = examples.flatten(1)
     squares = torch.cdist(x, x).square().fill_diagonal_(math.inf)
 

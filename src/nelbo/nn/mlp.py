@@ -1,14 +1,15 @@
-"""Residual multilayer perceptrons, for vectors."""
+"""Residual multilayer perceptrons for vectors."""
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from nelbo.nn.dropout import Dropout
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 
 class Block(nn.Module):
-    """h (B, width) and an embedded level (B, width) to h plus what two layers make of them."""
+    """Residual block of two layers on h, (B, width), given the embedded level, (B, width)."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -17,21 +18,22 @@ class Block(nn.Module):
         last = zero(nn.Linear(2 * width, width))
         self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), Dropout(dropout), last)
 
+    @override
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         scale, shift = self.scale_shift(level).chunk(2, -1)
         return h + self.layers(self.norm(h) * (1 + scale) + shift)
 
 
 class Residual(nn.Module):
-    """Inputs (B, inputs) and level (B,) to (B, outputs) through residual blocks.
+    """Residual blocks on vectors: inputs (B, inputs) and level (B,) to (B, outputs).
 
     Args:
-        inputs: numbers that enter.
-        outputs: numbers that leave, at first zero.
+        inputs: numbers per example.
+        outputs: numbers per example, zero before training.
         width: hidden units.
         depth: residual blocks.
         dropout: share of hidden units dropped in training.
-        conditions: numbers that a condition has.
+        conditions: numbers in the condition of an example.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Residual(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.last = zero(nn.Linear(width, outputs))
 
+    @override
     def forward(self, inputs: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         h, level = self.first(inputs), self.level(level, condition)
         for block in self.blocks:
@@ -53,16 +56,17 @@ class Residual(nn.Module):
 
 
 class MLP(Residual):
-    """Examples of any shape as vectors: features (B, C, ...) and level (B,) to outputs.
+    """Network for examples of any shape, flattened: features (B, C, ...) and level (B,).
 
     Args:
         shape: shape of one example.
         channels: features per dimension of the example.
-        outputs: numbers per dimension of the example; 1 gives (B, *shape), more (…, outputs).
+        outputs: numbers per dimension of the example; the output has the shape (B, *shape) for 1
+            and (B, *shape, outputs) for more.
         width: hidden units.
         depth: residual blocks.
         dropout: share of hidden units dropped in training.
-        conditions: numbers that a condition has.
+        conditions: numbers in the condition of an example.
     """
 
     def __init__(
@@ -79,5 +83,6 @@ class MLP(Residual):
         super().__init__(dims * channels, dims * outputs, width, depth, dropout, conditions)
         self.of_example = (*shape, *(() if outputs == 1 else (outputs,)))
 
+    @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         return super().forward(features.flatten(1), level, condition).reshape(-1, *self.of_example)

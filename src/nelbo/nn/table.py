@@ -2,26 +2,27 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo.nn.mlp import Residual
 
-FREQUENCIES = (0.5, 1.0, 2.0, 4.0)  # of a number in standard deviations
+FREQUENCIES = (0.5, 1.0, 2.0, 4.0)  # of the sines and cosines, in radians per standard deviation
 
 
 class TableNet(Residual):
-    """Features of the columns, (B, F), and level (B,) to the outputs of all columns, (B, O).
+    """Network for the columns of a table: features (B, F) and level (B,) to (B, O).
 
-    A number enters as itself and as sines and cosines, a symbol as its own vector.
+    A number enters as itself and as sines and cosines, a symbol as its one-hot vector.
 
     Args:
-        numbers: how many of the features are numbers; they come first. The others are zeros and
-            ones that show symbols.
-        features: F.
-        outputs: O.
+        numbers: how many of the features are numbers; they come first. The others are the zeros
+            and ones of one-hot symbols.
+        features: F, of all columns.
+        outputs: O, of all columns.
         width: hidden units.
         depth: residual blocks.
         dropout: share of hidden units dropped in training.
-        conditions: numbers that a condition has.
+        conditions: numbers in the condition of an example.
     """
 
     frequencies: Tensor
@@ -41,6 +42,7 @@ class TableNet(Residual):
         self.numbers = numbers
         self.register_buffer("frequencies", torch.tensor(FREQUENCIES), persistent=False)
 
+    @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         phase = (features[:, : self.numbers, None] * self.frequencies).flatten(1)
         inputs = torch.cat([features, phase.sin(), phase.cos()], 1)

@@ -1,10 +1,10 @@
 r"""A bidirectional transformer: a token for each dimension of an example.
 
-For text a dimension is a place and its features are the channels of its symbol; for vectors of
-any process it is a column. A token begins as a convolution over its neighbours: without, text is
-learned only once attention has found them by itself. Then all tokens see each other. Where they
-stand is told twice: by learned positions, which know a column, and by rotating queries and keys
-(Su et al. 2021), so that attention knows how far apart two places are:
+For text a dimension is a position and its features are the channels of its symbol; for vectors of
+any process a dimension is a column. A token starts as a convolution over its neighbours; without
+it, text is learned only once attention has found the neighbours by itself. Then all tokens attend
+to each other. Position enters twice: as learned embeddings, which identify a column, and as
+rotations of queries and keys (Su et al. 2021), which give attention the distance of two positions:
 
     h ← h + A( norm(h) ),   h ← h + M( norm(h) ),   scale and shift of each norm by the noise level
 """
@@ -12,32 +12,34 @@ stand is told twice: by learned positions, which know a column, and by rotating 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
+from typing_extensions import override
 
 from nelbo.nn.dropout import Dropout
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 HEAD = 32  # channels of one head of attention
-REACH = 3  # neighbours on either side that a token begins with
+REACH = 3  # neighbours on either side that enter the convolutions
 
 
 class _LevelNorm(nn.Module):
-    """Normalisation of each token whose scale and shift depend on the noise level."""
+    """Layer normalisation whose scale and shift depend on the noise level."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.scale_shift = zero(nn.Linear(width, 2 * width))
 
+    @override
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         scale, shift = self.scale_shift(level)[:, None].chunk(2, -1)
         return torch.addcmul(shift, self.norm(h), 1 + scale)
 
 
 class _Block(nn.Module):
-    """Attention over the tokens, then two layers on each; tokens (B, D, width).
+    """Attention over the tokens, (B, D, width), then two layers on each of them.
 
-    What attends is each token with a share of its neighbours, channel by channel (after So et
-    al. 2021): without, text is learned only once attention has found them by itself.
+    A depthwise convolution adds the neighbours of each token before attention (after So et al.
+    2021); without it, text is learned only once attention has found them by itself.
     """
 
     def __init__(self, width: int, dropout: float) -> None:
@@ -51,9 +53,10 @@ class _Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), zero(nn.Linear(4 * width, width))
         self.dropout = Dropout(dropout)
 
+    @override
     def forward(self, h: Tensor, level: Tensor, turn: Tensor) -> Tensor:
         n = self.norm1(h, level)
-        # as an image of height one whose channels come last, which is what n is in memory
+        # an image of height 1 with channels last: the memory layout that n has already
         n = n + self.beside(n.mT[:, :, None])[:, :, 0].mT
         qkv = self.query_key_value(n).unflatten(-1, (3, self.heads, -1))
         q, k = _rotate(qkv[:, :, :2], turn).permute(2, 0, 3, 1, 4)
@@ -63,32 +66,33 @@ class _Block(nn.Module):
 
 
 def _turns(places: int, channels: int) -> Tensor:
-    """Cosine and sine of place · frequency, shape (2, places, channels/2)."""
+    """Return cosine and sine of position · frequency, shape (2, places, channels/2)."""
     frequency = 10_000.0 ** -(torch.arange(channels // 2) * 2 / channels)
     angle = torch.arange(places)[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()])
 
 
 def _rotate(h: Tensor, turn: Tensor) -> Tensor:
-    """Pairs of channels of h (B, D, 2, heads, channels), complex numbers, turned by the place."""
+    """Rotate pairs of channels of h, (B, D, 2, heads, channels), by angles of the position."""
     pairs = torch.view_as_complex(h.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(*turn)[:, None, None]).flatten(-2)
 
 
 class Transformer(nn.Module):
-    """Examples of any shape, a token for each dimension: features and level (B,) to outputs.
+    """Network for examples of any shape, with one token per dimension.
 
     Args:
         shape: shape of one example, (L,) for text.
         channels: features per dimension of the example.
-        outputs: numbers per dimension of the example; 1 gives (B, *shape), more (…, outputs).
+        outputs: numbers per dimension of the example; the output has the shape (B, *shape) for 1
+            and (B, *shape, outputs) for more.
         width: channels of a token, a multiple of 32.
         depth: blocks.
         dropout: share of hidden units dropped in training.
-        conditions: numbers that a condition has.
+        conditions: numbers in the condition of an example.
 
     Raises:
-        ValueError: a width that is no multiple of 32.
+        ValueError: if the width is not a multiple of 32.
     """
 
     turn: Tensor
@@ -118,6 +122,7 @@ class Transformer(nn.Module):
         self.last = zero(nn.Linear(width, outputs))
         self.register_buffer("turn", _turns(dims, HEAD), persistent=False)
 
+    @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         of_dims = features.unflatten(1, (self.shape[0], self.channels)).transpose(1, 2)
         h = self.first(of_dims.flatten(2)).mT + self.position

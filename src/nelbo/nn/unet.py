@@ -1,12 +1,12 @@
-r"""A U-Net for images of 28x28 and more: most of the work is done where the pixels are few.
+r"""A U-Net for images of 28x28 and more, which does most of its work at low resolution.
 
-A scale of resolution is residual blocks around the scale of half the resolution, added to it:
+Each resolution has residual blocks before and after the next lower one:
 
     h ← blocks(h),   h ← h + up( scale( down(h) ) ),   h ← blocks(h)
 
-down to about 8x8, where every place attends to every other. It is shown z and sines of z at scales
-down to the last bits (Kingma et al. 2021, appendix C), for these can be much alike in all of an
-image: the ink of a digit of MNIST is 252, 253 or 254.
+down to about 8x8, where every position attends to every other. The inputs are z and sines of z at
+scales down to the last bits (Kingma et al. 2021, appendix C), since the last bits can be regular
+within an image: the ink of a digit of MNIST is 252, 253 or 254.
 """
 
 import math
@@ -14,26 +14,28 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
+from typing_extensions import override
 
 from nelbo.nn.conv import LevelNorm, Local
 from nelbo.nn.embedding import LevelEmbedding, zero
 
-SMALLEST = 8  # side that is not halved
+SMALLEST = 8  # pixels; a shorter side of this or less is not halved
 HEAD = 32  # channels of one head of attention, at least
-OCTAVES = (2, 3, 4, 5, 6)  # of the sines: 2^n · 2π z
+OCTAVES = (2, 3, 4, 5, 6)  # n of the sines and cosines of 2^n · 2π z
 
 
 class Attend(nn.Module):
-    """Residual block in which every place of the image attends to every other."""
+    """Residual block in which every position of the image attends to every other."""
 
     def __init__(self, width: int, told: int) -> None:
         super().__init__()
-        #: as near to HEAD channels each as the width divides
+        # the greatest number of heads of at least HEAD channels that divides the width
         self.heads = next(n for n in range(max(1, width // HEAD), 0, -1) if width % n == 0)
         self.norm = LevelNorm(width, told)
         self.query_key_value = nn.Conv2d(width, 3 * width, 1, bias=False)
         self.mixed = zero(nn.Conv2d(width, width, 1))
 
+    @override
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         qkv = self.query_key_value(self.norm(h, level)).flatten(2)
         q, k, v = qkv.unflatten(1, (3, self.heads, -1)).mT.unbind(1)
@@ -42,15 +44,15 @@ class Attend(nn.Module):
 
 
 class Scale(nn.Module):
-    """The blocks of one resolution, and within them those of the lower ones.
+    """The blocks of one resolution around those of the lower resolutions.
 
     Args:
         width: channels.
-        told: numbers that tell of the noise level.
-        side: of the image, the shorter one.
-        depth: blocks before and after the lower resolutions.
+        told: features of the embedded noise level.
+        side: the shorter side of the image, in pixels.
+        depth: blocks before, and blocks after, the lower resolutions.
         dropout: share of hidden units dropped in training.
-        wider: factor of the channels of the next lower resolution.
+        wider: factor by which the next lower resolution has more channels.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Scale(nn.Module):
             self.within = Attend(width, told)
         self.halved = side > SMALLEST
 
+    @override
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         for block in self.before:
             h = block(h, level)
@@ -82,19 +85,19 @@ class Scale(nn.Module):
 
 
 class UNet(nn.Module):
-    """Images: features (B, C·channels, H, W) and level (B,) to (B, C, H, W[, outputs]).
+    """Network for images: features (B, C·channels, H, W), level (B,) to (B, C, H, W[, outputs]).
 
     Args:
         shape: (C, H, W) of one example.
         channels: features per dimension of the example.
         outputs: numbers per dimension of the example.
-        width: channels at full resolution, a multiple of 8; below it is twice as many.
+        width: channels at full resolution, a multiple of 8; lower resolutions have twice as many.
         depth: residual blocks on the way down, and as many on the way up, of each resolution.
         dropout: share of hidden units dropped in training.
-        conditions: numbers that a condition has.
+        conditions: numbers in the condition of an example.
 
     Raises:
-        ValueError: a width that is no multiple of 8.
+        ValueError: if the width is not a multiple of 8.
     """
 
     def __init__(
@@ -119,12 +122,14 @@ class UNet(nn.Module):
         self.scale = Scale(width, told, min(height, wide), depth, dropout)
         self.norm = LevelNorm(width, told)
         self.last = zero(nn.Conv2d(width, of_image * outputs, 3, padding=1))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # on a CPU faster
+        # channels last is faster on a CPU
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         waves = []
         for omega in (2**n * 2 * math.pi for n in self.octaves):
-            # E sin(ω(x + σε)) = exp(-ω²σ²/2) sin(ωx): a wave fades where noise hides it
+            # E sin(ω(x + σε)) = exp(-ω²σ²/2) sin(ωx): waves that the noise hides fade out
             seen = torch.exp(-(omega**2) / 2 * level.sigmoid())[:, None, None, None]
             waves += [seen * (omega * features).sin(), seen * (omega * features).cos()]
         inputs = torch.cat([features, *waves], 1).contiguous(memory_format=torch.channels_last)
