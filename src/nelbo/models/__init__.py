@@ -1,0 +1,1 @@
+"""Models built from a configuration and a schema, and their conditions."""

@@ -1,4 +1,4 @@
-"""Names into objects: the parts of a configuration, of the tables in `config`, as one model."""
+"""From a configuration to a model, with the tables of names in `config`."""
 
 import math
 from collections.abc import Callable
@@ -42,15 +42,15 @@ from nelbo.nn.table import TableNet
 
 
 def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> Model:
-    """The untrained model of a configuration for data of a schema.
+    """Return the untrained model of a configuration for the data of a schema.
 
     Args:
-        config: names and sizes.
-        schema: what one example is.
+        config: names and sizes of the parts.
+        schema: kind and shape of an example.
         affine: the transform of real data; the identity where left out.
 
     Raises:
-        ValueError: parts that do not fit together, to the data or into memory.
+        ValueError: if the parts do not fit together, the data or the memory.
     """
     with limits.within_memory(f"a model of width {config.width}, depth {config.depth}"):
         model = _build(config, schema, affine)
@@ -155,7 +155,10 @@ def _group(
 ) -> tuple[
     ForwardProcess, parametrization.Parametrization, reverse.ReverseKernel, likelihood.Decoder
 ]:
-    """What the columns of a group are made of. Symbols have a schedule that ends in masks."""
+    """Return process, parametrization, reverse kernel and decoder of a group of columns.
+
+    Symbols have a schedule of their own, which ends with all of them masked.
+    """
     if group.kind == "symbols":
         process = discrete.MaskedColumns(schedules.PowerAlpha(2.0), group.size)
         head = discrete.MaskedContext(group)
@@ -180,7 +183,7 @@ def _group(
 
 
 def _start_spread(schedule: schedules.Schedule) -> float:
-    """What z_1 leaves open about unit data: variance (1-α)/α = exp γ at the start."""
+    """Return the standard deviation of unit data given z_1, √((1-α)/α) = exp(γ/2) at the start."""
     with torch.no_grad():
         gamma = schedule(torch.tensor(schedule.start, dtype=torch.float64)).item()
     return math.exp(gamma / 2)
@@ -204,6 +207,7 @@ def _members(config: ModelConfig, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _only(config: ModelConfig, **allowed: tuple[str, ...]) -> None:
+    """Raise a ValueError unless each named part of the configuration is one of those allowed."""
     for part, names in allowed.items():
         value = getattr(config, part)
         if value not in names:

@@ -1,21 +1,22 @@
-r"""What a network is told of an example beside z: numbers, all zero where nothing is known.
+r"""The condition c of a model of P(x|c): one row of numbers per example, zero where unknown.
 
-A model of P(x|c) is given c as one row of numbers per example: first whether the example was moved
-by augmentation, then each label of the schema, classes one-hot and reals standardised. In training
-the labels of some examples are dropped, so that the same network knows P(x) as well.
+The first number says whether augmentation moved the example; then come the labels of the schema,
+classes one-hot and reals standardised. Training drops the labels of some examples, so that the
+same network learns P(x) as well.
 
-Guidance (Ho & Salimans 2022) samples with the network's output
+Guidance (Ho & Salimans 2022) samples with the network output
 
-    guided = given nothing + g (given c - given nothing)
+    guided = f(z, 0) + g (f(z, c) - f(z, 0))
 
-in place of the output given c. At g = 1 it is the model whose bound is stated; at any other g the
-samples are of another law, which has no bound here.
+in place of f(z, c). At g = 1 this is the model whose bound is stated; at any other g the samples
+follow another distribution, for which no bound is computed.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from nelbo._utils.batch_rng import shard_rng
 from nelbo.data import Label, Schema
@@ -25,24 +26,24 @@ from nelbo.diffusion.model import Model
 
 
 def features(schema: Schema) -> int:
-    """F, how many numbers a condition has."""
+    """Return F, the number of features of a condition."""
     return 1 + sum(label.features for label in schema.condition)
 
 
 def names(schema: Schema) -> str:
-    """The labels that a model of this schema is given, as c of P(x|c); empty where none are."""
+    """Return the names of the labels in c of P(x|c), joined by commas; empty without labels."""
     return ", ".join(label.name for label in schema.condition)
 
 
 def encode(labels: Tensor, schema: Schema) -> Tensor:
-    """Labels (B, len(schema.condition)) as conditions (B, F) of examples that were not moved."""
+    """Return conditions (B, F) of labels (B, len(schema.condition)) of unmoved examples."""
     columns = zip(schema.condition, labels.unbind(1), strict=True)
     told = [label.encode(values) for label, values in columns]
     return torch.cat([torch.zeros_like(labels[:, :1]), *told], 1)
 
 
 def drop(condition: Tensor, share: float) -> Tensor:
-    """The same (B, F), each row zero with probability `share`."""
+    """Return the condition, (B, F), with each row set to zero with probability `share`."""
     with shard_rng():
         keep = torch.rand(len(condition), device=condition.device) >= share
     return condition * keep[:, None]
@@ -53,8 +54,8 @@ def labelled(x: Tensor, labels: Tensor | None, schema: Schema) -> Batch:
 
     Args:
         x: examples (N, ...).
-        labels: (N, len(schema.condition)). Where they are missing, NaN, the example is one of
-            P(x), and `given` says how many are.
+        labels: (N, len(schema.condition)). An example with a missing label, NaN, is one of P(x),
+            and the `given` of the batch says how many these are.
         schema: of the examples.
     """
     if not schema.condition or labels is None:
@@ -65,10 +66,10 @@ def labelled(x: Tensor, labels: Tensor | None, schema: Schema) -> Batch:
 
 
 def parse(texts: Sequence[str], schema: Schema) -> Tensor:
-    """What a user typed, NAME=VALUE or the one VALUE, as labels (1, len(schema.condition)).
+    """Return labels (1, len(schema.condition)) of texts NAME=VALUE, or VALUE of the only label.
 
     Raises:
-        ValueError: a label that is missing, unknown, given twice or out of range.
+        ValueError: if a label is missing, unknown, given twice or out of range.
     """
     if not schema.condition:
         raise ValueError("the run is not conditional; train one with --condition NAME")
@@ -104,10 +105,14 @@ def _value(label: Label, text: str) -> float:
 
 
 def guided(model: Model, guidance: float) -> Model:
-    """Return the model with conditions that count `guidance` times; it shares all weights.
+    """Return the model with guidance; it shares all weights with the original.
+
+    Args:
+        model: of P(x|c).
+        guidance: g; see `Guided`.
 
     Raises:
-        ValueError: the model takes no condition, or the guidance is not finite.
+        ValueError: if the model takes no condition or the guidance is not finite.
     """
     if not abs(guidance) < float("inf"):
         raise ValueError(f"guidance must be finite; got {guidance}")
@@ -123,10 +128,12 @@ def guided(model: Model, guidance: float) -> Model:
 
 
 class Guided(nn.Module):
-    """A network whose condition counts `guidance` times; two calls of it for each of its own.
+    """A network with classifier-free guidance: f(z, 0) + g (f(z, c) - f(z, 0)).
+
+    Each call takes two calls of the network.
 
     Args:
-        network: called with and without the condition.
+        network: f, called with and without the condition.
         guidance: g; 1 changes nothing, 0 ignores the condition.
     """
 
@@ -134,6 +141,7 @@ class Guided(nn.Module):
         super().__init__()
         self.network, self.guidance = network, guidance
 
+    @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor) -> Tensor:
         free = self.network(features, level, torch.zeros_like(condition))
         output: Tensor = torch.lerp(free, self.network(features, level, condition), self.guidance)

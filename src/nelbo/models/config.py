@@ -1,4 +1,4 @@
-"""Which model: names and sizes, as a run keeps them."""
+"""The configuration of a model: names and sizes, as a run stores them."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -88,9 +88,9 @@ def resolve(name: str, table: Mapping[str, str]) -> Any:  # noqa: ANN401
 
 
 class Section:
-    """A part of a configuration whose values are checked against their types.
+    """A section of a configuration whose values are checked against their types.
 
-    Integers and floats of NumPy, which grid searches give, are taken as those of Python.
+    Integers and floats of NumPy, which grid searches pass, become those of Python.
     """
 
     def __post_init__(self) -> None:
@@ -110,14 +110,15 @@ class Section:
             object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, object]:
+        """Return the values by name, ready for JSON."""
         return asdict(cast(Any, self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object], where: str) -> Self:
-        """The section that `to_dict` gave; a key that older versions do not write is its default.
+        """Return the section of a result of `to_dict`; a missing key takes its default, if any.
 
         Raises:
-            ValueError: an unknown or missing key, or an impossible value; it names `where`.
+            ValueError: if a key is unknown or missing, or a value is impossible; names `where`.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{where} must be a JSON object; got {values!r}")
@@ -134,7 +135,7 @@ class Section:
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """A model by names and sizes; `nelbo.build.build` makes it."""
+    """Names and sizes of a model, which `nelbo.models.build.build` makes."""
 
     process: Process = "gaussian"
     schedule: Schedule = "linear"
@@ -157,6 +158,7 @@ class ModelConfig(Section):
 
 
 def _at_least(section: Section, least: int, *names: str) -> None:
+    """Raise a ValueError unless each named value of the section is at least `least`."""
     for name in names:
         if not getattr(section, name) >= least:
             raise ValueError(f"{name} must be at least {least}; got {getattr(section, name)}")

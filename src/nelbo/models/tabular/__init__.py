@@ -1,0 +1,1 @@
+"""The parts of a model for the columns of a table."""

@@ -1,23 +1,23 @@
-r"""The columns of a table that are numbers: real, or on a lattice too fine to count its points.
+r"""The numeric columns of a table: real numbers, or points of a lattice too fine to enumerate.
 
-e = T(x), T increasing, has a Gaussian process, and given the other columns a mixture for its law,
+e = T(x), with T increasing, has a Gaussian process; given the other columns, e is a mixture,
 
     P(e) = Σ_c w_c N(e; μ_c, s_c²),     so that     P(e|z_t) = Σ_c w_c(z) N(e; μ_c(z), s_c²(z)),
     w_c(z) ∝ w_c N(z_t; √α_t μ_c, α_t s_c² + 1-α_t),     s_c²(z) = s_c² (1-α_t)/(α_t s_c² + 1-α_t),
     μ_c(z) = μ_c + √α_t s_c² (z_t - √α_t μ_c)/(α_t s_c² + 1-α_t)
 
-exactly, at all noise levels: the network only adds context, as with levels. Components with s = 0
-are values that repeat. ê = Σ_c w_c(z) μ_c(z); the reverse step is the marginal of q(z_s|z_t,e);
-the decoder is the density of T(x) times T'(x), or P of the cell [x - Δ/2, x + Δ/2].
+exactly, at all noise levels: the network only adds context, as it does for levels. Components with
+s = 0 are values that repeat. ê = Σ_c w_c(z) μ_c(z); the reverse kernel is the marginal of
+q(z_s|z_t,e); the decoder is the density of T(x) times T'(x), or P of the cell [x - Δ/2, x + Δ/2].
 
-A missing number is x = NaN. The bound holds for any law q(z|x), also one that differs where x is
-missing: there z is noise at all times and remembers nothing,
+A missing number is x = NaN. The bound holds for any q(z|x), including one that differs where x is
+missing: there z is noise at all times and carries no information,
 
     q(z_t|x) = N(0, 1),   q(z_s|z_t,x) = N( √(α_t/α_s) z_t, 1 - α_t/α_s ),
 
-the stationary chain, whose rate is that of e = √α_t z_t in place of e. It is that of a component
-N(0, 1), which is there for it. There is nothing to decode, since a symbol beside the column says
-that it is missing and is decoded itself: P is normalised over {missing} ∪ ℝ.
+which is the stationary chain; its rate is that of √α_t z_t in place of e. The mixture has a
+component N(0, 1) for it. Nothing is decoded there, since a symbol beside the column says that the
+number is missing and is decoded itself: P is normalised over {missing} ∪ ℝ.
 """
 
 import math
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
+from typing_extensions import override
 
 from nelbo._utils.numerics import over
 from nelbo.data.columns import Place, Transform
@@ -38,27 +39,28 @@ from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, per_examp
 from nelbo.diffusion.reverse import ReverseKernel
 from nelbo.diffusion.schedules import Schedule
 
-COMPONENTS = 128  # of the mixture, at most
-ATOMS = 512  # values of a column that repeat, at most
-OWN = 16  # of them that the network weighs one by one, the others all alike
-REPEATS = 5  # rows that make a value one of them ..
-RARE, FREQUENT = 5e-4, 0.01  # .. and the share of all rows; for a frequent value
-NARROWEST = 1e-3  # s of a component, in standard deviations of the column
-KNOTS = 32  # of a quantile transform
+COMPONENTS = 128  # Gaussians of the mixture, at most
+ATOMS = 512  # values of a column that count as repeating, at most
+OWN = 16  # atoms with a logit each from the network; all others share one
+REPEATS = 5  # rows that a value needs to count as repeating ..
+RARE, FREQUENT = 5e-4, 0.01  # .. and its share of all rows, for any and for a frequent value
+NARROWEST = 1e-3  # least distance of two knots, in standard deviations of the column
+KNOTS = 32  # of a quantile transform, at least
 
 
 class MonotoneTransform(nn.Module):
-    """e = T(x) for each column: straight lines between knots, and beyond, T(u_k) = e_k, where
+    """The transform e = T(x) of each column, piecewise linear in u with T(u_k) = e_k at knots.
 
-        u = x;   or where the transform is log, with the least positive value c of training,
-        u = 1 + log(x/c) from c on, and x/c below it, so that all numbers have a place.
+        u = x;   or for a log transform, with the least positive value c of the training data,
+        u = 1 + log(x/c) for x >= c and x/c below, so that every number has an image.
 
-    Two knots standardise u. Of a quantile transform the knots are quantiles of u, and e_k those
-    of the normal law. log T'(x) is in every density, which so is one of x.
+    The outer lines continue beyond the knots. Two knots standardise u. The knots of a quantile
+    transform are quantiles of u, and its e_k those of the normal distribution. Every density
+    includes log T'(x), so it is a density of x.
 
     Args:
-        columns: how many.
-        knots: in each.
+        columns: D.
+        knots: in each column.
         transforms: of each column; "standardise" where left out.
     """
 
@@ -82,7 +84,7 @@ class MonotoneTransform(nn.Module):
         self.register_buffer("unit", torch.ones(columns, dtype=torch.float64))
 
     def fit_statistics(self, x: Tensor) -> None:
-        """T from x, (N, D); NaN does not count."""
+        """Fit T to x, (N, D), of which NaN is ignored."""
         positive = torch.where(x > 0, x.double(), torch.inf).amin(0)
         self.unit.copy_(torch.where(positive.isfinite(), positive, 1.0))
         u = self._scaled(x)
@@ -94,20 +96,20 @@ class MonotoneTransform(nn.Module):
         for i, transform in enumerate(self.transforms):
             known = u[~u[:, i].isnan(), i]
             if transform == "quantile" and len(known):
-                # values that repeat would make knots fall together
+                # keep knots apart where values repeat
                 least = spread[i] * NARROWEST * torch.arange(len(share))
                 found = torch.quantile(known[:: math.ceil(len(known) / 2**20)], share)
                 self.x[i] = (found - least).cummax(0).values + least
                 self.e[i] = torch.special.ndtri(share)
 
     def _scaled(self, x: Tensor) -> Tensor:
-        """u, shape of x."""
+        """Return u, shape of x."""
         x = x.double()
         v = x / self.unit
         return torch.where(self.log, torch.where(v < 1, v, 1 + v.clamp(min=1).log()), x)
 
     def _segment(self, v: Tensor, knots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """v_k, w_k and the slope of the line on which v lies, from knots v to the others w."""
+        """Return v_k, w_k and the slope of the line through v, of knots (v_k, w_k)."""
         others = self.e if knots is self.x else self.x
         flat = v.reshape(-1, len(knots)).T.contiguous()
         k = (torch.searchsorted(knots, flat).T.reshape(v.shape) - 1).clamp(0, knots.shape[1] - 2)
@@ -116,18 +118,19 @@ class MonotoneTransform(nn.Module):
         low_w, high_w = others[columns, k], others[columns, k + 1]
         return low, low_w, (high_w - low_w) / (high - low)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         u = self._scaled(x)
         low, e, tangent = self._segment(u, self.x)
         return e + tangent * (u - low)
 
     def log_slope(self, x: Tensor) -> Tensor:
-        """log T'(x), shape of x."""
+        """Return log T'(x), shape of x."""
         of_u = self._segment(self._scaled(x), self.x)[2].log()
         return of_u - torch.where(self.log, torch.maximum(x.double(), self.unit).log(), 0.0)
 
     def inverse(self, e: Tensor) -> Tensor:
-        """x = T⁻¹(e), shape of e."""
+        """Return x = T⁻¹(e), shape of e."""
         low, u, tangent = self._segment(e.double(), self.e)
         u = u + tangent * (e.double() - low)
         x = self.unit * torch.where(u < 1, u, (u.clamp(min=1) - 1).exp())
@@ -135,7 +138,7 @@ class MonotoneTransform(nn.Module):
 
 
 class ContinuousColumns(GaussianDiffusion):
-    """The Gaussian process of numbers, some of which are missing: NaN, in x and in e.
+    """Gaussian diffusion of numbers, some of which may be missing: NaN in x and in e.
 
     Args:
         schedule: γ(t).
@@ -146,19 +149,23 @@ class ContinuousColumns(GaussianDiffusion):
         ForwardProcess.__init__(self, schedule)
         self.transform = transform
 
+    @override
     def fit_statistics(self, x: Tensor) -> None:
         self.transform.fit_statistics(x)
 
+    @override
     def embed(self, x: Tensor) -> Tensor:
         e: Tensor = self.transform(x)
         return e
 
+    @override
     def marginal(self, e: Tensor, t: Tensor) -> Independent:
         known = super().marginal(e.nan_to_num(), t).base_dist
         missing = e.isnan()
         loc, scale = known.loc.masked_fill(missing, 0.0), known.scale.masked_fill(missing, 1.0)
         return per_example(Normal(loc, scale, validate_args=False))
 
+    @override
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
         known = super().posterior(z, e.nan_to_num(), s, t).base_dist
         forgotten = super().transition(z, s, t).base_dist  # the stationary chain is reversible
@@ -167,6 +174,7 @@ class ContinuousColumns(GaussianDiffusion):
         scale = torch.where(missing, forgotten.scale, known.scale)
         return per_example(Normal(loc, scale, validate_args=False))
 
+    @override
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
         signal = over((self.log_alpha(t) / 2).exp(), z)
         return super().rate(z, torch.where(e.isnan(), signal * z, e), e_hat, t)
@@ -176,8 +184,8 @@ class ContinuousColumns(GaussianDiffusion):
 class MixturePrediction(Prediction):
     """P(e|z_t): log-weights, means and variances of the components, (B, D, C) each.
 
-    The first component is that of what is missing, then come values that repeat, of variance zero,
-    and Gaussians.
+    The first component is for missing numbers; then come values that repeat, with variance zero,
+    and then Gaussians.
     """
 
     log_weights: Tensor
@@ -186,10 +194,11 @@ class MixturePrediction(Prediction):
 
 
 class ContinuousMixture(Parametrization):
-    """The network gives logits of the components, and moves and widens those of a column alike.
+    """Mixture for each column; the network gives logits of its components, a shift and a scale.
 
-    Without it each column has the law that a mixture fitted to whole rows gives it; see
-    `latent_class`.
+    Shift and scale are common to the Gaussians of a column. At an output of zero, each column has
+    the distribution given z of a mixture that was fitted to whole rows; see
+    `nelbo.diffusion.gaussian_mixture`.
 
     Args:
         transform: T.
@@ -205,15 +214,17 @@ class ContinuousMixture(Parametrization):
         columns = len(places)
         self.outputs = 1 + OWN + 1 + COMPONENTS + 2
         self.law = GaussianMixtureWithAtoms(columns, COMPONENTS, 1 + ATOMS)
-        # means of what is missing, and of values that repeat
+        # means of the component for missing numbers and of the atoms
         self.register_buffer("special", torch.zeros(columns, 1 + ATOMS, dtype=torch.float64))
 
     @property
+    @override
     def numbers(self) -> int:
         return 1 + ATOMS + COMPONENTS
 
+    @override
     def fit_statistics(self, x: Tensor) -> None:
-        """Fit the mixture, and find the values that repeat, in x, (N, D)."""
+        """Fit the mixture to x, (N, D), and find the values that repeat."""
         e, blurred = self.transform(x), self._blurred(x)
         special = torch.where(e.isnan(), 0, 1 + ATOMS)
         for i, place in enumerate(self.places):
@@ -228,7 +239,10 @@ class ContinuousMixture(Parametrization):
         self.law.fit_statistics(blurred, special)
 
     def _blurred(self, x: Tensor) -> Tensor:
-        """e of points somewhere in the cells, and noise, which z is there, for what is missing."""
+        """Return e of points drawn uniformly in the cells, and noise for missing numbers.
+
+        Where x is missing, z is noise at all times.
+        """
         width = torch.tensor([place.column.precision or 0.0 for place in self.places])
         generator = torch.Generator().manual_seed(0)
         within = torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5
@@ -237,9 +251,10 @@ class ContinuousMixture(Parametrization):
         return torch.where(e.isnan(), noise, e)
 
     def exclude_missing(self) -> None:
-        """From now on no column is missing."""
+        """Give the component for missing numbers probability zero from now on."""
         self.law.log_share[..., 0] = -torch.inf
 
+    @override
     def forward(
         self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> MixturePrediction:
@@ -266,10 +281,10 @@ class ContinuousMixture(Parametrization):
 
 
 def _repeats(e: Tensor, points: int) -> Tensor:
-    """Values of a column, (N,), of a lattice that are atoms of it, the most frequent first.
+    """Return the values of a lattice column, (N,), that become atoms, most frequent first.
 
-    Some frequent ones; all that repeat only where most rows have them, and few of the points are
-    among them: else cells do as well.
+    All values that repeat become atoms where they cover most rows with few of the lattice points;
+    otherwise only some frequent values do, as the cells describe the others as well.
     """
     values, counts = e[~e.isnan()].unique(return_counts=True)
     order = counts.argsort(descending=True)[:ATOMS]
@@ -281,9 +296,12 @@ def _repeats(e: Tensor, points: int) -> Tensor:
 
 
 class ContinuousReverseKernel(ReverseKernel):
-    """∫ q(z_s|z_t,e) P(e|z_t) de = Σ_c w_c(z) N( m_t(z_t, μ_c(z)), β̃ + b² s_c²(z) ), where
-    b = √α_s β/(1-α_t) is how far m_t moves when e does."""
+    """∫ q(z_s|z_t,e) P(e|z_t) de = Σ_c w_c(z) N( m_t(z_t, μ_c(z)), β̃ + b² s_c²(z) ).
 
+    b = √α_s β/(1-α_t) is the derivative of m_t with respect to e.
+    """
+
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
@@ -298,10 +316,10 @@ class ContinuousReverseKernel(ReverseKernel):
 
 
 class _OfNumbers(Distribution):
-    """x of which T(x) is of a mixture, (..., C); where x is NaN there is nothing to say.
+    """Distribution of x = T⁻¹(e), where e is a mixture, (..., C); log P of a missing x is 0.
 
-    Where the width Δ of a column is positive, x is the point of the lattice origin + Δ·ℤ in whose
-    cell T⁻¹ of that lies, and has a probability; elsewhere a density.
+    Where the width Δ of a column is positive, x is rounded to the lattice origin + Δ·ℤ and has a
+    probability; elsewhere it has a density.
     """
 
     def __init__(
@@ -312,7 +330,7 @@ class _OfNumbers(Distribution):
         origin: Tensor,
         width: Tensor,
     ) -> None:
-        # given that it is not missing
+        # given that x is not missing
         self.log_weights = prediction.log_weights[..., 1:].double().log_softmax(-1)
         self.atoms = prediction.mean[..., 1:special].double()
         self.loc = prediction.mean[..., special:].double()
@@ -321,13 +339,14 @@ class _OfNumbers(Distribution):
         self.rounded, self.width = width > 0, torch.where(width > 0, width, 1.0)
         super().__init__(batch_shape=prediction.e_hat.shape, validate_args=False)
 
+    @override
     def log_prob(self, value: Tensor) -> Tensor:
         missing = value.isnan()
         x = torch.where(missing, self.transform.x[:, 0], value).double()
         law = Normal(self.loc, self.scale, validate_args=False)
         e = self.transform(x)
         density = law.log_prob(e[..., None]) + self.transform.log_slope(x)[..., None]
-        # a cell where there is none: one of e, whose gradient is a number in any unit
+        # columns without a lattice get a unit cell of e, whose gradient is finite in any unit
         lower, upper = (
             torch.where(self.rounded, self.transform(x + side * self.width), e + side)[..., None]
             for side in (-0.5, 0.5)
@@ -339,6 +358,7 @@ class _OfNumbers(Distribution):
         found = (self.log_weights + torch.cat(each, -1)).logsumexp(-1)
         return torch.where(missing, 0.0, found)
 
+    @override
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         shape = torch.Size(sample_shape)
         chosen = Categorical(logits=self.log_weights, validate_args=False).sample(shape)[..., None]
@@ -350,12 +370,12 @@ class _OfNumbers(Distribution):
 
 
 class ContinuousDecoder(Decoder):
-    """P(e|z_1) as a density in the units of x, or as P of the cell of width Δ around x.
+    """P(x|z_1): a density in the units of x, or the probability of the cell of width Δ around x.
 
     Args:
         transform: T.
         places: the columns.
-        law: that of the head, which knows how many components are Gaussians.
+        law: the mixture of the parametrization, which knows how many components are Gaussians.
     """
 
     origin: Tensor
@@ -374,6 +394,7 @@ class ContinuousDecoder(Decoder):
             number = torch.tensor(values, dtype=torch.float64)
             self.register_buffer(name, number, persistent=False)
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:

@@ -1,10 +1,10 @@
-r"""The columns of a table that are codes, levels and symbols; `numbers` has the others.
+r"""The columns of a table that are codes, ordered levels or symbols; `continuous` has the others.
 
-    levels    Gaussian of the values of the codes, with level probabilities and the mixture step
-    symbols   Absorbing
+    levels    Gaussian diffusion of the values of the codes, level probabilities, mixture kernel
+    symbols   masked diffusion
 
-What training did not see has a probability all the same: a level by what Good (1953) says of
-unseen species, a category by the rule of succession.
+Values that training did not see have a positive probability: a level by the estimate of Good
+(1953) for unseen species, a category by the rule of succession.
 """
 
 import math
@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from typing_extensions import override
 
 from nelbo.data.columns import Group
 from nelbo.diffusion.parametrization import (
@@ -25,27 +26,31 @@ from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDif
 from nelbo.diffusion.reverse import ReverseKernel, mixture
 from nelbo.diffusion.schedules import Schedule
 
-WAVES = 24  # numbers that stand for the context of a column of more levels than SINGLE
-SINGLE = 64
+WAVES = 24  # cosines that describe the context of a column with more than SINGLE levels
+SINGLE = 64  # levels up to which each has a context number of its own
 
 
 def _valid(group: Group) -> Tensor:
-    """Which codes each column has, shape (D, K)."""
+    """Return a mask of the codes that each column has, shape (D, K)."""
     codes = torch.tensor([place.codes for place in group.places])
     return torch.arange(group.size) < codes[:, None]
 
 
 def _counts(x: Tensor, size: int) -> Tensor:
-    """How often each column of x, (N, D), has each code; (D, K), float64."""
+    """Return how often each column of x, (N, D), has each code; (D, K), float64."""
     places = size * torch.arange(x.shape[1])
     flat = torch.bincount((x.long() + places).flatten(), minlength=size * x.shape[1])
     return flat.reshape(-1, size).double()
 
 
 class OrdinalValues(nn.Module):
-    """The value of each code of a column of levels, (D, K): in standard deviations from the mean.
+    """The value of each code of ordinal columns, (D, K), in standard deviations from the mean.
 
-    What lies below or above stands one precision outside; missing, a standard deviation below.
+    The codes for numbers below and above the range lie one precision outside that range; the code
+    for a missing number lies one standard deviation below all others.
+
+    Args:
+        group: the columns.
     """
 
     values: Tensor
@@ -59,7 +64,7 @@ class OrdinalValues(nn.Module):
         self.register_buffer("valid", _valid(group), persistent=False)
 
     def fit_statistics(self, x: Tensor) -> None:
-        """Values from the codes x, (N, D)."""
+        """Fit the values to the codes x, (N, D)."""
         code = torch.arange(self.values.shape[1]).double()
         for i, place in enumerate(self.places):
             points = x[:, i].double()
@@ -72,31 +77,39 @@ class OrdinalValues(nn.Module):
                 values[last] = values[0] - 1
             self.values[i] = torch.where(self.valid[i], values, 0.0)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         values = self.values.expand(len(x), -1, -1)
         return values.gather(-1, x.long()[..., None])[..., 0]
 
 
 class OrdinalColumns(GaussianDiffusion):
-    """The Gaussian process of the values of codes."""
+    """Gaussian diffusion of the values of the codes.
+
+    Args:
+        schedule: γ(t).
+        levels: the values.
+    """
 
     def __init__(self, schedule: Schedule, levels: OrdinalValues) -> None:
         ForwardProcess.__init__(self, schedule)
         self.values, self.codes = levels, levels.values.shape[1]
 
+    @override
     def fit_statistics(self, x: Tensor) -> None:
         self.values.fit_statistics(x)
 
+    @override
     def embed(self, x: Tensor) -> Tensor:
         e: Tensor = self.values(x)
         return e
 
 
 class OrdinalContext(Parametrization):
-    """P(x = v_k|z_t) ∝ exp(context_k + log-prior_k) N(z_t; √α_t v_k, 1-α_t), ê its mean.
+    """P(x = v_k|z_t) ∝ exp(context_k + log-prior_k) N(z_t; √α_t v_k, 1-α_t), and ê is its mean.
 
-    With many levels the context is a sum of a few smooth functions of the level, whose
-    coefficients the network gives; with few, one number for each.
+    For many levels the context is a sum of a few smooth functions of the level, whose
+    coefficients the network gives; for few levels, one number for each.
 
     Args:
         group: the columns.
@@ -114,11 +127,12 @@ class OrdinalContext(Parametrization):
         self.register_buffer("basis", basis.double(), persistent=False)
         self.log_prior = nn.Parameter(torch.zeros(len(group.places), group.size))
 
+    @override
     def fit_statistics(self, x: Tensor) -> None:
-        """The log-prior from the frequencies of the codes x, (N, D).
+        """Fit the log-prior to the frequencies of the codes x, (N, D).
 
-        What was not seen shares as many counts as there are codes that were seen once, and one
-        (Good 1953): that much is new in a sample of this size.
+        The codes share, equally, one count more than there are codes that occur once: the share
+        of unseen values that a sample of this size suggests (Good 1953).
         """
         counts, valid = _counts(x, self.levels.values.shape[1]), self.levels.valid
         unseen = (counts == 1).sum(1, keepdim=True) + 1.0
@@ -126,14 +140,16 @@ class OrdinalContext(Parametrization):
         smooth = smooth / smooth.sum(1, keepdim=True)
         self.log_prior.data.copy_(torch.where(valid, smooth, 1.0).log())
 
+    @override
     def allowed(self) -> Tensor:
         return self.levels.valid
 
     def exclude_missing(self) -> None:
-        """From now on no column is missing."""
+        """Give the code for missing numbers probability zero from now on."""
         for i, place in enumerate(self.levels.places):
             self.levels.valid[i, place.codes - 1] &= not place.column.missing
 
+    @override
     def forward(
         self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> LevelPrediction:
@@ -145,7 +161,7 @@ class OrdinalContext(Parametrization):
 
 
 def _waves(group: Group) -> Tensor:
-    """Cosines of the code over the codes of each column, and its last code alone: (D, K, M)."""
+    """Return cosines over the codes of each column and an indicator of its last: (D, K, M)."""
     code = torch.arange(group.size)
     columns = []
     for place in group.places:
@@ -157,12 +173,17 @@ def _waves(group: Group) -> Tensor:
 
 
 class OrdinalMixture(ReverseKernel):
-    """Σ_k P(x_i = v_k|z_t) q(z_s|z_t, x_i = v_k), the values of each column being its own."""
+    """Σ_k P(x_i = v_k|z_t) q(z_s|z_t, x_i = v_k), with values v_k of each column.
+
+    Args:
+        levels: the values.
+    """
 
     def __init__(self, levels: OrdinalValues) -> None:
         super().__init__()
         self.levels = levels
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
@@ -172,17 +193,18 @@ class OrdinalMixture(ReverseKernel):
 
 
 class MaskedColumns(MaskedDiffusion):
-    """The absorbing process of codes; a network sees code 0, unknown to training, as a mask."""
+    """Masked diffusion of codes; the network sees code 0, unseen in training, as a mask."""
 
+    @override
     def features(self, z: Tensor) -> Tensor:
         return super().features(torch.where(z == 0, self.mask, z.long()))
 
 
 class MaskedContext(Parametrization):
-    """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior), but for code 0 a fixed share.
+    """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior), with code 0 at a fixed share.
 
-    A category that training did not have has the probability 1/(N + 2) of N examples, whatever
-    the network says (the rule of succession); a boolean has no other values.
+    Code 0 stands for any category that the N training examples do not have. Its probability is
+    1/(N + 2) whatever the network predicts (the rule of succession); a boolean has no code 0.
 
     Args:
         group: the columns.
@@ -204,26 +226,29 @@ class MaskedContext(Parametrization):
         self.register_buffer("log_other", others)
         self.log_prior = nn.Parameter(torch.zeros(len(group.places), group.size))
 
+    @override
     def fit_statistics(self, x: Tensor) -> None:
-        """The log-prior from the frequencies of the codes x, (N, D)."""
+        """Fit the log-prior to the frequencies of the codes x, (N, D)."""
         counts = torch.where(self.valid, _counts(x, self.outputs) + 1, 0.0)
         smooth = counts / counts.sum(1, keepdim=True)
         self.log_prior.data.copy_(torch.where(self.valid, smooth, 1.0).log())
         share = (_counts(x, self.outputs)[:, 0] + 1) / (len(x) + 2)
         self.log_other.copy_(torch.where(self.open, share, 0.0).log())
 
+    @override
     def allowed(self) -> Tensor:
-        """Code 0 too, where the column is open to categories that training did not have."""
+        """Return the codes of positive probability, with 0 where new categories may occur."""
         allowed = self.valid.clone()
         allowed[:, 0] = self.log_other > -torch.inf
         return allowed
 
     def exclude_missing(self) -> None:
-        """From now on no column is missing, and none has a category that training did not."""
+        """Give missing values, and categories unseen in training, probability zero from now on."""
         for i, place in enumerate(self.places):
             self.valid[i, place.codes - 1] &= place.indicator or not place.column.missing
         self.log_other.fill_(-torch.inf)
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         logits = output + self.log_prior.to(output)
         known = logits.masked_fill(~self.valid, -torch.inf).log_softmax(-1)
