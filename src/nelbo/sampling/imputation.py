@@ -28,7 +28,7 @@ from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
 from nelbo.models.conditioning import labelled
-from nelbo.sampling.samplers import Hopeless, ancestral, rejection
+from nelbo.sampling.samplers import LowAcceptanceError, ancestral, rejection
 from nelbo.sampling.smc import conditional
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def within(
 
     try:
         found = rejection(draw, count, inside, seed)
-    except Hopeless as error:
+    except LowAcceptanceError as error:
         raise ValueError(
             f"{error}, its ranges and categories: train longer, or take rows as the model has them"
             " with --as-modelled (as_modelled in Python)"

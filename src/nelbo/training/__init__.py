@@ -1,0 +1,1 @@
+"""Training of a model in memory: objective, optimiser, batches, presets."""

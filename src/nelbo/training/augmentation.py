@@ -1,8 +1,8 @@
-r"""Augmentation that does not change what is modelled.
+r"""Augmentation that leaves the modelled distribution unchanged.
 
-Some images of a batch are moved a little and the network is told which: it learns
-P(x|moved) and P(x|not moved) together, and only the second, the law of the data, is ever measured
-or sampled (Karras et al. 2020, 2022: non-leaking augmentation).
+Some images of a batch are moved a little, and the condition tells the network which ones. So it
+learns P(x|moved) and P(x|not moved) together; only the second, the distribution of the data, is
+measured or sampled (Karras et al. 2020, 2022: non-leaking augmentation).
 """
 
 import torch
@@ -12,19 +12,20 @@ from torch.nn.functional import affine_grid, grid_sample
 from nelbo._utils.batch_rng import shard_rng
 from nelbo.data import Schema
 
-ROTATION, LOG_SCALE, SHEAR, SHIFT = 0.2, 0.12, 0.2, 0.25  # radians, -, -, half sides
+# the greatest rotation (radians), log of the scale, shear, and shift (half sides of the image)
+ROTATION, LOG_SCALE, SHEAR, SHIFT = 0.2, 0.12, 0.2, 0.25
 
 
 def augment(x: Tensor, share: float, schema: Schema) -> tuple[Tensor, Tensor]:
     """Move each image with probability `share` by a small random affine map.
 
     Args:
-        x: images (B, C, H, W): integers, or reals.
-        share: probability.
-        schema: what an image is; moved levels are rounded to levels.
+        x: images (B, C, H, W), integers or reals.
+        share: the probability.
+        schema: of the images; levels are rounded to levels after the move.
 
     Returns:
-        The images, and which of them were moved: (B,) of 0 and 1.
+        The images, and a float (B,) that is 1 where an image was moved, else 0.
     """
 
     def uniform(most: float) -> Tensor:

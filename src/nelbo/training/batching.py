@@ -1,4 +1,4 @@
-"""Which examples a step of training takes."""
+"""The examples of each training step, in a shuffled order that follows from a seed."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,11 +13,11 @@ from nelbo.data.rows import WINDOW
 
 @dataclass(frozen=True)
 class Blocks:
-    """Examples that are shuffled in two stages: blocks of them, then those of WINDOW blocks.
+    """Shuffling in two stages: first the blocks, then the examples of WINDOW blocks in a row.
 
     Args:
-        size: examples of a block.
-        sequential: the blocks keep their order.
+        size: examples in a block.
+        sequential: whether the blocks keep their order.
     """
 
     size: int
@@ -33,10 +33,19 @@ def batch_indices(
     size: int = 1,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """Examples of a step: position step·batch in the stream of all shuffled epochs.
+    """Return the indices of a step's examples, from step·batch on in the stream of all epochs.
 
-    Of `size` processes each takes its share, which together are those of one. With `blocks` the
-    memory for it does not grow with the examples.
+    Each of `size` processes gets the share of its rank; together they are the batch of a single
+    process. With `blocks` the memory for the order does not grow with the data set.
+
+    Args:
+        examples: in the data set.
+        batch: examples per step, on all processes together.
+        step: from 0.
+        seed: of the order.
+        rank: of this process.
+        size: number of processes.
+        blocks: shuffle in two stages; all examples at once where left out.
     """
     position = step * batch
     parts = []
@@ -56,7 +65,7 @@ def batch_indices(
 
 @lru_cache(maxsize=4)
 def _window(examples: int, seed: int, epoch: int, window: int, blocks: Blocks) -> Tensor:
-    """The shuffled examples of some blocks; the last, shorter block is in the last window."""
+    """Return the shuffled examples of a window; the last one includes the shorter last block."""
     whole = examples // blocks.size
     order = torch.arange(whole) if blocks.sequential else _epoch_order(whole, seed, epoch)
     some = order[window * WINDOW : (window + 1) * WINDOW]

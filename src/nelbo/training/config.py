@@ -1,4 +1,4 @@
-"""How a model is trained: names and sizes, as a run keeps them."""
+"""The configuration of training: names and sizes, as a run stores them."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +19,7 @@ Nonfinite = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """How a model is trained; `grid`, where there is one, holds the times whose bound is."""
+    """Names and sizes of a training; with a `grid` of times, the bound on that grid is trained."""
 
     steps: int = 1800
     batch: int = 128

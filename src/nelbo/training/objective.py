@@ -1,4 +1,4 @@
-r"""Training losses: the bound itself, and the well-known re-weightings of its diffusion term.
+r"""Training losses: the bound itself and well-known reweightings of its diffusion term.
 
     loss = E_t[ w(t) rate(t) ] + reconstruction + prior + λ E[ −log P(x|z_t) ]
 
@@ -6,26 +6,26 @@ w = 1 and λ = 0 is −ELBO. In terms of the error of the noise prediction, rate
 
     bound     w = 1
     simple    w = 2/γ'(t)                        ‖ε - ε̂‖²: Ho et al. 2020, equation 14
-    min-snr   w = 2/γ'(t) · min(SNR, 5)/SNR      Hang et al. 2023: little weight on little noise
+    min-snr   w = 2/γ'(t) · min(SNR, 5)/SNR      Hang et al. 2023: low weight on low noise
     p2        w = 2/γ'(t) · 1/(1 + SNR)          Choi et al. 2022: weight on coarse structure
 
-Each example costs one network call. A share ρ of the batch, chosen at random, is asked for its
-reconstruction, −log P(x|z_1)/ρ; the others for the diffusion term, w(t) rate(t)/(1−ρ). The mean is
-that of the bound. The times may be of another density than uniform, each weighted by 1/p
-(`timestep_samplers`). ρ is not learned from how much the two vary, as that is: much of a
-reconstruction can vary with the data and little of it with the weights.
+Each example costs one network call. A share ρ of the batch, chosen at random, contributes the
+reconstruction −log P(x|z_1)/ρ, and the others the diffusion term w(t) rate(t)/(1−ρ), so that the
+expectation is the bound. The times may have a density p other than uniform, with weights 1/p
+(`timestep_samplers`). ρ is not learned from the variances of the two terms as the density is: the
+reconstruction can vary much with the data and yet little with the weights.
 
-λ adds the decoder asked at the drawn time: for the level head the cross-entropy of the levels,
-which costs no call and keeps the decoder calibrated wherever a short grid will let it decode.
+λ adds the decoder at the drawn time: for level logits, the cross-entropy of the levels, which
+costs no call and keeps the decoder calibrated at every time at which a short grid may decode.
 
-A learned γ(t) has ends, which the loss trains with the network, and an interior, on which the
-bound does not depend. The interior is trained to the least second moment of d = rate(t), VDM
-appendix I.2. With p(γ) = 1/γ' and d = h(γ)/p, that is ∫ E[h²|γ]/p dγ, whose gradient
+A learned γ(t) has endpoints, which the loss trains with the network, and an interior, on which the
+bound does not depend. The interior minimises the second moment of d = rate(t), VDM appendix I.2.
+With p(γ) = 1/γ' and d = h(γ)/p, this moment is ∫ E[h²|γ]/p dγ, whose gradient
 
     ∇ E[d²] = −E[ d² ∇ log p(γ) ],      at fixed γ, where E[ ∇ log p(γ) ] = 0,
 
-is known from the d of the step: it costs no pass of the network and is blind to w and λ. What is
-added to the loss is log E[d²], of scale one, less its own value: `Objective.interior`.
+follows from the d of the step: it costs no network pass and depends on neither w nor λ. The loss
+gains log E[d²], whose scale is one, less its own value: `Objective.interior`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,32 +48,37 @@ Weight = Callable[[Schedule, Tensor], Tensor]
 
 
 def bound(schedule: Schedule, t: Tensor) -> Tensor:
-    """w = 1: nats."""
+    """Return w = 1, for a loss in nats."""
     return torch.ones_like(t)
 
 
 def simple(schedule: Schedule, t: Tensor) -> Tensor:
-    """w = 2/γ'(t): the squared error of the noise, all noise levels alike."""
+    """Return w = 2/γ'(t), for the squared error of the noise at equal weight on all levels."""
     return 2 / slope(schedule, t)
 
 
 def min_snr(schedule: Schedule, t: Tensor) -> Tensor:
-    """w = 2/γ'(t) · min(SNR, 5)/SNR: the squared error of x, at most five-fold."""
+    """Return w = 2/γ'(t) · min(SNR, 5)/SNR, for the squared error of x, times 5 at most."""
     snr = (-schedule(t)).exp()
     return simple(schedule, t) * snr.clamp(max=5) / snr
 
 
 def p2(schedule: Schedule, t: Tensor) -> Tensor:
-    """w = 2/γ'(t) · 1/(1 + SNR)."""
+    """Return w = 2/γ'(t) · 1/(1 + SNR)."""
     return simple(schedule, t) / (1 + (-schedule(t)).exp())
 
 
 class Loss(NamedTuple):
-    """What is minimised, and the bound it stands for; scalars, mean nats per example.
+    """The loss and the bound that it estimates, in nats per example.
 
-    Of a part of a batch they are its share: those of all parts add up to those of the batch.
-    `each` is w(t) rate(t) of each example, shape (B,), times what is the same for all, 0 of those
-    that gave a reconstruction: the law of the times learns from it; an interior, from `rate`.
+    For a shard of a batch both are its share, so those of all shards add up to those of the batch.
+
+    Args:
+        loss: to minimise; scalar.
+        bound: −ELBO, without reweighting; scalar.
+        each: w(t) rate(t) of each example up to a common factor, 0 where the example contributed
+            a reconstruction, shape (B,). The sampler of the times learns from it.
+        rate: rate(t) of each example, shape (B,). The interior of a schedule learns from it.
     """
 
     loss: Tensor
@@ -83,7 +88,7 @@ class Loss(NamedTuple):
 
 
 class Objective:
-    """The loss of a batch in continuous time.
+    """Loss of a batch in continuous time.
 
     Args:
         weight: w(t) on the diffusion term.
@@ -112,15 +117,19 @@ class Objective:
         weight: Tensor | None = None,
         part: BatchShard | None = None,
     ) -> Loss:
-        """Loss of examples, x of shape (B, ...), in random order, at draws u, shape (B,).
+        """Return the loss of examples in random order.
 
-        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where these are part
-        of a batch, they are those of the whole batch.
+        Args:
+            model: to train.
+            batch: examples x, shape (B, ...), and their conditions.
+            u: draws in [0, 1) for the whole batch, shape (B,) if `part` is left out.
+            weight: 1/p(u), shape of u; 1 where left out, for uniform draws.
+            part: the shard of a larger batch that these examples are.
         """
         x, part = batch.x, part or BatchShard.whole(len(batch))
         n, schedule, process = part.batch, model.process.schedule, model.process
         first = part.of(stratified(n)[:, 0] < self.share)
-        # the decoder is not free: it tells of all where λ counts them, else of the first times
+        # decoding costs time: for all examples if λ > 0, else for those at the first time alone
         asked = None if self.cross_entropy else first.nonzero()[:, 0].to(x.device)
         first = first.to(x.device)
         t = torch.where(first, self.times.first, self.times.at(part.of(u)))
@@ -131,7 +140,8 @@ class Objective:
             prediction = model.predict(z, t, batch.condition)
             decoded = self._decoded(model, prediction, x, z, t, asked)
             rate = process.rate(z, e, prediction.e_hat, t).where(~first, 0.0)
-            length = (1 - self.times.first) / (1 - self.share)  # of the integral, for each of them
+            # length of the integral over t, per example that takes part in it
+            length = (1 - self.times.first) / (1 - self.share)
             prior = prior_term(model, x, torch.ones_like(t)).sum() / n
             others = decoded.where(first, 0.0).sum() / self.share / n + prior
             each = length * self.weight(schedule, t) * rate
@@ -141,7 +151,7 @@ class Objective:
         return Loss(loss, bound.detach(), each.detach(), rate.detach())
 
     def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
-        """What is added to the loss of a batch for the interior of a learned γ; zero, scalar."""
+        """Return 0 with the gradient of a learned γ's interior, to add to the loss; scalar."""
         squares = weight * rate.square()
         return log_second_moment(model.process.schedule, self.times.at(u), squares, weight)
 
@@ -154,7 +164,7 @@ class Objective:
         t: Tensor,
         asked: Tensor | None,
     ) -> Tensor:
-        """−log P(x|z_t) of all rows, or of those that are asked, else 0; shape (B,), nats."""
+        """Return −log P(x|z_t) of all rows, or of the rows `asked` and 0 elsewhere; (B,), nats."""
         if asked is None:
             return -model.decoder(prediction, z, t, model.process).log_prob(x)
         if not len(asked):
@@ -165,26 +175,26 @@ class Objective:
 
 
 def log_second_moment(schedule: Schedule, t: Tensor, squares: Tensor, weight: Tensor) -> Tensor:
-    """0, whose gradient in the interior of the schedule is that of log E[d²]; scalar.
+    """Return 0 with the gradient of log E[d²] with respect to the schedule's interior; scalar.
 
     Args:
         schedule: γ(t).
-        t: times, weighted by `weight` = 1/p, shape (B,).
+        t: times, shape (B,).
         squares: weight·d², shape (B,).
-        weight: shape (B,).
+        weight: 1/p of the times, shape (B,).
     """
     interior = {id(parameter) for parameter in schedule.interior()}
     if not (interior and torch.is_grad_enabled()):
         return squares.new_zeros(())
     with constant(p for p in schedule.parameters() if id(p) not in interior):
         score = log_density(schedule, t)
-    # E[ score ] = 0, so a constant may be taken from d²: less variance
+    # E[ score ] = 0, so subtracting a constant from d² reduces the variance without a bias
     value = ((squares / squares.mean() - weight) * score).mean()
     return value.detach() - value
 
 
 class GridObjective:
-    """The loss of a batch on a grid.
+    """Loss of a batch on a grid of times.
 
     Args:
         times: t_1 < ... < t_T = 1.
@@ -202,11 +212,7 @@ class GridObjective:
         weight: Tensor | None = None,
         part: BatchShard | None = None,
     ) -> Loss:
-        """Loss of examples, x of shape (B, ...), in random order, at draws u, shape (B,).
-
-        The draws are uniform, or weighted by `weight` = 1/p(u), shape (B,). Where these are part
-        of a batch, they are those of the whole batch.
-        """
+        """Return the loss of examples in random order; arguments as for `Objective.__call__`."""
         x, part = batch.x, part or BatchShard.whole(len(batch))
         process, times = model.process, self.grid.times.to(x.device)
         step = (u * len(times)).long().clamp(max=len(times) - 1)
@@ -223,7 +229,7 @@ class GridObjective:
             p = model.step(prediction.map(lambda v: v[inner]), z, s, t, process)
             with after:
                 kl = kl_divergence(process.posterior(z, e, s, t), p)
-            kind = torch.promote_types(decoded.dtype, kl.dtype)  # a density is float64
+            kind = torch.promote_types(decoded.dtype, kl.dtype)  # densities are float64
             each = decoded.to(kind).masked_scatter(inner, kl.to(kind))
         each = len(times) * each
         prior = prior_term(model, x, torch.ones_like(u)).sum() / n
@@ -232,7 +238,7 @@ class GridObjective:
         return Loss(loss, bound.detach(), each.detach(), each.detach())
 
     def interior(self, model: Model, u: Tensor, weight: Tensor, rate: Tensor) -> Tensor:
-        """Zero: a learned γ gets its gradient from the loss alone."""
+        """Return 0, as a learned γ gets its gradient from the loss alone; scalar."""
         return u.new_zeros(())
 
 

@@ -1,4 +1,4 @@
-"""The recipe around the gradient: which rate, what decays, what is averaged."""
+"""The optimiser: learning rate, weight decay, and the moving average of the weights."""
 
 import math
 from collections.abc import Callable
@@ -6,35 +6,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from typing_extensions import override
 
 from nelbo._utils.sharding import divided_like, own, whole
 from nelbo.diffusion.model import Model
 from nelbo.training.config import TrainConfig
 
-OUTER = {"first", "last", "level", "scale_shift"}  # names of layers from and to what is outside
+OUTER = {"first", "last", "level", "scale_shift"}  # layers with inputs or outputs not hidden
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def learning_rate(t: TrainConfig, step: int) -> float:
-    """Warm-up, then half a cosine to zero at the last step."""
+    """Return the learning rate of a step: warm-up, and half a cosine to zero at the last step."""
     warm = min(1.0, (step + 1) / max(t.warmup, 1))
     return t.lr * warm * 0.5 * (1 + math.cos(math.pi * step / t.steps))
 
 
 def optimizer(model: Model, t: TrainConfig) -> torch.optim.Optimizer:
-    """Of all that is trained; the rate is set at each step, see `learning_rate`."""
+    """Return the optimiser of all trained parameters; `learning_rate` gives the rate per step."""
     made = Muon if t.optimizer == "muon" else torch.optim.AdamW
     groups = parameter_groups(model, t.weight_decay)
-    # also on a CPU, where it is not torch's own choice: the same bits, sooner
+    # foreach is not torch's default on a CPU, but faster there too, with the same result
     return made(groups, lr=t.lr, betas=(0.9, 0.99), foreach=True)
 
 
 def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
-    """The network's matrices and kernels decay; its vectors, schedule, head and decoder do not.
+    """Return the groups of parameters for an optimiser.
 
-    Of the first, those that turn hidden units into hidden units come before all others. What
-    the processes share out (`execution.shard`) and what each has whole are in groups apart.
+    Weights of linear and convolutional layers decay: first those from hidden to hidden units, then
+    the others. The network's vectors do not decay, nor do the parameters of the schedule, the
+    parametrization and the decoder. Sharded and replicated parameters are in separate groups.
+
+    Args:
+        model: whose parameters to group.
+        weight_decay: of the groups that decay.
     """
     hidden: set[int] = set()
     outer: set[int] = set()
@@ -57,16 +63,17 @@ def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the first group, whose matrices M move along orthogonal ones.
+    """Muon for the matrices M of the first group, AdamW for all others.
 
         B ← 0.95 B + ∇,   M ← M − η ( 0.4 √max(m, n) orthogonal(∇ + 0.95 B) + λ M )
 
-    so that all directions of a step count alike. Kernels are matrices with as many rows as they
-    have outputs. Sources: Jordan et al. 2024 (Muon); Liu et al. 2025 (the factor, half as large,
-    after which an η is one of AdamW). torch's own takes no kernels.
+    so that all directions of a step have equal weight. Convolution kernels count as matrices with
+    one row per output channel; torch's own Muon takes no kernels. Sources: Jordan et al. 2024
+    (Muon); Liu et al. 2025 (the factor, there 0.2, which makes η comparable to that of AdamW).
     """
 
     @torch.no_grad()
+    @override
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         group = self.param_groups[0]
         for p in group["params"]:
@@ -74,7 +81,7 @@ class Muon(torch.optim.AdamW):
                 continue
             state = self.state[p]
             if not state:
-                # AdamW counts its steps, and looks for the count where a state is loaded
+                # AdamW expects a count of steps in a state that it loads
                 state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(p)
             state["step"] += 1
             b = state["momentum"].mul_(0.95).add_(p.grad)
@@ -82,12 +89,12 @@ class Muon(torch.optim.AdamW):
             factor = group["lr"] * 0.4 * math.sqrt(max(direction.shape))
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.sub_(factor * divided_like(p, direction.reshape(p.shape)))
-            p.grad = None  # nothing is left of it for AdamW
+            p.grad = None  # AdamW skips parameters without a gradient
         super().step()
 
 
 def orthogonal(m: Tensor) -> Tensor:
-    """About UVᵀ of m = USVᵀ, singular values between 0.6 and 1.3: five Newton-Schulz steps."""
+    """Approximate UVᵀ of m = USVᵀ by five Newton-Schulz steps, to singular values 0.6 to 1.3."""
     x = m.T if len(m) > m.shape[1] else m
     x = x / (x.norm() + 1e-20)
     for _ in range(5):
@@ -97,7 +104,7 @@ def orthogonal(m: Tensor) -> Tensor:
 
 
 def warmed_ema(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
-    """Decay min(decay, (1+i)/(10+i)): useful weights from the first steps on."""
+    """Return a moving average with decay min(decay, (1+i)/(10+i)), useful from the first step."""
 
     def average(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
         i, averaged, current = int(count), [own(t) for t in averaged], [own(t) for t in current]

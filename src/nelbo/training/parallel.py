@@ -1,9 +1,10 @@
-"""How a network is run while it trains: precision, memory, compiled or not, deterministic or not.
+"""How a network runs in training: precision, memory, compilation, determinism, processes.
 
-Nothing of it is in the model that is kept and measured: the averaged weights are copied before.
-Only if they are sharded, these are too, by torch's `fully_shard` (FSDP2; Zhao et al. 2023): a
-block's weights are gathered when it is called and again for its way back, after which the sums of
-their gradients go to those who hold them. So all processes call a network equally often.
+None of this affects the model that is kept and measured, since the averaged weights are copied
+first. The exception is sharding, by torch's `fully_shard` (FSDP2; Zhao et al. 2023), which applies
+to the averaged weights too: the weights of a block are gathered for its forward pass and again for
+its backward pass, and the sums of their gradients go to the processes that hold them. So all
+processes must call a network equally often.
 """
 
 import os
@@ -24,10 +25,10 @@ from nelbo.training.objective import Loss
 
 
 def prepare(model: Model, t: TrainConfig) -> None:
-    """Let a model's network run as the configuration says; its weights keep their names."""
+    """Set up a model's network to run as configured; the names of its weights stay the same."""
     if t.checkpoint_activations:
         for block in blocks(model.network):
-            # `__call__` looks it up here first
+            # `__call__` finds the attribute of the instance before the method
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, context_fn=again
             )
@@ -38,22 +39,22 @@ def prepare(model: Model, t: TrainConfig) -> None:
 
 
 def shard(model: Model, device: torch.device) -> None:
-    """Leave of a network, which may be larger than the device, the share of this process on it."""
+    """Shard a model's network, which may exceed the memory of one device, over all processes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # outputs are views, and nothing writes into them
+    # outputs may be views, as nothing writes into them
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(device.type, (world()[1],))
     model.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in (*blocks(model.network), model.network):
         made = fully_shard(module, mesh=mesh, reshard_after_forward=True)
         made.set_gradient_divide_factor(1.0)  # losses are shares of the batch's, and add up
-        made.set_force_sum_reduction_for_comms(True)  # the one that gloo has
+        made.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network, whose inputs are all that is kept for the way back."""
+    """Return the repeated blocks of a network: the units of checkpointing and of sharding."""
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     every = [block for blocks in lists for block in blocks]
     return [b for b in every if not any(isinstance(m, nn.ModuleList) for m in b.modules())]
@@ -61,10 +62,10 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Only algorithms that give the same bits again; an error where there is none."""
+    """Inside, if wanted, allow only deterministic algorithms; torch raises where it has none."""
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
         torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -73,10 +74,17 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def parts_of(batch: int, accumulate: int = 1) -> list[tuple[slice, BatchShard]]:
-    """What this process takes of a batch, in so many parts: which of its rows, and the part.
+    """Return the shards of a batch that this process computes one after the other.
+
+    Args:
+        batch: examples of the batch, on all processes together.
+        accumulate: shards per process.
+
+    Returns:
+        For each shard a slice of this process's rows, and the shard.
 
     Raises:
-        ValueError: a part without an example.
+        ValueError: if a shard would have no example.
     """
     rank, size = world()
     if batch < size * accumulate:
@@ -90,8 +98,17 @@ def parts_of(batch: int, accumulate: int = 1) -> list[tuple[slice, BatchShard]]:
 
 
 def add_up(found: Sequence[tuple[BatchShard, Loss]], parameters: Sequence[nn.Parameter]) -> Loss:
-    """The loss of a batch from those of this process's parts, the same on all processes; and of
-    each parameter that has a gradient on any of them, the sum of these on all."""
+    """Add up the losses of all shards, and in place the gradients, over all processes.
+
+    A parameter ends without a gradient only if it has none on any process.
+
+    Args:
+        found: the shards of this process and their losses.
+        parameters: not sharded, whose gradients are added up.
+
+    Returns:
+        The loss of the whole batch, the same on all processes.
+    """
     batch, on = found[0][0].batch, found[0][1].loss.device
     loss = torch.zeros((), dtype=torch.float64, device=on)
     bound, each, rate = loss.clone(), loss.new_zeros(batch), loss.new_zeros(batch)

@@ -1,4 +1,4 @@
-"""Which model and training suit a data set, where the user does not say."""
+"""Default configurations of model and training for a data set."""
 
 import math
 from dataclasses import fields, replace
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 Preset = Literal["auto", "best"]
 
 
-MANY_LEVELS = 64  # more are a scale, of which a few curves tell as much in less time
-MANY_EXAMPLES = 10_000  # more are not learned by heart in so few steps: no augmentation or dropout
-FINE = 4096  # more are told one by one by no head: the decoder is a Gaussian over them
-SMALL = 16  # pixels of the shorter side of a small image
+MANY_LEVELS = 64  # levels above which a few curves replace a logit for each
+MANY_EXAMPLES = 10_000  # examples above which overfitting needs no augmentation or dropout
+FINE = 4096  # levels above which the decoder is a discretised Gaussian
+SMALL = 16  # pixels of the shorter side up to which an image is small
 
 
 def _for_table(examples: int) -> tuple[ModelConfig, TrainConfig]:
@@ -38,27 +38,27 @@ def _for_table(examples: int) -> tuple[ModelConfig, TrainConfig]:
 def configure(
     schema: "Schema", examples: int, preset: str = "auto", **options: str | int | float
 ) -> tuple[ModelConfig, TrainConfig]:
-    """The preset that fits the data, with options in place of its values.
+    """Return the preset that suits the data, with options in place of its values.
 
-    What follows from an option follows it: another head brings its step and decoder.
+    Values that depend on an option change with it: another head brings its step and decoder.
 
     Args:
-        schema: what one example is.
-        examples: how many there are to train on; few of them are augmented, or get dropout.
-        preset: a name.
+        schema: kind and shape of an example.
+        examples: number of training examples; a small set gets augmentation or dropout.
+        preset: one of `Preset`.
         options: fields of either section.
 
     Raises:
-        ValueError: an unknown preset or option, or an impossible value.
+        ValueError: if the preset or an option is unknown, or a value is impossible.
     """
     if preset not in get_args(Preset):
         raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}; got {preset!r}")
     model, train, levels = ModelConfig(), TrainConfig(), schema.levels or 0
     if levels > MANY_LEVELS:
-        # until its noise is a level: neighbours tell what is alike in all of an image
+        # start at noise of about a level: neighbours reveal regularities of a whole image
         model = replace(model, head="level-curves", gamma_min=-10.0)
     fine = levels > FINE
-    if fine:  # noise of half a level at the data's end
+    if fine:  # the noise of z_1 is half a level
         model = replace(model, head="velocity", gamma_min=-2 * math.log(levels - 1))
     text = schema.alphabet is not None
     if schema.kind == "table":
@@ -88,7 +88,7 @@ def configure(
     of_image = "unet" if large else "conv"
     network = options.get("network", of_image if image else "transformer" if text else "mlp")
     if network == "transformer" or large:
-        # an example is dear: many small steps, few validations
+        # an example is expensive: many small steps and few validations
         train = replace(train, steps=10_000, batch=16, lr=3e-3, evaluate_every=1000)
         train = replace(train, optimizer="muon")
     if network == "unet":

@@ -1,16 +1,16 @@
-r"""The times of a training step, and what each draw weighs.
+r"""Samplers of the times of a training step, with importance weights.
 
 The loss of a step is E_{u~U[0,1)}[ f(u) ], and for any density p > 0
 
     E_{u~U}[ f(u) ] = E_{u~p}[ f(u)/p(u) ],      E_{u~p}[ (f/p)² ] = ∫ f²/p du,
 
-least for p ∝ √E[f²|u] (Owen 2013, chapter 9). `SecondMomentImportance` learns that p while
-training, from the second moments of f in bins of u, averaged over the last steps and smoothed over
-neighbouring bins, so that it is of use from the second step on; a uniform share bounds 1/p. The
-mean of the loss, and so of its gradient, is the same for every p; its variance is not.
+which is least for p ∝ √E[f²|u] (Owen 2013, chapter 9). `SecondMomentImportance` learns this p
+during training from the second moments of f in bins of u, averaged over recent steps and smoothed
+over neighbouring bins, so that it helps from the second step on; a uniform share bounds 1/p. The
+mean of the loss and of its gradient is the same for every p; the variance is not.
 
-A law draws for the global batch, of which `parts` takes rows: a loss curve does not depend on the
-processes.
+A sampler draws for the global batch, and each process takes its rows (`parallel.parts_of`), so the
+loss curve does not depend on the number of processes.
 """
 
 from abc import ABC, abstractmethod
@@ -18,59 +18,64 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-BINS = 64  # of the density over u
-WIDTH = 1.5  # bins, of the smoothing
-MEMORY = 0.98  # of the averages; per step
-FEW = 0.01  # draws of the mean that stand in where there is none
+BINS = 64  # bins of the density over u
+WIDTH = 1.5  # standard deviation of the smoothing, in bins
+MEMORY = 0.98  # decay of the averages per step
+FEW = 0.01  # draws of the overall mean that each bin starts from
 
 
 def stratified(examples: int) -> Tensor:
-    """u (examples,), one in each of so many strata, in random order: no example is tied to a time.
+    """Draw u, (examples,), one in each of as many strata of [0, 1), in random order.
 
-    The law of `estimate.stratified`, drawn from other random numbers, those of all runs so far.
+    The distribution is that of `nelbo.diffusion.times.stratified`; the random numbers differ, and
+    all runs so far have used these.
 
     >>> (stratified(6).sort().values * 6).floor()
     tensor([0., 1., 2., 3., 4., 5.], dtype=torch.float64)
     """
-    torch.rand(examples)  # of no use any more; without it every seed would train differently
+    torch.rand(examples)  # unused; kept so that a seed still gives the same training
     order = torch.rand(examples).argsort()
     return (order + torch.rand(examples, dtype=torch.float64)[order]) / examples
 
 
 class TimestepSampler(nn.Module, ABC):
-    """Which times a training step draws; what it learns is in its state."""
+    """Sampler of the times of a training step; it stores what it learns in its state dict."""
 
     @abstractmethod
+    @override
     def forward(self, examples: int) -> tuple[Tensor, Tensor]:
-        """Draws u in [0, 1) and their weights 1/p(u), shape (examples,) each, float64.
+        """Return draws u in [0, 1) and their weights 1/p(u), shape (examples,) each, float64.
 
         Args:
-            examples: of the global batch.
+            examples: in the global batch.
         """
 
     def learn(self, u: Tensor, value: Tensor) -> None:
-        """Take note that the integrand, not weighted, was value (B,) at u (B,)."""
+        """Learn from values (B,) of the integrand, not weighted, at u (B,); does nothing here."""
 
 
 class Uniform(TimestepSampler):
-    """Each u by itself: the classic way."""
+    """Independent uniform draws."""
 
+    @override
     def forward(self, examples: int) -> tuple[Tensor, Tensor]:
         u = torch.rand(examples, dtype=torch.float64)
         return u, torch.ones_like(u)
 
 
 class Stratified(TimestepSampler):
-    """One u in each stratum of the global batch."""
+    """One uniform draw in each stratum of the global batch."""
 
+    @override
     def forward(self, examples: int) -> tuple[Tensor, Tensor]:
         u = stratified(examples)
         return u, torch.ones_like(u)
 
 
 class SecondMomentImportance(TimestepSampler):
-    """Stratified, through the inverse of the distribution function of a density that is learned.
+    """Stratified draws mapped through the inverse distribution function of a learned density.
 
     Args:
         uniform: share of uniform draws; no weight exceeds its inverse.
@@ -92,7 +97,7 @@ class SecondMomentImportance(TimestepSampler):
         self.register_buffer("smoother", smoother, persistent=False)
 
     def density(self) -> Tensor:
-        """p in each bin, shape (BINS,); its mean is 1."""
+        """Return p in each bin, shape (BINS,); its mean is 1."""
         if not self.moment.sum() > 0:
             return torch.ones_like(self.moment)
         mean = self.moment.sum() / self.count.sum()
@@ -100,6 +105,7 @@ class SecondMomentImportance(TimestepSampler):
         rms = ((near + FEW * mean) / (draws + FEW)).sqrt()
         return self.uniform + (1 - self.uniform) * rms / rms.mean()
 
+    @override
     def forward(self, examples: int) -> tuple[Tensor, Tensor]:
         p = self.density()
         edges = torch.cat([p.new_zeros(1), p.cumsum(0) / BINS])
@@ -108,6 +114,7 @@ class SecondMomentImportance(TimestepSampler):
         u = (k + ((v - edges[k]) * BINS / p[k]).clamp(0, 1)) / BINS
         return u, 1 / p[k]
 
+    @override
     def learn(self, u: Tensor, value: Tensor) -> None:
         k = (u.cpu() * BINS).long().clamp(max=BINS - 1)
         squares = value.detach().double().cpu().square()

@@ -1,7 +1,8 @@
-"""One training step at a time, in memory; `train` adds the files of a run.
+"""Training in memory, one step at a time; `nelbo.runs.train` adds the files of a run.
 
-All randomness of step k follows from (seed, k) and the order of the examples from (seed, epoch),
-so there is no generator to save: what was stopped and continued ends with the same weights.
+All randomness of step k follows from (seed, k), and the order of the examples from (seed, epoch).
+So there is no generator to save, and a training that is stopped and continued ends with the same
+weights.
 """
 
 import copy
@@ -40,14 +41,14 @@ from nelbo.training.parallel import add_up, deterministic, parts_of, prepare, sh
 from nelbo.training.presets import MANY_LEVELS
 from nelbo.training.timestep_samplers import TIMESTEP_SAMPLERS
 
-SKIPPED = 10  # steps in a row without a finite loss, after which none is hoped for
-STARTED_FROM = 2**15  # examples whose frequencies a model starts from, of those on disk
-VALIDATION = (1000, 2**18)  # examples at most, and numbers: a small part of the time
+SKIPPED = 10  # steps in a row without a finite loss after which training stops
+STARTED_FROM = 2**15  # examples on disk to which a model fits its statistics, at most
+VALIDATION = (1000, 2**18)  # examples and numbers of a validation, at most, to take little time
 
 
 @dataclass
 class Progress:
-    """Where a training stands; saved with its state."""
+    """Progress of a training, saved with its state."""
 
     step: int = 0
     seconds: float = 0.0
@@ -59,18 +60,18 @@ class Progress:
 
 
 class Trainer:
-    """A model of a data set, its moving average `ema`, and what trains them.
+    """A model in training: its optimiser, its moving average `ema` and the data.
 
     Args:
-        model: what to build.
-        train: how to train it.
+        model: configuration of the model.
+        train: configuration of the training.
         dataset: with the splits "train" and "validation".
         device: where to train.
         affine: the transform of real data; `standardise` where left out.
-        known: a network without weights, to whose output what is trained is added.
+        known: a network without weights; the trained network adds to its output.
 
     Raises:
-        ValueError: parts that do not fit together or to the data; no such device.
+        ValueError: if the parts do not fit together or the data, or there is no such device.
     """
 
     def __init__(
@@ -115,18 +116,18 @@ class Trainer:
         self.law = TIMESTEP_SAMPLERS[t.times]()
         self.optimizer = optimizer(built, t)
         prepare(self.model, t)
-        self.best: dict[str, Tensor] = {}  # weights of the best average that was measured
+        self.best: dict[str, Tensor] = {}  # averaged weights of the best measurement
 
     @property
     def average(self) -> Model:
-        """The model with averaged weights, the one that is measured and kept."""
+        """The model with averaged weights, which is measured and kept."""
         return cast(Model, self.ema.module)
 
     def step(self) -> None:
-        """One step of the optimiser on the next batch.
+        """Take one step of the optimiser on the next batch.
 
         Raises:
-            ValueError: the loss became non-finite, and it is not to be skipped, or was too often.
+            ValueError: if the loss is not finite and is not to be skipped, or was too often.
         """
         t, step = self.config, self.at.step
         lr = learning_rate(t, step)
@@ -149,7 +150,7 @@ class Trainer:
         self.at.step = step + 1
 
     def _skip(self, values: str) -> None:
-        """Leave all weights as they are, for once; or stop."""
+        """Skip a step, leaving all weights as they are; or raise."""
         if self.config.nonfinite == "stop":
             what = f"the loss became non-finite {values}"
             raise ValueError(self._failed(what, self.at.step + 1))
@@ -160,9 +161,9 @@ class Trainer:
         self.at.step += 1
 
     def _gradient(self, step: int) -> tuple[Tensor, Loss]:
-        """Backward through the loss of a step; the draws u of its batch, and that loss."""
+        """Compute gradients of the loss of a step; return the draws u and the loss."""
         t, on, found = self.config, self.model.device, []
-        # per dimension, in bits: one learning rate and one clip for data of any size
+        # bits per dimension, so that one learning rate and one clip suit data of any size
         scale = 1 / (self.model.dims * LOG_2)
         index, batch = self.read(step)
         for own, part in self.parts:
@@ -174,12 +175,12 @@ class Trainer:
             found.append((part, loss))
         whole = add_up(found, self.undivided)
         interior = self.objective.interior(self.model, u, weight, whole.rate)
-        if interior.requires_grad:  # of the whole batch, on each process alike
+        if interior.requires_grad:  # of the whole batch, the same on each process
             (interior * scale).backward()
         return u, whole
 
     def _conditioned(self, index: Tensor, x: Tensor) -> Batch:
-        """Examples x, some of them moved, with their labels and whether they were moved."""
+        """Return examples x, some moved by augmentation, with their conditions."""
         t, schema, condition = self.config, self.dataset.schema, None
         if schema.condition:
             labels = encode(self.dataset.labels["train"][index], schema).to(x.device)
@@ -191,14 +192,15 @@ class Trainer:
         return Batch(x, condition)
 
     def fit(self, patience: int, bound: Callable[[Model], float] | None = None) -> Model:
-        """To the last step, or until `patience` measurements in a row bring nothing better.
+        """Train to the last step, or until `patience` measurements in a row do not improve.
 
         Args:
-            patience: measurements.
-            bound: of an averaged model, nats, in place of `measure`; then also of the first one.
+            patience: number of measurements.
+            bound: function from an averaged model to its bound in nats, in place of `measure`; it
+                is then called before the first step too.
 
         Returns:
-            The best of the averaged models, one of which is measured every `evaluate_every` steps.
+            The best of the averaged models, which are measured every `evaluate_every` steps.
         """
         t, at = self.config, self.at
         if bound is not None:
@@ -213,10 +215,13 @@ class Trainer:
         return best.eval()
 
     def measure(self) -> tuple[Evaluation, bool]:
-        """The averaged weights on the validation split, and whether they are the best so far.
+        """Return the bound of the averaged weights on the validation split; keep the best.
+
+        Returns:
+            The bound, and whether it is the best so far.
 
         Raises:
-            ValueError: the bound became non-finite.
+            ValueError: if the bound is not finite.
         """
         examples = min(VALIDATION[0], max(100, VALIDATION[1] // self.model.dims))
         few = self.examples("validation")[:examples]
@@ -231,10 +236,13 @@ class Trainer:
         return result, self.keep(result.nats)
 
     def keep(self, nats: float) -> bool:
-        """The averaged weights, whose validation bound is this, if it is the best; whether it is.
+        """Keep the averaged weights if their bound is the best so far; return whether it is.
+
+        Args:
+            nats: their validation bound, per example.
 
         Raises:
-            ValueError: it is not finite.
+            ValueError: if the bound is not finite.
         """
         if not math.isfinite(nats):
             raise ValueError(self._failed(f"the validation bound became {nats}"))
@@ -246,13 +254,13 @@ class Trainer:
         return better
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Which examples this process takes in a step, and they."""
+        """Return the indices of the examples of this process in a step, and the examples."""
         x, t = self.dataset.splits["train"], self.config
         index = batch_indices(len(x), t.batch, step, t.seed, *world(), self.blocks)
         return index, as_examples(x[index])
 
     def _warm(self, step: int) -> None:
-        """Have read what comes half a window of blocks after a step."""
+        """Start reading the examples that come half a window of blocks after a step."""
         x, t = self.dataset.splits["train"], self.config
         if self.blocks is not None and isinstance(x, Rows):
             later = step + self.blocks.size * WINDOW // (2 * t.batch)
@@ -264,8 +272,9 @@ class Trainer:
         return labelled(data.splits[split], data.labels.get(split), data.schema)
 
     def _failed(self, what: str, step: int | None = None) -> str:
+        """Return the message of an error: what failed, which weights are kept, and the advice."""
         kept = f"the weights of step {self.at.best_step} are kept"
-        if math.isnan(self.at.recent):  # no step was taken: the weights are those drawn at first
+        if math.isnan(self.at.recent):  # no step was taken: the weights are the initial ones
             low, high = _range(self.dataset.splits["train"])
             ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
             least, most = self.average.process.schedule(ends.to(self.average.device)).tolist()
@@ -286,16 +295,19 @@ class Trainer:
 
 
 def _range(x: Tensor) -> tuple[float, float]:
-    """The least and the largest value of examples that is there."""
+    """Return the least and the greatest value of examples, with 0 for missing ones."""
     known = (x.few(STARTED_FROM) if isinstance(x, Rows) else x).double().nan_to_num(0)
     return known.min().item(), known.max().item()
 
 
 def standardise(dataset: Dataset) -> Affine | None:
-    """By the training split: per dimension, for images per channel; None but for real data.
+    """Return the transform that standardises real data; None for all other data.
+
+    Mean and standard deviation are those of the training split, for each channel of images and
+    for each dimension otherwise.
 
     Raises:
-        ValueError: a dimension that is constant, or too large for its square.
+        ValueError: if a dimension is constant, or its squares overflow.
     """
     schema = dataset.schema
     if schema.kind != "real":
