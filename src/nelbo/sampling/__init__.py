@@ -1,0 +1,1 @@
+"""Samplers, and draws of unknown dimensions given known ones."""

@@ -1,15 +1,15 @@
-"""Rows of a table that are drawn: new ones, and the missing cells of given ones.
+"""Draws of new rows of a table, and of the missing cells of given rows.
 
-*New rows* lie in what training had: a row with a number beyond the range of its column, or with a
-category that training did not have, is drawn again, whole. That is the model's law given that a
-row lies there, for which its bound holds all the more; `as_modelled` is the model's own.
+*New rows* lie within the training data: a row with a number beyond the range of its column, or
+with a category that training did not have, is drawn again as a whole. So the rows follow the
+model's distribution given that a row lies there, for which the bound still holds; `as_modelled`
+draws from the model's distribution itself.
 
-*Missing cells* are drawn given the others of their row. The rows are conditioned on having no
-missing cell: that a cell is missing is one more state of its column, and left out of the column's
-probabilities here, as is a category that training did not have. The cells are then drawn by
-weighted particles, which near the model's conditional law as they become many (`particles` says
-how). Where two or more cells of a row are drawn, that none is missing is imposed on each as it is
-drawn, not on all at once.
+*Missing cells* are drawn given the other cells of their row, and given that no cell of the row is
+missing: "missing" is one more state of a column, which is excluded here, as is a category that
+training did not have. Weighted particles draw the cells; as their number grows, the draws approach
+the model's conditional distribution (`nelbo.sampling.smc`). Where two or more cells of a row are
+drawn, the exclusion applies to each cell as it is drawn, not to all of them jointly.
 """
 
 import copy
@@ -56,19 +56,18 @@ def sample_table(
     Args:
         model: of the rows.
         schema: of the table.
-        count: of rows.
+        count: number of rows.
         times: the grid of the reverse process.
-        seed: everything random follows from it.
-        condition: c of each row, (count, F), where the model is one of P(x|c); see
-            `Run.conditions`.
-        as_modelled: draw from the model's own law, of which rows may lie outside what training
-            had; a column that then holds "(other)" is of text.
+        seed: of everything random.
+        condition: c of each row, (count, F), for a model of P(x|c); see `Run.conditions`.
+        as_modelled: draw from the model's distribution itself, whose rows may lie outside the
+            training data; a column that then contains "(other)" becomes text.
         track: wraps the steps, for a progress bar.
         tell: called with a sentence on the rows that were drawn again.
 
     Raises:
-        ValueError: the schema is of no table, or hardly any row of its model lies in what training
-            had.
+        ValueError: if the schema is not one of a table, or hardly any row that the model draws
+            lies within the training data.
     """
     _check_table(schema)
 
@@ -86,7 +85,7 @@ def within(
     seed: int,
     tell: Callable[[str], object] = lambda line: None,
 ) -> Tensor:
-    """Samples of a table's rows in what training had; arguments as for `rejection`."""
+    """Draw rows of a table that lie within the training data; arguments as for `rejection`."""
 
     def inside(x: Tensor) -> Tensor:
         outside = encoding.outside_training(x.cpu().numpy(), schema.columns)
@@ -118,23 +117,25 @@ def impute(
     track: Track = iter,
     tell: Callable[[str], object] = lambda line: None,
 ) -> "DataFrame":
-    """Draw the missing cells of rows given the others.
+    """Draw the missing cells of rows given the other cells.
 
-    A word that is only guessed to mean a missing cell is kept; see `examples.holes`.
+    A word that is only guessed to mean a missing cell is kept; see
+    `nelbo.data.tabular.encoding.holes`.
 
     Args:
-        model: of a table's rows.
+        model: of the rows.
         schema: of the table.
-        rows: a table with the columns of the schema, found by name, and maybe others, which stay.
+        rows: a table with the columns of the schema, found by name; other columns stay as they
+            are.
         times: the grid of the reverse process.
-        seed: everything random follows from it; each seed is another draw.
-        particles: candidates for each row, from which one is drawn; more are more exact.
+        seed: of everything random; another seed gives another draw.
+        particles: candidates for each row, of which one is drawn; more of them are more exact.
         track: wraps the steps, for a progress bar.
         tell: called with a note on each column in which words mean missing cells.
 
     Raises:
-        ValueError: the schema is of no table, a column is not there, or a cell is none of its
-            column.
+        ValueError: if the schema is not one of a table, a column is missing, or a cell does not
+            fit its column.
     """
     _check_table(schema)
     label, frame = tables.find(rows)
@@ -167,7 +168,7 @@ def _check_table(schema: Schema) -> None:
 
 
 def present(model: Model) -> Model:
-    """A copy of a table's model under which no cell is missing and no category is new."""
+    """Return a copy of a table's model in which no cell is missing and no category is new."""
     model = copy.deepcopy(model)
     model.head.exclude_missing()
     return model

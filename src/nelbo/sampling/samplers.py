@@ -1,20 +1,21 @@
-r"""Samplers on a grid of T times, T network calls.
+r"""Samplers on a grid of T times, with T network calls per sample.
 
-ancestral         z_T ~ P(z_T),  z_{t-1} ~ P(z_{t-1}|z_t),  x ~ P(x|z_1): the model's own law,
-                  the one whose bound `evaluate` states for the same grid and step
-rejection         x ~ P(x|x in S): draws outside S are drawn again, whole
-probability_flow  z_s = √α_s ê + √(1-α_s) ε̂, the most probable x at the end: deterministic
-                  given z_T (Song et al. 2021, DDIM with η = 0); not the law of the bound
+ancestral         z_T ~ P(z_T),  z_{t-1} ~ P(z_{t-1}|z_t),  x ~ P(x|z_1): the distribution
+                  of the model, whose bound `evaluate` gives for the same grid and step
+rejection         x ~ P(x|x in S): draws outside S are drawn again as a whole
+probability_flow  z_s = √α_s ê + √(1-α_s) ε̂, then the most probable x: deterministic given
+                  z_T (Song et al. 2021, DDIM with η = 0); not the distribution of the bound
 complete          the unknown dimensions of x given the known ones
 
-`complete` lets known dimensions follow q(z_s|z_t,x) and unknown ones P(z_s|z_t). Where symbols
-are masked, known ones show from the start and each step draws from P(x_i|what shows): the model's
-own conditional law, in the order in which the steps unmask. Where noise is Gaussian it is an
-approximation: P(z_s|z_t) knows the known dimensions as noisy as they are at t, not x. Going back
-to z_t ~ q(z_t|z_s) and down again, several times, lets both parts agree (Lugmayr et al. 2022).
+In `complete`, known dimensions follow q(z_s|z_t,x) and unknown ones P(z_s|z_t). In masked
+diffusion, known symbols are visible from the start and each step draws from P(x_i|visible ones):
+the model's conditional distribution, in the order in which the steps unmask. In Gaussian diffusion
+it is an approximation: P(z_s|z_t) sees the known dimensions with the noise of time t instead of x.
+Returning to z_t ~ q(z_t|z_s) and repeating the step makes both parts consistent (RePaint, Lugmayr
+et al. 2022).
 
-Given conditions, one for each sample, a model draws from P(x|c). Several processes share
-the samples, which have the noise that they have on one (`nelbo._utils.batch_rng`).
+With a condition for each sample, a model draws from P(x|c). Several processes share the samples,
+with the same noise as on one process (`nelbo._utils.batch_rng`).
 """
 
 import itertools
@@ -34,9 +35,9 @@ from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeGrid
 
-MOST = 20  # draws for a sample by rejection, in the mean
-PATIENCE = 1000  # draws for any one of them, at most about
-BELIEVED = 200  # draws from which on the share of those that are accepted is believed
+MOST = 20  # draws per accepted sample, at most, on average
+PATIENCE = 1000  # draws for any one sample, at most about
+BELIEVED = 200  # draws after which the acceptance rate is trusted
 NO_NUMBERS = (
     "the network's output is not finite, so there is nothing to draw from: its weights are damaged"
     " or grew without bound; restore them from a copy, or train again with a smaller --lr"
@@ -51,15 +52,15 @@ def ancestral(
     track: Track = iter,
     condition: Tensor | None = None,
 ) -> Tensor:
-    """x ~ P(x|φ) by ancestral sampling.
+    """Draw x ~ P(x|φ) by ancestral sampling.
 
     Args:
         model: the model.
         count: number of samples.
-        times: the grid; `TimeGrid.uniform(T)`.
-        seed: everything random follows from it.
+        times: the grid, such as `TimeGrid.uniform(T)`.
+        seed: of everything random.
         track: wraps the steps, for a progress bar.
-        condition: c of each sample, (count, F), where the model is one of P(x|c).
+        condition: c of each sample, (count, F), for a model of P(x|c).
 
     Returns:
         Samples in the space of the data, shape (count, *model.shape).
@@ -83,10 +84,12 @@ def probability_flow(
     track: Track = iter,
     condition: Tensor | None = None,
 ) -> Tensor:
-    """x at the end of the deterministic path from z_T ~ P(z_T); arguments as for `ancestral`.
+    """Return x at the end of the deterministic path from z_T ~ P(z_T).
+
+    Arguments and result are as for `ancestral`.
 
     Raises:
-        ValueError: the process has no such path: symbols have none.
+        ValueError: if the process has no such path, as symbols have none.
     """
     process = model.process
     if not process.has_flow:
@@ -117,21 +120,24 @@ def complete(
     track: Track = iter,
     condition: Tensor | None = None,
 ) -> Tensor:
-    """x with the dimensions that are not known drawn given those that are.
+    """Draw the unknown dimensions of x given the known ones.
 
     Args:
         model: the model.
-        x: examples in the space of the data, shape (N, *model.shape); what is not known may be
+        x: examples in the space of the data, shape (N, *model.shape); unknown dimensions may have
             any value of the data.
-        known: which dimensions are, booleans that broadcast to x.
-        times: the grid; `TimeGrid.uniform(T)`.
-        seed: everything random follows from it.
-        rounds: how often each step is made; T times as many network calls.
+        known: mask of the known dimensions, booleans that broadcast to x.
+        times: the grid, such as `TimeGrid.uniform(T)`.
+        seed: of everything random.
+        rounds: repetitions of each step; a sample takes T times as many network calls.
         track: wraps the steps, for a progress bar.
-        condition: c of each sample, (N, F), where the model is one of P(x|c).
+        condition: c of each sample, (N, F), for a model of P(x|c).
+
+    Returns:
+        x with the unknown dimensions drawn, shape (N, *model.shape).
 
     Raises:
-        ValueError: examples of another shape, or no rounds.
+        ValueError: if the examples have another shape, or `rounds` is below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}")
@@ -160,17 +166,17 @@ def complete(
     return descend(model, len(x), times, seed, step, decode, start, track)
 
 
-class Hopeless(ValueError):
-    """Hardly any sample lies where it should."""
+class LowAcceptanceError(ValueError):
+    """Rejection sampling accepts hardly any sample."""
 
 
 class Accepted(NamedTuple):
-    """Samples within a set.
+    """Samples that rejection sampling accepted.
 
     Args:
         x: the samples, (count, *shape).
-        drawn: how many were drawn for them.
-        outside: how many of these lay outside the set.
+        drawn: number of draws that they took.
+        outside: number of these draws outside the set.
     """
 
     x: Tensor
@@ -184,19 +190,18 @@ def rejection(
     inside: Callable[[Tensor], Tensor],
     seed: int = 0,
 ) -> Accepted:
-    """x ~ P(x|x in S): samples outside of S are drawn again, whole, until they are in it.
+    """Draw x ~ P(x|x in S): samples outside S are drawn again, as a whole, until they are in S.
 
-    It is the law of the samples given that they are in S, of which P(x|x in S) >= P(x). The first
-    draws are those of the seed, whatever S is.
+    For x in S, P(x|x in S) >= P(x). The first draws depend on the seed alone, not on S.
 
     Args:
-        draw: samples of these rows, (N,), by a seed.
+        draw: returns samples for rows, (N,), and a seed.
         count: number of samples.
-        inside: which of some samples are in S, booleans (N,).
-        seed: everything random follows from it.
+        inside: returns which of the samples it gets are in S, booleans (N,).
+        seed: of everything random.
 
     Raises:
-        Hopeless: so few samples are in S that one takes more than MOST draws in the mean.
+        LowAcceptanceError: if a sample in S takes more than MOST draws on average.
     """
     waiting, drawn, outside, tries, found = torch.arange(count), 0, 0, 0, None
     for turn in itertools.count():
@@ -217,7 +222,7 @@ def rejection(
         if not len(waiting):
             return Accepted(found, drawn, outside)
         if (drawn >= BELIEVED and MOST * kept < drawn) or tries >= PATIENCE:
-            raise Hopeless(
+            raise LowAcceptanceError(
                 f"only {kept} of {drawn} samples that the model drew lie in what training had"
             )
     raise AssertionError
@@ -238,23 +243,29 @@ def descend(
     start: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda rows, z, t: z,
     track: Track = iter,
 ) -> Tensor:
-    """From z_T down to z_1 and x, as many rows at a time as memory allows.
+    """Sample from z_T down to z_1 and x, as many rows at a time as memory allows.
 
     Args:
         model: the model.
         count: number of samples.
         times: the grid.
-        seed: everything random follows from it.
-        step: z_s of these rows, given z_t, s and t.
-        decode: x of these rows, given z_1 and its time.
-        start: z_T of these rows, given a draw of the prior and the last time.
+        seed: of everything random.
+        step: returns z_s for rows, z_t, s and t.
+        decode: returns x for rows, z_1 and the time of z_1.
+        start: returns z_T for rows, a draw from the prior and the last time.
         track: wraps the steps, for a progress bar.
+
+    Returns:
+        Samples in the space of the data, shape (count, *model.shape).
+
+    Raises:
+        ValueError: if `count` is below 1, or an output of the network is not finite.
     """
     if count < 1:
         raise ValueError(f"the number of samples must be at least 1; got {count}")
     grid = times.times.to(model.device)
     parts, blocks = [], torch.arange(count).split(model.rows)
-    calls = iter(track(range(len(blocks) * len(grid))))  # all, for one bar
+    calls = iter(track(range(len(blocks) * len(grid))))  # of all blocks, for one progress bar
     with measuring(model), seeded(seed), numbers_only(model.network):
         for rows in blocks:
             with local_shard(len(rows)) as part:
@@ -266,14 +277,16 @@ def descend(
                     z = step(own, z, t[i - 1], t[i])
                 next(calls)
                 parts.append(gather_rows(part, decode(own, z, t[0])))
-        next(calls, None)  # the bar ends
+        next(calls, None)  # completes the progress bar
     return torch.cat(parts)
 
 
 @contextmanager
 def numbers_only(network: nn.Module) -> Iterator[None]:
-    """Inside, an output of the network that is not finite is an error: of it anything would be
-    drawn, such as the first of all symbols."""
+    """Inside, raise a ValueError when an output of the network is not finite.
+
+    Draws from such an output would be meaningless, such as the first symbol every time.
+    """
 
     def check(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.isfinite().all():

@@ -1,16 +1,16 @@
-r"""Draws of the unknown dimensions u of x given the known ones k, by weighted particles.
+r"""Draws of the unknown dimensions u of x given the known ones k, by sequential Monte Carlo.
 
-What is known takes one path z^k ~ q(z|x^k). Along it K particles go down the reverse process side
-by side, z^u ~ P(z_s|z_t), each with the weight by which the model knows the path,
+The known dimensions follow one path z^k ~ q(z|x^k). Along it, K particles follow the reverse
+process, z^u ~ P(z_s|z_t), each with the probability of the path under the model as its weight,
 
     w = Π_t P(z_s^k|z_t) · P(x^k|z_1).
 
-Where few particles carry the weight they are drawn anew by it, systematically (Doucet & Johansen
-2011). As K → ∞ the draws are of P(x^u|z^k, x^k), which is the model's own P(x^u|x^k) as far as its
-law of the path is q's (SMCDiff, Trippe et al. 2023). A symbol that is known shows from the start
-(`ForwardProcess.reveal`), as the network knows what follows from any that show.
+When few particles carry most of the weight, they are resampled systematically (Doucet & Johansen
+2011). As K → ∞ the draws follow P(x^u|z^k, x^k), which is the model's P(x^u|x^k) insofar as the
+model's distribution of the path equals q (SMCDiff, Trippe et al. 2023). Known symbols are visible
+from the start (`ForwardProcess.reveal`), as the network can condition on any visible symbols.
 
-Blocks of rows are seeded one by one, so any number of processes that share them draw the same.
+Each block of rows has a seed of its own, so the draws do not depend on the number of processes.
 """
 
 import torch
@@ -25,7 +25,7 @@ from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeGrid
 from nelbo.sampling.samplers import numbers_only
 
-BLOCK = 32  # rows that are seeded together, where memory allows
+BLOCK = 32  # rows that share a seed, if memory allows
 
 
 def conditional(
@@ -38,20 +38,23 @@ def conditional(
     seed: int = 0,
     track: Track = iter,
 ) -> Tensor:
-    """x with the dimensions that are not known drawn given those that are.
+    """Draw the unknown dimensions of x given the known ones.
 
     Args:
         model: the model.
-        x: examples in the space of the data, shape (N, *model.shape); what is not known may be
-            any value of the data; or a `Batch` of them and their conditions.
-        known: which dimensions are, booleans (N, *model.shape).
-        times: the grid; T network calls for each particle.
-        particles: K; 1 lets what is known have no say but through the network.
-        seed: everything random follows from it.
+        x: examples in the space of the data, shape (N, *model.shape), or a `Batch` of examples
+            and conditions; unknown dimensions may have any value of the data.
+        known: mask of the known dimensions, booleans (N, *model.shape).
+        times: the grid; each particle takes T network calls.
+        particles: K; with 1, known dimensions act through the network only.
+        seed: of everything random.
         track: wraps the blocks of rows, for a progress bar.
 
+    Returns:
+        x with the unknown dimensions drawn, shape (N, *model.shape).
+
     Raises:
-        ValueError: no particles.
+        ValueError: if `particles` is below 1.
     """
     if particles < 1:
         raise ValueError(f"the number of particles must be at least 1; got {particles}")
@@ -70,7 +73,7 @@ def conditional(
 
 
 def _descend(model: Model, batch: Batch, known: Tensor, times: TimeGrid, particles: int) -> Tensor:
-    """One particle of the K of each row, that of x (N K, ...); (N, ...)."""
+    """Return one of the K particles of each row; the batch has each row K times, (N K, ...)."""
     process, x = model.process, batch.x.to(model.device)
     e = model.embed(x)
     at = [t.expand(len(x)) for t in times.times.to(model.device)]
@@ -92,10 +95,16 @@ def _descend(model: Model, batch: Batch, known: Tensor, times: TimeGrid, particl
 
 
 def resample(log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the N K particles go on, and their log-weights, both (N K,); log_w is (N, K).
+    """Resample the particles of each row whose effective sample size 1/Σ w² is below K/2.
 
-    All of them as they are where Σ w² says that half of them or more carry the weight; else
-    systematic draws: particle k comes K w_k times, rounded down or up, K w_k in the mean.
+    Resampling is systematic: particle k is chosen K w_k times, rounded down or up, and K w_k
+    times in expectation.
+
+    Args:
+        log_w: log-weights, shape (N, K).
+
+    Returns:
+        Indices of the N K particles that continue, and their log-weights, shape (N K,) each.
     """
     n, k = log_w.shape
     w = log_w.softmax(1)
@@ -109,12 +118,12 @@ def resample(log_w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _common(z: Tensor, particles: int) -> Tensor:
-    """The first particle of each row, for all its particles; (N K, ...)."""
+    """Copy the first particle of each row to all particles of the row; (N K, ...)."""
     return z[::particles].repeat_interleave(particles, 0)
 
 
 def _sum(known: Tensor, distribution: Distribution, value: Tensor) -> Tensor:
-    """The log-probability of what is known alone: dimensions are independent given z; (N K,)."""
+    """Return the log-probability of the known dimensions, independent given z; (N K,)."""
     assert isinstance(distribution, Independent)
     each = distribution.base_dist.log_prob(value)
     return torch.where(known, each, 0.0).flatten(1).sum(1)
