@@ -1,0 +1,1 @@
+"""Helpers without mathematics of their own: numerics, files, limits, processes, terminals."""

@@ -1,10 +1,10 @@
-"""Parts of a batch: on several processes, or one after the other to save memory.
+"""Shards of a batch: on several processes, or one after the other to save memory.
 
-A batch in P parts is the same batch, and the loss curve the same: part p holds the rows p, p + P,
-p + 2P, .., and whatever is random in them is what it is for these rows in the whole batch. Each
-part draws for all rows and keeps its own, since there is one stream of random numbers and none for
-each row. That costs next to nothing for the noise of the examples; the masks of dropout it makes
-P times as dear, so networks without dropout scale best.
+Training on P shards gives the same loss curve as on the whole batch: shard p holds the rows p,
+p + P, p + 2P, .., and the random numbers of these rows are those that they have in the whole
+batch. As there is one stream of random numbers and not one for each row, each shard draws for all
+rows of the batch and keeps the numbers of its rows. This costs next to nothing for the noise of
+the examples, but dropout masks cost P times as much, so networks without dropout scale best.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -22,12 +22,13 @@ _current: ContextVar["BatchShard | None"] = ContextVar("part", default=None)
 
 
 class BatchShard:
-    """Rows of a batch, in increasing order; as a context, the part in which random numbers are
-    drawn, see `shard_rng`.
+    """Some rows of a batch, in increasing order.
+
+    As a context manager it is the shard for which `shard_rng` draws random numbers.
 
     Args:
-        rows: their places in the batch.
-        batch: rows of the whole batch.
+        rows: their indices in the batch.
+        batch: number of rows of the whole batch.
     """
 
     def __init__(self, rows: Tensor, batch: int) -> None:
@@ -36,25 +37,31 @@ class BatchShard:
 
     @staticmethod
     def whole(batch: int) -> "BatchShard":
+        """Return the shard of all rows."""
         return BatchShard(torch.arange(batch), batch)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def of(self, whole: Tensor) -> Tensor:
-        """Of something of each row of the batch, that of the own rows."""
+        """Select the shard's rows of a tensor with one row for each row of the batch."""
         return whole if len(self) == self.batch else whole[self.rows.to(whole.device)]
 
     def between(self, start: int, stop: int) -> tuple[slice, "BatchShard"]:
-        """Which own rows are among the rows start..stop-1 of the batch, as a part of those."""
+        """Return the shard's rows among the rows start..stop-1 of the batch.
+
+        Returns:
+            A slice of the shard's rows, and these rows as a shard of start..stop-1.
+        """
         first, last = torch.searchsorted(self.rows, torch.tensor([start, stop])).tolist()
         own = slice(first, last)
         return own, BatchShard(self.rows[own] - start, stop - start)
 
     def some(self, start: int, stop: int) -> tuple[slice, "BatchShard", int]:
-        """As `between`, and how many; but where there are none, one row that counts for nothing.
+        """Return the result of `between` and the number of rows, but at least a dummy row.
 
-        So all parts call a network equally often: other parts draw for it, or hold its weights.
+        Where the shard has none of the rows, slice and shard hold one row and the number is 0. So
+        all shards call a network equally often, as they must where others hold its weights.
         """
         own, within = self.between(start, stop)
         if len(within):
@@ -62,7 +69,7 @@ class BatchShard:
         return slice(0, 1), BatchShard(torch.zeros(1, dtype=torch.long), stop - start), 0
 
     def among(self, chosen: Tensor) -> "BatchShard":
-        """The own rows among the chosen ones, True in a mask (batch,), as a part of those."""
+        """Return the shard's rows among those True in a mask, (batch,), as a shard of these."""
         chosen = chosen.cpu()
         places = chosen.cumsum(0) - 1
         return BatchShard(places[self.rows][chosen[self.rows]], int(chosen.sum()))
@@ -76,23 +83,26 @@ class BatchShard:
 
 
 def current(rows: int) -> BatchShard:
-    """The part that `rows` rows at hand are; the whole batch where nobody said."""
+    """Return the shard of the context; where there is none, a whole batch of `rows` rows."""
     return _current.get() or BatchShard.whole(rows)
 
 
 def shard_rng() -> AbstractContextManager[object]:
-    """What is random inside is drawn for the whole batch; the own rows of it are what one gets."""
+    """Inside, draw random numbers for the whole batch and return those of the current shard."""
     part = _current.get()
     return nullcontext() if part is None or len(part) == part.batch else _OwnRows(part)
 
 
 def again() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """Around what is computed now, and once more later, in another thread: the same part."""
+    """Return contexts for a computation and its repetition in another thread: the same shard.
+
+    For `context_fn` of `torch.utils.checkpoint.checkpoint`.
+    """
     return nullcontext(), _current.get() or nullcontext()
 
 
 class _OwnRows(TorchDispatchMode):
-    """Widens each random operation from the own rows to the batch, and takes them out again."""
+    """Widens each random operation from a shard to the batch, and selects the shard's rows."""
 
     def __init__(self, part: BatchShard) -> None:
         super().__init__()
@@ -109,7 +119,7 @@ class _OwnRows(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator"):
             return func(*args, **kwargs)
         first, *others = args
-        if not isinstance(first, Tensor):  # the size of what is drawn
+        if not isinstance(first, Tensor):  # the size of the draw
             size = [self._widened(first[0]), *first[1:]]
             return self._own(func(size, *others, **kwargs))
         wide = tree_map_only(Tensor, self._wide, args)
@@ -117,15 +127,15 @@ class _OwnRows(TorchDispatchMode):
         return first.copy_(drawn) if func._schema.is_mutable else drawn
 
     def _widened(self, rows: int) -> int:
-        """As many of each row of the batch; a tensor can have several rows of each example."""
+        """Return the rows of a tensor for the batch; a tensor may have several per example."""
         if rows % len(self.part):
             raise RuntimeError(f"{rows} random numbers belong to no {len(self.part)} examples")
         return rows // len(self.part) * self.part.batch
 
     def _wide(self, own: Tensor) -> Tensor:
-        """A tensor for the whole batch: the own rows in their places, else one of them."""
+        """Return a tensor for the whole batch, with the shard's rows in place, else the first."""
         size = self._widened(len(own)), *own.shape[1:]
-        # a fill goes through the memory: channels may come last there
+        # random fills follow the layout in memory, in which channels may come last
         order = sorted(range(own.ndim), key=own.stride, reverse=True)
         wide = own.new_zeros([size[d] for d in order]).permute(
             [order.index(d) for d in range(own.ndim)]
@@ -137,7 +147,7 @@ class _OwnRows(TorchDispatchMode):
         return wide
 
     def _own(self, wide: Tensor) -> Tensor:
-        """The own rows of a tensor of the whole batch."""
+        """Select the shard's rows of a tensor of the whole batch."""
         places = self.part.rows.to(wide.device)
         return self._by_example(wide, self.part.batch)[places].flatten(0, 1)
 
@@ -147,7 +157,7 @@ class _OwnRows(TorchDispatchMode):
 
 
 def local_shard(batch: int) -> BatchShard:
-    """The part of this process, of as many as there are; all of it where it is too small."""
+    """Return the shard of this process; the whole batch if it has fewer rows than processes."""
     rank, size = world()
     return (
         BatchShard(torch.arange(batch)[rank::size], batch)
@@ -157,7 +167,7 @@ def local_shard(batch: int) -> BatchShard:
 
 
 def gather_rows(part: BatchShard, own: Tensor) -> Tensor:
-    """What the processes found for the rows of their parts, for the whole batch."""
+    """Assemble the rows of the whole batch from the shards of all processes."""
     if len(part) == part.batch:
         return own
     whole = own.new_empty(part.batch, *own.shape[1:])

@@ -1,13 +1,13 @@
-"""The user's own cache: what commands of this user settled, kept where no stranger's file is.
+"""The user's cache: results of earlier commands, in a folder without untrusted files.
 
-    copies of what is at URLs                      `data.remote`
-    which times to draw for a run, by pilots       `pilots`
-    where data are that this user trained on       `checkpoint`
+    copies of files at URLs                        `data.remote`
+    pilots, which allocate draws to times           `runs.pilot_cache`
+    paths of the data that this user trained on    `runs.config`
 
-An entry is a JSON file of its own, named by the hash of its key, so that processes which write at
-the same time do not meet. One that is missing, damaged, of another key or of another user is none;
-all of it may be removed at any time, and is then made again. Where nothing can be written, an
-entry lasts as long as the process.
+An entry is a JSON file, named by the hash of its key, so that processes that write at the same
+time do not collide. An entry that is damaged, of another key or of another user counts as missing.
+The cache may be removed at any time, and is then rebuilt. Where it cannot be written, an entry
+lasts as long as the process.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ _unwritten: dict[tuple[str, str], object] = {}
 
 
 def folder() -> Path:
-    """The folder of the cache: NELBO_CACHE, or nelbo in XDG_CACHE_HOME or ~/.cache.
+    """Return the folder of the cache: NELBO_CACHE, or nelbo in XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        OSError: the user has no home.
+        OSError: if the user has no home folder.
     """
     try:
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nelbo"
@@ -38,7 +38,7 @@ def folder() -> Path:
 
 
 def get(kind: str, key: str) -> object:
-    """The value of a key; None where there is none."""
+    """Return the value of a key, None where there is none."""
     if (kind, key) in _unwritten:
         return _unwritten[kind, key]
     with contextlib.suppress(OSError, ValueError):
@@ -51,11 +51,11 @@ def get(kind: str, key: str) -> object:
 
 
 def put(kind: str, key: str, value: object) -> None:
-    """Keep a value.
+    """Store a value.
 
     Raises:
-        OSError: it cannot be written, and lasts as long as the process.
-        ValueError: a number is not finite.
+        OSError: if it cannot be written; then it lasts as long as the process.
+        ValueError: if a number is not finite.
     """
     content = (json.dumps({"key": key, "value": value}, allow_nan=False) + "\n").encode()
     try:
@@ -69,7 +69,7 @@ def put(kind: str, key: str, value: object) -> None:
 
 
 def reason(error: OSError) -> str:
-    """Why nothing could be kept, and what to do."""
+    """Return a sentence on why nothing could be stored, and what to do about it."""
     where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return f"{where}; {CACHE} names another folder for it"
 
@@ -79,5 +79,5 @@ def _path(kind: str, key: str) -> Path:
 
 
 def _is_mine(path: Path) -> bool:
-    """Whether a file was written by this user, also where the folder is shared with others."""
+    """Return whether this user owns a file, as the folder may be shared with others."""
     return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()

@@ -1,8 +1,7 @@
-"""One command on several processes: who this one is, and what all of them found.
+"""One command on several processes: ranks, and the exchange of results.
 
-`torchrun --nproc_per_node N -m nelbo ...` starts them; alone, a process is rank 0 of 1.
-A process that dies closes its connections, and one that hangs is waited for so many seconds; then
-all others end with a sentence that says so.
+`torchrun --nproc_per_node N -m nelbo ...` starts them; a single process is rank 0 of 1. When a
+process dies, or hangs for NELBO_TIMEOUT seconds, all others end with a sentence that says so.
 """
 
 import os
@@ -18,15 +17,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-TIMEOUT = "NELBO_TIMEOUT"  # seconds; names a variable of the environment
-PATIENCE = 600.0
-LETTING_GO = 0.1  # seconds in which gloo's threads can get Python's lock and free a last tensor
+TIMEOUT = "NELBO_TIMEOUT"  # environment variable, in seconds
+PATIENCE = 600.0  # its default, in seconds
+LETTING_GO = 0.1  # seconds for gloo's threads to get Python's lock and free a last tensor
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 def world() -> tuple[int, int]:
-    """(rank, number of processes)."""
+    """Return the rank of this process and the number of processes."""
     import torch.distributed as dist
 
     if _alone.get():
@@ -38,7 +37,7 @@ def world() -> tuple[int, int]:
 
 @contextmanager
 def no_communication() -> Iterator[None]:
-    """Every process does all of the work, at the same pace as the others, and shares none."""
+    """Inside, act as a single process: each does all the work, at the same pace as the others."""
     before = _alone.set(True)
     try:
         yield
@@ -47,13 +46,13 @@ def no_communication() -> Iterator[None]:
 
 
 def gather(mine: T) -> list[T]:
-    """What each process found, in the order of their ranks, on all of them."""
+    """Return the objects of all processes, in the order of their ranks, on every process."""
     import torch.distributed as dist
 
     _, size = world()
     if size == 1:
         return [mine]
-    found = [mine] * size  # each is replaced
+    found = [mine] * size  # placeholders
     with _all_are_there():
         dist.all_gather_object(found, mine)
     return found
@@ -64,9 +63,12 @@ def map_across_processes(
     work: Callable[[int], T],
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[T]:
-    """work(0), .., work(count - 1), each done by one of the processes; all get them all.
+    """Return work(0), .., work(count - 1), each computed on one process, on every process.
 
-    `track` wraps those of this process, for a progress bar.
+    Args:
+        count: number of results.
+        work: computes a result from its index.
+        track: wraps the indices of this process, for a progress bar.
     """
     rank, size = world()
     mine = {i: work(i) for i in track(range(rank, count, size))}
@@ -75,7 +77,7 @@ def map_across_processes(
 
 
 def add(*mine: "Tensor") -> None:
-    """The sums of what all processes hold, put in their places on each; all wait but once."""
+    """Replace each tensor by its sum over all processes, in one exchange."""
     import torch.distributed as dist
 
     if world()[1] > 1:
@@ -85,7 +87,7 @@ def add(*mine: "Tensor") -> None:
 
 
 def anywhere(mine: bool) -> bool:
-    """Whether it is so on any process; they find it out together."""
+    """Return whether `mine` is true on any process; all processes must call this."""
     import torch
 
     if world()[1] == 1:
@@ -96,7 +98,7 @@ def anywhere(mine: bool) -> bool:
 
 
 def main_process_first(work: Callable[[], T]) -> T:
-    """What rank 0 makes of it, alone, while the others wait; all get it. If it fails, all end."""
+    """Return work() of rank 0, on every process; the others wait. If it fails, all end."""
     rank, size = world()
     if size == 1:
         return work()
@@ -113,17 +115,17 @@ def main_process_first(work: Callable[[], T]) -> T:
 
 @contextmanager
 def process_group() -> Iterator[int]:
-    """Joins the processes that torchrun started, if it did; yields the rank of this one.
+    """Inside, be connected to the other processes of torchrun, if any; yield the rank.
 
     Raises:
-        ConnectionError: another process ended or did not answer.
+        ConnectionError: if another process ended or did not answer.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return
     import torch
     import torch.distributed as dist
-    import torch.distributed.nn  # later it would keep the group, and gloo's threads abort the exit
+    import torch.distributed.nn  # imported later, it would keep the group, and gloo abort the exit
 
     backend = "gloo"
     if torch.cuda.is_available():
@@ -132,16 +134,20 @@ def process_group() -> Iterator[int]:
     with _all_are_there():
         dist.init_process_group(backend, timeout=timedelta(seconds=_patience()))
     try:
-        with _all_are_there(dist.DistError):  # a sharded network asks for the others by itself
+        with _all_are_there(dist.DistError):  # a sharded network communicates by itself
             yield dist.get_rank()
     finally:
         dist.destroy_process_group()
-        # where a cache of DTensor's holds the group, nobody waits for its threads but here
+        # where a cache of DTensor holds the group, only this waits for the group's threads
         time.sleep(LETTING_GO)
 
 
 def check_alone(what: str) -> None:
-    """ValueError where torchrun started several processes for what they cannot share."""
+    """Raise a ValueError if torchrun started several processes for work that is not shared.
+
+    Args:
+        what: name of the work, for the message.
+    """
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"{what} is work for one process, not for {size}; start it by itself")
 
@@ -159,9 +165,10 @@ def _patience() -> float:
 
 @contextmanager
 def _all_are_there(kind: type[RuntimeError] = RuntimeError) -> Iterator[None]:
-    """Around what needs every process; torch's own errors here name lines of its source.
+    """Turn errors of communication, in which torch names lines of its source, into a sentence.
 
-    Around other work too, they have to be told from its errors: by their kind, or by gloo's name.
+    Args:
+        kind: class of these errors; other RuntimeErrors count only if they name gloo.
     """
     try:
         yield
@@ -171,5 +178,5 @@ def _all_are_there(kind: type[RuntimeError] = RuntimeError) -> Iterator[None]:
         raise ConnectionError(
             f"process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}:"
             f" another one ended or did not answer for {_patience():g} seconds ({TIMEOUT} sets"
-            f" how long to wait); see what it said, then continue with --resume"
+            f" how long to wait); see its output, then continue with --resume"
         ) from error

@@ -1,10 +1,10 @@
-"""Files that are whole or not there, and files of tensors that are what was written.
+"""Files that are either complete or absent, and files of tensors with a checksum.
 
-Every file is written under a temporary name, synced and renamed. A process holds what it has not
-renamed yet by a lock that ends with it, so what a killed one left is known, and removed (`tidy`).
-Tensors are safetensors, and come with their SHA-256, so that what the disk damaged later is not
-taken for them. What can be found again (`kept`) is a JSON object, and no error where it cannot be
-read.
+Every file is written under a temporary name, synced and renamed. Until then the process holds a
+lock on it, which ends with the process, so that files left by killed processes can be recognised
+and removed (`tidy`). Tensors are stored as safetensors together with their SHA-256, so that later
+damage is noticed. Values that can be recomputed are kept in a JSON object (`kept`), which counts
+as empty where it cannot be read.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ except ImportError:  # Windows, which removes no file that is open
     fcntl = None  # type: ignore[assignment]
 
 HASH = "sha256"
-#: bytes that stand before tensors: the names and shapes of 100 000
+#: bytes of a safetensors header, at most: the names and shapes of 100 000 tensors
 HEAD = 2**24
-PART = ".nelbo-part"  # ends the names of what is not whole yet
-#: the names that `part_of` gives
+PART = ".nelbo-part"  # suffix of files and folders that are not complete yet
+#: pattern of the names that `part_of` gives
 PARTS = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(PART)}", re.DOTALL)
 
 
@@ -47,10 +47,10 @@ def write(path: Path, content: bytes, before: Path | None = None) -> None:
     Args:
         path: the file.
         content: all of it.
-        before: a name for the file that was at `path`, where it is kept.
+        before: a name under which to keep the file that was at `path`; it is lost where left out.
 
     Raises:
-        OSError: naming `path`.
+        OSError: if it cannot be written; the error names `path`.
     """
     temporary = None
     try:
@@ -79,7 +79,7 @@ def write(path: Path, content: bytes, before: Path | None = None) -> None:
 
 
 def part_of(path: Path) -> tuple[int, str]:
-    """A new file beside `path`, open and held until it is closed, and its name."""
+    """Create a temporary file beside `path`; return its handle, locked until closed, and name."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=PART)
         _hold(handle, wait=True)
@@ -90,7 +90,7 @@ def part_of(path: Path) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def folder_part_of(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, held and at the end removed with what is left in it."""
+    """Create a temporary folder beside `path`, locked inside and removed with its files after."""
     name = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=PART)
     handle = None if fcntl is None else os.open(name, os.O_RDONLY)
     try:
@@ -104,12 +104,12 @@ def folder_part_of(path: Path) -> Iterator[Path]:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a name is one of files and folders that are not whole yet."""
+    """Return whether a path has the name of a file or folder that is not complete yet."""
     return PARTS.fullmatch(path.name) is not None
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes left in a folder: ours by their names, held by nobody."""
+    """Remove temporary files that killed processes left in a folder, which no process locks."""
     with contextlib.suppress(OSError):
         for path in filter(is_part, list(folder.iterdir())):
             with contextlib.suppress(OSError):
@@ -129,7 +129,7 @@ def _remove_unless_held(path: Path) -> None:
 
 
 def _hold(handle: int, wait: bool) -> bool:
-    """Lock an open file or folder; whether that went well."""
+    """Lock an open file or folder; return whether this succeeded."""
     if fcntl is None:
         return True
     try:
@@ -140,7 +140,7 @@ def _hold(handle: int, wait: bool) -> bool:
 
 
 def _sync_names(folder: Path) -> None:
-    """Renaming lasts once the folder is on the disk too."""
+    """Sync a folder to the disk, without which a renaming may not last."""
     with contextlib.suppress(PermissionError):  # Windows opens no folders
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -150,8 +150,10 @@ def _sync_names(folder: Path) -> None:
 
 
 def kept(path: Path) -> dict[str, object]:
-    """The JSON object in a file of a run; empty where the file is missing, damaged or a link out
-    of its folder."""
+    """Return the JSON object in a file of a run.
+
+    It is empty where the file is missing, damaged or a link out of its folder.
+    """
     try:
         document = limits.read_json(limits.contained(path, path.parent))
     except (OSError, ValueError):
@@ -160,20 +162,21 @@ def kept(path: Path) -> dict[str, object]:
 
 
 def keep(path: Path, key: str, value: object) -> None:
-    """Add to what is `kept` in a file, with what others added meanwhile.
+    """Add a key to the object that is `kept` in a file, preserving all other keys.
 
     Raises:
-        OSError: it cannot be written, as in a folder that is read only.
-        ValueError: a number is not finite.
+        OSError: if it cannot be written, as in a folder that is read-only.
+        ValueError: if a number is not finite.
     """
     document = kept(path) | {key: value}
     write(path, (json.dumps(document, allow_nan=False) + "\n").encode())
 
 
 def check_writable(path: Path) -> None:
-    """OSError now rather than after the work, where `write` could not create the file.
+    """Check, before the work, that `write` can create the file; remove leftovers beside it.
 
-    What killed commands left beside it is removed.
+    Raises:
+        OSError: if it cannot.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -191,16 +194,23 @@ def write_tensors(
     about: Mapping[str, object],
     before: Path | None = None,
 ) -> None:
-    """Tensors and a few words about them, as one safetensors file; `before` as for `write`."""
+    """Write tensors and metadata as one safetensors file.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        about: metadata, ready for JSON.
+        before: as for `write`.
+    """
     # Clones, because the format refuses names that share memory (the transform of real data).
     whole = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    # One key: the format writes several in no fixed order, and equal runs shall be equal files.
+    # One key: the format writes several in no fixed order, and equal runs must give equal files.
     words = {**about, HASH: _sha256(whole, about)}
     write(path, save(whole, {"about": json.dumps(words, sort_keys=True)}), before)
 
 
 def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> str:
-    """Of all that a file of tensors says."""
+    """Return the hash of all tensors and metadata of a file."""
     digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -209,15 +219,15 @@ def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> str:
 
 
 def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file and the words about them.
+    """Return the tensors and the metadata of a safetensors file.
 
     Args:
         path: the file.
-        hashed: refuse a file without its SHA-256, such as other programs write.
+        hashed: refuse a file without its SHA-256, such as those of other programs.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: truncated, not safetensors, or not what was written.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, not safetensors, or not as it was written.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
@@ -228,7 +238,7 @@ def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], d
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         if not isinstance(about, dict):
-            raise ValueError(f"it says {about!r} of itself")
+            raise ValueError(f"its metadata is {about!r}")
         known = about.pop(HASH, None)
         if (hashed or known is not None) and known != _sha256(tensors, about):
             raise ValueError(f"its SHA-256 is not {known}" if known else "it has no SHA-256")
@@ -241,7 +251,7 @@ def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], d
 
 
 def _check_head(path: Path) -> None:
-    """Raise ValueError where the heading of a safetensors file is far larger than any is."""
+    """Raise a ValueError if the header of a safetensors file is implausibly large."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
     if HEAD < size <= path.stat().st_size and not limits.trusted():
@@ -252,10 +262,15 @@ def _check_head(path: Path) -> None:
 
 
 def put_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load tensors into a module that has exactly these names and shapes, and that are finite.
+    """Load tensors into a module.
+
+    Args:
+        module: whose state dict to load.
+        tensors: by name.
+        where: they come from, for the message.
 
     Raises:
-        ValueError: they are not so.
+        ValueError: if the names or shapes are not those of the module, or a value is not finite.
     """
     own = module.state_dict()
     for name in sorted(own.keys() ^ tensors.keys()):
@@ -268,6 +283,8 @@ def put_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
                 f" {tuple(own[name].shape)}: it belongs to another architecture"
             )
         if own[name].is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{where} has {name} as {tensor.dtype}, where {own[name].dtype} is")
+            raise ValueError(
+                f"{where} has {name} as {tensor.dtype}, the model has {own[name].dtype}"
+            )
     module.load_state_dict({name: divided_like(own[name], t) for name, t in tensors.items()})
     check_finite(module, where)

@@ -1,15 +1,15 @@
-"""What a file may make us do: its sizes are believed as far as its bytes account for them.
+"""Limits on untrusted files: a file can demand only resources that its bytes account for.
 
-A file from a stranger may claim anything. Before anything is allocated for it,
+An untrusted file may claim any size. Before memory is allocated for it,
 
-    a pipe, a socket or a device is refused         `regular`
-    what it has and claims, against free memory     `check_file`, `check_memory`
-    what is built for it against the numbers in it  `within_file`
-    JSON is read only up to a size, and is JSON     `read_json`
-    a folder is searched as long as that pays       `check_search`
+    pipes, sockets and devices are refused                      `regular`
+    the size that it has or claims is checked against memory    `check_file`, `check_memory`
+    a model is checked against the number of its weights        `within_file`
+    JSON is checked for its size and syntax                     `read_json`
+    the search of a folder stops where it finds too little      `check_search`
 
-The sizes here are far beyond any real file of their kind. `NELBO_TRUST_FILES=1` in the environment
-lifts them; nothing lifts that no file is executed.
+The limits are far beyond any real file of their kind. `NELBO_TRUST_FILES=1` in the environment
+lifts them; even then no file is executed.
 """
 
 import json
@@ -24,30 +24,30 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-TRUST = "NELBO_TRUST_FILES"
+TRUST = "NELBO_TRUST_FILES"  # environment variable
 #: bytes of a JSON file: a table of 1000 columns of 1000 categories takes 16 MiB
 JSON = 2**26
 #: bytes of memory for each byte of JSON, most of which may be brackets
 OBJECTS = 30
-#: bytes of the events of a run, 80 000 validations, and of one of them
+#: bytes of the events of a run, for 80 000 validations, and bytes of one event
 EVENTS, EVENT = 2**24, 2**12
-#: bytes of an encoded image: more than Pillow's largest image has uncompressed, at 16 bits RGBA
+#: bytes of an encoded image: more than Pillow's largest image takes uncompressed, as 16-bit RGBA
 IMAGE = 2**30
-#: bytes that any file may become when it is unpacked, and how many times its own size beyond that:
-#: sparse images and constant columns stay below
+#: bytes to which any file may unpack, and the factor by which larger ones may grow: sparse images
+#: and constant columns stay below
 UNPACKED, INFLATION = 2**27, 256
-#: no deflated bytes hold more than so many times their number
+#: the factor by which deflated bytes can grow, at most
 DEFLATED = 1032
-#: bytes of the header of a NumPy array, as numpy itself has it
+#: bytes of the header of a NumPy array, the limit of NumPy itself
 ARRAY_HEADER = 10_000
-#: times of a foreign schedule; the usual number is 1000
+#: times of a schedule of another program; the usual number is 1000
 STEPS = 10**6
-#: numbers that a model may hold beside 4 times those in its weights: tables of levels and the like
+#: numbers that a model may hold beyond 4 times those of its weights, for tables of levels and such
 BESIDE = 2**25
-#: files that a folder of data may hold beside 8 for each that is data: the annotations of ImageNet
-#: are half as many
+#: files that a folder may hold beyond 9 for each file of data: the annotations of ImageNet are
+#: half as many
 OTHERS = 2**20
-#: factories of torch whose size is an argument and not that of anything which is there
+#: functions of torch that allocate a tensor whose size is an argument
 FACTORIES = (
     torch.empty,
     torch.zeros,
@@ -59,23 +59,23 @@ FACTORIES = (
     torch.rand,
     torch.randn,
 )
-#: what sizes that cannot be lead to
+#: errors to which impossible sizes lead
 IMPOSSIBLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
-#: tensors of a model, at most: more than 1000 blocks of any network, which takes seconds
+#: tensors of a model, at most: more than 1000 blocks of any network, made in seconds
 TENSORS = 2**14
 
 
 def trusted() -> bool:
-    """Whether the user lifts the limits of size."""
+    """Return whether the user lifts the limits."""
     return os.environ.get(TRUST) == "1"
 
 
 def regular(path: Path) -> int:
-    """The bytes of a file; a link is followed.
+    """Return the size of a regular file in bytes; links are followed.
 
     Raises:
-        OSError: there is none, or it is a folder.
-        ValueError: it is a pipe, a socket or a device, to read which may never end.
+        OSError: if there is no such file, or it is a folder.
+        ValueError: if it is a pipe, a socket or a device, which could be read without end.
     """
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
@@ -88,10 +88,10 @@ def regular(path: Path) -> int:
 
 
 def contained(path: Path, folder: Path) -> Path:
-    """The path, which no link leads out of its folder.
+    """Return the path, if no link leads out of the folder.
 
     Raises:
-        ValueError: one does.
+        ValueError: if one does.
     """
     if not trusted() and not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
@@ -102,7 +102,7 @@ def contained(path: Path, folder: Path) -> Path:
 
 
 def check_memory(size: float, what: str) -> None:
-    """Raise ValueError where so many bytes are more than is free; `what` needs them."""
+    """Raise a ValueError if `what` needs more bytes, `size`, than are free."""
     free = free_memory()
     if size > free and not trusted():
         raise ValueError(
@@ -112,23 +112,23 @@ def check_memory(size: float, what: str) -> None:
 
 
 def check_file(path: Path, times: float = 1) -> None:
-    """Raise ValueError where so many times a file are more than is free; else as `regular`."""
+    """Raise a ValueError if `times` the size of a file is not free; also as `regular`."""
     check_memory(times * regular(path), str(path))
 
 
 def inflates(size: float, packed: float) -> bool:
-    """Whether so many bytes are suspiciously many for those that they are packed in."""
+    """Return whether `size` bytes are suspiciously many to be unpacked from `packed` bytes."""
     return size > max(UNPACKED, INFLATION * packed) and not trusted()
 
 
 def check_unpacked(size: float, packed: float, what: str, times: float = 1) -> None:
-    """Raise ValueError before bytes are unpacked into so many that they only fill memory.
+    """Raise a ValueError if a compressed file would unpack to suspiciously many bytes.
 
     Args:
         size: bytes when unpacked.
         packed: bytes in the file.
-        what: is unpacked.
-        times: how many times the size memory is taken meanwhile.
+        what: name of the file, for the message.
+        times: memory that unpacking takes, in multiples of `size`.
     """
     if inflates(size, packed):
         raise ValueError(
@@ -139,7 +139,14 @@ def check_unpacked(size: float, packed: float, what: str, times: float = 1) -> N
 
 
 def check_search(folder: Path, found: int, seen: int, what: str) -> None:
-    """Raise ValueError where a search for data saw far more than it found: `folder` is none."""
+    """Raise a ValueError if a search for data in a folder finds too few among many files.
+
+    Args:
+        folder: that is searched.
+        found: files of data so far.
+        seen: files so far.
+        what: the kind of data, for the message.
+    """
     if seen > 9 * found + OTHERS and not trusted():
         raise ValueError(
             f"{folder} holds {found} {what} among the first {seen} files; give a folder of them"
@@ -148,7 +155,7 @@ def check_search(folder: Path, found: int, seen: int, what: str) -> None:
 
 
 def free_memory() -> float:
-    """Bytes that this process can still have, as far as the system tells; else infinity."""
+    """Return the bytes that this process can still allocate; infinity where unknown."""
     return max(0.0, min(_of_system(), _of_group(), _of_process()))
 
 
@@ -165,7 +172,7 @@ def _of_system() -> float:
 
 
 def _of_group() -> float:
-    """What a container may still use."""
+    """Return the bytes that the control group of a container can still use."""
     group = Path("/sys/fs/cgroup")
     for most, used in (
         ("memory.max", "memory.current"),
@@ -179,7 +186,7 @@ def _of_group() -> float:
 
 
 def _of_process() -> float:
-    """What `ulimit -v` leaves."""
+    """Return the bytes that `ulimit -v` leaves."""
     try:
         import resource
 
@@ -197,22 +204,22 @@ def _gibibytes(size: float) -> str:
 
 
 def read_json(path: Path, infinite: bool = False) -> object:
-    """What a JSON file says.
+    """Return the content of a JSON file.
 
     Args:
         path: the file.
-        infinite: take Infinity and -Infinity, which are no JSON, as Python writes them.
+        infinite: accept Infinity and -Infinity, which are not JSON but written by Python.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no file, too large, or not JSON; NaN and infinities are not.
+        OSError: if it cannot be read.
+        ValueError: if it is not a regular file, too large, or not JSON, such as with NaN.
     """
     check_json(path)
     return parse_json(path.read_bytes(), str(path), infinite)
 
 
 def check_json(path: Path, most: int = JSON) -> None:
-    """Raise ValueError where a file has more bytes than JSON of its kind; else as `regular`."""
+    """Raise a ValueError if a file has more than `most` bytes; also as `regular`."""
     size = regular(path)
     if size > most and not trusted():
         raise ValueError(
@@ -223,10 +230,15 @@ def check_json(path: Path, most: int = JSON) -> None:
 
 
 def parse_json(text: str | bytes, where: str, infinite: bool = False) -> object:
-    """What a JSON text says; `infinite` as for `read_json`.
+    """Return the content of a JSON text; `infinite` as for `read_json`.
+
+    Args:
+        text: the text.
+        where: it comes from, for the message.
+        infinite: accept infinities.
 
     Raises:
-        ValueError: it is not JSON, too deep, or has a number that no float is.
+        ValueError: if it is not JSON, nested too deeply, or has a number beyond all floats.
     """
     try:
         constant = _infinity if infinite else _no_number
@@ -250,21 +262,21 @@ def _finite(digits: str) -> float:
 
 
 def check_integers(values: Iterable[object], most: int, what: str) -> None:
-    """Raise ValueError where one of the values is an integer beyond `most`."""
+    """Raise a ValueError if one of the values is an integer beyond `most`."""
     for value in values:
         if isinstance(value, int) and value > most and not trusted():
             raise ValueError(f"{what} cannot be {value}; at most {most} are read")
 
 
 class Within(TorchFunctionMode):
-    """Inside, torch makes no more than so many tensors, of so many numbers, from sizes.
+    """Inside, torch functions that take a size allocate no more than a number of tensors.
 
-    What is made from other tensors is not counted, for those were.
+    Tensors computed from other tensors do not count.
 
     Args:
-        numbers: of all tensors together.
+        numbers: that all tensors may hold together.
         tensors: how many of them.
-        why: the sentence of the error.
+        why: the message of the error.
 
     Raises:
         ValueError: inside, before more is allocated.
@@ -292,10 +304,14 @@ class Within(TorchFunctionMode):
 
 @contextmanager
 def within_file(tensors: Mapping[str, Tensor], where: object) -> Iterator[None]:
-    """Inside, a model is made for the tensors of a file, of whose size it can be.
+    """Inside, let a model allocate only about as much as the tensors of its file.
+
+    Args:
+        tensors: of the file, by name.
+        where: they come from, for the message.
 
     Raises:
-        ValueError: inside, before more is allocated; or sizes of which nothing can be made.
+        ValueError: inside, before more is allocated; or if the sizes are impossible.
     """
     numbers = sum(tensor.numel() for tensor in tensors.values())
     why = (
@@ -313,7 +329,11 @@ def within_file(tensors: Mapping[str, Tensor], where: object) -> Iterator[None]:
 
 
 def within_memory(what: str) -> Within:
-    """Inside, what is made fits into free memory, as float32."""
+    """Inside, let tensors allocate only as much as is free, as float32.
+
+    Args:
+        what: takes the memory, for the message.
+    """
     free = free_memory()
     return Within(
         free / 4, TENSORS, f"{what} takes more than the {_gibibytes(free)} of memory that are free"
@@ -321,9 +341,9 @@ def within_memory(what: str) -> Within:
 
 
 def _count(func: Callable[..., object], args: Sequence[object], kwargs: Mapping) -> float:
-    """Numbers of the tensor that a factory makes, which it does not yet."""
+    """Return the size of the tensor that a function would allocate, without allocating it."""
     try:
         made = func(*args, **{**kwargs, "device": "meta"})
-    except (RuntimeError, TypeError, OverflowError):  # beyond all that is addressed
+    except (RuntimeError, TypeError, OverflowError):  # beyond the address space
         return math.inf
     return made.numel() if isinstance(made, Tensor) else 0

@@ -1,4 +1,4 @@
-"""The stable forms, decided in one place: alignment of shapes, slopes, log(1 - exp), seeds."""
+"""Numerics decided in one place: broadcasting, derivatives, log(1 - exp), draws and seeds."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ LOG_2 = 0.6931471805599453
 
 
 def over(v: Tensor, x: Tensor) -> Tensor:
-    """v of shape (B,) as (B, 1, ..., 1), to stand over x of shape (B, ...), in the dtype of x.
+    """Return v of shape (B,) as (B, 1, ..., 1), to broadcast over x, (B, ...), in x's dtype.
 
     Coefficients are computed in float64 and meet the data only here.
 
@@ -27,10 +27,10 @@ def over(v: Tensor, x: Tensor) -> Tensor:
 
 
 def slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """df/dt for an elementwise f; shape of t, differentiable in f's own parameters.
+    """Return df/dt of an elementwise f; shape of t, differentiable in the parameters of f.
 
-    Reverse mode: torch 2.13's forward mode compiles with the deprecated `torch.jit.script` at
-    its first use, which is an error where warnings are.
+    By reverse mode: torch 2.13's forward mode compiles with the deprecated `torch.jit.script` at
+    its first use, which is an error where warnings are errors.
 
     >>> slope(lambda t: t**3, torch.tensor([2.0])).item()
     12.0
@@ -44,7 +44,7 @@ def slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 @contextmanager
 def constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """What is computed inside has no gradient in these parameters."""
+    """Inside, hold these parameters constant: nothing has a gradient with respect to them."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         for parameter, _ in before:
@@ -56,7 +56,7 @@ def constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def log1mexp(a: Tensor) -> Tensor:
-    """log(1 - exp(a)) for a <= 0, accurate at both ends (Maechler 2012, eq. 7)."""
+    """Return log(1 - exp(a)) for a <= 0, accurate at both ends (Maechler 2012, eq. 7)."""
     near_zero = a > -LOG_2
     return torch.where(
         near_zero,
@@ -66,13 +66,20 @@ def log1mexp(a: Tensor) -> Tensor:
 
 
 def draw(distribution: Distribution) -> Tensor:
-    """One sample, reparametrised where the distribution can (learned schedules need it)."""
+    """Draw one sample, reparametrised where possible, as learned schedules need it."""
     with shard_rng():
         return distribution.rsample() if distribution.has_rsample else distribution.sample()
 
 
 def check_finite(module: nn.Module, where: str) -> None:
-    """ValueError where a parameter is not finite, or a buffer or a `log_..` NaN: log 0 is none."""
+    """Raise a ValueError if a parameter is not finite, or a buffer or `log_..` parameter is NaN.
+
+    The latter may be infinite, as log 0 is.
+
+    Args:
+        module: whose state dict to check.
+        where: it comes from, for the message.
+    """
     learned = {n for n, _ in module.named_parameters() if not n.split(".")[-1].startswith("log_")}
     for name, tensor in module.state_dict().items():
         of_it = own(tensor)
@@ -86,24 +93,24 @@ def check_finite(module: nn.Module, where: str) -> None:
 
 
 def derive_seed(*path: int) -> int:
-    """A 63-bit seed for the place `path` = (seed, step, ...): independent streams, no state."""
+    """Return a 63-bit seed for a path (seed, step, ...), so that streams are independent."""
     if min(path) < 0:
         raise ValueError(f"seed must be at least 0; got {min(path)}")
-    # SeedSequence ignores trailing zeros, so without its length (1, 0) would be the place (1,).
+    # SeedSequence ignores trailing zeros: without the length, (1, 0) would give the seed of (1,)
     sequence = np.random.SeedSequence([len(path), *path])
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager
 def seeded(*path: int) -> Iterator[None]:
-    """Everything random inside follows from `path`; the caller's generators are left alone.
+    """Inside, seed the default generators by `path`; restore those of the caller after.
 
     >>> with seeded(0): a = torch.rand(())
     >>> with seeded(0): b = torch.rand(())
     >>> bool(a == b)
     True
     """
-    # not all GPUs of a machine: other processes have theirs
+    # only the GPU of this process: others belong to other processes
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(used):
         torch.manual_seed(derive_seed(*path))

@@ -1,4 +1,4 @@
-"""Progress on the terminal's error stream, so that standard output stays clean."""
+"""Progress bars on standard error, so that standard output stays clean; text for terminals."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,18 +14,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from typing_extensions import override
 
 from nelbo._utils.distributed import world
 
-#: wraps what is iterated over, to show how far it is
+#: wraps an iterable to show the progress of an iteration
 Track = Callable[[Iterable[int]], Iterable[int]]
 
 
 @contextmanager
 def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A bar with the time left, or in the end the time it took; yields update(done, note).
+    """Show a bar with the remaining time, and at the end the elapsed time; 80 columns suffice.
 
-    On 80 columns there is room for it all.
+    Args:
+        what: description of the work.
+        total: number of steps.
+        done: number of steps at the start.
+
+    Yields:
+        A function update(done, note).
     """
     columns = (
         TextColumn("{task.description}"),
@@ -40,7 +47,7 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int
 
 
 def tracker(what: str) -> Track:
-    """A `track` argument that shows a bar while it iterates, on the first of the processes."""
+    """Return a `Track` that shows a bar, on rank 0 only."""
 
     def track(items: Iterable[int]) -> Iterator[int]:
         listed = list(items)
@@ -55,17 +62,17 @@ def tracker(what: str) -> Track:
     return track
 
 
-#: characters that are shown: of a value within a sentence, of a path or word, and of a sentence
+#: characters shown of a value within a sentence, of a path or word, and of a sentence, at most
 VALUE, WORD, LINE = 200, 400, 4000
 
 
 def printable(text: str) -> str:
-    """The text with a mark in place of control, format and unassigned characters."""
+    """Return the text with a mark in place of control, format and unassigned characters."""
     return re.sub(r"[^ -~\n\t]", lambda c: "\ufffd" if category(c[0])[0] == "C" else c[0], text)
 
 
 def shortened(text: str, most: int = VALUE) -> str:
-    """The text with a mark in place of its middle where it is longer than `most`.
+    """Return the text with a mark in place of its middle if it is longer than `most`.
 
     >>> shortened("0123456789", 5)
     '012…9'
@@ -77,13 +84,14 @@ def shortened(text: str, most: int = VALUE) -> str:
 
 
 def line(text: str) -> str:
-    """The text for a reader: printable, its words and all of it of a length that can be read."""
-    text = shortened(text, 100 * LINE)  # before each word is looked at
+    """Return the text for a terminal: printable, with long words and long texts shortened."""
+    text = shortened(text, 100 * LINE)  # before the search for words
     return printable(shortened(re.sub(r"\S+", lambda w: shortened(w[0], WORD), text), LINE))
 
 
 class Terminal(Console):
-    """A console that obeys no codes in what it is given, and shows no endless words."""
+    """Console that obeys no control codes within texts, and shortens long words."""
 
+    @override
     def render_str(self, text: str, **options: object) -> Text:
         return super().render_str(line(text), **options)  # type: ignore[arg-type]

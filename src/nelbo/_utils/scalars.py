@@ -1,4 +1,4 @@
-"""Numbers that a user gives: those of NumPy are as good as Python's, texts and NaN are not."""
+"""Numbers from users: those of NumPy and torch are accepted, texts and NaN are not."""
 
 import numbers
 from typing import Any
@@ -7,7 +7,7 @@ LARGEST = 1.7e308  # about the largest float64
 
 
 def plain(value: object) -> Any:  # noqa: ANN401 - any value comes through
-    """Return the value, with scalars of NumPy and torch, alone or in a tuple, as Python's own.
+    """Return the value, with scalars of NumPy and torch, alone or in a tuple, as those of Python.
 
     >>> import numpy as np
     >>> plain(np.int64(32)), plain((np.float32(0.5), 1))
@@ -23,7 +23,7 @@ def integer(name: str, value: object, least: int | None = None) -> int:
     """Return the value as an integer.
 
     Raises:
-        ValueError: it is none, or less than `least`.
+        ValueError: if it is not one, or less than `least`.
     """
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -37,7 +37,7 @@ def real(name: str, value: object) -> float:
     """Return the value as a finite float.
 
     Raises:
-        ValueError: it is none.
+        ValueError: if it is not one.
     """
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:

@@ -1,7 +1,8 @@
-"""Tensors of which each process holds its share of the rows, torch's `DTensor`s.
+"""Sharded tensors, torch's `DTensor`: each process holds its share of the rows.
 
-Those of a network that `execution.shard` has divided, and what is elementwise with them: gradient,
-moments of the optimiser, averages. All other tensors are taken to be whole on every process.
+These are the weights of a network that `nelbo.training.parallel.shard` has divided, and tensors
+elementwise with them: gradients, moments of the optimiser, averages. All other tensors are assumed
+to be whole on every process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,21 +19,27 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Return whether each process holds only its share of the tensor's rows."""
     return hasattr(tensor, "full_tensor")  # importing DTensor takes half a second
 
 
 def own(tensor: Tensor) -> Tensor:
-    """The rows that this process holds, which share its memory."""
+    """Return the rows that this process holds, as a view."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows, on every process; all ask for them together."""
+    """Return all rows, on every process; all processes must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def divided_like(like: Tensor, tensor: Tensor) -> Tensor:
-    """The own rows of what every process holds, where `like` is sharded and of its shape."""
+    """Shard a tensor that is whole on every process as `like`, if that is sharded and alike.
+
+    Args:
+        like: a parameter, sharded or not.
+        tensor: returned as it is if `like` is not sharded, or of another shape.
+    """
     if not is_sharded(like) or like.shape != tensor.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -42,9 +49,13 @@ def divided_like(like: Tensor, tensor: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All rows, in the memory of the first process; the others, that ask with it, get nothing."""
+    """Return all rows, in main memory, on rank 0; on other processes, which must call it, nothing.
+
+    Args:
+        tensors: by name, sharded or not.
+    """
     found = {}
-    for name, tensor in tensors.items():  # one after the other: a device may not hold them all
+    for name, tensor in tensors.items():  # one at a time, as a device may not hold them all
         full = whole(tensor.detach())
         if world()[0] == 0:
             found[name] = full.cpu()
@@ -52,7 +63,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
-    """Cut the norm of all gradients down to `largest`; what it was."""
+    """Clip the norm of all gradients to `largest`; return the norm before."""
     some = [p for p in parameters if p.grad is not None]
     kinds = [p for p in some if is_sharded(p)], [p for p in some if not is_sharded(p)]
     found = [[p.grad for p in kind if p.grad is not None] for kind in kinds]

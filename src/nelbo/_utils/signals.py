@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment of our choosing; SIGTERM and SIGHUP, which end a process without a word."""
+"""Handling of Ctrl-C at a chosen moment, and of SIGTERM and SIGHUP, which would end silently."""
 
 import os
 import signal
@@ -7,19 +7,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-#: what ends a process: the latter where its terminal is closed
+#: signals that end a process; SIGHUP comes where its terminal is closed
 ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came, and the run is saved."""
+    """Raised after Ctrl-C, when the run is saved."""
 
 
 @contextmanager
 def interruptible(twice: bool) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C, SIGTERM or SIGHUP came.
+    """Inside, record Ctrl-C, SIGTERM and SIGHUP; yield a function that returns whether one came.
 
-    `twice` lets a second one act at once; under torchrun it may be the first one passed on.
+    Args:
+        twice: raise KeyboardInterrupt at the second signal. Under torchrun, which passes signals
+            on, the second may be the first again.
     """
     came: list[int] = []
 
@@ -34,9 +36,9 @@ def interruptible(twice: bool) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def ended_tidily() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what is inside as an error does, so that nothing half-written stays.
+    """Inside, let SIGTERM and SIGHUP raise SystemExit, so that temporary files are removed.
 
-    Not one of several processes, which may wait for the others where no signal is heard.
+    Several processes are exempt, as one may wait for the others where no signal is handled.
     """
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -54,7 +56,7 @@ def ended_tidily() -> Iterator[None]:
 def _handled(
     handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals
 ) -> Iterator[None]:
-    """Inside, these signals go to the handler, but for those that the process ignores (nohup)."""
+    """Inside, handle these signals, except those that the process ignores (nohup)."""
     before = {}
     with suppress(ValueError):  # not the main thread: signals arrive elsewhere
         for number in numbers:
