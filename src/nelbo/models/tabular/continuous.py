@@ -250,6 +250,7 @@ class ContinuousMixture(Parametrization):
         e = self.transform(x + width.double() * within)
         return torch.where(e.isnan(), noise, e)
 
+    @override
     def exclude_missing(self) -> None:
         """Give the component for missing numbers probability zero from now on."""
         self.law.log_share[..., 0] = -torch.inf

@@ -144,6 +144,7 @@ class OrdinalContext(Parametrization):
     def allowed(self) -> Tensor:
         return self.levels.valid
 
+    @override
     def exclude_missing(self) -> None:
         """Give the code for missing numbers probability zero from now on."""
         for i, place in enumerate(self.levels.places):
@@ -242,6 +243,7 @@ class MaskedContext(Parametrization):
         allowed[:, 0] = self.log_other > -torch.inf
         return allowed
 
+    @override
     def exclude_missing(self) -> None:
         """Give missing values, and categories unseen in training, probability zero from now on."""
         for i, place in enumerate(self.places):
