@@ -126,7 +126,7 @@ def test_conditions_of_other_examples_are_refused(pairs, measure):
             measure(model(), Batch(some, c))
     of_class = model()
     of_class.conditioned_on = "class"  # as a run of P(x|class) holds it
-    with pytest.raises(ValueError, match=r"one of P\(x\|class\), and which class"):
+    with pytest.raises(ValueError, match=r"one of P\(x\|class\), and the examples come without"):
         measure(of_class, x)
 
 

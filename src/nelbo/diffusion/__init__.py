@@ -1,0 +1,1 @@
+"""The mathematics: processes, parametrizations, kernels, decoders and the terms of the bound."""

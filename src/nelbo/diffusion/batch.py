@@ -1,4 +1,4 @@
-"""Examples and what a model is given of each: the x and the c of P(x|c)."""
+"""Examples and their conditions: the x and the c of P(x|c)."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from nelbo.diffusion.checks import as_tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples, and the condition of each.
+    """Examples and their conditions.
 
     Args:
         x: examples in the space of the data, (N, *shape).
-        condition: c of P(x|c), (N, F); left out, the model is asked for P(x).
-        given: the names of c, for the record; those that the model knows where left out.
+        condition: c of P(x|c), (N, F); the bound is one of P(x) where left out.
+        given: the names of c, for the record; those of the model where left out.
 
     Raises:
-        ValueError: conditions of more or fewer examples.
+        ValueError: if the number of conditions is not that of the examples.
     """
 
     x: Tensor
@@ -35,7 +35,7 @@ class Batch:
 
     @staticmethod
     def of(x: "Tensor | Batch") -> "Batch":
-        """Return a batch as it is, and examples alone as a batch without conditions."""
+        """Return a batch as it is, and a tensor of examples as a batch without conditions."""
         return x if isinstance(x, Batch) else Batch(x)
 
     def __len__(self) -> int:
@@ -53,5 +53,5 @@ class Batch:
 
 
 def rows_of(condition: Tensor | None, rows: slice | Tensor) -> Tensor | None:
-    """Return the conditions of some rows, none where there are none."""
+    """Return the conditions of some rows, None where there are no conditions."""
     return None if condition is None else condition[rows]

@@ -1,4 +1,4 @@
-"""Examples are checked where they are handed in: type, shape, and each code against the model."""
+"""Checks of examples from callers: their type, their shape, and each code against the model."""
 
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from nelbo.diffusion.parametrization import Parametrization
     from nelbo.diffusion.process import ForwardProcess
 
-TOGETHER = 2**24  # numbers that are looked at together
+TOGETHER = 2**24  # numbers checked at a time
 
 
 def as_tensor(x: "Tensor | np.ndarray") -> Tensor:
-    """Examples as a tensor that shares their storage where it can.
+    """Return examples as a tensor, which shares their memory if possible.
 
     Raises:
-        ValueError: they are neither a tensor nor an array of numbers.
+        ValueError: if they are neither a tensor nor an array of numbers.
     """
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "biuf":
@@ -33,10 +33,11 @@ def as_tensor(x: "Tensor | np.ndarray") -> Tensor:
 
 
 def check_examples(model: "Model", x: Tensor) -> None:
-    """Refuse what is no example of a model (N, *model.shape), naming the first row that is none.
+    """Check that x holds examples of the model, (N, *model.shape).
 
     Raises:
-        ValueError: another shape or type, or a value that is no code of its dimension.
+        ValueError: if the shape or type differs, or a value is not a code of its dimension; it
+            names the first such row.
     """
     if not len(x.shape) or tuple(x.shape[1:]) != model.shape:
         wanted = ", ".join(("N", *map(str, model.shape)))
@@ -45,7 +46,7 @@ def check_examples(model: "Model", x: Tensor) -> None:
             f" ({wanted})"
         )
     if not isinstance(x, Tensor):
-        return  # read from files, and checked then
+        return  # read from files, which are checked when read
     if x.dtype.is_complex:
         raise ValueError(f"x must be real numbers; got {x.dtype}")
     process = model.process
@@ -69,7 +70,7 @@ def check_examples(model: "Model", x: Tensor) -> None:
 
 
 def _legal(process: "ForwardProcess", head: "Parametrization") -> Tensor | None:
-    """Which codes the dimensions have, (D or 1, K); None where they are real numbers."""
+    """Return a mask of the codes of each dimension, (D or 1, K); None for real numbers."""
     allowed = head.allowed()
     if allowed is None and process.codes:
         allowed = torch.ones(1, process.codes, dtype=torch.bool)
@@ -77,14 +78,14 @@ def _legal(process: "ForwardProcess", head: "Parametrization") -> Tensor | None:
 
 
 def _not_a_number(x: Tensor, of_columns: bool) -> Tensor:
-    """Infinite ones, and NaN, which in a column is a missing cell."""
+    """Mark infinite values, and NaN except in columns, where it means a missing cell."""
     return x.isinf() if of_columns else ~x.isfinite()
 
 
 def _no_code(x: Tensor, codes: Tensor) -> Tensor:
     count = codes.shape[-1]
     whole = x.long()
-    out = (x != whole) | (whole < 0) | (whole >= count)  # of bytes 256 would be 0
+    out = (x != whole) | (whole < 0) | (whole >= count)  # as int64: 256 as a byte would be 0
     if len(codes) == 1 and codes.all():
         return out
     known = codes.to(x.device).expand(x.shape[1], -1)

@@ -1,8 +1,8 @@
-r"""P(x|z_1): the decoder of the last latent into data, normalised over the data's own space.
+r"""Decoders P(x|z_1) of the last latent, normalised over the space of the data.
 
 For integers it is a probability that sums to 1 over the levels; for real data a density that
-integrates to 1 **in the data's units** (the transform's log-determinant is inside). Each class
-takes a prediction made at (z_1, t_1) and returns a distribution with batch shape (B,).
+integrates to 1 **in the units of the data** (the log-determinant of the transform is included).
+Each class takes a prediction at (z_1, t_1) and returns a distribution with batch shape (B,).
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from torch.nn.functional import logsigmoid
+from typing_extensions import override
 
 from nelbo.diffusion.distributions import Discrete
 from nelbo.diffusion.parametrization import LevelPrediction, Prediction, level_evidence
@@ -22,9 +23,9 @@ from nelbo.diffusion.process import Affine, ForwardProcess, Levels, per_example
 class Decoder(nn.Module, ABC):
     """P(x|z_1) from a prediction at z_1."""
 
-    #: a density, in nats only; else a probability
+    #: whether it is a density, of which bits have no meaning, or a probability
     density = False
-    #: of a prediction at any time t it makes P(x|z_t), not only of one at the first
+    #: whether it gives P(x|z_t) from a prediction at any time t, not only at the first time
     at_any_time = False
 
     @classmethod
@@ -33,14 +34,15 @@ class Decoder(nn.Module, ABC):
         return cls()
 
     @abstractmethod
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
-        """P(x|z_1) for z = z_1, shape (B, ...), at the first times t, shape (B,)."""
+        """Return P(x|z_1) for z = z_1, shape (B, ...), at the first times t, shape (B,)."""
 
 
 class _Predicted(Discrete):
-    """The levels of a prediction; all of their probabilities only where they are asked for."""
+    """The distribution of a prediction of levels; its full table is computed only if needed."""
 
     def __init__(self, prediction: LevelPrediction) -> None:
         self.prediction = prediction
@@ -50,6 +52,7 @@ class _Predicted(Discrete):
     def log_probs(self) -> Tensor:  # type: ignore[override]
         return self.prediction.log_probs
 
+    @override
     def log_prob(self, value: Tensor) -> Tensor:
         if value.shape != self.batch_shape:
             return super().log_prob(value)
@@ -57,10 +60,11 @@ class _Predicted(Discrete):
 
 
 class LevelDecoder(Decoder):
-    """P(x_i = v_k|z_1) are the level probabilities the network predicts, evidence included."""
+    """P(x_i = v_k|z_1) by the level probabilities of the prediction, evidence included."""
 
     at_any_time = True
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
@@ -71,9 +75,14 @@ class LevelDecoder(Decoder):
 
 
 class Evidence(Decoder):
-    """P(x_i = v_k|z_1) ∝ q(z_1|x_i = v_k), no network (Kingma et al. 2021, equation 16)."""
+    """P(x_i = v_k|z_1) ∝ q(z_1|x_i = v_k), without a network (Kingma et al. 2021, equation 16).
+
+    Args:
+        levels: the values of the levels.
+    """
 
     @classmethod
+    @override
     def of_levels(cls, levels: Levels) -> Self:
         return cls(levels)
 
@@ -81,6 +90,7 @@ class Evidence(Decoder):
         super().__init__()
         self.levels = levels
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
@@ -89,14 +99,17 @@ class Evidence(Decoder):
 
 
 class DiscretisedGaussian(Decoder):
-    """The bin of level k under N(x̂(z_1), scale²), outermost bins open (Ho et al. 2020, eq. 13).
+    """Probability of the bin of level k under N(x̂(z_1), scale²); Ho et al. 2020, equation 13.
+
+    The outermost bins are open.
 
     Args:
         levels: the values of the levels.
-        scale: standard deviation in units of the values, where it starts; learned.
+        scale: initial standard deviation in units of the values; learned.
     """
 
     @classmethod
+    @override
     def of_levels(cls, levels: Levels) -> Self:
         return cls(levels)
 
@@ -106,6 +119,7 @@ class DiscretisedGaussian(Decoder):
         start = 1 / (levels.count - 1) if scale is None else scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(start), dtype=torch.float64))
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
@@ -114,12 +128,12 @@ class DiscretisedGaussian(Decoder):
 
 
 class GaussianDensity(Decoder):
-    """x ~ N(shift + scale·ê(z_1), (scale·spread)²): a density in the data's units.
+    """x ~ N(shift + scale·ê(z_1), (scale·spread)²), a density in the units of the data.
 
     Args:
         affine: the transform e = (x - shift)/scale; log|de/dx| = -log scale enters through the
-            units of the normal.
-        spread: standard deviation in units of e, where it starts; learned.
+            units of the normal distribution.
+        spread: initial standard deviation in units of e; learned.
     """
 
     density = True
@@ -129,6 +143,7 @@ class GaussianDensity(Decoder):
         self.affine = affine
         self.log_spread = nn.Parameter(torch.tensor(math.log(spread), dtype=torch.float64))
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
@@ -144,6 +159,7 @@ class Bernoulli(Decoder):
         self.slope = nn.Parameter(torch.tensor(5.0, dtype=torch.float64))
         self.offset = nn.Parameter(torch.tensor(0.0, dtype=torch.float64))
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
@@ -152,10 +168,11 @@ class Bernoulli(Decoder):
 
 
 class Categorical(Decoder):
-    """Absorbing process: a symbol that shows is itself, a masked one is predicted."""
+    """P(x|z_1) of masked diffusion: visible symbols are certain, masked ones are predicted."""
 
     at_any_time = True
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:

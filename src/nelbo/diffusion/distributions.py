@@ -1,10 +1,10 @@
-r"""Distributions that torch lacks, or has without a finite Kullback-Leibler divergence.
+r"""Distributions that torch lacks, or has without a stable Kullback-Leibler divergence.
 
 A probability is an object. `torch.distributions.kl_divergence` finds the divergence of a pair;
 the pairs registered here are
     Discrete || Discrete       closed form, in log space: no clamp, no 0 * inf;
     Normal   || LevelMixture   **Monte Carlo**, unbiased, an antithetic pair of draws of q;
-    Joint    || Joint          that of each group of columns.
+    Joint    || Joint          of each group of columns.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from torch.distributions import (
     kl_divergence,
 )
 from torch.distributions.kl import register_kl
+from typing_extensions import override
 
 from nelbo._utils.numerics import draw, log1mexp
 
@@ -28,7 +29,7 @@ Shape = torch.Size | list[int] | tuple[int, ...]
 
 
 class Discrete(Distribution):
-    """A distribution over the levels 0..K-1 of each element, given by log-probabilities.
+    """Distribution over the levels 0..K-1 of each element, by their log-probabilities.
 
     Args:
         log_probs: normalised log-probabilities, shape (..., K); -inf is a probability of zero.
@@ -40,19 +41,22 @@ class Discrete(Distribution):
         self.log_probs = log_probs
         super().__init__(batch_shape=log_probs.shape[:-1], validate_args=False)
 
+    @override
     def log_prob(self, value: Tensor) -> Tensor:
         value, log_probs = torch.broadcast_tensors(value[..., None].long(), self.log_probs)
         return log_probs.gather(-1, value[..., :1])[..., 0]
 
+    @override
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         # Inverse of the cumulative distribution in float64: a float32 uniform truncates tails.
         cdf = self.log_probs.double().exp().cumsum(-1)
         shape = torch.Size(sample_shape) + self.batch_shape
         u = torch.rand((*shape, 1), dtype=torch.float64, device=cdf.device) * cdf[..., -1:]
-        # Counting with <= steps over levels of probability zero, also where u is exactly zero.
+        # Counting with <= skips levels of probability zero, even where u is exactly zero.
         return (cdf <= u).sum(-1)
 
     @property
+    @override
     def mode(self) -> Tensor:
         return self.log_probs.argmax(-1)
 
@@ -65,8 +69,8 @@ def _kl_discrete(p: Discrete, q: Discrete) -> Tensor:
 
 
 def log_between(lower: Tensor, upper: Tensor) -> Tensor:
-    """log[ Φ(upper) - Φ(lower) ] for lower < upper, elementwise."""
-    # In the upper tail use the mirror image, where log Φ keeps its digits.
+    """Return log[ Φ(upper) - Φ(lower) ] for lower < upper, elementwise."""
+    # In the upper tail use the mirror image, where log Φ is precise.
     mirror = lower + upper > 0
     a, b = torch.where(mirror, -upper, lower), torch.where(mirror, -lower, upper)
     log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
@@ -74,7 +78,7 @@ def log_between(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 class DiscretisedNormal(Distribution):
-    """The level whose bin N(loc, scale²) falls into; the outermost bins are open.
+    """Distribution of the level into whose bin N(loc, scale²) falls; the outermost bins are open.
 
     Bins end half-way between neighbouring values, so the probabilities sum to 1 for any values.
 
@@ -91,6 +95,7 @@ class DiscretisedNormal(Distribution):
         self.edges = (values[1:] + values[:-1]) / 2
         super().__init__(batch_shape=loc.shape, validate_args=False)
 
+    @override
     def log_prob(self, value: Tensor) -> Tensor:
         edges = torch.cat([self.edges[:1], self.edges, self.edges[-1:]]).to(self.loc.dtype)
         lower = (edges[value] - self.loc) / self.scale
@@ -100,13 +105,15 @@ class DiscretisedNormal(Distribution):
         open_below, open_above = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
         return torch.where(first, open_below, torch.where(last, open_above, difference))
 
+    @override
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         y = Normal(self.loc, self.scale, validate_args=False).sample(sample_shape)
         return torch.bucketize(y, self.edges.to(y.dtype))
 
     @property
+    @override
     def mode(self) -> Tensor:
-        # Among equal bins the one of the mean holds most; an open outermost one can hold more.
+        # Of equal bins that of the mean is the likeliest; an open outermost one may be likelier.
         middle = torch.bucketize(self.loc, self.edges.to(self.loc.dtype))
         first, last = torch.zeros_like(middle), torch.full_like(middle, len(self.edges))
         places = torch.stack([middle, first, last])
@@ -115,7 +122,7 @@ class DiscretisedNormal(Distribution):
 
 
 class LevelMixture(MixtureSameFamily):
-    r"""Σ_k P(x = v_k) N(loc_k, scale²) of each element: the exact marginal of a reverse step.
+    r"""Σ_k P(x = v_k) N(loc_k, scale²) of each element: exact marginal of a reverse kernel.
 
     Args:
         log_probs: log P(x = v_k | z_t), shape (..., K).
@@ -133,20 +140,20 @@ class LevelMixture(MixtureSameFamily):
 
 @register_kl(Normal, LevelMixture)
 def _kl_normal_mixture(q: Normal, p: LevelMixture) -> Tensor:
-    """E_q log q/p over the antithetic pair m ± σε: unbiased, and the part odd in ε cancels."""
+    """Estimate E_q log q/p by an antithetic pair m ± σε: unbiased, the part odd in ε cancels."""
     z = draw(q)
     pair = torch.stack([z, 2 * q.loc - z])
     return (q.log_prob(pair) - p.log_prob(pair)).mean(0)
 
 
 class Joint(Distribution):
-    """Groups of columns side by side, each with a kind of distribution of its own.
+    """Joint distribution of groups of columns, each with its own kind of distribution.
 
     Values are (..., D) with the groups one after the other; log-probabilities and divergences
-    are per column, so that `Independent` sums them like any other.
+    are per column, so that `Independent` sums them as for any other distribution.
 
     Args:
-        parts: distributions of batch shape (..., D_g), the same but for D_g.
+        parts: distributions of batch shape (..., D_g), equal but for D_g.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -159,19 +166,23 @@ class Joint(Distribution):
         super().__init__(batch_shape=torch.Size(shape), validate_args=False)
 
     @property
+    @override
     def has_rsample(self) -> bool:  # type: ignore[override]
         return any(part.has_rsample for part in self.parts)
 
+    @override
     def log_prob(self, value: Tensor) -> Tensor:
         values = value.split(self.sizes, -1)
         each = [part.log_prob(v) for part, v in zip(self.parts, values, strict=True)]
         return torch.cat(each, -1)
 
+    @override
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         return torch.cat([part.sample(torch.Size(sample_shape)) for part in self.parts], -1)
 
+    @override
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
-        """Reparametrised in the columns that can be."""
+        """Draw one sample, reparametrised in the columns whose distributions allow it."""
         if sample_shape:
             raise ValueError(f"a Joint draws one sample at a time; got {sample_shape}")
         return torch.cat([p.rsample() if p.has_rsample else p.sample() for p in self.parts], -1)

@@ -11,8 +11,8 @@ By Bayes, q(z_t|z_{t-1}) = q(z_{t-1}|z_t,x) q(z_t|x) / q(z_{t-1}|x), the product
             + E_q(z_1|x)[ −log P(x|z_1,φ) ]                                       reconstruction
             + Σ_{t=2..T} E_q(z_t|x) KL( q(z_{t-1}|z_t,x) ‖ P(z_{t-1}|z_t,φ) )     diffusion
 
-Each function is one term, one draw of z, per example: shape (B,), nats. Which process, network,
-reverse step or decoder it is, nothing here knows. Given a condition c, P is P(·|c) throughout.
+Each function draws one term with one z per example: shape (B,), nats. Nothing here depends on the
+process, network, reverse kernel or decoder. Given a condition c, P is P(·|c) throughout.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Bound(NamedTuple):
-    """What an example costs, term by term, shape (B,) each, in nats; their sum is −ELBO."""
+    """The terms of the bound per example, shape (B,) each, in nats; their sum is −ELBO."""
 
     prior: Tensor
     reconstruction: Tensor
@@ -35,12 +35,12 @@ class Bound(NamedTuple):
 
     @property
     def elbo(self) -> Tensor:
-        """The lower bound on log P(x|φ), shape (B,), nats."""
+        """The lower bound on log P(x|φ) per example, shape (B,), nats."""
         return -(self.prior + self.reconstruction + self.diffusion)
 
 
 def prior_term(model: "Model", x: Tensor, t: Tensor) -> Tensor:
-    """KL( q(z_T|x) ‖ P(z_T) ) at the last times t, exact; shape (B,), nats."""
+    """Return KL( q(z_T|x) ‖ P(z_T) ) at the last times t, exact; shape (B,), nats."""
     q = model.process.marginal(model.embed(x), t)
     return kl_divergence(q, model.process.prior(x.shape[1:], t))
 
@@ -48,7 +48,7 @@ def prior_term(model: "Model", x: Tensor, t: Tensor) -> Tensor:
 def reconstruction_term(
     model: "Model", x: Tensor, t: Tensor, condition: Tensor | None = None
 ) -> Tensor:
-    """E_q(z_1|x)[ −log P(x|z_1,φ) ] at the first times t, one draw; shape (B,), nats."""
+    """Draw E_q(z_1|x)[ −log P(x|z_1,φ) ] once, at the first times t; shape (B,), nats."""
     z = draw(model.process.marginal(model.embed(x), t))
     return -model.likelihood(z, t, condition).log_prob(x)
 
@@ -56,7 +56,7 @@ def reconstruction_term(
 def diffusion_term(
     model: "Model", x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None
 ) -> Tensor:
-    """E_q(z_t|x) KL( q(z_s|z_t,x) ‖ P(z_s|z_t,φ) ), one draw; shape (B,), nats."""
+    """Draw E_q(z_t|x) KL( q(z_s|z_t,x) ‖ P(z_s|z_t,φ) ) once; shape (B,), nats."""
     e = model.embed(x)
     z = draw(model.process.marginal(e, t))
     return kl_divergence(model.process.posterior(z, e, s, t), model.reverse(z, s, t, condition))
@@ -65,7 +65,7 @@ def diffusion_term(
 def diffusion_rate(
     model: "Model", x: Tensor, t: Tensor, condition: Tensor | None = None
 ) -> Tensor:
-    """lim_{s→t} diffusion_term/(t−s), one draw; shape (B,), nats per unit of time."""
+    """Draw lim_{s→t} diffusion_term/(t−s) once; shape (B,), nats per unit of time."""
     e = model.embed(x)
     z = draw(model.process.marginal(e, t))
     return model.process.rate(z, e, model.predict(z, t, condition).e_hat, t)

@@ -1,4 +1,4 @@
-r"""The law that a network of numbers starts from: a mixture of Gaussians over whole rows.
+r"""Mixtures of Gaussians over whole rows, from which networks for numbers start.
 
     P(e) = Σ_k π_k N( e; μ_k, Σ_k )     gives     q(z_t) = Σ_k π_k N( z; √α μ_k, M_k ),
 
@@ -8,10 +8,10 @@ M_k = αΣ_k + (1-α)I; and with P_k = M_k⁻¹, y_k = z - √α μ_k, each colu
 
     P(k|z_-i) ∝ π_k N( z; √α μ_k, M_k ) / N( z_i | z_-i, k ).
 
-The first is z_i = √α e_i + √(1-α) ε for a Gaussian e_i, whose mean and variance follow. So every
-column has a mixture given the other columns at the same noise level, and what z_i itself says of
-e_i is added where it is needed. Values that repeat in a column, and missing ones, are no
-Gaussian: their shares are known within each k, as in latent class analysis.
+The former is the distribution of z_i = √α e_i + √(1-α) ε for a Gaussian e_i, whose mean and
+variance follow. So each column is a mixture given the other columns at the same noise level; the
+evidence of z_i itself is added where it is needed. Repeating and missing values of a column are
+not Gaussian: they have a probability within each k, as in latent class analysis.
 """
 
 import copy
@@ -22,31 +22,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
 
-ROWS = 16_384  # on which the number of components is chosen, at most
-FITTED = (65_536, 2**22)  # rows that the mixture is fitted to: at most; and times D², or ROWS
-HELD = 5  # each so manieth of them chooses the number of components
-COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 64, 128)  # components that are tried
-PATIENCE = 2  # of these in a row that are no better
-SHRINKAGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
-TOLERANCE = 1e-3  # nats by which a last step of EM is better
-LEAST = 4  # rows for each component, at least; and as many as columns
-FEW = 8  # components that a network is given at least; copies, where fewer fit better
-APART = 0.1  # of its width that a copy of a component is moved
-WIDTH = 0.01  # of a component at least, standard deviations of a column
+ROWS = 16_384  # rows on which the number of components is selected, at most
+FITTED = (65_536, 2**22)  # rows of the final fit, at most; and rows times D², unless below ROWS
+HELD = 5  # one row in 5 is held out for the selection
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 64, 128)  # numbers of components to try
+PATIENCE = 2  # numbers in a row without an improvement after which the search ends
+SHRINKAGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # weights λ of the identity in the covariances
+TOLERANCE = 1e-3  # nats per row; EM ends when a step gains less
+LEAST = 4  # rows per component, at least; the number of columns if greater
+FEW = 8  # components for a network, at least; copies fill up where fewer fit better
+APART = 0.1  # shift of a copy, in standard deviations of its component
+WIDTH = 0.01  # least standard deviation of a component, in those of a column
 
 
 class GaussianMixtureWithAtoms(nn.Module):
-    """A mixture of Gaussians over D columns.
+    """Mixture of Gaussians over D columns with point masses in each column.
 
     Args:
         columns: D.
-        components: K, at most; as many are in use as fit best, though FEW at least.
-        special: S, of the values of each column that are no Gaussian, at most.
+        components: K, at most; the number in use is the one that fits best, FEW or more.
+        special: S, the number of point masses of a column, at most.
     """
 
     log_weight: Tensor
@@ -65,11 +66,16 @@ class GaussianMixtureWithAtoms(nn.Module):
         self.register_buffer("axes", torch.eye(d).expand(k, d, d).clone())
         self.register_buffer("spread", torch.ones(k, d))  # variances along the axes
         self.register_buffer("log_share", torch.full((d, k, s), -torch.inf))
-        self.register_buffer("log_rest", torch.zeros(d, k))  # of what is not special
+        self.register_buffer("log_rest", torch.zeros(d, k))  # log-share of values not special
         self.register_buffer("used", torch.tensor([k, s]))
 
     def fit_statistics(self, e: Tensor, special: Tensor) -> None:
-        """Fit to rows e, (N, D); which special value each is, (N, D) integers, S if none."""
+        """Fit to rows.
+
+        Args:
+            e: the rows, (N, D).
+            special: index of the special value that each number is, S if none, (N, D) integers.
+        """
         found = fit(e.numpy(), len(self.log_weight))
         weight, mean, covariance, belongs = map(
             torch.from_numpy,
@@ -77,7 +83,7 @@ class GaussianMixtureWithAtoms(nn.Module):
         )
         of = torch.arange(max(len(weight), min(FEW, len(self.log_weight)))) % len(weight)
         variance, axes = torch.linalg.eigh(covariance[of])
-        # copies are moved a little, or they would stay alike in training
+        # copies are shifted a little, or training would keep them equal
         g = torch.Generator().manual_seed(0)
         moved = APART * variance.sqrt() * torch.randn(*variance.shape, generator=g)
         moved[: len(weight)] = 0
@@ -85,7 +91,7 @@ class GaussianMixtureWithAtoms(nn.Module):
         for of_column, which in zip(counts, special.T, strict=True):
             of_column.index_add_(0, which, belongs)
         counts = counts[:, :-1].mT  # of each special value in each class, (D, K, S)
-        overall = counts.sum(1, keepdim=True) / len(e)  # counts as one row more of each class
+        overall = counts.sum(1, keepdim=True) / len(e)  # as one more row in each class
         shares = ((counts + overall) / (belongs.sum(0)[:, None] + 1))[:, of]
         rest = (1 - shares.sum(2)).clamp(min=1 / len(e))
         k, s = len(of), _last((counts > 0).any(1).any(0)) + 1
@@ -95,17 +101,18 @@ class GaussianMixtureWithAtoms(nn.Module):
         self.axes[:k], self.spread[:k] = axes, variance
         self.log_share[:, :k], self.log_rest[:, :k] = shares.log(), rest.log()
 
+    @override
     def forward(self, z: Tensor, alpha: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The law of each column given the others: log-weights, then means and variances.
+        """Return the mixture of each column given the other columns.
 
         Args:
-            z: (B, D), at a level of noise.
+            z: latents, (B, D).
             alpha: α_t, (B,).
             noise: 1-α_t, (B,).
 
         Returns:
-            Log-weights (B, D, S+K), of the special values and of the components in use; means
-            and variances of e_i in these components, (B, D, K).
+            Log-weights (B, D, S+K) of the special values and the components in use; means and
+            variances of e_i in these components, (B, D, K) each.
         """
         a, n = (v.to(z)[:, None, None] for v in (alpha, noise))
         k, s = self.used.tolist()
@@ -128,15 +135,15 @@ class GaussianMixtureWithAtoms(nn.Module):
 
 
 def fit(e: np.ndarray, most: int, floor: float = WIDTH**2) -> "GaussianMixture":
-    """The mixture of Gaussians whose size and shrinkage tell held-out rows best.
+    """Fit the mixture of Gaussians whose size and shrinkage predict held-out rows best.
 
-    Sizes are tried from 1 on until two in a row are no better, each with the covariances
-    (1-λ) Σ_k + λ I for a few λ: few rows of many columns do not settle them. One component with
-    λ = 1 is the standard normal law, so with too few rows for anything else the law is that.
+    Sizes are tried from 1 on until two in a row do not improve, each with the covariances
+    (1-λ) Σ_k + λ I for a few λ, since few rows do not determine the covariances of many columns.
+    One component with λ = 1 is the standard normal distribution, the result for very few rows.
 
     Args:
-        e: embedded rows, of about mean 0 and variance 1 in each column, (N, D).
-        most: components, at most.
+        e: embedded rows, with mean about 0 and variance about 1 in each column, (N, D).
+        most: number of components, at most.
         floor: the least variance of a component in any direction.
     """
     from sklearn.mixture import GaussianMixture
@@ -147,7 +154,7 @@ def fit(e: np.ndarray, most: int, floor: float = WIDTH**2) -> "GaussianMixture":
     def fitted(mixture: GaussianMixture, rows: np.ndarray) -> GaussianMixture:
         mixture.set_params(reg_covar=floor, tol=TOLERANCE, random_state=0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it has not quite converged
+            warnings.simplefilter("ignore")  # of convergence, which need not be complete
             return mixture.fit(rows)
 
     best, chosen, shrinkage, worse = -math.inf, GaussianMixture(), 1.0, 0
@@ -161,7 +168,7 @@ def fit(e: np.ndarray, most: int, floor: float = WIDTH**2) -> "GaussianMixture":
             score = _shrunk(found, share).score(some[held])
             if score > best:
                 best, shrinkage, worse = score, share, 0
-                # all rows are fitted from there: another start ends elsewhere
+                # the fit to all rows starts here, as another start may end elsewhere
                 chosen = GaussianMixture(
                     k,
                     weights_init=found.weights_,
@@ -173,7 +180,7 @@ def fit(e: np.ndarray, most: int, floor: float = WIDTH**2) -> "GaussianMixture":
 
 
 def _shrunk(found: "GaussianMixture", share: float) -> "GaussianMixture":
-    """The mixture with a share of the identity in its covariances."""
+    """Return the mixture with covariances (1-λ) Σ_k + λ I, λ = `share`."""
     covariances = (1 - share) * found.covariances_ + share * np.eye(found.means_.shape[1])
     shrunk = copy.copy(found)
     shrunk.covariances_ = covariances
@@ -189,22 +196,22 @@ def _thinned(e: np.ndarray, most: int) -> np.ndarray:
 
 
 def _last(which: Tensor) -> int:
-    """The last that is true, or 0."""
+    """Return the index of the last true element, 0 if there is none."""
     return int((which * torch.arange(len(which))).max())
 
 
-RANK = 64  # principal components in which the covariances are free
-SIZES = (1, 4, 10)  # components, at most; each needs as many examples as principal components, ..
-FEWEST = 32  # .. and no less than so many
-FLOOR = 0.05  # of the mean variance of a component, in every direction
-NOISES = (-4.0, -1.0, 2.0)  # γ at which `features` look
+RANK = 64  # principal components with free covariances
+SIZES = (1, 4, 10)  # components of the mixtures; each component needs an example per principal ..
+FEWEST = 32  # .. component, and at least as many examples as this
+FLOOR = 0.05  # least variance of a component in any direction, in mean variances of the examples
+NOISES = (-4.0, -1.0, 2.0)  # γ at which `features` evaluates the densities
 
 
 class GaussianMixtureEnsemble:
-    """Mixtures of several sizes that fit embedded examples.
+    """Mixtures of several sizes, fitted to embedded examples.
 
     Args:
-        e: embedded examples, flat, shape (N, D), D at most a thousand or so.
+        e: embedded examples, flat, shape (N, D), with D up to about a thousand.
     """
 
     def __init__(self, e: Tensor) -> None:
@@ -214,37 +221,41 @@ class GaussianMixtureEnsemble:
         self.mixtures = [Mixture(principal, size) for size in sizes]
 
     def odds(self, z: Tensor, alpha: Tensor, values: Tensor) -> Tensor:
-        """The mean of the mixtures' `odds`; (B, D, K)."""
+        """Return the mean of `Mixture.odds`, (B, D, K)."""
         parts = [mixture.odds(z, alpha, values) for mixture in self.mixtures]
         return torch.stack(parts).mean(0)
 
     def features(self, e: Tensor) -> Tensor:
-        """The mean of the mixtures' `features`; (B, 2 len(NOISES))."""
+        """Return the mean of `Mixture.features`, (B, 2 len(NOISES))."""
         return torch.stack([mixture.features(e) for mixture in self.mixtures]).mean(0)
 
 
 class Principal:
-    """The first principal components of embedded examples e, (N, D), and what is beyond them."""
+    """Principal components of embedded examples, and the variance beyond them.
+
+    Args:
+        e: the examples, (N, D).
+    """
 
     def __init__(self, e: Tensor) -> None:
-        #: (D,), and (D, R)
+        #: (D,); the axes are (D, R)
         self.mean, centred = e.mean(0), e - e.mean(0)
         spread, axes = torch.linalg.eigh(centred.T @ centred / len(e))
         rank = min(RANK, e.shape[1])
         self.axes, beyond = axes[:, -rank:], spread[:-rank].clamp(min=0)
         #: of the examples, (N, R)
         self.coordinates = centred @ self.axes
-        #: the least variance of a component, and the one in all directions beyond
+        #: the least variance of a component, and `beyond`, the variance in all further directions
         self.floor = FLOOR * spread.clamp(min=0).mean() + 1e-12
         mean_beyond = beyond.mean() if len(beyond) else torch.zeros_like(self.floor)
         self.beyond = mean_beyond.maximum(self.floor)
 
 
 class Mixture:
-    """The mixture of so many components that fits embedded examples, by scikit-learn's EM.
+    """Mixture of C Gaussians fitted to embedded examples, by the EM of scikit-learn.
 
     Args:
-        principal: of the examples.
+        principal: components of the examples.
         components: C.
     """
 
@@ -259,13 +270,13 @@ class Mixture:
         self.beyond = principal.beyond
 
     def _precision(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of p(z|c) along the vectors, (B, C, R), and beyond, (B, 1, 1)."""
+        """Return the precisions of p(z|c) along the vectors, (B, C, R), and beyond, (B, 1, 1)."""
         alpha = alpha[:, None, None]
         noise = 1 - alpha
         return 1 / (alpha * self.variance + noise), 1 / (alpha * self.beyond + noise)
 
     def _given_others(self, z: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log p(z), (B,), and log w_ci, mean and variance of e_i given the others, (B, C, D)."""
+        """Return log p(z), (B,), and log w_ci, mean and variance of e_i given z_-i, (B, C, D)."""
         along, beyond = self._precision(alpha)
         root = alpha.sqrt()[:, None, None]
         d = z[:, None] - root * self.mean
@@ -273,7 +284,7 @@ class Mixture:
         q_d = torch.einsum("bcr,cdr->bcd", part, self.vectors) + beyond * d
         squares = self.vectors.square()
         q_ii = torch.einsum("bcr,cdr->bcd", along - beyond, squares) + beyond
-        # (1/Q_ii - σ²)/α without the difference, for α S_c = Q_c⁻¹ - σ²
+        # (1/Q_ii - σ²)/α without cancellation, by α S_c = Q_c⁻¹ - σ²
         s_q, s_q_beyond = self.variance * along, self.beyond * beyond
         variance = torch.einsum("bcr,cdr->bcd", s_q - s_q_beyond, squares) + s_q_beyond
         rest = d.shape[-1] - along.shape[-1]
@@ -290,7 +301,7 @@ class Mixture:
         )
 
     def odds(self, z: Tensor, alpha: Tensor, values: Tensor) -> Tensor:
-        """log p(e_i = v_k|z_j, j≠i) - log p(e_i = v_k), how the others change it; (B, D, K).
+        """Return log p(e_i = v_k|z_j, j≠i) - log p(e_i = v_k), (B, D, K).
 
         Args:
             z: shape (B, D).
@@ -303,7 +314,10 @@ class Mixture:
         return _mixed(log_w, mean, variance, values) - alone
 
     def features(self, e: Tensor) -> Tensor:
-        """-log p(z) and -Σ_i log p(e_i|z_j, j≠i) at z = √α e for a few α; (B, 2 len(NOISES))."""
+        """Return -log p(z) and -Σ_i log p(e_i|z_j, j≠i) at z = √α e, (B, 2 len(NOISES)).
+
+        The α are those of the γ in NOISES.
+        """
         columns = []
         for gamma in NOISES:
             alpha = torch.full_like(e[:, 0], -gamma).sigmoid()
@@ -314,13 +328,13 @@ class Mixture:
 
 
 def _mixed(log_w: Tensor, mean: Tensor, variance: Tensor, values: Tensor) -> Tensor:
-    """log Σ_c w_c N(v_k; mean, variance), (.., D, K), of numbers (.., C, D); up to a constant."""
+    """Return log Σ_c w_c N(v_k; mean, variance) up to a constant, (.., D, K), from (.., C, D)."""
     error = (values - mean[..., None]).square() / variance[..., None]
     return ((log_w - variance.log() / 2)[..., None] - error / 2).logsumexp(-3)
 
 
 def _fit_components(e: Tensor, components: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """log w_c, means (C, R) and covariances (C, R, R)."""
+    """Return log w_c, (C,), means, (C, R), and covariances, (C, R, R)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 

@@ -1,16 +1,16 @@
-r"""The laws of levels seen through noise, without holding their probabilities.
+r"""Means and normalisers of distributions over levels, without storing the probabilities.
 
     P(k) = exp( Σ_j c_j f_j(k) + h(k) − ½ p (z − a v_k)² − A )
 
-over K levels, one law for each dimension of each example: K times more numbers than dimensions,
-and several tensors of them, would be the memory and most of the time of a training step on images
-of 256 levels. Here they exist in parts that stay in the processor's cache, and are computed again
-for the gradient: with w(k) = P(k) ( g_m (v_k − E[v]) + g_A ) for the logits of
+over K levels, for each dimension of each example. Several tensors with K numbers per dimension
+would take up the memory and most of the time of a training step on images of 256 levels. Here
+they exist only in parts that fit the processor's cache, and are computed again for the gradient:
+with w(k) = P(k) ( g_m (v_k − E[v]) + g_A ) with respect to the logits, of
 
     g_m E[v] + g_A A.
 
-Logits are to the base of 2: where exp underflows, as most of P does, MKL's takes twenty times as
-long as torch's own exp2.
+Logits are to the base 2: where exp underflows, as most of P does, that of MKL takes twenty times
+as long as exp2 of torch.
 """
 
 from collections.abc import Iterator
@@ -19,33 +19,34 @@ from itertools import product
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from typing_extensions import override
 
 from nelbo._utils.numerics import LOG_2
 
-PART = {"cpu": 2**18}  # numbers of a part, on a device; a cache holds them
-LARGE = 2**25  # numbers of a part elsewhere
+PART = {"cpu": 2**18}  # numbers in a part, which fit the cache, by device
+LARGE = 2**25  # numbers in a part on all other devices
 
 
 def mean_and_norm(
     c: Tensor, f: Tensor, h: Tensor, v: Tensor, z: Tensor, a: Tensor, p: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """E[v] and A of each dimension, shape (B, D) each; differentiable once, not in v.
+    """Return E[v] and A of each dimension, (B, D) each; differentiable once, but not in v.
 
     Args:
         c: coefficients, shape (B, D, J).
         f: functions, shape (J, K).
         h: log-weights, shape (D, K) or (1, K).
         v: values, shape (K,).
-        z: what is seen of them, shape (B, D).
-        a: its factor, shape (B,).
-        p: its precision, shape (B,).
+        z: observations a·v + noise, shape (B, D).
+        a: signal factor, shape (B,).
+        p: precision of the noise, shape (B,).
     """
     mean, norm = _MeanAndNorm.apply(c, f, h, v, z, a, p)
     return mean, norm
 
 
 def _parts(c: Tensor, f: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Examples and dimensions of each part."""
+    """Yield slices of the examples and the dimensions of each part."""
     (examples, dims, _), count = c.shape, f.shape[1]
     most = PART.get(c.device.type, LARGE)
     wide = max(1, min(dims, most // count))
@@ -55,7 +56,7 @@ def _parts(c: Tensor, f: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 class _Part:
-    """The logits of a part to the base of 2, (b, d, K), and how far z is from each level."""
+    """Logits of a part to the base 2, (b, d, K), and the scaled distances of z to all levels."""
 
     def __init__(self, part: tuple[slice, slice], *parameters: Tensor) -> None:
         c, f2, h2, v, z, a, p = parameters
@@ -71,6 +72,7 @@ class _Part:
 
 class _MeanAndNorm(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(
         ctx: FunctionCtx,
         c: Tensor,
@@ -94,6 +96,7 @@ class _MeanAndNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(
         ctx: BackwardCFunction, of_mean: Tensor, of_norm: Tensor
     ) -> tuple[Tensor | None, ...]:

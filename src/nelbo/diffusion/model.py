@@ -1,7 +1,7 @@
-r"""P(x, z_1..z_T|φ) = P(x|z_1) Π_{t=2..T} P(z_{t-1}|z_t) P(z_T): a network among probabilities.
+r"""The generative model P(x, z_1..z_T|φ) = P(x|z_1) Π_{t=2..T} P(z_{t-1}|z_t) P(z_T).
 
-The network gives tensors; only `Model` makes distributions of them. Around the network the
-arithmetic runs in `Model.dtype` (float64 for measuring, float32 is enough for training).
+The network returns tensors; only `Model` turns them into distributions. The arithmetic around the
+network runs in `Model.dtype`: float64 for measuring; float32 is enough for training.
 """
 
 import copy
@@ -23,20 +23,20 @@ from nelbo.diffusion.parametrization import Parametrization, Prediction
 from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.reverse import ReverseKernel
 
-FAR = 1e6  # of z, in the units of its noise: further out a network of float32 overflows
-ROWS = 2**23  # numbers the arithmetic around one network call may hold
+FAR = 1e6  # largest |z| for a network, in units of its noise; float32 overflows further out
+ROWS = 2**23  # numbers that the arithmetic around one network call may hold
 
 
 class Model(nn.Module):
-    """A network, what its output means, and the probabilities built from it.
+    """A network, the meaning of its output, and the probabilities that follow.
 
     Args:
-        network: forward(features (B, C, ...), level (B,)) -> (B, ...) or (B, ..., outputs),
-            with the shape of z first and `head.outputs` numbers per dimension. Given a
-            condition, it is its third argument.
+        network: forward(features (B, C, ...), level (B,)) -> (B, ...) or (B, ..., outputs), the
+            shape of z and `head.outputs` numbers per dimension. Where there is a condition, it is
+            the third argument.
         process: the encoder q.
-        head: meaning of the network's output.
-        step: the reverse step P(z_s|z_t).
+        head: the parametrization, the meaning of the network's output.
+        step: the reverse kernel P(z_s|z_t).
         decoder: P(x|z_1).
         shape: the shape of one example.
     """
@@ -55,28 +55,27 @@ class Model(nn.Module):
         self.head, self.step = head, step
         self.shape = tuple(shape)
         self.dtype = torch.float64
-        self.precision: torch.dtype | None = None  # of autocast inside the network, if any
-        self.conditioned_on = ""  # names of c, where the model is one of P(x|c)
+        self.precision: torch.dtype | None = None  # of autocast within the network, if any
+        self.conditioned_on = ""  # names of c, for a model of P(x|c)
 
     def unconditional(self) -> "Model":
-        """Return the model of P(x), which shares all weights, of a model of P(x|c)."""
+        """Return the model of P(x) that a model of P(x|c) contains; it shares all weights."""
         model = copy.copy(self)
         model.conditioned_on = ""
         return model
 
     def check_condition(self, condition: Tensor | None, examples: int) -> None:
-        """Refuse to call a model of P(x|c) without c, or with the c of more or fewer examples.
+        """Check that a model of P(x|c) gets a condition, and one for each example.
 
         Raises:
-            ValueError: as said.
+            ValueError: if it does not.
         """
         if condition is None:
             if self.conditioned_on:
                 raise ValueError(
-                    f"the model is one of P(x|{self.conditioned_on}), and which"
-                    f" {self.conditioned_on} each example has was not said: take the examples from"
-                    " run.batch(...), give nelbo.Batch(x, condition), or measure P(x) with"
-                    " model.unconditional()"
+                    f"the model is one of P(x|{self.conditioned_on}), and the examples come"
+                    f" without their {self.conditioned_on}: take the examples from run.batch(...),"
+                    " give nelbo.Batch(x, condition), or measure P(x) with model.unconditional()"
                 )
         elif len(condition) != examples:
             raise ValueError(
@@ -95,20 +94,21 @@ class Model(nn.Module):
 
     @property
     def rows(self) -> int:
-        """Examples that one call of the network may take, for the memory around it."""
+        """Number of examples per network call that the memory around it allows."""
         return max(1, ROWS // (self.dims * self.head.numbers))
 
     @property
     def device(self) -> torch.device:
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     def fit_statistics(self, x: Tensor) -> None:
-        """Take from training examples x, (N, *shape), what is fixed or known before training."""
+        """Fit to training examples x, (N, *shape), the parts that are not trained by gradients."""
         self.process.fit_statistics(x)
         self.head.fit_statistics(x)
 
     def embed(self, x: Tensor) -> Tensor:
-        """e, the data in the space of the process."""
+        """Return e, the data x, (B, *shape), in the space of the process."""
         if x.shape[1:] != self.shape:
             raise ValueError(
                 f"the model is of examples of shape {self.shape}; got {tuple(x.shape[1:])}"
@@ -116,7 +116,7 @@ class Model(nn.Module):
         return self.process.embed(x).to(self.dtype)
 
     def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
-        """Call the network once: its prediction of the data, given z = z_t and the condition."""
+        """Call the network once; return its prediction of the data from z = z_t and condition."""
         self.check_condition(condition, len(z))
         dtype = next(self.network.parameters()).dtype
         features, level = self.process.features(z).clamp(-FAR, FAR), self.process.level(t)
@@ -135,11 +135,11 @@ class Model(nn.Module):
     def reverse(
         self, z: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None
     ) -> Distribution:
-        """P(z_s|z_t, φ) for z = z_t."""
+        """Return P(z_s|z_t, φ) for z = z_t and s < t."""
         return self.step(self.predict(z, t, condition), z, s, t, self.process)
 
     def likelihood(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Distribution:
-        """P(x|z_1, φ) for z = z_1 at the first times t."""
+        """Return P(x|z_1, φ) for z = z_1 at the first times t."""
         return self.decoder(self.predict(z, t, condition), z, t, self.process)
 
 
@@ -148,7 +148,11 @@ def _narrow(device: torch.device, precision: torch.dtype | None) -> AbstractCont
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name, or ValueError where this machine has none."""
+    """Return the device of a name.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -157,15 +161,15 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def measuring(model: Model, batch: Batch | None = None) -> Iterator[None]:
-    """Evaluation mode, float64 around the network, no TF32, no autocast; then all as before.
+    """Inside, measure: evaluation mode, float64 around the network, no TF32, no autocast.
 
     Args:
-        model: the model to measure.
-        batch: the examples on which it is measured, where a bound is.
+        model: to measure.
+        batch: examples to check, if any.
 
     Raises:
-        ValueError: a model of P(x|c) without the conditions of these examples; no such examples;
-            weights that are not finite.
+        ValueError: if a weight is not finite, the examples are not of the model, or a model of
+            P(x|c) lacks their conditions.
     """
     check_finite(model, "the model")
     if batch is not None:
@@ -187,7 +191,7 @@ def measuring(model: Model, batch: Batch | None = None) -> Iterator[None]:
 
 @dataclass
 class Calls:
-    """Rows that went through a network."""
+    """Number of rows that went through a network, by direction."""
 
     forward: int = 0
     backward: int = 0
@@ -195,7 +199,7 @@ class Calls:
 
 @contextmanager
 def counting(network: nn.Module) -> Iterator[Calls]:
-    """Counts the rows of each forward pass of a network, and of each backward pass."""
+    """Inside, count the rows of the forward and backward passes of a network."""
     calls = Calls()
 
     def backward(gradient: Tensor) -> None:
@@ -214,7 +218,7 @@ def counting(network: nn.Module) -> Iterator[Calls]:
 
 
 def model_hash(model: Model) -> str:
-    """First 16 hex digits of the SHA-256 of all weights and of how they become probabilities."""
+    """Return the first 16 hex digits of the SHA-256 of all weights and the classes of parts."""
     digest = hashlib.sha256()
     parts = (model.network, model.process, model.process.schedule, model.decoder)
     for part in (*parts, model.head, model.step):

@@ -1,15 +1,15 @@
-r"""What a network's output means: a prediction ê of e = embed(x), given z_t.
+r"""Parametrizations: from a network's output to a prediction ê of e = embed(x), given z_t.
 
-ê stands wherever e stands in the encoder, so a head is all that a parametrisation changes:
+ê takes the place of e in the formulas of the encoder, so nothing else depends on the choice:
 
     EpsPrediction output is ε̂     ê = (z_t - √(1-α_t) ε̂) / √α_t
     XPrediction   output is ê
     VPrediction   output is v̂     ê = √α_t z_t - √(1-α_t) v̂
     Mean          output is f     ê solves m_t(z_t, ê) = f for the step from t to t - 1/T
     LevelLogits   P(x_i = v_k|z_t) = softmax_k( output_k + log N(z_t; √α_t v_k, 1-α_t) ), ê its
-                  mean: the arithmetic of one pixel is exact, the network only adds context
+                  mean: the evidence of one pixel is exact, the network only adds context
     LevelCurves   the same with Σ_j output_j c_j(k) for output_k: a few curves over many levels
-    SymbolLogits  ê = log P(x_i = k|z_t) = log_softmax(output), for the absorbing process
+    SymbolLogits  ê = log P(x_i = k|z_t) = log_softmax(output), for masked diffusion
 
 Sources: Ho et al. 2020 (noise), Salimans & Ho 2022 (velocity), Graves et al. 2023 (discrete data).
 """
@@ -23,6 +23,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
+from typing_extensions import override
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.level_law import mean_and_norm
@@ -31,12 +32,12 @@ from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
 
 @dataclass(frozen=True)
 class Prediction:
-    """ê, shape of embed(x).
+    """Prediction ê of e, shape of embed(x).
 
     Args:
         e_hat: ê.
-        fraction: where log σ² of a step lies between log β̃ (0) and log β (1), shape of ê; None
-            of a network that says nothing of it.
+        fraction: position of log σ² of a reverse kernel between log β̃ (0) and log β (1), shape
+            of ê; None where the network does not predict it.
     """
 
     e_hat: Tensor
@@ -44,52 +45,55 @@ class Prediction:
 
     @property
     def factors(self) -> "Sequence[Prediction]":
-        """The predictions of the groups of columns; of other data, this one alone."""
+        """The predictions of the groups of columns; for other data, this one alone."""
         return (self,)
 
     @property
     def levels(self) -> "LevelPrediction | None":
-        """The same with probabilities of the levels, where it has them."""
+        """The prediction itself if it has probabilities of levels, else None."""
         return None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Self:
-        """f of each of its tensors, such as a choice of examples or of dimensions."""
+        """Return the prediction with f applied to each tensor, such as a selection of examples."""
         each = {part.name: getattr(self, part.name) for part in fields(self)}
         return replace(self, **{name: f(v) for name, v in each.items() if v is not None})
 
 
 @dataclass(frozen=True)
 class LevelPrediction(Prediction, ABC):
-    """ê as the mean of probabilities of the levels."""
+    """Probabilities of levels, with their mean as ê."""
 
     @property
+    @override
     def levels(self) -> Self:
         return self
 
     @property
     @abstractmethod
     def log_probs(self) -> Tensor:
-        """log P(x_i = v_k|z_t) of all levels, shape (B, ..., K)."""
+        """The table log P(x_i = v_k|z_t) of all levels, shape (B, ..., K)."""
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log P(x_i|z_t) of the level of each dimension, shape of x, that of ê."""
+        """Return log P(x_i|z_t) of the level of each dimension; x has the shape of ê."""
         return self.log_probs.gather(-1, x[..., None].long())[..., 0]
 
 
 @dataclass(frozen=True)
 class LevelTable(LevelPrediction):
-    """All of the probabilities."""
+    """Probabilities of levels as a table, shape (B, ..., K)."""
 
     table: Tensor
 
     @property
+    @override
     def log_probs(self) -> Tensor:
         return self.table
 
 
 class LevelFamily(LevelPrediction):
-    """log P(x_i = v_k|z_t) = Σ_j c_ij f_j(k) + h_i(k) + log N(z_t; √α_t v_k, 1-α_t) - A_i, made
-    where it is asked for, and so are ê and A.
+    """log P(x_i = v_k|z_t) = Σ_j c_ij f_j(k) + h_i(k) + log N(z_t; √α_t v_k, 1-α_t) - A_i.
+
+    The table, ê and A are computed only when needed.
 
     Args:
         coefficients: c, shape (B, D, J).
@@ -112,11 +116,12 @@ class LevelFamily(LevelPrediction):
 
     @property
     def e_hat(self) -> Tensor:
+        """The mean of the levels, shape of z_t."""
         return self._mean_and_norm[0].view(self.shape)
 
     @property
     def norm(self) -> Tensor:
-        """A, shape of z_t."""
+        """The normaliser A, shape of z_t."""
         return self._mean_and_norm[1].view(self.shape)
 
     @cached_property
@@ -124,12 +129,14 @@ class LevelFamily(LevelPrediction):
         return mean_and_norm(self.coefficients, self.curves, self.prior, *self.evidence)
 
     @property
+    @override
     def log_probs(self) -> Tensor:
         values, z, signal, precision = self.evidence
         logits = self.coefficients @ self.curves + self.prior
         logits = logits + _evidence(z[..., None], values, signal, precision)
         return logits.log_softmax(-1).reshape(*self.shape, -1)
 
+    @override
     def log_prob(self, x: Tensor) -> Tensor:
         x = x.flatten(1).long()
         values, z, signal, precision = self.evidence
@@ -138,45 +145,46 @@ class LevelFamily(LevelPrediction):
         logit = context + prior + _evidence(z, values[x], signal, precision)
         return logit.view_as(self.norm) - self.norm
 
+    @override
     def map(self, f: Callable[[Tensor], Tensor]) -> LevelTable:  # type: ignore[override]
         return LevelTable(f(self.e_hat), f(self.log_probs))
 
 
 class Parametrization(nn.Module, ABC):
-    """Network output, shape (B, ...) or (B, ..., outputs), to a prediction."""
+    """Function from a network's output, (B, ...) or (B, ..., outputs), to a prediction."""
 
-    #: numbers the network gives per dimension of the data
+    #: number of outputs of the network per dimension of the data
     outputs: int = 1
-    #: T of one whose output belongs to T steps and has no meaning between their times
+    #: T if the output is defined on a grid of T steps only, else None
     steps: int | None = None
 
     @property
     def point(self) -> "Parametrization | None":
-        """That of one output per dimension, a noise, data or velocity; None where it is logits."""
+        """The part with one output per dimension, such as a noise or velocity; None for logits."""
         return self if self.outputs == 1 else None
 
     @property
     def factors(self) -> "Sequence[Parametrization]":
-        """Those of the groups of columns; of other data, this one alone."""
+        """The parametrizations of the groups of columns; for other data, this one alone."""
         return (self,)
 
     def output_shape(self, z: Tensor) -> torch.Size:
-        """What the network must give for z."""
+        """Return the shape that the network's output must have for z."""
         return z.shape if self.outputs == 1 else torch.Size((*z.shape, self.outputs))
 
     def fit_statistics(self, x: Tensor) -> None:
-        """Take from training examples x, (N, ...), what is known before training; here nothing."""
+        """Fit to training examples x, (N, ...), before training; does nothing here."""
 
     @property
     def level_values(self) -> Tensor | None:
-        """v_1..v_K, shape (K,), where it gives P(x_i = v_k|z_t) of the same v for all i."""
+        """v_1..v_K, shape (K,), if P(x_i = v_k|z_t) has the same values for all i; else None."""
         return None
 
     def exclude_missing(self) -> None:
-        """From now on no cell of a table is missing; of other data none is anyway."""
+        """Give missing cells of a table probability zero from now on; does nothing here."""
 
     def allowed(self) -> Tensor | None:
-        """Which codes each dimension can have, (D, K); None where those of the process are all."""
+        """Return a mask of the codes of each dimension, (D, K); None for all of the process."""
         return None
 
     @property
@@ -185,14 +193,15 @@ class Parametrization(nn.Module, ABC):
         return self.outputs
 
     @abstractmethod
-    def forward(
-        self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess
-    ) -> Prediction: ...
+    @override
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
+        """Return the prediction at z = z_t and times t, shape (B,), from the network's output."""
 
 
 class EpsPrediction(Parametrization):
     """The output is ε̂ in z_t = √α_t e + √(1-α_t) ε."""
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         signal = over((process.log_alpha(t) / 2).exp(), z)
         noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
@@ -202,13 +211,18 @@ class EpsPrediction(Parametrization):
 class XPrediction(Parametrization):
     """The output is ê."""
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         return Prediction(output)
 
 
 class VPrediction(Parametrization):
-    """The output is v̂ = √α_t ε̂ - √(1-α_t) ê; zero is the best linear guess for unit data."""
+    """The output is v̂ = √α_t ε̂ - √(1-α_t) ê.
 
+    An output of zero is the best linear prediction for data of mean 0 and variance 1.
+    """
+
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         signal = over((process.log_alpha(t) / 2).exp(), z)
         noise = over((process.log_one_minus_alpha(t) / 2).exp(), z)
@@ -216,10 +230,10 @@ class VPrediction(Parametrization):
 
 
 class Mean(Parametrization):
-    """The output is f(z_t, φ, t) itself, the mean of p(z_{t-1}|z_t) on the times i/T.
+    """The output is f(z_t, φ, t), the mean of p(z_{t-1}|z_t), at times i/T.
 
     Args:
-        steps: T; the step that f belongs to is from t to t - 1/T, with α_0 = 1.
+        steps: T; f belongs to the step from t to t - 1/T, with α_0 = 1.
     """
 
     steps: int
@@ -228,6 +242,7 @@ class Mean(Parametrization):
         super().__init__()
         self.steps = steps
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         process = GaussianDiffusion.require(process, "Mean needs GaussianDiffusion")
         i = (t * self.steps).round()
@@ -242,8 +257,13 @@ class Mean(Parametrization):
 
 
 class WithVariance(Parametrization):
-    """A point head and, as a second output v, the variance of the step: log σ² at (v + 1)/2
-    between log β̃ and log β (Nichol & Dhariwal 2021, equation 15)."""
+    """A parametrization with a second output v for the variance of the reverse kernel.
+
+    log σ² lies at (v + 1)/2 between log β̃ and log β (Nichol & Dhariwal 2021, equation 15).
+
+    Args:
+        head: with one output, such as `EpsPrediction`.
+    """
 
     outputs = 2
 
@@ -257,21 +277,23 @@ class WithVariance(Parametrization):
         self.head, self.steps = head, head.steps
 
     @property
+    @override
     def point(self) -> Parametrization | None:
         return self.head.point
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         point = self.head(output[..., 0], z, t, process)
         return Prediction(point.e_hat, fraction=(output[..., 1] + 1) / 2)
 
 
 def level_evidence(z: Tensor, values: Tensor, t: Tensor, process: ForwardProcess) -> Tensor:
-    """log N(z_t; √α_t v_k, 1-α_t) + const for each level k, shape (B, ..., K)."""
+    """Return log N(z_t; √α_t v_k, 1-α_t) + const for each level k, shape (B, ..., K)."""
     return _evidence(z[..., None], values.to(z.dtype), *_signal_and_precision(t, process))
 
 
 def _signal_and_precision(t: Tensor, process: ForwardProcess) -> tuple[Tensor, Tensor]:
-    """√α_t and 1/(1-α_t), shape of t."""
+    """Return √α_t and 1/(1-α_t), shape of t."""
     return process.alpha(t).sqrt(), (-process.log_one_minus_alpha(t)).exp()
 
 
@@ -281,12 +303,12 @@ def _evidence(z: Tensor, values: Tensor, signal: Tensor, precision: Tensor) -> T
 
 
 class Logits(Parametrization):
-    """Logits of K values per dimension, on top of a learned log-prior of each dimension.
+    """Logits of K values per dimension, added to a learned log-prior.
 
     Args:
         count: the number K of values.
-        shape: shape of one example, for a log-prior (*shape, K); left out, all dimensions share
-            one (K,).
+        shape: shape of one example, for a log-prior (*shape, K); where left out, all dimensions
+            share one, (K,).
     """
 
     def __init__(self, count: int, shape: tuple[int, ...] = ()) -> None:
@@ -295,25 +317,28 @@ class Logits(Parametrization):
         self.log_prior = nn.Parameter(torch.zeros(*shape, count))
 
     @property
+    @override
     def point(self) -> None:
         return None
 
     @property
+    @override
     def numbers(self) -> int:
         return self.count
 
+    @override
     def fit_statistics(self, x: Tensor) -> None:
         """Set the log-prior to the log-frequencies of the levels in x, (N, *shape).
 
-        Under a network that gives zero the model is then the factorised Bayes denoiser.
+        With a network output of zero, the model is then the factorised Bayes denoiser.
         """
         self.log_prior.data.copy_(log_frequencies(x, self.count))
 
 
 def log_frequencies(x: Tensor, count: int) -> Tensor:
-    """Log-frequencies of the `count` levels in each dimension of x, (N, ...): (..., count).
+    """Return log-frequencies of the `count` levels in each dimension of x, (N, ...): (..., count).
 
-    A dimension's counts are smoothed by as many counts of the frequencies over all dimensions.
+    Each dimension is smoothed with `count` pseudo-counts, distributed as in all dimensions.
     """
     places = count * torch.arange(x[0].numel()).reshape(x.shape[1:])
     counts = torch.zeros(x[0].numel() * count, dtype=torch.int64)
@@ -342,9 +367,11 @@ class LevelLogits(Logits):
         self.register_buffer("curves", torch.eye(len(values)), persistent=False)
 
     @property
+    @override
     def level_values(self) -> Tensor:
         return self.values
 
+    @override
     def forward(
         self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> LevelPrediction:
@@ -357,19 +384,19 @@ class LevelLogits(Logits):
 
 
 class LevelCurves(LevelLogits):
-    """As `LevelLogits`, with Σ_j output_j c_jk for output_k: for many levels that are a scale.
+    """`LevelLogits` with Σ_j output_j c_jk for output_k, for many ordered levels.
 
-    The curves c_j are learned. They begin as bumps at even places, as wide as they are apart, and
-    one spike for each end of the scale, where clipped values pile up. K curves that are the unit
-    vectors would be LevelLogits.
+    The curves c_j are learned. They start as evenly spaced bumps, as wide as their distance, and a
+    spike at each end of the range, where clipped values accumulate. With the K unit vectors as
+    curves, this would be `LevelLogits`.
 
     Args:
         values: v_1..v_K, shape (K,).
         shape: shape of one example; see `Logits`.
-        curves: how many, at least 4.
+        curves: number of curves, at least 4.
 
     Raises:
-        ValueError: fewer curves.
+        ValueError: if there are fewer curves.
     """
 
     def __init__(self, values: Tensor, shape: tuple[int, ...] = (), curves: int = 32) -> None:
@@ -388,6 +415,7 @@ class LevelCurves(LevelLogits):
 class SymbolLogits(Logits):
     """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior)."""
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         if process.width != self.count:
             raise TypeError(

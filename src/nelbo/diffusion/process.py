@@ -1,4 +1,4 @@
-r"""The encoder q: how data becomes noise. It is fixed, and everything about it is known.
+r"""The encoder q, which turns data into noise. All its conditionals are known in closed form.
 
 For times s < t, e = embed(x), and α_t = sigmoid(-γ(t)) from a schedule (equations 2-6, 9):
 
@@ -6,10 +6,10 @@ For times s < t, e = embed(x), and α_t = sigmoid(-γ(t)) from a schedule (equat
                 q(z_t|x)     = N( √α_t e, 1-α_t )
                 q(z_s|z_t,x) = N( m_t, β̃ ),  β̃ = β (1-α_s)/(1-α_t)
                 m_t          = [ (1-α_s) √(1-β) z_t + √α_s β e ] / (1-α_t)
-    Absorbing   q(z_t|x)     keeps each symbol with probability α_t, else shows a mask
+    Masked      q(z_t|x)     keeps each symbol with probability α_t, else masks it
 
-A conditional is a method that returns a distribution with batch shape (B,). One `posterior`
-serves q(z_s|z_t,x), given e, and the model's p(z_s|z_t), given a prediction in place of e.
+Each conditional is a method that returns a distribution with batch shape (B,). `posterior` serves
+both q(z_s|z_t,x), given e, and the model's p(z_s|z_t), given a prediction of e.
 """
 
 import math
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.nn.functional import logsigmoid, one_hot
+from typing_extensions import override
 
 from nelbo._utils.batch_rng import shard_rng
 from nelbo._utils.numerics import log1mexp, over, slope
@@ -31,38 +32,38 @@ Shape = torch.Size | tuple[int, ...]
 
 
 def per_example(distribution: Distribution) -> Independent:
-    """All dimensions but the first belong to one example."""
+    """Return the distribution of whole examples: all dimensions but the first are event ones."""
     return Independent(distribution, len(distribution.batch_shape) - 1, validate_args=False)
 
 
 def normal(mean: Tensor, variance: Tensor) -> Independent:
-    """N(mean, variance) for means (B, ...) and variances (B,)."""
+    """Return N(mean, variance) of means (B, ...) and variances (B,), with batch shape (B,)."""
     scale = over(variance.sqrt(), mean).expand_as(mean)
     return per_example(Normal(mean, scale, validate_args=False))
 
 
 class ForwardProcess(nn.Module, ABC):
-    """q(z_t|x) and its conditionals; α_t from `schedule`.
+    """q(z_t|x) and its conditionals, with α_t from `schedule`.
 
-    A new process is one subclass that passes `ProcessContract` of the tests: what differs between
-    processes is asked here. Defaults are those of symbols that noise replaces by others of the
-    same codes. Control variates and costs known beforehand, which make estimates better and which
-    a process need not have, are registered by class in `evaluation` (`references`, `step_costs`).
+    A new process is one subclass that passes `ProcessContract` of the tests; whatever differs
+    between processes is a method here. The defaults suit symbols that noise replaces by others of
+    the same codes. Control variates and costs known in advance, which improve estimates and are
+    optional, are registered by class in `evaluation` (`references`, `step_costs`).
     """
 
     #: channels of `features` per dimension of the data
     channels: int
     #: numbers of e per dimension of the data
     width: int = 1
-    #: how many codes a dimension of the data has, 0..codes-1; 0 where it is a real number
+    #: number of codes of a dimension of the data, 0..codes-1; 0 for a real number
     codes: int = 0
-    #: the value of z that hides a dimension, where z shows x as it is or hides it; else None
+    #: the value of z that masks a dimension, if z is either x or masked; else None
     mask: int | None = None
-    #: whether a deterministic path leads from noise to data: the probability flow
+    #: whether the process has a probability flow, a deterministic path from noise to data
     has_flow: bool = False
-    #: how its posterior is called as a reverse step, where steps are compared
+    #: name of the posterior as a reverse kernel, in comparisons
     posterior_name: str = "reverse step"
-    #: whether the law of a dimension does not depend on which it is, so that some stand for all
+    #: whether all dimensions have the same process, so that some of them represent all
     alike: bool = True
 
     def __init__(self, schedule: Schedule) -> None:
@@ -71,124 +72,129 @@ class ForwardProcess(nn.Module, ABC):
 
     @property
     def factors(self) -> "Sequence[ForwardProcess]":
-        """The processes of the groups of columns; of other data, this process alone."""
+        """The processes of the groups of columns; for other data, this process alone."""
         return (self,)
 
     def split(self, v: Tensor) -> list[Tensor]:
-        """x or z, (B, ...), into those of `factors`."""
+        """Split x or z, (B, ...), into those of the `factors`."""
         return [v]
 
     @classmethod
     def require(cls, process: "ForwardProcess", need: str, hint: str = "") -> Self:
-        """The process, for a part whose formulas are those of this class alone.
+        """Return the process if it is of this class, for parts whose formulas hold only here.
+
+        Args:
+            process: to check.
+            need: start of the message.
+            hint: end of the message.
 
         Raises:
-            TypeError: it is of another class; the message has the need and the hint.
+            TypeError: if it is of another class.
         """
         if not isinstance(process, cls):
             raise TypeError(f"{need}; got {type(process).__name__}{hint}")
         return process
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """log α_t, shape of t, float64."""
+        """Return log α_t, shape of t, float64."""
         return logsigmoid(-self.schedule(t))
 
     def log_one_minus_alpha(self, t: Tensor) -> Tensor:
-        """log(1 - α_t), shape of t, float64: not a difference, so exact at both ends."""
+        """Return log(1 - α_t), shape of t, float64; not as a difference, so exact at both ends."""
         return logsigmoid(self.schedule(t))
 
     def alpha(self, t: Tensor) -> Tensor:
-        """α_t, shape of t, float64."""
+        """Return α_t, shape of t, float64."""
         return self.log_alpha(t).exp()
 
     def log_kept(self, s: Tensor, t: Tensor) -> Tensor:
-        """log(α_t/α_s), what of the signal at s is left at t; Gaussian: log(1-β)."""
+        """Return log(α_t/α_s), the share of the signal at s that remains at t; log(1-β)."""
         return self.log_alpha(t) - self.log_alpha(s)
 
     def fit_statistics(self, x: Tensor) -> None:
-        """Take from training examples x, (N, ...), what is fixed before training; here nothing."""
+        """Fit to training examples x, (N, ...), before training; does nothing here."""
 
     @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
-        """e, the data in the space of the process, float64."""
+        """Return e, the data in the space of the process, float64."""
 
     @abstractmethod
     def features(self, z: Tensor) -> Tensor:
-        """What a network sees of z: (B, C, ...) with `channels` channels for each of z's."""
+        """Return the input of a network, (B, C, ...), with `channels` channels for each of z."""
 
     @abstractmethod
     def level(self, t: Tensor) -> Tensor:
-        """What a network is told of the noise level, shape of t."""
+        """Return the noise level that is an input of a network, shape of t."""
 
     @abstractmethod
     def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
-        """q(z_t|z_s) for z = z_s and s < t."""
+        """Return q(z_t|z_s) for z = z_s and s < t."""
 
     @abstractmethod
     def marginal(self, e: Tensor, t: Tensor) -> Independent:
-        """q(z_t|x)."""
+        """Return q(z_t|x) for e = embed(x)."""
 
     @abstractmethod
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
-        """q(z_s|z_t,x) for z = z_t and s < t; e is embed(x) or a prediction of it."""
+        """Return q(z_s|z_t,x) for z = z_t and s < t; e is embed(x) or a prediction of e."""
 
     @abstractmethod
     def prior(self, shape: Shape, t: Tensor) -> Independent:
-        """p(z_T), z_T of the given data shape, for the last times t, shape (B,)."""
+        """Return p(z_T) for the shape of one example and the last times t, shape (B,)."""
 
     def blank(self, shape: Shape) -> Tensor:
-        """The latent that says nothing of x, of the given data shape, float64."""
+        """Return a latent without information on x, for the shape of one example, float64."""
         return torch.zeros(shape, dtype=torch.float64)
 
     def grid_width(self, shape: Shape, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
-        """Width of the grid on which z_t is coded, of the given data shape; 1 for symbols.
+        """Return the spacing of the grid on which z_t is coded, shape of one example; 1 here.
 
         Args:
             shape: of one example.
-            s: the time before t on a grid of times, a number; None where t is the first.
-            t: a time, a number.
-            u: the time after t; None where t is the last.
+            s: the time before t on a grid of times, a scalar; None where t is the first.
+            t: the time, a scalar.
+            u: the time after t, a scalar; None where t is the last.
         """
         return torch.ones_like(t).expand(shape)
 
     def linear_transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor] | None:
-        """a and b, shape of t, of q(z_t|z_s) = N(a z_s, b²); None where it has another form."""
+        """Return a and b, shape of t, if q(z_t|z_s) = N(a z_s, b²); None otherwise."""
         return None
 
     def picture(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """z_t in the units of the data, for the eye, and where it hides them; shape of z each.
+        """Return z_t in the units of the data, for display, and a mask of hidden dimensions.
 
         Args:
-            z: latents at one time, (B, ...), symbols where this is not overridden.
-            t: their time, a number.
+            z: latents at one time, (B, ...); symbols here.
+            t: their time, a scalar.
         """
         return z, torch.zeros_like(z, dtype=torch.bool)
 
     def mean(self, e: Tensor, z: Tensor) -> Tensor:
-        """E[x|z_t] by a prediction e at z = z_t, in the units of the data, shape of z.
+        """Return E[x|z_t] in the units of the data, shape of z, for a prediction e at z = z_t.
 
-        Where this is not overridden, e is log-probabilities of the codes.
+        Here e is the log-probabilities of the codes.
         """
         probabilities = e.exp()
         return probabilities @ torch.arange(probabilities.shape[-1]).to(probabilities)
 
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
-        """z_t of dimensions whose x is known, one draw of q(z_t|x); a symbol shows at once."""
+        """Return z_t of dimensions whose x is known: one draw of q(z_t|x), or x for symbols."""
         with shard_rng():
             return self.marginal(self.embed(x), t).sample()
 
     @abstractmethod
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
-        """lim_{s→t} KL( posterior(z, e, s, t) ‖ posterior(z, e_hat, s, t) ) / (t-s); (B,)."""
+        """Return lim_{s→t} KL( posterior(z, e, s, t) ‖ posterior(z, e_hat, s, t) )/(t-s); (B,)."""
 
 
 class Levels(nn.Module):
-    """Integers 0..K-1 as K equally spaced values from low to high; [-1, 1], edges included.
+    """Embedding of integers 0..K-1 as K equally spaced values from low to high, both included.
 
     Args:
         count: the number K of levels.
         low: value of level 0.
-        high: value of level K-1. Bins centred in [-1, 1] have high = 1 - 1/K = -low.
+        high: value of level K-1. With high = 1 - 1/K = -low, the K bins divide [-1, 1].
     """
 
     values: Tensor
@@ -203,27 +209,28 @@ class Levels(nn.Module):
         values = torch.linspace(low, high, count, dtype=torch.float64)
         self.register_buffer("values", values, persistent=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return self.values[x]
 
     def inverse(self, e: Tensor) -> Tensor:
-        """x of values e, also between and beyond the levels, shape of e."""
+        """Return x of values e, including those between and beyond the levels; shape of e."""
         return (e - self.low) / (self.high - self.low) * (self.count - 1)
 
     def pushforward(self, mean: Tensor, sd: Tensor) -> Distribution:
-        """The law of the level whose bin e ~ N(mean, sd²) falls into, element by element."""
+        """Return the distribution of the level into whose bin e ~ N(mean, sd²) falls."""
         return DiscretisedNormal(mean, sd, self.values)
 
 
 class Affine(nn.Module):
-    """Real data as e = (x - shift) / scale.
+    """Embedding of real data as e = (x - shift) / scale.
 
     Args:
-        shift: broadcastable to one example, in the data's units.
-        scale: the same, positive.
+        shift: broadcastable to one example, in the units of the data.
+        scale: likewise, positive.
     """
 
-    count, low, high = 0, -math.inf, math.inf  # no levels, and no ends of the values e
+    count, low, high = 0, -math.inf, math.inf  # no levels, and no limits on the values e
     shift: Tensor
     scale: Tensor
     values: Tensor
@@ -234,15 +241,16 @@ class Affine(nn.Module):
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64))
         self.register_buffer("values", torch.zeros(0, dtype=torch.float64), persistent=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return (x.double() - self.shift) / self.scale
 
     def inverse(self, e: Tensor) -> Tensor:
-        """x = shift + scale e, shape of e."""
+        """Return x = shift + scale e, shape of e."""
         return self.shift + self.scale * e
 
     def pushforward(self, mean: Tensor, sd: Tensor) -> Distribution:
-        """The law of x where e ~ N(mean, sd²), element by element: a density in units of x."""
+        """Return the distribution of x for e ~ N(mean, sd²), a density in the units of x."""
         return Normal(self.inverse(mean), self.scale * sd, validate_args=False)
 
 
@@ -264,84 +272,96 @@ class GaussianDiffusion(ForwardProcess):
         self.codes = embedding.count
 
     def beta(self, s: Tensor, t: Tensor) -> Tensor:
-        """β of the step from s to t, 1 - α_t/α_s; float64."""
+        """Return β = 1 - α_t/α_s of the step from s to t; float64."""
         return -torch.expm1(self.log_kept(s, t))
 
     def beta_tilde(self, s: Tensor, t: Tensor) -> Tensor:
-        """β̃ = β (1-α_s)/(1-α_t), the variance of q(z_s|z_t,x); float64."""
+        """Return β̃ = β (1-α_s)/(1-α_t), the variance of q(z_s|z_t,x); float64."""
         shrink = self.log_one_minus_alpha(s) - self.log_one_minus_alpha(t)
         return self.beta(s, t) * shrink.exp()
 
     def m_t(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """m_t = [ (1-α_s) √(1-β) z_t + √α_s β e ] / (1-α_t), the mean of q(z_s|z_t,x)."""
+        """Return m_t = [ (1-α_s) √(1-β) z_t + √α_s β e ] / (1-α_t), the mean of q(z_s|z_t,x)."""
         of_z, of_e = self.m_t_weights(s, t)
         return over(of_z, z) * z + over(of_e, z) * e
 
     def m_t_weights(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What m_t multiplies z_t and e by, shape of t, float64."""
+        """Return the coefficients of z_t and e in m_t, shape of t, float64."""
         shrink = self.log_one_minus_alpha(s) - self.log_one_minus_alpha(t)
         of_z = (shrink + self.log_kept(s, t) / 2).exp()
         of_e = (self.log_alpha(s) / 2 - self.log_one_minus_alpha(t)).exp() * self.beta(s, t)
         return of_z, of_e
 
+    @override
     def embed(self, x: Tensor) -> Tensor:
         return self.embedding(x)
 
+    @override
     def features(self, z: Tensor) -> Tensor:
         return z
 
+    @override
     def level(self, t: Tensor) -> Tensor:
-        # γ itself: a network that knows the log-SNR fits any grid and any learned schedule.
+        # γ itself: given the log-SNR, a network suits any grid and any learned schedule
         return self.schedule(t)
 
+    @override
     def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
         mean = over((self.log_kept(s, t) / 2).exp(), z) * z
         return normal(mean, self.beta(s, t))
 
+    @override
     def marginal(self, e: Tensor, t: Tensor) -> Independent:
         mean = over((self.log_alpha(t) / 2).exp(), e) * e
         return normal(mean, self.log_one_minus_alpha(t).exp())
 
+    @override
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
         return normal(self.m_t(z, e, s, t), self.beta_tilde(s, t))
 
+    @override
     def grid_width(self, shape: Shape, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
-        """The smaller of the standard deviations with which z_t is drawn and coded."""
+        """Return the smaller of the standard deviations with which z_t is drawn and coded."""
         drawn = self.log_one_minus_alpha(t).exp() if s is None else self.beta(s, t)
         coded = torch.ones_like(t) if u is None else self.beta_tilde(t, u)
         return torch.minimum(drawn, coded).sqrt().expand(shape)
 
+    @override
     def linear_transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """√(1-β) and √β."""
+        """Return √(1-β) and √β."""
         return (self.log_kept(s, t) / 2).exp(), self.beta(s, t).sqrt()
 
+    @override
     def picture(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        if self.codes:  # levels have ends, which signal and two standard deviations shall meet
+        if self.codes:  # scale signal plus two standard deviations of noise to the range of levels
             alpha = self.alpha(t)
             z = z / (alpha.sqrt() + 2 * (1 - alpha).sqrt())
         return self.embedding.inverse(z), torch.zeros_like(z, dtype=torch.bool)
 
+    @override
     def mean(self, e: Tensor, z: Tensor) -> Tensor:
         return self.embedding.inverse(e)
 
+    @override
     def prior(self, shape: Shape, t: Tensor) -> Independent:
         zeros = torch.zeros((len(t), *shape), dtype=t.dtype, device=t.device)
         return normal(zeros, torch.ones_like(t))
 
+    @override
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
-        """½ γ'(t) SNR(t) ‖e - ê‖² (equation 8; VDM equation 18)."""
+        """Return ½ γ'(t) SNR(t) ‖e - ê‖², (B,) (equation 8; VDM equation 18)."""
         error = (e - e_hat).square().flatten(1).sum(1)
         return 0.5 * slope(self.schedule, t) * (-self.schedule(t)).exp() * error
 
 
 class MaskedDiffusion(ForwardProcess):
-    """Each symbol is kept with probability α_t, else masked (equation 9).
+    """Masked diffusion: each symbol is kept with probability α_t, else masked (equation 9).
 
     z holds symbols 0..K-1 or the mask K; e and its prediction are log-probabilities (..., K).
-    Sources: Austin et al. 2021 (D3PM), Shi et al. 2024 (MD4).
+    Sources: Austin et al. 2021 (D3PM, absorbing state), Shi et al. 2024 (MD4).
 
     Args:
-        schedule: γ(t), α_t = sigmoid(-γ(t)).
+        schedule: γ(t), with α_t = sigmoid(-γ(t)).
         count: the number K of symbols.
     """
 
@@ -355,25 +375,31 @@ class MaskedDiffusion(ForwardProcess):
         self.count = self.mask = self.width = self.codes = count
         self.channels = count + 1
 
+    @override
     def embed(self, x: Tensor) -> Tensor:
         return one_hot(x.long(), self.count).double().log()
 
+    @override
     def features(self, z: Tensor) -> Tensor:
         return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
 
+    @override
     def level(self, t: Tensor) -> Tensor:
-        # Given the symbols that show, P(x|z_t) does not depend on t (Ou et al. 2024).
+        # Given the visible symbols, P(x|z_t) does not depend on t (Ou et al. 2024).
         return torch.zeros_like(t)
 
+    @override
     def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
         kept = self.log_kept(s, t)
         shown = self._show(z)
         next_ = self._masked_with(shown[..., :-1], kept, log1mexp(kept)).log_probs
         return per_example(Discrete(torch.where((z == self.mask)[..., None], shown, next_)))
 
+    @override
     def marginal(self, e: Tensor, t: Tensor) -> Independent:
         return per_example(self._masked_with(e, self.log_alpha(t), self.log_one_minus_alpha(t)))
 
+    @override
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
         masked = self.log_one_minus_alpha(t)
         reveal = self.log_alpha(s) + log1mexp(self.log_kept(s, t)) - masked
@@ -382,31 +408,37 @@ class MaskedDiffusion(ForwardProcess):
         shown = (z != self.mask)[..., None]
         return per_example(Discrete(torch.where(shown, self._show(z).to(e.dtype), log_probs)))
 
+    @override
     def blank(self, shape: Shape) -> Tensor:
         return torch.full(shape, self.mask, dtype=torch.float64)
 
+    @override
     def picture(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return z, z == self.mask
 
+    @override
     def mean(self, e: Tensor, z: Tensor) -> Tensor:
-        """A symbol that shows is itself."""
+        """Return E[x|z_t], where visible symbols are certain."""
         mean = super().mean(e, z)
         return torch.where(z == self.mask, mean, z.to(mean))
 
+    @override
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
-        # The model knows P(x_i| any symbols that show): what is known need not wait for its time.
+        # The model predicts from any visible symbols, so known ones may be visible at any time.
         return x
 
+    @override
     def prior(self, shape: Shape, t: Tensor) -> Independent:
-        # The share α_T that no mask hides yet is uniform: with all mass on the mask, KL = inf.
+        # Symbols are unmasked with probability α_T, uniformly: without them, the KL is infinite.
         uniform = torch.zeros((len(t), *shape, self.count), dtype=t.dtype, device=t.device)
         uniform = uniform.log_softmax(-1)
         return per_example(
             self._masked_with(uniform, self.log_alpha(t), self.log_one_minus_alpha(t))
         )
 
+    @override
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
-        """-α'(t)/(1-α_t) Σ_masked -log P(x_i|z_t) (equation 9); -α'/(1-α) = γ' α."""
+        """Return -α'(t)/(1-α_t) Σ_masked -log P(x_i|z_t), (B,) (equation 9); -α'/(1-α) = γ' α."""
         surprise = -torch.where(e == 0, e_hat, 0.0).sum(-1)
         hidden = torch.where(z == self.mask, surprise, 0.0).flatten(1).sum(1)
         return slope(self.schedule, t) * self.alpha(t) * hidden
@@ -415,7 +447,7 @@ class MaskedDiffusion(ForwardProcess):
         return one_hot(z.long(), self.channels).double().log()
 
     def _masked_with(self, e: Tensor, log_shown: Tensor, log_masked: Tensor) -> Discrete:
-        """e with probability exp(log_shown), else the mask."""
+        """Return e with probability exp(log_shown), else the mask."""
         shown = over(log_shown, e) + e
         mask = over(log_masked, e).expand_as(e[..., :1])
         return Discrete(torch.cat([shown, mask], -1))

@@ -1,13 +1,13 @@
-r"""Columns of several kinds in one model: a product of processes.
+r"""Columns of several kinds in one model, as a product of processes.
 
-x = (x_1, .., x_G) are groups of columns, side by side; each group has a process of its own, and
-they share nothing but the time and the network:
+x = (x_1, .., x_G) is made of groups of columns. Each group has a process of its own; the groups
+share only the time and the network:
 
-    q(z_t|x) = Π_g q_g(z_t^g|x^g),      P(z_s|z_t) = Π_g P_g(z_s^g|z_t),      P(x|z_1) alike.
+    q(z_t|x) = Π_g q_g(z_t^g|x^g),      P(z_s|z_t) = Π_g P_g(z_s^g|z_t),      P(x|z_1) likewise.
 
-The network sees all of z_t, so a column's prediction knows the others. A KL of products is the sum
-of KLs, and a rate the sum of rates: `elbo.py` need not know. e, the features and the network's
-output are flat, (B, ·), those of the groups one after the other.
+The network sees all of z_t, so the prediction of a column depends on the others. The KL of a
+product is the sum of KLs and its rate the sum of rates, so `elbo.py` needs no special case. e, the
+features and the network's output are flat, (B, ·), with the groups one after the other.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +17,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
+from typing_extensions import override
 
 from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import Joint
@@ -26,18 +27,18 @@ from nelbo.diffusion.reverse import ReverseKernel
 
 
 def join(parts: Sequence[Distribution]) -> Independent:
-    """Distributions of batch shape (B,) over groups of columns as one of batch shape (B,)."""
+    """Join distributions of groups of columns, of batch shape (B,), into one of that shape."""
     return per_example(Joint([cast(Independent, part).base_dist for part in parts]))
 
 
 class ProductDiffusion(ForwardProcess):
     """A process for each group of columns.
 
-    Its schedule and the noise level that the network is told are those of the first group.
+    The schedule and the noise level for the network are those of the first group.
 
     Args:
         parts: the processes.
-        sizes: D_g, the columns of each.
+        sizes: D_g, the number of columns of each.
     """
 
     alike = False
@@ -48,61 +49,75 @@ class ProductDiffusion(ForwardProcess):
         self.widths = [part.width * size for part, size in zip(parts, sizes, strict=True)]
 
     @property
+    @override
     def factors(self) -> Sequence[ForwardProcess]:
         return self.parts
 
+    @override
     def split(self, v: Tensor) -> list[Tensor]:
-        """x or z, (B, D), into those of the groups."""
+        """Split x or z, (B, D), into those of the groups."""
         return list(v.split(self.sizes, 1))
 
     def split_e(self, e: Tensor) -> list[Tensor]:
-        """e or its prediction, (B, ·), into those of the groups."""
+        """Split e or its prediction, (B, ·), into those of the groups."""
         return [
             v if part.width == 1 else v.reshape(len(v), -1, part.width)
             for part, v in zip(self.parts, e.split(self.widths, 1), strict=True)
         ]
 
+    @override
     def fit_statistics(self, x: Tensor) -> None:
         for part, v in zip(self.parts, self.split(x), strict=True):
             part.fit_statistics(v)
 
+    @override
     def embed(self, x: Tensor) -> Tensor:
         return self._flat(part.embed(v) for part, v in self._of(x))
 
+    @override
     def features(self, z: Tensor) -> Tensor:
         return self._flat(part.features(v) for part, v in self._of(z))
 
+    @override
     def level(self, t: Tensor) -> Tensor:
         return self.parts[0].level(t)
 
+    @override
     def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
         return join([part.transition(v, s, t) for part, v in self._of(z)])
 
+    @override
     def marginal(self, e: Tensor, t: Tensor) -> Independent:
         each = zip(self.parts, self.split_e(e), strict=True)
         return join([part.marginal(v, t) for part, v in each])
 
+    @override
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
         each = zip(self._of(z), self.split_e(e), strict=True)
         return join([part.posterior(v, w, s, t) for (part, v), w in each])
 
+    @override
     def prior(self, shape: Shape, t: Tensor) -> Independent:
         each = zip(self.parts, self.sizes, strict=True)
         return join([part.prior((size,), t) for part, size in each])
 
+    @override
     def blank(self, shape: Shape) -> Tensor:
         each = zip(self.parts, self.sizes, strict=True)
         return torch.cat([part.blank((size,)) for part, size in each])
 
+    @override
     def grid_width(self, shape: Shape, s: Tensor | None, t: Tensor, u: Tensor | None) -> Tensor:
         each = zip(self.parts, self.sizes, strict=True)
         return torch.cat([part.grid_width((size,), s, t, u) for part, size in each])
 
+    @override
     def reveal(self, x: Tensor, t: Tensor) -> Tensor:
         return self._flat(part.reveal(v, t) for part, v in self._of(x))
 
+    @override
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
-        """Σ_g of the rates of the groups."""
+        """Return the sum of the rates of the groups, (B,)."""
         each = zip(self._of(z), self.split_e(e), self.split_e(e_hat), strict=True)
         return torch.stack([part.rate(v, w, w_hat, t) for (part, v), w, w_hat in each]).sum(0)
 
@@ -116,24 +131,26 @@ class ProductDiffusion(ForwardProcess):
 
 @dataclass(frozen=True)
 class ProductPrediction(Prediction):
-    """The prediction of each group; ê is theirs, flat."""
+    """Predictions of the groups; ê is the concatenation of theirs, flat."""
 
     parts: tuple[Prediction, ...]
 
     @property
+    @override
     def factors(self) -> Sequence[Prediction]:
         return self.parts
 
+    @override
     def map(self, f: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, e_hat=f(self.e_hat), parts=tuple(part.map(f) for part in self.parts))
 
 
 class ProductParametrization(Parametrization):
-    """A head for each group of columns.
+    """A parametrization for each group of columns.
 
     Args:
-        parts: the heads.
-        sizes: D_g, the columns of each.
+        parts: the parametrizations.
+        sizes: D_g, the number of columns of each.
     """
 
     def __init__(self, parts: Sequence[Parametrization], sizes: Sequence[int]) -> None:
@@ -142,24 +159,30 @@ class ProductParametrization(Parametrization):
         self.widths = [part.outputs * size for part, size in zip(parts, sizes, strict=True)]
 
     @property
+    @override
     def factors(self) -> Sequence[Parametrization]:
         return self.parts
 
     @property
+    @override
     def numbers(self) -> int:
         return max(part.numbers for part in self.parts)
 
+    @override
     def output_shape(self, z: Tensor) -> torch.Size:
         return torch.Size((len(z), sum(self.widths)))
 
+    @override
     def fit_statistics(self, x: Tensor) -> None:
         for part, v in zip(self.parts, x.split(self.sizes, 1), strict=True):
             part.fit_statistics(v)
 
+    @override
     def exclude_missing(self) -> None:
         for part in self.parts:
             part.exclude_missing()
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         outputs, of_z = output.split(self.widths, 1), process.split(z)
         each = zip(self.parts, outputs, of_z, process.factors, strict=True)
@@ -171,16 +194,22 @@ class ProductParametrization(Parametrization):
 
 
 class ProductReverseKernel(ReverseKernel):
-    """A reverse step for each group of columns."""
+    """A reverse kernel for each group of columns.
+
+    Args:
+        parts: the reverse kernels.
+    """
 
     def __init__(self, parts: Sequence[ReverseKernel]) -> None:
         super().__init__()
         self.parts = cast(Sequence[ReverseKernel], nn.ModuleList(parts))
 
     @property
+    @override
     def factors(self) -> Sequence[ReverseKernel]:
         return self.parts
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
@@ -189,7 +218,11 @@ class ProductReverseKernel(ReverseKernel):
 
 
 class ProductDecoder(Decoder):
-    """A decoder for each group of columns: a density if one of them is."""
+    """A decoder for each group of columns, which is a density if one of them is.
+
+    Args:
+        parts: the decoders.
+    """
 
     def __init__(self, parts: Sequence[Decoder]) -> None:
         super().__init__()
@@ -197,6 +230,7 @@ class ProductDecoder(Decoder):
         self.density = any(part.density for part in parts)
         self.at_any_time = all(part.at_any_time for part in parts)
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:

@@ -1,13 +1,13 @@
-r"""P(z_s|z_t): the reverse step, s < t, made of a prediction at z_t.
+r"""Reverse kernels P(z_s|z_t), s < t, from a prediction at z_t.
 
-    Posterior   q(z_s|z_t, x = ê): Gaussian with variance β̃, or the categorical step
+    Posterior   q(z_s|z_t, x = ê): Gaussian with variance β̃, or categorical
     Beta        N(m_t(z_t, ê), β)
-    Learned     N(m_t(z_t, ê), σ²), log σ² between log β̃ and log β by the network
-    Optimal     N(m_t(z_t, ê), σ²), σ² of the least KL: β̃ + (√α_s β/(1-α_t))² E‖e - ê‖²/D
+    Learned     N(m_t(z_t, ê), σ²), with log σ² between log β̃ and log β by the network
+    Optimal     N(m_t(z_t, ê), σ²), with σ² of least KL: β̃ + (√α_s β/(1-α_t))² E‖e - ê‖²/D
     Mixture     Σ_k P(x_i = v_k|z_t) q(z_s|z_t, x_i = v_k): the exact marginal of each dimension
 
-For s → t all of them tend to the posterior step (β̃/β → 1, the mixture to one Gaussian), so they
-share one continuous-time bound, and differ the more the fewer the steps.
+As s → t all of them tend to `Posterior` (β̃/β → 1, the mixture to one Gaussian), so they share one
+continuous-time bound; the fewer the steps, the more they differ.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
+from typing_extensions import override
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import LevelMixture
@@ -24,43 +25,47 @@ from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal, p
 
 
 class ReverseKernel(nn.Module, ABC):
-    """P(z_s|z_t) for z = z_t, with batch shape (B,)."""
+    """P(z_s|z_t) from a prediction at z_t, with batch shape (B,)."""
 
-    #: a mixture over levels, whose cost is not w ‖e - ê‖² even where the process is Gaussian
+    #: whether it is a mixture over levels, whose cost is not w ‖e - ê‖² in a Gaussian process
     mixes_levels: bool = False
 
     @property
     def factors(self) -> "Sequence[ReverseKernel]":
-        """Those of the groups of columns; of other data, this one alone."""
+        """The reverse kernels of the groups of columns; for other data, this one alone."""
         return (self,)
 
     def name(self, process: ForwardProcess) -> str:
-        """How it is called where steps are compared."""
+        """Return the name of the kernel in comparisons."""
         return "reverse step"
 
     def variance(self, s: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
-        """σ², shape of t, as far as no network decides it: β̃ where this is not overridden."""
+        """Return σ², shape of t, if it does not depend on the network; β̃ here."""
         return process.beta_tilde(s, t)
 
     def error_times(self) -> Tensor:
-        """Times at which it is to be given v(t) = E‖e - ê‖²/D of the model, (N,); none here."""
+        """Return the times at which `set_errors` needs v(t) = E‖e - ê‖²/D, (N,); none here."""
         return torch.zeros(0, dtype=torch.float64)
 
     def set_errors(self, errors: Tensor) -> None:
-        """Take v at `error_times`."""
+        """Set v at `error_times`, (N,); does nothing here."""
 
     @abstractmethod
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
-    ) -> Distribution: ...
+    ) -> Distribution:
+        """Return P(z_s|z_t) for z = z_t and times s < t, shape (B,)."""
 
 
 class Posterior(ReverseKernel):
-    """q(z_s|z_t,x) with ê for x: σ² = β̃ for a Gaussian process (equation 7)."""
+    """q(z_s|z_t,x) with ê in place of e; σ² = β̃ for a Gaussian process (equation 7)."""
 
+    @override
     def name(self, process: ForwardProcess) -> str:
         return process.posterior_name
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
@@ -70,12 +75,15 @@ class Posterior(ReverseKernel):
 class Beta(ReverseKernel):
     """N(f, β) with f = m_t(z_t, ê); the KL is ‖m_t - f‖²/(2β) + const (equation 7)."""
 
+    @override
     def name(self, process: ForwardProcess) -> str:
         return "Gaussian step, σ² = β"
 
+    @override
     def variance(self, s: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
         return process.beta(s, t)
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
@@ -87,9 +95,11 @@ class Beta(ReverseKernel):
 class Learned(ReverseKernel):
     """N(f, σ²), log σ² = v log β + (1-v) log β̃ (Nichol & Dhariwal 2021, equation 15)."""
 
+    @override
     def name(self, process: ForwardProcess) -> str:
         return "Gaussian step, learned σ²"
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
@@ -103,14 +113,14 @@ class Learned(ReverseKernel):
 
 
 class Optimal(ReverseKernel):
-    """N(f, σ²) with the σ² of the least expected KL: β̃ + (√α_s β/(1-α_t))² v(t), where
-    v(t) = E‖e - ê‖²/D (Bao et al. 2022, theorem 1).
+    """N(f, σ²) with the σ² of least expected KL: β̃ + (√α_s β/(1-α_t))² v(t).
 
-    v is data of the model, measured in training (`grids.measure_errors`); before, it is zero and
-    σ² = β̃. Any v gives a bound, so straight lines between its points will do.
+    v(t) = E‖e - ê‖²/D (Bao et al. 2022, theorem 1) belongs to the model and is measured in
+    training (`nelbo.evaluation.grid_search.measure_errors`); until then it is zero and σ² = β̃.
+    Any v gives a valid bound, so linear interpolation is enough.
 
     Args:
-        errors: v at evenly spaced times from 0 to 1, shape (N,).
+        errors: v at evenly spaced times from 0 to 1, shape (N,); zero where left out.
     """
 
     errors: Tensor
@@ -120,25 +130,30 @@ class Optimal(ReverseKernel):
         errors = torch.zeros(33, dtype=torch.float64) if errors is None else errors
         self.register_buffer("errors", errors.double())
 
+    @override
     def name(self, process: ForwardProcess) -> str:
         return "Gaussian step, best σ²"
 
+    @override
     def error_times(self) -> Tensor:
         return torch.linspace(0, 1, len(self.errors), dtype=torch.float64)
 
+    @override
     def set_errors(self, errors: Tensor) -> None:
         self.errors.copy_(errors)
 
+    @override
     def variance(self, s: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
         _, of_e = process.m_t_weights(s, t)
         return process.beta_tilde(s, t) + of_e.square() * self.error(t)
 
     def error(self, t: Tensor) -> Tensor:
-        """v(t), shape of t."""
+        """Return v(t), shape of t."""
         last = len(self.errors) - 1
         below = (t * last).long().clamp(0, last - 1)
         return torch.lerp(self.errors[below], self.errors[below + 1], t * last - below)
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
@@ -161,9 +176,11 @@ class Mixture(ReverseKernel):
         super().__init__()
         self.register_buffer("values", values, persistent=False)
 
+    @override
     def name(self, process: ForwardProcess) -> str:
         return "mixture step"
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
@@ -182,7 +199,7 @@ def mixture(
     t: Tensor,
     process: GaussianDiffusion,
 ) -> Distribution:
-    """Σ_k P(x_i = v_k|z_t) N(m_t(z_t, v_k), β̃) for values v of shape (K,) or (..., K)."""
+    """Return Σ_k P(x_i = v_k|z_t) N(m_t(z_t, v_k), β̃) for values v, (K,) or (..., K)."""
     loc = process.m_t(z[..., None], values.to(z), s, t)
     scale = over(process.beta_tilde(s, t).sqrt(), loc)
     return per_example(LevelMixture(prediction.log_probs, loc, scale))

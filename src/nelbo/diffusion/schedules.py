@@ -1,11 +1,11 @@
-r"""Schedules: one increasing function γ(t) = -log SNR(t) of time t ∈ [0, 1].
+r"""Schedules: increasing functions γ(t) = -log SNR(t) of time t ∈ [0, 1].
 
     SNR(t) = α_t / (1 - α_t) = exp(-γ(t)),   α_t = sigmoid(-γ(t)),   1 - α_t = sigmoid(γ(t)).
 
-Time 0 is the data's end, time 1 the noise's. The derivation's own form, α_t = Π_{s<=t} (1-β_s) for
-t = 1..T, lives on the times t/T: `Schedule.from_betas`. Everything is float64, because the β of a
-step is a small difference of neighbouring γ's. Sources: Kingma et al. 2021 (VDM), section 3 and
-appendix H; Nichol & Dhariwal 2021 (cosine).
+Time 0 is the end of the data, time 1 the end of the noise. The form α_t = Π_{s<=t} (1-β_s) of the
+derivation, t = 1..T, has the times t/T: `Schedule.from_betas`. Everything is float64, because the
+β of a step is a small difference of neighbouring γ. Sources: Kingma et al. 2021 (VDM), section 3
+and appendix H; Nichol & Dhariwal 2021 (cosine).
 
 To add a schedule: one class with `forward(t) -> gamma`, see CONTRIBUTING.md.
 """
@@ -17,32 +17,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from typing_extensions import override
 
 
 class Schedule(nn.Module, ABC):
-    """γ(t), increasing in t."""
+    """γ(t) = -log SNR(t), increasing in t."""
 
-    #: earliest time at which γ is defined; a grid or a continuum starts here or later
+    #: earliest time at which γ is defined, and at which a grid or continuous time may start
     start: float = 0.0
-    #: T of a schedule that is a table of T times; None where γ is a formula
+    #: T of a schedule that is a table of T times; None for a formula
     steps: int | None = None
 
     def interior(self) -> list[nn.Parameter]:
-        """Learned parameters that leave γ(0) and γ(1) alone: no bound in continuous time depends
-        on them, only the variance of its draws. Other learned parameters move the ends."""
+        """Return the learned parameters that do not change γ(0) and γ(1).
+
+        In continuous time they affect the variance of a draw of the bound, not its mean. All other
+        learned parameters change the endpoints.
+        """
         return []
 
     @abstractmethod
+    @override
     def forward(self, t: Tensor) -> Tensor:
-        """γ(t) = -log SNR(t), float64, for times t in [start, 1], elementwise."""
+        """Return γ(t) = -log SNR(t), float64, for times t in [start, 1], elementwise."""
 
     @staticmethod
     def from_betas(betas: Tensor | Sequence[float]) -> "Betas":
-        """α_t = Π_{s<=t} (1 - β_s) at the times t/T, t = 1..T (equation 2)."""
+        """Return the schedule α_t = Π_{s<=t} (1 - β_s) at the times t/T, t = 1..T (equation 2)."""
         return Betas(betas)
 
 
-#: γ beyond which e^γ or e^-γ times a number of data is none of float64
+#: largest |γ|: beyond it, e^γ or e^-γ times a number of the data overflows float64
 FURTHEST = 300
 
 
@@ -55,7 +60,11 @@ def _check_range(gamma_min: float, gamma_max: float) -> None:
 
 
 class Linear(Schedule):
-    """γ(t) = γ_min + (γ_max - γ_min) t.
+    """Linear schedule: γ(t) = γ_min + (γ_max - γ_min) t.
+
+    Args:
+        gamma_min: γ(0).
+        gamma_max: γ(1).
 
     >>> Linear(-7.0, 6.0)(torch.tensor([0.0, 0.5, 1.0]).double())
     tensor([-7.0000, -0.5000,  6.0000], dtype=torch.float64)
@@ -66,12 +75,18 @@ class Linear(Schedule):
         _check_range(gamma_min, gamma_max)
         self.gamma_min, self.gamma_max = gamma_min, gamma_max
 
+    @override
     def forward(self, t: Tensor) -> Tensor:
         return self.gamma_min + (self.gamma_max - self.gamma_min) * t.double()
 
 
 class Cosine(Schedule):
-    """√α_t = cos(φ), φ linear in t: γ = 2 log tan φ, with φ cut where γ is γ_min and γ_max."""
+    """Cosine schedule: √α_t = cos(φ) with φ linear in t, so γ = 2 log tan φ.
+
+    Args:
+        gamma_min: γ(0), which sets φ(0).
+        gamma_max: γ(1), which sets φ(1).
+    """
 
     def __init__(self, gamma_min: float, gamma_max: float) -> None:
         super().__init__()
@@ -79,12 +94,13 @@ class Cosine(Schedule):
         self.first = math.atan(math.exp(gamma_min / 2))
         self.last = math.atan(math.exp(gamma_max / 2))
 
+    @override
     def forward(self, t: Tensor) -> Tensor:
         return 2 * (self.first + (self.last - self.first) * t.double()).tan().log()
 
 
 class Betas(Schedule):
-    """The discrete form: γ at t/T from β_1..β_T, linear in between, γ(0) = -inf (α_0 = 1).
+    """Discrete schedule: γ at t/T from β_1..β_T, linear in between, γ(0) = -inf (α_0 = 1).
 
     Args:
         betas: β_1..β_T, each in (0, 1).
@@ -107,9 +123,10 @@ class Betas(Schedule):
         self.steps = len(betas)
         self.start = 1 / self.steps
 
+    @override
     def forward(self, t: Tensor) -> Tensor:
         place = t.double() * self.steps - 1
-        # (i/T)·T may miss the integer i by an ulp; detached, since rounding has no slope
+        # (i/T)·T may differ from the integer i by an ulp; detached, as rounding has no gradient
         miss = (place - place.round()).detach()
         place = torch.where(miss.abs() < 1e-9, place - miss, place)
         if ((place < 0) & (place != -1)).any():
@@ -127,16 +144,17 @@ class Betas(Schedule):
 
 
 class LearnedMonotone(Schedule):
-    r"""γ(t) = γ_0 + (γ_1 - γ_0) (g(t) - g(0)) / (g(1) - g(0)), g increasing by positive weights.
+    r"""Learned schedule: γ(t) = γ_0 + (γ_1 - γ_0) (g(t) - g(0)) / (g(1) - g(0)).
 
-    The end points are met exactly. They are pinned, or learned (then the width γ_1 - γ_0 stays
-    positive); weight decay must leave a schedule alone (`optimise` does).
+    g increases, as its weights are positive. The endpoints are exact, and fixed or learned; the
+    width γ_1 - γ_0 stays positive. Weight decay must not apply to a schedule
+    (`nelbo.training.optim.parameter_groups` sees to it).
 
     Args:
-        gamma_min: γ_0, or its start where it is learned.
-        gamma_max: γ_1, or its start where it is learned.
+        gamma_min: γ_0, or its initial value if it is learned.
+        gamma_max: γ_1, or its initial value if it is learned.
         width: hidden units of g.
-        learn_endpoints: learn γ_0 and γ_1.
+        learn_endpoints: whether γ_0 and γ_1 are learned.
     """
 
     def __init__(
@@ -150,8 +168,8 @@ class LearnedMonotone(Schedule):
         _check_range(gamma_min, gamma_max)
         ends = torch.tensor([gamma_min, math.log(gamma_max - gamma_min)], dtype=torch.float64)
         self.ends = nn.Parameter(ends, requires_grad=learn_endpoints)
-        # g(t) = softplus(linear) t + Σ softplus(up) sigmoid(softplus(down) t + shift): steps side
-        # by side, wide enough to make nearly t at first, each of a part of the range of t
+        # g(t) = softplus(linear) t + Σ softplus(up) sigmoid(softplus(down) t + shift): sigmoids
+        # spread over the range of t, and wide enough that their sum is nearly t at first
         self.linear = nn.Parameter(torch.tensor(-3.0, dtype=torch.float64))
         up, steep = math.log(math.expm1(1 / width)), math.log(math.expm1(1.25 * width))
         self.up = nn.Parameter(torch.full((width,), up, dtype=torch.float64))
@@ -159,6 +177,7 @@ class LearnedMonotone(Schedule):
         places = torch.linspace(-0.1, 1.1, width, dtype=torch.float64)
         self.shift = nn.Parameter(-1.25 * width * places)
 
+    @override
     def interior(self) -> list[nn.Parameter]:
         return [self.linear, self.up, self.down, self.shift]
 
@@ -166,6 +185,7 @@ class LearnedMonotone(Schedule):
         hidden = torch.sigmoid(softplus(self.down) * t[..., None] + self.shift)
         return softplus(self.linear) * t + (softplus(self.up) * hidden).sum(-1)
 
+    @override
     def forward(self, t: Tensor) -> Tensor:
         first, last = self._g(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device))
         share = (self._g(t.double()) - first) / (last - first)
@@ -173,10 +193,13 @@ class LearnedMonotone(Schedule):
 
 
 class PowerAlpha(Schedule):
-    """α_t = 1 - t^p, for a mask process: γ = log t^p - log(1 - t^p), from -inf to inf.
+    """Schedule of masked diffusion: α_t = 1 - t^p, so γ = log t^p - log(1 - t^p), -inf to inf.
 
-    The continuous bound is the same for all p; the variance of a draw of it is infinite for
+    The bound in continuous time is the same for all p. The variance of a draw is infinite for
     p = 1, the usual schedule, where rate² grows like 1/t, and finite for p > 1.
+
+    Args:
+        power: p, positive.
 
     >>> PowerAlpha(2.0)(torch.tensor([0.5]).double()).sigmoid()
     tensor([0.2500], dtype=torch.float64)
@@ -188,6 +211,7 @@ class PowerAlpha(Schedule):
             raise ValueError(f"power must be positive; got {power}")
         self.power = power
 
+    @override
     def forward(self, t: Tensor) -> Tensor:
         masked = t.double() ** self.power
         return masked.log() - torch.log1p(-masked)
@@ -197,29 +221,30 @@ class PowerAlpha(Schedule):
 
 
 def ddpm_betas(gamma_min: float, gamma_max: float) -> Betas:
-    """1000 β's from 1e-4 to 0.02 (Ho et al. 2020), whatever the ends."""
+    """Return the schedule of 1000 betas from 1e-4 to 0.02 (Ho et al. 2020); ignores the ends."""
     return Betas(torch.linspace(1e-4, 0.02, 1000))
 
 
 def learned_endpoints(gamma_min: float, gamma_max: float) -> LearnedMonotone:
-    """A learned schedule whose ends are learned too, from these."""
+    """Return a learned schedule whose endpoints are learned too, with these initial values."""
     return LearnedMonotone(gamma_min, gamma_max, learn_endpoints=True)
 
 
 def linear_alpha(gamma_min: float, gamma_max: float) -> PowerAlpha:
-    """α_t = 1 - t, whose ends are infinite."""
+    """Return the schedule α_t = 1 - t; ignores the ends, as its own are infinite."""
     return PowerAlpha(1.0)
 
 
 def quadratic_alpha(gamma_min: float, gamma_max: float) -> PowerAlpha:
-    """α_t = 1 - t², whose ends are infinite."""
+    """Return the schedule α_t = 1 - t²; ignores the ends, as its own are infinite."""
     return PowerAlpha(2.0)
 
 
 def log_density(schedule: Schedule, t: Tensor) -> Tensor:
-    r"""log p(γ) at γ = γ(t): p = dt/dγ = 1/γ'(t) is the density of γ for uniform t; shape of t.
+    r"""Return log p(γ) at γ = γ(t), where p = 1/γ'(t) is the density of γ for uniform t.
 
-    Its gradient in the schedule's parameters φ is that at fixed γ, so t moves with φ:
+    The result has the shape of t. Its gradient with respect to the parameters φ of the schedule is
+    the one at fixed γ, so t moves with φ:
 
         d log p(γ)/dφ = −∂ log γ'(t)/∂φ + (∂ log γ'(t)/∂t / γ'(t)) ∂γ(t)/∂φ.
     """

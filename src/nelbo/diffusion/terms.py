@@ -1,11 +1,11 @@
-"""The terms of the bound, each with the times it is taken at.
+"""The terms of the bound, each with its times.
 
-    Decode(t)   reconstruction_term at the first times
-    Step(s, t)  diffusion_term
-    Rate(t)     diffusion_rate, a term per unit of time
+    ReconstructionTerm(t)   reconstruction_term at the first times
+    DiffusionTerm(t, s)     diffusion_term
+    DiffusionRate(t)        diffusion_rate, a term per unit of time
 
-A term knows the weight with which an error of the prediction enters it: ‖e - ê‖² of a Gaussian
-process (equations 7 and 8), Σ_masked -log P(x_i|z_t) of an absorbing one (equation 9).
+A term knows the weight of the prediction error in its cost: of ‖e - ê‖² in a Gaussian process
+(equations 7 and 8), and of Σ_masked -log P(x_i|z_t) in masked diffusion (equation 9).
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo._utils.numerics import slope
 from nelbo.diffusion.batch import Batch
@@ -23,33 +24,36 @@ from nelbo.diffusion.process import ForwardProcess
 
 @dataclass(frozen=True)
 class Term(ABC):
-    """One term of the bound at times t, shape (B,)."""
+    """A term of the bound at times t, shape (B,)."""
 
     t: Tensor
 
     @abstractmethod
     def cost(self, model: Model, batch: Batch) -> Tensor:
-        """One draw, one network call each, shape (B,), nats."""
+        """Draw the term once, with one network call per example; shape (B,), nats."""
 
     @abstractmethod
     def error_weight(self, process: ForwardProcess) -> Tensor:
-        """w in w ‖e - ê‖², the cost of a Gaussian step with variance β̃; shape (B,)."""
+        """Return w in w ‖e - ê‖², the cost of a Gaussian kernel with variance β̃; shape (B,)."""
 
     @abstractmethod
     def mask_weight(self, process: ForwardProcess) -> Tensor:
-        """w in w Σ_masked -log P(x_i|z_t), shape (B,)."""
+        """Return w in w Σ_masked -log P(x_i|z_t), the cost of masked diffusion; shape (B,)."""
 
 
 @dataclass(frozen=True)
 class ReconstructionTerm(Term):
     """E_q(z_1|x)[ -log P(x|z_1) ] at the first times t."""
 
+    @override
     def cost(self, model: Model, batch: Batch) -> Tensor:
         return reconstruction_term(model, batch.x, self.t, batch.condition)
 
+    @override
     def error_weight(self, process: ForwardProcess) -> Tensor:
         return (-process.schedule(self.t)).exp() / 2
 
+    @override
     def mask_weight(self, process: ForwardProcess) -> Tensor:
         return torch.ones_like(self.t)
 
@@ -60,13 +64,16 @@ class DiffusionTerm(Term):
 
     s: Tensor
 
+    @override
     def cost(self, model: Model, batch: Batch) -> Tensor:
         return diffusion_term(model, batch.x, self.s, self.t, batch.condition)
 
+    @override
     def error_weight(self, process: ForwardProcess) -> Tensor:
         snr_s, snr_t = ((-process.schedule(v)).exp() for v in (self.s, self.t))
         return (snr_s - snr_t) / 2
 
+    @override
     def mask_weight(self, process: ForwardProcess) -> Tensor:
         return (process.alpha(self.s) - process.alpha(self.t)) / (
             process.log_one_minus_alpha(self.t).exp()
@@ -75,13 +82,16 @@ class DiffusionTerm(Term):
 
 @dataclass(frozen=True)
 class DiffusionRate(Term):
-    """lim_{s→t} Step(s, t)/(t-s)."""
+    """lim_{s→t} DiffusionTerm(t, s)/(t-s)."""
 
+    @override
     def cost(self, model: Model, batch: Batch) -> Tensor:
         return diffusion_rate(model, batch.x, self.t, batch.condition)
 
+    @override
     def error_weight(self, process: ForwardProcess) -> Tensor:
         return slope(process.schedule, self.t) * (-process.schedule(self.t)).exp() / 2
 
+    @override
     def mask_weight(self, process: ForwardProcess) -> Tensor:
         return slope(process.schedule, self.t) * process.alpha(self.t)

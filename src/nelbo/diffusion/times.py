@@ -1,12 +1,12 @@
-r"""Estimates of the bound: which times, how many draws.
+r"""Estimates of the bound, on a grid of times and in continuous time.
 
-Both kinds of times write the diffusion term as an integral over u ∈ [0, 1), so one law of u serves
-both and every estimate is unbiased:
+Both write the diffusion term as an integral over u ∈ [0, 1), so the same draws of u serve both
+and every estimate is unbiased:
 
     TimeGrid(times)   Σ_{i=1..T-1} KL_i   = E_u[ (T-1) KL_⌈(T-1)u⌉ ]
     ContinuousTime()   ∫_start^1 rate(t) dt = E_u[ (1-start) rate(start + (1-start) u) ]
 
-Laws of u: `iid`, or `stratified`, which with T-1 draws per example visits each term once.
+u is drawn by `iid`, or by `stratified`, which with T-1 draws per example takes each term once.
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
@@ -24,16 +25,16 @@ from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, Term
 
 
 def iid(examples: int, draws: int = 1) -> Tensor:
-    """u independent and uniform, shape (examples, draws), float64."""
+    """Draw independent uniform u, shape (examples, draws), float64."""
     return torch.rand(examples, draws, dtype=torch.float64)
 
 
 def stratified(examples: int, draws: int = 1) -> Tensor:
-    """Each u uniform on [0, 1); together one in each of examples·draws strata.
+    """Draw u uniform on [0, 1), one in each of examples·draws strata.
 
-    Example i draws u_ij = (j + v_i)/draws, j = 0..draws-1, and v falls once into each of
-    `examples` strata, in random order (so no example is tied to a time). Shape (examples, draws),
-    float64.
+    Example i gets u_ij = (j + v_i)/draws, j = 0..draws-1, where v has one value in each of
+    `examples` strata, in random order, so that no example is tied to a time. Shape (examples,
+    draws), float64.
 
     >>> u = stratified(3, 2)
     >>> (u.flatten().sort().values * 6).floor()
@@ -44,25 +45,25 @@ def stratified(examples: int, draws: int = 1) -> Tensor:
 
 
 class TimeDiscretization(ABC):
-    """The times of z_1 .. z_T."""
+    """The times of z_1 .. z_T: a grid or continuous time."""
 
-    #: time of z_1, which P(x|z_1) decodes; z_T is at time 1
+    #: time of z_1, from which P(x|z_1) decodes; z_T is at time 1
     first: float
-    #: number of terms in the diffusion term; 1 stands for the integral
+    #: number of terms in the diffusion term; 1 for the integral
     terms: int
     #: T, or None in continuous time
     steps: int | None
 
     @abstractmethod
     def at(self, u: Tensor) -> Tensor:
-        """The time at u ∈ [0, 1], shape of u; the nearest one of a grid."""
+        """Return the time at u ∈ [0, 1], shape of u; on a grid, the nearest one."""
 
     @abstractmethod
     def term(self, u: Tensor) -> tuple[Term, float]:
-        """The term at uniform u, shape (B,), and the factor of its cost."""
+        """Return the term at uniform u, shape (B,), and the factor of its cost."""
 
     def diffusion(self, model: Model, batch: Batch, u: Tensor) -> Tensor:
-        """Unbiased draw of the diffusion term for uniform u, shape (B,), nats."""
+        """Return an unbiased draw of the diffusion term for uniform u, shape (B,), nats."""
         if self.terms == 0:
             return torch.zeros_like(u)
         term, factor = self.term(u)
@@ -70,10 +71,15 @@ class TimeDiscretization(ABC):
 
 
 class TimeGrid(TimeDiscretization):
-    """T times t_1 < ... < t_T = 1, T - 1 KL terms; T network calls for the whole bound.
+    """A grid of T times t_1 < ... < t_T = 1, with T - 1 KL terms.
+
+    The whole bound takes T network calls.
 
     Args:
-        times: increasing, in (0, 1], the last 1. The classic T steps are `TimeGrid.uniform(T)`.
+        times: increasing, in (0, 1], the last 1. The usual T steps are `TimeGrid.uniform(T)`.
+
+    Raises:
+        ValueError: if the times are not like that.
     """
 
     def __init__(self, times: Tensor | Sequence[float]) -> None:
@@ -96,7 +102,7 @@ class TimeGrid(TimeDiscretization):
 
     @staticmethod
     def uniform(steps: int) -> "TimeGrid":
-        """The times 1/T, 2/T, ..., 1.
+        """Return the grid 1/T, 2/T, ..., 1.
 
         >>> TimeGrid.uniform(4).times
         tensor([0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
@@ -105,9 +111,11 @@ class TimeGrid(TimeDiscretization):
             raise ValueError(f"steps must be at least 1; got {steps}")
         return TimeGrid(torch.linspace(0, 1, steps + 1, dtype=torch.float64)[1:])
 
+    @override
     def at(self, u: Tensor) -> Tensor:
         return self.times.to(u.device)[(u * self.terms).round().long()]
 
+    @override
     def term(self, u: Tensor) -> tuple[Term, float]:
         times = self.times.to(u.device)
         i = (u * self.terms).long().clamp(max=self.terms - 1)
@@ -118,7 +126,7 @@ class ContinuousTime(TimeDiscretization):
     """Infinitely many steps between the time of z_1 and 1.
 
     Args:
-        start: time of z_1; a schedule made of T betas needs 1/T or later.
+        start: time of z_1; at least 1/T for a schedule of T betas.
     """
 
     steps = None
@@ -129,18 +137,20 @@ class ContinuousTime(TimeDiscretization):
             raise ValueError(f"start must be in [0, 1); got {start}")
         self.first = start
 
+    @override
     def at(self, u: Tensor) -> Tensor:
         return self.first + (1 - self.first) * u
 
+    @override
     def term(self, u: Tensor) -> tuple[Term, float]:
         return DiffusionRate(self.at(u)), 1 - self.first
 
 
 def times_of(model: Model, times: TimeDiscretization | None) -> TimeDiscretization:
-    """The times as given; left out, the continuum of the model's schedule.
+    """Return the times; where left out, continuous time from the start of the model's schedule.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: if they are something else.
     """
     if times is None:
         return ContinuousTime(model.process.schedule.start)
@@ -158,21 +168,21 @@ def elbo(
     times: TimeDiscretization | None = None,
     u: Tensor | None = None,
 ) -> Bound:
-    """The three terms of −ELBO per example, unbiased, in nats.
+    """Return an unbiased estimate of the three terms of −ELBO per example, in nats.
 
     Args:
         model: the model; its `dtype` is the precision of the arithmetic around the network.
-        x: examples, shape (B, ...), or a `Batch` of them and their conditions.
-        times: TimeGrid(times) or ContinuousTime(start); left out, ContinuousTime from the
-            schedule's start.
-        u: uniform draws in [0, 1), shape (B,) or (B, n), averaged over n. Left out, they are
-            stratified, n as large as the number of terms: the full sum over a grid.
+        x: examples, shape (B, ...), or a `Batch` of examples and conditions.
+        times: TimeGrid(times) or ContinuousTime(start); where left out, ContinuousTime from the
+            start of the schedule.
+        u: uniform draws in [0, 1), shape (B,) or (B, n), averaged over n. Where left out, they are
+            stratified, with n the number of terms, which gives the full sum over a grid.
 
     Returns:
         Bound(prior, reconstruction, diffusion), shape (B,) each; `.elbo` is minus their sum.
 
     Raises:
-        ValueError: a model of P(x|c) without the conditions of these examples; no such examples.
+        ValueError: if the examples are not of the model, or a model of P(x|c) lacks conditions.
     """
     batch = Batch.of(x)
     model.check_condition(batch.condition, len(batch))
@@ -193,10 +203,10 @@ def elbo(
 
 
 def even_times(schedule: Schedule, steps: int, count: int) -> Tensor:
-    """About `count` evenly spaced times of a schedule, at least `steps`, the last 1.
+    """Return about `count` evenly spaced times of a schedule, at least `steps`, the last 1.
 
     Raises:
-        ValueError: fewer than one step, or more than the schedule has.
+        ValueError: if `steps` is below 1, or above the number of times of the schedule.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
