@@ -386,7 +386,7 @@ def test_a_bound_that_the_solver_has_not_settled_is_refused(case):
         ValueError, match=r"0\.9 and 0\.09 the mean changes .* tolerance of 0\.009"
     ):
         evaluate_flow(model, alike, tolerance=0.09)
-    with pytest.raises(ValueError, match=r"more than an error of 0\.06"):
+    with pytest.raises(ValueError, match=r"more than the stated error of 0\.06"):
         evaluate_flow(model, 6 + x[:1], tolerance=0.09)
     found = evaluate_flow(model, x[:20], tolerance=1e-6)
     assert found.how.largest_change < found.standard_error.total

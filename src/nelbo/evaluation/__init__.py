@@ -1,0 +1,1 @@
+"""Bounds of data sets, with errors: strata, control variates, samples, flows and scores."""

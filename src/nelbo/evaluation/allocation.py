@@ -1,24 +1,24 @@
-r"""Which terms to draw, how often, and what to take off: an unbiased estimate of small variance.
+r"""Stratification, Neyman allocation and control variates: an unbiased estimate of low variance.
 
-The costs of an example, reconstruction and diffusion, are one sum over cells: cell 0 is the
-reconstruction, the others divide u ∈ [0, 1] of the diffusion term into parts that a proposal q
-holds to cost alike (`proposal`); a step that it holds to cost as much as a part is one by itself.
-A visit to an example falls into cell c with probability p_c, within it as q does, and gives
+The costs of an example, reconstruction and diffusion, are one sum over strata ("cells"). Cell 0 is
+the reconstruction; the others divide u ∈ [0, 1] of the diffusion term into parts of about equal
+cost under a density q (`time_density`), in which an expensive step is a cell of its own. A visit
+to an example falls into cell c with probability p_c, and within the cell follows q; it gives
 
     y = Σ_c b_c·φ_c(x) + [ w (cost - k_c·v) - b_c·φ_c(x) ] / p_c ,        w = q(c)/q(u)
 
-v and φ from `control`; the place in the cell, less its mean, is a v too. E[y] is the sum of costs
-for any b, k and p > 0. A pilot on some of the examples fits b and k cell by cell (least squares
-over neighbouring cells) and gives what is left, sd_c; the best p is proportional to it (Neyman
-1934). A share of the visits is spread evenly: a twentieth, so no weight 1/p_c exceeds twenty times
-the number of cells, whatever the pilot missed; and more where few rows tell of a cell, or what is
-left has heavy tails.
+with v and φ of `control_variates`; the centred position in the cell is a further v. E[y] is the
+sum of costs for any b, k and p > 0. A pilot on some of the examples fits b and k in each cell
+(least squares over neighbouring cells) and estimates the residual standard deviation sd_c, to
+which the optimal p is proportional (Neyman 1934). A share of the visits is spread evenly: at least
+a twentieth, so that no weight 1/p_c exceeds twenty times the number of cells, whatever the pilot
+missed; and more where a cell has few rows or the residuals have heavy tails.
 
-Draws of one example lend each other their context (`control`): each borrows from the nearest in
-time, of its own replicate or of one before it. So no two replicates borrow from each other, what
-is taken off them is uncorrelated, and their spread tells the error of their mean. Two draws help
-each other best at nearly one time: they are one visit, half a cell apart, and what the pilot fits
-is their mean.
+Draws of an example give each other context (`control_variates`): each takes it from the nearest
+draw in time, of its own replicate or of an earlier one. So no two replicates depend on each other
+both ways, their control variates are uncorrelated, and their spread gives the error of the mean.
+Two draws help each other most at nearly the same time: then they form one visit, half a cell
+apart, and the pilot fits their mean.
 """
 
 import math
@@ -37,23 +37,23 @@ from nelbo.evaluation.reference_denoisers import draw_term
 from nelbo.evaluation.time_density import TimeDensity
 from nelbo.evaluation.time_density import even as even_proposal
 
-CELLS = 32  # of the diffusion term, at most
-NEAR, FAR = 10.0, 4.0  # cells to either side that lend a cell slopes, over ∛rows; and spread
-BORROWED = 16.0  # normal rows of its own that its neighbours' variance counts for
-EVEN = 0.05  # share of the draws that do not follow the pilot, at least; and ..
-DOUBT = 3.0  # .. so often the relative variance of a variance that it found
-NOISIER = 4.0  # times as far counts a draw that would lend to one of less noise
-LIKE = 64  # rows of a network call, at least, where there are as many
-ALIKE = 1 / 2, 16  # share of a pilot's rows, and of each cell, that do not follow others, at least
-RIDGE = 0.01  # of each coefficient, relative to the rows that determine it
+CELLS = 32  # cells of the diffusion term, at most
+NEAR, FAR = 10.0, 4.0  # half-widths of smoothing over cells: of slopes, times rows^(-1/3); of sd
+BORROWED = 16.0  # weight of the neighbours' variance, in rows of normal residuals
+EVEN = 0.05  # share of the draws that is spread evenly over the cells, at least; and ..
+DOUBT = 3.0  # .. the multiple of the relative variance of the estimated variances
+NOISIER = 4.0  # factor on the distance to a noisier draw in the choice of the neighbouring draw
+LIKE = 64  # rows of a network call, at least, if there are as many
+ALIKE = 1 / 2, 16  # share of a pilot's rows, and rows per cell, that are spread evenly, at least
+RIDGE = 0.01  # ridge penalty per coefficient, relative to the weight of the rows
 
 
 class Strata:
-    """The cells of the costs for one kind of times.
+    """The strata of the costs: the reconstruction and cells of the diffusion term.
 
     Args:
         times: of the bound.
-        proposal: where the costs are held to be; left out, all u alike.
+        proposal: density of u that is expected to follow the costs; even where left out.
     """
 
     def __init__(self, times: TimeDiscretization, proposal: TimeDensity | None = None) -> None:
@@ -67,7 +67,7 @@ class Strata:
         self.edges = times.at(at) if self.diffusion else torch.tensor([1.0]).double()
 
     def variates(self, controls: ControlVariates) -> int:
-        """G: those of the controls, and the place in the cell."""
+        """Return G, the number of control variates, with the position in the cell."""
         return controls.variates + 1
 
     def visit(
@@ -79,15 +79,15 @@ class Strata:
         replicate: Tensor,
         each: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """w·cost, shape (B, n), and w·v, shape (B, n, G), of n visits to each example.
+        """Return w·cost, shape (B, n), and w·v, shape (B, n, G), of n visits to each example.
 
         Args:
-            controls: the variates and their model.
+            controls: the control variates and their model.
             batch: examples, x of shape (B, ...).
             cell: of each visit, shape (B, n).
-            share: where in its cell, in [0, 1), shape (B, n).
+            share: position in the cell, in [0, 1), shape (B, n).
             replicate: of each of the n visits, not decreasing, shape (n,).
-            each: draws of a visit, of which these are the means; they share the cell.
+            each: draws per visit, in the same cell, over which the results are averaged.
         """
         shape = (*cell.shape, each)
         within = (share[..., None] + torch.arange(each) / each) % 1
@@ -98,7 +98,7 @@ class Strata:
             within.flatten(1),
             replicate.repeat_interleave(each),
         )
-        # costs change over a cell, and of uniform places in it the mean is known
+        # costs change within a cell, and the mean of uniform positions is known
         place = (within.mean(-1) - 1 / 2) * (cell > 0)
         v = torch.cat([v.view(*shape, -1).mean(2), place[..., None]], -1)
         return cost.view(shape).mean(2), v
@@ -111,7 +111,7 @@ class Strata:
         share: Tensor,
         replicate: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Of single draws, the columns of the controls alone."""
+        """Return the same for single draws, v without the position in the cell."""
         cost = torch.zeros(cell.shape, dtype=torch.float64)
         v = torch.zeros(*cell.shape, controls.variates, dtype=torch.float64)
         rows = controls.model.rows
@@ -139,7 +139,7 @@ class Strata:
         v = torch.zeros(len(row), controls.variates, dtype=torch.float64)
         draws = []
         for kind in (cell == 0, cell > 0):
-            # like times together: the cost of an integral depends on the noise
+            # similar times share a call, as the work of a control variate depends on the noise
             order = kind.nonzero()[:, 0][place[kind].argsort()]
             for part in order.split(max(LIKE, math.ceil(len(order) / 4))) if kind.any() else ():
                 term, factor = self._term(cell[part], share[part], x.device)
@@ -147,7 +147,7 @@ class Strata:
                 cost[part] = factor * draw.cost.cpu()
                 draws.append((part, factor, draw))
         said = ContextLogits.gathered([d[0] for d in draws], [controls.said(d[2]) for d in draws])
-        # where nothing is lent all draws are alone
+        # without a context from the network, no draw has a neighbour
         lender = torch.full_like(row, -1)
         if said.by_network is not None:
             lender = _lenders(at, replicate).flatten()
@@ -159,7 +159,7 @@ class Strata:
         return cost.view(len(x), -1), v.view(len(x), len(replicate), -1)
 
     def _term(self, cell: Tensor, share: Tensor, device: torch.device) -> tuple[Term, Tensor]:
-        """The terms at places in the cells, and w·(the factor of a cost), shape of `cell`."""
+        """Return the terms at positions in the cells, and w times the factor of their cost."""
         if (cell == 0).any():
             first = torch.full_like(share, self.times.first).to(device)
             return ReconstructionTerm(first), torch.ones_like(share)
@@ -170,10 +170,10 @@ class Strata:
 
 
 def _lenders(place: Tensor, replicate: Tensor) -> Tensor:
-    """The row that lends to each of n draws of B examples, -1 where none does; (B, n).
+    """Return the row of the neighbouring draw of each of n draws of B examples, (B, n), or -1.
 
-    It is the nearest in `place` (B, n) of the same example and of no later replicate (n,), with
-    a preference for less noise, as it knows more.
+    It is the nearest draw in `place`, (B, n), of the same example and of no later replicate, (n,),
+    with a preference for less noise, which leaves more information.
     """
     ahead = place[:, None] - place[:, :, None]
     distance = torch.where(ahead > 0, NOISIER * ahead, -ahead)
@@ -186,7 +186,14 @@ def _lenders(place: Tensor, replicate: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a pilot settles: p (C,), k (C, G), b (C, 1 + F), and the sd of w cost (C,) left."""
+    """Allocation and coefficients from a pilot.
+
+    Args:
+        probability: p, (C,).
+        within: k, (C, G).
+        between: b, (C, 1 + F).
+        left: residual standard deviation of w·cost in each cell, (C,), nats.
+    """
 
     probability: Tensor
     within: Tensor
@@ -195,17 +202,23 @@ class Proposal:
 
     @property
     def variance(self) -> Tensor:
-        """Of the costs of an example by one visit, as the pilot foresees it; scalar, nats²."""
+        """Predicted variance of an example's estimate by one visit; scalar, nats²."""
         return (self.left.square() / self.probability).sum()
 
     def known(self, phi: Tensor) -> Tensor:
-        """b_c·φ_c of each example and cell, shape (B, C)."""
+        """Return b_c·φ_c of each example and cell, shape (B, C)."""
         return (phi * self.between).sum(-1)
 
 
 def even(cells: Strata, controls: ControlVariates, features: int, first: float) -> Proposal:
-    """No pilot: nothing taken off; `first` is the share of the reconstruction, the rest goes by
-    the proposal."""
+    """Return the allocation without a pilot and without control variates.
+
+    Args:
+        cells: the strata.
+        controls: the control variates, whose coefficients are 0.
+        features: 1 + F, likewise.
+        first: share of the reconstruction; the proposal density divides the rest.
+    """
     first = 1.0 if cells.count == 1 else max(first, 1 / cells.count)
     p = torch.cat([torch.full((1,), first).double(), (1 - first) * cells.ends.diff()])
     within = torch.zeros(cells.count, cells.variates(controls), dtype=torch.float64)
@@ -221,29 +234,29 @@ def pilot(
     draws: int,
     replicates: int,
 ) -> Proposal:
-    """Draw so many rows in each cell on examples of x, and fit.
+    """Draw rows in each cell on examples of x, and fit an allocation to them.
 
     Args:
-        cells: where.
-        controls: the variates.
+        cells: the strata.
+        controls: the control variates.
         batch: examples, x of shape (N, ...).
-        rows: network calls for each cell, on average; eight or more.
-        draws: of each example in each replicate, in what follows.
-        replicates: in what follows.
+        rows: network calls per cell, on average; eight or more.
+        draws: of each example in each replicate of the estimate to come.
+        replicates: of the estimate to come.
     """
     times, each = visits(draws, controls)
-    # two visits to each example, where there will be more that are of one draw, as far apart as
-    # they will be; the first is alone, if some will be
+    # two visits per example where the estimate has several visits of one draw, at the distance
+    # that they will have; the first one has no neighbour if this occurs in the estimate
     both = min(2, times * replicates) if each == 1 else 1
     replicate = torch.arange(both) * (draws == 1)
     found: list[tuple[Tensor, ...]] = []
-    # the reconstruction borrows nothing: where there are rows, it is asked as often as those that
-    # others borrow from
+    # the reconstruction cannot borrow rows from other cells: it gets about as many, if available,
+    # as a cell has with those of its neighbours
     p = torch.ones(cells.count, dtype=torch.float64)
     p[0] = max(1.0, min(FAR, cells.count, rows / 4))
     p = p / p.sum()
     whole = rows * cells.count // (both * each)
-    # the first where all cells are alike; then where draws, and who lends to them, will be
+    # the first rows are spread evenly; the others follow the allocation, as the estimate will
     part, least = ALIKE
     alike = min(whole, math.ceil(max(least, part * rows) * cells.count / (both * each)))
     for examples in (alike, whole - alike):
@@ -266,8 +279,8 @@ def _rows(
     replicate: Tensor,
     each: int,
 ) -> tuple[Tensor, ...]:
-    """What `_usual` is given, of visits (B, n) to examples taken from the batch at random."""
-    # an example is visited in many cells, and its φ is of them all
+    """Visit examples drawn at random, (B, n) visits; return the arguments of `_usual`."""
+    # φ covers all cells, so it is computed once for an example that is visited in many of them
     drawn = torch.randint(len(batch), (len(cell),))
     once, place = drawn.unique(return_inverse=True)
     some = batch[once].to(controls.model.device)
@@ -280,8 +293,10 @@ def _rows(
 def _usual(
     example: Tensor, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `fit_proposal` is given: an example that costs, whenever it is drawn, what no other
-    does, or that once is not finite, says nothing. What is settled is for the others."""
+    """Return the arguments of `fit_proposal`, with outlying examples neutralised.
+
+    An example is outlying if all its costs are far beyond those of others, or one is not finite.
+    """
     finite = cost.isfinite() & v.isfinite().all(1)
     counted = torch.where(finite, cost, torch.nan)
     middle = torch.stack([counted[cell == c].nanmedian() for c in range(int(cell.max()) + 1)])
@@ -296,21 +311,20 @@ def _usual(
 
 
 def visits(draws: int, controls: ControlVariates) -> tuple[int, int]:
-    """In how many visits so many draws of an example are made, and how many each is of."""
+    """Return the number of visits in which draws of an example are made, and draws per visit."""
     return (1, 2) if draws == 2 and controls.lends else (draws, 1)
 
 
 def _apart(examples: int, draws: int, replicates: int) -> Tensor | float:
-    """How far draws of an example stand from the one that lends to them."""
+    """Return the distance in u between a draw of an example and its neighbouring draw."""
     if draws > 1:
         return 1 / (draws * replicates)
-    # of independent replicates it is the nearest, on a circle, of half of them
+    # among independent replicates, the nearest on a circle of half of them
     return (1 - torch.rand(examples, 1, dtype=torch.float64) ** (2 / max(2, replicates))) / 2
 
 
 def stratum_of(probability: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The cell of uniform u among cells of these probabilities, and where in it, in [0, 1); shape
-    of u."""
+    """Return the cell of uniform u, given the probabilities, and the position in it, in [0, 1)."""
     ends = probability.cumsum(0)
     cell = torch.searchsorted(ends, u, right=True).clamp(max=len(ends) - 1)
     share = (u - ends[cell] + probability[cell]) / probability[cell]
@@ -318,37 +332,37 @@ def stratum_of(probability: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_proposal(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Proposal:
-    """Ridge regression of costs (n,) on v (n, G) and φ (n, 1 + F), cell by cell.
+    """Fit costs, (n,), by ridge regression on v, (n, G), and φ, (n, 1 + F), in each cell.
 
-    A cell's slopes and spread lean on its neighbours', slopes in units of each cell's spread; its
-    level is its own.
+    Slopes, in units of the spread of each cell, and spreads are smoothed over neighbouring cells;
+    the intercept is of each cell alone.
 
     Args:
         count: C, the number of cells.
         cell: of each row, shape (n,), two rows or more in each.
-        cost: shape (n,).
-        v: shape (n, G).
-        phi: of each row's example and cell, shape (n, 1 + F).
+        cost: w·cost, shape (n,).
+        v: w·v, shape (n, G).
+        phi: of the example and the cell of each row, shape (n, 1 + F).
     """
     rows, typical = cell.bincount(minlength=count).double(), len(cell) / count
 
     def mean(of: Tensor) -> Tensor:
-        """Of each cell, (C, ...)."""
+        """Return the mean in each cell, (C, ...)."""
         sums = torch.zeros(count, *of.shape[1:], dtype=torch.float64).index_add_(0, cell, of)
         return sums / over(rows, sums)
 
     place = torch.arange(count)
     distance = (place[:, None] - place).abs().double()
-    # the reconstruction is a term of another kind: it lends nothing and borrows nothing
+    # the reconstruction is a term of another kind, so it is not smoothed with the others
     alike = (place > 0)[:, None] == (place > 0)
 
     def around(cells: float) -> Tensor:
-        """Weights of a cell's neighbours, (C, C)."""
+        """Return the weights of each cell's neighbours, (C, C)."""
         return (1 - distance / (cells + 1)).clamp(min=0) * alike
 
-    # slopes of neighbours are the more amiss, the better a cell knows its own
+    # the more rows a cell has, the more the bias from its neighbours' slopes matters
     near, far = around(NEAR / typical ** (1 / 3)), around(FAR)
-    # a few rows of one cell may all miss what is rare in it: spread is shrunk to the neighbours'
+    # the few rows of one cell may miss rare large costs, so spreads shrink to the neighbours'
     lent = far / far.sum(1, keepdim=True)
     y = cost - mean(cost)[cell]
     own = mean(y.square()) * rows / (rows - 1)
@@ -384,22 +398,22 @@ def fit_proposal(count: int, cell: Tensor, cost: Tensor, v: Tensor, phi: Tensor)
 
 
 def _probability(sd: Tensor, doubt: float) -> Tensor:
-    """Proportional to sd (C,) but for a share that is even, the more the less sd is known."""
+    """Return p proportional to sd, (C,), plus an even share, larger the less sd is known."""
     best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / len(sd))
     evenly = min(max(EVEN, DOUBT * doubt), 1 / 2)
     return (1 - evenly) * best + evenly / len(sd)
 
 
 def _excess(error: Tensor, variance: Tensor) -> float:
-    """Kurtosis - 1: over n, the relative variance of a variance of n rows."""
+    """Return kurtosis - 1, which is n times the relative variance of a variance of n rows."""
     seen = variance > 0
     return (error[seen].square() / variance[seen] - 1).square().sum().item() / len(error)
 
 
 def _ridge(design: Tensor, y: Tensor, weight: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients of columns of one unit, and the error of each row were it left out.
+    """Return ridge coefficients of normalised columns, and leave-one-out errors of the rows.
 
-    Rows have the mean of their cell taken off, of which each is `share`.
+    Rows are centred by the mean of their cell, of which each row is the share `share`.
     """
     weighted = weight[:, None] * design
     gram = weighted.T @ design + RIDGE * weight.sum() * torch.eye(design.shape[1], dtype=y.dtype)
@@ -418,20 +432,20 @@ def estimate(
     each: int = 1,
     known: Tensor | None = None,
 ) -> Tensor:
-    """Costs of each cell, estimated without bias from visits at u; they add up to the bound's.
+    """Estimate the costs in each cell without bias from visits at u; they add up to the bound.
 
     Args:
-        cells: where.
-        controls: the variates.
+        cells: the strata.
+        controls: the control variates.
         allocation: from a pilot.
         batch: examples on the device of the model, x of shape (B, ...).
-        u: uniform, shape (B, R, n), of n visits, over which is averaged. The R are uncorrelated
-            given x.
-        each: draws of a visit.
-        known: b·φ of the examples, (B, C), where it is there.
+        u: uniform draws, shape (B, R, n), for means over n visits in each of R replicates, which
+            are uncorrelated given x.
+        each: draws per visit.
+        known: b·φ of the examples, (B, C), if it is computed already.
 
     Returns:
-        shape (B, R, C), nats.
+        Costs, shape (B, R, C), nats.
     """
     examples, replicates, times = u.shape
     cell, share = stratum_of(allocation.probability, u.flatten(1))

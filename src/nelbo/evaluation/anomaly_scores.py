@@ -1,22 +1,24 @@
-r"""How strange each example is to a model: scores by name, in nats, larger is stranger.
+r"""Anomaly scores of examples under a model, in nats; a larger score is more anomalous.
 
     bound        -ELBO(x), the bound on -log P(x)
-    complexity   -ELBO(x) - C(x), for C the length of a lossless code that knows nothing of the
-                 data: what is simple is cheap under any model (Serrà et al. 2020)
-    typicality   | -ELBO(x) - the mean over the reference |: too cheap is strange as well
+    complexity   -ELBO(x) - C(x), where C is the length of a generic lossless code: simple
+                 examples are cheap under any model (Serrà et al. 2020)
+    typicality   | -ELBO(x) - its mean over the reference |: too cheap is anomalous as well
 
-Examples too far from all others for float64 to hold their bound have the score infinity.
+An example so far from all others that its bound overflows float64 has the score infinity.
 
-A score is told beside those of a reference: its rank there, 1 for stranger than all, and its
-percentile. The reference is the validation split. To the training examples the model was fitted,
-so their bounds are lower than those of new examples of the same law; among held-out ones such
-an example's rank is uniform, whatever the model: a percentile above 95 comes with probability 5 %.
-For that the noise of the estimate must have one law for all: each example gets its own draws,
-stratified over the times, and not the allocation that is best for the mean of its set.
+Scores are compared with those of a reference, by their rank, 1 if above all of them, and their
+percentile. The reference is the validation split: the model was fitted to the training examples,
+so their bounds are lower than those of new examples of the same distribution. Among held-out
+examples, the rank of a new one is uniform, whatever the model: a percentile above 95 has
+probability 5 %. This requires that the noise of the estimate has the same distribution for all
+examples, so each one has its own draws, stratified over the times, instead of the allocation that
+is best for the mean of its set.
 
-Of a row of a table, what its columns contribute is their part of the bound on a grid less the mean
-of that part over the reference: in nats, above zero where the cell is odd given the others. A
-category's part is that of -log P(x_i|what shows) in a random order, and so are parts alike.
+In a row of a table, the contribution of a column is its part of the bound on a grid, less the mean
+of that part over the reference: in nats, above zero if the cell is unusual given the others. The
+part of a category is -log P(x_i|visible cells), with cells made visible in a random order; the
+parts of other columns are analogous.
 """
 
 import csv
@@ -43,18 +45,18 @@ from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo, even_times
 from nelbo.evaluation.intervals import errors
 from nelbo.evaluation.per_dimension import by_column, by_dimension
 
-REFERENCE = 1000  # examples, at most
-CALLS = 24  # network calls per example, if nothing else is asked for
-REPLICATES = 4  # of them, for the standard error of an example
-MOST = 3  # columns that are named for a row, those that contribute most
-STEPS = 32  # of the grid on which columns are told apart, a network call each
+REFERENCE = 1000  # examples of the reference, at most
+CALLS = 24  # network calls per example by default
+REPLICATES = 4  # replicates of an example, for its standard error
+MOST = 3  # columns named for a row, those with the largest contributions
+STEPS = 32  # steps of the grid for contributions of columns, one network call each
 
 
 def code_length(x: Tensor, schema: Schema) -> Tensor:
-    """C(x) of each example of integers, (N,), nats: PNG for images of 8 bits, else zlib.
+    """Return C(x) of examples of integers, (N,), nats: PNG for 8-bit images, else zlib.
 
     Raises:
-        ValueError: real numbers or mixed columns, whose probability no code of bytes matches.
+        ValueError: if the data are real numbers or tables, which have no such code length.
     """
     if schema.levels is None:
         raise ValueError(
@@ -98,16 +100,16 @@ SCORES: Mapping[str, Callable[[Tensor, Tensor, Schema, float], Tensor]] = {
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of N examples and of the M of the reference; all but percentile and rank in nats.
+    """Scores of N examples and of M reference examples; all but percentile and rank in nats.
 
     Args:
-        score: (N,).
+        score: of the examples, (N,).
         nats: the bound on -log P(x), (N,).
-        standard_error: its Monte Carlo part, (N,); NaN where it is not known.
-        reference: the scores of the reference, (M,).
-        bits: from nats to bits/dim, None for a density.
-        columns: the names of a table's columns.
-        excess: what each contributes, (N, len(columns)), nats; one draw of each term.
+        standard_error: Monte Carlo error of the bound, (N,); NaN where it is unknown.
+        reference: scores of the reference, (M,).
+        bits: factor from nats to bits/dim, None for a density.
+        columns: names of the columns of a table.
+        excess: contribution of each column, (N, len(columns)), nats; one draw of each term.
     """
 
     score: Tensor
@@ -120,18 +122,18 @@ class Scored:
 
     @property
     def rank(self) -> Tensor:
-        """One more than the scores of the reference that are larger, (N,)."""
+        """Rank: one more than the number of reference scores that are larger, (N,)."""
         return 1 + (self.reference > self.score[:, None]).sum(1)
 
     @property
     def percentile(self) -> Tensor:
-        """Share of the reference that is less strange, ties as half, in per cent; (N,)."""
+        """Share of reference scores that are smaller, ties counted half, in per cent; (N,)."""
         below = (self.reference < self.score[:, None]).double()
         equal = (self.reference == self.score[:, None]).double()
         return 100 * (below + equal / 2).mean(1)
 
     def csv(self) -> bytes:
-        """One line per example, in the order of the data."""
+        """Return a CSV file with one line per example, in the order of the data."""
         columns: dict[str, list] = {
             "example": list(range(len(self.score))),
             "score": self.score.tolist(),
@@ -156,7 +158,7 @@ class Scored:
 
 
 def _overflown(nats: Tensor) -> Tensor:
-    """The nats, infinite where numbers so far out entered that their squares have no value."""
+    """Return the nats, infinite where they are NaN because numbers overflowed."""
     return torch.where(nats.isnan(), math.inf, nats)
 
 
@@ -166,19 +168,19 @@ def first(batch: Batch) -> Batch:
 
 
 class Scorer:
-    """Scores under one definition and one reference.
+    """Function from examples to their anomaly scores, for a definition and a reference.
 
     Args:
         name: of the score, one of SCORES.
-        schema: what an example is.
+        schema: of the examples.
         model: the model.
         reference: examples to compare with, or a `Batch`; the first thousand are used.
-        calls: network calls per example, of which a sixth and more decode; 24 where left out.
-        seed: everything random follows from it.
-        track: wraps what takes time, for a progress bar.
+        calls: network calls per example, of which a sixth or more decode; 24 where left out.
+        seed: of everything random.
+        track: wraps the blocks of examples, for a progress bar.
 
     Raises:
-        ValueError: no such score, or one that makes no sense for such data.
+        ValueError: if there is no such score, or it is undefined for such data.
     """
 
     def __init__(
@@ -204,7 +206,7 @@ class Scorer:
             )
         self.seed, self.track = seed, track
         self.model, known = model, first(Batch.of(reference))
-        self.define(torch.zeros(1), known.x[:1], schema, 0.0)  # refuses before the work
+        self.define(torch.zeros(1), known.x[:1], schema, 0.0)  # raises before the work
         self.usual = self._of_columns(known).mean(0)
         self.replicates = self._nats(known)
         nats = self.replicates.mean(1)
@@ -226,7 +228,7 @@ class Scorer:
         return replace(found, columns=names, excess=excess)
 
     def _of_columns(self, batch: Batch) -> Tensor:
-        """Nats of each column of each row, (N, C); (N, 0) where there are no columns."""
+        """Return the nats of each column of each row, (N, C); (N, 0) without columns."""
         known = self.schema.columns
         if not known:
             return torch.zeros(len(batch), 0)
@@ -235,7 +237,7 @@ class Scorer:
         return by_column(-bound.elbo, known)
 
     def _nats(self, batch: Batch) -> Tensor:
-        """The bound on -log P(x) of each example, in replicates; (N, REPLICATES)."""
+        """Return the bound on -log P(x) of each example and replicate; (N, REPLICATES)."""
         model, draws = self.model, self.calls // REPLICATES - 1
         rows = max(1, model.rows // draws)
         parts = []

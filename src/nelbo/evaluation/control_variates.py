@@ -1,7 +1,7 @@
-r"""Control variates: numbers of known mean that vary as the costs of the network do.
+r"""Control variates: numbers of known mean that correlate with the costs of the network.
 
-A draw of a term of the bound costs c(x, z), one network call. Two kinds of number take variance
-from it and leave its expectation alone:
+A draw of a term of the bound costs c(x, z), one network call. Two kinds of numbers reduce its
+variance and leave its expectation unchanged:
 
     within    r(x, z) - E[ r(x, z) | x, t ], for a reference r that needs no network
     between   φ(x), any numbers of the example alone, for each cell of the times
@@ -10,19 +10,19 @@ The references, for e = embed(x) and z_t = √α_t e + √(1-α_t) ε:
 
     linear    the denoiser of N(μ, Σ), mean and covariance of the data: a quadratic in ε
     levels    the Bayes denoiser of independent dimensions whose levels have log-probabilities o.
-              A dimension's cost depends on its own ε alone, so E is one integral over ε
-    symbols   the same for masks: whether a symbol hides is one Bernoulli variable
+              The cost of a dimension depends on its own ε alone, so E is one integral over ε
+    symbols   the same for masks: whether a symbol is masked is one Bernoulli variable
 
 o may be anything that is independent of the dimension's own ε: the log-frequencies of the data;
-the same and what mixtures of Gaussians say of the dimension given all others of z (`clusters`);
-or, where an example is drawn more than once, what the network said of the dimension at *another*
-of its draws, maybe at quite another time, with what the mixtures say of this z in place of what
-they said of that. At low noise that takes nine tenths of the variance.
+these plus the evidence of all other dimensions of z under mixtures of Gaussians (`clusters`); or,
+if an example has several draws, the network's prediction for the dimension at *another* draw,
+possibly at a very different time, corrected by the difference between the mixtures' evidence at
+this z and at that one. At low noise this removes nine tenths of the variance.
 
-For the exact denoiser of any law p, the diffusion term between times s < t is D(s) - D(t),
-D(t) = KL( q(z_t|x) ‖ p(z_t) ), for each single x: by the chain rule for the KL of the two chains.
-Those differences are φ of a cell; what the mixtures of Gaussians say of e, and how rough an image
-is, are φ of all cells.
+For the exact denoiser of any distribution p, the diffusion term between times s < t is
+D(s) - D(t), D(t) = KL( q(z_t|x) ‖ p(z_t) ), for each single x, by the chain rule for the KL of the
+two chains. These differences are φ of a cell; features of e from the mixtures of Gaussians, and of
+the gradients of an image, are φ of all cells.
 """
 
 import math
@@ -32,6 +32,7 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo._utils.numerics import over
 from nelbo.data import as_examples
@@ -50,27 +51,27 @@ from nelbo.evaluation.reference_denoisers import (
     of_level,
 )
 
-FITTED = 4096  # examples whose mean, covariance and frequencies are taken
-SCALED = 512  # of them, of which φ has mean 0 and variance 1
-MOST = 10.0  # of φ, in standard deviations
-LEAST = -100.0  # a log-probability that a network says; of what it calls impossible as well
-FINEST = 64  # levels up to which a reference of levels pays: it asks for each one's probability
+FITTED = 4096  # examples to which mean, covariance and frequencies are fitted, at most
+SCALED = 512  # of these, examples by which φ is standardised, about
+MOST = 10.0  # largest |φ|, in standard deviations
+LEAST = -100.0  # smallest log-probability of a context, also for impossible levels
+FINEST = 64  # levels up to which contexts pay off, as they need the probability of each level
 
 
 @dataclass(frozen=True)
 class ContextLogits:
-    """Log-probabilities of the levels of each dimension, by two voices; (B, ..., K) or None."""
+    """Log-probabilities of the levels of each dimension, by two sources; (B, ..., K) or None."""
 
     by_clusters: Tensor | None = None  # given all others of z
     by_network: Tensor | None = None
 
     def at(self, rows: Tensor) -> "ContextLogits":
-        """Of some of the B."""
+        """Select some of the B rows."""
         return ContextLogits(*(p if p is None else p[rows.to(p.device)] for p in self._voices))
 
     @staticmethod
     def gathered(rows: Sequence[Tensor], parts: Sequence["ContextLogits"]) -> "ContextLogits":
-        """What lies in parts, in the order of its rows; a voice speaks in all of them or none."""
+        """Concatenate parts in the order of their rows; a source is in all parts or in none."""
         order = torch.cat(list(rows)).argsort()
         voices = zip(*(part._voices for part in parts), strict=True)
         spoken = [[p for p in voice if p is not None] for voice in voices]
@@ -86,14 +87,14 @@ NO_CONTEXT = ContextLogits()
 
 @dataclass(frozen=True)
 class References:
-    """What is known of a process without a network; None where nothing is.
+    """Reference denoisers and statistics of the data; None where a process has no such thing.
 
     Args:
-        x: the examples that it is fitted to, without those far from all others.
+        x: the examples to which they are fitted, without outliers.
         linear: the denoiser of N(μ, Σ).
         clusters: mixtures of Gaussians of e.
         levels: the Bayes denoiser of independent levels.
-        log_frequency: of the levels (not too many) or symbols in each dimension, (..., K).
+        log_frequency: of the levels (if not too many) or symbols in each dimension, (..., K).
     """
 
     x: Tensor
@@ -105,9 +106,9 @@ class References:
 
 @singledispatch
 def references(process: ForwardProcess, model: Model, x: Tensor, edges: Tensor) -> References:
-    """What examples x (N, ...) say of the process of a model, by its class.
+    """Return the references of a model's process, fitted to examples x, (N, ...).
 
-    Nothing of one that is not known: `@references.register` makes a further class known.
+    A class of processes without references gets none; `@references.register` adds them.
     """
     return References(x)
 
@@ -115,12 +116,12 @@ def references(process: ForwardProcess, model: Model, x: Tensor, edges: Tensor) 
 @references.register
 def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> References:
     e = process.embed(x).flatten(1).double()
-    # one row far out would be all that is fitted to
+    # a single outlier would dominate the fit
     usual = ~apart((e - e.median(0).values).abs().amax(1))
     x, e = x[usual], e[usual]
     fits = e.shape[1] <= WIDEST and len(e) >= FEWEST
     linear, clusters = Linear(e), GaussianMixtureEnsemble(e) if fits else None
-    # of sixteen bits one column of its table would not fit into memory
+    # with sixteen bits, one column of the table would not fit into memory
     if not process.codes or process.codes**2 > TABLE:
         return References(x, linear, clusters)
     levels = LevelReference(model, x, edges)
@@ -134,12 +135,11 @@ def _(process: MaskedDiffusion, model: Model, x: Tensor, edges: Tensor) -> Refer
 
 
 class ControlVariates:
-    """All that is known of a model's costs without its network.
+    """The control variates of a model's costs, computed without its network.
 
     Args:
         model: the model.
-        x: examples of the same law as those to be measured, or these, shape (N, ...): what is
-            fitted is fitted to them.
+        x: examples to fit to, of the distribution of those to be measured, shape (N, ...).
         edges: times between which the cells lie, the first being that of z_1; shape (cells,).
     """
 
@@ -158,27 +158,27 @@ class ControlVariates:
 
     @property
     def variates(self) -> int:
-        """G, the columns of `within`."""
+        """G, the number of columns of `within`."""
         parts = self.linear, self.log_frequency, self.others
         return 2 * sum(p is not None for p in parts) + (self.others is not None)
 
     @property
     def lends(self) -> bool:
-        """Whether a draw tells others of its example the more the nearer they are in time."""
+        """Whether a draw is a better context for others of its example the nearer they are."""
         return self.levels is not None and self.log_frequency is not None
 
     @property
     def features(self) -> int:
-        """1 + F, the columns of `between`."""
+        """1 + F, the number of columns of `between`."""
         return 1 + self.centre.shape[-1]
 
     @property
     def others(self) -> GaussianMixtureEnsemble | None:
-        """The clusters, if they are asked what other dimensions say of the levels of one."""
+        """The clusters if they are a source of contexts, else None."""
         return self.clusters if self.levels and self.log_frequency is not None else None
 
     def said(self, draw: TermDraw) -> ContextLogits:
-        """What is said at a draw of the dimensions of z, each without its own evidence."""
+        """Return the contexts of the dimensions at a draw, each without its own evidence."""
         return ContextLogits(self._by_clusters(draw), self._by_network(draw))
 
     def _by_clusters(self, draw: TermDraw) -> Tensor | None:
@@ -205,15 +205,15 @@ class ControlVariates:
     def within(
         self, draw: TermDraw, said: ContextLogits, lender: ContextLogits, alone: Tensor
     ) -> Tensor:
-        """Numbers of mean zero given x and t, shape (B, G).
+        """Return numbers of mean zero given x and t, shape (B, G).
 
         Args:
-            draw: the draw whose cost they follow.
-            said: at this draw, by the clusters, and
-            lender: at another of each example, from which it borrows; `NO_CONTEXT` for none.
-                The difference of the clusters is how the network's answer will differ.
-            alone: which examples borrow nothing, shape (B,). Their numbers are other columns than
-                those of the others, for other coefficients.
+            draw: whose cost they approximate.
+            said: contexts at this draw, of which that of the clusters is used.
+            lender: contexts at a neighbouring draw of each example; `NO_CONTEXT` for none. The
+                difference of the clusters' contexts predicts that of the network's.
+            alone: mask of the examples without a neighbouring draw, shape (B,). Their numbers
+                are in columns of their own, as they need other coefficients.
         """
         columns, context, lent = [], self.log_frequency, lender.by_network
         if context is not None and lent is not None:
@@ -241,7 +241,7 @@ class ControlVariates:
         return torch.cat(columns, 1)
 
     def _hidden(self, draw: TermDraw, context: Tensor) -> Tensor:
-        """w Σ_i (1[x_i hidden] - (1-α_t)) (-log P(x_i)), log P = context."""
+        """Return w Σ_i (1[x_i masked] - (1-α_t)) (-log P(x_i)), (B,), with log P = context."""
         process = self.model.process
         assert process.mask is not None
         surprise = of_level(-context, draw.x)
@@ -250,14 +250,14 @@ class ControlVariates:
         return draw.term.mask_weight(process) * (hidden * surprise).flatten(1).sum(1)
 
     def between(self, x: Tensor) -> Tensor:
-        """φ of each example and cell, (B, cells, F): a one, then numbers of mean 0, variance 1."""
+        """Return φ of each example and cell, (B, cells, 1 + F): 1, then standardised numbers."""
         phi = (self._phi(x) - self.centre) / self.spread
-        # any numbers will do: of an example like no other they are such as others have, too
+        # any numbers are valid, so those of an outlier are moved into the usual range
         phi = phi.nan_to_num(0.0).clamp(-MOST, MOST)
         return torch.cat([torch.ones_like(phi[..., :1]), phi], -1).cpu()
 
     def _phi(self, x: Tensor) -> Tensor:
-        # each of shape (B, cells), or (B, 1) for all cells alike
+        # each of shape (B, cells), or (B, 1) if equal for all cells
         columns = [torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)]
         if self.roughness is not None:
             columns += self.roughness(x).split(1, 1)
@@ -276,7 +276,7 @@ class ControlVariates:
 
 
 class NoControlVariates(ControlVariates):
-    """Nothing is known, and nothing taken off."""
+    """No control variates."""
 
     linear = clusters = levels = log_frequency = None
     features = 1
@@ -284,25 +284,26 @@ class NoControlVariates(ControlVariates):
     def __init__(self, model: Model, edges: Tensor) -> None:
         self.model, self.edges = model, edges
 
+    @override
     def between(self, x: Tensor) -> Tensor:
         return torch.ones(len(x), len(self.edges), 1, dtype=torch.float64)
 
 
 def _cells(divergence: Tensor, surprise: Tensor | float = 0.0) -> Tensor:
-    """From D at the edges to the reconstruction and the differences, shape (B, cells)."""
+    """Return the reconstruction and the differences of D, (B, cells), from D at the edges."""
     first = surprise - divergence[:, :1]
     return torch.cat([first, divergence[:, :-1] - divergence[:, 1:]], 1)
 
 
-SCALES = (1 / 16, 1.0, 16.0)  # of differences, in units of the mean one of neighbours
+SCALES = (1 / 16, 1.0, 16.0)  # scales s, in mean absolute differences of neighbouring pixels
 
 
 class GradientFeatures:
-    """Σ log(1 + |d|/s) over an image, at a few scales s, of two kinds of differences d.
+    """Σ log(1 + |d|/s) over an image, at a few scales s, for two kinds of differences d.
 
-    As what a coder spends that predicts a pixel from the one beside it, or above it, and one that
-    does from all three around the corner: of photographs these follow a network's bits more
-    closely than any law in `control`.
+    They resemble the bits of a coder that predicts a pixel from the one beside or above it, and of
+    one that uses both and the corner. For photographs, they follow the bits of a network more
+    closely than any of the references.
 
     Args:
         x: images, shape (N, C, H, W), of more than one pixel.
@@ -314,13 +315,13 @@ class GradientFeatures:
 
     @staticmethod
     def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of neighbours; and of a pixel from left + above - corner."""
+        """Return |differences| of neighbours, and of a pixel from left + above - corner."""
         x = x.double()
         down, right = x.diff(dim=2), x.diff(dim=3)
         neighbours = torch.cat([down.flatten(1), right.flatten(1)], 1)
         return neighbours.abs(), down.diff(dim=3).flatten(1).abs()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Of each image, shape (B, 2 len(SCALES))."""
+        """Return the features of each image, shape (B, 2 len(SCALES))."""
         kinds = [d / self.mean for d in self._differences(x)]
         return torch.stack([torch.log1p(d / s).sum(1) for d in kinds for s in SCALES], 1)

@@ -1,14 +1,14 @@
-r"""From data x to a latent z at the first time, where the density of a flow begins.
+r"""Dequantisation: from data x to a latent z at the first time, where a flow begins.
 
-A flow gives the density p(z) of z = z_1, not of x: levels are no density, and real data have an
-interval [0, first] before it. For any q(z|x) and any P(x|z) that is normalised over x,
+A flow gives the density p(z) of z = z_1, not of x: levels have no density, and for real data the
+interval [0, first] comes before. For any q(z|x) and any P(x|z) that is normalised over x,
 
     log P(x) = log ∫ P(x|z) p(z) dz >= E_q(z|x)[ log p(z) + log P(x|z) − log q(z|x) ],
 
-so the interval is paid for in full. With z = √α e + σ ε, σ² = 1-α, and values of levels 2h apart:
+which includes the cost of that interval. With z = √α e + σ ε, σ² = 1-α, and levels 2h apart:
 
-    Encoder           q = q(z_1|x), P the model's decoder             levels and real data
-    TruncatedNormal   q = N(√α e, σ²) cut to the bin of x, P = 1 in that bin: the ends are at
+    Encoder           q = q(z_1|x), P the decoder of the model        levels and real data
+    TruncatedNormal   q = N(√α e, σ²) on the bin of x, P = 1 in that bin: its ends are at
                       τ = √α h/σ, −log q = ½ε² + ½ log 2πσ² + log[ Φ(τ) − Φ(−τ) ]
     Uniform           q uniform on the bin, −log q = log 2h√α; P = 1 in that bin
 
@@ -23,6 +23,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo._utils.numerics import log1mexp, over
 from nelbo.diffusion.batch import Batch
@@ -34,7 +35,11 @@ BELOW_ONE = 1 - 2.0**-53
 
 
 def check_gaussian(model: Model) -> ForwardProcess:
-    """Only a Gaussian process has a flow."""
+    """Return the process of a model that has a probability flow.
+
+    Raises:
+        ValueError: if it has none, such as masked diffusion.
+    """
     if not model.process.has_flow:
         raise ValueError(
             f"the ODE likelihood needs a Gaussian process; the model's is"
@@ -50,7 +55,7 @@ class Dequantiser(ABC):
 
     @abstractmethod
     def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        """z ~ q(z|x), shape of x, and log P(x|z) − log q(z|x), shape (B,), nats."""
+        """Draw z ~ q(z|x), shape of x; also return log P(x|z) − log q(z|x), shape (B,), nats."""
 
 
 class Encoder(Dequantiser):
@@ -58,6 +63,7 @@ class Encoder(Dequantiser):
 
     name = "encoder"
 
+    @override
     def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         q = model.process.marginal(model.embed(batch.x), t)
         z = q.sample()
@@ -69,6 +75,7 @@ class TruncatedNormal(Dequantiser):
 
     name = "truncated-normal"
 
+    @override
     def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         process, h = _of_levels(model, self)
         x, e = batch.x, model.embed(batch.x)
@@ -89,6 +96,7 @@ class Uniform(Dequantiser):
 
     name = "uniform"
 
+    @override
     def __call__(self, model: Model, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         process, h = _of_levels(model, self)
         e = model.embed(batch.x)
@@ -103,7 +111,7 @@ DEQUANTISERS: Mapping[str, Dequantiser] = {
 
 
 def _of_levels(model: Model, dequantiser: Dequantiser) -> tuple[ForwardProcess, Tensor]:
-    """The process, and h, half the distance of neighbouring values."""
+    """Return the process and h, half the distance between the values of neighbouring levels."""
     process = check_gaussian(model)
     if not process.codes:
         raise ValueError(

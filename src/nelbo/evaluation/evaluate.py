@@ -1,10 +1,10 @@
-r"""One pass over a data set: the mean bound, its terms, its error, its price.
+r"""The mean bound of a data set, its terms, its error and its cost in network calls.
 
 Each example is visited once per replicate, with its own draws of the terms and of z, which follow
-a pilot (`allocate`); where calls or a target allow only a few of each, a random sample of the
-examples is. `visits` has the mean and its error. The number of network calls is counted at the
-network, a pilot's among them but for one that was kept. Blocks of examples are seeded one by one,
-so any number of processes that share them give the same number.
+a pilot (`allocation`); where the calls or the target error allow few draws of each, only a random
+sample of the examples is visited. `survey` computes the mean and its error. Network calls are
+counted at the network, including those of a pilot unless it was kept from before. Each block of
+examples has its own seed, so the result does not depend on the number of processes.
 """
 
 import math
@@ -31,14 +31,14 @@ from nelbo.evaluation.result import CurvePoint, Evaluation, StandardError, Terms
 from nelbo.evaluation.survey import FEWEST, LEAST, SamplingPlan, SurveyEstimate, first_round, plan
 from nelbo.evaluation.time_density import time_density
 
-#: what a pilot settles, from cells, controls, draws and replicates
+#: returns the allocation of a pilot, from cells, controls, draws and replicates
 Pilots = Callable[[Strata, ControlVariates, int, int], Proposal]
 
-CALLS = 24  # network calls per example, if nothing else is asked for
-AT_ONCE = 1024  # examples of which is asked what is known without the network
-FARTHEST = 1e140  # nats of the prior: beyond, squares of other costs overflow
-MUCH = 1 / 4  # of the draws without a pilot, for the reconstruction
-TOGETHER = 128  # draws of small blocks, in one task
+CALLS = 24  # network calls per example by default
+AT_ONCE = 1024  # examples per task for costs known without the network
+FARTHEST = 1e140  # nats of the prior beyond which squares of other costs overflow
+MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
+TOGETHER = 128  # draws per task, of several small blocks
 
 
 def evaluate(
@@ -57,37 +57,38 @@ def evaluate(
     split: str = "as given",
     track: Track = iter,
 ) -> Evaluation:
-    """The bound on -log P(x|φ), mean over the examples x.
+    """Measure the mean bound on -log P(x|φ) over the examples x.
 
-    All are visited alike; or, where calls or a target allow only a few of each, a random sample:
-    part of them by fewer than two calls; after a kept pilot most of some hundred by fewer
-    than eight.
+    All examples are visited equally, or, if the calls or the target error allow few draws of each,
+    a random sample: with fewer than two calls per example, or, after a kept pilot and with some
+    hundred examples or more, fewer than eight.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
-        x: examples in the space of the data, (N, *model.shape): a tensor or a NumPy array; or a
-            `Batch` of them and their conditions.
-        times: TimeGrid(times) for the bound of T steps; left out, continuous time.
-        calls: network calls per example, at most; 24 where left out. The error includes what
-            another sample of the examples would change, where not all are visited.
-        target_error: in place of calls, the Monte Carlo standard error to be reached, in the unit
-            of the result.
-        per_example: all are visited, in more replicates of fewer draws, which tell more of each
-            example's own standard error.
-        known: other examples of the same law, such as those trained on. The result is on x, and
-            unbiased, whatever they are; control variates that were fitted to more are better.
-        pilots: have what a pilot of this model settles, given the cells, the controls of `known`,
-            and the draws and replicates to come: `runs.pilot_cache`. Their calls are not counted.
-        variates: take off each cost what is known of it without the network. To fit that to
-            large images takes longer than some hundred calls of a small network.
-        seed: everything random follows from it.
-        weights: which weights these are, for the record.
-        split: which data these are, for the record.
+        x: examples in the space of the data, (N, *model.shape), as a tensor or a NumPy array, or
+            a `Batch` of examples and conditions.
+        times: TimeGrid(times) for the bound of T steps; continuous time where left out.
+        calls: network calls per example, at most; 24 where left out. If not all examples are
+            visited, the Monte Carlo error includes the variance of the sampling.
+        target_error: in place of calls, the Monte Carlo standard error to reach, in the unit of
+            the result.
+        per_example: visit all examples, in more replicates of fewer draws, for a better standard
+            error of each example.
+        known: other examples of the same distribution, such as the training data, to which
+            control variates are fitted. More of them reduce the variance; the result is the
+            bound of x, and unbiased, whatever they are.
+        pilots: returns the allocation of a pilot of this model, for the cells, the controls of
+            `known`, draws and replicates: `runs.pilot_cache`. Its calls are not counted.
+        variates: use control variates. For large images their fit takes longer than some hundred
+            calls of a small network.
+        seed: of everything random.
+        weights: name of the weights, for the record.
+        split: name of the data, for the record.
         track: wraps the blocks of examples, for a progress bar.
 
     Raises:
-        ValueError: examples of another shape, a model of P(x|c) and no conditions, too few calls,
-            an impossible target.
+        ValueError: if the examples are not of the model, a model of P(x|c) lacks conditions, there
+            are too few calls, or the target error is impossible.
     """
     seed = integer("seed", seed, 0)
     batch, times = Batch.of(x), times_of(model, times)
@@ -121,7 +122,7 @@ def evaluate(
                 foreseen = allocation.variance.item() * of_visit / count / target**2
                 wanted = first_round(way, count, foreseen, cells.count, per_example)
                 if (wanted.draws, wanted.replicates) != (way.draws, way.replicates):
-                    # draws that stand nearer lend more, so the coefficients are others
+                    # nearer draws are better contexts, so the coefficients change
                     allocation = learn(wanted)
                 way = wanted
         begun = calls_made.forward
@@ -171,12 +172,12 @@ def evaluate(
 
 
 def scale_of(model: Model) -> float:
-    """From nats per example to the unit of a result: bits/dim, or nats for densities."""
+    """Return the factor from nats per example to the unit of a result: bits/dim, or nats."""
     return 1.0 if model.decoder.density else 1 / (model.dims * LOG_2)
 
 
 def precision_of(model: Model) -> str:
-    """In which arithmetic a bound was measured, for the record."""
+    """Return the precision of the arithmetic of a measurement, for the record."""
     return f"float64 around {next(model.network.parameters()).dtype}".replace("torch.", "")
 
 
@@ -187,26 +188,26 @@ def _learn(
     pilots: Pilots | None,
     way: SamplingPlan,
 ) -> Proposal:
-    """What the pilot of a plan settles, or one before it."""
+    """Return the allocation of a kept pilot, of the pilot of a plan, or of none."""
     if pilots is not None:
         return pilots(cells, controls, way.draws, way.replicates)
     if way.pilot:
         return pilot(cells, controls, batch, way.pilot, way.draws, way.replicates)
-    # the reconstruction of an example once, if chance will; where that is not many more, as often
-    # in each replicate of a block
+    # the reconstruction once per example, on average; and, if this changes the share little, an
+    # equal number of times in each replicate of a block
     once, strata = 1 / (way.draws * way.replicates), way.block * way.draws
     evenly = max(1, round(strata * once)) / strata
     return even(cells, controls, 1, evenly if evenly <= MUCH else min(once, MUCH))
 
 
 def _order(examples: int, seed: int) -> Tensor:
-    """In which examples are visited, where not all are."""
+    """Return a random order of the examples, of which the first are the sample."""
     with seeded(seed, 2):
         return torch.randperm(examples)
 
 
 def _check_prior(nats: Tensor) -> None:
-    """Refuse examples at whose first latents float64 would overflow, where all costs are NaN."""
+    """Raise a ValueError for examples so large that float64 overflows and all costs are NaN."""
     beyond = (~(nats < FARTHEST)).nonzero().flatten()
     if len(beyond):
         raise ValueError(
@@ -216,7 +217,7 @@ def _check_prior(nats: Tensor) -> None:
 
 
 def _known(controls: ControlVariates, allocation: Proposal, x: Tensor) -> Tensor:
-    """The prior and what is known of each cell without the network, (N, 1 + C), nats."""
+    """Return the prior and the known part of each cell's cost, (N, 1 + C), nats."""
 
     def part(g: int) -> Tensor:
         rows = slice(g * AT_ONCE, (g + 1) * AT_ONCE)
@@ -242,8 +243,21 @@ def _visit(
     seed: int,
     track: Track,
 ) -> dict[int, Tensor]:
-    """The prior and the cells' costs of some blocks of B rows, each in so many replicates R, of so
-    many draws of each example; (B, R, 1 + C), nats."""
+    """Return the prior and the costs of the cells for some blocks, (B, R, 1 + C) each, nats.
+
+    Args:
+        cells: the strata.
+        controls: the control variates.
+        allocation: from a pilot.
+        batch: all examples.
+        known: their known costs, (N, 1 + C).
+        blocks: rows of each block, (B,).
+        some: number of replicates R of each block to visit.
+        draws: of each example in each replicate.
+        turn: number of this round.
+        seed: of everything random.
+        track: wraps the tasks, for a progress bar.
+    """
     times, each = visits(draws, controls)
     tasks = list(_tasks(some, draws * len(blocks[0])))
 
@@ -263,13 +277,15 @@ def _visit(
 
 
 def _strata(examples: int, replicates: int, times: int) -> Tensor:
-    """Uniform places, stratified within each replicate, (examples, replicates, times)."""
+    """Draw uniform u, stratified within each replicate, (examples, replicates, times)."""
     return torch.stack([stratified(examples, times) for _ in range(replicates)], 1)
 
 
 def _tasks(some: Mapping[int, int], draws: int) -> Iterator[tuple[list[int], int]]:
-    """Neighbouring blocks of equal replicates, as many as make TOGETHER draws, and the replicates;
-    a replicate of a block is `draws`."""
+    """Yield tasks of neighbouring blocks with equal replicates, and their number of replicates.
+
+    A task has about TOGETHER draws, of which a replicate of a block takes `draws`.
+    """
     for replicates, alike in groupby(some, key=lambda g: some[g]):
         blocks = list(alike)
         size = max(1, TOGETHER // (draws * replicates))
@@ -278,7 +294,7 @@ def _tasks(some: Mapping[int, int], draws: int) -> Iterator[tuple[list[int], int
 
 
 def _curve(cells: Strata, found: SurveyEstimate, scale: float) -> list[CurvePoint]:
-    """The diffusion term over time."""
+    """Return the diffusion term over time."""
     edges = cells.edges.tolist()
     return [
         CurvePoint(edges[c - 1], edges[c], scale * found.mean(one), scale * found.stated(one))

@@ -5,14 +5,14 @@ The bound of T steps is a sum over neighbours on the grid, and its prior term do
     −ELBO(t_1 .. t_T = 1) = prior + R(t_1) + Σ_{i=2..T} D(t_{i-1}, t_i),
     R(t) = E[ −log P(x|z_t) ],   D(s, t) = E KL( q(z_s|z_t,x) ‖ P(z_s|z_t) ).
 
-On a table of R and D over candidate times the best grid is a shortest path of T nodes,
+On a table of R and D over candidate times, the best grid is a shortest path of T nodes,
 
-    B_1(t) = R(t),   B_k(t) = min_{s<t} B_{k-1}(s) + D(s, t),   the answer is B_T(1),
+    B_1(t) = R(t),   B_k(t) = min_{s<t} B_{k-1}(s) + D(s, t),   with the result B_T(1),
 
-and a column of the table, all D(s, t) with one t, costs one network call per example: what the
-network says at z_t serves every s (Watson et al. 2021, for σ² = β̃ and a fixed t_1). The same
-draws of noise serve every time, so that what is compared is paired, and several processes can
-share the columns. Nothing here knows which process, step or decoder it is.
+and a column of the table, all D(s, t) with one t, takes one network call per example, as the
+prediction at z_t serves every s (Watson et al. 2021, for σ² = β̃ and a fixed t_1). All times use
+the same noise, so that comparisons are paired, and several processes can share the columns.
+Nothing here depends on the process, reverse kernel or decoder.
 """
 
 import math
@@ -29,18 +29,18 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeGrid, even_times
 
-EXAMPLES = 192  # at most, to measure a table with
-NUMBERS = 2**26  # of the arithmetic around all pairs of a table, about
+EXAMPLES = 192  # examples on which a table is measured, at most
+NUMBERS = 2**26  # numbers in the arithmetic of all pairs of a table, about
 
 
 @dataclass(frozen=True)
 class Table:
-    """What bounds of few steps are made of, in nats per example.
+    """Costs between candidate times, of which bounds on grids are sums, in nats per example.
 
     Attributes:
         times: the M candidate times, increasing, the last 1.
         decode: R(t), shape (M,).
-        step: D(s, t) at [s, t], shape (M, M); inf where it was not measured.
+        step: D(s, t) at [s, t], shape (M, M); inf where it is not measured.
     """
 
     times: Tensor
@@ -48,12 +48,12 @@ class Table:
     step: Tensor
 
     def bound(self, times: Tensor) -> float:
-        """R(t_1) + Σ D(t_{i-1}, t_i) for times among the candidates."""
+        """Return R(t_1) + Σ D(t_{i-1}, t_i) for times among the candidates."""
         at = torch.searchsorted(self.times, times - 1e-12)
         return (self.decode[at[0]] + self.step[at[:-1], at[1:]].sum()).item()
 
     def best(self, steps: int) -> Tensor:
-        """The `steps` times of the least bound, the last of them 1."""
+        """Return the `steps` times of the least bound, the last of them 1."""
         least, before = self.decode, []
         for _ in range(steps - 1):
             least, s = (least[:, None] + self.step).min(0)
@@ -73,18 +73,18 @@ def best_grid(
     seed: int = 0,
     track: Track = iter,
 ) -> TimeGrid:
-    """The grid of `steps` times with the least bound of the model, as measured on examples x.
+    """Return the grid of `steps` times with the least bound of the model on examples x.
 
     Args:
-        model: the model, with the reverse step that it takes.
+        model: the model, with its reverse kernel.
         x: examples to measure on, such as training data, or a `Batch`; a few of them are drawn.
         steps: T.
         candidates: times to choose from, increasing, the last 1; evenly spaced where left out.
-        seed: everything random follows from it.
+        seed: of everything random.
         track: wraps the candidates, for a progress bar.
 
     Raises:
-        ValueError: fewer than one step, or more than there are times to choose from.
+        ValueError: if `steps` is below 1, or above the number of candidates.
     """
     batch = Batch.of(x)
     model.check_condition(batch.condition, len(batch))
@@ -109,14 +109,14 @@ def measure(
     seed: int = 0,
     track: Track = iter,
 ) -> Table:
-    """R and D over candidate times, means over the examples x; one network call for each time.
+    """Measure R and D over candidate times, as means over examples; one network call per time.
 
     Args:
         model: the model.
         x: examples, shape (N, *model.shape), or a `Batch`.
         times: the M candidates, increasing.
-        longest: steps over more candidates than this are not measured.
-        seed: everything random follows from it.
+        longest: the number of candidates that a step may span; longer ones are not measured.
+        seed: of everything random.
         track: wraps the candidates, for a progress bar.
     """
     batch, count = Batch.of(x), len(times)
@@ -144,10 +144,10 @@ def measure(
 def _column(
     model: Model, batch: Batch, before: Tensor, at: Tensor, dims: int
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the examples of R(t) and of D(s, t) for each s in `before`; one network call.
+    """Return sums over examples of R(t), and of D(s, t) for each s in `before`; one network call.
 
-    D is measured on `dims` of each example's dimensions, which unbiased are scaled up: the pairs,
-    not the calls, are the work of a table, and float32 is enough to choose by.
+    D is measured on `dims` dimensions of each example and scaled up, which is unbiased: the pairs,
+    not the calls, take most of the time of a table. float32 is enough for the choice of a grid.
     """
     x, process = batch.x, model.process
     e = model.embed(x)
@@ -156,7 +156,7 @@ def _column(
     prediction = model.predict(z, t, batch.condition)
     decoded = -model.decoder(prediction, z, t, process).log_prob(x).sum().cpu()
 
-    # in turn, so that the examples together show each dimension equally often
+    # in turn, so that each dimension is measured equally often over the examples
     turn = torch.arange(len(x) * dims).reshape(len(x), dims) % model.dims
     chosen = torch.randperm(model.dims)[turn].to(x.device)
 
@@ -180,7 +180,7 @@ def _column(
 
 
 def measure_errors(model: Model, x: Tensor | Batch, seed: int = 0) -> None:
-    """Set v(t) = E‖e − ê‖²/D of a model whose step takes it, as measured on examples x."""
+    """Measure v(t) = E‖e − ê‖²/D on examples x and set it in the model, if its kernel needs it."""
     times = model.step.error_times().clamp(model.process.schedule.start)
     if not len(times):
         return
@@ -205,6 +205,6 @@ def measure_errors(model: Model, x: Tensor | Batch, seed: int = 0) -> None:
 
 
 def _some(model: Model, x: Tensor, seed: int) -> Tensor:
-    """The rows of x to measure on; fewer where each is large."""
+    """Draw the rows of x to measure on, fewer of large examples."""
     with seeded(seed, 1):
         return torch.randperm(len(x))[: max(16, min(EXAMPLES, 2**15 // model.dims))]

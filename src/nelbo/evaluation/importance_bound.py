@@ -1,16 +1,16 @@
-r"""K paths instead of one: a bound between the ELBO and log P(x).
+r"""The importance-weighted bound of K paths, which lies between the ELBO and log P(x).
 
 For any q, E_q[ P(x,z)/q(z|x) ] = P(x), so the mean over K paths z^1..z^K ~ q(z|x) is unbiased for
 P(x), and by Jensen its logarithm is a bound that rises with K (Burda et al. 2016, theorem 1):
 
     L_K = E log 1/K Σ_k w_k,   w_k = P(x,z^k)/q(z^k|x),   ELBO = L_1 <= L_K <= L_{K+1} <= log P(x).
 
-Without the 1/K it is no bound. By equation 4 of docs/derivation.md the weight of a path is
+Without the factor 1/K it is not a bound. By equation 4 of docs/derivation.md, a path has weight
 
     log w = log P(z_T)/q(z_T|x) + Σ_{t=2..T} log P(z_{t-1}|z_t)/q(z_{t-1}|z_t,x) + log P(x|z_1),
 
-and q(z|x) = q(z_T|x) Π_t q(z_{t-1}|z_t,x): the path is drawn downwards, as the model reads it, T
-network calls each. Which process, step or decoder it is, nothing here knows.
+and q(z|x) = q(z_T|x) Π_t q(z_{t-1}|z_t,x): the path is drawn from T down to 1, in the order of the
+model, with T network calls. Nothing here depends on the process, reverse kernel or decoder.
 """
 
 import math
@@ -28,7 +28,7 @@ from nelbo.evaluation.result import BoundEstimate, ImportanceDetails
 
 
 def check_samples(samples: int) -> None:
-    """K must be a number of paths."""
+    """Raise a ValueError unless K, the number of paths, is at least 1."""
     if samples < 1:
         raise ValueError(
             f"the number of importance samples must be at least 1; got {samples}; 1 is the ELBO"
@@ -36,7 +36,11 @@ def check_samples(samples: int) -> None:
 
 
 def check_grid(times: TimeDiscretization) -> TimeGrid:
-    """The weight of a path is known on a grid only."""
+    """Return the times if they are a grid, as paths in continuous time have no weight.
+
+    Raises:
+        ValueError: if they are not a grid.
+    """
     if not isinstance(times, TimeGrid):
         raise ValueError(
             f"importance samples need a grid of T times; got {type(times).__name__}, whose paths"
@@ -46,9 +50,9 @@ def check_grid(times: TimeDiscretization) -> TimeGrid:
 
 
 def log_weights(model: Model, batch: Batch, times: TimeGrid) -> Tensor:
-    """log P(x,z)/q(z|x) for one path z ~ q(z|x) of each row of x; shape (B,), nats.
+    """Return log P(x,z)/q(z|x) for one path z ~ q(z|x) of each row of x; shape (B,), nats.
 
-    Its mean is the ELBO; it takes T network calls.
+    Its expectation is the ELBO; it takes T network calls.
     """
     x, condition = batch.x, batch.condition
     process, e = model.process, model.embed(x)
@@ -65,17 +69,17 @@ def log_weights(model: Model, batch: Batch, times: TimeGrid) -> Tensor:
 
 
 def log_mean(log_weights: Tensor) -> Tensor:
-    """log 1/K Σ_k w_k over the last dimension, of size K."""
+    """Return log 1/K Σ_k w_k over the last dimension, of size K."""
     return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
 
 
 def importance_weights(
     model: Model, x: Tensor | Batch, times: TimeDiscretization, samples: int
 ) -> Tensor:
-    """log P(x,z^k)/q(z^k|x) of K paths for each example, shape (B, K), nats.
+    """Return log P(x,z^k)/q(z^k|x) of K paths for each example, shape (B, K), nats.
 
     Raises:
-        ValueError: no grid, or K < 1.
+        ValueError: if the times are not a grid, or K < 1.
     """
     check_samples(samples)
     grid = check_grid(times)
@@ -88,16 +92,16 @@ def importance_weights(
 def importance_bound(
     model: Model, x: Tensor | Batch, times: TimeDiscretization, samples: int
 ) -> Tensor:
-    """log 1/K Σ_k P(x,z^k)/q(z^k|x), one draw of L_K; shape (B,), nats.
+    """Return one draw of L_K, log 1/K Σ_k P(x,z^k)/q(z^k|x), per example; shape (B,), nats.
 
     Args:
         model: the model; its `dtype` is the precision of the arithmetic around the network.
         x: examples, shape (B, ...), or a `Batch`.
-        times: TimeGrid(times), T network calls for each sample.
-        samples: K, at least 1; 1 is the ELBO of the same grid.
+        times: TimeGrid(times), with T network calls per sample.
+        samples: K, at least 1; 1 gives the ELBO of the same grid.
 
     Raises:
-        ValueError: no grid, or K < 1.
+        ValueError: if the times are not a grid, or K < 1.
     """
     return log_mean(importance_weights(model, x, times, samples))
 
@@ -114,21 +118,21 @@ def evaluate_importance(
     split: str = "as given",
     track: Track = iter,
 ) -> BoundEstimate:
-    """L_K, the K-sample importance-weighted bound on −log P(x|φ), mean over the examples x.
+    """Measure the mean of −L_K, the importance-weighted bound on −log P(x|φ), over examples x.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, shape (N, *model.shape), or a `Batch`.
         times: TimeGrid(times).
-        samples: K; K T network calls per example and replicate.
-        replicates: independent draws of L_K per example; from two the Monte Carlo error follows.
-        seed: everything random follows from it.
-        weights: which weights these are, for the record.
-        split: which data these are, for the record.
+        samples: K; each example and replicate takes K T network calls.
+        replicates: independent draws of L_K per example; two or more give a Monte Carlo error.
+        seed: of everything random.
+        weights: name of the weights, for the record.
+        split: name of the data, for the record.
         track: wraps the blocks of examples, for a progress bar.
 
     Raises:
-        ValueError: no grid, K < 1, or examples of another shape.
+        ValueError: if the times are not a grid, K < 1, or the examples are not of the model.
     """
     check_samples(samples)
     grid = check_grid(times)

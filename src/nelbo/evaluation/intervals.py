@@ -1,16 +1,17 @@
-r"""What may be stated as an error, where a variance is only estimated.
+r"""Standard errors and intervals where the variance is estimated from few draws.
 
-A standard error that is stated is so wide that value ± 1.96 of it is a 95 % interval. Of an
-estimate s² that is worth ν normal squares, its degrees of freedom, that is
+A stated standard error is widened so that the value ± 1.96 standard errors is a 95 % interval. For
+an estimate s² with ν degrees of freedom it is
 
     s t_ν(0.975) / 1.96,        ν = (Σ_g s_g²)² / Σ_g s_g⁴/(d_g + 2) - 2 ,
 
-where s² is a sum of independent s_g² of d_g degrees each (Welch 1947; the less, the more unequal
-they are, or the heavier their tails). Where there are fewer than FEWEST nothing is stated: NaN.
+where s² is the sum of independent s_g² with d_g degrees each (Welch 1947); the more unequal they
+are, the smaller ν is. With fewer than FEWEST degrees no error is stated: NaN.
 
-One example is drawn too seldom to know its own variance: of two draws both may miss what is rare,
-and agree. So all examples share the mean of theirs, as far as their differences are chance
-(Bühlmann's credibility): two halves of an example's replicates tell how far they are.
+A single example has too few draws for a variance of its own: two draws may both miss rare large
+costs and agree. So the examples share their mean variance to the extent that differences between
+their variances are due to chance (Bühlmann's credibility), which the two halves of an example's
+replicates show.
 """
 
 import math
@@ -20,25 +21,29 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-FEWEST = 2.0  # degrees of freedom of normal draws, of which an error is stated
-OWN = 8  # replicates that give an example an error of its own, if it is like no other
-HALVES = 4  # replicates of which two halves have a variance each
-MOST = 0.75  # of what an example's own variance differs by counts: none is nearly 0 by chance
-FAR, SHARE = 10.0, 0.9  # so many times as far as so many are, and an example is like no other
-NOISIER = 4.0  # the same of the noise of half of the replicates
-NORMAL = 1.959964  # the 97.5 % quantile
+FEWEST = 2.0  # degrees of freedom below which no error is stated
+OWN = 8  # replicates from which an outlying example has an error of its own
+HALVES = 4  # replicates from which each half has a variance
+MOST = 0.75  # weight of an example's own variance, at most, as it may be nearly 0 by chance
+FAR, SHARE = 10.0, 0.9  # an outlier is 10 times as far as the 90 % quantile of distances
+NOISIER = 4.0  # the same factor for the noise of half of the replicates
+NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
 def widened(freedoms: float) -> float:
-    """What the root of a variance with so many degrees of freedom is multiplied by."""
+    """Return the factor of the root of a variance with these degrees of freedom."""
     return float(stdtrit(freedoms, 0.975)) / NORMAL
 
 
 def freedoms(parts: Tensor, each: Tensor) -> float:
-    """ν of a sum of estimated variances, (n,), which have so many degrees of freedom, (n,).
+    """Return ν of a sum of estimated variances, from each variance and its degrees of freedom.
 
-    NaN where these are too few, or nothing varies; one at least: where one part is all that there
-    is the error is wide, and not only stated when it is not.
+    NaN if these are too few or nothing varies. Otherwise ν is at least one, so that a sum of one
+    dominant part has a wide error rather than none.
+
+    Args:
+        parts: the variances, (n,).
+        each: their degrees of freedom, (n,).
     """
     squares = (parts.square() / (each + 2)).sum()
     if not each.sum() >= FEWEST or not squares > 0:
@@ -52,14 +57,15 @@ def apart(
     far_is: float = FAR,
     others: Tensor | None = None,
 ) -> Tensor:
-    """Which examples are like no other, (N,): all of their distances are far beyond most others,
-    or one is no number.
+    """Return a mask of outlying examples, (N,).
+
+    All distances of an outlier are far beyond most others, or one is not finite.
 
     Args:
-        distance: from what is usual, (n,).
-        example: that each is of, (n,), 0..N-1; left out, each is of its own.
-        far_is: so many times as far as nine of ten.
-        others: the distances of these ten; left out, all of them.
+        distance: from a typical value, (n,).
+        example: of each distance, (n,), 0..N-1; each is of its own example where left out.
+        far_is: factor on the 90 % quantile beyond which a distance is far.
+        others: distances whose quantile it is; all of them where left out.
     """
     example = torch.arange(len(distance)) if example is None else example
     number = distance.isfinite().cpu()
@@ -74,11 +80,14 @@ def apart(
 
 
 def errors(replicates: Sequence[Tensor], reference: Tensor | None = None) -> Tensor:
-    """The stated error of the mean of each example's replicates, (n,), in blocks (n_g, R_g).
+    """Return the stated error of the mean of each example's replicates, (n,).
 
-    An example like no other has a variance of its own, or no error where it has few replicates.
-    What is usual is that of a reference, (M, R), where there is one, however few or strange the
-    examples are, and it shares its variances with them.
+    An outlying example has a variance of its own, or no error, NaN, if it has few replicates.
+
+    Args:
+        replicates: of the examples, in blocks (n_g, R_g).
+        reference: replicates of other examples, (M, R), which define typical values and share
+            their variances; the examples themselves where left out.
     """
     known = 0 if reference is None else len(reference)
     replicates = [*replicates] if reference is None else [reference, *replicates]
@@ -100,7 +109,7 @@ def errors(replicates: Sequence[Tensor], reference: Tensor | None = None) -> Ten
 
 
 def _noisy(replicates: Sequence[Tensor]) -> Tensor:
-    """Which examples have more noise than any other in each half of many replicates, (n,)."""
+    """Return a mask of examples much noisier than others in both halves of replicates, (n,)."""
     halves = [
         torch.cat([half.std(1) for half in _halves(block)])
         if block.shape[1] >= OWN
@@ -112,18 +121,18 @@ def _noisy(replicates: Sequence[Tensor]) -> Tensor:
 
 
 def _halves(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the replicates, (n_g, R_g)."""
+    """Return the two halves of the replicates, (n_g, R_g)."""
     middle = block.shape[1] // 2
     return block[:, :middle], block[:, middle:]
 
 
 def _own(block: Tensor) -> Tensor:
-    """Of one replicate of each example, (n_g,)."""
+    """Return the variance of one replicate of each example, (n_g,), NaN for a single one."""
     return block.var(1) if block.shape[1] > 1 else torch.full((len(block),), math.nan).double()
 
 
 def _shared(replicates: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """Variances of one replicate of each example, (n,), and the freedoms of their mean."""
+    """Return variances of one replicate of each example, (n,), and the freedoms of their mean."""
     own = torch.cat([_own(block) for block in replicates])
     if own.isnan().any():
         variance, known = typical(replicates)
@@ -134,27 +143,28 @@ def _shared(replicates: Sequence[Tensor]) -> tuple[Tensor, float]:
 
 
 def typical(replicates: Sequence[Tensor], caution: float = 0.0) -> tuple[float, float]:
-    """The variance of one replicate of an example that has but one, and its degrees of freedom.
+    """Return the variance of a replicate of an example that has just one, and its freedoms.
 
-    It is the share of noise, in those that have two, of what differs in all of them, which knows
-    of large costs that are rare.
+    It is the variance over all examples, which includes rare large costs, times the share of
+    noise in it, as estimated from the examples with two replicates.
 
     Args:
-        replicates: of examples, in blocks, less what is known of them.
-        caution: so many of two replicates that say nothing differs do not say that it is so.
+        replicates: of examples, in blocks, less their known costs.
+        caution: weight of the assumption that all differences are noise, in examples; it protects
+            against few examples that happen to show none.
     """
     twice = [block for block in replicates if block.shape[1] > 1]
     once = torch.cat([block[:, 0] for block in replicates])
     noise = torch.cat([block.var(1) for block in twice])
     square = torch.cat([(block - once.mean()).square().mean(1) for block in twice])
-    # few tell the noise, and the error would be least where they tell the least
+    # with few examples the noise may look small by chance
     doubt = caution**2 / len(noise) * square.mean()
     share = (noise.sum() + doubt) / (square.sum() + doubt)
     return (once.var() * share).item(), freedoms(noise, torch.ones_like(noise))
 
 
 def _credibility(replicates: Sequence[Tensor]) -> float:
-    """The share of what variances differ by that is not chance, less one error of it."""
+    """Return the share of the differences of variances that is not chance, less its error."""
     enough = [block for block in replicates if block.shape[1] >= HALVES]
     if sum(map(len, enough)) < 2:
         return 0.0

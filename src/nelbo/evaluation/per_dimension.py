@@ -1,4 +1,4 @@
-"""The bound before its dimensions are summed: what each pixel or column costs.
+"""The bound of each pixel or column, before the sum over dimensions.
 
 Every distribution of the bound is a product over dimensions i given z, so each term splits:
 
@@ -30,18 +30,18 @@ def by_dimension(
     steps: Sequence[ReverseKernel] = (),
     seed: int = 0,
 ) -> list[Bound]:
-    """The terms of −ELBO on a grid, all of them, one draw of z each: T network calls per example.
+    """Draw each term of −ELBO on a grid once, with T network calls per example.
 
     Args:
         model: the model.
         x: examples in the space of the data, shape (N, *model.shape), or a `Batch`.
         times: the grid.
-        steps: reverse steps P(z_s|z_t) to compare; the model's own where left out.
-        seed: everything random follows from it.
+        steps: reverse kernels P(z_s|z_t) to compare; that of the model where left out.
+        seed: of everything random.
 
     Returns:
-        For each step Bound(prior, reconstruction, diffusion), shape (N, *model.shape), nats. The
-        draws of z, and so the first two terms, are common to all steps.
+        For each kernel Bound(prior, reconstruction, diffusion), shape (N, *model.shape), nats. The
+        draws of z, and therefore the first two terms, are common to all kernels.
     """
     batch, steps = Batch.of(x), steps or (model.step,)
     parts: list[list[Bound]] = []
@@ -58,9 +58,9 @@ def by_dimension(
 
 
 def by_column(each: Tensor, columns: Sequence[Column]) -> Tensor:
-    """Costs of the dimensions of a table's rows, (N, D), as those of its columns, (N, C).
+    """Add up costs of the dimensions of a table's rows, (N, D), to those of its columns, (N, C).
 
-    The symbol that a cell is missing is part of its column's cost, so both sum to the same.
+    The symbol for a missing cell is part of the cost of its column, so both have the same sum.
     """
     found = torch.zeros(len(each), len(columns), dtype=torch.float64)
     index = torch.tensor([place.index for place in places(columns)])
@@ -91,7 +91,7 @@ def _kl(q: Distribution, p: Distribution) -> Tensor:
 
 
 def _each(distribution: Distribution) -> Distribution:
-    """The distributions of the dimensions, whose product is `distribution`."""
+    """Return the distributions of the dimensions, whose product is `distribution`."""
     if not isinstance(distribution, Independent):
         raise TypeError(
             f"dimensions must be independent given z; got {type(distribution).__name__}"

@@ -1,20 +1,21 @@
 r"""The probability flow: a deterministic path with the marginals of the diffusion.
 
-In the variable γ = −log SNR, which any schedule reaches, with α = sigmoid(−γ) and ê = ê(z, γ) the
-model's prediction, the flow of equation 2 (Song et al. 2021, equation 13) is
+In the variable γ = −log SNR, which is independent of the schedule, with α = sigmoid(−γ) and the
+model's prediction ê = ê(z, γ), the flow of equation 2 (Song et al. 2021, equation 13) is
 
-    dz/dγ = ½ √α (√α z − ê) =: f(z, γ),        zero where the data are unit normal,
+    dz/dγ = ½ √α (√α z − ê) =: f(z, γ),        zero if the data are standard normal,
 
-for dz_t = ½ (α z − √α ê) dγ follows from z/√α = e + e^{γ/2} ε, d(z/√α)/de^{γ/2} = ε̂. A density is
-carried along it by d log p(z)/dγ = −tr ∂f/∂z, so with p(z_T) = N(0, 1) at the last γ
+since dz_t = ½ (α z − √α ê) dγ follows from z/√α = e + e^{γ/2} ε, d(z/√α)/de^{γ/2} = ε̂. Along the
+flow d log p(z)/dγ = −tr ∂f/∂z, so with p(z_T) = N(0, 1) at the last γ
 
     log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ.
 
-tr ∂f/∂z = Σ_v v·(∂f/∂z)ᵀ v over all unit vectors v, or in expectation for one v of random signs
-(Hutchinson), drawn once for the whole path, so that f stays a function of (z, γ). f and v·∂f/∂z
-share one forward pass; each v is one backward pass. Both are counted at the network.
+tr ∂f/∂z = Σ_v v·(∂f/∂z)ᵀ v over all unit vectors v, or in expectation over one v of random signs
+(Hutchinson), drawn once for the whole path, so that f remains a function of (z, γ). f and v·∂f/∂z
+share one forward pass; each v takes one backward pass. Both are counted at the network.
 
-Each example has its own steps and its own error, so its value does not depend on its batch mates.
+Step sizes and errors are controlled for each example separately, so the value of an example does
+not depend on the others in its batch.
 """
 
 import math
@@ -39,38 +40,42 @@ from nelbo.evaluation.replicates import BLOCK, _visit
 from nelbo.evaluation.result import BoundEstimate, FlowDetails
 
 Trace = Literal["auto", "exact", "hutchinson"]
-EXACT_UP_TO = 16  # dimensions, where `auto` takes the exact trace
-MAX_STEPS = 10_000
+EXACT_UP_TO = 16  # dimensions up to which `auto` takes the exact trace
+MAX_STEPS = 10_000  # steps of the solver, at most
 
 
 class Carried(NamedTuple):
-    """The end of a path, and what the density lost on it: log p(start) − log p(end)."""
+    """End z of a path, shape (B, ...), and log p(start) − log p(end) along it, shape (B,)."""
 
     z: Tensor
     log_det: Tensor
 
 
 def is_exact(model: Model, trace: Trace) -> bool:
-    """Whether the trace is exact: asked for, or D small."""
+    """Return whether the trace is exact: on request, or by `auto` for small D.
+
+    Raises:
+        ValueError: if the kind of trace is unknown.
+    """
     if trace not in ("auto", "exact", "hutchinson"):
         raise ValueError(f"trace must be auto, exact or hutchinson; got {trace!r}")
     return trace == "exact" or (trace == "auto" and model.dims <= EXACT_UP_TO)
 
 
 def unit_probes(z: Tensor) -> Tensor:
-    """All D unit vectors, shape (D, B, ...): the exact trace, D backward passes."""
+    """Return all D unit vectors, (D, B, ...), for the exact trace in D backward passes."""
     dims = z[0].numel()
     units = torch.eye(dims, dtype=z.dtype, device=z.device)
     return units.reshape(dims, 1, *z.shape[1:]).expand(dims, *z.shape)
 
 
 def random_probes(z: Tensor) -> Tensor:
-    """One vector of random signs per example, shape (1, B, ...); exact for a diagonal ∂f/∂z."""
+    """Draw a vector of random signs per example, (1, B, ...); exact for diagonal ∂f/∂z."""
     return (torch.randint(0, 2, z.shape) * 2 - 1).to(z)[None]
 
 
 def time_of(schedule: Schedule, gamma: Tensor, first: float) -> Tensor:
-    """t in [first, 1] with γ(t) = gamma, by bisection to the last bit; shape of gamma."""
+    """Return t in [first, 1] with γ(t) = gamma, by bisection to the last bit; shape of gamma."""
     low, high = torch.full_like(gamma, first), torch.ones_like(gamma)
     for _ in range(53):
         middle = (low + high) / 2
@@ -82,7 +87,7 @@ def time_of(schedule: Schedule, gamma: Tensor, first: float) -> Tensor:
 def drift(
     model: Model, z: Tensor, gamma: Tensor, first: float, condition: Tensor | None = None
 ) -> Tensor:
-    """f(z, γ) = ½ √α (√α z − ê); shape of z."""
+    """Return f(z, γ) = ½ √α (√α z − ê); shape of z."""
     t = time_of(model.process.schedule, gamma, first)
     signal = over(torch.sigmoid(-gamma).sqrt(), z)
     return 0.5 * signal * (signal * z - model.predict(z, t, condition).e_hat)
@@ -96,7 +101,7 @@ def drift_and_trace(
     probes: Tensor,
     condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """f(z, γ), and Σ_v v·(∂f/∂z)ᵀ v, shape (B,): one forward pass, one backward pass per v."""
+    """Return f(z, γ) and Σ_v v·(∂f/∂z)ᵀ v, (B,): one forward pass, one backward pass per v."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         f = drift(model, z, gamma, first, condition)
@@ -116,20 +121,21 @@ def carry(
     tolerance: float,
     condition: Tensor | None = None,
 ) -> Carried:
-    """z along the flow from time `start` to `end`, either way, and ∫ tr ∂f/∂z dγ, shape (B,).
+    """Integrate the flow and tr ∂f/∂z from time `start` to time `end`, in either direction.
 
     Args:
         model: the model; its process must be Gaussian.
-        z: latents at `start`, shape (B, ...), any shape.
+        z: latents at `start`, shape (B, ...).
         start: a time.
         end: a time, before or after `start`.
         probes: `unit_probes` or `random_probes`.
-        tolerance: of one step, absolute and relative, for each example: root mean square over z,
-            and of the integral in nats per dimension.
-        condition: of each of the B, (B, F).
+        tolerance: absolute and relative, of one step and each example: of the root mean square
+            over z, and of the integral in nats per dimension.
+        condition: of the examples, (B, F).
 
     Raises:
-        ValueError: no Gaussian process, no flow of its head, or the solver does not finish.
+        ValueError: if the process is not Gaussian, its parametrization has no flow, or the solver
+            does not finish.
     """
     torchode = _solver()
     gammas = check_flow(model, start, end, tolerance)
@@ -165,24 +171,24 @@ def log_density(
     tolerance: float,
     condition: Tensor | None = None,
 ) -> Tensor:
-    """log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ for z_1 at the time `first`; (B,), nats."""
+    """Return log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ at the time `first`; (B,), nats."""
     z_last, log_det = carry(model, z, first, 1.0, probes, tolerance, condition)
     last = torch.ones(len(z), dtype=torch.float64, device=z.device)
     return model.process.prior(z.shape[1:], last).log_prob(z_last) + log_det
 
 
 def error_norm(error: Tensor) -> Tensor:
-    """The root mean square over z, or the integral's own error where that is more; shape (B,)."""
+    """Return the larger of the root mean square over z and the integral's error; shape (B,)."""
     of_z = error[:, :-1].square().mean(1).sqrt()
     return torch.maximum(of_z, error[:, -1].abs())
 
 
 def check_flow(model: Model, start: float, end: float, tolerance: float) -> Tensor:
-    """γ at both ends, shape (2,).
+    """Return γ at both ends, shape (2,).
 
     Raises:
-        ValueError: no Gaussian process, a head that has no flow, an infinite γ, or a tolerance
-            outside (0, 1).
+        ValueError: if the process is not Gaussian, the parametrization has no flow, a γ is
+            infinite, or the tolerance is outside (0, 1).
     """
     process = check_gaussian(model)
     if model.head.steps is not None:
@@ -205,7 +211,7 @@ def check_flow(model: Model, start: float, end: float, tolerance: float) -> Tens
 
 def _solver() -> ModuleType:
     try:
-        # Its steps are per example. In others one norm over the batch rules them all.
+        # torchode adapts the steps per example; other solvers take one norm over the batch
         import torchode
     except ImportError:
         raise ValueError(
@@ -214,9 +220,9 @@ def _solver() -> ModuleType:
     return torchode
 
 
-TOLERANCE = 1e-4  # of the solver
-LOOSE = 10.0  # the looser tolerance is this many times the one asked for
-STILL = 0.01  # of the result per dimension, that an example may change where no error is stated
+TOLERANCE = 1e-4  # of the solver, by default
+LOOSE = 10.0  # the looser tolerance in units of the requested one
+STILL = 0.01  # change per dimension that is allowed where no error is stated, in its unit
 
 
 def evaluate_flow(
@@ -234,27 +240,28 @@ def evaluate_flow(
     split: str = "as given",
     track: Track = iter,
 ) -> BoundEstimate:
-    """The bound on −log P(x|φ) by the probability flow, mean over the examples x.
+    """Measure the mean bound on −log P(x|φ) by the probability flow over examples x.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, shape (N, *model.shape), or a `Batch`.
         dequantiser: q(z|x) at the first time: Encoder(), the default, for levels and real data;
             TruncatedNormal() and Uniform() for levels.
-        tolerance: of the solver; the bound is stated at it and at 10 times it.
+        tolerance: of the solver; the bound is measured at it and at 10 times it.
         samples: K draws of z per example, importance-weighted; more than 1 needs the exact trace.
         trace: exact, hutchinson (one probe per draw of z), or auto: exact up to D = 16.
-        first: time of z_1; left out, the earliest of the schedule.
-        replicates: independent repetitions per example; from two the Monte Carlo error follows.
-        seed: everything random follows from it.
-        weights: which weights these are, for the record.
-        split: which data these are, for the record.
+        first: time of z_1; the earliest of the schedule where left out.
+        replicates: independent repetitions per example; two or more give a Monte Carlo error.
+        seed: of everything random.
+        weights: name of the weights, for the record.
+        split: name of the data, for the record.
         track: wraps the blocks of examples, for a progress bar.
 
     Raises:
-        ValueError: no Gaussian process, a dequantiser of other data, K < 1, K > 1 with a random
-            trace, no torchode; or an example's bound that changes between the two tolerances by
-            more than the standard error of the mean: the solver has not settled what it is.
+        ValueError: if the process is not Gaussian, the dequantiser is for other data, K < 1,
+            K > 1 with a random trace, or torchode is not installed; or if the bound changes
+            between the two tolerances by more than the standard error, so the solver is not
+            precise enough.
     """
     check_samples(samples)
     process, exact = check_gaussian(model), is_exact(model, trace)
@@ -294,12 +301,12 @@ def evaluate_flow(
 
 
 def _check_settled(found: BoundEstimate, how: FlowDetails) -> None:
-    """The solver's own error is none of those stated, so it must be the smaller one."""
+    """Raise a ValueError if the solver's error, which is not stated, exceeds the stated error."""
     stated = [found.standard_error.total, found.standard_error.monte_carlo]
     unknown = STILL * (found.dims if found.unit == "nats" else 1)
     error = next((e for e in stated if math.isfinite(e)), unknown)
     bound = found.nats if found.bits_per_dim is None else found.bits_per_dim
-    # what one example may change by is what the mean may, of so many that change independently
+    # if examples change independently, the mean changes by √N less than one of them
     for what, change, most in (
         ("the mean", abs(bound - how.loose), error),
         ("an example", how.largest_change, error * math.sqrt(found.examples)),
@@ -308,8 +315,8 @@ def _check_settled(found: BoundEstimate, how: FlowDetails) -> None:
             raise ValueError(
                 "the solver has not settled the bound: between the tolerances"
                 f" {how.loose_tolerance:g} and {how.tolerance:g} {what} changes by {change:.2g}"
-                f" {found.unit}, more than an error of {most:.2g} that is stated of it; try a"
-                f" tolerance of {how.tolerance / LOOSE:g}"
+                f" {found.unit}, more than the stated error of {most:.2g}; try a tolerance of"
+                f" {how.tolerance / LOOSE:g}"
             )
 
 
@@ -321,7 +328,7 @@ def _flow_weights(
     exact: bool,
     tolerances: tuple[float, float],
 ) -> Tensor:
-    """log p(z) + log P(x|z) − log q(z|x) at both tolerances for the same z and probes; (2, B)."""
+    """Return log p(z) + log P(x|z) − log q(z|x) at both tolerances, same z and probes; (2, B)."""
     t = torch.full((len(batch),), first, dtype=torch.float64, device=batch.x.device)
     z, log_ratio = dequantiser(model, batch, t)
     probes = unit_probes(z) if exact else random_probes(z)

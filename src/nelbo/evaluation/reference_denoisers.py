@@ -1,4 +1,4 @@
-"""One network call and what it saw."""
+"""Reference denoisers without a network, whose costs have a known mean; see `control_variates`."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +19,16 @@ from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, Term
 
 @dataclass(frozen=True)
 class TermDraw:
-    """One network call for each of B examples: z = z_t, what was predicted, and its cost (B,)."""
+    """A draw of a term for B examples, one network call each.
+
+    Args:
+        x: the examples, (B, ...).
+        term: the term and its times.
+        z: z_t.
+        prediction: of the network at z.
+        state: of the random generator after the call, for the noise of a Monte Carlo KL.
+        cost: of the examples, (B,), nats.
+    """
 
     x: Tensor
     term: Term
@@ -30,7 +39,7 @@ class TermDraw:
 
 
 def draw_term(model: Model, batch: Batch, term: Term) -> TermDraw:
-    """Draw a term and keep what its network call saw."""
+    """Draw a term and keep the latent and the prediction of its network call."""
     seen: list[tuple[Tensor, Prediction, Tensor]] = []
 
     def keep(head: object, inputs: tuple[Tensor, Tensor], prediction: Prediction) -> None:
@@ -50,7 +59,7 @@ def _generator(z: Tensor) -> Tensor:
 
 @contextmanager
 def same_noise(draw: TermDraw) -> Iterator[None]:
-    """What is random within has the noise that the draw's cost had."""
+    """Inside, random numbers are those that the cost of the draw used."""
     with torch.random.fork_rng([draw.z.device] if draw.z.is_cuda else []):
         if draw.z.is_cuda:
             torch.cuda.set_rng_state(draw.state, draw.z.device)
@@ -59,16 +68,16 @@ def same_noise(draw: TermDraw) -> Iterator[None]:
         yield
 
 
-WIDEST = 1024  # dimensions up to which covariances are; beyond, variances
-NODES, REACH = 8, 6.0  # of the integral over ε, from -REACH to REACH
-TABLE = 2**23  # integrands that the table of the levels may have
+WIDEST = 1024  # dimensions up to which covariances are estimated; above, only variances
+NODES, REACH = 8, 6.0  # nodes of the integral over ε, at least, and its range, -REACH to REACH
+TABLE = 2**23  # integrals in the table of the levels, at most
 
 
 class Linear:
-    """The denoiser of N(μ, Σ) in the eigenvectors of Σ.
+    """The denoiser of N(μ, Σ), in the eigenvectors of Σ.
 
     Args:
-        e: embedded examples, flat, shape (N, D); μ and Σ are theirs.
+        e: embedded examples, flat, shape (N, D), with mean μ and covariance Σ.
     """
 
     def __init__(self, e: Tensor) -> None:
@@ -84,7 +93,7 @@ class Linear:
         return v if self.vectors is None else v @ self.vectors
 
     def within(self, model: Model, draw: TermDraw) -> Tensor:
-        """w (‖e - ê‖² - its mean), shape (B,)."""
+        """Return w (‖e - ê‖² - its mean), shape (B,)."""
         process, t = gaussian(model), draw.term.t
         e, z = process.embed(draw.x).flatten(1), draw.z.double().flatten(1)
         alpha = process.alpha(t)[:, None]
@@ -97,7 +106,7 @@ class Linear:
         return draw.term.error_weight(process) * centred.sum(1)
 
     def divergence(self, model: Model, x: Tensor, t: Tensor) -> Tensor:
-        """D at each of the times t, shape (B, len(t))."""
+        """Return D at each of the times t, shape (B, len(t))."""
         process = gaussian(model)
         a = self._rotated(process.embed(x).flatten(1) - self.mean)
         columns = []
@@ -114,7 +123,7 @@ class LevelReference:
 
     Args:
         model: of levels.
-        x: examples whose frequencies are taken, shape (N, ...).
+        x: examples that give the frequencies of the levels, shape (N, ...).
         edges: times at which D is tabulated.
     """
 
@@ -128,7 +137,7 @@ class LevelReference:
         self.table = self._tabulate(model, log_group, edges)
 
     def _group(self, log_frequency: Tensor, edges: int) -> tuple[Tensor, Tensor]:
-        """Dimensions of neighbouring mean level share frequencies where a table of all is dear."""
+        """Let dimensions of similar mean level share frequencies if a full table is too large."""
         dims, count = log_frequency.shape
         groups = max(1, min(dims, TABLE // (count * count * edges)))
         order = (log_frequency.exp() @ self.values).argsort()
@@ -145,11 +154,11 @@ class LevelReference:
         return torch.stack(columns, -1).transpose(0, 1)
 
     def divergence(self, x: Tensor) -> Tensor:
-        """D at the edges, shape (B, edges)."""
+        """Return D at the edges, shape (B, edges)."""
         return self.table[self.group, x.flatten(1)].sum(1)
 
     def within(self, model: Model, draw: TermDraw, context: Tensor) -> Tensor:
-        """r - E r under log-probabilities `context`, shape (..., K); (B,)."""
+        """Return r - E r, (B,), with the log-probabilities `context`, shape (..., K)."""
         posterior = _posterior(model, context.expand(*draw.x.shape, -1), draw.term.t)
         if isinstance(draw.term, ReconstructionTerm):
             return _centred(lambda z: -of_level(posterior(z).log_softmax(-1), draw.x), model, draw)
@@ -165,7 +174,7 @@ class LevelReference:
     def _mixture_within(
         self, model: Model, draw: TermDraw, s: Tensor, log_probs: Tensor, context: Tensor
     ) -> Tensor:
-        """KL( q(z_s|z_t,x) ‖ mixture step ) with the noise of the draw, and D(s) - D(t)."""
+        """Return KL( q(z_s|z_t,x) ‖ mixture kernel ), with the draw's noise, - [D(s) - D(t)]."""
         process, t, z = gaussian(model), draw.term.t, draw.z
         prediction = LevelTable(log_probs.exp() @ self.values.to(z), log_probs)
         with same_noise(draw):
@@ -176,21 +185,21 @@ class LevelReference:
 
 
 def of_level(table: Tensor, x: Tensor) -> Tensor:
-    """table_k at k = x_i of each dimension, shape of x."""
+    """Return table_k at k = x_i of each dimension, shape of x."""
     return table.expand(*x.shape, table.shape[-1]).gather(-1, x[..., None])[..., 0]
 
 
 def gaussian(model: Model) -> GaussianDiffusion:
-    """The process of a model that these references are of."""
+    """Return the process of a model, which must be Gaussian for these references."""
     return GaussianDiffusion.require(model.process, "the reference is of a Gaussian process")
 
 
 def _nodes(like: Tensor, sharp: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """ε and weight of the trapezoid rule for N(0, 1), shape of `like`, float64.
+    """Yield ε and weights of the trapezoid rule for N(0, 1), shape of `like`, float64.
 
-    Each element has its own random shift: that is unbiased for any integrand, and elements do not
-    share what is left of the error. `sharp` is the distance of levels in units of the noise:
-    where it exceeds 1 the posterior jumps between levels, and the nodes stand closer.
+    Each element has its own random shift, which makes the rule unbiased for any integrand, and the
+    remaining errors of elements independent. `sharp` is the distance of levels in units of the
+    noise: above 1 the posterior jumps between levels, and the nodes are closer together.
     """
     count = NODES if sharp.max() < 1 else 2 * NODES
     width = 2 * REACH / count
@@ -201,14 +210,14 @@ def _nodes(like: Tensor, sharp: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _sharpness(model: Model, t: Tensor) -> Tensor:
-    """Distance of neighbouring levels in units of the noise, shape of t."""
+    """Return the distance of neighbouring levels in units of the noise, shape of t."""
     process = gaussian(model)
     gap = process.embedding.values[1] - process.embedding.values[0]
     return gap * (-process.schedule(t) / 2).exp()
 
 
 def _posterior(model: Model, context: Tensor, t: Tensor) -> Callable[[Tensor], Tensor]:
-    """z_t to context_k + log N(z; √α_t v_k, 1-α_t) + z²/(2 (1-α_t)), shape (..., K)."""
+    """Return z_t -> context_k + log N(z; √α_t v_k, 1-α_t) + z²/(2 (1-α_t)), shape (..., K)."""
     process = gaussian(model)
     values = process.embedding.values
     of_z = (process.log_alpha(t) / 2 - process.log_one_minus_alpha(t)).exp()
@@ -217,7 +226,7 @@ def _posterior(model: Model, context: Tensor, t: Tensor) -> Callable[[Tensor], T
 
 
 def _centred(cost: Callable[[Tensor], Tensor], model: Model, draw: TermDraw) -> Tensor:
-    """Σ_i cost_i(z) - E cost_i, for costs of each dimension that see its own noise only; (B,)."""
+    """Return Σ_i cost_i(z) - E cost_i, (B,), where cost_i depends on the noise of i alone."""
     centred = cost(draw.z.double())
     q = gaussian(model).marginal(model.embed(draw.x).double(), draw.term.t).base_dist
     for e, weight in _nodes(q.loc, _sharpness(model, draw.term.t)):
@@ -226,7 +235,7 @@ def _centred(cost: Callable[[Tensor], Tensor], model: Model, draw: TermDraw) -> 
 
 
 def _divergence(model: Model, x: Tensor, context: Tensor, t: Tensor) -> Tensor:
-    """D_i(t) = KL( q(z_t|x_i) ‖ Σ_k P_k q(z_t|v_k) ) of each dimension, log P = context; as x."""
+    """Return D_i(t) = KL( q(z_t|x_i) ‖ Σ_k P_k q(z_t|v_k) ), log P = context, shape of x."""
     process = gaussian(model)
     q = process.marginal(process.embed(x), t).base_dist
     posterior = _posterior(model, context.expand(*x.shape, -1), t)

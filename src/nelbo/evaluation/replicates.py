@@ -1,4 +1,4 @@
-"""Replicates of a draw for every example of a data set, in blocks that processes share."""
+"""Replicates of a draw for every example of a data set, on all processes."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from nelbo.evaluation.evaluate import precision_of, scale_of
 from nelbo.evaluation.intervals import freedoms, widened
 from nelbo.evaluation.result import BoundEstimate, FlowDetails, ImportanceDetails, StandardError
 
-BLOCK = 64  # examples that are seeded together
+BLOCK = 64  # examples that share a seed
 
 
 Record = Callable[[Tensor, ImportanceDetails | FlowDetails, str, str], BoundEstimate]
@@ -30,7 +30,19 @@ def _visit(
     track: Track,
     draw: Callable[[Batch], Tensor],
 ) -> tuple[Tensor, Record]:
-    """draw (M, B) of every example and replicate, shape (M, N, R), and what makes the record."""
+    """Draw every example in replicates; return (M, N, R) and a function that makes the record.
+
+    Args:
+        model: to measure.
+        x: examples, (N, *model.shape), or a `Batch`.
+        replicates: R.
+        seed: of everything random.
+        track: wraps the blocks of examples, for a progress bar.
+        draw: returns M numbers for each example of a batch, (M, B).
+
+    Raises:
+        ValueError: if there is no example, or `replicates` is below 1.
+    """
     batch = Batch.of(x)
     if len(batch) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
@@ -79,7 +91,7 @@ def _visit(
 
 
 def _standard_error(each: Tensor) -> StandardError:
-    """Of the mean of each (N, R), independent in both; widened as far as few tell of it."""
+    """Return the stated error of the mean of `each`, (N, R), independent in both dimensions."""
     examples, replicates = each.shape
     total = each.mean(1).var().item() / examples if examples > 1 else math.nan
     own = each.var(1) / replicates if replicates > 1 else torch.full_like(each[:, 0], math.nan)

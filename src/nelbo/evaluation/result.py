@@ -1,4 +1,4 @@
-"""What an evaluation states: the bound, its terms, its errors and its price."""
+"""Records of evaluations: the bound, its terms, its errors and its cost in network calls."""
 
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -12,8 +12,11 @@ from nelbo.diffusion.elbo import Bound
 
 @dataclass(frozen=True)
 class StandardError:
-    """Of the mean bound; `total`² = `data`² + `monte_carlo`². Value ± 1.96 of it is a 95 %
-    interval, however few draws tell of it (`intervals`); NaN where they tell too little."""
+    """Standard error of the mean bound, with `total`² = `data`² + `monte_carlo`².
+
+    The value ± 1.96 standard errors is a 95 % interval, also for few draws (`intervals`); NaN
+    where there are too few.
+    """
 
     total: float
     data: float
@@ -22,7 +25,7 @@ class StandardError:
 
 @dataclass(frozen=True)
 class Terms:
-    """The three terms; they add up to the bound."""
+    """The three terms, which add up to the bound."""
 
     prior: float
     reconstruction: float
@@ -31,7 +34,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What the times between t_from and t_to add to the diffusion term; error by Monte Carlo."""
+    """Contribution of the times t_from..t_to to the diffusion term, and its Monte Carlo error."""
 
     t_from: float
     t_to: float
@@ -41,14 +44,14 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The bound on −log P(x), mean over examples, and everything needed to obtain it again.
+    """Mean bound on −log P(x) over examples, and everything needed to obtain it again.
 
-    Where the model was given conditions it is on −log P(x|c), and `given` names c.
+    With conditions it is the bound on −log P(x|c), and `given` names c.
 
     `nats` is per example. Standard errors, terms and curve are in `unit`: bits/dim for
-    probabilities, nats for densities, which have no bits/dim. So many of the `examples` were
-    `visited`: all, or a random sample, and then `per_example` is NaN of the others. A value ± 1.96
-    of its standard error is a 95 % interval; NaN is an error of which too little is known.
+    probabilities, nats for densities, which have no bits/dim. `visited` is the number of examples
+    that were measured: all of `examples` or a random sample; then `per_example` is NaN for the
+    others. A value ± 1.96 standard errors is a 95 % interval; an error is NaN where it is unknown.
     """
 
     bits_per_dim: float | None
@@ -74,7 +77,7 @@ class Evaluation:
     per_example_error: Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON, without the terms per example; what is not finite is None."""
+        """Return plain values for JSON, without terms per example; None for non-finite values."""
         empty = torch.empty(0)
         plain = asdict(
             replace(self, per_example=Bound(empty, empty, empty), per_example_error=empty)
@@ -83,8 +86,10 @@ class Evaluation:
         return {key: _finite(value) for key, value in plain.items()}
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Per example, in the order of the data, shape (N,), nats: the bound `nats` on
-        -log P(x), its Monte Carlo `standard_error` and its three terms."""
+        """Return arrays per example, in the order of the data, shape (N,), in nats.
+
+        They are the bound `nats` on -log P(x), its Monte Carlo `standard_error` and its terms.
+        """
         arrays = {name: term.numpy() for name, term in self.per_example._asdict().items()}
         error = self.per_example_error.numpy()
         return {"nats": -self.per_example.elbo.numpy(), "standard_error": error, **arrays}
@@ -100,8 +105,11 @@ def _finite(value: object) -> object:
 
 @dataclass(frozen=True)
 class ImportanceDetails:
-    """K paths on a grid of T times. `weight_share` is the mean of (Σw)²/(K Σw²): 1 where all paths
-    weigh the same, 1/K where one carries all."""
+    """Importance samples: K paths on a grid of T times.
+
+    `weight_share` is the mean of (Σw)²/(K Σw²): 1 if all paths have equal weights, 1/K if one has
+    all the weight.
+    """
 
     samples: int
     steps: int
@@ -110,10 +118,10 @@ class ImportanceDetails:
 
 @dataclass(frozen=True)
 class FlowDetails:
-    """The probability flow at the tighter of two tolerances.
+    """The probability flow, at the tighter of two tolerances.
 
-    The bound at the looser one, on the same draws, is `loose`; `largest_change` is the most that
-    any example's changed between them; both in the unit of the result.
+    `loose` is the bound at the looser tolerance with the same draws; `largest_change` is the
+    largest difference between the two over the examples; both are in the unit of the result.
     """
 
     samples: int
@@ -128,11 +136,11 @@ class FlowDetails:
 
 @dataclass(frozen=True)
 class BoundEstimate:
-    """A bound on −log P(x), mean over examples, and everything needed to obtain it again.
+    """Mean bound on −log P(x) over examples, and everything needed to obtain it again.
 
     `nats` is per example; standard errors are in `unit`: bits/dim for probabilities, nats for
-    densities, which have no bits/dim. Calls are rows through the network, forward and backward,
-    per example, all that were spent.
+    densities, which have no bits/dim. Calls are all rows that went through the network, forward
+    and backward, per example.
     """
 
     bits_per_dim: float | None
@@ -157,7 +165,7 @@ class BoundEstimate:
     per_example: Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON, without the bounds per example; what is not known is None."""
+        """Return plain values for JSON, without bounds per example; None for unknown errors."""
         plain = asdict(replace(self, per_example=torch.empty(0)))
         del plain["per_example"]
         error = plain["standard_error"]

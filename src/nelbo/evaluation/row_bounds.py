@@ -1,11 +1,11 @@
 r"""The bound of each row of real data by draws of its own, with an error for each.
 
-A row's times and noise follow from the seed and from what the row holds, and no other row has
-them: its score depends on nothing beside it, and the error of a mean falls with the rows as with
-the draws. Each noise is used with both signs, and the times are in strata of two draws, whose
-differences give the error.
+The times and the noise of a row follow from the seed and the values of the row, and no other row
+has the same. So its score does not depend on other rows, and the error of a mean falls with the
+rows as with the draws. Each noise is used with both signs, and each stratum of times has two
+draws, whose difference gives the error.
 
-What is known is not drawn. Any law P has the exact denoiser ê_P, whose costs are for each e
+Known costs are not drawn. Any distribution P has an exact denoiser ê_P, whose cost for each e is
 
     ∫ w(t) E‖e - ê_P(z_t)‖² dt = KL( q(z_start|e) ‖ P(z_start) ) - KL( q(z_1|e) ‖ P(z_1) )
 
@@ -14,7 +14,7 @@ near the model,
 
     -ELBO(x) = prior - KL_1 + [ reconstruction + KL_start ] + ∫ w E[ ‖e-ê‖² - ‖e-ê_P‖² ] dt,
 
-only what the model differs by from the mixture is left to chance.
+only the difference of the model from the mixture is left to chance.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.terms import DiffusionRate
 from nelbo.nn.mixture import MixtureDenoiser
 
-LATENTS = 2**14  # rows that one call of the network takes: of the draws of some examples
+LATENTS = 2**14  # rows of a network call, at most, for all draws of some examples
 
 
 class RowBounds(NamedTuple):
@@ -46,18 +46,18 @@ class RowBounds(NamedTuple):
 def row_bounds(
     model: Model, x: Tensor, draws: int, seed: int, known: MixtureDenoiser
 ) -> RowBounds:
-    """The bound of each example of real data; -inf where float64 cannot hold it.
+    """Return the bound of each example of real data; -inf where it overflows float64.
 
     Args:
-        model: of a Gaussian process and a Gaussian density.
+        model: with a Gaussian process and a Gaussian density as decoder.
         x: examples, (N, *model.shape).
-        draws: of times, J, made even; the network is called 2J times for each example, and twice
-            for each fourth of J for the reconstruction.
-        seed: with a row, that of its draws.
-        known: a law of the embedded examples, such as the one that the model started from.
+        draws: number J of times, rounded up to even; each takes two network calls per example,
+            and J/4 further draws of the reconstruction take two calls each.
+        seed: of the draws, together with the values of a row.
+        known: mixture near the embedded examples, such as the one that training started from.
 
     Raises:
-        ValueError: another kind of model, or fewer than two draws.
+        ValueError: if the model is of another kind, or there are fewer than two draws.
     """
     process, decoder = model.process, model.decoder
     # the reconstruction is integrated by hand here, which holds for this decoder alone
@@ -81,9 +81,9 @@ def row_bounds(
 
 
 def _own_draws(e: Tensor, strata: int, ends: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Times in [0, 1), (B, 2 strata), two in each, and noise, (B, 2 strata + ends, *shape).
+    """Draw times in [0, 1), (B, 2 strata), two per stratum, and noise, (B, 2 strata + ends, ...).
 
-    They follow from the embedded rows e, (B, *shape): the unit of a column changes nothing.
+    They follow from the embedded rows e, (B, *shape), so the unit of a column has no effect.
     """
     draws, shape = 2 * strata, e.shape[1:]
     u, noise = np.empty((len(e), draws)), np.empty((len(e), draws + ends, *shape))
@@ -107,14 +107,14 @@ def _some(
     start, draws = process.schedule.start, u.shape[1]
     e, last = model.embed(x), torch.ones(len(x), dtype=torch.float64)
 
-    # the times between: what the model misses more than the mixture does
+    # the times between: the excess of the model's error over that of the mixture
     t = start + (1 - start) * u
     of_row = torch.arange(len(x)).repeat_interleave(draws)
     wide, eps = e[of_row], noise[:, :draws].flatten(0, 1)
     cost = torch.zeros(len(wide), dtype=torch.float64)
     for sign in (1, -1):
         z, e_hat, of_known, _ = _both(model, known, wide, sign * eps, t.flatten())
-        # ‖e - ê‖² - ‖e - ê_P‖² without the difference of large numbers
+        # ‖e - ê‖² - ‖e - ê_P‖² without cancellation
         more = (of_known - e_hat) * (2 * wide - e_hat - of_known)
         cost += more.flatten(1).sum(1) / 2
     weight = (1 - start) * DiffusionRate(t.flatten()).error_weight(process)
@@ -147,7 +147,7 @@ def _some(
 def _both(
     model: Model, known: MixtureDenoiser, e: Tensor, noise: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z_t, ê of the model and of the known law, shape of e (B, *shape), and log P(z_t), (B,)."""
+    """Return z_t, ê of the model, ê of the mixture, (B, *shape) each, and log P(z_t), (B,)."""
     process = model.process
     signal, rest = process.alpha(t).sqrt(), (process.log_one_minus_alpha(t) / 2).exp()
     z = over(signal, e) * e + over(rest, e) * noise

@@ -1,22 +1,22 @@
-r"""A proposal over the times, known before the network is asked once.
+r"""A proposal density over the times that needs no network call.
 
-The diffusion term is an integral over u ∈ [0, 1] (`estimate`). Its integrand may be concentrated:
-19 of the 999 steps of the usual schedule are a fifth of the term, and the last step of a cosine
-schedule may be most of it. Draws that are even over u miss such steps, and do not know what they
-missed. What a step (s, t) costs follows from the schedule but for the error of the prediction,
+The diffusion term is an integral over u ∈ [0, 1] (`nelbo.diffusion.times`). Its integrand may be
+concentrated: 19 of the 999 steps of the usual schedule are a fifth of the term, and the last step
+of a cosine schedule may be most of it. Draws that are even in u miss such steps, and nothing shows
+it. The cost of a step (s, t) follows from the schedule, except for the error of the prediction,
 
     KL( q(z_s|z_t,x) ‖ P(z_s|z_t) ) = D/2 (SNR_s - SNR_t) δ²,      δ² = E‖e - ê‖²/D   (σ² = β̃)
 
-and δ² lies about one of these, whatever the network:
+and δ² is near one of these, for any network:
 
     reference   the denoiser of N(μ, Σ) of the data:   Σ_d λ_d (1-α) / (α λ_d + 1-α) / D
-    output      an output that is wrong by one: 1/SNR for a network that predicts noise, 1 for one
-                that predicts data (`heads`)
+    output      an output with an error of one: 1/SNR for a network that predicts noise, 1 for one
+                that predicts data (`parametrization`)
 
-A symbol is hidden at t and shown at s with probability α_s - α_t, and a step of an absorbing
-process costs in proportion. The proposal mixes both with even draws, so that no draw weighs more
-than 1/SHARE times what it would by the best of the three. In continuous time a model of logits is
-drawn evenly: its costs follow another curve, which a pilot finds.
+In masked diffusion, a symbol is unmasked between t and s with probability α_s - α_t, to which the
+cost of a step is proportional. The proposal mixes both with even draws, so that the weight of a
+draw is at most 1/SHARE times that under the best of the three. In continuous time, models of
+logits are drawn evenly: their costs follow another curve, which a pilot finds.
 """
 
 import math
@@ -34,21 +34,21 @@ from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDif
 from nelbo.diffusion.reverse import ReverseKernel
 from nelbo.diffusion.times import TimeDiscretization
 
-SHARE = 0.4, 0.4, 0.2  # of the draws: by the reference, by an error of the output, and evenly
-BINS = 256  # of continuous time, at least: even in u, and none wider in γ or α than that
-HALVINGS = 40  # of a bin in which γ or α runs, at most
-FITTED = 4096  # examples whose variances are taken
-WIDEST = 1024  # dimensions up to which their covariances are
+SHARE = 0.4, 0.4, 0.2  # shares of the draws: by the reference, by an output error, and even
+BINS = 256  # bins of continuous time, at least; each at most 1/256 of u and of the range of γ or α
+HALVINGS = 40  # halvings of a bin in which γ or α changes fast, at most
+FITTED = 4096  # examples from which variances are estimated, at most
+WIDEST = 1024  # dimensions up to which covariances are estimated; above, only variances
 
 
 @dataclass(frozen=True)
 class TimeDensity:
-    """A density of u, constant within bins; for a grid, these are its steps.
+    """A density of u that is constant within bins, which for a grid are its steps.
 
     Args:
         u: edges of the bins, from 0 to 1, shape (K + 1,).
-        mass: their probabilities, shape (K,).
-        steps: the bins are the steps of a grid.
+        mass: probabilities of the bins, shape (K,).
+        steps: whether the bins are the steps of a grid.
     """
 
     u: Tensor
@@ -56,19 +56,19 @@ class TimeDensity:
     steps: bool
 
     def at(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """u where the distribution function is `place`, and 1/density there; shape of `place`."""
+        """Return u at which the distribution function is `place`, and 1/density there."""
         ends = self.mass.cumsum(0)
         bin_ = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
         width, mass = self.u.diff()[bin_], self.mass[bin_]
         share = ((place - ends[bin_] + mass) / mass).clamp(0, 1 - 2**-53)
-        # a step is one term, wherever in it u falls
+        # a step is one term, wherever u falls in it
         share = torch.full_like(share, 0.5) if self.steps else share
         return self.u[bin_] + share * width, width / mass
 
     def cells(self, most: int) -> list[int]:
-        """Edges, as indices of u, of at most so many groups of bins of nearly one mass.
+        """Return edges, as indices of u, of at most `most` groups of bins of nearly equal mass.
 
-        A bin that has the mass of a group, or more, is one by itself.
+        A bin with the mass of a group or more is a group of its own.
         """
         if len(self.mass) <= most:
             return list(range(len(self.u)))
@@ -83,7 +83,7 @@ class TimeDensity:
 
 
 def even(times: TimeDiscretization) -> TimeDensity:
-    """All u alike."""
+    """Return the uniform density."""
     count = BINS if times.steps is None else times.terms
     u = torch.arange(count + 1, dtype=torch.float64) / max(count, 1)
     return TimeDensity(u, u.diff(), times.steps is not None)
@@ -91,15 +91,15 @@ def even(times: TimeDiscretization) -> TimeDensity:
 
 @torch.no_grad()
 def time_density(model: Model, times: TimeDiscretization, x: Tensor) -> TimeDensity:
-    """The steps' weights by the schedule, the kind of output, and the variances of examples x.
+    """Return the proposal, from the schedule, the parametrization and the variances of examples.
 
     Args:
-        model: its network is not asked.
+        model: to measure; its network is not called.
         times: of the bound.
-        x: examples of the law that is measured, shape (N, ...).
+        x: examples of the distribution to be measured, shape (N, ...).
     """
-    # Logits come with the evidence of z, so at low noise costs nearly vanish, and the reference
-    # would have too many draws there.
+    # Logits include the evidence of z, so costs nearly vanish at low noise, where the reference
+    # would place too many draws.
     logits = all(head.point is None for head in model.head.factors)
     if times.terms == 0 or (times.steps is None and logits):
         return even(times)
@@ -116,7 +116,7 @@ def time_density(model: Model, times: TimeDiscretization, x: Tensor) -> TimeDens
 
 
 def _bins(times: TimeDiscretization, process: ForwardProcess) -> Tensor:
-    """Edges of bins of continuous time that are small in u and in what the costs follow."""
+    """Return edges of bins of continuous time that are small in u, and in γ or α."""
     u = torch.arange(BINS + 1, dtype=torch.float64) / BINS
     follow = process.schedule if process.mask is None else process.alpha
     device = next(process.buffers(), u).device
@@ -130,7 +130,7 @@ def _bins(times: TimeDiscretization, process: ForwardProcess) -> Tensor:
 
 
 def _masses(model: Model, x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """What steps cost by the reference and by an error of the output, shape of t each."""
+    """Return costs of steps by the reference and by an error of the output, shape of t each."""
     reference, output = torch.zeros_like(t), torch.zeros_like(t)
     groups = model.process.factors, model.head.factors, model.step.factors, model.process.split(x)
     for process, head, step, own in zip(*groups, strict=True):
@@ -148,18 +148,18 @@ def step_costs(
     s: Tensor,
     t: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What the steps of a process cost by the reference and by an error of the output.
+    """Return the costs of steps by the reference and by an error of the output.
 
-    Shape of t each, up to a factor; zeros where nothing is known. `@step_costs.register` says it
-    of a further class of processes.
+    They have the shape of t and are known up to a factor; zeros where nothing is known.
+    `@step_costs.register` adds the costs for a class of processes.
 
     Args:
         process: q of the examples.
-        head: what the network's output means.
-        step: the reverse step.
+        head: the parametrization.
+        step: the reverse kernel.
         x: examples, (N, ...).
-        s: beginnings of the steps.
-        t: their ends.
+        s: earlier times of the steps.
+        t: later times of the steps.
     """
     return torch.zeros_like(t), torch.zeros_like(t)
 
@@ -195,7 +195,7 @@ def _(
 
 
 def _variances(e: Tensor) -> Tensor:
-    """λ: of the principal components where the examples e (N, D) tell them, else of dimensions."""
+    """Return λ of examples e, (N, D): of principal components if N allows, else of dimensions."""
     centred = (e - e.nanmean(0)).nan_to_num().double()
     if centred.shape[1] <= min(WIDEST, len(e) - 1):
         return torch.linalg.eigvalsh(centred.T @ centred / len(e)).clamp(min=0)
@@ -204,13 +204,13 @@ def _variances(e: Tensor) -> Tensor:
 
 
 def _linear(process: ForwardProcess, variances: Tensor, t: Tensor) -> Tensor:
-    """δ² of the denoiser of N(μ, Σ), shape of t."""
+    """Return δ² of the denoiser of N(μ, Σ), shape of t."""
     alpha, noise = process.alpha(t)[:, None], process.log_one_minus_alpha(t).exp()[:, None]
     return (variances * noise / (alpha * variances + noise)).mean(1)
 
 
 def _of_output(process: ForwardProcess, head: Parametrization, t: Tensor) -> Tensor:
-    """δ² of an output that is off by one, shape of t; 0 where it means logits."""
+    """Return δ² of an output with an error of one, shape of t; 0 for logits."""
     point = head.point
     if point is None:
         return torch.zeros_like(t)
@@ -223,7 +223,7 @@ def _of_output(process: ForwardProcess, head: Parametrization, t: Tensor) -> Ten
 def _cost(
     process: GaussianDiffusion, step: ReverseKernel, error: Tensor, s: Tensor, t: Tensor
 ) -> Tensor:
-    """KL of steps of one dimension whose prediction misses by the root of `error`; nats."""
+    """Return the KL of steps in one dimension with prediction error √error; shape of t, nats."""
     zero = torch.zeros_like(t)[:, None]
     q = process.posterior(zero, error.sqrt()[:, None], s, t)
     p = normal(process.m_t(zero, zero, s, t), step.variance(s, t, process))
