@@ -48,7 +48,8 @@ def test_a_page_holds_no_codes(monkeypatch, trained, tmp_path):
     module = sys.modules["nelbo.report"]
     for name in ("measure_steps", "measure_files"):
         monkeypatch.setattr(module, name, lambda *_, **__: (None, torch.zeros(1)))
-    monkeypatch.setattr(module, "evaluate", lambda *_, **__: type("R", (), {"unit": "nats"}))
+    result = type("R", (), {"unit": "nats"})
+    monkeypatch.setattr(module.Run, "measure", lambda *_, **__: result)
     monkeypatch.setattr(module, "trajectory", lambda *_, **__: type("P", (), {"x": None}))
     for name in ("headline", "terms", "steps", "training", "images", "pixels", "files", "again"):
         monkeypatch.setattr(module.sections, name, lambda *_: "a\x1b[31m\u202e\u200fb é")

@@ -280,14 +280,14 @@ import torch
 torch.set_num_threads(1)
 from nelbo._utils import distributed
 from nelbo.cli import main
-with _processes.process_group() as rank:
-    _processes.together = lambda: nullcontext(rank)  # once for all commands
+with distributed.process_group() as rank:
+    distributed.process_group = lambda: nullcontext(rank)  # once for all commands
     for command in json.loads(sys.argv[1]):
         try:
             main(command)
         except SystemExit as ended:
             print("exit", ended.code)
-        _processes.main_process_first(lambda: None)  # what one wrote, the next command reads
+        distributed.main_process_first(lambda: None)  # what one wrote, the next command reads
 """
 
 
@@ -345,9 +345,9 @@ def test_no_thread_of_the_group_outlives_it():
     script = """
 from pathlib import Path
 from nelbo._utils import distributed
-with _processes.process_group():
+with distributed.process_group():
     import torch.distributed.nn  # an optimiser does, by the compiler
-    _processes.gather(0)
+    distributed.gather(0)
 tasks = Path("/proc/self/task").glob("*/comm")
 print([name for name in (task.read_text().strip() for task in tasks) if "gloo" in name])
 """

@@ -291,17 +291,13 @@ def test_synthetic_rows_are_those_of_sample(monkeypatch):
     pytest.importorskip("polars")
     report = importlib.import_module("nelbo.report")
 
-    class Normal:
-        def at(self, rows):
-            return self
-
-    def draw(model, count, grid, seed, track):
+    def draw(model, count, grid, seed, track, condition=None):
         with seeded(seed):
             return torch.randn(count, 1, dtype=torch.float64)
 
     monkeypatch.setattr(report, "ancestral", draw)
     for ends, said in (((-1.0, 2.0), "redrawn: "), ((50.0, 60.0), "as the model draws them")):
         schema = Schema.of_table([Column("a", "real", range=ends)])
-        x, how = report._rows(Normal(), 200, schema, TimeGrid.uniform(2), 0, iter)
+        x, how = report._rows(None, None, 200, schema, TimeGrid.uniform(2), 0, iter)
         assert len(x) == 200 and how.startswith(said)
         assert ((x >= -1) & (x <= 2)).all() == (ends[0] == -1)

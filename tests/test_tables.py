@@ -145,7 +145,7 @@ def test_headings_may_be_quoted_as_cells_are(tmp_path):
     frame = pl.DataFrame({name: ["x", 'y "z"'] for name in names})
     for suffix in tables.SEPARATORS:
         path = write(tmp_path, b"\xef\xbb\xbf" + tables.to_bytes(frame, suffix), f"t{suffix}")
-        assert tables.read(path).equals(frame)
+        assert tables.read(path).equals(frame.rename({" space ": "space"}))  # and it is noted
 
 
 def test_an_inspection_shows_columns_of_every_type(tmp_path):
