@@ -318,7 +318,7 @@ def test_a_conditional_run(conditional, tmp_path, capsys):
     call([*sample, "--out", str(names[2])])
     capsys.readouterr()
     call([*sample, "--condition", "3", "--guidance", "3", "--out", str(names[3])])
-    assert "not draws of the model whose bound" in capsys.readouterr().err
+    assert "not draws from the model whose bound" in capsys.readouterr().err
     assert all(arrays_in(name)["x"].shape == (4, 1, 8, 8) for name in names)
 
 

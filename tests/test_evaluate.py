@@ -260,6 +260,6 @@ def test_two_draws_state_no_error(model, x, capsys):
     assert result.to_dict()["standard_error"]["monte_carlo"] is None
     assert result.per_example_error.isnan().all()
     display.result(result)
-    assert "too much alike" in capsys.readouterr().out
+    assert "too similar" in capsys.readouterr().out
     display.result(evaluate(model, x, calls=8))
-    assert "alike" not in capsys.readouterr().out
+    assert "similar" not in capsys.readouterr().out

@@ -800,7 +800,11 @@ def test_weights_that_repeat_a_number_are_refused(tmp_path, repeat):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in members:
                 archive.writestr(name, content)
-    words = "torch.save packs none" if repeat == "packed" else "repeats its numbers or is sparse"
+    words = (
+        "torch.save does not compress"
+        if repeat == "packed"
+        else "repeats its numbers or is sparse"
+    )
     refused(lambda path: load_foreign(f"openai:{path}"), words, path)
 
 

@@ -1,11 +1,11 @@
-"""nelbo: diffusion models you can measure in bits.
+"""Diffusion models you can measure in bits.
 
     run = nelbo.load("runs/digits")
     x, _ = run.examples()
     nelbo.evaluate(run.model, x)                 # mean bound, standard error, terms, price
     nelbo.elbo(run.model, x[:8].long()).elbo     # one unbiased draw per example, nats
 
-Names are imported where first used, so `import nelbo` costs no more than its own lines.
+Names are imported on first use, so `import nelbo` is quick.
 """
 
 import sys
@@ -79,7 +79,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`nelbo.report` is the function also after something imported the folder of that name."""
+    """Keep `nelbo.report` a function, even after the subpackage of that name is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _HOME or not isinstance(value, ModuleType):

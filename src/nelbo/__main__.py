@@ -1,10 +1,10 @@
-"""`python -m nelbo` is `nelbo`; Ctrl-C is quiet also while modules load."""
+"""Run `nelbo` as `python -m nelbo`; Ctrl-C stays quiet even while modules load."""
 
 import sys
 
 
 def main() -> None:
-    """The entry point of the command."""
+    """Run the command line."""
     try:
         from nelbo.cli import main as run
 

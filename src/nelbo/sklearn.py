@@ -1,14 +1,14 @@
-"""Densities and outliers in scikit-learn's manner: `fit(X)`, then scores per row, and samples.
+"""Density estimation and outlier detection as scikit-learn estimators: `fit(X)`, scores, samples.
 
-Both train a diffusion model of real rows by `learner.Trainer`, in memory. It starts from a mixture
-of Gaussians (`latent_class.fit`), whose exact denoiser the network corrects, and stops by the
-bound of held-out rows. The model is of the standardised rows seen at a finite resolution r: its
-first latent keeps a noise of r standard deviations of each column, which no component is narrower
-than. So no column, however few values it has, gives more than
+Both train a diffusion model of real rows in memory, by `training.trainer.Trainer`. Training starts
+from a mixture of Gaussians (`diffusion.gaussian_mixture.fit`), whose exact denoiser the network
+corrects, and stops by the bound of held-out rows. The model describes the standardised rows at a
+finite resolution r: its first latent keeps noise of r standard deviations of each column, so that
+the decoder is never narrower. Thus a column, however few distinct values it has, contributes to
 
     log P(x) <= -Σ_i log( √(2π) r s_i ),    s_i the standard deviation of column i (1 if constant).
 
-The times and the noise of a row's score follow from the seed and the row alone (`row_bounds`).
+The times and the noise in the score of a row depend on the seed and the row only (`row_bounds`).
 """
 
 from dataclasses import dataclass
@@ -44,16 +44,16 @@ if TYPE_CHECKING:
     from numpy.random import RandomState
     from numpy.typing import ArrayLike
 
-PATIENCE = 5  # measurements without a better one
+PATIENCE = 5  # measurements without improvement before training stops
 COMPONENTS = 128  # of the mixture, at most
-NARROWER = 4  # than the resolution may components be: the decoder never is
-WIDEST = 1000  # columns, beyond which training starts from the standard normal law
-MEASURED = (1000, 8)  # held-out rows, at most, and draws of each that measure a step
+NARROWER = 4  # a component may be narrower than the resolution by this factor
+WIDEST = 1000  # columns, beyond which training starts from a standard normal distribution
+MEASURED = (1000, 8)  # held-out rows, at most, and draws per row in a measurement
 
 
 @dataclass(frozen=True)
 class _Settings(Section):
-    """The parameters of an estimator that no other section checks."""
+    """Parameters of an estimator that no other section validates."""
 
     resolution: float
     validation: float
@@ -75,7 +75,7 @@ class _Settings(Section):
 
 
 class _Diffusion(BaseEstimator):
-    """What both share: a model of the rows of X, and its bound for a row."""
+    """Base of both estimators: a model of the rows of X, and its bound per row."""
 
     def __init__(
         self,
@@ -107,11 +107,11 @@ class _Diffusion(BaseEstimator):
         self.random_state = random_state
 
     def _learn(self, X: "ArrayLike") -> tuple[np.ndarray, np.ndarray]:
-        """Fit; returns the rows that were trained on and those held out."""
+        """Fit the model; return the rows used for training and those held out."""
         settings = _Settings(self.resolution, self.validation, self.memory, self.draws)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        self._configure(1, seed, settings)  # refuses before it looks at the rows
+        self._configure(1, seed, settings)  # raises for bad options before reading the rows
         x = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         order = random.permutation(len(x))
         held = min(len(x) - 1, max(1, round(settings.validation * len(x))))
@@ -119,7 +119,7 @@ class _Diffusion(BaseEstimator):
         splits = {name: torch.tensor(part) for name, part in rows.items()}
         dataset = Dataset("memory", Schema("real", (x.shape[1],), None), splits)
         affine = _affine(x)
-        with threadpool_limits(1):  # batches so small are only slowed down by more threads
+        with threadpool_limits(1):  # more threads slow such small batches down
             known = _mixture(affine(splits["train"]), settings.resolution)
             configs = self._configure(len(x), seed, settings)
             learner = Trainer(*configs, dataset, affine=affine, known=known)
@@ -143,7 +143,7 @@ class _Diffusion(BaseEstimator):
     def _configure(
         self, rows: int, seed: int, settings: _Settings
     ) -> tuple[ModelConfig, TrainConfig]:
-        """Names and sizes; few rows need few steps."""
+        """Return the configuration for this number of rows; few rows need few steps."""
         steps = min(1000, max(200, 2 * rows)) if self.steps is None else self.steps
         model = ModelConfig(
             head="velocity",
@@ -171,16 +171,16 @@ class _Diffusion(BaseEstimator):
     def score_samples(
         self, X: "ArrayLike", return_std: bool = False
     ) -> "np.ndarray | tuple[np.ndarray, np.ndarray]":
-        """An estimate of the lower bound on log P(x) of each row, (N,), nats, in the units of X.
+        """Estimate a lower bound on log P(x) of each row, (N,), nats, in the units of X.
 
-        It is unbiased: the mean over seeds is a lower bound, and a single one is off by an error
-        that falls with `draws`. The draws of a row follow from `random_state` and the row alone,
-        so that the errors of different rows are independent, and that of the mean of N rows is
-        the root of the sum of their squares over N.
+        The estimate is unbiased: its mean over seeds is a lower bound, and a single one has an
+        error that falls with `draws`. The draws of a row depend on `random_state` and the row
+        only, so the errors of different rows are independent, and the error of the mean of N rows
+        is the root of the sum of their squares divided by N.
 
         Args:
             X: rows, (N, D).
-            return_std: also return the standard error of each, (N,), nats.
+            return_std: also return the standard error of each score, (N,), nats.
 
         Raises:
             NotFittedError: before `fit`.
@@ -196,8 +196,11 @@ class _Diffusion(BaseEstimator):
 
 
 class _Measure:
-    """The bound of held-out rows by an averaged model; more than that of the first one only as
-    far as the gain is beyond its standard error, or the best of many would be so by chance."""
+    """Measures the bound of held-out rows by an averaged model.
+
+    A model counts as better than the first one only by the part of the gain that exceeds its
+    standard error; otherwise the best of many would win by chance.
+    """
 
     def __init__(self, x: Tensor, seed: int, known: MixtureDenoiser, resolution: float) -> None:
         self.x, self.seed, self.known = x, seed, known
@@ -215,38 +218,38 @@ class _Measure:
 
 
 def _widen(model: Model, resolution: float) -> None:
-    """A decoder no narrower than what is stated above."""
+    """Make the decoder at least as wide as the resolution."""
     with torch.no_grad():
         cast(Tensor, model.decoder.log_spread).clamp_(min=float(np.log(resolution)))
 
 
 class DiffusionDensity(DensityMixin, _Diffusion):
-    """The density of the rows of a table of real numbers, by a diffusion model.
+    """Estimate the density of real rows by a diffusion model.
 
     Args:
-        resolution: the finest detail, in standard deviations of each column: the floor under a
-            density of repeated values, as `reg_covar` is for a mixture of Gaussians.
-        steps: training steps, at most; by the number of rows where left out, 200 to 1000. Training
-            ends earlier where five measurements in a row on the rows held out are no better.
-        batch: rows in a step.
+        resolution: the finest detail, in standard deviations of each column: the floor under the
+            density of repeated values, like `reg_covar` of a mixture of Gaussians.
+        steps: maximal number of training steps; by default 200 to 1000, from the number of rows.
+            Training ends earlier after five measurements on the rows held out without improvement.
+        batch: rows per step.
         lr: peak learning rate.
         width: hidden units.
         depth: residual blocks.
-        dropout: share of hidden units dropped in training.
-        weight_decay: of the matrices of the network.
-        validation: share of the rows held out, to stop in time.
-        memory: rows whose kernel density stands beside the network; 0 for the network alone.
-        draws: of times and noise in the score of a row, at least 2.
-        random_state: everything random follows from it.
+        dropout: fraction of hidden units dropped in training.
+        weight_decay: weight decay of the network's matrices.
+        validation: fraction of the rows held out, for early stopping.
+        memory: rows whose kernel density is averaged with the network; 0 for the network alone.
+        draws: draws of times and noise in the score of a row, at least 2.
+        random_state: seed of everything random.
 
     Attributes:
         model_: the `nelbo.Model`.
-        n_iter_: training steps that were made.
-        best_iter_: the step whose weights these are; 0 for the mixture that it starts from.
-        validation_score_: the mean score of the rows that were held out.
-        validation_score_std_: the Monte Carlo standard error of that.
+        n_iter_: number of training steps made.
+        best_iter_: the step whose weights were kept; 0 for the initial mixture.
+        validation_score_: the mean score of the rows held out.
+        validation_score_std_: its Monte Carlo standard error.
         n_features_in_: number of columns.
-        feature_names_in_: their names, if `fit` was given a frame whose names are texts.
+        feature_names_in_: their names, if `fit` was given a frame whose names are strings.
     """
 
     def fit(self, X: "ArrayLike", y: object = None) -> Self:
@@ -260,7 +263,7 @@ class DiffusionDensity(DensityMixin, _Diffusion):
         return self
 
     def score(self, X: "ArrayLike", y: object = None) -> float:
-        """The mean of `score_samples`, nats per row."""
+        """Return the mean of `score_samples`, nats per row."""
         return float(np.mean(self.score_samples(X)))
 
     def sample(
@@ -268,13 +271,13 @@ class DiffusionDensity(DensityMixin, _Diffusion):
     ) -> np.ndarray:
         """Draw rows from the model, (n_samples, D), in the units of X.
 
-        A frame of the columns' names where `sklearn.set_config(transform_output=...)` asks for
-        "pandas" or "polars".
+        Returns a frame with the names of the columns if `sklearn.set_config(transform_output=...)`
+        is "pandas" or "polars".
 
         Args:
-            n_samples: how many.
-            random_state: in place of that of the estimator.
-            steps: of the reverse process, a network call each.
+            n_samples: number of rows.
+            random_state: replaces that of the estimator.
+            steps: steps of the reverse process, one network call each.
         """
         check_is_fitted(self)
         n_samples, steps = integer("n_samples", n_samples, 1), integer("steps", steps, 1)
@@ -285,38 +288,38 @@ class DiffusionDensity(DensityMixin, _Diffusion):
 
 
 class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
-    """Rows that are unlike those of `fit`, by the density of a diffusion model at a resolution.
+    """Detect rows unlike those of `fit`, by the density of a diffusion model at a resolution.
 
-    The score is the bound on the log-density of the rows seen at `resolution`. Beside the network
-    stands the kernel density of a memory of rows, their denoisers averaged: the network knows
-    structure, the memory where rows have been.
+    The score is the bound on the log-density of the rows at `resolution`. The denoiser averages
+    the network with the kernel density of a memory of rows: the network models structure, the
+    memory the places where rows have been.
 
     Args:
-        contamination: the share of the rows of `fit` that lie below `offset_`; "auto" puts it
-            where one in ten of the rows lies that were held out of training.
+        contamination: the fraction of the rows of `fit` that lie below `offset_`; "auto" sets
+            `offset_` to the 10 % quantile of the rows held out of training.
         resolution: the finest detail, in standard deviations of each column.
-        steps: training steps, at most; by the number of rows, 200 to 1000, where None. Training
-            ends earlier where five measurements in a row on the rows held out are no better.
-        batch: rows in a step.
+        steps: maximal number of training steps; if None, 200 to 1000, from the number of rows.
+            Training ends earlier after five measurements on the rows held out without improvement.
+        batch: rows per step.
         lr: peak learning rate.
         width: hidden units.
         depth: residual blocks.
-        dropout: share of hidden units dropped in training.
-        weight_decay: of the matrices of the network.
-        validation: share of the rows held out, to stop in time.
+        dropout: fraction of hidden units dropped in training.
+        weight_decay: weight decay of the network's matrices.
+        validation: fraction of the rows held out, for early stopping.
         memory: rows in the memory, at most; 0 for the network alone.
-        draws: of times and noise in the score of a row, at least 2.
-        random_state: everything random follows from it.
+        draws: draws of times and noise in the score of a row, at least 2.
+        random_state: seed of everything random.
 
     Attributes:
-        offset_: `decision_function` is `score_samples` less this.
+        offset_: threshold; `decision_function` is `score_samples` minus this.
         model_: the `nelbo.Model`.
-        n_iter_: training steps that were made.
-        best_iter_: the step whose weights these are; 0 for the mixture that it starts from.
-        validation_score_: the mean score of the rows that were held out.
-        validation_score_std_: the Monte Carlo standard error of that.
+        n_iter_: number of training steps made.
+        best_iter_: the step whose weights were kept; 0 for the initial mixture.
+        validation_score_: the mean score of the rows held out.
+        validation_score_std_: its Monte Carlo standard error.
         n_features_in_: number of columns.
-        feature_names_in_: their names, if `fit` was given a frame whose names are texts.
+        feature_names_in_: their names, if `fit` was given a frame whose names are strings.
     """
 
     def __init__(
@@ -353,11 +356,11 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
         )
 
     def fit(self, X: "ArrayLike", y: object = None) -> Self:
-        """Train a model of the rows of X, (N, D), and place `offset_`; y is not used.
+        """Train a model of the rows of X, (N, D), and set `offset_`; y is not used.
 
         Raises:
             ValueError: fewer than two rows, values that are not finite, sparse data, columns too
-                large for their squares, or no such contamination.
+                large for their squares, or an invalid contamination.
         """
         share = plain(self.contamination)
         auto = isinstance(share, str) and share == "auto"
@@ -369,16 +372,16 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
         return self
 
     def decision_function(self, X: "ArrayLike") -> np.ndarray:
-        """`score_samples` less `offset_`, (N,), nats: negative for outliers."""
+        """Return `score_samples` minus `offset_`, (N,), nats: negative for outliers."""
         return np.asarray(self.score_samples(X)) - self.offset_
 
     def predict(self, X: "ArrayLike") -> np.ndarray:
-        """1 for rows like those of `fit`, -1 for outliers, (N,)."""
+        """Return 1 for rows like those of `fit`, -1 for outliers, (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
 
 def _affine(x: np.ndarray) -> Affine:
-    """Standardisation by columns; a constant one has no scale of its own and keeps its unit."""
+    """Return the standardisation of columns; a constant column keeps its unit."""
     with np.errstate(over="ignore", invalid="ignore"):
         scaler = StandardScaler().fit(x)
     if not (np.isfinite(scaler.scale_).all() and np.isfinite(scaler.mean_).all()):
@@ -387,7 +390,8 @@ def _affine(x: np.ndarray) -> Affine:
 
 
 def _mixture(e: Tensor, resolution: float) -> MixtureDenoiser:
-    """The mixture of Gaussians that training starts from, no component narrower than that."""
+    """Return the initial mixture of Gaussians; no component is narrower than the resolution /
+    4."""
     if e.shape[1] > WIDEST:
         return MixtureDenoiser.standard(e.shape[1])
     least = (resolution / NARROWER) ** 2
@@ -400,7 +404,7 @@ def _mixture(e: Tensor, resolution: float) -> MixtureDenoiser:
 
 
 def _framed(rows: np.ndarray, names: "np.ndarray | None") -> np.ndarray:
-    """The rows as scikit-learn is configured to give them."""
+    """Return rows as an array or a frame, as scikit-learn is configured."""
     output = get_config()["transform_output"]
     if output == "default":
         return rows

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs, so `nelbo --help` is quick."""
+"""The command line. Each command imports what it needs, so that `nelbo --help` is quick."""
 
 import io
 import os
@@ -22,7 +22,7 @@ from nelbo.cli.sample import sample
 from nelbo.cli.score import score
 from nelbo.cli.train import train
 
-TRACEBACK = "NELBO_TRACEBACK"  # names a variable of the environment
+TRACEBACK = "NELBO_TRACEBACK"  # an environment variable
 FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 __all__ = ["app", "main"]
@@ -38,10 +38,13 @@ for command in (train, inspect, evaluate, sample, score, compress, decompress, r
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What the user can mend (ValueError, OSError, too little memory) is one line and exit code 2,
-    or the one that the error has; Ctrl-C is 130, a reader that left 141. Anything else is a
-    defect, or a library's failure on what a file holds: one line too, exit code 1, and its
-    traceback where NELBO_TRACEBACK=1 asks for it."""
+    """Turn exceptions into one-line messages and exit codes.
+
+    An error that the user can fix (ValueError, OSError, too little memory) exits with its own
+    `exit_code` or 2, Ctrl-C with 130, and a closed output pipe with 141. Anything else is a bug,
+    or a library that failed on the contents of a file: it exits with 1, and NELBO_TRACEBACK=1
+    shows its traceback.
+    """
     try:
         yield
     except CycloptsError as error:
@@ -61,31 +64,31 @@ def _one_line_errors() -> Iterator[None]:
             _fail_of_defect(error)
         _fail(f"out of memory: {error}; try a smaller --batch or --width of train, --n of sample")
     except OverflowError as error:
-        _fail(f"a number is beyond what a computer counts: {error}; try a smaller one")
+        _fail(f"a number is too large: {error}; try a smaller one")
     except BaseException as error:
-        # the panics of polars are no Exceptions
+        # polars raises panics, which are not Exceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         _fail_of_defect(error)
 
 
 def _fail_of_defect(error: BaseException) -> None:
-    """One line on an error that nothing foresaw, and where it came from."""
+    """Report an unforeseen error in one line, with the place where it was raised."""
     if os.environ.get(TRACEBACK) == "1":
         raise error
     where = traceback.extract_tb(error.__traceback__)[-1]
-    reason = str(error).splitlines()[0] if str(error) else "no more is said"
+    reason = str(error).splitlines()[0] if str(error) else "no message"
     _fail(
-        f"{type(error).__name__} in {Path(where.filename).stem}, line {where.lineno}: {reason}; a"
-        " defect here, or a library's failure on what a file holds: say what you did to the"
-        f" authors, with what {TRACEBACK}=1 shows",
+        f"{type(error).__name__} in {Path(where.filename).stem}, line {where.lineno}: {reason};"
+        " this is a bug, or a library failed on the contents of a file: please report it to the"
+        f" authors with the output of {TRACEBACK}=1",
         1,
     )
 
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Warnings as notes, without lines of source; not those that are for programmers."""
+    """Show warnings as one-line notes, without source lines; hide those meant for programmers."""
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if not issubclass(category, FOR_PROGRAMMERS):
@@ -102,9 +105,9 @@ def _fail(message: str, code: int = 2) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; `arguments` in place of the process's own."""
+    """Run the command line with `arguments`, by default those of the process."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a symbol shows a ?
+            stream.reconfigure(errors="replace")  # a terminal shows ? for a missing symbol
     with ended_tidily(), _one_line_errors(), _one_line_warnings():
         app(arguments, exit_on_error=False, print_error=False)

@@ -1,4 +1,4 @@
-"""What several commands share: types of options with their help, and small functions."""
+"""Options and small functions shared by several commands."""
 
 import json
 import sys
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from nelbo.runs.run import Run
 
 RunFolder = Annotated[Path, Parameter(help="A run folder.")]
-Seed = Annotated[int, Parameter(help="Everything random follows from it.")]
+Seed = Annotated[int, Parameter(help="Seed of everything random.")]
 Device = Annotated[str, Parameter(help="Where to run the network.")]
 Spacing = Literal["best", "uniform"]
 Splits = Annotated[
     str,
     Parameter(
-        help="Which names in DATA are of which split: train=A,validation=B,test=C, of sub-folders,"
-        " files, arrays or a hub's splits, patterns such as b* too; or none, to draw all splits."
-        " Left out, names that have the words tell."
+        help="Assign names in DATA (sub-folders, files, arrays or a hub's splits) to splits:"
+        " train=A,validation=B,test=C, where patterns such as b* are allowed; or none, to draw all"
+        " splits at random. By default the words train, validation and test in names decide."
     ),
 ]
 Labels = Annotated[list[str], Parameter(negative="")]
 
 
 def grid_of(run: "Run", steps: int, spacing: Spacing) -> "TimeGrid":
-    """`steps` times: the best for the run, or uniform."""
+    """Return `steps` times: the best ones for the run, or uniform ones."""
     from nelbo._utils.progress import tracker
     from nelbo.diffusion.times import TimeGrid, even_times
 
@@ -45,14 +45,17 @@ def grid_of(run: "Run", steps: int, spacing: Spacing) -> "TimeGrid":
 def examples_of(
     run: "Run", data: str | None, split: str | None, tell: bool, splits: str | None = None
 ) -> "tuple[Batch, str]":
-    """Examples of `data`, or the run's own; data that are its own are known from then on."""
+    """Return examples of `data`, or of the run's own data, and a name for them.
+
+    If `data` turn out to be the run's own data, their place is remembered.
+    """
     if data is not None and run.meet(data) and tell:
         say(f"{data} are the run's own data; its commands read them there from now on")
     return run.batch(data, split, splits, say if tell else str)
 
 
 def say_of_formulas(out: Path, content: bytes) -> None:
-    """Say where a spreadsheet would run what a table holds; the cells stay what they are."""
+    """Warn if a spreadsheet would execute cells of a table; the cells are not changed."""
     from nelbo.data.tabular.tables import SEPARATORS, formula_in
 
     if out.suffix.lower() in SEPARATORS and (cell := formula_in(content)) is not None:
@@ -63,12 +66,12 @@ def say_of_formulas(out: Path, content: bytes) -> None:
 
 
 def json_text(value: object) -> str:
-    """JSON for people and programs; NaN is refused, for it is none."""
+    """Return JSON text; NaN raises ValueError, because JSON has no NaN."""
     return json.dumps(value, indent=2, allow_nan=False)
 
 
 def say_notes(x: "Tensor") -> None:
-    """Say what is to be known of examples that were read in blocks."""
+    """Print the notes that arose while examples were read in blocks."""
     from nelbo.data.rows import Rows
 
     if isinstance(x, Rows):
@@ -77,6 +80,6 @@ def say_notes(x: "Tensor") -> None:
 
 
 def say(line: str) -> None:
-    """What is for the reader, not for the next program: on the error stream."""
+    """Print a line for the reader on the error stream, so that standard output stays clean."""
     with suppress(OSError):  # the terminal is closed
         print(progress.line(line), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`nelbo compress` and `nelbo decompress`: data as a file as long as their bound, and back."""
+"""`nelbo compress` and `nelbo decompress`: code data in as many bits as their bound, and back."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,32 +27,34 @@ def compress(
 ) -> None:
     """Compress DATA without loss; the file is as long as the bound of the run says.
 
-    Under torchrun its processes share the blocks; the file is the same.
+    Under torchrun the processes share the blocks; the file is the same.
     It needs constriction: pip install 'nelbo[codec]'.
 
     Parameters
     ----------
     run
-        A run folder of discrete data. decompress needs it too: it is no part of the file.
+        A run folder of discrete data. decompress needs it too: it is not part of the file.
     data
-        What the run's schema can hold: a .npy or .npz file, a .png file or a folder of them (of
+        Data that fit the run's schema: a .npy or .npz file, a .png file or a folder of them (of
         any size), a table, a .txt file or a folder of them.
     out
         A .nlb file that does not exist.
     steps
-        Of the bound that is coded, T: more make a smaller file, and take longer. Text is shortest
-        with one for each symbol of a chunk.
+        T of the bound that is coded: more steps make a smaller file, and take longer. Text is
+        shortest with one step for each symbol of a chunk.
     grid
         The times of the steps: best for this run, or uniform.
     effort
-        K: search for the ways to code the examples that make the file short, below the bound. Each
-        is coded in 4 ways after each of the K shortest beginnings; decompress does not search.
+        K: search for codes of the examples that make the file shorter than the bound. Each
+        example is coded in 4 ways after each of the K shortest beginnings; decompress does not
+        search.
     block
-        About how many examples are independent of all others.
+        About how many examples to code in one block, independently of all others.
     verify
         Decompress and compare before the file is written.
     precision
-        Of the network. float32 is faster, and decodes only on the same machine and versions.
+        Precision of the network. float32 is faster, and decodes only on the same machine and
+        versions.
     device
         Where to run the network; decompress on the same kind.
     """
@@ -65,7 +67,7 @@ def compress(
             loaded.config.schema,
             data,
             out,
-            # with a call for each symbol the times do not matter, and the best take long to find
+            # with one call per symbol the times do not matter, and the best take long to find
             lambda: grid_of(loaded, steps, "uniform" if one_by_one(loaded.model, steps) else grid),
             weights=loaded.weights,
             effort=effort,
@@ -89,9 +91,9 @@ def decompress(
 ) -> None:
     """Restore the data in a compressed FILE: exactly, or not at all.
 
-    Under torchrun its processes share the blocks.
-    Exit codes: 2 for what the command line has wrong, 3 for a damaged file, 4 for another run, 5
-    for a machine or versions on which it would not decode to the right data.
+    Under torchrun the processes share the blocks.
+    Exit codes: 2 for a wrong command line, 3 for a damaged file, 4 for another run, 5 for a
+    machine or versions on which the data would not be decoded correctly.
 
     Parameters
     ----------
@@ -100,9 +102,9 @@ def decompress(
     file
         A .nlb file.
     out
-        Where the data go, of the kind they had; it does not exist.
+        Where to write the data, in their original format; it must not exist.
     salvage
-        Of a damaged file, restore the blocks that are whole and name the others; exit code 3.
+        Restore the intact blocks of a damaged file and name the others; the exit code is 3.
     device
         Where to run the network, of the kind on which it was compressed.
     """
@@ -120,13 +122,16 @@ def decompress(
     say(f"{len(found.x)} of {found.header.examples} examples in {out}")
     if found.lost:
         lost = ", ".join(f"{first}..{first + count - 1}" for first, count in found.lost)
-        raise CorruptFileError(f"{file} is damaged: lost are the examples {lost}")
+        raise CorruptFileError(f"{file} is damaged: the examples {lost} are lost")
 
 
 @contextmanager
 def _at_work(what: str, run: Path, device: str) -> "Iterator[tuple[int, Run, Progress]]":
-    """Yields the rank of this process, the run on its device, and what makes, of a total, a bar
-    that is told each increment; the first process shows it."""
+    """Load a run on a device inside the group of processes.
+
+    Yield the rank of this process, the run, and a function that, for a total, returns a function
+    to be called with each increment; the first process shows a bar.
+    """
     from nelbo._utils.distributed import process_group
     from nelbo._utils.progress import progress_bar
     from nelbo.codec.coding.blocks import nothing

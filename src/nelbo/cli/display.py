@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 
 def of_text(found: Evaluation | BoundEstimate, schema: Schema | None) -> dict[str, float]:
-    """What the bound is for each symbol of a text; {} where the schema is of none.
+    """Return the bound per symbol of a text and its perplexity; {} if the schema is not of text.
 
-    The perplexity is 2 to the bits: among how many equally likely symbols one would choose.
+    The perplexity is 2 to the bits per symbol: the number of equally likely symbols that would be
+    as hard to predict.
     """
     if schema is None or schema.alphabet is None or found.bits_per_dim is None:
         return {}
@@ -33,17 +34,17 @@ def of_text(found: Evaluation | BoundEstimate, schema: Schema | None) -> dict[st
 
 
 def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
-    """A sentence where a bound says less than that all levels are as likely; else ""."""
+    """Return a warning if the bound is worse than that of a uniform distribution, else ""."""
     if found.bits_per_dim is None or levels < 2 or not found.bits_per_dim > math.log2(levels):
         return ""
     return (
-        f"worse than uniform: that all {levels} levels are as likely takes {math.log2(levels):.4g}"
+        f"worse than uniform: {levels} equally likely levels take {math.log2(levels):.4g}"
         " bits/dim; are these data of the kind, and of the levels, that the model was trained on?"
     )
 
 
 def result(found: Evaluation | BoundEstimate, schema: Schema | None = None) -> None:
-    """Print a bound: a table, the curve or the convergence, and how to obtain it again."""
+    """Print a bound: a table, its curve or convergence, and everything needed to reproduce it."""
     console = Terminal()
     table = _table(_title(found), found)
     if isinstance(found, Evaluation):
@@ -59,7 +60,7 @@ def result(found: Evaluation | BoundEstimate, schema: Schema | None = None) -> N
     console.print(line, highlight=False)
     backward = "" if isinstance(found, Evaluation) else found.backward_calls_per_example
     visited = found.visited if isinstance(found, Evaluation) else found.examples
-    which = "each once" if visited == found.examples else f"a sample of {visited} visited"
+    which = "each once" if visited == found.examples else f"a random sample of {visited} used"
     console.print(
         f"{found.nats:.3f} nats per example; {found.examples} examples of {found.dims}"
         f" dimensions, {which}; {found.calls_per_example:.4g} network calls per example"
@@ -74,19 +75,19 @@ def result(found: Evaluation | BoundEstimate, schema: Schema | None = None) -> N
 
 
 def _no_error(found: Evaluation | BoundEstimate) -> str:
-    """Why an error is not known, and what to do; nothing where it is."""
+    """Return why the error is not known, and what to do; "" if it is known."""
     if not math.isfinite(found.nats):
-        return "an example has probability 0, or its bound is no number: the mean has no error"
+        return "an example has probability 0 or its bound is not a number: the mean has no error"
     if isinstance(found, Evaluation) and math.isnan(found.standard_error.monte_carlo):
         return (
-            "the draws are too few, or too much alike, to state a Monte Carlo error; try more"
+            "the draws are too few or too similar to estimate a Monte Carlo error; try more"
             " --calls"
         )
     return ""
 
 
 def columns(names: list[str], cost: Tensor, unit: str, steps: int) -> None:
-    """Print what each column costs, from the costs (N, C) of examples; the dearest first."""
+    """Print the mean cost of each column, from costs (N, C), the most expensive first."""
     mean = cost.mean(0)
     error = (cost.var(0) / len(cost)).sqrt() if len(cost) > 1 else torch.full_like(mean, math.nan)
     title = f"by column, {len(cost)} examples, {steps} steps"
@@ -101,7 +102,7 @@ def columns(names: list[str], cost: Tensor, unit: str, steps: int) -> None:
 
 
 def npz(found: Evaluation | BoundEstimate) -> bytes:
-    """A NumPy file of arrays of shape (N,), nats, in the order of the data; `about` is JSON."""
+    """Return a NumPy file of arrays (N,), nats, in the order of the data; `about` is JSON."""
     arrays: dict[str, Any] = {"about": np.array(json.dumps(found.to_dict()))}
     if isinstance(found, Evaluation):
         arrays |= found.to_arrays()
@@ -113,7 +114,7 @@ def npz(found: Evaluation | BoundEstimate) -> bytes:
 
 
 def compressed(name: str, report: Report) -> None:
-    """Print what a compressed file says of itself, and its blocks."""
+    """Print the header and the blocks of a compressed file."""
     console, header = Terminal(), report.header
     title = f"{name}: {header.examples} examples in {report.size} bytes"
     console.print(title, highlight=False, markup=False, soft_wrap=True)
@@ -160,8 +161,8 @@ def _table(title: str, found: Evaluation | BoundEstimate) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     value = found.nats if found.bits_per_dim is None else found.bits_per_dim
     table.add_row("[bold]bound", f"[bold]{value:.4f}", _error(error.total))
-    table.add_row("  of it data", "", _error(error.data))
-    table.add_row("  of it Monte Carlo", "", _error(error.monte_carlo), end_section=True)
+    table.add_row("  data error", "", _error(error.data))
+    table.add_row("  Monte Carlo error", "", _error(error.monte_carlo), end_section=True)
     return table
 
 
@@ -170,7 +171,7 @@ def _error(value: float) -> str:
 
 
 def _sparkline(found: Evaluation) -> str:
-    """The diffusion term over time, one block per bin."""
+    """Return the diffusion term over time, one block character per bin."""
     points = [point for point in found.curve if not math.isnan(point.value)]
     heights = [point.value / (point.t_to - point.t_from) for point in points]
     top = max(heights, default=0.0)
@@ -181,7 +182,7 @@ def _sparkline(found: Evaluation) -> str:
 
 
 def _convergence(found: BoundEstimate) -> str:
-    """What tells whether a tighter bound may be believed."""
+    """Return the evidence that a tighter bound has converged."""
     if isinstance(found.how, FlowDetails):
         how = found.how
         return (
@@ -190,8 +191,8 @@ def _convergence(found: BoundEstimate) -> str:
             f" trace {how.trace}"
         )
     return (
-        f"the weights of the {found.how.samples} samples are worth"
-        f" {found.how.weight_share * found.how.samples:.2g} equal ones on average"
+        f"the effective sample size of the {found.how.samples} samples is"
+        f" {found.how.weight_share * found.how.samples:.2g} on average"
     )
 
 

@@ -48,45 +48,45 @@ def evaluate(
 ) -> None:
     """State the bound on -log P(x) of a data set, with its error and its price.
 
-    Under torchrun its processes share the work; the number stays the same.
+    Under torchrun the processes share the work; the result is the same.
 
     Parameters
     ----------
     run
         A run folder; or another library's model, diffusers:FOLDER or openai:FILE, with --data.
     data
-        Other data, of the kind the run was trained on; the run's own where left out.
+        Other data of the kind that the run was trained on; by default the run's own data.
     split
         train, validation or test; all for data without splits. The default is test for the run's
-        own data, and all of other data.
+        own data, and all for other data.
     steps
-        The bound of the model with this number of steps; continuous time where left out.
+        State the bound of the model with this number of steps; by default in continuous time.
     grid
         The times of the steps: best for this run, found once and kept in its folder; or uniform.
     calls
-        Network calls per example, at most; 24 where left out. Fewer than 8 are spent on a random
-        sample of the examples: most of some hundred, or, by fewer than 2, such as 0.1 for many
-        rows, a part, which gets two each. A pilot settles which times they are: of a run once, on
-        its validation split, kept in your cache; else out of these calls.
+        Maximal number of network calls per example, by default 24. With fewer than 8, only a
+        random sample of the examples is evaluated; with fewer than 2, such as 0.1 for many rows,
+        that fraction of them gets two calls each. A pilot chooses the times: once per run, on its
+        validation split, kept in your cache; otherwise out of these calls.
     target_error
-        In place of --calls: the Monte Carlo standard error to reach, in the unit of the result. A
-        random sample of the examples is visited where that takes only a few calls of each.
+        Instead of --calls: the Monte Carlo standard error to reach, in the unit of the result. If
+        few calls per example suffice, only a random sample of the examples is evaluated.
     variates
-        Take off each draw what is known of it without the network. Without is quicker for many
-        levels and a small network, and then more calls may pay.
+        Use control variates, which reduce the error without network calls. Without them the
+        evaluation is quicker for many levels and a small network, so that more calls may pay.
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     ode
-        The likelihood by the probability-flow ODE instead, to two tolerances (extra: ode).
+        Compute the likelihood by the probability-flow ODE instead, to two tolerances (extra: ode).
     dequantise
-        How --ode passes from the data to the first latent; encoder where left out.
+        How --ode passes from the data to the first latent; by default encoder.
     tolerance
-        Of --ode, absolute and relative, per example, 1e-4 where left out; the looser one is 10
-        times as large.
+        Absolute and relative tolerance of --ode, per example, by default 1e-4; the looser one is
+        10 times as large.
     save
-        A .npz file for the bound, its error and its terms of each example, in nats.
+        A .npz file for the bound of each example, its error and its terms, in nats.
     columns
-        Also what each column of a table costs, in --steps, or 32 where left out, of at most 1000
+        Also print the cost of each column of a table, at --steps, by default 32, for at most 1000
         examples.
     json
         Print one JSON object.
@@ -107,7 +107,7 @@ def evaluate(
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
     if not ode and (dequantise is not None or tolerance is not None):
-        raise ValueError("--dequantise and --tolerance are of --ode; add it, or leave them out")
+        raise ValueError("--dequantise and --tolerance need --ode; add it, or leave them out")
     if grid is not None and steps is None and not columns:
         raise ValueError("--grid spaces a number of steps; give --steps T too")
     spacing = grid or "best"
@@ -136,7 +136,7 @@ def evaluate(
             weights, schema = loaded.weights, loaded.config.schema
             batch, split = examples_of(loaded, data, split, rank == 0, splits)
             model = loaded.model
-            model.to(place)  # a grid is measured there too
+            model.to(place)  # the best grid is measured there too
             times = None if steps is None else grid_of(loaded, steps, spacing)
         model.to(place)
         find: Callable[..., Evaluation | BoundEstimate]
@@ -155,8 +155,8 @@ def evaluate(
         result = find(batch, seed=seed, weights=weights, split=split, track=track)
         if isnan(result.nats):
             raise ValueError(
-                f"the bound of {split} is not a number; look for values out of all range in the"
-                " data, example by example with: nelbo score"
+                f"the bound of {split} is not a number; look for extreme values in the data,"
+                " example by example with: nelbo score"
             )
         if rank == 0:
             if save is not None:
@@ -180,7 +180,7 @@ def _show_columns(
     seed: int,
     tell: bool,
 ) -> None:
-    """What each column of a table costs under the model of its rows."""
+    """Print the cost of each column of a table under the model of its rows."""
     from nelbo.cli import display
     from nelbo.evaluation.per_dimension import by_column, by_dimension
 
@@ -199,13 +199,13 @@ def _only_one_way(
     importance_samples: int | None,
     ode: bool,
 ) -> None:
-    """Refuse options that contradict each other."""
+    """Raise ValueError for options that contradict each other."""
     if importance_samples is not None and steps is None:
         raise ValueError(
             "--importance-samples weights whole paths of a finite number of steps; give --steps"
         )
     if ode and (steps is not None or importance_samples is not None):
-        raise ValueError("--ode is of continuous time; leave --steps and --importance-samples out")
+        raise ValueError("--ode uses continuous time; leave --steps and --importance-samples out")
     if (ode or importance_samples is not None) and (calls or target_error):
         raise ValueError(
             "--calls and --target-error are for the bound; --ode is priced by --tolerance, and"

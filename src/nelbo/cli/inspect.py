@@ -1,4 +1,4 @@
-"""`nelbo inspect`: what data or a compressed file are."""
+"""`nelbo inspect`: describe a data set or a compressed file."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +15,9 @@ def inspect(
     splits: Splits | None = None,
     json: bool = False,
 ) -> None:
-    """Show what DATA is: the columns of a table, and what makes a likelihood of it meaningless;
-    of a compressed file its header, bits/dim, bound and blocks.
+    """Describe DATA: the columns of a table, and anything that makes its likelihood meaningless.
+
+    For a compressed file, show its header, bits/dim, bound and blocks.
 
     Parameters
     ----------
@@ -29,7 +30,7 @@ def inspect(
     schema
         As for train.
     json
-        Print one JSON object, which --schema takes; to leave a column out, delete it there.
+        Print one JSON object, which --schema accepts; to leave a column out, delete it there.
     """
     from nelbo._utils import limits
     from nelbo._utils.distributed import check_alone

@@ -8,12 +8,12 @@ from nelbo.cli.common import RunFolder, Seed, say
 def report(run: RunFolder, *, out: Path | None = None, seed: Seed = 0) -> None:
     """Write a self-contained HTML page about a run.
 
-    Under torchrun its processes share the work.
+    Under torchrun the processes share the work.
 
     Parameters
     ----------
     out
-        The page; report.html in the run folder where left out.
+        The page; by default report.html in the run folder.
     """
     from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable

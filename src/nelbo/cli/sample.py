@@ -1,4 +1,4 @@
-"""`nelbo sample`: new examples, or what is missing in given ones."""
+"""`nelbo sample`: draw new examples, or the missing parts of given ones."""
 
 import sys
 from pathlib import Path
@@ -43,14 +43,14 @@ def sample(
 ) -> None:
     """Draw new examples from a run.
 
-    Of a conditional run they are draws of P(x|c); without --condition each c is that of a training
-    example, drawn by the seed. Under torchrun its processes share the work.
+    Samples of a conditional run are draws of P(x|c); without --condition, each c is that of a
+    random training example. Under torchrun the processes share the work.
 
     Parameters
     ----------
     out
         A .png file (a grid of images), a .txt file, a table (.csv, .tsv, .parquet, .arrow), or a
-        .npz file (array x in the units of the data); left out, text is printed.
+        .npz file (array x in the units of the data); without it, text is printed.
     n
         Number of examples.
     steps
@@ -61,26 +61,27 @@ def sample(
         ancestral draws from the model that evaluate --steps measures; flow follows the
         deterministic probability flow.
     condition
-        The label of all samples, such as 3; NAME=VALUE, repeated, where there are several.
+        The label of all samples, such as 3; NAME=VALUE, repeated, if there are several labels.
     guidance
-        How many times the label counts, at two network calls a step. Only 1 draws from the model
-        whose bound evaluate states; at any other value the samples are of another law.
+        How strongly the label counts (classifier-free guidance), at two network calls per step.
+        Only 1 draws from the model whose bound evaluate states; any other value draws from another
+        distribution.
     inpaint
-        An image of the size of the run's, whose masked part is drawn given the rest: exactly so
-        for the absorbing process, in approximation for the Gaussian.
+        An image of the size of the run's, whose masked part is drawn given the rest: exactly
+        for the absorbing process, approximately for the Gaussian one.
     mask
         With --inpaint: an image of the same size, white where to draw and black where to keep.
     rounds
-        With --inpaint: how often each step is made; more make both parts fit better.
+        With --inpaint: how often each step is repeated; more rounds make both parts fit better.
     impute
         A table with the columns of the run's, whose missing cells are drawn given the others of
-        their row; --out has all else as it was. Other --seed, other draws.
+        their row; everything else stays as it was in --out. Another --seed gives other draws.
     particles
-        With --impute: candidates for each row, 32 where left out. The draws near the model's own
-        conditional law as they become many, at --steps network calls each.
+        With --impute: candidates for each row, by default 32. With more of them the draws approach
+        the model's own conditional distribution, at --steps network calls each.
     as_modelled
-        Of a table: keep rows with numbers beyond the range of training, or with a category that it
-        did not have, written as (other). Without it such rows are drawn again, whole.
+        For a table: keep rows with numbers beyond the range of the training data, or with a
+        category that they did not have, written as (other). By default such rows are drawn again.
     """
     import torch
 
@@ -112,7 +113,7 @@ def sample(
         if any(others) or out is None or out.suffix.lower() not in FILES:
             raise ValueError(
                 "--impute completes a table into the .csv, .tsv, .parquet or .arrow file --out;"
-                " of the other options --steps, --grid, --seed and --particles go with it"
+                " of the other options only --steps, --grid, --seed and --particles go with it"
             )
         with process_group() as rank:
             loaded.model.to(find_device(device))
@@ -130,10 +131,10 @@ def sample(
         given = loaded.conditions(n, labels, seed)
         model = guided(loaded.model, guidance)
         if guidance != 1 and rank == 0:
-            say(f"guided {guidance:g} times: not draws of the model whose bound evaluate states")
+            say(f"guidance {guidance:g}: not draws from the model whose bound evaluate states")
         pixels = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
         place = find_device(device)
-        loaded.model.to(place)  # a grid is measured there too
+        loaded.model.to(place)  # the best grid is measured there too
         times = grid_of(loaded, steps, grid)
         model.to(place)
         track = tracker("sample")
@@ -171,7 +172,7 @@ def _complete_table(
     seed: int,
     tell: bool,
 ) -> None:
-    """The table with its missing cells drawn, into `out`."""
+    """Write the table to `out`, with its missing cells drawn."""
     from nelbo._utils.files import write
     from nelbo._utils.progress import tracker
     from nelbo.data.tabular.tables import to_bytes

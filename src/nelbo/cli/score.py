@@ -1,4 +1,4 @@
-"""`nelbo score`: how strange each example is to a run."""
+"""`nelbo score`: the anomaly score of each example under a run."""
 
 from pathlib import Path
 from typing import Literal
@@ -29,30 +29,31 @@ def score(
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Say how strange each example of DATA is to a run: nats, error, rank and percentile.
+    """Compute the anomaly score of each example of DATA: nats, error, rank and percentile.
 
-    Under torchrun its processes share the work.
+    Under torchrun the processes share the work.
 
     Parameters
     ----------
     data
-        Examples of the kind the run was trained on; the run's own test split where left out.
+        Examples of the kind that the run was trained on; by default the run's own test split.
     out
-        A .csv file, one line per example in the order of the data. Of a table each line names the
-        three columns that contribute most, and by how many nats more than usual; that takes 32
-        network calls more for each row.
+        A .csv file with one line per example, in the order of the data. For a table, each line
+        names the three columns that contribute most, and by how many nats more than usual; this
+        takes 32 more network calls for each row.
     score
-        Larger is stranger: the bound on -log P(x); complexity, the bound less the length of a
-        lossless code of the example; typicality, how far the bound is from the usual.
+        The score, larger for more anomalous examples. bound: the bound on -log P(x); complexity:
+        the bound minus the length of a lossless code of the example; typicality: the distance of
+        the bound from its usual value.
     against
-        The split of the run's own data among which rank and percentile are told. An example of
-        the same law ranks anywhere in validation, but too high among what was trained on.
+        The split of the run's own data that rank and percentile refer to. A new example from the
+        same distribution has a uniform rank in validation, but ranks too high in train.
     split
-        Of DATA: all of it where left out.
+        Split of DATA; by default all of it.
     calls
-        Network calls per example, at most, at least 8; 24 where left out.
+        Maximal number of network calls per example, at least 8; by default 24.
     figure
-        A .png file: the scores of the run's splits and of DATA.
+        A .png file with the scores of the run's splits and of DATA.
     """
     from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable, write
@@ -94,4 +95,4 @@ def score(
             write(figure, histogram(each | {name: scored.score}, f"{score}, nats"))
         strange = int((scored.percentile > 95).sum())
         say_notes(batch.x)
-        say(f"{strange} of {len(batch)} examples are above 95 % of the {against} split; {out}")
+        say(f"{strange} of {len(batch)} examples score above 95 % of {against}; see {out}")

@@ -1,4 +1,4 @@
-"""`nelbo train`: a new run, one continued, or one fine-tuned."""
+"""`nelbo train`: train a new run, continue one, or fine-tune one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from nelbo.runs.run import Run
 
 
-CHANGEABLE = ("steps", "shard")  # options of a run that is continued
+CHANGEABLE = ("steps", "shard")  # options that may change when a run is continued
 
 
 def _preset(name: str) -> Parameter:
-    """An option that follows the preset; shows the value of auto for small images."""
+    """Return an option whose default is set by the preset; help shows auto's for small images."""
     value = vars(ModelConfig()).get(name, vars(config.TrainConfig()).get(name))
     return Parameter(show_default=lambda _: f"by preset, {value}", negative="")
 
@@ -28,7 +28,7 @@ def _preset(name: str) -> Parameter:
 @Parameter(name="*")
 @dataclass
 class TrainOptions:
-    """In place of the preset's values; the defaults shown are those of auto for small images.
+    """Override values of the preset; the defaults shown are those of auto for small images.
 
     Attributes
     ----------
@@ -45,71 +45,73 @@ class TrainOptions:
     ema
         Decay of the moving average of the weights.
     dropout
-        Share of hidden units dropped.
+        Fraction of hidden units dropped.
     width
         Channels, or hidden units.
     depth
         Residual blocks.
     members
-        Networks that are trained apart and averaged; each takes its part of the batch.
+        Networks that are trained separately and averaged; each takes its part of the batch.
     network
         conv is for images, unet for large ones; transformer for text or anything of few
         dimensions; mlp for anything.
     process
-        gaussian noise; or absorbing, for integers: symbols are masked.
+        gaussian adds noise; absorbing, for integers, masks symbols.
     schedule
-        -log SNR over time. betas is the classic one, 1000 β's from 1e-4 to 0.02. learned takes the
-        interior that makes the draws of the bound vary least, learned-ends also learns the ends.
+        -log SNR over time. betas is the classic one, 1000 β's from 1e-4 to 0.02. learned finds the
+        interior that minimises the variance of the bound; learned-ends also learns the ends.
     gamma_min
         -log SNR at the data's end.
     gamma_max
         -log SNR at the noise's end.
     head
-        What the network predicts: levels, one number for each level; level-curves, the weights of
-        a few curves over many levels; or noise, data, velocity; symbols of the absorbing process.
+        Output of the network: levels, one number for each level; level-curves, the weights of
+        a few curves over many levels; or noise, data, velocity; symbols for the absorbing process.
     step
-        Reverse step P(z_s|z_t): what a bound or sample in few steps uses.
+        Reverse step P(z_s|z_t), used for bounds and samples in few steps.
     decoder
         P(x|z_1).
     optimizer
-        adamw; or muon, whose steps of hidden matrices are orthogonal: large images and text learn
-        in fewer.
+        adamw; or muon, which orthogonalises the updates of hidden matrices: large images and text
+        need fewer steps.
     objective
         The bound, or a re-weighting of its diffusion term.
     times
-        Of the training steps: stratified over the batch; importance, more often where the loss is
-        large, learned while training; or iid. The loss has the same mean with each.
+        Times of the training steps: stratified over the batch; importance, more often where the
+        loss is large, learned while training; or iid. The mean loss is the same with each.
     cross_entropy
         Weight of the decoder's loss at the drawn times.
     augment
-        Share of the images that are moved a little in training; the network is told which.
+        Fraction of the images that are transformed in training; the transform is an input of the
+        network.
     label_dropout
-        Share of the examples whose labels are dropped, so that sample --guidance has P(x) as well.
+        Fraction of the examples whose labels are dropped, so that the network also learns P(x),
+        which sample --guidance needs.
     clip
-        Largest norm of the gradient.
+        Maximal norm of the gradient.
     evaluate_every
         Steps between validations; each saves the run.
     accumulate
-        Parts into which each process divides its examples of a batch, one after the other: less
-        memory, and the same loss.
+        Number of parts into which each process divides its examples of a batch, one after the
+        other: less memory, and the same loss.
     precision
-        Of the network's arithmetic in training, bf16 by autocast; weights, bound and validation
-        are as wide as ever.
+        Precision of the network in training, bf16 by autocast; weights, bound and validation
+        stay in full precision.
     compile
         Compile the network: quicker steps on a GPU, after some minutes.
     checkpoint_activations
-        Keep of each block only what enters it and compute the rest again for the gradient: less
+        Store only the input of each block and compute the rest again for the gradient: less
         memory, and the same gradient.
     shard
         Divide weights, gradients, moments and averages among the processes, for a network larger
         than one device (docs/scale.md).
     deterministic
-        Only algorithms that give the same bits each time, also on a GPU.
+        Use only algorithms that give the same bits each time, also on a GPU.
     nonfinite
-        What becomes of a step whose loss or gradient is not finite: stop, with the best weights
-        kept; or skip it, 9 times in a row at most.
+        Handling of a step whose loss or gradient is not finite: stop, with the best weights
+        kept; or skip it, at most 9 times in a row.
     seed
-        Everything random follows from it.
+        Seed of everything random.
     """
 
     steps: Annotated[int | None, _preset("steps")] = None
@@ -148,6 +150,7 @@ class TrainOptions:
     seed: Annotated[int | None, _preset("seed")] = None
 
     def given(self) -> dict[str, str | int | float]:
+        """Return the options that were given, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -170,7 +173,7 @@ def train(
     """Train a model of DATA by maximising the ELBO, into a new run folder.
 
     Ctrl-C saves the run and --resume continues it exactly. The weights with the best validation
-    bound are kept. Under torchrun its processes share each batch (docs/scale.md).
+    bound are kept. Under torchrun the processes share each batch (docs/scale.md).
 
     Parameters
     ----------
@@ -183,34 +186,34 @@ def train(
     out
         Folder of the new run.
     resume
-        Run to continue, in place of DATA and --out; of the options only --steps, --shard and
+        Run to continue, instead of DATA and --out; of the options only --steps, --shard and
         --device may go with it, and --steps-of-bound.
     steps_of_bound
         With --resume: fine-tune for the bound with this number of steps, as a new run that starts
-        from the best weights of the old one; --out names it, RUN-8steps and the like by default.
+        from the best weights of the old one; --out names it, by default RUN-8steps for 8 steps.
     preset
-        auto is quick, best takes longer for a tighter bound.
+        auto is quick; best takes longer for a tighter bound.
     levels
-        Number of levels of integer data; found in the data where left out. Images of 16 bits have
-        65536, or with 256 here their upper 8 bits. Text is read as characters, with 256 levels as
-        bytes.
+        Number of levels of integer data; by default inferred from the data. Images of 16 bits have
+        65536 levels, or 256 here for their upper 8 bits. Text is read as characters, or with 256
+        levels as bytes.
     size
         Side in pixels to which images are cropped and resized; or symbols in a chunk of text.
     schema
-        A JSON file with the columns of a table that are to be used, such as
-        [{"name": "age", "kind": "rounded", "precision": 5}]; what it leaves open is found in the
-        cells. nelbo inspect --json writes one.
+        A JSON file with the columns of a table to be used, such as
+        [{"name": "age", "kind": "rounded", "precision": 5}]; anything left open is inferred from
+        the cells. nelbo inspect --json writes one.
     condition
         Name of a label of the data, such as class for the sub-folders of a folder of images; may
-        be repeated. The model is then one of P(x|class): evaluate states its bound, given the
+        be repeated. The model is then one of P(x|class): evaluate states its bound given the
         labels of the data, and sample takes the labels wanted.
     minutes
-        About how long to train, in place of --steps: as many steps as fit by the time of a few.
-        The run keeps their number, so that it is continued exactly.
+        Approximate training time, instead of --steps: as many steps as fit, estimated by timing a
+        few. Their number is stored in the run, so that it can be continued exactly.
     device
         Where to train, such as cpu or cuda.
     options
-        In place of the preset's.
+        Override values of the preset.
     """
     from nelbo._utils.distributed import process_group
     from nelbo._utils.signals import Interrupted

@@ -1,6 +1,6 @@
-"""Other people's models, measured: `load("diffusers:FOLDER")`, `wrap(network, ...)`.
+"""Measure models trained elsewhere: `load("diffusers:FOLDER")`, `wrap(network, ...)`.
 
-What the number means and which flags are refused: docs/foreign.md.
+See docs/foreign.md for the meaning of the bound and for flags that have none.
 """
 
 from importlib import import_module
@@ -17,21 +17,21 @@ SOURCES = {
 
 
 def is_foreign(source: str) -> bool:
-    """Whether `load` knows the kind of a source."""
+    """Return whether `load` knows this kind of source."""
     return source.partition(":")[0] in SOURCES and ":" in source
 
 
 def load(source: str, *, steps: int | None = None) -> Foreign:
-    """A model that something else trained, ready to measure. No code in its files is run.
+    """Load a model that was trained elsewhere, ready to be measured. No code in its files is run.
 
     Args:
-        source: "diffusers:FOLDER" or "openai:FILE", and after commas what its flags leave open:
-            "clip=yes" or "clip=no", "label=3".
-        steps: the model of so many steps; its own number where left out.
+        source: "diffusers:FOLDER" or "openai:FILE", followed after commas by options that its
+            flags leave open: "clip=yes" or "clip=no", "label=3".
+        steps: number of steps of the model; by default its own.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unknown kind or option, or a model that has no bound; it says why.
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown kind or option, or a model without a bound (the message says why).
     """
     kind, _, rest = source.partition(":")
     if kind not in SOURCES:

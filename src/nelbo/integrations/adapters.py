@@ -1,7 +1,8 @@
-r"""What other people's diffusion models are made of, in our terms.
+"""Adapters from other conventions for diffusion models to ours.
 
-Their latents are y_t = a_t x + b_t ε with any a and b; ours keep the variance: α + (1-α) = 1. Both
-have the same log-SNR, γ = 2 log(b/a), so they differ by a factor that depends on γ alone:
+Other models have latents y_t = a_t x + b_t ε with any a and b; ours preserve the variance:
+α + (1-α) = 1. Both have the same log-SNR, γ = 2 log(b/a), so they differ by a factor that depends
+on γ alone:
 
     y_t = c(γ) z_t,   c² = a² + b²,    √α_t = a/c,   √(1-α_t) = b/c
 
@@ -9,14 +10,14 @@ have the same log-SNR, γ = 2 log(b/a), so they differ by a factor that depends 
     exploding       a = 1, b = σ               c² = 1 + e^γ        Song et al. 2021, EDM
     interpolating   a = 1 - τ, b = τ           τ = sigmoid(γ/2)    Lipman et al. 2023
 
-What their networks predict, from z and their output F, beside our own heads:
+Other predictions, from z and the output F of the network, beside our own parametrizations:
 
     score           F = ∇ log q(y_t)           ε̂ = -b F
     EDM             F of Karras et al. 2022    x̂ = c_skip y + c_out F            equation 7
     flow            F = dy/dτ = ε - x          x̂ = y - τ F
 
-Times: a model trained at T times knows these only. They are i/T here, i = 1..T, where the first
-is the one the decoder reads; what the network calls it (0, 999, a σ) is a table beside it.
+Times: a model trained at T times is defined at these only. They are i/T here, i = 1..T; the
+decoder reads the first. A table translates them to the network's own time input (0, 999, a σ).
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent
+from typing_extensions import override
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.decoder import Decoder
@@ -32,21 +34,21 @@ from nelbo.diffusion.process import Affine, ForwardProcess, GaussianDiffusion, L
 from nelbo.diffusion.schedules import Schedule
 
 Factor = Callable[[Tensor], Tensor]
-NUMBERS = 2**18  # that a call of a foreign network may be given: it may be a large one
+NUMBERS = 2**18  # numbers in one call of a foreign network, which may be large
 
 
 def preserving(gamma: Tensor) -> Tensor:
-    """c = 1."""
+    """Return c = 1."""
     return torch.ones_like(gamma)
 
 
 def exploding(gamma: Tensor) -> Tensor:
-    """c = √(1 + σ²), σ² = e^γ."""
+    """Return c = √(1 + σ²), σ² = e^γ."""
     return gamma.exp().add(1).sqrt()
 
 
 def interpolating(gamma: Tensor) -> Tensor:
-    """c = √((1-τ)² + τ²), τ = sigmoid(γ/2)."""
+    """Return c = √((1-τ)² + τ²), τ = sigmoid(γ/2)."""
     return torch.hypot((-gamma / 2).sigmoid(), (gamma / 2).sigmoid())
 
 
@@ -54,7 +56,7 @@ class Steps(Schedule):
     """γ at the times i/T, i = 1..T, and nowhere else; γ(0) = -inf.
 
     Args:
-        gamma: γ_1 < ... < γ_T, the last may be infinite: no signal is left.
+        gamma: γ_1 < ... < γ_T; the last may be infinite, without signal.
     """
 
     gamma: Tensor
@@ -62,16 +64,16 @@ class Steps(Schedule):
 
     def __init__(self, gamma: Tensor) -> None:
         super().__init__()
-        # persistent, so that the hash of a model knows its schedule
+        # persistent, so that the hash of the model depends on the schedule
         self.register_buffer("gamma", gamma.double())
         self.steps = len(gamma)
         self.start = 1 / self.steps
 
     def index(self, t: Tensor) -> Tensor:
-        """i for the time t = i/T; int64.
+        """Return i for the time t = i/T; int64.
 
         Raises:
-            ValueError: a time off the grid.
+            ValueError: a time is off the grid.
         """
         place = t.detach().double() * self.steps
         i = place.round()
@@ -87,16 +89,18 @@ class Steps(Schedule):
             )
         return i.long()
 
+    @override
     def forward(self, t: Tensor) -> Tensor:
         i = self.index(t)
         return torch.where(i == 0, -torch.inf, self.gamma[(i - 1).clamp(min=0)])
 
 
 class OnSteps(GaussianDiffusion):
-    """A Gaussian process on `Steps`, whose network is told i, not γ."""
+    """A Gaussian diffusion on `Steps`, whose network takes i, not γ, as its time input."""
 
     schedule: Steps
 
+    @override
     def level(self, t: Tensor) -> Tensor:
         i = self.schedule.index(t)
         if (i == 0).any():
@@ -108,17 +112,17 @@ class OnSteps(GaussianDiffusion):
 
 
 class Adapter(nn.Module):
-    """Our protocol, network(features, level), in front of theirs, network(y, time).
+    """Our protocol, network(features, level), in front of a foreign network(y, time).
 
     Args:
-        network: called with y (B, *shape) and its time (B,); gives (B, C, ...), or (B, 2C, ...)
+        network: called with y (B, *shape) and its time (B,); returns (B, C, ...), or (B, 2C, ...)
             with a variance in the second half of the channels.
-        shape: one example.
+        shape: shape of one example.
         outputs: 2 with a variance, else 1.
-        times: what the network calls the times of `gamma`, shape (T,); or its name for any γ.
-        gamma: γ_1..γ_T, where `times` is a table.
-        factor: c(γ), to make their latents of ours.
-        score: the output is a score, and becomes ε̂.
+        times: time inputs of the network at the times of `gamma`, shape (T,); or a function of γ.
+        gamma: γ_1..γ_T, if `times` is a table.
+        factor: c(γ), which converts our latents to theirs.
+        score: whether the output is a score, to be converted to ε̂.
     """
 
     times: Tensor
@@ -137,8 +141,8 @@ class Adapter(nn.Module):
         super().__init__()
         own = next(network.parameters(), None)
         wide = own is None or own.dtype == torch.float64
-        # The first parameter says in which type `Model` calls: never less than float32, so that
-        # the name of a time survives where the network itself computes in less.
+        # `Model` calls in the type of the first parameter: at least float32, so that times stay
+        # exact even if the network itself computes in lower precision.
         reference = torch.zeros(0, dtype=torch.float64 if wide else torch.float32)
         self.reference = nn.Parameter(reference, requires_grad=False)
         self.network, self.shape, self.outputs = network, shape, outputs
@@ -151,6 +155,7 @@ class Adapter(nn.Module):
         else:
             self.name = times
 
+    @override
     def forward(self, features: Tensor, level: Tensor) -> Tensor:
         gamma, time = self._clock(level)
         y = features * over(self.factor(gamma), features)
@@ -186,17 +191,18 @@ class Adapter(nn.Module):
 
 
 class EDM(Parametrization):
-    """x̂ = c_skip y + c_out F of variance exploding latents y (Karras et al. 2022, table 1).
+    """x̂ = c_skip y + c_out F for variance-exploding latents y (Karras et al. 2022, table 1).
 
     Args:
         sigma_data: their σ_data.
-        sign: -1 where the network was trained with -c_out, as in v-prediction.
+        sign: -1 if the network was trained with -c_out, as in v-prediction.
     """
 
     def __init__(self, sigma_data: float, sign: float = 1.0) -> None:
         super().__init__()
         self.sigma_data, self.sign = sigma_data, sign
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         gamma, data = process.schedule(t), self.sigma_data
         sigma = (gamma / 2).exp()
@@ -206,14 +212,15 @@ class EDM(Parametrization):
         return Prediction(over(of_z, z) * z + over(of_output, z) * output)
 
     def factor(self, gamma: Tensor) -> Tensor:
-        """The network sees c_in y, c_in = 1/√(σ² + σ_data²)."""
+        """Return the factor of the network's input: it takes c_in y, c_in = 1/√(σ² + σ_data²)."""
         sigma = (gamma / 2).exp()
         return exploding(gamma) / torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
 
 
 class Flow(Parametrization):
-    """x̂ = y - τ F, the network predicting dy/dτ = ε - x of y = (1-τ) x + τ ε."""
+    """x̂ = y - τ F for a network that predicts dy/dτ = ε - x of y = (1-τ) x + τ ε."""
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         gamma = process.schedule(t)
         return Prediction(
@@ -222,13 +229,14 @@ class Flow(Parametrization):
 
 
 class Clipped(Parametrization):
-    """x̂ clipped to the range of the data: another model than without, with a bound of its own."""
+    """x̂ clipped to the range of the data: a different model, with a bound of its own."""
 
     def __init__(self, head: Parametrization, low: float, high: float) -> None:
         super().__init__()
         self.head, self.low, self.high = head, low, high
         self.outputs, self.steps = head.outputs, head.steps
 
+    @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         prediction = self.head(output, z, t, process)
         e_hat = prediction.e_hat.clamp(self.low, self.high)
@@ -236,10 +244,11 @@ class Clipped(Parametrization):
 
 
 class LastStep(Decoder):
-    """N(x̂(z_1), σ²), in bins for levels: the last step, from z_1 to x, with the model's variance.
+    """N(x̂(z_1), σ²), discretised for levels: the last step, from z_1 to x, with the model's
+    variance.
 
-    The posterior variance of that step is 0. Nichol & Dhariwal 2021 take that of the step before,
-    β̃_2, in place of it, for σ² = β too; a learned variance lies between β̃_2 and β_1.
+    The posterior variance of this step is 0. Nichol & Dhariwal 2021 replace it by that of the step
+    before, β̃_2, also for σ² = β; a learned variance lies between β̃_2 and β_1.
     """
 
     def __init__(self, scaling: Levels | Affine) -> None:
@@ -247,6 +256,7 @@ class LastStep(Decoder):
         self.scaling = scaling
         self.density = not scaling.count
 
+    @override
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:

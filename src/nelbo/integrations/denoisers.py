@@ -1,11 +1,11 @@
-r"""Any denoiser as a `Model`, so that its bound can be measured.
+"""Convert any denoiser to a `Model`, so that its bound can be measured.
 
-Given the network, what it predicts, at which noise levels it was trained and how its data were
-scaled, everything else follows: α_t from the β's (equation 2), x̂ from the prediction, the mean of
-P(z_{t-1}|z_t) from m_t(z_t, x̂) (equation 6), its variance from the convention the model is sampled
-with (equation 7). The bound is then that of **ancestral sampling with that variance**: the law of
-the x that come out of z_T ~ N(0, I) when every step draws from P(z_{t-1}|z_t) and the last from
-P(x|z_1). A deterministic sampler on the same network has another law, which has no such bound.
+The network, what it predicts, its noise levels in training and the scaling of its data determine
+everything else: α_t follows from the β's (equation 2), x̂ from the prediction, the mean of
+P(z_{t-1}|z_t) from m_t(z_t, x̂) (equation 6), its variance from the convention of the sampler
+(equation 7). The bound is that of **ancestral sampling with that variance**: of the distribution
+of x if z_T ~ N(0, I), every step draws from P(z_{t-1}|z_t), and the last from P(x|z_1). A
+deterministic sampler with the same network has another distribution, without such a bound.
 """
 
 import math
@@ -48,7 +48,7 @@ STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "large": reverse.Beta,
     "learned-range": reverse.Learned,
 }
-NOTED = 1e-3  # bits/dim of the prior term from which on it is worth a note
+NOTED = 1e-3  # bits/dim of the prior term above which a note is issued
 
 
 def wrap(
@@ -68,32 +68,34 @@ def wrap(
     clip: bool = False,
     keep: Sequence[int] | None = None,
 ) -> Model:
-    """A model of any network: called as network(y (B, *shape), time (B,)).
+    """Return a model of any network that is called as network(y (B, *shape), time (B,)).
 
     Args:
-        network: gives (B, C, ...), or (B, 2C, ...) with a learned variance behind.
-        shape: one example, channels first.
-        predicts: what the output is; or a head of your own.
+        network: returns (B, C, ...), or (B, 2C, ...) with a learned variance in the second half.
+        shape: shape of one example, channels first.
+        predicts: kind of the output; or a parametrization of your own.
         betas: β_1..β_T of y_t = √(1-β_t) y_{t-1} + √β_t ε.
         alphas: α_1..α_T, the products of 1-β (others' "alphas_cumprod"), decreasing.
         sigmas: σ_1 < ... < σ_T of y_t = x + σ_t ε.
-        schedule: γ(t) in place of these, for a network that takes any time.
-        times: what the network calls the T times; by default 0..T-1, or the σ's. With `schedule`
-            a function of γ.
-        factor: c(γ) of their latents y = c z, where it is not that of betas, alphas or sigmas.
-        variance: of P(z_{t-1}|z_t): "small" is β̃_t, "large" β_t, "learned-range" between them.
-        scaling: of the data: Levels(256), the default, for 8-bit data as x/127.5 - 1; Levels(256,
-            0, 1) for x/255; Affine(shift, scale) for real data, whose bound is of a density.
+        schedule: γ(t) instead of these, for a network that takes any time.
+        times: time inputs of the network at the T times; by default 0..T-1, or the σ's. With
+            `schedule`, a function of γ.
+        factor: c(γ) of their latents y = c z, if it is not implied by betas, alphas or sigmas.
+        variance: variance of P(z_{t-1}|z_t): "small" is β̃_t, "large" β_t, "learned-range"
+            between.
+        scaling: scaling of the data: Levels(256), the default, for 8-bit data as x/127.5 - 1;
+            Levels(256, 0, 1) for x/255; Affine(shift, scale) for real data, whose bound is that of
+            a density.
         decoder: P(x|z_1). "step", the default on T times, is the last step with the model's own
             variance; "evidence" uses no network.
-        clip: clip x̂ to the range of the data, as some samplers do. It is another model.
-        keep: indices 0..T-1, increasing, of the times to keep: the model of so many steps.
+        clip: clip x̂ to the range of the data, as some samplers do. This is a different model.
+        keep: increasing indices in 0..T-1 of the times to keep, for a model of fewer steps.
 
     Warns:
-        UserWarning: the last time has signal left; it says how many nats that costs.
+        UserWarning: signal is left at the last time; the warning states its cost in nats.
 
     Raises:
-        ValueError: parts that do not fit together, a schedule that is not monotone.
+        ValueError: parts that do not fit together, or a schedule that is not monotone.
     """
     gamma: Tensor | Schedule
     if schedule is None:
@@ -134,7 +136,7 @@ def assemble(
     clip: bool = False,
     keep: Sequence[int] | None = None,
 ) -> Model:
-    """`wrap` from γ_1..γ_T, or γ(t), and without its warning."""
+    """Do the same as `wrap` from γ_1..γ_T, or γ(t), and without its warning."""
     if variance not in STEPS:
         raise ValueError(f"variance must be one of {', '.join(STEPS)}; got {variance!r}")
     head = _head(predicts, variance, scaling if clip else None)
@@ -165,7 +167,8 @@ def assemble(
 
 
 def spaced(total: int, steps: int) -> list[int]:
-    """`steps` of the indices 0..total-1, evenly, both ends among them (Nichol & Dhariwal 2021).
+    """Return `steps` of the indices 0..total-1, evenly spaced with both ends (Nichol & Dhariwal
+    2021).
 
     >>> spaced(1000, 5)
     [0, 250, 500, 749, 999]
@@ -179,10 +182,10 @@ def spaced(total: int, steps: int) -> list[int]:
 
 
 def signal_left(model: Model) -> list[str]:
-    """A note where KL( q(z_T|x) ‖ N(0, I) ) may be worth one, with what it costs.
+    """Return a note if KL( q(z_T|x) ‖ N(0, I) ) is not negligible, with its cost.
 
-    Of levels it is the most that it can be; real data have no largest value, so of them it is what
-    their mean square makes it.
+    For levels the cost is an upper bound; for real data, which have no largest value, it is a
+    function of their mean square.
     """
     last = torch.ones((), dtype=torch.float64)
     alpha = model.process.alpha(last).item()
@@ -211,7 +214,7 @@ def gamma_of(
     alphas: Numbers | None = None,
     sigmas: Numbers | None = None,
 ) -> Tensor:
-    """γ_1..γ_T, float64, of one of these; see `wrap`."""
+    """Return γ_1..γ_T, float64, from one of the three tables; see `wrap`."""
     given = {"betas": betas, "alphas": alphas, "sigmas": sigmas}
     named = [(name, value) for name, value in given.items() if value is not None]
     if len(named) != 1:
@@ -223,7 +226,7 @@ def gamma_of(
     v = torch.as_tensor(numbers, dtype=torch.float64)
     if v.ndim != 1 or len(v) == 0 or not v.isfinite().all():
         raise ValueError(f"{name} must be one row of finite numbers; got shape {tuple(v.shape)}")
-    # β may be 1, and α 0, at the last time only: nothing comes after
+    # β may be 1, and α 0, at the last time only
     if name == "betas":
         _refuse(name, v, (v <= 0) | (v >= 1) & (v != v.new_tensor([*[0] * (len(v) - 1), 1])))
         log_alpha = torch.log1p(-v).cumsum(0)

@@ -1,16 +1,17 @@
-r"""Models saved with diffusers: a folder, or a network and a scheduler in memory.
+"""Models saved with diffusers: a folder, or a network and a scheduler in memory.
 
 A folder holds `unet` or `transformer` (config.json, safetensors) and `scheduler`
-(scheduler_config.json), or all in one place. The scheduler says what the network was trained on:
+(scheduler_config.json), or all in one place. The scheduler determines the training of the network:
 
-    with betas       DDPM, DDIM, Euler, DPM-Solver, ..: T times, told to the network as 0..T-1;
+    with betas       DDPM, DDIM, Euler, DPM-Solver, ..: T times with time inputs 0..T-1;
                      prediction_type epsilon, sample or v_prediction
-    EDM..            any σ in [sigma_min, sigma_max], told as log(σ)/4; preconditioned
-    FlowMatch..      any τ in (0, 1), told as 1000 τ; the network predicts ε - x
+    EDM..            any σ in [sigma_min, sigma_max], time input log(σ)/4; preconditioned
+    FlowMatch..      any τ in (0, 1), time input 1000 τ; the network predicts ε - x
 
-Only diffusers' own classes are made, and only safetensors are read, so nothing in a folder is run.
-Of DDPM's variance_type, fixed_small(_log), fixed_large(_log) and learned_range have a bound; a
-scheduler without one, or without noise, is measured with the smaller, β̃.
+Only diffusers' own classes are created and only safetensors are read, so no code in a folder is
+run. The values of DDPM's variance_type with a bound are fixed_small(_log), fixed_large(_log) and
+learned_range; a scheduler without one, or without noise, is measured with the smaller variance,
+β̃.
 """
 
 import copy
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from nelbo.data import Schema
 from nelbo.diffusion.model import Model
@@ -51,14 +53,15 @@ VARIANCES: dict[str, Variance] = {
 
 
 class Scheduler(Protocol):
-    """What is asked of a scheduler."""
+    """The part of a scheduler that is used here."""
 
     config: Any
     timesteps: Tensor
     sigmas: Tensor
     betas: Tensor
 
-    def set_timesteps(self, num_inference_steps: int) -> None: ...
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        """Set `timesteps` and `sigmas` for a number of steps."""
 
 
 def load(
@@ -68,10 +71,10 @@ def load(
     clip: bool | None = None,
     label: int | None = None,
 ) -> Foreign:
-    """The model of a folder; arguments and errors as for `build`.
+    """Load the model in a folder; arguments and errors as for `build`.
 
     Raises:
-        FileNotFoundError: no such folder, or a part of it is missing.
+        FileNotFoundError: there is no such folder, or a part is missing.
     """
     path = Path(path)
     if not path.is_dir():
@@ -87,7 +90,7 @@ def load(
     network, kind = network_of(home)
     settings = path / "scheduler" / "scheduler_config.json"
     settings = settings if settings.is_file() else path / "scheduler_config.json"
-    config = read_json(settings, infinite=True)  # as that of DPM-Solver has
+    config = read_json(settings, infinite=True)  # DPM-Solver's has infinite values
     if not str(config.get("_class_name")).endswith("Scheduler"):
         raise ValueError(f"{settings} names no scheduler; its _class_name says which it is")
     scheduler = made(config, settings)
@@ -106,21 +109,21 @@ def build(
     scaling: Levels | Affine | None = None,
     weights: str = "as given",
 ) -> Foreign:
-    """The model of a network and the scheduler it was trained with.
+    """Return the model of a network and the scheduler it was trained with.
 
     Args:
         network: a UNet2DModel or DiTTransformer2DModel.
-        scheduler: with its config; it is left as it is.
-        name: of the result, for messages.
-        steps: the model of so many steps, at the times the scheduler takes; left out, all that
-            it was trained at, or continuous time.
-        clip: whether x̂ is clipped; to be said where the scheduler's config has clip_sample.
+        scheduler: with its config; it is not changed.
+        name: name of the result, for messages.
+        steps: number of steps of the model, at the times that the scheduler takes; by default all
+            that it was trained at, or continuous time.
+        clip: whether x̂ is clipped; required if the scheduler's config has clip_sample.
         label: the class, for a class-conditional model.
-        scaling: of the data; 8-bit images in [-1, 1] where left out.
-        weights: which they are, for the record.
+        scaling: scaling of the data; by default that of 8-bit images in [-1, 1].
+        weights: name of the weights, for the record.
 
     Raises:
-        ValueError: a scheduler or network that has no bound; it says why.
+        ValueError: a scheduler or network without a bound; the message says why.
     """
     scheduler, scaling = copy.deepcopy(scheduler), scaling or Levels(256)
     config: Config = dict(scheduler.config)
@@ -130,7 +133,7 @@ def build(
     zero = "rescale_betas_zero_snr"
     if config.get(zero) and zero not in signature(type(scheduler).__init__).parameters:
         raise ValueError(
-            f"the config has {zero}=true, as the network was trained, and a {kind} passes over it;"
+            f"the config has {zero}=true, as the network was trained, and a {kind} ignores it;"
             " give the scheduler of the training, such as DDPMScheduler"
         )
     shape, wide = _shape(about), about.get("out_channels") == 2 * _number(about, "in_channels")
@@ -159,7 +162,8 @@ def build(
 
 
 class Plain(nn.Module):
-    """network(y, time) -> (B, C, ...): of a class where there are some, `keep` channels of it."""
+    """network(y, time) -> (B, C, ...), for a fixed class if given, with the first `keep`
+    channels."""
 
     def __init__(
         self, network: nn.Module, label: int | None = None, keep: int | None = None
@@ -167,6 +171,7 @@ class Plain(nn.Module):
         super().__init__()
         self.network, self.label, self.keep = network, label, keep
 
+    @override
     def forward(self, y: Tensor, time: Tensor) -> Tensor:
         labels = {}
         if self.label is not None:
@@ -180,7 +185,7 @@ Found = tuple[Model, TimeDiscretization, str]
 
 
 def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
-    """Trained at T times, with β's."""
+    """Return the model of a network trained at T times, with β's."""
     network, scheduler, shape, scaling = whole
     config = scheduler.config
     betas = scheduler.betas.double()
@@ -212,7 +217,7 @@ def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
 
 
 def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
-    """Any σ; F of Karras et al. 2022, told log(σ)/4 = γ/8."""
+    """Return the model for any σ; F of Karras et al. 2022, with time input log(σ)/4 = γ/8."""
     network, scheduler, shape, scaling = whole
     config = scheduler.config
     for name in ("sigma_data", "sigma_min", "sigma_max"):
@@ -241,12 +246,12 @@ def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
 
 
 def _flow(whole: Whole, steps: int | None, clip: bool) -> Found:
-    """Any τ, told T τ."""
+    """Return the model for any τ, with time input T τ."""
     network, scheduler, shape, scaling = whole
     total = _number(scheduler.config, "num_train_timesteps")
     if steps is None:
-        # τ itself runs from 0 to 1, where γ is infinite; what is left out there costs little, and
-        # the bound says what
+        # τ runs from 0 to 1, where γ is infinite; cutting the ends off costs little, and the bound
+        # includes that cost
         gamma: Tensor | Schedule = Linear(-2 * math.log(total - 1), 2 * math.log(total - 1))
     else:
         scheduler.set_timesteps(_at_least_one(steps))
@@ -269,7 +274,7 @@ def _flow(whole: Whole, steps: int | None, clip: bool) -> Found:
 def _named(
     gamma: Tensor | Schedule, name: Callable[[Tensor], Tensor]
 ) -> Tensor | Callable[[Tensor], Tensor]:
-    """What the network calls the times of a table of γ; or, in continuous time, any."""
+    """Return the time inputs for a table of γ; in continuous time, the function itself."""
     return name(gamma) if isinstance(gamma, Tensor) else name
 
 
@@ -280,10 +285,10 @@ def _times(steps: int | None) -> tuple[TimeDiscretization, str]:
 
 
 def _refuse(config: Config, clip: bool | None) -> None:
-    """Flags that make it another model, or one without a bound."""
+    """Raise ValueError for flags that imply another model, or one without a bound."""
     if config.get("clip_sample") and clip is None:
         raise ValueError(
-            "the scheduler has clip_sample: clipped, x̂ is another model's than the network's; say"
+            "the scheduler has clip_sample, and clipping x̂ makes a different model; choose"
             " which to measure, clip=True as it samples or clip=False as it was trained (after the"
             " path: ,clip=yes or ,clip=no)"
         )
@@ -300,7 +305,7 @@ def _refuse(config: Config, clip: bool | None) -> None:
             "the times depend on the image: set it to false, and shift",
         ),
         ("invert_sigmas", True, "time runs backwards: set it to false"),
-        ("timestep_type", "continuous", "use EDMEulerScheduler for a network told log(σ)/4"),
+        ("timestep_type", "continuous", "use EDMEulerScheduler if the time input is log(σ)/4"),
         ("use_flow_sigmas", True, "use FlowMatchEulerDiscreteScheduler"),
     ):
         if config.get(name) == wrong:
@@ -325,7 +330,7 @@ def _number(config: Config, name: str) -> int:
 
 
 def _shape(about: Config) -> tuple[int, ...]:
-    """(C, H, W) of one example."""
+    """Return the shape (C, H, W) of one example."""
     size = about.get("sample_size")
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, list | tuple) or len(sides) != 2:
@@ -334,7 +339,7 @@ def _shape(about: Config) -> tuple[int, ...]:
 
 
 def _classes(about: Config) -> int | None:
-    """The number of classes that a label can be of."""
+    """Return the number of classes of a label, or None."""
     if about.get("class_embed_type") is not None:
         raise ValueError(
             f"class_embed_type {about['class_embed_type']!r} takes no label; wrap the network with"

@@ -1,4 +1,4 @@
-"""What a folder written by diffusers holds, read without running anything in it."""
+"""Read a folder written by diffusers without running any code in it."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,16 +19,19 @@ NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = "model_index.json"
 SHOWN = 80  # characters of a name from a folder, in a message
-#: in the name of a class or of a folder that holds an autoencoder
+#: matches the name of a class or folder of an autoencoder
 AUTOENCODER = re.compile("autoencoder|vae|vq", re.IGNORECASE)
-#: in the name of a pipeline whose network sees latents
+#: matches the name of a pipeline whose network models latents
 LATENT = re.compile("latent|^ldm", re.IGNORECASE)
-#: names in weights saved before attention had its present ones
+#: former names of attention weights, and their present names
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def autoencoder_of(path: Path) -> str | None:
-    """Where a pipeline's folder names or holds an autoencoder, whose latents the network sees."""
+    """Return the place where a pipeline names or holds an autoencoder, or None.
+
+    The network of such a pipeline models latents.
+    """
     for name, kind in _components(path):
         if AUTOENCODER.search(name) or AUTOENCODER.search(kind):
             return shortened(f"{name}: {kind}" if kind else name, SHOWN)
@@ -38,8 +41,10 @@ def autoencoder_of(path: Path) -> str | None:
 
 
 def _components(path: Path) -> Iterator[tuple[str, str]]:
-    """Names and classes of the parts of a pipeline, by its index and by its folders; a class that
-    is not known is ''."""
+    """Yield names and classes of the parts of a pipeline, from its index and its folders.
+
+    An unknown class is "".
+    """
     index = path / INDEX
     for name, value in read_json(index).items() if index.is_file() else ():
         # [library, class], or [None, None] for a part that was left out
@@ -53,7 +58,7 @@ def _components(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def network_of(home: Path) -> tuple[nn.Module, str]:
-    """The network of a folder with exactly its weights, and the name of its class."""
+    """Return the network in a folder with exactly its weights, and the name of its class."""
     config = read_json(home / "config.json")
     kind = str(config.get("_class_name"))
     if kind not in NETWORKS:
@@ -76,11 +81,13 @@ def network_of(home: Path) -> tuple[nn.Module, str]:
 
 
 def _files_of(home: Path) -> list[Path]:
-    """The files of the default weights, as diffusers finds them: by their index, else the one;
-    those of a variant, such as fp16, where there are no others.
+    """Return the files of the default weights, as diffusers finds them.
+
+    They are those in the index, or else the single file; those of a variant, such as fp16, only if
+    there are no others.
 
     Raises:
-        ValueError: the index names none of its folder, or there are several variants.
+        ValueError: the index names no files in its folder, or there are several variants.
     """
     index, one = (home / f"{WEIGHTS}.safetensors{end}" for end in (".index.json", ""))
     if index.is_file():
@@ -102,7 +109,7 @@ def _files_of(home: Path) -> list[Path]:
 
 
 def _renamed(name: str, weights: Mapping[str, Tensor]) -> str:
-    """The present name of a weight of an attention of old."""
+    """Return the present name of a weight of an attention layer in an old file."""
     place, _, leaf = name.rpartition(".")
     block, _, part = place.rpartition(".")
     old = part in OLD_NAMES and f"{block}.proj_attn.{leaf}" in weights
@@ -110,7 +117,7 @@ def _renamed(name: str, weights: Mapping[str, Tensor]) -> str:
 
 
 def made(config: Config, where: Path) -> Any:  # noqa: ANN401
-    """The object of diffusers that a config describes."""
+    """Create the object of diffusers that a config describes."""
     try:
         library = import_module("diffusers")
     except ModuleNotFoundError:
@@ -124,21 +131,20 @@ def made(config: Config, where: Path) -> Any:  # noqa: ANN401
         if kind is None:
             raise ValueError(f"{where} names {shortened(name, 64)}, which diffusers lacks")
         found = kind.from_config(dict(config))
-        if found is None:  # as where a class is no longer kept
+        if found is None:  # a class that diffusers no longer has
             raise ValueError(
-                f"{where} describes a {shortened(name, 64)}, which diffusers left out"
+                f"{where} describes a {shortened(name, 64)}, which diffusers no longer has"
             )
         return found
 
 
 @contextmanager
 def described(what: str) -> Iterator[None]:
-    """Around what diffusers makes of a description, which may raise anything: then one sentence,
-    also where it needs packages that are not there."""
+    """Turn any exception from diffusers reading a description into a one-sentence ValueError."""
     try:
         yield
     except (ValueError, OSError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or "no more is said"
+        reason = " ".join(str(error).split()) or "no message"
         raise ValueError(f"{what}: {type(error).__name__}: {shortened(reason, 300)}") from error

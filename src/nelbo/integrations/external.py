@@ -1,4 +1,4 @@
-"""A foreign model beside what `evaluate` wants to know of it."""
+"""A foreign model with everything that `nelbo evaluate` needs to know."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from nelbo.diffusion.times import TimeDiscretization
 
 @dataclass(frozen=True)
 class Foreign:
-    """What `nelbo.integrations.load` gives.
+    """A foreign model, as returned by `nelbo.integrations.load`.
 
     Args:
         name: the source.
-        model: whose bound it is.
-        schema: what one example is.
+        model: the model whose bound is measured.
+        schema: the schema of one example.
         times: the times of the model's own sampler, or continuous time.
-        weights: which weights these are, for the record.
-        notes: one sentence for each thing that decides what the number means.
+        weights: the name of the weights, for the record.
+        notes: one sentence for each choice that determines the meaning of the bound.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Foreign:
         splits: Splits | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> tuple[Tensor, str]:
-        """Examples to measure the model on, and a name for them.
+        """Return examples on which to measure the model, and a name for them.
 
         Args:
             source: as for `nelbo evaluate --data`.
             split: "train", "validation", "test" or "all", the default.
-            splits: which names are of which split, as `nelbo.data.load` takes them.
-            tell: is given each note on the data.
+            splits: which names belong to which split, as for `nelbo.data.load`.
+            tell: called with each note on the data.
 
         Raises:
             ValueError: no source, data of another schema, or no such split.
@@ -67,9 +67,11 @@ class Foreign:
 def read_json(
     path: Path, hint: str = "a model has one beside its weights", infinite: bool = False
 ) -> dict[str, object]:
-    """The object in a file; ValueError for anything else, and where there is none the hint.
+    """Read a JSON object from a file; `infinite` as for `limits.read_json`.
 
-    `infinite` as for `_limits.read_json`.
+    Raises:
+        FileNotFoundError: there is no such file; the message ends with `hint`.
+        ValueError: the file is not a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {hint}")
@@ -80,7 +82,7 @@ def read_json(
 
 
 def check_label(label: int | None, classes: int | None) -> None:
-    """Raise ValueError unless a label goes with a model of so many classes, or of none."""
+    """Raise ValueError unless `label` is valid for a model of `classes` classes, or of none."""
     if classes is None and label is not None:
         raise ValueError(f"label={label} was given to a model without classes; leave it out")
     if classes is not None and (label is None or not 0 <= label < classes):

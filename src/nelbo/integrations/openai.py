@@ -1,17 +1,17 @@
-r"""Models trained with OpenAI's improved-diffusion and guided-diffusion.
+"""Models trained with OpenAI's improved-diffusion and guided-diffusion.
 
-A file of weights, `NAME.pt`, and the flags it was trained with, `NAME.json` beside it: a JSON
-object of the same names. What the flags mean (Nichol & Dhariwal 2021):
+The weights are a file `NAME.pt`, and the flags of the training a JSON object `NAME.json` beside it
+with the same names. The meaning of the flags (Nichol & Dhariwal 2021):
 
     noise_schedule       linear: β from 0.1/T to 20/T, so 1e-4 to 0.02 at T = 1000;
                          cosine: α_t = cos²( (t/T + 0.008)/1.008 · π/2 ), β at most 0.999
     learn_sigma          σ² between β̃_t and β_t (equation 15), else β_t; sigma_small: β̃_t
-    predict_xstart       the network gives x̂, else ε̂
-    rescale_timesteps    the network is told t 1000/T, else t, from 0
-    timestep_respacing   steps to keep
+    predict_xstart       the network predicts x̂, else ε̂
+    rescale_timesteps    the time input of the network is t 1000/T, else t, from 0
+    timestep_respacing   number of steps to keep
 
-Their evaluation clips x̂ (`clip_denoised`), which is another model than the one trained: here it is
-asked for with clip=True.
+Their evaluation clips x̂ (`clip_denoised`), which is a different model from the one trained; here
+it is requested by clip=True.
 """
 
 import math
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from nelbo._utils import limits
 from nelbo._utils.files import put_weights, read_tensors
@@ -55,9 +56,9 @@ DEFAULTS: dict[str, int | bool | str] = {
     "predict_xstart": False,
     "rescale_timesteps": True,
 }
-#: of training only
+#: flags that only affect training
 IGNORED = {"dropout", "use_kl", "rescale_learned_sigmas", "use_checkpoint", "use_fp16"}
-#: whose being set makes the number another model's, and what to do
+#: flags that imply another model, and what to do instead
 REFUSED = {
     "clip_denoised": "x̂ is clipped: another model than the one trained; leave the flag out and ask"
     " for clip=True (after the path: ,clip=yes)",
@@ -85,18 +86,18 @@ def load(
     clip: bool | None = None,
     label: int | None = None,
 ) -> Foreign:
-    """The model of a file of weights. Nothing in the file is executed.
+    """Load the model in a file of weights. No code in the file is executed.
 
     Args:
         path: a state dict, .pt or .safetensors.
-        flags: of the training script; by default those in the .json beside the file.
-        steps: the model of so many steps; all of the schedule's where left out.
+        flags: flags of the training script; by default those in the .json beside the file.
+        steps: number of steps of the model; by default all of the schedule.
         clip: clip x̂ to [-1, 1].
         label: the class, for a class-conditional model.
 
     Raises:
         FileNotFoundError: no such file, or no flags beside it.
-        ValueError: weights that are not of these flags, or flags that have no bound.
+        ValueError: the weights do not belong to these flags, or the flags have no bound.
     """
     path = Path(path)
     if not path.exists():
@@ -118,7 +119,7 @@ def build(
     clip: bool = False,
     label: int | None = None,
 ) -> Foreign:
-    """The model of a network in memory, network(y, time) or network(y, time, label)."""
+    """Return the model of a network in memory, network(y, time) or network(y, time, label)."""
     flags = check_flags(flags)
     total, size = _int(flags, "diffusion_steps"), _int(flags, "image_size")
     betas = named_betas(str(flags["noise_schedule"]), total)
@@ -151,19 +152,20 @@ def build(
 
 
 class Labelled(nn.Module):
-    """network(y, time) of a class."""
+    """network(y, time) for a fixed class."""
 
     def __init__(self, network: nn.Module, label: int) -> None:
         super().__init__()
         self.network, self.label = network, label
 
+    @override
     def forward(self, y: Tensor, time: Tensor) -> Tensor:
         output: Tensor = self.network(y, time, torch.full((len(y),), self.label, device=y.device))
         return output
 
 
 def check_flags(flags: Flags) -> dict[str, int | bool | str]:
-    """The flags with defaults for those left out.
+    """Return the flags with defaults for missing ones.
 
     Raises:
         ValueError: an unknown flag, one of the wrong type, or one of `REFUSED`.
@@ -194,7 +196,7 @@ def check_flags(flags: Flags) -> dict[str, int | bool | str]:
 
 
 def architecture(flags: Flags) -> Architecture:
-    """The network of these flags."""
+    """Return the architecture that the flags describe."""
     size, channels = _int(flags, "image_size"), _int(flags, "num_channels")
     multipliers: tuple[float, ...] | None = MULTIPLIERS.get(size)
     if flags["channel_mult"]:
@@ -227,7 +229,7 @@ def architecture(flags: Flags) -> Architecture:
 
 
 def named_betas(name: str, steps: int) -> list[float]:
-    """β_1..β_T.
+    """Return β_1..β_T.
 
     >>> [round(beta, 6) for beta in named_betas("linear", 1000)[::999]]
     [0.0001, 0.02]
@@ -257,7 +259,7 @@ def _ints(flags: Flags, name: str) -> list[int]:
 
 
 def _respacing(flags: Flags) -> int:
-    """The number of steps that the flags keep."""
+    """Return the number of steps that the flags keep."""
     text = str(flags["timestep_respacing"])
     if not text:
         return _int(flags, "diffusion_steps")
@@ -284,10 +286,10 @@ def _weights(path: Path) -> dict[str, Tensor]:
     try:
         _check_zip(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows as whatever its opcodes led to
+    except Exception as error:  # a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path} is not a file of tensors and nothing else ({reason}); save a state_dict()"
+            f"{path} is not a file of tensors only ({reason}); save a state_dict()"
         ) from None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path} holds no state dict; save network.state_dict() there")
@@ -297,13 +299,13 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_zip(path: Path) -> None:
-    """Raise ValueError where a file that torch.save wrote unpacks to more than it holds."""
+    """Raise ValueError if a file written by torch.save unpacks to more than its own size."""
     if not zipfile.is_zipfile(path):
-        return  # as torch.save wrote before 1.6: nothing in it is packed
+        return  # the format of torch.save before 1.6, which is not compressed
     with zipfile.ZipFile(path) as archive:
         size = sum(member.file_size for member in archive.infolist())
     if size > path.stat().st_size and not limits.trusted():
-        raise ValueError(f"it says that it holds {size} bytes, and torch.save packs none")
+        raise ValueError(f"it claims to hold {size} bytes, and torch.save does not compress")
 
 
 def _check_dense(tensor: Tensor, where: str) -> None:

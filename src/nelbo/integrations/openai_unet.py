@@ -1,6 +1,6 @@
-r"""The network of Nichol & Dhariwal 2021 and Dhariwal & Nichol 2021, so that its weights load.
+"""The network of Nichol & Dhariwal 2021 and Dhariwal & Nichol 2021, compatible with its weights.
 
-A U-Net: at each of its resolutions some residual blocks, with attention at some; their outputs go
+It is a U-Net: each resolution has residual blocks, some with attention; their outputs are passed
 to the blocks of the same resolution on the way up. Sources: the papers (appendix A; section 3) and
 the names in published weights, which the names here must equal:
 
@@ -20,26 +20,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 GROUPS = 32
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes, under the names of the papers.
+    """Sizes of the network, named as in the papers.
 
     Args:
-        channels: of the first layer; the embedding has 4 times as many.
+        channels: channels of the first layer; the embedding has 4 times as many.
         outputs: channels of the output.
         blocks: residual blocks per resolution.
-        multipliers: of the channels at each resolution.
-        attention: at these factors of downsampling.
-        heads: of attention.
-        heads_up: of attention on the way up.
-        head_channels: in place of a number of heads; None keeps that.
-        scale_shift: the embedding scales and shifts after the norm, else it is added.
-        updown: residual blocks resample, else convolutions.
-        qkv_first: q, k and v are apart before heads are, else after.
+        multipliers: factor of the channels at each resolution.
+        attention: factors of downsampling with attention.
+        heads: number of attention heads on the way down.
+        heads_up: number of attention heads on the way up.
+        head_channels: channels per head, which override the number of heads; or None.
+        scale_shift: whether the embedding scales and shifts after the norm, or else is added.
+        updown: whether residual blocks resample, or else convolutions.
+        qkv_first: whether channels are split into q, k, v before heads, or else after.
         classes: number of classes, or None.
     """
 
@@ -58,7 +59,8 @@ class Architecture:
 
 
 def sines(time: Tensor, count: int) -> Tensor:
-    """cos and sin of time at count/2 frequencies from 1 down to nearly 1/10000; (B, count)."""
+    """Return cos and sin of time at count/2 frequencies from 1 down to about 1/10000; (B,
+    count)."""
     half = count // 2
     places = torch.arange(half, dtype=torch.float32, device=time.device)
     angle = time[:, None].float() * torch.exp(-math.log(10000) * places / half)
@@ -66,29 +68,32 @@ def sines(time: Tensor, count: int) -> Tensor:
 
 
 class Up(nn.Module):
-    """Twice the size, then a convolution."""
+    """Double the size by nearest neighbours, then convolve."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
+    @override
     def forward(self, h: Tensor) -> Tensor:
         return self.conv(functional.interpolate(h, scale_factor=2.0, mode="nearest"))
 
 
 class Down(nn.Module):
-    """Half the size by a convolution."""
+    """Halve the size by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
+    @override
     def forward(self, h: Tensor) -> Tensor:
         return self.op(h)
 
 
 class Residual(nn.Module):
-    """Two convolutions, the embedding between them; the size times `resize`, 1/2, 1 or 2."""
+    """Two convolutions with the embedding between them; `resize` scales the size by 1/2, 1 or
+    2."""
 
     def __init__(self, a: Architecture, inputs: int, outputs: int, resize: float = 1.0) -> None:
         super().__init__()
@@ -102,12 +107,13 @@ class Residual(nn.Module):
         self.out_layers = nn.Sequential(
             nn.GroupNorm(GROUPS, outputs),
             nn.SiLU(),
-            nn.Identity(),  # their dropout
+            nn.Identity(),  # dropout in the original
             nn.Conv2d(outputs, outputs, 3, padding=1),
         )
         same = inputs == outputs
         self.skip_connection = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1)
 
+    @override
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self._resized(self.in_layers[:2](x))
         h, e = self.in_layers[2](h), self.emb_layers(embedding)[..., None, None]
@@ -127,7 +133,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel attends to every pixel, in heads."""
+    """Multi-head attention of every pixel to every pixel."""
 
     def __init__(self, a: Architecture, channels: int, heads: int) -> None:
         super().__init__()
@@ -137,6 +143,7 @@ class Attention(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(2)
         qkv = self.qkv(self.norm(flat)).transpose(1, 2)
@@ -149,8 +156,9 @@ class Attention(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers one after the other; residual blocks are given the embedding."""
+    """A sequence of layers, of which residual blocks also take the embedding."""
 
+    @override
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         for layer in self:
             h = layer(h, embedding) if isinstance(layer, Residual) else layer(h)
@@ -171,7 +179,7 @@ class UNet(nn.Module):
             self.label_emb = nn.Embedding(a.classes, wide)
         widths = [int(m * a.channels) for m in a.multipliers]
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(3, widths[0], 3, padding=1)])])
-        kept = [widths[0]]  # channels of what the way up is given
+        kept = [widths[0]]  # channels of the skip connections
         here, factor = widths[0], 1
         for level, width in enumerate(widths):
             for _ in range(a.blocks):
@@ -204,6 +212,7 @@ class UNet(nn.Module):
             nn.GroupNorm(GROUPS, here), nn.SiLU(), nn.Conv2d(here, a.outputs, 3, padding=1)
         )
 
+    @override
     def forward(self, y: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         embedding = self.time_embed(sines(time, self.architecture.channels).to(y.dtype))
         if label is not None:

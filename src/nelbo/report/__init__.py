@@ -1,8 +1,8 @@
-"""One self-contained HTML page about a run: the bound, where its bits go, and what it samples.
+"""One self-contained HTML page about a run: its bound, where the bits go, and its samples.
 
-The page refers to nothing outside itself and follows from the run and the seed, but for the
-seconds that coding took. Its headline is the number of `nelbo evaluate RUN`; its samples are those
-of `nelbo sample RUN`.
+The page loads nothing from outside itself. It is determined by the run and the seed, except for
+the measured coding times. Its headline is the result of `nelbo evaluate RUN`; its samples are
+those of `nelbo sample RUN`.
 """
 
 from html import escape
@@ -34,7 +34,7 @@ from nelbo.runs.run import Run
 from nelbo.sampling.imputation import within
 from nelbo.sampling.samplers import ancestral
 
-SYNTHETIC = 1000  # rows of a table
+SYNTHETIC = 1000  # rows sampled for a table
 
 
 def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
@@ -42,9 +42,9 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
 
     Args:
         run: a trained run, from `nelbo.runs.run.load`.
-        out: the HTML file; replaced whole.
-        seed: everything random follows from it: the same run and seed make the same page, but for
-            the seconds.
+        out: the HTML file; it is replaced as a whole.
+        seed: seed of everything random: the same run and seed make the same page, except for
+            measured times.
         progress: show bars on the error stream.
 
     Returns:
@@ -88,7 +88,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
     template = Template(files("nelbo.report").joinpath("page.html").read_text(encoding="utf-8"))
     title = escape(f"nelbo: {sections.name_of(run)}")
     if world()[0] == 0:
-        # names in it come from files: no codes of a terminal, and nothing that turns text around
+        # names come from files: escape terminal codes and marks that reverse the text direction
         page = printable(template.substitute(title=title, body="\n".join(parts)))
         write(out, page.encode())
     return out
@@ -103,7 +103,7 @@ def _rows(
     seed: int,
     track: Track,
 ) -> tuple[Tensor, str]:
-    """Rows of a table as `nelbo sample` draws them, and a sentence on which those are."""
+    """Return synthetic rows as `nelbo sample` draws them, and a sentence that describes them."""
 
     def draw(rows: Tensor, seed: int) -> Tensor:
         given = rows_of(condition, rows)
@@ -112,8 +112,8 @@ def _rows(
     said: list[str] = []
     try:
         return within(draw, count, schema, seed, said.append), said[0]
-    except ValueError:  # hardly any row is within what training had
+    except ValueError:  # hardly any row is within the ranges of training
         return draw(torch.arange(count), seed), (
-            "as the model draws them, of which hardly any lie in the ranges and categories of"
-            " training"
+            "as the model draws them; hardly any lie within the ranges and categories of the"
+            " training data"
         )

@@ -74,7 +74,7 @@ STYLE: dict[Any, object] = {
 def plot(
     width: int, height: int, rows: int = 1, columns: int = 1
 ) -> Iterator[tuple["Figure", list["Axes"]]]:
-    """A figure and its axes, row by row, in the page's style."""
+    """Yield a figure and its axes, row by row, in the style of the page."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -84,7 +84,7 @@ def plot(
 
 
 def svg(figure: "Figure", name: str, label: str) -> str:
-    """A figure as an SVG element whose identifiers start with `name`."""
+    """Return a figure as an SVG element whose identifiers start with `name`."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -108,12 +108,12 @@ def svg(figure: "Figure", name: str, label: str) -> str:
 
 
 def uri(picture: Image.Image) -> str:
-    """A picture as the address of itself."""
+    """Return a picture as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
 
 
 def mosaic(images: np.ndarray, columns: int, side: int = 900) -> Image.Image:
-    """RGB images (N, H, W, 3) of 8 bits in rows, on transparent ground, about `side` wide."""
+    """Arrange 8-bit RGB images (N, H, W, 3) in rows on a transparent ground, about `side` wide."""
     n, h, w, _ = images.shape
     rows, gap = math.ceil(n / columns), max(1, round(w / 12))
     sheet = np.zeros((rows * (h + gap) - gap, columns * (w + gap) - gap, 4), np.uint8)
@@ -131,7 +131,7 @@ def mosaic(images: np.ndarray, columns: int, side: int = 900) -> Image.Image:
 
 
 def terms(values: Sequence[tuple[str, float]], unit: str) -> str:
-    """What each term adds: one bar, or one below the other where a term is negative."""
+    """Draw the terms of the bound: one stacked bar, or separate bars if a term is negative."""
     below = any(value < 0 for _, value in values)
     with plot(470, 150 if below else 90) as (figure, [ax]):
         start = 0.0
@@ -160,7 +160,7 @@ def density(
     unit: str,
     gamma: Sequence[tuple[float, str]],
 ) -> str:
-    """The diffusion term per unit of t, a step for each bin; log-SNR above."""
+    """Draw the diffusion term per unit of t, one step per bin, with -log SNR on the upper axis."""
     width = np.diff(edges)
     height, error = np.array(values) / width, np.nan_to_num(np.array(errors)) / width
     with plot(470, 300) as (figure, [ax]):
@@ -183,7 +183,7 @@ def density(
 class StepCurve:
     """The bound against the number of steps; the last value belongs to T = ∞.
 
-    A thin one is a companion of the curve before it, in its colour.
+    A thin curve accompanies the curve before it, in the same colour.
     """
 
     name: str
@@ -194,7 +194,7 @@ class StepCurve:
 
 
 def step_curves(curves: Sequence[StepCurve], unit: str) -> str:
-    """Bound against T on a logarithmic axis, ∞ apart at its end; far values as numbers."""
+    """Draw the bound against T on a logarithmic axis, ∞ apart; write far values as numbers."""
     low, top = readable([value for curve in curves for value in curve.values])
     with plot(470, 300) as (figure, [ax]):
         i = -1
@@ -226,7 +226,7 @@ def step_curves(curves: Sequence[StepCurve], unit: str) -> str:
 
 
 def readable(values: Sequence[float], spread: float = 3.5) -> tuple[float, float]:
-    """Limits of an axis that ends `spread` times as far from the least value as the median."""
+    """Return limits of an axis that ends `spread` times as far from the minimum as the median."""
     low, high = min(values), max(values)
     least = 1e-3 * max(abs(low), 1e-3)
     usual = low + max(spread * (float(np.median(values)) - low), 0.15 * abs(low), least)
@@ -236,7 +236,7 @@ def readable(values: Sequence[float], spread: float = 3.5) -> tuple[float, float
 
 
 def training(metrics: Sequence[Mapping[str, float]], best: int, unit: str) -> str:
-    """The running bound on training data, the bound on validation data, the best step."""
+    """Draw the running bound on training data, the bound on validation data, and the best step."""
     steps = np.array([event["step"] for event in metrics])
     train = np.array([event["train"] for event in metrics])
     valid = np.array([event["validation"] for event in metrics])
@@ -257,7 +257,7 @@ def training(metrics: Sequence[Mapping[str, float]], best: int, unit: str) -> st
 
 
 def pairs(real: np.ndarray, sampled: np.ndarray, levels: int | None) -> str:
-    """Real and sampled vectors (N, d): each dimension alone, and each pair."""
+    """Draw real and sampled vectors (N, d): each dimension alone, and each pair."""
     d = real.shape[1]
     low, high = np.quantile(real, 0.002, 0), np.quantile(real, 0.998, 0)
     margin = 0.1 * np.maximum(high - low, 1e-9) if levels is None else 0.6
@@ -280,7 +280,7 @@ def pairs(real: np.ndarray, sampled: np.ndarray, levels: int | None) -> str:
             ):
                 if row == column:
                     inside, edges = np.histogram(x[:, row], bins[row])
-                    height = inside / (len(x) * np.diff(edges))  # of all, also those outside
+                    height = inside / (len(x) * np.diff(edges))  # a density of all values
                     ax.stairs(
                         height, edges, color=shade, linewidth=1.5, label=None if row else name
                     )
@@ -319,7 +319,7 @@ def _label(ax: "Axes", row: int, column: int, d: int) -> None:
 
 
 def heat(cost: np.ndarray, unit: str) -> str:
-    """A map (H, W) of what each pixel costs."""
+    """Draw a map (H, W) of the cost of each pixel."""
     h, w = cost.shape
     with plot(min(470, round(360 * w / h) + 70), 370) as (figure, [ax]):
         image = ax.imshow(cost, cmap=HEAT, interpolation="none", vmin=min(0.0, cost.min()))
@@ -331,7 +331,7 @@ def heat(cost: np.ndarray, unit: str) -> str:
 
 
 def heated(cost: np.ndarray, high: float) -> np.ndarray:
-    """Maps (N, H, W) as RGB images of 8 bits; black is 0 and below, the lightest is `high`."""
+    """Return maps (N, H, W) as RGB images of 8 bits, from black at 0 to the lightest at `high`."""
     import matplotlib
 
     colours = matplotlib.colormaps[HEAT](np.clip(cost / high, 0, 1))
@@ -339,7 +339,7 @@ def heated(cost: np.ndarray, high: float) -> np.ndarray:
 
 
 def dimensions(mean: np.ndarray, error: np.ndarray, unit: str) -> str:
-    """What each dimension of a vector costs."""
+    """Draw the cost of each dimension of a vector."""
     from matplotlib.ticker import MaxNLocator
 
     at = np.arange(1, len(mean) + 1)

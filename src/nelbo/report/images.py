@@ -1,4 +1,4 @@
-"""Examples as pictures, and the files that samples are written to."""
+"""Examples as pictures, and the files to which samples are written."""
 
 import io
 import math
@@ -16,13 +16,13 @@ from nelbo.data.readers.text import decode
 from nelbo.data.tabular import encoding, tables
 from nelbo.diffusion.process import ForwardProcess
 
-SIDE = 1024  # pixels of the longer side of a grid, where its enlargement stops
+SIDE = 1024  # maximal longer side of an enlarged grid, in pixels
 RULE = "-" * 72  # between samples of text
 MASK = np.array([104, 124, 158], np.uint8)  # a grey that no grey pixel has
 
 
 def to_bytes(x: Tensor, schema: Schema) -> np.ndarray:
-    """Images (N, C, H, W) as (N, H, W, C) of 8 bits: levels fill 0..255, real data their range."""
+    """Convert images (N, C, H, W) to 8 bits, (N, H, W, C); real data are scaled to their range."""
     pixels = x.double().movedim(1, -1).numpy()
     if schema.levels is not None:
         pixels = pixels / (schema.levels - 1)
@@ -33,8 +33,10 @@ def to_bytes(x: Tensor, schema: Schema) -> np.ndarray:
 
 
 def grid(x: Tensor, schema: Schema) -> Image.Image:
-    """Images (N, C, H, W), C = 1, 3 or 4, side by side in about a square, one pixel of margin;
-    enlarged by a whole factor to at most SIDE."""
+    """Arrange images (N, C, H, W), C = 1, 3 or 4, in about a square with margins of one pixel.
+
+    The picture is enlarged by a whole factor to at most SIDE pixels.
+    """
     images = to_bytes(x, schema)
     n, h, w, c = images.shape
     columns = math.ceil(math.sqrt(n))
@@ -52,7 +54,7 @@ def grid(x: Tensor, schema: Schema) -> Image.Image:
 
 
 def over_white(pixels: np.ndarray) -> np.ndarray:
-    """Grey, RGB or RGBA of 8 bits, shape (..., C), as RGB on a white ground, (..., 3)."""
+    """Convert 8-bit grey, RGB or RGBA pixels (..., C) to RGB on a white ground, (..., 3)."""
     if pixels.shape[-1] < 4:
         return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
     opaque = pixels[..., 3:] / 255
@@ -60,12 +62,14 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 
 
 class Canvas:
-    """Data, latents and predictions as RGB pixels: all levels, or real data between quantiles.
+    """Convert data, latents and predictions to RGB pixels.
+
+    Integers span all levels; real data are clipped to quantiles.
 
     Args:
-        process: what the latents are of.
-        schema: what an image is, C = 1, 3 or 4.
-        x: images from which the span of real data is taken.
+        process: the process of the latents.
+        schema: the schema of the images, C = 1, 3 or 4.
+        x: images that set the range of real data.
     """
 
     def __init__(self, process: ForwardProcess, schema: Schema, x: Tensor) -> None:
@@ -76,27 +80,27 @@ class Canvas:
         self.low, self.high = low, max(high, low + 1e-12)
 
     def data(self, x: Tensor) -> np.ndarray:
-        """x (N, C, H, W) in the data's units as (N, H, W, 3)."""
+        """Return x (N, C, H, W), in the units of the data, as pixels (N, H, W, 3)."""
         pixels = (x.double().cpu().movedim(1, -1).numpy() - self.low) / (self.high - self.low)
         pixels = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
         return over_white(pixels)
 
     def latent(self, z: Tensor, t: float) -> np.ndarray:
-        """z_t, brought to the range of the data; masks in a colour of their own."""
+        """Return z_t as pixels, rescaled to the range of the data; masks have their own colour."""
         x, hidden = self.process.picture(z, torch.tensor(t, dtype=torch.float64))
         masked = hidden.cpu().movedim(1, -1).numpy()
         return np.where(masked[..., :3], MASK, self.data(x)).astype(np.uint8)
 
     def prediction(self, e_hat: Tensor, z: Tensor) -> np.ndarray:
-        """The mean of x that is predicted at z; a symbol that shows is itself."""
+        """Return the mean of x predicted from z as pixels; unmasked symbols are shown as is."""
         return self.data(self.process.mean(e_hat, z))
 
 
 def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
-    """How samples become the file `out`, or what is printed; decided before they are drawn.
+    """Return a function that converts samples to the bytes of the file `out`, or to printed text.
 
     Raises:
-        ValueError: a suffix that such examples are not written to.
+        ValueError: such examples cannot be written to a file with this suffix.
     """
     images = len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4)
     kinds = [".txt"] if schema.alphabet is not None else [".png"] if images else []

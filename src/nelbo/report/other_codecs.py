@@ -1,7 +1,7 @@
-"""What other lossless codecs make of the same examples, and in which time.
+"""Sizes and times of other lossless codecs on the same examples.
 
-Images are written as one sheet of all, about square, which suits these codecs better than a file
-each; the best of the plausible layouts counts.
+All images are written as one sheet, about square, which suits these codecs better than one file
+each; other data are tried in two memory layouts, and the smaller file counts.
 """
 
 import bz2
@@ -20,7 +20,7 @@ SLOW = 2**19  # pixels beyond which the slowest settings take too long
 
 @dataclass(frozen=True)
 class Rival:
-    """A codec and what it makes of the examples.
+    """A codec and its result on the examples.
 
     Args:
         name: with its settings.
@@ -34,10 +34,12 @@ class Rival:
 
 
 def rivals(x: np.ndarray) -> list[Rival]:
-    """Those that are installed on examples (N, ...) of uint8; images are (N, C, H, W).
+    """Return the results of the installed codecs on examples (N, ...) of uint8.
+
+    Images are (N, C, H, W).
 
     Raises:
-        ValueError: one of them does not return what it was given.
+        ValueError: a codec does not restore the data.
     """
     raw = np.ascontiguousarray(x, np.uint8)
     by_place = np.ascontiguousarray(raw.reshape(len(raw), -1).T)
@@ -60,7 +62,7 @@ def rivals(x: np.ndarray) -> list[Rival]:
 
 
 def sheet(x: np.ndarray) -> np.ndarray:
-    """Images (N, C, H, W) side by side in rows as one image (H', W'[, 3])."""
+    """Arrange images (N, C, H, W) side by side in rows as one image (H', W'[, 3])."""
     n, c, h, w = x.shape
     columns = math.ceil(math.sqrt(n * h / w))
     rows = -(-n // columns)
@@ -70,10 +72,12 @@ def sheet(x: np.ndarray) -> np.ndarray:
 
 
 def of_images(images: list[np.ndarray]) -> list[Rival]:
-    """Codecs of images that are installed, on images (H, W) or (H, W, 3) of uint8, a file each.
+    """Return the results of the installed image codecs on images (H, W) or (H, W, 3) of uint8.
+
+    Each image is a file of its own; sizes and times are summed.
 
     Raises:
-        ValueError: one of them does not return what it was given.
+        ValueError: a codec does not restore the images.
     """
     effort = 10 if sum(pixels.size for pixels in images) <= SLOW else 7
     forms: list[tuple[str, str, dict[str, object]]] = [("PNG", "PNG", {"optimize": True})]
@@ -116,7 +120,7 @@ def _best(
     pack: Callable[[bytes], bytes],
     unpack: Callable[[bytes], bytes],
 ) -> Rival:
-    """The shortest of the layouts; the seconds are those of one."""
+    """Return the smallest result among the layouts, with the seconds of that layout."""
     tries = []
     for data in layouts:
         start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Are synthetic rows as good as new real ones? Pairs of columns, copies, and use for prediction.
+"""Compare synthetic rows with new real ones: pairs of columns, copies, and use for prediction.
 
-Rows here are of three kinds: those seen in training, real ones that were held out, and synthetic
-ones. Whatever is measured of synthetic rows is measured of as many held-out rows too, both against
-the rows seen: what a perfect model would reach is not 0 or 1 but the number of the held-out rows.
+There are three kinds of rows: those seen in training, real ones that were held out, and synthetic
+ones. Each measurement is made for synthetic rows and for equally many held-out rows, both against
+the rows seen: a perfect model reaches not 0 or 1 but the value of the held-out rows.
 """
 
 import warnings
@@ -22,15 +22,15 @@ from nelbo.report.tables import known
 SEEN = 20_000  # rows of the training data that others are compared with, at most
 TARGETS = 12  # columns that are predicted, at most
 TREES = 100
-BINS = 20  # of distances
+BINS = 20  # in the histogram of distances
 
 
 @dataclass(frozen=True)
 class Features:
-    """Columns as numbers, (N, F), and which of the columns each belongs to, (F,).
+    """Columns as numbers, (N, F), and the index of the column that each belongs to, (F,).
 
-    A number is itself or its rank, 0 where it is missing, after which an indicator stands; a
-    category is an indicator of each of its values.
+    A number stands for itself or for its rank, 0 if missing, followed by an indicator of missing
+    cells; a category becomes one indicator per value.
     """
 
     values: np.ndarray
@@ -39,22 +39,24 @@ class Features:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one kind: their columns as `tables.known` gives them."""
+    """Rows of one kind, with their columns as `tables.known` returns them."""
 
     columns: list[tuple[Place, np.ndarray]]
 
     @staticmethod
     def of(x: Tensor, columns: tuple[Column, ...]) -> "Rows":
+        """Return examples x (N, D) as rows."""
         return Rows(known(x, columns))
 
     def __len__(self) -> int:
         return len(self.columns[0][1])
 
     def first(self, count: int) -> "Rows":
+        """Return the first `count` rows."""
         return Rows([(place, v[:count]) for place, v in self.columns])
 
     def features(self, scale: "Rows | None" = None) -> Features:
-        """Numbers in standard deviations of the rows `scale`; as ranks where left out."""
+        """Return numbers in standard deviations of the rows `scale`; as ranks by default."""
         parts, owners = [], []
         for i, (place, v) in enumerate(self.columns):
             missing = np.isnan(v)
@@ -74,10 +76,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Of each pair of columns a correlation of ranks: of rows seen, held out, and synthetic.
+    """A rank correlation for each pair of columns, in rows seen, held out, and synthetic.
 
-    Categories and missing cells count as indicators, of which that one stands for a pair whose
-    correlation is the largest in the rows seen.
+    Categories and missing cells count as indicators; a pair is represented by the two indicators
+    whose correlation is the largest in the rows seen.
     """
 
     names: list[tuple[str, str]]
@@ -97,8 +99,8 @@ class Pairs:
 
 
 def pairs(seen: Rows, held: Rows, made: Rows) -> Pairs:
-    """Correlations between columns, of as many held-out as synthetic rows."""
-    count = min(len(held), len(made))  # noise grows where rows are few
+    """Return the correlations between columns, of as many held-out as synthetic rows."""
+    count = min(len(held), len(made))  # so that both have the same noise
     features = [rows.features() for rows in (seen, held.first(count), made.first(count))]
     owner = features[0].column
     tables = [_correlations(each.values) for each in features]
@@ -113,7 +115,7 @@ def pairs(seen: Rows, held: Rows, made: Rows) -> Pairs:
 
 
 def _correlations(values: np.ndarray) -> np.ndarray:
-    """Those of the columns; 0 with a constant one."""
+    """Return the correlations between columns; 0 if one is constant."""
     centred = values - values.mean(0)
     norm = np.sqrt(np.square(centred).sum(0))
     unit = centred / np.where(norm > 0, norm, 1.0)
@@ -124,7 +126,7 @@ def _correlations(values: np.ndarray) -> np.ndarray:
 class Copies:
     """Distances of rows, (N,), to the nearest of the rows seen.
 
-    In standard deviations of numbers; another category counts as one of them.
+    The unit is a standard deviation of numbers; a different category has distance 1.
     """
 
     held: np.ndarray
@@ -132,8 +134,11 @@ class Copies:
 
     @property
     def nearer(self) -> tuple[float, float]:
-        """The probability that a synthetic row lies nearer to the rows seen than a held-out row
-        does, and its standard error: ½ for new rows of the same law, 1 for copies."""
+        """Probability that a synthetic row is nearer to the rows seen than a held-out row.
+
+        The second number is its standard error. The probability is ½ for new rows of the same
+        distribution and 1 for copies.
+        """
         n, m = len(self.held), len(self.made)
         ranks = rankdata(np.concatenate([self.held, self.made]))[n:]
         share = 1 - (ranks.sum() - m * (m + 1) / 2) / (n * m)
@@ -141,12 +146,12 @@ class Copies:
 
     @property
     def exact(self) -> tuple[int, int]:
-        """How many held-out and synthetic rows equal a row seen."""
+        """Numbers of held-out and of synthetic rows that equal a row seen."""
         return int((self.held < 1e-9).sum()), int((self.made < 1e-9).sum())
 
 
 def copies(seen: Rows, held: Rows, made: Rows) -> Copies:
-    """Are synthetic rows those of the training data?"""
+    """Measure how near held-out and synthetic rows are to the rows seen."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=1).fit(seen.features(seen).values)
@@ -158,10 +163,11 @@ def copies(seen: Rows, held: Rows, made: Rows) -> Copies:
 
 @dataclass(frozen=True)
 class Use:
-    """How often a column is predicted right from the others, of held-out rows.
+    """Accuracy of predicting a column of held-out rows from their other columns.
 
-    By a random forest that was trained on rows seen, or on as many synthetic ones; and by always
-    naming what is most frequent. Of a number it is asked whether it lies above its median.
+    The predictor is a random forest trained on rows seen, or on equally many synthetic ones; or
+    the most frequent value (`always`). For a number, the question is whether it exceeds its
+    median.
     """
 
     name: str
@@ -171,7 +177,7 @@ class Use:
 
 
 def use(seen: Rows, held: Rows, made: Rows, seed: int = 0) -> list[Use]:
-    """What synthetic rows are good for, for each of the first columns."""
+    """Measure how well synthetic rows train a predictor, for each of the first columns."""
     from sklearn.ensemble import RandomForestClassifier
 
     count = min(len(seen), len(made))
@@ -185,7 +191,7 @@ def use(seen: Rows, held: Rows, made: Rows, seed: int = 0) -> list[Use]:
         right = []
         for target, trained in ((y_real, features[0]), (y_made, features[1])):
             forest = RandomForestClassifier(TREES, min_samples_leaf=2, random_state=seed)
-            with warnings.catch_warnings():  # a category may have nearly as many as rows
+            with warnings.catch_warnings():  # a category may have nearly as many values as rows
                 warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
                 forest.fit(trained.values[:, others], target)
             right.append(float((forest.predict(features[2].values[:, others]) == y).mean()))
@@ -196,7 +202,7 @@ def use(seen: Rows, held: Rows, made: Rows, seed: int = 0) -> list[Use]:
 
 
 def _target(place: Place, values: np.ndarray, middle: float) -> np.ndarray:
-    """Classes, (N,): -1 where missing."""
+    """Return classes, (N,); -1 where missing."""
     if place.column.group == "symbols":
         return np.nan_to_num(values, nan=-1).astype(np.int64)
     return np.where(np.isnan(values), -1, (values > middle).astype(np.int64))
@@ -204,7 +210,7 @@ def _target(place: Place, values: np.ndarray, middle: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quality:
-    """What is known of synthetic rows."""
+    """Measurements of synthetic rows."""
 
     pairs: Pairs
     copies: Copies
@@ -214,7 +220,7 @@ class Quality:
 def measure(
     columns: tuple[Column, ...], seen: Tensor, held: Tensor, made: Tensor, seed: int = 0
 ) -> Quality:
-    """All of it, from examples (N, D) of training, held out, and synthetic."""
+    """Measure pairs, copies and use from examples (N, D) seen, held out, and synthetic."""
     with seeded(seed):
         order = torch.randperm(len(seen))[:SEEN], torch.randperm(len(held))[: len(made)]
     seen, held = (as_examples(x[rows]) for x, rows in zip((seen, held), order, strict=True))
@@ -223,7 +229,7 @@ def measure(
 
 
 def figure(of_pairs: Pairs, of_rows: Copies) -> str:
-    """Correlations, synthetic against real; and the distances to the rows seen."""
+    """Draw correlations, synthetic against real, and the distances to the rows seen, as SVG."""
     with figures.plot(760, 300, 1, 2) as (canvas, (left, right)):
         for values, colour, size in (
             (of_pairs.held, figures.ORANGE, 3.0),

@@ -1,4 +1,4 @@
-"""A picture of scores beside those of reference data."""
+"""A picture of anomaly scores beside those of reference data."""
 
 import io
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ COLOURS = (BLUE, GREEN, ORANGE, INK)
 
 
 def histogram(scores: Mapping[str, Tensor], label: str) -> bytes:
-    """A PNG picture of the densities of several sets of scores, the last one in ink.
+    """Return a PNG picture of the densities of several sets of scores, the last one in ink.
 
     Scores far from all the others are counted in the outermost bins.
     """

@@ -1,4 +1,4 @@
-"""The sections of the page that `report` writes, each from what was measured to HTML."""
+"""The sections of the page that `report` writes, each from measurements to HTML."""
 
 import math
 import platform
@@ -26,7 +26,7 @@ from nelbo.runs.run import Run
 
 
 def headline(run: Run, result: Evaluation) -> str:
-    """The bound, what it means, and all it takes to obtain it again."""
+    """Return the bound, its meaning, and everything needed to reproduce it."""
     value = result.nats if result.bits_per_dim is None else result.bits_per_dim
     error = result.standard_error
     facts = {
@@ -78,7 +78,7 @@ def _meaning(schema: Schema, result: Evaluation) -> str:
 
 
 def terms(model: Model, result: Evaluation) -> str:
-    """The three terms, and the diffusion term over time."""
+    """Return the section on the three terms and the diffusion term over time."""
     values, unit = list(vars(result.terms).items()), result.unit
     what = {
         "prior": "KL( q(z<sub>T</sub>|x) ‖ P(z<sub>T</sub>) )",
@@ -115,7 +115,7 @@ def _gamma(model: Model, t: float) -> str:
 
 
 def steps(curves: list[figures.StepCurve], model: Model, unit: str, examples: int) -> str:
-    """The bound against the number of steps."""
+    """Return the section on the bound against the number of steps."""
     rows = [
         (
             str(steps),
@@ -127,16 +127,16 @@ def steps(curves: list[figures.StepCurve], model: Model, unit: str, examples: in
     return _section(
         "The price of few steps",
         "With T steps a sample costs T network calls, and the bound belongs to exactly that"
-        f" sampler. Uniform times, or the best ones for this model, as"
-        f" nelbo sample takes them; the same {examples} test examples for every T; bars are one"
-        f" standard error. This run takes the {own_step(model)}.",
+        f" sampler. The times are uniform, or the best ones for this model, as in nelbo sample;"
+        f" every T uses the same {examples} test examples; bars are one standard error. This run"
+        f" uses the {own_step(model)}.",
         f'<div class="two"><figure>{figures.step_curves(curves, unit)}</figure>'
         f'<div class="wide">{_table(head, rows)}</div></div>',
     )
 
 
 def files(run: Run, coded: Coded | None) -> str:
-    """Bytes and seconds of lossless codecs on the same examples; nothing where there are none."""
+    """Return the section on bytes and seconds of lossless codecs on the same examples, or ""."""
     if coded is None:
         return ""
     every = sorted([*coded.ours, *coded.others], key=lambda rival: rival.size)
@@ -156,8 +156,8 @@ def files(run: Run, coded: Coded | None) -> str:
         "What the bits buy",
         f"The bound is the length of a file: {coded.examples} test examples, compressed and"
         " decompressed exactly, header and checksums included. More steps make a smaller file and"
-        f" take longer. The other codecs had the same examples{images}; the model, which both"
-        " sides have, is no part of its files. Few examples pay more for the file's start.",
+        f" take longer. The other codecs coded the same examples{images}; the model, which both"
+        " sides have, is not part of the files. With few examples the file's header weighs more.",
         f'<div class="wide">{_table(head, rows)}</div>',
     )
 
@@ -167,7 +167,7 @@ def _seconds(value: float) -> str:
 
 
 def training(run: Run, unit: str) -> str:
-    """The curves of training; nothing where the run has no validation yet."""
+    """Return the section on the curves of training; "" if the run has no validation yet."""
     events = [e for e in run.metrics if math.isfinite(e.get("validation", math.nan))]
     if not events:
         return ""
@@ -198,7 +198,7 @@ def training(run: Run, unit: str) -> str:
 
 
 def images(run: Run, x: Tensor, path: Trajectory) -> str:
-    """Samples beside test data, and how samples come about."""
+    """Return the section on samples of images beside test data, and on their trajectories."""
     canvas = Canvas(run.model.process, run.config.schema, x)
     grids = "".join(
         f"<figure><h3>{title}</h3>{_picture(canvas.data(images[:64]), 8, title)}</figure>"
@@ -216,7 +216,7 @@ def images(run: Run, x: Tensor, path: Trajectory) -> str:
     return _section(
         "Samples",
         f"{len(path.x)} samples in {SAMPLE_STEPS} steps beside as many test examples, none of them"
-        " chosen. Below, how the first six came about: from noise at t = 1 to the sample x."
+        " selected. Below, the trajectories of the first six: from noise at t = 1 to the sample x."
         f"{grey}",
         f'<div class="two">{grids}</div><div class="two" style="margin-top:32px">'
         f"<div><h3>Latent z<sub>t</sub></h3>{_strip([*latents, final], [*labels, 'x'])}</div>"
@@ -234,12 +234,12 @@ def _strip(columns: list[np.ndarray], labels: list[str]) -> str:
 
 
 def vectors(schema: Schema, x: Tensor, path: Trajectory) -> str:
-    """Other data: the first dimensions of as many real examples as samples."""
+    """Return the section on samples of other data: their first dimensions beside real examples."""
     real = x.flatten(1)[:, :4].double().numpy()
     sampled = path.x[: len(x)].flatten(1)[:, :4].double().numpy()
     d = real.shape[1]
     which = f"the first {d} dimensions" if d < math.prod(schema.shape) else "all dimensions"
-    shaken = "; integers are shaken a little to tell them apart" if schema.levels else ""
+    shaken = "; integers are jittered to separate them" if schema.levels else ""
     return _section(
         "Samples",
         f"{len(sampled)} samples in {SAMPLE_STEPS} steps and {len(real)} test examples, {which}"
@@ -249,7 +249,7 @@ def vectors(schema: Schema, x: Tensor, path: Trajectory) -> str:
 
 
 def pixels(run: Run, x: Tensor, each: np.ndarray, unit: str) -> str:
-    """Images: the mean map, and the cheapest, the typical and the dearest examples."""
+    """Return the section on costs of pixels: their mean, and examples of low to high cost."""
     name = unit.removesuffix("/dim")
     maps = each.sum(1)
     total = maps.sum((1, 2))
@@ -269,7 +269,7 @@ def pixels(run: Run, x: Tensor, each: np.ndarray, unit: str) -> str:
     return _section(
         "The price of each pixel",
         f"The bound at 64 steps before it is summed over pixels{_channels(run)}: its mean over {n}"
-        " test examples, and the cheapest, the middle and the dearest two of them.",
+        " test examples, and the two cheapest, middle and most expensive ones.",
         f'<div class="two"><figure><h3>Mean</h3>{figures.heat(maps.mean(0), name)}</figure>'
         f'<div><h3>Single examples</h3><div class="pairs">{cells}</div>{scale}{ends}</div></div>',
     )
@@ -285,7 +285,7 @@ def _gradient() -> str:
 
 
 def columns(each: np.ndarray, unit: str) -> str:
-    """Other data: the mean cost of each dimension."""
+    """Return the section on the mean cost of each dimension of other data."""
     flat = each.reshape(len(each), -1)
     name = unit.removesuffix("/dim")
     error = flat.std(0, ddof=1) / math.sqrt(len(flat)) if len(flat) > 1 else np.zeros(len(flat[0]))
@@ -298,26 +298,26 @@ def columns(each: np.ndarray, unit: str) -> str:
 
 
 def table(schema: Schema, x: Tensor, made: Tensor, how: str, each: np.ndarray, unit: str) -> str:
-    """A table: the mean cost of each column, and synthetic rows beside real ones."""
+    """Return the section on costs of columns, and on synthetic rows beside real ones."""
     name = unit.removesuffix("/dim")
     head = ("column", name, "distance", "of two real samples", "missing, real / synthetic")
     return _section(
         "Columns",
         f"The bound at 64 steps before it is summed over columns, mean over {len(each)} test rows;"
-        f" and {len(made)} synthetic rows in {SAMPLE_STEPS} steps beside them: the distance is the"
-        " total variation of the binned marginals, next to what two samples of one law would"
-        f" have. Synthetic rows: {escape(how)}.",
+        f" and {len(made)} synthetic rows in {SAMPLE_STEPS} steps beside them. The distance is the"
+        " total variation between the binned marginals; beside it stands the distance expected of"
+        f" two samples from the same distribution. Synthetic rows: {escape(how)}.",
         f"<figure>{tables.marginals(schema.columns, x, made)}</figure>"
         f"{_table(head, tables.rows(schema.columns, x, made, each))}",
     )
 
 
 def quality(found: Quality) -> str:
-    """A table: whether synthetic rows keep pairs of columns, are new, and are of use."""
+    """Return the section on correlations between columns, novelty and use of synthetic rows."""
     pairs, copies = found.pairs, found.copies
     share, error = copies.nearer
     of_held, of_made = copies.exact
-    head = ("column", "always the commonest", "trained on real rows", "on synthetic rows")
+    head = ("column", "most frequent value", "trained on real rows", "on synthetic rows")
     rows = [
         (escape(use.name), *(f"{v:.3f}" for v in (use.always, use.real, use.synthetic)))
         for use in found.uses
@@ -326,20 +326,21 @@ def quality(found: Quality) -> str:
     return _section(
         "Synthetic rows",
         f"{made} synthetic rows beside {held} real ones that were held out, both compared with"
-        f" the rows of training. Rank correlations of pairs of columns differ from theirs by"
-        f" {pairs.difference:.3f} on average, those of as many held-out rows by"
-        f" {pairs.expected:.3f}. A synthetic row is"
+        f" the training rows. Rank correlations of pairs of columns differ from those of the"
+        f" training rows by {pairs.difference:.3f} on average; for as many held-out rows the"
+        f" difference is {pairs.expected:.3f}. A synthetic row is"
         f" nearer to the training rows than a held-out one with probability {share:.2f} ±"
         f" {error:.2f} (new rows 0.5, copies 1); {of_made} synthetic and {of_held} held-out rows"
-        " equal a training row. The table has the share of held-out rows in which a random forest"
-        " tells a column from the others (of numbers, whether it is above the median), ±"
-        f" {0.5 / math.sqrt(held):.3f} at most; it was trained on as many real as synthetic rows.",
+        " equal a training row. The table shows the fraction of held-out rows for which a random"
+        " forest predicts a column from the others (for numbers, whether it is above the median),"
+        f" ± {0.5 / math.sqrt(held):.3f} at most; the forest was trained on equally many real and"
+        " synthetic rows.",
         f"<figure>{draw_quality(pairs, copies)}</figure>{_table(head, rows)}",
     )
 
 
 def again(run: Run, seed: int) -> str:
-    """Versions, commands and the configuration."""
+    """Return the section with versions, commands and the configuration."""
     path = shlex.quote(str(run.path))
     commands = "\n".join(
         (
@@ -365,7 +366,7 @@ def again(run: Run, seed: int) -> str:
         f"nelbo {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )
     return _section(
-        "To obtain it again",
+        "How to reproduce this page",
         f"{versions}.",
         f"<pre>{escape(commands)}</pre><h3>config.json</h3>"
         f"<pre>{escape(run.config.to_json().strip())}</pre>",
@@ -377,9 +378,9 @@ def _kind_of_file(schema: Schema) -> str:
 
 
 def train_command(run: Run) -> str:
-    """The command with every option, so that it outlives the presets of a version."""
+    """Return the command that trains the run, with every option, independent of later presets."""
     config = run.config
-    if config.train.grid:  # fine-tuned from another run, whose name it does not know
+    if config.train.grid:  # fine-tuned from another run, whose name is not recorded
         tuned = f"--steps-of-bound {len(config.train.grid)} --steps {config.train.steps}"
         return f"nelbo train --resume RUN {tuned} --out {shlex.quote(str(run.path))}"
     options: dict[str, object] = {"levels": config.schema.levels, "size": config.size}
@@ -388,8 +389,8 @@ def train_command(run: Run) -> str:
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            words += [option] * value  # a flag, off where it is left out
-        # the absorbing process brings its only head and decoder
+            words += [option] * value  # a flag, off by default
+        # the absorbing process implies its only head and decoder
         elif value not in (None, (), "symbols", "categorical"):
             words.append(f"{option}\0{value}")
     words += [f"--condition\0{shlex.quote(label.name)}" for label in config.schema.condition]
@@ -401,6 +402,7 @@ def train_command(run: Run) -> str:
 
 
 def name_of(run: Run) -> str:
+    """Return the name of the data of a run."""
     return Path(run.config.source).name or run.config.source
 
 
@@ -420,7 +422,7 @@ def _spread(error: float) -> str:
 
 
 def _digits(error: float) -> int:
-    """Decimals that show two digits of an error."""
+    """Return the number of decimals that shows two digits of an error."""
     if not error > 0:
         return 3
     return min(6, max(0, 1 - math.floor(math.log10(error))))

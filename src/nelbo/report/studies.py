@@ -1,4 +1,4 @@
-"""What a report measures beside the bound: few steps, the path of samples, single dimensions."""
+"""Measurements of a report beside the bound: few steps, files, trajectories, single dimensions."""
 
 import time
 from collections.abc import Callable
@@ -30,23 +30,23 @@ from nelbo.sampling.samplers import descend
 STEPS = (2, 4, 8, 16, 32, 64)
 CODED_STEPS = (4, 8, 16, 64)
 SAMPLE_STEPS = 32
-EXAMPLES = 256  # at most, of the test data
+EXAMPLES = 256  # of the test data, at most
 
 
 def is_image(schema: Schema) -> bool:
-    """Grey, RGB or RGBA images that are worth showing as such."""
+    """Return whether examples are grey, RGB or RGBA images large enough to be shown as such."""
     return len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4) and min(schema.shape[1:]) >= 4
 
 
 def some(model: Model, x: Tensor, seed: int) -> Tensor:
-    """Rows of x drawn without replacement, in their order; fewer where each takes more memory."""
+    """Return random row numbers of x, sorted and distinct; fewer if each row takes more memory."""
     count = min(EXAMPLES, max(16, model.rows))
     with seeded(seed, 1):
         return torch.randperm(len(x))[:count].sort().values
 
 
 def steps_of(model: Model) -> dict[str, ReverseKernel]:
-    """The reverse steps this model can take, by name, its own included."""
+    """Return the reverse kernels that this model can use, by name, its own included."""
     values = model.head.level_values
     mixture = [] if values is None else [Mixture(values)]
     # the model's own is last, and so the one that its name stands for
@@ -55,7 +55,7 @@ def steps_of(model: Model) -> dict[str, ReverseKernel]:
 
 
 def own_step(model: Model) -> str:
-    """The name of the model's own step."""
+    """Return the name of the model's own reverse kernel."""
     return model.step.name(model.process)
 
 
@@ -66,11 +66,12 @@ def measure_steps(
     track: Track = iter,
     best: Callable[[int], TimeGrid] | None = None,
 ) -> tuple[list[StepCurve], Tensor]:
-    """Each reverse step at T = 2, 4, ..., 64, and ∞, which they share; and the costs of each
-    dimension (N, *shape) with the model's own step at 64. In the unit of the evaluation.
+    """Return the bound of each reverse kernel at T = 2, 4, ..., 64 and ∞, and costs per dimension.
 
-    All on uniform grids; with `best`, first the model's own step on the grids it gives, and the
-    same on uniform ones thin behind it.
+    The costs (N, *shape) are those of the model's own kernel at T = 64 on the uniform grid. All
+    are in the unit of the evaluation. The value at T = ∞ is common to all kernels. Grids are
+    uniform; with `best`, the first curve is the model's own kernel on the grids that it returns,
+    and the same kernel on uniform grids is drawn thin.
     """
     kinds = steps_of(model)
     limit = evaluate(model, batch, calls=64, seed=seed, track=track)
@@ -109,13 +110,13 @@ def measure_steps(
 
 @dataclass(frozen=True)
 class Coded:
-    """Files of the same examples, by this run at several numbers of steps and by other codecs.
+    """Sizes of examples coded by this run at several numbers of steps and by other codecs.
 
     Args:
-        examples: how many.
-        dims: of each.
-        ours: one for each number of steps.
-        others: that are installed.
+        examples: number of examples.
+        dims: dimensions of each.
+        ours: one result for each number of steps.
+        others: results of the installed codecs.
     """
 
     examples: int
@@ -127,8 +128,10 @@ class Coded:
 def measure_files(
     model: Model, x: Tensor, best: Callable[[int], TimeGrid], track: Track = iter
 ) -> Coded | None:
-    """The bytes that examples x (N, *shape) take; None where there is no lossless code of them,
-    or constriction is not installed."""
+    """Compress and decompress examples x (N, *shape) by the model and by other codecs.
+
+    Return None if there is no lossless code for the model, or constriction is not installed.
+    """
     try:
         check_codable(model)
         constriction()
@@ -151,7 +154,7 @@ def measure_files(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Ancestral samples x, and at some of the times z_t and the prediction ê at z_t."""
+    """Ancestral samples x, with z_t and the prediction ê(z_t) at some of the times."""
 
     x: Tensor
     times: list[float]
@@ -167,7 +170,7 @@ def trajectory(
     track: Track = iter,
     condition: Tensor | None = None,
 ) -> Trajectory:
-    """The samples of `sample.ancestral` on a grid, with what happened on the way."""
+    """Draw the samples of `samplers.ancestral` on a grid and record their trajectories."""
     shots = times.times[torch.linspace(len(times.times) - 1, 0, 8).round().long()].tolist()
     seen: dict[float, list[tuple[Tensor, Tensor]]] = {t: [] for t in shots}
 
@@ -183,7 +186,7 @@ def trajectory(
     def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return model.decoder(predict(rows, z, t), z, t, model.process).sample()
 
-    with no_communication():  # what is seen is of all rows
+    with no_communication():  # this process records all rows
         x = descend(model, count, times, seed, step, decode, track=track)
     z, e_hat = (
         [torch.cat([pair[k] for pair in pairs]) for pairs in seen.values()] for k in (0, 1)

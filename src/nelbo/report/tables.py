@@ -1,4 +1,4 @@
-"""A table's part of the report: what each column costs, and synthetic rows beside real ones."""
+"""The part of the report on tables: costs of columns, and synthetic rows beside real ones."""
 
 import math
 from html import escape
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN = 12  # columns in a figure, at most
-NAME = 200  # characters of a column's
-BINS = 24  # of a column of numbers
+NAME = 200  # characters of a column's name, at most
+BINS = 24  # in the histogram of a column of numbers
 
 
 def known(x: Tensor, columns: tuple[Column, ...]) -> list[tuple[Place, np.ndarray]]:
-    """Each column's place and values, (N,); NaN where missing, also in samples."""
+    """Return the place and the values (N,) of each column; NaN where missing, also in samples."""
     values, at = x.double().numpy(), places(columns)
     absent = {p.index: values[:, i] == 2 for i, p in enumerate(at) if p.indicator}
     found = {
@@ -37,7 +37,10 @@ def known(x: Tensor, columns: tuple[Column, ...]) -> list[tuple[Place, np.ndarra
 
 
 def shares(place: Place, real: np.ndarray, made: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of real and synthetic values in common bins, the last one missing: (bins + 1,)."""
+    """Return the fractions of real and of synthetic values in common bins, (bins + 1,) each.
+
+    The last bin counts missing values.
+    """
     column = place.column
     if column.group == "numbers" or place.codes > 2 * BINS:
         some = real[~np.isnan(real)]
@@ -55,13 +58,13 @@ def shares(place: Place, real: np.ndarray, made: np.ndarray) -> tuple[np.ndarray
 
 
 def distance(place: Place, real: np.ndarray, made: np.ndarray) -> float:
-    """Total variation between the binned marginals: 0 equal, 1 disjoint."""
+    """Return the total variation between the binned marginals: 0 if equal, 1 if disjoint."""
     first, second = shares(place, real, made)
     return float(np.abs(first - second).sum() / 2)
 
 
 def expected_distance(place: Place, real: np.ndarray, made: np.ndarray) -> float:
-    """About the distance that two samples of these sizes from one law have."""
+    """Return the approximate distance of two samples of these sizes from the same distribution."""
     pooled = (np.add(*shares(place, real, made))) / 2
     sizes = 1 / len(real) + 1 / len(made)
     return float(np.sqrt(2 / math.pi * pooled * (1 - pooled) * sizes).sum() / 2)
@@ -70,8 +73,11 @@ def expected_distance(place: Place, real: np.ndarray, made: np.ndarray) -> float
 def rows(
     columns: tuple[Column, ...], real: Tensor, made: Tensor, cost: np.ndarray
 ) -> list[tuple[str, ...]]:
-    """For each column: name, cost and its error, how far the marginals are apart, how far two
-    real samples would be, and missing shares."""
+    """Return a line of text per column.
+
+    It has the name, the cost with its error, the distance between the marginals, the expected
+    distance of two real samples, and the fractions of missing values.
+    """
     found: list[tuple[str, ...]] = []
     each = by_column(torch.as_tensor(cost), columns).numpy()
     pairs = zip(known(real, columns), known(made, columns), strict=True)
@@ -91,7 +97,7 @@ def rows(
 
 
 def marginals(columns: tuple[Column, ...], real: Tensor, made: Tensor) -> str:
-    """Histograms of the first columns, real and synthetic."""
+    """Return histograms of the first columns, real and synthetic, as SVG."""
     pairs = list(zip(known(real, columns), known(made, columns), strict=True))[:SHOWN]
     across = min(3, len(pairs))
     down = -(-len(pairs) // across)
@@ -122,7 +128,7 @@ def _edges(place: Place, values: np.ndarray) -> np.ndarray:
 
 
 def _ticks(ax: "Axes", place: Place) -> None:
-    """Codes as the values that they stand for."""
+    """Label codes by the values that they stand for."""
     column = place.column
     if column.group == "levels":
         assert column.precision is not None and column.low is not None

@@ -1,17 +1,17 @@
-"""A run on disk: weights as safetensors, everything else as JSON. Nothing here executes a file.
+"""The files of a run: weights as safetensors, everything else as JSON. No file is executed.
 
     config.json          data, schema, model and training configuration
-    model.safetensors    the best weights so far (moving average), with step and bound
-    state.safetensors    everything to continue training exactly, the best weights too; see `state`
-    before.safetensors   the state before that, in case the newest is damaged
+    model.safetensors    the best weights so far (moving average), with their step
+    state.safetensors    everything needed to continue training exactly; see `training_state`
+    before.safetensors   the previous state, in case the newest is damaged
     metrics.jsonl        one line per event
-    data.parquet         the training table, where it was given as a frame and not by its path
-    grids.json           the best grids that were found for these weights; found again where lost
+    data.parquet         the training table, if it was given as a frame and not as a path
+    grids.json           the best time grids found for these weights; found again if lost
     .lock                empty; held by the process that trains
 
-Each is whole or not there, but for a last line of metrics.jsonl; tensors are what was written
-(`_files`). A run may come from anyone: what it names outside of its folder, its data, is read only
-where this user's own cache knows data of these hashes (`RunConfig.place`).
+Each file is either complete or absent, except for the last line of metrics.jsonl. A run may come
+from an untrusted source, so the data that it names outside its folder are read only if this user's
+own cache knows data with the same hashes (`RunConfig.place`).
 """
 
 import hashlib
@@ -44,17 +44,17 @@ CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
     "data.parquet",
     ".lock",
 )
-#: what a training writes, beside its events
+#: files that a training writes, apart from the events for tensorboard
 WRITTEN = (CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK)
 KIND = "data"  # folder of the cache
-FORMAT = 2  # of a run; raised where what one says or holds changes its meaning
-LARGEST = 10**100  # number of an event: larger ones have no mean and no axis
+FORMAT = 2  # of a run; raised whenever the meaning of its contents changes
+LARGEST = 10**100  # number in an event: larger ones cannot be averaged or plotted
 EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What `config.json` says."""
+    """Contents of `config.json`: source, schema and hashes of the data, and the options."""
 
     source: str
     schema: Schema
@@ -64,10 +64,11 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     splits: Declared | None = None
-    #: whether the data are in the folder of the run
+    #: whether the data are stored in the run folder
     within: bool = field(default=False, compare=False)
 
     def to_json(self) -> str:
+        """Return the text of `config.json`."""
         document = {
             "nelbo": __version__,
             "format": FORMAT,
@@ -85,12 +86,12 @@ class RunConfig:
         return json.dumps(document, indent=2) + "\n"
 
     def load_data(self) -> Dataset:
-        """The run's own data, read at `place`.
+        """Return the run's own data, read at `place`.
 
         Raises:
-            FileNotFoundError: they are no longer there.
-            ValueError: no place is known, or they are no longer those of the run; of what is there
-                instead nothing is told.
+            FileNotFoundError: the data are no longer there.
+            ValueError: their place is unknown, or the data there are not those of the run. The
+                message reveals nothing about the data that were found instead.
         """
         place = main_process_first(self.place)
         if place is None:
@@ -115,10 +116,10 @@ class RunConfig:
         return dataset
 
     def place(self) -> str | None:
-        """Where the run's own data are; None where only the run says where.
+        """Return where the run's own data are; None if only the run itself says so.
 
-        Built-in data and those in the folder of the run are always known; others where this user
-        trained on data of these hashes, or named them (`remember`).
+        Built-in data and data in the run folder are always known. Other data are known if this
+        user trained on data with these hashes, or named them (`remember`).
         """
         if self.source in BUILT_IN or self.within:
             return self.source
@@ -131,10 +132,10 @@ class RunConfig:
         return self.source if limits.trusted() else None
 
     def remember(self, place: str) -> None:
-        """Keep for this user that data of the run's hashes are at a place.
+        """Record in this user's cache that data with the run's hashes are at `place`.
 
         Raises:
-            OSError: it cannot be written, and lasts as long as the process.
+            OSError: the cache cannot be written; the record lasts until the process ends.
         """
         identity = self._identity()
         try:
@@ -143,7 +144,7 @@ class RunConfig:
             cache.put(KIND, identity, place)
 
     def recognises(self, source: str) -> str | None:
-        """The full name of the source where its data are those of the run, by their hashes."""
+        """Return the full name of `source` if its data have the hashes of the run's, else None."""
         try:
             dataset = self._read(source)
         except (ValueError, OSError):
@@ -169,7 +170,11 @@ class RunConfig:
 
     @staticmethod
     def from_document(document: object, where: str) -> "RunConfig":
-        """Raises ValueError for anything that is missing, unknown or of another kind."""
+        """Return the configuration in a parsed `config.json`; `where` names the file in errors.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value has the wrong type.
+        """
         if isinstance(document, dict) and document.get("format") != FORMAT:
             raise ValueError(
                 f"{where} has format {document.get('format', 1)!r} and this nelbo reads {FORMAT}:"
@@ -200,7 +205,7 @@ class RunConfig:
 
 
 def _declared(splits: object) -> Declared | None:
-    """What `to_json` wrote of declared splits."""
+    """Return declared splits from their JSON form, written by `to_json`."""
     if splits is None or splits == {}:
         return splits
     if not isinstance(splits, dict) or not all(
@@ -212,7 +217,7 @@ def _declared(splits: object) -> Declared | None:
 
 
 def hashes(dataset: Dataset) -> dict[str, str]:
-    """The fingerprint of each split, and of its labels where they count."""
+    """Return the fingerprint of each split, and of its labels if the model is conditional."""
     labels = {f"labels of {name}": data.fingerprint(y) for name, y in dataset.labels.items()}
     return {name: data.fingerprint(x) for name, x in dataset.splits.items()} | labels
 
@@ -227,11 +232,17 @@ def _section(document: object, keys: set[str], where: str) -> dict:
 
 
 def is_run(path: Path) -> bool:
+    """Return whether a folder contains a run."""
     return (path / CONFIG).is_file()
 
 
 def read_config(path: Path) -> RunConfig:
-    """Raises FileNotFoundError where the folder is not a run."""
+    """Read the configuration of the run in the folder `path`.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or is not a run.
+        ValueError: the file is damaged, too large, or a link out of the run.
+    """
     if not path.exists():
         raise FileNotFoundError(f"the run {path} does not exist; train with: nelbo train")
     if not is_run(path):
@@ -240,13 +251,13 @@ def read_config(path: Path) -> RunConfig:
     run = RunConfig.from_document(document, str(path / CONFIG))
     if Path(run.source).name == TABLE and (path / TABLE).is_file():
         limits.contained(path / TABLE, path)
-        # also where the run was moved
+        # the run folder may have been moved since
         run = replace(run, source=str(path.absolute() / TABLE), within=True)
     return run
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The events of a run; a line that is none, such as a last one cut by a crash, is left out."""
+    """Return the events of a run, skipping invalid lines such as a last one cut off by a crash."""
     if not (path / METRICS).exists():
         return []
     file = limits.contained(path / METRICS, path)
@@ -257,7 +268,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _event(line: str) -> dict | None:
-    """What a line of the metrics says; None where it is no event."""
+    """Parse one line of the metrics; return None if it is not a valid event."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -267,6 +278,6 @@ def _event(line: str) -> dict | None:
     numbers = [event[key] for key in EVENT_KEYS - {"unit"}]
     error = event.get("validation_standard_error")
     numbers += [] if error is None else [error]
-    # NaN is one that a training may write, and a figure leaves out
+    # training may write NaN, which figures leave out
     whole = all(type(n) in (int, float) and not abs(n) > LARGEST for n in numbers)
     return event if whole and type(event["step"]) is int else None

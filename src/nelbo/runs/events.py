@@ -1,8 +1,8 @@
-"""Event files of tensorboard, where it is installed: a copy of the metrics, never needed.
+"""Event files for tensorboard, if it is installed: an optional copy of the metrics.
 
-Tensorboard writes them in a thread of its own, of which a failure (a folder that is gone, a full
-disk) would be a stack of its source on the error stream and, later, the end of the training. Here
-it is one sentence, and the training goes on.
+Tensorboard writes in a thread of its own. If that thread fails (the folder is gone, the disk is
+full), it would print a stack trace and later end the training. Here a failure becomes a one-line
+warning, and the training goes on.
 """
 
 import threading
@@ -16,23 +16,25 @@ from nelbo._utils import limits
 
 FOLDER = "tensorboard"
 FILES = "events.out.tfevents.*"
-NAMES = ("train", "validation", "lr")  # of an event, those that are drawn
+NAMES = ("train", "validation", "lr")  # the values of an event that are plotted
 
-#: takes an event and its step
+#: adds an event at its step
 Add = Callable[[Mapping[str, object], int], None]
 
 
 class Writer(Protocol):
-    """What is asked of tensorboard's."""
+    """The part of tensorboard's SummaryWriter that is used here."""
 
-    def add_scalar(self, name: str, value: object, step: int) -> None: ...
+    def add_scalar(self, name: str, value: object, step: int) -> None:
+        """Add one value at a step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Flush and close the file."""
 
 
 @contextmanager
 def written(run: Path, step: int, wanted: bool) -> Iterator[Add]:
-    """Yields what writes an event of the run; earlier ones after `step` are dropped."""
+    """Yield a function that writes an event of the run; drop earlier events after `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -66,18 +68,19 @@ def written(run: Path, step: int, wanted: bool) -> Iterator[Add]:
 
 
 def remove(run: Path) -> None:
-    """Remove what was written, and nothing else."""
+    """Remove the event files of the run and, if then empty, their folder."""
     folder = run / FOLDER
     if folder.is_symlink():
         return
     for path in folder.glob(FILES):
         path.unlink()
-    with suppress(OSError):  # others are in it
+    with suppress(OSError):  # it contains other files
         folder.rmdir()
 
 
 @contextmanager
 def _no_stack_of_its_thread() -> Iterator[None]:
+    """Keep exceptions in tensorboard's threads from printing a stack trace."""
     before = threading.excepthook
 
     def hook(about: threading.ExceptHookArgs) -> None:

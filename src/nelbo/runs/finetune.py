@@ -1,8 +1,8 @@
-"""Fine-tuning: a new run that starts from the best weights of another and trains its T-step bound.
+"""Fine-tune a run: start from its best weights and train its T-step bound in a new run.
 
-The times are the best grid of the run it starts from. They stand in the configuration of the new
-run, so that its bound and its samples in T steps use exactly them. The weights it starts from are
-the first that are kept: they stay where no later ones have a better T-step bound.
+The times are the best grid of the source run. They are stored in the configuration of the new run,
+so that its T-step bound and samples use exactly these times. The initial weights are kept until
+later ones have a better T-step bound.
 """
 
 from dataclasses import replace
@@ -14,11 +14,11 @@ from nelbo.runs import run as run_folder
 from nelbo.runs.run import Run
 from nelbo.runs.train import Training, begin, check_new
 
-DROPOUT = 0.3  # at least: the same examples come again, at few times only
+DROPOUT = 0.3  # minimum: training repeats the same examples at only T times
 
 
 def name_of(source: Path, steps_of_bound: int) -> Path:
-    """Where the fine-tuned run goes: beside its source.
+    """Return the default folder of the fine-tuned run, beside its source.
 
     >>> name_of(Path("runs/digits"), 8).as_posix()
     'runs/digits-8steps'
@@ -35,19 +35,19 @@ def fine_tune(
     device: str = "cpu",
     progress: bool = False,
 ) -> Run:
-    """Train the bound of `steps_of_bound` steps from the best weights of the run `source`.
+    """Train the T-step bound from the best weights of the run `source`, with T = `steps_of_bound`.
 
     Args:
-        source: a run folder, which is left as it is.
+        source: a run folder; it is not changed.
         steps_of_bound: T.
-        out: the new run folder; `source`-8steps and the like where left out.
-        steps: training steps; two thirds of those of `source` where left out.
+        out: the new run folder; by default `source`-Tsteps, such as digits-8steps.
+        steps: training steps; by default two thirds of those of `source`.
         device: where to train.
         progress: show progress bars on the error stream.
 
     Raises:
         FileNotFoundError: `source` is not a run.
-        ValueError: `out` exists; T is no number of steps; the loss becomes non-finite.
+        ValueError: `out` exists; T is not a valid number of steps; the loss becomes non-finite.
         Interrupted: after Ctrl-C, with the run saved; `resume` continues it.
     """
     source = Path(source)

@@ -1,10 +1,11 @@
-"""What pilots settled of a run, kept for this user: an evaluation after the first pays for none.
+"""Proposals fitted by pilots, cached per user so that only the first evaluation pays for them.
 
-A pilot (`allocate`) asks the network on the validation split which times to draw and what to take
-off. That is unbiased over all draws whatever it says, and can still be made to show any number
-beside a small error: times with so little chance that no draw falls there, and a large coefficient
-for each. So a pilot is a result of this user's own commands, in their cache under hashes of all
-that it follows from, and never a part of a run, which may come from anyone.
+A pilot (`evaluation.allocation.pilot`) evaluates the network on the validation split and decides
+how to distribute the draws over time and which control-variate coefficients to use. The estimate
+is unbiased whatever the pilot decides, but a malicious proposal could still show any number beside
+a small error: strata with so little probability that no draw falls there, each with a large
+coefficient. So a proposal is stored in the cache of the user whose command made it, under hashes
+of everything it depends on, and never in a run, which may come from an untrusted source.
 """
 
 import json
@@ -25,16 +26,17 @@ from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.runs.run import Run
 
 KIND = "pilots"  # folder of the cache
-ROWS = 256  # of each cell
-EDITION = 7  # of what the numbers mean: to be raised with it, and pilots of others are made again
+ROWS = 256  # draws per stratum
+EDITION = 7  # of the numbers' meaning; raise it to invalidate cached pilots when that changes
 
 
 class Pilots:
     """The pilots of a run, for `nelbo.evaluate(.., pilots=Pilots(run))`.
 
     Args:
-        run: with its own data. What is `known` to the evaluation shall be its training split.
-        tell: is told what takes a while.
+        run: a run whose own data are available. The `known` examples of the evaluation should be
+            its training split.
+        tell: called with messages about slow work.
     """
 
     def __init__(self, run: Run, tell: Callable[[str], object] = lambda what: None) -> None:
@@ -43,12 +45,12 @@ class Pilots:
     def __call__(
         self, cells: Strata, controls: ControlVariates, draws: int, replicates: int
     ) -> Proposal:
-        """What one settles for so many draws of each example in so many replicates.
+        """Return the proposal for `draws` draws per example in `replicates` replicates.
 
         Raises:
-            ValueError: it is not in the cache, and the data of the run are not there.
+            ValueError: it is not in the cache, and the data of the run are not available.
         """
-        draws = 2 ** round(math.log2(draws))  # some draws more or less change little
+        draws = 2 ** round(math.log2(draws))  # so that nearby numbers of draws share a pilot
         times = f"{cells.times.steps} steps {fingerprint(cells.edges)}"
         config, made_by = self.run.config, f"{__version__} {EDITION}"
         schema = json.dumps(config.schema.to_dict(), sort_keys=True)
@@ -62,7 +64,7 @@ class Pilots:
         first = world()[0] == 0
         if first:
             self.tell(f"a pilot of {ROWS * cells.count} network calls on the validation split")
-        made = self._made(cells, controls, draws, replicates)  # by all: none waits for another
+        made = self._made(cells, controls, draws, replicates)  # on all processes: none waits
         if first:
             self._keep(key, made)
         return main_process_first(lambda: made)
@@ -77,7 +79,7 @@ class Pilots:
     def _keep(self, key: str, made: Proposal) -> None:
         try:
             cache.put(KIND, key, {name: v.tolist() for name, v in vars(made).items()})
-        except OSError as error:  # a cache that is read only
+        except OSError as error:  # a read-only cache
             self.tell(f"the pilot is not kept: {cache.reason(error)}")
         except ValueError:
             self.tell("the pilot is not kept: not all of its numbers are finite")
@@ -86,7 +88,7 @@ class Pilots:
 
 
 def _allocation(numbers: object, cells: Strata, controls: ControlVariates) -> Proposal | None:
-    """What a file says; None where that is nothing, or no allocation for these."""
+    """Return the proposal in cached numbers; None if they are invalid or of other strata."""
     try:
         items = cast(dict, numbers).items()
         found = Proposal(**{k: torch.tensor(v, dtype=torch.float64) for k, v in items})
@@ -98,7 +100,7 @@ def _allocation(numbers: object, cells: Strata, controls: ControlVariates) -> Pr
     fit = shapes == [(count,), (count, variates), (count, controls.features), (count,)]
     if not fit or not all(v.isfinite().all() for v in vars(found).values()):
         return None
-    # every cell has its chance, and these are all there are
+    # each stratum has at least its minimal probability, and they sum to one
     p = found.probability
     fair = (p >= EVEN / count * (1 - 1e-9)).all() and abs(p.sum().item() - 1) < 1e-9
     return found if fair else None

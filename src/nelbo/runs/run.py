@@ -1,4 +1,4 @@
-"""A trained run, as people hold it: its model, its data and its numbers (files: `config`)."""
+"""A trained run in memory: its model, configuration and metrics, with methods to measure it."""
 
 import contextlib
 import warnings
@@ -38,7 +38,7 @@ def _warn(line: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, as `nelbo.load` gives it."""
+    """A trained run, as returned by `nelbo.load`."""
 
     path: Path
     model: Model
@@ -52,7 +52,7 @@ class Run:
         split: str | None = None,
         splits: Splits | None = None,
     ) -> tuple[Tensor, str]:
-        """Examples of the run's own data or of other data, and a name for them; see `batch`."""
+        """Return examples of the run's own or other data, and a name for them; see `batch`."""
         batch, name = self.batch(source, split, splits)
         return batch.x, name
 
@@ -65,18 +65,19 @@ class Run:
     ) -> tuple[Batch, str]:
         """Return examples of the run's own data or of other data, and a name for them.
 
-        They have their labels as conditions where the run is conditional.
+        If the run is conditional, the batch contains their labels as conditions.
 
         Args:
-            source: other data of the run's schema; the run's own where left out.
-            split: "train", "validation", "test"; of other data also "all". The default is "test"
-                of the run's own data and "all" of other data.
-            splits: of other data, as `nelbo.data.load` takes them.
-            tell: called with what is to be known of other data, such as cells that training did
-                not have; a warning by default.
+            source: other data of the run's schema; the run's own by default.
+            split: "train", "validation", "test"; for other data also "all". The default is "test"
+                for the run's own data and "all" for other data.
+            splits: splits of other data, as for `nelbo.data.load`.
+            tell: called with notes on other data, such as values that did not occur in training;
+                by default it issues a warning.
 
         Raises:
-            ValueError: data of another schema, or no such split; or the run's own, not known here.
+            ValueError: the data have another schema; there is no such split; or it is not known
+                where the run's own data are.
         """
         if source is None:
             dataset = self.config.load_data()
@@ -106,19 +107,19 @@ class Run:
     ) -> Evaluation:
         """Return the bound on -log P(x) of the run's own data or of other data.
 
-        It is the number of `nelbo evaluate RUN`.
+        The result equals that of `nelbo evaluate RUN`.
 
         Args:
-            source: as for `batch`; the run's own data where left out.
+            source: as for `batch`.
             split: as for `batch`.
             splits: as for `batch`.
-            steps: T, for the bound of T steps on the run's best grid; continuous time if left out.
-            tell: as for `batch`, and called with what takes a while.
+            steps: T, for the T-step bound on the run's best grid; continuous time by default.
+            tell: as for `batch`; also called with messages about slow work.
             options: calls, target_error, per_example, variates, seed and track of
                 `nelbo.evaluate`.
 
         Raises:
-            ValueError: as `batch`, `grid` and `nelbo.evaluate` do.
+            ValueError: as for `batch`, `grid` and `nelbo.evaluate`.
         """
         batch, name = self.batch(source, split, splits, tell)
         times = None if steps is None else self.grid(steps)
@@ -136,16 +137,16 @@ class Run:
         tell: Callable[[str], object] = _warn,
         **options: Any,  # noqa: ANN401 - those of `nelbo.evaluate`
     ) -> Evaluation:
-        """Return the bound of examples that were read from `batch`.
+        """Return the bound of examples that `batch` returned.
 
         Args:
             batch: the examples.
             split: their name, for the record.
-            own: whether they are of the run's own data. Then the control variates are fitted to
-                its training split, and a pilot on its validation split is kept for this user.
-            times: of the bound; continuous time where left out.
+            own: whether they belong to the run's own data. If so, the control variates are fitted
+                to the training split, and a pilot on the validation split is cached for this user.
+            times: times of the bound; continuous time by default.
             variates: see `nelbo.evaluate`.
-            tell: called with what takes a while.
+            tell: called with messages about slow work.
             options: see `nelbo.evaluate`.
         """
         from nelbo.runs.pilot_cache import Pilots
@@ -157,9 +158,9 @@ class Run:
         return evaluate(self.model, batch, variates=variates, **options)
 
     def meet(self, source: "str | PathLike[str] | Frame") -> bool:
-        """Whether the run's own data were unknown, and these are they: then they are known.
+        """Tell the run where its data are; return whether they were unknown and `source` has them.
 
-        A run that this user did not train reads nothing that it names, until it is given here.
+        A run that this user did not train reads no data that it names, until they are given here.
         """
         if (
             not isinstance(source, str | PathLike)
@@ -169,21 +170,21 @@ class Run:
         place = self.config.recognises(str(source))
         if place is None:
             return False
-        with contextlib.suppress(OSError):  # it lasts as long as the process
+        with contextlib.suppress(OSError):  # then the record lasts until the process ends
             self.config.remember(place)
         return True
 
     def conditions(self, count: int, labels: Tensor | None = None, seed: int = 0) -> Tensor | None:
-        """Return the conditions of `count` new examples, (count, F); None if not conditional.
+        """Return conditions for `count` examples, (count, F); None if the run is unconditional.
 
         Args:
-            count: of examples.
-            labels: of each, (count, len(schema.condition)); drawn with replacement from the
-                complete ones of the training data by the seed where left out.
-            seed: of the draw.
+            count: number of examples.
+            labels: one row per example, (count, len(schema.condition)); by default drawn with
+                replacement from the training examples that have all labels.
+            seed: seed of that draw.
 
         Raises:
-            ValueError: labels are drawn and the training data are not there.
+            ValueError: labels are to be drawn and the training data are not available.
         """
         schema = self.config.schema
         if not schema.condition:
@@ -203,22 +204,22 @@ class Run:
         return encode(labels, schema)
 
     def grid(self, steps: int, track: Track = iter) -> TimeGrid:
-        """The best grid of `steps` times for this model, the same whoever asks.
+        """Return the best grid of `steps` times for this model; it does not depend on any seed.
 
-        It is the one the run was trained on, where it has as many times; else it is found on the
-        training data, once: the folder of the run keeps it for these weights.
+        It is the grid that the run was trained on, if that has `steps` times. Otherwise it is
+        found once on the training data and stored in the run folder for these weights.
 
         Raises:
-            ValueError: no such number of steps, or the training data are not there.
+            ValueError: invalid number of steps, or the training data are not available.
         """
-        even_times(self.model.process.schedule, steps, steps)  # refuses what cannot be
+        even_times(self.model.process.schedule, steps, steps)  # raises for an invalid number
         if len(self.config.train.grid) == steps:
             return TimeGrid(self.config.train.grid)
         path, key = self.path / GRIDS, f"{model_hash(self.model)}, {steps} steps"
         start = self.model.process.schedule.start
         times = main_process_first(
             lambda: _times(kept(path).get(key), steps, start)
-        )  # all, or none
+        )  # the same answer on all processes
         if times is None:
             try:
                 batch, _ = self.batch(split="train")
@@ -229,13 +230,13 @@ class Run:
                 ) from None
             times = best_grid(self.model, batch, steps, track=track).times.tolist()
             if world()[0] == 0:
-                with contextlib.suppress(OSError):  # a folder that is read only
+                with contextlib.suppress(OSError):  # a read-only folder
                     keep(path, key, times)
         return TimeGrid(times)
 
 
 def _times(found: object, steps: int, start: float) -> list[float] | None:
-    """The times that a file says; None where that is no grid of so many from `start` on."""
+    """Return the times stored in a file; None if they are no grid of `steps` from `start` on."""
     try:
         times = TimeGrid(cast(Any, found)).times
     except (TypeError, ValueError, OverflowError):
@@ -244,16 +245,17 @@ def _times(found: object, steps: int, start: float) -> list[float] | None:
 
 
 def load(path: str | Path) -> Run:
-    """The run at `path` with its best weights, ready to measure.
+    """Load the run at `path` with its best weights, ready to be measured.
 
     Raises:
-        FileNotFoundError: no such run, or no weights in it.
-        ValueError: weights that are truncated or of another architecture, unknown config keys.
+        FileNotFoundError: there is no such run, or it has no weights yet.
+        ValueError: the weights are truncated or belong to another architecture, or the
+            configuration has unknown keys.
     """
     path = Path(path)
     run = read_config(path)
     tensors, about = read_tensors(limits.contained(path / WEIGHTS, path))
-    # the first weights are drawn to be replaced
+    # initial weights are random, but replaced below
     with seeded(0), limits.within_file(tensors, path / WEIGHTS):
         model = build(run.model, run.schema)
     put_weights(model, tensors, str(path / WEIGHTS))

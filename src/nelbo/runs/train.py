@@ -1,4 +1,4 @@
-"""Training runs: a folder that is resumed exactly (`learner` says why), and its metrics."""
+"""Train a model into a run folder, and resume it exactly (see `nelbo.training.trainer`)."""
 
 import json
 import math
@@ -40,7 +40,7 @@ from nelbo.training.trainer import Trainer
 if TYPE_CHECKING:
     from nelbo.data.tabular.tables import Frame
 
-VALIDATIONS = 5  # of a training that is given minutes
+VALIDATIONS = 5  # number of validations of a training that is given minutes
 
 
 def train(
@@ -64,16 +64,16 @@ def train(
         source: "digits", or a path that `nelbo.data.load` understands; or a table itself, a polars
             or pandas frame or a mapping of names to columns, of which the run keeps a copy.
         out: a folder that does not exist yet, or is empty.
-        preset: see `nelbo.config.configure`.
-        levels: number of levels of integer data, found where left out.
+        preset: see `nelbo.training.presets.configure`.
+        levels: number of levels of integer data; inferred by default.
         size: side to which images are resized.
-        schema: a JSON file with the columns of a table, found in its cells where left out.
-        condition: names of labels, or one of them; the model is then one of P(x|labels).
-        splits: which names are of which split, as `nelbo.data.load` takes them.
-        minutes: about how long, in place of `steps`: see `pace`.
+        schema: a JSON file with the columns of a table; inferred from the cells by default.
+        condition: names of one or more labels c; the model is then one of P(x|c).
+        splits: which names belong to which split, as for `nelbo.data.load`.
+        minutes: approximate duration, instead of `steps`: see `pace`.
         device: where to train, such as "cpu" or "cuda".
-        progress: show what was found and a progress bar on the error stream.
-        options: any field of ModelConfig or TrainConfig, in place of the preset's.
+        progress: show notes on the data and a progress bar on the error stream.
+        options: any field of ModelConfig or TrainConfig, overriding the preset's.
 
     Raises:
         ValueError: bad data or options; `out` exists; the loss becomes non-finite.
@@ -101,7 +101,7 @@ def train(
     if minutes is not None:
         if "steps" in options:
             raise ValueError("steps and minutes both say how long to train; give one of them")
-        clock = partial(main_process_first, time.monotonic)  # all take the same steps
+        clock = partial(main_process_first, time.monotonic)  # the same steps on all processes
         steps = pace(model_config, train_config, dataset, 60 * minutes, device, clock)
         every = options.get("evaluate_every", max(1, steps // VALIDATIONS))
         train_config = replace(train_config, steps=steps, evaluate_every=int(every))
@@ -134,18 +134,18 @@ def pace(
     device: str = "cpu",
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Steps that take about so many seconds with `VALIDATIONS` validations, by the time of some.
+    """Return how many steps fit into `seconds` with `VALIDATIONS` validations, from timing a few.
 
-    The learning rate falls to zero at the last step, so their number has to be known before the
-    first; it is then a part of the run, and the run as reproducible as any.
+    The learning rate falls to zero at the last step, so the number of steps must be known before
+    the first. It is stored in the run, which is then as reproducible as any other.
 
     Raises:
-        ValueError: too little time for any training.
+        ValueError: the time is too short for any training.
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"minutes must be positive; got {seconds / 60:g}")
     learner = Trainer(model, train, dataset, device)
-    learner.step()  # the first one pays for what is set up once
+    learner.step()  # the first step includes one-time setup
     begun = clock()
     learner.measure()
     measured, steps = clock(), 0
@@ -164,7 +164,7 @@ def pace(
 
 
 def check_new(out: Path) -> None:
-    """ValueError where a new run cannot be."""
+    """Raise ValueError if a new run cannot be written to `out`."""
     if out.is_dir():
         others = [p for p in out.iterdir() if p.name != run_config.LOCK and not files.is_part(p)]
     if out.exists() and (not out.is_dir() or others):
@@ -179,17 +179,17 @@ def begin(
     weights: Model | None = None,
     table: bytes | None = None,
 ) -> Run:
-    """A new run to its last step; no run where that fails before there are weights.
+    """Train a new run to its last step; remove it if training fails before there are weights.
 
     Args:
-        training: of a folder that was new when its data were read.
+        training: its folder must have been new when the data were read.
         progress: show a bar.
-        weights: to start from.
-        table: the data, where the run keeps them.
+        weights: initial weights.
+        table: the data, if the run keeps a copy.
     """
     out = training.out
     with alone_in(out) as made:
-        main_process_first(lambda: check_new(out))  # another may have trained there meanwhile
+        main_process_first(lambda: check_new(out))  # another process may have trained there
         try:
             training.found()
             if table is not None and training.first:
@@ -213,12 +213,11 @@ def resume(
     device: str = "cpu",
     progress: bool = False,
 ) -> Run:
-    """Continue a run where it stopped, exactly; `steps` extends or shortens it.
+    """Continue a run exactly where it stopped; `steps` extends or shortens it.
 
-    `shard` says whether several processes divide the network from now on.
-
-    On another number of processes it continues with the same examples, times and noise, but sums
-    are in another order: the same to rounding, not to the bit.
+    `shard` says whether several processes divide the network from now on. With another number of
+    processes, training continues with the same examples, times and noise, but sums are taken in
+    another order: the result is the same up to rounding, not to the bit.
 
     Raises:
         FileNotFoundError: `out` is not a run.
@@ -242,12 +241,12 @@ def resume(
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[bool]:
-    """Inside, no other training writes into this run; the lock ends with the process.
+    """Lock the run folder against other trainings; the lock ends with the process.
 
-    Yields whether the folder was made for it. What killed trainings left there is removed.
+    Yield whether the folder was created here. Partial files of killed trainings are removed.
 
     Raises:
-        ValueError: another one does, or the file to lock is a link out of the run.
+        ValueError: another process trains the run, or the lock file is a link out of the run.
     """
     from filelock import FileLock, Timeout
 
@@ -263,7 +262,7 @@ def alone_in(out: Path) -> Iterator[bool]:
                 f"{out} is being trained by another process; wait for it, or stop it first"
             ) from None
         except (NotImplementedError, OSError):
-            pass  # a file system without locks, or one that lets nothing be written: said later
+            pass  # no locks or a read-only file system; writing will raise later
         files.tidy(out)
         return new
 
@@ -275,7 +274,7 @@ def alone_in(out: Path) -> Iterator[bool]:
 
 
 class Training:
-    """One training run and its files, which the first process writes."""
+    """One training and its files, which only the first process writes."""
 
     def __init__(self, out: Path, run: RunConfig, dataset: Dataset, device: str = "cpu") -> None:
         self.out, self.run = out, run
@@ -284,14 +283,14 @@ class Training:
         self.learner = Trainer(run.model, run.train, dataset, device)
         self.add_event: events.Add = lambda event, step: None
         self.told = 0  # the step of the last event
-        self.folder: tuple[int, int] | None = None  # where it is on its disk, once it is there
+        self.folder: tuple[int, int] | None = None  # device and inode, once the folder exists
 
     def found(self) -> None:
-        """Note which folder it is, so that one that vanishes or is replaced is missed."""
+        """Remember the identity of the folder, to notice if it vanishes or is replaced."""
         self.folder = _place(self.out)
 
     def check_there(self) -> None:
-        """FileNotFoundError where the folder is no longer the one that training began in."""
+        """Raise FileNotFoundError if the folder is no longer the one in which training began."""
         if self.first and self.folder is not None and _place(self.out) != self.folder:
             raise FileNotFoundError(
                 f"the run folder {self.out} was removed or moved while it was trained, so nothing"
@@ -300,12 +299,12 @@ class Training:
             )
 
     def configure(self) -> None:
-        """Write down what the run is."""
+        """Write the configuration of the run."""
         if self.first:
             files.write(self.out / run_config.CONFIG, self.run.to_json().encode())
 
     def restore(self) -> None:
-        """Go where the run stood, if it has a state."""
+        """Continue from the saved state, if there is one."""
 
         def load() -> None:
             if training_state.is_in(self.out):
@@ -318,7 +317,7 @@ class Training:
             load()
 
     def fit(self, progress: bool) -> None:
-        """Train to the last step; Ctrl-C finishes the step, saves and raises."""
+        """Train to the last step. Ctrl-C finishes the current step, saves the run and raises."""
         total, learner = self.run.train.steps, self.learner
         started = time.monotonic() - learner.at.seconds
         with (
@@ -338,18 +337,18 @@ class Training:
                 if anywhere(interrupted()):
                     self.save()
                     raise Interrupted
-            if self.told < learner.at.step:  # it was stopped here, with more steps to come
+            if self.told < learner.at.step:  # resumed with fewer steps than it already has
                 self._validate()
                 self.save()
-        main_process_first(lambda: None)  # what the others read is written
+        main_process_first(lambda: None)  # the others wait until the files are written
 
     def save(self) -> None:
-        """Everything to continue from."""
+        """Save everything needed to continue."""
         self.check_there()
         training_state.save(self.out, self.learner)
 
     def fit_statistics(self, weights: Model) -> None:
-        """Begin with the weights of another run; they are kept until there are better ones."""
+        """Start from the weights of another run; they are kept until there are better ones."""
         for own in (self.learner.model, self.learner.average):
             files.put_weights(own, weights.state_dict(), "the run")
         self._measure()
@@ -363,14 +362,14 @@ class Training:
         return result
 
     def keep_best(self) -> None:
-        """The best weights, where there are any yet, as those of the run."""
+        """Write the best weights so far, if there are any, as the weights of the run."""
         self.check_there()
         if self.learner.best and self.first:
             about = {"weights": "ema", "step": self.learner.at.best_step}
             files.write_tensors(self.out / run_config.WEIGHTS, self.learner.best, about)
 
     def _validate(self) -> None:
-        """Measure, keep the best, and tell."""
+        """Measure, keep the best weights, and log an event."""
         result, at = self._measure(), self.learner.at
         self.check_there()
         error = result.standard_error.total
@@ -391,11 +390,11 @@ class Training:
         with (self.out / run_config.METRICS).open("a") as file:
             file.write(json.dumps(event) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # no state is on the disk before the events that led to it
+            os.fsync(file.fileno())  # events are on disk before the state that follows them
         self.add_event(event, at.step)
 
     def forget_later_metrics(self) -> None:
-        """Drop what was logged after the state that training continues from."""
+        """Drop events that were logged after the state from which training continues."""
         kept = [e for e in run_config.read_metrics(self.out) if e["step"] <= self.learner.at.step]
         lines = "".join(json.dumps(event) + "\n" for event in kept)
         if self.first:
@@ -403,8 +402,10 @@ class Training:
         self.told = kept[-1]["step"] if kept else 0
 
     def remove(self, made: bool) -> None:
-        """Remove what a training that failed wrote, by name, unless it can be continued; and the
-        folder where it was `made` for it and holds nothing else."""
+        """Remove the files of a failed training, unless it can be continued.
+
+        Files are removed by name; the folder only if it was `made` by this training and is empty.
+        """
         out = self.out
         whole = run_config.is_run(out) and (out / run_config.WEIGHTS).exists()
         if whole or training_state.is_in(out) or _place(out) != self.folder:
@@ -428,7 +429,7 @@ class Training:
 
 
 def _place(folder: Path) -> tuple[int, int] | None:
-    """Where a folder is on its disk; None where there is none."""
+    """Return the device and inode of a folder; None if it does not exist."""
     try:
         found = folder.stat()
     except FileNotFoundError:

@@ -1,13 +1,14 @@
-"""Everything that a training continues from, in one file; and the file that was there before it.
+"""The state from which a training continues, in one file; and the previous state.
 
-    model.*, ema.*   the weights and their moving average, a learned γ among them
-    best.*           the averaged weights of the best bound so far: `model.safetensors` is a copy
-    law.*            the sampler of times
-    optimizer.i.*    of the i-th parameter
-    progress         `learner.Progress`
+    model.*, ema.*   the weights (with a learned γ) and their moving average
+    best.*           the averaged weights of the best bound so far, as in `model.safetensors`
+    law.*            the timestep sampler
+    optimizer.i.*    moments of the i-th parameter
+    progress         `trainer.Progress`
 
-There is no generator to save (`learner` says why). A file that is damaged, by its hash, or missing
-gives way to the one before it; the steps since then are taken again, with the same result.
+No generator state is saved: randomness follows from the seed and the step (see `trainer`). If the
+newest file is missing, or damaged according to its hash, the previous one is used; the steps since
+then are repeated, with the same result.
 """
 
 import os
@@ -23,14 +24,14 @@ from nelbo._utils.sharding import divided_like, gathered
 from nelbo.runs.config import BEFORE, STATE
 from nelbo.training.trainer import Progress, Trainer
 
-#: of `Progress`; what it has beside them, older versions did not write
+#: fields of `Progress` that each state has; older versions did not write the others
 WRITTEN = {"step", "seconds", "best", "best_step", "recent"}
 
 
 def save(out: Path, learner: Trainer) -> None:
-    """The newest state of the run `out`; the newest so far becomes the one before.
+    """Save the newest state of the run `out`; the previous newest becomes the fallback.
 
-    The first process writes it; where the network is sharded, all give it what they hold.
+    The first process writes it; if the network is sharded, all processes contribute their shards.
     """
     tensors = {f"model.{k}": v for k, v in learner.model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in learner.ema.state_dict().items()}
@@ -44,14 +45,15 @@ def save(out: Path, learner: Trainer) -> None:
 
 
 def is_in(out: Path) -> bool:
+    """Return whether the run folder has a state."""
     return (out / STATE).is_file() or (out / BEFORE).is_file()
 
 
 def load(out: Path, learner: Trainer) -> None:
-    """Put a learner where the training of the run `out` stood.
+    """Restore the state of the run `out` into a trainer.
 
     Raises:
-        ValueError: no state is whole, it is of another model, or it is a link out of the run.
+        ValueError: no state is intact, it is of another model, or it is a link out of the run.
     """
     path, (tensors, about) = out / STATE, _newest(out)
 
@@ -84,17 +86,17 @@ def load(out: Path, learner: Trainer) -> None:
 
 
 def _is_progress(item: tuple[str, object]) -> bool:
-    """Whether a name and its value are of `Progress`."""
+    """Return whether a name and its value form a field of `Progress`."""
     name, value = item
     kind = type(vars(Progress()).get(name))
     return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _newest(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the newest whole state says; one that is not whole makes room for the one before.
+    """Read the newest intact state; if that is the previous one, make it the newest.
 
     Raises:
-        ValueError: neither is whole, or one is a link out of the run.
+        ValueError: neither is intact, or one is a link out of the run.
     """
     path, before = (limits.contained(out / name, out) for name in (STATE, BEFORE))
     try:
