@@ -10,10 +10,10 @@ from nelbo._utils.numerics import over, seeded, slope
 from nelbo.codec.api import compress, decompress
 from nelbo.codec.settings import Settings
 from nelbo.data import Schema
-from nelbo.diffusion.decoder import Decoder
+from nelbo.diffusion.decoder import Categorical
 from nelbo.diffusion.distributions import Discrete
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Prediction, SymbolLogits
+from nelbo.diffusion.parametrization import SymbolLogits
 from nelbo.diffusion.process import ForwardProcess, Shape, per_example
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear, Schedule
@@ -81,17 +81,6 @@ def _sum(each: Tensor) -> Tensor:
     return each.flatten(1).sum(1)
 
 
-class Predicted(Decoder):
-    """P(x|z_1) as the network says."""
-
-    at_any_time = True
-
-    def forward(
-        self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
-    ) -> Independent:
-        return per_example(Discrete(prediction.e_hat))
-
-
 class TestUniformDiffusion(ProcessContract):
     @staticmethod
     def examples(shape: tuple[int, ...]) -> Tensor:
@@ -117,7 +106,7 @@ def model(x):
     with seeded(0):
         network = MLP(SHAPE, LEVELS, LEVELS, 16, 1, 0.0, 0)
     process, head = UniformDiffusion(Linear(-6.0, 4.0), LEVELS), SymbolLogits(LEVELS, SHAPE)
-    made = Model(network, process, head, Posterior(), Predicted(), SHAPE).double().eval()
+    made = Model(network, process, head, Posterior(), Categorical(), SHAPE).double().eval()
     made.fit_statistics(x)
     return made
 

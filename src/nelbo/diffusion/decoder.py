@@ -168,7 +168,10 @@ class Bernoulli(Decoder):
 
 
 class Categorical(Decoder):
-    """P(x|z_1) of masked diffusion: visible symbols are certain, masked ones are predicted."""
+    """P(x|z_1) of symbols: visible ones are certain, masked ones are predicted.
+
+    Without masks, all are predicted.
+    """
 
     at_any_time = True
 
@@ -176,6 +179,8 @@ class Categorical(Decoder):
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
+        if process.mask is None:
+            return per_example(Discrete(prediction.e_hat))
         shows = torch.arange(prediction.e_hat.shape[-1], device=z.device) == z[..., None]
         certain = shows.to(prediction.e_hat.dtype).log()
         masked = ~shows.any(-1, keepdim=True)
