@@ -30,9 +30,13 @@ SCHEDULES = {
     "quadratic-alpha": "nelbo.diffusion.schedules:quadratic_alpha",
 }
 #: processes of real numbers, and of integers as values: of (schedule, Affine or Levels)
-VALUE_PROCESSES = {"gaussian": "nelbo.diffusion.process:GaussianDiffusion"}
+VALUE_PROCESSES = {
+    "gaussian": "nelbo.diffusion.process:GaussianDiffusion",
+}
 #: processes of symbols: of (schedule, number of symbols)
-SYMBOL_PROCESSES = {"absorbing": "nelbo.diffusion.process:MaskedDiffusion"}
+SYMBOL_PROCESSES = {
+    "absorbing": "nelbo.diffusion.process:MaskedDiffusion",
+}
 #: parametrizations that predict one number for each dimension: of ()
 POINT_HEADS = {
     "noise": "nelbo.diffusion.parametrization:EpsPrediction",
