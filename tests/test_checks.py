@@ -167,7 +167,9 @@ def test_what_fails_before_the_first_step_is_not_the_learning_rate(tmp_path):
     pytest.importorskip("polars")
     tiny = {"steps": 5, "batch": 8, "width": 8, "depth": 1}
     frame = {"a": (RNG.normal(size=60) * 1e160).tolist()}
-    with pytest.raises(ValueError, match=r"no learning rate .* the data lie in -\S+e\+160\.\."):
+    with pytest.raises(
+        ValueError, match=r"learning rate is not .* the data lie in -\S+e\+160\.\."
+    ):
         nelbo.train(frame, tmp_path / "a", **tiny)
     np.save(tmp_path / "x.npy", RNG.normal(size=(60, 2)) * 1e160)
     with pytest.raises(ValueError, match=r"which lie in -\S+e\+160\.\..* rescale the data"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from nelbo._utils import limits
 from nelbo._utils.files import tidy, write
 
-CACHE = "NELBO_CACHE"  # names a variable of the environment
+CACHE = "NELBO_CACHE"  # environment variable
 
 _unwritten: dict[tuple[str, str], object] = {}
 

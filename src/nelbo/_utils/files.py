@@ -256,7 +256,7 @@ def _check_head(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
     if HEAD < size <= path.stat().st_size and not limits.trusted():
         raise ValueError(
-            f"the heading of {path} has {size} bytes, and one of tensors has at most {HEAD}; set"
+            f"the heading of {path} has {size} bytes; that of tensors has at most {HEAD}; set"
             f" {limits.TRUST}=1 if the file is yours"
         )
 

@@ -82,7 +82,7 @@ def regular(path: Path) -> int:
         raise IsADirectoryError(f"{path} is a folder where a file is needed")
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(
-            f"{path} is a pipe, a socket or a device; copy what it holds to a file, and give that"
+            f"{path} is a pipe, a socket or a device; copy its content to a file, and give that"
         )
     return found.st_size
 
@@ -132,8 +132,8 @@ def check_unpacked(size: float, packed: float, what: str, times: float = 1) -> N
     """
     if inflates(size, packed):
         raise ValueError(
-            f"{what} would be unpacked from {int(packed)} bytes to {_gibibytes(size)}, as no data"
-            f" are; if that is right, save it without compression, or set {TRUST}=1"
+            f"{what} would be unpacked from {int(packed)} bytes to {_gibibytes(size)}, too much"
+            f" for data; if that is right, save it without compression, or set {TRUST}=1"
         )
     check_memory(times * size, what)
 
@@ -248,7 +248,7 @@ def parse_json(text: str | bytes, where: str, infinite: bool = False) -> object:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _infinity(name: str) -> float:
@@ -257,7 +257,7 @@ def _infinity(name: str) -> float:
 
 def _finite(digits: str) -> float:
     if math.isinf(value := float(digits)):
-        raise ValueError(f"{digits[:32]} is beyond all numbers")
+        raise ValueError(f"{digits[:32]} is too large a number")
     return value
 
 
@@ -324,7 +324,7 @@ def within_file(tensors: Mapping[str, Tensor], where: object) -> Iterator[None]:
     except IMPOSSIBLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"no model can be made of the configuration beside {where}: {reason}"
+            f"no model can be built from the configuration beside {where}: {reason}"
         ) from None
 
 

@@ -87,7 +87,7 @@ def check_finite(module: nn.Module, where: str) -> None:
             continue
         if (~of_it.isfinite() if name in learned else of_it.isnan()).any():
             raise ValueError(
-                f"{where} has values in {name} that are not finite, and so gives no number;"
+                f"{where} has values in {name} that are not finite, so it gives no result;"
                 " restore the weights from a copy, or train again"
             )
 

@@ -42,8 +42,8 @@ def check_examples(model: "Model", x: Tensor) -> None:
     if not len(x.shape) or tuple(x.shape[1:]) != model.shape:
         wanted = ", ".join(("N", *map(str, model.shape)))
         raise ValueError(
-            f"the model is of examples of shape {model.shape}; got {tuple(x.shape[1:])}: x must be"
-            f" ({wanted})"
+            f"the model is for examples of shape {model.shape}; got {tuple(x.shape[1:])}: x must"
+            f" be ({wanted})"
         )
     if not isinstance(x, Tensor):
         return  # read from files, which are checked when read
@@ -56,8 +56,8 @@ def check_examples(model: "Model", x: Tensor) -> None:
     if levels and not of_columns and x.is_floating_point():
         most = levels[0].shape[-1] - 1
         raise ValueError(
-            f"x is {x.dtype}, and the model is of the integers 0..{most}: give these as they are,"
-            " not scaled; x.long() where they are so already"
+            f"x is {x.dtype}, and the model is of the integers 0..{most}: give these, not scaled;"
+            " if x holds them already, x.long()"
         )
     size = max(1, TOGETHER // model.dims)
     for first in range(0, len(x), size):

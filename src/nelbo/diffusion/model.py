@@ -111,7 +111,7 @@ class Model(nn.Module):
         """Return e, the data x, (B, *shape), in the space of the process."""
         if x.shape[1:] != self.shape:
             raise ValueError(
-                f"the model is of examples of shape {self.shape}; got {tuple(x.shape[1:])}"
+                f"the model is for examples of shape {self.shape}; got {tuple(x.shape[1:])}"
             )
         return self.process.embed(x).to(self.dtype)
 

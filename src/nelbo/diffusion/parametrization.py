@@ -420,6 +420,6 @@ class SymbolLogits(Logits):
         if process.width != self.count:
             raise TypeError(
                 f"SymbolLogits needs MaskedDiffusion; got {type(process).__name__}, whose e are"
-                f" no log-probabilities of {self.count} symbols"
+                f" not log-probabilities of {self.count} symbols"
             )
         return Prediction((output + self.log_prior.to(output)).log_softmax(-1))

@@ -201,8 +201,8 @@ class Scorer:
         seed = integer("seed", seed, 0)
         if self.calls < 2 * REPLICATES:
             raise ValueError(
-                f"calls must be at least {2 * REPLICATES}, the least that gives an example its"
-                f" error; got {calls}; try {CALLS}"
+                f"calls must be at least {2 * REPLICATES}, for an error of each example; got"
+                f" {calls}; try {CALLS}"
             )
         self.seed, self.track = seed, track
         self.model, known = model, first(Batch.of(reference))

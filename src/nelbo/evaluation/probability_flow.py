@@ -157,7 +157,7 @@ def carry(
     if (solution.status != 0).any():
         raise ValueError(
             f"the ODE solver did not come to an end at tolerance {tolerance:g} (the flow is not"
-            f" finite, or asks for more than {MAX_STEPS} steps); try a larger tolerance"
+            f" finite, or needs more than {MAX_STEPS} steps); try a larger tolerance"
         )
     at_end = solution.ys[:, -1]
     return Carried(at_end[:, :-1].reshape(shape), at_end[:, -1] * model.dims)
@@ -268,7 +268,7 @@ def evaluate_flow(
     if samples > 1 and not exact:
         raise ValueError(
             f"{samples} importance samples need the exact trace: the noise of Hutchinson's would"
-            " raise the mean of the weights, and the result be no bound; try trace='exact'"
+            " raise the mean of the weights, so the result would not be a bound; try trace='exact'"
         )
     dequantiser = Encoder() if dequantiser is None else dequantiser
     first = process.schedule.start if first is None else first

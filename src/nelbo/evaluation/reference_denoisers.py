@@ -191,7 +191,7 @@ def of_level(table: Tensor, x: Tensor) -> Tensor:
 
 def gaussian(model: Model) -> GaussianDiffusion:
     """Return the process of a model, which must be Gaussian for these references."""
-    return GaussianDiffusion.require(model.process, "the reference is of a Gaussian process")
+    return GaussianDiffusion.require(model.process, "the reference is for a Gaussian process")
 
 
 def _nodes(like: Tensor, sharp: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -62,7 +62,7 @@ def row_bounds(
     process, decoder = model.process, model.decoder
     # the reconstruction is integrated by hand here, which holds for this decoder alone
     if not (process.has_flow and isinstance(decoder, GaussianDensity)):
-        raise ValueError("rows are measured of real data with a Gaussian process and density")
+        raise ValueError("row bounds are for real data with a Gaussian process and density")
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to have an error; got {draws}; try 32")
     strata = math.ceil(draws / 2)

@@ -2,8 +2,8 @@ r"""A proposal density over the times that needs no network call.
 
 The diffusion term is an integral over u ∈ [0, 1] (`nelbo.diffusion.times`). Its integrand may be
 concentrated: 19 of the 999 steps of the usual schedule are a fifth of the term, and the last step
-of a cosine schedule may be most of it. Draws that are even in u miss such steps, and nothing shows
-it. The cost of a step (s, t) follows from the schedule, except for the error of the prediction,
+of a cosine schedule may be most of it. Draws that are even in u miss such steps unnoticed. The
+cost of a step (s, t) follows from the schedule, except for the error of the prediction,
 
     KL( q(z_s|z_t,x) ‖ P(z_s|z_t) ) = D/2 (SNR_s - SNR_t) δ²,      δ² = E‖e - ê‖²/D   (σ² = β̃)
 

@@ -17,9 +17,9 @@ from typing import (
 
 from nelbo._utils.scalars import LARGEST, plain
 
-#: Names of parts, and the class or function that each stands for; adding a line here registers a
-#: part. They are imported where a model is built (`resolve`), so that `--help` loads no torch.
-#: A schedule is made of (gamma_min, gamma_max).
+#: Names of parts, and the class or function of each; a line in a table registers a part. They are
+#: imported when a model is built (`resolve`), so that `--help` loads no torch. The comment of a
+#: table gives the arguments of the call; those of schedules are (gamma_min, gamma_max).
 SCHEDULES = {
     "linear": "nelbo.diffusion.schedules:Linear",
     "cosine": "nelbo.diffusion.schedules:Cosine",

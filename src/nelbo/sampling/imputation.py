@@ -95,13 +95,13 @@ def within(
         found = rejection(draw, count, inside, seed)
     except LowAcceptanceError as error:
         raise ValueError(
-            f"{error}, its ranges and categories: train longer, or take rows as the model has them"
-            " with --as-modelled (as_modelled in Python)"
+            f"{error}, the ranges and categories of the training data: train longer, or keep all"
+            " rows with --as-modelled (as_modelled in Python)"
         ) from None
     tell(
         f"redrawn: {found.outside} of {found.drawn} rows ({found.outside / found.drawn:.1%}) had a"
-        " number beyond the range of training or a category that it did not have; --as-modelled"
-        " keeps them"
+        " number outside the range of the training data or a category that is not in them;"
+        " --as-modelled keeps such rows"
     )
     return found.x
 
@@ -164,7 +164,7 @@ def impute(
 
 def _check_table(schema: Schema) -> None:
     if not schema.columns:
-        raise ValueError(f"rows are those of tables; the schema is of {schema.kind}")
+        raise ValueError(f"rows are for tables; the schema is one of {schema.kind} data")
 
 
 def present(model: Model) -> Model:

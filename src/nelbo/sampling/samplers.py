@@ -223,7 +223,7 @@ def rejection(
             return Accepted(found, drawn, outside)
         if (drawn >= BELIEVED and MOST * kept < drawn) or tries >= PATIENCE:
             raise LowAcceptanceError(
-                f"only {kept} of {drawn} samples that the model drew lie in what training had"
+                f"only {kept} of {drawn} samples that the model drew lie in the required set"
             )
     raise AssertionError
 

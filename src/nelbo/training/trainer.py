@@ -279,7 +279,7 @@ class Trainer:
             ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
             least, most = self.average.process.schedule(ends.to(self.average.device)).tolist()
             why = (
-                "before the first step, so that no learning rate is to blame: the data lie in"
+                "before the first step, so the learning rate is not the cause: the data lie in"
                 f" {low:g}..{high:g}, gamma in {least:g}..{most:g}; rescale the data to about"
                 " -1..1, or leave --gamma-min and --gamma-max out"
             )

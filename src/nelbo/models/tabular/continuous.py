@@ -307,7 +307,7 @@ class ContinuousReverseKernel(ReverseKernel):
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
         assert isinstance(prediction, MixturePrediction)
-        process = GaussianDiffusion.require(process, "its steps are of a Gaussian process")
+        process = GaussianDiffusion.require(process, "its steps belong to a Gaussian process")
         loc = process.m_t(z[..., None], prediction.mean, s, t)
         _, of_e = process.m_t_weights(s, t)
         variance = over(process.beta_tilde(s, t), loc) + (
