@@ -252,7 +252,7 @@ def test_a_folder_reads_nothing_outside_of_itself(tmp_path, secret, make, monkey
     folder = tmp_path / "folder"
     folder.mkdir()
     make(folder, secret)
-    with pytest.raises(ValueError, match="outside of it") as error:
+    with pytest.raises(ValueError, match="outside it") as error:
         data.load(f"hub:{folder}")
     assert "hunter2" not in str(error.value) and "password" not in str(error.value)
     if make is not names_of_saved_files:  # which has but one column, of row numbers

@@ -81,7 +81,7 @@ def test_orientation_is_applied_and_said(tmp_path, kind, way):
     want = np.rot90(x, quarter)
     want = want[:, ::-1] if mirror else want
     assert (found.splits["train"][0, 0].numpy() == want).all()
-    assert any("3 images turned as their EXIF" in n for n in found.notes) == (way != 1)
+    assert any("3 images rotated according to their EXIF" in n for n in found.notes) == (way != 1)
 
 
 def test_further_frames_are_counted(tmp_path):

@@ -149,10 +149,10 @@ def test_a_copy_that_was_interrupted_goes_on(store):
 @pytest.mark.parametrize(
     ("told", "says"),
     [
-        ({"size": 3}, "has more bytes than are told"),
-        ({"size": 9}, "has fewer bytes than are told"),
+        ({"size": 3}, "has more bytes than its store states"),
+        ({"size": 9}, "has fewer bytes than its store states"),
         ({"size": 10**18}, "GiB are free in|are free in .* set NELBO_CACHE"),
-        ({"size": None}, "the size of /bucket/data/x.npy is not told"),
+        ({"size": None}, "the size of /bucket/data/x.npy is unknown"),
         ({"name": "/bucket/data/../../../x.npy"}, "cannot be the name of a file here"),
         ({"name": "/bucket/data//etc/x.npy"}, "cannot be the name of a file here"),
         ({"name": "/bucket/data/c:x.npy"}, "cannot be the name of a file here"),
@@ -178,7 +178,7 @@ def test_what_is_missing_is_one_sentence(store, monkeypatch):
     ):
         here("s3://b/x")
     monkeypatch.setenv("NELBO_OFFLINE", "1")
-    with pytest.raises(ValueError, match="NELBO_OFFLINE=1 says to stay here"):
+    with pytest.raises(ValueError, match="NELBO_OFFLINE=1 forbids the network"):
         here("s3://b/x")
     monkeypatch.delenv("NELBO_OFFLINE")
     monkeypatch.setitem(sys.modules, "fsspec.core", None)

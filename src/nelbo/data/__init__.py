@@ -1,4 +1,4 @@
-"""Data sets as tensors with a schema that says what one example is."""
+"""Read data sets as tensors, with a schema that describes one example."""
 
 from nelbo.data.schema import Dataset, Label, Schema, as_examples, fingerprint
 from nelbo.data.sources import load, load_like

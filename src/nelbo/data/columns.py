@@ -1,17 +1,18 @@
-"""What the columns of a table are, and where each stands in an example x.
+"""Columns of a table, and the place of each in an example x.
 
-An example is a vector of numbers, the columns group by group (`groups`), because like columns
-share a process:
+An example is a vector of numbers. Columns are arranged in groups (`groups`), because columns of
+the same kind share a process:
 
-    numbers   a real number, which has a density, or one on a lattice too fine to count, which
-              has the probability of its cell: the number itself
-    levels    a number on a lattice of few points, as a code: 0 is all that lies below `low`, then
-              the points low, low + precision, .., high; all that lies above; and, last, missing
-    symbols   a category, as a code: 0 is any that training did not have, then the categories;
-              and, last, missing
+    numbers   a real number, which has a density, or one on a lattice with too many points to
+              enumerate, which has the probability of its cell: the number itself
+    levels    a number on a lattice of few points, as a code: 0 for anything below `low`, then
+              the points low, low + precision, .., high; one code for anything above; and, last,
+              one for missing
+    symbols   a category, as a code: 0 for any category that training did not have, then the
+              categories; and, last, one for missing
 
-A number that may be missing is NaN where it is, and has beside it a symbol of its
-own that says so: 1 where the number is known, 2 where it is missing.
+A number that may be missing is NaN if it is, and is accompanied by a symbol that indicates this: 1
+if the number is known, 2 if it is missing.
 """
 
 import math
@@ -23,17 +24,17 @@ Kind = Literal["real", "rounded", "category", "boolean"]
 Transform = Literal["standardise", "log", "quantile"]
 GroupKind = Literal["numbers", "levels", "symbols"]
 
-#: points of a lattice that are levels; beyond, numbers
+#: maximal points of a lattice that is modelled as levels; beyond, as numbers
 MOST_POINTS = 254
-#: groups of codes have one of these sizes, so that a code of 2 values is not padded to 200
+#: sizes of groups of codes; several, so that a code of 2 values is not padded to 200
 SIZES = (4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 def with_keys(cls: type, values: object, what: str) -> Mapping[str, Any]:
-    """The values of a dataclass as JSON has them: its fields, and all that have no default.
+    """Return a JSON object after checking its keys against the fields of a dataclass.
 
     Raises:
-        ValueError: on a missing or unknown key.
+        ValueError: a key is missing or unknown.
     """
     names = {field.name for field in fields(cls)}
     needed = {field.name for field in fields(cls) if field.default is MISSING}
@@ -43,7 +44,7 @@ def with_keys(cls: type, values: object, what: str) -> Mapping[str, Any]:
     return values
 
 
-#: points of a lattice, at most: beyond, a float64 skips some
+#: maximal points of a lattice: beyond, float64 skips some
 POINTS = 2**53
 
 
@@ -54,24 +55,24 @@ class Column:
     Args:
         name: its heading.
         kind: a real number; a number rounded to `precision` (1 for integers); a category; or a
-            boolean, which has two values and no others.
-        precision: distance of the values of a rounded number.
-        low: the least of them in training.
-        high: the largest.
+            boolean, which has exactly two values.
+        precision: distance between the values of a rounded number.
+        low: the smallest value in training.
+        high: the largest value in training.
         categories: the values of a category or boolean, as text.
         missing: whether cells may be missing.
-        transform: of a number, in whose scale it is modelled; see `MonotoneTransform`. It changes
-            no unit: a density stays one of the column as it is.
-        missing_words: words that mean a missing cell; the usual ones (NA, null, ..) where None.
-            An empty cell is missing always, and a word among the categories never.
+        transform: the scale in which a number is modelled; see `MonotoneTransform`. Units stay the
+            same: a density is one of the column as it is.
+        missing_words: words that mean a missing cell; the usual ones (NA, null, ..) if None.
+            An empty cell is always missing, and a word among the categories never is.
         rounds: whether numbers off the lattice are rounded to it, as those of training were.
-        range: the least and the largest value of a real number in training; None where unknown.
-        dtype: type of the cells in the source, to which samples are given back; see `dtypes`.
-            That of what they are read as where "", as of text files. Neither the range nor the
-            type is a part of the model.
+        range: the smallest and the largest value of a real number in training; None if unknown.
+        dtype: type of the cells in the source, to which samples are converted; see `dtypes`. ""
+            for the type in which they are read, as for text files. Neither the range nor the type
+            is part of the model.
 
     Raises:
-        ValueError: if these contradict each other.
+        ValueError: these values contradict each other.
     """
 
     name: str
@@ -152,13 +153,13 @@ class Column:
 
     @property
     def points(self) -> int:
-        """Points of the lattice of a rounded number, from low to high."""
+        """Number of points in the lattice of a rounded number, from low to high."""
         assert self.precision is not None and self.low is not None and self.high is not None
         return round((self.high - self.low) / self.precision) + 1
 
     @property
     def decimals(self) -> int:
-        """Decimals that show a rounded number exactly; at most 12."""
+        """Number of decimals that show a rounded number exactly; at most 12."""
         assert self.precision is not None and self.low is not None
         numbers = self.precision, self.low
         return next(
@@ -168,40 +169,41 @@ class Column:
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """The least and the largest number of training; None of no number, or where unknown."""
+        """The smallest and largest number in training; None if it is not a number, or if
+        unknown."""
         return self.range if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def group(self) -> GroupKind:
-        """The kind of group it belongs to."""
+        """The kind of group to which the column belongs."""
         if self.kind == "rounded":
             return "levels" if self.points <= MOST_POINTS else "numbers"
         return "numbers" if self.kind == "real" else "symbols"
 
     @property
     def codes(self) -> int:
-        """How many codes a column of levels or symbols has."""
+        """Number of codes of a column of levels or symbols."""
         if self.group == "levels":
             return self.points + 2 + self.missing
         return len(self.categories) + 1 + self.missing
 
     @property
     def indicated(self) -> bool:
-        """Whether a symbol beside it says that it is missing."""
+        """Whether an additional symbol indicates that the number is missing."""
         return self.missing and self.group == "numbers"
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON knows it, without what is at its default."""
+        """Return the values for JSON, without those at their default."""
         values = {f.name: f.default for f in fields(self)}
         plain = {k: v for k, v in asdict(self).items() if v != values[k]}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
     @classmethod
     def from_dict(cls, values: object) -> "Column":
-        """The column that `to_dict` gave.
+        """Return the column whose `to_dict` gave these values.
 
         Raises:
-            ValueError: on a missing or unknown key, or an impossible value.
+            ValueError: a key is missing or unknown, or a value is invalid.
         """
         values = with_keys(cls, values, "a column")
         if not isinstance(values["name"], str):
@@ -224,7 +226,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Place:
-    """What one dimension of an example is: a column, or the symbol that it is missing."""
+    """One dimension of an example: a column, or the symbol that indicates a missing number."""
 
     column: Column
     index: int
@@ -232,12 +234,13 @@ class Place:
 
     @property
     def codes(self) -> int:
+        """Number of codes of this dimension."""
         return 3 if self.indicator else self.column.codes
 
 
 @dataclass(frozen=True)
 class Group:
-    """Like columns, next to each other in x; of codes, `size` is at least what each has."""
+    """Columns of the same kind, adjacent in x; each has at most `size` codes."""
 
     kind: GroupKind
     size: int
@@ -245,7 +248,7 @@ class Group:
 
 
 def groups(columns: Iterable[Column]) -> list[Group]:
-    """The groups of an example in their order; numbers first, then codes, small ones first."""
+    """Return the groups of an example in order: numbers first, then codes, small ones first."""
     places: dict[tuple[int, int], list[Place]] = {}
     order = get_args(GroupKind)
     for index, column in enumerate(columns):
@@ -258,16 +261,16 @@ def groups(columns: Iterable[Column]) -> list[Group]:
 
 
 def places(columns: Iterable[Column]) -> list[Place]:
-    """What each dimension of an example is."""
+    """Return the meaning of each dimension of an example."""
     return [place for group in groups(columns) for place in group.places]
 
 
 def log_cells(columns: Iterable[Column]) -> float:
-    """Σ log precision of the rounded columns.
+    """Return Σ log precision over the rounded columns.
 
-    A probability P of rounded numbers is, spread evenly over their cells, a density in the units
-    of the columns: -log density = -log P + log_cells. That is comparable with a density model of
-    the same columns, as long as the other columns are the same for both.
+    A probability P of rounded numbers, spread evenly over their cells, is a density in the units
+    of the columns: -log density = -log P + log_cells. It can be compared with a density model of
+    the same columns, if the other columns are the same for both.
     """
     return sum(math.log(c.precision) for c in columns if c.precision is not None)
 

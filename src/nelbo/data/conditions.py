@@ -1,4 +1,4 @@
-"""Columns of a table as conditions: words and whole numbers are classes, as in arrays."""
+"""Columns of a table as conditions: words and whole numbers become classes, as for arrays."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,22 +13,22 @@ from nelbo.data.tabular.tables import column_of
 if TYPE_CHECKING:
     from polars import DataFrame, Series
 
-MISSING = ""  # how an empty cell is written among classes
+MISSING = ""  # class of an empty cell
 
 
 def taken_from(
     frame: "DataFrame", names: Sequence[str], declared: object, where: str
 ) -> tuple[dict[str, np.ndarray], object, list[str]]:
-    """The cells of columns to condition on, what a schema says of the others, and notes.
+    """Return the cells of the columns to condition on, the schema of the other columns, and notes.
 
     Args:
         frame: the table.
-        names: of the columns, which the schema may describe too.
-        declared: the schema as JSON has it, or None.
-        where: the table's name for messages.
+        names: names of the columns, which the schema may describe too.
+        declared: the schema as parsed JSON, or None.
+        where: name of the table for messages.
 
     Raises:
-        ValueError: as `cells_of`, or it is no schema of the table.
+        ValueError: as for `cells_of`, or it is not a schema of the table.
     """
     every = [] if declared is None else listed(declared, frame.columns)
     of_each = {each["name"]: each for each in every if each["name"] in names}
@@ -41,16 +41,16 @@ def taken_from(
 def cells_of(
     frame: "DataFrame", name: str, declared: dict, where: str
 ) -> tuple[np.ndarray, list[str]]:
-    """The cells of a column to condition on, (N,), as words or as numbers, and notes on them.
+    """Return the cells of a column to condition on, (N,), as words or as numbers, and notes.
 
     Args:
         frame: the table.
-        name: of the column.
-        declared: what a schema says of it; its kind and its missing words count.
-        where: the table's name for messages.
+        name: name of the column.
+        declared: its entry in the schema; its kind and its missing words are used.
+        where: name of the table for messages.
 
     Raises:
-        ValueError: no such column, or one that is no condition.
+        ValueError: there is no such column, or it cannot be a condition.
     """
     series = column_of(frame, name, where)
     (column,), notes = complete(frame, [{**declared, "name": name}])
@@ -80,7 +80,7 @@ def cells_of(
 
 
 def cells_like(frame: "DataFrame", label: Label) -> np.ndarray:
-    """The cells of a column that a model is conditioned on, as for `cells_of`."""
+    """Return the cells of a column on which a model is conditioned, as for `cells_of`."""
     series = column_of(frame, label.name, "the table")
     return _filled(texts(series, keep=label.classes)) if label.classes else numbers(series)
 
@@ -90,7 +90,7 @@ def _filled(words: "Series") -> np.ndarray:
 
 
 def _are_integers(series: "Series", words: "Series") -> bool:
-    """Whether numbers are whole by their type, or as they are written."""
+    """Return whether numbers are whole by their type, or by the way they are written."""
     if series.dtype.is_numeric():
         return series.dtype.is_integer()
     return bool(words.drop_nulls().str.contains(r"^[+-]?[0-9]+$").all())

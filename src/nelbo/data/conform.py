@@ -1,4 +1,4 @@
-"""From the arrays that a reader found to a schema, stored tensors and splits."""
+"""Convert the arrays found by a reader to a schema, stored tensors and splits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from nelbo.data.splits import ADVICE, SPLITS
 #: beyond this many values per dimension, integers are better treated as real or binned
 MOST_LEVELS = 65536
 
-#: what leads from images of real numbers to those of levels
+#: advice for images of real numbers
 TO_LEVELS = (
     "if they are pixels that were {how}, save np.rint({back}).astype(np.uint8): levels,"
     " whose probability has bits/dim"
 )
 FROM_UNIT = TO_LEVELS.format(how="divided by 255", back="255 * x")
 FROM_SIGNED = TO_LEVELS.format(how="scaled to [-1, 1]", back="127.5 * (x + 1)")
-#: of the seed of a split
+#: salt of the seed of a split
 SALT = 0x6E656C626F
 
 Stored = np.ndarray | Rows
@@ -30,17 +30,17 @@ Stored = np.ndarray | Rows
 
 @dataclass(frozen=True)
 class Found:
-    """What a reader found in a source.
+    """Contents of a source, as found by a reader.
 
     Args:
-        source: for messages.
-        parts: (N, *shape) booleans, integers, float32 or float64, finite and N > 0; under the
-            names "train", "validation", "test" if the source has splits, else under "all".
-        levels: the number of levels, where the source says it.
-        notes: what the reader inferred.
-        labels: what the examples may be conditioned on: name to the (N,) strings, integers or
-            reals of each part, as they were found.
-        alphabet: of text; see `Schema`.
+        source: name of the source, for messages.
+        parts: (N, *shape) booleans, integers, float32 or float64, finite and N > 0; named
+            "train", "validation", "test" if the source has splits, else "all".
+        levels: the number of levels, if the source states it.
+        notes: notes on what the reader inferred.
+        labels: labels that the examples may be conditioned on: name to the (N,) strings, integers
+            or reals of each part, as they were found.
+        alphabet: the alphabet of a text; see `Schema`.
     """
 
     source: str
@@ -51,18 +51,19 @@ class Found:
     alphabet: str | None = None
 
     def label(self, part: str) -> str:
+        """Return the name of a part for messages."""
         return self.source if part == "all" else f"the {part} split of {self.source}"
 
 
 def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:
-    """The schema of what was found, and notes on what was inferred.
+    """Return the schema of the examples found, and notes on what was inferred.
 
     Args:
         found: the arrays.
-        levels: how many levels there are, if the user says so.
+        levels: the number of levels, if the user gave one.
 
     Raises:
-        ValueError: if parts differ in shape or kind, or integers cannot be levels.
+        ValueError: parts differ in shape or kind, or integers cannot be levels.
     """
     first, *rest = found.parts
     shape, integers = found.parts[first].shape[1:], _integers(found.parts[first])
@@ -116,11 +117,12 @@ def _inferred_levels(found: Found, shape: tuple[int, ...]) -> tuple[Schema, list
 
 
 def store(found: Found, schema: Schema) -> dict[str, Tensor]:
-    """The parts as tensors (N, *schema.shape) in the schema's storage type; or as Rows, which
-    are typed as the tensors that they stand for.
+    """Return the parts as tensors (N, *schema.shape) in the schema's storage type, or as Rows.
+
+    Rows stay unread, and are typed as the tensors that they replace.
 
     Raises:
-        ValueError: if a part is not of the schema: its shape, its kind or one of its values.
+        ValueError: a part has another shape, or values that the schema cannot hold.
     """
     return {part: _store(x, found.label(part), schema) for part, x in found.parts.items()}
 
@@ -159,12 +161,12 @@ def _store(x: Stored, label: str, schema: Schema) -> Tensor:
 def split(
     parts: Mapping[str, Tensor], source: str, seed: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Train, validation and test; what is missing is a tenth each, taken off train by the seed.
+    """Return train, validation and test; a missing one is a tenth of train, drawn by the seed.
 
     Examples keep their order in the file within each split.
 
     Raises:
-        ValueError: if there is nothing to train on or too little to split.
+        ValueError: there is nothing to train on, or too little to split.
     """
     train = parts["train"] if "train" in parts else parts.get("all")
     if train is None:
@@ -182,8 +184,8 @@ def split(
             f"off; at least {len(missing) + 1} are needed"
         )
     take = max(1, count // 10)
-    # Raw bits of PCG64 are the same in every numpy; Generator.permutation promises no such thing.
-    # The salt keeps them apart from a user's default_rng(seed), which may have made the data.
+    # Raw bits of PCG64 are the same in every numpy; those of Generator.permutation may change.
+    # The salt separates them from a user's default_rng(seed), which may have made the data.
     bits = np.random.PCG64([SALT, seed]).random_raw(count)
     order = torch.from_numpy(bits.argsort(kind="stable"))
     pieces = order.split([take] * len(missing) + [count - take * len(missing)])
@@ -198,7 +200,7 @@ def split(
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:
-    """Stored examples, one part after another."""
+    """Concatenate stored examples."""
     if isinstance(parts[0], Rows):
         return cast(Tensor, parts[0].join(cast(Sequence[Rows], parts[1:])))
     return torch.cat(list(parts))
@@ -234,7 +236,7 @@ def _integers(x: Stored) -> bool:
 
 
 def _within(x: Stored, low: int) -> bool:
-    """Whether all values lie in [low, 1], as those of images that were scaled."""
+    """Return whether all values lie in [low, 1], like those of scaled images."""
     return not _integers(x) and not isinstance(x, Rows) and x.min() >= low and x.max() <= 1
 
 

@@ -1,5 +1,4 @@
-"""What a data set is, before anything is trained: its schema, its columns, and what speaks against
-a likelihood of it."""
+"""Inspect a data set before training: its schema, its columns, and obstacles to a likelihood."""
 
 import math
 from collections.abc import Collection
@@ -28,20 +27,20 @@ if TYPE_CHECKING:
     from nelbo.data.tabular.tables import Frame
 
 
-SHOWN = 3  # categories, the most frequent ones
+SHOWN = 3  # most frequent categories to show
 
 
 @dataclass(frozen=True)
 class ColumnReport:
-    """One column as it is shown; `column` is None where it cannot be modelled.
+    """Description of one column; `column` is None if it cannot be modelled.
 
     Args:
         name: its heading.
-        kind: in words.
+        kind: its kind, in words.
         values: its range or its most frequent values.
-        distinct: different values; None where they are too many rows to count.
-        missing: empty cells; None likewise.
-        column: what it is to a model.
+        distinct: number of distinct values; None if there are too many rows to count.
+        missing: number of empty cells; None if there are too many rows to count.
+        column: the column as a model uses it.
     """
 
     name: str
@@ -54,16 +53,16 @@ class ColumnReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A data set by sight.
+    """Description of a data set.
 
     Args:
-        source: what was inspected.
-        rows: examples.
-        columns: of a table; else none.
-        schema: what a model of it would know, of the columns that can be modelled; None without
-            such columns.
-        warnings: what makes a likelihood meaningless, or was not taken as it may seem.
-        splits: examples in each split of other data.
+        source: name of the source.
+        rows: number of examples.
+        columns: the columns of a table; empty for other data.
+        schema: the schema of a model, with the columns that can be modelled; None if there are
+            none.
+        warnings: properties that make a likelihood meaningless, and surprising interpretations.
+        splits: number of examples in each split of data other than a table.
     """
 
     source: str
@@ -74,7 +73,7 @@ class Inspection:
     splits: dict[str, int]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON; its "schema" is what `--schema` takes."""
+        """Return plain values for JSON; `--schema` accepts the value of "schema"."""
         counts = [
             {"name": c.name, "distinct": c.distinct, "missing": c.missing} for c in self.columns
         ]
@@ -96,11 +95,11 @@ def inspect(
     schema: str | PathLike[str] | None = None,
     splits: Splits | None = None,
 ) -> Inspection:
-    """What is at `source`, which `nelbo.data.load` understands; arguments as there.
+    """Inspect the data at `source`; arguments as for `nelbo.data.load`.
 
     Raises:
-        FileNotFoundError: if there is no such source.
-        ValueError: if it cannot be read.
+        FileNotFoundError: there is no such source.
+        ValueError: it cannot be read.
     """
     source = here(source)
     named = declare(splits)
@@ -123,7 +122,8 @@ def inspect(
 
 
 def _repeated(found: data.Dataset) -> list[str]:
-    """What makes a density of real numbers grow without bound: rows and values that repeat."""
+    """Return notes on repeated rows and values, at which a density of reals can grow without
+    bound."""
     if found.schema.kind != "real":
         return []
     x = np.concatenate([split.flatten(1).numpy() for split in found.splits.values()])
@@ -144,7 +144,7 @@ def _repeated(found: data.Dataset) -> list[str]:
 
 
 def _inspect_stream(table: streams.Table, schema: str | PathLike[str] | None) -> Inspection:
-    """A table that is read in blocks: its columns, in one pass, without what takes memory."""
+    """Inspect a table that is read in blocks, in one pass and without counting distinct values."""
     declared = None if schema is None else limits.read_json(Path(schema))
     columns, notes = streams.infer(table, declared)
     reports = []
@@ -167,7 +167,7 @@ def inspect_table(
     declared: list[dict] | None = None,
     stored: Collection[str] = (),
 ) -> Inspection:
-    """The same of a table; a column that cannot be modelled becomes a warning."""
+    """Inspect a table; a column that cannot be modelled becomes a warning."""
     reports, warnings = [], []
     names = [each["name"] for each in declared] if declared else frame.columns
     for each in declared or [{"name": name} for name in names]:
@@ -182,7 +182,7 @@ def inspect_table(
             ((column,), notes) = complete(frame, [each])
             notes += [seen.note] * bool(declared is None and seen.note)
         except ValueError as error:
-            if len(each) > 1:  # what is declared must hold
+            if len(each) > 1:  # a declaration must be valid
                 raise
             notes = [str(error)]
         reports.append(_report(frame[each["name"]], column))
@@ -226,7 +226,7 @@ def _kind(column: Column | None) -> str:
 
 
 def _lattice(column: Column) -> str:
-    """A lattice may lie off zero: 1.5, 2.5, 3.5 are no integers."""
+    """Describe a lattice; one may be shifted from zero: 1.5, 2.5, 3.5 are not integers."""
     assert column.precision is not None and column.low is not None
     if abs(math.remainder(column.low, column.precision)) > 1e-5 * column.precision:
         return f"steps of {column.precision:g} from {column.low:g}"

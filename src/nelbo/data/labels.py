@@ -1,4 +1,4 @@
-"""Labels of examples, which a model may be conditioned on: classes by name, or real numbers."""
+"""Labels of examples, which a model may be conditioned on: named classes, or real numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from torch import Tensor
 from nelbo.data.schema import Label
 from nelbo.data.tabular.spelling import places_of
 
-NO_CLASS = "-1"  # of an example without a class, where classes are 0, 1, 2, ..
+NO_CLASS = "-1"  # of an example without a class, if classes are 0, 1, 2, ..
 
 
 def of_examples(values: np.ndarray, count: int, name: str, where: str) -> np.ndarray:
-    """Labels as found, of `count` examples, (count,): texts, integers or reals, NaN where missing.
+    """Return the labels of `count` examples, (count,): texts, integers or reals, NaN if missing.
 
     Raises:
-        ValueError: if they are none.
+        ValueError: these values cannot be labels.
     """
     if values.shape not in ((count,), (count, 1)):
         raise ValueError(
@@ -40,18 +40,18 @@ def of_examples(values: np.ndarray, count: int, name: str, where: str) -> np.nda
 
 
 def infer_label(name: str, parts: Mapping[str, np.ndarray], source: str) -> Label:
-    """Strings, integers and booleans are classes, in their order; reals are numbers.
+    """Return the label: strings, integers and booleans are classes, in order; reals are numbers.
 
-    NaN, "" and, beside 0, 1, .., the code -1 are no labels: those of examples that have none.
+    NaN, "" and, beside 0, 1, .., the code -1 mean that an example has no label.
 
     Args:
-        name: of the label.
-        parts: (N,) of each part.
-        source: for messages.
+        name: name of the label.
+        parts: labels (N,) of each part.
+        source: name of the source, for messages.
 
     Raises:
-        ValueError: if there is one class only, or about as many as examples, or none; or if -1
-            may be a class or none.
+        ValueError: there is one class only, about as many classes as examples, or none; or it is
+            unclear whether -1 is a class.
     """
     if all(values.dtype.kind == "f" for values in parts.values()):
         for part, values in parts.items():
@@ -81,10 +81,10 @@ def infer_label(name: str, parts: Mapping[str, np.ndarray], source: str) -> Labe
 
 
 def _is_code(name: str, texts: Mapping[str, list[str]], classes: list[str]) -> bool:
-    """Whether -1 says that an example has no class, as it does beside 0, 1, 2, ..
+    """Return whether -1 means that an example has no class, as it does beside 0, 1, 2, ..
 
     Raises:
-        ValueError: beside 0 and 1 alone, where it may be a third one.
+        ValueError: the others are 0 and 1 only, so that it may be a third class.
     """
     others = [text for text in classes if text != NO_CLASS]
     if len(others) < 2 or not all(map(str.isdecimal, others)):
@@ -99,10 +99,10 @@ def _is_code(name: str, texts: Mapping[str, list[str]], classes: list[str]) -> b
 
 
 def codes(values: np.ndarray, label: Label, where: str) -> Tensor:
-    """Labels as the places of their classes, or as numbers; (N,), float64, NaN where missing.
+    """Return labels as indices of their classes, or as numbers; (N,), float64, NaN if missing.
 
     Raises:
-        ValueError: if one is none of the classes.
+        ValueError: a value is not one of the classes.
     """
     if not label.classes:
         if values.dtype.kind not in "biuf":
@@ -110,7 +110,7 @@ def codes(values: np.ndarray, label: Label, where: str) -> Tensor:
                 f"the labels {label.name} of {where} must be numbers; got {values[0]}"
             )
         return torch.from_numpy(values.astype(np.float64))
-    if values.dtype.kind == "f":  # of classes that are numbers, where some are missing
+    if values.dtype.kind == "f":  # integer classes become reals if some are missing
         if not np.array_equal(values, np.rint(values), equal_nan=True):
             raise ValueError(f"the labels {label.name} of {where} are no classes but numbers")
         values = np.array(["" if np.isnan(v) else str(int(v)) for v in values.tolist()], str)
@@ -128,7 +128,8 @@ def codes(values: np.ndarray, label: Label, where: str) -> Tensor:
 
 
 def missing(labels: Sequence[Label], stored: Mapping[str, Tensor]) -> list[str]:
-    """A note on the examples of each split that lack a label (N, len(labels)), if any do."""
+    """Return a note on the examples of each split that lack a label (N, len(labels)), if any
+    do."""
     lacking = {split: int(values.isnan().any(1).sum()) for split, values in stored.items()}
     counts = [f"{n} of {len(stored[split])} {split}" for split, n in lacking.items() if n]
     if not counts:
@@ -136,15 +137,15 @@ def missing(labels: Sequence[Label], stored: Mapping[str, Tensor]) -> list[str]:
     names = " or ".join(label.name for label in labels)
     return [
         f"without {names}: {', '.join(counts)} examples; they are learned and measured as"
-        f" examples of which no {names} is known, by P(x)"
+        f" examples whose {names} is unknown, by P(x)"
     ]
 
 
 def standardised(label: Label, train: Tensor) -> Label:
-    """A real label with mean and spread of the training examples; classes as they are.
+    """Return a real label with mean and spread of the training examples; classes as they are.
 
     Raises:
-        ValueError: if the label is constant.
+        ValueError: the label is constant.
     """
     if label.classes:
         return label
@@ -157,13 +158,13 @@ def standardised(label: Label, train: Tensor) -> Label:
 
 
 def as_text(values: np.ndarray) -> list[str]:
-    """The names of classes: strings as they are, integers in decimals; (N,)."""
+    """Return the names of classes, (N,): strings as they are, integers in decimals."""
     if values.dtype.kind in "biu":
         values = values.astype(object) + 0  # True is 1
     return [str(value) for value in values.tolist()]
 
 
 def _in_order(name: str) -> tuple[bool, int, str]:
-    """Numbers by value, then words."""
+    """Return a sort key: numbers by value, then words."""
     number = name.removeprefix("-").isdecimal()
     return not number, int(name) if number else 0, name

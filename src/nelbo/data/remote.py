@@ -1,15 +1,15 @@
-"""Data at a URL of any kind that fsspec knows (extra: remote): copied once, then read as files.
+"""Data at a URL that fsspec can read (extra: remote): copied once, then read as files.
 
     s3://bucket/rows/            all files below
-    gs://bucket/train-*.tar      those whose names fit
+    gs://bucket/train-*.tar      those whose names match
     https://host/images.npz      one file
 
-Training jumps about in its data and reads all of them for their hash whenever it begins, so each
-machine has them on its disk: in a folder of its cache whose name follows from the URL, the names,
-the sizes and what else the store tells of the files. When these change, it is another folder, and
-the copies are new ones. A copy that was interrupted goes on where it was. What is read is then a
-file, with all that holds for files from strangers; of the store's own words, a size is the most
-that is written, and a name does not lead out of the folder.
+Training accesses its data in random order and hashes all of them at the start, so each machine
+keeps a copy on its disk: in a folder of the user's cache whose name is a hash of the URL, the
+names, the sizes and other attributes of the files in the store. When these change, another folder
+is used with new copies. An interrupted copy continues where it stopped. The copies are then read
+like any untrusted files. Of the store's own statements, a size limits what is written, and a name
+cannot lead out of the folder.
 """
 
 import hashlib
@@ -33,41 +33,41 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+(://|::)", re.I)
-OFFLINE = "NELBO_OFFLINE"  # names a variable of the environment
-CHUNK = 2**22  # bytes that are copied at a time
-AT_ONCE = 16  # files, of stores that can
+OFFLINE = "NELBO_OFFLINE"  # an environment variable
+CHUNK = 2**22  # bytes copied at a time
+AT_ONCE = 16  # files copied in parallel, if the store supports it
 MIB = 2**20
-#: what no name of a file has everywhere
+#: characters that are not allowed in file names on every system
 FORBIDDEN = re.compile(r'[\x00-\x1f\\:*?"<>|]')
 
 Source = TypeVar("Source")
 
 
 def is_url(source: object) -> bool:
-    """Whether a source is at a URL."""
+    """Return whether a source is a URL."""
     return isinstance(source, str) and URL.match(source) is not None
 
 
 def here(source: Source) -> Source | str:
-    """Where a source is to be read: the copy of what is at a URL; any other source itself.
+    """Return the path where a source can be read: a local copy of a URL, or the source itself.
 
-    All processes ask together; one on each machine copies.
+    All processes call this together; one on each machine copies.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it cannot be had, or not be kept.
+        FileNotFoundError: there is nothing at the URL.
+        ValueError: it cannot be read, or the copy cannot be stored.
     """
     if not isinstance(source, str) or not is_url(source):
         return source
     if world()[1] == 1:
         return str(_copied(source))
     found = [_copied(source)] if os.environ.get("LOCAL_RANK", "0") == "0" else []
-    gather(None)  # it is there
+    gather(None)  # wait until the copy is there
     return str(found[0] if found else _copied(source))
 
 
 class File(NamedTuple):
-    """The path of a file in its store, its name below the URL, and its bytes."""
+    """The path of a file in its store, its name below the URL, and its size in bytes."""
 
     path: str
     name: PurePosixPath
@@ -76,14 +76,14 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Listed:
-    """What is at a URL now.
+    """The present contents of a URL.
 
     Args:
-        url: for messages.
-        store: which has it.
-        files: there.
-        single: whether the URL is that of the one file.
-        version: a name for all of it.
+        url: the URL, for messages.
+        store: the file system that has it.
+        files: its files.
+        single: whether the URL is that of a single file.
+        version: a name that identifies these contents.
     """
 
     url: str
@@ -94,7 +94,7 @@ class Listed:
 
 
 def _copied(url: str) -> Path:
-    """The copy of what is at a URL, which is made where it is not there: a file or a folder."""
+    """Return the path of the copy of a URL, a file or a folder, after copying what is missing."""
     found = _list(url)
     folder = cache.folder() / found.version
     missing = [file for file in found.files if not _is_there(folder / file.name, file.size)]
@@ -138,13 +138,13 @@ def _list(url: str) -> Listed:
 
 
 def _open(url: str) -> tuple["AbstractFileSystem", str]:
-    """The store of a URL and the path in it.
+    """Return the store of a URL and the path in it.
 
     Raises:
-        ValueError: no fsspec, no driver of it for such URLs, or no network wanted.
+        ValueError: fsspec or its driver for the URL is missing, or the network is forbidden.
     """
     if os.environ.get(OFFLINE) == "1":
-        raise ValueError(f"{url} is elsewhere, and {OFFLINE}=1 says to stay here; unset it")
+        raise ValueError(f"{url} is remote, and {OFFLINE}=1 forbids the network; unset it")
     if "::" in url:
         raise ValueError(f"{url} is a chain of URLs; give the one where the files are")
     try:
@@ -160,7 +160,8 @@ def _open(url: str) -> tuple["AbstractFileSystem", str]:
 
 @contextmanager
 def _asking(url: str) -> Iterator[None]:
-    """Around what asks a store, whose driver may raise anything: then one sentence."""
+    """Turn any exception of a store's driver into a one-sentence ValueError or
+    FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:
@@ -173,7 +174,7 @@ def _asking(url: str) -> Iterator[None]:
 
 
 def _name(path: str, below: str) -> PurePosixPath:
-    """The name of a file below the URL, which is one here too."""
+    """Return the name of a file below the URL, which must also be a valid name here."""
     name = path.removeprefix(below).removeprefix("/")
     if any(part in ("", ".", "..") or FORBIDDEN.search(part) for part in name.split("/")):
         raise ValueError(f"{name!r} cannot be the name of a file here; rename it there")
@@ -183,7 +184,7 @@ def _name(path: str, below: str) -> PurePosixPath:
 def _size(path: str, about: dict) -> int:
     size = about.get("size")
     if not isinstance(size, int) or size < 0:
-        raise ValueError(f"the size of {path} is not told; copy it to a disk, and give that")
+        raise ValueError(f"the size of {path} is unknown; copy it to a disk, and give that path")
     return size
 
 
@@ -192,7 +193,7 @@ def _is_there(place: Path, size: int) -> bool:
 
 
 def _copy_all(found: Listed, folder: Path, files: list[File], total: int) -> None:
-    """Copy these files of what was found, several at once where the store can, with a bar."""
+    """Copy files with a progress bar, several in parallel if the store supports it."""
     for place in {(folder / file.name).parent for file in files}:
         tidy(place)
     lock, stop, done = threading.Lock(), threading.Event(), 0
@@ -217,7 +218,7 @@ def _copy_all(found: Listed, folder: Path, files: list[File], total: int) -> Non
 
 
 def _copy(found: Listed, folder: Path, file: File, advance: Callable[[int], None]) -> None:
-    """One file, whole or not at all, and no more of it than was told."""
+    """Copy one file, completely or not at all, and no more bytes than its store states."""
     place, left = folder / file.name, file.size
     place.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = part_of(place)
@@ -237,7 +238,7 @@ def _copy(found: Listed, folder: Path, file: File, advance: Callable[[int], None
         if left:
             kind = "more" if left < 0 else "fewer"
             raise ValueError(
-                f"{found.url} cannot be read: {file.path} has {kind} bytes than are told"
+                f"{found.url} cannot be read: {file.path} has {kind} bytes than its store states"
             )
         os.replace(temporary, place)
     except BaseException:

@@ -13,23 +13,23 @@ from torch import Tensor
 
 Value = TypeVar("Value")
 
-CHUNK = 2**24  # numbers read at a time, where all are
+CHUNK = 2**24  # numbers read at a time when all are read
 WINDOW = 32  # blocks whose rows are shuffled together
 
 
 class Rows(ABC):
-    """N examples on disk; what is asked for by index or slice is read, and comes as a tensor.
+    """N examples on disk; indexing or slicing reads them and returns a tensor.
 
-    It stands wherever a tensor of stored examples does that is only indexed, sliced and split.
+    It can replace a tensor of stored examples that is only indexed, sliced and split.
 
     Args:
         shape: (N, *shape of an example).
-        dtype: how they are stored.
+        dtype: type in which they are stored.
     """
 
-    #: how many are read together, where one is not read for the price of one; see `batch_indices`
+    #: number of examples that are read together, if single ones cannot be; see `batch_indices`
     block: int | None = None
-    #: whether blocks are read in their order only
+    #: whether blocks can only be read in order
     sequential = False
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -37,15 +37,15 @@ class Rows(ABC):
 
     @abstractmethod
     def read(self, rows: np.ndarray) -> Tensor:
-        """The examples of these rows, (len(rows), *shape of an example)."""
+        """Return the examples with these row numbers, (len(rows), *shape of an example)."""
 
     @abstractmethod
     def take(self, rows: np.ndarray) -> Self:
-        """The same of these rows only, unread."""
+        """Return a selection of these rows, without reading them."""
 
     @abstractmethod
     def join(self, others: Sequence[Self]) -> Self:
-        """The same and others after them, unread."""
+        """Return these examples followed by others, without reading them."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -58,52 +58,55 @@ class Rows(ABC):
         return self.read(key.cpu().numpy())
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All of them in order, `size` at a time."""
+        """Yield all examples in order, `size` at a time."""
         for begin in range(0, len(self), size):
             yield self[begin : begin + size]
 
     def chunks(self) -> Iterator[Tensor]:
-        """All of them in order, as many at a time as memory allows."""
+        """Yield all examples in order, as many at a time as memory allows."""
         return self.split(max(1, CHUNK // self.shape[1:].numel()))
 
     def few(self, count: int) -> Tensor:
-        """Some of them, of which to take what is known before training; by default all."""
+        """Return some examples, for statistics needed before training; by default all."""
         return cast(Tensor, self)
 
     def warm(self, rows: np.ndarray) -> None:
-        """Do now what makes reading these rows later quick; by default nothing."""
+        """Prepare for reading these rows soon; by default do nothing."""
         return
 
     def notes(self) -> list[str]:
-        """What is to be said of the examples that were read so far; by default nothing."""
+        """Return notes on the examples that were read so far; by default none."""
         return []
 
     def fingerprint(self) -> bytes | None:
-        """Bytes that tell the examples, where these are had without reading all of them."""
+        """Return bytes that identify the examples, if available without reading all of them."""
         return None
 
     @cached_property
     def limits(self) -> tuple[int, int]:
-        """The least and the largest value."""
+        """The smallest and the largest value."""
         found = [(int(x.min()), int(x.max())) for x in self.chunks()]
         return min(low for low, _ in found), max(high for _, high in found)
 
     def min(self) -> int:
+        """Return the smallest value."""
         return self.limits[0]
 
     def max(self) -> int:
+        """Return the largest value."""
         return self.limits[1]
 
 
 class Ahead(Generic[Value]):
-    """fetch(k), where fetch(k + 1) begins at once, in a thread: reading waits for nobody.
+    """Call fetch(k), and start fetch(k + 1) at once in a thread, so that reading overlaps with
+    work.
 
     Args:
-        fetch: of the step alone, so that the order of reading changes nothing.
-        warm: makes ready for a step some time before, in a thread of its own.
+        fetch: a function of the step alone, so that the order of reading does not matter.
+        warm: prepares a step some time before, in a thread of its own.
 
     Attributes:
-        waited: seconds that a step waited for its examples, of the steps after the first.
+        waited: seconds that steps after the first waited for their examples.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Ahead(Generic[Value]):
         self.waited = 0.0
 
     def __call__(self, k: int) -> Value:
+        """Return fetch(k), and start fetching k + 1."""
         if self.next is not None and self.next[0] == k:
             begun = time.perf_counter()
             value = self.next[1].result()

@@ -1,6 +1,6 @@
-"""What one example is, and a data set as tensors with their schema.
+"""The schema of an example, and a data set as tensors with a schema.
 
-Data stay in the space they came in: integers 0..levels-1, or real numbers in their own units.
+Data stay in their original space: integers 0..levels-1, or real numbers in their own units.
 Scaling belongs to the model, so that its likelihood is one of the data.
 """
 
@@ -21,16 +21,16 @@ Kind = Literal["levels", "real", "table"]
 
 @dataclass(frozen=True)
 class Label:
-    """What an example is conditioned on: one of some classes, or a real number.
+    """A label that examples are conditioned on: one of several classes, or a real number.
 
     Args:
-        name: of the label, such as "class".
-        classes: the names of the classes; none for a real number.
-        mean: of a real number, in the training data.
+        name: name of the label, such as "class".
+        classes: names of the classes; empty for a real number.
+        mean: mean of a real number in the training data.
         spread: its standard deviation there.
 
     Raises:
-        ValueError: if these contradict each other.
+        ValueError: these values contradict each other.
     """
 
     name: str
@@ -49,12 +49,14 @@ class Label:
 
     @property
     def features(self) -> int:
-        """Numbers that tell a network of it."""
+        """Number of features that represent the label to a network."""
         return len(self.classes) or 2
 
     def encode(self, values: Tensor) -> Tensor:
-        """Values (N,) as (N, features): one-hot; or standardised, and a one. All zero only where
-        the value is missing, NaN."""
+        """Encode values (N,) as (N, features): one-hot, or standardised with a constant 1.
+
+        All features are zero only if the value is missing, NaN.
+        """
         known = ~values.isnan()
         if self.classes:
             codes = torch.where(known, values, 0).long()
@@ -63,7 +65,7 @@ class Label:
         return torch.stack([values, known.double()], 1)
 
     def describe(self) -> str:
-        """What it may be."""
+        """Describe the possible values."""
         if not self.classes:
             return f"{self.name} is a number"
         few = ", ".join(self.classes[:12]) + (", .." if len(self.classes) > 12 else "")
@@ -71,10 +73,10 @@ class Label:
 
     @classmethod
     def from_dict(cls, values: object) -> "Label":
-        """The label that `asdict` gave.
+        """Return the label whose `asdict` gave these values.
 
         Raises:
-            ValueError: on a missing or unknown key, or an impossible value.
+            ValueError: a key is missing or unknown, or a value is invalid.
         """
         names = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) != names:
@@ -88,21 +90,21 @@ class Label:
 
 @dataclass(frozen=True)
 class Schema:
-    """What one example is; saved as JSON in a run.
+    """The schema of one example; saved as JSON in a run.
 
     Args:
         kind: "levels", integers 0..levels-1 with a probability; "real", with a density; or
             "table", with a density if one of the columns is real.
-        shape: of one example: (C, H, W) for images, (D,) for vectors.
-        levels: how many values one dimension has; None if real or a table.
-        condition: the labels that the law of the examples is conditioned on.
-        alphabet: of text, the sorted characters that the levels are but the last, which is any
-            other one; "" where the levels are bytes; None where the data are no text.
-        columns: of a table; `layout` says where each stands in an example.
+        shape: shape of one example: (C, H, W) for images, (D,) for vectors.
+        levels: number of values of one dimension; None if real or a table.
+        condition: the labels that the distribution of the examples is conditioned on.
+        alphabet: for text, the sorted characters of the levels; the last level stands for any
+            other character. "" if the levels are bytes; None if the data are not text.
+        columns: the columns of a table; `columns` gives the place of each in an example.
         left_out: names of the other columns of the table, which the model does not know.
 
     Raises:
-        ValueError: if these contradict each other.
+        ValueError: these values contradict each other.
     """
 
     kind: Kind
@@ -147,7 +149,7 @@ class Schema:
 
     @staticmethod
     def of_table(columns: Iterable[Column], names: Iterable[str] = ()) -> "Schema":
-        """The schema of a table with these columns, of all that have the names."""
+        """Return the schema of a table with these columns; `names` are all its column names."""
         columns = tuple(columns)
         known = {column.name for column in columns}
         left_out = tuple(name for name in names if name not in known)
@@ -156,21 +158,21 @@ class Schema:
 
     @property
     def density(self) -> bool:
-        """Whether the likelihood is a density, in nats; else it is a probability, in bits."""
+        """Whether the likelihood is a density, in nats; otherwise it is a probability, in bits."""
         return self.kind == "real" or any(column.kind == "real" for column in self.columns)
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON knows it: `Schema.from_dict(schema.to_dict()) == schema`."""
+        """Return plain values for JSON: `Schema.from_dict(schema.to_dict()) == schema`."""
         columns = [column.to_dict() for column in self.columns]
         made = {"shape": list(self.shape), "columns": columns, "left_out": list(self.left_out)}
         return {**asdict(self), **made}
 
     @classmethod
     def from_dict(cls, values: object) -> "Schema":
-        """The schema that `to_dict` gave.
+        """Return the schema whose `to_dict` gave these values.
 
         Raises:
-            ValueError: on a missing or unknown key, or an impossible value.
+            ValueError: a key is missing or unknown, or a value is invalid.
         """
         values = with_keys(cls, values, "a schema")
         if not isinstance(values["shape"], list | tuple):
@@ -198,12 +200,12 @@ class Dataset:
 
     Args:
         source: the name of a built-in set, an absolute path, or a URL.
-        schema: what one example is.
+        schema: the schema of one example.
         splits: name to (N, *schema.shape), in the smallest storage: uint8, int16, int32 or
             int64 for levels, float32 or float64 for reals. `as_examples` widens a batch.
-        notes: one sentence for each thing that was inferred and not asked for.
-        labels: name of a split to (N, len(schema.condition)), float64: the place of each
-            example's class, or its number; NaN where it has none.
+        notes: one sentence for each inferred property.
+        labels: name of a split to (N, len(schema.condition)), float64: the index of each
+            example's class, or its number; NaN if it has none.
     """
 
     source: str
@@ -214,24 +216,25 @@ class Dataset:
 
 
 def as_examples(x: Tensor) -> Tensor:
-    """Stored examples in the type models take: int64 for levels, float64 for reals; (N, ...)."""
+    """Convert stored examples to the type of models: int64 for levels, float64 for reals; (N,
+    ...)."""
     if isinstance(x, Rows):
-        return x  # widened where they are read
+        return x  # widened when they are read
     return x.double() if x.is_floating_point() else x.long()
 
 
 def fingerprint(x: Tensor) -> str:
-    """16 hexadecimal digits of the SHA-256 of a tensor's shape and values, any shape.
+    """Return 16 hexadecimal digits of the SHA-256 of a tensor's shape and values, any shape.
 
-    The values count, not their storage: uint8, int64 and float32 of the same numbers agree. Of
-    the rows of large files it is one of the files' bytes instead.
+    The values count, not their storage: uint8, int64 and float32 of the same numbers agree. For
+    the rows of large files, the bytes of the files are hashed instead.
     """
     digest = hashlib.sha256(str(tuple(x.shape)).encode())
     known = x.fingerprint() if isinstance(x, Rows) else None
     if known is not None:
         digest.update(known)
         return digest.hexdigest()[:16]
-    # In pieces, so that a large set of bytes never exists as float64; + 0.0 turns -0.0 into 0.0.
+    # In pieces, so that a large set of bytes never exists as float64; + 0.0 turns -0.0 to 0.0.
     chunks = x.chunks() if isinstance(x, Rows) else [x.detach()]
     for piece in (piece for chunk in chunks for piece in chunk.reshape(-1).split(1 << 20)):
         digest.update((piece.to("cpu", torch.float64) + 0.0).numpy().astype("<f8").tobytes())

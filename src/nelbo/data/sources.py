@@ -1,4 +1,4 @@
-"""From the name of a source to a data set."""
+"""Load a data set from its source."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -61,7 +61,7 @@ SUPPORTED = (
     ".npy, .npz, .txt, idx or .tar files, a .csv, .tsv, .parquet or .arrow table, or a folder of"
     " images or of such files"
 )
-#: what declares splits
+#: declarations of splits
 Splits = str | Mapping[str, str | Sequence[str]]
 
 
@@ -75,7 +75,7 @@ def load(
     schema: Schema | str | PathLike[str] | None = None,
     splits: Splits | None = None,
 ) -> Dataset:
-    """A data set to train on, with the splits "train", "validation" and "test".
+    """Load a data set to train on, with the splits "train", "validation" and "test".
 
     Splits that the source lacks are drawn from its training examples: 80/10/10 if it has none.
 
@@ -83,23 +83,24 @@ def load(
         source: "digits", or the path of a .npy, .npz, .txt, idx or .tar file, of a table, or of a
             folder of images, .txt, idx, .tar, .parquet or .arrow files; or hub:NAME, see `hub`; or
             a URL of such files, see `remote`. A string that is a built-in name is never a path:
-            write ./digits for that. Or a table itself: a polars or pandas frame, or names mapped
-            to columns.
-        levels: data are the integers 0..levels-1. By default integers are, as many as are found
-            in all splits (256 for 8-bit images), and reals have a density. 256 takes the upper
-            8 bits of images of 16 bits. Text is read as characters, with 256 levels as bytes.
+            write ./digits for that. Or a table itself: a polars or pandas frame, or a mapping of
+            names to columns.
+        levels: read the data as integers 0..levels-1. By default integers have as many levels as
+            are found in all splits (256 for 8-bit images), and reals have a density. 256 takes the
+            upper 8 bits of images of 16 bits. Text is read as characters, with 256 levels as
+            bytes.
         size: resize encoded images to size x size; cut a text into chunks of that length.
-        seed: of the split.
-        condition: names of labels that the examples are to be conditioned on, or one of them.
-        schema: of a table, or a JSON file that `inference.complete` understands; found in its
-            cells where left out.
-        splits: which names are of which split, {"train": "a", "test": "b*"} or "train=a,test=b*",
-            of sub-folders, files, arrays or splits of a hub; "none" draws all splits. By default
-            the names tell, see `splits`.
+        seed: seed of the split.
+        condition: names of one or more labels that the examples are conditioned on.
+        schema: the schema of a table, or a JSON file that `inference.complete` understands; by
+            default inferred from its cells.
+        splits: which names belong to which split, {"train": "a", "test": "b*"} or
+            "train=a,test=b*", for sub-folders, files, arrays or splits of a hub; "none" draws all
+            splits. By default words in the names decide, see `splits`.
 
     Raises:
-        FileNotFoundError: if there is no such source.
-        ValueError: if it cannot be read, or has values that no model of the kind can have.
+        FileNotFoundError: there is no such source.
+        ValueError: it cannot be read, or has values that no model of its kind can have.
     """
     if levels is not None and levels < 2:
         raise ValueError(f"levels must be at least 2; got {levels}")
@@ -142,20 +143,20 @@ def load_like(
     size: int | None = None,
     splits: Splits | None = None,
 ) -> Dataset:
-    """A data set to evaluate a model of some schema on.
+    """Load a data set to evaluate a model of some schema on.
 
     Args:
-        source: as in `load`.
-        schema: what the model knows; the data must be of this shape and have these values.
-        size: as in `load`.
-        splits: as in `load`; "none" for "all" of it.
+        source: as for `load`.
+        schema: the schema of the model; the data must have this shape and these values.
+        size: as for `load`.
+        splits: as for `load`; with "none" there is only "all".
 
     Returns:
-        The splits that the source itself has, and "all", which is all of it in their order.
+        The splits that the source itself has, and "all" of its examples in order.
 
     Raises:
-        FileNotFoundError: if there is no such source.
-        ValueError: if it cannot be read or is not of this schema.
+        FileNotFoundError: there is no such source.
+        ValueError: it cannot be read or is not of this schema.
     """
     source, declared = remote.here(source), declare(splits)
     if not isinstance(source, str | PathLike) or is_table(source, declared):
@@ -165,7 +166,7 @@ def load_like(
     channels = schema.shape[0] if len(schema.shape) == 3 else 1
     name, found = _read(source, Form(size, channels, schema.levels), schema, declared)
     if found.levels is not None and schema.levels is not None and found.levels < schema.levels:
-        # Its values would fit, and mean something else.
+        # The values would be valid, but with another meaning.
         raise ValueError(
             f"{found.source} has {found.levels} levels where {schema.levels} are needed; "
             f"rescale it to 0..{schema.levels - 1} and save it as integers"
@@ -179,7 +180,8 @@ def load_like(
 
 
 def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> list[str]:
-    """A note where all levels lie in the lower half of the model's: they may be other levels."""
+    """Return a note if all levels lie in the lower half of the model's: they may be other
+    levels."""
     if schema.levels is None or schema.alphabet is not None:
         return []
     largest = max(int(x.max()) for x in splits.values())
@@ -195,7 +197,7 @@ def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> lis
 def _condition(
     found: Found, names: Sequence[str], seed: int
 ) -> tuple[tuple[Label, ...], dict[str, Tensor], list[str]]:
-    """The labels of these names, their values in each split, and notes on them."""
+    """Return the labels of these names, their values in each split, and notes on them."""
     labels = [infer_label(each, _labelled(found, each), found.source) for each in names]
     if not labels:
         return (), {}, []
@@ -206,7 +208,7 @@ def _condition(
 
 
 def _labelled(found: Found, name: str) -> Mapping[str, np.ndarray]:
-    """The labels of one name, (N,) by part."""
+    """Return the values of one label, (N,) for each part."""
     if name not in found.labels:
         has = f"it has {', '.join(found.labels)}" if found.labels else "it has no labels"
         raise ValueError(f"{found.source} has no label {name!r} to condition on; {has}")
@@ -217,7 +219,7 @@ def _labelled(found: Found, name: str) -> Mapping[str, np.ndarray]:
 
 
 def _store_labels(found: Found, labels: Sequence[Label]) -> dict[str, Tensor]:
-    """The labels of each part, (N, len(labels)), float64; {} without labels."""
+    """Return the labels of each part, (N, len(labels)), float64; {} without labels."""
     columns = {
         part: [
             codes(_labelled(found, each.name)[part], each, found.label(part)) for each in labels
@@ -228,7 +230,7 @@ def _store_labels(found: Found, labels: Sequence[Label]) -> dict[str, Tensor]:
 
 
 def _unseen(labels: Sequence[Label], train: Tensor) -> list[str]:
-    """A note for each label that has classes without a training example."""
+    """Return a note for each label that has classes without a training example."""
     notes = []
     for label, values in zip(labels, train.unbind(1), strict=True):
         seen = set(values[~values.isnan()].long().tolist()) if label.classes else set()
@@ -239,7 +241,7 @@ def _unseen(labels: Sequence[Label], train: Tensor) -> list[str]:
 
 
 def is_table(source: str | PathLike[str], splits: Declared | None = None) -> bool:
-    """Whether the name is that of a table, or of a folder of its shards."""
+    """Return whether a source is a table, or a folder of its shards."""
     if hub.is_hub(source):
         return hub.table(str(source), splits) is not None
     path = Path(source)
@@ -247,7 +249,7 @@ def is_table(source: str | PathLike[str], splits: Declared | None = None) -> boo
 
 
 def read_as_text(source: "str | PathLike[str] | Frame") -> bool:
-    """Whether a table is a text file, whose cells have no types."""
+    """Return whether a table is a text file, whose cells have no types."""
     if not isinstance(source, str | PathLike) or hub.is_hub(source):
         return False
     return Path(source).suffix.lower() in tables.SEPARATORS
@@ -256,7 +258,7 @@ def read_as_text(source: "str | PathLike[str] | Frame") -> bool:
 def stream_of(
     source: "str | PathLike[str] | Frame", splits: Declared | None = None
 ) -> streams.Table | None:
-    """The table that is to be read in blocks of rows, if it is such a one."""
+    """Return the table if it is to be read in blocks of rows, else None."""
     if hub.is_hub(source):
         return hub.table(str(source), splits)
     path = Path(source).absolute() if isinstance(source, str | PathLike) else None
@@ -270,14 +272,14 @@ def _name(source: "str | PathLike[str] | Frame") -> str:
 
 
 def _stored(source: "str | PathLike[str] | Frame", table: streams.Table | None) -> Sequence[str]:
-    """The columns that a source calls an index."""
+    """Return the columns that a source declares to be an index."""
     if table is not None:
         return table.stored
     return tables.stored_index(Path(source)) if isinstance(source, str | PathLike) else ()
 
 
 def refuse_empty(columns: Sequence[Column], name: str, notes: Sequence[str]) -> None:
-    """Raise ValueError where no column is left to be modelled, and say why."""
+    """Raise ValueError with the reason if no column is left to be modelled."""
     if not columns:
         raise ValueError(f"no column of {name} is left to model: {notes[0]}")
 
@@ -317,7 +319,7 @@ def _load_table(
     notes: list[str] = []
     name, frame = tables.find(source, notes) if table is None else (table.name, table.whole())
     parts, of_cells = _parts_of(table), {}
-    noted: list[str] = []  # columns of which it is said why they are left out
+    noted: list[str] = []  # columns left out, with a note
     if isinstance(schema, Schema):
         cells = {label.name: conditions.cells_like(frame, label) for label in schema.condition}
     else:
@@ -369,7 +371,7 @@ def _load_table_like(
 
 
 def _unknown(names: Sequence[str], schema: Schema) -> list[str]:
-    """A note on columns that training did not have."""
+    """Return a note on columns that training did not have."""
     known = {*schema.left_out, *(column.name for column in schema.columns)}
     known.update(label.name for label in schema.condition)
     new = ", ".join(repr(name) for name in names if name not in known)
@@ -377,13 +379,14 @@ def _unknown(names: Sequence[str], schema: Schema) -> list[str]:
 
 
 def _parts_of(table: streams.Table | None) -> dict[str, slice]:
-    """The rows of each split of a table, or of "all"."""
+    """Return the rows of each split of a table, or of "all"."""
     parts = {} if table is None else table.parts
     return {k: slice(n, n + m) for k, (n, m) in parts.items()} or {"all": slice(None)}
 
 
 def labels_of(frame: "DataFrame", schema: Schema, name: str) -> Tensor | None:
-    """The labels in the rows of a table, (N, len(schema.condition)); None without labels."""
+    """Return the labels in the rows of a table, (N, len(schema.condition)); None without
+    labels."""
     of_cells = {
         label.name: {"all": conditions.cells_like(frame, label)} for label in schema.condition
     }
@@ -398,7 +401,7 @@ def _read(
     splits: Declared | None,
     seed: int = 0,
 ) -> tuple[str, Found]:
-    """The full name of a source and what is in it; to measure a model of `schema` on, if given."""
+    """Return the full name of a source and its contents, for a model of `schema` if given."""
     if form.size is not None and form.size < 1:
         raise ValueError(f"size must be at least 1; got {form.size}")
     if hub.is_hub(source):

@@ -1,10 +1,10 @@
-"""Which part of a source is of which split, by its name: one rule for all kinds of sources.
+"""Assign the parts of a source to splits by their names: one rule for all kinds of sources.
 
-A name is the path of a file below its folder, of a member of a shard, the key of an array or the
-name that a hub has. Its outermost component that has the word of one split decides: train or
-training; validation, valid, val or dev; test, testing or eval; in any case, as a part of the name
-(`Train/`, `x_train`, `name.test.txt`, `split=val`). A name that holds "train" or "test" and is of
-no split by its words is an error until it is declared.
+A name is the path of a file below its folder or of a member of a shard, the key of an array, or a
+name in a hub. Its outermost component that contains a word of exactly one split decides. The words
+are train or training; validation, valid, val or dev; test, testing or eval; in any case, as a part
+of the name (`Train/`, `x_train`, `name.test.txt`, `split=val`). A name that contains "train" or
+"test" but no such word is an error until it is declared.
 """
 
 import re
@@ -26,9 +26,9 @@ MEANING = {word: split for split, words in WORDS.items() for word in words}
 #: t10k is MNIST's own word; x and y may stand before a word without a sign between them
 WORD = re.compile(r"t10k|(?<![a-z])[xy](?=(?:train|test|val|valid|dev)(?![a-z]))|[a-z]+", re.I)
 CAPITALS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-NONE = "none"  # declares that the names mean no splits
-LIKELY = re.compile("train|test|val|dev|t10k", re.I)  # quick: most names have none of these
-#: words that hold "train" or "test" and mean no part of data
+NONE = "none"  # declares that names do not mean splits
+LIKELY = re.compile("train|test|val|dev|t10k", re.I)  # a quick test that most names fail
+#: words that contain "train" or "test" without meaning a split
 ORDINARY = re.compile(
     r"(?<![a-z])(?:(?:la|grea|fas|shor|ligh|brigh|smar|ho|we)test|contests?|protest(?:s|ers?|ant)?|attest|"
     r"detest|testament|testimon(?:y|ial)s?|intestin(?:e|es|al)|testicular|testis|"
@@ -38,17 +38,17 @@ ORDINARY = re.compile(
 ADVICE = "declare the splits, as in --splits train=A,test=B, or --splits none to draw them"
 SHOWN = 3  # names in a message
 
-#: the names, or patterns of names, of each split; {} where names mean none
+#: the names, or patterns of names, of each split; {} if names do not mean splits
 Declared = Mapping[str, Sequence[str]]
 
 
 class Groups(NamedTuple):
-    """What `group` found.
+    """Result of `group`.
 
     Args:
-        parts: the places of the names of each split, or of "all".
+        parts: indices of the names of each split, or of "all".
         rests: each name without the component that decided.
-        notes: what was guessed or left out.
+        notes: notes on what was guessed or left out.
     """
 
     parts: dict[str, list[int]]
@@ -57,13 +57,13 @@ class Groups(NamedTuple):
 
 
 def declare(splits: str | Mapping[str, str | Sequence[str]] | None) -> Declared | None:
-    """What the user says of the splits: "train=A,test=B", "none", or split to name or names.
+    """Parse a declaration of splits: "train=A,test=B", "none", or split to name or names.
 
     >>> declare("train=a,val=b*,train=c")
     {'train': ('a', 'c'), 'validation': ('b*',)}
 
     Raises:
-        ValueError: if it says something else.
+        ValueError: it is not such a declaration.
     """
     if splits is None or splits == NONE:
         return None if splits is None else {}
@@ -87,13 +87,13 @@ def declare(splits: str | Mapping[str, str | Sequence[str]] | None) -> Declared 
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name, in lower case."""
+    """Return the words of a name, in lower case."""
     return [word.lower() for word in WORD.findall(CAPITALS.sub(" ", name))]
 
 
 @lru_cache(2**16)
 def split_of(name: str) -> str | None:
-    """The one split whose words a name has; None where it has none, or of several.
+    """Return the one split whose words a name contains; None if there is none, or several.
 
     >>> [split_of(name) for name in ("x_train", "XTest2", "latest", "train_test", "7.VAL.txt")]
     ['train', 'test', None, None, 'validation']
@@ -109,17 +109,17 @@ def group(
     declared: Declared | None = None,
     outside_what: str = "files outside the splits",
 ) -> Groups:
-    """The names of each split, or of "all" where they mean none; those of no split are left out.
+    """Assign names to splits, or to "all" if no name means a split; leave out those of no split.
 
     Args:
         names: paths with "/", keys or names.
         source: for messages.
-        declared: what the user says of them.
-        outside_what: what the note on those of no split calls them.
+        declared: the user's declaration.
+        outside_what: how the note on names of no split calls them.
 
     Raises:
-        ValueError: a name that holds "train" or "test" and is of no split; names beside those of
-            one split that are of none; two names that each are of a split as a whole.
+        ValueError: a name contains "train" or "test" but belongs to no split; some names belong
+            to one split and others to none; or two names each mean a whole split.
     """
     if declared is not None:
         return _as_declared(names, source, declared, outside_what) if declared else _all(names)
@@ -158,7 +158,7 @@ def group(
 
 
 def refuse_unclear(name: str, source: object) -> None:
-    """Raise ValueError where a name holds "train" or "test" and no word of it is of one split."""
+    """Raise ValueError if a name contains "train" or "test" but no word that decides its split."""
     word = re.search("train|test", ORDINARY.sub("", name), re.I)
     if word is not None and _decided(name) is None:
         raise ValueError(
@@ -167,10 +167,10 @@ def refuse_unclear(name: str, source: object) -> None:
 
 
 def one_each(groups: Groups, names: Sequence[str], source: object) -> dict[str, str]:
-    """The one name of each split, or of "all".
+    """Return the one name of each split, or of "all".
 
     Raises:
-        ValueError: if two are of the same split.
+        ValueError: two names belong to the same split.
     """
     for split, places in groups.parts.items():
         if len(places) > 1:
@@ -184,12 +184,12 @@ def one_each(groups: Groups, names: Sequence[str], source: object) -> dict[str, 
 
 
 def _rank(name: str, split: str) -> int:
-    """Which of the words of a split a name has."""
+    """Return the index of the word of a split that a name contains."""
     return next((i for i, w in enumerate(WORDS[split]) if re.search(rf"{w}(?![a-z])", name)), 0)
 
 
 def _decided(name: str) -> tuple[str, str, str] | None:
-    """The split of a name, the component that decides it, and the name without that."""
+    """Return the split of a name, the component that decides it, and the name without it."""
     folder, slash, last = name.rpartition("/")
     above = _of_folder(folder) if slash else None
     if above is not None:
@@ -200,7 +200,7 @@ def _decided(name: str) -> tuple[str, str, str] | None:
 
 @lru_cache(2**12)
 def _of_folder(folder: str) -> tuple[str, str, str] | None:
-    """The same of a folder; the rest ends in "/" where it is not empty."""
+    """Return the same for a folder; the rest ends in "/" unless it is empty."""
     components = folder.split("/")
     for i, component in enumerate(components):
         split = split_of(component)
@@ -211,7 +211,8 @@ def _of_folder(folder: str) -> tuple[str, str, str] | None:
 
 
 def _plain(component: str, split: str) -> bool:
-    """Whether a component is the word of a split as it always was read: train-000.tar."""
+    """Return whether a component is a plain word of a split, which needs no note:
+    train-000.tar."""
     return re.split(r"[^a-z]", component)[0] in WORDS[split] and component[:1].islower()
 
 
@@ -251,8 +252,8 @@ def _as_declared(
 
 
 def _fitting(name: str, pattern: str) -> str:
-    """The name, or the folder it is below, that is declared, with its type or without, or is like
-    it; "" where none is."""
+    """Return the part of a name that matches a declared pattern, with or without its type, or
+    ""."""
     components = name.split("/")
     for i in range(1, len(components) + 1):
         place = "/".join(components[:i])

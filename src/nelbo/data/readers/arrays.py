@@ -1,4 +1,4 @@
-"""NumPy files: .npy holds one array, .npz several under names."""
+"""Read NumPy files: .npy holds one array, .npz several named ones."""
 
 import math
 import zipfile
@@ -23,34 +23,34 @@ from nelbo.data.splits import (
     words_of,
 )
 
-#: times that arrays are in memory while they are checked and split
+#: copies of arrays in memory while they are checked and split
 COPIES = 3
 CHANNELS = (1, 3, 4)  # of an image
-#: what arrays of examples are called beside the name of a split, the likeliest first
+#: names of arrays of examples, apart from the word of a split; the likeliest first
 EXAMPLES = ("x", "images", "image", "data", "inputs", "features", "samples", "examples")
-#: what arrays of labels are called
+#: names of arrays of labels
 LABELS = ("y", "labels", "label", "targets", "target", "classes", "class")
 
 
 def read_npy(path: Path) -> Found:
-    """The one array of a .npy file.
+    """Read the array of a .npy file.
 
     Raises:
-        ValueError: if the file is damaged or its array is not one of numeric examples.
+        ValueError: the file is damaged or its array does not hold numeric examples.
     """
     return found_arrays(path, {"all": load_npy(path)}, {"all": str(path)})
 
 
 def read_npz(path: Path, splits: Declared | None = None) -> Found:
-    """The examples of a .npz file: x_train, x_validation, x_test; train, ..; x; or the only one.
+    """Read the examples of a .npz file: x_train, x_validation, x_test; train, ..; x; or the only
+    one.
 
     Arrays y_train, train_labels, ..; y or labels are their labels: integers and strings are
-    classes, under the name class, and reals are numbers, under the name y. Which names are of
-    which split: see `splits`.
+    classes, named class, and reals are numbers, named y. See `splits` for the names of splits.
 
     Raises:
-        ValueError: if the file is damaged, has none of these names, or an array is not one of
-            numeric examples.
+        ValueError: the file is damaged, has none of these names, or an array does not hold numeric
+            examples.
     """
     keys = names_in(path)
     names, of_labels, guessed = choose(keys, path, splits)
@@ -75,23 +75,23 @@ def read_npz(path: Path, splits: Declared | None = None) -> Found:
 
 
 def load_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file.
+    """Load the array of a .npy file.
 
     Raises:
-        ValueError: if it is damaged, holds Python objects, or is larger than free memory.
+        ValueError: it is damaged, holds Python objects, or is larger than free memory.
     """
     with _reading(path, npy.MAGIC_PREFIX) as stream:
         return _array(stream, limits.regular(path))
 
 
 def names_in(path: Path) -> list[str]:
-    """The names of the arrays in a .npz file."""
+    """Return the names of the arrays in a .npz file."""
     with _reading(path, b"PK") as stream, zipfile.ZipFile(stream) as archive:
         return list(_members(archive))
 
 
 def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of these names in a .npz file; all where left out. Errors as for `load_npy`."""
+    """Load the named arrays of a .npz file, by default all. Errors as for `load_npy`."""
     with _reading(path, b"PK") as stream, zipfile.ZipFile(stream) as archive:
         members = _members(archive)
         wanted = {name: members[name] for name in names or members}
@@ -101,7 +101,7 @@ def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.n
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The arrays of an archive by name; ValueError where two have the same one."""
+    """Return the arrays of an archive by name; raise ValueError if two have the same name."""
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
@@ -112,7 +112,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 
 
 def _check_claim(info: zipfile.ZipInfo) -> int:
-    """The bytes of an array; ValueError where its packed ones do not hold as many."""
+    """Return the bytes of an array; raise ValueError if its packed bytes cannot hold as many."""
     known = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: limits.DEFLATED}
     most = known.get(info.compress_type)
     if most is not None and info.file_size > most * (info.compress_size + 1):
@@ -121,7 +121,7 @@ def _check_claim(info: zipfile.ZipInfo) -> int:
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """An array of which no more is allocated than is packed."""
+    """Read an array, allocating no more than is packed."""
     with archive.open(info) as stream:
         try:
             return _array(stream, info.file_size)
@@ -130,7 +130,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _array(stream: IO[bytes], size: int) -> np.ndarray:
-    """The array in a stream of so many bytes, of which the header must not say more."""
+    """Read the array in a stream of `size` bytes, which its header must not exceed."""
     version = npy.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"its format {version} is for named fields, not for numbers")
@@ -155,8 +155,9 @@ def _array(stream: IO[bytes], size: int) -> np.ndarray:
 def choose(
     keys: Collection[str], source: object = "", declared: Declared | None = None
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Which array is which split, {} if no rule applies; which holds its labels, {} unless all
-    splits have some; and notes.
+    """Return the array of each split, that of its labels, and notes.
+
+    The first is {} if no rule applies; the second is {} unless all splits have labels.
 
     >>> choose(["x_train", "y_train", "x_val"])[:2]
     ({'train': 'x_train', 'validation': 'x_val'}, {})
@@ -166,7 +167,7 @@ def choose(
     ({'all': 'X'}, {'all': 'target'})
 
     Raises:
-        ValueError: if two names mean the same split, or one cannot be told.
+        ValueError: two names mean the same split, or the split of one is unclear.
     """
     of_labels = [key for key in keys if set(_stem(key)) & set(LABELS)]
     others = [key for key in keys if key not in of_labels]
@@ -191,7 +192,7 @@ BESIDE = "arrays beside the splits"
 
 
 def _stem(key: str) -> tuple[str, ...]:
-    """The words of a key but for that of its split."""
+    """Return the words of a key without those of its split."""
     return tuple(word for word in words_of(key) if word not in MEANING)
 
 
@@ -202,7 +203,7 @@ def _word(key: str) -> str:
 def _by_stem(
     keys: Collection[str], source: object, declared: Declared | None
 ) -> tuple[dict[str, str], list[str]]:
-    """The array of each split of those that examples are likeliest in, and notes; or the one."""
+    """Return the array of each split, from the likeliest name of examples, and notes."""
     stems: list[tuple[str, ...]] = [*((word,) for word in EXAMPLES), ()]
     own = {_stem(key) for key in keys} - set(stems)
     stems += own if len(own) == 1 else []
@@ -215,13 +216,13 @@ def _by_stem(
 
 
 def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
-    """An array of any rank as (N, D) vectors or (N, C, H, W) images, and a note if it was moved.
+    """Arrange an array of any rank as (N, D) vectors or (N, C, H, W) images; note if it was moved.
 
-    (N,) becomes (N, 1); (N, H, W) becomes grey images; of (N, ., ., .) the channels are the axis
-    of 1, 3 or 4 entries, first or last; of two such axes the one that leaves the wider image.
+    (N,) becomes (N, 1); (N, H, W) becomes grey images; in (N, ., ., .) the channels are the axis
+    of 1, 3 or 4 entries, first or last; if both qualify, the one that leaves the wider image.
 
     Raises:
-        ValueError: if no rule applies or there are no examples.
+        ValueError: no rule applies or there are no examples.
     """
     if array.size == 0:
         raise ValueError(f"{label} is empty: its shape is {array.shape}; give at least 1 example")
@@ -232,7 +233,7 @@ def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
     if array.ndim == 3:
         return array[:, None], None
     first, last = (array.ndim == 4 and array.shape[k] in CHANNELS for k in (1, -1))
-    if first and last:  # the channels are those beside which the image is less narrow
+    if first and last:  # take the channels that leave the less narrow image
         sides = sorted(array.shape[2:]), sorted(array.shape[1:3])
         first = sides[0] > sides[1]
         where = "first" if first else "last"
@@ -254,10 +255,11 @@ def found_arrays(
     where: Mapping[str, object],
     notes: tuple[str, ...] = (),
 ) -> Found:
-    """Arrays as the parts of a source, laid out as examples; `where` each is, for messages.
+    """Return arrays as the parts of a source, laid out as examples; `where` names each in
+    messages.
 
     Raises:
-        ValueError: if one is not of numeric examples.
+        ValueError: an array does not hold numeric examples.
     """
     moved: list[str] = []
     parts: dict[str, np.ndarray] = {}
@@ -271,7 +273,7 @@ def found_arrays(
 
 
 def _numeric(array: np.ndarray, label: str) -> np.ndarray:
-    """Booleans and integers as they are, reals as finite float32 or float64."""
+    """Return booleans and integers as they are, reals as finite float32 or float64."""
     if array.dtype.kind in "bui":
         return array
     if array.dtype.kind != "f":
@@ -290,9 +292,9 @@ def _numeric(array: np.ndarray, label: str) -> np.ndarray:
 
 @contextmanager
 def _reading(path: Path, magic: bytes) -> Iterator[IO[bytes]]:
-    """An open file, any failure to read which is one ValueError.
+    """Open a file and turn any failure to read it into one ValueError.
 
-    Damage shows as a dozen types of exception from numpy, zipfile, zlib and lzma.
+    Damage causes a dozen types of exceptions in numpy, zipfile, zlib and lzma.
     """
     try:
         limits.regular(path)

@@ -6,7 +6,7 @@ from nelbo.data.conform import Found
 
 
 def digits() -> Found:
-    """scikit-learn's 1797 handwritten digits, (N, 1, 8, 8), 17 levels: 1000/350/447 in order."""
+    """Return scikit-learn's 1797 digits, (N, 1, 8, 8), 17 levels: 1000/350/447 in file order."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,8 +1,8 @@
-"""Encoded images, each a range of bytes of a file: grey, RGB or RGBA.
+"""Read encoded images, each a range of bytes of a file: grey, RGB or RGBA.
 
-They are turned as EXIF says, which is noted; of several frames the first is taken, which is noted
-too. Colour profiles are not applied, and the colour under transparent pixels stays. Nothing is
-ever written to disk.
+Images are rotated according to EXIF, and of several frames the first is taken; both are noted.
+Colour profiles are not applied, and the colour under transparent pixels stays. Nothing is ever
+written to disk.
 """
 
 import tarfile
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo._utils import limits
 from nelbo.data.conform import Found
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 
 #: bytes of pixels beyond which images are not kept in memory
 IN_MEMORY = 2**31
-#: of the pixels of a data set, while it is split
+#: copies of the pixels in memory while a data set is split
 COPIES = 3
 
 GREY = ("1", "L", "LA", "I;16", "I;16B", "I")
 COLOUR = ("RGB", "RGBA", "P", "CMYK")
-SIXTEEN = ("I;16", "I;16B", "I")  # how Pillow has 16 bits of grey, the last one in older versions
+SIXTEEN = ("I;16", "I;16B", "I")  # Pillow's modes of 16-bit grey, "I" in older versions
 
 
 class Pictures(Protocol):
@@ -42,16 +43,16 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def at(self, rows: np.ndarray) -> Self:
-        """Some of them."""
+        """Return a selection of the images."""
 
     def join(self, others: Sequence[Self]) -> Self:
-        """These, and others after them."""
+        """Return these images followed by others."""
 
     def content(self, i: int) -> bytes:
-        """The bytes of the i-th one."""
+        """Return the bytes of the i-th image."""
 
     def name(self, i: int) -> str:
-        """Where it is, for messages."""
+        """Return the place of the i-th image, for messages."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ class Encoded:
 
     @staticmethod
     def whole(files: Sequence[Path]) -> "Encoded":
-        """Each file is an image."""
+        """Return files that each hold one image."""
         sizes = np.array([limits.regular(file) for file in files], np.int64)
         return Encoded(tuple(files), np.arange(len(files)), np.zeros_like(sizes), sizes)
 
     def join(self, others: "Sequence[Encoded]") -> "Encoded":
-        """These, and others after them."""
+        """Return these images followed by others."""
         parts = (self, *others)
         first = np.cumsum([0] + [len(part.files) for part in parts])
         file, offset, size = (
@@ -86,10 +87,11 @@ class Encoded:
         return len(self.file)
 
     def at(self, rows: np.ndarray) -> "Encoded":
-        """Some of them."""
+        """Return a selection of the images."""
         return Encoded(self.files, self.file[rows], self.offset[rows], self.size[rows])
 
     def content(self, i: int) -> bytes:
+        """Return the bytes of the i-th image."""
         if self.size[i] > limits.IMAGE and not limits.trusted():
             raise ValueError(f"{self.name(i)} has {self.size[i]} bytes, which no image has")
         with self.files[self.file[i]].open("rb") as file:
@@ -97,7 +99,7 @@ class Encoded:
             return file.read(self.size[i])
 
     def name(self, i: int) -> str:
-        """The file, and where it is a shard the member in it."""
+        """Return the file of the i-th image, with the member if the file is a shard."""
         path = self.files[self.file[i]]
         if self.offset[i] == 0:
             return str(path)
@@ -108,14 +110,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Form:
-    """How images become arrays.
+    """Conversion of images to arrays.
 
     Args:
         size: crop to the centred square and resample (Lanczos) to size x size.
-        channels: 1, 3 or 4 of them, or more where an image has more.
+        channels: minimal number of channels, 1, 3 or 4; more if an image has more.
         levels: 256 takes the upper 8 bits of images of 16 bits.
-        deep: take 16 bits a channel.
-        binary: images of one bit are of the levels 0 and 1.
+        deep: keep 16 bits per channel.
+        binary: images of one bit have the levels 0 and 1.
     """
 
     size: int | None = None
@@ -131,12 +133,13 @@ class Form:
 
 
 class Images(Rows):
-    """Images that are decoded when they are read, uint8 (N, C, H, W), or int32 of 16 bits."""
+    """Images that are decoded when they are read, uint8 (N, C, H, W), or int32 for 16 bits."""
 
     def __init__(self, encoded: Pictures, form: Form, shape: tuple[int, ...]) -> None:
         super().__init__((len(encoded), *shape), np.dtype(np.int32 if form.deep else np.uint8))
         self.encoded, self.form = encoded, form
 
+    @override
     def read(self, rows: np.ndarray) -> Tensor:
         kind = torch.int32 if self.form.deep else torch.uint8
         numbers = len(rows) * self.shape[1:].numel()
@@ -146,9 +149,11 @@ class Images(Rows):
             x[i] = torch.from_numpy(_pixels(self.encoded, row, self.form, self.shape[1]))
         return x
 
+    @override
     def take(self, rows: np.ndarray) -> "Images":
         return Images(self.encoded.at(rows), self.form, self.shape[1:])
 
+    @override
     def join(self, others: Sequence["Images"]) -> "Images":
         encoded = self.encoded.join([each.encoded for each in others])
         return Images(encoded, self.form, self.shape[1:])
@@ -157,20 +162,20 @@ class Images(Rows):
 def read_images(
     source: str, groups: Mapping[str, Pictures], form: Form, notes: Iterable[str] = ()
 ) -> Found:
-    """All images (N, C, H, W) with 256 levels, 65536 where all have 16 bits a channel, or 2 where
-    all have one bit; unread where memory does not hold them.
+    """Read all images (N, C, H, W), or leave them on disk if memory does not hold them.
 
-    Four channels if a pixel of any image is transparent; else three if any has colour or a
-    palette; else one.
+    There are 256 levels; 65536 if all images have 16 bits per channel, or 2 if all have one bit.
+    There are four channels if a pixel of any image is transparent; else three if any has colour or
+    a palette; else one.
 
     Args:
         source: for messages.
         groups: the images of each part.
-        form: what is asked for.
-        notes: what is known already.
+        form: the conversion requested.
+        notes: earlier notes.
 
     Raises:
-        ValueError: if one is damaged, only some are of 16 bits, or sizes differ and `form.size`
+        ValueError: an image is damaged, only some are of 16 bits, or sizes differ and `form.size`
             is None.
     """
     notes, channels, packed, seen = list(notes), form.channels, 0, Counter[str]()
@@ -208,7 +213,7 @@ def read_images(
     if form.binary:
         notes.append("images of one bit: 2 levels; --levels 256 has black and white among 256")
     if seen["turned"]:
-        notes.append(f"{seen['turned']} images turned as their EXIF orientation says")
+        notes.append(f"{seen['turned']} images rotated according to their EXIF orientation")
     if seen["several"]:
         notes.append(
             f"of {seen['several']} images of several frames the first is taken: {seen['further']}"
@@ -229,22 +234,22 @@ def read_images(
         or COPIES * whole > limits.free_memory()
         or limits.inflates(whole, packed)
     ):
-        notes.append("more images than memory is for: they are read again each time")
+        notes.append("too many images to keep in memory: they are read again each time")
         return Found(source, dict(rows), form.most + 1, tuple(notes))
     parts = {part: each[:].numpy() for part, each in rows.items()}
     return Found(source, dict(parts), form.most + 1, tuple(notes))
 
 
 def read_masked(image: Path, mask: Path, schema: Schema) -> tuple[Tensor, Tensor]:
-    """An image of a schema as one example (C, H, W), and which of its pixels are known (1, H, W).
+    """Read an image of a schema, (C, H, W), and the mask of its known pixels, (1, H, W).
 
     Args:
         image: an encoded image, whose 0..255 are the levels 0..K-1, as `nelbo sample` writes them.
-        mask: another of its size: what is brighter than half is not known.
-        schema: what the model knows.
+        mask: another of the same size: pixels brighter than half are unknown.
+        schema: the schema of the model.
 
     Raises:
-        ValueError: if they cannot be read or are of another shape.
+        ValueError: the images cannot be read or have another shape.
     """
     if len(schema.shape) != 3 or schema.levels is None:
         raise ValueError(f"examples of the shape {schema.shape} are no images to be completed")
@@ -264,7 +269,7 @@ def _one(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _pixels(images: Pictures, i: int, form: Form, channels: int) -> np.ndarray:
-    """One image, (channels, H, W), uint8 or int32."""
+    """Decode one image, (channels, H, W), uint8 or int32."""
     from PIL import Image
 
     content, name = images.content(i), partial(images.name, i)
@@ -285,7 +290,7 @@ def _pixels(images: Pictures, i: int, form: Form, channels: int) -> np.ndarray:
 
 
 def _fit(image: "Image.Image", size: int | None) -> "Image.Image":
-    """The centred square, resampled; the image itself without a size."""
+    """Return the centred square, resampled; the image itself without a size."""
     from PIL import Image
 
     if size is None:
@@ -297,10 +302,10 @@ def _fit(image: "Image.Image", size: int | None) -> "Image.Image":
 
 
 def _deep(content: bytes, name: Callable[[], str], channels: int) -> np.ndarray:
-    """One image of 16 bits, (channels, H, W) int32.
+    """Decode one image of 16 bits, (channels, H, W) int32.
 
-    Of colour Pillow reads the upper of two bytes, in big-endian order; told that the order is
-    little-endian, it reads the lower ones.
+    For colour Pillow reads the upper of two bytes, in big-endian order; if the order is declared
+    as little-endian, it reads the lower ones.
     """
 
     def lower(image: Any) -> np.ndarray | None:  # noqa: ANN401
@@ -327,9 +332,11 @@ def _deep(content: bytes, name: Callable[[], str], channels: int) -> np.ndarray:
 
 
 class Look(NamedTuple):
-    """What is known of an image before its pixels are: width and height as it is to be seen, the
-    fewest channels that hold it, bits a channel, whether EXIF turns it, frames, and whether its
-    colours are those of print."""
+    """Properties of an image known before its pixels are kept.
+
+    They are width and height after rotation, the fewest channels that hold it, bits per channel,
+    whether EXIF rotates it, the number of frames, and whether its colours are CMYK.
+    """
 
     size: tuple[int, int]
     channels: int
@@ -340,8 +347,10 @@ class Look(NamedTuple):
 
 
 def _look(content: bytes, name: Callable[[], str]) -> Look:
-    """A look at an image of which no pixel is missing; its header tells unless it may be
-    transparent."""
+    """Look at an image and make sure that no pixel is missing.
+
+    The pixels are decoded only if it may be transparent.
+    """
 
     def look(image: "Image.Image") -> tuple[str, Look | None]:
         mode = image.mode
@@ -349,7 +358,7 @@ def _look(content: bytes, name: Callable[[], str]) -> Look:
             return mode, None
         frames, way = getattr(image, "n_frames", 1), orientation(image, content)
         width, height = image.size
-        if way in TURNED and image.format != "TIFF":  # of which Pillow says the size as seen
+        if way in TURNED and image.format != "TIFF":  # Pillow swaps the sides of TIFF itself
             width, height = height, width
         bits = 1 if mode == "1" else 16 if mode in SIXTEEN else bits_of(content)
         clear = image.has_transparency_data and _alpha(image) != (255, 255)
@@ -363,20 +372,20 @@ def _look(content: bytes, name: Callable[[], str]) -> Look:
 
 
 def _alpha(image: "Image.Image") -> object:
-    """The least and the largest opacity of its pixels."""
+    """Return the smallest and the largest opacity of the pixels."""
     return image.convert("RGBA").getchannel("A").getextrema()
 
 
 def _plain(image: "Image.Image", channels: int) -> "Image.Image":
-    """In mode L, RGB or RGBA, 8 bits a channel."""
+    """Convert to mode L, RGB or RGBA, 8 bits per channel."""
     from PIL import Image
 
     if image.mode in SIXTEEN:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P":
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns of transparent palettes
+        image = image.convert("RGBA")  # Pillow warns of transparent palettes when going to RGB
     if image.mode == "CMYK":
-        image = image.convert("RGB")  # of which alone Pillow makes RGBA or grey
+        image = image.convert("RGB")  # the only way to RGBA or grey in Pillow
     return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
 
 

@@ -1,4 +1,4 @@
-"""Folders of images, and what the names in them mean: splits and classes."""
+"""Read folders of images, with splits and classes from the names in them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,18 +16,18 @@ WHAT = "images"
 
 
 def read_folder(folder: Path, form: Form, splits: Declared | None = None) -> Found:
-    """All images below a folder, sorted by path.
+    """Read all images below a folder, sorted by path.
 
-    Which are of which split is told by the names of sub-folders and files, see `splits`. Where all
-    images of a split lie in sub-folders of its folder, those are the classes.
+    The names of sub-folders and files determine the splits, see `splits`. If all images of a split
+    lie in sub-folders of its folder, those are the classes.
 
     Args:
-        folder: searched recursively, also where links to folders lead; hidden files are left out.
-        form: how images become arrays.
+        folder: searched recursively, following links to folders; hidden files are left out.
+        form: the conversion of images to arrays.
         splits: as declared.
 
     Raises:
-        ValueError: if there are none, or far more other files, or they cannot be read.
+        ValueError: there are no images, or far more other files, or they cannot be read.
     """
     walked = walk(folder, SUFFIXES, WHAT)
     names = [file.relative_to(folder).as_posix() for file in walked.files]
@@ -46,8 +46,11 @@ def read_folder(folder: Path, form: Form, splits: Declared | None = None) -> Fou
 
 
 def _classes(rests: Mapping[str, Sequence[str]]) -> tuple[dict[str, dict], list[str]]:
-    """The label "class" of each image, if the sub-folders give one to all of a split and differ;
-    a split without sub-folders is of no label."""
+    """Return the label "class" of each image, if sub-folders give one to all of a split and
+    differ.
+
+    A split without sub-folders has no labels.
+    """
     names: dict[str, np.ndarray] = {}
     for part, files in rests.items():
         known = [name.partition("/")[0] if "/" in name else "" for name in files]
@@ -60,14 +63,14 @@ def _classes(rests: Mapping[str, Sequence[str]]) -> tuple[dict[str, dict], list[
 
 
 def _empty_splits(folder: Path, names: Sequence[str]) -> list[str]:
-    """The folders named for a split in which nothing is."""
+    """Return the folders that are named for a split and are empty."""
     filled = {name.partition("/")[0] for name in names}
     below = sorted(each.name for each in folder.iterdir() if each.is_dir())
     return [name for name in below if name not in filled and name[0] != "." and split_of(name)]
 
 
 def _no_images(folder: Path, walked: Walked) -> str:
-    """What to do where there are no images."""
+    """Return an error message for a folder without images, with advice."""
     if tables := _tables(walked):
         return (
             f"{folder} holds {tables[0]} files, which are read one at a time; give one of them, or"
@@ -77,5 +80,5 @@ def _no_images(folder: Path, walked: Walked) -> str:
 
 
 def _tables(walked: Walked) -> list[str]:
-    """The types of files of tables and arrays among those that are no images."""
+    """Return the types of files of tables and arrays among the other files."""
     return [kind for kind in (".csv", ".tsv", ".npy", ".npz") if walked.others[kind]]

@@ -1,13 +1,14 @@
 """Data sets of Hugging Face's `datasets` (extra: hub): hub:NAME, hub:NAME:CONFIG, hub:FOLDER.
 
-A folder is one of Parquet, CSV or JSON files or of images, or what `save_to_disk` wrote. What the
-data are follows from their features: images where a column holds images, text where a column is
-called text, else a table. Rows stay in the Arrow files of `datasets`. hub-stream: keeps nothing on
-disk: a table is passed over once to find its columns and once for its hash, and then read in its
-order, shuffled in windows; a run is continued by skipping what it has seen.
+A folder contains Parquet, CSV or JSON files, images, or the output of `save_to_disk`. The features
+determine the kind of data: images if a column holds images, text if a column is called text, else
+a table. Rows stay in the Arrow files of `datasets`. hub-stream: stores nothing on disk: a table is
+read once to infer its columns and once for its hash, and then in its order, shuffled in windows; a
+continued run skips what it has seen.
 
-A folder from elsewhere may name other files: in its README, in what `save_to_disk` wrote, in the
-cells of its images. Only what is in it is read, and of a data set of the hub what `datasets` got.
+An untrusted folder may name other files: in its README, in the output of `save_to_disk`, in the
+cells of its images. Only files inside the folder are read, and for a data set of the hub only
+those that `datasets` downloaded.
 """
 
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from typing_extensions import override
 
 from nelbo._utils import limits
 from nelbo._utils.progress import shortened
@@ -38,27 +40,27 @@ if TYPE_CHECKING:
     Split: TypeAlias = Dataset | IterableDataset
 
 PREFIXES = {"hub:": False, "hub-stream:": True}
-SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` writes
+SAVED = ("dataset_info.json", "dataset_dict.json")  # written by `save_to_disk`
 TEXT = "text"
 BATCH = 1024  # rows of a stream that are fetched together
 
 
 def is_hub(source: object) -> bool:
-    """Whether a source is of this module."""
+    """Return whether a source is a data set of `datasets`."""
     return isinstance(source, str) and source.startswith(tuple(PREFIXES))
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A data set of `datasets`.
+    """An opened data set of `datasets`.
 
     Args:
-        name: to open it again by.
+        name: the source, by which it can be opened again.
         splits: the data sets by split.
-        features: of their columns.
+        features: the features of their columns.
         streaming: whether they are streams.
-        notes: what was left out.
-        homes: the folders whose files are its own.
+        notes: notes on what was left out.
+        homes: the folders in which its files may be.
     """
 
     name: str
@@ -70,19 +72,20 @@ class Opened:
 
     @property
     def image(self) -> str | None:
-        """The column of images."""
+        """The column of images, or None."""
         return next((n for n, f in self.features.items() if _type(f) == "Image"), None)
 
     @property
     def is_text(self) -> bool:
+        """Whether the data are text."""
         return TEXT in self.features and self.features[TEXT].dtype in ("string", "large_string")
 
 
 def find(source: str, declared: Declared | None = None) -> Opened:
-    """The data set of that name, with the splits as declared.
+    """Open the data set of this name, with the splits as declared.
 
     Raises:
-        ValueError: `datasets` is missing, cannot load it, or no split of it can be told.
+        ValueError: `datasets` is missing or cannot load it, or its splits are unclear.
     """
     try:
         import datasets
@@ -110,9 +113,9 @@ def find(source: str, declared: Declared | None = None) -> Opened:
             here = (Path(file) for file in named if file.endswith(".parquet"))
             decoded.check([file for file in here if file.is_file()])
             found = datasets.load_dataset(rest, config or None, streaming=streaming)
-    except Outside:
+    except OutsideError:
         raise
-    except Exception as error:  # of fsspec, requests, pyarrow, .. as the place demands
+    except Exception as error:  # from fsspec, requests, pyarrow, ..
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"datasets cannot load {rest!r}: {reason}") from error
     _check_inside(named, homes, rest)
@@ -131,12 +134,12 @@ def find(source: str, declared: Declared | None = None) -> Opened:
     return Opened(name, known, features, streamed, tuple(groups.notes), homes)
 
 
-class Outside(ValueError):
-    """A data set names a file that is none of its own."""
+class OutsideError(ValueError):
+    """A data set names a file outside its own folders."""
 
 
 def _homes(place: Path | None) -> tuple[Path, ...]:
-    """Where files of a data set may be: in its folder, and where `datasets` keeps what it got."""
+    """Return where files of a data set may be: its folder, and the caches of `datasets`."""
     import datasets
     from huggingface_hub import constants
 
@@ -149,24 +152,24 @@ def _homes(place: Path | None) -> tuple[Path, ...]:
 
 
 def _check_inside(named: "Sequence[str]", homes: tuple[Path, ...], source: str) -> None:
-    """Raise Outside where one of the files that a data set names is a local one of others."""
+    """Raise OutsideError if a data set names a local file outside its own folders."""
     for name in map(str, named):
         local = name.removeprefix("file://")
         if ("://" in local and "::" not in local) or limits.trusted():
-            continue  # of the hub, or at a URL
+            continue  # in the hub, or at a URL
         path = Path(local.rpartition("::")[2].removeprefix("file://")).resolve()
         if not any(path.is_relative_to(home) for home in homes):
-            raise Outside(
-                f"{source} names the file {shortened(name, 200)}, which is outside of it; put what"
-                f" it needs into it, or set {limits.TRUST}=1 if you wrote it"
+            raise OutsideError(
+                f"{source} names the file {shortened(name, 200)}, which is outside it; move the"
+                f" file into it, or set {limits.TRUST}=1 if you wrote it"
             )
 
 
 def table(source: str, declared: Declared | None = None) -> Table | None:
-    """The data set as a table; None if it is of images or text.
+    """Return the data set as a table; None if it has images or text.
 
     Raises:
-        ValueError: it has columns that no table has.
+        ValueError: it has columns that a table cannot have.
     """
     found = find(source, declared)
     if found.image or found.is_text:
@@ -183,10 +186,10 @@ def table(source: str, declared: Declared | None = None) -> Table | None:
 def read(
     source: str, form: Form, schema: Schema | None, declared: Declared | None = None, seed: int = 0
 ) -> tuple[str, Found]:
-    """The images or the text of a data set; to measure a model of `schema` on, if given.
+    """Read the images or the text of a data set, for a model of `schema` if given.
 
     Raises:
-        ValueError: a stream of images, or options that do not go with it.
+        ValueError: it is a stream of images, or the options do not apply.
     """
     found = find(source, declared)
     if found.image:
@@ -235,7 +238,8 @@ def _images(found: Opened, column: str, form: Form) -> Found:
 
 
 def _labels(rows: "Split", name: str, feature: "FeatureType") -> np.ndarray:
-    """The labels of rows; "" or NaN where one is missing, which of classes is the code -1 too."""
+    """Return the labels of rows; "" or NaN if missing; for classes the code -1 means missing
+    too."""
     values = rows.with_format("arrow")[name][:].to_pylist()
     if _type(feature) == "ClassLabel":
         names = dict(enumerate(feature.names)) | {None: "", -1: ""}
@@ -256,13 +260,13 @@ def _labels(rows: "Split", name: str, feature: "FeatureType") -> np.ndarray:
 
 
 class Cells:
-    """The encoded images in a column, as `encoded.Encoded` has those in files.
+    """The encoded images in a column, as `encoded.Encoded` holds those in files.
 
     Args:
         source: for messages.
         rows: a data set of `datasets` that does not decode them.
-        column: which one.
-        chosen: rows; all where left out.
+        column: name of the column.
+        chosen: row numbers; by default all.
         homes: the folders in which a cell may name a file.
     """
 
@@ -281,9 +285,11 @@ class Cells:
         return len(self.chosen)
 
     def at(self, rows: np.ndarray) -> "Cells":
+        """Return a selection of the images."""
         return Cells(self.source, self.rows, self.column, self.chosen[rows], self.homes)
 
     def join(self, others: "Sequence[Cells]") -> "Cells":
+        """Return these images followed by others."""
         import datasets
 
         each = [cells.rows.select(cells.chosen) for cells in (self, *others)]
@@ -291,6 +297,7 @@ class Cells:
         return Cells(self.source, joined, self.column, homes=self.homes)
 
     def content(self, i: int) -> bytes:
+        """Return the bytes of the i-th image."""
         cell = self.rows[int(self.chosen[i])][self.column]
         if cell is None:
             raise ValueError(f"{self.name(i)} has no image; remove it")
@@ -303,11 +310,12 @@ class Cells:
         return Path(cell["path"]).read_bytes()
 
     def name(self, i: int) -> str:
+        """Return the place of the i-th image, for messages."""
         return f"row {self.chosen[i] + 1} of {self.source}"
 
 
 class _Rows(Table):
-    """The rows of all splits, one split after the other; classes by their names."""
+    """The rows of all splits, one split after another, with classes as names."""
 
     def __init__(self, found: Opened) -> None:
         self.found, self.rows = found, list(found.splits.values())
@@ -328,6 +336,7 @@ class _Rows(Table):
     def _count(self, rows: "Split") -> int:
         return len(rows)
 
+    @override
     def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
         pl = tables.polars()
         frames = []
@@ -350,12 +359,13 @@ class _Rows(Table):
 class Stored(_Rows):
     """Rows that `datasets` has mapped into memory."""
 
+    @override
     def _read(self, i: int, low: int, high: int) -> "DataFrame":
         return _frame(self.rows[i].with_format("arrow")[low:high])
 
 
 class Stream(_Rows):
-    """Rows that come in their order; to go back is to begin again."""
+    """Rows that are read in order; going back means starting again."""
 
     sequential = True
 
@@ -365,15 +375,18 @@ class Stream(_Rows):
         self.held: DataFrame | None = None
         self.coming: Iterator[Arrow] = iter(())
 
+    @override
     def fork(self) -> "Stream":
         other = object.__new__(Stream)
         other.__dict__ |= self.__dict__
         other.at, other.held, other.coming = (0, 0), None, iter(())
         return other
 
+    @override
     def _count(self, rows: "Split") -> int:
         return sum(map(len, rows.with_format("arrow").iter(batch_size=BATCH)))
 
+    @override
     def _read(self, i: int, low: int, high: int) -> "DataFrame":
         pl = tables.polars()
         part, begin = self.at

@@ -1,4 +1,5 @@
-"""idx files, the format of MNIST: a header of sizes and then the numbers, plain or gzipped."""
+"""Read idx files, the format of MNIST: a header of sizes and then the numbers, plain or
+gzipped."""
 
 import gzip
 import math
@@ -14,18 +15,18 @@ from nelbo.data.conform import Found
 from nelbo.data.readers.arrays import COPIES, found_arrays
 from nelbo.data.splits import Declared, group, one_each
 
-#: the third byte of a file
+#: types by the third byte of a file
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 NAME = re.compile(r"(?P<stem>.*?)[-_.]?(?P<what>images|labels)[-_.]idx\d-\w+(\.gz)?", re.I)
 
 
 def is_idx(path: Path) -> bool:
-    """Whether the name is that of an idx file, as in train-images-idx3-ubyte.gz."""
+    """Return whether a file has the name of an idx file, as in train-images-idx3-ubyte.gz."""
     return "idx" in path.name.lower()
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The idx files of images in a folder, by name."""
+    """Return the idx files of images in a folder, by name."""
     return [file for file in sorted(folder.iterdir()) if _stem(file, "images") is not None]
 
 
@@ -35,12 +36,12 @@ def is_source(path: Path) -> bool:
 
 
 def read_idx(source: Path, splits: Declared | None = None) -> Found:
-    """The examples of an idx file; or of train-images-idx3-ubyte and the like in a folder.
+    """Read the examples of an idx file, or of train-images-idx3-ubyte and the like in a folder.
 
     Files of labels beside them are their classes.
 
     Raises:
-        ValueError: if a file is damaged or not as long as its header says.
+        ValueError: a file is damaged or its length differs from its header.
     """
     files, notes = ({"all": source}, []) if source.is_file() else _splits(source, splits)
     arrays = {part: read_array(file) for part, file in files.items()}
@@ -51,10 +52,10 @@ def read_idx(source: Path, splits: Declared | None = None) -> Found:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array of an idx file, in the byte order of this machine.
+    """Read the array of an idx file, in the byte order of this machine.
 
     Raises:
-        ValueError: if it is damaged, or not as long as its header says.
+        ValueError: it is damaged, or its length differs from its header.
     """
     zipped = path.suffix.lower() == ".gz"
     opener, most = gzip.open if zipped else open, limits.regular(path)
@@ -69,7 +70,7 @@ def read_array(path: Path) -> np.ndarray:
             if len(sizes) < magic[3]:
                 raise ValueError("it ends within its header")
             needed = math.prod(sizes) * kind.itemsize
-            # A header that lies never makes us ask for memory that the file cannot fill.
+            # never allocate memory for a false header that the file cannot fill
             if needed <= most:
                 packed = limits.regular(path)
                 limits.check_unpacked(needed, packed, f"its {sizes} numbers", COPIES)
@@ -100,7 +101,7 @@ def _splits(folder: Path, splits: Declared | None) -> tuple[dict[str, Path], lis
 
 
 def _labels_of(images: Path) -> Path | None:
-    """The file of labels beside one of images, plain or gzipped."""
+    """Return the file of labels beside a file of images, plain or gzipped."""
     stem = _stem(images, "images")
     if stem is None:
         return None
@@ -109,6 +110,6 @@ def _labels_of(images: Path) -> Path | None:
 
 
 def _stem(file: Path, what: str) -> str | None:
-    """What stands in the name before "images" or "labels"; None where that is not `what`."""
+    """Return the part of the name before `what`, "images" or "labels"; None if it is not there."""
     match = NAME.fullmatch(file.name)
     return match["stem"] if match and match["what"].lower() == what else None

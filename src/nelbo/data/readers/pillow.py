@@ -1,6 +1,6 @@
-"""The door to Pillow: an image is decoded once its bytes can hold the pixels that it claims.
+"""Decode images by Pillow, after checking that their bytes can hold the pixels they claim.
 
-Whatever Pillow makes of a damaged one, its properties included, is told in one sentence.
+Any error of Pillow on a damaged image, even in its properties, becomes one sentence.
 """
 
 import io
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 PNG = b"\x89PNG\r\n\x1a\n"
-#: what is read, by the ends of names and as Pillow calls it
+#: suffixes of the files that are read, and Pillow's names of these formats
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
@@ -26,13 +26,13 @@ SUFFIXES = (
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 ORIENTATION = 0x0112  # the tag of EXIF
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
-#: pixels that any format may make of few bytes, and that one byte beyond can hold: of a JPEG 512
+#: pixels that any format may claim, and beyond that pixels per byte (a JPEG holds up to 512)
 FEW, HELD = 2**24, 1024
-#: bytes of memory that a pixel takes while it is decoded, converted and copied, of 8 and 16 bits
+#: bytes of memory per pixel of 8 and 16 bits while it is decoded, converted and copied
 TAKEN = {8: 20, 16: 40}
-#: samples of a pixel by the colour type of a PNG
+#: samples per pixel by the colour type of a PNG
 SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-#: first column and row, and their distances, of the passes of an interlaced PNG
+#: first column and row, and their strides, in the passes of an interlaced PNG
 PASSES = (
     *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
     *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
@@ -46,17 +46,17 @@ def opened(
     formats: tuple[str, ...] = FORMATS,
     whole: bool = False,
 ) -> Result:
-    """`use` of an image.
+    """Open an image and return `use` of it.
 
     Args:
         content: the encoded image.
-        name: gives the one for messages.
-        use: only asks Pillow, for each of its errors is taken for damage.
-        formats: as Pillow calls them.
-        whole: make sure that no pixel is missing, which Pillow may fill up in silence.
+        name: returns its name for messages.
+        use: a function that only calls Pillow, because any of its errors counts as damage.
+        formats: Pillow's names of allowed formats.
+        whole: make sure that no pixel is missing, which Pillow may fill in silently.
 
     Raises:
-        ValueError: it is damaged, or claims more pixels than its bytes, memory or Pillow hold.
+        ValueError: it is damaged, or claims more pixels than its bytes, memory or Pillow allow.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -78,7 +78,7 @@ def opened(
         ) from error
     except Exception as error:  # damage shows as OSError, SyntaxError, EOFError, struct.error, ..
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # it names an object of Python
+        if isinstance(error, UnidentifiedImageError):  # its message names a Python object
             reason = "it is of no known type"
         kind = f"a {formats[0]} image" if len(formats) == 1 else "an image"
         raise ValueError(
@@ -87,22 +87,23 @@ def opened(
 
 
 def orientation(image: "Image.Image", content: bytes) -> int:
-    """How EXIF says that an image is to be turned, 1 to 8; 1 leaves it as it is."""
+    """Return the EXIF orientation of an image, 1 to 8; 1 leaves it as it is."""
     if image.format == "PNG" and not any(word in content for word in (b"eXIf", b"exif", b"xmp")):
-        return 1  # to ask Pillow would decode all of it
+        return 1  # asking Pillow would decode the whole image
     found = image.getexif().get(ORIENTATION, 1)
     return found if found in range(1, 9) else 1
 
 
 def upright(image: "Image.Image", content: bytes) -> "Image.Image":
-    """An image as EXIF says that it is to be seen."""
+    """Return an image rotated according to EXIF."""
     from PIL import ImageOps
 
     return image if orientation(image, content) == 1 else ImageOps.exif_transpose(image)
 
 
 def bits_of(content: bytes) -> int:
-    """8 or 16 bits a channel: Pillow narrows 16-bit colour in silence, so the header is asked."""
+    """Return 8 or 16 bits per channel, from the header, as Pillow silently narrows 16-bit
+    colour."""
     return 16 if content.startswith(PNG) and content[24:25] == b"\x10" else 8
 
 
@@ -111,7 +112,7 @@ def _claim(width: int, height: int, size: int) -> str:
 
 
 def _check_png(content: bytes) -> None:
-    """Raise ValueError unless the packed bytes of a PNG are all its rows."""
+    """Raise ValueError unless the packed bytes of a PNG contain all its rows."""
     chunks = list(_chunks(content))
     width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", chunks[0][1][:13])
     if colour == 3 and not any(kind == b"PLTE" for kind, _ in chunks):
@@ -130,7 +131,7 @@ def _check_png(content: bytes) -> None:
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """The kind and the bytes of each chunk of a PNG, up to its end or where it is cut."""
+    """Yield the kind and the bytes of each chunk of a PNG, up to its end or where it is cut."""
     at = len(PNG)
     while at + 8 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, at)
@@ -139,7 +140,7 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _inflated(packed: list[memoryview], most: int) -> int:
-    """How many bytes are packed, counted up to about `most` without keeping them."""
+    """Count the unpacked bytes, up to about `most`, without keeping them."""
     unpacker, count = zlib.decompressobj(), 0
     for data in packed:
         rest: bytes | memoryview = data

@@ -1,4 +1,4 @@
-"""Tar shards in the WebDataset layout: members KEY.png and KEY.cls are one example.
+"""Read tar shards in the WebDataset layout: members KEY.png and KEY.cls are one example.
 
 A shard is an index of byte ranges. Members are never extracted, and their names are never paths.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from typing_extensions import override
 
 from nelbo._utils import limits
 from nelbo.data.conform import Found
@@ -28,17 +29,17 @@ LONGEST = 1000  # bytes of a label, at most
 
 
 def read_shards(source: Path, form: Form, splits: Declared | None = None) -> Found:
-    """The images of one tar file, or of all the tar files in a folder, in order of their names.
+    """Read the images of one tar file, or of all tar files in a folder, in order of their names.
 
-    Which are of which split is told by the names of shards, and of members in them; see `splits`.
+    The names of shards and of their members determine the splits; see `splits`.
 
     Args:
         source: a .tar file, or a folder of some.
-        form: how images become arrays.
+        form: the conversion of images to arrays.
         splits: as declared.
 
     Raises:
-        ValueError: if a shard is cut or damaged, or has no images.
+        ValueError: a shard is cut or damaged, or has no images.
     """
     walked = None if source.is_file() else walk(source, (SUFFIX,), "tar files")
     indices = [_index(file) for file in ([source] if walked is None else walked.files)]
@@ -71,7 +72,7 @@ def is_shards(path: Path) -> bool:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether there are tar files in a folder, or in its folders of splits."""
+    """Return whether there are tar files in a folder, or in its sub-folders of splits."""
     places = [folder, *(each for each in folder.iterdir() if split_of(each.name))]
     return any(
         file.name[0] != "." for place in places if place.is_dir() for file in place.glob("*.tar")
@@ -79,12 +80,12 @@ def holds_shards(folder: Path) -> bool:
 
 
 class Index(NamedTuple):
-    """What a shard holds.
+    """Contents of a shard.
 
     Args:
-        images: as ranges of bytes.
-        names: of the members that they are.
-        labels: of each image; empty where it has none.
+        images: the images as ranges of bytes.
+        names: names of their members.
+        labels: label of each image; empty if it has none.
         ignored: types of the other members.
     """
 
@@ -117,7 +118,7 @@ def _index(shard: Path) -> Index:
                 text = file.read(min(member.size, LONGEST)).decode(errors="replace").strip()
                 if not text:
                     raise ValueError(f"the label {member.name} in {shard} is empty; name a class")
-                labels[key] = sys.intern(text)  # few different ones
+                labels[key] = sys.intern(text)  # labels repeat
             else:
                 ignored[name[name.find(".") :].lower() if "." in name else name] += 1
     images, fields = _examples(images, shard)
@@ -133,7 +134,7 @@ def _index(shard: Path) -> Index:
 
 
 def _key(name: str) -> str:
-    """The key of a member: WebDataset has it end at the first dot of the name."""
+    """Return the key of a member, which in WebDataset ends at the first dot of the name."""
     folder, _, last = name.rpartition("/")
     return f"{folder}/{last.partition('.')[0]}"
 
@@ -141,10 +142,10 @@ def _key(name: str) -> str:
 def _examples(
     images: dict[str, tuple[str, str, int, int]], shard: Path
 ) -> tuple[dict[str, tuple[str, str, int, int]], Counter[str]]:
-    """The images that are an example each, and the types of those that are not.
+    """Return the images that are an example each, and the types of those that are not.
 
-    KEY.seg.png beside KEY.png is another field of that example. Where there is no KEY.png the dots
-    are of the key, unless the same words stand behind several keys: then they name fields.
+    KEY.seg.png beside KEY.png is another field of that example. If there is no KEY.png, the dots
+    belong to the key, unless the same words follow several keys: then they name fields.
     """
     dotted: dict[str, list[str]] = {}
     for name in images:
@@ -166,8 +167,10 @@ def _examples(
 
 
 class _Mapped(mmap.mmap):
-    """A file that gives the bytes which are there, however many tarfile reads by a header."""
+    """A file that returns only existing bytes, however many tarfile requests for a false
+    header."""
 
+    @override
     def seek(self, pos: int, whence: Literal[0, 1, 2, 3, 4] = 0, /) -> None:
         if not whence and pos > len(self):
             raise tarfile.ReadError("unexpected end of data")
@@ -175,15 +178,15 @@ class _Mapped(mmap.mmap):
 
 
 def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
-    """All members, whole, one at a time: tarfile would keep a kilobyte of each.
+    """Yield all members, whole, one at a time; tarfile itself would keep a kilobyte for each.
 
     Raises:
-        ValueError: if the file is damaged or ends before they do.
+        ValueError: the file is damaged or ends before they do.
     """
     try:
         if not limits.regular(shard):
             raise ValueError("it is empty")
-        # r: refuses compression, under which members are no ranges of bytes
+        # r: refuses compression, as members must be ranges of bytes
         with (
             shard.open("rb") as file,
             _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
@@ -198,7 +201,7 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
                 if member.issparse():
                     raise ValueError("it has sparse members")
                 yield member
-            # tarfile takes a file that is cut between members, or in a header, for whole
+            # tarfile does not notice that a file is cut between members, or in a header
             mapped.seek(tar.offset)
             if mapped.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError("it is cut, its end is missing")

@@ -1,9 +1,9 @@
-"""Text as chunks of symbols: its characters, or its bytes.
+"""Read text as chunks of symbols: its characters, or its bytes.
 
-The alphabet is that of the training split, sorted, and one symbol more stands for any other
-character. A text of bytes has 256 symbols and no alphabet. Splits are contiguous, so that no
-chunk stands in two. Chunks to measure on follow each other; those to train on overlap and begin
-at random, for a chunk may begin anywhere.
+The alphabet is that of the training split, sorted, with one more symbol for any other character. A
+text of bytes has 256 symbols and no alphabet. Splits are contiguous, so that no chunk is in two of
+them. Chunks for evaluation follow each other; those for training overlap and begin at random,
+because a chunk may begin anywhere.
 """
 
 from pathlib import Path
@@ -18,20 +18,20 @@ from nelbo.data.schema import Schema
 from nelbo.data.splits import SPLITS, Declared, group
 
 SUFFIX = ".txt"
-#: bytes of memory for each of the file: characters of 4, their codes, overlapping chunks
+#: bytes of memory per byte of the file: characters of 4, their codes, overlapping chunks
 TAKEN = 18
 LENGTH = 128  # symbols of a chunk
-CHARACTERS = 254  # most different ones of a text that is read as characters: 256 levels are bytes
-OVERLAP, WINDOWS = 16, 2**26  # training chunks per length of text, and symbols of all of them
-OTHER = "\ufffd"  # stands for the characters that are not in the alphabet
+CHARACTERS = 254  # maximal alphabet of a text read as characters: 256 levels are bytes
+OVERLAP, WINDOWS = 16, 2**26  # training chunks per length of a chunk; maximal symbols in all
+OTHER = "\ufffd"  # replaces characters that are not in the alphabet
 
 
 def is_text(path: Path) -> bool:
-    """Whether it is a .txt file, or a folder of nothing else but hidden files."""
+    """Return whether a path is a .txt file, or a folder with no others except hidden files."""
     if path.is_file():
         return path.suffix.lower() == SUFFIX
     some = False
-    for file in files_below(path):  # the first that is none decides, of however many there are
+    for file in files_below(path):  # stop at the first other file
         some = file.suffix.lower() == SUFFIX
         if not some:
             return False
@@ -45,15 +45,15 @@ def read(
     splits: Declared | None = None,
     seed: int = 0,
 ) -> Found:
-    """A text to train on; splits that it lacks are a tenth each of the end of its training text.
+    """Read a text to train on; a missing split is a tenth of the training text, off its end.
 
     Args:
-        path: a .txt file in UTF-8; or a folder of them, of which the names of files or sub-folders
-            tell the splits, see `splits`.
-        length: symbols of a chunk; 128 where left out.
-        levels: 256 for bytes; else characters, where they are not too many.
+        path: a .txt file in UTF-8; or a folder of them, in which the names of files or sub-folders
+            determine the splits, see `splits`.
+        length: symbols of a chunk; by default 128.
+        levels: 256 for bytes; by default characters, unless there are too many.
         splits: as declared.
-        seed: of where training chunks begin.
+        seed: determines where training chunks begin.
 
     Raises:
         ValueError: an empty or short text, one that is not UTF-8, another number of levels.
@@ -69,7 +69,7 @@ def of_bytes(
     levels: int | None = None,
     seed: int = 0,
 ) -> Found:
-    """The same of the content of each split, or of "all"; `path` is for messages."""
+    """Do the same for the content of each split, or of "all"; `path` is for messages."""
     _refuse_empty(path, parts)
     texts = {} if levels == 256 else {k: _decode(x, path, True) for k, x in parts.items()}
     if missing := [split for split in ("validation", "test") if split not in parts]:
@@ -93,10 +93,10 @@ def of_bytes(
 
 
 def read_like(path: Path, schema: Schema, splits: Declared | None = None) -> Found:
-    """A text to measure a model of some schema on; see `read`.
+    """Read a text to evaluate a model of some schema on; see `read`.
 
     Raises:
-        ValueError: as `read`; the model is of no text.
+        ValueError: as for `read`, or the model is not of text.
     """
     return of_bytes_like(path, *_bytes_of(path, splits), schema)
 
@@ -104,7 +104,7 @@ def read_like(path: Path, schema: Schema, splits: Declared | None = None) -> Fou
 def of_bytes_like(
     path: Path | str, parts: dict[str, bytes], notes: list[str], schema: Schema
 ) -> Found:
-    """The same of the content of each split, or of "all"; `path` is for messages."""
+    """Do the same for the content of each split, or of "all"; `path` is for messages."""
     if schema.alphabet is None:
         raise ValueError(f"{path} is text, and the model is of no text; give data of its kind")
     _refuse_empty(path, parts)
@@ -114,7 +114,7 @@ def of_bytes_like(
 
 
 def encode(text: str | bytes, alphabet: str) -> np.ndarray:
-    """Characters as their places in the sorted alphabet, others as its length; bytes as they are.
+    """Return characters as indices in the sorted alphabet, others as its length; bytes unchanged.
 
     >>> encode("abxa", "ab")
     array([0, 1, 2, 0], dtype=uint8)
@@ -129,7 +129,7 @@ def encode(text: str | bytes, alphabet: str) -> np.ndarray:
 
 
 def decode(x: np.ndarray, alphabet: str) -> list[str]:
-    """Chunks (N, L) of symbols as N strings; what is no character becomes \ufffd.
+    r"""Return chunks (N, L) of symbols as N strings; invalid characters become \ufffd.
 
     >>> decode(np.array([[0, 1, 2]]), "ab") == ["ab\ufffd"]
     True
@@ -140,7 +140,7 @@ def decode(x: np.ndarray, alphabet: str) -> list[str]:
 
 
 def _bytes_of(path: Path, splits: Declared | None) -> tuple[dict[str, bytes], list[str]]:
-    """The content of each split, or "all", the files of a split in the order of their names."""
+    """Return the content of each split, or "all", with its files in the order of their names."""
     if path.is_file():
         groups: dict[str, list[Path]] = {"all": [path]}
         notes: list[str] = []
@@ -186,7 +186,8 @@ def _decode(content: bytes, path: Path | str, training: bool) -> str:
 
 
 def _wide(content: bytes) -> str:
-    """UTF-32 or UTF-16, where the first bytes look like one of them, with its mark or without."""
+    """Return "UTF-32" or "UTF-16" if the first bytes look like it, with or without a mark, else
+    ""."""
     head = content[:4096]
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
@@ -198,7 +199,7 @@ def _wide(content: bytes) -> str:
 
 
 def _split(parts: dict[str, AnyStr], missing: list[str], path: Path | str) -> dict[str, AnyStr]:
-    """With a tenth of the training text, off its end, for each split that is missing."""
+    """Add each missing split as a tenth of the training text, off its end."""
     rest = {split: text for split, text in parts.items() if split in SPLITS}
     source = parts.get("train", parts.get("all"))
     if source is None:
@@ -217,10 +218,10 @@ def _chunks(
     notes: list[str],
     seed: int | None = None,
 ) -> Found:
-    """Chunks (N, length) of the codes of each split; to train on, by a seed, where there is one.
+    """Return chunks (N, length) of the codes of each split; with a seed, for training.
 
-    Chunks to train on begin anywhere: one at random in each stride, for at multiples of the stride
-    they would see records of a fixed width at some of their phases only.
+    A training chunk begins at random in each stride: at multiples of the stride, chunks would see
+    records of a fixed width at some of their phases only.
     """
     training = seed is not None
     unit, parts = "characters" if alphabet else "bytes", {}

@@ -1,4 +1,4 @@
-"""The files below a folder, and a word on those that are left out."""
+"""Find the files below a folder, with notes on those that are left out."""
 
 import os
 from collections import Counter
@@ -10,12 +10,12 @@ from nelbo._utils import limits
 
 
 class Walked(NamedTuple):
-    """What `walk` found.
+    """Result of `walk`.
 
     Args:
-        files: of the types looked for, by name.
-        others: how many files of each other type there are.
-        links: what became of each link to a folder, by its name.
+        files: files of the types looked for, by name.
+        others: number of files of each other type.
+        links: how each link to a folder was treated, by its name.
     """
 
     files: list[Path]
@@ -23,7 +23,7 @@ class Walked(NamedTuple):
     links: dict[str, str]
 
     def notes(self) -> list[str]:
-        """What was followed and what is left out."""
+        """Return notes on links that were followed and files that are left out."""
         notes = [f"{name} is a link {what}" for name, what in self.links.items()]
         if self.others:
             each = ", ".join(f"{n} {kind}" for kind, n in self.others.most_common())
@@ -32,17 +32,17 @@ class Walked(NamedTuple):
 
 
 def walk(folder: Path, suffixes: Sequence[str], what: str) -> Walked:
-    """The files below a folder whose names end in one of the suffixes; hidden ones are none.
+    """Find the files below a folder whose names end in one of the suffixes; skip hidden ones.
 
-    Links to folders are followed, into each folder once.
+    Links to folders are followed, each folder once.
 
     Args:
         folder: where to look.
         suffixes: in lower case.
-        what: for messages.
+        what: what is looked for, for messages.
 
     Raises:
-        ValueError: far more other files.
+        ValueError: there are far more other files.
     """
     files: list[Path] = []
     others: Counter[str] = Counter()
@@ -50,7 +50,7 @@ def walk(folder: Path, suffixes: Sequence[str], what: str) -> Walked:
     seen = 0
     for place, below, names in _folders(folder, links):
         seen += len(below) + len(names)
-        # Hidden files include macOS's ._name.png, which is no image.
+        # Hidden files include macOS's ._name.png, which is not an image.
         for name in names:
             if name.startswith("."):
                 continue
@@ -66,7 +66,7 @@ def walk(folder: Path, suffixes: Sequence[str], what: str) -> Walked:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones, one at a time."""
+    """Yield all files below a folder except hidden ones."""
     for place, _, names in _folders(folder, {}) if folder.is_dir() else ():
         for name in names:
             if not name.startswith(".") and Path(place, name).is_file():
@@ -74,7 +74,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _folders(folder: Path, links: dict[str, str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As os.walk, also where links lead; each folder once, whatever leads to it."""
+    """Walk like os.walk, following links, but visit each folder once."""
     known: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
@@ -96,5 +96,5 @@ def _folders(folder: Path, links: dict[str, str]) -> Iterator[tuple[str, list[st
 
 
 def _refuse(error: OSError) -> None:
-    """A folder that cannot be listed is not passed over."""
+    """Raise the error for a folder that cannot be listed, instead of skipping it."""
     raise error

@@ -1,0 +1,1 @@
+"""Tables: read them, infer their columns, and encode their rows as examples."""

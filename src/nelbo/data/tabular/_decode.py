@@ -1,18 +1,18 @@
-"""Run as a script: decode tables as `decoded` says, and print the bytes of their texts and of all.
+"""Script that decodes tables for `decoded` and prints the bytes of their texts and of all cells.
 
-It reads pairs of a limit of memory and a path from its input, each ended by a NUL. It imports
-nothing of nelbo, so that it starts in a fraction of a second.
+It reads pairs of a memory limit and a path from its input, each ended by a NUL. It imports nothing
+of nelbo, so that it starts in a fraction of a second.
 """
 
 import sys
 
-NUMBER, VIEW = 8, 16  # bytes of a number as an example, and of a text of polars, at least
-CELLS = 2**25  # that are decoded together, as many as a table has that is not read in blocks
+NUMBER, VIEW = 8, 16  # minimal bytes of a number in an example, and of a text in polars
+CELLS = 2**25  # cells decoded together: the most of a table that is not read in blocks
 TEXTS = ("String", "Categorical", "Enum")
 
 
 def limit_memory(size: int) -> None:
-    """Let an allocation beyond so many bytes of data fail, where the system can."""
+    """Make allocations beyond `size` bytes of data fail, if the system supports it."""
     try:
         import resource
 
@@ -26,7 +26,7 @@ def limit_memory(size: int) -> None:
 
 
 def sizes_of(path: str) -> tuple[int, int]:
-    """Bytes of the texts of a table, each cell with its own, and of all its cells."""
+    """Return the bytes of the texts of a table, counting each cell, and of all its cells."""
     import polars as pl
 
     scan = pl.scan_parquet if path.lower().endswith(".parquet") else pl.scan_ipc
@@ -51,6 +51,7 @@ def sizes_of(path: str) -> tuple[int, int]:
 
 
 def main() -> None:
+    """Decode the tables named on standard input."""
     words = sys.stdin.buffer.read().decode(errors="surrogateescape").split("\0")[:-1]
     for limit, path in zip(words[::2], words[1::2], strict=True):
         limit_memory(int(limit))
@@ -58,7 +59,7 @@ def main() -> None:
             sizes = sizes_of(path)
         except MemoryError:
             raise
-        except BaseException:  # damage, a panic too: the reader itself tells it
+        except BaseException:  # damage, even a panic, is reported by the reader later
             sizes = 0, 0
         print(*sizes, flush=True)
 

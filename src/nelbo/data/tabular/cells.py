@@ -1,4 +1,4 @@
-"""The cells of a column as text and as numbers: one reading of them for all that ask."""
+"""Convert the cells of a column to text and to numbers, in one way for all callers."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -10,21 +10,21 @@ from nelbo.data.tabular.spelling import NUMBER
 if TYPE_CHECKING:
     from polars import Series
 
-#: words that mean a missing cell where nothing else is declared, in lower case
+#: words that mean a missing cell unless others are declared, in lower case
 MISSING_WORDS = ("na", "n/a", "nan", "null", "none", "?")
-#: what to do with a column that cannot be modelled
+#: advice on a column that cannot be modelled
 LEAVE_OUT = "remove it, or leave it out with --schema"
 
 
 def texts(
     series: "Series", words: Collection[str] | None = None, keep: Collection[str] = ()
 ) -> "Series":
-    """The cells of a column as text without spaces around it; null where a cell is missing.
+    """Return the cells of a column as stripped text; null if a cell is missing.
 
     Args:
         series: the column.
-        words: that mean a missing cell, as they are written; the usual ones, in any case, if None.
-        keep: texts that are values though they are such words.
+        words: words that mean a missing cell, as written; if None the usual ones, in any case.
+        keep: texts that are values although they are such words.
 
     Raises:
         ValueError: a column of dates, lists or the like.
@@ -34,7 +34,7 @@ def texts(
 
 
 def raw_texts(series: "Series") -> "Series":
-    """The cells of a column as text, null only where nothing is; as for `texts`."""
+    """Return the cells of a column as text, null only if a cell is empty; as for `texts`."""
     import polars as pl
 
     if series.dtype.is_float():
@@ -55,7 +55,7 @@ def raw_texts(series: "Series") -> "Series":
 def missing_words(
     series: "Series", words: Collection[str] | None = None, keep: Collection[str] = ()
 ) -> list[str]:
-    """The words in a column that count as missing cells; arguments as for `texts`."""
+    """Return the words in a column that count as missing cells; arguments as for `texts`."""
     if words is None and not _has_words(series):
         return []
     text = raw_texts(series)
@@ -64,7 +64,7 @@ def missing_words(
 
 
 def words_note(name: str, words: Sequence[str]) -> str:
-    """The note on a column in which words count as missing cells."""
+    """Return the note on a column in which words count as missing cells."""
     many = len(words) > 1
     listed = ", ".join(map(repr, words))
     return (
@@ -85,22 +85,22 @@ def _missing(text: "Series", words: Collection[str] | None, keep: Collection[str
 
 
 def _has_words(series: "Series") -> bool:
-    """Whether a column is of a type that can hold words."""
+    """Return whether a column has a type that can hold words."""
     import polars as pl
 
     return series.dtype in (pl.String, pl.Categorical, pl.Enum)
 
 
 def numbers(series: "Series", first: int = 0, words: Collection[str] | None = None) -> np.ndarray:
-    """The cells of a column as float64, shape (N,), NaN where a cell is missing.
+    """Return the cells of a column as float64, shape (N,), NaN if a cell is missing.
 
     Args:
         series: the column.
-        first: row of the table that is its first.
+        first: row of the table at which the column begins.
         words: as for `texts`.
 
     Raises:
-        ValueError: a cell that is no number, or is infinite; it names the row.
+        ValueError: a cell is not a number, or is infinite; the message names the row.
     """
     import polars as pl
 
@@ -132,11 +132,11 @@ def numbers(series: "Series", first: int = 0, words: Collection[str] | None = No
 
 
 def slack(values: np.ndarray, precision: float) -> np.ndarray:
-    """How far numbers may lie from the points of a lattice that they stand for, each.
+    """Return the tolerance between numbers and the points of a lattice that they stand for.
 
-    A number that float32 holds exactly is taken as one of float32, which cannot be nearer to its
-    decimals: 136.3 is 136.30000305 there. Where that is no longer far less than the precision,
-    it says nothing, and the number must be on its point.
+    A number that float32 holds exactly is treated as float32, whose decimals are inexact: 136.3 is
+    136.30000305 there. If this error is not far below the precision, it is not allowed for, and
+    the number must be on its point.
     """
     with np.errstate(over="ignore"):
         single = values.astype(np.float32) == values
@@ -145,7 +145,8 @@ def slack(values: np.ndarray, precision: float) -> np.ndarray:
 
 
 def off_lattice(values: np.ndarray, precision: float, low: float) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest points of a lattice to some numbers, and which numbers are no points of it."""
+    """Return the nearest points of a lattice, and a mask of the numbers that are off the
+    lattice."""
     points = low + precision * np.rint((values - low) / precision)
     allowed = 1e-6 * precision + 1e-12 * np.abs(values) + slack(values, precision)
     return points, np.abs(values - points) > allowed

@@ -1,8 +1,8 @@
-"""How large a Parquet or Arrow file is when it is decoded, known before this process decodes it.
+"""Check the decoded size of a Parquet or Arrow file before this process decodes it.
 
-The sizes in such a file need not be true, few bytes of it can stand for any number of cells, and
-polars ends its whole process where memory does not hold what a page claims. So a small file is
-decoded first by another process, whose memory is limited.
+The sizes stated in such a file may be false, few bytes can stand for any number of cells, and
+polars ends the whole process if memory cannot hold what a page claims. So a small file is first
+decoded by another process with limited memory.
 """
 
 import os
@@ -15,24 +15,24 @@ from pathlib import Path
 from nelbo._utils import limits as _limits
 
 DECODER = Path(__file__).with_name("_decode.py")
-#: times that cells are in memory, as they are and as examples, and texts, which become Python's
+#: copies in memory: of cells (in the frame and as examples), and of texts (as Python strings)
 CELLS, TEXTS = 3, 8
-#: bytes of a process that decodes nothing yet, and of what is packed
+#: bytes of a process before it decodes anything
 BASE = 2**29
 #: seconds that the decoding of a file of at most `_limits.UNPACKED` bytes may take
 SECONDS = 300
 
 
 def check(files: Sequence[Path]) -> None:
-    """Raise ValueError where one of some tables cannot be decoded within its limits.
+    """Raise ValueError if a table cannot be decoded within its limits.
 
-    Damage that polars tells is left to the reader. A file that is large when packed is no bomb:
-    it is not decoded twice.
+    Damage that polars reports is left to the reader. A file that is large when packed cannot be a
+    decompression bomb, and is not decoded twice.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: one would be unpacked to far more than any data are, is more than memory holds,
-            or ends polars.
+        ValueError: a file unpacks to far more than real data do, exceeds memory, or crashes
+            polars.
     """
     if not _limits.trusted():
         states = [(file, file.stat()) for file in files]
@@ -42,7 +42,7 @@ def check(files: Sequence[Path]) -> None:
 
 @lru_cache(maxsize=64)
 def _check(files: Sequence[tuple[Path, int, int, int]]) -> None:
-    """As `check`; files that did not change are decoded once."""
+    """Do the work of `check`; unchanged files are decoded once."""
     free = _limits.free_memory()
     limits = [
         BASE + size + CELLS * max(_limits.UNPACKED, _limits.INFLATION * size)
@@ -65,8 +65,10 @@ def _check(files: Sequence[tuple[Path, int, int, int]]) -> None:
 
 
 def _decoded(asked: bytes) -> tuple[list[tuple[int, int]], str]:
-    """The sizes of the files that were decoded, and why of the next there is none; "" where no
-    process can be had for it, as in some sandboxes."""
+    """Return the sizes of the decoded files, and the reason if the next one failed, else "".
+
+    The reason is also "" if no other process can be started, as in some sandboxes.
+    """
     command = [sys.executable, "-P", str(DECODER)]
     environment = os.environ | {"POLARS_MAX_THREADS": "2", "RUST_BACKTRACE": "0"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -80,7 +82,7 @@ def _decoded(asked: bytes) -> tuple[list[tuple[int, int]], str]:
         return [], ""
     if b"allocat" in done.stderr or b"MemoryError" in done.stderr:
         return _pairs(done.stdout), "more would be made than its size or memory accounts for"
-    ended = done.returncode < 0 or done.returncode > 128  # by a signal
+    ended = done.returncode < 0 or done.returncode > 128  # ended by a signal
     return _pairs(done.stdout), "nothing can be made: it ends polars" if ended else ""
 
 

@@ -1,8 +1,8 @@
-"""Text tables: the separator, the heading and the rows of a file, or what is wrong with them.
+"""Read text tables: find the separator, the heading and the rows, or explain what is wrong.
 
-A separator is one by which every row has as many fields as the heading, at least two, quotes
-respected. Of several the first of tab, semicolon, bar and comma is taken, for a comma may be that
-of decimals.
+A separator fits if every row has as many fields as the heading, at least two, respecting quotes.
+If several fit, the first of tab, semicolon, bar and comma is taken, because a comma may be a
+decimal comma.
 """
 
 import csv
@@ -19,7 +19,7 @@ from nelbo.data.tabular.spelling import is_number
 if TYPE_CHECKING:
     from polars import DataFrame
 
-#: text files and the separator that they are written with
+#: suffixes of text files, and the separator with which they are written
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
 SEPARATORS = "\t;|,"
 NO_HEADING = (
@@ -30,15 +30,15 @@ NO_HEADING = (
 
 @dataclass
 class Layout:
-    """How a file looks by one separator.
+    """Structure of a file for one separator.
 
     Args:
-        separator: of fields.
+        separator: between fields.
         heading: the first line.
-        rows: lines that are not blank.
-        widths: the numbers of fields of the rows, and the first line that has so many.
-        blank: the first blank line that a row follows; 0 if there is none.
-        error: what the quotes say against it.
+        rows: number of lines that are not blank.
+        widths: the numbers of fields in rows, with the first line of each.
+        blank: the first blank line followed by a row; 0 if there is none.
+        error: an error in the quotes, or "".
     """
 
     separator: str
@@ -50,19 +50,20 @@ class Layout:
 
     @property
     def fits(self) -> bool:
+        """Whether all rows have as many fields as the heading."""
         return not self.error and self.widths.keys() <= {len(self.heading)}
 
 
 def read(path: Path, notes: list[str]) -> "DataFrame":
-    """The table in a file, all cells as text.
+    """Read the table in a file, with all cells as text.
 
     Args:
         path: the file.
-        notes: what is guessed is added to them.
+        notes: notes on guesses are appended.
 
     Raises:
         ValueError: it is ragged, is not UTF-8, or has no heading.
-        polars.exceptions.PolarsError: polars does not read it.
+        polars.exceptions.PolarsError: polars cannot read it.
     """
     import polars as pl
 
@@ -73,7 +74,7 @@ def read(path: Path, notes: list[str]) -> "DataFrame":
         raise ValueError(f"{path} has two columns of the name {twice[0]!r}; rename one")
     if not layout.rows:
         return pl.DataFrame(schema=dict.fromkeys(heading, pl.String))
-    # the heading as a row, for of one polars leaves quotes as they are
+    # read the heading as a row, because polars keeps quotes in a heading
     frame = pl.read_csv(
         path,
         separator=layout.separator,
@@ -82,7 +83,7 @@ def read(path: Path, notes: list[str]) -> "DataFrame":
         eol_char=_line_end(path),
     )
     rows = layout.rows
-    if frame.height != 1 + rows:  # blank lines are no rows
+    if frame.height != 1 + rows:  # drop blank lines
         frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
     if frame.height != 1 + rows or [name or "" for name in frame.row(0)] != layout.heading:
         raise ValueError(
@@ -100,7 +101,7 @@ def read(path: Path, notes: list[str]) -> "DataFrame":
 
 
 def _layout(path: Path, notes: list[str]) -> Layout:
-    """The layout of a file by the separator that fits."""
+    """Return the layout of a file for the separator that fits."""
     with _text(path) as file:
         first = file.readline().rstrip("\r\n")
     if re.fullmatch(r'"?sep=."?', first):
@@ -120,7 +121,7 @@ def _layout(path: Path, notes: list[str]) -> Layout:
 
 
 def _one_column(path: Path, layout: Layout, notes: list[str]) -> Layout:
-    """The layout of a file with one heading; ValueError where its rows hold more."""
+    """Return the layout of a file with one heading; raise ValueError if its rows hold more."""
     if not layout.heading and layout.rows:
         raise ValueError(f"the first line of {path} is blank; put the columns' names there")
     if layout.blank:
@@ -147,7 +148,7 @@ def _one_column(path: Path, layout: Layout, notes: list[str]) -> Layout:
 
 
 def _refuse(path: Path, layout: Layout) -> None:
-    """Raise ValueError for rows that are not as the heading."""
+    """Raise ValueError for rows whose number of fields differs from the heading."""
     if layout.error:
         raise ValueError(layout.error)
     wide = len(layout.heading)
@@ -162,7 +163,7 @@ def _refuse(path: Path, layout: Layout) -> None:
 
 
 def _by(path: Path, separator: str) -> Layout:
-    """The layout of a file by a separator, as far as it is regular."""
+    """Return the layout of a file for a separator."""
     found, blank = Layout(separator, []), 0
     with _text(path) as file:
         reader = csv.reader(file, delimiter=separator, strict=True)
@@ -181,7 +182,7 @@ def _by(path: Path, separator: str) -> Layout:
 
 @contextmanager
 def _text(path: Path) -> "Iterator":
-    """The file as UTF-8 text."""
+    """Open the file as UTF-8 text."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             yield file
@@ -193,14 +194,14 @@ def _text(path: Path) -> "Iterator":
 
 
 def _line_end(path: Path) -> str:
-    """The character that ends lines: a carriage return where the file has no line feed."""
+    """Return the character that ends lines: a carriage return if the file has no line feed."""
     with path.open("rb") as file:
         chunks = iter(lambda: file.read(1 << 20), b"")
         return "\n" if any(b"\n" in chunk for chunk in chunks) else "\r"
 
 
 def _check_heading(path: Path, frame: "DataFrame", heading: list[str], notes: list[str]) -> None:
-    """Raise ValueError where the first line seems to be a row; note what is taken as names."""
+    """Raise ValueError if the first line seems to be a row; note a doubtful heading."""
     import polars as pl
 
     numbers = [name for name in heading if is_number(name.strip())]

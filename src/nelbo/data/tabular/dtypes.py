@@ -1,8 +1,8 @@
-"""The types of a table's columns as text: what a source declares is kept, and given back.
+"""Types of a table's columns as text, so that samples can be returned in the types of the source.
 
     UInt8     Decimal[10, 2]     Enum["low", "high"]     Datetime["us", "UTC"]
 
-A name of polars, and in brackets, as JSON, what it is made with.
+The text is the name of a polars type, with its arguments as JSON in brackets.
 """
 
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PLAIN = ("Boolean", "String", "Categorical", "Float16", "Float32", "Float64", "Date", "Time")
 INTEGERS = tuple(f"{sign}Int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64, 128))
-#: what a type with brackets is made with
+#: arguments of the types with brackets
 MADE_WITH = {
     "Decimal": ("precision", "scale"),
     "Enum": ("categories",),
@@ -26,7 +26,7 @@ MADE_WITH = {
 
 
 def describe(dtype: "DataType") -> str:
-    """A type as text; "" for one that is not flat, such as a list."""
+    """Return a type as text; "" for a nested one, such as a list."""
     name = type(dtype).__name__
     if name in (*PLAIN, *INTEGERS, "Null"):
         return name
@@ -39,7 +39,7 @@ def describe(dtype: "DataType") -> str:
 
 
 def parse(text: str) -> "DataType":
-    """The type that `describe` gave.
+    """Return the type that `describe` described.
 
     Raises:
         ValueError: there is no such type.
@@ -65,8 +65,8 @@ def parse(text: str) -> "DataType":
 
 
 def categories_of(dtype: "DataType") -> list[str] | None:
-    """The categories that a type lists, whatever they look like; [] of one that has categories
-    and does not list them; None of all others."""
+    """Return the categories that a type lists; [] if it does not list them; None for other
+    types."""
     name = type(dtype).__name__
     if name == "Enum":
         return [str(each) for each in dtype.categories]  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ def categories_of(dtype: "DataType") -> list[str] | None:
 
 
 def given_back(series: "Series", text: str) -> "Series":
-    """A column in its declared type; as it is where a cell has no place there."""
+    """Convert a column to its declared type; leave it unchanged if a cell does not fit."""
     pl = import_module("polars")
     dtype = parse(text)
     try:

@@ -1,4 +1,4 @@
-"""Rows of a table as examples, by a layout, and back.
+"""Encode rows of a table as examples, in the order of `columns.places`, and decode them.
 
 Columns are matched by name, so their order does not matter.
 """
@@ -21,19 +21,20 @@ OTHER = "(other)"
 
 
 class Unseen:
-    """Cells that training did not have and that are counted as something else, by column."""
+    """Counts, by column, cells that training did not have and that are replaced by something
+    else."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], tuple[int, str]] = {}
 
     def add(self, column: str, count: int, cell: str, said: str) -> None:
-        """So many cells of a column, one of them shown as `cell`, of which this is said."""
+        """Add `count` cells of a column with the explanation `said`; `cell` shows one of them."""
         before, first = self._found.get((column, said), (0, cell))
         if count:
             self._found[column, said] = before + count, first
 
     def notes(self) -> list[str]:
-        """A sentence for each column and for each thing that is said."""
+        """Return a sentence for each column and explanation."""
         return [
             f"{count} {'cell' if count == 1 else 'cells'} of {column}, such as {cell}, {said}"
             for (column, said), (count, cell) in self._found.items()
@@ -48,18 +49,18 @@ def encode(
     first: int = 0,
     unseen: Unseen | None = None,
 ) -> tuple[np.ndarray, list[str]]:
-    """The rows as examples, (N, D) float64, and notes on what was not taken as it is.
+    """Encode rows as examples, (N, D) float64, with notes on cells that were changed.
 
     Args:
-        frame: the table; columns that the layout does not name are left out.
-        columns: the layout.
-        label: names the table in messages.
-        rounding: round numbers to the precision of their columns; else they must be so.
-        first: row of the table that is the first of the frame.
-        unseen: where cells that training did not have are counted; in the notes if None.
+        frame: the table; other columns are left out.
+        columns: the columns to encode.
+        label: name of the table in messages.
+        rounding: round numbers to the precision of their columns, instead of requiring it.
+        first: row of the table at which the frame begins.
+        unseen: counts cells that training did not have; if None, they are in the notes.
 
     Raises:
-        ValueError: a column is not there, or a cell cannot be one of its column.
+        ValueError: a column is missing, or a cell is not valid in its column.
     """
     known = {column.name for column in columns}
     extra = [name for name in frame.columns if name not in known]
@@ -90,20 +91,20 @@ def encode(
 def encode_holes(
     frame: "DataFrame", columns: Sequence[Column], label: str, unseen: Unseen | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of which any cell may be missing, as examples whose cells are all there.
+    """Encode rows with missing cells as examples that are complete.
 
     Args:
         frame: the table.
-        columns: the layout, whether or not it has missing cells.
-        label: names the table in messages.
-        unseen: where cells that training did not have are counted.
+        columns: the columns, whether or not they allow missing cells.
+        label: name of the table in messages.
+        unseen: counts cells that training did not have.
 
     Returns:
-        Examples (N, D), any value standing where a cell is missing, and which of their
-        dimensions are known, (N, D). That a cell is not missing counts as known.
+        Examples (N, D), with an arbitrary value for each missing cell, and a mask of the known
+        dimensions, (N, D). The indicator that a cell is not missing counts as known.
 
     Raises:
-        ValueError: as `encode`.
+        ValueError: as for `encode`.
     """
     whole, missing = frame, {}
     for column in columns:
@@ -117,18 +118,18 @@ def encode_holes(
 
 
 def holes(series: "Series", column: Column) -> "Series":
-    """Which cells of a column an imputation fills.
+    """Return a mask of the cells of a column that an imputation fills.
 
-    They are the empty ones, and words that mean a missing cell if that is sure: because the
-    schema declares them, or because the others are numbers. A usual word such as NA among other
-    words is a guess, for which no cell is overwritten.
+    They are the empty cells, and words that certainly mean a missing cell: the schema declares
+    them, or the other cells are numbers. A usual word such as NA among other words may be a value,
+    so that cell is not overwritten.
     """
     guessed = column.missing_words is None and column.kind in ("category", "boolean")
     return texts(series, () if guessed else column.missing_words, column.categories).is_null()
 
 
 def words_in_holes(frame: "DataFrame", columns: Sequence[Column]) -> list[str]:
-    """Notes on the words in a table that mean missing cells: those kept, and those drawn anew."""
+    """Return notes on words that mean missing cells: those kept, and those replaced."""
     notes = []
     kept = 'is kept as it is; to have it drawn, train with it among "missing_words" in --schema'
     for column in columns:
@@ -143,9 +144,9 @@ def words_in_holes(frame: "DataFrame", columns: Sequence[Column]) -> list[str]:
 
 
 def filled(frame: "DataFrame", drawn: "DataFrame", columns: Sequence[Column]) -> "DataFrame":
-    """A table whose holes are the cells of another; the type of a column stays.
+    """Fill the holes of a table with the cells of another; keep the types of columns.
 
-    It gives way only where a cell has no place in it, as 0.5 among integers.
+    A type changes only if a cell does not fit, such as 0.5 among integers.
     """
     pl = polars()
     for column in columns:
@@ -164,7 +165,7 @@ def filled(frame: "DataFrame", drawn: "DataFrame", columns: Sequence[Column]) ->
 
 
 def texts_of(series: "Series", column: Column) -> "Series":
-    """The cells of a column as text, null where they are missing to it."""
+    """Return the cells of a column as text, null if they count as missing in it."""
     return texts(series, column.missing_words, column.categories)
 
 
@@ -193,7 +194,7 @@ def _symbols(series: "Series", column: Column, first: int, unseen: Unseen) -> np
             column.name, len(other), cell, f"are none of its categories: counted as {OTHER}"
         )
     if none.any() and not column.missing:
-        word = raw_texts(series)[int(none.argmax())]  # it may be one that means missing
+        word = raw_texts(series)[int(none.argmax())]  # possibly a word that means missing
         said = f"are missing, which none was in training: counted as {OTHER}"
         unseen.add(column.name, int(none.sum()), repr(word or ""), said)
     return codes
@@ -202,7 +203,7 @@ def _symbols(series: "Series", column: Column, first: int, unseen: Unseen) -> np
 def _numbers(
     series: "Series", column: Column, rounding: bool, first: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of a column on its lattice, and the cells that were moved there."""
+    """Return the numbers of a column on its lattice, and the cells that were moved there."""
     values = numbers(series, first, column.missing_words)
     absent = np.isnan(values)
     if absent.any() and not column.missing:
@@ -235,10 +236,10 @@ def _levels(values: np.ndarray, column: Column, unseen: Unseen) -> np.ndarray:
 
 
 def decode(x: np.ndarray, columns: Sequence[Column]) -> "DataFrame":
-    """Examples (N, D) as a table with the columns, in their order.
+    """Decode examples (N, D) to a table with these columns, in order.
 
-    A number beyond the levels is written as the next point outside; a category that training did
-    not have as "(other)".
+    A number beyond the levels becomes the next point outside; a category that training did not
+    have becomes "(other)".
     """
     pl = polars()
     at = places(columns)
@@ -251,8 +252,10 @@ def decode(x: np.ndarray, columns: Sequence[Column]) -> "DataFrame":
 
 
 def outside_training(x: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
-    """Which cells of examples (N, D) are none that training had, (N, len(columns)): numbers beyond
-    the least and the largest of their columns, categories that it did not know."""
+    """Return a mask of cells that training did not have, (N, len(columns)), in examples (N, D).
+
+    They are numbers outside the range of their columns, and unknown categories.
+    """
     at = places(columns)
     inside, absent = (np.full((len(x), len(columns)), known) for known in (True, False))
     for i, place in enumerate(at):
@@ -272,7 +275,7 @@ def outside_training(x: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
 
 
 def _decoded(x: np.ndarray, place: Place, absent: np.ndarray | None) -> "Series":
-    """One column, in the type of its source."""
+    """Decode one column, in the type of its source."""
     series = _plain(x, place, absent)
     return given_back(series, place.column.dtype) if place.column.dtype else series
 

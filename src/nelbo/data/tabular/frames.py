@@ -1,4 +1,4 @@
-"""Frames of others, and mappings of names to columns, as columns of polars of the same types."""
+"""Convert frames of other libraries, and mappings, to columns of polars with the same types."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,14 +11,14 @@ from nelbo.data.tabular.cells import raw_texts
 if TYPE_CHECKING:
     from polars import Series
 
-NUMBERS = "biuf"  # kinds of NumPy types that are taken as they are
+NUMBERS = "biuf"  # kinds of NumPy types that need no conversion
 
 
 def columns_of(table: object) -> "list[Series]":
-    """The columns of a pandas frame, a structured array, or a mapping of names to columns.
+    """Return the columns of a pandas frame, a structured array, or a mapping of names to columns.
 
     Raises:
-        ValueError: two have the same name, or it is an array without names.
+        ValueError: two columns have the same name, or it is an array without names.
         TypeError, KeyError: it is none of these.
     """
     if hasattr(table, "iloc") and hasattr(table, "columns"):
@@ -44,7 +44,7 @@ def columns_of(table: object) -> "list[Series]":
 
 
 def left_out(table: object) -> list[str]:
-    """A note on a named index of a pandas frame, which is no column of it."""
+    """Return a note on a named index of a pandas frame, which is not one of its columns."""
     if not (hasattr(table, "iloc") and hasattr(table, "columns")):
         return []
     names = [str(name) for name in cast(Any, table).index.names if name is not None]
@@ -54,7 +54,7 @@ def left_out(table: object) -> list[str]:
 
 
 def _column(name: str, values: object) -> "Series":
-    """One column; what its library calls missing is null."""
+    """Convert one column; values that its library considers missing become null."""
     pl = import_module("polars")
     if isinstance(values, pl.Series):
         return values.rename(name)

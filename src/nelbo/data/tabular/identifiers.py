@@ -1,7 +1,8 @@
-"""Columns that tell rows apart and measure nothing: left out, with a note, unless asked for.
+"""Find columns that identify rows and measure nothing: they are left out, with a note.
 
-Their names say so, or their cells do: row numbers, integers that float64 cannot tell apart, texts
-that hardly repeat. Integers that are all different say nothing: prices and populations are, too.
+Their names or their cells reveal them: row numbers, integers beyond the precision of float64,
+texts that hardly repeat. Distinct integers prove nothing: prices and populations are distinct,
+too.
 """
 
 import re
@@ -14,26 +15,27 @@ from nelbo.data.tabular.spelling import NUMBER, codes, number_advice
 if TYPE_CHECKING:
     from polars import Series
 
-LARGEST = 2**53  # integers from here on are not all float64
-FEW = 20  # different values up to which those of a column with an identifier's name are kept
-ROWS = 50  # up to which row numbers and texts say nothing
-COUNTED = 2**16  # values that are told apart over all pieces
-LONG = 200  # rows from which numbers that follow each other need not begin at 0 or 1
-SHARE = 0.9  # of the rows, beyond which different texts name them
-WORDS = {"id", "ids", "uid", "uuid", "guid", "identifier"}  # first or last in a name
+LARGEST = 2**53  # from here on float64 does not hold all integers
+FEW = 20  # distinct values up to which a column with an identifier's name is kept
+ROWS = 50  # rows up to which row numbers and texts are no evidence
+COUNTED = 2**16  # distinct values up to which duplicates are found across pieces
+LONG = 200  # rows from which consecutive numbers need not begin at 0 or 1
+SHARE = 0.9  # fraction of rows with distinct texts, beyond which texts identify them
+WORDS = {"id", "ids", "uid", "uuid", "guid", "identifier"}  # as first or last word of a name
 WHOLE = {"index", "row", "rowid", "rownum", "rownumber", "rownames", "rowname", "recordnumber"}
-#: how pandas calls an index without a name: in Parquet, as it reads CSV, and in CSV, as R does
+#: names that pandas gives to an unnamed index: in Parquet, when reading CSV, and in CSV, like R
 OF_PANDAS = re.compile(r"__index_level_\d+__|Unnamed: \d+(_level_\d+)?|")
-CODE = r"^[+-]?0[0-9]|^[0-9]+[eE][0-9]+$"  # what may be a code; see `spelling.codes`
+CODE = r"^[+-]?0[0-9]|^[0-9]+[eE][0-9]+$"  # a possible code; see `spelling.codes`
 KEEP = "name it in --schema to keep it"
 
 
 class Evidence:
-    """Whether a column names rows, by its cells in their order, which may come in pieces.
+    """Evidence on whether a column identifies rows, from its cells in order, which may come in
+    pieces.
 
     Args:
-        name: of the column.
-        stored: whether the source says that it is an index.
+        name: name of the column.
+        stored: whether the source declares it an index.
     """
 
     def __init__(self, name: str, stored: bool = False) -> None:
@@ -44,7 +46,7 @@ class Evidence:
         self.large, self.ends = False, (0, 0)
 
     def add(self, series: "Series") -> "Evidence":
-        """Look at further cells."""
+        """Take further cells into account; return self."""
         self.pieces += 1
         self.rows += len(series)
         if self.stored or not (self.integers or self.words):
@@ -67,7 +69,7 @@ class Evidence:
         return self
 
     def _count(self, known: "Series") -> None:
-        """Different values, of all pieces together as long as they are not too many."""
+        """Count distinct values, of all pieces together unless there are too many."""
         different = known.unique()
         if self.distinct + len(different) > COUNTED:
             self.distinct += len(different)
@@ -76,7 +78,7 @@ class Evidence:
         self.distinct = len(self.values)
 
     def _follow(self, numbers: "Series") -> None:
-        """Whether integers are large, and follow each other from piece to piece."""
+        """Update whether integers are large, and whether they are consecutive across pieces."""
         self.large |= bool((numbers.cast(float).abs() >= LARGEST).any())
         if self.large or not self.follow:
             self.follow = False
@@ -93,7 +95,7 @@ class Evidence:
 
     @property
     def reason(self) -> str:
-        """Why the column is left out; "" where it is not."""
+        """Reason for which the column is left out; "" if it is kept."""
         if self.stored:
             name = self.name or "the column without a name"
             return f"{name} is the index that pandas stored: left out; {KEEP}"
@@ -123,7 +125,7 @@ class Evidence:
 
     @property
     def note(self) -> str:
-        """On a column that is kept in spite of its name; "" where there is nothing to say."""
+        """Note on a column that is kept in spite of its name; "" if there is none."""
         if self.reason or not says_identifier(self.name) or not (self.integers or self.words):
             return ""
         return (
@@ -133,17 +135,17 @@ class Evidence:
 
 
 def name_rows(different: int, rows: int) -> bool:
-    """Whether texts of which so many are different in some rows name these."""
+    """Return whether texts identify rows, given the number of distinct ones and of rows."""
     return different > max(ROWS, SHARE * rows)
 
 
 def identifies(series: "Series") -> bool:
-    """Whether a column names the rows."""
+    """Return whether a column identifies rows."""
     return bool(Evidence(series.name).add(series).reason)
 
 
 def says_identifier(name: str) -> bool:
-    """Whether the name of a column says that it identifies rows.
+    """Return whether the name of a column means that it identifies rows.
 
     >>> [says_identifier(n) for n in ("customerID", "id_order", "Row Number", "grid", "paid")]
     [True, True, True, False, False]
@@ -153,9 +155,9 @@ def says_identifier(name: str) -> bool:
 
 
 def _cells(series: "Series") -> "tuple[Series | None, Series | None]":
-    """The cells of a column as integers, or else as words; None where they are not these.
+    """Return the cells of a column as integers, or else as words; None if they are not these.
 
-    Integers that are too large for a type are real numbers, which tell as much.
+    Integers that are too large for their type become real numbers, which suffice here.
     """
     pl = import_module("polars")
     if series.dtype.is_integer():

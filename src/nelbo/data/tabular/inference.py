@@ -1,8 +1,8 @@
-"""What the columns of a table are, as far as their cells tell.
+"""Infer the columns of a table from their cells.
 
-A column is numbers if all its cells are. They are rounded if they stand on a lattice: the
-precision is the largest distance of which all differences are multiples, so that a density made of
-the probabilities is not higher than the data warrant.
+A column is numeric if all its cells are numbers. The numbers are rounded if they lie on a lattice:
+the precision is the largest distance of which all differences are multiples, so that a density
+derived from the probabilities is not higher than the data justify.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -36,24 +36,23 @@ from nelbo.data.tabular.spelling import (
 if TYPE_CHECKING:
     from polars import DataFrame, DataType, Series
 
-DECIMALS = 6  # more are those of a real number
-FINEST = 10**7  # points of a lattice; beyond, a real number
-FURTHEST = 10**10  # of them from 0, where float64 still tells a millionth of one
-MIXED = 64  # different texts up to which numbers and words together make a category
+DECIMALS = 6  # maximal decimals of a lattice
+FINEST = 10**7  # maximal points of a lattice
+FURTHEST = 10**10  # maximal distance of a point from 0, where float64 still resolves 1e-6
+MIXED = 64  # distinct texts up to which numbers and words together make a category
 
 
 def infer_columns(
     frame: "DataFrame", stored: Collection[str] = ()
 ) -> tuple[list[Column], list[str]]:
-    """The columns of a table but for those that name its rows (`identifiers`), and notes on what
-    is not what it may seem.
+    """Return the columns of a table except those that identify rows (`identifiers`), and notes.
 
     Args:
         frame: the table.
-        stored: columns that the source calls an index.
+        stored: columns that the source declares to be an index.
 
     Raises:
-        ValueError: a column without a cell, with infinite numbers, or with too many texts.
+        ValueError: a column has no value, infinite numbers, or too many texts.
     """
     columns, notes = [], []
     for series in frame:
@@ -68,17 +67,17 @@ def infer_columns(
 
 
 def complete(frame: "DataFrame", declared: object) -> tuple[list[Column], list[str]]:
-    """The columns that a user declares, what they leave open found in the cells, and notes.
+    """Return the columns that a user declares, completed from the cells, and notes.
 
     Args:
         frame: the table.
-        declared: as JSON has it, a list with an object for each column that is to be used, or an
-            object with this list as "columns": "name" and any of the other keys of a `Column`.
-            "missing_words" of the object is of all columns that have none; with it alone, all
-            columns are used.
+        declared: parsed JSON: a list with an object for each column to be used, or an object with
+            this list as "columns": "name" and any of the other keys of a `Column`. A key
+            "missing_words" of the object applies to all columns that have none; without "columns",
+            all columns are used.
 
     Raises:
-        ValueError: it is not so, names a column that is not there, or cannot be completed.
+        ValueError: it has another form, names a missing column, or cannot be completed.
     """
     used = listed(declared, frame.columns)
     if not _names_columns(declared):
@@ -88,14 +87,15 @@ def complete(frame: "DataFrame", declared: object) -> tuple[list[Column], list[s
 
 
 def _names_columns(declared: object) -> bool:
-    """Whether a schema says which columns are used, or something of all of them."""
+    """Return whether a schema selects columns."""
     if isinstance(declared, Mapping):
         declared = declared.get("schema", declared)
     return not isinstance(declared, Mapping) or "columns" in declared
 
 
 def listed(declared: object, names: Sequence[str]) -> list[dict]:
-    """The objects of a schema of a table with columns of these names; as for `complete`."""
+    """Return the objects of a schema for a table with columns of these names; as for
+    `complete`."""
     if isinstance(declared, Mapping):
         declared = declared.get("schema", declared)
     of_all = {}
@@ -119,10 +119,10 @@ def listed(declared: object, names: Sequence[str]) -> list[dict]:
 def infer_merged(
     chunks: Iterable["DataFrame"], stored: Collection[str] = ()
 ) -> tuple[list[Column], list[str]]:
-    """The columns of a table that comes in chunks, as for `infer_columns`.
+    """Return the columns of a table that comes in chunks, as for `infer_columns`.
 
     Raises:
-        ValueError: also numbers in one chunk and texts in another.
+        ValueError: as for `infer_columns`; also numbers in one chunk and texts in another.
     """
     found: dict[str, Column | None] = {}
     notes: dict[str, str] = {}
@@ -137,7 +137,7 @@ def infer_merged(
             try:
                 column, note = _infer_some(frame[name])
                 found[name] = _merge_some(found[name], column) if name in found else column
-            except ValueError as error:  # of no column, or of one that names the rows
+            except ValueError as error:  # raised below, unless the column identifies rows
                 wrong[name] = error
                 continue
             notes.setdefault(name, note)
@@ -163,7 +163,7 @@ def infer_merged(
 def complete_columns(
     chunks: Iterable["DataFrame"], declared: object
 ) -> tuple[list[Column], list[str]]:
-    """The columns that a user declares of a table that comes in chunks, as for `complete`."""
+    """Return the declared columns of a table that comes in chunks, as for `complete`."""
     found: list[Column] = []
     said: dict[str, None] = {}
     for frame in chunks:
@@ -175,7 +175,7 @@ def complete_columns(
 
 
 def _infer_some(series: "Series") -> tuple[Column | None, str]:
-    """As `infer_column`, for some rows; None where all cells are missing."""
+    """Do the same as `infer_column` for some rows; return None if all cells are missing."""
     if texts(series).is_null().all():
         return None, ""
     column, note = _infer(series)
@@ -190,15 +190,15 @@ def _merge_some(a: Column | None, b: Column | None) -> Column | None:
 
 
 def merge(a: Column, b: Column, declared: bool = False) -> Column:
-    """What a column is that is a in some rows and b in the others.
+    """Return the column that is `a` in some rows and `b` in the others.
 
     Args:
-        a: of some rows.
-        b: of the others.
-        declared: whether a user says the kind, which is that of both then.
+        a: the column in some rows.
+        b: the column in the others.
+        declared: whether a user declared the kind, which both share then.
 
     Raises:
-        ValueError: numbers and texts.
+        ValueError: one has numbers and the other texts.
     """
     kept = replace(a, missing=a.missing or b.missing)
     if a.categories and b.categories:
@@ -239,7 +239,7 @@ def merge(a: Column, b: Column, declared: bool = False) -> Column:
 
 
 def _hull(a: Column, b: Column) -> tuple[float, float] | None:
-    """The range of the numbers of both; None where that of one is unknown."""
+    """Return the range of the numbers of both; None if one is unknown."""
     ends = []
     for column in (a, b):
         values = [float(value) for value in column.categories] or column.ends
@@ -250,7 +250,7 @@ def _hull(a: Column, b: Column) -> tuple[float, float] | None:
 
 
 def _points(column: Column) -> np.ndarray:
-    """Points that span the lattice of numbers."""
+    """Return points that span the lattice of numbers."""
     if column.categories:
         return np.array([float(value) for value in column.categories])
     assert column.precision is not None and column.low is not None and column.high is not None
@@ -269,7 +269,7 @@ def _few(column: Column) -> Column:
 
 def _complete(series: "Series", declared: dict) -> tuple[Column, list[str]]:
     words, keep = declared.get("missing_words"), declared.get("categories", ())
-    Column(series.name, "real", missing_words=words)  # refuses what are no words
+    Column(series.name, "real", missing_words=words)  # raises if these are not words
     notes = [] if words is not None else _of_words(series, keep)
     if "kind" not in declared:
         column, note = _infer(series, words, asked=True)
@@ -301,8 +301,10 @@ def _complete(series: "Series", declared: dict) -> tuple[Column, list[str]]:
 
 
 def _ends(name: str, known: np.ndarray, precision: float, own: object) -> dict[str, object]:
-    """The ends of the lattice that some sorted numbers are rounded to, and whether any is moved;
-    `own` is the lower end that the user declares."""
+    """Return the ends of the lattice of sorted numbers, and whether any number is rounded to it.
+
+    `own` is the lower end that the user declares.
+    """
     if not np.abs(known).max() / POINTS < precision:
         raise ValueError(
             f"the precision {precision:g} of the column {name!r} is too fine for numbers such as"
@@ -316,13 +318,13 @@ def _ends(name: str, known: np.ndarray, precision: float, own: object) -> dict[s
 
 
 def _range(values: np.ndarray) -> tuple[float, float] | None:
-    """The least and the largest of some numbers, of which NaN is none."""
+    """Return the smallest and the largest of some numbers, ignoring NaN."""
     known = values[~np.isnan(values)]
     return (float(known.min()), float(known.max())) if len(known) else None
 
 
 def typed(columns: Iterable[Column], types: "Mapping[str, DataType]") -> list[Column]:
-    """Columns that know of which type their source is, but for those whose type is declared."""
+    """Return columns with the types of their source, unless their types are declared."""
     return [
         replace(c, dtype=c.dtype or describe(types[c.name])) if c.name in types else c
         for c in columns
@@ -330,7 +332,7 @@ def typed(columns: Iterable[Column], types: "Mapping[str, DataType]") -> list[Co
 
 
 def infer_column(series: "Series") -> tuple[Column, list[str]]:
-    """What one column is, and notes on it; as for `infer_columns`."""
+    """Return the column inferred from its cells, and notes; as for `infer_columns`."""
     column, note = _infer(series)
     return column, [note] * bool(note) + _of_words(series)
 
@@ -343,15 +345,18 @@ def _of_words(series: "Series", keep: Collection[str] = ()) -> list[str]:
 def _infer(
     series: "Series", words: Collection[str] | None = None, asked: bool = False
 ) -> tuple[Column, str]:
-    """What one column is, and a note on it or "", where these words mean missing cells; of texts
-    that name the rows a category only where it is asked for."""
+    """Return the column inferred from its cells, where `words` mean missing cells, and a note or
+    "".
+
+    Texts that identify the rows become a category only if `asked`.
+    """
     name = series.name
     if (declared := categories_of(series.dtype)) is not None:
         return _declared_category(series, words, declared)
     if series.dtype.is_numeric():
         values = numbers(series, words=words)
         absent = np.isnan(values)
-        if len(np.unique(values[~absent])) > 2:  # need not go by way of texts
+        if len(np.unique(values[~absent])) > 2:  # needs no conversion to text
             return _number(name, values, bool(absent.any()))
     text = texts(series, words)
     every = sorted(text.drop_nulls().unique().to_list())
@@ -381,7 +386,7 @@ def _infer(
 def _declared_category(
     series: "Series", words: Collection[str] | None, declared: list[str]
 ) -> tuple[Column, str]:
-    """A column whose type says that it is a category, whatever its cells look like."""
+    """Return a category if its type says so, whatever its cells look like."""
     text = texts(series, words)
     found = {*declared, *text.drop_nulls().unique()}
     if not found:
@@ -393,7 +398,7 @@ def _declared_category(
 
 
 def _of_texts(name: str, values: list[str], odd: list[str]) -> str:
-    """The note on a column of texts of which some are no numbers; "" where all is plain."""
+    """Return the note on a column of texts that are not all numbers; "" if there is none."""
     if odd and (advice := number_advice(odd)):
         return f"{name} holds texts such as {odd[0]!r}: taken as a category; {advice}"
     if odd and len(odd) < len(values):
@@ -407,7 +412,7 @@ def _of_texts(name: str, values: list[str], odd: list[str]) -> str:
 
 
 def _of_spellings(name: str, values: list[str], distinct: list[str]) -> str:
-    """The note on a column that writes one value in two ways; "" if it does not."""
+    """Return the note on a column that spells one value in two ways; "" if there is none."""
     known = {*distinct}
     other = next((value for value in values if value not in known), None)
     if other is None:
@@ -446,8 +451,9 @@ def _number(name: str, values: np.ndarray, missing: bool) -> tuple[Column, str]:
 
 
 def lattice(values: np.ndarray) -> float | None:
-    """The largest distance whose multiples all differences of the sorted values are, if there is
-    one with at most 6 decimals and not too many points.
+    """Return the largest distance of which all differences of the sorted values are multiples.
+
+    Return None if it has more than 6 decimals or too many points.
 
     >>> lattice(np.array([0.62, 0.66, 0.76]))
     0.02
@@ -457,7 +463,7 @@ def lattice(values: np.ndarray) -> float | None:
 
 
 def _lattice(values: np.ndarray) -> tuple[float, float, float] | None:
-    """The same, with the least and the largest value as points."""
+    """Return the distance, and the smallest and the largest value as points; or None."""
     for decimals in range(DECIMALS + 1):
         scaled = values * 10**decimals
         whole = np.rint(scaled)
@@ -466,7 +472,7 @@ def _lattice(values: np.ndarray) -> tuple[float, float, float] | None:
         steps = np.diff(whole)
         error = 1e-6 + 10**decimals * slack(values, 10**-decimals)
         if (np.abs(scaled - whole) < error).all() and (steps > 0).all():
-            step = int(np.gcd.reduce(steps.astype(np.int64))) or 1  # of one value alone
+            step = int(np.gcd.reduce(steps.astype(np.int64))) or 1  # 1 for a single value
             if (whole[-1] - whole[0]) / step + 1 > FINEST:
                 return None
             ends = (round(float(values[i]), decimals) for i in (0, -1))

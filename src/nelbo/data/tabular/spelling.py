@@ -1,8 +1,8 @@
-"""How values are written: which texts are numbers, which are codes, and which say the same.
+"""Spelling of values: which texts are numbers, which are codes, and which mean the same.
 
-Text is a number where it follows one grammar, which knows no underscores and no digits of other
-scripts. A number whose spelling says more than its value is a code: 007 is not 7, and no program
-writes 100000 as 1E5 (those that shorten it write 1e+05, or 1.0E5).
+Text is a number if it follows one grammar, without underscores or digits of other scripts. A
+number whose spelling carries more than its value is a code: 007 is not 7, and programs do not
+write 100000 as 1E5 (those that shorten it write 1e+05, or 1.0E5).
 """
 
 import re
@@ -12,15 +12,15 @@ from decimal import Decimal
 
 #: the grammar of numbers, for the regular expressions of Python and of polars
 NUMBER = r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|(?i:inf|infinity))"
-#: pairs of values that are booleans
+#: pairs of values that form a boolean
 TRUTH = ({"false", "true"}, {"0", "1"})
 _LEADING_ZERO = re.compile(r"[+-]?0[0-9].*")
 _BARE_EXPONENT = re.compile(r"[0-9]+[eE][0-9]+")
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+),[0-9]+")
-#: whole numbers whose points group thousands, if they are not numbers of three decimals
+#: whole numbers whose points group thousands, unless they are numbers with three decimals
 _POINTS = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})*")
-#: numbers with a currency, a per cent, groups by blanks or apostrophes, or the typographic minus
+#: numbers with a currency, a percent sign, groups by blanks or apostrophes, or a typographic minus
 _MARKED = re.compile(
     r"[-+\u2212]?\s?[$\u20ac\xa3\xa5]?\s?[-\u2212]?"
     r"(?:[1-9][0-9]{0,2}(?:[ \xa0\u2009\u202f'\u2019,][0-9]{3})+|0|[1-9][0-9]*)"
@@ -30,12 +30,12 @@ _FURTHEST = 40  # decimal places from the point, beyond which a number is not wr
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a number, or the code that looks like one."""
+    """Return whether a text is a number, or a code that looks like one."""
     return re.fullmatch(NUMBER, text) is not None
 
 
 def codes(values: Iterable[str]) -> list[str]:
-    """The values of a column that look like numbers and are codes.
+    """Return the values of a column that look like numbers and are codes.
 
     >>> codes(["007", "100"]), codes(["1E5", "17"]), codes(["1E5", "1.5"]), codes(["0.5", "0"])
     (['007'], ['1E5'], [], [])
@@ -44,12 +44,12 @@ def codes(values: Iterable[str]) -> list[str]:
     zeros = {value for value in numbers if _LEADING_ZERO.fullmatch(value)}
     bare = {value for value in numbers if _BARE_EXPONENT.fullmatch(value)} - zeros
     if any(re.search(r"[.+-]", value) for value in numbers if value not in zeros):
-        bare = set()  # measurements, some of them written short
+        bare = set()  # measurements, some in a short notation
     return sorted(zeros | bare)
 
 
 def canonical(text: str) -> str:
-    """The one spelling of a value: of a number, of true and false, of accented letters.
+    """Return the canonical spelling of a number, of true and false, or of accented letters.
 
     >>> [canonical(text) for text in ("1.0", "+1", "1.50", "1e-3", "TRUE", "007", "1E5", "Rom")]
     ['1', '1', '1.5', '0.001', 'true', '007', '1E5', 'Rom']
@@ -68,9 +68,9 @@ def canonical(text: str) -> str:
 
 
 def places_of(values: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
-    """The place of each value among some classes, however it is spelled; of none where it is none.
+    """Return the index of each value among some classes, in any spelling; omit unknown values.
 
-    Of two classes that are false and true, 0 and 1 are spellings.
+    If two classes mean false and true, 0 and 1 are spellings of them.
 
     >>> places_of(["2.0", "2", "3"], ["1", "2"]), places_of(["TRUE", "0"], ["False", "True"])
     ({'2.0': 1, '2': 1}, {'TRUE': 1, '0': 0})
@@ -79,7 +79,7 @@ def places_of(values: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
     plain: dict[str, int | None] = {}
     for name, place in exact.items():
         key = canonical(name)
-        plain[key] = None if key in plain else place  # 1.1 and 1.10 are two, and 1.100 is neither
+        plain[key] = None if key in plain else place  # 1.1 and 1.10 differ, and 1.100 is neither
     if plain.keys() in TRUTH:
         for word, number in (("false", "0"), ("true", "1")):
             plain[word] = plain[number] = plain.get(word, plain.get(number))
@@ -88,9 +88,9 @@ def places_of(values: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
 
 
 def spellings(values: Iterable[str]) -> list[str]:
-    """Different values of a category, sorted, of those that are spelled in several ways one.
+    """Return the distinct values of a category, sorted, with one spelling of each.
 
-    Numbers with decimals are told apart as they are written, for 1.1 and 1.10 may be versions.
+    Numbers with decimals are distinct as they are written, because 1.1 and 1.10 may be versions.
 
     >>> spellings(["1", "1.0", "True", "true", "1.1", "1.10"])
     ['1', '1.1', '1.10', 'true']
@@ -105,8 +105,10 @@ def spellings(values: Iterable[str]) -> list[str]:
 
 
 def thousands_advice(values: Sequence[str]) -> str:
-    """A warning on numbers whose points may group thousands, as in much of Europe: each that has
-    one has three decimals, and none begins with 0; "" where they cannot be.
+    """Return a warning if the points in numbers may group thousands, as in much of Europe, else
+    "".
+
+    This is so if each point is followed by three digits, and no number begins with 0.
 
     >>> thousands_advice(["1.007", "850"])
     '1.007 is read with three decimals; if the point groups thousands, write 1007'
@@ -123,8 +125,7 @@ def thousands_advice(values: Sequence[str]) -> str:
 
 
 def number_advice(values: Iterable[str]) -> str:
-    """Advice on numbers that are written with more than digits and a point, such as commas,
-    blanks or currencies; "" where the texts are others.
+    """Return advice on numbers with commas, blanks, currencies or the like; "" for other texts.
 
     >>> number_advice(["1,5", "2,25"]), number_advice(["$12.50"]), number_advice(["12:50"])
     ('write 1.5, not 1,5', 'write 12.50, not $12.50', '')

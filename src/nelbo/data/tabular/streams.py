@@ -1,8 +1,8 @@
-"""Tables that need not fit in memory: rows are read from their files a block at a time.
+"""Tables that need not fit in memory: rows are read from their files one block at a time.
 
-A part of the rows is told by arithmetic (`Share`), and the order of training follows from the
-seed and the step alone (`optimise.batch_indices`), so memory does not grow with the rows and a
-run that was stopped reads on where it was.
+A split is computed by arithmetic (`Share`), and the order of training follows from the seed and
+the step alone (`training.batching.batch_indices`), so memory does not grow with the rows and a
+stopped run continues where it was.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from urllib.parse import unquote
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo._utils.numerics import derive_seed
 from nelbo.data.columns import Column, places
@@ -35,25 +36,25 @@ if TYPE_CHECKING:
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 IN_MEMORY = 2**25  # cells of one file, beyond which it is read in blocks
-BLOCK = 2**15  # numbers of a block of examples
-INFERRED = 2**19  # cells that are looked at together to find the columns
+BLOCK = 2**15  # numbers in a block of examples
+INFERRED = 2**19  # cells in a chunk from which columns are inferred
 GOLDEN, MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 class Table(ABC):
-    """Rows that can be read from any one to any other.
+    """A table from which any range of rows can be read.
 
     Args:
         name: for messages.
         parts: the first row and the number of rows of each split, or of "all".
-        names: of the columns.
+        names: names of the columns.
     """
 
-    #: whether rows are only read in their order at a fair price
+    #: whether rows can be read efficiently only in order
     sequential = False
-    #: what was guessed of its splits, or left out
+    #: notes on guessed splits, or on what is left out
     notes: Sequence[str] = ()
-    #: columns that the source calls an index
+    #: columns that the source declares to be an index
     stored: Sequence[str] = ()
 
     def __init__(self, name: str, parts: Mapping[str, tuple[int, int]], names: list[str]) -> None:
@@ -61,26 +62,27 @@ class Table(ABC):
 
     @property
     def count(self) -> int:
+        """Number of rows."""
         return sum(count for _, count in self.parts.values())
 
     @abstractmethod
     def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
-        """Rows begin..end-1, these columns."""
+        """Return these columns of the rows begin..end-1."""
 
     def whole(self) -> "DataFrame":
-        """All rows, in memory."""
+        """Return all rows, in memory."""
         return self.read(0, self.count, self.names)
 
     def identity(self) -> bytes | None:
-        """A digest of the content, if one can be had for less than reading all rows."""
+        """Return a digest of the content, if available without reading all rows."""
         return None
 
     def fork(self) -> "Table":
-        """The same, to be read independently."""
+        """Return the same table, to be read independently."""
         return self
 
     def chunks(self) -> "Iterator[DataFrame]":
-        """All rows in order."""
+        """Yield all rows in order."""
         size = max(1, INFERRED // len(self.names))
         for begin in range(0, self.count, size):
             yield self.read(begin, min(begin + size, self.count), self.names)
@@ -92,8 +94,8 @@ class Files(Table):
     Args:
         name: for messages.
         groups: the files of each split, or of "all".
-        told: cells of all rows of a file that its folders name, of columns that it lacks.
-        notes: what was guessed.
+        told: for each file, the columns that the names of its folders state, with their cell.
+        notes: notes on guesses.
 
     Raises:
         ValueError: a file is damaged, or has other columns than the first.
@@ -129,6 +131,7 @@ class Files(Table):
         self.notes = [*notes, *([f"columns named by folders: {columns}"] if columns else [])]
         self.stored = tables.stored_index(self.files[0])
 
+    @override
     def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
         import polars as pl
 
@@ -140,6 +143,7 @@ class Files(Table):
             found.append(_of_file(self.files[i], part))
         return pl.concat(found, how="vertical_relaxed")
 
+    @override
     def identity(self) -> bytes:
         digest = hashlib.sha256()
         for path, cells in zip(self.files, self.told, strict=True):
@@ -151,15 +155,17 @@ class Files(Table):
 
 @dataclass(frozen=True)
 class Share:
-    """Some of the rows first..first+count-1, in their order: of each ten, `drawn` go to other
-    splits, by the seed, and the others are the rest. What is left of ten at the end is the rest's.
+    """Some of the rows first..first+count-1, in order.
+
+    `drawn` of every ten rows go to other splits, by the seed, and the others are the rest. An
+    incomplete ten at the end belongs to the rest.
 
     Args:
-        first: row.
-        count: of rows.
+        first: first row.
+        count: number of rows.
         drawn: 0, 1 or 2.
-        which: of the drawn ones; None for the rest.
-        seed: of the draw.
+        which: which of the drawn rows; None for the rest.
+        seed: seed of the draw.
     """
 
     first: int
@@ -173,7 +179,7 @@ class Share:
         return self.count - tens * self.drawn if self.which is None else tens
 
     def rows(self, k: np.ndarray) -> np.ndarray:
-        """The row of each k-th one, increasing in k."""
+        """Return the row numbers of the k-th rows of this share, increasing in k."""
         k = k.astype(np.int64)
         of_ten, tens = 10 - self.drawn, self.count // 10
         if self.which is not None:
@@ -187,14 +193,14 @@ class Share:
         return np.where(k < of_ten * tens, self.first + 10 * ten + place, last)
 
     def _places(self, ten: np.ndarray) -> np.ndarray:
-        """Which of the ten are drawn, (2, len(ten)), different ones."""
+        """Return the places drawn in each ten, (2, len(ten)), distinct."""
         one = _hash(ten, self.seed, 0) % np.uint64(10)
         two = (one + np.uint64(1) + _hash(ten, self.seed, 1) % np.uint64(9)) % np.uint64(10)
         return np.stack([one, two]).astype(np.int64)
 
 
 def _hash(k: np.ndarray, *seeds: int) -> np.ndarray:
-    """Bits that look random, uint64, the same on every machine (splitmix64)."""
+    """Return pseudo-random bits, uint64, the same on every machine (splitmix64)."""
     x = k.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(derive_seed(SALT, *seeds))
     for shift, factor in zip((30, 27), MIX, strict=True):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -202,13 +208,13 @@ def _hash(k: np.ndarray, *seeds: int) -> np.ndarray:
 
 
 class TableRows(Rows):
-    """Rows of a table as examples, which are read in blocks; the last used ones are kept.
+    """Rows of a table as examples, read in blocks; the last blocks used are kept.
 
     Args:
-        table: the rows.
-        columns: the layout.
-        share: which of the rows.
-        rounding: as for `examples.encode`.
+        table: the table.
+        columns: the columns to encode.
+        share: the rows.
+        rounding: as for `encoding.encode`.
     """
 
     def __init__(
@@ -221,10 +227,11 @@ class TableRows(Rows):
         self.per_block = self.block = max(1, BLOCK // width)
         self.sequential = table.sequential
         self.known: OrderedDict[int, Tensor] = OrderedDict()
-        self.coming = 0  # the block after the last one that was read
+        self.coming = 0  # the block after the last one read
         self.lock = threading.Lock()
         self.unseen, self.counted = encoding.Unseen(), np.zeros(-(-len(self) // self.block), bool)
 
+    @override
     def read(self, rows: np.ndarray) -> Tensor:
         x = torch.empty((len(rows), *self.shape[1:]), dtype=torch.float64)
         block, place = np.divmod(rows, self.per_block)
@@ -233,16 +240,18 @@ class TableRows(Rows):
             x[torch.from_numpy(here)] = self._block(b)[torch.from_numpy(place[here])]
         return x
 
+    @override
     def chunks(self) -> Iterator[Tensor]:
         return self.split(self.per_block)
 
+    @override
     def warm(self, rows: np.ndarray) -> None:
-        """Read the blocks of these rows, before they are needed."""
         for b in np.unique(rows // self.per_block).tolist():
             self._block(b)
 
+    @override
     def few(self, count: int) -> Tensor:
-        """Some of them, from blocks here and there; the first where they are a stream."""
+        """Return examples from blocks spread over the table, or the first ones of a stream."""
         blocks = np.arange(-(-len(self) // self.per_block))
         if not self.sequential:
             blocks = blocks[:: max(1, len(blocks) // WINDOW)][:WINDOW]
@@ -250,16 +259,20 @@ class TableRows(Rows):
         rows = (blocks[:, None] * self.per_block + np.arange(min(each, self.per_block))).flatten()
         return self.read(rows[rows < len(self)][:count])
 
+    @override
     def notes(self) -> list[str]:
         return self.unseen.notes()
 
+    @override
     def fingerprint(self) -> bytes | None:
         content = self.table.identity()
         return content and repr((self.share, self.columns)).encode() + content
 
+    @override
     def take(self, rows: np.ndarray) -> "TableRows":
         raise NotImplementedError("rows of a table are split by Share")
 
+    @override
     def join(self, others: Sequence["TableRows"]) -> "TableRows":
         raise NotImplementedError("rows of a table are split by Share")
 
@@ -274,7 +287,7 @@ class TableRows(Rows):
         ahead = b - self.coming
         first = b
         if self.sequential and ahead:
-            # those before it in its window will be needed, and a stream cannot go back
+            # earlier blocks of the window will be needed, and a stream cannot go back
             first = self.coming if 0 < ahead < 2 * WINDOW else b - b % WINDOW
         for each in range(first, b + 1):
             self._keep(each)
@@ -296,9 +309,10 @@ class TableRows(Rows):
 
 
 def find(source: Path, splits: Declared | None = None) -> Table | None:
-    """The table that is to be read in blocks: a folder of Parquet or Arrow files, or a large one.
+    """Return the table if it is to be read in blocks: a folder of Parquet or Arrow files, or a
+    large file.
 
-    Which files are of which split is told by their names, see `splits`.
+    The names of files determine the splits, see `splits`.
     """
     if source.is_dir():
         files = shards_of(source)
@@ -317,7 +331,7 @@ def find(source: Path, splits: Declared | None = None) -> Table | None:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The Parquet or Arrow files below a folder, by name, if it has no others."""
+    """Return the Parquet or Arrow files below a folder, by name; [] if there are other files."""
     files = []
     for file in files_below(folder):
         if any(part[0] == "_" for part in file.relative_to(folder).parts):
@@ -329,7 +343,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def partitions(name: str) -> dict[str, str | None]:
-    """The cells that the folders of a file name, as Hive has them.
+    """Return the cells that the folders of a file state, as in Hive.
 
     >>> partitions("year=2020/city=S%C3%A3o/part-0.parquet")
     {'year': '2020', 'city': 'São'}
@@ -339,7 +353,7 @@ def partitions(name: str) -> dict[str, str | None]:
 
 
 def infer(table: Table, declared: object = None) -> tuple[list[Column], list[str]]:
-    """The columns of a table in one pass over its rows, and notes on them; see `inference`."""
+    """Infer the columns of a table in one pass over its rows, with notes; see `inference`."""
     if declared is None:
         return infer_merged(table.chunks(), table.stored)
     return complete_columns(table.chunks(), declared)
@@ -348,10 +362,10 @@ def infer(table: Table, declared: object = None) -> tuple[list[Column], list[str
 def splits(
     table: Table, columns: Sequence[Column], seed: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Train, validation and test; those that are missing are drawn, one row of each ten.
+    """Return train, validation and test; a missing one is drawn, one row of every ten.
 
     Raises:
-        ValueError: no training rows, or too few of them.
+        ValueError: there are no training rows, or too few.
     """
     parts = table.parts
     train = parts.get("train", parts.get("all"))
@@ -372,7 +386,7 @@ def splits(
 
 
 def measured(table: Table, columns: Sequence[Column]) -> dict[str, Tensor]:
-    """The splits of a table to measure a model of these columns on, and "all"."""
+    """Return the splits of a table, and "all", to evaluate a model of these columns on."""
     shares = {name: Share(*part) for name, part in table.parts.items()}
     shares["all"] = Share(0, table.count)
     made = {name: TableRows(table, columns, share) for name, share in shares.items()}
@@ -380,7 +394,7 @@ def measured(table: Table, columns: Sequence[Column]) -> dict[str, Tensor]:
 
 
 def _scan(file: Path, told: Mapping[str, str | None] | None = None) -> "LazyFrame":
-    """The rows of a file, with the cells that its folders name where it lacks these columns."""
+    """Return the rows of a file, with columns that its folders state and that it lacks."""
     pl = tables.polars()
     frame = tables.scan(file)
     if not told:

@@ -1,4 +1,4 @@
-"""Tables: files and frames of others into frames of polars, their cells, and files again.
+"""Read tables, from files or frames of other libraries, as frames of polars, and write files.
 
 Needs polars (extra: tables).
 """
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 SEPARATORS = delimited.SUFFIXES
 FILES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".ipc")
 Result = TypeVar("Result")
-#: bytes of memory for each of a text file: a cell of two is a text of polars, and of Python
+#: bytes of memory per byte of a text file: a cell of two becomes a text of polars, and of Python
 TEXT = 24
-_HELD = threading.Lock()  # by the one that holds the error stream
+_HELD = threading.Lock()  # held while the error stream is redirected
 
 
 def read(path: Path, notes: list[str] | None = None) -> "DataFrame":
-    """The table in a .csv, .tsv, .parquet, .arrow, .feather or .ipc file; text files as text.
+    """Read the table in a .csv, .tsv, .parquet, .arrow, .feather or .ipc file; text files as text.
 
     Args:
         path: the file.
-        notes: what is guessed of a text file is added to them.
+        notes: notes on guesses in a text file are appended.
 
     Raises:
-        ValueError: if the file is damaged, ragged, not UTF-8, or has no rows or no headings.
+        ValueError: the file is damaged, ragged, not UTF-8, or has no rows or no headings.
     """
     suffix = path.suffix.lower()
     limits.check_file(path, TEXT if suffix in SEPARATORS else 2)
@@ -56,17 +56,17 @@ def read(path: Path, notes: list[str] | None = None) -> "DataFrame":
 
 
 def scan(path: Path) -> "LazyFrame":
-    """The rows of a .parquet, .arrow, .feather or .ipc file, unread."""
+    """Return the rows of a .parquet, .arrow, .feather or .ipc file, unread."""
     pl = polars()
     found = pl.scan_parquet if path.suffix.lower() == ".parquet" else pl.scan_ipc
     return cast("LazyFrame", found(path, hive_partitioning=False))
 
 
 def of_file(path: Path, load: Callable[[], Result]) -> Result:
-    """What polars makes of a file; of damage, on which it may panic, one ValueError.
+    """Call polars on a file, and turn damage, on which it may panic, into one ValueError.
 
-    A panic is printed, with its stack, on the error stream that all threads share: what is printed
-    in the meantime is held back, and dropped where there was one.
+    A panic prints its stack on the error stream that all threads share: all output in the meantime
+    is held back, and dropped if there was a panic.
     """
     pl = polars()
     with _HELD, tempfile.TemporaryFile() as held:
@@ -96,7 +96,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 def find(
     source: "str | PathLike[str] | Frame", notes: list[str] | None = None
 ) -> tuple[str, "DataFrame"]:
-    """The table of that name, or which it is, and a name for messages; notes as for `read`."""
+    """Return the table in a file or frame, and a name for messages; notes as for `read`."""
     if isinstance(source, str | PathLike):
         path = Path(here(source)).absolute()
         return str(path), read(path, notes)
@@ -106,13 +106,13 @@ def find(
 
 
 def frame_of(table: "Frame") -> "DataFrame":
-    """A frame of polars, pandas or datasets, or a mapping of names to columns, as one of polars.
+    """Convert a frame of polars, pandas or datasets, or a mapping of names to columns, to polars.
 
     Raises:
-        ValueError: if it is none of these, or two columns have the same name.
+        ValueError: it is none of these, or two columns have the same name.
     """
     pl = polars()
-    if hasattr(table, "to_polars"):  # of datasets
+    if hasattr(table, "to_polars"):  # a data set of datasets
         table = table.to_polars()
     if isinstance(table, pl.LazyFrame):
         table = table.collect()
@@ -130,7 +130,7 @@ def frame_of(table: "Frame") -> "DataFrame":
 
 
 def stored_index(path: Path) -> list[str]:
-    """The columns of a Parquet file in which pandas stored its index, as the file says."""
+    """Return the columns of a Parquet file in which pandas stored its index, from its metadata."""
     pl = polars()
     if path.suffix.lower() != ".parquet" or not hasattr(pl, "read_parquet_metadata"):
         return []
@@ -142,12 +142,12 @@ def stored_index(path: Path) -> list[str]:
 
 
 def checked(frame: "DataFrame", label: str, rows: int | None = None) -> "DataFrame":
-    """The frame; ValueError where it has no rows, or columns without a name but the first.
+    """Return the frame; raise ValueError if it has no rows, or unnamed columns except the first.
 
     Args:
         frame: the table.
-        label: names it in messages.
-        rows: of the table, where the frame is but its heading.
+        label: name of the table in messages.
+        rows: number of rows, if the frame is only its heading.
     """
     rows = frame.height if rows is None else rows
     if not frame.width or not rows:
@@ -159,10 +159,10 @@ def checked(frame: "DataFrame", label: str, rows: int | None = None) -> "DataFra
 
 
 def column_of(frame: "DataFrame", name: str, label: str) -> "Series":
-    """A column by its name.
+    """Return a column by its name.
 
     Raises:
-        ValueError: the table, which is called `label`, has none of this name.
+        ValueError: the table, called `label`, has no such column.
     """
     if name not in frame.columns:
         others = ", ".join(map(repr, frame.columns))
@@ -171,10 +171,10 @@ def column_of(frame: "DataFrame", name: str, label: str) -> "Series":
 
 
 def to_bytes(frame: "DataFrame", suffix: str) -> bytes:
-    """A table as the content of a .csv, .tsv, .parquet or .arrow file."""
+    """Return a table as the content of a .csv, .tsv, .parquet or .arrow file."""
     file = io.BytesIO()
     if suffix in SEPARATORS:
-        # a blank line is no row: in one column an empty cell must be written
+        # blank lines are not rows, so an empty cell of a single column must be quoted
         empty = '""' if frame.width == 1 else ""
         frame.write_csv(file, separator=SEPARATORS[suffix], null_value=empty)
     elif suffix == ".parquet":
@@ -184,16 +184,16 @@ def to_bytes(frame: "DataFrame", suffix: str) -> bytes:
     return file.getvalue()
 
 
-#: a cell of a text table that a spreadsheet takes for a formula: begins as one, and is no number
+#: a cell of a text table that a spreadsheet takes for a formula: like one, and not a number
 FORMULA = re.compile(
     rb"(?:^|[,;\t\n])\"?((?:[=@]|[+-](?![\d.eE+-]*\"?(?:[,;\t\r\n]|$)))[^,;\t\r\n\"]{0,40})"
 )
 
 
 def formula_in(content: bytes) -> str | None:
-    """The first cell of a text table that a spreadsheet would take for a formula, and run.
+    r"""Return the first cell of a text table that a spreadsheet would execute as a formula.
 
-    >>> formula_in(b"a,b\\n-1.5,=1+1\\n")
+    >>> formula_in(b"a,b\n-1.5,=1+1\n")
     '=1+1'
     """
     found = FORMULA.search(content)
@@ -201,7 +201,7 @@ def formula_in(content: bytes) -> str | None:
 
 
 def polars() -> ModuleType:
-    """The library, imported where it is used."""
+    """Return the library, imported on demand."""
     try:
         return import_module("polars")
     except ImportError:
