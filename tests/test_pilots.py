@@ -200,3 +200,21 @@ def test_it_says_what_it_does(run):
         f"the pilot is kept in {cache.folder() / KIND}, for later evaluations",
     ]
     assert told(run) == []
+
+
+def test_a_run_is_measured_as_the_command_does(run, capsys):
+    """`Run.evaluate` is the number of `nelbo evaluate`, with its pilot and training split."""
+    from nelbo.cli import main
+
+    here = run.evaluate(calls=4, seed=3).to_dict()
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(run.path), "--calls", "4", "--seed", "3", "--json"])
+    assert not ended.value.code
+    there = json.loads(capsys.readouterr().out)
+    assert here["standard_error"] and here == {name: there[name] for name in here}
+    grid = run.grid(STEPS)
+    batch, split = run.batch()
+    by_hand = run.measure(batch, split=split, own=True, times=grid, calls=4)
+    assert run.evaluate(steps=STEPS, calls=4) == by_hand
+    others = run.measure(batch[:5], calls=8)  # not the run's own: no pilot is kept for them
+    assert others.nats == evaluate(run.model, batch.x[:5], calls=8).nats

@@ -36,6 +36,10 @@ def _warn(line: str) -> None:
     warnings.warn(line, stacklevel=3)
 
 
+def _quiet(line: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Run:
     """A trained run, as returned by `nelbo.load`."""
@@ -102,7 +106,7 @@ class Run:
         *,
         splits: Splits | None = None,
         steps: int | None = None,
-        tell: Callable[[str], object] = _warn,
+        tell: Callable[[str], object] | None = None,
         **options: Any,  # noqa: ANN401 - those of `measure`
     ) -> Evaluation:
         """Return the bound on -log P(x) of the run's own data or of other data.
@@ -121,10 +125,12 @@ class Run:
         Raises:
             ValueError: as for `batch`, `grid` and `nelbo.evaluate`.
         """
-        batch, name = self.batch(source, split, splits, tell)
+        batch, name = self.batch(source, split, splits, tell or _warn)
         times = None if steps is None else self.grid(steps)
         own = source is None
-        return self.measure(batch, split=name, own=own, times=times, tell=tell, **options)
+        return self.measure(
+            batch, split=name, own=own, times=times, tell=tell or _quiet, **options
+        )
 
     def measure(
         self,
@@ -134,7 +140,7 @@ class Run:
         own: bool = False,
         times: TimeDiscretization | None = None,
         variates: bool = True,
-        tell: Callable[[str], object] = _warn,
+        tell: Callable[[str], object] = _quiet,
         **options: Any,  # noqa: ANN401 - those of `nelbo.evaluate`
     ) -> Evaluation:
         """Return the bound of examples that `batch` returned.
