@@ -459,7 +459,7 @@ def changed(data, **values):
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [
-        ({"answers": {"1": 7}}, NotReproducibleError, "the network answers otherwise here"),
+        ({"answers": {"1": 7}}, NotReproducibleError, "the network computes other numbers here"),
         ({"coder": 7}, NotReproducibleError, "the entropy coder"),
         ({"model": "0" * 16}, ModelMismatchError, "give the run"),
         ({"examples": 10**12}, CorruptFileError, "holds 60 examples"),

@@ -155,7 +155,7 @@ def test_what_a_file_of_pixels_would_lose_is_not_compressed(tmp_path):
     exif[0x0112] = 6
     (tmp_path / "a").mkdir()
     Image.fromarray(pixels()).save(tmp_path / "a" / "0.png", exif=exif)
-    with pytest.raises(ValueError, match=r"0\.png is turned by its EXIF orientation"):
+    with pytest.raises(ValueError, match=r"0\.png is rotated by its EXIF orientation"):
         pictures.read(tmp_path / "a", schema)
     Image.fromarray(pixels()).save(tmp_path / "a" / "0.png")
     assert len(pictures.read(tmp_path / "a", schema)[0])

@@ -1,4 +1,4 @@
-"""Spend the bits: a lossless compressor whose file length is the bound (docs/codec.md).
+"""Lossless compression whose file length is the bound (docs/codec.md).
 
 settings = Settings(tuple(run.grid(25).times.tolist()))
 data = compress(run.model, x, settings)          # bytes; x of integers, (N, *shape)

@@ -1,4 +1,4 @@
-"""Examples as the bytes of a file, and back."""
+"""Compress examples to the bytes of a file, and decompress them."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -25,9 +25,9 @@ from nelbo.codec.settings import Settings
 from nelbo.diffusion.model import Model, model_hash
 
 BLOCK = 1000  # examples
-#: bytes that an example takes beside its numbers: its place in a batch, and whether it is lost
+#: bytes per example beside its numbers: its place in a batch, and whether it is lost
 SIZE = 16
-#: times that the numbers of all examples are in memory while a file is restored
+#: copies of all examples in memory while a file is restored
 COPIES = 10
 
 
@@ -43,21 +43,21 @@ def compress(
     verify: bool = True,
     done: Done = nothing,
 ) -> bytes:
-    """Examples as the bytes of a file.
+    """Compress examples to the bytes of a file.
 
     Args:
-        model: of discrete data, not conditional.
+        model: a model of discrete data, not conditional.
         x: examples, (N, *model.shape), of integers that are levels of the model.
-        settings: how they are coded.
-        block: about how many examples are independent of all others.
-        contents: kept in the header.
-        extra: kept in the file as it is.
-        weights: which these are, for the record.
+        settings: settings of the code.
+        block: about how many examples to code in one block, independently of all others.
+        contents: stored in the header.
+        extra: stored in the file unchanged.
+        weights: name of the weights, for the record.
         verify: decode the file and compare before it is returned.
-        done: told how many examples are finished, coded or verified.
+        done: called with the number of examples newly finished, coded or verified.
 
     Raises:
-        ValueError: a model or examples that have no such code.
+        ValueError: the model or the examples have no such code.
         NotReproducibleError: the verification failed.
     """
     if block < 1 or block > 20_000:
@@ -93,7 +93,7 @@ def compress(
     data += container.write_end(data, len(blocks))
     if verify and not _same(decompress(data, model, done=done).x, x):
         raise NotReproducibleError(
-            "what was compressed does not decode to itself here: not written"
+            "the compressed data do not decode to themselves here: not written"
         )
     return data
 
@@ -105,13 +105,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What was in a file.
+    """Contents of a decoded file.
 
     Args:
         x: the examples that could be decoded, (N, *shape).
-        lost: first and count of those that could not, in order; empty but for a salvage.
-        header: of the file.
-        extra: of the file.
+        lost: first and count of those that could not, in order; empty except after a salvage.
+        header: header of the file.
+        extra: extra bytes of the file.
     """
 
     x: Tensor
@@ -121,7 +121,7 @@ class Decoded:
 
     @property
     def kept(self) -> Tensor:
-        """Places of the examples x in the data, (N,)."""
+        """Indices of the examples x in the original data, (N,)."""
         keep = torch.ones(self.header.examples, dtype=torch.bool)
         for first, count in self.lost:
             keep[first : first + count] = False
@@ -131,22 +131,22 @@ class Decoded:
 def decompress(
     data: bytes, model: Model, *, salvage: bool = False, done: Done = nothing
 ) -> Decoded:
-    """The examples in the bytes of a file.
+    """Decompress the examples in the bytes of a file.
 
     Args:
         data: the file.
-        model: the one that it was compressed with.
-        salvage: leave out blocks that are damaged; else they are an error.
-        done: told how many examples are finished.
+        model: the model with which it was compressed.
+        salvage: leave out damaged blocks instead of raising an error.
+        done: called with the number of examples newly finished.
 
     Raises:
         CorruptFileError: the file is damaged.
-        ModelMismatchError: it is of another model.
-        NotReproducibleError: it would not decode to the right data here.
+        ModelMismatchError: the file belongs to another model.
+        NotReproducibleError: the file would not be decoded correctly here.
     """
     raw, extra, at = container.read_prefix(data)
     header = Header.from_dict(raw)
-    blocks = _blocks(data, at, header, salvage)  # all that needs no network comes first
+    blocks = _blocks(data, at, header, salvage)  # check all that needs no network first
     codec = _codec_of(header, model)
 
     def one(i: int) -> np.ndarray | None:
@@ -172,16 +172,16 @@ def decompress(
 
 
 def head_of(data: bytes) -> Header:
-    """What a file says of itself.
+    """Return the header of a file.
 
     Raises:
-        CodecError: it is no file of this format, or its header is damaged.
+        CodecError: the file does not have this format, or its header is damaged.
     """
     return Header.from_dict(container.read_prefix(data)[0])
 
 
 def describe(data: bytes) -> tuple[Header, list[Block]]:
-    """What a file says of itself, and its blocks; no model is needed.
+    """Return the header and the blocks of a file; no model is needed.
 
     Raises:
         CodecError: the file is damaged.
@@ -192,7 +192,7 @@ def describe(data: bytes) -> tuple[Header, list[Block]]:
 
 
 def _codec_of(header: Header, model: Model) -> Codec:
-    """The codec of a file, after all that speaks against decoding it was ruled out."""
+    """Return the codec of a file, after checking that it can decode the file correctly."""
     if header.model != model_hash(model):
         raise ModelMismatchError(
             f"the file is of the model {header.model}, and this one is {model_hash(model)}: give"
@@ -220,18 +220,18 @@ def _codec_of(header: Header, model: Model) -> Codec:
         )
     if codec.answers(batches) != header.answers:
         raise NotReproducibleError(
-            f"the network answers otherwise here ({here}) than where the file was made ({there});"
-            " decode it there"
+            f"the network computes other numbers here ({here}) than where the file was made"
+            f" ({there}); decode it there"
         )
     return codec
 
 
 def _blocks(data: bytes, at: int, header: Header, salvage: bool = False) -> list[Block]:
-    """The blocks of a file, of as many examples as its header says.
+    """Return the blocks of a file, with as many examples as its header states.
 
     Raises:
-        CorruptFileError: they are not all examples in their order; for a salvage it is enough that
-            no two hold the same.
+        CorruptFileError: they are not all examples in order; for a salvage it is enough that
+            no two overlap.
         ValueError: the bytes of the file cannot be that many examples.
     """
     read = container.find_blocks if salvage else container.read_blocks
@@ -254,7 +254,7 @@ def _blocks(data: bytes, at: int, header: Header, salvage: bool = False) -> list
 
 
 def _apart(blocks: list[Block], examples: int) -> list[Block]:
-    """Those blocks that begin after the one before them, none beyond all examples."""
+    """Return the blocks that do not overlap an earlier one or the end of the examples."""
     found, end = [], 0
     for block in sorted(blocks, key=lambda block: block.first):
         if end <= block.first <= examples - block.count:

@@ -1,4 +1,4 @@
-"""What can be wrong with a compressed file, each with the exit code of the command line."""
+"""Errors of compressed files, each with the exit code of the command line."""
 
 
 class CodecError(ValueError):
@@ -8,16 +8,16 @@ class CodecError(ValueError):
 
 
 class CorruptFileError(CodecError):
-    """The file is not what was written: bits flipped, cut off, or never a container."""
+    """The file is not as it was written: bits flipped, cut off, or never a container."""
 
 
 class ModelMismatchError(CodecError):
-    """The file is whole, and of another model than the one given."""
+    """The file is intact, but belongs to another model."""
 
     exit_code = 4
 
 
 class NotReproducibleError(CodecError):
-    """The file and the model are right, but here the network or the coder answers otherwise."""
+    """File and model are right, but the network or the coder gives other numbers here."""
 
     exit_code = 5

@@ -1,4 +1,4 @@
-"""From data on disk to a compressed file and back, with a run; what the command line calls."""
+"""Compress data on disk to a file, and restore them; called by the command line."""
 
 import math
 from collections.abc import Callable
@@ -22,18 +22,18 @@ from nelbo.diffusion.times import TimeGrid
 
 SUFFIX = ".nlb"
 MODES = {MODEL: "model", EVEN: "even", PACKED: "packed"}
-Progress = Callable[[int], Callable[[int], None]]  # of a total, what is told each increment
+Progress = Callable[[int], Callable[[int], None]]  # total -> function called per increment
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of some data.
+    """Result of compressing some data.
 
     Args:
         original: bytes of the data as plain numbers or text.
         compressed: bytes of the file.
-        bits_per_dim: of the file.
-        notes: what is not restored to the byte.
+        bits_per_dim: bits per dimension of the file.
+        notes: notes on anything that is not restored to the byte.
     """
 
     original: int
@@ -59,21 +59,21 @@ def compress_file(
     """Write the data at `source` as a compressed file.
 
     Args:
-        model: that codes it, on the device where it is.
-        schema: of the data.
+        model: the model, on the device on which it is to run.
+        schema: schema of the data.
         source: see `contents.read`.
         out: a .nlb file that does not exist.
-        times: the grid to code with; asked for once all else is known to be right.
-        weights: which these are, for the record.
-        effort: how far to search for a short file; see `Settings`.
-        block: about how many examples are independent of all others.
-        precision: of the network.
+        times: returns the grid; called after all other checks.
+        weights: name of the weights, for the record.
+        effort: effort of the search for a short file; see `Settings`.
+        block: about how many examples to code in one block, independently of all others.
+        precision: precision of the network.
         verify: decode before writing.
-        progress: shows how far it is.
+        progress: shows progress.
 
     Raises:
-        ValueError: data, a model or options that have no such code.
-        OSError: naming the file that cannot be read or written.
+        ValueError: the data, the model or the options have no such code.
+        OSError: a file cannot be read or written; the error names it.
     """
     if out.suffix != SUFFIX:
         raise ValueError(f"a compressed file ends in {SUFFIX}; got {out}; try {out}{SUFFIX}")
@@ -116,11 +116,11 @@ def decompress_file(
     salvage: bool = False,
     progress: Progress = lambda total: nothing,
 ) -> Decoded:
-    """Write the data of a compressed file; with `salvage` what is left of it.
+    """Write the data of a compressed file; with `salvage`, whatever can be decoded.
 
     Raises:
         CodecError: the file cannot be decoded, or not here.
-        OSError: naming the file that cannot be read or written.
+        OSError: a file cannot be read or written; the error names it.
     """
     limits.check_file(file)
     data = file.read_bytes()
@@ -137,7 +137,7 @@ def decompress_file(
 
 @dataclass(frozen=True)
 class BlockReport:
-    """A block by sight."""
+    """Description of a block."""
 
     first: int
     count: int
@@ -150,15 +150,15 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A compressed file by sight; nothing of it is decoded.
+    """Description of a compressed file, without decoding it.
 
     Args:
-        size: of the file, bytes.
-        header: what it says of itself.
-        bits_per_dim: of the file.
-        bound: bits/dim of one draw of the bound of the examples that the model coded, on the
-            latents that the file holds; None where it coded none.
-        blocks: of the file.
+        size: bytes of the file.
+        header: its header.
+        bits_per_dim: bits per dimension of the file.
+        bound: bits/dim of one draw of the bound of the examples coded by the model, at the latents
+            in the file; None if there are none.
+        blocks: its blocks.
     """
 
     size: int
@@ -169,7 +169,7 @@ class Report:
 
 
 def report(data: bytes) -> Report:
-    """What is in the bytes of a file.
+    """Describe the bytes of a file.
 
     Raises:
         CodecError: they are damaged.

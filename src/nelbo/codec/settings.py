@@ -1,4 +1,4 @@
-"""What decides how data are coded."""
+"""Settings of a code."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,19 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Settings:
-    """How examples are coded: what coder and decoder must share beside the model.
+    """Settings that coder and decoder must share beside the model.
 
     Args:
         grid: times of the bound that is coded, as `TimeGrid` takes them.
-        precision: of the network, "float64" or "float32"; the latter decodes on the same
+        precision: precision of the network, "float64" or "float32"; the latter decodes on the same
             machine and versions only.
         effort: K, 1 to 255: a search keeps the K shortest stacks and continues each in 4 ways
-            (`search`), 1 for none; of an absorbing model, K orders of the symbols of a block.
-        batch: examples of a network call, at most; a power of two up to 256.
+            (`search`), 1 for no search; for an absorbing model, K orders of the symbols of a
+            block.
+        batch: examples per network call, at most; a power of two up to 256.
 
     Raises:
-        ValueError: values that cannot be.
+        ValueError: invalid values.
     """
 
     grid: tuple[float, ...]

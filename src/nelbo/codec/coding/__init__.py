@@ -1,0 +1,1 @@
+"""Codes of examples by a model: bits-back, direct, and the blocks of a file."""

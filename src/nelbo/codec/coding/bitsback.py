@@ -1,7 +1,8 @@
-r"""Bits-back coding: examples on a stack at the price of the bound.
+"""Bits-back coding: examples on a stack at the cost of the bound.
 
-Each line of `push` adds or takes what a term of the bound says (equation 4; Townsend et al. 2019,
-interleaved as in Kingma et al. 2019, so that only one latent is ever borrowed for):
+Each line of `push` adds or removes the bits of one term of the bound (equation 4; Townsend et al.
+2019, interleaved as in Kingma et al. 2019, so that bits are borrowed for only one latent at a
+time):
 
     pop  z_1 ~ q(z_1|x)                       - log 1/q(z_1|x)
     push x with P(x|z_1)                      + log 1/P(x|z_1)
@@ -10,12 +11,13 @@ interleaved as in Kingma et al. 2019, so that only one latent is ever borrowed f
         push z_{t-1} with P(z_{t-1}|z_t)      + log 1/P(z_{t-1}|z_t)
     push z_T with P(z_T)                      + log 1/P(z_T)
 
-The sum is log q(z|x)/P(x,z), whose mean is -ELBO. `pop` is the same backwards.
+The sum is log q(z|x)/P(x,z), whose mean is -ELBO. `pop` does the same backwards.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo.codec.coding.example import ExampleCode, known_numbers
 from nelbo.codec.entropy.laws import Bits, GridNormal, SymbolModel, law
@@ -24,10 +26,10 @@ from nelbo.diffusion.times import TimeGrid
 
 
 class BitsBack(ExampleCode):
-    """Batches of examples of a model on T times.
+    """Code batches of examples by a model at T times, with T network calls per batch.
 
     Args:
-        model: of discrete data.
+        model: a model of discrete data.
         grid: t_1 .. t_T.
     """
 
@@ -39,8 +41,8 @@ class BitsBack(ExampleCode):
         self.widths = [width(model.shape, *around) for around in _neighbours(self.times)]
         self.moves = [self._move(i) for i in range(len(self.times))]
 
+    @override
     def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
-        """Put a batch of examples, (B, *shape) int64, on the stack; T network calls."""
         n = self._first(x).pop(stack)
         self._decoder(n).push(stack, x)
         for i in range(1, len(self.times)):
@@ -48,8 +50,8 @@ class BitsBack(ExampleCode):
             self._reverse(n, i).push(stack, before)
         self._prior(len(x)).push(stack, n)
 
+    @override
     def pop(self, stack: Bits, count: int, place: int = 0) -> np.ndarray:
-        """Take a batch of `count` examples from the stack, (B, *shape) int64."""
         n = self._prior(count).pop(stack)
         for i in reversed(range(1, len(self.times))):
             after, n = n, self._reverse(n, i).pop(stack)
@@ -58,6 +60,7 @@ class BitsBack(ExampleCode):
         self._first(x).push(stack, n)
         return x
 
+    @override
     def answers(self, count: int) -> list[np.ndarray]:
         laws = []
         last = len(self.times) - 1
@@ -67,7 +70,8 @@ class BitsBack(ExampleCode):
         return [numbers for each in laws for numbers in each.integers()]
 
     def _known_latents(self, count: int, i: int) -> np.ndarray:
-        """n of a latent within about 2 standard deviations; of symbols, codes that all have."""
+        """Return n of known latents within about 2 standard deviations; for symbols, codes 0 and
+        1."""
         known, width = known_numbers(count, self.model.shape), self.widths[i].cpu().numpy()
         n = np.rint((known - 128) / (64 * width)).astype(np.int64)
         return np.where(width == 1, known % 2, n)
@@ -83,7 +87,7 @@ class BitsBack(ExampleCode):
         return law(self.model.likelihood(self._z(n, 0), self._at(0, len(n))), one)
 
     def _transition(self, n: np.ndarray, i: int) -> SymbolModel:
-        """q(z_t|z_s) for s, t = t_i, t_{i+1} and z_s of n."""
+        """Return q(z_t|z_s) for s, t = t_i, t_{i+1} and z_s from n."""
         if move := self.moves[i]:
             factor, sd = move
             return GridNormal(n * factor, sd, far=False)
@@ -92,8 +96,10 @@ class BitsBack(ExampleCode):
         return law(q, self.widths[i], far=False)
 
     def _move(self, i: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """What a linear q(z_t|z_s) multiplies z_s by, and its standard deviation, in bins,
-        (*shape) each: the same for all z_s, so that they are asked for once."""
+        """Return the factor of z_s in a Gaussian q(z_t|z_s) and its standard deviation, in bins.
+
+        Both have shape (*shape) and are the same for all z_s, so they are computed once.
+        """
         if not i:
             return None
         move = self.model.process.linear_transition(self.times[i - 1], self.times[i])
@@ -103,7 +109,7 @@ class BitsBack(ExampleCode):
         return factor.cpu().numpy(), sd.cpu().numpy()
 
     def _reverse(self, n: np.ndarray, i: int) -> SymbolModel:
-        """P(z_s|z_t) for s, t = t_i, t_{i+1} and z_t of n."""
+        """Return P(z_s|z_t) for s, t = t_i, t_{i+1} and z_t from n."""
         s, t = self._at(i - 1, len(n)), self._at(i, len(n))
         return law(self.model.reverse(self._z(n, i), s, t), self.widths[i - 1])
 

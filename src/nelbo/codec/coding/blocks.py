@@ -1,16 +1,17 @@
-r"""A block: examples on one stack, decoded without any other block.
+"""A block: examples on one stack, decoded independently of other blocks.
 
-What a code with bits back borrows before it pays is the price of a file's start, kept low by
+A bits-back code borrows bits before it pays any; these bits are the initial cost of a file. They
+are kept low by
 
-    seeds   the first examples are coded by a static table, until their bits are enough for one
+    seeds   the first examples are coded by a static table, until their bits suffice for one
             example of the model
-    ramp    then batches that grow with the bits on the stack, their sizes powers of two
+    ramp    then batches grow with the bits on the stack, their sizes powers of two
 
-and only what is still missing is put under the stack. The words there follow from the name of the
-block and from its data, so that a stack that ends with other ones tells of wrong data: a check
-that costs nothing where they are borrowed, and one word of a direct code, whose first symbols
-would waste most of it otherwise. With effort (`search`) each example comes after the number that
-makes the block short, and a batch is an example on each of the `lanes`.
+and only missing bits are put under the stack. The words there are derived from the name of the
+block and from its data, so a stack that does not end with them reveals wrong data: a check that
+costs nothing if the words are borrowed, and one word in a direct code, whose first symbols would
+otherwise waste most of it. With effort (`search`) each example follows the number that makes the
+block short, and a batch is an example on each of the `lanes`.
 """
 
 import contextlib
@@ -40,31 +41,31 @@ from nelbo.codec.entropy.stack import (
 )
 from nelbo.codec.errors import CorruptFileError
 
-MODEL, EVEN, PACKED = 0, 1, 2  # how a block is coded: the model, all levels alike, xz
-BATCH = 32  # examples of a network call, at most
-SPARE = 1.02  # of what an example is expected to need
-LANE = 8192  # bits of a block, as seeds cost them, for which there may be a lane
+MODEL, EVEN, PACKED = 0, 1, 2  # codes of a block: the model, equally likely levels, xz
+BATCH = 32  # examples per network call, at most
+SPARE = 1.02  # factor on the bits that an example is expected to need
+LANE = 8192  # bits of a block per lane, at the cost of seeds
 FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6 | lzma.PRESET_EXTREME}]
-Done = Callable[[int], None]  # is told how many examples are finished
+Done = Callable[[int], None]  # called with the number of examples newly finished
 
 
 def nothing(done: int) -> None:
-    """No progress shown."""
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """What a block holds.
+    """Contents of a block.
 
     Args:
-        first: place of its first example in the data.
+        first: index of its first example in the data.
         count: number of its examples.
         mode: MODEL, EVEN or PACKED.
-        nonce: which of the orders of its symbols.
-        borrowed: words put under the stack.
-        seeds: examples that are coded by the static table.
-        sizes: of the batches of the others, powers of two, in the order of the data.
-        payload: what is coded.
+        nonce: index of the order of its symbols.
+        borrowed: number of words put under the stack.
+        seeds: number of examples coded by the static table.
+        sizes: sizes of the batches of the other examples, powers of two, in the order of the data.
+        payload: the coded words.
     """
 
     first: int
@@ -79,16 +80,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Codes:
-    """What codes a block.
+    """The codes of a block.
 
     Args:
-        model: makes the code by the model, given a nonce.
+        model: returns the code by the model for a nonce.
         static: the code of seeds.
-        name: of the model and its steps, for the words under the stack.
-        shape: of one example.
-        levels: each dimension has at most so many.
-        effort: of the coder, see `search`; of a code that borrows nothing, orders of symbols.
-        batch: examples of a network call, at most.
+        name: name of the model and its steps, for the words under the stack.
+        shape: shape of one example.
+        levels: maximal number of levels of a dimension.
+        effort: effort of the coder, see `search`; for a code without borrowing, number of orders
+            of symbols.
+        batch: examples per network call, at most.
     """
 
     model: Callable[[int], ExampleCode]
@@ -101,22 +103,22 @@ class Codes:
 
 
 def encode(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, float]:
-    """A block of examples x, (N, *shape) int64, and the nats that its model's part costs.
+    """Encode examples x, (N, *shape) int64, as a block; also return the ideal cost in nats.
+
+    The cost is that of the examples coded by the model.
 
     Args:
-        codes: what codes it.
+        codes: the codes.
         x: the examples.
-        first: place of the first of them.
-        done: told how many examples are finished.
+        first: index of the first example.
+        done: called with the number of examples newly finished.
     """
     if x.min() < 0 or x.max() >= codes.levels:
         raise ValueError(f"values must be 0..{codes.levels - 1}; got {x.min()}..{x.max()}")
     even = Block(first, len(x), EVEN, 0, CHECK, 0, (), _push_alike(codes, x, first))
     packed = Block(first, len(x), PACKED, 0, 0, 0, (), _pack(codes, x))
     tries = [(even, 0.0), (packed, 0.0)]
-    with contextlib.suppress(
-        CorruptFileError
-    ):  # of what is too far from all that the model expects
+    with contextlib.suppress(CorruptFileError):  # data too far from what the model expects
         if codes.model(0).borrows:
             tries.append(_with_bits_back(codes, x, first, done))
         else:
@@ -126,13 +128,13 @@ def encode(codes: Codes, x: np.ndarray, first: int, done: Done) -> tuple[Block, 
 
 
 def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
-    """The examples of a block, (N, *shape) int64.
+    """Decode the examples of a block, (N, *shape) int64.
 
     Raises:
         CorruptFileError: they are not those that were encoded.
     """
     if block.mode != MODEL:
-        done(block.count)  # at once
+        done(block.count)  # all at once
     if block.mode == PACKED:
         return _unpack(codes, block)
     floor = WORD if block.borrowed >= START else WORD * CHECK - 1
@@ -152,7 +154,8 @@ def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
 
 
 def _bottom(codes: Codes, first: int, x: np.ndarray) -> Bottom:
-    """What lies under the stack of examples x, the first of them the first-th of all."""
+    """Return the words under the stack of examples x, whose first example has the index
+    `first`."""
     data = hashlib.sha256(np.ascontiguousarray(x, "<i8").tobytes()).hexdigest()
     return Bottom(f"{codes.name}, {first}, {data}")
 
@@ -189,7 +192,10 @@ def _with_effort(
     most: int,
     done: Done,
 ) -> tuple[list[Stack], list[int], float]:
-    """Lanes of all examples x upon a stack, at most so many; the batches, and the nats."""
+    """Code the examples x on a stack, divided into at most `most` lanes, with a search.
+
+    Return the lanes, the sizes of batches, and the ideal cost in nats.
+    """
     try:
         ways, sizes = best_ways(code, stack, x, need, most, codes.effort, codes.batch, done)
         lanes, at, ideal = [stack.copy()], 0, stack.ideal
@@ -200,7 +206,7 @@ def _with_effort(
             code.push(rows, x[at : at + size])
             at += size
             ideal += rows.ideal
-    except CorruptFileError:  # only the lowest lane has a bottom from which to borrow
+    except CorruptFileError:  # only the lowest lane has a bottom to borrow from
         if most == 1:
             raise
         return _with_effort(codes, code, stack, x, need, 1, done)
@@ -223,7 +229,7 @@ def _directly(
 
 
 def _need(code: ExampleCode, x: np.ndarray, bottom: Bottom) -> float:
-    """Bits that must lie on the stack for one example like x."""
+    """Return the bits that must be on the stack for one example like x."""
     trial = Stack(bottom=bottom)
     code.push(trial, x)
     return max(1.0, SPARE * (WORD * START - trial.least))
@@ -232,10 +238,13 @@ def _need(code: ExampleCode, x: np.ndarray, bottom: Bottom) -> float:
 def _unstack(
     codes: Codes, block: Block, lanes: list[Stack], done: Done
 ) -> tuple[np.ndarray, Stack]:
-    """What the model and the static table coded, the last batch first, and the stack below."""
+    """Decode the parts coded by the model and the static table, the last batch first.
+
+    Return the examples and the remaining stack.
+    """
     code, at, parts = codes.model(block.nonce), block.count, []
     if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):
-        raise CorruptFileError("a block says that it was coded in another way than its model does")
+        raise CorruptFileError("a block states that it was coded in another way than by its model")
     most = [*itertools.accumulate(block.sizes, max)]
     for size, count in zip(reversed(block.sizes), reversed(most), strict=True):
         at -= size
@@ -254,16 +263,16 @@ def _unstack(
 
 
 def _push_alike(codes: Codes, x: np.ndarray, first: int) -> bytes:
-    """All levels alike."""
+    """Code all levels as equally likely."""
     stack = Stack(_bottom(codes, first, x).words(CHECK))
     stack.push(x.ravel(), constriction().stream.model.Uniform(codes.levels))
     return joined([stack.words()])
 
 
 def _pop_alike(codes: Codes, block: Block, stack: Stack) -> np.ndarray:
-    """What `_push_alike` coded."""
+    """Decode the words of `_push_alike`."""
     count = block.count * int(np.prod(codes.shape))
-    often = 2**PRECISION - (codes.levels - 1) * (2**PRECISION // codes.levels)  # the last level
+    often = 2**PRECISION - (codes.levels - 1) * (2**PRECISION // codes.levels)  # last level
     if 8 * len(block.payload) < count * (PRECISION - math.log2(often)):
         raise CorruptFileError("the coded words end before the data do")
     uniform = constriction().stream.model.Uniform(codes.levels)
@@ -271,7 +280,7 @@ def _pop_alike(codes: Codes, block: Block, stack: Stack) -> np.ndarray:
 
 
 def _pack(codes: Codes, x: np.ndarray) -> bytes:
-    """By xz, after a CRC-32 of the data."""
+    """Pack by xz, after a CRC-32 of the data."""
     data = x.astype(_packed_type(codes)).tobytes()
     return struct.pack("<I", zlib.crc32(data)) + pack(data)
 
@@ -286,15 +295,15 @@ def _unpack(codes: Codes, block: Block) -> np.ndarray:
 
 
 def pack(data: bytes) -> bytes:
-    """By xz, without its frame; nothing of nothing."""
+    """Pack bytes by xz, without its frame; no bytes stay none."""
     return lzma.compress(data, lzma.FORMAT_RAW, filters=FILTER) if data else b""
 
 
 def unpack(packed: bytes, most: int) -> bytes:
-    """What was packed, `most` bytes of it at the most.
+    """Unpack bytes, `most` at most.
 
     Raises:
-        CorruptFileError: it was not packed.
+        CorruptFileError: they were not packed by `pack`.
     """
     try:
         unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTER)
@@ -304,10 +313,10 @@ def unpack(packed: bytes, most: int) -> bytes:
 
 
 def storage(levels: int) -> np.dtype:
-    """The smallest type of numpy and torch that holds the levels."""
+    """Return the smallest type of numpy and torch that holds the levels."""
     return np.dtype(np.uint8 if levels <= 256 else np.int32)
 
 
 def _packed_type(codes: Codes) -> np.dtype:
-    """In which data are packed: part of the format."""
+    """Return the type in which data are packed: part of the format."""
     return np.dtype("u1" if codes.levels <= 256 else "<u2" if codes.levels <= 65536 else "<u4")

@@ -1,9 +1,9 @@
-r"""Examples as bytes and back, with a model that both sides have.
+"""Code examples as blocks, and back, with a model that both sides have.
 
-`Codec` fixes what coder and decoder must share: the network in one precision, evaluation mode, the
-times, the batches, the rounding. The header of a file states it, with known answers: a checksum of
-the rounded answers of the network to known latents, in the batches that the file uses, and one of
-known symbols through the entropy coder. Where they differ nothing is decoded.
+`Codec` fixes everything that coder and decoder must share: the network in one precision,
+evaluation mode, the times, the batches, the rounding. The header of a file states it, with known
+answers: a checksum of the rounded output of the network for known latents, in the batches that the
+file uses, and one of known symbols through the entropy coder. If these differ, nothing is decoded.
 """
 
 import copy
@@ -33,7 +33,7 @@ from nelbo.diffusion.times import TimeGrid
 
 
 def coder_answer() -> int:
-    """Checksum of known symbols through the entropy coder."""
+    """Return the checksum of known symbols through the entropy coder."""
     stack, n = Stack(bottom=Bottom("known answer")), np.arange(-40, 41)
     GridNormal(n / 7, 4 + (n % 5) / 3).put(stack, n // 4)
     Symbols(-np.abs(n[:, None] / 50 + np.arange(3))).put(stack, np.abs(n % 3))
@@ -41,14 +41,14 @@ def coder_answer() -> int:
 
 
 class Codec:
-    """Lossless codes of the examples of a model.
+    """A lossless code of the examples of a model.
 
     Args:
-        model: of discrete data, not conditional.
-        settings: what coder and decoder share.
+        model: a model of discrete data, not conditional.
+        settings: settings shared by coder and decoder.
 
     Raises:
-        ValueError: the model has a density, or a part of which no lossless code is known.
+        ValueError: the model has a density, or a part without a known lossless code.
     """
 
     def __init__(self, model: Model, settings: Settings) -> None:
@@ -61,7 +61,7 @@ class Codec:
         _remember(self.model)
         most = min(settings.batch, self.model.rows)
         times, effort = pack_times(settings.grid), settings.effort
-        # it names the words under a stack and the orders of symbols: part of the format
+        # determines the words under a stack and the orders of symbols: part of the format
         self.name = f"{self.hash}, {times}, {settings.precision}, {effort}"
         with _fixed(self.model):
             self.codes = Codes(
@@ -81,7 +81,7 @@ class Codec:
         return BitsBack(self.model, grid)
 
     def answers(self, batches: set[int]) -> dict[str, int]:
-        """Checksums of the network's known answers, by the size of the batch."""
+        """Return checksums of the network's known answers, by the size of the batch."""
         with _fixed(self.model):
             code = self._example_code(0)
             return {str(b): _checksum(code.answers(b)) for b in sorted(batches)}
@@ -89,8 +89,11 @@ class Codec:
     def encode_blocks(
         self, x: Tensor, block: int, done: Done = nothing
     ) -> list[tuple[Block, float]]:
-        """Blocks of about so many examples x, (N, *shape), and the nats of one draw of the bound
-        of those that the model coded. Several processes share the blocks."""
+        """Encode examples x, (N, *shape), as blocks of about `block` examples.
+
+        Return each block with its ideal cost: one draw of the bound, in nats, of the examples
+        coded by the model. Several processes share the blocks.
+        """
         count = max(1, round(len(x) / block)) if len(x) else 0
         parts = np.array_split(np.arange(len(x)), count) if count else []
 
@@ -103,7 +106,7 @@ class Codec:
             return map_across_processes(len(parts), one)
 
     def decode_block(self, block: Block, done: Done = nothing) -> np.ndarray:
-        """The examples of a block, (N, *shape).
+        """Decode the examples of a block, (N, *shape).
 
         Raises:
             CorruptFileError: they are not those that were coded.
@@ -120,7 +123,7 @@ def _checksum(arrays: list[np.ndarray]) -> int:
 
 
 def check_codable(model: Model) -> int:
-    """How many levels a dimension has, at most.
+    """Return the maximal number of levels of a dimension.
 
     Raises:
         ValueError: the model has no lossless code.
@@ -150,8 +153,10 @@ def _levels(process: ForwardProcess) -> int:
 
 
 def _table(model: Model, levels: int) -> SymbolModel:
-    """The law of one example without context: what the model says of pure noise; where that is
-    no law of levels, all levels alike."""
+    """Return a distribution of one example without context.
+
+    It is the prediction of the model from pure noise, or uniform if that is not over levels.
+    """
     if not model.decoder.at_any_time:
         return Symbols(np.full((1, *model.shape, levels), -math.log(levels)))
     t = torch.ones(1, dtype=torch.float64, device=model.device)
@@ -160,7 +165,8 @@ def _table(model: Model, levels: int) -> SymbolModel:
 
 
 class _Remembered(Schedule):
-    """A schedule that is asked for the same few times again and again, one at each call."""
+    """A schedule that caches its values, because the same few times are requested again and
+    again."""
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
@@ -186,7 +192,7 @@ def _remember(model: Model) -> None:
 
 @contextmanager
 def _fixed(model: Model) -> Iterator[None]:
-    """The network as it measures, and the same algorithms each time."""
+    """Set the network to evaluation and choose deterministic algorithms."""
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     try:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

@@ -1,12 +1,13 @@
-r"""Direct coding with an absorbing model: symbols are revealed in groups, nothing is borrowed.
+"""Direct coding with an absorbing model: symbols are revealed in groups, without borrowing.
 
-Which symbols show at time t is a draw of the encoder q that does not depend on x, so coder and
-decoder may share it: an order σ of the dimensions, from a seed, of which the first c_t show,
-c_t = α_t D rounded. Between two times the symbols that come to show are coded with P(x_i|z_t):
+The set of symbols that are visible at time t is a draw of the encoder q that does not depend on x,
+so coder and decoder can share it: an order σ of the dimensions, from a seed, of which the first
+c_t are visible, c_t = α_t D rounded. The symbols that become visible between two times are coded
+with P(x_i|z_t):
 
-    Σ_t Σ_{i in σ(c_t .. c_{t-1}]} -log P(x_i | x_σ(1..c_t)),      σ uniform over all orders,
+    Σ_t Σ_{i in σ(c_t .. c_{t-1}]} -log P(x_i | x_σ(1..c_t)),      σ uniform over all orders.
 
-whose mean is the bound of these steps, and with a call for each symbol the any-order bound.
+The mean is the bound of these steps, and with one call per symbol the any-order bound.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nelbo.codec.coding.example import ExampleCode, known_numbers
 from nelbo.codec.entropy.laws import Bits, Symbols
@@ -23,12 +25,12 @@ from nelbo.diffusion.times import TimeGrid
 
 
 class Direct(ExampleCode):
-    """Batches of examples of an absorbing model.
+    """Code batches of examples by an absorbing model.
 
     Args:
-        model: with a process that has a mask.
-        shown: how many symbols show at each network call, increasing from 0.
-        seed: of the orders.
+        model: a model with a `MaskedDiffusion` process.
+        shown: number of visible symbols at each network call, increasing from 0.
+        seed: seed of the orders.
     """
 
     borrows = False
@@ -38,6 +40,7 @@ class Direct(ExampleCode):
         self.model, self.mask, self.seed = model, model.process.mask, seed
         self.groups = list(pairwise([*shown, model.dims]))
 
+    @override
     def push(self, stack: Bits, x: np.ndarray, place: int = 0) -> None:
         order, flat = self._orders(len(x), place), x.reshape(len(x), -1)
         z = np.full_like(flat, self.mask)
@@ -50,6 +53,7 @@ class Direct(ExampleCode):
         for law, symbols in reversed(laws):
             law.push(stack, symbols)
 
+    @override
     def pop(self, stack: Bits, count: int, place: int = 0) -> np.ndarray:
         order = self._orders(count, place)
         z = np.full((count, self.model.dims), self.mask, np.int64)
@@ -58,6 +62,7 @@ class Direct(ExampleCode):
             np.put_along_axis(z, at, Symbols(self._log_probs(z, at)).pop(stack), 1)
         return z.reshape(count, *self.model.shape)
 
+    @override
     def answers(self, count: int) -> list[np.ndarray]:
         known = known_numbers(count, (self.model.dims,))
         z = np.where(known % 4 < 2, known % 2, self.mask)
@@ -65,7 +70,7 @@ class Direct(ExampleCode):
         return [np.array(self.groups), *Symbols(self._log_probs(z, everywhere)).integers()]
 
     def _log_probs(self, z: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """log P(x_i|z) of the dimensions `at`, (B, n), for flat z: (B, n, K)."""
+        """Return log P(x_i|z) of the dimensions `at`, (B, n), for flat z: (B, n, K)."""
         place = self.model.device
         shaped = torch.from_numpy(z).reshape(len(z), *self.model.shape).to(place)
         t = torch.ones(len(z), dtype=torch.float64, device=place)
@@ -74,7 +79,7 @@ class Direct(ExampleCode):
         return np.take_along_axis(log_probs, at[..., None], 1)
 
     def _orders(self, count: int, place: int) -> np.ndarray:
-        """A permutation of the dimensions for each example, (count, D)."""
+        """Return a permutation of the dimensions for each example, (count, D)."""
         return np.stack([self._order(place + i) for i in range(count)])
 
     def _order(self, i: int) -> np.ndarray:
@@ -83,13 +88,15 @@ class Direct(ExampleCode):
 
 
 def one_by_one(model: Model, steps: int) -> bool:
-    """Whether each symbol has a network call of its own."""
+    """Return whether each symbol has a network call of its own."""
     return model.process.mask is not None and steps >= model.dims
 
 
 def shown_at(model: Model, grid: TimeGrid) -> list[int]:
-    """c_t for the times of a grid, from the last, none of them twice; 0 is the first. As many
-    times as symbols give each a call of its own, wherever the times are."""
+    """Return the distinct c_t for the times of a grid, increasing from 0.
+
+    With at least as many times as symbols, each symbol has its own call, whatever the times are.
+    """
     if one_by_one(model, len(grid.times)):
         return list(range(model.dims))
     alpha = model.process.alpha(grid.times.flip(0).to(model.device))

@@ -1,23 +1,22 @@
-r"""Effort: which of the ways to code the examples of a block makes it short.
+"""Search for the ways to code the examples of a block that make it short.
 
-Before each example the coder pushes a number of WAYS, and all draws of its latents follow from it.
-A choice of numbers for n examples is one of WAYSⁿ codes of the block, each of a length that varies
-about the bound (standard deviation s for each example) and -log P(x) at the least. The shortest of
-them is searched for with a beam: the `kept` shortest stacks so far are continued in all ways.
+Before each example the coder pushes one of WAYS numbers, and all draws of its latents follow from
+it. A choice of numbers for n examples is one of WAYSⁿ codes of the block, whose lengths vary about
+the bound (with standard deviation s per example) and exceed -log P(x). A beam search looks for the
+shortest: the `kept` shortest stacks so far are continued in all ways.
 
-It beats the best of K = kept·WAYS for each example by itself, which costs log K: a stack that is a
-little longer now may be the one that was lucky after the next example. With s = 3.7 bits, as of
-digits at 25 steps, and normal lengths the best of 16 saves 2.5 bits of each example, the beam of 4
+It beats the best of K = kept·WAYS for each example separately, which costs log K: a stack that is
+a little longer now may become the shortest after the next example. With s = 3.7 bits, as for
+digits at 25 steps, and normal lengths the best of 16 saves 2.5 bits per example, the beam of 4
 stacks 3.0, one of 16 stacks 3.5, and the gap to -log P(x) is s² log(2)/2 = 4.7.
 
-An example goes upon the whole one before it, since what it is worth is known when it is finished:
-of the variance of a length half is open until the last quarter of the steps. So it is `lanes` that
-a decoder has side by side, each with a beam of its own.
+An example is put on the complete one before it, because its length is known only at its end: half
+the variance of a length is undecided until the last quarter of the steps. So a decoder has `lanes`
+side by side, each with a beam of its own.
 
-All ways go through the network in batches that are full. Its answers in batches of another size
-differ in their last digits, so the block is coded once more with the numbers that were found, in
-the batches in which it will be decoded; a search that was wrong about it costs bits and nothing
-else.
+All ways pass through the network in full batches. Its output in batches of another size differs in
+the last digits, so the block is coded once more with the numbers found, in the batches in which it
+will be decoded; any error of the search costs only bits.
 """
 
 from collections.abc import Callable
@@ -27,11 +26,11 @@ import numpy as np
 from nelbo.codec.coding.example import ExampleCode
 from nelbo.codec.entropy.stack import SideBySide, Stack, constriction
 
-WAYS = 4  # part of the format: to code an example, of a file of effort 2 and more
-ROOM = 1.1  # of what an example needs: lanes but the lowest cannot borrow
+WAYS = 4  # to code an example, with effort 2 and more; part of the format
+ROOM = 1.1  # factor on the bits of an example: lanes except the lowest cannot borrow
 
 
-Paths = list[tuple[Stack, tuple]]  # shortest first: a stack, and its last choice with all before
+Paths = list[tuple[Stack, tuple]]  # a stack and its choices, linked; shortest first
 
 
 def push_way(stack: Stack | SideBySide, ways: np.ndarray) -> None:
@@ -40,7 +39,7 @@ def push_way(stack: Stack | SideBySide, ways: np.ndarray) -> None:
 
 
 def pop_way(stack: SideBySide) -> None:
-    """Take them away again."""
+    """Remove the numbers before examples."""
     stack.pop(constriction().stream.model.Uniform(WAYS), count=len(stack.stacks))
 
 
@@ -54,18 +53,19 @@ def best_ways(
     batch: int,
     done: Callable[[int], None],
 ) -> tuple[np.ndarray, list[int]]:
-    """A number for each of the examples x, (N,), with which they are short on the stack; and the
-    sizes of batches of which each takes a lane for each example.
+    """Return a number for each of the examples x, (N,), that makes them short on the stack.
+
+    Also return the sizes of the batches, each with one example per lane.
 
     Args:
-        code: of the examples.
-        stack: on which they are to go; it stays as it is.
+        code: code of the examples.
+        stack: the stack before the examples; it is not changed.
         x: the examples, (N, *shape).
-        need: bits that a lane must have before it gets its first example.
-        most: lanes, at most.
+        need: bits that a lane must have before its first example.
+        most: maximal number of lanes.
         kept: stacks of a lane that are continued.
-        batch: examples of a network call, at most.
-        done: told how many examples are finished.
+        batch: examples per network call, at most.
+        done: called with the number of examples newly finished.
     """
     lanes: list[Paths] = [[(stack, ())]]
     at, sizes = 0, []
@@ -86,14 +86,15 @@ def best_ways(
 
 
 def power_of_two(most: float) -> int:
-    """The largest one that is no more; 1 at least."""
+    """Return the largest power of two up to `most`; at least 1."""
     return 1 << (max(1, int(most)).bit_length() - 1)
 
 
 def _continued(
     code: ExampleCode, lanes: list[Paths], x: np.ndarray, at: range, kept: int, batch: int
 ) -> list[Paths]:
-    """The best ways to put an example on each lane, that of x at the lane's place."""
+    """Return the best ways to put an example on each lane; `at` are the indices of the
+    examples."""
     tries = [
         [(one.copy(), (i, way, path)) for one, path in paths for way in range(WAYS)]
         for i, paths in zip(at, lanes, strict=True)
@@ -108,8 +109,11 @@ def _continued(
 
 
 def _halves(paths: Paths) -> list[Paths]:
-    """The lane cut in two. What lies deep is the same on most of the stacks: those of the upper
-    half still compete, but for such as differ from the shortest in the lower one."""
+    """Cut a lane in two.
+
+    The lower words are the same in most of the stacks. The stacks of the upper half still compete,
+    except those that differ from the shortest in the lower half.
+    """
     cut = [(*one.halves(), path) for one, path in paths]
     low, deep = cut[0][0], cut[0][0].words()
     same = [(high, path) for one, high, path in cut if np.array_equal(one.words(), deep)]

@@ -1,0 +1,1 @@
+"""Entropy coding: the stack of bits, and distributions over integers."""

@@ -1,18 +1,18 @@
-r"""Lanes: parts of a stack, each of which codes examples of its own, side by side.
+"""Lanes: parts of a stack, each of which codes its own examples, side by side.
 
-With effort (`search`) an example goes whole upon the one before it, so that a decoder's network
-calls would be of one example each. But a stack of bits may be cut: the lower and the upper half
-of its words are two stacks that know nothing of each other, and one put upon the other again they
-are the stack that was cut. So a block begins on one lane, and when every lane holds enough for
-two examples of the model all are cut in two; a network call then takes an example of each. A cut
-costs nothing. What does is the end, where the lanes, which are numbers, become one number:
+With effort (`search`) an example is put on the complete one before it, so a decoder's network
+calls would have one example each. But a stack of bits can be cut: the lower and the upper half of
+its words are two independent stacks, and joined again they are the original. So a block begins on
+one lane, and when every lane holds enough bits for two examples, all are cut in two; a network
+call then takes an example of each. A cut costs nothing, but the end does, where the lanes, which
+are numbers, become one number:
 
     the first lane | the others, without their leading ones | a field for each other | its bits
 
-A field has the length of a lane, less their mean: it depends on the luck of its examples, for
-digits about 9 bits. The search loses 2 as it begins anew, so that a lane costs about 10.
-The batches say where the cuts are: there are as many lanes as the largest batch so far, and a
-smaller one takes the first of them.
+A field holds the length of a lane minus their mean, which varies by chance: for digits about 9
+bits. The search loses 2 bits when it starts again, so a lane costs about 10.
+The batches determine the cuts: there are as many lanes as the largest batch so far, and a smaller
+batch takes the first of them.
 """
 
 from collections.abc import Sequence
@@ -22,25 +22,25 @@ import numpy as np
 from nelbo.codec.entropy.stack import WORD, Stack
 from nelbo.codec.errors import CorruptFileError
 
-FIELD = 5  # bits that say how many a field has
+FIELD = 5  # bits that hold the number of bits of a field
 
 
 def widened(lanes: list[Stack], count: int) -> list[Stack]:
-    """Cut in two until there are `count` lanes, a power of two."""
+    """Cut lanes in two until there are `count`, a power of two."""
     while len(lanes) < count:
         lanes = [half for lane in lanes for half in lane.halves()]
     return lanes
 
 
 def narrowed(lanes: list[Stack], count: int) -> list[Stack]:
-    """The `count` lanes that were `widened` to these."""
+    """Return the `count` lanes that were `widened` to these."""
     while len(lanes) > count:
         lanes = [low.under(high) for low, high in zip(lanes[::2], lanes[1::2], strict=True)]
     return lanes
 
 
 def joined(lanes: Sequence[np.ndarray]) -> bytes:
-    """The words of all lanes, each from the lowest."""
+    """Join the words of all lanes, each from the lowest."""
     whole, *others = (int.from_bytes(words.astype("<u4").tobytes(), "little") for words in lanes)
     sizes = [number.bit_length() - 1 for number in others]
     for number, size in zip(others, sizes, strict=True):
@@ -55,10 +55,10 @@ def joined(lanes: Sequence[np.ndarray]) -> bytes:
 
 
 def parted(data: bytes, count: int) -> list[np.ndarray]:
-    """The words of `count` lanes that were joined.
+    """Return the words of `count` lanes that were joined.
 
     Raises:
-        CorruptFileError: they were not.
+        CorruptFileError: these are not such words.
     """
     if data and not data[-1]:
         raise CorruptFileError("the coded words end in a zero")
@@ -79,7 +79,7 @@ def parted(data: bytes, count: int) -> list[np.ndarray]:
 
 
 def _taken(whole: int, bits: int) -> tuple[int, int]:
-    """The lowest bits of a number, and the number without them."""
+    """Return the lowest bits of a number, and the number without them."""
     return whole & (1 << bits) - 1, whole >> bits
 
 

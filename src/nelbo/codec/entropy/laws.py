@@ -1,18 +1,18 @@
-r"""Distributions as an entropy coder needs them: over integers, with integer parameters.
+"""Distributions for an entropy coder: over integers, with integer parameters.
 
-A latent lives on a grid of width d, z = n d; `law` turns a distribution over z, or over symbols,
-into one over n that pushes and pops:
+A latent lives on a grid of width d, z = n d; `law` converts a distribution over z, or over
+symbols, to one over n that pushes and pops:
 
-    Normal         bins of the grid; mean rounded to d/256, variance less d²/12, so that the mass
+    Normal         bins of the grid; mean rounded to d/256, variance minus d²/12, so that the mass
                    of a bin is d times the density at its middle up to higher orders
-    LevelMixture   Σ_k p_k N(m_k, σ²): the component k is a further latent, got back by bits-back.
+    LevelMixture   Σ_k p_k N(m_k, σ²): the component k is another latent, recovered by bits-back.
                    Push n: pop k ~ P(k|n), push n with N(m_k, σ²), push k with p
     Discrete       symbols; log-probabilities rounded to 1/1024, then 24 bits of the probability
-    Joint          its groups of columns one after the other
+    Joint          its groups of columns one after another
 
-Everything that reaches the coder is rounded first, and coarsely: answers of a network that differ
-in their last digits give the same integers, but for one in 10^10 or so. What follows from rounded
-numbers takes additions, multiplications and tables only, which are the same on every machine.
+All parameters are first rounded, and coarsely: outputs of a network that differ in their last
+digits give the same integers, except for about one in 10^10. Computations on rounded numbers use
+additions, multiplications and tables only, which are the same on every machine.
 """
 
 import math
@@ -25,17 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
+from typing_extensions import override
 
 from nelbo.codec.entropy.stack import PRECISION, SideBySide, Stack, constriction
 from nelbo.diffusion.distributions import Discrete, DiscretisedNormal, Joint, LevelMixture
 
 FINE = 256  # parts of a bin to which a mean is rounded
 SCALE = 1024  # parts of a bin to which a standard deviation is rounded
-REACH = 9  # standard deviations of the bins that are a symbol of their own
-FAR = 22  # bits for what lies beyond
+REACH = 9  # standard deviations within which each bin is a symbol
+FAR = 22  # bits for the distance of values beyond
 PARTS = 1024  # of a nat, to which log-probabilities are rounded
-LEAST = 18  # nats at which a probability has the least weight
-#: weights by log-probability, 0 and then -LEAST to the one below 0: at its own index
+LEAST = 18  # nats beyond which all probabilities have the minimal weight
+#: weights indexed by rounded log-probability, which is 0 or negative (from the end)
 WEIGHTS = np.roll(
     np.maximum(1, np.rint(np.exp(np.arange(-LEAST * PARTS, 1) / PARTS) * (1 << PRECISION))), 1
 ).astype(np.float32)
@@ -48,13 +49,15 @@ class SymbolModel(ABC):
 
     @abstractmethod
     def nats(self, n: np.ndarray) -> float:
-        """-log of the probability of n, or for a grid of its density times d; the sum."""
+        """Return -log of the probability of n, or on a grid of its density times d, summed."""
 
     @abstractmethod
-    def put(self, stack: Bits, n: np.ndarray) -> None: ...
+    def put(self, stack: Bits, n: np.ndarray) -> None:
+        """Put n on the stack, without counting nats."""
 
     @abstractmethod
-    def take(self, stack: Bits) -> np.ndarray: ...
+    def take(self, stack: Bits) -> np.ndarray:
+        """Take n from the stack, int64, without counting nats."""
 
     def push(self, stack: Bits, n: np.ndarray) -> None:
         """Put n on the stack."""
@@ -71,7 +74,7 @@ class SymbolModel(ABC):
 
     @abstractmethod
     def integers(self) -> list[np.ndarray]:
-        """The rounded parameters: what a known answer is made of."""
+        """Return the rounded parameters, for known answers."""
 
 
 class GridNormal(SymbolModel):
@@ -79,9 +82,8 @@ class GridNormal(SymbolModel):
 
     Args:
         mean: shape (B, ...).
-        sd: broadcastable to it.
-        far: whether values beyond 9 standard deviations occur, which cost more; else a bin that
-            was popped is always within.
+        sd: broadcastable to the mean.
+        far: whether values beyond 9 standard deviations may occur, at an additional cost.
     """
 
     def __init__(self, mean: np.ndarray, sd: np.ndarray, far: bool = True) -> None:
@@ -93,13 +95,16 @@ class GridNormal(SymbolModel):
         self.middle = (self.fine + FINE // 2) // FINE
         self.reach = math.ceil(REACH * int(scale.max(initial=SCALE)) / SCALE) + 1
 
+    @override
     def nats(self, n: np.ndarray) -> float:
         u = (n - self.mean) / self.sd
         return float((u * u / 2 + np.log(self.sd)).sum() + n.size * math.log(2 * math.pi) / 2)
 
+    @override
     def integers(self) -> list[np.ndarray]:
         return [self.fine, self.scale]
 
+    @override
     def put(self, stack: Bits, n: np.ndarray) -> None:
         away = (n - self.middle).ravel()
         symbols = away.clip(-self.reach, self.reach)
@@ -108,6 +113,7 @@ class GridNormal(SymbolModel):
             stack.push_some(rest, rest >= 0, constriction().stream.model.Uniform(1 << FAR))
         stack.push(symbols, *self._model())
 
+    @override
     def take(self, stack: Bits) -> np.ndarray:
         away = stack.pop(*self._model()).astype(np.int64)
         if self.far:
@@ -122,7 +128,7 @@ class GridNormal(SymbolModel):
 
 
 class Symbols(SymbolModel):
-    """Symbols.
+    """A categorical distribution.
 
     Args:
         log_probs: shape (B, ..., K).
@@ -131,15 +137,19 @@ class Symbols(SymbolModel):
     def __init__(self, log_probs: np.ndarray) -> None:
         self.log_probs, self.rounded = log_probs, rounded(log_probs)
 
+    @override
     def nats(self, n: np.ndarray) -> float:
         return -float(np.take_along_axis(self.log_probs, n[..., None], -1).sum())
 
+    @override
     def integers(self) -> list[np.ndarray]:
         return [self.rounded.astype(np.int64)]
 
+    @override
     def put(self, stack: Bits, n: np.ndarray) -> None:
         put_symbols(stack, n, self.rounded)
 
+    @override
     def take(self, stack: Bits) -> np.ndarray:
         return take_symbols(stack, self.rounded)
 
@@ -159,6 +169,7 @@ class GridMixture(SymbolModel):
         self.fine = self.mean * FINE
         np.rint(self.fine, out=self.fine)
 
+    @override
     def nats(self, n: np.ndarray) -> float:
         log_density = _log_density(n, self.log_probs, self.mean, self.sd)
         top = log_density.max(-1, keepdims=True)
@@ -167,15 +178,18 @@ class GridMixture(SymbolModel):
         each = np.log(self.sd)[..., 0]
         return float((each - total).sum() + n.size * math.log(2 * math.pi) / 2)
 
+    @override
     def integers(self) -> list[np.ndarray]:
         return [self.rounded.astype(np.int64), self.fine.astype(np.int64)]
 
+    @override
     def put(self, stack: Bits, n: np.ndarray) -> None:
         posterior = self._posterior(n)
         k = take_symbols(stack, posterior)
         self._component(k).put(stack, n)
         put_symbols(stack, k, self.rounded)
 
+    @override
     def take(self, stack: Bits) -> np.ndarray:
         k = take_symbols(stack, self.rounded)
         n = self._component(k).take(stack)
@@ -187,7 +201,7 @@ class GridMixture(SymbolModel):
         return GridNormal(mean, self.sd[..., 0])
 
     def _posterior(self, n: np.ndarray) -> np.ndarray:
-        """P(k|n), rounded, made of rounded numbers only."""
+        """Return P(k|n), rounded, computed from rounded numbers only."""
         sd = np.rint(self.sd * SCALE) / SCALE
         log_probs = _log_density(n, self.rounded / PARTS, self.fine / FINE, sd)
         log_probs -= log_probs.max(-1, keepdims=True)
@@ -197,7 +211,7 @@ class GridMixture(SymbolModel):
 def _log_density(
     n: np.ndarray, log_probs: np.ndarray, mean: np.ndarray, sd: np.ndarray
 ) -> np.ndarray:
-    """log p_k - (n - m_k)²/2σ², shape (B, ..., K)."""
+    """Return log p_k - (n - m_k)²/2σ², shape (B, ..., K)."""
     u = n[..., None] - mean
     u /= sd
     u *= u
@@ -207,21 +221,25 @@ def _log_density(
 
 
 class Groups(SymbolModel):
-    """Groups of columns, each with a law of its own; n is (B, D)."""
+    """Groups of columns, each with its own distribution; n is (B, D)."""
 
     def __init__(self, parts: Sequence[SymbolModel], sizes: Sequence[int]) -> None:
         self.parts, self.cuts = parts, np.cumsum(sizes)[:-1]
 
+    @override
     def nats(self, n: np.ndarray) -> float:
         return sum(part.nats(v) for part, v in self._of(n))
 
+    @override
     def integers(self) -> list[np.ndarray]:
         return [numbers for part in self.parts for numbers in part.integers()]
 
+    @override
     def put(self, stack: Bits, n: np.ndarray) -> None:
         for part, v in reversed(self._of(n)):
             part.put(stack, v)
 
+    @override
     def take(self, stack: Bits) -> np.ndarray:
         return np.concatenate([part.take(stack) for part in self.parts], 1)
 
@@ -230,15 +248,15 @@ class Groups(SymbolModel):
 
 
 def law(distribution: Distribution, width: Tensor, far: bool = True) -> SymbolModel:
-    """A distribution with batch shape (B,) as a law over the integers n of z = n·width.
+    """Convert a distribution with batch shape (B,) to one over the integers n of z = n·width.
 
     Args:
-        distribution: of a process, a reverse step or a decoder.
-        width: of the grid, broadcastable to one example; 1 for symbols.
+        distribution: distribution of a process, a reverse step or a decoder.
+        width: width of the grid, broadcastable to one example; 1 for symbols.
         far: see `GridNormal`.
 
     Raises:
-        TypeError: no law is known for it.
+        TypeError: no code is known for this distribution.
     """
     base = distribution.base_dist if isinstance(distribution, Independent) else distribution
     return law_of(base, width, far)
@@ -287,30 +305,30 @@ def _(base: DiscretisedNormal, width: Tensor, far: bool) -> SymbolModel:
 
 
 def rounded(log_probs: np.ndarray) -> np.ndarray:
-    """Log-probabilities in parts of a nat, whole numbers; all too small ones alike."""
+    """Round log-probabilities to parts of a nat; clip all that are too small."""
     parts = finite(log_probs, infinite=True).clip(-LEAST, 0)
     parts *= PARTS
     return np.rint(parts, out=parts)
 
 
 def put_symbols(stack: Bits, k: np.ndarray, log_probs: np.ndarray) -> None:
-    """Push symbols k, (...), of rounded log-probabilities (..., K)."""
+    """Push symbols k, (...), with rounded log-probabilities (..., K)."""
     stack.push(k.ravel(), *_categorical(log_probs))
 
 
 def take_symbols(stack: Bits, log_probs: np.ndarray) -> np.ndarray:
-    """Pop symbols, (...) int64, of rounded log-probabilities (..., K)."""
+    """Pop symbols, (...) int64, with rounded log-probabilities (..., K)."""
     k = stack.pop(*_categorical(log_probs))
     return k.astype(np.int64).reshape(log_probs.shape[:-1])
 
 
 def finite(v: np.ndarray, infinite: bool = False) -> np.ndarray:
-    """v, which must not hold NaN; nor infinities, but for -inf of log-probabilities.
+    """Return v after checking that it is finite; log-probabilities may be -inf.
 
     Raises:
-        ValueError: it does.
+        ValueError: it holds NaN, or infinities that are not allowed.
     """
-    # NaN is the largest and the least of all, and no comparison holds for it
+    # numpy's max and min of an array with NaN are NaN, which fails every comparison
     if v.size and not (v.max() < np.inf and (infinite or v.min() > -np.inf)):
         raise ValueError(
             "the model gives numbers that are not finite, so it cannot code; train it again"
@@ -320,7 +338,7 @@ def finite(v: np.ndarray, infinite: bool = False) -> np.ndarray:
 
 def _categorical(log_probs: np.ndarray) -> tuple[object, np.ndarray]:
     places = log_probs.astype(np.intp).reshape(-1, log_probs.shape[-1])
-    weights = WEIGHTS[places]  # from the end, where the log-probability is negative
+    weights = WEIGHTS[places]  # negative log-probabilities index from the end
     return constriction().stream.model.Categorical(perfect=False, lazy=False), weights
 
 

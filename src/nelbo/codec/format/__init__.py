@@ -1,0 +1,1 @@
+"""The file format, and the conversion of data in files to examples and back."""

@@ -1,6 +1,6 @@
-"""Arrays of a .npy or .npz file: examples of a schema, all others beside them, and back.
+"""Convert arrays of a .npy or .npz file to examples of a schema, with all others beside, and back.
 
-What is restored are the arrays: their names, order, types and numbers, fields included.
+The arrays are restored: their names, order, types and numbers, including fields.
 """
 
 import io
@@ -24,7 +24,8 @@ from nelbo.data import Schema
 def read(
     arrays: Mapping[str, np.ndarray], schema: Schema, source: str, kind: str
 ) -> tuple[Tensor, dict[str, object], bytes, int, tuple[str, ...]]:
-    """The examples in arrays, what restores these, their bytes, and notes on what stays beside.
+    """Return the examples in arrays, a description that restores these, other bytes, size and
+    notes.
 
     Raises:
         ValueError: no array holds examples of the schema, or one could not be restored.
@@ -58,12 +59,12 @@ def read(
     packed = pack(bytes(extra))
     _check(arrays, as_bytes(x, json.loads(json.dumps(about)), packed, None), source)
     size = sum(array.nbytes for array in arrays.values())
-    notes = tuple(f"{each}: kept beside the examples, as it is" for each in beyond)
+    notes = tuple(f"{each}: kept unchanged beside the examples" for each in beyond)
     return torch.from_numpy(x), about, packed, size, notes
 
 
 def _check(arrays: Mapping[str, np.ndarray], made: bytes, source: str) -> None:
-    """Raise ValueError where the file that would be restored is not that of the arrays."""
+    """Raise ValueError if the restored file would differ from the arrays."""
     found = np.load(io.BytesIO(made), allow_pickle=False)
     again = {"x": found} if isinstance(found, np.ndarray) else dict(found)
     for name, array in arrays.items():
@@ -83,15 +84,18 @@ def _check(arrays: Mapping[str, np.ndarray], made: bytes, source: str) -> None:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether arrays of one type hold the same bits, but for what lies between fields."""
+    """Return whether arrays of one type hold the same bits, ignoring gaps between fields."""
     if a.dtype.names:
         return all(_same(a[name], b[name]) for name in a.dtype.names)
     return a.tobytes() == b.tobytes()
 
 
 def _layout(array: np.ndarray, schema: Schema) -> str | None:
-    """How an array holds examples: as the schema, without its one channel or its one number, or
-    with the channels last; None where it holds none."""
+    """Return how an array holds examples, or None.
+
+    "same" is as in the schema, "flat" without the single channel or number, "last" with channels
+    last.
+    """
     shape = array.shape[1:]
     if array.dtype.kind not in "biu" or not array.ndim:
         return None
@@ -105,7 +109,7 @@ def _layout(array: np.ndarray, schema: Schema) -> str | None:
 
 
 def _beyond(array: np.ndarray, levels: int) -> str:
-    """The range of an array that is not all levels, else ""."""
+    """Return the range of an array if it exceeds the levels, else ""."""
     if not array.size:
         return ""
     low, high = int(array.min()), int(array.max())
@@ -120,18 +124,18 @@ def _to_examples(array: np.ndarray, order: str, schema: Schema) -> np.ndarray:
 
 
 def as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None) -> bytes:
-    """The content of the file with examples x; of `places` only, after a salvage.
+    """Return the content of the file with examples x, or with those at `places` after a salvage.
 
     Raises:
-        CorruptFileError: types that no such file has.
+        CorruptFileError: the header states types that no such file has.
     """
     whole = [(name, _dtype(descr), shape, order) for name, descr, shape, order in about["arrays"]]
     most = sum(math.prod(shape) * kind.itemsize for _, kind, shape, order in whole if not order)
     if any(kind.kind not in "biu" for _, kind, _, order in whole if order):
-        raise CorruptFileError("the levels of the model are integers, and the file says others")
+        raise CorruptFileError("the levels of the model are integers, but not those in the file")
     if any(kind.hasobject for _, kind, _, _ in whole):
-        raise CorruptFileError("the file says that it holds Python objects")
-    beside = "what the file holds beside the examples"
+        raise CorruptFileError("the file claims to hold Python objects")
+    beside = "the data beside the examples"
     if most < 0:
         raise CorruptFileError(f"{beside} has a negative size")
     limits.check_unpacked(most, len(extra), beside, 3)
@@ -158,7 +162,7 @@ def as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None
 
 
 def _write_npz(file: io.BytesIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """As `numpy.savez_compressed`, which takes names such as `file` for its own parameters."""
+    """Write like `numpy.savez_compressed`, which cannot write arrays with names such as `file`."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -166,8 +170,11 @@ def _write_npz(file: io.BytesIO, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _dtype(descr: object) -> np.dtype:
-    """The type that `numpy.lib.format.dtype_to_descr` described, after JSON made lists of its
-    tuples: fields are (name, description) or (name, description, shape), a name may be a pair."""
+    """Return the type that `numpy.lib.format.dtype_to_descr` described, after JSON.
+
+    JSON turns tuples into lists: fields are (name, description) or (name, description, shape), and
+    a name may be a pair.
+    """
     if isinstance(descr, str):
         found = np.dtype(descr)
     elif isinstance(descr, list):

@@ -1,7 +1,7 @@
-"""Columns of a table as bytes, exactly: what goes beside the rows that a model codes.
+"""Convert columns of a table to bytes exactly, to be stored beside the rows coded by a model.
 
-For each column whether its cells are there, a bit each; then the numbers of those of fixed size,
-or the lengths of all others as text and their bytes.
+Each column has one bit per cell that is set unless the cell is missing; then follow the numbers,
+if cells have a fixed size, or the lengths of all cells as text, and their bytes.
 """
 
 from typing import TYPE_CHECKING
@@ -15,17 +15,17 @@ from nelbo.data.tabular.tables import polars
 if TYPE_CHECKING:
     from polars import DataType, Series
 
-#: types whose cells are stored as text, which says them exactly
+#: types whose cells are stored as text, which is exact
 AS_TEXT = ("String", "Categorical", "Enum", "Decimal", "Int128", "UInt128")
-#: the numbers that stand for the cells of types that are none
+#: number types for the cells of types that are not numeric
 PHYSICAL = {"Boolean": "u1", "Date": "i4", "Time": "i8", "Datetime": "i8", "Duration": "i8"}
 
 
 def to_bytes(series: "Series") -> bytes:
-    """The cells of a column.
+    """Return the cells of a column as bytes.
 
     Raises:
-        ValueError: its type is not flat.
+        ValueError: its type is nested.
     """
     pl = polars()
     name, numbers = _kind(series.dtype)
@@ -46,10 +46,10 @@ def to_bytes(series: "Series") -> bytes:
 
 
 def of_bytes(name: str, dtype: str, count: int, data: bytes) -> "Series":
-    """The column of `count` cells of a type (`dtypes`) that became these bytes.
+    """Return the column of `count` cells of a type (`dtypes`) from its bytes.
 
     Raises:
-        CorruptFileError: they are none.
+        CorruptFileError: these are not such bytes.
     """
     pl = polars()
     made = parse(dtype)
@@ -84,7 +84,7 @@ def of_bytes(name: str, dtype: str, count: int, data: bytes) -> "Series":
 
 
 def equal_cells(a: "Series", b: "Series") -> np.ndarray:
-    """Which cells of two columns of one type are the same to the bit, (N,)."""
+    """Return a mask of the cells that are equal to the bit in two columns of one type, (N,)."""
     pl = polars()
     if a.dtype.is_float():
         both = (a.is_null() & b.is_null()).to_numpy()
@@ -98,7 +98,7 @@ def equal_cells(a: "Series", b: "Series") -> np.ndarray:
 
 
 def _kind(dtype: "DataType") -> tuple[str, str]:
-    """The name of a type without its brackets, and what its cells are as numbers of NumPy."""
+    """Return the name of a type without its brackets, and the NumPy type of its cells or ""."""
     name = describe(dtype).partition("[")[0]
     if name in PHYSICAL:
         return name, f"<{PHYSICAL[name]}"

@@ -1,25 +1,24 @@
-r"""The file, extension .nlb; all numbers little-endian.
+"""The file, extension .nlb; all numbers are little-endian.
 
-    93 4E 4C 42 0D 0A 1A 0A      the first byte is no text, and line ends that a transfer changes
-                                 are changed here first
+    93 4E 4C 42 0D 0A 1A 0A      the first byte is not text, and a transfer that changes line
+                                 ends changes these bytes first
     u8  version
     u32 length of the header, u32 length of the extra
     header                       JSON, deflated with a dictionary
-    extra                        what goes with the data and is not coded by the model, as it is
-    u32 CRC-32 of all before
+    extra                        data that are not coded by the model, unchanged
+    u32 CRC-32 of everything before
 
     for each block:
-    BLK1, u32 length of what follows but its CRC
+    BLK1, u32 length of the block without its CRC
     u32 first, u32 count, u8 mode, u8 nonce, u16 runs, u32 borrowed, u32 seeds
-    runs times: u8 log2 size, u16 how many batches of that size follow each other
-    the coded words, which hold the check of the data (blocks.py)
+    runs times: u8 log2 size, u16 number of consecutive batches of that size
+    the coded words, which contain the check of the data (blocks.py)
     u32 CRC-32 of the block since its length
 
-    END1, u32 number of blocks, u32 CRC-32 of all before
+    END1, u32 number of blocks, u32 CRC-32 of everything before
 
-Nothing is allocated that the bytes which are there do not account for: a batch is at most 2^8
-examples and takes part of a run of three bytes, so a header that lies about the size of the data
-costs no memory.
+Memory is allocated only in proportion to the bytes that are present: a batch is at most 2^8
+examples and part of a run of three bytes, so a false header cannot exhaust memory.
 """
 
 import itertools
@@ -40,8 +39,8 @@ _BLOCK = struct.Struct("<IIBBHII")
 _RUN = struct.Struct("<BH")
 _CRC = struct.Struct("<I")
 _LARGEST = 8  # log2 of a batch
-_MANY = 65535  # batches of a run, and examples of a block
-#: what a header usually holds, so that it takes few bytes; part of the format
+_MANY = 65535  # batches of a run, and examples of a block, at most
+#: usual contents of a header, so that it takes few bytes; part of the format
 _USUAL = (
     b'"kind":"text","kind":"image","kind":"images","names":[".png"],"sizes":[,"kind":"table",'
     b'"kind":"npy","dtype":"int64","dtype":"uint8","arrays":[["x_test","x","|u1",[],true]]}'
@@ -51,12 +50,12 @@ _USUAL = (
     b'"constriction":"0.5.0"},"answers":{"1":,"32":},"coder":,"ideal":[,447.0],"contents":{"kind"'
     b':"npz","arrays":[["x","|u1",[447,1,8,8],true]]}}'
 )
-_INFLATION = 64  # how much larger than deflated a header may be, and 64 KiB
-HEADER = 2**24  # bytes of a header: the names of 500 000 images
+_INFLATION = 64  # maximal ratio of a header to its deflated bytes, beyond 64 KiB
+HEADER = 2**24  # maximal bytes of a header: the names of 500 000 images
 
 
 def write_prefix(header: Mapping[str, object], extra: bytes) -> bytes:
-    """All before the blocks."""
+    """Return everything before the blocks."""
     text = json.dumps(dict(header), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     if len(text.encode()) > HEADER:
         raise ValueError(
@@ -70,14 +69,14 @@ def write_prefix(header: Mapping[str, object], extra: bytes) -> bytes:
 
 
 def read_prefix(data: bytes) -> tuple[dict[str, object], bytes, int]:
-    """The header, the extra, and where the blocks begin.
+    """Return the header, the extra, and the position of the blocks.
 
     Raises:
-        CodecError: not a container, of a newer version, or damaged.
+        CodecError: this is not a container, has another version, or is damaged.
     """
     if data[: len(MAGIC)] != MAGIC:
         raise CorruptFileError(
-            "not a compressed file of nelbo: its first bytes are others; nelbo compress writes one"
+            "not a compressed file of nelbo, by its first bytes; nelbo compress writes one"
         )
     if len(data) < _PREFIX.size:
         raise CorruptFileError("the file ends within its first bytes; get a whole copy")
@@ -97,7 +96,7 @@ def read_prefix(data: bytes) -> tuple[dict[str, object], bytes, int]:
         raise CorruptFileError("the file ends within its header; get a whole copy")
     if _CRC.unpack_from(data, at)[0] != zlib.crc32(data[:at]):
         raise CorruptFileError(
-            "the header is damaged, and nothing can be read without; get a whole copy"
+            "the header is damaged, and nothing can be read without it; get a whole copy"
         )
     packed = data[_PREFIX.size : _PREFIX.size + of_header]
     header = _inflate(packed, min(HEADER, _INFLATION * len(packed) + 2**16))
@@ -105,7 +104,7 @@ def read_prefix(data: bytes) -> tuple[dict[str, object], bytes, int]:
 
 
 def write_block(block: Block) -> bytes:
-    """A block with its frame."""
+    """Return a block with its frame."""
     runs = [(size, len(list(same))) for size, same in itertools.groupby(block.sizes)]
     split = [(size, min(_MANY, n - i)) for size, n in runs for i in range(0, n, _MANY)]
     body = _BLOCK.pack(
@@ -123,10 +122,10 @@ def write_block(block: Block) -> bytes:
 
 
 def read_blocks(data: bytes, at: int) -> Iterator[Block]:
-    """The blocks from `at` to the end of the file, which must be whole.
+    """Yield the blocks from `at` to the end of the file, which must be intact.
 
     Raises:
-        CorruptFileError: where it is not.
+        CorruptFileError: the file is damaged.
     """
     count = 0
     while data[at : at + 4] != END:
@@ -137,14 +136,14 @@ def read_blocks(data: bytes, at: int) -> Iterator[Block]:
         raise CorruptFileError(
             "the file ends within its last bytes"
             if at + 12 > len(data)
-            else "there is something behind the end of the file"
+            else "there are bytes after the end of the file"
         )
     if struct.unpack_from("<II", data, at + 4) != (count, zlib.crc32(data[: at + 8])):
         raise CorruptFileError("the file as a whole is damaged")
 
 
 def find_blocks(data: bytes, at: int) -> Iterator[Block]:
-    """The blocks that are whole, wherever they lie."""
+    """Yield all intact blocks, wherever they are."""
     while (at := data.find(BLOCK, at)) >= 0:
         try:
             block, at = _read_block(data, at)
@@ -154,13 +153,13 @@ def find_blocks(data: bytes, at: int) -> Iterator[Block]:
 
 
 def write_end(data: bytes, count: int) -> bytes:
-    """The last bytes of a file that so far is `data`."""
+    """Return the last bytes of a file whose previous bytes are `data`."""
     end = END + _CRC.pack(count)
     return end + _CRC.pack(zlib.crc32(end, zlib.crc32(data)))
 
 
 def _read_block(data: bytes, at: int) -> tuple[Block, int]:
-    """The block at `at`, and where it ends."""
+    """Return the block at `at`, and the position of its end."""
     place = f"at byte {at} of {len(data)}"
     if data[at : at + 4] != BLOCK or len(data) < at + 8:
         raise CorruptFileError(f"there is no block {place}: the file is cut or damaged")
@@ -183,7 +182,7 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
             raise CorruptFileError(f"the block {place} has impossible batches")
         sizes += [1 << log_size] * n
     if (mode == MODEL and sum(sizes) + seeds != count) or not 0 < count <= _MANY:
-        raise CorruptFileError(f"the block {place} has another number of examples than it says")
+        raise CorruptFileError(f"the block {place} has another number of examples than stated")
     block = Block(first, count, mode, nonce, borrowed, seeds, tuple(sizes), data[payload:end])
     return block, end + 4
 

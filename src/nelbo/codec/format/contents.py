@@ -1,7 +1,8 @@
-"""Data in files as examples of a schema, and back: names, order, types and sizes included.
+"""Read data in files as examples of a schema, and restore them: names, order, types and sizes.
 
-Unlike `nelbo.data`, which makes examples for a model to learn from, nothing here may be resized,
-rounded or left out. What the schema cannot hold is refused, or goes with the examples as it is.
+Unlike `nelbo.data`, which reads examples for a model to learn from, nothing here may be resized,
+rounded or left out. Data that the schema cannot hold are refused, or stored unchanged beside the
+examples.
 """
 
 from collections.abc import Mapping
@@ -28,14 +29,14 @@ ARRAYS = (".npy", ".npz")
 
 @dataclass(frozen=True)
 class Contents:
-    """Examples, and what makes them the data again.
+    """Examples, and everything that restores the data from them.
 
     Args:
         x: (N, *shape), integers 0..levels-1.
-        about: plain values for JSON; "kind" says which of the forms below.
-        extra: what the model does not code.
-        original: bytes of the data in memory: what a plain file of the numbers would take.
-        notes: one sentence for each thing that is not restored to the byte.
+        about: plain values for JSON; "kind" selects one of the forms below.
+        extra: data that the model does not code.
+        original: bytes of the data in memory, or of a plain file of the numbers.
+        notes: one sentence for each property that is not restored to the byte.
     """
 
     x: Tensor
@@ -46,16 +47,16 @@ class Contents:
 
 
 def read(source: str, schema: Schema) -> Contents:
-    """The data at `source` as examples of a schema.
+    """Read the data at `source` as examples of a schema.
 
     Args:
         source: a .npy, .npz, .png, .txt, .csv, .tsv, .parquet or .arrow file, a folder of .png or
             of .txt files, or the name of a built-in set.
-        schema: of the run.
+        schema: schema of the run.
 
     Raises:
         FileNotFoundError: there is no such source.
-        ValueError: it is of no known type, empty, or the schema cannot hold it.
+        ValueError: its type is unknown, it is empty, or the schema cannot hold it.
     """
     path = Path(here(source))
     if source in BUILT_IN:
@@ -85,7 +86,7 @@ def read(source: str, schema: Schema) -> Contents:
 
 
 def check_output(about: Mapping[str, object], out: Path) -> None:
-    """Raises ValueError or OSError where the data cannot be written to `out`."""
+    """Raise ValueError or OSError if the data cannot be written to `out`."""
     kind = about.get("kind")
     folder = kind in ("images", "texts")
     if out.exists():
@@ -98,20 +99,18 @@ def check_output(about: Mapping[str, object], out: Path) -> None:
 
 
 def save(contents: Contents, schema: Schema, out: Path, kept: Tensor | None = None) -> None:
-    """Write the data; of `kept` places only, (n,), after a salvage.
+    """Write the data, or after a salvage only those at the indices `kept`, (n,).
 
     Raises:
         CorruptFileError: the contents contradict themselves.
-        OSError: naming the file that cannot be written.
+        OSError: a file cannot be written; the error names it.
     """
     check_output(contents.about, out)
     try:
         made = _files(contents, schema, out, kept)
     except (CodecError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # what a header says leads anywhere: struct.error of a long name, ..
+    except Exception as error:  # a false header may raise anything: struct.error of a name, ..
         raise CorruptFileError(
             f"the contents of the file contradict themselves: {shortened(repr(error))}"
         ) from None
@@ -122,7 +121,7 @@ def save(contents: Contents, schema: Schema, out: Path, kept: Tensor | None = No
 
 
 def _write_folder(made: list[tuple[Path, bytes]], out: Path) -> None:
-    """All files or none."""
+    """Write all files or none."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with folder_part_of(out) as temporary:
         whole = temporary / "whole"

@@ -1,4 +1,4 @@
-"""What coder and decoder share beside the model, and what a file says of itself."""
+"""The header of a file: everything that coder and decoder share beside the model."""
 
 import itertools
 from dataclasses import dataclass, fields
@@ -10,29 +10,29 @@ import torch
 from nelbo._utils.progress import shortened
 from nelbo.codec.errors import CorruptFileError
 
-PARTS = 4096  # even parts of time that a header knows, at most
+PARTS = 4096  # maximal number of even parts of time in a header
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """Header of a file.
 
     Args:
-        examples: how many.
-        shape: of one.
-        levels: of a dimension, at most.
+        examples: number of examples.
+        shape: shape of one example.
+        levels: maximal number of levels of a dimension.
         model: hash of the model.
-        weights: which these are, for the record.
-        steps: the times of the grid as `pack_times` has them.
-        precision: of the network.
-        effort: of the coder; more than 1 if a number stands before each example.
-        batch: examples of a network call, at most.
+        weights: name of the weights, for the record.
+        steps: the times of the grid, by `pack_times`.
+        precision: precision of the network.
+        effort: effort of the coder; if more than 1, a number stands before each example.
+        batch: examples per network call, at most.
         device: type of the device that coded.
-        versions: of what coded.
+        versions: versions of the libraries that coded.
         answers: batch size to the checksum of the network's known answers.
         coder: checksum of known symbols through the coder.
-        ideal: nats, and examples, of which one draw of the bound was the model's part.
-        contents: how the examples become the data again.
+        ideal: nats of one draw of the bound of the examples coded by the model, and their number.
+        contents: description that restores the data from the examples.
     """
 
     examples: int
@@ -53,7 +53,11 @@ class Header:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "Header":
-        """Raises CorruptFileError where a key is missing, unknown or of another kind."""
+        """Return the header with these values.
+
+        Raises:
+            CorruptFileError: a key is missing or unknown, or a value has the wrong type.
+        """
         kinds = {f.name: f.type for f in fields(cls)}
         if values.keys() != kinds.keys():
             raise CorruptFileError(
@@ -74,7 +78,7 @@ class Header:
 
 
 def _is(value: object, kind: object) -> bool:
-    """Whether a value of JSON is of a type such as list[int]."""
+    """Return whether a JSON value has a type such as list[int]."""
     outer, inner = get_origin(kind) or kind, get_args(kind)
     if outer is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
@@ -87,8 +91,9 @@ def _is(value: object, kind: object) -> bool:
 
 
 def pack_times(times: tuple[float, ...]) -> list[float]:
-    """Times for JSON: the number N of even parts of (0, 1] and the steps between them in parts,
-    where that gives exactly these times; else 0 and the times.
+    """Convert times for JSON: the number N of even parts of (0, 1] and the steps between times.
+
+    The steps are in parts. If this does not give exactly these times, return 0 and the times.
 
     >>> pack_times((0.25, 0.5, 1.0))
     [4, 1, 1, 2]
@@ -101,10 +106,10 @@ def pack_times(times: tuple[float, ...]) -> list[float]:
 
 
 def unpack_times(packed: list[float]) -> tuple[float, ...]:
-    """The times that were packed.
+    """Return the times that were packed.
 
     Raises:
-        ValueError: there are none.
+        ValueError: these are not packed times.
     """
     parts, *rest = packed
     if not parts:

@@ -1,7 +1,7 @@
-"""PNG images as tiles of the size of a model's images, and back.
+"""Cut PNG images into tiles of the size of a model's images, and join them again.
 
-An image that is larger, or no multiple of that size, is continued by its last rows and columns,
-and cut off again. What is restored are the pixels, not the bytes of the file.
+An image that is not a multiple of that size is padded by repeating its last rows and columns,
+which are cut off again. The pixels are restored, not the bytes of the file.
 """
 
 import io
@@ -20,15 +20,15 @@ from nelbo.data.readers.pillow import bits_of, opened, orientation
 
 MODES = {1: "L", 3: "RGB"}
 SUFFIX = ".png"
-#: bytes for each number of the images, while they are cut, coded and compared
+#: bytes of memory per number of the images while they are cut, coded and compared
 TAKEN = 5
 
 
 def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, int]:
-    """The tiles of an image or of all images in a folder, what restores them, and their bytes.
+    """Return the tiles of an image or a folder, a description that restores them, and their size.
 
     Raises:
-        ValueError: no images, or some that the schema cannot hold.
+        ValueError: there are no images, or some that the schema cannot hold.
     """
     if len(schema.shape) != 3 or schema.shape[0] not in MODES or schema.levels is None:
         raise ValueError(f"{path} holds images; the run's examples have the shape {schema.shape}")
@@ -51,7 +51,7 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
 def files(
     x: np.ndarray, about: dict, out: Path, places: np.ndarray | None
 ) -> list[tuple[Path, bytes]]:
-    """The images of the tiles x; only those that are whole, where just `places` of all are."""
+    """Return the images of the tiles x; if only tiles at `places` exist, only complete images."""
     names = [out] if about["kind"] == "png" else [inside(out, name) for name in about["names"]]
     sizes = about["sizes"] * len(names) if len(about["sizes"]) == 1 else about["sizes"]
     at, made = 0, []
@@ -67,10 +67,10 @@ def files(
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file, or all in a folder but hidden ones, by name.
+    """Return the file, or all files in a folder except hidden ones, by name.
 
     Raises:
-        ValueError: a folder in it is a link, which would not come back as one.
+        ValueError: a folder in it is a link, which could not be restored.
     """
     if path.is_file():
         return [path]
@@ -82,7 +82,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def cut(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """An image (C, H, W) as tiles (N, C, h, w), row by row."""
+    """Cut an image (C, H, W) into tiles (N, C, h, w), row by row."""
     channels, h, w = shape
     height, width = image.shape[1:]
     padded = np.pad(image, ((0, 0), (0, -height % h), (0, -width % w)), mode="edge")
@@ -92,7 +92,7 @@ def cut(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def join(tiles: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The image (C, height, width) of which `cut` made the tiles."""
+    """Join tiles to the image (C, height, width) from which `cut` made them."""
     _, channels, h, w = tiles.shape
     rows, columns = -(-height // h), -(-width // w)
     whole = tiles.reshape(rows, columns, channels, h, w).transpose(2, 0, 3, 1, 4)
@@ -100,7 +100,7 @@ def join(tiles: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _check_size(files: list[Path], folder: Path) -> None:
-    """Raise ValueError before images are decoded that together are more than memory is for."""
+    """Raise ValueError before decoding if the images together exceed memory."""
     pixels = packed = 0
     for file in files:
         packed += limits.regular(file)
@@ -114,7 +114,7 @@ def _samples(image: Image.Image) -> int:
 
 
 def _load(file: Path, schema: Schema) -> np.ndarray:
-    """The pixels of an image, (C, H, W) uint8."""
+    """Return the pixels of an image, (C, H, W) uint8."""
     mode = MODES[schema.shape[0]]
 
     def pixels(image: Image.Image) -> tuple[str, bool, bool, np.ndarray | None]:
@@ -132,12 +132,12 @@ def _load(file: Path, schema: Schema) -> np.ndarray:
         )
     if clear:
         raise ValueError(
-            f"{file} has a transparent colour, which the run's images have not; save it without"
+            f"{file} has a transparent colour, which the run cannot hold; save it without"
         )
     if turned:
         raise ValueError(
-            f"{file} is turned by its EXIF orientation, which would not come back with its pixels;"
-            " save it upright"
+            f"{file} is rotated by its EXIF orientation, which would not be restored; save it"
+            " upright"
         )
     assert schema.levels is not None
     if x.max() >= schema.levels:
@@ -155,7 +155,7 @@ def _save(image: np.ndarray) -> bytes:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A name below the folder: a file says no other."""
+    """Return a path below the folder; raise CorruptFileError if a file states another."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
         raise CorruptFileError(f"the file names an image {name!r} outside its folder")

@@ -1,8 +1,8 @@
-"""Tables whose columns are all discrete as rows of codes, and back.
+"""Convert tables whose columns are all discrete to rows of codes, and back.
 
-What is restored are the cells: names and order of the columns, their types, and each cell as it
-was written. Columns that the run leaves out go beside the rows, and so do cells that say what
-others say in another way: 1.50 for 1.5, NA or NaN for a missing one.
+The cells are restored: names and order of the columns, their types, and each cell as it was
+written. Columns that the run leaves out are stored beside the rows, and so are cells with another
+spelling: 1.50 for 1.5, NA or NaN for a missing one.
 """
 
 import io
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, int, tuple]:
-    """The rows of a table as codes, what restores them, and the bytes of its file.
+    """Return the rows of a table as codes, a description that restores them, size and notes.
 
     Raises:
-        ValueError: cells or columns that the schema cannot hold, or that would not come back.
+        ValueError: cells or columns that the schema cannot hold, or that could not be restored.
     """
     if schema.kind != "table":
         raise ValueError(f"{path} is a table; the run is of examples of shape {schema.shape}")
@@ -78,17 +78,17 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
 def as_bytes(
     x: np.ndarray, about: dict, extra: bytes, schema: Schema, places: np.ndarray | None
 ) -> bytes:
-    """The content of the file with rows x; with those of `places` only, after a salvage.
+    """Return the content of the file with rows x, or with those at `places` after a salvage.
 
     Raises:
-        CorruptFileError: what is said of the columns contradicts itself.
+        CorruptFileError: the description of the columns contradicts itself.
     """
     pl = tables.polars()
     sizes, patches = dict(about.get("columns", ())), {n: c for n, *c in about.get("cells", ())}
     most = sum(sizes.values()) + sum(4 * count + size for count, size in patches.values())
-    limits.check_memory(most, "what the file holds beside the rows")
+    limits.check_memory(most, "the data beside the rows")
     rest = io.BytesIO(unpack(extra, most))
-    found: dict[str, Series] = {}  # a frame of a list names what has no name
+    found: dict[str, Series] = {}  # a frame made from a list would name unnamed columns
     try:
         made = encoding.decode(x.astype(np.float64), schema.columns)
         for name, kind in about["types"].items():
@@ -113,7 +113,10 @@ def as_bytes(
 def _patched(
     series: "Series", at: np.ndarray, cells: "Series", places: np.ndarray | None
 ) -> "Series":
-    """A column with the cells `at` some rows of the whole table, of which it has `places`."""
+    """Replace cells of a column.
+
+    `at` are their rows in the whole table, of which the column has those at `places`.
+    """
     if places is not None:
         kept = np.isin(at, places)
         at, cells = np.searchsorted(places, at[kept]), cells.filter(kept)
@@ -121,7 +124,7 @@ def _patched(
 
 
 def _refuse_outside(rows: np.ndarray, frame: "DataFrame", schema: Schema, path: Path) -> None:
-    """Raise ValueError where a cell has a code that stands for several others."""
+    """Raise ValueError if a cell has a code that stands for several values."""
     outside = encoding.outside_training(rows, schema.columns)
     if outside.any():
         row = int(outside.any(1).argmax())
@@ -134,17 +137,17 @@ def _refuse_outside(rows: np.ndarray, frame: "DataFrame", schema: Schema, path: 
 
 
 def _check(frame: "DataFrame", content: bytes, path: Path) -> None:
-    """Raise ValueError where the file that would be restored is not of the cells of the frame."""
+    """Raise ValueError if the restored file would not have the cells of the frame."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"restored{path.suffix}"
         file.write_bytes(content)
         again = tables.read(file)
     if again.columns != frame.columns or again.height != frame.height:
-        raise ValueError(f"the rows and names of {path} would not come back as they are")
+        raise ValueError(f"the rows and names of {path} could not be restored exactly")
     for series in frame:
         other = again[series.name]
         if other.dtype != series.dtype or not equal_cells(series, other).all():
             raise ValueError(
-                f"the column {series.name!r} of {path} would not come back exactly, as"
-                f" {series.dtype} of the same cells; leave it out, or write it in another way"
+                f"the column {series.name!r} of {path} could not be restored exactly as"
+                f" {series.dtype}; leave it out, or write it in another way"
             )

@@ -1,7 +1,7 @@
-"""Text as chunks of the symbols of a run, and back to the byte.
+"""Convert text to chunks of the symbols of a run, and back to the byte.
 
-The files of a folder follow each other; the last chunk is filled up. Characters that the alphabet
-lacks have a symbol of their own, and which they are goes with the chunks as it is.
+The files of a folder are concatenated; the last chunk is padded. Characters that the alphabet
+lacks share one symbol, and are stored beside the chunks.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from nelbo.data.readers.text import encode
 
 
 def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, int]:
-    """The chunks of a text or of all in a folder, what restores them, and their bytes.
+    """Return the chunks of a text or a folder, a description that restores them, and their size.
 
     Raises:
-        ValueError: not UTF-8, empty, or the run is of no text.
+        ValueError: a text is empty or not UTF-8, or the run is not of text.
     """
     if schema.alphabet is None:
         raise ValueError(f"{path} is text; the run is of examples of shape {schema.shape}")
@@ -52,7 +52,7 @@ def files(
     out: Path,
     places: np.ndarray | None,
 ) -> list[tuple[Path, bytes]]:
-    """The texts of the chunks x; without those of a salvage that were lost."""
+    """Return the texts of the chunks x; after a salvage, without the lost parts."""
     names = [out] if about["kind"] == "txt" else [inside(out, name) for name in about["names"]]
     ends, length = np.cumsum(about["sizes"]), schema.shape[0]
     places = np.arange(len(x)) if places is None else places
@@ -73,7 +73,7 @@ def files(
         )
         made.append((name, text.encode()))
     if next(others, None) is not None:
-        raise CorruptFileError("the text has fewer unknown characters than the file says")
+        raise CorruptFileError("the text has fewer unknown characters than the file states")
     return made
 
 
