@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nelbo._utils.scalars import integer, plain
-from nelbo.data import Dataset, Schema
+from nelbo.data.schema import Dataset, Schema
 from nelbo.diffusion.gaussian_mixture import fit
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine

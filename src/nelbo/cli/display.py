@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nelbo._utils.progress import Terminal
 from nelbo.codec.files import Report
-from nelbo.data import Schema
 from nelbo.data.inspection import Inspection
+from nelbo.data.schema import Schema
 from nelbo.evaluation.result import BoundEstimate, Evaluation, FlowDetails, ImportanceDetails
 
 if TYPE_CHECKING:

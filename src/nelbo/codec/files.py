@@ -16,7 +16,7 @@ from nelbo.codec.errors import CodecError
 from nelbo.codec.format import contents
 from nelbo.codec.format.header import Header
 from nelbo.codec.settings import Settings
-from nelbo.data import Schema
+from nelbo.data.schema import Schema
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
 

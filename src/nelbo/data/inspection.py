@@ -11,9 +11,9 @@ import numpy as np
 
 from nelbo import data
 from nelbo._utils import limits
-from nelbo.data import Schema
 from nelbo.data.columns import Column
 from nelbo.data.remote import here
+from nelbo.data.schema import Schema
 from nelbo.data.sources import Splits, is_table, stream_of
 from nelbo.data.splits import declare
 from nelbo.data.tabular import cells, streams, tables

@@ -37,8 +37,8 @@ from nelbo._utils.batch_rng import gather_rows, local_shard, shard_rng
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
-from nelbo.data import Schema
 from nelbo.data.readers.pillow import png
+from nelbo.data.schema import Schema
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo, even_times

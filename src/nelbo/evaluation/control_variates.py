@@ -35,7 +35,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nelbo._utils.numerics import over
-from nelbo.data import as_examples
+from nelbo.data.schema import as_examples
 from nelbo.diffusion.gaussian_mixture import FEWEST, GaussianMixtureEnsemble
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import level_evidence, log_frequencies

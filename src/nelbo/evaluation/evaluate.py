@@ -20,7 +20,7 @@ from nelbo._utils.distributed import gather, map_across_processes, world
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
-from nelbo.data import as_examples, fingerprint
+from nelbo.data.schema import as_examples, fingerprint
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, counting, measuring, model_hash

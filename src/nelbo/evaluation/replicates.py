@@ -9,7 +9,7 @@ from torch import Tensor
 from nelbo._utils.distributed import gather, map_across_processes, world
 from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
-from nelbo.data import fingerprint
+from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
 from nelbo.evaluation.evaluate import precision_of, scale_of

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo.data import as_examples
+from nelbo.data.schema import as_examples
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Parametrization
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion, normal

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nelbo import data
 from nelbo._utils import limits
-from nelbo.data import Schema
+from nelbo.data.schema import Schema
 from nelbo.data.sources import Splits
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization

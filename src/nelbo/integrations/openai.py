@@ -26,7 +26,7 @@ from typing_extensions import override
 from nelbo._utils import limits
 from nelbo._utils.files import put_weights, read_tensors
 from nelbo._utils.progress import shortened
-from nelbo.data import Schema
+from nelbo.data.schema import Schema
 from nelbo.diffusion.process import Levels
 from nelbo.diffusion.times import TimeGrid
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left, spaced

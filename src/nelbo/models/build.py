@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from nelbo._utils import limits
-from nelbo.data import Schema
 from nelbo.data.columns import Group, groups
+from nelbo.data.schema import Schema
 from nelbo.diffusion import decoder as likelihood
 from nelbo.diffusion import parametrization, reverse, schedules
 from nelbo.diffusion.model import Model

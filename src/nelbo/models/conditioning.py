@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils.batch_rng import shard_rng
-from nelbo.data import Label, Schema
+from nelbo.data.schema import Label, Schema
 from nelbo.data.tabular.spelling import is_number, places_of
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model

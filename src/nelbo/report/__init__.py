@@ -16,7 +16,7 @@ from torch import Tensor
 from nelbo._utils.distributed import world
 from nelbo._utils.files import write
 from nelbo._utils.progress import Track, printable, tracker
-from nelbo.data import Schema, as_examples
+from nelbo.data.schema import Schema, as_examples
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nelbo.data import Schema
 from nelbo.data.readers.pillow import png
 from nelbo.data.readers.text import decode
+from nelbo.data.schema import Schema
 from nelbo.data.tabular import encoding, tables
 from nelbo.diffusion.process import ForwardProcess
 

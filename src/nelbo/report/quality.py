@@ -14,8 +14,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from nelbo._utils.numerics import seeded
-from nelbo.data import as_examples
 from nelbo.data.columns import Column, Place
+from nelbo.data.schema import as_examples
 from nelbo.report import figures
 from nelbo.report.tables import known
 

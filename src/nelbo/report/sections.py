@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nelbo._utils.numerics import LOG_2
 from nelbo._version import __version__
-from nelbo.data import Schema
+from nelbo.data.schema import Schema
 from nelbo.diffusion.model import Model
 from nelbo.evaluation.result import Evaluation
 from nelbo.report import figures, tables

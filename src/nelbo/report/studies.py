@@ -15,7 +15,7 @@ from nelbo.codec.api import compress, decompress
 from nelbo.codec.coding.codec import check_codable
 from nelbo.codec.entropy.stack import constriction
 from nelbo.codec.settings import Settings
-from nelbo.data import Schema
+from nelbo.data.schema import Schema
 from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Prediction

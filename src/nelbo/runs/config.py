@@ -25,7 +25,7 @@ from nelbo._utils import cache, limits
 from nelbo._utils.distributed import main_process_first
 from nelbo._utils.progress import shortened
 from nelbo._version import __version__
-from nelbo.data import Dataset, Schema
+from nelbo.data.schema import Dataset, Schema
 from nelbo.data.sources import BUILT_IN
 from nelbo.data.splits import NONE, Declared, declare
 from nelbo.models.config import ModelConfig

@@ -19,7 +19,7 @@ from nelbo._utils import cache
 from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.numerics import seeded
 from nelbo._version import __version__
-from nelbo.data import fingerprint
+from nelbo.data.schema import fingerprint
 from nelbo.diffusion.model import measuring, model_hash
 from nelbo.evaluation.allocation import EVEN, Proposal, Strata, pilot
 from nelbo.evaluation.control_variates import ControlVariates

@@ -20,7 +20,7 @@ from nelbo._utils.numerics import LOG_2
 from nelbo._utils.progress import progress_bar
 from nelbo._utils.scalars import integer, real
 from nelbo._utils.signals import Interrupted, interruptible
-from nelbo.data import Dataset
+from nelbo.data.schema import Dataset
 from nelbo.data.sources import BUILT_IN, Splits
 from nelbo.data.splits import declare
 from nelbo.data.tabular import tables

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.progress import Track
-from nelbo.data import Schema
+from nelbo.data.schema import Schema
 from nelbo.data.sources import labels_of
 from nelbo.data.tabular import encoding, tables
 from nelbo.diffusion.batch import rows_of

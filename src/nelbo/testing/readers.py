@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nelbo.data import fingerprint, load, load_like
+from nelbo.data.schema import fingerprint
+from nelbo.data.sources import load, load_like
 
 
 class ReaderContract:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from nelbo._utils.batch_rng import shard_rng
-from nelbo.data import Schema
+from nelbo.data.schema import Schema
 
 # the greatest rotation (radians), log of the scale, shear, and shift (half sides of the image)
 ROTATION, LOG_SCALE, SHEAR, SHIFT = 0.2, 0.12, 0.2, 0.25

@@ -8,7 +8,7 @@ from nelbo.models.config import LEVEL_HEADS, SYMBOL_PROCESSES, Decoder, ModelCon
 from nelbo.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from nelbo.data import Schema
+    from nelbo.data.schema import Schema
 
 
 Preset = Literal["auto", "best"]

@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from nelbo._utils.distributed import no_communication, world
 from nelbo._utils.numerics import LOG_2, derive_seed, seeded
 from nelbo._utils.sharding import clip_gradients, gathered, is_sharded
-from nelbo.data import Dataset, as_examples
 from nelbo.data.rows import WINDOW, Ahead, Rows
+from nelbo.data.schema import Dataset, as_examples
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, find_device
 from nelbo.diffusion.process import Affine

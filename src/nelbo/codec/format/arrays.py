@@ -18,7 +18,7 @@ from torch import Tensor
 from nelbo._utils import limits
 from nelbo.codec.coding.blocks import pack, storage, unpack
 from nelbo.codec.errors import CorruptFileError
-from nelbo.data import Schema
+from nelbo.data.schema import Schema
 
 
 def read(

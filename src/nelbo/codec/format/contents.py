@@ -17,11 +17,11 @@ from nelbo._utils.progress import shortened
 from nelbo.codec.errors import CodecError, CorruptFileError
 from nelbo.codec.format import arrays, pictures, tabular, texts
 from nelbo.codec.format.arrays import as_bytes as _arrays_as_bytes
-from nelbo.data import Schema, load_like
 from nelbo.data.readers.arrays import load_npy, load_npz
 from nelbo.data.readers.text import is_text
 from nelbo.data.remote import here
-from nelbo.data.sources import BUILT_IN
+from nelbo.data.schema import Schema
+from nelbo.data.sources import BUILT_IN, load_like
 from nelbo.data.tabular import tables
 
 ARRAYS = (".npy", ".npz")

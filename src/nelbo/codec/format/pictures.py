@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nelbo._utils import limits
 from nelbo.codec.errors import CorruptFileError
-from nelbo.data import Schema
 from nelbo.data.readers.pillow import bits_of, opened, orientation
+from nelbo.data.schema import Schema
 
 MODES = {1: "L", 3: "RGB"}
 SUFFIX = ".png"

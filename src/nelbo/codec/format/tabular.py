@@ -19,7 +19,7 @@ from nelbo._utils import limits
 from nelbo.codec.coding.blocks import pack, unpack
 from nelbo.codec.errors import CorruptFileError
 from nelbo.codec.format.beside import equal_cells, of_bytes, to_bytes
-from nelbo.data import Schema
+from nelbo.data.schema import Schema
 from nelbo.data.tabular import dtypes, encoding, tables
 from nelbo.data.tabular.cells import raw_texts
 

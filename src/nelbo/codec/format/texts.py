@@ -13,8 +13,8 @@ from torch import Tensor
 from nelbo.codec.coding.blocks import pack, unpack
 from nelbo.codec.errors import CorruptFileError
 from nelbo.codec.format.pictures import files_of, inside
-from nelbo.data import Schema
 from nelbo.data.readers.text import encode
+from nelbo.data.schema import Schema
 
 
 def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, int]:
