@@ -203,7 +203,7 @@ def reconstruction(model: Model, times: TimeDiscretization, x: Tensor) -> Tensor
     """A draw of it for each example, (N,), nats."""
     first = torch.full((len(x),), times.first, dtype=torch.float64, device=x.device)
     parts = zip(x.split(model.rows), first.split(model.rows), strict=True)
-    return torch.cat([reconstruction_term(model, a, t).cpu() for a, t in parts])
+    return torch.cat([reconstruction_term(model, a, t).cost.cpu() for a, t in parts])
 
 
 def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:

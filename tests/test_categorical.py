@@ -154,7 +154,7 @@ def test_terms_by_draws_are_the_enumerated_ones(schedule, times):
     n = 60_000
     xs, ones = torch.tensor(x).expand(n, D), torch.ones(n, dtype=torch.float64)
     with torch.no_grad():
-        draws = reconstruction_term(model, xs, ones * times.first)
+        draws = reconstruction_term(model, xs, ones * times.first).cost
         assert_mean(draws, truth.reconstruction, error=0.01)
         got = elbo(model, xs, times, u=iid(n))
         assert_mean(got.diffusion, truth.diffusion, error=0.03)
@@ -162,7 +162,7 @@ def test_terms_by_draws_are_the_enumerated_ones(schedule, times):
         if isinstance(times, TimeGrid):
             total = 0.0
             for s, t in itertools.pairwise(times.times):
-                draws = diffusion_term(model, xs, ones * s, ones * t)
+                draws = diffusion_term(model, xs, ones * s, ones * t).cost
                 total += draws.mean().item()
                 q = model.process.posterior(
                     STATES, model.embed(xs[:16]), ones[:16] * s, t * ones[:16]
@@ -172,7 +172,7 @@ def test_terms_by_draws_are_the_enumerated_ones(schedule, times):
             assert abs(total - truth.diffusion) < 0.04
         else:
             for t in (0.2, 0.7):
-                draws = diffusion_rate(model, xs, ones * t)
+                draws = diffusion_rate(model, xs, ones * t).cost
                 rate = model.process.rate(
                     STATES,
                     model.embed(xs[:16]),

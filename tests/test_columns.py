@@ -11,7 +11,7 @@ from torch.distributions import kl_divergence
 from nelbo._utils.numerics import seeded
 from nelbo.data import Schema
 from nelbo.data.columns import Column, groups, places
-from nelbo.diffusion.distributions import Discrete, Joint, log_between
+from nelbo.diffusion.distributions import Discrete, Joint, draw, kl, kl_noise, log_between
 from nelbo.diffusion.model import measuring
 from nelbo.diffusion.process import per_example
 from nelbo.diffusion.schedules import Linear
@@ -162,10 +162,11 @@ def model_terms(model, x):
     e = model.embed(x)
     s, t = (torch.full((len(x),), v, dtype=torch.float64) for v in (0.3, 1.0))
     prior = kl_divergence(model.process.marginal(e, t), model.process.prior(model.shape, t))
-    z = model.process.marginal(e, s).rsample()
+    z = draw(model.process.marginal(e, s))
     decoded = model.likelihood(z, s).log_prob(x)
-    z = model.process.marginal(e, t).rsample()
-    step = kl_divergence(model.process.posterior(z, e, s, t), model.reverse(z, s, t))
+    z = draw(model.process.marginal(e, t))
+    q, p = model.process.posterior(z, e, s, t), model.reverse(z, s, t)
+    step = kl(q, p, kl_noise(q, p))
     return decoded - prior - step
 
 

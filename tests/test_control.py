@@ -19,13 +19,14 @@ from closed_forms import (
 from known_models import MODELS, gaussian, levels, symbols
 from torch import Tensor
 from torch.distributions import Categorical as Choice
-from torch.distributions import MixtureSameFamily, Normal, kl_divergence
+from torch.distributions import MixtureSameFamily, Normal
 
 from nelbo._utils.numerics import seeded
 from nelbo.data import as_examples
 from nelbo.diffusion import gaussian_mixture
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
+from nelbo.diffusion.distributions import kl, kl_noise
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import (
     LevelLogits,
@@ -37,15 +38,14 @@ from nelbo.diffusion.parametrization import (
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
-from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, Term
+from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, Term, TermDraw
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation import allocation, reference_denoisers
 from nelbo.evaluation.allocation import Strata, estimate, pilot
 from nelbo.evaluation.control_variates import NO_CONTEXT, ControlVariates, NoControlVariates
-from nelbo.evaluation.reference_denoisers import LevelReference, TermDraw, draw_term, same_noise
+from nelbo.evaluation.reference_denoisers import LevelReference
 
 EDGES = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
-STATE = torch.empty(0)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_linear_is_a_cost_without_its_mean(kind, widest, monkeypatch):
         rows = x.expand(4, 2)
         alpha = process.alpha(term.t[:1])
         z = alpha.sqrt() * process.embed(rows) + (1 - alpha).sqrt() * noise
-        draw = TermDraw(rows, term, z, Prediction(z), STATE, z[:, 0])
+        draw = TermDraw(rows, term, z, Prediction(z), None, z[:, 0])
         got = reference.within(known.model, draw)
         gain = alpha.sqrt() * cov @ torch.linalg.inv(alpha * cov + (1 - alpha) * torch.eye(2))
         e_hat = mean + (z - alpha.sqrt() * mean) @ gain.T
@@ -147,7 +147,7 @@ def test_levels_have_mean_zero_by_quadrature(count, gamma, least, most, kind, mo
         q = model.process.marginal(model.embed(x), times).base_dist
         z = q.loc + q.scale * grid[:, :1]
         monkeypatch.setattr(torch, "rand", lambda *_, grid=grid, **__: grid[:, 1:])
-        draw = TermDraw(x, term, z, Prediction(z), STATE, z[:, 0])
+        draw = TermDraw(x, term, z, Prediction(z), None, z[:, 0])
         got = reference.within(model, draw, logits.log_softmax(-1))
         mean = (got.view(len(noise), 16).mean(1) * weights).sum()
         assert abs(mean.item()) < 4e-9 * got.abs().max() + 1e-12
@@ -165,7 +165,7 @@ def test_nodes_are_unbiased_where_they_are_too_coarse():
     context = torch.tensor([ratio, 0.0], dtype=torch.float64).log_softmax(-1)
     x = torch.ones(n, 1, dtype=torch.int64)
     z = process.marginal(process.embed(x), t).sample()
-    draw = TermDraw(x, DiffusionRate(t=t), z, Prediction(z), STATE, z[:, 0])
+    draw = TermDraw(x, DiffusionRate(t=t), z, Prediction(z), None, z[:, 0])
     reference = LevelReference(model, torch.tensor([[0], [1]]), EDGES)
     got = reference.within(model, draw, context)
     assert_mean(got / got.std(), 0.0, error=0.008)
@@ -197,7 +197,7 @@ def test_levels_have_mean_zero_by_draws(kind, count, gamma, step, alone):
     data = torch.randint(count, (69, 2))
     controls = ControlVariates(model, data, EDGES)
     x = data[:1].expand(n, 2)
-    one, other = (draw_term(model, Batch(x), terms(n)[kind]) for _ in range(2))
+    one, other = (terms(n)[kind].draw(model, Batch(x)) for _ in range(2))
     lender = NO_CONTEXT if alone else controls.said(other)
     v = controls.within(one, controls.said(one), lender, torch.full((n,), alone))
     assert v.shape == (n, 7)
@@ -221,7 +221,7 @@ def test_symbols_have_mean_zero_by_enumeration(kind, alone):
     q = known.model.process.marginal(known.model.embed(x), term.t)
     weights = (q.log_prob(one) + q.log_prob(other)).exp()
     draws = [
-        TermDraw(x, term, z, known.model.predict(z, term.t), STATE, term.t) for z in (one, other)
+        TermDraw(x, term, z, known.model.predict(z, term.t), None, term.t) for z in (one, other)
     ]
     said = controls.said(draws[0])
     lender = NO_CONTEXT if alone else controls.said(draws[1])
@@ -468,30 +468,29 @@ def test_the_pilot_finds_what_there_is(name):
     assert found.left.sum() < plain.left.sum() / 4
 
 
-# ---- a draw is watched, not changed
+# ---- a draw keeps what its cost was made of
 
 
 @pytest.mark.parametrize("name", MODELS)
 @TERMS
-def test_observing_changes_nothing(name, kind):
-    """The same seed gives the term's own cost, z and ê are those of the call, and the generator
-    goes on as it would have."""
+def test_a_draw_keeps_what_its_cost_was_made_of(name, kind):
+    """z and ê are those of the one network call, and z, ê and the noise give the cost again."""
     known = MODELS[name]()
     x = as_examples(known.examples(5))
     term = terms(5)[kind]
-    with seeded(3):
-        cost, after = term.cost(known.model, Batch(x)), torch.rand(4)
-    with seeded(3):
-        draw = draw_term(known.model, Batch(x), term)
-        controls_state = torch.get_rng_state()
-        assert torch.equal(torch.rand(4), after)
-    assert torch.equal(draw.cost, cost.double())
-    e_hat = known.model.predict(draw.z, term.t).e_hat
-    assert torch.equal(draw.prediction.e_hat, e_hat)
-    torch.set_rng_state(controls_state)
-    with same_noise(draw):
-        torch.rand(3)
-    assert torch.equal(torch.get_rng_state(), controls_state)
+    draw, model = term.draw(known.model, Batch(x)), known.model
+    assert draw.x is x and draw.term is term and draw.cost.dtype == torch.float64
+    assert torch.equal(draw.prediction.e_hat, model.predict(draw.z, term.t).e_hat)
+    if kind == "decode":
+        cost = -model.decoder(draw.prediction, draw.z, term.t, model.process).log_prob(x)
+    elif isinstance(term, DiffusionTerm):
+        q = model.process.posterior(draw.z, model.embed(x), term.s, term.t)
+        p = model.step(draw.prediction, draw.z, term.s, term.t, model.process)
+        assert (draw.noise is None) == (not isinstance(model.step, Mixture))
+        cost = kl(q, p, draw.noise)
+    else:
+        cost = model.process.rate(draw.z, model.embed(x), draw.prediction.e_hat, term.t)
+    assert torch.equal(draw.cost, cost)
 
 
 def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
@@ -502,11 +501,12 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
     controls = ControlVariates(model, data, EDGES)
     x = data[:1].expand(500, 2)
     s, t = (torch.full((500,), v, dtype=torch.float64) for v in (0.2, 0.6))
-    draw = draw_term(model, Batch(x), DiffusionTerm(t=t, s=s))
+    draw = DiffusionTerm(t=t, s=s).draw(model, Batch(x))
     alone = torch.ones(500, dtype=torch.bool)
     left = draw.cost - controls.within(draw, NO_CONTEXT, NO_CONTEXT, alone)[:, 1]
     q = model.process.posterior(draw.z, model.embed(x), s, t)
-    again = kl_divergence(q, model.step(draw.prediction, draw.z, s, t, model.process))
+    p = model.step(draw.prediction, draw.z, s, t, model.process)
+    again = kl(q, p, kl_noise(q, p))
     assert (again - draw.cost).std() > 0.02  # other noise, another cost
     assert left.std() < 5e-5
     low, high = (

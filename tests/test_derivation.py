@@ -227,11 +227,11 @@ def test_terms_by_draws_are_the_closed_ones(step):
     with torch.no_grad():
         exact = prior_term(case.model, xs[:5], ones[:5])
         torch.testing.assert_close(exact, prior.expand(5), rtol=0, atol=1e-9)
-        draws = reconstruction_term(case.model, xs, ones * case.times.first)
+        draws = reconstruction_term(case.model, xs, ones * case.times.first).cost
         assert_mean(draws, reconstruction, error=0.01 * reconstruction)
         for i, truth in enumerate(diffusion, start=1):
             s, t = case.times.times[i - 1], case.times.times[i]
-            draws = diffusion_term(case.model, xs, ones * s, ones * t)
+            draws = diffusion_term(case.model, xs, ones * s, ones * t).cost
             assert_mean(draws, truth, error=0.01 * truth)
 
 

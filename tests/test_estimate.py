@@ -77,7 +77,7 @@ def test_the_full_sum_over_a_grid_is_the_sum_of_its_terms(times, batch):
     with torch.no_grad():
         got = elbo(model, x, times).diffusion
         terms = [
-            diffusion_term(model, x, s.expand(batch), t.expand(batch))
+            diffusion_term(model, x, s.expand(batch), t.expand(batch)).cost
             for s, t in itertools.pairwise(times.times)
         ]
     torch.testing.assert_close(got, torch.stack(terms).sum(0), rtol=1e-12, atol=0)

@@ -107,12 +107,12 @@ def test_the_table_is_the_terms_of_the_bound(name, dims, monkeypatch):
         for i, j in ((0, 1), (0, 3), (2, 3)):
             s, t = (times[k].expand(n) for k in (i, j))
             # the table is as uncertain as the draws, and draws of some dimensions more so
-            each = diffusion_term(model, x, s, t)
+            each = diffusion_term(model, x, s, t).cost
             error = each.std().item() / math.sqrt(n) * math.sqrt(1 + 6 / dims)
             assert error < 0.1 * each.mean()
             # and float32 is there
             assert abs(table.step[i, j] - each.mean()) < 4 * error + 1e-5
-        each = reconstruction_term(model, x, times[1].expand(n))
+        each = reconstruction_term(model, x, times[1].expand(n)).cost
         error = each.std().item() * math.sqrt(2 / n)
         assert abs(table.decode[1] - each.mean()) < 4 * error
 
@@ -225,9 +225,9 @@ def test_the_best_grid_in_earnest():
 
     def cost(times):
         with torch.no_grad():
-            total = reconstruction_term(model, x, times[0].expand(len(x)))
+            total = reconstruction_term(model, x, times[0].expand(len(x))).cost
             for s, t in itertools.pairwise(times):
-                total += diffusion_term(model, x, s.expand(len(x)), t.expand(len(x)))
+                total += diffusion_term(model, x, s.expand(len(x)), t.expand(len(x))).cost
         return total
 
     difference = cost(uniform) - cost(best)

@@ -5,11 +5,20 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Laplace, Normal
 
-from nelbo._utils.batch_rng import BatchShard, current, shard_rng
-from nelbo._utils.numerics import draw, seeded
+from nelbo._utils.batch_rng import BatchShard, current, rand
+from nelbo._utils.numerics import seeded
 from nelbo.data import Dataset, Label, Schema
-from nelbo.diffusion.process import Affine
+from nelbo.diffusion.distributions import (
+    Discrete,
+    DiscretisedNormal,
+    Joint,
+    LevelMixture,
+    draw,
+    kl_noise,
+)
+from nelbo.diffusion.process import Affine, per_example
 from nelbo.nn.dropout import Dropout
 from nelbo.training.parallel import blocks
 from nelbo.training.presets import configure
@@ -113,31 +122,46 @@ def test_activations_that_are_computed_again_give_the_same_gradient(name):
 def test_random_numbers_of_a_part_are_its_rows_of_the_whole(last):
     h = torch.rand(7, 4, 3, 5)
     h = h.to(memory_format=torch.channels_last) if last else h
-    law = torch.distributions.Normal(h, 1 + h)
-    ways = [lambda x, q: Dropout(0.4)(x), lambda x, q: draw(q)]
-    ways.append(lambda x, q: draw(torch.distributions.Categorical(logits=x)))
+    values = torch.linspace(0, 1, 4)
+    kinds = [
+        lambda x: Normal(x, 1 + x),
+        lambda x: DiscretisedNormal(x, torch.tensor(0.3), values),
+        lambda x: Discrete(x.log_softmax(-1)),
+        lambda x: LevelMixture(x.log_softmax(-1), x, 1 + x),
+        lambda x: per_example(
+            Joint([Normal(x, 1 + x), Discrete(x[..., None].expand(*x.shape, 3))])
+        ),
+    ]
+    ways = [lambda x, shard, kind=kind: draw(kind(x), shard) for kind in kinds]
+    ways.append(lambda x, shard: kl_noise(Normal(x[..., 0], 1.0), kinds[3](x), shard))
+    ways.append(lambda x, shard: Dropout(0.4)(x))
     for way in ways:
         with seeded(3):
-            whole = way(h, law)
+            whole = way(h, None)
         for rows in ([0, 3, 6], [1, 2], [5]):
             rows = torch.tensor(rows)
-            own = torch.distributions.Normal(h[rows], 1 + h[rows])
-            with seeded(3), BatchShard(rows, 7):
-                assert torch.equal(way(h[rows], own), whole[rows])
+            with seeded(3), BatchShard(rows, 7) as shard:
+                assert torch.equal(way(h[rows], shard), whole[rows])
                 after = torch.rand(())
             with seeded(3):
-                way(h, law)
+                way(h, None)
                 assert torch.rand(()) == after  # the next draw begins at the same place
 
 
-def test_a_random_number_of_no_row_is_an_error():
-    with (
-        BatchShard(torch.tensor([0, 2]), 4),
-        shard_rng(),
-        pytest.raises(RuntimeError, match="no 2 ex"),
-    ):
-        torch.rand(3)
+def test_an_example_can_have_several_rows():
+    shard = BatchShard(torch.tensor([0, 2]), 4)
+    with seeded(3):
+        whole = rand((12, 5))
+    with seeded(3):
+        assert torch.equal(rand((6, 5), shard), whole[[0, 1, 2, 6, 7, 8]])
+    with pytest.raises(RuntimeError, match="no 2 ex"):
+        rand((3,), shard)
     assert len(current(5)) == 5
+
+
+def test_another_kind_of_distribution_is_not_drawn():
+    with pytest.raises(TypeError, match="draw a Laplace is unknown"):
+        draw(Laplace(torch.zeros(2), torch.ones(2)))
 
 
 def test_parts_of_parts():

@@ -207,8 +207,8 @@ def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):
     with measuring(run.model), seeded(5, 0):
         expected = (
             prior_term(run.model, x, t[-1]),
-            reconstruction_term(run.model, x, t[0]),
-            sum(diffusion_term(run.model, x, t[i], t[i + 1]) for i in range(3)),
+            reconstruction_term(run.model, x, t[0]).cost,
+            sum(diffusion_term(run.model, x, t[i], t[i + 1]).cost for i in range(3)),
         )
     for each, total in zip(found, expected, strict=True):
         assert each.shape == x.shape

@@ -7,14 +7,12 @@ rows of the batch and keeps the numbers of its rows. This costs next to nothing 
 the examples, but dropout masks cost P times as much, so networks without dropout scale best.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from nelbo._utils.distributed import gather, world
 
@@ -24,7 +22,8 @@ _current: ContextVar["BatchShard | None"] = ContextVar("part", default=None)
 class BatchShard:
     """Some rows of a batch, in increasing order.
 
-    As a context manager it is the shard for which `shard_rng` draws random numbers.
+    As a context manager it is the shard of the rows that a network is called with, for layers that
+    cannot be handed their noise: see `current`.
 
     Args:
         rows: their indices in the batch.
@@ -87,12 +86,6 @@ def current(rows: int) -> BatchShard:
     return _current.get() or BatchShard.whole(rows)
 
 
-def shard_rng() -> AbstractContextManager[object]:
-    """Inside, draw random numbers for the whole batch and return those of the current shard."""
-    part = _current.get()
-    return nullcontext() if part is None or len(part) == part.batch else _OwnRows(part)
-
-
 def again() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """Return contexts for a computation and its repetition in another thread: the same shard.
 
@@ -101,59 +94,45 @@ def again() -> tuple[AbstractContextManager[object], AbstractContextManager[obje
     return nullcontext(), _current.get() or nullcontext()
 
 
-class _OwnRows(TorchDispatchMode):
-    """Widens each random operation from a shard to the batch, and selects the shard's rows."""
+def rand(
+    shape: Sequence[int],
+    shard: BatchShard | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Uniform noise in [0, 1), as `torch.rand` draws it; of a shard, its rows of the batch's."""
+    return own_rows(lambda wide: torch.rand(wide, dtype=dtype, device=device), shape, shard)
 
-    def __init__(self, part: BatchShard) -> None:
-        super().__init__()
-        self.part = part
 
-    def __torch_dispatch__(
-        self,
-        func: Any,  # noqa: ANN401 - as torch has it
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator"):
-            return func(*args, **kwargs)
-        first, *others = args
-        if not isinstance(first, Tensor):  # the size of the draw
-            size = [self._widened(first[0]), *first[1:]]
-            return self._own(func(size, *others, **kwargs))
-        wide = tree_map_only(Tensor, self._wide, args)
-        drawn = tree_map_only(Tensor, self._own, func(*wide, **kwargs))
-        return first.copy_(drawn) if func._schema.is_mutable else drawn
+def randn(shape: Sequence[int], shard: BatchShard | None, like: Tensor) -> Tensor:
+    """Standard normal noise of the dtype and on the device of a tensor; else as `rand`."""
+    return own_rows(
+        lambda wide: torch.randn(wide, dtype=like.dtype, device=like.device), shape, shard
+    )
 
-    def _widened(self, rows: int) -> int:
-        """Return the rows of a tensor for the batch; a tensor may have several per example."""
-        if rows % len(self.part):
-            raise RuntimeError(f"{rows} random numbers belong to no {len(self.part)} examples")
-        return rows // len(self.part) * self.part.batch
 
-    def _wide(self, own: Tensor) -> Tensor:
-        """Return a tensor for the whole batch, with the shard's rows in place, else the first."""
-        size = self._widened(len(own)), *own.shape[1:]
-        # random fills follow the layout in memory, in which channels may come last
-        order = sorted(range(own.ndim), key=own.stride, reverse=True)
-        wide = own.new_zeros([size[d] for d in order]).permute(
-            [order.index(d) for d in range(own.ndim)]
-        )
-        places = self.part.rows.to(own.device)
-        rows, own = self._by_example(wide, self.part.batch), self._by_example(own, len(self.part))
-        rows[:] = own[:1]
-        rows[places] = own
-        return wide
+def own_rows(
+    fill: Callable[[Sequence[int]], Tensor], shape: Sequence[int], shard: BatchShard | None
+) -> Tensor:
+    """Fill a tensor for the whole batch, and return the rows of the shard.
 
-    def _own(self, wide: Tensor) -> Tensor:
-        """Select the shard's rows of a tensor of the whole batch."""
-        places = self.part.rows.to(wide.device)
-        return self._by_example(wide, self.part.batch)[places].flatten(0, 1)
+    Args:
+        fill: draws noise of a shape.
+        shape: of the result; its first size is that of the shard, or a multiple where each
+            example has several rows.
+        shard: the rows; the whole batch where left out.
 
-    @staticmethod
-    def _by_example(rows: Tensor, examples: int) -> Tensor:
-        return rows.unflatten(0, (examples, -1))
+    Raises:
+        RuntimeError: the first size is no multiple of the shard's.
+    """
+    if shard is None or len(shard) == shard.batch:
+        return fill(shape)
+    each, rest = divmod(shape[0], len(shard))
+    if rest:
+        raise RuntimeError(f"{shape[0]} random numbers belong to no {len(shard)} examples")
+    wide = fill((shard.batch * each, *shape[1:])).unflatten(0, (shard.batch, each))
+    return wide[shard.rows.to(wide.device)].flatten(0, 1)
 
 
 def local_shard(batch: int) -> BatchShard:

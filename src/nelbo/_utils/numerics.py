@@ -6,9 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
-from nelbo._utils.batch_rng import shard_rng
 from nelbo._utils.sharding import own
 
 LOG_2 = 0.6931471805599453
@@ -63,12 +61,6 @@ def log1mexp(a: Tensor) -> Tensor:
         (-torch.expm1(torch.where(near_zero, a, -1.0))).log(),
         torch.log1p(-torch.where(near_zero, -1.0, a).exp()),
     )
-
-
-def draw(distribution: Distribution) -> Tensor:
-    """Draw one sample, reparametrised where possible, as learned schedules need it."""
-    with shard_rng():
-        return distribution.rsample() if distribution.has_rsample else distribution.sample()
 
 
 def check_finite(module: nn.Module, where: str) -> None:

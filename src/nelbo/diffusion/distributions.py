@@ -1,20 +1,23 @@
 r"""Distributions that torch lacks, or has without a stable Kullback-Leibler divergence.
 
-A probability is an object. `torch.distributions.kl_divergence` finds the divergence of a pair;
-the pairs registered here are
-    Discrete || Discrete       closed form, in log space: no clamp, no 0 * inf;
-    Normal   || LevelMixture   **Monte Carlo**, unbiased, an antithetic pair of draws of q;
+A probability is an object. `torch.distributions.kl_divergence` finds the divergence of a pair in
+closed form; the pairs registered here are
+    Discrete || Discrete       in log space: no clamp, no 0 * inf;
     Joint    || Joint          of each group of columns.
+`kl` adds one by Monte Carlo, with noise that is handed in:
+    Normal   || LevelMixture   unbiased, an antithetic pair of draws of q.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.distributions import (
     Categorical,
     Distribution,
+    Independent,
     MixtureSameFamily,
     Normal,
     constraints,
@@ -23,12 +26,46 @@ from torch.distributions import (
 from torch.distributions.kl import register_kl
 from typing_extensions import override
 
-from nelbo._utils.numerics import draw, log1mexp
+from nelbo._utils.batch_rng import BatchShard, rand, randn
+from nelbo._utils.numerics import log1mexp
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 
 
-class Discrete(Distribution):
+class Drawable(Distribution):
+    """Distribution whose draws are made of standard noise."""
+
+    @abstractmethod
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        """Return draws of a shape that ends in the batch shape."""
+
+    @override
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
+        return self.draw(torch.Size(sample_shape) + self.batch_shape, None)
+
+
+def draw(q: Distribution, shard: BatchShard | None = None, shape: Shape = ()) -> Tensor:
+    """Draw a sample, made of standard noise, so that one of a Normal is differentiable.
+
+    Args:
+        q: Normal, a Drawable, or Independent ones.
+        shard: the rows of a batch that q is of, for which the noise is drawn; see `batch_rng`.
+        shape: of the result, the batch shape last, by default the batch shape.
+
+    Raises:
+        TypeError: if q is another distribution.
+    """
+    match q:
+        case Independent():
+            return draw(q.base_dist, shard, shape)
+        case Normal():
+            return q.loc + q.scale * randn(shape or q.batch_shape, shard, q.loc)
+        case Drawable():
+            return q.draw(shape or q.batch_shape, shard)
+    raise TypeError(f"how to draw a {type(q).__name__} is unknown; make it a Drawable")
+
+
+class Discrete(Drawable):
     """Distribution over the levels 0..K-1 of each element, by their log-probabilities.
 
     Args:
@@ -47,11 +84,10 @@ class Discrete(Distribution):
         return log_probs.gather(-1, value[..., :1])[..., 0]
 
     @override
-    def sample(self, sample_shape: Shape = ()) -> Tensor:
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
         # Inverse of the cumulative distribution in float64: a float32 uniform truncates tails.
         cdf = self.log_probs.double().exp().cumsum(-1)
-        shape = torch.Size(sample_shape) + self.batch_shape
-        u = torch.rand((*shape, 1), dtype=torch.float64, device=cdf.device) * cdf[..., -1:]
+        u = rand((*shape, 1), shard, dtype=torch.float64, device=cdf.device) * cdf[..., -1:]
         # Counting with <= skips levels of probability zero, even where u is exactly zero.
         return (cdf <= u).sum(-1)
 
@@ -77,7 +113,7 @@ def log_between(lower: Tensor, upper: Tensor) -> Tensor:
     return log_b + log1mexp(log_a - log_b)
 
 
-class DiscretisedNormal(Distribution):
+class DiscretisedNormal(Drawable):
     """Distribution of the level into whose bin N(loc, scale²) falls; the outermost bins are open.
 
     Bins end half-way between neighbouring values, so the probabilities sum to 1 for any values.
@@ -106,9 +142,9 @@ class DiscretisedNormal(Distribution):
         return torch.where(first, open_below, torch.where(last, open_above, difference))
 
     @override
-    def sample(self, sample_shape: Shape = ()) -> Tensor:
-        y = Normal(self.loc, self.scale, validate_args=False).sample(sample_shape)
-        return torch.bucketize(y, self.edges.to(y.dtype))
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        y = draw(Normal(self.loc, self.scale, validate_args=False), shard, shape)
+        return torch.bucketize(y.contiguous(), self.edges.to(y.dtype))
 
     @property
     @override
@@ -121,7 +157,7 @@ class DiscretisedNormal(Distribution):
         return places.gather(0, best[None])[0]
 
 
-class LevelMixture(MixtureSameFamily):
+class LevelMixture(Drawable, MixtureSameFamily):
     r"""Σ_k P(x = v_k) N(loc_k, scale²) of each element: exact marginal of a reverse kernel.
 
     Args:
@@ -137,16 +173,15 @@ class LevelMixture(MixtureSameFamily):
             validate_args=False,
         )
 
+    @override
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        level = Discrete(self.mixture_distribution.logits).draw(shape, shard)[..., None]
+        every = cast(Normal, self.component_distribution)
+        loc, scale = (v.expand(*shape, -1).gather(-1, level) for v in (every.loc, every.scale))
+        return draw(Normal(loc[..., 0], scale[..., 0], validate_args=False), shard)
 
-@register_kl(Normal, LevelMixture)
-def _kl_normal_mixture(q: Normal, p: LevelMixture) -> Tensor:
-    """Estimate E_q log q/p by an antithetic pair m ± σε: unbiased, the part odd in ε cancels."""
-    z = draw(q)
-    pair = torch.stack([z, 2 * q.loc - z])
-    return (q.log_prob(pair) - p.log_prob(pair)).mean(0)
 
-
-class Joint(Distribution):
+class Joint(Drawable):
     """Joint distribution of groups of columns, each with its own kind of distribution.
 
     Values are (..., D) with the groups one after the other; log-probabilities and divergences
@@ -165,11 +200,6 @@ class Joint(Distribution):
         self.sizes = sizes
         super().__init__(batch_shape=torch.Size(shape), validate_args=False)
 
-    @property
-    @override
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        return any(part.has_rsample for part in self.parts)
-
     @override
     def log_prob(self, value: Tensor) -> Tensor:
         values = value.split(self.sizes, -1)
@@ -177,17 +207,47 @@ class Joint(Distribution):
         return torch.cat(each, -1)
 
     @override
-    def sample(self, sample_shape: Shape = ()) -> Tensor:
-        return torch.cat([part.sample(torch.Size(sample_shape)) for part in self.parts], -1)
-
-    @override
-    def rsample(self, sample_shape: Shape = ()) -> Tensor:
-        """Draw one sample, reparametrised in the columns whose distributions allow it."""
-        if sample_shape:
-            raise ValueError(f"a Joint draws one sample at a time; got {sample_shape}")
-        return torch.cat([p.rsample() if p.has_rsample else p.sample() for p in self.parts], -1)
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        each = zip(self.parts, self.sizes, strict=True)
+        return torch.cat([draw(part, shard, (*shape[:-1], size)) for part, size in each], -1)
 
 
 @register_kl(Joint, Joint)
 def _kl_joint(q: Joint, p: Joint) -> Tensor:
     return torch.cat([kl_divergence(a, b) for a, b in zip(q.parts, p.parts, strict=True)], -1)
+
+
+#: Standard normal noise of a Monte Carlo divergence: none of an exact one, a tuple of a Joint.
+Noise = Tensor | tuple["Noise", ...] | None
+
+
+def kl_noise(q: Distribution, p: Distribution, shard: BatchShard | None = None) -> Noise:
+    """Draw the noise that `kl` takes of this pair; none where the divergence is exact."""
+    if isinstance(q, Independent) and isinstance(p, Independent):
+        return kl_noise(q.base_dist, p.base_dist, shard)
+    if isinstance(q, Joint) and isinstance(p, Joint):
+        return tuple(kl_noise(a, b, shard) for a, b in zip(q.parts, p.parts, strict=True))
+    if isinstance(q, Normal) and isinstance(p, LevelMixture):
+        return randn(q.batch_shape, shard, q.loc)
+    return None
+
+
+def kl(q: Distribution, p: Distribution, noise: Noise) -> Tensor:
+    """KL( q ‖ p ), with noise E_q log q/p over m ± σε: unbiased, and the part odd in ε cancels.
+
+    Args:
+        q: the first distribution.
+        p: the second, of the same batch shape, that of the result.
+        noise: of this pair, as `kl_noise` draws it.
+    """
+    if noise is None:
+        return kl_divergence(q, p)
+    if isinstance(q, Independent) and isinstance(p, Independent):
+        return kl(q.base_dist, p.base_dist, noise).reshape(*q.batch_shape, -1).sum(-1)
+    if isinstance(noise, tuple):
+        assert isinstance(q, Joint) and isinstance(p, Joint)
+        return torch.cat([kl(*each) for each in zip(q.parts, p.parts, noise, strict=True)], -1)
+    assert isinstance(q, Normal)
+    z = q.loc + q.scale * noise
+    pair = torch.stack([z, 2 * q.loc - z])
+    return (q.log_prob(pair) - p.log_prob(pair)).mean(0)

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from nelbo._utils.numerics import draw
+from nelbo.diffusion.distributions import Noise, draw, kl, kl_noise
 
 if TYPE_CHECKING:
     from nelbo.diffusion.model import Model
+    from nelbo.diffusion.parametrization import Prediction
 
 
 class Bound(NamedTuple):
@@ -39,6 +40,15 @@ class Bound(NamedTuple):
         return -(self.prior + self.reconstruction + self.diffusion)
 
 
+class Draw(NamedTuple):
+    """One draw of a term: z_t, the prediction at it, the noise of the KL, the costs (B,)."""
+
+    z: Tensor
+    prediction: "Prediction"
+    noise: Noise
+    cost: Tensor
+
+
 def prior_term(model: "Model", x: Tensor, t: Tensor) -> Tensor:
     """Return KL( q(z_T|x) ‖ P(z_T) ) at the last times t, exact; shape (B,), nats."""
     q = model.process.marginal(model.embed(x), t)
@@ -47,25 +57,30 @@ def prior_term(model: "Model", x: Tensor, t: Tensor) -> Tensor:
 
 def reconstruction_term(
     model: "Model", x: Tensor, t: Tensor, condition: Tensor | None = None
-) -> Tensor:
-    """Draw E_q(z_1|x)[ −log P(x|z_1,φ) ] once, at the first times t; shape (B,), nats."""
+) -> Draw:
+    """Draw E_q(z_1|x)[ −log P(x|z_1,φ) ] once, at the first times t; nats."""
     z = draw(model.process.marginal(model.embed(x), t))
-    return -model.likelihood(z, t, condition).log_prob(x)
+    prediction = model.predict(z, t, condition)
+    p = model.decoder(prediction, z, t, model.process)
+    return Draw(z, prediction, None, -p.log_prob(x))
 
 
 def diffusion_term(
     model: "Model", x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None
-) -> Tensor:
-    """Draw E_q(z_t|x) KL( q(z_s|z_t,x) ‖ P(z_s|z_t,φ) ) once; shape (B,), nats."""
+) -> Draw:
+    """Draw E_q(z_t|x) KL( q(z_s|z_t,x) ‖ P(z_s|z_t,φ) ) once; nats."""
     e = model.embed(x)
     z = draw(model.process.marginal(e, t))
-    return kl_divergence(model.process.posterior(z, e, s, t), model.reverse(z, s, t, condition))
+    prediction = model.predict(z, t, condition)
+    q = model.process.posterior(z, e, s, t)
+    p = model.step(prediction, z, s, t, model.process)
+    noise = kl_noise(q, p)
+    return Draw(z, prediction, noise, kl(q, p, noise))
 
 
-def diffusion_rate(
-    model: "Model", x: Tensor, t: Tensor, condition: Tensor | None = None
-) -> Tensor:
-    """Draw lim_{s→t} diffusion_term/(t−s) once; shape (B,), nats per unit of time."""
+def diffusion_rate(model: "Model", x: Tensor, t: Tensor, condition: Tensor | None = None) -> Draw:
+    """Draw lim_{s→t} diffusion_term/(t−s) once; nats per unit of time."""
     e = model.embed(x)
     z = draw(model.process.marginal(e, t))
-    return model.process.rate(z, e, model.predict(z, t, condition).e_hat, t)
+    prediction = model.predict(z, t, condition)
+    return Draw(z, prediction, None, model.process.rate(z, e, prediction.e_hat, t))

@@ -23,9 +23,9 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.nn.functional import logsigmoid, one_hot
 from typing_extensions import override
 
-from nelbo._utils.batch_rng import shard_rng
+from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import log1mexp, over, slope
-from nelbo.diffusion.distributions import Discrete, DiscretisedNormal
+from nelbo.diffusion.distributions import Discrete, DiscretisedNormal, draw
 from nelbo.diffusion.schedules import Schedule
 
 Shape = torch.Size | tuple[int, ...]
@@ -178,10 +178,9 @@ class ForwardProcess(nn.Module, ABC):
         probabilities = e.exp()
         return probabilities @ torch.arange(probabilities.shape[-1]).to(probabilities)
 
-    def reveal(self, x: Tensor, t: Tensor) -> Tensor:
+    def reveal(self, x: Tensor, t: Tensor, shard: BatchShard | None = None) -> Tensor:
         """Return z_t of dimensions whose x is known: one draw of q(z_t|x), or x for symbols."""
-        with shard_rng():
-            return self.marginal(self.embed(x), t).sample()
+        return draw(self.marginal(self.embed(x), t), shard)
 
     @abstractmethod
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
@@ -423,7 +422,7 @@ class MaskedDiffusion(ForwardProcess):
         return torch.where(z == self.mask, mean, z.to(mean))
 
     @override
-    def reveal(self, x: Tensor, t: Tensor) -> Tensor:
+    def reveal(self, x: Tensor, t: Tensor, shard: BatchShard | None = None) -> Tensor:
         # The model predicts from any visible symbols, so known ones may be visible at any time.
         return x
 

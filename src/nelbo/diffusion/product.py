@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from typing_extensions import override
 
+from nelbo._utils.batch_rng import BatchShard
 from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import Joint
 from nelbo.diffusion.parametrization import Parametrization, Prediction
@@ -112,8 +113,8 @@ class ProductDiffusion(ForwardProcess):
         return torch.cat([part.grid_width((size,), s, t, u) for part, size in each])
 
     @override
-    def reveal(self, x: Tensor, t: Tensor) -> Tensor:
-        return self._flat(part.reveal(v, t) for part, v in self._of(x))
+    def reveal(self, x: Tensor, t: Tensor, shard: BatchShard | None = None) -> Tensor:
+        return self._flat(part.reveal(v, t, shard) for part, v in self._of(x))
 
     @override
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:

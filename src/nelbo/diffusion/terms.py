@@ -17,8 +17,10 @@ from typing_extensions import override
 
 from nelbo._utils.numerics import slope
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.distributions import Noise
 from nelbo.diffusion.elbo import diffusion_rate, diffusion_term, reconstruction_term
 from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Prediction
 from nelbo.diffusion.process import ForwardProcess
 
 
@@ -29,8 +31,8 @@ class Term(ABC):
     t: Tensor
 
     @abstractmethod
-    def cost(self, model: Model, batch: Batch) -> Tensor:
-        """Draw the term once, with one network call per example; shape (B,), nats."""
+    def draw(self, model: Model, batch: Batch) -> "TermDraw":
+        """Draw the term once, with one network call per example; nats."""
 
     @abstractmethod
     def error_weight(self, process: ForwardProcess) -> Tensor:
@@ -46,8 +48,9 @@ class ReconstructionTerm(Term):
     """E_q(z_1|x)[ -log P(x|z_1) ] at the first times t."""
 
     @override
-    def cost(self, model: Model, batch: Batch) -> Tensor:
-        return reconstruction_term(model, batch.x, self.t, batch.condition)
+    def draw(self, model: Model, batch: Batch) -> "TermDraw":
+        drawn = reconstruction_term(model, batch.x, self.t, batch.condition)
+        return TermDraw(batch.x, self, *drawn)
 
     @override
     def error_weight(self, process: ForwardProcess) -> Tensor:
@@ -65,8 +68,9 @@ class DiffusionTerm(Term):
     s: Tensor
 
     @override
-    def cost(self, model: Model, batch: Batch) -> Tensor:
-        return diffusion_term(model, batch.x, self.s, self.t, batch.condition)
+    def draw(self, model: Model, batch: Batch) -> "TermDraw":
+        drawn = diffusion_term(model, batch.x, self.s, self.t, batch.condition)
+        return TermDraw(batch.x, self, *drawn)
 
     @override
     def error_weight(self, process: ForwardProcess) -> Tensor:
@@ -85,8 +89,8 @@ class DiffusionRate(Term):
     """lim_{s→t} DiffusionTerm(t, s)/(t-s)."""
 
     @override
-    def cost(self, model: Model, batch: Batch) -> Tensor:
-        return diffusion_rate(model, batch.x, self.t, batch.condition)
+    def draw(self, model: Model, batch: Batch) -> "TermDraw":
+        return TermDraw(batch.x, self, *diffusion_rate(model, batch.x, self.t, batch.condition))
 
     @override
     def error_weight(self, process: ForwardProcess) -> Tensor:
@@ -95,3 +99,24 @@ class DiffusionRate(Term):
     @override
     def mask_weight(self, process: ForwardProcess) -> Tensor:
         return slope(process.schedule, self.t) * process.alpha(self.t)
+
+
+@dataclass(frozen=True)
+class TermDraw:
+    """A draw of a term for B examples, one network call each.
+
+    Args:
+        x: the examples, (B, ...).
+        term: the term and its times.
+        z: z_t.
+        prediction: of the network at z.
+        noise: of a Monte Carlo KL; None where the cost takes none.
+        cost: of the examples, (B,), nats.
+    """
+
+    x: Tensor
+    term: Term
+    z: Tensor
+    prediction: Prediction
+    noise: Noise
+    cost: Tensor

@@ -67,7 +67,7 @@ class TimeDiscretization(ABC):
         if self.terms == 0:
             return torch.zeros_like(u)
         term, factor = self.term(u)
-        return factor * term.cost(model, batch)
+        return factor * term.draw(model, batch).cost
 
 
 class TimeGrid(TimeDiscretization):
@@ -195,7 +195,7 @@ def elbo(
     u = u.reshape(len(x), -1).to(x.device)
     first = torch.full((len(x),), times.first, dtype=torch.float64, device=x.device)
     prior = prior_term(model, x, torch.ones_like(first))
-    reconstruction = reconstruction_term(model, x, first, batch.condition)
+    reconstruction = reconstruction_term(model, x, first, batch.condition).cost
     draws = u.shape[1]
     row = torch.arange(len(x), device=x.device).repeat_interleave(draws)
     each = times.diffusion(model, batch[row], u.flatten())

@@ -33,7 +33,6 @@ from nelbo.diffusion.terms import ReconstructionTerm, Term
 from nelbo.diffusion.times import TimeDiscretization, stratified
 from nelbo.evaluation.control_variates import NO_CONTEXT, ContextLogits, ControlVariates
 from nelbo.evaluation.intervals import apart
-from nelbo.evaluation.reference_denoisers import draw_term
 from nelbo.evaluation.time_density import TimeDensity
 from nelbo.evaluation.time_density import even as even_proposal
 
@@ -143,7 +142,7 @@ class Strata:
             order = kind.nonzero()[:, 0][place[kind].argsort()]
             for part in order.split(max(LIKE, math.ceil(len(order) / 4))) if kind.any() else ():
                 term, factor = self._term(cell[part], share[part], x.device)
-                draw = draw_term(controls.model, batch[row[part]], term)
+                draw = term.draw(controls.model, batch[row[part]])
                 cost[part] = factor * draw.cost.cpu()
                 draws.append((part, factor, draw))
         said = ContextLogits.gathered([d[0] for d in draws], [controls.said(d[2]) for d in draws])

@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nelbo._utils.batch_rng import gather_rows, local_shard, shard_rng
+from nelbo._utils.distributed import map_across_processes
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
@@ -239,20 +239,18 @@ class Scorer:
     def _nats(self, batch: Batch) -> Tensor:
         """Return the bound on -log P(x) of each example and replicate; (N, REPLICATES)."""
         model, draws = self.model, self.calls // REPLICATES - 1
-        rows = max(1, model.rows // draws)
-        parts = []
+        blocks = torch.arange(len(batch)).split(max(1, model.rows // draws))
+
+        def one(g: int) -> Tensor:
+            few = batch[blocks[g]].to(model.device)
+            with seeded(self.seed, int(blocks[g][0])):
+                each = [self._draw(model, few, draws) for _ in range(REPLICATES)]
+            return torch.stack(each, 1).cpu()
+
         with measuring(model, batch):
-            for begin in self.track(range(0, len(batch), rows)):
-                block = torch.arange(begin, min(begin + rows, len(batch)))
-                with seeded(self.seed, begin), local_shard(len(block)) as part:
-                    few = batch[part.of(block)].to(model.device)
-                    each = [self._draw(model, few, draws) for _ in range(REPLICATES)]
-                parts.append(gather_rows(part, torch.stack(each, 1).cpu()))
-        return _overflown(torch.cat(parts))
+            return _overflown(torch.cat(map_across_processes(len(blocks), one, self.track)))
 
     @staticmethod
     def _draw(model: Model, batch: Batch, draws: int) -> Tensor:
-        with shard_rng():
-            within = torch.rand(len(batch), 1, dtype=torch.float64)
-        u = (torch.arange(draws) + within) / draws
+        u = (torch.arange(draws) + torch.rand(len(batch), 1, dtype=torch.float64)) / draws
         return -elbo(model, batch, ContinuousTime(model.process.schedule.start), u).elbo

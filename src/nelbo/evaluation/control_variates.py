@@ -40,13 +40,13 @@ from nelbo.diffusion.gaussian_mixture import FEWEST, GaussianMixtureEnsemble
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import level_evidence, log_frequencies
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
+from nelbo.diffusion.terms import TermDraw
 from nelbo.evaluation.intervals import apart
 from nelbo.evaluation.reference_denoisers import (
     TABLE,
     WIDEST,
     LevelReference,
     Linear,
-    TermDraw,
     gaussian,
     of_level,
 )

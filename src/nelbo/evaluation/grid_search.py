@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from nelbo._utils.distributed import map_across_processes
-from nelbo._utils.numerics import draw, seeded
+from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.distributions import Noise, draw, kl, kl_noise
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeGrid, even_times
 
@@ -168,14 +168,13 @@ def _column(
         return v[torch.arange(len(v), device=v.device)[:, None], chosen]
 
     z, e, prediction = some(z), some(e), prediction.map(some)
-    noise = int(torch.randint(2**62, ()))
+    noise: Noise = None
     found = torch.zeros(len(before), dtype=torch.float64)
     for i, s in enumerate(before.to(x.device)):
         s = s.expand(len(x))
-        p = model.step(prediction, z, s, t, process)
-        with seeded(noise):
-            kl = kl_divergence(process.posterior(z, e, s, t), p)
-        found[i] = kl.double().sum().cpu()
+        q, p = process.posterior(z, e, s, t), model.step(prediction, z, s, t, process)
+        noise = noise if i else kl_noise(q, p)  # the same for all s
+        found[i] = kl(q, p, noise).double().sum().cpu()
     return decoded, found * (model.dims / dims)
 
 

@@ -11,12 +11,13 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import Distribution, Independent
 
-from nelbo._utils.batch_rng import gather_rows, local_shard
-from nelbo._utils.numerics import draw, seeded
+from nelbo._utils.distributed import map_across_processes
+from nelbo._utils.numerics import seeded
 from nelbo.data.columns import Column, places
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.distributions import draw, kl, kl_noise
 from nelbo.diffusion.elbo import Bound
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.reverse import ReverseKernel
@@ -44,15 +45,17 @@ def by_dimension(
         draws of z, and therefore the first two terms, are common to all kernels.
     """
     batch, steps = Batch.of(x), steps or (model.step,)
-    parts: list[list[Bound]] = []
+    blocks = torch.arange(len(batch)).split(model.rows)
+
+    def one(i: int) -> list[Bound]:
+        with seeded(seed, i):
+            found = _block(model, batch[blocks[i]].to(model.device), times, steps)
+        return [Bound(*(term.cpu() for term in bound)) for bound in found]
+
     with measuring(model, batch):
-        for i, rows in enumerate(torch.arange(len(batch)).split(model.rows)):
-            with seeded(seed, i), local_shard(len(rows)) as part:
-                block = batch[part.of(rows)].to(model.device)
-                found = _block(model, block, times, steps)
-            parts.append([Bound(*(gather_rows(part, term) for term in bound)) for bound in found])
+        parts = map_across_processes(len(blocks), one)
     return [
-        Bound(*(torch.cat(term).cpu() for term in zip(*bounds, strict=True)))
+        Bound(*(torch.cat(term) for term in zip(*bounds, strict=True)))
         for bounds in zip(*parts, strict=True)
     ]
 
@@ -87,7 +90,8 @@ def _block(
 
 
 def _kl(q: Distribution, p: Distribution) -> Tensor:
-    return kl_divergence(_each(q), _each(p))
+    q, p = _each(q), _each(p)
+    return kl(q, p, kl_noise(q, p))
 
 
 def _each(distribution: Distribution) -> Distribution:

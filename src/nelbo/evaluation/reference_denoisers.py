@@ -2,71 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import over
-from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.distributions import kl
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import LevelTable, Prediction, log_frequencies
+from nelbo.diffusion.parametrization import LevelTable, log_frequencies
 from nelbo.diffusion.process import GaussianDiffusion
-from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, Term
-
-
-@dataclass(frozen=True)
-class TermDraw:
-    """A draw of a term for B examples, one network call each.
-
-    Args:
-        x: the examples, (B, ...).
-        term: the term and its times.
-        z: z_t.
-        prediction: of the network at z.
-        state: of the random generator after the call, for the noise of a Monte Carlo KL.
-        cost: of the examples, (B,), nats.
-    """
-
-    x: Tensor
-    term: Term
-    z: Tensor
-    prediction: Prediction
-    state: Tensor  # of the generator after the call: the noise of a Monte Carlo KL
-    cost: Tensor
-
-
-def draw_term(model: Model, batch: Batch, term: Term) -> TermDraw:
-    """Draw a term and keep the latent and the prediction of its network call."""
-    seen: list[tuple[Tensor, Prediction, Tensor]] = []
-
-    def keep(head: object, inputs: tuple[Tensor, Tensor], prediction: Prediction) -> None:
-        seen.append((inputs[1], prediction, _generator(inputs[1])))
-
-    handle = model.head.register_forward_hook(keep)
-    try:
-        cost = term.cost(model, batch).double()
-    finally:
-        handle.remove()
-    return TermDraw(batch.x, term, *seen[-1], cost)
-
-
-def _generator(z: Tensor) -> Tensor:
-    return torch.cuda.get_rng_state(z.device) if z.is_cuda else torch.get_rng_state()
-
-
-@contextmanager
-def same_noise(draw: TermDraw) -> Iterator[None]:
-    """Inside, random numbers are those that the cost of the draw used."""
-    with torch.random.fork_rng([draw.z.device] if draw.z.is_cuda else []):
-        if draw.z.is_cuda:
-            torch.cuda.set_rng_state(draw.state, draw.z.device)
-        else:
-            torch.set_rng_state(draw.state)
-        yield
-
+from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, TermDraw
 
 WIDEST = 1024  # dimensions up to which covariances are estimated; above, only variances
 NODES, REACH = 8, 6.0  # nodes of the integral over ε, at least, and its range, -REACH to REACH
@@ -177,9 +122,8 @@ class LevelReference:
         """Return KL( q(z_s|z_t,x) ‖ mixture kernel ), with the draw's noise, - [D(s) - D(t)]."""
         process, t, z = gaussian(model), draw.term.t, draw.z
         prediction = LevelTable(log_probs.exp() @ self.values.to(z), log_probs)
-        with same_noise(draw):
-            q = process.posterior(z, model.embed(draw.x), s, t)
-            cost = kl_divergence(q, model.step(prediction, z, s, t, process))
+        q = process.posterior(z, model.embed(draw.x), s, t)
+        cost = kl(q, model.step(prediction, z, s, t, process), draw.noise)
         low, high = (_divergence(model, draw.x, context, u) for u in (s, t))
         return cost - (low - high).flatten(1).sum(1)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nelbo._utils.batch_rng import shard_rng
+from nelbo._utils.batch_rng import BatchShard, rand
 from nelbo.data.schema import Label, Schema
 from nelbo.data.tabular.spelling import is_number, places_of
 from nelbo.diffusion.batch import Batch
@@ -42,10 +42,9 @@ def encode(labels: Tensor, schema: Schema) -> Tensor:
     return torch.cat([torch.zeros_like(labels[:, :1]), *told], 1)
 
 
-def drop(condition: Tensor, share: float) -> Tensor:
+def drop(condition: Tensor, share: float, shard: BatchShard | None = None) -> Tensor:
     """Return the condition, (B, F), with each row set to zero with probability `share`."""
-    with shard_rng():
-        keep = torch.rand(len(condition), device=condition.device) >= share
+    keep = rand((len(condition),), shard, device=condition.device) >= share
     return condition * keep[:, None]
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.distributed import no_communication
-from nelbo._utils.numerics import LOG_2, draw, seeded
+from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo.codec.api import compress, decompress
 from nelbo.codec.coding.codec import check_codable
@@ -17,6 +18,7 @@ from nelbo.codec.entropy.stack import constriction
 from nelbo.codec.settings import Settings
 from nelbo.data.schema import Schema
 from nelbo.diffusion.batch import Batch, rows_of
+from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Prediction
 from nelbo.diffusion.reverse import Mixture, Posterior, ReverseKernel
@@ -180,11 +182,11 @@ def trajectory(
             seen[at].append((z.cpu(), found.e_hat.cpu()))
         return found
 
-    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return draw(model.step(predict(rows, z, t), z, s, t, model.process))
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor, part: BatchShard) -> Tensor:
+        return draw(model.step(predict(rows, z, t), z, s, t, model.process), part)
 
-    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return model.decoder(predict(rows, z, t), z, t, model.process).sample()
+    def decode(rows: Tensor, z: Tensor, t: Tensor, part: BatchShard) -> Tensor:
+        return draw(model.decoder(predict(rows, z, t), z, t, model.process), part)
 
     with no_communication():  # this process records all rows
         x = descend(model, count, times, seed, step, decode, track=track)

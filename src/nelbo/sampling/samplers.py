@@ -26,12 +26,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
-from nelbo._utils.batch_rng import gather_rows, local_shard, shard_rng
-from nelbo._utils.numerics import derive_seed, draw, seeded
+from nelbo._utils.batch_rng import BatchShard, gather_rows, local_shard
+from nelbo._utils.numerics import derive_seed, seeded
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import rows_of
+from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeGrid
 
@@ -66,11 +66,11 @@ def ancestral(
         Samples in the space of the data, shape (count, *model.shape).
     """
 
-    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return draw(model.reverse(z, s, t, rows_of(condition, rows)))
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor, part: BatchShard) -> Tensor:
+        return draw(model.reverse(z, s, t, rows_of(condition, rows)), part)
 
-    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return _sample(model.likelihood(z, t, rows_of(condition, rows)))
+    def decode(rows: Tensor, z: Tensor, t: Tensor, part: BatchShard) -> Tensor:
+        return draw(model.likelihood(z, t, rows_of(condition, rows)), part)
 
     model.check_condition(condition, count)
     return descend(model, count, times, seed, step, decode, track=track)
@@ -98,12 +98,12 @@ def probability_flow(
             f" {type(process).__name__}; use the ancestral sampler"
         )
 
-    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor, part: BatchShard) -> Tensor:
         e_hat = model.predict(z, t, rows_of(condition, rows)).e_hat
         q_s, q_t = process.marginal(e_hat, s).base_dist, process.marginal(e_hat, t).base_dist
         return q_s.loc + q_s.scale * (z - q_t.loc) / q_t.scale
 
-    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    def decode(rows: Tensor, z: Tensor, t: Tensor, part: BatchShard) -> Tensor:
         return model.likelihood(z, t, rows_of(condition, rows)).mode
 
     model.check_condition(condition, count)
@@ -146,20 +146,20 @@ def complete(
     process, known = model.process, known.expand(x.shape).to(model.device)
     x = x.to(model.device)
 
-    def start(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return torch.where(known[rows], process.reveal(x[rows], t), z)
+    def start(rows: Tensor, z: Tensor, t: Tensor, part: BatchShard) -> Tensor:
+        return torch.where(known[rows], process.reveal(x[rows], t, part), z)
 
-    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor, part: BatchShard) -> Tensor:
         e, here, lower = model.embed(x[rows]), known[rows], z
         for turn in range(rounds):
             if turn:
-                z = torch.where(here, z, draw(process.transition(lower, s, t)))
-            free = draw(model.reverse(z, s, t, rows_of(condition, rows)))
-            lower = torch.where(here, draw(process.posterior(z, e, s, t)), free)
+                z = torch.where(here, z, draw(process.transition(lower, s, t), part))
+            free = draw(model.reverse(z, s, t, rows_of(condition, rows)), part)
+            lower = torch.where(here, draw(process.posterior(z, e, s, t), part), free)
         return lower
 
-    def decode(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        drawn = _sample(model.likelihood(z, t, rows_of(condition, rows)))
+    def decode(rows: Tensor, z: Tensor, t: Tensor, part: BatchShard) -> Tensor:
+        drawn = draw(model.likelihood(z, t, rows_of(condition, rows)), part)
         return torch.where(known[rows], x[rows], drawn)
 
     model.check_condition(condition, len(x))
@@ -228,19 +228,14 @@ def rejection(
     raise AssertionError
 
 
-def _sample(distribution: Distribution) -> Tensor:
-    with shard_rng():
-        return distribution.sample()
-
-
 def descend(
     model: Model,
     count: int,
     times: TimeGrid,
     seed: int,
-    step: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    decode: Callable[[Tensor, Tensor, Tensor], Tensor],
-    start: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda rows, z, t: z,
+    step: Callable[[Tensor, Tensor, Tensor, Tensor, BatchShard], Tensor],
+    decode: Callable[[Tensor, Tensor, Tensor, BatchShard], Tensor],
+    start: Callable[[Tensor, Tensor, Tensor, BatchShard], Tensor] = lambda rows, z, t, part: z,
     track: Track = iter,
 ) -> Tensor:
     """Sample from z_T down to z_1 and x, as many rows at a time as memory allows.
@@ -250,9 +245,9 @@ def descend(
         count: number of samples.
         times: the grid.
         seed: of everything random.
-        step: returns z_s for rows, z_t, s and t.
-        decode: returns x for rows, z_1 and the time of z_1.
-        start: returns z_T for rows, a draw from the prior and the last time.
+        step: returns z_s for rows, z_t, s, t and the shard of which the rows are.
+        decode: returns x for rows, z_1, the time of z_1 and the shard.
+        start: returns z_T for rows, a draw from the prior, the last time and the shard.
         track: wraps the steps, for a progress bar.
 
     Returns:
@@ -268,15 +263,15 @@ def descend(
     calls = iter(track(range(len(blocks) * len(grid))))  # of all blocks, for one progress bar
     with measuring(model), seeded(seed), numbers_only(model.network):
         for rows in blocks:
-            with local_shard(len(rows)) as part:
-                own = part.of(rows)
-                t = [each.expand(len(own)) for each in grid]
-                z = start(own, _sample(model.process.prior(model.shape, t[-1])), t[-1])
-                for i in range(len(grid) - 1, 0, -1):
-                    next(calls)
-                    z = step(own, z, t[i - 1], t[i])
+            part = local_shard(len(rows))
+            own = part.of(rows)
+            t = [each.expand(len(own)) for each in grid]
+            z = start(own, draw(model.process.prior(model.shape, t[-1]), part), t[-1], part)
+            for i in range(len(grid) - 1, 0, -1):
                 next(calls)
-                parts.append(gather_rows(part, decode(own, z, t[0])))
+                z = step(own, z, t[i - 1], t[i], part)
+            next(calls)
+            parts.append(gather_rows(part, decode(own, z, t[0], part)))
         next(calls, None)  # completes the progress bar
     return torch.cat(parts)
 

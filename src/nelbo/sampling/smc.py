@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from nelbo._utils.distributed import map_across_processes
-from nelbo._utils.numerics import draw, seeded
+from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeGrid
 from nelbo.sampling.samplers import numbers_only

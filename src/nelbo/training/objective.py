@@ -33,11 +33,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from nelbo._utils.batch_rng import BatchShard
-from nelbo._utils.numerics import constant, draw, slope
+from nelbo._utils.numerics import constant, slope
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.distributions import draw, kl, kl_noise
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Prediction
@@ -136,7 +136,7 @@ class Objective:
         weight = part.of(torch.ones_like(u) if weight is None else weight).where(~first, 1.0)
         with constant(schedule.interior()):
             e = model.embed(x)
-            z = draw(process.marginal(e, t))
+            z = draw(process.marginal(e, t), part)
             prediction = model.predict(z, t, batch.condition)
             decoded = self._decoded(model, prediction, x, z, t, asked)
             rate = process.rate(z, e, prediction.e_hat, t).where(~first, 0.0)
@@ -220,17 +220,17 @@ class GridObjective:
         weight, n = part.of(torch.ones_like(u) if weight is None else weight), part.batch
         u, i = part.of(u), part.of(step)
         e, t = model.embed(x), times[i]
-        z = draw(process.marginal(e, t))
+        z = draw(process.marginal(e, t), part)
         prediction = model.predict(z, t, batch.condition)
         decoded = -model.decoder(prediction, z, t, process).log_prob(x)
         each, inner = decoded, i > 0
         if inner.any():
             z, e, s, t = z[inner], e[inner], times[i[inner] - 1], t[inner]
+            q = process.posterior(z, e, s, t)
             p = model.step(prediction.map(lambda v: v[inner]), z, s, t, process)
-            with after:
-                kl = kl_divergence(process.posterior(z, e, s, t), p)
-            kind = torch.promote_types(decoded.dtype, kl.dtype)  # densities are float64
-            each = decoded.to(kind).masked_scatter(inner, kl.to(kind))
+            steps = kl(q, p, kl_noise(q, p, after))
+            kind = torch.promote_types(decoded.dtype, steps.dtype)  # densities are float64
+            each = decoded.to(kind).masked_scatter(inner, steps.to(kind))
         each = len(times) * each
         prior = prior_term(model, x, torch.ones_like(u)).sum() / n
         bound = (weight * each).sum() / n + prior

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.distributed import no_communication, world
 from nelbo._utils.numerics import LOG_2, derive_seed, seeded
 from nelbo._utils.sharding import clip_gradients, gathered, is_sharded
@@ -169,7 +170,7 @@ class Trainer:
         for own, part in self.parts:
             with seeded(t.seed, 2, step), part:
                 u, weight = (v.to(on) for v in self.law(t.batch))
-                some = self._conditioned(index[own], batch[own].to(on))
+                some = self._conditioned(index[own], batch[own].to(on), part)
                 loss = self.objective(self.model, some, u, weight, part)
                 (loss.loss * scale).backward()
             found.append((part, loss))
@@ -179,14 +180,14 @@ class Trainer:
             (interior * scale).backward()
         return u, whole
 
-    def _conditioned(self, index: Tensor, x: Tensor) -> Batch:
+    def _conditioned(self, index: Tensor, x: Tensor, part: BatchShard) -> Batch:
         """Return examples x, some moved by augmentation, with their conditions."""
         t, schema, condition = self.config, self.dataset.schema, None
         if schema.condition:
             labels = encode(self.dataset.labels["train"][index], schema).to(x.device)
-            condition = drop(labels, t.label_dropout)
+            condition = drop(labels, t.label_dropout, part)
         if t.augment:
-            x, moved = augment(x, t.augment, schema)
+            x, moved = augment(x, t.augment, schema, part)
             labels = torch.zeros(len(x), 1) if condition is None else condition
             condition = torch.cat([moved[:, None], labels.to(moved)[:, 1:]], 1)
         return Batch(x, condition)

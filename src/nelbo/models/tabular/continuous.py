@@ -26,13 +26,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Distribution, Independent, Normal
 from typing_extensions import override
 
+from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import over
 from nelbo.data.columns import Place, Transform
 from nelbo.diffusion.decoder import Decoder
-from nelbo.diffusion.distributions import LevelMixture, Shape, log_between
+from nelbo.diffusion.distributions import Drawable, LevelMixture, Shape, log_between
 from nelbo.diffusion.gaussian_mixture import GaussianMixtureWithAtoms
 from nelbo.diffusion.parametrization import Parametrization, Prediction
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, per_example
@@ -316,7 +317,7 @@ class ContinuousReverseKernel(ReverseKernel):
         return per_example(LevelMixture(prediction.log_weights, loc, variance.sqrt()))
 
 
-class _OfNumbers(Distribution):
+class _OfNumbers(Drawable):
     """Distribution of x = T⁻¹(e), where e is a mixture, (..., C); log P of a missing x is 0.
 
     Where the width Δ of a column is positive, x is rounded to the lattice origin + Δ·ℤ and has a
@@ -360,12 +361,11 @@ class _OfNumbers(Distribution):
         return torch.where(missing, 0.0, found)
 
     @override
-    def sample(self, sample_shape: Shape = ()) -> Tensor:
-        shape = torch.Size(sample_shape)
-        chosen = Categorical(logits=self.log_weights, validate_args=False).sample(shape)[..., None]
-        atoms = self.atoms.expand(*shape, *self.atoms.shape)
-        values = torch.cat([atoms, Normal(self.loc, self.scale).sample(shape)], -1)
-        x = self.transform.inverse(values.gather(-1, chosen)[..., 0])
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        loc = torch.cat([self.atoms, self.loc], -1)
+        scale = torch.cat([torch.zeros_like(self.atoms), self.scale], -1)
+        e = LevelMixture(self.log_weights, loc, scale).draw(shape, shard)
+        x = self.transform.inverse(e)
         point = self.origin + self.width * ((x - self.origin) / self.width).round()
         return torch.where(self.rounded, point, x)
 
