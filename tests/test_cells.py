@@ -270,8 +270,8 @@ def test_cells_that_training_did_not_have_are_counted_and_said(tmp_path, capsys)
     odd = pl.DataFrame({"g": ["u", "V", "V", "NA", "v"] * 4, "k": [0, 1, 9, 2, 0] * 4})
     odd.write_csv(tmp_path / "odd.csv")
     said = [
-        "8 cells of g, such as 'V', are none of its categories: counted as (other)",
-        "4 cells of g, such as 'NA', are missing, which none was in training: counted as (other)",
+        "8 cells of g, such as 'V', are not among its categories: counted as (other)",
+        "4 cells of g, such as 'NA', are missing, but none was in training: counted as (other)",
         "4 cells of k, such as 9, lie outside 0 .. 2: counted as just outside",
     ]
     assert set(data.load_like(tmp_path / "odd.csv", run.config.schema).notes) == {*said}
@@ -305,7 +305,7 @@ def test_rows_read_in_blocks_are_counted_once(tmp_path, capsys, monkeypatch):
     for _ in range(2):
         assert len(torch.cat(list(x.split(7)))) == 120
         assert x.notes() == [
-            "40 cells of g, such as 'w', are none of its categories: counted as (other)"
+            "40 cells of g, such as 'w', are not among its categories: counted as (other)"
         ]
     run_ok("evaluate", run.path, "--calls", "4", "--data", tmp_path / "odd")
     assert "40 cells of g" in capsys.readouterr().err

@@ -294,7 +294,7 @@ def test_levels_given(tmp_path):
         (counts(levels=2) * 65536, None, "up to 65536, more than 65536 levels"),
         (np.full((9, 2), 3), None, "all values of .* are 3"),
         (np.zeros((9, 2), bool), None, "all values of .* are 0"),
-        (counts() + 0.5, 9, "holds 0.5, which is none of the 9 levels"),
+        (counts() + 0.5, 9, "holds 0.5, which is not one of the 9 levels"),
         (counts(), 1, "levels must be at least 2; got 1"),
     ],
 )
@@ -506,7 +506,7 @@ def test_source_is_an_absolute_path(tmp_path, monkeypatch):
         (counts(), Schema("levels", (5,), 6), r"shape \(4,\) where \(5,\) is needed"),
         (counts(), Schema("levels", (4,), 5), "the value 5, beyond the 5 levels"),
         (counts().astype(float), Schema("levels", (4,), 5), "the value 5, beyond the 5 levels"),
-        (vectors(), Schema("levels", (4,), 5), "none of the 5 levels"),
+        (vectors(), Schema("levels", (4,), 5), "not one of the 5 levels"),
         (counts(), Schema("real", (4,), None), "holds integers where real numbers are needed"),
         (counts(levels=2) > 0, Schema("levels", (4,), 5), "has 2 levels where 5 are needed"),
     ],

@@ -508,7 +508,7 @@ def test_a_scheduler_that_takes_times_of_no_training_is_refused(networks, times)
             "set_timesteps",
             lambda self, *_: setattr(self, "timesteps", torch.tensor(times)),
         )
-        with pytest.raises(ValueError, match="are none of those, or come twice"):
+        with pytest.raises(ValueError, match="are not among those, or occur twice"):
             build(networks[3], scheduler, steps=2)
 
 

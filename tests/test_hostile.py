@@ -328,7 +328,7 @@ def of_folder(path):
         ("images/x.png", sparse_png, of_folder, "1099511627776 bytes, which no image has"),
         ("x.txt", huge_json, load, "of memory"),
         ("x.csv", sparse_csv, load, "of memory"),
-        ("x.csv", one_line, load, "no row of text: field larger than field limit"),
+        ("x.csv", one_line, load, "not a row of text: field larger than field limit"),
     ],
 )
 def test_what_a_file_claims_is_not_believed(tmp_path, name, write, read, words):

@@ -108,7 +108,7 @@ def test_linked_folders_are_followed_once(tmp_path):
     told = " ".join(found.notes)
     assert "bird is a link to" in told and "followed" in told
     assert "dog/up is a link" in told and "read already" in told
-    assert "1 that are no files" in told
+    assert "1 that are not files" in told
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root lists all")

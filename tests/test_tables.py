@@ -194,7 +194,7 @@ def test_a_decimal_comma_is_told(tmp_path):
         ("a\n" + "\n".join(f"w{i}" for i in range(100)), "t.csv", "100 different texts.*100 rows"),
         (b"PAR1 no", "t.parquet", "cannot be read"),
         (b"ARROW", "t.arrow", "cannot be read"),
-        ('a,b\n1,"x\n', "t.csv", "no row of text"),
+        ('a,b\n1,"x\n', "t.csv", "not a row of text"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path, content, name, words):

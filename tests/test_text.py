@@ -254,5 +254,5 @@ def test_wide_characters_are_no_bytes(tmp_path, encoding, kind):
 def test_a_text_has_no_zeros(tmp_path):
     source = tmp_path / "zero.txt"
     source.write_text(SAID * 9 + "\0" + SAID)
-    with pytest.raises(ValueError, match=r"zero\.txt is no text: byte 0x00 at \d+; save"):
+    with pytest.raises(ValueError, match=r"zero\.txt is not text: byte 0x00 at \d+; save"):
         data.load(source)

@@ -120,7 +120,7 @@ def test_frames_of_others_keep_their_types_and_all_their_columns():
     ],
 )
 def test_types_that_no_column_has_are_refused(text):
-    with pytest.raises(ValueError, match="is no type of a column") as error:
+    with pytest.raises(ValueError, match="is not a type of a column") as error:
         dtypes.parse(text)
     assert len(str(error.value)) < 300
 

@@ -143,7 +143,7 @@ def _store(x: Stored, label: str, schema: Schema) -> Tensor:
     if not isinstance(x, Rows) and not _whole(x):
         odd = x[x != np.rint(x)][0]
         raise ValueError(
-            f"{label} holds {odd:g}, which is none of the {schema.levels} levels "
+            f"{label} holds {odd:g}, which is not one of the {schema.levels} levels "
             f"0..{schema.levels - 1}; round it, or train without --levels to model a density"
         )
     _refuse_negative(x, label)

@@ -75,7 +75,7 @@ def infer_label(name: str, parts: Mapping[str, np.ndarray], source: str) -> Labe
     if len(classes) > max(len(known) // 2, 2):
         raise ValueError(
             f"the label {name} of {source} takes {len(classes)} values in {len(known)} examples,"
-            f" which are no classes; save it as float64 if it is a number"
+            f" too many for classes; save it as float64 if it is a number"
         )
     return Label(name, tuple(classes))
 
@@ -112,7 +112,7 @@ def codes(values: np.ndarray, label: Label, where: str) -> Tensor:
         return torch.from_numpy(values.astype(np.float64))
     if values.dtype.kind == "f":  # integer classes become reals if some are missing
         if not np.array_equal(values, np.rint(values), equal_nan=True):
-            raise ValueError(f"the labels {label.name} of {where} are no classes but numbers")
+            raise ValueError(f"the labels {label.name} of {where} are numbers, not classes")
         values = np.array(["" if np.isnan(v) else str(int(v)) for v in values.tolist()], str)
     texts = as_text(values)
     place: dict[str, float] = {**places_of({*texts}, label.classes), "": math.nan}

@@ -123,7 +123,7 @@ def load(
     if not isinstance(source, str | PathLike) or is_table(source, declared):
         return _load_table(source, levels, size, seed, schema, condition, declared)
     if schema is not None:
-        raise ValueError(f"a schema is given for tables; {source} is none")
+        raise ValueError(f"a schema is for tables, and {source} is not one")
     name, found = _read(source, Form(size, levels=levels), None, declared, seed)
     schema, inferred = infer(found, levels)
     made, how = split(store(found, schema), found.source, seed)

@@ -196,7 +196,7 @@ def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
         if sorted({*keep} & {*range(len(betas))}) != keep:
             raise ValueError(
                 f"the scheduler takes the times {keep[0]} to {keep[-1]}, {len(keep)} of them, of"
-                f" {len(betas)} that it was trained at: some are none of those, or come twice;"
+                f" {len(betas)} that it was trained at: some are not among those, or occur twice;"
                 " give a number of steps for which it takes different ones"
             )
     variance = VARIANCES[str(config.get("variance_type") or "fixed_small")]

@@ -127,7 +127,7 @@ def _best(
         packed = pack(data)
         middle = time.perf_counter()
         if unpack(packed) != data:
-            raise ValueError(f"{name} does not return what it was given")
+            raise ValueError(f"{name} does not restore the data")
         tries.append((len(packed), middle - start, time.perf_counter() - middle))
     size, coding, decoding = min(tries)
     return Rival(name, size, (coding, decoding))

@@ -252,7 +252,9 @@ def read_masked(image: Path, mask: Path, schema: Schema) -> tuple[Tensor, Tensor
         ValueError: the images cannot be read or have another shape.
     """
     if len(schema.shape) != 3 or schema.levels is None:
-        raise ValueError(f"examples of the shape {schema.shape} are no images to be completed")
+        raise ValueError(
+            f"examples of the shape {schema.shape} are not images, and cannot be completed"
+        )
     found = [
         _one(path, (c, *schema.shape[1:])) for path, c in ((image, schema.shape[0]), (mask, 1))
     ]

@@ -44,7 +44,7 @@ def read_shards(source: Path, form: Form, splits: Declared | None = None) -> Fou
     walked = None if source.is_file() else walk(source, (SUFFIX,), "tar files")
     indices = [_index(file) for file in ([source] if walked is None else walked.files)]
     if not indices:
-        raise ValueError(f"{source} has no images, for its tar files are no files")
+        raise ValueError(f"{source} has no images, because its tar files are not files")
     names, texts, ignored = [], [], Counter[str]()
     for index in indices:
         shard = index.images.files[0].relative_to(source).as_posix()

@@ -178,7 +178,7 @@ def _decode(content: bytes, path: Path | str, training: bool) -> str:
             f" it as UTF-8{other}"
         ) from None
     if "\0" in text:
-        looks = f"looks like {wide}" if wide else "is no text"
+        looks = f"looks like {wide}" if wide else "is not text"
         raise ValueError(
             f"{path} {looks}: byte 0x00 at {content.index(0)}; save it as UTF-8{other}"
         )

@@ -60,7 +60,7 @@ def walk(folder: Path, suffixes: Sequence[str], what: str) -> Walked:
             elif file.is_file():
                 files.append(file)
             else:
-                others["that are no files"] += 1
+                others["that are not files"] += 1
         limits.check_search(folder, len(files), seen, what)
     return Walked(sorted(files, key=Path.as_posix), others, links)
 

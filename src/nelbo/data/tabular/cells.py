@@ -117,7 +117,7 @@ def numbers(series: "Series", first: int = 0, words: Collection[str] | None = No
             row = int(odd.arg_true()[0])
             raise ValueError(
                 f"the column {series.name!r} holds numbers, but {text[row]!r} in row"
-                f" {first + row + 1}; mend it, or declare with --schema that the column is a"
+                f" {first + row + 1}; fix it, or declare with --schema that the column is a"
                 ' category, or that the word is among its "missing_words"'
             )
     values = found.to_numpy().astype(np.float64)

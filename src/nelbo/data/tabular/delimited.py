@@ -153,7 +153,7 @@ def _refuse(path: Path, layout: Layout) -> None:
         raise ValueError(layout.error)
     wide = len(layout.heading)
     width, line = next((w, n) for w, n in layout.widths.items() if w != wide)
-    advice = "mend that line"
+    advice = "fix that line"
     if wide == 1:
         mark = repr(layout.separator)
         advice = f"quote cells that hold {mark}, or name every column in the first line"
@@ -176,7 +176,7 @@ def _by(path: Path, separator: str) -> Layout:
                 found.blank, found.rows = found.blank or blank, found.rows + 1
                 found.widths.setdefault(len(row), reader.line_num)
         except csv.Error as error:
-            found.error = f"line {reader.line_num} of {path} is no row of text: {error}"
+            found.error = f"line {reader.line_num} of {path} is not a row of text: {error}"
     return found
 
 

@@ -58,10 +58,10 @@ def parse(text: str) -> "DataType":
             return getattr(pl, name)()
     except (ValueError, TypeError, OverflowError, IndexError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{text[:60]!r} is no type of a column: {reason}") from None
+        raise ValueError(f"{text[:60]!r} is not a type of a column: {reason}") from None
     except pl.exceptions.PolarsError:
         pass
-    raise ValueError(f"{text[:60]!r} is no type of a column; a type is such as 'UInt8'")
+    raise ValueError(f"{text[:60]!r} is not a type of a column, such as 'UInt8'")
 
 
 def categories_of(dtype: "DataType") -> list[str] | None:

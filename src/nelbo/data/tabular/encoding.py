@@ -184,18 +184,18 @@ def _symbols(series: "Series", column: Column, first: int, unseen: Unseen) -> np
             held = "nothing" if cell is None else repr(cell)
             raise ValueError(
                 f"the column {column.name!r} is boolean, {' or '.join(column.categories)}; row"
-                f" {first + wrong[0] + 1} holds {held}; mend it, or train with --schema where"
+                f" {first + wrong[0] + 1} holds {held}; fix it, or train with --schema where"
                 " the column is a category"
             )
     other = np.flatnonzero((codes == 0) & ~none)
     if len(other):
         cell = repr(text[int(other[0])])
         unseen.add(
-            column.name, len(other), cell, f"are none of its categories: counted as {OTHER}"
+            column.name, len(other), cell, f"are not among its categories: counted as {OTHER}"
         )
     if none.any() and not column.missing:
         word = raw_texts(series)[int(none.argmax())]  # possibly a word that means missing
-        said = f"are missing, which none was in training: counted as {OTHER}"
+        said = f"are missing, but none was in training: counted as {OTHER}"
         unseen.add(column.name, int(none.sum()), repr(word or ""), said)
     return codes
 

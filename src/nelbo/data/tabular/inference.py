@@ -215,7 +215,7 @@ def merge(a: Column, b: Column, declared: bool = False) -> Column:
     if words:
         raise ValueError(
             f"the column {a.name!r} holds numbers in some rows and texts such as {words[0]!r} in"
-            " others; mend it, or declare it a category with --schema"
+            " others; fix it, or declare it a category with --schema"
         )
     real = replace(
         kept,
