@@ -88,7 +88,7 @@ class Kind:
     beside: tuple[tuple[str, bytes], ...] = ()
 
 
-class TookLong(Exception):
+class TimeoutExceededError(Exception):
     """No error that a reader tells."""
 
 
@@ -181,10 +181,10 @@ def _other(draw: st.DrawFn, document: object) -> object:
 
 @contextmanager
 def alarm(seconds: int):
-    """`TookLong` after so many seconds: what hangs, fails."""
+    """`TimeoutExceededError` after so many seconds: what hangs, fails."""
 
     def ring(number, frame):
-        raise TookLong(f"not done in {seconds} s")
+        raise TimeoutExceededError(f"not done in {seconds} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def assert_mean(draws: Tensor, truth: Tensor | float, error: float) -> None:
-    """The mean of the draws, over dim 0, is the truth within 4 standard errors, each <= error.
+    """Assert that the mean of draws, over dim 0, is the truth within 4 standard errors <= error.
 
     `error` makes the test able to fail: draws too few or too noisy to see a fault are refused.
     """

@@ -1,4 +1,4 @@
-"""What every process, schedule and decoder into integers must satisfy.
+"""Contracts of processes, schedules and decoders into integers.
 
 A new one inherits: `class TestMine(ProcessContract)` with the fixture and methods named there.
 """
@@ -19,26 +19,28 @@ class ProcessContract:
 
     @staticmethod
     def examples(shape: tuple[int, ...]) -> Tensor:
-        """Data of this shape (B, ...)."""
+        """Make data of this shape, (B, ...)."""
         raise NotImplementedError
 
     @staticmethod
     def guess(e: Tensor) -> Tensor:
-        """Any valid prediction in place of e."""
+        """Return any valid prediction in place of e."""
         raise NotImplementedError
 
     @pytest.fixture(params=[(2, 3, 5, 7), (2, 3), (1, 3, 5)], ids=str)
     def x(self, request: pytest.FixtureRequest) -> Tensor:
+        """Examples (B, ...) of several shapes."""
         with seeded(5):
             return self.examples(request.param)
 
     @staticmethod
     def times(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """r < s < t, different for each example."""
+        """Return r < s < t, different for each example."""
         r, s, t = torch.tensor([[0.1, 0.3], [0.35, 0.5], [0.6, 0.95]], dtype=torch.float64)
         return r[: len(x)], s[: len(x)], t[: len(x)]
 
     def path(self, process: ForwardProcess, x: Tensor) -> tuple[Tensor, ...]:
+        """Return e, a guess of it, s, t, and draws of z_s and z_t."""
         with seeded(6):
             _, s, t = self.times(x)
             e = process.embed(x)
@@ -207,7 +209,7 @@ class ScheduleContract:
     ends: tuple[float | None, float | None]
 
     def inside(self, schedule: Schedule) -> Tensor:
-        """Times on which γ is promised to be finite."""
+        """Return times on which γ is promised to be finite."""
         low = schedule.start if self.ends[0] is not None else schedule.start + 1e-6
         high = 1.0 if self.ends[1] is not None else 1 - 1e-6
         return torch.linspace(low, high, 2049, dtype=torch.float64)
@@ -290,7 +292,7 @@ class DiscreteContract:
         assert_mean(surprise, entropy, error=2.0)
 
     def test_the_mode_is_the_most_probable(self, distribution: Independent) -> None:
-        """What `mode` gives has the greatest probability of all levels."""
+        """The mode has the greatest probability of all levels."""
         table = self.table(distribution)
         at_mode = table.gather(0, distribution.base_dist.mode[None])[0]
         torch.testing.assert_close(at_mode, table.amax(0), rtol=1e-13, atol=0)

@@ -1,4 +1,4 @@
-"""What every network must satisfy."""
+"""Contract of networks."""
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ class NetworkContract:
 
     @pytest.fixture
     def inputs(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        """Features (4, channels·C, ...) and levels (4,)."""
         with seeded(1):
             for parameter in network.parameters():  # the last layers start at zero
                 parameter.data += 0.1 * torch.randn_like(parameter)
@@ -26,6 +27,7 @@ class NetworkContract:
             return torch.randn(4, *first), torch.tensor([-6.0, 0.0, 0.5, 5.0])
 
     def test_examples_do_not_mix(self, network: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        """An example alone has the output that it has among others."""
         network.eval()
         features, level = inputs
         together = network(features, level)
@@ -35,6 +37,7 @@ class NetworkContract:
         torch.testing.assert_close(together[2:3], alone, rtol=1e-4, atol=1e-5)
 
     def test_all_inputs_matter(self, network: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        """Features, level and condition change the output; a condition of zeros is none."""
         network.eval()
         features, level = inputs
         base = network(features, level)
@@ -45,6 +48,7 @@ class NetworkContract:
         torch.testing.assert_close(network(features, level, torch.zeros(4, 1)), base)
 
     def test_all_parameters_learn(self, network: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        """The loss has a gradient in each parameter."""
         network.train()
         network(*inputs).square().sum().backward()
         for name, parameter in network.named_parameters():

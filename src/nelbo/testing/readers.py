@@ -1,4 +1,4 @@
-"""What every reader of files must satisfy."""
+"""Contract of readers of files."""
 
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class ReaderContract:
 
     @pytest.fixture
     def source(self, tmp_path: Path) -> Path:
+        """Where the examples were written."""
         (tmp_path / "source").mkdir()
         return self.write(tmp_path / "source", self.examples)
 
