@@ -106,7 +106,7 @@ def rand(
 
 
 def randn(shape: Sequence[int], shard: BatchShard | None, like: Tensor) -> Tensor:
-    """Standard normal noise of the dtype and on the device of a tensor; else as `rand`."""
+    """Draw standard normal noise of the dtype and on the device of a tensor; else as `rand`."""
     return own_rows(
         lambda wide: torch.randn(wide, dtype=like.dtype, device=like.device), shape, shard
     )
