@@ -22,8 +22,8 @@ _current: ContextVar["BatchShard | None"] = ContextVar("part", default=None)
 class BatchShard:
     """Some rows of a batch, in increasing order.
 
-    As a context manager it is the shard of the rows that a network is called with, for layers that
-    cannot be handed their noise: see `current`.
+    As a context manager it tells layers that draw noise themselves, such as dropout, of which
+    shard the rows of a network call are: see `current`.
 
     Args:
         rows: their indices in the batch.
@@ -101,12 +101,15 @@ def rand(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Uniform noise in [0, 1), as `torch.rand` draws it; of a shard, its rows of the batch's."""
+    """Draw uniform noise in [0, 1) as `torch.rand` does; for a shard, its rows of the batch.
+
+    `shape` and `shard` are as for `own_rows`.
+    """
     return own_rows(lambda wide: torch.rand(wide, dtype=dtype, device=device), shape, shard)
 
 
 def randn(shape: Sequence[int], shard: BatchShard | None, like: Tensor) -> Tensor:
-    """Draw standard normal noise of the dtype and on the device of a tensor; else as `rand`."""
+    """Draw standard normal noise with the dtype and the device of `like`; otherwise as `rand`."""
     return own_rows(
         lambda wide: torch.randn(wide, dtype=like.dtype, device=like.device), shape, shard
     )
@@ -124,7 +127,7 @@ def own_rows(
         shard: the rows; the whole batch where left out.
 
     Raises:
-        RuntimeError: the first size is no multiple of the shard's.
+        RuntimeError: if the first size is not a multiple of that of the shard.
     """
     if shard is None or len(shard) == shard.batch:
         return fill(shape)

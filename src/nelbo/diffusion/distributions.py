@@ -33,11 +33,11 @@ Shape = torch.Size | list[int] | tuple[int, ...]
 
 
 class Drawable(Distribution):
-    """Distribution whose draws are made of standard noise."""
+    """Distribution whose draws are functions of standard noise."""
 
     @abstractmethod
     def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
-        """Return draws of a shape that ends in the batch shape."""
+        """Draw a tensor of a shape that ends in the batch shape; arguments as for `draw`."""
 
     @override
     def sample(self, sample_shape: Shape = ()) -> Tensor:
@@ -45,12 +45,12 @@ class Drawable(Distribution):
 
 
 def draw(q: Distribution, shard: BatchShard | None = None, shape: Shape = ()) -> Tensor:
-    """Draw a sample, made of standard noise, so that one of a Normal is differentiable.
+    """Draw from a distribution as a function of standard noise; differentiable for a Normal.
 
     Args:
-        q: Normal, a Drawable, or Independent ones.
-        shard: the rows of a batch that q is of, for which the noise is drawn; see `batch_rng`.
-        shape: of the result, the batch shape last, by default the batch shape.
+        q: a Normal, a Drawable, or an Independent of one of them.
+        shard: rows of a larger batch that q describes; they get the noise that they have there.
+        shape: of the result, ending in the batch shape, which is the default.
 
     Raises:
         TypeError: if q is another distribution.
@@ -217,12 +217,12 @@ def _kl_joint(q: Joint, p: Joint) -> Tensor:
     return torch.cat([kl_divergence(a, b) for a, b in zip(q.parts, p.parts, strict=True)], -1)
 
 
-#: Standard normal noise of a Monte Carlo divergence: none of an exact one, a tuple of a Joint.
+#: standard normal noise of a Monte Carlo divergence; None for an exact one, a tuple for a Joint
 Noise = Tensor | tuple["Noise", ...] | None
 
 
 def kl_noise(q: Distribution, p: Distribution, shard: BatchShard | None = None) -> Noise:
-    """Draw the noise that `kl` takes of this pair; none where the divergence is exact."""
+    """Draw the noise that `kl` needs for this pair; None where the divergence is exact."""
     if isinstance(q, Independent) and isinstance(p, Independent):
         return kl_noise(q.base_dist, p.base_dist, shard)
     if isinstance(q, Joint) and isinstance(p, Joint):
@@ -233,12 +233,14 @@ def kl_noise(q: Distribution, p: Distribution, shard: BatchShard | None = None) 
 
 
 def kl(q: Distribution, p: Distribution, noise: Noise) -> Tensor:
-    """KL( q ‖ p ), with noise E_q log q/p over m ± σε: unbiased, and the part odd in ε cancels.
+    """Return KL( q ‖ p ): exact, or, with noise ε, the mean of log q/p at m ± σε.
+
+    The latter is unbiased, and its part odd in ε cancels.
 
     Args:
         q: the first distribution.
-        p: the second, of the same batch shape, that of the result.
-        noise: of this pair, as `kl_noise` draws it.
+        p: the second distribution, of the same batch shape, which is that of the result.
+        noise: of this pair, from `kl_noise`.
     """
     if noise is None:
         return kl_divergence(q, p)

@@ -41,7 +41,7 @@ class Bound(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One draw of a term: z_t, the prediction at it, the noise of the KL, the costs (B,)."""
+    """One draw of a term: z_t, the prediction at z_t, the noise of the KL and the costs, (B,)."""
 
     z: Tensor
     prediction: "Prediction"
