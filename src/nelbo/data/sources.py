@@ -32,10 +32,10 @@ class Reader(NamedTuple):
     """A kind of file or folder, and the function that reads it.
 
     Args:
-        knows: whether a path is of that kind; the first reader that knows it reads it.
-        read: what is in it, given how images become arrays and which splits are declared.
-        resizes: whether it takes a size.
-        parts: whether a file has splits, so that some may be declared; a folder always may.
+        knows: whether a path is of that kind; the first reader that knows a path reads it.
+        read: returns the contents, given the conversion of images and the declared splits.
+        resizes: whether the reader accepts a size.
+        parts: whether a file has splits that can be declared; a folder always has.
     """
 
     knows: Callable[[Path], bool]
