@@ -1,30 +1,17 @@
 """One small trained run for the tests that need one; every test has its own, fixed seed."""
 
 import signal
+from pathlib import Path
 from zlib import crc32
 
 import pytest
 import torch
+from support.runs import TINY
 
 from nelbo._utils.numerics import seeded
 from nelbo.runs.train import train
 
 pytest.register_assert_rewrite("nelbo.testing")
-
-TINY = {"steps": 4, "batch": 16, "width": 8, "depth": 1, "evaluate_every": 2}
-#: flags of a small network of OpenAI's
-OPENAI = {
-    "image_size": 8,
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1,2",
-    "attention_resolutions": "4",
-    "num_heads": 2,
-    "learn_sigma": True,
-    "diffusion_steps": 10,
-    "noise_schedule": "cosine",
-    "rescale_timesteps": True,
-}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,7 +38,8 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _seeded(request):
     """What a test draws without a seed of its own is the same each time it runs."""
-    torch.manual_seed(crc32(request.node.nodeid.encode()))
+    file, _, name = request.node.nodeid.partition("::")
+    torch.manual_seed(crc32(f"tests/{Path(file).name}::{name}".encode()))
 
 
 @pytest.fixture(scope="session")

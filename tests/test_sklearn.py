@@ -7,7 +7,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from closed_forms import assert_mean
 from scipy.sparse import csr_array
 from scipy.stats import norm
 from sklearn.base import clone
@@ -30,6 +29,7 @@ from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.memory import Memory, best_bandwidth
 from nelbo.nn.mixture import Corrected, MixtureDenoiser
 from nelbo.sklearn import DiffusionDensity, DiffusionOutlierDetector
+from nelbo.testing import assert_mean
 from nelbo.training.trainer import Trainer
 
 QUICK = {"steps": 3, "width": 8, "depth": 1, "draws": 4}

@@ -1,0 +1,268 @@
+"""One number, its error and its price."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nelbo._utils.numerics import seeded
+from nelbo.cli import display
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.decoder import GaussianDensity, LevelDecoder
+from nelbo.diffusion.model import Model, measuring, model_hash
+from nelbo.diffusion.parametrization import LevelLogits, XPrediction
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
+from nelbo.diffusion.reverse import Mixture, Posterior
+from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo
+from nelbo.evaluation.allocation import pilot
+from nelbo.evaluation.evaluate import CALLS, evaluate
+from nelbo.evaluation.survey import BLOCK, plan
+
+
+class Tilt(nn.Module):
+    """Logits that lean with z, so that the terms depend on the example and the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 4))
+
+    def forward(self, z, level):
+        return (z[..., None] + 0.05 * level[:, None, None]) * self.weight
+
+
+class Shrink(nn.Module):
+    """The ideal denoiser of unit normal data: ê = √α z."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, z, level):
+        return self.one * torch.sigmoid(-level)[:, None].sqrt() * z
+
+
+@pytest.fixture
+def model():
+    levels = Levels(4)
+    process, head = GaussianDiffusion(Linear(-6.0, 5.0), levels), LevelLogits(levels.values)
+    return Model(Tilt(), process, head, Mixture(levels.values), LevelDecoder(), (3,))
+
+
+@pytest.fixture
+def x():
+    with seeded(1):
+        return torch.randint(0, 4, (2 * BLOCK + 5, 3), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("spent", [{"calls": 4}, {"target_error": 0.01}], ids=["calls", "target"])
+def test_a_network_that_says_nothing_finite_is_measured_so(model, x, spent):
+    """No number where there is none, nor an error; and it ends."""
+    model.network.register_forward_hook(lambda network, inputs, output: math.nan * output)
+    result = evaluate(model, x, **spent)
+    error = result.standard_error
+    assert all(map(math.isnan, (result.nats, error.total, error.data, error.monte_carlo)))
+
+
+def test_variates_change_the_error_only(model, x):
+    """Without what is known of the costs the estimate is of the same bound, and less exact."""
+    whole, plain = evaluate(model, x, calls=64), evaluate(model, x, calls=64, variates=False)
+    errors = [r.standard_error.monte_carlo for r in (whole, plain)]
+    assert abs(whole.bits_per_dim - plain.bits_per_dim) < 4 * math.hypot(*errors)
+    assert 0 < errors[0] < errors[1]
+
+
+def test_every_example_counts_once_and_alike(model, x):
+    """The mean of a set of unequal blocks is the mean over its examples, not over its blocks."""
+    result = evaluate(model, x, calls=64)
+    each = -result.per_example.elbo
+    assert each.shape == (len(x),)
+    assert result.examples == len(x)
+    assert result.nats == pytest.approx(each.mean().item(), rel=1e-12)
+    assert result.bits_per_dim == pytest.approx(result.nats / (3 * math.log(2)), rel=1e-12)
+    with seeded(0):
+        alone = -elbo(model, x[-1:].long().expand(20000, 3)).elbo
+    error = math.hypot(alone.std().item() / math.sqrt(20000), 3 * result.standard_error.total)
+    assert abs(alone.mean().item() - each[-1].item()) < 4 * max(error, 0.2)
+
+
+@pytest.mark.parametrize(
+    "times", [ContinuousTime(), TimeGrid.uniform(5)], ids=["continuum", "grid"]
+)
+def test_the_terms_add_up(model, x, times):
+    result = evaluate(model, x, times=times, calls=240)
+    total = result.terms.prior + result.terms.reconstruction + result.terms.diffusion
+    assert total == pytest.approx(result.bits_per_dim, rel=1e-12)
+    curve = sum(point.value for point in result.curve)
+    assert curve == pytest.approx(result.terms.diffusion, rel=0.02)
+    error = result.standard_error
+    assert error.total == pytest.approx(math.hypot(error.data, error.monte_carlo), rel=1e-12)
+    assert error.data > 0 and error.monte_carlo > 0
+
+
+@pytest.mark.parametrize("calls", [None, 2, 3, 4, 9, 21, 64])
+@pytest.mark.parametrize(
+    "times",
+    [ContinuousTime(), TimeGrid.uniform(8), TimeGrid.uniform(1000), TimeGrid.uniform(1)],
+    ids=["continuum", "8", "1000", "1"],
+)
+def test_the_calls_are_those_of_the_network(model, x, times, calls):
+    """Counted at the network, the pilot's included; never more than was asked for."""
+    rows = []
+    model.network.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    result = evaluate(model, x, times=times, calls=calls)
+    assert result.calls_per_example == sum(rows) / len(x)
+    assert (calls or CALLS) / 2 <= result.calls_per_example <= (calls or CALLS)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("scored", [False, True])
+def test_the_plan_spends_what_it_may(scored, kept):
+    """All are visited, and all or some of them twice, for an error bar; or most of many are."""
+    for examples in (1, 5, 69, 447, 10_000):
+        for calls in (2, 3, 4, 7, 24, 1000):
+            for cells in (1, 9, 33):
+                p = plan(examples, calls, cells, scored, kept)
+                visits = p.replicates * p.visited + p.repeated * p.block
+                assert p.replicates >= 2 or (p.repeated and not scored)
+                assert p.pilot * cells + visits * p.draws <= calls * examples
+                assert not (kept and p.pilot)
+                assert 1 <= p.block <= BLOCK
+                few = p.replicates == 1
+                assert p.visited == examples or (few and examples >= 100 * calls and calls < 8)
+                assert p.visited > 0.9 * examples
+
+
+@pytest.mark.slow
+def test_a_few_calls_of_each_are_one_visit_of_most(model, x):
+    """Draws of one visit lend to each other; the second visits, for an error bar, are paid for by
+    examples left out. So after a kept pilot, which cannot miss what is rare as few rows can."""
+    many = x.repeat(10, 1)
+
+    def kept(cells, controls, draws, replicates):
+        with measuring(model), seeded(8):
+            return pilot(cells, controls, Batch(many), 64, draws, replicates)
+
+    result = evaluate(model, many, calls=4, pilots=kept)
+    assert 0.9 * len(many) < result.visited < len(many)
+    assert 3.8 < result.calls_per_example <= 4
+    whole = evaluate(model, many, calls=64)
+    assert abs(result.nats - whole.nats) < 4 * result.standard_error.monte_carlo * 3 * math.log(2)
+    each = evaluate(model, many, calls=4, pilots=kept, per_example=True)
+    assert each.visited == evaluate(model, many, calls=4).visited == len(many)
+
+
+@pytest.mark.slow
+def test_fewer_calls_than_examples_visit_a_sample(model, x):
+    """Nearly half of them with two calls each, some with four, at random; the error knows of those
+    left out."""
+    many = x.repeat(3, 1)
+    result = evaluate(model, many, calls=1)
+    found = result.per_example.elbo.isfinite()
+    assert found.sum() == result.visited and 0.8 * len(many) < 2 * result.visited < len(many)
+    assert 0.9 < result.calls_per_example <= 1
+    assert result.calls_per_example > 2 * result.visited / len(many)
+    assert not torch.equal(
+        found, evaluate(model, many, calls=1, seed=1).per_example.elbo.isfinite()
+    )
+    whole = evaluate(model, many, calls=64)
+    assert abs(result.nats - whole.nats) < 4 * result.standard_error.monte_carlo * 3 * math.log(2)
+    assert result.to_arrays()["nats"].shape == (len(many),)
+
+
+def test_too_few_calls_for_an_error_bar():
+    for calls in (math.nan, math.inf, 0, -1):
+        with pytest.raises(ValueError, match=r"calls must be at least 0\.01 per"):
+            plan(12_800, calls, 33)
+    with pytest.raises(ValueError, match=r"calls must be at least 2.*got 1"):
+        plan(10, 1, 33)
+
+
+@pytest.mark.slow
+def test_the_data_error_is_that_of_other_data(model):
+    """Over 40 data sets: the total error is their spread."""
+    results = []
+    for seed in range(40):
+        with seeded(7, seed):
+            x = torch.distributions.Binomial(3, torch.tensor(0.3)).sample((70, 3)).long()
+        results.append(evaluate(model, x, seed=seed, calls=16))
+    values = torch.tensor([r.bits_per_dim for r in results], dtype=torch.float64)
+    stated = torch.tensor([r.standard_error.total for r in results], dtype=torch.float64)
+    assert 0.65 < values.std() / stated.square().mean().sqrt() < 1.45
+
+
+def test_seeds_and_settings_are_the_callers(model, x):
+    model.train()
+    model.dtype = torch.float32
+    state = torch.get_rng_state()
+    first, again = evaluate(model, x, seed=3), evaluate(model, x, seed=3)
+    assert first == again and first.nats != evaluate(model, x, seed=4).nats
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training and model.dtype == torch.float32
+
+
+def test_a_density_is_in_nats_of_the_data_s_units():
+    """The bound of unit normal data is the entropy; in other units log|scale| is added."""
+    with seeded(2):
+        x = torch.randn(3000, 2, dtype=torch.float64)
+    bounds = []
+    for scale in (1.0, 8.0):  # a power of two: the same e to the last bit, so the same draws
+        affine = Affine(torch.zeros(2), torch.full((2,), scale))
+        decoder = GaussianDensity(affine, math.exp(-5))
+        process = GaussianDiffusion(Linear(-10.0, 8.0), affine)
+        model = Model(Shrink(), process, XPrediction(), Posterior(), decoder, (2,))
+        result = evaluate(model, scale * x, calls=600)
+        assert result.standard_error.monte_carlo < 0.015
+        assert result.bits_per_dim is None and result.unit == "nats"
+        bounds.append(result.nats)
+    entropy = math.log(2 * math.pi) + x.square().sum(1).mean().item() / 2
+    assert bounds[0] == pytest.approx(entropy, abs=4 * 0.015)
+    assert bounds[1] - bounds[0] == pytest.approx(2 * math.log(8), abs=1e-6)
+
+
+def test_json_keys(model, x):
+    result = evaluate(model, x[:1], seed=5).to_dict()
+    text = json.dumps(result, allow_nan=False)
+    assert json.loads(text)["standard_error"]["data"] is None  # one example has no spread
+    keys = "bits_per_dim nats standard_error terms examples dims calls_per_example steps seed"
+    for key in [*keys.split(), "weights", "split", "model_hash", "data_hash"]:
+        assert key in result
+    assert set(result["terms"]) == {"prior", "reconstruction", "diffusion"}
+    assert set(result["standard_error"]) == {"total", "data", "monte_carlo"}
+    assert result["steps"] is None
+
+
+def test_hashes_follow_what_they_stand_for(model, x):
+    before = model_hash(model)
+    assert before == model_hash(model)
+    with torch.no_grad():
+        model.network.weight[0] += 1e-6
+    assert model_hash(model) != before
+    model.network.weight.data[0] -= 1e-6
+    model.step = Posterior()
+    assert model_hash(model) != before
+    assert evaluate(model, x).data_hash == evaluate(model, x.long()).data_hash
+
+
+def test_no_examples(model, x):
+    with pytest.raises(ValueError, match="at least one example"):
+        evaluate(model, x[:0])
+
+
+def test_another_shape(model):
+    with pytest.raises(ValueError, match=r"shape \(3,\); got \(5,\)"):
+        evaluate(model, torch.zeros(4, 5, dtype=torch.int64))
+
+
+def test_two_draws_state_no_error(model, x, capsys):
+    """Of one example they know nothing of what they missed: nothing is stated, and it says so."""
+    result = evaluate(model, x[:1], calls=2)
+    assert math.isnan(result.standard_error.monte_carlo) and math.isfinite(result.nats)
+    assert result.to_dict()["standard_error"]["monte_carlo"] is None
+    assert result.per_example_error.isnan().all()
+    display.result(result)
+    assert "too similar" in capsys.readouterr().out
+    display.result(evaluate(model, x, calls=8))
+    assert "similar" not in capsys.readouterr().out

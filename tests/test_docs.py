@@ -1,0 +1,45 @@
+"""What the pages name is there: files, tests, and the functions of the derivation."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+TESTS = {path.stem.removeprefix("test_"): path for path in ROOT.glob("tests/**/*.py")}
+MODULES = {path.stem for place in ("src", "tests") for path in ROOT.glob(f"{place}/**/*.py")}
+CONTRACTS = "\n".join(path.read_text() for path in ROOT.glob("src/nelbo/testing/*.py"))
+SOURCES = "\n".join(
+    path.read_text()
+    for place in ("src", "tests", "benchmarks")
+    for path in ROOT.glob(f"{place}/**/*.py")
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_tests_exist(page):
+    text = page.read_text()
+    for path in re.findall(r"(?:benchmarks|tests)/[\w/]+\.py", text):
+        assert (ROOT / path).exists(), path
+    last = ""
+    for file, name in re.findall(
+        r"`(?:[\w/]*?(\w+)(?:\.py)?)?::((?:Test\w+|test_\w+)[\w.:]*)", text
+    ):
+        last = file.removeprefix("test_") or last
+        tests = TESTS[last].read_text() + CONTRACTS
+        for part in re.split(r"::|\.", name):
+            assert re.search(rf"(def|class) {part}\b", tests), f"{last}::{name}"
+
+
+def test_the_derivation_names_what_exists():
+    text = (ROOT / "docs" / "derivation.md").read_text()
+    for name in re.findall(r"`([A-Za-z_][\w.]*)`", text):
+        for part in name.split("."):
+            assert part in MODULES or re.search(rf"\b{part}\b", SOURCES), name
