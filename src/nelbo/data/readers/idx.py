@@ -31,7 +31,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def is_source(path: Path) -> bool:
-    """Whether `read_idx` reads it: an idx file, or a folder of them."""
+    """Return whether `read_idx` reads a path: an idx file, or a folder of them."""
     return bool(images_in(path)) if path.is_dir() else path.is_file() and is_idx(path)
 
 

@@ -65,7 +65,8 @@ def read_shards(source: Path, form: Form, splits: Declared | None = None) -> Fou
 
 
 def is_shards(path: Path) -> bool:
-    """Whether `read_shards` reads it: a tar file, or a folder of them without idx files."""
+    """Return whether `read_shards` reads a path: a tar file, or a folder of them without idx
+    files."""
     if path.is_dir():
         return not idx.images_in(path) and holds_shards(path)
     return path.is_file() and path.suffix.lower() == ".tar"
