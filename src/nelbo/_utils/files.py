@@ -25,8 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nelbo._utils import limits
-from nelbo._utils.numerics import check_finite
-from nelbo._utils.sharding import divided_like
+from nelbo._utils.sharding import check_finite, divided_like
 
 try:
     import fcntl

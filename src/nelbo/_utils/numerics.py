@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nelbo._utils.sharding import own
-
 LOG_2 = 0.6931471805599453
 
 
@@ -61,27 +59,6 @@ def log1mexp(a: Tensor) -> Tensor:
         (-torch.expm1(torch.where(near_zero, a, -1.0))).log(),
         torch.log1p(-torch.where(near_zero, -1.0, a).exp()),
     )
-
-
-def check_finite(module: nn.Module, where: str) -> None:
-    """Raise a ValueError if a parameter is not finite, or a buffer or `log_..` parameter is NaN.
-
-    The latter may be infinite, as log 0 is.
-
-    Args:
-        module: whose state dict to check.
-        where: it comes from, for the message.
-    """
-    learned = {n for n, _ in module.named_parameters() if not n.split(".")[-1].startswith("log_")}
-    for name, tensor in module.state_dict().items():
-        of_it = own(tensor)
-        if not of_it.is_floating_point():
-            continue
-        if (~of_it.isfinite() if name in learned else of_it.isnan()).any():
-            raise ValueError(
-                f"{where} has values in {name} that are not finite, so it gives no result;"
-                " restore the weights from a copy, or train again"
-            )
 
 
 def derive_seed(*path: int) -> int:

@@ -72,3 +72,24 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor
     for kind in kinds:
         clip_grads_with_norm_(kind, largest, norm)
     return norm
+
+
+def check_finite(module: nn.Module, where: str) -> None:
+    """Raise a ValueError if a parameter is not finite, or a buffer or `log_..` parameter is NaN.
+
+    The latter may be infinite, as log 0 is.
+
+    Args:
+        module: whose state dict to check.
+        where: it comes from, for the message.
+    """
+    learned = {n for n, _ in module.named_parameters() if not n.split(".")[-1].startswith("log_")}
+    for name, tensor in module.state_dict().items():
+        of_it = own(tensor)
+        if not of_it.is_floating_point():
+            continue
+        if (~of_it.isfinite() if name in learned else of_it.isnan()).any():
+            raise ValueError(
+                f"{where} has values in {name} that are not finite, so it gives no result;"
+                " restore the weights from a copy, or train again"
+            )

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from nelbo._utils.numerics import check_finite
-from nelbo._utils.sharding import whole
+from nelbo._utils.sharding import check_finite, whole
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.decoder import Decoder

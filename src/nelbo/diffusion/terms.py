@@ -10,6 +10,7 @@ A term knows the weight of the prediction error in its cost: of ‖e - ê‖² i
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from nelbo._utils.numerics import slope
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.distributions import Noise
 from nelbo.diffusion.elbo import diffusion_rate, diffusion_term, reconstruction_term
-from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Prediction
 from nelbo.diffusion.process import ForwardProcess
+
+if TYPE_CHECKING:
+    from nelbo.diffusion.model import Model
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Term(ABC):
     t: Tensor
 
     @abstractmethod
-    def draw(self, model: Model, batch: Batch) -> "TermDraw":
+    def draw(self, model: "Model", batch: Batch) -> "TermDraw":
         """Draw the term once, with one network call per example; nats."""
 
     @abstractmethod
@@ -48,7 +51,7 @@ class ReconstructionTerm(Term):
     """E_q(z_1|x)[ -log P(x|z_1) ] at the first times t."""
 
     @override
-    def draw(self, model: Model, batch: Batch) -> "TermDraw":
+    def draw(self, model: "Model", batch: Batch) -> "TermDraw":
         drawn = reconstruction_term(model, batch.x, self.t, batch.condition)
         return TermDraw(batch.x, self, *drawn)
 
@@ -68,7 +71,7 @@ class DiffusionTerm(Term):
     s: Tensor
 
     @override
-    def draw(self, model: Model, batch: Batch) -> "TermDraw":
+    def draw(self, model: "Model", batch: Batch) -> "TermDraw":
         drawn = diffusion_term(model, batch.x, self.s, self.t, batch.condition)
         return TermDraw(batch.x, self, *drawn)
 
@@ -89,7 +92,7 @@ class DiffusionRate(Term):
     """lim_{s→t} DiffusionTerm(t, s)/(t-s)."""
 
     @override
-    def draw(self, model: Model, batch: Batch) -> "TermDraw":
+    def draw(self, model: "Model", batch: Batch) -> "TermDraw":
         return TermDraw(batch.x, self, *diffusion_rate(model, batch.x, self.t, batch.condition))
 
     @override

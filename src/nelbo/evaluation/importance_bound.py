@@ -13,7 +13,6 @@ and q(z|x) = q(z_T|x) Π_t q(z_{t-1}|z_t,x): the path is drawn from T down to 1,
 model, with T network calls. Nothing here depends on the process, reverse kernel or decoder.
 """
 
-import math
 from itertools import pairwise
 
 import torch
@@ -23,16 +22,8 @@ from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
-from nelbo.evaluation.replicates import _visit
+from nelbo.evaluation.replicates import _visit, check_samples, log_mean
 from nelbo.evaluation.result import BoundEstimate, ImportanceDetails
-
-
-def check_samples(samples: int) -> None:
-    """Raise a ValueError unless K, the number of paths, is at least 1."""
-    if samples < 1:
-        raise ValueError(
-            f"the number of importance samples must be at least 1; got {samples}; 1 is the ELBO"
-        )
 
 
 def check_grid(times: TimeDiscretization) -> TimeGrid:
@@ -66,11 +57,6 @@ def log_weights(model: Model, batch: Batch, times: TimeGrid) -> Tensor:
         z = q.sample()
         weight = weight + p.log_prob(z) - q.log_prob(z)
     return weight + model.likelihood(z, first, condition).log_prob(x)
-
-
-def log_mean(log_weights: Tensor) -> Tensor:
-    """Return log 1/K Σ_k w_k over the last dimension, of size K."""
-    return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
 
 
 def importance_weights(

@@ -32,11 +32,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import Schedule
 from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_gaussian
 from nelbo.evaluation.evaluate import scale_of
-from nelbo.evaluation.importance_bound import (
-    check_samples,
-    log_mean,
-)
-from nelbo.evaluation.replicates import BLOCK, _visit
+from nelbo.evaluation.replicates import BLOCK, _visit, check_samples, log_mean
 from nelbo.evaluation.result import BoundEstimate, FlowDetails
 
 Trace = Literal["auto", "exact", "hutchinson"]

@@ -102,3 +102,16 @@ def _standard_error(each: Tensor) -> StandardError:
     return StandardError(
         math.sqrt(total) * width, math.sqrt(data) * width, math.sqrt(noise) * widened(known)
     )
+
+
+def check_samples(samples: int) -> None:
+    """Raise a ValueError unless K, the number of paths, is at least 1."""
+    if samples < 1:
+        raise ValueError(
+            f"the number of importance samples must be at least 1; got {samples}; 1 is the ELBO"
+        )
+
+
+def log_mean(log_weights: Tensor) -> Tensor:
+    """Return log 1/K Σ_k w_k over the last dimension, of size K."""
+    return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from nelbo.report.images import Canvas
 from nelbo.report.quality import Quality
 from nelbo.report.quality import figure as draw_quality
 from nelbo.report.studies import SAMPLE_STEPS, STEPS, Coded, Trajectory, is_image, own_step
-from nelbo.runs.run import Run
+
+if TYPE_CHECKING:
+    from nelbo.runs.run import Run
 
 
-def headline(run: Run, result: Evaluation) -> str:
+def headline(run: "Run", result: Evaluation) -> str:
     """Return the bound, its meaning, and everything needed to reproduce it."""
     value = result.nats if result.bits_per_dim is None else result.bits_per_dim
     error = result.standard_error
@@ -135,7 +138,7 @@ def steps(curves: list[figures.StepCurve], model: Model, unit: str, examples: in
     )
 
 
-def files(run: Run, coded: Coded | None) -> str:
+def files(run: "Run", coded: Coded | None) -> str:
     """Return the section on bytes and seconds of lossless codecs on the same examples, or ""."""
     if coded is None:
         return ""
@@ -166,7 +169,7 @@ def _seconds(value: float) -> str:
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
 
 
-def training(run: Run, unit: str) -> str:
+def training(run: "Run", unit: str) -> str:
     """Return the section on the curves of training; "" if the run has no validation yet."""
     events = [e for e in run.metrics if math.isfinite(e.get("validation", math.nan))]
     if not events:
@@ -197,7 +200,7 @@ def training(run: Run, unit: str) -> str:
     )
 
 
-def images(run: Run, x: Tensor, path: Trajectory) -> str:
+def images(run: "Run", x: Tensor, path: Trajectory) -> str:
     """Return the section on samples of images beside test data, and on their trajectories."""
     canvas = Canvas(run.model.process, run.config.schema, x)
     grids = "".join(
@@ -248,7 +251,7 @@ def vectors(schema: Schema, x: Tensor, path: Trajectory) -> str:
     )
 
 
-def pixels(run: Run, x: Tensor, each: np.ndarray, unit: str) -> str:
+def pixels(run: "Run", x: Tensor, each: np.ndarray, unit: str) -> str:
     """Return the section on costs of pixels: their mean, and examples of low to high cost."""
     name = unit.removesuffix("/dim")
     maps = each.sum(1)
@@ -275,7 +278,7 @@ def pixels(run: Run, x: Tensor, each: np.ndarray, unit: str) -> str:
     )
 
 
-def _channels(run: Run) -> str:
+def _channels(run: "Run") -> str:
     return ", colours together" if run.config.schema.shape[0] > 1 else ""
 
 
@@ -339,7 +342,7 @@ def quality(found: Quality) -> str:
     )
 
 
-def again(run: Run, seed: int) -> str:
+def again(run: "Run", seed: int) -> str:
     """Return the section with versions, commands and the configuration."""
     path = shlex.quote(str(run.path))
     commands = "\n".join(
@@ -377,7 +380,7 @@ def _kind_of_file(schema: Schema) -> str:
     return "png" if is_image(schema) else "csv" if schema.columns else "npz"
 
 
-def train_command(run: Run) -> str:
+def train_command(run: "Run") -> str:
     """Return the command that trains the run, with every option, independent of later presets."""
     config = run.config
     if config.train.grid:  # fine-tuned from another run, whose name is not recorded
@@ -401,7 +404,7 @@ def train_command(run: Run) -> str:
 # Words, numbers and tags
 
 
-def name_of(run: Run) -> str:
+def name_of(run: "Run") -> str:
     """Return the name of the data of a run."""
     return Path(run.config.source).name or run.config.source
 

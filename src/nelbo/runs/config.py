@@ -20,13 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nelbo import data
 from nelbo._utils import cache, limits
 from nelbo._utils.distributed import main_process_first
 from nelbo._utils.progress import shortened
 from nelbo._version import __version__
-from nelbo.data.schema import Dataset, Schema
-from nelbo.data.sources import BUILT_IN
+from nelbo.data.schema import Dataset, Schema, fingerprint
+from nelbo.data.sources import BUILT_IN, load
 from nelbo.data.splits import NONE, Declared, declare
 from nelbo.models.config import ModelConfig
 from nelbo.training.config import TrainConfig
@@ -156,7 +155,7 @@ class RunConfig:
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def _read(self, source: str) -> Dataset:
-        return data.load(
+        return load(
             source,
             levels=self.schema.levels,
             size=self.size,
@@ -218,8 +217,8 @@ def _declared(splits: object) -> Declared | None:
 
 def hashes(dataset: Dataset) -> dict[str, str]:
     """Return the fingerprint of each split, and of its labels if the model is conditional."""
-    labels = {f"labels of {name}": data.fingerprint(y) for name, y in dataset.labels.items()}
-    return {name: data.fingerprint(x) for name, x in dataset.splits.items()} | labels
+    labels = {f"labels of {name}": fingerprint(y) for name, y in dataset.labels.items()}
+    return {name: fingerprint(x) for name, x in dataset.splits.items()} | labels
 
 
 def _section(document: object, keys: set[str], where: str) -> dict:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from nelbo import data
 from nelbo._utils import limits
 from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.files import keep, kept, put_weights, read_tensors
 from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track, shortened
-from nelbo.data.sources import Splits
+from nelbo.data.sources import Splits, load_like
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, model_hash
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid, even_times
@@ -86,9 +85,7 @@ class Run:
         if source is None:
             dataset = self.config.load_data()
         else:
-            dataset = data.load_like(
-                source, self.config.schema, size=self.config.size, splits=splits
-            )
+            dataset = load_like(source, self.config.schema, size=self.config.size, splits=splits)
             for note in dataset.notes:
                 tell(f"note: {note}")
         split = split or ("test" if source is None else "all")

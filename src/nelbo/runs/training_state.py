@@ -4,7 +4,7 @@
     best.*           the averaged weights of the best bound so far, as in `model.safetensors`
     law.*            the timestep sampler
     optimizer.i.*    moments of the i-th parameter
-    progress         `trainer.Progress`
+    progress         `training.config.Progress`
 
 No generator state is saved: randomness follows from the seed and the step (see `trainer`). If the
 newest file is missing, or damaged according to its hash, the previous one is used; the steps since
@@ -14,7 +14,7 @@ then are repeated, with the same result.
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,13 +22,16 @@ from nelbo._utils import limits
 from nelbo._utils.files import put_weights, read_tensors, write_tensors
 from nelbo._utils.sharding import divided_like, gathered
 from nelbo.runs.config import BEFORE, STATE
-from nelbo.training.trainer import Progress, Trainer
+from nelbo.training.config import Progress
+
+if TYPE_CHECKING:
+    from nelbo.training.trainer import Trainer
 
 #: fields of `Progress` that each state has; older versions did not write the others
 WRITTEN = {"step", "seconds", "best", "best_step", "recent"}
 
 
-def save(out: Path, learner: Trainer) -> None:
+def save(out: Path, learner: "Trainer") -> None:
     """Save the newest state of the run `out`; the previous newest becomes the fallback.
 
     The first process writes it; if the network is sharded, all processes contribute their shards.
@@ -49,7 +52,7 @@ def is_in(out: Path) -> bool:
     return (out / STATE).is_file() or (out / BEFORE).is_file()
 
 
-def load(out: Path, learner: Trainer) -> None:
+def load(out: Path, learner: "Trainer") -> None:
     """Restore the state of the run `out` into a trainer.
 
     Raises:

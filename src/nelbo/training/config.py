@@ -1,5 +1,6 @@
 """The configuration of training: names and sizes, as a run stores them."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -60,3 +61,16 @@ class TrainConfig(Section):
         ends = (0.0, *self.grid)
         if self.grid and not (ends[-1] == 1 and all(a < b for a, b in pairwise(ends))):
             raise ValueError(f"grid must increase within (0, 1] and end at 1.0; got {self.grid}")
+
+
+@dataclass
+class Progress:
+    """Progress of a training, saved with its state."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    best_step: int = 0
+    recent: float = math.nan  # running mean of the bound, nats
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_now: int = 0  # of these, the last ones in a row

@@ -9,7 +9,6 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -35,7 +34,7 @@ from nelbo.models.config import ModelConfig
 from nelbo.nn.mixture import Corrected
 from nelbo.training.augmentation import augment
 from nelbo.training.batching import Blocks, batch_indices
-from nelbo.training.config import TrainConfig
+from nelbo.training.config import Progress, TrainConfig
 from nelbo.training.objective import OBJECTIVES, GridObjective, Loss, Objective
 from nelbo.training.optim import learning_rate, optimizer, warmed_ema
 from nelbo.training.parallel import add_up, deterministic, parts_of, prepare, shard
@@ -45,19 +44,6 @@ from nelbo.training.timestep_samplers import TIMESTEP_SAMPLERS
 SKIPPED = 10  # steps in a row without a finite loss after which training stops
 STARTED_FROM = 2**15  # examples on disk to which a model fits its statistics, at most
 VALIDATION = (1000, 2**18)  # examples and numbers of a validation, at most, to take little time
-
-
-@dataclass
-class Progress:
-    """Progress of a training, saved with its state."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best: float = math.inf
-    best_step: int = 0
-    recent: float = math.nan  # running mean of the bound, nats
-    skipped: int = 0  # steps whose loss or gradient was not finite
-    skipped_now: int = 0  # of these, the last ones in a row
 
 
 class Trainer:
