@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from nelbo.codec.files import Report
 from nelbo.data.inspection import Inspection
 from nelbo.data.schema import Schema
 from nelbo.evaluation.result import BoundEstimate, Evaluation, FlowDetails, ImportanceDetails
-
-if TYPE_CHECKING:
-    pass
 
 
 def of_text(found: Evaluation | BoundEstimate, schema: Schema | None) -> dict[str, float]:

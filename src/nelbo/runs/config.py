@@ -18,7 +18,6 @@ import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nelbo._utils import cache, limits
 from nelbo._utils.distributed import main_process_first
@@ -29,9 +28,6 @@ from nelbo.data.sources import BUILT_IN, load
 from nelbo.data.splits import NONE, Declared, declare
 from nelbo.models.config import ModelConfig
 from nelbo.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    pass
 
 CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
     "config.json",

@@ -3,13 +3,9 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from nelbo.models.config import Section, _at_least
-
-if TYPE_CHECKING:
-    pass
-
 
 Objective = Literal["bound", "simple", "min-snr", "p2"]
 Times = Literal["stratified", "importance", "iid"]
