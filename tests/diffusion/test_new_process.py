@@ -43,7 +43,7 @@ class UniformDiffusion(ForwardProcess):
     def features(self, z: Tensor) -> Tensor:
         return self._one(z).movedim(-1, 2).flatten(1, 2)
 
-    def level(self, t: Tensor) -> Tensor:
+    def log_snr_input(self, t: Tensor) -> Tensor:
         return self.schedule(t)
 
     def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:

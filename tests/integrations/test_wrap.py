@@ -442,7 +442,7 @@ class TestOnSteps(ProcessContract):
 
     def test_examples_do_not_mix(self, process, x):
         t = self.times(x)[2]
-        assert torch.equal(process.level(t), (20 * t).round())
+        assert torch.equal(process.log_snr_input(t), (20 * t).round())
 
 
 def test_respacing():

@@ -118,7 +118,7 @@ class Model(nn.Module):
         """Call the network once; return its prediction of the data from z = z_t and condition."""
         self.check_condition(condition, len(z))
         dtype = next(self.network.parameters()).dtype
-        features, level = self.process.features(z).clamp(-FAR, FAR), self.process.level(t)
+        features, level = self.process.features(z).clamp(-FAR, FAR), self.process.log_snr_input(t)
         inputs = [features, level] + ([] if condition is None else [condition])
         inputs = [v.to(z.device, dtype) for v in inputs]
         with _narrow(z.device, self.precision):

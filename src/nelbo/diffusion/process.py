@@ -123,7 +123,7 @@ class ForwardProcess(nn.Module, ABC):
         """Return the input of a network, (B, C, ...), with `channels` channels for each of z."""
 
     @abstractmethod
-    def level(self, t: Tensor) -> Tensor:
+    def log_snr_input(self, t: Tensor) -> Tensor:
         """Return the noise level that is an input of a network, shape of t."""
 
     @abstractmethod
@@ -300,7 +300,7 @@ class GaussianDiffusion(ForwardProcess):
         return z
 
     @override
-    def level(self, t: Tensor) -> Tensor:
+    def log_snr_input(self, t: Tensor) -> Tensor:
         # γ itself: given the log-SNR, a network suits any grid and any learned schedule
         return self.schedule(t)
 
@@ -383,7 +383,7 @@ class MaskedDiffusion(ForwardProcess):
         return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
 
     @override
-    def level(self, t: Tensor) -> Tensor:
+    def log_snr_input(self, t: Tensor) -> Tensor:
         # Given the visible symbols, P(x|z_t) does not depend on t (Ou et al. 2024).
         return torch.zeros_like(t)
 

@@ -80,8 +80,8 @@ class ProductDiffusion(ForwardProcess):
         return self._flat(part.features(v) for part, v in self._of(z))
 
     @override
-    def level(self, t: Tensor) -> Tensor:
-        return self.parts[0].level(t)
+    def log_snr_input(self, t: Tensor) -> Tensor:
+        return self.parts[0].log_snr_input(t)
 
     @override
     def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:

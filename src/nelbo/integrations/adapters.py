@@ -101,7 +101,7 @@ class OnSteps(GaussianDiffusion):
     schedule: Steps
 
     @override
-    def level(self, t: Tensor) -> Tensor:
+    def log_snr_input(self, t: Tensor) -> Tensor:
         i = self.schedule.index(t)
         if (i == 0).any():
             raise ValueError(
