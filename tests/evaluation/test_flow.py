@@ -407,7 +407,7 @@ def test_refusals(case, monkeypatch):
         evaluate_flow(masks, torch.zeros(2, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="at least 1; got 0"):
         evaluate_flow(model, x, samples=0)
-    with pytest.raises(ValueError, match=r"no bound; try trace='exact'"):
+    with pytest.raises(ValueError, match=r"not be a bound; try trace='exact'"):
         evaluate_flow(model, x, samples=2, trace="hutchinson")
     with pytest.raises(ValueError, match="auto, exact or hutchinson; got 'rough'"):
         evaluate_flow(model, x, trace="rough")

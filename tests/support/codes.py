@@ -65,7 +65,7 @@ def files():
     symbols.head.log_prior.data.copy_(torch.tensor([5.0, 0.0, 0.0]))
     wide = many_dims()
     y = ancestral(wide, 90, TimeGrid.uniform(2))
-    with patch.object(blocks, "LANE", 300):
+    with patch.object(blocks, "LANE", 360):
         lanes = compress(wide, y, settings(1, effort=2), block=45)
     assert [max(block.sizes) for block in describe(lanes)[1]] == [4, 2]
     made = [
