@@ -124,6 +124,8 @@ def test_conditions_of_other_examples_are_refused(pairs, measure):
     for some in (x[20:40], x.repeat(2, 1)):
         with pytest.raises(ValueError, match=f"got 70 conditions of {len(some)} examples"):
             measure(model(), Batch(some, c))
+    with pytest.raises(ValueError, match=r"\(N, F\).*got the shape \(70,\)"):
+        measure(model(), Batch(x, c[:, 0]))
     of_class = model()
     of_class.conditioned_on = "class"  # as a run of P(x|class) holds it
     with pytest.raises(ValueError, match=r"one of P\(x\|class\), and the examples come without"):

@@ -68,7 +68,7 @@ def sample(
         distribution.
     inpaint
         An image of the size of the run's, whose masked part is drawn given the rest: exactly
-        for the absorbing process, approximately for the Gaussian one.
+        for the masked process, approximately for the Gaussian one.
     mask
         With --inpaint: an image of the same size, white where to draw and black where to keep.
     rounds
@@ -106,6 +106,8 @@ def sample(
         raise ValueError(f"the number of samples must be at least 1; got {n}")
     if (inpaint is None) != (mask is None) or (inpaint is None and rounds != 1):
         raise ValueError("--inpaint, --mask and --rounds go together; give an image and a mask")
+    if sampler == "flow":
+        samplers.check_path(loaded.model)
     if inpaint is not None and sampler != "ancestral":
         raise ValueError("--inpaint takes the ancestral sampler; leave --sampler out")
     if impute is not None:

@@ -27,6 +27,11 @@ class Batch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "x", as_tensor(self.x))
+        if self.condition is not None and self.condition.ndim != 2:
+            raise ValueError(
+                "conditions are rows of numbers, (N, F), as run.batch() gives them; got the shape"
+                f" {tuple(self.condition.shape)}"
+            )
         if self.condition is not None and len(self.condition) != len(self.x):
             raise ValueError(
                 f"each example has its own condition; got {len(self.condition)} conditions of"

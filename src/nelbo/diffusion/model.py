@@ -73,8 +73,8 @@ class Model(nn.Module):
             if self.conditioned_on:
                 raise ValueError(
                     f"the model is one of P(x|{self.conditioned_on}), and the examples come"
-                    f" without their {self.conditioned_on}: take the examples from run.batch(...),"
-                    " give nelbo.Batch(x, condition), or measure P(x) with model.unconditional()"
+                    f" without their {self.conditioned_on}: take the examples from"
+                    " run.batch(...)[0], give nelbo.Batch(x, condition), or measure P(x) with model.unconditional()"
                 )
         elif len(condition) != examples:
             raise ValueError(

@@ -76,6 +76,19 @@ def ancestral(
     return descend(model, count, times, seed, step, decode, track=track)
 
 
+def check_path(model: Model) -> None:
+    """Refuse a model whose latents have no deterministic path.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not model.process.has_flow:
+        raise ValueError(
+            f"a deterministic path needs a Gaussian process; the model's is"
+            f" {type(model.process).__name__}; use the ancestral sampler"
+        )
+
+
 def probability_flow(
     model: Model,
     count: int,
@@ -92,11 +105,7 @@ def probability_flow(
         ValueError: if the process has no such path, as symbols have none.
     """
     process = model.process
-    if not process.has_flow:
-        raise ValueError(
-            f"a deterministic path needs a Gaussian process; the model's is"
-            f" {type(process).__name__}; use the ancestral sampler"
-        )
+    check_path(model)
 
     def step(rows: Tensor, z: Tensor, s: Tensor, t: Tensor, part: BatchShard) -> Tensor:
         e_hat = model.predict(z, t, rows_of(condition, rows)).e_hat
