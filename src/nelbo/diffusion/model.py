@@ -74,7 +74,8 @@ class Model(nn.Module):
                 raise ValueError(
                     f"the model is one of P(x|{self.conditioned_on}), and the examples come"
                     f" without their {self.conditioned_on}: take the examples from"
-                    " run.batch(...)[0], give nelbo.Batch(x, condition), or measure P(x) with model.unconditional()"
+                    " run.batch(...)[0], give nelbo.Batch(x, condition), or measure P(x) with"
+                    " model.unconditional()"
                 )
         elif len(condition) != examples:
             raise ValueError(
