@@ -22,6 +22,11 @@ def over(v: Tensor, x: Tensor) -> Tensor:
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)).to(dtype)
 
 
+def widened(x: Tensor) -> Tensor:
+    """Return stored values in the type that models take: int64 for levels, float64 for reals."""
+    return x.double() if x.is_floating_point() else x.long()
+
+
 def slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Return df/dt of an elementwise f; shape of t, differentiable in the parameters of f.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from nelbo._utils.numerics import widened
 from nelbo.data.columns import Column, places, with_keys
 from nelbo.data.rows import Rows
 
@@ -220,7 +221,7 @@ def as_examples(x: Tensor) -> Tensor:
     ...)."""
     if isinstance(x, Rows):
         return x  # widened when they are read
-    return x.double() if x.is_floating_point() else x.long()
+    return widened(x)
 
 
 def fingerprint(x: Tensor) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nelbo._utils.numerics import widened
 from nelbo.diffusion.checks import as_tensor
 
 
@@ -32,11 +33,7 @@ class Batch:
                 "conditions are rows of numbers, (N, F), as run.batch() gives them; got the shape"
                 f" {tuple(self.condition.shape)}"
             )
-        if self.condition is not None and len(self.condition) != len(self.x):
-            raise ValueError(
-                f"each example has its own condition; got {len(self.condition)} conditions of"
-                f" {len(self.x)} examples: choose the same rows of both, as batch[rows] does"
-            )
+        check_count(self.condition, len(self.x))
 
     @staticmethod
     def of(x: "Tensor | Batch") -> "Batch":
@@ -52,9 +49,17 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device, levels as int64 and real numbers as float64."""
-        x = self.x.double() if self.x.is_floating_point() else self.x.long()
         condition = None if self.condition is None else self.condition.to(device)
-        return Batch(x.to(device), condition, self.given)
+        return Batch(widened(self.x).to(device), condition, self.given)
+
+
+def check_count(condition: Tensor | None, examples: int) -> None:
+    """Raise a ValueError if conditions are those of more or fewer examples."""
+    if condition is not None and len(condition) != examples:
+        raise ValueError(
+            f"each example has its own condition; got {len(condition)} conditions of"
+            f" {examples} examples: choose the same rows of both, as batch[rows] does"
+        )
 
 
 def rows_of(condition: Tensor | None, rows: slice | Tensor) -> Tensor | None:

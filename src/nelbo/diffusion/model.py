@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from nelbo._utils.sharding import check_finite, whole
-from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.batch import Batch, check_count
 from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.parametrization import Parametrization, Prediction
@@ -69,19 +69,14 @@ class Model(nn.Module):
         Raises:
             ValueError: if it does not.
         """
-        if condition is None:
-            if self.conditioned_on:
-                raise ValueError(
-                    f"the model is one of P(x|{self.conditioned_on}), and the examples come"
-                    f" without their {self.conditioned_on}: take the examples from"
-                    " run.batch(...)[0], give nelbo.Batch(x, condition), or measure P(x) with"
-                    " model.unconditional()"
-                )
-        elif len(condition) != examples:
+        if condition is None and self.conditioned_on:
             raise ValueError(
-                f"each example has its own condition; got {len(condition)} conditions of"
-                f" {examples} examples: choose the same rows of both, as batch[rows] does"
+                f"the model is one of P(x|{self.conditioned_on}), and the examples come"
+                f" without their {self.conditioned_on}: take the examples from"
+                " run.batch(...)[0], give nelbo.Batch(x, condition), or measure P(x) with"
+                " model.unconditional()"
             )
+        check_count(condition, examples)
 
     def given(self, batch: Batch) -> str:
         """Return what the bound of a batch is conditioned on, for the record; "" for P(x)."""

@@ -72,7 +72,19 @@ class Posterior(ReverseKernel):
         return process.posterior(z, prediction.e_hat, s, t)
 
 
-class Beta(ReverseKernel):
+class FixedVariance(ReverseKernel):
+    """N(f, σ²) with f = m_t(z_t, ê) and the `variance` of the times."""
+
+    @override
+    def forward(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
+    ) -> Distribution:
+        process = _gaussian(process, self)
+        f = process.m_t(z, prediction.e_hat, s, t)
+        return normal(f, self.variance(s, t, process))
+
+
+class Beta(FixedVariance):
     """N(f, β) with f = m_t(z_t, ê); the KL is ‖m_t - f‖²/(2β) + const (equation 7)."""
 
     @override
@@ -82,14 +94,6 @@ class Beta(ReverseKernel):
     @override
     def variance(self, s: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
         return process.beta(s, t)
-
-    @override
-    def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
-    ) -> Distribution:
-        process = _gaussian(process, self)
-        f = process.m_t(z, prediction.e_hat, s, t)
-        return normal(f, self.variance(s, t, process))
 
 
 class Learned(ReverseKernel):
@@ -112,7 +116,7 @@ class Learned(ReverseKernel):
         return per_example(Normal(f, (log_variance / 2).exp(), validate_args=False))
 
 
-class Optimal(ReverseKernel):
+class Optimal(FixedVariance):
     """N(f, σ²) with the σ² of least expected KL: β̃ + (√α_s β/(1-α_t))² v(t).
 
     v(t) = E‖e - ê‖²/D (Bao et al. 2022, theorem 1) belongs to the model and is measured in
@@ -152,14 +156,6 @@ class Optimal(ReverseKernel):
         last = len(self.errors) - 1
         below = (t * last).long().clamp(0, last - 1)
         return torch.lerp(self.errors[below], self.errors[below + 1], t * last - below)
-
-    @override
-    def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
-    ) -> Distribution:
-        process = _gaussian(process, self)
-        f = process.m_t(z, prediction.e_hat, s, t)
-        return normal(f, self.variance(s, t, process))
 
 
 class Mixture(ReverseKernel):

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from nelbo._utils import limits as _limits
+from nelbo._utils import limits
 
 DECODER = Path(__file__).with_name("_decode.py")
 #: copies in memory: of cells (in the frame and as examples), and of texts (as Python strings)
 CELLS, TEXTS = 3, 8
 #: bytes of a process before it decodes anything
 BASE = 2**29
-#: seconds that the decoding of a file of at most `_limits.UNPACKED` bytes may take
+#: seconds that the decoding of a file of at most `limits.UNPACKED` bytes may take
 SECONDS = 300
 
 
@@ -34,33 +34,33 @@ def check(files: Sequence[Path]) -> None:
         ValueError: a file unpacks to far more than real data do, exceeds memory, or crashes
             polars.
     """
-    if not _limits.trusted():
+    if not limits.trusted():
         states = [(file, file.stat()) for file in files]
         small = ((f, s.st_size, s.st_mtime_ns, s.st_ino) for f, s in states)
-        _check(tuple(each for each in small if each[1] <= _limits.UNPACKED))
+        _check(tuple(each for each in small if each[1] <= limits.UNPACKED))
 
 
 @lru_cache(maxsize=64)
 def _check(files: Sequence[tuple[Path, int, int, int]]) -> None:
     """Do the work of `check`; unchanged files are decoded once."""
-    free = _limits.free_memory()
-    limits = [
-        BASE + size + CELLS * max(_limits.UNPACKED, _limits.INFLATION * size)
+    free = limits.free_memory()
+    bounds = [
+        BASE + size + CELLS * max(limits.UNPACKED, limits.INFLATION * size)
         for _, size, *_ in files
     ]
     asked = "".join(
-        f"{int(min(limit, free))}\0{file}\0"
-        for limit, (file, *_) in zip(limits, files, strict=True)
+        f"{int(min(bound, free))}\0{file}\0"
+        for bound, (file, *_) in zip(bounds, files, strict=True)
     )
     sizes, why = _decoded(asked.encode(errors="surrogateescape"))
     for (texts, size), (file, packed, *_) in zip(sizes, files, strict=False):
         times = CELLS + (TEXTS - CELLS) * texts / max(1, size)
-        _limits.check_unpacked(size, packed, str(file), times)
+        limits.check_unpacked(size, packed, str(file), times)
     if why and len(sizes) < len(files):
         file, packed, *_ = files[len(sizes)]
         raise ValueError(
             f"{file} cannot be read as a table: of its {packed} bytes, {why}; write it again, or"
-            f" set {_limits.TRUST}=1 if that is right"
+            f" set {limits.TRUST}=1 if that is right"
         )
 
 
