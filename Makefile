@@ -12,7 +12,7 @@ setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -e ".[dev,ode,tensorboard]"
+	$(INSTALL) -e ".[dev,tensorboard]"
 	touch $@
 
 demo: setup

@@ -96,7 +96,6 @@ def test_evaluate_by_importance_samples(trained, tmp_path, capsys):
 
 
 def test_evaluate_by_the_probability_flow(trained, tmp_path, capsys):
-    pytest.importorskip("torchode")
     np.save(tmp_path / "some.npy", np.random.default_rng(0).integers(0, 17, (2, 8, 8)))
     run_ok("evaluate", trained, "--data", tmp_path / "some.npy", "--ode", "--tolerance", 0.001)
     text = capsys.readouterr().out

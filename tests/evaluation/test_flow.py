@@ -1,7 +1,5 @@
 """The probability flow: exact trace = Hutchinson in expectation = closed form; there and back."""
 
-import sys
-
 import pytest
 import torch
 from diffusion.test_bound_of_a_mixture import MU, TAU, W, ideal
@@ -393,7 +391,7 @@ def test_a_bound_that_the_solver_has_not_settled_is_refused(case):
     assert found.how.largest_change < found.standard_error.total
 
 
-def test_refusals(case, monkeypatch):
+def test_refusals(case):
     model, x = case.model(), torch.randn(2, *SHAPE)
     masks = Model(
         Nothing(),
@@ -424,9 +422,5 @@ def test_refusals(case, monkeypatch):
         mean.head = head
         with pytest.raises(ValueError, match="4 steps and has no flow"):
             evaluate_flow(mean, x)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "torchode", None)
-        with pytest.raises(ValueError, match=r"pip install 'nelbo\[ode\]'"):
-            evaluate_flow(model, x)
     assert is_exact(model, "auto") and not is_exact(case.model(shape=(17,)), "auto")
     assert ContinuousTime(0.0).first == model.process.schedule.start

@@ -259,7 +259,6 @@ def test_what_uses_a_run_gives_on_two_processes_what_it_gives_on_one(runs, tmp_p
     """Samples, completions, scores and costs to rounding; what is seeded in blocks, a compressed
     file and what it held to the bit, with as many calls of the network."""
     pytest.importorskip("constriction")
-    pytest.importorskip("torchode")
     folder, _ = runs
     for processes in (1, 2):
         out = tmp_path / str(processes)

@@ -77,7 +77,7 @@ def evaluate(
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     ode
-        Compute the likelihood by the probability-flow ODE instead, to two tolerances (extra: ode).
+        Compute the likelihood by the probability-flow ODE instead, to two tolerances.
     dequantise
         How --ode passes from the data to the first latent; by default encoder.
     tolerance

@@ -19,7 +19,7 @@ not depend on the others in its batch.
 """
 
 import math
-from types import ModuleType
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import Schedule
 from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_gaussian
 from nelbo.evaluation.evaluate import scale_of
+from nelbo.evaluation.ode_solver import solve
 from nelbo.evaluation.replicates import BLOCK, _visit, check_samples, log_mean
 from nelbo.evaluation.result import BoundEstimate, FlowDetails
 
@@ -94,7 +95,7 @@ def drift_and_trace(
     z: Tensor,
     gamma: Tensor,
     first: float,
-    probes: Tensor,
+    probes: Iterable[Tensor],
     condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return f(z, γ) and Σ_v v·(∂f/∂z)ᵀ v, (B,): one forward pass, one backward pass per v."""
@@ -133,30 +134,19 @@ def carry(
         ValueError: if the process is not Gaussian, its parametrization has no flow, or the solver
             does not finish.
     """
-    torchode = _solver()
-    gammas = check_flow(model, start, end, tolerance)
-    ends = (gamma.expand(len(z)).contiguous() for gamma in gammas)
-    first, shape = min(start, end), z.shape
+    begin, stop = check_flow(model, start, end, tolerance).tolist()
+    first = min(start, end)
 
-    def flow(gamma: Tensor, state: Tensor) -> Tensor:
-        place = state[:, :-1].reshape(shape)
-        f, trace = drift_and_trace(model, place, gamma, first, probes, condition)
+    def flow(gamma: Tensor, state: Tensor, rows: Tensor) -> Tensor:
+        place = state[:, :-1].reshape(-1, *z.shape[1:])
+        given = None if condition is None else condition[rows]
+        own = (v[rows] for v in probes)
+        f, trace = drift_and_trace(model, place, gamma, first, own, given)
         return torch.cat([f.flatten(1), trace[:, None] / model.dims], 1)
 
-    state = torch.cat([z.flatten(1), torch.zeros_like(z.flatten(1)[:, :1])], 1).double()
-    term = torchode.ODETerm(flow)
-    control = torchode.IntegralController(
-        atol=tolerance, rtol=tolerance, norm=error_norm, term=term
-    )
-    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control, max_steps=MAX_STEPS)
-    solution = solver.solve(torchode.InitialValueProblem(state, *ends))
-    if (solution.status != 0).any():
-        raise ValueError(
-            f"the ODE solver did not come to an end at tolerance {tolerance:g} (the flow is not"
-            f" finite, or needs more than {MAX_STEPS} steps); try a larger tolerance"
-        )
-    at_end = solution.ys[:, -1]
-    return Carried(at_end[:, :-1].reshape(shape), at_end[:, -1] * model.dims)
+    state = torch.cat([z.flatten(1), torch.zeros_like(z.flatten(1)[:, :1])], 1)
+    at_end = solve(flow, state, begin, stop, tolerance, error_norm, MAX_STEPS)
+    return Carried(at_end[:, :-1].reshape(z.shape), at_end[:, -1] * model.dims)
 
 
 def log_density(
@@ -205,17 +195,6 @@ def check_flow(model: Model, start: float, end: float, tolerance: float) -> Tens
     return gammas
 
 
-def _solver() -> ModuleType:
-    try:
-        # torchode adapts the steps per example; other solvers take one norm over the batch
-        import torchode
-    except ImportError:
-        raise ValueError(
-            "the ODE likelihood needs the package torchode; try: pip install 'nelbo[ode]'"
-        ) from None
-    return torchode
-
-
 TOLERANCE = 1e-4  # of the solver, by default
 LOOSE = 10.0  # the looser tolerance in units of the requested one
 STILL = 0.01  # change per dimension that is allowed where no error is stated, in its unit
@@ -255,9 +234,8 @@ def evaluate_flow(
 
     Raises:
         ValueError: if the process is not Gaussian, the dequantiser is for other data, K < 1,
-            K > 1 with a random trace, or torchode is not installed; or if the bound changes
-            between the two tolerances by more than the standard error, so the solver is not
-            precise enough.
+            or K > 1 with a random trace; or if the bound changes between the two tolerances by
+            more than the standard error, so the solver is not precise enough.
     """
     check_samples(samples)
     process, exact = check_gaussian(model), is_exact(model, trace)
