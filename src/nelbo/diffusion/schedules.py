@@ -135,7 +135,7 @@ class Betas(Schedule):
                 f" got {t.min().item():.6g}; try ContinuousTime(start=1/{self.steps})"
             )
         if self.steps == 1:
-            gamma = self.gamma.expand_as(place)
+            gamma = self.gamma[0].expand_as(place)
         else:
             below = place.clamp(0, self.steps - 2).floor().long()
             low, high = self.gamma[below], self.gamma[below + 1]
