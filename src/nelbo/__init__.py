@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nelbo.diffusion.schedules import Schedule
     from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo
     from nelbo.evaluation.evaluate import evaluate
+    from nelbo.evaluation.toy import toy
     from nelbo.report import report
     from nelbo.runs.run import Run, load
     from nelbo.runs.train import resume, train
@@ -44,6 +45,7 @@ _HOME = {
     "load": "runs.run",
     "report": "report",
     "resume": "runs.train",
+    "toy": "evaluation.toy",
     "train": "runs.train",
 }
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "load",
     "report",
     "resume",
+    "toy",
     "train",
 ]
 
