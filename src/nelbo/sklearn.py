@@ -13,10 +13,11 @@ The times and the noise in the score of a row depend on the seed and the row onl
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Annotated, Self, cast
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 from sklearn import get_config
 from sklearn.base import BaseEstimator, DensityMixin, OutlierMixin
 from sklearn.preprocessing import StandardScaler
@@ -26,13 +27,14 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nelbo._utils.scalars import integer, plain
+from nelbo._utils.validation import Record
 from nelbo.data.schema import Dataset, Schema
 from nelbo.diffusion.gaussian_mixture import fit
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine
 from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation.row_bounds import RowBounds, row_bounds
-from nelbo.models.config import ModelConfig, Section
+from nelbo.models.config import ModelConfig
 from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.memory import Memory, best_bandwidth
 from nelbo.nn.mixture import MixtureDenoiser
@@ -52,26 +54,13 @@ MEASURED = (1000, 8)  # held-out rows, at most, and draws per row in a measureme
 
 
 @dataclass(frozen=True)
-class _Settings(Section):
-    """Parameters of an estimator that no other section validates."""
+class _Settings(Record):
+    """Parameters of an estimator that no other record has."""
 
-    resolution: float
-    validation: float
-    memory: int
-    draws: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.validation < 1:
-            raise ValueError(f"validation must be a share in (0, 1); got {self.validation}")
-        if not 0 < self.resolution <= 1:
-            raise ValueError(f"resolution must be in (0, 1]; got {self.resolution}; try 0.01")
-        if not self.memory >= 0:
-            raise ValueError(f"memory must be a number of rows, or 0; got {self.memory}")
-        if not self.draws >= 2:
-            raise ValueError(
-                f"draws must be at least 2, to have an error; got {self.draws}; try 32"
-            )
+    resolution: Annotated[float, Gt(0), Le(1)]
+    validation: Annotated[float, Gt(0), Lt(1)]
+    memory: Annotated[int, Ge(0)]
+    draws: Annotated[int, Ge(2)]
 
 
 class _Diffusion(BaseEstimator):

@@ -249,12 +249,12 @@ def test_damaged_runs(trained, tmp_path, capsys):
         (("colour",), 1, "unknown key 'colour'"),
         (("format",), 1, "has format 1 and this nelbo reads 2: train the run again"),
         (("model", "colour"), 1, "unknown key 'colour'"),
-        (("model", "width"), "wide", "width must be int; got 'wide'"),
+        (("model", "width"), "wide", "model.width must be an integer; got 'wide'"),
         (("model", "head"), "nose", "head must be one of"),
         (("train", "steps"), 0, "steps must be at least 1"),
         (("data", "schema"), {"kind": "levels"}, "schema"),
         (("model",), [1], "must be a JSON object"),
-        (("model", "width"), True, "width must be int; got True"),
+        (("model", "width"), True, "width must be an integer; got True"),
         (("data", "source"), 5, "source"),
     ]:
         run = damaged(f"config {path} {value!r}")

@@ -85,7 +85,11 @@ def test_missing_words_alone_are_those_of_all_columns(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [("NA", "must be a list of texts"), ([3], "must be a list of texts"), (["a"], "choose one")],
+    [
+        ("NA", "missing_words must be a list"),
+        ([3], r"missing_words\[0\] must be a text"),
+        (["a"], "choose one"),
+    ],
 )
 def test_missing_words_that_cannot_be_are_refused(words, says):
     with pytest.raises(ValueError, match=says):

@@ -286,14 +286,17 @@ def test_a_frame_is_trained_on_and_kept(people, tmp_path):
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"name": "a", "kind": "date"}, "kind of the column 'a' must be one of"),
-        ({"name": "a", "kind": "rounded", "precision": 0.0, "low": 0, "high": 1}, "positive"),
+        ({"name": "a", "kind": "date"}, "kind must be one of real, rounded, category"),
+        (
+            {"name": "a", "kind": "rounded", "precision": 0.0, "low": 0, "high": 1},
+            "precision must be positive",
+        ),
         ({"name": "a", "kind": "rounded"}, "must be numbers"),
         ({"name": "a", "kind": "real", "precision": 1}, "for the kind rounded"),
         ({"name": "a", "kind": "category"}, "different texts"),
         ({"name": "a", "kind": "boolean", "categories": ["x"]}, "two categories"),
         ({"name": 3, "kind": "real"}, "must be a text"),
-        ({"name": "a", "kind": "real", "unit": "m"}, "has the keys"),
+        ({"name": "a", "kind": "real", "unit": "m"}, "unknown key 'unit'"),
     ],
 )
 def test_columns_that_contradict_themselves_are_refused(values, words):
@@ -367,7 +370,10 @@ def test_a_schema_overrides_what_is_inferred_and_leaves_the_rest_to_the_cells(pe
         ("3", "a schema is a list of columns"),
         ([{"name": "agee"}], "has the column 'agee'; the table has 'age'"),
         ([{"name": "age", "precision": -1}], "precision of the column 'age' must be positive"),
-        ([{"name": "age", "unit": "years"}], "a column has the keys"),
+        (
+            [{"name": "age", "unit": "years"}],
+            "unknown key 'unit' in the column 'age'; known are name",
+        ),
         ([{"name": "city", "kind": "real"}], "'city' holds numbers, but 'Oslo' in row 1"),
         ([{"name": "age"}, {"name": "age"}], "different names"),
     ],

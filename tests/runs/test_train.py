@@ -337,10 +337,11 @@ def test_numbers_of_numpy_are_options(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"width": 16.0}, "width must be int"),
-        ({"steps": True}, "steps must be int"),
-        ({"lr": "fast"}, "lr must be float"),
-        ({"lr": 10**400}, "lr must be finite"),
+        ({"width": 16.0}, "width must be an integer"),
+        ({"steps": True}, "steps must be an integer"),
+        ({"lr": "fast"}, "lr must be a number"),
+        ({"lr": float("inf")}, "lr must be finite"),
+        ({"lr": 10**400}, "lr must be a number"),
         ({"levels": "17"}, "levels must be an integer"),
         ({"size": 4.5}, "size must be an integer"),
         ({"minutes": "3"}, "minutes must be a finite number"),

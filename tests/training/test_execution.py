@@ -158,7 +158,7 @@ def test_ten_skipped_steps_in_a_row_are_too_many(source, tmp_path, monkeypatch):
 
 def test_flags_are_true_or_false():
     assert TrainConfig(compile=True).compile is True
-    with pytest.raises(ValueError, match="compile must be bool; got 1"):
+    with pytest.raises(ValueError, match="compile must be true or false; got 1"):
         TrainConfig(compile=1)
-    with pytest.raises(ValueError, match="steps must be int; got True"):
+    with pytest.raises(ValueError, match="steps must be an integer; got True"):
         TrainConfig(steps=True)

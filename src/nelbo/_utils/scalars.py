@@ -13,6 +13,8 @@ def plain(value: object) -> Any:  # noqa: ANN401 - any value comes through
     >>> plain(np.int64(32)), plain((np.float32(0.5), 1))
     (32, (0.5, 1))
     """
+    if type(value) in (str, int, float, bool):
+        return value  # quickly: most are
     if isinstance(value, tuple):
         return tuple(map(plain, value))
     scalar = isinstance(value, numbers.Number | str) or getattr(value, "shape", None) == ()

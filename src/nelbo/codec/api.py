@@ -85,7 +85,7 @@ def compress(
         },
         answers=codec.answers({max(b.sizes, default=1) for b in blocks} | {1}),
         coder=coder_answer(),
-        ideal=[round(ideal, 1), float(by_model)] if math.isfinite(ideal) else [0.0, 0.0],
+        ideal=(round(ideal, 1), float(by_model)) if math.isfinite(ideal) else (0.0, 0.0),
         contents=contents or {},
     )
     data = container.write_prefix(asdict(header), extra)
@@ -145,7 +145,7 @@ def decompress(
         NotReproducibleError: the file would not be decoded correctly here.
     """
     raw, extra, at = container.read_prefix(data)
-    header = Header.from_dict(raw)
+    header = Header.read(raw)
     blocks = _blocks(data, at, header, salvage)  # check all that needs no network first
     codec = _codec_of(header, model)
 
@@ -177,7 +177,7 @@ def head_of(data: bytes) -> Header:
     Raises:
         CodecError: the file does not have this format, or its header is damaged.
     """
-    return Header.from_dict(container.read_prefix(data)[0])
+    return Header.read(container.read_prefix(data)[0])
 
 
 def describe(data: bytes) -> tuple[Header, list[Block]]:
@@ -187,7 +187,7 @@ def describe(data: bytes) -> tuple[Header, list[Block]]:
         CodecError: the file is damaged.
     """
     raw, _, at = container.read_prefix(data)
-    header = Header.from_dict(raw)
+    header = Header.read(raw)
     return header, _blocks(data, at, header)
 
 
@@ -237,8 +237,6 @@ def _blocks(data: bytes, at: int, header: Header, salvage: bool = False) -> list
     read = container.find_blocks if salvage else container.read_blocks
     if not salvage and (count := sum(b.count for b in read(data, at))) != header.examples:
         raise CorruptFileError(f"the file holds {count} examples, not {header.examples}")
-    if header.examples < 0:
-        raise CorruptFileError(f"the file holds {header.examples} examples")
     numbers = header.examples * (math.prod(header.shape) * storage(header.levels).itemsize + SIZE)
     claimed = f"the {header.examples} examples that the file claims"
     limits.check_unpacked(numbers, len(data), claimed, COPIES)

@@ -16,9 +16,14 @@ if the number is known, 2 if it is missing.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Literal, get_args
+
+from annotated_types import Gt
+from typing_extensions import override
+
+from nelbo._utils.validation import Record
 
 Kind = Literal["real", "rounded", "category", "boolean"]
 Transform = Literal["standardise", "log", "quantile"]
@@ -30,26 +35,12 @@ MOST_POINTS = 254
 SIZES = (4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
-def with_keys(cls: type, values: object, what: str) -> Mapping[str, Any]:
-    """Return a JSON object after checking its keys against the fields of a dataclass.
-
-    Raises:
-        ValueError: a key is missing or unknown.
-    """
-    names = {field.name for field in fields(cls)}
-    needed = {field.name for field in fields(cls) if field.default is MISSING}
-    if not isinstance(values, Mapping) or not needed <= set(values) <= names:
-        got = sorted(map(str, values)) if isinstance(values, Mapping) else repr(values)
-        raise ValueError(f"{what} has the keys {sorted(names)}; got {got}")
-    return values
-
-
 #: maximal points of a lattice: beyond, float64 skips some
 POINTS = 2**53
 
 
 @dataclass(frozen=True)
-class Column:
+class Column(Record):
     """One column of a table.
 
     Args:
@@ -77,7 +68,7 @@ class Column:
 
     name: str
     kind: Kind
-    precision: float | None = None
+    precision: Annotated[float, Gt(0)] | None = None
     low: float | None = None
     high: float | None = None
     categories: tuple[str, ...] = ()
@@ -89,62 +80,40 @@ class Column:
     dtype: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         where = f"of the column {self.name!r}"
-        if self.kind not in get_args(Kind):
-            kinds = ", ".join(get_args(Kind))
-            raise ValueError(f"the kind {where} must be one of {kinds}; got {self.kind!r}")
-        for key, value in (("missing", self.missing), ("rounds", self.rounds)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{key} {where} must be true or false; got {value!r}")
         lattice = (self.precision, self.low, self.high)
         if self.kind != "rounded" and lattice != (None, None, None):
             raise ValueError(f"precision, low and high {where} are for the kind rounded")
         if self.kind == "rounded":
-            if not all(_is_number(v) for v in lattice):
+            precision, low, high = lattice
+            if precision is None or low is None or high is None:
                 raise ValueError(f"precision, low and high {where} must be numbers; got {lattice}")
-            precision, low, high = map(float, lattice)  # type: ignore[arg-type]
-            if not (precision > 0 and low <= high):
-                raise ValueError(
-                    f"precision {where} must be positive and low at most high; got {lattice}"
-                )
+            if not low <= high:
+                raise ValueError(f"low {where} must be at most high; got {low:g} and {high:g}")
             if not high / precision - low / precision < POINTS:
                 raise ValueError(
                     f"precision {where} is {precision:g}, too fine for the numbers {low:g} to"
                     f" {high:g}; give a coarser one, or take the column as real"
                 )
+        categories = list(self.categories)
         if self.kind in ("category", "boolean"):
-            texts = all(isinstance(c, str) for c in self.categories)
-            if not (texts and self.categories and len({*self.categories}) == len(self.categories)):
-                raise ValueError(
-                    f"categories {where} must be different texts; got {list(self.categories)!r}"
-                )
-            if self.kind == "boolean" and len(self.categories) != 2:
-                raise ValueError(
-                    f"a boolean has two categories; {where[3:]} has {list(self.categories)!r}"
-                )
-            if len(self.categories) > SIZES[-1] - 2:
-                raise ValueError(f"categories {where} are {len(self.categories)}, too many")
-        elif self.categories:
+            if not categories or len({*categories}) < len(categories):
+                raise ValueError(f"categories {where} must be different texts; got {categories!r}")
+            if self.kind == "boolean" and len(categories) != 2:
+                raise ValueError(f"a boolean has two categories; {where[3:]} has {categories!r}")
+            if len(categories) > SIZES[-1] - 2:
+                raise ValueError(f"categories {where} are {len(categories)}, too many")
+        elif categories:
             raise ValueError(f"categories {where} are for the kinds category and boolean")
-        words = self.missing_words or ()
-        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"missing_words {where} must be a list of texts; got {words!r}")
-        both = sorted({*words} & {*self.categories})
+        both = sorted({*(self.missing_words or ())} & {*categories})
         if both:
             raise ValueError(f"{both[0]!r} {where} is a category and a missing word; choose one")
-        if self.range is not None:
-            ends = self.range
-            numbers = len(ends) == 2 and all(map(_is_number, ends)) and ends[0] <= ends[1]
-            if self.kind != "real" or not numbers:
-                raise ValueError(
-                    f"the range {where} must be two numbers, the least first, and is for the kind"
-                    f" real; got {ends!r}"
-                )
-        if not isinstance(self.dtype, str):
-            raise ValueError(f"the dtype {where} must be a text; got {self.dtype!r}")
-        if self.transform not in get_args(Transform):
-            names = ", ".join(get_args(Transform))
-            raise ValueError(f"transform {where} must be one of {names}; got {self.transform!r}")
+        if self.range is not None and (self.kind != "real" or self.range[0] > self.range[1]):
+            raise ValueError(
+                f"the range {where} must be two numbers, the least first, and is for the kind"
+                f" real; got {self.range!r}"
+            )
         if self.transform != "standardise" and self.group in ("levels", "symbols"):
             raise ValueError(
                 f"transform {where} is for real numbers and those on a lattice of more than"
@@ -192,36 +161,12 @@ class Column:
         """Whether an additional symbol indicates that the number is missing."""
         return self.missing and self.group == "numbers"
 
+    @override
     def to_dict(self) -> dict[str, object]:
         """Return the values for JSON, without those at their default."""
         values = {f.name: f.default for f in fields(self)}
         plain = {k: v for k, v in asdict(self).items() if v != values[k]}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
-
-    @classmethod
-    def from_dict(cls, values: object) -> "Column":
-        """Return the column whose `to_dict` gave these values.
-
-        Raises:
-            ValueError: a key is missing or unknown, or a value is invalid.
-        """
-        values = with_keys(cls, values, "a column")
-        if not isinstance(values["name"], str):
-            raise ValueError(f"the name of a column must be a text; got {values['name']!r}")
-        categories = values.get("categories", ())
-        words = values.get("missing_words")
-        for key, texts in (("categories", categories), ("missing_words", words or ())):
-            if not isinstance(texts, list | tuple):
-                raise ValueError(f"{key} must be a list of texts; got {texts!r}")
-        ends = values.get("range")
-        if ends is not None and not isinstance(ends, list | tuple):
-            raise ValueError(f"range must be a list of two numbers; got {ends!r}")
-        made = {
-            "categories": tuple(categories),
-            "missing_words": None if words is None else tuple(words),
-            "range": None if ends is None else tuple(ends),
-        }
-        return cls(**{**values, **made})
 
 
 @dataclass(frozen=True)
@@ -277,7 +222,3 @@ def log_cells(columns: Iterable[Column]) -> float:
 
 def _size(codes: int) -> int:
     return next(size for size in SIZES if size >= codes)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,23 +5,26 @@ Scaling belongs to the model, so that its likelihood is one of the data.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, get_args
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Gt, MinLen
 from torch import Tensor
 from torch.nn.functional import one_hot
+from typing_extensions import override
 
 from nelbo._utils.numerics import widened
-from nelbo.data.columns import Column, places, with_keys
+from nelbo._utils.validation import Record
+from nelbo.data.columns import Column, places
 from nelbo.data.rows import Rows
 
 Kind = Literal["levels", "real", "table"]
 
 
 @dataclass(frozen=True)
-class Label:
+class Label(Record):
     """A label that examples are conditioned on: one of several classes, or a real number.
 
     Args:
@@ -34,19 +37,17 @@ class Label:
         ValueError: these values contradict each other.
     """
 
-    name: str
+    name: Annotated[str, MinLen(1)]
     classes: tuple[str, ...] = ()
     mean: float = 0.0
-    spread: float = 1.0
+    spread: Annotated[float, Gt(0)] = 1.0
 
     def __post_init__(self) -> None:
-        texts = (self.name, *self.classes)
-        if not all(isinstance(text, str) for text in texts) or not self.name:
-            raise ValueError(f"the names of a label and its classes must be texts; got {texts}")
+        super().__post_init__()
         if len(self.classes) == 1 or len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"{self.name} must have at least 2 distinct classes; got {texts[1:]}")
-        if not self.spread > 0:
-            raise ValueError(f"the spread of {self.name} must be positive; got {self.spread}")
+            raise ValueError(
+                f"{self.name} must have at least 2 distinct classes; got {self.classes}"
+            )
 
     @property
     def features(self) -> int:
@@ -72,25 +73,9 @@ class Label:
         few = ", ".join(self.classes[:12]) + (", .." if len(self.classes) > 12 else "")
         return f"{self.name} is one of {few}"
 
-    @classmethod
-    def from_dict(cls, values: object) -> "Label":
-        """Return the label whose `asdict` gave these values.
-
-        Raises:
-            ValueError: a key is missing or unknown, or a value is invalid.
-        """
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
-            raise ValueError(f"a label has the keys {sorted(names)}; got {values!r}")
-        if not isinstance(values["classes"], list | tuple):
-            raise ValueError(f"classes must be a list of names; got {values['classes']!r}")
-        if not all(isinstance(values[name], int | float) for name in ("mean", "spread")):
-            raise ValueError(f"mean and spread must be numbers; got {values!r}")
-        return cls(**{**values, "classes": tuple(values["classes"])})
-
 
 @dataclass(frozen=True)
-class Schema:
+class Schema(Record):
     """The schema of one example; saved as JSON in a run.
 
     Args:
@@ -109,7 +94,7 @@ class Schema:
     """
 
     kind: Kind
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Annotated[int, Ge(1)], ...], MinLen(1)]
     levels: int | None
     condition: tuple[Label, ...] = ()
     alphabet: str | None = None
@@ -117,19 +102,14 @@ class Schema:
     left_out: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f'kind must be "levels", "real" or "table"; got {self.kind!r}')
-        if not self.shape or not all(_is_int(n) and n > 0 for n in self.shape):
-            raise ValueError(f"shape must be positive integers, as in (1, 8, 8); got {self.shape}")
+        super().__post_init__()
         if self.kind != "levels" and self.levels is not None:
             raise ValueError(
                 f"{self.kind} data have no levels, so levels must be None; got {self.levels}"
             )
-        if self.kind == "levels" and not (_is_int(self.levels) and (self.levels or 0) >= 2):
+        if self.kind == "levels" and (self.levels is None or self.levels < 2):
             raise ValueError(f"levels must be an integer of at least 2; got {self.levels}")
         if self.alphabet is not None:
-            if not isinstance(self.alphabet, str):
-                raise ValueError(f"alphabet must be a text; got {self.alphabet!r}")
             count = len(self.alphabet) + 1 if self.alphabet else 256
             sorted_once = self.alphabet == "".join(sorted(set(self.alphabet)))
             if not sorted_once or len(self.shape) != 1 or self.levels != count:
@@ -162,37 +142,12 @@ class Schema:
         """Whether the likelihood is a density, in nats; otherwise it is a probability, in bits."""
         return self.kind == "real" or any(column.kind == "real" for column in self.columns)
 
+    @override
     def to_dict(self) -> dict[str, object]:
-        """Return plain values for JSON: `Schema.from_dict(schema.to_dict()) == schema`."""
+        """Return plain values for JSON, without those of columns at their default."""
         columns = [column.to_dict() for column in self.columns]
         made = {"shape": list(self.shape), "columns": columns, "left_out": list(self.left_out)}
-        return {**asdict(self), **made}
-
-    @classmethod
-    def from_dict(cls, values: object) -> "Schema":
-        """Return the schema whose `to_dict` gave these values.
-
-        Raises:
-            ValueError: a key is missing or unknown, or a value is invalid.
-        """
-        values = with_keys(cls, values, "a schema")
-        if not isinstance(values["shape"], list | tuple):
-            raise ValueError(f"shape must be a list of integers; got {values['shape']!r}")
-        labels, columns = values.get("condition", ()), values.get("columns", ())
-        if not isinstance(labels, list | tuple):
-            raise ValueError(f"condition must be a list of labels; got {labels!r}")
-        if not isinstance(columns, list | tuple):
-            raise ValueError(f"columns must be a list; got {columns!r}")
-        left_out = values.get("left_out", ())
-        if not isinstance(left_out, list | tuple) or not all(isinstance(n, str) for n in left_out):
-            raise ValueError(f"left_out must be a list of names; got {left_out!r}")
-        made = {
-            "left_out": tuple(left_out),
-            "shape": tuple(values["shape"]),
-            "condition": tuple(map(Label.from_dict, labels)),
-            "columns": tuple(map(Column.from_dict, columns)),
-        }
-        return cls(**{**values, **made})
+        return super().to_dict() | made
 
 
 @dataclass(frozen=True)
@@ -240,7 +195,3 @@ def fingerprint(x: Tensor) -> str:
     for piece in (piece for chunk in chunks for piece in chunk.reshape(-1).split(1 << 20)):
         digest.update((piece.to("cpu", torch.float64) + 0.0).numpy().astype("<f8").tobytes())
     return digest.hexdigest()[:16]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -22,6 +22,7 @@ from pathlib import Path
 from nelbo._utils import cache, limits
 from nelbo._utils.distributed import main_process_first
 from nelbo._utils.progress import shortened
+from nelbo._utils.validation import Record, validated
 from nelbo._version import __version__
 from nelbo.data.schema import Dataset, Schema, fingerprint
 from nelbo.data.sources import BUILT_IN, load
@@ -45,6 +46,29 @@ KIND = "data"  # folder of the cache
 FORMAT = 2  # of a run; raised whenever the meaning of its contents changes
 LARGEST = 10**100  # number in an event: larger ones cannot be averaged or plotted
 EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
+
+
+@dataclass(frozen=True)
+class _Data(Record):
+    """The data of a run, as in `config.json`."""
+
+    source: str
+    size: int | None
+    schema: Schema
+    hashes: dict[str, str]
+    splits: dict[str, list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class _Document(Record):
+    """The contents of `config.json`."""
+
+    nelbo: str
+    format: int
+    data: _Data
+    preset: str
+    model: ModelConfig
+    train: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -175,55 +199,24 @@ class RunConfig:
                 f"{where} has format {document.get('format', 1)!r} and this nelbo reads {FORMAT}:"
                 " train the run again with it, or use the nelbo that wrote it"
             )
-        top = _section(document, {"nelbo", "format", "data", "preset", "model", "train"}, where)
-        given = {"splits": None} | top["data"] if isinstance(top["data"], dict) else top["data"]
-        keys = {"source", "size", "schema", "hashes", "splits"}
-        about = _section(given, keys, f"{where}, data")
-        for name, kinds in (("source", str), ("size", int | None), ("hashes", dict)):
-            if not isinstance(about[name], kinds):
-                raise ValueError(f"{name} in {where}, data, cannot be {about[name]!r}")
-        try:
-            schema = Schema.from_dict(about["schema"])
-            splits = _declared(about["splits"])
-        except ValueError as error:
-            raise ValueError(f"{error} in {where}") from None
+        found = validated(_Document, document, where)
+        about = found.data
         return RunConfig(
-            source=about["source"],
-            schema=schema,
-            size=about["size"],
-            hashes=about["hashes"],
-            splits=splits,
-            preset=str(top["preset"]),
-            model=ModelConfig.from_dict(top["model"], f"{where}, model"),
-            train=TrainConfig.from_dict(top["train"], f"{where}, train"),
+            source=about.source,
+            schema=about.schema,
+            size=about.size,
+            hashes=about.hashes,
+            splits=about.splits and declare(about.splits),
+            preset=found.preset,
+            model=found.model,
+            train=found.train,
         )
-
-
-def _declared(splits: object) -> Declared | None:
-    """Return declared splits from their JSON form, written by `to_json`."""
-    if splits is None or splits == {}:
-        return splits
-    if not isinstance(splits, dict) or not all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-        for names in splits.values()
-    ):
-        raise ValueError(f"splits must be lists of names; got {splits!r}")
-    return declare(splits)
 
 
 def hashes(dataset: Dataset) -> dict[str, str]:
     """Return the fingerprint of each split, and of its labels if the model is conditional."""
     labels = {f"labels of {name}": fingerprint(y) for name, y in dataset.labels.items()}
     return {name: fingerprint(x) for name, x in dataset.splits.items()} | labels
-
-
-def _section(document: object, keys: set[str], where: str) -> dict:
-    if not isinstance(document, dict):
-        raise ValueError(f"{where} must be a JSON object; got {type(document).__name__}")
-    for key in sorted(document.keys() ^ keys):
-        kind = "unknown" if key in document else "missing"
-        raise ValueError(f"{kind} key {key!r} in {where}; known are {', '.join(sorted(keys))}")
-    return document
 
 
 def is_run(path: Path) -> bool:

@@ -1,20 +1,21 @@
 """The header of a file: everything that coder and decoder share beside the model."""
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast, get_args, get_origin
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le, Lt
 
-from nelbo._utils.progress import shortened
+from nelbo._utils.validation import Record
 from nelbo.codec.errors import CorruptFileError
 
 PARTS = 4096  # maximal number of even parts of time in a header
 
 
 @dataclass(frozen=True)
-class Header:
+class Header(Record):
     """Header of a file.
 
     Args:
@@ -35,12 +36,12 @@ class Header:
         contents: description that restores the data from the examples.
     """
 
-    examples: int
-    shape: list[int]
+    examples: Annotated[int, Ge(0), Le(2**53)]
+    shape: list[Annotated[int, Ge(1), Lt(2**53)]]
     levels: int
     model: str
     weights: str
-    steps: list[float]
+    steps: list[int | float]
     precision: str
     effort: int
     batch: int
@@ -48,46 +49,20 @@ class Header:
     versions: dict[str, str]
     answers: dict[str, int]
     coder: int
-    ideal: list[float]
+    ideal: tuple[float, float]
     contents: dict[str, object]
 
     @classmethod
-    def from_dict(cls, values: dict[str, object]) -> "Header":
+    def read(cls, values: object) -> "Header":
         """Return the header with these values.
 
         Raises:
-            CorruptFileError: a key is missing or unknown, or a value has the wrong type.
+            CorruptFileError: a key is missing or unknown, or a value is impossible.
         """
-        kinds = {f.name: f.type for f in fields(cls)}
-        if values.keys() != kinds.keys():
-            raise CorruptFileError(
-                f"the header has the keys {sorted(values)}, not those of this format"
-            )
-        for name, value in values.items():
-            if not _is(value, kinds[name]):
-                raise CorruptFileError(f"{name} in the header cannot be {shortened(repr(value))}")
-        if cast(int, values["examples"]) > 2**53:
-            raise CorruptFileError(
-                f"the file cannot hold {shortened(repr(values['examples']))} examples"
-            )
-        if len(cast(list, values["ideal"])) != 2 or not all(
-            0 < n < 2**53 for n in cast(list, values["shape"])
-        ):
-            raise CorruptFileError("the shape or the price in the header cannot be")
-        return cls(**values)  # type: ignore[arg-type]
-
-
-def _is(value: object, kind: object) -> bool:
-    """Return whether a JSON value has a type such as list[int]."""
-    outer, inner = get_origin(kind) or kind, get_args(kind)
-    if outer is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(value, cast(type, outer)) or isinstance(value, bool):
-        return False
-    if not inner or inner[-1] is object:
-        return True
-    values = value.values() if isinstance(value, dict) else cast(list, value)
-    return all(_is(each, inner[-1]) for each in values)
+        try:
+            return cls.from_dict(values, "the header")
+        except ValueError as error:
+            raise CorruptFileError(str(error)) from None
 
 
 def pack_times(times: tuple[float, ...]) -> list[float]:

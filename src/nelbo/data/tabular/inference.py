@@ -297,7 +297,7 @@ def _complete(series: "Series", declared: dict) -> tuple[Column, list[str]]:
             )
     if declared["kind"] == "real":
         found["range"] = _range(numbers(series, words=words))
-    return Column.from_dict(found | declared), notes
+    return Column.from_dict(found | declared, f"the column {series.name!r}"), notes
 
 
 def _ends(name: str, known: np.ndarray, precision: float, own: object) -> dict[str, object]:
