@@ -248,7 +248,7 @@ def test_damaged_runs(trained, tmp_path, capsys):
     for path, value, words in [
         (("colour",), 1, "unknown key 'colour'"),
         (("format",), 1, "has format 1 and this nelbo reads 2: train the run again"),
-        (("model", "colour"), 1, "unknown key 'colour'"),
+        (("model", "colour"), 1, "unknown key 'model.colour'"),
         (("model", "width"), "wide", "model.width must be an integer; got 'wide'"),
         (("model", "head"), "nose", "head must be one of"),
         (("train", "steps"), 0, "steps must be at least 1"),
