@@ -48,11 +48,11 @@ class Whole(Record):
         ({"parts": "p"}, "parts must be a list; got 'p' in x"),
         ({"parts": [1]}, "parts[0] must be a JSON object; got 1 in x"),
         ({"parts": [{}]}, "missing key 'parts[0].name' in x"),
-        ({"parts": [{"nam": 1}]}, "unknown key 'parts[0].nam' in x; known are name, ends"),
+        ({"parts": [{"nme": 1}]}, "unknown key 'parts[0].nme' in x; known are name, ends"),
         ({"parts": [{"name": "p", "ends": [1]}]}, "parts[0].ends has too few values in x"),
         ({"parts": [{"name": "p", "ends": [1, "2"]}]}, "parts[0].ends[1] must be a number"),
         ({"hidden": [None]}, "hidden[0] must be a text; got None in x"),
-        ({"siz": 1}, "unknown key 'siz' in x; known are size, rate, kind, flag, parts, hidden"),
+        ({"sizes": 1}, "unknown key 'sizes' in x; known are size, rate, kind, flag, parts, hidden"),
         ([1], "the value must be a JSON object; got [1] in x"),
     ],
 )
