@@ -3,7 +3,7 @@
     run = nelbo.load("runs/digits")
     x, _ = run.examples()
     nelbo.evaluate(run.model, x)                 # mean bound, standard error, terms, price
-    nelbo.elbo(run.model, x[:8].long()).elbo     # one unbiased draw per example, nats
+    nelbo.elbo(run.model, x[:8].long()).elbo     # the bound of each, with its error, nats
 
 Names are imported on first use, so `import nelbo` is quick.
 """
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from nelbo.diffusion.model import Model
     from nelbo.diffusion.process import GaussianDiffusion, MaskedDiffusion
     from nelbo.diffusion.schedules import Schedule
-    from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo
+    from nelbo.diffusion.times import ContinuousTime, TimeGrid
     from nelbo.evaluation.evaluate import evaluate
+    from nelbo.evaluation.example_bounds import elbo
     from nelbo.evaluation.toy import toy
     from nelbo.report import report
     from nelbo.runs.run import Run, load
@@ -40,7 +41,7 @@ _HOME = {
     "Run": "runs.run",
     "Schedule": "diffusion.schedules",
     "ancestral": "sampling.samplers",
-    "elbo": "diffusion.times",
+    "elbo": "evaluation.example_bounds",
     "evaluate": "evaluation.evaluate",
     "load": "runs.run",
     "report": "report",

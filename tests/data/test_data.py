@@ -17,6 +17,7 @@ from support.files import chunk
 
 from nelbo.data import Dataset, Schema, as_examples, fingerprint, load, load_like
 from nelbo.data.inspection import inspect
+from nelbo.data.readers.arrays import layout
 
 N, C, H, W = 20, 3, 5, 7
 RNG = np.random.default_rng(0)
@@ -681,10 +682,12 @@ def test_folders_refused(tmp_path):
 )
 def test_channels_are_beside_the_wider_image(tmp_path, shape, read, said):
     x = RNG.integers(0, 6, shape)
-    found = load_like(save(tmp_path / "x.npy", x), Schema("levels", read, 6))
     want = x if said == "channels first" else np.moveaxis(x, 3, 1)
-    assert (found.splits["all"].numpy() == want).all()
-    assert any(said in note for note in found.notes)
+    guess, note = layout(x, "x")
+    assert (guess == want).all() and said in note
+    known = load_like(save(tmp_path / "x.npy", x), Schema("levels", read, 6))
+    assert (known.splits["all"].numpy() == want).all()
+    assert ("channels last" in "".join(known.notes)) == (said == "channels last")
 
 
 def test_pixels_between_zero_and_one_are_led_to_levels(tmp_path):

@@ -44,7 +44,7 @@ def test_what_is_plain_is_taken_as_it_is(levels):
     ("change", "message"),
     [
         (lambda x: x.float(), r"x is torch\.float32, and the model is of the integers 0\.\.4"),
-        (lambda x: x / 4, "not scaled"),
+        (lambda x: x / 4, r"not scaled; .* \(x \* 4\)\.round\(\)\.long\(\)"),
         (lambda x: (x / 4).numpy(), "not scaled"),
         (
             lambda x: x + 3,
@@ -54,9 +54,9 @@ def test_what_is_plain_is_taken_as_it_is(levels):
             lambda x: x.index_put((torch.tensor(4), torch.tensor(1)), torch.tensor(-1)),
             r"row 4 .* -1",
         ),
-        (lambda x: x[:, :2], r"shape \(3,\); got \(2,\): x must be \(N, 3\)"),
-        (lambda x: x[0], r"got \(\): x must be \(N, 3\)"),
-        (lambda x: x.tolist(), "tensor or a NumPy array of examples .* got list"),
+        (lambda x: x[:, :2], r"the shape \(2,\) where \(3,\) is needed"),
+        (lambda x: x[:, :2].tolist(), r"the shape \(2,\) where \(3,\) is needed"),
+        (lambda x: x[0], r"where \(3,\) is needed; this is one example, so give x\[None\]"),
         (lambda x: x.numpy().astype(str), "array of numbers; got one of the type <U"),
         (lambda x: x.to(torch.complex64), "x must be real numbers"),
     ],
@@ -82,10 +82,12 @@ def test_bytes_are_all_levels_of_256():
 
 def test_times_are_times(levels):
     for measure in (nelbo.evaluate, nelbo.elbo):
-        with pytest.raises(
-            ValueError, match=r"times must be TimeGrid.*got 8; .*TimeGrid\.uniform"
-        ):
-            measure(*levels, times=8)
+        with pytest.raises(ValueError, match=r"times must be a number of steps.*got '8'"):
+            measure(*levels, times="8")
+        with pytest.raises(ValueError, match="give steps or times, not both"):
+            measure(*levels, times=nelbo.TimeGrid.uniform(2), steps=2)
+        with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
+            measure(*levels, steps=0)
 
 
 def test_codes_of_a_table_are_its_columns(tmp_path):

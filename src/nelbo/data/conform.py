@@ -1,6 +1,7 @@
 """Convert the arrays found by a reader to a schema, stored tensors and splits."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -22,6 +23,8 @@ TO_LEVELS = (
 )
 FROM_UNIT = TO_LEVELS.format(how="divided by 255", back="255 * x")
 FROM_SIGNED = TO_LEVELS.format(how="scaled to [-1, 1]", back="127.5 * (x + 1)")
+#: numbers of an array that are checked at a time
+PIECE = 2**24
 #: salt of the seed of a split
 SALT = 0x6E656C626F
 
@@ -141,10 +144,15 @@ def _store(x: Stored, label: str, schema: Schema) -> Tensor:
             )
         return torch.from_numpy(np.ascontiguousarray(x))
     if not isinstance(x, Rows) and not _whole(x):
-        odd = x[x != np.rint(x)][0]
+        odd, most = x[x != np.rint(x)][0], schema.levels - 1
+        fix = "round it, or train without --levels to model a density"
+        if _within(x, -1):
+            scaled, back = ("[0, 1]", "x") if x.min() >= 0 else ("[-1, 1]", "(x + 1) / 2")
+            back = f"np.rint({most} * {back}).astype(int)"
+            fix = f"if these are levels scaled to {scaled}, give {back}"
         raise ValueError(
-            f"{label} holds {odd:g}, which is not one of the {schema.levels} levels "
-            f"0..{schema.levels - 1}; round it, or train without --levels to model a density"
+            f"{label} holds {odd:g}, which is not one of the {schema.levels} levels 0..{most};"
+            f" {fix}"
         )
     _refuse_negative(x, label)
     if x.max() >= schema.levels:
@@ -241,7 +249,15 @@ def _within(x: Stored, low: int) -> bool:
 
 
 def _whole(x: Stored) -> bool:
-    return _integers(x) or bool((x == np.rint(cast(np.ndarray, x))).all())
+    return _integers(x) or all(
+        bool((some == np.rint(some)).all()) for some in pieces(cast(np.ndarray, x))
+    )
+
+
+def pieces(x: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield an array in pieces, so that nothing as large as a mapped file is made of it."""
+    size = max(1, PIECE // max(1, math.prod(x.shape[1:])))
+    return (x[i : i + size] for i in range(0, len(x), size))
 
 
 def _describe(x: Stored) -> str:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nelbo import data
-from nelbo._utils import limits
+from nelbo.data import coerce
 from nelbo.data.columns import Column
 from nelbo.data.remote import here
 from nelbo.data.schema import Schema
-from nelbo.data.sources import Splits, is_table, stream_of
+from nelbo.data.sources import Declaration, Source, Splits, declaration, is_table, stream_of
 from nelbo.data.splits import declare
 from nelbo.data.tabular import cells, streams, tables
 from nelbo.data.tabular.encoding import texts_of
@@ -23,8 +23,6 @@ from nelbo.data.tabular.inference import complete, listed
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
-
-    from nelbo.data.tabular.tables import Frame
 
 
 SHOWN = 3  # most frequent categories to show
@@ -88,11 +86,11 @@ class Inspection:
 
 
 def inspect(
-    source: "str | PathLike[str] | Frame",
+    source: Source,
     *,
     levels: int | None = None,
     size: int | None = None,
-    schema: str | PathLike[str] | None = None,
+    schema: Declaration = None,
     splits: Splits | None = None,
 ) -> Inspection:
     """Inspect the data at `source`; arguments as for `nelbo.data.load`.
@@ -101,12 +99,12 @@ def inspect(
         FileNotFoundError: there is no such source.
         ValueError: it cannot be read.
     """
-    source = here(source)
+    source = coerce.plain(here(source) if isinstance(source, str) else source)
     named = declare(splits)
     streamed = stream_of(source, named)
     if streamed is not None:
         return _inspect_stream(streamed, schema)
-    if isinstance(source, str | PathLike) and not is_table(source, named):
+    if not is_table(source, named):
         found = data.load(source, levels=levels, size=size, schema=schema, splits=splits)
         sizes = {name: len(x) for name, x in found.splits.items()}
         rows = sum(sizes.values())
@@ -114,7 +112,7 @@ def inspect(
         return Inspection(found.source, rows, (), found.schema, warnings, sizes)
     notes: list[str] = []
     name, frame = tables.find(source, notes)
-    said = None if schema is None else limits.read_json(Path(schema))
+    said = declaration(schema)
     declared = None if said is None else listed(said, frame.columns)
     stored = tables.stored_index(Path(source)) if isinstance(source, str | PathLike) else ()
     inspected = inspect_table(frame, name, declared, stored)
@@ -143,10 +141,9 @@ def _repeated(found: data.Dataset) -> list[str]:
     return notes
 
 
-def _inspect_stream(table: streams.Table, schema: str | PathLike[str] | None) -> Inspection:
+def _inspect_stream(table: streams.Table, schema: Declaration) -> Inspection:
     """Inspect a table that is read in blocks, in one pass and without counting distinct values."""
-    declared = None if schema is None else limits.read_json(Path(schema))
-    columns, notes = streams.infer(table, declared)
+    columns, notes = streams.infer(table, declaration(schema))
     reports = []
     for column in columns:
         few = ", ".join(column.categories[:SHOWN]) + (", .." * (len(column.categories) > SHOWN))

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nelbo._utils import limits
-from nelbo.data import conditions, remote
+from nelbo.data import coerce, conditions, remote
 from nelbo.data.columns import Column
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
 from nelbo.data.labels import codes, infer_label, missing, of_examples, standardised
@@ -53,8 +53,12 @@ READERS = (
     Reader(shards.is_shards, shards.read_shards, resizes=True, parts=True),
     Reader(idx.is_source, lambda path, form, splits: idx.read_idx(path, splits)),
     Reader(Path.is_dir, folders.read_folder, resizes=True),
-    Reader(_is_file(".npz"), lambda path, form, splits: arrays.read_npz(path, splits), parts=True),
-    Reader(_is_file(".npy"), lambda path, form, splits: arrays.read_npy(path)),
+    Reader(
+        _is_file(".npz"),
+        lambda path, form, splits: arrays.read_npz(path, splits, form.shape),
+        parts=True,
+    ),
+    Reader(_is_file(".npy"), lambda path, form, splits: arrays.read_npy(path, form.shape)),
 )
 BUILT_IN = {"digits": builtin.digits}
 SUPPORTED = (
@@ -65,14 +69,20 @@ SUPPORTED = (
 Splits = str | Mapping[str, str | Sequence[str]]
 
 
+#: the schema of a table, complete or as a user declares it
+Declaration: TypeAlias = Schema | str | PathLike[str] | Sequence[Mapping[str, object]] | None
+#: a path, a URL or the name of a built-in set; or data in memory of any kind that `coerce` knows
+Source: TypeAlias = str | PathLike[str] | object
+
+
 def load(
-    source: "str | PathLike[str] | Frame",
+    source: Source,
     *,
     levels: int | None = None,
     size: int | None = None,
     seed: int = 0,
     condition: Sequence[str] = (),
-    schema: Schema | str | PathLike[str] | None = None,
+    schema: Declaration = None,
     splits: Splits | None = None,
 ) -> Dataset:
     """Load a data set to train on, with the splits "train", "validation" and "test".
@@ -83,8 +93,8 @@ def load(
         source: "digits", or the path of a .npy, .npz, .txt, idx or .tar file, of a table, or of a
             folder of images, .txt, idx, .tar, .parquet or .arrow files; or hub:NAME, see `hub`; or
             a URL of such files, see `remote`. A string that is a built-in name is never a path:
-            write ./digits for that. Or a table itself: a polars or pandas frame, or a mapping of
-            names to columns.
+            write ./digits for that. Or the data themselves, of any kind in `coerce`: an array, a
+            frame, a list of images, a data set of `datasets`, an iterable of batches, ..
         levels: read the data as integers 0..levels-1. By default integers have as many levels as
             are found in all splits (256 for 8-bit images), and reals have a density. 256 takes the
             upper 8 bits of images of 16 bits. Text is read as characters, with 256 levels as
@@ -92,8 +102,8 @@ def load(
         size: resize encoded images to size x size; cut a text into chunks of that length.
         seed: seed of the split.
         condition: names of one or more labels that the examples are conditioned on.
-        schema: the schema of a table, or a JSON file that `inference.complete` understands; by
-            default inferred from its cells.
+        schema: the schema of a table, or a JSON file or its content that `inference.complete`
+            understands; by default inferred from its cells.
         splits: which names belong to which split, {"train": "a", "test": "b*"} or
             "train=a,test=b*", for sub-folders, files, arrays or splits of a hub; "none" draws all
             splits. By default words in the names decide, see `splits`.
@@ -120,10 +130,11 @@ def load(
             splits=splits,
         )
         return replace(at_copy, source=str(source))
-    if not isinstance(source, str | PathLike) or is_table(source, declared):
+    source = coerce.plain(source)
+    if is_table(source, declared):
         return _load_table(source, levels, size, seed, schema, condition, declared)
     if schema is not None:
-        raise ValueError(f"a schema is for tables, and {source} is not one")
+        raise ValueError(f"a schema is for tables, and {_name(source)} is not one")
     name, found = _read(source, Form(size, levels=levels), None, declared, seed)
     schema, inferred = infer(found, levels)
     made, how = split(store(found, schema), found.source, seed)
@@ -137,7 +148,7 @@ def load(
 
 
 def load_like(
-    source: "str | PathLike[str] | Frame",
+    source: Source,
     schema: Schema,
     *,
     size: int | None = None,
@@ -158,13 +169,19 @@ def load_like(
         FileNotFoundError: there is no such source.
         ValueError: it cannot be read or is not of this schema.
     """
-    source, declared = remote.here(source), declare(splits)
-    if not isinstance(source, str | PathLike) or is_table(source, declared):
+    declared = declare(splits)
+    source = coerce.plain(remote.here(source) if isinstance(source, str) else source)
+    if is_table(source, declared):
         return _load_table_like(source, schema, declared)
     if schema.kind == "table":
-        raise ValueError(f"the model is of a table; {source} is not such data")
+        names = ", ".join(column.name for column in schema.columns[:8])
+        raise ValueError(
+            f"the model is of a table, and {_name(source)} is not one; give a frame or a mapping"
+            f" of its columns {names}{', ..' if len(schema.columns) > 8 else ''}"
+        )
     channels = schema.shape[0] if len(schema.shape) == 3 else 1
-    name, found = _read(source, Form(size, channels, schema.levels), schema, declared)
+    form = Form(size, channels, schema.levels, shape=schema.shape)
+    name, found = _read(source, form, schema, declared)
     if found.levels is not None and schema.levels is not None and found.levels < schema.levels:
         # The values would be valid, but with another meaning.
         raise ValueError(
@@ -240,38 +257,43 @@ def _unseen(labels: Sequence[Label], train: Tensor) -> list[str]:
     return notes
 
 
-def is_table(source: str | PathLike[str], splits: Declared | None = None) -> bool:
+def is_table(source: Source, splits: Declared | None = None) -> bool:
     """Return whether a source is a table, or a folder of its shards."""
     if hub.is_hub(source):
-        return hub.table(str(source), splits) is not None
+        return hub.table(cast("str | hub.Opened", source), splits) is not None
+    if not isinstance(source, str | PathLike):
+        return coerce.is_table(source)
     path = Path(source)
     return path.suffix.lower() in tables.FILES or (path.is_dir() and bool(streams.shards_of(path)))
 
 
-def read_as_text(source: "str | PathLike[str] | Frame") -> bool:
+def read_as_text(source: Source) -> bool:
     """Return whether a table is a text file, whose cells have no types."""
     if not isinstance(source, str | PathLike) or hub.is_hub(source):
         return False
     return Path(source).suffix.lower() in tables.SEPARATORS
 
 
-def stream_of(
-    source: "str | PathLike[str] | Frame", splits: Declared | None = None
-) -> streams.Table | None:
-    """Return the table if it is to be read in blocks of rows, else None."""
+def stream_of(source: Source, splits: Declared | None = None) -> streams.Table | None:
+    """Return the table if it is to be read in blocks of rows, or has splits, else None."""
     if hub.is_hub(source):
-        return hub.table(str(source), splits)
+        return hub.table(cast("str | hub.Opened", source), splits)
+    if coerce.in_splits(source):
+        frames = cast("Mapping[str, Frame]", source)
+        return streams.InSplits({name: tables.frame_of(each) for name, each in frames.items()})
     path = Path(source).absolute() if isinstance(source, str | PathLike) else None
     if splits is not None and (path is None or path.is_file()):
         raise ValueError(f"splits are declared by names, and {_name(source)} is one table")
     return None if path is None else streams.find(path, splits)
 
 
-def _name(source: "str | PathLike[str] | Frame") -> str:
-    return str(source) if isinstance(source, str | PathLike) else "the table"
+def _name(source: Source) -> str:
+    if isinstance(source, str | PathLike):
+        return str(source)
+    return "the table" if coerce.is_table(source) else coerce.NAME
 
 
-def _stored(source: "str | PathLike[str] | Frame", table: streams.Table | None) -> Sequence[str]:
+def _stored(source: Source, table: streams.Table | None) -> Sequence[str]:
     """Return the columns that a source declares to be an index."""
     if table is not None:
         return table.stored
@@ -284,12 +306,10 @@ def refuse_empty(columns: Sequence[Column], name: str, notes: Sequence[str]) -> 
         raise ValueError(f"no column of {name} is left to model: {notes[0]}")
 
 
-def _load_stream(
-    table: streams.Table, schema: Schema | str | PathLike[str] | None, seed: int
-) -> Dataset:
+def _load_stream(table: streams.Table, schema: Declaration, seed: int) -> Dataset:
     notes: list[str] = []
     if not isinstance(schema, Schema):
-        declared = None if schema is None else limits.read_json(Path(schema))
+        declared = declaration(schema)
         columns, notes = streams.infer(table, declared)
         refuse_empty(columns, table.name, notes)
         columns = typed(columns, table.read(0, 1, table.names).schema)
@@ -298,12 +318,19 @@ def _load_stream(
     return Dataset(table.name, schema, splits, (*notes, *how))
 
 
+def declaration(schema: Declaration) -> object:
+    """Return the schema of a table as parsed JSON: the content of a file, or what is given."""
+    if isinstance(schema, Schema):
+        return schema.to_dict()["columns"]
+    return limits.read_json(Path(schema)) if isinstance(schema, str | PathLike) else schema
+
+
 def _load_table(
-    source: "str | PathLike[str] | Frame",
+    source: Source,
     levels: int | None,
     size: int | None,
     seed: int,
-    schema: Schema | str | PathLike[str] | None,
+    schema: Declaration,
     condition: Sequence[str],
     declared: Declared | None,
 ) -> Dataset:
@@ -323,7 +350,7 @@ def _load_table(
     if isinstance(schema, Schema):
         cells = {label.name: conditions.cells_like(frame, label) for label in schema.condition}
     else:
-        said = None if schema is None else limits.read_json(Path(schema))
+        said = declaration(schema)
         cells, rest, of_labels = conditions.taken_from(frame, condition, said, name)
         others = frame.drop(*condition)
         if rest is None:
@@ -349,11 +376,11 @@ def _load_table(
     return Dataset(name, schema, splits, (*guessed, *notes, *taken, *how, *unseen), stored)
 
 
-def _load_table_like(
-    source: "str | PathLike[str] | Frame", schema: Schema, declared: Declared | None
-) -> Dataset:
+def _load_table_like(source: Source, schema: Schema, declared: Declared | None) -> Dataset:
     if schema.kind != "table":
-        raise ValueError(f"the model is of no table; {_name(source)} is not such data")
+        shape = ", ".join(map(str, schema.shape))
+        kind = "text" if schema.alphabet is not None else f"examples (N, {shape})"
+        raise ValueError(f"the model is of no table; {_name(source)} is one; give {kind}")
     table = stream_of(source, declared)
     if table is not None and not schema.condition:
         notes = _unknown(table.names, schema)
@@ -395,7 +422,7 @@ def labels_of(frame: "DataFrame", schema: Schema, name: str) -> Tensor | None:
 
 
 def _read(
-    source: str | PathLike[str],
+    source: Source,
     form: Form,
     schema: Schema | None,
     splits: Declared | None,
@@ -405,7 +432,10 @@ def _read(
     if form.size is not None and form.size < 1:
         raise ValueError(f"size must be at least 1; got {form.size}")
     if hub.is_hub(source):
-        return hub.read(str(source), form, schema, splits, seed)
+        opened = cast("str | hub.Opened", source)
+        return hub.read(opened, form, schema, splits, seed)
+    if not isinstance(source, str | PathLike):
+        return coerce.NAME, coerce.read(source, form, schema, splits, seed)
     path = Path(source).absolute()
     built_in = BUILT_IN.get(source) if isinstance(source, str) else None
     if built_in is None and text.is_text(path):

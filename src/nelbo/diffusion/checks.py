@@ -55,9 +55,12 @@ def check_examples(model: "Model", x: Tensor) -> None:
     levels = [codes for codes in legal if codes is not None]
     if levels and not of_columns and x.is_floating_point():
         most = levels[0].shape[-1] - 1
+        fix = "if x holds them already, x.long()"
+        if x.numel() and x.min() >= 0 and x.max() <= 1:
+            fix = f"if x is scaled to [0, 1], (x * {most}).round().long()"
         raise ValueError(
             f"x is {x.dtype}, and the model is of the integers 0..{most}: give these, not scaled;"
-            " if x holds them already, x.long()"
+            f" {fix}"
         )
     size = max(1, TOGETHER // model.dims)
     for first in range(0, len(x), size):

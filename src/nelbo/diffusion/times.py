@@ -100,6 +100,10 @@ class TimeGrid(TimeDiscretization):
         self.steps = len(times)
         self.terms = len(times) - 1
 
+    def __repr__(self) -> str:
+        first = ", ".join(f"{t:.4g}" for t in self.times[:2].tolist())
+        return f"TimeGrid of {self.steps} times: {first}{', .., 1' if self.terms > 1 else ''}"
+
     @staticmethod
     def uniform(steps: int) -> "TimeGrid":
         """Return the grid 1/T, 2/T, ..., 1.
@@ -137,6 +141,9 @@ class ContinuousTime(TimeDiscretization):
             raise ValueError(f"start must be in [0, 1); got {start}")
         self.first = start
 
+    def __repr__(self) -> str:
+        return f"ContinuousTime(start={self.first:g})"
+
     @override
     def at(self, u: Tensor) -> Tensor:
         return self.first + (1 - self.first) * u
@@ -146,35 +153,60 @@ class ContinuousTime(TimeDiscretization):
         return DiffusionRate(self.at(u)), 1 - self.first
 
 
-def times_of(model: Model, times: TimeDiscretization | None) -> TimeDiscretization:
+def times_of(
+    model: Model, times: TimeDiscretization | int | None, steps: int | None = None
+) -> TimeDiscretization:
     """Return the times; where left out, continuous time from the start of the model's schedule.
 
+    Args:
+        model: the model.
+        times: the times, or a number of steps, as `steps`.
+        steps: number of steps of the model's even grid, in place of `times`.
+
     Raises:
-        ValueError: if they are something else.
+        ValueError: if they are something else, or both are given.
     """
+    if steps is not None:
+        if times is not None:
+            raise ValueError(f"give steps or times, not both; got steps={steps} and times={times}")
+        times = steps
     if times is None:
         return ContinuousTime(model.process.schedule.start)
+    if isinstance(times, int) and not isinstance(times, bool):
+        return grid_of(model, times)
     if not isinstance(times, TimeDiscretization):
         raise ValueError(
-            f"times must be TimeGrid(times) or ContinuousTime(); got {times!r}; for T"
-            " uniform steps give TimeGrid.uniform(T)"
+            f"times must be a number of steps, TimeGrid(times) or ContinuousTime(); got {times!r}"
         )
+    return times
+
+
+def grid_of(model: Model, times: TimeGrid | int) -> TimeGrid:
+    """Return a grid as it is, and a number of steps as the even grid of that many times.
+
+    Raises:
+        ValueError: if it is neither, or the model has fewer times.
+    """
+    if isinstance(times, int) and not isinstance(times, bool):
+        return TimeGrid(even_times(model.process.schedule, times, times))
+    if not isinstance(times, TimeGrid):
+        raise ValueError(f"a grid is a number of steps or TimeGrid(times); got {times!r}")
     return times
 
 
 def elbo(
     model: Model,
     x: Tensor | Batch,
-    times: TimeDiscretization | None = None,
+    times: TimeDiscretization | int | None = None,
     u: Tensor | None = None,
 ) -> Bound:
-    """Return an unbiased estimate of the three terms of −ELBO per example, in nats.
+    """Return one unbiased, differentiable draw of the three terms of −ELBO per example, in nats.
 
     Args:
         model: the model; its `dtype` is the precision of the arithmetic around the network.
         x: examples, shape (B, ...), or a `Batch` of examples and conditions.
-        times: TimeGrid(times) or ContinuousTime(start); where left out, ContinuousTime from the
-            start of the schedule.
+        times: TimeGrid(times), a number of even steps, or ContinuousTime(start); where left out,
+            ContinuousTime from the start of the schedule.
         u: uniform draws in [0, 1), shape (B,) or (B, n), averaged over n. Where left out, they are
             stratified, with n the number of terms, which gives the full sum over a grid.
 

@@ -33,15 +33,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nelbo._utils.distributed import map_across_processes
-from nelbo._utils.numerics import LOG_2, seeded
+from nelbo._utils.numerics import LOG_2
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo.data.readers.pillow import png
 from nelbo.data.schema import Schema
+from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo, even_times
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.times import grid_of, times_of
+from nelbo.evaluation.coercion import batch_of
+from nelbo.evaluation.example_bounds import replicates_of
 from nelbo.evaluation.intervals import errors
 from nelbo.evaluation.per_dimension import by_column, by_dimension
 
@@ -213,9 +215,9 @@ class Scorer:
         self.mean = nats.mean().item()
         self.reference = self.define(nats, known.x, schema, self.mean)
 
-    def __call__(self, x: Tensor | Batch) -> Scored:
+    def __call__(self, x: Source | Batch) -> Scored:
         """Return the scores of examples x, (N, *shape), or of a `Batch`."""
-        batch, model = Batch.of(x), self.model
+        batch, model = batch_of(self.model, x), self.model
         each = self._nats(batch)
         nats, error = each.mean(1), _overflown(errors([each], self.replicates))
         score = self.define(nats, batch.x, self.schema, self.mean)
@@ -232,25 +234,13 @@ class Scorer:
         known = self.schema.columns
         if not known:
             return torch.zeros(len(batch), 0)
-        grid = TimeGrid(even_times(self.model.process.schedule, STEPS, STEPS))
+        grid = grid_of(self.model, STEPS)
         (bound,) = by_dimension(self.model, batch, grid, seed=self.seed)
         return by_column(-bound.elbo, known)
 
     def _nats(self, batch: Batch) -> Tensor:
         """Return the bound on -log P(x) of each example and replicate; (N, REPLICATES)."""
         model, draws = self.model, self.calls // REPLICATES - 1
-        blocks = torch.arange(len(batch)).split(max(1, model.rows // draws))
-
-        def one(g: int) -> Tensor:
-            few = batch[blocks[g]].to(model.device)
-            with seeded(self.seed, int(blocks[g][0])):
-                each = [self._draw(model, few, draws) for _ in range(REPLICATES)]
-            return torch.stack(each, 1).cpu()
-
-        with measuring(model, batch):
-            return _overflown(torch.cat(map_across_processes(len(blocks), one, self.track)))
-
-    @staticmethod
-    def _draw(model: Model, batch: Batch, draws: int) -> Tensor:
-        u = (torch.arange(draws) + torch.rand(len(batch), 1, dtype=torch.float64)) / draws
-        return -elbo(model, batch, ContinuousTime(model.process.schedule.start), u).elbo
+        times = times_of(model, None)
+        found = replicates_of(model, batch, times, draws, REPLICATES, self.seed, self.track)
+        return _overflown(-found.elbo)

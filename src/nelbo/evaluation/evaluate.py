@@ -21,11 +21,13 @@ from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo.data.schema import as_examples, fingerprint
+from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
 from nelbo.diffusion.times import TimeDiscretization, stratified, times_of
 from nelbo.evaluation.allocation import Proposal, Strata, estimate, even, pilot, visits
+from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.control_variates import ControlVariates, NoControlVariates
 from nelbo.evaluation.result import CurvePoint, Evaluation, StandardError, Terms
 from nelbo.evaluation.survey import FEWEST, LEAST, SamplingPlan, SurveyEstimate, first_round, plan
@@ -43,8 +45,9 @@ TOGETHER = 128  # draws per task, of several small blocks
 
 def evaluate(
     model: Model,
-    x: Tensor | Batch,
+    x: Source | Batch,
     *,
+    steps: int | None = None,
     times: TimeDiscretization | None = None,
     calls: float | None = None,
     target_error: float | None = None,
@@ -65,9 +68,10 @@ def evaluate(
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
-        x: examples in the space of the data, (N, *model.shape), as a tensor or a NumPy array, or
-            a `Batch` of examples and conditions.
-        times: TimeGrid(times) for the bound of T steps; continuous time where left out.
+        x: examples in the space of the data, (N, *model.shape), of any kind in
+            `nelbo.data.coerce`; or a `Batch` of examples and conditions.
+        steps: T, for the bound of T steps on the model's even grid; continuous time by default.
+        times: TimeGrid(times) in place of these steps.
         calls: network calls per example, at most; 24 where left out. If not all examples are
             visited, the Monte Carlo error includes the variance of the sampling.
         target_error: in place of calls, the Monte Carlo standard error to reach, in the unit of
@@ -91,7 +95,7 @@ def evaluate(
             are too few calls, or the target error is impossible.
     """
     seed = integer("seed", seed, 0)
-    batch, times = Batch.of(x), times_of(model, times)
+    batch, times = batch_of(model, x), times_of(model, times, steps)
     count = len(batch)
     if count == 0:
         raise ValueError("there must be at least one example to evaluate; got none")

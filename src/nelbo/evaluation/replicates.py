@@ -12,6 +12,7 @@ from nelbo._utils.progress import Track
 from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
+from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.evaluate import precision_of, scale_of
 from nelbo.evaluation.intervals import freedoms, widened
 from nelbo.evaluation.result import BoundEstimate, FlowDetails, ImportanceDetails, StandardError
@@ -43,7 +44,7 @@ def _visit(
     Raises:
         ValueError: if there is no example, or `replicates` is below 1.
     """
-    batch = Batch.of(x)
+    batch = batch_of(model, x)
     if len(batch) == 0:
         raise ValueError("there must be at least one example to evaluate; got none")
     if replicates < 1:

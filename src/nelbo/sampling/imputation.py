@@ -21,29 +21,26 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.progress import Track
+from nelbo.data import coerce
 from nelbo.data.schema import Schema
-from nelbo.data.sources import labels_of
+from nelbo.data.sources import Source, labels_of
 from nelbo.data.tabular import encoding, tables
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.times import TimeGrid
+from nelbo.diffusion.times import TimeGrid, grid_of
 from nelbo.models.conditioning import labelled
 from nelbo.sampling.samplers import LowAcceptanceError, ancestral, rejection
 from nelbo.sampling.smc import conditional
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from polars import DataFrame
-
-    from nelbo.data.tabular.tables import Frame
 
 
 def sample_table(
     model: Model,
     schema: Schema,
     count: int,
-    times: TimeGrid,
+    times: TimeGrid | int,
     *,
     seed: int = 0,
     condition: Tensor | None = None,
@@ -57,7 +54,7 @@ def sample_table(
         model: of the rows.
         schema: of the table.
         count: number of rows.
-        times: the grid of the reverse process.
+        times: the grid of the reverse process, or a number of even steps.
         seed: of everything random.
         condition: c of each row, (count, F), for a model of P(x|c); see `Run.conditions`.
         as_modelled: draw from the model's distribution itself, whose rows may lie outside the
@@ -109,8 +106,8 @@ def within(
 def impute(
     model: Model,
     schema: Schema,
-    rows: "str | PathLike[str] | Frame",
-    times: TimeGrid,
+    rows: Source,
+    times: TimeGrid | int,
     *,
     seed: int = 0,
     particles: int = 32,
@@ -127,7 +124,7 @@ def impute(
         schema: of the table.
         rows: a table with the columns of the schema, found by name; other columns stay as they
             are.
-        times: the grid of the reverse process.
+        times: the grid of the reverse process, or a number of even steps.
         seed: of everything random; another seed gives another draw.
         particles: candidates for each row, of which one is drawn; more of them are more exact.
         track: wraps the steps, for a progress bar.
@@ -138,7 +135,7 @@ def impute(
             fit its column.
     """
     _check_table(schema)
-    label, frame = tables.find(rows)
+    label, frame = tables.find(coerce.plain(rows))
     unseen = encoding.Unseen()
     encoded = encoding.encode_holes(frame, schema.columns, label, unseen)
     x, known = (torch.from_numpy(v) for v in encoded)
@@ -153,7 +150,7 @@ def impute(
         present(model),
         batch[incomplete],
         known[incomplete],
-        times,
+        grid_of(model, times),
         particles=particles,
         seed=seed,
         track=track,

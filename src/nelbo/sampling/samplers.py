@@ -33,7 +33,7 @@ from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.times import TimeGrid
+from nelbo.diffusion.times import TimeGrid, grid_of
 
 MOST = 20  # draws per accepted sample, at most, on average
 PATIENCE = 1000  # draws for any one sample, at most about
@@ -47,7 +47,7 @@ NO_NUMBERS = (
 def ancestral(
     model: Model,
     count: int,
-    times: TimeGrid,
+    times: TimeGrid | int,
     seed: int = 0,
     track: Track = iter,
     condition: Tensor | None = None,
@@ -57,7 +57,7 @@ def ancestral(
     Args:
         model: the model.
         count: number of samples.
-        times: the grid, such as `TimeGrid.uniform(T)`.
+        times: the grid, or a number of even steps.
         seed: of everything random.
         track: wraps the steps, for a progress bar.
         condition: c of each sample, (count, F), for a model of P(x|c).
@@ -92,7 +92,7 @@ def check_path(model: Model) -> None:
 def probability_flow(
     model: Model,
     count: int,
-    times: TimeGrid,
+    times: TimeGrid | int,
     seed: int = 0,
     track: Track = iter,
     condition: Tensor | None = None,
@@ -123,7 +123,7 @@ def complete(
     model: Model,
     x: Tensor,
     known: Tensor,
-    times: TimeGrid,
+    times: TimeGrid | int,
     seed: int = 0,
     rounds: int = 1,
     track: Track = iter,
@@ -136,7 +136,7 @@ def complete(
         x: examples in the space of the data, shape (N, *model.shape); unknown dimensions may have
             any value of the data.
         known: mask of the known dimensions, booleans that broadcast to x.
-        times: the grid, such as `TimeGrid.uniform(T)`.
+        times: the grid, or a number of even steps.
         seed: of everything random.
         rounds: repetitions of each step; a sample takes T times as many network calls.
         track: wraps the steps, for a progress bar.
@@ -240,7 +240,7 @@ def rejection(
 def descend(
     model: Model,
     count: int,
-    times: TimeGrid,
+    times: TimeGrid | int,
     seed: int,
     step: Callable[[Tensor, Tensor, Tensor, Tensor, BatchShard], Tensor],
     decode: Callable[[Tensor, Tensor, Tensor, BatchShard], Tensor],
@@ -252,7 +252,7 @@ def descend(
     Args:
         model: the model.
         count: number of samples.
-        times: the grid.
+        times: the grid, or a number of even steps.
         seed: of everything random.
         step: returns z_s for rows, z_t, s, t and the shard of which the rows are.
         decode: returns x for rows, z_1, the time of z_1 and the shard.
@@ -267,7 +267,7 @@ def descend(
     """
     if count < 1:
         raise ValueError(f"the number of samples must be at least 1; got {count}")
-    grid = times.times.to(model.device)
+    grid = grid_of(model, times).times.to(model.device)
     parts, blocks = [], torch.arange(count).split(model.rows)
     calls = iter(track(range(len(blocks) * len(grid))))  # of all blocks, for one progress bar
     with measuring(model), seeded(seed), numbers_only(model.network):

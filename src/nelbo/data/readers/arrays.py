@@ -2,9 +2,10 @@
 
 import math
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from nelbo._utils import limits
-from nelbo.data.conform import Found
+from nelbo.data.conform import Found, pieces
 from nelbo.data.splits import (
     MEANING,
     Declared,
@@ -32,16 +33,18 @@ EXAMPLES = ("x", "images", "image", "data", "inputs", "features", "samples", "ex
 LABELS = ("y", "labels", "label", "targets", "target", "classes", "class")
 
 
-def read_npy(path: Path) -> Found:
-    """Read the array of a .npy file.
+def read_npy(path: Path, shape: tuple[int, ...] | None = None) -> Found:
+    """Read the array of a .npy file, as examples of a shape if one is given.
 
     Raises:
         ValueError: the file is damaged or its array does not hold numeric examples.
     """
-    return found_arrays(path, {"all": load_npy(path)}, {"all": str(path)})
+    return found_arrays(path, {"all": load_npy(path)}, {"all": str(path)}, shape=shape)
 
 
-def read_npz(path: Path, splits: Declared | None = None) -> Found:
+def read_npz(
+    path: Path, splits: Declared | None = None, shape: tuple[int, ...] | None = None
+) -> Found:
     """Read the examples of a .npz file: x_train, x_validation, x_test; train, ..; x; or the only
     one.
 
@@ -52,22 +55,43 @@ def read_npz(path: Path, splits: Declared | None = None) -> Found:
         ValueError: the file is damaged, has none of these names, or an array does not hold numeric
             examples.
     """
-    keys = names_in(path)
-    names, of_labels, guessed = choose(keys, path, splits)
+    return found_named(path, names_in(path), partial(load_npz, path), splits, shape)
+
+
+def found_named(
+    source: object,
+    keys: Collection[str],
+    load: Callable[[Collection[str]], Mapping[str, np.ndarray]],
+    splits: Declared | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> Found:
+    """Return named arrays as the parts of a source; see `read_npz`.
+
+    Args:
+        source: for messages.
+        keys: names of the arrays.
+        load: returns the arrays of some names.
+        splits: as declared.
+        shape: of one example, if it is known.
+
+    Raises:
+        ValueError: as for `read_npz`.
+    """
+    names, of_labels, guessed = choose(keys, source, splits)
     if not names:
         raise ValueError(
-            f"{path} holds the arrays {', '.join(keys) or '(none)'}; name the examples x_train, "
+            f"{source} holds the arrays {', '.join(keys) or '(none)'}; name the examples x_train, "
             f"x_validation and x_test, or x"
         )
     used = (*names.values(), *of_labels.values())
-    loaded = load_npz(path, used)
+    loaded = load(used)
     arrays = {split: loaded[name] for split, name in names.items()}
     labels = {split: loaded[name] for split, name in of_labels.items()}
     ignored = [key for key in keys if key not in used]
     note = f"used {', '.join(used)} and ignored {', '.join(ignored)}"
-    where = {split: f"{name} in {path}" for split, name in names.items()}
+    where = {split: f"{name} in {source}" for split, name in names.items()}
     notes = (*guessed, *([note] if ignored else []))
-    found = found_arrays(path, arrays, where, notes)
+    found = found_arrays(source, arrays, where, notes, shape)
     if not labels:
         return found
     real = any(values.dtype.kind == "f" for values in labels.values())
@@ -249,14 +273,44 @@ def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
     )
 
 
+def layout_like(
+    array: np.ndarray, label: str, shape: tuple[int, ...]
+) -> tuple[np.ndarray, str | None]:
+    """Arrange an array as examples of a known shape, (N, *shape); note if it was turned.
+
+    A single channel or number may be left out, and channels may come last where these are the
+    model's.
+
+    Raises:
+        ValueError: its examples have another shape.
+    """
+    array = np.atleast_1d(array)
+    own = array.shape[1:]
+    if own == shape:
+        return array, None
+    if shape[0] == 1 and own == shape[1:]:
+        return array[:, None], None
+    if len(shape) == 3 and own == (*shape[1:], shape[0]):
+        return np.moveaxis(array, 3, 1), f"{array.shape} read as images with channels last"
+    fix = "give data of that shape"
+    if array.shape in (shape, (*shape[1:], shape[0]), shape[1:] if shape[0] == 1 else shape):
+        fix = "this is one example, so give x[None]"
+    elif own == (math.prod(shape),):
+        fix = f"if its numbers are in that order, give x.reshape(-1, {', '.join(map(str, shape))})"
+    raise ValueError(
+        f"the examples of {label} have the shape {own} where {shape} is needed; {fix}"
+    )
+
+
 def found_arrays(
-    path: Path,
+    path: object,
     arrays: Mapping[str, np.ndarray],
     where: Mapping[str, object],
     notes: tuple[str, ...] = (),
+    shape: tuple[int, ...] | None = None,
 ) -> Found:
     """Return arrays as the parts of a source, laid out as examples; `where` names each in
-    messages.
+    messages, and `shape` is that of one example where it is known.
 
     Raises:
         ValueError: an array does not hold numeric examples.
@@ -265,7 +319,10 @@ def found_arrays(
     parts: dict[str, np.ndarray] = {}
     for split, array in arrays.items():
         place = str(where[split])
-        parts[split], note = layout(_numeric(array, place), place)
+        number = _numeric(array, place)
+        parts[split], note = (
+            layout(number, place) if shape is None else layout_like(number, place, shape)
+        )
         if note and note not in moved:
             moved.append(note)
     levels = 2 if all(x.dtype == bool for x in parts.values()) else None
@@ -280,8 +337,8 @@ def _numeric(array: np.ndarray, label: str) -> np.ndarray:
         raise ValueError(f"{label} has the type {array.dtype}; save it as integers or float64")
     with np.errstate(over="ignore"):
         array = array.astype(np.float32 if array.dtype.itemsize <= 4 else np.float64, copy=False)
-    wrong = ~np.isfinite(array)
-    if wrong.any():
+    if not all(np.isfinite(piece).all() for piece in pieces(array)):
+        wrong = ~np.isfinite(array)
         index = tuple(int(i) for i in np.unravel_index(wrong.argmax(), array.shape))
         raise ValueError(
             f"{label} has {wrong.sum()} NaN or infinite values, the first at index {index}; "

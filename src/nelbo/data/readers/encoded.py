@@ -118,6 +118,7 @@ class Form:
         levels: 256 takes the upper 8 bits of images of 16 bits.
         deep: keep 16 bits per channel.
         binary: images of one bit have the levels 0 and 1.
+        shape: of one example, if a model of known shape is to read arrays.
     """
 
     size: int | None = None
@@ -125,6 +126,7 @@ class Form:
     levels: int | None = None
     deep: bool = False
     binary: bool = False
+    shape: tuple[int, ...] | None = None
 
     @property
     def most(self) -> int:

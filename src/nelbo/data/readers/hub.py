@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from typing_extensions import override
@@ -46,8 +46,10 @@ BATCH = 1024  # rows of a stream that are fetched together
 
 
 def is_hub(source: object) -> bool:
-    """Return whether a source is a data set of `datasets`."""
-    return isinstance(source, str) and source.startswith(tuple(PREFIXES))
+    """Return whether a source is a data set of `datasets`, by its name or opened."""
+    return isinstance(source, Opened) or (
+        isinstance(source, str) and source.startswith(tuple(PREFIXES))
+    )
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,31 @@ class Opened:
         return TEXT in self.features and self.features[TEXT].dtype in ("string", "large_string")
 
 
-def find(source: str, declared: Declared | None = None) -> Opened:
+def is_data_set(source: object) -> bool:
+    """Return whether a source is a data set, or a dictionary of them, of `datasets` itself."""
+    return type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "map")
+
+
+def opened(source: object, declared: Declared | None = None) -> Opened:
+    """Return a data set that is open already, with the splits as declared.
+
+    Raises:
+        ValueError: its splits are unclear, or it has no columns.
+    """
+    splits = dict(source) if isinstance(source, dict) else {"all": cast("Split", source)}
+    streaming = any(_type(each).startswith("Iterable") for each in splits.values())
+    # who opened it could read all that it names, so the place of its files is not checked
+    return _opened("the data set", splits, declared, (Path("/"),), streaming)
+
+
+def find(source: "str | Opened", declared: Declared | None = None) -> Opened:
     """Open the data set of this name, with the splits as declared.
 
     Raises:
         ValueError: `datasets` is missing or cannot load it, or its splits are unclear.
     """
+    if isinstance(source, Opened):
+        return source
     try:
         import datasets
     except ImportError:
@@ -121,6 +142,16 @@ def find(source: str, declared: Declared | None = None) -> Opened:
     _check_inside(named, homes, rest)
     name = prefix + (f"{rest}:{config}" if config else rest)
     splits = dict(found) if isinstance(found, dict) else {"all": found}
+    return _opened(name, splits, declared, homes, streaming)
+
+
+def _opened(
+    name: str,
+    splits: "Mapping[str, Split]",
+    declared: Declared | None,
+    homes: tuple[Path, ...],
+    streaming: bool,
+) -> Opened:
     groups = group(list(splits), name, declared, "beside the splits")
     if len(groups.parts.get("all", ())) > 1:
         raise ValueError(
@@ -165,7 +196,7 @@ def _check_inside(named: "Sequence[str]", homes: tuple[Path, ...], source: str) 
             )
 
 
-def table(source: str, declared: Declared | None = None) -> Table | None:
+def table(source: "str | Opened", declared: Declared | None = None) -> Table | None:
     """Return the data set as a table; None if it has images or text.
 
     Raises:
@@ -184,7 +215,11 @@ def table(source: str, declared: Declared | None = None) -> Table | None:
 
 
 def read(
-    source: str, form: Form, schema: Schema | None, declared: Declared | None = None, seed: int = 0
+    source: "str | Opened",
+    form: Form,
+    schema: Schema | None,
+    declared: Declared | None = None,
+    seed: int = 0,
 ) -> tuple[str, Found]:
     """Read the images or the text of a data set, for a model of `schema` if given.
 

@@ -26,7 +26,7 @@ from nelbo.data.columns import Column, places
 from nelbo.data.conform import SALT
 from nelbo.data.readers.walk import files_below
 from nelbo.data.rows import WINDOW, Rows
-from nelbo.data.splits import Declared, group
+from nelbo.data.splits import Declared, group, one_each
 from nelbo.data.tabular import decoded, encoding, tables
 from nelbo.data.tabular.inference import complete_columns, infer_merged
 
@@ -86,6 +86,42 @@ class Table(ABC):
         size = max(1, INFERRED // len(self.names))
         for begin in range(0, self.count, size):
             yield self.read(begin, min(begin + size, self.count), self.names)
+
+
+class InSplits(Table):
+    """The rows of frames in memory, one split after another.
+
+    Args:
+        frames: a frame for each name of a split.
+
+    Raises:
+        ValueError: a name is of no split, or the frames have different columns.
+    """
+
+    def __init__(self, frames: "Mapping[str, DataFrame]") -> None:
+        pl, name = tables.polars(), "the table"
+        groups = group(list(frames), name, None, "beside the splits")
+        found = {part: frames[k] for part, k in one_each(groups, list(frames), name).items()}
+        first, *rest = found.values()
+        if any(set(each.columns) != set(first.columns) for each in rest):
+            several = " and ".join(", ".join(each.columns) for each in found.values())
+            raise ValueError(f"the splits of a table must have the same columns; got {several}")
+        try:
+            self.frame = pl.concat(
+                [each.select(first.columns) for each in found.values()], how="vertical_relaxed"
+            )
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(f"the splits of a table must have the same types: {error}") from None
+        parts, at = {}, 0
+        for part, each in found.items():
+            parts[part] = at, each.height
+            at += each.height
+        super().__init__(name, parts, first.columns)
+        self.notes = groups.notes
+
+    @override
+    def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
+        return self.frame[begin:end].select(names)
 
 
 class Files(Table):

@@ -93,9 +93,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be read as a table: {reason}")
 
 
-def find(
-    source: "str | PathLike[str] | Frame", notes: list[str] | None = None
-) -> tuple[str, "DataFrame"]:
+def find(source: object, notes: list[str] | None = None) -> tuple[str, "DataFrame"]:
     """Return the table in a file or frame, and a name for messages; notes as for `read`."""
     if isinstance(source, str | PathLike):
         path = Path(here(source)).absolute()
@@ -105,7 +103,7 @@ def find(
     return "the table", frame_of(source)
 
 
-def frame_of(table: "Frame") -> "DataFrame":
+def frame_of(table: object) -> "DataFrame":
     """Convert a frame of polars, pandas or datasets, or a mapping of names to columns, to polars.
 
     Raises:

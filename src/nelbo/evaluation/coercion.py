@@ -1,0 +1,51 @@
+"""Examples for a model of which no more is known than itself, from data of any kind."""
+
+import warnings
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+
+from nelbo.data.rows import Rows
+from nelbo.data.schema import Schema
+from nelbo.data.sources import Source, is_table, load_like
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.checks import as_tensor
+from nelbo.diffusion.model import Model
+
+
+def batch_of(model: Model, x: Source | Batch) -> Batch:
+    """Return examples of a model as a batch.
+
+    Args:
+        model: the model, whose shape and levels the examples must have.
+        x: a batch, as it is; a tensor or an array of the model's shape, which is not copied; or
+            data of any kind in `nelbo.data.coerce`.
+
+    Warns:
+        UserWarning: a guess, such as channels last.
+
+    Raises:
+        ValueError: the data are not of this model.
+    """
+    if isinstance(x, Batch):
+        return x
+    if isinstance(x, Rows):
+        return Batch(cast(Tensor, x))
+    if (
+        isinstance(x, Tensor | np.ndarray)
+        and not is_table(x)
+        and (tuple(x.shape[1:]) == model.shape or not model.process.alike)
+    ):
+        return Batch(as_tensor(x))  # checked by `check_examples`
+    if not model.process.alike:  # the columns of a table, which no model knows by name
+        raise ValueError(
+            f"the model is of rows of {model.dims} numbers that stand for the cells of a table;"
+            f" got {type(x).__name__}: give the table to the run, as in run.evaluate(frame), or"
+            " run.batch(frame)[0] to the model"
+        )
+    levels = model.process.codes or None
+    data = load_like(x, Schema("levels" if levels else "real", model.shape, levels))
+    for note in data.notes:
+        warnings.warn(note, stacklevel=3)
+    return Batch(data.splits["all"])

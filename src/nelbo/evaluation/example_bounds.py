@@ -1,0 +1,131 @@
+"""The bound of each example by draws of its own, averaged, with an error for each.
+
+Each replicate of an example takes one draw of the reconstruction and some of the diffusion term,
+stratified over the times; the differences between replicates give the error.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.distributed import map_across_processes
+from nelbo._utils.numerics import seeded
+from nelbo._utils.progress import Track
+from nelbo._utils.scalars import integer
+from nelbo.data.sources import Source
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.elbo import Bound
+from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.times import TimeDiscretization, times_of
+from nelbo.diffusion.times import elbo as one_draw
+from nelbo.evaluation.coercion import batch_of
+from nelbo.evaluation.intervals import errors
+
+CALLS = 96  # network calls per example by default
+REPLICATES = 8  # of an example, at least, for its standard error
+
+
+@dataclass(frozen=True, repr=False)
+class ExampleBounds:
+    """The terms of −ELBO of each example and the standard error of their sum, (N,) each, nats.
+
+    The error widens for what few draws do not show, so that ± 1.96 of it is a 95 % interval
+    (`intervals`); NaN where it is unknown.
+    """
+
+    prior: Tensor
+    reconstruction: Tensor
+    diffusion: Tensor
+    standard_error: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """The estimate of the lower bound on log P(x) of each example, (N,), nats."""
+        return -(self.prior + self.reconstruction + self.diffusion)
+
+    def __len__(self) -> int:
+        return len(self.prior)
+
+    def __repr__(self) -> str:
+        pairs = zip(self.elbo[:4].tolist(), self.standard_error[:4].tolist(), strict=True)
+        some = ", ".join(f"{value:.4g} ± {error:.2g}" for value, error in pairs)
+        return f"ELBO of {len(self)} examples, nats: {some}{', ..' if len(self) > 4 else ''}"
+
+
+def elbo(
+    model: Model,
+    x: Source | Batch,
+    *,
+    steps: int | None = None,
+    times: TimeDiscretization | None = None,
+    calls: int = CALLS,
+    seed: int = 0,
+    track: Track = iter,
+) -> ExampleBounds:
+    """Return the lower bound on log P(x|φ) of each example, an average of draws with its error.
+
+    Args:
+        model: the model; measured in evaluation mode with float64 around the network.
+        x: examples (N, *model.shape) of any kind in `nelbo.data.coerce`, or a `Batch` of examples
+            and conditions.
+        steps: T, for the bound of T steps on the model's even grid; continuous time by default.
+        times: TimeGrid(times) in place of these steps.
+        calls: network calls per example, at most.
+        seed: of everything random.
+        track: wraps the blocks of examples, for a progress bar.
+
+    Raises:
+        ValueError: the examples are not of the model, a model of P(x|c) lacks conditions, or there
+            are too few calls for an error.
+    """
+    batch, times = batch_of(model, x), times_of(model, times, steps)
+    least = 2 * REPLICATES
+    if integer("calls", calls) < least:
+        raise ValueError(
+            f"calls must be at least {least}, for an error of each example; got {calls}; try"
+            f" {CALLS}; one differentiable draw is nelbo.diffusion.times.elbo"
+        )
+    # of a grid of few steps, each term is in each replicate, and there are more replicates
+    whole = times.terms if times.steps is not None else calls
+    draws = max(1, min(whole, calls // REPLICATES - 1))
+    found = replicates_of(
+        model, batch, times, draws, calls // (draws + 1), integer("seed", seed, 0), track
+    )
+    prior, reconstruction, diffusion = (term.mean(1) for term in found)
+    return ExampleBounds(prior, reconstruction, diffusion, errors([found.elbo]))
+
+
+def replicates_of(
+    model: Model,
+    batch: Batch,
+    times: TimeDiscretization,
+    draws: int,
+    replicates: int,
+    seed: int,
+    track: Track = iter,
+) -> Bound:
+    """Return independent draws of the terms of each example, (N, replicates) each, nats.
+
+    Args:
+        model: the model.
+        batch: the examples.
+        times: of the bound.
+        draws: of the diffusion term in each replicate.
+        replicates: number of replicates.
+        seed: of everything random.
+        track: wraps the blocks of examples, for a progress bar.
+    """
+    blocks = torch.arange(len(batch)).split(max(1, model.rows // draws))
+
+    def one(g: int) -> Tensor:
+        few, each = batch[blocks[g]].to(model.device), []
+        with seeded(seed, int(blocks[g][0])):
+            for _ in range(replicates):
+                v = torch.rand(len(few), 1, dtype=torch.float64)
+                u = (torch.arange(draws) + v) / draws
+                each.append(torch.stack(one_draw(model, few, times, u)))
+        return torch.stack(each, 2).cpu()
+
+    with measuring(model, batch):
+        return Bound(*torch.cat(map_across_processes(len(blocks), one, track), 1))
