@@ -48,6 +48,13 @@ def apart():
     return Rows.of(draw(400, 3, together=False), COLUMNS)
 
 
+def test_ranks_are_those_of_scipy():
+    from scipy.stats import rankdata
+
+    values = np.array([3.0, np.nan, 1.0, 3.0, -np.inf, 2.0, 1.0, 3.0])
+    np.testing.assert_array_equal(quality._ranks(values), rankdata(values, nan_policy="omit"))
+
+
 def test_pairs_of_columns(seen, held, alike, apart):
     same, other = (quality.pairs(seen, held, made) for made in (alike, apart))
     assert same.names == [("b", "a"), ("c", "a"), ("c", "b")]

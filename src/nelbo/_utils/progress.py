@@ -6,13 +6,6 @@ from contextlib import contextmanager
 from unicodedata import category
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 from typing_extensions import override
 
@@ -34,6 +27,14 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int
     Yields:
         A function update(done, note).
     """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -18,7 +18,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 FEWEST = 2.0  # degrees of freedom below which no error is stated
@@ -32,6 +31,8 @@ NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
 
 def widened(freedoms: float) -> float:
     """Return the factor of the root of a variance with these degrees of freedom."""
+    from scipy.special import stdtrit  # here: scipy takes longer to import than nelbo
+
     return float(stdtrit(freedoms, 0.975)) / NORMAL
 
 

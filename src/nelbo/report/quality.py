@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from nelbo._utils.numerics import seeded
@@ -63,7 +62,7 @@ class Rows:
             if place.column.group == "symbols":
                 part = np.stack([v == code for code in range(place.codes)], 1) / np.sqrt(2)
             elif scale is None:
-                part = (rankdata(v, nan_policy="omit") - ((~missing).sum() + 1) / 2)[:, None]
+                part = (_ranks(v) - ((~missing).sum() + 1) / 2)[:, None]
             else:
                 of = scale.columns[i][1]
                 spread = np.nanstd(of) or 1.0
@@ -72,6 +71,15 @@ class Rows:
             parts.append(np.hstack([np.nan_to_num(part), *indicator]))
             owners += [i] * parts[-1].shape[1]
         return Features(np.hstack(parts).astype(np.float64), np.array(owners))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return the rank of each value, 1 for the least, the mean of ranks for ties; NaN for NaN."""
+    known = ~np.isnan(values)
+    ranks = np.full(len(values), np.nan)
+    _, which, counts = np.unique(values[known], return_inverse=True, return_counts=True)
+    ranks[known] = (counts.cumsum() - (counts - 1) / 2)[which]
+    return ranks
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class Copies:
         distribution and 1 for copies.
         """
         n, m = len(self.held), len(self.made)
-        ranks = rankdata(np.concatenate([self.held, self.made]))[n:]
+        ranks = _ranks(np.concatenate([self.held, self.made]))[n:]
         share = 1 - (ranks.sum() - m * (m + 1) / 2) / (n * m)
         return float(share), float(np.sqrt((n + m + 1) / (12 * n * m)))
 
