@@ -6,13 +6,13 @@ RUN := runs/digits
 INSTALL ?= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup demo test test-slow lint types wheel clean
+.PHONY: setup demo test test-slow test-lowest docs lint types wheel clean
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -e ".[dev,tensorboard]"
+	$(INSTALL) -e ".[dev]"
 	touch $@
 
 demo: setup
@@ -31,6 +31,17 @@ test: setup lint types wheel
 test-slow: setup
 	$(PYTEST) -m slow tests
 
+# The readers and the command line with the lower bounds of pyproject.toml.
+test-lowest: .venv-lowest/ready
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -p no:anyio -n 2 -m "not slow and not multiprocess" \
+		tests/data tests/cli
+
+.venv-lowest/ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[tables,hub,codec]" \
+		hypothesis pandas pytest pytest-xdist
+	touch $@
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,10 +51,11 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# The built wheel runs by itself: nothing is missing from it.
+# Source and wheel are what an index takes; the wheel runs by itself: nothing is missing from it.
 wheel: setup
-	rm -rf build && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w build .
+	rm -rf build && $(BIN)/python -m build --outdir build . > /dev/null
+	$(BIN)/twine check --strict build/*
 	cd build && PYTHONPATH=$$(ls nelbo-*.whl) ../$(BIN)/python -m nelbo --version
 
 clean:
-	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build .venv .venv-lowest site .mypy_cache .ruff_cache .pytest_cache

@@ -14,6 +14,23 @@ from nelbo.runs.train import train
 pytest.register_assert_rewrite("nelbo.testing")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """A package that is missing fails the tests that need it: `make setup` installs all."""
+    return _failed_if_missing((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return _failed_if_missing((yield))
+
+
+def _failed_if_missing(report):
+    if report.skipped and "could not import" in str(report.longrepr):
+        report.outcome = "failed"
+    return report
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

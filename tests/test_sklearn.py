@@ -1,6 +1,5 @@
 """The scikit-learn estimators, the bounds of rows under their scores, and the memory."""
 
-import importlib.util
 import math
 import pickle
 
@@ -296,7 +295,6 @@ def test_outliers_are_found(detector):
     assert (half.fit_predict(X) == -1).sum() in (29, 30)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("polars") is None, reason="needs polars")
 def test_frames_keep_their_column_names():
     import polars
     from sklearn import config_context
