@@ -9,7 +9,9 @@ import torch
 from support.runs import TINY
 
 from nelbo._utils.numerics import seeded
+from nelbo.runs import pilot_cache
 from nelbo.runs.train import train
+from nelbo.training import trainer
 
 pytest.register_assert_rewrite("nelbo.testing")
 
@@ -46,15 +48,24 @@ def _interrupts():
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Tests keep nothing in the cache of who runs them."""
+    """Keep nothing in the cache of the user who runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NELBO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _small_measurements():
+    """Validations are of a few examples and pilots of a few draws: short runs take no longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "VALIDATION", (32, 2**18))
+        patch.setattr(pilot_cache, "ROWS", 16)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request):
-    """What a test draws without a seed of its own is the same each time it runs."""
+    """A test without a seed of its own draws the same each time it runs."""
     file, _, name = request.node.nodeid.partition("::")
     torch.manual_seed(crc32(f"tests/{Path(file).name}::{name}".encode()))
 

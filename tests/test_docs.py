@@ -1,4 +1,4 @@
-"""What the pages name is there: files, tests, and the functions of the derivation."""
+"""The files, tests and functions that the pages name are there."""
 
 import re
 from pathlib import Path

@@ -230,8 +230,8 @@ def test_pickle_and_clone(name, request):
 
 
 def test_density_learns_and_is_of_the_users_units(density):
-    """Of two columns with correlation 0.98 it learns a part of the 1.6 nats they share;
-    log|da/dx| when rescaled."""
+    """It learns a part of the 1.6 nats that two columns with correlation 0.98 share; rescaled
+    columns change its score by log|da/dx|."""
     shared = np.random.default_rng(0).normal(size=(400, 1))
     x = np.sqrt(0.98) * shared + np.sqrt(0.02) * np.random.default_rng(1).normal(size=(400, 2))
     independent = -np.log(x.std(0) * math.sqrt(2 * math.pi * math.e)).sum()

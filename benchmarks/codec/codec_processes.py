@@ -49,7 +49,7 @@ def examples(x: torch.Tensor, levels: int) -> dict[str, torch.Tensor]:
 
 
 def decode(run: Path, folder: Path) -> None:
-    """What a fresh process does: one line for each file."""
+    """Work of a fresh process: print one line for each file."""
     if os.environ.get("ONEDNN_OFF"):
         torch.backends.mkldnn.enabled = False
     model = load(run).model

@@ -103,7 +103,7 @@ def measure(source: Path, steps: int) -> dict[str, float]:
 
 
 def apart(*arguments: str) -> dict[str, float]:
-    """What another process of this program prints."""
+    """Return what another process of this program prints."""
     command = [sys.executable, __file__, *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout or "{}")
 

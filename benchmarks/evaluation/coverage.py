@@ -1,4 +1,4 @@
-"""How often the stated intervals hold the truth, at few calls and at many.
+"""Share of the stated intervals that hold the truth, at few calls and at many.
 
     python benchmarks/evaluation/coverage.py [--seeds 400] [--examples 24]
         [--kinds image text table] [--calls 2 4 8 24 200] [--steps T] [--json out.json]
@@ -46,7 +46,7 @@ CALLS = (2, 4, 8, 24, 200)
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of the intervals of one kind: shares, root mean square z, the bias in its own errors."""
+    """Intervals of one kind: shares, root mean square z, the bias in its own errors."""
 
     stated: float
     covered: float
@@ -57,14 +57,14 @@ class Coverage:
 
     @property
     def right(self) -> bool:
-        """Whether what was stated holds the truth as often as it says."""
+        """Return whether the stated intervals hold the truth as often as they claim."""
         return (
             self.stated == 0 or LOW - 2 * self.binomial <= self.covered <= HIGH + 2 * self.binomial
         )
 
 
 def coverage(values: Tensor, errors: Tensor, truth: Tensor) -> Coverage:
-    """Of intervals (seeds, rows) about the truth (rows,)."""
+    """Return the coverage of intervals (seeds, rows) about the truth (rows,)."""
     stated = errors.isfinite()
     if not stated.any():
         return Coverage(0.0, *[math.nan] * 5)
@@ -101,7 +101,7 @@ def kept_pilots(known: Known, others: Tensor) -> Callable[..., Proposal]:
 def covered(
     name: str, times: TimeDiscretization, calls: int, kept: bool, examples: int, seeds: int
 ) -> tuple[Coverage, Coverage]:
-    """Of the rows and of the mean, in one cell of the table."""
+    """Return the coverage of the rows and of the mean, in one cell of the table."""
     known = LARGER[name]()
     whole = known.examples(examples + OTHERS)
     x, others = whole[:examples], whole[examples:]

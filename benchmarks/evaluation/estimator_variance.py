@@ -72,7 +72,7 @@ TARGET = 0.01  # bits/dim
 
 @dataclass(frozen=True)
 class Variance:
-    """Of the test mean, nats²; `error` is relative."""
+    """Variance of the test mean, nats²; `error` is relative."""
 
     value: float
     error: float
@@ -84,11 +84,11 @@ class Variance:
         return Variance(total, math.sqrt(len(parts) * parts.var().item()) / total)
 
     def at(self, calls: int) -> "Variance":
-        """Of so many independent calls, from that of one."""
+        """Return the variance at `calls` independent calls, from that at one."""
         return Variance(self.value / calls, self.error)
 
     def __add__(self, other: "Variance") -> "Variance":
-        """Of two independent numbers."""
+        """Return the variance of the sum of two independent numbers."""
         total = self.value + other.value
         each = (v.error * v.value for v in (self, other))
         return Variance(total, math.hypot(*each) / total)
@@ -99,7 +99,7 @@ class Variance:
 
 @dataclass(frozen=True)
 class Known:
-    """What nelbo learns of a model before it measures; an allocation for each way."""
+    """Quantities that nelbo learns of a model before it measures; an allocation for each plan."""
 
     cells: Strata
     controls: ControlVariates
@@ -117,12 +117,12 @@ class Row:
 
 
 def independent(y: Tensor) -> Variance:
-    """Of the mean over examples, each with one of its S draws; y (N, S)."""
+    """Return the variance of the mean over examples, each with one of its S draws; y (N, S)."""
     return Variance.of(y.var(1) / len(y) ** 2)
 
 
 def low_discrepancy(y: Tensor, u: Tensor) -> Variance:
-    """What is left of y (N, S) by an effect of each example and a smooth one of u (N, S).
+    """Return what an effect of each example and a smooth one of u (N, S) leave of y (N, S).
 
     Where u is negative y is the reconstruction, which has an effect of its own.
     """
@@ -188,7 +188,7 @@ def peers(model: Model, times: TimeDiscretization, x: Tensor, passes: int) -> di
 
 
 def full_sum(model: Model, x: Tensor) -> Variance:
-    """Of a draw of each of T terms, from two draws of one of them and of the reconstruction."""
+    """Return that of a draw of all T terms, from two draws of one and of the reconstruction."""
     grid = TimeGrid.uniform(T)
     # a Gaussian step, whose KL has no noise of its own, as theirs
     own, model.step = model.step, Posterior()
@@ -246,7 +246,7 @@ def _costs(
 
 
 def learn(run: Run, times: TimeDiscretization, x: Tensor, trained: Tensor) -> Known:
-    """What the run's own pilots settle."""
+    """Return the quantities that the run's own pilots settle."""
     cells, pilots = Strata(times, time_density(run.model, times, trained)), Pilots(run)
     controls = ControlVariates(run.model, trained, cells.edges)
     ways = {(way.draws, way.replicates) for way in (_way(cells, x, calls) for calls in AT)}
@@ -306,7 +306,7 @@ def tell(rows: Iterator[Row], unit: float) -> tuple[list[dict[str, object]], Var
 def spent(
     run: Run, x: Tensor, trained: Tensor, whole: Tensor, low: Variance, seeds: int, unit: float
 ) -> dict[str, float]:
-    """What `evaluate` makes of its calls for x; and what the whole test split takes."""
+    """Return the variance by `evaluate` with its calls for x, and that of the whole test split."""
     results = evaluations(run, x, trained, seeds)
     blocks = math.ceil(len(x) / plan(len(x), CALLS, 1, kept=True).block)
     value = sum((r.standard_error.monte_carlo * unit) ** 2 for r in results) / seeds

@@ -1,4 +1,4 @@
-"""What a target error does to the mean: its bias, coverage and price.
+"""Bias, coverage and price of a mean measured to a target error.
 
     python benchmarks/evaluation/target_error.py [--kinds gaussian symbols table] [--examples 300]
                                       [--targets 1 0.3] [--steps 4] [--seeds 200]

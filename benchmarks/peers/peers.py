@@ -144,7 +144,7 @@ def count_parameters(network: torch.nn.Module) -> int:
 
 
 def training(x: Tensor, levels: int, rounds: int, batch: int) -> dict[str, dict[str, float]]:
-    """Of each, in turn: steps per second, parameters, and time over diffusers' with its error."""
+    """Return steps per second, parameters, and time over diffusers' with its error, of each."""
     shape = tuple(x.shape[1:])
     default, parameters = default_step(x, levels, batch)
     steps = {
@@ -226,7 +226,7 @@ def by_nelbo(betas: Tensor) -> Draw:
 
 
 def exact(betas: Tensor) -> list[tuple[Decimal, Decimal, Decimal]]:
-    """Of each t = 1..T-1: what z and x weigh in the mean, and the variance; equation 6."""
+    """Return the weights of z and x in the mean, and the variance, at t = 1..T-1; equation 6."""
     getcontext().prec = 60
     beta = [Decimal(b) for b in betas.tolist()]
     alphas = [1 - beta[0]]

@@ -165,7 +165,7 @@ LOOPS = {"nelbo": nelbo, "nelbo, their network": nelbo_their_network, "diffusers
 
 
 def flops(loop: Loop) -> int:
-    """Of one image through the network and back."""
+    """Return the operations of one image through the network and back."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loop.network(*loop.inputs).sum().backward()
     loop.network.zero_grad()

@@ -62,7 +62,7 @@ def half_written(run: Path) -> set[Path]:
 
 
 def contents(run: Path) -> dict[str, object]:
-    """What a run holds, without the clock."""
+    """Return the contents of a run, without the clock."""
     found: dict[str, object] = {"names": sorted(p.name for p in run.iterdir() if p.is_file())}
     for name in (run_config.CONFIG, run_config.WEIGHTS):
         found[name] = (run / name).read_bytes()

@@ -23,7 +23,7 @@ from nelbo.training.trainer import Trainer
 
 
 def measure(batch: int, steps: int, dropout: float) -> None:
-    """Prints the examples per second of all processes together, the median over the steps."""
+    """Print the examples per second of all processes together, the median over the steps."""
     torch.set_num_threads(1)
     with process_group() as rank:
         dataset = data.load("digits")

@@ -103,7 +103,7 @@ def test_evaluate_by_the_probability_flow(trained, tmp_path, capsys):
 
 
 def test_evaluate_table(trained, capsys):
-    run_ok("evaluate", trained, "--steps", 2, "--split", "validation")
+    run_ok("evaluate", trained, "--steps", 2, "--split", "validation", "--calls", 4)
     text = capsys.readouterr().out
     for word in ("bound", "bits/dim", "prior", "reconstruction", "diffusion", "350 examples"):
         assert word in text

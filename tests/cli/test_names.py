@@ -50,6 +50,7 @@ def test_a_page_holds_no_codes(monkeypatch, trained, tmp_path):
         monkeypatch.setattr(module, name, lambda *_, **__: (None, torch.zeros(1)))
     result = type("R", (), {"unit": "nats"})
     monkeypatch.setattr(module.Run, "measure", lambda *_, **__: result)
+    monkeypatch.setattr(module.Run, "grid", lambda *_, **__: None)
     monkeypatch.setattr(module, "trajectory", lambda *_, **__: type("P", (), {"x": None}))
     for name in ("headline", "terms", "steps", "training", "images", "pixels", "files", "again"):
         monkeypatch.setattr(module.sections, name, lambda *_: "a\x1b[31m\u202e\u200fb é")
@@ -142,7 +143,7 @@ def test_warnings_are_notes_without_source(monkeypatch, capsys):
 
 
 def test_all_samples_have_one_bar(trained):
-    """Of as many parts as there are calls of blocks of rows; also in one step."""
+    """A bar has as many parts as there are calls of blocks of rows; also in one step."""
     from nelbo.diffusion.times import TimeGrid
     from nelbo.sampling.samplers import ancestral
 

@@ -208,7 +208,7 @@ def test_what_is_no_lanes_is_refused_or_some_words(seed):
 
 
 def length_of(codec, x):
-    """What the stack grows by, in bits, and what it should by the densities of its latents."""
+    """Return the bits that the stack grows by, and those by the densities of its latents."""
     stack, code = Stack(Bottom("random").words(200)), codec.codes.model(0)
     start = stack.bits
     with measuring(codec.model):
@@ -262,7 +262,7 @@ def test_symbols_show_as_the_schedule_says():
 
 
 def test_effort_goes_below_the_bound(monkeypatch):
-    """Of several draws of the latents the luckiest is kept, where they differ by many bits; and
+    """The luckiest of several draws of the latents is kept, where they differ by many bits; and
     lanes cost a few bits each."""
     model, lengths = many_dims(), {}
     x = ancestral(model, 150, TimeGrid.uniform(8))
@@ -370,7 +370,7 @@ def test_unlike_data_come_back_and_cost_no_more_than_themselves():
 
 
 def test_many_levels_that_are_no_power_of_two_come_back_alike():
-    """Of levels alike the coder gives the last more than its share, so that it is cheaper."""
+    """The coder gives the last of equal levels more than its share, so that it is cheaper."""
 
     def none(nonce):
         raise CorruptFileError("a model that expects other data")

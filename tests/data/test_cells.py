@@ -248,7 +248,7 @@ def test_spellings_of_one_file_are_one_category():
 
 
 def test_other_spellings_change_no_bound(tmp_path, capsys):
-    """Of integers, floats and booleans, in columns and in conditions, in files of either kind."""
+    """Integers, floats and booleans, in columns and in conditions, in files of either kind."""
     whole = pl.DataFrame({"g": [1, 2, 3] * 20, "b": [True, False] * 30, "k": [0, 1, 2, 3, 4] * 12})
     as_text = whole.with_columns(
         pl.col("g").cast(pl.Float64).cast(pl.String),
@@ -347,7 +347,7 @@ def test_other_numbers_of_float32_stay_what_they_are():
 
 
 def test_what_was_trained_on_is_not_refused(tmp_path, capsys):
-    """Of float32, and of a declared precision that is coarser than the data."""
+    """Values of float32, and of a declared precision that is coarser than the data."""
     frame = pl.DataFrame({"price": pl.Series(PRICES, dtype=pl.Float32), "k": [0, 1, 2] * 100})
     frame.write_parquet(tmp_path / "t.parquet")
     for precision in (0.1, 5):

@@ -1,4 +1,4 @@
-"""Files from strangers: none executes code, is believed for its sizes, or is read for ever."""
+"""Untrusted files: none executes code, is believed for its sizes, or is read for ever."""
 
 import ast
 import gzip
@@ -678,7 +678,7 @@ def test_a_container_that_claims_examples_is_not_believed():
 
 @linux
 def test_a_container_that_claims_arrays_is_not_believed(tmp_path):
-    """What lies beside the examples is packed by xz, of which a few bytes can be gigabytes."""
+    """Data beside the examples are packed by xz, of which a few bytes can be gigabytes."""
     from nelbo.codec.coding.blocks import pack
     from nelbo.codec.format.contents import _arrays_as_bytes
 

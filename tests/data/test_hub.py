@@ -199,7 +199,7 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def secret(tmp_path):
-    """What is the victim's: an image, a table, and what `save_to_disk` wrote."""
+    """Files of a victim: an image, a table, and a folder that `save_to_disk` wrote."""
     folder = tmp_path / "secret"
     folder.mkdir()
     Image.new("L", (8, 8), 7).save(folder / "x.png")

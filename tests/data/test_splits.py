@@ -41,7 +41,7 @@ def folders(place: Path, names) -> Path:
 
 
 def files(place: Path, names) -> Path:
-    """Of the names of files: no sub-folders."""
+    """Read splits from the names of files, without sub-folders."""
     place.mkdir()
     for name, count in zip(names, SIZES.values(), strict=True):
         for i in range(count):

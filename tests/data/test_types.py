@@ -126,7 +126,7 @@ def test_types_that_no_column_has_are_refused(text):
 
 
 def test_a_schema_is_of_its_columns_not_of_their_types():
-    """Of Parquet and of CSV one schema: a type is no part of the model, nor is a range."""
+    """Parquet and CSV have one schema: a type is no part of the model, nor is a range."""
     by_type = Schema.of_table(columns_of(FRAME))
     plain = Schema.of_table(infer_columns(FRAME)[0])
     assert by_type == plain and by_type.to_dict() != plain.to_dict()

@@ -1,4 +1,4 @@
-"""What a mixture of Gaussians says of one dimension, against joint normals conditioned by hand."""
+"""A mixture's law of one dimension given the others, against joint normals conditioned by hand."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a network's output means: every parametrisation of one prediction is that prediction."""
+"""Meaning of a network's output: every parametrisation of one prediction is that prediction."""
 
 import math
 
@@ -176,8 +176,8 @@ def test_levels_in_parts_are_the_levels(monkeypatch):
 
 @pytest.mark.parametrize(("part", "shared"), [(1, False), (2**20, False), (2**20, True)])
 def test_gradients_of_the_law_of_levels(monkeypatch, part, shared):
-    """Of mean and log-norm in all that they depend on, by finite differences: autograd knows
-    neither, for their probabilities are not kept."""
+    """Gradients of mean and log-norm in all that they depend on are finite differences; autograd
+    knows neither, for their probabilities are not kept."""
     monkeypatch.setattr(level_law, "PART", {"cpu": part})
     shapes = (2, 3, 4), (4, 5), (1 if shared else 3, 5), (2, 3), (2,), (2,)
     c, f, h, z, a, p = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)

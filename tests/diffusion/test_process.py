@@ -322,7 +322,7 @@ def test_what_no_mask_hides_at_the_end_is_uniform():
 
 
 def test_absorbing_features_are_the_symbols():
-    """What the network sees is one-hot, the channels of one dimension side by side."""
+    """The network sees one-hot vectors, the channels of one dimension side by side."""
     process = MaskedDiffusion(PowerAlpha(), 4)
     z = torch.randint(5, SHAPE)
     seen = process.features(z).reshape(2, 3, 5, 5, 7)

@@ -1,4 +1,4 @@
-"""What a term says of itself: the weight with which an error of the prediction enters its cost."""
+"""The weight that a term states: how an error of the prediction enters its cost."""
 
 import math
 

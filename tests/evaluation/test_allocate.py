@@ -130,7 +130,7 @@ def test_who_lends():
 
 
 def test_replicates_are_uncorrelated():
-    """What is taken off one replicate depends on others' noise; their covariance is none."""
+    """The part taken off one replicate depends on others' noise; their covariance is none."""
     known = MODELS["levels"]()
     data = as_examples(known.examples(69))
     cells = Strata(TimeGrid([0.3, 0.6, 1.0]))
@@ -234,7 +234,7 @@ def test_cells_cover_the_times(times: TimeDiscretization, count: int):
 
 
 def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Proposal:
-    """Of costs (C, n), as many rows in each cell."""
+    """Fit costs (C, n), as many rows in each cell."""
     cell = torch.arange(len(cost)).repeat_interleave(cost.shape[1])
     return fit_rows(len(cost), cell, cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1))
 
@@ -280,7 +280,7 @@ def test_the_more_rows_the_less_a_cell_borrows():
 
 
 def test_heavy_tails_are_drawn_more_evenly():
-    """Of 64 rows a cell, normal noise leaves a share of 3 (3 - 1)/80 even; Student's noise of four
+    """Normal noise of 64 rows a cell leaves a share of 3 (3 - 1)/80 even; Student's noise of four
     degrees of freedom, whose variance they know worse, more; that of two values no more than the
     least."""
 
@@ -359,7 +359,7 @@ def test_what_the_pilot_hardly_saw_it_does_not_judge():
 
 
 def test_no_cost_at_all():
-    """Where nothing costs anything cells are alike, and nothing is not a number."""
+    """Cells are alike where nothing costs anything, and no share is NaN."""
     zero = torch.zeros(5, 8, dtype=torch.float64)
     found = fit(zero, torch.randn(5, 8, 1, dtype=torch.float64), torch.ones(5, 8, 2).double())
     torch.testing.assert_close(found.probability, torch.full((5,), 0.2).double())

@@ -494,7 +494,7 @@ def test_a_draw_keeps_what_its_cost_was_made_of(name, kind):
 
 
 def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
-    """Where the model is the reference, cost - (r - E r) is D(s) - D(t): the noise of the draw's
+    """With the reference as the model, cost - (r - E r) is D(s) - D(t): the noise of the draw's
     KL, which is most of its variance, is gone but for what 24 nodes leave of an integral."""
     data = levels().examples(69).long()
     model = level_reference_model(data)

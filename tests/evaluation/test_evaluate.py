@@ -257,7 +257,7 @@ def test_another_shape(model):
 
 
 def test_two_draws_state_no_error(model, x, capsys):
-    """Of one example they know nothing of what they missed: nothing is stated, and it says so."""
+    """Two calls of one example say nothing of what they missed: no error is stated, in words."""
     result = evaluate(model, x[:1], calls=2)
     assert math.isnan(result.standard_error.monte_carlo) and math.isfinite(result.nats)
     assert result.to_dict()["standard_error"]["monte_carlo"] is None

@@ -377,8 +377,8 @@ def test_the_pass_counts_its_calls_and_shows_its_convergence(case):
 
 
 def test_a_bound_that_the_solver_has_not_settled_is_refused(case):
-    """Where the tolerances tell more than another seed or other data would, or nothing is stated
-    to compare with; a tolerance that settles it is named, and does."""
+    """A change by the tolerance above that by another seed or other data is refused, and one with
+    nothing to compare it with; a tolerance that settles it is named, and does."""
     model, x = case.model(), torch.randn(20, *SHAPE)
     alike = 6 + 0.01 * torch.randn(600, *SHAPE)
     with pytest.raises(

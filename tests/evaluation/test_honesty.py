@@ -38,7 +38,7 @@ def in_nats(result: Evaluation) -> tuple[float, float]:
 
 
 def check_coverage(known: Known, x: Tensor, times: TimeDiscretization, calls: int) -> None:
-    """Of the intervals bound ± 1.96 errors of 200 seeds, 91 to 98 % hold the truth. The count of
+    """The intervals bound ± 1.96 errors hold the truth for 91 to 98 % of 200 seeds. The count of
     hits has a standard deviation of 1.5 %; with 16 and more degrees of freedom t covers 93 %."""
     truth = known.bound(x, times).sum(1).mean().item()
     found = [
@@ -136,7 +136,7 @@ def test_a_target_is_reached(name, target):
 
 @pytest.mark.slow
 def test_the_interval_of_a_sample_covers():
-    """Where a target takes but some of the examples the interval holds the mean of all 300."""
+    """The interval holds the mean of all 300 examples where a target takes only some of them."""
     known = MODELS["symbols"]()
     x, times = known.examples(300), TimeGrid.uniform(4)
     truth = known.bound(x, times).sum(1).mean().item()
@@ -215,7 +215,7 @@ with process_group() as rank:
 
 
 def run(processes: int) -> dict[str, list]:
-    """What rank 0 of so many processes prints."""
+    """Return what rank 0 of `processes` processes prints."""
     first, *others = launch(["-c", SCRIPT, str(TESTS)], processes)
     assert all(ended.code == 0 for ended in (first, *others)), (first, others)
     assert not any(ended.out for ended in others)
@@ -266,8 +266,8 @@ def test_each_example_s_interval_covers_at_few_calls(name, calls):
 
 @pytest.mark.slow
 def test_two_calls_tell_of_the_mean():
-    """Of a table in which one row makes two thirds of the noise: most of it is in the diffusion
-    term, and of two calls for the reconstruction every other there were few left for it."""
+    """One row of a table makes two thirds of the noise, most of it in the diffusion term; a
+    reconstruction in every other call would leave few calls for that term."""
     known = LARGER["table"]()
     x = known.examples(24)
     truth = known.bound(x, ContinuousTime()).sum(1).mean().item()
@@ -300,8 +300,8 @@ def test_one_example_takes_no_other_with_it(name, calls):
 @pytest.mark.parametrize("times", [ContinuousTime(), TimeGrid.uniform(4)], ids=["continuum", "4"])
 @pytest.mark.parametrize("calls", [4, 24])
 def test_probability_zero_stays_in_its_row(times, calls):
-    """Where a symbol is impossible its rows have the bound -inf, and the mean is infinite; all
-    others have a bound, and an error."""
+    """Rows with an impossible symbol have the bound -inf, and the mean is infinite; all others
+    have a bound, and an error."""
     known = MODELS["symbols"]()
     formula, off = known.model.network.formula, torch.tensor([0.0, 0.0, -torch.inf]).double()
     x = known.examples(70)

@@ -165,8 +165,8 @@ def test_the_pass_visits_each_example_once():
 
 
 def test_one_step_has_one_latent():
-    """Of a grid of one time the path is z alone: one sample is the ELBO, more are tighter, and
-    no diffusion term is met."""
+    """The path of a grid of one time is z alone: one sample is the ELBO, more are tighter, and no
+    diffusion term is met."""
     model, x = levels_model(), torch.randint(0, 4, (24, 3, 1, 2))
     found = [
         evaluate_importance(model, x, times=TimeGrid.uniform(1), samples=samples, replicates=8)
@@ -196,7 +196,7 @@ def test_the_error_is_that_of_other_seeds():
 
 
 def test_small_chunks_keep_the_law(monkeypatch):
-    """Where memory allows a few rows only, E exp L_K stays P(x)."""
+    """E exp L_K stays P(x) where memory allows a few rows only."""
     case = mild(Beta())
     monkeypatch.setattr(Model, "rows", property(lambda self: 777))
     draws = importance_bound(case.model, X.expand(10_000, D), case.times, 2)

@@ -1,4 +1,4 @@
-"""What is stated of few draws is true, and no example's error is another's doing."""
+"""Errors stated of few draws are true, and no example's error is another's doing."""
 
 import math
 
@@ -29,7 +29,7 @@ def covered(draws, mean):
 @pytest.mark.parametrize("replicates", [2, 4, 8])
 @pytest.mark.parametrize("law", ["normal", "exponential", "rare"])
 def test_few_replicates_cover(law, replicates):
-    """Of two replicates 70 % and fewer do, if each example knows but its own."""
+    """Two replicates cover 70 % and less, if each example knows but its own."""
     laws = {
         "normal": (lambda: torch.randn(N, replicates).double(), 0.0),
         "exponential": (lambda: -torch.rand(N, replicates).double().log(), 1.0),
@@ -108,7 +108,7 @@ def test_an_example_is_apart_of_most_others():
 
 
 def test_degrees_of_freedom():
-    """Of equal normal parts their sum; of one that is all there is its own."""
+    """Equal normal parts have the sum of their freedoms; one that is all there is has its own."""
     estimates = torch.randn(5000, 21, 4).double().var(2)
     found = torch.tensor([freedoms(e, torch.full((21,), 3.0)) for e in estimates]).median()
     assert found.item() == pytest.approx(63, rel=0.15)

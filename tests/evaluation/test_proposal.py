@@ -35,7 +35,7 @@ def images(examples: int, shape: tuple[int, ...] = (1, 4, 4)) -> Tensor:
 
 
 def no_noise(betas: Tensor, variance: str) -> Tensor:
-    """What each step costs a dimension where the network predicts no noise, nats, (T - 1,)."""
+    """Return the cost of each step where the network predicts no noise, nats per dim, (T - 1,)."""
     alpha = (1 - betas).cumprod(0)
     s, t = alpha[:-1], alpha[1:]
     snr = alpha / (1 - alpha)
@@ -49,8 +49,8 @@ def no_noise(betas: Tensor, variance: str) -> Tensor:
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize("betas", [LINEAR, COSINE], ids=["linear", "cosine"])
 def test_no_step_weighs_more_than_its_share(betas, variance):
-    """Of a network that predicts no noise: by the closed form, whatever the schedule, a step is
-    drawn at least SHARE as often as it deserves; and never less than evenly."""
+    """A network predicts no noise, so that costs have a closed form: whatever the schedule, a step
+    is drawn at least SHARE as often as it deserves; and never less than evenly."""
     model = wrap(Zero(), (1, 4, 4), betas=betas, variance=variance)
     found = time_density(model, TimeGrid.uniform(T), images(40))
     exact = no_noise(betas, variance)
@@ -60,8 +60,8 @@ def test_no_step_weighs_more_than_its_share(betas, variance):
 
 
 def test_the_reference_is_the_linear_denoiser():
-    """Of a network that predicts the data, and of a normal law of 16 dimensions, whose exact
-    denoiser is linear: its steps have their shares too."""
+    """The steps of a network that predicts the data have their shares too; the data are normal in
+    16 dimensions, so that their exact denoiser is linear."""
     model = wrap(Zero(), (1, 4, 4), betas=LINEAR, predicts="data")
     x = images(4000)
     found = time_density(model, TimeGrid.uniform(T), x)

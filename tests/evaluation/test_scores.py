@@ -216,7 +216,7 @@ def test_no_bound_is_printed_that_is_not_a_number(far_run, kind, capsys):
 
 
 def test_weights_that_are_not_finite_are_refused(far_run, tmp_path, capsys):
-    """Where a run is loaded, and where a model is used that no file is behind."""
+    """Weights that are not finite are refused, in a loaded run and in a model without a file."""
     loaded = load(far_run / "npz")
     x = loaded.examples()[0]
     weight = next(loaded.model.network.parameters())

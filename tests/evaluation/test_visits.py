@@ -12,7 +12,7 @@ N, CELLS, REPLICATES, BLOCK = 120, 3, 2, 6
 
 @pytest.fixture
 def population():
-    """What is known of each example, and its mean costs, (N, 1 + C) each."""
+    """Known costs and mean costs of each example, (N, 1 + C) each."""
     known = torch.randn(N, 1 + CELLS, dtype=torch.float64)
     return known, known + 0.3 * torch.randn(N, 1 + CELLS, dtype=torch.float64) + 0.1
 
@@ -39,9 +39,8 @@ def sample(known, truth, visited, twice=N):
 @pytest.mark.parametrize("visited", [12, 60, N])
 @pytest.mark.parametrize("columns", [slice(None), slice(1, 2)], ids=["all", "a cell"])
 def test_the_mean_is_unbiased_and_its_error_true(population, visited, columns, twice):
-    """Of 3000 samples: the mean of the means, and that of the squared errors against their
-    variance, known to 2.6 %; of few blocks it is a little less. So where but two blocks were
-    visited more than once."""
+    """The mean of 3000 means is the truth, and that of the squared errors is their variance, known
+    to 2.6 %; with few blocks, or two that are visited more than once, it is a little less."""
     known, truth = population
     found = [sample(known, truth, visited, twice) for _ in range(3000)]
     means = torch.tensor([f.mean(columns) for f in found], dtype=torch.float64)

@@ -355,7 +355,7 @@ def test_the_two_repositories_differ_in_a_default():
 
 
 class Code:
-    """What a hostile file would hold."""
+    """An object of a hostile file."""
 
     def __reduce__(self):
         return (print, ("code was run",))

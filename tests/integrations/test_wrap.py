@@ -240,7 +240,7 @@ def test_the_network_is_told_its_own_times():
 
 
 def test_large_batches_go_in_parts(monkeypatch):
-    """What a network says of one example does not depend on how a batch is cut."""
+    """The output for one example does not depend on how a batch is cut."""
     network, told = language("velocity")
     model = wrap(network, SHAPE, predicts="velocity", **told)
     x = images(7)

@@ -133,7 +133,7 @@ def test_conditions_of_other_examples_are_refused(pairs, measure):
 
 
 def test_grids_and_errors_are_measured_on_pairs(pairs):
-    """Of a shift in x and c together neither the best grid nor v(t) depends on much."""
+    """Neither the best grid nor v(t) depends much on a shift in x and c together."""
     x, c = pairs
     grid = best_grid(model(), Batch(x, c), 4)
     assert grid.times.equal(best_grid(model(), Batch(x - c, 0 * c), 4).times)

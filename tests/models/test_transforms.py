@@ -44,7 +44,7 @@ def test_a_transform_inverts_and_owns_its_log_determinant(kind, sample):
 
 
 def law(kind, x, precision=None):
-    """What the head says of a column at the end of noise, where z says nothing: P(x)."""
+    """Return the head's law P(x) of a column at the end of noise, where z says nothing."""
     if precision:
         low, high = x.min().item(), x.max().item()
         place = places([Column("x", "rounded", precision, low, high, transform=kind)])
@@ -72,7 +72,7 @@ def test_densities_are_of_the_units_of_the_data(kind, sample):
 
 
 def test_a_scale_that_fits_costs_the_entropy(sample):
-    """That of exp N(2, 1) is 2 + ½ log 2πe; Gaussians of x itself are farther, of new draws."""
+    """The entropy of exp N(2, 1) is 2 + ½ log 2πe; Gaussians of x itself are farther from it."""
     entropy = 2 + 0.5 * math.log(2 * math.pi * math.e)
     known = sample[sample[:, 0] > 0]
     with seeded(11):

@@ -141,7 +141,7 @@ class TestTransformerOfVectors(NetworkContract):
 
 
 def test_waves_fade_where_noise_hides_them():
-    """What the sines add is E[ sin ωz | x ]'s share: all of it without noise, nothing of noise."""
+    """The sines add the share of E[ sin ωz | x ]: all of it without noise, nothing of noise."""
     network = UNet((1, 8, 8), 1, 3, width=8).eval()
     nn.init.normal_(network.last.weight)
     z, silent = torch.randn(2, 1, 8, 8), copy.deepcopy(network)

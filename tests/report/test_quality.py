@@ -1,4 +1,4 @@
-"""What the report says of synthetic rows: right where the answer is known."""
+"""The report's numbers of synthetic rows are right where the answer is known."""
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ LEARNED = {"schedule": "learned-ends", "times": "importance", "warmup": 1}
 
 
 class Killed(BaseException):
-    """What no handler of errors is meant for, as SIGKILL."""
+    """An end that no handler of errors is meant for, as by SIGKILL."""
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from nelbo.cli import main
 
 
 def nelbo_fails(capsys, *arguments):
-    """Runs a command that must fail; returns its one line."""
+    """Run a command that must fail; return its one line."""
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in arguments])
     assert stop.value.code == 2

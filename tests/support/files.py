@@ -1,4 +1,4 @@
-"""What tests read back from files, and parts of files that they write."""
+"""Values that tests read back from files, and parts of files that they write."""
 
 import struct
 import zlib

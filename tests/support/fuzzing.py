@@ -71,7 +71,7 @@ SCHEMA = [{"name": "a", "kind": "rounded", "precision": 1}, {"name": "b", "kind"
 
 @dataclass(frozen=True)
 class Kind:
-    """How a file of one kind is made and read.
+    """Functions that make and read a file of one kind.
 
     Args:
         name: of the file.
@@ -342,7 +342,7 @@ def _of_run(run: Path) -> list[Kind]:
     tensors, about = files.read_tensors(run / "model.safetensors")
 
     def measure(path: Path) -> None:
-        """What is told of examples is a number."""
+        """Examples read from a file are numbers."""
         run = run_folder.load(path.parent)
         kind = torch.float64 if run.config.schema.density else torch.long
         x = torch.zeros(4, *run.model.shape, dtype=kind)

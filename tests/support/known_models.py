@@ -138,7 +138,7 @@ def levels(step: type[ReverseKernel] = Mixture) -> Known:
 
 
 def _terms_of_levels(model: Model, one: Tensor, times: TimeDiscretization) -> Tensor:
-    """Of a single example (D,), the expectations by quadrature."""
+    """Costs of a single example (D,), expectations by quadrature."""
     weights = torch.outer(WEIGHTS, WEIGHTS).flatten()
     noise = torch.cartesian_prod(NODES, NODES)
     x = one.expand(len(noise), D)

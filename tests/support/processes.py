@@ -11,7 +11,7 @@ TESTS = Path(__file__).parents[1]
 
 
 class Ended(NamedTuple):
-    """How a process ended and what it printed."""
+    """Exit code and output of a process."""
 
     code: int
     out: str
@@ -19,7 +19,7 @@ class Ended(NamedTuple):
 
 
 def launch(command: list[str], processes: int, **env: str) -> list[Ended]:
-    """What each of so many processes of Python did, in the order of their ranks."""
+    """Run a command of Python in `processes` processes; return their ends, in order of rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""How a training is run changes neither what is kept nor how it is measured."""
+"""The way in which a training is run changes neither what is kept nor how it is measured."""
 
 import json
 import math

@@ -90,7 +90,7 @@ def test_a_condition_reaches_the_network():
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_examples(trained):
-    """What is measured on the way may be rough here; not what others' run was made with."""
+    """Use rough measurements on the way; the runs of other tests are made with fine ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grid_search, "EXAMPLES", 16)
         patch.setattr(trainer, "VALIDATION", (16, 2**18))

@@ -134,7 +134,7 @@ def test_two_processes_that_were_stopped_continue_exactly(runs, whole, stopped):
 
 @pytest.mark.parametrize(("half", "whole"), [("half", "two"), ("sharded-half", "sharded")])
 def test_a_run_continues_on_another_number_of_processes(runs, tmp_path, half, whole):
-    """Of half of it on one process, or all of it on two, the curve goes on; sharded or not."""
+    """The curve goes on where half was trained on one process, or all on two; sharded or not."""
     folder, _ = runs
     assert [event["step"] for event in events(folder / half)] == [2, 4]
     continued = shutil.copytree(folder / whole, tmp_path / whole)
@@ -293,7 +293,7 @@ with distributed.process_group() as rank:
 
 
 def test_commands_write_and_say_once_on_two_processes(runs, tmp_path):
-    """What one process says to the user and puts on the disk, and the other does not."""
+    """One process speaks to the user and writes to the disk, and the other does not."""
     pytest.importorskip("constriction")
     pl = pytest.importorskip("polars")
     frame = pl.DataFrame({"a": [0.1 * i for i in range(70)], "b": ["u", "v"] * 35})

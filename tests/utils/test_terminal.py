@@ -1,4 +1,4 @@
-"""What is printed of a stranger's file is no code for the terminal."""
+"""Text printed from an untrusted file is no code for the terminal."""
 
 import pytest
 from rich.table import Table

@@ -112,7 +112,7 @@ class LevelReference:
             return self._mixture_within(model, draw, draw.term.s, log_probs, context)
         e = gaussian(model).embed(draw.x)
         square = _centred(
-            lambda z: (e - posterior(z).softmax(-1) @ self.values).square(), model, draw
+            lambda z: (e - mean_level(posterior(z), self.values)).square(), model, draw
         )
         return draw.term.error_weight(gaussian(model)) * square
 
@@ -126,6 +126,16 @@ class LevelReference:
         cost = kl(q, model.step(prediction, z, s, t, process), draw.noise)
         low, high = (_divergence(model, draw.x, context, u) for u in (s, t))
         return cost - (low - high).flatten(1).sum(1)
+
+
+def mean_level(logits: Tensor, values: Tensor) -> Tensor:
+    """Return Σ_k v_k softmax_k(logits), shape (...), from logits (..., K), which are overwritten.
+
+    In float64, and for few levels, this takes a third of the time of `softmax(-1) @ values`.
+    """
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    sums = weights @ torch.stack([values, torch.ones_like(values)], 1)
+    return sums[..., 0] / sums[..., 1]
 
 
 def of_level(table: Tensor, x: Tensor) -> Tensor:
@@ -166,7 +176,7 @@ def _posterior(model: Model, context: Tensor, t: Tensor) -> Callable[[Tensor], T
     values = process.embedding.values
     of_z = (process.log_alpha(t) / 2 - process.log_one_minus_alpha(t)).exp()
     base = context.double() - over((-process.schedule(t)).exp() / 2, context) * values.square()
-    return lambda z: base + (over(of_z, z) * z)[..., None] * values
+    return lambda z: torch.addcmul(base, (over(of_z, z) * z)[..., None], values)
 
 
 def _centred(cost: Callable[[Tensor], Tensor], model: Model, draw: TermDraw) -> Tensor:
