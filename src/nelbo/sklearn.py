@@ -114,7 +114,7 @@ class _Diffusion(BaseEstimator):
             learner = Trainer(*configs, dataset, affine=affine, known=known)
             few = splits["validation"][: MEASURED[0]]
             measure = _Measure(few, seed, known.double(), settings.resolution)
-            model = learner.fit(PATIENCE, measure).double()
+            model = learner.fit(measure).double()
             _widen(model, settings.resolution)
         if settings.memory:
             embedded = model.embed(splits["train"])[order[held:].argsort()[: settings.memory]]
@@ -153,6 +153,7 @@ class _Diffusion(BaseEstimator):
             cross_entropy=0.0,
             augment=0.0,
             evaluate_every=50,
+            patience=PATIENCE,
             seed=seed,
         )
         return model, train

@@ -59,7 +59,8 @@ def model(step=None):
     spread = math.sqrt(1 / (1 / S**2 + math.exp(-LOW)))
     decoder = GaussianDensity(Affine(), spread).requires_grad_(False)
     process = GaussianDiffusion(Linear(LOW, HIGH), Affine())
-    return Model(Denoiser(), process, XPrediction(), step or Posterior(), decoder, (2,))
+    step = step or Posterior()
+    return Model(Denoiser(), process, XPrediction(), step, decoder, (2,), conditioned_on="class")
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_the_bound_is_of_each_example_given_its_own(pairs):
         of_class = evaluate(model(), Batch(x, c)[mine], calls=32)
         error = 4 * of_class.standard_error.monte_carlo
         assert abs(of_class.nats - want[mine].mean()) < 0.02 + error
-    assert evaluate(model(), x).nats > result.nats + 10
+    assert evaluate(model().unconditional(), x).nats > result.nats + 10
 
 
 def test_other_measures_keep_rows_together(pairs):
@@ -115,8 +116,11 @@ def test_other_measures_keep_rows_together(pairs):
         lambda model, x: evaluate_flow(model, x, samples=2),
         lambda model, x: best_grid(model, x, 4),
         lambda model, x: by_dimension(model, x, TimeGrid.uniform(3)),
+        lambda model, x: ancestral(
+            model, len(x), TimeGrid.uniform(3), condition=Batch.of(x).condition
+        ),
     ],
-    ids=["evaluate", "elbo", "importance", "flow", "grid", "dimensions"],
+    ids=["evaluate", "elbo", "importance", "flow", "grid", "dimensions", "ancestral"],
 )
 def test_conditions_of_other_examples_are_refused(pairs, measure):
     """Neither a slice of the examples nor more of them, under the labels of other rows."""
@@ -126,10 +130,10 @@ def test_conditions_of_other_examples_are_refused(pairs, measure):
             measure(model(), Batch(some, c))
     with pytest.raises(ValueError, match=r"\(N, F\).*got the shape \(70,\)"):
         measure(model(), Batch(x, c[:, 0]))
-    of_class = model()
-    of_class.conditioned_on = "class"  # as a run of P(x|class) holds it
     with pytest.raises(ValueError, match=r"one of P\(x\|class\), and the examples come without"):
-        measure(of_class, x)
+        measure(model(), x)
+    with pytest.raises(ValueError, match=r"one of P\(x\), and the examples come with conditions"):
+        measure(model().unconditional(), Batch(x, c))
 
 
 def test_grids_and_errors_are_measured_on_pairs(pairs):
@@ -156,7 +160,6 @@ def test_guidance_counts_the_condition(pairs):
     _, c = pairs
     z, t = torch.ones(70, 2).double(), torch.full((70,), 0.5).double()
     given = model()
-    given.conditioned_on = "class"
     with torch.no_grad():
         with_c, without = (given.predict(z, t, each).e_hat for each in (c, 0 * c))
         for g in (0.0, 0.5, 2.0):
@@ -165,7 +168,7 @@ def test_guidance_counts_the_condition(pairs):
     assert guided(given, 1.0) is given
     assert not isinstance(given.network, Guided)
     with pytest.raises(ValueError, match="guidance is for conditional runs"):
-        guided(model(), 2.0)
+        guided(model().unconditional(), 2.0)
     with pytest.raises(ValueError, match="guidance must be finite; got inf"):
         guided(given, math.inf)
 
@@ -310,6 +313,8 @@ def test_a_conditional_run(conditional, tmp_path, capsys):
     assert "log P(x|class)" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"take the examples from run\.batch"):
         evaluate(run.model, x)
+    with pytest.raises(ValueError, match=r"conditions of 11 numbers, \(N, 11\), .* got \(\d+, 3\)"):
+        evaluate(run.model, Batch(x, torch.zeros(len(x), 3)), calls=4)
     assert evaluate(run.model.unconditional(), x, calls=4).given == ""
     some = evaluate(run.model, batch[5:15], calls=4)
     assert some.given == "class" and some.examples == 10

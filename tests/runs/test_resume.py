@@ -198,3 +198,52 @@ def test_a_failed_training_leaves_what_was_there(whole, tmp_path, monkeypatch, t
     with pytest.raises(ValueError, match="no step"):
         train(str(whole.parent / "x.npy"), tmp_path / "run", **SMALL)
     assert [path.name for path in tmp_path.rglob("*")] == ["run"] * there
+
+
+STOPPING = SMALL | {"steps": 60, "patience": 3, "lr": 0.1, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def overfitted(whole):
+    """A run that its validation bound has stopped; do not change it, copy it."""
+    run = train(str(whole.parent / "x.npy"), whole.parent / "overfitted", **STOPPING)
+    steps = [event["step"] for event in run.metrics]
+    best = min(run.metrics, key=lambda event: event["validation"])["step"]
+    assert 2 < best and steps[-1] == best + 3 * SMALL["evaluate_every"] < 60
+    assert run.weights == f"ema, step {best}"
+    return run.path
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_patience_survives_a_kill(overfitted, tmp_path, monkeypatch, saved):
+    """Killed before the last state is saved, or after the one before it: it stops at the same."""
+    last = run_config.read_metrics(overfitted)[-1]["step"]
+    killed_at = last - SMALL["evaluate_every"] if saved else last
+    save = training_state.save
+
+    def killed(out, learner):
+        if saved or learner.at.step < killed_at:
+            save(out, learner)
+        if learner.at.step == killed_at:
+            raise Killed
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(training_state, "save", killed)
+        train(str(overfitted.parent / "x.npy"), tmp_path / "run", **STOPPING)
+    resume(tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(overfitted)
+
+
+def test_a_stopped_training_says_why_and_goes_on_if_asked(overfitted, tmp_path, capsys):
+    run = shutil.copytree(overfitted, tmp_path / "run")
+    before = contents(run)
+    best = resume(run, progress=True).weights.removeprefix("ema, ")
+    last = run_config.read_metrics(run)[-1]["step"]
+    assert contents(run) == before
+    assert (
+        f"training stopped at step {last} of 60: 3 validations in a row have not improved on the"
+        f" bound of {best} (--patience)"
+    ) in capsys.readouterr().err
+    steps = [event["step"] for event in resume(run, patience=0, progress=True).metrics]
+    assert steps[-1] == 60 and len(steps) == 30
+    assert "stopped" not in capsys.readouterr().err

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nelbo.runs.run import Run
 
 
-CHANGEABLE = ("steps", "shard")  # options that may change when a run is continued
+CHANGEABLE = ("steps", "patience", "shard")  # options that may change when a run is continued
 
 
 def _preset(name: str) -> Parameter:
@@ -91,6 +91,9 @@ class TrainOptions:
         Maximal norm of the gradient.
     evaluate_every
         Steps between validations; each saves the run.
+    patience
+        Validations in a row without a better bound after which training ends; 0 for never. By
+        default 10 for tables and 0 for all else.
     accumulate
         Number of parts into which each process divides its examples of a batch, one after the
         other: less memory, and the same loss.
@@ -140,6 +143,7 @@ class TrainOptions:
     label_dropout: Annotated[float | None, _preset("label_dropout")] = None
     clip: Annotated[float | None, _preset("clip")] = None
     evaluate_every: Annotated[int | None, _preset("evaluate_every")] = None
+    patience: Annotated[int | None, _preset("patience")] = None
     accumulate: Annotated[int | None, _preset("accumulate")] = None
     precision: Annotated[config.Precision | None, _preset("precision")] = None
     compile: Annotated[bool | None, _preset("compile")] = None
@@ -186,8 +190,8 @@ def train(
     out
         Folder of the new run.
     resume
-        Run to continue, instead of DATA and --out; of the options only --steps, --shard and
-        --device may go with it, and --steps-of-bound.
+        Run to continue, instead of DATA and --out; of the options only --steps, --patience,
+        --shard and --device may go with it, and --steps-of-bound.
     steps_of_bound
         With --resume: fine-tune for the bound with this number of steps, as a new run that starts
         from the best weights of the old one; --out names it, by default RUN-8steps for 8 steps.
@@ -221,7 +225,8 @@ def train(
     from nelbo.runs.train import resume as continue_run
     from nelbo.runs.train import train as start
 
-    given = options.given() if options else {}
+    chosen = options or TrainOptions()
+    given = chosen.given()
     if resume is None:
         if steps_of_bound is not None:
             raise ValueError(
@@ -269,18 +274,22 @@ def train(
             raise ValueError(
                 f"--resume continues a run as it was configured; {others[0]} cannot go with it"
             )
-        steps, shard = (options.steps, options.shard) if options else (None, None)
-        if steps_of_bound is not None and shard is not None:
-            raise ValueError("--shard is as in the run that is fine-tuned; leave it out")
+        if steps_of_bound is not None and (kept := sorted(given.keys() - {"steps"})):
+            raise ValueError(f"--{kept[0]} is as in the run that is fine-tuned; leave it out")
         path = resume if steps_of_bound is None else out or name_of(resume, steps_of_bound)
 
         def work(progress: bool) -> "Run":
             if steps_of_bound is None:
                 return continue_run(
-                    path, steps=steps, shard=shard, device=device, progress=progress
+                    path,
+                    steps=chosen.steps,
+                    patience=chosen.patience,
+                    shard=chosen.shard,
+                    device=device,
+                    progress=progress,
                 )
             return fine_tune(
-                resume, steps_of_bound, path, steps=steps, device=device, progress=progress
+                resume, steps_of_bound, path, steps=chosen.steps, device=device, progress=progress
             )
 
     with process_group() as rank:

@@ -38,6 +38,7 @@ class Model(nn.Module):
         step: the reverse kernel P(z_s|z_t).
         decoder: P(x|z_1).
         shape: the shape of one example.
+        conditioned_on: names of c, for a model of P(x|c), such as "class".
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Model(nn.Module):
         step: ReverseKernel,
         decoder: Decoder,
         shape: tuple[int, ...],
+        conditioned_on: str = "",
     ) -> None:
         super().__init__()
         self.network, self.process, self.decoder = network, process, decoder
@@ -55,7 +57,7 @@ class Model(nn.Module):
         self.shape = tuple(shape)
         self.dtype = torch.float64
         self.precision: torch.dtype | None = None  # of autocast within the network, if any
-        self.conditioned_on = ""  # names of c, for a model of P(x|c)
+        self.conditioned_on = conditioned_on
 
     def unconditional(self) -> "Model":
         """Return the model of P(x) that a model of P(x|c) contains; it shares all weights."""
@@ -64,11 +66,21 @@ class Model(nn.Module):
         return model
 
     def check_condition(self, condition: Tensor | None, examples: int) -> None:
-        """Check that a model of P(x|c) gets a condition, and one for each example.
+        """Check that a model of P(x|c) gets a condition for each example, and one of P(x) none.
 
         Raises:
             ValueError: if it does not.
         """
+        self._check_given(condition, examples)
+        if condition is not None and not self.conditioned_on:
+            raise ValueError(
+                "the model is one of P(x), and the examples come with conditions: give the"
+                " examples alone; if its network does learn from conditions, name them, as in"
+                ' Model(..., conditioned_on="class")'
+            )
+
+    def _check_given(self, condition: Tensor | None, examples: int) -> None:
+        """Check the same but for a model of P(x), whose training may mark augmented examples."""
         if condition is None and self.conditioned_on:
             raise ValueError(
                 f"the model is one of P(x|{self.conditioned_on}), and the examples come"
@@ -80,7 +92,7 @@ class Model(nn.Module):
 
     def given(self, batch: Batch) -> str:
         """Return what the bound of a batch is conditioned on, for the record; "" for P(x)."""
-        return "" if batch.condition is None else batch.given or self.conditioned_on or "condition"
+        return "" if batch.condition is None else batch.given or self.conditioned_on
 
     @property
     def dims(self) -> int:
@@ -112,7 +124,7 @@ class Model(nn.Module):
 
     def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
         """Call the network once; return its prediction of the data from z = z_t and condition."""
-        self.check_condition(condition, len(z))
+        self._check_given(condition, len(z))
         dtype = next(self.network.parameters()).dtype
         features, level = self.process.features(z).clamp(-FAR, FAR), self.process.log_snr_input(t)
         inputs = [features, level] + ([] if condition is None else [condition])
@@ -163,8 +175,8 @@ def measuring(model: Model, batch: Batch | None = None) -> Iterator[None]:
         batch: examples to check, if any.
 
     Raises:
-        ValueError: if a weight is not finite, the examples are not of the model, or a model of
-            P(x|c) lacks their conditions.
+        ValueError: if a weight is not finite, the examples are not of the model, a model of
+            P(x|c) lacks their conditions, or one of P(x) gets some.
     """
     check_finite(model, "the model")
     if batch is not None:

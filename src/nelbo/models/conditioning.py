@@ -121,9 +121,7 @@ def guided(model: Model, guidance: float) -> Model:
         raise ValueError("guidance is for conditional runs; train one with --condition NAME")
     network = Guided(model.network, guidance)
     parts = model.process, model.head, model.step, model.decoder
-    strong = Model(network, *parts, model.shape)
-    strong.conditioned_on = model.conditioned_on
-    return strong
+    return Model(network, *parts, model.shape, model.conditioned_on)
 
 
 class Guided(nn.Module):

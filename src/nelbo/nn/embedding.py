@@ -42,6 +42,11 @@ class LevelEmbedding(nn.Module):
         phase = level[:, None] * self.frequencies
         if condition is None:
             condition = level.new_zeros(len(level), self.conditions)
+        if condition.shape[1] != self.conditions:
+            raise ValueError(
+                f"the network takes conditions of {self.conditions} numbers, (N,"
+                f" {self.conditions}), as run.batch() gives them; got {tuple(condition.shape)}"
+            )
         return self.layers(torch.cat([phase.sin(), phase.cos(), condition], 1))
 
 

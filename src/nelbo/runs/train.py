@@ -179,7 +179,7 @@ def begin(
     weights: Model | None = None,
     table: bytes | None = None,
 ) -> Run:
-    """Train a new run to its last step; remove it if training fails before there are weights.
+    """Train a new run until it has ended; remove it if training fails before there are weights.
 
     Args:
         training: its folder must have been new when the data were read.
@@ -209,12 +209,14 @@ def resume(
     out: str | Path,
     *,
     steps: int | None = None,
+    patience: int | None = None,
     shard: bool | None = None,
     device: str = "cpu",
     progress: bool = False,
 ) -> Run:
     """Continue a run exactly where it stopped; `steps` extends or shortens it.
 
+    A run that the validation bound has stopped goes on with another `patience`, or 0 for none.
     `shard` says whether several processes divide the network from now on. With another number of
     processes, training continues with the same examples, times and noise, but sums are taken in
     another order: the result is the same up to rounding, not to the bit.
@@ -227,8 +229,13 @@ def resume(
     out = Path(out)
     run = run_config.read_config(out)
     t = run.train
-    steps, shard = t.steps if steps is None else steps, t.shard if shard is None else shard
-    changed = replace(run, train=replace(t, steps=steps, shard=shard))
+    longer = replace(
+        t,
+        steps=t.steps if steps is None else steps,
+        patience=t.patience if patience is None else patience,
+        shard=t.shard if shard is None else shard,
+    )
+    changed = replace(run, train=longer)
     with alone_in(out):
         training = Training(out, changed, run.load_data(), device)
         training.found()
@@ -317,7 +324,7 @@ class Training:
             load()
 
     def fit(self, progress: bool) -> None:
-        """Train to the last step. Ctrl-C finishes the current step, saves the run and raises."""
+        """Train until it has ended. Ctrl-C finishes the current step, saves the run and raises."""
         total, learner = self.run.train.steps, self.learner
         started = time.monotonic() - learner.at.seconds
         with (
@@ -325,7 +332,7 @@ class Training:
             _bar(progress and self.first, total, learner.at.step) as update,
             interruptible(twice=self.alone) as interrupted,
         ):
-            while learner.at.step < total:
+            while not learner.ended:
                 learner.step()
                 self.check_there()
                 learner.at.seconds = time.monotonic() - started
@@ -341,6 +348,8 @@ class Training:
                 self._validate()
                 self.save()
         main_process_first(lambda: None)  # the others wait until the files are written
+        if progress and self.first and (why := learner.stopped()):
+            print(why, file=sys.stderr)
 
     def save(self) -> None:
         """Save everything needed to continue."""

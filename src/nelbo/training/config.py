@@ -40,6 +40,8 @@ class TrainConfig(Record):
         label_dropout: Fraction of the examples whose labels are dropped, so that the network also
             learns P(x), which sample --guidance needs.
         evaluate_every: Steps between validations; each saves the run.
+        patience: Validations in a row without a better bound after which training ends; 0 for
+            never. By default 10 for tables.
         seed: Seed of everything random.
         grid: Times of the bound that is trained, increasing to 1; none for continuous time.
         accumulate: Number of parts into which each process divides its examples of a batch, one
@@ -70,6 +72,7 @@ class TrainConfig(Record):
     augment: Fraction = 0.7
     label_dropout: Fraction = 0.1
     evaluate_every: Count = 100
+    patience: Annotated[int, Ge(0)] = 0
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     grid: tuple[float, ...] = ()
     accumulate: Count = 1
@@ -97,6 +100,7 @@ class Progress:
     seconds: float = 0.0
     best: float = math.inf
     best_step: int = 0
+    unimproved: int = 0  # measurements since the best one
     recent: float = math.nan  # running mean of the bound, nats
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_now: int = 0  # of these, the last ones in a row

@@ -17,6 +17,7 @@ Preset = Literal["auto", "best"]
 MANY_LEVELS = 64  # levels above which a few curves replace a logit for each
 MANY_EXAMPLES = 10_000  # examples above which overfitting needs no augmentation or dropout
 FINE = 4096  # levels above which the decoder is a discretised Gaussian
+PATIENCE = 10  # validations of a table without improvement after which training ends
 SMALL = 16  # pixels of the shorter side up to which an image is small
 
 
@@ -32,7 +33,7 @@ def _for_table(examples: int) -> tuple[ModelConfig, TrainConfig]:
         depth=2,
         dropout=0.1 if examples < MANY_EXAMPLES else 0.0,
     )
-    return model, TrainConfig(steps=3000, batch=256, augment=0.0)
+    return model, TrainConfig(steps=3000, batch=256, augment=0.0, patience=PATIENCE)
 
 
 def configure(

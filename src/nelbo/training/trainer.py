@@ -178,11 +178,30 @@ class Trainer:
             condition = torch.cat([moved[:, None], labels.to(moved)[:, 1:]], 1)
         return Batch(x, condition)
 
-    def fit(self, patience: int, bound: Callable[[Model], float] | None = None) -> Model:
-        """Train to the last step, or until `patience` measurements in a row do not improve.
+    @property
+    def ended(self) -> bool:
+        """Whether the last step is done, or the validation bound has stopped improving."""
+        return self.at.step >= self.config.steps or self.converged
+
+    @property
+    def converged(self) -> bool:
+        """Whether `patience` measurements in a row have not improved the validation bound."""
+        return 0 < self.config.patience <= self.at.unimproved
+
+    def stopped(self) -> str:
+        """Return the sentence that says why training stopped before its last step, or ""."""
+        t, at = self.config, self.at
+        if at.step >= t.steps or not self.converged:
+            return ""
+        return (
+            f"training stopped at step {at.step} of {t.steps}: {at.unimproved} validations in a"
+            f" row have not improved on the bound of step {at.best_step} (--patience)"
+        )
+
+    def fit(self, bound: Callable[[Model], float] | None = None) -> Model:
+        """Train until the training has `ended`.
 
         Args:
-            patience: number of measurements.
             bound: function from an averaged model to its bound in nats, in place of `measure`; it
                 is then called before the first step too.
 
@@ -192,7 +211,7 @@ class Trainer:
         t, at = self.config, self.at
         if bound is not None:
             self.keep(bound(self.average))
-        while at.step < t.steps and at.step - at.best_step < patience * t.evaluate_every:
+        while not self.ended:
             self.step()
             if at.step % t.evaluate_every == 0 or at.step == t.steps:
                 self.measure() if bound is None else self.keep(bound(self.average))
@@ -234,6 +253,7 @@ class Trainer:
         if not math.isfinite(nats):
             raise ValueError(self._failed(f"the validation bound became {nats}"))
         better = nats < self.at.best
+        self.at.unimproved = 0 if better else self.at.unimproved + 1
         if better:
             self.at.best, self.at.best_step = nats, self.at.step
             weights = gathered(self.average.state_dict()).items()
