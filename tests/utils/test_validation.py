@@ -52,7 +52,10 @@ class Whole(Record):
         ({"parts": [{"name": "p", "ends": [1]}]}, "parts[0].ends has too few values in x"),
         ({"parts": [{"name": "p", "ends": [1, "2"]}]}, "parts[0].ends[1] must be a number"),
         ({"hidden": [None]}, "hidden[0] must be a text; got None in x"),
-        ({"sizes": 1}, "unknown key 'sizes' in x; known are size, rate, kind, flag, parts, hidden"),
+        (
+            {"sizes": 1},
+            "unknown key 'sizes' in x; known are size, rate, kind, flag, parts, hidden",
+        ),
         ([1], "the value must be a JSON object; got [1] in x"),
     ],
 )
