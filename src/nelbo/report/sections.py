@@ -4,7 +4,6 @@ import math
 import platform
 import shlex
 import textwrap
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,17 @@ from nelbo.diffusion.model import Model
 from nelbo.evaluation.result import Evaluation
 from nelbo.report import figures, tables
 from nelbo.report.images import Canvas
+from nelbo.report.markup import (
+    duration,
+    html_table,
+    number,
+    picture,
+    rounded,
+    seconds,
+    section,
+    spread,
+    strip,
+)
 from nelbo.report.quality import Quality
 from nelbo.report.quality import figure as draw_quality
 from nelbo.report.studies import SAMPLE_STEPS, STEPS, Coded, Trajectory, is_image, own_step
@@ -39,8 +49,8 @@ def headline(run: "Run", result: Evaluation) -> str:
         "Per example": f"{result.nats:.2f} nats",
         "Network calls": f"{result.calls_per_example:g} per example",
         "Time": "continuous, T = ∞",
-        "Error from the data": _spread(error.data),
-        "Error from Monte Carlo": _spread(error.monte_carlo),
+        "Error from the data": spread(error.data),
+        "Error from Monte Carlo": spread(error.monte_carlo),
         "Weights": result.weights,
         "Seed": str(result.seed),
         "Precision": result.precision,
@@ -50,8 +60,8 @@ def headline(run: "Run", result: Evaluation) -> str:
     listed = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     return (
         f'<header><h1>{escape(name_of(run))} <span class="muted">· nelbo report</span></h1>'
-        f'<p class="number">{_rounded(value, error.total)}'
-        f" <small>± {_spread(error.total)} {result.unit}</small></p>"
+        f'<p class="number">{rounded(value, error.total)}'
+        f" <small>± {spread(error.total)} {result.unit}</small></p>"
         f'<p class="lead">{_meaning(run.config.schema, result)}</p>'
         f'<dl class="facts">{listed}</dl></header>'
     )
@@ -89,10 +99,14 @@ def terms(model: Model, result: Evaluation) -> str:
         "diffusion": "∫ d/dt KL( q ‖ P ) dt",
     }
     rows = [
-        (f'<span class="key" style="background:{shade}"></span>{name}', what[name], _term(v))
+        (
+            f'<span class="key" style="background:{shade}"></span>{name}',
+            what[name],
+            number(v),
+        )
         for (name, v), shade in zip(values, _shades(), strict=False)
     ]
-    rows.append(("bound", "", _term(sum(v for _, v in values))))
+    rows.append(("bound", "", number(sum(v for _, v in values))))
     edges = [point.t_from for point in result.curve] + [result.curve[-1].t_to]
     curve = figures.density(
         edges,
@@ -101,8 +115,8 @@ def terms(model: Model, result: Evaluation) -> str:
         unit,
         [(t, _gamma(model, t)) for t in (0.0, 0.25, 0.5, 0.75, 1.0)],
     )
-    left = figures.terms(values, unit) + _table(("term", "", unit), rows, total=True)
-    return _section(
+    left = figures.terms(values, unit) + html_table(("term", "", unit), rows, total=True)
+    return section(
         "Where the bits go",
         "The bound is the sum of three terms. The area under the curve is the diffusion term; the"
         " band is one standard error.",
@@ -122,19 +136,19 @@ def steps(curves: list[figures.StepCurve], model: Model, unit: str, examples: in
     rows = [
         (
             str(steps),
-            *(f"{_rounded(c.values[i], c.errors[i])} ± {_spread(c.errors[i])}" for c in curves),
+            *(f"{rounded(c.values[i], c.errors[i])} ± {spread(c.errors[i])}" for c in curves),
         )
         for i, steps in enumerate((*STEPS, "∞"))
     ]
     head = ("steps T", *(curve.name for curve in curves))
-    return _section(
+    return section(
         "The price of few steps",
         "With T steps a sample costs T network calls, and the bound belongs to exactly that"
         f" sampler. The times are uniform, or the best ones for this model, as in nelbo sample;"
         f" every T uses the same {examples} test examples; bars are one standard error. This run"
         f" uses the {own_step(model)}.",
         f'<div class="two"><figure>{figures.step_curves(curves, unit)}</figure>'
-        f'<div class="wide">{_table(head, rows)}</div></div>',
+        f'<div class="wide">{html_table(head, rows)}</div></div>',
     )
 
 
@@ -149,24 +163,20 @@ def files(run: "Run", coded: Coded | None) -> str:
             f"<b>{escape(rival.name)}</b>" if rival in coded.ours else escape(rival.name),
             f"{rival.size:,}",
             f"{8 * rival.size / numbers:.3f}",
-            *(f'<span class="time">{_seconds(v)}</span>' for v in rival.seconds),
+            *(f'<span class="time">{seconds(v)}</span>' for v in rival.seconds),
         )
         for rival in every
     ]
     images = " as one sheet" if is_image(run.config.schema) else ""
     head = ("codec", "bytes", "bits/dim", "coding", "decoding")
-    return _section(
+    return section(
         "What the bits buy",
         f"The bound is the length of a file: {coded.examples} test examples, compressed and"
         " decompressed exactly, header and checksums included. More steps make a smaller file and"
         f" take longer. The other codecs coded the same examples{images}; the model, which both"
         " sides have, is not part of the files. With few examples the file's header weighs more.",
-        f'<div class="wide">{_table(head, rows)}</div>',
+        f'<div class="wide">{html_table(head, rows)}</div>',
     )
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
 
 
 def training(run: "Run", unit: str) -> str:
@@ -181,22 +191,22 @@ def training(run: "Run", unit: str) -> str:
     parameters = sum(p.numel() for p in run.model.network.parameters())
     rows = [
         ("steps", f"{last['step']:,} of {train.steps:,}, {train.batch} examples each"),
-        ("time", _duration(last["seconds"])),
+        ("time", duration(last["seconds"])),
         ("network", f"{run.config.model.network}, {parameters:,} parameters"),
         (
             "best validation",
-            f"{_rounded(validation, error)} ± {_spread(error)} at step {events[best]['step']:,}",
+            f"{rounded(validation, error)} ± {spread(error)} at step {events[best]['step']:,}",
         ),
-        ("last validation", _rounded(last["validation"], error)),
-        ("last training", _rounded(last["train"], error)),
+        ("last validation", rounded(last["validation"], error)),
+        ("last training", rounded(last["train"], error)),
     ]
     curve = figures.training(events, best, unit)
-    return _section(
+    return section(
         "Training",
         "The weights with the best validation bound are kept (open circle). Validation measures"
         " the moving average of the weights.",
         f'<div class="two"><figure>{curve}</figure>'
-        f'<div class="wide">{_table(("", unit), rows)}</div></div>',
+        f'<div class="wide">{html_table(("", unit), rows)}</div></div>',
     )
 
 
@@ -204,7 +214,7 @@ def images(run: "Run", x: Tensor, path: Trajectory) -> str:
     """Return the section on samples of images beside test data, and on their trajectories."""
     canvas = Canvas(run.model.process, run.config.schema, x)
     grids = "".join(
-        f"<figure><h3>{title}</h3>{_picture(canvas.data(images[:64]), 8, title)}</figure>"
+        f"<figure><h3>{title}</h3>{picture(canvas.data(images[:64]), 8, title)}</figure>"
         for title, images in (("Samples", path.x), ("Test data", x))
     )
     latents = [canvas.latent(z[:6], t) for z, t in zip(path.z, path.times, strict=True)]
@@ -216,24 +226,15 @@ def images(run: "Run", x: Tensor, path: Trajectory) -> str:
     masks = run.model.process.mask is not None
     grey = " Masked pixels are blue-grey." if masks else ""
     mean = "Mean of P(x|z<sub>t</sub>)" if masks else "Prediction x̂(z<sub>t</sub>)"
-    return _section(
+    return section(
         "Samples",
         f"{len(path.x)} samples in {SAMPLE_STEPS} steps beside as many test examples, none of them"
         " selected. Below, the trajectories of the first six: from noise at t = 1 to the sample x."
         f"{grey}",
         f'<div class="two">{grids}</div><div class="two" style="margin-top:32px">'
-        f"<div><h3>Latent z<sub>t</sub></h3>{_strip([*latents, final], [*labels, 'x'])}</div>"
-        f"<div><h3>{mean}</h3>{_strip([*predictions, final], [*labels, 'x'])}</div></div>",
+        f"<div><h3>Latent z<sub>t</sub></h3>{strip([*latents, final], [*labels, 'x'])}</div>"
+        f"<div><h3>{mean}</h3>{strip([*predictions, final], [*labels, 'x'])}</div></div>",
     )
-
-
-def _strip(columns: list[np.ndarray], labels: list[str]) -> str:
-    cells = "".join(
-        f"<figure>{_picture(images, 1, label, 96)}<figcaption>{label}</figcaption></figure>"
-        for images, label in zip(columns, labels, strict=True)
-    )
-    style = f"grid-template-columns:repeat({len(columns)},1fr)"
-    return f'<div class="strip" style="{style}">{cells}</div>'
 
 
 def vectors(schema: Schema, x: Tensor, path: Trajectory) -> str:
@@ -243,7 +244,7 @@ def vectors(schema: Schema, x: Tensor, path: Trajectory) -> str:
     d = real.shape[1]
     which = f"the first {d} dimensions" if d < math.prod(schema.shape) else "all dimensions"
     shaken = "; integers are jittered to separate them" if schema.levels else ""
-    return _section(
+    return section(
         "Samples",
         f"{len(sampled)} samples in {SAMPLE_STEPS} steps and {len(real)} test examples, {which}"
         f"{shaken}.",
@@ -263,13 +264,13 @@ def pixels(run: "Run", x: Tensor, each: np.ndarray, unit: str) -> str:
     shown = Canvas(run.model.process, run.config.schema, x).data(x[chosen])
     heated = figures.heated(maps[chosen], high)
     cells = "".join(
-        f"<figure>{_picture(np.stack([image, map_]), 2, 'an example and its costs', 460)}"
+        f"<figure>{picture(np.stack([image, map_]), 2, 'an example and its costs', 460)}"
         f"<figcaption>{total[i]:.1f} {name}</figcaption></figure>"
         for image, map_, i in zip(shown, heated, chosen, strict=True)
     )
     scale = f'<div class="scale" style="background:linear-gradient(90deg,{_gradient()})"></div>'
     ends = f'<div class="ends"><span>0</span><span>{high:.3g} {name} per pixel</span></div>'
-    return _section(
+    return section(
         "The price of each pixel",
         f"The bound at 64 steps before it is summed over pixels{_channels(run)}: its mean over {n}"
         " test examples, and the two cheapest, middle and most expensive ones.",
@@ -292,7 +293,7 @@ def columns(each: np.ndarray, unit: str) -> str:
     flat = each.reshape(len(each), -1)
     name = unit.removesuffix("/dim")
     error = flat.std(0, ddof=1) / math.sqrt(len(flat)) if len(flat) > 1 else np.zeros(len(flat[0]))
-    return _section(
+    return section(
         "The price of each dimension",
         f"The bound at 64 steps before it is summed over dimensions, mean over {len(each)} test"
         " examples; bars are one standard error.",
@@ -304,14 +305,14 @@ def table(schema: Schema, x: Tensor, made: Tensor, how: str, each: np.ndarray, u
     """Return the section on costs of columns, and on synthetic rows beside real ones."""
     name = unit.removesuffix("/dim")
     head = ("column", name, "distance", "of two real samples", "missing, real / synthetic")
-    return _section(
+    return section(
         "Columns",
         f"The bound at 64 steps before it is summed over columns, mean over {len(each)} test rows;"
         f" and {len(made)} synthetic rows in {SAMPLE_STEPS} steps beside them. The distance is the"
         " total variation between the binned marginals; beside it stands the distance expected of"
         f" two samples from the same distribution. Synthetic rows: {escape(how)}.",
         f"<figure>{tables.marginals(schema.columns, x, made)}</figure>"
-        f"{_table(head, tables.rows(schema.columns, x, made, each))}",
+        f"{html_table(head, tables.rows(schema.columns, x, made, each))}",
     )
 
 
@@ -326,7 +327,7 @@ def quality(found: Quality) -> str:
         for use in found.uses
     ]
     made, held = len(copies.made), len(copies.held)
-    return _section(
+    return section(
         "Synthetic rows",
         f"{made} synthetic rows beside {held} real ones that were held out, both compared with"
         f" the training rows. Rank correlations of pairs of columns differ from those of the"
@@ -338,7 +339,7 @@ def quality(found: Quality) -> str:
         " forest predicts a column from the others (for numbers, whether it is above the median),"
         f" ± {0.5 / math.sqrt(held):.3f} at most; the forest was trained on equally many real and"
         " synthetic rows.",
-        f"<figure>{draw_quality(pairs, copies)}</figure>{_table(head, rows)}",
+        f"<figure>{draw_quality(pairs, copies)}</figure>{html_table(head, rows)}",
     )
 
 
@@ -368,7 +369,7 @@ def again(run: "Run", seed: int) -> str:
     versions = (
         f"nelbo {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )
-    return _section(
+    return section(
         "How to reproduce this page",
         f"{versions}.",
         f"<pre>{escape(commands)}</pre><h3>config.json</h3>"
@@ -416,53 +417,5 @@ def _shape(schema: Schema) -> str:
     return f"{shape}, " + ("real" if schema.levels is None else f"{schema.levels} levels")
 
 
-def _rounded(value: float, error: float) -> str:
-    return f"{value:.{_digits(error)}f}".replace("-", "−")
-
-
-def _spread(error: float) -> str:
-    return "–" if math.isnan(error) else f"{error:.{_digits(error)}f}"
-
-
-def _digits(error: float) -> int:
-    """Return the number of decimals that shows two digits of an error."""
-    if not error > 0:
-        return 3
-    return min(6, max(0, 1 - math.floor(math.log10(error))))
-
-
-def _term(value: float) -> str:
-    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 4
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
 def _shades() -> list[str]:
     return [f"var({figures.VARIABLES[colour]})" for colour in figures.TERMS]
-
-
-def _section(title: str, text: str, body: str) -> str:
-    return f"<section><h2>{title}</h2><p>{text}</p>{body}</section>"
-
-
-def _table(head: Iterable[str], rows: Iterable[tuple[str, ...]], total: bool = False) -> str:
-    rows = list(rows)
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = [
-        f"<tr{' class=sum' if total and i == len(rows) - 1 else ''}>"
-        + "".join(f"<td>{cell}</td>" for cell in row)
-        + "</tr>"
-        for i, row in enumerate(rows)
-    ]
-    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
-
-
-def _picture(images: np.ndarray, columns: int, label: str, side: int = 900) -> str:
-    address = figures.uri(figures.mosaic(images, columns, side))
-    return f'<img alt="{escape(label)}" src="{address}">'
