@@ -14,7 +14,8 @@ from nelbo.cli import main
 from nelbo.data.columns import Column
 from nelbo.data.inspection import inspect
 from nelbo.data.tabular import cells, encoding, streams, tables
-from nelbo.data.tabular.inference import infer_column, infer_columns, infer_merged
+from nelbo.data.tabular.inference import infer_column, infer_columns
+from nelbo.data.tabular.merging import infer_merged
 from nelbo.data.tabular.spelling import canonical, is_number
 from nelbo.diffusion.times import TimeGrid
 from nelbo.models.conditioning import parse

@@ -9,7 +9,8 @@ import pytest
 from nelbo import data
 from nelbo.data.inspection import inspect
 from nelbo.data.tabular.identifiers import Evidence, says_identifier
-from nelbo.data.tabular.inference import infer_columns, infer_merged
+from nelbo.data.tabular.inference import infer_columns
+from nelbo.data.tabular.merging import infer_merged
 
 N = 60
 R = np.random.default_rng(0)

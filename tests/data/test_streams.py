@@ -15,7 +15,8 @@ from nelbo.data import fingerprint, rows
 from nelbo.data.columns import Column
 from nelbo.data.tabular import streams
 from nelbo.data.tabular.encoding import encode
-from nelbo.data.tabular.inference import infer_columns, infer_merged, merge
+from nelbo.data.tabular.inference import infer_columns
+from nelbo.data.tabular.merging import infer_merged, merge
 from nelbo.data.tabular.streams import Share, TableRows
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.runs.train import resume, train

@@ -28,7 +28,7 @@ from nelbo.data.readers.walk import files_below
 from nelbo.data.rows import WINDOW, Rows
 from nelbo.data.splits import Declared, group, one_each
 from nelbo.data.tabular import decoded, encoding, tables
-from nelbo.data.tabular.inference import complete_columns, infer_merged
+from nelbo.data.tabular.merging import complete_columns, infer_merged
 
 if TYPE_CHECKING:
     from polars import DataFrame, LazyFrame
