@@ -1,11 +1,16 @@
-"""Columns of a table as conditions: words and whole numbers become classes, as for arrays."""
+"""Conditions of examples: labels beside arrays, and columns of a table, whose words and whole
+numbers become classes as those of arrays do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from nelbo.data.schema import Label
+from nelbo.data.conform import Found, split
+from nelbo.data.labels import codes, infer_label, missing, of_examples, standardised
+from nelbo.data.schema import Label, Schema
 from nelbo.data.tabular.cells import numbers, texts
 from nelbo.data.tabular.inference import complete, listed
 from nelbo.data.tabular.tables import column_of
@@ -94,3 +99,57 @@ def _are_integers(series: "Series", words: "Series") -> bool:
     if series.dtype.is_numeric():
         return series.dtype.is_integer()
     return bool(words.drop_nulls().str.contains(r"^[+-]?[0-9]+$").all())
+
+
+def infer_labels(
+    found: Found, names: Sequence[str], seed: int
+) -> tuple[tuple[Label, ...], dict[str, Tensor], list[str]]:
+    """Return the labels of these names, their values in each split, and notes on them."""
+    labels = [infer_label(each, _labelled(found, each), found.source) for each in names]
+    if not labels:
+        return (), {}, []
+    stored, _ = split(store_labels(found, labels), found.source, seed)
+    train = stored["train"]
+    labels = [standardised(label, train[:, i]) for i, label in enumerate(labels)]
+    return tuple(labels), stored, [*_unseen(labels, train), *missing(labels, stored)]
+
+
+def _labelled(found: Found, name: str) -> Mapping[str, np.ndarray]:
+    """Return the values of one label, (N,) for each part."""
+    if name not in found.labels:
+        has = f"it has {', '.join(found.labels)}" if found.labels else "it has no labels"
+        raise ValueError(f"{found.source} has no label {name!r} to condition on; {has}")
+    return {
+        part: of_examples(found.labels[name][part], len(x), name, found.label(part))
+        for part, x in found.parts.items()
+    }
+
+
+def store_labels(found: Found, labels: Sequence[Label]) -> dict[str, Tensor]:
+    """Return the labels of each part, (N, len(labels)), float64; {} without labels."""
+    columns = {
+        part: [
+            codes(_labelled(found, each.name)[part], each, found.label(part)) for each in labels
+        ]
+        for part in found.parts
+    }
+    return {part: torch.stack(values, 1) for part, values in columns.items() if values}
+
+
+def _unseen(labels: Sequence[Label], train: Tensor) -> list[str]:
+    """Return a note for each label that has classes without a training example."""
+    notes = []
+    for label, values in zip(labels, train.unbind(1), strict=True):
+        seen = set(values[~values.isnan()].long().tolist()) if label.classes else set()
+        unseen = [name for i, name in enumerate(label.classes) if i not in seen]
+        if unseen:
+            notes.append(f"no training example has the {label.name} {', '.join(unseen)}")
+    return notes
+
+
+def labels_of(frame: "DataFrame", schema: Schema, name: str) -> Tensor | None:
+    """Return the labels in the rows of a table, (N, len(schema.condition)); None without
+    labels."""
+    of_cells = {label.name: {"all": cells_like(frame, label)} for label in schema.condition}
+    found = Found(name, {"all": np.empty((frame.height, 0))}, labels=of_cells)
+    return store_labels(found, schema.condition).get("all")

@@ -6,7 +6,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,17 +13,15 @@ from nelbo._utils import limits
 from nelbo.data import coerce, conditions, remote
 from nelbo.data.columns import Column
 from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
-from nelbo.data.labels import codes, infer_label, missing, of_examples, standardised
+from nelbo.data.labels import missing
 from nelbo.data.readers import arrays, builtin, folders, hub, idx, shards, text
 from nelbo.data.readers.encoded import Form
-from nelbo.data.schema import Dataset, Label, Schema
+from nelbo.data.schema import Dataset, Schema
 from nelbo.data.splits import Declared, declare
 from nelbo.data.tabular import encoding, streams, tables
 from nelbo.data.tabular.inference import complete, infer_columns, typed
 
 if TYPE_CHECKING:
-    from polars import DataFrame
-
     from nelbo.data.tabular.tables import Frame
 
 
@@ -140,7 +137,7 @@ def load(
     made, how = split(store(found, schema), found.source, seed)
     if schema.kind == "real":
         refuse_constant(made["train"], found.source)
-    labels, stored, unseen = _condition(found, condition, seed)
+    labels, stored, unseen = conditions.infer_labels(found, condition, seed)
     if not labels:
         inferred += [f"--condition {each} conditions on the labels" for each in found.labels]
     schema = replace(schema, condition=labels)
@@ -188,7 +185,7 @@ def load_like(
             f"{found.source} has {found.levels} levels where {schema.levels} are needed; "
             f"rescale it to 0..{schema.levels - 1} and save it as integers"
         )
-    made, labels = store(found, schema), _store_labels(found, schema.condition)
+    made, labels = store(found, schema), conditions.store_labels(found, schema.condition)
     notes = [*found.notes, *_much_less(made, schema, found.source)]
     for each in (made, labels):
         if each and "all" not in each:
@@ -209,52 +206,6 @@ def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> lis
         f" 0..{largest}, they mean something else to the model; rescale it to"
         f" 0..{schema.levels - 1}"
     ]
-
-
-def _condition(
-    found: Found, names: Sequence[str], seed: int
-) -> tuple[tuple[Label, ...], dict[str, Tensor], list[str]]:
-    """Return the labels of these names, their values in each split, and notes on them."""
-    labels = [infer_label(each, _labelled(found, each), found.source) for each in names]
-    if not labels:
-        return (), {}, []
-    stored, _ = split(_store_labels(found, labels), found.source, seed)
-    train = stored["train"]
-    labels = [standardised(label, train[:, i]) for i, label in enumerate(labels)]
-    return tuple(labels), stored, [*_unseen(labels, train), *missing(labels, stored)]
-
-
-def _labelled(found: Found, name: str) -> Mapping[str, np.ndarray]:
-    """Return the values of one label, (N,) for each part."""
-    if name not in found.labels:
-        has = f"it has {', '.join(found.labels)}" if found.labels else "it has no labels"
-        raise ValueError(f"{found.source} has no label {name!r} to condition on; {has}")
-    return {
-        part: of_examples(found.labels[name][part], len(x), name, found.label(part))
-        for part, x in found.parts.items()
-    }
-
-
-def _store_labels(found: Found, labels: Sequence[Label]) -> dict[str, Tensor]:
-    """Return the labels of each part, (N, len(labels)), float64; {} without labels."""
-    columns = {
-        part: [
-            codes(_labelled(found, each.name)[part], each, found.label(part)) for each in labels
-        ]
-        for part in found.parts
-    }
-    return {part: torch.stack(values, 1) for part, values in columns.items() if values}
-
-
-def _unseen(labels: Sequence[Label], train: Tensor) -> list[str]:
-    """Return a note for each label that has classes without a training example."""
-    notes = []
-    for label, values in zip(labels, train.unbind(1), strict=True):
-        seen = set(values[~values.isnan()].long().tolist()) if label.classes else set()
-        unseen = [name for i, name in enumerate(label.classes) if i not in seen]
-        if unseen:
-            notes.append(f"no training example has the {label.name} {', '.join(unseen)}")
-    return notes
 
 
 def is_table(source: Source, splits: Declared | None = None) -> bool:
@@ -370,7 +321,7 @@ def _load_table(
     x = torch.from_numpy(rows)
     splits, how = split({part: x[few] for part, few in parts.items()}, name, seed)
     found = Found(name, {part: rows[few] for part, few in parts.items()}, labels=of_cells)
-    labels, stored, unseen = _condition(found, condition, seed)
+    labels, stored, unseen = conditions.infer_labels(found, condition, seed)
     schema = replace(schema, condition=labels)
     guessed = () if table is None else table.notes
     return Dataset(name, schema, splits, (*guessed, *notes, *taken, *how, *unseen), stored)
@@ -390,7 +341,7 @@ def _load_table_like(source: Source, schema: Schema, declared: Declared | None) 
     notes += _unknown(frame.columns, schema)
     unseen = encoding.Unseen()
     rows, _ = encoding.encode(frame, schema.columns, name, unseen=unseen)
-    x, labels = torch.from_numpy(rows), labels_of(frame, schema, name)
+    x, labels = torch.from_numpy(rows), conditions.labels_of(frame, schema, name)
     parts = _parts_of(table) | {"all": slice(None)}
     stored = {} if labels is None else {part: labels[few] for part, few in parts.items()}
     splits = {part: x[few] for part, few in parts.items()}
@@ -409,16 +360,6 @@ def _parts_of(table: streams.Table | None) -> dict[str, slice]:
     """Return the rows of each split of a table, or of "all"."""
     parts = {} if table is None else table.parts
     return {k: slice(n, n + m) for k, (n, m) in parts.items()} or {"all": slice(None)}
-
-
-def labels_of(frame: "DataFrame", schema: Schema, name: str) -> Tensor | None:
-    """Return the labels in the rows of a table, (N, len(schema.condition)); None without
-    labels."""
-    of_cells = {
-        label.name: {"all": conditions.cells_like(frame, label)} for label in schema.condition
-    }
-    found = Found(name, {"all": np.empty((frame.height, 0))}, labels=of_cells)
-    return _store_labels(found, schema.condition).get("all")
 
 
 def _read(

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nelbo._utils.progress import Track
 from nelbo.data import coerce
+from nelbo.data.conditions import labels_of
 from nelbo.data.schema import Schema
-from nelbo.data.sources import Source, labels_of
+from nelbo.data.sources import Source
 from nelbo.data.tabular import encoding, tables
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
