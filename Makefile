@@ -24,12 +24,16 @@ demo: setup
 	$(BIN)/nelbo report $(RUN)
 	@echo "Look at $(RUN)/report.html and $(RUN)/samples.png"
 
-test: setup lint types wheel
+test: setup lint types wheel docs
 	$(PYTEST) -m "not slow"
 
 # Statistics that take long.
 test-slow: setup
 	$(PYTEST) -m slow tests
+
+# The site, in site/; a link that leads nowhere, or a page that fetches from elsewhere, is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The readers and the command line with the lower bounds of pyproject.toml.
 test-lowest: .venv-lowest/ready

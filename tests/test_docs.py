@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 TESTS = {path.stem.removeprefix("test_"): path for path in ROOT.glob("tests/**/*.py")}
 MODULES = {path.stem for place in ("src", "tests") for path in ROOT.glob(f"{place}/**/*.py")}
 CONTRACTS = "\n".join(path.read_text() for path in ROOT.glob("src/nelbo/testing/*.py"))

@@ -72,7 +72,7 @@ def derive_seed(*path: int) -> int:
         raise ValueError(f"seed must be at least 0; got {min(path)}")
     # SeedSequence ignores trailing zeros: without the length, (1, 0) would give the seed of (1,)
     sequence = np.random.SeedSequence([len(path), *path])
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 @contextmanager
