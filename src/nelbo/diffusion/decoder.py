@@ -179,9 +179,4 @@ class Categorical(Decoder):
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
-        if process.mask is None:
-            return per_example(Discrete(prediction.e_hat))
-        shows = torch.arange(prediction.e_hat.shape[-1], device=z.device) == z[..., None]
-        certain = shows.to(prediction.e_hat.dtype).log()
-        masked = ~shows.any(-1, keepdim=True)
-        return per_example(Discrete(torch.where(masked, prediction.e_hat, certain)))
+        return per_example(prediction.symbols(z, process.mask))

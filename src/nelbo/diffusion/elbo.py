@@ -83,4 +83,4 @@ def diffusion_rate(model: "Model", x: Tensor, t: Tensor, condition: Tensor | Non
     e = model.embed(x)
     z = draw(model.process.marginal(e, t))
     prediction = model.predict(z, t, condition)
-    return Draw(z, prediction, None, model.process.rate(z, e, prediction.e_hat, t))
+    return Draw(z, prediction, None, model.process.predicted_rate(z, e, prediction, t))

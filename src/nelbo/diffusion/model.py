@@ -59,6 +59,24 @@ class Model(nn.Module):
         self.precision: torch.dtype | None = None  # of autocast within the network, if any
         self.conditioned_on = conditioned_on
 
+    #: name of a dimension in the unit of a bound, bits/dim
+    dimension = "dim"
+
+    #: whether examples may have any length, so that the model itself makes batches of them
+    any_length = False
+
+    def batch(self, x: Tensor | Batch) -> Batch:
+        """Return examples as a batch, with the conditions that follow from them, if any do."""
+        return Batch.of(x)
+
+    def scored(self, batch: Batch) -> float:
+        """Return the mean number of dimensions of an example whose cost the bound counts."""
+        return self.dims
+
+    def notes(self, batch: Batch) -> tuple[str, ...]:
+        """Return a sentence for each choice that the meaning of the bound depends on."""
+        return ()
+
     def unconditional(self) -> "Model":
         """Return the model of P(x) that a model of P(x|c) contains; it shares all weights."""
         model = copy.copy(self)
@@ -120,7 +138,8 @@ class Model(nn.Module):
             raise ValueError(
                 f"the model is for examples of shape {self.shape}; got {tuple(x.shape[1:])}"
             )
-        return self.process.embed(x).to(self.dtype)
+        e = self.process.embed(x)
+        return e.to(self.dtype) if e.is_floating_point() else e
 
     def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
         """Call the network once; return its prediction of the data from z = z_t and condition."""
@@ -130,14 +149,14 @@ class Model(nn.Module):
         inputs = [features, level] + ([] if condition is None else [condition])
         inputs = [v.to(z.device, dtype) for v in inputs]
         with _narrow(z.device, self.precision):
-            output = self.network(*inputs).to(self.dtype)
+            output = self.network(*inputs)
         needed = self.head.output_shape(z)
         if output.shape != needed:
             raise ValueError(
                 f"the network must give {tuple(needed)} for {type(self.head).__name__};"
                 f" got {tuple(output.shape)}"
             )
-        return self.head(output, z, t, self.process)
+        return self.head.read(output, z, t, self.process, self.dtype)
 
     def reverse(
         self, z: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None
@@ -232,5 +251,6 @@ def model_hash(model: Model) -> str:
         digest.update(type(part).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(whole(tensor.detach()).cpu().contiguous().numpy().tobytes())
+        plain = whole(tensor.detach()).cpu().contiguous().flatten()
+        digest.update(plain.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()[:16]

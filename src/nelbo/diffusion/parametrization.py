@@ -28,6 +28,7 @@ from typing_extensions import override
 from nelbo._utils.numerics import over
 from nelbo.diffusion.level_law import mean_and_norm
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
+from nelbo.diffusion.symbols import WIDE, Predicted, Symbols
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Prediction:
     def levels(self) -> "LevelPrediction | None":
         """The prediction itself if it has probabilities of levels, else None."""
         return None
+
+    def symbols(self, z: Tensor, mask: int | None) -> Symbols:
+        """Return P(x_i|z) of each place, where ê are log-probabilities (B, ..., K).
+
+        Args:
+            z: at which the prediction is, (B, ...).
+            mask: the value of z that hides a symbol; None if none does.
+        """
+        return Predicted(self.e_hat, z, mask, dtype=self.e_hat.dtype)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Self:
         """Return the prediction with f applied to each tensor, such as a selection of examples."""
@@ -150,6 +160,33 @@ class LevelFamily(LevelPrediction):
         return LevelTable(f(self.e_hat), f(self.log_probs))
 
 
+class SymbolPrediction(Prediction):
+    """P(x_i = k|z_t) = softmax_k( output + log-prior ), normalised only where it is asked for.
+
+    Args:
+        output: of the network, in its own dtype, (B, ..., K).
+        log_prior: broadcastable to the output, or None.
+        dtype: in which log-probabilities are computed.
+    """
+
+    def __init__(self, output: Tensor, log_prior: Tensor | None, dtype: torch.dtype) -> None:
+        self.output, self.log_prior, self.dtype = output, log_prior, dtype
+
+    @property
+    def e_hat(self) -> Tensor:
+        """The table log P(x_i = k|z_t) of all places, also those that z_t shows, (B, ..., K)."""
+        return self.symbols(self.output.new_zeros(self.output.shape[:-1]), None).table()
+
+    @override
+    def symbols(self, z: Tensor, mask: int | None) -> Predicted:
+        return Predicted(self.output, z, mask, self.log_prior, dtype=self.dtype)
+
+    @override
+    def map(self, f: Callable[[Tensor], Tensor]) -> "SymbolPrediction":
+        prior = None if self.log_prior is None else f(self.log_prior.expand_as(self.output))
+        return SymbolPrediction(f(self.output), prior, self.dtype)
+
+
 class Parametrization(nn.Module, ABC):
     """Function from a network's output, (B, ...) or (B, ..., outputs), to a prediction."""
 
@@ -196,6 +233,13 @@ class Parametrization(nn.Module, ABC):
     @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         """Return the prediction at z = z_t and times t, shape (B,), from the network's output."""
+
+    def read(
+        self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess, dtype: torch.dtype
+    ) -> Prediction:
+        """Return the prediction, computed in `dtype`, from an output in the network's own."""
+        prediction: Prediction = self(output.to(dtype), z, t, process)
+        return prediction
 
 
 class EpsPrediction(Parametrization):
@@ -413,13 +457,25 @@ class LevelCurves(LevelLogits):
 
 
 class SymbolLogits(Logits):
-    """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior)."""
+    """ê = log P(x_i = k|z_t) = log_softmax(output + log-prior), computed where it is asked for.
+
+    For more than 4096 symbols it is computed in float32.
+    """
 
     @override
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
-        if process.width != self.count:
+    def forward(
+        self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess
+    ) -> SymbolPrediction:
+        return self.read(output, z, t, process, output.dtype)
+
+    @override
+    def read(
+        self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess, dtype: torch.dtype
+    ) -> SymbolPrediction:
+        if process.has_flow or process.codes != self.count:
             raise TypeError(
                 f"SymbolLogits needs MaskedDiffusion; got {type(process).__name__}, whose e are"
                 f" not log-probabilities of {self.count} symbols"
             )
-        return Prediction((output + self.log_prior.to(output)).log_softmax(-1))
+        dtype = dtype if self.count <= WIDE else torch.float32
+        return SymbolPrediction(output, self.log_prior.to(dtype), dtype)

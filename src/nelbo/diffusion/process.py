@@ -15,7 +15,7 @@ both q(z_s|z_t,x), given e, and the model's p(z_s|z_t), given a prediction of e.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,12 @@ from typing_extensions import override
 
 from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import log1mexp, over, slope
-from nelbo.diffusion.distributions import Discrete, DiscretisedNormal, draw
+from nelbo.diffusion.distributions import DiscretisedNormal, draw
 from nelbo.diffusion.schedules import Schedule
+from nelbo.diffusion.symbols import Certain, MaybeMasked, Predicted, Symbols, Uniform
+
+if TYPE_CHECKING:
+    from nelbo.diffusion.parametrization import Prediction
 
 Shape = torch.Size | tuple[int, ...]
 
@@ -137,6 +141,16 @@ class ForwardProcess(nn.Module, ABC):
     @abstractmethod
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
         """Return q(z_s|z_t,x) for z = z_t and s < t; e is embed(x) or a prediction of e."""
+
+    def predicted_posterior(
+        self, z: Tensor, prediction: "Prediction", s: Tensor, t: Tensor
+    ) -> Independent:
+        """Return `posterior` with a prediction of e in place of e."""
+        return self.posterior(z, prediction.e_hat, s, t)
+
+    def predicted_rate(self, z: Tensor, e: Tensor, prediction: "Prediction", t: Tensor) -> Tensor:
+        """Return `rate` of a prediction of e, (B,)."""
+        return self.rate(z, e, prediction.e_hat, t)
 
     @abstractmethod
     def prior(self, shape: Shape, t: Tensor) -> Independent:
@@ -356,7 +370,8 @@ class GaussianDiffusion(ForwardProcess):
 class MaskedDiffusion(ForwardProcess):
     """Masked diffusion: each symbol is kept with probability α_t, else masked (equation 9).
 
-    z holds symbols 0..K-1 or the mask K; e and its prediction are log-probabilities (..., K).
+    z holds symbols 0..K-1 or the mask K. e is x itself; a prediction of it has log-probabilities
+    (..., K), of which those of the masked places alone are computed (`symbols`).
     Sources: Austin et al. 2021 (D3PM, absorbing state), Shi et al. 2024 (MD4).
 
     Args:
@@ -371,12 +386,12 @@ class MaskedDiffusion(ForwardProcess):
         super().__init__(schedule)
         if count < 2:
             raise ValueError(f"levels must be at least 2; got {count}")
-        self.count = self.mask = self.width = self.codes = count
+        self.count = self.mask = self.codes = count
         self.channels = count + 1
 
     @override
     def embed(self, x: Tensor) -> Tensor:
-        return one_hot(x.long(), self.count).double().log()
+        return x.long()
 
     @override
     def features(self, z: Tensor) -> Tensor:
@@ -390,22 +405,36 @@ class MaskedDiffusion(ForwardProcess):
     @override
     def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
         kept = self.log_kept(s, t)
-        shown = self._show(z)
-        next_ = self._masked_with(shown[..., :-1], kept, log1mexp(kept)).log_probs
-        return per_example(Discrete(torch.where((z == self.mask)[..., None], shown, next_)))
+        shown = z != self.mask
+        log_shown = torch.where(shown, _wide(kept, z), -torch.inf)
+        log_masked = torch.where(shown, _wide(log1mexp(kept), z), 0.0)
+        symbols = Certain(torch.where(shown, z, 0), self.count)
+        return per_example(MaybeMasked(symbols, log_shown, log_masked))
 
     @override
     def marginal(self, e: Tensor, t: Tensor) -> Independent:
-        return per_example(self._masked_with(e, self.log_alpha(t), self.log_one_minus_alpha(t)))
+        shown, masked = self.log_alpha(t), self.log_one_minus_alpha(t)
+        symbols = Certain(e, self.count)
+        return per_example(MaybeMasked(symbols, _wide(shown, e), _wide(masked, e)))
 
     @override
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
+        return self._unmask(z, self._symbols(e, z), s, t)
+
+    @override
+    def predicted_posterior(
+        self, z: Tensor, prediction: "Prediction", s: Tensor, t: Tensor
+    ) -> Independent:
+        return self._unmask(z, prediction.symbols(z, self.mask), s, t)
+
+    def _unmask(self, z: Tensor, symbols: Symbols, s: Tensor, t: Tensor) -> Independent:
         masked = self.log_one_minus_alpha(t)
         reveal = self.log_alpha(s) + log1mexp(self.log_kept(s, t)) - masked
         stay = self.log_one_minus_alpha(s) - masked
-        log_probs = self._masked_with(e, reveal, stay).log_probs
-        shown = (z != self.mask)[..., None]
-        return per_example(Discrete(torch.where(shown, self._show(z).to(e.dtype), log_probs)))
+        hidden = z == self.mask
+        log_shown = torch.where(hidden, _wide(reveal, z), 0.0)
+        log_masked = torch.where(hidden, _wide(stay, z), -torch.inf)
+        return per_example(MaybeMasked(symbols, log_shown, log_masked))
 
     @override
     def blank(self, shape: Shape) -> Tensor:
@@ -418,7 +447,7 @@ class MaskedDiffusion(ForwardProcess):
     @override
     def mean(self, e: Tensor, z: Tensor) -> Tensor:
         """Return E[x|z_t], where visible symbols are certain."""
-        mean = super().mean(e, z)
+        mean = e.double() if e.ndim == z.ndim else super().mean(e, z)
         return torch.where(z == self.mask, mean, z.to(mean))
 
     @override
@@ -429,24 +458,32 @@ class MaskedDiffusion(ForwardProcess):
     @override
     def prior(self, shape: Shape, t: Tensor) -> Independent:
         # Symbols are unmasked with probability α_T, uniformly: without them, the KL is infinite.
-        uniform = torch.zeros((len(t), *shape, self.count), dtype=t.dtype, device=t.device)
-        uniform = uniform.log_softmax(-1)
-        return per_example(
-            self._masked_with(uniform, self.log_alpha(t), self.log_one_minus_alpha(t))
-        )
+        symbols = Uniform(self.count, torch.Size((len(t), *shape)), t.device)
+        shown, masked = self.log_alpha(t), self.log_one_minus_alpha(t)
+        over_all = (-1, *(1 for _ in shape))
+        return per_example(MaybeMasked(symbols, shown.reshape(over_all), masked.reshape(over_all)))
 
     @override
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
         """Return -α'(t)/(1-α_t) Σ_masked -log P(x_i|z_t), (B,) (equation 9); -α'/(1-α) = γ' α."""
-        surprise = -torch.where(e == 0, e_hat, 0.0).sum(-1)
-        hidden = torch.where(z == self.mask, surprise, 0.0).flatten(1).sum(1)
-        return slope(self.schedule, t) * self.alpha(t) * hidden
+        return self._rate(z, e, self._symbols(e_hat, z), t)
 
-    def _show(self, z: Tensor) -> Tensor:
-        return one_hot(z.long(), self.channels).double().log()
+    @override
+    def predicted_rate(self, z: Tensor, e: Tensor, prediction: "Prediction", t: Tensor) -> Tensor:
+        return self._rate(z, e, prediction.symbols(z, self.mask), t)
 
-    def _masked_with(self, e: Tensor, log_shown: Tensor, log_masked: Tensor) -> Discrete:
-        """Return e with probability exp(log_shown), else the mask."""
-        shown = over(log_shown, e) + e
-        mask = over(log_masked, e).expand_as(e[..., :1])
-        return Discrete(torch.cat([shown, mask], -1))
+    def _rate(self, z: Tensor, e: Tensor, symbols: Symbols, t: Tensor) -> Tensor:
+        hidden = z == self.mask
+        surprise = torch.where(hidden, -symbols.log_prob(e, hidden).double(), 0.0)
+        return slope(self.schedule, t) * self.alpha(t) * surprise.flatten(1).sum(1)
+
+    def _symbols(self, e: Tensor, z: Tensor) -> Symbols:
+        """Return the distribution of the symbols given z, of known ones e or log P, (..., K)."""
+        if e.ndim == z.ndim:
+            return Certain(torch.where(z == self.mask, e.long(), z.long()), self.count)
+        return Predicted(e, z, self.mask, dtype=e.dtype)
+
+
+def _wide(v: Tensor, x: Tensor) -> Tensor:
+    """Return v of shape (B,) as (B, 1, ..., 1), in its own dtype whatever that of x."""
+    return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))

@@ -11,8 +11,7 @@ features and the network's output are flat, (B, ·), with the groups one after t
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Self, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ class ProductDiffusion(ForwardProcess):
         return list(v.split(self.sizes, 1))
 
     def split_e(self, e: Tensor) -> list[Tensor]:
-        """Split e or its prediction, (B, ·), into those of the groups."""
+        """Split e, (B, ·), into those of the groups."""
         return [
             v if part.width == 1 else v.reshape(len(v), -1, part.width)
             for part, v in zip(self.parts, e.split(self.widths, 1), strict=True)
@@ -98,6 +97,13 @@ class ProductDiffusion(ForwardProcess):
         return join([part.posterior(v, w, s, t) for (part, v), w in each])
 
     @override
+    def predicted_posterior(
+        self, z: Tensor, prediction: Prediction, s: Tensor, t: Tensor
+    ) -> Independent:
+        each = zip(self._of(z), prediction.factors, strict=True)
+        return join([part.predicted_posterior(v, own, s, t) for (part, v), own in each])
+
+    @override
     def prior(self, shape: Shape, t: Tensor) -> Independent:
         each = zip(self.parts, self.sizes, strict=True)
         return join([part.prior((size,), t) for part, size in each])
@@ -122,6 +128,13 @@ class ProductDiffusion(ForwardProcess):
         each = zip(self._of(z), self.split_e(e), self.split_e(e_hat), strict=True)
         return torch.stack([part.rate(v, w, w_hat, t) for (part, v), w, w_hat in each]).sum(0)
 
+    @override
+    def predicted_rate(self, z: Tensor, e: Tensor, prediction: Prediction, t: Tensor) -> Tensor:
+        each = zip(self._of(z), self.split_e(e), prediction.factors, strict=True)
+        return torch.stack([part.predicted_rate(v, w, own, t) for (part, v), w, own in each]).sum(
+            0
+        )
+
     def _of(self, v: Tensor) -> list[tuple[ForwardProcess, Tensor]]:
         return list(zip(self.parts, self.split(v), strict=True))
 
@@ -130,11 +143,20 @@ class ProductDiffusion(ForwardProcess):
         return torch.cat([part.flatten(1) for part in parts], 1)
 
 
-@dataclass(frozen=True)
 class ProductPrediction(Prediction):
-    """Predictions of the groups; ê is the concatenation of theirs, flat."""
+    """Predictions of the groups.
 
-    parts: tuple[Prediction, ...]
+    Args:
+        parts: the predictions.
+    """
+
+    def __init__(self, parts: Sequence[Prediction]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def e_hat(self) -> Tensor:
+        """The concatenation of the groups' ê, flat, (B, ·)."""
+        return torch.cat([part.e_hat.flatten(1) for part in self.parts], 1)
 
     @property
     @override
@@ -142,8 +164,8 @@ class ProductPrediction(Prediction):
         return self.parts
 
     @override
-    def map(self, f: Callable[[Tensor], Tensor]) -> Self:
-        return replace(self, e_hat=f(self.e_hat), parts=tuple(part.map(f) for part in self.parts))
+    def map(self, f: Callable[[Tensor], Tensor]) -> "ProductPrediction":
+        return ProductPrediction([part.map(f) for part in self.parts])
 
 
 class ProductParametrization(Parametrization):
@@ -187,11 +209,9 @@ class ProductParametrization(Parametrization):
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         outputs, of_z = output.split(self.widths, 1), process.split(z)
         each = zip(self.parts, outputs, of_z, process.factors, strict=True)
-        parts = tuple(
-            head(o.reshape(head.output_shape(v)), v, t, part) for head, o, v, part in each
+        return ProductPrediction(
+            [head(o.reshape(head.output_shape(v)), v, t, part) for head, o, v, part in each]
         )
-        e_hat = torch.cat([part.e_hat.flatten(1) for part in parts], 1)
-        return ProductPrediction(e_hat, parts)
 
 
 class ProductReverseKernel(ReverseKernel):

@@ -69,7 +69,7 @@ class Posterior(ReverseKernel):
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
-        return process.posterior(z, prediction.e_hat, s, t)
+        return process.predicted_posterior(z, prediction, s, t)
 
 
 class FixedVariance(ReverseKernel):

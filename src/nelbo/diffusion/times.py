@@ -216,7 +216,7 @@ def elbo(
     Raises:
         ValueError: if the examples are not of the model, or a model of P(x|c) lacks conditions.
     """
-    batch = Batch.of(x)
+    batch = model.batch(x)
     model.check_condition(batch.condition, len(batch))
     check_examples(model, batch.x)
     batch = batch.to(model.device)

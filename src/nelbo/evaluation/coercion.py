@@ -28,6 +28,8 @@ def batch_of(model: Model, x: Source | Batch) -> Batch:
     Raises:
         ValueError: the data are not of this model.
     """
+    if model.any_length:
+        return model.batch(cast(Tensor | Batch, x))
     if isinstance(x, Batch):
         return x
     if isinstance(x, Rows):

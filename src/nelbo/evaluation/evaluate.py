@@ -104,7 +104,7 @@ def evaluate(
     if target_error is not None and calls is not None:
         raise ValueError("give calls or target_error, not both")
     density = model.decoder.density
-    scale = scale_of(model)
+    scale = scale_of(model, batch)
     with measuring(model, batch), counting(model.network) as calls_made:
         others = batch.x if known is None else known
         cells = Strata(times, time_density(model, times, others))
@@ -153,7 +153,7 @@ def evaluate(
     return Evaluation(
         bits_per_dim=None if density else nats * scale,
         nats=nats,
-        unit="nats" if density else "bits/dim",
+        unit=unit_of(model),
         standard_error=StandardError(*(scale * e for e in astuple(errors))),
         terms=Terms(*(scale * found.mean(some) for some in columns)),
         examples=count,
@@ -165,6 +165,7 @@ def evaluate(
         weights=weights,
         split=split,
         given=model.given(batch),
+        notes=model.notes(batch),
         precision=precision_of(model),
         model_hash=model_hash(model),
         data_hash=fingerprint(batch.x),
@@ -175,9 +176,14 @@ def evaluate(
     )
 
 
-def scale_of(model: Model) -> float:
+def scale_of(model: Model, batch: Batch) -> float:
     """Return the factor from nats per example to the unit of a result: bits/dim, or nats."""
-    return 1.0 if model.decoder.density else 1 / (model.dims * LOG_2)
+    return 1.0 if model.decoder.density else 1 / (model.scored(batch) * LOG_2)
+
+
+def unit_of(model: Model) -> str:
+    """Return the unit of a result: bits per dimension, or nats for a density."""
+    return "nats" if model.decoder.density else f"bits/{model.dimension}"
 
 
 def precision_of(model: Model) -> str:

@@ -86,7 +86,7 @@ def best_grid(
     Raises:
         ValueError: if `steps` is below 1, or above the number of candidates.
     """
-    batch = Batch.of(x)
+    batch = model.batch(x)
     model.check_condition(batch.condition, len(batch))
     if candidates is None:
         candidates = even_times(model.process.schedule, steps, 16 + 2 * steps)
@@ -119,7 +119,7 @@ def measure(
         seed: of everything random.
         track: wraps the candidates, for a progress bar.
     """
-    batch, count = Batch.of(x), len(times)
+    batch, count = model.batch(x), len(times)
     numbers = len(batch) * count * min(longest, count) * model.head.numbers
     dims = max(1, min(model.dims, NUMBERS // numbers)) if model.process.alike else model.dims
     decode = torch.zeros(count, dtype=torch.float64)
@@ -183,7 +183,7 @@ def measure_errors(model: Model, x: Tensor | Batch, seed: int = 0) -> None:
     times = model.step.error_times().clamp(model.process.schedule.start)
     if not len(times):
         return
-    batch = Batch.of(x)
+    batch = model.batch(x)
     some = _some(model, batch.x, seed)
 
     def error(i: int) -> float:

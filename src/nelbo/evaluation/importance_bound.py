@@ -69,7 +69,7 @@ def importance_weights(
     """
     check_samples(samples)
     grid = check_grid(times)
-    batch = Batch.of(x)
+    batch = model.batch(x)
     rows = torch.arange(len(batch)).repeat_interleave(samples).split(model.rows)
     weights = torch.cat([log_weights(model, batch[part], grid).double() for part in rows])
     return weights.reshape(len(batch), samples)

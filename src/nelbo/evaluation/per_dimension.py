@@ -44,7 +44,7 @@ def by_dimension(
         For each kernel Bound(prior, reconstruction, diffusion), shape (N, *model.shape), nats. The
         draws of z, and therefore the first two terms, are common to all kernels.
     """
-    batch, steps = Batch.of(x), steps or (model.step,)
+    batch, steps = model.batch(x), steps or (model.step,)
     blocks = torch.arange(len(batch)).split(model.rows)
 
     def one(i: int) -> list[Bound]:

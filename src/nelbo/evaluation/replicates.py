@@ -13,7 +13,7 @@ from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
 from nelbo.evaluation.coercion import batch_of
-from nelbo.evaluation.evaluate import precision_of, scale_of
+from nelbo.evaluation.evaluate import precision_of, scale_of, unit_of
 from nelbo.evaluation.intervals import freedoms, widened
 from nelbo.evaluation.result import BoundEstimate, FlowDetails, ImportanceDetails, StandardError
 
@@ -67,10 +67,10 @@ def _visit(
     ) -> BoundEstimate:
         nats, density = -each.mean().item(), model.decoder.density
         return BoundEstimate(
-            bits_per_dim=None if density else nats * scale_of(model),
+            bits_per_dim=None if density else nats * scale_of(model, batch),
             nats=nats,
-            unit="nats" if density else "bits/dim",
-            standard_error=_standard_error(each * scale_of(model)),
+            unit=unit_of(model),
+            standard_error=_standard_error(each * scale_of(model, batch)),
             how=how,
             examples=len(batch),
             dims=model.dims,
@@ -86,6 +86,7 @@ def _visit(
             data_hash=fingerprint(batch.x),
             processes=world()[1],
             per_example=each.mean(1),
+            notes=model.notes(batch),
         )
 
     return found, record

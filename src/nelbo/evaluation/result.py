@@ -75,6 +75,8 @@ class Evaluation:
     curve: list[CurvePoint]
     per_example: Bound = field(repr=False, compare=False)
     per_example_error: Tensor = field(repr=False, compare=False)
+    #: a sentence for each choice that the meaning of the bound depends on
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON, without terms per example; None for non-finite values."""
@@ -163,6 +165,8 @@ class BoundEstimate:
     processes: int
     #: the lower bound on log P(x), shape (N,), nats, mean of the replicates
     per_example: Tensor = field(repr=False, compare=False)
+    #: a sentence for each choice that the meaning of the bound depends on
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON, without bounds per example; None for unknown errors."""

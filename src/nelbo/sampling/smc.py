@@ -59,7 +59,7 @@ def conditional(
     """
     if particles < 1:
         raise ValueError(f"the number of particles must be at least 1; got {particles}")
-    batch = Batch.of(x)
+    batch = model.batch(x)
     model.check_condition(batch.condition, len(batch))
     blocks = torch.arange(len(batch)).split(min(BLOCK, max(1, model.rows // particles)))
 

@@ -139,7 +139,7 @@ class Objective:
             z = draw(process.marginal(e, t), part)
             prediction = model.predict(z, t, batch.condition)
             decoded = self._decoded(model, prediction, x, z, t, asked)
-            rate = process.rate(z, e, prediction.e_hat, t).where(~first, 0.0)
+            rate = process.predicted_rate(z, e, prediction, t).where(~first, 0.0)
             # length of the integral over t, per example that takes part in it
             length = (1 - self.times.first) / (1 - self.share)
             prior = prior_term(model, x, torch.ones_like(t)).sum() / n

@@ -1,0 +1,284 @@
+r"""Distributions of symbols that never need a table of all symbols at all places.
+
+A vocabulary may have 10^5 symbols and a text 10^3 places, so a table of their probabilities takes
+more memory than the network. Masked diffusion asks for little of it:
+
+    Certain       a known symbol at each place
+    Uniform       all symbols alike
+    Predicted     P(x_i|z_t): softmax of the network's logits where z_t hides x_i, certain where
+                  it shows x_i; normalised at the places asked for, a few rows at a time
+    MaybeMasked   with probability exp(log_shown) a symbol of one of these, else the mask K:
+                  q(z_t|x), q(z_s|z_t,x) and P(z_s|z_t) in turn
+
+and KL( MaybeMasked(certain x) ‖ MaybeMasked(P) ) = p_shown (log p_shown/q_shown - log P(x)) + the
+same of the mask: one log-probability per place. `log_probs`, the full table, is for small
+vocabularies: an entropy coder, a report.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from types import EllipsisType
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.kl import register_kl
+from torch.nn.functional import one_hot
+from typing_extensions import override
+
+from nelbo._utils.batch_rng import BatchShard, rand
+from nelbo.diffusion.distributions import Discrete, Shape
+
+AT_ONCE = 2**21  # logits that are normalised at a time
+WIDE = 4096  # symbols up to which logits are normalised in float64; float32 is enough above
+
+
+class Symbols(Discrete):
+    """Distribution of a symbol 0..K-1 at each place."""
+
+    def __init__(self, count: int, shape: torch.Size, device: torch.device) -> None:
+        self.count, self.device = count, device
+        Distribution.__init__(self, shape, validate_args=False)
+
+    @property
+    @abstractmethod
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        """The table of all log-probabilities, (..., K)."""
+
+    @abstractmethod
+    @override
+    def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
+        """Return log P(value), shape of value; anything outside of `where`, booleans."""
+
+    @abstractmethod
+    def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
+        """Return the symbol at which the distribution function passes u, in [0, 1); shape of u."""
+
+    @override
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        return self.inverse(rand(shape, shard, dtype=torch.float64, device=self.device))
+
+
+class Certain(Symbols):
+    """Known symbols.
+
+    Args:
+        symbols: integers, shape (...).
+        count: the number K of symbols.
+    """
+
+    def __init__(self, symbols: Tensor, count: int) -> None:
+        self.symbols = symbols.long()
+        super().__init__(count, symbols.shape, symbols.device)
+
+    @property
+    @override
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        return one_hot(self.symbols, self.count).double().log()
+
+    @override
+    def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
+        return (value == self.symbols).double().log()
+
+    @override
+    def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
+        return self.symbols.expand(u.shape)
+
+    @property
+    @override
+    def mode(self) -> Tensor:
+        return self.symbols
+
+
+class Uniform(Symbols):
+    """All K symbols alike.
+
+    Args:
+        count: the number K of symbols.
+        shape: of the places.
+        device: of the draws.
+    """
+
+    @property
+    @override
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        each = torch.tensor(-math.log(self.count), dtype=torch.float64, device=self.device)
+        return each.expand(*self.batch_shape, self.count)
+
+    @override
+    def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
+        return torch.full_like(value, -math.log(self.count), dtype=torch.float64)
+
+    @override
+    def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
+        return (u * self.count).long().clamp(max=self.count - 1)
+
+
+class Predicted(Symbols):
+    """P(x_i|z): softmax of logits where z is the mask, certain where z shows a symbol.
+
+    Args:
+        logits: of a network, in its own dtype, (..., K), places first.
+        z: symbols or the mask, shape (...) of the places.
+        mask: the code of the mask; None if no place shows its symbol.
+        log_prior: added to the logits, broadcastable to (..., K); None for zeros.
+        row: of `logits.flatten(0, -2)` for each place, shape of z; None if they are in order.
+        dtype: in which logits are normalised.
+        never: symbols of probability 0, (n,); None for no such symbol.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        z: Tensor,
+        mask: int | None,
+        log_prior: Tensor | None = None,
+        row: Tensor | None = None,
+        dtype: torch.dtype = torch.float64,
+        never: Tensor | None = None,
+    ) -> None:
+        count = logits.shape[-1]
+        self.logits, self.row, self.dtype = logits, row, dtype
+        self.never = never
+        self.log_prior = None if log_prior is None else log_prior.expand(*z.shape, count)
+        self.symbols = z.long()
+        self.hidden = torch.ones_like(z, dtype=torch.bool) if mask is None else z == mask
+        super().__init__(count, z.shape, logits.device)
+
+    @property
+    @override
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        shows = torch.arange(self.count, device=self.device) == self.symbols[..., None]
+        return torch.where(self.hidden[..., None], self.table(), shows.to(self.dtype).log())
+
+    def table(self) -> Tensor:
+        """Return the log-softmax of the logits at all places, also those that show, (..., K)."""
+        shape = (*self.batch_shape, self.count)
+        logits = self.logits if self.row is None else self.logits.flatten(0, -2)[self.row]
+        return self._normalised(logits.expand(shape), self.log_prior)
+
+    def rows(self, where: Tensor | None = None) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """Yield places that are hidden, as indices of z, with their log-probabilities, (n, K).
+
+        Args:
+            where: places to leave out are False in it, shape of z.
+        """
+        wanted = self.hidden if where is None else self.hidden & where
+        places = wanted.nonzero(as_tuple=True)
+        size = max(1, AT_ONCE // self.count)
+        for some in zip(*(v.split(size) for v in places), strict=True):
+            if not len(some[0]):
+                return
+            if self.row is None:
+                logits = self.logits[some]
+            else:
+                logits = self.logits.flatten(0, -2)[self.row[some]]
+            prior = None if self.log_prior is None else self.log_prior[some]
+            yield some, self._normalised(logits, prior)
+
+    def _normalised(self, logits: Tensor, log_prior: Tensor | None) -> Tensor:
+        logits = logits.to(self.dtype)
+        logits = logits if log_prior is None else logits + log_prior
+        if self.never is not None:
+            logits = logits.index_fill(-1, self.never, -torch.inf)
+        return logits.log_softmax(-1)
+
+    @override
+    def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
+        value = value.long().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+        extra = value.ndim - len(self.batch_shape)
+        found = (value == self.symbols).to(self.dtype).log()
+        for places, log_probs in self.rows(_any(where, extra)):
+            at: tuple[EllipsisType | Tensor, ...] = (..., *places)
+            asked = value[at].reshape(-1, len(log_probs)).T  # (n, E)
+            found[at] = log_probs.gather(1, asked).T.reshape(*value.shape[:extra], -1)
+        return found
+
+    @override
+    def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
+        extra = u.ndim - len(self.batch_shape)
+        found = self.symbols.expand(u.shape).clone()
+        for places, log_probs in self.rows(_any(where, extra)):
+            at: tuple[EllipsisType | Tensor, ...] = (..., *places)
+            # in float64, as float32 truncates tails; a u below the total skips zeros at the end
+            cdf = log_probs.double().exp().cumsum(-1)
+            total = cdf[:, -1:]
+            below = torch.nextafter(total, torch.zeros_like(total))
+            scaled = torch.minimum(u[at].reshape(-1, len(cdf)).T * total, below)
+            symbol = torch.searchsorted(cdf, scaled.contiguous(), right=True)
+            found[at] = symbol.T.reshape(*u.shape[:extra], -1)
+        return found
+
+    @property
+    @override
+    def mode(self) -> Tensor:
+        found = self.symbols.clone()
+        for places, log_probs in self.rows():
+            found[places] = log_probs.argmax(-1)
+        return found
+
+
+def _any(where: Tensor | None, extra: int) -> Tensor | None:
+    """Return which places are wanted in any of the draws, the first `extra` dimensions."""
+    return where.flatten(0, extra - 1).any(0) if where is not None and extra else where
+
+
+class MaybeMasked(Discrete):
+    """A symbol with probability exp(log_shown), else the mask K.
+
+    Args:
+        source: distribution of the symbol.
+        log_shown: broadcastable to the places, float64.
+        log_masked: log(1 - exp(log_shown)), likewise.
+    """
+
+    def __init__(self, source: Symbols, log_shown: Tensor, log_masked: Tensor) -> None:
+        self.source, self.mask = source, source.count
+        self.log_shown, self.log_masked = log_shown, log_masked
+        shape = torch.broadcast_shapes(source.batch_shape, log_shown.shape)
+        Distribution.__init__(self, shape, validate_args=False)
+
+    @property
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        """The table of all log-probabilities, the mask last, (..., K + 1)."""
+        table = self.source.log_probs
+        table = table.to(torch.promote_types(table.dtype, self.log_shown.dtype))
+        shown = self.log_shown[..., None] + table
+        return torch.cat([shown, self.log_masked[..., None].expand_as(shown[..., :1])], -1)
+
+    @override
+    def log_prob(self, value: Tensor) -> Tensor:
+        shown = value != self.mask
+        symbol = self.source.log_prob(torch.where(shown, value, 0), shown)
+        return torch.where(shown, self.log_shown + symbol, self.log_masked)
+
+    @override
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        u = rand(shape, shard, dtype=torch.float64, device=self.source.device)
+        show = self.log_shown.exp()
+        u = u * (show + self.log_masked.exp())
+        shown = u < show
+        return torch.where(shown, self.source.inverse(u / show, shown), self.mask)
+
+    @property
+    @override
+    def mode(self) -> Tensor:
+        return self.log_probs.argmax(-1)
+
+
+@register_kl(MaybeMasked, MaybeMasked)
+def _kl_maybe_masked(p: MaybeMasked, q: MaybeMasked) -> Tensor:
+    masked, shown = p.log_masked > -torch.inf, p.log_shown > -torch.inf
+    of_mask = p.log_masked.exp() * torch.where(masked, p.log_masked - q.log_masked, 0.0)
+    shown = shown.expand(p.batch_shape)
+    of_symbol = p.log_shown - q.log_shown + _kl_symbols(p.source, q.source, shown)
+    return of_mask + p.log_shown.exp() * torch.where(shown, of_symbol, 0.0)
+
+
+def _kl_symbols(p: Symbols, q: Symbols, where: Tensor) -> Tensor:
+    if isinstance(p, Certain):
+        return -q.log_prob(p.symbols, where)
+    log_p, log_q = p.log_probs, q.log_probs
+    log_ratio = torch.where(log_p == -torch.inf, 0.0, log_p - log_q)
+    return (log_p.exp() * log_ratio).sum(-1)
