@@ -6,6 +6,7 @@ from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion import symbols as rooms
+from nelbo.diffusion.decoder import Categorical
 from nelbo.diffusion.distributions import Discrete, draw
 from nelbo.diffusion.parametrization import SymbolLogits
 from nelbo.diffusion.process import MaskedDiffusion
@@ -39,14 +40,8 @@ def laws(process, x, z, prediction):
         "transition": process.transition(z, S, t),
         "reverse": process.predicted_posterior(z, prediction, S, t),
         "prior": process.prior(SHAPE[1:], t),
-        "decoder": process_decoder(prediction, z, process),
+        "decoder": Categorical()(prediction, z, T, process),
     }
-
-
-def process_decoder(prediction, z, process):
-    from nelbo.diffusion.decoder import Categorical
-
-    return Categorical()(prediction, z, T, process)
 
 
 NAMES = ["marginal", "posterior", "transition", "reverse", "prior", "decoder"]

@@ -95,6 +95,7 @@ class References:
         clusters: mixtures of Gaussians of e.
         levels: the Bayes denoiser of independent levels.
         log_frequency: of the levels (if not too many) or symbols in each dimension, (..., K).
+        note: a sentence on what is left out.
     """
 
     x: Tensor
@@ -102,6 +103,7 @@ class References:
     clusters: GaussianMixtureEnsemble | None = None
     levels: LevelReference | None = None
     log_frequency: Tensor | None = None
+    note: str = ""
 
 
 @singledispatch
@@ -132,7 +134,11 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> Ref
 @references.register
 def _(process: MaskedDiffusion, model: Model, x: Tensor, edges: Tensor) -> References:
     if x[0].numel() * process.count > TABLE:
-        return References(x)
+        note = (
+            f"no control variates: their table of {x[0].numel()} times {process.count} symbols"
+            f" would exceed {TABLE} numbers"
+        )
+        return References(x, note=note)
     return References(x, log_frequency=log_frequencies(x.cpu(), process.count).to(x.device))
 
 
@@ -151,6 +157,7 @@ class ControlVariates:
         known = references(model.process, model, some, edges)
         some, self.linear, self.clusters = known.x, known.linear, known.clusters
         self.levels, self.log_frequency = known.levels, known.log_frequency
+        self.note = known.note
         image = len(model.shape) == 3 and model.shape[1] * model.shape[2] > 1
         self.roughness = GradientFeatures(some) if image else None
         few = some[:: math.ceil(len(some) / SCALED)]
@@ -281,6 +288,7 @@ class NoControlVariates(ControlVariates):
     """No control variates."""
 
     linear = clusters = levels = log_frequency = None
+    note = ""
     features = 1
 
     def __init__(self, model: Model, edges: Tensor) -> None:

@@ -165,7 +165,7 @@ def evaluate(
         weights=weights,
         split=split,
         given=model.given(batch),
-        notes=model.notes(batch),
+        notes=(*model.notes(batch), *filter(None, [controls.note])),
         precision=precision_of(model),
         model_hash=model_hash(model),
         data_hash=fingerprint(batch.x),
