@@ -176,9 +176,11 @@ def evaluate(
     )
 
 
-def scale_of(model: Model, batch: Batch) -> float:
+def scale_of(model: Model, batch: Batch | None = None) -> float:
     """Return the factor from nats per example to the unit of a result: bits/dim, or nats."""
-    return 1.0 if model.decoder.density else 1 / (model.scored(batch) * LOG_2)
+    if model.decoder.density:
+        return 1.0
+    return 1 / ((model.dims if batch is None else model.scored(batch)) * LOG_2)
 
 
 def unit_of(model: Model) -> str:

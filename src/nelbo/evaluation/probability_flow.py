@@ -266,8 +266,8 @@ def evaluate_flow(
         first=first,
         tolerance=tolerance,
         loose_tolerance=tolerances[0],
-        loose=-loose.mean().item() * scale_of(model, model.batch(x)),
-        largest_change=(tight - loose).abs().max().item() * scale_of(model, model.batch(x)),
+        loose=-loose.mean().item() * scale_of(model),
+        largest_change=(tight - loose).abs().max().item() * scale_of(model),
     )
     found = record(tight, how, weights, split)
     _check_settled(found, how)
