@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nelbo.evaluation.evaluate import evaluate
     from nelbo.evaluation.example_bounds import elbo
     from nelbo.evaluation.toy import toy
+    from nelbo.explain import explain
     from nelbo.report import report
     from nelbo.runs.run import Run, load
     from nelbo.runs.train import resume, train
@@ -43,6 +44,7 @@ _HOME = {
     "ancestral": "sampling.samplers",
     "elbo": "evaluation.example_bounds",
     "evaluate": "evaluation.evaluate",
+    "explain": "explain",
     "load": "runs.run",
     "report": "report",
     "resume": "runs.train",
@@ -62,6 +64,7 @@ __all__ = [
     "ancestral",
     "elbo",
     "evaluate",
+    "explain",
     "load",
     "report",
     "resume",

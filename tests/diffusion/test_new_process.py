@@ -20,9 +20,10 @@ from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import TimeGrid, elbo
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import best_grid
+from nelbo.evaluation.per_dimension import own_step, steps_of
 from nelbo.nn.mlp import MLP
-from nelbo.report.images import Canvas
-from nelbo.report.studies import own_step, steps_of, trajectory
+from nelbo.pages.images import Canvas
+from nelbo.report.studies import trajectory
 from nelbo.sampling.samplers import ancestral, complete, probability_flow
 from nelbo.testing import ProcessContract
 

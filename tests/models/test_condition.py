@@ -313,7 +313,9 @@ def test_a_conditional_run(conditional, tmp_path, capsys):
     assert "log P(x|class)" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"take the examples from run\.batch"):
         evaluate(run.model, x)
-    with pytest.raises(ValueError, match=r"conditions of 11 numbers, \(N, 11\), .* got \(\d+, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"conditions of 11 numbers, \(N, 11\), .* got \(\d+, 3\)"
+    ):
         evaluate(run.model, Batch(x, torch.zeros(len(x), 3)), calls=4)
     assert evaluate(run.model.unconditional(), x, calls=4).given == ""
     some = evaluate(run.model, batch[5:15], calls=4)

@@ -4,12 +4,12 @@ import importlib
 import re
 import shlex
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.pages import Page
 
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo.cli import app
@@ -97,40 +97,6 @@ def write(run, out: Path, seed: int = 0) -> str:
 
     assert report(run, out, seed) == out
     return out.read_text(encoding="utf-8")
-
-
-class Page(HTMLParser):
-    """Tags that are closed in order, what is referred to, and identifiers."""
-
-    VOID = frozenset({"meta", "img", "br", "link"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.stack: list[str] = []
-        self.references: list[str] = []
-        self.ids: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        if tag not in self.VOID:
-            self.stack.append(tag)
-        for name, value in attributes:
-            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
-                self.references.append(value)
-            self.references += re.findall(r"url\((.*?)\)", value or "")
-            if name == "id":
-                self.ids.append(value)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in self.VOID:
-            self.stack.pop()
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag
 
 
 def check(text: str) -> None:

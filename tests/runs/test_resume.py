@@ -209,7 +209,7 @@ def overfitted(whole):
     run = train(str(whole.parent / "x.npy"), whole.parent / "overfitted", **STOPPING)
     steps = [event["step"] for event in run.metrics]
     best = min(run.metrics, key=lambda event: event["validation"])["step"]
-    assert 2 < best and steps[-1] == best + 3 * SMALL["evaluate_every"] < 60
+    assert best > 2 and steps[-1] == best + 3 * SMALL["evaluate_every"] < 60
     assert run.weights == f"ema, step {best}"
     return run.path
 

@@ -16,6 +16,7 @@ from nelbo._version import __version__
 from nelbo.cli.common import say
 from nelbo.cli.compress import compress, decompress
 from nelbo.cli.evaluate import evaluate
+from nelbo.cli.explain import explain
 from nelbo.cli.inspect import inspect
 from nelbo.cli.report import report
 from nelbo.cli.sample import sample
@@ -33,7 +34,7 @@ app = App(
     version=f"nelbo {__version__}",
     help_format="plaintext",  # one line each: markdown would take a quarter of the time
 )
-for command in (train, inspect, evaluate, sample, score, compress, decompress, report):
+for command in (train, inspect, evaluate, sample, score, compress, decompress, report, explain):
     app.command(command, help_format="markdown")
 
 

@@ -20,8 +20,22 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.distributions import draw, kl, kl_noise
 from nelbo.diffusion.elbo import Bound
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.reverse import ReverseKernel
+from nelbo.diffusion.reverse import Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.times import TimeGrid
+
+
+def steps_of(model: Model) -> dict[str, ReverseKernel]:
+    """Return the reverse kernels that this model can use, by name, its own included."""
+    values = model.head.level_values
+    mixture = [] if values is None else [Mixture(values)]
+    # the model's own is last, and so the one that its name stands for
+    steps: list[ReverseKernel] = [*mixture, Posterior(), model.step]
+    return {step.name(model.process): step for step in steps}
+
+
+def own_step(model: Model) -> str:
+    """Return the name of the model's own reverse kernel."""
+    return model.step.name(model.process)
 
 
 def by_dimension(

@@ -23,8 +23,8 @@ from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
 
-REACH = 10.0  # standard deviations of a normal distribution that a grid covers
-DEPTH = 50.0  # below the highest log-density, nats: what is less is outside a grid
+REACH = 8.0  # standard deviations of a normal distribution that a grid covers
+DEPTH = 36.0  # below the highest log-density, nats: what is less is outside a grid
 FEWEST, MOST = 64, 1024  # intervals of a grid, before it is refined
 SLOPES = 1025  # points at which the slope of f is measured
 
@@ -49,7 +49,7 @@ class Chain:
         self.z: list[Tensor] = [torch.empty(0)] * (last + 1)
         self.log_p: list[Tensor] = list(self.z)  # log P(z_t) at the points of z_t
         self.width = [0.0] * (last + 1)  # the spacing of fineness 1
-        self.kernels: list[Distribution] = [model.process.prior(model.shape, self.steps[-1:])]
+        self.kernels: list[Distribution] = [model.process.prior(model.shape, self._at(-1))]
         low, high = -REACH, REACH
         for i in range(last, -1, -1):
             loc, sd = self._q(i)
@@ -75,7 +75,7 @@ class Chain:
     def minus_elbo(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prior (B,), reconstruction (B,) and diffusion (B, T - 1) terms."""
         model, count = self.model, len(self.x)
-        prior = prior_term(model, self.x[:, None], self._at(-1, count))
+        prior = prior_term(model, self.x[:, None], self._at(-1).expand(count))
         means = []
         for i in range(len(self.steps)):
             loc, sd = self._q(i)
@@ -118,13 +118,13 @@ class Chain:
 
     def _kernel(self, i: int, z: Tensor) -> Distribution:
         """Return P(z_{t-1}|z_t), or P(x|z_1), at latents z of shape (N,)."""
-        t = self._at(i, len(z))
+        t = self._at(i)
         if i == 0:
             return self.model.likelihood(z[:, None], t)
-        return self.model.reverse(z[:, None], self._at(i - 1, len(z)), t)
+        return self.model.reverse(z[:, None], self._at(i - 1), t)
 
     def _posterior(self, i: int, z: Tensor, e: Tensor) -> Distribution:
-        return self.model.process.posterior(z, e, self._at(i - 1, len(z)), self._at(i, len(z)))
+        return self.model.process.posterior(z, e, self._at(i - 1), self._at(i))
 
     def _points(self, intervals: float) -> int:
         """Return the number of points of a grid that needs so many intervals at fineness 1."""
@@ -143,12 +143,12 @@ class Chain:
 
     def _q(self, i: int) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of q(z_t|x), shape (B,) each."""
-        q = self.model.process.marginal(self.e, self._at(i, len(self.e)))
+        q = self.model.process.marginal(self.e, self._at(i))
         return q.mean[:, 0], q.stddev[:, 0]
 
     def _log_q(self, i: int, b: int) -> Tensor:
         """Return log q(z_t|x_b) at the points of z_t."""
-        q = self.model.process.marginal(self.e[b : b + 1], self._at(i, 1))
+        q = self.model.process.marginal(self.e[b : b + 1], self._at(i))
         return q.log_prob(self.z[i][:, None])
 
     def _inside(self, i: int, b: int) -> Tensor:
@@ -156,8 +156,9 @@ class Chain:
         loc, sd = self._q(i)
         return (self.z[i] - loc[b]).abs() < REACH * sd[b]
 
-    def _at(self, i: int, count: int) -> Tensor:
-        return self.steps[i].expand(count)
+    def _at(self, i: int) -> Tensor:
+        """Return the i-th time once, shape (1,), for all rows of a call."""
+        return self.steps[i : i + 1] if i >= 0 else self.steps[i:]
 
 
 def _log_spacing(z: Tensor) -> float:

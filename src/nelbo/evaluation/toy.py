@@ -182,7 +182,7 @@ def toy(
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     if not callable(f):
         raise ValueError(f"f must be a function f(z, t) of latents and a step; got {f!r}")
-    schedule = Schedule.from_betas(betas)
+    schedule = _Remembered(betas)
     affine, steps = Affine(), schedule.steps
     beta_1 = schedule.gamma[0].sigmoid().item()  # 1 - α_1
     model = Model(
@@ -207,15 +207,32 @@ def ideal_f(data: Numbers, betas: Tensor | Sequence[float]) -> Function:
     """
     x = _examples(data)
     process = GaussianDiffusion(schedule := Schedule.from_betas(betas), Affine())
+    t = torch.arange(1, schedule.steps + 1, dtype=torch.float64) / schedule.steps
+    of_z, of_e = process.m_t_weights(t - 1 / schedule.steps, t)
+    q = [process.marginal(x[:, None], at.expand(len(x))) for at in t]
 
     def f(z: Tensor, t: int) -> Tensor:
-        s, now = (torch.tensor(i / schedule.steps, dtype=torch.float64) for i in (t - 1, t))
-        log_q = process.marginal(x[:, None], now.expand(len(x))).log_prob(z[:, None, None])
-        e_hat = log_q.softmax(-1) @ x
-        of_z, of_e = process.m_t_weights(s, now)
-        return of_z * z + of_e * e_hat
+        e_hat = q[t - 1].log_prob(z[:, None, None]).softmax(-1) @ x
+        return of_z[t - 1] * z + of_e[t - 1] * e_hat
 
     return f
+
+
+class _Remembered(Betas):
+    """A schedule that remembers γ of a single time, for which quadrature asks many times."""
+
+    def __init__(self, betas: Tensor | Sequence[float]) -> None:
+        super().__init__(betas)
+        self.known: dict[tuple[float, torch.device], Tensor] = {}
+
+    @override
+    def forward(self, t: Tensor) -> Tensor:
+        if t.numel() != 1:
+            return super().forward(t)
+        key = t.item(), t.device
+        if key not in self.known:
+            self.known[key] = super().forward(t)
+        return self.known[key].reshape(t.shape)
 
 
 class _StepDiffusion(GaussianDiffusion):
@@ -229,7 +246,7 @@ class _StepDiffusion(GaussianDiffusion):
 
 
 class _ByStep(nn.Module):
-    """f(z, t) as a network of features (B, 1) and steps (B,)."""
+    """f(z, t) as a network of features (B, 1) and steps (B,) or (1,)."""
 
     def __init__(self, f: Function) -> None:
         super().__init__()
@@ -239,6 +256,8 @@ class _ByStep(nn.Module):
 
     @override
     def forward(self, features: Tensor, step: Tensor) -> Tensor:
+        if len(step) == 1:  # one for all
+            return self._call(features[:, 0], int(step.item()))[:, None]
         output = torch.empty_like(features)
         for t in step.unique().tolist():
             rows = step == t
@@ -252,12 +271,11 @@ class _ByStep(nn.Module):
                 f"f(z, t) must return one number for each of z, shape {tuple(z.shape)}; got"
                 f" {tuple(found.shape)}"
             )
-        wrong = ~found.expand_as(z).isfinite()
+        found = found.expand_as(z)
+        wrong = ~found.isfinite()
         if wrong.any():
-            raise ValueError(
-                f"f(z, t) must be finite; f({z[wrong][0].item():.4g}, {t}) is"
-                f" {found.expand_as(z)[wrong][0].item()}"
-            )
+            place, value = z[wrong][0].item(), found[wrong][0].item()
+            raise ValueError(f"f(z, t) must be finite; f({place:.4g}, {t}) is {value}")
         return found
 
 

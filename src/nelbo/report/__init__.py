@@ -5,26 +5,22 @@ the measured coding times. Its headline is the result of `nelbo evaluate RUN`; i
 those of `nelbo sample RUN`.
 """
 
-from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
 import torch
 from torch import Tensor
 
-from nelbo._utils.distributed import world
-from nelbo._utils.files import write
-from nelbo._utils.progress import Track, printable, tracker
+from nelbo._utils.progress import Track, tracker
 from nelbo.data.schema import Schema, as_examples
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
+from nelbo.pages.images import is_image
+from nelbo.pages.page import write_page
 from nelbo.report import sections
 from nelbo.report.quality import measure
 from nelbo.report.studies import (
     SAMPLE_STEPS,
-    is_image,
     measure_files,
     measure_steps,
     some,
@@ -85,12 +81,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
         path = trajectory(model, count, grid, seed, track("samples"), condition)
         parts += [sections.vectors(schema, few, path), sections.columns(cost.numpy(), unit)]
     parts += [sections.files(run, coded), sections.again(run, seed)]
-    template = Template(files("nelbo.report").joinpath("page.html").read_text(encoding="utf-8"))
-    title = escape(f"nelbo: {sections.name_of(run)}")
-    if world()[0] == 0:
-        # names come from files: escape terminal codes and marks that reverse the text direction
-        page = printable(template.substitute(title=title, body="\n".join(parts)))
-        write(out, page.encode())
+    write_page(out, f"nelbo: {sections.name_of(run)}", "\n".join(parts))
     return out
 
 

@@ -1,10 +1,9 @@
-"""Figures for a web page: inline SVG in the page's own fonts and colours, pictures as data URIs.
+"""Figures for a web page: inline SVG in the page's own fonts and colours.
 
 A figure is drawn in marker colours; `svg` replaces them by variables of the page's style
 sheet, so the same figure suits paper and a dark screen. Widths are CSS pixels.
 """
 
-import base64
 import io
 import math
 import re
@@ -16,9 +15,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from nelbo.data.readers.pillow import png
+from nelbo.pages.images import HEAT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +26,6 @@ INK, MUTED, RULE = "#101112", "#707172", "#d0d1d2"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe & Ito
 COLOURS = (BLUE, ORANGE, GREEN)
 TERMS = (GREEN, ORANGE, BLUE)  # prior, reconstruction, diffusion
-HEAT = "magma"
 PAPER = "#fefdfc"
 VARIABLES = {
     INK: "--ink",
@@ -105,29 +102,6 @@ def svg(figure: "Figure", name: str, label: str) -> str:
     for colour, variable in VARIABLES.items():
         text = re.sub(colour, f"var({variable})", text, flags=re.IGNORECASE)
     return re.sub(r"\n\s*", "\n", text)
-
-
-def uri(picture: Image.Image) -> str:
-    """Return a picture as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
-
-
-def mosaic(images: np.ndarray, columns: int, side: int = 900) -> Image.Image:
-    """Arrange 8-bit RGB images (N, H, W, 3) in rows on a transparent ground, about `side` wide."""
-    n, h, w, _ = images.shape
-    rows, gap = math.ceil(n / columns), max(1, round(w / 12))
-    sheet = np.zeros((rows * (h + gap) - gap, columns * (w + gap) - gap, 4), np.uint8)
-    for i, image in enumerate(images):
-        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
-        sheet[top : top + h, left : left + w, :3] = image
-        sheet[top : top + h, left : left + w, 3] = 255
-    picture = Image.fromarray(sheet)
-    factor = side / picture.width
-    if factor < 1:
-        return picture.resize((side, round(picture.height * factor)), Image.Resampling.LANCZOS)
-    whole = math.ceil(factor)
-    size = picture.width * whole, picture.height * whole
-    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def terms(values: Sequence[tuple[str, float]], unit: str) -> str:
@@ -328,14 +302,6 @@ def heat(cost: np.ndarray, unit: str) -> str:
         bar.set_label(f"{unit} per pixel")
         bar.outline.set_visible(False)
         return svg(figure, "heat", "mean cost of each pixel")
-
-
-def heated(cost: np.ndarray, high: float) -> np.ndarray:
-    """Return maps (N, H, W) as RGB images of 8 bits, from black at 0 to the lightest at `high`."""
-    import matplotlib
-
-    colours = matplotlib.colormaps[HEAT](np.clip(cost / high, 0, 1))
-    return np.rint(255 * colours[..., :3]).astype(np.uint8)
 
 
 def dimensions(mean: np.ndarray, error: np.ndarray, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Examples as pictures, and the files to which samples are written."""
+"""Pictures of samples, and the files to which samples are written."""
 
 import io
 import math
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -14,11 +13,9 @@ from nelbo.data.readers.pillow import png
 from nelbo.data.readers.text import decode
 from nelbo.data.schema import Schema
 from nelbo.data.tabular import encoding, tables
-from nelbo.diffusion.process import ForwardProcess
 
 SIDE = 1024  # maximal longer side of an enlarged grid, in pixels
 RULE = "-" * 72  # between samples of text
-MASK = np.array([104, 124, 158], np.uint8)  # a grey that no grey pixel has
 
 
 def to_bytes(x: Tensor, schema: Schema) -> np.ndarray:
@@ -51,49 +48,6 @@ def grid(x: Tensor, schema: Schema) -> Image.Image:
     return picture.resize(
         (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
     )
-
-
-def over_white(pixels: np.ndarray) -> np.ndarray:
-    """Convert 8-bit grey, RGB or RGBA pixels (..., C) to RGB on a white ground, (..., 3)."""
-    if pixels.shape[-1] < 4:
-        return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
-    opaque = pixels[..., 3:] / 255
-    return np.rint(255 + opaque * (pixels[..., :3] - 255.0)).astype(np.uint8)
-
-
-class Canvas:
-    """Convert data, latents and predictions to RGB pixels.
-
-    Integers span all levels; real data are clipped to quantiles.
-
-    Args:
-        process: the process of the latents.
-        schema: the schema of the images, C = 1, 3 or 4.
-        x: images that set the range of real data.
-    """
-
-    def __init__(self, process: ForwardProcess, schema: Schema, x: Tensor) -> None:
-        self.process = process
-        limits = torch.tensor([0.002, 0.998], dtype=torch.float64)
-        few = x.double().flatten()[: 2**20]
-        low, high = (0.0, schema.levels - 1.0) if schema.levels else few.quantile(limits).tolist()
-        self.low, self.high = low, max(high, low + 1e-12)
-
-    def data(self, x: Tensor) -> np.ndarray:
-        """Return x (N, C, H, W), in the units of the data, as pixels (N, H, W, 3)."""
-        pixels = (x.double().cpu().movedim(1, -1).numpy() - self.low) / (self.high - self.low)
-        pixels = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
-        return over_white(pixels)
-
-    def latent(self, z: Tensor, t: float) -> np.ndarray:
-        """Return z_t as pixels, rescaled to the range of the data; masks have their own colour."""
-        x, hidden = self.process.picture(z, torch.tensor(t, dtype=torch.float64))
-        masked = hidden.cpu().movedim(1, -1).numpy()
-        return np.where(masked[..., :3], MASK, self.data(x)).astype(np.uint8)
-
-    def prediction(self, e_hat: Tensor, z: Tensor) -> np.ndarray:
-        """Return the mean of x predicted from z as pixels; unmasked symbols are shown as is."""
-        return self.data(self.process.mean(e_hat, z))
 
 
 def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:

@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from nelbo.report import figures
+from nelbo.pages.images import mosaic, uri
 
 
 def rounded(value: float, error: float) -> str:
@@ -65,7 +65,7 @@ def html_table(head: Iterable[str], rows: Iterable[tuple[str, ...]], total: bool
 
 def picture(images: np.ndarray, columns: int, label: str, side: int = 900) -> str:
     """Return images (N, H, W, 3) as one picture of `columns` columns, about `side` pixels wide."""
-    address = figures.uri(figures.mosaic(images, columns, side))
+    address = uri(mosaic(images, columns, side))
     return f'<img alt="{escape(label)}" src="{address}">'
 
 

@@ -16,9 +16,10 @@ from nelbo._utils.numerics import LOG_2
 from nelbo._version import __version__
 from nelbo.data.schema import Schema
 from nelbo.diffusion.model import Model
+from nelbo.evaluation.per_dimension import own_step
 from nelbo.evaluation.result import Evaluation
+from nelbo.pages.images import Canvas, heated, is_image
 from nelbo.report import figures, tables
-from nelbo.report.images import Canvas
 from nelbo.report.markup import (
     duration,
     html_table,
@@ -32,7 +33,7 @@ from nelbo.report.markup import (
 )
 from nelbo.report.quality import Quality
 from nelbo.report.quality import figure as draw_quality
-from nelbo.report.studies import SAMPLE_STEPS, STEPS, Coded, Trajectory, is_image, own_step
+from nelbo.report.studies import SAMPLE_STEPS, STEPS, Coded, Trajectory
 
 if TYPE_CHECKING:
     from nelbo.runs.run import Run
@@ -262,11 +263,11 @@ def pixels(run: "Run", x: Tensor, each: np.ndarray, unit: str) -> str:
     chosen = [*order[: min(2, n)], *order[n // 2 : n // 2 + 2], *order[-2:]][: min(6, n)]
     high = max(float(np.quantile(maps[chosen], 0.995)), 1e-9)
     shown = Canvas(run.model.process, run.config.schema, x).data(x[chosen])
-    heated = figures.heated(maps[chosen], high)
+    warm = heated(maps[chosen], high)
     cells = "".join(
         f"<figure>{picture(np.stack([image, map_]), 2, 'an example and its costs', 460)}"
         f"<figcaption>{total[i]:.1f} {name}</figcaption></figure>"
-        for image, map_, i in zip(shown, heated, chosen, strict=True)
+        for image, map_, i in zip(shown, warm, chosen, strict=True)
     )
     scale = f'<div class="scale" style="background:linear-gradient(90deg,{_gradient()})"></div>'
     ends = f'<div class="ends"><span>0</span><span>{high:.3g} {name} per pixel</span></div>'
@@ -284,7 +285,7 @@ def _channels(run: "Run") -> str:
 
 
 def _gradient() -> str:
-    stops = figures.heated(np.linspace(0, 1, 9)[None, None], 1.0)[0, 0]
+    stops = heated(np.linspace(0, 1, 9)[None, None], 1.0)[0, 0]
     return ",".join(f"rgb({r},{g},{b})" for r, g, b in stops)
 
 

@@ -16,15 +16,13 @@ from nelbo.codec.api import compress, decompress
 from nelbo.codec.coding.codec import check_codable
 from nelbo.codec.entropy.stack import constriction
 from nelbo.codec.settings import Settings
-from nelbo.data.schema import Schema
 from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Prediction
-from nelbo.diffusion.reverse import Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.evaluate import evaluate
-from nelbo.evaluation.per_dimension import by_dimension
+from nelbo.evaluation.per_dimension import by_dimension, own_step, steps_of
 from nelbo.report.figures import StepCurve
 from nelbo.report.other_codecs import Rival, rivals
 from nelbo.sampling.samplers import descend
@@ -35,30 +33,11 @@ SAMPLE_STEPS = 32
 EXAMPLES = 256  # of the test data, at most
 
 
-def is_image(schema: Schema) -> bool:
-    """Return whether examples are grey, RGB or RGBA images large enough to be shown as such."""
-    return len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4) and min(schema.shape[1:]) >= 4
-
-
 def some(model: Model, x: Tensor, seed: int) -> Tensor:
     """Return random row numbers of x, sorted and distinct; fewer if each row takes more memory."""
     count = min(EXAMPLES, max(16, model.rows))
     with seeded(seed, 1):
         return torch.randperm(len(x))[:count].sort().values
-
-
-def steps_of(model: Model) -> dict[str, ReverseKernel]:
-    """Return the reverse kernels that this model can use, by name, its own included."""
-    values = model.head.level_values
-    mixture = [] if values is None else [Mixture(values)]
-    # the model's own is last, and so the one that its name stands for
-    steps: list[ReverseKernel] = [*mixture, Posterior(), model.step]
-    return {step.name(model.process): step for step in steps}
-
-
-def own_step(model: Model) -> str:
-    """Return the name of the model's own reverse kernel."""
-    return model.step.name(model.process)
 
 
 def measure_steps(

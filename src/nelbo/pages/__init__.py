@@ -1,0 +1,1 @@
+"""Parts that all HTML pages have in common: style, pictures, files."""
