@@ -10,6 +10,7 @@ import nelbo
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.parametrization import Mean
 from nelbo.diffusion.process import Affine
+from nelbo.diffusion.times import elbo
 from nelbo.evaluation import toy as toys
 from nelbo.evaluation.toy import ideal_f, toy
 from nelbo.integrations import wrap
@@ -108,7 +109,7 @@ def test_its_model_is_one_for_the_library():
     made = toy(BETAS, linear)
     model, x = made.model, X.repeat(4000)[:, None]
     with seeded(3), torch.no_grad():
-        drawn = nelbo.elbo(model, x, made.times)
+        drawn = elbo(model, x, made.times)
 
     class Network(torch.nn.Module):
         def forward(self, z, i):  # i = 0..T-1
@@ -125,7 +126,7 @@ def test_its_model_is_one_for_the_library():
         decoder=model.decoder,
     )
     with seeded(3), torch.no_grad():
-        torch.testing.assert_close(nelbo.elbo(same, x, made.times).elbo, drawn.elbo)
+        torch.testing.assert_close(elbo(same, x, made.times).elbo, drawn.elbo)
     mean = drawn.elbo.reshape(4000, 3).mean(0)
     error = drawn.elbo.reshape(4000, 3).std(0) / 4000**0.5
     assert ((mean - made.bound(X).elbo).abs() < 4 * error + 1e-6).all()
