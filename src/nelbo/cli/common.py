@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from nelbo._utils import progress
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from nelbo.diffusion.batch import Batch
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 RunFolder = Annotated[Path, Parameter(help="A run folder.")]
 Seed = Annotated[int, Parameter(help="Seed of everything random.")]
-Device = Annotated[str, Parameter(help="Where to run the network.")]
+Device = Annotated[
+    str,
+    Parameter(help="Where to run the network: cpu, cuda, cuda:1; auto is cuda, if there is one."),
+]
 Spacing = Literal["best", "uniform"]
 Splits = Annotated[
     str,
@@ -52,6 +56,16 @@ def examples_of(
     if data is not None and run.meet(data) and tell:
         say(f"{data} are the run's own data; its commands read them there from now on")
     return run.batch(data, split, splits, say if tell else str)
+
+
+def place_of(device: str, tell: bool) -> "torch.device":
+    """Return the device of a name, and say which one auto has chosen if it is not the CPU."""
+    from nelbo.diffusion.model import find_device
+
+    place = find_device(device)
+    if tell and device == "auto" and place.type != "cpu":
+        say(f"on {place}; --device cpu does without")
+    return place
 
 
 def say_of_formulas(out: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ from nelbo.cli.common import (
     examples_of,
     grid_of,
     json_text,
+    place_of,
     say,
     say_notes,
 )
@@ -43,7 +44,7 @@ def evaluate(
     save: Path | None = None,
     columns: bool = False,
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     json: bool = False,
 ) -> None:
     """State the bound on -log P(x) of a data set, with its error and its price.
@@ -97,7 +98,6 @@ def evaluate(
     from nelbo._utils.progress import tracker
     from nelbo.cli import display
     from nelbo.diffusion.batch import Batch
-    from nelbo.diffusion.model import find_device
     from nelbo.evaluation.dequantization import DEQUANTISERS
     from nelbo.evaluation.evaluate import evaluate as bound
     from nelbo.evaluation.importance_bound import evaluate_importance
@@ -120,7 +120,7 @@ def evaluate(
             raise ValueError(f"--save writes a .npz file; got {save}")
         check_writable(save)
     with process_group() as rank:
-        place = find_device(device)
+        place = place_of(device, rank == 0)
         track = tracker("evaluate") if rank == 0 else iter
         if integrations.is_foreign(run):
             foreign = integrations.load(run, steps=steps)

@@ -11,6 +11,7 @@ from nelbo.cli.common import (
     Seed,
     Spacing,
     grid_of,
+    place_of,
     say,
     say_of_formulas,
 )
@@ -39,7 +40,7 @@ def sample(
     impute: Path | None = None,
     particles: int | None = None,
     as_modelled: bool = False,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Draw new examples from a run.
 
@@ -91,7 +92,6 @@ def sample(
     from nelbo.data.readers.encoded import read_masked
     from nelbo.data.tabular.tables import FILES
     from nelbo.diffusion.batch import rows_of
-    from nelbo.diffusion.model import find_device
     from nelbo.models.conditioning import guided, parse
     from nelbo.report import images
     from nelbo.runs.run import load
@@ -118,7 +118,7 @@ def sample(
                 " of the other options only --steps, --grid, --seed and --particles go with it"
             )
         with process_group() as rank:
-            loaded.model.to(find_device(device))
+            loaded.model.to(place_of(device, rank == 0))
             times = grid_of(loaded, steps, grid)
             _complete_table(loaded, impute, out, times, particles, seed, rank == 0)
         return
@@ -135,7 +135,7 @@ def sample(
         if guidance != 1 and rank == 0:
             say(f"guidance {guidance:g}: not draws from the model whose bound evaluate states")
         pixels = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
-        place = find_device(device)
+        place = place_of(device, rank == 0)
         loaded.model.to(place)  # the best grid is measured there too
         times = grid_of(loaded, steps, grid)
         model.to(place)

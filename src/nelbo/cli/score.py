@@ -9,6 +9,7 @@ from nelbo.cli.common import (
     Seed,
     Splits,
     examples_of,
+    place_of,
     say,
     say_notes,
     say_of_formulas,
@@ -27,7 +28,7 @@ def score(
     calls: int | None = None,
     figure: Path | None = None,
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Compute the anomaly score of each example of DATA: nats, error, rank and percentile.
 
@@ -59,7 +60,6 @@ def score(
     from nelbo._utils.files import check_writable, write
     from nelbo._utils.progress import tracker
     from nelbo.data.splits import SPLITS
-    from nelbo.diffusion.model import find_device
     from nelbo.evaluation import anomaly_scores
     from nelbo.runs.run import load
 
@@ -70,7 +70,7 @@ def score(
             check_writable(path)
     with process_group() as rank:
         loaded = load(run)
-        schema, place = loaded.config.schema, find_device(device)
+        schema, place = loaded.config.schema, place_of(device, rank == 0)
         batch, name = examples_of(loaded, data, split, rank == 0, splits)
         reference, _ = loaded.batch(split=against)
         loaded.model.to(place)

@@ -171,7 +171,7 @@ def train(
     condition: Labels | None = None,
     splits: Splits | None = None,
     minutes: float | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     options: TrainOptions | None = None,
 ) -> None:
     """Train a model of DATA by maximising the ELBO, into a new run folder.
@@ -215,7 +215,7 @@ def train(
         Approximate training time, instead of --steps: as many steps as fit, estimated by timing a
         few. Their number is stored in the run, so that it can be continued exactly.
     device
-        Where to train, such as cpu or cuda.
+        Where to train: cpu, cuda, cuda:1; auto is cuda, if there is one.
     options
         Override values of the preset.
     """
@@ -252,6 +252,7 @@ def train(
                 splits=splits,
                 minutes=minutes,
                 device=device,
+                on_event=None,
                 progress=progress,
                 **given,
             )

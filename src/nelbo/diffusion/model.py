@@ -174,11 +174,18 @@ def _narrow(device: torch.device, precision: torch.dtype | None) -> AbstractCont
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a name.
+    """Return the device of a name; "auto" is cuda where there is one, else cpu.
 
     Raises:
-        ValueError: if this machine has no such device.
+        ValueError: if this machine has no such device, or it has no float64, as MPS.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "mps":
+        raise ValueError(
+            f"device {name!r} has no float64, in which everything around the network is computed;"
+            " try cpu"
+        )
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):

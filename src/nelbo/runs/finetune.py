@@ -32,7 +32,7 @@ def fine_tune(
     out: str | Path | None = None,
     *,
     steps: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = False,
 ) -> Run:
     """Train the T-step bound from the best weights of the run `source`, with T = `steps_of_bound`.

@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from nelbo import data
 from nelbo._utils import cache, files, limits
 from nelbo._utils.distributed import anywhere, main_process_first, world
@@ -40,6 +42,8 @@ from nelbo.training.trainer import Trainer
 if TYPE_CHECKING:
     from nelbo.data.tabular.tables import Frame
 
+#: takes an event: step, seconds, lr, train, validation, validation_standard_error, unit
+OnEvent = Callable[[dict[str, object]], object]
 VALIDATIONS = 5  # number of validations of a training that is given minutes
 
 
@@ -54,8 +58,9 @@ def train(
     condition: Sequence[str] = (),
     splits: Splits | None = None,
     minutes: float | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = False,
+    on_event: OnEvent | None = None,
     **options: str | int | float,
 ) -> Run:
     """Train a model of the data at `source` into the new run folder `out`.
@@ -71,8 +76,10 @@ def train(
         condition: names of one or more labels c; the model is then one of P(x|c).
         splits: which names belong to which split, as for `nelbo.data.load`.
         minutes: approximate duration, instead of `steps`: see `pace`.
-        device: where to train, such as "cpu" or "cuda".
+        device: where to train, "cpu" or "cuda"; "auto" is cuda where there is one, else cpu.
         progress: show notes on the data and a progress bar on the error stream.
+        on_event: called with each event as it is written to metrics.jsonl, a dictionary of plain
+            values, on the first process only.
         options: any field of ModelConfig or TrainConfig, overriding the preset's.
 
     Raises:
@@ -123,7 +130,7 @@ def train(
             if progress:
                 print(f"where the data are is not kept: {cache.reason(error)}", file=sys.stderr)
     table = None if own is None else tables.to_bytes(own, ".parquet")
-    return begin(Training(out, run, dataset, device), progress, table=table)
+    return begin(Training(out, run, dataset, device, on_event), progress, table=table)
 
 
 def pace(
@@ -131,7 +138,7 @@ def pace(
     train: TrainConfig,
     dataset: Dataset,
     seconds: float,
-    device: str = "cpu",
+    device: str = "auto",
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Return how many steps fit into `seconds` with `VALIDATIONS` validations, from timing a few.
@@ -211,15 +218,17 @@ def resume(
     steps: int | None = None,
     patience: int | None = None,
     shard: bool | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = False,
+    on_event: OnEvent | None = None,
 ) -> Run:
     """Continue a run exactly where it stopped; `steps` extends or shortens it.
 
     A run that the validation bound has stopped goes on with another `patience`, or 0 for none.
     `shard` says whether several processes divide the network from now on. With another number of
     processes, training continues with the same examples, times and noise, but sums are taken in
-    another order: the result is the same up to rounding, not to the bit.
+    another order: the result is the same up to rounding, not to the bit. `on_event` is as for
+    `train`.
 
     Raises:
         FileNotFoundError: `out` is not a run.
@@ -237,7 +246,7 @@ def resume(
     )
     changed = replace(run, train=longer)
     with alone_in(out):
-        training = Training(out, changed, run.load_data(), device)
+        training = Training(out, changed, run.load_data(), device, on_event)
         training.found()
         training.restore()
         if changed != run:
@@ -283,8 +292,15 @@ def alone_in(out: Path) -> Iterator[bool]:
 class Training:
     """One training and its files, which only the first process writes."""
 
-    def __init__(self, out: Path, run: RunConfig, dataset: Dataset, device: str = "cpu") -> None:
-        self.out, self.run = out, run
+    def __init__(
+        self,
+        out: Path,
+        run: RunConfig,
+        dataset: Dataset,
+        device: str = "auto",
+        on_event: OnEvent | None = None,
+    ) -> None:
+        self.out, self.run, self.on_event = out, run, on_event
         rank, size = world()
         self.first, self.alone = rank == 0, size == 1
         self.learner = Trainer(run.model, run.train, dataset, device)
@@ -329,7 +345,7 @@ class Training:
         started = time.monotonic() - learner.at.seconds
         with (
             events.written(self.out, learner.at.step, self.first) as self.add_event,
-            _bar(progress and self.first, total, learner.at.step) as update,
+            _bar(progress and self.first, learner.model.device, total, learner.at.step) as update,
             interruptible(twice=self.alone) as interrupted,
         ):
             while not learner.ended:
@@ -401,6 +417,8 @@ class Training:
             file.flush()
             os.fsync(file.fileno())  # events are on disk before the state that follows them
         self.add_event(event, at.step)
+        if self.on_event is not None:
+            self.on_event(dict(event))
 
     def forget_later_metrics(self) -> None:
         """Drop events that were logged after the state from which training continues."""
@@ -447,9 +465,11 @@ def _place(folder: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+def _bar(
+    show: bool, device: torch.device, total: int, done: int
+) -> Iterator[Callable[[int, str], None]]:
     if not show:
         yield lambda done, note: None
         return
-    with progress_bar("train", total, done) as update:
+    with progress_bar(f"train on {device}", total, done) as update:
         yield update
