@@ -7,8 +7,9 @@ from importlib import import_module
 
 from nelbo.integrations.denoisers import spaced, wrap
 from nelbo.integrations.external import Foreign
+from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
-__all__ = ["Foreign", "is_foreign", "load", "spaced", "wrap"]
+__all__ = ["Foreign", "TokenModel", "is_foreign", "load", "spaced", "wrap", "wrap_tokens"]
 
 SOURCES = {
     "diffusers": "nelbo.integrations.diffusers",

@@ -1,0 +1,458 @@
+r"""Masked language models: any module from ids (B, L) to logits (B, L, V), as a `Model`.
+
+Such a module predicts each hidden token from those that show. With the masked process it has a
+bound on -log P(x), an expectation over the number of hidden tokens and which they are:
+
+    -log P(x) <= E_{l ~ U{1..L}} E_{|S| = l} (L/l) Σ_{i in S} -log P(x_i | x outside of S)
+
+**Shown tokens** (a prompt, BOS, EOS, padding) are the condition c of P(x|c): they are never hidden
+and cost nothing, so the bound is P(answer|prompt), and a token is one that is *scored*. They stand
+in a `Batch` as its conditions, (N, L): the id where a token shows, SCORED where it does not, and
+ABSENT beyond the end of a text. Absent places never reach the module, so its numbers do not depend
+on padding; lengths are given, not coded.
+
+**Ids that cannot be predicted** (the mask, padding and those in `never`) get probability 0, and
+the others are renormalised.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.checks import as_tensor
+from nelbo.diffusion.decoder import Categorical
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import Parametrization, Prediction, SymbolPrediction
+from nelbo.diffusion.process import ForwardProcess, MaskedDiffusion
+from nelbo.diffusion.reverse import Posterior
+from nelbo.diffusion.schedules import PowerAlpha
+from nelbo.diffusion.symbols import WIDE, Predicted
+
+SCORED, ABSENT = -1, -2  # codes of the conditions where no token shows
+PROBED = 16  # tokens of the calls that find the vocabulary and the direction, at most
+#: the time input of a module, from α_t, the share of tokens that show, shape (B,)
+Clock = Callable[[Tensor], Tensor]
+CLOCKS: dict[str, Clock] = {
+    "masked": lambda alpha: 1 - alpha,
+    "sigma": lambda alpha: -alpha.clamp(min=1e-4).log(),
+}
+Shown = Tensor | np.ndarray | Callable[[Tensor], Tensor] | Collection[int] | None
+Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
+
+
+def wrap_tokens(
+    module: nn.Module,
+    mask_id: int,
+    *,
+    shift: int = 0,
+    time: Literal["masked", "sigma"] | Clock | None = None,
+    pad_id: int | None = None,
+    never: Collection[int] = (),
+    shown: Shown = None,
+    length: int | None = None,
+) -> "TokenModel":
+    """Return a model of any module from ids (B, L) to logits (B, L, V).
+
+    The module's dtype and device are kept; logits are normalised in float64 up to 4096 ids and in
+    float32 above, and sums are float64.
+
+    Args:
+        module: called as module(ids), or module(ids, time); returns the logits as a tensor, or an
+            object that has them as `.logits`.
+        mask_id: the id that stands for a hidden token.
+        shift: the logits at place i are of the token at i + shift: 1 for models that began as
+            left-to-right ones. The first token's are then those at place 0.
+        time: input of a module that is told the time: "masked", the share of hidden tokens;
+            "sigma", minus the log of the share that shows, at most 9.2; or a function of this
+            share, (B,). None for a module that is not told the time.
+        pad_id: id of padding, which is absent at either end of a text.
+        never: further ids that cannot be predicted, such as unused ones.
+        shown: which tokens show: a mask (L,) or (N, L); or a function of ids (N, L) that returns
+            one; or ids that show wherever they are. For prompts of a batch, `TokenModel.batch`.
+        length: largest number of tokens of a text; any where left out.
+
+    Raises:
+        ValueError: ids outside the vocabulary; logits of another shape; or a left-to-right module.
+    """
+    vocabulary = _probe(module, mask_id, shift, _clock(time), length)
+    impossible = {mask_id, *never} | (set() if pad_id is None else {pad_id})
+    outside = [i for i in impossible - {mask_id} if not 0 <= i < vocabulary]
+    if outside or mask_id < 0:
+        raise ValueError(
+            f"ids of the module are 0..{vocabulary - 1}; got {outside or mask_id} in never,"
+            " pad_id or mask_id"
+        )
+    network = TokenNetwork(module, mask_id, vocabulary, _clock(time))
+    forbidden = tuple(sorted(i for i in impossible if i < vocabulary))
+    if len(forbidden) > vocabulary - 2:
+        raise ValueError("at least two ids must be possible; leave some out of never")
+    return TokenModel(network, shift, pad_id, forbidden, shown, length).eval()
+
+
+class TokenNetwork(nn.Module):
+    """A module behind the masked process: hidden tokens become its mask id; logits as a tensor.
+
+    Args:
+        module: see `wrap_tokens`.
+        mask_id: its id for a hidden token.
+        vocabulary: the number V of ids, which is the mask of the process.
+        clock: its time input from α_t; None for a module that is not told the time.
+    """
+
+    def __init__(
+        self, module: nn.Module, mask_id: int, vocabulary: int, clock: Clock | None
+    ) -> None:
+        super().__init__()
+        self.module, self.mask_id, self.vocabulary = module, mask_id, vocabulary
+        self.clock = clock
+        # `Model` asks the first parameter for device and dtype
+        if next(module.parameters(), None) is None:
+            self.reference = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    @override
+    def forward(
+        self, z: Tensor, alpha: Tensor, spans: Sequence[tuple[Tensor, int, int]]
+    ) -> Tensor:
+        """Return the logits of all tokens that are present, (·, V) or (B, L, V).
+
+        Args:
+            z: ids or the mask, (B, L).
+            alpha: α_t, (B,).
+            spans: rows with the first token and the end of their texts; one call for each.
+        """
+        ids = torch.where(z == self.vocabulary, self.mask_id, z)
+        if len(spans) == 1:
+            _, first, end = spans[0]
+            return self._call(ids[:, first:end], alpha)
+        parts = [self._call(ids[rows, first:end], alpha[rows]) for rows, first, end in spans]
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def _call(self, ids: Tensor, alpha: Tensor) -> Tensor:
+        return call(self.module, ids, None if self.clock is None else self.clock(alpha))
+
+
+def call(module: nn.Module, ids: Tensor, time: Tensor | None) -> Tensor:
+    """Return the logits of a module for ids, (B, L, V).
+
+    Raises:
+        ValueError: if it returns something else.
+    """
+    if time is None:
+        found: object = module(ids)
+    else:
+        own = next(module.parameters(), time)
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        found = module(ids, time.to(own.device, dtype))
+    logits = getattr(found, "logits", found)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the module must return logits ({', '.join(map(str, ids.shape))}, V), as a tensor or"
+            f" as .logits; got {got}"
+        )
+    return logits
+
+
+class TokenLogits(Parametrization):
+    """The meaning of the output of a `TokenNetwork`: logits of V ids.
+
+    Args:
+        count: the number V of ids.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.outputs = count
+
+    @property
+    @override
+    def point(self) -> None:
+        return None
+
+    @override
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
+        dtype = torch.float64 if self.outputs <= WIDE else torch.float32
+        return SymbolPrediction(output, None, dtype)
+
+
+class TokenPrediction(Prediction):
+    """P(x_i|z_t) of tokens, normalised where it is asked for; shown and absent ones are certain.
+
+    Args:
+        logits: of the tokens that are present, (..., V).
+        z: z_t with the tokens that show, (B, L).
+        row: of the logits of each place, (B, L); None if they are in order.
+        never: ids of probability 0, (n,).
+    """
+
+    def __init__(self, logits: Tensor, z: Tensor, row: Tensor | None, never: Tensor) -> None:
+        self.logits, self.z, self.row, self.never = logits, z, row, never
+
+    @property
+    def e_hat(self) -> Tensor:
+        """The table log P(x_i = k|z_t) of all places, (B, L, V)."""
+        return self.symbols(self.z, None).table()
+
+    @override
+    def symbols(self, z: Tensor, mask: int | None) -> Predicted:
+        wide = self.logits.shape[-1] <= WIDE
+        dtype = torch.float64 if wide else torch.float32
+        return Predicted(self.logits, self.z, mask, None, self.row, dtype, self.never)
+
+    @override
+    def map(self, f: Callable[[Tensor], Tensor]) -> "TokenPrediction":
+        logits, row = self.logits, self.row
+        if row is None:
+            row = torch.arange(self.z.numel(), device=self.z.device).reshape(self.z.shape)
+        return TokenPrediction(logits, f(self.z), f(row), self.never)
+
+
+class TokenModel(Model):
+    """A masked language model as a `Model` of P(x|shown tokens); see `wrap_tokens`."""
+
+    dimension, any_length = "token", True
+    never: Tensor
+
+    def __init__(
+        self,
+        network: TokenNetwork,
+        shift: int,
+        pad_id: int | None,
+        never: tuple[int, ...],
+        shown: Shown,
+        length: int | None,
+    ) -> None:
+        count = network.vocabulary
+        # the bound in continuous time is that of any schedule; this one has a finite variance
+        process = MaskedDiffusion(PowerAlpha(2.0), count)
+        parts = network, process, TokenLogits(count), Posterior(), Categorical()
+        super().__init__(*parts, (length or 1,))
+        self.shift, self.pad_id, self.shown, self.length = shift, pad_id, shown, length
+        self.register_buffer("never", torch.tensor(never, device=self.device), persistent=False)
+        self.conditioned_on = "shown tokens and lengths"
+
+    @override
+    def unconditional(self) -> "TokenModel":
+        return self
+
+    # ---- texts and the tokens that show
+
+    @override
+    def batch(self, x: Texts | Batch, shown: Tensor | np.ndarray | None = None) -> Batch:
+        """Return texts with the tokens that show, and take their length as that of an example.
+
+        Args:
+            x: ids, (N, L), or a list of texts of any lengths; a `Batch` is checked only.
+            shown: mask of further tokens that show, (N, L), such as those of prompts.
+
+        Raises:
+            ValueError: ids that are not of the model, a text longer than the model allows, or one
+                without a token to score.
+        """
+        if isinstance(x, Batch) and x.condition is not None:
+            batch = x
+        else:
+            ids, present = self._ids(x.x if isinstance(x, Batch) else x)
+            batch = Batch(ids, self._condition(ids, present, shown))
+        self._check(batch)
+        assert batch.condition is not None
+        # an absent token is any, and 0 here
+        ids = torch.where(batch.condition == ABSENT, 0, batch.x)
+        batch = Batch(ids, batch.condition, batch.given)
+        self.shape = tuple(batch.x.shape[1:])
+        return batch
+
+    @override
+    def scored(self, batch: Batch) -> float:
+        assert batch.condition is not None
+        return (batch.condition == SCORED).sum().item() / len(batch)
+
+    @override
+    def notes(self, batch: Batch) -> tuple[str, ...]:
+        assert batch.condition is not None
+        scored, absent = ((batch.condition == v).sum().item() for v in (SCORED, ABSENT))
+        showing = (batch.condition >= 0).sum().item()
+        network = cast(TokenNetwork, self.network)
+        possible = network.vocabulary - len(self.never)
+        lengths = "; lengths are given, not coded" if absent else ""
+        told = "told the share of hidden tokens" if network.clock else "not told the time"
+        return (
+            f"{scored} tokens of {len(batch)} texts are scored; {showing} show (prompts, special"
+            f" tokens): given, not counted{lengths}",
+            f"{possible} of {network.vocabulary} ids can be predicted; the mask"
+            f"{'' if self.pad_id is None else ', padding'} and ids said to be unused have"
+            " probability 0, and the others are renormalised",
+            f"the model is {told}",
+        )
+
+    def _ids(self, x: Texts) -> tuple[Tensor, Tensor]:
+        """Return ids, (N, L), and a mask of those that are present."""
+        if isinstance(x, Tensor | np.ndarray):
+            ids = as_tensor(x)
+            if ids.ndim != 2 or ids.is_floating_point():
+                raise ValueError(
+                    "texts are ids, integers (N, L), or a list of rows of them; got"
+                    f" {ids.dtype} of shape {tuple(ids.shape)}"
+                )
+            ids = ids.long()
+            present = torch.ones_like(ids, dtype=torch.bool)
+        else:
+            rows = [torch.as_tensor(text, dtype=torch.long) for text in x]
+            longest = max((len(row) for row in rows), default=0)
+            ids = torch.stack([nn.functional.pad(r, (0, longest - len(r))) for r in rows])
+            end = torch.tensor([len(row) for row in rows])
+            present = torch.arange(longest) < end[:, None]
+        if self.pad_id is not None:
+            # padding at both ends of a text; within it, it is a token that shows
+            is_pad = (ids == self.pad_id) | ~present
+            before, after = is_pad.int().cumprod(1), is_pad.flip(1).int().cumprod(1).flip(1)
+            present = (before == 0) & (after == 0)
+        return ids, present
+
+    def _condition(
+        self, ids: Tensor, present: Tensor, shown: Tensor | np.ndarray | None
+    ) -> Tensor:
+        show = torch.zeros_like(present)
+        if self.pad_id is not None:
+            show |= ids == self.pad_id
+        own = self.shown
+        if callable(own):
+            show |= own(ids)
+        elif isinstance(own, Tensor | np.ndarray):
+            show |= _fitting(torch.as_tensor(own), ids)
+        elif own is not None:
+            show |= torch.isin(ids, torch.tensor(sorted(own)))
+        if shown is not None:
+            show |= _fitting(torch.as_tensor(shown), ids)
+        condition = torch.where(show, ids, SCORED)
+        return torch.where(present, condition, ABSENT)
+
+    def _check(self, batch: Batch) -> None:
+        ids, condition = batch.x, batch.condition
+        assert condition is not None
+        if condition.shape != ids.shape:
+            raise ValueError(
+                f"there is a condition for each token; got {tuple(condition.shape)} for ids of"
+                f" shape {tuple(ids.shape)}; try model.batch(ids)"
+            )
+        if self.length is not None and ids.shape[1] > self.length:
+            raise ValueError(
+                f"a text has {ids.shape[1]} tokens, and the model takes at most {self.length};"
+                " divide it into chunks"
+            )
+        network = cast(TokenNetwork, self.network)
+        there = condition != ABSENT
+        for wrong, why in (
+            ((ids < 0) | (ids >= network.vocabulary), f"beyond 0..{network.vocabulary - 1}"),
+            (ids == network.mask_id, "the model's mask, which is no token of a text"),
+            (
+                (condition == SCORED) & torch.isin(ids, self.never.to(ids.device)),
+                "never predicted; let it show, or leave it out",
+            ),
+        ):
+            if (wrong & there).any():
+                row, place = (wrong & there).nonzero()[0].tolist()
+                raise ValueError(f"text {row} has id {ids[row, place]} at {place}, {why}")
+        empty = ~(condition == SCORED).any(1)
+        if empty.any():
+            raise ValueError(
+                f"text {int(empty.nonzero()[0])} has no token to score: all of it shows, or its"
+                " answer is empty"
+            )
+
+    # ---- predictions
+
+    @override
+    def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> TokenPrediction:
+        self.check_condition(condition, len(z))
+        assert condition is not None
+        z = torch.where(condition >= 0, condition, z.long())
+        z = torch.where(condition == ABSENT, 0, z)
+        spans = _spans(condition)
+        logits: Tensor = self.network(z, self.process.alpha(t), spans)
+        return TokenPrediction(logits, z, self._rows(spans, z), self.never)
+
+    def _rows(self, spans: Sequence[tuple[Tensor, int, int]], z: Tensor) -> Tensor | None:
+        """Return the row of the logits for each place of z; None if they are in order."""
+        if len(spans) == 1 and spans[0][1:] == (0, z.shape[1]) and not self.shift:
+            return None
+        row, before = torch.zeros_like(z), 0
+        for rows, first, end in spans:
+            size = end - first
+            place = torch.arange(size, device=z.device) - self.shift
+            place = place.clamp(0, size - 1)
+            starts = before + size * torch.arange(len(rows), device=z.device)
+            row[rows, first:end] = starts[:, None] + place
+            before += size * len(rows)
+        return row
+
+
+def _spans(condition: Tensor) -> list[tuple[Tensor, int, int]]:
+    """Return groups of rows with the same first token and end, and these."""
+    there = condition != ABSENT
+    first = there.int().argmax(1)
+    end = there.shape[1] - there.flip(1).int().argmax(1)
+    ends = torch.stack([first, end], 1)
+    kinds, which = ends.unique(dim=0, return_inverse=True)
+    return [
+        ((which == k).nonzero()[:, 0], *map(int, kinds[k].tolist())) for k in range(len(kinds))
+    ]
+
+
+def _fitting(mask: Tensor, ids: Tensor) -> Tensor:
+    """Return a mask of tokens that show, expanded to ids."""
+    if mask.dtype != torch.bool or mask.shape[-1:] != ids.shape[1:] or mask.ndim > 2:
+        raise ValueError(
+            f"shown tokens are a mask of booleans (L,) or (N, L) for ids of shape"
+            f" {tuple(ids.shape)}; got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    return mask.expand_as(ids).to(ids.device)
+
+
+def _clock(time: str | Clock | None) -> Clock | None:
+    if isinstance(time, str):
+        if time not in CLOCKS:
+            raise ValueError(f"time must be {', '.join(CLOCKS)} or a function of α; got {time!r}")
+        return CLOCKS[time]
+    return time
+
+
+def _probe(
+    module: nn.Module, mask_id: int, shift: int, clock: Clock | None, length: int | None
+) -> int:
+    """Return the number of ids V of a module, after a check that it looks at later tokens.
+
+    Raises:
+        ValueError: if a token changes the logits at later places, and none at earlier ones.
+    """
+    size = min(length or PROBED // 2, PROBED)
+    device = next(module.parameters(), torch.zeros(0)).device
+    time = None if clock is None else clock(torch.zeros(1, dtype=torch.float64))
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.full((1, size), mask_id, device=device)
+            base = call(module, ids, time)
+            vocabulary = base.shape[-1]
+            other = 0 if mask_id else 1
+            last, first = ids.clone(), ids.clone()
+            last[:, -1] = first[:, 0] = other
+            middle = max(1, size - 1)
+            looks_ahead = not torch.equal(call(module, last, time)[:, :middle], base[:, :middle])
+            looks_back = size > 1 and not torch.equal(
+                call(module, first, time)[:, 1:], base[:, 1:]
+            )
+    finally:
+        module.train(training)
+    if looks_back and not looks_ahead:
+        raise ValueError(
+            "the logits of the module never depend on later tokens, so it reads from left to"
+            " right: as a masked model its bound would be valid but loose; score it left to right"
+        )
+    return vocabulary

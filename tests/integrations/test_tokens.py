@@ -1,0 +1,230 @@
+"""Masked language models of six ids and texts of up to four tokens, where all is enumerated."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.closed_forms import legendre_nodes
+from torch import nn
+
+import nelbo
+from nelbo import Batch
+from nelbo._utils.numerics import seeded
+from nelbo.integrations import wrap_tokens
+from nelbo.sampling.samplers import ancestral
+
+V, MASK, PAD = 6, 5, 4
+NODES = list(zip(*legendre_nodes(0.0, 1.0, 20), strict=True))
+
+
+class Tiny(nn.Module):
+    """A module from ids to logits in which each place sees all others, and the time if told."""
+
+    def __init__(self, vocabulary=V, causal=False):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(vocabulary, 8), nn.Embedding(8, 8)
+        self.out, self.causal = nn.Linear(16, vocabulary), causal
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_()
+
+    def forward(self, ids, time=None):
+        h = self.embed(ids) + self.place(torch.arange(ids.shape[1]))
+        if time is not None:
+            h = h + time[:, None, None].to(h)
+        others = h.sin().cumsum(1) if self.causal else h.sin().sum(1, keepdim=True).expand_as(h)
+        return self.out(torch.cat([h, others], -1))
+
+
+@pytest.fixture
+def module():
+    with seeded(4):
+        return Tiny().double()
+
+
+def enumerated(module, text, shown=(), shift=0, never=(MASK,), clock=None):
+    """The bound on -log P of a text by its definition: all shares of hidden tokens by quadrature,
+    all sets of hidden tokens, one call of the module for each."""
+    scored = [i for i in range(len(text)) if i not in shown]
+    total = 0.0
+    for t, weight in NODES:
+        share = t**2  # any increasing function of the time will do
+        for size in range(1, len(scored) + 1):
+            for hidden in itertools.combinations(scored, size):
+                ids = torch.tensor([[MASK if i in hidden else k for i, k in enumerate(text)]])
+                time = () if clock is None else (clock(1 - share).reshape(1),)
+                logits = module(ids, *time)[0].clone()
+                logits[:, list(never)] = -torch.inf
+                log_p = logits.log_softmax(-1)
+                cost = -sum(log_p[max(i - shift, 0), text[i]] for i in hidden)
+                times = share**size * (1 - share) ** (len(scored) - size) * 2 / t
+                total = total + weight * times * cost
+    return total.item()
+
+
+def measured(model, batch):
+    """The same by the package: E_q of its rate over all z, integrated over the time."""
+    (text,), process = batch.x, model.process
+    batch_row = text, batch.condition[0]
+    with torch.no_grad():
+        kinds = [[k.item(), V] if c == -1 else [k.item()] for k, c in zip(*batch_row, strict=True)]
+        z = torch.tensor(list(itertools.product(*kinds)))
+        x, condition = text.expand_as(z), batch.condition.expand_as(z)
+        free = condition == -1
+        total = 0.0
+        for t, weight in NODES:
+            times = t.expand(len(z))
+            log_q = process.marginal(model.embed(x), times).base_dist.log_prob(z)
+            q = torch.where(free, log_q, 0.0).sum(1).exp()
+            prediction = model.predict(z, times, condition)
+            total = total + weight * (q * process.predicted_rate(z, x, prediction, times)).sum()
+    return total.item()
+
+
+CASES = {
+    "plain": ({}, {}),
+    "padding": ({"pad_id": PAD}, {"never": (PAD, MASK)}),
+    "shift": ({"shift": 1}, {"shift": 1}),
+    "never": ({"never": (0,)}, {"never": (0, MASK)}),
+    "sigma": ({"time": "sigma"}, {"clock": lambda alpha: -alpha.log()}),
+    "masked": ({"time": "masked"}, {"clock": lambda alpha: 1 - alpha}),
+    "first id shown": ({"shown": [3]}, {"shown": (0,)}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bound_by_enumeration(module, name):
+    """Equation 9: the bound of a text is the mean over all sets of hidden tokens."""
+    options, given = CASES[name]
+    model = wrap_tokens(module, MASK, **options)
+    text = [3, 1, 2, 1]
+    wanted = enumerated(module, text, **given)
+    padded = [*text, PAD, PAD] if "pad_id" in options else text
+    got = measured(model, model.batch([padded]))
+    assert abs(got - wanted) < 1e-9 and wanted > 1
+
+
+def test_a_prompt_is_given(module):
+    """P(answer|prompt): tokens of the prompt are never hidden and cost nothing."""
+    model = wrap_tokens(module, MASK)
+    text = [3, 1, 2, 0]
+    batch = model.batch([text], shown=torch.tensor([[True, True, False, False]]))
+    wanted = enumerated(module, text, shown=(0, 1))
+    assert abs(measured(model, batch) - wanted) < 1e-9
+    found = nelbo.evaluate(model, batch, calls=512)
+    nats = found.standard_error.monte_carlo * 2 * math.log(2)
+    assert abs(found.nats - wanted) < 5 * nats
+    assert math.isclose(found.bits_per_dim, found.nats / 2 / math.log(2))
+    assert found.unit == "bits/token"
+    assert "2 tokens of 1 texts are scored; 2 show" in found.notes[0]
+    drawn = ancestral(model, 3, nelbo.TimeGrid.uniform(2), condition=batch.condition.expand(3, -1))
+    assert (drawn[:, :2] == torch.tensor([3, 1])).all() and (drawn < V - 1).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shift": 1}, {"time": "sigma"}, {"never": (2,)}], ids=str
+)
+def test_bounds_sum_to_at_most_one(module, options):
+    """Equation 1: Σ_x exp(ELBO(x)) <= 1 over all answers of two tokens to a prompt of one."""
+    model = wrap_tokens(module, MASK, **options)
+    possible = [k for k in range(V - 1) if k not in options.get("never", ())]
+    total = 0.0
+    for answer in itertools.product(possible, repeat=2):
+        batch = model.batch([[3, *answer]], shown=torch.tensor([True, False, False]))
+        total += math.exp(-measured(model, batch))
+    assert 0.005 < total <= 1 + 1e-9
+
+
+def test_numbers_do_not_depend_on_batch_order_or_padding(module):
+    """The prediction for a text is that of the text alone."""
+    model = wrap_tokens(module, MASK, pad_id=PAD, shift=1)
+    texts = [[1, 2, 3, 0], [2, 2], [PAD, 3, 1, 0], [0, 1, PAD, 2, PAD]]
+    batch = model.batch(texts)
+    hidden = torch.where(batch.condition == -1, V, batch.x)
+    t = torch.full((4,), 0.7, dtype=torch.float64)
+    together = model.predict(hidden, t, batch.condition).symbols(hidden, V).log_prob(batch.x)
+    for order in ([3, 1, 0, 2], [2]):
+        z, x, c = hidden[order], batch.x[order], batch.condition[order]
+        some = model.predict(z, t[order], c).symbols(z, V).log_prob(x)
+        torch.testing.assert_close(some, together[order], rtol=1e-12, atol=1e-12)
+    alone = model.batch([[3, 1, 0]])
+    z = torch.full((1, 3), V)
+    single = model.predict(z, t[:1], alone.condition).symbols(z, V).log_prob(alone.x)
+    torch.testing.assert_close(single[0], together[2, 1:4], rtol=1e-12, atol=1e-12)
+    assert together[0].sum() < 0 and (together[1, 2:] == 0).all()
+    picked = model.predict(hidden, t, batch.condition).map(lambda v: v[[1, 3]])
+    torch.testing.assert_close(picked.symbols(z, V).log_prob(batch.x[[1, 3]]), together[[1, 3]])
+
+
+def test_grids_importance_and_sampling(module):
+    """A grid's bound lies above that of continuous time, and importance samples tighten it."""
+    module = module.float()
+    model = wrap_tokens(module, MASK)
+    ids = torch.tensor([[3, 1, 2], [0, 0, 1]])
+    exact = sum(enumerated(module, row.tolist()) for row in ids) / 2
+    grid = nelbo.TimeGrid.uniform(4)
+    found = nelbo.evaluate(model, ids, times=grid, calls=256)
+    assert found.nats > exact - 5 * found.standard_error.monte_carlo * 3 * math.log(2)
+    continuous = nelbo.evaluate(model, ids, calls=256)
+    error = continuous.standard_error.monte_carlo * 3 * math.log(2)
+    assert abs(continuous.nats - exact) < 5 * error
+    assert any("not told the time" in note for note in continuous.notes)
+    some = ancestral(model, 5, grid, condition=torch.full((5, 3), -1))
+    assert some.shape == (5, 3) and some.max() < MASK
+
+
+def test_an_object_with_logits_of_bfloat16(module):
+    """The module's dtype is kept, and so is its output where it is an object with logits."""
+    module = module.bfloat16()
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, ids):
+            return SimpleNamespace(logits=self.inner(ids))
+
+    model = wrap_tokens(Wrapped(), MASK)
+    found = nelbo.evaluate(model, [[1, 2, 3]], calls=8)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert math.isfinite(found.nats) and "bfloat16" in found.precision
+
+
+def refused(module, words, ids=((1, 2, 3),), shown=None, **options):
+    with pytest.raises(ValueError, match=words):
+        wrap_tokens(module, MASK, **options).batch([list(row) for row in ids], shown)
+
+
+def test_bad_input_is_refused_in_a_sentence(module):
+    """Ids beyond the vocabulary, the mask in a text, an empty answer, a text that is too long."""
+    refused(module, r"text 0 has id 9 at 1, beyond 0\.\.5", [(1, 9, 2)])
+    refused(module, "text 1 has id 5 at 0, the model's mask", [(1, 1), (5, 1)])
+    refused(module, "text 0 has id 2 at 1, never predicted", never=(2,))
+    refused(module, "text 0 has no token to score", shown=torch.tensor([True] * 3))
+    refused(module, "text 1 has no token to score", [(1,), (PAD,)], pad_id=PAD)
+    refused(module, "3 tokens, and the model takes at most 2; divide it", length=2)
+    refused(module, "shown tokens are a mask of booleans", shown=torch.tensor([1, 0, 0]))
+    refused(module, "ids of the module are 0..5; got", never=(8,))
+    refused(module, "time must be masked, sigma or a function", time="noise")
+    with pytest.raises(ValueError, match="a condition for each token"):
+        wrap_tokens(module, MASK).batch(Batch(torch.tensor([[1, 2]]), torch.zeros(1, 3)))
+    with pytest.raises(ValueError, match="texts are ids, integers"):
+        wrap_tokens(module, MASK).batch(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="must return logits"):
+        wrap_tokens(nn.Flatten(), MASK)
+
+
+def test_a_left_to_right_module_is_refused():
+    """Its logits depend on earlier tokens and never on later ones; a unigram's on neither."""
+    with seeded(4), pytest.raises(ValueError, match="left to right"):
+        wrap_tokens(Tiny(causal=True), MASK)
+
+    class Unigram(nn.Module):
+        def forward(self, ids):
+            return torch.zeros(*ids.shape, V)
+
+    model = wrap_tokens(Unigram(), MASK)
+    assert math.isclose(measured(model, model.batch([[1, 2]])), 2 * math.log(V - 1))
