@@ -173,6 +173,12 @@ def test_what_fails_before_the_first_step_is_not_the_learning_rate(tmp_path):
         ValueError, match=r"learning rate is not .* the data lie in -\S+e\+160\.\."
     ):
         nelbo.train(frame, tmp_path / "a", **tiny)
+    frame["a"] = RNG.normal(size=60).tolist()
+    with pytest.raises(ValueError, match="learning rate is not the cause: gamma begins at -79, "):
+        nelbo.train(frame, tmp_path / "c", gamma_min=-79, **tiny)
+    with pytest.raises(ValueError, match="gamma_min must be at least -80; got -100"):
+        nelbo.train(frame, tmp_path / "c", gamma_min=-100, **tiny)
+    assert not (tmp_path / "c").exists()
     np.save(tmp_path / "x.npy", RNG.normal(size=(60, 2)) * 1e160)
     with pytest.raises(ValueError, match=r"which lie in -\S+e\+160\.\..* rescale the data"):
         nelbo.train(tmp_path / "x.npy", tmp_path / "b", **tiny)

@@ -86,6 +86,7 @@ def resolve(name: str, table: Mapping[str, str]) -> Any:  # noqa: ANN401
 #: a number of things, and a fraction that is less than all
 Count = Annotated[int, Ge(1), Le(2**53)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+CLEAREST = -80.0  # -log SNR below which the SNR and its slope overflow float32 in training
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class ModelConfig(Record):
         schedule: -log SNR over time. betas is the classic one, 1000 β's from 1e-4 to 0.02. learned
             finds the interior that minimises the variance of the bound; learned-ends also learns
             the ends.
-        gamma_min: -log SNR at the data's end.
+        gamma_min: -log SNR at the data's end, -80 or more.
         gamma_max: -log SNR at the noise's end.
         head: Output of the network: levels, one number for each level; level-curves, the weights
             of a few curves over many levels; or noise, data, velocity; symbols for the absorbing
@@ -115,7 +116,7 @@ class ModelConfig(Record):
 
     process: Process = "gaussian"
     schedule: Schedule = "linear"
-    gamma_min: float = -7.0
+    gamma_min: Annotated[float, Ge(CLEAREST)] = -7.0
     gamma_max: float = 6.0
     head: Head = "levels"
     step: Step = "mixture"

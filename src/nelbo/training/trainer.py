@@ -41,6 +41,7 @@ from nelbo.training.parallel import add_up, deterministic, parts_of, prepare, sh
 from nelbo.training.presets import MANY_LEVELS
 from nelbo.training.timestep_samplers import TIMESTEP_SAMPLERS
 
+CLEAR = -30.0  # gamma below which a float32 network sees no noise, as rounding exceeds it
 SKIPPED = 10  # steps in a row without a finite loss after which training stops
 STARTED_FROM = 2**15  # examples on disk to which a model fits its statistics, at most
 VALIDATION = (1000, 2**18)  # examples and numbers of a validation, at most, to take little time
@@ -285,10 +286,12 @@ class Trainer:
             low, high = _range(self.dataset.splits["train"])
             ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
             least, most = self.average.process.schedule(ends.to(self.average.device)).tolist()
-            why = (
-                "before the first step, so the learning rate is not the cause: the data lie in"
-                f" {low:g}..{high:g}, gamma in {least:g}..{most:g}; rescale the data to about"
-                " -1..1, or leave --gamma-min and --gamma-max out"
+            why = "before the first step, so the learning rate is not the cause: " + (
+                f"gamma begins at {least:g}, a signal e^{-least:g} times the noise; try a"
+                " --gamma-min of -20 or more, or leave it out"
+                if least < CLEAR
+                else f"the data lie in {low:g}..{high:g}, gamma in {least:g}..{most:g}; rescale"
+                " the data to about -1..1, or leave --gamma-min and --gamma-max out"
             )
         else:
             why = (
