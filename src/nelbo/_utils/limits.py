@@ -358,7 +358,7 @@ def _count(func: Callable[..., object], args: Sequence[object], kwargs: Mapping)
     try:
         if func in COUNTS:
             return COUNTS[func](*args, **kwargs)
-        alike = torch.rand if func is torch.randn else func
+        alike: Callable[..., object] = torch.rand if func is torch.randn else func
         made = alike(*args, **{**kwargs, "device": "meta"})
     except (RuntimeError, TypeError, ArithmeticError):  # beyond the address space
         return math.inf

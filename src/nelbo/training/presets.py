@@ -92,6 +92,8 @@ def configure(
         # an example is expensive: many small steps and few validations
         train = replace(train, steps=10_000, batch=16, lr=3e-3, evaluate_every=1000)
         train = replace(train, optimizer="muon")
+    if network == "conv":  # a validation takes the time of some 25 steps
+        train = replace(train, evaluate_every=200)
     if network == "unet":
         dropout = model.dropout if examples <= MANY_EXAMPLES else 0.0
         model = replace(model, network="unet", depth=1, dropout=dropout)
