@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -19,12 +20,29 @@ import nelbo
 from nelbo._utils import files
 from nelbo._utils.progress import progress_bar
 from nelbo.cli import app
+from nelbo.models.config import ModelConfig
+from nelbo.training.config import TrainConfig
 
 
 @pytest.mark.parametrize("command", [c for c in app if not c.startswith("-")])
 def test_every_option_says_what_it_is(command):
     for argument in app[command].assemble_argument_collection(parse_docstring=True):
         assert argument.parameter.help, argument.name
+
+
+def test_the_options_of_train_are_the_fields_of_the_configurations():
+    """Declared once, with their help and their default; a list of times is no option."""
+    arguments = app["train"].assemble_argument_collection(parse_docstring=True)
+    options = {name: argument for argument in arguments for name in argument.names}
+    for config, groups in ((ModelConfig, {"Model"}), (TrainConfig, {"Training", "Computation"})):
+        for each in fields(config):
+            if each.name == "grid":
+                assert "--grid" not in options
+                continue
+            argument = options[f"--{each.name.replace('_', '-')}"]
+            assert argument.parameter.show_default(None) == f"by preset, {each.default}"
+            assert " ".join(argument.parameter.help.split()) in " ".join(config.__doc__.split())
+            assert {group.name for group in argument.parameter.group} <= groups
 
 
 def test_version_and_help(capsys):
@@ -188,7 +206,7 @@ def test_bad_options(trained, tmp_path, capsys):
         (("evaluate", trained, "--calls", 0.1), "calls must be at least 0.29 per example"),
         (("evaluate", trained, "--calls", 1, "--save", "x.npz"), "calls must be at least 2 per"),
         (("evaluate", trained, "--calls", "inf"), "and finite; got inf"),
-        (("evaluate", trained, "--calls", 1e30), "try a smaller one"),
+        (("evaluate", trained, "--calls", 1e30), "batch must be at most 1e+12"),
         (("train", "digits", "--out", run, "--batch", 10**30), "try a smaller one"),
         (("evaluate", trained, "--split", "tset"), "train, validation, test; got 'tset'"),
         (("sample", trained, "--out", tmp_path / "x.gif"), ".png or .npz"),

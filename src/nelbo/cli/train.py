@@ -1,15 +1,16 @@
 """`nelbo train`: train a new run, continue one, or fine-tune one."""
 
-from dataclasses import dataclass
+from dataclasses import fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from nelbo.cli.common import Labels, Splits, say
-from nelbo.models.config import Decoder, Head, ModelConfig, Network, Process, Schedule, Step
-from nelbo.training import config
+from nelbo.models.config import ModelConfig
+from nelbo.training.config import TrainConfig
 from nelbo.training.presets import Preset
 
 if TYPE_CHECKING:
@@ -19,160 +20,68 @@ if TYPE_CHECKING:
 CHANGEABLE = ("steps", "patience", "shard")  # options that may change when a run is continued
 
 
-def _preset(name: str) -> Parameter:
-    """Return an option whose default is set by the preset; help shows auto's for small images."""
-    value = vars(ModelConfig()).get(name, vars(config.TrainConfig()).get(name))
-    return Parameter(show_default=lambda _: f"by preset, {value}", negative="")
+#: options of TrainConfig that change how it is computed, and not what
+COMPUTING = (
+    "accumulate",
+    "precision",
+    "compile",
+    "checkpoint_activations",
+    "shard",
+    "deterministic",
+    "nonfinite",
+)
+RUN, DATA, MODEL, TRAINING, COMPUTATION = (
+    Group(name, sort_key=i)
+    for i, name in enumerate(("Run", "Data", "Model", "Training", "Computation"))
+)
 
 
-@Parameter(name="*")
-@dataclass
-class TrainOptions:
-    """Override values of the preset; the defaults shown are those of auto for small images.
+def _options(config: type[ModelConfig] | type[TrainConfig], group: Group) -> Any:  # noqa: ANN401
+    """Return a dataclass of the fields of a configuration, with its help, all of them optional.
 
-    Attributes
-    ----------
-    steps
-        Training steps.
-    batch
-        Examples per step.
-    lr
-        Peak learning rate.
-    warmup
-        Steps until the peak.
-    weight_decay
-        Decoupled weight decay of the network's matrices.
-    ema
-        Decay of the moving average of the weights.
-    dropout
-        Fraction of hidden units dropped.
-    width
-        Channels, or hidden units.
-    depth
-        Residual blocks.
-    members
-        Networks that are trained separately and averaged; each takes its part of the batch.
-    network
-        conv is for images, unet for large ones; transformer for text or anything of few
-        dimensions; mlp for anything.
-    process
-        gaussian adds noise; absorbing, for integers, masks symbols.
-    schedule
-        -log SNR over time. betas is the classic one, 1000 β's from 1e-4 to 0.02. learned finds the
-        interior that minimises the variance of the bound; learned-ends also learns the ends.
-    gamma_min
-        -log SNR at the data's end.
-    gamma_max
-        -log SNR at the noise's end.
-    head
-        Output of the network: levels, one number for each level; level-curves, the weights of
-        a few curves over many levels; or noise, data, velocity; symbols for the absorbing process.
-    step
-        Reverse step P(z_s|z_t), used for bounds and samples in few steps.
-    decoder
-        P(x|z_1).
-    optimizer
-        adamw; or muon, which orthogonalises the updates of hidden matrices: large images and text
-        need fewer steps.
-    objective
-        The bound, or a re-weighting of its diffusion term.
-    times
-        Times of the training steps: stratified over the batch; importance, more often where the
-        loss is large, learned while training; or iid. The mean loss is the same with each.
-    cross_entropy
-        Weight of the decoder's loss at the drawn times.
-    augment
-        Fraction of the images that are transformed in training; the transform is an input of the
-        network.
-    label_dropout
-        Fraction of the examples whose labels are dropped, so that the network also learns P(x),
-        which sample --guidance needs.
-    clip
-        Maximal norm of the gradient.
-    evaluate_every
-        Steps between validations; each saves the run.
-    patience
-        Validations in a row without a better bound after which training ends; 0 for never. By
-        default 10 for tables and 0 for all else.
-    accumulate
-        Number of parts into which each process divides its examples of a batch, one after the
-        other: less memory, and the same loss.
-    precision
-        Precision of the network in training, bf16 by autocast; weights, bound and validation
-        stay in full precision.
-    compile
-        Compile the network: quicker steps on a GPU, after some minutes.
-    checkpoint_activations
-        Store only the input of each block and compute the rest again for the gradient: less
-        memory, and the same gradient.
-    shard
-        Divide weights, gradients, moments and averages among the processes, for a network larger
-        than one device (docs/scale.md).
-    deterministic
-        Use only algorithms that give the same bits each time, also on a GPU.
-    nonfinite
-        Handling of a step whose loss or gradient is not finite: stop, with the best weights
-        kept; or skip it, at most 9 times in a row.
-    seed
-        Seed of everything random.
+    Defaults are set by the preset; the help shows those of auto for small images. A list of times
+    is no option.
     """
+    kinds = get_type_hints(config)
+    options: list[tuple[str, object, object]] = []
+    for each in fields(config):
+        if get_origin(kinds[each.name]) is tuple:
+            continue
+        parameter = Parameter(
+            group=COMPUTATION if each.name in COMPUTING else group,
+            show_default=partial(_shown, each.default),
+            negative="",
+        )
+        options.append((each.name, Annotated[kinds[each.name] | None, parameter], None))
+    made = make_dataclass(f"{config.__name__}Options", options)
+    made.__doc__, made.__module__ = config.__doc__, __name__
+    return Parameter(name="*")(made)
 
-    steps: Annotated[int | None, _preset("steps")] = None
-    batch: Annotated[int | None, _preset("batch")] = None
-    lr: Annotated[float | None, _preset("lr")] = None
-    warmup: Annotated[int | None, _preset("warmup")] = None
-    weight_decay: Annotated[float | None, _preset("weight_decay")] = None
-    ema: Annotated[float | None, _preset("ema")] = None
-    dropout: Annotated[float | None, _preset("dropout")] = None
-    width: Annotated[int | None, _preset("width")] = None
-    depth: Annotated[int | None, _preset("depth")] = None
-    members: Annotated[int | None, _preset("members")] = None
-    network: Annotated[Network | None, _preset("network")] = None
-    process: Annotated[Process | None, _preset("process")] = None
-    schedule: Annotated[Schedule | None, _preset("schedule")] = None
-    gamma_min: Annotated[float | None, _preset("gamma_min")] = None
-    gamma_max: Annotated[float | None, _preset("gamma_max")] = None
-    head: Annotated[Head | None, _preset("head")] = None
-    step: Annotated[Step | None, _preset("step")] = None
-    decoder: Annotated[Decoder | None, _preset("decoder")] = None
-    optimizer: Annotated[config.Optimizer | None, _preset("optimizer")] = None
-    objective: Annotated[config.Objective | None, _preset("objective")] = None
-    times: Annotated[config.Times | None, _preset("times")] = None
-    cross_entropy: Annotated[float | None, _preset("cross_entropy")] = None
-    augment: Annotated[float | None, _preset("augment")] = None
-    label_dropout: Annotated[float | None, _preset("label_dropout")] = None
-    clip: Annotated[float | None, _preset("clip")] = None
-    evaluate_every: Annotated[int | None, _preset("evaluate_every")] = None
-    patience: Annotated[int | None, _preset("patience")] = None
-    accumulate: Annotated[int | None, _preset("accumulate")] = None
-    precision: Annotated[config.Precision | None, _preset("precision")] = None
-    compile: Annotated[bool | None, _preset("compile")] = None
-    checkpoint_activations: Annotated[bool | None, _preset("checkpoint_activations")] = None
-    shard: Annotated[bool | None, _preset("shard")] = None
-    deterministic: Annotated[bool | None, _preset("deterministic")] = None
-    nonfinite: Annotated[config.Nonfinite | None, _preset("nonfinite")] = None
-    seed: Annotated[int | None, _preset("seed")] = None
 
-    def given(self) -> dict[str, str | int | float]:
-        """Return the options that were given, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+def _shown(default: object, given: object) -> str:
+    return f"by preset, {default}"
+
+
+ModelOptions = _options(ModelConfig, MODEL)
+TrainOptions = _options(TrainConfig, TRAINING)
 
 
 def train(
-    data: str | None = None,
+    data: Annotated[str | None, Parameter(group=DATA)] = None,
     *,
-    out: Path | None = None,
-    resume: Path | None = None,
-    steps_of_bound: int | None = None,
-    preset: Annotated[Preset | None, Parameter(show_default=lambda _: "auto")] = None,
-    levels: int | None = None,
-    size: int | None = None,
-    schema: Path | None = None,
-    condition: Labels | None = None,
-    splits: Splits | None = None,
-    minutes: float | None = None,
-    device: str = "auto",
-    options: TrainOptions | None = None,
+    out: Annotated[Path | None, Parameter(group=RUN)] = None,
+    resume: Annotated[Path | None, Parameter(group=RUN)] = None,
+    steps_of_bound: Annotated[int | None, Parameter(group=RUN)] = None,
+    preset: Annotated[Preset | None, Parameter(group=RUN, show_default=lambda _: "auto")] = None,
+    minutes: Annotated[float | None, Parameter(group=RUN)] = None,
+    device: Annotated[str, Parameter(group=RUN)] = "auto",
+    levels: Annotated[int | None, Parameter(group=DATA)] = None,
+    size: Annotated[int | None, Parameter(group=DATA)] = None,
+    schema: Annotated[Path | None, Parameter(group=DATA)] = None,
+    condition: Annotated[Labels | None, Parameter(group=DATA)] = None,
+    splits: Annotated[Splits | None, Parameter(group=DATA)] = None,
+    model: ModelOptions | None = None,  # type: ignore[valid-type]
+    training: TrainOptions | None = None,  # type: ignore[valid-type]
 ) -> None:
     """Train a model of DATA by maximising the ELBO, into a new run folder.
 
@@ -216,8 +125,10 @@ def train(
         few. Their number is stored in the run, so that it can be continued exactly.
     device
         Where to train: cpu, cuda, cuda:1; auto is cuda, if there is one.
-    options
-        Override values of the preset.
+    model
+        Options of the model, in place of the preset's.
+    training
+        Options of the training, in place of the preset's.
     """
     from nelbo._utils.distributed import process_group
     from nelbo._utils.signals import Interrupted
@@ -225,8 +136,8 @@ def train(
     from nelbo.runs.train import resume as continue_run
     from nelbo.runs.train import train as start
 
-    chosen = options or TrainOptions()
-    given = chosen.given()
+    parts = [vars(part) for part in (model, training) if part is not None]
+    given = {name: v for part in parts for name, v in part.items() if v is not None}
     if resume is None:
         if steps_of_bound is not None:
             raise ValueError(
@@ -281,16 +192,14 @@ def train(
 
         def work(progress: bool) -> "Run":
             if steps_of_bound is None:
-                return continue_run(
-                    path,
-                    steps=chosen.steps,
-                    patience=chosen.patience,
-                    shard=chosen.shard,
-                    device=device,
-                    progress=progress,
-                )
+                return continue_run(path, **given, device=device, progress=progress)
             return fine_tune(
-                resume, steps_of_bound, path, steps=chosen.steps, device=device, progress=progress
+                resume,
+                steps_of_bound,
+                path,
+                steps=given.get("steps"),
+                device=device,
+                progress=progress,
             )
 
     with process_group() as rank:

@@ -84,7 +84,7 @@ def resolve(name: str, table: Mapping[str, str]) -> Any:  # noqa: ANN401
 
 
 #: a number of things, and a fraction that is less than all
-Count = Annotated[int, Ge(1), Le(2**53)]
+Count = Annotated[int, Ge(1), Le(10**12)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 CLEAREST = -80.0  # -log SNR below which the SNR and its slope overflow float32 in training
 
