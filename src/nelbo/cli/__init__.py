@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from nelbo._utils.signals import ended_tidily
 from nelbo._version import __version__
@@ -18,6 +19,7 @@ from nelbo.cli.compress import compress, decompress
 from nelbo.cli.evaluate import evaluate
 from nelbo.cli.explain import explain
 from nelbo.cli.inspect import inspect
+from nelbo.cli.options_file import options_from
 from nelbo.cli.report import report
 from nelbo.cli.sample import sample
 from nelbo.cli.score import score
@@ -36,6 +38,32 @@ app = App(
 )
 for command in (train, inspect, evaluate, sample, score, compress, decompress, report, explain):
     app.command(command, help_format="markdown")
+COMMANDS = tuple(name for name in app if not name.startswith("-"))
+app.register_install_completion_command(
+    help="Install completion of commands and options in your shell: bash, zsh or fish."
+)
+
+
+@app.meta.default
+def _launch(
+    *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Path | None = None,
+) -> None:
+    """Run a command.
+
+    Parameters
+    ----------
+    words
+        The command and its arguments.
+    config
+        A .toml, .yaml or .json file with options, in a table for each command; by default
+        nelbo.toml in this folder, if there is one.
+    """
+    try:
+        app.config = options_from(config, COMMANDS)
+        app(words, exit_on_error=False, print_error=False)
+    finally:
+        app.config = ()
 
 
 @contextmanager
@@ -112,4 +140,4 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal shows ? for a missing symbol
     with ended_tidily(), _one_line_errors(), _one_line_warnings():
-        app(arguments, exit_on_error=False, print_error=False)
+        app.meta(arguments, exit_on_error=False, print_error=False)

@@ -41,7 +41,7 @@ class TrainConfig(Record):
             learns P(x), which sample --guidance needs.
         evaluate_every: Steps between validations; each saves the run.
         patience: Validations in a row without a better bound after which training ends; 0 for
-            never. By default 10 for tables.
+            never. By default 10 for tables and 0 for all else.
         seed: Seed of everything random.
         grid: Times of the bound that is trained, increasing to 1; none for continuous time.
         accumulate: Number of parts into which each process divides its examples of a batch, one
