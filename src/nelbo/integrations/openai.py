@@ -17,15 +17,19 @@ it is requested by clip=True.
 import math
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils import limits
 from nelbo._utils.files import put_weights, read_tensors
 from nelbo._utils.progress import shortened
+from nelbo._utils.validation import Record
 from nelbo.data.schema import Schema
 from nelbo.diffusion.process import Levels
 from nelbo.diffusion.times import TimeGrid
@@ -33,29 +37,42 @@ from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_le
 from nelbo.integrations.external import Foreign, check_label, read_json
 from nelbo.integrations.openai_unet import GROUPS, Architecture, UNet
 
-Flags = Mapping[str, object]
+Size = Annotated[int, Ge(1), Le(limits.STEPS)]
+#: -1 for a size that follows from others
+Derived = Annotated[int, Ge(-1), Le(limits.STEPS)]
 
-DEFAULTS: dict[str, int | bool | str] = {
-    "image_size": 64,
-    "num_channels": 128,
-    "num_res_blocks": 2,
-    "num_heads": 4,
-    "num_heads_upsample": -1,
-    "num_head_channels": -1,
-    "attention_resolutions": "16,8",
-    "channel_mult": "",
-    "class_cond": False,
-    "use_scale_shift_norm": True,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
-    "learn_sigma": False,
-    "sigma_small": False,
-    "diffusion_steps": 1000,
-    "noise_schedule": "linear",
-    "timestep_respacing": "",
-    "predict_xstart": False,
-    "rescale_timesteps": True,
-}
+
+@dataclass(frozen=True)
+class Flags(Record):
+    """The flags of a training script that determine the model, with the scripts' defaults."""
+
+    image_size: Size = 64
+    num_channels: Size = 128
+    num_res_blocks: Size = 2
+    num_heads: Size = 4
+    num_heads_upsample: Derived = -1
+    num_head_channels: Derived = -1
+    attention_resolutions: str = "16,8"
+    channel_mult: str = ""
+    class_cond: bool = False
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = False
+    use_new_attention_order: bool = False
+    learn_sigma: bool = False
+    sigma_small: bool = False
+    diffusion_steps: Size = 1000
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    timestep_respacing: str = ""
+    predict_xstart: bool = False
+    rescale_timesteps: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_heads_upsample", "num_head_channels"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be positive, or -1 to follow the others; got 0")
+
+
 #: flags that only affect training
 IGNORED = {"dropout", "use_kl", "rescale_learned_sigmas", "use_checkpoint", "use_fp16"}
 #: flags that imply another model, and what to do instead
@@ -81,7 +98,7 @@ CLASSES = 1000
 def load(
     path: str | Path,
     *,
-    flags: Flags | None = None,
+    flags: Mapping[str, object] | None = None,
     steps: int | None = None,
     clip: bool | None = None,
     label: int | None = None,
@@ -112,7 +129,7 @@ def load(
 
 def build(
     network: nn.Module,
-    flags: Flags,
+    flags: Mapping[str, object] | Flags,
     name: str = "openai",
     *,
     steps: int | None = None,
@@ -120,22 +137,22 @@ def build(
     label: int | None = None,
 ) -> Foreign:
     """Return the model of a network in memory, network(y, time) or network(y, time, label)."""
-    flags = check_flags(flags)
-    total, size = _int(flags, "diffusion_steps"), _int(flags, "image_size")
-    betas = named_betas(str(flags["noise_schedule"]), total)
-    check_label(label, CLASSES if flags["class_cond"] else None)
+    flags = flags if isinstance(flags, Flags) else check_flags(flags)
+    total, size = flags.diffusion_steps, flags.image_size
+    betas = named_betas(flags.noise_schedule, total)
+    check_label(label, CLASSES if flags.class_cond else None)
     if label is not None:
         network = Labelled(network, label)
-    variance: Variance = "small" if flags["sigma_small"] else "large"
-    variance = "learned-range" if flags["learn_sigma"] else variance
+    variance: Variance = "small" if flags.sigma_small else "large"
+    variance = "learned-range" if flags.learn_sigma else variance
     places = torch.arange(total)
     keep = spaced(total, _respacing(flags) if steps is None else steps)
     model = assemble(
         network,
         (3, size, size),
-        predicts="data" if flags["predict_xstart"] else "noise",
+        predicts="data" if flags.predict_xstart else "noise",
         gamma=gamma_of(betas=betas),
-        times=places * (1000 / total) if flags["rescale_timesteps"] else places,
+        times=places * (1000 / total) if flags.rescale_timesteps else places,
         variance=variance,
         scaling=Levels(256),
         clip=clip,
@@ -164,30 +181,18 @@ class Labelled(nn.Module):
         return output
 
 
-def check_flags(flags: Flags) -> dict[str, int | bool | str]:
+def check_flags(flags: Mapping[str, object]) -> Flags:
     """Return the flags with defaults for missing ones.
 
     Raises:
         ValueError: an unknown flag, one of the wrong type, or one of `REFUSED`.
     """
-    checked = dict(DEFAULTS)
-    for name, value in flags.items():
-        if name in IGNORED:
-            continue
-        if name in REFUSED:
-            if value:
-                raise ValueError(f"{name}={value}: {REFUSED[name]}")
-            continue
-        if name not in DEFAULTS:
-            raise ValueError(f"unknown flag {name!r}; known are {', '.join(DEFAULTS)}")
-        kind = type(DEFAULTS[name])
-        if type(value) is not kind:
-            raise ValueError(f"the flag {name} must be {kind.__name__}; got {value!r}")
-        if type(value) is int and value < 1 and value != DEFAULTS[name]:
-            raise ValueError(f"the flag {name} must be positive; got {value}")
-        checked[name] = value
-    limits.check_integers(checked.values(), limits.STEPS, "a flag")
-    if checked["diffusion_steps"] != 1000 and "rescale_timesteps" not in flags:
+    for name, reason in REFUSED.items():
+        if flags.get(name):
+            raise ValueError(f"{name}={flags[name]}: {reason}")
+    aside = IGNORED | REFUSED.keys()
+    checked = Flags.from_dict({k: v for k, v in flags.items() if k not in aside}, "the flags")
+    if checked.diffusion_steps != 1000 and "rescale_timesteps" not in flags:
         raise ValueError(
             "rescale_timesteps must be given where diffusion_steps is not 1000: improved-diffusion"
             " has it true, guided-diffusion false"
@@ -197,34 +202,38 @@ def check_flags(flags: Flags) -> dict[str, int | bool | str]:
 
 def architecture(flags: Flags) -> Architecture:
     """Return the architecture that the flags describe."""
-    size, channels = _int(flags, "image_size"), _int(flags, "num_channels")
+    size = flags.image_size
     multipliers: tuple[float, ...] | None = MULTIPLIERS.get(size)
-    if flags["channel_mult"]:
-        multipliers = tuple(_ints(flags, "channel_mult"))
+    if flags.channel_mult:
+        multipliers = tuple(_integers("channel_mult", flags.channel_mult))
     if multipliers is None:
         known = ", ".join(map(str, MULTIPLIERS))
         raise ValueError(f"image_size {size} needs channel_mult; the sizes without are {known}")
-    widths = [int(m * channels) for m in multipliers]
+    widths = [int(m * flags.num_channels) for m in multipliers]
     if any(width < 1 or width % GROUPS for width in widths):
         raise ValueError(
             f"num_channels times channel_mult must be multiples of {GROUPS}; got"
             f" {', '.join(map(str, widths))}"
         )
-    heads, heads_up = _int(flags, "num_heads"), _int(flags, "num_heads_upsample")
-    per_head = _int(flags, "num_head_channels")
+    sides = _integers("attention_resolutions", flags.attention_resolutions)
+    heads, heads_up, per_head = (
+        flags.num_heads,
+        flags.num_heads_upsample,
+        flags.num_head_channels,
+    )
     return Architecture(
-        channels=channels,
-        outputs=6 if flags["learn_sigma"] else 3,
-        blocks=_int(flags, "num_res_blocks"),
+        channels=flags.num_channels,
+        outputs=6 if flags.learn_sigma else 3,
+        blocks=flags.num_res_blocks,
         multipliers=multipliers,
-        attention=tuple(size // side for side in _ints(flags, "attention_resolutions")),
+        attention=tuple(size // side for side in sides),
         heads=heads,
         heads_up=heads if heads_up == -1 else heads_up,
         head_channels=None if per_head == -1 else per_head,
-        scale_shift=bool(flags["use_scale_shift_norm"]),
-        updown=bool(flags["resblock_updown"]),
-        qkv_first=bool(flags["use_new_attention_order"]),
-        classes=CLASSES if flags["class_cond"] else None,
+        scale_shift=flags.use_scale_shift_norm,
+        updown=flags.resblock_updown,
+        qkv_first=flags.use_new_attention_order,
+        classes=CLASSES if flags.class_cond else None,
     )
 
 
@@ -245,24 +254,18 @@ def named_betas(name: str, steps: int) -> list[float]:
     return [min(1 - alpha((i + 1) / steps) / alpha(i / steps), 0.999) for i in range(steps)]
 
 
-def _int(flags: Flags, name: str) -> int:
-    value = flags[name]
-    assert isinstance(value, int)
-    return value
-
-
-def _ints(flags: Flags, name: str) -> list[int]:
+def _integers(name: str, text: str) -> list[int]:
     try:
-        return [int(number) for number in str(flags[name]).split(",")]
+        return [int(number) for number in text.split(",")]
     except ValueError:
-        raise ValueError(f'{name} must be integers as in "16,8"; got {flags[name]!r}') from None
+        raise ValueError(f'{name} must be integers as in "16,8"; got {text!r}') from None
 
 
 def _respacing(flags: Flags) -> int:
     """Return the number of steps that the flags keep."""
-    text = str(flags["timestep_respacing"])
+    text = flags.timestep_respacing
     if not text:
-        return _int(flags, "diffusion_steps")
+        return flags.diffusion_steps
     if not text.isdecimal():
         raise ValueError(
             f'timestep_respacing must be one number of steps, as in "250"; got {text!r}: "ddim" is'
@@ -271,7 +274,7 @@ def _respacing(flags: Flags) -> int:
     return int(text)
 
 
-def _flags_beside(path: Path) -> Flags:
+def _flags_beside(path: Path) -> dict[str, object]:
     return read_json(
         path.with_suffix(".json"),
         "write there the flags the model was trained with, as in"

@@ -21,6 +21,7 @@ from torch import Tensor
 from nelbo._utils import limits
 from nelbo._utils.files import put_weights, read_tensors, write_tensors
 from nelbo._utils.sharding import divided_like, gathered
+from nelbo._utils.validation import validated
 from nelbo.runs.config import BEFORE, STATE
 from nelbo.training.config import Progress
 
@@ -76,23 +77,20 @@ def load(out: Path, learner: "Trainer") -> None:
         state.setdefault(int(i), {})[moment] = divided_like(own, tensor)
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    progress, best = about.get("progress", {}), part("best.")
-    if not isinstance(progress, dict) or not all(map(_is_progress, progress.items())):
-        raise ValueError(f"{path} does not say where the training stood; train again")
+    best = part("best.")
+    try:
+        progress = validated(Progress, about.get("progress"), str(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: it does not say where the training stood; train again"
+        ) from None
     if (
-        len(state) != (len(parameters) if progress.get("step") else 0)
-        or not WRITTEN <= progress.keys() <= learner.at.__dict__.keys()
+        len(state) != (len(parameters) if progress.step else 0)
+        or not about["progress"].keys() >= WRITTEN
         or best.keys() not in (set(), learner.average.state_dict().keys())
     ):
         raise ValueError(f"{path} lacks a part of the state; train again")
-    learner.at, learner.best = Progress(**progress), best
-
-
-def _is_progress(item: tuple[str, object]) -> bool:
-    """Return whether a name and its value form a field of `Progress`."""
-    name, value = item
-    kind = type(vars(Progress()).get(name))
-    return type(value) is kind or (kind is float and type(value) is int)
+    learner.at, learner.best = progress, best
 
 
 def _newest(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

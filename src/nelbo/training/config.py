@@ -96,6 +96,8 @@ class TrainConfig(Record):
 class Progress:
     """Progress of a training, saved with its state."""
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
     step: int = 0
     seconds: float = 0.0
     best: float = math.inf
