@@ -63,37 +63,22 @@ class _Settings(Record):
     draws: Annotated[int, Ge(2)]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class _Diffusion(BaseEstimator):
     """Base of both estimators: a model of the rows of X, and its bound per row."""
 
-    def __init__(
-        self,
-        *,
-        resolution: float = 0.001,
-        steps: int | None = None,
-        batch: int = 128,
-        lr: float = 2e-3,
-        width: int = 64,
-        depth: int = 3,
-        dropout: float = 0.1,
-        weight_decay: float = 0.1,
-        validation: float = 0.1,
-        memory: int = 0,
-        draws: int = 32,
-        random_state: "int | RandomState | None" = None,
-    ) -> None:
-        self.resolution = resolution
-        self.steps = steps
-        self.batch = batch
-        self.lr = lr
-        self.width = width
-        self.depth = depth
-        self.dropout = dropout
-        self.weight_decay = weight_decay
-        self.validation = validation
-        self.memory = memory
-        self.draws = draws
-        self.random_state = random_state
+    resolution: float = 0.001
+    steps: int | None = None
+    batch: int = TrainConfig.batch
+    lr: float = TrainConfig.lr
+    width: int = 64
+    depth: int = ModelConfig.depth
+    dropout: float = ModelConfig.dropout
+    weight_decay: float = TrainConfig.weight_decay
+    validation: float = 0.1
+    memory: int = 0
+    draws: int = 32
+    random_state: "int | RandomState | None" = None
 
     def _learn(self, X: "ArrayLike") -> tuple[np.ndarray, np.ndarray]:
         """Fit the model; return the rows used for training and those held out."""
@@ -277,6 +262,7 @@ class DiffusionDensity(DensityMixin, _Diffusion):
         return _framed(rows, getattr(self, "feature_names_in_", None))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
     """Detect rows unlike those of `fit`, by the density of a diffusion model at a resolution.
 
@@ -312,38 +298,10 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
         feature_names_in_: their names, if `fit` was given a frame whose names are strings.
     """
 
-    def __init__(
-        self,
-        *,
-        contamination: float | str = "auto",
-        resolution: float = 0.1,
-        steps: int | None = 400,
-        batch: int = 128,
-        lr: float = 2e-3,
-        width: int = 64,
-        depth: int = 3,
-        dropout: float = 0.1,
-        weight_decay: float = 0.1,
-        validation: float = 0.1,
-        memory: int = 2000,
-        draws: int = 32,
-        random_state: "int | RandomState | None" = None,
-    ) -> None:
-        self.contamination = contamination
-        super().__init__(
-            resolution=resolution,
-            steps=steps,
-            batch=batch,
-            lr=lr,
-            width=width,
-            depth=depth,
-            dropout=dropout,
-            weight_decay=weight_decay,
-            validation=validation,
-            memory=memory,
-            draws=draws,
-            random_state=random_state,
-        )
+    contamination: float | str = "auto"
+    resolution: float = 0.1
+    steps: int | None = 400
+    memory: int = 2000
 
     def fit(self, X: "ArrayLike", y: object = None) -> Self:
         """Train a model of the rows of X, (N, D), and set `offset_`; y is not used.
