@@ -33,7 +33,7 @@ def test_options_come_from_a_file_and_are_told(tmp_path, monkeypatch, capsys):
     ("name", "content", "says"),
     [
         ("x.toml", "[train]\nlearning_rate = 1\n", 'Unknown option: "[learning_rate]" from'),
-        ("x.toml", "[trian]\nlr = 1\n", "x.toml has the table [trian]; known are [train], "),
+        ("x.toml", "[training]\nlr = 1\n", "x.toml has the table [training]; known are [train], "),
         ("x.toml", "[train", "x.toml cannot be read"),
         ("x.yaml", "train: [", "x.yaml cannot be read"),
         ("x.json", "[1]", "must be a mapping"),
