@@ -50,7 +50,7 @@ def test_version_and_help(capsys):
     assert capsys.readouterr().out.strip() == f"nelbo {nelbo.__version__}"
     run_ok("train", "--help")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())  # lines as they fit
-    assert "--resume" in text and "1800" in text and "[default: cpu]" in text
+    assert "--resume" in text and "1800" in text and "[default: auto]" in text
 
 
 def test_a_bar_fits_a_narrow_terminal(capsys, monkeypatch):

@@ -16,6 +16,7 @@ from cyclopts import App, CycloptsError
 from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Json, Toml, Yaml
 
+from nelbo._utils.validation import validated
 from nelbo.cli.common import say
 
 DEFAULT = Path("nelbo.toml")
@@ -46,7 +47,7 @@ def options_from(path: Path | None, commands: Collection[str]) -> Fill:
     except CycloptsError as error:
         raise ValueError(f"{place} cannot be read: {error}") from None
     known = ", ".join(f"[{name}]" for name in commands)
-    for name in document if isinstance(document, dict) else ():
+    for name in validated(dict[str, dict[str, object]], document, str(place)) if document else ():
         if name not in commands:
             raise ValueError(f"{place} has the table [{name}]; known are {known}")
 
