@@ -5,24 +5,30 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from nelbo.cli.common import say
+from nelbo.cli.common import Seed, say
 
 
 def explain(
-    run: Annotated[str, Parameter(help="toy, a model of one number of which all is known.")],
+    run: Annotated[
+        str,
+        Parameter(help="A run folder; or toy, a model of one number of which all is known."),
+    ],
     *,
     out: Path | None = None,
+    seed: Seed = 0,
 ) -> None:
     """Write a self-contained HTML page on which a reader moves t and sees what each step costs.
 
     Parameters
     ----------
     out
-        The page; by default toy.html.
+        The page; by default explain.html in the run folder, or toy.html.
     """
     from nelbo._utils.files import check_writable
     from nelbo.explain import explain as make
+    from nelbo.runs.run import load
 
-    page = out or Path("toy.html")
+    loaded = run if run == "toy" else load(run)
+    page = out or Path("toy.html" if run == "toy" else Path(run) / "explain.html")
     check_writable(page)
-    say(f"open {make(run, page, progress=True)}")
+    say(f"open {make(loaded, page, seed, progress=True)}")

@@ -90,25 +90,26 @@ def _block(
     x, process = batch.x, model.process
     e = model.embed(x)
     grid = times.times.to(x.device)[:, None].expand(-1, len(x))
-    prior = _kl(process.marginal(e, grid[-1]), process.prior(model.shape, grid[-1]))
+    prior = kl_of_dimensions(process.marginal(e, grid[-1]), process.prior(model.shape, grid[-1]))
     z = draw(process.marginal(e, grid[0]))
-    reconstruction = -_each(model.likelihood(z, grid[0], batch.condition)).log_prob(x)
+    reconstruction = -of_dimensions(model.likelihood(z, grid[0], batch.condition)).log_prob(x)
     diffusion = [torch.zeros_like(prior) for _ in steps]
     for s, t in pairwise(grid):
         z = draw(process.marginal(e, t))
         q = process.posterior(z, e, s, t)
         prediction = model.predict(z, t, batch.condition)
         for step, total in zip(steps, diffusion, strict=True):
-            total += _kl(q, step(prediction, z, s, t, process))
+            total += kl_of_dimensions(q, step(prediction, z, s, t, process))
     return [Bound(prior, reconstruction, total) for total in diffusion]
 
 
-def _kl(q: Distribution, p: Distribution) -> Tensor:
-    q, p = _each(q), _each(p)
+def kl_of_dimensions(q: Distribution, p: Distribution) -> Tensor:
+    """Return KL( q_i ‖ p_i ) of each dimension, shape (B, ...), nats; of a mixture, one draw."""
+    q, p = of_dimensions(q), of_dimensions(p)
     return kl(q, p, kl_noise(q, p))
 
 
-def _each(distribution: Distribution) -> Distribution:
+def of_dimensions(distribution: Distribution) -> Distribution:
     """Return the distributions of the dimensions, whose product is `distribution`."""
     if not isinstance(distribution, Independent):
         raise TypeError(

@@ -185,13 +185,13 @@ function drawPath(T) {
 function drawMarginal(T) {
   const i = Math.min(t, T), q = look("marginal")[i - 1], value = look("z")[i - 1];
   const marks = [{ at: value, colour: "ink", plain: `z_${i}` }];
-  const x = look("e");
-  if (asCurve(q)[0] === "normal") marks.push({ at: x === null ? D.x[chosen.x] : x, colour: "x", plain: "x" });
-  densities("marginal", `the density of z ${i} given x`, [{ curve: q, colour: "q" }], marks, look("range") || null);
+  const x = D.x ? D.x[chosen.x] : look("e");
+  if (x !== null) marks.push({ at: x, colour: "x", plain: "x" });
+  densities("marginal", `the density of z ${i} given x`, [{ curve: q, colour: "q" }], marks);
   if (asCurve(q)[0] === "normal") {
     const [, mean, sd] = asCurve(q);
     say("marginal", `Given <span class="x"><i>x</i></span>, ${z(i)} has <span class="q">mean ${num(mean)} and standard deviation ${num(sd)}</span>; here it was drawn as ${num(value)}.`);
-  } else say("marginal", `Given <span class="x"><i>x</i></span>, ${z(i)} is <span class="q">kept, or hidden</span> by the last bar.`);
+  } else say("marginal", `Given <span class="x"><i>x</i></span>, ${z(i)} <span class="q">shows it or hides it</span>: hidden is the last bar.`);
 }
 
 function drawBack(T) {
@@ -208,8 +208,8 @@ function drawBack(T) {
       ? `The encoder, which knows <i>x</i>: <span class="q"><i>m</i><sub>t</sub> = ${num(asCurve(q)[1])}, √β̃ = ${num(asCurve(q)[2])}</span>. The model, which does not: <span class="p"><i>f</i> = ${num(asCurve(p)[1])}, <i>σ</i> = ${num(asCurve(p)[2])}</span>.`
       : `Solid blue, the encoder, which knows <i>x</i>; dashed orange, the model, which does not: it keeps open what it cannot know.`);
   } else {
-    const p = look("f")[0], x = look("x_code");
-    densities("back", "what the model says of x, given z 1", [{ curve: p, colour: "p" }], [{ at: x === null ? D.x[chosen.x] : x, colour: "x", plain: "x" }]);
+    const p = look("f")[0], x = D.x ? D.x[chosen.x] : look("x_code");
+    densities("back", "what the model says of x, given z 1", [{ curve: p, colour: "p" }], x === null ? [] : [{ at: x, colour: "x", plain: "x" }]);
     say("back", `The last step gives the data themselves: <span class="p"><i>P</i>(<i>x</i>|${z(1)})</span>. It costs −log<sub>2</sub> of its height at <span class="x"><i>x</i></span>.`);
   }
 }
@@ -343,6 +343,10 @@ function drawPictures(T, k) {
   set("picture-z", look("image_z")[i - 1]);
   set("picture-f", t > T ? "" : look("image_f")[i - 1]);
   set("picture-cost", look("image_cost")[k]);
+  for (const mark of document.querySelectorAll(".mark")) {
+    const [left, top, wide, high] = D.places[chosen.dim];
+    Object.assign(mark.style, { left: `${left}%`, top: `${top}%`, width: `${wide}%`, height: `${high}%` });
+  }
   say("pictures", t > T ? "All signal is gone; what is left of it costs the prior term." : `From ${z(i)} the network predicts <i>x̂</i>; where it is wrong, the step costs bits (the brighter, the more; ${unit(look("heat")[k])} in the brightest pixel).`);
 }
 

@@ -22,6 +22,7 @@ class Panel:
         code: functions that are the equation, as "folder/file.py:name".
         text: a sentence for the reader, HTML.
         wide: whether it takes a whole row.
+        inside: what is in the place to draw at first, HTML.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Panel:
     code: tuple[str, ...]
     text: str = ""
     wide: bool = False
+    inside: str = ""
 
     def html(self) -> str:
         """Return the panel as HTML."""
@@ -43,7 +45,7 @@ class Panel:
             f'<section class="{kind}" aria-labelledby="title-{self.name}">'
             f'<h2 id="title-{self.name}">{escape(self.title)}</h2>'
             f'<p class="eq">{self.equation}</p>'
-            f'<div class="draw" id="{self.name}"></div>'
+            f'<div class="draw" id="{self.name}">{self.inside}</div>'
             f'<p class="say" id="say-{self.name}"></p>'
             f"{f'<p>{self.text}</p>' if self.text else ''}"
             f'<p class="home">Equation {self.number} · {links}</p></section>'

@@ -176,6 +176,32 @@ def _model(found: Values, made: Toy, paths: list[list[Tensor]], chosen: dict[str
     found.put("constant", fixed, **of_schedule)
 
 
+_Z, _Z_BEFORE, _X, _ALPHA = sub("z", "t"), sub("z", "t−1"), "<i>x</i>", sub("α", "t")
+#: panels of all pages
+MARGINAL = Panel(
+    "marginal",
+    "Where the latent may be",
+    f"<i>q</i>({_Z}|{_X}) = N(√{_ALPHA} {_X}, 1−{_ALPHA})",
+    "3",
+    ("diffusion/process.py:GaussianDiffusion.marginal",),
+)
+SUM = Panel(
+    "sum",
+    "The running sum becomes −ELBO",
+    f"−ELBO = KL(<i>q</i>({sub('z', 'T')}|{_X}) ‖ <i>P</i>({sub('z', 'T')}))"
+    f" + Σ<sub>t=2..T</sub> E<sub><i>q</i></sub> KL(<i>q</i>({_Z_BEFORE}|{_Z},{_X}) ‖"
+    f" <i>P</i>({_Z_BEFORE}|{_Z})) + E<sub><i>q</i></sub>[−log"
+    f" <i>P</i>({_X}|{sub('z', '1')})]",
+    "5",
+    (
+        "diffusion/elbo.py:prior_term",
+        "diffusion/elbo.py:diffusion_term",
+        "diffusion/elbo.py:reconstruction_term",
+    ),
+    wide=True,
+)
+
+
 def panels() -> list[Panel]:
     """Return the panels of the page."""
     z, z_before, x = sub("z", "t"), sub("z", "t−1"), "<i>x</i>"
@@ -189,13 +215,7 @@ def panels() -> list[Panel]:
             ("diffusion/process.py:GaussianDiffusion.transition",),
             wide=True,
         ),
-        Panel(
-            "marginal",
-            "Where the latent may be",
-            f"<i>q</i>({z}|{x}) = N(√{alpha} {x}, 1−{alpha})",
-            "3",
-            ("diffusion/process.py:GaussianDiffusion.marginal",),
-        ),
+        MARGINAL,
         Panel(
             "back",
             "One step back, with and without x",
@@ -223,21 +243,7 @@ def panels() -> list[Panel]:
             "2",
             ("diffusion/schedules.py:Schedule.from_betas",),
         ),
-        Panel(
-            "sum",
-            "The running sum becomes −ELBO",
-            f"−ELBO = KL(<i>q</i>({sub('z', 'T')}|{x}) ‖ <i>P</i>({sub('z', 'T')}))"
-            f" + Σ<sub>t=2..T</sub> E<sub><i>q</i></sub> KL(<i>q</i>({z_before}|{z},{x}) ‖"
-            f" <i>P</i>({z_before}|{z})) + E<sub><i>q</i></sub>[−log"
-            f" <i>P</i>({x}|{sub('z', '1')})]",
-            "5",
-            (
-                "diffusion/elbo.py:prior_term",
-                "diffusion/elbo.py:diffusion_term",
-                "diffusion/elbo.py:reconstruction_term",
-            ),
-            wide=True,
-        ),
+        SUM,
         Panel(
             "evidence",
             "The density that the model has learned, and its bound",
