@@ -8,14 +8,21 @@ from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.pages import Page
+from support.runs import TINY
 
 import nelbo
-from nelbo._utils.numerics import LOG_2
+from nelbo._utils.numerics import LOG_2, seeded, widened
+from nelbo.diffusion.elbo import prior_term
+from nelbo.diffusion.model import measuring
+from nelbo.diffusion.times import TimeGrid, elbo
+from nelbo.explain import run as run_page
 from nelbo.explain import toy as toy_page
 from nelbo.explain.panels import SOURCE
+from nelbo.runs.train import train
 
 SCRIPT = files("nelbo.explain").joinpath("page.js").read_text()
 
@@ -143,3 +150,62 @@ def test_what_is_no_run_is_one_sentence(tmp_path):
     with pytest.raises((ValueError, OSError)):
         nelbo.explain(tmp_path / "none", tmp_path / "x.html")
     assert not Path(tmp_path / "x.html").exists()
+
+
+RUNS = {
+    "images": (lambda: integers(40, 1, 5, 7, levels=6), {}),
+    "masked": (lambda: integers(40, 6, levels=3), {"process": "absorbing"}),
+    "real": (lambda: integers(40, 2, levels=9) / np.float32(3), {}),
+    "table": (None, {}),
+}
+
+
+def integers(count, *shape, levels):
+    return np.random.default_rng(4).integers(0, levels, (count, *shape)).astype(np.uint8)
+
+
+def a_table():
+    random = np.random.default_rng(5)
+    rows = [f"{random.normal():.7f},{i % 7 / 2},{random.choice(['a', '<b>'])}" for i in range(40)]
+    rows[3] = ",1.5,a"
+    return "\n".join(["x,y,z", *rows]) + "\n"
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, tmp_path_factory):
+    make, options = RUNS[request.param]
+    folder = tmp_path_factory.mktemp("run")
+    source = folder / ("data.npy" if make else "data.csv")
+    if make:
+        np.save(source, make())
+    else:
+        source.write_text(a_table())
+    return train(str(source), folder / "run", **TINY, **options)
+
+
+def test_a_run_is_shown_step_by_step(run, monkeypatch):
+    """Its page stands alone and is complete; its terms are those of the bound."""
+    monkeypatch.setattr(run_page, "STEPS", (2, 4))
+    text = nelbo.explain(run, seed=1).read_text()
+    assert nelbo.explain(run.path, run.path / "again.html", seed=1).read_text() == text
+    check_alone(text)
+    check_functions(text)
+    found = values_of(text)
+    check_complete(found)
+    tables = found["tables"]
+    for key, terms in tables["terms"]["at"].items():
+        assert len(terms) == 1 + (2, 4)[int(key.split(",")[1])]
+        assert sum(terms) == pytest.approx(tables["total"]["at"][key], rel=0.01, abs=0.01)
+    batch, _ = run.batch()
+    rows = [int(c.split()[1]) for c in found["choices"][0]["options"]]
+    x = batch.x[rows]
+    with seeded(2), torch.no_grad(), measuring(run.model):
+        many = widened(x).repeat_interleave(400, 0)
+        prior = prior_term(run.model, widened(x), torch.ones(len(x), dtype=torch.float64))
+        drawn = -elbo(run.model, many, TimeGrid.uniform(4)).elbo.reshape(len(x), 400) / LOG_2
+    for b in range(len(x)):
+        assert tables["terms"]["at"][f"{b},1,0"][0] == pytest.approx(
+            prior[b].item() / LOG_2, rel=1e-3, abs=1e-9
+        )
+        error = (tables["error"]["at"][f"{b},1,0"] ** 2 + drawn[b].var().item() / 400) ** 0.5
+        assert abs(tables["total"]["at"][f"{b},1,0"] - drawn[b].mean().item()) < 4.5 * error + 0.01

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track, shortened
@@ -32,7 +32,7 @@ from nelbo.runs.run import Run
 
 STEPS = (4, 8, 16)  # numbers of uniform steps
 EXAMPLES = 3
-DRAWS = 16  # of each latent, for the mean costs
+DRAWS = 32  # of each latent, for the mean costs
 DIMS = 8  # dimensions whose distributions are drawn, at most; of an image, fewer
 PIXELS = 3
 SIDE = 32  # pixels of the longer side of a picture, at most
@@ -228,10 +228,7 @@ def _put_pictures(
                 found.put("image_x", _picture(canvas.data(x[b : b + 1])[0]), x=b)
             latents = [_picture(canvas.latent(s.z[row], s.t[0].item())[0]) for s in path]
             found.put("image_z", latents, x=b, steps=n)
-            means = [
-                canvas.prediction(s.prediction.map(lambda v, r=row: v[r]).e_hat, s.z[row])[0]
-                for s in path
-            ]
+            means = [canvas.prediction(s.prediction.e_hat[row], s.z[row])[0] for s in path]
             found.put("image_f", [_picture(mean) for mean in means], x=b, steps=n)
             for k, each in enumerate(costs):
                 maps = [cost[row].reshape(-1, *schema.shape[1:]).sum(0) for cost in each]
@@ -317,17 +314,18 @@ def _said(z: Tensor, meaning: list[_Meaning], known: bool = False) -> list[str]:
 
 
 def _guessed(model: Model, step: Step, row: slice, meaning: list[_Meaning]) -> list[str]:
-    """Return the predictions of one example as text: a mean, or the likeliest symbol."""
+    """Return the predictions of one example as text: a mean, or the likeliest code."""
     process, said, at = model.process, [], 0
     pairs = zip(process.factors, step.prediction.factors, process.split(step.z[row]), strict=True)
     for part, prediction, z in pairs:
-        e_hat = prediction.e_hat[row]
-        gaussian = isinstance(part, GaussianDiffusion)
-        if gaussian:
-            found = part.mean(e_hat, z).flatten().double().tolist()
-            said += [meaning[at + i].of(v) for i, v in enumerate(found)]
+        one = prediction.map(lambda v: v[row])
+        levels = one.levels
+        if levels is None and isinstance(part, GaussianDiffusion):
+            mean = part.mean(one.e_hat, z).flatten().double().tolist()
+            said += [meaning[at + i].of(v) for i, v in enumerate(mean)]
         else:
-            log_p, best = e_hat.reshape(-1, e_hat.shape[-1]).max(-1)
+            table = one.e_hat if levels is None else levels.log_probs
+            log_p, best = table.reshape(-1, table.shape[-1]).max(-1)
             shown = z.flatten().tolist()
             for i, (code, p) in enumerate(zip(best.tolist(), log_p.exp().tolist(), strict=True)):
                 visible = part.mask is not None and shown[i] != part.mask
@@ -360,26 +358,26 @@ def _put_curves(
     last = model.decoder(one[0].prediction, one[0].z, one[0].t, process)
     prior = process.prior(model.shape, one[-1].t)
     for m, d in enumerate(dims):
-        flat = x[b].flatten()[d].double().item()
         found.put("z", [s.z.flatten()[d].double().item() for s in one], x=b, steps=n, dim=m)
         found.put("marginal", [curve(q, d, *_ends(q, d)) for q in marginals], x=b, steps=n, dim=m)
         found.put("back", [curve(q, d, *_ends(q, d)) for q in backs], x=b, steps=n, dim=m)
         found.put("prior", curve(prior, d, *_ends(prior, d)), steps=n, x=b, dim=m)
         for k, kernel in enumerate(kernels.values()):
             steps = [kernel(now.prediction, now.z, s.t, now.t, process) for s, now in pairs]
-            each = [curve(last, d, *_ends(last, d, flat))]
+            each = [curve(last, d, *_ends(last, d))]
             each += [curve(p, d, *_ends(p, d)) for p in steps]
             found.put("f", each, x=b, steps=n, kernel=k, dim=m)
 
 
-def _ends(distribution: Distribution, dim: int, near: float = math.nan) -> tuple[float, float]:
-    """Return where most of the density of a dimension is; around a value if that is unknown."""
-    try:
-        mean = distribution.mean.flatten()[dim].item()
-        sd = distribution.stddev.flatten()[dim].item()
-    except (NotImplementedError, AttributeError, IndexError):
-        mean, sd = (0.0 if math.isnan(near) else near), 1.0
-    return mean - 4 * sd, mean + 4 * sd
+def _ends(distribution: Distribution, dim: int) -> tuple[float, float]:
+    """Return the range of nearly all of 200 draws of a dimension, and a margin."""
+    assert isinstance(distribution, Independent)
+    shape = distribution.base_dist.batch_shape
+    with seeded(0):
+        some = draw(distribution, shape=(200, *shape)).reshape(200, -1)[:, dim].double()
+    low, high = some.min().item(), some.max().item()
+    margin = 0.15 * (high - low) + 1e-3 * max(1.0, abs(low))
+    return low - margin, high + margin
 
 
 # ---- the page

@@ -176,6 +176,11 @@ class ContinuousColumns(GaussianDiffusion):
         return per_example(Normal(loc, scale, validate_args=False))
 
     @override
+    def mean(self, e: Tensor, z: Tensor) -> Tensor:
+        """Return T⁻¹(ê), which is E[x|z_t] where T is linear."""
+        return self.transform.inverse(e)
+
+    @override
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
         signal = over((self.log_alpha(t) / 2).exp(), z)
         return super().rate(z, torch.where(e.isnan(), signal * z, e), e_hat, t)
