@@ -14,6 +14,7 @@ __all__ = ["Foreign", "TokenModel", "is_foreign", "load", "spaced", "wrap", "wra
 SOURCES = {
     "diffusers": "nelbo.integrations.diffusers",
     "openai": "nelbo.integrations.openai",
+    "hf": "nelbo.integrations.huggingface",
 }
 
 

@@ -1,0 +1,230 @@
+"""Masked language models in folders of Hugging Face's `transformers`.
+
+    BERT, RoBERTa, ModernBERT, ESM, EuroBERT   AutoModelForMaskedLM, classes of transformers itself
+    LLaDA-like     code in the folder; a decoder that looks both ways, not told the time
+    Dream-like     code in the folder; logits shifted by one place
+    MDLM-like      code in the folder; told the time as σ = -log α_t
+
+Weights are read from safetensors alone. Code in a folder (`auto_map`) is refused unless the caller
+trusts it, and then what will run is printed; see docs/security.md.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from nelbo._utils.scalars import integer
+from nelbo.data.schema import Schema
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
+from nelbo.integrations.external import Foreign, read_json
+from nelbo.integrations.texts import Texts, Tokenizer, read
+from nelbo.integrations.tokens import TokenModel, wrap_tokens
+
+#: positions of these begin after the id of padding
+OFFSET = ("roberta", "xlm-roberta", "camembert", "esm")
+#: shift of the logits and time input, by the start of the name of the folder's model type
+KINDS: Mapping[str, tuple[int, str | None]] = {"dream": (1, None), "mdlm": (0, "sigma")}
+CLASSES = "AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM"
+
+
+@dataclass(frozen=True)
+class ForeignText(Foreign):
+    """A masked language model with its tokenizer; `texts` reads data for it."""
+
+    tokenizer: Tokenizer | None = None
+
+    def texts(self, source: str | None, *, lines: bool = False) -> Texts:
+        """Return texts on which to measure the model.
+
+        Args:
+            source: a file, see `texts`.
+            lines: whether each line of a text file is an example of its own.
+
+        Raises:
+            ValueError: no source, or texts that do not suit the model.
+        """
+        if source is None:
+            raise ValueError(f"{self.name} brings no data; give some with --data")
+        assert self.tokenizer is not None
+        return read(Path(source), cast(TokenModel, self.model), self.tokenizer, lines=lines)
+
+
+def load(
+    folder: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | None = None,
+    length: int | None = None,
+) -> ForeignText:
+    """Load a masked language model from a folder.
+
+    Args:
+        folder: with config.json, *.safetensors and a tokenizer.
+        trust_remote_code: run the code that the folder brings (`auto_map`), after printing which.
+        steps: number of steps of the model that is measured; continuous time where left out.
+        dtype: of the weights; as they are stored where left out.
+        device_map: as for `from_pretrained`.
+        length: tokens of an example, at most; the model's positions where left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no config.json in it.
+        ImportError: transformers is missing.
+        ValueError: weights that are no safetensors, untrusted code, no mask token, or a
+            left-to-right model.
+    """
+    home = Path(folder)
+    if not home.is_dir():
+        raise FileNotFoundError(f"{home} is no folder; give one that save_pretrained wrote")
+    config = read_json(home / "config.json", "a folder of transformers has one")
+    _check_weights(home)
+    _check_code(home, config, trust_remote_code)
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError(
+            "models of Hugging Face need transformers: pip install 'nelbo[text]'"
+        ) from None
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(home), **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{home} has no tokenizer that can be read: {_first(error)}") from None
+    module = _module(transformers, home, config, options, dtype, device_map)
+    kind = str(config.get("model_type", "")).lower()
+    shift, time = next((v for k, v in KINDS.items() if kind.startswith(k)), (0, None))
+    mask = tokenizer.mask_token_id
+    mask = mask if mask is not None else config.get("mask_token_id")
+    if not isinstance(mask, int):
+        raise ValueError(
+            f"{home} has no mask token, so it is no masked model; got mask_token null"
+        )
+    positions = _positions(config, kind)
+    if length is not None:
+        length = integer("length", length, 1)
+        if positions is not None and length > positions:
+            raise ValueError(f"length must be at most {positions}, the positions; got {length}")
+    vocabulary = cast(Any, module).config.vocab_size
+    unused = range(len(tokenizer), vocabulary)
+    model = wrap_tokens(
+        module,
+        mask,
+        shift=shift,
+        time=cast(Any, time),
+        # padding is never written: lengths are given
+        never={*tokenizer.all_special_ids, *unused} - {mask},
+        length=positions if length is None else length,
+    )
+    notes = (
+        f"{type(module).__name__} of {home}: the bound of its any-order sampler, -log P(x) given"
+        " the tokens that show; special tokens show and are never predicted",
+        *(("logits are shifted by one place",) if shift else ()),
+        *((f"the model is told the time as {time}",) if time else ()),
+    )
+    shape = (model.length or 1,)
+    return ForeignText(
+        name=f"hf:{home}",
+        model=model,
+        schema=Schema("levels", shape, vocabulary),
+        times=_times(steps),
+        weights=home.name,
+        notes=notes,
+        tokenizer=cast(Tokenizer, tokenizer),
+    )
+
+
+def _times(steps: int | None) -> TimeDiscretization:
+    if steps is None:
+        return ContinuousTime()
+    # equal numbers of tokens are shown in each step: α_t = 1 - t² falls by 1/T
+    return TimeGrid(TimeGrid.uniform(steps).times.sqrt())
+
+
+def _check_weights(home: Path) -> None:
+    if any(home.glob("*.safetensors")):
+        return
+    others = sorted(
+        path.name for kind in ("bin", "pt", "pth", "ckpt", "h5") for path in home.glob(f"*.{kind}")
+    )
+    got = f"got {others[0]}, which can run code when it is read" if others else "got no weights"
+    raise ValueError(
+        f"weights must be safetensors; {got}: save them with"
+        " save_pretrained(folder, safe_serialization=True)"
+    )
+
+
+def _check_code(home: Path, config: Mapping[str, object], trusted: bool) -> None:
+    """Refuse code that a folder brings, or print what will run.
+
+    Raises:
+        ValueError: the folder names code, and the caller does not trust it.
+    """
+    named: dict[str, object] = {}
+    for file in ("config.json", "tokenizer_config.json"):
+        path = home / file
+        found = (config if file == "config.json" else read_json(path)) if path.is_file() else {}
+        own = found.get("auto_map")
+        if isinstance(own, dict):
+            named |= own
+    if not named:
+        return
+    what = ", ".join(f"{k}: {v}" for k, v in named.items())
+    if not trusted:
+        raise ValueError(
+            f"{home} would run code of its own ({what}); read it, and if you trust it, say"
+            " trust_remote_code=True, or --trust-remote-code"
+        )
+    files = ", ".join(path.name for path in sorted(home.glob("*.py")))
+    print(f"running code of {home}: {what} ({files or 'from elsewhere'})", file=sys.stderr)
+
+
+def _module(
+    transformers: ModuleType,
+    home: Path,
+    config: Mapping[str, object],
+    options: Mapping[str, object],
+    dtype: torch.dtype | None,
+    device_map: str | None,
+) -> nn.Module:
+    named = config.get("auto_map")
+    name = CLASSES[0]
+    if isinstance(named, dict):
+        name = next((each for each in CLASSES if each in named), name)
+    more: dict[str, object] = {"use_safetensors": True, "dtype": dtype or "auto"}
+    if device_map is not None:
+        more["device_map"] = device_map
+    make: Callable[..., Any] = getattr(transformers, name).from_pretrained
+    try:
+        module, found = make(str(home), output_loading_info=True, **options, **more)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{home} has no masked language model of transformers: {_first(error)}"
+        ) from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{home} lacks weights of {type(module).__name__}, which would be random:"
+            f" {', '.join(missing[:3])}"
+        )
+    made: nn.Module = module.eval()
+    return made
+
+
+def _positions(config: Mapping[str, object], kind: str) -> int | None:
+    found = config.get("max_position_embeddings", config.get("max_sequence_length"))
+    if not isinstance(found, int):
+        return None
+    pad = config.get("pad_token_id")
+    offset = pad + 1 if kind in OFFSET and isinstance(pad, int) else 0
+    return found - offset
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

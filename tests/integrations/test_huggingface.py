@@ -1,0 +1,210 @@
+"""Folders of transformers, written here with random tiny weights, and texts for them."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+import nelbo
+from nelbo._utils.numerics import seeded
+from nelbo.integrations import huggingface, is_foreign
+from nelbo.integrations.tokens import SCORED
+
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = [*"abcdA \n"]
+SIZES = {
+    "vocab_size": 12,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 10,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "cls_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 2,
+}
+KINDS = {
+    "bert": (transformers.BertConfig, transformers.BertForMaskedLM),
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForMaskedLM),
+    "modernbert": (transformers.ModernBertConfig, transformers.ModernBertForMaskedLM),
+    "esm": (transformers.EsmConfig, transformers.EsmForMaskedLM),
+    "eurobert": (transformers.EuroBertConfig, transformers.EuroBertForMaskedLM),
+}
+
+
+def write_tokenizer(folder, lower=False, mask=True):
+    """Save a tokenizer of letters, with [CLS] and [SEP] around a text."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *LETTERS])}
+    made = Tokenizer(models.WordLevel(vocabulary, "a"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    if lower:
+        made.normalizer = normalizers.Lowercase()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names |= {"mask_token": "[MASK]"} if mask else {}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+
+
+def write(folder, kind="bert", **tokenizer):
+    """Save a random model of a kind with its tokenizer."""
+    config, model = KINDS[kind]
+    with seeded(0):
+        more = (
+            {"emb_layer_norm_before": False, "token_dropout": False, "mask_token_id": 3}
+            if kind == "esm"
+            else {}
+        )
+        made = model(config(**SIZES, **more))
+        for parameter in made.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        made.save_pretrained(folder)
+    write_tokenizer(folder, **tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_class_of_transformers(tmp_path, kind):
+    """The logits are those of one real forward pass, renormalised over the possible ids."""
+    home = write(tmp_path / kind, kind)
+    found = huggingface.load(home)
+    (tmp_path / "a.txt").write_text("abcA d")
+    texts = found.texts(str(tmp_path / "a.txt"))
+    batch, model = texts.batch, found.model
+    assert batch.condition.tolist() == [[1, *[SCORED] * 6, 2]]
+    z = torch.where(batch.condition == SCORED, 12, batch.x)
+    t = torch.ones(1, dtype=torch.float64)
+    got = model.predict(z, t, batch.condition).symbols(z, 12).log_prob(batch.x)[0, 1:-1]
+    plain = transformers.AutoModelForMaskedLM.from_pretrained(home).eval()
+    with torch.no_grad():
+        logits = plain(torch.where(z == 12, 3, z)).logits[0, 1:-1]
+    logits[:, [0, 1, 2, 3, 11]] = -torch.inf
+    wanted = logits.double().log_softmax(-1).gather(1, batch.x[0, 1:-1, None])[:, 0]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert (wanted != wanted[0]).any()
+    assert model.length == (9 if kind in ("roberta", "esm") else 10)
+
+
+def test_texts_of_every_kind(tmp_path):
+    """Chunks, lines, prompts and FASTA: what is scored, and its characters and bytes."""
+    found = huggingface.load(write(tmp_path / "m"))
+
+    def read(name, text, **options):
+        (tmp_path / name).write_text(text)
+        return found.texts(str(tmp_path / name), **options)
+
+    def scored(texts):
+        return (texts.batch.condition == SCORED).sum(1).tolist()
+
+    chunks = read("a.txt", "abcd" * 5)
+    assert scored(chunks) == [8, 8, 4] and chunks.characters == chunks.size == 20
+    assert "3 chunks of 8 tokens, the last of 4" in chunks.notes[0]
+    lines = read("a.txt", "ab\n\nabc\n", lines=True)
+    assert scored(lines) == [2, 3] and lines.characters == 5
+    assert "2 lines, without their line breaks; 2 are empty" in lines.notes[0]
+    rows = [{"prompt": "ab", "answer": "cA"}, {"text": "abc"}]
+    pairs = read("a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert scored(pairs) == [2, 3] and pairs.batch.condition[0].tolist() == [1, 4, 5, -1, -1, 2]
+    assert scored(read("a.fasta", ">one\nab\ncd\n>two\na\n")) == [4, 1]
+    result = nelbo.evaluate(found.model, pairs.batch, calls=8)
+    rates = pairs.rates(result.nats, found.model.scored(pairs.batch))
+    assert math.isclose(rates["bits_per_token"], result.bits_per_dim)
+    assert math.isclose(rates["bits_per_byte"] * 5, result.nats * 2 / math.log(2))
+
+
+def test_bad_folders_and_texts_are_refused(tmp_path):
+    """One sentence each."""
+    home = write(tmp_path / "m")
+
+    def refused(words, folder=home, name=None, text="", **options):
+        if name is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            huggingface.load(folder).texts(str(tmp_path / str(name)), **options)
+
+    refused("is no folder", tmp_path / "none")
+    refused("has no mask token", write(tmp_path / "nomask", mask=False))
+    refused(
+        "it lowers case: .A. becomes .a.",
+        write(tmp_path / "low", lower=True),
+        "a.txt",
+        "abA",
+    )
+    refused(
+        "has 9 tokens, and the model's window is 10",
+        name="a.jsonl",
+        text=json.dumps({"prompt": "abcdabcda", "answer": "b"}),
+    )
+    refused(
+        "line 1 has an empty answer",
+        name="a.jsonl",
+        text=json.dumps({"prompt": "ab", "answer": ""}),
+    )
+    refused(
+        "example 0 has 14 tokens, and the model takes at most 10",
+        name="a.txt",
+        text="abcd" * 3,
+        lines=True,
+    )
+    refused("is not UTF-8|does not exist", name=None)
+    config = json.loads((home / "config.json").read_text())
+    remote = tmp_path / "remote"
+    write(remote)
+    (remote / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}})
+    )
+    (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    refused(r"would run code of its own \(AutoModel: evil.Model\)", remote)
+    assert not (tmp_path / "ran").exists()
+    binary = write(tmp_path / "bin")
+    (binary / "model.safetensors").rename(binary / "pytorch_model.bin")
+    refused("must be safetensors; got pytorch_model.bin", binary)
+
+
+CODE = """
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+class TimedConfig(BertConfig):
+    model_type = "KIND"
+
+class Timed(BertForMaskedLM):
+    config_class = TimedConfig
+    def forward(self, input_ids, timesteps=None):
+        found = super().forward(input_ids)
+        if timesteps is not None:
+            found.logits = found.logits + timesteps[:, None, None] * torch.arange(12.0)
+        return found
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift", "told"), [("Dream", 1, False), ("mdlm", 0, True), ("llada", 0, False)]
+)
+def test_trusted_code(tmp_path, capsys, kind, shift, told):
+    """Code of a folder runs if it is trusted, after it is named; its kind sets shift and time."""
+    home = write(tmp_path / "remote")
+    config = json.loads((home / "config.json").read_text())
+    config |= {"model_type": kind, "architectures": ["Timed"]}
+    config["auto_map"] = {"AutoConfig": "code.TimedConfig", "AutoModelForMaskedLM": "code.Timed"}
+    config["auto_map"] = {
+        k: v.replace("code", f"code_{kind}") for k, v in config["auto_map"].items()
+    }
+    (home / "config.json").write_text(json.dumps(config))
+    (home / f"code_{kind}.py").write_text(CODE.replace("KIND", kind))
+    found = huggingface.load(home, trust_remote_code=True)
+    assert "running code of" in capsys.readouterr().err
+    assert found.model.shift == shift and (found.model.network.clock is not None) == told
+    assert math.isfinite(nelbo.evaluate(found.model, [[4, 5, 6]], calls=8).nats)
+
+
+def test_sources():
+    """hf: is a kind of foreign source."""
+    assert is_foreign("hf:folder")
