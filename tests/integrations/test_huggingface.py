@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 import nelbo
 from nelbo._utils.numerics import seeded
+from nelbo.cli import main
 from nelbo.integrations import huggingface, is_foreign
 from nelbo.integrations.tokens import SCORED
 
@@ -114,7 +115,7 @@ def test_texts_of_every_kind(tmp_path):
     assert scored(pairs) == [2, 3] and pairs.batch.condition[0].tolist() == [1, 4, 5, -1, -1, 2]
     assert scored(read("a.fasta", ">one\nab\ncd\n>two\na\n")) == [4, 1]
     result = nelbo.evaluate(found.model, pairs.batch, calls=8)
-    rates = pairs.rates(result.nats, found.model.scored(pairs.batch))
+    rates = pairs.rates(result.nats)
     assert math.isclose(rates["bits_per_token"], result.bits_per_dim)
     assert math.isclose(rates["bits_per_byte"] * 5, result.nats * 2 / math.log(2))
 
@@ -208,3 +209,18 @@ def test_trusted_code(tmp_path, capsys, kind, shift, told):
 def test_sources():
     """hf: is a kind of foreign source."""
     assert is_foreign("hf:folder")
+
+
+def test_the_command(tmp_path, capsys):
+    """`nelbo evaluate hf:FOLDER` prints the rates and says what is scored."""
+    home = write(tmp_path / "m")
+    (tmp_path / "a.txt").write_text("abcd\nab\n")
+    command = ["evaluate", f"hf:{home}", "--data", str(tmp_path / "a.txt"), "--lines", "--json"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--calls", "8"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0, err
+    found = json.loads(out)
+    assert math.isclose(found["nats_per_token"] * 6, found["nats"] * 2)
+    assert math.isclose(found["bits_per_byte"], found["bits_per_token"])
+    assert "6 tokens of 2 texts are scored" in err and "any-order sampler" in err

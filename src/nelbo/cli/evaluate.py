@@ -43,6 +43,8 @@ def evaluate(
     tolerance: float | None = None,
     save: Path | None = None,
     columns: bool = False,
+    lines: bool = False,
+    trust_remote_code: bool = False,
     seed: Seed = 0,
     device: Device = "auto",
     json: bool = False,
@@ -54,7 +56,8 @@ def evaluate(
     Parameters
     ----------
     run
-        A run folder; or another library's model, diffusers:FOLDER or openai:FILE, with --data.
+        A run folder; or another library's model, diffusers:FOLDER, openai:FILE or hf:FOLDER, with
+        --data.
     data
         Other data of the kind that the run was trained on; by default the run's own data.
     split
@@ -89,6 +92,10 @@ def evaluate(
     columns
         Also print the cost of each column of a table, at --steps, by default 32, for at most 1000
         examples.
+    lines
+        For a model of tokens, hf:FOLDER: each line of a text file is an example of its own.
+    trust_remote_code
+        Run the code that the folder of hf:FOLDER brings, after printing which.
     json
         Print one JSON object.
     """
@@ -123,14 +130,15 @@ def evaluate(
         place = place_of(device, rank == 0)
         track = tracker("evaluate") if rank == 0 else iter
         if integrations.is_foreign(run):
-            foreign = integrations.load(run, steps=steps)
+            foreign = integrations.load(run, steps=steps, trust_remote_code=trust_remote_code)
             for note in foreign.notes if rank == 0 else ():
                 say(note)
             model, weights = foreign.model, foreign.weights
             times: TimeDiscretization | None = foreign.times
             schema = None
-            x, split = foreign.examples(data, split, splits, say if rank == 0 else None)
-            batch = Batch(x)
+            tell = say if rank == 0 else None
+            x, split = foreign.examples(data, split, splits, tell, lines=lines)
+            batch = Batch.of(x)
         else:
             loaded = load(run)
             weights, schema = loaded.weights, loaded.config.schema
@@ -153,6 +161,7 @@ def evaluate(
             find = partial(find, times=times, calls=calls, target_error=target_error)
             find = partial(find, per_example=save is not None, variates=variates)
         result = find(batch, seed=seed, weights=weights, split=split, track=track)
+        rates = foreign.rates(result.nats, batch) if integrations.is_foreign(run) else {}
         if isnan(result.nats):
             raise ValueError(
                 f"the bound of {split} is not a number; look for extreme values in the data,"
@@ -162,9 +171,13 @@ def evaluate(
             if save is not None:
                 write(save, display.npz(result))
             if json:
-                print(json_text(result.to_dict() | display.of_text(result, schema)))
+                print(json_text(result.to_dict() | display.of_text(result, schema) | rates))
             else:
                 display.result(result, schema)
+                if rates:
+                    print(", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in rates.items()))
+            for note in result.notes:
+                say(f"note: {note}")
             say_notes(batch.x)
             if line := display.worse_than_uniform(result, model.process.codes):
                 say(f"note: {line}")

@@ -23,13 +23,15 @@ def is_foreign(source: str) -> bool:
     return source.partition(":")[0] in SOURCES and ":" in source
 
 
-def load(source: str, *, steps: int | None = None) -> Foreign:
+def load(source: str, *, steps: int | None = None, trust_remote_code: bool = False) -> Foreign:
     """Load a model that was trained elsewhere, ready to be measured. No code in its files is run.
 
     Args:
         source: "diffusers:FOLDER" or "openai:FILE", followed after commas by options that its
-            flags leave open: "clip=yes" or "clip=no", "label=3".
+            flags leave open: "clip=yes" or "clip=no", "label=3"; or "hf:FOLDER", a masked
+            language model.
         steps: number of steps of the model; by default its own.
+        trust_remote_code: the one exception: run the code that a folder of hf: brings.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -39,6 +41,12 @@ def load(source: str, *, steps: int | None = None) -> Foreign:
     if kind not in SOURCES:
         known = " or ".join(f"{name}:PATH" for name in SOURCES)
         raise ValueError(f"a foreign model is {known}; got {source!r}")
+    if kind == "hf":
+        from nelbo.integrations.huggingface import load as load_text
+
+        return load_text(rest, steps=steps, trust_remote_code=trust_remote_code)
+    if trust_remote_code:
+        raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models bring no code")
     path, *options = rest.split(",")
     clip: bool | None = None
     label: int | None = None

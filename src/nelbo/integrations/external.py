@@ -10,6 +10,7 @@ from nelbo import data
 from nelbo._utils import limits
 from nelbo.data.schema import Schema
 from nelbo.data.sources import Splits
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization
 
@@ -40,7 +41,9 @@ class Foreign:
         split: str | None = None,
         splits: Splits | None = None,
         tell: Callable[[str], None] | None = None,
-    ) -> tuple[Tensor, str]:
+        *,
+        lines: bool = False,
+    ) -> tuple[Tensor | Batch, str]:
         """Return examples on which to measure the model, and a name for them.
 
         Args:
@@ -48,12 +51,15 @@ class Foreign:
             split: "train", "validation", "test" or "all", the default.
             splits: which names belong to which split, as for `nelbo.data.load`.
             tell: called with each note on the data.
+            lines: whether each line of a text is an example, for a model of tokens.
 
         Raises:
             ValueError: no source, data of another schema, or no such split.
         """
         if source is None:
             raise ValueError(f"{self.name} brings no data; give some with --data")
+        if lines:
+            raise ValueError("--lines is for a model of tokens, hf:FOLDER; leave it out")
         dataset = data.load_like(source, self.schema, splits=splits)
         if tell is not None:
             for note in dataset.notes:
@@ -62,6 +68,15 @@ class Foreign:
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
         return dataset.splits[split], f"{split} of {source}"
+
+    def rates(self, nats: float, batch: Batch) -> dict[str, float]:
+        """Return the bound per token, character and byte; nothing where it is not of text.
+
+        Args:
+            nats: the bound, mean per example.
+            batch: the examples.
+        """
+        return {}
 
 
 def read_json(

@@ -11,16 +11,19 @@ trusts it, and then what will run is printed; see docs/security.md.
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
 from nelbo._utils.scalars import integer
 from nelbo.data.schema import Schema
+from nelbo.data.sources import Splits
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.external import Foreign, read_json
 from nelbo.integrations.texts import Texts, Tokenizer, read
@@ -38,6 +41,30 @@ class ForeignText(Foreign):
     """A masked language model with its tokenizer; `texts` reads data for it."""
 
     tokenizer: Tokenizer | None = None
+    found: list[Texts] = field(default_factory=list)  # the texts read last
+
+    @override
+    def examples(
+        self,
+        source: str | None,
+        split: str | None = None,
+        splits: Splits | None = None,
+        tell: Callable[[str], None] | None = None,
+        *,
+        lines: bool = False,
+    ) -> tuple[Tensor | Batch, str]:
+        if split not in (None, "all") or splits is not None:
+            raise ValueError("a text for a model of tokens has no splits; leave --split out")
+        texts = self.texts(source, lines=lines)
+        self.found[:] = [texts]
+        if tell is not None:
+            for note in texts.notes:
+                tell(f"note: {note}")
+        return texts.batch, f"all of {source}"
+
+    @override
+    def rates(self, nats: float, batch: Batch) -> dict[str, float]:
+        return self.found[0].rates(nats) if self.found else {}
 
     def texts(self, source: str | None, *, lines: bool = False) -> Texts:
         """Return texts on which to measure the model.

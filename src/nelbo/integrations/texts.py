@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo._utils.numerics import LOG_2
 from nelbo.diffusion.batch import Batch
-from nelbo.integrations.tokens import TokenModel
+from nelbo.integrations.tokens import SCORED, TokenModel
 
 SHOWN = 40  # characters of a text in a message
 
@@ -52,18 +53,16 @@ class Texts:
     size: int | None
     notes: tuple[str, ...]
 
-    def rates(self, nats: float, scored: float) -> dict[str, float]:
-        """Return the bound per token, character and byte from the nats of an example.
-
-        Args:
-            nats: mean per example.
-            scored: mean number of scored tokens of an example.
-        """
-        bits = nats / float(np.log(2))
-        found = {"nats_per_token": nats / scored, "bits_per_token": bits / scored}
+    def rates(self, nats: float) -> dict[str, float]:
+        """Return the bound per scored token, character and byte from the nats of an example."""
+        assert self.batch.condition is not None
+        nats = nats * len(self.batch)
+        tokens = (self.batch.condition == SCORED).sum().item()
+        bits = nats / LOG_2
+        found = {"nats_per_token": nats / tokens, "bits_per_token": bits / tokens}
         if self.characters and self.size:
-            found["bits_per_character"] = bits * len(self.batch) / self.characters
-            found["bits_per_byte"] = bits * len(self.batch) / self.size
+            found["bits_per_character"] = bits / self.characters
+            found["bits_per_byte"] = bits / self.size
         return found
 
 
