@@ -111,7 +111,7 @@ def main() -> None:
             print(f"{kind:11}{way:9}", rows[kind, way], flush=True)
         forward, loop, ours = (rows[kind, way] for way in WAYS)
         print(
-            f"{kind:11} time ours/loop {ours['seconds'] / loop['seconds']:.3f}, memory"
+            f"{kind:11} time ours/loop {ours['cpu_seconds'] / loop['cpu_seconds']:.3f}, memory"
             f" ours/forward {ours['MiB'] / forward['MiB']:.3f}, loop/forward"
             f" {loop['MiB'] / forward['MiB']:.3f}"
         )
