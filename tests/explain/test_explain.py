@@ -166,7 +166,9 @@ def integers(count, *shape, levels):
 
 def a_table():
     random = np.random.default_rng(5)
-    rows = [f"{random.normal():.7f},{i % 7 / 2},{random.choice(['a', '<b>'])}" for i in range(40)]
+    rows = [
+        f"{1e6 * random.normal():.7f},{i % 7 / 2},{random.choice(['a', '<b>'])}" for i in range(40)
+    ]
     rows[3] = ",1.5,a"
     return "\n".join(["x,y,z", *rows]) + "\n"
 
@@ -193,6 +195,8 @@ def test_a_run_is_shown_step_by_step(run, monkeypatch):
     found = values_of(text)
     check_complete(found)
     tables = found["tables"]
+    for curves in tables["f"]["at"].values():  # a density has a height to be drawn, in any unit
+        assert all(c[0] == "normal" or max(c[-1]) > 0 for c in curves)
     for key, terms in tables["terms"]["at"].items():
         assert len(terms) == 1 + (2, 4)[int(key.split(",")[1])]
         assert sum(terms) == pytest.approx(tables["total"]["at"][key], rel=0.01, abs=0.01)

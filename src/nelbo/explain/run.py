@@ -288,7 +288,7 @@ class _Meaning(NamedTuple):
 
 
 def _short(v: float) -> str:
-    return f"{v:.4g}".replace("-", "−")
+    return f"{v:.6g}".replace("-", "−")
 
 
 def _meanings(schema: Schema, model: Model) -> list[_Meaning]:

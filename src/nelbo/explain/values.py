@@ -106,11 +106,16 @@ def curve(distribution: Distribution, dim: int, low: float, high: float) -> list
         return ["normal", mean.item(), sd.item()]
     if isinstance(part, Discrete):
         probabilities = part.log_probs.reshape(-1, part.log_probs.shape[-1])[dim].exp()
-        return ["bars", [round(v, 4) for v in probabilities.tolist()]]
+        return ["bars", _visible(probabilities)]
     at = torch.linspace(low, high, POINTS, dtype=torch.float64)
     value = at.reshape(-1, *[1] * len(part.batch_shape)).expand(-1, *part.batch_shape)
     density = part.log_prob(value).reshape(POINTS, -1)[:, dim].exp()
-    return ["curve", low, (high - low) / (POINTS - 1), [round(v, 4) for v in density.tolist()]]
+    return ["curve", low, (high - low) / (POINTS - 1), _visible(density)]
+
+
+def _visible(heights: Tensor) -> list[float]:
+    """Return heights, with zero for those too small to be seen beside the largest."""
+    return heights.where(heights > heights.max() / 2000, 0.0).tolist()
 
 
 def bell() -> list[list[float]]:
