@@ -148,9 +148,8 @@ def diffusion(model: Model, times: TimeDiscretization, x: Tensor, u: Tensor) -> 
     """Draws of the diffusion term at u (N, S), nats."""
     rows = x.repeat_interleave(u.shape[1], 0)
     parts = zip(rows.split(model.rows), u.flatten().split(model.rows), strict=True)
-    return torch.cat([times.diffusion(model, a, b.to(a.device)).cpu() for a, b in parts]).view_as(
-        u
-    )
+    found = [times.diffusion(model, Batch(a), b.to(a.device)).cpu() for a, b in parts]
+    return torch.cat(found).view_as(u)
 
 
 def warp(u: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:

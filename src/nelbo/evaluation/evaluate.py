@@ -9,27 +9,27 @@ examples has its own seed, so the result does not depend on the number of proces
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
 
 import torch
 from torch import Tensor
 
-from nelbo._utils.distributed import gather, map_across_processes, world
-from nelbo._utils.numerics import LOG_2, seeded
+from nelbo._utils.distributed import gather
+from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
-from nelbo.data.schema import as_examples, fingerprint
 from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
-from nelbo.diffusion.model import Model, counting, measuring, model_hash
+from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.diffusion.times import TimeDiscretization, stratified, times_of
 from nelbo.evaluation.allocation import Proposal, Strata, estimate, even, pilot, visits
+from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement, scale_of
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.control_variates import ControlVariates, NoControlVariates
-from nelbo.evaluation.result import CurvePoint, Evaluation, StandardError, Terms
+from nelbo.evaluation.result import CurvePoint, Evaluation, Terms
 from nelbo.evaluation.survey import FEWEST, LEAST, SamplingPlan, SurveyEstimate, first_round, plan
 from nelbo.evaluation.time_density import time_density
 
@@ -96,14 +96,12 @@ def evaluate(
     """
     seed = integer("seed", seed, 0)
     batch, times = batch_of(model, x), times_of(model, times, steps)
+    check_not_empty(batch)
     count = len(batch)
-    if count == 0:
-        raise ValueError("there must be at least one example to evaluate; got none")
     if target_error is not None and not (target_error > 0 and math.isfinite(target_error)):
         raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
     if target_error is not None and calls is not None:
         raise ValueError("give calls or target_error, not both")
-    density = model.decoder.density
     scale = scale_of(model, batch)
     with measuring(model, batch), counting(model.network) as calls_made:
         others = batch.x if known is None else known
@@ -130,7 +128,7 @@ def evaluate(
                     allocation = learn(wanted)
                 way = wanted
         begun = calls_made.forward
-        known_costs = _known(controls, allocation, batch.x)
+        known_costs = _known(controls, allocation, batch)
         _check_prior(known_costs[:, 0])
         visit = partial(
             _visit, cells, controls, allocation, batch, known_costs, seed=seed, track=track
@@ -148,49 +146,20 @@ def evaluate(
             found = found.joined(visit(blocks, found.missing(target), way.draws, turn))
         called = (0 if kept else begun) + sum(gather(calls_made.forward - begun))
 
-    nats, errors = found.mean(), found.error()
-    columns = slice(0, 1), slice(1, 2), slice(2, None)
+    nats, columns = found.mean(), (slice(0, 1), slice(1, 2), slice(2, None))
+    record = measurement(
+        model, batch, nats, found.error(), called, seed=seed, weights=weights, split=split
+    )
     return Evaluation(
-        bits_per_dim=None if density else nats * scale,
-        nats=nats,
-        unit=unit_of(model),
-        standard_error=StandardError(*(scale * e for e in astuple(errors))),
+        **vars(record),
         terms=Terms(*(scale * found.mean(some) for some in columns)),
-        examples=count,
         visited=len(found.rows),
-        dims=model.dims,
-        calls_per_example=called / count,
         steps=times.steps,
-        seed=seed,
-        weights=weights,
-        split=split,
-        given=model.given(batch),
-        notes=(*model.notes(batch), *filter(None, [controls.note])),
-        precision=precision_of(model),
-        model_hash=model_hash(model),
-        data_hash=fingerprint(batch.x),
-        processes=world()[1],
         curve=_curve(cells, found, scale),
         per_example=found.bound,
         per_example_error=found.error_of_each,
+        notes=(*model.notes(batch), *filter(None, [controls.note])),
     )
-
-
-def scale_of(model: Model, batch: Batch | None = None) -> float:
-    """Return the factor from nats per example to the unit of a result: bits/dim, or nats."""
-    if model.decoder.density:
-        return 1.0
-    return 1 / ((model.dims if batch is None else model.scored(batch)) * LOG_2)
-
-
-def unit_of(model: Model) -> str:
-    """Return the unit of a result: bits per dimension, or nats for a density."""
-    return "nats" if model.decoder.density else f"bits/{model.dimension}"
-
-
-def precision_of(model: Model) -> str:
-    """Return the precision of the arithmetic of a measurement, for the record."""
-    return f"float64 around {next(model.network.parameters()).dtype}".replace("torch.", "")
 
 
 def _learn(
@@ -228,17 +197,16 @@ def _check_prior(nats: Tensor) -> None:
         )
 
 
-def _known(controls: ControlVariates, allocation: Proposal, x: Tensor) -> Tensor:
+def _known(controls: ControlVariates, allocation: Proposal, batch: Batch) -> Tensor:
     """Return the prior and the known part of each cell's cost, (N, 1 + C), nats."""
 
-    def part(g: int) -> Tensor:
-        rows = slice(g * AT_ONCE, (g + 1) * AT_ONCE)
-        some = as_examples(x[rows]).to(controls.model.device)
-        last = torch.ones(len(some), dtype=torch.float64, device=some.device)
-        prior = prior_term(controls.model, some, last).double().cpu()
-        return torch.cat([prior[:, None], allocation.known(controls.between(some))], 1)
+    def part(some: Batch, g: int) -> Tensor:
+        last = torch.ones(len(some), dtype=torch.float64, device=some.x.device)
+        prior = prior_term(controls.model, some.x, last).double().cpu()
+        return torch.cat([prior[:, None], allocation.known(controls.between(some.x))], 1)
 
-    return torch.cat(map_across_processes(math.ceil(len(x) / AT_ONCE), part))
+    blocks = torch.arange(len(batch)).split(AT_ONCE)
+    return torch.cat(map_blocks(controls.model, batch, blocks, (0,), part))
 
 
 def _visit(
@@ -273,18 +241,17 @@ def _visit(
     times, each = visits(draws, controls)
     tasks = list(_tasks(some, draws * len(blocks[0])))
 
-    def visited(task: int) -> list[Tensor]:
-        together, replicates = tasks[task]
-        parts = [blocks[g] for g in together]
-        rows = torch.cat(parts)
-        block = batch[rows].to(controls.model.device)
-        with seeded(seed, 1, turn, task):
-            u = torch.cat([_strata(len(part), replicates, times) for part in parts])
-            costs = estimate(cells, controls, allocation, block, u, each, known[rows, 1:])
-        prior = known[rows, :1, None].expand(-1, replicates, -1)
-        return list(torch.cat([prior, costs], 2).split([len(p) for p in parts]))
+    rows = [torch.cat([blocks[g] for g in together]) for together, _ in tasks]
 
-    found = map_across_processes(len(tasks), visited, track)
+    def visited(examples: Batch, task: int) -> list[Tensor]:
+        together, replicates = tasks[task]
+        sizes, of = [len(blocks[g]) for g in together], known[rows[task]]
+        u = torch.cat([_strata(size, replicates, times) for size in sizes])
+        costs = estimate(cells, controls, allocation, examples, u, each, of[:, 1:])
+        prior = of[:, :1, None].expand(-1, replicates, -1)
+        return list(torch.cat([prior, costs], 2).split(sizes))
+
+    found = map_blocks(controls.model, batch, rows, (seed, 1, turn), visited, track)
     return dict(zip(some, chain.from_iterable(found), strict=True))
 
 

@@ -30,8 +30,8 @@ from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import Schedule
+from nelbo.evaluation.blocks import scale_of
 from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_gaussian
-from nelbo.evaluation.evaluate import scale_of
 from nelbo.evaluation.ode_solver import solve
 from nelbo.evaluation.replicates import BLOCK, _visit, check_samples, log_mean
 from nelbo.evaluation.result import BoundEstimate, FlowDetails

@@ -6,14 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nelbo._utils.distributed import gather, map_across_processes, world
-from nelbo._utils.numerics import seeded
+from nelbo._utils.distributed import gather
 from nelbo._utils.progress import Track
-from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.model import Model, counting, measuring, model_hash
+from nelbo.diffusion.model import Model, counting, measuring
+from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement
 from nelbo.evaluation.coercion import batch_of
-from nelbo.evaluation.evaluate import precision_of, scale_of, unit_of
 from nelbo.evaluation.intervals import freedoms, widened
 from nelbo.evaluation.result import BoundEstimate, FlowDetails, ImportanceDetails, StandardError
 
@@ -45,46 +43,32 @@ def _visit(
         ValueError: if there is no example, or `replicates` is below 1.
     """
     batch = batch_of(model, x)
-    if len(batch) == 0:
-        raise ValueError("there must be at least one example to evaluate; got none")
+    check_not_empty(batch)
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1; got {replicates}")
-    blocks = torch.arange(len(batch)).split(BLOCK)
+    every = torch.arange(len(batch)).split(BLOCK)
 
-    def one(g: int) -> Tensor:
-        with seeded(seed, g):
-            rows = blocks[g].repeat_interleave(replicates)
-            each = draw(batch[rows].to(model.device)).double().cpu()
+    def one(examples: Batch, g: int) -> Tensor:
+        each = draw(examples).double().cpu()
         return each.reshape(len(each), -1, replicates)
 
     with measuring(model, batch), counting(model.network) as calls:
-        found = torch.cat(map_across_processes(len(blocks), one, track), 1)
-    every = gather((calls.forward, calls.backward))
-    forward, backward = (sum(each) for each in zip(*every, strict=True))
+        blocks = [rows.repeat_interleave(replicates) for rows in every]
+        found = torch.cat(map_blocks(model, batch, blocks, (seed,), one, track), 1)
+    forward, backward = map(sum, zip(*gather((calls.forward, calls.backward)), strict=True))
 
     def record(
         each: Tensor, how: ImportanceDetails | FlowDetails, weights: str, split: str
     ) -> BoundEstimate:
-        nats, density = -each.mean().item(), model.decoder.density
+        nats, error = -each.mean().item(), _standard_error(each)
+        common = measurement(
+            model, batch, nats, error, forward, seed=seed, weights=weights, split=split
+        )
         return BoundEstimate(
-            bits_per_dim=None if density else nats * scale_of(model, batch),
-            nats=nats,
-            unit=unit_of(model),
-            standard_error=_standard_error(each * scale_of(model, batch)),
+            **vars(common),
             how=how,
-            examples=len(batch),
-            dims=model.dims,
             replicates=replicates,
-            calls_per_example=forward / len(batch),
             backward_calls_per_example=backward / len(batch),
-            seed=seed,
-            weights=weights,
-            split=split,
-            given=model.given(batch),
-            precision=precision_of(model),
-            model_hash=model_hash(model),
-            data_hash=fingerprint(batch.x),
-            processes=world()[1],
             per_example=each.mean(1),
             notes=model.notes(batch),
         )

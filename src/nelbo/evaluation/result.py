@@ -1,10 +1,9 @@
 """Records of evaluations: the bound, its terms, its errors and its cost in network calls."""
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nelbo.diffusion.elbo import Bound
@@ -42,28 +41,24 @@ class CurvePoint:
     standard_error: float
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
     """Mean bound on −log P(x) over examples, and everything needed to obtain it again.
 
     With conditions it is the bound on −log P(x|c), and `given` names c.
 
-    `nats` is per example. Standard errors, terms and curve are in `unit`: bits/dim for
-    probabilities, nats for densities, which have no bits/dim. `visited` is the number of examples
-    that were measured: all of `examples` or a random sample; then `per_example` is NaN for the
-    others. A value ± 1.96 standard errors is a 95 % interval; an error is NaN where it is unknown.
+    `nats` is per example. Standard errors are in `unit`: bits/dim for probabilities, nats for
+    densities, which have no bits/dim. A value ± 1.96 standard errors is a 95 % interval; an error
+    is NaN where it is unknown. Calls are rows that went forward through the network, per example.
     """
 
     bits_per_dim: float | None
     nats: float
     unit: str
     standard_error: StandardError
-    terms: Terms
     examples: int
-    visited: int
     dims: int
     calls_per_example: float
-    steps: int | None
     seed: int
     weights: str
     split: str
@@ -72,20 +67,36 @@ class Evaluation:
     model_hash: str
     data_hash: str
     processes: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values for JSON, without those per example; None for non-finite values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.repr}
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Measurement):
+    """Mean bound on −log P(x) over examples, with its terms.
+
+    Terms and curve are in `unit`. `visited` is the number of examples that were measured: all of
+    `examples` or a random sample; then `per_example` is NaN for the others.
+    """
+
+    terms: Terms
+    visited: int
+    steps: int | None
     curve: list[CurvePoint]
     per_example: Bound = field(repr=False, compare=False)
     per_example_error: Tensor = field(repr=False, compare=False)
     #: a sentence for each choice that the meaning of the bound depends on
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, object]:
-        """Return plain values for JSON, without terms per example; None for non-finite values."""
-        empty = torch.empty(0)
-        plain = asdict(
-            replace(self, per_example=Bound(empty, empty, empty), per_example_error=empty)
-        )
-        del plain["per_example"], plain["per_example_error"]
-        return {key: _finite(value) for key, value in plain.items()}
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return arrays per example, in the order of the data, shape (N,), in nats.
@@ -95,14 +106,6 @@ class Evaluation:
         arrays = {name: term.numpy() for name, term in self.per_example._asdict().items()}
         error = self.per_example_error.numpy()
         return {"nats": -self.per_example.elbo.numpy(), "standard_error": error, **arrays}
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -136,42 +139,14 @@ class FlowDetails:
     largest_change: float
 
 
-@dataclass(frozen=True)
-class BoundEstimate:
-    """Mean bound on −log P(x) over examples, and everything needed to obtain it again.
+@dataclass(frozen=True, kw_only=True)
+class BoundEstimate(Measurement):
+    """Mean of another bound on −log P(x) over examples, by independent replicates."""
 
-    `nats` is per example; standard errors are in `unit`: bits/dim for probabilities, nats for
-    densities, which have no bits/dim. Calls are all rows that went through the network, forward
-    and backward, per example.
-    """
-
-    bits_per_dim: float | None
-    nats: float
-    unit: str
-    standard_error: StandardError
     how: ImportanceDetails | FlowDetails
-    examples: int
-    dims: int
     replicates: int
-    calls_per_example: float
     backward_calls_per_example: float
-    seed: int
-    weights: str
-    split: str
-    given: str
-    precision: str
-    model_hash: str
-    data_hash: str
-    processes: int
     #: the lower bound on log P(x), shape (N,), nats, mean of the replicates
     per_example: Tensor = field(repr=False, compare=False)
     #: a sentence for each choice that the meaning of the bound depends on
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, object]:
-        """Return plain values for JSON, without bounds per example; None for unknown errors."""
-        plain = asdict(replace(self, per_example=torch.empty(0)))
-        del plain["per_example"]
-        error = plain["standard_error"]
-        plain["standard_error"] = {k: v if math.isfinite(v) else None for k, v in error.items()}
-        return plain
