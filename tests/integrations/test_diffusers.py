@@ -1,6 +1,7 @@
 """Models saved by diffusers: the bound is that of their scheduler's own coefficients."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,16 +9,20 @@ import torch
 from scipy.stats import norm
 from torch.distributions import kl_divergence
 
-from nelbo import TimeGrid, elbo, evaluate
+from nelbo import TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.process import Affine
-from nelbo.diffusion.times import ContinuousTime
+from nelbo.diffusion.times import ContinuousTime, elbo
 from nelbo.integrations import is_foreign, load
 from nelbo.integrations.diffusers import build
 
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:the schedule ends with signal left")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the schedule ends with signal left"),
+    # by diffusers, of its own use of numpy
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+]
 
 T = 8
 SIZE = 8
@@ -508,7 +513,7 @@ def test_a_scheduler_that_takes_times_of_no_training_is_refused(networks, times)
             "set_timesteps",
             lambda self, *_: setattr(self, "timesteps", torch.tensor(times)),
         )
-        with pytest.raises(ValueError, match="are not among those, or occur twice"):
+        with pytest.raises(ValueError, match=r"some are not among 0 to 7.*or occur twice"):
             build(networks[3], scheduler, steps=2)
 
 
@@ -540,6 +545,101 @@ def test_a_flag_that_a_scheduler_passes_over_is_refused(networks, tmp_path):
     save(tmp_path, networks[3], swapped)
     with pytest.raises(ValueError, match=r"rescale_betas_zero_snr=true.*PNDMScheduler ignores"):
         load(f"diffusers:{tmp_path}")
+
+
+@pytest.mark.parametrize("kind", ["LMSDiscrete", "DEISMultistep", "HeunDiscrete", "KDPM2Discrete"])
+def test_no_scheduler_passes_over_zero_snr(networks, kind):
+    trained = ddpm(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    swapped = getattr(diffusers, f"{kind}Scheduler").from_config(trained.config)
+    with pytest.raises(ValueError, match=f"{kind}Scheduler ignores it"):
+        build(networks[3], swapped)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("predict_epsilon", False, "prediction_type"),
+        ("prediciton_type", "sample", "write prediction_type"),
+        ("timesteps", 1000, "num_train_timesteps"),
+        ("shift", 3.0, "no such key"),
+        ("sigma_data", 0.5, "as the network was trained"),
+        ("prediction_type", None, "epsilon, sample, v_prediction; got None"),
+    ],
+)
+def test_a_key_of_no_scheduler_is_refused(networks, tmp_path, key, value, words):
+    """diffusers warns of some and reads on; whatever they were meant to say is lost."""
+    save(tmp_path, networks[3], ddpm())
+    settings = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(settings.read_text())
+    # keys of other samplers and empty ones say nothing of the training
+    settings.write_text(json.dumps(config | {"skip_prk_steps": True, "timestep_values": None}))
+    load(f"diffusers:{tmp_path}")
+    settings.write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=words):
+        load(f"diffusers:{tmp_path}")
+
+
+def test_a_key_of_no_network_is_refused(networks, tmp_path):
+    save(tmp_path, networks[3], ddpm())
+    settings = tmp_path / "unet" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"freq_shft": 1}))
+    with pytest.raises(ValueError, match=r"freq_shft=1.*write freq_shift"):
+        load(f"diffusers:{tmp_path}")
+
+
+def test_an_edm_scheduler_of_x_is_refused(networks):
+    """F is scaled by c_out for ε or for v; no class of diffusers says how for x."""
+    with pytest.raises(ValueError, match=r"epsilon, v_prediction.*got 'sample'"):
+        build(networks[3], diffusers.EDMEulerScheduler(prediction_type="sample"))
+
+
+def test_alphas_that_are_not_of_the_betas_are_refused(networks):
+    with pytest.raises(ValueError, match=r"changes its α's after.*wrap"):
+        scheduler = diffusers.CogVideoXDDIMScheduler(num_train_timesteps=T, clip_sample=False)
+        build(networks[3], scheduler)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("DPMSolverMultistep", {"use_karras_sigmas": True}),
+        ("DPMSolverMultistep", {"timestep_spacing": "trailing"}),
+        ("DPMSolverMultistep", {}),
+        ("EulerDiscrete", {"use_karras_sigmas": True}),
+        ("UniPCMultistep", {"timestep_spacing": "leading", "steps_offset": 1}),
+        ("HeunDiscrete", {"timestep_spacing": "trailing"}),
+        ("FlowMatchHeunDiscrete", {"shift": 2.0}),
+    ],
+)
+def test_steps_are_those_of_any_sampler(kind, config):
+    """--steps by the noise levels and times that a scheduler itself takes: for a constant x̂, the
+    sum of equation 5 in numpy."""
+    flow = kind.startswith("Flow")
+    if not flow:
+        config = config | {"beta_end": 0.3, "beta_start": 0.02, "prediction_type": "sample"}
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=40, **config)
+    network = Recorder()
+    if flow:  # the velocity whose x̂ is 0.1
+        network.function = lambda y: (y - 0.1) / (network.given[-1][1] / 40).reshape(-1, 1, 1, 1)
+    else:
+        network.function = lambda y: torch.full_like(y, 0.1)
+    found = build(network, scheduler, steps=5)
+    x = images()
+    with torch.no_grad(), seeded(3):
+        got = elbo(found.model, x, found.times)
+    scheduler.set_timesteps(5)
+    told = sorted({float(t) for _, time in network.given for t in time})
+    assert told == pytest.approx(sorted({*scheduler.timesteps.tolist()}), rel=1e-6)
+    sigmas = np.unique(scheduler.sigmas.numpy()[:-1].astype(np.float64))
+    assert len(sigmas) == 5
+    a = (1 - sigmas) ** 2 / ((1 - sigmas) ** 2 + sigmas**2) if flow else 1 / (1 + sigmas**2)
+    e = x.numpy() / 127.5 - 1
+    diffusion = sum(
+        0.5 * (s / (1 - s) - t / (1 - t)) * ((e - 0.1) ** 2).sum((1, 2, 3)) for s, t in pairwise(a)
+    )
+    np.testing.assert_allclose(got.diffusion.numpy(), diffusion, rtol=2e-3)
+    prior = 0.5 * (a[-1] * (e**2 - 1) - np.log1p(-a[-1])).sum((1, 2, 3))
+    np.testing.assert_allclose(got.prior.numpy(), prior, rtol=2e-3)
 
 
 def test_a_description_may_hold_infinity(networks, tmp_path):

@@ -15,8 +15,8 @@ import torch
 from support.runs import OPENAI
 from torch.nn import functional
 
-from nelbo import elbo
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.times import elbo
 from nelbo.integrations import load
 from nelbo.integrations.openai import architecture, build, check_flags, named_betas
 from nelbo.integrations.openai_unet import UNet

@@ -10,11 +10,12 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
-from nelbo import ContinuousTime, TimeGrid, elbo
+from nelbo import ContinuousTime, TimeGrid
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.parametrization import Prediction
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear
+from nelbo.diffusion.times import elbo
 from nelbo.integrations import adapters, denoisers, spaced, wrap
 from nelbo.integrations.adapters import EDM, Flow, LastStep, OnSteps, Steps, interpolating
 from nelbo.testing import DiscreteContract, ProcessContract, ScheduleContract

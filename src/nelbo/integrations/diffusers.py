@@ -17,7 +17,6 @@ learned_range; a scheduler without one, or without noise, is measured with the s
 import copy
 import math
 from collections.abc import Callable
-from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,9 +36,15 @@ from nelbo.integrations.denoisers import (
     assemble,
     gamma_of,
     signal_left,
-    spaced,
 )
-from nelbo.integrations.diffusers_folder import Config, autoencoder_of, described, made, network_of
+from nelbo.integrations.diffusers_folder import (
+    Config,
+    autoencoder_of,
+    check_keys,
+    described,
+    made,
+    network_of,
+)
 from nelbo.integrations.external import Foreign, check_label, read_json
 
 PREDICTS: dict[str, Predicts] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
@@ -59,6 +64,7 @@ class Scheduler(Protocol):
     timesteps: Tensor
     sigmas: Tensor
     betas: Tensor
+    alphas_cumprod: Tensor
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         """Set `timesteps` and `sigmas` for a number of steps."""
@@ -130,12 +136,7 @@ def build(
     about: Config = dict(network.config)  # type: ignore[arg-type]
     kind = str(config.get("_class_name", type(scheduler).__name__))
     _refuse(config, clip)
-    zero = "rescale_betas_zero_snr"
-    if config.get(zero) and zero not in signature(type(scheduler).__init__).parameters:
-        raise ValueError(
-            f"the config has {zero}=true, as the network was trained, and a {kind} ignores it;"
-            " give the scheduler of the training, such as DDPMScheduler"
-        )
+    check_keys(config, type(scheduler), "the scheduler's config")
     shape, wide = _shape(about), about.get("out_channels") == 2 * _number(about, "in_channels")
     learned = config.get("variance_type") == "learned_range"
     check_label(label, _classes(about))
@@ -188,32 +189,71 @@ def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
     """Return the model of a network trained at T times, with β's."""
     network, scheduler, shape, scaling = whole
     config = scheduler.config
-    betas = scheduler.betas.double()
-    keep = list(range(len(betas))) if steps is None else spaced(len(betas), steps)
-    if steps is not None and kind.startswith(("DDPM", "DDIM")):
-        scheduler.set_timesteps(steps)
-        keep = sorted(int(t) for t in scheduler.timesteps)
-        if sorted({*keep} & {*range(len(betas))}) != keep:
-            raise ValueError(
-                f"the scheduler takes the times {keep[0]} to {keep[-1]}, {len(keep)} of them, of"
-                f" {len(betas)} that it was trained at: some are not among those, or occur twice;"
-                " give a number of steps for which it takes different ones"
-            )
+    gamma = gamma_of(betas=scheduler.betas)
+    alphas = (-gamma).sigmoid()[:-1]  # at the last time, some classes have 2^-24 in place of 0
+    if not torch.allclose(scheduler.alphas_cumprod[:-1].double(), alphas, rtol=1e-3):
+        raise ValueError(
+            f"the {kind} changes its α's after making them of its β's; wrap the network with"
+            " nelbo.integrations.wrap(network, alphas=scheduler.alphas_cumprod)"
+        )
+    total = len(gamma)
+    times: Tensor = torch.arange(total)
+    if steps is not None:
+        gamma, times = _steps(scheduler, gamma, steps)
     variance = VARIANCES[str(config.get("variance_type") or "fixed_small")]
     model = assemble(
         network,
         shape,
         predicts=PREDICTS[str(config["prediction_type"])],
-        gamma=gamma_of(betas=betas),
-        times=None,
+        gamma=gamma,
+        times=times,
         variance=variance,
         scaling=scaling,
         clip=clip,
-        keep=keep,
-        decoder="step" if len(keep) > 1 else "evidence",
+        decoder="step" if len(gamma) > 1 else "evidence",
     )
-    how = f"in {len(keep)} of {len(betas)} steps, variance {variance}"
-    return model, TimeGrid.uniform(len(keep)), how
+    how = f"in {len(gamma)} of {total} steps, variance {variance}"
+    return model, TimeGrid.uniform(len(gamma)), how
+
+
+def _steps(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return γ and the network's times at the steps that a scheduler takes, from the last.
+
+    Args:
+        scheduler: one that takes some of the T times; or σ's, at times of its own.
+        gamma: γ_1..γ_T.
+        steps: their number.
+    """
+    total = len(gamma)
+    if not 1 <= steps <= total:
+        raise ValueError(f"the model has {total} steps, and {steps} were asked for; try {total}")
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps.double().flip(0)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        times = times.sort().values
+        rising = times
+    else:
+        sigmas = rising = sigmas[:-1].double().flip(0)
+        if sigmas.shape == times.shape:  # a solver of second order takes each twice
+            sigmas, times = torch.stack([sigmas, times]).unique_consecutive(dim=1)
+            rising = sigmas
+    inside = times[0] >= 0 and times[-1] <= total - 1
+    if len(times) != steps or not inside or len(rising) != steps or (rising.diff() <= 0).any():
+        raise ValueError(
+            f"for {steps} steps the scheduler takes {len(times)} times from {times[0]:g} to"
+            f" {times[-1]:g}: some are not among 0 to {total - 1}, where the network was trained,"
+            " or occur twice; give another number of steps, leave it out for all, or set"
+            " steps_offset to 0"
+        )
+    whole = times.long()
+    if (times == whole).all():
+        table = gamma[whole]
+        if sigmas is None or torch.allclose(sigmas, (table / 2).exp(), rtol=1e-3):
+            return table, whole  # the same noise levels, in float64
+    if sigmas is None:
+        raise ValueError(f"the scheduler takes times that are not whole, such as {times[0]:g}")
+    return 2 * sigmas.log(), times
 
 
 def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
@@ -224,7 +264,14 @@ def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
         value = config[name]
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"the scheduler's {name} must be a positive number; got {value!r}")
-    head = EDM(config["sigma_data"], -1.0 if config["prediction_type"] == "v_prediction" else 1.0)
+    signs = {"epsilon": 1.0, "v_prediction": -1.0}
+    predicts = config["prediction_type"]
+    if predicts not in signs:
+        raise ValueError(
+            f"prediction_type of an EDM scheduler must be one of {', '.join(signs)}, which say how"
+            f" F is scaled; got {predicts!r}"
+        )
+    head = EDM(config["sigma_data"], signs[predicts])
     if steps is None:
         low, high = (2 * math.log(config[name]) for name in ("sigma_min", "sigma_max"))
         gamma: Tensor | Schedule = Linear(low, high)
@@ -255,7 +302,10 @@ def _flow(whole: Whole, steps: int | None, clip: bool) -> Found:
         gamma: Tensor | Schedule = Linear(-2 * math.log(total - 1), 2 * math.log(total - 1))
     else:
         scheduler.set_timesteps(_at_least_one(steps))
-        tau = scheduler.sigmas[:-1].flip(0).double()
+        # a solver of second order takes each twice
+        tau = scheduler.sigmas[:-1].flip(0).double().unique_consecutive()
+        if len(tau) != steps:
+            raise ValueError(f"the scheduler takes {len(tau)} times where {steps} were asked for")
         gamma = 2 * (tau.log() - torch.log1p(-tau))
     model = assemble(
         network,
@@ -312,7 +362,8 @@ def _refuse(config: Config, clip: bool | None) -> None:
             raise ValueError(f"the scheduler has {name}={wrong}, which has no bound: {why}")
     for name, known in (("prediction_type", PREDICTS), ("variance_type", VARIANCES)):
         value = config.get(name)
-        if value is not None and value not in known:
+        null = value is None and (name == "variance_type" or name not in config)
+        if value not in known and not null:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
 
 

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ SHOWN = 80  # characters of a name from a folder, in a message
 AUTOENCODER = re.compile("autoencoder|vae|vq", re.IGNORECASE)
 #: matches the name of a pipeline whose network models latents
 LATENT = re.compile("latent|^ldm", re.IGNORECASE)
+#: flags of a scheduler that state how the network was trained: one that the class of the scheduler
+#: does not have, with any other value than this, makes another model
+TRAINING = {"rescale_betas_zero_snr": False, "prediction_type": "epsilon", "sigma_data": None}
+#: former keys of schedulers, and the present one
+OLD_KEYS = {
+    "predict_epsilon": 'prediction_type, "epsilon" if it was true and "sample" if false',
+    "timesteps": "num_train_timesteps",
+}
+HARMLESS = {"tensor_format"}  # a former key without a meaning
 #: former names of attention weights, and their present names
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -76,6 +87,7 @@ def network_of(home: Path) -> tuple[nn.Module, str]:
         weights |= read_tensors(file)[0]
     with limits.within_file(weights, home):
         network: nn.Module = made(config, home / "config.json")
+    check_keys(config, type(network), f"{home / 'config.json'}")
     put_weights(network, {_renamed(name, weights): weights[name] for name in weights}, str(home))
     return network.eval(), kind
 
@@ -136,6 +148,40 @@ def made(config: Config, where: Path) -> Any:  # noqa: ANN401
                 f"{where} describes a {shortened(name, 64)}, which diffusers no longer has"
             )
         return found
+
+
+def check_keys(config: Config, kind: type, where: str) -> None:
+    """Raise ValueError for a key that the class does not have, which diffusers passes over.
+
+    A scheduler may have those of the classes for which it can be exchanged, unless they state how
+    the network was trained.
+    """
+    name, own = kind.__name__, signature(kind.__init__).parameters.keys()  # type: ignore[misc]
+    unknown = {
+        key: value
+        for key, value in config.items()
+        if key not in own and not key.startswith("_") and value is not None
+    }
+    if not unknown:
+        return
+    for key, plain in TRAINING.items():
+        if unknown.get(key, plain) != plain:
+            raise ValueError(
+                f"{where} has {key}={str(unknown[key]).lower()}, as the network was trained, and a"
+                f" {name} ignores it; give the scheduler of the training, such as DDPMScheduler"
+            )
+    others: set[str] = {*HARMLESS}
+    if name.endswith("Scheduler"):
+        made_of = import_module("diffusers").DDPMScheduler().compatibles
+        others.update(*(signature(other.__init__).parameters for other in made_of))
+    for key, value in unknown.items():
+        if key not in others:
+            close = get_close_matches(key, own, 1)
+            fix = OLD_KEYS.get(key) or (close[0] if close else "a key that it has, or none")
+            raise ValueError(
+                f"{where} has {shortened(f'{key}={value!r}', SHOWN)}, and a {name} has no such"
+                f" key: it would be passed over without a word; write {fix}"
+            )
 
 
 @contextmanager
