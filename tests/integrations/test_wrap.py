@@ -186,6 +186,11 @@ def language(name):
             Network(flow),
             {"alphas": ALPHAS, "times": tau, "factor": interpolating, "predicts": Flow()},
         ),
+        "flow of sigmas": lambda: (Network(flow), {"sigmas": tau}),
+        "flow of a sampler": lambda: (
+            Network(flow),
+            {"sigmas": torch.cat([tau.flip(0), torch.zeros(1)]), "times": tau.flip(0)},
+        ),
         "edm": lambda: (
             Network(edm),
             {
@@ -208,6 +213,8 @@ def language(name):
         "score exploding",
         "data exploding",
         "flow",
+        "flow of sigmas",
+        "flow of a sampler",
         "edm",
     ],
 )
@@ -220,7 +227,7 @@ def test_every_language_says_the_same(name):
     told.setdefault("predicts", name.split()[0])
     got = full_sum(wrap(network, SHAPE, **told), x)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_the_network_is_told_its_own_times():
@@ -470,11 +477,15 @@ GOOD = {"predicts": "noise", "betas": BETAS}
         ({"betas": None, "alphas": ALPHAS[::-1].copy()}, "reverse order: give alphas.flip(0)"),
         ({"betas": None, "alphas": [0.9, 0.5, 0.6]}, "must decrease within [0, 1); number 2"),
         ({"betas": None, "sigmas": [0.5, 0.4, 0.9]}, "number 1 is 0.4"),
-        ({"betas": None, "sigmas": [3.0, 2.0, 1.0]}, "give sigmas.flip(0)"),
+        ({"betas": None, "alphas": 1 - np.linspace(1e-4, 0.02, 1000)}, "are these 1 - β"),
+        ({"betas": None, "sigmas": [0.5, 1.5], "predicts": "flow"}, "(0, 1]; number 1 is 1.5"),
         ({"schedule": Linear(-5, 5)}, "not as both"),
         ({"betas": None, "schedule": Linear(-5, 5)}, "times=function of γ"),
         ({"times": [1, 2, 3]}, "times must be 12 numbers"),
-        ({"predicts": "x0"}, "predicts must be one of noise, data, velocity, score; got 'x0'"),
+        (
+            {"predicts": "x0"},
+            "of noise, data, velocity, score, flow; got 'x0'",
+        ),
         ({"variance": "fixed"}, "variance must be one of small, large, learned-range"),
         ({"keep": [3, 2]}, "keep must be increasing indices of the 12 times"),
         ({"keep": [3, 12]}, "0..11"),
@@ -489,6 +500,52 @@ def test_what_does_not_fit_is_refused(change, words):
         wrap(constant(0.0), SHAPE, **(GOOD | change))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_arrays_may_run_backwards():
+    """A view of NumPy with negative strides, and the σ's of a sampler: the last first, then 0."""
+    sigmas = np.sqrt((1 - ALPHAS) / ALPHAS)
+    want = wrap(constant(0.0), SHAPE, predicts="data", sigmas=sigmas)
+    for given in (
+        {"sigmas": sigmas[::-1].copy()[::-1]},
+        {"sigmas": sigmas[::-1]},
+        {"sigmas": np.append(sigmas[::-1], 0.0)},
+        {"sigmas": np.append(sigmas[::-1], 0.0), "times": np.append(sigmas[::-1], 0.0)},
+        {"sigmas": sigmas, "times": sigmas[::-1].copy()[::-1]},
+    ):
+        got = wrap(constant(0.0), SHAPE, predicts="data", **given)
+        assert torch.equal(got.process.schedule.gamma, want.process.schedule.gamma)
+        assert torch.equal(got.network.times, want.network.times)
+    betas = BETAS[::-1].copy()[::-1]
+    got = wrap(constant(0.0), SHAPE, predicts="data", betas=betas)
+    torch.testing.assert_close(got.process.schedule.gamma, want.process.schedule.gamma)
+
+
+def test_a_flow_is_no_velocity():
+    """ε - x follows the noise where no signal is left, √α ε - √(1-α) x does not."""
+    flow = Network(lambda y, time: y - 0.9)
+    with pytest.raises(ValueError, match=r'slope 1.00.*"velocity".*nearly 0.*predicts="flow"'):
+        wrap(flow, SHAPE, predicts="velocity", betas=np.linspace(1e-4, 0.02, 1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(flow, SHAPE, predicts="flow", sigmas=[0.1, 0.5, 1.0])
+        wrap(constant(0.4), SHAPE, predicts="velocity", betas=np.linspace(1e-4, 0.02, 1000))
+    with pytest.warns(UserWarning, match=r'slope 0.00.*"velocity"'):
+        wrap(constant(0.4), SHAPE, predicts="flow", sigmas=[0.1, 0.5, 1.0])
+
+
+def test_a_flow_in_continuous_time():
+    """The default time of a flow is τ: the bound of x̂ = y - τ F = 0.1 is that of this x̂."""
+    flow = Network(lambda y, time: (y - 0.1) / time.reshape(-1, 1, 1, 1))
+    one = wrap(flow, SHAPE, predicts="flow", schedule=Linear(-6.0, 12.0))
+    other = wrap(
+        constant(0.1), SHAPE, predicts="data", schedule=Linear(-6.0, 12.0), times=lambda g: g
+    )
+    with seeded(2):
+        got = elbo(one, images(), ContinuousTime()).diffusion
+    with seeded(2):
+        want = elbo(other, images(), ContinuousTime()).diffusion
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
 
 
 def test_a_wrong_shape_is_told():

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,22 +27,26 @@ from nelbo.integrations.adapters import (
     Adapter,
     Clipped,
     Factor,
+    Flow,
     LastStep,
     OnSteps,
     Steps,
     exploding,
+    interpolating,
     preserving,
 )
 
-Predicts = Literal["noise", "data", "velocity", "score"]
+Predicts = Literal["noise", "data", "velocity", "score", "flow"]
 Variance = Literal["small", "large", "learned-range"]
 Numbers = Tensor | Sequence[float]
+Table = Tensor | Callable[[Tensor], Tensor] | None
 
 HEADS: dict[str, Callable[[], parametrization.Parametrization]] = {
     "noise": parametrization.EpsPrediction,
     "data": parametrization.XPrediction,
     "velocity": parametrization.VPrediction,
     "score": parametrization.EpsPrediction,
+    "flow": Flow,
 }
 STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "small": reverse.Posterior,
@@ -49,6 +54,8 @@ STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "learned-range": reverse.Learned,
 }
 NOTED = 1e-3  # bits/dim of the prior term above which a note is issued
+SIGNAL = 0.02  # α at the last time above which a network is not probed: too much of x is left
+PROBES = 8  # draws of pure noise shown to a network, to tell a velocity from a flow
 
 
 def wrap(
@@ -73,14 +80,17 @@ def wrap(
     Args:
         network: returns (B, C, ...), or (B, 2C, ...) with a learned variance in the second half.
         shape: shape of one example, channels first.
-        predicts: kind of the output; or a parametrization of your own.
+        predicts: kind of the output: ε ("noise"), x ("data"), √α ε - √(1-α) x ("velocity"),
+            ∇ log q ("score") or ε - x ("flow"); or a parametrization of your own.
         betas: β_1..β_T of y_t = √(1-β_t) y_{t-1} + √β_t ε.
         alphas: α_1..α_T, the products of 1-β (others' "alphas_cumprod"), decreasing.
-        sigmas: σ_1 < ... < σ_T of y_t = x + σ_t ε.
+        sigmas: σ_1 < ... < σ_T of y_t = x + σ_t ε; or for a flow y_t = (1-σ_t) x + σ_t ε.
+            Samplers have them from the last to the first, and then 0: these are turned round.
         schedule: γ(t) instead of these, for a network that takes any time.
         times: time inputs of the network at the T times; by default 0..T-1, or the σ's. With
-            `schedule`, a function of γ.
-        factor: c(γ) of their latents y = c z, if it is not implied by betas, alphas or sigmas.
+            `schedule`, a function of γ; by default for a flow, its σ.
+        factor: c(γ) of their latents y = c z, if it is not implied by betas, alphas, sigmas or a
+            flow.
         variance: variance of P(z_{t-1}|z_t): "small" is β̃_t, "large" β_t, "learned-range"
             between.
         scaling: scaling of the data: Levels(256), the default, for 8-bit data as x/127.5 - 1;
@@ -89,34 +99,50 @@ def wrap(
         decoder: P(x|z_1). "step", the default on T times, is the last step with the model's own
             variance; "evidence" uses no network.
         clip: clip x̂ to the range of the data, as some samplers do. This is a different model.
-        keep: increasing indices in 0..T-1 of the times to keep, for a model of fewer steps.
+        keep: increasing indices in 0..T-1 of the times to keep, for a model of fewer steps,
+            counted from the least noise.
 
     Warns:
-        UserWarning: signal is left at the last time; the warning states its cost in nats.
+        UserWarning: signal is left at the last time, with its cost in nats; or the output of a
+            flow does not follow the noise there.
 
     Raises:
-        ValueError: parts that do not fit together, or a schedule that is not monotone.
+        ValueError: parts that do not fit together, or a schedule that is not monotone; a velocity
+            that follows the noise as that of a flow does.
     """
     gamma: Tensor | Schedule
-    if schedule is None:
+    flow = predicts == "flow"
+    table = _table(times)
+    if sigmas is not None:
+        sigmas, table = _rising(_numbers(sigmas), table)
+    if schedule is None and sigmas is not None and flow:
+        _refuse("sigmas", sigmas, (sigmas <= 0) | (sigmas > 1), "of a flow must lie in (0, 1]")
+        odds = gamma_of(sigmas=sigmas) / 2
+        gamma = 2 * (odds - torch.log1p(-sigmas))
+    elif schedule is None:
         gamma = gamma_of(betas=betas, alphas=alphas, sigmas=sigmas)
     elif betas is alphas is sigmas is None:
         gamma = schedule
     else:
         raise ValueError("give the noise levels as a schedule or as a table of them, not as both")
+    if table is None:
+        table = sigmas if schedule is None or not flow else (lambda gamma: (gamma / 2).sigmoid())
     model = assemble(
         network,
         shape,
         predicts=predicts,
         gamma=gamma,
-        times=_times(times, sigmas),
-        factor=factor or (preserving if sigmas is None else exploding),
+        times=table,
+        factor=factor or (interpolating if flow else preserving if sigmas is None else exploding),
         variance=variance,
         scaling=scaling or Levels(256),
         decoder=decoder,
         clip=clip,
         keep=keep,
     )
+    if predicts in ("velocity", "flow"):
+        for note in _probed(model, flow):
+            warnings.warn(note, stacklevel=2)
     for note in signal_left(model):
         warnings.warn(note, stacklevel=2)
     return model
@@ -208,6 +234,40 @@ def signal_left(model: Model) -> list[str]:
     ]
 
 
+def _probed(model: Model, flow: bool) -> list[str]:
+    """Return a note, or raise ValueError, if a velocity or a flow is likely to be the other.
+
+    Where nothing of x is left, y is ε: a velocity is -x̂, whatever y is, and a flow ε - x̂, whose
+    slope over ε is 1.
+    """
+    last = torch.ones(PROBES, dtype=torch.float64)
+    if model.process.alpha(last)[0] > SIGNAL:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(PROBES, *model.shape, dtype=torch.float64, generator=generator)
+    like = next(model.network.parameters())
+    with torch.no_grad():
+        level = model.process.log_snr_input(last.to(like.device))
+        output: Tensor = model.network(z.to(like), level.to(like)).to(z)
+    output = output[..., 0] if output.ndim > z.ndim else output  # the other is a variance
+    z, output = z - z.mean(0), output - output.mean(0)
+    slope = ((z * output).sum() / z.square().sum()).item()
+    left = ((output - slope * z).square().sum() / output.square().sum().clamp(min=1e-300)).item()
+    follows = abs(slope - 1) < 0.2 and left < 0.1
+    said = f"the output has the slope {slope:.2f} over the noise at the last time"
+    if follows and not flow:
+        raise ValueError(
+            f'{said}, where that of predicts="velocity", √α ε - √(1-α) x, has nearly 0: it may be'
+            ' that of predicts="flow", ε - x, or of predicts="noise"'
+        )
+    if flow and not follows:
+        return [
+            f'{said}, where that of a trained flow, ε - x, has 1: is it predicts="velocity", or'
+            " not trained?"
+        ]
+    return []
+
+
 def gamma_of(
     *,
     betas: Numbers | None = None,
@@ -223,7 +283,7 @@ def gamma_of(
             f" {' and '.join(name for name, _ in named) or 'none'}"
         )
     name, numbers = named[0]
-    v = torch.as_tensor(numbers, dtype=torch.float64)
+    v = _numbers(numbers)
     if v.ndim != 1 or len(v) == 0 or not v.isfinite().all():
         raise ValueError(f"{name} must be one row of finite numbers; got shape {tuple(v.shape)}")
     # β may be 1, and α 0, at the last time only
@@ -233,6 +293,12 @@ def gamma_of(
         return (-torch.expm1(log_alpha)).log() - log_alpha
     if name == "alphas":
         _refuse(name, v, (v < 0) | (v >= 1) | (v.diff(prepend=v.new_ones(1)) >= 0))
+        if len(v) >= 10 and v.median() > 0.9:
+            raise ValueError(
+                f"most of the alphas are near 1 (the last is {v[-1].item():.3g}): are these 1 - β,"
+                " as the .alphas of a scheduler are? Give their products, .alphas_cumprod; if they"
+                " are the products, give betas instead"
+            )
         return torch.log1p(-v) - v.log()
     _refuse(name, v, v.diff(prepend=v.new_zeros(1)) <= 0)
     return 2 * v.log()
@@ -245,20 +311,38 @@ RULES = {
 }
 
 
-def _refuse(name: str, values: Tensor, wrong: Tensor) -> None:
+def _refuse(name: str, values: Tensor, wrong: Tensor, rule: str = "") -> None:
     if wrong.any():
         i = int(wrong.nonzero()[0])
         ordered = name != "betas" and len(values) > 1 and wrong[1:].all()
         hint = f"; they are in reverse order: give {name}.flip(0)" if ordered else ""
-        raise ValueError(f"{name} {RULES[name]}; number {i} is {values[i].item():g}{hint}")
+        raise ValueError(f"{name} {rule or RULES[name]}; number {i} is {values[i].item():g}{hint}")
 
 
-def _times(
-    times: Numbers | Callable[[Tensor], Tensor] | None, sigmas: Numbers | None
-) -> Tensor | Callable[[Tensor], Tensor] | None:
-    if times is None and sigmas is not None:
-        return torch.as_tensor(sigmas, dtype=torch.float64)
-    return times if times is None or callable(times) else torch.as_tensor(times)
+def _numbers(numbers: Numbers) -> Tensor:
+    """Return numbers as a tensor of float64; torch reads no array that runs backwards."""
+    if isinstance(numbers, np.ndarray):
+        numbers = numbers.copy()
+    return torch.as_tensor(numbers, dtype=torch.float64)
+
+
+def _table(times: Numbers | Callable[[Tensor], Tensor] | None) -> Table:
+    """Return times as a tensor of their own type, or as the function that they are."""
+    if times is None or callable(times):
+        return times
+    return torch.as_tensor(times.copy() if isinstance(times, np.ndarray) else times)
+
+
+def _rising(sigmas: Tensor, times: Table) -> tuple[Tensor, Table]:
+    """Return σ's, and their times, without a 0 at the end and from the least to the largest."""
+    falling = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas.diff() < 0).all())
+    if not falling:
+        return sigmas, times
+    whole = len(sigmas)
+    sigmas = sigmas[:-1] if sigmas[-1] == 0 else sigmas
+    if isinstance(times, Tensor) and times.shape in ((whole,), sigmas.shape):
+        times = times[: len(sigmas)].flip(0)
+    return sigmas.flip(0), times
 
 
 def _kept(keep: Sequence[int] | None, total: int) -> Tensor:
