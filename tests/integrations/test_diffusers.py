@@ -1,6 +1,7 @@
 """Models saved by diffusers: the bound is that of their scheduler's own coefficients."""
 
 import json
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -330,7 +331,11 @@ def test_clipping_must_be_said(networks, tmp_path):
     """Most DDPM schedulers have clip_sample: two models, two bounds, and no default."""
     path = f"diffusers:{save(tmp_path, networks[3], ddpm(clip_sample=True))}"
     with pytest.raises(ValueError, match=r"clip_sample.*clip=True.*clip=False"):
+        build(networks[3], ddpm(clip_sample=True))
+    with pytest.raises(ValueError, match="clip_sample") as refusal:
         load(path)
+    shown = re.findall(r"`nelbo evaluate (\S+) --data X`", str(refusal.value))
+    assert shown == [f"{path},clip=yes", f"{path},clip=no"]
     bounds = []
     for clip in ("yes", "no"):
         found = load(f"{path},clip={clip}")
@@ -405,7 +410,7 @@ def test_what_is_not_a_model_is_refused(networks, tmp_path):
         load(f"diffusers:{tmp_path}/none")
     with pytest.raises(ValueError, match="diffusers:PATH or openai:PATH"):
         load("torch:model.pt")
-    with pytest.raises(ValueError, match="clip=yes, clip=no"):
+    with pytest.raises(ValueError, match="clip=yes or clip=no"):
         load(f"diffusers:{tmp_path},clip=1")
     save(tmp_path, networks[3], ddpm())
     unet = tmp_path / "unet"
@@ -536,6 +541,57 @@ def test_the_default_weights_are_those_that_their_index_names(networks, tmp_path
     index.unlink()
     with pytest.raises(ValueError, match=r"several variants, .*non_ema.*; keep one"):
         load(f"diffusers:{tmp_path}")
+    named = load(f"diffusers:{tmp_path},weights=non_ema")
+    states = [each.state_dict().values() for each in (named.model.network.network.network, other)]
+    assert all(map(torch.equal, *states))
+    assert named.weights == "UNet2DModel, non_ema" and "non_ema" in named.notes[-1]
+    with pytest.raises(ValueError, match=r"no weights of 'fp16'; it has .*non_ema"):
+        load(f"diffusers:{tmp_path},weights=fp16")
+
+
+def test_other_weights_beside_the_network_are_mentioned(networks, tmp_path):
+    save(tmp_path, networks[3], ddpm())
+    with seeded(7):
+        other = diffusers.UNet2DModel.from_config(networks[3].config)
+    other.save_pretrained(tmp_path / "unet_ema")
+    notes = load(f"diffusers:{tmp_path}").notes
+    assert "weights in unet; for those in unet_ema, add ,weights=unet_ema" in notes[-1]
+    found = load(f"diffusers:{tmp_path},weights=unet_ema")
+    states = [each.state_dict().values() for each in (found.model.network.network.network, other)]
+    assert all(map(torch.equal, *states))
+    assert not any("unet_ema" in note for note in found.notes)
+
+
+def test_weights_of_parallel_training(networks, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save(tmp_path, networks[3], ddpm())
+    want = load(f"diffusers:{tmp_path}")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({f"module.{name}": w for name, w in load_file(file).items()}, file)
+    got = load(f"diffusers:{tmp_path}")
+    assert all(map(torch.equal, got.model.state_dict().values(), want.model.state_dict().values()))
+    assert "'module.'" in got.notes[-1] and len(got.notes) == len(want.notes) + 1
+
+
+def test_options_after_the_path(networks, tmp_path):
+    """A comma in a folder's name, data in [0, 1], some of the times."""
+    folder = tmp_path / "a,clip=no"
+    folder.mkdir()
+    save(folder, networks[3], ddpm())
+    found = load(f"diffusers:{folder},scaling=0:1,keep=1:4:7")
+    x = images(1)
+    torch.testing.assert_close(found.model.embed(x), x.double() / 255, rtol=1e-15, atol=0)
+    assert "levels 0..255 as 0..1" in found.notes[1]
+    assert "as -1..1" in load(f"diffusers:{folder}").notes[1]
+    assert found.model.network.times.tolist() == [1, 4, 7] and found.times.steps == 3
+    for wrong in ("keep=1-4", "scaling=unit", "clip=no,clip=no", "weights=../x", ""):
+        with pytest.raises(ValueError, match=r"options of diffusers: are clip=yes or.*; got '"):
+            load(f"diffusers:{folder},{wrong}")
+    with pytest.raises(ValueError, match="low must be less than high"):
+        load(f"diffusers:{folder},scaling=1:0")
+    with pytest.raises(ValueError, match="without steps"):
+        load(f"diffusers:{folder},keep=1:4", steps=2)
 
 
 def test_a_flag_that_a_scheduler_passes_over_is_refused(networks, tmp_path):

@@ -3,7 +3,9 @@
 See docs/foreign.md for the meaning of the bound and for flags that have none.
 """
 
+import re
 from importlib import import_module
+from pathlib import Path
 
 from nelbo.integrations.denoisers import spaced, wrap
 from nelbo.integrations.external import Foreign
@@ -15,6 +17,26 @@ SOURCES = {
     "diffusers": "nelbo.integrations.diffusers",
     "openai": "nelbo.integrations.openai",
     "hf": "nelbo.integrations.huggingface",
+}
+#: the options after a path, and the form of each
+OPTIONS = {
+    "diffusers": ("clip", "label", "scaling", "keep", "weights"),
+    "openai": ("clip", "label"),
+}
+NUMBER = r"-?\d+(\.\d+)?"
+PATTERNS = {
+    "clip": "yes|no",
+    "label": r"\d+",
+    "scaling": f"{NUMBER}:{NUMBER}",
+    "keep": r"\d+(:\d+)*",
+    "weights": r"\w[\w.-]*",
+}
+SHOWN = {
+    "clip": "clip=yes or clip=no",
+    "label": "label=N",
+    "scaling": "scaling=0:1 (what 0 and 255 are to the network)",
+    "keep": "keep=0:4:9 (times of the training)",
+    "weights": "weights=NAME (a variant or a folder)",
 }
 
 
@@ -28,8 +50,9 @@ def load(source: str, *, steps: int | None = None, trust_remote_code: bool = Fal
 
     Args:
         source: "diffusers:FOLDER" or "openai:FILE", followed after commas by options that its
-            flags leave open: "clip=yes" or "clip=no", "label=3"; or "hf:FOLDER", a masked
-            language model.
+            flags leave open: "clip=yes" or "clip=no", "label=3", and for a folder "scaling=0:1"
+            for x/255 (by default -1:1), "keep=0:4:9" for some of its times, "weights=ema" for
+            others than the default; or "hf:FOLDER", a masked language model.
         steps: number of steps of the model; by default its own.
         trust_remote_code: the one exception: run the code that a folder of hf: brings.
 
@@ -47,16 +70,38 @@ def load(source: str, *, steps: int | None = None, trust_remote_code: bool = Fal
         return load_text(rest, steps=steps, trust_remote_code=trust_remote_code)
     if trust_remote_code:
         raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models bring no code")
-    path, *options = rest.split(",")
-    clip: bool | None = None
-    label: int | None = None
-    for option in options:
-        name, _, value = option.partition("=")
-        if name == "clip" and value in ("yes", "no"):
-            clip = value == "yes"
-        elif name == "label" and value.isdecimal():
-            label = int(value)
-        else:
-            raise ValueError(f"options are clip=yes, clip=no and label=N; got {option!r}")
-    found: Foreign = import_module(SOURCES[kind]).load(path, steps=steps, clip=clip, label=label)
+    path, options = _options(kind, rest)
+    found: Foreign = import_module(SOURCES[kind]).load(path, steps=steps, **options)
     return found
+
+
+def _options(kind: str, rest: str) -> tuple[str, dict[str, object]]:
+    """Return the path before the options, which may have commas, and the options by name."""
+    pieces = rest.split(",")
+    paths = (",".join(pieces[:n]) for n in range(len(pieces), 1, -1))
+    path = next((path for path in paths if Path(path).exists()), pieces[0])
+    known = OPTIONS[kind]
+    found: dict[str, object] = {}
+    for option in rest[len(path) + 1 :].split(",") if len(rest) > len(path) else ():
+        name, _, value = option.partition("=")
+        if name not in known or name in found or not re.fullmatch(PATTERNS[name], value):
+            listed = ", ".join(SHOWN[name] for name in known)
+            raise ValueError(f"options of {kind}: are {listed}, each once; got {option!r}")
+        found[name] = value
+    return path, {name: _read(name, str(value)) for name, value in found.items()}
+
+
+def _read(name: str, value: str) -> object:
+    """Return the value of an option."""
+    if name == "clip":
+        return value == "yes"
+    if name == "label":
+        return int(value)
+    if name == "keep":
+        return [int(i) for i in value.split(":")]
+    if name == "scaling":
+        from nelbo.diffusion.process import Levels
+
+        low, high = map(float, value.split(":"))
+        return Levels(256, low, high)
+    return value

@@ -16,8 +16,10 @@ learned_range; a scheduler without one, or without noise, is measured with the s
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 import torch
@@ -42,10 +44,11 @@ from nelbo.integrations.diffusers_folder import (
     autoencoder_of,
     check_keys,
     described,
+    home_of,
     made,
     network_of,
 )
-from nelbo.integrations.external import Foreign, check_label, read_json
+from nelbo.integrations.external import Foreign, check_label, read_json, scaled
 
 PREDICTS: dict[str, Predicts] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
 VARIANCES: dict[str, Variance] = {
@@ -76,8 +79,20 @@ def load(
     steps: int | None = None,
     clip: bool | None = None,
     label: int | None = None,
+    scaling: Levels | None = None,
+    keep: Sequence[int] | None = None,
+    weights: str | None = None,
 ) -> Foreign:
     """Load the model in a folder; arguments and errors as for `build`.
+
+    Args:
+        path: of the folder.
+        steps: as for `build`, and so are clip, label, scaling and keep.
+        clip: as said.
+        label: as said.
+        scaling: as said.
+        keep: as said.
+        weights: a variant of the weights, such as fp16, or a folder of others, such as unet_ema.
 
     Raises:
         FileNotFoundError: there is no such folder, or a part is missing.
@@ -85,15 +100,15 @@ def load(
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}; save a pipeline there, or its parts")
-    found = autoencoder_of(path)
-    if found is not None:
+    latent = autoencoder_of(path)
+    if latent is not None:
         raise ValueError(
-            f"{path} models the latents of an autoencoder ({found}), of which there is a density"
+            f"{path} models the latents of an autoencoder ({latent}), of which there is a density"
             " only; encode them and use nelbo.integrations.diffusers.build(network, scheduler,"
             " scaling=Affine())"
         )
-    home = next((path / n for n in ("unet", "transformer") if (path / n).is_dir()), path)
-    network, kind = network_of(home)
+    home, variant, notes = home_of(path, weights)
+    network, kind, said = network_of(home, variant)
     settings = path / "scheduler" / "scheduler_config.json"
     settings = settings if settings.is_file() else path / "scheduler_config.json"
     config = read_json(settings, infinite=True)  # DPM-Solver's has infinite values
@@ -101,7 +116,10 @@ def load(
         raise ValueError(f"{settings} names no scheduler; its _class_name says which it is")
     scheduler = made(config, settings)
     name = f"diffusers:{path}"
-    return build(network, scheduler, name, steps=steps, clip=clip, label=label, weights=kind)
+    kind = kind if weights is None else f"{kind}, {weights}"
+    options = {"clip": clip, "label": label, "scaling": scaling, "keep": keep, "weights": kind}
+    found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
+    return replace(found, notes=(*found.notes, *notes, *said))
 
 
 def build(
@@ -113,6 +131,7 @@ def build(
     clip: bool | None = None,
     label: int | None = None,
     scaling: Levels | Affine | None = None,
+    keep: Sequence[int] | None = None,
     weights: str = "as given",
 ) -> Foreign:
     """Return the model of a network and the scheduler it was trained with.
@@ -126,6 +145,7 @@ def build(
         clip: whether x̂ is clipped; required if the scheduler's config has clip_sample.
         label: the class, for a class-conditional model.
         scaling: scaling of the data; by default that of 8-bit images in [-1, 1].
+        keep: the times of the training to keep, from 0, in place of `steps`.
         weights: name of the weights, for the record.
 
     Raises:
@@ -135,26 +155,29 @@ def build(
     config: Config = dict(scheduler.config)
     about: Config = dict(network.config)  # type: ignore[arg-type]
     kind = str(config.get("_class_name", type(scheduler).__name__))
-    _refuse(config, clip)
+    _refuse(config, clip, name)
     check_keys(config, type(scheduler), "the scheduler's config")
     shape, wide = _shape(about), about.get("out_channels") == 2 * _number(about, "in_channels")
     learned = config.get("variance_type") == "learned_range"
     check_label(label, _classes(about))
     drop = wide and not learned
     whole: Whole = Plain(network, label, shape[0] if drop else None), scheduler, shape, scaling
+    if keep is not None and (steps is not None or "beta_schedule" not in config):
+        raise ValueError("keep chooses among the times of a training with β's, and without steps")
     with described(f"the scheduler {kind} does not say what one of its kind does"):
         if kind.startswith("EDM"):
             model, times, how = _edm(whole, steps, bool(clip))
         elif kind.startswith("FlowMatch"):
             model, times, how = _flow(whole, steps, bool(clip))
         elif "beta_schedule" in config:
-            model, times, how = _discrete(whole, steps, bool(clip), kind)
+            model, times, how = _discrete(whole, steps, bool(clip), kind, keep)
         else:
             raise ValueError(
                 f"the scheduler {kind} has no betas and is not EDM or flow matching; wrap the"
                 " network with nelbo.integrations.wrap"
             )
-    notes = [f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped", *signal_left(model)]
+    how = f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped"
+    notes = [how, scaled(scaling), *signal_left(model)]
     if drop:
         notes.append("the network also gives a variance, which the scheduler does not use")
     levels = scaling.count or None
@@ -185,7 +208,9 @@ Whole = tuple[Plain, Scheduler, tuple[int, ...], Levels | Affine]
 Found = tuple[Model, TimeDiscretization, str]
 
 
-def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
+def _discrete(
+    whole: Whole, steps: int | None, clip: bool, kind: str, keep: Sequence[int] | None
+) -> Found:
     """Return the model of a network trained at T times, with β's."""
     network, scheduler, shape, scaling = whole
     config = scheduler.config
@@ -200,6 +225,7 @@ def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
     times: Tensor = torch.arange(total)
     if steps is not None:
         gamma, times = _steps(scheduler, gamma, steps)
+    count = len(gamma if keep is None else keep)
     variance = VARIANCES[str(config.get("variance_type") or "fixed_small")]
     model = assemble(
         network,
@@ -210,10 +236,11 @@ def _discrete(whole: Whole, steps: int | None, clip: bool, kind: str) -> Found:
         variance=variance,
         scaling=scaling,
         clip=clip,
-        decoder="step" if len(gamma) > 1 else "evidence",
+        keep=keep,
+        decoder="step" if count > 1 else "evidence",
     )
-    how = f"in {len(gamma)} of {total} steps, variance {variance}"
-    return model, TimeGrid.uniform(len(gamma)), how
+    how = f"in {count} of {total} steps, variance {variance}"
+    return model, TimeGrid.uniform(count), how
 
 
 def _steps(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -334,13 +361,16 @@ def _times(steps: int | None) -> tuple[TimeDiscretization, str]:
     return TimeGrid.uniform(steps), f"in {steps} steps, variance small"
 
 
-def _refuse(config: Config, clip: bool | None) -> None:
+def _refuse(config: Config, clip: bool | None, name: str) -> None:
     """Raise ValueError for flags that imply another model, or one without a bound."""
     if config.get("clip_sample") and clip is None:
+        ways = [
+            f"`nelbo evaluate {quote(f'{name},clip={way}')} --data X`" for way in ("yes", "no")
+        ]
+        as_sampled, as_trained = ways if ":" in name else ("clip=True", "clip=False")
         raise ValueError(
-            "the scheduler has clip_sample, and clipping x̂ makes a different model; choose"
-            " which to measure, clip=True as it samples or clip=False as it was trained (after the"
-            " path: ,clip=yes or ,clip=no)"
+            "the scheduler has clip_sample, and clipping x̂ makes a different model; choose which"
+            f" to measure: {as_sampled} as it samples, or {as_trained} as it was trained"
         )
     if clip and config.get("clip_sample_range", 1.0) != 1.0:
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nelbo._utils import limits
 from nelbo._utils.files import put_weights, read_tensors
 from nelbo._utils.progress import shortened
-from nelbo.integrations.external import read_json
+from nelbo.integrations.external import read_json, without_prefix
 
 Config = Mapping[str, object]
 NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")
@@ -68,13 +68,37 @@ def _components(path: Path) -> Iterator[tuple[str, str]]:
             yield part.name, ""
 
 
-def network_of(home: Path) -> tuple[nn.Module, str]:
-    """Return the network in a folder with exactly its weights, and the name of its class."""
+def home_of(path: Path, weights: str | None) -> tuple[Path, str | None, list[str]]:
+    """Return the folder of the network, the variant of its weights and a note on other folders.
+
+    Args:
+        path: of the pipeline.
+        weights: a folder of other weights, such as unet_ema, or a variant, such as fp16.
+    """
+    names = ("unet", "transformer")
+    home = next((path / name for name in names if (path / name).is_dir()), path)
+    if weights is not None and (path / weights / "config.json").is_file():
+        return path / weights, None, []
+    others = [p.parent.name for p in sorted(path.glob(f"{home.name}*/config.json"))]
+    others = [name for name in others if name != home.name] if home != path else []
+    said = [
+        f"measured are the weights in {home.name}; for those in {shortened(name, SHOWN)}, add"
+        f" ,weights={shortened(name, SHOWN)} to the path"
+        for name in others
+    ]
+    return home, weights, said
+
+
+def network_of(home: Path, variant: str | None = None) -> tuple[nn.Module, str, list[str]]:
+    """Return the network in a folder with exactly its weights, the name of its class, and notes.
+
+    The weights are the default ones, or those of a variant, such as fp16.
+    """
     config = read_json(home / "config.json")
     kind = str(config.get("_class_name"))
     if kind not in NETWORKS:
         raise ValueError(f"{home} holds a {kind}; known are {', '.join(NETWORKS)}")
-    files = _files_of(home)
+    files = _files_of(home, variant)
     if not files:
         pickled = any(home.glob("*.bin"))
         why = "only .bin, a format that can hold code" if pickled else "none"
@@ -85,23 +109,29 @@ def network_of(home: Path) -> tuple[nn.Module, str]:
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= read_tensors(file)[0]
+    weights, notes = without_prefix(weights)
+    if not files[0].name.startswith((f"{WEIGHTS}.safetensors", f"{WEIGHTS}-")):
+        notes.append(f"the weights are those of {shortened(files[0].name, SHOWN)}")
     with limits.within_file(weights, home):
         network: nn.Module = made(config, home / "config.json")
     check_keys(config, type(network), f"{home / 'config.json'}")
     put_weights(network, {_renamed(name, weights): weights[name] for name in weights}, str(home))
-    return network.eval(), kind
+    return network.eval(), kind, notes
 
 
-def _files_of(home: Path) -> list[Path]:
-    """Return the files of the default weights, as diffusers finds them.
+def _files_of(home: Path, variant: str | None) -> list[Path]:
+    """Return the files of a variant of the weights, or the default ones, as diffusers finds them.
 
-    They are those in the index, or else the single file; those of a variant, such as fp16, only if
-    there are no others.
+    They are those in the index, or else the single file. Without a name, those of a variant are
+    taken if there are no others.
 
     Raises:
-        ValueError: the index names no files in its folder, or there are several variants.
+        ValueError: the index names no files in its folder, there is no such variant, or there are
+            several and none by default.
     """
-    index, one = (home / f"{WEIGHTS}.safetensors{end}" for end in (".index.json", ""))
+    dotted = "" if variant is None else f".{variant}"
+    index = home / f"{WEIGHTS}.safetensors.index{dotted}.json"
+    one = home / f"{WEIGHTS}{dotted}.safetensors"
     if index.is_file():
         named = read_json(index).get("weight_map")
         names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
@@ -112,10 +142,13 @@ def _files_of(home: Path) -> list[Path]:
         return [one]
     files = sorted(home.glob(f"{WEIGHTS}*.safetensors"))
     variants = {re.sub(r"-\d+-of-\d+", "", file.name) for file in files}
+    several = shortened(", ".join(sorted(variants)))
+    if variant is not None:
+        raise ValueError(f"{home} has no weights of {variant!r}; it has {several or 'none'}")
     if len(variants) > 1:
-        several = shortened(", ".join(sorted(variants)))
         raise ValueError(
-            f"{home} has weights of several variants, {several}, and none by default; keep one"
+            f"{home} has weights of several variants, {several}, and none by default; keep one, or"
+            " name it after the path: ,weights=fp16"
         )
     return files
 

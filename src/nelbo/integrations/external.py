@@ -1,6 +1,6 @@
 """A foreign model with everything that `nelbo evaluate` needs to know."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from nelbo.data.schema import Schema
 from nelbo.data.sources import Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import TimeDiscretization
 
 
@@ -94,6 +95,25 @@ def read_json(
     if not isinstance(found, dict):
         raise ValueError(f"{path} must be a JSON object; got {type(found).__name__}")
     return found
+
+
+def without_prefix(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights without the prefix of training in parallel, and a note if they had it."""
+    prefix = "module."
+    if not weights or not all(name.startswith(prefix) for name in weights):
+        return dict(weights), []
+    return {name.removeprefix(prefix): weights[name] for name in weights}, [
+        f"the prefix {prefix!r} of the weights' names, of training in parallel, is left out"
+    ]
+
+
+def scaled(scaling: Levels | Affine) -> str:
+    """Return a note on the scaling of the data that the network sees."""
+    if isinstance(scaling, Levels):
+        return (
+            f"the network sees levels 0..{scaling.count - 1} as {scaling.low:g}..{scaling.high:g}"
+        )
+    return "the network sees real data, (x - shift)/scale"
 
 
 def check_label(label: int | None, classes: int | None) -> None:

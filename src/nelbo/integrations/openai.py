@@ -17,7 +17,7 @@ it is requested by clip=True.
 import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,7 +34,7 @@ from nelbo.data.schema import Schema
 from nelbo.diffusion.process import Levels
 from nelbo.diffusion.times import TimeGrid
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left, spaced
-from nelbo.integrations.external import Foreign, check_label, read_json
+from nelbo.integrations.external import Foreign, check_label, read_json, scaled, without_prefix
 from nelbo.integrations.openai_unet import GROUPS, Architecture, UNet
 
 Size = Annotated[int, Ge(1), Le(limits.STEPS)]
@@ -120,11 +120,13 @@ def load(
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a state dict, .pt or .safetensors")
     checked = check_flags(_flags_beside(path) if flags is None else flags)
-    weights = _weights(path)
+    weights, said = without_prefix(_weights(path))
     with limits.within_file(weights, path):
         network = UNet(architecture(checked))
     put_weights(network, weights, str(path))
-    return build(network, checked, f"openai:{path}", steps=steps, clip=bool(clip), label=label)
+    name = f"openai:{path}"
+    found = build(network, checked, name, steps=steps, clip=bool(clip), label=label)
+    return replace(found, notes=(*found.notes, *said))
 
 
 def build(
@@ -162,6 +164,7 @@ def build(
     notes = (
         f"ancestral sampling in {len(keep)} of {total} steps, variance {variance},"
         f" x̂ {'' if clip else 'not '}clipped",
+        scaled(Levels(256)),
         *signal_left(model),
     )
     schema = Schema("levels", (3, size, size), 256)
