@@ -1,5 +1,6 @@
 """Foreign denoisers: whatever language a model is in, its bound is the same."""
 
+import contextlib
 import math
 import re
 import warnings
@@ -10,7 +11,7 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
-from nelbo import ContinuousTime, TimeGrid
+from nelbo import ContinuousTime, TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.parametrization import Prediction
 from nelbo.diffusion.process import Affine, Levels
@@ -482,10 +483,7 @@ GOOD = {"predicts": "noise", "betas": BETAS}
         ({"schedule": Linear(-5, 5)}, "not as both"),
         ({"betas": None, "schedule": Linear(-5, 5)}, "times=function of γ"),
         ({"times": [1, 2, 3]}, "times must be 12 numbers"),
-        (
-            {"predicts": "x0"},
-            "of noise, data, velocity, score, flow; got 'x0'",
-        ),
+        ({"predicts": "x9"}, "of noise, data, velocity, score, flow, mean; got 'x9'"),
         ({"variance": "fixed"}, "variance must be one of small, large, learned-range"),
         ({"keep": [3, 2]}, "keep must be increasing indices of the 12 times"),
         ({"keep": [3, 12]}, "0..11"),
@@ -589,3 +587,70 @@ def test_decoders():
     np.testing.assert_allclose(model.decoder.log_spread.item(), -3.0)
     given = denoisers.Evidence(Levels(256))
     assert wrap(constant(0.0), SHAPE, **GOOD, decoder=given).decoder is given
+
+
+@pytest.mark.parametrize(
+    ("ours", "others"),
+    [
+        ("noise", ["epsilon", "eps"]),
+        ("data", ["x", "x0", "sample"]),
+        ("velocity", ["v", "v_prediction"]),
+    ],
+)
+def test_an_output_has_the_names_that_papers_and_libraries_use(ours, others):
+    x = images()
+    bounds = [
+        full_sum(wrap(constant(0.1), SHAPE, predicts=name, betas=BETAS), x).elbo
+        for name in (ours, *others)
+    ]
+    assert all(torch.equal(bound, bounds[0]) for bound in bounds)
+
+
+def test_a_function_that_gives_the_mean_of_the_step_has_the_bound_of_its_data_prediction():
+    """With x̂ = 0, the mean m_t(z, 0) is a multiple of z."""
+    beta, _ = betas_tilde(ALPHAS)
+    before = np.concatenate([[1.0], ALPHAS[:-1]])
+    weight = torch.tensor(np.sqrt(1 - beta) * (1 - before) / (1 - ALPHAS))
+
+    def mean(z, t):
+        return weight[t][:, None, None, None] * z
+
+    x = images()
+    expected = full_sum(wrap(constant(0.0), SHAPE, predicts="data", betas=BETAS), x).elbo
+    bound = full_sum(wrap(mean, SHAPE, predicts="mean", betas=BETAS), x).elbo
+    torch.testing.assert_close(bound, expected)
+    with pytest.raises(ValueError, match="one step of T"):
+        wrap(mean, SHAPE, predicts="mean", betas=BETAS, keep=[0, 5])
+
+
+@pytest.mark.parametrize("network", [nn.Identity, "unet"])
+def test_a_class_or_a_name_is_no_network(network):
+    with pytest.raises(ValueError, match="not its class"):
+        wrap(network, SHAPE, betas=BETAS)
+
+
+class Fails(nn.Module):
+    """A network that fails when it is asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.dropout, self.fails = nn.BatchNorm2d(3), nn.Dropout(), False
+
+    def forward(self, y, time):
+        if self.fails:
+            raise ArithmeticError
+        assert not self.dropout.training
+        return 0 * y
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_part_of_a_network_keeps_its_mode(fails):
+    network = Fails()
+    network.frozen.eval()
+    model = wrap(network, SHAPE, predicts="velocity", betas=BETAS)
+    modes = [part.training for part in network.modules()]
+    assert modes == [True, False, True]
+    network.fails = fails
+    with contextlib.suppress(ArithmeticError):
+        evaluate(model, images(), times=TimeGrid.uniform(T))
+    assert [part.training for part in network.modules()] == modes

@@ -208,7 +208,8 @@ def measuring(model: Model, batch: Batch | None = None) -> Iterator[None]:
     if batch is not None:
         model.check_condition(batch.condition, len(batch))
         check_examples(model, batch.x)
-    before = model.training, model.dtype, model.precision
+    modes = [(module, module.training) for module in model.modules()]  # some may be frozen
+    before = model.dtype, model.precision
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -217,8 +218,9 @@ def measuring(model: Model, batch: Batch | None = None) -> Iterator[None]:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
-        model.train(before[0])
-        model.dtype, model.precision = before[1:]
+        for module, mode in modes:
+            module.training = mode
+        model.dtype, model.precision = before
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 

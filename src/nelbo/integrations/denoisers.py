@@ -16,11 +16,12 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from nelbo._utils.numerics import LOG_2
 from nelbo.diffusion import parametrization, reverse
 from nelbo.diffusion.decoder import Decoder, Evidence, GaussianDensity
-from nelbo.diffusion.model import Model
+from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Schedule
 from nelbo.integrations.adapters import (
@@ -36,9 +37,10 @@ from nelbo.integrations.adapters import (
     preserving,
 )
 
-Predicts = Literal["noise", "data", "velocity", "score", "flow"]
+Predicts = str  # a key of HEADS or SPELLINGS, or "mean"
 Variance = Literal["small", "large", "learned-range"]
 Numbers = Tensor | Sequence[float]
+Denoiser = Callable[[Tensor, Tensor], Tensor]
 Table = Tensor | Callable[[Tensor], Tensor] | None
 
 HEADS: dict[str, Callable[[], parametrization.Parametrization]] = {
@@ -47,6 +49,14 @@ HEADS: dict[str, Callable[[], parametrization.Parametrization]] = {
     "velocity": parametrization.VPrediction,
     "score": parametrization.EpsPrediction,
     "flow": Flow,
+}
+#: other spellings of the same outputs, in papers and libraries
+SPELLINGS = {
+    **dict.fromkeys(("epsilon", "eps", "pred_noise", "ε"), "noise"),
+    **dict.fromkeys(("x", "x0", "x_0", "x_start", "sample", "pred_x0"), "data"),
+    **dict.fromkeys(("v", "v_prediction", "pred_v"), "velocity"),
+    "flow_prediction": "flow",
+    **dict.fromkeys(("f", "posterior_mean", "previous_x"), "mean"),
 }
 STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "small": reverse.Posterior,
@@ -58,8 +68,20 @@ SIGNAL = 0.02  # α at the last time above which a network is not probed: too mu
 PROBES = 8  # draws of pure noise shown to a network, to tell a velocity from a flow
 
 
+class Called(nn.Module):
+    """A plain function of latents and times as a network without weights, in float64."""
+
+    def __init__(self, function: Denoiser) -> None:
+        super().__init__()
+        self.function = function
+
+    @override
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.function(z, t)
+
+
 def wrap(
-    network: nn.Module,
+    network: nn.Module | Denoiser,
     shape: tuple[int, ...],
     *,
     predicts: Predicts | parametrization.Parametrization = "noise",
@@ -77,11 +99,17 @@ def wrap(
 ) -> Model:
     """Return a model of any network that is called as network(y (B, *shape), time (B,)).
 
+    The network keeps its mode, training or evaluation; `nelbo.evaluate` and `nelbo.sample` use it
+    in evaluation mode and put its mode back.
+
     Args:
-        network: returns (B, C, ...), or (B, 2C, ...) with a learned variance in the second half.
+        network: module or plain function; returns (B, C, ...), or (B, 2C, ...) with a learned
+            variance in the second half. A function is called with float64 latents.
         shape: shape of one example, channels first.
         predicts: kind of the output: ε ("noise"), x ("data"), √α ε - √(1-α) x ("velocity"),
-            ∇ log q ("score") or ε - x ("flow"); or a parametrization of your own.
+            ∇ log q ("score"), ε - x ("flow") or the mean of z_{t-1} given z_t ("mean", all T
+            times); other names of these, such as "epsilon", "x0" and "v", are understood; or a
+            parametrization of your own.
         betas: β_1..β_T of y_t = √(1-β_t) y_{t-1} + √β_t ε.
         alphas: α_1..α_T, the products of 1-β (others' "alphas_cumprod"), decreasing.
         sigmas: σ_1 < ... < σ_T of y_t = x + σ_t ε; or for a flow y_t = (1-σ_t) x + σ_t ε.
@@ -111,7 +139,15 @@ def wrap(
             that follows the noise as that of a flow does.
     """
     gamma: Tensor | Schedule
+    predicts = _spelled(predicts)
     flow = predicts == "flow"
+    if isinstance(network, type) or not callable(network):
+        raise ValueError(
+            "network must be a torch.nn.Module, not its class, or a function network(z, t); got"
+            f" {network!r}"
+        )
+    if not isinstance(network, nn.Module):
+        network = Called(network)
     table = _table(times)
     if sigmas is not None:
         sigmas, table = _rising(_numbers(sigmas), table)
@@ -165,7 +201,13 @@ def assemble(
     """Do the same as `wrap` from γ_1..γ_T, or γ(t), and without its warning."""
     if variance not in STEPS:
         raise ValueError(f"variance must be one of {', '.join(STEPS)}; got {variance!r}")
-    head = _head(predicts, variance, scaling if clip else None)
+    predicts = _spelled(predicts)
+    head = _head(
+        predicts,
+        variance,
+        scaling if clip else None,
+        _steps_of_mean(predicts, gamma, factor, keep),
+    )
     score = predicts == "score"
     if isinstance(gamma, Tensor):
         table = torch.arange(len(gamma)) if times is None else times
@@ -189,7 +231,7 @@ def assemble(
         adapter = Adapter(network, shape, head.outputs, times, None, factor, score)
         steps = 0
     last = _decoder(decoder, process.schedule, scaling, steps)
-    return Model(adapter, process, head, STEPS[variance](), last, shape).eval()
+    return Model(adapter, process, head, STEPS[variance](), last, shape)
 
 
 def spaced(total: int, steps: int) -> list[int]:
@@ -246,7 +288,7 @@ def _probed(model: Model, flow: bool) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(PROBES, *model.shape, dtype=torch.float64, generator=generator)
     like = next(model.network.parameters())
-    with torch.no_grad():
+    with measuring(model):
         level = model.process.log_snr_input(last.to(like.device))
         output: Tensor = model.network(z.to(like), level.to(like)).to(z)
     output = output[..., 0] if output.ndim > z.ndim else output  # the other is a variance
@@ -355,14 +397,48 @@ def _kept(keep: Sequence[int] | None, total: int) -> Tensor:
     return kept
 
 
+def _spelled(
+    predicts: Predicts | parametrization.Parametrization,
+) -> Predicts | parametrization.Parametrization:
+    """Return our word for an output; a parametrization as it is.
+
+    >>> _spelled("epsilon")
+    'noise'
+    """
+    if not isinstance(predicts, str):
+        return predicts
+    word = SPELLINGS.get(predicts, predicts)
+    if word not in (*HEADS, "mean"):
+        raise ValueError(f"predicts must be one of {', '.join(HEADS)}, mean; got {predicts!r}")
+    return word
+
+
+def _steps_of_mean(
+    predicts: Predicts | parametrization.Parametrization,
+    gamma: Tensor | Schedule,
+    factor: Factor,
+    keep: Sequence[int] | None,
+) -> int:
+    """Return T for a network that gives the mean of z_{t-1}, 0 for others."""
+    if predicts != "mean":
+        return 0
+    if not isinstance(gamma, Tensor) or keep is not None or factor is not preserving:
+        raise ValueError(
+            'predicts="mean" is the mean of one step of T, of latents that preserve the variance:'
+            " give betas or alphas, and no keep or factor"
+        )
+    return len(gamma)
+
+
 def _head(
     predicts: Predicts | parametrization.Parametrization,
     variance: Variance,
     clip: Levels | Affine | None,
+    steps: int = 0,
 ) -> parametrization.Parametrization:
-    if isinstance(predicts, str) and predicts not in HEADS:
-        raise ValueError(f"predicts must be one of {', '.join(HEADS)}; got {predicts!r}")
-    head = HEADS[predicts]() if isinstance(predicts, str) else predicts
+    head = predicts
+    if isinstance(head, str):
+        head = parametrization.Mean(steps) if head == "mean" else HEADS[head]()
     if variance == "learned-range":
         head = parametrization.WithVariance(head)
     if clip is None:

@@ -125,7 +125,7 @@ def load(
         network = UNet(architecture(checked))
     put_weights(network, weights, str(path))
     name = f"openai:{path}"
-    found = build(network, checked, name, steps=steps, clip=bool(clip), label=label)
+    found = build(network.eval(), checked, name, steps=steps, clip=bool(clip), label=label)
     return replace(found, notes=(*found.notes, *said))
 
 
