@@ -404,6 +404,14 @@ def test_schedulers_without_a_bound(networks, scheduler, config, words):
         build(networks[3], getattr(diffusers, scheduler)(**config))
 
 
+def test_sizes_that_a_network_cannot_halve_are_refused():
+    """It would end in the middle of the run, at the first skip connection."""
+    network = Recorder()
+    network.config = network.config | {"block_out_channels": (8, 8, 8), "sample_size": 10}
+    with pytest.raises(ValueError, match=r"halves its images 2 times.*10 is no multiple of 4"):
+        build(network, ddpm())
+
+
 def test_what_is_not_a_model_is_refused(networks, tmp_path):
     """No pickles, no other classes, no damaged or foreign files: one sentence each."""
     with pytest.raises(FileNotFoundError, match="there is no folder"):

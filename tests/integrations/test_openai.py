@@ -299,6 +299,27 @@ def test_a_file_and_its_flags(tmp_path, suffix):
     assert torch.equal(*bounds)
 
 
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_channels_and_classes_are_those_of_the_weights(tmp_path, learn_sigma):
+    """Grey digits of ten classes: the flags have no word for either."""
+    flags = OPENAI | {"class_cond": True, "learn_sigma": learn_sigma}
+    with seeded(0):
+        network = UNet(architecture(check_flags(flags), channels=1, classes=10)).eval()
+    torch.save({f"module.{k}": w for k, w in network.state_dict().items()}, tmp_path / "m.pt")
+    (tmp_path / "m.json").write_text(json.dumps(flags))
+    with pytest.raises(ValueError, match=r"10 classes; give label=N in 0\.\.9"):
+        load(f"openai:{tmp_path}/m.pt,label=10")
+    found = load(f"openai:{tmp_path}/m.pt,label=9")
+    assert found.schema.shape == (1, 8, 8) and "'module.'" in found.notes[-1]
+    with torch.no_grad():
+        x = images()[:, :1]
+        with seeded(3):
+            got = elbo(found.model, x, found.times).elbo
+        with seeded(3):
+            want = elbo(build(network, flags, label=9).model, x, found.times).elbo
+    assert torch.equal(got, want)
+
+
 def test_classes():
     """P(x|class): the class is asked for and reaches the network."""
     flags = OPENAI | {"class_cond": True}

@@ -416,7 +416,15 @@ def _shape(about: Config) -> tuple[int, ...]:
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, list | tuple) or len(sides) != 2:
         raise ValueError(f"the network's sample_size must be its side in pixels; got {size!r}")
-    return (_number(about, "in_channels"), *map(int, sides))
+    pixels = tuple(map(int, sides))
+    blocks = about.get("block_out_channels")
+    halvings = len(blocks) - 1 if isinstance(blocks, list | tuple) and blocks else 0
+    if any(side % 2**halvings for side in pixels):
+        raise ValueError(
+            f"the network halves its images {halvings} times, and sample_size {size} is no"
+            f" multiple of {2**halvings}: it was trained at another, so set sample_size to that"
+        )
+    return (_number(about, "in_channels"), *pixels)
 
 
 def _classes(about: Config) -> int | None:

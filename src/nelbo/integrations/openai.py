@@ -122,7 +122,7 @@ def load(
     checked = check_flags(_flags_beside(path) if flags is None else flags)
     weights, said = without_prefix(_weights(path))
     with limits.within_file(weights, path):
-        network = UNet(architecture(checked))
+        network = UNet(architecture(checked, *_sizes(weights)))
     put_weights(network, weights, str(path))
     name = f"openai:{path}"
     found = build(network.eval(), checked, name, steps=steps, clip=bool(clip), label=label)
@@ -142,7 +142,11 @@ def build(
     flags = flags if isinstance(flags, Flags) else check_flags(flags)
     total, size = flags.diffusion_steps, flags.image_size
     betas = named_betas(flags.noise_schedule, total)
-    check_label(label, CLASSES if flags.class_cond else None)
+    channels, classes = 3, CLASSES if flags.class_cond else None
+    if isinstance(network, UNet):
+        channels, classes = network.architecture.inputs, network.architecture.classes
+    shape = (channels, size, size)
+    check_label(label, classes)
     if label is not None:
         network = Labelled(network, label)
     variance: Variance = "small" if flags.sigma_small else "large"
@@ -151,7 +155,7 @@ def build(
     keep = spaced(total, _respacing(flags) if steps is None else steps)
     model = assemble(
         network,
-        (3, size, size),
+        shape,
         predicts="data" if flags.predict_xstart else "noise",
         gamma=gamma_of(betas=betas),
         times=places * (1000 / total) if flags.rescale_timesteps else places,
@@ -167,7 +171,7 @@ def build(
         scaled(Levels(256)),
         *signal_left(model),
     )
-    schema = Schema("levels", (3, size, size), 256)
+    schema = Schema("levels", shape, 256)
     return Foreign(name, model, schema, TimeGrid.uniform(len(keep)), Path(name).name, notes)
 
 
@@ -203,8 +207,14 @@ def check_flags(flags: Mapping[str, object]) -> Flags:
     return checked
 
 
-def architecture(flags: Flags) -> Architecture:
-    """Return the architecture that the flags describe."""
+def architecture(flags: Flags, channels: int = 3, classes: int = CLASSES) -> Architecture:
+    """Return the architecture that the flags describe.
+
+    Args:
+        flags: of the training.
+        channels: of the images; the scripts have 3, and copies of them others.
+        classes: number of classes, if there are any; likewise.
+    """
     size = flags.image_size
     multipliers: tuple[float, ...] | None = MULTIPLIERS.get(size)
     if flags.channel_mult:
@@ -226,7 +236,7 @@ def architecture(flags: Flags) -> Architecture:
     )
     return Architecture(
         channels=flags.num_channels,
-        outputs=6 if flags.learn_sigma else 3,
+        outputs=2 * channels if flags.learn_sigma else channels,
         blocks=flags.num_res_blocks,
         multipliers=multipliers,
         attention=tuple(size // side for side in sides),
@@ -236,7 +246,8 @@ def architecture(flags: Flags) -> Architecture:
         scale_shift=flags.use_scale_shift_norm,
         updown=flags.resblock_updown,
         qkv_first=flags.use_new_attention_order,
-        classes=CLASSES if flags.class_cond else None,
+        classes=classes if flags.class_cond else None,
+        inputs=channels,
     )
 
 
@@ -275,6 +286,13 @@ def _respacing(flags: Flags) -> int:
             " a deterministic sampler without a bound, and sections are not supported"
         )
     return int(text)
+
+
+def _sizes(weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the number of channels and of classes, which no flag says, in the weights."""
+    first, labels = weights.get("input_blocks.0.0.weight"), weights.get("label_emb.weight")
+    channels = 3 if first is None or first.ndim != 4 else first.shape[1]
+    return channels, CLASSES if labels is None or labels.ndim != 2 else labels.shape[0]
 
 
 def _flags_beside(path: Path) -> dict[str, object]:

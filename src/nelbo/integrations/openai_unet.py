@@ -42,6 +42,7 @@ class Architecture:
         updown: whether residual blocks resample, or else convolutions.
         qkv_first: whether channels are split into q, k, v before heads, or else after.
         classes: number of classes, or None.
+        inputs: channels of the images.
     """
 
     channels: int
@@ -56,6 +57,7 @@ class Architecture:
     updown: bool
     qkv_first: bool
     classes: int | None
+    inputs: int = 3
 
 
 def sines(time: Tensor, count: int) -> Tensor:
@@ -166,7 +168,7 @@ class Stage(nn.ModuleList):
 
 
 class UNet(nn.Module):
-    """network(y (B, 3, H, W), time (B,), label (B,) or None) -> (B, outputs, H, W)."""
+    """network(y (B, inputs, H, W), time (B,), label (B,) or None) -> (B, outputs, H, W)."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -178,7 +180,7 @@ class UNet(nn.Module):
         if a.classes is not None:
             self.label_emb = nn.Embedding(a.classes, wide)
         widths = [int(m * a.channels) for m in a.multipliers]
-        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(3, widths[0], 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(a.inputs, widths[0], 3, padding=1)])])
         kept = [widths[0]]  # channels of the skip connections
         here, factor = widths[0], 1
         for level, width in enumerate(widths):
