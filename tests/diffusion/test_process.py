@@ -331,3 +331,15 @@ def test_absorbing_features_are_the_symbols():
     flat = torch.tensor(states(2, 3))
     seen = MaskedDiffusion(PowerAlpha(), 2).features(flat).reshape(-1, 3, 3)
     assert np.array_equal(seen.argmax(-1).numpy(), flat.numpy())
+
+
+def test_times_may_be_numbers_and_real_data_need_no_embedding():
+    """Numbers are exact: none of them passes through float32."""
+    process, data = GaussianDiffusion(Linear(-5.0, 1.5)), torch.tensor([[0.25, -3.0]])
+    assert torch.equal(process.embed(data), data.double())
+    s, t = torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
+    for function in (process.beta, process.beta_tilde, process.log_kept):
+        assert torch.equal(function(0.2, 0.6), function(s, t))
+    assert torch.equal(process.alpha(0.6), process.alpha(t))
+    assert torch.equal(process.schedule(0.6), process.schedule(t))
+    assert process.alpha(1).item() == pytest.approx(1 / (1 + math.exp(1.5)), rel=1e-15)

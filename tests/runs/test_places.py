@@ -187,3 +187,18 @@ def test_moments_are_of_parameters(trained, tmp_path, name):
     files.write_tensors(run / run_config.STATE, tensors, about)
     with pytest.raises(ValueError, match="moments of no parameter"):
         resume(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "source"),
+    [
+        ("model_index.json", {}, "diffusers"),
+        ("config.json", {"_class_name": "UNet2DModel"}, "diffusers"),
+        ("config.json", {"model_type": "bert"}, "hf"),
+    ],
+)
+def test_a_folder_of_another_library_is_answered_with_its_source(tmp_path, name, content, source):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises((FileNotFoundError, ValueError), match=f"give it as {source}:") as error:
+        run_folder.load(tmp_path)
+    assert str(tmp_path) in str(error.value)

@@ -99,19 +99,19 @@ class ForwardProcess(nn.Module, ABC):
             raise TypeError(f"{need}; got {type(process).__name__}{hint}")
         return process
 
-    def log_alpha(self, t: Tensor) -> Tensor:
+    def log_alpha(self, t: Tensor | float) -> Tensor:
         """Return log α_t, shape of t, float64."""
         return logsigmoid(-self.schedule(t))
 
-    def log_one_minus_alpha(self, t: Tensor) -> Tensor:
+    def log_one_minus_alpha(self, t: Tensor | float) -> Tensor:
         """Return log(1 - α_t), shape of t, float64; not as a difference, so exact at both ends."""
         return logsigmoid(self.schedule(t))
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Tensor | float) -> Tensor:
         """Return α_t, shape of t, float64."""
         return self.log_alpha(t).exp()
 
-    def log_kept(self, s: Tensor, t: Tensor) -> Tensor:
+    def log_kept(self, s: Tensor | float, t: Tensor | float) -> Tensor:
         """Return log(α_t/α_s), the share of the signal at s that remains at t; log(1-β)."""
         return self.log_alpha(t) - self.log_alpha(s)
 
@@ -272,23 +272,24 @@ class GaussianDiffusion(ForwardProcess):
 
     Args:
         schedule: γ(t).
-        embedding: Levels(K) for integers, Affine(shift, scale) for real data.
+        embedding: Levels(K) for integers, Affine(shift, scale) for real data. By
+            default Affine(), real data as they are.
     """
 
     channels = 1
     has_flow = True
     posterior_name = "Gaussian step, σ² = β̃"
 
-    def __init__(self, schedule: Schedule, embedding: Levels | Affine) -> None:
+    def __init__(self, schedule: Schedule, embedding: Levels | Affine | None = None) -> None:
         super().__init__(schedule)
-        self.embedding = embedding
+        self.embedding = embedding = Affine() if embedding is None else embedding
         self.codes = embedding.count
 
-    def beta(self, s: Tensor, t: Tensor) -> Tensor:
+    def beta(self, s: Tensor | float, t: Tensor | float) -> Tensor:
         """Return β = 1 - α_t/α_s of the step from s to t; float64."""
         return -torch.expm1(self.log_kept(s, t))
 
-    def beta_tilde(self, s: Tensor, t: Tensor) -> Tensor:
+    def beta_tilde(self, s: Tensor | float, t: Tensor | float) -> Tensor:
         """Return β̃ = β (1-α_s)/(1-α_t), the variance of q(z_s|z_t,x); float64."""
         shrink = self.log_one_minus_alpha(s) - self.log_one_minus_alpha(t)
         return self.beta(s, t) * shrink.exp()
@@ -298,7 +299,7 @@ class GaussianDiffusion(ForwardProcess):
         of_z, of_e = self.m_t_weights(s, t)
         return over(of_z, z) * z + over(of_e, z) * e
 
-    def m_t_weights(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def m_t_weights(self, s: Tensor | float, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the coefficients of z_t and e in m_t, shape of t, float64."""
         shrink = self.log_one_minus_alpha(s) - self.log_one_minus_alpha(t)
         of_z = (shrink + self.log_kept(s, t) / 2).exp()

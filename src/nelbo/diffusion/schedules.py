@@ -36,6 +36,14 @@ class Schedule(nn.Module, ABC):
         """
         return []
 
+    @override
+    def __call__(self, t: Tensor | float) -> Tensor:
+        """Return γ(t) for times t, or a number for one time; float64."""
+        if not isinstance(t, Tensor):
+            t = torch.tensor(t, dtype=torch.float64)
+        gamma: Tensor = super().__call__(t)
+        return gamma
+
     @abstractmethod
     @override
     def forward(self, t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nelbo.integrations.denoisers import spaced, wrap
-from nelbo.integrations.external import Foreign
+from nelbo.integrations.external import Foreign, read_json
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
 __all__ = ["Foreign", "TokenModel", "is_foreign", "load", "spaced", "wrap", "wrap_tokens"]
@@ -43,6 +43,21 @@ SHOWN = {
 def is_foreign(source: str) -> bool:
     """Return whether `load` knows this kind of source."""
     return source.partition(":")[0] in SOURCES and ":" in source
+
+
+def source_of(folder: Path) -> str | None:
+    """Return the source by which `load` takes a folder of diffusers or transformers, else None.
+
+    Only the names of files and the keys of a config.json are looked at.
+    """
+    if (folder / "model_index.json").is_file():
+        return f"diffusers:{folder}"
+    config = folder / "config.json"
+    keys = read_json(config).keys() if config.is_file() else set()
+    for key, kind in (("_class_name", "diffusers"), ("model_type", "hf")):
+        if key in keys:
+            return f"{kind}:{folder}"
+    return None
 
 
 def load(source: str, *, steps: int | None = None, trust_remote_code: bool = False) -> Foreign:

@@ -224,6 +224,14 @@ def is_run(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
+def _of_others(path: Path) -> str:
+    """Return the advice to name a folder of another library as such, "" for other folders."""
+    from nelbo.integrations import source_of  # heavy
+
+    source = source_of(path)
+    return f"; if it is a model of that library, give it as {source}" if source else ""
+
+
 def read_config(path: Path) -> RunConfig:
     """Read the configuration of the run in the folder `path`.
 
@@ -234,8 +242,10 @@ def read_config(path: Path) -> RunConfig:
     if not path.exists():
         raise FileNotFoundError(f"the run {path} does not exist; train with: nelbo train")
     if not is_run(path):
-        raise FileNotFoundError(f"{path} is not a run: it has no {CONFIG}")
+        raise FileNotFoundError(f"{path} is not a run: it has no {CONFIG}{_of_others(path)}")
     document = limits.read_json(limits.contained(path / CONFIG, path))
+    if isinstance(document, dict) and "schema" not in document and (hint := _of_others(path)):
+        raise ValueError(f"{path} is not a run{hint}")
     run = RunConfig.from_document(document, str(path / CONFIG))
     if Path(run.source).name == TABLE and (path / TABLE).is_file():
         limits.contained(path / TABLE, path)

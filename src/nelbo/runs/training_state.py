@@ -6,6 +6,10 @@
     optimizer.i.*    moments of the i-th parameter
     progress         `training.config.Progress`
 
+The file has five times the bytes of the weights, and the previous state as many: with
+`model.safetensors`, a run folder has 11 times. All are needed: moments, raw and averaged weights
+continue exactly, the best ones come back after a crash, and the fallback outlives a damaged file.
+
 No generator state is saved: randomness follows from the seed and the step (see `trainer`). If the
 newest file is missing, or damaged according to its hash, the previous one is used; the steps since
 then are repeated, with the same result.
