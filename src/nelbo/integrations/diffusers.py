@@ -19,8 +19,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +31,6 @@ from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.adapters import EDM, Flow, interpolating
 from nelbo.integrations.denoisers import (
-    Predicts,
-    Variance,
     assemble,
     gamma_of,
     signal_left,
@@ -48,29 +44,16 @@ from nelbo.integrations.diffusers_folder import (
     made,
     network_of,
 )
+from nelbo.integrations.diffusers_scheduler import (
+    PREDICTS,
+    VARIANCES,
+    Scheduler,
+    at_least_one,
+    check_scheduler,
+    positive,
+    steps_of,
+)
 from nelbo.integrations.external import Foreign, check_label, read_json, scaled
-
-PREDICTS: dict[str, Predicts] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
-VARIANCES: dict[str, Variance] = {
-    "fixed_small": "small",
-    "fixed_small_log": "small",
-    "fixed_large": "large",
-    "fixed_large_log": "large",
-    "learned_range": "learned-range",
-}
-
-
-class Scheduler(Protocol):
-    """The part of a scheduler that is used here."""
-
-    config: Any
-    timesteps: Tensor
-    sigmas: Tensor
-    betas: Tensor
-    alphas_cumprod: Tensor
-
-    def set_timesteps(self, num_inference_steps: int) -> None:
-        """Set `timesteps` and `sigmas` for a number of steps."""
 
 
 def load(
@@ -155,9 +138,9 @@ def build(
     config: Config = dict(scheduler.config)
     about: Config = dict(network.config)  # type: ignore[arg-type]
     kind = str(config.get("_class_name", type(scheduler).__name__))
-    _refuse(config, clip, name)
+    check_scheduler(config, clip, name)
     check_keys(config, type(scheduler), "the scheduler's config")
-    shape, wide = _shape(about), about.get("out_channels") == 2 * _number(about, "in_channels")
+    shape, wide = _shape(about), about.get("out_channels") == 2 * positive(about, "in_channels")
     learned = config.get("variance_type") == "learned_range"
     check_label(label, _classes(about))
     drop = wide and not learned
@@ -224,7 +207,7 @@ def _discrete(
     total = len(gamma)
     times: Tensor = torch.arange(total)
     if steps is not None:
-        gamma, times = _steps(scheduler, gamma, steps)
+        gamma, times = steps_of(scheduler, gamma, steps)
     count = len(gamma if keep is None else keep)
     variance = VARIANCES[str(config.get("variance_type") or "fixed_small")]
     model = assemble(
@@ -241,46 +224,6 @@ def _discrete(
     )
     how = f"in {count} of {total} steps, variance {variance}"
     return model, TimeGrid.uniform(count), how
-
-
-def _steps(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Return γ and the network's times at the steps that a scheduler takes, from the last.
-
-    Args:
-        scheduler: one that takes some of the T times; or σ's, at times of its own.
-        gamma: γ_1..γ_T.
-        steps: their number.
-    """
-    total = len(gamma)
-    if not 1 <= steps <= total:
-        raise ValueError(f"the model has {total} steps, and {steps} were asked for; try {total}")
-    scheduler.set_timesteps(steps)
-    times = scheduler.timesteps.double().flip(0)
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None:
-        times = times.sort().values
-        rising = times
-    else:
-        sigmas = rising = sigmas[:-1].double().flip(0)
-        if sigmas.shape == times.shape:  # a solver of second order takes each twice
-            sigmas, times = torch.stack([sigmas, times]).unique_consecutive(dim=1)
-            rising = sigmas
-    inside = times[0] >= 0 and times[-1] <= total - 1
-    if len(times) != steps or not inside or len(rising) != steps or (rising.diff() <= 0).any():
-        raise ValueError(
-            f"for {steps} steps the scheduler takes {len(times)} times from {times[0]:g} to"
-            f" {times[-1]:g}: some are not among 0 to {total - 1}, where the network was trained,"
-            " or occur twice; give another number of steps, leave it out for all, or set"
-            " steps_offset to 0"
-        )
-    whole = times.long()
-    if (times == whole).all():
-        table = gamma[whole]
-        if sigmas is None or torch.allclose(sigmas, (table / 2).exp(), rtol=1e-3):
-            return table, whole  # the same noise levels, in float64
-    if sigmas is None:
-        raise ValueError(f"the scheduler takes times that are not whole, such as {times[0]:g}")
-    return 2 * sigmas.log(), times
 
 
 def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
@@ -303,7 +246,7 @@ def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
         low, high = (2 * math.log(config[name]) for name in ("sigma_min", "sigma_max"))
         gamma: Tensor | Schedule = Linear(low, high)
     else:
-        scheduler.set_timesteps(_at_least_one(steps))
+        scheduler.set_timesteps(at_least_one(steps))
         gamma = gamma_of(sigmas=scheduler.sigmas[:-1].flip(0))
     model = assemble(
         network,
@@ -322,13 +265,13 @@ def _edm(whole: Whole, steps: int | None, clip: bool) -> Found:
 def _flow(whole: Whole, steps: int | None, clip: bool) -> Found:
     """Return the model for any τ, with time input T τ."""
     network, scheduler, shape, scaling = whole
-    total = _number(scheduler.config, "num_train_timesteps")
+    total = positive(scheduler.config, "num_train_timesteps")
     if steps is None:
         # τ runs from 0 to 1, where γ is infinite; cutting the ends off costs little, and the bound
         # includes that cost
         gamma: Tensor | Schedule = Linear(-2 * math.log(total - 1), 2 * math.log(total - 1))
     else:
-        scheduler.set_timesteps(_at_least_one(steps))
+        scheduler.set_timesteps(at_least_one(steps))
         # a solver of second order takes each twice
         tau = scheduler.sigmas[:-1].flip(0).double().unique_consecutive()
         if len(tau) != steps:
@@ -361,55 +304,6 @@ def _times(steps: int | None) -> tuple[TimeDiscretization, str]:
     return TimeGrid.uniform(steps), f"in {steps} steps, variance small"
 
 
-def _refuse(config: Config, clip: bool | None, name: str) -> None:
-    """Raise ValueError for flags that imply another model, or one without a bound."""
-    if config.get("clip_sample") and clip is None:
-        ways = [
-            f"`nelbo evaluate {quote(f'{name},clip={way}')} --data X`" for way in ("yes", "no")
-        ]
-        as_sampled, as_trained = ways if ":" in name else ("clip=True", "clip=False")
-        raise ValueError(
-            "the scheduler has clip_sample, and clipping x̂ makes a different model; choose which"
-            f" to measure: {as_sampled} as it samples, or {as_trained} as it was trained"
-        )
-    if clip and config.get("clip_sample_range", 1.0) != 1.0:
-        raise ValueError(
-            f"clip_sample_range must be the data's range, 1; got {config['clip_sample_range']};"
-            " measure with clip=False"
-        )
-    for name, wrong, why in (
-        ("thresholding", True, "it rescales x̂ by its own quantiles: set it to false"),
-        (
-            "use_dynamic_shifting",
-            True,
-            "the times depend on the image: set it to false, and shift",
-        ),
-        ("invert_sigmas", True, "time runs backwards: set it to false"),
-        ("timestep_type", "continuous", "use EDMEulerScheduler if the time input is log(σ)/4"),
-        ("use_flow_sigmas", True, "use FlowMatchEulerDiscreteScheduler"),
-    ):
-        if config.get(name) == wrong:
-            raise ValueError(f"the scheduler has {name}={wrong}, which has no bound: {why}")
-    for name, known in (("prediction_type", PREDICTS), ("variance_type", VARIANCES)):
-        value = config.get(name)
-        null = value is None and (name == "variance_type" or name not in config)
-        if value not in known and not null:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-
-
-def _at_least_one(steps: int) -> int:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
-    return steps
-
-
-def _number(config: Config, name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value!r}")
-    return value
-
-
 def _shape(about: Config) -> tuple[int, ...]:
     """Return the shape (C, H, W) of one example."""
     size = about.get("sample_size")
@@ -424,7 +318,7 @@ def _shape(about: Config) -> tuple[int, ...]:
             f"the network halves its images {halvings} times, and sample_size {size} is no"
             f" multiple of {2**halvings}: it was trained at another, so set sample_size to that"
         )
-    return (_number(about, "in_channels"), *pixels)
+    return (positive(about, "in_channels"), *pixels)
 
 
 def _classes(about: Config) -> int | None:
@@ -435,5 +329,5 @@ def _classes(about: Config) -> int | None:
             " nelbo.integrations.wrap"
         )
     if about.get("num_embeds_ada_norm") is not None:
-        return _number(about, "num_embeds_ada_norm") + 1  # the last is "no class"
-    return None if about.get("num_class_embeds") is None else _number(about, "num_class_embeds")
+        return positive(about, "num_embeds_ada_norm") + 1  # the last is "no class"
+    return None if about.get("num_class_embeds") is None else positive(about, "num_class_embeds")
