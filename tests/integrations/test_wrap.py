@@ -11,7 +11,7 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
-from nelbo import ContinuousTime, TimeGrid, evaluate
+from nelbo import Batch, ContinuousTime, TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.parametrization import Prediction
 from nelbo.diffusion.process import Affine, Levels
@@ -654,3 +654,22 @@ def test_each_part_of_a_network_keeps_its_mode(fails):
     with contextlib.suppress(ArithmeticError):
         evaluate(model, images(), times=TimeGrid.uniform(T))
     assert [part.training for part in network.modules()] == modes
+
+
+def test_a_condition_reaches_a_wrapped_network():
+    """The network of a class is the one that always predicts its colour."""
+
+    def of_class(y, time, condition):
+        colours = y.new_tensor([-0.5, 0.25])[condition[:, 0].long()]
+        return colours[:, None, None, None].expand_as(y)
+
+    model = wrap(of_class, SHAPE, predicts="data", betas=BETAS, conditioned_on="class")
+    x, labels = images(), torch.tensor([[0], [1], [1], [0]])
+    bounds = full_sum(model, Batch(x, labels)).elbo
+    for label, colour in enumerate((-0.5, 0.25)):
+        alone = wrap(constant(colour), SHAPE, predicts="data", betas=BETAS)
+        own = full_sum(alone, x).elbo
+        rows = labels[:, 0] == label
+        torch.testing.assert_close(bounds[rows], own[rows])
+    with pytest.raises(ValueError, match="without their class"):
+        evaluate(model, x, times=TimeGrid.uniform(T))

@@ -156,13 +156,14 @@ class Adapter(nn.Module):
             self.name = times
 
     @override
-    def forward(self, features: Tensor, level: Tensor) -> Tensor:
+    def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
         gamma, time = self._clock(level)
         y = features * over(self.factor(gamma), features)
         y = y.to(next(self.network.parameters(), features).dtype)
         rows = max(1, min(256, NUMBERS // y[0].numel()))
-        calls = zip(y.split(rows), time.split(rows), strict=True)
-        output = torch.cat([self._call(*inputs) for inputs in calls]).to(features.dtype)
+        inputs = (y, time) if condition is None else (y, time, condition)
+        calls = zip(*(v.split(rows) for v in inputs), strict=True)
+        output = torch.cat([self._call(*call) for call in calls]).to(features.dtype)
         parts = output.reshape(len(output), self.outputs, -1, *self.shape[1:])
         if self.score:
             b = self.factor(gamma) * gamma.sigmoid().sqrt()
@@ -177,8 +178,8 @@ class Adapter(nn.Module):
         time = self.times[i]
         return self.gamma[i], time.to(level.dtype) if time.is_floating_point() else time
 
-    def _call(self, y: Tensor, time: Tensor) -> Tensor:
-        output: object = self.network(y, time)
+    def _call(self, y: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
+        output: object = self.network(y, time, *condition)
         channels, batch = self.outputs * self.shape[0], len(y)
         expected = (batch, channels, *self.shape[1:])
         if isinstance(output, Tensor) and output.shape == expected:

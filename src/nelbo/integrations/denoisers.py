@@ -40,7 +40,7 @@ from nelbo.integrations.adapters import (
 Predicts = str  # a key of HEADS or SPELLINGS, or "mean"
 Variance = Literal["small", "large", "learned-range"]
 Numbers = Tensor | Sequence[float]
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[..., Tensor]
 Table = Tensor | Callable[[Tensor], Tensor] | None
 
 HEADS: dict[str, Callable[[], parametrization.Parametrization]] = {
@@ -76,8 +76,8 @@ class Called(nn.Module):
         self.function = function
 
     @override
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        return self.function(z, t)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
 
 
 def wrap(
@@ -96,6 +96,7 @@ def wrap(
     decoder: Decoder | Literal["step", "evidence"] | None = None,
     clip: bool = False,
     keep: Sequence[int] | None = None,
+    conditioned_on: str = "",
 ) -> Model:
     """Return a model of any network that is called as network(y (B, *shape), time (B,)).
 
@@ -129,6 +130,9 @@ def wrap(
         clip: clip x̂ to the range of the data, as some samplers do. This is a different model.
         keep: increasing indices in 0..T-1 of the times to keep, for a model of fewer steps,
             counted from the least noise.
+        conditioned_on: name of c in a model of P(x|c), such as "class". The examples are then a
+            `Batch(x, condition)` with numbers (B, F) as conditions, and the network is called as
+            network(y, time, condition); a label is condition[:, 0].long().
 
     Warns:
         UserWarning: signal is left at the last time, with its cost in nats; or the output of a
@@ -176,7 +180,8 @@ def wrap(
         clip=clip,
         keep=keep,
     )
-    if predicts in ("velocity", "flow"):
+    model.conditioned_on = conditioned_on
+    if predicts in ("velocity", "flow") and not conditioned_on:
         for note in _probed(model, flow):
             warnings.warn(note, stacklevel=2)
     for note in signal_left(model):
