@@ -364,7 +364,7 @@ def test_a_transformer_of_classes():
     z, t = torch.randn(2, 4, 4, 4), torch.full((2,), 0.5, dtype=torch.float64)
     for label in (3, 10):
         found = build(network, scheduler, scaling=Affine(), label=label)
-        assert found.schema.levels is None and "does not use" in found.notes[-1]
+        assert found.schema.levels is None and "is not used" in found.notes[-1]
         got = found.model.network(z, 8 * t.float())
         want = network(z, torch.full((2,), 3), class_labels=torch.full((2,), label)).sample
         torch.testing.assert_close(got, want[:, :4], rtol=1e-5, atol=1e-5)
@@ -580,6 +580,26 @@ def test_weights_of_parallel_training(networks, tmp_path):
     got = load(f"diffusers:{tmp_path}")
     assert all(map(torch.equal, got.model.state_dict().values(), want.model.state_dict().values()))
     assert "'module.'" in got.notes[-1] and len(got.notes) == len(want.notes) + 1
+
+
+def test_a_variance_after_the_path(networks, tmp_path):
+    """That of the scheduler by another name, also in place of a learned one."""
+    path = f"diffusers:{save(tmp_path / 'a', networks[3], ddpm())}"
+    x = images()
+
+    def bound(found):
+        with seeded(9), torch.no_grad():
+            return elbo(found.model, x, found.times).elbo
+
+    large = bound(build(networks[3], ddpm(variance_type="fixed_large")))
+    assert torch.equal(bound(load(f"{path},variance=large")), large)
+    assert not torch.equal(bound(load(path)), large)
+    learned = ddpm(variance_type="learned_range")
+    found = load(f"diffusers:{save(tmp_path / 'b', networks[6], learned)},variance=large")
+    assert "variance large" in found.notes[0] and "is not used" in found.notes[-1]
+    assert bound(found).isfinite().all()
+    with pytest.raises(ValueError, match="a training with β's"):
+        build(Recorder(), diffusers.EDMEulerScheduler(), variance="large")
 
 
 def test_options_after_the_path(networks, tmp_path):

@@ -20,7 +20,7 @@ SOURCES = {
 }
 #: the options after a path, and the form of each
 OPTIONS = {
-    "diffusers": ("clip", "label", "scaling", "keep", "weights"),
+    "diffusers": ("clip", "label", "scaling", "keep", "variance", "weights"),
     "openai": ("clip", "label"),
 }
 NUMBER = r"-?\d+(\.\d+)?"
@@ -29,6 +29,7 @@ PATTERNS = {
     "label": r"\d+",
     "scaling": f"{NUMBER}:{NUMBER}",
     "keep": r"\d+(:\d+)*",
+    "variance": "small|large",
     "weights": r"\w[\w.-]*",
 }
 SHOWN = {
@@ -36,6 +37,7 @@ SHOWN = {
     "label": "label=N",
     "scaling": "scaling=0:1 (what 0 and 255 are to the network)",
     "keep": "keep=0:4:9 (times of the training)",
+    "variance": "variance=small or variance=large",
     "weights": "weights=NAME (a variant or a folder)",
 }
 
@@ -66,8 +68,9 @@ def load(source: str, *, steps: int | None = None, trust_remote_code: bool = Fal
     Args:
         source: "diffusers:FOLDER" or "openai:FILE", followed after commas by options that its
             flags leave open: "clip=yes" or "clip=no", "label=3", and for a folder "scaling=0:1"
-            for x/255 (by default -1:1), "keep=0:4:9" for some of its times, "weights=ema" for
-            others than the default; or "hf:FOLDER", a masked language model.
+            for x/255 (by default -1:1), "keep=0:4:9" for some of its times, "variance=large" for
+            another than the scheduler's, "weights=ema" for others than the default;
+            or "hf:FOLDER", a masked language model.
         steps: number of steps of the model; by default its own.
         trust_remote_code: the one exception: run the code that a folder of hf: brings.
 

@@ -30,11 +30,7 @@ from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.adapters import EDM, Flow, interpolating
-from nelbo.integrations.denoisers import (
-    assemble,
-    gamma_of,
-    signal_left,
-)
+from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left
 from nelbo.integrations.diffusers_folder import (
     Config,
     autoencoder_of,
@@ -64,17 +60,19 @@ def load(
     label: int | None = None,
     scaling: Levels | None = None,
     keep: Sequence[int] | None = None,
+    variance: Variance | None = None,
     weights: str | None = None,
 ) -> Foreign:
     """Load the model in a folder; arguments and errors as for `build`.
 
     Args:
         path: of the folder.
-        steps: as for `build`, and so are clip, label, scaling and keep.
+        steps: as for `build`, and so are the next.
         clip: as said.
         label: as said.
         scaling: as said.
         keep: as said.
+        variance: as said.
         weights: a variant of the weights, such as fp16, or a folder of others, such as unet_ema.
 
     Raises:
@@ -100,7 +98,8 @@ def load(
     scheduler = made(config, settings)
     name = f"diffusers:{path}"
     kind = kind if weights is None else f"{kind}, {weights}"
-    options = {"clip": clip, "label": label, "scaling": scaling, "keep": keep, "weights": kind}
+    options: dict[str, object] = {"clip": clip, "label": label, "scaling": scaling, "keep": keep}
+    options |= {"variance": variance, "weights": kind}
     found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
     return replace(found, notes=(*found.notes, *notes, *said))
 
@@ -115,6 +114,7 @@ def build(
     label: int | None = None,
     scaling: Levels | Affine | None = None,
     keep: Sequence[int] | None = None,
+    variance: Variance | None = None,
     weights: str = "as given",
 ) -> Foreign:
     """Return the model of a network and the scheduler it was trained with.
@@ -129,6 +129,7 @@ def build(
         label: the class, for a class-conditional model.
         scaling: scaling of the data; by default that of 8-bit images in [-1, 1].
         keep: the times of the training to keep, from 0, in place of `steps`.
+        variance: of each step, "small" or "large"; by default that of the scheduler.
         weights: name of the weights, for the record.
 
     Raises:
@@ -141,10 +142,14 @@ def build(
     check_scheduler(config, clip, name)
     check_keys(config, type(scheduler), "the scheduler's config")
     shape, wide = _shape(about), about.get("out_channels") == 2 * positive(about, "in_channels")
-    learned = config.get("variance_type") == "learned_range"
+    asked = variance is not None
+    variance = variance or VARIANCES[str(config.get("variance_type") or "fixed_small")]
+    learned = variance == "learned-range"
     check_label(label, _classes(about))
     drop = wide and not learned
     whole: Whole = Plain(network, label, shape[0] if drop else None), scheduler, shape, scaling
+    if asked and "beta_schedule" not in config:
+        raise ValueError("variance chooses among those of a training with β's")
     if keep is not None and (steps is not None or "beta_schedule" not in config):
         raise ValueError("keep chooses among the times of a training with β's, and without steps")
     with described(f"the scheduler {kind} does not say what one of its kind does"):
@@ -153,7 +158,7 @@ def build(
         elif kind.startswith("FlowMatch"):
             model, times, how = _flow(whole, steps, bool(clip))
         elif "beta_schedule" in config:
-            model, times, how = _discrete(whole, steps, bool(clip), kind, keep)
+            model, times, how = _discrete(whole, steps, bool(clip), kind, keep, variance)
         else:
             raise ValueError(
                 f"the scheduler {kind} has no betas and is not EDM or flow matching; wrap the"
@@ -162,7 +167,7 @@ def build(
     how = f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped"
     notes = [how, scaled(scaling), *signal_left(model)]
     if drop:
-        notes.append("the network also gives a variance, which the scheduler does not use")
+        notes.append("the network also gives a variance, which is not used")
     levels = scaling.count or None
     schema = Schema("real" if levels is None else "levels", shape, levels)
     return Foreign(name, model, schema, times, weights, tuple(notes))
@@ -192,7 +197,12 @@ Found = tuple[Model, TimeDiscretization, str]
 
 
 def _discrete(
-    whole: Whole, steps: int | None, clip: bool, kind: str, keep: Sequence[int] | None
+    whole: Whole,
+    steps: int | None,
+    clip: bool,
+    kind: str,
+    keep: Sequence[int] | None,
+    variance: Variance,
 ) -> Found:
     """Return the model of a network trained at T times, with β's."""
     network, scheduler, shape, scaling = whole
@@ -209,7 +219,6 @@ def _discrete(
     if steps is not None:
         gamma, times = steps_of(scheduler, gamma, steps)
     count = len(gamma if keep is None else keep)
-    variance = VARIANCES[str(config.get("variance_type") or "fixed_small")]
     model = assemble(
         network,
         shape,
