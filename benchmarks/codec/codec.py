@@ -117,7 +117,7 @@ def main() -> None:
     run = load(options.run)
     images: list[np.ndarray] = []
     if not options.data:
-        x = run.examples(split=options.split)[0]
+        x = run.examples(split=options.split)
     elif pictures.SUFFIX in {file.suffix for file in files_of(options.data)}:
         images = [middle_of(file, options.crop) for file in files_of(options.data)]
         shape = run.config.schema.shape

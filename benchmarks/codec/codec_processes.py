@@ -75,12 +75,12 @@ def main() -> None:
     levels = run.config.schema.levels or 0
     times = tuple(run.grid(options.steps).times.tolist())
     with tempfile.TemporaryDirectory() as folder:
-        for name, x in examples(run.examples()[0], levels).items():
+        for name, x in examples(run.examples(), levels).items():
             data = compress(run.model, x, Settings(times), verify=False)
             (Path(folder) / f"{name}.nlb").write_bytes(data)
             np.save(Path(folder) / f"{name}.npy", x.numpy())
             print(f"{name:16} {x.numel():6} numbers in {len(data):6} bytes")
-        x = run.examples()[0][:100]
+        x = run.examples()[:100]
         single = compress(run.model, x, Settings(times, "float32"), verify=False)
         (Path(folder) / "float32.nlb").write_bytes(single)
         np.save(Path(folder) / "float32.npy", x.numpy())

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=64, help="of the network, for a bound")
     options = parser.parse_args()
     run = load(options.run)
-    x = run.examples(split="test")[0][: options.chunks]
+    x = run.examples(split="test")[: options.chunks]
     some = x[: options.singles]
     text = text_of(run, x)
     print(f"{len(x)} chunks of {run.model.dims} symbols, {len(text)} bytes; bits per symbol")

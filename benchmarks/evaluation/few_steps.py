@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     run = load(options.run)
     model, train = run.model, run.config.load_data().splits["train"]
-    x = run.examples(split=options.split)[0][: options.examples]
+    x = run.examples(split=options.split)[: options.examples]
     result = evaluate(model, x, times=ContinuousTime(model.process.schedule.start), calls=64)
     limit = result.bits_per_dim
     print(f"continuous time: {limit:.4f} ± {result.standard_error.monte_carlo:.4f} bits/dim")

@@ -44,7 +44,7 @@ def main() -> None:
         options = {"steps": steps, "evaluate_every": steps // VALIDATIONS}
         run = nelbo.train(asked.data, asked.out, progress=sys.stderr.isatty(), **options)
     trained = time.process_time() - started
-    x, _ = run.examples()
+    x = run.examples()
     few = (run.config.schema.levels or 0) <= MANY_LEVELS
     result = nelbo.evaluate(run.model, x, calls=asked.calls, variates=few)
     measured = time.process_time() - started - trained

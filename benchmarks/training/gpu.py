@@ -247,7 +247,7 @@ def shard(on: Machine) -> Numbers:
 
 def container(on: Machine) -> Numbers:
     run, data = str(on.folder / "first"), on.folder / "images.npy"
-    x, _ = nelbo.load(run).examples()
+    x = nelbo.load(run).examples()
     np.save(data, x[: 8 if on.small else 64].numpy())
     packed, restored = on.folder / "images.nlb", on.folder / "restored.npy"
     on.nelbo("compress", run, str(data), "--out", str(packed), "--steps", "4", "--grid", "uniform")

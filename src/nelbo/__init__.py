@@ -1,15 +1,18 @@
 """Diffusion models you can measure in bits.
 
-    run = nelbo.load("runs/digits")
-    x, _ = run.examples()
-    nelbo.evaluate(run.model, x)                 # mean bound, standard error, terms, price
-    nelbo.elbo(run.model, x[:8].long()).elbo     # the bound of each, with its error, nats
+    run = nelbo.train("digits")        # or an array, a frame, a list of images, a path, ..
+    run.evaluate()                     # mean bound on -log P(x), standard error, terms, price
+    run.elbo(x).elbo                   # the bound of each example, nats, with its error
+    run.sample(16)                     # images, rows of a table, or texts
 
-Names are imported on first use, so `import nelbo` is quick.
+Each command of the command line is a function here and a method of a run. Names are imported on
+first use, so `import nelbo` is quick.
 """
 
 import sys
 from importlib import import_module
+from os import PathLike
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -22,34 +25,50 @@ if TYPE_CHECKING:
     from nelbo.diffusion.process import GaussianDiffusion, MaskedDiffusion
     from nelbo.diffusion.schedules import Schedule
     from nelbo.diffusion.times import ContinuousTime, TimeGrid
-    from nelbo.evaluation.evaluate import evaluate
-    from nelbo.evaluation.example_bounds import elbo
     from nelbo.evaluation.toy import toy
     from nelbo.explain import explain
+    from nelbo.integrations.denoisers import wrap
     from nelbo.report import report
+    from nelbo.runs.commands import (
+        compress,
+        decompress,
+        elbo,
+        evaluate,
+        impute,
+        inspect,
+        sample,
+        score,
+    )
     from nelbo.runs.run import Run, load
     from nelbo.runs.train import resume, train
     from nelbo.sampling.samplers import ancestral
 
 _HOME = {
-    "MaskedDiffusion": "diffusion.process",
     "Batch": "diffusion.batch",
     "Bound": "diffusion.elbo",
     "ContinuousTime": "diffusion.times",
     "GaussianDiffusion": "diffusion.process",
-    "TimeGrid": "diffusion.times",
+    "MaskedDiffusion": "diffusion.process",
     "Model": "diffusion.model",
     "Run": "runs.run",
     "Schedule": "diffusion.schedules",
+    "TimeGrid": "diffusion.times",
     "ancestral": "sampling.samplers",
-    "elbo": "evaluation.example_bounds",
-    "evaluate": "evaluation.evaluate",
+    "compress": "runs.commands",
+    "decompress": "runs.commands",
+    "elbo": "runs.commands",
+    "evaluate": "runs.commands",
     "explain": "explain",
+    "impute": "runs.commands",
+    "inspect": "runs.commands",
     "load": "runs.run",
     "report": "report",
     "resume": "runs.train",
+    "sample": "runs.commands",
+    "score": "runs.commands",
     "toy": "evaluation.toy",
     "train": "runs.train",
+    "wrap": "integrations.denoisers",
 }
 __all__ = [
     "Batch",
@@ -62,23 +81,50 @@ __all__ = [
     "Schedule",
     "TimeGrid",
     "ancestral",
+    "compress",
+    "decompress",
     "elbo",
     "evaluate",
     "explain",
+    "impute",
+    "inspect",
     "load",
     "report",
     "resume",
+    "sample",
+    "score",
     "toy",
     "train",
+    "wrap",
 ]
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
+        try:  # a folder of the package, as in nelbo.integrations
+            return import_module(f"nelbo.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"nelbo.{name}":
+                raise
         raise AttributeError(f"module 'nelbo' has no attribute {name!r}")
     value = getattr(import_module(f"nelbo.{_HOME[name]}"), name)
     globals()[name] = value
+    if _HOME[name].startswith("runs."):
+        _complete_run()
     return value
+
+
+def _complete_run() -> None:
+    """Give `Run` the methods that need a higher floor of the house than its own."""
+    from nelbo.runs.run import Run
+
+    def report(self: Run, out: "str | PathLike[str] | None" = None, seed: int = 0) -> Path:
+        """Write a self-contained HTML page about the run; see `nelbo.report`."""
+        write = import_module("nelbo.report").report
+        made: Path = write(self, out, seed)
+        return made
+
+    Run.report = report  # type: ignore[attr-defined]
 
 
 def __dir__() -> list[str]:

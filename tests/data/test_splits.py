@@ -213,7 +213,7 @@ def test_a_run_keeps_what_was_declared(tmp_path, capsys):
     tiny = {"steps": 2, "batch": 2, "width": 8, "depth": 1}
     said = "train=one,val=two,test=three"
     run = train(str(source), tmp_path / "run", splits=said, **tiny)
-    assert len(run.examples(split="test")[0]) == 2
+    assert len(run.examples(split="test")) == 2
     document = json.loads((run.path / "config.json").read_text())
     assert document["data"]["splits"]["validation"] == ["two"]
     for command in (
@@ -226,7 +226,7 @@ def test_a_run_keeps_what_was_declared(tmp_path, capsys):
         assert not stop.value.code, capsys.readouterr().err
     assert "6 train, 3 validation, 2 test" in " ".join(capsys.readouterr().out.split())
     drawn = train(str(source), tmp_path / "drawn", splits="none", **tiny)
-    assert len(drawn.examples(split="train")[0]) == 9
+    assert len(drawn.examples(split="train")) == 9
 
 
 def test_measured_data_follow_the_same_rule(tmp_path):

@@ -34,7 +34,7 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def x(run):
-    return run.examples()[0][:6]
+    return run.examples()[:6]
 
 
 def scorer(run, name, **options):
@@ -209,7 +209,7 @@ def test_no_bound_is_printed_that_is_not_a_number(far_run, kind, capsys):
     error = nelbo_fails(capsys, "evaluate", far_run / kind, "--data", far_run / f"far.{kind}")
     assert "example 4" in error and "too large" in error
     loaded = load(far_run / kind)
-    x = loaded.examples(far_run / f"far.{kind}")[0]
+    x = loaded.examples(data=far_run / f"far.{kind}")
     with pytest.raises(ValueError, match=r"example 4 \(counted from 0; 2 in all\)"):
         evaluate(loaded.model, x)
     assert math.isfinite(evaluate(loaded.model, x[:3]).nats)
@@ -218,7 +218,7 @@ def test_no_bound_is_printed_that_is_not_a_number(far_run, kind, capsys):
 def test_weights_that_are_not_finite_are_refused(far_run, tmp_path, capsys):
     """Weights that are not finite are refused, in a loaded run and in a model without a file."""
     loaded = load(far_run / "npz")
-    x = loaded.examples()[0]
+    x = loaded.examples()
     weight = next(loaded.model.network.parameters())
     weight.data.view(-1)[0] = math.nan
     for use in (

@@ -357,7 +357,7 @@ def test_networks_learn_what_they_are_given(tmp_path):
 
 
 def test_an_image_is_completed(conditional, tmp_path, capsys):
-    x = run_folder.load(conditional).examples()[0][0, 0]
+    x = run_folder.load(conditional).examples()[0, 0]
     Image.fromarray(np.rint(x.numpy() * (255 / 16)).astype(np.uint8)).save(tmp_path / "x.png")
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 4:] = 255

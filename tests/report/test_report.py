@@ -83,7 +83,7 @@ def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "run"
     run = train("digits", out, **SMALL)
     # A few test examples are enough here.
-    batch, few = run.batch, Batch(run.examples()[0][:12])
+    batch, few = run.batch, Batch(run.examples()[:12])
 
     def of_few(source=None, split=None, splits=None):
         return batch(source, split) if split else (few, "test")
@@ -137,7 +137,7 @@ def test_page_states_the_bound_of_evaluate_and_follows_from_the_seed(digits, tmp
     text, again = (write(digits, tmp_path / name, seed=3) for name in ("a.html", "b.html"))
     assert without_seconds(text) == without_seconds(again)
     check(text)
-    x, known = as_examples(digits.examples()[0]), digits.examples(split="train")[0]
+    x, known = as_examples(digits.examples()), digits.examples(split="train")
     result = evaluate(digits.model, x, known=known, pilots=Pilots(digits), seed=3)
     shown = re.search(r'class="number">([\d.]+) <small>± ([\d.]+) bits/dim', text)
     assert shown is not None
@@ -167,7 +167,7 @@ def test_flags_of_a_training_are_flags_of_its_command(digits):
 
 
 def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):
-    x, grid = as_examples(run.examples()[0]), TimeGrid.uniform(4)
+    x, grid = as_examples(run.examples()), TimeGrid.uniform(4)
     (found,) = by_dimension(run.model, x, grid, seed=5)
     t = grid.times[:, None].expand(-1, len(x))
     with measuring(run.model), seeded(5, 0):
@@ -182,7 +182,7 @@ def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):
 
 
 def test_curves_and_costs_are_of_one_measurement(digits):
-    x = as_examples(digits.examples()[0])
+    x = as_examples(digits.examples())
     step = digits.model.step
     curves, cost = measure_steps(digits.model, Batch(x), seed=2)
     assert digits.model.step is step
@@ -222,7 +222,7 @@ def test_axis_is_readable_with_a_far_value():
 
 def test_the_best_grids_stand_before_the_uniform_ones(digits):
     """The model's own step on the grids given, in full, then the same on uniform ones, thin."""
-    x = as_examples(digits.examples()[0][:8])
+    x = as_examples(digits.examples()[:8])
 
     def late(steps):
         return TimeGrid(TimeGrid.uniform(steps).times ** 0.5)

@@ -38,7 +38,7 @@ def measured(run, **options):
     """The result on a few examples, and the rows that the network saw."""
     rows = []
     hook = run.model.network.register_forward_hook(lambda _, inputs, out: rows.append(len(out)))
-    x, known = run.examples()[0][:8], run.examples(split="train")[0][:100]
+    x, known = run.examples()[:8], run.examples(split="train")[:100]
     options = {"calls": 4, "times": TimeGrid.uniform(STEPS), "known": known} | options
     result = evaluate(run.model, x, pilots=Pilots(run), **options)
     hook.remove()
@@ -156,7 +156,7 @@ def test_the_cache_of_another_user_is_not_read(run, monkeypatch):
 def test_a_pilot_is_of_the_data_too(run):
     """The same weights beside other data, as a run from elsewhere may state them."""
     cells, draws = Strata(TimeGrid.uniform(STEPS)), 4
-    controls = ControlVariates(run.model, run.examples(split="train")[0][:100], cells.edges)
+    controls = ControlVariates(run.model, run.examples(split="train")[:100], cells.edges)
     Pilots(run)(cells, controls, draws, 1)
     other = replace(run.config, hashes={**run.config.hashes, "validation": "others"})
     with pytest.raises(ValueError, match="no longer those of the run"):
@@ -165,7 +165,7 @@ def test_a_pilot_is_of_the_data_too(run):
 
 def told(run):
     lines = []
-    x = run.examples()[0][:8]
+    x = run.examples()[:8]
     evaluate(
         run.model, x, times=TimeGrid.uniform(STEPS), calls=4, pilots=Pilots(run, lines.append)
     )

@@ -51,7 +51,7 @@ def names(run, source):
 
 def test_a_run_of_this_user_just_works_also_where_it_was_moved(run, tmp_path):
     moved = run.rename(tmp_path / "moved")
-    assert len(run_folder.load(moved).examples()[0]) == 6
+    assert len(run_folder.load(moved).examples()) == 6
 
 
 def test_a_run_from_elsewhere_reads_its_data_once_they_are_given(run, tmp_path, other, capsys):
@@ -118,16 +118,16 @@ def test_built_in_data_and_a_table_in_the_run_are_its_own(trained, tmp_path, oth
     pl = pytest.importorskip("polars")
     frame = pl.DataFrame({"a": [i % 7 for i in range(60)], "b": ["xy"[i % 2] for i in range(60)]})
     with_table = train(frame, tmp_path / "table", **TINY)
-    assert len(with_table.examples()[0]) == 6
+    assert len(with_table.examples()) == 6
     other()
     for path in (trained, with_table.path, shutil.copytree(with_table.path, tmp_path / "moved")):
-        assert len(run_folder.load(path).examples()[0]) > 5
+        assert len(run_folder.load(path).examples()) > 5
 
 
 def test_a_user_may_trust_a_run(run, other, me):
     other()
     me.setenv(limits.TRUST, "1")
-    assert len(run_folder.load(run).examples()[0]) == 6
+    assert len(run_folder.load(run).examples()) == 6
 
 
 def test_without_a_cache_a_training_still_knows_its_data(me, tmp_path, capsys):
@@ -135,7 +135,7 @@ def test_without_a_cache_a_training_still_knows_its_data(me, tmp_path, capsys):
     me.setenv("NELBO_CACHE", str(tmp_path / "file"))
     run = train(str(rows(tmp_path / "x.npy")), tmp_path / "run", progress=True, **TINY)
     assert "where the data are is not kept" in capsys.readouterr().err
-    assert len(run.examples()[0]) == 6
+    assert len(run.examples()) == 6
 
 
 @pytest.mark.parametrize("change", ["too many", "too few", "early"])

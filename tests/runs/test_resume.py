@@ -184,7 +184,9 @@ def test_a_run_that_was_stopped_at_its_new_last_step_is_measured(whole, tmp_path
         train(str(whole.parent / "x.npy"), tmp_path / "run", **SMALL)
     monkeypatch.setattr(trainer.Trainer, "step", step)
     run = resume(tmp_path / "run", steps=1)
-    assert run.weights == "ema, step 1" and [event["step"] for event in run.metrics] == [1]
+    assert run.weights == "averaged weights of step 1" and [
+        event["step"] for event in run.metrics
+    ] == [1]
 
 
 @pytest.mark.parametrize("there", [True, False])

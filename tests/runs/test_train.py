@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
     with pytest.raises(ValueError, match=r"non-finite .*at step 4; the weights of step 2.*--lr"):
         training.train("digits", tmp_path / "run", **TINY)
     run = run_folder.load(tmp_path / "run")
-    assert run.weights == "ema, step 2"
+    assert run.weights == "averaged weights of step 2"
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
@@ -290,7 +290,7 @@ def test_the_bound_of_a_trained_model_is_below_the_density(tmp_path):
     np.savez(tmp_path / "x.npz", x_train=x[:1600], x_val=x[1600:1800], x_test=x[1800:2200])
     options = {"steps": 400, "width": 64, "depth": 2, "lr": 5e-3, "warmup": 20, "dropout": 0.0}
     run = training.train(str(tmp_path / "x.npz"), tmp_path / "run", evaluate_every=200, **options)
-    test, _ = run.examples()
+    test = run.examples()
     distance = (test.numpy()[:, None] - means) ** 2 / (2 * spread**2)
     log_p = np.log(np.exp(-distance.sum(-1)).mean(1) / (2 * np.pi * spread**2))
     for times in (ContinuousTime(), TimeGrid.uniform(64)):
@@ -329,7 +329,7 @@ def test_numbers_of_numpy_are_options(tmp_path):
     run = training.train(rows, tmp_path / "run", depth=np.int8(1), **options)
     kinds = [type(value) for value in (run.config.train.steps, run.config.model.width)]
     assert kinds == [int, int] and run.config.train.lr == pytest.approx(1e-3)
-    x = run.examples()[0]
+    x = run.examples()
     found = evaluate(run.model, x, calls=np.int64(8), seed=np.int64(3))
     assert json.loads(json.dumps(found.to_dict()))["seed"] == 3
 

@@ -138,7 +138,7 @@ def test_fine_tuning_improves_the_bound_of_its_steps(source, tmp_path, monkeypat
     monkeypatch.setattr(trainer, "evaluate", listen)
     better = fine_tune(source, 4, tmp_path / "new", steps=120)
     assert seen == 3 * [[0.25, 0.5, 0.75, 1.0]]
-    x = run.examples(split="validation")[0][:64]
+    x = run.examples(split="validation")[:64]
     before, after = (
         evaluate(each.model, x, times=run.grid(4), calls=32, seed=3) for each in (run, better)
     )
@@ -150,7 +150,7 @@ def test_worse_weights_are_not_kept(source, tmp_path, monkeypatch):
     """The weights it starts from stay where training only harms."""
     monkeypatch.setattr(trainer, "learning_rate", lambda t, step: 0.3)
     run = fine_tune(source, 2, tmp_path / "new", steps=2)
-    assert run.weights == "ema, step 0"
+    assert run.weights == "averaged weights of step 0"
     start = run_folder.load(source).model.state_dict()
     assert all(torch.equal(v, start[k]) for k, v in run.model.state_dict().items())
 

@@ -227,7 +227,7 @@ from support.known_models import levels
 source, folder, out = sys.argv[1:]
 with process_group() as rank:
     run = run_folder.load(folder)
-    x, grid = run.examples()[0], TimeGrid.uniform(3)
+    x, grid = run.examples(), TimeGrid.uniform(3)
     found = [samplers.ancestral(run.model, count, grid, seed=2) for count in (1, 5)]
     known = torch.tensor([True, False, True, False])
     found.append(samplers.complete(run.model, x[:5].long(), known, grid, seed=3, rounds=2))

@@ -1,8 +1,11 @@
 """Progress bars on standard error, so that standard output stays clean; text for terminals."""
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
 from unicodedata import category
 
 from rich.console import Console
@@ -45,6 +48,11 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int
     with Progress(*columns, console=Terminal(stderr=True)) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
         yield lambda done, note: bar.update(task, completed=done, note=note)
+
+
+def interactive() -> bool:
+    """Return whether someone watches: the error stream is a terminal, or this is a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def tracker(what: str) -> Track:
@@ -91,7 +99,15 @@ def line(text: str) -> str:
 
 
 class Terminal(Console):
-    """Console that obeys no control codes within texts, and shortens long words."""
+    """Console that obeys no control codes within texts, and shortens long words.
+
+    In a notebook without ipywidgets, of which rich would only say that they are missing, it writes
+    plain text.
+    """
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - those of `Console`
+        widgets = None if find_spec("ipywidgets") else False
+        super().__init__(force_jupyter=widgets, **options)
 
     @override
     def render_str(self, text: str, **options: object) -> Text:

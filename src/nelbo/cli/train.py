@@ -209,4 +209,4 @@ def train(
         except Interrupted:
             tell(f"stopped and saved; continue with: nelbo train --resume {quote(str(path))}")
             raise
-        tell(f"kept the weights {run.weights}. Next: nelbo evaluate {quote(str(run.path))}")
+        tell(f"kept the {run.weights}. Next: nelbo evaluate {quote(str(run.path))}")

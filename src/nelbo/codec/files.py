@@ -12,6 +12,7 @@ from nelbo._utils.numerics import LOG_2
 from nelbo.codec.api import BLOCK, Decoded, compress, decompress, describe, head_of
 from nelbo.codec.coding.blocks import EVEN, MODEL, PACKED, Block, nothing
 from nelbo.codec.coding.codec import check_codable
+from nelbo.codec.entropy.stack import constriction
 from nelbo.codec.errors import CodecError
 from nelbo.codec.format import contents
 from nelbo.codec.format.header import Header
@@ -75,6 +76,7 @@ def compress_file(
         ValueError: the data, the model or the options have no such code.
         OSError: a file cannot be read or written; the error names it.
     """
+    constriction()  # raises before any work
     if out.suffix != SUFFIX:
         raise ValueError(f"a compressed file ends in {SUFFIX}; got {out}; try {out}{SUFFIX}")
     if out.exists():
@@ -122,6 +124,7 @@ def decompress_file(
         CodecError: the file cannot be decoded, or not here.
         OSError: a file cannot be read or written; the error names it.
     """
+    constriction()
     limits.check_file(file)
     data = file.read_bytes()
     header = head_of(data)

@@ -100,7 +100,7 @@ SCORES: Mapping[str, Callable[[Tensor, Tensor, Schema, float], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored:
     """Scores of N examples and of M reference examples; all but percentile and rank in nats.
 
@@ -121,6 +121,18 @@ class Scored:
     bits: float | None
     columns: tuple[str, ...] = ()
     excess: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def __repr__(self) -> str:
+        some = ", ".join(f"{score:.4g}" for score in self.score[:4].tolist())
+        high = int((self.percentile > 95).sum())
+        return (
+            f"anomaly scores of {len(self)} examples, nats: {some}"
+            f"{', ..' if len(self) > 4 else ''}; {high} above 95 % of {len(self.reference)}"
+            " reference examples"
+        )
 
     @property
     def rank(self) -> Tensor:

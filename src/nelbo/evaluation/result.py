@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
+from html import escape
 
 import numpy as np
 from torch import Tensor
@@ -39,6 +40,9 @@ class CurvePoint:
     t_to: float
     value: float
     standard_error: float
+
+
+COLOURS = ("#7f7f7f", "#1f77b4", "#d95f02")  # of the terms in a picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ def _plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation(Measurement):
     """Mean bound on −log P(x) over examples, with its terms.
 
@@ -97,6 +101,30 @@ class Evaluation(Measurement):
     per_example_error: Tensor = field(repr=False, compare=False)
     #: a sentence for each choice that the meaning of the bound depends on
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        value = self.nats if self.bits_per_dim is None else self.bits_per_dim
+        time = "continuous time" if self.steps is None else f"{self.steps} steps"
+        terms = " + ".join(f"{name} {term:.4f}" for name, term in vars(self.terms).items())
+        return (
+            f"{value:.4f} ± {self.standard_error.total:.2g} {self.unit}, the bound on -log P(x"
+            f"{f'|{self.given}' if self.given else ''}): {terms}\n    {self.split}, {time};"
+            f" {self.examples} examples, {self.calls_per_example:.4g} network calls each"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a small table and a picture of the terms, for a notebook."""
+        first, second = (escape(line) for line in repr(self).split("\n"))
+        rows, bars, at = "", "", 0.0
+        whole = sum(map(abs, vars(self.terms).values())) or 1.0
+        for (name, term), colour in zip(vars(self.terms).items(), COLOURS, strict=True):
+            width = 100 * abs(term) / whole
+            rows += f'<tr><td style="color:{colour}">{name}</td><td>{term:.4f}</td></tr>'
+            bars += f'<rect x="{at:.2f}%" width="{width:.2f}%" height="12" fill="{colour}"/>'
+            at += width
+        picture = f'<svg width="320" height="12" role="img" aria-label="{first}">{bars}</svg>'
+        head = f"<tr><th>term</th><th>{self.unit}</th></tr>"
+        return f"<p>{first}<br>{second}</p>{picture}<table>{head}{rows}</table>"
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return arrays per example, in the order of the data, shape (N,), in nats.

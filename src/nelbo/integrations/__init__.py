@@ -123,3 +123,9 @@ def _read(name: str, value: str) -> object:
         low, high = map(float, value.split(":"))
         return Levels(256, low, high)
     return value
+
+
+def __getattr__(name: str) -> object:
+    if name not in SOURCES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(SOURCES[name])

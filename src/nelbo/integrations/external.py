@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
 
 from nelbo import data
 from nelbo._utils import limits
+from nelbo.data import coerce
 from nelbo.data.schema import Schema
-from nelbo.data.sources import Splits
+from nelbo.data.sources import Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
@@ -38,7 +40,7 @@ class Foreign:
 
     def examples(
         self,
-        source: str | None,
+        source: Source | None,
         split: str | None = None,
         splits: Splits | None = None,
         tell: Callable[[str], None] | None = None,
@@ -48,7 +50,7 @@ class Foreign:
         """Return examples on which to measure the model, and a name for them.
 
         Args:
-            source: as for `nelbo evaluate --data`.
+            source: as for `nelbo evaluate --data`, or data in memory, see `nelbo.data.coerce`.
             split: "train", "validation", "test" or "all", the default.
             splits: which names belong to which split, as for `nelbo.data.load`.
             tell: called with each note on the data.
@@ -68,7 +70,8 @@ class Foreign:
         split = split or "all"
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
-        return dataset.splits[split], f"{split} of {source}"
+        place = source if isinstance(source, str | PathLike) else coerce.NAME
+        return dataset.splits[split], f"{split} of {place}"
 
     def rates(self, nats: float, batch: Batch) -> dict[str, float]:
         """Return the bound per token, character and byte; nothing where it is not of text.

@@ -5,12 +5,14 @@ the measured coding times. Its headline is the result of `nelbo evaluate RUN`; i
 those of `nelbo sample RUN`.
 """
 
+from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nelbo._utils.progress import Track, tracker
+from nelbo._utils.files import check_writable
+from nelbo._utils.progress import Track
 from nelbo.data.schema import Schema, as_examples
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
@@ -26,30 +28,36 @@ from nelbo.report.studies import (
     some,
     trajectory,
 )
-from nelbo.runs.run import Run
+from nelbo.runs.commands import AnyRun, run_of
+from nelbo.runs.run import tracks
 from nelbo.sampling.imputation import within
 from nelbo.sampling.samplers import ancestral
 
+PAGE = "report.html"
 SYNTHETIC = 1000  # rows sampled for a table
 
 
-def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
+def report(
+    run: AnyRun,
+    out: str | PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Path:
     """Write the page about `run` to `out`.
 
     Args:
-        run: a trained run, from `nelbo.runs.run.load`.
-        out: the HTML file; it is replaced as a whole.
+        run: a trained run, its folder or its name on the hub.
+        out: the HTML file; it is replaced as a whole. By default report.html in the run folder.
         seed: seed of everything random: the same run and seed make the same page, except for
             measured times.
-        progress: show bars on the error stream.
+        progress: show bars on the error stream; by default if it is a terminal or a notebook.
 
     Returns:
         `out`.
     """
-
-    def track(what: str) -> Track:
-        return tracker(what) if progress else iter
-
+    run, track = run_of(run), tracks(progress)
+    out = run.path / PAGE if out is None else Path(out)
+    check_writable(out)
     schema = run.config.schema
     model = run.model
     batch, split = run.batch()
@@ -73,7 +81,7 @@ def report(run: Run, out: Path, seed: int = 0, progress: bool = False) -> Path:
         path = trajectory(model, count, grid, seed, track("samples"), condition)
         parts += [sections.images(run, few, path), sections.pixels(run, few, cost.numpy(), unit)]
     elif schema.columns:
-        seen, _ = run.examples(split="train")
+        seen = run.examples("train")
         made, how = _rows(model, condition, count, schema, grid, seed, track("samples"))
         parts.append(sections.table(schema, few, made, how, cost.numpy(), unit))
         parts.append(sections.quality(measure(schema.columns, seen, x, made, seed)))

@@ -6,6 +6,7 @@
     before.safetensors   the previous state, in case the newest is damaged
     metrics.jsonl        one line per event
     data.parquet         the training table, if it was given as a frame and not as a path
+    data.npz             other data that were not given as a path; see `held`
     grids.json           the best time grids found for these weights; found again if lost
     .lock                empty; held by the process that trains
 
@@ -28,9 +29,10 @@ from nelbo.data.schema import Dataset, Schema, fingerprint
 from nelbo.data.sources import BUILT_IN, load
 from nelbo.data.splits import NONE, Declared, declare
 from nelbo.models.config import ModelConfig
+from nelbo.runs import held
 from nelbo.training.config import TrainConfig
 
-CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
+CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, ARRAYS, LOCK = (
     "config.json",
     "model.safetensors",
     "state.safetensors",
@@ -38,10 +40,11 @@ CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK = (
     "metrics.jsonl",
     "grids.json",
     "data.parquet",
+    "data.npz",
     ".lock",
 )
 #: files that a training writes, apart from the events for tensorboard
-WRITTEN = (CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, LOCK)
+WRITTEN = (CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, ARRAYS, LOCK)
 KIND = "data"  # folder of the cache
 FORMAT = 2  # of a run; raised whenever the meaning of its contents changes
 LARGEST = 10**100  # number in an event: larger ones cannot be averaged or plotted
@@ -57,6 +60,7 @@ class _Data(Record):
     schema: Schema
     hashes: dict[str, str]
     splits: dict[str, list[str]] | None = None
+    frames: str = "polars"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     splits: Declared | None = None
+    #: the library of the frame of a table, "polars" or "pandas", for tables that are returned
+    frames: str = field(default="polars", compare=False)
     #: whether the data are stored in the run folder
     within: bool = field(default=False, compare=False)
 
@@ -97,6 +103,7 @@ class RunConfig:
                 "schema": self.schema.to_dict(),
                 "hashes": self.hashes,
                 "splits": None if self.splits is None else dict(self.splits),
+                "frames": self.frames,
             },
             "preset": self.preset,
             "model": self.model.to_dict(),
@@ -175,6 +182,8 @@ class RunConfig:
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def _read(self, source: str) -> Dataset:
+        if self.within and Path(source).name == ARRAYS:
+            return held.read(Path(source), self.schema)
         return load(
             source,
             levels=self.schema.levels,
@@ -207,6 +216,7 @@ class RunConfig:
             size=about.size,
             hashes=about.hashes,
             splits=about.splits and declare(about.splits),
+            frames=about.frames,
             preset=found.preset,
             model=found.model,
             train=found.train,
@@ -247,10 +257,11 @@ def read_config(path: Path) -> RunConfig:
     if isinstance(document, dict) and "schema" not in document and (hint := _of_others(path)):
         raise ValueError(f"{path} is not a run{hint}")
     run = RunConfig.from_document(document, str(path / CONFIG))
-    if Path(run.source).name == TABLE and (path / TABLE).is_file():
-        limits.contained(path / TABLE, path)
+    copy = Path(run.source).name
+    if copy in (TABLE, ARRAYS) and (path / copy).is_file():
+        limits.contained(path / copy, path)
         # the run folder may have been moved since
-        run = replace(run, source=str(path.absolute() / TABLE), within=True)
+        run = replace(run, source=str(path.absolute() / copy), within=True)
     return run
 
 

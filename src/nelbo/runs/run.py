@@ -1,12 +1,14 @@
 """A trained run in memory: its model, configuration and metrics, with methods to measure it."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -15,20 +17,27 @@ from nelbo._utils import limits
 from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.files import keep, kept, put_weights, read_tensors
 from nelbo._utils.numerics import seeded
-from nelbo._utils.progress import Track, shortened
-from nelbo.data.sources import Splits, load_like
+from nelbo._utils.progress import Track, interactive, shortened, tracker
+from nelbo.data import coerce
+from nelbo.data.sources import Source, Splits, load_like
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.model import Model, model_hash
+from nelbo.diffusion.model import Model, find_device, model_hash
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid, even_times
+from nelbo.evaluation.anomaly_scores import Scored, Scorer
 from nelbo.evaluation.evaluate import evaluate
+from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
+from nelbo.evaluation.example_bounds import ExampleBounds, elbo
 from nelbo.evaluation.grid_search import best_grid
 from nelbo.evaluation.result import Evaluation
 from nelbo.models.build import build
-from nelbo.models.conditioning import encode, labelled
+from nelbo.models.conditioning import encode, labelled, names
 from nelbo.runs.config import GRIDS, WEIGHTS, RunConfig, read_config, read_metrics
+from nelbo.sampling.imputation import impute
 
 if TYPE_CHECKING:
+    from nelbo.codec.files import Summary
     from nelbo.data.tabular.tables import Frame
+    from nelbo.runs.samples import Condition, Samples
 
 
 def _warn(line: str) -> None:
@@ -39,7 +48,13 @@ def _quiet(line: str) -> None:
     pass
 
 
-@dataclass(frozen=True)
+def tracks(progress: bool | None) -> Callable[[str], Track]:
+    """Return a function from a description of work to its bar, or to none."""
+    show = interactive() if progress is None else progress
+    return tracker if show else lambda what: iter
+
+
+@dataclass(frozen=True, repr=False)
 class Run:
     """A trained run, as returned by `nelbo.load`."""
 
@@ -49,19 +64,47 @@ class Run:
     weights: str
     metrics: list[dict]
 
-    def examples(
-        self,
-        source: "str | PathLike[str] | Frame | None" = None,
-        split: str | None = None,
-        splits: Splits | None = None,
-    ) -> tuple[Tensor, str]:
-        """Return examples of the run's own or other data, and a name for them; see `batch`."""
-        batch, name = self.batch(source, split, splits)
-        return batch.x, name
+    def __repr__(self) -> str:
+        kind, shape = self.config.schema.kind, " x ".join(map(str, self.config.schema.shape))
+        given = names(self.config.schema)
+        best = [event for event in self.metrics if event["step"] <= self.step]
+        bound = f", validation {best[-1]['validation']:.3f} {best[-1]['unit']}" if best else ""
+        return (
+            f"Run {self.path}: P(x{f'|{given}' if given else ''}) of {kind}, {shape}, trained on"
+            f" {shortened(self.config.source, 64)}\n    {self.weights}{bound};"
+            f" {sum(p.numel() for p in self.model.parameters())} weights, {self.model.device}"
+        )
+
+    def _repr_html_(self) -> str:
+        first, second = repr(self).split("\n")
+        rows = "".join(
+            f"<tr><td>{e['step']}</td><td>{e['train']:.4f}</td><td>{e['validation']:.4f}</td></tr>"
+            for e in self.metrics[-5:]
+        )
+        head = "<tr><th>step</th><th>train</th><th>validation</th></tr>"
+        return f"<p>{escape(first)}<br>{escape(second)}</p><table>{head}{rows}</table>"
+
+    @property
+    def step(self) -> int:
+        """The step of training from which the weights are."""
+        return int(number[1]) if (number := re.search(r"step (\d+)", self.weights)) else 0
+
+    def to(self, device: str) -> Self:
+        """Move the model to a device, such as "cuda"; return the run itself.
+
+        Raises:
+            ValueError: this machine has no such device.
+        """
+        self.model.to(find_device(device))
+        return self
+
+    def examples(self, split: str = "test", data: Source | None = None) -> Tensor:
+        """Return the examples of a split of the run's own data, (N, *shape), or of other data."""
+        return self.batch(data, split if data is None else None)[0].x
 
     def batch(
         self,
-        source: "str | PathLike[str] | Frame | None" = None,
+        source: Source | None = None,
         split: str | None = None,
         splits: Splits | None = None,
         tell: Callable[[str], object] = _warn,
@@ -71,7 +114,8 @@ class Run:
         If the run is conditional, the batch contains their labels as conditions.
 
         Args:
-            source: other data of the run's schema; the run's own by default.
+            source: other data of the run's schema, of any kind in `nelbo.data.coerce`; the run's
+                own by default. A batch is returned as it is.
             split: "train", "validation", "test"; for other data also "all". The default is "test"
                 for the run's own data and "all" for other data.
             splits: splits of other data, as for `nelbo.data.load`.
@@ -82,6 +126,8 @@ class Run:
             ValueError: the data have another schema; there is no such split; or it is not known
                 where the run's own data are.
         """
+        if isinstance(source, Batch):
+            return source, "a batch"
         if source is None:
             dataset = self.config.load_data()
         else:
@@ -91,43 +137,281 @@ class Run:
         split = split or ("test" if source is None else "all")
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
-        place = source if isinstance(source, str | PathLike) else "a table"
+        tabular = self.config.schema.columns
+        unnamed = "a table" if tabular else coerce.NAME
+        place = source if isinstance(source, str | PathLike) else unnamed
         name = split if source is None else f"{split} of {place}"
         labels = dataset.labels.get(split)
         return labelled(dataset.splits[split], labels, self.config.schema), name
 
     def evaluate(
         self,
-        source: "str | PathLike[str] | Frame | None" = None,
+        data: Source | None = None,
         split: str | None = None,
         *,
         splits: Splits | None = None,
         steps: int | None = None,
+        calls: float | None = None,
+        target_error: float | None = None,
+        per_example: bool = False,
+        variates: bool = True,
+        seed: int = 0,
+        progress: bool | None = None,
         tell: Callable[[str], object] | None = None,
-        **options: Any,  # noqa: ANN401 - those of `measure`
     ) -> Evaluation:
         """Return the bound on -log P(x) of the run's own data or of other data.
 
         The result equals that of `nelbo evaluate RUN`.
 
         Args:
-            source: as for `batch`.
-            split: as for `batch`.
-            splits: as for `batch`.
+            data: the run's own data by default; or others of its kind, see `nelbo.data.coerce`.
+            split: "test" by default for the run's own data, and all of other data.
+            splits: splits of other data, as for `nelbo.data.load`.
             steps: T, for the T-step bound on the run's best grid; continuous time by default.
-            tell: as for `batch`; also called with messages about slow work.
-            options: calls, target_error, per_example, variates, seed and track of
-                `nelbo.evaluate`.
+            calls: network calls per example, at most; 24 by default.
+            target_error: in place of calls, the Monte Carlo standard error to reach, in the unit
+                of the result.
+            per_example: for a better standard error of each example.
+            variates: use control variates.
+            seed: of everything random.
+            progress: show bars on the error stream; by default if it is a terminal or a notebook.
+            tell: called with notes on the data and on slow work; warnings by default.
 
         Raises:
-            ValueError: as for `batch`, `grid` and `nelbo.evaluate`.
+            ValueError: as for `batch`, `grid` and `nelbo.evaluation.evaluate.evaluate`.
         """
-        batch, name = self.batch(source, split, splits, tell or _warn)
-        times = None if steps is None else self.grid(steps)
-        own = source is None
+        batch, name = self.batch(data, split, splits, tell or _warn)
+        track = tracks(progress)
         return self.measure(
-            batch, split=name, own=own, times=times, tell=tell or _quiet, **options
+            batch,
+            split=name,
+            own=data is None,
+            times=None if steps is None else self.grid(steps, track("grid")),
+            tell=tell or _quiet,
+            calls=calls,
+            target_error=target_error,
+            per_example=per_example,
+            variates=variates,
+            seed=seed,
+            track=track("evaluate"),
         )
+
+    def elbo(
+        self,
+        data: Source | None = None,
+        split: str | None = None,
+        *,
+        steps: int | None = None,
+        calls: int = ELBO_CALLS,
+        seed: int = 0,
+    ) -> ExampleBounds:
+        """Return the lower bound on log P(x) of each example, with its error, nats.
+
+        Args:
+            data: as for `evaluate`.
+            split: as for `evaluate`.
+            steps: T, on the run's best grid; continuous time by default.
+            calls: network calls per example, at most.
+            seed: of everything random.
+        """
+        batch, _ = self.batch(data, split)
+        times = None if steps is None else self.grid(steps)
+        return elbo(self.model, batch, times=times, calls=calls, seed=seed)
+
+    def sample(
+        self,
+        n: int = 64,
+        steps: int = 32,
+        *,
+        condition: "Condition | None" = None,
+        seed: int = 0,
+        guidance: float = 1.0,
+        sampler: str = "ancestral",
+        as_modelled: bool = False,
+        progress: bool | None = None,
+    ) -> "Samples":
+        """Draw new examples: a frame of a table, an array of images or vectors, or texts.
+
+        Args:
+            n: number of examples.
+            steps: number of steps, on the run's best grid; each is one network call.
+            condition: of a conditional run: the label of all samples, such as 3; a mapping of
+                names to labels; or a list of one for each sample. By default those of random
+                training examples.
+            seed: of everything random.
+            guidance: how strongly the label counts; only 1 draws from the model that is measured.
+            sampler: "ancestral", or "flow" for the deterministic probability flow.
+            as_modelled: for a table: keep rows outside the ranges of the training data.
+            progress: show bars on the error stream; by default if it is a terminal or a notebook.
+
+        Returns:
+            A table: a frame of the library of the training frame, polars for files. Images: uint8
+            (N, H, W, C), or (N, H, W) if grey, in the levels of the data. Text: a list of strings.
+            Anything else: an array (N, *shape).
+
+        Raises:
+            ValueError: the run has no such labels, or as for `grid` and `draw`.
+        """
+        from nelbo.runs import samples
+
+        track = tracks(progress)
+        labels = samples.labels_for(condition, n, self.config.schema)
+        x = samples.draw(
+            self,
+            n,
+            self.grid(steps, track("grid")),
+            labels=labels,
+            seed=seed,
+            guidance=guidance,
+            sampler=sampler,
+            as_modelled=as_modelled,
+            track=track("sample"),
+        )
+        return samples.as_held(x, self.config)
+
+    def impute(
+        self,
+        data: Source,
+        steps: int = 32,
+        *,
+        particles: int | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        tell: Callable[[str], object] = _warn,
+    ) -> "Frame":
+        """Return a table with its missing cells drawn given the other cells of their row.
+
+        Args:
+            data: a table with the columns of the run's; others stay as they are.
+            steps: number of steps, on the run's best grid.
+            particles: candidates for each row, by default 32.
+            seed: of everything random; another seed gives another draw.
+            progress: show bars on the error stream; by default if it is a terminal or a notebook.
+            tell: called with notes on words that mean missing cells; warnings by default.
+
+        Returns:
+            A frame of the library of `data`; of polars for a file.
+
+        Raises:
+            ValueError: the run is not of a table, or the data are not of its columns.
+        """
+        from nelbo.runs import samples
+
+        track = tracks(progress)
+        samples.check_table(self.config.schema)
+        times = self.grid(steps, track("grid"))
+        options = {} if particles is None else {"particles": particles}
+        made = impute(
+            self.model,
+            self.config.schema,
+            data,
+            times,
+            seed=seed,
+            track=track("impute"),
+            tell=tell,
+            **options,
+        )
+        return samples.like(made, data)
+
+    def score(
+        self,
+        data: Source | None = None,
+        split: str | None = None,
+        *,
+        score: str = "bound",
+        against: str = "validation",
+        calls: int | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> Scored:
+        """Return the anomaly score of each example, its error, rank and percentile.
+
+        Args:
+            data: as for `evaluate`; by default the run's own test split.
+            split: split of the data.
+            score: "bound", "complexity" or "typicality", see `nelbo.evaluation.anomaly_scores`.
+            against: the split of the run's own data that rank and percentile refer to.
+            calls: network calls per example, at least 8; 24 by default.
+            seed: of everything random.
+            progress: show bars on the error stream; by default if it is a terminal or a notebook.
+
+        Raises:
+            ValueError: as for `batch`, or the score is not defined for such data.
+        """
+        batch, _ = self.batch(data, split)
+        reference, _ = self.batch(split=against)
+        scorer = Scorer(
+            score,
+            self.config.schema,
+            self.model,
+            reference,
+            calls=calls,
+            seed=seed,
+            track=tracks(progress)("score"),
+        )
+        return scorer(batch)
+
+    def compress(
+        self,
+        data: Source,
+        out: str | Path,
+        steps: int = 32,
+        *,
+        effort: int = 1,
+        progress: bool | None = None,
+    ) -> "Summary":
+        """Compress data without loss into the file `out`, as long as the bound says.
+
+        Args:
+            data: a file or folder, whose bytes come back; or data in memory, which come back as
+                an array or a table.
+            out: a .nlb file that does not exist.
+            steps: T of the bound that is coded: more steps make a smaller file.
+            effort: how many beginnings of a code are searched; see `nelbo compress --help`.
+            progress: show a bar on the error stream; by default if it is a terminal or a notebook.
+
+        Raises:
+            ValueError: the coder is not installed, or the data or the model have no such code.
+        """
+        from nelbo.runs import compressed
+
+        show = interactive() if progress is None else progress
+        return compressed.compress(self, data, Path(out), steps, effort=effort, show=show)
+
+    def decompress(self, file: str | Path, out: str | Path | None = None) -> object:
+        """Return the data in a compressed file, exactly; with `out`, write them there.
+
+        Args:
+            file: a .nlb file that this run compressed.
+            out: where to write the data in their original format; it must not exist.
+
+        Returns:
+            A frame of a table, a list of texts, or an array; or, with `out`, this path.
+
+        Raises:
+            CodecError: the file is damaged, of another run, or not to be decoded here.
+        """
+        from nelbo.runs import compressed
+
+        return compressed.decompress(self, Path(file), None if out is None else Path(out))
+
+    def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the weights and the configuration, with a model card; return the address.
+
+        The card has the bound of the test split, its error and the command. Neither the data nor
+        the state of training are uploaded.
+
+        Args:
+            name: "user/name" on the hub of Hugging Face.
+            private: whether only the user may see it, if it is new.
+            token: of the user; by default that of `hf auth login`.
+
+        Raises:
+            ValueError: huggingface_hub is not installed, or the hub refuses or is out of reach.
+        """
+        from nelbo.runs import hub
+
+        return hub.push(self, name, private=private, token=token)
 
     def measure(
         self,
@@ -155,12 +439,12 @@ class Run:
         from nelbo.runs.pilot_cache import Pilots
 
         if own and variates:
-            options["known"] = self.examples(split="train")[0]
+            options["known"] = self.batch(split="train")[0].x
             options["pilots"] = Pilots(self, tell)
         options = {"weights": self.weights, "split": split, "times": times, **options}
         return evaluate(self.model, batch, variates=variates, **options)
 
-    def meet(self, source: "str | PathLike[str] | Frame") -> bool:
+    def meet(self, source: Source) -> bool:
         """Tell the run where its data are; return whether they were unknown and `source` has them.
 
         A run that this user did not train reads no data that it names, until they are given here.
@@ -250,11 +534,19 @@ def _times(found: object, steps: int, start: float) -> list[float] | None:
 def load(path: str | Path) -> Run:
     """Load the run at `path` with its best weights, ready to be measured.
 
+    Args:
+        path: a run folder; or, if there is none, the name of a run on the hub of Hugging Face,
+            "user/name", see `Run.push_to_hub`.
+
     Raises:
         FileNotFoundError: there is no such run, or it has no weights yet.
-        ValueError: the weights are truncated or belong to another architecture, or the
-            configuration has unknown keys.
+        ValueError: the weights are truncated or belong to another architecture, the configuration
+            has unknown keys, or the hub cannot be reached.
     """
+    if is_name(path):
+        from nelbo.runs import hub
+
+        path = hub.pull(str(path))
     path = Path(path)
     run = read_config(path)
     tensors, about = read_tensors(limits.contained(path / WEIGHTS, path))
@@ -263,5 +555,16 @@ def load(path: str | Path) -> Run:
         model = build(run.model, run.schema)
     put_weights(model, tensors, str(path / WEIGHTS))
     model.eval()
-    weights = shortened(f"{about.get('weights', 'raw')}, step {about.get('step', '?')}", 64)
+    kind = {"ema": "averaged", "raw": "raw"}.get(str(about.get("weights", "raw")), "other")
+    weights = shortened(f"{kind} weights of step {about.get('step', '?')}", 64)
     return Run(path, model, run, weights, read_metrics(path))
+
+
+def is_name(path: str | Path) -> bool:
+    """Return whether a text names a run on the hub: user/name, and nothing here has that path."""
+    return (
+        isinstance(path, str)
+        and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+        and not Path(path).exists()
+        and not Path(path).parent.exists()
+    )

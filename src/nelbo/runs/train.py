@@ -9,28 +9,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain, count
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from nelbo import data
 from nelbo._utils import cache, files, limits
 from nelbo._utils.distributed import anywhere, main_process_first, world
 from nelbo._utils.numerics import LOG_2
-from nelbo._utils.progress import progress_bar
+from nelbo._utils.progress import interactive, progress_bar
 from nelbo._utils.scalars import integer, real
 from nelbo._utils.signals import Interrupted, interruptible
 from nelbo.data.schema import Dataset
-from nelbo.data.sources import BUILT_IN, Splits
+from nelbo.data.sources import BUILT_IN, Declaration, Source, Splits, load
 from nelbo.data.splits import declare
-from nelbo.data.tabular import tables
 from nelbo.diffusion.model import Model
 from nelbo.evaluation.result import Evaluation
 from nelbo.models.config import ModelConfig
 from nelbo.runs import config as run_config
-from nelbo.runs import events, training_state
+from nelbo.runs import events, held, training_state
 from nelbo.runs import run as run_folder
 from nelbo.runs.config import RunConfig
 from nelbo.runs.run import Run
@@ -39,45 +37,45 @@ from nelbo.training.optim import learning_rate
 from nelbo.training.presets import configure
 from nelbo.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from nelbo.data.tabular.tables import Frame
-
 #: takes an event: step, seconds, lr, train, validation, validation_standard_error, unit
 OnEvent = Callable[[dict[str, object]], object]
 VALIDATIONS = 5  # number of validations of a training that is given minutes
 
 
 def train(
-    source: "str | PathLike[str] | Frame",
-    out: str | Path,
+    data: Source,
+    out: str | Path | None = None,
     *,
     preset: str = "auto",
     levels: int | None = None,
     size: int | None = None,
-    schema: str | PathLike[str] | None = None,
+    schema: Declaration = None,
     condition: Sequence[str] = (),
     splits: Splits | None = None,
     minutes: float | None = None,
     device: str = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
     on_event: OnEvent | None = None,
     **options: str | int | float,
 ) -> Run:
-    """Train a model of the data at `source` into the new run folder `out`.
+    """Train a model of data into the new run folder `out`.
 
     Args:
-        source: "digits", or a path that `nelbo.data.load` understands; or a table itself, a polars
-            or pandas frame or a mapping of names to columns, of which the run keeps a copy.
-        out: a folder that does not exist yet, or is empty.
+        data: "digits", or a path that `nelbo.data.load` understands; or the data themselves, of
+            any kind in `nelbo.data.coerce`, of which the run keeps a copy.
+        out: a folder that does not exist yet, or is empty; by default a new one in runs/, which
+            is said.
         preset: see `nelbo.training.presets.configure`.
         levels: number of levels of integer data; inferred by default.
         size: side to which images are resized.
-        schema: a JSON file with the columns of a table; inferred from the cells by default.
+        schema: a JSON file with the columns of a table, or a list of them; inferred from the cells
+            by default.
         condition: names of one or more labels c; the model is then one of P(x|c).
         splits: which names belong to which split, as for `nelbo.data.load`.
         minutes: approximate duration, instead of `steps`: see `pace`.
         device: where to train, "cpu" or "cuda"; "auto" is cuda where there is one, else cpu.
-        progress: show notes on the data and a progress bar on the error stream.
+        progress: show notes on the data and a progress bar on the error stream; by default if
+            that is a terminal or a notebook.
         on_event: called with each event as it is written to metrics.jsonl, a dictionary of plain
             values, on the first process only.
         options: any field of ModelConfig or TrainConfig, overriding the preset's.
@@ -86,15 +84,23 @@ def train(
         ValueError: bad data or options; `out` exists; the loss becomes non-finite.
         Interrupted: after Ctrl-C, with the run saved; `resume` continues it.
     """
-    out = Path(out)
+    progress = interactive() if progress is None else progress
+    out = main_process_first(lambda: new_folder(data)) if out is None else Path(out)
     levels = None if levels is None else integer("levels", levels, 2)
     size = None if size is None else integer("size", size, 1)
     minutes = None if minutes is None else real("minutes", minutes)
     main_process_first(lambda: check_new(out))
-    dataset = data.load(
-        source, levels=levels, size=size, schema=schema, condition=condition, splits=splits
+    frames = "pandas" if hasattr(data, "iloc") else "polars"
+    in_memory = not isinstance(data, str | PathLike)
+    copy = held.table_of(data) if in_memory else None
+    dataset = load(
+        data, levels=levels, size=size, schema=schema, condition=condition, splits=splits
     )
-    own = None if isinstance(source, str | PathLike) else tables.frame_of(source)
+    name = None
+    if in_memory:
+        name = run_config.ARRAYS if copy is None else run_config.TABLE
+        dataset = held.whole(dataset)
+        copy = held.to_bytes(dataset) if copy is None else copy
     for note in dataset.notes if progress else ():
         print(note, file=sys.stderr)
     model_config, train_config = configure(
@@ -113,24 +119,33 @@ def train(
         every = options.get("evaluate_every", max(1, steps // VALIDATIONS))
         train_config = replace(train_config, steps=steps, evaluate_every=int(every))
     run = RunConfig(
-        source=dataset.source if own is None else str(out.absolute() / run_config.TABLE),
+        source=dataset.source if name is None else str(out.absolute() / name),
         schema=dataset.schema,
         size=size,
         hashes=run_config.hashes(dataset),
         preset=preset,
         model=model_config,
         train=train_config,
-        within=own is not None,
+        within=in_memory,
         splits=declare(splits),
+        frames=frames,
     )
-    if own is None and run.source not in BUILT_IN and world()[0] == 0:
+    if not in_memory and run.source not in BUILT_IN and world()[0] == 0:
         try:
             run.remember(run.source)
         except OSError as error:
             if progress:
                 print(f"where the data are is not kept: {cache.reason(error)}", file=sys.stderr)
-    table = None if own is None else tables.to_bytes(own, ".parquet")
-    return begin(Training(out, run, dataset, device, on_event), progress, table=table)
+    return begin(Training(out, run, dataset, device, on_event), progress, copy=copy)
+
+
+def new_folder(data: Source) -> Path:
+    """Return a folder runs/NAME that does not exist yet, named after the data, and say so."""
+    name = Path(data).name.partition(".")[0] if isinstance(data, str | PathLike) else "data"
+    every = chain([Path("runs") / name], (Path("runs") / f"{name}-{i}" for i in count(2)))
+    out = next(path for path in every if not path.exists())
+    print(f"the run is in {out}", file=sys.stderr)
+    return out
 
 
 def pace(
@@ -184,7 +199,7 @@ def begin(
     training: "Training",
     progress: bool,
     weights: Model | None = None,
-    table: bytes | None = None,
+    copy: bytes | None = None,
 ) -> Run:
     """Train a new run until it has ended; remove it if training fails before there are weights.
 
@@ -192,15 +207,15 @@ def begin(
         training: its folder must have been new when the data were read.
         progress: show a bar.
         weights: initial weights.
-        table: the data, if the run keeps a copy.
+        copy: the data, if the run keeps a copy.
     """
     out = training.out
     with alone_in(out) as made:
         main_process_first(lambda: check_new(out))  # another process may have trained there
         try:
             training.found()
-            if table is not None and training.first:
-                files.write(out / run_config.TABLE, table)
+            if copy is not None and training.first:
+                files.write(Path(training.run.source), copy)
             if weights is not None:
                 training.fit_statistics(weights)
             training.configure()
@@ -219,7 +234,7 @@ def resume(
     patience: int | None = None,
     shard: bool | None = None,
     device: str = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
     on_event: OnEvent | None = None,
 ) -> Run:
     """Continue a run exactly where it stopped; `steps` extends or shortens it.
@@ -235,7 +250,7 @@ def resume(
         ValueError: its state is damaged or of another model; the loss becomes non-finite.
         Interrupted: after Ctrl-C, with the run saved.
     """
-    out = Path(out)
+    out, progress = Path(out), interactive() if progress is None else progress
     run = run_config.read_config(out)
     t = run.train
     longer = replace(

@@ -1,0 +1,212 @@
+"""The commands of the command line as functions: of a run, its path or its name on the hub.
+
+Each is the method of `Run` of the same name; `evaluate` and `elbo` take a bare model too, and
+another library's model, "diffusers:FOLDER" or "openai:FILE".
+"""
+
+import inspect as python
+from collections.abc import Callable
+from functools import wraps
+from os import PathLike
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+
+from nelbo import integrations
+from nelbo._utils import limits
+from nelbo._utils.progress import Track
+from nelbo.codec import files
+from nelbo.data import inspection
+from nelbo.data.inspection import Inspection
+from nelbo.data.sources import Declaration, Source, Splits
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.times import TimeDiscretization
+from nelbo.evaluation import evaluate as evaluation
+from nelbo.evaluation import example_bounds
+from nelbo.evaluation.coercion import batch_of
+from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
+from nelbo.evaluation.result import Evaluation
+from nelbo.integrations import Foreign
+from nelbo.runs.run import Run, load, tracks
+
+P = ParamSpec("P")
+R = TypeVar("R")
+#: a run, its folder, or its name on the hub
+AnyRun: TypeAlias = Run | str | PathLike[str]
+
+
+def run_of(run: object) -> Run:
+    """Return a run as it is, or load it.
+
+    Raises:
+        ValueError: it is neither a run nor a path or name.
+    """
+    if isinstance(run, str | PathLike):
+        return load(run if isinstance(run, str) else Path(run))
+    if not isinstance(run, Run):
+        raise ValueError(
+            f"give a run, from nelbo.train or nelbo.load, or its folder; got {type(run).__name__}"
+        )
+    return run
+
+
+def _twin(method: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[AnyRun, P], R]:
+    """Return a method of `Run` as a function that takes a path or a name too."""
+
+    @wraps(method)
+    def command(run: AnyRun, /, *args: P.args, **options: P.kwargs) -> R:
+        return method(run_of(run), *args, **options)
+
+    signature = python.signature(method)
+    own, *others = signature.parameters.values()
+    first = own.replace(name="run", annotation=AnyRun)
+    command.__signature__ = signature.replace(parameters=[first, *others])  # type: ignore[attr-defined]
+    return command
+
+
+sample = _twin(Run.sample)
+impute = _twin(Run.impute)
+score = _twin(Run.score)
+compress = _twin(Run.compress)
+decompress = _twin(Run.decompress)
+
+
+def evaluate(
+    run: AnyRun | Model | Foreign,
+    data: Source | Batch | None = None,
+    split: str | None = None,
+    *,
+    splits: Splits | None = None,
+    steps: int | None = None,
+    times: TimeDiscretization | None = None,
+    calls: float | None = None,
+    target_error: float | None = None,
+    per_example: bool = False,
+    variates: bool = True,
+    known: Source | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Measure the mean bound on -log P(x|φ) over examples, with its error and its price.
+
+    Args:
+        run: a run, its folder or its name on the hub; another library's model, "diffusers:FOLDER"
+            or "openai:FILE" or as loaded; or a bare model.
+        data: examples of any kind in `nelbo.data.coerce`, or a `Batch` of examples and conditions;
+            for a run, by default its own data.
+        split: "test" by default for the run's own data, and all of other data.
+        splits: splits of other data, as for `nelbo.data.load`.
+        steps: T, for the bound of T steps: on the best grid of a run, on the even grid of a bare
+            model; continuous time by default.
+        times: of a bare model: TimeGrid(times) in place of these steps.
+        calls: network calls per example, at most; 24 by default.
+        target_error: in place of calls, the Monte Carlo standard error to reach, in the unit of
+            the result.
+        per_example: for a better standard error of each example.
+        variates: use control variates.
+        known: for a bare model: other examples of the same distribution, such as the training
+            data, to which control variates are fitted.
+        seed: of everything random.
+        progress: show bars on the error stream; by default if it is a terminal or a notebook.
+
+    Raises:
+        ValueError: the data are not of the model, a model of P(x|c) lacks conditions, there are
+            too few calls, or the target error is impossible.
+    """
+    track = tracks(progress)("evaluate")
+    options: dict[str, Any] = {
+        "calls": calls,
+        "target_error": target_error,
+        "per_example": per_example,
+        "variates": variates,
+        "seed": seed,
+    }
+    if isinstance(run, str) and integrations.is_foreign(run):
+        run = integrations.load(run, steps=steps)
+        steps, times = None, run.times
+    if isinstance(run, Foreign):
+        foreign, run = run, run.model
+        if not isinstance(data, Batch) and data is not None:
+            data, split = foreign.examples(data, split, splits)
+        times = foreign.times if times is None and steps is None else times
+        options["weights"] = foreign.weights
+    if isinstance(run, Model):
+        if data is None:
+            raise ValueError("a model brings no data; give examples, as in evaluate(model, x)")
+        return evaluation.evaluate(
+            run,
+            data,
+            steps=steps,
+            times=times,
+            known=None if known is None else batch_of(run, known).x,
+            split=split or "as given",
+            track=track,
+            **options,
+        )
+    if times is not None or known is not None:
+        raise ValueError("times and known are for a bare model; a run knows its own; give steps")
+    return run_of(run).evaluate(
+        data, split, splits=splits, steps=steps, progress=progress, **options
+    )
+
+
+def elbo(
+    run: AnyRun | Model,
+    data: Source | Batch | None = None,
+    *,
+    steps: int | None = None,
+    times: TimeDiscretization | None = None,
+    calls: int = CALLS,
+    seed: int = 0,
+    track: Track = iter,
+) -> ExampleBounds:
+    """Return the lower bound on log P(x|φ) of each example, an average of draws with its error.
+
+    One differentiable draw, to train with, is `nelbo.diffusion.times.elbo`.
+
+    Args:
+        run: a run, its folder or its name on the hub; or a bare model.
+        data: examples of any kind in `nelbo.data.coerce`, or a `Batch` of examples and conditions;
+            for a run, by default its test split.
+        steps: T, for the bound of T steps: on the best grid of a run, on the even grid of a bare
+            model; continuous time by default.
+        times: of a bare model: TimeGrid(times) in place of these steps.
+        calls: network calls per example, at most.
+        seed: of everything random.
+        track: wraps the blocks of examples, for a progress bar.
+
+    Raises:
+        ValueError: the data are not of the model, a model of P(x|c) lacks conditions, or there are
+            too few calls for an error.
+    """
+    if isinstance(run, Model):
+        return example_bounds.elbo(
+            run, data, steps=steps, times=times, calls=calls, seed=seed, track=track
+        )
+    if times is not None:
+        raise ValueError("times are for a bare model; a run has a best grid; give steps")
+    return run_of(run).elbo(data, steps=steps, calls=calls, seed=seed)
+
+
+def inspect(
+    data: Source,
+    *,
+    levels: int | None = None,
+    size: int | None = None,
+    schema: Declaration = None,
+    splits: Splits | None = None,
+) -> Inspection | files.Report:
+    """Describe data before training, or a compressed file; arguments as for `nelbo.data.load`.
+
+    Returns:
+        The columns of a table, and anything that makes its likelihood meaningless; of a .nlb file,
+        its header, bits/dim, bound and blocks.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        ValueError: it cannot be read.
+    """
+    if isinstance(data, str | PathLike) and str(data).endswith(".nlb"):
+        limits.regular(Path(data))
+        return files.report(Path(data).read_bytes())
+    return inspection.inspect(data, levels=levels, size=size, schema=schema, splits=splits)

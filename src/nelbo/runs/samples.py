@@ -1,0 +1,146 @@
+"""Draws from a run, and the form in which people hold them: a frame, an array or texts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nelbo._utils.progress import Track
+from nelbo.data.readers.text import decode
+from nelbo.data.schema import Schema
+from nelbo.data.tabular import encoding
+from nelbo.diffusion.batch import rows_of
+from nelbo.diffusion.times import TimeGrid
+from nelbo.models.conditioning import guided, parse
+from nelbo.runs.config import RunConfig
+from nelbo.sampling import samplers
+from nelbo.sampling.imputation import within
+
+if TYPE_CHECKING:
+    from polars import DataFrame
+
+    from nelbo.data.tabular.tables import Frame
+    from nelbo.runs.run import Run
+
+#: a label, labels by name, or one of these for each sample
+Condition: TypeAlias = str | float | Mapping[str, object] | Sequence[object] | np.ndarray | Tensor
+#: a frame of a table, texts, or an array
+Samples: TypeAlias = "Frame | list[str] | np.ndarray"
+SAMPLE_STEPS = 32  # steps of samples by default
+SAMPLERS = {"ancestral": samplers.ancestral, "flow": samplers.probability_flow}
+
+
+def draw(
+    run: "Run",
+    n: int,
+    times: TimeGrid,
+    *,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    guidance: float = 1.0,
+    sampler: str = "ancestral",
+    as_modelled: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+    track: Track = iter,
+) -> Tensor:
+    """Draw new examples of a run, (n, *shape), in the space of the data.
+
+    Args:
+        run: with its model on the device on which it is to run.
+        n: number of examples.
+        times: the grid.
+        labels: (n, len(schema.condition)) of a conditional run; by default those of random
+            training examples.
+        seed: of everything random.
+        guidance: strength of the labels; only 1 draws from the model that is measured.
+        sampler: "ancestral", or "flow" for the probability flow.
+        as_modelled: keep rows of a table outside the ranges of the training data.
+        tell: called with a sentence on rows that were drawn again.
+        track: wraps the steps, for a progress bar.
+
+    Raises:
+        ValueError: the number or the sampler is none, the run has no labels, or hardly any row
+            lies within the training data.
+    """
+    schema = run.config.schema
+    if n < 1:
+        raise ValueError(f"the number of samples must be at least 1; got {n}")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be {' or '.join(SAMPLERS)}; got {sampler!r}")
+    if as_modelled and not schema.columns:
+        raise ValueError("--as-modelled (as_modelled in Python) is for tables; leave it out")
+    sampled = SAMPLERS[sampler]
+    model = guided(run.model, guidance).to(run.model.device)
+    given = run.conditions(n, labels, seed)
+
+    def some(rows: Tensor, seed: int) -> Tensor:
+        return sampled(model, len(rows), times, seed, track, rows_of(given, rows))
+
+    if schema.columns and not as_modelled:
+        return within(some, n, schema, seed, tell)
+    return some(torch.arange(n), seed)
+
+
+def labels_for(condition: Condition | None, n: int, schema: Schema) -> Tensor | None:
+    """Return labels (n, len(schema.condition)) for n samples; None if none are given.
+
+    Raises:
+        ValueError: a label is missing, unknown or out of range, or there are not n of them.
+    """
+    if condition is None:
+        return None
+    if isinstance(condition, np.ndarray | Tensor):
+        condition = condition.tolist()
+    if isinstance(condition, Sequence) and not isinstance(condition, str):
+        if len(condition) != n:
+            raise ValueError(f"give one condition, or one for each of {n}; got {len(condition)}")
+        return torch.cat([parse(_texts(each), schema) for each in condition])
+    return parse(_texts(condition), schema).expand(n, -1)
+
+
+def _texts(condition: object) -> list[str]:
+    """Return a label, or labels by name, as options of the command line."""
+    if isinstance(condition, Mapping):
+        return [f"{name}={_text(value)}" for name, value in condition.items()]
+    return [_text(condition)]
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def check_table(schema: Schema) -> None:
+    """Raise ValueError if a run is not of a table, before its best grid is found."""
+    if not schema.columns:
+        raise ValueError(
+            f"impute is for tables, and the run is of {schema.kind}; of an image, nelbo sample"
+            " --inpaint draws a part"
+        )
+
+
+def as_held(x: Tensor, config: RunConfig) -> "Samples":
+    """Return examples as a frame, a list of texts, images (N, H, W, C) or (N, H, W), or an array.
+
+    Args:
+        x: (N, *shape).
+        config: of the run, with the schema and the library of frames.
+    """
+    array, schema = x.cpu().numpy(), config.schema
+    if schema.columns:
+        frame = encoding.decode(array, schema.columns)
+        return frame.to_pandas() if config.frames == "pandas" else frame
+    if schema.alphabet is not None:
+        return decode(array, schema.alphabet)
+    if schema.levels is not None and schema.levels <= 256:
+        array = array.astype(np.uint8)
+    if len(schema.shape) != 3:
+        return array
+    return array[:, 0] if schema.shape[0] == 1 else np.moveaxis(array, 1, 3)
+
+
+def like(frame: "DataFrame", given: object) -> "Frame":
+    """Return a frame of polars as one of the library of another table."""
+    made: Any = frame
+    return made.to_pandas() if hasattr(given, "iloc") else made
