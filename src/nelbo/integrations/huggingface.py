@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from nelbo._utils.scalars import integer
 from nelbo.data.schema import Schema
-from nelbo.data.sources import Splits
+from nelbo.data.sources import Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.external import Foreign, read_json
@@ -46,7 +46,7 @@ class ForeignText(Foreign):
     @override
     def examples(
         self,
-        source: str | None,
+        source: Source | None,
         split: str | None = None,
         splits: Splits | None = None,
         tell: Callable[[str], None] | None = None,
@@ -55,6 +55,8 @@ class ForeignText(Foreign):
     ) -> tuple[Tensor | Batch, str]:
         if split not in (None, "all") or splits is not None:
             raise ValueError("a text for a model of tokens has no splits; leave --split out")
+        if source is not None and not isinstance(source, str):
+            raise ValueError(f"a model of tokens reads a file; got {type(source).__name__}")
         texts = self.texts(source, lines=lines)
         self.found[:] = [texts]
         if tell is not None:
