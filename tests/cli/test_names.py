@@ -49,8 +49,8 @@ def test_a_page_holds_no_codes(monkeypatch, trained, tmp_path):
     for name in ("measure_steps", "measure_files"):
         monkeypatch.setattr(module, name, lambda *_, **__: (None, torch.zeros(1)))
     result = type("R", (), {"unit": "nats"})
-    monkeypatch.setattr(module.Run, "measure", lambda *_, **__: result)
-    monkeypatch.setattr(module.Run, "grid", lambda *_, **__: None)
+    monkeypatch.setattr(run_folder.Run, "measure", lambda *_, **__: result)
+    monkeypatch.setattr(run_folder.Run, "grid", lambda *_, **__: None)
     monkeypatch.setattr(module, "trajectory", lambda *_, **__: type("P", (), {"x": None}))
     for name in ("headline", "terms", "steps", "training", "images", "pixels", "files", "again"):
         monkeypatch.setattr(module.sections, name, lambda *_: "a\x1b[31m\u202e\u200fb é")

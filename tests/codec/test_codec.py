@@ -429,7 +429,7 @@ def test_another_model_is_refused():
         ({"coder": 7}, NotReproducibleError, "the entropy coder"),
         ({"model": "0" * 16}, ModelMismatchError, "give the run"),
         ({"examples": 10**12}, CorruptFileError, "holds 60 examples"),
-        ({"examples": -1}, CorruptFileError, "holds 60 examples"),
+        ({"examples": -1}, CorruptFileError, "at least 0; got -1 in the header"),
         ({"shape": [3]}, CorruptFileError, "contradicts the model"),
         ({"levels": 10**9}, CorruptFileError, "contradicts the model"),
         ({"levels": 3}, CorruptFileError, "contradicts the model"),
@@ -442,8 +442,8 @@ def test_another_model_is_refused():
         ({"batch": 10**9}, CorruptFileError, "batch"),
         ({"answers": {"x": 7}}, CorruptFileError, "header"),
         ({"answers": {"99999999": 7}}, CorruptFileError, "header"),
-        ({"examples": "9"}, CorruptFileError, "examples in the header"),
-        ({"colour": 1}, CorruptFileError, "keys"),
+        ({"examples": "9"}, CorruptFileError, "an integer; got '9' in the header"),
+        ({"colour": 1}, CorruptFileError, "unknown key 'colour'"),
     ],
 )
 def test_a_header_that_lies_is_found_out(values, error, words):

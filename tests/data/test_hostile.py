@@ -370,7 +370,9 @@ def test_the_environment_lifts_the_limits_of_size(monkeypatch):
 )
 def test_a_configuration_of_giants_is_refused(trained, tmp_path, place, value):
     run = copied(trained, tmp_path, **{place: value})
-    refused(nelbo.load, r"belongs to another architecture|at most 1e\+12", run)
+    refused(
+        nelbo.load, r"belongs to another architecture|at most 1e\+12|of memory that are free", run
+    )
 
 
 @linux
@@ -389,7 +391,7 @@ def test_a_network_that_memory_cannot_hold_is_refused_before_it_is_made(network)
     from nelbo.models.build import build
     from nelbo.models.config import ModelConfig
 
-    for sizes in ({"width": 2**16}, {"width": 2**40}, {"width": 32, "depth": 10**9}):
+    for sizes in ({"width": 2**16}, {"width": 10**12}, {"width": 32, "depth": 10**9}):
         if "depth" in sizes and network != "mlp":
             continue  # it takes seconds
         with pytest.raises(ValueError, match="of memory that are free"), little_memory():
@@ -672,7 +674,7 @@ def test_a_container_that_claims_examples_is_not_believed():
     x = torch.zeros((4, *model.shape), dtype=torch.int64)
     data = compress(model, x, Settings((1.0,)))
     header, extra, at = container.read_prefix(data)
-    for claimed, words in ((10**12, "would be unpacked from"), (-1, "holds -1 examples")):
+    for claimed, words in ((10**12, "would be unpacked from"), (-1, "at least 0; got -1")):
         other = container.write_prefix(header | {"examples": claimed}, extra) + data[at:]
         with pytest.raises((ValueError, CorruptFileError), match=words):
             decompress(other, model, salvage=True)

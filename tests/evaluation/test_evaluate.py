@@ -252,7 +252,7 @@ def test_no_examples(model, x):
 
 
 def test_another_shape(model):
-    with pytest.raises(ValueError, match=r"shape \(3,\); got \(5,\)"):
+    with pytest.raises(ValueError, match=r"shape \(5,\) where \(3,\) is needed"):
         evaluate(model, torch.zeros(4, 5, dtype=torch.int64))
 
 

@@ -1,6 +1,7 @@
 """The calls that people guess: each works, or ends in one sentence with the value and the fix."""
 
 import inspect as python
+import sys
 
 import numpy as np
 import pytest
@@ -271,8 +272,12 @@ def test_a_device_is_said(digits):
 
 
 def test_progress_is_for_who_watches(monkeypatch):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert progress.interactive()
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert not progress.interactive()  # its stream shows the codes of a terminal as they are
+    monkeypatch.delitem(sys.modules, "ipykernel")
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     assert not progress.interactive()
     monkeypatch.setattr(progress, "find_spec", lambda name: None)

@@ -212,7 +212,7 @@ def overfitted(whole):
     steps = [event["step"] for event in run.metrics]
     best = min(run.metrics, key=lambda event: event["validation"])["step"]
     assert best > 2 and steps[-1] == best + 3 * SMALL["evaluate_every"] < 60
-    assert run.weights == f"ema, step {best}"
+    assert run.weights == f"averaged weights of step {best}"
     return run.path
 
 

@@ -51,8 +51,8 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int
 
 
 def interactive() -> bool:
-    """Return whether someone watches: the error stream is a terminal, or this is a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Return whether the error stream is a terminal; that of a notebook only says that it is."""
+    return sys.stderr.isatty() and "ipykernel" not in sys.modules
 
 
 def tracker(what: str) -> Track:

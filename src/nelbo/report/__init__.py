@@ -50,7 +50,7 @@ def report(
         out: the HTML file; it is replaced as a whole. By default report.html in the run folder.
         seed: seed of everything random: the same run and seed make the same page, except for
             measured times.
-        progress: show bars on the error stream; by default if it is a terminal or a notebook.
+        progress: show bars on the error stream; by default if it is a terminal.
 
     Returns:
         `out`.

@@ -107,7 +107,7 @@ def evaluate(
         known: for a bare model: other examples of the same distribution, such as the training
             data, to which control variates are fitted.
         seed: of everything random.
-        progress: show bars on the error stream; by default if it is a terminal or a notebook.
+        progress: show bars on the error stream; by default if it is a terminal.
 
     Raises:
         ValueError: the data are not of the model, a model of P(x|c) lacks conditions, there are

@@ -174,7 +174,7 @@ class Run:
             per_example: for a better standard error of each example.
             variates: use control variates.
             seed: of everything random.
-            progress: show bars on the error stream; by default if it is a terminal or a notebook.
+            progress: show bars on the error stream; by default if it is a terminal.
             tell: called with notes on the data and on slow work; warnings by default.
 
         Raises:
@@ -242,7 +242,7 @@ class Run:
             guidance: how strongly the label counts; only 1 draws from the model that is measured.
             sampler: "ancestral", or "flow" for the deterministic probability flow.
             as_modelled: for a table: keep rows outside the ranges of the training data.
-            progress: show bars on the error stream; by default if it is a terminal or a notebook.
+            progress: show bars on the error stream; by default if it is a terminal.
 
         Returns:
             A table: a frame of the library of the training frame, polars for files. Images: uint8
@@ -286,7 +286,7 @@ class Run:
             steps: number of steps, on the run's best grid.
             particles: candidates for each row, by default 32.
             seed: of everything random; another seed gives another draw.
-            progress: show bars on the error stream; by default if it is a terminal or a notebook.
+            progress: show bars on the error stream; by default if it is a terminal.
             tell: called with notes on words that mean missing cells; warnings by default.
 
         Returns:
@@ -333,7 +333,7 @@ class Run:
             against: the split of the run's own data that rank and percentile refer to.
             calls: network calls per example, at least 8; 24 by default.
             seed: of everything random.
-            progress: show bars on the error stream; by default if it is a terminal or a notebook.
+            progress: show bars on the error stream; by default if it is a terminal.
 
         Raises:
             ValueError: as for `batch`, or the score is not defined for such data.
@@ -368,7 +368,7 @@ class Run:
             out: a .nlb file that does not exist.
             steps: T of the bound that is coded: more steps make a smaller file.
             effort: how many beginnings of a code are searched; see `nelbo compress --help`.
-            progress: show a bar on the error stream; by default if it is a terminal or a notebook.
+            progress: show a bar on the error stream; by default if it is a terminal.
 
         Raises:
             ValueError: the coder is not installed, or the data or the model have no such code.

@@ -75,7 +75,7 @@ def train(
         minutes: approximate duration, instead of `steps`: see `pace`.
         device: where to train, "cpu" or "cuda"; "auto" is cuda where there is one, else cpu.
         progress: show notes on the data and a progress bar on the error stream; by default if
-            that is a terminal or a notebook.
+            that is a terminal.
         on_event: called with each event as it is written to metrics.jsonl, a dictionary of plain
             values, on the first process only.
         options: any field of ModelConfig or TrainConfig, overriding the preset's.
