@@ -137,7 +137,7 @@ def test_page_states_the_bound_of_evaluate_and_follows_from_the_seed(digits, tmp
     text, again = (write(digits, tmp_path / name, seed=3) for name in ("a.html", "b.html"))
     assert without_seconds(text) == without_seconds(again)
     check(text)
-    x, known = as_examples(digits.examples()), digits.examples(split="train")
+    x, known = as_examples(digits.batch()[0].x), digits.examples(split="train")
     result = evaluate(digits.model, x, known=known, pilots=Pilots(digits), seed=3)
     shown = re.search(r'class="number">([\d.]+) <small>± ([\d.]+) bits/dim', text)
     assert shown is not None

@@ -239,7 +239,7 @@ def test_patience_survives_a_kill(overfitted, tmp_path, monkeypatch, saved):
 def test_a_stopped_training_says_why_and_goes_on_if_asked(overfitted, tmp_path, capsys):
     run = shutil.copytree(overfitted, tmp_path / "run")
     before = contents(run)
-    best = resume(run, progress=True).weights.removeprefix("ema, ")
+    best = resume(run, progress=True).weights.removeprefix("averaged weights of ")
     last = run_config.read_metrics(run)[-1]["step"]
     assert contents(run) == before
     assert (
