@@ -173,8 +173,14 @@ def evaluate(on: Machine) -> Numbers:
 
 
 def tokens(on: Machine) -> Numbers:
-    found = on.program("evaluation/tokens.py", "--vocabulary", "64" if on.small else "50368")
-    return {key: v for key, v in found.items() if isinstance(v, int | float | str)}
+    size = () if on.small else ("--vocabulary", "50368", "--calls", "24")
+    found = on.program("evaluation/tokens.py", *size)
+    numbers: Numbers = {}
+    for kind in ("negligible", "real"):
+        ours, loop = (found[f"{kind} {way}"]["tokens_per_second"] for way in ("ours", "loop"))
+        numbers[f"tokens per second, {kind} network"] = ours
+        numbers[f"over the bare loop, {kind} network"] = ours / loop
+    return numbers
 
 
 def equal(on: Machine) -> Numbers:
