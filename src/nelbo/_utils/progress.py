@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
 from unicodedata import category
@@ -69,6 +69,17 @@ def tracker(what: str) -> Track:
                 update(i + 1, "")
 
     return track
+
+
+def increments(stack: ExitStack, what: str, total: int) -> Callable[[int], None]:
+    """Open a bar on a stack; return a function to be called with each further amount done."""
+    update, so_far = stack.enter_context(progress_bar(what, total)), [0]
+
+    def advance(done: int) -> None:
+        so_far[0] += done
+        update(so_far[0], "")
+
+    return advance
 
 
 #: characters shown of a value within a sentence, of a path or word, and of a sentence, at most

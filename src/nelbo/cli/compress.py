@@ -133,7 +133,7 @@ def _at_work(what: str, run: Path, device: str) -> "Iterator[tuple[int, Run, Pro
     to be called with each increment; the first process shows a bar.
     """
     from nelbo._utils.distributed import process_group
-    from nelbo._utils.progress import progress_bar
+    from nelbo._utils.progress import increments
     from nelbo.codec.coding.blocks import nothing
     from nelbo.diffusion.model import find_device
     from nelbo.runs.run import load
@@ -141,15 +141,7 @@ def _at_work(what: str, run: Path, device: str) -> "Iterator[tuple[int, Run, Pro
     with process_group() as rank, ExitStack() as stack:
 
         def start(total: int) -> Callable[[int], None]:
-            if rank:
-                return nothing
-            update, so_far = stack.enter_context(progress_bar(what, total)), [0]
-
-            def advance(done: int) -> None:
-                so_far[0] += done
-                update(so_far[0], "")
-
-            return advance
+            return nothing if rank else increments(stack, what, total)
 
         loaded = load(run)
         loaded.model.to(find_device(device))

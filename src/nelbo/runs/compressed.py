@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from nelbo._utils.progress import progress_bar
+from nelbo._utils.progress import increments
 from nelbo.codec.api import head_of
-from nelbo.codec.coding.blocks import Done, nothing
+from nelbo.codec.coding.blocks import nothing
 from nelbo.codec.coding.direct import one_by_one
 from nelbo.codec.files import Summary, compress_file, decompress_file
 from nelbo.data import coerce
@@ -47,7 +47,7 @@ def compress(
             times,
             weights=run.weights,
             effort=effort,
-            progress=lambda total: _bar(stack, "compress", total) if show else nothing,
+            progress=lambda total: increments(stack, "compress", total) if show else nothing,
         )
 
 
@@ -69,16 +69,6 @@ def decompress(run: "Run", file: Path, out: Path | None) -> object:
         if kind == "txt":
             return place.read_text(encoding="utf-8").split("\n")
         return found.x.numpy()
-
-
-def _bar(stack: ExitStack, what: str, total: int) -> Done:
-    update, so_far = stack.enter_context(progress_bar(what, total)), [0]
-
-    def advance(done: int) -> None:
-        so_far[0] += done
-        update(so_far[0], "")
-
-    return advance
 
 
 def _as_file(data: Source, schema: Schema, folder: Path) -> str:
