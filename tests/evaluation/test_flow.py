@@ -20,7 +20,14 @@ from nelbo.diffusion.parametrization import (
 )
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
 from nelbo.diffusion.reverse import Mixture, Posterior
-from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
+from nelbo.diffusion.schedules import (
+    Cosine,
+    LearnedMonotone,
+    Linear,
+    PowerAlpha,
+    Schedule,
+    time_of,
+)
 from nelbo.diffusion.times import ContinuousTime
 from nelbo.evaluation.dequantization import Encoder, TruncatedNormal, Uniform
 from nelbo.evaluation.probability_flow import (
@@ -30,7 +37,6 @@ from nelbo.evaluation.probability_flow import (
     is_exact,
     log_density,
     random_probes,
-    time_of,
     unit_probes,
 )
 from nelbo.evaluation.replicates import BLOCK

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.closed_forms import legendre_nodes
+from support.tokens import MASK, PAD, Tiny, V
 from torch import nn
 
 import nelbo
@@ -15,27 +16,7 @@ from nelbo._utils.numerics import seeded
 from nelbo.integrations import wrap_tokens
 from nelbo.sampling.samplers import ancestral
 
-V, MASK, PAD = 6, 5, 4
 NODES = list(zip(*legendre_nodes(0.0, 1.0, 20), strict=True))
-
-
-class Tiny(nn.Module):
-    """A module from ids to logits in which each place sees all others, and the time if told."""
-
-    def __init__(self, vocabulary=V, causal=False):
-        super().__init__()
-        self.embed, self.place = nn.Embedding(vocabulary, 8), nn.Embedding(8, 8)
-        self.out, self.causal = nn.Linear(16, vocabulary), causal
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.normal_()
-
-    def forward(self, ids, time=None):
-        h = self.embed(ids) + self.place(torch.arange(ids.shape[1]))
-        if time is not None:
-            h = h + time[:, None, None].to(h)
-        others = h.sin().cumsum(1) if self.causal else h.sin().sum(1, keepdim=True).expand_as(h)
-        return self.out(torch.cat([h, others], -1))
 
 
 @pytest.fixture

@@ -69,6 +69,13 @@ class Model(nn.Module):
         """Return examples as a batch, with the conditions that follow from them, if any do."""
         return Batch.of(x)
 
+    def blank(self, count: int, condition: Tensor | None = None) -> Tensor:
+        """Return latents that hold nothing of x but what the conditions show, (count, *shape).
+
+        In a masked process every symbol that is scored is hidden.
+        """
+        return self.process.blank(self.shape).to(self.device).expand(count, *self.shape)
+
     def scored(self, batch: Batch) -> float:
         """Return the mean number of dimensions of an example whose cost the bound counts."""
         return self.dims

@@ -28,7 +28,7 @@ from typing_extensions import override
 from nelbo._utils.numerics import over
 from nelbo.diffusion.level_law import mean_and_norm
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
-from nelbo.diffusion.symbols import WIDE, Predicted, Symbols
+from nelbo.diffusion.symbols import WIDE, Predicted
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Prediction:
         """The prediction itself if it has probabilities of levels, else None."""
         return None
 
-    def symbols(self, z: Tensor, mask: int | None) -> Symbols:
+    def symbols(self, z: Tensor, mask: int | None) -> Predicted:
         """Return P(x_i|z) of each place, where ê are log-probabilities (B, ..., K).
 
         Args:

@@ -225,6 +225,16 @@ class PowerAlpha(Schedule):
         return masked.log() - torch.log1p(-masked)
 
 
+def time_of(schedule: Schedule, gamma: Tensor, first: float) -> Tensor:
+    """Return t in [first, 1] with γ(t) = gamma, by bisection to the last bit; shape of gamma."""
+    low, high = torch.full_like(gamma, first), torch.ones_like(gamma)
+    for _ in range(53):
+        middle = (low + high) / 2
+        above = schedule(middle) > gamma
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
 # ---- schedules by name, of (gamma_min, gamma_max), where the class takes other arguments
 
 

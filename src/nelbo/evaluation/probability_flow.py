@@ -29,7 +29,7 @@ from nelbo._utils.numerics import over
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.schedules import Schedule
+from nelbo.diffusion.schedules import time_of
 from nelbo.evaluation.blocks import scale_of
 from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_gaussian
 from nelbo.evaluation.ode_solver import solve
@@ -69,16 +69,6 @@ def unit_probes(z: Tensor) -> Tensor:
 def random_probes(z: Tensor) -> Tensor:
     """Draw a vector of random signs per example, (1, B, ...); exact for diagonal ∂f/∂z."""
     return (torch.randint(0, 2, z.shape) * 2 - 1).to(z)[None]
-
-
-def time_of(schedule: Schedule, gamma: Tensor, first: float) -> Tensor:
-    """Return t in [first, 1] with γ(t) = gamma, by bisection to the last bit; shape of gamma."""
-    low, high = torch.full_like(gamma, first), torch.ones_like(gamma)
-    for _ in range(53):
-        middle = (low + high) / 2
-        above = schedule(middle) > gamma
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return (low + high) / 2
 
 
 def drift(

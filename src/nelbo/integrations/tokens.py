@@ -268,6 +268,13 @@ class TokenModel(Model):
         return batch
 
     @override
+    def blank(self, count: int, condition: Tensor | None = None) -> Tensor:
+        self.check_condition(condition, count)
+        assert condition is not None
+        network = cast(TokenNetwork, self.network)
+        return torch.where(condition == SCORED, network.vocabulary, condition.clamp(min=0))
+
+    @override
     def scored(self, batch: Batch) -> float:
         assert batch.condition is not None
         return (batch.condition == SCORED).sum().item() / len(batch)

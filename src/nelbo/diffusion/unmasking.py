@@ -1,0 +1,144 @@
+r"""The order in which a masked model shows its symbols, k at a time.
+
+A sampler that shows first what the model is surest of takes the order from what shows already:
+
+    left-to-right   the first hidden places
+    greedy          the largest probability of any symbol
+    margin          the largest difference of the two most probable symbols
+    entropy         the least entropy
+
+and draws the k symbols of a step independently, at temperature 1. Ties go to the earlier place. As
+the order is a function of what shows, one path leads to each x, and its probability is exact:
+
+    P(x) = Π_steps Π_{i in next(z)} P(x_i|z),   z = what shows before the step.
+
+A model that is told the time is told the one at which this share of its symbols is hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.scalars import integer
+from nelbo.diffusion.batch import rows_of
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.schedules import time_of
+from nelbo.diffusion.symbols import Predicted
+
+
+def _margin(log_p: Tensor) -> Tensor:
+    best = log_p.exp().topk(min(2, log_p.shape[-1]), -1).values
+    return best[:, 0] - best[:, 1:].sum(-1)
+
+
+#: how sure a model is of a place, from its log-probabilities there (n, K); None for no such order
+SURENESS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "left-to-right": None,
+    "greedy": lambda log_p: log_p.amax(-1),
+    "margin": _margin,
+    "entropy": lambda log_p: -torch.special.entr(log_p.exp()).sum(-1),
+}
+_TEMPERED = "it draws from other probabilities than those of the model, which are of temperature 1"
+#: why samplers of these names have no such likelihood
+REFUSED = {
+    "random": "it reaches each x by as many paths as there are orders; the any-order bound is one"
+    " on their mean",
+    "confidence": "it looks at the symbols drawn, so it reaches each x by many paths; greedy takes"
+    " the largest probability of any symbol instead",
+    "top-p": _TEMPERED,
+    "top-k": _TEMPERED,
+    "temperature": _TEMPERED,
+}
+
+
+@dataclass(frozen=True)
+class UnmaskingOrder:
+    """An order that is a function of what shows.
+
+    Args:
+        name: left-to-right, greedy, margin or entropy.
+        tokens_per_step: k, the number of symbols that a step shows; the last shows what is left.
+
+    Raises:
+        ValueError: the order has no exact likelihood, or k is below 1.
+    """
+
+    name: str
+    tokens_per_step: int = 1
+
+    def __post_init__(self) -> None:
+        if self.name not in SURENESS:
+            known = REFUSED.get(self.name)
+            why = "it is no order that looks only at what shows" if known is None else known
+            raise ValueError(
+                f"the sampler must be one of {', '.join(SURENESS)}; got {self.name!r}: {why}"
+            )
+        count = integer("tokens_per_step", self.tokens_per_step, 1)
+        object.__setattr__(self, "tokens_per_step", count)
+
+    def mask_of(self, model: Model) -> int:
+        """Return the value of z that hides a symbol.
+
+        Raises:
+            ValueError: if the model masks no symbols.
+        """
+        if model.process.mask is None:
+            raise ValueError(
+                f"the sampler {self.name} needs a masked model; got one of"
+                f" {type(model.process).__name__}"
+            )
+        return model.process.mask
+
+    def next(self, symbols: Predicted, hidden: Tensor) -> Tensor:
+        """Return a mask of the places that are shown next, shape of `hidden`.
+
+        Args:
+            symbols: what the model predicts from what shows.
+            hidden: mask of the places that can be shown, (B, ...).
+        """
+        score = torch.full(hidden.shape, -torch.inf, dtype=torch.float64, device=hidden.device)
+        sureness = SURENESS[self.name]
+        if sureness is None:
+            score[hidden] = 0.0
+        else:
+            for places, log_p in symbols.rows(hidden):
+                score[places] = sureness(log_p).double()
+        ranked = score.flatten(1).sort(dim=1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(hidden).flatten(1)
+        chosen = chosen.scatter(1, ranked[:, : self.tokens_per_step], True)
+        return chosen.view_as(hidden) & hidden
+
+
+def unmask(
+    model: Model,
+    z: Tensor,
+    condition: Tensor | None,
+    order: UnmaskingOrder,
+    show: Callable[[Predicted, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Show all hidden symbols of z in an order; return x, shape of z.
+
+    A step calls the network once for each row in which something is hidden.
+
+    Args:
+        model: a masked model.
+        z: symbols and masks at the start, such as `model.blank`, (B, ...).
+        condition: of each row, or None.
+        order: the order.
+        show: returns the symbols that z gets, (R, ...), from their distribution, a mask of the
+            places (R, ...) and the rows of z that these are, (R,).
+    """
+    z, mask = z.long().clone(), order.mask_of(model)
+    schedule = model.process.schedule
+    total = (z == mask).flatten(1).sum(1).double()
+    while len(rows := (z == mask).flatten(1).any(1).nonzero()[:, 0]):
+        now = z[rows]
+        hidden = now == mask
+        share = hidden.flatten(1).sum(1) / total[rows]
+        t = time_of(schedule, share.logit(), schedule.start)
+        symbols = model.predict(now, t, rows_of(condition, rows)).symbols(now, mask)
+        chosen = order.next(symbols, hidden)
+        z[rows] = torch.where(chosen, show(symbols, chosen, rows), now)
+    return z

@@ -1,0 +1,97 @@
+r"""The exact -log P(x) of a masked model that is sampled in an order of its own.
+
+`diffusion.unmasking` has the orders and the formula. Another order of unmasking is another sampler
+of the same network, with another P(x): it may lie above or below the any-order bound.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.distributed import gather
+from nelbo._utils.progress import Track
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.model import Model, counting, measuring
+from nelbo.diffusion.symbols import Predicted
+from nelbo.diffusion.unmasking import UnmaskingOrder, unmask
+from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement
+from nelbo.evaluation.coercion import batch_of
+from nelbo.evaluation.intervals import widened
+from nelbo.evaluation.replicates import BLOCK
+from nelbo.evaluation.result import OrderLikelihood, StandardError
+
+
+def log_prob(model: Model, batch: Batch, order: UnmaskingOrder) -> Tensor:
+    """Return log P(x|φ) of the sampler that shows symbols in this order; (B,), nats, exact.
+
+    Args:
+        model: a masked model; its `dtype` is the precision of the arithmetic around the network.
+        batch: examples, of a model of tokens with what shows.
+        order: the order; of L symbols it takes L/k network calls.
+    """
+    x = batch.x.long()
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+    def show(symbols: Predicted, chosen: Tensor, rows: Tensor) -> Tensor:
+        each = symbols.log_prob(x[rows], chosen).double()
+        total[rows] += torch.where(chosen, each, 0.0).flatten(1).sum(1)
+        return x[rows]
+
+    unmask(model, model.blank(len(x), batch.condition), batch.condition, order, show)
+    return total
+
+
+def evaluate_order(
+    model: Model,
+    x: Tensor | Batch,
+    order: UnmaskingOrder,
+    *,
+    seed: int = 0,
+    weights: str = "as given",
+    split: str = "as given",
+    track: Track = iter,
+) -> OrderLikelihood:
+    """Measure the mean of -log P(x|φ) of the sampler that shows symbols in this order, exactly.
+
+    Args:
+        model: a masked model; measured in evaluation mode with float64 around the network.
+        x: examples in the space of the data, (N, *model.shape), or a `Batch`.
+        order: the order.
+        seed: for the record; nothing is random.
+        weights: name of the weights, for the record.
+        split: name of the data, for the record.
+        track: wraps the blocks of examples, for a progress bar.
+
+    Raises:
+        ValueError: if the model masks no symbols, or the examples are not of the model.
+    """
+    order.mask_of(model)
+    batch = batch_of(model, x)
+    check_not_empty(batch)
+
+    def one(some: Batch, g: int) -> Tensor:
+        parts = torch.arange(len(some)).split(model.rows)
+        return torch.cat([log_prob(model, some[rows], order) for rows in parts]).cpu()
+
+    blocks = torch.arange(len(batch)).split(BLOCK)
+    with measuring(model, batch), counting(model.network) as calls:
+        found = torch.cat(map_blocks(model, batch, blocks, (seed,), one, track))
+    count, spread = len(batch), found.std().item() if len(batch) > 1 else math.nan
+    error = spread / math.sqrt(count) * widened(count - 1.0)
+    record = measurement(
+        model,
+        batch,
+        -found.mean().item(),
+        StandardError(error, error, 0.0),
+        sum(gather(calls.forward)),
+        seed=seed,
+        weights=weights,
+        split=split,
+    )
+    return OrderLikelihood(
+        **vars(record),
+        sampler=order.name,
+        tokens_per_step=order.tokens_per_step,
+        per_example=found,
+    )
