@@ -35,6 +35,7 @@ except ImportError:  # Windows, which removes no file that is open
 HASH = "sha256"
 #: bytes of a safetensors header, at most: the names and shapes of 100 000 tensors
 HEAD = 2**24
+OTHER = "it belongs to another architecture"  # the usual cause of other weights
 PART = ".nelbo-part"  # suffix of files and folders that are not complete yet
 #: pattern of the names that `part_of` gives
 PARTS = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(PART)}", re.DOTALL)
@@ -260,13 +261,19 @@ def _check_head(path: Path) -> None:
         )
 
 
-def put_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def put_weights(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    because: str = OTHER,
+) -> None:
     """Load tensors into a module.
 
     Args:
         module: whose state dict to load.
         tensors: by name.
         where: they come from, for the message.
+        because: the cause of other names or shapes, for the message.
 
     Raises:
         ValueError: if the names or shapes are not those of the module, or a value is not finite.
@@ -274,12 +281,12 @@ def put_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     own = module.state_dict()
     for name in sorted(own.keys() ^ tensors.keys()):
         kind = "lacks" if name in own else "has an unknown"
-        raise ValueError(f"{where} {kind} weight {name}: it belongs to another architecture")
+        raise ValueError(f"{where} {kind} weight {name}: {because}")
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
-                f"{where} has {name} of shape {tuple(tensor.shape)}, the configuration says"
-                f" {tuple(own[name].shape)}: it belongs to another architecture"
+                f"{where} has {name} of shape {tuple(tensor.shape)}, and the model"
+                f" {tuple(own[name].shape)}: {because}"
             )
         if own[name].is_floating_point() != tensor.is_floating_point():
             raise ValueError(

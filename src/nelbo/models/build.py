@@ -23,8 +23,9 @@ from nelbo.diffusion.product import (
     ProductParametrization,
     ProductReverseKernel,
 )
-from nelbo.models import conditioning
+from nelbo.models import conditioning, custom
 from nelbo.models.config import (
+    CUSTOM,
     LEVEL_DECODERS,
     LEVEL_HEADS,
     NETWORKS,
@@ -41,24 +42,34 @@ from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.table import TableNet
 
 
-def build(config: ModelConfig, schema: Schema, affine: Affine | None = None) -> Model:
+def build(
+    config: ModelConfig,
+    schema: Schema,
+    affine: Affine | None = None,
+    network: custom.Network | None = None,
+) -> Model:
     """Return the untrained model of a configuration for the data of a schema.
 
     Args:
         config: names and sizes of the parts.
         schema: kind and shape of an example.
         affine: the transform of real data; the identity where left out.
+        network: of the user's own, for `config.network` "custom".
 
     Raises:
         ValueError: if the parts do not fit together, the data or the memory.
     """
+    custom.check_given(config, network, "RUN")
+    own = None if network is None else custom.instantiate(network)
     with limits.within_memory(f"a model of width {config.width}, depth {config.depth}"):
-        model = _build(config, schema, affine)
+        model = _build(config, schema, affine, own)
     model.conditioned_on = conditioning.names(schema)
     return model
 
 
-def _build(config: ModelConfig, schema: Schema, affine: Affine | None) -> Model:
+def _build(
+    config: ModelConfig, schema: Schema, affine: Affine | None, own: nn.Module | None
+) -> Model:
     if config.network in ("conv", "unet") and len(schema.shape) != 3:
         raise ValueError(
             f"the network {config.network} is for images; the data's shape is {schema.shape};"
@@ -76,8 +87,8 @@ def _build(config: ModelConfig, schema: Schema, affine: Affine | None) -> Model:
         )
     if schema.levels is None:
         affine = affine or Affine(torch.zeros(schema.shape), torch.ones(schema.shape))
-        return _real(config, schema, schedule, affine)
-    return _levels(config, schema, schedule, Levels(schema.levels))
+        return _real(config, schema, schedule, affine, own)
+    return _levels(config, schema, schedule, Levels(schema.levels), own)
 
 
 def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) -> Model:
@@ -86,6 +97,10 @@ def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) 
             f"the {config.process} process is for integers; these data are real numbers"
         )
     _only(config, head=("symbols",), step=("posterior",), decoder=("categorical",))
+    if config.network == CUSTOM:
+        raise ValueError(
+            f"a network of your own goes with the process gaussian; got {config.process}"
+        )
     process = resolve(config.process, SYMBOL_PROCESSES)(schedule, schema.levels)
     head = parametrization.SymbolLogits(schema.levels, schema.shape)
     network = _network(config, schema, process.channels, head.outputs)
@@ -94,19 +109,27 @@ def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) 
 
 
 def _real(
-    config: ModelConfig, schema: Schema, schedule: schedules.Schedule, affine: Affine
+    config: ModelConfig,
+    schema: Schema,
+    schedule: schedules.Schedule,
+    affine: Affine,
+    own: nn.Module | None,
 ) -> Model:
     _only(config, head=tuple(POINT_HEADS), step=tuple(STEPS), decoder=("gaussian",))
     decoder = likelihood.GaussianDensity(affine, _start_spread(schedule))
     process = resolve(config.process, VALUE_PROCESSES)(schedule, affine)
     head = _point_head(config)
-    network = _network(config, schema, process.channels, head.outputs)
+    network = _network(config, schema, process.channels, head.outputs, own)
     step = resolve(config.step, STEPS)()
     return Model(network, process, head, step, decoder, schema.shape)
 
 
 def _levels(
-    config: ModelConfig, schema: Schema, schedule: schedules.Schedule, levels: Levels
+    config: ModelConfig,
+    schema: Schema,
+    schedule: schedules.Schedule,
+    levels: Levels,
+    own: nn.Module | None,
 ) -> Model:
     if config.head in LEVEL_HEADS:
         _only(
@@ -123,7 +146,7 @@ def _levels(
     step = reverse.Mixture(levels.values) if mixture else resolve(config.step, STEPS)()
     decoder = resolve(config.decoder, LEVEL_DECODERS).of_levels(levels)
     process = resolve(config.process, VALUE_PROCESSES)(schedule, levels)
-    network = _network(config, schema, process.channels, head.outputs)
+    network = _network(config, schema, process.channels, head.outputs, own)
     return Model(network, process, head, step, decoder, schema.shape)
 
 
@@ -194,7 +217,15 @@ def _point_head(config: ModelConfig) -> parametrization.Parametrization:
     return parametrization.WithVariance(head) if config.step == "learned" else head
 
 
-def _network(config: ModelConfig, schema: Schema, channels: int, outputs: int) -> nn.Module:
+def _network(
+    config: ModelConfig,
+    schema: Schema,
+    channels: int,
+    outputs: int,
+    own: nn.Module | None = None,
+) -> nn.Module:
+    if own is not None:
+        return custom.adapted(own, config, schema, outputs)
     sizes = config.width, config.depth, config.dropout
     made = resolve(config.network, NETWORKS)
     parts = schema.shape, channels, outputs, *sizes, conditioning.features(schema)

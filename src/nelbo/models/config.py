@@ -61,6 +61,7 @@ NETWORKS = {
     "mlp": "nelbo.nn.mlp:MLP",
     "transformer": "nelbo.nn.transformer:Transformer",
 }
+CUSTOM = "custom"  # the name of a network that is a module of the user's own
 
 if TYPE_CHECKING:  # a type checker reads no table
     Process: TypeAlias = str
@@ -75,7 +76,7 @@ else:
     Head = Literal[(*LEVEL_HEADS, *POINT_HEADS, "symbols", "columns")]
     Step = Literal[("mixture", *STEPS, "columns")]
     Decoder = Literal[(*LEVEL_DECODERS, "gaussian", "categorical", "columns")]
-    Network = Literal[(*NETWORKS, "table")]
+    Network = Literal[(*NETWORKS, "table", CUSTOM)]
 
 
 def resolve(name: str, table: Mapping[str, str]) -> Any:  # noqa: ANN401
@@ -106,7 +107,7 @@ class ModelConfig(Record):
         step: Reverse step P(z_s|z_t), used for bounds and samples in few steps.
         decoder: P(x|z_1).
         network: conv is for images, unet for large ones; transformer for text or anything of few
-            dimensions; mlp for anything.
+            dimensions; mlp for anything; custom is a module of your own, which only Python takes.
         width: Channels, or hidden units.
         depth: Residual blocks.
         dropout: Fraction of hidden units dropped.

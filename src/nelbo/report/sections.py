@@ -18,6 +18,7 @@ from nelbo.data.schema import Schema
 from nelbo.diffusion.model import Model
 from nelbo.evaluation.per_dimension import own_step
 from nelbo.evaluation.result import Evaluation
+from nelbo.models.config import CUSTOM
 from nelbo.pages.images import Canvas, heated, is_image
 from nelbo.report import figures, tables
 from nelbo.report.markup import (
@@ -34,6 +35,7 @@ from nelbo.report.markup import (
 from nelbo.report.quality import Quality
 from nelbo.report.quality import figure as draw_quality
 from nelbo.report.studies import SAMPLE_STEPS, STEPS, Coded, Trajectory
+from nelbo.training.presets import OF_NETWORKS
 
 if TYPE_CHECKING:
     from nelbo.runs.run import Run
@@ -378,6 +380,17 @@ def again(run: "Run", seed: int) -> str:
     )
 
 
+def _train_call(run: "Run", options: dict[str, object]) -> str:
+    """Return the call that trains a run with a network of the user's own."""
+    given = {k: v for k, v in options.items() if k not in ("network", *OF_NETWORKS)}
+    given["condition"] = [label.name for label in run.config.schema.condition]
+    words = [f"{name}={value!r}" for name, value in given.items() if value not in (None, (), [])]
+    places = f"{run.config.source!r}, {str(run.path)!r}, network=module"
+    call = f"nelbo.train({', '.join([places, *words])})"
+    lines = textwrap.wrap(call, 92, break_long_words=False, break_on_hyphens=False)
+    return "\n    ".join(lines)
+
+
 def _kind_of_file(schema: Schema) -> str:
     return "png" if is_image(schema) else "csv" if schema.columns else "npz"
 
@@ -390,6 +403,8 @@ def train_command(run: "Run") -> str:
         return f"nelbo train --resume RUN {tuned} --out {shlex.quote(str(run.path))}"
     options: dict[str, object] = {"levels": config.schema.levels, "size": config.size}
     options |= config.model.to_dict() | config.train.to_dict()
+    if config.model.network == CUSTOM:
+        return _train_call(run, options)
     words = [shlex.join(["nelbo", "train", config.source, "--out", str(run.path)])]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from nelbo._utils.distributed import main_process_first
 from nelbo._utils.progress import tracker
+from nelbo.models import custom
 from nelbo.runs import run as run_folder
 from nelbo.runs.run import Run
-from nelbo.runs.train import Training, begin, check_new
+from nelbo.runs.train import OnEvent, Training, begin, check_new
 
 DROPOUT = 0.3  # minimum: training repeats the same examples at only T times
 
@@ -34,6 +35,8 @@ def fine_tune(
     steps: int | None = None,
     device: str = "auto",
     progress: bool = False,
+    on_event: OnEvent | None = None,
+    network: custom.Network | None = None,
 ) -> Run:
     """Train the T-step bound from the best weights of the run `source`, with T = `steps_of_bound`.
 
@@ -44,6 +47,8 @@ def fine_tune(
         steps: training steps; by default two thirds of those of `source`.
         device: where to train.
         progress: show progress bars on the error stream.
+        on_event: as for `nelbo.train`.
+        network: as for `nelbo.load`.
 
     Raises:
         FileNotFoundError: `source` is not a run.
@@ -53,7 +58,7 @@ def fine_tune(
     source = Path(source)
     out = Path(out) if out else name_of(source, steps_of_bound)
     main_process_first(lambda: check_new(out))
-    run = run_folder.load(source)
+    run = run_folder.load(source, network)
     grid = run.grid(steps_of_bound, tracker("grid") if progress else iter)
     model, before = run.config.model, run.config.train
     train = replace(
@@ -65,4 +70,5 @@ def fine_tune(
     )
     model = replace(model, dropout=max(model.dropout, DROPOUT))
     config = replace(run.config, model=model, train=train)
-    return begin(Training(out, config, config.load_data(), device), progress, run.model)
+    training = Training(out, config, config.load_data(), device, on_event, network)
+    return begin(training, progress, run.model)

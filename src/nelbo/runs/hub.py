@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from nelbo.data.sources import BUILT_IN
+from nelbo.models.config import CUSTOM
 from nelbo.runs.config import CONFIG, GRIDS, METRICS, WEIGHTS
 from nelbo.runs.samples import SAMPLE_STEPS
 
@@ -65,6 +66,10 @@ def card(run: "Run", name: str) -> str:
     result = run.evaluate(progress=False)
     value = result.nats if result.bits_per_dim is None else result.bits_per_dim
     command = f"nelbo evaluate {name} --data DATA --seed {result.seed}"
+    arguments = f'"{name}"'
+    if run.config.model.network == CUSTOM:
+        arguments += ", network=module"
+        command = f"nelbo.load({arguments}).evaluate(DATA, seed={result.seed})"
     about = {
         "library_name": "nelbo",
         "tags": ["diffusion", "likelihood", "elbo", "nelbo"],
@@ -96,7 +101,7 @@ where DATA are the test split of the data that the run was trained on.
 ```python
 import nelbo
 
-run = nelbo.load("{name}")
+run = nelbo.load({arguments})
 run.sample(16)
 run.evaluate(data)
 ```

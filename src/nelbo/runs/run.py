@@ -29,6 +29,7 @@ from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
 from nelbo.evaluation.example_bounds import ExampleBounds, elbo
 from nelbo.evaluation.grid_search import best_grid
 from nelbo.evaluation.result import Evaluation
+from nelbo.models import custom
 from nelbo.models.build import build
 from nelbo.models.conditioning import encode, labelled, names
 from nelbo.runs.config import GRIDS, WEIGHTS, RunConfig, read_config, read_metrics
@@ -531,17 +532,19 @@ def _times(found: object, steps: int, start: float) -> list[float] | None:
     return times.tolist() if len(times) == steps and times[0] >= start else None
 
 
-def load(path: str | Path) -> Run:
+def load(path: str | Path, network: custom.Network | None = None) -> Run:
     """Load the run at `path` with its best weights, ready to be measured.
 
     Args:
         path: a run folder; or, if there is none, the name of a run on the hub of Hugging Face,
             "user/name", see `Run.push_to_hub`.
+        network: of a run with a network of your own: the module, of which a copy is used, or a
+            function that returns it. Its weights are replaced by those of the run.
 
     Raises:
         FileNotFoundError: there is no such run, or it has no weights yet.
         ValueError: the weights are truncated or belong to another architecture, the configuration
-            has unknown keys, or the hub cannot be reached.
+            has unknown keys, the hub cannot be reached, or the network is missing or another one.
     """
     if is_name(path):
         from nelbo.runs import hub
@@ -549,11 +552,14 @@ def load(path: str | Path) -> Run:
         path = hub.pull(str(path))
     path = Path(path)
     run = read_config(path)
+    custom.check_given(run.model, network, path)
     tensors, about = read_tensors(limits.contained(path / WEIGHTS, path))
+    if network is not None:  # the user's own code, which no file limits
+        network = custom.instantiate(network)
     # initial weights are random, but replaced below
     with seeded(0), limits.within_file(tensors, path / WEIGHTS):
-        model = build(run.model, run.schema)
-    put_weights(model, tensors, str(path / WEIGHTS))
+        model = build(run.model, run.schema, network=network)
+    put_weights(model, tensors, str(path / WEIGHTS), custom.mismatch(network))
     model.eval()
     kind = {"ema": "averaged", "raw": "raw"}.get(str(about.get("weights", "raw")), "other")
     weights = shortened(f"{kind} weights of step {about.get('step', '?')}", 64)

@@ -26,7 +26,8 @@ from nelbo.data.sources import BUILT_IN, Declaration, Source, Splits, load
 from nelbo.data.splits import declare
 from nelbo.diffusion.model import Model
 from nelbo.evaluation.result import Evaluation
-from nelbo.models.config import ModelConfig
+from nelbo.models import custom
+from nelbo.models.config import CUSTOM, ModelConfig
 from nelbo.runs import config as run_config
 from nelbo.runs import events, held, training_state
 from nelbo.runs import run as run_folder
@@ -56,6 +57,7 @@ def train(
     device: str = "auto",
     progress: bool | None = None,
     on_event: OnEvent | None = None,
+    network: custom.Network | str | None = None,
     **options: str | int | float,
 ) -> Run:
     """Train a model of data into the new run folder `out`.
@@ -78,6 +80,11 @@ def train(
             that is a terminal.
         on_event: called with each event as it is written to metrics.jsonl, a dictionary of plain
             values, on the first process only.
+        network: the name of a network, see ModelConfig; or a network of your own: a module, of
+            which a copy is trained, or a function without arguments that returns one. It is called
+            as forward(z, log_snr) and its output read as `head` says, by default "noise"; see
+            `nelbo.models.custom`. A UNet2DModel of diffusers is taken as it is. `load` and
+            `resume` need it again.
         options: any field of ModelConfig or TrainConfig, overriding the preset's.
 
     Raises:
@@ -103,6 +110,9 @@ def train(
         copy = held.to_bytes(dataset) if copy is None else copy
     for note in dataset.notes if progress else ():
         print(note, file=sys.stderr)
+    module = None if isinstance(network, str) else network
+    if network is not None:
+        options["network"] = network if isinstance(network, str) else CUSTOM
     model_config, train_config = configure(
         dataset.schema, len(dataset.splits["train"]), preset, **options
     )
@@ -115,7 +125,7 @@ def train(
         if "steps" in options:
             raise ValueError("steps and minutes both say how long to train; give one of them")
         clock = partial(main_process_first, time.monotonic)  # the same steps on all processes
-        steps = pace(model_config, train_config, dataset, 60 * minutes, device, clock)
+        steps = pace(model_config, train_config, dataset, 60 * minutes, device, clock, module)
         every = options.get("evaluate_every", max(1, steps // VALIDATIONS))
         train_config = replace(train_config, steps=steps, evaluate_every=int(every))
     run = RunConfig(
@@ -136,7 +146,8 @@ def train(
         except OSError as error:
             if progress:
                 print(f"where the data are is not kept: {cache.reason(error)}", file=sys.stderr)
-    return begin(Training(out, run, dataset, device, on_event), progress, copy=copy)
+    training = Training(out, run, dataset, device, on_event, module)
+    return begin(training, progress, copy=copy)
 
 
 def new_folder(data: Source) -> Path:
@@ -155,6 +166,7 @@ def pace(
     seconds: float,
     device: str = "auto",
     clock: Callable[[], float] = time.monotonic,
+    network: custom.Network | None = None,
 ) -> int:
     """Return how many steps fit into `seconds` with `VALIDATIONS` validations, from timing a few.
 
@@ -166,7 +178,7 @@ def pace(
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"minutes must be positive; got {seconds / 60:g}")
-    learner = Trainer(model, train, dataset, device)
+    learner = Trainer(model, train, dataset, device, network=network)
     learner.step()  # the first step includes one-time setup
     begun = clock()
     learner.measure()
@@ -224,7 +236,7 @@ def begin(
             if training.first:
                 training.remove(made)
             raise
-    return run_folder.load(out)
+    return run_folder.load(out, training.network)
 
 
 def resume(
@@ -236,6 +248,7 @@ def resume(
     device: str = "auto",
     progress: bool | None = None,
     on_event: OnEvent | None = None,
+    network: custom.Network | None = None,
 ) -> Run:
     """Continue a run exactly where it stopped; `steps` extends or shortens it.
 
@@ -243,7 +256,7 @@ def resume(
     `shard` says whether several processes divide the network from now on. With another number of
     processes, training continues with the same examples, times and noise, but sums are taken in
     another order: the result is the same up to rounding, not to the bit. `on_event` is as for
-    `train`.
+    `train`, and `network` as for `load`.
 
     Raises:
         FileNotFoundError: `out` is not a run.
@@ -252,6 +265,7 @@ def resume(
     """
     out, progress = Path(out), interactive() if progress is None else progress
     run = run_config.read_config(out)
+    custom.check_given(run.model, network, out)
     t = run.train
     longer = replace(
         t,
@@ -261,13 +275,13 @@ def resume(
     )
     changed = replace(run, train=longer)
     with alone_in(out):
-        training = Training(out, changed, run.load_data(), device, on_event)
+        training = Training(out, changed, run.load_data(), device, on_event, network)
         training.found()
         training.restore()
         if changed != run:
             training.configure()
         training.fit(progress)
-    return run_folder.load(out)
+    return run_folder.load(out, network)
 
 
 @contextmanager
@@ -314,11 +328,12 @@ class Training:
         dataset: Dataset,
         device: str = "auto",
         on_event: OnEvent | None = None,
+        network: custom.Network | None = None,
     ) -> None:
-        self.out, self.run, self.on_event = out, run, on_event
+        self.out, self.run, self.on_event, self.network = out, run, on_event, network
         rank, size = world()
         self.first, self.alone = rank == 0, size == 1
-        self.learner = Trainer(run.model, run.train, dataset, device)
+        self.learner = Trainer(run.model, run.train, dataset, device, network=network)
         self.add_event: events.Add = lambda event, step: None
         self.told = 0  # the step of the last event
         self.folder: tuple[int, int] | None = None  # device and inode, once the folder exists
@@ -346,7 +361,7 @@ class Training:
 
         def load() -> None:
             if training_state.is_in(self.out):
-                training_state.load(self.out, self.learner)
+                training_state.load(self.out, self.learner, custom.mismatch(self.network))
                 self.keep_best()
             self.forget_later_metrics()
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nelbo._utils import limits
-from nelbo._utils.files import put_weights, read_tensors, write_tensors
+from nelbo._utils.files import OTHER, put_weights, read_tensors, write_tensors
 from nelbo._utils.sharding import divided_like, gathered
 from nelbo._utils.validation import validated
 from nelbo.runs.config import BEFORE, STATE
@@ -57,8 +57,8 @@ def is_in(out: Path) -> bool:
     return (out / STATE).is_file() or (out / BEFORE).is_file()
 
 
-def load(out: Path, learner: "Trainer") -> None:
-    """Restore the state of the run `out` into a trainer.
+def load(out: Path, learner: "Trainer", because: str = OTHER) -> None:
+    """Restore the state of the run `out` into a trainer; `because` is as for `put_weights`.
 
     Raises:
         ValueError: no state is intact, it is of another model, or it is a link out of the run.
@@ -70,7 +70,7 @@ def load(out: Path, learner: "Trainer") -> None:
 
     modules = (("model.", learner.model), ("ema.", learner.ema), ("law.", learner.law))
     for prefix, module in modules:
-        put_weights(module, part(prefix), str(path))
+        put_weights(module, part(prefix), str(path), because)
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in part("optimizer.").items():

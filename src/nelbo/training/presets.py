@@ -1,10 +1,11 @@
 """Default configurations of model and training for a data set."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from nelbo.models.config import LEVEL_HEADS, SYMBOL_PROCESSES, Decoder, ModelConfig
+from nelbo.models.config import CUSTOM, LEVEL_HEADS, SYMBOL_PROCESSES, Decoder, ModelConfig
 from nelbo.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ MANY_EXAMPLES = 10_000  # examples above which overfitting needs no augmentation
 FINE = 4096  # levels above which the decoder is a discretised Gaussian
 PATIENCE = 10  # validations of a table without improvement after which training ends
 SMALL = 16  # pixels of the shorter side up to which an image is small
+#: options of the networks that nelbo makes
+OF_NETWORKS = ("width", "depth", "dropout", "members")
 
 
 def _for_table(examples: int) -> tuple[ModelConfig, TrainConfig]:
@@ -55,6 +58,9 @@ def configure(
     if preset not in get_args(Preset):
         raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}; got {preset!r}")
     model, train, levels = ModelConfig(), TrainConfig(), schema.levels or 0
+    if options.get("network") == CUSTOM:
+        _check_custom(schema, preset, options)
+        options = {"head": "noise", "process": "gaussian", **options}
     if levels > MANY_LEVELS:
         # start at noise of about a level: neighbours reveal regularities of a whole image
         model = replace(model, head="level-curves", gamma_min=-10.0)
@@ -94,6 +100,9 @@ def configure(
         train = replace(train, optimizer="muon")
     if network == "conv":  # a validation takes the time of some 25 steps
         train = replace(train, evaluate_every=200)
+    if network == CUSTOM:  # of any kind, so without what suits only some
+        model = replace(model, network=CUSTOM)
+        train = replace(train, optimizer="adamw", lr=5e-4, augment=0.0)
     if network == "unet":
         dropout = model.dropout if examples <= MANY_EXAMPLES else 0.0
         model = replace(model, network="unet", depth=1, dropout=dropout)
@@ -118,3 +127,19 @@ def configure(
         for kind in (ModelConfig, TrainConfig)
     )
     return replace(model, **of_model), replace(train, **of_train)
+
+
+def _check_custom(schema: "Schema", preset: str, options: Mapping[str, object]) -> None:
+    """Raise ValueError for what does not go with a network of the user's own."""
+    if schema.kind == "table":
+        raise ValueError(
+            "a table takes nelbo's own network, which reads its columns; leave network out"
+        )
+    if preset != "auto":
+        raise ValueError(f"the preset {preset} is of nelbo's own networks; leave it out")
+    for name in OF_NETWORKS:
+        if name in options:
+            raise ValueError(
+                f"{name} is of the networks that nelbo makes; your network has its own; leave"
+                f" {name} out"
+            )

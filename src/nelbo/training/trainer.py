@@ -28,8 +28,9 @@ from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import measure_errors
 from nelbo.evaluation.result import Evaluation
+from nelbo.models import custom
 from nelbo.models.build import build
-from nelbo.models.conditioning import drop, encode, labelled
+from nelbo.models.conditioning import drop, encode, features, labelled
 from nelbo.models.config import ModelConfig
 from nelbo.nn.mixture import Corrected
 from nelbo.training.augmentation import augment
@@ -57,6 +58,7 @@ class Trainer:
         device: where to train.
         affine: the transform of real data; `standardise` where left out.
         known: a network without weights; the trained network adds to its output.
+        network: of the user's own, of which a copy is trained, see `nelbo.models.custom`.
 
     Raises:
         ValueError: if the parts do not fit together or the data, or there is no such device.
@@ -70,13 +72,14 @@ class Trainer:
         device: str = "cpu",
         affine: Affine | None = None,
         known: nn.Module | None = None,
+        network: custom.Network | None = None,
     ) -> None:
         schema, t = dataset.schema, train
         if t.augment and len(schema.shape) != 3:
             raise ValueError(f"augment is for images, and these are not; got {t.augment}, try 0")
         self.config, self.dataset, self.at = train, dataset, Progress()
         with seeded(t.seed, 0):
-            built = build(model, schema, affine or standardise(dataset))
+            built = build(model, schema, affine or standardise(dataset), network)
         if known is not None:
             built.network = Corrected(known, built.network)
         train_split = dataset.splits["train"]
@@ -84,6 +87,9 @@ class Trainer:
         built.fit_statistics(train_split if stored is None else stored.few(STARTED_FROM))
         self.blocks = Blocks(stored.block, stored.sequential) if stored and stored.block else None
         self.read = self._batch if stored is None else Ahead(self._batch, self._warm)
+        if network is not None:
+            conditional = bool(schema.condition or t.augment)
+            custom.check_runs(built, features(schema) if conditional else 0)
         self.ema = AveragedModel(built, multi_avg_fn=warmed_ema(t.ema))
         on, self.sharded = find_device(device), t.shard and world()[1] > 1
         for each in (built, self.average):
