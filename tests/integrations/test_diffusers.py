@@ -27,6 +27,16 @@ pytestmark = [
 
 T = 8
 SIZE = 8
+UNET = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +45,7 @@ def networks():
     with seeded(0):
         return {
             outputs: diffusers.UNet2DModel(
-                sample_size=SIZE,
-                in_channels=3,
-                out_channels=outputs,
-                block_out_channels=(8, 8),
-                layers_per_block=1,
-                norm_num_groups=4,
-                attention_head_dim=4,
-                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                **(UNET | {"out_channels": outputs}), sample_size=SIZE
             ).eval()
             for outputs in (3, 6)
         }
@@ -277,6 +279,12 @@ def test_steps_and_continuous_time_have_the_same_ends(kind, zero):
     np.testing.assert_allclose(diffusion(200), few, rtol=1e-6)
     u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
     np.testing.assert_allclose(diffusion(None, u[None]), few, rtol=1e-6)
+
+
+def elbo_of(found, x):
+    """The bound of each example, with the same noise for all models."""
+    with seeded(9), torch.no_grad():
+        return elbo(found.model, x, found.times).elbo
 
 
 def save(folder, network, scheduler):
@@ -737,3 +745,54 @@ def test_a_description_may_hold_infinity(networks, tmp_path):
     settings.write_text(settings.read_text().replace("NaN", "0").replace("0.02", "Infinity"))
     with pytest.raises(ValueError):
         load(f"diffusers:{tmp_path}")
+
+
+class TestInMemory:
+    """`evaluate` of pipelines and of networks with their schedulers."""
+
+    def test_a_pipeline_is_its_parts(self, networks):
+        x = images().to(torch.uint8)
+        network, scheduler = networks[3], ddpm()
+        found = build(network, scheduler, steps=4)
+        want = evaluate(found.model, x, times=found.times, calls=9)
+        pipeline = diffusers.DDPMPipeline(network, scheduler)
+        for thing in (pipeline, (network, scheduler)):
+            got = evaluate(thing, x.movedim(1, -1).numpy(), steps=4, calls=9)
+            assert got.nats == want.nats and got.model_hash == want.model_hash
+            assert got.notes[0] == found.notes[0] and "channels last" in got.notes[-2]
+            assert "no better than a straight line" in got.notes[-1]
+        with pytest.raises(ValueError, match="betas: the scheduler of a DDPMPipeline says this"):
+            evaluate(pipeline, x, betas=scheduler.betas)
+        with pytest.raises(ValueError, match="clip_sample"):
+            evaluate((network, ddpm(clip_sample=True)), x)
+        got = evaluate((network, ddpm(clip_sample=True)), x, clip=False, steps=4, calls=9)
+        assert got.nats == want.nats
+
+    def test_classes(self, tmp_path):
+        with seeded(0):
+            network = diffusers.UNet2DModel(
+                **UNET, sample_size=SIZE, num_class_embeds=3, time_embedding_type="positional"
+            ).eval()
+            torch.nn.init.normal_(network.class_embedding.weight, std=9.0)
+        scheduler, x = ddpm(), images(4)
+        alone = [elbo_of(build(network, scheduler, label=label), x) for label in range(3)]
+        assert (alone[0] - alone[1]).abs().min() > 1e-3
+        labels = [2, 0, 1, 1]
+        found = build(network, scheduler, condition=labels)
+        batch, _ = found.examples(x)
+        got = elbo_of(found, batch)
+        want = torch.stack([alone[label][i] for i, label in enumerate(labels)])
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+        found = evaluate((network, scheduler), x, condition=np.array(labels), steps=2, calls=4)
+        assert found.given == "class"
+        path = f"diffusers:{save(tmp_path, network, scheduler)}"
+        again = evaluate(path, x, condition=torch.tensor(labels), steps=2, calls=4)
+        assert again.nats == found.nats
+        for condition, words in (
+            ([3, 0, 0, 0], r"labels must be 0..2; got 3"),
+            (np.zeros((4, 2)), "class labels, integers"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                evaluate((network, scheduler), x, condition=condition)
+        with pytest.raises(ValueError, match="left over: label is one for all"):
+            build(network, scheduler, condition=labels, label=1)

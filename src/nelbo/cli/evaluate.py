@@ -136,9 +136,13 @@ def evaluate(
             model, weights = foreign.model, foreign.weights
             times: TimeDiscretization | None = foreign.times
             schema = None
-            tell = say if rank == 0 else None
+            tell = _note if rank == 0 else None
             x, split = foreign.examples(data, split, splits, tell, lines=lines)
             batch = Batch.of(x)
+            model.to(place)
+            for note in foreign.check(batch):
+                if tell is not None:
+                    tell(note)
         else:
             loaded = load(run)
             weights, schema = loaded.weights, loaded.config.schema
@@ -177,12 +181,16 @@ def evaluate(
                 if rates:
                     print(", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in rates.items()))
             for note in result.notes:
-                say(f"note: {note}")
+                _note(note)
             say_notes(batch.x)
             if line := display.worse_than_uniform(result, model.process.codes):
-                say(f"note: {line}")
+                _note(line)
         if columns:
             _show_columns(loaded, batch, steps or 32, spacing, seed, rank == 0)
+
+
+def _note(line: str) -> None:
+    say(f"note: {line}")
 
 
 def _show_columns(

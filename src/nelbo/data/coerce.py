@@ -95,7 +95,7 @@ def read(
         raise ValueError("this is one image, and data are a list of them; give [image]")
     if isinstance(source, np.ndarray) and source.dtype.kind in "OUSVmM":
         raise ValueError(f"data are an array of numbers; got one of the type {source.dtype}")
-    array = None if np.isscalar(source) else _array(source)
+    array = None if np.isscalar(source) else as_array(source)
     if array is not None:
         return _of_array(array, form)
     if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
@@ -156,7 +156,7 @@ def _of_mapping(source: Mapping, form: Form, splits: Declared | None) -> Found:
         if len(parts) == len(source):
             return read_images(NAME, parts, form)
     _refuse_size(form)
-    known = {str(name): _array(value) for name, value in source.items()}
+    known = {str(name): as_array(value) for name, value in source.items()}
     found = {name: value for name, value in known.items() if value is not None and value.ndim}
     return arrays.found_named(
         NAME, list(found), lambda names: {name: found[name] for name in names}, splits, form.shape
@@ -188,7 +188,7 @@ def _of_batches(source: object, form: Form, schema: Schema | None, seed: int) ->
         pairs = list(every)
         found = read([x for x, _ in pairs], form, schema, None, seed)
         return _with_labels(found, [y for _, y in pairs if y is not None])
-    some = _array(first[0])
+    some = as_array(first[0])
     if some is None:
         raise ValueError(f"data are {KINDS}; got items of the type {type(first[0]).__name__}")
     alone = single or some.shape == form.shape
@@ -229,11 +229,11 @@ def _examples(
 ) -> Iterator[np.ndarray]:
     """Yield the examples of each batch, and add their labels to `labels`."""
     for x, y in items:
-        array = _array(x)
+        array = as_array(x)
         if array is None:
             raise ValueError(f"a batch is an array of examples; got {type(x).__name__}")
         if y is not None:
-            labels.append(np.asarray(_array(y)).reshape(-1))
+            labels.append(np.asarray(as_array(y)).reshape(-1))
         yield array[None] if alone else array
 
 
@@ -275,7 +275,7 @@ def spilled(batches: Iterable[np.ndarray]) -> np.ndarray:
         return np.memmap(file, dtype, "c", shape=(count, *shape))
 
 
-def _array(value: object) -> np.ndarray | None:
+def as_array(value: object) -> np.ndarray | None:
     """Return an array, a tensor or nested lists of numbers as an array; None for anything else."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -23,6 +23,8 @@ TO_LEVELS = (
 )
 FROM_UNIT = TO_LEVELS.format(how="divided by 255", back="255 * x")
 FROM_SIGNED = TO_LEVELS.format(how="scaled to [-1, 1]", back="127.5 * (x + 1)")
+#: distance of a scaled level from a whole number, at most, by float32
+ROUNDING = 0.02
 #: numbers of an array that are checked at a time
 PIECE = 2**24
 #: salt of the seed of a split
@@ -117,6 +119,35 @@ def _inferred_levels(found: Found, shape: tuple[int, ...]) -> tuple[Schema, list
     if high > 32767 and all(x.dtype == np.uint16 for x in found.parts.values()):
         return Schema("levels", shape, 65536), ["16-bit data: 65536 levels; --levels overrides"]
     return Schema("levels", shape, high + 1), [f"{high + 1} levels found; --levels overrides"]
+
+
+def unscaled(found: Found, levels: int) -> Found:
+    """Return parts of real numbers as the levels that were scaled to [0, 1] or [-1, 1], noted.
+
+    Parts that are not such are returned as they are.
+
+    Raises:
+        ValueError: all numbers are 0 or 1, which could be levels or black and white.
+    """
+    parts, notes = dict(found.parts), []
+    for part, x in parts.items():
+        if not _within(x, -1) or isinstance(x, Rows):
+            continue
+        if levels > 2 and bool(((x == 0) | (x == 1)).all()):
+            raise ValueError(
+                f"{found.label(part)} holds the real numbers 0 and 1 only: give integers, 0 and"
+                f" {levels - 1} for black and white, or 0 and 1 for the two lowest levels"
+            )
+        for low in (0, -1) if x.min() >= 0 else (-1,):
+            back = (levels - 1) * (x.astype(np.float64) - low) / (1 - low)
+            if np.abs(back - np.rint(back)).max() < ROUNDING:
+                parts[part] = np.rint(back).astype(_smallest(levels))
+                notes.append(
+                    f"{found.label(part)} read as levels 0..{levels - 1} that were scaled to"
+                    f" [{low}, 1]"
+                )
+                break
+    return replace(found, parts=parts, notes=(*found.notes, *notes))
 
 
 def store(found: Found, schema: Schema) -> dict[str, Tensor]:

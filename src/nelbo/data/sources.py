@@ -12,7 +12,7 @@ from torch import Tensor
 from nelbo._utils import limits
 from nelbo.data import coerce, conditions, remote
 from nelbo.data.columns import Column
-from nelbo.data.conform import Found, infer, refuse_constant, split, store, together
+from nelbo.data.conform import Found, infer, refuse_constant, split, store, together, unscaled
 from nelbo.data.labels import missing
 from nelbo.data.readers import arrays, builtin, folders, hub, idx, shards, text
 from nelbo.data.readers.encoded import Form
@@ -150,6 +150,7 @@ def load_like(
     *,
     size: int | None = None,
     splits: Splits | None = None,
+    scaled: bool = False,
 ) -> Dataset:
     """Load a data set to evaluate a model of some schema on.
 
@@ -158,6 +159,7 @@ def load_like(
         schema: the schema of the model; the data must have this shape and these values.
         size: as for `load`.
         splits: as for `load`; with "none" there is only "all".
+        scaled: accept levels that were scaled to [0, 1] or [-1, 1], with a note.
 
     Returns:
         The splits that the source itself has, and "all" of its examples in order.
@@ -179,6 +181,8 @@ def load_like(
     channels = schema.shape[0] if len(schema.shape) == 3 else 1
     form = Form(size, channels, schema.levels, shape=schema.shape)
     name, found = _read(source, form, schema, declared)
+    if scaled and schema.levels is not None and schema.alphabet is None:
+        found = unscaled(found, schema.levels)
     if found.levels is not None and schema.levels is not None and found.levels < schema.levels:
         # The values would be valid, but with another meaning.
         raise ValueError(

@@ -7,6 +7,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+from nelbo.integrations.conditions import Condition
 from nelbo.integrations.denoisers import spaced, wrap
 from nelbo.integrations.external import Foreign, read_json
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
@@ -62,7 +63,13 @@ def source_of(folder: Path) -> str | None:
     return None
 
 
-def load(source: str, *, steps: int | None = None, trust_remote_code: bool = False) -> Foreign:
+def load(
+    source: str,
+    *,
+    steps: int | None = None,
+    condition: Condition | None = None,
+    trust_remote_code: bool = False,
+) -> Foreign:
     """Load a model that was trained elsewhere, ready to be measured. No code in its files is run.
 
     Args:
@@ -72,6 +79,8 @@ def load(source: str, *, steps: int | None = None, trust_remote_code: bool = Fal
             another than the scheduler's, "weights=ema" for others than the default;
             or "hf:FOLDER", a masked language model.
         steps: number of steps of the model; by default its own.
+        condition: for a folder of diffusers: c of each example that is to be measured, in their
+            order, for the bound on P(x|c).
         trust_remote_code: the one exception: run the code that a folder of hf: brings.
 
     Raises:
@@ -82,6 +91,8 @@ def load(source: str, *, steps: int | None = None, trust_remote_code: bool = Fal
     if kind not in SOURCES:
         known = " or ".join(f"{name}:PATH" for name in SOURCES)
         raise ValueError(f"a foreign model is {known}; got {source!r}")
+    if condition is not None and kind != "diffusers":
+        raise ValueError(f"a condition is for diffusers:FOLDER; {kind} models take none")
     if kind == "hf":
         from nelbo.integrations.huggingface import load as load_text
 
@@ -89,6 +100,8 @@ def load(source: str, *, steps: int | None = None, trust_remote_code: bool = Fal
     if trust_remote_code:
         raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models bring no code")
     path, options = _options(kind, rest)
+    if condition is not None:
+        options["condition"] = condition
     found: Foreign = import_module(SOURCES[kind]).load(path, steps=steps, **options)
     return found
 

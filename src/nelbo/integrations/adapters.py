@@ -180,6 +180,8 @@ class Adapter(nn.Module):
 
     def _call(self, y: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
         output: object = self.network(y, time, *condition)
+        if not isinstance(output, Tensor):
+            output = getattr(output, "sample", output)  # as the networks of diffusers say it
         channels, batch = self.outputs * self.shape[0], len(y)
         expected = (batch, channels, *self.shape[1:])
         if isinstance(output, Tensor) and output.shape == expected:

@@ -21,7 +21,7 @@ from typing_extensions import override
 from nelbo._utils.numerics import LOG_2
 from nelbo.diffusion import parametrization, reverse
 from nelbo.diffusion.decoder import Decoder, Evidence, GaussianDensity
-from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Schedule
 from nelbo.integrations.adapters import (
@@ -36,6 +36,7 @@ from nelbo.integrations.adapters import (
     interpolating,
     preserving,
 )
+from nelbo.integrations.probe import probe
 
 Predicts = str  # a key of HEADS or SPELLINGS, or "mean"
 Variance = Literal["small", "large", "learned-range"]
@@ -64,8 +65,6 @@ STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "learned-range": reverse.Learned,
 }
 NOTED = 1e-3  # bits/dim of the prior term above which a note is issued
-SIGNAL = 0.02  # α at the last time above which a network is not probed: too much of x is left
-PROBES = 8  # draws of pure noise shown to a network, to tell a velocity from a flow
 
 
 class Called(nn.Module):
@@ -139,8 +138,8 @@ def wrap(
             flow does not follow the noise there.
 
     Raises:
-        ValueError: parts that do not fit together, or a schedule that is not monotone; a velocity
-            that follows the noise as that of a flow does.
+        ValueError: parts that do not fit together, or a schedule that is not monotone; an output
+            at pure noise that is not what it is said to be (`probe`).
     """
     gamma: Tensor | Schedule
     predicts = _spelled(predicts)
@@ -181,10 +180,7 @@ def wrap(
         keep=keep,
     )
     model.conditioned_on = conditioned_on
-    if predicts in ("velocity", "flow") and not conditioned_on:
-        for note in _probed(model, flow):
-            warnings.warn(note, stacklevel=2)
-    for note in signal_left(model):
+    for note in (*probe(model), *signal_left(model)):
         warnings.warn(note, stacklevel=2)
     return model
 
@@ -279,40 +275,6 @@ def signal_left(model: Model) -> list[str]:
         f"the schedule ends with signal left (α_T = {alpha:.2g}): sampling starts from noise that"
         f" has none, and the prior term {cost}"
     ]
-
-
-def _probed(model: Model, flow: bool) -> list[str]:
-    """Return a note, or raise ValueError, if a velocity or a flow is likely to be the other.
-
-    Where nothing of x is left, y is ε: a velocity is -x̂, whatever y is, and a flow ε - x̂, whose
-    slope over ε is 1.
-    """
-    last = torch.ones(PROBES, dtype=torch.float64)
-    if model.process.alpha(last)[0] > SIGNAL:
-        return []
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(PROBES, *model.shape, dtype=torch.float64, generator=generator)
-    like = next(model.network.parameters())
-    with measuring(model):
-        level = model.process.log_snr_input(last.to(like.device))
-        output: Tensor = model.network(z.to(like), level.to(like)).to(z)
-    output = output[..., 0] if output.ndim > z.ndim else output  # the other is a variance
-    z, output = z - z.mean(0), output - output.mean(0)
-    slope = ((z * output).sum() / z.square().sum()).item()
-    left = ((output - slope * z).square().sum() / output.square().sum().clamp(min=1e-300)).item()
-    follows = abs(slope - 1) < 0.2 and left < 0.1
-    said = f"the output has the slope {slope:.2f} over the noise at the last time"
-    if follows and not flow:
-        raise ValueError(
-            f'{said}, where that of predicts="velocity", √α ε - √(1-α) x, has nearly 0: it may be'
-            ' that of predicts="flow", ε - x, or of predicts="noise"'
-        )
-    if flow and not follows:
-        return [
-            f'{said}, where that of a trained flow, ε - x, has 1: is it predicts="velocity", or'
-            " not trained?"
-        ]
-    return []
 
 
 def gamma_of(

@@ -30,6 +30,7 @@ from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.adapters import EDM, Flow, interpolating
+from nelbo.integrations.conditions import Condition, Conditioned, Given
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left
 from nelbo.integrations.diffusers_folder import (
     Config,
@@ -49,7 +50,10 @@ from nelbo.integrations.diffusers_scheduler import (
     positive,
     steps_of,
 )
-from nelbo.integrations.external import Foreign, check_label, read_json, scaled
+from nelbo.integrations.external import Foreign, check_label, check_labels, read_json, scaled
+from nelbo.integrations.probe import probe
+
+LABELS = "class_labels"  # the keyword of the networks' classes
 
 
 def load(
@@ -62,6 +66,7 @@ def load(
     keep: Sequence[int] | None = None,
     variance: Variance | None = None,
     weights: str | None = None,
+    condition: Condition | None = None,
 ) -> Foreign:
     """Load the model in a folder; arguments and errors as for `build`.
 
@@ -74,6 +79,7 @@ def load(
         keep: as said.
         variance: as said.
         weights: a variant of the weights, such as fp16, or a folder of others, such as unet_ema.
+        condition: as for `build`.
 
     Raises:
         FileNotFoundError: there is no such folder, or a part is missing.
@@ -99,7 +105,7 @@ def load(
     name = f"diffusers:{path}"
     kind = kind if weights is None else f"{kind}, {weights}"
     options: dict[str, object] = {"clip": clip, "label": label, "scaling": scaling, "keep": keep}
-    options |= {"variance": variance, "weights": kind}
+    options |= {"variance": variance, "weights": kind, "condition": condition}
     found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
     return replace(found, notes=(*found.notes, *notes, *said))
 
@@ -116,6 +122,7 @@ def build(
     keep: Sequence[int] | None = None,
     variance: Variance | None = None,
     weights: str = "as given",
+    condition: Condition | None = None,
 ) -> Foreign:
     """Return the model of a network and the scheduler it was trained with.
 
@@ -131,6 +138,8 @@ def build(
         keep: the times of the training to keep, from 0, in place of `steps`.
         variance: of each step, "small" or "large"; by default that of the scheduler.
         weights: name of the weights, for the record.
+        condition: the classes of the examples to be measured, in their order, for the bound on
+            P(x|class).
 
     Raises:
         ValueError: a scheduler or network without a bound; the message says why.
@@ -141,13 +150,23 @@ def build(
     kind = str(config.get("_class_name", type(scheduler).__name__))
     check_scheduler(config, clip, name)
     check_keys(config, type(scheduler), "the scheduler's config")
-    shape, wide = _shape(about), about.get("out_channels") == 2 * positive(about, "in_channels")
+    shape, wide = shape_of(about), about.get("out_channels") == 2 * positive(about, "in_channels")
     asked = variance is not None
     variance = variance or VARIANCES[str(config.get("variance_type") or "fixed_small")]
     learned = variance == "learned-range"
-    check_label(label, _classes(about))
+    classes, given = _classes(about), None
+    if condition is None or label is not None:
+        check_label(label, classes)
+    if condition is not None:
+        given = Given.of(condition, LABELS)
+        if label is not None or classes is None:
+            why = "label is one for all" if label is not None else "the model has none"
+            raise ValueError(f"the condition is left over: {why}; leave it out")
+        check_labels(given, LABELS, classes)
     drop = wide and not learned
-    whole: Whole = Plain(network, label, shape[0] if drop else None), scheduler, shape, scaling
+    plain = Plain(network, label, shape[0] if drop else None)
+    called = plain if given is None else Conditioned(plain, given)
+    whole: Whole = called, scheduler, shape, scaling
     if asked and "beta_schedule" not in config:
         raise ValueError("variance chooses among those of a training with β's")
     if keep is not None and (steps is not None or "beta_schedule" not in config):
@@ -165,12 +184,14 @@ def build(
                 " network with nelbo.integrations.wrap"
             )
     how = f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped"
-    notes = [how, scaled(scaling), *signal_left(model)]
+    if given is not None:
+        model.conditioned_on = given.word
+    notes = [how, scaled(scaling), *signal_left(model), *probe(model)]
     if drop:
         notes.append("the network also gives a variance, which is not used")
     levels = scaling.count or None
     schema = Schema("real" if levels is None else "levels", shape, levels)
-    return Foreign(name, model, schema, times, weights, tuple(notes))
+    return Foreign(name, model, schema, times, weights, tuple(notes), given)
 
 
 class Plain(nn.Module):
@@ -184,15 +205,14 @@ class Plain(nn.Module):
         self.network, self.label, self.keep = network, label, keep
 
     @override
-    def forward(self, y: Tensor, time: Tensor) -> Tensor:
-        labels = {}
+    def forward(self, y: Tensor, time: Tensor, **given: Tensor) -> Tensor:
         if self.label is not None:
-            labels["class_labels"] = torch.full((len(y),), self.label, device=y.device)
-        output: Tensor = self.network(y, time, return_dict=False, **labels)[0]
+            given[LABELS] = torch.full((len(y),), self.label, device=y.device)
+        output: Tensor = self.network(y, time, return_dict=False, **given)[0]
         return output[:, : self.keep]
 
 
-Whole = tuple[Plain, Scheduler, tuple[int, ...], Levels | Affine]
+Whole = tuple[nn.Module, Scheduler, tuple[int, ...], Levels | Affine]
 Found = tuple[Model, TimeDiscretization, str]
 
 
@@ -313,7 +333,7 @@ def _times(steps: int | None) -> tuple[TimeDiscretization, str]:
     return TimeGrid.uniform(steps), f"in {steps} steps, variance small"
 
 
-def _shape(about: Config) -> tuple[int, ...]:
+def shape_of(about: Config) -> tuple[int, ...]:
     """Return the shape (C, H, W) of one example."""
     size = about.get("sample_size")
     sides = (size, size) if isinstance(size, int) else size

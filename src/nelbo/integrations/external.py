@@ -16,6 +16,8 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import TimeDiscretization
+from nelbo.integrations.conditions import Given
+from nelbo.integrations.probe import probe
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Foreign:
         times: the times of the model's own sampler, or continuous time.
         weights: the name of the weights, for the record.
         notes: one sentence for each choice that determines the meaning of the bound.
+        condition: c, where the bound is one on P(x|c) of conditions in memory.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Foreign:
     times: TimeDiscretization
     weights: str
     notes: tuple[str, ...]
+    condition: Given | None = None
 
     def examples(
         self,
@@ -57,21 +61,32 @@ class Foreign:
             lines: whether each line of a text is an example, for a model of tokens.
 
         Raises:
-            ValueError: no source, data of another schema, or no such split.
+            ValueError: no source, data of another schema, no such split, or a condition of another
+                number of examples.
         """
         if source is None:
             raise ValueError(f"{self.name} brings no data; give some with --data")
         if lines:
             raise ValueError("--lines is for a model of tokens, hf:FOLDER; leave it out")
-        dataset = data.load_like(source, self.schema, splits=splits)
+        dataset = data.load_like(source, self.schema, splits=splits, scaled=True)
         if tell is not None:
             for note in dataset.notes:
-                tell(f"note: {note}")
+                tell(note)
         split = split or "all"
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
         place = source if isinstance(source, str | PathLike) else coerce.NAME
-        return dataset.splits[split], f"{split} of {place}"
+        x = dataset.splits[split]
+        found = x if self.condition is None else Batch(x, self.condition.rows(len(x)))
+        return found, f"{split} of {place}"
+
+    def check(self, batch: Batch) -> list[str]:
+        """Return notes on how the network is read, from its errors on some examples.
+
+        Raises:
+            ValueError: another reading fits better by far; see `probe`.
+        """
+        return probe(self.model, batch)
 
     def rates(self, nats: float, batch: Batch) -> dict[str, float]:
         """Return the bound per token, character and byte; nothing where it is not of text.
@@ -117,6 +132,16 @@ def scaled(scaling: Levels | Affine) -> str:
             f"the network sees levels 0..{scaling.count - 1} as {scaling.low:g}..{scaling.high:g}"
         )
     return "the network sees real data, (x - shift)/scale"
+
+
+def check_labels(given: Given, name: str, classes: int) -> None:
+    """Raise ValueError unless the labels under a name are of a model's classes."""
+    labels = given.values.get(name)
+    if labels is None or labels.is_floating_point():
+        raise ValueError("the model is of P(x|class): its condition is class labels, integers")
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise ValueError(f"labels must be 0..{classes - 1}; got {int(wrong[0])}")
 
 
 def check_label(label: int | None, classes: int | None) -> None:

@@ -61,7 +61,7 @@ class ForeignText(Foreign):
         self.found[:] = [texts]
         if tell is not None:
             for note in texts.notes:
-                tell(f"note: {note}")
+                tell(note)
         return texts.batch, f"all of {source}"
 
     @override

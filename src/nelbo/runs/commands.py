@@ -6,10 +6,11 @@ another library's model, "diffusers:FOLDER" or "openai:FILE".
 
 import inspect as python
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, Unpack
 
 from nelbo import integrations
 from nelbo._utils import limits
@@ -26,7 +27,10 @@ from nelbo.evaluation import example_bounds
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
 from nelbo.evaluation.result import Evaluation
-from nelbo.integrations import Foreign
+from nelbo.integrations import Foreign, memory
+from nelbo.integrations.conditions import Condition
+from nelbo.integrations.memory import Reading
+from nelbo.integrations.probe import probe
 from nelbo.runs.run import Run, load, tracks
 
 P = ParamSpec("P")
@@ -72,10 +76,11 @@ decompress = _twin(Run.decompress)
 
 
 def evaluate(
-    run: AnyRun | Model | Foreign,
+    run: AnyRun | Model | Foreign | object,
     data: Source | Batch | None = None,
     split: str | None = None,
     *,
+    condition: Condition | None = None,
     splits: Splits | None = None,
     steps: int | None = None,
     times: TimeDiscretization | None = None,
@@ -86,15 +91,20 @@ def evaluate(
     known: Source | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    **reading: Unpack[Reading],
 ) -> Evaluation:
     """Measure the mean bound on -log P(x|φ) over examples, with its error and its price.
 
     Args:
         run: a run, its folder or its name on the hub; another library's model, "diffusers:FOLDER"
-            or "openai:FILE" or as loaded; or a bare model.
+            or "openai:FILE" or as loaded; a bare model; or a network in memory: a pipeline of
+            diffusers, a pair of a network and its scheduler, or a module or function that is
+            called as network(y, time), see `integrations.wrap`.
         data: examples of any kind in `nelbo.data.coerce`, or a `Batch` of examples and conditions;
             for a run, by default its own data.
         split: "test" by default for the run's own data, and all of other data.
+        condition: for another library's model, c of each example, in their order, for the bound on
+            P(x|c): classes or embeddings, or such by the network's names; one for all as well.
         splits: splits of other data, as for `nelbo.data.load`.
         steps: T, for the bound of T steps: on the best grid of a run, on the even grid of a bare
             model; continuous time by default.
@@ -108,10 +118,12 @@ def evaluate(
             data, to which control variates are fitted.
         seed: of everything random.
         progress: show bars on the error stream; by default if it is a terminal.
+        reading: of a network in memory: what it predicts, its noise levels (betas, alphas, sigmas
+            or schedule), its scaling, variance, clip, shape, .., as for `integrations.wrap`.
 
     Raises:
         ValueError: the data are not of the model, a model of P(x|c) lacks conditions, there are
-            too few calls, or the target error is impossible.
+            too few calls, the target error is impossible, or a network is read wrongly.
     """
     track = tracks(progress)("evaluate")
     options: dict[str, Any] = {
@@ -121,19 +133,32 @@ def evaluate(
         "variates": variates,
         "seed": seed,
     }
-    if isinstance(run, str) and integrations.is_foreign(run):
-        run = integrations.load(run, steps=steps)
-        steps, times = None, run.times
+    notes: list[str] = []
+    if not isinstance(run, Run) and memory.is_network(run):
+        if data is None:
+            raise ValueError("a network brings no data; give examples, as in evaluate(network, x)")
+        run = memory.read(run, data, steps=steps, condition=condition, reading=reading)
+        steps = None
+    elif reading:
+        raise ValueError(f"{', '.join(sorted(reading))} say how a network is read; leave them out")
+    elif isinstance(run, str) and integrations.is_foreign(run):
+        run = integrations.load(run, steps=steps, condition=condition)
+        steps = None
+    elif condition is not None:
+        raise ValueError("condition is for another library's network; give Batch(x, condition)")
     if isinstance(run, Foreign):
         foreign, run = run, run.model
+        notes += foreign.notes
         if not isinstance(data, Batch) and data is not None:
-            data, split = foreign.examples(data, split, splits)
+            data, split = foreign.examples(data, split, splits, notes.append)
         times = foreign.times if times is None and steps is None else times
         options["weights"] = foreign.weights
     if isinstance(run, Model):
         if data is None:
             raise ValueError("a model brings no data; give examples, as in evaluate(model, x)")
-        return evaluation.evaluate(
+        data = batch_of(run, data)
+        notes += probe(run, data)
+        found = evaluation.evaluate(
             run,
             data,
             steps=steps,
@@ -143,6 +168,7 @@ def evaluate(
             track=track,
             **options,
         )
+        return replace(found, notes=(*notes, *found.notes))
     if times is not None or known is not None:
         raise ValueError("times and known are for a bare model; a run knows its own; give steps")
     return run_of(run).evaluate(

@@ -1,0 +1,115 @@
+"""Conditions c of P(x|c) for foreign networks: labels or embeddings, under the network's names.
+
+A batch holds the condition of each example as a row of numbers, (N, F). `Given.rows` makes these
+of whatever the network takes, class labels (N,), embeddings of prompts (N, L, E) or several of
+these by name, and `Conditioned` gives them back to the network in their own shapes and types.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+Numbers: TypeAlias = int | Sequence[object] | np.ndarray | Tensor
+#: one class, or the class or embedding of each example; or such by the network's own names
+Condition: TypeAlias = Numbers | Mapping[str, Numbers]
+EXACT = 2**24  # least integer that float32, in which rows reach a network, does not hold
+
+
+@dataclass(frozen=True)
+class Given:
+    """A condition as it was given.
+
+    Args:
+        values: by the keyword of the network, "" for its third argument: (N, ...), or (1, ...)
+            for all examples.
+    """
+
+    values: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(condition: "Condition | Given", name: str = "") -> "Given":
+        """Return a condition of numbers, under a keyword if it has none.
+
+        Raises:
+            ValueError: it is not of numbers.
+        """
+        if isinstance(condition, Given):
+            condition = dict(condition.values)
+        named = condition if isinstance(condition, Mapping) else {"": condition}
+        return Given({key or name: _tensor(key, value) for key, value in named.items()})
+
+    @property
+    def word(self) -> str:
+        """What the bound is conditioned on, for the record."""
+        whole = [not value.is_floating_point() for value in self.values.values()]
+        return "class" if all(whole) else "embedding"
+
+    def rows(self, examples: int) -> Tensor:
+        """Return the rows (N, F) of N examples, float32.
+
+        Raises:
+            ValueError: the condition is of another number of examples.
+        """
+        rows = []
+        for name, value in self.values.items():
+            if len(value) not in (1, examples):
+                raise ValueError(
+                    f"{_called(name)} is of {len(value)} examples, and there are {examples}"
+                )
+            rows.append(value.expand(examples, *value.shape[1:]).reshape(examples, -1).float())
+        return torch.cat(rows, 1)
+
+
+class Conditioned(nn.Module):
+    """network(y, time, rows (B, F)) of a network that takes its conditions by name.
+
+    Args:
+        network: called with y, the time and the conditions.
+        given: their names, shapes and types.
+    """
+
+    def __init__(self, network: nn.Module, given: Given) -> None:
+        super().__init__()
+        self.network = network
+        self.parts = [
+            (name, tuple(v.shape[1:]), None if v.is_floating_point() else v.dtype)
+            for name, v in given.values.items()
+        ]
+
+    @override
+    def forward(self, y: Tensor, time: Tensor, rows: Tensor) -> object:
+        sizes = (torch.Size(shape).numel() for _, shape, _ in self.parts)
+        ends = pairwise(accumulate(sizes, initial=0))
+        found = {
+            name: rows[:, a:b].reshape(-1, *shape).to(dtype or y.dtype)
+            for (name, shape, dtype), (a, b) in zip(self.parts, ends, strict=True)
+        }
+        after = [found.pop("")] if "" in found else []
+        return self.network(y, time, *after, **found)
+
+
+def _called(name: str) -> str:
+    return f"the condition {name}".strip()
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    try:
+        each = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{_called(name)} must be labels or embeddings, numbers for each example; got"
+            f" {type(value).__name__}"
+        ) from None
+    if each.is_floating_point():
+        each = each.float()
+    else:
+        each = each.long()
+        if each.numel() and each.abs().max() >= EXACT:
+            raise ValueError(f"labels must be below {EXACT}; got {int(each.abs().max())}")
+    return each[None] if each.ndim == 0 else each

@@ -1,0 +1,200 @@
+"""Networks in memory, of whatever kind people hold them in, ready to be measured.
+
+pipeline                   of diffusers: its unet or transformer, and its scheduler
+(network, scheduler)       of diffusers
+module or plain function   network(y, time), with noise levels (`betas`, ..); see `wrap`
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypedDict, cast
+
+from torch import Tensor, nn
+
+from nelbo.data import coerce
+from nelbo.data.readers.arrays import layout
+from nelbo.data.schema import Schema
+from nelbo.data.sources import Source
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
+from nelbo.diffusion.schedules import Schedule
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, even_times
+from nelbo.integrations.adapters import Steps
+from nelbo.integrations.conditions import Condition, Conditioned, Given
+from nelbo.integrations.denoisers import Called, Numbers, Predicts, Variance, spaced, wrap
+from nelbo.integrations.external import Foreign, scaled
+
+NETWORKS = ("unet", "transformer")  # of a pipeline
+OF_PIPELINES = {"clip", "keep", "label", "scaling", "variance"}
+MODES = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4, "I;16": 1}  # channels of an image of Pillow
+
+
+class Reading(TypedDict, total=False):
+    """How a network is to be read, where it does not say so itself; as for `wrap` and `build`."""
+
+    shape: tuple[int, ...]
+    predicts: Predicts
+    betas: Numbers
+    alphas: Numbers
+    sigmas: Numbers
+    schedule: Schedule
+    variance: Variance
+    scaling: Levels | Affine
+    clip: bool
+    keep: Sequence[int]
+    label: int
+
+
+class Parts(NamedTuple):
+    """The parts of a network with its scheduler."""
+
+    network: nn.Module
+    scheduler: Any
+
+
+def is_network(thing: object) -> bool:
+    """Return whether something is a network to be read, rather than a run or a model."""
+    if isinstance(thing, str | Model | Foreign | type):
+        return False
+    return _parts(thing) is not None or callable(thing)
+
+
+def _parts(thing: object) -> Parts | None:
+    """Return the network and the scheduler of a pipeline or of a pair, else None."""
+    if isinstance(thing, tuple | list):
+        if len(thing) == 2 and isinstance(thing[0], nn.Module) and _is_scheduler(thing[1]):
+            return Parts(*thing)
+        return None
+    network = next((n for name in NETWORKS if (n := getattr(thing, name, None)) is not None), None)
+    scheduler = getattr(thing, "scheduler", None)
+    if not isinstance(network, nn.Module) or not _is_scheduler(scheduler):
+        return None
+    return Parts(network, scheduler)
+
+
+def _is_scheduler(thing: object) -> bool:
+    return hasattr(thing, "config") and hasattr(thing, "set_timesteps")
+
+
+def read(
+    thing: object,
+    source: Source | Batch,
+    *,
+    steps: int | None = None,
+    condition: Condition | None = None,
+    reading: Reading,
+) -> Foreign:
+    """Return a network in memory as a model that can be measured.
+
+    Args:
+        thing: the network; see above.
+        source: the examples, which say the shape of one if the network does not.
+        steps: number of steps of the model; by default its own.
+        condition: c of each example, in their order, for the bound on P(x|c).
+        reading: how the network is to be read.
+
+    Raises:
+        ValueError: it has no bound, or more must be said of it; the message says what.
+    """
+    name = type(thing).__name__
+    parts = _parts(thing)
+    if parts is None:
+        return _of_function(
+            cast("Callable[..., Tensor]", thing), source, steps, condition, reading
+        )
+    unknown = reading.keys() - OF_PIPELINES
+    if unknown:
+        raise ValueError(
+            f"{', '.join(sorted(unknown))}: the scheduler of a {name} says this; leave it out, or"
+            " give the network alone"
+        )
+    from nelbo.integrations import diffusers
+    from nelbo.integrations.diffusers_folder import AUTOENCODER
+
+    for part, each in getattr(thing, "components", {}).items():
+        kind = type(each).__name__
+        if each is not None and AUTOENCODER.search(kind):
+            raise ValueError(
+                f"the {name} models the latents of an autoencoder ({part}: {kind}), of which there"
+                " is a density only"
+            )
+    return diffusers.build(
+        *parts, name=name, steps=steps, condition=condition, **cast("dict[str, Any]", reading)
+    )
+
+
+def _of_function(
+    network: Callable[..., Tensor],
+    source: Source | Batch,
+    steps: int | None,
+    condition: Condition | None,
+    reading: Reading,
+) -> Foreign:
+    """Return the model of a module or a plain function, by `wrap`."""
+    if "label" in reading:
+        raise ValueError("label is for a network with its scheduler; give condition=label")
+    module = network if isinstance(network, nn.Module) else Called(network)
+    options = cast("dict[str, Any]", dict(reading))
+    shape = options.pop("shape", None) or _shape_of(module, source)
+    given = None if condition is None else Given.of(condition, _keyword(module))
+    table = next((options[k] for k in ("betas", "alphas", "sigmas") if k in options), None)
+    if steps is not None and table is not None:
+        if "keep" in options:
+            raise ValueError("give steps or keep, not both")
+        # a sampler's σ's end with 0, which is no step
+        count = len(table) - ("sigmas" in options and float(table[-1]) == 0)
+        options["keep"] = spaced(count, steps)
+    if len(options.get("keep", (0, 1))) == 1:
+        options["decoder"] = "evidence"  # the last step takes its variance from the one before
+    called = module if given is None else Conditioned(module, given)
+    word = "" if given is None else given.word
+    model = wrap(called, shape, conditioned_on=word, **options)
+    process = model.process
+    assert isinstance(process, GaussianDiffusion)
+    times: TimeDiscretization
+    if isinstance(process.schedule, Steps):
+        times = TimeGrid.uniform(process.schedule.steps)
+        how = f"in {process.schedule.steps} steps"
+    elif steps is not None:
+        times, how = TimeGrid(even_times(process.schedule, steps, steps)), f"in {steps} steps"
+    else:
+        times, how = ContinuousTime(process.schedule.start), "in continuous time"
+    said = reading.get("predicts", "noise")
+    notes = (
+        f"ancestral sampling {how}, variance {reading.get('variance', 'small')}; the network is"
+        f' read as predicts="{said}"',
+        scaled(process.embedding),
+    )
+    levels = process.codes or None
+    schema = Schema("levels" if levels else "real", tuple(shape), levels)
+    return Foreign(type(network).__name__, model, schema, times, "as given", notes, given)
+
+
+def _keyword(module: nn.Module) -> str:
+    """Return the keyword for the condition of a network; "" for its third argument."""
+    config = getattr(module, "config", {})
+    if "cross_attention_dim" in config and config.get("num_class_embeds") is None:
+        return "encoder_hidden_states"
+    return "class_labels" if {"num_class_embeds", "num_embeds_ada_norm"} & {*config} else ""
+
+
+def _shape_of(module: nn.Module, source: Source | Batch) -> tuple[int, ...]:
+    """Return the shape of one example, as the network's config or the examples say it."""
+    config = getattr(module, "config", {})
+    if {"sample_size", "in_channels"} <= {*config}:
+        from nelbo.integrations import diffusers
+
+        return diffusers.shape_of(config)
+    if isinstance(source, Batch):
+        return tuple(source.x.shape[1:])
+    first = source[0] if isinstance(source, list | tuple) and source else None
+    if hasattr(first, "getexif"):
+        image = cast(Any, first)
+        return (MODES.get(image.mode, 3), image.height, image.width)
+    array = coerce.as_array(source)
+    if array is None:
+        raise ValueError(
+            "the shape of one example is not known from the network or the data; give"
+            " shape=(C, H, W)"
+        )
+    return tuple(layout(array[:1], coerce.NAME)[0].shape[1:])
