@@ -31,7 +31,7 @@ from nelbo.runs.pilot_cache import Pilots
 from nelbo.runs.train import train
 from nelbo.sampling.samplers import ancestral
 
-SMALL = {"steps": 5, "batch": 16, "width": 16, "evaluate_every": 5}
+SMALL = {"steps": 5, "batch": 16, "width": 8, "depth": 1, "evaluate_every": 5}
 
 
 def vectors(count: int = 60, dims: int = 5) -> np.ndarray:
@@ -82,7 +82,7 @@ def run(request, tmp_path_factory):
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "run"
     run = train("digits", out, **SMALL)
-    # A few test examples are enough here.
+    # A few test examples are enough here: ask for them by batch(); examples() has all.
     batch, few = run.batch, Batch(run.examples()[:12])
 
     def of_few(source=None, split=None, splits=None):
@@ -182,7 +182,7 @@ def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):
 
 
 def test_curves_and_costs_are_of_one_measurement(digits):
-    x = as_examples(digits.examples())
+    x = as_examples(digits.batch()[0].x)
     step = digits.model.step
     curves, cost = measure_steps(digits.model, Batch(x), seed=2)
     assert digits.model.step is step
@@ -222,7 +222,7 @@ def test_axis_is_readable_with_a_far_value():
 
 def test_the_best_grids_stand_before_the_uniform_ones(digits):
     """The model's own step on the grids given, in full, then the same on uniform ones, thin."""
-    x = as_examples(digits.examples()[:8])
+    x = as_examples(digits.batch()[0].x[:8])
 
     def late(steps):
         return TimeGrid(TimeGrid.uniform(steps).times ** 0.5)

@@ -74,10 +74,21 @@ def pack_times(times: tuple[float, ...]) -> list[float]:
     [4, 1, 1, 2]
     """
     for parts in range(1, PARTS + 1):
-        places = [round(t * parts) for t in times]
-        if min(places) > 0 and _even_times(parts, places) == times:
+        places = _near(times, parts)
+        if places and _even_times(parts, places) == times:
             return [parts, *(b - a for a, b in pairwise([0, *places]))]
     return [0, *times]
+
+
+def _near(times: tuple[float, ...], parts: int) -> list[int]:
+    """Return the places of times among `parts` even parts; none if a time is between two."""
+    places = []
+    for t in times:
+        place = round(t * parts)
+        if place < 1 or abs(t * parts - place) > 1e-9:  # far above the rounding of 4096 parts
+            return []
+        places.append(place)
+    return places
 
 
 def unpack_times(packed: list[float]) -> tuple[float, ...]:
