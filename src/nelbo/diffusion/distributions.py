@@ -9,7 +9,7 @@ closed form; the pairs registered here are
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -24,12 +24,14 @@ from torch.distributions import (
     kl_divergence,
 )
 from torch.distributions.kl import register_kl
+from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
 from nelbo._utils.batch_rng import BatchShard, rand, randn
-from nelbo._utils.numerics import log1mexp
+from nelbo._utils.numerics import LOG_2, log1mexp
 
 Shape = torch.Size | list[int] | tuple[int, ...]
+LogCDF = Callable[[Tensor], Tensor]
 
 
 class Drawable(Distribution):
@@ -104,23 +106,29 @@ def _kl_discrete(p: Discrete, q: Discrete) -> Tensor:
     return (p.log_probs.exp() * log_ratio).sum(-1)
 
 
-def log_between(lower: Tensor, upper: Tensor) -> Tensor:
-    """Return log[ Φ(upper) - Φ(lower) ] for lower < upper, elementwise."""
-    # In the upper tail use the mirror image, where log Φ is precise.
+def log_between(
+    lower: Tensor, upper: Tensor, *, log_cdf: LogCDF = torch.special.log_ndtr
+) -> Tensor:
+    """Return log[ F(upper) - F(lower) ] for lower < upper, elementwise.
+
+    F is Φ by default, and else that of any law that is symmetric about 0.
+    """
+    # In the upper tail use the mirror image, where log F is precise.
     mirror = lower + upper > 0
     a, b = torch.where(mirror, -upper, lower), torch.where(mirror, -lower, upper)
-    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
+    log_a, log_b = log_cdf(a), log_cdf(b)
     return log_b + log1mexp(log_a - log_b)
 
 
-class DiscretisedNormal(Drawable):
-    """Distribution of the level into whose bin N(loc, scale²) falls; the outermost bins are open.
+class Discretised(Drawable):
+    """Distribution of the level into whose bin y = loc + scale u falls; outermost bins are open.
 
     Bins end half-way between neighbouring values, so the probabilities sum to 1 for any values.
+    The law of u is that of a subclass, symmetric about 0 with one mode.
 
     Args:
         loc: mean, shape (...).
-        scale: standard deviation, broadcastable to loc.
+        scale: broadcastable to loc.
         values: the K increasing values of the levels, shape (K,), in units of loc.
     """
 
@@ -131,19 +139,29 @@ class DiscretisedNormal(Drawable):
         self.edges = (values[1:] + values[:-1]) / 2
         super().__init__(batch_shape=loc.shape, validate_args=False)
 
+    @staticmethod
+    @abstractmethod
+    def log_cdf(u: Tensor) -> Tensor:
+        """Return log F(u)."""
+
+    @abstractmethod
+    def standard(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        """Draw u, of a shape that ends in the batch shape."""
+
     @override
     def log_prob(self, value: Tensor) -> Tensor:
         edges = torch.cat([self.edges[:1], self.edges, self.edges[-1:]]).to(self.loc.dtype)
         lower = (edges[value] - self.loc) / self.scale
         upper = (edges[value + 1] - self.loc) / self.scale
         first, last = value == 0, value == len(self.edges)
-        difference = log_between(torch.where(first | last, upper - 1, lower), upper)
-        open_below, open_above = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
+        inner = torch.where(first | last, upper - 1, lower)
+        difference = log_between(inner, upper, log_cdf=self.log_cdf)
+        open_below, open_above = self.log_cdf(upper), self.log_cdf(-lower)
         return torch.where(first, open_below, torch.where(last, open_above, difference))
 
     @override
     def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
-        y = draw(Normal(self.loc, self.scale, validate_args=False), shard, shape)
+        y = self.loc + self.scale * self.standard(shape, shard)
         return torch.bucketize(y.contiguous(), self.edges.to(y.dtype))
 
     @property
@@ -155,6 +173,47 @@ class DiscretisedNormal(Drawable):
         places = torch.stack([middle, first, last])
         best = torch.stack([self.log_prob(place) for place in places]).argmax(0)
         return places.gather(0, best[None])[0]
+
+
+class DiscretisedNormal(Discretised):
+    """That of N(loc, scale²)."""
+
+    @staticmethod
+    @override
+    def log_cdf(u: Tensor) -> Tensor:
+        return torch.special.log_ndtr(u)
+
+    @override
+    def standard(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        return randn(shape, shard, self.loc)
+
+
+class DiscretisedLogistic(Discretised):
+    """That of the logistic law, F(u) = sigmoid(u)."""
+
+    @staticmethod
+    @override
+    def log_cdf(u: Tensor) -> Tensor:
+        return logsigmoid(u)
+
+    @override
+    def standard(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        return rand(shape, shard, dtype=self.loc.dtype, device=self.loc.device).logit(1e-12)
+
+
+class DiscretisedLaplace(Discretised):
+    """That of the Laplace law, F(u) = e^u/2 below 0."""
+
+    @staticmethod
+    @override
+    def log_cdf(u: Tensor) -> Tensor:
+        above = torch.log1p(-(-u.clamp(min=0)).exp() / 2)
+        return torch.where(u < 0, u - LOG_2, above)
+
+    @override
+    def standard(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        u = 2 * rand(shape, shard, dtype=self.loc.dtype, device=self.loc.device) - 1
+        return -u.sign() * torch.log1p(-u.abs().clamp(max=1 - 1e-12))
 
 
 class LevelMixture(Drawable, MixtureSameFamily):

@@ -6,7 +6,7 @@ network runs in `Model.dtype`: float64 for measuring; float32 is enough for trai
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -261,11 +261,16 @@ def counting(network: nn.Module) -> Iterator[Calls]:
 
 def model_hash(model: Model) -> str:
     """Return the first 16 hex digits of the SHA-256 of all weights and the classes of parts."""
-    digest = hashlib.sha256()
     parts = (model.network, model.process, model.process.schedule, model.decoder)
-    for part in (*parts, model.head, model.step):
+    return hash_of((*parts, model.head, model.step), model)
+
+
+def hash_of(parts: Iterable[nn.Module], whole_model: nn.Module) -> str:
+    """Return 16 hex digits of the SHA-256 of the classes of parts and of all weights."""
+    digest = hashlib.sha256()
+    for part in parts:
         digest.update(type(part).__name__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(whole_model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         plain = whole(tensor.detach()).cpu().contiguous().flatten()
         digest.update(plain.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16

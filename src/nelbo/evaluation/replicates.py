@@ -60,7 +60,7 @@ def _visit(
     def record(
         each: Tensor, how: ImportanceDetails | FlowDetails, weights: str, split: str
     ) -> BoundEstimate:
-        nats, error = -each.mean().item(), _standard_error(each)
+        nats, error = -each.mean().item(), standard_error_of(each)
         common = measurement(
             model, batch, nats, error, forward, seed=seed, weights=weights, split=split
         )
@@ -76,7 +76,7 @@ def _visit(
     return found, record
 
 
-def _standard_error(each: Tensor) -> StandardError:
+def standard_error_of(each: Tensor) -> StandardError:
     """Return the stated error of the mean of `each`, (N, R), independent in both dimensions."""
     examples, replicates = each.shape
     total = each.mean(1).var().item() / examples if examples > 1 else math.nan

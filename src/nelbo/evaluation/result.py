@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from nelbo.diffusion.elbo import Bound
+from nelbo.diffusion.latent import LatentBound
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,17 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class LatentTerms(Terms):
+    """The terms of a model of latents: those of its prior, its decoder and its encoder.
+
+    That of the encoder is minus its entropy. It and the reconstruction are densities of latents.
+    """
+
+    decoder: float
+    encoder: float
+
+
+@dataclass(frozen=True)
 class CurvePoint:
     """Contribution of the times t_from..t_to to the diffusion term, and its Monte Carlo error."""
 
@@ -42,7 +54,7 @@ class CurvePoint:
     standard_error: float
 
 
-COLOURS = ("#7f7f7f", "#1f77b4", "#d95f02")  # of the terms in a picture
+COLOURS = ("#7f7f7f", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77")  # of the terms in a picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +122,7 @@ class Evaluation(Measurement):
     visited: int
     steps: int | None
     curve: list[CurvePoint]
-    per_example: Bound = field(repr=False, compare=False)
+    per_example: Bound | LatentBound = field(repr=False, compare=False)
     per_example_error: Tensor = field(repr=False, compare=False)
     #: a sentence for each choice that the meaning of the bound depends on
     notes: tuple[str, ...] = ()
@@ -130,7 +142,7 @@ class Evaluation(Measurement):
         first, second = (escape(line) for line in repr(self).split("\n"))
         rows, bars, at = "", "", 0.0
         whole = sum(map(abs, vars(self.terms).values())) or 1.0
-        for (name, term), colour in zip(vars(self.terms).items(), COLOURS, strict=True):
+        for (name, term), colour in zip(vars(self.terms).items(), COLOURS, strict=False):
             width = 100 * abs(term) / whole
             rows += f'<tr><td style="color:{colour}">{name}</td><td>{term:.4f}</td></tr>'
             bars += f'<rect x="{at:.2f}%" width="{width:.2f}%" height="12" fill="{colour}"/>'
@@ -147,6 +159,18 @@ class Evaluation(Measurement):
         arrays = {name: term.numpy() for name, term in self.per_example._asdict().items()}
         error = self.per_example_error.numpy()
         return {"nats": -self.per_example.elbo.numpy(), "standard_error": error, **arrays}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LatentEvaluation(Evaluation):
+    """Mean bound on −log P(x) over images by a model of their latents.
+
+    The calls per example are those of the prior's network; the others are those of the
+    autoencoder.
+    """
+
+    encoder_calls_per_example: float
+    decoder_calls_per_example: float
 
 
 @dataclass(frozen=True)
