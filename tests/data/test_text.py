@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from support.commands import nelbo_fails, run_ok
 
+import nelbo
 from nelbo import data
 from nelbo._utils.numerics import LOG_2
 from nelbo.cli import main
@@ -182,12 +184,6 @@ def test_the_alphabet_is_saved():
     assert Schema.from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
 
 
-def run_ok(*arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    assert stop.value.code in (0, None)
-
-
 def test_text_from_the_command_line(tmp_path, file, capsys):
     run = str(tmp_path / "run")
     sizes = ["--size", "16", "--steps", "2", "--batch", "4", "--width", "32", "--depth", "1"]
@@ -209,6 +205,21 @@ def test_text_from_the_command_line(tmp_path, file, capsys):
     with pytest.raises(SystemExit):
         main(["sample", run, "--out", str(tmp_path / "samples.png")])
     assert "ends in .txt or .npz" in capsys.readouterr().err
+    some = ("--sampler", "greedy", "--tokens-per-step", "4")
+    run_ok("evaluate", run, "--calls", "2", *some)
+    assert "greedy, 4 at a time: the exact -log P(x)" in capsys.readouterr().out
+    run_ok("sample", run, "--n", "2", *some)
+    printed = capsys.readouterr().out
+    assert [len(each) for each in printed.split("\n" + "-" * 72 + "\n")] == [LENGTH] * 2 + [0]
+    assert nelbo.sample(run, 2, sampler="greedy", tokens_per_step=4) == [
+        printed[:LENGTH],
+        printed[-74 - LENGTH : -74],
+    ]
+    for more, why in {
+        ("--steps", "4"): "give tokens_per_step in place of steps",
+        ("--grid", "uniform"): "greedy has none; leave it out",
+    }.items():
+        assert why in nelbo_fails(capsys, "sample", run, *some, *more)
 
 
 def test_what_is_no_text_is_not_printed():

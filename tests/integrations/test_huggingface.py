@@ -3,9 +3,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from support.commands import nelbo_fails, run_ok
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import nelbo
@@ -224,3 +226,29 @@ def test_the_command(tmp_path, capsys):
     assert math.isclose(found["nats_per_token"] * 6, found["nats"] * 2)
     assert math.isclose(found["bits_per_byte"], found["bits_per_token"])
     assert "6 tokens of 2 texts are scored" in err and "any-order sampler" in err
+
+
+def test_the_sampler_that_people_use(tmp_path, capsys):
+    """`--sampler` states its exact -log P(x) beside the bound, per token and byte too."""
+    home = write(tmp_path / "m")
+    (tmp_path / "a.txt").write_text("abcd\nab\n")
+    command = ["evaluate", f"hf:{home}", "--data", tmp_path / "a.txt", "--lines", "--calls", 8]
+    ordered = [*command, "--sampler", "greedy", "--tokens-per-step", 3]
+    run_ok(*ordered, "--json", "--save", tmp_path / "a.npz")
+    found = json.loads(capsys.readouterr().out)
+    exact = found["in_order"]
+    assert exact["calls_per_example"] == 1.5 and exact["standard_error"]["monte_carlo"] == 0
+    saved = np.load(tmp_path / "a.npz")["sampler_nats"]
+    assert math.isclose(saved.mean(), exact["nats"])
+    assert math.isclose(found["sampler_bits_per_byte"] * 3, exact["nats"] / math.log(2))
+    assert exact["nats"] != found["nats"]
+    run_ok(*ordered)
+    assert "greedy, 3 at a time: the exact -log P(x) of another" in capsys.readouterr().out
+    again = nelbo.evaluate(f"hf:{home}", str(tmp_path / "a.txt"), calls=8, sampler="margin")
+    assert "margin, 1 at a time" in repr(again) and again.in_order.calls_per_example == 8
+    assert "margin, 1 at a time" in again._repr_html_()
+    line = nelbo_fails(capsys, *command, "--sampler", "confidence")
+    assert "looks at the symbols drawn" in line
+    assert "belongs to a sampler" in nelbo_fails(capsys, *command, "--tokens-per-step", 2)
+    line = nelbo_fails(capsys, *command[:-2], "--ode", "--sampler", "greedy")
+    assert "--sampler goes beside the bound" in line

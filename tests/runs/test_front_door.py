@@ -159,7 +159,7 @@ def test_samples_are_held_as_the_data_are(digits, people):
     run_, frame = people
     drawn = nelbo.load(run_.path).sample(4, 2)
     assert type(drawn) is type(frame) and list(drawn) == ["a", "b"] and len(drawn) == 4
-    with pytest.raises(ValueError, match="sampler must be ancestral or flow; got 'ddim'"):
+    with pytest.raises(ValueError, match=r"one of ancestral, flow, left.*'ddim'"):
         digits.sample(3, 2, sampler="ddim")
     with pytest.raises(ValueError, match="the run is not conditional"):
         digits.sample(3, 2, condition=1)

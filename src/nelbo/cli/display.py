@@ -47,7 +47,19 @@ def result(found: Evaluation | BoundEstimate, schema: Schema | None = None) -> N
     if isinstance(found, Evaluation):
         for name, term in vars(found.terms).items():
             table.add_row(name, f"{term:.4f}", "")
+        if (exact := found.in_order) is not None:
+            value = exact.nats if exact.bits_per_dim is None else exact.bits_per_dim
+            table.add_section()
+            error = _error(exact.standard_error.total)
+            table.add_row(f"[bold]{exact.name}", f"[bold]{value:.4f}", error)
     console.print(table)
+    if isinstance(found, Evaluation) and (exact := found.in_order) is not None:
+        console.print(
+            f"{exact.name}: the exact -log P(x) of another sampler, {exact.nats:.3f} nats per"
+            f" example, without a Monte Carlo error; {exact.calls_per_example:.4g} network calls"
+            " per example",
+            highlight=False,
+        )
     per_symbol = (
         f"{name.replace('_', ' ')} {v:.4f}" for name, v in of_text(found, schema).items()
     )

@@ -22,7 +22,7 @@ from nelbo.cli.common import (
 if TYPE_CHECKING:
     from nelbo.diffusion.batch import Batch
     from nelbo.diffusion.times import TimeDiscretization
-    from nelbo.evaluation.result import BoundEstimate, Evaluation
+    from nelbo.evaluation.result import BoundEstimate
     from nelbo.runs.run import Run
 
 
@@ -37,6 +37,8 @@ def evaluate(
     calls: float | None = None,
     target_error: float | None = None,
     variates: bool = True,
+    sampler: str | None = None,
+    tokens_per_step: int | None = None,
     importance_samples: int | None = None,
     ode: bool = False,
     dequantise: Literal["encoder", "truncated-normal", "uniform"] | None = None,
@@ -78,6 +80,14 @@ def evaluate(
     variates
         Use control variates, which reduce the error without network calls. Without them the
         evaluation is quicker for many levels and a small network, so that more calls may pay.
+    sampler
+        Beside the bound, state the exact -log P(x) of the sampler of a masked model that shows its
+        symbols left-to-right; or first those of which it is surest, by their largest probability
+        (greedy), the margin of the two largest, or the entropy. It takes one network call for each
+        step, and is another P(x) than that of the bound, higher or lower.
+    tokens_per_step
+        How many symbols the --sampler shows in each step, by default 1; given what shows before,
+        they are independent.
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     ode
@@ -105,14 +115,19 @@ def evaluate(
     from nelbo._utils.progress import tracker
     from nelbo.cli import display
     from nelbo.diffusion.batch import Batch
+    from nelbo.diffusion.unmasking import order_for
     from nelbo.evaluation.dequantization import DEQUANTISERS
     from nelbo.evaluation.evaluate import evaluate as bound
     from nelbo.evaluation.importance_bound import evaluate_importance
     from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
+    from nelbo.evaluation.result import Evaluation
+    from nelbo.evaluation.unmasking_order import beside
     from nelbo.runs.config import read_config
     from nelbo.runs.run import load
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
+    if (ode or importance_samples is not None) and sampler is not None:
+        raise ValueError("--sampler goes beside the bound; leave --ode, --importance-samples out")
     if not ode and (dequantise is not None or tolerance is not None):
         raise ValueError("--dequantise and --tolerance need --ode; add it, or leave them out")
     if grid is not None and steps is None and not columns:
@@ -151,6 +166,7 @@ def evaluate(
             model.to(place)  # the best grid is measured there too
             times = None if steps is None else grid_of(loaded, steps, spacing)
         model.to(place)
+        order = order_for(model, sampler, tokens_per_step)
         find: Callable[..., Evaluation | BoundEstimate]
         if ode:
             way = None if dequantise is None else DEQUANTISERS[dequantise]
@@ -166,6 +182,12 @@ def evaluate(
             find = partial(find, per_example=save is not None, variates=variates)
         result = find(batch, seed=seed, weights=weights, split=split, track=track)
         rates = foreign.rates(result.nats, batch) if integrations.is_foreign(run) else {}
+        if isinstance(result, Evaluation):
+            bar = tracker("in order") if rank == 0 else iter
+            result = beside(result, model, batch, order, bar)
+            if result.in_order is not None and integrations.is_foreign(run):
+                exact = foreign.rates(result.in_order.nats, batch)
+                rates = rates | {f"sampler_{name}": value for name, value in exact.items()}
         if isnan(result.nats):
             raise ValueError(
                 f"the bound of {split} is not a number; look for extreme values in the data,"

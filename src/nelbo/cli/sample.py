@@ -28,10 +28,13 @@ def sample(
     *,
     out: Path | None = None,
     n: int = 64,
-    steps: int = 32,
-    grid: Spacing = "best",
+    steps: int | None = None,
+    grid: Spacing | None = None,
     seed: Seed = 0,
-    sampler: Literal["ancestral", "flow"] = "ancestral",
+    sampler: Literal[
+        "ancestral", "flow", "left-to-right", "greedy", "margin", "entropy"
+    ] = "ancestral",
+    tokens_per_step: int | None = None,
     condition: Labels | None = None,
     guidance: float = 1.0,
     inpaint: Path | None = None,
@@ -55,12 +58,16 @@ def sample(
     n
         Number of examples.
     steps
-        Number of steps, each one network call.
+        Number of steps, each one network call, by default 32.
     grid
         Their times: best for this run, found once and kept in its folder; or uniform.
     sampler
         ancestral draws from the model that evaluate --steps measures; flow follows the
-        deterministic probability flow.
+        deterministic probability flow. For masked symbols: left-to-right; or those first of which
+        the model is surest, by the largest probability (greedy), the margin of the two largest, or
+        the entropy; they draw from what evaluate --sampler measures.
+    tokens_per_step
+        How many symbols such an order shows in each step, by default 1.
     condition
         The label of all samples, such as 3; NAME=VALUE, repeated, if there are several labels.
     guidance
@@ -92,9 +99,11 @@ def sample(
     from nelbo.data.readers.encoded import read_masked
     from nelbo.data.tabular.tables import FILES
     from nelbo.diffusion.batch import rows_of
+    from nelbo.diffusion.times import TimeGrid
     from nelbo.models.conditioning import guided, parse
     from nelbo.report import images
     from nelbo.runs.run import load
+    from nelbo.runs.samples import SAMPLE_STEPS, order_of, sampler_of
     from nelbo.sampling import samplers
     from nelbo.sampling.imputation import within
 
@@ -104,6 +113,10 @@ def sample(
         check_writable(out)
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1; got {n}")
+    order = order_of(loaded.model, sampler, tokens_per_step, steps)
+    if order is not None and grid is not None:
+        raise ValueError(f"--grid spaces steps in time, and {sampler} has none; leave it out")
+    steps, grid = SAMPLE_STEPS if steps is None else steps, grid or "best"
     if (inpaint is None) != (mask is None) or (inpaint is None and rounds != 1):
         raise ValueError("--inpaint, --mask and --rounds go together; give an image and a mask")
     if sampler == "flow":
@@ -137,17 +150,17 @@ def sample(
         pixels = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
         place = place_of(device, rank == 0)
         loaded.model.to(place)  # the best grid is measured there too
-        times = grid_of(loaded, steps, grid)
+        way = order or grid_of(loaded, steps, grid)
         model.to(place)
         track = tracker("sample")
-        if pixels is not None:
+        if pixels is not None and isinstance(way, TimeGrid):
             x, known = pixels[0].expand(n, *model.shape), pixels[1]
-            x = samplers.complete(model, x, known, times, seed, rounds, track, given)
+            x = samplers.complete(model, x, known, way, seed, rounds, track, given)
         else:
-            sampled = samplers.ancestral if sampler == "ancestral" else samplers.probability_flow
+            sampled = sampler_of(sampler, way)
 
             def draw(rows: "Tensor", seed: int) -> "Tensor":
-                return sampled(model, len(rows), times, seed, track, rows_of(given, rows))
+                return sampled(model, len(rows), seed, track, rows_of(given, rows))
 
             schema = loaded.config.schema
             if schema.columns and not as_modelled:

@@ -97,7 +97,7 @@ def _plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class OrderLikelihood(Measurement):
     """Mean −log P(x) of a sampler that shows symbols in an order of its own, exact.
 
@@ -108,6 +108,19 @@ class OrderLikelihood(Measurement):
     tokens_per_step: int
     #: log P(x), shape (N,), nats
     per_example: Tensor = field(repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The sampler and the number of symbols that it shows at a time."""
+        return f"{self.sampler}, {self.tokens_per_step} at a time"
+
+    def __repr__(self) -> str:
+        value = self.nats if self.bits_per_dim is None else self.bits_per_dim
+        return (
+            f"{value:.4f} ± {self.standard_error.total:.2g} {self.unit}, exact -log P(x"
+            f"{f'|{self.given}' if self.given else ''}) of another sampler ({self.name}),"
+            f" {self.calls_per_example:.4g} network calls each"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -126,6 +139,8 @@ class Evaluation(Measurement):
     per_example_error: Tensor = field(repr=False, compare=False)
     #: a sentence for each choice that the meaning of the bound depends on
     notes: tuple[str, ...] = ()
+    #: −log P(x) of a sampler of the same network that shows symbols in an order of its own
+    in_order: OrderLikelihood | None = None
 
     def __repr__(self) -> str:
         value = self.nats if self.bits_per_dim is None else self.bits_per_dim
@@ -135,11 +150,12 @@ class Evaluation(Measurement):
             f"{value:.4f} ± {self.standard_error.total:.2g} {self.unit}, the bound on -log P(x"
             f"{f'|{self.given}' if self.given else ''}): {terms}\n    {self.split}, {time};"
             f" {self.examples} examples, {self.calls_per_example:.4g} network calls each"
+            + ("" if self.in_order is None else f"\n    {self.in_order!r}")
         )
 
     def _repr_html_(self) -> str:
         """Return a small table and a picture of the terms, for a notebook."""
-        first, second = (escape(line) for line in repr(self).split("\n"))
+        first, *others = (escape(line) for line in repr(self).split("\n"))
         rows, bars, at = "", "", 0.0
         whole = sum(map(abs, vars(self.terms).values())) or 1.0
         for (name, term), colour in zip(vars(self.terms).items(), COLOURS, strict=False):
@@ -149,15 +165,18 @@ class Evaluation(Measurement):
             at += width
         picture = f'<svg width="320" height="12" role="img" aria-label="{first}">{bars}</svg>'
         head = f"<tr><th>term</th><th>{self.unit}</th></tr>"
-        return f"<p>{first}<br>{second}</p>{picture}<table>{head}{rows}</table>"
+        return f"<p>{'<br>'.join([first, *others])}</p>{picture}<table>{head}{rows}</table>"
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return arrays per example, in the order of the data, shape (N,), in nats.
 
-        They are the bound `nats` on -log P(x), its Monte Carlo `standard_error` and its terms.
+        They are the bound `nats` on -log P(x), its Monte Carlo `standard_error` and its terms; and
+        `sampler_nats`, -log P(x) in an order of its own, where that was measured.
         """
         arrays = {name: term.numpy() for name, term in self.per_example._asdict().items()}
         error = self.per_example_error.numpy()
+        if self.in_order is not None:
+            arrays["sampler_nats"] = -self.in_order.per_example.numpy()
         return {"nats": -self.per_example.elbo.numpy(), "standard_error": error, **arrays}
 
 

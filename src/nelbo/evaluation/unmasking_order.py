@@ -5,6 +5,7 @@ of the same network, with another P(x): it may lie above or below the any-order 
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.intervals import widened
 from nelbo.evaluation.replicates import BLOCK
-from nelbo.evaluation.result import OrderLikelihood, StandardError
+from nelbo.evaluation.result import Evaluation, OrderLikelihood, StandardError
 
 
 def log_prob(model: Model, batch: Batch, order: UnmaskingOrder) -> Tensor:
@@ -95,3 +96,33 @@ def evaluate_order(
         tokens_per_step=order.tokens_per_step,
         per_example=found,
     )
+
+
+def beside(
+    bound: Evaluation,
+    model: Model,
+    x: Tensor | Batch,
+    order: UnmaskingOrder | None,
+    track: Track = iter,
+) -> Evaluation:
+    """Return a bound of these examples with the exact -log P(x) in this order, if any, beside it.
+
+    Args:
+        bound: of the same model and examples.
+        model: a masked model.
+        x: the examples.
+        order: the order; None for none.
+        track: wraps the blocks of examples, for a progress bar.
+    """
+    if order is None:
+        return bound
+    exact = evaluate_order(
+        model,
+        x,
+        order,
+        seed=bound.seed,
+        weights=bound.weights,
+        split=bound.split,
+        track=track,
+    )
+    return replace(bound, in_order=exact)

@@ -22,11 +22,13 @@ from nelbo.data.sources import Declaration, Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization
+from nelbo.diffusion.unmasking import order_for
 from nelbo.evaluation import evaluate as evaluation
 from nelbo.evaluation import example_bounds
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
 from nelbo.evaluation.result import Evaluation
+from nelbo.evaluation.unmasking_order import beside
 from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.memory import Reading
@@ -88,6 +90,8 @@ def evaluate(
     target_error: float | None = None,
     per_example: bool = False,
     variates: bool = True,
+    sampler: str | None = None,
+    tokens_per_step: int | None = None,
     known: Source | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -114,6 +118,10 @@ def evaluate(
             the result.
         per_example: for a better standard error of each example.
         variates: use control variates.
+        sampler: of a masked model, left-to-right, greedy, margin or entropy: measure beside the
+            bound, as `result.in_order`, the exact -log P(x) of the sampler that shows symbols
+            in this order, see `nelbo.diffusion.unmasking`.
+        tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
         known: for a bare model: other examples of the same distribution, such as the training
             data, to which control variates are fitted.
         seed: of everything random.
@@ -156,11 +164,12 @@ def evaluate(
     if isinstance(run, Model):
         if data is None:
             raise ValueError("a model brings no data; give examples, as in evaluate(model, x)")
-        data = batch_of(run, data)
-        notes += probe(run, data)
+        order = order_for(run, sampler, tokens_per_step)
+        batch = batch_of(run, data)
+        notes += probe(run, batch)
         found = evaluation.evaluate(
             run,
-            data,
+            batch,
             steps=steps,
             times=times,
             known=None if known is None else batch_of(run, known).x,
@@ -168,12 +177,12 @@ def evaluate(
             track=track,
             **options,
         )
-        return replace(found, notes=(*notes, *found.notes))
+        found = replace(found, notes=(*notes, *found.notes))
+        return beside(found, run, batch, order, track)
     if times is not None or known is not None:
         raise ValueError("times and known are for a bare model; a run knows its own; give steps")
-    return run_of(run).evaluate(
-        data, split, splits=splits, steps=steps, progress=progress, **options
-    )
+    options |= {"sampler": sampler, "tokens_per_step": tokens_per_step, "progress": progress}
+    return run_of(run).evaluate(data, split, splits=splits, steps=steps, **options)
 
 
 def elbo(

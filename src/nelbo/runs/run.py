@@ -23,12 +23,14 @@ from nelbo.data.sources import Source, Splits, load_like
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, find_device, model_hash
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid, even_times
+from nelbo.diffusion.unmasking import order_for
 from nelbo.evaluation.anomaly_scores import Scored, Scorer
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
 from nelbo.evaluation.example_bounds import ExampleBounds, elbo
 from nelbo.evaluation.grid_search import best_grid
 from nelbo.evaluation.result import Evaluation
+from nelbo.evaluation.unmasking_order import beside
 from nelbo.models import custom
 from nelbo.models.build import build
 from nelbo.models.conditioning import encode, labelled, names
@@ -156,6 +158,8 @@ class Run:
         target_error: float | None = None,
         per_example: bool = False,
         variates: bool = True,
+        sampler: str | None = None,
+        tokens_per_step: int | None = None,
         seed: int = 0,
         progress: bool | None = None,
         tell: Callable[[str], object] | None = None,
@@ -174,6 +178,10 @@ class Run:
                 of the result.
             per_example: for a better standard error of each example.
             variates: use control variates.
+            sampler: of a masked model, left-to-right, greedy, margin or entropy: measure beside
+                the bound, as `result.in_order`, the exact -log P(x) of the sampler that shows
+                symbols in this order, see `nelbo.diffusion.unmasking`.
+            tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
             seed: of everything random.
             progress: show bars on the error stream; by default if it is a terminal.
             tell: called with notes on the data and on slow work; warnings by default.
@@ -181,9 +189,10 @@ class Run:
         Raises:
             ValueError: as for `batch`, `grid` and `nelbo.evaluation.evaluate.evaluate`.
         """
+        order = order_for(self.model, sampler, tokens_per_step)
         batch, name = self.batch(data, split, splits, tell or _warn)
         track = tracks(progress)
-        return self.measure(
+        result = self.measure(
             batch,
             split=name,
             own=data is None,
@@ -196,6 +205,7 @@ class Run:
             seed=seed,
             track=track("evaluate"),
         )
+        return beside(result, self.model, batch, order, track("in order"))
 
     def elbo(
         self,
@@ -222,12 +232,13 @@ class Run:
     def sample(
         self,
         n: int = 64,
-        steps: int = 32,
+        steps: int | None = None,
         *,
         condition: "Condition | None" = None,
         seed: int = 0,
         guidance: float = 1.0,
         sampler: str = "ancestral",
+        tokens_per_step: int | None = None,
         as_modelled: bool = False,
         progress: bool | None = None,
     ) -> "Samples":
@@ -235,13 +246,17 @@ class Run:
 
         Args:
             n: number of examples.
-            steps: number of steps, on the run's best grid; each is one network call.
+            steps: number of steps, on the run's best grid, by default 32; each is one network
+                call.
             condition: of a conditional run: the label of all samples, such as 3; a mapping of
                 names to labels; or a list of one for each sample. By default those of random
                 training examples.
             seed: of everything random.
             guidance: how strongly the label counts; only 1 draws from the model that is measured.
-            sampler: "ancestral", or "flow" for the deterministic probability flow.
+            sampler: "ancestral", or "flow" for the deterministic probability flow; or for a masked
+                model left-to-right, greedy, margin or entropy, the order in which symbols are
+                shown, with the exact likelihood of `evaluate(sampler=...)`.
+            tokens_per_step: number of symbols that such an order shows in each step, by default 1.
             as_modelled: for a table: keep rows outside the ranges of the training data.
             progress: show bars on the error stream; by default if it is a terminal.
 
@@ -257,10 +272,12 @@ class Run:
 
         track = tracks(progress)
         labels = samples.labels_for(condition, n, self.config.schema)
+        order = samples.order_of(self.model, sampler, tokens_per_step, steps)
+        grid = order or self.grid(samples.SAMPLE_STEPS if steps is None else steps, track("grid"))
         x = samples.draw(
             self,
             n,
-            self.grid(steps, track("grid")),
+            grid,
             labels=labels,
             seed=seed,
             guidance=guidance,

@@ -12,11 +12,14 @@ from nelbo.data.readers.text import decode
 from nelbo.data.schema import Schema
 from nelbo.data.tabular import encoding
 from nelbo.diffusion.batch import rows_of
+from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
+from nelbo.diffusion.unmasking import SURENESS, UnmaskingOrder, order_for
 from nelbo.models.conditioning import guided, parse
 from nelbo.runs.config import RunConfig
 from nelbo.sampling import samplers
 from nelbo.sampling.imputation import within
+from nelbo.sampling.unmasking import in_order
 
 if TYPE_CHECKING:
     from polars import DataFrame
@@ -30,12 +33,43 @@ Condition: TypeAlias = str | float | Mapping[str, object] | Sequence[object] | n
 Samples: TypeAlias = "Frame | list[str] | np.ndarray"
 SAMPLE_STEPS = 32  # steps of samples by default
 SAMPLERS = {"ancestral": samplers.ancestral, "flow": samplers.probability_flow}
+#: draws a number of samples of a model, from a seed, a bar and conditions
+Sampler: TypeAlias = Callable[[Model, int, int, Track, Tensor | None], Tensor]
+
+
+def order_of(
+    model: Model, sampler: str, tokens_per_step: int | None, steps: int | None
+) -> UnmaskingOrder | None:
+    """Return the order of unmasking that a sampler's name stands for; None for a grid of times.
+
+    Raises:
+        ValueError: there is no such sampler, the model masks no symbols, or the options are not
+            the sampler's.
+    """
+    if sampler in SAMPLERS:
+        return order_for(model, None, tokens_per_step)
+    if sampler not in SURENESS:
+        known = ", ".join([*SAMPLERS, *SURENESS])
+        raise ValueError(f"sampler must be one of {known}; got {sampler!r}")
+    if steps is not None:
+        raise ValueError(
+            f"the sampler {sampler} takes as many steps as there are symbols to show; give"
+            " tokens_per_step in place of steps"
+        )
+    return order_for(model, sampler, tokens_per_step)
+
+
+def sampler_of(sampler: str, times: TimeGrid | UnmaskingOrder) -> Sampler:
+    """Return the sampler of that name on a grid of times, or the one of an order."""
+    if isinstance(times, UnmaskingOrder):
+        return lambda model, count, *rest: in_order(model, count, times, *rest)
+    return lambda model, count, *rest: SAMPLERS[sampler](model, count, times, *rest)
 
 
 def draw(
     run: "Run",
     n: int,
-    times: TimeGrid,
+    times: TimeGrid | UnmaskingOrder,
     *,
     labels: Tensor | None = None,
     seed: int = 0,
@@ -50,12 +84,12 @@ def draw(
     Args:
         run: with its model on the device on which it is to run.
         n: number of examples.
-        times: the grid.
+        times: the grid; or the order in which a masked model shows symbols.
         labels: (n, len(schema.condition)) of a conditional run; by default those of random
             training examples.
         seed: of everything random.
         guidance: strength of the labels; only 1 draws from the model that is measured.
-        sampler: "ancestral", or "flow" for the probability flow.
+        sampler: on a grid, "ancestral", or "flow" for the probability flow.
         as_modelled: keep rows of a table outside the ranges of the training data.
         tell: called with a sentence on rows that were drawn again.
         track: wraps the steps, for a progress bar.
@@ -67,16 +101,14 @@ def draw(
     schema = run.config.schema
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1; got {n}")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be {' or '.join(SAMPLERS)}; got {sampler!r}")
     if as_modelled and not schema.columns:
         raise ValueError("--as-modelled (as_modelled in Python) is for tables; leave it out")
-    sampled = SAMPLERS[sampler]
+    sampled = sampler_of(sampler, times)
     model = guided(run.model, guidance).to(run.model.device)
     given = run.conditions(n, labels, seed)
 
     def some(rows: Tensor, seed: int) -> Tensor:
-        return sampled(model, len(rows), times, seed, track, rows_of(given, rows))
+        return sampled(model, len(rows), seed, track, rows_of(given, rows))
 
     if schema.columns and not as_modelled:
         return within(some, n, schema, seed, tell)
