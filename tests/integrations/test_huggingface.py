@@ -252,3 +252,14 @@ def test_the_sampler_that_people_use(tmp_path, capsys):
     assert "belongs to a sampler" in nelbo_fails(capsys, *command, "--tokens-per-step", 2)
     line = nelbo_fails(capsys, *command[:-2], "--ode", "--sampler", "greedy")
     assert "--sampler goes beside the bound" in line
+
+
+def test_a_surrogate_on_the_command_line(tmp_path, capsys):
+    """`--surrogate hf:FOLDER` reads most of the masks, and the notes say how many."""
+    home, other = write(tmp_path / "m"), write(tmp_path / "s")
+    (tmp_path / "a.txt").write_text("abcd\nab\n")
+    command = ["evaluate", f"hf:{home}", "--data", tmp_path / "a.txt", "--lines"]
+    run_ok(*command, "--calls", 8, "--surrogate", f"hf:{other}")
+    assert "the surrogate read" in capsys.readouterr().err
+    line = nelbo_fails(capsys, *command, "--surrogate", f"hf:{other}", "--steps", 2)
+    assert "a surrogate is a masked model for a masked model" in line

@@ -39,6 +39,7 @@ def evaluate(
     variates: bool = True,
     sampler: str | None = None,
     tokens_per_step: int | None = None,
+    surrogate: str | None = None,
     importance_samples: int | None = None,
     ode: bool = False,
     dequantise: Literal["encoder", "truncated-normal", "uniform"] | None = None,
@@ -88,6 +89,10 @@ def evaluate(
     tokens_per_step
         How many symbols the --sampler shows in each step, by default 1; given what shows before,
         they are independent.
+    surrogate
+        For a masked model: a cheaper one with the same symbols, a run folder or hf:FOLDER. It
+        reads most of the masks, and the model is asked for the difference. Its calls are not
+        counted.
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     ode
@@ -122,12 +127,15 @@ def evaluate(
     from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
     from nelbo.evaluation.result import Evaluation
     from nelbo.evaluation.unmasking_order import beside
+    from nelbo.runs.commands import model_of
     from nelbo.runs.config import read_config
     from nelbo.runs.run import load
 
     _only_one_way(steps, calls, target_error, importance_samples, ode)
     if (ode or importance_samples is not None) and sampler is not None:
         raise ValueError("--sampler goes beside the bound; leave --ode, --importance-samples out")
+    if surrogate is not None and (ode or importance_samples is not None):
+        raise ValueError("--surrogate is for the bound; leave --ode and --importance-samples out")
     if not ode and (dequantise is not None or tolerance is not None):
         raise ValueError("--dequantise and --tolerance need --ode; add it, or leave them out")
     if grid is not None and steps is None and not columns:
@@ -180,6 +188,9 @@ def evaluate(
                 find = partial(loaded.measure, own=data is None, tell=say)
             find = partial(find, times=times, calls=calls, target_error=target_error)
             find = partial(find, per_example=save is not None, variates=variates)
+            if surrogate is not None:
+                cheaper = model_of(surrogate, trust_remote_code)
+                find = partial(find, surrogate=cheaper.to(place))
         result = find(batch, seed=seed, weights=weights, split=split, track=track)
         rates = foreign.rates(result.nats, batch) if integrations.is_foreign(run) else {}
         if isinstance(result, Evaluation):

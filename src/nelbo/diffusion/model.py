@@ -76,6 +76,10 @@ class Model(nn.Module):
         """
         return self.process.blank(self.shape).to(self.device).expand(count, *self.shape)
 
+    def scored_places(self, batch: Batch) -> Tensor:
+        """Return a mask of the dimensions whose cost the bound counts, shape of the examples."""
+        return torch.ones(batch.x.shape, dtype=torch.bool)
+
     def scored(self, batch: Batch) -> float:
         """Return the mean number of dimensions of an example whose cost the bound counts."""
         return self.dims

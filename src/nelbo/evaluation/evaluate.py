@@ -29,6 +29,7 @@ from nelbo.evaluation.allocation import Proposal, Strata, estimate, even, pilot,
 from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement, scale_of
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.control_variates import ControlVariates, NoControlVariates
+from nelbo.evaluation.masks import check_two_levels, evaluate_masks, exact_counts
 from nelbo.evaluation.result import CurvePoint, Evaluation, Terms
 from nelbo.evaluation.survey import FEWEST, LEAST, SamplingPlan, SurveyEstimate, first_round, plan
 from nelbo.evaluation.time_density import time_density
@@ -55,6 +56,7 @@ def evaluate(
     known: Tensor | None = None,
     pilots: Pilots | None = None,
     variates: bool = True,
+    surrogate: Model | None = None,
     seed: int = 0,
     weights: str = "as given",
     split: str = "as given",
@@ -85,6 +87,9 @@ def evaluate(
             `known`, draws and replicates: `runs.pilot_cache`. Its calls are not counted.
         variates: use control variates. For large images their fit takes longer than some hundred
             calls of a small network.
+        surrogate: a cheaper masked model of the same symbols, for a masked model in continuous
+            time: it reads the same masks and many more, and the model is asked for the difference
+            alone (`masks`). The result is unbiased, whatever it is; its calls are not counted.
         seed: of everything random.
         weights: name of the weights, for the record.
         split: name of the data, for the record.
@@ -102,6 +107,21 @@ def evaluate(
         raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
     if target_error is not None and calls is not None:
         raise ValueError("give calls or target_error, not both")
+    if surrogate is not None or _has_masks(model, times, calls, target_error):
+        if surrogate is not None:
+            check_two_levels(model, surrogate, times, target_error)
+        return evaluate_masks(
+            model,
+            batch,
+            calls=CALLS if calls is None else calls,
+            surrogate=surrogate,
+            per_example=per_example,
+            variates=variates,
+            seed=seed,
+            weights=weights,
+            split=split,
+            track=track,
+        )
     scale = scale_of(model, batch)
     with measuring(model, batch), counting(model.network) as calls_made:
         others = batch.x if known is None else known
@@ -160,6 +180,14 @@ def evaluate(
         per_example_error=found.error_of_each,
         notes=(*model.notes(batch), *filter(None, [controls.note])),
     )
+
+
+def _has_masks(
+    model: Model, times: TimeDiscretization, calls: float | None, target_error: float | None
+) -> bool:
+    """Return whether to draw masks with exact counts: for texts of tokens."""
+    enough = target_error is None and (calls is None or calls >= 2)
+    return model.any_length and enough and exact_counts(model, times)
 
 
 def _learn(

@@ -275,9 +275,13 @@ class TokenModel(Model):
         return torch.where(condition == SCORED, network.vocabulary, condition.clamp(min=0))
 
     @override
-    def scored(self, batch: Batch) -> float:
+    def scored_places(self, batch: Batch) -> Tensor:
         assert batch.condition is not None
-        return (batch.condition == SCORED).sum().item() / len(batch)
+        return batch.condition == SCORED
+
+    @override
+    def scored(self, batch: Batch) -> float:
+        return self.scored_places(batch).sum().item() / len(batch)
 
     @override
     def notes(self, batch: Batch) -> tuple[str, ...]:

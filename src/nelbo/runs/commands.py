@@ -77,6 +77,15 @@ compress = _twin(Run.compress)
 decompress = _twin(Run.decompress)
 
 
+def model_of(run: AnyRun | Model | Foreign, trust_remote_code: bool = False) -> Model:
+    """Return the model of a run or of another library, and a bare model as it is."""
+    if isinstance(run, str) and integrations.is_foreign(run):
+        run = integrations.load(run, trust_remote_code=trust_remote_code)
+    if isinstance(run, Foreign):
+        return run.model
+    return run if isinstance(run, Model) else run_of(run).model
+
+
 def evaluate(
     run: AnyRun | Model | Foreign | object,
     data: Source | Batch | None = None,
@@ -93,6 +102,7 @@ def evaluate(
     sampler: str | None = None,
     tokens_per_step: int | None = None,
     known: Source | None = None,
+    surrogate: AnyRun | Model | Foreign | None = None,
     seed: int = 0,
     progress: bool | None = None,
     **reading: Unpack[Reading],
@@ -124,6 +134,9 @@ def evaluate(
         tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
         known: for a bare model: other examples of the same distribution, such as the training
             data, to which control variates are fitted.
+        surrogate: for a masked model in continuous time: a cheaper one of the same symbols, given
+            as `run` is, which reads the same masks and many more (`evaluation.masks`). The result
+            is unbiased, whatever it is; its calls are not counted.
         seed: of everything random.
         progress: show bars on the error stream; by default if it is a terminal.
         reading: of a network in memory: what it predicts, its noise levels (betas, alphas, sigmas
@@ -139,6 +152,7 @@ def evaluate(
         "target_error": target_error,
         "per_example": per_example,
         "variates": variates,
+        "surrogate": None if surrogate is None else model_of(surrogate),
         "seed": seed,
     }
     notes: list[str] = []

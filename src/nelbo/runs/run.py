@@ -160,6 +160,7 @@ class Run:
         variates: bool = True,
         sampler: str | None = None,
         tokens_per_step: int | None = None,
+        surrogate: Model | None = None,
         seed: int = 0,
         progress: bool | None = None,
         tell: Callable[[str], object] | None = None,
@@ -182,6 +183,7 @@ class Run:
                 the bound, as `result.in_order`, the exact -log P(x) of the sampler that shows
                 symbols in this order, see `nelbo.diffusion.unmasking`.
             tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
+            surrogate: a cheaper masked model of the same symbols, see `nelbo.evaluate`.
             seed: of everything random.
             progress: show bars on the error stream; by default if it is a terminal.
             tell: called with notes on the data and on slow work; warnings by default.
@@ -202,6 +204,7 @@ class Run:
             target_error=target_error,
             per_example=per_example,
             variates=variates,
+            surrogate=surrogate,
             seed=seed,
             track=track("evaluate"),
         )

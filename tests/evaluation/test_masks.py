@@ -1,0 +1,231 @@
+"""Masks with exact counts, and two levels: against enumeration of all masks of tiny texts."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.closed_forms import legendre_nodes
+from torch import nn
+
+import nelbo
+from nelbo._utils.numerics import seeded
+from nelbo.evaluation import masks
+from nelbo.evaluation.mask_regression import NODES, fit, hats, usual
+from nelbo.evaluation.mask_sampling import Texts, draw_masks
+from nelbo.evaluation.masks import MaskEstimator, Plan
+from nelbo.integrations import wrap_tokens
+
+V, MASK = 5, 4
+NODES_OF_TIME = list(zip(*legendre_nodes(0.0, 1.0, 20), strict=True))
+
+
+class Tiny(nn.Module):
+    """A module from ids to logits in which each place sees all others, and the time if told."""
+
+    def __init__(self, size=1.0):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(V, 6), nn.Embedding(8, 6)
+        self.out = nn.Linear(12, V)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(0, size)
+
+    def forward(self, ids, time=None):
+        h = self.embed(ids) + self.place(torch.arange(ids.shape[1]))
+        if time is not None:
+            h = h + time[:, None, None].to(h)
+        return self.out(torch.cat([h, h.sin().sum(1, keepdim=True).expand_as(h)], -1))
+
+
+def tiny(seed, time=None, **options):
+    with seeded(seed):
+        return wrap_tokens(Tiny().double(), MASK, time=time, **options)
+
+
+def exact(model, batch, row=0):
+    """The bound on -log P of a text: the share u of hidden tokens by quadrature, all masks."""
+    x, condition = batch.x[row], batch.condition[row]
+    x, condition = x[condition != -2], condition[condition != -2]
+    scored = (condition == -1).nonzero().flatten().tolist()
+    sets = [s for n in range(1, len(scored) + 1) for s in itertools.combinations(scored, n)]
+    hidden = torch.tensor([[i in s for i in range(len(x))] for s in sets])
+    size, clock, total = hidden.sum(1), model.network.clock, 0.0
+    for u, weight in NODES_OF_TIME:
+        time = () if clock is None else (clock(1 - u).expand(len(sets)),)
+        logits = model.network.module(torch.where(hidden, MASK, x), *time).clone()
+        logits[..., MASK] = -torch.inf
+        log_p = logits.log_softmax(-1).gather(-1, x.expand_as(hidden)[..., None])[..., 0]
+        cost = -torch.where(hidden, log_p, 0.0).sum(1)
+        total += weight * (u ** (size - 1) * (1 - u) ** (len(scored) - size) * cost).sum()
+    return total.item()
+
+
+CASES = {
+    "plain": (None, [[3, 1, 2, 1]], None),
+    "told the time": ("masked", [[3, 1, 2, 1]], None),
+    "prompt": (None, [[3, 1, 2, 0]], [[True, False, True, False]]),
+    "padding": (None, [[3, 1, 2, 0, 1], [2, 2, 1]], None),
+}
+SURROGATES = {"alone": None, "good": 1, "bad": 7}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def totals(model, surrogate, batch, plan, repeats, seed=0, coefficients=None):
+    """Bounds of each text by independent estimates, (N, R · repeats)."""
+    texts, found = Texts(model, batch), []
+    for i in range(repeats):
+        way = MaskEstimator(model, surrogate, texts, seed + i)
+        own = coefficients or usual(way.variates, surrogate is not None)
+        found.append(way.costs(range(len(batch)), batch, plan, own).sum(-1))
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", SURROGATES)
+def test_the_mean_is_that_of_all_masks(case, kind):
+    """Unbiased with any surrogate and any coefficients, as both have masks of their own."""
+    time, ids, shown = CASES[case]
+    model, seed = tiny(4, time), SURROGATES[kind]
+    surrogate = None if seed is None else tiny(seed)
+    batch = model.batch(ids, None if shown is None else torch.tensor(shown))
+    way = MaskEstimator(model, surrogate, Texts(model, batch), 0)
+    with seeded(2):
+        odd = usual(way.variates, surrogate is not None)
+        odd.slopes.add_(torch.rand_like(odd.slopes))
+        odd.curve.add_(torch.rand_like(odd.curve))
+    found = totals(
+        model, surrogate, batch, Plan(500, 2, 3 if surrogate else 0), 4, coefficients=odd
+    )
+    error = found.std(1) / math.sqrt(found.shape[1])
+    wanted = torch.tensor([exact(model, batch, row) for row in range(len(batch))])
+    assert (error < 0.05 * wanted).all()
+    assert ((found.mean(1) - wanted).abs() < 4 * error).all()
+
+
+@pytest.fixture(scope="module")
+def every_text():
+    """All texts of three tokens, with their bounds by enumeration."""
+    with torch.no_grad():
+        model = tiny(4)
+        batch = model.batch(torch.tensor(list(itertools.product(range(MASK), repeat=3))))
+        return model, batch, torch.tensor([exact(model, batch, i) for i in range(len(batch))])
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+def test_bounds_sum_to_at_most_one_and_errors_are_nominal(every_text, kind, monkeypatch):
+    """Equation 1: Σ_x exp(ELBO(x)) <= 1; 95 % of the bounds lie within 1.96 of their errors."""
+    monkeypatch.setattr(masks, "price_of", lambda *parts: masks.FREE)
+    model, batch, wanted = every_text
+    assert wanted.neg().exp().sum() <= 1
+    surrogate = None if kind == "alone" else tiny(SURROGATES[kind])
+    ratios = []
+    for seed in range(4):
+        found = nelbo.evaluate(model, batch, calls=32, surrogate=surrogate, seed=seed)
+        assert found.calls_per_example <= 32 and found.unit == "bits/token"
+        scale = 3 * math.log(2)
+        assert math.isclose(sum(c.value for c in found.curve), found.bits_per_dim)
+        error = found.standard_error.monte_carlo * scale
+        assert abs(found.nats - wanted.mean()) < 3.5 * error
+        far = (-found.per_example.elbo - wanted) / found.per_example_error
+        ratios.append((far.abs() < 1.96).double().mean().item())
+        noise = (wanted.neg().exp() * found.per_example_error).norm()
+        assert found.per_example.elbo.exp().sum() <= wanted.neg().exp().sum() + 4 * noise
+    assert sum(ratios) / len(ratios) > 0.9
+
+
+def test_the_surrogate_reduces_the_error_and_a_bad_one_is_left_out(every_text, monkeypatch):
+    """The model itself as a surrogate that costs little leaves only the error of its own mean."""
+    model, batch, wanted = every_text
+    same, bad = tiny(4), tiny(7)
+    plain = nelbo.evaluate(model, batch, calls=16)
+    dear = nelbo.evaluate(model, batch, calls=16, surrogate=same)  # at the price of a call a mask
+    assert "not used" in dear.notes[-1] and dear.nats == plain.nats
+    monkeypatch.setattr(masks, "price_of", lambda *parts: 0.01)
+    two = nelbo.evaluate(model, batch, calls=16, surrogate=same)
+    assert two.standard_error.monte_carlo < 0.3 * plain.standard_error.monte_carlo
+    assert two.nats != wanted.mean() and "of each text, at 0.01" in two.notes[-1]
+    other = nelbo.evaluate(model, batch, calls=16, surrogate=bad)
+    assert other.standard_error.monte_carlo < 1.2 * plain.standard_error.monte_carlo
+
+
+def test_numbers_do_not_depend_on_the_batch(every_text, monkeypatch):
+    """The masks of a text depend on the seed and on the text: not on order, task or padding."""
+    monkeypatch.setattr(masks, "price_of", lambda *parts: masks.FREE)
+    model, surrogate = tiny(4, pad_id=3), tiny(1, pad_id=3)
+    texts = [[0, 1, 2], [1, 1], [0, 1, 2], [2, 0, 1, 1]] * 20
+    found = nelbo.evaluate(model, texts, calls=32, surrogate=surrogate)
+    order = np.random.default_rng(0).permutation(len(texts))
+    padded = [[3, *texts[i], 3, 3] for i in order]
+    monkeypatch.setattr(masks, "TASK", 100)
+    again = nelbo.evaluate(model, padded, calls=32, surrogate=surrogate)
+    assert math.isclose(found.nats, again.nats, rel_tol=1e-12)
+    each, other = found.per_example.elbo, again.per_example.elbo
+    for text in ([0, 1, 2], [1, 1], [2, 0, 1, 1]):
+        here = [i for i, t in enumerate(texts) if t == text]
+        there = [i for i, j in enumerate(order) if texts[j] == text]
+        torch.testing.assert_close(each[here].sort().values, other[there].sort().values)
+        assert len(each[here].unique()) > 1  # equal texts have masks of their own
+
+
+def test_masks_are_uniform_and_balanced():
+    """Each set of l places is equally likely, and together the masks cover all places alike."""
+    model = tiny(4)
+    texts = Texts(model, model.batch([[0, 1, 2, 3]]))
+    drawn = draw_masks(texts, [0], (0, 0), 4000, 3, lambda L: 1 / np.arange(1, L + 1) ** 0.5)
+    assert (drawn.hidden.sum(-1) == drawn.count).all()
+    for i in range(3):
+        for size in range(1, 4):
+            of_size = drawn.hidden[0, :, i][drawn.count[0, :, i] == size]
+            seen = of_size.double().unique(dim=0, return_counts=True)[1]
+            if len(of_size):
+                expected = len(of_size) / math.comb(4, size)
+                assert len(seen) == math.comb(4, size)
+                assert ((seen - expected).abs() < 4 * math.sqrt(expected)).all()
+    torch.testing.assert_close(drawn.width.sum(-1), torch.full((1, 4000), 4.0).double())
+    halves = draw_masks(texts, [0], (0, 0), 50, 2, lambda L: np.array([1e-9, 1, 1e-9, 1e-9]))
+    two = halves.hidden[0][(halves.count[0] == 2).all(-1)]
+    assert len(two) and (two.sum(1) == 1).all()  # complementary masks
+
+
+def test_the_regression_finds_what_made_the_costs():
+    """Slopes, curve and spread of pairs that were made with known ones."""
+    with seeded(3):
+        share = torch.rand(4000).double()
+        count = (share * 40).ceil()
+        v = torch.randn(4000, 2, 2).double() / count[:, None, None].sqrt()
+        slope, noise = 0.5 + share, 0.3 / count.sqrt()
+        cost = slope[:, None] * v[..., 0] + share[:, None] ** 2
+        cost = cost + noise[:, None] * torch.randn(4000, 2)
+        found = fit(share, count, cost, v, True)
+    nodes = torch.tensor(NODES).double()
+    assert ((found.slopes[0] - 0.5 - nodes).abs() < 0.05).all()
+    assert (found.slopes[1].abs() < 0.05).all()
+    assert ((found.curve - nodes**2).abs() < 0.05).all()
+    assert ((found.spread - 0.3).abs() < 0.05).all()
+    torch.testing.assert_close(hats(share) @ nodes, share)
+
+
+def test_what_has_no_counts_or_no_such_surrogate_is_refused():
+    """One sentence each, before work."""
+    model = tiny(4)
+    ids = [[0, 1, 2]]
+    with pytest.raises(ValueError, match="masked model in continuous time; leave it out"):
+        nelbo.evaluate(model, ids, steps=3, surrogate=model)
+    with pytest.raises(ValueError, match="give calls in place of target_error"):
+        nelbo.evaluate(model, ids, target_error=0.1, surrogate=model)
+    with pytest.raises(ValueError, match="calls must be at least 2 per example"):
+        nelbo.evaluate(model, ids, calls=1, surrogate=model)
+
+    class Other(nn.Module):
+        def forward(self, ids):
+            return torch.zeros(*ids.shape, V + 1)
+
+    with pytest.raises(ValueError, match="symbols of the model, 5; got 6"):
+        nelbo.evaluate(model, ids, surrogate=wrap_tokens(Other(), MASK))
