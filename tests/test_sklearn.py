@@ -16,6 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+import nelbo
 from nelbo._utils.numerics import seeded
 from nelbo.data import Schema
 from nelbo.diffusion.model import measuring
@@ -307,6 +308,74 @@ def test_frames_keep_their_column_names():
     assert isinstance(sample, polars.DataFrame) and sample.columns == frame.columns
     with pytest.raises(ValueError, match="feature names"):
         model.score_samples(frame.select("acid", "alcohol", "ash"))
+
+
+def people(rows):
+    pd = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    tall = rng.random(rows) < 0.5
+    frame = pd.DataFrame(
+        {
+            "sex": np.where(tall, "m", "f"),
+            "height": np.where(tall, 182, 168) + rng.integers(-5, 6, rows),
+            "weight": rng.normal(70, 5, rows).round(1),
+        }
+    )
+    frame.loc[::5, "weight"] = np.nan
+    return frame
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return DiffusionOutlierDetector(**{**SMALL, "steps": 150, "lr": 0.02}).fit(people(200))
+
+
+def test_a_mixed_frame_is_a_table_of_the_core(mixed):
+    """Its scores are the bounds that nelbo.elbo gives, and odd rows have low ones."""
+    frame = people(200)
+    few, names = frame[:6], ["sex", "height", "weight"]
+    assert mixed.n_features_in_ == 3 and list(mixed.feature_names_in_) == names
+    scores, error = mixed.score_samples(few, return_std=True)
+    known = nelbo.elbo(mixed.model_, mixed._rows(few), calls=16, seed=mixed._seed)
+    np.testing.assert_array_equal(scores, known.elbo)
+    np.testing.assert_array_equal(error, known.standard_error)
+    odd = few.assign(height=[110] * 6)
+    with pytest.warns(UserWarning, match="6 cells of height, such as 110, lie outside"):
+        assert (mixed.score_samples(odd) < scores - 1).all()
+    assert 0.7 < (mixed.predict(frame) == 1).mean() < 1
+    with pytest.raises(ValueError, match="the model is of a table"):
+        mixed.score_samples(X)
+    with pytest.raises(ValueError, match="'weight'"):
+        mixed.score_samples(few.drop(columns="weight"))
+    again = pickle.loads(pickle.dumps(mixed))
+    np.testing.assert_array_equal(again.score_samples(few), scores)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_samples_of_a_mixed_frame_are_a_frame(library):
+    import polars
+
+    frame = people(60) if library == "pandas" else polars.from_pandas(people(60))
+    model = DiffusionDensity(**{**SMALL, "steps": 4}).fit(frame)
+    sample = model.sample(9, random_state=1, steps=4)
+    assert type(sample) is type(frame) and list(sample.columns) == list(frame.columns)
+    assert set(sample["sex"]) <= {"m", "f"} and sample["height"].min() >= 163
+    assert np.isfinite(model.validation_score_) and model.validation_score_std_ > 0
+
+
+def test_the_device_and_the_bar(capsys, monkeypatch):
+    options = {**SMALL, "steps": 4}
+    with pytest.raises(ValueError, match="no device 'nowhere'"):
+        DiffusionDensity(**options, device="nowhere").fit(X)
+    seen = []
+    monkeypatch.setattr(
+        nelbo.sklearn, "Trainer", lambda *a, **k: seen.append(a[3]) or Trainer(*a, **k)
+    )
+    DiffusionDensity(**options, device="auto").fit(X)
+    assert seen == ["cuda:0" if torch.cuda.is_available() else "cpu"]
+    assert capsys.readouterr().err == ""
+    DiffusionDensity(**options, verbose=True).fit(X)
+    assert "4/4" in (shown := capsys.readouterr().err) and "nats" in shown
 
 
 @pytest.mark.parametrize("name", ["density", "detector"])

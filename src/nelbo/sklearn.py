@@ -9,11 +9,19 @@ the decoder is never narrower. Thus a column, however few distinct values it has
     log P(x) <= -Σ_i log( √(2π) r s_i ),    s_i the standard deviation of column i (1 if constant).
 
 The times and the noise in the score of a row depend on the seed and the row only (`row_bounds`).
+
+A frame of pandas or polars with words, dates or missing values is modelled as `nelbo train` models
+a table instead: each column as what it is, numbers at the precision of their cells. There is then
+no mixture and no memory, the score is the bound of `nelbo.elbo`, and samples are frames.
 """
 
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
 import numpy as np
 import torch
@@ -26,25 +34,33 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from nelbo._utils.progress import progress_bar
 from nelbo._utils.scalars import integer, plain
 from nelbo._utils.validation import Record
 from nelbo.data.schema import Dataset, Schema
+from nelbo.data.sources import load_like, schema_of
+from nelbo.data.tabular import encoding, frames
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.gaussian_mixture import fit
-from nelbo.diffusion.model import Model
+from nelbo.diffusion.model import Model, find_device
 from nelbo.diffusion.process import Affine
-from nelbo.diffusion.times import TimeGrid, even_times
+from nelbo.evaluation.example_bounds import REPLICATES, elbo
 from nelbo.evaluation.row_bounds import RowBounds, row_bounds
 from nelbo.models.config import ModelConfig
 from nelbo.nn.ensemble import Ensemble
 from nelbo.nn.memory import Memory, best_bandwidth
 from nelbo.nn.mixture import MixtureDenoiser
+from nelbo.sampling.imputation import within
 from nelbo.sampling.samplers import ancestral
 from nelbo.training.config import TrainConfig
+from nelbo.training.presets import configure
 from nelbo.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from numpy.random import RandomState
     from numpy.typing import ArrayLike
+
+    from nelbo.data.tabular.tables import Frame
 
 PATIENCE = 5  # measurements without improvement before training stops
 COMPONENTS = 128  # of the mixture, at most
@@ -61,6 +77,7 @@ class _Settings(Record):
     validation: Annotated[float, Gt(0), Lt(1)]
     memory: Annotated[int, Ge(0)]
     draws: Annotated[int, Ge(2)]
+    verbose: bool
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -79,63 +96,111 @@ class _Diffusion(BaseEstimator):
     memory: int = 0
     draws: int = 32
     random_state: "int | RandomState | None" = None
+    device: str = "cpu"
+    verbose: bool = False
 
-    def _learn(self, X: "ArrayLike") -> tuple[np.ndarray, np.ndarray]:
+    def _learn(self, X: "ArrayLike") -> tuple[Tensor, Tensor]:
         """Fit the model; return the rows used for training and those held out."""
-        settings = _Settings(self.resolution, self.validation, self.memory, self.draws)
+        settings = _Settings(
+            self.resolution, self.validation, self.memory, self.draws, bool(self.verbose)
+        )
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        self._configure(1, seed, settings)  # raises for bad options before reading the rows
-        x = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        # raises for bad options before reading the rows
+        self._configure(Schema("real", (1,), None), 1, seed, settings)
+        device = find_device(self.device)
+        schema, x = self._read(X)
         order = random.permutation(len(x))
         held = min(len(x) - 1, max(1, round(settings.validation * len(x))))
-        rows = {"train": x[np.sort(order[held:])], "validation": x[np.sort(order[:held])]}
-        splits = {name: torch.tensor(part) for name, part in rows.items()}
-        dataset = Dataset("memory", Schema("real", (x.shape[1],), None), splits)
-        affine = _affine(x)
-        with threadpool_limits(1):  # more threads slow such small batches down
-            known = _mixture(affine(splits["train"]), settings.resolution)
-            configs = self._configure(len(x), seed, settings)
-            learner = Trainer(*configs, dataset, affine=affine, known=known)
-            few = splits["validation"][: MEASURED[0]]
-            measure = _Measure(few, seed, known.double(), settings.resolution)
-            model = learner.fit(measure).double()
-            _widen(model, settings.resolution)
-        if settings.memory:
-            embedded = model.embed(splits["train"])[order[held:].argsort()[: settings.memory]]
+        chosen = {"train": order[held:], "validation": order[:held]}
+        splits = {name: x[np.sort(rows)] for name, rows in chosen.items()}
+        dataset = Dataset("memory", schema, splits)
+        self._seed, self._draws = seed, settings.draws
+        self._known: MixtureDenoiser | None = None
+        configs = self._configure(schema, len(x), seed, settings)
+        # more threads slow such small batches down
+        with threadpool_limits(1), _bar(settings.verbose, configs[1].steps) as update:
+            if schema.columns:
+                learner = Trainer(*configs, dataset, str(device))
+                self.model_ = learner.fit(update=update)
+            else:
+                learner = self._learn_real(dataset, configs, settings, device, update)
+        if settings.memory and not schema.columns:
+            embedded = self.model_.embed(splits["train"].to(device))
+            embedded = embedded[order[held:].argsort()[: settings.memory]]
             several = len(embedded) > 1
             bandwidth = best_bandwidth(embedded, settings.resolution) if several else 1.0
-            model.network = Ensemble([model.network, Memory(embedded, bandwidth)]).eval()
-        self.model_, self._known, self._seed = model, known.double(), seed
+            self.model_.network = Ensemble(
+                [self.model_.network, Memory(embedded, bandwidth)]
+            ).eval()
+        self.schema_ = schema
         self.n_iter_, self.best_iter_ = learner.at.step, learner.at.best_step
-        self._draws = settings.draws
-        found = self._bound(rows["validation"])
+        if settings.verbose and (why := learner.stopped()):
+            print(why, file=sys.stderr)
+        found = self._bound(splits["validation"])
         self.validation_score_ = found.elbo.mean().item()
         self.validation_score_std_ = found.error.square().sum().sqrt().item() / held
-        return rows["train"], rows["validation"]
+        return splits["train"], splits["validation"]
+
+    def _learn_real(
+        self,
+        dataset: Dataset,
+        configs: tuple[ModelConfig, TrainConfig],
+        settings: _Settings,
+        device: torch.device,
+        update: Callable[[int, str], object],
+    ) -> Trainer:
+        """Fit the model to real rows, starting from a mixture."""
+        rows = torch.cat([*dataset.splits.values()])
+        affine = _affine(rows.numpy())
+        known = _mixture(affine(dataset.splits["train"]), settings.resolution).to(device)
+        learner = Trainer(*configs, dataset, str(device), affine=affine, known=known)
+        few = dataset.splits["validation"][: MEASURED[0]]
+        measure = _Measure(few, configs[1].seed, known.double(), settings.resolution)
+        self.model_ = learner.fit(measure, update).double()
+        _widen(self.model_, settings.resolution)
+        self._known = known.double()
+        return learner
+
+    def _read(self, X: "ArrayLike") -> tuple[Schema, Tensor]:
+        """Return the rows to fit and their schema: of a table for a mixed frame, else real."""
+        if not frames.is_mixed(X):
+            x = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+            return Schema("real", (x.shape[1],), None), torch.tensor(x)
+        schema, notes = schema_of(cast(Any, X))
+        for note in notes:
+            _note(note)
+        names = [str(name) for name in X.columns]  # type: ignore[union-attr]
+        self.feature_names_in_ = np.array(names, dtype=object)
+        self.n_features_in_, self._pandas = len(names), hasattr(X, "iloc")
+        return schema, load_like(X, schema).splits["all"][:]
+
+    def _rows(self, X: "ArrayLike") -> Tensor:
+        """Return rows to score, of the kind of those of `fit`."""
+        check_is_fitted(self)
+        if not self.schema_.columns:
+            return torch.tensor(validate_data(self, X, dtype=np.float64, reset=False))
+        found = load_like(X, self.schema_)
+        for note in found.notes:
+            _note(note)
+        return found.splits["all"][:]
 
     def _configure(
-        self, rows: int, seed: int, settings: _Settings
+        self, schema: Schema, rows: int, seed: int, settings: _Settings
     ) -> tuple[ModelConfig, TrainConfig]:
         """Return the configuration for this number of rows; few rows need few steps."""
         steps = min(1000, max(200, 2 * rows)) if self.steps is None else self.steps
-        model = ModelConfig(
-            head="velocity",
-            step="posterior",
-            decoder="gaussian",
-            network="mlp",
-            gamma_min=2 * float(np.log(settings.resolution)),
-            width=self.width,
-            depth=self.depth,
-            dropout=self.dropout,
-        )
+        model, train = configure(schema, rows)
+        if not schema.columns:
+            model = replace(model, network="mlp", gamma_min=2 * float(np.log(settings.resolution)))
+        model = replace(model, width=self.width, depth=self.depth, dropout=self.dropout)
         train = TrainConfig(
             steps=steps,
             batch=self.batch,
             lr=self.lr,
             warmup=50,
             weight_decay=self.weight_decay,
-            cross_entropy=0.0,
+            cross_entropy=train.cross_entropy,
             augment=0.0,
             evaluate_every=50,
             patience=PATIENCE,
@@ -150,24 +215,28 @@ class _Diffusion(BaseEstimator):
 
         The estimate is unbiased: its mean over seeds is a lower bound, and a single one has an
         error that falls with `draws`. The draws of a row depend on `random_state` and the row
-        only, so the errors of different rows are independent, and the error of the mean of N rows
-        is the root of the sum of their squares divided by N.
+        only (in a table, on the place of the row), so the errors of different rows are
+        independent, and the error of the mean of N rows is the root of the sum of their squares
+        divided by N.
 
         Args:
-            X: rows, (N, D).
+            X: rows, (N, D); a frame if `fit` was given a mixed one.
             return_std: also return the standard error of each score, (N,), nats.
 
         Raises:
             NotFittedError: before `fit`.
             ValueError: other columns than those of `fit`, or values that are not finite.
         """
-        check_is_fitted(self)
-        found = self._bound(validate_data(self, X, dtype=np.float64, reset=False))
+        found = self._bound(self._rows(X))
         scores = found.elbo.numpy()
         return (scores, found.error.numpy()) if return_std else scores
 
-    def _bound(self, x: np.ndarray) -> RowBounds:
-        return row_bounds(self.model_, torch.tensor(x), self._draws, self._seed, self._known)
+    def _bound(self, x: Tensor) -> RowBounds:
+        if self._known is not None:
+            return row_bounds(self.model_, x, self._draws, self._seed, self._known)
+        calls = max(self._draws, 2 * REPLICATES)
+        found = elbo(self.model_, Batch(x), calls=calls, seed=self._seed)
+        return RowBounds(found.elbo, found.standard_error)
 
 
 class _Measure:
@@ -216,9 +285,13 @@ class DiffusionDensity(DensityMixin, _Diffusion):
         memory: rows whose kernel density is averaged with the network; 0 for the network alone.
         draws: draws of times and noise in the score of a row, at least 2.
         random_state: seed of everything random.
+        device: where to train and to score: "cpu", "cuda"; "auto" is cuda, if there is one. Small
+            networks are quicker on a CPU.
+        verbose: show a progress bar and notes on the error stream while fitting.
 
     Attributes:
         model_: the `nelbo.Model`.
+        schema_: the `nelbo.data.Schema` of a row; with columns, if `fit` was given a mixed frame.
         n_iter_: number of training steps made.
         best_iter_: the step whose weights were kept; 0 for the initial mixture.
         validation_score_: the mean score of the rows held out.
@@ -228,7 +301,7 @@ class DiffusionDensity(DensityMixin, _Diffusion):
     """
 
     def fit(self, X: "ArrayLike", y: object = None) -> Self:
-        """Train a model of the rows of X, (N, D); y is not used.
+        """Train a model of the rows of X, (N, D), or of a mixed frame; y is not used.
 
         Raises:
             ValueError: fewer than two rows, values that are not finite, sparse data, or columns
@@ -243,11 +316,11 @@ class DiffusionDensity(DensityMixin, _Diffusion):
 
     def sample(
         self, n_samples: int = 1, random_state: "int | RandomState | None" = None, steps: int = 64
-    ) -> np.ndarray:
+    ) -> "np.ndarray | Frame":
         """Draw rows from the model, (n_samples, D), in the units of X.
 
         Returns a frame with the names of the columns if `sklearn.set_config(transform_output=...)`
-        is "pandas" or "polars".
+        is "pandas" or "polars"; after a mixed frame, always a frame of its library.
 
         Args:
             n_samples: number of rows.
@@ -257,8 +330,16 @@ class DiffusionDensity(DensityMixin, _Diffusion):
         check_is_fitted(self)
         n_samples, steps = integer("n_samples", n_samples, 1), integer("steps", steps, 1)
         random = check_random_state(self.random_state if random_state is None else random_state)
-        grid = TimeGrid(even_times(self.model_.process.schedule, steps, steps))
-        rows = ancestral(self.model_, n_samples, grid, int(random.randint(2**31 - 1))).numpy()
+        seed, schema = int(random.randint(2**31 - 1)), self.schema_
+
+        def draw(rows: Tensor, seed: int) -> Tensor:
+            return ancestral(self.model_, len(rows), steps, seed).cpu()
+
+        if schema.columns:
+            rows = within(draw, n_samples, schema, seed).numpy()
+            frame = encoding.decode(rows, schema.columns)
+            return frame.to_pandas() if self._pandas else frame
+        rows = draw(torch.arange(n_samples), seed).numpy()
         return _framed(rows, getattr(self, "feature_names_in_", None))
 
 
@@ -286,10 +367,14 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
         memory: rows in the memory, at most; 0 for the network alone.
         draws: draws of times and noise in the score of a row, at least 2.
         random_state: seed of everything random.
+        device: where to train and to score: "cpu", "cuda"; "auto" is cuda, if there is one. Small
+            networks are quicker on a CPU.
+        verbose: show a progress bar and notes on the error stream while fitting.
 
     Attributes:
         offset_: threshold; `decision_function` is `score_samples` minus this.
         model_: the `nelbo.Model`.
+        schema_: the `nelbo.data.Schema` of a row; with columns, if `fit` was given a mixed frame.
         n_iter_: number of training steps made.
         best_iter_: the step whose weights were kept; 0 for the initial mixture.
         validation_score_: the mean score of the rows held out.
@@ -304,7 +389,7 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
     memory: int = 2000
 
     def fit(self, X: "ArrayLike", y: object = None) -> Self:
-        """Train a model of the rows of X, (N, D), and set `offset_`; y is not used.
+        """Train a model of the rows of X, as `DiffusionDensity`, and set `offset_`; y is not used.
 
         Raises:
             ValueError: fewer than two rows, values that are not finite, sparse data, columns too
@@ -315,7 +400,7 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
         if not auto and not (isinstance(share, int | float) and 0 < share <= 0.5):
             raise ValueError(f'contamination must be "auto" or in (0, 0.5]; got {share!r}')
         trained, held = self._learn(X)
-        scores = self._bound(held if auto else np.concatenate([trained, held])).elbo
+        scores = self._bound(held if auto else torch.cat([trained, held])).elbo
         self.offset_ = float(np.quantile(scores.numpy(), 0.1 if auto else share))
         return self
 
@@ -326,6 +411,19 @@ class DiffusionOutlierDetector(OutlierMixin, _Diffusion):
     def predict(self, X: "ArrayLike") -> np.ndarray:
         """Return 1 for rows like those of `fit`, -1 for outliers, (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
+
+
+def _note(line: str) -> None:
+    warnings.warn(line, stacklevel=4)
+
+
+@contextmanager
+def _bar(show: bool, steps: int) -> Iterator[Callable[[int, str], object]]:
+    if not show:
+        yield lambda done, note: None
+        return
+    with progress_bar("train", steps) as update:
+        yield update
 
 
 def _affine(x: np.ndarray) -> Affine:

@@ -197,6 +197,20 @@ def load_like(
     return Dataset(name, schema, made, (*notes, *missing(schema.condition, labels)), labels)
 
 
+def schema_of(frame: "Frame") -> tuple[Schema, list[str]]:
+    """Return the schema that is inferred from all cells of a frame, and notes.
+
+    Raises:
+        ValueError: as for `load`, or no column is left to model.
+    """
+    notes: list[str] = []
+    name, table = tables.find(frame, notes)
+    columns, guesses = infer_columns(table)
+    refuse_empty(columns, name, guesses)
+    schema = Schema.of_table(typed(columns, table.schema), table.columns)
+    return schema, [*notes, *guesses]
+
+
 def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> list[str]:
     """Return a note if all levels lie in the lower half of the model's: they may be other
     levels."""

@@ -71,9 +71,10 @@ def row_bounds(
     parts = []
     with measuring(model):
         for some in x.double().split(rows):
+            some = some.to(model.device)
             u, noise = _own_draws(model.embed(some), strata, ends, seed)
             parts.append(_some(model, process, decoder, some, u, noise, known))
-    elbo, error = (torch.cat(each) for each in zip(*parts, strict=True))
+    elbo, error = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
     far = elbo.isnan()
     return RowBounds(
         torch.where(far, -math.inf, elbo), torch.where(far | error.isnan(), math.inf, error)
@@ -87,12 +88,13 @@ def _own_draws(e: Tensor, strata: int, ends: int, seed: int) -> tuple[Tensor, Te
     """
     draws, shape = 2 * strata, e.shape[1:]
     u, noise = np.empty((len(e), draws)), np.empty((len(e), draws + ends, *shape))
-    for i, row in enumerate((e + 0.0).numpy()):  # -0.0 is 0.0
+    for i, row in enumerate((e + 0.0).cpu().numpy()):  # -0.0 is 0.0
         key = hashlib.blake2b(row.tobytes(), digest_size=16, key=seed.to_bytes(8, "little"))
         of_row = np.random.Generator(np.random.Philox(key=int.from_bytes(key.digest(), "little")))
         u[i], noise[i] = of_row.random(draws), of_row.standard_normal(noise.shape[1:])
     within = torch.from_numpy(u).reshape(len(e), strata, 2)
-    return (torch.arange(strata)[:, None] + within).flatten(1) / strata, torch.from_numpy(noise)
+    spread = (torch.arange(strata)[:, None] + within).flatten(1) / strata
+    return spread.to(e.device), torch.from_numpy(noise).to(e.device)
 
 
 def _some(
@@ -105,13 +107,14 @@ def _some(
     known: MixtureDenoiser,
 ) -> RowBounds:
     start, draws = process.schedule.start, u.shape[1]
-    e, last = model.embed(x), torch.ones(len(x), dtype=torch.float64)
+    e = model.embed(x)
+    last, each = e.new_ones(len(x)), torch.arange(len(x), device=e.device)
 
     # the times between: the excess of the model's error over that of the mixture
     t = start + (1 - start) * u
-    of_row = torch.arange(len(x)).repeat_interleave(draws)
+    of_row = each.repeat_interleave(draws)
     wide, eps = e[of_row], noise[:, :draws].flatten(0, 1)
-    cost = torch.zeros(len(wide), dtype=torch.float64)
+    cost = e.new_zeros(len(wide))
     for sign in (1, -1):
         z, e_hat, of_known, _ = _both(model, known, wide, sign * eps, t.flatten())
         # ‖e - ê‖² - ‖e - ê_P‖² without cancellation
@@ -124,10 +127,10 @@ def _some(
 
     # the ends: reconstruction + KL_start - KL_1
     eps = noise[:, draws:]
-    of_row = torch.arange(len(x)).repeat_interleave(eps.shape[1])
+    of_row = each.repeat_interleave(eps.shape[1])
     wide, eps = e[of_row], eps.flatten(0, 1)
-    first, final = torch.full((len(wide),), start, dtype=torch.float64), last[of_row]
-    cost = torch.zeros(len(wide), dtype=torch.float64)
+    first, final = e.new_full((len(wide),), start), last[of_row]
+    cost = e.new_zeros(len(wide))
     for sign in (1, -1):
         _, e_hat, _, log_p = _both(model, known, wide, sign * eps, first)
         missed = (wide - e_hat).square().flatten(1).sum(1)

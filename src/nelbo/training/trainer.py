@@ -205,12 +205,17 @@ class Trainer:
             f" row have not improved on the bound of step {at.best_step} (--patience)"
         )
 
-    def fit(self, bound: Callable[[Model], float] | None = None) -> Model:
+    def fit(
+        self,
+        bound: Callable[[Model], float] | None = None,
+        update: Callable[[int, str], object] = lambda done, note: None,
+    ) -> Model:
         """Train until the training has `ended`.
 
         Args:
             bound: function from an averaged model to its bound in nats, in place of `measure`; it
                 is then called before the first step too.
+            update: called after each step with the number of steps and the best bound so far.
 
         Returns:
             The best of the averaged models, which are measured every `evaluate_every` steps.
@@ -222,6 +227,7 @@ class Trainer:
             self.step()
             if at.step % t.evaluate_every == 0 or at.step == t.steps:
                 self.measure() if bound is None else self.keep(bound(self.average))
+            update(at.step, f"bound {at.best:.4g} nats" if at.best < math.inf else "")
         best = copy.deepcopy(self.average)
         best.load_state_dict(self.best)
         best.dtype = torch.float64

@@ -53,6 +53,19 @@ def left_out(table: object) -> list[str]:
     return [f"the index of the frame, {', '.join(names)}, left out; reset_index() keeps it"]
 
 
+def is_mixed(table: object) -> bool:
+    """Return whether a table is a frame of pandas or polars with other cells than numbers."""
+    if hasattr(table, "iloc") and hasattr(table, "dtypes") and hasattr(table, "columns"):
+        frame = cast(Any, table)
+        kinds = (getattr(dtype, "kind", "O") for dtype in frame.dtypes)
+        return any(kind not in "biuf" for kind in kinds) or bool(frame.isna().any(axis=None))
+    if hasattr(table, "null_count") and hasattr(table, "schema"):
+        frame = cast(Any, table)
+        plain = (d.is_numeric() or str(d) == "Boolean" for d in frame.schema.values())
+        return not all(plain) or any(frame.null_count().row(0))
+    return False
+
+
 def _column(name: str, values: object) -> "Series":
     """Convert one column; values that its library considers missing become null."""
     pl = import_module("polars")
