@@ -16,8 +16,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
-	test -f $(RUN)/config.json || $(BIN)/nelbo train digits --out $(RUN)
-	$(BIN)/nelbo train --resume $(RUN)
+	if test -f $(RUN)/config.json; then $(BIN)/nelbo train --resume $(RUN); else $(BIN)/nelbo train digits --out $(RUN); fi
 	$(BIN)/nelbo evaluate $(RUN)
 	$(BIN)/nelbo evaluate $(RUN) --steps 8
 	$(BIN)/nelbo sample $(RUN) --n 64 --steps 32 --seed 0 --out $(RUN)/samples.png
