@@ -193,7 +193,6 @@ def test_the_record():
 
 def test_what_is_refused(module):
     for name, why in {
-        "random": "as many paths as there are orders",
         "confidence": "looks at the symbols drawn",
         "top-p": "temperature 1",
         "sideways": "no order that looks only at what shows",

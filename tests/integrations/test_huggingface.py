@@ -247,6 +247,9 @@ def test_the_sampler_that_people_use(tmp_path, capsys):
     again = nelbo.evaluate(f"hf:{home}", str(tmp_path / "a.txt"), calls=8, sampler="margin")
     assert "margin, 1 at a time" in repr(again) and again.in_order.calls_per_example == 8
     assert "margin, 1 at a time" in again._repr_html_()
+    run_ok(*command, "--sampler", "random", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["in_order"]["calls_per_example"] == (2**4 + 2**2) / 2 - 1
     line = nelbo_fails(capsys, *command, "--sampler", "confidence")
     assert "looks at the symbols drawn" in line
     assert "belongs to a sampler" in nelbo_fails(capsys, *command, "--tokens-per-step", 2)
@@ -263,3 +266,20 @@ def test_a_surrogate_on_the_command_line(tmp_path, capsys):
     assert "the surrogate read" in capsys.readouterr().err
     line = nelbo_fails(capsys, *command, "--surrogate", f"hf:{other}", "--steps", 2)
     assert "a surrogate is a masked model for a masked model" in line
+
+
+def test_the_model_s_own_texts_from_both_sides(tmp_path, capsys):
+    """`--own-samples` prints an interval, of texts of the lengths of the data."""
+    home = write(tmp_path / "m")
+    (tmp_path / "a.txt").write_text("abcd\nab\n")
+    command = ["evaluate", f"hf:{home}", "--data", tmp_path / "a.txt", "--lines", "--steps", 2]
+    own = [*command, "--importance-samples", 16, "--own-samples", 5]
+    run_ok(*own, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["examples"] == 5 and found["calls_per_example"] == 2 * 17
+    assert math.isclose(found["gap"], found["nats"] - found["at_least"])
+    run_ok(*own)
+    assert "5 samples of the model itself is between" in capsys.readouterr().out
+    assert "--importance-samples K at --steps T" in nelbo_fails(
+        capsys, *command, "--own-samples", 5
+    )

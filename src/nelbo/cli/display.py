@@ -55,7 +55,7 @@ def result(found: Evaluation | BoundEstimate, schema: Schema | None = None) -> N
     console.print(table)
     if isinstance(found, Evaluation) and (exact := found.in_order) is not None:
         console.print(
-            f"{exact.name}: the exact -log P(x) of another sampler, {exact.nats:.3f} nats per"
+            f"{exact.name}: the exact -log P(x) of {exact.of}, {exact.nats:.3f} nats per"
             f" example, without a Monte Carlo error; {exact.calls_per_example:.4g} network calls"
             " per example",
             highlight=False,

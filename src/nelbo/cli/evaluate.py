@@ -41,6 +41,7 @@ def evaluate(
     tokens_per_step: int | None = None,
     surrogate: str | None = None,
     importance_samples: int | None = None,
+    own_samples: int | None = None,
     ode: bool = False,
     dequantise: Literal["encoder", "truncated-normal", "uniform"] | None = None,
     tolerance: float | None = None,
@@ -85,7 +86,8 @@ def evaluate(
         Beside the bound, state the exact -log P(x) of the sampler of a masked model that shows its
         symbols left-to-right; or first those of which it is surest, by their largest probability
         (greedy), the margin of the two largest, or the entropy. It takes one network call for each
-        step, and is another P(x) than that of the bound, higher or lower.
+        step, and is another P(x) than that of the bound, higher or lower. Or random, for at most
+        16 symbols: the -log P(x) of which the bound is one, at 2^16 calls.
     tokens_per_step
         How many symbols the --sampler shows in each step, by default 1; given what shows before,
         they are independent.
@@ -95,6 +97,10 @@ def evaluate(
         counted.
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
+    own_samples
+        With --importance-samples: instead of the data, measure this number of samples of the model
+        itself, whose -log P(x) has a lower end too: so the two say how loose the bound of the
+        samples is. Prompts, lengths and labels are those of the data.
     ode
         Compute the likelihood by the probability-flow ODE instead, to two tolerances.
     dequantise
@@ -114,19 +120,22 @@ def evaluate(
     json
         Print one JSON object.
     """
+    import torch
+
     from nelbo import integrations
     from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable, write
     from nelbo._utils.progress import tracker
+    from nelbo._utils.scalars import integer
     from nelbo.cli import display
-    from nelbo.diffusion.batch import Batch
-    from nelbo.diffusion.unmasking import order_for
+    from nelbo.diffusion.batch import Batch, rows_of
+    from nelbo.evaluation.both_sides import both_sides
     from nelbo.evaluation.dequantization import DEQUANTISERS
     from nelbo.evaluation.evaluate import evaluate as bound
     from nelbo.evaluation.importance_bound import evaluate_importance
     from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
     from nelbo.evaluation.result import Evaluation
-    from nelbo.evaluation.unmasking_order import beside
+    from nelbo.evaluation.unmasking_order import beside, order_for
     from nelbo.runs.commands import model_of
     from nelbo.runs.config import read_config
     from nelbo.runs.run import load
@@ -134,6 +143,11 @@ def evaluate(
     _only_one_way(steps, calls, target_error, importance_samples, ode)
     if (ode or importance_samples is not None) and sampler is not None:
         raise ValueError("--sampler goes beside the bound; leave --ode, --importance-samples out")
+    if own_samples is not None and (importance_samples is None or save or columns):
+        raise ValueError(
+            "--own-samples measures the bound of --importance-samples K at --steps T; give these,"
+            " and leave --save and --columns out"
+        )
     if surrogate is not None and (ode or importance_samples is not None):
         raise ValueError("--surrogate is for the bound; leave --ode and --importance-samples out")
     if not ode and (dequantise is not None or tolerance is not None):
@@ -174,7 +188,22 @@ def evaluate(
             model.to(place)  # the best grid is measured there too
             times = None if steps is None else grid_of(loaded, steps, spacing)
         model.to(place)
-        order = order_for(model, sampler, tokens_per_step)
+        if own_samples is not None and importance_samples is not None and times is not None:
+            rows = torch.arange(integer("own_samples", own_samples, 1)) % len(batch)
+            both = both_sides(
+                model,
+                own_samples,
+                times=times,
+                samples=importance_samples,
+                condition=rows_of(batch.condition, rows),
+                seed=seed,
+                weights=weights,
+                track=track,
+            )
+            if rank == 0:
+                print(json_text(both.to_dict()) if json else both)
+            return
+        order = order_for(model, batch, sampler, tokens_per_step)
         find: Callable[..., Evaluation | BoundEstimate]
         if ode:
             way = None if dequantise is None else DEQUANTISERS[dequantise]

@@ -13,6 +13,9 @@ the order is a function of what shows, one path leads to each x, and its probabi
     P(x) = Π_steps Π_{i in next(z)} P(x_i|z),   z = what shows before the step.
 
 A model that is told the time is told the one at which this share of its symbols is hidden.
+
+`random`, one symbol at a time in any order, has many paths to each x, and P(x) is a mean over them
+(`evaluation.any_order`).
 """
 
 from collections.abc import Callable
@@ -33,6 +36,7 @@ def _margin(log_p: Tensor) -> Tensor:
     return best[:, 0] - best[:, 1:].sum(-1)
 
 
+RANDOM = "random"
 #: how sure a model is of a place, from its log-probabilities there (n, K); None for no such order
 SURENESS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "left-to-right": None,
@@ -43,8 +47,6 @@ SURENESS: dict[str, Callable[[Tensor], Tensor] | None] = {
 _TEMPERED = "it draws from other probabilities than those of the model, which are of temperature 1"
 #: why samplers of these names have no such likelihood
 REFUSED = {
-    "random": "it reaches each x by as many paths as there are orders; the any-order bound is one"
-    " on their mean",
     "confidence": "it looks at the symbols drawn, so it reaches each x by many paths; greedy takes"
     " the largest probability of any symbol instead",
     "top-p": _TEMPERED,
@@ -55,10 +57,10 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class UnmaskingOrder:
-    """An order that is a function of what shows.
+    """An order that is a function of what shows, or the random one.
 
     Args:
-        name: left-to-right, greedy, margin or entropy.
+        name: left-to-right, greedy, margin, entropy or random.
         tokens_per_step: k, the number of symbols that a step shows; the last shows what is left.
 
     Raises:
@@ -69,13 +71,13 @@ class UnmaskingOrder:
     tokens_per_step: int = 1
 
     def __post_init__(self) -> None:
-        if self.name not in SURENESS:
-            known = REFUSED.get(self.name)
-            why = "it is no order that looks only at what shows" if known is None else known
-            raise ValueError(
-                f"the sampler must be one of {', '.join(SURENESS)}; got {self.name!r}: {why}"
-            )
+        if self.name not in (*SURENESS, RANDOM):
+            why = REFUSED.get(self.name, "it is no order that looks only at what shows")
+            known = ", ".join([*SURENESS, RANDOM])
+            raise ValueError(f"the sampler must be one of {known}; got {self.name!r}: {why}")
         count = integer("tokens_per_step", self.tokens_per_step, 1)
+        if self.name == RANDOM and count > 1:
+            raise ValueError(f"random shows one symbol at a time; got tokens_per_step {count}")
         object.__setattr__(self, "tokens_per_step", count)
 
     def mask_of(self, model: Model) -> int:
@@ -154,14 +156,18 @@ def unmask(
             places (R, ...) and the rows of z that these are, (R,).
     """
     z, mask = z.long().clone(), order.mask_of(model)
-    schedule = model.process.schedule
     total = (z == mask).flatten(1).sum(1).double()
     while len(rows := (z == mask).flatten(1).any(1).nonzero()[:, 0]):
         now = z[rows]
         hidden = now == mask
-        share = hidden.flatten(1).sum(1) / total[rows]
-        t = time_of(schedule, share.logit(), schedule.start)
+        t = time_of_share(model, hidden.flatten(1).sum(1) / total[rows])
         symbols = model.predict(now, t, rows_of(condition, rows)).symbols(now, mask)
         chosen = order.next(symbols, hidden)
         z[rows] = torch.where(chosen, show(symbols, chosen, rows), now)
     return z
+
+
+def time_of_share(model: Model, hidden: Tensor) -> Tensor:
+    """Return the time at which this share of the symbols is hidden, 1 - α_t; shape of `hidden`."""
+    schedule = model.process.schedule
+    return time_of(schedule, hidden.double().logit(), schedule.start)

@@ -114,11 +114,16 @@ class OrderLikelihood(Measurement):
         """The sampler and the number of symbols that it shows at a time."""
         return f"{self.sampler}, {self.tokens_per_step} at a time"
 
+    @property
+    def of(self) -> str:
+        """The sampler as a sentence names it."""
+        return "the any-order sampler" if self.sampler == "random" else "another sampler"
+
     def __repr__(self) -> str:
         value = self.nats if self.bits_per_dim is None else self.bits_per_dim
         return (
             f"{value:.4f} ± {self.standard_error.total:.2g} {self.unit}, exact -log P(x"
-            f"{f'|{self.given}' if self.given else ''}) of another sampler ({self.name}),"
+            f"{f'|{self.given}' if self.given else ''}) of {self.of} ({self.name}),"
             f" {self.calls_per_example:.4g} network calls each"
         )
 
@@ -234,3 +239,35 @@ class BoundEstimate(Measurement):
     per_example: Tensor = field(repr=False, compare=False)
     #: a sentence for each choice that the meaning of the bound depends on
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BothSides(Measurement):
+    """−log P(x) from both sides, for examples that the model drew itself.
+
+    The mean is at most `nats`, the importance-weighted bound, and at least `at_least`, in nats per
+    example, both in expectation. `gap`, their distance, is at least what the bound is loose by.
+    """
+
+    at_least: float
+    gap: float
+    #: standard error of the gap, nats
+    gap_error: float
+    samples: int
+    steps: int
+    #: the examples, (N, *shape)
+    x: Tensor = field(repr=False, compare=False)
+    #: draws whose mean is at most, and at least, log P(x), shape (N,), nats
+    lower: Tensor = field(repr=False, compare=False)
+    upper: Tensor = field(repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        scale = self.bits_per_dim / self.nats if self.bits_per_dim else 1.0
+        return (
+            f"-log P(x{f'|{self.given}' if self.given else ''}) of {self.examples} samples of the"
+            f" model itself is between {scale * self.at_least:.4f} and {scale * self.nats:.4f}"
+            f" {self.unit}: the bound of {self.samples} importance-weighted samples of"
+            f" {self.steps} steps is loose by {scale * self.gap:.4f} ±"
+            f" {scale * self.gap_error:.2g} at most, on average;"
+            f" {self.calls_per_example:.4g} network calls each"
+        )

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from nelbo._utils.distributed import gather
 from nelbo._utils.progress import Track
+from nelbo.diffusion import unmasking
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.diffusion.symbols import Predicted
-from nelbo.diffusion.unmasking import UnmaskingOrder, unmask
+from nelbo.diffusion.unmasking import RANDOM, UnmaskingOrder, unmask
+from nelbo.evaluation import any_order
 from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.intervals import widened
@@ -29,8 +31,10 @@ def log_prob(model: Model, batch: Batch, order: UnmaskingOrder) -> Tensor:
     Args:
         model: a masked model; its `dtype` is the precision of the arithmetic around the network.
         batch: examples, of a model of tokens with what shows.
-        order: the order; of L symbols it takes L/k network calls.
+        order: the order; of L symbols it takes L/k network calls; in random order 2^L - 1.
     """
+    if order.name == RANDOM:
+        return any_order.log_prob(model, batch)
     x = batch.x.long()
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
@@ -65,11 +69,12 @@ def evaluate_order(
         track: wraps the blocks of examples, for a progress bar.
 
     Raises:
-        ValueError: if the model masks no symbols, or the examples are not of the model.
+        ValueError: if the model masks no symbols, or the examples are not of the model, or too
+            long for the random order.
     """
-    order.mask_of(model)
     batch = batch_of(model, x)
     check_not_empty(batch)
+    order_for(model, batch, order.name, order.tokens_per_step)
 
     def one(some: Batch, g: int) -> Tensor:
         parts = torch.arange(len(some)).split(model.rows)
@@ -96,6 +101,20 @@ def evaluate_order(
         tokens_per_step=order.tokens_per_step,
         per_example=found,
     )
+
+
+def order_for(
+    model: Model, batch: Batch, sampler: str | None, tokens_per_step: int | None = None
+) -> UnmaskingOrder | None:
+    """Return the order of that name in which to measure examples of a model; None for none.
+
+    Raises:
+        ValueError: as `unmasking.order_for`, or the examples are too long for the random order.
+    """
+    order = unmasking.order_for(model, sampler, tokens_per_step)
+    if order is not None and order.name == RANDOM:
+        any_order.check_length(model, batch)
+    return order
 
 
 def beside(

@@ -22,13 +22,12 @@ from nelbo.data.sources import Declaration, Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization
-from nelbo.diffusion.unmasking import order_for
 from nelbo.evaluation import evaluate as evaluation
 from nelbo.evaluation import example_bounds
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
 from nelbo.evaluation.result import Evaluation
-from nelbo.evaluation.unmasking_order import beside
+from nelbo.evaluation.unmasking_order import beside, order_for
 from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.memory import Reading
@@ -128,9 +127,9 @@ def evaluate(
             the result.
         per_example: for a better standard error of each example.
         variates: use control variates.
-        sampler: of a masked model, left-to-right, greedy, margin or entropy: measure beside the
-            bound, as `result.in_order`, the exact -log P(x) of the sampler that shows symbols
-            in this order, see `nelbo.diffusion.unmasking`.
+        sampler: of a masked model, left-to-right, greedy, margin, entropy or, for at most 16
+            symbols, random: measure beside the bound, as `result.in_order`, the exact -log P(x) of
+            the sampler that shows symbols in this order, see `nelbo.diffusion.unmasking`.
         tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
         known: for a bare model: other examples of the same distribution, such as the training
             data, to which control variates are fitted.
@@ -178,8 +177,8 @@ def evaluate(
     if isinstance(run, Model):
         if data is None:
             raise ValueError("a model brings no data; give examples, as in evaluate(model, x)")
-        order = order_for(run, sampler, tokens_per_step)
         batch = batch_of(run, data)
+        order = order_for(run, batch, sampler, tokens_per_step)
         notes += probe(run, batch)
         found = evaluation.evaluate(
             run,

@@ -23,14 +23,13 @@ from nelbo.data.sources import Source, Splits, load_like
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, find_device, model_hash
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid, even_times
-from nelbo.diffusion.unmasking import order_for
 from nelbo.evaluation.anomaly_scores import Scored, Scorer
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
 from nelbo.evaluation.example_bounds import ExampleBounds, elbo
 from nelbo.evaluation.grid_search import best_grid
 from nelbo.evaluation.result import Evaluation
-from nelbo.evaluation.unmasking_order import beside
+from nelbo.evaluation.unmasking_order import beside, order_for
 from nelbo.models import custom
 from nelbo.models.build import build
 from nelbo.models.conditioning import encode, labelled, names
@@ -179,9 +178,10 @@ class Run:
                 of the result.
             per_example: for a better standard error of each example.
             variates: use control variates.
-            sampler: of a masked model, left-to-right, greedy, margin or entropy: measure beside
-                the bound, as `result.in_order`, the exact -log P(x) of the sampler that shows
-                symbols in this order, see `nelbo.diffusion.unmasking`.
+            sampler: of a masked model, left-to-right, greedy, margin, entropy or, for at most 16
+                symbols, random: measure beside the bound, as `result.in_order`, the exact
+                -log P(x) of the sampler that shows symbols in this order, see
+                `nelbo.diffusion.unmasking`.
             tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
             surrogate: a cheaper masked model of the same symbols, see `nelbo.evaluate`.
             seed: of everything random.
@@ -191,8 +191,8 @@ class Run:
         Raises:
             ValueError: as for `batch`, `grid` and `nelbo.evaluation.evaluate.evaluate`.
         """
-        order = order_for(self.model, sampler, tokens_per_step)
         batch, name = self.batch(data, split, splits, tell or _warn)
+        order = order_for(self.model, batch, sampler, tokens_per_step)
         track = tracks(progress)
         result = self.measure(
             batch,

@@ -13,7 +13,7 @@ from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.symbols import Predicted
-from nelbo.diffusion.unmasking import UnmaskingOrder, unmask
+from nelbo.diffusion.unmasking import RANDOM, UnmaskingOrder, unmask
 from nelbo.sampling.samplers import numbers_only
 
 
@@ -44,6 +44,11 @@ def in_order(
             is not finite.
     """
     mask = order.mask_of(model)
+    if order.name == RANDOM:
+        raise ValueError(
+            "samples in random order are those of the ancestral sampler, of as many steps as the"
+            " symbols allow; take it"
+        )
     if count < 1:
         raise ValueError(f"the number of samples must be at least 1; got {count}")
     model.check_condition(condition, count)
