@@ -2,6 +2,7 @@
 
 import inspect as python
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,7 +11,11 @@ from support.runs import TINY
 
 import nelbo
 from nelbo._utils import progress
+from nelbo.data import Schema
+from nelbo.models.config import ModelConfig
 from nelbo.runs import hub, run
+from nelbo.training.config import TrainConfig
+from nelbo.training.presets import configure
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +287,29 @@ def test_progress_is_for_who_watches(monkeypatch):
     assert not progress.interactive()
     monkeypatch.setattr(progress, "find_spec", lambda name: None)
     assert progress.Terminal(stderr=True).is_jupyter is False
+
+
+def test_train_names_its_options():
+    """In its signature and its docstring; one that it has not is answered with the nearest."""
+    found = python.signature(nelbo.train)
+    for kind in (ModelConfig, TrainConfig):
+        assert {field.name for field in fields(kind)} <= {*found.parameters}
+        assert all(f"{field.name}: " in nelbo.train.__doc__ for field in fields(kind))
+    assert found.parameters["head"].default is None and "options" not in found.parameters
+    x = np.zeros((20, 4), np.uint8) + np.arange(20, dtype=np.uint8)[:, None] % 3
+    for name, near in (("widths", "width"), ("batch_size", "batch"), ("learning_rate", "lr")):
+        with pytest.raises(ValueError, match=f"unknown option '{name}'; did you mean '{near}'\\?"):
+            nelbo.train(x, "nowhere", **{name: 1})
+    with pytest.raises(ValueError, match="unknown option 'zzz'; known are process, schedule"):
+        nelbo.train(x, "nowhere", zzz=1)
+
+
+def test_what_a_network_predicts_has_one_set_of_names():
+    images = Schema("levels", (1, 8, 8), 17)
+    assert configure(images, 100, head="epsilon")[0] == configure(images, 100, head="noise")[0]
+    zero = lambda z, t: 0 * z  # noqa: E731
+    for name, word in (("eps", "noise"), ("x0", "data"), ("v", "velocity"), ("f", "mean")):
+        pair = [nelbo.toy([0.2, 0.5], zero, predicts=p).bound([0.3]).elbo for p in (name, word)]
+        assert torch.equal(*pair)
+    with pytest.raises(ValueError, match="predicts must be one of mean"):
+        nelbo.toy([0.2, 0.5], zero, predicts="nothing")

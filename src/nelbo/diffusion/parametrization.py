@@ -30,6 +30,24 @@ from nelbo.diffusion.level_law import mean_and_norm
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
 from nelbo.diffusion.symbols import WIDE, Predicted
 
+#: other spellings of what a network predicts, in papers and libraries
+SPELLINGS = {
+    **dict.fromkeys(("epsilon", "eps", "pred_noise", "ε"), "noise"),
+    **dict.fromkeys(("x", "x0", "x_0", "x_start", "sample", "pred_x0"), "data"),
+    **dict.fromkeys(("v", "v_prediction", "pred_v"), "velocity"),
+    "flow_prediction": "flow",
+    **dict.fromkeys(("f", "posterior_mean", "previous_x"), "mean"),
+}
+
+
+def spelled(word: str) -> str:
+    """Return our word for what a network predicts; an unknown word as it is.
+
+    >>> spelled("epsilon")
+    'noise'
+    """
+    return SPELLINGS.get(word, word)
+
 
 @dataclass(frozen=True)
 class Prediction:

@@ -145,7 +145,7 @@ def toy(
     f: Function,
     *,
     variance: Literal["beta", "beta_tilde"] = "beta",
-    predicts: Literal["mean", "noise", "data", "velocity"] = "mean",
+    predicts: str = "mean",
     tolerance: float = TOLERANCE,
 ) -> Toy:
     """Return a diffusion model of one real number, with ELBO, log P(x) and the gap between them.
@@ -159,7 +159,8 @@ def toy(
             of z_{t-1} given z_t, shape (N,).
         variance: σ_t² for t = 2..T, β_t or β̃_t.
         predicts: meaning of f: the "mean" of z_{t-1}, or a prediction of the "noise" ε, the "data"
-            x or the "velocity" √α ε − √(1-α) x, from which the mean follows.
+            x or the "velocity" √α ε − √(1-α) x, from which the mean follows; other names of these,
+            such as "epsilon" and "x0", are understood.
         tolerance: largest acceptable error of the quadrature, nats.
 
     Raises:
@@ -174,6 +175,7 @@ def toy(
     >>> bool(exact.kl([-1.0, 0.0, 2.0]).abs().max() < 1e-6)
     True
     """
+    predicts = parametrization.spelled(predicts)
     for name, value, known in (
         ("variance", variance, VARIANCES),
         ("predicts", predicts, PREDICTS),

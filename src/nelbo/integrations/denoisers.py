@@ -38,7 +38,7 @@ from nelbo.integrations.adapters import (
 )
 from nelbo.integrations.probe import probe
 
-Predicts = str  # a key of HEADS or SPELLINGS, or "mean"
+Predicts = str  # a key of HEADS or of parametrization.SPELLINGS, or "mean"
 Variance = Literal["small", "large", "learned-range"]
 Numbers = Tensor | Sequence[float]
 Denoiser = Callable[..., Tensor]
@@ -50,14 +50,6 @@ HEADS: dict[str, Callable[[], parametrization.Parametrization]] = {
     "velocity": parametrization.VPrediction,
     "score": parametrization.EpsPrediction,
     "flow": Flow,
-}
-#: other spellings of the same outputs, in papers and libraries
-SPELLINGS = {
-    **dict.fromkeys(("epsilon", "eps", "pred_noise", "ε"), "noise"),
-    **dict.fromkeys(("x", "x0", "x_0", "x_start", "sample", "pred_x0"), "data"),
-    **dict.fromkeys(("v", "v_prediction", "pred_v"), "velocity"),
-    "flow_prediction": "flow",
-    **dict.fromkeys(("f", "posterior_mean", "previous_x"), "mean"),
 }
 STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "small": reverse.Posterior,
@@ -374,7 +366,7 @@ def _spelled(
     """
     if not isinstance(predicts, str):
         return predicts
-    word = SPELLINGS.get(predicts, predicts)
+    word = parametrization.spelled(predicts)
     if word not in (*HEADS, "mean"):
         raise ValueError(f"predicts must be one of {', '.join(HEADS)}, mean; got {predicts!r}")
     return word

@@ -1,5 +1,6 @@
 """Train a model into a run folder, and resume it exactly (see `nelbo.training.trainer`)."""
 
+import inspect as python
 import json
 import math
 import os
@@ -7,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import chain, count
 from os import PathLike
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -85,7 +87,8 @@ def train(
             as forward(z, log_snr) and its output read as `head` says, by default "noise"; see
             `nelbo.models.custom`. A UNet2DModel of diffusers is taken as it is. `load` and
             `resume` need it again.
-        options: any field of ModelConfig or TrainConfig, overriding the preset's.
+        options: any field of ModelConfig or TrainConfig, in place of the preset's; each is in the
+            signature, and below.
 
     Raises:
         ValueError: bad data or options; `out` exists; the loss becomes non-finite.
@@ -148,6 +151,26 @@ def train(
                 print(f"where the data are is not kept: {cache.reason(error)}", file=sys.stderr)
     training = Training(out, run, dataset, device, on_event, module)
     return begin(training, progress, copy=copy)
+
+
+def _with_options() -> None:
+    """Give `train` the signature and the docstring with all options by name."""
+    signature = python.signature(train)
+    known = dict(signature.parameters)
+    del known["options"]
+    for config in (ModelConfig, TrainConfig):
+        for each in fields(config):
+            if each.name not in known:
+                kind = cast(Any, each.type) | None
+                known[each.name] = python.Parameter(
+                    each.name, python.Parameter.KEYWORD_ONLY, default=None, annotation=kind
+                )
+    train.__signature__ = signature.replace(parameters=[*known.values()])  # type: ignore[attr-defined]
+    for config in (ModelConfig, TrainConfig) if train.__doc__ else ():
+        train.__doc__ = f"{train.__doc__}\n{config.__name__}: {config.__doc__}"
+
+
+_with_options()
 
 
 def new_folder(data: Source) -> Path:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from nelbo.models.config import CUSTOM, LEVEL_HEADS, SYMBOL_PROCESSES, Decoder, ModelConfig
@@ -20,6 +21,8 @@ MANY_EXAMPLES = 10_000  # examples above which overfitting needs no augmentation
 FINE = 4096  # levels above which the decoder is a discretised Gaussian
 PATIENCE = 10  # validations of a table without improvement after which training ends
 SMALL = 16  # pixels of the shorter side up to which an image is small
+#: options by their names in other libraries
+OTHERS = {"learning_rate": "lr", "batch_size": "batch", "epochs": "steps", "layers": "depth"}
 #: options of the networks that nelbo makes
 OF_NETWORKS = ("width", "depth", "dropout", "members")
 
@@ -58,6 +61,10 @@ def configure(
     if preset not in get_args(Preset):
         raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}; got {preset!r}")
     model, train, levels = ModelConfig(), TrainConfig(), schema.levels or 0
+    if isinstance(head := options.get("head"), str):
+        from nelbo.diffusion.parametrization import spelled  # torch, which --help loads not
+
+        options = {**options, "head": spelled(head)}
     if options.get("network") == CUSTOM:
         _check_custom(schema, preset, options)
         options = {"head": "noise", "process": "gaussian", **options}
@@ -121,7 +128,7 @@ def configure(
     known = {f.name: kind for kind in (ModelConfig, TrainConfig) for f in fields(kind)}
     for name in options:
         if name not in known:
-            raise ValueError(f"unknown option {name!r}; known are {', '.join(known)}")
+            raise ValueError(f"unknown option {name!r}; {_nearest(name, [*known])}")
     of_model, of_train = (
         cast(dict[str, Any], {k: v for k, v in options.items() if known[k] is kind})
         for kind in (ModelConfig, TrainConfig)
@@ -143,3 +150,9 @@ def _check_custom(schema: "Schema", preset: str, options: Mapping[str, object]) 
                 f"{name} is of the networks that nelbo makes; your network has its own; leave"
                 f" {name} out"
             )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Return the advice to take the option that is spelled most alike, or all of them."""
+    near = [OTHERS[name]] if name in OTHERS else get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
