@@ -1,7 +1,9 @@
 """Masks with exact counts, and two levels: against enumeration of all masks of tiny texts."""
 
+import importlib.util
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from nelbo.evaluation.masks import MaskEstimator, Plan
 from nelbo.integrations import wrap_tokens
 
 V, MASK = 5, 4
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "evaluation" / "masks.py"
 NODES_OF_TIME = list(zip(*legendre_nodes(0.0, 1.0, 20), strict=True))
 
 
@@ -229,3 +232,26 @@ def test_what_has_no_counts_or_no_such_surrogate_is_refused():
 
     with pytest.raises(ValueError, match="symbols of the model, 5; got 6"):
         nelbo.evaluate(model, ids, surrogate=wrap_tokens(Other(), MASK))
+
+
+def test_rounded_counts_are_not_uniform():
+    """LLaDA's script rounds evenly spaced counts; at a spacing of 1/2 halves go to even ones.
+
+    So with answers of 8 tokens and batches of 16, even counts are three times as frequent as odd
+    ones, and the mean of a cost that rises with the count depends on the size of the batch.
+    """
+    spec = importlib.util.spec_from_file_location("masks_program", PROGRAM)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    seen = torch.cat([program.rounded_counts(8, 16, 50).flatten() for _ in range(4)])
+    frequency = seen.bincount(minlength=9)[1:]
+    assert (frequency[1::2] == 3 * frequency[0::2]).all() and frequency.sum() == 3200
+    whole = program.rounded_counts(8, 8).flatten().bincount(minlength=9)[1:]
+    assert (whole == 1).all()
+    rising = torch.arange(1, 9).double() ** 2
+    assert abs((frequency * rising).sum() / 3200 - rising.mean()) > 1
+    model = tiny(4)
+    ours = draw_masks(
+        Texts(model, model.batch([[0, 1, 2, 3] * 2])), [0], (0, 0), 200, 16, lambda L: np.ones(L)
+    )
+    assert (ours.count.flatten().bincount(minlength=9)[1:] == 400).all()

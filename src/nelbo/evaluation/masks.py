@@ -267,7 +267,8 @@ def price_of(model: Model, surrogate: Model, batch: Batch) -> float:
 
     It is the share of the floating-point operations of a call, and at least FREE.
     """
-    counts = []
+    counts, fast = [], torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # whose operations are not counted
     one = batch[torch.zeros(1, dtype=torch.long)]
     for each in (model, surrogate):
         part = one.to(each.device)
@@ -275,6 +276,7 @@ def price_of(model: Model, surrogate: Model, batch: Batch) -> float:
         with FlopCounterMode(display=False) as counter:
             each.predict(z, torch.ones(1, dtype=torch.float64, device=each.device), part.condition)
         counts.append(counter.get_total_flops())
+    torch.backends.mha.set_fastpath_enabled(fast)
     return max(FREE, counts[1] / max(counts[0], 1))
 
 
