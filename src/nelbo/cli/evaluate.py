@@ -129,10 +129,12 @@ def evaluate(
     from nelbo._utils.scalars import integer
     from nelbo.cli import display
     from nelbo.diffusion.batch import Batch, rows_of
+    from nelbo.diffusion.latent import LatentModel
     from nelbo.evaluation.both_sides import both_sides
     from nelbo.evaluation.dequantization import DEQUANTISERS
     from nelbo.evaluation.evaluate import evaluate as bound
     from nelbo.evaluation.importance_bound import evaluate_importance
+    from nelbo.evaluation.latent_bound import evaluate_latent
     from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
     from nelbo.evaluation.result import Evaluation
     from nelbo.evaluation.unmasking_order import beside, order_for
@@ -188,7 +190,16 @@ def evaluate(
             model.to(place)  # the best grid is measured there too
             times = None if steps is None else grid_of(loaded, steps, spacing)
         model.to(place)
-        if own_samples is not None and importance_samples is not None and times is not None:
+        order = None
+        if isinstance(model, LatentModel):
+            if ode or not importance_samples is target_error is surrogate is sampler is None:
+                raise ValueError(
+                    "--ode, --importance-samples, --target-error, --surrogate and --sampler are"
+                    " for models of the data themselves, and this is one of their latents; give"
+                    " --calls"
+                )
+            codes = model.codes
+        elif own_samples is not None and importance_samples is not None and times is not None:
             rows = torch.arange(integer("own_samples", own_samples, 1)) % len(batch)
             both = both_sides(
                 model,
@@ -203,9 +214,13 @@ def evaluate(
             if rank == 0:
                 print(json_text(both.to_dict()) if json else both)
             return
-        order = order_for(model, batch, sampler, tokens_per_step)
+        else:
+            codes = model.process.codes
+            order = order_for(model, batch, sampler, tokens_per_step)
         find: Callable[..., Evaluation | BoundEstimate]
-        if ode:
+        if isinstance(model, LatentModel):
+            find = partial(evaluate_latent, model, times=foreign.times, calls=calls)
+        elif ode:
             way = None if dequantise is None else DEQUANTISERS[dequantise]
             price = TOLERANCE if tolerance is None else tolerance
             find = partial(evaluate_flow, model, dequantiser=way, tolerance=price)
@@ -222,7 +237,7 @@ def evaluate(
                 find = partial(find, surrogate=cheaper.to(place))
         result = find(batch, seed=seed, weights=weights, split=split, track=track)
         rates = foreign.rates(result.nats, batch) if integrations.is_foreign(run) else {}
-        if isinstance(result, Evaluation):
+        if isinstance(result, Evaluation) and not isinstance(model, LatentModel):
             bar = tracker("in order") if rank == 0 else iter
             result = beside(result, model, batch, order, bar)
             if result.in_order is not None and integrations.is_foreign(run):
@@ -245,7 +260,7 @@ def evaluate(
             for note in result.notes:
                 _note(note)
             say_notes(batch.x)
-            if line := display.worse_than_uniform(result, model.process.codes):
+            if line := display.worse_than_uniform(result, codes):
                 _note(line)
         if columns:
             _show_columns(loaded, batch, steps or 32, spacing, seed, rank == 0)

@@ -173,7 +173,7 @@ class LatentModel(nn.Module):
         x, count = batch.x, self.codes
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"the model is for examples {self.shape}; got {tuple(x.shape[1:])}")
-        if count and (x.is_floating_point() or (len(x) and (x.min() < 0 or x.max() >= count))):
+        if count and (x.is_floating_point() or not _within(x, count)):
             raise ValueError(f"examples must be integers 0..{count - 1}; got {x.dtype}")
         self.prior.check_condition(batch.condition, len(batch))
 
@@ -200,6 +200,11 @@ class LatentModel(nn.Module):
         best = min(found, key=lambda name: sum(cost for cost, _ in found[name]))
         scales = torch.tensor([scale for _, scale in found[best]], dtype=torch.float64)
         self.law = PixelLaw(scaling, best, scales).to(self.device)
+
+
+def _within(x: Tensor, count: int) -> bool:
+    """Return whether integers are 0..count-1; those that stay in files have been checked."""
+    return not isinstance(x, Tensor) or not len(x) or (int(x.min()) >= 0 and int(x.max()) < count)
 
 
 def _best_scale(

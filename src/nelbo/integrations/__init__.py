@@ -21,7 +21,7 @@ SOURCES = {
 }
 #: the options after a path, and the form of each
 OPTIONS = {
-    "diffusers": ("clip", "label", "scaling", "keep", "variance", "weights"),
+    "diffusers": ("clip", "label", "scaling", "keep", "variance", "weights", "law"),
     "openai": ("clip", "label"),
 }
 NUMBER = r"-?\d+(\.\d+)?"
@@ -32,6 +32,7 @@ PATTERNS = {
     "keep": r"\d+(:\d+)*",
     "variance": "small|large",
     "weights": r"\w[\w.-]*",
+    "law": r"[\w.:]+",
 }
 SHOWN = {
     "clip": "clip=yes or clip=no",
@@ -40,6 +41,7 @@ SHOWN = {
     "keep": "keep=0:4:9 (times of the training)",
     "variance": "variance=small or variance=large",
     "weights": "weights=NAME (a variant or a folder)",
+    "law": "law=laplace (of pixels, for a model of latents)",
 }
 
 

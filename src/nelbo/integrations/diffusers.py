@@ -33,6 +33,7 @@ from nelbo.integrations.adapters import EDM, Flow, interpolating
 from nelbo.integrations.conditions import Condition, Conditioned, Given
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left
 from nelbo.integrations.diffusers_folder import (
+    AUTOENCODER,
     Config,
     autoencoder_of,
     check_keys,
@@ -51,6 +52,7 @@ from nelbo.integrations.diffusers_scheduler import (
     steps_of,
 )
 from nelbo.integrations.external import Foreign, check_label, check_labels, read_json, scaled
+from nelbo.integrations.latents import VARIATIONAL, refusal, scaling_of, through
 from nelbo.integrations.probe import probe
 
 LABELS = "class_labels"  # the keyword of the networks' classes
@@ -67,6 +69,7 @@ def load(
     variance: Variance | None = None,
     weights: str | None = None,
     condition: Condition | None = None,
+    law: str | None = None,
 ) -> Foreign:
     """Load the model in a folder; arguments and errors as for `build`.
 
@@ -80,6 +83,7 @@ def load(
         variance: as said.
         weights: a variant of the weights, such as fp16, or a folder of others, such as unet_ema.
         condition: as for `build`.
+        law: as for `build`.
 
     Raises:
         FileNotFoundError: there is no such folder, or a part is missing.
@@ -87,13 +91,7 @@ def load(
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}; save a pipeline there, or its parts")
-    latent = autoencoder_of(path)
-    if latent is not None:
-        raise ValueError(
-            f"{path} models the latents of an autoencoder ({latent}), of which there is a density"
-            " only; encode them and use nelbo.integrations.diffusers.build(network, scheduler,"
-            " scaling=Affine())"
-        )
+    vae = _autoencoder(path)
     home, variant, notes = home_of(path, weights)
     network, kind, said = network_of(home, variant)
     settings = path / "scheduler" / "scheduler_config.json"
@@ -106,6 +104,7 @@ def load(
     kind = kind if weights is None else f"{kind}, {weights}"
     options: dict[str, object] = {"clip": clip, "label": label, "scaling": scaling, "keep": keep}
     options |= {"variance": variance, "weights": kind, "condition": condition}
+    options |= {"vae": vae, "law": law}
     found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
     return replace(found, notes=(*found.notes, *notes, *said))
 
@@ -123,6 +122,8 @@ def build(
     variance: Variance | None = None,
     weights: str = "as given",
     condition: Condition | None = None,
+    vae: nn.Module | None = None,
+    law: str | None = None,
 ) -> Foreign:
     """Return the model of a network and the scheduler it was trained with.
 
@@ -140,13 +141,24 @@ def build(
         weights: name of the weights, for the record.
         condition: the classes of the examples to be measured, in their order, for the bound on
             P(x|class).
+        vae: the autoencoder whose latents the network models, an AutoencoderKL, for the bound on
+            images.
+        law: of their pixels, "gaussian", "logistic" or "laplace", with ":channels" for a scale of
+            each channel, or a scale such as ":0.05"; by default the best, fitted to images that
+            are not measured.
 
     Raises:
         ValueError: a scheduler or network without a bound; the message says why.
     """
     scheduler, scaling = copy.deepcopy(scheduler), scaling or Levels(256)
     config: Config = dict(scheduler.config)
-    about: Config = dict(network.config)  # type: ignore[arg-type]
+    about = dict(network.config)  # type: ignore[arg-type]
+    if vae is not None:
+        if not isinstance(scaling, Levels):
+            raise ValueError("the scaling of a model of images by their latents is of levels")
+        pixels, scaling = scaling, scaling_of(vae, about)
+    elif law is not None:
+        raise ValueError("a law of pixels is for a model of the latents of an autoencoder")
     kind = str(config.get("_class_name", type(scheduler).__name__))
     check_scheduler(config, clip, name)
     check_keys(config, type(scheduler), "the scheduler's config")
@@ -191,7 +203,27 @@ def build(
         notes.append("the network also gives a variance, which is not used")
     levels = scaling.count or None
     schema = Schema("real" if levels is None else "levels", shape, levels)
-    return Foreign(name, model, schema, times, weights, tuple(notes), given)
+    found = Foreign(name, model, schema, times, weights, tuple(notes), given)
+    return found if vae is None else through(found, vae, pixels, law)
+
+
+def _autoencoder(path: Path) -> nn.Module | None:
+    """Return the autoencoder of a folder whose network models latents, None if there is none."""
+    named = autoencoder_of(path)
+    if named is None:
+        return None
+    begin = f"{path} models the latents of an autoencoder ({named})"
+    kinds = {
+        home: str(read_json(home / "config.json").get("_class_name"))
+        for home in sorted(path.iterdir())
+        if (home / "config.json").is_file()
+    }
+    of_latents = {home: kind for home, kind in kinds.items() if AUTOENCODER.search(kind)}
+    for home, kind in of_latents.items():
+        if kind == VARIATIONAL:
+            return network_of(home, kinds=(VARIATIONAL,))[0]
+        raise ValueError(f"{begin}, and {refusal(kind)}")
+    raise ValueError(f"{begin}, and its files are not there: give the folder of the autoencoder")
 
 
 class Plain(nn.Module):

@@ -89,15 +89,17 @@ def home_of(path: Path, weights: str | None) -> tuple[Path, str | None, list[str
     return home, weights, said
 
 
-def network_of(home: Path, variant: str | None = None) -> tuple[nn.Module, str, list[str]]:
+def network_of(
+    home: Path, variant: str | None = None, kinds: tuple[str, ...] = NETWORKS
+) -> tuple[nn.Module, str, list[str]]:
     """Return the network in a folder with exactly its weights, the name of its class, and notes.
 
     The weights are the default ones, or those of a variant, such as fp16.
     """
     config = read_json(home / "config.json")
     kind = str(config.get("_class_name"))
-    if kind not in NETWORKS:
-        raise ValueError(f"{home} holds a {kind}; known are {', '.join(NETWORKS)}")
+    if kind not in kinds:
+        raise ValueError(f"{home} holds a {kind}; known are {', '.join(kinds)}")
     files = _files_of(home, variant)
     if not files:
         pickled = any(home.glob("*.bin"))

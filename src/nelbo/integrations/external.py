@@ -10,9 +10,10 @@ from torch import Tensor
 from nelbo import data
 from nelbo._utils import limits
 from nelbo.data import coerce
-from nelbo.data.schema import Schema
+from nelbo.data.schema import Dataset, Schema
 from nelbo.data.sources import Source, Splits
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import TimeDiscretization
@@ -35,7 +36,7 @@ class Foreign:
     """
 
     name: str
-    model: Model
+    model: Model | LatentModel
     schema: Schema
     times: TimeDiscretization
     weights: str
@@ -76,9 +77,14 @@ class Foreign:
         if split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
         place = source if isinstance(source, str | PathLike) else coerce.NAME
+        return self.select(dataset, split, tell or str), f"{split} of {place}"
+
+    def select(
+        self, dataset: Dataset, split: str, tell: Callable[[str], object]
+    ) -> Tensor | Batch:
+        """Return the examples of a split, with their conditions."""
         x = dataset.splits[split]
-        found = x if self.condition is None else Batch(x, self.condition.rows(len(x)))
-        return found, f"{split} of {place}"
+        return x if self.condition is None else Batch(x, self.condition.rows(len(x)))
 
     def check(self, batch: Batch) -> list[str]:
         """Return notes on how the network is read, from its errors on some examples.
@@ -86,6 +92,7 @@ class Foreign:
         Raises:
             ValueError: another reading fits better by far; see `probe`.
         """
+        assert isinstance(self.model, Model)
         return probe(self.model, batch)
 
     def rates(self, nats: float, batch: Batch) -> dict[str, float]:

@@ -25,7 +25,7 @@ from nelbo.integrations.denoisers import Called, Numbers, Predicts, Variance, sp
 from nelbo.integrations.external import Foreign, scaled
 
 NETWORKS = ("unet", "transformer")  # of a pipeline
-OF_PIPELINES = {"clip", "keep", "label", "scaling", "variance"}
+OF_PIPELINES = {"clip", "keep", "label", "law", "scaling", "variance"}
 MODES = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4, "I;16": 1}  # channels of an image of Pillow
 
 
@@ -43,6 +43,7 @@ class Reading(TypedDict, total=False):
     clip: bool
     keep: Sequence[int]
     label: int
+    law: str
 
 
 class Parts(NamedTuple):
@@ -111,16 +112,10 @@ def read(
     from nelbo.integrations import diffusers
     from nelbo.integrations.diffusers_folder import AUTOENCODER
 
-    for part, each in getattr(thing, "components", {}).items():
-        kind = type(each).__name__
-        if each is not None and AUTOENCODER.search(kind):
-            raise ValueError(
-                f"the {name} models the latents of an autoencoder ({part}: {kind}), of which there"
-                " is a density only"
-            )
-    return diffusers.build(
-        *parts, name=name, steps=steps, condition=condition, **cast("dict[str, Any]", reading)
-    )
+    of_pipeline = getattr(thing, "components", {}).values()
+    vae = next((each for each in of_pipeline if AUTOENCODER.search(type(each).__name__)), None)
+    options = cast("dict[str, Any]", reading)
+    return diffusers.build(*parts, name=name, steps=steps, condition=condition, vae=vae, **options)
 
 
 def _of_function(

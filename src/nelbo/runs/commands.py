@@ -10,7 +10,9 @@ from dataclasses import replace
 from functools import wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, Unpack
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, Unpack, cast
+
+from torch import Tensor
 
 from nelbo import integrations
 from nelbo._utils import limits
@@ -20,12 +22,14 @@ from nelbo.data import inspection
 from nelbo.data.inspection import Inspection
 from nelbo.data.sources import Declaration, Source, Splits
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization
 from nelbo.evaluation import evaluate as evaluation
 from nelbo.evaluation import example_bounds
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
+from nelbo.evaluation.latent_bound import evaluate_latent
 from nelbo.evaluation.result import Evaluation
 from nelbo.evaluation.unmasking_order import beside, order_for
 from nelbo.integrations import Foreign, memory
@@ -81,6 +85,8 @@ def model_of(run: AnyRun | Model | Foreign, trust_remote_code: bool = False) -> 
     if isinstance(run, str) and integrations.is_foreign(run):
         run = integrations.load(run, trust_remote_code=trust_remote_code)
     if isinstance(run, Foreign):
+        if isinstance(run.model, LatentModel):
+            raise ValueError(f"{run.name} is a model of latents; give one of the data themselves")
         return run.model
     return run if isinstance(run, Model) else run_of(run).model
 
@@ -167,16 +173,38 @@ def evaluate(
         steps = None
     elif condition is not None:
         raise ValueError("condition is for another library's network; give Batch(x, condition)")
-    if isinstance(run, Foreign):
-        foreign, run = run, run.model
+    foreign = run if isinstance(run, Foreign) else None
+    if foreign is not None:
+        run = foreign.model
         notes += foreign.notes
         if not isinstance(data, Batch) and data is not None:
             data, split = foreign.examples(data, split, splits, notes.append)
         times = foreign.times if times is None and steps is None else times
         options["weights"] = foreign.weights
+    if isinstance(run, Model | LatentModel) and data is None:
+        raise ValueError("a model brings no data; give examples, as in evaluate(model, x)")
+    if isinstance(run, LatentModel):
+        if target_error is not None or not known is surrogate is sampler is None:
+            raise ValueError(
+                "target_error, known, surrogate and sampler are for models of the data themselves;"
+                " a model of their latents takes calls"
+            )
+        if times is None:
+            raise ValueError("give the times of a model of latents: steps, or times")
+        data = data if isinstance(data, Batch) else Batch(cast(Tensor, data))
+        notes += [] if foreign is None else foreign.check(data)
+        of_latents = evaluate_latent(
+            run,
+            data,
+            times=times,
+            calls=calls,
+            seed=seed,
+            weights=options.get("weights", "as given"),
+            split=split or "as given",
+            track=track,
+        )
+        return replace(of_latents, notes=(*notes, *of_latents.notes))
     if isinstance(run, Model):
-        if data is None:
-            raise ValueError("a model brings no data; give examples, as in evaluate(model, x)")
         batch = batch_of(run, data)
         order = order_for(run, batch, sampler, tokens_per_step)
         notes += probe(run, batch)

@@ -1,0 +1,196 @@
+"""Models of the latents of diffusers' variational autoencoders, measured on images.
+
+An AutoencoderKL has an encoder q(z|x) and decodes z to an image; the network and its scheduler are
+a diffusion prior of e = (z - shift_factor) scaling_factor. The law of the pixels about the decoded
+image is of no file: its scale is fitted to images that are not measured, or given.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from nelbo.data.rows import Rows
+from nelbo.data.schema import Dataset, Schema
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.latent import LAWS, LatentModel, PixelLaw, evaluating
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Affine, Levels
+from nelbo.integrations.external import Foreign
+from nelbo.integrations.probe import ROWS, probe
+
+VARIATIONAL = "AutoencoderKL"
+LEAVE_OUT = 10  # of so many images one is left out, to fit the law of the pixels to
+LAW = re.compile(rf"({'|'.join(LAWS)})(:channels|:(\d*\.?\d+))?")
+SHOWN = "law=laplace (or gaussian, logistic), law=laplace:channels or law=laplace:0.05"
+
+
+class Encoder(nn.Module):
+    """The mean and the log-variance of q(z|x) of an AutoencoderKL, in the halves of channels."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        found = cast(Any, self.vae).encode(images).latent_dist
+        return torch.cat([found.mean, found.logvar], 1)
+
+
+class Decoder(nn.Module):
+    """The image of latents z by an AutoencoderKL."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    @override
+    def forward(self, z: Tensor) -> Tensor:
+        image: Tensor = cast(Any, self.vae).decode(z).sample
+        return image
+
+
+@dataclass(frozen=True)
+class LatentForeign(Foreign):
+    """A foreign model of images by their latents.
+
+    Args:
+        fit: the law of the pixels to be fitted, "" for the best; None if it is given.
+        channels: whether it has a scale for each channel.
+    """
+
+    model: LatentModel
+    fit: str | None = ""
+    channels: bool = False
+
+    @override
+    def select(
+        self, dataset: Dataset, split: str, tell: Callable[[str], object]
+    ) -> Tensor | Batch:
+        """Return the examples of a split, and fit the law of pixels to others.
+
+        These are those of another split, or every tenth of the examples, which is then not
+        measured.
+        """
+        x = dataset.splits[split]
+        found = x if self.condition is None else Batch(x, self.condition.rows(len(x)))
+        if self.fit is None:
+            return found
+        names = ("validation", "train", "test")
+        other = next(
+            (n for n in names if split != "all" and n != split and n in dataset.splits), ""
+        )
+        rows = torch.arange(len(x))
+        if other:
+            held, name = dataset.splits[other], f"{other} split"
+        elif len(x) < 2:
+            raise ValueError(
+                "the law of the pixels is fitted to images that are not measured, and there is one"
+                f" image; give more, or the law: {SHOWN}"
+            )
+        else:
+            out = rows % LEAVE_OUT == min(LEAVE_OUT, len(x)) - 1
+            held, name = _some(x, rows[out]), f"{int(out.sum())} images that were left out"
+            x = _some(x, rows[~out])
+            found = x if self.condition is None else Batch(x, cast(Batch, found).condition[~out])  # type: ignore[index]
+        self.model.fit_law(held, self.fit or None, self.channels)
+        tell(f"the law of the pixels is {self.model.law}, fitted to the {name}")
+        return found
+
+    @override
+    def check(self, batch: Batch) -> list[str]:
+        some = batch[torch.linspace(0, len(batch) - 1, ROWS).round().long()].to(self.model.device)
+        with evaluating(self.model):
+            latents = self.model.posterior(some.x).mean
+        return probe(self.model.prior, Batch(latents, some.condition))
+
+
+def _some(x: Tensor, rows: Tensor) -> Tensor:
+    return cast(Tensor, x.take(rows.numpy())) if isinstance(x, Rows) else x[rows]
+
+
+def refusal(kind: str) -> str:
+    """Return why there is no bound of images through an autoencoder of a class."""
+    if "KL" in kind:
+        return f"a {kind} is not known; an {VARIATIONAL} is"
+    return (
+        f"the encoder of a {kind} is deterministic: q(z|x) is a point, whose density is infinite,"
+        f" and so is the bound; an encoder with a variance, as of an {VARIATIONAL}, has one"
+    )
+
+
+def scaling_of(vae: nn.Module, about: dict[str, object]) -> Affine:
+    """Return the map from latents z to e, (z - shift)/scale.
+
+    Args:
+        vae: an AutoencoderKL.
+        about: config of the network of the prior.
+
+    Raises:
+        ValueError: the network is not of these latents.
+    """
+    config = dict(vae.config)  # type: ignore[arg-type]
+    kind = str(config.get("_class_name", type(vae).__name__))
+    if kind != VARIATIONAL:
+        raise ValueError(f"the model is of the latents of an autoencoder, and {refusal(kind)}")
+    channels = config["latent_channels"]
+    if about.get("in_channels") != channels:
+        raise ValueError(
+            f"the network takes {about.get('in_channels')} channels, and the latents of the"
+            f" autoencoder have {channels}; networks that take more, as for inpainting, have no"
+            " bound"
+        )
+    factor = float(config["scaling_factor"])
+    shift: Tensor | float = float(config.get("shift_factor") or 0.0)
+    scale: Tensor | float = 1 / factor
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shift, spread = (
+            torch.tensor(config[f"latents_{name}"], dtype=torch.float64).reshape(-1, 1, 1)
+            for name in ("mean", "std")
+        )
+        scale = spread / factor
+    return Affine(shift, scale)
+
+
+def through(found: Foreign, vae: nn.Module, levels: Levels, law: str | None) -> LatentForeign:
+    """Return a model of images from that of their latents.
+
+    Args:
+        found: the model of the latents.
+        vae: an AutoencoderKL.
+        levels: of the images, as the autoencoder sees them.
+        law: of the pixels: a key of LAWS, followed by ":channels" for a scale of each channel or
+            by ":0.05" for this scale; by default the best on images that are not measured.
+    """
+    match = LAW.fullmatch(law or "")
+    if law and not match:
+        raise ValueError(f"the law of pixels is {SHOWN}; got {law!r}")
+    family, rest, scale = match.groups() if match else ("", "", None)
+    config = dict(vae.config)  # type: ignore[arg-type]
+    assert isinstance(found.model, Model)
+    _, *sides = found.model.shape
+    longer = 2 ** (len(config["block_out_channels"]) - 1)
+    shape = (int(config["in_channels"]), *(longer * side for side in sides))
+    pixels = PixelLaw(levels, family or "gaussian", float(scale) if scale else 0.1)
+    model = LatentModel(Encoder(vae), Decoder(vae), pixels, found.model, shape)
+    prior = "x".join(map(str, found.model.shape))
+    note = (
+        f"a bound on images through the {VARIATIONAL}: the diffusion model is of {prior} latents,"
+        " the encoder draws them, and the decoder's image has a law of pixels about it"
+    )
+    return LatentForeign(
+        found.name,
+        model,
+        Schema("levels", shape, levels.count),
+        found.times,
+        found.weights,
+        (note, *found.notes),
+        found.condition,
+        fit=None if scale else family,
+        channels=rest == ":channels",
+    )
