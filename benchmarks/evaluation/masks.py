@@ -1,7 +1,7 @@
 """Variance per text of mask estimators of a text model, at equal numbers of network calls.
 
     python benchmarks/evaluation/masks.py TINYSHAKESPEARE.txt [--network bert] [--seconds 240]
-        [--keep FOLDER] [--calls 1 2 4 8 16 32 128] [--json out.json]
+        [--keep FOLDER] [--calls 1 2 4 8 16 32 128] [--ways mdlm costs] [--json out.json]
 
 A masked transformer of 48 characters is trained first (or a BERT of transformers), for so many
 seconds of processor time; and two surrogates: on the texts, and then on the model's own costs.
@@ -157,6 +157,7 @@ def gdpo(costs: Costs, texts: int, calls: int) -> Tensor:
     return (costs(hidden) * weight / share).sum(0) / (calls // len(nodes))
 
 
+OURS = "ours", "texts", "costs", "priced"
 RECIPES = {"llada": llada, "mdlm": mdlm, "vrpo": vrpo, "coupled": coupled, "gdpo": gdpo}
 
 
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--draws", type=int, default=1024, help="calls per text and recipe")
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 128])
+    parser.add_argument("--ways", nargs="+", default=[*RECIPES, *OURS], help="some of the above")
     parser.add_argument("--keep", type=Path, help="folder of weights, made or read")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -294,7 +296,7 @@ def main() -> None:
         truth = 0.0
         for calls in sorted(given.calls, reverse=True):
             repeats = max(8, given.draws // calls)
-            for name in [*RECIPES, "ours", *surrogates, "priced"]:
+            for name in given.ways:
                 note = ""
                 if name in RECIPES:
                     each = [RECIPES[name](costs, len(x), calls) for _ in range(repeats)]
