@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,28 @@ from nelbo.data.schema import Schema
 from nelbo.evaluation.result import BoundEstimate, Evaluation, FlowDetails, ImportanceDetails
 
 
-def of_text(found: Evaluation | BoundEstimate, schema: Schema | None) -> dict[str, float]:
+def of_text(
+    found: Evaluation | BoundEstimate, schema: Schema | None, x: Tensor
+) -> dict[str, float]:
     """Return the bound per symbol of a text and its perplexity; {} if the schema is not of text.
 
-    The perplexity is 2 to the bits per symbol: the number of equally likely symbols that would be
-    as hard to predict.
+    Of tokens, it is also that of a character and of a byte. The perplexity is 2 to the bits per
+    symbol: the number of equally likely symbols that would be as hard to predict.
+
+    Args:
+        found: the bound.
+        schema: of the examples, or None.
+        x: the examples, (N, *shape), in order.
     """
-    if schema is None or schema.alphabet is None or found.bits_per_dim is None:
+    if schema is None or not schema.text or found.bits_per_dim is None:
         return {}
-    symbol = "character" if schema.alphabet else "byte"
-    return {f"bits_per_{symbol}": found.bits_per_dim, "perplexity": 2**found.bits_per_dim}
+    bits = {f"bits_per_{schema.symbol}": found.bits_per_dim}
+    if schema.tokenizer is not None:
+        text = schema.tokenizer.decode(x[:].flatten().tolist())
+        whole = found.bits_per_dim * x.shape.numel()
+        bits["bits_per_character"] = whole / len(text)
+        bits["bits_per_byte"] = whole / len(text.encode())
+    return bits | {"perplexity": 2**found.bits_per_dim}
 
 
 def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
@@ -40,8 +53,15 @@ def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
     )
 
 
-def result(found: Evaluation | BoundEstimate, schema: Schema | None = None) -> None:
-    """Print a bound: a table, its curve or convergence, and everything needed to reproduce it."""
+def result(
+    found: Evaluation | BoundEstimate, of_symbols: Mapping[str, float] | None = None
+) -> None:
+    """Print a bound: a table, its curve or convergence, and everything needed to reproduce it.
+
+    Args:
+        found: the bound.
+        of_symbols: the same in the units of a text, if it is one, see `of_text`.
+    """
     console = Terminal()
     table = _table(_title(found), found)
     if isinstance(found, Evaluation):
@@ -60,9 +80,7 @@ def result(found: Evaluation | BoundEstimate, schema: Schema | None = None) -> N
             " per example",
             highlight=False,
         )
-    per_symbol = (
-        f"{name.replace('_', ' ')} {v:.4f}" for name, v in of_text(found, schema).items()
-    )
+    per_symbol = (f"{name.replace('_', ' ')} {v:.4f}" for name, v in (of_symbols or {}).items())
     if line := ", ".join(per_symbol):
         console.print(line, highlight=False)
     line = _sparkline(found) if isinstance(found, Evaluation) else _convergence(found)

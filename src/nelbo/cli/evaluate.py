@@ -251,10 +251,11 @@ def evaluate(
         if rank == 0:
             if save is not None:
                 write(save, display.npz(result))
+            of_symbols = display.of_text(result, schema, batch.x)
             if json:
-                print(json_text(result.to_dict() | display.of_text(result, schema) | rates))
+                print(json_text(result.to_dict() | of_symbols | rates))
             else:
-                display.result(result, schema)
+                display.result(result, of_symbols)
                 if rates:
                     print(", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in rates.items()))
             for note in result.notes:

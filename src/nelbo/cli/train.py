@@ -80,6 +80,7 @@ def train(
     schema: Annotated[Path | None, Parameter(group=DATA)] = None,
     condition: Annotated[Labels | None, Parameter(group=DATA)] = None,
     splits: Annotated[Splits | None, Parameter(group=DATA)] = None,
+    tokenizer: Annotated[str | None, Parameter(group=DATA)] = None,
     model: ModelOptions | None = None,  # type: ignore[valid-type]
     training: TrainOptions | None = None,  # type: ignore[valid-type]
 ) -> None:
@@ -120,6 +121,9 @@ def train(
         Name of a label of the data, such as class for the sub-folders of a folder of images; may
         be repeated. The model is then one of P(x|class): evaluate states its bound given the
         labels of the data, and sample takes the labels wanted.
+    tokenizer
+        Read a text as tokens: bpe:4096 for 4096 of them, learned from the training split and kept
+        in the run; or a folder with a tokenizer.json. By default characters.
     minutes
         Approximate training time, instead of --steps: as many steps as fit, estimated by timing a
         few. Their number is stored in the run, so that it can be continued exactly.
@@ -161,6 +165,7 @@ def train(
                 schema=schema,
                 condition=condition or (),
                 splits=splits,
+                tokenizer=tokenizer,
                 minutes=minutes,
                 device=device,
                 on_event=None,
@@ -178,6 +183,7 @@ def train(
             "--schema": schema,
             "--condition": condition,
             "--splits": splits,
+            "--tokenizer": tokenizer,
             "--minutes": minutes,
         }
         others = [name for name, value in asked.items() if value is not None]

@@ -167,7 +167,7 @@ def _of_texts(texts: list[str], form: Form, schema: Schema | None, seed: int) ->
     content = {"all": "\n".join(texts).encode()}
     if schema is not None:
         return text.of_bytes_like(NAME, content, [], schema)
-    return text.of_bytes(NAME, content, [], form.size, form.levels, seed)
+    return text.of_bytes(NAME, content, [], form.size, form.levels, seed, form.tokenizer)
 
 
 def _of_batches(source: object, form: Form, schema: Schema | None, seed: int) -> Found:
@@ -246,7 +246,7 @@ def _with_labels(found: Found, labels: Sequence[object]) -> Found:
     name = "y" if values.dtype.kind == "f" else "class"
     return Found(
         found.source, found.parts, found.levels, found.notes, {name: {"all": values}},
-        found.alphabet,
+        found.alphabet, found.tokenizer,
     )  # fmt: skip
 
 

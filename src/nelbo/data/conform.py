@@ -12,6 +12,7 @@ from torch import Tensor
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
 from nelbo.data.splits import ADVICE, SPLITS
+from nelbo.data.tokenizer import Tokenizer
 
 #: beyond this many values per dimension, integers are better treated as real or binned
 MOST_LEVELS = 65536
@@ -46,6 +47,7 @@ class Found:
         labels: labels that the examples may be conditioned on: name to the (N,) strings, integers
             or reals of each part, as they were found.
         alphabet: the alphabet of a text; see `Schema`.
+        tokenizer: the tokenizer of a text, likewise.
     """
 
     source: str
@@ -54,6 +56,7 @@ class Found:
     notes: tuple[str, ...] = ()
     labels: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     alphabet: str | None = None
+    tokenizer: Tokenizer | None = None
 
     def label(self, part: str) -> str:
         """Return the name of a part for messages."""
@@ -79,6 +82,8 @@ def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:
                 f"the examples of {found.label(first)} are {_describe(found.parts[first])} but "
                 f"those of the {part} split are {_describe(x)}; save all splits alike"
             )
+    if found.tokenizer is not None:
+        return Schema("levels", shape, found.levels, tokenizer=found.tokenizer), []
     if found.alphabet is not None:
         return Schema("levels", shape, found.levels, alphabet=found.alphabet), []
     if levels is not None:

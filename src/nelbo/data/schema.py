@@ -19,6 +19,7 @@ from nelbo._utils.numerics import widened
 from nelbo._utils.validation import Record
 from nelbo.data.columns import Column, places
 from nelbo.data.rows import Rows
+from nelbo.data.tokenizer import Tokenizer
 
 Kind = Literal["levels", "real", "table"]
 
@@ -86,6 +87,7 @@ class Schema(Record):
         condition: the labels that the distribution of the examples is conditioned on.
         alphabet: for text, the sorted characters of the levels; the last level stands for any
             other character. "" if the levels are bytes; None if the data are not text.
+        tokenizer: for text, whose tokens the levels are, in place of an alphabet.
         columns: the columns of a table; `columns` gives the place of each in an example.
         left_out: names of the other columns of the table, which the model does not know.
 
@@ -98,6 +100,7 @@ class Schema(Record):
     levels: int | None
     condition: tuple[Label, ...] = ()
     alphabet: str | None = None
+    tokenizer: Tokenizer | None = None
     columns: tuple[Column, ...] = ()
     left_out: tuple[str, ...] = field(default=(), compare=False)
 
@@ -117,6 +120,10 @@ class Schema(Record):
                     f"an alphabet of text is sorted and goes with {count} levels and a shape"
                     f" (L,); got {self.alphabet!r}, {self.levels} levels and {self.shape}"
                 )
+        if self.tokenizer is not None and (self.alphabet is not None or len(self.shape) != 1):
+            raise ValueError(
+                f"tokens of text have no alphabet, and the shape (L,); got the shape {self.shape}"
+            )
         if (self.kind == "table") != bool(self.columns):
             raise ValueError(f"columns are those of a table; a {self.kind} got {self.columns}")
         names = [column.name for column in self.columns]
@@ -136,6 +143,16 @@ class Schema(Record):
         left_out = tuple(name for name in names if name not in known)
         shape = (len(places(columns)),)
         return Schema("table", shape, None, columns=columns, left_out=left_out)
+
+    @property
+    def text(self) -> bool:
+        """Whether the examples are chunks of text."""
+        return self.alphabet is not None or self.tokenizer is not None
+
+    @property
+    def symbol(self) -> str:
+        """The name of a symbol of text."""
+        return "token" if self.tokenizer is not None else "character" if self.alphabet else "byte"
 
     @property
     def density(self) -> bool:

@@ -20,6 +20,7 @@ from nelbo.data.schema import Dataset, Schema
 from nelbo.data.splits import Declared, declare
 from nelbo.data.tabular import encoding, streams, tables
 from nelbo.data.tabular.inference import complete, infer_columns, typed
+from nelbo.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nelbo.data.tabular.tables import Frame
@@ -81,6 +82,7 @@ def load(
     condition: Sequence[str] = (),
     schema: Declaration = None,
     splits: Splits | None = None,
+    tokenizer: str | Tokenizer | None = None,
 ) -> Dataset:
     """Load a data set to train on, with the splits "train", "validation" and "test".
 
@@ -104,6 +106,8 @@ def load(
         splits: which names belong to which split, {"train": "a", "test": "b*"} or
             "train=a,test=b*", for sub-folders, files, arrays or splits of a hub; "none" draws all
             splits. By default words in the names decide, see `splits`.
+        tokenizer: read a text as tokens: "bpe:4096" for 4096 of them, learned from the training
+            split; a folder with a tokenizer.json; or a tokenizer. By default characters.
 
     Raises:
         FileNotFoundError: there is no such source.
@@ -125,14 +129,20 @@ def load(
             condition=condition,
             schema=schema,
             splits=splits,
+            tokenizer=tokenizer,
         )
         return replace(at_copy, source=str(source))
     source = coerce.plain(source)
     if is_table(source, declared):
+        if tokenizer is not None:
+            raise ValueError(f"a tokenizer is for text, and {_name(source)} is a table")
         return _load_table(source, levels, size, seed, schema, condition, declared)
     if schema is not None:
         raise ValueError(f"a schema is for tables, and {_name(source)} is not one")
-    name, found = _read(source, Form(size, levels=levels), None, declared, seed)
+    form = Form(size, levels=levels, tokenizer=tokenizer)
+    name, found = _read(source, form, None, declared, seed)
+    if tokenizer is not None and found.tokenizer is None:
+        raise ValueError(f"a tokenizer is for text, and {_name(source)} is none; leave it out")
     schema, inferred = infer(found, levels)
     made, how = split(store(found, schema), found.source, seed)
     if schema.kind == "real":
@@ -181,7 +191,7 @@ def load_like(
     channels = schema.shape[0] if len(schema.shape) == 3 else 1
     form = Form(size, channels, schema.levels, shape=schema.shape)
     name, found = _read(source, form, schema, declared)
-    if scaled and schema.levels is not None and schema.alphabet is None:
+    if scaled and schema.levels is not None and not schema.text:
         found = unscaled(found, schema.levels)
     if found.levels is not None and schema.levels is not None and found.levels < schema.levels:
         # The values would be valid, but with another meaning.
@@ -214,7 +224,7 @@ def schema_of(frame: "Frame") -> tuple[Schema, list[str]]:
 def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> list[str]:
     """Return a note if all levels lie in the lower half of the model's: they may be other
     levels."""
-    if schema.levels is None or schema.alphabet is not None:
+    if schema.levels is None or schema.text:
         return []
     largest = max(int(x.max()) for x in splits.values())
     if 2 * largest >= schema.levels - 1 or schema.levels == 2:
@@ -348,7 +358,7 @@ def _load_table(
 def _load_table_like(source: Source, schema: Schema, declared: Declared | None) -> Dataset:
     if schema.kind != "table":
         shape = ", ".join(map(str, schema.shape))
-        kind = "text" if schema.alphabet is not None else f"examples (N, {shape})"
+        kind = "text" if schema.text else f"examples (N, {shape})"
         raise ValueError(f"the model is of no table; {_name(source)} is one; give {kind}")
     table = stream_of(source, declared)
     if table is not None and not schema.condition:
@@ -400,7 +410,8 @@ def _read(
     if built_in is None and text.is_text(path):
         if schema is not None:
             return str(path), text.read_like(path, schema, splits)
-        return str(path), text.read(path, form.size, form.levels, splits, seed)
+        options = form.size, form.levels, splits, seed, form.tokenizer
+        return str(path), text.read(path, *options)
     reader = None if built_in else next((each for each in READERS if each.knows(path)), None)
     if form.size is not None and not (reader and reader.resizes):
         raise ValueError(

@@ -394,6 +394,10 @@ class Logits(Parametrization):
 
         With a network output of zero, the model is then the factorised Bayes denoiser.
         """
+        if self.log_prior.ndim == 1:  # shared by all dimensions
+            counts = x.flatten().bincount(minlength=self.count) + 1
+            self.log_prior.data.copy_((counts / counts.sum()).log())
+            return
         self.log_prior.data.copy_(log_frequencies(x, self.count))
 
 

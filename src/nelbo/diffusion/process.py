@@ -378,17 +378,19 @@ class MaskedDiffusion(ForwardProcess):
     Args:
         schedule: γ(t), with α_t = sigmoid(-γ(t)).
         count: the number K of symbols.
+        as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
+            it gets K + 1 channels, of which that of the symbol or of the mask is 1.
     """
 
     mask: int
     posterior_name = "categorical step"
 
-    def __init__(self, schedule: Schedule, count: int) -> None:
+    def __init__(self, schedule: Schedule, count: int, as_codes: bool = False) -> None:
         super().__init__(schedule)
         if count < 2:
             raise ValueError(f"levels must be at least 2; got {count}")
         self.count = self.mask = self.codes = count
-        self.channels = count + 1
+        self.as_codes, self.channels = as_codes, 1 if as_codes else count + 1
 
     @override
     def embed(self, x: Tensor) -> Tensor:
@@ -396,6 +398,8 @@ class MaskedDiffusion(ForwardProcess):
 
     @override
     def features(self, z: Tensor) -> Tensor:
+        if self.as_codes:
+            return z.double()
         return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
 
     @override

@@ -1,6 +1,7 @@
 """The page about a trained run: some of its test examples, and what each step costs on them."""
 
 import math
+from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 from typing import NamedTuple
@@ -163,7 +164,7 @@ def dim_names(schema: Schema) -> list[str]:
             for p in places(schema.columns)
         ]
     if len(schema.shape) == 1:
-        what = "character" if schema.alphabet is not None else "dimension"
+        what = schema.symbol if schema.text else "dimension"
         return [f"{what} {i + 1}" for i in range(schema.shape[0])]
     if is_image(schema):
         c, h, w = schema.shape
@@ -259,10 +260,10 @@ def _picture(pixels: np.ndarray) -> str:
 
 
 class _Meaning(NamedTuple):
-    """The place of a dimension in a table or the alphabet of a text, and its mask, if any."""
+    """The place of a dimension in a table or the symbols of a text, and its mask, if any."""
 
     place: Place | None
-    alphabet: str | None
+    symbols: Sequence[str]
     mask: int | None
     gaussian: bool
 
@@ -270,9 +271,8 @@ class _Meaning(NamedTuple):
         """Return what a code stands for."""
         if math.isnan(code):
             return "missing"
-        if self.alphabet:
-            known = self.alphabet + OTHER
-            return repr(known[int(code)]) if int(code) < len(known) else HIDDEN
+        if self.symbols:
+            return repr(self.symbols[int(code)]) if int(code) < len(self.symbols) else HIDDEN
         column = self.place.column if self.place else None
         if self.place and self.place.indicator:
             return ("", "known", "missing")[int(code)]
@@ -293,6 +293,9 @@ def _short(v: float) -> str:
 
 def _meanings(schema: Schema, model: Model) -> list[_Meaning]:
     dims = math.prod(schema.shape)
+    symbols: Sequence[str] = schema.alphabet + OTHER if schema.alphabet else ""
+    if (tokens := schema.tokenizer) is not None:
+        symbols = [tokens.decode([k]) for k in range(tokens.count)]
     at: list[Place | None] = [*places(schema.columns)] if schema.columns else [None] * dims
     parts = [part for part in model.process.factors for _ in range(dims)]
     if len(model.process.factors) > 1:
@@ -300,7 +303,7 @@ def _meanings(schema: Schema, model: Model) -> list[_Meaning]:
         pairs = zip(model.process.factors, sizes, strict=True)
         parts = [part for part, size in pairs for _ in range(size)]
     return [
-        _Meaning(place, schema.alphabet, part.mask, isinstance(part, GaussianDiffusion))
+        _Meaning(place, symbols, part.mask, isinstance(part, GaussianDiffusion))
         for place, part in zip(at, parts, strict=False)
     ]
 

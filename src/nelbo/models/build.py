@@ -101,9 +101,19 @@ def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) 
         raise ValueError(
             f"a network of your own goes with the process gaussian; got {config.process}"
         )
-    process = resolve(config.process, SYMBOL_PROCESSES)(schedule, schema.levels)
-    head = parametrization.SymbolLogits(schema.levels, schema.shape)
-    network = _network(config, schema, process.channels, head.outputs)
+    make = resolve(config.process, SYMBOL_PROCESSES)
+    if schema.tokenizer is None:
+        process = make(schedule, schema.levels)
+        head = parametrization.SymbolLogits(schema.levels, schema.shape)
+        network = _network(config, schema, process.channels, head.outputs)
+    else:  # so many symbols are embedded, and all places share their frequencies
+        if config.network != "transformer":
+            raise ValueError(
+                f"tokens take the network transformer, which embeds them; got {config.network}"
+            )
+        process = make(schedule, schema.levels, as_codes=True)
+        head = parametrization.SymbolLogits(schema.levels)
+        network = _network(config, schema, 1, head.outputs, symbols=process.count + 1)
     step, decoder = reverse.Posterior(), likelihood.Categorical()
     return Model(network, process, head, step, decoder, schema.shape)
 
@@ -223,13 +233,14 @@ def _network(
     channels: int,
     outputs: int,
     own: nn.Module | None = None,
+    **more: int,
 ) -> nn.Module:
     if own is not None:
         return custom.adapted(own, config, schema, outputs)
     sizes = config.width, config.depth, config.dropout
     made = resolve(config.network, NETWORKS)
     parts = schema.shape, channels, outputs, *sizes, conditioning.features(schema)
-    return _members(config, lambda: made(*parts))
+    return _members(config, lambda: made(*parts, **more))
 
 
 def _members(config: ModelConfig, make: Callable[[], nn.Module]) -> nn.Module:

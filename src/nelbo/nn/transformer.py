@@ -90,6 +90,8 @@ class Transformer(nn.Module):
         depth: blocks.
         dropout: share of hidden units dropped in training.
         conditions: numbers in the condition of an example.
+        symbols: number of codes that the single feature of a dimension may have, which are
+            embedded; 0 where the features are numbers.
 
     Raises:
         ValueError: if the width is not a multiple of 32.
@@ -106,6 +108,7 @@ class Transformer(nn.Module):
         depth: int = 4,
         dropout: float = 0.0,
         conditions: int = 1,
+        symbols: int = 0,
     ) -> None:
         super().__init__()
         if width % HEAD:
@@ -115,7 +118,9 @@ class Transformer(nn.Module):
         self.shape, self.channels, self.outputs = shape, channels, outputs
         dims = int(torch.Size(shape).numel())
         self.level = LevelEmbedding(width, conditions=conditions)
-        self.first = nn.Conv1d(channels, width, 2 * REACH + 1, padding=REACH)
+        self.embed = nn.Embedding(symbols, width) if symbols else None
+        of_places = width if symbols else channels
+        self.first = nn.Conv1d(of_places, width, 2 * REACH + 1, padding=REACH)
         self.position = nn.Parameter(0.02 * torch.randn(dims, width))
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
         self.norm = _LevelNorm(width)
@@ -124,8 +129,12 @@ class Transformer(nn.Module):
 
     @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
-        of_dims = features.unflatten(1, (self.shape[0], self.channels)).transpose(1, 2)
-        h = self.first(of_dims.flatten(2)).mT + self.position
+        if self.embed is not None:
+            of_dims = self.embed(features.long()).mT
+        else:
+            each = features.unflatten(1, (self.shape[0], self.channels)).transpose(1, 2)
+            of_dims = each.flatten(2)
+        h = self.first(of_dims).mT + self.position
         level = self.level(level, condition)
         for block in self.blocks:
             h = block(h, level, self.turn)

@@ -57,7 +57,7 @@ def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
         ValueError: such examples cannot be written to a file with this suffix.
     """
     images = len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4)
-    kinds = [".txt"] if schema.alphabet is not None else [".png"] if images else []
+    kinds = [".txt"] if schema.text else [".png"] if images else []
     kinds += [*(tables.FILES if schema.columns else ()), ".npz"]
     suffix = ".txt" if out is None else out.suffix.lower()
     if suffix not in kinds:
@@ -66,8 +66,8 @@ def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
             f" {' or '.join(kinds)}; got {'none' if out is None else repr(str(out))}"
         )
     if suffix == ".txt":
-        alphabet = schema.alphabet or ""
-        return lambda x: "".join(f"{s}\n{RULE}\n" for s in decode(x.numpy(), alphabet)).encode()
+        symbols = schema.tokenizer or schema.alphabet or ""
+        return lambda x: "".join(f"{s}\n{RULE}\n" for s in decode(x.numpy(), symbols)).encode()
     if suffix == ".png":
         return lambda x: png(grid(x, schema))
     if suffix != ".npz":

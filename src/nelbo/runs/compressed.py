@@ -79,7 +79,7 @@ def _as_file(data: Source, schema: Schema, folder: Path) -> str:
     if is_table(data):
         path = folder / "x.parquet"
         path.write_bytes(tables.to_bytes(tables.frame_of(data), path.suffix))
-    elif schema.alphabet is not None and isinstance(data, list | tuple):
+    elif schema.text and isinstance(data, list | tuple):
         path = folder / "x.txt"
         path.write_text("\n".join(map(str, data)), encoding="utf-8")
     else:

@@ -191,6 +191,7 @@ class RunConfig:
             schema=self.schema if self.schema.kind == "table" else None,
             condition=[label.name for label in self.schema.condition],
             splits=NONE if self.splits is not None and not self.splits else self.splits,
+            tokenizer=self.schema.tokenizer,
         )
 
     def _are(self, dataset: Dataset) -> bool:

@@ -163,8 +163,8 @@ def as_held(x: Tensor, config: RunConfig) -> "Samples":
     if schema.columns:
         frame = encoding.decode(array, schema.columns)
         return frame.to_pandas() if config.frames == "pandas" else frame
-    if schema.alphabet is not None:
-        return decode(array, schema.alphabet)
+    if schema.text:
+        return decode(array, schema.tokenizer or schema.alphabet or "")
     if schema.levels is not None and schema.levels <= 256:
         array = array.astype(np.uint8)
     if len(schema.shape) != 3:

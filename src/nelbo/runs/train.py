@@ -55,6 +55,7 @@ def train(
     schema: Declaration = None,
     condition: Sequence[str] = (),
     splits: Splits | None = None,
+    tokenizer: str | None = None,
     minutes: float | None = None,
     device: str = "auto",
     progress: bool | None = None,
@@ -76,6 +77,8 @@ def train(
             by default.
         condition: names of one or more labels c; the model is then one of P(x|c).
         splits: which names belong to which split, as for `nelbo.data.load`.
+        tokenizer: read a text as tokens: "bpe:4096" for 4096 of them, learned from the training
+            split and kept in the run; or a folder with a tokenizer.json.
         minutes: approximate duration, instead of `steps`: see `pace`.
         device: where to train, "cpu" or "cuda"; "auto" is cuda where there is one, else cpu.
         progress: show notes on the data and a progress bar on the error stream; by default if
@@ -104,7 +107,13 @@ def train(
     in_memory = not isinstance(data, str | PathLike)
     copy = held.table_of(data) if in_memory else None
     dataset = load(
-        data, levels=levels, size=size, schema=schema, condition=condition, splits=splits
+        data,
+        levels=levels,
+        size=size,
+        schema=schema,
+        condition=condition,
+        splits=splits,
+        tokenizer=tokenizer,
     )
     name = None
     if in_memory:

@@ -74,7 +74,7 @@ def configure(
     fine = levels > FINE
     if fine:  # the noise of z_1 is half a level
         model = replace(model, head="velocity", gamma_min=-2 * math.log(levels - 1))
-    text = schema.alphabet is not None
+    text = schema.text
     if schema.kind == "table":
         model, train = _for_table(examples)
     elif schema.levels is None:

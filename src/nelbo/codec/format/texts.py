@@ -23,14 +23,18 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
     Raises:
         ValueError: a text is empty or not UTF-8, or the run is not of text.
     """
-    if schema.alphabet is None:
+    if not schema.text:
         raise ValueError(f"{path} is text; the run is of examples of shape {schema.shape}")
     found = files_of(path)
     contents = [file.read_bytes() for file in found]
-    codes, others, known = [], "", set(schema.alphabet)
+    alphabet = schema.alphabet or ""
+    codes, others, known = [], "", set(alphabet)
     for file, content in zip(found, contents, strict=True):
-        text = content if not schema.alphabet else _decode(content, file)
-        codes.append(encode(text, schema.alphabet))
+        if schema.tokenizer is not None:
+            codes.append(schema.tokenizer.encode(_decode(content, file), str(file)))
+            continue
+        text = content if not alphabet else _decode(content, file)
+        codes.append(encode(text, alphabet))
         if isinstance(text, str):
             others += "".join(c for c in text if c not in known)
     symbols = np.concatenate(codes)
@@ -64,6 +68,9 @@ def files(
     made = []
     for name, first, last in zip(names, [0, *ends[:-1]], ends, strict=True):
         mine = symbols[(at >= first) & (at < last)]
+        if schema.tokenizer is not None:
+            made.append((name, schema.tokenizer.decode(mine.tolist()).encode()))
+            continue
         if not schema.alphabet:
             made.append((name, mine.astype(np.uint8).tobytes()))
             continue

@@ -23,6 +23,7 @@ from nelbo.data.conform import Found
 from nelbo.data.readers.pillow import TURNED, bits_of, opened, orientation, upright
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
+from nelbo.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,7 +111,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Form:
-    """Conversion of images to arrays.
+    """Conversion of images and texts to arrays.
 
     Args:
         size: crop to the centred square and resample (Lanczos) to size x size.
@@ -119,6 +120,7 @@ class Form:
         deep: keep 16 bits per channel.
         binary: images of one bit have the levels 0 and 1.
         shape: of one example, if a model of known shape is to read arrays.
+        tokenizer: of a text to train on, see `text.read`.
     """
 
     size: int | None = None
@@ -127,6 +129,7 @@ class Form:
     deep: bool = False
     binary: bool = False
     shape: tuple[int, ...] | None = None
+    tokenizer: str | Tokenizer | None = None
 
     @property
     def most(self) -> int:

@@ -234,7 +234,9 @@ def read(
     notes = [*found.notes, *([f"columns left out: {', '.join(others)}"] if others else [])]
     if schema is not None:
         return found.name, text.of_bytes_like(found.name, parts, notes, schema)
-    return found.name, text.of_bytes(found.name, parts, notes, form.size, form.levels, seed)
+    return found.name, text.of_bytes(
+        found.name, parts, notes, form.size, form.levels, seed, form.tokenizer
+    )
 
 
 def _join(rows: "Split") -> bytes:

@@ -16,6 +16,7 @@ from nelbo.data.conform import SALT, Found
 from nelbo.data.readers.walk import files_below, walk
 from nelbo.data.schema import Schema
 from nelbo.data.splits import SPLITS, Declared, group
+from nelbo.data.tokenizer import Tokenizer, make
 
 SUFFIX = ".txt"
 #: bytes of memory per byte of the file: characters of 4, their codes, overlapping chunks
@@ -44,6 +45,7 @@ def read(
     levels: int | None = None,
     splits: Declared | None = None,
     seed: int = 0,
+    tokenizer: str | Tokenizer | None = None,
 ) -> Found:
     """Read a text to train on; a missing split is a tenth of the training text, off its end.
 
@@ -54,11 +56,12 @@ def read(
         levels: 256 for bytes; by default characters, unless there are too many.
         splits: as declared.
         seed: determines where training chunks begin.
+        tokenizer: read tokens; a tokenizer, or what `tokenizer.make` takes.
 
     Raises:
         ValueError: an empty or short text, one that is not UTF-8, another number of levels.
     """
-    return of_bytes(path, *_bytes_of(path, splits), length, levels, seed)
+    return of_bytes(path, *_bytes_of(path, splits), length, levels, seed, tokenizer)
 
 
 def of_bytes(
@@ -68,14 +71,27 @@ def of_bytes(
     length: int | None = None,
     levels: int | None = None,
     seed: int = 0,
+    tokenizer: str | Tokenizer | None = None,
 ) -> Found:
     """Do the same for the content of each split, or of "all"; `path` is for messages."""
     _refuse_empty(path, parts)
-    texts = {} if levels == 256 else {k: _decode(x, path, True) for k, x in parts.items()}
+    tokens = tokenizer is not None
+    if tokens and levels is not None and not isinstance(tokenizer, Tokenizer):
+        raise ValueError("the tokenizer has its own number of levels; leave --levels out")
+    texts = (
+        {}
+        if levels == 256 and not tokens
+        else {k: _decode(x, path, True) for k, x in parts.items()}
+    )
     if missing := [split for split in ("validation", "test") if split not in parts]:
         parts = _split(parts, missing, path)
         texts = _split(texts, missing, path) if texts else {}
         notes.append(f"{' and '.join(missing)}: a tenth each, off the end of the training text")
+    if tokenizer is not None:
+        if isinstance(tokenizer, str):
+            tokenizer = make(tokenizer, texts["train"])
+        codes = _tokens(path, texts, tokenizer)
+        return _chunks(path, codes, length or LENGTH, tokenizer, notes, seed)
     alphabet = "".join(sorted(set(texts.get("train", ""))))
     if texts and len(alphabet) > CHARACTERS:
         texts, alphabet = {}, ""
@@ -105,12 +121,24 @@ def of_bytes_like(
     path: Path | str, parts: dict[str, bytes], notes: list[str], schema: Schema
 ) -> Found:
     """Do the same for the content of each split, or of "all"; `path` is for messages."""
-    if schema.alphabet is None:
+    if not schema.text:
         raise ValueError(f"{path} is text, and the model is of no text; give data of its kind")
     _refuse_empty(path, parts)
-    texts = {k: _decode(x, path, False) if schema.alphabet else x for k, x in parts.items()}
-    codes = {part: encode(text, schema.alphabet) for part, text in texts.items()}
-    return _chunks(path, codes, schema.shape[0], schema.alphabet, notes)
+    if schema.tokenizer is not None:
+        codes = _tokens(
+            path, {k: _decode(x, path, False) for k, x in parts.items()}, schema.tokenizer
+        )
+        return _chunks(path, codes, schema.shape[0], schema.tokenizer, notes)
+    alphabet = schema.alphabet or ""
+    texts = {k: _decode(x, path, False) if alphabet else x for k, x in parts.items()}
+    codes = {part: encode(text, alphabet) for part, text in texts.items()}
+    return _chunks(path, codes, schema.shape[0], alphabet, notes)
+
+
+def _tokens(
+    path: Path | str, texts: dict[str, str], tokenizer: Tokenizer
+) -> dict[str, np.ndarray]:
+    return {part: tokenizer.encode(x, _label(path, part)) for part, x in texts.items()}
 
 
 def encode(text: str | bytes, alphabet: str) -> np.ndarray:
@@ -128,15 +156,21 @@ def encode(text: str | bytes, alphabet: str) -> np.ndarray:
     return np.where(known[place] == points, place, len(known)).astype(np.uint8)
 
 
-def decode(x: np.ndarray, alphabet: str) -> list[str]:
+def decode(x: np.ndarray, symbols: str | Tokenizer) -> list[str]:
     r"""Return chunks (N, L) of symbols as N strings; invalid characters become \ufffd.
+
+    Args:
+        x: the chunks.
+        symbols: their alphabet, "" for bytes; or their tokenizer.
 
     >>> decode(np.array([[0, 1, 2]]), "ab") == ["ab\ufffd"]
     True
     """
-    if not alphabet:
+    if isinstance(symbols, Tokenizer):
+        return [symbols.decode(chunk) for chunk in x.tolist()]
+    if not symbols:
         return [bytes(chunk.tolist()).decode("utf-8", errors="replace") for chunk in x]
-    return ["".join((alphabet + OTHER)[k] for k in chunk) for chunk in x.tolist()]
+    return ["".join((symbols + OTHER)[k] for k in chunk) for chunk in x.tolist()]
 
 
 def _bytes_of(path: Path, splits: Declared | None) -> tuple[dict[str, bytes], list[str]]:
@@ -214,7 +248,7 @@ def _chunks(
     path: Path | str,
     codes: dict[str, np.ndarray],
     length: int,
-    alphabet: str,
+    symbols: str | Tokenizer,
     notes: list[str],
     seed: int | None = None,
 ) -> Found:
@@ -224,7 +258,9 @@ def _chunks(
     records of a fixed width at some of their phases only.
     """
     training = seed is not None
-    unit, parts = "characters" if alphabet else "bytes", {}
+    tokenizer = symbols if isinstance(symbols, Tokenizer) else None
+    alphabet = symbols if isinstance(symbols, str) else ""
+    unit, parts = "tokens" if tokenizer else "characters" if alphabet else "bytes", {}
     shortest = min(map(len, codes.values()))
     for part, code in codes.items():
         if len(code) < length:
@@ -250,7 +286,11 @@ def _chunks(
         if others:
             notes.append(f"{others} characters of {_label(path, part)} are not in the alphabet")
     known = f"{len(alphabet)} different ones and one for any other; " if alphabet else ""
+    if tokenizer is not None:
+        known = f"{tokenizer.count} different ones, tokenizer {tokenizer.sha256}; "
     notes.append(f"text in chunks of {length} {unit}; {known}--size sets the length")
+    if tokenizer is not None:
+        return Found(str(path), parts, tokenizer.count, tuple(notes), tokenizer=tokenizer)
     levels = len(alphabet) + 1 if alphabet else 256
     return Found(str(path), parts, levels, tuple(notes), alphabet=alphabet)
 

@@ -1,0 +1,143 @@
+"""Text as tokens: byte pairs learned here, a tokenizer of a folder, and runs of them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from integrations.test_huggingface import write_tokenizer
+from support.commands import nelbo_fails, run_ok
+from tokenizers import Tokenizer as Library
+
+import nelbo
+from nelbo import data
+from nelbo.data.tokenizer import Tokenizer, make
+from nelbo.models.build import build
+from nelbo.runs import config as run_config
+from nelbo.training.presets import configure
+
+WORDS = "the cat sat on the mat, the dog ate the cät — and so on.\n"
+TEXT = "".join(f"{WORDS}{i} {WORDS[i % 9 :]}" for i in range(60))
+SIZE = ("--size", 12, "--steps", 2, "--batch", 4, "--width", 32, "--depth", 1)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_tokens_give_every_text_back(file):
+    """Splits are read as tokens of the training split; any text comes back, whatever is in it."""
+    found = data.load(file, tokenizer="bpe:300", size=12)
+    tokenizer = found.schema.tokenizer
+    assert found.schema.levels == tokenizer.count == 300 and found.schema.shape == (12,)
+    assert found.schema.alphabet is None and found.schema.symbol == "token"
+    assert any(f"tokenizer {tokenizer.sha256}" in note for note in found.notes)
+    for text in ("", " x", "日本\r\n\t é \U0001f600", "\0 [MASK]", TEXT[:99]):
+        assert tokenizer.decode(tokenizer.encode(text, "it").tolist()) == text
+    test = tokenizer.decode(found.splits["test"].flatten().tolist())
+    tenth = len(TEXT) // 10
+    assert TEXT[-tenth:].startswith(test[:-1]) and len(test) > 300
+    assert len(tokenizer.encode(TEXT, "it")) < len(TEXT.encode()) / 2
+    assert make("bpe:300", TEXT[: -2 * tenth]) == tokenizer  # the training split's
+    again = data.load_like(file, found.schema)
+    ids = tokenizer.encode(TEXT, "it")[: again.splits["all"].numel()]
+    assert (again.splits["all"].flatten().numpy() == ids).all()
+
+
+def test_a_run_of_tokens(tmp_path, file, capsys):
+    """Train, evaluate per token, character and byte, sample, score, compress."""
+    run = tmp_path / "run"
+    run_ok("train", file, "--out", run, "--tokenizer", "bpe:300", *SIZE)
+    capsys.readouterr()
+    kept = nelbo.load(run).config.schema.tokenizer
+    assert kept.count == 300
+    run_ok("evaluate", run, "--calls", 8, "--json")
+    found = json.loads(capsys.readouterr().out)
+    (test,) = [nelbo.load(run).examples("test")]
+    text, bits = kept.decode(test.flatten().tolist()), found["nats"] / math.log(2) * len(test)
+    assert math.isclose(found["bits_per_token"], bits / test.numel())
+    assert math.isclose(found["bits_per_character"], bits / len(text))
+    assert math.isclose(found["bits_per_byte"], bits / len(text.encode()))
+    assert found["bits_per_byte"] < found["bits_per_character"] < found["bits_per_token"] < 9
+    run_ok("evaluate", run, "--calls", 8, "--data", file, "--sampler", "greedy")
+    out = capsys.readouterr().out
+    assert "bits per byte" in out and "greedy, 1 at a time" in out
+    run_ok("sample", run, "--n", 3, "--steps", 2, "--grid", "uniform")
+    assert len(capsys.readouterr().out.split("\n" + "-" * 72 + "\n")) == 4
+    assert all(isinstance(s, str) for s in nelbo.load(run).sample(2, sampler="entropy"))
+    assert len(nelbo.load(run).score(calls=8)) == len(test)
+    (tmp_path / "other.txt").write_text(WORDS + "neu: 日本\n")
+    run_ok("compress", run, tmp_path / "other.txt", "--out", tmp_path / "o.nlb", "--steps", 4)
+    run_ok("decompress", run, tmp_path / "o.nlb", "--out", tmp_path / "back.txt")
+    assert (tmp_path / "back.txt").read_bytes() == (tmp_path / "other.txt").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_report_of_tokens(tmp_path, file):
+    run = nelbo.train(str(file), tmp_path / "run", tokenizer="bpe:300", size=12, steps=1, width=32)
+    assert "bits" in run.report(tmp_path / "page.html").read_text()
+
+
+def test_the_network_embeds_tokens():
+    """No feature per token: the network gets codes, and its output depends on all of them."""
+    tokenizer = make("bpe:300", TEXT)
+    schema = data.Schema("levels", (6,), 300, tokenizer=tokenizer)
+    model = build(configure(schema, 100, width=32, depth=1)[0], schema)
+    assert model.process.channels == 1 and model.head.log_prior.shape == (300,)
+    torch.nn.init.normal_(model.network.last.weight)
+    z = torch.tensor([[1, 2, 300, 4, 5, 300], [1, 9, 300, 4, 5, 300]])
+    log_p = model.predict(z, torch.full((2,), 0.5)).symbols(z, 300).log_prob(torch.tensor(7))
+    assert (log_p[0, 2] != log_p[1, 2]).all() and log_p[0, 0] == -math.inf
+    with pytest.raises(ValueError, match="tokens take the network transformer"):
+        build(configure(schema, 100, network="mlp")[0], schema)
+
+
+def test_a_tokenizer_of_a_folder(tmp_path, file):
+    """Its tokenizer.json is read; one that lowers case, or lacks characters, is refused."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(make("bpe:280", TEXT).content)
+    assert data.load(file, tokenizer=str(folder), size=12).schema.levels == 280
+    lower = tmp_path / "lower"
+    write_tokenizer(lower, lower=True)
+    (tmp_path / "a.txt").write_text("abcdA \n" * 99)
+    with pytest.raises(ValueError, match=r"not give .*a\.txt back, it lowers case: 'A .*bpe:4096"):
+        data.load(tmp_path / "a.txt", tokenizer=str(lower), size=4)
+    with pytest.raises(ValueError, match=r"does not give the train split of .* back, 'the"):
+        data.load(file, tokenizer=str(lower), size=4)
+
+
+def test_what_is_refused(tmp_path, file, capsys):
+    for spec, why in {
+        "bpe:256": "more than the 256 bytes",
+        "bpe:70000": "at most 65536",
+        "bpe:x": "bpe:N learns N tokens",
+        "nowhere": "a tokenizer is bpe:N",
+    }.items():
+        line = nelbo_fails(capsys, "train", file, "--out", tmp_path / "r", "--tokenizer", spec)
+        assert why in line and not (tmp_path / "r").exists()
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match="no tokenizer of the library"):
+        data.load(file, tokenizer=str(tmp_path))
+    np.save(tmp_path / "x.npy", np.zeros((9, 3), np.int64))
+    with pytest.raises(ValueError, match=r"a tokenizer is for text, and .*x\.npy is none"):
+        data.load(tmp_path / "x.npy", tokenizer="bpe:300")
+    with pytest.raises(ValueError, match="leave --levels out"):
+        data.load(file, tokenizer="bpe:300", levels=256)
+    with pytest.raises(ValueError, match="not the one of its hash"):
+        Tokenizer("0" * 16, make("bpe:300", TEXT).content)
+    assert Library.from_str(make("bpe:300", TEXT).content).get_vocab_size() == 300
+
+
+def test_a_changed_run_is_refused(tmp_path, file):
+    run = nelbo.train(str(file), tmp_path / "run", tokenizer="bpe:300", size=12, steps=1, width=32)
+    path = run.path / run_config.CONFIG
+    document = json.loads(path.read_text())
+    document["data"]["schema"]["tokenizer"]["content"] += " "
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="not the one of its hash"):
+        nelbo.load(run.path)
