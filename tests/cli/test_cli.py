@@ -302,8 +302,8 @@ def test_damaged_runs(trained, tmp_path, capsys):
     assert "another architecture" in nelbo_fails(capsys, "train", "--resume", run)
 
     run = damaged("no whole state")
+    whole = (run / "state.safetensors").read_bytes()
     for name in ("state.safetensors", "before.safetensors"):
-        whole = (run / name).read_bytes()
         (run / name).write_bytes(whole[:-9])
     assert "truncated" in nelbo_fails(capsys, "train", "--resume", run, "--steps", 8)
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support.runs import assert_same_run
+from support.runs import assert_same_run, killed_after
 from torch import nn
 
 import nelbo
@@ -90,29 +90,16 @@ def test_the_bounds_of_all_examples_add_up_to_at_most_one(head, tmp_path):
     assert 0 < total < 1 + 4 * error
 
 
-class Killed(BaseException):
-    """An end that no handler of errors is meant for, as by SIGKILL."""
-
-
 @pytest.mark.parametrize("way", ["function", "module"])
-def test_continued_to_the_bit(way, tmp_path, monkeypatch):
+def test_continued_to_the_bit(way, tmp_path):
     """A module is left as it is, and its initial weights are those that are trained."""
     module = Net()
     network, before = (Net if way == "function" else module), copy.deepcopy(module.state_dict())
     data = str(tmp_path / "x.npy")
     np.save(data, rows())
     whole = nelbo.train(data, tmp_path / "whole", network=network, **SMALL)
-    step = Trainer.step
-
-    def killed(self):
-        if self.at.step == 3:
-            raise Killed
-        step(self)
-
-    monkeypatch.setattr(Trainer, "step", killed)
-    with pytest.raises(Killed):
+    with killed_after(3):
         nelbo.train(data, tmp_path / "part", network=network, **SMALL)
-    monkeypatch.setattr(Trainer, "step", step)
     part = nelbo.resume(tmp_path / "part", network=Net)  # its weights are those of the state
     assert_same_run(whole.path, part.path)
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())

@@ -170,7 +170,6 @@ def test_events_are_read_only_so_far(trained, tmp_path, me):
 )
 def test_a_state_says_where_it_stood(trained, tmp_path, change):
     run = shutil.copytree(trained, tmp_path / "run")
-    (run / run_config.BEFORE).unlink()
     tensors, about = files.read_tensors(run / run_config.STATE)
     about["progress"] |= change
     files.write_tensors(run / run_config.STATE, tensors, about)
@@ -181,7 +180,6 @@ def test_a_state_says_where_it_stood(trained, tmp_path, change):
 @pytest.mark.parametrize("name", ["optimizer.x.exp_avg", "optimizer.exp_avg"])
 def test_moments_are_of_parameters(trained, tmp_path, name):
     run = shutil.copytree(trained, tmp_path / "run")
-    (run / run_config.BEFORE).unlink()
     tensors, about = files.read_tensors(run / run_config.STATE)
     tensors[name] = torch.zeros(1)
     files.write_tensors(run / run_config.STATE, tensors, about)

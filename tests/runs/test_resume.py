@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from support.runs import Killed, killed_after
 
 from nelbo._utils import files as _files
 from nelbo.runs import config as run_config
@@ -28,10 +29,6 @@ SMALL = {
 LEARNED = {"schedule": "learned-ends", "times": "importance", "warmup": 1}
 
 
-class Killed(BaseException):
-    """An end that no handler of errors is meant for, as by SIGKILL."""
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A finished run on rows of levels, beside its data; do not change it, copy it.
@@ -50,7 +47,7 @@ def contents(run):
     """All that a run holds but the clock's, tensors as their bytes."""
     found = {"names": sorted(p.name for p in run.iterdir() if p.is_file())}
     found |= {n: (run / n).read_bytes() for n in (run_config.CONFIG, run_config.WEIGHTS)}
-    for name in (run_config.STATE, run_config.BEFORE):
+    for name in {run_config.STATE, run_config.BEFORE} & {*found["names"]}:
         tensors, about = _files.read_tensors(run / name, hashed=True)
         del about["progress"]["seconds"]
         found[name] = about
@@ -92,32 +89,58 @@ def kill_at(patch, moment):
 
 @pytest.mark.filterwarnings("ignore:.*is missing. the state before it:UserWarning")
 def test_killed_at_each_moment_of_writing(whole, tmp_path):
-    """Among them are those of the state that makes room for a newer one."""
-    source, expected = str(whole.parent / "x.npy"), contents(whole)
+    """Among them are those of a state that makes room for a newer one, and of the last one."""
+    source, options = str(whole.parent / "x.npy"), {**SMALL, **LEARNED, "evaluate_every": 1}
+    options["steps"] = 3
+    expected = contents(train(source, tmp_path / "whole", **options).path)
     for moment in itertools.count(1):
         run = tmp_path / str(moment)
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
             past = kill_at(patch, moment)
-            train(source, run, **SMALL, **LEARNED)
+            train(source, run, **options)
         if len(past) < moment:
             break
         if run_config.is_run(run):
             resume(run)
         else:
-            train(source, run, **SMALL, **LEARNED)
+            train(source, run, **options)
         assert contents(run) == expected, (moment, past)
-    first, second = (
-        [run_config.WEIGHTS, *names, run_config.STATE] for names in ([], [run_config.BEFORE])
-    )
     # in the user's cache an entry has 64 digits
     files = [name for name in past if " " not in name and name != "sync" and len(name) < 64]
-    assert files == [run_config.CONFIG, *first, *second]
+    states = [name for name in files if name != run_config.WEIGHTS]
+    state, before = run_config.STATE, run_config.BEFORE
+    assert states == [run_config.CONFIG, state, before, state, state]
+    assert files.count(run_config.WEIGHTS) > 1
+
+
+@pytest.fixture(scope="module")
+def longer(whole):
+    """A run of 6 steps that was killed in the last one, and one that was not."""
+    source, options = str(whole.parent / "x.npy"), {**SMALL, **LEARNED, "steps": 6}
+    with killed_after(5):
+        train(source, whole.parent / "killed", **options)
+    train(source, whole.parent / "longer", **options)
+    return whole.parent / "killed", whole.parent / "longer"
+
+
+def test_what_a_run_takes_on_the_disk(longer):
+    """While it is trained, the best weights and two states of 4 or 5 times; then one."""
+    _, ended = longer
+    sizes = [{p.name: p.stat().st_size for p in run.glob("*.safetensors")} for run in longer]
+    assert {*sizes[0]} == {"model.safetensors", "state.safetensors", "before.safetensors"}
+    assert {*sizes[1]} == {"model.safetensors", "state.safetensors"}
+    best = run_folder.load(ended).step
+    names = {
+        name.partition(".")[0] for name in _files.read_tensors(ended / "state.safetensors")[0]
+    }
+    assert ("best" in names) == (best != 6) and {"model", "ema", "optimizer"} <= names
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut", "other", "missing"])
-def test_a_damaged_state_gives_way_to_the_one_before(whole, tmp_path, damage):
+def test_a_damaged_state_gives_way_to_the_one_before(longer, tmp_path, damage):
     """It is said, and no bit of the end is another one; the damaged one is never the one kept."""
-    run = shutil.copytree(whole, tmp_path / "run")
+    killed, whole = longer
+    run = shutil.copytree(killed, tmp_path / "run")
     path = run / run_config.STATE
     content = bytearray(path.read_bytes())
     if damage == "one bit":

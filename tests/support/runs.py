@@ -1,9 +1,13 @@
 """Small settings of runs, and when two runs are the same."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 from nelbo._utils import files
 from nelbo.runs import config as run_config
+from nelbo.training.trainer import Trainer
 
 TINY = {"steps": 4, "batch": 16, "width": 8, "depth": 1, "evaluate_every": 2}
 
@@ -21,6 +25,25 @@ OPENAI = {
     "noise_schedule": "cosine",
     "rescale_timesteps": True,
 }
+
+
+class Killed(BaseException):
+    """An end that no handler of errors is meant for, as by SIGKILL."""
+
+
+@contextmanager
+def killed_after(last):
+    """Inside, a training ends by being killed after this step."""
+    step = Trainer.step
+
+    def some(self):
+        if self.at.step == last:
+            raise Killed
+        step(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "step", some)
+        yield
 
 
 def assert_same_run(a, b):

@@ -3,7 +3,7 @@
     config.json          data, schema, model and training configuration
     model.safetensors    the best weights so far (moving average), with their step
     state.safetensors    everything needed to continue training exactly; see `training_state`
-    before.safetensors   the previous state, in case the newest is damaged
+    before.safetensors   the previous state, in case the newest is damaged; until training ends
     metrics.jsonl        one line per event
     data.parquet         the training table, if it was given as a frame and not as a path
     data.npz             other data that were not given as a path; see `held`

@@ -425,7 +425,9 @@ class Training:
             if self.told < learner.at.step:  # resumed with fewer steps than it already has
                 self._validate()
                 self.save()
-        main_process_first(lambda: None)  # the others wait until the files are written
+        # a finished run is not to be continued where it stood, so its last state suffices
+        before = self.out / run_config.BEFORE
+        main_process_first(lambda: before.unlink(missing_ok=True))  # the others wait
         if progress and self.first and (why := learner.stopped()):
             print(why, file=sys.stderr)
 

@@ -1,20 +1,23 @@
 """The state from which a training continues, in one file; and the previous state.
 
     model.*, ema.*   the weights (with a learned γ) and their moving average
-    best.*           the averaged weights of the best bound so far, as in `model.safetensors`
+    best.*           the averaged weights of the best bound so far, as in `model.safetensors`; left
+                     out where they are the newest
     law.*            the timestep sampler
     optimizer.i.*    moments of the i-th parameter
     progress         `training.config.Progress`
 
-The file has five times the bytes of the weights, and the previous state as many: with
-`model.safetensors`, a run folder has 11 times. All are needed: moments, raw and averaged weights
-continue exactly, the best ones come back after a crash, and the fallback outlives a damaged file.
+The file has five times the bytes of the weights, or four if the newest are the best; so a run
+folder has six or five times, and while it is trained, with the previous state, up to 11. All are
+needed: moments, raw and averaged weights continue exactly, the best ones come back after a crash,
+and the previous state outlives a damaged file. It is removed when the training has ended.
 
 No generator state is saved: randomness follows from the seed and the step (see `trainer`). If the
 newest file is missing, or damaged according to its hash, the previous one is used; the steps since
 then are repeated, with the same result.
 """
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -43,13 +46,19 @@ def save(out: Path, learner: "Trainer") -> None:
     """
     tensors = {f"model.{k}": v for k, v in learner.model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in learner.ema.state_dict().items()}
-    tensors |= {f"best.{k}": v for k, v in learner.best.items()}
+    if not _best_is_newest(learner.at):
+        tensors |= {f"best.{k}": v for k, v in learner.best.items()}
     tensors |= {f"law.{k}": v for k, v in learner.law.state_dict().items()}
     for i, moments in learner.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
     about = {"weights": "raw and ema", "progress": learner.at.__dict__}
     if tensors := gathered(tensors):
-        write_tensors(out / STATE, tensors, about, out / BEFORE)
+        write_tensors(out / STATE, tensors, about, None if learner.ended else out / BEFORE)
+
+
+def _best_is_newest(at: Progress) -> bool:
+    """Return whether the averaged weights of this step are those of the best bound."""
+    return at.best_step == at.step and at.best < math.inf
 
 
 def is_in(out: Path) -> bool:
@@ -88,6 +97,8 @@ def load(out: Path, learner: "Trainer", because: str = OTHER) -> None:
         raise ValueError(
             f"{error}: it does not say where the training stood; train again"
         ) from None
+    if not best and _best_is_newest(progress):
+        best = {k: v.clone() for k, v in part("ema.module.").items()}
     if (
         len(state) != (len(parameters) if progress.step else 0)
         or not about["progress"].keys() >= WRITTEN
