@@ -7,6 +7,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+from nelbo._utils import limits
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.denoisers import spaced, wrap
 from nelbo.integrations.external import Foreign, read_json
@@ -21,7 +22,7 @@ SOURCES = {
 }
 #: the options after a path, and the form of each
 OPTIONS = {
-    "diffusers": ("clip", "label", "scaling", "keep", "variance", "weights", "law"),
+    "diffusers": ("clip", "label", "scaling", "keep", "variance", "weights", "law", "condition"),
     "openai": ("clip", "label"),
 }
 NUMBER = r"-?\d+(\.\d+)?"
@@ -33,6 +34,7 @@ PATTERNS = {
     "variance": "small|large",
     "weights": r"\w[\w.-]*",
     "law": r"[\w.:]+",
+    "condition": r".+\.npy",
 }
 SHOWN = {
     "clip": "clip=yes or clip=no",
@@ -41,6 +43,7 @@ SHOWN = {
     "keep": "keep=0:4:9 (times of the training)",
     "variance": "variance=small or variance=large",
     "weights": "weights=NAME (a variant or a folder)",
+    "condition": "condition=FILE.npy (classes, or embeddings of prompts, of each example)",
     "law": "law=laplace (of pixels, for a model of latents)",
 }
 
@@ -103,6 +106,8 @@ def load(
         raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models bring no code")
     path, options = _options(kind, rest)
     if condition is not None:
+        if "condition" in options:
+            raise ValueError("give the condition once: after the path, or beside it")
         options["condition"] = condition
     found: Foreign = import_module(SOURCES[kind]).load(path, steps=steps, **options)
     return found
@@ -128,6 +133,11 @@ def _read(name: str, value: str) -> object:
     """Return the value of an option."""
     if name == "clip":
         return value == "yes"
+    if name == "condition":
+        from nelbo.data.readers.arrays import load_npy
+
+        limits.regular(Path(value))
+        return load_npy(Path(value))
     if name == "label":
         return int(value)
     if name == "keep":

@@ -8,7 +8,7 @@ these by name, and `Conditioned` gives them back to the network in their own sha
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 Numbers: TypeAlias = int | Sequence[object] | np.ndarray | Tensor
-#: one class, or the class or embedding of each example; or such by the network's own names
-Condition: TypeAlias = Numbers | Mapping[str, Numbers]
+#: one class, or the class or embedding of each example; or such by the network's own names; texts
+#: are for pipelines with a text encoder
+Condition: TypeAlias = str | Numbers | Mapping[str, Numbers]
 EXACT = 2**24  # least integer that float32, in which rows reach a network, does not hold
 
 
@@ -26,8 +27,8 @@ class Given:
     """A condition as it was given.
 
     Args:
-        values: by the keyword of the network, "" for its third argument: (N, ...), or (1, ...)
-            for all examples.
+        values: by the keyword of the network, "" for its third argument, "a.b" for the entry b of
+            a mapping a: (N, ...), or (1, ...) for all examples.
     """
 
     values: Mapping[str, Tensor]
@@ -91,7 +92,14 @@ class Conditioned(nn.Module):
             for (name, shape, dtype), (a, b) in zip(self.parts, ends, strict=True)
         }
         after = [found.pop("")] if "" in found else []
-        return self.network(y, time, *after, **found)
+        named: dict[str, Any] = {}
+        for name, value in found.items():
+            outer, _, inner = name.partition(".")
+            if inner:  # of a mapping that the network takes
+                named.setdefault(outer, {})[inner] = value
+            else:
+                named[name] = value
+        return self.network(y, time, *after, **named)
 
 
 def _called(name: str) -> str:

@@ -18,6 +18,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -55,7 +56,8 @@ from nelbo.integrations.external import Foreign, check_label, check_labels, read
 from nelbo.integrations.latents import VARIATIONAL, refusal, scaling_of, through
 from nelbo.integrations.probe import probe
 
-LABELS = "class_labels"  # the keyword of the networks' classes
+#: keywords of the networks' classes and prompts
+LABELS, PROMPTS, POOLED = "class_labels", "encoder_hidden_states", "pooled_projections"
 
 
 def load(
@@ -128,7 +130,8 @@ def build(
     """Return the model of a network and the scheduler it was trained with.
 
     Args:
-        network: a UNet2DModel or DiTTransformer2DModel.
+        network: a UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or
+            SD3Transformer2DModel.
         scheduler: with its config; it is not changed.
         name: name of the result, for messages.
         steps: number of steps of the model, at the times that the scheduler takes; by default all
@@ -139,8 +142,8 @@ def build(
         keep: the times of the training to keep, from 0, in place of `steps`.
         variance: of each step, "small" or "large"; by default that of the scheduler.
         weights: name of the weights, for the record.
-        condition: the classes of the examples to be measured, in their order, for the bound on
-            P(x|class).
+        condition: of the examples to be measured, in their order, for the bound on P(x|c): their
+            classes, or embeddings of prompts (N, L, E); or such by the network's own keywords.
         vae: the autoencoder whose latents the network models, an AutoencoderKL, for the bound on
             images.
         law: of their pixels, "gaussian", "logistic" or "laplace", with ":channels" for a scale of
@@ -166,15 +169,7 @@ def build(
     asked = variance is not None
     variance = variance or VARIANCES[str(config.get("variance_type") or "fixed_small")]
     learned = variance == "learned-range"
-    classes, given = _classes(about), None
-    if condition is None or label is not None:
-        check_label(label, classes)
-    if condition is not None:
-        given = Given.of(condition, LABELS)
-        if label is not None or classes is None:
-            why = "label is one for all" if label is not None else "the model has none"
-            raise ValueError(f"the condition is left over: {why}; leave it out")
-        check_labels(given, LABELS, classes)
+    given = _condition(network, about, condition, label)
     drop = wide and not learned
     plain = Plain(network, label, shape[0] if drop else None)
     called = plain if given is None else Conditioned(plain, given)
@@ -240,8 +235,74 @@ class Plain(nn.Module):
     def forward(self, y: Tensor, time: Tensor, **given: Tensor) -> Tensor:
         if self.label is not None:
             given[LABELS] = torch.full((len(y),), self.label, device=y.device)
-        output: Tensor = self.network(y, time, return_dict=False, **given)[0]
+        # the second argument of some transformers is the condition
+        named = "timestep" in signature(self.network.forward).parameters
+        place = () if named else (time,)
+        if named:
+            given["timestep"] = time
+        output: Tensor = self.network(y, *place, return_dict=False, **given)[0]
         return output[:, : self.keep]
+
+
+def _condition(
+    network: nn.Module, about: Config, condition: Condition | None, label: int | None
+) -> Given | None:
+    """Return the condition of a network as it takes it, None where it takes none.
+
+    Raises:
+        ValueError: it is missing, left over, or not what the network takes.
+    """
+    classes, width = _classes(about), _width_of_prompts(about)
+    if width is not None and condition is None:
+        raise ValueError(
+            "the model is of P(x|prompt): give condition=embeddings of the prompts, (N, L,"
+            f" {width}), those of the empty prompt for P(x|no prompt), or the prompts themselves"
+            " to the pipeline in memory"
+        )
+    if label is not None or condition is None:
+        check_label(label, classes)
+    if condition is None:
+        return None
+    if label is not None or (classes is None and width is None):
+        why = "label is one for all" if label is not None else "the model has none"
+        raise ValueError(f"the condition is left over: {why}; leave it out")
+    given = Given.of(condition, LABELS if width is None else PROMPTS)
+    if classes is not None:
+        check_labels(given, LABELS, classes)
+    needs = [name for name in (PROMPTS, POOLED) if name in signature(network.forward).parameters]
+    needs = needs if width is not None else []
+    if about.get("addition_embed_type") == "text_time":
+        needs += ["added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"]
+    elif about.get("addition_embed_type") is not None or about.get("time_cond_proj_dim"):
+        raise ValueError(
+            "the network takes more than prompts (addition_embed_type or a guidance scale); wrap"
+            " it with nelbo.integrations.wrap(..., conditioned_on=)"
+        )
+    if missing := [name for name in needs if name not in given.values]:
+        raise ValueError(
+            f"the condition lacks {', '.join(missing)}: give a mapping of"
+            f" {', '.join(needs)} to arrays"
+        )
+    takes = signature(network.forward).parameters
+    for name in given.values:
+        if name.partition(".")[0] not in takes:
+            raise ValueError(f"a {type(network).__name__} takes no condition {name!r}")
+    prompts = given.values.get(PROMPTS)
+    if prompts is not None and (prompts.ndim != 3 or prompts.shape[2] != width):
+        raise ValueError(
+            f"embeddings of prompts must be (N, L, {width}), or (1, L, {width}) for all; got"
+            f" {tuple(prompts.shape)}"
+        )
+    return given
+
+
+def _width_of_prompts(about: Config) -> int | None:
+    """Return the width of the embeddings of prompts that a network takes, None if it takes
+    none."""
+    for name in ("joint_attention_dim", "encoder_hid_dim", "cross_attention_dim"):
+        if about.get(name) is not None and "norm_type" not in about:  # a DiT has one, unused
+            return positive(about, name)
+    return None
 
 
 Whole = tuple[nn.Module, Scheduler, tuple[int, ...], Levels | Affine]

@@ -17,7 +17,12 @@ from nelbo._utils.progress import shortened
 from nelbo.integrations.external import read_json, without_prefix
 
 Config = Mapping[str, object]
-NETWORKS = ("UNet2DModel", "DiTTransformer2DModel")
+NETWORKS = (
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "DiTTransformer2DModel",
+    "SD3Transformer2DModel",
+)
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = "model_index.json"
 SHOWN = 80  # characters of a name from a folder, in a message
