@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import known_models
 from support.closed_forms import legendre_nodes
 from torch import nn
 
@@ -174,6 +175,20 @@ def test_numbers_do_not_depend_on_the_batch(every_text, monkeypatch):
         there = [i for i, j in enumerate(order) if texts[j] == text]
         torch.testing.assert_close(each[here].sort().values, other[there].sort().values)
         assert len(each[here].unique()) > 1  # equal texts have masks of their own
+
+
+@pytest.mark.parametrize("known", [known_models.symbols, known_models.text], ids=["pairs", "text"])
+def test_own_masked_models_take_a_surrogate(known, monkeypatch):
+    """Those of one-hot features too, whose places are all scored; against their exact bounds."""
+    monkeypatch.setattr(masks, "price_of", lambda *parts: 0.1)
+    known, times = known(), nelbo.ContinuousTime()
+    x = known.examples(60)
+    wanted = known.bound(x, times).sum(1)
+    found = nelbo.evaluate(known.model, x, calls=64, surrogate=known.model)
+    scale = known.model.dims * math.log(2)
+    assert abs(found.nats - wanted.mean()) < 4 * found.standard_error.monte_carlo * scale
+    far = (-found.per_example.elbo - wanted).abs() / found.per_example_error
+    assert (far < 1.96).double().mean() > 0.85 and "the surrogate read" in found.notes[-1]
 
 
 def test_masks_are_uniform_and_balanced():
