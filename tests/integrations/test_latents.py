@@ -152,7 +152,7 @@ def test_a_folder_and_a_pipeline_are_the_parts(parts, tmp_path):
     )
     with pytest.raises(ValueError, match="measured 2 times; got 3"):
         evaluate(f"{path},label=2,law=gaussian:0.1", x, calls=3)
-    with pytest.raises(ValueError, match="there is one image"):
+    with pytest.raises(ValueError, match="there is one example"):
         evaluate(f"{path},label=2", x[:1])
     with pytest.raises(ValueError, match=r"law=laplace \(or gaussian"):
         load(f"{path},label=2,law=cauchy")

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,15 @@ from nelbo._utils.progress import Terminal
 from nelbo.codec.files import Report
 from nelbo.data.inspection import Inspection
 from nelbo.data.schema import Schema
-from nelbo.evaluation.result import BoundEstimate, Evaluation, FlowDetails, ImportanceDetails
+from nelbo.evaluation.result import (
+    BoundEstimate,
+    Evaluation,
+    FlowDetails,
+    ImportanceDetails,
+    LatentTerms,
+)
+
+FAR = 2.0  # times the bits of uniform levels beyond which the last step is to blame
 
 
 def of_text(
@@ -50,6 +58,47 @@ def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
     return (
         f"worse than uniform: {levels} equally likely levels take {math.log2(levels):.4g}"
         " bits/dim; are these data of the kind, and of the levels, that the model was trained on?"
+        f"{_of_the_last_step(found, math.log2(levels))}"
+    )
+
+
+def _of_the_last_step(found: Evaluation | BoundEstimate, uniform: float) -> str:
+    """Return a hint if P(x|z_1) alone takes far more than uniform levels, bits/dim, else ""."""
+    if not isinstance(found, Evaluation) or isinstance(found.terms, LatentTerms):
+        return ""
+    if not found.terms.reconstruction > FAR * uniform:
+        return ""
+    return (
+        f" The last step, P(x|z_1), alone takes {found.terms.reconstruction:.4g}: look at its"
+        " variance, which may be far too small for the network's error there; for another"
+        " library's folder compare ,variance=small, ,variance=large and ,variance=optimal"
+    )
+
+
+def sweep(found: Sequence[Evaluation]) -> None:
+    """Print bounds of several numbers of steps: their terms, and the diffusion over time."""
+    first, console = found[0], Terminal()
+    title = f"{_bound(first)}, {escape(first.split)}, by steps"
+    table = Table(title=title, title_justify="left")
+    terms = list(vars(first.terms))
+    for name in ("steps", first.unit, "standard error", *terms, "diffusion over t, 0 to 1"):
+        table.add_column(name, justify="left" if name.endswith("1") else "right")
+    for each in found:
+        value = each.nats if each.bits_per_dim is None else each.bits_per_dim
+        table.add_row(
+            str(each.steps),
+            f"[bold]{value:.4f}",
+            _error(each.standard_error.total),
+            *(f"{term:.4f}" for term in vars(each.terms).values()),
+            _blocks(each),
+        )
+    console.print(table)
+    console.print(
+        f"{first.examples} examples of {first.dims} dimensions; network calls per example:"
+        f" {', '.join(f'{each.calls_per_example:.4g}' for each in found)}; seed {first.seed};"
+        f" weights: {first.weights}; {first.precision}; data {first.data_hash}",
+        highlight=False,
+        markup=False,
     )
 
 
@@ -199,13 +248,24 @@ def _error(value: float) -> str:
 
 def _sparkline(found: Evaluation) -> str:
     """Return the diffusion term over time, one block character per bin."""
-    points = [point for point in found.curve if not math.isnan(point.value)]
-    heights = [point.value / (point.t_to - point.t_from) for point in points]
+    heights = _heights(found)
     top = max(heights, default=0.0)
     if not top > 0:
         return "diffusion over t: none"
-    blocks = "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(8 * h / top)))] for h in heights)
+    blocks = _blocks(found)
     return f"diffusion over t: 0 {blocks} 1, at most {top:.3g} {found.unit} per unit of t"
+
+
+def _heights(found: Evaluation) -> list[float]:
+    """Return the diffusion term per unit of time in each bin that is known."""
+    points = [point for point in found.curve if not math.isnan(point.value)]
+    return [point.value / (point.t_to - point.t_from) for point in points]
+
+
+def _blocks(found: Evaluation) -> str:
+    heights = _heights(found)
+    top = max(heights, default=0.0)
+    return "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(8 * h / top)))] for h in heights if top > 0)
 
 
 def _convergence(found: BoundEstimate) -> str:

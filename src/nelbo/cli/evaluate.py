@@ -32,7 +32,7 @@ def evaluate(
     data: str | None = None,
     split: str | None = None,
     splits: Splits | None = None,
-    steps: int | None = None,
+    steps: str | None = None,
     grid: Spacing | None = None,
     calls: float | None = None,
     target_error: float | None = None,
@@ -68,7 +68,8 @@ def evaluate(
         train, validation or test; all for data without splits. The default is test for the run's
         own data, and all for other data.
     steps
-        State the bound of the model with this number of steps; by default in continuous time.
+        State the bound of the model with this number of steps; by default in continuous time. Of
+        several, as in 10,50,200, a table of bounds and of where they are spent.
     grid
         The times of the steps: best for this run, found once and kept in its folder; or uniform.
     calls
@@ -128,6 +129,7 @@ def evaluate(
     from nelbo._utils.progress import tracker
     from nelbo._utils.scalars import integer
     from nelbo.cli import display
+    from nelbo.cli.sweep import numbers, sweep
     from nelbo.diffusion.batch import Batch, rows_of
     from nelbo.diffusion.latent import LatentModel
     from nelbo.evaluation.both_sides import both_sides
@@ -142,7 +144,21 @@ def evaluate(
     from nelbo.runs.config import read_config
     from nelbo.runs.run import load
 
-    _only_one_way(steps, calls, target_error, importance_samples, ode)
+    counts = numbers(steps)
+    if len(counts) > 1:
+        others = (grid, sampler, surrogate, importance_samples, dequantise, tolerance, save)
+        if ode or columns or lines or trust_remote_code or any(v is not None for v in others):
+            raise ValueError(
+                "several --steps go with --data, --split, --splits, --calls, --target-error,"
+                " --no-variates, --seed, --device and --json alone; give one number"
+            )
+        with process_group() as rank:
+            options = {"data": data, "split": split, "splits": splits, "calls": calls}
+            options |= {"target_error": target_error, "variates": variates, "seed": seed}
+            sweep(run, counts, place_of(device, rank == 0), options, tell=rank == 0, json=json)
+        return
+    count = counts[0] if counts else None
+    _only_one_way(count, calls, target_error, importance_samples, ode)
     if (ode or importance_samples is not None) and sampler is not None:
         raise ValueError("--sampler goes beside the bound; leave --ode, --importance-samples out")
     if own_samples is not None and (importance_samples is None or save or columns):
@@ -169,7 +185,7 @@ def evaluate(
         place = place_of(device, rank == 0)
         track = tracker("evaluate") if rank == 0 else iter
         if integrations.is_foreign(run):
-            foreign = integrations.load(run, steps=steps, trust_remote_code=trust_remote_code)
+            foreign = integrations.load(run, steps=count, trust_remote_code=trust_remote_code)
             for note in foreign.notes if rank == 0 else ():
                 say(note)
             model, weights = foreign.model, foreign.weights
@@ -188,7 +204,7 @@ def evaluate(
             batch, split = examples_of(loaded, data, split, rank == 0, splits)
             model = loaded.model
             model.to(place)  # the best grid is measured there too
-            times = None if steps is None else grid_of(loaded, steps, spacing)
+            times = None if count is None else grid_of(loaded, count, spacing)
         model.to(place)
         order = None
         if isinstance(model, LatentModel):
@@ -264,7 +280,7 @@ def evaluate(
             if line := display.worse_than_uniform(result, codes):
                 _note(line)
         if columns:
-            _show_columns(loaded, batch, steps or 32, spacing, seed, rank == 0)
+            _show_columns(loaded, batch, count or 32, spacing, seed, rank == 0)
 
 
 def _note(line: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from typing_extensions import override
 
+from nelbo._utils.numerics import seeded
 from nelbo._utils.sharding import check_finite
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.distributions import (
@@ -186,7 +187,7 @@ class LatentModel(nn.Module):
             channels: fit a scale for each channel.
         """
         x = x[: max(1, FITTED // self.dims)]
-        with evaluating(self):
+        with evaluating(self), seeded(0):
             pairs = []
             for some in x.split(max(1, FITTED // 16 // self.dims)):
                 some = Batch(some).to(self.device).x

@@ -22,7 +22,17 @@ SOURCES = {
 }
 #: the options after a path, and the form of each
 OPTIONS = {
-    "diffusers": ("clip", "label", "scaling", "keep", "variance", "weights", "law", "condition"),
+    "diffusers": (
+        "clip",
+        "label",
+        "scaling",
+        "levels",
+        "keep",
+        "variance",
+        "weights",
+        "law",
+        "condition",
+    ),
     "openai": ("clip", "label"),
 }
 NUMBER = r"-?\d+(\.\d+)?"
@@ -31,7 +41,8 @@ PATTERNS = {
     "label": r"\d+",
     "scaling": f"{NUMBER}:{NUMBER}",
     "keep": r"\d+(:\d+)*",
-    "variance": "small|large",
+    "variance": "small|large|optimal",
+    "levels": r"\d+",
     "weights": r"\w[\w.-]*",
     "law": r"[\w.:]+",
     "condition": r".+\.npy",
@@ -41,7 +52,8 @@ SHOWN = {
     "label": "label=N",
     "scaling": "scaling=0:1 (what 0 and 255 are to the network)",
     "keep": "keep=0:4:9 (times of the training)",
-    "variance": "variance=small or variance=large",
+    "variance": "variance=small, variance=large or variance=optimal",
+    "levels": "levels=16 (of the images; 256 where left out)",
     "weights": "weights=NAME (a variant or a folder)",
     "condition": "condition=FILE.npy (classes, or embeddings of prompts, of each example)",
     "law": "law=laplace (of pixels, for a model of latents)",
@@ -138,7 +150,7 @@ def _read(name: str, value: str) -> object:
 
         limits.regular(Path(value))
         return load_npy(Path(value))
-    if name == "label":
+    if name in ("label", "levels"):
         return int(value)
     if name == "keep":
         return [int(i) for i in value.split(":")]

@@ -22,18 +22,24 @@ decoder reads the first. A table translates them to the network's own time input
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Independent
 from typing_extensions import override
 
-from nelbo._utils.numerics import over
+from nelbo._utils.numerics import over, seeded
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Decoder
+from nelbo.diffusion.distributions import draw
+from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.parametrization import Parametrization, Prediction
 from nelbo.diffusion.process import Affine, ForwardProcess, GaussianDiffusion, Levels, per_example
+from nelbo.diffusion.reverse import FixedVariance
 from nelbo.diffusion.schedules import Schedule
 
 Factor = Callable[[Tensor], Tensor]
+MEASURED, EXAMPLES = 33, 64  # times, and examples, at most, for the best variance
 NUMBERS = 2**18  # numbers in one call of a foreign network, which may be large
 
 
@@ -246,17 +252,58 @@ class Clipped(Parametrization):
         return Prediction(e_hat, fraction=prediction.fraction)
 
 
+class BestVariance(FixedVariance):
+    """N(m_t(z_t, x̂), σ²) with the σ² of least expected KL: β̃ + (√α_s β/(1-α_t))² v(t).
+
+    v(t) = E‖e - ê‖²/D (Bao et al. 2022, theorem 1) at each of the T times is that of examples that
+    are not measured (`fit`); until then it is zero, and σ² = β̃. In the last step, σ² = v.
+
+    Args:
+        steps: T.
+    """
+
+    errors: Tensor
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.register_buffer("errors", torch.zeros(steps, dtype=torch.float64))
+
+    @override
+    def variance(self, s: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+        assert isinstance(process, OnSteps)
+        _, of_e = process.m_t_weights(s, t)
+        v = self.errors[process.schedule.index(t) - 1]
+        return process.beta_tilde(s, t) + of_e.square() * v
+
+    def fit(self, model: Model, batch: Batch) -> None:
+        """Measure v at some of the times, from the network's errors, and set it at all of them."""
+        steps = len(self.errors)
+        some = torch.linspace(1, steps, min(steps, MEASURED), dtype=torch.float64).round()
+        batch = batch[:EXAMPLES].to(model.device)
+        found = []
+        with measuring(model, batch), seeded(0):
+            e = model.embed(batch.x)
+            for i in some.tolist():
+                t = torch.full((len(e),), i / steps, dtype=torch.float64, device=e.device)
+                z = draw(model.process.marginal(e, t))
+                e_hat = model.predict(z, t, batch.condition).e_hat
+                found.append((e - e_hat).square().mean().item())
+        logs = np.interp(np.arange(1, steps + 1), some.numpy(), np.log(np.maximum(found, 1e-30)))
+        self.errors.copy_(torch.from_numpy(np.exp(logs)))
+
+
 class LastStep(Decoder):
     """N(x̂(z_1), σ²), discretised for levels: the last step, from z_1 to x, with the model's
     variance.
 
     The posterior variance of this step is 0. Nichol & Dhariwal 2021 replace it by that of the step
-    before, β̃_2, also for σ² = β; a learned variance lies between β̃_2 and β_1.
+    before, β̃_2, also for σ² = β; a learned variance lies between β̃_2 and β_1. The best one is
+    the network's error at z_1.
     """
 
-    def __init__(self, scaling: Levels | Affine) -> None:
+    def __init__(self, scaling: Levels | Affine, best: BestVariance | None = None) -> None:
         super().__init__()
-        self.scaling = scaling
+        self.scaling, self.best = scaling, best
         self.density = not scaling.count
 
     @override
@@ -271,7 +318,10 @@ class LastStep(Decoder):
                 ' begin it there, wrap with keep=..., or with decoder="evidence"'
             )
         e_hat = prediction.e_hat
-        log_variance = over(process.beta_tilde(t, t * 2).log(), e_hat).expand_as(e_hat)
+        variance = process.beta_tilde(t, t * 2)
+        if self.best is not None and self.best.errors[0] > 0:
+            variance = self.best.errors[0].expand_as(t)
+        log_variance = over(variance.log(), e_hat).expand_as(e_hat)
         if prediction.fraction is not None:
             largest = over(process.log_one_minus_alpha(t), e_hat)
             log_variance = log_variance + prediction.fraction * (largest - log_variance)

@@ -26,6 +26,7 @@ from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Schedule
 from nelbo.integrations.adapters import (
     Adapter,
+    BestVariance,
     Clipped,
     Factor,
     Flow,
@@ -39,7 +40,7 @@ from nelbo.integrations.adapters import (
 from nelbo.integrations.probe import probe
 
 Predicts = str  # a key of HEADS or of parametrization.SPELLINGS, or "mean"
-Variance = Literal["small", "large", "learned-range"]
+Variance = Literal["small", "large", "learned-range", "optimal"]
 Numbers = Tensor | Sequence[float]
 Denoiser = Callable[..., Tensor]
 Table = Tensor | Callable[[Tensor], Tensor] | None
@@ -55,6 +56,7 @@ STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "small": reverse.Posterior,
     "large": reverse.Beta,
     "learned-range": reverse.Learned,
+    "optimal": reverse.Posterior,  # `BestVariance` on T times; in continuous time all are equal
 }
 NOTED = 1e-3  # bits/dim of the prior term above which a note is issued
 
@@ -112,7 +114,8 @@ def wrap(
         factor: c(γ) of their latents y = c z, if it is not implied by betas, alphas, sigmas or a
             flow.
         variance: variance of P(z_{t-1}|z_t): "small" is β̃_t, "large" β_t, "learned-range"
-            between.
+            between; "optimal", of least KL, once `model.step.fit(model, batch)` has seen examples
+            that are not measured.
         scaling: scaling of the data: Levels(256), the default, for 8-bit data as x/127.5 - 1;
             Levels(256, 0, 1) for x/255; Affine(shift, scale) for real data, whose bound is that of
             a density.
@@ -223,8 +226,11 @@ def assemble(
         process = GaussianDiffusion(gamma, scaling)
         adapter = Adapter(network, shape, head.outputs, times, None, factor, score)
         steps = 0
-    last = _decoder(decoder, process.schedule, scaling, steps)
-    return Model(adapter, process, head, STEPS[variance](), last, shape)
+    last, kernel = _decoder(decoder, process.schedule, scaling, steps), STEPS[variance]()
+    if variance == "optimal" and steps:
+        kernel = BestVariance(steps)
+        last = LastStep(scaling, kernel) if isinstance(last, LastStep) else last
+    return Model(adapter, process, head, kernel, last, shape)
 
 
 def spaced(total: int, steps: int) -> list[int]:

@@ -18,6 +18,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo.data.schema import Schema
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
-from nelbo.integrations.adapters import EDM, Flow, interpolating
+from nelbo.integrations.adapters import EDM, BestVariance, Flow, interpolating
 from nelbo.integrations.conditions import Condition, Conditioned, Given
 from nelbo.integrations.denoisers import Variance, assemble, gamma_of, signal_left
 from nelbo.integrations.diffusers_folder import (
@@ -72,6 +74,7 @@ def load(
     weights: str | None = None,
     condition: Condition | None = None,
     law: str | None = None,
+    levels: int | None = None,
 ) -> Foreign:
     """Load the model in a folder; arguments and errors as for `build`.
 
@@ -86,6 +89,7 @@ def load(
         weights: a variant of the weights, such as fp16, or a folder of others, such as unet_ema.
         condition: as for `build`.
         law: as for `build`.
+        levels: number of levels of the images, which span the scaling; by default 256.
 
     Raises:
         FileNotFoundError: there is no such folder, or a part is missing.
@@ -93,6 +97,9 @@ def load(
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}; save a pipeline there, or its parts")
+    if levels is not None:
+        low, high = (-1.0, 1.0) if scaling is None else (scaling.low, scaling.high)
+        scaling = Levels(levels, low, high)
     vae = _autoencoder(path)
     home, variant, notes = home_of(path, weights)
     network, kind, said = network_of(home, variant)
@@ -140,7 +147,8 @@ def build(
         label: the class, for a class-conditional model.
         scaling: scaling of the data; by default that of 8-bit images in [-1, 1].
         keep: the times of the training to keep, from 0, in place of `steps`.
-        variance: of each step, "small" or "large"; by default that of the scheduler.
+        variance: of each step, "small", "large" or "optimal", which is fitted to examples that are
+            not measured; by default that of the scheduler.
         weights: name of the weights, for the record.
         condition: of the examples to be measured, in their order, for the bound on P(x|c): their
             classes, or embeddings of prompts (N, L, E); or such by the network's own keywords.
@@ -198,8 +206,16 @@ def build(
         notes.append("the network also gives a variance, which is not used")
     levels = scaling.count or None
     schema = Schema("real" if levels is None else "levels", shape, levels)
-    found = Foreign(name, model, schema, times, weights, tuple(notes), given)
+    fit = partial(_fit_variance, model) if isinstance(model.step, BestVariance) else None
+    found = Foreign(name, model, schema, times, weights, tuple(notes), given, fit)
     return found if vae is None else through(found, vae, pixels, law)
+
+
+def _fit_variance(model: Model, batch: Batch) -> str:
+    assert isinstance(model.step, BestVariance)
+    model.step.fit(model, batch)
+    last = model.step.errors[0].sqrt().item()
+    return f"the variance of each step is the best one ({last:.3g}² in the last, P(x|z_1))"
 
 
 def _autoencoder(path: Path) -> nn.Module | None:

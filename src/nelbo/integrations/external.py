@@ -4,21 +4,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from nelbo import data
 from nelbo._utils import limits
 from nelbo.data import coerce
+from nelbo.data.rows import Rows
 from nelbo.data.schema import Dataset, Schema
 from nelbo.data.sources import Source, Splits
-from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import TimeDiscretization
 from nelbo.integrations.conditions import Given
 from nelbo.integrations.probe import probe
+
+LEAVE_OUT = 10  # of so many examples one is left out, to fit parts of a model to
+FITTED = 1024  # examples to which they are fitted, at most
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Foreign:
         weights: the name of the weights, for the record.
         notes: one sentence for each choice that determines the meaning of the bound.
         condition: c, where the bound is one on P(x|c) of conditions in memory.
+        fit: fits parts of the model that no file has to examples that are not measured, and
+            returns a note on them.
     """
 
     name: str
@@ -42,6 +50,7 @@ class Foreign:
     weights: str
     notes: tuple[str, ...]
     condition: Given | None = None
+    fit: Callable[[Batch], str] | None = None
 
     def examples(
         self,
@@ -82,9 +91,35 @@ class Foreign:
     def select(
         self, dataset: Dataset, split: str, tell: Callable[[str], object]
     ) -> Tensor | Batch:
-        """Return the examples of a split, with their conditions."""
+        """Return the examples of a split, with their conditions, after `fit` to others.
+
+        These are those of another split, or every tenth of the examples, which is then not
+        measured.
+        """
         x = dataset.splits[split]
-        return x if self.condition is None else Batch(x, self.condition.rows(len(x)))
+        given = None if self.condition is None else self.condition.rows(len(x))
+        if self.fit is None:
+            return x if given is None else Batch(x, given)
+        names = ("validation", "train", "test") if split != "all" else ()
+        other = next((n for n in names if n != split and n in dataset.splits), None)
+        if other is not None and (given is None or len(given.unique(dim=0)) == 1):
+            held = dataset.splits[other][:FITTED]
+            rows = None if given is None else given[:1].expand(len(held), -1)
+            tell(f"{self.fit(Batch(held, rows))}, fitted to the {other} split")
+            return x if given is None else Batch(x, given)
+        if len(x) < 2:
+            raise ValueError(
+                "a part of the model is fitted to examples that are not measured, and there is one"
+                " example; give more, or for pixels of a model of latents, ,law=laplace:0.05"
+            )
+        out = torch.arange(len(x)) % LEAVE_OUT == min(LEAVE_OUT, len(x)) - 1
+        held = _some(x, out)
+        tell(
+            f"{self.fit(Batch(held[:FITTED], _first(rows_of(given, out))))}, fitted to the"
+            f" {len(held)} images that were left out"
+        )
+        x, given = _some(x, ~out), rows_of(given, ~out)
+        return x if given is None else Batch(x, given)
 
     def check(self, batch: Batch) -> list[str]:
         """Return notes on how the network is read, from its errors on some examples.
@@ -103,6 +138,17 @@ class Foreign:
             batch: the examples.
         """
         return {}
+
+
+def _some(x: Tensor, chosen: Tensor) -> Tensor:
+    """Return the examples where `chosen`, (N,), is true; those in files stay unread."""
+    if isinstance(x, Rows):
+        return cast(Tensor, x.take(chosen.nonzero().flatten().numpy()))
+    return x[chosen]
+
+
+def _first(rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else rows[:FITTED]
 
 
 def read_json(

@@ -6,7 +6,6 @@ image is of no file: its scale is fitted to images that are not measured, or giv
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nelbo.data.rows import Rows
-from nelbo.data.schema import Dataset, Schema
+from nelbo.data.schema import Schema
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.latent import LAWS, LatentModel, PixelLaw, evaluating
 from nelbo.diffusion.model import Model
@@ -24,7 +22,6 @@ from nelbo.integrations.external import Foreign
 from nelbo.integrations.probe import ROWS, probe
 
 VARIATIONAL = "AutoencoderKL"
-LEAVE_OUT = 10  # of so many images one is left out, to fit the law of the pixels to
 LAW = re.compile(rf"({'|'.join(LAWS)})(:channels|:(\d*\.?\d+))?")
 SHOWN = "law=laplace (or gaussian, logistic), law=laplace:channels or law=laplace:0.05"
 
@@ -57,61 +54,14 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class LatentForeign(Foreign):
-    """A foreign model of images by their latents.
-
-    Args:
-        fit: the law of the pixels to be fitted, "" for the best; None if it is given.
-        channels: whether it has a scale for each channel.
-    """
+    """A foreign model of images by their latents."""
 
     model: LatentModel
-    fit: str | None = ""
-    channels: bool = False
-
-    @override
-    def select(
-        self, dataset: Dataset, split: str, tell: Callable[[str], object]
-    ) -> Tensor | Batch:
-        """Return the examples of a split, and fit the law of pixels to others.
-
-        These are those of another split, or every tenth of the examples, which is then not
-        measured.
-        """
-        x = dataset.splits[split]
-        found = x if self.condition is None else Batch(x, self.condition.rows(len(x)))
-        if self.fit is None:
-            return found
-        names = ("validation", "train", "test")
-        other = next(
-            (n for n in names if split != "all" and n != split and n in dataset.splits), ""
-        )
-        rows = torch.arange(len(x))
-        if other:
-            held, name = dataset.splits[other], f"{other} split"
-        elif len(x) < 2:
-            raise ValueError(
-                "the law of the pixels is fitted to images that are not measured, and there is one"
-                f" image; give more, or the law: {SHOWN}"
-            )
-        else:
-            out = rows % LEAVE_OUT == min(LEAVE_OUT, len(x)) - 1
-            held, name = _some(x, rows[out]), f"{int(out.sum())} images that were left out"
-            x = _some(x, rows[~out])
-            found = x if self.condition is None else Batch(x, cast(Batch, found).condition[~out])  # type: ignore[index]
-        self.model.fit_law(held, self.fit or None, self.channels)
-        tell(f"the law of the pixels is {self.model.law}, fitted to the {name}")
-        return found
 
     @override
     def check(self, batch: Batch) -> list[str]:
-        some = batch[torch.linspace(0, len(batch) - 1, ROWS).round().long()].to(self.model.device)
-        with evaluating(self.model):
-            latents = self.model.posterior(some.x).mean
-        return probe(self.model.prior, Batch(latents, some.condition))
-
-
-def _some(x: Tensor, rows: Tensor) -> Tensor:
-    return cast(Tensor, x.take(rows.numpy())) if isinstance(x, Rows) else x[rows]
+        some = batch[torch.linspace(0, len(batch) - 1, ROWS).round().long()]
+        return probe(self.model.prior, _encoded(self.model, some))
 
 
 def refusal(kind: str) -> str:
@@ -183,6 +133,14 @@ def through(found: Foreign, vae: nn.Module, levels: Levels, law: str | None) -> 
         f"a bound on images through the {VARIATIONAL}: the diffusion model is of {prior} latents,"
         " the encoder draws them, and the decoder's image has a law of pixels about it"
     )
+
+    def fit(batch: Batch) -> str:
+        said = "" if found.fit is None else f"{found.fit(_encoded(model, batch))}; "
+        if not scale:
+            model.fit_law(batch.x, family or None, rest == ":channels")
+            said += f"the law of the pixels is {model.law}; "
+        return said.removesuffix("; ")
+
     return LatentForeign(
         found.name,
         model,
@@ -191,6 +149,12 @@ def through(found: Foreign, vae: nn.Module, levels: Levels, law: str | None) -> 
         found.weights,
         (note, *found.notes),
         found.condition,
-        fit=None if scale else family,
-        channels=rest == ":channels",
+        None if scale and found.fit is None else fit,
     )
+
+
+def _encoded(model: LatentModel, batch: Batch) -> Batch:
+    """Return the means of the latents of some images, with their conditions."""
+    batch = batch.to(model.device)
+    with evaluating(model):
+        return Batch(model.posterior(batch.x).mean, batch.condition)

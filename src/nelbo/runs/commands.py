@@ -177,6 +177,11 @@ def evaluate(
     if foreign is not None:
         run = foreign.model
         notes += foreign.notes
+        if isinstance(data, Batch) and foreign.fit is not None:
+            raise ValueError(
+                "a part of the model is fitted to examples that are left out: give the examples,"
+                " and their conditions as condition=, not a Batch; or give that part"
+            )
         if not isinstance(data, Batch) and data is not None:
             data, split = foreign.examples(data, split, splits, notes.append)
         times = foreign.times if times is None and steps is None else times

@@ -1,0 +1,159 @@
+"""The study of a model of diffusers: steps, variances, levels, and what a bad bound may mean."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from support.commands import nelbo_fails, run_ok
+
+from nelbo import Batch, evaluate
+from nelbo._utils.numerics import seeded
+from nelbo.diffusion.times import elbo
+from nelbo.integrations import load
+from nelbo.integrations.diffusers import build
+
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the schedule ends with signal left"),
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+]
+T, SIZE = 8, 4
+
+
+class Constant(torch.nn.Module):
+    """x̂ = 0.1 whatever is seen, with the config of a network."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"sample_size": SIZE, "in_channels": 3, "out_channels": 3}
+
+    def forward(self, y, time, return_dict):
+        return (torch.full_like(y, 0.1),)
+
+
+def images(n=20):
+    with seeded(1):
+        return torch.randint(256, (n, 3, SIZE, SIZE))
+
+
+def ddpm(**config):
+    given = {"num_train_timesteps": T, "clip_sample": False, "beta_end": 0.6, "beta_start": 0.02}
+    return diffusers.DDPMScheduler(**(given | config))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    with seeded(0):
+        network = diffusers.UNet2DModel(
+            sample_size=SIZE,
+            block_out_channels=(8,),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            add_attention=False,
+        )
+    network.save_pretrained(place / "unet")
+    ddpm().save_pretrained(place / "scheduler")
+    np.savez(place / "x.npz", x=images(10).numpy().astype(np.uint8))
+    return place
+
+
+def test_several_steps_side_by_side(folder, capsys):
+    """Each row is the bound of `--steps` alone, from the fewest; one object with --json."""
+    begin = ["evaluate", f"diffusers:{folder}", "--data", str(folder / "x.npz"), "--calls", "9"]
+    run_ok(*begin, "--steps", "4,2", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert [each["steps"] for each in found["sweep"]] == [2, 4]
+    for each in found["sweep"]:
+        run_ok(*begin, "--steps", each["steps"], "--json")
+        alone = json.loads(capsys.readouterr().out)
+        assert {**alone, "notes": 0} == {**each, "notes": 0}
+    run_ok(*begin, "--steps", "2,4")
+    shown = capsys.readouterr()
+    for each in found["sweep"]:
+        value = f"{each['bits_per_dim']:.4f}"
+        assert re.search(rf"{each['steps']} .*{re.escape(value)}", shown.out)
+    assert "2 of 8 steps" in shown.err and "4 of 8 steps" in shown.err
+    for wrong, words in (("4,x", "several as in 10,50,200"), ("4,4", "twice"), ("0,4", "steps")):
+        assert words in nelbo_fails(capsys, *begin, "--steps", wrong)
+    assert "give one number" in nelbo_fails(capsys, *begin, "--steps", "2,4", "--ode")
+    assert "worse than uniform" not in shown.out
+
+
+def test_the_best_variance_is_fitted_to_other_images():
+    """v = E(e - x̂)² of the images left out; each term is that of β̃ + (√α_s β/(1-α_t))² v."""
+    x = images()
+    found = build(Constant(), ddpm(prediction_type="sample"), variance="optimal")
+    told = []
+    chosen, _ = found.examples(x, tell=told.append)
+    assert len(chosen) == 18 and torch.equal(
+        torch.as_tensor(chosen).long(), x[[i for i in range(20) if i % 10 != 9]]
+    )
+    assert "fitted to the 2 images that were left out" in told[-1]
+    e = x[[9, 19]].double() / 127.5 - 1
+    v = (e - 0.1).square().mean()
+    torch.testing.assert_close(found.model.step.errors, v.expand(T), rtol=1e-12, atol=0)
+    with torch.no_grad(), seeded(2):
+        got = elbo(found.model, chosen.long(), found.times)
+    e = chosen.double() / 127.5 - 1
+    alphas = np.cumprod(1 - np.linspace(0.02, 0.6, T, dtype=np.float32).astype(np.float64))
+    diffusion = torch.zeros(len(e)).double()
+    for t in range(1, T):
+        s, beta = alphas[t - 1], 1 - alphas[t] / alphas[t - 1]
+        tilde = beta * (1 - s) / (1 - alphas[t])
+        of_x = math.sqrt(s) * beta / (1 - alphas[t])
+        variance = tilde + of_x**2 * v
+        gap = (of_x * (e - 0.1)) ** 2 / variance
+        ratio = tilde / variance
+        diffusion += 0.5 * (ratio - 1 - ratio.log() + gap).flatten(1).sum(1)
+    torch.testing.assert_close(got.diffusion, diffusion, rtol=1e-5, atol=0)
+    bounds = {
+        variance: evaluate(
+            (Constant(), ddpm(prediction_type="sample")), x, variance=variance, calls=9
+        )
+        for variance in ("small", "large", "optimal")
+    }
+    best = bounds["optimal"].bits_per_dim
+    assert best < min(bounds["small"].bits_per_dim, bounds["large"].bits_per_dim) - 1
+
+
+def test_the_best_variance_after_a_path(folder):
+    x = images(10)
+    found = load(f"diffusers:{folder},variance=optimal", steps=4)
+    result = evaluate(found, x, calls=9)
+    assert result.examples == 9 and "variance optimal" in result.notes[0]
+    assert any("in the last, P(x|z_1)" in note for note in result.notes)
+    worst = evaluate(f"diffusers:{folder}", x, steps=4, calls=9)
+    assert result.bits_per_dim < worst.bits_per_dim
+    with pytest.raises(ValueError, match="one example; give more"):
+        evaluate(found, x[:1])
+    with pytest.raises(ValueError, match="not a Batch"):
+        evaluate(found, Batch(x))
+
+
+def test_levels_after_a_path(folder):
+    model = load(f"diffusers:{folder},levels=16").model
+    torch.testing.assert_close(
+        model.embed(torch.full((1, 3, SIZE, SIZE), 15)), torch.ones(1, 3, SIZE, SIZE).double()
+    )
+    half = load(f"diffusers:{folder},levels=5,scaling=0:1")
+    assert half.schema.levels == 5 and half.model.process.embedding.low == 0
+
+
+def test_a_bound_that_the_last_step_spends_says_what_to_look_at():
+    """A constant x̂ has most of its cost where the variance is least."""
+    from nelbo.cli.display import worse_than_uniform
+
+    pair = Constant(), ddpm(prediction_type="sample", beta_start=1e-4)
+    small = evaluate(pair, images(), calls=9)
+    line = worse_than_uniform(small, 256)
+    assert "worse than uniform" in line
+    assert "last step, P(x|z_1)" in line and ",variance=optimal" in line
+    best = evaluate(pair, images(), calls=9, variance="optimal")
+    assert "last step" not in worse_than_uniform(best, 256)
