@@ -38,7 +38,7 @@ from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.result import Evaluation
 
-ROWS = 256  # of each cell of a pilot that is kept
+ROWS = 256  # of each stratum of a pilot that is kept
 OTHERS = 500  # examples that it is made on
 LOW, HIGH = 0.93, 0.97
 CALLS = (2, 4, 8, 24, 200)
@@ -86,14 +86,13 @@ def coverage(values: Tensor, errors: Tensor, truth: Tensor) -> Coverage:
 
 def kept_pilots(known: Known, others: Tensor) -> Callable[..., Proposal]:
     """As those of a run: made once, of examples that are not measured."""
-    made: dict[tuple[int, int], Proposal] = {}
+    made: dict[int, Proposal] = {}
 
-    def pilots(cells: Strata, controls: ControlVariates, draws: int, replicates: int) -> Proposal:
-        key = draws, replicates
-        if key not in made:
+    def pilots(strata: Strata, controls: ControlVariates) -> Proposal:
+        if controls.calls not in made:
             with measuring(known.model), seeded(52):
-                made[key] = pilot(cells, controls, Batch(others), ROWS, draws, replicates)
-        return made[key]
+                made[controls.calls] = pilot(strata, controls, Batch(others), ROWS)
+        return made[controls.calls]
 
     return pilots
 

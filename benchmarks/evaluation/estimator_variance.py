@@ -12,8 +12,9 @@ calls per example. Every example is fixed, so the variance is that of the draws 
     importance, low-d.  the same density, times as low-discrepancy
     free reconstruction low-discrepancy, the reconstruction for nothing, in calls and in variance
     full sum            the bound of T = 1000 steps, a draw for each of its terms (OpenAI)
-    nelbo               `allocate.estimate`, strata within blocks as in `nelbo.evaluate`; controls
-                        from the training data, the run's own pilot on its validation split
+    nelbo               `allocation.estimate`, strata within blocks as in `nelbo.evaluate`;
+                        controls from the training data, the run's own pilot on its validation
+                        split
 
 The reconstruction takes network calls too. The first four give it the share of their calls, of
 SHARES, that turns out best for each: a stretch of the times. That share and what density they
@@ -23,8 +24,8 @@ counted apart.
 At n calls the first four have 1/n of the variance at one, which is measured in S passes. Low
 discrepancy leaves what is neither an effect of the example nor one of time: the residual variance
 of a two-way fit, the limit of infinitely fine strata. nelbo at n calls does as `nelbo
-evaluate --calls n`, an error bar included: few calls visit a sample of the examples, some of it
-twice; `visits` has the variance, whose parts are taken from max(2, S/n) passes over all. Of the
+evaluate --calls n`, an error bar included: few calls are of a sample of the examples, some of it
+twice; `survey` has the variance, whose parts are taken from max(2, S/n) passes over all. Of the
 full sum's terms each example draws one, at stratified places, and the reconstruction, twice: the
 mean half square of the differences, times the number of terms. Its steps are Gaussian, as theirs.
 The ± are relative errors, from the spread over examples or blocks. Peers' seconds are those of our
@@ -38,7 +39,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +53,9 @@ from nelbo.diffusion.elbo import reconstruction_term
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, iid, stratified
-from nelbo.evaluation.allocation import Proposal, Strata, estimate, visits
+from nelbo.evaluation.allocation import Proposal, Strata, estimate
 from nelbo.evaluation.control_variates import ControlVariates
-from nelbo.evaluation.evaluate import CALLS, _strata, evaluate
+from nelbo.evaluation.evaluate import CALLS, evaluate
 from nelbo.evaluation.result import Evaluation
 from nelbo.evaluation.survey import SamplingPlan, plan
 from nelbo.evaluation.time_density import time_density
@@ -99,11 +100,11 @@ class Variance:
 
 @dataclass(frozen=True)
 class Known:
-    """Quantities that nelbo learns of a model before it measures; an allocation for each plan."""
+    """Quantities that nelbo learns of a model before it measures."""
 
-    cells: Strata
+    strata: Strata
     controls: ControlVariates
-    allocation: dict[tuple[int, int], Proposal]  # by draws and replicates
+    proposal: Proposal
 
 
 @dataclass(frozen=True)
@@ -207,49 +208,53 @@ def reconstruction(model: Model, times: TimeDiscretization, x: Tensor) -> Tensor
 
 
 def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
-    """nelbo's at so many calls per example."""
-    way = _way(known.cells, x, calls)
-    allocation = known.allocation[way.draws, way.replicates]
-    told = allocation.known(torch.cat([known.controls.between(some) for some in x.split(256)]))
-    costs = _costs(known, allocation, x, told, way, passes)
-    parts = [some.mean(0).var() * (len(some) / len(x)) ** 2 for some in costs.split(way.block)]
+    """Return the variance of nelbo at `calls` calls per example."""
+    sampling = plan(len(x), calls / known.controls.calls, many=False)
+    phi = torch.cat([known.controls.between(some) for some in x.split(256)])
+    known_costs = known.proposal.known(phi)
+    blocks = torch.arange(len(x)).tensor_split(sampling.blocks)
+    costs = _costs(known, x, known_costs, sampling, blocks, passes)
+    parts = [costs[rows].mean(0).var() * (len(rows) / len(x)) ** 2 for rows in blocks]
     within = Variance.of(torch.stack(parts))
-    if way.visited == len(x) and not way.repeated:
+    if sampling.sampled == sampling.blocks and not sampling.repeated:
         return within
     # (1 - n/N) s²/n, and n/N of the sample's w²/n, which is that of all; w² less by half where
-    # an example is visited twice
-    visited, again = way.visited, way.repeated * way.block / way.visited / 2
-    left = costs - told.sum(1, keepdim=True)
+    # an example is drawn twice
+    sampled = len(x) * sampling.sampled / sampling.blocks
+    again = sampling.repeated / sampling.sampled / 2
+    left = costs - known_costs.sum(1, keepdim=True)
     square = (left - left.mean(0)).square().mean(1) - again * left.var(1)
-    share = (1 - visited / len(x)) / visited
+    share = (1 - sampled / len(x)) / sampled
     twice = Variance((1 - again) * within.value, within.error)
     return twice + Variance.of(share * square / (len(x) - 1))
 
 
-def _way(cells: Strata, x: Tensor, calls: int) -> SamplingPlan:
-    return plan(len(x), calls, cells.count, kept=True)
-
-
 def _costs(
-    known: Known, allocation: Proposal, x: Tensor, told: Tensor, way: SamplingPlan, passes: int
+    known: Known,
+    x: Tensor,
+    known_costs: Tensor,
+    sampling: SamplingPlan,
+    blocks: Sequence[Tensor],
+    passes: int,
 ) -> Tensor:
-    """The mean of each example's replicates in each pass, (N, passes), nats; the prior is not
-    random."""
-    times, each = visits(way.draws, known.controls)
+    """Return the mean of each example's replicates in each pass, (N, passes), nats.
+
+    The prior is not random.
+    """
+    strata, controls, proposal = known.strata, known.controls, known.proposal
     found = []
-    for _ in range(passes):  # which borrow from none but their own
-        u = torch.cat([_strata(len(some), way.replicates, times) for some in x.split(way.block)])
-        cost = estimate(known.cells, known.controls, allocation, Batch(x), u, each, told)
-        found.append(cost.sum(2).mean(1))
-    return torch.stack(found, 1)
+    for _ in range(passes * sampling.replicates):
+        u = torch.cat([stratified(len(rows), sampling.draws) for rows in blocks])
+        cost = estimate(strata, controls, proposal, Batch(x), u, known_costs)
+        found.append(cost.sum(1))
+    return torch.stack(found, 1).view(len(x), passes, sampling.replicates).mean(2)
 
 
 def learn(run: Run, times: TimeDiscretization, x: Tensor, trained: Tensor) -> Known:
-    """Return the quantities that the run's own pilots settle."""
-    cells, pilots = Strata(times, time_density(run.model, times, trained)), Pilots(run)
-    controls = ControlVariates(run.model, trained, cells.edges)
-    ways = {(way.draws, way.replicates) for way in (_way(cells, x, calls) for calls in AT)}
-    return Known(cells, controls, {way: pilots(cells, controls, *way) for way in sorted(ways)})
+    """Return the quantities that the run's own pilot settles."""
+    strata, pilots = Strata(times, time_density(run.model, times, trained)), Pilots(run)
+    controls = ControlVariates(run.model, trained, strata.edges)
+    return Known(strata, controls, pilots(strata, controls))
 
 
 def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
@@ -268,8 +273,9 @@ def compare(run: Run, x: Tensor, trained: Tensor, passes: int) -> Iterator[Row]:
         repeated = max(2, passes // n)
         start = time.perf_counter()
         variance = ours(known, x, n, repeated)
-        way = _way(known.cells, x, n)
-        calls = len(x) * way.draws * way.replicates * repeated
+        each = known.controls.calls
+        sampling = plan(len(x), n / each, many=False)
+        calls = len(x) * each * sampling.draws * sampling.replicates * repeated
         seconds = (time.perf_counter() - start) / calls
         yield Row("nelbo", n, variance, seconds)
 
@@ -307,7 +313,7 @@ def spent(
 ) -> dict[str, float]:
     """Return the variance by `evaluate` with its calls for x, and that of the whole test split."""
     results = evaluations(run, x, trained, seeds)
-    blocks = math.ceil(len(x) / plan(len(x), CALLS, 1, kept=True).block)
+    blocks = plan(len(x), CALLS / 2, many=False).blocks  # of pairs
     value = sum((r.standard_error.monte_carlo * unit) ** 2 for r in results) / seeds
     variance = Variance(value, math.sqrt(2 / blocks / seeds))  # two replicates of each
     calls = results[0].calls_per_example

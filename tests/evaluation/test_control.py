@@ -39,9 +39,13 @@ from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, Term, TermDraw
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
-from nelbo.evaluation import allocation, reference_denoisers
+from nelbo.evaluation import allocation, control_variates, reference_denoisers
 from nelbo.evaluation.allocation import Strata, estimate, pilot
-from nelbo.evaluation.control_variates import NO_CONTEXT, ControlVariates, NoControlVariates
+from nelbo.evaluation.control_variates import (
+    ControlVariates,
+    GradientFeatures,
+    LevelVariates,
+)
 from nelbo.evaluation.reference_denoisers import LevelReference
 from nelbo.testing import assert_mean
 
@@ -52,6 +56,12 @@ EDGES = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
 def _seed():
     with seeded(42), torch.no_grad():
         yield
+
+
+def levels_of(controls: ControlVariates) -> LevelReference:
+    """The reference of independent levels among control variates."""
+    (found,) = (part for part in controls.parts if isinstance(part, LevelVariates))
+    return found.reference
 
 
 def terms(n: int) -> dict[str, Term]:
@@ -66,7 +76,7 @@ def terms(n: int) -> dict[str, Term]:
 @pytest.fixture
 def exact_integrals(monkeypatch):
     """Integrals over ε as fine as they are told to the last digits."""
-    monkeypatch.setattr(reference_denoisers, "NODES", 12)
+    monkeypatch.setattr(reference_denoisers, "NODES", 24)
 
 
 TERMS = pytest.mark.parametrize("kind", ["decode", "step", "rate"])
@@ -197,12 +207,10 @@ def test_levels_have_mean_zero_by_draws(kind, count, gamma, step, alone):
     data = torch.randint(count, (69, 2))
     controls = ControlVariates(model, data, EDGES)
     x = data[:1].expand(n, 2)
-    one, other = (terms(n)[kind].draw(model, Batch(x)) for _ in range(2))
-    lender = NO_CONTEXT if alone else controls.said(other)
-    v = controls.within(one, controls.said(one), lender, torch.full((n,), alone))
-    assert v.shape == (n, 7)
-    v, others = (v[:, :3], v[:, 3:]) if alone else (v[:, 3:], v[:, :3])
-    assert (v.std(0) > 0).all() and not others.any()
+    draws = [terms(n)[kind].draw(model, Batch(x)) for _ in range(1 if alone else 2)]
+    v = controls.within(draws)[0]
+    assert v.shape == (n, 3) == (n, controls.columns)
+    assert (v.std(0) > 0).all()
     assert_mean(v / v.std(0), 0.0, error=1.01 / math.sqrt(n))
 
 
@@ -223,10 +231,7 @@ def test_symbols_have_mean_zero_by_enumeration(kind, alone):
     draws = [
         TermDraw(x, term, z, known.model.predict(z, term.t), None, term.t) for z in (one, other)
     ]
-    said = controls.said(draws[0])
-    lender = NO_CONTEXT if alone else controls.said(draws[1])
-    v = controls.within(draws[0], said, lender, torch.full((len(x),), alone))
-    v = v[:, 0 if alone else 1]
+    (v,) = controls.within(draws[:1] if alone else draws)[0].T
     assert v.abs().max() > 0.1
     assert abs((weights * v).sum().item()) < 1e-14 * v.abs().max()
 
@@ -426,45 +431,45 @@ def its_own_reference(name: str) -> tuple[Model, Tensor]:
 
 @pytest.mark.parametrize("name", ["levels", "symbols", "linear"])
 def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch, exact_integrals):
-    """On a grid with a cell for each term, cost - k v - b φ = 0: with no ridge and no neighbours
-    the pilot finds those k and b, and any draws give the one number. For levels and symbols, whose
+    """On a grid with a stratum for each term, cost - k v - b φ = 0: without ridge and pooling the
+    pilot finds those k and b, and any draws give the one number. For levels and symbols, whose
     dimensions are independent, that is -log P(x) - D(1), in closed form."""
-    monkeypatch.setattr(allocation, "RIDGE", 1e-9)
+    monkeypatch.setattr(allocation, "DOUBT", 1e-9)
     monkeypatch.setattr(
         gaussian_mixture, "SIZES", (1,)
     )  # its features are then quadratics, all of them
-    monkeypatch.setattr(allocation, "NEAR", 0.0)
-    monkeypatch.setattr(allocation, "FAR", 0.0)
+    monkeypatch.setattr(allocation, "POOLED", 1e-9)
+    if name == "levels":  # whose dimensions tell nothing of each other
+        monkeypatch.setattr(control_variates, "FEWEST", 1000)
     times = TimeGrid.uniform(4)
-    cells = Strata(times)
+    strata = Strata(times)
     model, data = its_own_reference(name)
-    controls = ControlVariates(model, data, cells.edges)
-    found = pilot(cells, controls, Batch(data), 64, 7, 3)
-    x, draws = data[:8], torch.rand(8, 3, 7, dtype=torch.float64)
-    costs = estimate(cells, controls, found, Batch(x), draws)
-    total = costs.sum(-1)
+    controls = ControlVariates(model, data, strata.edges)
+    found = pilot(strata, controls, Batch(data), 64 * controls.calls)
+    x, draws = data[:8].repeat_interleave(3, 0), torch.rand(24, 7, dtype=torch.float64)
+    total = estimate(strata, controls, found, Batch(x), draws).sum(-1).view(8, 3)
     # of the integrals over ε 24 nodes leave 1e-5, of a cost of one or two
     torch.testing.assert_close(total, total[:, :1].expand_as(total), rtol=0, atol=1e-3)
     assert found.left.max() < 2e-4
     if name == "linear":
         return
     log_p = model.head.log_prior
-    surprise = -log_p.expand(8, *log_p.shape).gather(-1, x[..., None])[..., 0].sum(1)
+    surprise = -log_p.expand(8, *log_p.shape).gather(-1, data[:8, :, None])[..., 0].sum(1)
     # no symbol is left at time 1
-    end = controls.levels.divergence(x)[:, -1] if name == "levels" else 0.0
+    end = levels_of(controls).divergence(data[:8])[:, -1] if name == "levels" else 0.0
     truth = surprise - end
     torch.testing.assert_close(total[:, 0], truth, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["levels", "symbols", "linear"])
 def test_the_pilot_finds_what_there_is(name):
-    """With its ridge, and in continuous time, where a cell holds many times: a sixteenth of the
+    """With its ridge, and in continuous time, where a stratum holds many times: a sixteenth of the
     variance of the costs is left, at most."""
-    cells = Strata(ContinuousTime())
+    strata = Strata(ContinuousTime())
     model, data = its_own_reference(name)
-    controls = ControlVariates(model, data, cells.edges)
-    found = pilot(cells, controls, Batch(data), 64, 1, 1)
-    plain = pilot(cells, NoControlVariates(model, cells.edges), Batch(data), 64, 1, 1)
+    controls = ControlVariates(model, data, strata.edges, pairs=False)
+    found = pilot(strata, controls, Batch(data), 64)
+    plain = pilot(strata, ControlVariates(model, None, strata.edges), Batch(data), 64)
     assert found.left.sum() < plain.left.sum() / 4
 
 
@@ -502,15 +507,16 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
     x = data[:1].expand(500, 2)
     s, t = (torch.full((500,), v, dtype=torch.float64) for v in (0.2, 0.6))
     draw = DiffusionTerm(t=t, s=s).draw(model, Batch(x))
-    alone = torch.ones(500, dtype=torch.bool)
-    left = draw.cost - controls.within(draw, NO_CONTEXT, NO_CONTEXT, alone)[:, 1]
+    left = draw.cost - controls.within([draw])[0, :, -1]
     q = model.process.posterior(draw.z, model.embed(x), s, t)
     p = model.step(draw.prediction, draw.z, s, t, model.process)
     again = kl(q, p, kl_noise(q, p))
     assert (again - draw.cost).std() > 0.02  # other noise, another cost
     assert left.std() < 5e-5
     low, high = (
-        reference_denoisers._divergence(model, x[:1], controls.levels.log_frequency, v[:1]).sum()
+        reference_denoisers._divergence(
+            model, x[:1], levels_of(controls).log_frequency, v[:1]
+        ).sum()
         for v in (s, t)
     )
     torch.testing.assert_close(left.mean(), low - high, rtol=0, atol=5e-5)
@@ -522,7 +528,7 @@ def test_the_terms_of_the_reference_are_between():
     model = level_reference_model(data)
     controls = ControlVariates(model, data, EDGES)
     phi = controls._phi(data)[..., -1]
-    d = controls.levels.divergence(data)
+    d = levels_of(controls).divergence(data)
     surprise = -model.head.log_prior.expand(69, 2, 4).gather(-1, data[..., None]).sum((1, 2))
     torch.testing.assert_close(phi[:, 0], surprise - d[:, 0], rtol=1e-12, atol=1e-12)
     for c, (s, t) in enumerate(itertools.pairwise(range(len(EDGES))), 1):
@@ -576,5 +582,5 @@ def test_images_without_neighbours_or_differences_have_no_roughness():
         model = Model(network, one, head, Posterior(), LevelDecoder(), (3, side, side))
         x = torch.full((40, 3, side, side), 2)
         controls = ControlVariates(model, x, EDGES)
-        assert (controls.roughness is None) == (side == 1)
+        assert isinstance(controls.parts[0], GradientFeatures) == (side > 1)
         assert controls.between(x).isfinite().all()

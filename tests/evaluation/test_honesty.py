@@ -141,7 +141,8 @@ def test_the_interval_of_a_sample_covers():
     x, times = known.examples(300), TimeGrid.uniform(4)
     truth = known.bound(x, times).sum(1).mean().item()
     found = [
-        evaluate(known.model, x, times=times, target_error=0.1, seed=seed) for seed in range(SEEDS)
+        evaluate(known.model, x, times=times, target_error=0.12, seed=seed)
+        for seed in range(SEEDS)
     ]
     assert sorted(r.visited for r in found)[SEEDS // 2] < 150
     check_intervals([in_nats(r) for r in found], truth)
@@ -154,19 +155,19 @@ def test_the_interval_of_few_calls_covers():
     whole = known.examples(700)
     x, other = whole[:200], whole[200:]
     truth = known.bound(x, ContinuousTime()).sum(1).mean().item()
-    kept: dict[tuple[int, int], Proposal] = {}
+    kept: dict[int, Proposal] = {}
 
-    def pilots(cells: Strata, controls: ControlVariates, *way: int) -> Proposal:
-        if way not in kept:
+    def pilots(strata: Strata, controls: ControlVariates) -> Proposal:
+        if controls.calls not in kept:
             with measuring(known.model), seeded(52):
-                kept[way] = pilot(cells, controls, Batch(other), 256, *way)
-        return kept[way]
+                kept[controls.calls] = pilot(strata, controls, Batch(other), 256)
+        return kept[controls.calls]
 
     found = [
         evaluate(known.model, x, calls=2, known=other, pilots=pilots, seed=seed)
         for seed in range(SEEDS)
     ]
-    assert list(kept) == [(2, 1)] and 160 < found[0].visited < 200
+    assert list(kept) == [2] and 160 < found[0].visited < 200
     check_intervals([in_nats(r) for r in found], truth)
 
 
@@ -297,6 +298,24 @@ def test_one_example_takes_no_other_with_it(name, calls):
     assert off.square().mean().sqrt() < 3 * before[others].square().nanmean().sqrt()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gaussian", "table"])
+def test_a_mild_outlier_takes_no_other_with_it(name):
+    """A cell ten standard deviations out, too near to be left out of the fit: the errors of the
+    others are what they were to a tenth. By least squares those of Gaussian rows grow by 15 %."""
+    known = {**MODELS, **LARGER}[name]()
+    x = known.examples(100)
+    far, others = x.clone(), torch.arange(100) != 17
+    far[17, 0] = x[:, 0].double().mean() + 10 * x[:, 0].double().std()
+
+    def error(x: Tensor, seed: int) -> float:
+        found = evaluate(known.model, x, calls=24, per_example=True, seed=seed).to_arrays()
+        return torch.tensor(found["standard_error"])[others].nanmedian().item()
+
+    before, after = (sum(error(data, seed) for seed in range(4)) for data in (x, far))
+    assert after < 1.1 * before, after / before
+
+
 @pytest.mark.parametrize("times", [ContinuousTime(), TimeGrid.uniform(4)], ids=["continuum", "4"])
 @pytest.mark.parametrize("calls", [4, 24])
 def test_probability_zero_stays_in_its_row(times, calls):
@@ -308,13 +327,15 @@ def test_probability_zero_stays_in_its_row(times, calls):
     possible = (x != 2).all(1)
     x = torch.cat([x[possible], x[~possible][:3]])
     known.model.network.formula = lambda *inputs: formula(*inputs) + off
-    result = evaluate(known.model, x, times=times, calls=calls, per_example=True)
-    found = result.to_arrays()
-    values, errors = (torch.tensor(found[key]) for key in ("nats", "standard_error"))
-    assert result.nats == torch.inf and math.isnan(result.standard_error.total)
-    impossible = values.isinf()
-    assert impossible[-3:].any() and not impossible[:-3].any()
-    assert values[:-3].isfinite().all() and errors[:-3].isfinite().all()
-    assert errors[impossible].isnan().all()
-    truth = known.bound(x[:-3], times).sum(1)
-    assert ((values[:-3] - truth).abs() < 1.96 * errors[:-3]).double().mean() > 0.85
+    truth, covered = known.bound(x[:-3], times).sum(1), []
+    for seed in range(4):
+        result = evaluate(known.model, x, times=times, calls=calls, per_example=True, seed=seed)
+        found = result.to_arrays()
+        values, errors = (torch.tensor(found[key]) for key in ("nats", "standard_error"))
+        assert result.nats == torch.inf and math.isnan(result.standard_error.total)
+        impossible = values.isinf()
+        assert impossible[-3:].any() and not impossible[:-3].any()
+        assert values[:-3].isfinite().all() and errors[:-3].isfinite().all()
+        assert errors[impossible].isnan().all()
+        covered.append(((values[:-3] - truth).abs() < 1.96 * errors[:-3]).double().mean().item())
+    assert sum(covered) / 4 > 0.85, covered

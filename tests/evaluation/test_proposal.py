@@ -1,4 +1,4 @@
-"""Where the costs are held to be before a draw: the steps' weights, their cells, and the errors
+"""Where the costs are held to be before a draw: the steps' weights, their strata, and the errors
 of bounds of which few steps are most."""
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nelbo import evaluate
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
-from nelbo.evaluation.allocation import CELLS, Strata
+from nelbo.evaluation.allocation import STRATA, Strata
 from nelbo.evaluation.time_density import SHARE, TimeDensity, even, time_density
 from nelbo.integrations import wrap
 
@@ -130,17 +130,17 @@ def test_places_are_those_of_the_distribution_function():
 
 
 @pytest.mark.parametrize("betas", [LINEAR, COSINE], ids=["linear", "cosine"])
-def test_heavy_steps_are_cells_of_their_own(betas):
+def test_heavy_steps_are_strata_of_their_own(betas):
     model = wrap(Zero(), (1, 4, 4), betas=betas)
     found = time_density(model, TimeGrid.uniform(T), images(40))
-    edges = found.cells(CELLS)
-    assert edges[0] == 0 and edges[-1] == T - 1 and len(edges) <= CELLS + 1
+    edges = found.groups(STRATA)
+    assert edges[0] == 0 and edges[-1] == T - 1 and len(edges) <= STRATA + 1
     assert edges == sorted(set(edges))
-    heavy = (found.mass >= 1 / CELLS).nonzero().flatten().tolist()
+    heavy = (found.mass >= 1 / STRATA).nonzero().flatten().tolist()
     assert heavy
     assert all({i, i + 1} <= set(edges) for i in heavy)
     of_others = found.mass.tensor_split(edges[1:-1])
-    assert max(m.sum().item() for m in of_others if len(m) > 1) < 2 / CELLS
+    assert max(m.sum().item() for m in of_others if len(m) > 1) < 2 / STRATA
 
 
 def test_without_weights_all_times_are_alike():

@@ -40,7 +40,7 @@ from nelbo.codec.settings import Settings
 from nelbo.data import as_examples, load
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.allocation import Strata
-from nelbo.evaluation.control_variates import NoControlVariates
+from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
@@ -349,11 +349,11 @@ def _of_run(run: Path) -> list[Kind]:
         found = evaluate(run.model, x, calls=4)
         assert math.isfinite(found.nats), f"{found.nats} nats"
 
-    cells = Strata(TimeGrid.uniform(2))
-    nothing = NoControlVariates(whole_run.model, cells.edges)
+    strata = Strata(TimeGrid.uniform(2))
+    nothing = ControlVariates(whole_run.model, None, strata.edges)
 
     def keep(path: Path) -> None:
-        found = pilot_cache._allocation(files.kept(path).get("a"), cells, nothing)
+        found = pilot_cache._proposal(files.kept(path).get("a"), strata, nothing)
         assert found is None or abs(found.probability.sum() - 1) < 1e-6
 
     def times(path: Path) -> None:

@@ -1,17 +1,19 @@
 r"""The mean bound of a data set, its terms, its error and its cost in network calls.
 
-Each example is visited once per replicate, with its own draws of the terms and of z, which follow
-a pilot (`allocation`); where the calls or the target error allow few draws of each, only a random
-sample of the examples is visited. `survey` computes the mean and its error. Network calls are
-counted at the network, including those of a pilot unless it was kept from before. Each block of
-examples has its own seed, so the result does not depend on the number of processes.
+Each replicate of an example has its own draws of the terms and of z, which follow a pilot
+(`allocation`); where the calls or the target error allow few draws of each, only a random sample
+of the examples is drawn. `survey` computes the mean and its error. Network calls are counted at
+the network, including those of a pilot unless it was kept from before.
+
+For a target error, the pilot decides the number of draws, none of which it has seen; further
+rounds follow only where they show an error above the target. So the mean hardly depends on when
+the draws end, which would bias it: those that happen to miss rare large costs seem to suffice.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -25,23 +27,24 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.diffusion.times import TimeDiscretization, stratified, times_of
-from nelbo.evaluation.allocation import Proposal, Strata, estimate, even, pilot, visits
+from nelbo.evaluation.allocation import Proposal, Strata, estimate, even, pilot
 from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement, scale_of
 from nelbo.evaluation.coercion import batch_of
-from nelbo.evaluation.control_variates import ControlVariates, NoControlVariates
+from nelbo.evaluation.control_variates import ControlVariates
+from nelbo.evaluation.intervals import OWN
 from nelbo.evaluation.masks import check_two_levels, evaluate_masks, exact_counts
 from nelbo.evaluation.result import CurvePoint, Evaluation, Terms
-from nelbo.evaluation.survey import FEWEST, LEAST, SamplingPlan, SurveyEstimate, first_round, plan
+from nelbo.evaluation.survey import FEWEST, SamplingPlan, SurveyEstimate, plan
 from nelbo.evaluation.time_density import time_density
 
-#: returns the allocation of a pilot, from cells, controls, draws and replicates
-Pilots = Callable[[Strata, ControlVariates, int, int], Proposal]
+#: returns the proposal of a pilot, from strata and controls
+Pilots = Callable[[Strata, ControlVariates], Proposal]
 
 CALLS = 24  # network calls per example by default
-AT_ONCE = 1024  # examples per task for costs known without the network
+PILOT = 16  # rows per stratum of a pilot, at least
 FARTHEST = 1e140  # nats of the prior beyond which squares of other costs overflow
 MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
-TOGETHER = 128  # draws per task, of several small blocks
+TASK = 256  # draws, or examples, whose results are computed together
 
 
 def evaluate(
@@ -83,8 +86,8 @@ def evaluate(
         known: other examples of the same distribution, such as the training data, to which
             control variates are fitted. More of them reduce the variance; the result is the
             bound of x, and unbiased, whatever they are.
-        pilots: returns the allocation of a pilot of this model, for the cells, the controls of
-            `known`, draws and replicates: `runs.pilot_cache`. Its calls are not counted.
+        pilots: returns the proposal of a pilot of this model, for the strata and the controls of
+            `known`: `runs.pilot_cache`. Its calls are not counted.
         variates: use control variates. For large images their fit takes longer than some hundred
             calls of a small network.
         surrogate: a cheaper masked model of the same symbols, for a masked model in continuous
@@ -102,7 +105,6 @@ def evaluate(
     seed = integer("seed", seed, 0)
     batch, times = batch_of(model, x), times_of(model, times, steps)
     check_not_empty(batch)
-    count = len(batch)
     if target_error is not None and not (target_error > 0 and math.isfinite(target_error)):
         raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
     if target_error is not None and calls is not None:
@@ -122,51 +124,46 @@ def evaluate(
             split=split,
             track=track,
         )
-    scale = scale_of(model, batch)
+    count, target = len(batch), target_error and target_error / scale_of(model, batch)
+    calls = CALLS if calls is None else calls
     with measuring(model, batch), counting(model.network) as calls_made:
         others = batch.x if known is None else known
-        cells = Strata(times, time_density(model, times, others))
-        kept = pilots is not None
-        way = plan(count, CALLS if calls is None else calls, cells.count, per_example, kept)
-        target = None if target_error is None else target_error / scale
-        if target is not None:
-            way = replace(way, pilot=0 if kept else LEAST, draws=1)
-            if count > FEWEST and not per_example:
-                way = replace(way, replicates=1, draws=2)
+        strata = Strata(times, time_density(model, times, others))
+        rows, left = PILOT, math.inf
+        if target is None:
+            rows, left = _divided(count, calls, strata.count, per_example, pilots is not None)
+        piloted = rows > 0 or pilots is not None
+        # fewer pairs would be too few for an error
+        pairs = left >= 2 * (OWN if per_example else 2 if count < 2 * FEWEST else 0)
         with seeded(seed, 0):
-            controls: ControlVariates = NoControlVariates(model, cells.edges)
-            if variates and (way.pilot or kept):
-                controls = ControlVariates(model, others, cells.edges)
-            learn = partial(_learn, cells, controls, batch, pilots)
-            allocation = learn(way)
+            fitted = others if piloted and variates else None
+            controls = ControlVariates(model, fitted, strata.edges, pairs)
+            draws = left / controls.calls
+            if pilots is not None:
+                proposal = pilots(strata, controls)
+            elif piloted:
+                proposal = pilot(strata, controls, batch, rows)
             if target is not None:
-                of_visit = visits(way.draws, controls)[1]
-                foreseen = allocation.variance.item() * of_visit / count / target**2
-                wanted = first_round(way, count, foreseen, cells.count, per_example)
-                if (wanted.draws, wanted.replicates) != (way.draws, way.replicates):
-                    # nearer draws are better contexts, so the coefficients change
-                    allocation = learn(wanted)
-                way = wanted
+                draws = _foreseen(proposal, count, target, per_example)
+            sampling = plan(count, draws, per_example or not piloted)
+            if not piloted:
+                proposal = even(strata, controls, _first_share(sampling, count))
         begun = calls_made.forward
-        known_costs = _known(controls, allocation, batch)
+        known_costs = _known(controls, proposal, batch)
         _check_prior(known_costs[:, 0])
-        visit = partial(
-            _visit, cells, controls, allocation, batch, known_costs, seed=seed, track=track
-        )
-        order = torch.arange(count) if way.visited == count else _order(count, seed)
-        blocks = order.split(way.block)
-        there = range(math.ceil(way.visited / way.block))
-        some = {g: way.replicates + (g < way.repeated) for g in there}
-        found, turn = (
-            SurveyEstimate(blocks, [], known_costs).joined(visit(blocks, some, way.draws, 0)),
-            0,
-        )
-        while target is not None and found.monte_carlo() > 0 and not found.stated() <= target:
-            turn += 1
-            found = found.joined(visit(blocks, found.missing(target), way.draws, turn))
-        called = (0 if kept else begun) + sum(gather(calls_made.forward - begun))
+        draw = partial(_draw, strata, controls, proposal, batch, known_costs, sampling.draws)
+        with seeded(seed, 2):
+            blocks, turn = torch.randperm(count).tensor_split(sampling.blocks), 0
+        found = SurveyEstimate(blocks, [], known_costs)
+        some: Mapping[int, int] = sampling.counts
+        while some:
+            found = found.joined(draw(blocks, some, (seed, 1, turn), track))
+            enough = target is None or found.stated() <= target
+            some, turn = {} if enough or target is None else found.missing(target), turn + 1
+        called = (0 if pilots else begun) + sum(gather(calls_made.forward - begun))
 
-    nats, columns = found.mean(), (slice(0, 1), slice(1, 2), slice(2, None))
+    nats, scale = found.mean(), scale_of(model, batch)
+    columns = slice(0, 1), slice(1, 2), slice(2, None)
     record = measurement(
         model, batch, nats, found.error(), called, seed=seed, weights=weights, split=split
     )
@@ -175,7 +172,7 @@ def evaluate(
         terms=Terms(*(scale * found.mean(some) for some in columns)),
         visited=len(found.rows),
         steps=times.steps,
-        curve=_curve(cells, found, scale),
+        curve=_curve(strata, found, scale),
         per_example=found.bound,
         per_example_error=found.error_of_each,
         notes=(*model.notes(batch), *filter(None, [controls.note])),
@@ -190,29 +187,50 @@ def _has_masks(
     return model.any_length and enough and exact_counts(model, times)
 
 
-def _learn(
-    cells: Strata,
-    controls: ControlVariates,
-    batch: Batch,
-    pilots: Pilots | None,
-    way: SamplingPlan,
-) -> Proposal:
-    """Return the allocation of a kept pilot, of the pilot of a plan, or of none."""
-    if pilots is not None:
-        return pilots(cells, controls, way.draws, way.replicates)
-    if way.pilot:
-        return pilot(cells, controls, batch, way.pilot, way.draws, way.replicates)
-    # the reconstruction once per example, on average; and, if this changes the share little, an
-    # equal number of times in each replicate of a block
-    once, strata = 1 / (way.draws * way.replicates), way.block * way.draws
-    evenly = max(1, round(strata * once)) / strata
-    return even(cells, controls, 1, evenly if evenly <= MUCH else min(once, MUCH))
+def _divided(
+    examples: int, calls: float, strata: int, scored: bool, kept: bool
+) -> tuple[int, float]:
+    """Return the rows per stratum of a pilot, and the calls per example left for the draws.
+
+    `kept`: there is a pilot from before, which takes no calls now. `scored`: each example needs an
+    error of its own. A ValueError is raised if there are fewer calls than an error requires.
+    """
+    least = 2.0 if scored else 2 * min(1.0, FEWEST / examples)
+    if not least <= calls < math.inf:
+        raise ValueError(
+            f"calls must be at least {least:.2g} per example, to have an error bar"
+            f"{' of each' if scored else ''}, and finite; got {calls}; try 24"
+        )
+    if calls >= 2:
+        least, calls = 2.0, float(int(calls))
+    # what n rows fail to show costs about 1/n of all calls, so n grows as their root
+    rows = max(PILOT, int(2 * math.sqrt(examples * calls / strata)))
+    left = calls - rows * strata / examples
+    return (0, calls) if kept or left < max(least, calls / 2) else (rows, left)
 
 
-def _order(examples: int, seed: int) -> Tensor:
-    """Return a random order of the examples, of which the first are the sample."""
-    with seeded(seed, 2):
-        return torch.randperm(examples)
+def _foreseen(proposal: Proposal, examples: int, target: float, scored: bool) -> float:
+    """Return the draws per example that a target error, nats, takes by what a pilot has seen."""
+    variance, effect = proposal.variance.item(), proposal.effect.item()
+    # (1 - n/N) s²/n + n/N w²/n = error², where s² is the variance and w² that less the effect
+    wanted = variance / (target**2 * examples + effect)
+    if wanted > 1:
+        wanted = (variance - effect) / target**2 / examples
+    # if no number of draws is enough, one round shows it
+    wanted = wanted if math.isfinite(wanted) else 0.0
+    return max(wanted, 2.0 if scored else 2 * min(1.0, FEWEST / examples))
+
+
+def _first_share(sampling: SamplingPlan, examples: int) -> float:
+    """Return the share of the draws for the reconstruction without a pilot.
+
+    It is drawn once for each example, on average; and, if this changes the share little, an equal
+    number of times in each replicate of a block.
+    """
+    once = 1 / (sampling.draws * sampling.replicates)
+    in_block = examples // sampling.blocks * sampling.draws
+    evenly = max(1, round(in_block * once)) / in_block
+    return evenly if evenly <= MUCH else min(once, MUCH)
 
 
 def _check_prior(nats: Tensor) -> None:
@@ -225,86 +243,58 @@ def _check_prior(nats: Tensor) -> None:
         )
 
 
-def _known(controls: ControlVariates, allocation: Proposal, batch: Batch) -> Tensor:
-    """Return the prior and the known part of each cell's cost, (N, 1 + C), nats."""
+def _known(controls: ControlVariates, proposal: Proposal, batch: Batch) -> Tensor:
+    """Return the prior and the known part of each stratum's cost, (N, 1 + S), nats."""
 
     def part(some: Batch, g: int) -> Tensor:
         last = torch.ones(len(some), dtype=torch.float64, device=some.x.device)
         prior = prior_term(controls.model, some.x, last).double().cpu()
-        return torch.cat([prior[:, None], allocation.known(controls.between(some.x))], 1)
+        return torch.cat([prior[:, None], proposal.known(controls.between(some.x))], 1)
 
-    blocks = torch.arange(len(batch)).split(AT_ONCE)
+    blocks = torch.arange(len(batch)).split(TASK)
     return torch.cat(map_blocks(controls.model, batch, blocks, (0,), part))
 
 
-def _visit(
-    cells: Strata,
+def _draw(
+    strata: Strata,
     controls: ControlVariates,
-    allocation: Proposal,
+    proposal: Proposal,
     batch: Batch,
     known: Tensor,
-    blocks: Sequence[Tensor],
-    some: Mapping[int, int],
     draws: int,
-    turn: int,
-    *,
-    seed: int,
+    blocks: Sequence[Tensor],
+    counts: Mapping[int, int],
+    seed: Sequence[int],
     track: Track,
 ) -> dict[int, Tensor]:
-    """Return the prior and the costs of the cells for some blocks, (B, R, 1 + C) each, nats.
+    """Return the prior and the costs of the strata for some blocks, (B, R, 1 + S) each, nats.
 
-    Args:
-        cells: the strata.
-        controls: the control variates.
-        allocation: from a pilot.
-        batch: all examples.
-        known: their known costs, (N, 1 + C).
-        blocks: rows of each block, (B,).
-        some: number of replicates R of each block to visit.
-        draws: of each example in each replicate.
-        turn: number of this round.
-        seed: of everything random.
-        track: wraps the tasks, for a progress bar.
+    `known`, (N, 1 + S), is of all examples; `counts` has the number of replicates R of each block,
+    with `draws` of each example.
     """
-    times, each = visits(draws, controls)
-    tasks = list(_tasks(some, draws * len(blocks[0])))
+    each = [g for g, replicates in counts.items() for _ in range(replicates)]
+    size = max(1, TASK // (draws * len(blocks[0])))
+    tasks = [each[i : i + size] for i in range(0, len(each), size)]
+    rows = [torch.cat([blocks[g] for g in task]) for task in tasks]
 
-    rows = [torch.cat([blocks[g] for g in together]) for together, _ in tasks]
+    def costs_of(examples: Batch, task: int) -> list[Tensor]:
+        sizes = [len(blocks[g]) for g in tasks[task]]
+        u, of = torch.cat([stratified(n, draws) for n in sizes]), known[rows[task]]
+        costs = estimate(strata, controls, proposal, examples, u, of[:, 1:])
+        return list(torch.cat([of[:, :1], costs], 1).split(sizes))
 
-    def visited(examples: Batch, task: int) -> list[Tensor]:
-        together, replicates = tasks[task]
-        sizes, of = [len(blocks[g]) for g in together], known[rows[task]]
-        u = torch.cat([_strata(size, replicates, times) for size in sizes])
-        costs = estimate(cells, controls, allocation, examples, u, each, of[:, 1:])
-        prior = of[:, :1, None].expand(-1, replicates, -1)
-        return list(torch.cat([prior, costs], 2).split(sizes))
-
-    found = map_blocks(controls.model, batch, rows, (seed, 1, turn), visited, track)
-    return dict(zip(some, chain.from_iterable(found), strict=True))
-
-
-def _strata(examples: int, replicates: int, times: int) -> Tensor:
-    """Draw uniform u, stratified within each replicate, (examples, replicates, times)."""
-    return torch.stack([stratified(examples, times) for _ in range(replicates)], 1)
+    found: dict[int, list[Tensor]] = {g: [] for g in counts}
+    costs = map_blocks(controls.model, batch, rows, seed, costs_of, track)
+    for g, of_block in zip(each, chain.from_iterable(costs), strict=True):
+        found[g].append(of_block)
+    return {g: torch.stack(replicates, 1) for g, replicates in found.items()}
 
 
-def _tasks(some: Mapping[int, int], draws: int) -> Iterator[tuple[list[int], int]]:
-    """Yield tasks of neighbouring blocks with equal replicates, and their number of replicates.
-
-    A task has about TOGETHER draws, of which a replicate of a block takes `draws`.
-    """
-    for replicates, alike in groupby(some, key=lambda g: some[g]):
-        blocks = list(alike)
-        size = max(1, TOGETHER // (draws * replicates))
-        for first in range(0, len(blocks), size):
-            yield blocks[first : first + size], replicates
-
-
-def _curve(cells: Strata, found: SurveyEstimate, scale: float) -> list[CurvePoint]:
+def _curve(strata: Strata, found: SurveyEstimate, scale: float) -> list[CurvePoint]:
     """Return the diffusion term over time."""
-    edges = cells.edges.tolist()
+    edges = strata.edges.tolist()
     return [
         CurvePoint(edges[c - 1], edges[c], scale * found.mean(one), scale * found.stated(one))
-        for c in range(1, cells.count)
+        for c in range(1, strata.count)
         for one in [slice(1 + c, 2 + c)]
     ]

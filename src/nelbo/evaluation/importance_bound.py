@@ -22,7 +22,7 @@ from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
-from nelbo.evaluation.replicates import _visit, check_samples, log_mean
+from nelbo.evaluation.replicates import check_samples, draw_replicates, log_mean
 from nelbo.evaluation.result import BoundEstimate, ImportanceDetails
 
 
@@ -127,6 +127,6 @@ def evaluate_importance(
         log_w = importance_weights(model, batch, grid, samples)
         return torch.stack([log_mean(log_w), (2 * log_mean(log_w) - log_mean(2 * log_w)).exp()])
 
-    (bound, share), record = _visit(model, x, replicates, seed, track, draw)
+    (bound, share), record = draw_replicates(model, x, replicates, seed, track, draw)
     how = ImportanceDetails(samples, len(grid.times), share.mean().item())
     return record(bound, how, weights, split)

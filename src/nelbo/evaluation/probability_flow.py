@@ -33,7 +33,7 @@ from nelbo.diffusion.schedules import time_of
 from nelbo.evaluation.blocks import scale_of
 from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_gaussian
 from nelbo.evaluation.ode_solver import solve
-from nelbo.evaluation.replicates import BLOCK, _visit, check_samples, log_mean
+from nelbo.evaluation.replicates import BLOCK, check_samples, draw_replicates, log_mean
 from nelbo.evaluation.result import BoundEstimate, FlowDetails
 
 Trace = Literal["auto", "exact", "hutchinson"]
@@ -248,7 +248,7 @@ def evaluate_flow(
         ]
         return log_mean(torch.cat(each, 1).reshape(2, len(batch), samples))
 
-    (loose, tight), record = _visit(model, x, replicates, seed, track, draw)
+    (loose, tight), record = draw_replicates(model, x, replicates, seed, track, draw)
     how = FlowDetails(
         samples=samples,
         dequantiser=dequantiser.name,

@@ -12,9 +12,10 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelTable, log_frequencies
 from nelbo.diffusion.process import GaussianDiffusion
 from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, TermDraw
+from nelbo.evaluation.time_density import WIDEST
 
-WIDEST = 1024  # dimensions up to which covariances are estimated; above, only variances
-NODES, REACH = 8, 6.0  # nodes of the integral over ε, at least, and its range, -REACH to REACH
+NODES = 8  # of the integral over ε
+REACH = 6.0  # range of this integral, -REACH to REACH
 TABLE = 2**23  # integrals in the table of the levels, at most
 
 
@@ -148,26 +149,17 @@ def gaussian(model: Model) -> GaussianDiffusion:
     return GaussianDiffusion.require(model.process, "the reference is for a Gaussian process")
 
 
-def _nodes(like: Tensor, sharp: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _nodes(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield ε and weights of the trapezoid rule for N(0, 1), shape of `like`, float64.
 
     Each element has its own random shift, which makes the rule unbiased for any integrand, and the
-    remaining errors of elements independent. `sharp` is the distance of levels in units of the
-    noise: above 1 the posterior jumps between levels, and the nodes are closer together.
+    remaining errors of elements independent.
     """
-    count = NODES if sharp.max() < 1 else 2 * NODES
-    width = 2 * REACH / count
-    shift = torch.rand(like.shape, dtype=torch.float64, device=like.device) - count / 2
-    for i in range(count):
+    width = 2 * REACH / NODES
+    shift = torch.rand(like.shape, dtype=torch.float64, device=like.device) - NODES / 2
+    for i in range(NODES):
         e = width * (i + shift)
         yield e, width / math.sqrt(2 * math.pi) * torch.exp(-0.5 * e.square())
-
-
-def _sharpness(model: Model, t: Tensor) -> Tensor:
-    """Return the distance of neighbouring levels in units of the noise, shape of t."""
-    process = gaussian(model)
-    gap = process.embedding.values[1] - process.embedding.values[0]
-    return gap * (-process.schedule(t) / 2).exp()
 
 
 def _posterior(model: Model, context: Tensor, t: Tensor) -> Callable[[Tensor], Tensor]:
@@ -183,7 +175,7 @@ def _centred(cost: Callable[[Tensor], Tensor], model: Model, draw: TermDraw) -> 
     """Return Σ_i cost_i(z) - E cost_i, (B,), where cost_i depends on the noise of i alone."""
     centred = cost(draw.z.double())
     q = gaussian(model).marginal(model.embed(draw.x).double(), draw.term.t).base_dist
-    for e, weight in _nodes(q.loc, _sharpness(model, draw.term.t)):
+    for e, weight in _nodes(q.loc):
         centred = centred - weight * cost(q.loc + q.scale * e)
     return centred.flatten(1).sum(1)
 
@@ -194,7 +186,7 @@ def _divergence(model: Model, x: Tensor, context: Tensor, t: Tensor) -> Tensor:
     q = process.marginal(process.embed(x), t).base_dist
     posterior = _posterior(model, context.expand(*x.shape, -1), t)
     total = torch.zeros_like(q.loc)
-    for e, weight in _nodes(q.loc, _sharpness(model, t)):
+    for e, weight in _nodes(q.loc):
         z = q.loc + q.scale * e
         log_p = posterior(z).logsumexp(-1) - (z / q.scale).square() / 2
         total = total + weight * (-e.square() / 2 - log_p)

@@ -21,7 +21,7 @@ BLOCK = 64  # examples that share a seed
 Record = Callable[[Tensor, ImportanceDetails | FlowDetails, str, str], BoundEstimate]
 
 
-def _visit(
+def draw_replicates(
     model: Model,
     x: Tensor | Batch,
     replicates: int,

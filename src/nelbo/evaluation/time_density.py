@@ -65,7 +65,7 @@ class TimeDensity:
         share = torch.full_like(share, 0.5) if self.steps else share
         return self.u[bin_] + share * width, width / mass
 
-    def cells(self, most: int) -> list[int]:
+    def groups(self, most: int) -> list[int]:
         """Return edges, as indices of u, of at most `most` groups of bins of nearly equal mass.
 
         A bin with the mass of a group or more is a group of its own.

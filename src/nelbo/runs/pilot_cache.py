@@ -9,7 +9,6 @@ of everything it depends on, and never in a run, which may come from an untruste
 """
 
 import json
-import math
 from collections.abc import Callable
 from typing import cast
 
@@ -21,13 +20,13 @@ from nelbo._utils.numerics import seeded
 from nelbo._version import __version__
 from nelbo.data.schema import fingerprint
 from nelbo.diffusion.model import measuring, model_hash
-from nelbo.evaluation.allocation import EVEN, Proposal, Strata, pilot
+from nelbo.evaluation.allocation import DOUBT, Proposal, Strata, pilot
 from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.runs.run import Run
 
 KIND = "pilots"  # folder of the cache
 ROWS = 256  # draws per stratum
-EDITION = 7  # of the numbers' meaning; raise it to invalidate cached pilots when that changes
+EDITION = 8  # of the numbers' meaning; raise it to invalidate cached pilots when that changes
 
 
 class Pilots:
@@ -42,39 +41,34 @@ class Pilots:
     def __init__(self, run: Run, tell: Callable[[str], object] = lambda what: None) -> None:
         self.run, self.tell = run, tell
 
-    def __call__(
-        self, cells: Strata, controls: ControlVariates, draws: int, replicates: int
-    ) -> Proposal:
-        """Return the proposal for `draws` draws per example in `replicates` replicates.
+    def __call__(self, strata: Strata, controls: ControlVariates) -> Proposal:
+        """Return the proposal for these strata and control variates.
 
         Raises:
             ValueError: it is not in the cache, and the data of the run are not available.
         """
-        draws = 2 ** round(math.log2(draws))  # so that nearby numbers of draws share a pilot
-        times = f"{cells.times.steps} steps {fingerprint(cells.edges)}"
+        times = f"{strata.times.steps} steps {fingerprint(strata.edges)}"
         config, made_by = self.run.config, f"{__version__} {EDITION}"
         schema = json.dumps(config.schema.to_dict(), sort_keys=True)
         key = (
             f"{model_hash(self.run.model)}, {schema}, {sorted(config.hashes.items())}, {times},"
-            f" {draws} x {replicates}, {ROWS} rows, {made_by}"
+            f" draws of {controls.calls}, {ROWS} rows, {made_by}"
         )
-        known = main_process_first(lambda: _allocation(cache.get(KIND, key), cells, controls))
+        known = main_process_first(lambda: _proposal(cache.get(KIND, key), strata, controls))
         if known is not None:
             return known
         first = world()[0] == 0
         if first:
-            self.tell(f"a pilot of {ROWS * cells.count} network calls on the validation split")
-        made = self._made(cells, controls, draws, replicates)  # on all processes: none waits
+            self.tell(f"a pilot of {ROWS * strata.count} network calls on the validation split")
+        made = self._made(strata, controls)  # on all processes: none waits
         if first:
             self._keep(key, made)
         return main_process_first(lambda: made)
 
-    def _made(
-        self, cells: Strata, controls: ControlVariates, draws: int, replicates: int
-    ) -> Proposal:
+    def _made(self, strata: Strata, controls: ControlVariates) -> Proposal:
         batch, _ = self.run.batch(split="validation")
         with measuring(controls.model), seeded(0, 5):
-            return pilot(cells, controls, batch, ROWS, draws, replicates)
+            return pilot(strata, controls, batch, ROWS)
 
     def _keep(self, key: str, made: Proposal) -> None:
         try:
@@ -87,7 +81,7 @@ class Pilots:
             self.tell(f"the pilot is kept in {cache.folder() / KIND}, for later evaluations")
 
 
-def _allocation(numbers: object, cells: Strata, controls: ControlVariates) -> Proposal | None:
+def _proposal(numbers: object, strata: Strata, controls: ControlVariates) -> Proposal | None:
     """Return the proposal in cached numbers; None if they are invalid or of other strata."""
     try:
         items = cast(dict, numbers).items()
@@ -95,12 +89,12 @@ def _allocation(numbers: object, cells: Strata, controls: ControlVariates) -> Pr
         shapes = [tuple(v.shape) for v in vars(found).values()]
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         return None
-    count = cells.count
-    variates = cells.variates(controls)
-    fit = shapes == [(count,), (count, variates), (count, controls.features), (count,)]
+    count = strata.count
+    variates = controls.columns + 1
+    fit = shapes == [(count,), (count, variates), (count, controls.features), (count,), (), ()]
     if not fit or not all(v.isfinite().all() for v in vars(found).values()):
         return None
     # each stratum has at least its minimal probability, and they sum to one
     p = found.probability
-    fair = (p >= EVEN / count * (1 - 1e-9)).all() and abs(p.sum().item() - 1) < 1e-9
+    fair = (p >= DOUBT / count * (1 - 1e-9)).all() and abs(p.sum().item() - 1) < 1e-9
     return found if fair else None
