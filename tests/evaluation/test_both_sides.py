@@ -72,6 +72,7 @@ def test_more_paths_bring_them_together(monkeypatch):
         [[1, 2, 3, 0], [2, 2], [0, 1, 2]] * 20, shown=torch.tensor([True] + 3 * [False])
     )
     times, given = TimeGrid.uniform(3), batch.condition
+    model.batch([[1] * 7])  # the length of other texts
     few, many = (both_sides(model, 60, times=times, samples=k, condition=given) for k in (2, 64))
     assert few.gap > many.gap > -2 * many.gap_error and many.gap < few.gap / 4
     assert many.calls_per_example == 65 * 3

@@ -63,6 +63,8 @@ class ForwardProcess(nn.Module, ABC):
     codes: int = 0
     #: the value of z that masks a dimension, if z is either x or masked; else None
     mask: int | None = None
+    #: whether a network gets the codes of z, of one channel, and embeds them itself
+    as_codes: bool = False
     #: whether the process has a probability flow, a deterministic path from noise to data
     has_flow: bool = False
     #: name of the posterior as a reverse kernel, in comparisons

@@ -184,7 +184,8 @@ def _has_masks(
 ) -> bool:
     """Return whether to draw masks with exact counts: for texts of tokens."""
     enough = target_error is None and (calls is None or calls >= 2)
-    return model.any_length and enough and exact_counts(model, times)
+    tokens = model.any_length or model.process.as_codes
+    return tokens and enough and exact_counts(model, times)
 
 
 def _divided(

@@ -451,7 +451,8 @@ class Run:
             batch: the examples.
             split: their name, for the record.
             own: whether they belong to the run's own data. If so, the control variates are fitted
-                to the training split, and a pilot on the validation split is cached for this user.
+                to the training split, and a pilot on the validation split is cached for this user;
+                except for tokens, whose masks have exact counts.
             times: times of the bound; continuous time by default.
             variates: see `nelbo.evaluate`.
             tell: called with messages about slow work.
@@ -459,7 +460,7 @@ class Run:
         """
         from nelbo.runs.pilot_cache import Pilots
 
-        if own and variates:
+        if own and variates and not self.model.process.as_codes:
             options["known"] = self.batch(split="train")[0].x
             options["pilots"] = Pilots(self, tell)
         options = {"weights": self.weights, "split": split, "times": times, **options}
