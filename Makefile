@@ -41,7 +41,7 @@ test-lowest: .venv-lowest/ready
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[tables,hub,codec]" \
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[tables,hub,codec,tensorboard]" \
 		hypothesis pandas pytest pytest-xdist
 	touch $@
 

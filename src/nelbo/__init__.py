@@ -10,7 +10,9 @@ first use, so `import nelbo` is quick.
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from inspect import Signature, signature
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -107,7 +109,8 @@ def __getattr__(name: str) -> object:
             if error.name != f"nelbo.{name}":
                 raise
         raise AttributeError(f"module 'nelbo' has no attribute {name!r}")
-    value = getattr(import_module(f"nelbo.{_HOME[name]}"), name)
+    home = import_module(f"nelbo.{_HOME[name]}")
+    value = home if _HOME[name] == name else getattr(home, name)
     globals()[name] = value
     if _HOME[name].startswith("runs."):
         _complete_run()
@@ -132,11 +135,27 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keep `nelbo.report` a function, even after the subpackage of that name is imported."""
+    """Make a package of the name of a function callable: `nelbo.report(run)`."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name not in _HOME or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
+        if name in _HOME and isinstance(value, ModuleType):
+            value.__class__ = _Command
+        super().__setattr__(name, value)
+
+
+class _Command(ModuleType):
+    """A package, such as `nelbo.report`, that is called as its function of the same name."""
+
+    def _function(self) -> Callable[..., object]:
+        found: Callable[..., object] = vars(self)[self.__name__.rpartition(".")[2]]
+        return found
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(self._function())
+
+    def __call__(self, *args: object, **options: object) -> object:
+        return self._function()(*args, **options)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -12,8 +12,9 @@ from support.runs import TINY
 import nelbo
 from nelbo._utils import progress
 from nelbo.data import Schema
+from nelbo.data.tabular import encoding
 from nelbo.models.config import ModelConfig
-from nelbo.runs import hub, run
+from nelbo.runs import hub, run, samples
 from nelbo.training.config import TrainConfig
 from nelbo.training.presets import configure
 
@@ -59,6 +60,17 @@ def test_what_the_documents_name_is_reached():
         nelbo.nothing  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         nelbo.integrations.nothing  # noqa: B018
+
+
+def test_a_page_is_a_function_and_a_package():
+    import nelbo.report.studies as studies
+
+    assert nelbo.report.studies is studies and nelbo.explain.toy.__name__ == "nelbo.explain.toy"
+    for name in ("report", "explain"):
+        function = getattr(sys.modules[f"nelbo.{name}"], name)
+        assert python.signature(getattr(nelbo, name)) == python.signature(function)
+    with pytest.raises(ValueError, match="give a run"):
+        nelbo.report(3)
 
 
 def test_train_of_an_array_is_train_of_its_file(tmp_path, monkeypatch, capsys):
@@ -313,3 +325,39 @@ def test_what_a_network_predicts_has_one_set_of_names():
         assert torch.equal(*pair)
     with pytest.raises(ValueError, match="predicts must be one of mean"):
         nelbo.toy([0.2, 0.5], zero, predicts="nothing")
+
+
+def test_refusals_come_before_a_grid_is_searched(digits, people, tmp_path):
+    never = lambda *args: pytest.fail("the grid was searched")  # noqa: E731
+    for changes, message in (
+        ({"guidance": 2.0}, "guidance is for conditional runs"),
+        ({"as_modelled": True}, "is for tables"),
+        ({"n": 0}, "must be at least 1"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nelbo.Run, "grid", never)
+            with pytest.raises(ValueError, match=message):
+                digits.sample(**{"n": 2, **changes})
+            with pytest.raises(ValueError, match="impute is for tables"):
+                digits.impute(people[1])
+            with pytest.raises(ValueError, match=r"ends in \.nlb"):
+                digits.compress(digits.examples(), tmp_path / "x.zip")
+            with pytest.raises(ValueError, match="grid must be best or uniform; got 'even'"):
+                digits.compress(digits.examples(), tmp_path / "x.nlb", grid="even")
+
+
+def test_rows_that_are_drawn_again_open_no_second_bar(people, monkeypatch):
+    bars, rounds = [], []
+
+    def half(x, columns):
+        rounds.append(len(x))
+        return np.arange(x.size).reshape(x.shape) % (2 * x.shape[1]) == 0
+
+    monkeypatch.setattr(encoding, "outside_training", half)
+
+    def track(steps):
+        bars.append(1)
+        return steps
+
+    found = samples.draw(people[0], 20, lambda: nelbo.TimeGrid.uniform(2), track=track)
+    assert len(found) == 20 and len(rounds) > 1 and len(bars) == 1

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nelbo.cli.common import Spacing, grid_of, say, say_of_formulas
+from nelbo.cli.common import Spacing, say, say_of_formulas
 
 if TYPE_CHECKING:
     from nelbo.codec.files import Progress
@@ -58,23 +58,17 @@ def compress(
     device
         Where to run the network; decompress on the same kind.
     """
-    from nelbo.codec.coding.direct import one_by_one
-    from nelbo.codec.files import compress_file
-
-    with _at_work("compress", run, device) as (rank, loaded, progress):
-        found = compress_file(
-            loaded.model,
-            loaded.config.schema,
+    with _at_work("compress", run, device) as (rank, loaded, _):
+        found = loaded.compress(
             data,
             out,
-            # with one call per symbol the times do not matter, and the best take long to find
-            lambda: grid_of(loaded, steps, "uniform" if one_by_one(loaded.model, steps) else grid),
-            weights=loaded.weights,
+            steps,
+            grid=grid,
             effort=effort,
             block=block,
             precision=precision,
             verify=verify,
-            progress=progress,
+            progress=rank == 0,
         )
     if rank:
         return

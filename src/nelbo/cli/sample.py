@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from nelbo.cli.common import (
     Device,
@@ -15,12 +15,6 @@ from nelbo.cli.common import (
     say,
     say_of_formulas,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from nelbo.diffusion.times import TimeGrid
-    from nelbo.runs.run import Run
 
 
 def sample(
@@ -91,21 +85,16 @@ def sample(
         For a table: keep rows with numbers beyond the range of the training data, or with a
         category that they did not have, written as (other). By default such rows are drawn again.
     """
-    import torch
-
     from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable, write
     from nelbo._utils.progress import tracker
     from nelbo.data.readers.encoded import read_masked
-    from nelbo.data.tabular.tables import FILES
-    from nelbo.diffusion.batch import rows_of
-    from nelbo.diffusion.times import TimeGrid
+    from nelbo.data.tabular.tables import FILES, to_bytes
     from nelbo.models.conditioning import guided, parse
     from nelbo.report import images
     from nelbo.runs.run import load
-    from nelbo.runs.samples import SAMPLE_STEPS, order_of, sampler_of
-    from nelbo.sampling import samplers
-    from nelbo.sampling.imputation import within
+    from nelbo.runs.samples import SAMPLE_STEPS, complete_table, draw, order_of
+    from nelbo.sampling.samplers import complete
 
     loaded = load(run)
     save = images.saver(out, loaded.config.schema)
@@ -119,8 +108,6 @@ def sample(
     steps, grid = SAMPLE_STEPS if steps is None else steps, grid or "best"
     if (inpaint is None) != (mask is None) or (inpaint is None and rounds != 1):
         raise ValueError("--inpaint, --mask and --rounds go together; give an image and a mask")
-    if sampler == "flow":
-        samplers.check_path(loaded.model)
     if inpaint is not None and sampler != "ancestral":
         raise ValueError("--inpaint takes the ancestral sampler; leave --sampler out")
     if impute is not None:
@@ -132,41 +119,50 @@ def sample(
             )
         with process_group() as rank:
             loaded.model.to(place_of(device, rank == 0))
-            times = grid_of(loaded, steps, grid)
-            _complete_table(loaded, impute, out, times, particles, seed, rank == 0)
+            drawn = complete_table(
+                loaded,
+                impute,
+                lambda: grid_of(loaded, steps, grid),
+                particles=particles,
+                seed=seed,
+                tell=say if rank == 0 else str,
+                track=tracker("impute"),
+            )
+            if rank == 0:
+                content = to_bytes(drawn, out.suffix.lower())
+                write(out, content)
+                say_of_formulas(out, content)
+                say(f"{drawn.height} rows in {out}")
         return
-    if as_modelled and not loaded.config.schema.columns:
-        raise ValueError("--as-modelled is for tables; leave it out")
     if particles is not None:
         raise ValueError("--particles goes with --impute; leave it out")
     with process_group() as rank:
         labels = (
             None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
         )
-        given = loaded.conditions(n, labels, seed)
-        model = guided(loaded.model, guidance)
-        if guidance != 1 and rank == 0:
+        if guidance != 1 and rank == 0 and loaded.model.conditioned_on:
             say(f"guidance {guidance:g}: not draws from the model whose bound evaluate states")
-        pixels = read_masked(inpaint, mask, loaded.config.schema) if inpaint and mask else None
-        place = place_of(device, rank == 0)
+        place, track = place_of(device, rank == 0), tracker("sample")
         loaded.model.to(place)  # the best grid is measured there too
-        way = order or grid_of(loaded, steps, grid)
-        model.to(place)
-        track = tracker("sample")
-        if pixels is not None and isinstance(way, TimeGrid):
-            x, known = pixels[0].expand(n, *model.shape), pixels[1]
-            x = samplers.complete(model, x, known, way, seed, rounds, track, given)
+        if inpaint is not None and mask is not None:
+            pixels, known = read_masked(inpaint, mask, loaded.config.schema)
+            model, given = guided(loaded.model, guidance), loaded.conditions(n, labels, seed)
+            times = grid_of(loaded, steps, grid)
+            pixels = pixels.expand(n, *model.shape)
+            x = complete(model.to(place), pixels, known, times, seed, rounds, track, given)
         else:
-            sampled = sampler_of(sampler, way)
-
-            def draw(rows: "Tensor", seed: int) -> "Tensor":
-                return sampled(model, len(rows), seed, track, rows_of(given, rows))
-
-            schema = loaded.config.schema
-            if schema.columns and not as_modelled:
-                x = within(draw, n, schema, seed, say if rank == 0 else str)
-            else:
-                x = draw(torch.arange(n), seed)
+            x = draw(
+                loaded,
+                n,
+                lambda: order or grid_of(loaded, steps, grid),
+                labels=labels,
+                seed=seed,
+                guidance=guidance,
+                sampler=sampler,
+                as_modelled=as_modelled,
+                tell=say if rank == 0 else str,
+                track=track,
+            )
         if rank:
             return
         if out is None:
@@ -176,32 +172,3 @@ def sample(
         write(out, content)
         say_of_formulas(out, content)
         say(f"{n} samples in {out}")
-
-
-def _complete_table(
-    run: "Run",
-    table: Path,
-    out: Path,
-    times: "TimeGrid",
-    particles: int | None,
-    seed: int,
-    tell: bool,
-) -> None:
-    """Write the table to `out`, with its missing cells drawn."""
-    from nelbo._utils.files import write
-    from nelbo._utils.progress import tracker
-    from nelbo.data.tabular.tables import to_bytes
-    from nelbo.sampling.imputation import impute
-
-    options = {} if particles is None else {"particles": particles}
-    told = say if tell else str
-    track = tracker("impute")
-    drawn = impute(
-        run.model, run.config.schema, table, times, seed=seed, track=track, tell=told, **options
-    )
-    if not tell:
-        return
-    content = to_bytes(drawn, out.suffix.lower())
-    write(out, content)
-    say_of_formulas(out, content)
-    say(f"{drawn.height} rows in {out}")

@@ -70,14 +70,10 @@ def score(
             check_writable(path)
     with process_group() as rank:
         loaded = load(run)
-        schema, place = loaded.config.schema, place_of(device, rank == 0)
+        place = place_of(device, rank == 0)
         batch, name = examples_of(loaded, data, split, rank == 0, splits)
-        reference, _ = loaded.batch(split=against)
         loaded.model.to(place)
-        track = tracker("score")
-        scorer = anomaly_scores.Scorer(
-            score, schema, loaded.model, reference, calls=calls, seed=seed, track=track
-        )
+        scorer = loaded.scorer(score, against, calls, seed, tracker("score"))
         scored = scorer(batch)
         each = {}
         if figure is not None:

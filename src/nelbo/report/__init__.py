@@ -5,6 +5,7 @@ the measured coding times. Its headline is the result of `nelbo evaluate RUN`; i
 those of `nelbo sample RUN`.
 """
 
+from itertools import chain, repeat
 from os import PathLike
 from pathlib import Path
 
@@ -104,9 +105,11 @@ def _rows(
 ) -> tuple[Tensor, str]:
     """Return synthetic rows as `nelbo sample` draws them, and a sentence that describes them."""
 
+    tracks = chain([track], repeat(iter))  # few rows are drawn again
+
     def draw(rows: Tensor, seed: int) -> Tensor:
         given = rows_of(condition, rows)
-        return ancestral(model, len(rows), grid, seed, track, given).cpu()
+        return ancestral(model, len(rows), grid, seed, next(tracks), given).cpu()
 
     said: list[str] = []
     try:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from nelbo._utils.progress import increments
+from nelbo._utils.progress import increments, tracker
 from nelbo.codec.api import head_of
 from nelbo.codec.coding.blocks import nothing
 from nelbo.codec.coding.direct import one_by_one
+from nelbo.codec.entropy.stack import constriction
 from nelbo.codec.files import Summary, compress_file, decompress_file
 from nelbo.data import coerce
 from nelbo.data.readers.arrays import load_npz
@@ -28,15 +29,32 @@ from nelbo.diffusion.times import TimeGrid, grid_of
 if TYPE_CHECKING:
     from nelbo.runs.run import Run
 
+GRIDS = ("best", "uniform")
+
 
 def compress(
-    run: "Run", data: Source, out: Path, steps: int, *, effort: int, show: bool
+    run: "Run",
+    data: Source,
+    out: Path,
+    steps: int,
+    *,
+    grid: str,
+    effort: int,
+    block: int,
+    verify: bool,
+    precision: str,
+    show: bool,
 ) -> Summary:
     """Compress data into a file; see `Run.compress`."""
+    constriction()  # raises before any work
+    if grid not in GRIDS:
+        raise ValueError(f"grid must be {' or '.join(GRIDS)}; got {grid!r}")
 
     def times() -> TimeGrid:
         # with one call per symbol the times do not matter, and the best take long to find
-        return grid_of(run.model, steps) if one_by_one(run.model, steps) else run.grid(steps)
+        if grid == "uniform" or one_by_one(run.model, steps):
+            return grid_of(run.model, steps)
+        return run.grid(steps, tracker("grid") if show else iter)
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         return compress_file(
@@ -47,6 +65,9 @@ def compress(
             times,
             weights=run.weights,
             effort=effort,
+            block=block,
+            verify=verify,
+            precision=precision,
             progress=lambda total: increments(stack, "compress", total) if show else nothing,
         )
 

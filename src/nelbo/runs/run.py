@@ -34,7 +34,6 @@ from nelbo.models import custom
 from nelbo.models.build import build
 from nelbo.models.conditioning import encode, labelled, names
 from nelbo.runs.config import GRIDS, WEIGHTS, RunConfig, read_config, read_metrics
-from nelbo.sampling.imputation import impute
 
 if TYPE_CHECKING:
     from nelbo.codec.files import Summary
@@ -276,11 +275,11 @@ class Run:
         track = tracks(progress)
         labels = samples.labels_for(condition, n, self.config.schema)
         order = samples.order_of(self.model, sampler, tokens_per_step, steps)
-        grid = order or self.grid(samples.SAMPLE_STEPS if steps is None else steps, track("grid"))
+        count = samples.SAMPLE_STEPS if steps is None else steps
         x = samples.draw(
             self,
             n,
-            grid,
+            lambda: order or self.grid(count, track("grid")),
             labels=labels,
             seed=seed,
             guidance=guidance,
@@ -319,18 +318,14 @@ class Run:
         from nelbo.runs import samples
 
         track = tracks(progress)
-        samples.check_table(self.config.schema)
-        times = self.grid(steps, track("grid"))
-        options = {} if particles is None else {"particles": particles}
-        made = impute(
-            self.model,
-            self.config.schema,
+        made = samples.complete_table(
+            self,
             data,
-            times,
+            lambda: self.grid(steps, track("grid")),
+            particles=particles,
             seed=seed,
-            track=track("impute"),
             tell=tell,
-            **options,
+            track=track("impute"),
         )
         return samples.like(made, data)
 
@@ -339,6 +334,7 @@ class Run:
         data: Source | None = None,
         split: str | None = None,
         *,
+        splits: Splits | None = None,
         score: str = "bound",
         against: str = "validation",
         calls: int | None = None,
@@ -350,6 +346,7 @@ class Run:
         Args:
             data: as for `evaluate`; by default the run's own test split.
             split: split of the data.
+            splits: splits of other data, as for `nelbo.data.load`.
             score: "bound", "complexity" or "typicality", see `nelbo.evaluation.anomaly_scores`.
             against: the split of the run's own data that rank and percentile refer to.
             calls: network calls per example, at least 8; 24 by default.
@@ -359,18 +356,28 @@ class Run:
         Raises:
             ValueError: as for `batch`, or the score is not defined for such data.
         """
-        batch, _ = self.batch(data, split)
+        batch, _ = self.batch(data, split, splits)
+        return self.scorer(score, against, calls, seed, tracks(progress)("score"))(batch)
+
+    def scorer(
+        self,
+        score: str = "bound",
+        against: str = "validation",
+        calls: int | None = None,
+        seed: int = 0,
+        track: Track = iter,
+    ) -> Scorer:
+        """Return the function that `score` calls, for several data; arguments as there."""
         reference, _ = self.batch(split=against)
-        scorer = Scorer(
+        return Scorer(
             score,
             self.config.schema,
             self.model,
             reference,
             calls=calls,
             seed=seed,
-            track=tracks(progress)("score"),
+            track=track,
         )
-        return scorer(batch)
 
     def compress(
         self,
@@ -378,7 +385,11 @@ class Run:
         out: str | Path,
         steps: int = 32,
         *,
+        grid: str = "best",
         effort: int = 1,
+        block: int = 1000,
+        verify: bool = True,
+        precision: str = "float64",
         progress: bool | None = None,
     ) -> "Summary":
         """Compress data without loss into the file `out`, as long as the bound says.
@@ -388,7 +399,12 @@ class Run:
                 an array or a table.
             out: a .nlb file that does not exist.
             steps: T of the bound that is coded: more steps make a smaller file.
+            grid: times of the steps: "best" for this run, or "uniform".
             effort: how many beginnings of a code are searched; see `nelbo compress --help`.
+            block: about how many examples to code in one block, independently of all others.
+            verify: decompress and compare before the file is written.
+            precision: of the network; "float32" is faster, and decodes only on the same machine
+                and versions.
             progress: show a bar on the error stream; by default if it is a terminal.
 
         Raises:
@@ -397,7 +413,18 @@ class Run:
         from nelbo.runs import compressed
 
         show = interactive() if progress is None else progress
-        return compressed.compress(self, data, Path(out), steps, effort=effort, show=show)
+        return compressed.compress(
+            self,
+            data,
+            Path(out),
+            steps,
+            grid=grid,
+            effort=effort,
+            block=block,
+            verify=verify,
+            precision=precision,
+            show=show,
+        )
 
     def decompress(self, file: str | Path, out: str | Path | None = None) -> object:
         """Return the data in a compressed file, exactly; with `out`, write them there.

@@ -1,6 +1,7 @@
 """Draws from a run, and the form in which people hold them: a frame, an array or texts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from nelbo._utils.progress import Track
 from nelbo.data.readers.text import decode
 from nelbo.data.schema import Schema
+from nelbo.data.sources import Source
 from nelbo.data.tabular import encoding
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
@@ -18,7 +20,7 @@ from nelbo.diffusion.unmasking import SURENESS, UnmaskingOrder, order_for
 from nelbo.models.conditioning import guided, parse
 from nelbo.runs.config import RunConfig
 from nelbo.sampling import samplers
-from nelbo.sampling.imputation import within
+from nelbo.sampling.imputation import impute, within
 from nelbo.sampling.unmasking import in_order
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def sampler_of(sampler: str, times: TimeGrid | UnmaskingOrder) -> Sampler:
 def draw(
     run: "Run",
     n: int,
-    times: TimeGrid | UnmaskingOrder,
+    times: Callable[[], TimeGrid | UnmaskingOrder],
     *,
     labels: Tensor | None = None,
     seed: int = 0,
@@ -84,7 +86,8 @@ def draw(
     Args:
         run: with its model on the device on which it is to run.
         n: number of examples.
-        times: the grid; or the order in which a masked model shows symbols.
+        times: returns the grid, or the order in which a masked model shows symbols; called after
+            all checks, as a best grid takes long to find.
         labels: (n, len(schema.condition)) of a conditional run; by default those of random
             training examples.
         seed: of everything random.
@@ -92,7 +95,8 @@ def draw(
         sampler: on a grid, "ancestral", or "flow" for the probability flow.
         as_modelled: keep rows of a table outside the ranges of the training data.
         tell: called with a sentence on rows that were drawn again.
-        track: wraps the steps, for a progress bar.
+        track: wraps the steps, for a progress bar; in a table those of the first rows, since few
+            are drawn again.
 
     Raises:
         ValueError: the number or the sampler is none, the run has no labels, or hardly any row
@@ -103,12 +107,14 @@ def draw(
         raise ValueError(f"the number of samples must be at least 1; got {n}")
     if as_modelled and not schema.columns:
         raise ValueError("--as-modelled (as_modelled in Python) is for tables; leave it out")
-    sampled = sampler_of(sampler, times)
+    if sampler == "flow":
+        samplers.check_path(run.model)
     model = guided(run.model, guidance).to(run.model.device)
     given = run.conditions(n, labels, seed)
+    sampled, tracks = sampler_of(sampler, times()), chain([track], repeat(iter))
 
     def some(rows: Tensor, seed: int) -> Tensor:
-        return sampled(model, len(rows), seed, track, rows_of(given, rows))
+        return sampled(model, len(rows), seed, next(tracks), rows_of(given, rows))
 
     if schema.columns and not as_modelled:
         return within(some, n, schema, seed, tell)
@@ -150,6 +156,31 @@ def check_table(schema: Schema) -> None:
             f"impute is for tables, and the run is of {schema.kind}; of an image, nelbo sample"
             " --inpaint draws a part"
         )
+
+
+def complete_table(
+    run: "Run",
+    data: Source,
+    times: Callable[[], TimeGrid],
+    *,
+    particles: int | None = None,
+    seed: int = 0,
+    tell: Callable[[str], object] = lambda line: None,
+    track: Track = iter,
+) -> "DataFrame":
+    """Return a table with its missing cells drawn; see `Run.impute`."""
+    check_table(run.config.schema)
+    options = {} if particles is None else {"particles": particles}
+    return impute(
+        run.model,
+        run.config.schema,
+        data,
+        times(),
+        seed=seed,
+        track=track,
+        tell=tell,
+        **options,
+    )
 
 
 def as_held(x: Tensor, config: RunConfig) -> "Samples":
