@@ -77,13 +77,14 @@ def test_evaluate_without_variates(trained, capsys):
     """Another estimate of the same bound, at no more calls: its pilot is out of them."""
     found = []
     for option in ("--variates", "--no-variates"):
-        run_ok("evaluate", trained, "--json", "--calls", 8, option)
+        run_ok("evaluate", trained, "--json", "--calls", 4, option)
         found.append(json.loads(capsys.readouterr().out))
     errors = [each["standard_error"]["monte_carlo"] for each in found]
     difference = found[0]["bits_per_dim"] - found[1]["bits_per_dim"]
     assert 0 < abs(difference) < 5 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
     assert errors[0] < errors[1]
-    assert found[1]["calls_per_example"] <= found[0]["calls_per_example"] == 8
+    calls = [each["calls_per_example"] for each in found]
+    assert calls[1] <= calls[0] <= 4 and calls[0] > 3.5
 
 
 def test_evaluate_to_a_target_error_and_save(trained, tmp_path, capsys):
@@ -121,7 +122,7 @@ def test_evaluate_by_the_probability_flow(trained, tmp_path, capsys):
 
 
 def test_evaluate_table(trained, capsys):
-    run_ok("evaluate", trained, "--steps", 2, "--split", "validation", "--calls", 4)
+    run_ok("evaluate", trained, "--steps", 2, "--split", "validation", "--calls", 1)
     text = capsys.readouterr().out
     for word in ("bound", "bits/dim", "prior", "reconstruction", "diffusion", "350 examples"):
         assert word in text

@@ -82,14 +82,15 @@ def test_a_table_by_name_is_that_of_its_files(parquet, prefix, monkeypatch):
 
 @pytest.mark.parametrize("prefix", ["hub:", "hub-stream:"])
 def test_training_is_stopped_and_resumed_exactly(parquet, prefix, tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "BLOCK", 8)
+    monkeypatch.setattr(streams, "BLOCK", 16)
     source = f"{prefix}{parquet}"
-    one = train(source, tmp_path / "one", steps=24, **OPTIONS)
+    options = OPTIONS | {"steps": 24, "evaluate_every": 8}
+    one = train(source, tmp_path / "one", **options)
     stopped = iter([False] * 16 + [True])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         soon = nullcontext(lambda: next(stopped))
         patch.setattr(sys.modules["nelbo.runs.train"], "interruptible", lambda **_: soon)
-        train(source, tmp_path / "two", steps=24, **OPTIONS)
+        train(source, tmp_path / "two", **options)
     two = resume(tmp_path / "two")
     weights = [(run.path / "model.safetensors").read_bytes() for run in (one, two)]
     assert weights[0] == weights[1]

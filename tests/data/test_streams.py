@@ -196,12 +196,13 @@ OPTIONS = {"batch": 16, "width": 8, "depth": 1, "evaluate_every": 3}
 
 
 def test_training_resumes_exactly_and_is_measured(shards, tmp_path, monkeypatch):
-    one = train(str(shards), tmp_path / "one", steps=9, **OPTIONS)
+    options = OPTIONS | {"steps": 9, "evaluate_every": 6}
+    one = train(str(shards), tmp_path / "one", **options)
     stopped = iter([False] * 4 + [True] * 9)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         soon = nullcontext(lambda: next(stopped))
         patch.setattr(sys.modules["nelbo.runs.train"], "interruptible", lambda **_: soon)
-        train(str(shards), tmp_path / "two", steps=9, **OPTIONS)
+        train(str(shards), tmp_path / "two", **options)
     two = resume(tmp_path / "two")
     weights = [(run.path / "model.safetensors").read_bytes() for run in (one, two)]
     assert weights[0] == weights[1]

@@ -344,8 +344,10 @@ with process_group() as rank:
 def test_no_thread_of_the_group_outlives_it():
     """One that did would abort the end of Python, whenever it then let go of a tensor."""
     script = """
+import sys
 from pathlib import Path
 from nelbo._utils import distributed
+assert "torch.distributed.nn" not in sys.modules
 with distributed.process_group():
     import torch.distributed.nn  # an optimiser does, by the compiler
     distributed.gather(0)
