@@ -288,14 +288,14 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, arguments, wo
 def test_samples_follow_the_grid(run, tmp_path, monkeypatch):
     """`sample --steps T` takes the grid of the run; `--grid uniform` the even one."""
     seen = []
-    samplers = importlib.import_module("nelbo.sampling.samplers")
-    draw = samplers.ancestral
+    samplers = importlib.import_module("nelbo.runs.samples").SAMPLERS
+    draw = samplers["ancestral"]
 
     def listen(model, n, times, *rest):
         seen.append(times)
         return draw(model, n, times, *rest)
 
-    monkeypatch.setattr(samplers, "ancestral", listen)
+    monkeypatch.setitem(samplers, "ancestral", listen)
     command = f"sample {run.path} --n 2 --steps 2 --out {tmp_path / 's.npz'}".split()
     run_ok(*command)
     run_ok(*command, "--grid", "uniform")
