@@ -43,6 +43,8 @@ def test_tokens_give_every_text_back(file):
     assert TEXT[-tenth:].startswith(test[:-1]) and len(test) > 300
     assert len(tokenizer.encode(TEXT, "it")) < len(TEXT.encode()) / 2
     assert make("bpe:300", TEXT[: -2 * tenth]) == tokenizer  # the training split's
+    lines = data.load(TEXT.splitlines(), tokenizer="bpe:300", size=12)  # in memory
+    assert lines.schema.tokenizer.count == 300
     again = data.load_like(file, found.schema)
     ids = tokenizer.encode(TEXT, "it")[: again.splits["all"].numel()]
     assert (again.splits["all"].flatten().numpy() == ids).all()
