@@ -1,5 +1,6 @@
 """Latent pipelines of diffusers: bits of the image, through the autoencoder."""
 
+import itertools
 import json
 import math
 
@@ -11,7 +12,7 @@ from support.commands import nelbo_fails, run_ok
 from nelbo import evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.latent import latent_elbo
-from nelbo.diffusion.process import Affine
+from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import elbo
 from nelbo.integrations import diffusers as ours
 from nelbo.integrations import load
@@ -32,7 +33,7 @@ def autoencoder(channels=1, latent=1, blocks=1, **config):
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
         block_out_channels=(16,) * blocks,
-        norm_num_groups=2,
+        norm_num_groups=1,
         latent_channels=latent,
         mid_block_add_attention=False,
         **config,
@@ -46,7 +47,7 @@ def unet(size, latent=1, **config):
         out_channels=latent,
         block_out_channels=(8,),
         layers_per_block=1,
-        norm_num_groups=4,
+        norm_num_groups=1,
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         add_attention=False,
@@ -193,3 +194,64 @@ def test_the_command(parts, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert set(found["terms"]) == names and found["decoder_calls_per_example"] == 2
     assert "latents" in nelbo_fails(capsys, *arguments[:-2], "--ode")
+
+
+LEVELS, LATENT_SCALE = 3, 4.0
+STEPS, RATE = 400, 0.012  # of the training
+
+
+def every_picture():
+    """All pictures of 2x1 with 3 levels."""
+    every = itertools.product(range(LEVELS), repeat=2)
+    return torch.tensor(list(every)).reshape(-1, 1, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tiny autoencoder and its prior, trained together on `every_picture`."""
+    with seeded(0):
+        vae = autoencoder(scaling_factor=LATENT_SCALE, shift_factor=0.2)
+        with torch.no_grad():  # latents that tell pictures apart from the first step on
+            vae.quant_conv.weight[0] *= 100 / LATENT_SCALE
+            vae.quant_conv.bias[1] = -4 - 2 * math.log(LATENT_SCALE)
+            vae.post_quant_conv.weight *= LATENT_SCALE
+        scheduler = ddpm(prediction_type="sample", beta_start=0.1, beta_end=0.14)
+        found = ours.build(
+            unet((2, 1)), scheduler, scaling=Levels(LEVELS), vae=vae, law="gaussian:0.25"
+        )
+        model, x = found.model, every_picture().repeat(2, 1, 1, 1)
+        model.law.requires_grad_(False)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimiser = torch.optim.Adam(parameters)
+        for i in range(STEPS):
+            rate = min(1, (STEPS - i) / (STEPS / 3), (i + 1) / 5)
+            optimiser.param_groups[0]["lr"] = RATE * rate
+            bound = latent_elbo(model, x, found.times)
+            rest = -bound.elbo - bound.decoder
+            loss = (bound.decoder + min(1.0, 0.05 + 1.5 * i / STEPS) * rest).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return model.eval(), found.times
+
+
+@pytest.mark.slow
+def test_all_pictures_have_at_most_probability_one(trained):
+    """Σ_x exp(ELBO(x)) by enumeration is in [0.5, 1], and without any one of the terms it is not:
+    each of them counts, with its sign and its unit."""
+    model, times = trained
+    x = every_picture().repeat_interleave(2000, 0)
+    with seeded(6), torch.no_grad():
+        found = latent_elbo(model, x, times)
+
+    def total(bound):
+        each = bound.elbo.reshape(9, -1)
+        mass = each.mean(1).exp()
+        error = (mass.square() * each.var(1) / each.shape[1]).sum().sqrt()
+        return mass.sum().item(), 4 * error.item()
+
+    value, error = total(found)
+    assert value - error > 0.5 and value + error < 1
+    for name in found._fields:
+        value, error = total(found._replace(**{name: torch.zeros_like(found.prior)}))
+        assert value + error < 0.5 or value - error > 1, name
