@@ -31,10 +31,11 @@ def test_a_whole_file_is_read(made, tmp_path, name):
     assert outcome(made[name], made[name].content, tmp_path) == "read"
 
 
+@pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_damage_is_told_in_a_sentence_or_harmless(made, tmp_path, name):
+def test_damage_is_told_in_a_sentence_or_harmless(made, tmp_path, name, examples):
     @settings(
-        max_examples=15,
+        max_examples=examples,
         derandomize=True,
         database=None,
         deadline=None,
