@@ -309,7 +309,7 @@ def test_train_names_its_options():
         assert all(f"{field.name}: " in nelbo.train.__doc__ for field in fields(kind))
     assert found.parameters["head"].default is None and "options" not in found.parameters
     x = np.zeros((20, 4), np.uint8) + np.arange(20, dtype=np.uint8)[:, None] % 3
-    for name, near in (("widths", "width"), ("batch_size", "batch"), ("learning_rate", "lr")):
+    for name, near in (("widths", "width"), ("batch_size", "batch"), ("model", "network")):
         with pytest.raises(ValueError, match=f"unknown option '{name}'; did you mean '{near}'\\?"):
             nelbo.train(x, "nowhere", **{name: 1})
     with pytest.raises(ValueError, match="unknown option 'zzz'; known are process, schedule"):

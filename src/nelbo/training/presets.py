@@ -22,7 +22,13 @@ FINE = 4096  # levels above which the decoder is a discretised Gaussian
 PATIENCE = 10  # validations of a table without improvement after which training ends
 SMALL = 16  # pixels of the shorter side up to which an image is small
 #: options by their names in other libraries
-OTHERS = {"learning_rate": "lr", "batch_size": "batch", "epochs": "steps", "layers": "depth"}
+OTHERS = {
+    "learning_rate": "lr",
+    "model": "network",
+    "batch_size": "batch",
+    "epochs": "steps",
+    "layers": "depth",
+}
 #: options of the networks that nelbo makes
 OF_NETWORKS = ("width", "depth", "dropout", "members")
 
