@@ -252,7 +252,7 @@ class Plain(nn.Module):
         if self.label is not None:
             given[LABELS] = torch.full((len(y),), self.label, device=y.device)
         # the second argument of some transformers is the condition
-        named = "timestep" in signature(self.network.forward).parameters
+        named = "timestep" in [*signature(self.network.forward).parameters][2:]
         place = () if named else (time,)
         if named:
             given["timestep"] = time
