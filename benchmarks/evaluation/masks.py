@@ -198,24 +198,25 @@ def ours(
     coefficients: Coefficients,
     x: Tensor,
     calls: float,
-    repeats: int,
+    replicates: int,
     price: float | None = None,
-) -> tuple[Tensor, int]:
-    """Return estimates, (N, repeats), and the masks of a text that the surrogate reads.
+) -> tuple[Tensor, int, int]:
+    """Return replicates, (N, R), how many of them an estimate averages, and masks of a text.
 
-    With a price, its calls are counted: there are so many fewer of the model.
+    The masks are those that the surrogate reads for an estimate. With a price they are counted:
+    there are so many fewer calls of the model.
     """
     ratio = 0.0 if surrogate is None else masks_alone(coefficients, LENGTH, price or FREE)
     if price is not None:
         calls = max(1.0, int(calls / (1 + price * (1 + ratio))))
     each = 2 if calls >= 2 else 1
     masks = int(calls) // each
-    plan = Plan(each * repeats, masks, math.ceil(masks * ratio) if surrogate is not None else 0)
+    plan = Plan(replicates, masks, math.ceil(masks * ratio) if surrogate is not None else 0)
     batch = model.batch(x)
     way = MaskEstimator(model, surrogate, Texts(model, batch), 7)
     rows = torch.arange(len(x)).split(max(1, 2**17 // (plan.replicates * (plan.alone + masks))))
     found = [way.costs(r.tolist(), batch[r], plan, coefficients).sum(-1) for r in rows]
-    return torch.cat(found).view(len(x), repeats, each).mean(2), each * (plan.alone + masks)
+    return torch.cat(found), each, each * (plan.alone + masks)
 
 
 def main() -> None:
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--draws", type=int, default=1024, help="calls per text and recipe")
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 128])
+    parser.add_argument("--replicates", type=int, help="of ours; by default as many as draws say")
     parser.add_argument("--ways", nargs="+", default=[*RECIPES, *OURS], help="some of the above")
     parser.add_argument("--keep", type=Path, help="folder of weights, made or read")
     parser.add_argument("--json", type=Path)
@@ -293,11 +295,10 @@ def main() -> None:
         for name, surrogate in surrogates.items():
             coefficients[name] = learned(model, surrogate, other)
         print(f"a mask of the surrogate costs {price:.3f} of a call here")
-        truth = 0.0
-        for calls in sorted(given.calls, reverse=True):
+        for calls in given.calls:
             repeats = max(8, given.draws // calls)
             for name in given.ways:
-                note = ""
+                note, averaged = "", 1
                 if name in RECIPES:
                     each = [RECIPES[name](costs, len(x), calls) for _ in range(repeats)]
                     found = torch.stack(each, 1)
@@ -305,21 +306,20 @@ def main() -> None:
                     kind = {"ours": None, "priced": "costs"}.get(name, name)
                     surrogate = None if kind is None else surrogates[kind]
                     own_price = price if name == "priced" else None
-                    found, read = ours(
-                        model, surrogate, coefficients[kind], x, calls, repeats, own_price
+                    count = given.replicates or 2 * repeats
+                    found, averaged, read = ours(
+                        model, surrogate, coefficients[kind], x, calls, count, own_price
                     )
                     note = f"{read} masks of the surrogate" if surrogate else ""
-                if name == "ours" and not truth:
-                    truth = found.mean().item()
-                variance = found.var(1).mean().item()
-                mean, error = found.mean().item(), found.mean(0).std().item() / math.sqrt(repeats)
+                variance = found.var(1).mean().item() / averaged
+                mean = found.mean().item()
+                error = found.mean(0).std().item() / math.sqrt(found.shape[1])
                 rows.setdefault(name, {})[calls] = variance
                 print(
                     f"{calls:4} {name:8} variance {variance:9.3f}  mean {mean:8.3f} ±"
                     f" {2 * error:.3f}  {note}",
                     flush=True,
                 )
-    print("nats per character", truth / LENGTH)
     print("| calls |" + "".join(f" {name} |" for name in rows))
     for calls in sorted(given.calls):
         print(f"| {calls} |" + "".join(f" {rows[n][calls]:.3g} |" for n in rows))
