@@ -35,14 +35,15 @@ test-slow: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The readers and the command line with the lower bounds of pyproject.toml.
+# The readers and the command line with the lower bounds of pyproject.toml, without the tests that
+# need transformers or tensorboard.
 test-lowest: .venv-lowest/ready
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -p no:anyio -n 2 -m "not slow and not multiprocess" \
-		tests/data tests/cli
+		tests/data tests/cli --ignore tests/data/test_tokens_of_text.py -k "not tensorboard"
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[tables,hub,codec,tensorboard]" \
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[tables,hub,codec]" \
 		hypothesis pandas pytest pytest-xdist
 	touch $@
 
