@@ -13,6 +13,8 @@ import nelbo
 from nelbo._utils import progress
 from nelbo.data import Schema
 from nelbo.data.tabular import encoding
+from nelbo.evaluation.importance_bound import evaluate_importance
+from nelbo.evaluation.probability_flow import evaluate_flow
 from nelbo.models.config import ModelConfig
 from nelbo.runs import hub, run, samples
 from nelbo.training.config import TrainConfig
@@ -136,6 +138,31 @@ def test_steps_are_a_grid(digits, pixels):
         nelbo.evaluate(model, pixels, steps=2, times=nelbo.TimeGrid.uniform(2))
     with pytest.raises(ValueError, match="a grid is a number of steps or TimeGrid"):
         nelbo.ancestral(model, 2, 2.5)
+
+
+def test_tighter_bounds_are_arguments_too(digits, pixels):
+    few, model = pixels[:2], digits.model
+    grid, batch = nelbo.TimeGrid.uniform(2), digits.batch(few)[0]
+    weighted = evaluate_importance(model, batch, times=grid, samples=3)
+    found = nelbo.evaluate(model, few, steps=2, importance_samples=3)
+    assert found.nats == weighted.nats and found.how.samples == 3
+    best = evaluate_importance(model, batch, times=digits.grid(2), samples=3)
+    assert digits.evaluate(few, steps=2, importance_samples=3).nats == best.nats
+    flow = evaluate_flow(model, batch, tolerance=0.01)
+    for held in (digits, model):
+        found = nelbo.evaluate(held, few, ode=True, tolerance=0.01)
+        assert found.nats == flow.nats
+    for options, message in (
+        ({"importance_samples": 3}, "give steps"),
+        ({"ode": True, "steps": 2}, "leave steps and importance_samples out"),
+        ({"ode": True, "calls": 9}, "ode is priced by tolerance"),
+        ({"tolerance": 0.1}, "need ode; add it"),
+        ({"ode": True, "dequantise": "gaussian"}, "one of encoder, truncated-normal, uniform"),
+        ({"ode": True, "sampler": "greedy"}, "sampler goes beside the bound"),
+    ):
+        for held in (digits, model):
+            with pytest.raises(ValueError, match=message):
+                nelbo.evaluate(held, few, **options)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nelbo.cli.common import (
     Device,
@@ -132,12 +132,10 @@ def evaluate(
     from nelbo.cli.sweep import numbers, sweep
     from nelbo.diffusion.batch import Batch, rows_of
     from nelbo.diffusion.latent import LatentModel
+    from nelbo.evaluation.alternatives import alternative, check_alternative
     from nelbo.evaluation.both_sides import both_sides
-    from nelbo.evaluation.dequantization import DEQUANTISERS
     from nelbo.evaluation.evaluate import evaluate as bound
-    from nelbo.evaluation.importance_bound import evaluate_importance
     from nelbo.evaluation.latent_bound import evaluate_latent
-    from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
     from nelbo.evaluation.result import Evaluation
     from nelbo.evaluation.unmasking_order import beside, order_for
     from nelbo.runs.commands import model_of
@@ -158,18 +156,21 @@ def evaluate(
             sweep(run, counts, place_of(device, rank == 0), options, tell=rank == 0, json=json)
         return
     count = counts[0] if counts else None
-    _only_one_way(count, calls, target_error, importance_samples, ode)
-    if (ode or importance_samples is not None) and sampler is not None:
-        raise ValueError("--sampler goes beside the bound; leave --ode, --importance-samples out")
+    tighter: dict[str, Any] = {"importance_samples": importance_samples, "ode": ode}
+    tighter |= {"dequantise": dequantise, "tolerance": tolerance}
+    check_alternative(
+        **tighter,
+        steps=count is not None,
+        priced=calls is not None or target_error is not None,
+        sampler=sampler is not None,
+        surrogate=surrogate is not None,
+        spell=lambda name: f"--{name.replace('_', '-')}",
+    )
     if own_samples is not None and (importance_samples is None or save or columns):
         raise ValueError(
             "--own-samples measures the bound of --importance-samples K at --steps T; give these,"
             " and leave --save and --columns out"
         )
-    if surrogate is not None and (ode or importance_samples is not None):
-        raise ValueError("--surrogate is for the bound; leave --ode and --importance-samples out")
-    if not ode and (dequantise is not None or tolerance is not None):
-        raise ValueError("--dequantise and --tolerance need --ode; add it, or leave them out")
     if grid is not None and steps is None and not columns:
         raise ValueError("--grid spaces a number of steps; give --steps T too")
     spacing = grid or "best"
@@ -236,12 +237,8 @@ def evaluate(
         find: Callable[..., Evaluation | BoundEstimate]
         if isinstance(model, LatentModel):
             find = partial(evaluate_latent, model, times=foreign.times, calls=calls)
-        elif ode:
-            way = None if dequantise is None else DEQUANTISERS[dequantise]
-            price = TOLERANCE if tolerance is None else tolerance
-            find = partial(evaluate_flow, model, dequantiser=way, tolerance=price)
-        elif importance_samples is not None and times is not None:
-            find = partial(evaluate_importance, model, times=times, samples=importance_samples)
+        elif (otherwise := alternative(model, times, **tighter)) is not None:
+            find = otherwise
         else:
             find = partial(bound, model)
             if not integrations.is_foreign(run):
@@ -305,24 +302,3 @@ def _show_columns(
         return
     names = [column.name for column in known]
     display.columns(names, by_column(-bound.elbo, known), "nats", steps)
-
-
-def _only_one_way(
-    steps: int | None,
-    calls: float | None,
-    target_error: float | None,
-    importance_samples: int | None,
-    ode: bool,
-) -> None:
-    """Raise ValueError for options that contradict each other."""
-    if importance_samples is not None and steps is None:
-        raise ValueError(
-            "--importance-samples weights whole paths of a finite number of steps; give --steps"
-        )
-    if ode and (steps is not None or importance_samples is not None):
-        raise ValueError("--ode uses continuous time; leave --steps and --importance-samples out")
-    if (ode or importance_samples is not None) and (calls or target_error):
-        raise ValueError(
-            "--calls and --target-error are for the bound; --ode is priced by --tolerance, and"
-            " --importance-samples by K times T"
-        )

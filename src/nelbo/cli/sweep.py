@@ -9,8 +9,6 @@ from nelbo.cli.common import json_text, say
 if TYPE_CHECKING:
     import torch
 
-    from nelbo.evaluation.result import Evaluation
-
 
 def numbers(steps: str | None) -> list[int]:
     """Return the numbers of steps of an option such as 50 or 10,50,200, from the fewest.
@@ -54,6 +52,7 @@ def sweep(
     """
     from nelbo import integrations
     from nelbo.cli import display
+    from nelbo.evaluation.result import Evaluation
     from nelbo.runs.commands import evaluate
     from nelbo.runs.run import load
 
@@ -70,6 +69,7 @@ def sweep(
             foreign = integrations.load(run, steps=count)
             foreign.model.to(place)
             result = evaluate(foreign, **options)
+        assert isinstance(result, Evaluation)
         found.append(result)
         for note in result.notes if tell else ():
             if note not in said:

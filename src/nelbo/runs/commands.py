@@ -24,13 +24,14 @@ from nelbo.data.sources import Declaration, Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.times import TimeDiscretization
+from nelbo.diffusion.times import TimeDiscretization, times_of
 from nelbo.evaluation import evaluate as evaluation
 from nelbo.evaluation import example_bounds
+from nelbo.evaluation.alternatives import Dequantise, alternative, check_alternative
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
 from nelbo.evaluation.latent_bound import evaluate_latent
-from nelbo.evaluation.result import Evaluation
+from nelbo.evaluation.result import BoundEstimate, Evaluation
 from nelbo.evaluation.unmasking_order import beside, order_for
 from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition
@@ -108,10 +109,14 @@ def evaluate(
     tokens_per_step: int | None = None,
     known: Source | None = None,
     surrogate: AnyRun | Model | Foreign | None = None,
+    importance_samples: int | None = None,
+    ode: bool = False,
+    dequantise: Dequantise | None = None,
+    tolerance: float | None = None,
     seed: int = 0,
     progress: bool | None = None,
     **reading: Unpack[Reading],
-) -> Evaluation:
+) -> Evaluation | BoundEstimate:
     """Measure the mean bound on -log P(x|φ) over examples, with its error and its price.
 
     Args:
@@ -142,6 +147,11 @@ def evaluate(
         surrogate: for a masked model in continuous time: a cheaper one of the same symbols, given
             as `run` is, which reads the same masks and many more (`evaluation.masks`). The result
             is unbiased, whatever it is; its calls are not counted.
+        importance_samples: K, for the tighter bound of K importance-weighted samples at T steps,
+            at K T calls each; a `BoundEstimate`, as the next.
+        ode: measure by the probability-flow ODE instead, to two tolerances.
+        dequantise: how it passes from the data to the first latent; by default "encoder".
+        tolerance: absolute and relative, of its solver, per example; 1e-4 by default.
         seed: of everything random.
         progress: show bars on the error stream; by default if it is a terminal.
         reading: of a network in memory: what it predicts, its noise levels (betas, alphas, sigmas
@@ -152,6 +162,15 @@ def evaluate(
             too few calls, the target error is impossible, or a network is read wrongly.
     """
     track = tracks(progress)("evaluate")
+    tighter: dict[str, Any] = {"importance_samples": importance_samples, "ode": ode}
+    tighter |= {"dequantise": dequantise, "tolerance": tolerance}
+    check_alternative(
+        **tighter,
+        steps=steps is not None or times is not None,
+        priced=calls is not None or target_error is not None,
+        sampler=sampler is not None,
+        surrogate=surrogate is not None,
+    )
     options: dict[str, Any] = {
         "calls": calls,
         "target_error": target_error,
@@ -189,10 +208,14 @@ def evaluate(
     if isinstance(run, Model | LatentModel) and data is None:
         raise ValueError("a model brings no data; give examples, as in evaluate(model, x)")
     if isinstance(run, LatentModel):
-        if target_error is not None or not known is surrogate is sampler is None:
+        if (
+            target_error is not None
+            or not known is surrogate is sampler is None
+            or any(value not in (None, False) for value in tighter.values())
+        ):
             raise ValueError(
-                "target_error, known, surrogate and sampler are for models of the data themselves;"
-                " a model of their latents takes calls"
+                "target_error, known, surrogate, sampler, importance_samples and ode are for"
+                " models of the data themselves; a model of their latents takes calls"
             )
         if times is None:
             raise ValueError("give the times of a model of latents: steps, or times")
@@ -213,11 +236,14 @@ def evaluate(
         batch = batch_of(run, data)
         order = order_for(run, batch, sampler, tokens_per_step)
         notes += probe(run, batch)
+        grid = times_of(run, times, steps)
+        if find := alternative(run, grid, **tighter):
+            record = {"weights": options.get("weights", "as given"), "split": split or "as given"}
+            return find(batch, seed=seed, track=track, **record)
         found = evaluation.evaluate(
             run,
             batch,
-            steps=steps,
-            times=times,
+            times=grid,
             known=None if known is None else batch_of(run, known).x,
             split=split or "as given",
             track=track,
@@ -228,6 +254,7 @@ def evaluate(
     if times is not None or known is not None:
         raise ValueError("times and known are for a bare model; a run knows its own; give steps")
     options |= {"sampler": sampler, "tokens_per_step": tokens_per_step, "progress": progress}
+    options |= tighter
     return run_of(run).evaluate(data, split, splits=splits, steps=steps, **options)
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from nelbo.data.sources import BUILT_IN
+from nelbo.evaluation.result import Evaluation
 from nelbo.models.config import CUSTOM
 from nelbo.runs.config import CONFIG, GRIDS, METRICS, WEIGHTS
 from nelbo.runs.samples import SAMPLE_STEPS
@@ -64,6 +65,7 @@ def pull(name: str) -> Path:
 def card(run: "Run", name: str) -> str:
     """Return a model card: the bound of the test split, its error and the command."""
     result = run.evaluate(progress=False)
+    assert isinstance(result, Evaluation)
     value = result.nats if result.bits_per_dim is None else result.bits_per_dim
     command = f"nelbo evaluate {name} --data DATA --seed {result.seed}"
     arguments = f'"{name}"'

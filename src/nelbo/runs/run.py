@@ -23,12 +23,13 @@ from nelbo.data.sources import Source, Splits, load_like
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, find_device, model_hash
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid, even_times
+from nelbo.evaluation.alternatives import Dequantise, alternative, check_alternative
 from nelbo.evaluation.anomaly_scores import Scored, Scorer
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
 from nelbo.evaluation.example_bounds import ExampleBounds, elbo
 from nelbo.evaluation.grid_search import best_grid
-from nelbo.evaluation.result import Evaluation
+from nelbo.evaluation.result import BoundEstimate, Evaluation
 from nelbo.evaluation.unmasking_order import beside, order_for
 from nelbo.models import custom
 from nelbo.models.build import build
@@ -159,10 +160,14 @@ class Run:
         sampler: str | None = None,
         tokens_per_step: int | None = None,
         surrogate: Model | None = None,
+        importance_samples: int | None = None,
+        ode: bool = False,
+        dequantise: Dequantise | None = None,
+        tolerance: float | None = None,
         seed: int = 0,
         progress: bool | None = None,
         tell: Callable[[str], object] | None = None,
-    ) -> Evaluation:
+    ) -> Evaluation | BoundEstimate:
         """Return the bound on -log P(x) of the run's own data or of other data.
 
         The result equals that of `nelbo evaluate RUN`.
@@ -183,6 +188,11 @@ class Run:
                 `nelbo.diffusion.unmasking`.
             tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
             surrogate: a cheaper masked model of the same symbols, see `nelbo.evaluate`.
+            importance_samples: K, for the tighter bound of K importance-weighted samples at T
+                steps, at K T calls each; a `BoundEstimate`, as the next.
+            ode: measure by the probability-flow ODE instead, to two tolerances.
+            dequantise: how it passes from the data to the first latent; by default "encoder".
+            tolerance: absolute and relative, of the solver, per example; 1e-4 by default.
             seed: of everything random.
             progress: show bars on the error stream; by default if it is a terminal.
             tell: called with notes on the data and on slow work; warnings by default.
@@ -190,14 +200,27 @@ class Run:
         Raises:
             ValueError: as for `batch`, `grid` and `nelbo.evaluation.evaluate.evaluate`.
         """
+        tighter: dict[str, Any] = {"importance_samples": importance_samples, "ode": ode}
+        tighter |= {"dequantise": dequantise, "tolerance": tolerance}
+        check_alternative(
+            **tighter,
+            steps=steps is not None,
+            priced=calls is not None or target_error is not None,
+            sampler=sampler is not None,
+            surrogate=surrogate is not None,
+        )
         batch, name = self.batch(data, split, splits, tell or _warn)
         order = order_for(self.model, batch, sampler, tokens_per_step)
         track = tracks(progress)
+        times = None if steps is None else self.grid(steps, track("grid"))
+        if find := alternative(self.model, times, **tighter):
+            record = {"weights": self.weights, "split": name, "seed": seed}
+            return find(batch, track=track("evaluate"), **record)
         result = self.measure(
             batch,
             split=name,
             own=data is None,
-            times=None if steps is None else self.grid(steps, track("grid")),
+            times=times,
             tell=tell or _quiet,
             calls=calls,
             target_error=target_error,
