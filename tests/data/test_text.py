@@ -193,6 +193,9 @@ def test_text_from_the_command_line(tmp_path, file, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["bits_per_character"] == found["bits_per_dim"]
     assert found["perplexity"] == 2 ** found["bits_per_dim"]
+    rates = nelbo.evaluate(run, calls=2).rates
+    assert rates.keys() == {"bits_per_character", "perplexity"} <= found.keys()
+    assert rates["perplexity"] == found["perplexity"]
     run_ok("evaluate", run, "--calls", "2")
     assert "bits per character" in capsys.readouterr().out
     run_ok("sample", run, "--n", "3", "--steps", "4", "--grid", "uniform")

@@ -240,13 +240,16 @@ def test_the_sampler_that_people_use(tmp_path, capsys):
     assert exact["calls_per_example"] == 1.5 and exact["standard_error"]["monte_carlo"] == 0
     saved = np.load(tmp_path / "a.npz")["sampler_nats"]
     assert math.isclose(saved.mean(), exact["nats"])
-    assert math.isclose(found["sampler_bits_per_byte"] * 3, exact["nats"] / math.log(2))
+    assert math.isclose(found["in_order"]["bits_per_byte"] * 3, exact["nats"] / math.log(2))
     assert exact["nats"] != found["nats"]
     run_ok(*ordered)
     assert "greedy, 3 at a time: the exact -log P(x) of another" in capsys.readouterr().out
     again = nelbo.evaluate(f"hf:{home}", str(tmp_path / "a.txt"), calls=8, sampler="margin")
     assert "margin, 1 at a time" in repr(again) and again.in_order.calls_per_example == 8
     assert "margin, 1 at a time" in again._repr_html_()
+    assert {"nats_per_token", "bits_per_byte"} <= again.rates.keys() <= found.keys()
+    ratio = again.in_order.rates["bits_per_byte"] / again.rates["bits_per_byte"]
+    assert math.isclose(ratio, again.in_order.nats / again.nats)
     run_ok(*command, "--sampler", "random", "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["in_order"]["calls_per_example"] == (2**4 + 2**2) / 2 - 1

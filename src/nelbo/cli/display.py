@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,40 +15,16 @@ from torch import Tensor
 from nelbo._utils.progress import Terminal
 from nelbo.codec.files import Report
 from nelbo.data.inspection import Inspection
-from nelbo.data.schema import Schema
 from nelbo.evaluation.result import (
     BoundEstimate,
     Evaluation,
     FlowDetails,
     ImportanceDetails,
     LatentTerms,
+    Measurement,
 )
 
 FAR = 2.0  # times the bits of uniform levels beyond which the last step is to blame
-
-
-def of_text(
-    found: Evaluation | BoundEstimate, schema: Schema | None, x: Tensor
-) -> dict[str, float]:
-    """Return the bound per symbol of a text and its perplexity; {} if the schema is not of text.
-
-    Of tokens, it is also that of a character and of a byte. The perplexity is 2 to the bits per
-    symbol: the number of equally likely symbols that would be as hard to predict.
-
-    Args:
-        found: the bound.
-        schema: of the examples, or None.
-        x: the examples, (N, *shape), in order.
-    """
-    if schema is None or not schema.text or found.bits_per_dim is None:
-        return {}
-    bits = {f"bits_per_{schema.symbol}": found.bits_per_dim}
-    if schema.tokenizer is not None:
-        text = schema.tokenizer.decode(x[:].flatten().tolist())
-        whole = found.bits_per_dim * x.shape.numel()
-        bits["bits_per_character"] = whole / len(text)
-        bits["bits_per_byte"] = whole / len(text.encode())
-    return bits | {"perplexity": 2**found.bits_per_dim}
 
 
 def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
@@ -102,15 +78,14 @@ def sweep(found: Sequence[Evaluation]) -> None:
     )
 
 
-def result(
-    found: Evaluation | BoundEstimate, of_symbols: Mapping[str, float] | None = None
-) -> None:
-    """Print a bound: a table, its curve or convergence, and everything needed to reproduce it.
+def _rates(found: Measurement, before: str = "") -> str:
+    """Return the bound per token, character and byte in words, "" where it is not of text."""
+    line = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in found.rates.items())
+    return line and before + line
 
-    Args:
-        found: the bound.
-        of_symbols: the same in the units of a text, if it is one, see `of_text`.
-    """
+
+def result(found: Evaluation | BoundEstimate) -> None:
+    """Print a bound: a table, its curve or convergence, and everything needed to reproduce it."""
     console = Terminal()
     table = _table(_title(found), found)
     if isinstance(found, Evaluation):
@@ -126,12 +101,11 @@ def result(
         console.print(
             f"{exact.name}: the exact -log P(x) of {exact.of}, {exact.nats:.3f} nats per"
             f" example, without a Monte Carlo error; {exact.calls_per_example:.4g} network calls"
-            " per example",
+            f" per example{_rates(exact, '; ')}",
             highlight=False,
         )
-    per_symbol = (f"{name.replace('_', ' ')} {v:.4f}" for name, v in (of_symbols or {}).items())
-    if line := ", ".join(per_symbol):
-        console.print(line, highlight=False)
+    if found.rates:
+        console.print(_rates(found), highlight=False)
     line = _sparkline(found) if isinstance(found, Evaluation) else _convergence(found)
     console.print(line, highlight=False)
     backward = "" if isinstance(found, Evaluation) else found.backward_calls_per_example

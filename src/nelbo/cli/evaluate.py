@@ -136,7 +136,7 @@ def evaluate(
     from nelbo.evaluation.both_sides import both_sides
     from nelbo.evaluation.evaluate import evaluate as bound
     from nelbo.evaluation.latent_bound import evaluate_latent
-    from nelbo.evaluation.result import Evaluation
+    from nelbo.evaluation.result import Evaluation, rated
     from nelbo.evaluation.unmasking_order import beside, order_for
     from nelbo.runs.commands import model_of
     from nelbo.runs.config import read_config
@@ -191,7 +191,6 @@ def evaluate(
                 say(note)
             model, weights = foreign.model, foreign.weights
             times: TimeDiscretization | None = foreign.times
-            schema = None
             tell = _note if rank == 0 else None
             x, split = foreign.examples(data, split, splits, tell, lines=lines)
             batch = Batch.of(x)
@@ -201,7 +200,7 @@ def evaluate(
                     tell(note)
         else:
             loaded = load(run)
-            weights, schema = loaded.weights, loaded.config.schema
+            weights = loaded.weights
             batch, split = examples_of(loaded, data, split, rank == 0, splits)
             model = loaded.model
             model.to(place)  # the best grid is measured there too
@@ -249,13 +248,13 @@ def evaluate(
                 cheaper = model_of(surrogate, trust_remote_code)
                 find = partial(find, surrogate=cheaper.to(place))
         result = find(batch, seed=seed, weights=weights, split=split, track=track)
-        rates = foreign.rates(result.nats, batch) if integrations.is_foreign(run) else {}
         if isinstance(result, Evaluation) and not isinstance(model, LatentModel):
             bar = tracker("in order") if rank == 0 else iter
             result = beside(result, model, batch, order, bar)
-            if result.in_order is not None and integrations.is_foreign(run):
-                exact = foreign.rates(result.in_order.nats, batch)
-                rates = rates | {f"sampler_{name}": value for name, value in exact.items()}
+        if integrations.is_foreign(run):
+            result = rated(result, lambda of: foreign.rates(of.nats, batch))
+        else:
+            result = loaded.rated(result, batch)
         if isnan(result.nats):
             raise ValueError(
                 f"the bound of {split} is not a number; look for extreme values in the data,"
@@ -264,13 +263,10 @@ def evaluate(
         if rank == 0:
             if save is not None:
                 write(save, display.npz(result))
-            of_symbols = display.of_text(result, schema, batch.x)
             if json:
-                print(json_text(result.to_dict() | of_symbols | rates))
+                print(json_text(result.to_dict()))
             else:
-                display.result(result, of_symbols)
-                if rates:
-                    print(", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in rates.items()))
+                display.result(result)
             for note in result.notes:
                 _note(note)
             say_notes(batch.x)

@@ -154,6 +154,26 @@ class Schema(Record):
         """The name of a symbol of text."""
         return "token" if self.tokenizer is not None else "character" if self.alphabet else "byte"
 
+    def rates(self, bits_per_dim: float | None, x: Tensor) -> dict[str, float]:
+        """Return a bound per symbol of a text and its perplexity; {} if the data are not text.
+
+        Of tokens, it is also that of a character and of a byte. The perplexity is 2 to the bits
+        per symbol: the number of equally likely symbols that would be as hard to predict.
+
+        Args:
+            bits_per_dim: the mean bound.
+            x: the examples, (N, *shape), in order.
+        """
+        if not self.text or bits_per_dim is None:
+            return {}
+        bits = {f"bits_per_{self.symbol}": bits_per_dim}
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(x[:].flatten().tolist())
+            whole = bits_per_dim * x.shape.numel()
+            bits["bits_per_character"] = whole / len(text)
+            bits["bits_per_byte"] = whole / len(text.encode())
+        return bits | {"perplexity": 2**bits_per_dim}
+
     @property
     def density(self) -> bool:
         """Whether the likelihood is a density, in nats; otherwise it is a probability, in bits."""

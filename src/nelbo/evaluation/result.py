@@ -1,8 +1,10 @@
 """Records of evaluations: the bound, its terms, its errors and its cost in network calls."""
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from html import escape
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -66,6 +68,7 @@ class Measurement:
     `nats` is per example. Standard errors are in `unit`: bits/dim for probabilities, nats for
     densities, which have no bits/dim. A value ± 1.96 standard errors is a 95 % interval; an error
     is NaN where it is unknown. Calls are rows that went forward through the network, per example.
+    `rates` is, for a text, the same per token, character and byte, and the perplexity, by name.
     """
 
     bits_per_dim: float | None
@@ -83,13 +86,17 @@ class Measurement:
     model_hash: str
     data_hash: str
     processes: int
+    rates: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON, without those per example; None for non-finite values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.repr}
+        own = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.repr}
+        return own | dict(self.rates)
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, Measurement):
+        return value.to_dict()
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.repr}
     if isinstance(value, list | tuple):
@@ -271,3 +278,18 @@ class BothSides(Measurement):
             f" {scale * self.gap_error:.2g} at most, on average;"
             f" {self.calls_per_example:.4g} network calls each"
         )
+
+
+R = TypeVar("R", bound=Measurement)
+
+
+def rated(found: R, rates: Callable[[Measurement], Mapping[str, float]]) -> R:
+    """Return a measurement with its `rates`, and with those of the sampler beside it, if any.
+
+    Args:
+        found: of a text, or of other data, which have no rates.
+        rates: returns them for a measurement.
+    """
+    if isinstance(found, Evaluation) and found.in_order is not None:
+        found = replace(found, in_order=rated(found.in_order, rates))
+    return replace(found, rates=rates(found))

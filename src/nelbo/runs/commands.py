@@ -31,13 +31,13 @@ from nelbo.evaluation.alternatives import Dequantise, alternative, check_alterna
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
 from nelbo.evaluation.latent_bound import evaluate_latent
-from nelbo.evaluation.result import BoundEstimate, Evaluation
+from nelbo.evaluation.result import BoundEstimate, Evaluation, rated
 from nelbo.evaluation.unmasking_order import beside, order_for
 from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.probe import probe
-from nelbo.runs.run import Run, load, tracks
+from nelbo.runs.run import M, Run, load, tracks
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -239,7 +239,8 @@ def evaluate(
         grid = times_of(run, times, steps)
         if find := alternative(run, grid, **tighter):
             record = {"weights": options.get("weights", "as given"), "split": split or "as given"}
-            return find(batch, seed=seed, track=track, **record)
+            other = find(batch, seed=seed, track=track, **record)
+            return other if foreign is None else _rated(other, foreign, batch)
         found = evaluation.evaluate(
             run,
             batch,
@@ -250,12 +251,18 @@ def evaluate(
             **options,
         )
         found = replace(found, notes=(*notes, *found.notes))
-        return beside(found, run, batch, order, track)
+        found = beside(found, run, batch, order, track)
+        return found if foreign is None else _rated(found, foreign, batch)
     if times is not None or known is not None:
         raise ValueError("times and known are for a bare model; a run knows its own; give steps")
     options |= {"sampler": sampler, "tokens_per_step": tokens_per_step, "progress": progress}
     options |= tighter
     return run_of(run).evaluate(data, split, splits=splits, steps=steps, **options)
+
+
+def _rated(found: M, foreign: Foreign, batch: Batch) -> M:
+    """Return the bound of another library's model with its rates, if it is one of text."""
+    return rated(found, lambda of: foreign.rates(of.nats, batch))
 
 
 def elbo(

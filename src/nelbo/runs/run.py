@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
 from nelbo.evaluation.example_bounds import ExampleBounds, elbo
 from nelbo.evaluation.grid_search import best_grid
-from nelbo.evaluation.result import BoundEstimate, Evaluation
+from nelbo.evaluation.result import BoundEstimate, Evaluation, Measurement, rated
 from nelbo.evaluation.unmasking_order import beside, order_for
 from nelbo.models import custom
 from nelbo.models.build import build
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from nelbo.codec.files import Summary
     from nelbo.data.tabular.tables import Frame
     from nelbo.runs.samples import Condition, Samples
+
+
+M = TypeVar("M", bound=Measurement)
 
 
 def _warn(line: str) -> None:
@@ -215,7 +218,7 @@ class Run:
         times = None if steps is None else self.grid(steps, track("grid"))
         if find := alternative(self.model, times, **tighter):
             record = {"weights": self.weights, "split": name, "seed": seed}
-            return find(batch, track=track("evaluate"), **record)
+            return self.rated(find(batch, track=track("evaluate"), **record), batch)
         result = self.measure(
             batch,
             split=name,
@@ -230,7 +233,7 @@ class Run:
             seed=seed,
             track=track("evaluate"),
         )
-        return beside(result, self.model, batch, order, track("in order"))
+        return self.rated(beside(result, self.model, batch, order, track("in order")), batch)
 
     def elbo(
         self,
@@ -515,6 +518,10 @@ class Run:
             options["pilots"] = Pilots(self, tell)
         options = {"weights": self.weights, "split": split, "times": times, **options}
         return evaluate(self.model, batch, variates=variates, **options)
+
+    def rated(self, found: M, batch: Batch) -> M:
+        """Return a measurement of these examples with its `rates`, if they are of text."""
+        return rated(found, lambda of: self.config.schema.rates(of.bits_per_dim, batch.x))
 
     def meet(self, source: Source) -> bool:
         """Tell the run where its data are; return whether they were unknown and `source` has them.
