@@ -145,7 +145,7 @@ def evaluate(
                 proposal = pilot(strata, controls, batch, rows)
             if target is not None:
                 draws = _foreseen(proposal, count, target, per_example)
-            sampling = plan(count, draws, per_example or not piloted)
+            sampling = plan(count, draws, per_example or not piloted, level=not piloted)
             if not piloted:
                 proposal = even(strata, controls, _first_share(sampling, count))
         begun = calls_made.forward

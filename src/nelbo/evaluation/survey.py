@@ -210,7 +210,7 @@ class SamplingPlan:
         return {g: self.replicates + (g < self.repeated) for g in range(self.sampled)}
 
 
-def plan(examples: int, draws: float, many: bool) -> SamplingPlan:
+def plan(examples: int, draws: float, many: bool, level: bool = False) -> SamplingPlan:
     """Divide the draws between examples and replicates.
 
     With fewer than two draws per example, each example of a sample gets one, and some of them a
@@ -221,6 +221,8 @@ def plan(examples: int, draws: float, many: bool) -> SamplingPlan:
         draws: per example, at most; FEWEST in all, or more.
         many: whether more than two replicates are wanted, if there are enough draws: for the
             errors of single examples, or where a pilot does not replace strata of many examples.
+        level: whether blocks are to be of one size, even if smaller, so that equally many draws of
+            each fall into a stratum of given probability.
     """
     if draws < 2:
         most = int(draws * examples)
@@ -238,5 +240,7 @@ def plan(examples: int, draws: float, many: bool) -> SamplingPlan:
     # the number of replicates that uses the most draws
     replicates = max(range(least, 2 * least), key=lambda n: n * (int(draws) // n))
     of_block = max(1, min(FREEDOMS, examples * (replicates - 1) // FREEDOMS))
+    if level:
+        of_block = min(range(of_block, of_block // 2, -1), key=lambda size: -examples % size)
     blocks = math.ceil(examples / of_block)
     return SamplingPlan(blocks, blocks, replicates, 0, int(draws) // replicates)
