@@ -10,7 +10,7 @@ the decoder is never narrower. Thus a column, however few distinct values it has
 
 The times and the noise in the score of a row depend on the seed and the row only (`row_bounds`).
 
-A frame of pandas or polars with words, dates or missing values is modelled as `nelbo train` models
+A frame of pandas or polars with words or missing values is modelled as `nelbo train` models
 a table instead: each column as what it is, numbers at the precision of their cells. There is then
 no mixture and no memory, the score is the bound of `nelbo.elbo`, and samples are frames.
 """

@@ -262,6 +262,16 @@ def test_what_has_no_counts_or_no_such_surrogate_is_refused():
         nelbo.evaluate(model, ids, surrogate=wrap_tokens(Other(), MASK))
 
 
+def test_a_surrogate_of_no_numbers_is_refused():
+    class NoNumber(nn.Module):
+        def forward(self, ids):
+            return torch.full((*ids.shape, V), math.nan)
+
+    model, broken = tiny(0), wrap_tokens(NoNumber(), MASK)
+    with pytest.raises(ValueError, match="the surrogate's costs are not all numbers"):
+        nelbo.evaluate(model, [[0, 1, 2], [1, 1, 0]], calls=4, surrogate=broken)
+
+
 def test_rounded_counts_are_not_uniform():
     """LLaDA's script rounds evenly spaced counts; at a spacing of 1/2 halves go to even ones.
 

@@ -338,6 +338,8 @@ def test_names_of_old_weights(networks, tmp_path):
 def test_clipping_must_be_said(networks, tmp_path):
     """Most DDPM schedulers have clip_sample: two models, two bounds, and no default."""
     path = f"diffusers:{save(tmp_path, networks[3], ddpm(clip_sample=True))}"
+    with pytest.raises(ValueError, match="clip must be True, False or None; got 'no'"):
+        build(networks[3], ddpm(clip_sample=True), clip="no")
     with pytest.raises(ValueError, match=r"clip_sample.*clip=True.*clip=False"):
         build(networks[3], ddpm(clip_sample=True))
     with pytest.raises(ValueError, match="clip_sample") as refusal:

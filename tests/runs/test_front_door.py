@@ -136,6 +136,8 @@ def test_steps_are_a_grid(digits, pixels):
     assert torch.equal(samples, nelbo.ancestral(model, 2, nelbo.TimeGrid.uniform(2), seed=3))
     with pytest.raises(ValueError, match="give steps or times, not both; got steps=2"):
         nelbo.evaluate(model, pixels, steps=2, times=nelbo.TimeGrid.uniform(2))
+    with pytest.raises(ValueError, match="steps must be an integer; got True"):
+        nelbo.evaluate(model, pixels, steps=True)
     with pytest.raises(ValueError, match="a grid is a number of steps or TimeGrid"):
         nelbo.ancestral(model, 2, 2.5)
 
@@ -157,6 +159,7 @@ def test_tighter_bounds_are_arguments_too(digits, pixels):
         ({"ode": True, "steps": 2}, "leave steps and importance_samples out"),
         ({"ode": True, "calls": 9}, "ode is priced by tolerance"),
         ({"tolerance": 0.1}, "need ode; add it"),
+        ({"ode": True, "tolerance": -1}, "got -1; try"),
         ({"ode": True, "dequantise": "gaussian"}, "one of encoder, truncated-normal, uniform"),
         ({"ode": True, "sampler": "greedy"}, "sampler goes beside the bound"),
     ):

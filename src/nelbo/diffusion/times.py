@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.elbo import Bound, prior_term, reconstruction_term
@@ -169,7 +170,7 @@ def times_of(
     if steps is not None:
         if times is not None:
             raise ValueError(f"give steps or times, not both; got steps={steps} and times={times}")
-        times = steps
+        times = integer("steps", steps, 1)
     if times is None:
         return ContinuousTime(model.process.schedule.start)
     if isinstance(times, int) and not isinstance(times, bool):

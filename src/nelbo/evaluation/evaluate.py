@@ -3,7 +3,7 @@ r"""The mean bound of a data set, its terms, its error and its cost in network c
 Each replicate of an example has its own draws of the terms and of z, which follow a pilot
 (`allocation`); where the calls or the target error allow few draws of each, only a random sample
 of the examples is drawn. `survey` computes the mean and its error. Network calls are counted at
-the network, including those of a pilot unless it was kept from before.
+the network, including those of a pilot unless it is kept: a run keeps one for all evaluations.
 
 For a target error, the pilot decides the number of draws, none of which it has seen; further
 rounds follow only where they show an error above the target. So the mean hardly depends on when

@@ -124,7 +124,12 @@ class MaskEstimator:
     def alone(self, masks: Masks, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the surrogate's g, (B, R, n), and its mean cost of each token, (B, R, D)."""
         assert self.surrogate is not None
-        return mean_costs(self.surrogate, batch, masks, DEAR)
+        cost, by_token = mean_costs(self.surrogate, batch, masks, DEAR)
+        if not cost.isfinite().all():
+            raise ValueError(
+                "the surrogate's costs are not all numbers: check its weights, or leave it out"
+            )
+        return cost, by_token
 
     def both(
         self, rows: Sequence[int], masks: Masks, batch: Batch, hard: Tensor | None
@@ -141,7 +146,7 @@ class MaskEstimator:
         v = [self._excess(self.unigram[list(rows), None], masks, rows)]
         if self.surrogate is not None:
             assert hard is not None
-            by_surrogate, _ = mean_costs(self.surrogate, batch, masks, DEAR)
+            by_surrogate, _ = self.alone(masks, batch)
             v = [by_surrogate, self._excess(hard, masks, rows), *v]
         return cost, torch.stack(v, -1)
 

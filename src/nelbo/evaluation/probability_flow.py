@@ -237,7 +237,7 @@ def evaluate_flow(
     dequantiser = Encoder() if dequantiser is None else dequantiser
     first = process.schedule.start if first is None else first
     tolerances = (LOOSE * tolerance, tolerance)
-    for each in tolerances:
+    for each in reversed(tolerances):
         check_flow(model, first, 1.0, each)
 
     def draw(batch: Batch) -> Tensor:

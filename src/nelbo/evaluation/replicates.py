@@ -85,9 +85,10 @@ def standard_error_of(each: Tensor) -> StandardError:
     known = freedoms(own, torch.full_like(own, replicates - 1.0))
     data = max(0.0, total - noise) if replicates > 1 else math.nan
     width = widened(examples - 1.0)
-    return StandardError(
-        math.sqrt(total) * width, math.sqrt(data) * width, math.sqrt(noise) * widened(known)
-    )
+    total, data = math.sqrt(total) * width, math.sqrt(data) * width
+    monte_carlo = math.sqrt(noise) * widened(known)
+    # with few examples their spread may be small by chance, but not the error of its mean
+    return StandardError(max(total, monte_carlo), data, monte_carlo)
 
 
 def check_samples(samples: int) -> None:

@@ -171,6 +171,8 @@ def build(
     elif law is not None:
         raise ValueError("a law of pixels is for a model of the latents of an autoencoder")
     kind = str(config.get("_class_name", type(scheduler).__name__))
+    if clip not in (None, True, False):
+        raise ValueError(f"clip must be True, False or None; got {clip!r}")
     check_scheduler(config, clip, name)
     check_keys(config, type(scheduler), "the scheduler's config")
     shape, wide = shape_of(about), about.get("out_channels") == 2 * positive(about, "in_channels")

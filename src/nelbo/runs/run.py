@@ -180,7 +180,8 @@ class Run:
             split: "test" by default for the run's own data, and all of other data.
             splits: splits of other data, as for `nelbo.data.load`.
             steps: T, for the T-step bound on the run's best grid; continuous time by default.
-            calls: network calls per example, at most; 24 by default.
+            calls: network calls per example, at most; 24 by default. The pilot of the run's own
+                data, some thousand calls once for each run, is kept in the cache and not counted.
             target_error: in place of calls, the Monte Carlo standard error to reach, in the unit
                 of the result.
             per_example: for a better standard error of each example.
