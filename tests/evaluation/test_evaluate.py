@@ -149,6 +149,14 @@ def test_the_plan_spends_what_it_may(many, examples):
             assert p.sampled == p.blocks and p.replicates >= min(draws, 8 if many else 2)
 
 
+@pytest.mark.parametrize("examples", [16, 24, 32, 48, 128])
+def test_blocks_without_a_pilot_are_of_one_size(examples):
+    """Else more draws of some replicates than of others fall into a heavy term."""
+    for draws in (8, 12, 24):
+        p = plan(examples, draws, True, level=True)
+        assert examples % p.blocks == 0 and examples // p.blocks <= FREEDOMS
+
+
 @pytest.mark.slow
 def test_two_calls_of_each_are_one_draw_of_most(model, x):
     """The two calls of a draw are context to each other; the second visits, for an error bar, are

@@ -284,6 +284,9 @@ def resume(
 ) -> Run:
     """Continue a run exactly where it stopped; `steps` extends or shortens it.
 
+    With other `steps` than it was begun with, the rest follows their schedule of learning rates:
+    the result is not that of one training of so many steps.
+
     A run that the validation bound has stopped goes on with another `patience`, or 0 for none.
     `shard` says whether several processes divide the network from now on. With another number of
     processes, training continues with the same examples, times and noise, but sums are taken in
