@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from nelbo.cli.common import (
     Device,
@@ -132,7 +132,7 @@ def evaluate(
     from nelbo.cli.sweep import numbers, sweep
     from nelbo.diffusion.batch import Batch, rows_of
     from nelbo.diffusion.latent import LatentModel
-    from nelbo.evaluation.alternatives import alternative, check_alternative
+    from nelbo.evaluation.alternatives import Alternative
     from nelbo.evaluation.both_sides import both_sides
     from nelbo.evaluation.evaluate import evaluate as bound
     from nelbo.evaluation.latent_bound import evaluate_latent
@@ -156,14 +156,13 @@ def evaluate(
             sweep(run, counts, place_of(device, rank == 0), options, tell=rank == 0, json=json)
         return
     count = counts[0] if counts else None
-    tighter: dict[str, Any] = {"importance_samples": importance_samples, "ode": ode}
-    tighter |= {"dequantise": dequantise, "tolerance": tolerance}
-    check_alternative(
-        **tighter,
-        steps=count is not None,
-        priced=calls is not None or target_error is not None,
-        sampler=sampler is not None,
-        surrogate=surrogate is not None,
+    tighter = Alternative(importance_samples, ode, dequantise, tolerance)
+    tighter.check(
+        steps=count,
+        calls=calls,
+        target_error=target_error,
+        sampler=sampler,
+        surrogate=surrogate,
         spell=lambda name: f"--{name.replace('_', '-')}",
     )
     if own_samples is not None and (importance_samples is None or save or columns):
@@ -236,7 +235,7 @@ def evaluate(
         find: Callable[..., Evaluation | BoundEstimate]
         if isinstance(model, LatentModel):
             find = partial(evaluate_latent, model, times=foreign.times, calls=calls)
-        elif (otherwise := alternative(model, times, **tighter)) is not None:
+        elif (otherwise := tighter.measure(model, times)) is not None:
             find = otherwise
         else:
             find = partial(bound, model)

@@ -27,7 +27,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization, times_of
 from nelbo.evaluation import evaluate as evaluation
 from nelbo.evaluation import example_bounds
-from nelbo.evaluation.alternatives import Dequantise, alternative, check_alternative
+from nelbo.evaluation.alternatives import Alternative, Dequantise
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
 from nelbo.evaluation.latent_bound import evaluate_latent
@@ -162,14 +162,13 @@ def evaluate(
             too few calls, the target error is impossible, or a network is read wrongly.
     """
     track = tracks(progress)("evaluate")
-    tighter: dict[str, Any] = {"importance_samples": importance_samples, "ode": ode}
-    tighter |= {"dequantise": dequantise, "tolerance": tolerance}
-    check_alternative(
-        **tighter,
-        steps=steps is not None or times is not None,
-        priced=calls is not None or target_error is not None,
-        sampler=sampler is not None,
-        surrogate=surrogate is not None,
+    tighter = Alternative(importance_samples, ode, dequantise, tolerance)
+    tighter.check(
+        steps=times if steps is None else steps,
+        calls=calls,
+        target_error=target_error,
+        sampler=sampler,
+        surrogate=surrogate,
     )
     options: dict[str, Any] = {
         "calls": calls,
@@ -208,11 +207,7 @@ def evaluate(
     if isinstance(run, Model | LatentModel) and data is None:
         raise ValueError("a model brings no data; give examples, as in evaluate(model, x)")
     if isinstance(run, LatentModel):
-        if (
-            target_error is not None
-            or not known is surrogate is sampler is None
-            or any(value not in (None, False) for value in tighter.values())
-        ):
+        if tighter.wanted or not target_error is known is surrogate is sampler is None:
             raise ValueError(
                 "target_error, known, surrogate, sampler, importance_samples and ode are for"
                 " models of the data themselves; a model of their latents takes calls"
@@ -237,7 +232,7 @@ def evaluate(
         order = order_for(run, batch, sampler, tokens_per_step)
         notes += probe(run, batch)
         grid = times_of(run, times, steps)
-        if find := alternative(run, grid, **tighter):
+        if find := tighter.measure(run, grid):
             record = {"weights": options.get("weights", "as given"), "split": split or "as given"}
             other = find(batch, seed=seed, track=track, **record)
             return other if foreign is None else _rated(other, foreign, batch)
@@ -256,7 +251,7 @@ def evaluate(
     if times is not None or known is not None:
         raise ValueError("times and known are for a bare model; a run knows its own; give steps")
     options |= {"sampler": sampler, "tokens_per_step": tokens_per_step, "progress": progress}
-    options |= tighter
+    options |= vars(tighter)
     return run_of(run).evaluate(data, split, splits=splits, steps=steps, **options)
 
 

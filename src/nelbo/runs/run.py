@@ -23,7 +23,7 @@ from nelbo.data.sources import Source, Splits, load_like
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, find_device, model_hash
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid, even_times
-from nelbo.evaluation.alternatives import Dequantise, alternative, check_alternative
+from nelbo.evaluation.alternatives import Alternative, Dequantise
 from nelbo.evaluation.anomaly_scores import Scored, Scorer
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
@@ -204,20 +204,19 @@ class Run:
         Raises:
             ValueError: as for `batch`, `grid` and `nelbo.evaluation.evaluate.evaluate`.
         """
-        tighter: dict[str, Any] = {"importance_samples": importance_samples, "ode": ode}
-        tighter |= {"dequantise": dequantise, "tolerance": tolerance}
-        check_alternative(
-            **tighter,
-            steps=steps is not None,
-            priced=calls is not None or target_error is not None,
-            sampler=sampler is not None,
-            surrogate=surrogate is not None,
+        tighter = Alternative(importance_samples, ode, dequantise, tolerance)
+        tighter.check(
+            steps=steps,
+            calls=calls,
+            target_error=target_error,
+            sampler=sampler,
+            surrogate=surrogate,
         )
         batch, name = self.batch(data, split, splits, tell or _warn)
         order = order_for(self.model, batch, sampler, tokens_per_step)
         track = tracks(progress)
         times = None if steps is None else self.grid(steps, track("grid"))
-        if find := alternative(self.model, times, **tighter):
+        if find := tighter.measure(self.model, times):
             record = {"weights": self.weights, "split": name, "seed": seed}
             return self.rated(find(batch, track=track("evaluate"), **record), batch)
         result = self.measure(
