@@ -34,8 +34,9 @@ from nelbo._utils.distributed import gather, world
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring
-from nelbo.diffusion.process import ForwardProcess, MaskedDiffusion
+from nelbo.diffusion.process import MaskedDiffusion
 from nelbo.diffusion.times import TimeDiscretization
+from nelbo.diffusion.unmasking import time_of_share
 from nelbo.evaluation.blocks import map_blocks, measurement, scale_of
 from nelbo.evaluation.mask_regression import Coefficients, fit, hats, usual
 from nelbo.evaluation.mask_sampling import Masks, Texts, draw_masks
@@ -110,6 +111,7 @@ class MaskEstimator:
         variates: bool = True,
     ) -> None:
         self.model, self.surrogate, self.texts, self.seed = model, surrogate, texts, seed
+        self.frequencies = variates
         x = texts.batch.x.flatten(1).cpu().long()
         places = torch.from_numpy(texts.places)
         seen = x[places].bincount(minlength=int(x.max()) + 1).double()
@@ -244,7 +246,7 @@ def mean_costs(
         part = batch[(group[some] // shape[1]).to(batch.x.device)].to(model.device)
         inside = hidden[some].to(model.device).view(part.x.shape)
         z = torch.where(inside, process.codes, part.x)
-        t = _time_of(process, share[some].to(model.device))
+        t = time_of_share(model, share[some].to(model.device))
         symbols = model.predict(z, t, part.condition).symbols(z, process.codes)
         cost = torch.where(inside, -symbols.log_prob(part.x, inside).double(), 0.0)
         cost = cost.flatten(1).cpu().clamp(max=most)
@@ -257,31 +259,23 @@ def mean_costs(
     return found.view(shape) / masks.count, by_token.view(*shape[:2], -1)
 
 
-def _time_of(process: ForwardProcess, share: Tensor) -> Tensor:
-    """Return t with α_t = 1 - u, by bisection; shape of u, float64."""
-    low, high = torch.zeros_like(share), torch.ones_like(share)
-    for _ in range(60):
-        middle = (low + high) / 2
-        beyond = process.log_one_minus_alpha(middle).exp() > share
-        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
-    return high
-
-
 def price_of(model: Model, surrogate: Model, batch: Batch) -> float:
     """Return the price of a mask read by the surrogate, in calls of the model.
 
     It is the share of the floating-point operations of a call, and at least FREE.
     """
     counts, fast = [], torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # whose operations are not counted
     one = batch[torch.zeros(1, dtype=torch.long)]
-    for each in (model, surrogate):
-        part = one.to(each.device)
-        z = torch.full_like(part.x, each.process.codes)
-        with FlopCounterMode(display=False) as counter:
-            each.predict(z, torch.ones(1, dtype=torch.float64, device=each.device), part.condition)
-        counts.append(counter.get_total_flops())
-    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # whose operations are not counted
+        for each in (model, surrogate):
+            part, t = one.to(each.device), torch.ones(1, dtype=torch.float64, device=each.device)
+            z = torch.full_like(part.x, each.process.codes)
+            with FlopCounterMode(display=False) as counter:
+                each.predict(z, t, part.condition)
+            counts.append(counter.get_total_flops())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return max(FREE, counts[1] / max(counts[0], 1))
 
 
@@ -377,7 +371,7 @@ def evaluate_masks(
         terms=Terms(0.0, 0.0, scale * nats),
         visited=len(batch),
         steps=None,
-        curve=_curve(model.process, estimate, scale),
+        curve=_curve(model, estimate, scale),
         per_example=estimate.bound,
         per_example_error=estimate.error_of_each,
         notes=(*model.notes(batch), *filter(None, [note])),
@@ -403,7 +397,7 @@ def _learn(
     second = variance_of(both.deviations(length))
     if (math.sqrt(first) + math.sqrt(second)) ** 2 < variance_of(plain.deviations(length)):
         return way, both, spent
-    return MaskEstimator(way.model, None, way.texts, way.seed), plain, spent
+    return MaskEstimator(way.model, None, way.texts, way.seed, way.frequencies), plain, spent
 
 
 def _plan(examples: int, calls: float, per_example: bool) -> Plan:
@@ -416,9 +410,9 @@ def _plan(examples: int, calls: float, per_example: bool) -> Plan:
     return Plan(replicates, calls // replicates)
 
 
-def _curve(process: ForwardProcess, found: SurveyEstimate, scale: float) -> list[CurvePoint]:
+def _curve(model: Model, found: SurveyEstimate, scale: float) -> list[CurvePoint]:
     """Return the diffusion term over time."""
-    edges = _time_of(process, torch.linspace(0, 1, CELLS + 1, dtype=torch.float64)).tolist()
+    edges = time_of_share(model, torch.linspace(0, 1, CELLS + 1, dtype=torch.float64)).tolist()
     return [
         CurvePoint(edges[c], edges[c + 1], scale * found.mean(one), scale * found.stated(one))
         for c in range(CELLS)
