@@ -60,13 +60,13 @@ def sweep(found: Sequence[Evaluation]) -> None:
     for name in ("steps", first.unit, "standard error", *terms, "diffusion over t, 0 to 1"):
         table.add_column(name, justify="left" if name.endswith("1") else "right")
     for each in found:
-        value = each.nats if each.bits_per_dim is None else each.bits_per_dim
+        value = each.value
         table.add_row(
             str(each.steps),
             f"[bold]{value:.4f}",
             _error(each.standard_error.total),
             *(f"{term:.4f}" for term in vars(each.terms).values()),
-            _blocks(each),
+            _blocks(_heights(each)),
         )
     console.print(table)
     console.print(
@@ -92,7 +92,7 @@ def result(found: Evaluation | BoundEstimate) -> None:
         for name, term in vars(found.terms).items():
             table.add_row(name, f"{term:.4f}", "")
         if (exact := found.in_order) is not None:
-            value = exact.nats if exact.bits_per_dim is None else exact.bits_per_dim
+            value = exact.value
             table.add_section()
             error = _error(exact.standard_error.total)
             table.add_row(f"[bold]{exact.name}", f"[bold]{value:.4f}", error)
@@ -209,7 +209,7 @@ def _table(title: str, found: Evaluation | BoundEstimate) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("", unit, "standard error"):
         table.add_column(column, justify="left" if not column else "right")
-    value = found.nats if found.bits_per_dim is None else found.bits_per_dim
+    value = found.value
     table.add_row("[bold]bound", f"[bold]{value:.4f}", _error(error.total))
     table.add_row("  data error", "", _error(error.data))
     table.add_row("  Monte Carlo error", "", _error(error.monte_carlo), end_section=True)
@@ -226,7 +226,7 @@ def _sparkline(found: Evaluation) -> str:
     top = max(heights, default=0.0)
     if not top > 0:
         return "diffusion over t: none"
-    blocks = _blocks(found)
+    blocks = _blocks(heights)
     return f"diffusion over t: 0 {blocks} 1, at most {top:.3g} {found.unit} per unit of t"
 
 
@@ -236,8 +236,7 @@ def _heights(found: Evaluation) -> list[float]:
     return [point.value / (point.t_to - point.t_from) for point in points]
 
 
-def _blocks(found: Evaluation) -> str:
-    heights = _heights(found)
+def _blocks(heights: Sequence[float]) -> str:
     top = max(heights, default=0.0)
     return "".join("▁▂▃▄▅▆▇█"[max(0, min(7, int(8 * h / top)))] for h in heights if top > 0)
 

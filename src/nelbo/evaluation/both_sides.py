@@ -30,7 +30,7 @@ from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
 from nelbo.evaluation.blocks import map_blocks, measurement
 from nelbo.evaluation.importance_bound import check_grid, importance_weights
-from nelbo.evaluation.intervals import widened
+from nelbo.evaluation.intervals import error_of_mean
 from nelbo.evaluation.replicates import BLOCK, check_samples, log_mean
 from nelbo.evaluation.result import BothSides, StandardError
 
@@ -113,7 +113,7 @@ def both_sides(
         model,
         Batch(x, condition),
         -lower.mean().item(),
-        StandardError(_error(lower), math.nan, math.nan),
+        StandardError(error_of_mean(lower), math.nan, math.nan),
         sum(gather(calls.forward)),
         seed=seed,
         weights=weights,
@@ -123,17 +123,10 @@ def both_sides(
         **vars(record),
         at_least=-upper.mean().item(),
         gap=gap.mean().item(),
-        gap_error=_error(gap),
+        gap_error=error_of_mean(gap),
         samples=samples,
         steps=len(grid.times),
         x=x,
         lower=lower,
         upper=upper,
     )
-
-
-def _error(v: Tensor) -> float:
-    """Return the standard error of the mean of independent numbers, widened to few of them."""
-    if len(v) < 2:
-        return math.nan
-    return v.std().item() / math.sqrt(len(v)) * widened(len(v) - 1.0)

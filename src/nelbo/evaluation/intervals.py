@@ -36,6 +36,13 @@ def widened(freedoms: float) -> float:
     return float(stdtrit(freedoms, 0.975)) / NORMAL
 
 
+def error_of_mean(values: Tensor) -> float:
+    """Return the stated error of the mean of independent numbers, (n,); NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    return values.std().item() / math.sqrt(len(values)) * widened(len(values) - 1.0)
+
+
 def freedoms(parts: Tensor, each: Tensor) -> float:
     """Return ν of a sum of estimated variances, from each variance and its degrees of freedom.
 

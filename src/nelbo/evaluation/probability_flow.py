@@ -269,7 +269,7 @@ def _check_settled(found: BoundEstimate, how: FlowDetails) -> None:
     stated = [found.standard_error.total, found.standard_error.monte_carlo]
     unknown = STILL * (found.dims if found.unit == "nats" else 1)
     error = next((e for e in stated if math.isfinite(e)), unknown)
-    bound = found.nats if found.bits_per_dim is None else found.bits_per_dim
+    bound = found.value
     # if examples change independently, the mean changes by √N less than one of them
     for what, change, most in (
         ("the mean", abs(bound - how.loose), error),

@@ -88,6 +88,11 @@ class Measurement:
     processes: int
     rates: Mapping[str, float] = field(default_factory=dict, repr=False)
 
+    @property
+    def value(self) -> float:
+        """The bound in `unit`."""
+        return self.nats if self.bits_per_dim is None else self.bits_per_dim
+
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON, without those per example; None for non-finite values."""
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.repr}
@@ -127,9 +132,8 @@ class OrderLikelihood(Measurement):
         return "the any-order sampler" if self.sampler == "random" else "another sampler"
 
     def __repr__(self) -> str:
-        value = self.nats if self.bits_per_dim is None else self.bits_per_dim
         return (
-            f"{value:.4f} ± {self.standard_error.total:.2g} {self.unit}, exact -log P(x"
+            f"{self.value:.4f} ± {self.standard_error.total:.2g} {self.unit}, exact -log P(x"
             f"{f'|{self.given}' if self.given else ''}) of {self.of} ({self.name}),"
             f" {self.calls_per_example:.4g} network calls each"
         )
@@ -155,12 +159,12 @@ class Evaluation(Measurement):
     in_order: OrderLikelihood | None = None
 
     def __repr__(self) -> str:
-        value = self.nats if self.bits_per_dim is None else self.bits_per_dim
         time = "continuous time" if self.steps is None else f"{self.steps} steps"
         terms = " + ".join(f"{name} {term:.4f}" for name, term in vars(self.terms).items())
         return (
-            f"{value:.4f} ± {self.standard_error.total:.2g} {self.unit}, the bound on -log P(x"
-            f"{f'|{self.given}' if self.given else ''}): {terms}\n    {self.split}, {time};"
+            f"{self.value:.4f} ± {self.standard_error.total:.2g} {self.unit}, the bound on"
+            f" -log P(x{f'|{self.given}' if self.given else ''}): {terms}\n    {self.split},"
+            f" {time};"
             f" {self.examples} examples, {self.calls_per_example:.4g} network calls each"
             + ("" if self.in_order is None else f"\n    {self.in_order!r}")
         )

@@ -4,7 +4,6 @@ r"""The exact -log P(x) of a masked model that is sampled in an order of its own
 of the same network, with another P(x): it may lie above or below the any-order bound.
 """
 
-import math
 from dataclasses import replace
 
 import torch
@@ -20,7 +19,7 @@ from nelbo.diffusion.unmasking import RANDOM, UnmaskingOrder, unmask
 from nelbo.evaluation import any_order
 from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement
 from nelbo.evaluation.coercion import batch_of
-from nelbo.evaluation.intervals import widened
+from nelbo.evaluation.intervals import error_of_mean
 from nelbo.evaluation.replicates import BLOCK
 from nelbo.evaluation.result import Evaluation, OrderLikelihood, StandardError
 
@@ -83,8 +82,7 @@ def evaluate_order(
     blocks = torch.arange(len(batch)).split(BLOCK)
     with measuring(model, batch), counting(model.network) as calls:
         found = torch.cat(map_blocks(model, batch, blocks, (seed,), one, track))
-    count, spread = len(batch), found.std().item() if len(batch) > 1 else math.nan
-    error = spread / math.sqrt(count) * widened(count - 1.0)
+    error = error_of_mean(found)
     record = measurement(
         model,
         batch,

@@ -41,7 +41,6 @@ OUTPUTS: dict[type[parametrization.Parametrization], str] = {
     parametrization.VPrediction: "velocity",
     Flow: "flow",
 }
-FOLLOWING = ("noise", "flow")  # outputs that follow the noise where nothing else is left
 
 
 def probe(model: Model, batch: Batch | None = None) -> list[str]:

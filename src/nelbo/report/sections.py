@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 def headline(run: "Run", result: Evaluation) -> str:
     """Return the bound, its meaning, and everything needed to reproduce it."""
-    value = result.nats if result.bits_per_dim is None else result.bits_per_dim
+    value = result.value
     error = result.standard_error
     facts = {
         "Examples": f"{result.examples} of {result.split}, each once",

@@ -80,7 +80,7 @@ def measure_steps(
                 else torch.zeros(())
             )
             found[name].append((total.mean().item(), error.item()))
-    value = limit.nats if limit.bits_per_dim is None else limit.bits_per_dim
+    value = limit.value
     last = value, float(np.nan_to_num(limit.standard_error.total))
     curves = []
     for name, points in found.items():

@@ -66,7 +66,7 @@ def card(run: "Run", name: str) -> str:
     """Return a model card: the bound of the test split, its error and the command."""
     result = run.evaluate(progress=False)
     assert isinstance(result, Evaluation)
-    value = result.nats if result.bits_per_dim is None else result.bits_per_dim
+    value = result.value
     command = f"nelbo evaluate {name} --data DATA --seed {result.seed}"
     arguments = f'"{name}"'
     if run.config.model.network == CUSTOM:
