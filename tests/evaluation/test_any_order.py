@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from evaluation.test_unmasking_order import CASES, every_text
 from integrations.test_tokens import enumerated
-from support.tokens import MASK, PAD, Tiny
+from support.tokens import CASES, MASK, PAD, Tiny, every_text
 
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.model import Model, measuring
@@ -44,17 +43,13 @@ def by_orders(module, text, shown=(), shift=0, never=(MASK,), clock=None):
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_mean_over_all_orders(module, name):
     """By enumeration; Σ_x P(x) = 1; and the any-order bound is below where no time is told."""
-    options, given, prompt = CASES[name]
-    model = wrap_tokens(module, MASK, **options)
-    texts, shown = every_text(options, prompt)
-    padded = [[*text, PAD, PAD] for text in texts] if name == "padding" else texts
-    batch = model.batch(padded, shown=shown)
+    model, batch, texts, given = every_text(module, name)
     with measuring(model, batch):
         found = log_prob(model, batch, RANDOM)
     assert abs(found.exp().sum().item() - 1) < 1e-12
     for i in range(0, len(texts), 25):
         assert abs(found[i].item() - by_orders(module, texts[i], **given)) < 1e-9
-        if "time" not in options:
+        if "clock" not in given:
             bound = -enumerated(module, texts[i], **given)
             assert bound < found[i] - 1e-6
 

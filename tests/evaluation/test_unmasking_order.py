@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from support.known_models import K, gaussian, symbols
-from support.tokens import MASK, PAD, Tiny, V
+from support.tokens import CASES, MASK, PAD, Tiny, V, every_text
 from torch import nn
 
 import nelbo
@@ -53,33 +53,10 @@ def by_hand(module, text, order, shown=(), shift=0, never=(MASK,), clock=None):
     return total
 
 
-CASES = {
-    "plain": ({}, {}, 0),
-    "padding": ({"pad_id": PAD}, {"never": (PAD, MASK)}, 0),
-    "shift": ({"shift": 1}, {"shift": 1}, 0),
-    "never": ({"never": (0, 2)}, {"never": (0, 2, MASK)}, 0),
-    "sigma": ({"time": "sigma"}, {"clock": lambda share: -(1 - share).clamp(1e-4).log()}, 0),
-    "masked": ({"time": "masked"}, {"clock": lambda share: share}, 0),
-    "prompt": ({}, {"shown": (0, 2)}, 2),
-}
-
-
-def every_text(options, prompt):
-    """All texts of three scored tokens, and which tokens show: 3, and 1 between the others."""
-    never = {MASK, *options.get("never", ())} | ({PAD} if "pad_id" in options else set())
-    answers = list(itertools.product(sorted(set(range(V)) - never), repeat=3))
-    texts = [[3, a[0], 1, *a[1:]] if prompt else list(a) for a in answers]
-    return texts, torch.tensor([True, False, True, False, False]) if prompt else None
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_probabilities_sum_to_one_and_are_those_of_the_steps(module, name):
     """Σ_x P(x) = 1 for each order, k = 1 and 2; P(x) by hand from the module's own logits."""
-    options, given, prompt = CASES[name]
-    model = wrap_tokens(module, MASK, **options)
-    texts, shown = every_text(options, prompt)
-    padded = [[*text, PAD, PAD] for text in texts] if name == "padding" else texts
-    batch = model.batch(padded, shown=shown)
+    model, batch, texts, given = every_text(module, name)
     for order in ORDERS:
         with measuring(model, batch):
             found = log_prob(model, batch, order)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.runs import OPENAI
+from support.transformers import POOLED, WIDTH, dit, sd3
 from torch import nn
 
 import nelbo
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 PAGE = Path(__file__).parents[2] / "docs" / "foreign.md"
 BLOCKS = dict(re.findall(r"```python ([\w-]+)\n(.*?)```", PAGE.read_text(), re.DOTALL))
-SIZE, WIDTH = 8, 12
+SIZE = 8
 
 
 def images(n=11, size=SIZE):
@@ -106,15 +107,7 @@ def test_edm():
 def test_dit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with seeded(0):
-        network = diffusers.DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=4,
-            in_channels=2,
-            out_channels=4,
-            num_layers=1,
-            sample_size=SIZE // 2,
-            num_embeds_ada_norm=10,
-        )
+        network = dit(2, 4, SIZE // 2)
         vae = autoencoder()
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     folder = Path("DiT-XL-2-256")
@@ -162,19 +155,8 @@ def test_flow_matching():
             return y * (tau - 0.25 * (1 - tau)) / variance
 
     with seeded(0):
-        transformer = diffusers.SD3Transformer2DModel(
-            sample_size=SIZE,
-            in_channels=3,
-            out_channels=3,
-            num_layers=1,
-            attention_head_dim=4,
-            num_attention_heads=2,
-            joint_attention_dim=WIDTH,
-            caption_projection_dim=8,
-            pooled_projection_dim=5,
-            pos_embed_max_size=8,
-        ).eval()
-        prompts, pooled = torch.randn(11, 4, WIDTH), torch.randn(11, 5)
+        transformer = sd3(SIZE)
+        prompts, pooled = torch.randn(11, 4, WIDTH), torch.randn(11, POOLED)
     made = run(
         "flow",
         velocity=Velocity(),

@@ -6,6 +6,8 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
+from support import transformers as tiny
+from support.transformers import WIDTH
 
 from nelbo import evaluate
 from nelbo._utils.numerics import seeded
@@ -20,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the schedule ends with signal left"),
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
 ]
-T, SIZE, WIDTH = 6, 8, 12  # of the embeddings of prompts
+T, SIZE = 6, 8
 
 
 def text_unet(**config):
@@ -42,19 +44,7 @@ def text_unet(**config):
 
 def sd3():
     with seeded(0):
-        network = diffusers.SD3Transformer2DModel(
-            sample_size=SIZE,
-            patch_size=2,
-            in_channels=3,
-            out_channels=3,
-            num_layers=1,
-            attention_head_dim=4,
-            num_attention_heads=2,
-            joint_attention_dim=WIDTH,
-            caption_projection_dim=8,
-            pooled_projection_dim=5,
-            pos_embed_max_size=8,
-        ).eval()
+        network = tiny.sd3(SIZE)
         for weight in network.parameters():  # some begin at zero
             torch.nn.init.normal_(weight, std=0.2)
         return network
@@ -62,15 +52,7 @@ def sd3():
 
 def dit():
     with seeded(0):
-        network = diffusers.DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=4,
-            in_channels=3,
-            out_channels=3,
-            num_layers=1,
-            sample_size=SIZE,
-            num_embeds_ada_norm=10,
-        ).eval()
+        network = tiny.dit(3, 3, SIZE)
         torch.nn.init.normal_(network.proj_out_2.weight)
         torch.nn.init.normal_(network.proj_out_1.weight)
         return network

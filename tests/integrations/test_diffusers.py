@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from support.transformers import dit
 from torch.distributions import kl_divergence
 
 from nelbo import TimeGrid, evaluate
@@ -357,15 +358,7 @@ def test_clipping_must_be_said(networks, tmp_path):
 def test_a_transformer_of_classes():
     """DiT: a class is asked for; the variance that DDIM does not use is left out, and said."""
     with seeded(0):
-        network = diffusers.DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=4,
-            in_channels=4,
-            out_channels=8,
-            num_layers=1,
-            sample_size=4,
-            num_embeds_ada_norm=10,
-        ).eval()
+        network = dit(4, 8, 4)
         torch.nn.init.normal_(network.proj_out_2.weight)
         torch.nn.init.normal_(network.proj_out_1.weight)
     scheduler = diffusers.DDIMScheduler(num_train_timesteps=T, clip_sample=False)

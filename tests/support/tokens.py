@@ -1,9 +1,23 @@
 """A masked language model of six ids, small enough that all its texts and masks are enumerated."""
 
+import itertools
+
 import torch
 from torch import nn
 
+from nelbo.integrations import wrap_tokens
+
 V, MASK, PAD = 6, 5, 4
+#: options of `wrap_tokens`, and those of a computation by hand
+CASES = {
+    "plain": ({}, {}),
+    "padding": ({"pad_id": PAD}, {"never": (PAD, MASK)}),
+    "shift": ({"shift": 1}, {"shift": 1}),
+    "never": ({"never": (0, 2)}, {"never": (0, 2, MASK)}),
+    "sigma": ({"time": "sigma"}, {"clock": lambda share: -(1 - share).clamp(1e-4).log()}),
+    "masked": ({"time": "masked"}, {"clock": lambda share: share}),
+    "prompt": ({}, {"shown": (0, 2)}),
+}
 
 
 class Tiny(nn.Module):
@@ -23,3 +37,17 @@ class Tiny(nn.Module):
             h = h + time[:, None, None].to(h)
         others = h.sin().cumsum(1) if self.causal else h.sin().sum(1, keepdim=True).expand_as(h)
         return self.out(torch.cat([h, others], -1))
+
+
+def every_text(module, name):
+    """The model of a case; all texts of three scored tokens, as a batch and as lists of ids; and
+    the options by hand. In a prompt 3 shows, and 1 between the others."""
+    options, given = CASES[name]
+    model = wrap_tokens(module, MASK, **options)
+    answers = itertools.product(sorted({*range(V)} - {*given.get("never", (MASK,))}), repeat=3)
+    texts, shown = [[*answer] for answer in answers], None
+    if name == "prompt":
+        texts = [[3, first, 1, *others] for first, *others in texts]
+        shown = torch.tensor([True, False, True, False, False])
+    padded = [[*text, PAD, PAD] for text in texts] if name == "padding" else texts
+    return model, model.batch(padded, shown=shown), texts, given
