@@ -17,7 +17,7 @@ Dequantise = Literal["encoder", "truncated-normal", "uniform"]
 
 @dataclass(frozen=True)
 class Alternative:
-    """What is asked for in place of the ELBO, if anything.
+    """A bound that is asked for in place of the ELBO, or none.
 
     Args:
         importance_samples: K of the importance-weighted bound.

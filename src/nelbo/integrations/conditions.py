@@ -47,7 +47,7 @@ class Given:
 
     @property
     def word(self) -> str:
-        """What the bound is conditioned on, for the record."""
+        """The word for the condition in the record."""
         whole = [not value.is_floating_point() for value in self.values.values()]
         return "class" if all(whole) else "embedding"
 
