@@ -32,15 +32,9 @@ from nelbo.diffusion.process import ForwardProcess, MaskedDiffusion
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import PowerAlpha
 from nelbo.diffusion.symbols import WIDE, Predicted
+from nelbo.integrations.token_network import Clock, TokenNetwork, clock_of, probe
 
 SCORED, ABSENT = -1, -2  # codes of the conditions where no token shows
-PROBED = 16  # tokens of the calls that find the vocabulary and the direction, at most
-#: the time input of a module, from α_t, the share of tokens that show, shape (B,)
-Clock = Callable[[Tensor], Tensor]
-CLOCKS: dict[str, Clock] = {
-    "masked": lambda alpha: 1 - alpha,
-    "sigma": lambda alpha: -alpha.clamp(min=1e-4).log(),
-}
 Shown = Tensor | np.ndarray | Callable[[Tensor], Tensor] | Collection[int] | None
 Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
 
@@ -79,7 +73,7 @@ def wrap_tokens(
     Raises:
         ValueError: ids outside the vocabulary; logits of another shape; or a left-to-right module.
     """
-    vocabulary = _probe(module, mask_id, shift, _clock(time), length)
+    vocabulary = probe(module, mask_id, shift, clock_of(time), length)
     impossible = {mask_id, *never} | (set() if pad_id is None else {pad_id})
     outside = [i for i in impossible - {mask_id} if not 0 <= i < vocabulary]
     if outside or mask_id < 0:
@@ -87,75 +81,11 @@ def wrap_tokens(
             f"ids of the module are 0..{vocabulary - 1}; got {outside or mask_id} in never,"
             " pad_id or mask_id"
         )
-    network = TokenNetwork(module, mask_id, vocabulary, _clock(time))
+    network = TokenNetwork(module, mask_id, vocabulary, clock_of(time))
     forbidden = tuple(sorted(i for i in impossible if i < vocabulary))
     if len(forbidden) > vocabulary - 2:
         raise ValueError("at least two ids must be possible; leave some out of never")
     return TokenModel(network, shift, pad_id, forbidden, shown, length).eval()
-
-
-class TokenNetwork(nn.Module):
-    """A module behind the masked process: hidden tokens become its mask id; logits as a tensor.
-
-    Args:
-        module: see `wrap_tokens`.
-        mask_id: its id for a hidden token.
-        vocabulary: the number V of ids, which is the mask of the process.
-        clock: its time input from α_t; None for a module that is not told the time.
-    """
-
-    def __init__(
-        self, module: nn.Module, mask_id: int, vocabulary: int, clock: Clock | None
-    ) -> None:
-        super().__init__()
-        self.module, self.mask_id, self.vocabulary = module, mask_id, vocabulary
-        self.clock = clock
-        # `Model` asks the first parameter for device and dtype
-        if next(module.parameters(), None) is None:
-            self.reference = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    @override
-    def forward(
-        self, z: Tensor, alpha: Tensor, spans: Sequence[tuple[Tensor, int, int]]
-    ) -> Tensor:
-        """Return the logits of all tokens that are present, (·, V) or (B, L, V).
-
-        Args:
-            z: ids or the mask, (B, L).
-            alpha: α_t, (B,).
-            spans: rows with the first token and the end of their texts; one call for each.
-        """
-        ids = torch.where(z == self.vocabulary, self.mask_id, z)
-        if len(spans) == 1:
-            _, first, end = spans[0]
-            return self._call(ids[:, first:end], alpha)
-        parts = [self._call(ids[rows, first:end], alpha[rows]) for rows, first, end in spans]
-        return torch.cat([part.flatten(0, 1) for part in parts])
-
-    def _call(self, ids: Tensor, alpha: Tensor) -> Tensor:
-        return call(self.module, ids, None if self.clock is None else self.clock(alpha))
-
-
-def call(module: nn.Module, ids: Tensor, time: Tensor | None) -> Tensor:
-    """Return the logits of a module for ids, (B, L, V).
-
-    Raises:
-        ValueError: if it returns something else.
-    """
-    if time is None:
-        found: object = module(ids)
-    else:
-        own = next(module.parameters(), time)
-        dtype = torch.promote_types(own.dtype, torch.float32)
-        found = module(ids, time.to(own.device, dtype))
-    logits = getattr(found, "logits", found)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"the module must return logits ({', '.join(map(str, ids.shape))}, V), as a tensor or"
-            f" as .logits; got {got}"
-        )
-    return logits
 
 
 class TokenLogits(Parametrization):
@@ -423,47 +353,3 @@ def _fitting(mask: Tensor, ids: Tensor) -> Tensor:
             f" {tuple(ids.shape)}; got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     return mask.expand_as(ids).to(ids.device)
-
-
-def _clock(time: str | Clock | None) -> Clock | None:
-    if isinstance(time, str):
-        if time not in CLOCKS:
-            raise ValueError(f"time must be {', '.join(CLOCKS)} or a function of α; got {time!r}")
-        return CLOCKS[time]
-    return time
-
-
-def _probe(
-    module: nn.Module, mask_id: int, shift: int, clock: Clock | None, length: int | None
-) -> int:
-    """Return the number of ids V of a module, after a check that it looks at later tokens.
-
-    Raises:
-        ValueError: if a token changes the logits at later places, and none at earlier ones.
-    """
-    size = min(length or PROBED // 2, PROBED)
-    device = next(module.parameters(), torch.zeros(0)).device
-    time = None if clock is None else clock(torch.zeros(1, dtype=torch.float64))
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            ids = torch.full((1, size), mask_id, device=device)
-            base = call(module, ids, time)
-            vocabulary = base.shape[-1]
-            other = 0 if mask_id else 1
-            last, first = ids.clone(), ids.clone()
-            last[:, -1] = first[:, 0] = other
-            middle = max(1, size - 1)
-            looks_ahead = not torch.equal(call(module, last, time)[:, :middle], base[:, :middle])
-            looks_back = size > 1 and not torch.equal(
-                call(module, first, time)[:, 1:], base[:, 1:]
-            )
-    finally:
-        module.train(training)
-    if looks_back and not looks_ahead:
-        raise ValueError(
-            "the logits of the module never depend on later tokens, so it reads from left to"
-            " right: as a masked model its bound would be valid but loose; score it left to right"
-        )
-    return vocabulary

@@ -1,0 +1,124 @@
+"""The module of a masked language model: its calls, its time input and what they must return."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+PROBED = 16  # tokens of the calls that find the vocabulary and the direction, at most
+#: the time input of a module, from α_t, the share of tokens that show, shape (B,)
+Clock = Callable[[Tensor], Tensor]
+CLOCKS: dict[str, Clock] = {
+    "masked": lambda alpha: 1 - alpha,
+    "sigma": lambda alpha: -alpha.clamp(min=1e-4).log(),
+}
+
+
+class TokenNetwork(nn.Module):
+    """A module behind the masked process: hidden tokens become its mask id; logits as a tensor.
+
+    Args:
+        module: see `wrap_tokens`.
+        mask_id: its id for a hidden token.
+        vocabulary: the number V of ids, which is the mask of the process.
+        clock: its time input from α_t; None for a module that is not told the time.
+    """
+
+    def __init__(
+        self, module: nn.Module, mask_id: int, vocabulary: int, clock: Clock | None
+    ) -> None:
+        super().__init__()
+        self.module, self.mask_id, self.vocabulary = module, mask_id, vocabulary
+        self.clock = clock
+        # `Model` asks the first parameter for device and dtype
+        if next(module.parameters(), None) is None:
+            self.reference = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    @override
+    def forward(
+        self, z: Tensor, alpha: Tensor, spans: Sequence[tuple[Tensor, int, int]]
+    ) -> Tensor:
+        """Return the logits of all tokens that are present, (·, V) or (B, L, V).
+
+        Args:
+            z: ids or the mask, (B, L).
+            alpha: α_t, (B,).
+            spans: rows with the first token and the end of their texts; one call for each.
+        """
+        ids = torch.where(z == self.vocabulary, self.mask_id, z)
+        if len(spans) == 1:
+            _, first, end = spans[0]
+            return self._call(ids[:, first:end], alpha)
+        parts = [self._call(ids[rows, first:end], alpha[rows]) for rows, first, end in spans]
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def _call(self, ids: Tensor, alpha: Tensor) -> Tensor:
+        return call(self.module, ids, None if self.clock is None else self.clock(alpha))
+
+
+def call(module: nn.Module, ids: Tensor, time: Tensor | None) -> Tensor:
+    """Return the logits of a module for ids, (B, L, V).
+
+    Raises:
+        ValueError: if it returns something else.
+    """
+    if time is None:
+        found: object = module(ids)
+    else:
+        own = next(module.parameters(), time)
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        found = module(ids, time.to(own.device, dtype))
+    logits = getattr(found, "logits", found)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the module must return logits ({', '.join(map(str, ids.shape))}, V), as a tensor or"
+            f" as .logits; got {got}"
+        )
+    return logits
+
+
+def clock_of(time: str | Clock | None) -> Clock | None:
+    """Return the function of a time input, by its name or as it is; None for no such input."""
+    if isinstance(time, str):
+        if time not in CLOCKS:
+            raise ValueError(f"time must be {', '.join(CLOCKS)} or a function of α; got {time!r}")
+        return CLOCKS[time]
+    return time
+
+
+def probe(
+    module: nn.Module, mask_id: int, shift: int, clock: Clock | None, length: int | None
+) -> int:
+    """Return the number of ids V of a module, after a check that it looks at later tokens.
+
+    Raises:
+        ValueError: if a token changes the logits at later places, and none at earlier ones.
+    """
+    size = min(length or PROBED // 2, PROBED)
+    device = next(module.parameters(), torch.zeros(0)).device
+    time = None if clock is None else clock(torch.zeros(1, dtype=torch.float64))
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.full((1, size), mask_id, device=device)
+            base = call(module, ids, time)
+            vocabulary = base.shape[-1]
+            other = 0 if mask_id else 1
+            last, first = ids.clone(), ids.clone()
+            last[:, -1] = first[:, 0] = other
+            middle = max(1, size - 1)
+            looks_ahead = not torch.equal(call(module, last, time)[:, :middle], base[:, :middle])
+            looks_back = size > 1 and not torch.equal(
+                call(module, first, time)[:, 1:], base[:, 1:]
+            )
+    finally:
+        module.train(training)
+    if looks_back and not looks_ahead:
+        raise ValueError(
+            "the logits of the module never depend on later tokens, so it reads from left to"
+            " right: as a masked model its bound would be valid but loose; score it left to right"
+        )
+    return vocabulary
