@@ -45,7 +45,7 @@ from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import stratified
 from nelbo.integrations import wrap
-from nelbo.integrations.diffusers import Plain
+from nelbo.integrations.diffusers_network import Plain
 from nelbo.training.objective import Objective
 from nelbo.training.presets import configure
 from nelbo.training.trainer import Trainer

@@ -49,7 +49,7 @@ from nelbo.diffusion.process import Levels
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import stratified
 from nelbo.integrations import wrap
-from nelbo.integrations.diffusers import Plain
+from nelbo.integrations.diffusers_network import Plain
 from nelbo.training.objective import Objective
 from nelbo.training.presets import configure
 from nelbo.training.trainer import Trainer

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from nelbo._utils import limits
 from nelbo.integrations.conditions import Condition
-from nelbo.integrations.denoisers import spaced, wrap
+from nelbo.integrations.denoisers import wrap
 from nelbo.integrations.external import Foreign, read_json
+from nelbo.integrations.noise_levels import spaced
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
 __all__ = ["Foreign", "TokenModel", "is_foreign", "load", "spaced", "wrap", "wrap_tokens"]

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -37,13 +36,20 @@ from nelbo.integrations.adapters import (
     interpolating,
     preserving,
 )
+from nelbo.integrations.noise_levels import (
+    Numbers,
+    as_numbers,
+    as_table,
+    check_levels,
+    gamma_of,
+    kept_times,
+    rising,
+)
 from nelbo.integrations.probe import probe
 
 Predicts = str  # a key of HEADS or of parametrization.SPELLINGS, or "mean"
 Variance = Literal["small", "large", "learned-range", "optimal"]
-Numbers = Tensor | Sequence[float]
 Denoiser = Callable[..., Tensor]
-Table = Tensor | Callable[[Tensor], Tensor] | None
 
 HEADS: dict[str, Callable[[], parametrization.Parametrization]] = {
     "noise": parametrization.EpsPrediction,
@@ -146,11 +152,13 @@ def wrap(
         )
     if not isinstance(network, nn.Module):
         network = Called(network)
-    table = _table(times)
+    table = as_table(times)
     if sigmas is not None:
-        sigmas, table = _rising(_numbers(sigmas), table)
+        sigmas, table = rising(as_numbers(sigmas), table)
     if schedule is None and sigmas is not None and flow:
-        _refuse("sigmas", sigmas, (sigmas <= 0) | (sigmas > 1), "of a flow must lie in (0, 1]")
+        check_levels(
+            "sigmas", sigmas, (sigmas <= 0) | (sigmas > 1), "of a flow must lie in (0, 1]"
+        )
         odds = gamma_of(sigmas=sigmas) / 2
         gamma = 2 * (odds - torch.log1p(-sigmas))
     elif schedule is None:
@@ -210,7 +218,7 @@ def assemble(
         if not isinstance(table, Tensor) or table.shape != gamma.shape:
             got = tuple(table.shape) if isinstance(table, Tensor) else "a function"
             raise ValueError(f"times must be {len(gamma)} numbers, one per noise level; got {got}")
-        kept = _kept(keep, len(gamma))
+        kept = kept_times(keep, len(gamma))
         gamma, table = gamma[kept], table[kept]
         if gamma[-1] == torch.inf and isinstance(predicts, str) and predicts in ("noise", "score"):
             raise ValueError(
@@ -231,21 +239,6 @@ def assemble(
         kernel = BestVariance(steps)
         last = LastStep(scaling, kernel) if isinstance(last, LastStep) else last
     return Model(adapter, process, head, kernel, last, shape)
-
-
-def spaced(total: int, steps: int) -> list[int]:
-    """Return `steps` of the indices 0..total-1, evenly spaced with both ends (Nichol & Dhariwal
-    2021).
-
-    >>> spaced(1000, 5)
-    [0, 250, 500, 749, 999]
-    """
-    if not 1 <= steps <= total:
-        raise ValueError(
-            f"the model has {total} steps, and a bound of {steps} was asked for; try {total}"
-        )
-    stride = (total - 1) / (steps - 1) if steps > 1 else 1.0
-    return [round(i * stride) for i in range(steps)]
 
 
 def signal_left(model: Model) -> list[str]:
@@ -273,93 +266,6 @@ def signal_left(model: Model) -> list[str]:
         f"the schedule ends with signal left (α_T = {alpha:.2g}): sampling starts from noise that"
         f" has none, and the prior term {cost}"
     ]
-
-
-def gamma_of(
-    *,
-    betas: Numbers | None = None,
-    alphas: Numbers | None = None,
-    sigmas: Numbers | None = None,
-) -> Tensor:
-    """Return γ_1..γ_T, float64, from one of the three tables; see `wrap`."""
-    given = {"betas": betas, "alphas": alphas, "sigmas": sigmas}
-    named = [(name, value) for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise ValueError(
-            "give the noise levels as one of betas, alphas, sigmas or schedule; got"
-            f" {' and '.join(name for name, _ in named) or 'none'}"
-        )
-    name, numbers = named[0]
-    v = _numbers(numbers)
-    if v.ndim != 1 or len(v) == 0 or not v.isfinite().all():
-        raise ValueError(f"{name} must be one row of finite numbers; got shape {tuple(v.shape)}")
-    # β may be 1, and α 0, at the last time only
-    if name == "betas":
-        _refuse(name, v, (v <= 0) | (v >= 1) & (v != v.new_tensor([*[0] * (len(v) - 1), 1])))
-        log_alpha = torch.log1p(-v).cumsum(0)
-        return (-torch.expm1(log_alpha)).log() - log_alpha
-    if name == "alphas":
-        _refuse(name, v, (v < 0) | (v >= 1) | (v.diff(prepend=v.new_ones(1)) >= 0))
-        if len(v) >= 10 and v.median() > 0.9:
-            raise ValueError(
-                f"most of the alphas are near 1 (the last is {v[-1].item():.3g}): are these 1 - β,"
-                " as the .alphas of a scheduler are? Give their products, .alphas_cumprod; if they"
-                " are the products, give betas instead"
-            )
-        return torch.log1p(-v) - v.log()
-    _refuse(name, v, v.diff(prepend=v.new_zeros(1)) <= 0)
-    return 2 * v.log()
-
-
-RULES = {
-    "betas": "must lie in (0, 1)",
-    "alphas": "must decrease within [0, 1)",
-    "sigmas": "must be positive and increase",
-}
-
-
-def _refuse(name: str, values: Tensor, wrong: Tensor, rule: str = "") -> None:
-    if wrong.any():
-        i = int(wrong.nonzero()[0])
-        ordered = name != "betas" and len(values) > 1 and wrong[1:].all()
-        hint = f"; they are in reverse order: give {name}.flip(0)" if ordered else ""
-        raise ValueError(f"{name} {rule or RULES[name]}; number {i} is {values[i].item():g}{hint}")
-
-
-def _numbers(numbers: Numbers) -> Tensor:
-    """Return numbers as a tensor of float64; torch reads no array that runs backwards."""
-    if isinstance(numbers, np.ndarray):
-        numbers = numbers.copy()
-    return torch.as_tensor(numbers, dtype=torch.float64)
-
-
-def _table(times: Numbers | Callable[[Tensor], Tensor] | None) -> Table:
-    """Return times as a tensor of their own type, or as the function that they are."""
-    if times is None or callable(times):
-        return times
-    return torch.as_tensor(times.copy() if isinstance(times, np.ndarray) else times)
-
-
-def _rising(sigmas: Tensor, times: Table) -> tuple[Tensor, Table]:
-    """Return σ's, and their times, without a 0 at the end and from the least to the largest."""
-    falling = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas.diff() < 0).all())
-    if not falling:
-        return sigmas, times
-    whole = len(sigmas)
-    sigmas = sigmas[:-1] if sigmas[-1] == 0 else sigmas
-    if isinstance(times, Tensor) and times.shape in ((whole,), sigmas.shape):
-        times = times[: len(sigmas)].flip(0)
-    return sigmas.flip(0), times
-
-
-def _kept(keep: Sequence[int] | None, total: int) -> Tensor:
-    kept = torch.arange(total) if keep is None else torch.as_tensor(keep)
-    if len(kept) == 0 or (kept.diff() <= 0).any() or kept[0] < 0 or kept[-1] >= total:
-        raise ValueError(
-            f"keep must be increasing indices of the {total} times, 0..{total - 1}; got"
-            f" {len(kept)} from {kept[0].item() if len(kept) else '-'}; try spaced({total}, 10)"
-        )
-    return kept
 
 
 def _spelled(

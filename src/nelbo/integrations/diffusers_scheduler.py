@@ -1,13 +1,22 @@
-"""Flags of a diffusers scheduler that have no bound, and the steps that it takes."""
+"""Schedulers of diffusers: flags without a bound, the steps that are taken, and the model that
+one makes of a network."""
 
+import math
+from collections.abc import Callable, Sequence
 from shlex import quote
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nelbo.integrations.denoisers import Predicts, Variance
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.process import Affine, Levels
+from nelbo.diffusion.schedules import Linear, Schedule
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
+from nelbo.integrations.adapters import EDM, Flow, interpolating
+from nelbo.integrations.denoisers import Predicts, Variance, assemble
 from nelbo.integrations.diffusers_folder import Config
+from nelbo.integrations.noise_levels import gamma_of
 
 PREDICTS: dict[str, Predicts] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
 VARIANCES: dict[str, Variance] = {
@@ -30,6 +39,18 @@ class Scheduler(Protocol):
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         """Set `timesteps` and `sigmas` for a number of steps."""
+
+
+class Whole(NamedTuple):
+    """A network with what it was trained with."""
+
+    network: nn.Module
+    scheduler: Scheduler
+    shape: tuple[int, ...]
+    scaling: Levels | Affine
+
+
+Found = tuple[Model, TimeDiscretization, str]
 
 
 def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -121,3 +142,120 @@ def positive(config: Config, name: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer; got {value!r}")
     return value
+
+
+def discrete(
+    whole: Whole,
+    steps: int | None,
+    clip: bool,
+    kind: str,
+    keep: Sequence[int] | None,
+    variance: Variance,
+) -> Found:
+    """Return the model of a network trained at T times, with β's."""
+    network, scheduler, shape, scaling = whole
+    config = scheduler.config
+    gamma = gamma_of(betas=scheduler.betas)
+    alphas = (-gamma).sigmoid()[:-1]  # at the last time, some classes have 2^-24 in place of 0
+    if not torch.allclose(scheduler.alphas_cumprod[:-1].double(), alphas, rtol=1e-3):
+        raise ValueError(
+            f"the {kind} changes its α's after making them of its β's; wrap the network with"
+            " nelbo.integrations.wrap(network, alphas=scheduler.alphas_cumprod)"
+        )
+    total = len(gamma)
+    times: Tensor = torch.arange(total)
+    if steps is not None:
+        gamma, times = steps_of(scheduler, gamma, steps)
+    count = len(gamma if keep is None else keep)
+    model = assemble(
+        network,
+        shape,
+        predicts=PREDICTS[str(config["prediction_type"])],
+        gamma=gamma,
+        times=times,
+        variance=variance,
+        scaling=scaling,
+        clip=clip,
+        keep=keep,
+        decoder="step" if count > 1 else "evidence",
+    )
+    how = f"in {count} of {total} steps, variance {variance}"
+    return model, TimeGrid.uniform(count), how
+
+
+def edm(whole: Whole, steps: int | None, clip: bool) -> Found:
+    """Return the model for any σ; F of Karras et al. 2022, with time input log(σ)/4 = γ/8."""
+    network, scheduler, shape, scaling = whole
+    config = scheduler.config
+    for name in ("sigma_data", "sigma_min", "sigma_max"):
+        value = config[name]
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"the scheduler's {name} must be a positive number; got {value!r}")
+    signs = {"epsilon": 1.0, "v_prediction": -1.0}
+    predicts = config["prediction_type"]
+    if predicts not in signs:
+        raise ValueError(
+            f"prediction_type of an EDM scheduler must be one of {', '.join(signs)}, which say how"
+            f" F is scaled; got {predicts!r}"
+        )
+    head = EDM(config["sigma_data"], signs[predicts])
+    if steps is None:
+        low, high = (2 * math.log(config[name]) for name in ("sigma_min", "sigma_max"))
+        gamma: Tensor | Schedule = Linear(low, high)
+    else:
+        scheduler.set_timesteps(at_least_one(steps))
+        gamma = gamma_of(sigmas=scheduler.sigmas[:-1].flip(0))
+    model = assemble(
+        network,
+        shape,
+        predicts=head,
+        gamma=gamma,
+        times=_named(gamma, lambda gamma: gamma / 8),
+        factor=head.factor,
+        scaling=scaling,
+        clip=clip,
+        decoder="evidence",
+    )
+    return model, *_times(steps)
+
+
+def flow(whole: Whole, steps: int | None, clip: bool) -> Found:
+    """Return the model for any τ, with time input T τ."""
+    network, scheduler, shape, scaling = whole
+    total = positive(scheduler.config, "num_train_timesteps")
+    if steps is None:
+        # τ runs from 0 to 1, where γ is infinite; cutting the ends off costs little, and the bound
+        # includes that cost
+        gamma: Tensor | Schedule = Linear(-2 * math.log(total - 1), 2 * math.log(total - 1))
+    else:
+        scheduler.set_timesteps(at_least_one(steps))
+        # a solver of second order takes each twice
+        tau = scheduler.sigmas[:-1].flip(0).double().unique_consecutive()
+        if len(tau) != steps:
+            raise ValueError(f"the scheduler takes {len(tau)} times where {steps} were asked for")
+        gamma = 2 * (tau.log() - torch.log1p(-tau))
+    model = assemble(
+        network,
+        shape,
+        predicts=Flow(),
+        gamma=gamma,
+        times=_named(gamma, lambda gamma: (gamma / 2).sigmoid() * total),
+        factor=interpolating,
+        scaling=scaling,
+        clip=clip,
+        decoder="evidence",
+    )
+    return model, *_times(steps)
+
+
+def _named(
+    gamma: Tensor | Schedule, name: Callable[[Tensor], Tensor]
+) -> Tensor | Callable[[Tensor], Tensor]:
+    """Return the time inputs for a table of γ; in continuous time, the function itself."""
+    return name(gamma) if isinstance(gamma, Tensor) else name
+
+
+def _times(steps: int | None) -> tuple[TimeDiscretization, str]:
+    if steps is None:
+        return ContinuousTime(), "in continuous time"
+    return TimeGrid.uniform(steps), f"in {steps} steps, variance small"

@@ -23,8 +23,9 @@ from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, even_times
 from nelbo.integrations.adapters import Steps
 from nelbo.integrations.conditions import Condition, Conditioned, Given
-from nelbo.integrations.denoisers import Called, Numbers, Predicts, Variance, spaced, wrap
+from nelbo.integrations.denoisers import Called, Predicts, Variance, wrap
 from nelbo.integrations.external import Foreign, scaled
+from nelbo.integrations.noise_levels import Numbers, spaced
 
 GUIDANCE = (
     "guidance has no likelihood: x̂ is pushed beyond the network's prediction at each step, so that"
@@ -235,9 +236,9 @@ def _shape_of(module: nn.Module, source: Source | Batch) -> tuple[int, ...]:
     """Return the shape of one example, as the network's config or the examples say it."""
     config = getattr(module, "config", {})
     if {"sample_size", "in_channels"} <= {*config}:
-        from nelbo.integrations import diffusers
+        from nelbo.integrations.diffusers_network import shape_of
 
-        return diffusers.shape_of(config)
+        return shape_of(config)
     if isinstance(source, Batch):
         return tuple(source.x.shape[1:])
     first = source[0] if isinstance(source, list | tuple) and source else None
