@@ -36,7 +36,7 @@ from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.report.other_codecs import of_images, rivals
-from nelbo.runs.run import load
+from nelbo.runs.loading import load
 from nelbo.training.presets import MANY_LEVELS
 
 HEAD = ("T", "effort", "order", "bound", "±", "file", "payload", "/bound", "ideal/bound", "coder")

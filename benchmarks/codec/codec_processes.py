@@ -20,7 +20,7 @@ import torch
 from nelbo.codec.api import compress, decompress
 from nelbo.codec.errors import CodecError
 from nelbo.codec.settings import Settings
-from nelbo.runs.run import load
+from nelbo.runs.loading import load
 
 PROCESSES = {
     "the same": {"OMP_NUM_THREADS": "1"},

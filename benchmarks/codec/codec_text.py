@@ -28,7 +28,8 @@ from nelbo.codec.settings import Settings
 from nelbo.data.readers.text import OTHER
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
-from nelbo.runs.run import Run, load
+from nelbo.runs.loading import load
+from nelbo.runs.run import Run
 
 
 def nelbo(*arguments: object) -> None:

@@ -59,8 +59,9 @@ from nelbo.evaluation.evaluate import CALLS, evaluate
 from nelbo.evaluation.result import Evaluation
 from nelbo.evaluation.survey import SamplingPlan, plan
 from nelbo.evaluation.time_density import time_density
+from nelbo.runs.loading import load
 from nelbo.runs.pilot_cache import ROWS, Pilots
-from nelbo.runs.run import Run, load
+from nelbo.runs.run import Run
 
 AT = (1, 2, 4, 16)  # calls per example
 REFERENCE = "low-discrepancy"

@@ -20,7 +20,7 @@ from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior, ReverseKe
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import best_grid, measure_errors
-from nelbo.runs.run import load
+from nelbo.runs.loading import load
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import nelbo
 from nelbo import data
 from nelbo.runs import config as run_config
-from nelbo.runs.train import VALIDATIONS, pace
+from nelbo.runs.pace import VALIDATIONS, pace
 from nelbo.training.presets import MANY_LEVELS, configure
 
 

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
         sample,
         score,
     )
-    from nelbo.runs.run import Run, load
+    from nelbo.runs.loading import load
+    from nelbo.runs.run import Run
     from nelbo.runs.train import resume, train
     from nelbo.sampling.samplers import ancestral
 
@@ -63,7 +64,7 @@ _HOME = {
     "explain": "explain",
     "impute": "runs.commands",
     "inspect": "runs.commands",
-    "load": "runs.run",
+    "load": "runs.loading",
     "report": "report",
     "resume": "runs.train",
     "sample": "runs.commands",

@@ -15,7 +15,8 @@ from nelbo.cli import main
 from nelbo.data.columns import Column
 from nelbo.data.tabular.tables import formula_in
 from nelbo.report import tables
-from nelbo.runs import run as run_folder
+from nelbo.runs.loading import load as load_run
+from nelbo.runs.run import Run
 from nelbo.runs.train import train
 
 NAMES = ("$5^$", "$1k-$5k", "a\x1b[31mb", "x\u202ey", r"\frac{", "=cmd|'/C calc'!A0", "日" * 3)
@@ -49,12 +50,12 @@ def test_a_page_holds_no_codes(monkeypatch, trained, tmp_path):
     for name in ("measure_steps", "measure_files"):
         monkeypatch.setattr(module, name, lambda *_, **__: (None, torch.zeros(1)))
     result = type("R", (), {"unit": "nats"})
-    monkeypatch.setattr(run_folder.Run, "measure", lambda *_, **__: result)
-    monkeypatch.setattr(run_folder.Run, "grid", lambda *_, **__: None)
+    monkeypatch.setattr(Run, "measure", lambda *_, **__: result)
+    monkeypatch.setattr(Run, "grid", lambda *_, **__: None)
     monkeypatch.setattr(module, "trajectory", lambda *_, **__: type("P", (), {"x": None}))
     for name in ("headline", "terms", "steps", "training", "images", "pixels", "files", "again"):
         monkeypatch.setattr(module.sections, name, lambda *_: "a\x1b[31m\u202e\u200fb é")
-    page = module.report(run_folder.load(trained), tmp_path / "x.html").read_text()
+    page = module.report(load_run(trained), tmp_path / "x.html").read_text()
     assert not {"\x1b", "\u202e", "\u200f"} & {*page} and "b é" in page
 
 
@@ -147,7 +148,7 @@ def test_all_samples_have_one_bar(trained, monkeypatch):
     from nelbo.diffusion.times import TimeGrid
     from nelbo.sampling.samplers import ancestral
 
-    model = run_folder.load(trained).model
+    model = load_run(trained).model
     monkeypatch.setattr(type(model), "rows", 8)
     for steps in (1, 3):
         totals, past = [], []
@@ -168,7 +169,7 @@ def test_an_output_that_is_no_number_is_not_drawn_from(trained, bad):
     from nelbo.diffusion.times import TimeGrid
     from nelbo.sampling.samplers import ancestral, probability_flow
 
-    model = run_folder.load(trained).model
+    model = load_run(trained).model
     before = model.network.forward
     model.network.forward = lambda *a, **k: before(*a, **k) * bad
     for draw in (ancestral, probability_flow):

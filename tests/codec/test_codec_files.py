@@ -32,7 +32,7 @@ from nelbo.data.schema import Schema
 from nelbo.data.tabular import tables
 from nelbo.data.tabular.tables import to_bytes
 from nelbo.diffusion.times import TimeGrid
-from nelbo.runs import run as run_folder
+from nelbo.runs.loading import load as load_run
 
 pytest.importorskip("constriction")
 GRID = ("--steps", 2, "--grid", "uniform")
@@ -447,7 +447,7 @@ def test_another_run_is_refused(trained, tmp_path, capsys):
 def test_batches_threads_and_precision(trained):
     """The rounded answers do not depend on threads; a file of one precision is not decoded in
     the other."""
-    run = run_folder.load(trained)
+    run = load_run(trained)
     grid = tuple(TimeGrid.uniform(3).times.tolist())
     codec = Codec(run.model, Settings(grid))
     alone, together = (codec.answers({n}) for n in (1, 32))
@@ -465,7 +465,7 @@ def test_batches_threads_and_precision(trained):
 
 def test_batches_of_any_size_give_the_same_integers(trained):
     """In float64 an example's rounded answers do not depend on its batch mates."""
-    run = run_folder.load(trained)
+    run = load_run(trained)
     codec = Codec(run.model, Settings((0.5, 1.0)))
     code = codec.codes.model(0)
     with torch.no_grad():
@@ -499,7 +499,7 @@ def test_a_fresh_process_decodes(trained, tmp_path, environment):
 
 def test_network_answers_that_differ_in_a_bit_are_exact_or_an_error(trained):
     """A stand-in for another version or device: the last bits of every answer are others."""
-    run = run_folder.load(trained)
+    run = load_run(trained)
     x = torch.from_numpy(digits(8)[:, None] // 4)
     grid = tuple(TimeGrid.uniform(2).times.tolist())
     data = compress(run.model, x, Settings(grid))

@@ -34,7 +34,7 @@ from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
 from nelbo.integrations.openai_unet import UNet
 from nelbo.runs import config as run_config
-from nelbo.runs import run as run_folder
+from nelbo.runs.loading import load as load_run
 from nelbo.runs.train import resume
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
@@ -139,7 +139,7 @@ def test_no_file_executes_code(trained, tmp_path):
             with pytest.raises(ValueError):
                 files.read_tensors(run / name)
         with pytest.raises(ValueError):
-            run_folder.load(run)
+            load_run(run)
         assert files.kept(run / "grids.json") == {}
         assert files.kept(run / "pilots.json") == {}
         assert run_config.read_metrics(run) == []

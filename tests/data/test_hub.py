@@ -89,7 +89,7 @@ def test_training_is_stopped_and_resumed_exactly(parquet, prefix, tmp_path, monk
     stopped = iter([False] * 16 + [True])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         soon = nullcontext(lambda: next(stopped))
-        patch.setattr(sys.modules["nelbo.runs.train"], "interruptible", lambda **_: soon)
+        patch.setattr(sys.modules["nelbo.runs.training"], "interruptible", lambda **_: soon)
         train(source, tmp_path / "two", **options)
     two = resume(tmp_path / "two")
     weights = [(run.path / "model.safetensors").read_bytes() for run in (one, two)]

@@ -201,7 +201,7 @@ def test_training_resumes_exactly_and_is_measured(shards, tmp_path, monkeypatch)
     stopped = iter([False] * 4 + [True] * 9)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         soon = nullcontext(lambda: next(stopped))
-        patch.setattr(sys.modules["nelbo.runs.train"], "interruptible", lambda **_: soon)
+        patch.setattr(sys.modules["nelbo.runs.training"], "interruptible", lambda **_: soon)
         train(str(shards), tmp_path / "two", **options)
     two = resume(tmp_path / "two")
     weights = [(run.path / "model.safetensors").read_bytes() for run in (one, two)]

@@ -21,7 +21,7 @@ from nelbo.diffusion.times import TimeGrid, elbo, stratified
 from nelbo.evaluation.anomaly_scores import Scored, Scorer, code_length
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.report.score_figure import histogram
-from nelbo.runs.run import load
+from nelbo.runs.loading import load
 from nelbo.runs.train import train
 from nelbo.sampling.samplers import ancestral
 from nelbo.testing import assert_mean

@@ -29,7 +29,7 @@ from nelbo.evaluation.importance_bound import evaluate_importance
 from nelbo.evaluation.per_dimension import by_dimension
 from nelbo.evaluation.probability_flow import evaluate_flow
 from nelbo.models.conditioning import Guided, drop, encode, features, guided, parse
-from nelbo.runs import run as run_folder
+from nelbo.runs.loading import load as load_run
 from nelbo.runs.train import resume, train
 from nelbo.sampling.samplers import ancestral, complete
 
@@ -302,7 +302,7 @@ def conditional(tmp_path_factory):
 
 
 def test_a_conditional_run(conditional, tmp_path, capsys):
-    run = run_folder.load(conditional)
+    run = load_run(conditional)
     (label,) = run.config.schema.condition
     assert label.classes == tuple("0123456789")
     batch, _ = run.batch()
@@ -357,7 +357,7 @@ def test_networks_learn_what_they_are_given(tmp_path):
 
 
 def test_an_image_is_completed(conditional, tmp_path, capsys):
-    x = run_folder.load(conditional).examples()[0, 0]
+    x = load_run(conditional).examples()[0, 0]
     Image.fromarray(np.rint(x.numpy() * (255 / 16)).astype(np.uint8)).save(tmp_path / "x.png")
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 4:] = 255

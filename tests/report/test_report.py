@@ -26,7 +26,7 @@ from nelbo.report import studies
 from nelbo.report.figures import readable
 from nelbo.report.sections import train_command, training
 from nelbo.report.studies import STEPS, measure_steps, trajectory
-from nelbo.runs import run as run_folder
+from nelbo.runs import grids
 from nelbo.runs.pilot_cache import Pilots
 from nelbo.runs.train import train
 from nelbo.sampling.samplers import ancestral
@@ -65,7 +65,7 @@ def _quick_grids():
         return TimeGrid(even_times(model.process.schedule, steps, steps) ** 1.5)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "best_grid", early)
+        patch.setattr(grids, "best_grid", early)
         patch.setattr(studies, "CODED_STEPS", (2, 3))
         yield
 

@@ -104,7 +104,7 @@ def test_a_run_folder_that_vanishes_ends_the_training_at_once(tmp_path, monkeypa
             (run / "mine").touch()
 
     at_step(monkeypatch, 2, vanish)
-    monkeypatch.setattr(training, "_bar", counted(steps))
+    monkeypatch.setattr(sys.modules["nelbo.runs.training"], "_bar", counted(steps))
     with pytest.raises(FileNotFoundError, match=r"removed or moved.*--resume"):
         train("digits", run, progress=True, **ENDLESS | {"evaluate_every": 2})
     assert steps == [1, 2]

@@ -15,7 +15,7 @@ from nelbo.evaluation.allocation import Strata
 from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.runs import pilot_cache
-from nelbo.runs import run as run_folder
+from nelbo.runs.loading import load as load_run
 from nelbo.runs.pilot_cache import KIND, Pilots
 
 STEPS = 3
@@ -26,7 +26,7 @@ def run(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(pilot_cache, "ROWS", 4)
     monkeypatch.setenv("NELBO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_unwritten", {})
-    return run_folder.load(shutil.copytree(trained, tmp_path / "run"))
+    return load_run(shutil.copytree(trained, tmp_path / "run"))
 
 
 def entries():
@@ -141,7 +141,7 @@ def test_nothing_in_the_folder_of_a_run_is_a_pilot(run, tmp_path, monkeypatch):
     for place in (run.path / KIND, run.path / "cache" / KIND):
         place.mkdir(parents=True)
         (place / file.name).write_text(json.dumps(document))
-    assert measured(run_folder.load(run.path), times=TimeGrid.uniform(5)) == (result, dear)
+    assert measured(load_run(run.path), times=TimeGrid.uniform(5)) == (result, dear)
     # the attack is one: as this user's own word it is taken
     entries()[0].write_text(json.dumps(document))
     assert measured(run, times=TimeGrid.uniform(5))[0].nats != pytest.approx(result.nats, rel=0.1)

@@ -12,8 +12,8 @@ from support.runs import TINY
 from nelbo._utils import cache, files, limits
 from nelbo.evaluation import grid_search
 from nelbo.runs import config as run_config
-from nelbo.runs import run as run_folder
 from nelbo.runs.config import read_config
+from nelbo.runs.loading import load as load_run
 from nelbo.runs.train import resume, train
 
 SECRET = "hunter2"
@@ -51,7 +51,7 @@ def names(run, source):
 
 def test_a_run_of_this_user_just_works_also_where_it_was_moved(run, tmp_path):
     moved = run.rename(tmp_path / "moved")
-    assert len(run_folder.load(moved).examples()) == 6
+    assert len(load_run(moved).examples()) == 6
 
 
 def test_a_run_from_elsewhere_reads_its_data_once_they_are_given(run, tmp_path, other, capsys):
@@ -121,13 +121,13 @@ def test_built_in_data_and_a_table_in_the_run_are_its_own(trained, tmp_path, oth
     assert len(with_table.examples()) == 6
     other()
     for path in (trained, with_table.path, shutil.copytree(with_table.path, tmp_path / "moved")):
-        assert len(run_folder.load(path).examples()) > 5
+        assert len(load_run(path).examples()) > 5
 
 
 def test_a_user_may_trust_a_run(run, other, me):
     other()
     me.setenv(limits.TRUST, "1")
-    assert len(run_folder.load(run).examples()) == 6
+    assert len(load_run(run).examples()) == 6
 
 
 def test_without_a_cache_a_training_still_knows_its_data(me, tmp_path, capsys):
@@ -141,7 +141,7 @@ def test_without_a_cache_a_training_still_knows_its_data(me, tmp_path, capsys):
 @pytest.mark.parametrize("change", ["too many", "too few", "early"])
 def test_a_grid_is_one_of_the_steps_asked(trained, tmp_path, monkeypatch, change):
     monkeypatch.setattr(grid_search, "EXAMPLES", 16)
-    run = run_folder.load(shutil.copytree(trained, tmp_path / "run"))
+    run = load_run(shutil.copytree(trained, tmp_path / "run"))
     right = run.grid(3).times.tolist()
     path = run.path / run_config.GRIDS
     document = json.loads(path.read_text())
@@ -161,7 +161,7 @@ def test_events_are_read_only_so_far(trained, tmp_path, me):
     with path.open("ab") as file:
         file.truncate(2**30)
     with pytest.raises(ValueError, match=r"has 1073741824 bytes, and JSON here has at most"):
-        run_folder.load(run)
+        load_run(run)
 
 
 @pytest.mark.parametrize(
@@ -198,5 +198,5 @@ def test_moments_are_of_parameters(trained, tmp_path, name):
 def test_a_folder_of_another_library_is_answered_with_its_source(tmp_path, name, content, source):
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises((FileNotFoundError, ValueError), match=f"give it as {source}:") as error:
-        run_folder.load(tmp_path)
+        load_run(tmp_path)
     assert str(tmp_path) in str(error.value)

@@ -12,8 +12,8 @@ from support.runs import Killed, killed_after
 
 from nelbo._utils import files as _files
 from nelbo.runs import config as run_config
-from nelbo.runs import run as run_folder
 from nelbo.runs import training_state
+from nelbo.runs.loading import load as load_run
 from nelbo.runs.train import resume, train
 from nelbo.training import trainer
 
@@ -129,7 +129,7 @@ def test_what_a_run_takes_on_the_disk(longer):
     sizes = [{p.name: p.stat().st_size for p in run.glob("*.safetensors")} for run in longer]
     assert {*sizes[0]} == {"model.safetensors", "state.safetensors", "before.safetensors"}
     assert {*sizes[1]} == {"model.safetensors", "state.safetensors"}
-    best = run_folder.load(ended).step
+    best = load_run(ended).step
     names = {
         name.partition(".")[0] for name in _files.read_tensors(ended / "state.safetensors")[0]
     }
@@ -182,7 +182,7 @@ def test_damaged_weights_are_not_used(whole, tmp_path):
     content[-1] ^= 1
     (run / run_config.WEIGHTS).write_bytes(content)
     with pytest.raises(ValueError, match=r"model.safetensors is .*damaged.*SHA-256"):
-        run_folder.load(run)
+        load_run(run)
     resume(run)
     assert contents(run) == contents(whole)
 

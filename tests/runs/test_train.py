@@ -19,7 +19,9 @@ from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.models.build import build
 from nelbo.runs import config as run_config
-from nelbo.runs import run as run_folder
+from nelbo.runs.folder import alone_in
+from nelbo.runs.loading import load as load_run
+from nelbo.runs.pace import pace
 from nelbo.training import trainer
 from nelbo.training.config import TrainConfig
 from nelbo.training.optim import Muon, parameter_groups
@@ -96,12 +98,12 @@ def test_minutes_are_steps_by_the_time_of_some(tmp_path, monkeypatch):
     dataset = data.load("digits")
     sizes = {k: v for k, v in TINY.items() if k not in ("steps", "evaluate_every")}
     preset = configure(dataset.schema, 1000, **sizes)
-    steps = training.pace(*preset, dataset, 100.0, clock=lambda: ticks[0])
+    steps = pace(*preset, dataset, 100.0, clock=lambda: ticks[0])
     assert steps == (100 - 3 * 2) // 2
     with pytest.raises(ValueError, match=r"0\.1 minutes are too few: a step takes 2 seconds"):
-        training.pace(*preset, dataset, 6.0, clock=lambda: ticks[0])
+        pace(*preset, dataset, 6.0, clock=lambda: ticks[0])
     with pytest.raises(ValueError, match="minutes must be positive; got -1"):
-        training.pace(*preset, dataset, -60.0)
+        pace(*preset, dataset, -60.0)
     with pytest.raises(ValueError, match="give one of them"):
         training.train("digits", tmp_path / "run", minutes=1, steps=4)
     monkeypatch.setattr(training, "pace", lambda *_: 4)
@@ -134,7 +136,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
     monkeypatch.setattr(trainer.Objective, "__call__", explode)
     with pytest.raises(ValueError, match=r"non-finite .*at step 4; the weights of step 2.*--lr"):
         training.train("digits", tmp_path / "run", **TINY)
-    run = run_folder.load(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     assert run.weights == "averaged weights of step 2"
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
@@ -253,7 +255,7 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
     shutil.copytree(trained, run)
     before = (run / run_config.STATE).read_bytes()
     with (
-        training.alone_in(run),
+        alone_in(run),
         pytest.raises(ValueError, match="run is being trained by another process; wait"),
     ):
         training.resume(run, steps=9)
@@ -274,7 +276,7 @@ def test_two_trainings_do_not_write_into_one_run(trained, tmp_path):
     assert_same_run(trained, tmp_path / "new")
     training.resume(run, steps=5)  # the lock is gone with its holder
     with (
-        training.alone_in(tmp_path / "same"),
+        alone_in(tmp_path / "same"),
         pytest.raises(ValueError, match="trained by another"),
     ):
         training.train("digits", tmp_path / "same", **TINY)  # of two that begin it at once

@@ -24,7 +24,7 @@ from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import TimeGrid
 from nelbo.models.build import build
 from nelbo.models.config import ModelConfig
-from nelbo.runs.run import load
+from nelbo.runs.loading import load
 from nelbo.sampling.imputation import impute, present, sample_table, within
 from nelbo.sampling.samplers import complete, rejection
 from nelbo.sampling.smc import conditional, resample

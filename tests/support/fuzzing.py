@@ -48,7 +48,8 @@ from nelbo.integrations.openai_unet import UNet
 from nelbo.report.sections import training as show_training
 from nelbo.runs import config as run_config
 from nelbo.runs import pilot_cache
-from nelbo.runs import run as run_folder
+from nelbo.runs.grids import _times
+from nelbo.runs.loading import load as load_run
 
 SECONDS = 20  # that a read of a small file may take on a busy machine
 #: what the command line tells in one sentence
@@ -338,12 +339,12 @@ def _of_run(run: Path) -> list[Kind]:
     whole = {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors")}
     state, metrics = ((run / n).read_bytes() for n in (run_config.STATE, run_config.METRICS))
     grids = json.dumps({"abc, 2 steps": [0.5, 1.0]}).encode()
-    whole_run = run_folder.load(run)
+    whole_run = load_run(run)
     tensors, about = files.read_tensors(run / "model.safetensors")
 
     def measure(path: Path) -> None:
         """Examples read from a file are numbers."""
-        run = run_folder.load(path.parent)
+        run = load_run(path.parent)
         kind = torch.float64 if run.config.schema.density else torch.long
         x = torch.zeros(4, *run.model.shape, dtype=kind)
         found = evaluate(run.model, x, calls=4)
@@ -358,7 +359,7 @@ def _of_run(run: Path) -> list[Kind]:
 
     def times(path: Path) -> None:
         for found in files.kept(path).values():
-            run_folder._times(found, 2, 0.0)
+            _times(found, 2, 0.0)
 
     at = 8 + int.from_bytes(whole["model.safetensors"][:8], "little")
     heading = whole["model.safetensors"][8:at]

@@ -12,8 +12,8 @@ from support.runs import killed_after
 from nelbo._utils import files
 from nelbo.diffusion.model import measuring
 from nelbo.runs import config as run_config
-from nelbo.runs import run as run_folder
 from nelbo.runs import training_state
+from nelbo.runs.loading import load as load_run
 from nelbo.runs.train import resume, train
 from nelbo.training import trainer
 from nelbo.training.config import TrainConfig
@@ -153,7 +153,7 @@ def test_ten_skipped_steps_in_a_row_are_too_many(source, tmp_path, monkeypatch):
     poison(monkeypatch, set(range(3, 40)))
     with pytest.raises(ValueError, match=r"non-finite 10 times in a row .* at step 13; the"):
         train(source, tmp_path / "run", nonfinite="skip", **SMALL | {"steps": 40})
-    assert run_folder.load(tmp_path / "run").metrics[-1]["skipped"] == 9
+    assert load_run(tmp_path / "run").metrics[-1]["skipped"] == 9
 
 
 def test_flags_are_true_or_false():

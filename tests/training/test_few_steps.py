@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from nelbo._utils.numerics import seeded
 from nelbo.cli import main
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import LevelDecoder
-from nelbo.diffusion.model import Model
+from nelbo.diffusion.model import Model, model_hash
 from nelbo.diffusion.parametrization import LevelLogits
 from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Mixture
@@ -25,8 +26,10 @@ from nelbo.diffusion.times import TimeGrid, elbo, iid
 from nelbo.evaluation import grid_search
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.runs import config as run_config
-from nelbo.runs import run as run_folder
+from nelbo.runs import grids
 from nelbo.runs.finetune import fine_tune, name_of
+from nelbo.runs.loading import load as load_run
+from nelbo.runs.run import Run
 from nelbo.testing import assert_mean
 from nelbo.training import trainer
 from nelbo.training.config import TrainConfig
@@ -113,22 +116,22 @@ def tuned(source):
 def test_a_fine_tuned_run_is_a_new_run(trained, source, tuned):
     """It stands beside its source, trains the best grid of it, and says so."""
     assert tuned.path == source.with_name("digits-2steps")
-    run = run_folder.load(source)
+    run = load_run(source)
     assert tuned.config.train.grid == tuple(run.grid(2).times.tolist())
     assert tuned.grid(2).times.tolist() == list(tuned.config.train.grid)
-    assert run.weights == run_folder.load(trained).weights and run.config.train.grid == ()
+    assert run.weights == load_run(trained).weights and run.config.train.grid == ()
     assert [event["step"] for event in tuned.metrics] == [2, 4]
 
 
 def test_fine_tuning_improves_the_bound_of_its_steps(source, tmp_path, monkeypatch):
     """On a given grid; validation is by that bound."""
     # the best grid of a model that has learned nothing stays in the noise
-    monkeypatch.setattr(run_folder.Run, "grid", lambda run, steps, *_: TimeGrid.uniform(steps))
+    monkeypatch.setattr(Run, "grid", lambda run, steps, *_: TimeGrid.uniform(steps))
     source = shutil.copytree(source, tmp_path / "source")
     config = (source / run_config.CONFIG).read_text()
     seldom = config.replace('"evaluate_every": 2', '"evaluate_every": 60')
     (source / run_config.CONFIG).write_text(seldom)
-    run = run_folder.load(source)
+    run = load_run(source)
     seen = []
 
     def listen(model, x, times, **rest):
@@ -151,7 +154,7 @@ def test_worse_weights_are_not_kept(source, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "learning_rate", lambda t, step: 0.3)
     run = fine_tune(source, 2, tmp_path / "new", steps=2)
     assert run.weights == "averaged weights of step 0"
-    start = run_folder.load(source).model.state_dict()
+    start = load_run(source).model.state_dict()
     assert all(torch.equal(v, start[k]) for k, v in run.model.state_dict().items())
 
 
@@ -179,9 +182,9 @@ def test_the_best_variance_is_measured_with_the_weights(source, tmp_path):
         "digits", tmp_path / "run", step="optimal", steps=2, batch=8, width=8, depth=1
     )
     assert (run.model.step.errors > 0).all() and (run.model.step.errors.diff() > 0).sum() > 25
-    before = run_folder.model_hash(run.model)
+    before = model_hash(run.model)
     run.model.step.errors *= 2
-    assert run_folder.model_hash(run.model) != before
+    assert model_hash(run.model) != before
 
 
 # ---- the grid of a run
@@ -192,7 +195,7 @@ def gridded(source, tmp_path_factory):
     """A run with its grids of one and of two steps; do not change it, copy it."""
     path = shutil.copytree(source, tmp_path_factory.mktemp("gridded") / "run")
     (path / run_config.GRIDS).unlink(missing_ok=True)
-    run = run_folder.load(path)
+    run = load_run(path)
     run.grid(1), run.grid(2)
     return path
 
@@ -200,7 +203,7 @@ def gridded(source, tmp_path_factory):
 @pytest.fixture
 def run(source, tmp_path):
     (source / run_config.GRIDS).unlink(missing_ok=True)
-    return run_folder.load(shutil.copytree(source, tmp_path / "run"))
+    return load_run(shutil.copytree(source, tmp_path / "run"))
 
 
 def test_a_grid_is_found_once(run, monkeypatch):
@@ -209,8 +212,8 @@ def test_a_grid_is_found_once(run, monkeypatch):
     def found_again(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(run_folder, "best_grid", found_again)
-    again = run_folder.load(run.path)
+    monkeypatch.setattr(grids, "best_grid", found_again)
+    again = load_run(run.path)
     assert torch.equal(again.grid(2).times, first)
     with pytest.raises(AssertionError):
         again.grid(3)
@@ -228,7 +231,7 @@ HUGE = f"[1{'0' * 400}]"
     ["", "[]", "{", '{"a": [2, 1]}', '{"KEY": [2, 1]}', f'{{"KEY": {HUGE}}}', "null", "remove"],
 )
 def test_a_damaged_file_of_grids_is_no_matter(gridded, tmp_path, damage):
-    run = run_folder.load(shutil.copytree(gridded, tmp_path / "run"))
+    run = load_run(shutil.copytree(gridded, tmp_path / "run"))
     path = run.path / run_config.GRIDS
     _, (key, first) = json.loads(path.read_text()).items()
     path.unlink()
@@ -253,7 +256,7 @@ def test_a_run_of_an_older_version_loads(run):
     document = json.loads(path.read_text())
     del document["train"]["grid"]
     path.write_text(json.dumps(document))
-    assert run_folder.load(run.path).config == run.config
+    assert load_run(run.path).config == run.config
 
 
 @pytest.mark.parametrize("grid", [(0.5, 0.2, 1.0), (0.5,), (0.0, 1.0)])
@@ -304,4 +307,4 @@ def test_samples_follow_the_grid(run, tmp_path, monkeypatch):
 
 
 def test_the_name_of_a_fine_tuned_run():
-    assert name_of(run_folder.Path("a/b"), 4) == run_folder.Path("a/b-4steps")
+    assert name_of(Path("a/b"), 4) == Path("a/b-4steps")

@@ -12,7 +12,7 @@ from support.processes import launch
 
 from nelbo._utils import files
 from nelbo.runs import config as run_config
-from nelbo.runs import run as run_folder
+from nelbo.runs.loading import load as load_run
 from nelbo.runs.train import resume, train
 
 pytestmark = pytest.mark.multiprocess
@@ -110,8 +110,8 @@ def test_the_loss_curve_of_two_processes_is_that_of_one(runs, kind):
     for name in alone:
         torch.testing.assert_close(alone[name], shared[name], rtol=1e-3, atol=2e-5)
     options = SHARDED if kind == "sharded" else {}
-    configured = replace(run_folder.load(folder / "one").config.train, **options)
-    assert run_folder.load(folder / kind).config.train == configured
+    configured = replace(load_run(folder / "one").config.train, **options)
+    assert load_run(folder / kind).config.train == configured
 
 
 def test_each_process_holds_its_share_of_what_is_sharded(runs):
@@ -203,7 +203,7 @@ def test_a_process_that_dies_or_hangs_ends_the_others(runs, tmp_path, how, wait,
     assert last.startswith("nelbo: process 0 of 2: another one ended or did not answer")
     assert "Traceback" not in first.err
     assert json.loads((tmp_path / "run" / run_config.CONFIG).read_text())["train"]["steps"] == 50
-    assert run_folder.load(tmp_path / "run").metrics[-1]["step"] == 2
+    assert load_run(tmp_path / "run").metrics[-1]["step"] == 2
 
 
 SHARED = """
@@ -211,7 +211,7 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from nelbo.runs import run as run_folder
+from nelbo.runs.loading import load as load_run
 from nelbo.sampling import samplers
 from nelbo._utils.distributed import gather, process_group
 from nelbo.codec.files import compress_file, decompress_file
@@ -226,7 +226,7 @@ from nelbo.evaluation.importance_bound import evaluate_importance
 from support.known_models import levels
 source, folder, out = sys.argv[1:]
 with process_group() as rank:
-    run = run_folder.load(folder)
+    run = load_run(folder)
     x, grid = run.examples(), TimeGrid.uniform(3)
     found = [samplers.ancestral(run.model, count, grid, seed=2) for count in (1, 5)]
     known = torch.tensor([True, False, True, False])

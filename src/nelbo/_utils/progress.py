@@ -123,3 +123,9 @@ class Terminal(Console):
     @override
     def render_str(self, text: str, **options: object) -> Text:
         return super().render_str(line(text), **options)  # type: ignore[arg-type]
+
+
+def tracks(progress: bool | None) -> Callable[[str], Track]:
+    """Return a function from a description of work to its bar, or to none."""
+    show = interactive() if progress is None else progress
+    return tracker if show else lambda what: iter

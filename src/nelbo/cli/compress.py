@@ -130,7 +130,7 @@ def _at_work(what: str, run: Path, device: str) -> "Iterator[tuple[int, Run, Pro
     from nelbo._utils.progress import increments
     from nelbo.codec.coding.blocks import nothing
     from nelbo.diffusion.model import find_device
-    from nelbo.runs.run import load
+    from nelbo.runs.loading import load
 
     with process_group() as rank, ExitStack() as stack:
 

@@ -140,7 +140,7 @@ def evaluate(
     from nelbo.evaluation.unmasking_order import beside, order_for
     from nelbo.runs.commands import model_of
     from nelbo.runs.config import read_config
-    from nelbo.runs.run import load
+    from nelbo.runs.loading import load
 
     counts = numbers(steps)
     if len(counts) > 1:

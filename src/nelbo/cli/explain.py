@@ -26,7 +26,7 @@ def explain(
     """
     from nelbo._utils.files import check_writable
     from nelbo.explain import explain as make
-    from nelbo.runs.run import load
+    from nelbo.runs.loading import load
 
     loaded = run if run == "toy" else load(run)
     page = out or Path("toy.html" if run == "toy" else Path(run) / "explain.html")

@@ -18,7 +18,7 @@ def report(run: RunFolder, *, out: Path | None = None, seed: Seed = 0) -> None:
     from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable
     from nelbo.report import report as make
-    from nelbo.runs.run import load
+    from nelbo.runs.loading import load
 
     loaded, page = load(run), out or run / "report.html"
     check_writable(page)

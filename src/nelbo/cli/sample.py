@@ -92,7 +92,7 @@ def sample(
     from nelbo.data.tabular.tables import FILES, to_bytes
     from nelbo.models.conditioning import guided, parse
     from nelbo.report import images
-    from nelbo.runs.run import load
+    from nelbo.runs.loading import load
     from nelbo.runs.samples import SAMPLE_STEPS, complete_table, draw, order_of
     from nelbo.sampling.samplers import complete
 

@@ -61,7 +61,7 @@ def score(
     from nelbo._utils.progress import tracker
     from nelbo.data.splits import SPLITS
     from nelbo.evaluation import anomaly_scores
-    from nelbo.runs.run import load
+    from nelbo.runs.loading import load
 
     for path, suffix in ((out, ".csv"), (figure, ".png")):
         if path is not None:

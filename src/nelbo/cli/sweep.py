@@ -54,7 +54,7 @@ def sweep(
     from nelbo.cli import display
     from nelbo.evaluation.result import Evaluation
     from nelbo.runs.commands import evaluate
-    from nelbo.runs.run import load
+    from nelbo.runs.loading import load
 
     found: list[Evaluation] = []
     said: set[str] = set()

@@ -11,7 +11,8 @@ from nelbo.explain import run as run_page
 from nelbo.explain import toy
 from nelbo.explain.panels import style
 from nelbo.pages.page import write_page
-from nelbo.runs.run import Run, load
+from nelbo.runs.loading import load
+from nelbo.runs.run import Run
 
 
 def explain(

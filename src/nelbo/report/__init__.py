@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.files import check_writable
-from nelbo._utils.progress import Track
+from nelbo._utils.progress import Track, tracks
 from nelbo.data.schema import Schema, as_examples
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
@@ -30,7 +30,6 @@ from nelbo.report.studies import (
     trajectory,
 )
 from nelbo.runs.commands import AnyRun, run_of
-from nelbo.runs.run import tracks
 from nelbo.sampling.imputation import within
 from nelbo.sampling.samplers import ancestral
 

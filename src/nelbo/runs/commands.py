@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nelbo import integrations
 from nelbo._utils import limits
-from nelbo._utils.progress import Track
+from nelbo._utils.progress import Track, tracks
 from nelbo.codec import files
 from nelbo.data import inspection
 from nelbo.data.inspection import Inspection
@@ -37,7 +37,8 @@ from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.probe import probe
-from nelbo.runs.run import M, Run, load, tracks
+from nelbo.runs.loading import load
+from nelbo.runs.run import M, Run
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,9 +11,10 @@ from pathlib import Path
 from nelbo._utils.distributed import main_process_first
 from nelbo._utils.progress import tracker
 from nelbo.models import custom
-from nelbo.runs import run as run_folder
+from nelbo.runs.folder import check_new
+from nelbo.runs.loading import load
 from nelbo.runs.run import Run
-from nelbo.runs.train import OnEvent, Training, begin, check_new
+from nelbo.runs.training import OnEvent, Training, begin
 
 DROPOUT = 0.3  # minimum: training repeats the same examples at only T times
 
@@ -58,7 +59,7 @@ def fine_tune(
     source = Path(source)
     out = Path(out) if out else name_of(source, steps_of_bound)
     main_process_first(lambda: check_new(out))
-    run = run_folder.load(source, network)
+    run = load(source, network)
     grid = run.grid(steps_of_bound, tracker("grid") if progress else iter)
     model, before = run.config.model, run.config.train
     train = replace(

@@ -1,40 +1,28 @@
 """A trained run in memory: its model, configuration and metrics, with methods to measure it."""
 
-import contextlib
 import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
-from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import torch
 from torch import Tensor
 
-from nelbo._utils import limits
-from nelbo._utils.distributed import main_process_first, world
-from nelbo._utils.files import keep, kept, put_weights, read_tensors
-from nelbo._utils.numerics import seeded
-from nelbo._utils.progress import Track, interactive, shortened, tracker
-from nelbo.data import coerce
-from nelbo.data.sources import Source, Splits, load_like
+from nelbo._utils.progress import Track, interactive, tracks
+from nelbo.data.sources import Source, Splits
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.model import Model, find_device, model_hash
-from nelbo.diffusion.times import TimeDiscretization, TimeGrid, even_times
+from nelbo.diffusion.model import Model, find_device
+from nelbo.diffusion.times import TimeDiscretization, TimeGrid
 from nelbo.evaluation.alternatives import Alternative, Dequantise
 from nelbo.evaluation.anomaly_scores import Scored, Scorer
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
 from nelbo.evaluation.example_bounds import ExampleBounds, elbo
-from nelbo.evaluation.grid_search import best_grid
 from nelbo.evaluation.result import BoundEstimate, Evaluation, Measurement, rated
 from nelbo.evaluation.unmasking_order import beside, order_for
-from nelbo.models import custom
-from nelbo.models.build import build
-from nelbo.models.conditioning import encode, labelled, names
-from nelbo.runs.config import GRIDS, WEIGHTS, RunConfig, read_config, read_metrics
+from nelbo.runs import grids, own_data, shown
+from nelbo.runs.config import RunConfig
 
 if TYPE_CHECKING:
     from nelbo.codec.files import Summary
@@ -46,17 +34,11 @@ M = TypeVar("M", bound=Measurement)
 
 
 def _warn(line: str) -> None:
-    warnings.warn(line, stacklevel=3)
+    warnings.warn(line, stacklevel=4)
 
 
 def _quiet(line: str) -> None:
     pass
-
-
-def tracks(progress: bool | None) -> Callable[[str], Track]:
-    """Return a function from a description of work to its bar, or to none."""
-    show = interactive() if progress is None else progress
-    return tracker if show else lambda what: iter
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,24 +52,10 @@ class Run:
     metrics: list[dict]
 
     def __repr__(self) -> str:
-        kind, shape = self.config.schema.kind, " x ".join(map(str, self.config.schema.shape))
-        given = names(self.config.schema)
-        best = [event for event in self.metrics if event["step"] <= self.step]
-        bound = f", validation {best[-1]['validation']:.3f} {best[-1]['unit']}" if best else ""
-        return (
-            f"Run {self.path}: P(x{f'|{given}' if given else ''}) of {kind}, {shape}, trained on"
-            f" {shortened(self.config.source, 64)}\n    {self.weights}{bound};"
-            f" {sum(p.numel() for p in self.model.parameters())} weights, {self.model.device}"
-        )
+        return shown.text(self)
 
     def _repr_html_(self) -> str:
-        first, second = repr(self).split("\n")
-        rows = "".join(
-            f"<tr><td>{e['step']}</td><td>{e['train']:.4f}</td><td>{e['validation']:.4f}</td></tr>"
-            for e in self.metrics[-5:]
-        )
-        head = "<tr><th>step</th><th>train</th><th>validation</th></tr>"
-        return f"<p>{escape(first)}<br>{escape(second)}</p><table>{head}{rows}</table>"
+        return shown.html(self)
 
     @property
     def step(self) -> int:
@@ -131,23 +99,7 @@ class Run:
             ValueError: the data have another schema; there is no such split; or it is not known
                 where the run's own data are.
         """
-        if isinstance(source, Batch):
-            return source, "a batch"
-        if source is None:
-            dataset = self.config.load_data()
-        else:
-            dataset = load_like(source, self.config.schema, size=self.config.size, splits=splits)
-            for note in dataset.notes:
-                tell(f"note: {note}")
-        split = split or ("test" if source is None else "all")
-        if split not in dataset.splits:
-            raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
-        tabular = self.config.schema.columns
-        unnamed = "a table" if tabular else coerce.NAME
-        place = source if isinstance(source, str | PathLike) else unnamed
-        name = split if source is None else f"{split} of {place}"
-        labels = dataset.labels.get(split)
-        return labelled(dataset.splits[split], labels, self.config.schema), name
+        return own_data.examples(self.config, source, split, splits, tell)
 
     def evaluate(
         self,
@@ -528,17 +480,7 @@ class Run:
 
         A run that this user did not train reads no data that it names, until they are given here.
         """
-        if (
-            not isinstance(source, str | PathLike)
-            or main_process_first(self.config.place) is not None
-        ):
-            return False
-        place = self.config.recognises(str(source))
-        if place is None:
-            return False
-        with contextlib.suppress(OSError):  # then the record lasts until the process ends
-            self.config.remember(place)
-        return True
+        return own_data.meet(self.config, source)
 
     def conditions(self, count: int, labels: Tensor | None = None, seed: int = 0) -> Tensor | None:
         """Return conditions for `count` examples, (count, F); None if the run is unconditional.
@@ -552,22 +494,7 @@ class Run:
         Raises:
             ValueError: labels are to be drawn and the training data are not available.
         """
-        schema = self.config.schema
-        if not schema.condition:
-            return None
-        if labels is None:
-            try:
-                known = self.config.load_data().labels["train"]
-            except (ValueError, OSError) as error:
-                raise ValueError(
-                    f"labels are drawn from the training data: {error}; or give --condition"
-                ) from None
-            known = known[~known.isnan().any(1)]
-            if not len(known):
-                raise ValueError("no training example has all labels; give --condition")
-            with seeded(seed, 4):
-                labels = known[torch.randint(len(known), (count,))]
-        return encode(labels, schema)
+        return own_data.conditions(self.config, count, labels, seed)
 
     def grid(self, steps: int, track: Track = iter) -> TimeGrid:
         """Return the best grid of `steps` times for this model; it does not depend on any seed.
@@ -578,77 +505,4 @@ class Run:
         Raises:
             ValueError: invalid number of steps, or the training data are not available.
         """
-        even_times(self.model.process.schedule, steps, steps)  # raises for an invalid number
-        if len(self.config.train.grid) == steps:
-            return TimeGrid(self.config.train.grid)
-        path, key = self.path / GRIDS, f"{model_hash(self.model)}, {steps} steps"
-        start = self.model.process.schedule.start
-        times = main_process_first(
-            lambda: _times(kept(path).get(key), steps, start)
-        )  # the same answer on all processes
-        if times is None:
-            try:
-                batch, _ = self.batch(split="train")
-            except (ValueError, OSError) as error:
-                raise ValueError(
-                    f"the best grid is found on the training data: {error}; or use the uniform"
-                    " grid with --grid uniform"
-                ) from None
-            times = best_grid(self.model, batch, steps, track=track).times.tolist()
-            if world()[0] == 0:
-                with contextlib.suppress(OSError):  # a read-only folder
-                    keep(path, key, times)
-        return TimeGrid(times)
-
-
-def _times(found: object, steps: int, start: float) -> list[float] | None:
-    """Return the times stored in a file; None if they are no grid of `steps` from `start` on."""
-    try:
-        times = TimeGrid(cast(Any, found)).times
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return times.tolist() if len(times) == steps and times[0] >= start else None
-
-
-def load(path: str | Path, network: custom.Network | None = None) -> Run:
-    """Load the run at `path` with its best weights, ready to be measured.
-
-    Args:
-        path: a run folder; or, if there is none, the name of a run on the hub of Hugging Face,
-            "user/name", see `Run.push_to_hub`.
-        network: of a run with a network of your own: the module, of which a copy is used, or a
-            function that returns it. Its weights are replaced by those of the run.
-
-    Raises:
-        FileNotFoundError: there is no such run, or it has no weights yet.
-        ValueError: the weights are truncated or belong to another architecture, the configuration
-            has unknown keys, the hub cannot be reached, or the network is missing or another one.
-    """
-    if is_name(path):
-        from nelbo.runs import hub
-
-        path = hub.pull(str(path))
-    path = Path(path)
-    run = read_config(path)
-    custom.check_given(run.model, network, path)
-    tensors, about = read_tensors(limits.contained(path / WEIGHTS, path))
-    if network is not None:  # the user's own code, which no file limits
-        network = custom.instantiate(network)
-    # initial weights are random, but replaced below
-    with seeded(0), limits.within_file(tensors, path / WEIGHTS):
-        model = build(run.model, run.schema, network=network)
-    put_weights(model, tensors, str(path / WEIGHTS), custom.mismatch(network))
-    model.eval()
-    kind = {"ema": "averaged", "raw": "raw"}.get(str(about.get("weights", "raw")), "other")
-    weights = shortened(f"{kind} weights of step {about.get('step', '?')}", 64)
-    return Run(path, model, run, weights, read_metrics(path))
-
-
-def is_name(path: str | Path) -> bool:
-    """Return whether a text names a run on the hub: user/name, and nothing here has that path."""
-    return (
-        isinstance(path, str)
-        and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
-        and not Path(path).exists()
-        and not Path(path).parent.exists()
-    )
+        return grids.best(self, steps, track)
