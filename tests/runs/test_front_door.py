@@ -10,7 +10,7 @@ import torch
 from support.runs import TINY
 
 import nelbo
-from nelbo._utils import progress
+from nelbo._utils import progress, terminal
 from nelbo.data import Schema
 from nelbo.data.tabular import encoding
 from nelbo.evaluation.importance_bound import evaluate_importance
@@ -327,8 +327,8 @@ def test_progress_is_for_who_watches(monkeypatch):
     monkeypatch.delitem(sys.modules, "ipykernel")
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     assert not progress.interactive()
-    monkeypatch.setattr(progress, "find_spec", lambda name: None)
-    assert progress.Terminal(stderr=True).is_jupyter is False
+    monkeypatch.setattr(terminal, "find_spec", lambda name: None)
+    assert terminal.Terminal(stderr=True).is_jupyter is False
 
 
 def test_train_names_its_options():

@@ -3,7 +3,8 @@
 import pytest
 from rich.table import Table
 
-from nelbo._utils.progress import Terminal, printable
+from nelbo._utils.progress import printable
+from nelbo._utils.terminal import Terminal
 
 
 @pytest.mark.parametrize(

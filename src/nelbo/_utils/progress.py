@@ -1,16 +1,10 @@
-"""Progress bars on standard error, so that standard output stays clean; text for terminals."""
+"""Progress bars on standard error, so that standard output stays clean; printable text."""
 
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
-from typing import Any
 from unicodedata import category
-
-from rich.console import Console
-from rich.text import Text
-from typing_extensions import override
 
 from nelbo._utils.distributed import world
 
@@ -37,6 +31,8 @@ def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int
         TextColumn,
         TimeRemainingColumn,
     )
+
+    from nelbo._utils.terminal import Terminal
 
     columns = (
         TextColumn("{task.description}"),
@@ -107,22 +103,6 @@ def line(text: str) -> str:
     """Return the text for a terminal: printable, with long words and long texts shortened."""
     text = shortened(text, 100 * LINE)  # before the search for words
     return printable(shortened(re.sub(r"\S+", lambda w: shortened(w[0], WORD), text), LINE))
-
-
-class Terminal(Console):
-    """Console that obeys no control codes within texts, and shortens long words.
-
-    In a notebook without ipywidgets, of which rich would only say that they are missing, it writes
-    plain text.
-    """
-
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - those of `Console`
-        widgets = None if find_spec("ipywidgets") else False
-        super().__init__(force_jupyter=widgets, **options)
-
-    @override
-    def render_str(self, text: str, **options: object) -> Text:
-        return super().render_str(line(text), **options)  # type: ignore[arg-type]
 
 
 def tracks(progress: bool | None) -> Callable[[str], Track]:

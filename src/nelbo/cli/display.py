@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from nelbo._utils.progress import Terminal
+from nelbo._utils.terminal import Terminal
 from nelbo.codec.files import Report
 from nelbo.data.inspection import Inspection
 from nelbo.evaluation.result import (
