@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Library
 
 import nelbo
 from nelbo import data
+from nelbo.data.readers.text import decode
 from nelbo.data.tokenizer import Tokenizer, make
 from nelbo.models.build import build
 from nelbo.runs import config as run_config
@@ -38,16 +39,23 @@ def test_tokens_give_every_text_back(file):
     assert any(f"tokenizer {tokenizer.sha256}" in note for note in found.notes)
     for text in ("", " x", "日本\r\n\t é \U0001f600", "\0 [MASK]", TEXT[:99]):
         assert tokenizer.decode(tokenizer.encode(text, "it").tolist()) == text
-    test = tokenizer.decode(found.splits["test"].flatten().tolist())
     tenth = len(TEXT) // 10
-    assert TEXT[-tenth:].startswith(test[:-1]) and len(test) > 300
+    assert "".join(decode(found.splits["test"].numpy(), tokenizer)) == TEXT[-tenth:]
+    assert (found.splits["train"] < 300).all()  # chunks to train on are whole
     assert len(tokenizer.encode(TEXT, "it")) < len(TEXT.encode()) / 2
     assert make("bpe:300", TEXT[: -2 * tenth]) == tokenizer  # the training split's
     lines = data.load(TEXT.splitlines(), tokenizer="bpe:300", size=12)  # in memory
     assert lines.schema.tokenizer.count == 300
     again = data.load_like(file, found.schema)
-    ids = tokenizer.encode(TEXT, "it")[: again.splits["all"].numel()]
-    assert (again.splits["all"].flatten().numpy() == ids).all()
+    ids, every = tokenizer.encode(TEXT, "it"), again.splits["all"].flatten().numpy()
+    assert (every[: len(ids)] == ids).all() and (every[len(ids) :] == 300).all()
+    last = len(ids) % 12
+    assert last > 0 and any(f"last chunk of {file} has {last} of 12 tok" in n for n in again.notes)
+    (file.parent / "short.txt").write_text("the cat")
+    short = data.load_like(file.parent / "short.txt", found.schema).splits["all"]
+    assert len(short) == 1 and decode(short.numpy(), tokenizer) == ["the cat"]
+    with pytest.raises(ValueError, match=r"the train split of .* too few for a chunk"):
+        data.load(file.parent / "short.txt", tokenizer=tokenizer, size=12)
 
 
 def test_a_run_of_tokens(tmp_path, file, capsys):
@@ -60,8 +68,10 @@ def test_a_run_of_tokens(tmp_path, file, capsys):
     run_ok("evaluate", run, "--calls", 8, "--json")
     found = json.loads(capsys.readouterr().out)
     (test,) = [nelbo.load(run).examples("test")]
-    text, bits = kept.decode(test.flatten().tolist()), found["nats"] / math.log(2) * len(test)
-    assert math.isclose(found["bits_per_token"], bits / test.numel())
+    text, bits = TEXT[-(len(TEXT) // 10) :], found["nats"] / math.log(2) * len(test)
+    whole = len(kept.encode(text, "it"))
+    assert (test < 300).sum() == whole < test.numel()  # the last chunk is shorter
+    assert math.isclose(found["bits_per_token"], bits / whole)
     assert math.isclose(found["bits_per_character"], bits / len(text))
     assert math.isclose(found["bits_per_byte"], bits / len(text.encode()))
     assert found["bits_per_byte"] < found["bits_per_character"] < found["bits_per_token"] < 9
@@ -74,7 +84,14 @@ def test_a_run_of_tokens(tmp_path, file, capsys):
     assert len(capsys.readouterr().out.split("\n" + "-" * 72 + "\n")) == 4
     assert all(isinstance(s, str) for s in nelbo.load(run).sample(2, sampler="entropy"))
     assert len(nelbo.load(run).score(calls=8)) == len(test)
+    capsys.readouterr()
     run_ok("compress", run, tmp_path / "other.txt", "--out", tmp_path / "o.nlb", "--steps", 2)
+    coded = kept.encode((tmp_path / "other.txt").read_text(), "it")
+    bits = 8 * (tmp_path / "o.nlb").stat().st_size / len(coded)  # of its own tokens
+    assert len(coded) % 12 and f"{bits:.3f} bits/dim" in capsys.readouterr().err
+    report = nelbo.inspect(tmp_path / "o.nlb")
+    assert report.bits_per_dim == bits
+    assert report.blocks[0].bits_per_dim == 8 * report.blocks[0].size / len(coded)
     run_ok("decompress", run, tmp_path / "o.nlb", "--out", tmp_path / "back.txt")
     assert (tmp_path / "back.txt").read_bytes() == (tmp_path / "other.txt").read_bytes()
 

@@ -105,7 +105,7 @@ def compress_file(
         done=progress(len(found.x) * (2 if verify else 1)),
     )
     main_process_first(lambda: write(out, data))
-    bits = 8 * len(data) / found.x.numel()
+    bits = 8 * len(data) / contents.numbers(found.about, found.x.numel())
     return Summary(found.original, len(data), bits, found.notes)
 
 
@@ -158,7 +158,7 @@ class Report:
     Args:
         size: bytes of the file.
         header: its header.
-        bits_per_dim: bits per dimension of the file.
+        bits_per_dim: bits per dimension of the file; symbols that fill up a text do not count.
         bound: bits/dim of one draw of the bound of the examples coded by the model, at the latents
             in the file; None if there are none.
         blocks: its blocks.
@@ -179,16 +179,21 @@ def report(data: bytes) -> Report:
     """
     header, blocks = describe(data)
     dims = math.prod(header.shape)
-    numbers = max(1, header.examples * dims)
+    padded = header.examples * dims
+    numbers = max(1, contents.numbers(header.contents, padded))
     nats, by_model = header.ideal
     bound = nats / (LOG_2 * by_model * dims) if by_model else None
-    each = tuple(_of_block(block, dims) for block in blocks)
+    end = header.examples
+    each = tuple(
+        _of_block(b, b.count * dims - (padded - numbers) * (b.first + b.count == end))
+        for b in blocks
+    )
     return Report(len(data), header, 8 * len(data) / numbers, bound, each)
 
 
-def _of_block(block: Block, dims: int) -> BlockReport:
+def _of_block(block: Block, numbers: int) -> BlockReport:
     size = len(block.payload)
-    bits = 8 * size / (block.count * dims)
+    bits = 8 * size / max(1, numbers)
     batches = len(block.sizes)
     return BlockReport(
         block.first, block.count, MODES[block.mode], block.seeds, batches, size, bits

@@ -191,7 +191,8 @@ def _store(x: Stored, label: str, schema: Schema) -> Tensor:
             f" {fix}"
         )
     _refuse_negative(x, label)
-    if x.max() >= schema.levels:
+    codes = schema.levels + (schema.absent is not None)
+    if x.max() >= codes:
         high = int(x.max())
         raise ValueError(
             f"{label} holds the value {high}, beyond the {schema.levels} levels "
@@ -199,7 +200,7 @@ def _store(x: Stored, label: str, schema: Schema) -> Tensor:
         )
     if isinstance(x, Rows):
         return cast(Tensor, x)
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=_smallest(schema.levels)))
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=_smallest(codes)))
 
 
 def split(

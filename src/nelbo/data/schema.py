@@ -150,6 +150,11 @@ class Schema(Record):
         return self.alphabet is not None or self.tokenizer is not None
 
     @property
+    def absent(self) -> int | None:
+        """The code of a place beyond the end of a shorter text of tokens; else None."""
+        return None if self.tokenizer is None else self.tokenizer.count
+
+    @property
     def symbol(self) -> str:
         """The name of a symbol of text."""
         return "token" if self.tokenizer is not None else "character" if self.alphabet else "byte"
@@ -168,8 +173,9 @@ class Schema(Record):
             return {}
         bits = {f"bits_per_{self.symbol}": bits_per_dim}
         if self.tokenizer is not None:
-            text = self.tokenizer.decode(x[:].flatten().tolist())
-            whole = bits_per_dim * x.shape.numel()
+            tokens = x[:][x[:] != self.absent]
+            text = self.tokenizer.decode(tokens.tolist())
+            whole = bits_per_dim * len(tokens)
             bits["bits_per_character"] = whole / len(text)
             bits["bits_per_byte"] = whole / len(text.encode())
         return bits | {"perplexity": 2**bits_per_dim}

@@ -395,7 +395,7 @@ class Logits(Parametrization):
         With a network output of zero, the model is then the factorised Bayes denoiser.
         """
         if self.log_prior.ndim == 1:  # shared by all dimensions
-            counts = x.flatten().bincount(minlength=self.count) + 1
+            counts = x[x < self.count].bincount(minlength=self.count) + 1
             self.log_prior.data.copy_((counts / counts.sum()).log())
             return
         self.log_prior.data.copy_(log_frequencies(x, self.count))
@@ -404,12 +404,13 @@ class Logits(Parametrization):
 def log_frequencies(x: Tensor, count: int) -> Tensor:
     """Return log-frequencies of the `count` levels in each dimension of x, (N, ...): (..., count).
 
-    Each dimension is smoothed with `count` pseudo-counts, distributed as in all dimensions.
+    Each dimension is smoothed with `count` pseudo-counts, distributed as in all dimensions. The
+    code `count`, where a shorter text has no symbol, is not counted.
     """
     places = count * torch.arange(x[0].numel()).reshape(x.shape[1:])
     counts = torch.zeros(x[0].numel() * count, dtype=torch.int64)
     for part in x.split(4096):
-        counts += torch.bincount((places + part).flatten(), minlength=len(counts))
+        counts += torch.bincount((places + part)[part < count], minlength=len(counts))
     table = counts.double().reshape(*x.shape[1:], count)
     overall = table.flatten(0, -2).sum(0) + 1
     smooth = table + count * overall / overall.sum()

@@ -381,7 +381,8 @@ class MaskedDiffusion(ForwardProcess):
         schedule: γ(t), with α_t = sigmoid(-γ(t)).
         count: the number K of symbols.
         as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
-            it gets K + 1 channels, of which that of the symbol or of the mask is 1.
+            it gets K + 1 channels, of which that of the symbol or of the mask is 1. Examples may
+            then be shorter than others: x is K beyond their end, and costs nothing there.
     """
 
     mask: int

@@ -10,6 +10,9 @@ more memory than the network. Masked diffusion asks for little of it:
     MaybeMasked   with probability exp(log_shown) a symbol of one of these, else the mask K:
                   q(z_t|x), q(z_s|z_t,x) and P(z_s|z_t) in turn
 
+The code K of a symbol says that there is none, beyond the end of a shorter text. It is known, so
+its probability is 1; its place holds the mask at all times.
+
 and KL( MaybeMasked(certain x) ‖ MaybeMasked(P) ) = p_shown (log p_shown/q_shown - log P(x)) + the
 same of the mask: one log-probability per place. `log_probs`, the full table, is for small
 vocabularies: an entropy coder, a report.
@@ -108,7 +111,8 @@ class Uniform(Symbols):
 
     @override
     def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
-        return torch.full_like(value, -math.log(self.count), dtype=torch.float64)
+        each = torch.full_like(value, -math.log(self.count), dtype=torch.float64)
+        return torch.where(value == self.count, 0.0, each)
 
     @override
     def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
@@ -191,9 +195,9 @@ class Predicted(Symbols):
         found = (value == self.symbols).to(self.dtype).log()
         for places, log_probs in self.rows(_any(where, extra)):
             at: tuple[EllipsisType | Tensor, ...] = (..., *places)
-            asked = value[at].reshape(-1, len(log_probs)).T  # (n, E)
+            asked = value[at].reshape(-1, len(log_probs)).T.clamp(max=self.count - 1)  # (n, E)
             found[at] = log_probs.gather(1, asked).T.reshape(*value.shape[:extra], -1)
-        return found
+        return torch.where(value == self.count, 0.0, found)
 
     @override
     def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:

@@ -142,8 +142,9 @@ def unmask(
     condition: Tensor | None,
     order: UnmaskingOrder,
     show: Callable[[Predicted, Tensor, Tensor], Tensor],
+    places: Tensor | None = None,
 ) -> Tensor:
-    """Show all hidden symbols of z in an order; return x, shape of z.
+    """Show the hidden symbols of z in an order; return x, shape of z.
 
     A step calls the network once for each row in which something is hidden.
 
@@ -154,16 +155,18 @@ def unmask(
         order: the order.
         show: returns the symbols that z gets, (R, ...), from their distribution, a mask of the
             places (R, ...) and the rows of z that these are, (R,).
+        places: mask of the places to show, shape of z; those that hold the mask where left out.
     """
     z, mask = z.long().clone(), order.mask_of(model)
-    total = (z == mask).flatten(1).sum(1).double()
-    while len(rows := (z == mask).flatten(1).any(1).nonzero()[:, 0]):
-        now = z[rows]
-        hidden = now == mask
+    left = (z == mask) if places is None else places.clone()
+    total = left.flatten(1).sum(1).double()
+    while len(rows := left.flatten(1).any(1).nonzero()[:, 0]):
+        now, hidden = z[rows], left[rows]
         t = time_of_share(model, hidden.flatten(1).sum(1) / total[rows])
         symbols = model.predict(now, t, rows_of(condition, rows)).symbols(now, mask)
         chosen = order.next(symbols, hidden)
         z[rows] = torch.where(chosen, show(symbols, chosen, rows), now)
+        left[rows] = hidden & ~chosen
     return z
 
 

@@ -109,7 +109,7 @@ class Scored:
         nats: the bound on -log P(x), (N,).
         standard_error: Monte Carlo error of the bound, (N,); NaN where it is unknown.
         reference: scores of the reference, (M,).
-        bits: factor from nats to bits/dim, None for a density.
+        bits: factor from nats to bits/dim, of all or of each, (N,); None for a density.
         columns: names of the columns of a table.
         excess: contribution of each column, (N, len(columns)), nats; one draw of each term.
     """
@@ -118,7 +118,7 @@ class Scored:
     nats: Tensor
     standard_error: Tensor
     reference: Tensor
-    bits: float | None
+    bits: float | Tensor | None
     columns: tuple[str, ...] = ()
     excess: Tensor | None = None
 
@@ -233,7 +233,9 @@ class Scorer:
         each = self._nats(batch)
         nats, error = each.mean(1), _overflown(errors([each], self.replicates))
         score = self.define(nats, batch.x, self.schema, self.mean)
-        bits = None if model.decoder.density else 1 / (model.dims * LOG_2)
+        tokens = model.process.as_codes  # texts of any length
+        dims = model.scored_places(batch).sum(1).double() if tokens else model.dims
+        bits = None if model.decoder.density else 1 / (dims * LOG_2)
         found = Scored(score, nats, error, self.reference, bits)
         if not self.schema.columns:
             return found

@@ -28,7 +28,7 @@ def check_length(model: Model, batch: Batch) -> None:
     Raises:
         ValueError: as said.
     """
-    longest = int(_hidden(model, model.blank(len(batch), batch.condition)).flatten(1).sum(1).max())
+    longest = int(model.scored_places(batch).flatten(1).sum(1).max())
     if longest > LONGEST:
         raise ValueError(
             "P(x) in random order is a mean over all orders, summed over the 2^L sets of symbols"
@@ -46,7 +46,7 @@ def log_prob(model: Model, batch: Batch) -> Tensor:
     """
     mask, x = model.process.mask, batch.x.long().flatten(1)
     blank = model.blank(len(batch), batch.condition).long()
-    hidden = _hidden(model, blank).flatten(1)
+    hidden = model.scored_places(batch).flatten(1)
     found = torch.zeros(len(batch), dtype=torch.float64, device=x.device)
     for count in hidden.sum(1).unique().tolist():  # the sets of what shows, once for each length
         shows = _sets(count, x.device)

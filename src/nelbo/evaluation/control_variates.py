@@ -173,14 +173,18 @@ class SymbolVariate(ControlVariate):
         return torch.where(hidden, draw.prediction.e_hat.clamp(min=LEAST), self.log_frequency)
 
     def _centred(self, draw: TermDraw, context: Tensor) -> Tensor:
-        process, surprise = self.model.process, of_level(-context, draw.x)
+        process, surprise = self.model.process, self._surprise(context, draw.x)
         share = process.log_one_minus_alpha(draw.term.t).exp()
         hidden = (draw.z == self.mask).double() - over(share, surprise)
         return draw.term.mask_weight(process) * (hidden * surprise).flatten(1).sum(1)
 
     @override
     def between(self, x: Tensor) -> list[Tensor]:
-        return [of_level(-self.log_frequency, x).flatten(1).sum(1, keepdim=True)]
+        return [self._surprise(self.log_frequency, x).flatten(1).sum(1, keepdim=True)]
+
+    def _surprise(self, log_p: Tensor, x: Tensor) -> Tensor:
+        """Return -log p of the symbols, shape of x; 0 where a shorter text has none."""
+        return torch.where(x == self.mask, 0.0, of_level(-log_p, x.clamp(max=self.mask - 1)))
 
 
 class MixtureFeatures(ControlVariate):

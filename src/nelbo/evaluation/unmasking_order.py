@@ -42,7 +42,8 @@ def log_prob(model: Model, batch: Batch, order: UnmaskingOrder) -> Tensor:
         total[rows] += torch.where(chosen, each, 0.0).flatten(1).sum(1)
         return x[rows]
 
-    unmask(model, model.blank(len(x), batch.condition), batch.condition, order, show)
+    places = model.scored_places(batch)
+    unmask(model, model.blank(len(x), batch.condition), batch.condition, order, show, places)
     return total
 
 

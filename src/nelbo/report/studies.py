@@ -73,7 +73,7 @@ def measure_steps(
             each = scale * sum(bound, start=torch.zeros(()))
             if name == own:
                 cost = each
-            total = each.flatten(1).sum(1) / (1 if scale == 1 else model.dims)
+            total = each.flatten(1).sum(1) / (1 if scale == 1 else model.scored(batch))
             error = (
                 (total.var(correction=1) / len(batch)).sqrt()
                 if len(batch) > 1
@@ -111,8 +111,13 @@ def measure_files(
 ) -> Coded | None:
     """Compress and decompress examples x (N, *shape) by the model and by other codecs.
 
-    Return None if there is no lossless code for the model, or constriction is not installed.
+    Return None if there is no lossless code for the model or the examples, or constriction is not
+    installed. A shorter text has no code as an example.
     """
+    if model.process.as_codes:
+        x = x[model.scored_places(Batch(x)).all(1)]
+    if not len(x):
+        return None
     try:
         check_codable(model)
         constriction()

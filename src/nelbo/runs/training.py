@@ -49,6 +49,9 @@ class Training:
         rank, size = world()
         self.first, self.alone = rank == 0, size == 1
         self.learner = Trainer(run.model, run.train, dataset, device, network=network)
+        model = self.learner.model
+        tokens = model.process.as_codes  # texts of any length
+        self.measured = model.scored(self.learner.validation) if tokens else model.dims
         self.add_event: events.Add = lambda event, step: None
         self.told = 0  # the step of the last event
         self.folder: tuple[int, int] | None = None  # device and inode, once the folder exists
@@ -149,8 +152,8 @@ class Training:
             "step": at.step,
             "seconds": round(at.seconds, 3),
             "lr": learning_rate(self.run.train, at.step - 1),
-            "train": self._shown(at.recent),
-            "validation": self._shown(result.nats),
+            "train": self._shown(at.recent, self.learner.model.dims),
+            "validation": self._shown(result.nats, self.measured),
             "validation_standard_error": None if math.isnan(error) else error,
             "unit": result.unit,
         }
@@ -191,15 +194,14 @@ class Training:
             if made:
                 out.rmdir()
 
-    def _shown(self, nats: float) -> float:
-        dims = self.learner.model.dims
+    def _shown(self, nats: float, dims: float) -> float:
         return nats if self.run.schema.density else nats / (dims * LOG_2)
 
     def _note(self) -> str:
         at = self.learner.at
         unit = "nats" if self.run.schema.density else "bits/dim"
-        best = f", validation {self._shown(at.best):.3f}" if at.best_step else ""
-        return f"bound {self._shown(at.recent):.3f}{best} {unit}"
+        best = f", validation {self._shown(at.best, self.measured):.3f}" if at.best_step else ""
+        return f"bound {self._shown(at.recent, self.learner.model.dims):.3f}{best} {unit}"
 
 
 @contextmanager

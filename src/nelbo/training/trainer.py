@@ -242,8 +242,7 @@ class Trainer:
         Raises:
             ValueError: if the bound is not finite.
         """
-        examples = min(VALIDATION[0], max(100, VALIDATION[1] // self.model.dims))
-        few = self.examples("validation")[:examples]
+        few = self.validation
         average = self.average
         grid, start = self.config.grid, average.process.schedule.start
         times: TimeDiscretization = TimeGrid(grid) if grid else ContinuousTime(start)
@@ -285,6 +284,12 @@ class Trainer:
         if self.blocks is not None and isinstance(x, Rows):
             later = step + self.blocks.size * WINDOW // (2 * t.batch)
             x.warm(batch_indices(len(x), t.batch, later, t.seed, *world(), self.blocks).numpy())
+
+    @property
+    def validation(self) -> Batch:
+        """The validation examples that are measured while training."""
+        examples = min(VALIDATION[0], max(100, VALIDATION[1] // self.model.dims))
+        return self.examples("validation")[:examples]
 
     def examples(self, split: str) -> Batch:
         """Return the examples of a split, with their labels where the schema is conditional."""

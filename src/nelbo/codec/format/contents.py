@@ -5,9 +5,10 @@ rounded or left out. Data that the schema cannot hold are refused, or stored unc
 examples.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from torch import Tensor
@@ -83,6 +84,14 @@ def read(source: str, schema: Schema) -> Contents:
         f"{path} is of no type that can be compressed; give a .npy, .npz, .png, .txt, .csv, .tsv,"
         " .parquet or .arrow file, or a folder of .png or .txt files"
     )
+
+
+def numbers(about: Mapping[str, object], coded: int) -> int:
+    """Return the number of numbers in the data, of `coded` ones: a text is filled up."""
+    if about.get("kind") not in ("txt", "texts"):
+        return coded
+    sizes = cast(Sequence[int], about.get("sizes", ()))
+    return sum(sizes) or coded
 
 
 def check_output(about: Mapping[str, object], out: Path) -> None:

@@ -3,7 +3,8 @@
 The alphabet is that of the training split, sorted, with one more symbol for any other character. A
 text of bytes has 256 symbols and no alphabet. Splits are contiguous, so that no chunk is in two of
 them. Chunks for evaluation follow each other; those for training overlap and begin at random,
-because a chunk may begin anywhere.
+because a chunk may begin anywhere. The last chunk of tokens may be shorter: it is filled up with
+a code that says so, `Schema.absent`, so that a text of tokens is measured whole.
 """
 
 from pathlib import Path
@@ -171,7 +172,7 @@ def decode(x: np.ndarray, symbols: str | Tokenizer) -> list[str]:
     True
     """
     if isinstance(symbols, Tokenizer):
-        return [symbols.decode(chunk) for chunk in x.tolist()]
+        return [symbols.decode(chunk[chunk < symbols.count].tolist()) for chunk in x]
     if not symbols:
         return [bytes(chunk.tolist()).decode("utf-8", errors="replace") for chunk in x]
     return ["".join((symbols + OTHER)[k] for k in chunk) for chunk in x.tolist()]
@@ -261,7 +262,8 @@ def _chunks(
     """Return chunks (N, length) of the codes of each split; with a seed, for training.
 
     A training chunk begins at random in each stride: at multiples of the stride, chunks would see
-    records of a fixed width at some of their phases only.
+    records of a fixed width at some of their phases only. The last chunk of tokens to evaluate is
+    filled up with the number of tokens.
     """
     training = seed is not None
     tokenizer = symbols if isinstance(symbols, Tokenizer) else None
@@ -269,13 +271,18 @@ def _chunks(
     unit, parts = "tokens" if tokenizer else "characters" if alphabet else "bytes", {}
     shortest = min(map(len, codes.values()))
     for part, code in codes.items():
+        learned = training and part == "train"
+        if tokenizer is not None and not learned and len(code) % length:
+            note = f"the last chunk of {_label(path, part)} has {len(code) % length} of {length}"
+            notes.append(f"{note} tokens; lengths are given, not coded")
+            absent = -len(code) % length
+            code = np.pad(code, (0, absent), constant_values=tokenizer.count)
         if len(code) < length:
             other = f", or try --size {max(1, shortest // 2)}" if training else ""
             raise ValueError(
                 f"{_label(path, part)} has {len(code)} {unit}, too few for a chunk of {length};"
                 f" give more text{other}"
             )
-        learned = training and part == "train"
         overlap = OVERLAP if learned else 1
         stride = max(1, length // min(overlap, max(1, WINDOWS // len(code))))
         windows = np.lib.stride_tricks.sliding_window_view(code, length)
