@@ -77,6 +77,18 @@ def test_a_changed_sign_shows(predicts):
         read(Trained(predicts, sign=-1.0), predicts=predicts)
 
 
+def test_edm_is_told_apart_from_its_negative_and_from_noise():
+    """With σ_data = 1, F of EDM is minus the velocity."""
+    edm = {"predicts": "edm", "sigma_data": 1.0}
+    assert read(Trained("velocity", sign=-1.0), **edm, times=np.arange(T)) == []
+    for network, words in (
+        (Trained("velocity"), 'predicts="edm" of minus the output'),
+        (Trained("noise"), 'predicts="noise"'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read(network, **edm, times=np.arange(T))
+
+
 @pytest.mark.parametrize("low", [0.0, -1.0, -0.5])
 @pytest.mark.parametrize("said", [0.0, -1.0])
 def test_the_scaling_shows(low, said):

@@ -18,7 +18,15 @@ from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import elbo
 from nelbo.integrations import adapters, denoisers, spaced, wrap
-from nelbo.integrations.adapters import EDM, Flow, LastStep, OnSteps, Steps, interpolating
+from nelbo.integrations.adapters import (
+    EDM,
+    Flow,
+    LastStep,
+    OnSteps,
+    Steps,
+    exploding,
+    interpolating,
+)
 from nelbo.testing import DiscreteContract, ProcessContract, ScheduleContract
 
 # the tests want a prior term that can be seen
@@ -201,6 +209,18 @@ def language(name):
                 "predicts": head,
             },
         ),
+        "edm by name": lambda: (
+            Network(edm),
+            {"sigmas": sigmas, "predicts": "edm", "sigma_data": c_data},
+        ),
+        "edm of a sampler": lambda: (
+            Network(edm),
+            {
+                "sigmas": torch.cat([sigmas.flip(0), torch.zeros(1)]),
+                "predicts": "edm",
+                "sigma_data": c_data,
+            },
+        ),
     }[name]()
 
 
@@ -217,6 +237,8 @@ def language(name):
         "flow of sigmas",
         "flow of a sampler",
         "edm",
+        "edm by name",
+        "edm of a sampler",
     ],
 )
 def test_every_language_says_the_same(name):
@@ -229,6 +251,56 @@ def test_every_language_says_the_same(name):
     got = full_sum(wrap(network, SHAPE, **told), x)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+class Preconditioned(nn.Module):
+    """x̂(y, σ) as Karras et al. 2022 compute it of F, equation 7 and table 1."""
+
+    def __init__(self, inner, sigma_data):
+        super().__init__()
+        self.inner, self.sigma_data = inner, sigma_data
+
+    def forward(self, y, sigma):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+        out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
+        c_in = 1 / (self.sigma_data**2 + sigma**2).sqrt()
+        return skip * y + out * self.inner(c_in * y, sigma.log().flatten() / 4)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_edm_is_what_its_preconditioning_computes(sigma_data):
+    """F by name has the bound of x̂(y, σ) around it: on σ's, on some of them, in all of time."""
+    inner = Network(lambda y, time: torch.sin(y + time.reshape(-1, 1, 1, 1)))
+    whole, x = Preconditioned(inner, sigma_data), images()
+    sigmas = np.geomspace(0.01, 80, 9)
+    edm = {"predicts": "edm", "sigma_data": sigma_data}
+    for keep, steps in ((None, 9), ([0, 4, 8], 3)):
+        got = full_sum(wrap(inner, SHAPE, sigmas=sigmas, keep=keep, **edm), x, steps)
+        want = full_sum(wrap(whole, SHAPE, predicts="data", sigmas=sigmas, keep=keep), x, steps)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    line = Linear(2 * math.log(0.01), 2 * math.log(80))
+    ve = {"times": lambda gamma: (gamma / 2).exp(), "factor": exploding}
+    got = wrap(inner, SHAPE, schedule=line, **edm)
+    want = wrap(whole, SHAPE, predicts="data", schedule=line, **ve)
+    t = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
+    z = torch.randn(4, *SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(got.predict(z, t).e_hat, want.predict(z, t).e_hat)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"predicts": "edm"},
+        {"predicts": "edm", "sigma_data": -1.0},
+        {"predicts": "data", "sigma_data": 0.5},
+        {"predicts": "edm", "sigma_data": math.inf},
+    ],
+)
+def test_edm_and_its_sigma_data_go_together(told):
+    with pytest.raises(ValueError, match=r'predicts="edm" and sigma_data, .* go together; got'):
+        wrap(constant(0.0), SHAPE, sigmas=[0.5, 2.0], **told)
 
 
 def test_the_network_is_told_its_own_times():

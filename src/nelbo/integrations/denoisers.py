@@ -24,6 +24,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Schedule
 from nelbo.integrations.adapters import (
+    EDM,
     Adapter,
     BestVariance,
     Clipped,
@@ -47,7 +48,7 @@ from nelbo.integrations.noise_levels import (
 )
 from nelbo.integrations.probe import probe
 
-Predicts = str  # a key of HEADS or of parametrization.SPELLINGS, or "mean"
+Predicts = str  # a key of HEADS or of parametrization.SPELLINGS, "edm" or "mean"
 Variance = Literal["small", "large", "learned-range", "optimal"]
 Denoiser = Callable[..., Tensor]
 
@@ -88,6 +89,7 @@ def wrap(
     alphas: Numbers | None = None,
     sigmas: Numbers | None = None,
     schedule: Schedule | None = None,
+    sigma_data: float | None = None,
     times: Numbers | Callable[[Tensor], Tensor] | None = None,
     factor: Factor | None = None,
     variance: Variance = "small",
@@ -107,18 +109,20 @@ def wrap(
             variance in the second half. A function is called with float64 latents.
         shape: shape of one example, channels first.
         predicts: kind of the output: ε ("noise"), x ("data"), √α ε - √(1-α) x ("velocity"),
-            ∇ log q ("score"), ε - x ("flow") or the mean of z_{t-1} given z_t ("mean", all T
-            times); other names of these, such as "epsilon", "x0" and "v", are understood; or a
-            parametrization of your own.
+            ∇ log q ("score"), ε - x ("flow"), F(c_in y, log(σ)/4) of Karras et al. 2022 ("edm",
+            with `sigma_data`) or the mean of z_{t-1} given z_t ("mean", all T times); other names
+            of these, such as "epsilon", "x0" and "v", are understood; or a parametrization of your
+            own.
         betas: β_1..β_T of y_t = √(1-β_t) y_{t-1} + √β_t ε.
         alphas: α_1..α_T, the products of 1-β (others' "alphas_cumprod"), decreasing.
         sigmas: σ_1 < ... < σ_T of y_t = x + σ_t ε; or for a flow y_t = (1-σ_t) x + σ_t ε.
             Samplers have them from the last to the first, and then 0: these are turned round.
         schedule: γ(t) instead of these, for a network that takes any time.
-        times: time inputs of the network at the T times; by default 0..T-1, or the σ's. With
-            `schedule`, a function of γ; by default for a flow, its σ.
-        factor: c(γ) of their latents y = c z, if it is not implied by betas, alphas, sigmas or a
-            flow.
+        sigma_data: σ_data of "edm": x̂ = c_skip y + c_out F for y = x + σ ε.
+        times: time inputs of the network at the T times; by default 0..T-1, or the σ's, or
+            log(σ)/4 for "edm". With `schedule`, a function of γ; by default for a flow, its σ.
+        factor: c(γ) of their latents y = c z, if it is not implied by betas, alphas, sigmas, a
+            flow or "edm".
         variance: variance of P(z_{t-1}|z_t): "small" is β̃_t, "large" β_t, "learned-range"
             between; "optimal", of least KL, once `model.step.fit(model, batch)` has seen examples
             that are not measured.
@@ -143,7 +147,7 @@ def wrap(
             at pure noise that is not what it is said to be (`probe`).
     """
     gamma: Tensor | Schedule
-    predicts = _spelled(predicts)
+    predicts = _spelled(predicts, sigma_data)
     flow = predicts == "flow"
     if isinstance(network, type) or not callable(network):
         raise ValueError(
@@ -167,6 +171,10 @@ def wrap(
         gamma = schedule
     else:
         raise ValueError("give the noise levels as a schedule or as a table of them, not as both")
+    if isinstance(predicts, EDM):
+        factor = factor or predicts.factor
+        if table is None:
+            table = gamma / 8 if isinstance(gamma, Tensor) else (lambda gamma: gamma / 8)
     if table is None:
         table = sigmas if schedule is None or not flow else (lambda gamma: (gamma / 2).sigmoid())
     model = assemble(
@@ -269,18 +277,29 @@ def signal_left(model: Model) -> list[str]:
 
 
 def _spelled(
-    predicts: Predicts | parametrization.Parametrization,
+    predicts: Predicts | parametrization.Parametrization, sigma_data: float | None = None
 ) -> Predicts | parametrization.Parametrization:
-    """Return our word for an output; a parametrization as it is.
+    """Return our word for an output; a parametrization as it is, and that of "edm".
 
     >>> _spelled("epsilon")
     'noise'
     """
+    word = parametrization.spelled(predicts) if isinstance(predicts, str) else ""
+    if (word == "edm") != (sigma_data is not None) or not (
+        sigma_data is None or 0 < sigma_data < math.inf
+    ):
+        raise ValueError(
+            'predicts="edm" and sigma_data, a positive number such as 0.5, go together; got'
+            f" predicts={predicts!r} and sigma_data={sigma_data}"
+        )
+    if sigma_data is not None:
+        return EDM(sigma_data)
     if not isinstance(predicts, str):
         return predicts
-    word = parametrization.spelled(predicts)
     if word not in (*HEADS, "mean"):
-        raise ValueError(f"predicts must be one of {', '.join(HEADS)}, mean; got {predicts!r}")
+        raise ValueError(
+            f"predicts must be one of {', '.join(HEADS)}, edm, mean; got {predicts!r}"
+        )
     return word
 
 

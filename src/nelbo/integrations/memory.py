@@ -46,6 +46,7 @@ class Reading(TypedDict, total=False):
     alphas: Numbers
     sigmas: Numbers
     schedule: Schedule
+    sigma_data: float
     variance: Variance
     scaling: Levels | Affine
     clip: bool
@@ -213,10 +214,12 @@ def _of_function(
         times, how = TimeGrid(even_times(process.schedule, steps, steps)), f"in {steps} steps"
     else:
         times, how = ContinuousTime(process.schedule.start), "in continuous time"
-    said = reading.get("predicts", "noise")
+    said = f'predicts="{reading.get("predicts", "noise")}"'
+    if "sigma_data" in reading:
+        said += f", sigma_data={reading['sigma_data']:g}"
     notes = (
         f"ancestral sampling {how}, variance {reading.get('variance', 'small')}; the network is"
-        f' read as predicts="{said}"',
+        f" read as {said}",
         scaled(process.embedding),
     )
     levels = process.codes or None

@@ -24,7 +24,7 @@ from nelbo.diffusion import parametrization
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.process import GaussianDiffusion, Levels
-from nelbo.integrations.adapters import Adapter, Clipped, Flow
+from nelbo.integrations.adapters import EDM, Adapter, Clipped, Flow
 
 SIGNAL = 0.02  # α at the last time above which pure noise is not shown: too much of x is left
 NUMBERS = 2**12  # numbers of pure noise shown to a network, in 2 to ROWS rows
@@ -35,11 +35,13 @@ LESS = 1.5  # a reading is refused if another has an error smaller by this facto
 ERRORS = 6.0  # by as many standard errors,
 FITS = 0.7  # and a ρ below this
 NOTHING = 0.9  # ρ above which nothing is learned
+MINUS = " of minus the output; wrap a module that returns that"
 OUTPUTS: dict[type[parametrization.Parametrization], str] = {
     parametrization.EpsPrediction: "noise",
     parametrization.XPrediction: "data",
     parametrization.VPrediction: "velocity",
     Flow: "flow",
+    EDM: "edm",
 }
 
 
@@ -105,10 +107,10 @@ def _at_noise(model: Model) -> list[str]:
             f'{seen}, where that of predicts="velocity", √α ε - √(1-α) x, has nearly 0: it may be'
             ' that of predicts="flow", ε - x, or of predicts="noise"'
         )
-    if follows and said == "data":
+    if follows and said in ("data", "edm"):
         raise ValueError(
-            f'{seen}, where that of predicts="data", x, has nearly 0: it may be that of'
-            ' predicts="noise", or of predicts="flow"'
+            f'{seen}, where that of predicts="{said}", which follows x, has nearly 0: it may be'
+            ' that of predicts="noise", or of predicts="flow"'
         )
     if said == "flow" and not follows:
         return [
@@ -267,10 +269,13 @@ def _predicted(
     said = output_of(model)
     if reading.name or not said:
         return
+    if said == "edm":
+        e_hat = model.head.read(-output, z, time, process, torch.float64).e_hat
+        yield (f'predicts="edm"{MINUS}', ""), e_hat
     f = _point(output, z).double()
     alpha = process.alpha(time)
     a, b = over(alpha.sqrt(), z), over((1 - alpha).sqrt(), z)
-    for sign, hint in ((1, ""), (-1, " of minus the output; wrap a module that returns that")):
+    for sign, hint in ((1, ""), (-1, MINUS)):
         for name, e_hat in (
             ("noise", (z - b * sign * f) / a),
             ("data", sign * f),
