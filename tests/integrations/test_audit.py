@@ -15,6 +15,7 @@ from torch import nn
 import nelbo
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.schedules import Linear
+from nelbo.integrations import load_weights
 from nelbo.integrations.adapters import exploding
 from nelbo.integrations.openai import architecture, check_flags
 from nelbo.integrations.openai_unet import UNet
@@ -67,8 +68,8 @@ def run(family, **names):
     return SimpleNamespace(**{name: place[name] for name in place if name[0] != "_"})
 
 
-def test_there_are_five_families():
-    assert set(BLOCKS) == {"improved-diffusion", "edm", "dit", "sd", "flow"}
+def test_there_are_five_families_and_the_files_of_trainings():
+    assert set(BLOCKS) == {"improved-diffusion", "edm", "weights", "dit", "sd", "flow"}
 
 
 def check(result, steps, given=""):
@@ -102,6 +103,29 @@ def test_edm():
     # more steps of the same Gaussian are better, and there is nothing better than continuous time
     error = made.limit.standard_error.monte_carlo + made.result.standard_error.monte_carlo
     assert made.limit.bits_per_dim < made.result.bits_per_dim + 4 * error
+
+
+class Inner(nn.Module):
+    """F of EDM; with gain 0, x̂ is that of a Gaussian with the variance σ_data² = 1/4."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain, dtype=torch.float64))
+
+    def forward(self, y, time):
+        return self.gain * y
+
+
+def test_weights_of_lightning(tmp_path, monkeypatch):
+    """The average is measured, and not the raw weights."""
+    monkeypatch.chdir(tmp_path)
+    both = {"model.gain": torch.tensor(0.3), "ema.gain": torch.tensor(0.0)}
+    torch.save({"state_dict": both, "epoch": 3}, "last.ckpt")
+    told = {"predicts": "edm", "sigma_data": 0.5, "sigmas": torch.linspace(0.01, 80, 9)}
+    made = run("weights", module=Inner(0.5), load_weights=load_weights, sigmas=told["sigmas"])
+    check(made.result, 9)
+    assert made.result.nats == nelbo.evaluate(Inner(0.0), images(), **told).nats
+    assert made.result.weights == "those under 'state_dict.ema.' in last.ckpt (averaged, EMA)"
 
 
 def test_dit(tmp_path, monkeypatch):

@@ -555,7 +555,7 @@ GOOD = {"predicts": "noise", "betas": BETAS}
         ({"schedule": Linear(-5, 5)}, "not as both"),
         ({"betas": None, "schedule": Linear(-5, 5)}, "times=function of γ"),
         ({"times": [1, 2, 3]}, "times must be 12 numbers"),
-        ({"predicts": "x9"}, "of noise, data, velocity, score, flow, mean; got 'x9'"),
+        ({"predicts": "x9"}, "of noise, data, velocity, score, flow, edm, mean; got 'x9'"),
         ({"variance": "fixed"}, "variance must be one of small, large, learned-range"),
         ({"keep": [3, 2]}, "keep must be increasing indices of the 12 times"),
         ({"keep": [3, 12]}, "0..11"),

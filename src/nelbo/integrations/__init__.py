@@ -8,13 +8,23 @@ from importlib import import_module
 from pathlib import Path
 
 from nelbo._utils import limits
+from nelbo.integrations.checkpoints import load_weights
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.denoisers import wrap
 from nelbo.integrations.external import Foreign, read_json
 from nelbo.integrations.noise_levels import spaced
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
-__all__ = ["Foreign", "TokenModel", "is_foreign", "load", "spaced", "wrap", "wrap_tokens"]
+__all__ = [
+    "Foreign",
+    "TokenModel",
+    "is_foreign",
+    "load",
+    "load_weights",
+    "spaced",
+    "wrap",
+    "wrap_tokens",
+]
 
 SOURCES = {
     "diffusers": "nelbo.integrations.diffusers",

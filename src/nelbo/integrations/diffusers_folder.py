@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nelbo._utils import limits
 from nelbo._utils.files import put_weights, read_tensors
 from nelbo._utils.progress import shortened
+from nelbo.integrations.checkpoints import in_index
 from nelbo.integrations.external import read_json, without_prefix
 
 Config = Mapping[str, object]
@@ -140,11 +141,7 @@ def _files_of(home: Path, variant: str | None) -> list[Path]:
     index = home / f"{WEIGHTS}.safetensors.index{dotted}.json"
     one = home / f"{WEIGHTS}{dotted}.safetensors"
     if index.is_file():
-        named = read_json(index).get("weight_map")
-        names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} must name the weights' files beside it in weight_map")
-        return [home / name for name in sorted(names)]
+        return in_index(index)
     if one.is_file():
         return [one]
     files = sorted(home.glob(f"{WEIGHTS}*.safetensors"))

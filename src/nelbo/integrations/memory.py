@@ -33,7 +33,7 @@ GUIDANCE = (
     " use guidance for samples"
 )
 NETWORKS = ("unet", "transformer")  # of a pipeline
-OF_PIPELINES = {"clip", "keep", "label", "law", "scaling", "variance"}
+OF_PIPELINES = {"clip", "keep", "label", "law", "scaling", "variance", "weights"}
 MODES = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4, "I;16": 1}  # channels of an image of Pillow
 
 
@@ -54,6 +54,7 @@ class Reading(TypedDict, total=False):
     label: int
     law: str
     guidance: float
+    weights: str  # their name, for the record
 
 
 class Parts(NamedTuple):
@@ -191,6 +192,7 @@ def _of_function(
     module = network if isinstance(network, nn.Module) else Called(network)
     options = cast("dict[str, Any]", dict(reading))
     shape = options.pop("shape", None) or _shape_of(module, source)
+    weights = options.pop("weights", "as given")
     given = None if condition is None else Given.of(condition, _keyword(module))
     table = next((options[k] for k in ("betas", "alphas", "sigmas") if k in options), None)
     if steps is not None and table is not None:
@@ -224,7 +226,7 @@ def _of_function(
     )
     levels = process.codes or None
     schema = Schema("levels" if levels else "real", tuple(shape), levels)
-    return Foreign(type(network).__name__, model, schema, times, "as given", notes, given)
+    return Foreign(type(network).__name__, model, schema, times, weights, notes, given)
 
 
 def _keyword(module: nn.Module) -> str:

@@ -15,7 +15,6 @@ it is requested by clip=True.
 """
 
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +26,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils import limits
-from nelbo._utils.files import put_weights, read_tensors
-from nelbo._utils.progress import shortened
+from nelbo._utils.files import put_weights
 from nelbo._utils.validation import Record
 from nelbo.data.schema import Schema
 from nelbo.diffusion.process import Levels
 from nelbo.diffusion.times import TimeGrid
+from nelbo.integrations.checkpoints import tensors_of
 from nelbo.integrations.denoisers import Variance, assemble, signal_left
 from nelbo.integrations.external import Foreign, check_label, read_json, scaled, without_prefix
 from nelbo.integrations.noise_levels import gamma_of, spaced
@@ -94,6 +93,7 @@ MULTIPLIERS: dict[int, tuple[float, ...]] = {
     32: (1, 2, 2, 2),
 }
 CLASSES = 1000
+FIRST = "input_blocks.0.0.weight"  # name of the first weight of every U-Net
 
 
 def load(
@@ -121,7 +121,9 @@ def load(
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a state dict, .pt or .safetensors")
     checked = check_flags(_flags_beside(path) if flags is None else flags)
-    weights, said = without_prefix(_weights(path))
+    weights, said = without_prefix(tensors_of(path))
+    if FIRST not in weights:
+        raise ValueError(f"{path} holds no state dict of a U-Net; save network.state_dict() there")
     with limits.within_file(weights, path):
         network = UNet(architecture(checked, *_sizes(weights)))
     put_weights(network, weights, str(path))
@@ -291,7 +293,7 @@ def _respacing(flags: Flags) -> int:
 
 def _sizes(weights: Mapping[str, Tensor]) -> tuple[int, int]:
     """Return the number of channels and of classes, which no flag says, in the weights."""
-    first, labels = weights.get("input_blocks.0.0.weight"), weights.get("label_emb.weight")
+    first, labels = weights.get(FIRST), weights.get("label_emb.weight")
     channels = 3 if first is None or first.ndim != 4 else first.shape[1]
     return channels, CLASSES if labels is None or labels.ndim != 2 else labels.shape[0]
 
@@ -302,39 +304,3 @@ def _flags_beside(path: Path) -> dict[str, object]:
         "write there the flags the model was trained with, as in"
         ' {"image_size": 64, "num_channels": 128, "learn_sigma": true}',
     )
-
-
-def _weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    limits.check_file(path, 2)
-    try:
-        _check_zip(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is not a file of tensors only ({reason}); save a state_dict()"
-        ) from None
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise ValueError(f"{path} holds no state dict; save network.state_dict() there")
-    for name, tensor in weights.items():
-        _check_dense(tensor, f"{shortened(str(name))} in {path}")
-    return {str(name): tensor for name, tensor in weights.items()}
-
-
-def _check_zip(path: Path) -> None:
-    """Raise ValueError if a file written by torch.save unpacks to more than its own size."""
-    if not zipfile.is_zipfile(path):
-        return  # the format of torch.save before 1.6, which is not compressed
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-    if size > path.stat().st_size and not limits.trusted():
-        raise ValueError(f"it claims to hold {size} bytes, and torch.save does not compress")
-
-
-def _check_dense(tensor: Tensor, where: str) -> None:
-    """Raise ValueError unless each number of a tensor has bytes of its own."""
-    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{where} repeats its numbers or is sparse; save the tensor contiguous")
