@@ -48,6 +48,8 @@ def evaluate(
     save: Path | None = None,
     columns: bool = False,
     lines: bool = False,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
     trust_remote_code: bool = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -116,6 +118,11 @@ def evaluate(
         examples.
     lines
         For a model of tokens, hf:FOLDER: each line of a text file is an example of its own.
+    prompt_field
+        Of JSON lines, or of a data set of datasets (hub:NAME, or a folder of save_to_disk): the
+        name of the text that shows before the answer; by default prompt.
+    answer_field
+        The name of the text that is scored; by default answer, or text.
     trust_remote_code
         Run the code that the folder of hf:FOLDER brings, after printing which.
     json
@@ -138,6 +145,7 @@ def evaluate(
     from nelbo.evaluation.latent_bound import evaluate_latent
     from nelbo.evaluation.result import Evaluation, rated
     from nelbo.evaluation.unmasking_order import beside, order_for
+    from nelbo.integrations.text_records import TextForm
     from nelbo.runs.commands import model_of
     from nelbo.runs.config import read_config
     from nelbo.runs.loading import load
@@ -145,7 +153,8 @@ def evaluate(
     counts = numbers(steps)
     if len(counts) > 1:
         others = (grid, sampler, surrogate, importance_samples, dequantise, tolerance, save)
-        if ode or columns or lines or trust_remote_code or any(v is not None for v in others):
+        some = any(v is not None for v in (*others, prompt_field, answer_field))
+        if ode or columns or lines or trust_remote_code or some:
             raise ValueError(
                 "several --steps go with --data, --split, --splits, --calls, --target-error,"
                 " --no-variates, --seed, --device and --json alone; give one number"
@@ -191,7 +200,8 @@ def evaluate(
             model, weights = foreign.model, foreign.weights
             times: TimeDiscretization | None = foreign.times
             tell = _note if rank == 0 else None
-            x, split = foreign.examples(data, split, splits, tell, lines=lines)
+            form = TextForm(lines, prompt_field, answer_field)
+            x, split = foreign.examples(data, split, splits, tell, form=form)
             batch = Batch.of(x)
             model.to(place)
             for note in foreign.check(batch):

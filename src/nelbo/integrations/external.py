@@ -22,6 +22,7 @@ from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import TimeDiscretization
 from nelbo.integrations.conditions import Given
 from nelbo.integrations.probe import probe
+from nelbo.integrations.text_records import TextForm
 
 LEAVE_OUT = 10  # of so many examples one is left out, to fit parts of a model to
 FITTED = 1024  # examples to which they are fitted, at most
@@ -59,7 +60,7 @@ class Foreign:
         splits: Splits | None = None,
         tell: Callable[[str], None] | None = None,
         *,
-        lines: bool = False,
+        form: TextForm | None = None,
     ) -> tuple[Tensor | Batch, str]:
         """Return examples on which to measure the model, and a name for them.
 
@@ -68,7 +69,7 @@ class Foreign:
             split: "train", "validation", "test" or "all", the default.
             splits: which names belong to which split, as for `nelbo.data.load`.
             tell: called with each note on the data.
-            lines: whether each line of a text is an example, for a model of tokens.
+            form: how texts are taken from data, for a model of tokens.
 
         Raises:
             ValueError: no source, data of another schema, no such split, or a condition of another
@@ -76,8 +77,11 @@ class Foreign:
         """
         if source is None:
             raise ValueError(f"{self.name} brings no data; give some with --data")
-        if lines:
-            raise ValueError("--lines is for a model of tokens, hf:FOLDER; leave it out")
+        if form not in (None, TextForm()):
+            raise ValueError(
+                "--lines, --prompt-field and --answer-field are for a model of tokens, hf:FOLDER;"
+                " leave them out"
+            )
         dataset = data.load_like(source, self.schema, splits=splits, scaled=True)
         if tell is not None:
             for note in dataset.notes:

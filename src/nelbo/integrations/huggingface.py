@@ -23,10 +23,12 @@ from typing_extensions import override
 from nelbo._utils.scalars import integer
 from nelbo.data.schema import Schema
 from nelbo.data.sources import Source, Splits
+from nelbo.data.splits import Declared, declare
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.external import Foreign, read_json
-from nelbo.integrations.texts import Texts, Tokenizer, read
+from nelbo.integrations.text_records import TextForm
+from nelbo.integrations.texts import Texts, Tokenizer, read, same
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
 #: positions of these begin after the id of padding
@@ -41,7 +43,8 @@ class ForeignText(Foreign):
     """A masked language model with its tokenizer; `texts` reads data for it."""
 
     tokenizer: Tokenizer | None = None
-    found: list[Texts] = field(default_factory=list)  # the texts read last
+    #: the texts read last, whose characters are known
+    found: list[Texts] = field(default_factory=list)
 
     @override
     def examples(
@@ -51,37 +54,58 @@ class ForeignText(Foreign):
         splits: Splits | None = None,
         tell: Callable[[str], None] | None = None,
         *,
-        lines: bool = False,
+        form: TextForm | None = None,
     ) -> tuple[Tensor | Batch, str]:
-        if split not in (None, "all") or splits is not None:
-            raise ValueError("a text for a model of tokens has no splits; leave --split out")
-        if source is not None and not isinstance(source, str):
-            raise ValueError(f"a model of tokens reads a file; got {type(source).__name__}")
-        texts = self.texts(source, lines=lines)
-        self.found[:] = [texts]
+        texts = self._read(source, form or TextForm(), split, declare(splits))
         if tell is not None:
             for note in texts.notes:
                 tell(note)
-        return texts.batch, f"all of {source}"
+        return texts.batch, texts.name
 
     @override
     def rates(self, nats: float, batch: Batch) -> dict[str, float]:
-        return self.found[0].rates(nats) if self.found else {}
+        known = next((t for t in self.found if same(t.batch, batch)), None)
+        return (known or Texts(batch, None, None, ())).rates(nats)
 
-    def texts(self, source: str | None, *, lines: bool = False) -> Texts:
-        """Return texts on which to measure the model.
+    def texts(
+        self,
+        source: Source,
+        *,
+        lines: bool = False,
+        prompt_field: str | None = None,
+        answer_field: str | None = None,
+        split: str | None = None,
+    ) -> Texts:
+        """Return texts on which to measure the model, as in `evaluate(found, texts.batch)`.
 
         Args:
-            source: a file, see `texts`.
+            source: a file, a data set of `datasets` (open, its folder or its name), a list of
+                texts or of mappings, or ids; see `texts` and `text_records`.
             lines: whether each line of a text file is an example of its own.
+            prompt_field: of JSON lines and data sets: the name of the text that shows.
+            answer_field: that of the text that is scored.
+            split: of a data set.
 
         Raises:
-            ValueError: no source, or texts that do not suit the model.
+            FileNotFoundError: there is no such file.
+            ValueError: texts that do not suit the model, or no such field.
         """
+        return self._read(source, TextForm(lines, prompt_field, answer_field), split)
+
+    def _read(
+        self,
+        source: object,
+        form: TextForm,
+        split: str | None = None,
+        splits: Declared | None = None,
+    ) -> Texts:
         if source is None:
             raise ValueError(f"{self.name} brings no data; give some with --data")
         assert self.tokenizer is not None
-        return read(Path(source), cast(TokenModel, self.model), self.tokenizer, lines=lines)
+        model = cast(TokenModel, self.model)
+        found = read(source, model, self.tokenizer, form, split, splits)
+        self.found[:] = [found]
+        return found
 
 
 def load(

@@ -1,28 +1,36 @@
-"""Texts for a model of tokens: files, lines, prompts with answers, FASTA, arrays of ids.
+"""Texts for a model of tokens: chunks of a text, lines, prompts with answers, arrays of ids.
 
     text.txt            chunks of as many tokens as the model takes; the last may be shorter
     text.txt, lines     an example per line, without its line break; empty lines are left out
-    *.jsonl             objects with `prompt` and `answer`, or only `text`: P(answer|prompt)
-    *.fasta, *.fa       a sequence per record
-    *.npy               ids, (N, L)
+    *.npy               ids, (N, L), as in memory
+    prompts, answers    of JSON lines, FASTA, data sets and lists, see `text_records`
 
 Special tokens that the tokenizer adds (BOS, EOS, CLS, SEP) show. Text whose tokens do not give it
 back is refused: its bits would be those of another text.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nelbo._utils.numerics import LOG_2
+from nelbo.data.splits import Declared
 from nelbo.diffusion.batch import Batch
+from nelbo.integrations.text_records import (
+    TextForm,
+    is_data_set,
+    of_data_set,
+    of_fasta,
+    of_json,
+    of_list,
+)
 from nelbo.integrations.tokens import SCORED, TokenModel
+from nelbo.integrations.tokens import Texts as Ids
 
 SHOWN = 40  # characters of a text in a message
 
@@ -46,12 +54,14 @@ class Texts:
         characters: of all scored text; None if ids are all that is known.
         size: bytes of it in UTF-8, likewise.
         notes: a sentence for each choice.
+        name: of the data, for the record.
     """
 
     batch: Batch
     characters: int | None
     size: int | None
     notes: tuple[str, ...]
+    name: str = "as given"
 
     def rates(self, nats: float) -> dict[str, float]:
         """Return the bound per scored token, character and byte from the nats of an example."""
@@ -66,31 +76,70 @@ class Texts:
         return found
 
 
-def read(path: Path, model: TokenModel, tokenizer: Tokenizer, *, lines: bool = False) -> Texts:
-    """Return the texts of a file, see the module.
+def same(one: Batch, other: Batch) -> bool:
+    """Return whether two batches are of the same tokens, of which the same show."""
+    a, b = one.condition, other.condition
+    assert a is not None and b is not None
+    return torch.equal(a, b) and torch.equal(one.x, other.x)
+
+
+def read(
+    source: object,
+    model: TokenModel,
+    tokenizer: Tokenizer,
+    form: TextForm | None = None,
+    split: str | None = None,
+    splits: Declared | None = None,
+) -> Texts:
+    """Return the texts of a file, a data set or a list, see the module.
+
+    Args:
+        source: a path, a name of a data set, or data in memory.
+        model: for which they are.
+        tokenizer: of the model.
+        form: how they are taken from it; a text in chunks where left out.
+        split: of a data set.
+        splits: of a data set, which names belong to which split.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a text that its tokens do not give back, one that is longer than the model
-            takes, an empty answer, or a file of another kind.
+            takes, an empty answer, or data of another kind.
     """
+    form = form or TextForm()
+    if is_data_set(source):
+        rows, name, note = of_data_set(source, split, splits, form)
+        found = _examples(form.pairs(rows), model, tokenizer, _same)
+        return replace(found, name=name, notes=(note, *found.notes))
+    if split not in (None, "all") or splits is not None:
+        raise ValueError("a text for a model of tokens has no splits; leave --split out")
+    if isinstance(source, list | tuple) and len(source) and isinstance(source[0], str | Mapping):
+        return _examples(form.pairs(of_list(source)), model, tokenizer, _same)
+    if not isinstance(source, str | Path):
+        form.check_plain("an array of ids")
+        return Texts(model.batch(cast(Ids, source)), None, None, ())
+    return replace(_of_file(Path(source), model, tokenizer, form), name=f"all of {source}")
+
+
+def _of_file(path: Path, model: TokenModel, tokenizer: Tokenizer, form: TextForm) -> Texts:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is not a file")
     kind = path.suffix.lower()
+    if kind in (".jsonl", ".json"):
+        pairs = form.pairs(of_json(path, _text(path)))
+        return _examples(pairs, model, tokenizer, _same)
+    form.check_plain(str(path))
     if kind == ".npy":
         return Texts(model.batch(np.load(path, allow_pickle=False)), None, None, ())
     text = _text(path)
-    if kind in (".jsonl", ".json"):
-        pairs = list(_pairs(path, text))
-        return _examples(pairs, model, tokenizer, _same)
     if kind in (".fasta", ".fa", ".faa", ".fna"):
-        return _examples([("", s) for s in _fasta(path, text)], model, tokenizer, _no_spaces)
-    if lines:
+        return _examples([("", s) for s in of_fasta(path, text)], model, tokenizer, _no_spaces)
+    if form.lines:
         each = text.split("\n")
         kept = [("", line) for line in each if line]
         found = _examples(kept, model, tokenizer, _same)
         note = f"{len(kept)} lines, without their line breaks; {len(each) - len(kept)} are empty"
-        return Texts(found.batch, found.characters, found.size, (note, *found.notes))
+        return replace(found, notes=(note, *found.notes))
     return _chunks(text, model, tokenizer)
 
 
@@ -102,35 +151,6 @@ def _text(path: Path) -> str:
     if not text:
         raise ValueError(f"{path} is empty; give a file with text")
     return text
-
-
-def _pairs(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from None
-        if isinstance(row, dict) and isinstance(row.get("text"), str):
-            yield "", row["text"]
-            continue
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(name), str) for name in ("prompt", "answer")
-        ):
-            raise ValueError(f"{path}, line {number} must have texts prompt and answer, or text")
-        if not row["answer"]:
-            raise ValueError(
-                f"{path}, line {number} has an empty answer: there is nothing to score"
-            )
-        yield row["prompt"], row["answer"]
-
-
-def _fasta(path: Path, text: str) -> list[str]:
-    if not text.startswith(">"):
-        raise ValueError(f"{path} is no FASTA file: it must begin with >")
-    records = ("".join(record.splitlines()[1:]) for record in text[1:].split("\n>"))
-    return [record.replace(" ", "") for record in records if record]
 
 
 def _examples(

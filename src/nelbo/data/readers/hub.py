@@ -80,7 +80,12 @@ class Opened:
     @property
     def is_text(self) -> bool:
         """Whether the data are text."""
-        return TEXT in self.features and self.features[TEXT].dtype in ("string", "large_string")
+        return TEXT in self.features and is_string(self.features[TEXT])
+
+
+def is_string(feature: "FeatureType") -> bool:
+    """Return whether a column of this feature holds texts."""
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def is_data_set(source: object) -> bool:
@@ -240,11 +245,13 @@ def read(
 
 
 def _join(rows: "Split") -> bytes:
-    return "\n".join(each or "" for batch in _batches(rows, TEXT) for each in batch).encode()
+    return "\n".join(each or "" for (each,) in rows_of(rows, [TEXT])).encode()
 
 
-def _batches(rows: "Split", column: str) -> Iterator[Sequence[str | None]]:
-    return (batch[column] for batch in rows.select_columns([column]).iter(batch_size=BATCH))
+def rows_of(rows: "Split", columns: list[str]) -> Iterator[tuple[str | None, ...]]:
+    """Yield the values of some columns of a split, row by row."""
+    for batch in rows.select_columns(columns).iter(batch_size=BATCH):
+        yield from zip(*(batch[name] for name in columns), strict=True)
 
 
 def _images(found: Opened, column: str, form: Form) -> Found:

@@ -1,0 +1,162 @@
+"""Texts to score, with their prompts, from files and from data sets in memory.
+
+    *.jsonl, *.json                 an object a line
+    *.fasta, *.fa, *.faa, *.fna     a sequence per record
+    a list of texts or of mappings  an example each
+    hub:NAME, hub:FOLDER, a folder of `save_to_disk`, a data set of `datasets` that is open
+
+An object or a row has a text `answer` that is scored and a text `prompt` that shows, or `text`
+alone; other names are told by the fields.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nelbo.data.readers import hub
+from nelbo.data.splits import Declared
+
+PROMPT, ANSWER, TEXT = "prompt", "answer", "text"
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """How texts are taken from data.
+
+    Args:
+        lines: whether each line of a text file is an example of its own.
+        prompt_field: name of the field or column of the text that shows.
+        answer_field: that of the text that is scored.
+    """
+
+    lines: bool = False
+    prompt_field: str | None = None
+    answer_field: str | None = None
+
+    def fields(self, names: Iterable[str], where: str) -> tuple[str | None, str]:
+        """Return the names of the prompt, if any, and of the text to score, among some names.
+
+        Raises:
+            ValueError: there is no such name, or more than one reading.
+        """
+        known = list(names)
+        for wanted in (self.prompt_field, self.answer_field):
+            if wanted is not None and wanted not in known:
+                raise ValueError(f"{where} has no {wanted!r}; it has {', '.join(known) or 'none'}")
+        if self.answer_field is not None:
+            return self.prompt_field, self.answer_field
+        both = ANSWER in known and (self.prompt_field or PROMPT) in known
+        if both and TEXT in known and self.prompt_field is None:
+            raise ValueError(f"{where} has text and answer; say which with --answer-field")
+        if both:
+            return self.prompt_field or PROMPT, ANSWER
+        if TEXT in known and self.prompt_field != TEXT:
+            return self.prompt_field, TEXT
+        raise ValueError(
+            f"{where} must have texts {PROMPT} and {ANSWER}, or {TEXT}; it has"
+            f" {', '.join(known) or 'none'}; name them with --answer-field and --prompt-field"
+        )
+
+    def pairs(self, rows: Iterable[tuple[str, object]]) -> list[tuple[str, str]]:
+        """Return the prompts, "" for none, and the texts to score.
+
+        Args:
+            rows: objects, each with its place for messages.
+
+        Raises:
+            ValueError: an object lacks a text, or there is nothing to score in it.
+        """
+        found = []
+        for where, row in rows:
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{where} must be an object of named texts; got {row!r:.40}")
+            texts = [name for name, value in row.items() if isinstance(value, str)]
+            prompt, answer = self.fields(texts, where)
+            if not row[answer]:
+                raise ValueError(f"{where} has an empty {answer}: there is nothing to score")
+            found.append(("" if prompt is None else row[prompt], row[answer]))
+        return found
+
+    def check_plain(self, what: str) -> None:
+        """Raise a ValueError if fields are named for data without any."""
+        if self.prompt_field is not None or self.answer_field is not None:
+            raise ValueError(
+                f"--prompt-field and --answer-field name fields of JSON lines or of a data set;"
+                f" {what} has none: leave them out"
+            )
+
+
+def of_json(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """Yield the objects of lines of JSON, each with its place.
+
+    Raises:
+        ValueError: a line is not JSON.
+    """
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}, line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from None
+
+
+def of_fasta(path: Path, text: str) -> list[str]:
+    """Return the sequences of a FASTA file.
+
+    Raises:
+        ValueError: it does not begin as one.
+    """
+    if not text.startswith(">"):
+        raise ValueError(f"{path} is no FASTA file: it must begin with >")
+    records = ("".join(record.splitlines()[1:]) for record in text[1:].split("\n>"))
+    return [record.replace(" ", "") for record in records if record]
+
+
+def of_list(source: Sequence[object]) -> Iterator[tuple[str, object]]:
+    """Yield texts, or mappings of named texts, in memory, each with its place."""
+    for number, row in enumerate(source):
+        yield f"example {number}", {TEXT: row} if isinstance(row, str) else row
+
+
+def is_data_set(source: object) -> bool:
+    """Return whether a source is a data set of `datasets`: by its name, its folder, or open."""
+    saved = isinstance(source, str | Path) and any((Path(source) / f).is_file() for f in hub.SAVED)
+    return saved or hub.is_hub(source) or hub.is_data_set(source)
+
+
+def of_data_set(
+    source: object, split: str | None, splits: Declared | None, form: TextForm
+) -> tuple[list[tuple[str, object]], str, str]:
+    """Return the rows of a split with their places, its name, and a note.
+
+    Args:
+        source: a name with hub:, a folder of `save_to_disk`, or a data set that is open.
+        split: name of the split; it may be left out where there is one only.
+        splits: which names belong to which split, as for `nelbo.data.load`.
+        form: names the columns.
+
+    Raises:
+        ValueError: `datasets` is missing, the split is none, or a column is none of texts.
+    """
+    if hub.is_data_set(source):
+        found = hub.opened(source, splits)
+    else:
+        name = str(source)
+        found = hub.find(name if hub.is_hub(name) else f"hub:{name}", splits)
+    known = found.splits
+    if split is None and len(known) == 1:
+        split = next(iter(known))
+    if split is None or split not in known:
+        got = "none" if split is None else repr(split)
+        raise ValueError(f"{found.name} has the splits {', '.join(known)}; got {got}; name one")
+    texts = [name for name, feature in found.features.items() if hub.is_string(feature)]
+    prompt, answer = form.fields(texts, f"{found.name}, among its columns of texts,")
+    columns = [name for name in (prompt, answer) if name is not None]
+    rows: list[tuple[str, object]] = [
+        (f"row {i} of {found.name}", dict(zip(columns, row, strict=True)))
+        for i, row in enumerate(hub.rows_of(known[split], columns))
+    ]
+    shows = f"; {prompt} shows" if prompt else ""
+    return rows, f"{split} of {found.name}", f"the column {answer} is scored{shows}"

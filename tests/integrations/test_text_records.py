@@ -1,0 +1,110 @@
+"""Texts and prompts by the names of fields and columns, from files and in memory."""
+
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+from integrations.test_huggingface import write
+from support.commands import nelbo_fails, run_ok
+
+import nelbo
+from nelbo.integrations import huggingface
+from nelbo.integrations.text_records import TextForm
+from nelbo.integrations.tokens import SCORED
+
+ROWS = {"q": ["ab", "d"], "a": ["cA", "abc"], "text": ["abcd", "d"], "n": [1, 2]}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("models") / "m")
+
+
+@pytest.fixture
+def found(home):
+    return huggingface.load(home)
+
+
+def scored(texts):
+    return (texts.batch.condition == SCORED).sum(1).tolist()
+
+
+def test_json_lines_with_named_fields(tmp_path, found):
+    """Fields by name, with and without a prompt; the usual names by default."""
+    path = tmp_path / "a.jsonl"
+    rows = [dict(zip(ROWS, row, strict=True)) for row in zip(*ROWS.values(), strict=True)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    pairs = found.texts(path, prompt_field="q", answer_field="a")
+    assert scored(pairs) == [2, 3] and pairs.characters == pairs.size == 5
+    assert pairs.batch.condition[0].tolist() == [1, 4, 5, -1, -1, 2]
+    assert scored(found.texts(path, answer_field="a")) == [2, 3]
+    assert scored(found.texts(path)) == [4, 1]
+    with pytest.raises(ValueError, match="line 1 has no 'b'; it has q, a, text"):
+        found.texts(path, answer_field="b")
+    with pytest.raises(ValueError, match="line 1 has no 'n'"):  # a number
+        found.texts(path, answer_field="n")
+    path.write_text(json.dumps({"prompt": "a", "answer": "b", "text": "c"}))
+    with pytest.raises(ValueError, match="has text and answer; say which with --answer-field"):
+        found.texts(path)
+    path.write_text(json.dumps({"a": "b"}))
+    with pytest.raises(ValueError, match="must have texts prompt and answer, or text; it has a;"):
+        found.texts(path)
+    path.write_text(json.dumps(["a"]))
+    with pytest.raises(ValueError, match="line 1 must be an object of named texts"):
+        found.texts(path)
+    (tmp_path / "a.txt").write_text("ab")
+    with pytest.raises(ValueError, match=r"a\.txt has none: leave them out"):
+        found.texts(tmp_path / "a.txt", answer_field="a")
+
+
+def test_a_column_of_a_data_set(tmp_path, found):
+    """Open, saved in a folder, or by name with hub:; a split is named where there are several."""
+    rows = datasets.Dataset.from_dict(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    both = datasets.DatasetDict({"train": rows, "test": rows.select([1])})
+    for source in (rows, str(tmp_path / "one"), f"hub:{tmp_path / 'one'}"):
+        texts = found.texts(source, prompt_field="q", answer_field="a")
+        assert scored(texts) == [2, 3] and "column a is scored; q shows" in texts.notes[0]
+        assert scored(found.texts(source)) == [4, 1]
+    assert scored(found.texts(both, split="test")) == [1]
+    with pytest.raises(ValueError, match="has the splits train, test; got none; name one"):
+        found.texts(both)
+    with pytest.raises(ValueError, match="among its columns of texts, has no 'n'; it has q, a, t"):
+        found.texts(rows, answer_field="n")
+    empty = datasets.Dataset.from_dict({"text": ["a", ""]})
+    with pytest.raises(ValueError, match="row 1 of the data set has an empty text"):
+        found.texts(empty)
+
+
+def test_lists_and_ids_in_memory(found):
+    """A text or a mapping each; ids are tokens, and have no characters."""
+    assert scored(found.texts(["ab", "abc"])) == [2, 3]
+    assert scored(found.texts([{"prompt": "ab", "answer": "c"}])) == [1]
+    ids = found.texts(np.array([[4, 5, 6]]))
+    assert scored(ids) == [3] and ids.characters is None
+    bound = nelbo.evaluate(found, ["ab", "abc"], calls=8)
+    assert math.isclose(bound.rates["bits_per_byte"] * 5, bound.nats * 2 / math.log(2))
+    other = nelbo.evaluate(found, [[4, 5, 6, 4]], calls=8)  # of other tokens than the texts
+    assert list(other.rates) == ["nats_per_token", "bits_per_token"]
+    assert math.isclose(other.rates["nats_per_token"] * 4, other.nats)
+
+
+def test_on_the_command_line(tmp_path, home, capsys):
+    """`--prompt-field`, `--answer-field` and `--split`."""
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict(ROWS) for name in ("train", "test")}
+    ).save_to_disk(tmp_path / "both")
+    command = ["evaluate", f"hf:{home}", "--data", tmp_path / "both", "--calls", 8]
+    run_ok(*command, "--answer-field", "a", "--prompt-field", "q", "--split", "test", "--json")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["split"].startswith("test of hub:") and "5 tokens of 2 texts" in err
+    assert "has the splits train, test" in nelbo_fails(capsys, *command)
+    line = nelbo_fails(capsys, "evaluate", "openai:x", "--data", "y", "--answer-field", "a")
+    assert "does not exist" in line or "--answer-field" in line
+
+
+def test_what_has_no_fields():
+    with pytest.raises(ValueError, match="an array of ids has none"):
+        TextForm(answer_field="a").check_plain("an array of ids")
