@@ -254,7 +254,7 @@ def test_heads_and_steps_refuse_what_they_cannot_use():
     with pytest.raises(TypeError, match="Mean needs GaussianDiffusion; got MaskedDiffusion"):
         Mean(4)(z, z, T, absorbing)
     with pytest.raises(
-        TypeError, match="SymbolLogits needs MaskedDiffusion; got GaussianDiffusion"
+        TypeError, match="SymbolLogits needs a process of symbols; got GaussianDiffusion"
     ):
         SymbolLogits(3)(z, z, T, gaussian)
     with pytest.raises(

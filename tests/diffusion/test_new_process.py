@@ -31,12 +31,19 @@ SHAPE, LEVELS = (1, 4, 5), 5
 GRID = TimeGrid.uniform(8)
 
 
-class UniformDiffusion(ForwardProcess):
-    """Each symbol is kept with probability α_t, else any of K (Austin et al. 2021)."""
+class FrequencyDiffusion(ForwardProcess):
+    """Each symbol is kept with probability α_t, else any of K by its frequency π_k.
+
+    Source: Vignac et al. 2023, section 4.1.
+    """
+
+    frequency: Tensor
 
     def __init__(self, schedule: Schedule, count: int) -> None:
         super().__init__(schedule)
         self.count = self.width = self.codes = self.channels = count
+        falling = torch.arange(count, 0, -1).double()
+        self.register_buffer("frequency", falling / falling.sum())
 
     def embed(self, x: Tensor) -> Tensor:
         return self._one(x).log()
@@ -54,25 +61,28 @@ class UniformDiffusion(ForwardProcess):
         return self._of(self._kept(e.exp(), self.alpha(t)))
 
     def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
-        back = self._kept(self._one(z), self.log_kept(s, t).exp())
+        one, kept = self._one(z), self.log_kept(s, t).exp()
+        of_z = self.frequency[z.long()][..., None]
+        back = over(kept, one) * one + (1 - over(kept, one)) * of_z
         joint = back * self._kept(e.exp(), self.alpha(s))
         return self._of(joint / joint.sum(-1, keepdim=True))
 
     def prior(self, shape: Shape, t: Tensor) -> Independent:
-        return self._of(torch.full((len(t), *shape, self.count), 1 / self.count).to(t))
+        return self._of(self.frequency.expand(len(t), *shape, self.count).to(t))
 
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
-        """γ'(1-α_t)/K Σ_{j≠z} u_j log(u_j/û_j) - u_j + û_j, u_j = q(z_t = j)/q(z_t = z)."""
+        """γ'(1-α_t) π_z Σ_{j≠z} u_j log(u_j/û_j) - u_j + û_j, u_j = q(z_t = j)/q(z_t = z)."""
         marginals = (self._kept(v.exp(), self.alpha(t)) for v in (e, e_hat))
         u, u_hat = (q / q.gather(-1, z.long()[..., None]) for q in marginals)
         each = u * (u / u_hat).log() - u + u_hat
-        return slope(self.schedule, t) * self.schedule(t).sigmoid() / self.count * _sum(each)
+        each = self.frequency[z.long()][..., None] * each
+        return slope(self.schedule, t) * self.schedule(t).sigmoid() * _sum(each)
 
     def _one(self, z: Tensor) -> Tensor:
         return one_hot(z.long(), self.count).double()
 
     def _kept(self, p: Tensor, share: Tensor) -> Tensor:
-        return over(share, p) * p + (1 - over(share, p)) / self.count
+        return over(share, p) * p + (1 - over(share, p)) * self.frequency
 
     def _of(self, p: Tensor) -> Independent:
         return per_example(Discrete(p.log()))
@@ -82,7 +92,7 @@ def _sum(each: Tensor) -> Tensor:
     return each.flatten(1).sum(1)
 
 
-class TestUniformDiffusion(ProcessContract):
+class TestFrequencyDiffusion(ProcessContract):
     @staticmethod
     def examples(shape: tuple[int, ...]) -> Tensor:
         return torch.randint(LEVELS, shape)
@@ -93,7 +103,7 @@ class TestUniformDiffusion(ProcessContract):
 
     @pytest.fixture
     def process(self):
-        return UniformDiffusion(Linear(-4.0, 3.0), LEVELS)
+        return FrequencyDiffusion(Linear(-4.0, 3.0), LEVELS)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +116,7 @@ def x():
 def model(x):
     with seeded(0):
         network = MLP(SHAPE, LEVELS, LEVELS, 16, 1, 0.0, 0)
-    process, head = UniformDiffusion(Linear(-6.0, 4.0), LEVELS), SymbolLogits(LEVELS, SHAPE)
+    process, head = FrequencyDiffusion(Linear(-6.0, 4.0), LEVELS), SymbolLogits(LEVELS, SHAPE)
     made = Model(network, process, head, Posterior(), Categorical(), SHAPE).double().eval()
     made.fit_statistics(x)
     return made
@@ -133,7 +143,7 @@ def test_it_draws(model, x):
     assert ancestral(model, 2, GRID, 1).shape == (2, *SHAPE)
     known = x[:2] > 1
     assert torch.equal(complete(model, x[:2], known, GRID)[known], x[:2][known])
-    with pytest.raises(ValueError, match="UniformDiffusion; use the ancestral sampler"):
+    with pytest.raises(ValueError, match="FrequencyDiffusion; use the ancestral sampler"):
         probability_flow(model, 1, GRID)
 
 

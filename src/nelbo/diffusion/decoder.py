@@ -168,9 +168,9 @@ class Bernoulli(Decoder):
 
 
 class Categorical(Decoder):
-    """P(x|z_1) of symbols: visible ones are certain, masked ones are predicted.
+    """P(x|z_1) of symbols, as the process reads it from z_1 and the prediction.
 
-    Without masks, all are predicted.
+    Symbols that masks leave visible are certain; without masks, all are predicted.
     """
 
     at_any_time = True
@@ -179,4 +179,4 @@ class Categorical(Decoder):
     def forward(
         self, prediction: Prediction, z: Tensor, t: Tensor, process: ForwardProcess
     ) -> Independent:
-        return per_example(prediction.symbols(z, process.mask))
+        return per_example(process.likelihood(prediction, z, t))

@@ -497,8 +497,8 @@ class SymbolLogits(Logits):
     ) -> SymbolPrediction:
         if process.has_flow or process.codes != self.count:
             raise TypeError(
-                f"SymbolLogits needs MaskedDiffusion; got {type(process).__name__}, whose e are"
-                f" not log-probabilities of {self.count} symbols"
+                f"SymbolLogits needs a process of symbols; got {type(process).__name__}, whose e"
+                f" are not log-probabilities of {self.count} symbols"
             )
         dtype = dtype if self.count <= WIDE else torch.float32
         return SymbolPrediction(output, self.log_prior.to(dtype), dtype)

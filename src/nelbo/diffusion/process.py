@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import log1mexp, over, slope
-from nelbo.diffusion.distributions import DiscretisedNormal, draw
+from nelbo.diffusion.distributions import Discrete, DiscretisedNormal, draw
 from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.symbols import Certain, MaybeMasked, Predicted, Symbols, Uniform
 
@@ -153,6 +153,10 @@ class ForwardProcess(nn.Module, ABC):
     def predicted_rate(self, z: Tensor, e: Tensor, prediction: "Prediction", t: Tensor) -> Tensor:
         """Return `rate` of a prediction of e, (B,)."""
         return self.rate(z, e, prediction.e_hat, t)
+
+    def likelihood(self, prediction: "Prediction", z: Tensor, t: Tensor) -> Discrete:
+        """Return P(x_i|z_t) of symbols: where z shows them certain, and else as predicted."""
+        return prediction.symbols(z, self.mask)
 
     @abstractmethod
     def prior(self, shape: Shape, t: Tensor) -> Independent:

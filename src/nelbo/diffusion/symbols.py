@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.kl import register_kl
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, softplus
 from typing_extensions import override
 
 from nelbo._utils.batch_rng import BatchShard, rand
@@ -53,6 +53,11 @@ class Symbols(Discrete):
     @override
     def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
         """Return log P(value), shape of value; anything outside of `where`, booleans."""
+
+    def excess(self, log_odds: Tensor) -> Tensor:
+        """Return Σ_k log(1 + e^log_odds P_k), shape of log_odds and of the places, float64."""
+        table = self.log_probs + log_odds[..., None].to(self.log_probs.dtype)
+        return log1pexp(table).sum(-1, dtype=torch.float64)
 
     @abstractmethod
     def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
@@ -83,6 +88,10 @@ class Certain(Symbols):
     @override
     def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
         return (value == self.symbols).double().log()
+
+    @override
+    def excess(self, log_odds: Tensor) -> Tensor:
+        return log1pexp(log_odds.double())
 
     @override
     def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
@@ -200,6 +209,14 @@ class Predicted(Symbols):
         return torch.where(value == self.count, 0.0, found)
 
     @override
+    def excess(self, log_odds: Tensor) -> Tensor:
+        found = log1pexp(log_odds.double())  # where the symbol is certain
+        for places, log_probs in self.rows():
+            terms = log1pexp(log_probs + log_odds[places][:, None].to(self.dtype))
+            found[places] = terms.sum(-1, dtype=torch.float64)
+        return found
+
+    @override
     def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
         extra = u.ndim - len(self.batch_shape)
         found = self.symbols.expand(u.shape).clone()
@@ -221,6 +238,11 @@ class Predicted(Symbols):
         for places, log_probs in self.rows():
             found[places] = log_probs.argmax(-1)
         return found
+
+
+def log1pexp(v: Tensor) -> Tensor:
+    """Return log(1 + e^v), elementwise."""
+    return softplus(v, threshold=40.0)  # beyond it e^-v is less than a rounding error of v
 
 
 def _any(where: Tensor | None, extra: int) -> Tensor | None:

@@ -82,8 +82,8 @@ def _build(
         return _symbols(config, schema, schedule)
     if config.schedule in ("linear-alpha", "quadratic-alpha"):
         raise ValueError(
-            f"the schedule {config.schedule} ends in infinite γ: it is for the absorbing process;"
-            " try --schedule linear"
+            f"the schedule {config.schedule} ends in infinite γ: it is for the processes"
+            f" {' and '.join(SYMBOL_PROCESSES)}; try --schedule linear"
         )
     if schema.levels is None:
         affine = affine or Affine(torch.zeros(schema.shape), torch.ones(schema.shape))

@@ -28,6 +28,7 @@ VALUE_PROCESSES = {
 #: processes of symbols: of (schedule, number of symbols)
 SYMBOL_PROCESSES = {
     "absorbing": "nelbo.diffusion.process:MaskedDiffusion",
+    "uniform": "nelbo.diffusion.uniform:UniformDiffusion",
 }
 #: parametrizations that predict one number for each dimension: of ()
 POINT_HEADS = {
@@ -95,15 +96,16 @@ class ModelConfig(Record):
     """Names and sizes of a model, which `nelbo.models.build.build` makes.
 
     Args:
-        process: gaussian adds noise; absorbing, for integers, masks symbols.
+        process: gaussian adds noise; absorbing, for integers, masks symbols; uniform replaces them
+            by any others.
         schedule: -log SNR over time. betas is the classic one, 1000 β's from 1e-4 to 0.02. learned
             finds the interior that minimises the variance of the bound; learned-ends also learns
             the ends.
         gamma_min: -log SNR at the data's end, -80 or more.
         gamma_max: -log SNR at the noise's end.
         head: Output of the network: levels, one number for each level; level-curves, the weights
-            of a few curves over many levels; or noise, data, velocity; symbols for the absorbing
-            process.
+            of a few curves over many levels; or noise, data, velocity; symbols for the processes
+            absorbing and uniform.
         step: Reverse step P(z_s|z_t), used for bounds and samples in few steps.
         decoder: P(x|z_1).
         network: conv is for images, unet for large ones; transformer for text or anything of few

@@ -1,0 +1,293 @@
+r"""Uniform-state diffusion: noise replaces a symbol by any of the K, itself included.
+
+With α = α_t, r = α_t/α_s and s < t, for each symbol,
+
+    q(z_t|x)     = α [z_t = x] + (1-α)/K
+    q(z_s|z_t,x) = ( r [z_s = z_t] + (1-r)/K ) q(z_s|x) / q(z_t|x)
+
+A model puts probabilities P_k in place of the certain x. They are its opinion of x_i from all
+symbols but z_i, whose own evidence these formulas add, so that P(z_s|z_t) is the exact reverse
+kernel where P_k = P(x_i = k|z_t but z_i), and likewise P(x_i = k|z_t) ∝ P_k q(z_i|x_i = k).
+
+In continuous time, with m(k) = q(z_t = k|x), its prediction m̂ = α P + (1-α)/K, u = m/m(z_t) and
+û = m̂/m̂(z_t), the rate is
+
+    γ'(t) (1-α)/K Σ_{j≠z_t} [ u_j log(u_j/û_j) - u_j + û_j ]
+
+Sources: Austin et al. 2021 (D3PM), Schiff et al. 2025 (UDLM), Sahoo et al. 2025 (Duo). All of it
+takes three log-probabilities of m̂ and Σ_j log m̂_j at each place, a few rows of logits at a time,
+so that no table of all symbols at all places is made.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+from torch.distributions.kl import register_kl
+from torch.nn.functional import one_hot
+from torch.special import xlog1py
+from typing_extensions import override
+
+from nelbo._utils.batch_rng import BatchShard, rand
+from nelbo._utils.numerics import log1mexp, over, slope
+from nelbo.diffusion.distributions import Discrete, Shape
+from nelbo.diffusion.process import ForwardProcess, per_example
+from nelbo.diffusion.schedules import Schedule
+from nelbo.diffusion.symbols import Certain, Predicted, Symbols, Uniform
+
+if TYPE_CHECKING:
+    from nelbo.diffusion.parametrization import Prediction
+
+FAR = 15.0  # largest |γ| of a network's input; α differs from its limit by 3e-7 there
+
+
+class MaybeReplaced(Discrete):
+    """A symbol of `source` with probability α, else any of the K.
+
+    Args:
+        source: distribution of the symbol.
+        log_kept: log α, broadcastable to the places, float64.
+        log_replaced: log(1-α), likewise.
+    """
+
+    def __init__(self, source: Symbols, log_kept: Tensor, log_replaced: Tensor) -> None:
+        self.source, self.count = source, source.count
+        self.log_kept = log_kept
+        self.log_each = log_replaced - math.log(self.count)
+        shape = torch.broadcast_shapes(source.batch_shape, log_kept.shape)
+        Distribution.__init__(self, shape, validate_args=False)
+
+    @property
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        """The table of all log-probabilities, (..., K)."""
+        kept = self.log_kept[..., None] + self.source.log_probs
+        return torch.logaddexp(kept, self.log_each[..., None].to(kept))
+
+    @override
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.logaddexp(self.log_kept + self.source.log_prob(value), self.log_each)
+
+    def log_ratios(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return Σ_j log( P_j K/(1-α) ) of all symbols j but x and z, shape of both, float64."""
+        each = self.log_each
+        total = self.source.excess((self.log_kept - each).expand(self.batch_shape))
+        of_x = torch.where(x == z, 0.0, self.log_prob(x) - each)
+        return total - (self.log_prob(z) - each) - of_x
+
+    def choose(self, u: Tensor) -> Tensor:
+        """Return a symbol for each uniform u in [0, 1), shape of u."""
+        kept = self.log_kept.exp().expand(u.shape)
+        keep = u < kept
+        of_source = self.source.inverse(torch.where(keep, u / kept, 0.0), keep)
+        rest = torch.where(keep, 0.0, (u - kept) / (1 - kept))
+        return torch.where(keep, of_source, (rest * self.count).long().clamp(max=self.count - 1))
+
+    @override
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        return self.choose(rand(shape, shard, dtype=torch.float64, device=self.source.device))
+
+    @property
+    @override
+    def mode(self) -> Tensor:
+        return self.source.mode
+
+
+class Bridge(Discrete):
+    """z_s with probability ∝ ( r [z_s = z_t] + (1-r)/K ) P(z_s).
+
+    Args:
+        before: P(z_s).
+        z: z_t, shape of the places.
+        log_kept: log r, broadcastable to the places, float64.
+        log_replaced: log(1-r), likewise.
+    """
+
+    def __init__(
+        self, before: MaybeReplaced, z: Tensor, log_kept: Tensor, log_replaced: Tensor
+    ) -> None:
+        self.before, self.z = before, z.long()
+        self.log_kept = log_kept
+        self.log_each = log_replaced - math.log(before.count)
+        self.at_z = before.log_prob(self.z)
+        self.log_norm = torch.logaddexp(log_kept + self.at_z, self.log_each)
+        Distribution.__init__(self, z.shape, validate_args=False)
+
+    def _of_step(self, stays: Tensor) -> Tensor:
+        """Return log( r [stays] + (1-r)/K ) - log of the norm."""
+        kept = torch.where(stays, self.log_kept, -torch.inf)
+        return torch.logaddexp(kept, self.log_each) - self.log_norm
+
+    @property
+    def log_probs(self) -> Tensor:  # type: ignore[override]
+        """The table of all log-probabilities, (..., K)."""
+        stays = one_hot(self.z, self.before.count).bool().movedim(-1, 0)
+        return self.before.log_probs + self._of_step(stays).movedim(0, -1)
+
+    @override
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.before.log_prob(value) + self._of_step(value == self.z)
+
+    @override
+    def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
+        u = rand(shape, shard, dtype=torch.float64, device=self.z.device)
+        stay = (self.log_kept + self.at_z - self.log_norm).exp()
+        stays = u < stay
+        moved = self.before.choose(torch.where(stays, 0.0, (u - stay) / (1 - stay)))
+        return torch.where(stays, self.z, moved)
+
+    @property
+    @override
+    def mode(self) -> Tensor:
+        other = self.before.mode
+        return torch.where(self.log_prob(other) > self.log_prob(self.z), other, self.z)
+
+
+@register_kl(MaybeReplaced, Uniform)
+def _kl_to_uniform(p: MaybeReplaced, q: Uniform) -> Tensor:
+    if not isinstance(p.source, Certain):
+        return math.log(p.count) - torch.special.entr(p.log_probs.exp()).sum(-1)
+    count, kept, each = p.count, p.log_kept.exp(), p.log_each.exp()
+    same = xlog1py(kept + each, kept * (count - 1)) + xlog1py((count - 1) * each, -kept)
+    return same.expand(p.batch_shape)
+
+
+@register_kl(Bridge, Bridge)
+def _kl_bridges(p: Bridge, q: Bridge) -> Tensor:
+    known = p.before.source
+    if not isinstance(known, Certain):
+        log_p, log_q = p.log_probs, q.log_probs
+        return (log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p - log_q)).sum(-1)
+    x, z = known.symbols, p.z
+    at_x = p.before.log_prob(x), q.before.log_prob(x)
+    others = p.before.log_ratios(x, z), q.before.log_ratios(x, z)
+    weight_of_x = torch.where(x == z, -torch.inf, p.log_prob(x))
+    parts = (
+        (p.log_prob(z), p.at_z - q.at_z),
+        (weight_of_x, at_x[0] - at_x[1]),
+        (p.log_each + p.before.log_each - p.log_norm, others[0] - others[1]),
+    )
+    total = q.log_norm - p.log_norm
+    for weight, ratio in parts:
+        total = total + weight.exp() * torch.where(weight == -torch.inf, 0.0, ratio)
+    return total
+
+
+class UniformDiffusion(ForwardProcess):
+    """Uniform-state diffusion of symbols 0..K-1.
+
+    e is x itself; a prediction of it has log-probabilities (..., K), see the head of this file.
+
+    Args:
+        schedule: γ(t), with α_t = sigmoid(-γ(t)); its ends may be infinite.
+        count: the number K of symbols.
+        as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
+            it gets K channels, of which that of the symbol is 1.
+    """
+
+    posterior_name = "categorical step"
+
+    def __init__(self, schedule: Schedule, count: int, as_codes: bool = False) -> None:
+        super().__init__(schedule)
+        if count < 2:
+            raise ValueError(f"levels must be at least 2; got {count}")
+        self.count = self.codes = count
+        self.as_codes, self.channels = as_codes, 1 if as_codes else count
+
+    @override
+    def embed(self, x: Tensor) -> Tensor:
+        return x.long()
+
+    @override
+    def features(self, z: Tensor) -> Tensor:
+        if self.as_codes:
+            return z.double()
+        return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
+
+    @override
+    def log_snr_input(self, t: Tensor) -> Tensor:
+        return self.schedule(t).clamp(-FAR, FAR)
+
+    @override
+    def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
+        kept = self.log_kept(s, t)
+        return per_example(self._replaced(Certain(z, self.count), kept, log1mexp(kept)))
+
+    @override
+    def marginal(self, e: Tensor, t: Tensor) -> Independent:
+        return per_example(self._marginal(Certain(e, self.count), t))
+
+    @override
+    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
+        return self._posterior(z, self._symbols(e, z), s, t)
+
+    @override
+    def predicted_posterior(
+        self, z: Tensor, prediction: "Prediction", s: Tensor, t: Tensor
+    ) -> Independent:
+        return self._posterior(z, prediction.symbols(z, None), s, t)
+
+    def _posterior(self, z: Tensor, symbols: Symbols, s: Tensor, t: Tensor) -> Independent:
+        return per_example(self._bridge(self._marginal(symbols, s), z, self.log_kept(s, t)))
+
+    @override
+    def likelihood(self, prediction: "Prediction", z: Tensor, t: Tensor) -> Discrete:
+        certain = torch.zeros_like(t)
+        clean = self._replaced(prediction.symbols(z, None), certain, certain - torch.inf)
+        return self._bridge(clean, z, self.log_alpha(t))
+
+    @override
+    def mean(self, e: Tensor, z: Tensor) -> Tensor:
+        return e.double() if e.ndim == z.ndim else super().mean(e, z)
+
+    @override
+    def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
+        return per_example(Uniform(self.count, torch.Size((len(t), *shape)), t.device))
+
+    @override
+    def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
+        return self._rate(z, e, self._symbols(e_hat, z), t)
+
+    @override
+    def predicted_rate(self, z: Tensor, e: Tensor, prediction: "Prediction", t: Tensor) -> Tensor:
+        return self._rate(z, e, prediction.symbols(z, None), t)
+
+    def _rate(self, z: Tensor, e: Tensor, symbols: Symbols, t: Tensor) -> Tensor:
+        """Return the rate of the head of this file, (B,); there, u_j = m_j/m_z.
+
+        Σ_{j≠z} û_j - u_j = 1/m̂_z - 1/m_z, and u_j is that of x, or the same for all others. At
+        the ends of an infinite γ, times that are never drawn, it is 0.
+        """
+        inside = self.schedule(t).isfinite()
+        t = torch.where(inside, t, 0.5)
+        z, x = z.long(), e.long()
+        m, m_hat = (self._marginal(v, t) for v in (Certain(x, self.count), symbols))
+        at_z, at_x = m.log_prob(z), m.log_prob(x)
+        hat_z, hat_x = m_hat.log_prob(z), m_hat.log_prob(x)
+        apart = x != z
+        of_x = (at_x - at_z).exp() * ((at_x - hat_x) - (at_z - hat_z))
+        others = self.count - 1 - apart.double()
+        log_ratios = m.log_ratios(x, z) - m_hat.log_ratios(x, z) - others * (at_z - hat_z)
+        of_others = (m.log_each - at_z).exp() * log_ratios
+        lost = (-at_z).exp() * torch.expm1(at_z - hat_z)
+        each = torch.where(apart, of_x, 0.0) + of_others + lost
+        change = slope(self.schedule, t) * self.log_one_minus_alpha(t).exp() / self.count
+        return torch.where(inside, change * each.flatten(1).sum(1), 0.0)
+
+    def _marginal(self, symbols: Symbols, t: Tensor) -> MaybeReplaced:
+        return self._replaced(symbols, self.log_alpha(t), self.log_one_minus_alpha(t))
+
+    def _replaced(self, symbols: Symbols, kept: Tensor, replaced: Tensor) -> MaybeReplaced:
+        ones = (1,) * (len(symbols.batch_shape) - 1)
+        return MaybeReplaced(symbols, kept.reshape(-1, *ones), replaced.reshape(-1, *ones))
+
+    def _bridge(self, before: MaybeReplaced, z: Tensor, kept: Tensor) -> Bridge:
+        z = z.long()
+        return Bridge(before, z, over(kept, z), over(log1mexp(kept), z))
+
+    def _symbols(self, e: Tensor, z: Tensor) -> Symbols:
+        """Return the distribution of known symbols e, or of log-probabilities (..., K)."""
+        if e.ndim == z.ndim:
+            return Certain(e, self.count)
+        return Predicted(e, z, None, dtype=e.dtype)
