@@ -2,19 +2,40 @@
 
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOWEST = (ROOT / "constraints-lowest.txt").read_text()
 PINNED = dict(re.findall(r"^([\w-]+)==([\d.]+)$", LOWEST, re.MULTILINE))
 
+MAKE = (ROOT / "Makefile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def bounds(requirements):
+    """Names and lower bounds; `nelbo[docs,test]` has none."""
+    found = (re.match(r"([\w-]+)[^>]*>=([\d.]+)", each) for each in requirements)
+    return [each.groups() for each in found if each]
+
 
 def test_each_lower_bound_is_run():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [project["optional-dependencies"][name] for name in ("tables", "hub", "codec")]
-    for requirement in sum(extras, project["dependencies"]):
-        name, bound = re.match(r"([\w-]+)[^>]*>=([\d.]+)", requirement).groups()
-        assert f"{PINNED[name]}.".startswith(f"{bound}."), requirement
+    installed = re.search(r"constraints-lowest.txt -e \"\.\[([\w,]+)\]", MAKE)[1].split(",")
+    assert {"tables", "hub", "codec"} <= set(installed)
+    needed = chain(PROJECT["dependencies"], *(EXTRAS[name] for name in installed))
+    for name, bound in bounds(needed):
+        assert f"{PINNED[name]}.".startswith(f"{bound}."), name
+    for name, bound in bounds(chain(*EXTRAS.values())):  # one library has one bound
+        assert f"{PINNED.get(name, bound)}.".startswith(f"{bound}."), name
+
+
+def test_the_workflow_runs_the_lowest_versions():
+    """With the oldest Python that is declared."""
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    job = re.search(r'python: "([\d.]+)"\s+versions: lowest\s+command: (.*)', workflow)
+    assert PROJECT["requires-python"] == f">={job[1]}"
+    assert job[2].startswith("make test-lowest ") and "\ntest-lowest: " in MAKE
 
 
 def test_the_build_of_torch_is_one():

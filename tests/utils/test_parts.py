@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributions import Laplace, Normal
 
-from nelbo._utils.batch_rng import BatchShard, current, rand
+from nelbo._utils.batch_rng import BatchShard, current, drawn_by_rows, rand, randn, row_streams
 from nelbo._utils.numerics import seeded
 from nelbo.data import Dataset, Label, Schema
 from nelbo.diffusion.distributions import (
@@ -146,6 +146,30 @@ def test_random_numbers_of_a_part_are_its_rows_of_the_whole(last):
             with seeded(3):
                 way(h, None)
                 assert torch.rand(()) == after  # the next draw begins at the same place
+
+
+def test_a_row_with_a_stream_of_its_own_has_the_same_numbers_anywhere():
+    """Also with several numbers for a row: theirs stand one after the other."""
+    x = torch.tensor([[1.0, 2.0], [0.0, 3.0], [1.0, 2.0], [-0.0, 3.0]])
+    both = []
+    for rows in ([0, 1, 2, 3], [1, 0]):
+        with drawn_by_rows(row_streams(x[rows], 7)):
+            uniform = rand((2 * len(rows), 500), dtype=torch.float64)
+            normal = randn((len(rows), 3, 500), None, x)
+        both.append((uniform.unflatten(0, (len(rows), 2)), normal))
+    for all_rows, two in zip(*both, strict=True):
+        assert torch.equal(all_rows[[1, 0]], two)
+        assert torch.equal(all_rows[:2], all_rows[2:]) and (all_rows[0] != all_rows[1]).all()
+    (uniform, normal), _ = both
+    assert uniform.dtype == torch.float64 and normal.dtype == torch.float32
+    assert abs(uniform.mean() - 1 / 2) < 0.03 and abs(uniform.var() - 1 / 12) < 0.01
+    assert abs(normal[:2].mean()) < 0.08 and abs(normal[:2].var() - 1) < 0.1
+    with drawn_by_rows(row_streams(x, 7)), pytest.raises(RuntimeError, match="no 4 examples"):
+        rand((6,))
+    with seeded(1), drawn_by_rows(None):
+        same = rand((3,))
+    with seeded(1):
+        assert torch.equal(same, torch.rand(3))
 
 
 def test_an_example_can_have_several_rows():

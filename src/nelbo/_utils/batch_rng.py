@@ -5,18 +5,24 @@ p + P, p + 2P, .., and the random numbers of these rows are those that they have
 batch. As there is one stream of random numbers and not one for each row, each shard draws for all
 rows of the batch and keeps the numbers of its rows. This costs next to nothing for the noise of
 the examples, but dropout masks cost P times as much, so networks without dropout scale best.
+
+Within `drawn_by_rows` each row has a stream of its own instead, so that its numbers depend on no
+other row.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nelbo._utils.distributed import gather, world
 
 _current: ContextVar["BatchShard | None"] = ContextVar("part", default=None)
+_streams: ContextVar["list[np.random.Generator] | None"] = ContextVar("streams", default=None)
 
 
 class BatchShard:
@@ -105,14 +111,62 @@ def rand(
 
     `shape` and `shard` are as for `own_rows`.
     """
+    if (streams := _streams.get()) is not None:
+        return _each(streams, lambda stream, own: stream.random(own), shape).to(device, dtype)
     return own_rows(lambda wide: torch.rand(wide, dtype=dtype, device=device), shape, shard)
 
 
 def randn(shape: Sequence[int], shard: BatchShard | None, like: Tensor) -> Tensor:
     """Draw standard normal noise with the dtype and the device of `like`; otherwise as `rand`."""
+    if (streams := _streams.get()) is not None:
+        return _each(streams, lambda stream, own: stream.standard_normal(own), shape).to(like)
     return own_rows(
         lambda wide: torch.randn(wide, dtype=like.dtype, device=like.device), shape, shard
     )
+
+
+def row_streams(x: Tensor, seed: int) -> list[np.random.Generator]:
+    """Return a stream of random numbers for each row of x, (B, ...), from its values and a seed.
+
+    Equal rows have equal streams; -0.0 is 0.0.
+    """
+    streams = []
+    for row in (x + 0).cpu().numpy():
+        key = hashlib.blake2b(row.tobytes(), digest_size=16, key=seed.to_bytes(8, "little"))
+        number = int.from_bytes(key.digest(), "little")
+        streams.append(np.random.Generator(np.random.Philox(key=number)))
+    return streams
+
+
+@contextmanager
+def drawn_by_rows(streams: "list[np.random.Generator] | None") -> Iterator[None]:
+    """Inside, draw the numbers of each row of a batch from the stream of this row.
+
+    Args:
+        streams: one for each row, from `row_streams`; None for the one stream of all rows.
+    """
+    before = _streams.set(streams)
+    try:
+        yield
+    finally:
+        _streams.reset(before)
+
+
+def _each(
+    streams: "list[np.random.Generator]",
+    fill: Callable[[np.random.Generator, Sequence[int]], np.ndarray],
+    shape: Sequence[int],
+) -> Tensor:
+    """Return noise of a shape whose first size is a multiple of the number of rows, float64."""
+    each = _per_row(shape[0], len(streams))
+    return torch.from_numpy(np.concatenate([fill(one, (each, *shape[1:])) for one in streams]))
+
+
+def _per_row(numbers: int, rows: int) -> int:
+    each, rest = divmod(numbers, rows)
+    if rest:
+        raise RuntimeError(f"{numbers} random numbers belong to no {rows} examples")
+    return each
 
 
 def own_rows(
@@ -131,9 +185,7 @@ def own_rows(
     """
     if shard is None or len(shard) == shard.batch:
         return fill(shape)
-    each, rest = divmod(shape[0], len(shard))
-    if rest:
-        raise RuntimeError(f"{shape[0]} random numbers belong to no {len(shard)} examples")
+    each = _per_row(shape[0], len(shard))
     wide = fill((shard.batch * each, *shape[1:])).unflatten(0, (shard.batch, each))
     return wide[shard.rows.to(wide.device)].flatten(0, 1)
 

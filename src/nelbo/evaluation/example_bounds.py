@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nelbo._utils.batch_rng import drawn_by_rows, rand, row_streams
 from nelbo._utils.distributed import map_across_processes
 from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
@@ -61,6 +62,7 @@ def elbo(
     times: TimeDiscretization | None = None,
     calls: int = CALLS,
     seed: int = 0,
+    by_content: bool = False,
     track: Track = iter,
 ) -> ExampleBounds:
     """Return the lower bound on log P(x|φ) of each example, an average of draws with its error.
@@ -73,6 +75,8 @@ def elbo(
         times: TimeGrid(times) in place of these steps.
         calls: network calls per example, at most.
         seed: of everything random.
+        by_content: let the draws of an example follow from the seed and its values, whatever its
+            place and the other examples are; equal examples then have equal draws.
         track: wraps the blocks of examples, for a progress bar.
 
     Raises:
@@ -90,7 +94,14 @@ def elbo(
     whole = times.terms if times.steps is not None else calls
     draws = max(1, min(whole, calls // REPLICATES - 1))
     found = replicates_of(
-        model, batch, times, draws, calls // (draws + 1), integer("seed", seed, 0), track
+        model,
+        batch,
+        times,
+        draws,
+        calls // (draws + 1),
+        integer("seed", seed, 0),
+        track,
+        by_content,
     )
     prior, reconstruction, diffusion = (term.mean(1) for term in found)
     return ExampleBounds(prior, reconstruction, diffusion, errors([found.elbo]))
@@ -104,6 +115,7 @@ def replicates_of(
     replicates: int,
     seed: int,
     track: Track = iter,
+    by_content: bool = False,
 ) -> Bound:
     """Return independent draws of the terms of each example, (N, replicates) each, nats.
 
@@ -115,14 +127,16 @@ def replicates_of(
         replicates: number of replicates.
         seed: of everything random.
         track: wraps the blocks of examples, for a progress bar.
+        by_content: as for `elbo`.
     """
     blocks = torch.arange(len(batch)).split(max(1, model.rows // draws))
 
     def one(g: int) -> Tensor:
         few, each = batch[blocks[g]].to(model.device), []
-        with seeded(seed, int(blocks[g][0])):
+        streams = row_streams(few.x, seed) if by_content else None
+        with seeded(seed, int(blocks[g][0])), drawn_by_rows(streams):
             for _ in range(replicates):
-                v = torch.rand(len(few), 1, dtype=torch.float64)
+                v = rand((len(few), 1), dtype=torch.float64)
                 u = (torch.arange(draws) + v) / draws
                 each.append(torch.stack(one_draw(model, few, times, u)))
         return torch.stack(each, 2).cpu()

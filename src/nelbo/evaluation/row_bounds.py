@@ -1,9 +1,9 @@
 r"""The bound of each row of real data by draws of its own, with an error for each.
 
-The times and the noise of a row follow from the seed and the values of the row, and no other row
-has the same. So its score does not depend on other rows, and the error of a mean falls with the
-rows as with the draws. Each noise is used with both signs, and each stratum of times has two
-draws, whose difference gives the error.
+The times and the noise of a row follow from the seed and the values of the row, and no row of
+other values has the same. So its score does not depend on other rows, and the error of a mean
+falls with the rows as with the draws. Each noise is used with both signs, and each stratum of
+times has two draws, whose difference gives the error.
 
 Known costs are not drawn. Any distribution P has an exact denoiser ê_P, whose cost for each e is
 
@@ -17,7 +17,6 @@ near the model,
 only the difference of the model from the mixture is left to chance.
 """
 
-import hashlib
 import math
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo._utils.batch_rng import row_streams
 from nelbo._utils.numerics import over
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import prior_term
@@ -88,9 +88,7 @@ def _own_draws(e: Tensor, strata: int, ends: int, seed: int) -> tuple[Tensor, Te
     """
     draws, shape = 2 * strata, e.shape[1:]
     u, noise = np.empty((len(e), draws)), np.empty((len(e), draws + ends, *shape))
-    for i, row in enumerate((e + 0.0).cpu().numpy()):  # -0.0 is 0.0
-        key = hashlib.blake2b(row.tobytes(), digest_size=16, key=seed.to_bytes(8, "little"))
-        of_row = np.random.Generator(np.random.Philox(key=int.from_bytes(key.digest(), "little")))
+    for i, of_row in enumerate(row_streams(e, seed)):
         u[i], noise[i] = of_row.random(draws), of_row.standard_normal(noise.shape[1:])
     within = torch.from_numpy(u).reshape(len(e), strata, 2)
     spread = (torch.arange(strata)[:, None] + within).flatten(1) / strata

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from nelbo._utils.progress import Track
 from nelbo.data.readers.text import decode
 from nelbo.data.schema import Schema
 from nelbo.data.sources import Source
-from nelbo.data.tabular import encoding
+from nelbo.data.tabular import encoding, frames
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
@@ -193,7 +193,7 @@ def as_held(x: Tensor, config: RunConfig) -> "Samples":
     array, schema = x.cpu().numpy(), config.schema
     if schema.columns:
         frame = encoding.decode(array, schema.columns)
-        return frame.to_pandas() if config.frames == "pandas" else frame
+        return frames.to_pandas(frame, {}) if config.frames == "pandas" else frame
     if schema.text:
         return decode(array, schema.tokenizer or schema.alphabet or "")
     if schema.levels is not None and schema.levels <= 256:
@@ -204,6 +204,6 @@ def as_held(x: Tensor, config: RunConfig) -> "Samples":
 
 
 def like(frame: "DataFrame", given: object) -> "Frame":
-    """Return a frame of polars as one of the library of another table."""
-    made: Any = frame
-    return made.to_pandas() if hasattr(given, "iloc") else made
+    """Return a frame of polars as one of the library of another table, in its types."""
+    dtypes = frames.dtypes_of(given)
+    return frame if dtypes is None else frames.to_pandas(frame, dtypes)

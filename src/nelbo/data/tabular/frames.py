@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from nelbo.data.tabular.cells import raw_texts
 
 if TYPE_CHECKING:
-    from polars import Series
+    from polars import DataFrame, Series
 
 NUMBERS = "biuf"  # kinds of NumPy types that need no conversion
 
@@ -54,16 +55,70 @@ def left_out(table: object) -> list[str]:
 
 
 def is_mixed(table: object) -> bool:
-    """Return whether a table is a frame of pandas or polars with other cells than numbers."""
+    """Return whether a table is a frame of pandas or polars with other cells than numbers.
+
+    Truth values are no numbers here.
+    """
     if hasattr(table, "iloc") and hasattr(table, "dtypes") and hasattr(table, "columns"):
         frame = cast(Any, table)
         kinds = (getattr(dtype, "kind", "O") for dtype in frame.dtypes)
-        return any(kind not in "biuf" for kind in kinds) or bool(frame.isna().any(axis=None))
+        return any(kind not in "iuf" for kind in kinds) or bool(frame.isna().any(axis=None))
     if hasattr(table, "null_count") and hasattr(table, "schema"):
         frame = cast(Any, table)
-        plain = (d.is_numeric() or str(d) == "Boolean" for d in frame.schema.values())
-        return not all(plain) or any(frame.null_count().row(0))
+        return not all(dtype.is_numeric() for dtype in frame.schema.values()) or any(
+            frame.null_count().row(0)
+        )
     return False
+
+
+def dtypes_of(table: object) -> "dict[str, tuple[object, object]] | None":
+    """Return the name and the type of each column of a pandas frame; None for other tables."""
+    if not (hasattr(table, "iloc") and hasattr(table, "dtypes")):
+        return None
+    frame = cast(Any, table)
+    return {str(n): (n, dtype) for n, dtype in zip(frame.columns, frame.dtypes, strict=True)}
+
+
+def to_pandas(frame: "DataFrame", dtypes: "Mapping[str, tuple[object, object]]") -> Any:  # noqa: ANN401
+    """Return a frame of polars as one of pandas, with the names and types of another.
+
+    A column of whole numbers with missing cells is of the type Int64, unless it had another one.
+
+    Args:
+        frame: with the columns of the other, or some of them.
+        dtypes: of the other frame, from `dtypes_of`.
+    """
+    pd, made = import_module("pandas"), frame.to_pandas()
+    for name in frame.columns:
+        column = frame[name]
+        whole = column.dtype.is_integer() and column.null_count()
+        dtype = dtypes[name][1] if name in dtypes else "Int64" if whole else made[name].dtype
+        if made[name].dtype != dtype:
+            made[name] = _of_dtype(pd, column.to_list(), dtype, made[name])
+    return made.rename(columns={name: old for name, (old, _) in dtypes.items()})
+
+
+def _of_dtype(pd: ModuleType, cells: list[object], dtype: Any, otherwise: object) -> object:  # noqa: ANN401
+    """Return cells as a column of this type of pandas; `otherwise` if one of them does not fit."""
+    if hasattr(dtype, "categories"):
+        codes = {name: i for i, name in enumerate(_category_names(dtype.categories))}
+        if any(cell is not None and cell not in codes for cell in cells):
+            return otherwise
+        found = [-1 if cell is None else codes[cell] for cell in cells]
+        return pd.Categorical.from_codes(found, dtype=dtype)
+    try:
+        return pd.Series(cells, dtype=dtype)
+    except (TypeError, ValueError, OverflowError):
+        return otherwise
+
+
+def _category_names(categories: Any) -> list[object]:  # noqa: ANN401
+    """Return the texts that stand for the categories of a column of pandas."""
+    series = import_module("polars").Series(categories.tolist(), strict=False)
+    try:
+        return cast(list[object], raw_texts(series).to_list())
+    except ValueError:  # intervals, dates
+        return [str(each) for each in categories]
 
 
 def _column(name: str, values: object) -> "Series":
@@ -89,11 +144,7 @@ def _of_pandas(name: str, values: object) -> "Series":
     pl, series = import_module("polars"), cast(Any, values)
     missing, dtype = series.isna().to_numpy(), series.dtype
     if hasattr(dtype, "categories"):
-        categories = pl.Series(dtype.categories.tolist(), strict=False)
-        try:
-            names = raw_texts(categories).to_list()
-        except ValueError:  # intervals, dates
-            names = [str(each) for each in dtype.categories]
+        names = _category_names(dtype.categories)
         cells = [None if code < 0 else names[code] for code in series.cat.codes]
         return pl.Series(name, cells, dtype=pl.Categorical)
     plain = getattr(dtype, "numpy_dtype", dtype)
