@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from support.commands import nelbo_fails, run_ok
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import nelbo
+from nelbo import integrations
 from nelbo._utils.numerics import seeded
 from nelbo.cli import main
 from nelbo.integrations import huggingface, is_foreign
@@ -286,3 +288,55 @@ def test_the_model_s_own_texts_from_both_sides(tmp_path, capsys):
     assert "--importance-samples K at --steps T" in nelbo_fails(
         capsys, *command, "--own-samples", 5
     )
+
+
+def test_the_precision_of_the_weights(tmp_path, capsys):
+    """`--precision bf16`: weights and logits are bfloat16, sums float64, and the record says so;
+    a folder of bfloat16 stays as it is stored."""
+    home = write(tmp_path / "m")
+    (tmp_path / "a.txt").write_text("abcd\nab\n")
+    command = ["evaluate", f"hf:{home}", "--data", tmp_path / "a.txt", "--lines", "--calls", 8]
+    run_ok(*command, "--json")
+    wide = json.loads(capsys.readouterr().out)
+    run_ok(*command, "--json", "--precision", "bf16")
+    out, err = capsys.readouterr()
+    narrow = json.loads(out)
+    assert narrow["precision"] == "float64 around bfloat16" != wide["precision"]
+    assert narrow["model_hash"] != wide["model_hash"] and "weights are bfloat16" in err
+    assert 0 < abs(narrow["nats"] - wide["nats"]) < 0.02 * wide["nats"]
+    found = huggingface.load(home, precision="bf16")
+    logits = found.model.network.module(torch.tensor([[1, 4, 2]])).logits
+    assert logits.dtype == torch.bfloat16
+    batch = found.texts(tmp_path / "a.txt", lines=True).batch
+    assert nelbo.evaluate(found.model, batch, calls=8).nats == narrow["nats"]
+    stored = tmp_path / "stored"
+    found.model.network.module.save_pretrained(stored)
+    write_tokenizer(stored)
+    assert nelbo.evaluate(huggingface.load(stored).model, batch, calls=8).nats == narrow["nats"]
+    with pytest.raises(ValueError, match=r"precision must be bf16, fp16, .*; got 'int8'"):
+        huggingface.load(home, precision="int8")
+    line = nelbo_fails(capsys, "evaluate", tmp_path / "run", "--precision", "bf16")
+    assert "are for hf:FOLDER" in line
+    line = nelbo_fails(capsys, *command, "--device-map", "auto", "--device", "cpu")
+    assert "--device-map places the weights; leave --device cpu out" in line
+
+
+def test_a_device_map(tmp_path, monkeypatch):
+    """It goes to `from_pretrained` and needs accelerate; nothing moves the weights after it."""
+    home = write(tmp_path / "m")
+    if find_spec("accelerate") is None:
+        with pytest.raises(ImportError, match="pip install accelerate"):
+            huggingface.load(home, device_map="cpu")
+        monkeypatch.setattr(huggingface, "find_spec", lambda name: name)
+        make, given = transformers.AutoModelForMaskedLM.from_pretrained, {}
+
+        def without(*args, device_map, **options):
+            given["device_map"] = device_map
+            return make(*args, **options)
+
+        monkeypatch.setattr(transformers.AutoModelForMaskedLM, "from_pretrained", without)
+    found = integrations.load(f"hf:{home}", device_map="cpu", precision="bf16")
+    assert found.placed and "weights are bfloat16 on cpu (device_map cpu)" in found.notes[-1]
+    assert math.isfinite(nelbo.evaluate(found, ["abc"], calls=8).nats)
+    with pytest.raises(ValueError, match="are for hf:FOLDER, and this is openai:"):
+        integrations.load("openai:x", device_map="auto")

@@ -51,6 +51,8 @@ def evaluate(
     prompt_field: str | None = None,
     answer_field: str | None = None,
     trust_remote_code: bool = False,
+    precision: Literal["bf16", "fp16", "float32", "float64"] | None = None,
+    device_map: str | None = None,
     seed: Seed = 0,
     device: Device = "auto",
     json: bool = False,
@@ -125,6 +127,11 @@ def evaluate(
         The name of the text that is scored; by default answer, or text.
     trust_remote_code
         Run the code that the folder of hf:FOLDER brings, after printing which.
+    precision
+        Of the weights of hf:FOLDER, by default as they are stored; sums are float64.
+    device_map
+        Where to put the weights of hf:FOLDER, in place of --device, as transformers takes it: auto
+        spreads a large model over all devices.
     json
         Print one JSON object.
     """
@@ -153,7 +160,8 @@ def evaluate(
     counts = numbers(steps)
     if len(counts) > 1:
         others = (grid, sampler, surrogate, importance_samples, dequantise, tolerance, save)
-        some = any(v is not None for v in (*others, prompt_field, answer_field))
+        others_too = (prompt_field, answer_field, precision, device_map)
+        some = any(v is not None for v in (*others, *others_too))
         if ode or columns or lines or trust_remote_code or some:
             raise ValueError(
                 "several --steps go with --data, --split, --splits, --calls, --target-error,"
@@ -186,6 +194,10 @@ def evaluate(
         raise ValueError("--columns prints a table, and --json one object; give one of them")
     if columns and (integrations.is_foreign(run) or not read_config(Path(run)).schema.columns):
         raise ValueError("--columns prints what the columns of a run's table cost; leave it out")
+    if not integrations.is_foreign(run) and (precision is not None or device_map is not None):
+        raise ValueError("--precision and --device-map are for hf:FOLDER; leave them out")
+    if device_map is not None and device != "auto":
+        raise ValueError(f"--device-map places the weights; leave --device {device} out")
     if save is not None:
         if save.suffix != ".npz":
             raise ValueError(f"--save writes a .npz file; got {save}")
@@ -194,7 +206,14 @@ def evaluate(
         place = place_of(device, rank == 0)
         track = tracker("evaluate") if rank == 0 else iter
         if integrations.is_foreign(run):
-            foreign = integrations.load(run, steps=count, trust_remote_code=trust_remote_code)
+            foreign = integrations.load(
+                run,
+                steps=count,
+                trust_remote_code=trust_remote_code,
+                precision=precision,
+                device_map=device_map,
+            )
+            place = foreign.model.device if foreign.placed else place
             for note in foreign.notes if rank == 0 else ():
                 say(note)
             model, weights = foreign.model, foreign.weights
@@ -203,7 +222,8 @@ def evaluate(
             form = TextForm(lines, prompt_field, answer_field)
             x, split = foreign.examples(data, split, splits, tell, form=form)
             batch = Batch.of(x)
-            model.to(place)
+            if not foreign.placed:
+                model.to(place)
             for note in foreign.check(batch):
                 if tell is not None:
                     tell(note)
@@ -214,7 +234,6 @@ def evaluate(
             model = loaded.model
             model.to(place)  # the best grid is measured there too
             times = None if count is None else grid_of(loaded, count, spacing)
-        model.to(place)
         order = None
         if isinstance(model, LatentModel):
             if ode or not importance_samples is target_error is surrogate is sampler is None:

@@ -97,6 +97,8 @@ def load(
     steps: int | None = None,
     condition: Condition | None = None,
     trust_remote_code: bool = False,
+    precision: str | None = None,
+    device_map: str | None = None,
 ) -> Foreign:
     """Load a model that was trained elsewhere, ready to be measured. No code in its files is run.
 
@@ -110,6 +112,10 @@ def load(
         condition: for a folder of diffusers: c of each example that is to be measured, in their
             order, for the bound on P(x|c).
         trust_remote_code: the one exception: run the code that a folder of hf: brings.
+        precision: for hf:, of the weights: bf16, fp16, float32 or float64; as they are stored
+            where left out.
+        device_map: for hf:, as for `from_pretrained` of transformers, such as "auto": where the
+            weights are, from which nothing moves them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,9 +130,17 @@ def load(
     if kind == "hf":
         from nelbo.integrations.huggingface import load as load_text
 
-        return load_text(rest, steps=steps, trust_remote_code=trust_remote_code)
+        return load_text(
+            rest,
+            steps=steps,
+            trust_remote_code=trust_remote_code,
+            precision=precision,
+            device_map=device_map,
+        )
     if trust_remote_code:
         raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models bring no code")
+    if precision is not None or device_map is not None:
+        raise ValueError(f"precision and device_map are for hf:FOLDER, and this is {kind}:")
     path, options = _options(kind, rest)
     if condition is not None:
         if "condition" in options:

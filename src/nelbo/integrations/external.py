@@ -42,6 +42,7 @@ class Foreign:
         condition: c, where the bound is one on P(x|c) of conditions in memory.
         fit: fits parts of the model that no file has to examples that are not measured, and
             returns a note on them.
+        placed: whether the weights are on devices already, from which nothing moves them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Foreign:
     notes: tuple[str, ...]
     condition: Given | None = None
     fit: Callable[[Batch], str] | None = None
+    placed: bool = False
 
     def examples(
         self,

@@ -12,6 +12,7 @@ trusts it, and then what will run is printed; see docs/security.md.
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -35,6 +36,12 @@ from nelbo.integrations.tokens import TokenModel, wrap_tokens
 OFFSET = ("roberta", "xlm-roberta", "camembert", "esm")
 #: shift of the logits and time input, by the start of the name of the folder's model type
 KINDS: Mapping[str, tuple[int, str | None]] = {"dream": (1, None), "mdlm": (0, "sigma")}
+PRECISIONS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 CLASSES = "AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM"
 
 
@@ -113,7 +120,7 @@ def load(
     *,
     trust_remote_code: bool = False,
     steps: int | None = None,
-    dtype: torch.dtype | None = None,
+    precision: str | None = None,
     device_map: str | None = None,
     length: int | None = None,
 ) -> ForeignText:
@@ -123,16 +130,18 @@ def load(
         folder: with config.json, *.safetensors and a tokenizer.
         trust_remote_code: run the code that the folder brings (`auto_map`), after printing which.
         steps: number of steps of the model that is measured; continuous time where left out.
-        dtype: of the weights; as they are stored where left out.
-        device_map: as for `from_pretrained`.
+        precision: of the weights, a key of PRECISIONS; as they are stored where left out.
+        device_map: as for `from_pretrained`, such as "auto"; it needs the library accelerate.
         length: tokens of an example, at most; the model's positions where left out.
 
     Raises:
         FileNotFoundError: there is no such folder, or no config.json in it.
-        ImportError: transformers is missing.
-        ValueError: weights that are no safetensors, untrusted code, no mask token, or a
-            left-to-right model.
+        ImportError: transformers is missing, or accelerate for a device_map.
+        ValueError: weights that are no safetensors, untrusted code, no mask token, a
+            left-to-right model, or no such precision.
     """
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be {', '.join(PRECISIONS)}; got {precision!r}")
     home = Path(folder)
     if not home.is_dir():
         raise FileNotFoundError(f"{home} is no folder; give one that save_pretrained wrote")
@@ -145,11 +154,14 @@ def load(
         raise ImportError(
             "models of Hugging Face need transformers: pip install 'nelbo[text]'"
         ) from None
+    if device_map is not None and find_spec("accelerate") is None:
+        raise ImportError("device_map needs accelerate: pip install accelerate")
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(home), **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{home} has no tokenizer that can be read: {_first(error)}") from None
+    dtype = None if precision is None else PRECISIONS[precision]
     module = _module(transformers, home, config, options, dtype, device_map)
     kind = str(config.get("model_type", "")).lower()
     shift, time = next((v for k, v in KINDS.items() if kind.startswith(k)), (0, None))
@@ -180,6 +192,7 @@ def load(
         " the tokens that show; special tokens show and are never predicted",
         *(("logits are shifted by one place",) if shift else ()),
         *((f"the model is told the time as {time}",) if time else ()),
+        f"its weights are {_placed(module, device_map)}",
     )
     shape = (model.length or 1,)
     return ForeignText(
@@ -190,7 +203,17 @@ def load(
         weights=home.name,
         notes=notes,
         tokenizer=cast(Tokenizer, tokenizer),
+        placed=device_map is not None,
     )
+
+
+def _placed(module: nn.Module, device_map: str | None) -> str:
+    """Return the types of the weights, and where they are if that was asked for."""
+    types = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()})
+    if device_map is None:
+        return ", ".join(types)
+    places = sorted({str(p.device) for p in module.parameters()})
+    return f"{', '.join(types)} on {', '.join(places)} (device_map {device_map})"
 
 
 def _times(steps: int | None) -> TimeDiscretization:

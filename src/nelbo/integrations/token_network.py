@@ -70,6 +70,8 @@ def call(module: nn.Module, ids: Tensor, time: Tensor | None) -> Tensor:
         dtype = torch.promote_types(own.dtype, torch.float32)
         found = module(ids, time.to(own.device, dtype))
     logits = getattr(found, "logits", found)
+    if isinstance(logits, Tensor):
+        logits = logits.to(ids.device)  # the last of several devices
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
