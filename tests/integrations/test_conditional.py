@@ -6,8 +6,7 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
-from support import transformers as tiny
-from support.transformers import WIDTH
+from support.conditional import SIZE, ddpm, dit, flow, images, prompts, sd3, text_unet
 
 from nelbo import evaluate
 from nelbo._utils.numerics import seeded
@@ -22,60 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the schedule ends with signal left"),
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
 ]
-T, SIZE = 6, 8
-
-
-def text_unet(**config):
-    with seeded(0):
-        return diffusers.UNet2DConditionModel(
-            sample_size=SIZE,
-            in_channels=3,
-            out_channels=3,
-            block_out_channels=(8,),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=WIDTH,
-            attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
-            **config,
-        ).eval()
-
-
-def sd3():
-    with seeded(0):
-        network = tiny.sd3(SIZE)
-        for weight in network.parameters():  # some begin at zero
-            torch.nn.init.normal_(weight, std=0.2)
-        return network
-
-
-def dit():
-    with seeded(0):
-        network = tiny.dit(3, 3, SIZE)
-        torch.nn.init.normal_(network.proj_out_2.weight)
-        torch.nn.init.normal_(network.proj_out_1.weight)
-        return network
-
-
-def ddpm():
-    return diffusers.DDPMScheduler(
-        num_train_timesteps=T, clip_sample=False, beta_end=0.6, beta_start=0.02
-    )
-
-
-def flow():
-    return diffusers.FlowMatchEulerDiscreteScheduler()
-
-
-def images(n=3):
-    with seeded(1):
-        return torch.randint(256, (n, 3, SIZE, SIZE))
-
-
-def prompts(n=3, length=4):
-    with seeded(2):
-        return torch.randn(n, length, WIDTH)
 
 
 KINDS = {

@@ -1,4 +1,6 @@
-"""The smallest transformers of diffusers."""
+"""The smallest transformers of diffusers, and text encoders for them."""
+
+import json
 
 WIDTH, POOLED = 12, 5  # of the embeddings of prompts, and of those of whole prompts
 
@@ -35,3 +37,51 @@ def sd3(size):
         pooled_projection_dim=POOLED,
         pos_embed_max_size=8,
     ).eval()
+
+
+def text_encoder(folder, name="text_encoder", *, pooled=0, seed=0, width=WIDTH):
+    """Return a CLIP of random weights, with its tokenizer of single letters, written to a folder.
+
+    Args:
+        folder: of the pipeline.
+        name: of the encoder's folder; the tokenizer's is named like it.
+        pooled: width of its embedding of the whole prompt, 0 for an encoder without one.
+        seed: of the weights.
+        width: of the embeddings.
+    """
+    import transformers
+
+    from nelbo._utils.numerics import seeded
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    ids = {word: i for i, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
+    )
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(ids),
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(ids) - 2,
+        eos_token_id=len(ids) - 1,
+        pad_token_id=len(ids) - 1,
+        projection_dim=max(1, pooled),
+        initializer_factor=4.0,
+    )
+    kind = transformers.CLIPTextModelWithProjection if pooled else transformers.CLIPTextModel
+    with seeded(seed):
+        encoder = kind(config).eval()
+    tokenizer.save_pretrained(folder / name.replace("text_encoder", "tokenizer"))
+    encoder.save_pretrained(folder / name)
+    return encoder, tokenizer

@@ -56,7 +56,7 @@ PATTERNS = {
     "levels": r"\d+",
     "weights": r"\w[\w.-]*",
     "law": r"[\w.:]+",
-    "condition": r".+\.npy",
+    "condition": r".+\.(npy|txt)",
 }
 SHOWN = {
     "clip": "clip=yes or clip=no",
@@ -66,7 +66,8 @@ SHOWN = {
     "variance": "variance=small, variance=large or variance=optimal",
     "levels": "levels=16 (of the images; 256 where left out)",
     "weights": "weights=NAME (a variant or a folder)",
-    "condition": "condition=FILE.npy (classes, or embeddings of prompts, of each example)",
+    "condition": "condition=FILE.npy (classes, or embeddings of prompts, of each example) or"
+    " condition=FILE.txt (a prompt in each line)",
     "law": "law=laplace (of pixels, for a model of latents)",
 }
 
@@ -172,7 +173,10 @@ def _read(name: str, value: str) -> object:
         return value == "yes"
     if name == "condition":
         from nelbo.data.readers.arrays import load_npy
+        from nelbo.integrations.prompts import read_prompts
 
+        if value.endswith(".txt"):
+            return read_prompts(Path(value))
         limits.regular(Path(value))
         return load_npy(Path(value))
     if name in ("label", "levels"):

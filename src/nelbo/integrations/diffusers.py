@@ -53,6 +53,7 @@ from nelbo.integrations.diffusers_scheduler import (
 from nelbo.integrations.external import Foreign, read_json, scaled
 from nelbo.integrations.latents import VARIATIONAL, refusal, scaling_of, through
 from nelbo.integrations.probe import probe
+from nelbo.integrations.prompts import is_prompts, of_prompts, pipeline_of
 
 
 def load(
@@ -107,6 +108,9 @@ def load(
     options: dict[str, object] = {"clip": clip, "label": label, "scaling": scaling, "keep": keep}
     options |= {"variance": variance, "weights": kind, "condition": condition}
     options |= {"vae": vae, "law": law}
+    if condition is not None and is_prompts(condition):
+        pipeline = pipeline_of(path, network, scheduler, vae)
+        options["condition"] = of_prompts(pipeline, network, condition)
     found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
     return replace(found, notes=(*found.notes, *notes, *said))
 

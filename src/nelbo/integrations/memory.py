@@ -6,10 +6,8 @@ module or plain function   network(y, time), with noise levels (`betas`, ..); se
 """
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any, NamedTuple, TypedDict, cast
 
-import torch
 from torch import Tensor, nn
 
 from nelbo.data import coerce
@@ -26,6 +24,7 @@ from nelbo.integrations.conditions import Condition, Conditioned, Given
 from nelbo.integrations.denoisers import Called, Predicts, Variance, wrap
 from nelbo.integrations.external import Foreign, scaled
 from nelbo.integrations.noise_levels import Numbers, spaced
+from nelbo.integrations.prompts import is_prompts, of_prompts
 
 GUIDANCE = (
     "guidance has no likelihood: x̂ is pushed beyond the network's prediction at each step, so that"
@@ -125,58 +124,12 @@ def read(
     from nelbo.integrations import diffusers
     from nelbo.integrations.diffusers_folder import AUTOENCODER
 
-    if condition is not None and _is_prompts(condition):
-        condition = _of_prompts(thing, parts.network, condition)
+    if condition is not None and is_prompts(condition):
+        condition = of_prompts(thing, parts.network, condition)
     of_pipeline = getattr(thing, "components", {}).values()
     vae = next((each for each in of_pipeline if AUTOENCODER.search(type(each).__name__)), None)
     options = cast("dict[str, Any]", reading)
     return diffusers.build(*parts, name=name, steps=steps, condition=condition, vae=vae, **options)
-
-
-def _is_prompts(condition: object) -> bool:
-    """Return whether a condition is a text, or a list of texts."""
-    every = condition if isinstance(condition, list | tuple) else [condition]
-    return bool(every) and all(isinstance(each, str) for each in every)
-
-
-def _of_prompts(pipeline: Any, network: nn.Module, prompts: object) -> Condition:  # noqa: ANN401
-    """Return the embeddings of prompts by a pipeline's own text encoders, without guidance.
-
-    Raises:
-        ValueError: the pipeline has no text encoder, or names no such class.
-    """
-    every = [prompts] if isinstance(prompts, str) else list(cast("Sequence[str]", prompts))
-    if hasattr(pipeline, "get_label_ids"):  # of DiT, which calls classes by their words
-        known = pipeline.labels
-        if wrong := [each for each in every if each not in known]:
-            raise ValueError(f"the pipeline knows no class {wrong[0]!r}")
-        labels: Sequence[object] = pipeline.get_label_ids(every)
-        return labels
-    encode = getattr(pipeline, "encode_prompt", None)
-    if encode is None:
-        raise ValueError(
-            f"a {type(pipeline).__name__} has no encode_prompt; give embeddings, condition=(N, L,"
-            " E), in place of texts"
-        )
-    takes = signature(encode).parameters
-    options: dict[str, object] = {
-        "device": next(network.parameters()).device,
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": False,
-    }
-    options |= {name: None for name in ("prompt_2", "prompt_3") if name in takes}
-    with torch.no_grad():
-        found = encode(every, **{name: v for name, v in options.items() if name in takes})
-    given: dict[str, Tensor] = {"encoder_hidden_states": found[0]}
-    if "pooled_projections" in signature(network.forward).parameters:
-        given["pooled_projections"] = found[2]
-    elif getattr(network, "config", {}).get("addition_embed_type") == "text_time":
-        side = float(cast(Any, network).config["sample_size"] * pipeline.vae_scale_factor)
-        given["added_cond_kwargs.text_embeds"] = found[2]
-        # as sizes: of the original, the corner of the crop, and the target
-        sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]])
-        given["added_cond_kwargs.time_ids"] = sizes
-    return given
 
 
 def _of_function(
