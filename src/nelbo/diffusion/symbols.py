@@ -139,6 +139,7 @@ class Predicted(Symbols):
         row: of `logits.flatten(0, -2)` for each place, shape of z; None if they are in order.
         dtype: in which logits are normalised.
         never: symbols of probability 0, (n,); None for no such symbol.
+        certain: mask of further places that show their symbol, shape of z; None for no such place.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Predicted(Symbols):
         row: Tensor | None = None,
         dtype: torch.dtype = torch.float64,
         never: Tensor | None = None,
+        certain: Tensor | None = None,
     ) -> None:
         count = logits.shape[-1]
         self.logits, self.row, self.dtype = logits, row, dtype
@@ -157,6 +159,8 @@ class Predicted(Symbols):
         self.log_prior = None if log_prior is None else log_prior.expand(*z.shape, count)
         self.symbols = z.long()
         self.hidden = torch.ones_like(z, dtype=torch.bool) if mask is None else z == mask
+        if certain is not None:
+            self.hidden = self.hidden & ~certain
         super().__init__(count, z.shape, logits.device)
 
     @property

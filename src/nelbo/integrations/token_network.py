@@ -1,4 +1,4 @@
-"""The module of a masked language model: its calls, its time input and what they must return."""
+"""The module of a model of tokens: its calls, its time input and what they must return."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nelbo.integrations.token_scores import Reading
+
 PROBED = 16  # tokens of the calls that find the vocabulary and the direction, at most
-#: the time input of a module, from α_t, the share of tokens that show, shape (B,)
+#: the time input of a module, from α_t, the share of tokens that noise leaves, shape (B,)
 Clock = Callable[[Tensor], Tensor]
 CLOCKS: dict[str, Clock] = {
     "masked": lambda alpha: 1 - alpha,
@@ -16,21 +18,27 @@ CLOCKS: dict[str, Clock] = {
 
 
 class TokenNetwork(nn.Module):
-    """A module behind the masked process: hidden tokens become its mask id; logits as a tensor.
+    """A module behind a process of tokens: hidden ones become its mask id; logits as a tensor.
 
     Args:
         module: see `wrap_tokens`.
-        mask_id: its id for a hidden token.
+        mask_id: its id for a hidden token; None where noise hides none.
         vocabulary: the number V of ids, which is the mask of the process.
         clock: its time input from α_t; None for a module that is not told the time.
+        reading: logits from its output; None if it returns them.
     """
 
     def __init__(
-        self, module: nn.Module, mask_id: int, vocabulary: int, clock: Clock | None
+        self,
+        module: nn.Module,
+        mask_id: int | None,
+        vocabulary: int,
+        clock: Clock | None,
+        reading: Reading | None = None,
     ) -> None:
         super().__init__()
         self.module, self.mask_id, self.vocabulary = module, mask_id, vocabulary
-        self.clock = clock
+        self.clock, self.reading = clock, reading
         # `Model` asks the first parameter for device and dtype
         if next(module.parameters(), None) is None:
             self.reference = nn.Parameter(torch.zeros(()), requires_grad=False)
@@ -46,7 +54,7 @@ class TokenNetwork(nn.Module):
             alpha: α_t, (B,).
             spans: rows with the first token and the end of their texts; one call for each.
         """
-        ids = torch.where(z == self.vocabulary, self.mask_id, z)
+        ids = z if self.mask_id is None else torch.where(z == self.vocabulary, self.mask_id, z)
         if len(spans) == 1:
             _, first, end = spans[0]
             return self._call(ids[:, first:end], alpha)
@@ -54,7 +62,8 @@ class TokenNetwork(nn.Module):
         return torch.cat([part.flatten(0, 1) for part in parts])
 
     def _call(self, ids: Tensor, alpha: Tensor) -> Tensor:
-        return call(self.module, ids, None if self.clock is None else self.clock(alpha))
+        output = call(self.module, ids, None if self.clock is None else self.clock(alpha))
+        return output if self.reading is None else self.reading(output, ids, alpha)
 
 
 def call(module: nn.Module, ids: Tensor, time: Tensor | None) -> Tensor:
@@ -91,9 +100,11 @@ def clock_of(time: str | Clock | None) -> Clock | None:
 
 
 def probe(
-    module: nn.Module, mask_id: int, shift: int, clock: Clock | None, length: int | None
+    module: nn.Module, mask_id: int | None, shift: int, clock: Clock | None, length: int | None
 ) -> int:
     """Return the number of ids V of a module, after a check that it looks at later tokens.
+
+    It sees masks, or where there are none, the id 0.
 
     Raises:
         ValueError: if a token changes the logits at later places, and none at earlier ones.
@@ -105,7 +116,7 @@ def probe(
     module.eval()
     try:
         with torch.no_grad():
-            ids = torch.full((1, size), mask_id, device=device)
+            ids = torch.full((1, size), mask_id or 0, device=device)
             base = call(module, ids, time)
             vocabulary = base.shape[-1]
             other = 0 if mask_id else 1
@@ -121,6 +132,6 @@ def probe(
     if looks_back and not looks_ahead:
         raise ValueError(
             "the logits of the module never depend on later tokens, so it reads from left to"
-            " right: as a masked model its bound would be valid but loose; score it left to right"
+            " right: as a diffusion model its bound would be loose; score it left to right"
         )
     return vocabulary

@@ -1,6 +1,6 @@
-r"""Masked language models: any module from ids (B, L) to logits (B, L, V), as a `Model`.
+r"""Diffusion language models: any module from ids (B, L) to logits (B, L, V), as a `Model`.
 
-Such a module predicts each hidden token from those that show. With the masked process it has a
+A masked one predicts each hidden token from those that show. With the masked process it has a
 bound on -log P(x), an expectation over the number of hidden tokens and which they are:
 
     -log P(x) <= E_{l ~ U{1..L}} E_{|S| = l} (L/l) Σ_{i in S} -log P(x_i | x outside of S)
@@ -10,6 +10,10 @@ and cost nothing, so the bound is P(answer|prompt), and a token is one that is *
 in a `Batch` as its conditions, (N, L): the id where a token shows, SCORED where it does not, and
 ABSENT beyond the end of a text. Absent places never reach the module, so its numbers do not depend
 on padding; lengths are given, not coded.
+
+**Uniform-state models** (UDLM, Duo) hide no token: noise replaces it by any of the V ids, and the
+module's logits are its opinion of each token from the others (`diffusion.uniform`). Tokens that
+show stay as they are.
 
 **Ids that cannot be predicted** (the mask, padding and those in `never`) get probability 0, and
 the others are renormalised.
@@ -32,7 +36,9 @@ from nelbo.diffusion.process import ForwardProcess, MaskedDiffusion
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import PowerAlpha
 from nelbo.diffusion.symbols import WIDE, Predicted
+from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.integrations.token_network import Clock, TokenNetwork, clock_of, probe
+from nelbo.integrations.token_scores import Head, reading_of
 
 SCORED, ABSENT = -1, -2  # codes of the conditions where no token shows
 Shown = Tensor | np.ndarray | Callable[[Tensor], Tensor] | Collection[int] | None
@@ -41,8 +47,10 @@ Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
 
 def wrap_tokens(
     module: nn.Module,
-    mask_id: int,
+    mask_id: int | None = None,
     *,
+    process: Literal["masked", "uniform"] = "masked",
+    head: Head = "logits",
     shift: int = 0,
     time: Literal["masked", "sigma"] | Clock | None = None,
     pad_id: int | None = None,
@@ -58,12 +66,16 @@ def wrap_tokens(
     Args:
         module: called as module(ids), or module(ids, time); returns the logits as a tensor, or an
             object that has them as `.logits`.
-        mask_id: the id that stands for a hidden token.
+        mask_id: the id that stands for a hidden token; left out for a uniform-state model.
+        process: "masked"; or "uniform" for a uniform-state model, whose noise replaces a token by
+            any of the V ids.
+        head: what the module returns in place of logits: "score", concrete scores, or "log-score",
+            their logarithms, of a score-entropy model (`token_scores`).
         shift: the logits at place i are of the token at i + shift: 1 for models that began as
             left-to-right ones. The first token's are then those at place 0.
         time: input of a module that is told the time: "masked", the share of hidden tokens;
-            "sigma", minus the log of the share that shows, at most 9.2; or a function of this
-            share, (B,). None for a module that is not told the time.
+            "sigma", minus the log of the share α that noise leaves, at most 9.2, as MDLM, SEDD,
+            UDLM and Duo are told it; or a function of α, (B,). None for a module that is not told.
         pad_id: id of padding, which is absent at either end of a text.
         never: further ids that cannot be predicted, such as unused ones.
         shown: which tokens show: a mask (L,) or (N, L); or a function of ids (N, L) that returns
@@ -71,17 +83,27 @@ def wrap_tokens(
         length: largest number of tokens of a text; any where left out.
 
     Raises:
-        ValueError: ids outside the vocabulary; logits of another shape; or a left-to-right module.
+        ValueError: ids outside the vocabulary; logits of another shape; a left-to-right module; no
+            mask_id for a masked model, or one for a uniform-state model.
     """
-    vocabulary = probe(module, mask_id, shift, clock_of(time), length)
-    impossible = {mask_id, *never} | (set() if pad_id is None else {pad_id})
-    outside = [i for i in impossible - {mask_id} if not 0 <= i < vocabulary]
-    if outside or mask_id < 0:
+    if process not in ("masked", "uniform"):
+        raise ValueError(f"process must be masked or uniform; got {process!r}")
+    uniform = process == "uniform"
+    if uniform != (mask_id is None):
         raise ValueError(
-            f"ids of the module are 0..{vocabulary - 1}; got {outside or mask_id} in never,"
-            " pad_id or mask_id"
+            f"a masked model has a mask_id, and a uniform-state one has none; got {process} and"
+            f" {mask_id}" + ("; if its mask is never predicted, name it in never" * uniform)
         )
-    network = TokenNetwork(module, mask_id, vocabulary, clock_of(time))
+    vocabulary = probe(module, mask_id, shift, clock_of(time), length)
+    impossible = {*never, *(i for i in (mask_id, pad_id) if i is not None)}
+    # the mask may be beyond the ids that have logits
+    outside = [i for i in impossible if i < 0 or (i >= vocabulary and i != mask_id)]
+    if outside:
+        raise ValueError(
+            f"ids of the module are 0..{vocabulary - 1}; got {outside} in never, pad_id or mask_id"
+        )
+    reading = reading_of(head, uniform)
+    network = TokenNetwork(module, mask_id, vocabulary, clock_of(time), reading)
     forbidden = tuple(sorted(i for i in impossible if i < vocabulary))
     if len(forbidden) > vocabulary - 2:
         raise ValueError("at least two ids must be possible; leave some out of never")
@@ -118,10 +140,14 @@ class TokenPrediction(Prediction):
         z: z_t with the tokens that show, (B, L).
         row: of the logits of each place, (B, L); None if they are in order.
         never: ids of probability 0, (n,).
+        certain: mask of the places whose tokens show or are absent, (B, L).
     """
 
-    def __init__(self, logits: Tensor, z: Tensor, row: Tensor | None, never: Tensor) -> None:
+    def __init__(
+        self, logits: Tensor, z: Tensor, row: Tensor | None, never: Tensor, certain: Tensor
+    ) -> None:
         self.logits, self.z, self.row, self.never = logits, z, row, never
+        self.certain = certain
 
     @property
     def e_hat(self) -> Tensor:
@@ -132,18 +158,19 @@ class TokenPrediction(Prediction):
     def symbols(self, z: Tensor, mask: int | None) -> Predicted:
         wide = self.logits.shape[-1] <= WIDE
         dtype = torch.float64 if wide else torch.float32
-        return Predicted(self.logits, self.z, mask, None, self.row, dtype, self.never)
+        more = self.row, dtype, self.never, self.certain
+        return Predicted(self.logits, self.z, mask, None, *more)
 
     @override
     def map(self, f: Callable[[Tensor], Tensor]) -> "TokenPrediction":
         logits, row = self.logits, self.row
         if row is None:
             row = torch.arange(self.z.numel(), device=self.z.device).reshape(self.z.shape)
-        return TokenPrediction(logits, f(self.z), f(row), self.never)
+        return TokenPrediction(logits, f(self.z), f(row), self.never, f(self.certain))
 
 
 class TokenModel(Model):
-    """A masked language model as a `Model` of P(x|shown tokens); see `wrap_tokens`."""
+    """A diffusion language model as a `Model` of P(x|shown tokens); see `wrap_tokens`."""
 
     dimension, any_length = "token", True
     never: Tensor
@@ -159,11 +186,14 @@ class TokenModel(Model):
     ) -> None:
         count = network.vocabulary
         # the bound in continuous time is that of any schedule; this one has a finite variance
-        process = MaskedDiffusion(PowerAlpha(2.0), count)
+        schedule = PowerAlpha(2.0)
+        masked = network.mask_id is not None
+        process = (MaskedDiffusion if masked else UniformDiffusion)(schedule, count)
         parts = network, process, TokenLogits(count), Posterior(), Categorical()
         super().__init__(*parts, (length or 1,))
         self.shift, self.pad_id, self.shown, self.length = shift, pad_id, shown, length
-        self.register_buffer("never", torch.tensor(never, device=self.device), persistent=False)
+        ids = torch.tensor(never, dtype=torch.long, device=self.device)
+        self.register_buffer("never", ids, persistent=False)
         self.conditioned_on = "shown tokens and lengths"
 
     @override
@@ -201,8 +231,7 @@ class TokenModel(Model):
     def blank(self, count: int, condition: Tensor | None = None) -> Tensor:
         self.check_condition(condition, count)
         assert condition is not None
-        network = cast(TokenNetwork, self.network)
-        return torch.where(condition == SCORED, network.vocabulary, condition.clamp(min=0))
+        return torch.where(condition == SCORED, self.process.mask or 0, condition.clamp(min=0))
 
     @override
     def scored_places(self, batch: Batch) -> Tensor:
@@ -221,13 +250,17 @@ class TokenModel(Model):
         network = cast(TokenNetwork, self.network)
         possible = network.vocabulary - len(self.never)
         lengths = "; lengths are given, not coded" if absent else ""
-        told = "told the share of hidden tokens" if network.clock else "not told the time"
+        masked = network.mask_id is not None
+        kinds = {"the mask": masked, "padding": self.pad_id is not None, "unused ids": True}
+        zeros = ", ".join(kind for kind, there in kinds.items() if there)
+        share = "hidden tokens" if masked else "tokens that noise leaves"
+        told = f"told the share of {share}" if network.clock else "not told the time"
         return (
             f"{scored} tokens of {len(batch)} texts are scored; {showing} show (prompts, special"
             f" tokens): given, not counted{lengths}",
-            f"{possible} of {network.vocabulary} ids can be predicted; the mask"
-            f"{'' if self.pad_id is None else ', padding'} and ids said to be unused have"
-            " probability 0, and the others are renormalised",
+            f"{possible} of {network.vocabulary} ids can be predicted; {zeros} have probability 0,"
+            " and the others are renormalised",
+            *(() if masked else ("noise replaces a token by any of the ids",)),
             f"the model is {told}",
         )
 
@@ -290,7 +323,10 @@ class TokenModel(Model):
         there = condition != ABSENT
         for wrong, why in (
             ((ids < 0) | (ids >= network.vocabulary), f"beyond 0..{network.vocabulary - 1}"),
-            (ids == network.mask_id, "the model's mask, which is no token of a text"),
+            (
+                ids == (-1 if network.mask_id is None else network.mask_id),
+                "the model's mask, which is no token of a text",
+            ),
             (
                 (condition == SCORED) & torch.isin(ids, self.never.to(ids.device)),
                 "never predicted; let it show, or leave it out",
@@ -316,7 +352,8 @@ class TokenModel(Model):
         z = torch.where(condition == ABSENT, 0, z)
         spans = _spans(condition)
         logits: Tensor = self.network(z, self.process.alpha(t), spans)
-        return TokenPrediction(logits, z, self._rows(spans, z), self.never)
+        certain = condition != SCORED
+        return TokenPrediction(logits, z, self._rows(spans, z), self.never, certain)
 
     def _rows(self, spans: Sequence[tuple[Tensor, int, int]], z: Tensor) -> Tensor | None:
         """Return the row of the logits for each place of z; None if they are in order."""

@@ -92,13 +92,15 @@ def train_surrogate(
         track: wraps the steps, for a progress bar.
 
     Raises:
-        ValueError: the texts are not of the model, or a number is negative.
+        ValueError: the model hides no tokens, the texts are not of it, or a number is negative.
     """
     steps, calls = integer("steps", steps, 0), integer("calls", calls, 0)
     shape = model.shape
     batch = model.batch(texts)
     own = model.network
     assert isinstance(own, TokenNetwork)
+    if own.mask_id is None:
+        raise ValueError("a surrogate is for a masked model; got a uniform-state model")
     with seeded(seed, 6):
         inputs = max(own.vocabulary, own.mask_id + 1)
         module = ConvolutionalTokens(own.vocabulary, inputs).to(model.device)
