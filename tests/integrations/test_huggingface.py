@@ -15,6 +15,8 @@ import nelbo
 from nelbo import integrations
 from nelbo._utils.numerics import seeded
 from nelbo.cli import main
+from nelbo.diffusion.process import MaskedDiffusion
+from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.integrations import huggingface, is_foreign
 from nelbo.integrations.tokens import SCORED
 
@@ -191,10 +193,18 @@ class Timed(BertForMaskedLM):
 
 
 @pytest.mark.parametrize(
-    ("kind", "shift", "told"), [("Dream", 1, False), ("mdlm", 0, True), ("llada", 0, False)]
+    ("kind", "shift", "told", "process"),
+    [
+        ("Dream", 1, False, MaskedDiffusion),
+        ("mdlm", 0, True, MaskedDiffusion),
+        ("llada", 0, False, MaskedDiffusion),
+        ("udlm", 0, True, UniformDiffusion),
+        ("DUO", 0, True, UniformDiffusion),
+    ],
 )
-def test_trusted_code(tmp_path, capsys, kind, shift, told):
-    """Code of a folder runs if it is trusted, after it is named; its kind sets shift and time."""
+def test_trusted_code(tmp_path, capsys, kind, shift, told, process):
+    """Code of a folder runs if it is trusted, after it is named; its kind sets shift, time and
+    process."""
     home = write(tmp_path / "remote")
     config = json.loads((home / "config.json").read_text())
     config |= {"model_type": kind, "architectures": ["Timed"]}
@@ -207,6 +217,7 @@ def test_trusted_code(tmp_path, capsys, kind, shift, told):
     found = huggingface.load(home, trust_remote_code=True)
     assert "running code of" in capsys.readouterr().err
     assert found.model.shift == shift and (found.model.network.clock is not None) == told
+    assert type(found.model.process) is process
     assert math.isfinite(nelbo.evaluate(found.model, [[4, 5, 6]], calls=8).nats)
 
 

@@ -1,9 +1,10 @@
-"""Masked language models in folders of Hugging Face's `transformers`.
+"""Diffusion language models in folders of Hugging Face's `transformers`.
 
     BERT, RoBERTa, ModernBERT, ESM, EuroBERT   AutoModelForMaskedLM, classes of transformers itself
     LLaDA-like     code in the folder; a decoder that looks both ways, not told the time
     Dream-like     code in the folder; logits shifted by one place
     MDLM-like      code in the folder; told the time as σ = -log α_t
+    UDLM, Duo      code in the folder; uniform-state models, which are told it as MDLM is
 
 Weights are read from safetensors alone. Code in a folder (`auto_map`) is refused unless the caller
 trusts it, and then what will run is printed; see docs/security.md.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +35,35 @@ from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
 #: positions of these begin after the id of padding
 OFFSET = ("roberta", "xlm-roberta", "camembert", "esm")
-#: shift of the logits and time input, by the start of the name of the folder's model type
-KINDS: Mapping[str, tuple[int, str | None]] = {"dream": (1, None), "mdlm": (0, "sigma")}
 PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "float32": torch.float32,
     "float64": torch.float64,
 }
+
+
+class Kind(NamedTuple):
+    """Shift of the logits, time input and process of a model; see `wrap_tokens`."""
+
+    shift: int = 0
+    time: Literal["sigma"] | None = None
+    process: Literal["masked", "uniform"] = "masked"
+
+
+#: by the start of the name of the folder's model type
+KINDS: Mapping[str, Kind] = {
+    "dream": Kind(shift=1),
+    "mdlm": Kind(time="sigma"),
+    "udlm": Kind(time="sigma", process="uniform"),
+    "duo": Kind(time="sigma", process="uniform"),
+}
 CLASSES = "AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
 class ForeignText(Foreign):
-    """A masked language model with its tokenizer; `texts` reads data for it."""
+    """A diffusion language model with its tokenizer; `texts` reads data for it."""
 
     tokenizer: Tokenizer | None = None
     #: the texts read last, whose characters are known
@@ -124,7 +140,7 @@ def load(
     device_map: str | None = None,
     length: int | None = None,
 ) -> ForeignText:
-    """Load a masked language model from a folder.
+    """Load a diffusion language model from a folder.
 
     Args:
         folder: with config.json, *.safetensors and a tokenizer.
@@ -163,15 +179,11 @@ def load(
         raise ValueError(f"{home} has no tokenizer that can be read: {_first(error)}") from None
     dtype = None if precision is None else PRECISIONS[precision]
     module = _module(transformers, home, config, options, dtype, device_map)
-    kind = str(config.get("model_type", "")).lower()
-    shift, time = next((v for k, v in KINDS.items() if kind.startswith(k)), (0, None))
-    mask = tokenizer.mask_token_id
-    mask = mask if mask is not None else config.get("mask_token_id")
-    if not isinstance(mask, int):
-        raise ValueError(
-            f"{home} has no mask token, so it is no masked model; got mask_token null"
-        )
-    positions = _positions(config, kind)
+    name = str(config.get("model_type", "")).lower()
+    kind = next((v for k, v in KINDS.items() if name.startswith(k)), Kind())
+    masked = kind.process == "masked"
+    mask = _mask(home, config, tokenizer.mask_token_id) if masked else None
+    positions = _positions(config, name)
     if length is not None:
         length = integer("length", length, 1)
         if positions is not None and length > positions:
@@ -181,17 +193,17 @@ def load(
     model = wrap_tokens(
         module,
         mask,
-        shift=shift,
-        time=cast(Any, time),
+        **kind._asdict(),
         # padding is never written: lengths are given
         never={*tokenizer.all_special_ids, *unused} - {mask},
         length=positions if length is None else length,
     )
     notes = (
-        f"{type(module).__name__} of {home}: the bound of its any-order sampler, -log P(x) given"
+        f"{type(module).__name__} of {home}: the bound of its"
+        f" {'any-order' if masked else 'uniform-state'} sampler, -log P(x) given"
         " the tokens that show; special tokens show and are never predicted",
-        *(("logits are shifted by one place",) if shift else ()),
-        *((f"the model is told the time as {time}",) if time else ()),
+        *(("logits are shifted by one place",) if kind.shift else ()),
+        *((f"the model is told the time as {kind.time}",) if kind.time else ()),
         f"its weights are {_placed(module, device_map)}",
     )
     shape = (model.length or 1,)
@@ -291,6 +303,16 @@ def _module(
         )
     made: nn.Module = module.eval()
     return made
+
+
+def _mask(home: Path, config: Mapping[str, object], found: int | None) -> int:
+    """Return the id of the mask, of the tokenizer or else of the configuration."""
+    mask = found if found is not None else config.get("mask_token_id")
+    if not isinstance(mask, int):
+        raise ValueError(
+            f"{home} has no mask token, so it is no masked model; got mask_token null"
+        )
+    return mask
 
 
 def _positions(config: Mapping[str, object], kind: str) -> int | None:
