@@ -7,7 +7,6 @@ from typing import Literal
 from nelbo.cli.common import (
     Device,
     Labels,
-    RunFolder,
     Seed,
     Spacing,
     grid_of,
@@ -18,7 +17,7 @@ from nelbo.cli.common import (
 
 
 def sample(
-    run: RunFolder,
+    run: str,
     *,
     out: Path | None = None,
     n: int = 64,
@@ -39,20 +38,23 @@ def sample(
     as_modelled: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Draw new examples from a run.
+    """Draw new examples from a run, or from another library's model.
 
     Samples of a conditional run are draws of P(x|c); without --condition, each c is that of a
     random training example. Under torchrun the processes share the work.
 
     Parameters
     ----------
+    run
+        A run folder; or another library's model, diffusers:FOLDER or openai:FILE, for which only
+        --out, --n, --steps, --condition, --guidance, --sampler, --seed and --device are.
     out
         A .png file (a grid of images), a .txt file, a table (.csv, .tsv, .parquet, .arrow), or a
         .npz file (array x in the units of the data); without it, text is printed.
     n
         Number of examples.
     steps
-        Number of steps, each one network call, by default 32.
+        Number of steps, each one network call, by default 32; of another library's model its own.
     grid
         Their times: best for this run, found once and kept in its folder; or uniform.
     sampler
@@ -63,7 +65,8 @@ def sample(
     tokens_per_step
         How many symbols such an order shows in each step, by default 1.
     condition
-        The label of all samples, such as 3; NAME=VALUE, repeated, if there are several labels.
+        The label of all samples, such as 3; NAME=VALUE, repeated, if there are several labels. Of
+        another library's model a class or a prompt, or, repeated, that of each sample.
     guidance
         How strongly the label counts (classifier-free guidance), at two network calls per step.
         Only 1 draws from the model whose bound evaluate states; any other value draws from another
@@ -85,6 +88,7 @@ def sample(
         For a table: keep rows with numbers beyond the range of the training data, or with a
         category that they did not have, written as (other). By default such rows are drawn again.
     """
+    from nelbo import integrations
     from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable, write
     from nelbo._utils.progress import tracker
@@ -96,7 +100,16 @@ def sample(
     from nelbo.runs.samples import SAMPLE_STEPS, complete_table, draw, order_of
     from nelbo.sampling.samplers import complete
 
-    loaded = load(run)
+    if integrations.is_foreign(run):
+        only_runs = (grid, tokens_per_step, inpaint, mask, impute, particles)
+        if as_modelled or rounds != 1 or any(v is not None for v in only_runs):
+            raise ValueError(
+                "samples of another library's model take --out, --n, --steps, --condition,"
+                " --guidance, --sampler, --seed and --device alone; leave the others out"
+            )
+        _foreign(run, out, n, steps, condition, guidance, sampler, seed, device)
+        return
+    loaded = load(Path(run))
     save = images.saver(out, loaded.config.schema)
     if out is not None:
         check_writable(out)
@@ -172,3 +185,41 @@ def sample(
         write(out, content)
         say_of_formulas(out, content)
         say(f"{n} samples in {out}")
+
+
+def _foreign(
+    source: str,
+    out: Path | None,
+    n: int,
+    steps: int | None,
+    condition: list[str] | None,
+    guidance: float,
+    sampler: str,
+    seed: int,
+    device: str,
+) -> None:
+    """Write samples of another library's model."""
+    from nelbo._utils.distributed import process_group
+    from nelbo._utils.files import check_writable, write
+    from nelbo._utils.progress import tracker
+    from nelbo.report import images
+    from nelbo.runs.foreign_samples import sampler_of
+
+    if out is None:
+        raise ValueError(f"samples of {source} go into a file: give --out x.png or --out x.npz")
+    check_writable(out)
+    with process_group() as rank:
+        schema, draw = sampler_of(
+            source,
+            steps=steps,
+            condition=condition,
+            guidance=guidance,
+            sampler=sampler,
+            device=place_of(device, rank == 0),
+            tell=say if rank == 0 else str,
+        )
+        save = images.saver(out, schema)
+        x = draw(n, seed, tracker("sample"))
+        if rank == 0:
+            write(out, save(x.cpu()))
+            say(f"{n} samples in {out}")

@@ -160,9 +160,13 @@ class LatentModel(nn.Module):
         mean, log_variance = output.chunk(2, 1)
         return per_example(Normal(mean, (log_variance / 2).exp(), validate_args=False))
 
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the images that latents decode to, (B, *shape), in the units of `law.scaling`."""
+        return _called(self.decoder, z)
+
     def likelihood(self, z: Tensor) -> Independent:
         """Return P(x|z)."""
-        law: Independent = self.law(_called(self.decoder, z))
+        law: Independent = self.law(self.decode(z))
         return law
 
     def check(self, batch: Batch) -> None:

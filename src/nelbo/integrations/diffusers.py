@@ -15,10 +15,11 @@ learned_range; a scheduler without one, or without noise, is measured with the s
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -27,7 +28,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.integrations.adapters import BestVariance
-from nelbo.integrations.conditions import Condition, Conditioned
+from nelbo.integrations.conditions import Condition, Conditioned, Given
 from nelbo.integrations.denoisers import Variance, signal_left
 from nelbo.integrations.diffusers_folder import (
     AUTOENCODER,
@@ -39,7 +40,7 @@ from nelbo.integrations.diffusers_folder import (
     made,
     network_of,
 )
-from nelbo.integrations.diffusers_network import Plain, condition_of, shape_of
+from nelbo.integrations.diffusers_network import LABELS, Plain, classes_of, condition_of, shape_of
 from nelbo.integrations.diffusers_scheduler import (
     VARIANCES,
     Scheduler,
@@ -53,7 +54,7 @@ from nelbo.integrations.diffusers_scheduler import (
 from nelbo.integrations.external import Foreign, read_json, scaled
 from nelbo.integrations.latents import VARIATIONAL, refusal, scaling_of, through
 from nelbo.integrations.probe import probe
-from nelbo.integrations.prompts import is_prompts, of_prompts, pipeline_of
+from nelbo.integrations.prompts import is_prompts, of_no_prompt, of_prompts, pipeline_of
 
 
 def load(
@@ -109,8 +110,14 @@ def load(
     options |= {"variance": variance, "weights": kind, "condition": condition}
     options |= {"vae": vae, "law": law}
     if condition is not None and is_prompts(condition):
-        pipeline = pipeline_of(path, network, scheduler, vae)
-        options["condition"] = of_prompts(pipeline, network, condition)
+        texts = [condition] if isinstance(condition, str) else cast("list[str]", condition)
+        about = dict(network.config)  # type: ignore[arg-type]
+        if classes_of(about) is not None and all(map(str.isdigit, texts)):
+            options["condition"] = [int(text) for text in texts]
+        else:
+            pipeline = pipeline_of(path, network, scheduler, vae)
+            options["condition"] = of_prompts(pipeline, network, condition)
+            options["nothing"] = lambda: Given.of(of_no_prompt(pipeline, network))
     found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
     return replace(found, notes=(*found.notes, *notes, *said))
 
@@ -130,6 +137,7 @@ def build(
     condition: Condition | None = None,
     vae: nn.Module | None = None,
     law: str | None = None,
+    nothing: Callable[[], Given] | None = None,
 ) -> Foreign:
     """Return the model of a network and the scheduler it was trained with.
 
@@ -154,6 +162,7 @@ def build(
         law: of their pixels, "gaussian", "logistic" or "laplace", with ":channels" for a scale of
             each channel, or a scale such as ":0.05"; by default the best, fitted to images that
             are not measured.
+        nothing: returns the condition that stands for none in guidance; for DiT it is known.
 
     Raises:
         ValueError: a scheduler or network without a bound; the message says why.
@@ -206,7 +215,10 @@ def build(
     levels = scaling.count or None
     schema = Schema("real" if levels is None else "levels", shape, levels)
     fit = partial(_fit_variance, model) if isinstance(model.step, BestVariance) else None
-    found = Foreign(name, model, schema, times, weights, tuple(notes), given, fit)
+    if nothing is None and given is not None and about.get("num_embeds_ada_norm") is not None:
+        classes = positive(about, "num_embeds_ada_norm")
+        nothing = partial(Given.of, classes, LABELS)  # of DiT, after the last class
+    found = Foreign(name, model, schema, times, weights, tuple(notes), given, fit, nothing=nothing)
     return found if vae is None else through(found, vae, pixels, law)
 
 

@@ -43,6 +43,7 @@ class Foreign:
         fit: fits parts of the model that no file has to examples that are not measured, and
             returns a note on them.
         placed: whether the weights are on devices already, from which nothing moves them.
+        nothing: returns the condition that stands for none in guidance, if the model has one.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Foreign:
     condition: Given | None = None
     fit: Callable[[Batch], str] | None = None
     placed: bool = False
+    nothing: Callable[[], Given] | None = None
 
     def examples(
         self,

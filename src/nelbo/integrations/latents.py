@@ -150,6 +150,7 @@ def through(found: Foreign, vae: nn.Module, levels: Levels, law: str | None) -> 
         (note, *found.notes),
         found.condition,
         None if scale and found.fit is None else fit,
+        nothing=found.nothing,
     )
 
 

@@ -23,6 +23,7 @@ from nelbo.data.schema import Label, Schema
 from nelbo.data.tabular.spelling import is_number, places_of
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
+from nelbo.diffusion.parametrization import WithVariance
 
 
 def features(schema: Schema) -> int:
@@ -103,12 +104,13 @@ def _value(label: Label, text: str) -> float:
     raise ValueError(f"the label {text!r} is out of range: {label.describe()}")
 
 
-def guided(model: Model, guidance: float) -> Model:
+def guided(model: Model, guidance: float, nothing: Tensor | None = None) -> Model:
     """Return the model with guidance; it shares all weights with the original.
 
     Args:
         model: of P(x|c).
         guidance: g; see `Guided`.
+        nothing: the condition (F,) that stands for none, zeros where left out.
 
     Raises:
         ValueError: if the model takes no condition or the guidance is not finite.
@@ -119,7 +121,7 @@ def guided(model: Model, guidance: float) -> Model:
         return model
     if not model.conditioned_on:
         raise ValueError("guidance is for conditional runs; train one with --condition NAME")
-    network = Guided(model.network, guidance)
+    network = Guided(model.network, guidance, nothing, isinstance(model.head, WithVariance))
     parts = model.process, model.head, model.step, model.decoder
     return Model(network, *parts, model.shape, model.conditioned_on)
 
@@ -132,14 +134,31 @@ class Guided(nn.Module):
     Args:
         network: f, called with and without the condition.
         guidance: g; 1 changes nothing, 0 ignores the condition.
+        nothing: the condition (F,) that stands for none, zeros where left out.
+        variance: whether the second output is the share of a variance, which stays that of
+            f(z, c), as in DiT.
     """
 
-    def __init__(self, network: nn.Module, guidance: float) -> None:
+    nothing: Tensor | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        guidance: float,
+        nothing: Tensor | None = None,
+        variance: bool = False,
+    ) -> None:
         super().__init__()
-        self.network, self.guidance = network, guidance
+        self.network, self.guidance, self.variance = network, guidance, variance
+        self.register_buffer("nothing", nothing, persistent=False)
 
     @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor) -> Tensor:
-        free = self.network(features, level, torch.zeros_like(condition))
-        output: Tensor = torch.lerp(free, self.network(features, level, condition), self.guidance)
+        none = torch.zeros_like(condition)
+        if self.nothing is not None:
+            none = self.nothing.to(condition).expand_as(condition)
+        free, given = (self.network(features, level, c) for c in (none, condition))
+        output: Tensor = torch.lerp(free, given, self.guidance)
+        if self.variance:
+            output = torch.stack([output[..., 0], given[..., 1]], -1)
         return output

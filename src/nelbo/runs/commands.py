@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, Unpack, cast
 
+import numpy as np
 from torch import Tensor
 
 from nelbo import integrations
@@ -37,8 +38,10 @@ from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.probe import probe
+from nelbo.runs.foreign_samples import sampler_of
 from nelbo.runs.loading import load
 from nelbo.runs.run import M, Run
+from nelbo.runs.samples import Samples, array_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,7 +78,51 @@ def _twin(method: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[AnyR
     return command
 
 
-sample = _twin(Run.sample)
+_of_runs = _twin(Run.sample)
+
+
+@wraps(_of_runs)
+def sample(run: AnyRun, /, *args: Any, **options: Any) -> Samples:  # noqa: ANN401
+    """Draw from a run, or with fewer options from another library's model."""
+    if not isinstance(run, str) or not integrations.is_foreign(run):
+        return _of_runs(run, *args, **options)
+    return sample_foreign(run, *args, **options)
+
+
+def sample_foreign(
+    source: str,
+    n: int = 64,
+    steps: int | None = None,
+    *,
+    condition: Condition | None = None,
+    seed: int = 0,
+    guidance: float = 1.0,
+    sampler: str = "ancestral",
+    progress: bool | None = None,
+) -> np.ndarray:
+    """Draw from another library's model, "diffusers:FOLDER" or "openai:FILE".
+
+    Args:
+        source: as for `integrations.load`.
+        n: number of examples.
+        steps: number of steps; by default the model's own.
+        condition: c of all samples, or of each: a class, a prompt, embeddings.
+        seed: of everything random.
+        guidance: how strongly c counts; only 1 draws from the model that is measured.
+        sampler: "ancestral", or "flow" for the probability flow.
+        progress: show bars on the error stream; by default if it is a terminal.
+
+    Returns:
+        Images, uint8 (N, H, W, C), or (N, H, W) if grey.
+
+    Raises:
+        ValueError: as for `foreign_samples.sampler_of`.
+    """
+    options = {"condition": condition, "guidance": guidance, "sampler": sampler}
+    schema, draw = sampler_of(source, steps=steps, **options)  # type: ignore[arg-type]
+    return array_of(draw(n, seed, tracks(progress)("sample")), schema)
+
+
 impute = _twin(Run.impute)
 score = _twin(Run.score)
 compress = _twin(Run.compress)

@@ -196,6 +196,17 @@ def as_held(x: Tensor, config: RunConfig) -> "Samples":
         return frames.to_pandas(frame, {}) if config.frames == "pandas" else frame
     if schema.text:
         return decode(array, schema.tokenizer or schema.alphabet or "")
+    return array_of(x, schema)
+
+
+def array_of(x: Tensor, schema: Schema) -> np.ndarray:
+    """Return images (N, H, W, C) or (N, H, W), uint8 if they are of 256 levels, or an array.
+
+    Args:
+        x: (N, *shape).
+        schema: of one example.
+    """
+    array: np.ndarray = x.cpu().numpy()
     if schema.levels is not None and schema.levels <= 256:
         array = array.astype(np.uint8)
     if len(schema.shape) != 3:

@@ -1,0 +1,109 @@
+"""Samples of other libraries' models, with classifier-free guidance where it is asked for.
+
+Guidance has no likelihood (`integrations.memory.GUIDANCE`); here is its effect on samples. The
+network is called with c and without, and the output f(z, none) + g (f(z, c) - f(z, none)) takes
+the place of f(z, c); a learned variance stays that of f(z, c), as in DiT.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from nelbo import integrations
+from nelbo._utils.progress import Track
+from nelbo._utils.scalars import integer
+from nelbo.data.schema import Schema
+from nelbo.diffusion.latent import LatentModel, evaluating
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.times import TimeGrid
+from nelbo.integrations import Foreign
+from nelbo.integrations.conditions import Condition
+from nelbo.models.conditioning import guided
+from nelbo.runs.samples import SAMPLERS
+
+#: draws a number of samples in the space of the data, from a seed, on a bar
+Sampler: TypeAlias = Callable[[int, int, Track], Tensor]
+
+
+def sampler_of(
+    source: str,
+    *,
+    steps: int | None = None,
+    condition: Condition | None = None,
+    guidance: float = 1.0,
+    sampler: str = "ancestral",
+    device: torch.device | None = None,
+    tell: Callable[[str], object] = lambda line: None,
+) -> tuple[Schema, Sampler]:
+    """Return the schema of another library's model, and a function that draws from it.
+
+    Args:
+        source: as for `integrations.load`.
+        steps: number of steps; by default the model's own.
+        condition: c of all samples, or of each: a class, a prompt, embeddings.
+        guidance: g; only 1 draws from the model that is measured.
+        sampler: "ancestral", or "flow" for the probability flow.
+        device: where to run the networks.
+        tell: called with a sentence for each choice that determines the samples.
+
+    Raises:
+        ValueError: a model of tokens, one without steps of its own, an unknown sampler, or
+            guidance of a model without conditions, or without one that stands for none.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
+    if source.startswith("hf:"):
+        raise ValueError(
+            "a model of tokens is sampled in Python: nelbo.sampling.unmasking.in_order(model, ..)"
+        )
+    found = integrations.load(source, steps=steps, condition=condition)
+    if found.times.steps is None:
+        raise ValueError(f"{source} has no steps of its own; give a number, --steps 50")
+    times = TimeGrid.uniform(found.times.steps)
+    whole = found.model if isinstance(found.model, LatentModel) else None
+    model = found.model if whole is None else whole.prior
+    assert isinstance(model, Model)
+    if guidance != 1:
+        model = guided(model, guidance, _nothing(found))
+        tell(f"guidance {guidance:g}: not draws from the model whose bound evaluate states")
+    for note in found.notes:
+        tell(note)
+    if whole is not None:
+        tell("the images are those that the latents decode to, without a law of pixels about them")
+    (model if whole is None else whole).to(device or model.device)
+    model.to(device or model.device)
+
+    def draw(count: int, seed: int, track: Track) -> Tensor:
+        integer("the number of samples", count, 1)
+        given = None if found.condition is None else found.condition.rows(count).to(model.device)
+        x = SAMPLERS[sampler](model, count, times, seed, track, given)
+        return x if whole is None else _decoded(whole, x)
+
+    return found.schema, draw
+
+
+def _nothing(found: Foreign) -> Tensor:
+    """Return the row (F,) of the condition that stands for none."""
+    if found.condition is None:
+        raise ValueError(
+            f"guidance is for models of P(x|c), and {found.name} has no condition; give one, such"
+            " as --condition 3 or --condition 'a cat', or leave guidance out"
+        )
+    if found.nothing is None:
+        raise ValueError(
+            f"guidance needs the condition that stands for none, and {found.name} names none: a"
+            " DiT has a class for it, and the text encoders of a pipeline the empty prompt"
+        )
+    return found.nothing().rows(1)[0]
+
+
+def _decoded(model: LatentModel, z: Tensor) -> Tensor:
+    """Return the images that latents decode to, in levels."""
+    images = []
+    with evaluating(model):
+        for some in z.split(max(1, model.prior.rows)):
+            e = model.decode(some.to(model.device))
+            images.append(model.law.scaling.inverse(e).round().clamp(0, model.codes - 1).long())
+    return torch.cat(images)
