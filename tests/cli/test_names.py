@@ -3,6 +3,7 @@ spreadsheet without a word; and every failure at the command line is one line th
 
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nelbo._utils import progress
 from nelbo.cli import main
 from nelbo.data.columns import Column
 from nelbo.data.tabular.tables import formula_in
+from nelbo.diffusion.elbo import Bound
 from nelbo.report import tables
 from nelbo.runs.loading import load as load_run
 from nelbo.runs.run import Run
@@ -49,7 +51,7 @@ def test_a_page_holds_no_codes(monkeypatch, trained, tmp_path):
     module = sys.modules["nelbo.report"]
     for name in ("measure_steps", "measure_files"):
         monkeypatch.setattr(module, name, lambda *_, **__: (None, torch.zeros(1)))
-    result = type("R", (), {"unit": "nats"})
+    result = SimpleNamespace(unit="nats", per_example=Bound(*torch.zeros(3, 1000)))
     monkeypatch.setattr(Run, "measure", lambda *_, **__: result)
     monkeypatch.setattr(Run, "grid", lambda *_, **__: None)
     monkeypatch.setattr(module, "trajectory", lambda *_, **__: type("P", (), {"x": None}))

@@ -184,11 +184,15 @@ def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):
 def test_curves_and_costs_are_of_one_measurement(digits):
     x = as_examples(digits.batch()[0].x)
     step = digits.model.step
-    curves, cost = measure_steps(digits.model, Batch(x), seed=2)
+    limit = torch.arange(len(x), dtype=torch.float64)
+    curves, cost = measure_steps(digits.model, Batch(x), limit, seed=2)
     assert digits.model.step is step
     mixture, gaussian = curves
     assert (mixture.name, gaussian.name) == ("mixture step", "Gaussian step, σ² = β̃")
-    assert mixture.values[-1] == gaussian.values[-1]
+    last = mixture.values[-1], mixture.errors[-1]
+    assert last == (gaussian.values[-1], gaussian.errors[-1])
+    expected = limit.mean().item(), limit.std().item() / len(x) ** 0.5
+    assert last == pytest.approx([v / digits.model.dims / LOG_2 for v in expected], rel=1e-12)
     # The own step is the mixture; its last grid is the one whose dimensions are shown.
     each = cost.flatten(1).sum(1) / digits.model.dims
     assert mixture.values[len(STEPS) - 1] == pytest.approx(each.mean().item(), rel=1e-12)
@@ -227,7 +231,7 @@ def test_the_best_grids_stand_before_the_uniform_ones(digits):
     def late(steps):
         return TimeGrid(TimeGrid.uniform(steps).times ** 0.5)
 
-    curves, _ = measure_steps(digits.model, Batch(x), seed=2, best=late)
+    curves, _ = measure_steps(digits.model, Batch(x), torch.zeros(len(x)), seed=2, best=late)
     names = "mixture step, best grid", "mixture step", "Gaussian step, σ² = β̃"
     assert tuple(curve.name for curve in curves) == names
     assert [curve.thin for curve in curves] == [False, True, False]

@@ -329,8 +329,11 @@ class Mixture:
 
 def _mixed(log_w: Tensor, mean: Tensor, variance: Tensor, values: Tensor) -> Tensor:
     """Return log Σ_c w_c N(v_k; mean, variance) up to a constant, (.., D, K), from (.., C, D)."""
-    error = (values - mean[..., None]).square() / variance[..., None]
-    return ((log_w - variance.log() / 2)[..., None] - error / 2).logsumexp(-3)
+    # in place: new memory for each step would take twice the time of the arithmetic
+    logits = (values - mean[..., None]).square_().mul_((-0.5 / variance)[..., None])
+    logits.add_((log_w - variance.log() / 2)[..., None])
+    most = logits.amax(-3, keepdim=True)
+    return logits.sub_(most).exp_().sum(-3).log_().add_(most.squeeze(-3))
 
 
 def _fit_components(e: Tensor, components: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:

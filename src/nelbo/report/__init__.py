@@ -66,7 +66,8 @@ def report(
     x, unit = as_examples(batch.x), result.unit
     rows = some(model, x, seed)
     few = x[rows]
-    curves, cost = measure_steps(model, batch[rows], seed, track("step counts"), run.grid)
+    limit = -result.per_example.elbo[rows]  # of continuous time, from the bound above
+    curves, cost = measure_steps(model, batch[rows], limit, seed, track("step counts"), run.grid)
     count = 64 if is_image(schema) else SYNTHETIC if schema.columns else len(few)
     grid = run.grid(SAMPLE_STEPS, track("grid"))
     condition = run.conditions(count, seed=seed)
