@@ -217,7 +217,8 @@ def test_drift_and_trace_by_autograd(case):
     one forward pass."""
     model, z, gamma = case.model(), latents(2), torch.tensor([-1.0, 2.0]).double()
     with counting(model.network) as calls:
-        f, trace = drift_and_trace(model, z, gamma, 0.0, unit_probes(z))
+        f, traces = drift_and_trace(model, z, gamma, 0.0, unit_probes(z))
+    trace = traces.sum(0)
     assert calls == Calls(forward=2, backward=2 * D)
     for i in range(2):
 
@@ -367,8 +368,8 @@ def test_the_pass_counts_its_calls_and_shows_its_convergence(case):
     handle.remove()
     n = len(x)
     assert a.calls_per_example == pytest.approx(sum(rows) / n)
-    # all but the decoder's one call have their backward pass
-    assert a.backward_calls_per_example == pytest.approx(a.calls_per_example - 1)
+    # all but the decoder's one call have a backward pass for each of two probes
+    assert a.backward_calls_per_example == pytest.approx(2 * (a.calls_per_example - 1))
     assert a.how.trace == "hutchinson" and a.how.dequantiser == "encoder"
     assert (a.how.tolerance, a.how.loose_tolerance) == (1e-3, 1e-2)
     assert 0 < abs(a.how.loose - a.nats) < a.how.largest_change < 0.5
@@ -380,6 +381,19 @@ def test_the_pass_counts_its_calls_and_shows_its_convergence(case):
     assert b.to_dict()["how"]["loose"] == b.how.loose
     few = evaluate_flow(model, x[:BLOCK], trace="hutchinson", tolerance=1e-3)
     torch.testing.assert_close(few.per_example, a.per_example[:BLOCK], rtol=1e-12, atol=1e-10)
+
+
+def test_the_error_of_the_probes_is_stated(case):
+    """Where all else is drawn alike, the bound differs from that by the exact trace by as much as
+    is stated; and the exact trace has no probes."""
+    model, x = case.model(), torch.randn(256, *SHAPE)
+    got, exact = (
+        evaluate_flow(model, x, trace=trace, tolerance=1e-3) for trace in ("hutchinson", "exact")
+    )
+    assert exact.how.probe_error is None and got.how.probe_error < got.standard_error.total
+    off = got.per_example - exact.per_example
+    assert_mean(off.square() / len(x) / got.how.probe_error**2, 1.0, error=0.2)
+    assert got.to_dict()["how"]["probe_error"] == got.how.probe_error
 
 
 def test_a_bound_that_the_solver_has_not_settled_is_refused(case):

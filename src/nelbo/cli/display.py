@@ -245,10 +245,12 @@ def _convergence(found: BoundEstimate) -> str:
     """Return the evidence that a tighter bound has converged."""
     if isinstance(found.how, FlowDetails):
         how = found.how
+        of_probes = how.probe_error
+        error = "" if of_probes is None else f", the error of its probes alone is {of_probes:.2g}"
         return (
             f"at tolerance {how.tolerance:g}; at {how.loose_tolerance:g} it is {how.loose:.4f}"
             f" {found.unit}, no example differs by more than {how.largest_change:.2g};"
-            f" trace {how.trace}"
+            f" trace {how.trace}{error}"
         )
     return (
         f"the effective sample size of the {found.how.samples} samples is"

@@ -11,8 +11,9 @@ flow d log p(z)/dγ = −tr ∂f/∂z, so with p(z_T) = N(0, 1) at the last γ
     log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ.
 
 tr ∂f/∂z = Σ_v v·(∂f/∂z)ᵀ v over all unit vectors v, or in expectation over one v of random signs
-(Hutchinson), drawn once for the whole path, so that f remains a function of (z, γ). f and v·∂f/∂z
-share one forward pass; each v takes one backward pass. Both are counted at the network.
+(Hutchinson), drawn once for the whole path, so that f remains a function of (z, γ). The mean of
+two such v is taken, and half their difference is its error. f and v·∂f/∂z share one forward pass;
+each v takes one backward pass. Both are counted at the network.
 
 Step sizes and errors are controlled for each example separately, so the value of an example does
 not depend on the others in its batch.
@@ -20,6 +21,7 @@ not depend on the others in its batch.
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import time_of
 from nelbo.evaluation.blocks import scale_of
 from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_gaussian
+from nelbo.evaluation.intervals import freedoms, widened
 from nelbo.evaluation.ode_solver import solve
 from nelbo.evaluation.replicates import BLOCK, check_samples, draw_replicates, log_mean
 from nelbo.evaluation.result import BoundEstimate, FlowDetails
@@ -42,7 +45,8 @@ MAX_STEPS = 10_000  # steps of the solver, at most
 
 
 class Carried(NamedTuple):
-    """End z of a path, shape (B, ...), and log p(start) − log p(end) along it, shape (B,)."""
+    """End z of a path, shape (B, ...), and log p(start) − log p(end) along it, shape (B,), or by
+    each probe, (P, B)."""
 
     z: Tensor
     log_det: Tensor
@@ -66,9 +70,9 @@ def unit_probes(z: Tensor) -> Tensor:
     return units.reshape(dims, 1, *z.shape[1:]).expand(dims, *z.shape)
 
 
-def random_probes(z: Tensor) -> Tensor:
-    """Draw a vector of random signs per example, (1, B, ...); exact for diagonal ∂f/∂z."""
-    return (torch.randint(0, 2, z.shape) * 2 - 1).to(z)[None]
+def random_probes(z: Tensor, count: int = 1) -> Tensor:
+    """Draw vectors of random signs per example, (count, B, ...); exact for diagonal ∂f/∂z."""
+    return (torch.randint(0, 2, (count, *z.shape)) * 2 - 1).to(z)
 
 
 def drift(
@@ -88,15 +92,15 @@ def drift_and_trace(
     probes: Iterable[Tensor],
     condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return f(z, γ) and Σ_v v·(∂f/∂z)ᵀ v, (B,): one forward pass, one backward pass per v."""
+    """Return f(z, γ) and v·(∂f/∂z)ᵀ v, (P, B): one forward pass, one backward pass per v."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         f = drift(model, z, gamma, first, condition)
-        trace = torch.zeros_like(gamma)
+        traces = []
         for v in probes:
             (gradient,) = torch.autograd.grad(f, z, v, retain_graph=True)
-            trace = trace + (v * gradient).flatten(1).sum(1)
-    return f.detach(), trace
+            traces.append((v * gradient).flatten(1).sum(1))
+    return f.detach(), torch.stack(traces) if traces else gamma.new_zeros(0, len(gamma))
 
 
 def carry(
@@ -107,6 +111,8 @@ def carry(
     probes: Tensor,
     tolerance: float,
     condition: Tensor | None = None,
+    *,
+    apart: bool = False,
 ) -> Carried:
     """Integrate the flow and tr ∂f/∂z from time `start` to time `end`, in either direction.
 
@@ -119,24 +125,28 @@ def carry(
         tolerance: absolute and relative, of one step and each example: of the root mean square
             over z, and of the integral in nats per dimension.
         condition: of the examples, (B, F).
+        apart: whether the integral is returned by each probe, not as their sum.
 
     Raises:
         ValueError: if the process is not Gaussian, its parametrization has no flow, or the solver
             does not finish.
     """
     begin, stop = check_flow(model, start, end, tolerance).tolist()
-    first = min(start, end)
+    first, dims = min(start, end), model.dims
 
     def flow(gamma: Tensor, state: Tensor, rows: Tensor) -> Tensor:
-        place = state[:, :-1].reshape(-1, *z.shape[1:])
+        place = state[:, :dims].reshape(-1, *z.shape[1:])
         given = None if condition is None else condition[rows]
         own = (v[rows] for v in probes)
-        f, trace = drift_and_trace(model, place, gamma, first, own, given)
-        return torch.cat([f.flatten(1), trace[:, None] / model.dims], 1)
+        f, traces = drift_and_trace(model, place, gamma, first, own, given)
+        traces = traces if apart else traces.sum(0, keepdim=True)
+        return torch.cat([f.flatten(1), traces.T / dims], 1)
 
-    state = torch.cat([z.flatten(1), torch.zeros_like(z.flatten(1)[:, :1])], 1)
-    at_end = solve(flow, state, begin, stop, tolerance, error_norm, MAX_STEPS)
-    return Carried(at_end[:, :-1].reshape(z.shape), at_end[:, -1] * model.dims)
+    state = torch.cat([z.flatten(1), z.new_zeros(len(z), len(probes) if apart else 1)], 1)
+    norm = partial(error_norm, dims=dims)
+    at_end = solve(flow, state, begin, stop, tolerance, norm, MAX_STEPS)
+    log_det = at_end[:, dims:].T * dims
+    return Carried(at_end[:, :dims].reshape(z.shape), log_det if apart else log_det[0])
 
 
 def log_density(
@@ -146,17 +156,21 @@ def log_density(
     probes: Tensor,
     tolerance: float,
     condition: Tensor | None = None,
+    *,
+    apart: bool = False,
 ) -> Tensor:
-    """Return log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ at the time `first`; (B,), nats."""
-    z_last, log_det = carry(model, z, first, 1.0, probes, tolerance, condition)
+    """Return log p(z_1) = log N(z_T; 0, 1) + ∫ tr ∂f/∂z dγ at the time `first`, in nats; (B,), or
+    by each probe, (P, B)."""
+    z_last, log_det = carry(model, z, first, 1.0, probes, tolerance, condition, apart=apart)
     last = torch.ones(len(z), dtype=torch.float64, device=z.device)
     return model.process.prior(z.shape[1:], last).log_prob(z_last) + log_det
 
 
-def error_norm(error: Tensor) -> Tensor:
-    """Return the larger of the root mean square over z and the integral's error; shape (B,)."""
-    of_z = error[:, :-1].square().mean(1).sqrt()
-    return torch.maximum(of_z, error[:, -1].abs())
+def error_norm(error: Tensor, dims: int) -> Tensor:
+    """Return the larger of the root mean square over z, (B, dims), and the errors of the integrals
+    beside it; shape (B,)."""
+    of_z = error[:, :dims].square().mean(1).sqrt()
+    return torch.maximum(of_z, error[:, dims:].abs().amax(1))
 
 
 def check_flow(model: Model, start: float, end: float, tolerance: float) -> Tensor:
@@ -214,7 +228,8 @@ def evaluate_flow(
             TruncatedNormal() and Uniform() for levels.
         tolerance: of the solver; the bound is measured at it and at 10 times it.
         samples: K draws of z per example, importance-weighted; more than 1 needs the exact trace.
-        trace: exact, hutchinson (one probe per draw of z), or auto: exact up to D = 16.
+        trace: exact, hutchinson (two probes per draw of z, whose error is stated), or auto: exact
+            up to D = 16.
         first: time of z_1; the earliest of the schedule where left out.
         replicates: independent repetitions per example; two or more give a Monte Carlo error.
         seed: of everything random.
@@ -246,9 +261,11 @@ def evaluate_flow(
             _flow_weights(model, batch[part], dequantiser, first, exact, tolerances)
             for part in rows
         ]
-        return log_mean(torch.cat(each, 1).reshape(2, len(batch), samples))
+        pairs = torch.cat([pair for pair, _ in each], 1).reshape(2, len(batch), samples)
+        variance = torch.cat([of_probes for _, of_probes in each]).reshape(len(batch), samples)
+        return torch.cat([log_mean(pairs), variance.mean(1)[None]])
 
-    (loose, tight), record = draw_replicates(model, x, replicates, seed, track, draw)
+    (loose, tight, of_probes), record = draw_replicates(model, x, replicates, seed, track, draw)
     how = FlowDetails(
         samples=samples,
         dequantiser=dequantiser.name,
@@ -258,10 +275,18 @@ def evaluate_flow(
         loose_tolerance=tolerances[0],
         loose=-loose.mean().item() * scale_of(model),
         largest_change=(tight - loose).abs().max().item() * scale_of(model),
+        probe_error=None if exact else _probe_error(of_probes) * scale_of(model),
     )
     found = record(tight, how, weights, split)
     _check_settled(found, how)
     return found
+
+
+def _probe_error(variances: Tensor) -> float:
+    """Return the stated error of the mean bound from its probes alone, nats, from the variance of
+    each example's pair, (N, R), with one degree of freedom."""
+    parts = variances.flatten() / variances.numel() ** 2
+    return math.sqrt(parts.sum().item()) * widened(freedoms(parts, torch.ones_like(parts)))
 
 
 def _check_settled(found: BoundEstimate, how: FlowDetails) -> None:
@@ -291,13 +316,20 @@ def _flow_weights(
     first: float,
     exact: bool,
     tolerances: tuple[float, float],
-) -> Tensor:
-    """Return log p(z) + log P(x|z) − log q(z|x) at both tolerances, same z and probes; (2, B)."""
+) -> tuple[Tensor, Tensor]:
+    """Return log p(z) + log P(x|z) − log q(z|x) at both tolerances, same z and probes, (2, B); and
+    the variance of its probes, (B,)."""
     t = torch.full((len(batch),), first, dtype=torch.float64, device=batch.x.device)
     z, log_ratio = dequantiser(model, batch, t)
-    probes = unit_probes(z) if exact else random_probes(z)
-    log_p = [
-        log_density(model, z, first, probes, tolerance, batch.condition)
-        for tolerance in tolerances
-    ]
-    return torch.stack(log_p) + log_ratio
+    probes = unit_probes(z) if exact else random_probes(z, 2)
+    log_p = torch.stack(
+        [
+            log_density(
+                model, z, first, probes, tolerance, batch.condition, apart=not exact
+            ).reshape(-1, len(z))
+            for tolerance in tolerances
+        ]
+    )
+    # the mean of two has half the variance of one, which is half the square of their difference
+    spread = (log_p[1, 0] - log_p[1, -1]) / 2
+    return log_p.mean(1) + log_ratio, spread.square()

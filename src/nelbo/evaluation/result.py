@@ -226,7 +226,9 @@ class FlowDetails:
     """The probability flow, at the tighter of two tolerances.
 
     `loose` is the bound at the looser tolerance with the same draws; `largest_change` is the
-    largest difference between the two over the examples; both are in the unit of the result.
+    largest difference between the two over the examples. `probe_error` is the standard error of
+    the bound from the random probes of the trace, a part of the total; None for an exact trace.
+    All are in the unit of the result.
     """
 
     samples: int
@@ -237,6 +239,7 @@ class FlowDetails:
     loose_tolerance: float
     loose: float
     largest_change: float
+    probe_error: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
