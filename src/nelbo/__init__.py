@@ -35,12 +35,12 @@ if TYPE_CHECKING:
         compress,
         decompress,
         elbo,
-        evaluate,
         impute,
         inspect,
         sample,
         score,
     )
+    from nelbo.runs.evaluation import evaluate, sweep
     from nelbo.runs.loading import load
     from nelbo.runs.run import Run
     from nelbo.runs.train import resume, train
@@ -60,7 +60,7 @@ _HOME = {
     "compress": "runs.commands",
     "decompress": "runs.commands",
     "elbo": "runs.commands",
-    "evaluate": "runs.commands",
+    "evaluate": "runs.evaluation",
     "explain": "explain",
     "impute": "runs.commands",
     "inspect": "runs.commands",
@@ -69,6 +69,7 @@ _HOME = {
     "resume": "runs.train",
     "sample": "runs.commands",
     "score": "runs.commands",
+    "sweep": "runs.evaluation",
     "toy": "evaluation.toy",
     "train": "runs.train",
     "wrap": "integrations.denoisers",
@@ -96,6 +97,7 @@ __all__ = [
     "resume",
     "sample",
     "score",
+    "sweep",
     "toy",
     "train",
     "wrap",

@@ -275,7 +275,7 @@ def test_a_frame_is_trained_on_and_kept(people, tmp_path):
     (tmp_path / "run").rename(moved)
     again = resume(moved, steps=4)
     x, name = again.batch(frame[:3])
-    assert name == "all of a table" and len(x) == 3
+    assert name == "all of the table" and len(x) == 3
     assert math.isfinite(evaluate(again.model, x, calls=4).nats)
     frame.to_csv(tmp_path / "t.csv", index=False)
     by_file = train(str(tmp_path / "t.csv"), tmp_path / "by_file", steps=2, **options)

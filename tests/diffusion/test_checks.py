@@ -152,7 +152,7 @@ def test_other_levels_are_told_and_so_is_a_bound_worse_than_uniform(tmp_path, ca
 def test_worse_than_uniform_by_its_number():
     from types import SimpleNamespace
 
-    from nelbo.cli.display import worse_than_uniform
+    from nelbo.evaluation.plausibility import worse_than_uniform
 
     for bits, levels, worse in (
         (8.01, 256, True),

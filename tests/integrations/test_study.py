@@ -148,7 +148,7 @@ def test_levels_after_a_path(folder):
 
 def test_a_bound_that_the_last_step_spends_says_what_to_look_at():
     """A constant x̂ has most of its cost where the variance is least."""
-    from nelbo.cli.display import worse_than_uniform
+    from nelbo.evaluation.plausibility import worse_than_uniform
 
     pair = Constant(), ddpm(prediction_type="sample", beta_start=1e-4)
     small = evaluate(pair, images(), calls=9)

@@ -55,7 +55,7 @@ def examples_of(
     """
     if data is not None and run.meet(data) and tell:
         say(f"{data} are the run's own data; its commands read them there from now on")
-    return run.batch(data, split, splits, say if tell else str)
+    return run.batch(data, split, splits, (lambda line: say(f"note: {line}")) if tell else str)
 
 
 def place_of(device: str, tell: bool) -> "torch.device":

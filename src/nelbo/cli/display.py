@@ -10,45 +10,18 @@ import numpy as np
 import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from nelbo._utils.terminal import Terminal
 from nelbo.codec.files import Report
 from nelbo.data.inspection import Inspection
 from nelbo.evaluation.result import (
     BoundEstimate,
+    ColumnCosts,
     Evaluation,
     FlowDetails,
     ImportanceDetails,
-    LatentTerms,
     Measurement,
 )
-
-FAR = 2.0  # times the bits of uniform levels beyond which the last step is to blame
-
-
-def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
-    """Return a warning if the bound is worse than that of a uniform distribution, else ""."""
-    if found.bits_per_dim is None or levels < 2 or not found.bits_per_dim > math.log2(levels):
-        return ""
-    return (
-        f"worse than uniform: {levels} equally likely levels take {math.log2(levels):.4g}"
-        " bits/dim; are these data of the kind, and of the levels, that the model was trained on?"
-        f"{_of_the_last_step(found, math.log2(levels))}"
-    )
-
-
-def _of_the_last_step(found: Evaluation | BoundEstimate, uniform: float) -> str:
-    """Return a hint if P(x|z_1) alone takes far more than uniform levels, bits/dim, else ""."""
-    if not isinstance(found, Evaluation) or isinstance(found.terms, LatentTerms):
-        return ""
-    if not found.terms.reconstruction > FAR * uniform:
-        return ""
-    return (
-        f" The last step, P(x|z_1), alone takes {found.terms.reconstruction:.4g}: look at its"
-        " variance, which may be far too small for the network's error there; for another"
-        " library's folder compare ,variance=small, ,variance=large and ,variance=optimal"
-    )
 
 
 def sweep(found: Sequence[Evaluation]) -> None:
@@ -136,16 +109,17 @@ def _no_error(found: Evaluation | BoundEstimate) -> str:
     return ""
 
 
-def columns(names: list[str], cost: Tensor, unit: str, steps: int) -> None:
-    """Print the mean cost of each column, from costs (N, C), the most expensive first."""
+def columns(found: ColumnCosts) -> None:
+    """Print the mean cost of each column of a table, the most expensive first."""
+    cost = found.nats
     mean = cost.mean(0)
     error = (cost.var(0) / len(cost)).sqrt() if len(cost) > 1 else torch.full_like(mean, math.nan)
-    title = f"by column, {len(cost)} examples, {steps} steps"
+    title = f"by column, {len(cost)} examples, {found.steps} steps"
     table = Table(title=title, title_justify="left")
-    for name in ("column", unit, "standard error"):
+    for name in ("column", "nats", "standard error"):
         table.add_column(name, justify="left" if name == "column" else "right")
     for i in mean.argsort(descending=True).tolist():
-        table.add_row(escape(names[i]), f"{mean[i]:.4f}", _error(error[i].item()))
+        table.add_row(escape(found.names[i]), f"{mean[i]:.4f}", _error(error[i].item()))
     table.add_section()
     table.add_row("[bold]all", f"[bold]{mean.sum():.4f}", "")
     Terminal().print(table)

@@ -1,29 +1,11 @@
 """`nelbo evaluate`: the bound of a run or of another library's model."""
 
 from collections.abc import Callable
-from functools import partial
-from math import isnan
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-from nelbo.cli.common import (
-    Device,
-    Seed,
-    Spacing,
-    Splits,
-    examples_of,
-    grid_of,
-    json_text,
-    place_of,
-    say,
-    say_notes,
-)
-
-if TYPE_CHECKING:
-    from nelbo.diffusion.batch import Batch
-    from nelbo.diffusion.times import TimeDiscretization
-    from nelbo.evaluation.result import BoundEstimate
-    from nelbo.runs.run import Run
+from nelbo.cli.common import Device, Seed, Spacing, Splits, json_text, place_of, say
 
 
 def evaluate(
@@ -135,67 +117,41 @@ def evaluate(
     json
         Print one JSON object.
     """
-    import torch
-
-    from nelbo import integrations
     from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable, write
-    from nelbo._utils.progress import tracker
-    from nelbo._utils.scalars import integer
     from nelbo.cli import display
-    from nelbo.cli.sweep import numbers, sweep
-    from nelbo.diffusion.batch import Batch, rows_of
-    from nelbo.diffusion.latent import LatentModel
     from nelbo.evaluation.alternatives import Alternative
-    from nelbo.evaluation.both_sides import both_sides
-    from nelbo.evaluation.evaluate import evaluate as bound
-    from nelbo.evaluation.latent_bound import evaluate_latent
-    from nelbo.evaluation.result import Evaluation, rated
-    from nelbo.evaluation.unmasking_order import beside, order_for
-    from nelbo.integrations.text_records import TextForm
-    from nelbo.runs.commands import model_of
-    from nelbo.runs.config import read_config
-    from nelbo.runs.loading import load
+    from nelbo.evaluation.result import BothSides, Evaluation
+    from nelbo.runs.evaluation import evaluate as measure
+    from nelbo.runs.evaluation import sweep
 
     counts = numbers(steps)
-    if len(counts) > 1:
-        others = (grid, sampler, surrogate, importance_samples, dequantise, tolerance, save)
-        others_too = (prompt_field, answer_field, precision, device_map)
-        some = any(v is not None for v in (*others, *others_too))
-        if ode or columns or lines or trust_remote_code or some:
-            raise ValueError(
-                "several --steps go with --data, --split, --splits, --calls, --target-error,"
-                " --no-variates, --seed, --device and --json alone; give one number"
-            )
-        with process_group() as rank:
-            options = {"data": data, "split": split, "splits": splits, "calls": calls}
-            options |= {"target_error": target_error, "variates": variates, "seed": seed}
-            sweep(run, counts, place_of(device, rank == 0), options, tell=rank == 0, json=json)
-        return
-    count = counts[0] if counts else None
-    tighter = Alternative(importance_samples, ode, dequantise, tolerance)
-    tighter.check(
-        steps=count,
-        calls=calls,
-        target_error=target_error,
-        sampler=sampler,
-        surrogate=surrogate,
-        spell=lambda name: f"--{name.replace('_', '-')}",
+    others = (
+        *(grid, sampler, surrogate, importance_samples, own_samples, dequantise, tolerance, save),
+        *(prompt_field, answer_field, precision, device_map),
     )
-    if own_samples is not None and (importance_samples is None or save or columns):
+    flags = (ode, columns, lines, trust_remote_code)
+    if len(counts) > 1 and (any(flags) or any(v is not None for v in others)):
         raise ValueError(
-            "--own-samples measures the bound of --importance-samples K at --steps T; give these,"
-            " and leave --save and --columns out"
+            "several --steps go with --data, --split, --splits, --calls, --target-error,"
+            " --no-variates, --seed, --device and --json alone; give one number"
         )
+    if len(counts) <= 1:
+        Alternative(importance_samples, ode, dequantise, tolerance, own_samples).check(
+            steps=steps,
+            calls=calls,
+            target_error=target_error,
+            sampler=sampler,
+            surrogate=surrogate,
+            columns=columns,
+            spell=lambda name: f"--{name.replace('_', '-')}",
+        )
+    if own_samples is not None and save is not None:
+        raise ValueError("--save is for the bound of the data; leave it or --own-samples out")
     if grid is not None and steps is None and not columns:
         raise ValueError("--grid spaces a number of steps; give --steps T too")
-    spacing = grid or "best"
     if columns and json:
         raise ValueError("--columns prints a table, and --json one object; give one of them")
-    if columns and (integrations.is_foreign(run) or not read_config(Path(run)).schema.columns):
-        raise ValueError("--columns prints what the columns of a run's table cost; leave it out")
-    if not integrations.is_foreign(run) and (precision is not None or device_map is not None):
-        raise ValueError("--precision and --device-map are for hf:FOLDER; leave them out")
     if device_map is not None and device != "auto":
         raise ValueError(f"--device-map places the weights; leave --device {device} out")
     if save is not None:
@@ -203,126 +159,97 @@ def evaluate(
             raise ValueError(f"--save writes a .npz file; got {save}")
         check_writable(save)
     with process_group() as rank:
-        place = place_of(device, rank == 0)
-        track = tracker("evaluate") if rank == 0 else iter
-        if integrations.is_foreign(run):
-            foreign = integrations.load(
-                run,
-                steps=count,
-                trust_remote_code=trust_remote_code,
-                precision=precision,
-                device_map=device_map,
-            )
-            place = foreign.model.device if foreign.placed else place
-            for note in foreign.notes if rank == 0 else ():
-                say(note)
-            model, weights = foreign.model, foreign.weights
-            times: TimeDiscretization | None = foreign.times
-            tell = _note if rank == 0 else None
-            form = TextForm(lines, prompt_field, answer_field)
-            x, split = foreign.examples(data, split, splits, tell, form=form)
-            batch = Batch.of(x)
-            if not foreign.placed:
-                model.to(place)
-            for note in foreign.check(batch):
-                if tell is not None:
-                    tell(note)
-        else:
-            loaded = load(run)
-            weights = loaded.weights
-            batch, split = examples_of(loaded, data, split, rank == 0, splits)
-            model = loaded.model
-            model.to(place)  # the best grid is measured there too
-            times = None if count is None else grid_of(loaded, count, spacing)
-        order = None
-        if isinstance(model, LatentModel):
-            if ode or not importance_samples is target_error is surrogate is sampler is None:
-                raise ValueError(
-                    "--ode, --importance-samples, --target-error, --surrogate and --sampler are"
-                    " for models of the data themselves, and this is one of their latents; give"
-                    " --calls"
-                )
-            codes = model.codes
-        elif own_samples is not None and importance_samples is not None and times is not None:
-            rows = torch.arange(integer("own_samples", own_samples, 1)) % len(batch)
-            both = both_sides(
-                model,
-                own_samples,
-                times=times,
-                samples=importance_samples,
-                condition=rows_of(batch.condition, rows),
-                seed=seed,
-                weights=weights,
-                track=track,
-            )
-            if rank == 0:
-                print(json_text(both.to_dict()) if json else both)
+        note = notes() if rank == 0 else str
+        common: dict[str, Any] = {
+            "data": data,
+            "split": split,
+            "splits": splits,
+            "calls": calls,
+            "target_error": target_error,
+            "variates": variates,
+            "seed": seed,
+            "device": None if device_map else str(place_of(device, rank == 0)),
+            "progress": True,
+            "tell": note,
+        }
+        if len(counts) > 1:
+            several = sweep(run, counts, **common)
+            for line in chain.from_iterable(each.notes for each in several):
+                note(line)
+            if rank == 0 and json:
+                print(json_text({"sweep": [each.to_dict() for each in several]}))
+            elif rank == 0:
+                display.sweep(several)
             return
+        found = measure(
+            run,
+            steps=counts[0] if counts else None,
+            grid=grid,
+            per_example=save is not None,
+            sampler=sampler,
+            tokens_per_step=tokens_per_step,
+            surrogate=surrogate,
+            importance_samples=importance_samples,
+            own_samples=own_samples,
+            ode=ode,
+            dequantise=dequantise,
+            tolerance=tolerance,
+            columns=columns,
+            lines=lines,
+            prompt_field=prompt_field,
+            answer_field=answer_field,
+            precision=precision,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            **common,
+        )
+        if rank:
+            return
+        if isinstance(found, BothSides):
+            print(json_text(found.to_dict()) if json else found)
+            return
+        if save is not None:
+            write(save, display.npz(found))
+        if json:
+            print(json_text(found.to_dict()))
         else:
-            codes = model.process.codes
-            order = order_for(model, batch, sampler, tokens_per_step)
-        find: Callable[..., Evaluation | BoundEstimate]
-        if isinstance(model, LatentModel):
-            find = partial(evaluate_latent, model, times=foreign.times, calls=calls)
-        elif (otherwise := tighter.measure(model, times)) is not None:
-            find = otherwise
-        else:
-            find = partial(bound, model)
-            if not integrations.is_foreign(run):
-                find = partial(loaded.measure, own=data is None, tell=say)
-            find = partial(find, times=times, calls=calls, target_error=target_error)
-            find = partial(find, per_example=save is not None, variates=variates)
-            if surrogate is not None:
-                cheaper = model_of(surrogate, trust_remote_code)
-                find = partial(find, surrogate=cheaper.to(place))
-        result = find(batch, seed=seed, weights=weights, split=split, track=track)
-        if isinstance(result, Evaluation) and not isinstance(model, LatentModel):
-            bar = tracker("in order") if rank == 0 else iter
-            result = beside(result, model, batch, order, bar)
-        if integrations.is_foreign(run):
-            result = rated(result, lambda of: foreign.rates(of.nats, batch))
-        else:
-            result = loaded.rated(result, batch)
-        if isnan(result.nats):
-            raise ValueError(
-                f"the bound of {split} is not a number; look for extreme values in the data,"
-                " example by example with: nelbo score"
-            )
-        if rank == 0:
-            if save is not None:
-                write(save, display.npz(result))
-            if json:
-                print(json_text(result.to_dict()))
-            else:
-                display.result(result)
-            for note in result.notes:
-                _note(note)
-            say_notes(batch.x)
-            if line := display.worse_than_uniform(result, codes):
-                _note(line)
-        if columns:
-            _show_columns(loaded, batch, count or 32, spacing, seed, rank == 0)
+            display.result(found)
+        for line in found.notes:
+            note(line)
+        if isinstance(found, Evaluation) and found.columns is not None:
+            display.columns(found.columns)
 
 
-def _note(line: str) -> None:
-    say(f"note: {line}")
+def numbers(steps: str | None) -> list[int]:
+    """Return the numbers of steps of an option such as 50 or 10,50,200, from the fewest.
+
+    Raises:
+        ValueError: they are not whole numbers from 1, or one occurs twice.
+    """
+    from nelbo._utils.scalars import integer
+
+    if steps is None:
+        return []
+    try:
+        found = sorted(int(each) for each in steps.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--steps is a number, or several as in 10,50,200; got {steps!r}"
+        ) from None
+    for each in found:
+        integer("steps", each, 1)
+    if len({*found}) < len(found):
+        raise ValueError(f"--steps has a number twice; got {steps!r}")
+    return found
 
 
-def _show_columns(
-    run: "Run",
-    batch: "Batch",
-    steps: int,
-    grid: Spacing,
-    seed: int,
-    tell: bool,
-) -> None:
-    """Print the cost of each column of a table under the model of its rows."""
-    from nelbo.cli import display
-    from nelbo.evaluation.per_dimension import by_column, by_dimension
+def notes() -> Callable[[str], None]:
+    """Return a function that prints each note once."""
+    said: set[str] = set()
 
-    known = run.config.schema.columns
-    (bound,) = by_dimension(run.model, batch[:1000], grid_of(run, steps, grid), seed=seed)
-    if not tell:
-        return
-    names = [column.name for column in known]
-    display.columns(names, by_column(-bound.elbo, known), "nats", steps)
+    def note(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(f"note: {line}")
+
+    return note

@@ -213,6 +213,16 @@ class Dataset:
     notes: tuple[str, ...] = ()
     labels: dict[str, Tensor] = field(default_factory=dict)
 
+    def split(self, name: str) -> Tensor:
+        """Return the examples of a split.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if name not in self.splits:
+            raise ValueError(f"split must be one of {', '.join(self.splits)}; got {name!r}")
+        return self.splits[name]
+
 
 def as_examples(x: Tensor) -> Tensor:
     """Convert stored examples to the type of models: int64 for levels, float64 for reals; (N,

@@ -135,14 +135,14 @@ def load(
     source = coerce.plain(source)
     if is_table(source, declared):
         if tokenizer is not None:
-            raise ValueError(f"a tokenizer is for text, and {_name(source)} is a table")
+            raise ValueError(f"a tokenizer is for text, and {name_of(source)} is a table")
         return _load_table(source, levels, size, seed, schema, condition, declared)
     if schema is not None:
-        raise ValueError(f"a schema is for tables, and {_name(source)} is not one")
+        raise ValueError(f"a schema is for tables, and {name_of(source)} is not one")
     form = Form(size, levels=levels, tokenizer=tokenizer)
     name, found = _read(source, form, None, declared, seed)
     if tokenizer is not None and found.tokenizer is None:
-        raise ValueError(f"a tokenizer is for text, and {_name(source)} is none; leave it out")
+        raise ValueError(f"a tokenizer is for text, and {name_of(source)} is none; leave it out")
     schema, inferred = infer(found, levels)
     made, how = split(store(found, schema), found.source, seed)
     if schema.kind == "real":
@@ -185,7 +185,7 @@ def load_like(
     if schema.kind == "table":
         names = ", ".join(column.name for column in schema.columns[:8])
         raise ValueError(
-            f"the model is of a table, and {_name(source)} is not one; give a frame or a mapping"
+            f"the model is of a table, and {name_of(source)} is not one; give a frame or a mapping"
             f" of its columns {names}{', ..' if len(schema.columns) > 8 else ''}"
         )
     channels = schema.shape[0] if len(schema.shape) == 3 else 1
@@ -262,11 +262,12 @@ def stream_of(source: Source, splits: Declared | None = None) -> streams.Table |
         return streams.InSplits({name: tables.frame_of(each) for name, each in frames.items()})
     path = Path(source).absolute() if isinstance(source, str | PathLike) else None
     if splits is not None and (path is None or path.is_file()):
-        raise ValueError(f"splits are declared by names, and {_name(source)} is one table")
+        raise ValueError(f"splits are declared by names, and {name_of(source)} is one table")
     return None if path is None else streams.find(path, splits)
 
 
-def _name(source: Source) -> str:
+def name_of(source: Source) -> str:
+    """Return a path as it is given, or words for data in memory, for a message or a record."""
     if isinstance(source, str | PathLike):
         return str(source)
     return "the table" if coerce.is_table(source) else coerce.NAME
@@ -316,7 +317,7 @@ def _load_table(
     for option, value in (("levels", levels), ("size", size)):
         if value is not None:
             raise ValueError(
-                f"--{option} is for arrays and images; {_name(source)} is a table, whose columns"
+                f"--{option} is for arrays and images; {name_of(source)} is a table, whose columns"
                 " --schema describes"
             )
     table = stream_of(source, declared)
@@ -359,7 +360,7 @@ def _load_table_like(source: Source, schema: Schema, declared: Declared | None) 
     if schema.kind != "table":
         shape = ", ".join(map(str, schema.shape))
         kind = "text" if schema.text else f"examples (N, {shape})"
-        raise ValueError(f"the model is of no table; {_name(source)} is one; give {kind}")
+        raise ValueError(f"the model is of no table; {name_of(source)} is one; give {kind}")
     table = stream_of(source, declared)
     if table is not None and not schema.condition:
         notes = _unknown(table.names, schema)

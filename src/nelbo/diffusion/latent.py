@@ -144,6 +144,27 @@ class LatentModel(nn.Module):
         return self.law.scaling.count
 
     @property
+    def density(self) -> bool:
+        """Whether P(x) is a density, not a probability."""
+        return not self.codes
+
+    #: name of a dimension in the unit of a bound, as of a `Model`
+    dimension = Model.dimension
+
+    def scored(self, batch: Batch) -> float:
+        """Return the number of dimensions whose cost the bound counts, D."""
+        return self.dims
+
+    def given(self, batch: Batch) -> str:
+        """Return what the bound of a batch is conditioned on, for the record; "" for P(x)."""
+        return self.prior.given(batch)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network of the prior, which is called once for each draw of a term."""
+        return self.prior.network
+
+    @property
     def device(self) -> torch.device:
         """The device of the networks."""
         return self.prior.device

@@ -123,6 +123,15 @@ class Model(nn.Module):
             )
         check_count(condition, examples)
 
+    @property
+    def density(self) -> bool:
+        """Whether P(x) is a density, not a probability."""
+        return self.decoder.density
+
+    def hash(self) -> str:
+        """Return 16 hex digits of all weights and the classes of parts."""
+        return model_hash(self)
+
     def given(self, batch: Batch) -> str:
         """Return what the bound of a batch is conditioned on, for the record; "" for P(x)."""
         return "" if batch.condition is None else batch.given or self.conditioned_on

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from nelbo._utils.scalars import integer
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization
 from nelbo.evaluation.dequantization import DEQUANTISERS
@@ -24,12 +25,15 @@ class Alternative:
         ode: measure by the probability flow.
         dequantise: how it begins, a name in `DEQUANTISERS`; the encoder where left out.
         tolerance: of its solver; 1e-4 where left out.
+        own_samples: number of samples of the model itself to measure in place of the data, by the
+            importance-weighted bound.
     """
 
     importance_samples: int | None = None
     ode: bool = False
     dequantise: str | None = None
     tolerance: float | None = None
+    own_samples: int | None = None
 
     @property
     def wanted(self) -> bool:
@@ -44,6 +48,7 @@ class Alternative:
         target_error: float | None,
         sampler: str | None,
         surrogate: object,
+        columns: bool = False,
         spell: Callable[[str], str] = str,
     ) -> None:
         """Refuse options that contradict each other; each is None where it was not given.
@@ -54,6 +59,7 @@ class Alternative:
             target_error: its error.
             sampler: an order of unmasking beside it.
             surrogate: of a masked model.
+            columns: the costs of columns beside it.
             spell: how the reader writes the name of an option.
 
         Raises:
@@ -75,6 +81,17 @@ class Alternative:
             raise ValueError(
                 f"{spell('sampler')} goes beside the bound; leave {flow}, {samples} out"
             )
+        if self.wanted and columns:
+            raise ValueError(
+                f"{spell('columns')} goes beside the bound; leave {flow}, {samples} out"
+            )
+        if self.own_samples is not None:
+            integer(spell("own_samples"), self.own_samples, 1)
+            if self.importance_samples is None:
+                raise ValueError(
+                    f"{spell('own_samples')} measures the bound of {samples} K at {t} T; give"
+                    " these"
+                )
         if self.wanted and surrogate is not None:
             raise ValueError(
                 f"{spell('surrogate')} is for the bound; leave {flow} and {samples} out"

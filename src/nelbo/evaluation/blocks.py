@@ -11,7 +11,8 @@ from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.model import Model, model_hash
+from nelbo.diffusion.latent import LatentModel
+from nelbo.diffusion.model import Model
 from nelbo.evaluation.result import Measurement, StandardError
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ def map_blocks(
 
 
 def measurement(
-    model: Model,
+    model: Model | LatentModel,
     batch: Batch,
     nats: float,
     error: StandardError,
@@ -68,9 +69,9 @@ def measurement(
         weights: name of the weights.
         split: name of the data.
     """
-    density, scale = model.decoder.density, scale_of(model, batch)
+    scale = scale_of(model, batch)
     return Measurement(
-        bits_per_dim=None if density else nats * scale,
+        bits_per_dim=None if model.density else nats * scale,
         nats=nats,
         unit=unit_of(model),
         standard_error=StandardError(*(scale * e for e in astuple(error))),
@@ -82,25 +83,25 @@ def measurement(
         split=split,
         given=model.given(batch),
         precision=precision_of(model),
-        model_hash=model_hash(model),
+        model_hash=model.hash(),
         data_hash=fingerprint(batch.x),
         processes=world()[1],
     )
 
 
-def scale_of(model: Model, batch: Batch | None = None) -> float:
+def scale_of(model: Model | LatentModel, batch: Batch | None = None) -> float:
     """Return the factor from nats per example to the unit of a result: bits/dim, or nats."""
-    if model.decoder.density:
+    if model.density:
         return 1.0
     return 1 / ((model.dims if batch is None else model.scored(batch)) * LOG_2)
 
 
-def unit_of(model: Model) -> str:
+def unit_of(model: Model | LatentModel) -> str:
     """Return the unit of a result: bits per dimension, or nats for a density."""
-    return "nats" if model.decoder.density else f"bits/{model.dimension}"
+    return "nats" if model.density else f"bits/{model.dimension}"
 
 
-def precision_of(model: Model) -> str:
+def precision_of(model: Model | LatentModel) -> str:
     """Return the precision of the arithmetic of a measurement, for the record."""
     return f"float64 around {next(model.network.parameters()).dtype}".replace("torch.", "")
 

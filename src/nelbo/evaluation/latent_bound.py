@@ -8,19 +8,17 @@ differences between replicates and between examples give the error.
 import torch
 from torch import Tensor
 
-from nelbo._utils.distributed import gather, world
-from nelbo._utils.numerics import LOG_2
+from nelbo._utils.distributed import gather
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
-from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.latent import LatentBound, LatentModel, evaluating, latent_terms
 from nelbo.diffusion.model import counting
 from nelbo.diffusion.times import TimeDiscretization
-from nelbo.evaluation.blocks import check_not_empty, map_blocks, precision_of
+from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement, scale_of
 from nelbo.evaluation.intervals import errors
 from nelbo.evaluation.replicates import standard_error_of
-from nelbo.evaluation.result import CurvePoint, LatentEvaluation, LatentTerms, StandardError
+from nelbo.evaluation.result import CurvePoint, LatentEvaluation, LatentTerms
 
 CALLS = 24  # calls of the prior's network per example by default
 REPLICATES = 2  # of an example, for its error
@@ -86,26 +84,19 @@ def evaluate_latent(
     terms = torch.cat([each for each, _ in found], 1)  # (5, N, R)
     over_time = torch.cat([each for _, each in found])  # (N, R, n)
     total = terms.sum(0)
-    density = not model.codes
-    scale = 1.0 if density else 1 / (model.dims * LOG_2)
-    error, nats = standard_error_of(total), total.mean().item()
-    names = LatentBound._fields
-    return LatentEvaluation(
-        bits_per_dim=None if density else nats * scale,
-        nats=nats,
-        unit="nats" if density else "bits/dim",
-        standard_error=StandardError(*(scale * e for e in vars(error).values())),
-        examples=len(batch),
-        dims=model.dims,
-        calls_per_example=called / len(batch),
+    record = measurement(
+        model,
+        batch,
+        total.mean().item(),
+        standard_error_of(total),
+        called,
         seed=seed,
         weights=weights,
         split=split,
-        given=model.prior.given(batch),
-        precision=precision_of(model.prior),
-        model_hash=model.hash(),
-        data_hash=fingerprint(batch.x),
-        processes=world()[1],
+    )
+    names, scale = LatentBound._fields, scale_of(model)
+    return LatentEvaluation(
+        **vars(record),
         terms=LatentTerms(
             **{name: scale * terms[i].mean().item() for i, name in enumerate(names)}
         ),

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from nelbo._utils.distributed import map_across_processes
-from nelbo._utils.numerics import seeded
 from nelbo.data.columns import Column, places
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.distributions import draw, kl, kl_noise
@@ -22,6 +20,7 @@ from nelbo.diffusion.elbo import Bound
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.reverse import Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.times import TimeGrid
+from nelbo.evaluation.blocks import map_blocks
 
 
 def steps_of(model: Model) -> dict[str, ReverseKernel]:
@@ -61,13 +60,13 @@ def by_dimension(
     batch, steps = model.batch(x), steps or (model.step,)
     blocks = torch.arange(len(batch)).split(model.rows)
 
-    def one(i: int) -> list[Bound]:
-        with seeded(seed, i):
-            found = _block(model, batch[blocks[i]].to(model.device), times, steps)
-        return [Bound(*(term.cpu() for term in bound)) for bound in found]
+    def one(some: Batch, g: int) -> list[Bound]:
+        return [
+            Bound(*(term.cpu() for term in bound)) for bound in _block(model, some, times, steps)
+        ]
 
     with measuring(model, batch):
-        parts = map_across_processes(len(blocks), one)
+        parts = map_blocks(model, batch, blocks, (seed,), one)
     return [
         Bound(*(torch.cat(term) for term in zip(*bounds, strict=True)))
         for bounds in zip(*parts, strict=True)

@@ -139,6 +139,16 @@ class OrderLikelihood(Measurement):
         )
 
 
+@dataclass(frozen=True)
+class ColumnCosts:
+    """The cost of each column of a table for some examples, on a grid of a number of steps."""
+
+    names: tuple[str, ...]
+    #: -ELBO, shape (N, C), nats; its sum over columns is that of the row
+    nats: Tensor
+    steps: int
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation(Measurement):
     """Mean bound on −log P(x) over examples, with its terms.
@@ -157,6 +167,8 @@ class Evaluation(Measurement):
     notes: tuple[str, ...] = ()
     #: −log P(x) of a sampler of the same network that shows symbols in an order of its own
     in_order: OrderLikelihood | None = None
+    #: the cost of each column of a table, where it was asked for
+    columns: ColumnCosts | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         time = "continuous time" if self.steps is None else f"{self.steps} steps"

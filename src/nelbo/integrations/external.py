@@ -2,19 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from nelbo import data
 from nelbo._utils import limits
-from nelbo.data import coerce
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Dataset, Schema
-from nelbo.data.sources import Source, Splits
+from nelbo.data.sources import Source, Splits, load_like, name_of
 from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
@@ -62,7 +59,7 @@ class Foreign:
         source: Source | None,
         split: str | None = None,
         splits: Splits | None = None,
-        tell: Callable[[str], None] | None = None,
+        tell: Callable[[str], object] = str,
         *,
         form: TextForm | None = None,
     ) -> tuple[Tensor | Batch, str]:
@@ -79,24 +76,39 @@ class Foreign:
             ValueError: no source, data of another schema, no such split, or a condition of another
                 number of examples.
         """
+        found = self.read(source, split, splits, tell, form=form)
+        return self.select(found, source, split, tell)
+
+    def read(
+        self,
+        source: Source | None,
+        split: str | None = None,
+        splits: Splits | None = None,
+        tell: Callable[[str], object] = str,
+        *,
+        form: TextForm | None = None,
+    ) -> object:
+        """Return data as `select` takes them; arguments and errors as for `examples`."""
         if source is None:
             raise ValueError(f"{self.name} brings no data; give some with --data")
-        if form not in (None, TextForm()):
-            raise ValueError(
-                "--lines, --prompt-field and --answer-field are for a model of tokens, hf:FOLDER;"
-                " leave them out"
-            )
-        dataset = data.load_like(source, self.schema, splits=splits, scaled=True)
-        if tell is not None:
-            for note in dataset.notes:
-                tell(note)
-        split = split or "all"
-        if split not in dataset.splits:
-            raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
-        place = source if isinstance(source, str | PathLike) else coerce.NAME
-        return self.select(dataset, split, tell or str), f"{split} of {place}"
+        check_no_form(form)
+        dataset = load_like(source, self.schema, splits=splits, scaled=True)
+        for note in dataset.notes:
+            tell(note)
+        return dataset
 
     def select(
+        self,
+        found: object,
+        source: Source,
+        split: str | None = None,
+        tell: Callable[[str], object] = str,
+    ) -> tuple[Tensor | Batch, str]:
+        """Return the examples of a split of what `read` has found in the source, and a name."""
+        split, dataset = split or "all", cast(Dataset, found)
+        return self._fitted(dataset, split, tell), f"{split} of {name_of(source)}"
+
+    def _fitted(
         self, dataset: Dataset, split: str, tell: Callable[[str], object]
     ) -> Tensor | Batch:
         """Return the examples of a split, with their conditions, after `fit` to others.
@@ -104,7 +116,7 @@ class Foreign:
         These are those of another split, or every tenth of the examples, which is then not
         measured.
         """
-        x = dataset.splits[split]
+        x = dataset.split(split)
         given = None if self.condition is None else self.condition.rows(len(x))
         if self.fit is None:
             return x if given is None else Batch(x, given)
@@ -146,6 +158,15 @@ class Foreign:
             batch: the examples.
         """
         return {}
+
+
+def check_no_form(form: TextForm | None) -> None:
+    """Raise ValueError if a form of texts is given for data of another kind."""
+    if form not in (None, TextForm()):
+        raise ValueError(
+            "--lines, --prompt-field and --answer-field are for a model of tokens, hf:FOLDER;"
+            " leave them out"
+        )
 
 
 def _some(x: Tensor, chosen: Tensor) -> Tensor:

@@ -70,19 +70,30 @@ class ForeignText(Foreign):
     found: list[Texts] = field(default_factory=list)
 
     @override
-    def examples(
+    def read(
         self,
         source: Source | None,
         split: str | None = None,
         splits: Splits | None = None,
-        tell: Callable[[str], None] | None = None,
+        tell: Callable[[str], object] = str,
         *,
         form: TextForm | None = None,
-    ) -> tuple[Tensor | Batch, str]:
+    ) -> object:
         texts = self._read(source, form or TextForm(), split, declare(splits))
-        if tell is not None:
-            for note in texts.notes:
-                tell(note)
+        for note in texts.notes:
+            tell(note)
+        return texts
+
+    @override
+    def select(
+        self,
+        found: object,
+        source: Source,
+        split: str | None = None,
+        tell: Callable[[str], object] = str,
+    ) -> tuple[Tensor | Batch, str]:
+        texts = cast(Texts, found)
+        self.found[:] = [texts]
         return texts.batch, texts.name
 
     @override

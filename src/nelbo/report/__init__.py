@@ -29,7 +29,7 @@ from nelbo.report.studies import (
     some,
     trajectory,
 )
-from nelbo.runs.commands import AnyRun, run_of
+from nelbo.runs.subjects import AnyRun, run_of
 from nelbo.sampling.imputation import within
 from nelbo.sampling.samplers import ancestral
 

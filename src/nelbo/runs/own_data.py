@@ -9,38 +9,40 @@ from torch import Tensor
 
 from nelbo._utils.distributed import main_process_first
 from nelbo._utils.numerics import seeded
-from nelbo.data import coerce
-from nelbo.data.sources import Source, Splits, load_like
+from nelbo.data.schema import Dataset
+from nelbo.data.sources import Source, Splits, load_like, name_of
 from nelbo.diffusion.batch import Batch
 from nelbo.models.conditioning import encode, labelled
 from nelbo.runs.config import RunConfig
 
 
-def examples(
+def read(
     config: RunConfig,
-    source: Source | None,
-    split: str | None,
+    source: Source | Batch | None,
     splits: Splits | None,
     tell: Callable[[str], object],
-) -> tuple[Batch, str]:
-    """Return examples with their conditions, and a name for them; see `Run.batch`."""
+) -> Dataset | Batch:
+    """Return data of a run's schema, by default its own; a batch as it is; see `Run.batch`."""
     if isinstance(source, Batch):
-        return source, "a batch"
+        return source
     if source is None:
-        dataset = config.load_data()
-    else:
-        dataset = load_like(source, config.schema, size=config.size, splits=splits)
-        for note in dataset.notes:
-            tell(f"note: {note}")
+        return config.load_data()
+    dataset = load_like(source, config.schema, size=config.size, splits=splits)
+    for note in dataset.notes:
+        tell(note)
+    return dataset
+
+
+def select(
+    config: RunConfig, dataset: Dataset | Batch, source: Source | None, split: str | None
+) -> tuple[Batch, str]:
+    """Return examples of what `read` returned, with their conditions, and a name for them."""
+    if isinstance(dataset, Batch):
+        return dataset, "a batch"
     split = split or ("test" if source is None else "all")
-    if split not in dataset.splits:
-        raise ValueError(f"split must be one of {', '.join(dataset.splits)}; got {split!r}")
-    tabular = config.schema.columns
-    unnamed = "a table" if tabular else coerce.NAME
-    place = source if isinstance(source, str | PathLike) else unnamed
-    name = split if source is None else f"{split} of {place}"
-    labels = dataset.labels.get(split)
-    return labelled(dataset.splits[split], labels, config.schema), name
+    x, labels = dataset.split(split), dataset.labels.get(split)
+    name = split if source is None else f"{split} of {name_of(source)}"
+    return labelled(x, labels, config.schema), name
 
 
 def meet(config: RunConfig, source: Source) -> bool:

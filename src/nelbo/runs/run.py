@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -14,13 +14,12 @@ from nelbo.data.sources import Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, find_device
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
-from nelbo.evaluation.alternatives import Alternative, Dequantise
+from nelbo.evaluation.alternatives import Dequantise
 from nelbo.evaluation.anomaly_scores import Scored, Scorer
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
 from nelbo.evaluation.example_bounds import ExampleBounds, elbo
-from nelbo.evaluation.result import BoundEstimate, Evaluation, Measurement, rated
-from nelbo.evaluation.unmasking_order import beside, order_for
+from nelbo.evaluation.result import BothSides, BoundEstimate, Evaluation
 from nelbo.runs import grids, own_data, shown
 from nelbo.runs.config import RunConfig
 
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
     from nelbo.codec.files import Summary
     from nelbo.data.tabular.tables import Frame
     from nelbo.runs.samples import Condition, Samples
-
-
-M = TypeVar("M", bound=Measurement)
+    from nelbo.runs.subjects import Spacing
 
 
 def _warn(line: str) -> None:
@@ -99,7 +96,8 @@ class Run:
             ValueError: the data have another schema; there is no such split; or it is not known
                 where the run's own data are.
         """
-        return own_data.examples(self.config, source, split, splits, tell)
+        found = own_data.read(self.config, source, splits, tell)
+        return own_data.select(self.config, found, source, split)
 
     def evaluate(
         self,
@@ -108,6 +106,7 @@ class Run:
         *,
         splits: Splits | None = None,
         steps: int | None = None,
+        grid: "Spacing | None" = None,
         calls: float | None = None,
         target_error: float | None = None,
         per_example: bool = False,
@@ -116,76 +115,50 @@ class Run:
         tokens_per_step: int | None = None,
         surrogate: Model | None = None,
         importance_samples: int | None = None,
+        own_samples: int | None = None,
         ode: bool = False,
         dequantise: Dequantise | None = None,
         tolerance: float | None = None,
+        columns: bool = False,
         seed: int = 0,
         progress: bool | None = None,
         tell: Callable[[str], object] | None = None,
-    ) -> Evaluation | BoundEstimate:
+    ) -> Evaluation | BoundEstimate | BothSides:
         """Return the bound on -log P(x) of the run's own data or of other data.
 
-        The result equals that of `nelbo evaluate RUN`.
-
-        Args:
-            data: the run's own data by default; or others of its kind, see `nelbo.data.coerce`.
-            split: "test" by default for the run's own data, and all of other data.
-            splits: splits of other data, as for `nelbo.data.load`.
-            steps: T, for the T-step bound on the run's best grid; continuous time by default.
-            calls: network calls per example, at most; 24 by default. The pilot of the run's own
-                data, some thousand calls once for each run, is kept in the cache and not counted.
-            target_error: in place of calls, the Monte Carlo standard error to reach, in the unit
-                of the result.
-            per_example: for a better standard error of each example.
-            variates: use control variates.
-            sampler: of a masked model, left-to-right, greedy, margin, entropy or, for at most 16
-                symbols, random: measure beside the bound, as `result.in_order`, the exact
-                -log P(x) of the sampler that shows symbols in this order, see
-                `nelbo.diffusion.unmasking`.
-            tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
-            surrogate: a cheaper masked model of the same symbols, see `nelbo.evaluate`.
-            importance_samples: K, for the tighter bound of K importance-weighted samples at T
-                steps, at K T calls each; a `BoundEstimate`, as the next.
-            ode: measure by the probability-flow ODE instead, to two tolerances.
-            dequantise: how it passes from the data to the first latent; by default "encoder".
-            tolerance: absolute and relative, of the solver, per example; 1e-4 by default.
-            seed: of everything random.
-            progress: show bars on the error stream; by default if it is a terminal.
-            tell: called with notes on the data and on slow work; warnings by default.
+        It is `nelbo.evaluate(run, ...)`, and that of `nelbo evaluate RUN`; all arguments are
+        described there. Without any, the test split is measured in continuous time, with a pilot
+        of some thousand calls that is made once for each run, kept in the cache, and not counted.
 
         Raises:
-            ValueError: as for `batch`, `grid` and `nelbo.evaluation.evaluate.evaluate`.
+            ValueError: as for `batch`, `grid` and `nelbo.evaluate`.
         """
-        tighter = Alternative(importance_samples, ode, dequantise, tolerance)
-        tighter.check(
+        from nelbo.runs import evaluation
+
+        return evaluation.evaluate(
+            self,
+            data,
+            split,
+            splits=splits,
             steps=steps,
-            calls=calls,
-            target_error=target_error,
-            sampler=sampler,
-            surrogate=surrogate,
-        )
-        batch, name = self.batch(data, split, splits, tell or _warn)
-        order = order_for(self.model, batch, sampler, tokens_per_step)
-        track = tracks(progress)
-        times = None if steps is None else self.grid(steps, track("grid"))
-        if find := tighter.measure(self.model, times):
-            record = {"weights": self.weights, "split": name, "seed": seed}
-            return self.rated(find(batch, track=track("evaluate"), **record), batch)
-        result = self.measure(
-            batch,
-            split=name,
-            own=data is None,
-            times=times,
-            tell=tell or _quiet,
+            grid=grid,
             calls=calls,
             target_error=target_error,
             per_example=per_example,
             variates=variates,
+            sampler=sampler,
+            tokens_per_step=tokens_per_step,
             surrogate=surrogate,
+            importance_samples=importance_samples,
+            own_samples=own_samples,
+            ode=ode,
+            dequantise=dequantise,
+            tolerance=tolerance,
+            columns=columns,
             seed=seed,
-            track=track("evaluate"),
+            progress=progress,
+            tell=tell,
         )
-        return self.rated(beside(result, self.model, batch, order, track("in order")), batch)
 
     def elbo(
         self,
@@ -470,10 +443,6 @@ class Run:
             options["pilots"] = Pilots(self, tell)
         options = {"weights": self.weights, "split": split, "times": times, **options}
         return evaluate(self.model, batch, variates=variates, **options)
-
-    def rated(self, found: M, batch: Batch) -> M:
-        """Return a measurement of these examples with its `rates`, if they are of text."""
-        return rated(found, lambda of: self.config.schema.rates(of.bits_per_dim, batch.x))
 
     def meet(self, source: Source) -> bool:
         """Tell the run where its data are; return whether they were unknown and `source` has them.

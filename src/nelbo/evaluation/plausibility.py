@@ -1,0 +1,40 @@
+"""Signs in a bound that the data or the model are not what they are taken for."""
+
+import math
+
+from nelbo.evaluation.result import BoundEstimate, Evaluation, LatentTerms, Measurement
+
+FAR = 2.0  # times the bits of uniform levels beyond which the last step is to blame
+
+
+def check_number(found: Measurement) -> None:
+    """Raise ValueError if a bound is not a number."""
+    if math.isnan(found.nats):
+        raise ValueError(
+            f"the bound of {found.split} is not a number; look for extreme values in the data,"
+            " example by example with: nelbo score"
+        )
+
+
+def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
+    """Return a note if the bound is worse than that of a uniform distribution, else ""."""
+    if found.bits_per_dim is None or levels < 2 or not found.bits_per_dim > math.log2(levels):
+        return ""
+    return (
+        f"worse than uniform: {levels} equally likely levels take {math.log2(levels):.4g}"
+        " bits/dim; are these data of the kind, and of the levels, that the model was trained on?"
+        f"{_of_the_last_step(found, math.log2(levels))}"
+    )
+
+
+def _of_the_last_step(found: Evaluation | BoundEstimate, uniform: float) -> str:
+    """Return a hint if P(x|z_1) alone takes far more than uniform levels, bits/dim, else ""."""
+    if not isinstance(found, Evaluation) or isinstance(found.terms, LatentTerms):
+        return ""
+    if not found.terms.reconstruction > FAR * uniform:
+        return ""
+    return (
+        f" The last step, P(x|z_1), alone takes {found.terms.reconstruction:.4g}: look at its"
+        " variance, which may be far too small for the network's error there; for another"
+        " library's folder compare ,variance=small, ,variance=large and ,variance=optimal"
+    )

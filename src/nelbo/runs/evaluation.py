@@ -1,0 +1,380 @@
+"""The bound of whatever can be measured: the Python twin of `nelbo evaluate`."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Unpack, cast
+
+import torch
+
+from nelbo._utils.progress import Track, tracks
+from nelbo._utils.scalars import integer
+from nelbo.data.rows import Rows
+from nelbo.data.sources import Source, Splits
+from nelbo.diffusion.batch import Batch, rows_of
+from nelbo.diffusion.latent import LatentModel
+from nelbo.diffusion.model import Model, find_device
+from nelbo.diffusion.times import TimeDiscretization, TimeGrid
+from nelbo.diffusion.unmasking import UnmaskingOrder
+from nelbo.evaluation.alternatives import Alternative, Dequantise
+from nelbo.evaluation.both_sides import both_sides
+from nelbo.evaluation.coercion import batch_of
+from nelbo.evaluation.latent_bound import evaluate_latent
+from nelbo.evaluation.per_dimension import by_column, by_dimension
+from nelbo.evaluation.plausibility import check_number, worse_than_uniform
+from nelbo.evaluation.result import (
+    BothSides,
+    BoundEstimate,
+    ColumnCosts,
+    Evaluation,
+    LatentEvaluation,
+    rated,
+)
+from nelbo.evaluation.unmasking_order import beside, order_for
+from nelbo.integrations import Foreign
+from nelbo.integrations.conditions import Condition
+from nelbo.integrations.memory import Reading
+from nelbo.integrations.text_records import TextForm
+from nelbo.runs.subjects import AnyRun, Asked, OfRun, Spacing, Subject, Tell, model_of, subject_of
+
+COLUMN_STEPS, COLUMN_EXAMPLES = 32, 1000  # of the costs of columns: steps by default; at most
+
+
+def evaluate(
+    run: AnyRun | Model | Foreign | object,
+    data: Source | Batch | None = None,
+    split: str | None = None,
+    *,
+    condition: Condition | None = None,
+    splits: Splits | None = None,
+    lines: bool = False,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    steps: int | None = None,
+    grid: Spacing | None = None,
+    times: TimeDiscretization | None = None,
+    calls: float | None = None,
+    target_error: float | None = None,
+    per_example: bool = False,
+    variates: bool = True,
+    sampler: str | None = None,
+    tokens_per_step: int | None = None,
+    known: Source | None = None,
+    surrogate: AnyRun | Model | Foreign | None = None,
+    importance_samples: int | None = None,
+    own_samples: int | None = None,
+    ode: bool = False,
+    dequantise: Dequantise | None = None,
+    tolerance: float | None = None,
+    columns: bool = False,
+    trust_remote_code: bool = False,
+    precision: str | None = None,
+    device_map: str | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    tell: Tell | None = None,
+    **reading: Unpack[Reading],
+) -> Evaluation | BoundEstimate | BothSides:
+    """Measure the mean bound on -log P(x|φ) over examples, with its error and its price.
+
+    Args:
+        run: a run, its folder or its name on the hub; another library's model, "diffusers:FOLDER"
+            or "openai:FILE" or as loaded; a bare model; or a network in memory: a pipeline of
+            diffusers, a pair of a network and its scheduler, or a module or function that is
+            called as network(y, time), see `integrations.wrap`.
+        data: examples of any kind in `nelbo.data.coerce`, or a `Batch` of examples and conditions;
+            for a run, by default its own data.
+        split: "test" by default for the run's own data, and all of other data.
+        condition: for another library's model, c of each example, in their order, for the bound on
+            P(x|c): classes or embeddings, or such by the network's names; one for all as well.
+        splits: splits of other data, as for `nelbo.data.load`.
+        lines: for a model of tokens, "hf:FOLDER": each line of a text file is an example.
+        prompt_field: of JSON lines, or of a data set of `datasets`: the name of the text that
+            shows before the answer; by default prompt.
+        answer_field: the name of the text that is scored; by default answer, or text.
+        steps: T, for the bound of T steps: on the best grid of a run, on the even grid of a bare
+            model; continuous time by default.
+        grid: of a run's steps: "uniform" in place of "best".
+        times: of a bare model: TimeGrid(times) in place of these steps.
+        calls: network calls per example, at most; 24 by default.
+        target_error: in place of calls, the Monte Carlo standard error to reach, in the unit of
+            the result.
+        per_example: for a better standard error of each example.
+        variates: use control variates.
+        sampler: of a masked model, left-to-right, greedy, margin, entropy or, for at most 16
+            symbols, random: measure beside the bound, as `result.in_order`, the exact -log P(x) of
+            the sampler that shows symbols in this order, see `nelbo.diffusion.unmasking`.
+        tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
+        known: for a bare model: other examples of the same distribution, such as the training
+            data, to which control variates are fitted.
+        surrogate: for a masked model in continuous time: a cheaper one of the same symbols, given
+            as `run` is, which reads the same masks and many more (`evaluation.masks`). The result
+            is unbiased, whatever it is; its calls are not counted.
+        importance_samples: K, for the tighter bound of K importance-weighted samples at T steps,
+            at K T calls each; a `BoundEstimate`, as the next.
+        own_samples: with these, instead of the data: this number of samples of the model itself,
+            whose -log P(x) has a lower end too, a `BothSides`. Prompts, lengths and labels are
+            those of the data.
+        ode: measure by the probability-flow ODE instead, to two tolerances.
+        dequantise: how it passes from the data to the first latent; by default "encoder".
+        tolerance: absolute and relative, of its solver, per example; 1e-4 by default.
+        columns: measure also what each column of a table costs, as `result.columns`, at `steps`,
+            by default 32, for at most 1000 examples.
+        trust_remote_code: run the code that the folder of "hf:FOLDER" brings.
+        precision: of the weights of "hf:FOLDER": bf16, fp16, float32 or float64; by default as
+            they are stored.
+        device_map: where to put its weights, as transformers takes it, in place of `device`.
+        device: "cpu" or "cuda", to which the models are moved; by default they stay.
+        seed: of everything random.
+        progress: show bars on the error stream; by default if it is a terminal.
+        tell: called with each note, and of a run with messages about slow work, as they arise; by
+            default notes on a run's data are warnings. Notes are in `result.notes` too.
+        reading: of a network in memory: what it predicts, its noise levels (betas, alphas, sigmas
+            or schedule), its scaling, variance, clip, shape, .., as for `integrations.wrap`.
+
+    Raises:
+        ValueError: the data are not of the model, a model of P(x|c) lacks conditions, there are
+            too few calls, the target error is impossible, or a network is read wrongly.
+    """
+    alternative = Alternative(importance_samples, ode, dequantise, tolerance, own_samples)
+    alternative.check(
+        steps=times if steps is None else steps,
+        calls=calls,
+        target_error=target_error,
+        sampler=sampler,
+        surrogate=surrogate,
+        columns=columns,
+    )
+    if grid is not None and steps is None and not columns:
+        raise ValueError("grid spaces a number of steps; give steps too")
+    subject, left = subject_of(
+        run,
+        data,
+        steps=steps,
+        condition=condition,
+        trust_remote_code=trust_remote_code,
+        precision=precision,
+        device_map=device_map,
+        reading=reading,
+    )
+    if columns and not subject.columns:
+        raise ValueError("columns measures what each column of a run's table costs; leave it out")
+    if isinstance(subject, OfRun) and not times is known is None:
+        raise ValueError("times and known are for a bare model; a run knows its own; give steps")
+    options: dict[str, Any] = {
+        "calls": calls,
+        "target_error": target_error,
+        "per_example": per_example,
+        "variates": variates,
+    }
+    if surrogate is not None:
+        cheaper = model_of(surrogate, trust_remote_code)
+        options["surrogate"] = cheaper if device is None else cheaper.to(find_device(device))
+    if known is not None:
+        options["known"] = batch_of(cast(Model, subject.model), known).x
+    if device is not None:
+        subject.to(device)
+    measuring = Measuring(subject, alternative, options, seed, tracks(progress), tell)
+    form = TextForm(lines, prompt_field, answer_field)
+    asked = Asked(data, split, splits, form, measuring.note)
+    batch, name = subject.examples(asked, subject.read(asked))
+    order = measuring.order_for(batch, sampler, tokens_per_step)
+    if times is None:
+        times = subject.times(left, grid, measuring.tracks("grid"))
+    elif steps is not None:
+        raise ValueError(f"give steps or times, not both; got steps={steps} and times={times}")
+    found = measuring(batch, name, data is None, times, order)
+    if columns and isinstance(found, Evaluation):
+        found = replace(found, columns=measuring.columns(batch, steps, grid))
+    return found
+
+
+def sweep(
+    run: AnyRun | Foreign | Model | object,
+    steps: Sequence[int],
+    data: Source | Batch | None = None,
+    split: str | None = None,
+    *,
+    splits: Splits | None = None,
+    calls: float | None = None,
+    target_error: float | None = None,
+    variates: bool = True,
+    device: str | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    tell: Tell | None = None,
+    **reading: Unpack[Reading],
+) -> list[Evaluation]:
+    """Measure the bound of each of several numbers of steps; the data are read once.
+
+    Args:
+        run: as for `evaluate`.
+        steps: the numbers of steps.
+        data: as for `evaluate`, like all others.
+        split: which examples.
+        splits: which names belong to which split.
+        calls: network calls per example, at most.
+        target_error: in place of calls, the Monte Carlo standard error to reach.
+        variates: use control variates.
+        device: "cpu" or "cuda".
+        seed: of everything random.
+        progress: show bars on the error stream.
+        tell: called with each note as it arises.
+        reading: of a network in memory.
+
+    Raises:
+        ValueError: as for `evaluate`, or no number of steps is given.
+    """
+    if not steps:
+        raise ValueError("give at least one number of steps")
+    options = {"calls": calls, "target_error": target_error, "variates": variates}
+    found: list[Evaluation] = []
+    read, on_data = None, list[str]()
+    for count in steps:
+        subject, left = subject_of(run, data, steps=integer("steps", count, 1), reading=reading)
+        run = subject.run if isinstance(subject, OfRun) else run
+        if device is not None:
+            subject.to(device)
+        measuring = Measuring(subject, Alternative(), options, seed, tracks(progress), tell)
+        asked = Asked(data, split, splits, TextForm(), measuring.note)
+        if read is None:
+            before = len(measuring.notes)
+            read = subject.read(asked)
+            on_data = measuring.notes[before:]
+        else:
+            measuring.notes += on_data
+        batch, name = subject.examples(asked, read)
+        times = subject.times(left, None, measuring.tracks("grid"))
+        found.append(cast(Evaluation, measuring(batch, name, data is None, times, None)))
+    return found
+
+
+class Measuring:
+    """How something is measured, whatever it is, and what is said meanwhile.
+
+    Args:
+        subject: what is measured.
+        alternative: what is asked for in place of the ELBO.
+        options: of `evaluation.evaluate.evaluate`.
+        seed: of everything random.
+        tracks: from a description of work to its bar.
+        tell: called with each note; by default notes on the data of a run are warnings.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        alternative: Alternative,
+        options: Mapping[str, Any],
+        seed: int,
+        tracks: Callable[[str], Track],
+        tell: Tell | None,
+    ) -> None:
+        self.subject, self.alternative, self.options = subject, alternative, options
+        self.seed, self.tracks, self.tell = seed, tracks, tell or str
+        self.on_data: Tell = warn if tell is None and isinstance(subject, OfRun) else self.tell
+        self.notes = list(subject.notes)
+        for line in self.notes:
+            self.tell(line)
+
+    def note(self, line: str) -> None:
+        """Keep a note on the data for the result, and say it."""
+        self.notes.append(line)
+        self.on_data(line)
+
+    def order_for(
+        self, batch: Batch, sampler: str | None, tokens_per_step: int | None
+    ) -> UnmaskingOrder | None:
+        """Return the order of unmasking of a sampler's name; None for none."""
+        if isinstance(self.subject.model, LatentModel):
+            if sampler is None:
+                return None
+            raise ValueError("sampler is for masked models; this is one of latents; leave it out")
+        return order_for(self.subject.model, batch, sampler, tokens_per_step)
+
+    def __call__(
+        self,
+        batch: Batch,
+        name: str,
+        own: bool,
+        times: TimeDiscretization | None,
+        order: UnmaskingOrder | None,
+    ) -> Evaluation | BoundEstimate | BothSides:
+        """Return the bound of examples.
+
+        Args:
+            batch: the examples.
+            name: theirs, for the record.
+            own: whether they are a run's own.
+            times: of the bound; continuous time for None.
+            order: of a sampler whose exact likelihood is stated beside the bound.
+        """
+        subject, model, other = self.subject, self.subject.model, self.alternative
+        for line in subject.check(batch):
+            self.note(line)
+        track = self.tracks("evaluate")
+        record: dict[str, Any] = {"seed": self.seed, "split": name, "track": track}
+        found: Evaluation | BoundEstimate
+        if isinstance(model, LatentModel):
+            found = self._of_latents(model, batch, times, record | {"weights": subject.weights})
+        elif other.own_samples is not None and times is not None:
+            rows = torch.arange(other.own_samples) % len(batch)
+            return both_sides(
+                model,
+                other.own_samples,
+                times=times,
+                samples=cast(int, other.importance_samples),
+                condition=rows_of(batch.condition, rows),
+                seed=self.seed,
+                weights=subject.weights,
+                track=track,
+            )
+        elif find := other.measure(model, times):
+            found = find(batch, weights=subject.weights, **record)
+        else:
+            found = subject.bound(batch, own, self.tell, times=times, **self.options, **record)
+            found = beside(found, model, batch, order, self.tracks("in order"))
+        found = rated(found, lambda of: subject.rates(of, batch))
+        check_number(found)
+        late = batch.x.notes() if isinstance(batch.x, Rows) else ()
+        levels = model.codes if isinstance(model, LatentModel) else model.process.codes
+        worse = worse_than_uniform(found, levels)
+        after = [*late, *([worse] if worse else [])]
+        return replace(found, notes=(*self.notes, *found.notes, *after))
+
+    def _of_latents(
+        self,
+        model: LatentModel,
+        batch: Batch,
+        times: TimeDiscretization | None,
+        record: Mapping[str, Any],
+    ) -> LatentEvaluation:
+        """Return the bound of images by a model of their latents."""
+        options = dict(self.options)
+        calls = options.pop("calls")
+        if self.alternative.wanted or any(
+            options.get(name) is not None for name in ("target_error", "known", "surrogate")
+        ):
+            raise ValueError(
+                "target_error, known, surrogate, sampler, importance_samples and ode are for"
+                " models of the data themselves; a model of their latents takes calls"
+            )
+        if times is None:
+            raise ValueError("give the times of a model of latents: steps, or times")
+        return evaluate_latent(model, batch, times=times, calls=calls, **record)
+
+    def columns(self, batch: Batch, steps: int | None, grid: Spacing | None) -> ColumnCosts:
+        """Return what each column of a table costs, for some of the examples."""
+        model, count = cast(Model, self.subject.model), steps or COLUMN_STEPS
+        times = self.subject.times(count, grid, self.tracks("grid"))
+        some = batch[:COLUMN_EXAMPLES]
+        (bound,) = by_dimension(model, some, cast(TimeGrid, times), seed=self.seed)
+        known = self.subject.columns
+        names = tuple(column.name for column in known)
+        return ColumnCosts(names, by_column(-bound.elbo, known), count)
+
+
+def warn(line: str) -> None:
+    """Warn of a note on data where nobody is told otherwise."""
+    warnings.warn(line, stacklevel=2)
