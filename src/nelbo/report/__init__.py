@@ -29,6 +29,7 @@ from nelbo.report.studies import (
     some,
     trajectory,
 )
+from nelbo.runs import own_data
 from nelbo.runs.subjects import AnyRun, run_of
 from nelbo.sampling.imputation import within
 from nelbo.sampling.samplers import ancestral
@@ -60,9 +61,10 @@ def report(
     check_writable(out)
     schema = run.config.schema
     model = run.model
-    batch, split = run.batch()
+    own = run.config.load_data()
+    batch, split = own_data.select(run.config, own, None, None)
     bar = track("test bound")
-    result = run.measure(batch, split=split, own=True, tell=str, seed=seed, track=bar)
+    result = run.measure(batch, split=split, own=own, tell=str, seed=seed, track=bar)
     x, unit = as_examples(batch.x), result.unit
     rows = some(model, x, seed)
     few = x[rows]
@@ -82,7 +84,7 @@ def report(
         path = trajectory(model, count, grid, seed, track("samples"), condition)
         parts += [sections.images(run, few, path), sections.pixels(run, few, cost.numpy(), unit)]
     elif schema.columns:
-        seen = run.examples("train")
+        seen = own_data.select(run.config, own, None, "train")[0].x
         made, how = _rows(model, condition, count, schema, grid, seed, track("samples"))
         parts.append(sections.table(schema, few, made, how, cost.numpy(), unit))
         parts.append(sections.quality(measure(schema.columns, seen, x, made, seed)))

@@ -230,10 +230,11 @@ def sweep(
         raise ValueError("give at least one number of steps")
     options = {"calls": calls, "target_error": target_error, "variates": variates}
     found: list[Evaluation] = []
-    read, on_data = None, list[str]()
+    read, on_data, subject = None, list[str](), None
     for count in steps:
-        subject, left = subject_of(run, data, steps=integer("steps", count, 1), reading=reading)
-        run = subject.run if isinstance(subject, OfRun) else run
+        left: int | None = integer("steps", count, 1)
+        if not isinstance(subject, OfRun):  # others are of these steps
+            subject, left = subject_of(run, data, steps=left, reading=reading)
         if device is not None:
             subject.to(device)
         measuring = Measuring(subject, Alternative(), options, seed, tracks(progress), tell)

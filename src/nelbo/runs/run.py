@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from nelbo._utils.progress import Track, interactive, tracks
+from nelbo.data.schema import Dataset
 from nelbo.data.sources import Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, find_device
@@ -417,7 +418,7 @@ class Run:
         batch: Batch,
         *,
         split: str = "as given",
-        own: bool = False,
+        own: Dataset | None = None,
         times: TimeDiscretization | None = None,
         variates: bool = True,
         tell: Callable[[str], object] = _quiet,
@@ -428,9 +429,9 @@ class Run:
         Args:
             batch: the examples.
             split: their name, for the record.
-            own: whether they belong to the run's own data. If so, the control variates are fitted
-                to the training split, and a pilot on the validation split is cached for this user;
-                except for tokens, whose masks have exact counts.
+            own: the run's own data, if the examples are of them. If so, the control variates are
+                fitted to the training split, and a pilot on the validation split is cached for
+                this user; except for tokens, whose masks have exact counts.
             times: times of the bound; continuous time by default.
             variates: see `nelbo.evaluate`.
             tell: called with messages about slow work.
@@ -438,8 +439,8 @@ class Run:
         """
         from nelbo.runs.pilot_cache import Pilots
 
-        if own and variates and not self.model.process.as_codes:
-            options["known"] = self.batch(split="train")[0].x
+        if own is not None and variates and not self.model.process.as_codes:
+            options["known"] = own_data.select(self.config, own, None, "train")[0].x
             options["pilots"] = Pilots(self, tell)
         options = {"weights": self.weights, "split": split, "times": times, **options}
         return evaluate(self.model, batch, variates=variates, **options)

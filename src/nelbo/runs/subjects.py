@@ -144,6 +144,7 @@ class OfRun(Subject):
     """A run, with the best grids and the pilots of its own."""
 
     run: Run
+    own: Dataset | None = field(default=None, init=False)  # its data, once read
 
     def __post_init__(self) -> None:
         self.model, self.weights = self.run.model, self.run.weights
@@ -155,7 +156,10 @@ class OfRun(Subject):
         check_no_form(asked.form)
         if isinstance(data, str | PathLike) and self.run.meet(data):
             asked.tell(f"{data} are the run's own data; its commands read them there from now on")
-        return own_data.read(self.run.config, data, asked.splits, asked.tell)
+        found = own_data.read(self.run.config, data, asked.splits, asked.tell)
+        if data is None:
+            self.own = cast(Dataset, found)
+        return found
 
     @override
     def examples(self, asked: Asked, found: object) -> tuple[Batch, str]:
@@ -176,7 +180,7 @@ class OfRun(Subject):
 
     @override
     def bound(self, batch: Batch, own: bool, tell: Tell, **options: Any) -> Evaluation:
-        return self.run.measure(batch, own=own, tell=tell, **options)
+        return self.run.measure(batch, own=self.own if own else None, tell=tell, **options)
 
     @override
     def rates(self, found: Measurement, batch: Batch) -> Mapping[str, float]:
