@@ -998,6 +998,26 @@ def test_a_text_of_few_bytes_is_not_unpacked_here(tmp_path, monkeypatch, end, ab
 
 
 @linux
+@pytest.mark.parametrize("claimed", [2**32, 2**40])
+def test_a_length_that_no_memory_holds_is_not_allocated_here(tmp_path, monkeypatch, claimed):
+    """polars reports some failed allocations as errors, like other damage."""
+    pl = pytest.importorskip("polars")
+    from nelbo.data.tabular import tables
+
+    path = tmp_path / "x.arrow"
+    pl.DataFrame({"a": [0.5] * 5000}).write_ipc(path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    body = content.index(b"\x28\xb5\x2f\xfd") - 8  # zstd's own sign, after the unpacked length
+    # the packed length, the only number of its size
+    (at,) = (i for i in range(0, body, 8) if 8 < struct.unpack_from("<q", content, i)[0] < 64)
+    content[at : at + 8] = struct.pack("<q", claimed)
+    path.write_bytes(content)
+    monkeypatch.setattr(tables, "scan", lambda path: pytest.fail("read in this process"))
+    with pytest.raises(ValueError, match="more would be made than its size"):
+        tables.read(path)
+
+
+@linux
 def test_texts_that_rows_share_are_counted_for_each(tmp_path):
     """A dictionary of one text, 2 MiB, in a hundred rows of a folder of tables."""
     pl = pytest.importorskip("polars")

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -51,7 +52,8 @@ from nelbo.runs import pilot_cache
 from nelbo.runs.grids import _times
 from nelbo.runs.loading import load as load_run
 
-SECONDS = 20  # that a read of a small file may take on a busy machine
+#: seconds of CPU that a read of a small file may take, and seconds in all on a busy machine
+SECONDS, WAIT = 20, 600
 #: what the command line tells in one sentence
 TOLD = (ValueError, OSError)
 FLAGS = OPENAI | {"channel_mult": "1"}  # a small file
@@ -182,18 +184,25 @@ def _other(draw: st.DrawFn, document: object) -> object:
 
 @contextmanager
 def alarm(seconds: int):
-    """`TimeoutExceededError` after so many seconds: what hangs, fails."""
+    """`TimeoutExceededError` after so many seconds of CPU, also of processes that ended meanwhile;
+    or after WAIT seconds: what hangs, fails."""
 
     def ring(number, frame):
-        raise TimeoutExceededError(f"not done in {seconds} s")
+        raise TimeoutExceededError(f"not done in {seconds} s of CPU, or {WAIT} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    before = {number: signal.signal(number, ring) for number in (signal.SIGPROF, signal.SIGALRM)}
+    others = sum(os.times()[2:4])
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.alarm(WAIT)
     try:
         yield
+        if sum(os.times()[2:4]) - others > seconds:
+            ring(signal.SIGPROF, None)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def outcome(kind: Kind, content: bytes, folder: Path) -> str:
