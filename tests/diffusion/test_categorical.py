@@ -18,9 +18,9 @@ from nelbo.diffusion.elbo import (
     prior_term,
     reconstruction_term,
 )
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import SymbolLogits
-from nelbo.diffusion.process import MaskedDiffusion
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, elbo, iid

@@ -15,8 +15,9 @@ from nelbo.diffusion.decoder import (
     GaussianDensity,
     LevelDecoder,
 )
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.parametrization import LevelLogits, LevelPrediction, Prediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.testing import DiscreteContract, assert_mean
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
+from nelbo.diffusion.masked import MaskedDiffusion
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Cosine, Linear, PowerAlpha, Schedule
 from nelbo.testing import ProcessContract
 

@@ -8,8 +8,8 @@ from nelbo._utils.numerics import seeded
 from nelbo.diffusion import symbols as rooms
 from nelbo.diffusion.decoder import Categorical
 from nelbo.diffusion.distributions import Discrete, draw
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.parametrization import SymbolLogits
-from nelbo.diffusion.process import MaskedDiffusion
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.symbols import Certain, MaybeMasked, Predicted, Uniform
 

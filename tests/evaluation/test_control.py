@@ -26,6 +26,7 @@ from nelbo.diffusion import gaussian_mixture
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.distributions import kl, kl_noise
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import (
     LevelLogits,
@@ -34,7 +35,7 @@ from nelbo.diffusion.parametrization import (
     SymbolLogits,
     XPrediction,
 )
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels, MaskedDiffusion
+from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, Term, TermDraw

@@ -12,9 +12,9 @@ from torch import nn
 import nelbo
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import Categorical
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.parametrization import SymbolLogits
-from nelbo.diffusion.process import MaskedDiffusion
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.unmasking import SURENESS, UnmaskingOrder

@@ -15,7 +15,7 @@ import nelbo
 from nelbo import integrations
 from nelbo._utils.numerics import seeded
 from nelbo.cli import main
-from nelbo.diffusion.process import MaskedDiffusion
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.integrations import huggingface, is_foreign
 from nelbo.integrations.tokens import SCORED

@@ -11,6 +11,7 @@ from torch import nn
 
 import nelbo
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.times import elbo
 from nelbo.integrations import wrap_tokens
 from nelbo.integrations.token_scores import opinions
 from nelbo.sampling.samplers import ancestral
@@ -302,3 +303,125 @@ def test_scores_that_no_probability_has(truth):
     )
     with pytest.raises(ValueError, match="leave the steps out, for continuous time"):
         nelbo.evaluate(model, torch.tensor([[1, 2]]), steps=4)
+
+
+# ---- block diffusion
+
+
+def by_blocks(module, text, block, scored=None, never=(MASK,), shift=0):
+    """The bound on -log P of a text: each block by mask counts, by a module that reads no more
+    than the text up to its end."""
+    scored, total = [*range(len(text))] if scored is None else scored, 0.0
+    for first in range(0, len(text), block):
+        end = min(first + block, len(text))
+        places = [i for i in scored if first <= i < end]
+        for size in range(1, len(places) + 1):
+            sets = list(itertools.combinations(places, size))
+            for hidden in sets:
+                ids = [MASK if i in hidden else k for i, k in enumerate(text[:end])]
+                logits = module(torch.tensor([ids]))[0].detach().clone()
+                logits[:, list(never)] = -torch.inf
+                log_p = logits.log_softmax(-1)
+                cost = -sum(log_p[max(i - shift, 0), text[i]] for i in hidden)
+                total = total + cost / size / len(sets)
+    return float(total)
+
+
+def of_blocks(model, batch):
+    """The same by the package, of each text: E_q of its rate over all z, integrated over t."""
+    found, process = [], model.process
+    n = process.blocks(batch.x.shape[1:])
+    for x, condition in zip(batch.x, batch.condition, strict=True):
+        free = condition == -1
+        kinds = [[k.item(), V] if f else [k.item()] for k, f in zip(x, free, strict=True)]
+        z = torch.tensor(list(itertools.product(*kinds)))
+        e, rows, total = x.expand_as(z), condition.expand_as(z), 0.0
+        with torch.no_grad():
+            for k in range(n):
+                for t, weight in zip(*legendre_nodes(k / n, (k + 1) / n, 4), strict=True):
+                    now = t.expand(len(z))
+                    log_q = process.marginal(e, now).base_dist.log_prob(z)
+                    q = torch.where(free, log_q, 0.0).sum(1).exp()
+                    rate = process.predicted_rate(z, e, model.predict(z, now, rows), now)
+                    total = total + weight * torch.where(q > 0, q * rate, 0.0).sum()
+        found.append(float(total))
+    return found
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7])
+@pytest.mark.parametrize("options", [{}, {"shift": 1}, {"never": (0, MASK)}], ids=str)
+def test_block_diffusion_by_enumeration(module, block, options):
+    """Of texts of different lengths, some tokens of which show."""
+    given = {k: v for k, v in options.items() if k == "never"}
+    model = wrap_tokens(module, MASK, block=block, **(options | given))
+    texts = [[1, 2, 3, 4, 1], [2, 1, 3], [4, 4, 1, 2]]
+    shown = torch.tensor([[True, False, True, False, False]] * 3)
+    batch = model.batch(texts, shown=shown)
+    for text, got in zip(texts, of_blocks(model, batch), strict=True):
+        scored = [i for i in (1, 3, 4) if i < len(text)]
+        wanted = by_blocks(module, text, block, scored, **options)
+        assert abs(got - wanted) < 1e-9 * wanted and wanted > 1e-3
+
+
+def test_blocks_of_one_token_are_a_left_to_right_model():
+    """-log P(x) exactly, of a module that reads no later token: Σ_x exp(ELBO(x)) = 1."""
+    with seeded(4):
+        causal = Tiny(causal=True).double()
+    model = wrap_tokens(causal, MASK, block=1, never=(0, 3))
+    texts = [[*text] for text in itertools.product([1, 2, 4], repeat=3)]
+    found = torch.tensor(of_blocks(model, model.batch(texts)))
+    wanted = torch.tensor([by_blocks(causal, text, 1, never=(0, 3, MASK)) for text in texts])
+    torch.testing.assert_close(found, wanted)
+    assert abs((-found).exp().sum() - 1) < 1e-6
+    with pytest.raises(ValueError, match="it reads from left to right"):
+        wrap_tokens(causal, MASK, block=2)
+
+
+def test_bounds_of_block_diffusion_sum_to_at_most_one(module):
+    model = wrap_tokens(module, MASK, block=2, never=(0, 3))
+    texts = [[*text] for text in itertools.product([1, 2, 4], repeat=3)]
+    total = (-torch.tensor(of_blocks(model, model.batch(texts)))).exp().sum()
+    assert 0.05 < total < 1
+
+
+@pytest.mark.parametrize("times", [None, nelbo.TimeGrid.uniform(6)], ids=["continuous", "grid"])
+def test_block_diffusion_is_measured_and_drawn(module, times):
+    model = wrap_tokens(module, MASK, block=2, pad_id=PAD)
+    batch = model.batch(
+        [[3, 1, 2, 0, 1], [1, 2, 1, PAD, PAD]], shown=torch.tensor([True] + [False] * 4)
+    )
+    found = nelbo.evaluate(model, batch, calls=1200, times=times, seed=1)
+    wanted = sum(of_blocks(model, batch)) / 2
+    error = found.standard_error.monte_carlo * found.nats / found.bits_per_dim
+    assert error < 0.05 * wanted
+    if times is None:
+        assert abs(found.nats - wanted) < 5 * error
+    else:  # two steps a block
+        assert found.nats > wanted - 5 * error
+    assert any("blocks of 2 tokens" in note for note in found.notes)
+    drawn = ancestral(model, 2, nelbo.TimeGrid.uniform(6), condition=batch.condition)
+    assert torch.equal(drawn[:, 0], batch.x[:, 0]) and (drawn[:, 1:3] < PAD).all()
+
+
+def test_one_block_is_the_masked_model(module):
+    """The same numbers for the same draws."""
+    texts, found = torch.tensor([[1, 2, 3, 0], [0, 1, 1, 2]]), []
+    for options in ({"block": 4}, {}):
+        model = wrap_tokens(module, MASK, **options)
+        with torch.no_grad(), seeded(3):
+            found.append(torch.stack(elbo(model, texts)))
+    assert torch.equal(*found)
+
+
+def test_blocks_that_do_not_fit_are_refused(module):
+    for block in (0, 1.5):
+        with pytest.raises(ValueError, match=f"block must be .*; got {block}"):
+            wrap_tokens(module, MASK, block=block)
+    with pytest.raises(ValueError, match="block diffusion is masked; leave block or process out"):
+        wrap_tokens(module, process="uniform", block=2)
+    model = wrap_tokens(module, MASK, block=2, pad_id=PAD)
+    with pytest.raises(ValueError, match=r"text 1 begins with padding.*put the padding behind it"):
+        nelbo.evaluate(model, torch.tensor([[1, 2, 3], [PAD, 1, 2]]))
+    for steps in (1, 2, 5):
+        with pytest.raises(ValueError, match="take a multiple of 3 for the steps"):
+            nelbo.evaluate(model, torch.tensor([[1, 2, 3, 1, 2]] * 2), steps=steps)

@@ -62,6 +62,9 @@ class Prediction:
     e_hat: Tensor
     fraction: Tensor | None = field(default=None, kw_only=True)
 
+    #: whether what comes after the current block of `BlockDiffusion` is not predicted
+    ends_with_block = False
+
     @property
     def factors(self) -> "Sequence[Prediction]":
         """The predictions of the groups of columns; for other data, this one alone."""

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
-from torch.nn.functional import logsigmoid, one_hot
+from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
 from nelbo._utils.batch_rng import BatchShard
-from nelbo._utils.numerics import log1mexp, over, slope
+from nelbo._utils.numerics import over, slope
 from nelbo.diffusion.distributions import Discrete, DiscretisedNormal, draw
 from nelbo.diffusion.schedules import Schedule
-from nelbo.diffusion.symbols import Certain, MaybeMasked, Predicted, Symbols, Uniform
 
 if TYPE_CHECKING:
     from nelbo.diffusion.parametrization import Prediction
@@ -372,130 +371,3 @@ class GaussianDiffusion(ForwardProcess):
         """Return ½ γ'(t) SNR(t) ‖e - ê‖², (B,) (equation 8; VDM equation 18)."""
         error = (e - e_hat).square().flatten(1).sum(1)
         return 0.5 * slope(self.schedule, t) * (-self.schedule(t)).exp() * error
-
-
-class MaskedDiffusion(ForwardProcess):
-    """Masked diffusion: each symbol is kept with probability α_t, else masked (equation 9).
-
-    z holds symbols 0..K-1 or the mask K. e is x itself; a prediction of it has log-probabilities
-    (..., K), of which those of the masked places alone are computed (`symbols`).
-    Sources: Austin et al. 2021 (D3PM, absorbing state), Shi et al. 2024 (MD4).
-
-    Args:
-        schedule: γ(t), with α_t = sigmoid(-γ(t)).
-        count: the number K of symbols.
-        as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
-            it gets K + 1 channels, of which that of the symbol or of the mask is 1. Examples may
-            then be shorter than others: x is K beyond their end, and costs nothing there.
-    """
-
-    mask: int
-    posterior_name = "categorical step"
-
-    def __init__(self, schedule: Schedule, count: int, as_codes: bool = False) -> None:
-        super().__init__(schedule)
-        if count < 2:
-            raise ValueError(f"levels must be at least 2; got {count}")
-        self.count = self.mask = self.codes = count
-        self.as_codes, self.channels = as_codes, 1 if as_codes else count + 1
-
-    @override
-    def embed(self, x: Tensor) -> Tensor:
-        return x.long()
-
-    @override
-    def features(self, z: Tensor) -> Tensor:
-        if self.as_codes:
-            return z.double()
-        return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
-
-    @override
-    def log_snr_input(self, t: Tensor) -> Tensor:
-        # Given the visible symbols, P(x|z_t) does not depend on t (Ou et al. 2024).
-        return torch.zeros_like(t)
-
-    @override
-    def transition(self, z: Tensor, s: Tensor, t: Tensor) -> Independent:
-        kept = self.log_kept(s, t)
-        shown = z != self.mask
-        log_shown = torch.where(shown, _wide(kept, z), -torch.inf)
-        log_masked = torch.where(shown, _wide(log1mexp(kept), z), 0.0)
-        symbols = Certain(torch.where(shown, z, 0), self.count)
-        return per_example(MaybeMasked(symbols, log_shown, log_masked))
-
-    @override
-    def marginal(self, e: Tensor, t: Tensor) -> Independent:
-        shown, masked = self.log_alpha(t), self.log_one_minus_alpha(t)
-        symbols = Certain(e, self.count)
-        return per_example(MaybeMasked(symbols, _wide(shown, e), _wide(masked, e)))
-
-    @override
-    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
-        return self._unmask(z, self._symbols(e, z), s, t)
-
-    @override
-    def predicted_posterior(
-        self, z: Tensor, prediction: "Prediction", s: Tensor, t: Tensor
-    ) -> Independent:
-        return self._unmask(z, prediction.symbols(z, self.mask), s, t)
-
-    def _unmask(self, z: Tensor, symbols: Symbols, s: Tensor, t: Tensor) -> Independent:
-        masked = self.log_one_minus_alpha(t)
-        reveal = self.log_alpha(s) + log1mexp(self.log_kept(s, t)) - masked
-        stay = self.log_one_minus_alpha(s) - masked
-        hidden = z == self.mask
-        log_shown = torch.where(hidden, _wide(reveal, z), 0.0)
-        log_masked = torch.where(hidden, _wide(stay, z), -torch.inf)
-        return per_example(MaybeMasked(symbols, log_shown, log_masked))
-
-    @override
-    def blank(self, shape: Shape) -> Tensor:
-        return torch.full(shape, self.mask, dtype=torch.float64)
-
-    @override
-    def picture(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return z, z == self.mask
-
-    @override
-    def mean(self, e: Tensor, z: Tensor) -> Tensor:
-        """Return E[x|z_t], where visible symbols are certain."""
-        mean = e.double() if e.ndim == z.ndim else super().mean(e, z)
-        return torch.where(z == self.mask, mean, z.to(mean))
-
-    @override
-    def reveal(self, x: Tensor, t: Tensor, shard: BatchShard | None = None) -> Tensor:
-        # The model predicts from any visible symbols, so known ones may be visible at any time.
-        return x
-
-    @override
-    def prior(self, shape: Shape, t: Tensor) -> Independent:
-        # Symbols are unmasked with probability α_T, uniformly: without them, the KL is infinite.
-        symbols = Uniform(self.count, torch.Size((len(t), *shape)), t.device)
-        shown, masked = self.log_alpha(t), self.log_one_minus_alpha(t)
-        over_all = (-1, *(1 for _ in shape))
-        return per_example(MaybeMasked(symbols, shown.reshape(over_all), masked.reshape(over_all)))
-
-    @override
-    def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
-        """Return -α'(t)/(1-α_t) Σ_masked -log P(x_i|z_t), (B,) (equation 9); -α'/(1-α) = γ' α."""
-        return self._rate(z, e, self._symbols(e_hat, z), t)
-
-    @override
-    def predicted_rate(self, z: Tensor, e: Tensor, prediction: "Prediction", t: Tensor) -> Tensor:
-        return self._rate(z, e, prediction.symbols(z, self.mask), t)
-
-    def _rate(self, z: Tensor, e: Tensor, symbols: Symbols, t: Tensor) -> Tensor:
-        hidden = z == self.mask
-        surprise = torch.where(hidden, -symbols.log_prob(e, hidden).double(), 0.0)
-        return slope(self.schedule, t) * self.alpha(t) * surprise.flatten(1).sum(1)
-
-    def _symbols(self, e: Tensor, z: Tensor) -> Symbols:
-        """Return the distribution of the symbols given z, of known ones e or log P, (..., K)."""
-        if e.ndim == z.ndim:
-            return Certain(torch.where(z == self.mask, e.long(), z.long()), self.count)
-        return Predicted(e, z, self.mask, dtype=e.dtype)
-
-
-def _wide(v: Tensor, x: Tensor) -> Tensor:
-    """Return v of shape (B,) as (B, 1, ..., 1), in its own dtype whatever that of x."""
-    return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))

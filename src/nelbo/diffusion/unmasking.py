@@ -26,6 +26,7 @@ from torch import Tensor
 
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import rows_of
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import time_of
 from nelbo.diffusion.symbols import Predicted
@@ -84,9 +85,9 @@ class UnmaskingOrder:
         """Return the value of z that hides a symbol.
 
         Raises:
-            ValueError: if the model masks no symbols.
+            ValueError: if the model masks no symbols, or those of one block after the other.
         """
-        if model.process.mask is None:
+        if not isinstance(model.process, MaskedDiffusion):
             raise ValueError(
                 f"the sampler {self.name} needs a masked model; got one of"
                 f" {type(model.process).__name__}"

@@ -36,9 +36,10 @@ from typing_extensions import override
 from nelbo._utils.numerics import over
 from nelbo.data.schema import as_examples
 from nelbo.diffusion.gaussian_mixture import FEWEST, GaussianMixtureEnsemble
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import level_evidence, log_frequencies
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
 from nelbo.diffusion.terms import TermDraw
 from nelbo.evaluation.intervals import FAR, apart
 from nelbo.evaluation.reference_denoisers import (

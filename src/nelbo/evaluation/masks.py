@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nelbo._utils.distributed import gather, world
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model, counting, measuring
-from nelbo.diffusion.process import MaskedDiffusion
 from nelbo.diffusion.times import TimeDiscretization
 from nelbo.diffusion.unmasking import time_of_share
 from nelbo.evaluation.blocks import map_blocks, measurement, scale_of

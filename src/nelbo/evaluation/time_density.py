@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo.data.schema import as_examples
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Parametrization
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion, normal
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal
 from nelbo.diffusion.reverse import ReverseKernel
 from nelbo.diffusion.times import TimeDiscretization
 

@@ -15,6 +15,11 @@ on padding; lengths are given, not coded.
 module's logits are its opinion of each token from the others (`diffusion.uniform`). Tokens that
 show stay as they are.
 
+**Block diffusion** (BD3-LM) masks a block at a time. For block b the module is called on the
+tokens up to the end of b and no others: those before b as they are, those of b hidden or not. So
+it needs no mask of its attention, and one that is causal by blocks may have it. (In training
+BD3-LM reads x_t and x_0 side by side, all blocks at once, under such a mask.)
+
 **Ids that cannot be predicted** (the mask, padding and those in `never`) get probability 0, and
 the others are renormalised.
 """
@@ -27,17 +32,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import as_tensor
 from nelbo.diffusion.decoder import Categorical
+from nelbo.diffusion.masked import BlockDiffusion, MaskedDiffusion
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Parametrization, Prediction, SymbolPrediction
-from nelbo.diffusion.process import ForwardProcess, MaskedDiffusion
+from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import PowerAlpha
-from nelbo.diffusion.symbols import WIDE, Predicted
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.integrations.token_network import Clock, TokenNetwork, clock_of, probe
+from nelbo.integrations.token_prediction import TokenLogits, TokenPrediction
 from nelbo.integrations.token_scores import Head, reading_of
 
 SCORED, ABSENT = -1, -2  # codes of the conditions where no token shows
@@ -50,6 +56,7 @@ def wrap_tokens(
     mask_id: int | None = None,
     *,
     process: Literal["masked", "uniform"] = "masked",
+    block: int | None = None,
     head: Head = "logits",
     shift: int = 0,
     time: Literal["masked", "sigma"] | Clock | None = None,
@@ -69,6 +76,9 @@ def wrap_tokens(
         mask_id: the id that stands for a hidden token; left out for a uniform-state model.
         process: "masked"; or "uniform" for a uniform-state model, whose noise replaces a token by
             any of the V ids.
+        block: tokens of a block, for block diffusion; the module is called on the text up to the
+            end of a block, of which that before the block is clean. Blocks are counted from the
+            first token.
         head: what the module returns in place of logits: "score", concrete scores, or "log-score",
             their logarithms, of a score-entropy model (`token_scores`).
         shift: the logits at place i are of the token at i + shift: 1 for models that began as
@@ -83,8 +93,9 @@ def wrap_tokens(
         length: largest number of tokens of a text; any where left out.
 
     Raises:
-        ValueError: ids outside the vocabulary; logits of another shape; a left-to-right module; no
-            mask_id for a masked model, or one for a uniform-state model.
+        ValueError: ids outside the vocabulary; logits of another shape; a left-to-right module,
+            but for blocks of one token; no mask_id for a masked model, or one for a uniform-state
+            model; or blocks of the latter.
     """
     if process not in ("masked", "uniform"):
         raise ValueError(f"process must be masked or uniform; got {process!r}")
@@ -94,7 +105,13 @@ def wrap_tokens(
             f"a masked model has a mask_id, and a uniform-state one has none; got {process} and"
             f" {mask_id}" + ("; if its mask is never predicted, name it in never" * uniform)
         )
-    vocabulary = probe(module, mask_id, shift, clock_of(time), length)
+    if block is not None:
+        block = integer("block", block, 1)
+        if uniform:
+            raise ValueError("block diffusion is masked; leave block or process out")
+    # tokens of one block see each other
+    size = min(length or block, block) if block else length
+    vocabulary = probe(module, mask_id, shift, clock_of(time), size)
     impossible = {*never, *(i for i in (mask_id, pad_id) if i is not None)}
     # the mask may be beyond the ids that have logits
     outside = [i for i in impossible if i < 0 or (i >= vocabulary and i != mask_id)]
@@ -107,66 +124,16 @@ def wrap_tokens(
     forbidden = tuple(sorted(i for i in impossible if i < vocabulary))
     if len(forbidden) > vocabulary - 2:
         raise ValueError("at least two ids must be possible; leave some out of never")
-    return TokenModel(network, shift, pad_id, forbidden, shown, length).eval()
-
-
-class TokenLogits(Parametrization):
-    """The meaning of the output of a `TokenNetwork`: logits of V ids.
-
-    Args:
-        count: the number V of ids.
-    """
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.outputs = count
-
-    @property
-    @override
-    def point(self) -> None:
-        return None
-
-    @override
-    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
-        dtype = torch.float64 if self.outputs <= WIDE else torch.float32
-        return SymbolPrediction(output, None, dtype)
-
-
-class TokenPrediction(Prediction):
-    """P(x_i|z_t) of tokens, normalised where it is asked for; shown and absent ones are certain.
-
-    Args:
-        logits: of the tokens that are present, (..., V).
-        z: z_t with the tokens that show, (B, L).
-        row: of the logits of each place, (B, L); None if they are in order.
-        never: ids of probability 0, (n,).
-        certain: mask of the places whose tokens show or are absent, (B, L).
-    """
-
-    def __init__(
-        self, logits: Tensor, z: Tensor, row: Tensor | None, never: Tensor, certain: Tensor
-    ) -> None:
-        self.logits, self.z, self.row, self.never = logits, z, row, never
-        self.certain = certain
-
-    @property
-    def e_hat(self) -> Tensor:
-        """The table log P(x_i = k|z_t) of all places, (B, L, V)."""
-        return self.symbols(self.z, None).table()
-
-    @override
-    def symbols(self, z: Tensor, mask: int | None) -> Predicted:
-        wide = self.logits.shape[-1] <= WIDE
-        dtype = torch.float64 if wide else torch.float32
-        more = self.row, dtype, self.never, self.certain
-        return Predicted(self.logits, self.z, mask, None, *more)
-
-    @override
-    def map(self, f: Callable[[Tensor], Tensor]) -> "TokenPrediction":
-        logits, row = self.logits, self.row
-        if row is None:
-            row = torch.arange(self.z.numel(), device=self.z.device).reshape(self.z.shape)
-        return TokenPrediction(logits, f(self.z), f(row), self.never, f(self.certain))
+    # in continuous time any schedule gives this bound, and this one a finite variance
+    schedule = PowerAlpha(2.0)
+    made: ForwardProcess
+    if uniform:
+        made = UniformDiffusion(schedule, vocabulary)
+    elif block:
+        made = BlockDiffusion(schedule, vocabulary, block)
+    else:
+        made = MaskedDiffusion(schedule, vocabulary)
+    return TokenModel(network, made, shift, pad_id, forbidden, shown, length).eval()
 
 
 class TokenModel(Model):
@@ -178,6 +145,7 @@ class TokenModel(Model):
     def __init__(
         self,
         network: TokenNetwork,
+        process: ForwardProcess,
         shift: int,
         pad_id: int | None,
         never: tuple[int, ...],
@@ -185,10 +153,6 @@ class TokenModel(Model):
         length: int | None,
     ) -> None:
         count = network.vocabulary
-        # the bound in continuous time is that of any schedule; this one has a finite variance
-        schedule = PowerAlpha(2.0)
-        masked = network.mask_id is not None
-        process = (MaskedDiffusion if masked else UniformDiffusion)(schedule, count)
         parts = network, process, TokenLogits(count), Posterior(), Categorical()
         super().__init__(*parts, (length or 1,))
         self.shift, self.pad_id, self.shown, self.length = shift, pad_id, shown, length
@@ -261,8 +225,17 @@ class TokenModel(Model):
             f"{possible} of {network.vocabulary} ids can be predicted; {zeros} have probability 0,"
             " and the others are renormalised",
             *(() if masked else ("noise replaces a token by any of the ids",)),
+            *self._of_blocks(),
             f"the model is {told}",
         )
+
+    def _of_blocks(self) -> list[str]:
+        if not isinstance(self.process, BlockDiffusion):
+            return []
+        return [
+            f"blocks of {self.process.block} tokens are hidden one after the other, each given the"
+            " tokens before it"
+        ]
 
     def _ids(self, x: Texts) -> tuple[Tensor, Tensor]:
         """Return ids, (N, L), and a mask of those that are present."""
@@ -335,6 +308,12 @@ class TokenModel(Model):
             if (wrong & there).any():
                 row, place = (wrong & there).nonzero()[0].tolist()
                 raise ValueError(f"text {row} has id {ids[row, place]} at {place}, {why}")
+        if isinstance(self.process, BlockDiffusion) and (condition[:, 0] == ABSENT).any():
+            row = int((condition[:, 0] == ABSENT).nonzero()[0])
+            raise ValueError(
+                f"text {row} begins with padding, and blocks are counted from the first token; put"
+                " the padding behind it"
+            )
         empty = ~(condition == SCORED).any(1)
         if empty.any():
             raise ValueError(
@@ -348,6 +327,11 @@ class TokenModel(Model):
     def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> TokenPrediction:
         self.check_condition(condition, len(z))
         assert condition is not None
+        if isinstance(self.process, BlockDiffusion):
+            current, t = self.process.current(t, z.shape[1:])
+            end = (current + 1) * self.process.block
+            beyond = torch.arange(z.shape[1], device=z.device) >= end[:, None]
+            condition = torch.where(beyond, ABSENT, condition)
         z = torch.where(condition >= 0, condition, z.long())
         z = torch.where(condition == ABSENT, 0, z)
         spans = _spans(condition)

@@ -27,7 +27,7 @@ VALUE_PROCESSES = {
 }
 #: processes of symbols: of (schedule, number of symbols)
 SYMBOL_PROCESSES = {
-    "absorbing": "nelbo.diffusion.process:MaskedDiffusion",
+    "absorbing": "nelbo.diffusion.masked:MaskedDiffusion",
     "uniform": "nelbo.diffusion.uniform:UniformDiffusion",
 }
 #: parametrizations that predict one number for each dimension: of ()

@@ -16,6 +16,7 @@ from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model, measuring
 from nelbo.integrations.token_network import TokenNetwork
 from nelbo.integrations.tokens import Texts, TokenModel, wrap_tokens
@@ -92,15 +93,17 @@ def train_surrogate(
         track: wraps the steps, for a progress bar.
 
     Raises:
-        ValueError: the model hides no tokens, the texts are not of it, or a number is negative.
+        ValueError: the model is not masked, the texts are not of it, or a number is negative.
     """
     steps, calls = integer("steps", steps, 0), integer("calls", calls, 0)
     shape = model.shape
     batch = model.batch(texts)
     own = model.network
     assert isinstance(own, TokenNetwork)
-    if own.mask_id is None:
-        raise ValueError("a surrogate is for a masked model; got a uniform-state model")
+    if not isinstance(model.process, MaskedDiffusion):
+        kind = type(model.process).__name__
+        raise ValueError(f"a surrogate is for a masked model; got one of {kind}")
+    assert own.mask_id is not None
     with seeded(seed, 6):
         inputs = max(own.vocabulary, own.mask_id + 1)
         module = ConvolutionalTokens(own.vocabulary, inputs).to(model.device)

@@ -26,6 +26,7 @@ from nelbo.codec.entropy.laws import GridNormal, SymbolModel, Symbols, law
 from nelbo.codec.entropy.stack import Bottom, Stack, constriction
 from nelbo.codec.format.header import pack_times
 from nelbo.codec.settings import PRECISIONS, Settings
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model, measuring, model_hash
 from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.schedules import Schedule
@@ -76,7 +77,7 @@ class Codec:
 
     def _example_code(self, nonce: int) -> ExampleCode:
         grid = TimeGrid(self.settings.grid)
-        if self.model.process.mask is not None:
+        if isinstance(self.model.process, MaskedDiffusion):
             return Direct(self.model, shown_at(self.model, grid), f"{self.name}, {nonce}")
         return BitsBack(self.model, grid)
 

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from nelbo.codec.coding.example import ExampleCode, known_numbers
 from nelbo.codec.entropy.laws import Bits, Symbols
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
 
@@ -89,7 +90,7 @@ class Direct(ExampleCode):
 
 def one_by_one(model: Model, steps: int) -> bool:
     """Return whether each symbol has a network call of its own."""
-    return model.process.mask is not None and steps >= model.dims
+    return isinstance(model.process, MaskedDiffusion) and steps >= model.dims
 
 
 def shown_at(model: Model, grid: TimeGrid) -> list[int]:

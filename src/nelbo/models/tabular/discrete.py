@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 from typing_extensions import override
 
 from nelbo.data.columns import Group
+from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.parametrization import (
     LevelPrediction,
     LevelTable,
@@ -22,7 +23,7 @@ from nelbo.diffusion.parametrization import (
     Prediction,
     level_evidence,
 )
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, MaskedDiffusion
+from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
 from nelbo.diffusion.reverse import ReverseKernel, mixture
 from nelbo.diffusion.schedules import Schedule
 
