@@ -15,7 +15,7 @@ import nelbo
 from nelbo import integrations
 from nelbo._utils.numerics import seeded
 from nelbo.cli import main
-from nelbo.diffusion.masked import MaskedDiffusion
+from nelbo.diffusion.masked import BlockDiffusion, MaskedDiffusion
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.integrations import huggingface, is_foreign
 from nelbo.integrations.tokens import SCORED
@@ -219,6 +219,33 @@ def test_trusted_code(tmp_path, capsys, kind, shift, told, process):
     assert found.model.shift == shift and (found.model.network.clock is not None) == told
     assert type(found.model.process) is process
     assert math.isfinite(nelbo.evaluate(found.model, [[4, 5, 6]], calls=8).nats)
+
+
+def test_block_diffusion_in_a_folder(tmp_path):
+    """It is called as its own sampler calls it, in blocks of the configuration."""
+    code = CODE.replace("KIND", "bd3lm").replace("timesteps=None", "timesteps, sample_mode=False")
+    code = code.replace(
+        "        found =",
+        "        assert sample_mode and self.config.attn_backend == 'sdpa'\n        found =",
+    )
+    home = write(tmp_path / "remote")
+    config = json.loads((home / "config.json").read_text())
+    config |= {"model_type": "bd3lm", "block_size": 4, "attn_backend": "flex"}
+    config["auto_map"] = {
+        "AutoConfig": "blocks.TimedConfig",
+        "AutoModelForMaskedLM": "blocks.Timed",
+    }
+    (home / "config.json").write_text(json.dumps(config))
+    (home / "blocks.py").write_text(code)
+    found = huggingface.load(home, trust_remote_code=True)
+    assert isinstance(found.model.process, BlockDiffusion) and found.model.process.block == 4
+    assert "block sampler" in found.notes[0]
+    assert math.isfinite(nelbo.evaluate(found.model, [[4, 5, 6, 4, 5, 6]], calls=8).nats)
+    with pytest.raises(ValueError, match="leave the steps out"):
+        huggingface.load(home, trust_remote_code=True, steps=8)
+    (home / "config.json").write_text(json.dumps(config | {"block_size": None}))
+    with pytest.raises(ValueError, match="block_size must be"):
+        huggingface.load(home, trust_remote_code=True)
 
 
 def test_sources():

@@ -5,6 +5,8 @@
     Dream-like     code in the folder; logits shifted by one place
     MDLM-like      code in the folder; told the time as σ = -log α_t
     UDLM, Duo      code in the folder; uniform-state models, which are told it as MDLM is
+    BD3-LM         code in the folder; block diffusion, called as its own sampler calls it: on the
+                   text up to the end of a block (`sample_mode`)
 
 Weights are read from safetensors alone. Code in a folder (`auto_map`) is refused unless the caller
 trusts it, and then what will run is printed; see docs/security.md.
@@ -44,11 +46,15 @@ PRECISIONS = {
 
 
 class Kind(NamedTuple):
-    """Shift of the logits, time input and process of a model; see `wrap_tokens`."""
+    """Shift of the logits, time input and process of a model; see `wrap_tokens`.
+
+    `blocks`: it is block diffusion, of blocks of `block_size` of the configuration.
+    """
 
     shift: int = 0
     time: Literal["sigma"] | None = None
     process: Literal["masked", "uniform"] = "masked"
+    blocks: bool = False
 
 
 #: by the start of the name of the folder's model type
@@ -57,7 +63,22 @@ KINDS: Mapping[str, Kind] = {
     "mdlm": Kind(time="sigma"),
     "udlm": Kind(time="sigma", process="uniform"),
     "duo": Kind(time="sigma", process="uniform"),
+    "bd3lm": Kind(time="sigma", blocks=True),
 }
+
+
+class _UpToABlock(nn.Module):
+    """The module of BD3-LM for a text that ends with the block to be read."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    @override
+    def forward(self, ids: Tensor, time: Tensor) -> object:
+        return self.module(ids, time, sample_mode=True)
+
+
 CLASSES = "AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM"
 
 
@@ -183,15 +204,23 @@ def load(
         ) from None
     if device_map is not None and find_spec("accelerate") is None:
         raise ImportError("device_map needs accelerate: pip install accelerate")
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    options: dict[str, object] = {
+        "local_files_only": True,
+        "trust_remote_code": trust_remote_code,
+    }
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(home), **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{home} has no tokenizer that can be read: {_first(error)}") from None
     dtype = None if precision is None else PRECISIONS[precision]
-    module = _module(transformers, home, config, options, dtype, device_map)
     name = str(config.get("model_type", "")).lower()
     kind = next((v for k, v in KINDS.items() if name.startswith(k)), Kind())
+    block = integer("block_size", config.get("block_size"), 1) if kind.blocks else None
+    if block is not None and steps is not None:
+        raise ValueError("block diffusion is measured in continuous time; leave the steps out")
+    if kind.blocks and "attn_backend" in config:
+        options["attn_backend"] = "sdpa"  # the one that its sampler takes
+    module = _module(transformers, home, config, options, dtype, device_map)
     masked = kind.process == "masked"
     mask = _mask(home, config, tokenizer.mask_token_id) if masked else None
     positions = _positions(config, name)
@@ -202,16 +231,19 @@ def load(
     vocabulary = cast(Any, module).config.vocab_size
     unused = range(len(tokenizer), vocabulary)
     model = wrap_tokens(
-        module,
+        _UpToABlock(module) if kind.blocks else module,
         mask,
-        **kind._asdict(),
+        shift=kind.shift,
+        time=kind.time,
+        process=kind.process,
+        block=block,
         # padding is never written: lengths are given
         never={*tokenizer.all_special_ids, *unused} - {mask},
         length=positions if length is None else length,
     )
+    sampler = "block" if block else "any-order" if masked else "uniform-state"
     notes = (
-        f"{type(module).__name__} of {home}: the bound of its"
-        f" {'any-order' if masked else 'uniform-state'} sampler, -log P(x) given"
+        f"{type(module).__name__} of {home}: the bound of its {sampler} sampler, -log P(x) given"
         " the tokens that show; special tokens show and are never predicted",
         *(("logits are shifted by one place",) if kind.shift else ()),
         *((f"the model is told the time as {kind.time}",) if kind.time else ()),
