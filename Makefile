@@ -32,8 +32,9 @@ test-slow: setup
 	$(PYTEST) -m slow tests
 
 # The site, in site/; a link that leads nowhere, or a page that fetches from elsewhere, is an error.
+# Not --quiet: what is not said is not counted by --strict.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The readers and the command line with the lower bounds of pyproject.toml, without the tests that
 # need transformers or tensorboard.

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from mkdocs.exceptions import PluginError
 
-HOOKS = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "_hooks.py"))
+DOCS = Path(__file__).parents[1] / "docs"
+HOOKS = runpy.run_path(str(DOCS / "_hooks.py"))
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,19 @@ def test_a_notebook_is_a_page(tmp_path):
     assert page.startswith(
         "# Title\ntext\n\n```python\n1 + 1\n```\n\n```text\n2\n```\n\n```text\na\nb"
     )
+
+
+def test_doctests_are_shown_as_code():
+    griffe = pytest.importorskip("griffe")
+    made = runpy.run_path(str(DOCS / "_doctests.py"))["Doctests"]()
+    function = griffe.Function("f", docstring=griffe.Docstring("Say a.\n\n>>> f()\n'a'"))
+    made.on_object(obj=function)
+    assert function.docstring.value == "Say a.\n\nExamples:\n    >>> f()\n    'a'"
+    text, examples = function.docstring.parse("google")
+    assert (text.kind.value, examples.kind.value) == ("text", "examples")
+
+
+def test_the_site_is_built_strictly():
+    """A warning that is not said, as with --quiet, would not be counted."""
+    recipe = (DOCS.parent / "Makefile").read_text().partition("\ndocs: ")[2].partition("\n\n")[0]
+    assert "--strict" in recipe and "-q" not in recipe

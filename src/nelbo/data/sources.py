@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Reader(NamedTuple):
     """A kind of file or folder, and the function that reads it.
 
-    Args:
+    Attributes:
         knows: whether a path is of that kind; the first reader that knows a path reads it.
         read: returns the contents, given the conversion of images and the declared splits.
         resizes: whether the reader accepts a size.

@@ -182,7 +182,7 @@ class LowAcceptanceError(ValueError):
 class Accepted(NamedTuple):
     """Samples that rejection sampling accepted.
 
-    Args:
+    Attributes:
         x: the samples, (count, *shape).
         drawn: number of draws that they took.
         outside: number of these draws outside the set.
