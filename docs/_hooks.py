@@ -16,6 +16,8 @@ FETCHED = re.compile(
     r"""|<link\b(?![^>]*rel=["']?canonical)[^>]*\bhref=["']?(?:https?:)?//"""
     r"""|(?:@import\s*["']|url\(\s*["']?)(?:https?:)?//"""
 )
+#: where the script of the theme fetches from the host of the repository
+ASKED = re.compile(r"""<[^>]*data-md-component=["']?source["' >]""")
 
 
 def on_files(files: Files, config: Any) -> Files:  # noqa: ANN401
@@ -48,13 +50,23 @@ def on_page_content(content: str, **_: object) -> str:
     )
 
 
+def on_post_template(output_content: str, **_: object) -> str:
+    """Keep the theme's script from asking GitHub for the stars of the repository."""
+    return output_content.replace(' data-md-component="source"', "")
+
+
+def on_post_page(output: str, **_: object) -> str:
+    """Do on pages what is done on templates, such as that of a missing page."""
+    return on_post_template(output)
+
+
 def on_post_build(config: Any) -> None:  # noqa: ANN401
     """Refuse a site that fetches anything from elsewhere, or shows a formula as its source."""
     for path in sorted(Path(config.site_dir).rglob("*")):
         if path.suffix not in (".html", ".css"):
             continue
         text = path.read_text()
-        if found := FETCHED.search(text):
+        if found := FETCHED.search(text) or ASKED.search(text):
             raise PluginError(f"{path}: fetches from elsewhere: {text[found.start() :][:120]}")
         if 'class="arithmatex"' in text:
             raise PluginError(f"{path}: a formula is not MathML")

@@ -19,6 +19,7 @@ HOOKS = runpy.run_path(str(DOCS / "_hooks.py"))
         ('<img alt="x" src=//a.b/c.png>', True),
         ('<link rel="stylesheet" href="http://a.b/c.css">', True),
         ("@import 'https://a.b/c.css';", True),
+        ('<a href="https://github.com/a/b" data-md-component="source">', True),
         ("p { background: url(https://a.b/c.png) }", True),
         ('<span class="arithmatex">\\(x\\)</span>', True),
         ('<a href="https://a.b">a click</a> <img src="data:image/png;base64,AA">', False),
