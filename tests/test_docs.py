@@ -7,7 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
-TESTS = {path.stem.removeprefix("test_"): path for path in ROOT.glob("tests/**/*.py")}
+TESTS: dict[str, str] = {}  # of all files of a name
+for path in sorted(ROOT.glob("tests/**/*.py")):
+    stem = path.stem.removeprefix("test_")
+    TESTS[stem] = TESTS.get(stem, "") + path.read_text()
 MODULES = {path.stem for place in ("src", "tests") for path in ROOT.glob(f"{place}/**/*.py")}
 CONTRACTS = "\n".join(path.read_text() for path in ROOT.glob("src/nelbo/testing/*.py"))
 SOURCES = "\n".join(
@@ -33,7 +36,7 @@ def test_commands_and_tests_exist(page):
         r"`(?:[\w/]*?(\w+)(?:\.py)?)?::((?:Test\w+|test_\w+)[\w.:]*)", text
     ):
         last = file.removeprefix("test_") or last
-        tests = TESTS[last].read_text() + CONTRACTS
+        tests = TESTS[last] + CONTRACTS
         for part in re.split(r"::|\.", name):
             assert re.search(rf"(def|class) {part}\b", tests), f"{last}::{name}"
 
