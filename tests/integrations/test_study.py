@@ -11,9 +11,12 @@ from support.commands import nelbo_fails, run_ok
 
 from nelbo import Batch, evaluate
 from nelbo._utils.numerics import seeded
+from nelbo.cli import main
 from nelbo.diffusion.times import elbo
 from nelbo.integrations import load
 from nelbo.integrations.diffusers import build
+from nelbo.report.figures import plot
+from nelbo.report.sweep_figure import _against_steps, _over_time
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -84,6 +87,37 @@ def test_several_steps_side_by_side(folder, capsys):
         assert words in nelbo_fails(capsys, *begin, "--steps", wrong)
     assert "give one number" in nelbo_fails(capsys, *begin, "--steps", "2,4", "--ode")
     assert "worse than uniform" not in shown.out
+
+
+def test_several_steps_are_refused_before_the_work(folder, capsys):
+    begin = ["evaluate", f"diffusers:{folder}", "--data", str(folder / "x.npz"), "--calls", "9"]
+    with pytest.raises(SystemExit):
+        main([*begin, "--steps", "5,21"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == "nelbo: the model has 8 steps, and 21 were asked for; try 8"
+    with pytest.raises(ValueError, match="steps must be an integer; got '5,10'"):
+        evaluate(f"diffusers:{folder}", images(), steps="5,10")
+
+
+def test_a_picture_of_several_steps(folder, tmp_path, capsys):
+    """Bound and terms against T; and what is spent up to t, which ends at all but the prior."""
+    found = [evaluate(f"diffusers:{folder}", images(10), steps=steps, calls=9) for steps in (2, 8)]
+    with plot(600, 300, 1, 2) as (_, [left, right]):
+        _against_steps(left, found)
+        _over_time(right, found)
+        bounds = left.containers[0].lines[0].get_ydata()
+        spent = [line.get_ydata() for line in right.lines]
+    assert list(bounds) == [each.value for each in found]
+    for each, line in zip(found, spent, strict=True):
+        assert line[0] == pytest.approx(each.terms.reconstruction)
+        assert line[-1] == pytest.approx(each.value - each.terms.prior)
+    begin = ["evaluate", f"diffusers:{folder}", "--data", str(folder / "x.npz"), "--calls", "9"]
+    run_ok(*begin, "--steps", "2,8", "--figure", str(tmp_path / "x.png"))
+    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+    capsys.readouterr()
+    wrong = ["--figure", str(tmp_path / "x.jpg")]
+    assert "writes a .png" in nelbo_fails(capsys, *begin, "--steps", "2,8", *wrong)
+    assert "several --steps" in nelbo_fails(capsys, *begin, "--steps", "2", *wrong)
 
 
 def test_the_best_variance_is_fitted_to_other_images():

@@ -28,6 +28,7 @@ def evaluate(
     dequantise: Literal["encoder", "truncated-normal", "uniform"] | None = None,
     tolerance: float | None = None,
     save: Path | None = None,
+    figure: Path | None = None,
     columns: bool = False,
     lines: bool = False,
     prompt_field: str | None = None,
@@ -97,6 +98,9 @@ def evaluate(
         10 times as large.
     save
         A .npz file for the bound of each example, its error and its terms, in nats.
+    figure
+        With several --steps: a .png file with the bound and its terms against the steps, and where
+        the bits are spent.
     columns
         Also print the cost of each column of a table, at --steps, by default 32, for at most 1000
         examples.
@@ -134,7 +138,7 @@ def evaluate(
     if len(counts) > 1 and (any(flags) or any(v is not None for v in others)):
         raise ValueError(
             "several --steps go with --data, --split, --splits, --calls, --target-error,"
-            " --no-variates, --seed, --device and --json alone; give one number"
+            " --no-variates, --seed, --device, --figure and --json alone; give one number"
         )
     if len(counts) <= 1:
         Alternative(importance_samples, ode, dequantise, tolerance, own_samples).check(
@@ -154,6 +158,12 @@ def evaluate(
         raise ValueError("--columns prints a table, and --json one object; give one of them")
     if device_map is not None and device != "auto":
         raise ValueError(f"--device-map places the weights; leave --device {device} out")
+    if figure is not None:
+        if len(counts) <= 1:
+            raise ValueError("--figure draws several --steps, as in 10,50,200; give these")
+        if figure.suffix.lower() != ".png":
+            raise ValueError(f"--figure writes a .png file; got {figure}")
+        check_writable(figure)
     if save is not None:
         if save.suffix != ".npz":
             raise ValueError(f"--save writes a .npz file; got {save}")
@@ -176,6 +186,10 @@ def evaluate(
             several = sweep(run, counts, **common)
             for line in chain.from_iterable(each.notes for each in several):
                 note(line)
+            if rank == 0 and figure is not None:
+                from nelbo.report.sweep_figure import sweep_png
+
+                write(figure, sweep_png(several))
             if rank == 0 and json:
                 print(json_text({"sweep": [each.to_dict() for each in several]}))
             elif rank == 0:

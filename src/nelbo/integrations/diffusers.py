@@ -118,8 +118,12 @@ def load(
             pipeline = pipeline_of(path, network, scheduler, vae)
             options["condition"] = of_prompts(pipeline, network, condition)
             options["nothing"] = lambda: Given.of(of_no_prompt(pipeline, network))
-    found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
-    return replace(found, notes=(*found.notes, *notes, *said))
+
+    def of_steps(steps: int | None) -> Foreign:
+        found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
+        return replace(found, notes=(*found.notes, *notes, *said), of_steps=of_steps)
+
+    return of_steps(steps)
 
 
 def build(

@@ -41,6 +41,7 @@ class Foreign:
             returns a note on them.
         placed: whether the weights are on devices already, from which nothing moves them.
         nothing: returns the condition that stands for none in guidance, if the model has one.
+        of_steps: returns the model of another number of steps, of the same network.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Foreign:
     fit: Callable[[Batch], str] | None = None
     placed: bool = False
     nothing: Callable[[], Given] | None = None
+    of_steps: "Callable[[int | None], Foreign] | None" = None
 
     def examples(
         self,

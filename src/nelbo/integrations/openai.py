@@ -128,8 +128,13 @@ def load(
         network = UNet(architecture(checked, *_sizes(weights)))
     put_weights(network, weights, str(path))
     name = f"openai:{path}"
-    found = build(network.eval(), checked, name, steps=steps, clip=bool(clip), label=label)
-    return replace(found, notes=(*found.notes, *said))
+    network.eval()
+
+    def of_steps(steps: int | None) -> Foreign:
+        found = build(network, checked, name, steps=steps, clip=bool(clip), label=label)
+        return replace(found, notes=(*found.notes, *said), of_steps=of_steps)
+
+    return of_steps(steps)
 
 
 def build(

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 INK, MUTED, RULE = "#101112", "#707172", "#d0d1d2"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe & Ito
+PINK, YELLOW = "#cc79a7", "#e69f00"
 COLOURS = (BLUE, ORANGE, GREEN)
-TERMS = (GREEN, ORANGE, BLUE)  # prior, reconstruction, diffusion
+#: of prior, reconstruction, diffusion, and of latents decoder and encoder
+TERM_COLOURS = (GREEN, ORANGE, BLUE, PINK, YELLOW)
 PAPER = "#fefdfc"
 VARIABLES = {
     INK: "--ink",
@@ -34,6 +36,8 @@ VARIABLES = {
     BLUE: "--blue",
     ORANGE: "--orange",
     GREEN: "--green",
+    PINK: "--pink",
+    YELLOW: "--yellow",
     PAPER: "--paper",
 }
 STYLE: dict[Any, object] = {
@@ -110,7 +114,7 @@ def terms(values: Sequence[tuple[str, float]], unit: str) -> str:
     with plot(470, 150 if below else 90) as (figure, [ax]):
         start = 0.0
         for i, (_, value) in enumerate(values):
-            ax.barh(-i if below else 0, value, left=start, height=0.7, color=TERMS[i])
+            ax.barh(-i if below else 0, value, left=start, height=0.7, color=TERM_COLOURS[i])
             if below:
                 ax.axvline(start + value, color=RULE, linewidth=0.8, zorder=0)
             start += value

@@ -434,4 +434,4 @@ def _shape(schema: Schema) -> str:
 
 
 def _shades() -> list[str]:
-    return [f"var({figures.VARIABLES[colour]})" for colour in figures.TERMS]
+    return [f"var({figures.VARIABLES[colour]})" for colour in figures.TERM_COLOURS]

@@ -35,7 +35,17 @@ from nelbo.integrations import Foreign
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.text_records import TextForm
-from nelbo.runs.subjects import AnyRun, Asked, OfRun, Spacing, Subject, Tell, model_of, subject_of
+from nelbo.runs.subjects import (
+    AnyRun,
+    Asked,
+    OfForeign,
+    OfRun,
+    Spacing,
+    Subject,
+    Tell,
+    model_of,
+    subject_of,
+)
 
 COLUMN_STEPS, COLUMN_EXAMPLES = 32, 1000  # of the costs of columns: steps by default; at most
 
@@ -137,6 +147,8 @@ def evaluate(
         ValueError: the data are not of the model, a model of P(x|c) lacks conditions, there are
             too few calls, the target error is impossible, or a network is read wrongly.
     """
+    if steps is not None:
+        steps = integer("steps", steps, 1)
     alternative = Alternative(importance_samples, ode, dequantise, tolerance, own_samples)
     alternative.check(
         steps=times if steps is None else steps,
@@ -230,11 +242,9 @@ def sweep(
         raise ValueError("give at least one number of steps")
     options = {"calls": calls, "target_error": target_error, "variates": variates}
     found: list[Evaluation] = []
-    read, on_data, subject = None, list[str](), None
-    for count in steps:
-        left: int | None = integer("steps", count, 1)
-        if not isinstance(subject, OfRun):  # others are of these steps
-            subject, left = subject_of(run, data, steps=left, reading=reading)
+    read, on_data = None, list[str]()
+    counts = [integer("steps", count, 1) for count in steps]
+    for subject, left in _of_each(run, counts, data, reading):
         if device is not None:
             subject.to(device)
         measuring = Measuring(subject, Alternative(), options, seed, tracks(progress), tell)
@@ -249,6 +259,20 @@ def sweep(
         times = subject.times(left, None, measuring.tracks("grid"))
         found.append(cast(Evaluation, measuring(batch, name, data is None, times, None)))
     return found
+
+
+def _of_each(
+    run: object, counts: Sequence[int], data: Source | Batch | None, reading: Reading
+) -> list[tuple[Subject, int | None]]:
+    """Return what is measured for each number of steps, of one network, before any is measured."""
+    first, left = subject_of(run, data, steps=counts[0], reading=reading)
+    if isinstance(first, OfRun):
+        return [(first, count) for count in counts]
+    if isinstance(first, OfForeign) and left is None and first.foreign.of_steps is not None:
+        others = map(first.foreign.of_steps, counts[1:])
+        return [(first, None), *((OfForeign(foreign=each), None) for each in others)]
+    others_too = (subject_of(run, data, steps=count, reading=reading) for count in counts[1:])
+    return [(first, left), *others_too]
 
 
 class Measuring:
