@@ -1,12 +1,13 @@
 """Variance per text of mask estimators of a text model, at equal numbers of network calls.
 
     python benchmarks/evaluation/masks.py TINYSHAKESPEARE.txt [--network bert] [--seconds 240]
-        [--keep FOLDER] [--calls 1 2 4 8 16 32 128] [--ways mdlm costs] [--json out.json]
+        [--tokenizer bpe:512] [--keep FOLDER] [--calls 1 2 4 8 16 32 128] [--ways mdlm costs]
+        [--json out.json]
 
-A masked transformer of 48 characters is trained first (or a BERT of transformers), for so many
-seconds of processor time; and two surrogates: on the texts, and then on the model's own costs.
-Each recipe, as its paper describes it, estimates the bound of the same held-out texts again and
-again; the variance is over repetitions, in nats², mean over the texts. `mean` is that of the
+A masked transformer of 48 characters, or tokens, is trained first (or a BERT of transformers), for
+so many seconds of processor time; and two surrogates: on the texts, and then on the model's own
+costs. Each recipe, as its paper describes it, estimates the bound of the same held-out texts again
+and again; the variance is over repetitions, in nats², mean over the texts. `mean` is that of the
 estimates, in nats, with two standard errors: recipes that are biased differ in it.
 
     llada     counts by rounding linspace, batches of 16 (Nie et al. 2025, their script)
@@ -14,9 +15,11 @@ estimates, in nats, with two standard errors: recipes that are biased differ in 
     vrpo      independent times, one mask each (Zhu et al. 2025)
     coupled   pairs of complementary masks (Gong et al. 2025)
     gdpo      Gauss-Legendre times, up to 4, and masks at each (Rojas et al. 2025)
-    ours      exact counts in strata, windows of permutations, no surrogate
+    ours      exact counts in strata, windows of permutations, frequencies of tokens
+    draws     the same, and how hard each token was in earlier masks of the text
     texts     two levels, a surrogate trained on texts, as if a mask cost it 1/1000 of a call
     costs     the same, a surrogate trained on the model's costs
+    both      `costs` and `draws`
     priced    `costs` at its price here, by floating-point operations, with its calls counted in
 
 Coefficients of ours come from a pilot of 1024 calls on other texts, not counted, as of a run that
@@ -34,10 +37,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nelbo.data.tokenizer import make
 from nelbo.diffusion.model import measuring
-from nelbo.evaluation.mask_regression import Coefficients, fit
+from nelbo.evaluation.mask_estimator import FREE, MaskEstimator, Plan, price_of
+from nelbo.evaluation.mask_regression import Coefficients
 from nelbo.evaluation.mask_sampling import Texts
-from nelbo.evaluation.masks import FREE, MaskEstimator, Plan, masks_alone, price_of
+from nelbo.evaluation.masks import masks_alone
 from nelbo.integrations import TokenModel, wrap_tokens
 from nelbo.training.surrogate import train_surrogate
 
@@ -157,7 +162,15 @@ def gdpo(costs: Costs, texts: int, calls: int) -> Tensor:
     return (costs(hidden) * weight / share).sum(0) / (calls // len(nodes))
 
 
-OURS = "ours", "texts", "costs", "priced"
+#: the surrogate of each of ours, and whether it uses other draws of the text
+OURS = {
+    "ours": (None, False),
+    "draws": (None, True),
+    "texts": ("texts", False),
+    "costs": ("costs", False),
+    "both": ("costs", True),
+    "priced": ("costs", True),
+}
 RECIPES = {"llada": llada, "mdlm": mdlm, "vrpo": vrpo, "coupled": coupled, "gdpo": gdpo}
 
 
@@ -186,10 +199,12 @@ def costs_of(model: TokenModel, x: Tensor) -> Costs:
 # ---- ours
 
 
-def learned(model: TokenModel, surrogate: TokenModel | None, other: Tensor) -> Coefficients:
+def learned(
+    model: TokenModel, surrogate: TokenModel | None, other: Tensor, draws: bool
+) -> Coefficients:
     """Return the coefficients of a pilot on other texts."""
     way = MaskEstimator(model, surrogate, Texts(model, model.batch(other)), 99)
-    return fit(*way.pilot(512), surrogate is not None)
+    return way.pilot(512).coefficients(surrogate is not None, way.variates, draws)
 
 
 def ours(
@@ -215,8 +230,18 @@ def ours(
     batch = model.batch(x)
     way = MaskEstimator(model, surrogate, Texts(model, batch), 7)
     rows = torch.arange(len(x)).split(max(1, 2**17 // (plan.replicates * (plan.alone + masks))))
-    found = [way.costs(r.tolist(), batch[r], plan, coefficients).sum(-1) for r in rows]
+    found = [way.costs(r.tolist(), batch[r], plan, coefficients)[0].sum(-1) for r in rows]
     return torch.cat(found), each, each * (plan.alone + masks)
+
+
+def ids_of(text: str, tokenizer: str | None) -> tuple[Tensor, int]:
+    """Return the ids of a text and the id of the mask, the number of the others."""
+    if tokenizer is None:
+        characters = sorted(set(text))
+        place = {c: i for i, c in enumerate(characters)}
+        return torch.tensor([place[c] for c in text]), len(characters)
+    made = make(tokenizer, text[: int(0.9 * len(text))])
+    return torch.from_numpy(made.encode(text, "the text")).long(), made.count
 
 
 def main() -> None:
@@ -224,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("--network", choices=("transformer", "bert"), default="transformer")
+    parser.add_argument("--tokenizer", help="bpe:N; characters where left out")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--steps", type=int, default=1500, help="of the surrogate on texts")
     parser.add_argument("--learned", type=int, default=32000, help="calls for its costs")
@@ -235,16 +261,15 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder of weights, made or read")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    text = given.text.read_text()
-    characters = sorted(set(text))
-    mask = len(characters)
-    ids = torch.tensor([characters.index(c) for c in text])
+    ids, mask = ids_of(given.text.read_text(), given.tokenizer)
     split = int(0.9 * len(ids))
     torch.manual_seed(0)
 
     def kept(name: str, make: Callable[[], nn.Module], into: nn.Module | None = None) -> nn.Module:
         """Return the module of a file of weights, or make it and write the file."""
-        path = None if given.keep is None else given.keep / f"{given.network}-{name}.pt"
+        kind = given.tokenizer.replace(":", "") if given.tokenizer else "characters"
+        file = f"{given.network}-{kind}-{name}.pt"
+        path = None if given.keep is None else given.keep / file
         if path is not None and path.exists() and into is not None:
             into.load_state_dict(torch.load(path))
             return into.eval()
@@ -290,10 +315,12 @@ def main() -> None:
         for each in surrogates.values():
             each.batch(x)
         costs = costs_of(model, x)
-        coefficients = {None: learned(model, None, other)}
         price = price_of(model, surrogates["costs"], model.batch(x))
-        for name, surrogate in surrogates.items():
-            coefficients[name] = learned(model, surrogate, other)
+        coefficients = {
+            name: learned(model, None if kind is None else surrogates[kind], other, draws)
+            for name, (kind, draws) in OURS.items()
+            if name in given.ways
+        }
         print(f"a mask of the surrogate costs {price:.3f} of a call here")
         for calls in given.calls:
             repeats = max(8, given.draws // calls)
@@ -303,12 +330,12 @@ def main() -> None:
                     each = [RECIPES[name](costs, len(x), calls) for _ in range(repeats)]
                     found = torch.stack(each, 1)
                 else:
-                    kind = {"ours": None, "priced": "costs"}.get(name, name)
+                    kind, _ = OURS[name]
                     surrogate = None if kind is None else surrogates[kind]
                     own_price = price if name == "priced" else None
                     count = given.replicates or 2 * repeats
                     found, averaged, read = ours(
-                        model, surrogate, coefficients[kind], x, calls, count, own_price
+                        model, surrogate, coefficients[name], x, calls, count, own_price
                     )
                     note = f"{read} masks of the surrogate" if surrogate else ""
                 variance = found.var(1).mean().item() / averaged

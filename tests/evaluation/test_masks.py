@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from torch import nn
 
 import nelbo
 from nelbo._utils.numerics import seeded
-from nelbo.evaluation import masks
+from nelbo.evaluation import mask_estimator, masks
+from nelbo.evaluation.mask_estimator import MaskEstimator, Plan
 from nelbo.evaluation.mask_regression import NODES, fit, hats, usual
 from nelbo.evaluation.mask_sampling import Texts, draw_masks
-from nelbo.evaluation.masks import MaskEstimator, Plan
 from nelbo.integrations import wrap_tokens
 
 V, MASK = 5, 4
@@ -87,7 +88,7 @@ def totals(model, surrogate, batch, plan, repeats, seed=0, coefficients=None):
     for i in range(repeats):
         way = MaskEstimator(model, surrogate, texts, seed + i)
         own = coefficients or usual(way.variates, surrogate is not None)
-        found.append(way.costs(range(len(batch)), batch, plan, own).sum(-1))
+        found.append(way.costs(range(len(batch)), batch, plan, own)[0].sum(-1))
     return torch.cat(found, 1)
 
 
@@ -104,12 +105,107 @@ def test_the_mean_is_that_of_all_masks(case, kind):
         odd = usual(way.variates, surrogate is not None)
         odd.slopes.add_(torch.rand_like(odd.slopes))
         odd.curve.add_(torch.rand_like(odd.curve))
+        odd = replace(odd, by_draws=torch.rand_like(odd.curve) + 0.5, shrink=0.5)
     plan = Plan(1500, 2, 3 if surrogate else 0)
     found = totals(model, surrogate, batch, plan, 4, coefficients=odd)
     error = found.std(1) / math.sqrt(found.shape[1])
     wanted = torch.tensor([exact(model, batch, row) for row in range(len(batch))])
     assert (error < 0.025 * wanted).all()
     assert ((found.mean(1) - wanted).abs() < 4 * error).all()
+
+
+def test_what_other_draws_say_is_unbiased_and_so_is_the_error():
+    """Of 800 copies of a text: three replicates of seven masks, each corrected by those before."""
+    model, ids = tiny(4), [[3, 1, 2, 0, 1, 2]]
+    batch = model.batch(ids * 800)
+    wanted = exact(model, batch)
+    estimator = MaskEstimator(model, None, Texts(model, batch), 0)
+    pairs = estimator.pilot(800)
+    plan, variances = Plan(3, 7), []
+    for draws in (False, True):
+        known = pairs.coefficients(False, 1, draws)
+        assert (known.by_draws is not None) == draws
+        cells, by_token, _ = estimator.costs(range(800), batch, plan, known)
+        found = cells.sum(-1)
+        mean = found.mean(1)
+        assert abs(mean.mean() - wanted) < 4 * mean.std() / 800**0.5
+        stated = (found.var(1) / 3).mean() / mean.var()
+        assert abs(stated - 1) < 4 * (2 / 800 + 1 / 800) ** 0.5
+        variances.append(mean.var().item())
+        tokens = by_token.sum(1)
+        assert abs(tokens.mean() - wanted) < 4 * tokens.std() / 800**0.5
+    assert variances[1] < 0.8 * variances[0]
+
+
+def test_the_costs_of_tokens(every_text):
+    """Each token's share of the bound, by the definition, with an error of nominal size."""
+    model, batch, _ = every_text
+    x = batch.x[27].tolist()
+    terms = torch.zeros(3, dtype=torch.float64)
+    for size in (1, 2, 3):
+        for hidden in itertools.combinations(range(3), size):
+            z = torch.tensor([[MASK if i in hidden else k for i, k in enumerate(x)]])
+            logits = model.network.module(z)[0].clone()
+            logits[:, MASK] = -torch.inf
+            cost = -logits.log_softmax(-1)[range(3), x]
+            for i in hidden:
+                terms[i] += cost[i] / size / math.comb(3, size)
+    found = nelbo.evaluate(model, model.batch([x] * 300), calls=32, per_example=True)
+    arrays = found.to_arrays()
+    mean, error = arrays["token_nats"].mean(0), arrays["token_nats"].std(0) / 300**0.5
+    assert (abs(mean - terms.numpy()) < 4 * error).all() and terms.std() > 3 * error.max()
+    far = abs(arrays["token_nats"] - terms.numpy()) / arrays["token_standard_error"]
+    assert 0.85 < (far < 1.96).mean() < 0.99
+    np.testing.assert_allclose(3 * arrays["nats_per_token"], arrays["nats"])
+    np.testing.assert_allclose(3 * arrays["standard_error_per_token"], arrays["standard_error"])
+    assert nelbo.evaluate(model, batch, calls=8).by_token is None
+    few = nelbo.evaluate(model, [[0, 1], [2, 1, 0]], calls=8, per_example=True).by_token
+    assert few.nats.isnan().tolist() == [[False, False, True], [False] * 3]
+
+
+def mask_note(found):
+    (note,) = [note for note in found.notes if note.startswith("masks: ")]
+    return note
+
+
+def test_the_masks_by_name_and_by_a_pilot():
+    """The pilot chooses the least variance; a name is obeyed; the numbers differ."""
+    model = tiny(4)
+    texts = model.batch([[3, 1, 2, 0, 1, 2], [0, 0, 1, 3, 2, 1], [1, 2, 3, 0, 0, 0]] * 40)
+    wanted = sum(exact(model, texts, i) for i in range(3)) / 3
+    nats = {}
+    for name in (None, "plain", "unigram", "draws"):
+        found = nelbo.evaluate(model, texts, calls=32, masks=name)
+        assert abs(found.nats - wanted) < 4 * found.standard_error.monte_carlo * 6 * math.log(2)
+        nats[name] = found.nats
+        why = "the least variance of plain, unigram, draws in a pilot" if name is None else "named"
+        assert why in mask_note(found)
+    assert len({nats["plain"], nats["unigram"], nats["draws"]}) == 3
+    assert nats[None] in (nats["unigram"], nats["draws"])
+    few = nelbo.evaluate(model, texts[:3], calls=4, masks="draws")
+    assert (
+        mask_note(few) == "masks: plain, without a pilot; they are too few for the pilot of draws"
+    )
+    without = nelbo.evaluate(model, texts, calls=32, variates=False)
+    assert "masks: plain, the least variance of plain in a pilot" in mask_note(without)
+
+
+def test_a_target_error_of_masks():
+    """The stated error is at most the target, from about as many calls as it takes."""
+    model = tiny(4)
+    texts = model.batch([[3, 1, 2, 0, 1, 2], [0, 0, 1, 3, 2, 1], [1, 2, 3, 0, 0, 0]] * 40)
+    wanted = sum(exact(model, texts, i) for i in range(3)) / 3
+    calls = []
+    for target in (0.08, 0.04):
+        found = nelbo.evaluate(model, texts, target_error=target)
+        assert 0.5 * target < found.standard_error.monte_carlo <= target
+        assert abs(found.nats - wanted) < 4 * found.standard_error.monte_carlo * 6 * math.log(2)
+        assert any(note.startswith("masks: ") for note in found.notes)
+        calls.append(found.calls_per_example)
+    assert 2.5 < calls[1] / calls[0] < 6
+    many = model.batch([[3, 1, 2, 0, 1, 2], [0, 0, 1, 3, 2, 1]] * 300)
+    sample = nelbo.evaluate(model, many, target_error=1.0)
+    assert sample.visited < 600 and sample.calls_per_example < 3
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +220,7 @@ def every_text():
 @pytest.mark.parametrize("kind", SURROGATES)
 def test_bounds_sum_to_at_most_one_and_errors_are_nominal(every_text, kind, monkeypatch):
     """Equation 1: Σ_x exp(ELBO(x)) <= 1; 95 % of the bounds lie within 1.96 of their errors."""
-    monkeypatch.setattr(masks, "price_of", lambda *parts: masks.FREE)
+    monkeypatch.setattr(masks, "price_of", lambda *parts: mask_estimator.FREE)
     model, batch, wanted = every_text
     assert wanted.neg().exp().sum() <= 1
     surrogate = None if kind == "alone" else tiny(SURROGATES[kind])
@@ -149,24 +245,25 @@ def test_the_surrogate_reduces_the_error_and_a_bad_one_is_left_out(every_text, m
     same, bad = tiny(4), tiny(7)
     plain = nelbo.evaluate(model, batch, calls=16)
     dear = nelbo.evaluate(model, batch, calls=16, surrogate=same)  # at the price of a call a mask
-    assert "not used" in dear.notes[-1] and dear.nats == plain.nats
+    assert "not used" in " ".join(dear.notes) and dear.nats == plain.nats
     monkeypatch.setattr(masks, "price_of", lambda *parts: 0.01)
     two = nelbo.evaluate(model, batch, calls=16, surrogate=same)
     assert two.standard_error.monte_carlo < 0.3 * plain.standard_error.monte_carlo
-    assert two.nats != wanted.mean() and "of each text, at 0.01" in two.notes[-1]
+    assert two.nats != wanted.mean() and "of each text, at 0.01" in " ".join(two.notes)
     other = nelbo.evaluate(model, batch, calls=16, surrogate=bad)
     assert other.standard_error.monte_carlo < 1.2 * plain.standard_error.monte_carlo
 
 
 def test_numbers_do_not_depend_on_the_batch(every_text, monkeypatch):
     """The masks of a text depend on the seed and on the text: not on order, task or padding."""
-    monkeypatch.setattr(masks, "price_of", lambda *parts: masks.FREE)
+    monkeypatch.setattr(masks, "price_of", lambda *parts: mask_estimator.FREE)
     model, surrogate = tiny(4, pad_id=3), tiny(1, pad_id=3)
     texts = [[0, 1, 2], [1, 1], [0, 1, 2], [2, 0, 1, 1]] * 20
     found = nelbo.evaluate(model, texts, calls=32, surrogate=surrogate)
     order = np.random.default_rng(0).permutation(len(texts))
     padded = [[3, *texts[i], 3, 3] for i in order]
-    monkeypatch.setattr(masks, "TASK", 100)
+    monkeypatch.setattr(mask_estimator, "CALLED", 0)
+    monkeypatch.setattr(mask_estimator, "FEWEST", 60)
     again = nelbo.evaluate(model, padded, calls=32, surrogate=surrogate)
     assert math.isclose(found.nats, again.nats, rel_tol=1e-12)
     each, other = found.per_example.elbo, again.per_example.elbo
@@ -180,7 +277,7 @@ def test_numbers_do_not_depend_on_the_batch(every_text, monkeypatch):
 @pytest.mark.parametrize("known", [known_models.symbols, known_models.text], ids=["pairs", "text"])
 def test_own_masked_models_take_a_surrogate(known, monkeypatch):
     """Those of one-hot features too, whose places are all scored; against their exact bounds."""
-    monkeypatch.setattr(masks, "price_of", lambda *parts: 0.1)
+    monkeypatch.setattr(masks, "price_of", lambda *parts: mask_estimator.FREE)
     known, times = known(), nelbo.ContinuousTime()
     x = known.examples(60)
     wanted = known.bound(x, times).sum(1)
@@ -188,7 +285,7 @@ def test_own_masked_models_take_a_surrogate(known, monkeypatch):
     scale = known.model.dims * math.log(2)
     assert abs(found.nats - wanted.mean()) < 4 * found.standard_error.monte_carlo * scale
     far = (-found.per_example.elbo - wanted).abs() / found.per_example_error
-    assert (far < 1.96).double().mean() > 0.85 and "the surrogate read" in found.notes[-1]
+    assert (far < 1.96).double().mean() > 0.85 and "the surrogate read" in " ".join(found.notes)
 
 
 def test_masks_are_uniform_and_balanced():
@@ -249,8 +346,16 @@ def test_what_has_no_counts_or_no_such_surrogate_is_refused():
     ids = [[0, 1, 2]]
     with pytest.raises(ValueError, match="masked model in continuous time; leave it out"):
         nelbo.evaluate(model, ids, steps=3, surrogate=model)
-    with pytest.raises(ValueError, match="give calls in place of target_error"):
-        nelbo.evaluate(model, ids, target_error=0.1, surrogate=model)
+    with pytest.raises(
+        ValueError, match="masks must be plain, unigram, draws, two-levels; got 'x'"
+    ):
+        nelbo.evaluate(model, ids, masks="x")
+    with pytest.raises(ValueError, match="masks are for a masked model in continuous time"):
+        nelbo.evaluate(model, ids, steps=3, masks="plain")
+    with pytest.raises(ValueError, match="two-levels take a surrogate"):
+        nelbo.evaluate(model, ids, masks="two-levels")
+    with pytest.raises(ValueError, match="a surrogate takes the masks two-levels; got 'draws'"):
+        nelbo.evaluate(model, ids, masks="draws", surrogate=model)
     with pytest.raises(ValueError, match="calls must be at least 2 per example"):
         nelbo.evaluate(model, ids, calls=1, surrogate=model)
 

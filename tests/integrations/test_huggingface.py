@@ -308,7 +308,7 @@ def test_a_surrogate_on_the_command_line(tmp_path, capsys):
     run_ok(*command, "--calls", 8, "--surrogate", f"hf:{other}")
     assert "the surrogate read" in capsys.readouterr().err
     line = nelbo_fails(capsys, *command, "--surrogate", f"hf:{other}", "--steps", 2)
-    assert "a surrogate is a masked model for a masked model" in line
+    assert "a surrogate is for a masked model in continuous time" in line
 
 
 def test_the_model_s_own_texts_from_both_sides(tmp_path, capsys):

@@ -7,9 +7,8 @@ from torch import nn
 import nelbo
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.model import counting, measuring
-from nelbo.evaluation.mask_regression import fit
+from nelbo.evaluation.mask_estimator import MaskEstimator
 from nelbo.evaluation.mask_sampling import Texts
-from nelbo.evaluation.masks import MaskEstimator
 from nelbo.integrations import wrap_tokens
 from nelbo.training import surrogate as training
 from nelbo.training.surrogate import train_surrogate
@@ -71,7 +70,7 @@ def test_it_learns_the_costs(texts, few):
         batch = model.batch(padded[200:])
         with torch.no_grad(), measuring(model):
             way = MaskEstimator(model, surrogate, Texts(model, batch), 0)
-            found = fit(*way.pilot(400), surrogate is not None)
+            found = way.pilot(400).coefficients(surrogate is not None, way.variates, False)
         spreads.append(found.deviations(8).sum())
     assert spreads[2] < 0.7 * spreads[0] and spreads[2] < 0.8 * spreads[1]
 

@@ -22,12 +22,14 @@ def evaluate(
     sampler: str | None = None,
     tokens_per_step: int | None = None,
     surrogate: str | None = None,
+    masks: Literal["plain", "unigram", "draws", "two-levels"] | None = None,
     importance_samples: int | None = None,
     own_samples: int | None = None,
     ode: bool = False,
     dequantise: Literal["encoder", "truncated-normal", "uniform"] | None = None,
     tolerance: float | None = None,
     save: Path | None = None,
+    resume: Path | None = None,
     figure: Path | None = None,
     columns: bool = False,
     lines: bool = False,
@@ -83,6 +85,10 @@ def evaluate(
         For a masked model: a cheaper one with the same symbols, a run folder or hf:FOLDER. It
         reads most of the masks, and the model is asked for the difference. Its calls are not
         counted.
+    masks
+        Of a text of tokens: how its bound is estimated. plain masks have exact counts in strata;
+        unigram uses how rare each token is, and draws how hard it was in other masks of the same
+        text too; two-levels take a surrogate. By default a pilot chooses.
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     own_samples
@@ -97,7 +103,11 @@ def evaluate(
         Absolute and relative tolerance of --ode, per example, by default 1e-4; the looser one is
         10 times as large.
     save
-        A .npz file for the bound of each example, its error and its terms, in nats.
+        A .npz file for the bound of each example, its error and its terms, in nats; of texts of
+        tokens also for the cost of each token.
+    resume
+        Of a text of tokens: a file for what has been measured so far, written every half minute
+        and when the command is stopped. With it the same command continues where it stood.
     figure
         With several --steps: a .png file with the bound and its terms against the steps, and where
         the bits are spent.
@@ -132,7 +142,7 @@ def evaluate(
     counts = numbers(steps)
     others = (
         *(grid, sampler, surrogate, importance_samples, own_samples, dequantise, tolerance, save),
-        *(prompt_field, answer_field, precision, device_map),
+        *(prompt_field, answer_field, precision, device_map, masks, resume),
     )
     flags = (ode, columns, lines, trust_remote_code)
     if len(counts) > 1 and (any(flags) or any(v is not None for v in others)):
@@ -147,6 +157,8 @@ def evaluate(
             target_error=target_error,
             sampler=sampler,
             surrogate=surrogate,
+            masks=masks,
+            resume=resume,
             columns=columns,
             spell=lambda name: f"--{name.replace('_', '-')}",
         )
@@ -203,6 +215,8 @@ def evaluate(
             sampler=sampler,
             tokens_per_step=tokens_per_step,
             surrogate=surrogate,
+            masks=masks,
+            resume=resume,
             importance_samples=importance_samples,
             own_samples=own_samples,
             ode=ode,

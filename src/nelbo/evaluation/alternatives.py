@@ -48,6 +48,8 @@ class Alternative:
         target_error: float | None,
         sampler: str | None,
         surrogate: object,
+        masks: object = None,
+        resume: object = None,
         columns: bool = False,
         spell: Callable[[str], str] = str,
     ) -> None:
@@ -59,6 +61,8 @@ class Alternative:
             target_error: its error.
             sampler: an order of unmasking beside it.
             surrogate: of a masked model.
+            masks: the estimator of a masked model.
+            resume: a file for what was measured so far.
             columns: the costs of columns beside it.
             spell: how the reader writes the name of an option.
 
@@ -92,10 +96,10 @@ class Alternative:
                     f"{spell('own_samples')} measures the bound of {samples} K at {t} T; give"
                     " these"
                 )
-        if self.wanted and surrogate is not None:
-            raise ValueError(
-                f"{spell('surrogate')} is for the bound; leave {flow} and {samples} out"
-            )
+        of_bound = {"surrogate": surrogate, "masks": masks, "resume": resume}
+        for name, value in of_bound.items():
+            if self.wanted and value is not None:
+                raise ValueError(f"{spell(name)} is for the bound; leave {flow} and {samples} out")
         if not self.ode and not self.dequantise is self.tolerance is None:
             raise ValueError(
                 f"{spell('dequantise')} and {spell('tolerance')} need {flow}; add it, or leave"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
+from nelbo.evaluation.kept import Tasks
 from nelbo.evaluation.result import Measurement, StandardError
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ def map_blocks(
     seed: Sequence[int],
     draw: Callable[[Batch, int], T],
     track: Track = iter,
+    tasks: Tasks | None = None,
 ) -> list[T]:
     """Return draw(examples, g) for each block g, each computed on one process, on every process.
 
@@ -37,11 +39,17 @@ def map_blocks(
         seed: path of the seed, to which g is added.
         draw: computes a result.
         track: wraps the blocks, for a progress bar.
+        tasks: keep the results, tensors or lists of them, and use those that are kept.
     """
 
     def one(g: int) -> T:
+        if tasks is not None and (known := tasks.find((*seed, g), blocks[g])) is not None:
+            return cast(T, known)
         with seeded(*seed, g):
-            return draw(batch[blocks[g]].to(model.device), g)
+            found = draw(batch[blocks[g]].to(model.device), g)
+        if tasks is not None:
+            tasks.add((*seed, g), blocks[g], found)
+        return found
 
     return map_across_processes(len(blocks), one, track)
 

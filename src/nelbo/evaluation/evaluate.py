@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,14 +27,15 @@ from nelbo._utils.scalars import integer
 from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
-from nelbo.diffusion.model import Model, counting, measuring
+from nelbo.diffusion.model import Model, counting, measuring, model_hash
 from nelbo.diffusion.times import TimeDiscretization, stratified, times_of
 from nelbo.evaluation.allocation import Proposal, Strata, estimate, even, pilot
 from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement, scale_of
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.intervals import OWN
-from nelbo.evaluation.masks import check_two_levels, evaluate_masks, exact_counts
+from nelbo.evaluation.kept import keeping
+from nelbo.evaluation.masks import check_masks, evaluate_masks, exact_counts
 from nelbo.evaluation.result import CurvePoint, Evaluation, Terms
 from nelbo.evaluation.survey import FEWEST, SamplingPlan, SurveyEstimate, plan
 from nelbo.evaluation.time_density import time_density
@@ -60,6 +63,8 @@ def evaluate(
     pilots: Pilots | None = None,
     variates: bool = True,
     surrogate: Model | None = None,
+    masks: str | None = None,
+    resume: str | PathLike[str] | None = None,
     seed: int = 0,
     weights: str = "as given",
     split: str = "as given",
@@ -93,6 +98,10 @@ def evaluate(
         surrogate: a cheaper masked model of the same symbols, for a masked model in continuous
             time: it reads the same masks and many more, and the model is asked for the difference
             alone (`masks`). The result is unbiased, whatever it is; its calls are not counted.
+        masks: for a masked model in continuous time: the estimator, plain, unigram, draws or
+            two-levels (of a surrogate); of texts of tokens a pilot chooses where left out.
+        resume: a file for what was measured so far; with the file of an evaluation that was
+            interrupted, it continues where that stood, to the same bits.
         seed: of everything random.
         weights: name of the weights, for the record.
         split: name of the data, for the record.
@@ -109,21 +118,40 @@ def evaluate(
         raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
     if target_error is not None and calls is not None:
         raise ValueError("give calls or target_error, not both")
-    if surrogate is not None or _has_masks(model, times, calls, target_error):
-        if surrogate is not None:
-            check_two_levels(model, surrogate, times, target_error)
-        return evaluate_masks(
-            model,
-            batch,
-            calls=CALLS if calls is None else calls,
-            surrogate=surrogate,
-            per_example=per_example,
-            variates=variates,
-            seed=seed,
-            weights=weights,
-            split=split,
-            track=track,
-        )
+    named = surrogate is not None or masks is not None
+    if named:
+        check_masks(model, surrogate, times, masks)
+    about: dict[str, object] = {
+        "calls": calls,
+        "target error": target_error,
+        "per example": per_example,
+    }
+    about |= {"variates": variates, "masks": masks, "steps": times.steps}
+    about["surrogate"] = None if surrogate is None else model_hash(surrogate)
+    path, spent = None if resume is None else Path(resume), 0.0
+    if named or _has_masks(model, times, calls):
+        usual = CALLS if calls is None and target_error is None else calls
+        with keeping(path, model, batch, seed, about) as kept:
+            by_masks = evaluate_masks(
+                model,
+                batch,
+                calls=usual,
+                target_error=target_error,
+                surrogate=surrogate,
+                masks=masks,
+                per_example=per_example,
+                variates=variates,
+                kept=kept,
+                seed=seed,
+                weights=weights,
+                split=split,
+                track=track,
+            )
+        if isinstance(by_masks, Evaluation):
+            return by_masks
+        spent = by_masks
+    if path is not None:
+        raise ValueError("resume is for masked models in continuous time; leave it out")
     count, target = len(batch), target_error and target_error / scale_of(model, batch)
     calls = CALLS if calls is None else calls
     with measuring(model, batch), counting(model.network) as calls_made:
@@ -165,7 +193,7 @@ def evaluate(
     nats, scale = found.mean(), scale_of(model, batch)
     columns = slice(0, 1), slice(1, 2), slice(2, None)
     record = measurement(
-        model, batch, nats, found.error(), called, seed=seed, weights=weights, split=split
+        model, batch, nats, found.error(), called + spent, seed=seed, weights=weights, split=split
     )
     return Evaluation(
         **vars(record),
@@ -179,13 +207,10 @@ def evaluate(
     )
 
 
-def _has_masks(
-    model: Model, times: TimeDiscretization, calls: float | None, target_error: float | None
-) -> bool:
+def _has_masks(model: Model, times: TimeDiscretization, calls: float | None) -> bool:
     """Return whether to draw masks with exact counts: for texts of tokens."""
-    enough = target_error is None and (calls is None or calls >= 2)
     tokens = model.any_length or model.process.as_codes
-    return tokens and enough and exact_counts(model, times)
+    return tokens and (calls is None or calls >= 2) and exact_counts(model, times)
 
 
 def _divided(

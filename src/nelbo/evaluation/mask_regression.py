@@ -7,9 +7,15 @@ a pair the text and the count cancel, so that the differences show what the mask
     sd      standard deviation of what is left, as σ(l/L)/√l: a mean over l tokens
     b       mean of what is left, which is smooth in l, so that strata need not be narrow
 
+What is left of each hidden token tells how hard it is in other draws of the same text: with the
+mean square of a token, V, of which the part C is common to two masks, N such numbers of sum S are
+worth S/(N + κ), κ = V/C - 1 (the best linear prediction; James & Stein 1961), times a slope that
+is fitted to the same pairs, each mask by its partner.
+
 Without a pilot k is 1 for the surrogate and 0 for the others, σ is constant and b is 0.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +24,7 @@ from torch import Tensor
 
 NODES = 0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0  # hidden shares between which all is linear
 RIDGE, SMOOTH = 2.0, 8.0  # penalties on the size of k and its change between nodes, in pairs
+LEAST = 0.1  # κ, at least
 EVEN = 0.1  # share of the masks that is spread evenly over the counts, at least
 
 
@@ -40,12 +47,16 @@ class Coefficients:
         curve: b, (K,), nats per token.
         spread: σ of what is left, (K,), nats.
         of_surrogate: σ of k times the surrogate's cost, (K,); None without a surrogate.
+        by_draws: slope of what other draws of the text say, (K,); None where they are not used.
+        shrink: κ, the numbers of a token that its prediction is worth without any.
     """
 
     slopes: Tensor
     curve: Tensor
     spread: Tensor
     of_surrogate: Tensor | None
+    by_draws: Tensor | None = None
+    shrink: float = 1.0
 
     def known(self, share: Tensor, v: Tensor) -> Tensor:
         """Return k·v + b at hidden shares, (...), for variates v, (..., F)."""
@@ -104,6 +115,30 @@ def fit(share: Tensor, count: Tensor, cost: Tensor, v: Tensor, surrogate: bool) 
     if surrogate:
         by_surrogate = _spread(basis, (basis @ slopes[0]) * dv[:, 0])
     return Coefficients(slopes, bend + rest.mean(), found.spread, by_surrogate)
+
+
+def shrinkage(one: Tensor, other: Tensor, both: Tensor) -> float:
+    """Return κ = V/C - 1 from what is left of tokens in the two masks of pairs; inf for C <= 0.
+
+    Args:
+        one: of the first mask, (Q, D).
+        other: of the second.
+        both: whether the token is hidden in both.
+    """
+    common = (one * other)[both].sum().item()
+    square = (one.square() + other.square())[both].sum().item() / 2
+    return max(LEAST, square / common - 1) if common > 0 else math.inf
+
+
+def predicted(left: Tensor, hidden: Tensor, shrink: float) -> Tensor:
+    """Return how much harder than expected tokens are, by masks that are summed already.
+
+    Args:
+        left: sums of what is left, (..., D).
+        hidden: numbers of masks that hide each token, (..., D).
+        shrink: κ.
+    """
+    return left / (hidden + shrink)
 
 
 def _spread(basis: Tensor, left: Tensor) -> Tensor:

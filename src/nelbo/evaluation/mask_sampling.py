@@ -80,6 +80,7 @@ class Masks:
         hidden: whether a place is hidden, (B, R, n, D).
         share: u, the masked share that a model is told, (B, R, n), float64.
         length: number L of scored places of the examples, (B,).
+        order: the permutation of a replicate of which a mask is a window, (B, R, n).
     """
 
     count: Tensor
@@ -87,6 +88,7 @@ class Masks:
     hidden: Tensor
     share: Tensor
     length: Tensor
+    order: Tensor
 
     @property
     def relative(self) -> Tensor:
@@ -140,7 +142,7 @@ def draw_masks(
         inside = (rank - start[b][..., None]) % length < count[b][..., None]
         hidden[b][..., texts.places[row]] = inside
         share[b] = stream.beta(count[b], length - count[b] + 1)
-    parts = map(torch.from_numpy, (count, width, hidden, share, lengths))
+    parts = map(torch.from_numpy, (count, width, hidden, share, lengths, which))
     return Masks(*parts)
 
 

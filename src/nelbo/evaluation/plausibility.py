@@ -22,8 +22,8 @@ def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
         return ""
     return (
         f"worse than uniform: {levels} equally likely levels take {math.log2(levels):.4g}"
-        " bits/dim; are these data of the kind, and of the levels, that the model was trained on?"
-        f"{_of_the_last_step(found, math.log2(levels))}"
+        f" {found.unit}; are these data of the kind, and of the levels, that the model was trained"
+        f" on?{_of_the_last_step(found, math.log2(levels))}"
     )
 
 

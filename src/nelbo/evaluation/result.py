@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from html import escape
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -149,6 +149,19 @@ class ColumnCosts:
     steps: int
 
 
+class TokenCosts(NamedTuple):
+    """What each token of a text adds to its bound, and the Monte Carlo errors of that.
+
+    Args:
+        nats: mean cost without control variates, shape of the examples; its sum over a text is an
+            unbiased estimate of the bound too. NaN where a token is not scored.
+        standard_error: likewise.
+    """
+
+    nats: Tensor
+    standard_error: Tensor
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation(Measurement):
     """Mean bound on −log P(x) over examples, with its terms.
@@ -163,6 +176,8 @@ class Evaluation(Measurement):
     curve: list[CurvePoint]
     per_example: Bound | LatentBound = field(repr=False, compare=False)
     per_example_error: Tensor = field(repr=False, compare=False)
+    #: of texts of tokens, if they were asked for one by one
+    by_token: TokenCosts | None = field(default=None, repr=False, compare=False)
     #: a sentence for each choice that the meaning of the bound depends on
     notes: tuple[str, ...] = ()
     #: −log P(x) of a sampler of the same network that shows symbols in an order of its own
@@ -199,12 +214,20 @@ class Evaluation(Measurement):
         """Return arrays per example, in the order of the data, shape (N,), in nats.
 
         They are the bound `nats` on -log P(x), its Monte Carlo `standard_error` and its terms; and
-        `sampler_nats`, -log P(x) in an order of its own, where that was measured.
+        `sampler_nats`, -log P(x) in an order of its own, where that was measured. Of texts of
+        tokens also `nats_per_token` and its error, and (N, L) the costs `token_nats` of each
+        token, see `TokenCosts`, with their errors.
         """
         arrays = {name: term.numpy() for name, term in self.per_example._asdict().items()}
         error = self.per_example_error.numpy()
         if self.in_order is not None:
             arrays["sampler_nats"] = -self.in_order.per_example.numpy()
+        if (tokens := self.by_token) is not None:
+            scored = (~tokens.nats.isnan()).flatten(1).sum(1).numpy()
+            arrays["nats_per_token"] = -self.per_example.elbo.numpy() / scored
+            arrays["standard_error_per_token"] = error / scored
+            arrays["token_nats"] = tokens.nats.numpy()
+            arrays["token_standard_error"] = tokens.standard_error.numpy()
         return {"nats": -self.per_example.elbo.numpy(), "standard_error": error, **arrays}
 
 

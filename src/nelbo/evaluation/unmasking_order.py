@@ -5,6 +5,8 @@ of the same network, with another P(x): it may lie above or below the any-order 
 """
 
 from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from nelbo.evaluation import any_order
 from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.intervals import error_of_mean
+from nelbo.evaluation.kept import Tasks, keeping
 from nelbo.evaluation.replicates import BLOCK
 from nelbo.evaluation.result import Evaluation, OrderLikelihood, StandardError
 
@@ -56,6 +59,7 @@ def evaluate_order(
     weights: str = "as given",
     split: str = "as given",
     track: Track = iter,
+    resume: str | PathLike[str] | None = None,
 ) -> OrderLikelihood:
     """Measure the mean of -log P(x|φ) of the sampler that shows symbols in this order, exactly.
 
@@ -67,6 +71,7 @@ def evaluate_order(
         weights: name of the weights, for the record.
         split: name of the data, for the record.
         track: wraps the blocks of examples, for a progress bar.
+        resume: a file for what was measured so far, as for `evaluate`.
 
     Raises:
         ValueError: if the model masks no symbols, or the examples are not of the model, or too
@@ -80,9 +85,15 @@ def evaluate_order(
         parts = torch.arange(len(some)).split(model.rows)
         return torch.cat([log_prob(model, some[rows], order) for rows in parts]).cpu()
 
-    blocks = torch.arange(len(batch)).split(BLOCK)
-    with measuring(model, batch), counting(model.network) as calls:
-        found = torch.cat(map_blocks(model, batch, blocks, (seed,), one, track))
+    blocks = torch.arange(len(batch)).split(min(BLOCK, model.rows))
+    path = None if resume is None else Path(resume)
+    with (
+        measuring(model, batch),
+        counting(model.network) as calls,
+        keeping(path, model, batch, seed, {}) as kept,
+    ):
+        tasks = None if kept is None else Tasks(kept, str(order), calls)
+        found = torch.cat(map_blocks(model, batch, blocks, (seed,), one, track, tasks))
     error = error_of_mean(found)
     record = measurement(
         model,
@@ -122,6 +133,7 @@ def beside(
     x: Tensor | Batch,
     order: UnmaskingOrder | None,
     track: Track = iter,
+    resume: str | PathLike[str] | None = None,
 ) -> Evaluation:
     """Return a bound of these examples with the exact -log P(x) in this order, if any, beside it.
 
@@ -131,6 +143,7 @@ def beside(
         x: the examples.
         order: the order; None for none.
         track: wraps the blocks of examples, for a progress bar.
+        resume: as for `evaluate_order`.
     """
     if order is None:
         return bound
@@ -142,5 +155,6 @@ def beside(
         weights=bound.weights,
         split=bound.split,
         track=track,
+        resume=resume,
     )
     return replace(bound, in_order=exact)

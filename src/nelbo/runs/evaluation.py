@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from os import PathLike
 from typing import Any, Unpack, cast
 
 import torch
@@ -71,6 +72,8 @@ def evaluate(
     tokens_per_step: int | None = None,
     known: Source | None = None,
     surrogate: AnyRun | Model | Foreign | None = None,
+    masks: str | None = None,
+    resume: str | PathLike[str] | None = None,
     importance_samples: int | None = None,
     own_samples: int | None = None,
     ode: bool = False,
@@ -121,6 +124,10 @@ def evaluate(
         surrogate: for a masked model in continuous time: a cheaper one of the same symbols, given
             as `run` is, which reads the same masks and many more (`evaluation.masks`). The result
             is unbiased, whatever it is; its calls are not counted.
+        masks: of such a model: the estimator, plain, unigram, draws, or two-levels of a surrogate;
+            a pilot chooses where left out.
+        resume: of such a model: a file for what was measured so far. With that of an evaluation
+            that was interrupted, the same call continues where it stood, to the same bits.
         importance_samples: K, for the tighter bound of K importance-weighted samples at T steps,
             at K T calls each; a `BoundEstimate`, as the next.
         own_samples: with these, instead of the data: this number of samples of the model itself,
@@ -156,6 +163,8 @@ def evaluate(
         target_error=target_error,
         sampler=sampler,
         surrogate=surrogate,
+        masks=masks,
+        resume=resume,
         columns=columns,
     )
     if grid is not None and steps is None and not columns:
@@ -179,6 +188,8 @@ def evaluate(
         "target_error": target_error,
         "per_example": per_example,
         "variates": variates,
+        "masks": masks,
+        "resume": resume,
     }
     if surrogate is not None:
         cheaper = model_of(surrogate, trust_remote_code)
@@ -359,7 +370,8 @@ class Measuring:
             found = find(batch, weights=subject.weights, **record)
         else:
             found = subject.bound(batch, own, self.tell, times=times, **self.options, **record)
-            found = beside(found, model, batch, order, self.tracks("in order"))
+            bar, resume = self.tracks("in order"), self.options.get("resume")
+            found = beside(found, model, batch, order, bar, resume)
         found = rated(found, lambda of: subject.rates(of, batch))
         check_number(found)
         late = batch.x.notes() if isinstance(batch.x, Rows) else ()
@@ -379,11 +391,12 @@ class Measuring:
         options = dict(self.options)
         calls = options.pop("calls")
         if self.alternative.wanted or any(
-            options.get(name) is not None for name in ("target_error", "known", "surrogate")
+            options.get(name) is not None
+            for name in ("target_error", "known", "surrogate", "masks", "resume")
         ):
             raise ValueError(
-                "target_error, known, surrogate, sampler, importance_samples and ode are for"
-                " models of the data themselves; a model of their latents takes calls"
+                "target_error, known, surrogate, masks, resume, sampler, importance_samples and"
+                " ode are for models of the data themselves; a model of their latents takes calls"
             )
         if times is None:
             raise ValueError("give the times of a model of latents: steps, or times")

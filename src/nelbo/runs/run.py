@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -115,6 +116,8 @@ class Run:
         sampler: str | None = None,
         tokens_per_step: int | None = None,
         surrogate: Model | None = None,
+        masks: str | None = None,
+        resume: str | PathLike[str] | None = None,
         importance_samples: int | None = None,
         own_samples: int | None = None,
         ode: bool = False,
@@ -150,6 +153,8 @@ class Run:
             sampler=sampler,
             tokens_per_step=tokens_per_step,
             surrogate=surrogate,
+            masks=masks,
+            resume=resume,
             importance_samples=importance_samples,
             own_samples=own_samples,
             ode=ode,

@@ -1,0 +1,131 @@
+"""What an evaluation has measured so far, in a file, so that it can be continued where it stood.
+
+The tasks of a pass over the data (`blocks.map_blocks`) have random numbers of their own, so a task
+that is in the file need not be computed again: the result is that of an evaluation that was never
+interrupted, to the last bit, and so is its number of network calls.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.distributed import check_alone
+from nelbo._utils.files import check_writable, read_tensors, write_tensors
+from nelbo._version import __version__
+from nelbo.data.schema import fingerprint
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.model import Calls, Model, model_hash
+
+T = TypeVar("T")
+EVERY = 30.0  # seconds after which what was measured is written
+CALLS = "calls"  # the name of the number of network calls of a task
+
+
+class Kept:
+    """Results of tasks in a file.
+
+    Args:
+        path: the file; it need not exist.
+        about: what the results depend on, by name.
+
+    Raises:
+        ValueError: the file is of another evaluation, or damaged.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, str]) -> None:
+        check_alone("an evaluation with resume")
+        self.path, self.about, self.tensors = path, dict(about), dict[str, Tensor]()
+        self.written = time.monotonic()
+        if path.exists():
+            self.tensors, known = read_tensors(path, hashed=True)
+            for name, value in about.items():
+                if known.get(name, value) != value:
+                    raise ValueError(
+                        f"{path} is of another evaluation: its {name} is {known[name]}, and here"
+                        f" {value}; give that again, or another file"
+                    )
+            self.about = known | self.about
+        check_writable(path)
+
+    def write(self) -> None:
+        """Write the file."""
+        write_tensors(self.path, self.tensors, self.about)
+        self.written = time.monotonic()
+
+
+class Tasks:
+    """The tasks of one pass, of which some may be known.
+
+    Args:
+        kept: the file.
+        name: of the pass.
+        calls: the counter of network calls.
+    """
+
+    def __init__(self, kept: Kept, name: str, calls: Calls) -> None:
+        self.kept, self.name, self.calls = kept, name, calls
+        self.begun = 0
+
+    def find(self, path: Sequence[int], rows: Tensor) -> Tensor | list[Tensor] | None:
+        """Return the result of the task of this seed and rows, if known, and count its calls."""
+        self.begun = self.calls.forward
+        key, tensors = self._key(path, rows), self.kept.tensors
+        if f"{key} {CALLS}" not in tensors:
+            return None
+        self.calls.forward += int(tensors[f"{key} {CALLS}"])
+        if key in tensors:
+            return tensors[key]
+        count = sum(1 for name in tensors if name.startswith(f"{key} part "))
+        return [tensors[f"{key} part {i}"] for i in range(count)]
+
+    def add(self, path: Sequence[int], rows: Tensor, result: object) -> None:
+        """Keep the result of the task that `find` has not found."""
+        key, found = self._key(path, rows), dict[str, Tensor]()
+        if isinstance(result, Tensor):
+            found[key] = result
+        else:
+            parts = cast(Sequence[Tensor], result)
+            found |= {f"{key} part {i}": part for i, part in enumerate(parts)}
+        called = self.calls.forward - self.begun
+        self.kept.tensors |= found | {f"{key} {CALLS}": torch.tensor(called)}
+        if time.monotonic() - self.kept.written > EVERY:
+            self.kept.write()
+
+    def _key(self, path: Sequence[int], rows: Tensor) -> str:
+        return f"{self.name} {' '.join(map(str, path))} {fingerprint(rows)}"
+
+
+@contextmanager
+def keeping(
+    path: Path | None, model: Model, batch: Batch, seed: int, about: Mapping[str, object]
+) -> Iterator[Kept | None]:
+    """Inside, keep what is measured in a file, also if it ends early; None without a file.
+
+    Args:
+        path: the file.
+        model: that is measured.
+        batch: the examples.
+        seed: of everything random.
+        about: other options that the results depend on.
+
+    Raises:
+        ValueError: the file is of another evaluation.
+    """
+    if path is None:
+        yield None
+        return
+    given = "none" if batch.condition is None else fingerprint(batch.condition)
+    known = {"model": model_hash(model), "data": fingerprint(batch.x), "conditions": given}
+    known |= {"seed": str(seed), "nelbo": __version__, "torch": torch.__version__}
+    known |= {"device": str(model.device)}
+    kept = Kept(path, known | {name: str(value) for name, value in about.items()})
+    try:
+        yield kept
+    finally:
+        kept.write()

@@ -1,0 +1,375 @@
+r"""Unbiased estimates of the bound of each text from masks; see `masks`, which chooses among them.
+
+Masks of the first level are read by the surrogate alone, those of the second by both models.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.model import Model
+from nelbo.diffusion.unmasking import time_of_share
+from nelbo.evaluation.blocks import map_blocks
+from nelbo.evaluation.kept import Tasks
+from nelbo.evaluation.mask_regression import (
+    Coefficients,
+    fit,
+    hats,
+    predicted,
+    shrinkage,
+    usual,
+)
+from nelbo.evaluation.mask_sampling import Masks, Texts, draw_masks
+
+CELLS = 16  # of the curve over time, of equal masked shares
+LEARNED = 64  # masks from which the pilot takes how hard each token is to the surrogate
+TASK, FEWEST = 2**14, 256  # masks of a task, at most, and at least if the texts are enough
+CALLED = 8  # network calls of a task
+FREE = 1e-3  # price of a mask read by the surrogate in network calls, at least
+DEAR = 50.0  # nats; a token that the surrogate excludes costs this much
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Masks of each text in each replicate: of both models, and of the surrogate alone."""
+
+    replicates: int
+    masks: int
+    alone: int = 0
+
+
+class MaskEstimator:
+    """Unbiased estimates of the bound of each text.
+
+    Args:
+        model: a masked model in continuous time.
+        surrogate: a cheaper one of the same symbols, if any.
+        texts: the examples.
+        seed: of all masks.
+        variates: use the frequencies of tokens.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        surrogate: Model | None,
+        texts: Texts,
+        seed: int,
+        variates: bool = True,
+    ) -> None:
+        self.model, self.surrogate, self.texts, self.seed = model, surrogate, texts, seed
+        self.frequencies = variates
+        x = texts.batch.x.flatten(1).cpu().long()
+        places = torch.from_numpy(texts.places)
+        seen = x[places].bincount(minlength=int(x.max()) + 1).double()
+        cost = -((seen[x] + 1) / (seen.sum() + len(seen))).log() if variates else torch.zeros(())
+        self.unigram = torch.where(places, cost, 0.0)
+
+    @property
+    def variates(self) -> int:
+        """F: the surrogate's cost, that of its hard tokens, and that of rare tokens."""
+        return 1 if self.surrogate is None else 3
+
+    def alone(self, masks: Masks, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the surrogate's g, (B, R, n), and its mean cost of each token, (B, R, D)."""
+        shape = masks.count.shape
+        found = torch.empty(shape.numel(), dtype=torch.float64)
+        sums = torch.zeros(shape[0] * shape[1], masks.hidden.shape[-1], dtype=torch.float64)
+        seen = torch.zeros_like(sums)
+        hidden, count = masks.hidden.flatten(0, 2), masks.count.flatten()
+        group = torch.arange(shape[0] * shape[1]).repeat_interleave(shape[2])
+        for some, cost in self._by_surrogate(masks, batch):
+            found[some] = cost.sum(1) / count[some]
+            sums.index_add_(0, group[some], cost)
+            seen.index_add_(0, group[some], hidden[some].double())
+        # a token that was never hidden is as hard as the mean one
+        mean = sums.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
+        by_token = torch.where(seen > 0, sums / seen.clamp(min=1), mean)
+        return found.view(shape), by_token.view(*shape[:2], -1)
+
+    def _by_surrogate(self, masks: Masks, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the surrogate's `token_costs`."""
+        assert self.surrogate is not None
+        for some, cost in token_costs(self.surrogate, batch, masks):
+            cost = cost.clamp(max=DEAR)
+            if not cost.isfinite().all():
+                raise ValueError(
+                    "the surrogate's costs are not all numbers: check its weights, or leave it out"
+                )
+            yield some, cost
+
+    def both(
+        self, rows: Sequence[int], masks: Masks, batch: Batch, hard: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the costs of hidden tokens, (B, R, n, D), and variates of them, (.., D, F).
+
+        The variates of a token are the surrogate's cost of it in the same mask, how hard it is to
+        the surrogate otherwise, and how rare, less the mean over all places of the text; so all
+        but the first have the mean zero over the masks of any number of tokens.
+
+        Args:
+            rows: of the texts, B.
+            masks: of both models.
+            batch: the texts, on the device of the model.
+            hard: the surrogate's mean cost of each token, from masks of its own, (B, R, D).
+        """
+        shape = masks.hidden.shape
+        cost = _joined(token_costs(self.model, batch, masks), shape)
+        v = [self._centred(self.unigram[list(rows), None], rows)[:, :, None].expand(shape)]
+        if self.surrogate is not None:
+            assert hard is not None
+            by_surrogate = _joined(self._by_surrogate(masks, batch), shape)
+            v = [by_surrogate, self._centred(hard, rows)[:, :, None].expand(shape), *v]
+        hidden = masks.hidden[..., None].double()
+        return cost, torch.stack(v, -1) * hidden
+
+    def _centred(self, cost: Tensor, rows: Sequence[int]) -> Tensor:
+        """Return costs of tokens, (B, R, D), less their mean over the places of the text."""
+        places = torch.from_numpy(self.texts.places[list(rows)])[:, None].double()
+        mean = (cost * places).sum(-1) / places.sum(-1)
+        return (cost - mean[..., None]) * places
+
+    def pilot(self, pairs: int, tasks: Tasks | None = None) -> "Pairs":
+        """Return pairs of masks of texts in random order, two or more of different counts each.
+
+        Args:
+            pairs: their number, at most.
+            tasks: what is known of it.
+        """
+        chosen = self.texts.in_random_order(self.seed)[: pairs // 2]
+        each = pairs // len(chosen)
+        blocks = torch.tensor(chosen).split(texts_of_a_task(self.model, 2 * each))
+        start = usual(self.variates, self.surrogate is not None)
+
+        def one(batch: Batch, g: int) -> list[Tensor]:
+            rows = blocks[g].tolist()
+            draw, hard = partial(draw_masks, self.texts, rows, deviations=start.deviations), None
+            if self.surrogate is not None:
+                first = draw((self.seed, 1), replicates=1, masks=LEARNED)
+                hard = self.alone(first, batch)[1].expand(-1, 2, -1)
+            masks = draw((self.seed, 2), replicates=2, masks=each, paired=True)
+            cost, v = self.both(rows, masks, batch, hard)
+            places = torch.from_numpy(self.texts.places[rows])[:, None].expand(-1, each, -1)
+            of_pair = masks.relative[:, 0], masks.count[:, 0], places
+            of_each = (part.movedim(1, 2) for part in (masks.hidden, cost, v))
+            return [part.flatten(0, 1) for part in (*of_pair, *of_each)]
+
+        found = map_blocks(self.model, self.texts.batch, blocks, (self.seed, 2), one, tasks=tasks)
+        return Pairs(each, *map(torch.cat, zip(*found, strict=True)))
+
+    def costs(
+        self,
+        rows: Sequence[int],
+        batch: Batch,
+        plan: Plan,
+        coefficients: Coefficients,
+        turn: int = 0,
+    ) -> list[Tensor]:
+        """Return the bound as a sum over the cells of the curve, (B, R, CELLS), nats.
+
+        The second and third numbers are the costs of each token without control variates, whose
+        sum is another unbiased estimate of the bound, and their standard errors, (B, D).
+
+        Args:
+            rows: of the texts, B.
+            batch: the texts, on the device of the model.
+            plan: the numbers of masks.
+            coefficients: from a pilot.
+            turn: of several draws.
+        """
+        draw = partial(draw_masks, self.texts, rows)
+        found = torch.zeros(len(rows), plan.replicates, CELLS, dtype=torch.float64)
+        hard = None
+        if plan.alone:
+            by_surrogate = partial(coefficients.deviations, surrogate=True)
+            masks = draw((self.seed, 3 + 2 * turn), plan.replicates, plan.alone, by_surrogate)
+            g, hard = self.alone(masks, batch)
+            _add(found, masks, g * (hats(masks.relative) @ coefficients.slopes[0]))
+        path = self.seed, 4 + 2 * turn
+        masks = draw(path, plan.replicates, plan.masks, coefficients.deviations)
+        cost, v = self.both(rows, masks, batch, hard)
+        left = left_of(coefficients, masks.relative, masks.hidden, cost, v)
+        rest = left.sum(-1) / masks.count
+        if coefficients.by_draws is not None:
+            slope = hats(masks.relative) @ coefficients.by_draws
+            rest = rest - slope * self._by_draws(rows, masks, left, coefficients.shrink)
+        _add(found, masks, rest)
+        for length in set(masks.length.tolist()):
+            found[masks.length == length] += _curve_in_cells(coefficients, length)
+        by_token = ((masks.width / masks.count)[..., None] * cost).sum(2)
+        error = by_token.std(1) / math.sqrt(plan.replicates)
+        return [found, by_token.mean(1), error]
+
+    def _by_draws(self, rows: Sequence[int], masks: Masks, left: Tensor, shrink: float) -> Tensor:
+        """Return how hard hidden tokens are by earlier masks of the text, (B, R, n).
+
+        Earlier masks are those of other permutations, drawn before; so a mask is still uniform
+        given them, the mean over it is zero, and replicates are uncorrelated: each is corrected by
+        those before it, and their spread gives the error without bias.
+        """
+        hidden = masks.hidden.double()
+        # sums over the replicates before, and within a replicate over the permutations before
+        total, number = left.sum(2), hidden.sum(2)
+        sums = (total.cumsum(1) - total)[:, :, None].expand(left.shape).clone()
+        seen = (number.cumsum(1) - number)[:, :, None].expand(left.shape).clone()
+        order = masks.order
+        for i in range(1, order.shape[2]):
+            before = (order[..., :i] < order[..., i : i + 1]).double()
+            sums[:, :, i] += torch.einsum("brm,brmd->brd", before, left[:, :, :i])
+            seen[:, :, i] += torch.einsum("brm,brmd->brd", before, hidden[:, :, :i])
+        harder = predicted(sums, seen, shrink)
+        b, r, n, d = harder.shape
+        centred = self._centred(harder.reshape(b, r * n, d), rows).view(b, r, n, d)
+        return (hidden * centred).sum(-1) / masks.count
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of masks with the same number of hidden tokens of the same text.
+
+    Args:
+        each: pairs of a text, with different numbers of hidden tokens.
+        share: l/L of each pair, (Q,), text after text.
+        count: l, (Q,).
+        places: whether a place is scored, (Q, D).
+        hidden: whether a token is hidden in each mask, (Q, 2, D).
+        cost: of hidden tokens, (Q, 2, D), nats.
+        v: variates of them, (Q, 2, D, F).
+    """
+
+    each: int
+    share: Tensor
+    count: Tensor
+    places: Tensor
+    hidden: Tensor
+    cost: Tensor
+    v: Tensor
+
+    def coefficients(self, surrogate: bool, variates: int, draws: bool) -> Coefficients:
+        """Return the coefficients that suit these pairs.
+
+        Args:
+            surrogate: use the surrogate.
+            variates: F, the last so many variates.
+            draws: use other draws of the same text.
+        """
+        count = self.count[:, None]
+        v = self.v[..., self.v.shape[-1] - variates :]
+        cost, mean = self.cost.sum(-1) / count, v.sum(2) / count[..., None]
+        first = fit(self.share, self.count, cost, mean, surrogate)
+        if not draws:
+            return first
+        share = self.share[:, None].expand(-1, 2)
+        left = left_of(first, share, self.hidden, self.cost, v)
+        other, hides = self._of_others(left), self._of_others(self.hidden)
+        kappa = shrinkage(left, other, self.hidden & hides)
+        if not math.isfinite(kappa):
+            return first
+        hidden = self.hidden.double()
+        harder = predicted(other, hides.double(), kappa)
+        places = self.places[:, None].double()
+        centre = (harder * places).sum(-1, keepdim=True) / places.sum(-1, keepdim=True)
+        by_draws = (hidden * (harder - centre)).sum(-1) / count
+        second = fit(self.share, self.count, left.sum(-1) / count, by_draws[..., None], False)
+        curve = first.curve + second.curve
+        return replace(
+            first, curve=curve, spread=second.spread, by_draws=second.slopes[0], shrink=kappa
+        )
+
+    def _of_others(self, v: Tensor) -> Tensor:
+        """Return for each mask those numbers, (Q, 2, D), of one of another count and permutation.
+
+        Draws of a text differ in their counts, and what is hard with many hidden tokens need not
+        be with few.
+        """
+        return v.flip(1).unflatten(0, (-1, self.each)).roll(1, 1).flatten(0, 1)
+
+
+def left_of(
+    coefficients: Coefficients, share: Tensor, hidden: Tensor, cost: Tensor, v: Tensor
+) -> Tensor:
+    """Return what variates and curve leave of the costs of hidden tokens, shape of `cost`.
+
+    Args:
+        coefficients: of the variates.
+        share: l/L of each mask, (...).
+        hidden: whether a token is hidden, (..., D).
+        cost: of hidden tokens, (..., D).
+        v: their variates, (..., D, F).
+    """
+    basis = hats(share)
+    known = (v * (basis @ coefficients.slopes.T)[..., None, :]).sum(-1)
+    return (cost - known - (basis @ coefficients.curve)[..., None]) * hidden
+
+
+def texts_of_a_task(model: Model, masks: int) -> int:
+    """Return how many texts a task has, of so many masks each: some network calls' worth."""
+    return max(1, min(TASK, max(FEWEST, CALLED * model.rows)) // masks)
+
+
+def _add(cells: Tensor, masks: Masks, cost: Tensor) -> None:
+    """Add weighted costs, (B, R, n), to the cells of their masked shares, (B, R, CELLS)."""
+    cell = (masks.share * CELLS).long().clamp(max=CELLS - 1)
+    cells.scatter_add_(2, cell, masks.width * cost)
+
+
+def _curve_in_cells(coefficients: Coefficients, length: int) -> Tensor:
+    """Return Σ_l b(l) P(u in cell|l), (CELLS,)."""
+    from scipy.special import betainc  # here: scipy takes longer to import than nelbo
+
+    count, edges = np.arange(1, length + 1)[:, None], np.linspace(0, 1, CELLS + 1)
+    inside = torch.from_numpy(np.diff(betainc(count, length - count + 1, edges)))
+    share = torch.from_numpy(count[:, 0] / length)
+    return (hats(share) @ coefficients.curve) @ inside
+
+
+def token_costs(model: Model, batch: Batch, masks: Masks) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield numbers of masks, (m,), with the costs of their hidden tokens, (m, D), nats.
+
+    Args:
+        model: a masked model.
+        batch: B examples.
+        masks: of them; the B R n masks are numbered in order.
+    """
+    shape, process = masks.count.shape, model.process
+    hidden, share = masks.hidden.flatten(0, 2), masks.share.flatten()
+    of = torch.arange(shape[0]).repeat_interleave(shape[1] * shape[2])
+    for some in torch.arange(len(hidden)).split(model.rows):
+        part = batch[of[some].to(batch.x.device)].to(model.device)
+        inside = hidden[some].to(model.device).view(part.x.shape)
+        z = torch.where(inside, process.codes, part.x)
+        t = time_of_share(model, share[some].to(model.device))
+        symbols = model.predict(z, t, part.condition).symbols(z, process.codes)
+        cost = torch.where(inside, -symbols.log_prob(part.x, inside).double(), 0.0)
+        yield some, cost.flatten(1).cpu()
+
+
+def _joined(parts: Iterator[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
+    return torch.cat([cost for _, cost in parts]).view(shape)
+
+
+def price_of(model: Model, surrogate: Model, batch: Batch) -> float:
+    """Return the price of a mask read by the surrogate, in calls of the model.
+
+    It is the share of the floating-point operations of a call, and at least FREE.
+    """
+    counts, fast = [], torch.backends.mha.get_fastpath_enabled()
+    one = batch[torch.zeros(1, dtype=torch.long)]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # whose operations are not counted
+        for each in (model, surrogate):
+            part, t = one.to(each.device), torch.ones(1, dtype=torch.float64, device=each.device)
+            z = torch.full_like(part.x, each.process.codes)
+            with FlopCounterMode(display=False) as counter:
+                each.predict(z, t, part.condition)
+            counts.append(counter.get_total_flops())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return max(FREE, counts[1] / max(counts[0], 1))

@@ -1,0 +1,145 @@
+"""An evaluation that is interrupted continues where it stood, to the same bits and calls."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from evaluation.test_masks import tiny
+from integrations.test_huggingface import write
+from support.commands import nelbo_fails, run_ok
+from support.known_models import gaussian
+
+import nelbo
+from nelbo._utils.files import read_tensors
+from nelbo.evaluation import mask_estimator
+
+TEXTS = [[0, 1, 2], [1, 1], [3, 1, 2, 0, 1], [2, 0, 1, 1]] * 6
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Tasks of few texts."""
+    monkeypatch.setattr(mask_estimator, "CALLED", 0)
+    monkeypatch.setattr(mask_estimator, "FEWEST", 100)
+
+
+def stopping(model, calls):
+    """Let the network of a model stop after some calls."""
+    left = [calls]
+
+    def hook(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise StoppedError
+
+    return model.network.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("calls", [1, 9])
+def test_it_continues_where_it_stood(tmp_path, small, calls):
+    """After any number of network calls, with a surrogate and the order beside it."""
+    model, path = tiny(4), tmp_path / "kept"
+    options = {"calls": 32, "surrogate": tiny(4), "sampler": "greedy", "per_example": True}
+    whole = nelbo.evaluate(model, TEXTS, **options, resume=tmp_path / "other")
+    assert whole.nats == nelbo.evaluate(model, TEXTS, **options).nats
+    hook = stopping(model, calls)
+    with pytest.raises(StoppedError):
+        nelbo.evaluate(model, TEXTS, **options, resume=path)
+    hook.remove()
+    made = []
+    counter = model.network.register_forward_hook(lambda net, given, out: made.append(1))
+    again = nelbo.evaluate(model, TEXTS, **options, resume=path)
+    counter.remove()
+    assert again.to_dict() == whole.to_dict()
+    for name, array in again.to_arrays().items():
+        np.testing.assert_array_equal(array, whole.to_arrays()[name])
+    made_again = []
+    counter = model.network.register_forward_hook(lambda net, given, out: made_again.append(1))
+    third = nelbo.evaluate(model, TEXTS, **options, resume=path)  # all is known by now
+    counter.remove()
+    assert third.to_dict() == whole.to_dict() and len(made_again) < len(made)
+
+
+def test_another_evaluation_is_refused(tmp_path):
+    """Other options, seeds, data or weights than those of the file."""
+    model, path = tiny(4), tmp_path / "kept"
+    nelbo.evaluate(model, TEXTS[:4], calls=8, resume=path)
+    for what, change in {
+        "calls": lambda: nelbo.evaluate(model, TEXTS[:4], calls=9, resume=path),
+        "seed": lambda: nelbo.evaluate(model, TEXTS[:4], calls=8, seed=1, resume=path),
+        "data": lambda: nelbo.evaluate(model, TEXTS[:3], calls=8, resume=path),
+        "model": lambda: nelbo.evaluate(tiny(5), TEXTS[:4], calls=8, resume=path),
+    }.items():
+        with pytest.raises(ValueError, match=f"another evaluation: its {what} is .*, and here"):
+            change()
+    with pytest.raises(ValueError, match="resume is for masked models in continuous time"):
+        nelbo.evaluate(gaussian().model, torch.zeros(4, 2), calls=8, resume=path)
+    with pytest.raises(ValueError, match="resume is for the bound; leave"):
+        nelbo.evaluate(model, TEXTS[:4], steps=2, importance_samples=2, resume=path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is truncated, damaged"):
+        nelbo.evaluate(model, TEXTS[:4], calls=8, resume=path)
+
+
+SCRIPT = """
+import sys, torch
+from nelbo.cli import main
+from nelbo.evaluation import mask_estimator
+from nelbo.integrations.token_network import TokenNetwork
+mask_estimator.CALLED, mask_estimator.FEWEST = 0, 100
+torch.set_num_threads(1)
+before, seen = TokenNetwork.forward, [0]
+def slow(self, *given):
+    seen[0] += 1
+    if seen[0] == 5:
+        print("begun", flush=True)
+        import time
+        time.sleep(60)
+    return before(self, *given)
+TokenNetwork.forward = slow
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow  # another process imports all
+def test_the_command_after_sigterm(tmp_path, capsys, small):
+    """`--resume` writes what was measured when SIGTERM comes; `--save` is then the same too."""
+    home = write(tmp_path / "m")
+    (tmp_path / "a.txt").write_text("abcdab\nab\nbbA\n" * 4)
+    command = ["evaluate", f"hf:{home}", "--data", tmp_path / "a.txt", "--lines", "--calls", 8]
+    command += ["--sampler", "margin", "--json"]
+    kept, save = tmp_path / "kept", tmp_path / "a.npz"
+    words = [*map(str, command), "--resume", str(kept)]
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *words], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout.readline() == "begun\n"
+        time.sleep(0.1)
+        os.kill(child.pid, signal.SIGTERM)
+        assert child.wait(30) == 128 + signal.SIGTERM
+    tensors, about = read_tensors(kept, hashed=True)
+    known = sum(1 for name in tensors if name.endswith("calls"))
+    assert known >= 1 and about["seed"] == "0"
+    run_ok(*command, "--save", save, "--resume", tmp_path / "other")
+    whole, arrays = json.loads(capsys.readouterr().out), dict(np.load(save))
+    kept_before = kept.read_bytes()
+    line = nelbo_fails(capsys, *command, "--resume", kept, "--seed", 1)
+    assert "its seed is 0, and here 1" in line and kept.read_bytes() == kept_before
+    run_ok(*command, "--resume", kept)  # per example was not asked for, so it is another
+    assert json.loads(capsys.readouterr().out)["model_hash"] == whole["model_hash"]
+    run_ok(*command, "--resume", kept)
+    again = json.loads(capsys.readouterr().out)
+    run_ok(*command)
+    assert again == json.loads(capsys.readouterr().out)
+    assert {"nats_per_token", "token_nats", "token_standard_error"} <= arrays.keys()
+    assert arrays["token_nats"].shape == (12, 8)
