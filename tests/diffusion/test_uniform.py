@@ -378,6 +378,39 @@ def test_no_table_of_all_symbols_is_made():
     assert ((found[0] - found[1]).abs() < 6 * 1e-5).all()
 
 
+def test_what_is_beyond_a_shorter_text_costs_nothing():
+    """x and z are K there; the numbers of the others are as if the text ended before."""
+    process = UniformDiffusion(PowerAlpha(2.0), 5, as_codes=True)
+    with seeded(9):
+        logits, x = torch.randn(2, 6, 5, dtype=torch.float64), torch.randint(5, (2, 6))
+        s, t = torch.tensor([[0.2, 0.5], [0.4, 0.95]]).double()
+        x[:, 4:] = process.absent
+        z = process.marginal(x, t).sample()
+        before = process.posterior(z, x, s, t).sample()
+    assert (z[:, 4:] == 5).all() and (z[:, :4] < 5).all()
+    found = []
+    for part in (slice(None), slice(4)):
+        a, b, c = x[:, part], z[:, part], before[:, part]
+        prediction = SymbolLogits(5)(logits[:, part], b, t, process)
+        q, p = process.posterior(b, a, s, t), process.predicted_posterior(b, prediction, s, t)
+        decoder = process.likelihood(prediction, b, t)
+        prior = process.prior(a.shape[1:], t)
+        costs = (
+            process.marginal(a, t).log_prob(b),
+            kl_divergence(process.marginal(a, t), prior),
+            prior.log_prob(b),
+            q.log_prob(c),
+            kl_divergence(q, p),
+            process.predicted_rate(b, a, prediction, t),
+            decoder.log_prob(a).sum(1),
+        )
+        found.append(torch.stack(costs))
+        drawn = (draw(v)[:, 4:] for v in (p, decoder))
+        assert all((each == 5).all() for each in drawn)
+    torch.testing.assert_close(*found)
+    assert (found[0] != 0).all()
+
+
 def test_what_is_known_is_certain():
     q = UniformDiffusion(PowerAlpha(2.0), 4).marginal(torch.tensor([[1, 2]]), torch.tensor([0.5]))
     assert isinstance(q.base_dist.source, Certain) and math.isclose(

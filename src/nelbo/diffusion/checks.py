@@ -67,8 +67,8 @@ def check_examples(model: "Model", x: Tensor) -> None:
         rows, at = x[first : first + size].flatten(1), 0
         for codes, part in zip(legal, process.split(rows), strict=True):
             wrong = _not_a_number(part, of_columns) if codes is None else _no_code(part, codes)
-            if process.as_codes:
-                wrong &= part != process.mask  # beyond the end of a shorter text
+            if process.absent is not None:
+                wrong &= part != process.absent
             if wrong.any():
                 _refuse(part, wrong, codes, first, at)
             at += part.shape[1]

@@ -59,6 +59,7 @@ class Masking(ForwardProcess):
             raise ValueError(f"levels must be at least 2; got {count}")
         self.count = self.mask = self.codes = count
         self.as_codes, self.channels = as_codes, 1 if as_codes else count + 1
+        self.absent = count if as_codes else None
 
     @abstractmethod
     def times_of_places(self, t: Tensor, shape: Shape) -> Tensor:

@@ -78,13 +78,13 @@ class Model(nn.Module):
 
     def scored_places(self, batch: Batch) -> Tensor:
         """Return a mask of the dimensions whose cost the bound counts, shape of the examples."""
-        if self.process.as_codes and (absent := self.process.mask) is not None:
-            return batch.x != absent
+        if self.process.absent is not None:
+            return batch.x != self.process.absent
         return torch.ones(batch.x.shape, dtype=torch.bool)
 
     def scored(self, batch: Batch) -> float:
         """Return the mean number of dimensions of an example whose cost the bound counts."""
-        if self.process.as_codes:
+        if self.process.absent is not None:
             return self.scored_places(batch).sum().item() / max(1, len(batch))
         return self.dims
 

@@ -64,6 +64,8 @@ class ForwardProcess(nn.Module, ABC):
     mask: int | None = None
     #: whether a network gets the codes of z, of one channel, and embeds them itself
     as_codes: bool = False
+    #: code of x and z beyond the end of a shorter example, which costs nothing; None for none
+    absent: int | None = None
     #: whether the process has a probability flow, a deterministic path from noise to data
     has_flow: bool = False
     #: name of the posterior as a reverse kernel, in comparisons

@@ -54,10 +54,15 @@ class Symbols(Discrete):
     def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
         """Return log P(value), shape of value; anything outside of `where`, booleans."""
 
-    def excess(self, log_odds: Tensor) -> Tensor:
-        """Return Σ_k log(1 + e^log_odds P_k), shape of log_odds and of the places, float64."""
+    def read(self, values: Tensor, log_odds: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and Σ_k log(1 + e^log_odds P_k), float64, in one pass.
+
+        Args:
+            values: symbols, (E, ...), of which E log-probabilities are asked at each place.
+            log_odds: shape of the places.
+        """
         table = self.log_probs + log_odds[..., None].to(self.log_probs.dtype)
-        return log1pexp(table).sum(-1, dtype=torch.float64)
+        return self.log_prob(values), log1pexp(table).sum(-1, dtype=torch.float64)
 
     @abstractmethod
     def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
@@ -90,8 +95,8 @@ class Certain(Symbols):
         return (value == self.symbols).double().log()
 
     @override
-    def excess(self, log_odds: Tensor) -> Tensor:
-        return log1pexp(log_odds.double())
+    def read(self, values: Tensor, log_odds: Tensor) -> tuple[Tensor, Tensor]:
+        return self.log_prob(values), log1pexp(log_odds.double())
 
     @override
     def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:
@@ -204,21 +209,32 @@ class Predicted(Symbols):
     @override
     def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
         value = value.long().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
-        extra = value.ndim - len(self.batch_shape)
-        found = (value == self.symbols).to(self.dtype).log()
-        for places, log_probs in self.rows(_any(where, extra)):
-            at: tuple[EllipsisType | Tensor, ...] = (..., *places)
-            asked = value[at].reshape(-1, len(log_probs)).T.clamp(max=self.count - 1)  # (n, E)
-            found[at] = log_probs.gather(1, asked).T.reshape(*value.shape[:extra], -1)
+        found = self._of_shown(value)
+        for places, log_probs in self.rows(_any(where, value.ndim - len(self.batch_shape))):
+            self._gather(found, value, places, log_probs)
         return torch.where(value == self.count, 0.0, found)
 
     @override
-    def excess(self, log_odds: Tensor) -> Tensor:
-        found = log1pexp(log_odds.double())  # where the symbol is certain
+    def read(self, values: Tensor, log_odds: Tensor) -> tuple[Tensor, Tensor]:
+        found, total = self._of_shown(values), log1pexp(log_odds.double())
         for places, log_probs in self.rows():
+            self._gather(found, values, places, log_probs)
             terms = log1pexp(log_probs + log_odds[places][:, None].to(self.dtype))
-            found[places] = terms.sum(-1, dtype=torch.float64)
-        return found
+            total[places] = terms.sum(-1, dtype=torch.float64)
+        return torch.where(values == self.count, 0.0, found), total
+
+    def _of_shown(self, value: Tensor) -> Tensor:
+        """Return log-probabilities where the symbol shows."""
+        return (value == self.symbols).to(self.dtype).log()
+
+    def _gather(
+        self, found: Tensor, value: Tensor, places: tuple[Tensor, ...], log_probs: Tensor
+    ) -> None:
+        """Write log-probabilities of the values at some places, of (n, K), into `found`."""
+        at: tuple[EllipsisType | Tensor, ...] = (..., *places)
+        asked = value[at].reshape(-1, len(log_probs)).T.clamp(max=self.count - 1)  # (n, E)
+        extra = value.shape[: value.ndim - len(self.batch_shape)]
+        found[at] = log_probs.gather(1, asked).T.reshape(*extra, -1)
 
     @override
     def inverse(self, u: Tensor, where: Tensor | None = None) -> Tensor:

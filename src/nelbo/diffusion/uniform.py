@@ -20,6 +20,7 @@ so that no table of all symbols at all places is made.
 """
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,14 +68,23 @@ class MaybeReplaced(Discrete):
 
     @override
     def log_prob(self, value: Tensor) -> Tensor:
-        return torch.logaddexp(self.log_kept + self.source.log_prob(value), self.log_each)
+        return self._replaced(self.source.log_prob(value), value)
 
-    def log_ratios(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return Σ_j log( P_j K/(1-α) ) of all symbols j but x and z, shape of both, float64."""
-        each = self.log_each
-        total = self.source.excess((self.log_kept - each).expand(self.batch_shape))
-        of_x = torch.where(x == z, 0.0, self.log_prob(x) - each)
-        return total - (self.log_prob(z) - each) - of_x
+    def _replaced(self, log_p: Tensor, value: Tensor) -> Tensor:
+        found = torch.logaddexp(self.log_kept + log_p, self.log_each)
+        return torch.where(value == self.count, 0.0, found)  # beyond the end of a shorter text
+
+    def read(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what divergences take, of the places, (...) each, in one pass.
+
+        Returns:
+            log P_x, log P_z, and Σ_j log( P_j K/(1-α) ) of all other symbols j, float64.
+        """
+        each, values = self.log_each, torch.stack([x, z])
+        log_p, total = self.source.read(values, (self.log_kept - each).expand(self.batch_shape))
+        at_x, at_z = self._replaced(log_p, values)
+        rest = total - (at_z - each) - torch.where(x == z, 0.0, at_x - each)
+        return at_x, at_z, torch.where(z == self.count, 0.0, rest)
 
     def choose(self, u: Tensor) -> Tensor:
         """Return a symbol for each uniform u in [0, 1), shape of u."""
@@ -82,6 +92,8 @@ class MaybeReplaced(Discrete):
         keep = u < kept
         of_source = self.source.inverse(torch.where(keep, u / kept, 0.0), keep)
         rest = torch.where(keep, 0.0, (u - kept) / (1 - kept))
+        if isinstance(self.source, Certain):  # nothing is there beyond the end of a shorter text
+            keep = keep | (self.source.symbols == self.count)
         return torch.where(keep, of_source, (rest * self.count).long().clamp(max=self.count - 1))
 
     @override
@@ -110,30 +122,38 @@ class Bridge(Discrete):
         self.before, self.z = before, z.long()
         self.log_kept = log_kept
         self.log_each = log_replaced - math.log(before.count)
-        self.at_z = before.log_prob(self.z)
-        self.log_norm = torch.logaddexp(log_kept + self.at_z, self.log_each)
         Distribution.__init__(self, z.shape, validate_args=False)
 
-    def _of_step(self, stays: Tensor) -> Tensor:
-        """Return log( r [stays] + (1-r)/K ) - log of the norm."""
-        kept = torch.where(stays, self.log_kept, -torch.inf)
-        return torch.logaddexp(kept, self.log_each) - self.log_norm
+    @cached_property
+    def at_z(self) -> Tensor:
+        """log P(z_s = z_t) of `before`."""
+        return self.before.log_prob(self.z)
+
+    def norm(self, at_z: Tensor) -> Tensor:
+        """Return log( r P(z_s = z_t) + (1-r)/K ), from the log of this P."""
+        return torch.logaddexp(self.log_kept + at_z, self.log_each)
+
+    def of_step(self, stays: Tensor) -> Tensor:
+        """Return log( r [stays] + (1-r)/K )."""
+        return torch.logaddexp(torch.where(stays, self.log_kept, -torch.inf), self.log_each)
 
     @property
     def log_probs(self) -> Tensor:  # type: ignore[override]
         """The table of all log-probabilities, (..., K)."""
         stays = one_hot(self.z, self.before.count).bool().movedim(-1, 0)
-        return self.before.log_probs + self._of_step(stays).movedim(0, -1)
+        of_step = self.of_step(stays) - self.norm(self.at_z)
+        return self.before.log_probs + of_step.movedim(0, -1)
 
     @override
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.before.log_prob(value) + self._of_step(value == self.z)
+        of_step = self.of_step(value == self.z) - self.norm(self.at_z)
+        return self.before.log_prob(value) + of_step
 
     @override
     def draw(self, shape: Shape, shard: BatchShard | None) -> Tensor:
         u = rand(shape, shard, dtype=torch.float64, device=self.z.device)
-        stay = (self.log_kept + self.at_z - self.log_norm).exp()
-        stays = u < stay
+        stay = (self.log_kept + self.at_z - self.norm(self.at_z)).exp()
+        stays = (u < stay) | (self.z == self.before.count)
         moved = self.before.choose(torch.where(stays, 0.0, (u - stay) / (1 - stay)))
         return torch.where(stays, self.z, moved)
 
@@ -150,7 +170,7 @@ def _kl_to_uniform(p: MaybeReplaced, q: Uniform) -> Tensor:
         return math.log(p.count) - torch.special.entr(p.log_probs.exp()).sum(-1)
     count, kept, each = p.count, p.log_kept.exp(), p.log_each.exp()
     same = xlog1py(kept + each, kept * (count - 1)) + xlog1py((count - 1) * each, -kept)
-    return same.expand(p.batch_shape)
+    return torch.where(p.source.symbols == count, 0.0, same)
 
 
 @register_kl(Bridge, Bridge)
@@ -160,17 +180,16 @@ def _kl_bridges(p: Bridge, q: Bridge) -> Tensor:
         log_p, log_q = p.log_probs, q.log_probs
         return (log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p - log_q)).sum(-1)
     x, z = known.symbols, p.z
-    at_x = p.before.log_prob(x), q.before.log_prob(x)
-    others = p.before.log_ratios(x, z), q.before.log_ratios(x, z)
-    weight_of_x = torch.where(x == z, -torch.inf, p.log_prob(x))
-    parts = (
-        (p.log_prob(z), p.at_z - q.at_z),
-        (weight_of_x, at_x[0] - at_x[1]),
-        (p.log_each + p.before.log_each - p.log_norm, others[0] - others[1]),
+    (p_x, p_z, p_rest), (q_x, q_z, q_rest) = (v.before.read(x, z) for v in (p, q))
+    norm, stays = p.norm(p_z), torch.ones_like(z, dtype=torch.bool)
+    parts = (  # log-probabilities of z_t, of x and of each other symbol, with log-ratios
+        (p_z + p.of_step(stays) - norm, p_z - q_z),
+        (torch.where(x == z, -torch.inf, p_x + p.of_step(~stays) - norm), p_x - q_x),
+        (p.before.log_each + p.of_step(~stays) - norm, p_rest - q_rest),
     )
-    total = q.log_norm - p.log_norm
-    for weight, ratio in parts:
-        total = total + weight.exp() * torch.where(weight == -torch.inf, 0.0, ratio)
+    total = q.norm(q_z) - norm
+    for log_p, ratio in parts:
+        total = total + log_p.exp() * torch.where(log_p == -torch.inf, 0.0, ratio)
     return total
 
 
@@ -183,7 +202,8 @@ class UniformDiffusion(ForwardProcess):
         schedule: γ(t), with α_t = sigmoid(-γ(t)); its ends may be infinite.
         count: the number K of symbols.
         as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
-            it gets K channels, of which that of the symbol is 1.
+            it gets K channels, of which that of the symbol is 1. Examples may then be shorter than
+            others: x and z are K beyond their end, which costs nothing.
     """
 
     posterior_name = "categorical step"
@@ -194,6 +214,7 @@ class UniformDiffusion(ForwardProcess):
             raise ValueError(f"levels must be at least 2; got {count}")
         self.count = self.codes = count
         self.as_codes, self.channels = as_codes, 1 if as_codes else count
+        self.absent = count if as_codes else None
 
     @override
     def embed(self, x: Tensor) -> Tensor:
@@ -263,12 +284,11 @@ class UniformDiffusion(ForwardProcess):
         t = torch.where(inside, t, 0.5)
         z, x = z.long(), e.long()
         m, m_hat = (self._marginal(v, t) for v in (Certain(x, self.count), symbols))
-        at_z, at_x = m.log_prob(z), m.log_prob(x)
-        hat_z, hat_x = m_hat.log_prob(z), m_hat.log_prob(x)
+        (at_x, at_z, rest), (hat_x, hat_z, hat_rest) = (v.read(x, z) for v in (m, m_hat))
         apart = x != z
         of_x = (at_x - at_z).exp() * ((at_x - hat_x) - (at_z - hat_z))
         others = self.count - 1 - apart.double()
-        log_ratios = m.log_ratios(x, z) - m_hat.log_ratios(x, z) - others * (at_z - hat_z)
+        log_ratios = rest - hat_rest - others * (at_z - hat_z)
         of_others = (m.log_each - at_z).exp() * log_ratios
         lost = (-at_z).exp() * torch.expm1(at_z - hat_z)
         each = torch.where(apart, of_x, 0.0) + of_others + lost
