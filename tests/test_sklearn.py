@@ -460,6 +460,7 @@ def law_of_two(rows, seed):
     return x[:, None], np.log(density).mean()
 
 
+@pytest.mark.slow
 def test_a_mixture_is_told_as_well_as_it_can_be():
     (x, _), (new, truth) = law_of_two(2000, 0), law_of_two(2000, 1)
     model = DiffusionDensity(random_state=0).fit(x)

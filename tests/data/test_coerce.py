@@ -171,6 +171,7 @@ def test_batches_are_held_in_a_file_and_not_in_memory(tmp_path, monkeypatch):
     import weakref
 
     alive = []
+    gc.freeze()  # of what other tests left
 
     def batches():
         for i in range(6):
@@ -183,6 +184,7 @@ def test_batches_are_held_in_a_file_and_not_in_memory(tmp_path, monkeypatch):
     array = spilled(batches())
     assert isinstance(array, np.memmap) and array.shape == (300, 3)
     assert load(batches()).schema.kind == "real"
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(

@@ -74,12 +74,21 @@ def test_the_interval_covers(name, steps):
     check_coverage(known, known.examples(examples), times, calls)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("times", [ContinuousTime(), TimeGrid.uniform(4)], ids=["continuum", "4"])
-def test_all_estimators_agree(name, times):
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        pytest.param("gaussian", 4, id="gaussian, 4 steps"),
+        pytest.param("symbols", None, id="symbols"),
+        pytest.param("levels", None, id="levels"),
+        pytest.param("gaussian", None, id="gaussian", marks=pytest.mark.slow),
+        pytest.param("symbols", 4, id="symbols, 4 steps", marks=pytest.mark.slow),
+        pytest.param("levels", 4, id="levels, 4 steps", marks=pytest.mark.slow),
+    ],
+)
+def test_all_estimators_agree(name, steps):
     """Full sum, single draws, low-discrepancy draws, importance and control variates at many
     numbers of calls: all within 4 of their own errors of the truth."""
-    known = MODELS[name]()
+    known, times = MODELS[name](), ContinuousTime() if steps is None else TimeGrid.uniform(steps)
     x = known.examples(8)
     rows = as_examples(x)
     truth = known.bound(x, times).sum(1).mean().item()
@@ -171,7 +180,7 @@ def test_the_interval_of_few_calls_covers():
     check_intervals([in_nats(r) for r in found], truth)
 
 
-@pytest.mark.parametrize("name", ["levels", "symbols"])
+@pytest.mark.parametrize("name", ["symbols", pytest.param("levels", marks=pytest.mark.slow)])
 def test_each_example_has_its_own_error(name):
     """Over 30 seeds the spread of an example's bound is what was stated for it, on average over
     the examples, and its mean is its truth."""

@@ -163,7 +163,11 @@ def errors_away(model: Model, x: Tensor, exact: float, **how: object) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("betas", "variance"), [(LINEAR, "small"), (COSINE, "large")], ids=["linear", "cosine"]
+    ("betas", "variance"),
+    [
+        pytest.param(LINEAR, "small", id="linear", marks=pytest.mark.slow),
+        pytest.param(COSINE, "large", id="cosine"),
+    ],
 )
 def test_the_error_knows_of_few_steps_that_carry_the_cost(betas, variance):
     """At the default calls 16 images are measured without a pilot, by fewer draws than there are

@@ -22,15 +22,16 @@ from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.per_dimension import by_dimension
-from nelbo.report import studies
+from nelbo.report import sections, studies
 from nelbo.report.figures import readable
 from nelbo.report.sections import train_command, training
-from nelbo.report.studies import STEPS, measure_steps, trajectory
+from nelbo.report.studies import measure_steps, trajectory
 from nelbo.runs import grids
 from nelbo.runs.pilot_cache import Pilots
 from nelbo.runs.train import train
 from nelbo.sampling.samplers import ancestral
 
+STEPS = (2, 4, 8)
 SMALL = {"steps": 5, "batch": 16, "width": 8, "depth": 1, "evaluate_every": 5}
 
 
@@ -67,6 +68,8 @@ def _quick_grids():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grids, "best_grid", early)
         patch.setattr(studies, "CODED_STEPS", (2, 3))
+        for module in (studies, sections):
+            patch.setattr(module, "STEPS", STEPS)
         yield
 
 

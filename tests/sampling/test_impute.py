@@ -53,6 +53,7 @@ class Best(nn.Module):
         return self.one * alpha[:, None].sqrt() * right @ self.cov
 
 
+@pytest.mark.slow
 def test_weighted_particles_draw_from_the_conditional_law():
     """x_2|x_1 = 2 is N(2ρ, 1-ρ²), to the error of the draws; one particle is far from it."""
     decoder = GaussianDensity(Affine(), 0.05).requires_grad_(False)
