@@ -46,6 +46,26 @@ def test_all_kinds_of_a_folder_are_read(tmp_path):
     assert len(load_like(tmp_path / "x.tar", load(tmp_path / "x.tar").schema).splits["all"]) == 6
 
 
+def test_images_of_fewer_channels_are_counted(tmp_path):
+    """Grey among colours, colours among transparent ones; and grey to a model of colours."""
+    for i in range(4):
+        Image.fromarray(grey := pixels()).save(tmp_path / f"a{i}.png")
+    assert not any("channels" in note for note in load(tmp_path).notes)
+    like = load_like(tmp_path, Schema("levels", (3, H, W), 256))
+    assert (like.splits["all"][3].numpy() == grey).all()
+    words = "of the {} images have fewer than {} channels: grey is repeated for each colour"
+    assert any("4 " + words.format(4, 3) in note for note in like.notes)
+    for i in range(6):
+        Image.fromarray(pixels(H, W, 3)).save(tmp_path / f"b{i}.png")
+    assert any("4 " + words.format(10, 3) in note for note in load(tmp_path).notes)
+    Image.fromarray(pixels(H, W, 4)).save(tmp_path / "c.png")
+    found = load(tmp_path)
+    assert found.schema.shape == (4, H, W)
+    assert any("10 " + words.format(11, 4) in note for note in found.notes)
+    with pytest.raises(ValueError, match="channel|shape"):
+        load_like(tmp_path, Schema("levels", (1, H, W), 256))
+
+
 def test_images_of_print_are_read_and_said(tmp_path):
     """CMYK, which cameras do not write and print shops do, and another end of the name of a JPEG;
     their colours are those that the four inks leave."""

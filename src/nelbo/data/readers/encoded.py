@@ -184,6 +184,7 @@ def read_images(
             is None.
     """
     notes, channels, packed, seen = list(notes), form.channels, 0, Counter[str]()
+    narrower = Counter[int]()
     first: tuple[Pictures, tuple[int, int]] | None = None
     for images in groups.values():
         for i in range(len(images)):
@@ -192,6 +193,7 @@ def read_images(
             size, packed = look.size, packed + len(content)
             seen += Counter(sixteen=look.bits == 16, one=look.bits == 1, turned=look.turned)
             seen += Counter(several=look.frames > 1, further=look.frames - 1, printed=look.printed)
+            narrower[look.channels] += 1
             channels = max(channels, look.channels)
             first = first or (images, size)
             if form.size is None and size != first[1]:
@@ -226,6 +228,12 @@ def read_images(
         )
     if seen["printed"]:
         notes.append(f"{seen['printed']} images of CMYK taken as RGB, without a colour profile")
+    del narrower[channels]
+    if narrower:
+        notes.append(
+            f"{narrower.total()} of the {count} images have fewer than {channels} channels: grey is"
+            " repeated for each colour, and the alpha of opaque images is 255"
+        )
     if form.size is not None:
         notes.append(
             f"images cropped to the centred square and resampled to {form.size}x{form.size}"
