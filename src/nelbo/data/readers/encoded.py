@@ -231,8 +231,8 @@ def read_images(
     del narrower[channels]
     if narrower:
         notes.append(
-            f"{narrower.total()} of the {count} images have fewer than {channels} channels: grey is"
-            " repeated for each colour, and the alpha of opaque images is 255"
+            f"{narrower.total()} of the {count} images have fewer than {channels} channels: grey"
+            " is repeated for each colour, and the alpha of opaque images is 255"
         )
     if form.size is not None:
         notes.append(
