@@ -114,6 +114,23 @@ def test_codes_of_a_table_are_its_columns(tmp_path):
                 nelbo.evaluate(model, wrong)
 
 
+def test_missing_is_a_value_of_columns_that_have_it():
+    """NaN is a cell without a number where training, or a schema, had such cells; in any other
+    column its bound would be one of something that is no value of the model."""
+    pytest.importorskip("polars")
+    some = [None if i % 5 == 0 else i / 7 for i in range(40)]
+    found = data.load({"all": RNG.normal(size=40).tolist(), "some": some})
+    x = torch.cat(list(found.splits.values())).double()
+    model = untrained(found.schema, x)
+    assert nelbo.evaluate(model, x, calls=8).nats < float("inf")
+    wrong = x.clone()
+    wrong[3, 0] = np.nan
+    with pytest.raises(ValueError, match=r"row 3 of x has nan in dimension 0, .* finite"):
+        nelbo.evaluate(model, wrong)
+    with pytest.raises(ValueError, match=r"row 3 of x has nan in dimension 0, .* finite"):
+        nelbo.elbo(model, wrong)
+
+
 def test_reals_are_finite():
     x = torch.from_numpy(RNG.normal(size=(6, 3)))
     model = untrained(Schema("real", (3,), None), x)

@@ -50,10 +50,9 @@ def check_examples(model: "Model", x: Tensor) -> None:
     if x.dtype.is_complex:
         raise ValueError(f"x must be real numbers; got {x.dtype}")
     process = model.process
-    of_columns = not process.alike  # side by side in one tensor, of floats where one of them is
     legal = list(map(_legal, process.factors, model.head.factors))
     levels = [codes for codes in legal if codes is not None]
-    if levels and not of_columns and x.is_floating_point():
+    if levels and process.alike and x.is_floating_point():
         most = levels[0].shape[-1] - 1
         fix = "if x holds them already, x.long()"
         if x.numel() and x.min() >= 0 and x.max() <= 1:
@@ -65,8 +64,9 @@ def check_examples(model: "Model", x: Tensor) -> None:
     size = max(1, TOGETHER // model.dims)
     for first in range(0, len(x), size):
         rows, at = x[first : first + size].flatten(1), 0
-        for codes, part in zip(legal, process.split(rows), strict=True):
-            wrong = _not_a_number(part, of_columns) if codes is None else _no_code(part, codes)
+        groups = zip(model.head.factors, legal, process.split(rows), strict=True)
+        for head, codes, part in groups:
+            wrong = _not_a_number(part, head) if codes is None else _no_code(part, codes)
             if process.absent is not None:
                 wrong &= part != process.absent
             if wrong.any():
@@ -82,9 +82,9 @@ def _legal(process: "ForwardProcess", head: "Parametrization") -> Tensor | None:
     return allowed
 
 
-def _not_a_number(x: Tensor, of_columns: bool) -> Tensor:
-    """Mark infinite values, and NaN except in columns, where it means a missing cell."""
-    return x.isinf() if of_columns else ~x.isfinite()
+def _not_a_number(x: Tensor, head: "Parametrization") -> Tensor:
+    """Mark infinite values, and NaN except in columns where cells may be missing."""
+    return ~x.isfinite() & ~(x.isnan() & head.may_be_missing.to(x.device))
 
 
 def _no_code(x: Tensor, codes: Tensor) -> Tensor:

@@ -241,6 +241,11 @@ class Parametrization(nn.Module, ABC):
     def exclude_missing(self) -> None:
         """Give missing cells of a table probability zero from now on; does nothing here."""
 
+    @property
+    def may_be_missing(self) -> Tensor:
+        """Mask of the dimensions where NaN stands for a missing cell, (D or 1,): none here."""
+        return torch.zeros(1, dtype=torch.bool)
+
     def allowed(self) -> Tensor | None:
         """Return a mask of the codes of each dimension, (D, K); None for all of the process."""
         return None

@@ -256,6 +256,11 @@ class ContinuousMixture(Parametrization):
         e = self.transform(x + width.double() * within)
         return torch.where(e.isnan(), noise, e)
 
+    @property
+    @override
+    def may_be_missing(self) -> Tensor:
+        return torch.tensor([place.column.missing for place in self.places])
+
     @override
     def exclude_missing(self) -> None:
         """Give the component for missing numbers probability zero from now on."""
