@@ -177,7 +177,8 @@ def test_worse_than_uniform_by_its_number():
         (1.1, 2, True),
         (9.0, 0, 0),
     ):
-        line = worse_than_uniform(SimpleNamespace(bits_per_dim=bits), levels)
+        found = SimpleNamespace(bits_per_dim=bits, unit="bits/dim")
+        line = worse_than_uniform(found, levels)
         assert bool(line) == worse
     assert not worse_than_uniform(SimpleNamespace(bits_per_dim=None), 256)
 
