@@ -166,8 +166,10 @@ class TokenCosts(NamedTuple):
 class Evaluation(Measurement):
     """Mean bound on −log P(x) over examples, with its terms.
 
-    Terms and curve are in `unit`. `visited` is the number of examples that were measured: all of
-    `examples` or a random sample; then `per_example` is NaN for the others.
+    Terms and curve are in `unit`. The standard error is that of the sum of the terms: one term
+    may have a larger one, because a draw of one is none of another. `visited` is the number of
+    examples that were measured: all of `examples` or a random sample; then `per_example` is NaN
+    for the others.
     """
 
     terms: Terms
