@@ -5,7 +5,8 @@ RUN := runs/digits
 # how the packages are installed; other versions: INSTALL=".venv/bin/pip install"
 INSTALL ?= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Tests start many processes: bytecode is kept for them, also where the environment keeps none.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
+# A file's tests share what they prepare, and so one process.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: setup demo test test-slow test-lowest docs lint types wheel clean
 

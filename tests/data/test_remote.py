@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.commands import run_ok
 
 from nelbo import data
 from nelbo.data.remote import here
@@ -193,10 +193,7 @@ def test_a_run_is_trained_and_continued_at_its_url(tmp_path, monkeypatch):
     url, run = f"file://{tmp_path}/own/*.tar", tmp_path / "run"
     command = ["train", url, "--out", str(run), "--steps", "2", "--batch", "4", "--width", "8"]
     command += ["--depth", "1", "--evaluate-every", "2"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "nelbo", *command], capture_output=True, text=True, timeout=100
-    )
-    assert ended.returncode == 0, ended.stderr
+    run_ok(*command)
     assert read_config(run).source == url
     assert json.loads((run / "config.json").read_text())["data"]["source"] == url
     assert resume(run, steps=3).metrics[-1]["step"] == 3
