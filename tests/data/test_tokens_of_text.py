@@ -62,7 +62,7 @@ def test_a_run_of_tokens(tmp_path, file, capsys):
     """Train, evaluate per token, character and byte, sample, score, compress."""
     run = tmp_path / "run"
     run_ok("train", file, "--out", run, "--tokenizer", "bpe:300", *SIZE)
-    capsys.readouterr()
+    assert "bits/token" in capsys.readouterr().err
     kept = nelbo.load(run).config.schema.tokenizer
     assert kept.count == 300
     run_ok("evaluate", run, "--calls", 8, "--json")
@@ -80,6 +80,7 @@ def test_a_run_of_tokens(tmp_path, file, capsys):
     run_ok("evaluate", run, "--calls", 8, *other, "--sampler", "greedy")
     out = capsys.readouterr().out
     assert "bits per byte" in out and "greedy, 1 at a time" in out
+    assert "bits/token" in out and "bits/dim" not in out
     run_ok("sample", run, "--n", 3, "--steps", 2, "--grid", "uniform")
     assert len(capsys.readouterr().out.split("\n" + "-" * 72 + "\n")) == 4
     assert all(isinstance(s, str) for s in nelbo.load(run).sample(2, sampler="entropy"))
@@ -141,7 +142,11 @@ def test_what_is_refused(tmp_path, file, capsys):
         line = nelbo_fails(capsys, "train", file, "--out", tmp_path / "r", "--tokenizer", spec)
         assert why in line and not (tmp_path / "r").exists()
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
-    with pytest.raises(ValueError, match="no tokenizer of the library"):
+    line = nelbo_fails(capsys, "train", file, "--out", tmp_path / "r", "--tokenizer", file)
+    assert "book.txt is no tokenizer (no tokenizer of the library" in line and "bpe:4096" in line
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json is no tokenizer \(no tokenizer of the li"
+    ):
         data.load(file, tokenizer=str(tmp_path))
     np.save(tmp_path / "x.npy", np.zeros((9, 3), np.int64))
     with pytest.raises(ValueError, match=r"a tokenizer is for text, and .*x\.npy is none"):

@@ -291,7 +291,9 @@ def test_the_sampler_that_people_use(tmp_path, capsys):
     ratio = again.in_order.rates["bits_per_byte"] / again.rates["bits_per_byte"]
     assert math.isclose(ratio, again.in_order.nats / again.nats)
     run_ok(*command, "--sampler", "random", "--json")
-    found = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert "random order takes 18 network calls, 2^L - 1 for L symbols" in err
     assert found["in_order"]["calls_per_example"] == (2**4 + 2**2) / 2 - 1
     line = nelbo_fails(capsys, *command, "--sampler", "confidence")
     assert "looks at the symbols drawn" in line

@@ -112,7 +112,15 @@ def make(spec: str, text: str) -> Tokenizer:
             f"a tokenizer is bpe:N, such as bpe:4096, or a folder with a {FILE}; got {spec}"
         )
     limits.check_json(path)
-    found = Tokenizer.of(path.read_text(encoding="utf-8"))
+    content = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        found = Tokenizer.of(content)
+        found.count  # noqa: B018 - reads it
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no tokenizer ({shortened(str(error))}); give a folder with a {FILE}, or"
+            " bpe:N, such as bpe:4096, to learn one from the text"
+        ) from None
     if not 2 <= found.count <= LARGEST:
         raise ValueError(
             f"{path} has {found.count} tokens, and a model of tokens takes 2 to {LARGEST}; try"

@@ -37,6 +37,12 @@ def check_length(model: Model, batch: Batch) -> None:
         )
 
 
+def calls_for(model: Model, batch: Batch) -> int:
+    """Return the number of network calls that P(x) of these examples in random order takes."""
+    scored = model.scored_places(batch).flatten(1).sum(1)
+    return int((2 ** scored.long() - 1).sum())
+
+
 def log_prob(model: Model, batch: Batch) -> Tensor:
     """Return log P(x|φ) of the sampler in random order; (B,), nats, exact.
 

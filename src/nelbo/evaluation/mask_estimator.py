@@ -11,7 +11,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
@@ -360,6 +359,8 @@ def price_of(model: Model, surrogate: Model, batch: Batch) -> float:
 
     It is the share of the floating-point operations of a call, and at least FREE.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here: it imports sympy
+
     counts, fast = [], torch.backends.mha.get_fastpath_enabled()
     one = batch[torch.zeros(1, dtype=torch.long)]
     try:

@@ -115,7 +115,10 @@ def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) 
         head = parametrization.SymbolLogits(schema.levels)
         network = _network(config, schema, 1, head.outputs, symbols=process.count + 1)
     step, decoder = reverse.Posterior(), likelihood.Categorical()
-    return Model(network, process, head, step, decoder, schema.shape)
+    model = Model(network, process, head, step, decoder, schema.shape)
+    if schema.tokenizer is not None:
+        model.dimension = schema.symbol
+    return model
 
 
 def _real(

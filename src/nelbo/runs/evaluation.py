@@ -16,7 +16,8 @@ from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model, find_device
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
-from nelbo.diffusion.unmasking import UnmaskingOrder
+from nelbo.diffusion.unmasking import RANDOM, UnmaskingOrder
+from nelbo.evaluation import any_order
 from nelbo.evaluation.alternatives import Alternative, Dequantise
 from nelbo.evaluation.both_sides import both_sides
 from nelbo.evaluation.coercion import batch_of
@@ -327,7 +328,12 @@ class Measuring:
             if sampler is None:
                 return None
             raise ValueError("sampler is for masked models; this is one of latents; leave it out")
-        return order_for(self.subject.model, batch, sampler, tokens_per_step)
+        model = self.subject.model
+        order = order_for(model, batch, sampler, tokens_per_step)
+        if order is not None and order.name == RANDOM:
+            calls = any_order.calls_for(model, batch)
+            self.tell(f"{order.name} order takes {calls} network calls, 2^L - 1 for L symbols")
+        return order
 
     def __call__(
         self,

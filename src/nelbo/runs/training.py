@@ -18,6 +18,7 @@ from nelbo._utils.progress import progress_bar
 from nelbo._utils.signals import Interrupted, interruptible
 from nelbo.data.schema import Dataset
 from nelbo.diffusion.model import Model
+from nelbo.evaluation.blocks import unit_of
 from nelbo.evaluation.result import Evaluation
 from nelbo.models import custom
 from nelbo.runs import config as run_config
@@ -199,7 +200,7 @@ class Training:
 
     def _note(self) -> str:
         at = self.learner.at
-        unit = "nats" if self.run.schema.density else "bits/dim"
+        unit = unit_of(self.learner.model)
         best = f", validation {self._shown(at.best, self.measured):.3f}" if at.best_step else ""
         return f"bound {self._shown(at.recent, self.learner.model.dims):.3f}{best} {unit}"
 
