@@ -206,9 +206,12 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from support.known_models import MODELS
+from support.tokens import MASK, Tiny
 from nelbo._utils.distributed import process_group
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.evaluate import evaluate
+from nelbo.integrations import wrap_tokens
+torch.manual_seed(0)
 with process_group() as rank:
     found = {}
     for examples in (69, 5, 300):
@@ -219,6 +222,11 @@ with process_group() as rank:
             # of an example that was not visited nothing is known, and NaN is not NaN
             arrays = {k: [repr(v) for v in a.tolist()] for k, a in result.to_arrays().items()}
             found[f"{examples} {how}"] = [result.to_dict(), arrays]
+    model = wrap_tokens(Tiny().double(), MASK)
+    texts = [[0, 1, 2], [1, 1], [3, 1, 2, 0, 1], [2, 0, 1, 1]] * 5 + [[0]]
+    result = evaluate(model, texts, calls=32, per_example=True)
+    arrays = {k: [repr(v) for v in a.tolist()] for k, a in result.to_arrays().items()}
+    found["21 tokens"] = [result.to_dict(), arrays]
     if rank == 0:
         print(json.dumps(found))
 """
@@ -237,7 +245,7 @@ def test_two_processes_give_the_same_number():
     """Bit for bit, of 69 and of 5 examples, which two do not divide: the bound, its errors, its
     calls, and every example's own bound, in the order of the data."""
     one, two = run(1), run(2)
-    assert one.keys() == two.keys() and len(one) == 9
+    assert one.keys() == two.keys() and len(one) == 10
     for key in one:
         alone, shared = one[key], two[key]
         assert (alone[0].pop("processes"), shared[0].pop("processes")) == (1, 2)

@@ -126,6 +126,32 @@ def test_texts_of_every_kind(tmp_path):
     assert math.isclose(rates["bits_per_byte"] * 5, result.nats * 2 / math.log(2))
 
 
+def test_bad_input_on_the_command_line(tmp_path, capsys):
+    """One sentence each, and no traceback."""
+    home = write(tmp_path / "m")
+    decoder = write(tmp_path / "decoder")
+    config = json.loads((decoder / "config.json").read_text())
+    (decoder / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    (tmp_path / "a.txt").write_text("abcd")
+    np.save(tmp_path / "ids.npy", np.array([[4, 12, 5]]))
+    np.save(tmp_path / "mask.npy", np.array([[4, 3, 5]]))
+    np.save(tmp_path / "long.npy", np.full((1, 11), 4))
+    rows = {"prompt": "abcdabcda", "answer": "b"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(rows))
+    (tmp_path / "empty.jsonl").write_text(json.dumps(rows | {"answer": ""}))
+    for folder, data, words in (
+        (home, "ids.npy", "text 0 has id 12 at 1, beyond 0..11"),
+        (home, "mask.npy", "text 0 has id 3 at 1, the model's mask"),
+        (home, "long.npy", "11 tokens, and the model takes at most 10; divide it into chunks"),
+        (home, "long.jsonl", "the prompt of example 0 has 9 tokens"),
+        (home, "empty.jsonl", "has an empty answer"),
+        (decoder, "a.txt", "it reads from left to right"),
+        (write(tmp_path / "low", lower=True), "A.txt", "does not exist"),
+    ):
+        line = nelbo_fails(capsys, "evaluate", f"hf:{folder}", "--data", tmp_path / data)
+        assert words in line, line
+
+
 def test_bad_folders_and_texts_are_refused(tmp_path):
     """One sentence each."""
     home = write(tmp_path / "m")

@@ -72,6 +72,10 @@ CASES = {
     "sigma": ({"time": "sigma"}, {"clock": lambda alpha: -alpha.log()}),
     "masked": ({"time": "masked"}, {"clock": lambda alpha: 1 - alpha}),
     "first id shown": ({"shown": [3]}, {"shown": (0,)}),
+    "all": (
+        {"pad_id": PAD, "shift": 1, "time": "masked", "shown": [3]},
+        {"never": (PAD, MASK), "shift": 1, "clock": lambda alpha: 1 - alpha, "shown": (0,)},
+    ),
 }
 
 

@@ -347,6 +347,7 @@ def token_costs(model: Model, batch: Batch, masks: Masks) -> Iterator[tuple[Tens
         t = time_of_share(model, share[some].to(model.device))
         symbols = model.predict(z, t, part.condition).symbols(z, process.codes)
         cost = torch.where(inside, -symbols.log_prob(part.x, inside).double(), 0.0)
+        del symbols  # and its logits, before the next ones are made
         yield some, cost.flatten(1).cpu()
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo._utils.distributed import gather, world
+from nelbo._utils.distributed import gather
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.masked import MaskedDiffusion
@@ -54,6 +54,7 @@ PLAIN, UNIGRAM, DRAWS, TWO_LEVELS = WAYS = "plain", "unigram", "draws", "two-lev
 PILOT = (1 / 8, 32, 1024)  # share of the calls for a pilot, at most; its pairs, at least and most
 FREEDOMS = 16  # degrees of freedom of the error, at least, if there are enough calls
 SCORED = 8  # replicates that give an example its own standard error
+SHARED = 8  # tasks, at least, so that several processes share them; not by their number
 PILOTED = 8.0  # calls per text of which a target error's pilot takes its share
 FIRST = 16.0  # calls per text of the first round without a pilot
 ROUNDS = 8  # of a target error, at most
@@ -205,7 +206,7 @@ def evaluate_masks(
                 alone = math.ceil(plan.masks * masks_alone(way.coefficients, length, price))
                 plan = replace(plan, alone=min(alone, MOST * length))
             each = texts_of_a_task(model, plan.replicates * (plan.masks + plan.alone))
-            groups = order.split(min(each, math.ceil(count / world()[1])))
+            groups = order.split(min(each, math.ceil(count / SHARED)))
 
             draw = partial(_draw, estimator, way.coefficients, plan, turn, groups)
             parts = map_blocks(model, batch, groups, (seed, 1, turn), draw, track, known_tasks)
