@@ -213,25 +213,27 @@ def ours(
     coefficients: Coefficients,
     x: Tensor,
     calls: float,
-    replicates: int,
+    estimates: int,
     price: float | None = None,
-) -> tuple[Tensor, int, int]:
-    """Return replicates, (N, R), how many of them an estimate averages, and masks of a text.
+) -> tuple[Tensor, int]:
+    """Return independent estimates of each text, (N, R), and masks of a text.
 
-    The masks are those that the surrogate reads for an estimate. With a price they are counted:
-    there are so many fewer calls of the model.
+    Each is of a copy of the text, so that none learns from another's draws. The masks are those
+    that the surrogate reads for an estimate. With a price they are counted: there are so many
+    fewer calls of the model.
     """
     ratio = 0.0 if surrogate is None else masks_alone(coefficients, LENGTH, price or FREE)
     if price is not None:
         calls = max(1.0, int(calls / (1 + price * (1 + ratio))))
     each = 2 if calls >= 2 else 1
     masks = int(calls) // each
-    plan = Plan(replicates, masks, math.ceil(masks * ratio) if surrogate is not None else 0)
-    batch = model.batch(x)
+    plan = Plan(each, masks, math.ceil(masks * ratio) if surrogate is not None else 0)
+    batch = model.batch(x.repeat(estimates, 1))
     way = MaskEstimator(model, surrogate, Texts(model, batch), 7)
-    rows = torch.arange(len(x)).split(max(1, 2**17 // (plan.replicates * (plan.alone + masks))))
+    rows = torch.arange(len(batch)).split(max(1, 2**15 // (each * (plan.alone + masks))))
     found = [way.costs(r.tolist(), batch[r], plan, coefficients)[0].sum(-1) for r in rows]
-    return torch.cat(found), each, each * (plan.alone + masks)
+    whole = torch.cat(found).mean(1).view(estimates, len(x)).T
+    return whole, each * (plan.alone + masks)
 
 
 def ids_of(text: str, tokenizer: str | None) -> tuple[Tensor, int]:
@@ -256,7 +258,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--draws", type=int, default=1024, help="calls per text and recipe")
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 128])
-    parser.add_argument("--replicates", type=int, help="of ours; by default as many as draws say")
+    parser.add_argument("--estimates", type=int, help="of ours; by default as many as draws say")
     parser.add_argument("--ways", nargs="+", default=[*RECIPES, *OURS], help="some of the above")
     parser.add_argument("--keep", type=Path, help="folder of weights, made or read")
     parser.add_argument("--json", type=Path)
@@ -325,7 +327,7 @@ def main() -> None:
         for calls in given.calls:
             repeats = max(8, given.draws // calls)
             for name in given.ways:
-                note, averaged = "", 1
+                note = ""
                 if name in RECIPES:
                     each = [RECIPES[name](costs, len(x), calls) for _ in range(repeats)]
                     found = torch.stack(each, 1)
@@ -333,12 +335,12 @@ def main() -> None:
                     kind, _ = OURS[name]
                     surrogate = None if kind is None else surrogates[kind]
                     own_price = price if name == "priced" else None
-                    count = given.replicates or 2 * repeats
-                    found, averaged, read = ours(
+                    count = given.estimates or repeats
+                    found, read = ours(
                         model, surrogate, coefficients[name], x, calls, count, own_price
                     )
                     note = f"{read} masks of the surrogate" if surrogate else ""
-                variance = found.var(1).mean().item() / averaged
+                variance = found.var(1).mean().item()
                 mean = found.mean().item()
                 error = found.mean(0).std().item() / math.sqrt(found.shape[1])
                 rows.setdefault(name, {})[calls] = variance

@@ -290,5 +290,5 @@ def hash_of(parts: Iterable[nn.Module], whole_model: nn.Module) -> str:
     for name, tensor in sorted(whole_model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         plain = whole(tensor.detach()).cpu().contiguous().flatten()
-        digest.update(plain.view(torch.uint8).numpy())  # numpy has no bfloat16
+        digest.update(plain.view(torch.uint8).numpy().data)  # numpy has no bfloat16
     return digest.hexdigest()[:16]
