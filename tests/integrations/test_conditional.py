@@ -174,6 +174,7 @@ def test_a_folder_of_prompts(tmp_path):
         ("classes", prompts(), "class labels, integers"),
         ("classes", [11, 0, 0], "labels must be 0..10; got 11"),
         ("prompts", prompts(2), "of 2 examples, and there are 3"),
+        ("prompts", prompts() * np.inf, "has values that are not finite"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(kind, condition, words):

@@ -754,8 +754,9 @@ class TestInMemory:
         for thing in (pipeline, (network, scheduler)):
             got = evaluate(thing, x.movedim(1, -1).numpy(), steps=4, calls=9)
             assert got.nats == want.nats and got.model_hash == want.model_hash
-            assert got.notes[0] == found.notes[0] and "channels last" in got.notes[-2]
-            assert "no better than a straight line" in got.notes[-1]
+            assert got.notes[0] == found.notes[0]
+            for words in ("channels last", "no better than a straight line"):
+                assert any(words in note for note in got.notes)
         with pytest.raises(ValueError, match="betas: the scheduler of a DDPMPipeline says this"):
             evaluate(pipeline, x, betas=scheduler.betas)
         with pytest.raises(ValueError, match="clip_sample"):

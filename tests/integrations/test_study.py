@@ -191,3 +191,32 @@ def test_a_bound_that_the_last_step_spends_says_what_to_look_at():
     assert "last step, P(x|z_1)" in line and ",variance=optimal" in line
     best = evaluate(pair, images(), calls=9, variance="optimal")
     assert "last step" not in worse_than_uniform(best, 256)
+
+
+def test_autocast_is_asked_for_and_recorded(folder, capsys):
+    """In every number of steps, and only where it was asked for; the number is near the other."""
+    begin = ["evaluate", f"diffusers:{folder}", "--data", str(folder / "x.npz"), "--calls", "9"]
+    found = {}
+    for precision in ([], ["--precision", "bf16"]):
+        run_ok(*begin, "--steps", "4", "--json", *precision)
+        found[len(precision)] = json.loads(capsys.readouterr().out)
+    assert found[0]["precision"] == "float64 around float32"
+    assert found[2]["precision"] == "float64 around float32 with autocast to bfloat16"
+    assert 0 < abs(found[2]["nats"] / found[0]["nats"] - 1) < 0.05
+    assert any("autocast to bfloat16" in note for note in found[2]["notes"])
+    model = load(f"diffusers:{folder}", precision="bf16").of_steps(2).model
+    assert model.network.autocast == torch.bfloat16
+    with pytest.raises(ValueError, match="the precision of diffusers: is bf16"):
+        load(f"diffusers:{folder}", precision="fp16")
+
+
+def test_a_time_that_the_network_does_not_take_is_named():
+    """log(0) of a Fourier embedding is no fault of the data."""
+
+    class Logarithm(torch.nn.Module):
+        def forward(self, y, time):
+            return y * time.double().log().reshape(-1, 1, 1, 1)
+
+    betas = np.linspace(0.02, 0.99, 12)
+    with pytest.raises(ValueError, match="not finite at the time 0; is it a time of its training"):
+        evaluate(Logarithm(), images(), betas=betas, calls=24)

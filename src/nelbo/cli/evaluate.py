@@ -124,7 +124,8 @@ def evaluate(
     trust_remote_code
         Run the code that the folder of hf:FOLDER brings, after printing which.
     precision
-        Of the weights of hf:FOLDER, by default as they are stored; sums are float64.
+        Of the weights of hf:FOLDER, by default as they are stored; sums are float64. Of
+        diffusers:FOLDER and openai:FILE bf16, by autocast around the network.
     device_map
         Where to put the weights of hf:FOLDER, in place of --device, as transformers takes it: auto
         spreads a large model over all devices.

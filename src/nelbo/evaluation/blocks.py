@@ -111,7 +111,10 @@ def unit_of(model: Model | LatentModel) -> str:
 
 def precision_of(model: Model | LatentModel) -> str:
     """Return the precision of the arithmetic of a measurement, for the record."""
-    return f"float64 around {next(model.network.parameters()).dtype}".replace("torch.", "")
+    inside = str(next(model.network.parameters()).dtype)
+    if (autocast := getattr(model.network, "autocast", None)) is not None:
+        inside += f" with autocast to {autocast}"
+    return f"float64 around {inside}".replace("torch.", "")
 
 
 def check_not_empty(batch: Batch) -> None:

@@ -11,7 +11,7 @@ from nelbo._utils import limits
 from nelbo.integrations.checkpoints import load_weights
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.denoisers import wrap
-from nelbo.integrations.external import Foreign, read_json
+from nelbo.integrations.external import Foreign, read_json, with_autocast
 from nelbo.integrations.noise_levels import spaced
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
@@ -114,7 +114,7 @@ def load(
             order, for the bound on P(x|c).
         trust_remote_code: the one exception: run the code that a folder of hf: brings.
         precision: for hf:, of the weights: bf16, fp16, float32 or float64; as they are stored
-            where left out.
+            where left out. For the others bf16, by torch.autocast around the network.
         device_map: for hf:, as for `from_pretrained` of transformers, such as "auto": where the
             weights are, from which nothing moves them.
 
@@ -140,15 +140,19 @@ def load(
         )
     if trust_remote_code:
         raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models bring no code")
-    if precision is not None or device_map is not None:
-        raise ValueError(f"precision and device_map are for hf:FOLDER, and this is {kind}:")
+    if precision not in (None, "bf16"):
+        raise ValueError(
+            f"the precision of {kind}: is bf16, by autocast, or its own; got {precision!r}"
+        )
+    if device_map is not None:
+        raise ValueError(f"device_map is for hf:FOLDER, and this is {kind}:")
     path, options = _options(kind, rest)
     if condition is not None:
         if "condition" in options:
             raise ValueError("give the condition once: after the path, or beside it")
         options["condition"] = condition
     found: Foreign = import_module(SOURCES[kind]).load(path, steps=steps, **options)
-    return found
+    return found if precision is None else with_autocast(found)
 
 
 def _options(kind: str, rest: str) -> tuple[str, dict[str, object]]:

@@ -154,6 +154,8 @@ class Adapter(nn.Module):
         self.network, self.shape, self.outputs = network, shape, outputs
         self.factor, self.score = factor, score
         self.name: Callable[[Tensor], Tensor] | None = None
+        #: in which the network computes where torch.autocast finds it safe; None for its own type
+        self.autocast: torch.dtype | None = None
         if isinstance(times, Tensor):
             assert gamma is not None and len(gamma) == len(times)
             self.register_buffer("times", times)
@@ -185,12 +187,19 @@ class Adapter(nn.Module):
         return self.gamma[i], time.to(level.dtype) if time.is_floating_point() else time
 
     def _call(self, y: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
-        output: object = self.network(y, time, *condition)
+        with torch.autocast(y.device.type, self.autocast, enabled=self.autocast is not None):
+            output: object = self.network(y, time, *condition)
         if not isinstance(output, Tensor):
             output = getattr(output, "sample", output)  # as the networks of diffusers say it
         channels, batch = self.outputs * self.shape[0], len(y)
         expected = (batch, channels, *self.shape[1:])
         if isinstance(output, Tensor) and output.shape == expected:
+            if not output.isfinite().all() and all(v.isfinite().all() for v in (y, *condition)):
+                raise ValueError(
+                    f"the wrapped network gives values that are not finite at the time"
+                    f" {time[~output.flatten(1).isfinite().all(1)][0].item():g}; is it a time of"
+                    " its training, and its precision enough?"
+                )
             return output
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         hint = "wrap it in a module that gives that tensor"

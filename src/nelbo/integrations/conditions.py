@@ -116,6 +116,8 @@ def _tensor(name: str, value: object) -> Tensor:
         ) from None
     if each.is_floating_point():
         each = each.float()
+        if not each.isfinite().all():
+            raise ValueError(f"{_called(name)} has values that are not finite")
     else:
         each = each.long()
         if each.numel() and each.abs().max() >= EXACT:

@@ -1,7 +1,7 @@
 """A foreign model with everything that `nelbo evaluate` needs to know."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,7 @@ from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import TimeDiscretization
+from nelbo.integrations.adapters import Adapter
 from nelbo.integrations.conditions import Given
 from nelbo.integrations.probe import probe
 from nelbo.integrations.text_records import TextForm
@@ -169,6 +170,19 @@ def check_no_form(form: TextForm | None) -> None:
             "--lines, --prompt-field and --answer-field are for a model of tokens, hf:FOLDER;"
             " leave them out"
         )
+
+
+def with_autocast(found: Foreign) -> Foreign:
+    """Return a model whose network computes in bfloat16 where torch.autocast finds it safe."""
+    model = found.model.prior if isinstance(found.model, LatentModel) else found.model
+    assert isinstance(model.network, Adapter)
+    model.network.autocast = torch.bfloat16
+    more = found.of_steps
+    return replace(
+        found,
+        notes=(*found.notes, "the network computes with autocast to bfloat16"),
+        of_steps=None if more is None else lambda steps: with_autocast(more(steps)),
+    )
 
 
 def _some(x: Tensor, chosen: Tensor) -> Tensor:

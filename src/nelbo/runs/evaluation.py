@@ -141,7 +141,7 @@ def evaluate(
             by default 32, for at most 1000 examples.
         trust_remote_code: run the code that the folder of "hf:FOLDER" brings.
         precision: of the weights of "hf:FOLDER": bf16, fp16, float32 or float64; by default as
-            they are stored.
+            they are stored. Of other libraries' models bf16, by autocast, which the result says.
         device_map: where to put its weights, as transformers takes it, in place of `device`.
         device: "cpu" or "cuda", to which the models are moved; by default they stay.
         seed: of everything random.

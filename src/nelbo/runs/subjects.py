@@ -324,7 +324,9 @@ def subject_of(
         )
         return OfForeign(foreign=made), None
     if precision is not None or device_map is not None:
-        raise ValueError("--precision and --device-map are for hf:FOLDER; leave them out")
+        raise ValueError(
+            "--precision and --device-map are for other libraries' models; leave them out"
+        )
     if condition is not None:
         raise ValueError("condition is for another library's network; give Batch(x, condition)")
     if isinstance(run, Foreign):
