@@ -20,8 +20,10 @@ from nelbo.diffusion.parametrization import SymbolLogits
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.symbols import Certain, Predicted
+from nelbo.diffusion.terms import DiffusionRate, ReconstructionTerm, TermDraw
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.diffusion.uniform import UniformDiffusion
+from nelbo.evaluation.control_variates import SymbolVariate
 from nelbo.sampling.samplers import ancestral
 from nelbo.testing import ProcessContract, assert_mean
 
@@ -418,6 +420,19 @@ def test_what_is_known_is_certain():
     )
     with pytest.raises(ValueError, match="levels must be at least 2; got 1"):
         UniformDiffusion(PowerAlpha(), 1)
+
+
+@pytest.mark.parametrize("term", [DiffusionRate, ReconstructionTerm])
+def test_the_control_variate_has_mean_zero(term):
+    """Over all z of each x, by enumeration; and it moves."""
+    model, _ = made(PowerAlpha(2.0))
+    variate = SymbolVariate(model, STATES)
+    t = torch.full((len(X),), 0.6, dtype=torch.float64)
+    within = variate.within([TermDraw(X, term(t), Z, None, None, None)])[0, :, 0]
+    q = model.process.marginal(X, t).log_prob(Z).exp()
+    means = (q * within).view(len(STATES), -1).sum(1)
+    torch.testing.assert_close(means, torch.zeros_like(means), rtol=0, atol=1e-12)
+    assert within.abs().min() > 0.1
 
 
 def test_continuous_time_is_the_default():

@@ -75,11 +75,11 @@ def measured(model, batch):
     total = torch.zeros(len(batch), dtype=torch.float64)
     with torch.no_grad():
         for alpha, weight in SHARES:
-            t = (1 - alpha).sqrt().expand(len(z))  # α = 1 - t²
+            t = (1 - alpha).pow(1 / 3).expand(len(z))  # α = 1 - t³
             log_q = process.marginal(x, t).base_dist.log_prob(z)
             q = torch.where(rows == -1, log_q, 0.0).sum(1).exp()
             rate = process.predicted_rate(z, x, model.predict(z, t, rows), t)
-            total += weight / (2 * t[0]) * (q * rate).view(-1, count).sum(1)
+            total += weight / (3 * t[0] ** 2) * (q * rate).view(-1, count).sum(1)
     return total
 
 
@@ -251,7 +251,7 @@ def test_scores_of_the_uniform_graph_become_the_opinions(truth, log):
     batch = model.batch(z)
     for share in (0.02, 0.5, 0.97):
         t = torch.full((9,), share, dtype=torch.float64)
-        q = chances(1 - share**2, 3)
+        q = chances(1 - share**3, 3)
         found = model.predict(z, t, batch.condition).e_hat.exp()
         for row, (i, j) in enumerate(z.tolist()):
             opinion = torch.stack([truth @ q[:, j], q[:, i] @ truth])
@@ -275,7 +275,7 @@ def test_the_bound_of_the_uniform_graph_is_that_of_score_entropy(truth):
     t = torch.tensor([0.3, 0.7, 0.9, 0.1], dtype=torch.float64)
     batch = model.batch(x)
     got = model.process.predicted_rate(z, x, model.predict(z, t, batch.condition), t)
-    alpha = 1 - t.square()
+    alpha = 1 - t**3
     wanted = torch.zeros(4, dtype=torch.float64)
     s = Wrong()(z, -alpha.log())
     for b, i in itertools.product(range(4), range(2)):
@@ -283,7 +283,11 @@ def test_the_bound_of_the_uniform_graph_is_that_of_score_entropy(truth):
         for y in set(range(3)) - {z[b, i].item()}:
             r = m[y] / m[z[b, i]]
             wanted[b] += (
-                2 * t[b] / alpha[b] / 3 * (s[b, i, y] - r * s[b, i, y].log() + r * (r.log() - 1))
+                3
+                * t[b] ** 2
+                / alpha[b]
+                / 3
+                * (s[b, i, y] - r * s[b, i, y].log() + r * (r.log() - 1))
             )
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
 

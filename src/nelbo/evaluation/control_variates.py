@@ -41,6 +41,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import level_evidence, log_frequencies
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
 from nelbo.diffusion.terms import TermDraw
+from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.evaluation.intervals import FAR, apart
 from nelbo.evaluation.reference_denoisers import (
     TABLE,
@@ -152,32 +153,39 @@ class LevelVariates(ControlVariate):
 
 
 class SymbolVariate(ControlVariate):
-    """Costs of masked symbols, given a context: w Σ_i (1[x_i masked] - (1-α_t)) (-log P(x_i))."""
+    """Costs of symbols that noise changed, given a context: w Σ_i (1[z_i ≠ x_i] - its mean) c_i.
 
-    columns, paired = 1, True
+    c_i = -log P(x_i). A symbol is masked with probability 1-α_t, and replaced by another one with
+    (1-α_t)(1 - 1/K), where it costs about as much; there the network is no context, as its call
+    buys more as a draw.
+    """
+
+    columns = 1
 
     def __init__(self, model: Model, x: Tensor) -> None:
-        assert model.process.mask is not None
-        self.model, self.mask = model, model.process.mask
+        self.model, self.mask, self.absent = model, model.process.mask, model.process.codes
+        self.paired = self.mask is not None
         self.log_frequency = log_frequencies(x.cpu(), model.process.codes).to(x.device)
 
     @override
     def within(self, draws: Sequence[TermDraw]) -> Tensor:
-        contexts = [self.log_frequency]
-        if len(draws) == 2:
+        contexts = [self.log_frequency] * len(draws)
+        if self.paired and len(draws) == 2:
             contexts = [self._by_network(draw) for draw in reversed(draws)]
         pairs = zip(draws, contexts, strict=True)
         return torch.stack([self._centred(draw, context)[:, None] for draw, context in pairs])
 
     def _by_network(self, draw: TermDraw) -> Tensor:
+        assert self.mask is not None
         hidden = (draw.z == self.mask)[..., None]
         return torch.where(hidden, draw.prediction.e_hat.clamp(min=LEAST), self.log_frequency)
 
     def _centred(self, draw: TermDraw, context: Tensor) -> Tensor:
         process, surprise = self.model.process, self._surprise(context, draw.x)
         share = process.log_one_minus_alpha(draw.term.t).exp()
-        hidden = (draw.z == self.mask).double() - over(share, surprise)
-        return draw.term.mask_weight(process) * (hidden * surprise).flatten(1).sum(1)
+        share = share if self.mask is not None else share * (1 - 1 / process.codes)
+        changed = (draw.z != draw.x).double() - over(share, surprise)
+        return draw.term.mask_weight(process) * (changed * surprise).flatten(1).sum(1)
 
     @override
     def between(self, x: Tensor) -> list[Tensor]:
@@ -185,7 +193,7 @@ class SymbolVariate(ControlVariate):
 
     def _surprise(self, log_p: Tensor, x: Tensor) -> Tensor:
         """Return -log p of the symbols, shape of x; 0 where a shorter text has none."""
-        return torch.where(x == self.mask, 0.0, of_level(-log_p, x.clamp(max=self.mask - 1)))
+        return torch.where(x == self.absent, 0.0, of_level(-log_p, x.clamp(max=self.absent - 1)))
 
 
 class MixtureFeatures(ControlVariate):
@@ -225,12 +233,13 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
     return found
 
 
-@variates_of.register
-def _(process: MaskedDiffusion, model: Model, x: Tensor, edges: Tensor) -> list[ControlVariate]:
-    if model.dims * process.count > TABLE:
+@variates_of.register(MaskedDiffusion)
+@variates_of.register(UniformDiffusion)
+def _(process: ForwardProcess, model: Model, x: Tensor, edges: Tensor) -> list[ControlVariate]:
+    if model.dims * process.codes > TABLE:
         none = ControlVariate()
         none.note = (
-            f"no control variates: their table of {model.dims} times {process.count} symbols"
+            f"no control variates: their table of {model.dims} times {process.codes} symbols"
             f" would exceed {TABLE} numbers"
         )
         return [none]

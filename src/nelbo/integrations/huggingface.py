@@ -29,6 +29,7 @@ from nelbo.data.schema import Schema
 from nelbo.data.sources import Source, Splits
 from nelbo.data.splits import Declared, declare
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.schedules import PowerAlpha
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.external import Foreign, read_json
 from nelbo.integrations.text_records import TextForm
@@ -254,7 +255,7 @@ def load(
         name=f"hf:{home}",
         model=model,
         schema=Schema("levels", shape, vocabulary),
-        times=_times(steps),
+        times=_times(steps, model),
         weights=home.name,
         notes=notes,
         tokenizer=cast(Tokenizer, tokenizer),
@@ -271,11 +272,12 @@ def _placed(module: nn.Module, device_map: str | None) -> str:
     return f"{', '.join(types)} on {', '.join(places)} (device_map {device_map})"
 
 
-def _times(steps: int | None) -> TimeDiscretization:
+def _times(steps: int | None, model: TokenModel) -> TimeDiscretization:
     if steps is None:
         return ContinuousTime()
-    # equal numbers of tokens are shown in each step: α_t = 1 - t² falls by 1/T
-    return TimeGrid(TimeGrid.uniform(steps).times.sqrt())
+    # α_t = 1 - t^p falls by 1/T in each step, so that equal numbers of tokens change
+    schedule = cast(PowerAlpha, model.process.schedule)
+    return TimeGrid(TimeGrid.uniform(steps).times ** (1 / schedule.power))
 
 
 def _check_weights(home: Path) -> None:

@@ -124,8 +124,8 @@ def wrap_tokens(
     forbidden = tuple(sorted(i for i in impossible if i < vocabulary))
     if len(forbidden) > vocabulary - 2:
         raise ValueError("at least two ids must be possible; leave some out of never")
-    # in continuous time any schedule gives this bound, and this one a finite variance
-    schedule = PowerAlpha(2.0)
+    # in continuous time any schedule gives this bound, and this one a small variance
+    schedule = PowerAlpha(3.0 if uniform else 2.0)
     made: ForwardProcess
     if uniform:
         made = UniformDiffusion(schedule, vocabulary)

@@ -80,7 +80,7 @@ def _build(
         return _table(config, schema, schedule)
     if config.process in SYMBOL_PROCESSES:
         return _symbols(config, schema, schedule)
-    if config.schedule in ("linear-alpha", "quadratic-alpha"):
+    if config.schedule in ("linear-alpha", "quadratic-alpha", "cubic-alpha"):
         raise ValueError(
             f"the schedule {config.schedule} ends in infinite γ: it is for the processes"
             f" {' and '.join(SYMBOL_PROCESSES)}; try --schedule linear"

@@ -20,6 +20,7 @@ SCHEDULES = {
     "learned-ends": "nelbo.diffusion.schedules:learned_endpoints",
     "linear-alpha": "nelbo.diffusion.schedules:linear_alpha",
     "quadratic-alpha": "nelbo.diffusion.schedules:quadratic_alpha",
+    "cubic-alpha": "nelbo.diffusion.schedules:cubic_alpha",
 }
 #: processes of real numbers, and of integers as values: of (schedule, Affine or Levels)
 VALUE_PROCESSES = {

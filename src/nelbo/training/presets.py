@@ -92,7 +92,7 @@ def configure(
         model = replace(
             model,
             process=str(process),
-            schedule="quadratic-alpha",
+            schedule="cubic-alpha" if process == "uniform" else "quadratic-alpha",
             head="symbols",
             step="posterior",
             decoder="categorical",
