@@ -99,7 +99,9 @@ def terms(model: Model, result: Evaluation) -> str:
     what = {
         "prior": "KL( q(z<sub>T</sub>|x) ‖ P(z<sub>T</sub>) )",
         "reconstruction": "E −log P(x|z<sub>1</sub>)",
-        "diffusion": "∫ d/dt KL( q ‖ P ) dt",
+        "diffusion": "∫ d/dt KL( q ‖ P ) dt" if result.steps is None else "Σ KL( q ‖ P )",
+        "decoder": "E −log P(x|z)",
+        "encoder": "E log q(z|x)",
     }
     rows = [
         (
@@ -128,6 +130,8 @@ def terms(model: Model, result: Evaluation) -> str:
 
 
 def _gamma(model: Model, t: float) -> str:
+    if (steps := model.process.schedule.steps) is not None:
+        t = round(t * steps) / steps  # a model of these times alone
     gamma = model.process.schedule(torch.tensor([t], dtype=torch.float64).to(model.device)).item()
     if math.isinf(gamma):
         return "∞" if gamma > 0 else "−∞"

@@ -61,7 +61,6 @@ def sampler_of(
     found = integrations.load(source, steps=steps, condition=condition)
     if found.times.steps is None:
         raise ValueError(f"{source} has no steps of its own; give a number, --steps 50")
-    times = TimeGrid.uniform(found.times.steps)
     whole = found.model if isinstance(found.model, LatentModel) else None
     model = found.model if whole is None else whole.prior
     assert isinstance(model, Model)
@@ -75,13 +74,29 @@ def sampler_of(
     (model if whole is None else whole).to(device or model.device)
     model.to(device or model.device)
 
+    return found.schema, drawer(found, model, sampler)
+
+
+def drawer(found: Foreign, model: Model | None = None, sampler: str = "ancestral") -> Sampler:
+    """Return a function that draws from a model that is loaded, with steps of its own.
+
+    Args:
+        found: the model.
+        model: in place of its model, or of the prior of its latents, one with guidance.
+        sampler: "ancestral", or "flow" for the probability flow.
+    """
+    whole = found.model if isinstance(found.model, LatentModel) else None
+    own = model or (found.model.prior if isinstance(found.model, LatentModel) else found.model)
+    assert found.times.steps is not None
+    times = TimeGrid.uniform(found.times.steps)
+
     def draw(count: int, seed: int, track: Track) -> Tensor:
         integer("the number of samples", count, 1)
-        given = None if found.condition is None else found.condition.rows(count).to(model.device)
-        x = SAMPLERS[sampler](model, count, times, seed, track, given)
+        given = None if found.condition is None else found.condition.rows(count).to(own.device)
+        x = SAMPLERS[sampler](own, count, times, seed, track, given)
         return x if whole is None else _decoded(whole, x)
 
-    return found.schema, draw
+    return draw
 
 
 def _nothing(found: Foreign) -> Tensor:

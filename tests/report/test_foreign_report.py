@@ -1,0 +1,53 @@
+"""The page about another library's model: its number, terms, samples and single images."""
+
+import re
+
+import numpy as np
+import pytest
+from support.commands import nelbo_fails, run_ok
+from support.conditional import ddpm, dit, images
+
+from nelbo import evaluate
+from nelbo.report.markup import rounded
+
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the schedule ends with signal left"),
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    dit().save_pretrained(place / "transformer")
+    ddpm().save_pretrained(place / "scheduler")
+    np.savez(place / "x.npz", x=images(9).movedim(1, -1).numpy().astype(np.uint8))
+    return place
+
+
+def test_the_page_states_what_evaluate_measures(folder, tmp_path, capsys):
+    """The same bound and notes; pictures of samples and of the cheapest and dearest image."""
+    source, page = f"diffusers:{folder},label=3", tmp_path / "page.html"
+    options = ["--data", str(folder / "x.npz"), "--calls", "18", "--steps", "5"]
+    run_ok("report", source, "--out", str(page), *options)
+    assert "open " in capsys.readouterr().err
+    html = page.read_text()
+    data = np.load(folder / "x.npz")["x"]
+    want = evaluate(source, data, steps=5, calls=18, per_example=True)
+    assert rounded(want.value, want.standard_error.total) in html
+    assert want.model_hash in html and "16 samples in 5 steps" in html
+    assert "ancestral sampling in 5 of 6 steps" in html and "9 images were measured" in html
+    assert not re.search(r"(src|href)=.https?:", html)
+    assert "Σ KL( q ‖ P )" in html and html.count("data:image/png;base64,") == 1 + 6
+    bounds = -want.per_example.elbo * want.value / want.nats
+    for value, name in ((bounds.min(), "least"), (bounds.max(), "largest")):
+        assert re.search(rf"{name}</td><td[^>]*>{value.item():.4g}<", html)
+
+
+def test_what_is_refused(folder, tmp_path, capsys):
+    source = f"diffusers:{folder},label=3"
+    assert "give some with --data" in nelbo_fails(capsys, "report", source)
+    line = nelbo_fails(capsys, "report", tmp_path, "--steps", "5")
+    assert "are for another library's model" in line
