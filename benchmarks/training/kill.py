@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nelbo._utils import files
+from nelbo._utils import files, tensor_files
 from nelbo.runs import config as run_config
 from nelbo.runs import training_state
 from nelbo.runs.train import resume, train
@@ -67,7 +67,7 @@ def contents(run: Path) -> dict[str, object]:
     for name in (run_config.CONFIG, run_config.WEIGHTS):
         found[name] = (run / name).read_bytes()
     for name in (run_config.STATE, run_config.BEFORE):
-        tensors, about = files.read_tensors(run / name, hashed=True)
+        tensors, about = tensor_files.read_tensors(run / name, hashed=True)
         del about["progress"]["seconds"]
         found[f"{name}, about"] = about
         for key, tensor in tensors.items():
@@ -103,7 +103,7 @@ def trial(folder: Path, data: str, kills: int, r: random.Random) -> None:
             killed += 1
             cut += bool(half_written(out) - stale)
             with contextlib.suppress(OSError, ValueError, IndexError):
-                step = files.read_tensors(out / run_config.STATE)[1]["progress"]["step"]
+                step = tensor_files.read_tensors(out / run_config.STATE)[1]["progress"]["step"]
                 between += run_config.read_metrics(out)[-1]["step"] > step
             between += training_state.is_in(out) and not (out / run_config.STATE).exists()
         if process.exitcode:

@@ -17,7 +17,7 @@ from support.commands import nelbo_fails, run_ok
 from support.files import arrays_in
 
 import nelbo
-from nelbo._utils import files
+from nelbo._utils import tensor_files
 from nelbo._utils.progress import progress_bar
 from nelbo.cli import app
 from nelbo.models.config import ModelConfig
@@ -299,7 +299,7 @@ def test_damaged_runs(trained, tmp_path, capsys):
     run_ok("train", "--resume", run)
 
     run = damaged("state of nothing")
-    files.write_tensors(run / "state.safetensors", {}, {})
+    tensor_files.write_tensors(run / "state.safetensors", {}, {})
     assert "another architecture" in nelbo_fails(capsys, "train", "--resume", run)
 
     run = damaged("no whole state")

@@ -3,7 +3,6 @@ spreadsheet without a word; and every failure at the command line is one line th
 
 import sys
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +10,12 @@ from support.commands import nelbo_fails, run_ok
 from support.fuzzing import alarm
 from support.runs import TINY
 
-from nelbo._utils import progress
+from nelbo._utils import text
 from nelbo.cli import main
 from nelbo.data.columns import Column
 from nelbo.data.tabular.tables import formula_in
 from nelbo.diffusion.elbo import Bound
+from nelbo.evaluation.result import Evaluation
 from nelbo.report import tables
 from nelbo.runs.loading import load as load_run
 from nelbo.runs.run import Run
@@ -51,8 +51,9 @@ def test_a_page_holds_no_codes(monkeypatch, trained, tmp_path):
     module = sys.modules["nelbo.report"]
     for name in ("measure_steps", "measure_files"):
         monkeypatch.setattr(module, name, lambda *_, **__: (None, torch.zeros(1)))
-    result = SimpleNamespace(unit="nats", per_example=Bound(*torch.zeros(3, 1000)))
-    monkeypatch.setattr(Run, "measure", lambda *_, **__: result)
+    result = object.__new__(Evaluation)
+    vars(result).update(unit="nats", per_example=Bound(*torch.zeros(3, 1000)))
+    monkeypatch.setattr(Run, "evaluate", lambda *_, **__: result)
     monkeypatch.setattr(Run, "grid", lambda *_, **__: None)
     monkeypatch.setattr(module, "trajectory", lambda *_, **__: type("P", (), {"x": None}))
     for name in ("headline", "terms", "steps", "training", "images", "pixels", "files", "again"):
@@ -97,10 +98,10 @@ def test_endless_words_are_cut(tmp_path, capsys):
     value = "x" * 10**6
     line = nelbo_fails(capsys, "inspect", value + "y")
     assert len(line) < 1000 and line.endswith("too long")
-    line = progress.line(" ".join(map(str, range(10**5))))
-    assert len(line) == progress.LINE and line.startswith("0 1") and line.endswith("99999")
+    line = text.line(" ".join(map(str, range(10**5))))
+    assert len(line) == text.LINE and line.startswith("0 1") and line.endswith("99999")
     short = "the column 'a' holds numbers\n"
-    assert progress.line(short) == short
+    assert text.line(short) == short
 
 
 def test_a_failure_that_nothing_foresaw_is_one_line(monkeypatch, tmp_path, capsys):

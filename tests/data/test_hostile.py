@@ -27,7 +27,7 @@ from support.files import png
 from support.fuzzing import FLAGS, alarm
 
 import nelbo
-from nelbo._utils import files, limits
+from nelbo._utils import files, limits, tensor_files
 from nelbo._utils.numerics import seeded
 from nelbo.data import load
 from nelbo.integrations import load as load_foreign
@@ -137,7 +137,7 @@ def test_no_file_executes_code(trained, tmp_path):
         for name in ("state.safetensors", "model.safetensors"):
             (run / name).write_bytes(content)
             with pytest.raises(ValueError):
-                files.read_tensors(run / name)
+                tensor_files.read_tensors(run / name)
         with pytest.raises(ValueError):
             load_run(run)
         assert files.kept(run / "grids.json") == {}
@@ -588,7 +588,7 @@ def test_weights_of_another_kind_are_not_cast(trained, tmp_path):
     tensors = load_file(run / "model.safetensors")
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name] = tensors[name].to(torch.complex64)
-    files.write_tensors(run / "model.safetensors", tensors, {})
+    tensor_files.write_tensors(run / "model.safetensors", tensors, {})
     with pytest.raises(ValueError, match="complex64"):
         nelbo.load(run)
 

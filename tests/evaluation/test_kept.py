@@ -16,7 +16,7 @@ from support.commands import nelbo_fails, run_ok
 from support.known_models import gaussian
 
 import nelbo
-from nelbo._utils.files import read_tensors
+from nelbo._utils.tensor_files import read_tensors
 from nelbo.evaluation import mask_estimator
 
 TEXTS = [[0, 1, 2], [1, 1], [3, 1, 2, 0, 1], [2, 0, 1, 1]] * 6

@@ -13,7 +13,7 @@ from PIL import Image
 from support.commands import nelbo_fails, run_ok
 
 from nelbo import data
-from nelbo._utils import files
+from nelbo._utils import tensor_files
 from nelbo._utils.numerics import seeded
 from nelbo.data import Schema, as_examples
 from nelbo.diffusion.model import measuring
@@ -229,7 +229,7 @@ def test_weights_that_are_not_finite_are_refused(far_run, tmp_path, capsys):
         with pytest.raises(ValueError, match=r"not finite.*restore the weights"):
             use()
     broken = shutil.copytree(far_run / "npz", tmp_path / "broken")
-    files.write_tensors(broken / "model.safetensors", loaded.model.state_dict(), {})
+    tensor_files.write_tensors(broken / "model.safetensors", loaded.model.state_dict(), {})
     for command in (
         ("evaluate", broken),
         ("score", broken, "--out", tmp_path / "s.csv"),

@@ -9,7 +9,7 @@ import torch
 from support.commands import nelbo_fails, run_ok
 from support.runs import TINY
 
-from nelbo._utils import cache, files, limits
+from nelbo._utils import cache, limits, tensor_files
 from nelbo.evaluation import grid_search
 from nelbo.runs import config as run_config
 from nelbo.runs.config import read_config
@@ -170,9 +170,9 @@ def test_events_are_read_only_so_far(trained, tmp_path, me):
 )
 def test_a_state_says_where_it_stood(trained, tmp_path, change):
     run = shutil.copytree(trained, tmp_path / "run")
-    tensors, about = files.read_tensors(run / run_config.STATE)
+    tensors, about = tensor_files.read_tensors(run / run_config.STATE)
     about["progress"] |= change
-    files.write_tensors(run / run_config.STATE, tensors, about)
+    tensor_files.write_tensors(run / run_config.STATE, tensors, about)
     with pytest.raises(ValueError, match=r"does not say where the training stood|lacks a part"):
         resume(run)
 
@@ -180,9 +180,9 @@ def test_a_state_says_where_it_stood(trained, tmp_path, change):
 @pytest.mark.parametrize("name", ["optimizer.x.exp_avg", "optimizer.exp_avg"])
 def test_moments_are_of_parameters(trained, tmp_path, name):
     run = shutil.copytree(trained, tmp_path / "run")
-    tensors, about = files.read_tensors(run / run_config.STATE)
+    tensors, about = tensor_files.read_tensors(run / run_config.STATE)
     tensors[name] = torch.zeros(1)
-    files.write_tensors(run / run_config.STATE, tensors, about)
+    tensor_files.write_tensors(run / run_config.STATE, tensors, about)
     with pytest.raises(ValueError, match="moments of no parameter"):
         resume(run)
 

@@ -13,7 +13,7 @@ from support.runs import TINY, assert_same_run
 from torch import nn
 
 from nelbo import data
-from nelbo._utils import files
+from nelbo._utils import files, tensor_files
 from nelbo.data import Schema
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
@@ -45,7 +45,7 @@ def test_an_interrupted_run_ends_as_if_it_was_not(trained, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", tmp_path / "run", **TINY)
     monkeypatch.setattr(trainer, "batch_indices", order)
-    _, about = files.read_tensors(tmp_path / "run" / run_config.STATE)
+    _, about = tensor_files.read_tensors(tmp_path / "run" / run_config.STATE)
     assert about["progress"]["step"] == stop
     training.resume(tmp_path / "run")
     assert_same_run(trained, tmp_path / "run")

@@ -31,7 +31,7 @@ from PIL import Image
 from support import known_models
 from support.runs import OPENAI
 
-from nelbo._utils import files
+from nelbo._utils import files, tensor_files
 from nelbo._utils.numerics import seeded
 from nelbo.codec import files as codec_files
 from nelbo.codec.api import compress, decompress
@@ -349,7 +349,7 @@ def _of_run(run: Path) -> list[Kind]:
     state, metrics = ((run / n).read_bytes() for n in (run_config.STATE, run_config.METRICS))
     grids = json.dumps({"abc, 2 steps": [0.5, 1.0]}).encode()
     whole_run = load_run(run)
-    tensors, about = files.read_tensors(run / "model.safetensors")
+    tensors, about = tensor_files.read_tensors(run / "model.safetensors")
 
     def measure(path: Path) -> None:
         """Examples read from a file are numbers."""
@@ -380,7 +380,7 @@ def _of_run(run: Path) -> list[Kind]:
         measure(file)
 
     def exact(path: Path) -> None:
-        got, words = files.read_tensors(path, hashed=True)
+        got, words = tensor_files.read_tensors(path, hashed=True)
         assert words == about and got.keys() == tensors.keys()
         assert all(torch.equal(got[name], tensors[name]) for name in tensors)
 
@@ -398,7 +398,7 @@ def _of_run(run: Path) -> list[Kind]:
         Kind("model.safetensors", whole["model.safetensors"], exact),
         # with the right length, as one writes it who means harm
         Kind("heading.json", heading, put_heading, True, (("config.json", whole["config.json"]),)),
-        Kind("state.safetensors", state, lambda p: files.read_tensors(p, hashed=True)),
+        Kind("state.safetensors", state, lambda p: tensor_files.read_tensors(p, hashed=True)),
         Kind("metrics.jsonl", metrics, show, True),
         Kind("grids.json", grids, times, True),
         Kind("pilots.json", json.dumps({"a": PILOT}).encode(), keep, True),

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nelbo._utils import files
+from nelbo._utils import tensor_files
 from nelbo.runs import config as run_config
 from nelbo.training.trainer import Trainer
 
@@ -49,7 +49,9 @@ def killed_after(last):
 def assert_same_run(a, b):
     """Bit for bit, but for the clock."""
     for name in (run_config.WEIGHTS, run_config.STATE):
-        (left, about_left), (right, about_right) = (files.read_tensors(p / name) for p in (a, b))
+        (left, about_left), (right, about_right) = (
+            tensor_files.read_tensors(p / name) for p in (a, b)
+        )
         assert left.keys() == right.keys()
         assert all(torch.equal(left[k], right[k]) for k in left), name
         if name == run_config.WEIGHTS:

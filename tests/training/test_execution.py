@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.runs import killed_after
 
-from nelbo._utils import files
+from nelbo._utils import tensor_files
 from nelbo.diffusion.model import measuring
 from nelbo.runs import config as run_config
 from nelbo.runs import training_state
@@ -67,11 +67,11 @@ def test_bf16_is_inside_the_network_in_training_only(source, tmp_path):
 
 def test_a_run_in_bf16_continues_exactly(source, tmp_path):
     train(source, tmp_path / "whole", precision="bf16", **SMALL)
-    whole = files.read_tensors(tmp_path / "whole" / run_config.STATE)[0]
+    whole = tensor_files.read_tensors(tmp_path / "whole" / run_config.STATE)[0]
     with killed_after(3):
         train(source, tmp_path / "half", precision="bf16", **SMALL)
     resume(tmp_path / "half")
-    half = files.read_tensors(tmp_path / "half" / run_config.STATE)[0]
+    half = tensor_files.read_tensors(tmp_path / "half" / run_config.STATE)[0]
     assert all(torch.equal(whole[name], half[name]) for name in whole)
 
 
@@ -82,7 +82,7 @@ def test_compiled_networks_keep_the_names_of_their_weights(source, tmp_path, mon
     run = train(source, tmp_path / "run", compile=True, **SMALL)
     plain = train(source, tmp_path / "plain", **SMALL)
     assert len(asked) == 1
-    states = [files.read_tensors(r.path / run_config.STATE)[0] for r in (run, plain)]
+    states = [tensor_files.read_tensors(r.path / run_config.STATE)[0] for r in (run, plain)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -135,7 +135,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(source, tmp_path, monkeypatch)
 
     def watched(self):
         training_state.save(tmp_path / "run", self)
-        tensors, _ = files.read_tensors(tmp_path / "run" / run_config.STATE)
+        tensors, _ = tensor_files.read_tensors(tmp_path / "run" / run_config.STATE)
         before.append(tensors)
         step(self)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.processes import launch
 
-from nelbo._utils import files
+from nelbo._utils import tensor_files
 from nelbo.runs import config as run_config
 from nelbo.runs.loading import load as load_run
 from nelbo.runs.train import resume, train
@@ -87,7 +87,7 @@ def runs(tmp_path_factory):
 
 
 def state(run):
-    tensors, about = files.read_tensors(run / run_config.STATE, hashed=True)
+    tensors, about = tensor_files.read_tensors(run / run_config.STATE, hashed=True)
     del about["progress"]["seconds"]
     return tensors, about
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.runs import TINY
 
-from nelbo._utils import files
+from nelbo._utils import tensor_files
 from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import constant, seeded, slope
 from nelbo.data import Schema
@@ -252,7 +252,7 @@ def test_the_density_is_part_of_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "batch_indices", order)
     training.resume(tmp_path / "run")
     left, right = (
-        files.read_tensors(path / run_config.STATE)[0] for path in (whole, tmp_path / "run")
+        tensor_files.read_tensors(path / run_config.STATE)[0] for path in (whole, tmp_path / "run")
     )
     assert left["law.count"].sum() > 0 and left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)

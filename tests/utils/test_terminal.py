@@ -3,8 +3,8 @@
 import pytest
 from rich.table import Table
 
-from nelbo._utils.progress import printable
 from nelbo._utils.terminal import Terminal
+from nelbo._utils.text import printable
 
 
 @pytest.mark.parametrize(

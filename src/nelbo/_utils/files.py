@@ -1,41 +1,28 @@
-"""Files that are either complete or absent, and files of tensors with a checksum.
+"""Files that are either complete or absent.
 
 Every file is written under a temporary name, synced and renamed. Until then the process holds a
 lock on it, which ends with the process, so that files left by killed processes can be recognised
-and removed (`tidy`). Tensors are stored as safetensors together with their SHA-256, so that later
-damage is noticed. Values that can be recomputed are kept in a JSON object (`kept`), which counts
-as empty where it cannot be read.
+and removed (`tidy`). Values that can be recomputed are kept in a JSON object (`kept`), which
+counts as empty where it cannot be read.
 """
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
 
 from nelbo._utils import limits
-from nelbo._utils.sharding import check_finite, divided_like
 
 try:
     import fcntl
 except ImportError:  # Windows, which removes no file that is open
     fcntl = None  # type: ignore[assignment]
 
-HASH = "sha256"
-#: bytes of a safetensors header, at most: the names and shapes of 100 000 tensors
-HEAD = 2**24
-OTHER = "it belongs to another architecture"  # the usual cause of other weights
 PART = ".nelbo-part"  # suffix of files and folders that are not complete yet
 #: pattern of the names that `part_of` gives
 PARTS = re.compile(rf"\..*\.[a-z0-9_]{{8}}{re.escape(PART)}", re.DOTALL)
@@ -186,111 +173,3 @@ def check_writable(path: Path) -> None:
     if not os.access(place, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     tidy(path.absolute().parent)
-
-
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    about: Mapping[str, object],
-    before: Path | None = None,
-) -> None:
-    """Write tensors and metadata as one safetensors file.
-
-    Args:
-        path: the file.
-        tensors: by name.
-        about: metadata, ready for JSON.
-        before: as for `write`.
-    """
-    # Clones, because the format refuses names that share memory (the transform of real data).
-    whole = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    # One key: the format writes several in no fixed order, and equal runs must give equal files.
-    words = {**about, HASH: _sha256(whole, about)}
-    write(path, save(whole, {"about": json.dumps(words, sort_keys=True)}), before)
-
-
-def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> str:
-    """Return the hash of all tensors and metadata of a file."""
-    digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the metadata of a safetensors file.
-
-    Args:
-        path: the file.
-        hashed: refuse a file without its SHA-256, such as those of other programs.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, not safetensors, or not as it was written.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
-    limits.check_file(path, 2)
-    _check_head(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        if not isinstance(about, dict):
-            raise ValueError(f"its metadata is {about!r}")
-        known = about.pop(HASH, None)
-        if (hashed or known is not None) and known != _sha256(tensors, about):
-            raise ValueError(f"its SHA-256 is not {known}" if known else "it has no SHA-256")
-        return tensors, about
-    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is truncated, damaged or not a safetensors file ({error}); restore it from a"
-            " copy or train again"
-        ) from None
-
-
-def _check_head(path: Path) -> None:
-    """Raise a ValueError if the header of a safetensors file is implausibly large."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if HEAD < size <= path.stat().st_size and not limits.trusted():
-        raise ValueError(
-            f"the heading of {path} has {size} bytes; that of tensors has at most {HEAD}; set"
-            f" {limits.TRUST}=1 if the file is yours"
-        )
-
-
-def put_weights(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    where: str,
-    because: str = OTHER,
-) -> None:
-    """Load tensors into a module.
-
-    Args:
-        module: whose state dict to load.
-        tensors: by name.
-        where: they come from, for the message.
-        because: the cause of other names or shapes, for the message.
-
-    Raises:
-        ValueError: if the names or shapes are not those of the module, or a value is not finite.
-    """
-    own = module.state_dict()
-    for name in sorted(own.keys() ^ tensors.keys()):
-        kind = "lacks" if name in own else "has an unknown"
-        raise ValueError(f"{where} {kind} weight {name}: {because}")
-    for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
-            raise ValueError(
-                f"{where} has {name} of shape {tuple(tensor.shape)}, and the model"
-                f" {tuple(own[name].shape)}: {because}"
-            )
-        if own[name].is_floating_point() != tensor.is_floating_point():
-            raise ValueError(
-                f"{where} has {name} as {tensor.dtype}, the model has {own[name].dtype}"
-            )
-    module.load_state_dict({name: divided_like(own[name], t) for name, t in tensors.items()})
-    check_finite(module, where)

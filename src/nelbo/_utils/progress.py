@@ -1,10 +1,8 @@
 """Progress bars on standard error, so that standard output stays clean; printable text."""
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from unicodedata import category
 
 from nelbo._utils.distributed import world
 
@@ -76,33 +74,6 @@ def increments(stack: ExitStack, what: str, total: int) -> Callable[[int], None]
         update(so_far[0], "")
 
     return advance
-
-
-#: characters shown of a value within a sentence, of a path or word, and of a sentence, at most
-VALUE, WORD, LINE = 200, 400, 4000
-
-
-def printable(text: str) -> str:
-    """Return the text with a mark in place of control, format and unassigned characters."""
-    return re.sub(r"[^ -~\n\t]", lambda c: "\ufffd" if category(c[0])[0] == "C" else c[0], text)
-
-
-def shortened(text: str, most: int = VALUE) -> str:
-    """Return the text with a mark in place of its middle if it is longer than `most`.
-
-    >>> shortened("0123456789", 5)
-    '012…9'
-    """
-    if len(text) <= most:
-        return text
-    end = (most - 1) // 3
-    return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
-
-
-def line(text: str) -> str:
-    """Return the text for a terminal: printable, with long words and long texts shortened."""
-    text = shortened(text, 100 * LINE)  # before the search for words
-    return printable(shortened(re.sub(r"\S+", lambda w: shortened(w[0], WORD), text), LINE))
 
 
 def tracks(progress: bool | None) -> Callable[[str], Track]:

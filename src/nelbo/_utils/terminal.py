@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 from typing_extensions import override
 
-from nelbo._utils.progress import line
+from nelbo._utils.text import line
 
 
 class Terminal(Console):

@@ -25,8 +25,8 @@ from typing import (
     get_type_hints,
 )
 
-from nelbo._utils.progress import shortened
 from nelbo._utils.scalars import plain
+from nelbo._utils.text import shortened
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails, SchemaValidator, ValidationError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from nelbo._utils import progress
+from nelbo._utils import text
 
 if TYPE_CHECKING:
     import torch
@@ -96,4 +96,4 @@ def say_notes(x: "Tensor") -> None:
 def say(line: str) -> None:
     """Print a line for the reader on the error stream, so that standard output stays clean."""
     with suppress(OSError):  # the terminal is closed
-        print(progress.line(line), file=sys.stderr)
+        print(text.line(line), file=sys.stderr)

@@ -57,8 +57,8 @@ def evaluate(
         train, validation or test; all for data without splits. The default is test for the run's
         own data, and all for other data.
     steps
-        State the bound of the model with this number of steps; by default in continuous time. Of
-        several, as in 10,50,200, a table of bounds and of where they are spent.
+        State the bound of the model with this number of steps; by default in continuous time. For
+        several, as in 10,50,200: a table of bounds, and of where over time they are spent.
     grid
         The times of the steps: best for this run, found once and kept in its folder; or uniform.
     calls
@@ -76,8 +76,8 @@ def evaluate(
         Beside the bound, state the exact -log P(x) of the sampler of a masked model that shows its
         symbols left-to-right; or first those of which it is surest, by their largest probability
         (greedy), the margin of the two largest, or the entropy. It takes one network call for each
-        step, and is another P(x) than that of the bound, higher or lower. Or random, for at most
-        16 symbols: the -log P(x) of which the bound is one, at 2^16 calls.
+        step, and has another P(x) than the bound is of, higher or lower. Or random, for at most
+        16 symbols: the exact -log P(x) that the bound is on, at 2^16 calls.
     tokens_per_step
         How many symbols the --sampler shows in each step, by default 1; given what shows before,
         they are independent.
@@ -93,8 +93,8 @@ def evaluate(
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     own_samples
         With --importance-samples: instead of the data, measure this number of samples of the model
-        itself, whose -log P(x) has a lower end too: so the two say how loose the bound of the
-        samples is. Prompts, lengths and labels are those of the data.
+        itself, whose -log P(x) can be bounded from below too, so that the two bounds show how
+        loose each is. Prompts, lengths and labels are those of the data.
     ode
         Compute the likelihood by the probability-flow ODE instead, to two tolerances.
     dequantise
@@ -117,15 +117,15 @@ def evaluate(
     lines
         For a model of tokens, hf:FOLDER: each line of a text file is an example of its own.
     prompt_field
-        Of JSON lines, or of a data set of datasets (hub:NAME, or a folder of save_to_disk): the
-        name of the text that shows before the answer; by default prompt.
+        In JSON lines, or in a data set of datasets (hub:NAME, or a folder of save_to_disk): the
+        field with the text that shows before the answer; by default prompt.
     answer_field
-        The name of the text that is scored; by default answer, or text.
+        The field with the text that is scored; by default answer, or text.
     trust_remote_code
         Run the code that the folder of hf:FOLDER brings, after printing which.
     precision
-        Of the weights of hf:FOLDER, by default as they are stored; sums are float64. Of
-        diffusers:FOLDER and openai:FILE bf16, by autocast around the network.
+        Precision of the weights of hf:FOLDER, by default as they are stored; sums are float64. For
+        diffusers:FOLDER and openai:FILE: bf16, by autocast around the network.
     device_map
         Where to put the weights of hf:FOLDER, in place of --device, as transformers takes it: auto
         spreads a large model over all devices.

@@ -46,15 +46,16 @@ def sample(
     Parameters
     ----------
     run
-        A run folder; or another library's model, diffusers:FOLDER or openai:FILE, for which only
-        --out, --n, --steps, --condition, --guidance, --sampler, --seed and --device are.
+        A run folder; or another library's model, diffusers:FOLDER or openai:FILE, with which only
+        --out, --n, --steps, --condition, --guidance, --sampler, --seed and --device go.
     out
         A .png file (a grid of images), a .txt file, a table (.csv, .tsv, .parquet, .arrow), or a
         .npz file (array x in the units of the data); without it, text is printed.
     n
         Number of examples.
     steps
-        Number of steps, each one network call, by default 32; of another library's model its own.
+        Number of steps, each one network call, by default 32, or another
+        library's model's own number.
     grid
         Their times: best for this run, found once and kept in its folder; or uniform.
     sampler

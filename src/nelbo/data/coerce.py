@@ -27,7 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from nelbo.data.conform import Found
-from nelbo.data.readers import arrays, hub, text
+from nelbo.data.readers import arrays, text
 from nelbo.data.readers.encoded import Form, read_images
 from nelbo.data.schema import Schema
 from nelbo.data.splits import Declared, split_of
@@ -44,7 +44,9 @@ KINDS = (
 
 def plain(source: object) -> object:
     """Return tables as a frame or mapping of columns, data sets opened, and the rest as it is."""
-    if hub.is_data_set(source):
+    if is_data_set(source):
+        from nelbo.data.readers import hub
+
         return hub.opened(source)
     if hasattr(source, "to_frame") and not _is_frame(source):  # one column
         return cast(Any, source).to_frame(getattr(source, "name", None) or "value")
@@ -54,6 +56,11 @@ def plain(source: object) -> object:
             names = dict.fromkeys(chain.from_iterable(rows))
             return {name: [row.get(name) for row in rows] for name in names}
     return source
+
+
+def is_data_set(source: object) -> bool:
+    """Return whether a source is a data set, or a dictionary of them, of `datasets` itself."""
+    return type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "map")
 
 
 def is_table(source: object) -> bool:

@@ -12,8 +12,8 @@ from nelbo.data.conform import Found, split
 from nelbo.data.labels import codes, infer_label, missing, of_examples, standardised
 from nelbo.data.schema import Label, Schema
 from nelbo.data.tabular.cells import numbers, texts
+from nelbo.data.tabular.frames import column_of
 from nelbo.data.tabular.inference import complete, listed
-from nelbo.data.tabular.tables import column_of
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series

@@ -16,7 +16,7 @@ import numpy as np
 from typing_extensions import override
 
 from nelbo._utils import limits
-from nelbo._utils.progress import shortened
+from nelbo._utils.text import shortened
 from nelbo._utils.validation import Record
 
 if TYPE_CHECKING:

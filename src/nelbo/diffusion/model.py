@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ from torch.distributions import Distribution
 from nelbo._utils.sharding import check_finite, whole
 from nelbo.diffusion.batch import Batch, check_count
 from nelbo.diffusion.checks import check_examples
-from nelbo.diffusion.decoder import Decoder
-from nelbo.diffusion.parametrization import Parametrization, Prediction
-from nelbo.diffusion.process import ForwardProcess
-from nelbo.diffusion.reverse import ReverseKernel
+
+if TYPE_CHECKING:
+    from nelbo.diffusion.decoder import Decoder
+    from nelbo.diffusion.parametrization import Parametrization, Prediction
+    from nelbo.diffusion.process import ForwardProcess
+    from nelbo.diffusion.reverse import ReverseKernel
 
 FAR = 1e6  # largest |z| for a network, in units of its noise; float32 overflows further out
 ROWS = 2**23  # numbers that the arithmetic around one network call may hold
@@ -44,10 +47,10 @@ class Model(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        process: ForwardProcess,
-        head: Parametrization,
-        step: ReverseKernel,
-        decoder: Decoder,
+        process: "ForwardProcess",
+        head: "Parametrization",
+        step: "ReverseKernel",
+        decoder: "Decoder",
         shape: tuple[int, ...],
         conditioned_on: str = "",
     ) -> None:
@@ -165,7 +168,7 @@ class Model(nn.Module):
         e = self.process.embed(x)
         return e.to(self.dtype) if e.is_floating_point() else e
 
-    def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Prediction:
+    def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> "Prediction":
         """Call the network once; return its prediction of the data from z = z_t and condition."""
         self._check_given(condition, len(z))
         dtype = next(self.network.parameters()).dtype

@@ -17,14 +17,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from nelbo._utils.numerics import slope
-from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.distributions import Noise
 from nelbo.diffusion.elbo import diffusion_rate, diffusion_term, reconstruction_term
-from nelbo.diffusion.parametrization import Prediction
-from nelbo.diffusion.process import ForwardProcess
 
 if TYPE_CHECKING:
+    from nelbo.diffusion.batch import Batch
+    from nelbo.diffusion.distributions import Noise
     from nelbo.diffusion.model import Model
+    from nelbo.diffusion.parametrization import Prediction
+    from nelbo.diffusion.process import ForwardProcess
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Term(ABC):
     t: Tensor
 
     @abstractmethod
-    def draw(self, model: "Model", batch: Batch) -> "TermDraw":
+    def draw(self, model: "Model", batch: "Batch") -> "TermDraw":
         """Draw the term once, with one network call per example; nats."""
 
     @abstractmethod
-    def error_weight(self, process: ForwardProcess) -> Tensor:
+    def error_weight(self, process: "ForwardProcess") -> Tensor:
         """Return w in w ‖e - ê‖², the cost of a Gaussian kernel with variance β̃; shape (B,)."""
 
     @abstractmethod
-    def mask_weight(self, process: ForwardProcess) -> Tensor:
+    def mask_weight(self, process: "ForwardProcess") -> Tensor:
         """Return w in w Σ_masked -log P(x_i|z_t), the cost of masked diffusion; shape (B,)."""
 
 
@@ -51,16 +51,16 @@ class ReconstructionTerm(Term):
     """E_q(z_1|x)[ -log P(x|z_1) ] at the first times t."""
 
     @override
-    def draw(self, model: "Model", batch: Batch) -> "TermDraw":
+    def draw(self, model: "Model", batch: "Batch") -> "TermDraw":
         drawn = reconstruction_term(model, batch.x, self.t, batch.condition)
         return TermDraw(batch.x, self, *drawn)
 
     @override
-    def error_weight(self, process: ForwardProcess) -> Tensor:
+    def error_weight(self, process: "ForwardProcess") -> Tensor:
         return (-process.schedule(self.t)).exp() / 2
 
     @override
-    def mask_weight(self, process: ForwardProcess) -> Tensor:
+    def mask_weight(self, process: "ForwardProcess") -> Tensor:
         return torch.ones_like(self.t)
 
 
@@ -71,17 +71,17 @@ class DiffusionTerm(Term):
     s: Tensor
 
     @override
-    def draw(self, model: "Model", batch: Batch) -> "TermDraw":
+    def draw(self, model: "Model", batch: "Batch") -> "TermDraw":
         drawn = diffusion_term(model, batch.x, self.s, self.t, batch.condition)
         return TermDraw(batch.x, self, *drawn)
 
     @override
-    def error_weight(self, process: ForwardProcess) -> Tensor:
+    def error_weight(self, process: "ForwardProcess") -> Tensor:
         snr_s, snr_t = ((-process.schedule(v)).exp() for v in (self.s, self.t))
         return (snr_s - snr_t) / 2
 
     @override
-    def mask_weight(self, process: ForwardProcess) -> Tensor:
+    def mask_weight(self, process: "ForwardProcess") -> Tensor:
         return (process.alpha(self.s) - process.alpha(self.t)) / (
             process.log_one_minus_alpha(self.t).exp()
         )
@@ -92,15 +92,15 @@ class DiffusionRate(Term):
     """lim_{s→t} DiffusionTerm(t, s)/(t-s)."""
 
     @override
-    def draw(self, model: "Model", batch: Batch) -> "TermDraw":
+    def draw(self, model: "Model", batch: "Batch") -> "TermDraw":
         return TermDraw(batch.x, self, *diffusion_rate(model, batch.x, self.t, batch.condition))
 
     @override
-    def error_weight(self, process: ForwardProcess) -> Tensor:
+    def error_weight(self, process: "ForwardProcess") -> Tensor:
         return slope(process.schedule, self.t) * (-process.schedule(self.t)).exp() / 2
 
     @override
-    def mask_weight(self, process: ForwardProcess) -> Tensor:
+    def mask_weight(self, process: "ForwardProcess") -> Tensor:
         return slope(process.schedule, self.t) * process.alpha(self.t)
 
 
@@ -120,6 +120,6 @@ class TermDraw:
     x: Tensor
     term: Term
     z: Tensor
-    prediction: Prediction
-    noise: Noise
+    prediction: "Prediction"
+    noise: "Noise"
     cost: Tensor

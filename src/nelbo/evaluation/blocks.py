@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from torch import Tensor
 
@@ -11,10 +11,12 @@ from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
 from nelbo.evaluation.kept import Tasks
 from nelbo.evaluation.result import Measurement, StandardError
+
+if TYPE_CHECKING:
+    from nelbo.diffusion.latent import LatentModel
 
 T = TypeVar("T")
 
@@ -55,7 +57,7 @@ def map_blocks(
 
 
 def measurement(
-    model: Model | LatentModel,
+    model: "Model | LatentModel",
     batch: Batch,
     nats: float,
     error: StandardError,
@@ -97,19 +99,19 @@ def measurement(
     )
 
 
-def scale_of(model: Model | LatentModel, batch: Batch | None = None) -> float:
+def scale_of(model: "Model | LatentModel", batch: Batch | None = None) -> float:
     """Return the factor from nats per example to the unit of a result: bits/dim, or nats."""
     if model.density:
         return 1.0
     return 1 / ((model.dims if batch is None else model.scored(batch)) * LOG_2)
 
 
-def unit_of(model: Model | LatentModel) -> str:
+def unit_of(model: "Model | LatentModel") -> str:
     """Return the unit of a result: bits per dimension, or nats for a density."""
     return "nats" if model.density else f"bits/{model.dimension}"
 
 
-def precision_of(model: Model | LatentModel) -> str:
+def precision_of(model: "Model | LatentModel") -> str:
     """Return the precision of the arithmetic of a measurement, for the record."""
     inside = str(next(model.network.parameters()).dtype)
     if (autocast := getattr(model.network, "autocast", None)) is not None:

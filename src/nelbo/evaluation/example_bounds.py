@@ -58,32 +58,28 @@ def elbo(
     model: Model,
     x: Source | Batch,
     *,
-    steps: int | None = None,
     times: TimeDiscretization | None = None,
     calls: int = CALLS,
     seed: int = 0,
     by_content: bool = False,
     track: Track = iter,
 ) -> ExampleBounds:
-    """Return the lower bound on log P(x|φ) of each example, an average of draws with its error.
+    """Return the bound of each example of a bare model; `nelbo.elbo` has it of runs too.
 
     Args:
-        model: the model; measured in evaluation mode with float64 around the network.
-        x: examples (N, *model.shape) of any kind in `nelbo.data.coerce`, or a `Batch` of examples
-            and conditions.
-        steps: T, for the bound of T steps on the model's even grid; continuous time by default.
-        times: TimeGrid(times) in place of these steps.
-        calls: network calls per example, at most.
+        model: measured in evaluation mode with float64 around the network.
+        x: as for `nelbo.elbo`, as the others.
+        times: of the bound; continuous time by default.
+        calls: network calls per example.
         seed: of everything random.
         by_content: let the draws of an example follow from the seed and its values, whatever its
             place and the other examples are; equal examples then have equal draws.
-        track: wraps the blocks of examples, for a progress bar.
+        track: wraps the blocks of examples.
 
     Raises:
-        ValueError: the examples are not of the model, a model of P(x|c) lacks conditions, or there
-            are too few calls for an error.
+        ValueError: as for `nelbo.elbo`.
     """
-    batch, times = batch_of(model, x), times_of(model, times, steps)
+    batch, times = batch_of(model, x), times_of(model, times)
     least = 2 * REPLICATES
     if integer("calls", calls) < least:
         raise ValueError(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.distributed import check_alone
-from nelbo._utils.files import check_writable, read_tensors, write_tensors
+from nelbo._utils.files import check_writable
+from nelbo._utils.tensor_files import read_tensors, write_tensors
 from nelbo._version import __version__
 from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch

@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from html import escape
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from nelbo.diffusion.elbo import Bound
-from nelbo.diffusion.latent import LatentBound
+
+if TYPE_CHECKING:
+    from nelbo.diffusion.latent import LatentBound
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Evaluation(Measurement):
     visited: int
     steps: int | None
     curve: list[CurvePoint]
-    per_example: Bound | LatentBound = field(repr=False, compare=False)
+    per_example: "Bound | LatentBound" = field(repr=False, compare=False)
     per_example_error: Tensor = field(repr=False, compare=False)
     #: of texts of tokens, if they were asked for one by one
     by_token: TokenCosts | None = field(default=None, repr=False, compare=False)

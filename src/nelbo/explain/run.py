@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from nelbo._utils.numerics import LOG_2, seeded
-from nelbo._utils.progress import Track, shortened
+from nelbo._utils.progress import Track
+from nelbo._utils.text import shortened
 from nelbo.data.columns import Place, places
 from nelbo.data.readers.text import OTHER
 from nelbo.data.schema import Schema

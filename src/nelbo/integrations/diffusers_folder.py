@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nelbo._utils import limits
-from nelbo._utils.files import put_weights, read_tensors
-from nelbo._utils.progress import shortened
+from nelbo._utils.tensor_files import put_weights, read_tensors
+from nelbo._utils.text import shortened
 from nelbo.integrations.checkpoints import in_index
 from nelbo.integrations.external import read_json, without_prefix
 

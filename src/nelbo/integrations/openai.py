@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils import limits
-from nelbo._utils.files import put_weights
+from nelbo._utils.tensor_files import put_weights
 from nelbo._utils.validation import Record
 from nelbo.data.schema import Schema
 from nelbo.diffusion.process import Levels

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nelbo._utils import limits
-from nelbo._utils.progress import shortened
+from nelbo._utils.text import shortened
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.diffusers_folder import INDEX
 from nelbo.integrations.external import read_json

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nelbo.data import coerce
 from nelbo.data.readers import hub
 from nelbo.data.splits import Declared
 
@@ -123,7 +124,7 @@ def of_list(source: Sequence[object]) -> Iterator[tuple[str, object]]:
 def is_data_set(source: object) -> bool:
     """Return whether a source is a data set of `datasets`: by its name, its folder, or open."""
     saved = isinstance(source, str | Path) and any((Path(source) / f).is_file() for f in hub.SAVED)
-    return saved or hub.is_hub(source) or hub.is_data_set(source)
+    return saved or hub.is_hub(source) or coerce.is_data_set(source)
 
 
 def of_data_set(
@@ -140,7 +141,7 @@ def of_data_set(
     Raises:
         ValueError: `datasets` is missing, the split is none, or a column is none of texts.
     """
-    if hub.is_data_set(source):
+    if coerce.is_data_set(source):
         found = hub.opened(source, splits)
     else:
         name = str(source)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils.distributed import main_process_first, world
-from nelbo._utils.files import OTHER
+from nelbo._utils.tensor_files import OTHER
 from nelbo.data.schema import Schema
 from nelbo.diffusion.model import Model, measuring
 from nelbo.models.config import CUSTOM, ModelConfig

@@ -7,7 +7,7 @@ from string import Template
 
 from nelbo._utils.distributed import world
 from nelbo._utils.files import write
-from nelbo._utils.progress import printable
+from nelbo._utils.text import printable
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

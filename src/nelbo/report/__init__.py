@@ -18,6 +18,7 @@ from nelbo.data.schema import Schema, as_examples
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
+from nelbo.evaluation.result import Evaluation
 from nelbo.pages.images import is_image
 from nelbo.pages.page import write_page
 from nelbo.report import sections
@@ -29,7 +30,6 @@ from nelbo.report.studies import (
     some,
     trajectory,
 )
-from nelbo.runs import own_data
 from nelbo.runs.subjects import AnyRun, run_of
 from nelbo.sampling.imputation import within
 from nelbo.sampling.samplers import ancestral
@@ -61,10 +61,9 @@ def report(
     check_writable(out)
     schema = run.config.schema
     model = run.model
-    own = run.config.load_data()
-    batch, split = own_data.select(run.config, own, None, None)
-    bar = track("test bound")
-    result = run.measure(batch, split=split, own=own, tell=str, seed=seed, track=bar)
+    batch, _ = run.batch()
+    result = run.evaluate(seed=seed, progress=progress, tell=str)
+    assert isinstance(result, Evaluation)
     x, unit = as_examples(batch.x), result.unit
     rows = some(model, x, seed)
     few = x[rows]
@@ -84,7 +83,7 @@ def report(
         path = trajectory(model, count, grid, seed, track("samples"), condition)
         parts += [sections.images(run, few, path), sections.pixels(run, few, cost.numpy(), unit)]
     elif schema.columns:
-        seen = own_data.select(run.config, own, None, "train")[0].x
+        seen = run.examples("train")
         made, how = _rows(model, condition, count, schema, grid, seed, track("samples"))
         parts.append(sections.table(schema, few, made, how, cost.numpy(), unit))
         parts.append(sections.quality(measure(schema.columns, seen, x, made, seed)))

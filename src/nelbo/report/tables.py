@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo._utils.progress import shortened
+from nelbo._utils.text import shortened
 from nelbo.data.columns import Column, Place, places
 from nelbo.evaluation.per_dimension import by_column
 from nelbo.report import figures

@@ -22,7 +22,7 @@ from nelbo.data.inspection import Inspection
 from nelbo.data.sources import Declaration, Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.times import TimeDiscretization
+from nelbo.diffusion.times import TimeDiscretization, times_of
 from nelbo.evaluation import example_bounds
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
 from nelbo.integrations.conditions import Condition
@@ -130,9 +130,8 @@ def elbo(
             too few calls for an error.
     """
     if isinstance(run, Model):
-        return example_bounds.elbo(
-            run, data, steps=steps, times=times, calls=calls, seed=seed, track=track
-        )
+        times = times_of(run, times, steps)
+        return example_bounds.elbo(run, data, times=times, calls=calls, seed=seed, track=track)
     if times is not None:
         raise ValueError("times are for a bare model; a run has a best grid; give steps")
     return run_of(run).elbo(data, steps=steps, calls=calls, seed=seed)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from nelbo._utils import cache, limits
 from nelbo._utils.distributed import main_process_first
-from nelbo._utils.progress import shortened
+from nelbo._utils.text import shortened
 from nelbo._utils.validation import Record, validated
 from nelbo._version import __version__
 from nelbo.data.schema import Dataset, Schema, fingerprint

@@ -288,7 +288,7 @@ def _of_each(
 
 
 class Measuring:
-    """How something is measured, whatever it is, and what is said meanwhile.
+    """A measurement of one subject, and the notes on it.
 
     Args:
         subject: what is measured.

@@ -7,6 +7,7 @@ examples of each split and their labels, as the schema of the run reads them.
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,17 +18,19 @@ from nelbo.data.readers.arrays import load_npz
 from nelbo.data.readers.hub import Opened
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Dataset, Schema
-from nelbo.data.sources import Source, is_table
 from nelbo.data.tabular import tables
+
+if TYPE_CHECKING:
+    from nelbo.data.sources import Source
 
 LABELS = "labels of {}"  # name of the array of a split's labels
 COPIES = 3  # of the data in memory while they are written
 
 
-def table_of(source: Source) -> bytes | None:
+def table_of(source: "Source") -> bytes | None:
     """Return a table in memory as a Parquet file; None if the source is anything else."""
     source = coerce.plain(source)
-    if isinstance(source, Opened) or coerce.in_splits(source) or not is_table(source):
+    if isinstance(source, Opened) or coerce.in_splits(source) or not coerce.is_table(source):
         return None
     return tables.to_bytes(tables.frame_of(source), ".parquet")
 

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from nelbo._utils import limits
-from nelbo._utils.files import put_weights, read_tensors
 from nelbo._utils.numerics import seeded
-from nelbo._utils.progress import shortened
+from nelbo._utils.tensor_files import put_weights, read_tensors
+from nelbo._utils.text import shortened
 from nelbo.models import custom
 from nelbo.models.build import build
 from nelbo.runs.config import WEIGHTS, read_config, read_metrics

@@ -1,4 +1,4 @@
-"""How many steps of training fit into a time."""
+"""Number of training steps that fit into a time."""
 
 import math
 import time

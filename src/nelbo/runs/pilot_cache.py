@@ -10,7 +10,7 @@ of everything it depends on, and never in a run, which may come from an untruste
 
 import json
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -22,7 +22,9 @@ from nelbo.data.schema import fingerprint
 from nelbo.diffusion.model import measuring, model_hash
 from nelbo.evaluation.allocation import DOUBT, Proposal, Strata, pilot
 from nelbo.evaluation.control_variates import ControlVariates
-from nelbo.runs.run import Run
+
+if TYPE_CHECKING:
+    from nelbo.runs.run import Run
 
 KIND = "pilots"  # folder of the cache
 ROWS = 256  # draws per stratum
@@ -38,7 +40,7 @@ class Pilots:
         tell: called with messages about slow work.
     """
 
-    def __init__(self, run: Run, tell: Callable[[str], object] = lambda what: None) -> None:
+    def __init__(self, run: "Run", tell: Callable[[str], object] = lambda what: None) -> None:
         self.run, self.tell = run, tell
 
     def __call__(self, strata: Strata, controls: ControlVariates) -> Proposal:

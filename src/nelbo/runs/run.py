@@ -6,19 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
 from nelbo._utils.progress import Track, interactive, tracks
-from nelbo.data.schema import Dataset
 from nelbo.data.sources import Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, find_device
-from nelbo.diffusion.times import TimeDiscretization, TimeGrid
-from nelbo.evaluation.alternatives import Dequantise
-from nelbo.evaluation.anomaly_scores import Scored, Scorer
-from nelbo.evaluation.evaluate import evaluate
+from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.example_bounds import CALLS as ELBO_CALLS
 from nelbo.evaluation.example_bounds import ExampleBounds, elbo
 from nelbo.evaluation.result import BothSides, BoundEstimate, Evaluation
@@ -28,16 +24,14 @@ from nelbo.runs.config import RunConfig
 if TYPE_CHECKING:
     from nelbo.codec.files import Summary
     from nelbo.data.tabular.tables import Frame
+    from nelbo.evaluation.alternatives import Dequantise
+    from nelbo.evaluation.anomaly_scores import Scored, Scorer
     from nelbo.runs.samples import Condition, Samples
     from nelbo.runs.subjects import Spacing
 
 
 def _warn(line: str) -> None:
     warnings.warn(line, stacklevel=4)
-
-
-def _quiet(line: str) -> None:
-    pass
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,7 +115,7 @@ class Run:
         importance_samples: int | None = None,
         own_samples: int | None = None,
         ode: bool = False,
-        dequantise: Dequantise | None = None,
+        dequantise: "Dequantise | None" = None,
         tolerance: float | None = None,
         columns: bool = False,
         seed: int = 0,
@@ -297,7 +291,7 @@ class Run:
         calls: int | None = None,
         seed: int = 0,
         progress: bool | None = None,
-    ) -> Scored:
+    ) -> "Scored":
         """Return the anomaly score of each example, its error, rank and percentile.
 
         Args:
@@ -323,8 +317,10 @@ class Run:
         calls: int | None = None,
         seed: int = 0,
         track: Track = iter,
-    ) -> Scorer:
+    ) -> "Scorer":
         """Return the function that `score` calls, for several data; arguments as there."""
+        from nelbo.evaluation.anomaly_scores import Scorer
+
         reference, _ = self.batch(split=against)
         return Scorer(
             score,
@@ -417,38 +413,6 @@ class Run:
         from nelbo.runs import hub
 
         return hub.push(self, name, private=private, token=token)
-
-    def measure(
-        self,
-        batch: Batch,
-        *,
-        split: str = "as given",
-        own: Dataset | None = None,
-        times: TimeDiscretization | None = None,
-        variates: bool = True,
-        tell: Callable[[str], object] = _quiet,
-        **options: Any,  # noqa: ANN401 - those of `nelbo.evaluate`
-    ) -> Evaluation:
-        """Return the bound of examples that `batch` returned.
-
-        Args:
-            batch: the examples.
-            split: their name, for the record.
-            own: the run's own data, if the examples are of them. If so, the control variates are
-                fitted to the training split, and a pilot on the validation split is cached for
-                this user; except for tokens, whose masks have exact counts.
-            times: times of the bound; continuous time by default.
-            variates: see `nelbo.evaluate`.
-            tell: called with messages about slow work.
-            options: see `nelbo.evaluate`.
-        """
-        from nelbo.runs.pilot_cache import Pilots
-
-        if own is not None and variates and not self.model.process.as_codes:
-            options["known"] = own_data.select(self.config, own, None, "train")[0].x
-            options["pilots"] = Pilots(self, tell)
-        options = {"weights": self.weights, "split": split, "times": times, **options}
-        return evaluate(self.model, batch, variates=variates, **options)
 
     def meet(self, source: Source) -> bool:
         """Tell the run where its data are; return whether they were unknown and `source` has them.

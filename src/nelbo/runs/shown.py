@@ -3,7 +3,7 @@
 from html import escape
 from typing import TYPE_CHECKING
 
-from nelbo._utils.progress import shortened
+from nelbo._utils.text import shortened
 from nelbo.models.conditioning import names
 
 if TYPE_CHECKING:

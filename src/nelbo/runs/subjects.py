@@ -1,4 +1,4 @@
-"""What can be measured: a run, a model of another library, or a bare model.
+"""Subjects of a measurement: a run, a model of another library, or a bare model.
 
 Each kind knows where its examples come from, which times its steps have, and how its bound is
 drawn. `evaluation` measures all of them in the same way.
@@ -34,6 +34,7 @@ from nelbo.integrations.probe import probe
 from nelbo.integrations.text_records import TextForm
 from nelbo.runs import own_data
 from nelbo.runs.loading import load
+from nelbo.runs.pilot_cache import Pilots
 from nelbo.runs.run import Run
 
 #: a run, its folder, or its name on the hub
@@ -144,7 +145,7 @@ class OfRun(Subject):
     """A run, with the best grids and the pilots of its own."""
 
     run: Run
-    own: Dataset | None = field(default=None, init=False)  # its data, once read
+    own: Dataset = field(init=False)  # its data, once read
 
     def __post_init__(self) -> None:
         self.model, self.weights = self.run.model, self.run.weights
@@ -180,7 +181,15 @@ class OfRun(Subject):
 
     @override
     def bound(self, batch: Batch, own: bool, tell: Tell, **options: Any) -> Evaluation:
-        return self.run.measure(batch, own=self.own if own else None, tell=tell, **options)
+        """Return the bound of examples, see `Subject`.
+
+        For its own data, control variates are fitted to the training split, and a pilot on the
+        validation split is kept for this user; except for tokens, whose masks have exact counts.
+        """
+        if own and options["variates"] and not self.run.model.process.as_codes:
+            options["known"] = own_data.select(self.run.config, self.own, None, "train")[0].x
+            options["pilots"] = Pilots(self.run, tell)
+        return super().bound(batch, own, tell, **options)
 
     @override
     def rates(self, found: Measurement, batch: Batch) -> Mapping[str, float]:

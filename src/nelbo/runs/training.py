@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nelbo._utils import files
+from nelbo._utils import files, tensor_files
 from nelbo._utils.distributed import anywhere, main_process_first, world
 from nelbo._utils.numerics import LOG_2
 from nelbo._utils.progress import progress_bar
@@ -126,7 +126,7 @@ class Training:
     def fit_statistics(self, weights: Model) -> None:
         """Start from the weights of another run; they are kept until there are better ones."""
         for own in (self.learner.model, self.learner.average):
-            files.put_weights(own, weights.state_dict(), "the run")
+            tensor_files.put_weights(own, weights.state_dict(), "the run")
         self._measure()
         self.save()
 
@@ -142,7 +142,7 @@ class Training:
         self.check_there()
         if self.learner.best and self.first:
             about = {"weights": "ema", "step": self.learner.at.best_step}
-            files.write_tensors(self.out / run_config.WEIGHTS, self.learner.best, about)
+            tensor_files.write_tensors(self.out / run_config.WEIGHTS, self.learner.best, about)
 
     def _validate(self) -> None:
         """Measure, keep the best weights, and log an event."""

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nelbo._utils import limits
-from nelbo._utils.files import OTHER, put_weights, read_tensors, write_tensors
 from nelbo._utils.sharding import divided_like, gathered
+from nelbo._utils.tensor_files import OTHER, put_weights, read_tensors, write_tensors
 from nelbo._utils.validation import validated
 from nelbo.runs.config import BEFORE, STATE
 from nelbo.training.config import Progress

@@ -10,7 +10,7 @@ import numpy as np
 
 from nelbo.codec.errors import CorruptFileError
 from nelbo.data.tabular.dtypes import describe, parse
-from nelbo.data.tabular.tables import polars
+from nelbo.data.tabular.frames import polars
 
 if TYPE_CHECKING:
     from polars import DataType, Series

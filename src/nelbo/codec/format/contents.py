@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from nelbo._utils.files import check_writable, folder_part_of, write
-from nelbo._utils.progress import shortened
+from nelbo._utils.text import shortened
 from nelbo.codec.errors import CodecError, CorruptFileError
 from nelbo.codec.format import arrays, pictures, tabular, texts
 from nelbo.codec.format.arrays import as_bytes as _arrays_as_bytes

@@ -22,6 +22,7 @@ from nelbo.codec.format.beside import equal_cells, of_bytes, to_bytes
 from nelbo.data.schema import Schema
 from nelbo.data.tabular import dtypes, encoding, tables
 from nelbo.data.tabular.cells import raw_texts
+from nelbo.data.tabular.frames import polars
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
@@ -83,7 +84,7 @@ def as_bytes(
     Raises:
         CorruptFileError: the description of the columns contradicts itself.
     """
-    pl = tables.polars()
+    pl = polars()
     sizes, patches = dict(about.get("columns", ())), {n: c for n, *c in about.get("cells", ())}
     most = sum(sizes.values()) + sum(4 * count + size for count, size in patches.values())
     limits.check_memory(most, "the data beside the rows")

@@ -21,14 +21,15 @@ import numpy as np
 from typing_extensions import override
 
 from nelbo._utils import limits
-from nelbo._utils.progress import shortened
+from nelbo._utils.text import shortened
 from nelbo.data.conform import Found
 from nelbo.data.labels import as_text
 from nelbo.data.readers import text
 from nelbo.data.readers.encoded import Form, read_images
 from nelbo.data.schema import Schema
 from nelbo.data.splits import Declared, group, one_each
-from nelbo.data.tabular import decoded, tables
+from nelbo.data.tabular import decoded
+from nelbo.data.tabular.frames import polars
 from nelbo.data.tabular.streams import Table
 
 if TYPE_CHECKING:
@@ -86,11 +87,6 @@ class Opened:
 def is_string(feature: "FeatureType") -> bool:
     """Return whether a column of this feature holds texts."""
     return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def is_data_set(source: object) -> bool:
-    """Return whether a source is a data set, or a dictionary of them, of `datasets` itself."""
-    return type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "map")
 
 
 def opened(source: object, declared: Declared | None = None) -> Opened:
@@ -382,7 +378,7 @@ class _Rows(Table):
 
     @override
     def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
-        pl = tables.polars()
+        pl = polars()
         frames = []
         for i, (first, count) in enumerate(self.parts.values()):
             low, high = max(begin, first) - first, min(end, first + count) - first
@@ -432,7 +428,7 @@ class Stream(_Rows):
 
     @override
     def _read(self, i: int, low: int, high: int) -> "DataFrame":
-        pl = tables.polars()
+        pl = polars()
         part, begin = self.at
         held = self.held
         if held is None or part != i or low < begin:
@@ -449,7 +445,7 @@ class Stream(_Rows):
 
 
 def _frame(rows: "Arrow") -> "DataFrame":
-    frame: DataFrame = tables.polars().from_arrow(rows)
+    frame: DataFrame = polars().from_arrow(rows)
     return frame
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from nelbo.data.columns import Column, Place, places
 from nelbo.data.tabular.cells import numbers, off_lattice, raw_texts, texts
 from nelbo.data.tabular.dtypes import describe, given_back
+from nelbo.data.tabular.frames import column_of, polars
 from nelbo.data.tabular.spelling import places_of
-from nelbo.data.tabular.tables import column_of, polars
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series

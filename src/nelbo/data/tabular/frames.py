@@ -165,3 +165,23 @@ def _of_numbers(name: str, values: np.ndarray, missing: np.ndarray) -> "Series":
         missing = missing | np.isnan(values)
     made = pl.Series(name, np.ascontiguousarray(values.astype(values.dtype.newbyteorder("="))))
     return made.set(pl.Series(missing), None) if missing.any() else made
+
+
+def column_of(frame: "DataFrame", name: str, label: str) -> "Series":
+    """Return a column by its name.
+
+    Raises:
+        ValueError: the table, called `label`, has no such column.
+    """
+    if name not in frame.columns:
+        others = ", ".join(map(repr, frame.columns))
+        raise ValueError(f"{label} has no column {name!r}; it has {others}")
+    return frame[name]
+
+
+def polars() -> ModuleType:
+    """Return the library, imported on demand."""
+    try:
+        return import_module("polars")
+    except ImportError:
+        raise ValueError("tables need polars; try: pip install 'nelbo[tables]'") from None

@@ -28,6 +28,7 @@ from nelbo.data.readers.walk import files_below
 from nelbo.data.rows import WINDOW, Rows
 from nelbo.data.splits import Declared, group, one_each
 from nelbo.data.tabular import decoded, encoding, tables
+from nelbo.data.tabular.frames import polars
 from nelbo.data.tabular.merging import complete_columns, infer_merged
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class InSplits(Table):
     """
 
     def __init__(self, frames: "Mapping[str, DataFrame]") -> None:
-        pl, name = tables.polars(), "the table"
+        pl, name = polars(), "the table"
         groups = group(list(frames), name, None, "beside the splits")
         found = {part: frames[k] for part, k in one_each(groups, list(frames), name).items()}
         first, *rest = found.values()
@@ -431,7 +432,7 @@ def measured(table: Table, columns: Sequence[Column]) -> dict[str, Tensor]:
 
 def _scan(file: Path, told: Mapping[str, str | None] | None = None) -> "LazyFrame":
     """Return the rows of a file, with columns that its folders state and that it lacks."""
-    pl = tables.polars()
+    pl = polars()
     frame = tables.scan(file)
     if not told:
         return frame

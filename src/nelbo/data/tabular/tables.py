@@ -10,19 +10,17 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nelbo._utils import limits
 from nelbo.data.remote import here
 from nelbo.data.tabular import decoded, delimited
-from nelbo.data.tabular.frames import columns_of, left_out
+from nelbo.data.tabular.frames import columns_of, left_out, polars
 
 if TYPE_CHECKING:
-    from polars import DataFrame, LazyFrame, Series
+    from polars import DataFrame, LazyFrame
 
     Frame = DataFrame | Mapping[str, Iterable[object]]  # of pandas too
 
@@ -156,18 +154,6 @@ def checked(frame: "DataFrame", label: str, rows: int | None = None) -> "DataFra
     return frame
 
 
-def column_of(frame: "DataFrame", name: str, label: str) -> "Series":
-    """Return a column by its name.
-
-    Raises:
-        ValueError: the table, called `label`, has no such column.
-    """
-    if name not in frame.columns:
-        others = ", ".join(map(repr, frame.columns))
-        raise ValueError(f"{label} has no column {name!r}; it has {others}")
-    return frame[name]
-
-
 def to_bytes(frame: "DataFrame", suffix: str) -> bytes:
     """Return a table as the content of a .csv, .tsv, .parquet or .arrow file."""
     file = io.BytesIO()
@@ -196,11 +182,3 @@ def formula_in(content: bytes) -> str | None:
     """
     found = FORMULA.search(content)
     return None if found is None else found[1].decode(errors="replace")
-
-
-def polars() -> ModuleType:
-    """Return the library, imported on demand."""
-    try:
-        return import_module("polars")
-    except ImportError:
-        raise ValueError("tables need polars; try: pip install 'nelbo[tables]'") from None
