@@ -27,8 +27,9 @@ from support.files import png
 from support.fuzzing import FLAGS, alarm
 
 import nelbo
-from nelbo._utils import files, limits, tensor_files
+from nelbo._utils import files, limits
 from nelbo._utils.numerics import seeded
+from nelbo._utils.tensor_files import read_tensors, write_tensors
 from nelbo.data import load
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
@@ -137,7 +138,7 @@ def test_no_file_executes_code(trained, tmp_path):
         for name in ("state.safetensors", "model.safetensors"):
             (run / name).write_bytes(content)
             with pytest.raises(ValueError):
-                tensor_files.read_tensors(run / name)
+                read_tensors(run / name)
         with pytest.raises(ValueError):
             load_run(run)
         assert files.kept(run / "grids.json") == {}
@@ -322,9 +323,9 @@ def of_folder(path):
         ("x.tar", chained_tar, load, "cannot be read as a tar file"),
         ("x.json", deep_json, limits.read_json, "is not JSON"),
         ("x.json", huge_json, limits.read_json, "has 1099511627776 bytes, and JSON"),
-        ("x.safetensors", lying_tensors, files.read_tensors, "is truncated, damaged or not"),
-        ("x.safetensors", endless_header, files.read_tensors, "is truncated, damaged or not"),
-        ("x.safetensors", huge_json, files.read_tensors, "would take 2.05e"),
+        ("x.safetensors", lying_tensors, read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", endless_header, read_tensors, "is truncated, damaged or not"),
+        ("x.safetensors", huge_json, read_tensors, "would take 2.05e"),
         ("images/x.png", huge_png, of_folder, "claims more than .* pixels"),
         ("images/x.png", sparse_png, of_folder, "1099511627776 bytes, which no image has"),
         ("x.txt", huge_json, load, "of memory"),
@@ -443,7 +444,7 @@ def endless(path):
         ("images/train-images-idx3-ubyte.gz", of_folder),
         ("images/x.tar", of_folder),
         ("x.json", limits.read_json),
-        ("x.safetensors", files.read_tensors),
+        ("x.safetensors", read_tensors),
         ("x.pt", lambda path: load_foreign(f"openai:{path}")),
     ],
 )
@@ -588,7 +589,7 @@ def test_weights_of_another_kind_are_not_cast(trained, tmp_path):
     tensors = load_file(run / "model.safetensors")
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name] = tensors[name].to(torch.complex64)
-    tensor_files.write_tensors(run / "model.safetensors", tensors, {})
+    write_tensors(run / "model.safetensors", tensors, {})
     with pytest.raises(ValueError, match="complex64"):
         nelbo.load(run)
 
@@ -806,7 +807,7 @@ def test_weights_that_repeat_a_number_are_refused(tmp_path, repeat):
 def test_the_heading_of_tensors_is_not_longer_than_any(tmp_path):
     head = b'{"__metadata__": {"about": "' + b"x" * 2**24 + b'"}}'
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
-    refused(files.read_tensors, "the heading of .* has", tmp_path / "x.safetensors")
+    refused(read_tensors, "the heading of .* has", tmp_path / "x.safetensors")
 
 
 def compressed():
