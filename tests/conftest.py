@@ -40,10 +40,13 @@ def _one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def _interrupts():
-    """Ctrl-C is heard also where the tests run behind a shell that ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C and SIGHUP are heard also behind a shell that ignores them, or nohup."""
+    heard = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    heard = {getattr(signal, k): v for k, v in heard.items() if hasattr(signal, k)}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
