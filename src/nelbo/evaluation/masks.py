@@ -10,13 +10,14 @@ masks of its own:
     Σ_l E[ f(S) - k(l) g(S) - Σ_j k_j(l) v_j(S) - b(l) ] + b(l)    few masks, read by both models
 
 v_j are of known mean zero given the text: how much harder than others the hidden tokens are, by
-their frequency (`unigram`) and by the surrogate's own costs in the first level. k, k_j, b and the
+their frequency (`unigram`), by the surrogate's own costs in the first level, and by earlier masks
+of the same text (`draws`), of permutations of their own, so that replicates are uncorrelated, and
+their spread gives the error. A pilot chooses the variates of least variance. k, k_j, b and the
 shares of the counts come from a pilot (`mask_regression`) with masks of its own, so that the
 estimate is unbiased for any surrogate. The first level has n √(V_g/(V_f κ)) masks for n masks of
 the second, where V are the variances of one mask of each and κ is the price of one by the
 surrogate in network calls, as the share of floating-point operations: the least variance for the
-price (Giles 2015, equation 2.1). Replicates of a text have masks of their own on both levels, so
-that their spread gives the error.
+price (Giles 2015, equation 2.1). Replicates of a text have masks of their own on both levels.
 """
 
 import math
