@@ -135,6 +135,10 @@ def test_what_other_draws_say_is_unbiased_and_so_is_the_error():
         tokens = by_token.sum(1)
         assert abs(tokens.mean() - wanted) < 4 * tokens.std() / 800**0.5
     assert variances[1] < 0.8 * variances[0]
+    odd = replace(known, curve=known.curve + 5.0, by_draws=torch.ones(len(NODES)).double())
+    cells, *_ = estimator.costs(range(800), batch, Plan(2, 7), replace(odd, shrink=0.5))
+    mean = cells.sum(-1).mean(1)  # those of one permutation alone would not be uniform
+    assert abs(mean.mean() - wanted) < 4 * mean.std() / 800**0.5
 
 
 def test_the_costs_of_tokens(every_text):
