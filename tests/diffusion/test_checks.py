@@ -82,7 +82,7 @@ def test_bytes_are_all_levels_of_256():
 
 def test_times_are_times(levels):
     for measure in (nelbo.evaluate, nelbo.elbo):
-        with pytest.raises(ValueError, match=r"times must be a number of steps.*got '8'"):
+        with pytest.raises(ValueError, match=r"times must be a TimeDiscretization.*got '8'"):
             measure(*levels, times="8")
         with pytest.raises(ValueError, match="give steps or times, not both"):
             measure(*levels, times=nelbo.TimeGrid.uniform(2), steps=2)

@@ -147,9 +147,11 @@ def test_processes_that_do_not_fit_are_refused(module):
         wrap_tokens(module)
     with pytest.raises(ValueError, match=r"got uniform and 5; if its mask is never predicted"):
         wrap_tokens(module, MASK, process="uniform")
-    with pytest.raises(ValueError, match="process must be masked or uniform; got 'absorbing'"):
+    with pytest.raises(
+        ValueError, match="process must be one of masked, uniform; got 'absorbing'"
+    ):
         wrap_tokens(module, MASK, process="absorbing")
-    with pytest.raises(ValueError, match="head must be logits, score or log-score; got 'x'"):
+    with pytest.raises(ValueError, match="head must be one of logits, score, log-score; got 'x'"):
         wrap_tokens(module, MASK, head="x")
     with pytest.raises(ValueError, match=r"got \[7\] in never, pad_id or mask_id"):
         wrap_tokens(module, process="uniform", never=[7])

@@ -347,7 +347,7 @@ def test_numbers_of_numpy_are_options(tmp_path):
         ({"levels": "17"}, "levels must be an integer"),
         ({"size": 4.5}, "size must be an integer"),
         ({"minutes": "3"}, "minutes must be a finite number"),
-        ({"preset": None}, "preset must be one of"),
+        ({"preset": None}, "preset must be a text"),
     ],
 )
 def test_options_are_checked_before_anything_is_made(tmp_path, options, says):

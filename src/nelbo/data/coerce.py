@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch import Tensor
 
+from nelbo._utils import scalars
 from nelbo.data.conform import Found
 from nelbo.data.readers import arrays, text
 from nelbo.data.readers.encoded import Form, read_images
@@ -44,6 +45,7 @@ KINDS = (
 
 def plain(source: object) -> object:
     """Return tables as a frame or mapping of columns, data sets opened, and the rest as it is."""
+    source = scalars.plain(source)
     if is_data_set(source):
         from nelbo.data.readers import hub
 

@@ -28,6 +28,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "x", as_tensor(self.x))
+        if self.condition is not None:
+            object.__setattr__(self, "condition", as_tensor(self.condition))
         if self.condition is not None and self.condition.ndim != 2:
             raise ValueError(
                 "conditions are rows of numbers, (N, F), as run.batch() gives them; got the shape"

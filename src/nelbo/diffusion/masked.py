@@ -26,6 +26,7 @@ from torch.distributions import Independent
 from torch.nn.functional import one_hot
 from typing_extensions import override
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import log1mexp, slope
 from nelbo._utils.scalars import integer
@@ -53,6 +54,7 @@ class Masking(ForwardProcess):
     mask: int
     posterior_name = "categorical step"
 
+    @checked
     def __init__(self, schedule: Schedule, count: int, as_codes: bool = False) -> None:
         super().__init__(schedule)
         if count < 2:
@@ -204,6 +206,7 @@ class BlockDiffusion(Masking):
 
     alike = False
 
+    @checked
     def __init__(self, schedule: Schedule, count: int, block: int, as_codes: bool = False) -> None:
         super().__init__(schedule, count, as_codes)
         self.block = integer("block", block, 1)

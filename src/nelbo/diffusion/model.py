@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.sharding import check_finite, whole
 from nelbo.diffusion.batch import Batch, check_count
 from nelbo.diffusion.checks import check_examples
@@ -44,6 +45,7 @@ class Model(nn.Module):
         conditioned_on: names of c, for a model of P(x|c), such as "class".
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module,

@@ -23,6 +23,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import over, slope
 from nelbo.diffusion.distributions import Discrete, DiscretisedNormal, draw
@@ -287,6 +288,7 @@ class GaussianDiffusion(ForwardProcess):
     has_flow = True
     posterior_name = "Gaussian step, σ² = β̃"
 
+    @checked
     def __init__(self, schedule: Schedule, embedding: Levels | Affine | None = None) -> None:
         super().__init__(schedule)
         self.embedding = embedding = Affine() if embedding is None else embedding

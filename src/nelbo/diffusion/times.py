@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
@@ -83,6 +84,7 @@ class TimeGrid(TimeDiscretization):
         ValueError: if the times are not like that.
     """
 
+    @checked
     def __init__(self, times: Tensor | Sequence[float]) -> None:
         times = torch.as_tensor(times, dtype=torch.float64)
         if (
@@ -106,6 +108,7 @@ class TimeGrid(TimeDiscretization):
         return f"TimeGrid of {self.steps} times: {first}{', .., 1' if self.terms > 1 else ''}"
 
     @staticmethod
+    @checked
     def uniform(steps: int) -> "TimeGrid":
         """Return the grid 1/T, 2/T, ..., 1.
 
@@ -137,6 +140,7 @@ class ContinuousTime(TimeDiscretization):
     steps = None
     terms = 1
 
+    @checked
     def __init__(self, start: float = 0.0) -> None:
         if not 0 <= start < 1:
             raise ValueError(f"start must be in [0, 1); got {start}")

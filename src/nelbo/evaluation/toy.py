@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nelbo._utils.arguments import checked
 from nelbo.diffusion import parametrization, reverse
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import Bound
@@ -140,6 +141,7 @@ class Toy:
         )
 
 
+@checked
 def toy(
     betas: Tensor | Sequence[float],
     f: Function,

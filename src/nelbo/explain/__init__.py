@@ -6,6 +6,7 @@ the sum that becomes −ELBO. All numbers are computed here; the page looks them
 
 from pathlib import Path
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.progress import Track, tracker
 from nelbo.explain import run as run_page
 from nelbo.explain import toy
@@ -15,6 +16,7 @@ from nelbo.runs.loading import load
 from nelbo.runs.run import Run
 
 
+@checked
 def explain(
     run: Run | str | Path, out: str | Path | None = None, seed: int = 0, progress: bool = False
 ) -> Path:

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nelbo._utils import limits
+from nelbo._utils.arguments import checked
 from nelbo.integrations.checkpoints import load_weights
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.denoisers import wrap
@@ -92,6 +93,7 @@ def source_of(folder: Path) -> str | None:
     return None
 
 
+@checked
 def load(
     source: str,
     *,

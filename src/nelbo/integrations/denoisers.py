@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.numerics import LOG_2
 from nelbo.diffusion import parametrization, reverse
 from nelbo.diffusion.decoder import Decoder, Evidence, GaussianDensity
@@ -80,6 +81,7 @@ class Called(nn.Module):
         return self.function(*inputs)
 
 
+@checked
 def wrap(
     network: nn.Module | Denoiser,
     shape: tuple[int, ...],

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 
 from torch import Tensor, nn
 
+from nelbo._utils.text import shortened
 from nelbo.data import coerce
 from nelbo.data.readers.arrays import layout
 from nelbo.data.schema import Schema
@@ -54,6 +55,7 @@ class Reading(TypedDict, total=False):
     law: str
     guidance: float
     weights: str  # their name, for the record
+    scheduler: object  # of diffusers, with which a network of its own is a pair
 
 
 class Parts(NamedTuple):
@@ -109,6 +111,15 @@ def read(
     """
     if "guidance" in reading:
         raise ValueError(GUIDANCE)
+    if "scheduler" in reading:
+        pair = (thing, reading["scheduler"])
+        if _parts(pair) is None:
+            raise ValueError(
+                "scheduler is a scheduler of diffusers, beside a network that is a module; got"
+                f" {shortened(repr(pair[1]))} beside {type(thing).__name__}"
+            )
+        reading = cast(Reading, {k: v for k, v in reading.items() if k != "scheduler"})
+        return read(pair, source, steps=steps, condition=condition, reading=reading)
     name = type(thing).__name__
     parts = _parts(thing)
     if parts is None:

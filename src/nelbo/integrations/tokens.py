@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import as_tensor
@@ -51,6 +52,7 @@ Shown = Tensor | np.ndarray | Callable[[Tensor], Tensor] | Collection[int] | Non
 Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
 
 
+@checked
 def wrap_tokens(
     module: nn.Module,
     mask_id: int | None = None,
@@ -109,6 +111,9 @@ def wrap_tokens(
         block = integer("block", block, 1)
         if uniform:
             raise ValueError("block diffusion is masked; leave block or process out")
+    for name, value, least in (("mask_id", mask_id, 0), ("length", length, 1)):
+        if value is not None:
+            integer(name, value, least)
     # tokens of one block see each other
     size = min(length or block, block) if block else length
     vocabulary = probe(module, mask_id, shift, clock_of(time), size)
@@ -250,6 +255,8 @@ class TokenModel(Model):
             present = torch.ones_like(ids, dtype=torch.bool)
         else:
             rows = [torch.as_tensor(text, dtype=torch.long) for text in x]
+            if not rows:
+                raise ValueError(f"there is no text to measure; give at least one; got {x!r}")
             longest = max((len(row) for row in rows), default=0)
             ids = torch.stack([nn.functional.pad(r, (0, longest - len(r))) for r in rows])
             end = torch.tensor([len(row) for row in rows])

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.files import check_writable
 from nelbo._utils.progress import Track, tracks
 from nelbo.data.schema import Schema, as_examples
@@ -38,6 +39,7 @@ PAGE = "report.html"
 SYNTHETIC = 1000  # rows sampled for a table
 
 
+@checked
 def report(
     run: AnyRun,
     out: str | PathLike[str] | None = None,

@@ -15,6 +15,7 @@ import numpy as np
 
 from nelbo import integrations
 from nelbo._utils import limits
+from nelbo._utils.arguments import checked
 from nelbo._utils.progress import Track, tracks
 from nelbo.codec import files
 from nelbo.data import inspection
@@ -39,12 +40,12 @@ def _twin(method: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[AnyR
     """Return a method of `Run` as a function that takes a path or a name too."""
 
     @wraps(method)
-    def command(run: AnyRun, /, *args: P.args, **options: P.kwargs) -> R:
+    def command(run: AnyRun, *args: P.args, **options: P.kwargs) -> R:
         return method(run_of(run), *args, **options)
 
     signature = python.signature(method)
     own, *others = signature.parameters.values()
-    first = own.replace(name="run", annotation=AnyRun)
+    first = own.replace(name="run", annotation=AnyRun, kind=own.POSITIONAL_OR_KEYWORD)
     command.__signature__ = signature.replace(parameters=[first, *others])  # type: ignore[attr-defined]
     return command
 
@@ -53,7 +54,7 @@ _of_runs = _twin(Run.sample)
 
 
 @wraps(_of_runs)
-def sample(run: AnyRun, /, *args: Any, **options: Any) -> Samples:  # noqa: ANN401
+def sample(run: AnyRun, *args: Any, **options: Any) -> Samples:  # noqa: ANN401
     """Draw from a run, or with fewer options from another library's model."""
     if not isinstance(run, str) or not integrations.is_foreign(run):
         return _of_runs(run, *args, **options)
@@ -100,6 +101,7 @@ compress = _twin(Run.compress)
 decompress = _twin(Run.decompress)
 
 
+@checked
 def elbo(
     run: AnyRun | Model,
     data: Source | Batch | None = None,
@@ -137,6 +139,7 @@ def elbo(
     return run_of(run).elbo(data, steps=steps, calls=calls, seed=seed)
 
 
+@checked
 def inspect(
     data: Source,
     *,

@@ -74,6 +74,8 @@ def compress(
 
 def decompress(run: "Run", file: Path, out: Path | None) -> object:
     """Restore the data of a file; see `Run.decompress`."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {str(file)!r}; give one that compress wrote")
     with tempfile.TemporaryDirectory() as folder:
         kind = str(head_of(file.read_bytes()).contents.get("kind"))
         folders = kind in ("images", "texts")

@@ -8,6 +8,7 @@ from typing import Any, Unpack, cast
 
 import torch
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.progress import Track, tracks
 from nelbo._utils.scalars import integer
 from nelbo.data.rows import Rows
@@ -52,6 +53,7 @@ from nelbo.runs.subjects import (
 COLUMN_STEPS, COLUMN_EXAMPLES = 32, 1000  # of the costs of columns: steps by default; at most
 
 
+@checked
 def evaluate(
     run: AnyRun | Model | Foreign | object,
     data: Source | Batch | None = None,
@@ -214,6 +216,7 @@ def evaluate(
     return found
 
 
+@checked
 def sweep(
     run: AnyRun | Foreign | Model | object,
     steps: Sequence[int],

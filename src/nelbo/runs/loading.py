@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from nelbo._utils import limits
+from nelbo._utils.arguments import checked
 from nelbo._utils.numerics import seeded
 from nelbo._utils.tensor_files import put_weights, read_tensors
 from nelbo._utils.text import shortened
@@ -13,6 +14,7 @@ from nelbo.runs.config import WEIGHTS, read_config, read_metrics
 from nelbo.runs.run import Run
 
 
+@checked
 def load(path: str | Path, network: custom.Network | None = None) -> Run:
     """Load the run at `path` with its best weights, ready to be measured.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.progress import Track, interactive, tracks
 from nelbo.data.sources import Source, Splits
 from nelbo.diffusion.batch import Batch
@@ -55,6 +56,7 @@ class Run:
         """The step of training from which the weights are."""
         return int(number[1]) if (number := re.search(r"step (\d+)", self.weights)) else 0
 
+    @checked
     def to(self, device: str) -> Self:
         """Move the model to a device, such as "cuda"; return the run itself.
 
@@ -64,6 +66,7 @@ class Run:
         self.model.to(find_device(device))
         return self
 
+    @checked
     def examples(self, split: str = "test", data: Source | None = None) -> Tensor:
         """Return the examples of a split of the run's own data, (N, *shape), or of other data."""
         return self.batch(data, split if data is None else None)[0].x
@@ -95,6 +98,7 @@ class Run:
         found = own_data.read(self.config, source, splits, tell)
         return own_data.select(self.config, found, source, split)
 
+    @checked
     def evaluate(
         self,
         data: Source | None = None,
@@ -160,6 +164,7 @@ class Run:
             tell=tell,
         )
 
+    @checked
     def elbo(
         self,
         data: Source | None = None,
@@ -182,6 +187,7 @@ class Run:
         times = None if steps is None else self.grid(steps)
         return elbo(self.model, batch, times=times, calls=calls, seed=seed)
 
+    @checked
     def sample(
         self,
         n: int = 64,
@@ -240,6 +246,7 @@ class Run:
         )
         return samples.as_held(x, self.config)
 
+    @checked
     def impute(
         self,
         data: Source,
@@ -280,6 +287,7 @@ class Run:
         )
         return samples.like(made, data)
 
+    @checked
     def score(
         self,
         data: Source | None = None,
@@ -332,6 +340,7 @@ class Run:
             track=track,
         )
 
+    @checked
     def compress(
         self,
         data: Source,
@@ -379,6 +388,7 @@ class Run:
             show=show,
         )
 
+    @checked
     def decompress(self, file: str | Path, out: str | Path | None = None) -> object:
         """Return the data in a compressed file, exactly; with `out`, write them there.
 
@@ -396,6 +406,7 @@ class Run:
 
         return compressed.decompress(self, Path(file), None if out is None else Path(out))
 
+    @checked
     def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the weights and the configuration, with a model card; return the address.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nelbo._utils import cache
+from nelbo._utils.arguments import checked
 from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.progress import interactive
 from nelbo._utils.scalars import integer, real
@@ -30,6 +31,7 @@ from nelbo.training.config import TrainConfig
 from nelbo.training.presets import configure
 
 
+@checked
 def train(
     data: Source,
     out: str | Path | None = None,
@@ -167,6 +169,7 @@ def _with_options() -> None:
 _with_options()
 
 
+@checked
 def resume(
     out: str | Path,
     *,

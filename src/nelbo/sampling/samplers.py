@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.batch_rng import BatchShard, gather_rows, local_shard
 from nelbo._utils.numerics import derive_seed, seeded
 from nelbo._utils.progress import Track
@@ -44,6 +45,7 @@ NO_NUMBERS = (
 )
 
 
+@checked
 def ancestral(
     model: Model,
     count: int,

@@ -88,16 +88,16 @@ def configure(
             model, head="velocity", step="posterior", decoder="gaussian", gamma_min=-10.0
         )
         train = replace(train, cross_entropy=0.0)
-    elif (process := options.get("process", "absorbing" if text else "")) in SYMBOL_PROCESSES:
+    elif (process := str(options.get("process", "absorbing" if text else ""))) in SYMBOL_PROCESSES:
         model = replace(
             model,
-            process=str(process),
+            process=process,
             schedule="cubic-alpha" if process == "uniform" else "quadratic-alpha",
             head="symbols",
             step="posterior",
             decoder="categorical",
         )
-    elif options.get("head", model.head) not in LEVEL_HEADS:
+    elif str(options.get("head", model.head)) not in LEVEL_HEADS:
         decoder: Decoder = "discretised-gaussian" if fine else "evidence"
         model = replace(model, step="posterior", decoder=decoder)
         train = replace(train, cross_entropy=0.0)

@@ -1,0 +1,185 @@
+"""The one check of a call's arguments against the annotations of the function.
+
+    @checked
+    def sample(n: int = 64, steps: int | None = None, grid: Literal["best", "uniform"] = "best"):
+        ...
+
+    sample(n="8")
+    ValueError: n must be an integer; got '8'
+
+Types are strict, as in `validation`: an integer is a float, but a text is no number and a boolean
+is no integer. Scalars of NumPy and torch become those of Python, arrays are sequences and
+tensors. An annotation that names anything else, such as `object` for the many kinds of data, is
+left to the function.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
+from os import PathLike
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+from nelbo._utils.scalars import plain
+from nelbo._utils.text import shortened
+
+F = TypeVar("F", bound=Callable[..., object])
+#: the types that are checked beside classes of torch and nelbo, and how a sentence names them
+WORDS: dict[object, str] = {
+    int: "an integer",
+    float: "a finite number",
+    str: "a text",
+    bool: "True or False",
+    Path: "a path",
+    PathLike: "a path",
+    Callable: "a function",
+    Sequence: "a list",
+    Collection: "a list",
+    tuple: "a list",
+    Mapping: "a mapping",
+    NoneType: "None",
+}
+ITEM_WORDS: dict[object, str] = {int: "integers", float: "numbers", str: "texts"}
+LISTS = (Sequence, Collection, tuple)
+ITEMS = 1000  # of a list, the first of which are checked
+
+
+def checked(function: F) -> F:
+    """Return a function, or a class, whose arguments are checked before each call.
+
+    Raises:
+        ValueError: an argument is of another type than annotated, a number is not finite, or a
+            text is none of those in a `Literal`.
+    """
+    if isinstance(function, type):
+        function.__init__ = checked(function.__init__)  # type: ignore[misc]
+        return function
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: object, **options: object) -> object:
+        try:
+            given = signature.bind(*args, **options)
+        except TypeError:
+            _check_names(function, options)
+            return function(*args, **options)  # too many or too few, which Python says well
+        _check_names(function, options)
+        rest = given.arguments.get(_rest(function)[0] or "", {})
+        for name, kinds in _checkable(function).items():
+            for held in (given.arguments, rest):
+                if name in held and not (held is rest and held[name] is None):  # as left out
+                    held[name] = plain(held[name])
+                    _check(name, held[name], kinds)
+        return function(*given.args, **given.kwargs)
+
+    return cast(F, call)
+
+
+def _check_names(function: Callable[..., object], options: Mapping[str, object]) -> None:
+    """Raise TypeError on an argument that a function has not, with the nearest that it has."""
+    name, keys = _rest(function)
+    if name is not None and not keys:
+        return  # it takes any
+    known = [each for each in (*inspect.signature(function).parameters, *keys) if each != "self"]
+    for given in options:
+        if given not in known or given == name:
+            near = get_close_matches(given, known, 1)
+            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise TypeError(f"{function.__name__} has no argument {given}; {advice}")
+
+
+@functools.cache
+def _rest(function: Callable[..., object]) -> tuple[str | None, dict[str, object]]:
+    """Return the name of **options, and their types if it is an `Unpack` of a TypedDict."""
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            kind = next(iter(get_args(parameter.annotation)), None)
+            return name, dict(get_type_hints(kind)) if is_typeddict(kind) else {}
+    return None, {}
+
+
+@functools.cache
+def _checkable(function: Callable[..., object]) -> dict[str, tuple[Any, ...]]:
+    """Return the parameters whose annotation can be checked, with the parts of its union."""
+    parameters = inspect.signature(function).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    annotations = {each.name: each.annotation for each in parameters if each.kind not in variadic}
+    parts = {name: tuple(_parts(of)) for name, of in (annotations | _rest(function)[1]).items()}
+    return {name: kinds for name, kinds in parts.items() if all(map(_known, kinds))}
+
+
+def _parts(annotation: Any) -> list[Any]:  # noqa: ANN401
+    """Return the members of a union."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return [part for each in get_args(annotation) for part in _parts(each)]
+    return _parts(get_args(annotation)[0]) if origin is Annotated else [annotation]
+
+
+def _known(kind: object) -> bool:
+    kind = get_origin(kind) or kind
+    if kind is Literal or kind in WORDS:
+        return True
+    root = getattr(kind, "__module__", "").partition(".")[0]
+    return isinstance(kind, type) and root in ("nelbo", "torch") and not _is_protocol(kind)
+
+
+def _is_protocol(kind: type) -> bool:
+    return getattr(kind, "_is_protocol", False)
+
+
+def _check(name: str, value: object, kinds: tuple[Any, ...]) -> None:
+    if any(_fits(value, kind) for kind in kinds):
+        return
+    words = list(dict.fromkeys(map(_words, sorted(kinds, key=lambda kind: kind is NoneType))))
+    raise ValueError(f"{name} must be {' or '.join(words)}; got {shortened(repr(value))}")
+
+
+def _words(kind: Any) -> str:  # noqa: ANN401
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if origin in LISTS and (items := ITEM_WORDS.get(get_args(kind)[0])):
+        return f"a list of {items}"
+    root = origin.__module__.partition(".")[0]
+    return WORDS.get(origin) or f"a {origin.__name__} of {root}"
+
+
+def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in get_args(kind))
+    if origin is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    if origin in (int, bool):
+        return type(value) is origin
+    if origin is Callable:
+        return callable(value)
+    if origin not in LISTS:
+        return isinstance(value, origin) or (
+            origin.__name__ == "Tensor" and bool(getattr(value, "shape", ()))
+        )
+    item = get_args(kind)[0]
+    if isinstance(value, str | Mapping):
+        return item is str and isinstance(value, str)
+    if getattr(value, "shape", ()):
+        return True
+    if not isinstance(value, Sequence | Collection):
+        return False
+    first = map(plain, list(value)[:ITEMS] if item in ITEM_WORDS else [])
+    # that the numbers of a list are finite is for the function, which knows their meaning
+    return all(_fits(each, item) or (item is float and type(each) is float) for each in first)
