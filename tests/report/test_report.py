@@ -26,7 +26,7 @@ from nelbo.report import sections, studies
 from nelbo.report.figures import readable
 from nelbo.report.sections import train_command, training
 from nelbo.report.studies import measure_steps, trajectory
-from nelbo.runs import grids
+from nelbo.runs import grids, own_data
 from nelbo.runs.pilot_cache import Pilots
 from nelbo.runs.train import train
 from nelbo.sampling.samplers import ancestral
@@ -85,14 +85,16 @@ def run(request, tmp_path_factory):
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "run"
     run = train("digits", out, **SMALL)
-    # A few test examples are enough here: ask for them by batch(); examples() has all.
-    batch, few = run.batch, Batch(run.examples()[:12])
+    select = own_data.select
 
-    def of_few(source=None, split=None, splits=None):
-        return batch(source, split) if split else (few, "test")
+    def of_few(config, dataset, source, split):
+        """A dozen of the test examples are enough here."""
+        batch, name = select(config, dataset, source, split)
+        return (batch[:12] if config is run.config and name == "test" else batch), name
 
-    object.__setattr__(run, "batch", of_few)
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_data, "select", of_few)
+        yield run
 
 
 def write(run, out: Path, seed: int = 0) -> str:

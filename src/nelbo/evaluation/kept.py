@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far, in a file, so that it can be continued where it stood.
+"""Results of an evaluation so far, in a file, so that it can be continued where it stood.
 
 The tasks of a pass over the data (`blocks.map_blocks`) have random numbers of their own, so a task
 that is in the file need not be computed again: the result is that of an evaluation that was never

@@ -152,7 +152,7 @@ class ColumnCosts:
 
 
 class TokenCosts(NamedTuple):
-    """What each token of a text adds to its bound, and the Monte Carlo errors of that.
+    """The contribution of each token of a text to its bound, with Monte Carlo errors.
 
     Args:
         nats: mean cost without control variates, shape of the examples; its sum over a text is an

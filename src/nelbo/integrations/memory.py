@@ -38,7 +38,7 @@ MODES = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4, "I;16": 1}  # channels of an image
 
 
 class Reading(TypedDict, total=False):
-    """How a network is to be read, where it does not say so itself; as for `wrap` and `build`."""
+    """The reading of a network, where it does not say so itself; as for `wrap` and `build`."""
 
     shape: tuple[int, ...]
     predicts: Predicts

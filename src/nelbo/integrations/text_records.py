@@ -23,7 +23,7 @@ PROMPT, ANSWER, TEXT = "prompt", "answer", "text"
 
 @dataclass(frozen=True)
 class TextForm:
-    """How texts are taken from data.
+    """The form in which texts are taken from data.
 
     Args:
         lines: whether each line of a text file is an example of its own.

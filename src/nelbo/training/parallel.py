@@ -1,4 +1,4 @@
-"""How a network runs in training: precision, memory, compilation, determinism, processes.
+"""Execution of a network in training: precision, memory, compilation, determinism, processes.
 
 None of this affects the model that is kept and measured, since the averaged weights are copied
 first. The exception is sharding, by torch's `fully_shard` (FSDP2; Zhao et al. 2023), which applies
