@@ -17,7 +17,7 @@ from nelbo.runs.config import RunConfig
 def test_each_option_of_the_command_is_one_of_the_function():
     function = inspect.signature(nelbo.evaluate).parameters
     options = inspect.signature(command).parameters
-    assert {*options} - {*function} == {"save", "json"}  # which write the result
+    assert {*options} - {*function} == {"save", "json", "figure"}  # which write the result
     for name, option in options.items():
         if name in function and name != "device":  # auto, where nobody has put the model
             assert option.default == function[name].default, name
