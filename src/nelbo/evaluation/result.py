@@ -152,15 +152,12 @@ class ColumnCosts:
 
 
 class TokenCosts(NamedTuple):
-    """The contribution of each token of a text to its bound, with Monte Carlo errors.
+    """The contribution of each token of a text to its bound, with Monte Carlo errors."""
 
-    Args:
-        nats: mean cost without control variates, shape of the examples; its sum over a text is an
-            unbiased estimate of the bound too. NaN where a token is not scored.
-        standard_error: likewise.
-    """
-
+    #: mean cost without control variates, shape of the examples; its sum over a text is an
+    #: unbiased estimate of the bound too; NaN where a token is not scored
     nats: Tensor
+    #: likewise
     standard_error: Tensor
 
 
