@@ -213,3 +213,11 @@ class TestInMemory:
     def test_what_is_missing_is_asked_for(self, options, words):
         with pytest.raises(ValueError, match=words):
             evaluate(Trained(), images(), **({"betas": BETAS} | options))
+
+
+def test_scaled_images_are_refused_before_the_network_is_read():
+    model = wrap(Trained(), SHAPE, betas=BETAS)
+    scaled = Batch(images().double() / 255)
+    for measure in (evaluate, probe):
+        with pytest.raises(ValueError, match=r"x is torch.float64, .* the integers 0..255: give"):
+            measure(model, scaled)

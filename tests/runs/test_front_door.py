@@ -130,6 +130,9 @@ def test_steps_are_a_grid(digits, pixels):
     model = digits.model
     even = nelbo.evaluate(model, pixels, times=nelbo.TimeGrid.uniform(2), calls=8)
     assert nelbo.evaluate(model, pixels, steps=2, calls=8).nats == even.nats
+    assert nelbo.evaluate(model, pixels, times=2, calls=8).nats == even.nats
+    by_count, by_steps = nelbo.elbo(model, pixels, times=2), nelbo.elbo(model, pixels, steps=2)
+    assert torch.equal(by_count.elbo, by_steps.elbo)
     best = nelbo.evaluate(model, pixels, times=digits.grid(2), calls=8)
     assert digits.evaluate(pixels, steps=2, calls=8).nats == best.nats
     samples = nelbo.ancestral(model, 2, 2, seed=3)

@@ -106,9 +106,11 @@ def test_a_wrong_value_is_answered_in_a_sentence(name, make, run, tmp_path, monk
                 assert type(error) is not TypeError, told
 
 
+@pytest.mark.filterwarnings("ignore:the schedule ends with signal left")
 def test_calls_that_were_guessed(run):
     """Each failed within a library, or blamed something else."""
     tokens = integrations.wrap_tokens(Ids(), mask_id=5)
+    image, pixels = wrapped(), X[:, None]
     for call, says in (
         (lambda: nelbo.evaluate(run, calls="8"), "calls must be a finite number or None; got '8'"),
         (lambda: run.evaluate(importance_samples=1.5), "importance_samples must be an integer"),
@@ -120,6 +122,25 @@ def test_calls_that_were_guessed(run):
         ),
         (lambda: run.sample(steps="5,10"), "steps must be an integer or None; got '5,10'"),
         (lambda: nelbo.evaluate(Ids(), X, scheduler="ddpm"), "scheduler is a scheduler of diffu"),
+        (
+            lambda: nelbo.evaluate(image, pixels / 17.0),
+            "0.* is not one of the 17 levels|integers 0..16: g",
+        ),
+        (
+            lambda: nelbo.evaluate(image, pixels),
+            r"knows 4 times, .* steps=4, TimeGrid.uniform\(4\)",
+        ),
+        (
+            lambda: nelbo.train("to be " * 99, "here"),
+            r"a text of 594 characters .* as in \[text\]",
+        ),
+        (
+            lambda: nelbo.inspect({"a": 1}),
+            "the column 'a' of the table is the one value 1; give a",
+        ),
+        (lambda: run.evaluate(X, split="train"), "no splits; leave split out; got 'train'"),
+        (lambda: nelbo.train(X, network=zero), "function without arguments .* missing a required"),
+        (lambda: nelbo.evaluate(run.model, X, times=2, steps=2), "got steps=2 and times=2"),
     ):
         with pytest.raises(ValueError, match=says):
             call()

@@ -219,6 +219,8 @@ class Dataset:
         Raises:
             ValueError: there is no such split.
         """
+        if name not in self.splits and [*self.splits] == ["all"]:
+            raise ValueError(f"these data have no splits; leave split out; got {name!r}")
         if name not in self.splits:
             raise ValueError(f"split must be one of {', '.join(self.splits)}; got {name!r}")
         return self.splits[name]

@@ -243,7 +243,19 @@ def is_table(source: Source, splits: Declared | None = None) -> bool:
     if not isinstance(source, str | PathLike):
         return coerce.is_table(source)
     path = Path(source)
+    _check_name(path)
     return path.suffix.lower() in tables.FILES or (path.is_dir() and bool(streams.shards_of(path)))
+
+
+def _check_name(path: Path) -> None:
+    """Raise ValueError on a text that no file can be named, such as the data themselves."""
+    try:
+        path.exists()
+    except OSError:  # longer than names can be
+        raise ValueError(
+            f"data is a text of {len(str(path))} characters where the name of a file is expected;"
+            " if it is the data, give a list of texts, as in [text]"
+        ) from None
 
 
 def read_as_text(source: Source) -> bool:

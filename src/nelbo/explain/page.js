@@ -270,7 +270,7 @@ function drawSum(T, k) {
     add(s.svg, "path", { class: "axis", d: `M${left} ${Y(v)}H${s.width - 92}` });
     add(s.svg, "text", { x: left - 8, y: Y(v) + 4, "text-anchor": "end" }, name);
   }
-  const every = Math.ceil((all.length * 34) / (s.width - 140));
+  const every = Math.ceil((all.length * 46) / (s.width - 140));
   all.forEach((v, i) => {
     const fill = i > k ? "var(--kl-tint)" : i === k ? "var(--kl)" : "var(--done)";
     const top = Math.min(Y(ends[i]), Y(ends[i + 1]));
@@ -278,7 +278,8 @@ function drawSum(T, k) {
     add(s.svg, "rect", { x: X(i) + gap, y: top, width: X(1) - X(0) - 2 * gap, height: Math.max(1.5, Math.abs(Y(ends[i]) - Y(ends[i + 1]))), fill, rx: 1.5 });
     if (i < all.length - 1) add(s.svg, "path", { d: `M${X(i + 1) - gap} ${Y(ends[i + 1])}h${2 * gap}`, stroke: "var(--muted)" });
     const place = all.length - i - 1;
-    if (i === k || i === 0 || place === 0 || (i % every === 0 && Math.abs(i - k) >= every)) {
+    const end = i === 0 || place === 0, free = Math.abs(i - k) >= every;
+    if (i === k || (free && (end || (i % every === 0 && place >= every)))) {
       const name = i === 0 ? "prior" : place === 0 ? "x" : `t=${place + 1}`;
       add(s.svg, "text", { x: X(i + 0.5), y: 246, "text-anchor": "middle", class: i === k ? "strong" : "" }, name);
     }

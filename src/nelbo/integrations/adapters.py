@@ -90,8 +90,8 @@ class Steps(Schedule):
         ):
             raise ValueError(
                 f"the model knows {self.steps} times, i/{self.steps}, and was asked for others;"
-                f" try TimeGrid.uniform({self.steps}) or a divisor of it, or keep=... for"
-                " other times"
+                f" try steps={self.steps}, TimeGrid.uniform({self.steps}), or a divisor of it,"
+                " or keep=... for other times"
             )
         return i.long()
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from nelbo._utils.numerics import over
 from nelbo.diffusion import parametrization
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.integrations.adapters import EDM, Adapter, Clipped, Flow
@@ -61,6 +62,7 @@ def probe(model: Model, batch: Batch | None = None) -> list[str]:
         return []
     if batch is None:
         return _at_noise(model)
+    check_examples(model, batch.x)
     with measuring(model):
         return _at_examples(model, model.process, batch)
 

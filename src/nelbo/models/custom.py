@@ -20,6 +20,7 @@ without a label. No file brings code: a saved run is loaded with the module give
 
 import copy
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,13 @@ def instantiate(network: Network) -> nn.Module:
     """
     made = network if isinstance(network, nn.Module) else None
     if made is None and callable(network):
+        try:
+            signature(network).bind()
+        except TypeError as error:
+            raise ValueError(
+                "network must be a torch.nn.Module, or a function without arguments that returns"
+                f" one; got {network!r}: {error}"
+            ) from None
         made = network()
     if not isinstance(made, nn.Module):
         raise ValueError(

@@ -107,7 +107,7 @@ def elbo(
     data: Source | Batch | None = None,
     *,
     steps: int | None = None,
-    times: TimeDiscretization | None = None,
+    times: TimeDiscretization | int | None = None,
     calls: int = CALLS,
     seed: int = 0,
     track: Track = iter,
@@ -122,7 +122,7 @@ def elbo(
             for a run, by default its test split.
         steps: T, for the bound of T steps: on the best grid of a run, on the even grid of a bare
             model; continuous time by default.
-        times: of a bare model: TimeGrid(times) in place of these steps.
+        times: of a bare model: TimeGrid(times), or as `steps`.
         calls: network calls per example, at most.
         seed: of everything random.
         track: wraps the blocks of examples, for a progress bar.

@@ -66,7 +66,7 @@ def evaluate(
     answer_field: str | None = None,
     steps: int | None = None,
     grid: Spacing | None = None,
-    times: TimeDiscretization | None = None,
+    times: TimeDiscretization | int | None = None,
     calls: float | None = None,
     target_error: float | None = None,
     per_example: bool = False,
@@ -112,7 +112,7 @@ def evaluate(
         steps: T, for the bound of T steps: on the best grid of a run, on the even grid of a bare
             model; continuous time by default.
         grid: of a run's steps: "uniform" in place of "best".
-        times: of a bare model: TimeGrid(times) in place of these steps.
+        times: of a bare model: TimeGrid(times), or as `steps`.
         calls: network calls per example, at most; 24 by default.
         target_error: in place of calls, the Monte Carlo standard error to reach, in the unit of
             the result.
@@ -157,6 +157,10 @@ def evaluate(
         ValueError: the data are not of the model, a model of P(x|c) lacks conditions, there are
             too few calls, the target error is impossible, or a network is read wrongly.
     """
+    if isinstance(times, int):
+        if steps is not None:
+            raise ValueError(f"give steps or times, not both; got steps={steps} and times={times}")
+        steps, times = integer("times", times, 1), None
     if steps is not None:
         steps = integer("steps", steps, 1)
     alternative = Alternative(importance_samples, ode, dequantise, tolerance, own_samples)

@@ -37,6 +37,12 @@ def columns_of(table: object) -> "list[Series]":
         )
     else:
         found = [(str(name), table[name]) for name in table]
+        cells = next((name for name, column in found if np.isscalar(column)), None)
+        if cells is not None:
+            raise ValueError(
+                f"the column {cells!r} of the table is the one value {table[cells]!r}; give a list"
+                " for each column, or a list of records"
+            )
     names = [name for name, _ in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -43,6 +43,8 @@ def read(path: Path, notes: list[str] | None = None) -> "DataFrame":
         ValueError: the file is damaged, ragged, not UTF-8, or has no rows or no headings.
     """
     suffix = path.suffix.lower()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}; give the path of a table")
     limits.check_file(path, TEXT if suffix in SEPARATORS else 2)
     if suffix in SEPARATORS:
         said = [] if notes is None else notes
