@@ -193,13 +193,37 @@ def test_bad_input_is_refused_in_a_sentence(module):
     refused(module, "3 tokens, and the model takes at most 2; divide it", length=2)
     refused(module, "shown tokens are a mask of booleans", shown=torch.tensor([1, 0, 0]))
     refused(module, "ids of the module are 0..5; got", never=(8,))
-    refused(module, "time must be masked, sigma or a function", time="noise")
+    refused(module, "time must be one of masked, sigma or a function", time="noise")
     with pytest.raises(ValueError, match="a condition for each token"):
         wrap_tokens(module, MASK).batch(Batch(torch.tensor([[1, 2]]), torch.zeros(1, 3)))
     with pytest.raises(ValueError, match="texts are ids, integers"):
         wrap_tokens(module, MASK).batch(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="must return logits"):
         wrap_tokens(nn.Flatten(), MASK)
+    refused(module, "shift must be at least 0; got -1", shift=-1)
+
+
+@pytest.mark.parametrize(
+    "texts", [[1, 2], ["ab"], [[0.5, 1.2]], [[[1]]], torch.ones(1, 2, dtype=torch.bool)]
+)
+def test_texts_that_are_no_rows_of_ids_are_refused(module, texts):
+    """Half an id is not rounded, and a mapping, a text or a single row is no list of rows."""
+    with pytest.raises(ValueError, match="texts are ids, integers"):
+        wrap_tokens(module, MASK).batch(texts)
+
+
+def test_a_module_that_fails_says_what_it_was_called_with():
+    """Eight tokens are more positions than it has; the largest number of tokens is the remedy."""
+    module = Tiny()
+    assert wrap_tokens(module, MASK, length=2).length == 2
+
+    class Short(nn.Module):
+        def forward(self, ids):
+            return module(ids) + torch.zeros(3)[torch.arange(ids.shape[1])][:, None]
+
+    assert wrap_tokens(Short(), MASK, length=3).length == 3
+    with pytest.raises(ValueError, match=r"fails on 8 ids 5 .*as length"):
+        wrap_tokens(Short(), MASK)
 
 
 def test_a_left_to_right_module_is_refused():

@@ -117,7 +117,16 @@ def probe(
     try:
         with torch.no_grad():
             ids = torch.full((1, size), mask_id or 0, device=device)
-            base = call(module, ids, time)
+            try:
+                base = call(module, ids, time)
+            except (IndexError, RuntimeError, TypeError) as error:
+                told, takes = ("", "no") if time is None else (" and a time", "a")
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(
+                    f"the module fails on {size} ids {mask_id or 0}{told} ({reason}); give its"
+                    " largest number of tokens as length, and see that the mask_id is one of its"
+                    f" ids, and that it takes {takes} time"
+                ) from error
             vocabulary = base.shape[-1]
             other = 0 if mask_id else 1
             last, first = ids.clone(), ids.clone()

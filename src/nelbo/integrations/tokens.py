@@ -24,7 +24,7 @@ BD3-LM reads x_t and x_0 side by side, all blocks at once, under such a mask.)
 the others are renormalised.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, cast
 
 import numpy as np
@@ -34,6 +34,7 @@ from typing_extensions import override
 
 from nelbo._utils.arguments import checked
 from nelbo._utils.scalars import integer
+from nelbo._utils.text import shortened
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import as_tensor
 from nelbo.diffusion.decoder import Categorical
@@ -48,6 +49,7 @@ from nelbo.integrations.token_prediction import TokenLogits, TokenPrediction
 from nelbo.integrations.token_scores import Head, reading_of
 
 SCORED, ABSENT = -1, -2  # codes of the conditions where no token shows
+TEXTS = "texts are ids, integers (N, L), or a list of rows of them"
 Shown = Tensor | np.ndarray | Callable[[Tensor], Tensor] | Collection[int] | None
 Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
 
@@ -95,7 +97,8 @@ def wrap_tokens(
         length: largest number of tokens of a text; any where left out.
 
     Raises:
-        ValueError: ids outside the vocabulary; logits of another shape; a left-to-right module,
+        ValueError: ids outside the vocabulary; a module that fails on as many tokens, or returns
+            logits of another shape; a left-to-right module,
             but for blocks of one token; no mask_id for a masked model, or one for a uniform-state
             model; or blocks of the latter.
     """
@@ -107,6 +110,7 @@ def wrap_tokens(
             f"a masked model has a mask_id, and a uniform-state one has none; got {process} and"
             f" {mask_id}" + ("; if its mask is never predicted, name it in never" * uniform)
         )
+    shift = integer("shift", shift, 0)
     if block is not None:
         block = integer("block", block, 1)
         if uniform:
@@ -246,18 +250,13 @@ class TokenModel(Model):
         """Return ids, (N, L), and a mask of those that are present."""
         if isinstance(x, Tensor | np.ndarray):
             ids = as_tensor(x)
-            if ids.ndim != 2 or ids.is_floating_point():
-                raise ValueError(
-                    "texts are ids, integers (N, L), or a list of rows of them; got"
-                    f" {ids.dtype} of shape {tuple(ids.shape)}"
-                )
+            if ids.ndim != 2 or not _whole(ids):
+                raise ValueError(f"{TEXTS}; got {ids.dtype} of shape {tuple(ids.shape)}")
             ids = ids.long()
             present = torch.ones_like(ids, dtype=torch.bool)
         else:
-            rows = [torch.as_tensor(text, dtype=torch.long) for text in x]
-            if not rows:
-                raise ValueError(f"there is no text to measure; give at least one; got {x!r}")
-            longest = max((len(row) for row in rows), default=0)
+            rows = _rows_of(x)
+            longest = max(map(len, rows))
             ids = torch.stack([nn.functional.pad(r, (0, longest - len(r))) for r in rows])
             end = torch.tensor([len(row) for row in rows])
             present = torch.arange(longest) < end[:, None]
@@ -371,6 +370,32 @@ def _spans(condition: Tensor) -> list[tuple[Tensor, int, int]]:
     return [
         ((which == k).nonzero()[:, 0], *map(int, kinds[k].tolist())) for k in range(len(kinds))
     ]
+
+
+def _whole(ids: Tensor) -> bool:
+    return not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
+
+
+def _rows_of(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
+    """Return the ids of each text of a list.
+
+    Raises:
+        ValueError: an item is no row of integers, or there is none.
+    """
+    if isinstance(texts, str | Mapping):
+        raise ValueError(f"{TEXTS}; got {shortened(repr(texts))}")
+    if not len(texts):
+        raise ValueError(f"there is no text to measure; give at least one; got {texts!r}")
+    rows = []
+    for i, text in enumerate(texts):
+        try:
+            row = torch.as_tensor(text)
+        except (TypeError, ValueError, RuntimeError):
+            row = torch.zeros(())
+        if row.ndim != 1 or not (_whole(row) or not len(row)):
+            raise ValueError(f"{TEXTS}; got {shortened(repr(text))} as text {i}")
+        rows.append(row.long())
+    return rows
 
 
 def _fitting(mask: Tensor, ids: Tensor) -> Tensor:
