@@ -1,6 +1,7 @@
 """The files, tests and functions that the pages name are there."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,16 @@ def test_the_derivation_names_what_exists():
     for name in re.findall(r"`([A-Za-z_][\w.]*)`", text):
         for part in name.split("."):
             assert part in MODULES or re.search(rf"\b{part}\b", SOURCES), name
+
+
+def test_an_index_can_follow_every_link_of_the_readme():
+    """An index shows the README alone, so the build makes its links absolute."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]
+    shown = (ROOT / "README.md").read_text()
+    count = len(re.findall(r"\]\(", shown))
+    for rule in build["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        shown = re.sub(rule["pattern"], rule["replacement"], shown)
+    targets = re.findall(r"\]\(([^)]+)\)", shown)
+    assert len(targets) == count > 8
+    assert all(re.match(r"https://[\w.]+/|#", target) for target in targets)
+    assert "](https://github.com/nelbo/nelbo/raw/main/docs/report.png)" in shown
