@@ -313,6 +313,9 @@ def test_a_repr_is_two_lines_and_has_a_picture(digits):
     widths = [float(w) for w in __import__("re").findall(r'width="([\d.]+)%"', page)]
     assert abs(sum(widths) - 100) < 0.1 and "<svg" in page
     assert "TimeGrid of 2 times" in repr(digits.grid(2))
+    one = digits.evaluate(digits.examples()[:1], calls=24)
+    known = f"± {one.standard_error.monte_carlo:.2g} (Monte Carlo alone) bits/dim"
+    assert known in repr(one) and known in one._repr_html_()
 
 
 def test_a_device_is_said(digits):

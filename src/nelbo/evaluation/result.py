@@ -27,6 +27,15 @@ class StandardError:
     data: float
     monte_carlo: float
 
+    @property
+    def shown(self) -> str:
+        """The total with two digits; where one example leaves it open, what is known of it."""
+        if not math.isnan(self.total):
+            return f"{self.total:.2g}"
+        if math.isnan(self.monte_carlo):
+            return "not known"
+        return f"{self.monte_carlo:.2g} (Monte Carlo alone)"
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -135,7 +144,7 @@ class OrderLikelihood(Measurement):
 
     def __repr__(self) -> str:
         return (
-            f"{self.value:.4f} ± {self.standard_error.total:.2g} {self.unit}, exact -log P(x"
+            f"{self.value:.4f} ± {self.standard_error.shown} {self.unit}, exact -log P(x"
             f"{f'|{self.given}' if self.given else ''}) of {self.of} ({self.name}),"
             f" {self.calls_per_example:.4g} network calls each"
         )
@@ -190,7 +199,7 @@ class Evaluation(Measurement):
         time = "continuous time" if self.steps is None else f"{self.steps} steps"
         terms = " + ".join(f"{name} {term:.4f}" for name, term in vars(self.terms).items())
         return (
-            f"{self.value:.4f} ± {self.standard_error.total:.2g} {self.unit}, the bound on"
+            f"{self.value:.4f} ± {self.standard_error.shown} {self.unit}, the bound on"
             f" -log P(x{f'|{self.given}' if self.given else ''}): {terms}\n    {self.split},"
             f" {time};"
             f" {self.examples} examples, {self.calls_per_example:.4g} network calls each"
