@@ -106,7 +106,7 @@ def check_memory(size: float, what: str) -> None:
     free = free_memory()
     if size > free and not trusted():
         raise ValueError(
-            f"{what} would take {_gibibytes(size)} of memory, and {_gibibytes(free)} are free; if"
+            f"{what} would take {gibibytes(size)} of memory, and {gibibytes(free)} are free; if"
             f" that is right, use a larger machine, or set {TRUST}=1 to try all the same"
         )
 
@@ -132,7 +132,7 @@ def check_unpacked(size: float, packed: float, what: str, times: float = 1) -> N
     """
     if inflates(size, packed):
         raise ValueError(
-            f"{what} would be unpacked from {int(packed)} bytes to {_gibibytes(size)}, too much"
+            f"{what} would be unpacked from {int(packed)} bytes to {gibibytes(size)}, too much"
             f" for data; if that is right, save it without compression, or set {TRUST}=1"
         )
     check_memory(times * size, what)
@@ -199,7 +199,8 @@ def _of_process() -> float:
         return math.inf
 
 
-def _gibibytes(size: float) -> str:
+def gibibytes(size: float) -> str:
+    """Return bytes in words, such as "1.5 GiB"."""
     return f"{size / 2**30:.3g} GiB"
 
 
@@ -336,7 +337,7 @@ def within_memory(what: str) -> Within:
     """
     free = free_memory()
     return Within(
-        free / 4, TENSORS, f"{what} takes more than the {_gibibytes(free)} of memory that are free"
+        free / 4, TENSORS, f"{what} takes more than the {gibibytes(free)} of memory that are free"
     )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from typing_extensions import override
 
+from nelbo._utils.network_calls import NetworkCalls
 from nelbo._utils.numerics import seeded
 from nelbo._utils.sharding import check_finite
 from nelbo.diffusion.batch import Batch
@@ -131,6 +132,8 @@ class LatentModel(nn.Module):
         if not prior.decoder.density:
             raise ValueError("the prior of latents must be a density of real numbers, not levels")
         self.encoder, self.decoder, self.law, self.prior = encoder, decoder, law, prior
+        self.encoder_calls = NetworkCalls("of the encoder")
+        self.decoder_calls = NetworkCalls("of the decoder")
         self.shape = tuple(shape)
 
     @property
@@ -177,13 +180,13 @@ class LatentModel(nn.Module):
 
     def posterior(self, x: Tensor) -> Independent:
         """Return q(z|x) of examples (B, *shape)."""
-        output = _called(self.encoder, self.law.scaling(x))
+        output = _called(self.encoder, self.encoder_calls, self.law.scaling(x))
         mean, log_variance = output.chunk(2, 1)
         return per_example(Normal(mean, (log_variance / 2).exp(), validate_args=False))
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the images that latents decode to, (B, *shape), in the units of `law.scaling`."""
-        return _called(self.decoder, z)
+        return _called(self.decoder, self.decoder_calls, z)
 
     def likelihood(self, z: Tensor) -> Independent:
         """Return P(x|z)."""
@@ -216,7 +219,7 @@ class LatentModel(nn.Module):
             pairs = []
             for some in x.split(max(1, FITTED // 16 // self.dims)):
                 some = Batch(some).to(self.device).x
-                pairs.append((some, _called(self.decoder, draw(self.posterior(some))).cpu()))
+                pairs.append((some, self.decode(draw(self.posterior(some))).cpu()))
         x, mean = (torch.cat(each).cpu() for each in zip(*pairs, strict=True))
         names = [law] if law else list(LAWS) if self.codes else ["gaussian"]
         scaling = self.law.scaling.cpu()
@@ -249,11 +252,10 @@ def _best_scale(
     return float(found.fun), math.exp(found.x)
 
 
-def _called(network: nn.Module, x: Tensor) -> Tensor:
+def _called(network: nn.Module, calls: NetworkCalls, x: Tensor) -> Tensor:
     """Return the output of a network in float64, called in its own type."""
     like = next(network.parameters(), x)
-    output: Tensor = network(x.to(like.dtype))
-    return output.double()
+    return calls(network, [x.to(like.dtype)]).double()
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from nelbo._utils.arguments import checked
-from nelbo._utils.sharding import check_finite, whole
+from nelbo._utils.network_calls import NetworkCalls, fixed_rows
+from nelbo._utils.sharding import check_finite, is_sharded, whole
 from nelbo.diffusion.batch import Batch, check_count
 from nelbo.diffusion.checks import check_examples
 
@@ -63,6 +64,7 @@ class Model(nn.Module):
         self.dtype = torch.float64
         self.precision: torch.dtype | None = None  # of autocast within the network, if any
         self.conditioned_on = conditioned_on
+        self.calls = NetworkCalls(type(network).__name__)
 
     #: name of a dimension in the unit of a bound, bits/dim
     dimension = "dim"
@@ -173,12 +175,13 @@ class Model(nn.Module):
     def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> "Prediction":
         """Call the network once; return its prediction of the data from z = z_t and condition."""
         self._check_given(condition, len(z))
-        dtype = next(self.network.parameters()).dtype
+        own = next(self.network.parameters())
         features, level = self.process.features(z).clamp(-FAR, FAR), self.process.log_snr_input(t)
         inputs = [features, level] + ([] if condition is None else [condition])
-        inputs = [v.to(z.device, dtype) for v in inputs]
-        with _narrow(z.device, self.precision):
-            output = self.network(*inputs)
+        inputs = [v.to(z.device, own.dtype) for v in inputs]
+        # processes that share the weights must call the network equally often
+        with _narrow(z.device, self.precision), fixed_rows(is_sharded(own)):
+            output = self.calls(self.network, inputs)
         needed = self.head.output_shape(z)
         if output.shape != needed:
             raise ValueError(

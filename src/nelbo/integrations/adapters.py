@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from typing_extensions import override
 
+from nelbo._utils.network_calls import NetworkCalls
 from nelbo._utils.numerics import over, seeded
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Decoder
@@ -40,7 +41,7 @@ from nelbo.diffusion.schedules import Schedule
 
 Factor = Callable[[Tensor], Tensor]
 MEASURED, EXAMPLES = 33, 64  # times, and examples, at most, for the best variance
-NUMBERS = 2**18  # numbers in one call of a foreign network, which may be large
+NUMBERS = 2**18  # numbers in the first call of a foreign network, which may be large
 
 
 def preserving(gamma: Tensor) -> Tensor:
@@ -153,6 +154,7 @@ class Adapter(nn.Module):
         self.reference = nn.Parameter(reference, requires_grad=False)
         self.network, self.shape, self.outputs = network, shape, outputs
         self.factor, self.score = factor, score
+        self.calls = NetworkCalls(type(network).__name__)
         self.name: Callable[[Tensor], Tensor] | None = None
         #: in which the network computes where torch.autocast finds it safe; None for its own type
         self.autocast: torch.dtype | None = None
@@ -170,8 +172,7 @@ class Adapter(nn.Module):
         y = y.to(next(self.network.parameters(), features).dtype)
         rows = max(1, min(256, NUMBERS // y[0].numel()))
         inputs = (y, time) if condition is None else (y, time, condition)
-        calls = zip(*(v.split(rows) for v in inputs), strict=True)
-        output = torch.cat([self._call(*call) for call in calls]).to(features.dtype)
+        output = self.calls(self._call, inputs, rows).to(features.dtype)
         parts = output.reshape(len(output), self.outputs, -1, *self.shape[1:])
         if self.score:
             b = self.factor(gamma) * gamma.sigmoid().sqrt()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.distributed import map_across_processes
+from nelbo._utils.network_calls import fixed_rows
 from nelbo.codec.coding.bitsback import BitsBack
 from nelbo.codec.coding.blocks import Block, Codes, Done, decode, encode, nothing, storage
 from nelbo.codec.coding.direct import Direct, shown_at
@@ -193,11 +194,11 @@ def _remember(model: Model) -> None:
 
 @contextmanager
 def _fixed(model: Model) -> Iterator[None]:
-    """Set the network to evaluation and choose deterministic algorithms."""
+    """Set the network to evaluation, and choose deterministic algorithms and fixed batches."""
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     try:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        with measuring(model):
+        with measuring(model), fixed_rows():
             yield
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before

@@ -1,0 +1,144 @@
+"""Calls of a network, in as many rows as the memory of its device holds.
+
+Without gradients the rows of a call are independent, so a call may be split, and its results stay
+the same up to the rounding of float. Random numbers are drawn outside the network, for all rows,
+so no draw depends on the split.
+
+    first call       the rows of a fixed rule; it shows the memory of a row, m
+    later calls      on CUDA, as many rows as take half of the free memory f:  f / (2 m)
+    out of memory    half of the rows, again and again; that number is kept
+
+With gradients, whose memory outlives the call, and within `fixed_rows` the fixed rule holds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from nelbo._utils.limits import free_memory, gibibytes
+
+#: how errors of too little memory begin that are a plain RuntimeError
+EXHAUSTED = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+_fixed: ContextVar[bool] = ContextVar("fixed", default=False)
+
+
+@contextmanager
+def fixed_rows(fixed: bool = True) -> Iterator[None]:
+    """Inside, split calls by the fixed rule alone: equal results to the last bit, or an error.
+
+    Args:
+        fixed: whether to; False changes nothing.
+    """
+    before = _fixed.set(_fixed.get() or fixed)
+    try:
+        yield
+    finally:
+        _fixed.reset(before)
+
+
+class NetworkCalls:
+    """Calls of one network, and what is known of the rows that its devices hold.
+
+    Args:
+        name: of the network, for the error.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        #: number of rows in a call, by the device, shape and type of a row
+        self.known: dict[tuple[torch.device, torch.Size, torch.dtype], int] = {}
+
+    def __call__(
+        self, network: Callable[..., Tensor], inputs: Sequence[Tensor], rows: int | None = None
+    ) -> Tensor:
+        """Return network(*inputs), (B, ...).
+
+        Args:
+            network: computes each row of its result from that row of the inputs.
+            inputs: (B, ...) each, on one device.
+            rows: the fixed rule, which the first call follows; None for all rows.
+
+        Raises:
+            ValueError: one row does not fit the memory.
+        """
+        total, like = len(inputs[0]), inputs[0]
+        key = like.device, like.shape[1:], like.dtype
+        adaptive = not torch.is_grad_enabled() and not _fixed.get()
+        outputs: list[Tensor] = []
+        done = 0
+        while done < total or not outputs:
+            most = self.known.get(key) if adaptive else None
+            some = [v[done : done + (most or rows or total)] for v in inputs]
+            count = len(some[0])
+            if not adaptive:
+                outputs.append(network(*some))
+                done += count
+                continue
+            before = _allocated(like.device)
+            output = _unless_exhausted(network, some)
+            if output is not None:
+                outputs.append(output)
+                done += count
+                if most is None and count == rows:
+                    self.known[key] = max(count, _that_fit(like.device, before, count))
+            elif count > 1:
+                self.known[key] = count // 2
+            else:
+                raise ValueError(self._one_row_too_many(like))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _one_row_too_many(self, like: Tensor) -> str:
+        row = "x".join(map(str, like.shape[1:])) or "one number"
+        free, _ = device_memory(like.device)
+        return (
+            f"the network {self.name} does not fit the memory of {like.device} even with 1 row"
+            f" ({row}, {str(like.dtype).removeprefix('torch.')}); {gibibytes(free)} are free; use"
+            " a device with more memory, or free some of it"
+        )
+
+
+def device_memory(device: torch.device) -> tuple[float, float]:
+    """Return the bytes that are free on a device, and the most that torch has ever allocated.
+
+    The latter is 0 where torch does not count them, as on a CPU.
+    """
+    if device.type != "cuda":
+        return free_memory(), 0.0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept, torch.cuda.max_memory_allocated(device)
+
+
+def _allocated(device: torch.device) -> float:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0.0
+
+
+def _that_fit(device: torch.device, before: float, rows: int) -> int:
+    """Return the rows that take half of the free memory, by a call of `rows` rows; 0 if unknown.
+
+    `before`: bytes allocated before that call. An earlier peak may be larger than that of the
+    call; then the rows are fewer than they could be.
+    """
+    free, peak = device_memory(device)
+    return int(free / 2 * rows / (peak - before)) if peak > before else 0
+
+
+def _unless_exhausted(network: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
+    """Return network(*inputs); None, with nothing of the call left in memory, if that ran out."""
+    try:
+        return network(*inputs)
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(words in str(error) for words in EXHAUSTED):
+            raise
+    # here, as the error holds the frames of the call, and they its tensors
+    if inputs[0].device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None

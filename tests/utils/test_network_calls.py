@@ -1,0 +1,154 @@
+"""A network is called in as many rows as fit, and no draw or number depends on how many."""
+
+import numpy as np
+import pytest
+import torch
+from support.known_models import image
+from torch import nn
+
+from nelbo import evaluate
+from nelbo._utils import network_calls
+from nelbo._utils.network_calls import NetworkCalls, fixed_rows
+from nelbo._utils.numerics import seeded
+from nelbo.integrations import wrap
+
+pytestmark = pytest.mark.filterwarnings("ignore:the schedule ends with signal left")
+
+GIB = 2.0**30
+
+
+class Small(nn.Module):
+    """A network on a device that holds few rows; it remembers the rows of each call."""
+
+    def __init__(self, most, error=torch.OutOfMemoryError):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+        self.most, self.error, self.rows = most, error, []
+
+    def forward(self, y, time):
+        self.rows.append(len(y))
+        if len(y) > self.most:
+            if self.error is None:
+                torch.empty(2**60, dtype=torch.uint8)  # more than any machine has
+            raise self.error("out of memory")
+        return torch.tanh(self.weight * y) + time.to(y).reshape(-1, *[1] * (y.ndim - 1)) / 50
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Return a dict for the report of a device: bytes before a call, free and at the peak."""
+    told = {"before": 2 * GIB, "free": 100 * GIB, "peak": 0.0}
+    monkeypatch.setattr(network_calls, "_allocated", lambda device: told["before"])
+    monkeypatch.setattr(
+        network_calls, "device_memory", lambda device: (told["free"], told["peak"])
+    )
+    return told
+
+
+def bound(network):
+    with seeded(1):
+        x = torch.randint(256, (30, 3, 2, 5))
+    model = wrap(network, (3, 2, 5), predicts="noise", betas=np.linspace(0.02, 0.6, 12))
+    found = evaluate(model, x, steps=12, calls=4, seed=3)
+    return found, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_the_bound_is_that_of_a_large_device(most):
+    large, small = Small(10**6), Small(most)
+    (want, state), (got, state_of_small) = bound(large), bound(small)
+    assert max(large.rows) > 8
+    torch.testing.assert_close(got.per_example, want.per_example, rtol=1e-12, atol=0)
+    assert got.calls_per_example == want.calls_per_example
+    assert torch.equal(state, state_of_small)
+    refused = [rows for rows in small.rows if rows > most]
+    # halved until it fits, and no size is tried twice
+    assert refused and refused == sorted({*refused}, reverse=True)
+
+
+def test_a_model_of_our_own_is_halved_too():
+    known, refused = image(), []
+    x = known.examples(40)
+
+    def small(_, inputs):
+        if len(inputs[0]) > 4:
+            refused.append(len(inputs[0]))
+            raise torch.OutOfMemoryError("out of memory")
+
+    want = evaluate(known.model, x, calls=4, seed=3)
+    known.model.network.register_forward_pre_hook(small)
+    got = evaluate(known.model, x, calls=4, seed=3)
+    assert refused
+    torch.testing.assert_close(got.per_example, want.per_example, rtol=1e-12, atol=0)
+    assert got.calls_per_example == want.calls_per_example
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, None])
+def test_every_sign_of_too_little_memory(error):
+    network, y = Small(2, error), torch.randn(7, 3, dtype=torch.float64)
+    with torch.no_grad():
+        got = NetworkCalls("Small")(network, [y, torch.arange(7)])
+        want = Small(7)(y, torch.arange(7))
+    assert network.rows == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def test_one_row_that_does_not_fit_is_one_sentence():
+    with pytest.raises(
+        ValueError, match=r"network Small .* cpu even with 1 row \(3x2x5, float64\)"
+    ):
+        bound(Small(0))
+
+
+def test_other_errors_are_not_of_memory():
+    def broken(y):
+        raise RuntimeError("shapes differ")
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes differ"):
+        NetworkCalls("broken")(broken, [torch.zeros(4, 2)])
+
+
+def calls_of(network, total, rows, calls=None):
+    """Call a network with `total` rows; return the rows of its calls."""
+    y, first = torch.randn(total, 3, dtype=torch.float64), len(network.rows)
+    with torch.no_grad():
+        got = (calls or NetworkCalls("Small"))(network, [y, torch.arange(total)], rows)
+        want = Small(total)(y, torch.arange(total))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    return network.rows[first:]
+
+
+def test_rows_grow_to_half_of_the_free_memory(memory):
+    memory["peak"] = memory["before"] + 4 * GIB  # 1 GiB a row: 50 rows take half of 100 GiB
+    calls, network = NetworkCalls("Small"), Small(10**6)
+    assert calls_of(network, 120, 4, calls) == [4, 50, 50, 16]
+    memory["free"] = 10 * GIB  # another program came, and the call fails
+    network.most = 30
+    assert calls_of(network, 60, 4, calls) == [50, 25, 25, 10]
+
+
+@pytest.mark.parametrize("peak", [2 * GIB, 102 * GIB])
+def test_rows_do_not_shrink_below_the_rule_where_it_fits(memory, peak):
+    """An earlier peak says little of the memory of a row."""
+    memory["peak"] = peak
+    assert calls_of(Small(10**6), 12, 4) == [4, 4, 4]
+
+
+def test_rows_that_did_not_fit_do_not_grow(memory):
+    memory["peak"] = memory["before"] + GIB
+    assert calls_of(Small(2), 7, 4) == [4, 2, 2, 2, 1]
+
+
+def test_a_codec_and_gradients_keep_the_rule(memory):
+    """Both sides of a codec call the network in the same batches; a graph outlives its call."""
+    memory["peak"] = memory["before"] + GIB
+    inputs = [torch.randn(9, 3, dtype=torch.float64), torch.arange(9)]
+    large, small = Small(100), Small(2)
+    with torch.no_grad(), fixed_rows():
+        NetworkCalls("Small")(large, inputs, 4)
+        with pytest.raises(torch.OutOfMemoryError):
+            NetworkCalls("Small")(small, inputs, 4)
+    NetworkCalls("Small")(large, inputs, 4)
+    assert large.rows == [4, 4, 1] * 2
+    with pytest.raises(torch.OutOfMemoryError):
+        NetworkCalls("Small")(small, inputs, 4)
