@@ -206,7 +206,7 @@ def test_bad_options(trained, tmp_path, capsys):
         (("evaluate", trained, "--steps", 0), "steps must be at least 1; got 0"),
         (("evaluate", trained, "--calls", 0.1), "calls must be at least 0.29 per example"),
         (("evaluate", trained, "--calls", 1, "--save", "x.npz"), "calls must be at least 2 per"),
-        (("evaluate", trained, "--calls", "inf"), "and finite; got inf"),
+        (("evaluate", trained, "--calls", "inf"), "must be a finite number or None; got inf"),
         (("evaluate", trained, "--calls", 1e30), "try a smaller one"),
         (("train", "digits", "--out", run, "--batch", 10**30), "batch must be at most 1e+12"),
         (("evaluate", trained, "--split", "tset"), "train, validation, test; got 'tset'"),

@@ -145,7 +145,7 @@ def test_what_is_not_settled_is_refused():
     ("change", "said"),
     [
         ({"betas": [0.5, 1.5]}, r"betas must be one row of numbers in \(0, 1\)"),
-        ({"f": 3}, "f must be a function f"),
+        ({"f": 3}, "f must be a function; got 3"),
         ({"f": lambda z, t: z[:2]}, "one number for each of z"),
         ({"f": lambda z, t: z / 0}, "must be finite"),
         ({"variance": "large"}, "variance must be one of beta, beta_tilde; got 'large'"),

@@ -404,5 +404,5 @@ def test_a_device_map(tmp_path, monkeypatch):
     found = integrations.load(f"hf:{home}", device_map="cpu", precision="bf16")
     assert found.placed and "weights are bfloat16 on cpu (device_map cpu)" in found.notes[-1]
     assert math.isfinite(nelbo.evaluate(found, ["abc"], calls=8).nats)
-    with pytest.raises(ValueError, match="are for hf:FOLDER, and this is openai:"):
+    with pytest.raises(ValueError, match="is for hf:FOLDER, and this is openai:"):
         integrations.load("openai:x", device_map="auto")

@@ -3,15 +3,17 @@
 import contextlib
 import itertools
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from support.runs import Killed, killed_after
 
-from nelbo._utils import files as _files
+from nelbo._utils import files, tensor_files
 from nelbo.evaluation.result import StandardError
 from nelbo.runs import config as run_config
 from nelbo.runs import training_state
@@ -50,7 +52,7 @@ def contents(run):
     found = {"names": sorted(p.name for p in run.iterdir() if p.is_file())}
     found |= {n: (run / n).read_bytes() for n in (run_config.CONFIG, run_config.WEIGHTS)}
     for name in {run_config.STATE, run_config.BEFORE} & {*found["names"]}:
-        tensors, about = _files.read_tensors(run / name, hashed=True)
+        tensors, about = tensor_files.read_tensors(run / name, hashed=True)
         del about["progress"]["seconds"]
         found[name] = about
         found |= {
@@ -73,7 +75,7 @@ def kill_at(patch, moment):
 
     Of what is then on its way nothing is tidied up. Returns the moments so far, in a list.
     """
-    past, os = [], _files.os
+    past = []
     sync, rename, unlink = os.fsync, os.replace, os.unlink
 
     def reach(what):
@@ -141,7 +143,8 @@ def test_what_a_run_takes_on_the_disk(longer):
     assert {*sizes[1]} == {"model.safetensors", "state.safetensors"}
     best = load_run(ended).step
     names = {
-        name.partition(".")[0] for name in _files.read_tensors(ended / "state.safetensors")[0]
+        name.partition(".")[0]
+        for name in tensor_files.read_tensors(ended / "state.safetensors")[0]
     }
     assert ("best" in names) == (best != 6) and {"model", "ema", "optimizer"} <= names
 
@@ -157,7 +160,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(longer, tmp_path, damage):
         content[-len(content) // 3] ^= 1
     path.write_bytes(content[: 100 if damage == "cut" else None])
     if damage == "other":  # whole, but by a program that knows no hash
-        _files.write(path, _files.save({"x": torch.zeros(2)}))
+        files.write(path, save({"x": torch.zeros(2)}))
     if damage == "missing":
         path.unlink()
     with pytest.warns(UserWarning, match=r"state.safetensors is .*; the state before .* step 2"):
@@ -168,7 +171,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(longer, tmp_path, damage):
 
 def test_every_bit_of_a_state_counts(whole, tmp_path):
     """Flipped anywhere, it is an error or says the same."""
-    before, words = _files.read_tensors(whole / run_config.STATE, hashed=True)
+    before, words = tensor_files.read_tensors(whole / run_config.STATE, hashed=True)
     content = (whole / run_config.STATE).read_bytes()
     rng, path, same = np.random.default_rng(0), tmp_path / "state.safetensors", 0
     for place in rng.integers(0, 8 * len(content), 300):
@@ -176,7 +179,7 @@ def test_every_bit_of_a_state_counts(whole, tmp_path):
         damaged[place // 8] ^= 1 << (place % 8)
         path.write_bytes(damaged)
         try:
-            tensors, about = _files.read_tensors(path, hashed=True)
+            tensors, about = tensor_files.read_tensors(path, hashed=True)
         except ValueError as error:
             assert "truncated, damaged or not" in str(error)
         else:
