@@ -1,6 +1,8 @@
 """The calls that people guess: each works, or ends in one sentence with the value and the fix."""
 
 import inspect as python
+import re
+import shutil
 import sys
 from dataclasses import fields
 
@@ -247,11 +249,11 @@ def test_what_is_compressed_comes_back(tmp_path, digits, people, pixels):
 
 
 def test_a_missing_extra_is_said_before_any_work(tmp_path, digits, pixels, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "constriction", None)
+    monkeypatch.setitem(sys.modules, "constriction", None)
     monkeypatch.setattr(run.Run, "grid", lambda *_, **__: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match=r"pip install 'nelbo\[codec\]'"):
         nelbo.compress(digits, pixels, tmp_path / "a.nlb")
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install 'nelbo\[hub\]'"):
         nelbo.load("nobody/nothing")
 
@@ -268,7 +270,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(tmp_path, digits, monkeypatch):
             assert name == "user/name" and private and exist_ok
 
         def upload_folder(self, repo_id, folder_path, commit_message):
-            __import__("shutil").copytree(folder_path, tmp_path / "hub")
+            shutil.copytree(folder_path, tmp_path / "hub")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(
@@ -307,10 +309,14 @@ def test_the_hub_out_of_reach_is_one_sentence(monkeypatch):
 def test_a_repr_is_two_lines_and_has_a_picture(digits):
     assert repr(digits).count("\n") == 1 and len(repr(digits)) < 400
     assert "averaged weights of step" in repr(digits) and "<table>" in digits._repr_html_()
+    (curve,) = re.findall(r'points="([^"]+)"', digits._repr_html_())
+    heights = [float(point.split(",")[1]) for point in curve.split()]
+    validations = [event["validation"] for event in digits.metrics]
+    assert np.argsort(heights).tolist() == np.argsort(validations)[::-1].tolist()
     result = digits.evaluate(calls=8)
     assert repr(result).count("\n") == 1 and f"{result.bits_per_dim:.4f} ±" in repr(result)
     page = result._repr_html_()
-    widths = [float(w) for w in __import__("re").findall(r'width="([\d.]+)%"', page)]
+    widths = [float(w) for w in re.findall(r'width="([\d.]+)%"', page)]
     assert abs(sum(widths) - 100) < 0.1 and "<svg" in page
     assert "TimeGrid of 2 times" in repr(digits.grid(2))
     one = digits.evaluate(digits.examples()[:1], calls=24)
