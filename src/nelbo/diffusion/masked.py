@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.distributions import Independent
-from torch.nn.functional import one_hot
 from typing_extensions import override
 
 from nelbo._utils.arguments import checked
@@ -31,7 +30,7 @@ from nelbo._utils.batch_rng import BatchShard
 from nelbo._utils.numerics import log1mexp, slope
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.distributions import Discrete
-from nelbo.diffusion.process import ForwardProcess, Shape, per_example
+from nelbo.diffusion.process import Shape, SymbolProcess, per_example
 from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.symbols import Certain, MaybeMasked, Predicted, Symbols, Uniform
 
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 SAME = 1e-9  # difference of times, in blocks, that rounding may make
 
 
-class Masking(ForwardProcess):
+class Masking(SymbolProcess):
     """Masks, with a time of each place in the schedule.
 
     Args:
@@ -52,16 +51,11 @@ class Masking(ForwardProcess):
     """
 
     mask: int
-    posterior_name = "categorical step"
 
     @checked
     def __init__(self, schedule: Schedule, count: int, as_codes: bool = False) -> None:
-        super().__init__(schedule)
-        if count < 2:
-            raise ValueError(f"levels must be at least 2; got {count}")
-        self.count = self.mask = self.codes = count
-        self.as_codes, self.channels = as_codes, 1 if as_codes else count + 1
-        self.absent = count if as_codes else None
+        super().__init__(schedule, count, count + 1, as_codes)
+        self.mask = count
 
     @abstractmethod
     def times_of_places(self, t: Tensor, shape: Shape) -> Tensor:
@@ -70,16 +64,6 @@ class Masking(ForwardProcess):
     @abstractmethod
     def rates_of_places(self, t: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """Return -α'/(1-α) of the places that are being masked, (B,), and a mask of these."""
-
-    @override
-    def embed(self, x: Tensor) -> Tensor:
-        return x.long()
-
-    @override
-    def features(self, z: Tensor) -> Tensor:
-        if self.as_codes:
-            return z.double()
-        return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
 
     @override
     def log_snr_input(self, t: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, one_hot
 from typing_extensions import override
 
 from nelbo._utils.arguments import checked
@@ -207,6 +207,38 @@ class ForwardProcess(nn.Module, ABC):
     @abstractmethod
     def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
         """Return lim_{s→t} KL( posterior(z, e, s, t) ‖ posterior(z, e_hat, s, t) )/(t-s); (B,)."""
+
+
+class SymbolProcess(ForwardProcess):
+    """A process of symbols 0..K-1, which noise replaces; e is x itself.
+
+    Args:
+        schedule: γ, with α = sigmoid(-γ).
+        count: the number K of symbols.
+        states: number of values of z: K, or K + 1 with a mask.
+        as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
+            it gets a channel for each state, of which that of z is 1.
+    """
+
+    posterior_name = "categorical step"
+
+    def __init__(self, schedule: Schedule, count: int, states: int, as_codes: bool) -> None:
+        super().__init__(schedule)
+        if count < 2:
+            raise ValueError(f"levels must be at least 2; got {count}")
+        self.count = self.codes = count
+        self.as_codes, self.channels = as_codes, 1 if as_codes else states
+        self.absent = count if as_codes else None
+
+    @override
+    def embed(self, x: Tensor) -> Tensor:
+        return x.long()
+
+    @override
+    def features(self, z: Tensor) -> Tensor:
+        if self.as_codes:
+            return z.double()
+        return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
 
 
 class Levels(nn.Module):

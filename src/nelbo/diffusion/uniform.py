@@ -34,7 +34,7 @@ from typing_extensions import override
 from nelbo._utils.batch_rng import BatchShard, rand
 from nelbo._utils.numerics import log1mexp, over, slope
 from nelbo.diffusion.distributions import Discrete, Shape
-from nelbo.diffusion.process import ForwardProcess, per_example
+from nelbo.diffusion.process import SymbolProcess, per_example
 from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.symbols import Certain, Predicted, Symbols, Uniform
 
@@ -193,7 +193,7 @@ def _kl_bridges(p: Bridge, q: Bridge) -> Tensor:
     return total
 
 
-class UniformDiffusion(ForwardProcess):
+class UniformDiffusion(SymbolProcess):
     """Uniform-state diffusion of symbols 0..K-1.
 
     e is x itself; a prediction of it has log-probabilities (..., K), see the head of this file.
@@ -206,25 +206,8 @@ class UniformDiffusion(ForwardProcess):
             others: x and z are K beyond their end, which costs nothing.
     """
 
-    posterior_name = "categorical step"
-
     def __init__(self, schedule: Schedule, count: int, as_codes: bool = False) -> None:
-        super().__init__(schedule)
-        if count < 2:
-            raise ValueError(f"levels must be at least 2; got {count}")
-        self.count = self.codes = count
-        self.as_codes, self.channels = as_codes, 1 if as_codes else count
-        self.absent = count if as_codes else None
-
-    @override
-    def embed(self, x: Tensor) -> Tensor:
-        return x.long()
-
-    @override
-    def features(self, z: Tensor) -> Tensor:
-        if self.as_codes:
-            return z.double()
-        return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
+        super().__init__(schedule, count, count, as_codes)
 
     @override
     def log_snr_input(self, t: Tensor) -> Tensor:
