@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support.closed_forms import Formula, legendre_nodes, states
+from support.contracts import SymbolContract
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -21,22 +22,14 @@ from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.times import TimeGrid, elbo
 from nelbo.sampling.samplers import ancestral
-from nelbo.testing import ProcessContract, assert_mean
+from nelbo.testing import assert_mean
 
 K, L = 2, 4
 X = torch.tensor(list(itertools.product(range(K), repeat=L)))
 Z = torch.tensor(states(K, L))  # K stands for the mask
 
 
-class TestBlockDiffusion(ProcessContract):
-    @staticmethod
-    def examples(shape: tuple[int, ...]) -> Tensor:
-        return torch.randint(5, shape)
-
-    @staticmethod
-    def guess(e: Tensor) -> Tensor:
-        return torch.randn(*e.shape, 5, dtype=torch.float64).log_softmax(-1)
-
+class TestBlockDiffusion(SymbolContract):
     @pytest.fixture
     def process(self):
         """Of 14 blocks, 1 and 2 for the shapes of the examples."""

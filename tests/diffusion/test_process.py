@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.closed_forms import condition, states
+from support.contracts import SymbolContract
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -53,15 +54,7 @@ class TestGaussianOfLevels(GaussianContract):
         return GaussianDiffusion(Cosine(-6.0, 3.0), Levels(17))
 
 
-class TestAbsorbing(ProcessContract):
-    @staticmethod
-    def examples(shape: tuple[int, ...]) -> Tensor:
-        return torch.randint(5, shape)
-
-    @staticmethod
-    def guess(e: Tensor) -> Tensor:
-        return torch.randn(*e.shape, 5, dtype=torch.float64).log_softmax(-1)
-
+class TestAbsorbing(SymbolContract):
     @pytest.fixture
     def process(self):
         return MaskedDiffusion(Linear(-4.0, 3.0), 5)

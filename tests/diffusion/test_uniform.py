@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support.closed_forms import Formula, legendre_nodes
+from support.contracts import SymbolContract
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -25,21 +26,13 @@ from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.evaluation.control_variates import SymbolVariate
 from nelbo.sampling.samplers import ancestral
-from nelbo.testing import ProcessContract, assert_mean
+from nelbo.testing import assert_mean
 
 K, D = 3, 2
 STATES = torch.tensor(list(itertools.product(range(K), repeat=D)))  # all x, and all z
 
 
-class TestUniformDiffusion(ProcessContract):
-    @staticmethod
-    def examples(shape: tuple[int, ...]) -> Tensor:
-        return torch.randint(5, shape)
-
-    @staticmethod
-    def guess(e: Tensor) -> Tensor:
-        return torch.randn(*e.shape, 5, dtype=torch.float64).log_softmax(-1)
-
+class TestUniformDiffusion(SymbolContract):
     @pytest.fixture(params=[False, True], ids=["channels", "codes"])
     def process(self, request):
         return UniformDiffusion(Linear(-4.0, 3.0), 5, as_codes=request.param)

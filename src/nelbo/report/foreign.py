@@ -79,29 +79,15 @@ def report_foreign(
 
 def _headline(source: str, result: Evaluation) -> str:
     """Return the bound, its meaning, and every choice that it depends on."""
+    x = f"x|{escape(result.given)}" if result.given else "x"
+    meaning = (
+        f"An upper bound on the mean of −log P({x}), of the model as it is sampled by these steps."
+    )
     facts = {
         "Examples": f"{result.examples} of {result.split}",
         "Steps": "continuous time" if result.steps is None else str(result.steps),
-        "Error from the data": spread(result.standard_error.data),
-        "Error from Monte Carlo": spread(result.standard_error.monte_carlo),
-        "Network calls": f"{result.calls_per_example:g} per example",
-        "Weights": result.weights,
-        "Seed": str(result.seed),
-        "Precision": result.precision,
-        "Model hash": result.model_hash,
-        "Data hash": result.data_hash,
     }
-    listed = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
-    notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
-    error = result.standard_error.total
-    x = f"x|{escape(result.given)}" if result.given else "x"
-    return (
-        f'<header><h1>{escape(source)} <span class="muted">· nelbo report</span></h1>'
-        f'<p class="number">{rounded(result.value, error)}'
-        f" <small>± {spread(error)} {result.unit}</small></p>"
-        f'<p class="lead">An upper bound on the mean of −log P({x}), of the model as it is sampled'
-        f' by these steps.</p><dl class="facts">{listed}</dl><ul>{notes}</ul></header>'
-    )
+    return sections.header(source, result, meaning, facts, result.notes)
 
 
 def _samples(foreign: Foreign, seed: int, progress: bool | None) -> str:

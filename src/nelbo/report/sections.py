@@ -4,6 +4,7 @@ import math
 import platform
 import shlex
 import textwrap
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,16 +43,29 @@ if TYPE_CHECKING:
 
 
 def headline(run: "Run", result: Evaluation) -> str:
-    """Return the bound, its meaning, and everything needed to reproduce it."""
-    value = result.value
-    error = result.standard_error
+    """Return the bound of a run, its meaning, and everything needed to reproduce it."""
     facts = {
         "Examples": f"{result.examples} of {result.split}, each once",
         "Data": _shape(run.config.schema),
         "Dimensions": f"{result.dims:,}",
         "Per example": f"{result.nats:.2f} nats",
-        "Network calls": f"{result.calls_per_example:g} per example",
         "Time": "continuous, T = ∞",
+    }
+    return header(name_of(run), result, _meaning(run.config.schema, result), facts)
+
+
+def header(
+    name: str,
+    result: Evaluation,
+    meaning: str,
+    facts: Mapping[str, str],
+    notes: Sequence[str] = (),
+) -> str:
+    """Return the head of a page: a bound, its meaning as HTML, facts of it by name, and notes."""
+    error = result.standard_error
+    facts = {
+        **facts,
+        "Network calls": f"{result.calls_per_example:g} per example",
         "Error from the data": spread(error.data),
         "Error from Monte Carlo": spread(error.monte_carlo),
         "Weights": result.weights,
@@ -61,12 +75,13 @@ def headline(run: "Run", result: Evaluation) -> str:
         "Data hash": result.data_hash,
     }
     listed = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
-        f'<header><h1>{escape(name_of(run))} <span class="muted">· nelbo report</span></h1>'
-        f'<p class="number">{rounded(value, error.total)}'
+        f'<header><h1>{escape(name)} <span class="muted">· nelbo report</span></h1>'
+        f'<p class="number">{rounded(result.value, error.total)}'
         f" <small>± {spread(error.total)} {result.unit}</small></p>"
-        f'<p class="lead">{_meaning(run.config.schema, result)}</p>'
-        f'<dl class="facts">{listed}</dl></header>'
+        f'<p class="lead">{meaning}</p><dl class="facts">{listed}</dl>'
+        f"{f'<ul>{items}</ul>' if items else ''}</header>"
     )
 
 

@@ -157,9 +157,9 @@ def evaluate(
         ValueError: the data are not of the model, a model of P(x|c) lacks conditions, there are
             too few calls, the target error is impossible, or a network is read wrongly.
     """
+    if times is not None and steps is not None:
+        raise ValueError(f"give steps or times, not both; got steps={steps} and times={times}")
     if isinstance(times, int):
-        if steps is not None:
-            raise ValueError(f"give steps or times, not both; got steps={steps} and times={times}")
         steps, times = integer("times", times, 1), None
     if steps is not None:
         steps = integer("steps", steps, 1)
@@ -212,8 +212,6 @@ def evaluate(
     order = measuring.order_for(batch, sampler, tokens_per_step)
     if times is None:
         times = subject.times(left, grid, measuring.tracks("grid"))
-    elif steps is not None:
-        raise ValueError(f"give steps or times, not both; got steps={steps} and times={times}")
     found = measuring(batch, name, data is None, times, order)
     if columns and isinstance(found, Evaluation):
         found = replace(found, columns=measuring.columns(batch, steps, grid))
