@@ -6,7 +6,7 @@ Bytes flipped, overwritten, cut, inserted and swapped, values of JSON replaced: 
 `tests/data/test_fuzz.py`, whose few examples run with every change. A read ends in a result, the
 right one where the file has a checksum, or in an error that the command line tells in one
 sentence. What ends otherwise, a NaN where a number is told among it, is made small by Hypothesis,
-kept in the folder, and named. Minutes are of CPU; Ctrl-C ends them early.
+kept in the folder, and named. Minutes are of CPU; Ctrl-C ends after the file that is being read.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from support.fuzzing import Kind, damaged, kinds, outcome
 from support.runs import TINY
 
+from nelbo._utils.signals import interruptible
 from nelbo.runs.train import train
 
 BATCH = 100  # files at a time
@@ -34,12 +36,14 @@ def cpu() -> float:
     return sum(os.times()[:4])
 
 
-def fuzz(kind: Kind, count: int, start: int, folder: Path, counts: Counter) -> str | None:
-    """Count the outcomes of so many files; the traceback of one that fails, which is kept."""
+def fuzz(
+    kind: Kind, start: int, folder: Path, counts: Counter, stopped: Callable[[], bool]
+) -> str | None:
+    """Count the outcomes of a batch of files; the traceback of one that fails, which is kept."""
 
     @seed(start)
     @settings(
-        max_examples=count,
+        max_examples=BATCH,
         database=None,
         deadline=None,
         phases=(Phase.generate, Phase.shrink),
@@ -47,7 +51,8 @@ def fuzz(kind: Kind, count: int, start: int, folder: Path, counts: Counter) -> s
     )
     @given(damaged(kind))
     def run(content: bytes) -> None:
-        counts[outcome(kind, content, folder)] += 1
+        if not stopped():
+            counts[outcome(kind, content, folder)] += 1
 
     try:
         run()
@@ -76,22 +81,21 @@ def main() -> None:
             sys.exit(f"readers are {', '.join(kind.name for kind in made)}")
         counts = {kind.name: Counter() for kind in some}
         failures, start, batch = [], cpu(), options.seed * 10**6
-        while some and cpu() - start < 60 * options.minutes:
-            kind = min(some, key=lambda kind: counts[kind.name]["cpu"])
-            begun, folder = cpu(), Path(place) / "damaged"
-            try:
-                why = fuzz(kind, BATCH, batch, folder, counts[kind.name])
-            except KeyboardInterrupt:
-                break
-            counts[kind.name]["cpu"] += round(1e6 * (cpu() - begun))
-            batch += 1
-            if why is not None:
-                options.out.mkdir(exist_ok=True)
-                kept = options.out / f"{batch}-{kind.name}"
-                kept.write_bytes((folder / kind.name).read_bytes())
-                failures.append(kept)
-                print(f"{kept}: {why}", flush=True)
-                some.remove(kind)
+        # a KeyboardInterrupt would be lost where it is raised in a callback of a library
+        with interruptible(twice=False) as stopped:
+            while some and cpu() - start < 60 * options.minutes and not stopped():
+                kind = min(some, key=lambda kind: counts[kind.name]["cpu"])
+                begun, folder = cpu(), Path(place) / "damaged"
+                why = fuzz(kind, batch, folder, counts[kind.name], stopped)
+                counts[kind.name]["cpu"] += round(1e6 * (cpu() - begun))
+                batch += 1
+                if why is not None:
+                    options.out.mkdir(exist_ok=True)
+                    kept = options.out / f"{batch}-{kind.name}"
+                    kept.write_bytes((folder / kind.name).read_bytes())
+                    failures.append(kept)
+                    print(f"{kept}: {why}", flush=True)
+                    some.remove(kind)
         for name, count in counts.items():
             print(f"{name:24} {count['read']:7} read {count['refused']:7} refused")
         total = sum(c["read"] + c["refused"] for c in counts.values())

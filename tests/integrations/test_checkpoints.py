@@ -210,6 +210,8 @@ def test_no_code_is_run(tmp_path, capsys):
         loaded(path)
     with pytest.raises(FileNotFoundError, match="give a file of weights"):
         loaded(tmp_path / "none")
+    with pytest.raises(ValueError, match="module must be a Module of torch; got 'm'"):
+        load_weights("m", path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no safetensors"):
         loaded(tmp_path / "empty")

@@ -200,7 +200,7 @@ def test_bad_input_is_refused_in_a_sentence(module):
         wrap_tokens(module, MASK).batch(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="must return logits"):
         wrap_tokens(nn.Flatten(), MASK)
-    refused(module, "shift must be at least 0; got -1", shift=-1)
+    refused(module, "shift must be one of 0, 1; got 9", shift=9)
 
 
 @pytest.mark.parametrize(

@@ -348,10 +348,13 @@ def test_numbers_of_numpy_are_options(tmp_path):
         ({"size": 4.5}, "size must be an integer"),
         ({"minutes": "3"}, "minutes must be a finite number"),
         ({"preset": None}, "preset must be a text"),
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"steps": 5, "minutes": 1}, "steps and minutes both say how long"),
+        ({"step": 5}, "step must be one of"),
+        ({"shard": True, "compile": True}, "shard does not go with compile"),
     ],
 )
-def test_options_are_checked_before_anything_is_made(tmp_path, options, says):
-    rows = {"a": np.random.default_rng(0).normal(size=60)}
+def test_options_are_checked_before_any_data_are_read(tmp_path, options, says):
     with pytest.raises(ValueError, match=says):
-        training.train(rows, tmp_path / "run", **options)
+        training.train(tmp_path / "no such file.npz", tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()

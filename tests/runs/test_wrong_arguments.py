@@ -13,6 +13,7 @@ from torch import nn
 import nelbo
 from nelbo import integrations
 from nelbo.diffusion.process import Levels
+from nelbo.diffusion.uniform import UniformDiffusion
 
 SOURCE = str(Path(nelbo.__file__).parent)
 WRONG = (None, "", "8", -1, 0, 1.5, True, float("nan"), [], {}, np.int64(3), object())
@@ -57,6 +58,7 @@ CALLS = {
     "TimeGrid.uniform": lambda run: (nelbo.TimeGrid.uniform, {"steps": 2}),
     "ContinuousTime": lambda run: (nelbo.ContinuousTime, {}),
     "MaskedDiffusion": lambda run: (nelbo.MaskedDiffusion, {"schedule": schedule(), "count": 3}),
+    "UniformDiffusion": lambda run: (UniformDiffusion, {"schedule": schedule(), "count": 3}),
     "GaussianDiffusion": lambda run: (nelbo.GaussianDiffusion, {"schedule": schedule()}),
     "Batch": lambda run: (nelbo.Batch, {"x": torch.zeros(2, 1, 8, 8)}),
     "inspect": lambda run: (nelbo.inspect, {"data": X}),

@@ -31,6 +31,7 @@ from torch.nn.functional import one_hot
 from torch.special import xlog1py
 from typing_extensions import override
 
+from nelbo._utils.arguments import checked
 from nelbo._utils.batch_rng import BatchShard, rand
 from nelbo._utils.numerics import log1mexp, over, slope
 from nelbo.diffusion.distributions import Discrete, Shape
@@ -206,6 +207,7 @@ class UniformDiffusion(SymbolProcess):
             others: x and z are K beyond their end, which costs nothing.
     """
 
+    @checked
     def __init__(self, schedule: Schedule, count: int, as_codes: bool = False) -> None:
         super().__init__(schedule, count, count, as_codes)
 

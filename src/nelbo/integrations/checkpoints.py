@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nelbo._utils import limits
+from nelbo._utils.arguments import checked
 from nelbo._utils.tensor_files import put_weights, read_tensors
 from nelbo._utils.text import shortened
 from nelbo.integrations.external import read_json
@@ -75,6 +76,7 @@ class _Found:
     tensors: Mapping[str, Tensor]
 
 
+@checked
 def load_weights(
     module: nn.Module, path: str | Path, weights: str | None = None
 ) -> tuple[Weights, list[str]]:

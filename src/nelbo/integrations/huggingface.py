@@ -52,7 +52,7 @@ class Kind(NamedTuple):
     `blocks`: it is block diffusion, of blocks of `block_size` of the configuration.
     """
 
-    shift: int = 0
+    shift: Literal[0, 1] = 0
     time: Literal["sigma"] | None = None
     process: Literal["masked", "uniform"] = "masked"
     blocks: bool = False

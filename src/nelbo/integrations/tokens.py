@@ -62,7 +62,7 @@ def wrap_tokens(
     process: Literal["masked", "uniform"] = "masked",
     block: int | None = None,
     head: Head = "logits",
-    shift: int = 0,
+    shift: Literal[0, 1] = 0,
     time: Literal["masked", "sigma"] | Clock | None = None,
     pad_id: int | None = None,
     never: Collection[int] = (),
@@ -85,8 +85,8 @@ def wrap_tokens(
             first token.
         head: what the module returns in place of logits: "score", concrete scores, or "log-score",
             their logarithms, of a score-entropy model (`token_scores`).
-        shift: the logits at place i are of the token at i + shift: 1 for models that began as
-            left-to-right ones. The first token's are then those at place 0.
+        shift: the logits at place i predict the token at i + shift. 1 is for models that began
+            as left-to-right ones, such as Dream; place 0 then predicts the first token too.
         time: input of a module that is told the time: "masked", the share of hidden tokens;
             "sigma", minus the log of the share α that noise leaves, at most 9.2, as MDLM, SEDD,
             UDLM and Duo are told it; or a function of α, (B,). None for a module that is not told.
@@ -110,7 +110,6 @@ def wrap_tokens(
             f"a masked model has a mask_id, and a uniform-state one has none; got {process} and"
             f" {mask_id}" + ("; if its mask is never predicted, name it in never" * uniform)
         )
-    shift = integer("shift", shift, 0)
     if block is not None:
         block = integer("block", block, 1)
         if uniform:

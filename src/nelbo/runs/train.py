@@ -28,7 +28,7 @@ from nelbo.runs.pace import VALIDATIONS, pace
 from nelbo.runs.run import Run
 from nelbo.runs.training import OnEvent, Training, begin
 from nelbo.training.config import TrainConfig
-from nelbo.training.presets import configure
+from nelbo.training.presets import by_config, configure
 
 
 @checked
@@ -89,6 +89,9 @@ def train(
     levels = None if levels is None else integer("levels", levels, 2)
     size = None if size is None else integer("size", size, 1)
     minutes = None if minutes is None else real("minutes", minutes)
+    if minutes is not None and "steps" in options:
+        raise ValueError("steps and minutes both say how long to train; give one of them")
+    by_config(options)
     main_process_first(lambda: check_new(out))
     frames = "pandas" if hasattr(data, "iloc") else "polars"
     in_memory = not isinstance(data, str | PathLike)
@@ -121,8 +124,6 @@ def train(
             " --nproc_per_node 2 -m nelbo train ..."
         )
     if minutes is not None:
-        if "steps" in options:
-            raise ValueError("steps and minutes both say how long to train; give one of them")
         clock = partial(main_process_first, time.monotonic)  # the same steps on all processes
         steps = pace(model_config, train_config, dataset, 60 * minutes, device, clock, module)
         every = options.get("evaluate_every", max(1, steps // VALIDATIONS))

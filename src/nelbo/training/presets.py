@@ -67,13 +67,10 @@ def configure(
     if preset not in get_args(Preset):
         raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}; got {preset!r}")
     model, train, levels = ModelConfig(), TrainConfig(), schema.levels or 0
-    if isinstance(head := options.get("head"), str):
-        from nelbo.diffusion.parametrization import spelled  # torch, which --help loads not
-
-        options = {**options, "head": spelled(head)}
-    if options.get("network") == CUSTOM:
+    of_model, of_train = by_config(options)
+    if of_model.get("network") == CUSTOM:
         _check_custom(schema, preset, options)
-        options = {"head": "noise", "process": "gaussian", **options}
+        of_model = {"head": "noise", "process": "gaussian", **of_model}
     if levels > MANY_LEVELS:
         # start at noise of about a level: neighbours reveal regularities of a whole image
         model = replace(model, head="level-curves", gamma_min=-10.0)
@@ -88,7 +85,9 @@ def configure(
             model, head="velocity", step="posterior", decoder="gaussian", gamma_min=-10.0
         )
         train = replace(train, cross_entropy=0.0)
-    elif (process := str(options.get("process", "absorbing" if text else ""))) in SYMBOL_PROCESSES:
+    elif (
+        process := str(of_model.get("process", "absorbing" if text else ""))
+    ) in SYMBOL_PROCESSES:
         model = replace(
             model,
             process=process,
@@ -97,7 +96,7 @@ def configure(
             step="posterior",
             decoder="categorical",
         )
-    elif str(options.get("head", model.head)) not in LEVEL_HEADS:
+    elif str(of_model.get("head", model.head)) not in LEVEL_HEADS:
         decoder: Decoder = "discretised-gaussian" if fine else "evidence"
         model = replace(model, step="posterior", decoder=decoder)
         train = replace(train, cross_entropy=0.0)
@@ -106,7 +105,7 @@ def configure(
         train = replace(train, augment=0.0)
     large = image and min(schema.shape[1:]) > SMALL
     of_image = "unet" if large else "conv"
-    network = options.get("network", of_image if image else "transformer" if text else "mlp")
+    network = of_model.get("network", of_image if image else "transformer" if text else "mlp")
     if network == "transformer" or large:
         # an example is expensive: many small steps and few validations
         train = replace(train, steps=10_000, batch=16, lr=3e-3, evaluate_every=1000)
@@ -131,15 +130,30 @@ def configure(
         if train.augment:
             train = replace(train, augment=0.75)
 
+    return replace(model, **of_model), replace(train, **of_train)
+
+
+def by_config(options: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of ModelConfig and those of TrainConfig, each checked by itself.
+
+    Raises:
+        ValueError: an option is unknown, or its value is impossible for any data.
+    """
+    if isinstance(head := options.get("head"), str):
+        from nelbo.diffusion.parametrization import spelled  # torch, which --help does not load
+
+        options = {**options, "head": spelled(head)}
     known = {f.name: kind for kind in (ModelConfig, TrainConfig) for f in fields(kind)}
     for name in options:
         if name not in known:
             raise ValueError(f"unknown option {name!r}; {_nearest(name, [*known])}")
     of_model, of_train = (
-        cast(dict[str, Any], {k: v for k, v in options.items() if known[k] is kind})
+        cast(dict[str, Any], {name: v for name, v in options.items() if known[name] is kind})
         for kind in (ModelConfig, TrainConfig)
     )
-    return replace(model, **of_model), replace(train, **of_train)
+    replace(ModelConfig(), **of_model)  # which checks each value
+    replace(TrainConfig(), **of_train)
+    return of_model, of_train
 
 
 def _check_custom(schema: "Schema", preset: str, options: Mapping[str, object]) -> None:
