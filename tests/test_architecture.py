@@ -39,6 +39,16 @@ def test_no_name_waits_for_a_library_beside_torch():
     assert not ended.stderr.strip(), ended.stderr
 
 
+def test_a_measurement_of_tokens_does_not_import_sympy():
+    """50 MiB and half a second, which some functions of torch import at their first use."""
+    code = (
+        "import nelbo, sys, torch; from nelbo.integrations import wrap_tokens;"
+        "model = wrap_tokens(torch.nn.Embedding(5, 5), 4, length=3);"
+        "nelbo.evaluate(model, [[0, 1, 2]], calls=2); sys.exit('sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_names_stay_functions_after_their_modules_are_imported():
     for name in ("diffusion.elbo", "runs.train", "report", "explain"):
         import_module(f"nelbo.{name}")

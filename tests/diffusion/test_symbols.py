@@ -98,6 +98,7 @@ def test_only_hidden_places_are_normalised(parts, monkeypatch):
     monkeypatch.setattr(Predicted, "_normalised", counted)
     process.predicted_rate(z, x, prediction, T)
     assert sum(rows) == (z == process.mask).sum()
+    assert max(rows) <= rooms.AT_ONCE // K
 
 
 def test_many_symbols_in_float32():

@@ -22,6 +22,15 @@ def over(v: Tensor, x: Tensor) -> Tensor:
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim)).to(dtype)
 
 
+def broadcast_shape(*shapes: torch.Size) -> torch.Size:
+    """Return the common shape; `torch.broadcast_shapes` imports sympy, 50 MiB, at its first use.
+
+    >>> broadcast_shape(torch.Size([2, 1]), torch.Size([3]))
+    torch.Size([2, 3])
+    """
+    return torch.Size(np.broadcast_shapes(*shapes))
+
+
 def widened(x: Tensor) -> Tensor:
     """Return stored values in the type that models take: int64 for levels, float64 for reals."""
     return x.double() if x.is_floating_point() else x.long()

@@ -31,9 +31,11 @@ from torch.nn.functional import one_hot, softplus
 from typing_extensions import override
 
 from nelbo._utils.batch_rng import BatchShard, rand
+from nelbo._utils.numerics import broadcast_shape
 from nelbo.diffusion.distributions import Discrete, Shape
 
-AT_ONCE = 2**21  # logits that are normalised at a time
+AT_ONCE = 2**18  # logits that are normalised at a time, as many as stay in a cache,
+PARTS = 256  # or, where those of a network call are more, them in so many parts
 WIDE = 4096  # symbols up to which logits are normalised in float64; float32 is enough above
 
 
@@ -188,7 +190,7 @@ class Predicted(Symbols):
         """
         wanted = self.hidden if where is None else self.hidden & where
         places = wanted.nonzero(as_tuple=True)
-        size = max(1, AT_ONCE // self.count)
+        size = max(1, max(AT_ONCE, self.logits.numel() // PARTS) // self.count)
         for some in zip(*(v.split(size) for v in places), strict=True):
             if not len(some[0]):
                 return
@@ -208,7 +210,7 @@ class Predicted(Symbols):
 
     @override
     def log_prob(self, value: Tensor, where: Tensor | None = None) -> Tensor:
-        value = value.long().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+        value = value.long().expand(broadcast_shape(value.shape, self.batch_shape))
         found = self._of_shown(value)
         for places, log_probs in self.rows(_any(where, value.ndim - len(self.batch_shape))):
             self._gather(found, value, places, log_probs)
@@ -282,7 +284,7 @@ class MaybeMasked(Discrete):
     def __init__(self, source: Symbols, log_shown: Tensor, log_masked: Tensor) -> None:
         self.source, self.mask = source, source.count
         self.log_shown, self.log_masked = log_shown, log_masked
-        shape = torch.broadcast_shapes(source.batch_shape, log_shown.shape)
+        shape = broadcast_shape(source.batch_shape, log_shown.shape)
         Distribution.__init__(self, shape, validate_args=False)
 
     @property

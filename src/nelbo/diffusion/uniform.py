@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from nelbo._utils.arguments import checked
 from nelbo._utils.batch_rng import BatchShard, rand
-from nelbo._utils.numerics import log1mexp, over, slope
+from nelbo._utils.numerics import broadcast_shape, log1mexp, over, slope
 from nelbo.diffusion.distributions import Discrete, Shape
 from nelbo.diffusion.process import SymbolProcess, per_example
 from nelbo.diffusion.schedules import Schedule
@@ -58,7 +58,7 @@ class MaybeReplaced(Discrete):
         self.source, self.count = source, source.count
         self.log_kept = log_kept
         self.log_each = log_replaced - math.log(self.count)
-        shape = torch.broadcast_shapes(source.batch_shape, log_kept.shape)
+        shape = broadcast_shape(source.batch_shape, log_kept.shape)
         Distribution.__init__(self, shape, validate_args=False)
 
     @property
