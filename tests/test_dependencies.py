@@ -38,6 +38,13 @@ def test_the_workflow_runs_the_lowest_versions():
     assert job[2].startswith("make test-lowest ") and "\ntest-lowest: " in MAKE
 
 
+def test_each_extra_that_is_named_exists():
+    files = chain(ROOT.glob("*.md"), ROOT.glob("docs/**/*.md"), ROOT.glob("src/**/*.py"))
+    named = re.findall(r"nelbo\[([\w,]+)\]'", "".join(map(Path.read_text, files)))
+    assert {extra for names in named for extra in names.split(",")} <= EXTRAS.keys()
+    assert len(named) > 10
+
+
 def test_the_build_of_torch_is_one():
     build = re.search(r"torch==([\d.]+)", (ROOT / "constraints.txt").read_text())[1]
     assert PINNED["torch"] == build

@@ -49,6 +49,15 @@ def test_the_derivation_names_what_exists():
             assert part in MODULES or re.search(rf"\b{part}\b", SOURCES), name
 
 
+def test_each_number_of_the_readme_is_measured():
+    table = (ROOT / "README.md").read_text().partition("## Eight numbers")[2].partition("##")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ")][1:]
+    measured = (ROOT / "docs" / "measured.md").read_text()
+    assert len(rows) == 8
+    for number in re.findall(r"\d+(?:\.\d+)?", " ".join(map(" ".join, rows))):
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.]\d)", measured), number
+
+
 def test_an_index_can_follow_every_link_of_the_readme():
     """An index shows the README alone, so the build makes its links absolute."""
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]

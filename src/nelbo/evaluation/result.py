@@ -48,9 +48,9 @@ class Terms:
 
 @dataclass(frozen=True)
 class LatentTerms(Terms):
-    """The terms of a model of latents: those of its prior, its decoder and its encoder.
+    """The terms of a latent diffusion model: the three of its prior, the decoder and the encoder.
 
-    That of the encoder is minus its entropy. It and the reconstruction are densities of latents.
+    The encoder's term is minus its entropy. Reconstruction and encoder are densities of latents.
     """
 
     decoder: float
@@ -76,10 +76,11 @@ class Measurement:
 
     With conditions it is the bound on −log P(x|c), and `given` names c.
 
-    `nats` is per example. Standard errors are in `unit`: bits/dim for probabilities, nats for
-    densities, which have no bits/dim. A value ± 1.96 standard errors is a 95 % interval; an error
-    is NaN where it is unknown. Calls are rows that went forward through the network, per example.
-    `rates` is, for a text, the same per token, character and byte, and the perplexity, by name.
+    `nats` is in nats per example. `value`, the terms and `standard_error` are in `unit`: bits/dim
+    for probabilities, nats for densities, which have no bits/dim. So the interval is value ± 1.96
+    standard errors, not nats ± 1.96; an unknown error is NaN. Calls are rows that went forward
+    through the network, per example. For a text, `rates` holds the bound per token, character and
+    byte, and the perplexity, by name.
     """
 
     bits_per_dim: float | None
@@ -174,9 +175,9 @@ class TokenCosts(NamedTuple):
 class Evaluation(Measurement):
     """Mean bound on −log P(x) over examples, with its terms.
 
-    Terms and curve are in `unit`. The standard error is that of the sum of the terms: one term
-    may have a larger one, because a draw of one is none of another. `visited` is the number of
-    examples that were measured: all of `examples` or a random sample; then `per_example` is NaN
+    Terms and curve are in `unit`; `per_example` and `per_example_error` are in nats. The standard
+    error belongs to the sum of the terms; a single term may be less certain. `visited` is the
+    number of examples that were measured: all, or a random sample, and then `per_example` is NaN
     for the others.
     """
 
