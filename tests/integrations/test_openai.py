@@ -316,7 +316,8 @@ def test_channels_and_classes_are_those_of_the_weights(tmp_path, learn_sigma):
         with seeded(3):
             got = elbo(found.model, x, found.times).elbo
         with seeded(3):
-            want = elbo(build(network, flags, label=9).model, x, found.times).elbo
+            same = build(network, flags, label=9, channels=1, classes=10)
+            want = elbo(same.model, x, found.times).elbo
     assert torch.equal(got, want)
 
 

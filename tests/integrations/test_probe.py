@@ -56,7 +56,7 @@ def read(network, **reading):
 @pytest.fixture(autouse=True)
 def no_noise(monkeypatch):
     """Leave the probe without data out: the examples must do."""
-    monkeypatch.setattr("nelbo.integrations.denoisers.probe", lambda model: [])
+    monkeypatch.setattr("nelbo.integrations.probe._at_noise", lambda model: [])
 
 
 @pytest.mark.parametrize("predicts", ["noise", "data", "velocity", "flow"])

@@ -205,7 +205,7 @@ def test_autocast_is_asked_for_and_recorded(folder, capsys):
     assert 0 < abs(found[2]["nats"] / found[0]["nats"] - 1) < 0.05
     assert any("autocast to bfloat16" in note for note in found[2]["notes"])
     model = load(f"diffusers:{folder}", precision="bf16").of_steps(2).model
-    assert model.network.autocast == torch.bfloat16
+    assert model.autocast == torch.bfloat16
     with pytest.raises(ValueError, match="the precision of diffusers: is bf16"):
         load(f"diffusers:{folder}", precision="fp16")
 

@@ -196,6 +196,7 @@ def language(name):
             {"alphas": ALPHAS, "times": tau, "factor": interpolating, "predicts": Flow()},
         ),
         "flow of sigmas": lambda: (Network(flow), {"sigmas": tau}),
+        "flow as a part": lambda: (Network(flow), {"sigmas": tau, "predicts": Flow()}),
         "flow of a sampler": lambda: (
             Network(flow),
             {"sigmas": torch.cat([tau.flip(0), torch.zeros(1)]), "times": tau.flip(0)},
@@ -209,6 +210,7 @@ def language(name):
                 "predicts": head,
             },
         ),
+        "edm as a part": lambda: (Network(edm), {"sigmas": sigmas, "predicts": head}),
         "edm by name": lambda: (
             Network(edm),
             {"sigmas": sigmas, "predicts": "edm", "sigma_data": c_data},
@@ -236,6 +238,8 @@ def language(name):
         "flow",
         "flow of sigmas",
         "flow of a sampler",
+        "flow as a part",
+        "edm as a part",
         "edm",
         "edm by name",
         "edm of a sampler",

@@ -12,8 +12,8 @@ from support.transformers import text_encoder
 import nelbo
 from nelbo import TimeGrid, ancestral
 from nelbo._utils.numerics import seeded
-from nelbo.integrations import load
-from nelbo.models.conditioning import Guided
+from nelbo.integrations import load, wrap
+from nelbo.models.conditioning import Guided, guided
 from nelbo.runs.foreign_samples import sampler_of
 
 diffusers = pytest.importorskip("diffusers")
@@ -85,6 +85,15 @@ def test_a_learned_variance_is_not_guided():
     got = Guided(network, 5.0, torch.tensor([1.0]), variance=True)(z, torch.zeros(2), c)
     torch.testing.assert_close(got[..., 0], 1 + 5 * (c - 1).expand(2, 3))
     torch.testing.assert_close(got[..., 1], (1 + c).expand(2, 3))
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_learned_variance_is_known_to_guidance(clip):
+    """Clipping x̂ makes it no other variance."""
+    shape, betas = (3, 4, 4), torch.linspace(0.02, 0.3, 5)
+    options = {"variance": "learned-range", "clip": clip, "conditioned_on": "class"}
+    model = wrap(lambda y, time, c: torch.cat([y, y], 1), shape, betas=betas, **options)
+    assert guided(model, 2.0).network.variance
 
 
 def test_prompts_are_guided_by_the_empty_one(tmp_path):

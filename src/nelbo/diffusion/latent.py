@@ -48,6 +48,7 @@ LAWS: dict[str, Callable[[Tensor, Tensor, Tensor], Discretised]] = {
     "laplace": DiscretisedLaplace,
 }
 SCALES = (1e-4, 10.0)  # of a law, between which one is fitted, in units of the network
+SHOWN = 8  # examples that are encoded to check how the network of the prior is read
 FITTED = 2**22  # numbers of images to which a scale is fitted, at most
 
 
@@ -137,6 +138,31 @@ class LatentModel(nn.Module):
         self.shape = tuple(shape)
 
     @property
+    def diffusion(self) -> Model:
+        """The diffusion model, of the latents: the prior."""
+        return self.prior
+
+    def latents_of(self, batch: Batch) -> Batch:
+        """Return the means of the latents of some images, with their conditions."""
+        batch = batch.to(self.device)
+        with evaluating(self):
+            return Batch(self.posterior(batch.x).mean, batch.condition)
+
+    def examples_of(self, drawn: Tensor) -> Tensor:
+        """Return the images that latents decode to, as levels, int64, or real numbers."""
+        images = []
+        with evaluating(self):
+            for some in drawn.split(max(1, self.prior.rows)):
+                e = self.law.scaling.inverse(self.decode(some.to(self.device)))
+                images.append(e.round().clamp(0, self.codes - 1).long() if self.codes else e)
+        return torch.cat(images)
+
+    def check_reading(self, batch: Batch) -> list[str]:
+        """Return notes on how the network of the prior is read; see `Model.check_reading`."""
+        rows = torch.linspace(0, len(batch) - 1, min(SHOWN, len(batch))).round().long()
+        return self.prior.check_reading(self.latents_of(batch[rows]))
+
+    @property
     def dims(self) -> int:
         """D, the number of dimensions of one example."""
         return math.prod(self.shape)
@@ -151,8 +177,13 @@ class LatentModel(nn.Module):
         """Whether P(x) is a density, not a probability."""
         return not self.codes
 
-    #: name of a dimension in the unit of a bound, as of a `Model`
-    dimension = Model.dimension
+    #: as of a `Model`: name of a dimension in the unit of a bound; whether examples may have any
+    #: length; whether all dimensions are alike
+    dimension, any_length, alike = Model.dimension, Model.any_length, True
+
+    def batch(self, x: Tensor | Batch) -> Batch:
+        """Return examples as a batch."""
+        return Batch.of(x)
 
     def scored(self, batch: Batch) -> float:
         """Return the number of dimensions whose cost the bound counts, D."""

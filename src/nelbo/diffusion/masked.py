@@ -157,6 +157,8 @@ class Masking(SymbolProcess):
 class MaskedDiffusion(Masking):
     """Masked diffusion: all places have the same α_t; see `Masking` for the arguments."""
 
+    any_order = True
+
     @override
     def times_of_places(self, t: Tensor, shape: Shape) -> Tensor:
         return t.reshape(-1, *(1 for _ in shape))
@@ -208,6 +210,18 @@ class BlockDiffusion(Masking):
         passed = self._passed(t, n)
         done = (passed.ceil() - 1).clamp(min=0)
         return (n - 1 - done).long(), passed - done
+
+    @override
+    def window(self, t: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        block, tau = self.current(t, shape)
+        return (block + 1) * self.block, tau
+
+    @override
+    def notes(self, symbol: str) -> tuple[str, ...]:
+        return (
+            f"blocks of {self.block} {symbol}s are hidden one after the other, each given the"
+            f" {symbol}s before it",
+        )
 
     @staticmethod
     def _passed(t: Tensor, n: int) -> Tensor:

@@ -62,7 +62,8 @@ class Model(nn.Module):
         self.head, self.step = head, step
         self.shape = tuple(shape)
         self.dtype = torch.float64
-        self.precision: torch.dtype | None = None  # of autocast within the network, if any
+        self.precision: torch.dtype | None = None  # of autocast within the network, in training
+        self.autocast: torch.dtype | None = None  # the same, also while it is measured
         self.conditioned_on = conditioned_on
         self.calls = NetworkCalls(type(network).__name__)
 
@@ -99,6 +100,26 @@ class Model(nn.Module):
         """Return a sentence for each choice that the meaning of the bound depends on."""
         return ()
 
+    @property
+    def diffusion(self) -> "Model":
+        """The diffusion model: this one, where the data themselves are diffused."""
+        return self
+
+    def examples_of(self, drawn: Tensor) -> Tensor:
+        """Return the examples (N, *shape) that draws from `diffusion` stand for, (N, ...)."""
+        return drawn
+
+    def check_reading(self, batch: Batch | None = None) -> list[str]:
+        """Return notes on how a network of another library is read, for one of our own none.
+
+        Args:
+            batch: some of the examples to be measured, if there are any.
+
+        Raises:
+            ValueError: another reading fits better by far; see `integrations.probe`.
+        """
+        return []
+
     def unconditional(self) -> "Model":
         """Return the model of P(x) that a model of P(x|c) contains; it shares all weights."""
         model = copy.copy(self)
@@ -129,6 +150,16 @@ class Model(nn.Module):
                 " model.unconditional()"
             )
         check_count(condition, examples)
+
+    @property
+    def codes(self) -> int:
+        """The number of codes of a dimension; 0 for a real number."""
+        return self.process.codes
+
+    @property
+    def alike(self) -> bool:
+        """Whether all dimensions have the same process, so that some of them represent all."""
+        return self.process.alike
 
     @property
     def density(self) -> bool:
@@ -180,7 +211,7 @@ class Model(nn.Module):
         inputs = [features, level] + ([] if condition is None else [condition])
         inputs = [v.to(z.device, own.dtype) for v in inputs]
         # processes that share the weights must call the network equally often
-        with _narrow(z.device, self.precision), fixed_rows(is_sharded(own)):
+        with _narrow(z.device, self.autocast or self.precision), fixed_rows(is_sharded(own)):
             output = self.calls(self.network, inputs)
         needed = self.head.output_shape(z)
         if output.shape != needed:

@@ -215,6 +215,15 @@ class Parametrization(nn.Module, ABC):
     outputs: int = 1
     #: T if the output is defined on a grid of T steps only, else None
     steps: int | None = None
+    #: word for the output where other outputs of networks could be mistaken for it, else ""
+    predicts: str = ""
+    #: whether the second output is the variance of the reverse kernel
+    has_variance: bool = False
+
+    @property
+    def factor(self) -> Callable[[Tensor], Tensor] | None:
+        """c(γ) of the latents c z that the output belongs to; None where it goes with any."""
+        return None
 
     @property
     def point(self) -> "Parametrization | None":
@@ -271,6 +280,8 @@ class Parametrization(nn.Module, ABC):
 class EpsPrediction(Parametrization):
     """The output is ε̂ in z_t = √α_t e + √(1-α_t) ε."""
 
+    predicts = "noise"
+
     @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
         signal = over((process.log_alpha(t) / 2).exp(), z)
@@ -280,6 +291,8 @@ class EpsPrediction(Parametrization):
 
 class XPrediction(Parametrization):
     """The output is ê."""
+
+    predicts = "data"
 
     @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
@@ -291,6 +304,8 @@ class VPrediction(Parametrization):
 
     An output of zero is the best linear prediction for data of mean 0 and variance 1.
     """
+
+    predicts = "velocity"
 
     @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
@@ -314,6 +329,7 @@ class Mean(Parametrization):
 
     @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
+        # a mean f is one of m_t: refused with another process, which has none
         process = GaussianDiffusion.require(process, "Mean needs GaussianDiffusion")
         i = (t * self.steps).round()
         if ((t * self.steps - i).abs() > 1e-9 * self.steps).any():
@@ -335,7 +351,7 @@ class WithVariance(Parametrization):
         head: with one output, such as `EpsPrediction`.
     """
 
-    outputs = 2
+    outputs, has_variance = 2, True
 
     def __init__(self, head: Parametrization) -> None:
         super().__init__()

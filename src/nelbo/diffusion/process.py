@@ -63,6 +63,8 @@ class ForwardProcess(nn.Module, ABC):
     codes: int = 0
     #: the value of z that masks a dimension, if z is either x or masked; else None
     mask: int | None = None
+    #: whether masks may hide any symbols, equally likely sets of each size: a model of any order
+    any_order: bool = False
     #: whether a network gets the codes of z, of one channel, and embeds them itself
     as_codes: bool = False
     #: code of x and z beyond the end of a shorter example, which costs nothing; None for none
@@ -183,6 +185,21 @@ class ForwardProcess(nn.Module, ABC):
         """Return a and b, shape of t, if q(z_t|z_s) = N(a z_s, b²); None otherwise."""
         return None
 
+    def window(self, t: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return how many places, from the first, a prediction at times t depends on; (B,) each.
+
+        Also return the time in the schedule of those that noise reaches: all of them and t here.
+        """
+        return torch.full(t.shape, math.prod(shape), device=t.device), t
+
+    def notes(self, symbol: str) -> tuple[str, ...]:
+        """Return a sentence on the order of noise, if it has one that the bound depends on.
+
+        Args:
+            symbol: name of a dimension, such as token.
+        """
+        return ()
+
     def picture(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return z_t in the units of the data, for display, and a mask of hidden dimensions.
 
@@ -266,6 +283,10 @@ class Levels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.values[x]
 
+    def describe(self) -> str:
+        """Return how the data look to a network, for a note."""
+        return f"levels 0..{self.count - 1} as {self.low:g}..{self.high:g}"
+
     def inverse(self, e: Tensor) -> Tensor:
         """Return x of values e, including those between and beyond the levels; shape of e."""
         return (e - self.low) / (self.high - self.low) * (self.count - 1)
@@ -297,6 +318,10 @@ class Affine(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         return (x.double() - self.shift) / self.scale
+
+    def describe(self) -> str:
+        """Return how the data look to a network, for a note."""
+        return "real data, (x - shift)/scale"
 
     def inverse(self, e: Tensor) -> Tensor:
         """Return x = shift + scale e, shape of e."""

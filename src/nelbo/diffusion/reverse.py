@@ -12,6 +12,7 @@ continuous-time bound; the fewer the steps, the more they differ.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import LevelMixture
 from nelbo.diffusion.parametrization import LevelPrediction, Prediction
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal, per_example
+
+if TYPE_CHECKING:
+    from nelbo.diffusion.batch import Batch
+    from nelbo.diffusion.model import Model
 
 
 class ReverseKernel(nn.Module, ABC):
@@ -50,6 +55,10 @@ class ReverseKernel(nn.Module, ABC):
     def set_errors(self, errors: Tensor) -> None:
         """Set v at `error_times`, (N,); does nothing here."""
 
+    def fit(self, model: "Model", batch: "Batch") -> str:
+        """Fit what no file has to examples that are not measured; return a note, "" here."""
+        return ""
+
     @abstractmethod
     @override
     def forward(
@@ -72,14 +81,32 @@ class Posterior(ReverseKernel):
         return process.predicted_posterior(z, prediction, s, t)
 
 
-class FixedVariance(ReverseKernel):
-    """N(f, σ²) with f = m_t(z_t, ê) and the `variance` of the times."""
+class GaussianKernel(ReverseKernel):
+    """A kernel made of the m_t and β̃ of Gaussian diffusion, which other processes do not have."""
 
     @override
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
-        process = _gaussian(process, self)
+        # where a kernel and a process that do not fit together meet: refused, not told apart
+        need = f"{type(self).__name__} is a step of a Gaussian process"
+        gaussian = GaussianDiffusion.require(process, need, "; try Posterior()")
+        return self.kernel(prediction, z, s, t, gaussian)
+
+    @abstractmethod
+    def kernel(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: GaussianDiffusion
+    ) -> Distribution:
+        """Return P(z_s|z_t) as `forward`, of a Gaussian process."""
+
+
+class FixedVariance(GaussianKernel):
+    """N(f, σ²) with f = m_t(z_t, ê) and the `variance` of the times."""
+
+    @override
+    def kernel(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: GaussianDiffusion
+    ) -> Distribution:
         f = process.m_t(z, prediction.e_hat, s, t)
         return normal(f, self.variance(s, t, process))
 
@@ -96,7 +123,7 @@ class Beta(FixedVariance):
         return process.beta(s, t)
 
 
-class Learned(ReverseKernel):
+class Learned(GaussianKernel):
     """N(f, σ²), log σ² = v log β + (1-v) log β̃ (Nichol & Dhariwal 2021, equation 15)."""
 
     @override
@@ -104,10 +131,9 @@ class Learned(ReverseKernel):
         return "Gaussian step, learned σ²"
 
     @override
-    def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
+    def kernel(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: GaussianDiffusion
     ) -> Distribution:
-        process = _gaussian(process, self)
         if prediction.fraction is None:
             raise TypeError("the learned variance needs a head with a variance: WithVariance")
         f = process.m_t(z, prediction.e_hat, s, t)
@@ -158,7 +184,7 @@ class Optimal(FixedVariance):
         return torch.lerp(self.errors[below], self.errors[below + 1], t * last - below)
 
 
-class Mixture(ReverseKernel):
+class Mixture(GaussianKernel):
     """Σ_k P(x_i = v_k|z_t) N(m_t(z_t, v_k), β̃) for each dimension i.
 
     Args:
@@ -177,10 +203,9 @@ class Mixture(ReverseKernel):
         return "mixture step"
 
     @override
-    def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
+    def kernel(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: GaussianDiffusion
     ) -> Distribution:
-        process = _gaussian(process, self)
         levels = prediction.levels
         if levels is None:
             raise TypeError("the mixture step needs a head that predicts levels: LevelLogits")
@@ -199,8 +224,3 @@ def mixture(
     loc = process.m_t(z[..., None], values.to(z), s, t)
     scale = over(process.beta_tilde(s, t).sqrt(), loc)
     return per_example(LevelMixture(prediction.log_probs, loc, scale))
-
-
-def _gaussian(process: ForwardProcess, step: ReverseKernel) -> GaussianDiffusion:
-    need = f"{type(step).__name__} is a step of a Gaussian process"
-    return GaussianDiffusion.require(process, need, "; try Posterior()")

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import rows_of
-from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import time_of
 from nelbo.diffusion.symbols import Predicted
@@ -87,12 +86,13 @@ class UnmaskingOrder:
         Raises:
             ValueError: if the model masks no symbols, or those of one block after the other.
         """
-        if not isinstance(model.process, MaskedDiffusion):
+        mask = model.process.mask
+        if mask is None or not model.process.any_order:
             raise ValueError(
                 f"the sampler {self.name} needs a masked model; got one of"
                 f" {type(model.process).__name__}"
             )
-        return model.process.mask
+        return mask
 
     def next(self, symbols: Predicted, hidden: Tensor) -> Tensor:
         """Return a mask of the places that are shown next, shape of `hidden`.

@@ -114,8 +114,8 @@ def unit_of(model: "Model | LatentModel") -> str:
 def precision_of(model: "Model | LatentModel") -> str:
     """Return the precision of the arithmetic of a measurement, for the record."""
     inside = str(next(model.network.parameters()).dtype)
-    if (autocast := getattr(model.network, "autocast", None)) is not None:
-        inside += f" with autocast to {autocast}"
+    if model.diffusion.autocast is not None:
+        inside += f" with autocast to {model.diffusion.autocast}"
     return f"float64 around {inside}".replace("torch.", "")
 
 

@@ -11,10 +11,11 @@ from nelbo.data.schema import Schema
 from nelbo.data.sources import Source, is_table, load_like
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import as_tensor
+from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
 
 
-def batch_of(model: Model, x: Source | Batch) -> Batch:
+def batch_of(model: Model | LatentModel, x: Source | Batch) -> Batch:
     """Return examples of a model as a batch.
 
     Args:
@@ -37,16 +38,16 @@ def batch_of(model: Model, x: Source | Batch) -> Batch:
     if (
         isinstance(x, Tensor | np.ndarray)
         and not is_table(x)
-        and (tuple(x.shape[1:]) == model.shape or not model.process.alike)
+        and (tuple(x.shape[1:]) == model.shape or not model.alike)
     ):
         return Batch(as_tensor(x))  # checked by `check_examples`
-    if not model.process.alike:  # the columns of a table, which no model knows by name
+    if not model.alike:  # the columns of a table, which no model knows by name
         raise ValueError(
             f"the model is of rows of {model.dims} numbers that stand for the cells of a table;"
             f" got {type(x).__name__}: give the table to the run, as in run.evaluate(frame), or"
             " run.batch(frame)[0] to the model"
         )
-    levels = model.process.codes or None
+    levels = model.codes or None
     data = load_like(x, Schema("levels" if levels else "real", model.shape, levels))
     for note in data.notes:
         warnings.warn(note, stacklevel=3)

@@ -33,7 +33,6 @@ from torch import Tensor
 from nelbo._utils.distributed import gather
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.diffusion.times import TimeDiscretization
 from nelbo.diffusion.unmasking import time_of_share
@@ -66,7 +65,7 @@ MOST = 64  # masks per place that the surrogate reads alone in a replicate, at m
 
 def exact_counts(model: Model, times: TimeDiscretization) -> bool:
     """Return whether the bound is one over all counts: a masked model in continuous time."""
-    if not isinstance(model.process, MaskedDiffusion) or times.steps is not None:
+    if not model.process.any_order or times.steps is not None:
         return False
     ends = torch.tensor([times.first, 1.0], dtype=torch.float64)
     return bool((model.process.alpha(ends) == torch.tensor([1.0, 0.0])).all())
@@ -92,7 +91,7 @@ def check_masks(
         raise ValueError(f"a surrogate takes the masks {TWO_LEVELS}; got {masks!r}: leave one out")
     if surrogate is None:
         return
-    if not isinstance(surrogate.process, MaskedDiffusion):
+    if not surrogate.process.any_order:
         raise ValueError("a surrogate is a masked model for a masked model; leave it out")
     own, other = model.process.codes, surrogate.process.codes
     if own != other:

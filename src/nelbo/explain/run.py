@@ -22,7 +22,6 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.parametrization import Prediction
-from nelbo.diffusion.process import GaussianDiffusion
 from nelbo.diffusion.reverse import Beta, ReverseKernel
 from nelbo.diffusion.times import even_times
 from nelbo.evaluation.per_dimension import kl_of_dimensions, of_dimensions, own_step, steps_of
@@ -54,7 +53,7 @@ def kernels_of(model: Model) -> dict[str, ReverseKernel]:
     """Return the reverse kernels to compare, by name: the model's own first."""
     found = steps_of(model)
     own = found.pop(own_step(model))
-    if isinstance(model.process, GaussianDiffusion):
+    if model.process.has_flow:
         found[Beta().name(model.process)] = Beta()
     found.pop(own_step(model), None)
     return {own_step(model): own, **found}
@@ -196,8 +195,8 @@ def _put_examples(found: Values, model: Model, schema: Schema, x: Tensor, dims: 
     embedded = torch.cat([v.double() for v in e], 1)
     for b in range(len(x)):
         for n, d in enumerate(dims):
-            gaussian = isinstance(kinds[d], GaussianDiffusion)
-            found.put("e", _finite(embedded[b, d]) if gaussian else None, x=b, dim=n)
+            e_d = _finite(embedded[b, d]) if kinds[d].has_flow else None
+            found.put("e", e_d, x=b, dim=n)
             found.put("x_code", _finite(flat[b, d].double()), x=b, dim=n)
     found.constants["names"] = dim_names(schema) if not is_image(schema) else []
     found.constants["shown"] = dims
@@ -304,7 +303,7 @@ def _meanings(schema: Schema, model: Model) -> list[_Meaning]:
         pairs = zip(model.process.factors, sizes, strict=True)
         parts = [part for part, size in pairs for _ in range(size)]
     return [
-        _Meaning(place, symbols, part.mask, isinstance(part, GaussianDiffusion))
+        _Meaning(place, symbols, part.mask, part.has_flow)
         for place, part in zip(at, parts, strict=False)
     ]
 
@@ -324,7 +323,7 @@ def _guessed(model: Model, step: Step, row: slice, meaning: list[_Meaning]) -> l
     for part, prediction, z in pairs:
         one = prediction.map(lambda v: v[row])
         levels = one.levels
-        if levels is None and isinstance(part, GaussianDiffusion):
+        if levels is None and part.has_flow:
             mean = part.mean(one.e_hat, z).flatten().double().tolist()
             said += [meaning[at + i].of(v) for i, v in enumerate(mean)]
         else:

@@ -12,7 +12,6 @@ from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import measuring
-from nelbo.diffusion.process import GaussianDiffusion
 from nelbo.evaluation.toy import Toy, ideal_f, toy
 from nelbo.explain.panels import Panel, body, fraction, sub
 from nelbo.explain.values import Choice, Values, bell
@@ -152,7 +151,7 @@ def _model(found: Values, made: Toy, paths: list[list[Tensor]], chosen: dict[str
         found.put("gap", at.gap[b].item() / LOG_2, x=b, **chosen)
     for name, values in (("density", at.log_p), ("below", at.elbo)):
         found.put(name, [round(v, 3) for v in values[len(x) :].exp().tolist()], **chosen)
-    process = GaussianDiffusion.require(model.process, "a toy")
+    process = model.process
     of_schedule = {name: chosen[name] for name in ("steps", "betas", "variance")}
     with measuring(model):
         for d, z in enumerate(paths):
@@ -169,9 +168,9 @@ def _model(found: Values, made: Toy, paths: list[list[Tensor]], chosen: dict[str
         # the KL of two normals with equal means
         zero_mean = torch.zeros(1, 1, dtype=torch.float64)
         fixed = []
-        for before, t in pairwise(times):
+        for i, (before, t) in enumerate(pairwise(times), 1):
             q = process.posterior(zero_mean, zero_mean, before, t)
-            sd = model.step.variance(before, t, process).sqrt()
+            sd = p[i].stddev[:1]
             fixed.append(kl_divergence(q.base_dist, Normal(zero_mean, sd)).item() / LOG_2)
     found.put("constant", fixed, **of_schedule)
 

@@ -156,8 +156,6 @@ class Adapter(nn.Module):
         self.factor, self.score = factor, score
         self.calls = NetworkCalls(type(network).__name__)
         self.name: Callable[[Tensor], Tensor] | None = None
-        #: in which the network computes where torch.autocast finds it safe; None for its own type
-        self.autocast: torch.dtype | None = None
         if isinstance(times, Tensor):
             assert gamma is not None and len(gamma) == len(times)
             self.register_buffer("times", times)
@@ -188,8 +186,7 @@ class Adapter(nn.Module):
         return self.gamma[i], time.to(level.dtype) if time.is_floating_point() else time
 
     def _call(self, y: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
-        with torch.autocast(y.device.type, self.autocast, enabled=self.autocast is not None):
-            output: object = self.network(y, time, *condition)
+        output: object = self.network(y, time, *condition)
         if not isinstance(output, Tensor):
             output = getattr(output, "sample", output)  # as the networks of diffusers say it
         channels, batch = self.outputs * self.shape[0], len(y)
@@ -217,6 +214,8 @@ class EDM(Parametrization):
         sign: -1 if the network was trained with -c_out, as in v-prediction.
     """
 
+    predicts = "edm"
+
     def __init__(self, sigma_data: float, sign: float = 1.0) -> None:
         super().__init__()
         self.sigma_data, self.sign = sigma_data, sign
@@ -230,14 +229,26 @@ class EDM(Parametrization):
         of_output = self.sign * sigma * data / total
         return Prediction(over(of_z, z) * z + over(of_output, z) * output)
 
-    def factor(self, gamma: Tensor) -> Tensor:
-        """Return the factor of the network's input: it takes c_in y, c_in = 1/√(σ² + σ_data²)."""
+    @property
+    @override
+    def factor(self) -> Factor:
+        """c(γ) of the network's input: it takes c_in y, c_in = 1/√(σ² + σ_data²)."""
+        return self._scaled_input
+
+    def _scaled_input(self, gamma: Tensor) -> Tensor:
         sigma = (gamma / 2).exp()
         return exploding(gamma) / torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
 
 
 class Flow(Parametrization):
     """x̂ = y - τ F for a network that predicts dy/dτ = ε - x of y = (1-τ) x + τ ε."""
+
+    predicts = "flow"
+
+    @property
+    @override
+    def factor(self) -> Factor:
+        return interpolating
 
     @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
@@ -253,7 +264,7 @@ class Clipped(Parametrization):
     def __init__(self, head: Parametrization, low: float, high: float) -> None:
         super().__init__()
         self.head, self.low, self.high = head, low, high
-        self.outputs, self.steps = head.outputs, head.steps
+        self.outputs, self.steps, self.has_variance = head.outputs, head.steps, head.has_variance
 
     @override
     def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
@@ -285,7 +296,8 @@ class BestVariance(FixedVariance):
         v = self.errors[process.schedule.index(t) - 1]
         return process.beta_tilde(s, t) + of_e.square() * v
 
-    def fit(self, model: Model, batch: Batch) -> None:
+    @override
+    def fit(self, model: Model, batch: Batch) -> str:
         """Measure v at some of the times, from the network's errors, and set it at all of them."""
         steps = len(self.errors)
         some = torch.linspace(1, steps, min(steps, MEASURED), dtype=torch.float64).round()
@@ -300,6 +312,8 @@ class BestVariance(FixedVariance):
                 found.append((e - e_hat).square().mean().item())
         logs = np.interp(np.arange(1, steps + 1), some.numpy(), np.log(np.maximum(found, 1e-30)))
         self.errors.copy_(torch.from_numpy(np.exp(logs)))
+        last = self.errors[0].sqrt().item()
+        return f"the variance of each step is the best one ({last:.3g}² in the last, P(x|z_1))"
 
 
 class LastStep(Decoder):

@@ -20,6 +20,7 @@ from typing_extensions import override
 from nelbo._utils.arguments import checked
 from nelbo._utils.numerics import LOG_2
 from nelbo.diffusion import parametrization, reverse
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Decoder, Evidence, GaussianDensity
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
@@ -35,7 +36,6 @@ from nelbo.integrations.adapters import (
     OnSteps,
     Steps,
     exploding,
-    interpolating,
     preserving,
 )
 from nelbo.integrations.noise_levels import (
@@ -81,6 +81,36 @@ class Called(nn.Module):
         return self.function(*inputs)
 
 
+class WrappedModel(Model):
+    """A network of another library as a model, with what was said of its output.
+
+    Args:
+        network: in front of which the adapter stands.
+        process: the Gaussian diffusion of its training.
+        parts: the other parts of a `Model`, in their order.
+        shape: the shape of one example.
+        said: the word for the output, by which `probe` knows it; "" for one that it cannot tell.
+    """
+
+    network: Adapter
+    process: GaussianDiffusion
+
+    def __init__(
+        self,
+        network: Adapter,
+        process: GaussianDiffusion,
+        parts: tuple[parametrization.Parametrization, reverse.ReverseKernel, Decoder],
+        shape: tuple[int, ...],
+        said: str,
+    ) -> None:
+        super().__init__(network, process, *parts, shape)
+        self.said = said
+
+    @override
+    def check_reading(self, batch: Batch | None = None) -> list[str]:
+        return probe(self, batch)
+
+
 @checked
 def wrap(
     network: nn.Module | Denoiser,
@@ -100,7 +130,7 @@ def wrap(
     clip: bool = False,
     keep: Sequence[int] | None = None,
     conditioned_on: str = "",
-) -> Model:
+) -> WrappedModel:
     """Return a model of any network that is called as network(y (B, *shape), time (B,)).
 
     The network keeps its mode, training or evaluation; `nelbo.evaluate` and `nelbo.sample` use it
@@ -149,8 +179,8 @@ def wrap(
             at pure noise that is not what it is said to be (`probe`).
     """
     gamma: Tensor | Schedule
-    predicts = _spelled(predicts, sigma_data)
-    flow = predicts == "flow"
+    said, head = _read(predicts, sigma_data)
+    flow = said == "flow"
     if isinstance(network, type) or not callable(network):
         raise ValueError(
             "network must be a torch.nn.Module, not its class, or a function network(z, t); got"
@@ -173,19 +203,18 @@ def wrap(
         gamma = schedule
     else:
         raise ValueError("give the noise levels as a schedule or as a table of them, not as both")
-    if isinstance(predicts, EDM):
-        factor = factor or predicts.factor
-        if table is None:
-            table = gamma / 8 if isinstance(gamma, Tensor) else (lambda gamma: gamma / 8)
+    if table is None and said == "edm":
+        table = gamma / 8 if isinstance(gamma, Tensor) else (lambda gamma: gamma / 8)
     if table is None:
         table = sigmas if schedule is None or not flow else (lambda gamma: (gamma / 2).sigmoid())
+    own = None if head is None else head.factor
     model = assemble(
         network,
         shape,
-        predicts=predicts,
+        predicts=head if said == "edm" and head is not None else predicts,
         gamma=gamma,
         times=table,
-        factor=factor or (interpolating if flow else preserving if sigmas is None else exploding),
+        factor=factor or own or (preserving if sigmas is None else exploding),
         variance=variance,
         scaling=scaling or Levels(256),
         decoder=decoder,
@@ -193,7 +222,7 @@ def wrap(
         keep=keep,
     )
     model.conditioned_on = conditioned_on
-    for note in (*probe(model), *signal_left(model)):
+    for note in (*model.check_reading(), *signal_left(model)):
         warnings.warn(note, stacklevel=2)
     return model
 
@@ -211,18 +240,16 @@ def assemble(
     decoder: Decoder | Literal["step", "evidence"] | None = None,
     clip: bool = False,
     keep: Sequence[int] | None = None,
-) -> Model:
+) -> WrappedModel:
     """Do the same as `wrap` from γ_1..γ_T, or γ(t), and without its warning."""
     if variance not in STEPS:
         raise ValueError(f"variance must be one of {', '.join(STEPS)}; got {variance!r}")
-    predicts = _spelled(predicts)
-    head = _head(
-        predicts,
-        variance,
-        scaling if clip else None,
-        _steps_of_mean(predicts, gamma, factor, keep),
-    )
-    score = predicts == "score"
+    said, head = _read(predicts)
+    if head is None:
+        head = parametrization.Mean(_steps_of_mean(gamma, factor, keep))
+    # a score becomes noise in the adapter, where the output itself is not to be recognised
+    known = "" if said == "score" else head.predicts
+    head = _head(head, variance, scaling if clip else None)
     if isinstance(gamma, Tensor):
         table = torch.arange(len(gamma)) if times is None else times
         if not isinstance(table, Tensor) or table.shape != gamma.shape:
@@ -230,25 +257,23 @@ def assemble(
             raise ValueError(f"times must be {len(gamma)} numbers, one per noise level; got {got}")
         kept = kept_times(keep, len(gamma))
         gamma, table = gamma[kept], table[kept]
-        if gamma[-1] == torch.inf and isinstance(predicts, str) and predicts in ("noise", "score"):
+        if gamma[-1] == torch.inf and said in ("noise", "score"):
             raise ValueError(
-                f"a network that predicts {predicts} says nothing of the data where no signal is"
+                f"a network that predicts {said} says nothing of the data where no signal is"
                 " left, and the schedule ends there (α_T = 0); leave that time out with keep=..."
             )
         process: GaussianDiffusion = OnSteps(Steps(gamma), scaling)
-        adapter = Adapter(network, shape, head.outputs, table, gamma, factor, score)
+        adapter = Adapter(network, shape, head.outputs, table, gamma, factor, said == "score")
         steps = len(gamma)
     else:
         if times is None or isinstance(times, Tensor) or keep is not None:
             raise ValueError("a schedule γ(t) goes with times=function of γ, and without keep")
         process = GaussianDiffusion(gamma, scaling)
-        adapter = Adapter(network, shape, head.outputs, times, None, factor, score)
+        adapter = Adapter(network, shape, head.outputs, times, None, factor, said == "score")
         steps = 0
-    last, kernel = _decoder(decoder, process.schedule, scaling, steps), STEPS[variance]()
-    if variance == "optimal" and steps:
-        kernel = BestVariance(steps)
-        last = LastStep(scaling, kernel) if isinstance(last, LastStep) else last
-    return Model(adapter, process, head, kernel, last, shape)
+    best = BestVariance(steps) if variance == "optimal" and steps else None
+    last = _decoder(decoder, process.schedule, scaling, steps, best)
+    return WrappedModel(adapter, process, (head, best or STEPS[variance](), last), shape, known)
 
 
 def signal_left(model: Model) -> list[str]:
@@ -278,13 +303,13 @@ def signal_left(model: Model) -> list[str]:
     ]
 
 
-def _spelled(
+def _read(
     predicts: Predicts | parametrization.Parametrization, sigma_data: float | None = None
-) -> Predicts | parametrization.Parametrization:
-    """Return our word for an output; a parametrization as it is, and that of "edm".
+) -> tuple[str, parametrization.Parametrization | None]:
+    """Return our word for an output and its parametrization, None for "mean", which takes T.
 
-    >>> _spelled("epsilon")
-    'noise'
+    >>> _read("epsilon")
+    ('noise', EpsPrediction())
     """
     word = parametrization.spelled(predicts) if isinstance(predicts, str) else ""
     if (word == "edm") != (sigma_data is not None) or not (
@@ -295,25 +320,20 @@ def _spelled(
             f" predicts={predicts!r} and sigma_data={sigma_data}"
         )
     if sigma_data is not None:
-        return EDM(sigma_data)
+        return word, EDM(sigma_data)
     if not isinstance(predicts, str):
-        return predicts
-    if word not in (*HEADS, "mean"):
+        return predicts.predicts, predicts
+    if word == "mean":
+        return word, None
+    if word not in HEADS:
         raise ValueError(
             f"predicts must be one of {', '.join(HEADS)}, edm, mean; got {predicts!r}"
         )
-    return word
+    return word, HEADS[word]()
 
 
-def _steps_of_mean(
-    predicts: Predicts | parametrization.Parametrization,
-    gamma: Tensor | Schedule,
-    factor: Factor,
-    keep: Sequence[int] | None,
-) -> int:
-    """Return T for a network that gives the mean of z_{t-1}, 0 for others."""
-    if predicts != "mean":
-        return 0
+def _steps_of_mean(gamma: Tensor | Schedule, factor: Factor, keep: Sequence[int] | None) -> int:
+    """Return T for a network that gives the mean of z_{t-1}."""
     if not isinstance(gamma, Tensor) or keep is not None or factor is not preserving:
         raise ValueError(
             'predicts="mean" is the mean of one step of T, of latents that preserve the variance:'
@@ -323,14 +343,8 @@ def _steps_of_mean(
 
 
 def _head(
-    predicts: Predicts | parametrization.Parametrization,
-    variance: Variance,
-    clip: Levels | Affine | None,
-    steps: int = 0,
+    head: parametrization.Parametrization, variance: Variance, clip: Levels | Affine | None
 ) -> parametrization.Parametrization:
-    head = predicts
-    if isinstance(head, str):
-        head = parametrization.Mean(steps) if head == "mean" else HEADS[head]()
     if variance == "learned-range":
         head = parametrization.WithVariance(head)
     if clip is None:
@@ -345,8 +359,9 @@ def _decoder(
     schedule: Schedule,
     scaling: Levels | Affine,
     steps: int,
+    best: BestVariance | None,
 ) -> Decoder:
-    if isinstance(decoder, Decoder):  # an argument is the part itself or its name
+    if not (decoder is None or isinstance(decoder, str)):
         return decoder
     name = decoder or ("step" if steps else "evidence")
     if name == "step":
@@ -355,10 +370,10 @@ def _decoder(
                 'decoder="step" takes its variance from the second of at least 2 times; try'
                 ' decoder="evidence"'
             )
-        return LastStep(scaling)
+        return LastStep(scaling, best)
     if name != "evidence":
         raise ValueError(f"decoder must be step, evidence or a Decoder; got {name!r}")
-    if isinstance(scaling, Levels):  # a decoder is of one scaling: the user's choice decides
+    if isinstance(scaling, Levels):  # each decoder is of one scaling: the user's choice decides
         return Evidence(scaling)
     first = torch.full((), schedule.start, dtype=torch.float64)
     return GaussianDensity(scaling, math.exp(schedule(first).item() / 2))

@@ -24,10 +24,7 @@ from typing import cast
 from torch import nn
 
 from nelbo.data.schema import Schema
-from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
-from nelbo.integrations.adapters import BestVariance
 from nelbo.integrations.conditions import Condition, Conditioned, Given
 from nelbo.integrations.denoisers import Variance, signal_left
 from nelbo.integrations.diffusers_folder import (
@@ -53,7 +50,6 @@ from nelbo.integrations.diffusers_scheduler import (
 )
 from nelbo.integrations.external import Foreign, read_json, scaled
 from nelbo.integrations.latents import VARIATIONAL, refusal, scaling_of, through
-from nelbo.integrations.probe import probe
 from nelbo.integrations.prompts import is_prompts, of_no_prompt, of_prompts, pipeline_of
 
 
@@ -175,7 +171,7 @@ def build(
     config: Config = dict(scheduler.config)
     about = dict(network.config)  # type: ignore[arg-type]
     if vae is not None:
-        if not isinstance(scaling, Levels):
+        if not scaling.count:
             raise ValueError("the scaling of a model of images by their latents is of levels")
         pixels, scaling = scaling, scaling_of(vae, about)
     elif law is not None:
@@ -213,24 +209,17 @@ def build(
     how = f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped"
     if given is not None:
         model.conditioned_on = given.word
-    notes = [how, scaled(scaling), *signal_left(model), *probe(model)]
+    notes = [how, scaled(scaling), *signal_left(model), *model.check_reading()]
     if drop:
         notes.append("the network also gives a variance, which is not used")
     levels = scaling.count or None
     schema = Schema("real" if levels is None else "levels", shape, levels)
-    fit = partial(_fit_variance, model) if isinstance(model.step, BestVariance) else None
+    fit = partial(model.step.fit, model) if variance == "optimal" else None
     if nothing is None and given is not None and about.get("num_embeds_ada_norm") is not None:
         classes = positive(about, "num_embeds_ada_norm")
         nothing = partial(Given.of, classes, LABELS)  # of DiT, after the last class
     found = Foreign(name, model, schema, times, weights, tuple(notes), given, fit, nothing=nothing)
     return found if vae is None else through(found, vae, pixels, law)
-
-
-def _fit_variance(model: Model, batch: Batch) -> str:
-    assert isinstance(model.step, BestVariance)
-    model.step.fit(model, batch)
-    last = model.step.errors[0].sqrt().item()
-    return f"the variance of each step is the best one ({last:.3g}² in the last, P(x|z_1))"
 
 
 def _autoencoder(path: Path) -> nn.Module | None:

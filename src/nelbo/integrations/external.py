@@ -17,9 +17,7 @@ from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import TimeDiscretization
-from nelbo.integrations.adapters import Adapter
 from nelbo.integrations.conditions import Given
-from nelbo.integrations.probe import probe
 from nelbo.integrations.text_records import TextForm
 
 LEAVE_OUT = 10  # of so many examples one is left out, to fit parts of a model to
@@ -144,15 +142,6 @@ class Foreign:
         x, given = _some(x, ~out), rows_of(given, ~out)
         return x if given is None else Batch(x, given)
 
-    def check(self, batch: Batch) -> list[str]:
-        """Return notes on how the network is read, from its errors on some examples.
-
-        Raises:
-            ValueError: another reading fits better by far; see `probe`.
-        """
-        assert isinstance(self.model, Model)
-        return probe(self.model, batch)
-
     def rates(self, nats: float, batch: Batch) -> dict[str, float]:
         """Return the bound per token, character and byte; nothing where it is not of text.
 
@@ -174,9 +163,7 @@ def check_no_form(form: TextForm | None) -> None:
 
 def with_autocast(found: Foreign) -> Foreign:
     """Return a model whose network computes in bfloat16 where torch.autocast finds it safe."""
-    model = found.model.prior if isinstance(found.model, LatentModel) else found.model
-    assert isinstance(model.network, Adapter)
-    model.network.autocast = torch.bfloat16
+    found.model.diffusion.autocast = torch.bfloat16
     more = found.of_steps
     return replace(
         found,
@@ -225,11 +212,7 @@ def without_prefix(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], li
 
 def scaled(scaling: Levels | Affine) -> str:
     """Return a note on the scaling of the data that the network sees."""
-    if isinstance(scaling, Levels):
-        return (
-            f"the network sees levels 0..{scaling.count - 1} as {scaling.low:g}..{scaling.high:g}"
-        )
-    return "the network sees real data, (x - shift)/scale"
+    return f"the network sees {scaling.describe()}"
 
 
 def check_labels(given: Given, name: str, classes: int) -> None:

@@ -6,7 +6,6 @@ image is of no file: its scale is fitted to images that are not measured, or giv
 """
 
 import re
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,11 +14,9 @@ from typing_extensions import override
 
 from nelbo.data.schema import Schema
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.latent import LAWS, LatentModel, PixelLaw, evaluating
-from nelbo.diffusion.model import Model
+from nelbo.diffusion.latent import LAWS, LatentModel, PixelLaw
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.integrations.external import Foreign
-from nelbo.integrations.probe import ROWS, probe
 
 VARIATIONAL = "AutoencoderKL"
 LAW = re.compile(rf"({'|'.join(LAWS)})(:channels|:(\d*\.?\d+))?")
@@ -50,18 +47,6 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         image: Tensor = cast(Any, self.vae).decode(z).sample
         return image
-
-
-@dataclass(frozen=True)
-class LatentForeign(Foreign):
-    """A foreign model of images by their latents."""
-
-    model: LatentModel
-
-    @override
-    def check(self, batch: Batch) -> list[str]:
-        some = batch[torch.linspace(0, len(batch) - 1, ROWS).round().long()]
-        return probe(self.model.prior, _encoded(self.model, some))
 
 
 def refusal(kind: str) -> str:
@@ -107,7 +92,7 @@ def scaling_of(vae: nn.Module, about: dict[str, object]) -> Affine:
     return Affine(shift, scale)
 
 
-def through(found: Foreign, vae: nn.Module, levels: Levels, law: str | None) -> LatentForeign:
+def through(found: Foreign, vae: nn.Module, levels: Levels | Affine, law: str | None) -> Foreign:
     """Return a model of images from that of their latents.
 
     Args:
@@ -122,26 +107,26 @@ def through(found: Foreign, vae: nn.Module, levels: Levels, law: str | None) -> 
         raise ValueError(f"the law of pixels is {SHOWN}; got {law!r}")
     family, rest, scale = match.groups() if match else ("", "", None)
     config = dict(vae.config)  # type: ignore[arg-type]
-    assert isinstance(found.model, Model)
-    _, *sides = found.model.shape
+    prior = found.model.diffusion
+    _, *sides = prior.shape
     longer = 2 ** (len(config["block_out_channels"]) - 1)
     shape = (int(config["in_channels"]), *(longer * side for side in sides))
     pixels = PixelLaw(levels, family or "gaussian", float(scale) if scale else 0.1)
-    model = LatentModel(Encoder(vae), Decoder(vae), pixels, found.model, shape)
-    prior = "x".join(map(str, found.model.shape))
+    model = LatentModel(Encoder(vae), Decoder(vae), pixels, prior, shape)
+    latents = "x".join(map(str, prior.shape))
     note = (
-        f"a bound on images through the {VARIATIONAL}: the diffusion model is of {prior} latents,"
-        " the encoder draws them, and the decoder's image has a law of pixels about it"
+        f"a bound on images through the {VARIATIONAL}: the diffusion model is of {latents}"
+        " latents, the encoder draws them, and the decoder's image has a law of pixels about it"
     )
 
     def fit(batch: Batch) -> str:
-        said = "" if found.fit is None else f"{found.fit(_encoded(model, batch))}; "
+        said = "" if found.fit is None else f"{found.fit(model.latents_of(batch))}; "
         if not scale:
             model.fit_law(batch.x, family or None, rest == ":channels")
             said += f"the law of the pixels is {model.law}; "
         return said.removesuffix("; ")
 
-    return LatentForeign(
+    return Foreign(
         found.name,
         model,
         Schema("levels", shape, levels.count),
@@ -152,10 +137,3 @@ def through(found: Foreign, vae: nn.Module, levels: Levels, law: str | None) -> 
         None if scale and found.fit is None else fit,
         nothing=found.nothing,
     )
-
-
-def _encoded(model: LatentModel, batch: Batch) -> Batch:
-    """Return the means of the latents of some images, with their conditions."""
-    batch = batch.to(model.device)
-    with evaluating(model):
-        return Batch(model.posterior(batch.x).mean, batch.condition)

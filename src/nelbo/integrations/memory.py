@@ -17,10 +17,9 @@ from nelbo.data.schema import Schema
 from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
+from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, even_times
-from nelbo.integrations.adapters import Steps
 from nelbo.integrations.conditions import Condition, Conditioned, Given
 from nelbo.integrations.denoisers import Called, Predicts, Variance, wrap
 from nelbo.integrations.external import Foreign, scaled
@@ -67,6 +66,7 @@ class Parts(NamedTuple):
 
 def is_network(thing: object) -> bool:
     """Return whether something is a network to be read, rather than a run or a model."""
+    # all that an argument may be beside: a model is callable too
     if isinstance(thing, str | Model | Foreign | type):
         return False
     return _parts(thing) is not None or callable(thing)
@@ -171,10 +171,9 @@ def _of_function(
     word = "" if given is None else given.word
     model = wrap(called, shape, conditioned_on=word, **options)
     process = model.process
-    assert isinstance(process, GaussianDiffusion)
     times: TimeDiscretization
-    if isinstance(process.schedule, Steps):
-        times = TimeGrid.uniform(process.schedule.steps)
+    if table is not None:
+        times = TimeGrid.uniform(cast(int, process.schedule.steps))
         how = f"in {process.schedule.steps} steps"
     elif steps is not None:
         times, how = TimeGrid(even_times(process.schedule, steps, steps)), f"in {steps} steps"

@@ -131,7 +131,16 @@ def load(
     network.eval()
 
     def of_steps(steps: int | None) -> Foreign:
-        found = build(network, checked, name, steps=steps, clip=bool(clip), label=label)
+        found = build(
+            network,
+            checked,
+            name,
+            steps=steps,
+            clip=bool(clip),
+            label=label,
+            channels=network.architecture.inputs,
+            classes=network.architecture.classes,
+        )
         return replace(found, notes=(*found.notes, *said), of_steps=of_steps)
 
     return of_steps(steps)
@@ -145,14 +154,25 @@ def build(
     steps: int | None = None,
     clip: bool = False,
     label: int | None = None,
+    channels: int = 3,
+    classes: int | None = CLASSES,
 ) -> Foreign:
-    """Return the model of a network in memory, network(y, time) or network(y, time, label)."""
+    """Return the model of a network in memory, network(y, time) or network(y, time, label).
+
+    Args:
+        network: in evaluation mode.
+        flags: of its training script.
+        name: of the source, for messages.
+        steps: number of steps of the model; by default those of the flags.
+        clip: clip x̂ to [-1, 1].
+        label: the class, for a class-conditional model.
+        channels: of its images.
+        classes: their number, where the flags say that it takes one.
+    """
     flags = flags if isinstance(flags, Flags) else check_flags(flags)
     total, size = flags.diffusion_steps, flags.image_size
     betas = named_betas(flags.noise_schedule, total)
-    channels, classes = 3, CLASSES if flags.class_cond else None
-    if isinstance(network, UNet):
-        channels, classes = network.architecture.inputs, network.architecture.classes
+    classes = classes if flags.class_cond else None
     shape = (channels, size, size)
     check_label(label, classes)
     if label is not None:

@@ -15,17 +15,19 @@ for x and √α ε - √(1-α) x.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nelbo._utils.numerics import over
-from nelbo.diffusion import parametrization
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
-from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.model import measuring
 from nelbo.diffusion.process import GaussianDiffusion, Levels
-from nelbo.integrations.adapters import EDM, Adapter, Clipped, Flow
+
+if TYPE_CHECKING:
+    from nelbo.integrations.denoisers import WrappedModel
 
 SIGNAL = 0.02  # α at the last time above which pure noise is not shown: too much of x is left
 NUMBERS = 2**12  # numbers of pure noise shown to a network, in 2 to ROWS rows
@@ -37,43 +39,27 @@ ERRORS = 6.0  # by as many standard errors,
 FITS = 0.7  # and a ρ below this
 NOTHING = 0.9  # ρ above which nothing is learned
 MINUS = " of minus the output; wrap a module that returns that"
-OUTPUTS: dict[type[parametrization.Parametrization], str] = {
-    parametrization.EpsPrediction: "noise",
-    parametrization.XPrediction: "data",
-    parametrization.VPrediction: "velocity",
-    Flow: "flow",
-    EDM: "edm",
-}
 
 
-def probe(model: Model, batch: Batch | None = None) -> list[str]:
-    """Return notes on how a network is read; nothing for other models than wrapped ones.
+def probe(model: "WrappedModel", batch: Batch | None = None) -> list[str]:
+    """Return notes on how a network is read.
 
     Args:
-        model: a wrapped network.
+        model: the network as a model.
         batch: some of the examples to be measured, if there are any.
 
     Raises:
         ValueError: another reading fits better by far; the message names it.
     """
-    if not isinstance(model.process, GaussianDiffusion) or not isinstance(model.network, Adapter):
-        return []
     if model.conditioned_on and (batch is None or batch.condition is None):
         return []
     if batch is None:
         return _at_noise(model)
+    if not len(batch):
+        return []  # refused later, with every other model
     check_examples(model, batch.x)
     with measuring(model):
         return _at_examples(model, model.process, batch)
-
-
-def output_of(model: Model) -> str:
-    """Return the word for what a model's network predicts, "" for what has none."""
-    head = model.head
-    while isinstance(head, Clipped | parametrization.WithVariance):
-        head = head.head
-    assert isinstance(model.network, Adapter)
-    return "" if model.network.score else OUTPUTS.get(type(head), "")
 
 
 def _point(output: Tensor, z: Tensor) -> Tensor:
@@ -81,9 +67,9 @@ def _point(output: Tensor, z: Tensor) -> Tensor:
     return output[..., 0] if output.ndim > z.ndim else output
 
 
-def _at_noise(model: Model) -> list[str]:
+def _at_noise(model: "WrappedModel") -> list[str]:
     """Return a note, or raise ValueError, by the slope of the output over pure noise."""
-    said = output_of(model)
+    said = model.said
     last = torch.ones((), dtype=torch.float64)
     if not said or model.process.alpha(last) > SIGNAL:
         return []
@@ -147,7 +133,7 @@ def _readings(process: GaussianDiffusion, shape: tuple[int, ...]) -> Iterator[_R
             lambda x: process.embed(x).transpose(-1, -2),
             1.0,
         )
-    if not isinstance(own, Levels):
+    if not own.count:
         return
     yield _Reading(
         f"images of inverted levels; give {own.count - 1} - x",
@@ -166,7 +152,7 @@ def _readings(process: GaussianDiffusion, shape: tuple[int, ...]) -> Iterator[_R
             )
 
 
-def _at_examples(model: Model, process: GaussianDiffusion, batch: Batch) -> list[str]:
+def _at_examples(model: "WrappedModel", process: GaussianDiffusion, batch: Batch) -> list[str]:
     """Return a note, or raise ValueError, by the errors of all readings of the data."""
     rows = torch.linspace(0, len(batch) - 1, ROWS).round().long()
     batch = batch[rows].to(model.device)
@@ -251,7 +237,7 @@ def _of_a_line(process: GaussianDiffusion, e: Tensor, noise: Tensor, t: float) -
 
 
 def _predicted(
-    model: Model,
+    model: "WrappedModel",
     process: GaussianDiffusion,
     e: Tensor,
     noise: Tensor,
@@ -268,7 +254,7 @@ def _predicted(
     inputs = [z, process.log_snr_input(time)] + ([] if condition is None else [condition])
     output = model.network(*(v.to(like) for v in inputs))
     yield ("", reading.name), model.head.read(output, z, time, process, torch.float64).e_hat
-    said = output_of(model)
+    said = model.said
     if reading.name or not said:
         return
     if said == "edm":

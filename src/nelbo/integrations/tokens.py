@@ -25,7 +25,7 @@ the others are renormalised.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -148,6 +148,7 @@ class TokenModel(Model):
     """A diffusion language model as a `Model` of P(x|shown tokens); see `wrap_tokens`."""
 
     dimension, any_length = "token", True
+    network: TokenNetwork
     never: Tensor
 
     def __init__(
@@ -219,7 +220,7 @@ class TokenModel(Model):
         assert batch.condition is not None
         scored, absent = ((batch.condition == v).sum().item() for v in (SCORED, ABSENT))
         showing = (batch.condition >= 0).sum().item()
-        network = cast(TokenNetwork, self.network)
+        network = self.network
         possible = network.vocabulary - len(self.never)
         lengths = "; lengths are given, not coded" if absent else ""
         masked = network.mask_id is not None
@@ -233,17 +234,9 @@ class TokenModel(Model):
             f"{possible} of {network.vocabulary} ids can be predicted; {zeros} have probability 0,"
             " and the others are renormalised",
             *(() if masked else ("noise replaces a token by any of the ids",)),
-            *self._of_blocks(),
+            *self.process.notes(self.dimension),
             f"the model is {told}",
         )
-
-    def _of_blocks(self) -> list[str]:
-        if not isinstance(self.process, BlockDiffusion):
-            return []
-        return [
-            f"blocks of {self.process.block} tokens are hidden one after the other, each given the"
-            " tokens before it"
-        ]
 
     def _ids(self, x: Texts) -> tuple[Tensor, Tensor]:
         """Return ids, (N, L), and a mask of those that are present."""
@@ -297,7 +290,7 @@ class TokenModel(Model):
                 f"a text has {ids.shape[1]} tokens, and the model takes at most {self.length};"
                 " divide it into chunks"
             )
-        network = cast(TokenNetwork, self.network)
+        network = self.network
         there = condition != ABSENT
         for wrong, why in (
             ((ids < 0) | (ids >= network.vocabulary), f"beyond 0..{network.vocabulary - 1}"),
@@ -313,7 +306,7 @@ class TokenModel(Model):
             if (wrong & there).any():
                 row, place = (wrong & there).nonzero()[0].tolist()
                 raise ValueError(f"text {row} has id {ids[row, place]} at {place}, {why}")
-        if isinstance(self.process, BlockDiffusion) and (condition[:, 0] == ABSENT).any():
+        if not self.process.alike and (condition[:, 0] == ABSENT).any():
             row = int((condition[:, 0] == ABSENT).nonzero()[0])
             raise ValueError(
                 f"text {row} begins with padding, and blocks are counted from the first token; put"
@@ -332,11 +325,9 @@ class TokenModel(Model):
     def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> TokenPrediction:
         self.check_condition(condition, len(z))
         assert condition is not None
-        if isinstance(self.process, BlockDiffusion):
-            current, t = self.process.current(t, z.shape[1:])
-            end = (current + 1) * self.process.block
-            beyond = torch.arange(z.shape[1], device=z.device) >= end[:, None]
-            condition = torch.where(beyond, ABSENT, condition)
+        end, t = self.process.window(t, z.shape[1:])
+        beyond = torch.arange(z.shape[1], device=z.device) >= end[:, None]
+        condition = torch.where(beyond, ABSENT, condition)
         z = torch.where(condition >= 0, condition, z.long())
         z = torch.where(condition == ABSENT, 0, z)
         spans = _spans(condition)

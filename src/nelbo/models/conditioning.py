@@ -23,7 +23,6 @@ from nelbo.data.schema import Label, Schema
 from nelbo.data.tabular.spelling import is_number, places_of
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import WithVariance
 
 
 def features(schema: Schema) -> int:
@@ -121,7 +120,7 @@ def guided(model: Model, guidance: float, nothing: Tensor | None = None) -> Mode
         return model
     if not model.conditioned_on:
         raise ValueError("guidance is for conditional runs; train one with --condition NAME")
-    network = Guided(model.network, guidance, nothing, isinstance(model.head, WithVariance))
+    network = Guided(model.network, guidance, nothing, model.head.has_variance)
     parts = model.process, model.head, model.step, model.decoder
     return Model(network, *parts, model.shape, model.conditioned_on)
 

@@ -11,8 +11,6 @@ from nelbo._utils.files import check_writable
 from nelbo._utils.progress import tracks
 from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.latent import LatentModel
-from nelbo.diffusion.process import ForwardProcess
 from nelbo.evaluation.result import Evaluation
 from nelbo.integrations import Foreign
 from nelbo.pages.images import Canvas, is_image
@@ -66,10 +64,9 @@ def report_foreign(
     )
     assert isinstance(result, Evaluation)
     x, _ = foreign.examples(data)
-    prior = foreign.model.prior if isinstance(foreign.model, LatentModel) else foreign.model
     parts = [
         _headline(source, result),
-        sections.terms(prior, result),
+        sections.terms(foreign.model.diffusion, result),
         _samples(foreign, seed, progress),
         _examples(foreign, Batch.of(x), result),
     ]
@@ -96,7 +93,7 @@ def _samples(foreign: Foreign, seed: int, progress: bool | None) -> str:
     more = foreign.times.steps is None or foreign.times.steps > SAMPLE_STEPS
     if more and foreign.of_steps is not None:
         few = foreign.of_steps(SAMPLE_STEPS)
-    canvas = Canvas(_process(foreign), foreign.schema, torch.zeros(1))
+    canvas = Canvas(foreign.model.diffusion.process, foreign.schema, torch.zeros(1))
     x = drawer(few)(SAMPLES, seed, tracks(progress)("samples"))
     return section(
         "Samples",
@@ -113,7 +110,7 @@ def _examples(foreign: Foreign, batch: Batch, result: Evaluation) -> str:
     seen = bound.isfinite().nonzero().flatten()
     order = seen[bound[seen].argsort()]
     places = torch.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().long()
-    canvas = Canvas(_process(foreign), foreign.schema, torch.zeros(1))
+    canvas = Canvas(foreign.model.diffusion.process, foreign.schema, torch.zeros(1))
     cells = "".join(
         f"<figure>{picture(canvas.data(batch.x[i : i + 1]), 1, 'an example', 140)}<figcaption>"
         f"{rounded(bound[i].item(), error[i].item())} ± {spread(error[i].item())}</figcaption>"
@@ -132,8 +129,3 @@ def _examples(foreign: Foreign, batch: Batch, result: Evaluation) -> str:
         f'<div class="two"><div class="pairs">{cells}</div>'
         f'<div class="wide">{html_table(("", result.unit), rows)}</div></div>',
     )
-
-
-def _process(foreign: Foreign) -> ForwardProcess:
-    model = foreign.model
-    return (model.prior if isinstance(model, LatentModel) else model).process

@@ -131,7 +131,7 @@ def elbo(
         ValueError: the data are not of the model, a model of P(x|c) lacks conditions, or there are
             too few calls for an error.
     """
-    if isinstance(run, Model):
+    if isinstance(run, Model):  # an argument is a model itself or stands for a run
         times = times_of(run, times, steps)
         return example_bounds.elbo(run, data, times=times, calls=calls, seed=seed, track=track)
     if times is not None:

@@ -329,11 +329,7 @@ class Measuring:
         self, batch: Batch, sampler: str | None, tokens_per_step: int | None
     ) -> UnmaskingOrder | None:
         """Return the order of unmasking of a sampler's name; None for none."""
-        if isinstance(self.subject.model, LatentModel):
-            if sampler is None:
-                return None
-            raise ValueError("sampler is for masked models; this is one of latents; leave it out")
-        model = self.subject.model
+        model = self.subject.model.diffusion
         order = order_for(model, batch, sampler, tokens_per_step)
         if order is not None and order.name == RANDOM:
             calls = any_order.calls_for(model, batch)
@@ -363,6 +359,7 @@ class Measuring:
         track = self.tracks("evaluate")
         record: dict[str, Any] = {"seed": self.seed, "split": name, "track": track}
         found: Evaluation | BoundEstimate
+        # a bound of other terms, and of calls of three networks: it has an estimator of its own
         if isinstance(model, LatentModel):
             found = self._of_latents(model, batch, times, record | {"weights": subject.weights})
         elif other.own_samples is not None and times is not None:
@@ -386,8 +383,7 @@ class Measuring:
         found = rated(found, lambda of: subject.rates(of, batch))
         check_number(found)
         late = batch.x.notes() if isinstance(batch.x, Rows) else ()
-        levels = model.codes if isinstance(model, LatentModel) else model.process.codes
-        worse = worse_than_uniform(found, levels)
+        worse = worse_than_uniform(found, model.codes)
         after = [*late, *([worse] if worse else [])]
         return replace(found, notes=(*self.notes, *found.notes, *after))
 

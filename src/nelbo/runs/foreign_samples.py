@@ -15,7 +15,6 @@ from nelbo import integrations
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo.data.schema import Schema
-from nelbo.diffusion.latent import LatentModel, evaluating
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
 from nelbo.integrations import Foreign
@@ -61,19 +60,16 @@ def sampler_of(
     found = integrations.load(source, steps=steps, condition=condition)
     if found.times.steps is None:
         raise ValueError(f"{source} has no steps of its own; give a number, --steps 50")
-    whole = found.model if isinstance(found.model, LatentModel) else None
-    model = found.model if whole is None else whole.prior
-    assert isinstance(model, Model)
+    model = found.model.diffusion
     if guidance != 1:
         model = guided(model, guidance, _nothing(found))
         tell(f"guidance {guidance:g}: not draws from the model whose bound evaluate states")
     for note in found.notes:
         tell(note)
-    if whole is not None:
+    if found.model is not found.model.diffusion:
         tell("the images are those that the latents decode to, without a law of pixels about them")
-    (model if whole is None else whole).to(device or model.device)
+    found.model.to(device or model.device)
     model.to(device or model.device)
-
     return found.schema, drawer(found, model, sampler)
 
 
@@ -85,16 +81,14 @@ def drawer(found: Foreign, model: Model | None = None, sampler: str = "ancestral
         model: in place of its model, or of the prior of its latents, one with guidance.
         sampler: "ancestral", or "flow" for the probability flow.
     """
-    whole = found.model if isinstance(found.model, LatentModel) else None
-    own = model or (found.model.prior if isinstance(found.model, LatentModel) else found.model)
+    own = model or found.model.diffusion
     assert found.times.steps is not None
     times = TimeGrid.uniform(found.times.steps)
 
     def draw(count: int, seed: int, track: Track) -> Tensor:
         integer("the number of samples", count, 1)
         given = None if found.condition is None else found.condition.rows(count).to(own.device)
-        x = SAMPLERS[sampler](own, count, times, seed, track, given)
-        return x if whole is None else _decoded(whole, x)
+        return found.model.examples_of(SAMPLERS[sampler](own, count, times, seed, track, given))
 
     return draw
 
@@ -112,13 +106,3 @@ def _nothing(found: Foreign) -> Tensor:
             " DiT has a class for it, and the text encoders of a pipeline the empty prompt"
         )
     return found.nothing().rows(1)[0]
-
-
-def _decoded(model: LatentModel, z: Tensor) -> Tensor:
-    """Return the images that latents decode to, in levels."""
-    images = []
-    with evaluating(model):
-        for some in z.split(max(1, model.prior.rows)):
-            e = model.decode(some.to(model.device))
-            images.append(model.law.scaling.inverse(e).round().clamp(0, model.codes - 1).long())
-    return torch.cat(images)

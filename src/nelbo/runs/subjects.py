@@ -11,7 +11,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from torch import Tensor
 from typing_extensions import override
 
 from nelbo import integrations
@@ -30,7 +29,6 @@ from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.external import check_no_form
 from nelbo.integrations.memory import Reading
-from nelbo.integrations.probe import probe
 from nelbo.integrations.text_records import TextForm
 from nelbo.runs import own_data
 from nelbo.runs.loading import load
@@ -63,9 +61,11 @@ def model_of(run: AnyRun | Model | Foreign, trust_remote_code: bool = False) -> 
     if isinstance(run, str) and integrations.is_foreign(run):
         run = integrations.load(run, trust_remote_code=trust_remote_code)
     if isinstance(run, Foreign):
-        if isinstance(run.model, LatentModel):
+        model = run.model.diffusion
+        if model is not run.model:
             raise ValueError(f"{run.name} is a model of latents; give one of the data themselves")
-        return run.model
+        return model
+    # an argument is a model itself or stands for one
     return run if isinstance(run, Model) else run_of(run).model
 
 
@@ -209,8 +209,6 @@ class OfModel(Subject):
         check_no_form(asked.form)
         if asked.splits is not None:
             raise ValueError("splits are for files; a bare model takes the examples")
-        if isinstance(self.model, LatentModel):
-            return Batch.of(cast("Tensor | Batch", asked.data))
         return batch_of(self.model, asked.data)
 
     @override
@@ -223,12 +221,11 @@ class OfModel(Subject):
     ) -> TimeDiscretization | None:
         if grid == "best":
             raise ValueError("the best grid is a run's; give times, or grid='uniform'")
-        prior = self.model.prior if isinstance(self.model, LatentModel) else self.model
-        return None if steps is None else times_of(prior, None, steps)
+        return None if steps is None else times_of(self.model.diffusion, None, steps)
 
     @override
     def check(self, batch: Batch) -> Sequence[str]:
-        return () if isinstance(self.model, LatentModel) else probe(self.model, batch)
+        return self.model.check_reading(batch)
 
 
 @dataclass
@@ -261,9 +258,7 @@ class OfForeign(OfModel):
             return super().examples(asked, found)
         assert asked.data is not None  # or `read` has refused
         x, name = self.foreign.select(found, asked.data, asked.split, asked.tell)
-        return Batch.of(x) if isinstance(self.model, LatentModel) else batch_of(
-            self.model, x
-        ), name
+        return batch_of(self.model, x), name
 
     @override
     def times(
@@ -271,10 +266,6 @@ class OfForeign(OfModel):
     ) -> TimeDiscretization | None:
         found = super().times(steps, grid, track)
         return self.foreign.times if found is None else found
-
-    @override
-    def check(self, batch: Batch) -> Sequence[str]:
-        return self.foreign.check(batch)
 
     @override
     def to(self, device: str) -> None:
@@ -340,6 +331,6 @@ def subject_of(
         raise ValueError("condition is for another library's network; give Batch(x, condition)")
     if isinstance(run, Foreign):
         return OfForeign(foreign=run), steps
-    if isinstance(run, Model | LatentModel):
+    if isinstance(run, Model | LatentModel):  # of all that an argument may be
         return OfModel(run), steps
     return OfRun(run_of(run)), steps

@@ -16,9 +16,7 @@ from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model, measuring
-from nelbo.integrations.token_network import TokenNetwork
 from nelbo.integrations.tokens import Texts, TokenModel, wrap_tokens
 
 WIDTH, LAYERS, KERNEL = 64, 2, 15  # of the network; a token sees 7 on each side in a layer
@@ -99,8 +97,7 @@ def train_surrogate(
     shape = model.shape
     batch = model.batch(texts)
     own = model.network
-    assert isinstance(own, TokenNetwork)
-    if not isinstance(model.process, MaskedDiffusion):
+    if not model.process.any_order:
         kind = type(model.process).__name__
         raise ValueError(f"a surrogate is for a masked model; got one of {kind}")
     assert own.mask_id is not None
@@ -113,7 +110,6 @@ def train_surrogate(
         )
         surrogate.shape = model.shape
         if start is not None:
-            assert isinstance(start.network, TokenNetwork)
             module.load_state_dict(start.network.module.state_dict())
         ends = 0, steps, steps + calls // BATCH
         for follow, (begin, end) in enumerate(pairwise(ends)):

@@ -27,7 +27,6 @@ from nelbo.codec.entropy.laws import GridNormal, SymbolModel, Symbols, law
 from nelbo.codec.entropy.stack import Bottom, Stack, constriction
 from nelbo.codec.format.header import pack_times
 from nelbo.codec.settings import PRECISIONS, Settings
-from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model, measuring, model_hash
 from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.schedules import Schedule
@@ -78,7 +77,7 @@ class Codec:
 
     def _example_code(self, nonce: int) -> ExampleCode:
         grid = TimeGrid(self.settings.grid)
-        if isinstance(self.model.process, MaskedDiffusion):
+        if self.model.process.any_order:
             return Direct(self.model, shown_at(self.model, grid), f"{self.name}, {nonce}")
         return BitsBack(self.model, grid)
 
@@ -186,10 +185,8 @@ class _Remembered(Schedule):
 
 
 def _remember(model: Model) -> None:
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Schedule):
-                setattr(module, name, _Remembered(child))
+    for process in {model.process, *model.process.factors}:
+        process.schedule = _Remembered(process.schedule)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from typing_extensions import override
 
 from nelbo.codec.coding.example import ExampleCode, known_numbers
 from nelbo.codec.entropy.laws import Bits, Symbols
-from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
 
@@ -29,7 +28,7 @@ class Direct(ExampleCode):
     """Code batches of examples by an absorbing model.
 
     Args:
-        model: a model with a `MaskedDiffusion` process.
+        model: a masked model of any order.
         shown: number of visible symbols at each network call, increasing from 0.
         seed: seed of the orders.
     """
@@ -90,7 +89,7 @@ class Direct(ExampleCode):
 
 def one_by_one(model: Model, steps: int) -> bool:
     """Return whether each symbol has a network call of its own."""
-    return isinstance(model.process, MaskedDiffusion) and steps >= model.dims
+    return model.process.any_order and steps >= model.dims
 
 
 def shown_at(model: Model, grid: TimeGrid) -> list[int]:

@@ -37,7 +37,7 @@ from nelbo.diffusion.distributions import Drawable, LevelMixture, Shape, log_bet
 from nelbo.diffusion.gaussian_mixture import GaussianMixtureWithAtoms
 from nelbo.diffusion.parametrization import Parametrization, Prediction
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, per_example
-from nelbo.diffusion.reverse import ReverseKernel
+from nelbo.diffusion.reverse import GaussianKernel
 from nelbo.diffusion.schedules import Schedule
 
 COMPONENTS = 128  # Gaussians of the mixture, at most
@@ -307,18 +307,17 @@ def _repeats(e: Tensor, points: int) -> Tensor:
     return values[counts >= max(REPEATS, FREQUENT * len(e))][:OWN]
 
 
-class ContinuousReverseKernel(ReverseKernel):
+class ContinuousReverseKernel(GaussianKernel):
     """∫ q(z_s|z_t,e) P(e|z_t) de = Σ_c w_c(z) N( m_t(z_t, μ_c(z)), β̃ + b² s_c²(z) ).
 
     b = √α_s β/(1-α_t) is the derivative of m_t with respect to e.
     """
 
     @override
-    def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
+    def kernel(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: GaussianDiffusion
     ) -> Distribution:
         assert isinstance(prediction, MixturePrediction)
-        process = GaussianDiffusion.require(process, "its steps belong to a Gaussian process")
         loc = process.m_t(z[..., None], prediction.mean, s, t)
         _, of_e = process.m_t_weights(s, t)
         variance = over(process.beta_tilde(s, t), loc) + (

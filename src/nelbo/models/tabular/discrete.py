@@ -24,7 +24,7 @@ from nelbo.diffusion.parametrization import (
     level_evidence,
 )
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
-from nelbo.diffusion.reverse import ReverseKernel, mixture
+from nelbo.diffusion.reverse import GaussianKernel, mixture
 from nelbo.diffusion.schedules import Schedule
 
 WAVES = 24  # cosines that describe the context of a column with more than SINGLE levels
@@ -174,7 +174,7 @@ def _waves(group: Group) -> Tensor:
     return torch.stack(columns)
 
 
-class OrdinalMixture(ReverseKernel):
+class OrdinalMixture(GaussianKernel):
     """Σ_k P(x_i = v_k|z_t) q(z_s|z_t, x_i = v_k), with values v_k of each column.
 
     Args:
@@ -186,10 +186,9 @@ class OrdinalMixture(ReverseKernel):
         self.levels = levels
 
     @override
-    def forward(
-        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
+    def kernel(
+        self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: GaussianDiffusion
     ) -> Distribution:
-        process = GaussianDiffusion.require(process, "OrdinalMixture needs GaussianDiffusion")
         assert prediction.levels is not None
         return mixture(prediction.levels, self.levels.values, z, s, t, process)
 
