@@ -42,6 +42,14 @@ def test_commands_and_tests_exist(page):
             assert re.search(rf"(def|class) {part}\b", tests), f"{last}::{name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    known = [str(path) for path in ROOT.glob("*/**/*.py")]
+    for name in re.findall(r"`([\w/]+\.py)[`:]", page.read_text()):
+        example = name == "src/nelbo/diffusion/power.py"  # which docs/extending.md would add
+        assert example or any(path.endswith(f"/{name}") for path in known), name
+
+
 def test_the_derivation_names_what_exists():
     text = (ROOT / "docs" / "derivation.md").read_text()
     for name in re.findall(r"`([A-Za-z_][\w.]*)`", text):
