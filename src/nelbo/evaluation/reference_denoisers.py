@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import kl
@@ -18,6 +17,7 @@ from nelbo.evaluation.time_density import WIDEST
 NODES = 8  # of the integral over ε
 REACH = 6.0  # range of this integral, -REACH to REACH
 TABLE = 2**23  # integrals in the table of the levels, at most
+CACHED = 2**18  # numbers with which to compute at a time: about what the cache of a CPU holds
 
 
 class Linear:
@@ -42,15 +42,27 @@ class Linear:
     def within(self, model: Model, draw: TermDraw) -> Tensor:
         """Return w (‖e - ê‖² - its mean), shape (B,)."""
         process, t = gaussian(model), draw.term.t
-        e, z = process.embed(draw.x).flatten(1), draw.z.double().flatten(1)
-        alpha = process.alpha(t)[:, None]
+        parts = zip(*(v.split(rows_cached(draw.x)) for v in (draw.x, draw.z, t)), strict=True)
+        return draw.term.error_weight(process) * torch.cat(
+            [self._centred(process, *part) for part in parts]
+        )
+
+    def _centred(self, process: GaussianDiffusion, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """Return ‖e - ê‖² less its mean given e, for examples x and their z at times t; (B,).
+
+        With a = e - μ, z - √α e of mean square 1-α, and r = λ/(α λ + 1-α) in the eigenvectors,
+        e - ê = (1 - α r) a - u,  u = √α r (z - √α e).
+        """
+        e, alpha = process.embed(x).flatten(1), process.alpha(t)[:, None]
         noise = process.log_one_minus_alpha(t).exp()[:, None]
         a = self._rotated(e - self.mean)
-        n = self._rotated(z - alpha.sqrt() * e) / noise.sqrt()
-        total = alpha * self.variance + noise
-        of_a, of_n = noise / total, (alpha * noise).sqrt() * self.variance / total
-        centred = of_n.square() * (n.square() - 1) - 2 * of_a * of_n * a * n
-        return draw.term.error_weight(process) * centred.sum(1)
+        u = self._rotated(torch.addcmul(z.double().flatten(1), alpha.sqrt(), e, value=-1))
+        # in place, as these are passes over all numbers beside one call of the network
+        r = (alpha * self.variance).add_(noise).reciprocal_().mul_(self.variance)
+        mean = (alpha * noise)[:, 0] * torch.einsum("bd,bd->b", r, r)
+        u = u.mul_(r).mul_(alpha.sqrt())
+        other = r.mul_(-2 * alpha).add_(2).mul_(a)
+        return torch.einsum("bd,bd->b", u, u - other) - mean
 
     def divergence(self, model: Model, x: Tensor, t: Tensor) -> Tensor:
         """Return D at each of the times t, shape (B, len(t))."""
@@ -100,10 +112,15 @@ class LevelReference:
 
     def divergence(self, x: Tensor) -> Tensor:
         """Return D at the edges, shape (B, edges)."""
-        groups, levels, edges = self.table.shape
-        rows = self.group * levels + x.flatten(1)
-        # without a copy of (B, D, edges) numbers
-        return embedding_bag(rows, self.table.reshape(groups * levels, edges), mode="sum")
+        _, levels, edges = self.table.shape
+        table, places = self.table.reshape(-1, edges), self.group * levels
+        found = []
+        for part in x.flatten(1).split(rows_cached(x)):
+            # how often each level is in each group: fewer numbers than one of D for each dimension
+            counts = torch.zeros(len(part), len(table), dtype=table.dtype, device=x.device)
+            counts.scatter_add_(1, places + part, torch.ones_like(part, dtype=table.dtype))
+            found.append(counts @ table)
+        return torch.cat(found)
 
     def within(self, model: Model, draw: TermDraw, context: Tensor) -> Tensor:
         """Return r - E r, (B,), with the log-probabilities `context`, shape (..., K)."""
@@ -129,6 +146,11 @@ class LevelReference:
         cost = kl(q, model.step(prediction, z, s, t, process), draw.noise)
         low, high = (_divergence(model, draw.x, context, u) for u in (s, t))
         return cost - (low - high).flatten(1).sum(1)
+
+
+def rows_cached(x: Tensor) -> int:
+    """Return how many examples of x, (N, ...), to compute with at a time."""
+    return max(1, CACHED // x[0].numel()) if x.device.type == "cpu" else max(1, len(x))
 
 
 def mean_level(logits: Tensor, values: Tensor) -> Tensor:
