@@ -57,6 +57,15 @@ def test_the_derivation_names_what_exists():
             assert part in MODULES or re.search(rf"\b{part}\b", SOURCES), name
 
 
+def test_each_equation_leads_to_its_function_and_its_test():
+    sections = (ROOT / "docs" / "derivation.md").read_text().split("\n## ")[1:]
+    equations = [each for each in sections if "$$" in each or "| $" in each]
+    assert len([each for each in equations if each[0].isdigit()]) == 10
+    for section in equations:
+        assert re.search(r"`[a-z_]*\.?[A-Za-z_]+(\.\w+)?`", section), section[:40]
+        assert re.search(r"`(\w+::test_|ProcessContract\.test_)", section), section[:40]
+
+
 def test_each_number_of_the_readme_is_measured():
     table = (ROOT / "README.md").read_text().partition("## Eight numbers")[2].partition("##")[0]
     rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ")][1:]
