@@ -1,7 +1,9 @@
 """The architecture; that imports go downwards is a contract of import-linter (pyproject.toml)."""
 
+import ast
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -19,6 +21,38 @@ def test_the_derivation_is_read_on_two_screens():
 
 def test_the_package_is_rooms():
     assert len(list(SOURCE.glob("*.py"))) <= 6
+
+
+def imported(body, modules):
+    """Yield the modules that statements import as they are loaded, but for annotations."""
+    for statement in body:
+        if isinstance(statement, ast.ImportFrom):
+            for each in statement.names:
+                whole = f"{statement.module}.{each.name}"
+                yield whole if whole in modules else statement.module
+        elif isinstance(statement, ast.Import):
+            yield from (each.name for each in statement.names)
+        elif isinstance(statement, ast.If | ast.Try) and "TYPE_CHECKING" not in ast.dump(
+            statement
+        ):
+            yield from imported(statement.body, modules)
+
+
+def test_no_chain_of_imports_is_long():
+    """To understand a module, one follows its imports down to a module without any."""
+    names = {
+        path: path.relative_to(SOURCE.parent).with_suffix("") for path in SOURCE.rglob("*.py")
+    }
+    modules = {".".join(v.parts).removesuffix(".__init__"): path for path, v in names.items()}
+
+    @cache
+    def chain(module):
+        found = {*imported(ast.parse(modules[module].read_text()).body, modules)}
+        below = (chain(name) for name in found & {*modules} - {module})
+        return [module, *max(below, key=len, default=[])]
+
+    longest = max(map(chain, modules), key=len)
+    assert len(longest) <= 14, " -> ".join(longest)
 
 
 def test_the_command_line_does_not_wait_for_torch():

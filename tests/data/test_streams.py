@@ -13,7 +13,7 @@ from nelbo._utils.signals import Interrupted
 from nelbo.cli import main
 from nelbo.data import fingerprint, rows
 from nelbo.data.columns import Column
-from nelbo.data.tabular import streams
+from nelbo.data.tabular import files, streams
 from nelbo.data.tabular.encoding import encode
 from nelbo.data.tabular.inference import infer_columns
 from nelbo.data.tabular.merging import infer_merged, merge
@@ -41,7 +41,7 @@ def table(n=N, start=0):
 def shards(tmp_path, monkeypatch):
     """Three files of different sizes and row groups, read in blocks of few rows."""
     monkeypatch.setattr(streams, "BLOCK", 48)
-    monkeypatch.setattr(streams, "INFERRED", 400)
+    monkeypatch.setattr("nelbo.data.tabular.table.INFERRED", 400)
     folder = tmp_path / "shards"
     folder.mkdir()
     whole = table()
@@ -185,7 +185,7 @@ def test_files_may_be_named_for_their_splits(tmp_path):
 def test_a_large_file_is_read_in_blocks_and_a_small_one_is_not(tmp_path, monkeypatch):
     table(50).write_parquet(tmp_path / "t.parquet")
     assert not isinstance(data.load(tmp_path / "t.parquet").splits["train"], TableRows)
-    monkeypatch.setattr(streams, "IN_MEMORY", 100)
+    monkeypatch.setattr(files, "IN_MEMORY", 100)
     later = data.load(tmp_path / "t.parquet")
     assert isinstance(later.splits["train"], TableRows)
     labelled = data.load(tmp_path / "t.parquet", condition=["word"])
@@ -288,7 +288,7 @@ def test_all_that_is_done_with_a_run_is_done_with_blocks(shards, tmp_path, capsy
 
 def test_a_folder_of_other_things_is_no_table(tmp_path):
     (tmp_path / "a").mkdir()
-    assert streams.find(tmp_path) is None
+    assert files.find(tmp_path) is None
     table(20).write_parquet(tmp_path / "t.parquet")
     (tmp_path / "readme.md").write_text("of a table")
-    assert streams.find(tmp_path) is None
+    assert files.find(tmp_path) is None

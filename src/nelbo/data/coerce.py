@@ -27,7 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from nelbo._utils import scalars
-from nelbo.data.conform import Found
+from nelbo.data.found import Found
 from nelbo.data.readers import arrays, text
 from nelbo.data.readers.encoded import Form, read_images
 from nelbo.data.schema import Schema

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo.data.conform import Found, split
+from nelbo.data.conform import split
+from nelbo.data.found import Found
 from nelbo.data.labels import codes, infer_label, missing, of_examples, standardised
 from nelbo.data.schema import Label, Schema
 from nelbo.data.tabular.cells import numbers, texts

@@ -1,18 +1,17 @@
 """Convert the arrays found by a reader to a schema, stored tensors and splits."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo.data.found import Found, Stored, pieces
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
-from nelbo.data.splits import ADVICE, SPLITS
-from nelbo.data.tokenizer import Tokenizer
+from nelbo.data.splits import ADVICE, SALT, SPLITS
 
 #: beyond this many values per dimension, integers are better treated as real or binned
 MOST_LEVELS = 65536
@@ -26,41 +25,6 @@ FROM_UNIT = TO_LEVELS.format(how="divided by 255", back="255 * x")
 FROM_SIGNED = TO_LEVELS.format(how="scaled to [-1, 1]", back="127.5 * (x + 1)")
 #: distance of a scaled level from a whole number, at most, by float32
 ROUNDING = 0.02
-#: numbers of an array that are checked at a time
-PIECE = 2**24
-#: salt of the seed of a split
-SALT = 0x6E656C626F
-
-Stored = np.ndarray | Rows
-
-
-@dataclass(frozen=True)
-class Found:
-    """Contents of a source, as found by a reader.
-
-    Args:
-        source: name of the source, for messages.
-        parts: (N, *shape) booleans, integers, float32 or float64, finite and N > 0; named
-            "train", "validation", "test" if the source has splits, else "all".
-        levels: the number of levels, if the source states it.
-        notes: notes on what the reader inferred.
-        labels: labels that the examples may be conditioned on: name to the (N,) strings, integers
-            or reals of each part, as they were found.
-        alphabet: the alphabet of a text; see `Schema`.
-        tokenizer: the tokenizer of a text, likewise.
-    """
-
-    source: str
-    parts: Mapping[str, Stored]
-    levels: int | None = None
-    notes: tuple[str, ...] = ()
-    labels: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
-    alphabet: str | None = None
-    tokenizer: Tokenizer | None = None
-
-    def label(self, part: str) -> str:
-        """Return the name of a part for messages."""
-        return self.source if part == "all" else f"the {part} split of {self.source}"
 
 
 def infer(found: Found, levels: int | None) -> tuple[Schema, list[str]]:
@@ -289,12 +253,6 @@ def _whole(x: Stored) -> bool:
     return _integers(x) or all(
         bool((some == np.rint(some)).all()) for some in pieces(cast(np.ndarray, x))
     )
-
-
-def pieces(x: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield an array in pieces, so that nothing as large as a mapped file is made of it."""
-    size = max(1, PIECE // max(1, math.prod(x.shape[1:])))
-    return (x[i : i + size] for i in range(0, len(x), size))
 
 
 def _describe(x: Stored) -> str:

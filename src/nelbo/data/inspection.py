@@ -20,6 +20,7 @@ from nelbo.data.tabular import cells, streams, tables
 from nelbo.data.tabular.encoding import texts_of
 from nelbo.data.tabular.identifiers import Evidence
 from nelbo.data.tabular.inference import complete, listed
+from nelbo.data.tabular.table import Table
 
 if TYPE_CHECKING:
     from polars import DataFrame, Series
@@ -141,7 +142,7 @@ def _repeated(found: data.Dataset) -> list[str]:
     return notes
 
 
-def _inspect_stream(table: streams.Table, schema: Declaration) -> Inspection:
+def _inspect_stream(table: Table, schema: Declaration) -> Inspection:
     """Inspect a table that is read in blocks, in one pass and without counting distinct values."""
     columns, notes = streams.infer(table, declaration(schema))
     reports = []

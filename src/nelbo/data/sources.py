@@ -12,14 +12,16 @@ from torch import Tensor
 from nelbo._utils import limits
 from nelbo.data import coerce, conditions, remote
 from nelbo.data.columns import Column
-from nelbo.data.conform import Found, infer, refuse_constant, split, store, together, unscaled
+from nelbo.data.conform import infer, refuse_constant, split, store, together, unscaled
+from nelbo.data.found import Found
 from nelbo.data.labels import missing
 from nelbo.data.readers import arrays, builtin, folders, hub, idx, shards, text
 from nelbo.data.readers.encoded import Form
 from nelbo.data.schema import Dataset, Schema
 from nelbo.data.splits import Declared, declare
-from nelbo.data.tabular import encoding, streams, tables
+from nelbo.data.tabular import encoding, files, streams, tables
 from nelbo.data.tabular.inference import complete, infer_columns, typed
+from nelbo.data.tabular.table import InSplits, Table
 from nelbo.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -244,7 +246,7 @@ def is_table(source: Source, splits: Declared | None = None) -> bool:
         return coerce.is_table(source)
     path = Path(source)
     _check_name(path)
-    return path.suffix.lower() in tables.FILES or (path.is_dir() and bool(streams.shards_of(path)))
+    return path.suffix.lower() in tables.FILES or (path.is_dir() and bool(files.shards_of(path)))
 
 
 def _check_name(path: Path) -> None:
@@ -265,17 +267,17 @@ def read_as_text(source: Source) -> bool:
     return Path(source).suffix.lower() in tables.SEPARATORS
 
 
-def stream_of(source: Source, splits: Declared | None = None) -> streams.Table | None:
+def stream_of(source: Source, splits: Declared | None = None) -> Table | None:
     """Return the table if it is to be read in blocks of rows, or has splits, else None."""
     if hub.is_hub(source):
         return hub.table(cast("str | hub.Opened", source), splits)
     if coerce.in_splits(source):
         frames = cast("Mapping[str, Frame]", source)
-        return streams.InSplits({name: tables.frame_of(each) for name, each in frames.items()})
+        return InSplits({name: tables.frame_of(each) for name, each in frames.items()})
     path = Path(source).absolute() if isinstance(source, str | PathLike) else None
     if splits is not None and (path is None or path.is_file()):
         raise ValueError(f"splits are declared by names, and {name_of(source)} is one table")
-    return None if path is None else streams.find(path, splits)
+    return None if path is None else files.find(path, splits)
 
 
 def name_of(source: Source) -> str:
@@ -285,7 +287,7 @@ def name_of(source: Source) -> str:
     return "the table" if coerce.is_table(source) else coerce.NAME
 
 
-def _stored(source: Source, table: streams.Table | None) -> Sequence[str]:
+def _stored(source: Source, table: Table | None) -> Sequence[str]:
     """Return the columns that a source declares to be an index."""
     if table is not None:
         return table.stored
@@ -298,7 +300,7 @@ def refuse_empty(columns: Sequence[Column], name: str, notes: Sequence[str]) -> 
         raise ValueError(f"no column of {name} is left to model: {notes[0]}")
 
 
-def _load_stream(table: streams.Table, schema: Declaration, seed: int) -> Dataset:
+def _load_stream(table: Table, schema: Declaration, seed: int) -> Dataset:
     notes: list[str] = []
     if not isinstance(schema, Schema):
         declared = declaration(schema)
@@ -397,7 +399,7 @@ def _unknown(names: Sequence[str], schema: Schema) -> list[str]:
     return [f"columns that training did not have are left out: {new}"] if new else []
 
 
-def _parts_of(table: streams.Table | None) -> dict[str, slice]:
+def _parts_of(table: Table | None) -> dict[str, slice]:
     """Return the rows of each split of a table, or of "all"."""
     parts = {} if table is None else table.parts
     return {k: slice(n, n + m) for k, (n, m) in parts.items()} or {"all": slice(None)}

@@ -26,6 +26,7 @@ MEANING = {word: split for split, words in WORDS.items() for word in words}
 #: t10k is MNIST's own word; x and y may stand before a word without a sign between them
 WORD = re.compile(r"t10k|(?<![a-z])[xy](?=(?:train|test|val|valid|dev)(?![a-z]))|[a-z]+", re.I)
 CAPITALS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+SALT = 0x6E656C626F  # of the seed of a split that is drawn
 NONE = "none"  # declares that names do not mean splits
 LIKELY = re.compile("train|test|val|dev|t10k", re.I)  # a quick test that most names fail
 #: words that contain "train" or "test" without meaning a split

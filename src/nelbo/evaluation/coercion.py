@@ -1,7 +1,7 @@
 """Examples for a model of which no more is known than itself, from data of any kind."""
 
 import warnings
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from torch import Tensor
@@ -11,11 +11,13 @@ from nelbo.data.schema import Schema
 from nelbo.data.sources import Source, is_table, load_like
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import as_tensor
-from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
 
+if TYPE_CHECKING:
+    from nelbo.diffusion.latent import LatentModel
 
-def batch_of(model: Model | LatentModel, x: Source | Batch) -> Batch:
+
+def batch_of(model: "Model | LatentModel", x: Source | Batch) -> Batch:
     """Return examples of a model as a batch.
 
     Args:

@@ -22,6 +22,7 @@ logits are drawn evenly: their costs follow another curve, which a pilot finds.
 import math
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ from torch.distributions import kl_divergence
 
 from nelbo.data.schema import as_examples
 from nelbo.diffusion.masked import MaskedDiffusion
-from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Parametrization
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal
-from nelbo.diffusion.reverse import ReverseKernel
-from nelbo.diffusion.times import TimeDiscretization
+
+if TYPE_CHECKING:
+    from nelbo.diffusion.model import Model
+    from nelbo.diffusion.parametrization import Parametrization
+    from nelbo.diffusion.reverse import ReverseKernel
+    from nelbo.diffusion.times import TimeDiscretization
 
 SHARE = 0.4, 0.4, 0.2  # shares of the draws: by the reference, by an output error, and even
 BINS = 256  # bins of continuous time, at least; each at most 1/256 of u and of the range of γ or α
@@ -83,7 +86,7 @@ class TimeDensity:
         return [*edges, len(self.mass)]
 
 
-def even(times: TimeDiscretization) -> TimeDensity:
+def even(times: "TimeDiscretization") -> TimeDensity:
     """Return the uniform density."""
     count = BINS if times.steps is None else times.terms
     u = torch.arange(count + 1, dtype=torch.float64) / max(count, 1)
@@ -91,7 +94,7 @@ def even(times: TimeDiscretization) -> TimeDensity:
 
 
 @torch.no_grad()
-def time_density(model: Model, times: TimeDiscretization, x: Tensor) -> TimeDensity:
+def time_density(model: "Model", times: "TimeDiscretization", x: Tensor) -> TimeDensity:
     """Return the proposal, from the schedule, the parametrization and the variances of examples.
 
     Args:
@@ -116,7 +119,7 @@ def time_density(model: Model, times: TimeDiscretization, x: Tensor) -> TimeDens
     return TimeDensity(u, mass / mass.sum(), times.steps is not None)
 
 
-def _bins(times: TimeDiscretization, process: ForwardProcess) -> Tensor:
+def _bins(times: "TimeDiscretization", process: ForwardProcess) -> Tensor:
     """Return edges of bins of continuous time that are small in u, and in γ or α."""
     u = torch.arange(BINS + 1, dtype=torch.float64) / BINS
     follow = process.schedule if process.mask is None else process.alpha
@@ -130,7 +133,7 @@ def _bins(times: TimeDiscretization, process: ForwardProcess) -> Tensor:
     return u
 
 
-def _masses(model: Model, x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def _masses(model: "Model", x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return costs of steps by the reference and by an error of the output, shape of t each."""
     reference, output = torch.zeros_like(t), torch.zeros_like(t)
     groups = model.process.factors, model.head.factors, model.step.factors, model.process.split(x)
@@ -143,8 +146,8 @@ def _masses(model: Model, x: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tens
 @singledispatch
 def step_costs(
     process: ForwardProcess,
-    head: Parametrization,
-    step: ReverseKernel,
+    head: "Parametrization",
+    step: "ReverseKernel",
     x: Tensor,
     s: Tensor,
     t: Tensor,
@@ -152,7 +155,7 @@ def step_costs(
     """Return the costs of steps by the reference and by an error of the output.
 
     They have the shape of t and are known up to a factor; zeros where nothing is known.
-    `@step_costs.register` adds the costs for a class of processes.
+    `@step_costs.register(class)` adds the costs for a class of processes.
 
     Args:
         process: q of the examples.
@@ -165,11 +168,11 @@ def step_costs(
     return torch.zeros_like(t), torch.zeros_like(t)
 
 
-@step_costs.register
+@step_costs.register(GaussianDiffusion)
 def _(
     process: GaussianDiffusion,
-    head: Parametrization,
-    step: ReverseKernel,
+    head: "Parametrization",
+    step: "ReverseKernel",
     x: Tensor,
     s: Tensor,
     t: Tensor,
@@ -182,11 +185,11 @@ def _(
     return x[0].numel() * reference, x[0].numel() * output
 
 
-@step_costs.register
+@step_costs.register(MaskedDiffusion)
 def _(
     process: MaskedDiffusion,
-    head: Parametrization,
-    step: ReverseKernel,
+    head: "Parametrization",
+    step: "ReverseKernel",
     x: Tensor,
     s: Tensor,
     t: Tensor,
@@ -210,7 +213,7 @@ def _linear(process: ForwardProcess, variances: Tensor, t: Tensor) -> Tensor:
     return (variances * noise / (alpha * variances + noise)).mean(1)
 
 
-def _of_output(process: ForwardProcess, head: Parametrization, t: Tensor) -> Tensor:
+def _of_output(process: ForwardProcess, head: "Parametrization", t: Tensor) -> Tensor:
     """Return δ² of an output with an error of one, shape of t; 0 for logits."""
     point = head.point
     if point is None:
@@ -222,7 +225,7 @@ def _of_output(process: ForwardProcess, head: Parametrization, t: Tensor) -> Ten
 
 
 def _cost(
-    process: GaussianDiffusion, step: ReverseKernel, error: Tensor, s: Tensor, t: Tensor
+    process: GaussianDiffusion, step: "ReverseKernel", error: Tensor, s: Tensor, t: Tensor
 ) -> Tensor:
     """Return the KL of steps in one dimension with prediction error √error; shape of t, nats."""
     zero = torch.zeros_like(t)[:, None]

@@ -11,8 +11,9 @@ from nelbo._utils import limits
 from nelbo._utils.arguments import checked
 from nelbo.integrations.checkpoints import load_weights
 from nelbo.integrations.conditions import Condition
+from nelbo.integrations.configs import read_json
 from nelbo.integrations.denoisers import wrap
-from nelbo.integrations.external import Foreign, read_json, with_autocast
+from nelbo.integrations.external import Foreign, with_autocast
 from nelbo.integrations.noise_levels import spaced
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
 

@@ -25,7 +25,7 @@ from nelbo._utils import limits
 from nelbo._utils.arguments import checked
 from nelbo._utils.tensor_files import put_weights, read_tensors
 from nelbo._utils.text import shortened
-from nelbo.integrations.external import read_json
+from nelbo.integrations.configs import read_json
 
 INDEX = ".safetensors.index.json"
 #: matches a name of averaged weights
@@ -351,3 +351,13 @@ def _nearest(module: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     lacking = next(name for name in own if prefix + name not in tensors)
     under = f"under {shortened(prefix)!r}" if prefix else "without a prefix"
     return f": {under} it has {count} of {len(own)} names, and lacks {lacking}"
+
+
+def without_prefix(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights without the prefix of training in parallel, and a note if they had it."""
+    prefix = "module."
+    if not weights or not all(name.startswith(prefix) for name in weights):
+        return dict(weights), []
+    return {name.removeprefix(prefix): weights[name] for name in weights}, [
+        f"the prefix {prefix!r} of the weights' names, of training in parallel, is left out"
+    ]

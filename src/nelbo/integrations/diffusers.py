@@ -26,10 +26,10 @@ from torch import nn
 from nelbo.data.schema import Schema
 from nelbo.diffusion.process import Affine, Levels
 from nelbo.integrations.conditions import Condition, Conditioned, Given
+from nelbo.integrations.configs import Config, positive, read_json
 from nelbo.integrations.denoisers import Variance, signal_left
 from nelbo.integrations.diffusers_folder import (
     AUTOENCODER,
-    Config,
     autoencoder_of,
     check_keys,
     described,
@@ -46,9 +46,8 @@ from nelbo.integrations.diffusers_scheduler import (
     discrete,
     edm,
     flow,
-    positive,
 )
-from nelbo.integrations.external import Foreign, read_json, scaled
+from nelbo.integrations.external import Foreign, scaled
 from nelbo.integrations.latents import VARIATIONAL, refusal, scaling_of, through
 from nelbo.integrations.prompts import is_prompts, of_no_prompt, of_prompts, pipeline_of
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from nelbo._utils import limits
 from nelbo._utils.tensor_files import put_weights, read_tensors
 from nelbo._utils.text import shortened
-from nelbo.integrations.checkpoints import in_index
-from nelbo.integrations.external import read_json, without_prefix
+from nelbo.integrations.checkpoints import in_index, without_prefix
+from nelbo.integrations.configs import INDEX, Config, read_json
 
-Config = Mapping[str, object]
 NETWORKS = (
     "UNet2DModel",
     "UNet2DConditionModel",
@@ -25,7 +24,6 @@ NETWORKS = (
     "SD3Transformer2DModel",
 )
 WEIGHTS = "diffusion_pytorch_model"
-INDEX = "model_index.json"
 SHOWN = 80  # characters of a name from a folder, in a message
 #: matches the name of a class or folder of an autoencoder
 AUTOENCODER = re.compile("autoencoder|vae|vq", re.IGNORECASE)

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo.integrations.conditions import Condition, Given
-from nelbo.integrations.diffusers_folder import Config
-from nelbo.integrations.diffusers_scheduler import positive
+from nelbo.integrations.configs import Config, positive
 from nelbo.integrations.external import check_label, check_labels
 
 #: keywords of the networks' classes and prompts

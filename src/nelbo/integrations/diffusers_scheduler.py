@@ -14,8 +14,8 @@ from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.adapters import EDM, Flow, interpolating
+from nelbo.integrations.configs import Config, positive
 from nelbo.integrations.denoisers import Predicts, Variance, assemble
-from nelbo.integrations.diffusers_folder import Config
 from nelbo.integrations.noise_levels import gamma_of
 
 PREDICTS: dict[str, Predicts] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
@@ -134,14 +134,6 @@ def at_least_one(steps: int) -> int:
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
     return steps
-
-
-def positive(config: Config, name: str) -> int:
-    """Return a number of a config, if it is a positive integer."""
-    value = config.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value!r}")
-    return value
 
 
 def discrete(

@@ -1,14 +1,12 @@
 """A foreign model with everything that `nelbo evaluate` needs to know."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from nelbo._utils import limits
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Dataset, Schema
 from nelbo.data.sources import Source, Splits, load_like, name_of
@@ -181,33 +179,6 @@ def _some(x: Tensor, chosen: Tensor) -> Tensor:
 
 def _first(rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows[:FITTED]
-
-
-def read_json(
-    path: Path, hint: str = "a model has one beside its weights", infinite: bool = False
-) -> dict[str, object]:
-    """Read a JSON object from a file; `infinite` as for `limits.read_json`.
-
-    Raises:
-        FileNotFoundError: there is no such file; the message ends with `hint`.
-        ValueError: the file is not a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {hint}")
-    found = limits.read_json(path, infinite)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must be a JSON object; got {type(found).__name__}")
-    return found
-
-
-def without_prefix(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return weights without the prefix of training in parallel, and a note if they had it."""
-    prefix = "module."
-    if not weights or not all(name.startswith(prefix) for name in weights):
-        return dict(weights), []
-    return {name.removeprefix(prefix): weights[name] for name in weights}, [
-        f"the prefix {prefix!r} of the weights' names, of training in parallel, is left out"
-    ]
 
 
 def scaled(scaling: Levels | Affine) -> str:

@@ -31,7 +31,8 @@ from nelbo.data.splits import Declared, declare
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.schedules import PowerAlpha
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
-from nelbo.integrations.external import Foreign, read_json
+from nelbo.integrations.configs import read_json
+from nelbo.integrations.external import Foreign
 from nelbo.integrations.text_records import TextForm
 from nelbo.integrations.texts import Texts, Tokenizer, read, same
 from nelbo.integrations.tokens import TokenModel, wrap_tokens

@@ -31,9 +31,10 @@ from nelbo._utils.validation import Record
 from nelbo.data.schema import Schema
 from nelbo.diffusion.process import Levels
 from nelbo.diffusion.times import TimeGrid
-from nelbo.integrations.checkpoints import tensors_of
+from nelbo.integrations.checkpoints import tensors_of, without_prefix
+from nelbo.integrations.configs import read_json
 from nelbo.integrations.denoisers import Variance, assemble, signal_left
-from nelbo.integrations.external import Foreign, check_label, read_json, scaled, without_prefix
+from nelbo.integrations.external import Foreign, check_label, scaled
 from nelbo.integrations.noise_levels import gamma_of, spaced
 from nelbo.integrations.openai_unet import GROUPS, Architecture, UNet
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from nelbo._utils import limits
 from nelbo._utils.text import shortened
 from nelbo.integrations.conditions import Condition
-from nelbo.integrations.diffusers_folder import INDEX
-from nelbo.integrations.external import read_json
+from nelbo.integrations.configs import INDEX, read_json
 
 ENCODERS = {"CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"}
 TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"}

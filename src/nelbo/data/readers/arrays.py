@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from nelbo._utils import limits
-from nelbo.data.conform import Found, pieces
+from nelbo.data.found import Found, pieces
 from nelbo.data.splits import (
     MEANING,
     Declared,

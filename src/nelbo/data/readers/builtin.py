@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nelbo.data.conform import Found
+from nelbo.data.found import Found
 
 
 def digits() -> Found:

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nelbo._utils import limits
-from nelbo.data.conform import Found
+from nelbo.data.found import Found
 from nelbo.data.readers.pillow import TURNED, bits_of, opened, orientation, upright
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nelbo.data.conform import Found
+from nelbo.data.found import Found
 from nelbo.data.readers.encoded import Encoded, Form, read_images
 from nelbo.data.readers.pillow import SUFFIXES
 from nelbo.data.readers.walk import Walked, walk

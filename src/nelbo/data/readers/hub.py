@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from nelbo._utils import limits
 from nelbo._utils.text import shortened
-from nelbo.data.conform import Found
+from nelbo.data.found import Found
 from nelbo.data.labels import as_text
 from nelbo.data.readers import text
 from nelbo.data.readers.encoded import Form, read_images
@@ -30,7 +30,7 @@ from nelbo.data.schema import Schema
 from nelbo.data.splits import Declared, group, one_each
 from nelbo.data.tabular import decoded
 from nelbo.data.tabular.frames import polars
-from nelbo.data.tabular.streams import Table
+from nelbo.data.tabular.table import Table
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nelbo._utils import limits
-from nelbo.data.conform import Found
+from nelbo.data.found import Found
 from nelbo.data.readers.arrays import COPIES, found_arrays
 from nelbo.data.splits import Declared, group, one_each
 

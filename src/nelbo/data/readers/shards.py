@@ -16,7 +16,7 @@ import numpy as np
 from typing_extensions import override
 
 from nelbo._utils import limits
-from nelbo.data.conform import Found
+from nelbo.data.found import Found
 from nelbo.data.readers import idx
 from nelbo.data.readers.encoded import Encoded, Form, read_images
 from nelbo.data.readers.pillow import SUFFIXES

@@ -13,10 +13,10 @@ from typing import AnyStr
 import numpy as np
 
 from nelbo._utils import limits
-from nelbo.data.conform import SALT, Found
+from nelbo.data.found import Found
 from nelbo.data.readers.walk import files_below, walk
 from nelbo.data.schema import Schema
-from nelbo.data.splits import SPLITS, Declared, group
+from nelbo.data.splits import SALT, SPLITS, Declared, group
 from nelbo.data.tokenizer import Tokenizer, make
 
 SUFFIX = ".txt"

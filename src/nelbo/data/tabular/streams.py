@@ -1,20 +1,16 @@
-"""Tables that need not fit in memory: rows are read from their files one block at a time.
+"""Rows of tables that need not fit in memory: they are read one block at a time.
 
 A split is computed by arithmetic (`Share`), and the order of training follows from the seed and
 the step alone (`training.batching.batch_indices`), so memory does not grow with the rows and a
 stopped run continues where it was.
 """
 
-import hashlib
 import threading
-from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
-from urllib.parse import unquote
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,171 +19,14 @@ from typing_extensions import override
 
 from nelbo._utils.numerics import derive_seed
 from nelbo.data.columns import Column, places
-from nelbo.data.conform import SALT
-from nelbo.data.readers.walk import files_below
 from nelbo.data.rows import WINDOW, Rows
-from nelbo.data.splits import Declared, group, one_each
-from nelbo.data.tabular import decoded, encoding, tables
-from nelbo.data.tabular.frames import polars
+from nelbo.data.splits import SALT
+from nelbo.data.tabular import encoding
 from nelbo.data.tabular.merging import complete_columns, infer_merged
+from nelbo.data.tabular.table import Table
 
-if TYPE_CHECKING:
-    from polars import DataFrame, LazyFrame
-
-HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
-SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
-IN_MEMORY = 2**25  # cells of one file, beyond which it is read in blocks
 BLOCK = 2**15  # numbers in a block of examples
-INFERRED = 2**19  # cells in a chunk from which columns are inferred
 GOLDEN, MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-
-
-class Table(ABC):
-    """A table from which any range of rows can be read.
-
-    Args:
-        name: for messages.
-        parts: the first row and the number of rows of each split, or of "all".
-        names: names of the columns.
-    """
-
-    #: whether rows can be read efficiently only in order
-    sequential = False
-    #: notes on guessed splits, or on what is left out
-    notes: Sequence[str] = ()
-    #: columns that the source declares to be an index
-    stored: Sequence[str] = ()
-
-    def __init__(self, name: str, parts: Mapping[str, tuple[int, int]], names: list[str]) -> None:
-        self.name, self.parts, self.names = name, parts, names
-
-    @property
-    def count(self) -> int:
-        """Number of rows."""
-        return sum(count for _, count in self.parts.values())
-
-    @abstractmethod
-    def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
-        """Return these columns of the rows begin..end-1."""
-
-    def whole(self) -> "DataFrame":
-        """Return all rows, in memory."""
-        return self.read(0, self.count, self.names)
-
-    def identity(self) -> bytes | None:
-        """Return a digest of the content, if available without reading all rows."""
-        return None
-
-    def fork(self) -> "Table":
-        """Return the same table, to be read independently."""
-        return self
-
-    def chunks(self) -> "Iterator[DataFrame]":
-        """Yield all rows in order."""
-        size = max(1, INFERRED // len(self.names))
-        for begin in range(0, self.count, size):
-            yield self.read(begin, min(begin + size, self.count), self.names)
-
-
-class InSplits(Table):
-    """The rows of frames in memory, one split after another.
-
-    Args:
-        frames: a frame for each name of a split.
-
-    Raises:
-        ValueError: a name is of no split, or the frames have different columns.
-    """
-
-    def __init__(self, frames: "Mapping[str, DataFrame]") -> None:
-        pl, name = polars(), "the table"
-        groups = group(list(frames), name, None, "beside the splits")
-        found = {part: frames[k] for part, k in one_each(groups, list(frames), name).items()}
-        first, *rest = found.values()
-        if any(set(each.columns) != set(first.columns) for each in rest):
-            several = " and ".join(", ".join(each.columns) for each in found.values())
-            raise ValueError(f"the splits of a table must have the same columns; got {several}")
-        try:
-            self.frame = pl.concat(
-                [each.select(first.columns) for each in found.values()], how="vertical_relaxed"
-            )
-        except pl.exceptions.PolarsError as error:
-            raise ValueError(f"the splits of a table must have the same types: {error}") from None
-        parts, at = {}, 0
-        for part, each in found.items():
-            parts[part] = at, each.height
-            at += each.height
-        super().__init__(name, parts, first.columns)
-        self.notes = groups.notes
-
-    @override
-    def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
-        return self.frame[begin:end].select(names)
-
-
-class Files(Table):
-    """The rows of Parquet or Arrow files, one file after another.
-
-    Args:
-        name: for messages.
-        groups: the files of each split, or of "all".
-        told: for each file, the columns that the names of its folders state, with their cell.
-        notes: notes on guesses.
-
-    Raises:
-        ValueError: a file is damaged, or has other columns than the first.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        groups: Mapping[str, Sequence[Path]],
-        told: Mapping[Path, Mapping[str, str | None]] | None = None,
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.files = [file for files in groups.values() for file in files]
-        self.told = [(told or {}).get(file, {}) for file in self.files]
-        decoded.check(self.files)
-        self.frames = [
-            _scan(file, cells) for file, cells in zip(self.files, self.told, strict=True)
-        ]
-        names, counts = zip(*map(_size, self.files, self.frames), strict=True)
-        for file, other in zip(self.files, names, strict=True):
-            if set(other) != set(names[0]):
-                raise ValueError(
-                    f"{file} has the columns {', '.join(other)} where {self.files[0]} has"
-                    f" {', '.join(names[0])}; shards must have the same"
-                )
-        self.first = np.concatenate([[0], np.cumsum(counts)])
-        parts, at = {}, 0
-        for part, files in groups.items():
-            begin, at = at, at + len(files)
-            parts[part] = int(self.first[begin]), int(self.first[at] - self.first[begin])
-        super().__init__(name, parts, list(names[0]))
-        columns = ", ".join(dict.fromkeys(k for cells in self.told for k in cells))
-        self.notes = [*notes, *([f"columns named by folders: {columns}"] if columns else [])]
-        self.stored = tables.stored_index(self.files[0])
-
-    @override
-    def read(self, begin: int, end: int, names: Sequence[str]) -> "DataFrame":
-        import polars as pl
-
-        found = []
-        last = int(np.searchsorted(self.first, end, "left"))
-        for i in range(int(np.searchsorted(self.first, begin, "right")) - 1, last):
-            low, high = max(begin, int(self.first[i])), min(end, int(self.first[i + 1]))
-            part = self.frames[i].slice(low - int(self.first[i]), high - low).select(names)
-            found.append(_of_file(self.files[i], part))
-        return pl.concat(found, how="vertical_relaxed")
-
-    @override
-    def identity(self) -> bytes:
-        digest = hashlib.sha256()
-        for path, cells in zip(self.files, self.told, strict=True):
-            digest.update(repr(sorted(cells.items())).encode() if cells else b"")
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -345,50 +184,6 @@ class TableRows(Rows):
             self.known.popitem(last=False)
 
 
-def find(source: Path, splits: Declared | None = None) -> Table | None:
-    """Return the table if it is to be read in blocks: a folder of Parquet or Arrow files, or a
-    large file.
-
-    The names of files determine the splits, see `splits`.
-    """
-    if source.is_dir():
-        files = shards_of(source)
-        names = [file.relative_to(source).as_posix() for file in files]
-        if not files:
-            return None
-        parts, rests, notes = group(names, source, splits)
-        of_part = {part: [files[i] for i in few] for part, few in parts.items()}
-        told = {files[i]: partitions(rests[i]) for i in range(len(files))}
-        return Files(str(source), of_part, told, notes)
-    if source.suffix.lower() not in SUFFIXES or not source.is_file():
-        return None
-    decoded.check([source])
-    names, count = _size(source, _scan(source))
-    return Files(str(source), {"all": [source]}) if len(names) * count > IN_MEMORY else None
-
-
-def shards_of(folder: Path) -> list[Path]:
-    """Return the Parquet or Arrow files below a folder, by name; [] if there are other files."""
-    files = []
-    for file in files_below(folder):
-        if any(part[0] == "_" for part in file.relative_to(folder).parts):
-            continue  # _SUCCESS, _metadata and the like
-        if file.suffix.lower() not in SUFFIXES:
-            return []
-        files.append(file)
-    return sorted(files, key=Path.as_posix)
-
-
-def partitions(name: str) -> dict[str, str | None]:
-    """Return the cells that the folders of a file state, as in Hive.
-
-    >>> partitions("year=2020/city=S%C3%A3o/part-0.parquet")
-    {'year': '2020', 'city': 'São'}
-    """
-    pairs = [part.partition("=") for part in name.split("/")[:-1] if "=" in part]
-    return {unquote(k): None if v == HIVE_NULL else unquote(v) for k, _, v in pairs}
-
-
 def infer(table: Table, declared: object = None) -> tuple[list[Column], list[str]]:
     """Infer the columns of a table in one pass over its rows, with notes; see `inference`."""
     if declared is None:
@@ -428,27 +223,3 @@ def measured(table: Table, columns: Sequence[Column]) -> dict[str, Tensor]:
     shares["all"] = Share(0, table.count)
     made = {name: TableRows(table, columns, share) for name, share in shares.items()}
     return cast(dict[str, Tensor], made)
-
-
-def _scan(file: Path, told: Mapping[str, str | None] | None = None) -> "LazyFrame":
-    """Return the rows of a file, with columns that its folders state and that it lacks."""
-    pl = polars()
-    frame = tables.scan(file)
-    if not told:
-        return frame
-    own = tables.of_file(file, frame.collect_schema)
-    lacks = {name: cell for name, cell in told.items() if name not in own}
-    return frame.with_columns(pl.lit(cell, pl.String).alias(name) for name, cell in lacks.items())
-
-
-def _size(file: Path, frame: "LazyFrame") -> tuple[list[str], int]:
-    import polars as pl
-
-    count = int(_of_file(file, frame.select(pl.len())).item())
-    names = frame.collect_schema().names()
-    tables.checked(pl.DataFrame(schema=names), str(file), count)
-    return names, count
-
-
-def _of_file(file: Path, frame: "LazyFrame") -> "DataFrame":
-    return tables.of_file(file, frame.collect)
