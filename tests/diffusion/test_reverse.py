@@ -13,12 +13,8 @@ from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.distributions import kl, kl_noise
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import (
-    LevelLogits,
-    LevelPrediction,
-    Prediction,
-    XPrediction,
-)
+from nelbo.diffusion.parametrization import LevelLogits, XPrediction
+from nelbo.diffusion.prediction import LevelPrediction, Prediction
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Beta, Learned, Mixture, Optimal, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear

@@ -13,7 +13,8 @@ from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.elbo import diffusion_term, reconstruction_term
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import LevelLogits, Prediction, SymbolLogits, XPrediction
+from nelbo.diffusion.parametrization import LevelLogits, SymbolLogits, XPrediction
+from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior
 from nelbo.diffusion.schedules import Betas, Linear, PowerAlpha

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nelbo._utils import scalars
 from nelbo.data.found import Found
-from nelbo.data.readers import arrays, text
+from nelbo.data.readers import arrays, hub, text
 from nelbo.data.readers.encoded import Form, read_images
 from nelbo.data.schema import Schema
 from nelbo.data.splits import Declared, split_of
@@ -47,8 +47,6 @@ def plain(source: object) -> object:
     """Return tables as a frame or mapping of columns, data sets opened, and the rest as it is."""
     source = scalars.plain(source)
     if is_data_set(source):
-        from nelbo.data.readers import hub
-
         return hub.opened(source)
     if hasattr(source, "to_frame") and not _is_frame(source):  # one column
         return cast(Any, source).to_frame(getattr(source, "name", None) or "value")

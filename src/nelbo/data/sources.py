@@ -15,7 +15,17 @@ from nelbo.data.columns import Column
 from nelbo.data.conform import infer, refuse_constant, split, store, together, unscaled
 from nelbo.data.found import Found
 from nelbo.data.labels import missing
-from nelbo.data.readers import arrays, builtin, folders, hub, idx, shards, text
+from nelbo.data.readers import (
+    arrays,
+    builtin,
+    folders,
+    hub,
+    hub_examples,
+    hub_tables,
+    idx,
+    shards,
+    text,
+)
 from nelbo.data.readers.encoded import Form
 from nelbo.data.schema import Dataset, Schema
 from nelbo.data.splits import Declared, declare
@@ -241,7 +251,7 @@ def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> lis
 def is_table(source: Source, splits: Declared | None = None) -> bool:
     """Return whether a source is a table, or a folder of its shards."""
     if hub.is_hub(source):
-        return hub.table(cast("str | hub.Opened", source), splits) is not None
+        return hub_tables.table(cast("str | hub.Opened", source), splits) is not None
     if not isinstance(source, str | PathLike):
         return coerce.is_table(source)
     path = Path(source)
@@ -270,7 +280,7 @@ def read_as_text(source: Source) -> bool:
 def stream_of(source: Source, splits: Declared | None = None) -> Table | None:
     """Return the table if it is to be read in blocks of rows, or has splits, else None."""
     if hub.is_hub(source):
-        return hub.table(cast("str | hub.Opened", source), splits)
+        return hub_tables.table(cast("str | hub.Opened", source), splits)
     if coerce.in_splits(source):
         frames = cast("Mapping[str, Frame]", source)
         return InSplits({name: tables.frame_of(each) for name, each in frames.items()})
@@ -417,7 +427,7 @@ def _read(
         raise ValueError(f"size must be at least 1; got {form.size}")
     if hub.is_hub(source):
         opened = cast("str | hub.Opened", source)
-        return hub.read(opened, form, schema, splits, seed)
+        return hub_examples.read(opened, form, schema, splits, seed)
     if not isinstance(source, str | PathLike):
         return coerce.NAME, coerce.read(source, form, schema, splits, seed)
     path = Path(source).absolute()

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
 from nelbo.diffusion.distributions import Discrete
-from nelbo.diffusion.parametrization import LevelPrediction, Prediction, level_evidence
+from nelbo.diffusion.prediction import LevelPrediction, Prediction, level_evidence
 from nelbo.diffusion.process import Affine, ForwardProcess, Levels, per_example
 
 

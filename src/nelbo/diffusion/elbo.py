@@ -24,7 +24,7 @@ from nelbo.diffusion.distributions import Noise, draw, kl, kl_noise
 
 if TYPE_CHECKING:
     from nelbo.diffusion.model import Model
-    from nelbo.diffusion.parametrization import Prediction
+    from nelbo.diffusion.prediction import Prediction
 
 
 class Bound(NamedTuple):

@@ -35,7 +35,7 @@ from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.symbols import Certain, MaybeMasked, Predicted, Symbols, Uniform
 
 if TYPE_CHECKING:
-    from nelbo.diffusion.parametrization import Prediction
+    from nelbo.diffusion.prediction import Prediction
 
 SAME = 1e-9  # difference of times, in blocks, that rounding may make
 

@@ -23,7 +23,8 @@ from nelbo.diffusion.checks import check_examples
 
 if TYPE_CHECKING:
     from nelbo.diffusion.decoder import Decoder
-    from nelbo.diffusion.parametrization import Parametrization, Prediction
+    from nelbo.diffusion.parametrization import Parametrization
+    from nelbo.diffusion.prediction import Prediction
     from nelbo.diffusion.process import ForwardProcess
     from nelbo.diffusion.reverse import ReverseKernel
 

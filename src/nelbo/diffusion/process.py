@@ -30,7 +30,7 @@ from nelbo.diffusion.distributions import Discrete, DiscretisedNormal, draw
 from nelbo.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
-    from nelbo.diffusion.parametrization import Prediction
+    from nelbo.diffusion.prediction import Prediction
 
 Shape = torch.Size | tuple[int, ...]
 

@@ -21,7 +21,8 @@ from typing_extensions import override
 from nelbo._utils.batch_rng import BatchShard
 from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import Joint
-from nelbo.diffusion.parametrization import Parametrization, Prediction
+from nelbo.diffusion.parametrization import Parametrization
+from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.process import ForwardProcess, Shape, per_example
 from nelbo.diffusion.reverse import ReverseKernel
 

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import LevelMixture
-from nelbo.diffusion.parametrization import LevelPrediction, Prediction
+from nelbo.diffusion.prediction import LevelPrediction, Prediction
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal, per_example
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nelbo.diffusion.batch import Batch
     from nelbo.diffusion.distributions import Noise
     from nelbo.diffusion.model import Model
-    from nelbo.diffusion.parametrization import Prediction
+    from nelbo.diffusion.prediction import Prediction
     from nelbo.diffusion.process import ForwardProcess
 
 

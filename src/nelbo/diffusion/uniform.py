@@ -40,7 +40,7 @@ from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.symbols import Certain, Predicted, Symbols, Uniform
 
 if TYPE_CHECKING:
-    from nelbo.diffusion.parametrization import Prediction
+    from nelbo.diffusion.prediction import Prediction
 
 FAR = 15.0  # largest |γ| of a network's input; α differs from its limit by 3e-7 there
 

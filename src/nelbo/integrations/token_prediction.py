@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nelbo.diffusion.parametrization import Parametrization, Prediction, SymbolPrediction
+from nelbo.diffusion.parametrization import Parametrization
+from nelbo.diffusion.prediction import Prediction, SymbolPrediction
 from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.symbols import WIDE, Predicted
 

@@ -18,7 +18,7 @@ from nelbo.codec.settings import Settings
 from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Prediction
+from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.blocks import scale_of
 from nelbo.evaluation.per_dimension import by_dimension, own_step, steps_of

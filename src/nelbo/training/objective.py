@@ -40,7 +40,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.distributions import draw, kl, kl_noise
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.parametrization import Prediction
+from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.schedules import Schedule, log_density
 from nelbo.diffusion.times import ContinuousTime, TimeGrid, stratified
 

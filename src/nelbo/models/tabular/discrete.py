@@ -16,13 +16,8 @@ from typing_extensions import override
 
 from nelbo.data.columns import Group
 from nelbo.diffusion.masked import MaskedDiffusion
-from nelbo.diffusion.parametrization import (
-    LevelPrediction,
-    LevelTable,
-    Parametrization,
-    Prediction,
-    level_evidence,
-)
+from nelbo.diffusion.parametrization import Parametrization
+from nelbo.diffusion.prediction import LevelPrediction, LevelTable, Prediction, level_evidence
 from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
 from nelbo.diffusion.reverse import GaussianKernel, mixture
 from nelbo.diffusion.schedules import Schedule
