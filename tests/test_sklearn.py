@@ -19,8 +19,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import nelbo
 from nelbo._utils.numerics import seeded
 from nelbo.data import Schema
+from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.model import measuring
-from nelbo.diffusion.process import Affine
 from nelbo.diffusion.times import elbo, stratified
 from nelbo.evaluation.row_bounds import row_bounds
 from nelbo.models.build import build

@@ -41,7 +41,7 @@ from torch.nn.functional import interpolate, mse_loss
 from nelbo import data
 from nelbo.data import Dataset, Schema
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import stratified
 from nelbo.integrations import wrap

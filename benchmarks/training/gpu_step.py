@@ -44,8 +44,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nelbo.data import Dataset, Schema
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.gaussian import Levels
 from nelbo.diffusion.model import counting
-from nelbo.diffusion.process import Levels
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import stratified
 from nelbo.integrations import wrap

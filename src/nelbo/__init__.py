@@ -23,9 +23,9 @@ from nelbo._version import __version__ as __version__
 if TYPE_CHECKING:
     from nelbo.diffusion.batch import Batch
     from nelbo.diffusion.elbo import Bound
+    from nelbo.diffusion.gaussian import GaussianDiffusion
     from nelbo.diffusion.masked import MaskedDiffusion
     from nelbo.diffusion.model import Model
-    from nelbo.diffusion.process import GaussianDiffusion
     from nelbo.diffusion.schedules import Schedule
     from nelbo.diffusion.times import ContinuousTime, TimeGrid
     from nelbo.evaluation.toy import toy
@@ -51,7 +51,7 @@ _HOME = {
     "Batch": "diffusion.batch",
     "Bound": "diffusion.elbo",
     "ContinuousTime": "diffusion.times",
-    "GaussianDiffusion": "diffusion.process",
+    "GaussianDiffusion": "diffusion.gaussian",
     "MaskedDiffusion": "diffusion.masked",
     "Model": "diffusion.model",
     "Run": "runs.run",

@@ -26,8 +26,8 @@ from nelbo.data import Schema
 from nelbo.data.columns import Column
 from nelbo.diffusion.decoder import DiscretisedGaussian
 from nelbo.diffusion.distributions import Discrete, LevelMixture
+from nelbo.diffusion.gaussian import Levels
 from nelbo.diffusion.model import measuring
-from nelbo.diffusion.process import Levels
 from nelbo.diffusion.reverse import Beta, Optimal, Posterior
 from nelbo.diffusion.times import TimeGrid
 from nelbo.models.build import build

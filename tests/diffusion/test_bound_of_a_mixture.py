@@ -21,9 +21,9 @@ from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import GaussianDensity
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import XPrediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion
 from nelbo.diffusion.reverse import Beta, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, elbo

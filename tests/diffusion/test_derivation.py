@@ -17,9 +17,9 @@ from torch.distributions import kl_divergence
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import diffusion_term, prior_term, reconstruction_term
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import Mean
-from nelbo.diffusion.process import Affine, GaussianDiffusion
 from nelbo.diffusion.reverse import Beta, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.times import TimeGrid, elbo

@@ -11,9 +11,9 @@ from torch import Tensor
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import Bound, diffusion_term
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.parametrization import XPrediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion
 from nelbo.diffusion.reverse import Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Cosine, Linear, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo, iid, stratified

@@ -8,6 +8,7 @@ import torch
 from nelbo._utils.numerics import constant, seeded
 from nelbo.diffusion import level_law
 from nelbo.diffusion.decoder import LevelDecoder
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.level_law import mean_and_norm
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.parametrization import (
@@ -20,7 +21,6 @@ from nelbo.diffusion.parametrization import (
     WithVariance,
     XPrediction,
 )
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Beta, Learned, Mixture, Posterior
 from nelbo.diffusion.schedules import LearnedMonotone, Linear, PowerAlpha, Schedule
 

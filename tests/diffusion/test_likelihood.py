@@ -15,10 +15,10 @@ from nelbo.diffusion.decoder import (
     GaussianDensity,
     LevelDecoder,
 )
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.parametrization import LevelLogits
 from nelbo.diffusion.prediction import LevelPrediction, Prediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.testing import DiscreteContract, assert_mean
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.masked import MaskedDiffusion
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Cosine, Linear, PowerAlpha, Schedule
 from nelbo.testing import ProcessContract
 

@@ -12,10 +12,10 @@ from torch.distributions import kl_divergence
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import LevelDecoder
 from nelbo.diffusion.distributions import kl, kl_noise
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits, XPrediction
 from nelbo.diffusion.prediction import LevelPrediction, Prediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Beta, Learned, Mixture, Optimal, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import TimeGrid, elbo

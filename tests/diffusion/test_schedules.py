@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.process import Affine, GaussianDiffusion
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion
 from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear, PowerAlpha, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.testing import ScheduleContract

@@ -10,7 +10,7 @@ from nelbo._utils.numerics import seeded
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import diffusion_rate, diffusion_term, reconstruction_term
-from nelbo.diffusion.process import Affine
+from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm
 from nelbo.testing import orders
 

@@ -11,9 +11,9 @@ from nelbo._utils.numerics import seeded
 from nelbo.cli import display
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import GaussianDensity, LevelDecoder
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model, measuring, model_hash
 from nelbo.diffusion.parametrization import LevelLogits, XPrediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo

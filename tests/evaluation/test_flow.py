@@ -10,6 +10,7 @@ from torch.distributions import Normal
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Calls, Model, counting
 from nelbo.diffusion.parametrization import (
@@ -19,7 +20,6 @@ from nelbo.diffusion.parametrization import (
     WithVariance,
     XPrediction,
 )
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import (
     Cosine,

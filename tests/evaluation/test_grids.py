@@ -11,11 +11,11 @@ from torch.distributions import kl_divergence
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
 from nelbo.diffusion.elbo import diffusion_term, reconstruction_term
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits, SymbolLogits, XPrediction
 from nelbo.diffusion.prediction import Prediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior
 from nelbo.diffusion.schedules import Betas, Linear, PowerAlpha
 from nelbo.diffusion.times import TimeGrid, even_times

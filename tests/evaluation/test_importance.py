@@ -16,9 +16,9 @@ from nelbo import evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import LevelDecoder
+from nelbo.diffusion.gaussian import GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits
-from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Beta, Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo

@@ -10,8 +10,8 @@ from torch import nn
 
 from nelbo import Batch, ContinuousTime, TimeGrid
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.latent import LAWS, LatentModel, PixelLaw, latent_elbo
-from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear
 from nelbo.evaluation.latent_bound import evaluate_latent
 from nelbo.integrations import wrap

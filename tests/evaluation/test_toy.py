@@ -8,8 +8,8 @@ from support.closed_forms import chain, condition, normal_kl, normal_log_prob
 
 import nelbo
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.parametrization import Mean
-from nelbo.diffusion.process import Affine
 from nelbo.diffusion.times import elbo
 from nelbo.evaluation import toy as toys
 from nelbo.evaluation.toy import ideal_f, toy

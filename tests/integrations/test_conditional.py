@@ -10,7 +10,7 @@ from support.conditional import SIZE, ddpm, dit, flow, images, prompts, sd3, tex
 
 from nelbo import evaluate
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.process import Affine
+from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.times import elbo
 from nelbo.integrations import load
 from nelbo.integrations.diffusers import build

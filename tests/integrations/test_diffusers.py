@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 
 from nelbo import TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.process import Affine
+from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.times import ContinuousTime, elbo
 from nelbo.integrations import is_foreign, load
 from nelbo.integrations.diffusers import build

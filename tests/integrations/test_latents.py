@@ -11,8 +11,8 @@ from support.commands import nelbo_fails, run_ok
 
 from nelbo import evaluate
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.latent import latent_elbo
-from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import elbo
 from nelbo.integrations import diffusers as ours
 from nelbo.integrations import load

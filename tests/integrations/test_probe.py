@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from nelbo import Batch, TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
-from nelbo.diffusion.process import Affine, Levels
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.integrations import wrap
 from nelbo.integrations.probe import probe
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from nelbo import Batch, ContinuousTime, TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.prediction import Prediction
-from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import elbo
 from nelbo.integrations import adapters, denoisers, spaced, wrap

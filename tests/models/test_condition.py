@@ -17,10 +17,10 @@ from nelbo.cli import main
 from nelbo.data import Label, Schema
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Categorical, GaussianDensity
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import SymbolLogits, XPrediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion
 from nelbo.diffusion.reverse import Optimal, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.times import TimeGrid, elbo

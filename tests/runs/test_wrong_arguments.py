@@ -12,7 +12,7 @@ from torch import nn
 
 import nelbo
 from nelbo import integrations
-from nelbo.diffusion.process import Levels
+from nelbo.diffusion.gaussian import Levels
 from nelbo.diffusion.uniform import UniformDiffusion
 
 SOURCE = str(Path(nelbo.__file__).parent)

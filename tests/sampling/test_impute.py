@@ -16,9 +16,9 @@ from nelbo.data.columns import Column
 from nelbo.data.schema import Schema
 from nelbo.data.tabular.encoding import decode, encode, encode_holes, outside_training
 from nelbo.diffusion.decoder import GaussianDensity
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import XPrediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import TimeGrid

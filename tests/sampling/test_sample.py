@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits, SymbolLogits, XPrediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Beta, Mixture, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.times import TimeGrid

@@ -14,9 +14,9 @@ from nelbo.codec.errors import CodecError
 from nelbo.codec.format import container
 from nelbo.codec.settings import Settings
 from nelbo.diffusion.decoder import LevelDecoder
+from nelbo.diffusion.gaussian import GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits
-from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Mixture
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import TimeGrid

@@ -16,10 +16,10 @@ from torch.distributions import kl_divergence
 
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.decoder import Categorical, GaussianDensity, LevelDecoder
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits, SymbolLogits, XPrediction
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.product import (
     ProductDecoder,
     ProductDiffusion,

@@ -17,9 +17,9 @@ from nelbo._utils.numerics import seeded
 from nelbo.cli import main
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import LevelDecoder
+from nelbo.diffusion.gaussian import GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model, model_hash
 from nelbo.diffusion.parametrization import LevelLogits
-from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Mixture
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import TimeGrid, elbo, iid

@@ -12,9 +12,9 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Evidence, LevelDecoder
 from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.elbo import prior_term, reconstruction_term
+from nelbo.diffusion.gaussian import GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import EpsPrediction, LevelLogits
-from nelbo.diffusion.process import GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Cosine, LearnedMonotone, Linear
 from nelbo.diffusion.times import ContinuousTime, elbo, stratified

@@ -15,9 +15,9 @@ from nelbo._utils.numerics import constant, seeded, slope
 from nelbo.data import Schema
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import LevelDecoder
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import LearnedMonotone, Linear, log_density
 from nelbo.models.build import build

@@ -18,7 +18,8 @@ from nelbo.diffusion.distributions import (
     draw,
     kl_noise,
 )
-from nelbo.diffusion.process import Affine, per_example
+from nelbo.diffusion.gaussian import Affine
+from nelbo.diffusion.process import per_example
 from nelbo.nn.dropout import Dropout
 from nelbo.training.parallel import blocks
 from nelbo.training.presets import configure

@@ -16,8 +16,9 @@ from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
 from nelbo.diffusion.distributions import Discrete
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.prediction import LevelPrediction, Prediction, level_evidence
-from nelbo.diffusion.process import Affine, ForwardProcess, Levels, per_example
+from nelbo.diffusion.process import ForwardProcess, per_example
 
 
 class Decoder(nn.Module, ABC):

@@ -38,8 +38,9 @@ from nelbo.diffusion.distributions import (
     draw,
 )
 from nelbo.diffusion.elbo import prior_term, reconstruction_term
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.model import Model, hash_of, measuring, model_hash
-from nelbo.diffusion.process import Affine, Levels, per_example
+from nelbo.diffusion.process import per_example
 from nelbo.diffusion.times import TimeDiscretization, stratified
 
 LAWS: dict[str, Callable[[Tensor, Tensor, Tensor], Discretised]] = {

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils.numerics import over
+from nelbo.diffusion.gaussian import GaussianDiffusion
 from nelbo.diffusion.prediction import (
     LevelFamily,
     LevelPrediction,
@@ -29,7 +30,7 @@ from nelbo.diffusion.prediction import (
     SymbolPrediction,
     signal_and_precision,
 )
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
+from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.symbols import WIDE
 
 #: other spellings of what a network predicts, in papers and libraries

@@ -21,8 +21,9 @@ from typing_extensions import override
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import LevelMixture
+from nelbo.diffusion.gaussian import GaussianDiffusion, normal
 from nelbo.diffusion.prediction import LevelPrediction, Prediction
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal, per_example
+from nelbo.diffusion.process import ForwardProcess, per_example
 
 if TYPE_CHECKING:
     from nelbo.diffusion.batch import Batch

@@ -35,12 +35,13 @@ from typing_extensions import override
 
 from nelbo._utils.numerics import over
 from nelbo.data.schema import as_examples
+from nelbo.diffusion.gaussian import GaussianDiffusion
 from nelbo.diffusion.gaussian_mixture import FEWEST, GaussianMixtureEnsemble
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import log_frequencies
 from nelbo.diffusion.prediction import level_evidence
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
+from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.terms import TermDraw
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.evaluation.intervals import FAR, apart

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from nelbo._utils.numerics import over
 from nelbo.diffusion.distributions import kl
+from nelbo.diffusion.gaussian import GaussianDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import log_frequencies
 from nelbo.diffusion.prediction import LevelTable
-from nelbo.diffusion.process import GaussianDiffusion
 from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, TermDraw
 from nelbo.evaluation.time_density import WIDEST
 

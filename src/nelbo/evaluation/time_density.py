@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from nelbo.data.schema import as_examples
+from nelbo.diffusion.gaussian import GaussianDiffusion, normal
 from nelbo.diffusion.masked import MaskedDiffusion
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, normal
+from nelbo.diffusion.process import ForwardProcess
 
 if TYPE_CHECKING:
     from nelbo.diffusion.model import Model

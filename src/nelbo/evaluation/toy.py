@@ -21,8 +21,8 @@ from nelbo._utils.arguments import checked
 from nelbo.diffusion import parametrization, reverse
 from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import Bound
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.process import Affine, GaussianDiffusion
 from nelbo.diffusion.schedules import Betas, Schedule
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.quadrature import Chain

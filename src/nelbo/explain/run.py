@@ -427,7 +427,7 @@ def panels(schema: Schema) -> list[Panel]:
             "6 and 7",
             (
                 "diffusion/process.py:ForwardProcess.posterior",
-                "diffusion/process.py:GaussianDiffusion.m_t",
+                "diffusion/gaussian.py:GaussianDiffusion.m_t",
                 "diffusion/model.py:Model.reverse",
             ),
         ),

@@ -182,7 +182,7 @@ MARGINAL = Panel(
     "Where the latent may be",
     f"<i>q</i>({_Z}|{_X}) = N(√{_ALPHA} {_X}, 1−{_ALPHA})",
     "3",
-    ("diffusion/process.py:GaussianDiffusion.marginal",),
+    ("diffusion/gaussian.py:GaussianDiffusion.marginal",),
 )
 SUM = Panel(
     "sum",
@@ -211,7 +211,7 @@ def panels() -> list[Panel]:
             "Noise, step by step",
             f"<i>q</i>({z}|{z_before}) = N(√(1−{beta}) {z_before}, {beta})",
             "2",
-            ("diffusion/process.py:GaussianDiffusion.transition",),
+            ("diffusion/gaussian.py:GaussianDiffusion.transition",),
             wide=True,
         ),
         MARGINAL,
@@ -222,8 +222,8 @@ def panels() -> list[Panel]:
             f' <span class="p"><i>P</i>({z_before}|{z}) = N(<i>f</i>({z}, t), <i>σ</i>²)</span>',
             "6 and 7",
             (
-                "diffusion/process.py:GaussianDiffusion.posterior",
-                "diffusion/process.py:GaussianDiffusion.m_t",
+                "diffusion/gaussian.py:GaussianDiffusion.posterior",
+                "diffusion/gaussian.py:GaussianDiffusion.m_t",
                 "diffusion/model.py:Model.reverse",
             ),
         ),

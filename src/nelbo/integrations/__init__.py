@@ -191,7 +191,7 @@ def _read(name: str, value: str) -> object:
     if name == "keep":
         return [int(i) for i in value.split(":")]
     if name == "scaling":
-        from nelbo.diffusion.process import Levels
+        from nelbo.diffusion.gaussian import Levels
 
         low, high = map(float, value.split(":"))
         return Levels(256, low, high)

@@ -33,10 +33,11 @@ from nelbo._utils.numerics import over, seeded
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import draw
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.parametrization import Parametrization
 from nelbo.diffusion.prediction import Prediction
-from nelbo.diffusion.process import Affine, ForwardProcess, GaussianDiffusion, Levels, per_example
+from nelbo.diffusion.process import ForwardProcess, per_example
 from nelbo.diffusion.reverse import FixedVariance
 from nelbo.diffusion.schedules import Schedule
 

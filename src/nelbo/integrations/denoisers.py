@@ -22,8 +22,8 @@ from nelbo._utils.numerics import LOG_2
 from nelbo.diffusion import parametrization, reverse
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Decoder, Evidence, GaussianDensity
+from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.schedules import Schedule
 from nelbo.integrations.adapters import (
     EDM,

@@ -24,7 +24,7 @@ from typing import cast
 from torch import nn
 
 from nelbo.data.schema import Schema
-from nelbo.diffusion.process import Affine, Levels
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.integrations.conditions import Condition, Conditioned, Given
 from nelbo.integrations.configs import Config, positive, read_json
 from nelbo.integrations.denoisers import Variance, signal_left

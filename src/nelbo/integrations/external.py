@@ -11,9 +11,9 @@ from nelbo.data.rows import Rows
 from nelbo.data.schema import Dataset, Schema
 from nelbo.data.sources import Source, Splits, load_like, name_of
 from nelbo.diffusion.batch import Batch, rows_of
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.times import TimeDiscretization
 from nelbo.integrations.conditions import Given
 from nelbo.integrations.text_records import TextForm

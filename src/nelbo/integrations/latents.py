@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from nelbo.data.schema import Schema
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.latent import LAWS, LatentModel, PixelLaw
-from nelbo.diffusion.process import Affine, Levels
 from nelbo.integrations.external import Foreign
 
 VARIATIONAL = "AutoencoderKL"

@@ -16,8 +16,8 @@ from nelbo.data.readers.arrays import layout
 from nelbo.data.schema import Schema
 from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Affine, Levels
 from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, even_times
 from nelbo.integrations.conditions import Condition, Conditioned, Given

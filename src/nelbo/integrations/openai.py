@@ -29,7 +29,7 @@ from nelbo._utils import limits
 from nelbo._utils.tensor_files import put_weights
 from nelbo._utils.validation import Record
 from nelbo.data.schema import Schema
-from nelbo.diffusion.process import Levels
+from nelbo.diffusion.gaussian import Levels
 from nelbo.diffusion.times import TimeGrid
 from nelbo.integrations.checkpoints import tensors_of, without_prefix
 from nelbo.integrations.configs import read_json

@@ -23,8 +23,8 @@ from torch import Tensor
 from nelbo._utils.numerics import over
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
+from nelbo.diffusion.gaussian import GaussianDiffusion, Levels
 from nelbo.diffusion.model import measuring
-from nelbo.diffusion.process import GaussianDiffusion, Levels
 
 if TYPE_CHECKING:
     from nelbo.integrations.denoisers import WrappedModel

@@ -11,12 +11,9 @@ from nelbo.data.columns import Group, groups
 from nelbo.data.schema import Schema
 from nelbo.diffusion import decoder as likelihood
 from nelbo.diffusion import parametrization, reverse, schedules
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import (
-    Affine,
-    ForwardProcess,
-    Levels,
-)
+from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.product import (
     ProductDecoder,
     ProductDiffusion,

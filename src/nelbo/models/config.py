@@ -24,7 +24,7 @@ SCHEDULES = {
 }
 #: processes of real numbers, and of integers as values: of (schedule, Affine or Levels)
 VALUE_PROCESSES = {
-    "gaussian": "nelbo.diffusion.process:GaussianDiffusion",
+    "gaussian": "nelbo.diffusion.gaussian:GaussianDiffusion",
 }
 #: processes of symbols: of (schedule, number of symbols)
 SYMBOL_PROCESSES = {

@@ -7,9 +7,9 @@ import torch
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.gaussian_mixture import fit
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.process import Affine
 from nelbo.evaluation.row_bounds import row_bounds
 from nelbo.nn.mixture import MixtureDenoiser
 

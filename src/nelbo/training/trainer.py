@@ -22,8 +22,8 @@ from nelbo._utils.sharding import clip_gradients, gathered, is_sharded
 from nelbo.data.rows import WINDOW, Ahead, Rows
 from nelbo.data.schema import Dataset, as_examples
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.model import Model, find_device
-from nelbo.diffusion.process import Affine
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import measure_errors

@@ -34,10 +34,11 @@ from nelbo._utils.numerics import over
 from nelbo.data.columns import Place, Transform
 from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import Drawable, LevelMixture, Shape, log_between
+from nelbo.diffusion.gaussian import GaussianDiffusion
 from nelbo.diffusion.gaussian_mixture import GaussianMixtureWithAtoms
 from nelbo.diffusion.parametrization import Parametrization
 from nelbo.diffusion.prediction import Prediction
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion, per_example
+from nelbo.diffusion.process import ForwardProcess, per_example
 from nelbo.diffusion.reverse import GaussianKernel
 from nelbo.diffusion.schedules import Schedule
 

@@ -15,10 +15,11 @@ from torch.distributions import Distribution
 from typing_extensions import override
 
 from nelbo.data.columns import Group
+from nelbo.diffusion.gaussian import GaussianDiffusion
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.parametrization import Parametrization
 from nelbo.diffusion.prediction import LevelPrediction, LevelTable, Prediction, level_evidence
-from nelbo.diffusion.process import ForwardProcess, GaussianDiffusion
+from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.reverse import GaussianKernel, mixture
 from nelbo.diffusion.schedules import Schedule
 
