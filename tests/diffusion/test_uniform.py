@@ -18,13 +18,14 @@ from nelbo.diffusion.decoder import Categorical
 from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import SymbolLogits
+from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.symbols import Certain, Predicted
-from nelbo.diffusion.terms import DiffusionRate, ReconstructionTerm, TermDraw
+from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, TermDraw
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.diffusion.uniform import UniformDiffusion
-from nelbo.evaluation.control_variates import SymbolVariate
+from nelbo.evaluation.control_variates import ReplacedVariate
 from nelbo.sampling.samplers import ancestral
 from nelbo.testing import assert_mean
 
@@ -415,17 +416,35 @@ def test_what_is_known_is_certain():
         UniformDiffusion(PowerAlpha(), 1)
 
 
-@pytest.mark.parametrize("term", [DiffusionRate, ReconstructionTerm])
-def test_the_control_variate_has_mean_zero(term):
-    """Over all z of each x, by enumeration; and it moves."""
+T = torch.full((len(X),), 0.6, dtype=torch.float64)
+TERMS = {"rate": DiffusionRate(T), "step": DiffusionTerm(T, T / 2), "first": ReconstructionTerm(T)}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_the_control_variate_is_the_cost_of_an_opinion_less_its_mean(name):
+    """By enumeration of z for each x: the mean is zero, and an opinion of the symbols that does
+    not depend on z costs as much for all z once the variate is taken off."""
     model, _ = made(PowerAlpha(2.0))
-    variate = SymbolVariate(model, STATES)
-    t = torch.full((len(X),), 0.6, dtype=torch.float64)
-    within = variate.within([TermDraw(X, term(t), Z, None, None, None)])[0, :, 0]
-    q = model.process.marginal(X, t).log_prob(Z).exp()
-    means = (q * within).view(len(STATES), -1).sum(1)
-    torch.testing.assert_close(means, torch.zeros_like(means), rtol=0, atol=1e-12)
-    assert within.abs().min() > 0.1
+    process, term = model.process, TERMS[name]
+    with seeded(5):
+        opinion = torch.randn(D, K, dtype=torch.float64).log_softmax(-1)
+    said = Prediction(opinion.expand(len(X), D, K))
+    variate = ReplacedVariate(model, STATES)
+    drawn = TermDraw(X, term, Z, said, None, None)
+    within = variate.within([drawn, drawn])[0, :, 0].view(len(STATES), -1)
+    q = process.marginal(X, T).log_prob(Z).exp().view(len(STATES), -1)
+    none = torch.zeros(len(STATES), dtype=torch.float64)
+    torch.testing.assert_close((q * within).sum(1), none, rtol=0, atol=1e-12)
+    assert within.abs().min() > 0.01
+    if name == "rate":
+        cost = process.rate(Z, X, said.e_hat, T)
+    else:  # of the step to time 0, where nothing is replaced, that decodes
+        s = term.before
+        cost = kl_divergence(process.posterior(Z, X, s, T), process.posterior(Z, said.e_hat, s, T))
+    if name == "first":
+        torch.testing.assert_close(cost, -process.likelihood(said, Z, T).log_prob(X).sum(1))
+    left = cost.view(len(STATES), -1) - within
+    torch.testing.assert_close(left, left[:, :1].expand_as(left), rtol=1e-10, atol=1e-10)
 
 
 def test_continuous_time_is_the_default():

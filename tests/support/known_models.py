@@ -20,6 +20,7 @@ from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits, SymbolLogits, XPrediction
+from nelbo.diffusion.process import SymbolProcess
 from nelbo.diffusion.product import (
     ProductDecoder,
     ProductDiffusion,
@@ -29,6 +30,7 @@ from nelbo.diffusion.product import (
 from nelbo.diffusion.reverse import Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
+from nelbo.diffusion.uniform import UniformDiffusion
 
 D = 2  # dimensions of each
 FLAT = torch.zeros(D, dtype=torch.float64)
@@ -171,22 +173,23 @@ def _terms_of_levels(model: Model, one: Tensor, times: TimeDiscretization) -> Te
     return torch.stack([prior, decoded, torch.as_tensor(_over_time(times, step, rate))])
 
 
-# ---- symbols and masks: sums over all states
+# ---- symbols, with masks or without: sums over all states
 
 K = 3
 
 
-def symbols() -> Known:
+def symbols(process: SymbolProcess | None = None) -> Known:
     """Predictions of which nothing is special, one for each state z."""
-    every = torch.tensor(states(K, D))
+    process = MaskedDiffusion(PowerAlpha(2.0), K) if process is None else process
+    channels = process.channels
+    every = torch.tensor(states(channels - 1, D))
     with seeded(33):
         table = torch.randn(len(every), D, K, dtype=torch.float64)
 
     def network(features: Tensor, level: Tensor) -> Tensor:
-        z = features.reshape(-1, D, K + 1).argmax(-1)
-        return table[z[:, 0] * (K + 1) + z[:, 1]]
+        z = features.reshape(-1, D, channels).argmax(-1)
+        return table[z[:, 0] * channels + z[:, 1]]
 
-    process = MaskedDiffusion(PowerAlpha(2.0), K)
     model = Model(Formula(network), process, SymbolLogits(K), Posterior(), Categorical(), (D,))
 
     def examples(n: int) -> Tensor:
@@ -259,6 +262,11 @@ def text() -> Known:
     return pairs(symbols(), (8,))
 
 
+def replaced() -> Known:
+    """Eight symbols of uniform-state diffusion."""
+    return pairs(symbols(UniformDiffusion(PowerAlpha(3.0), K)), (8,))
+
+
 def table() -> Known:
     """Two real columns and four categories."""
     parts, sizes = [gaussian(), pairs(symbols(), (4,))], [D, 4]
@@ -285,4 +293,9 @@ def table() -> Known:
     )
 
 
-LARGER: dict[str, Callable[[], Known]] = {"image": image, "text": text, "table": table}
+LARGER: dict[str, Callable[[], Known]] = {
+    "image": image,
+    "text": text,
+    "replaced": replaced,
+    "table": table,
+}

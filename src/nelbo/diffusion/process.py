@@ -109,6 +109,10 @@ class ForwardProcess(nn.Module, ABC):
         """Return log(α_t/α_s), the share of the signal at s that remains at t; log(1-β)."""
         return self.log_alpha(t) - self.log_alpha(s)
 
+    def shows(self, t: Tensor) -> bool:
+        """Return whether z_t is certain to tell x at all of the times t; so symbols may be."""
+        return False
+
     def fit_statistics(self, x: Tensor) -> None:
         """Fit to training examples x, (N, ...), before training; does nothing here."""
 
@@ -234,6 +238,10 @@ class SymbolProcess(ForwardProcess):
         self.count = self.codes = count
         self.as_codes, self.channels = as_codes, 1 if as_codes else states
         self.absent = count if as_codes else None
+
+    @override
+    def shows(self, t: Tensor) -> bool:
+        return bool((self.log_one_minus_alpha(t) == -torch.inf).all())
 
     @override
     def embed(self, x: Tensor) -> Tensor:

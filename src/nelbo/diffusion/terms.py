@@ -37,6 +37,11 @@ class Term(ABC):
     def draw(self, model: "Model", batch: "Batch") -> "TermDraw":
         """Draw the term once, with one network call per example; nats."""
 
+    @property
+    @abstractmethod
+    def before(self) -> Tensor | None:
+        """The earlier times of the step of which it is the cost, (B,); None for a rate."""
+
     @abstractmethod
     def error_weight(self, process: "ForwardProcess") -> Tensor:
         """Return w in w ‖e - ê‖², the cost of a Gaussian kernel with variance β̃; shape (B,)."""
@@ -54,6 +59,11 @@ class ReconstructionTerm(Term):
     def draw(self, model: "Model", batch: "Batch") -> "TermDraw":
         drawn = reconstruction_term(model, batch.x, self.t, batch.condition)
         return TermDraw(batch.x, self, *drawn)
+
+    @property
+    @override
+    def before(self) -> Tensor:
+        return torch.zeros_like(self.t)
 
     @override
     def error_weight(self, process: "ForwardProcess") -> Tensor:
@@ -75,6 +85,11 @@ class DiffusionTerm(Term):
         drawn = diffusion_term(model, batch.x, self.s, self.t, batch.condition)
         return TermDraw(batch.x, self, *drawn)
 
+    @property
+    @override
+    def before(self) -> Tensor:
+        return self.s
+
     @override
     def error_weight(self, process: "ForwardProcess") -> Tensor:
         snr_s, snr_t = ((-process.schedule(v)).exp() for v in (self.s, self.t))
@@ -94,6 +109,11 @@ class DiffusionRate(Term):
     @override
     def draw(self, model: "Model", batch: "Batch") -> "TermDraw":
         return TermDraw(batch.x, self, *diffusion_rate(model, batch.x, self.t, batch.condition))
+
+    @property
+    @override
+    def before(self) -> None:
+        return None
 
     @override
     def error_weight(self, process: "ForwardProcess") -> Tensor:

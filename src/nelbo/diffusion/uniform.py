@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution, Independent, kl_divergence
 from torch.distributions.kl import register_kl
 from torch.nn.functional import one_hot
 from torch.special import xlog1py
@@ -81,7 +81,7 @@ class MaybeReplaced(Discrete):
         Returns:
             log P_x, log P_z, and Σ_j log( P_j K/(1-α) ) of all other symbols j, float64.
         """
-        each, values = self.log_each, torch.stack([x, z])
+        each, values = self.log_each, torch.stack([x.expand_as(z), z])
         log_p, total = self.source.read(values, (self.log_kept - each).expand(self.batch_shape))
         at_x, at_z = self._replaced(log_p, values)
         rest = total - (at_z - each) - torch.where(x == z, 0.0, at_x - each)
@@ -267,7 +267,15 @@ class UniformDiffusion(SymbolProcess):
         """
         inside = self.schedule(t).isfinite()
         t = torch.where(inside, t, 0.5)
-        z, x = z.long(), e.long()
+        each = self._of_places(z.long(), e.long(), symbols, t)
+        return torch.where(inside, self._pace(t) * each.flatten(1).sum(1), 0.0)
+
+    def _pace(self, t: Tensor) -> Tensor:
+        """Return γ'(t) (1-α)/K, shape of t."""
+        return slope(self.schedule, t) * self.log_one_minus_alpha(t).exp() / self.count
+
+    def _of_places(self, z: Tensor, x: Tensor, symbols: Symbols, t: Tensor) -> Tensor:
+        """Return the sum over j of the rate for each place, shape of z, (..., *x.shape)."""
         m, m_hat = (self._marginal(v, t) for v in (Certain(x, self.count), symbols))
         (at_x, at_z, rest), (hat_x, hat_z, hat_rest) = (v.read(x, z) for v in (m, m_hat))
         apart = x != z
@@ -276,9 +284,26 @@ class UniformDiffusion(SymbolProcess):
         log_ratios = rest - hat_rest - others * (at_z - hat_z)
         of_others = (m.log_each - at_z).exp() * log_ratios
         lost = (-at_z).exp() * torch.expm1(at_z - hat_z)
-        each = torch.where(apart, of_x, 0.0) + of_others + lost
-        change = slope(self.schedule, t) * self.log_one_minus_alpha(t).exp() / self.count
-        return torch.where(inside, change * each.flatten(1).sum(1), 0.0)
+        return torch.where(apart, of_x, 0.0) + of_others + lost
+
+    def costs_of_symbols(self, x: Tensor, log_p: Tensor, s: Tensor | None, t: Tensor) -> Tensor:
+        """Return the cost of each place with each symbol there as that of z_t, (K, B, ...), nats.
+
+        Args:
+            x: examples, (B, ...).
+            log_p: of the symbols of each place given all others, (B, ..., K).
+            s: earlier times of a step, (B,); None for the rate in continuous time.
+            t: (B,), at which γ is finite.
+        """
+        x = x.long()
+        z = torch.arange(self.count, device=x.device).view(-1, *(1,) * x.ndim).expand(-1, *x.shape)
+        known, opinion = Certain(x, self.count), Predicted(log_p, x, None)
+        if s is None:
+            return over(self._pace(t), x) * self._of_places(z, x, opinion, t)
+        kept = self.log_kept(s, t)
+        return kl_divergence(
+            *(self._bridge(self._marginal(v, s), z, kept) for v in (known, opinion))
+        )
 
     def _marginal(self, symbols: Symbols, t: Tensor) -> MaybeReplaced:
         return self._replaced(symbols, self.log_alpha(t), self.log_one_minus_alpha(t))
@@ -288,8 +313,9 @@ class UniformDiffusion(SymbolProcess):
         return MaybeReplaced(symbols, kept.reshape(-1, *ones), replaced.reshape(-1, *ones))
 
     def _bridge(self, before: MaybeReplaced, z: Tensor, kept: Tensor) -> Bridge:
-        z = z.long()
-        return Bridge(before, z, over(kept, z), over(log1mexp(kept), z))
+        ones = (1,) * (len(before.batch_shape) - 1)
+        kept, replaced = (v.reshape(-1, *ones) for v in (kept, log1mexp(kept)))
+        return Bridge(before, z.long(), kept, replaced)
 
     def _symbols(self, e: Tensor, z: Tensor) -> Symbols:
         """Return the distribution of known symbols e, or of log-probabilities (..., K)."""

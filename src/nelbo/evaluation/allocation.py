@@ -127,13 +127,16 @@ class Proposal:
 
 
 def even(strata: Strata, controls: ControlVariates, first: float) -> Proposal:
-    """Return the proposal without a pilot, by which control variates have coefficients of 0.
+    """Return the proposal without a pilot, with the usual coefficients of control variates.
 
-    The reconstruction has the share `first`, and the density of the strata divides the rest.
+    The reconstruction has the share `first`, which is at least even unless it is 0, and the
+    density of the strata divides the rest.
     """
-    first = 1.0 if strata.count == 1 else max(first, 1 / strata.count)
+    if first > 0:
+        first = 1.0 if strata.count == 1 else max(first, 1 / strata.count)
     p = torch.cat([torch.full((1,), first).double(), (1 - first) * strata.ends.diff()])
     within = torch.zeros(strata.count, controls.columns + 1, dtype=torch.float64)
+    within[:, :-1] = controls.usual
     between = torch.zeros(strata.count, controls.features, dtype=torch.float64)
     unknown = torch.full_like(p, torch.nan)
     return Proposal(p, within, between, unknown, unknown[0], unknown[0])
@@ -160,7 +163,7 @@ def pilot(strata: Strata, controls: ControlVariates, batch: Batch, calls: int) -
     phi = torch.cat([controls.between(part) for part in some.x.split(256)])[index, stratum]
     usual = _usual(index, stratum, cost, v)
     if not stratum[usual].bincount(minlength=strata.count).all():
-        return even(strata, controls, 0.0)
+        return even(strata, controls, DOUBT)
     found = fit_proposal(strata.count, *(of[usual] for of in (stratum, cost, v, phi)))
     left = cost - (v * found.within[stratum]).sum(1) - (phi * found.between[stratum]).sum(1)
     left = left.nan_to_num(0.0, 0.0, 0.0)

@@ -11,7 +11,9 @@ The references, for e = embed(x) and z_t = √α_t e + √(1-α_t) ε:
     linear    the denoiser of N(μ, Σ), mean and covariance of the data: a quadratic in ε
     levels    the Bayes denoiser of independent dimensions whose levels have log-probabilities o.
               The cost of a dimension depends on its own ε alone, so E is one integral over ε
-    symbols   the same for masks: whether a symbol is masked is one Bernoulli variable
+    symbols   the same for masks: whether a symbol is masked is one Bernoulli variable; and for
+              symbols that noise replaces: which of K it becomes. Rare early changes cost much, so
+              that few draws without the variate would miss them, and their spread as well
 
 o, the context, may be anything that is independent of the dimension's own ε: the log-frequencies
 of the data; these plus the evidence of all other dimensions of z under mixtures of Gaussians; or
@@ -41,7 +43,7 @@ from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import log_frequencies
 from nelbo.diffusion.prediction import level_evidence
-from nelbo.diffusion.process import ForwardProcess
+from nelbo.diffusion.process import ForwardProcess, SymbolProcess
 from nelbo.diffusion.terms import TermDraw
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.evaluation.intervals import FAR, apart
@@ -66,6 +68,8 @@ class ControlVariate:
     columns = 0
     #: whether a neighbouring draw gives them a context
     paired = False
+    #: coefficient of each column where no pilot tells a better one
+    usual = 0.0
     #: a sentence on what is left out
     note = ""
 
@@ -156,39 +160,35 @@ class LevelVariates(ControlVariate):
 
 
 class SymbolVariate(ControlVariate):
-    """Costs of symbols that noise changed, given a context: w Σ_i (1[z_i ≠ x_i] - its mean) c_i.
+    """Costs of symbols that noise changed, given a context: Σ_i c_i(z_i) - E[ c_i(z_i)|x ].
 
-    c_i = -log P(x_i). A symbol is masked with probability 1-α_t, and replaced by another one with
-    (1-α_t)(1 - 1/K), where it costs about as much; there the network is no context, as its call
-    buys more as a draw.
+    The context is log P(x_i = k) of each place, by the network at a neighbouring draw.
+
+    Args:
+        model: of symbols.
+        x: examples to fit to.
     """
 
-    columns = 1
+    columns, paired, usual = 1, True, 1.0
 
     def __init__(self, model: Model, x: Tensor) -> None:
-        self.model, self.mask, self.absent = model, model.process.mask, model.process.codes
-        self.paired = self.mask is not None
+        self.model, self.absent = model, model.process.codes
         self.log_frequency = log_frequencies(x.cpu(), model.process.codes).to(x.device)
 
     @override
     def within(self, draws: Sequence[TermDraw]) -> Tensor:
         contexts = [self.log_frequency] * len(draws)
-        if self.paired and len(draws) == 2:
+        if len(draws) == 2:
             contexts = [self._by_network(draw) for draw in reversed(draws)]
         pairs = zip(draws, contexts, strict=True)
         return torch.stack([self._centred(draw, context)[:, None] for draw, context in pairs])
 
     def _by_network(self, draw: TermDraw) -> Tensor:
-        assert self.mask is not None
-        hidden = (draw.z == self.mask)[..., None]
-        return torch.where(hidden, draw.prediction.e_hat.clamp(min=LEAST), self.log_frequency)
+        return draw.prediction.e_hat.clamp(min=LEAST)
 
     def _centred(self, draw: TermDraw, context: Tensor) -> Tensor:
-        process, surprise = self.model.process, self._surprise(context, draw.x)
-        share = process.log_one_minus_alpha(draw.term.t).exp()
-        share = share if self.mask is not None else share * (1 - 1 / process.codes)
-        changed = (draw.z != draw.x).double() - over(share, surprise)
-        return draw.term.mask_weight(process) * (changed * surprise).flatten(1).sum(1)
+        """Return Σ_i c_i(z_i) - E[ c_i(z_i)|x ], (B,)."""
+        raise NotImplementedError
 
     @override
     def between(self, x: Tensor) -> list[Tensor]:
@@ -197,6 +197,49 @@ class SymbolVariate(ControlVariate):
     def _surprise(self, log_p: Tensor, x: Tensor) -> Tensor:
         """Return -log p of the symbols, shape of x; 0 where a shorter text has none."""
         return torch.where(x == self.absent, 0.0, of_level(-log_p, x.clamp(max=self.absent - 1)))
+
+
+class MaskVariate(SymbolVariate):
+    """The same for masks, w Σ_i (1[masked] - its probability) c_i with c_i = -log P(x_i)."""
+
+    @override
+    def _by_network(self, draw: TermDraw) -> Tensor:
+        hidden = (draw.z == self.model.process.mask)[..., None]
+        return torch.where(hidden, super()._by_network(draw), self.log_frequency)
+
+    @override
+    def _centred(self, draw: TermDraw, context: Tensor) -> Tensor:
+        process, surprise = self.model.process, self._surprise(context, draw.x)
+        share = process.log_one_minus_alpha(draw.term.t).exp()
+        changed = (draw.z != draw.x).double() - over(share, surprise)
+        return draw.term.mask_weight(process) * (changed * surprise).flatten(1).sum(1)
+
+
+class ReplacedVariate(SymbolVariate):
+    """The same for uniform-state diffusion, where the symbol k costs c_i(k) as that of z_t."""
+
+    @override
+    def _by_network(self, draw: TermDraw) -> Tensor:
+        # certain where a symbol shows, which costs nothing
+        return draw.prediction.symbols(draw.z, None).log_probs.clamp(min=LEAST)
+
+    @override
+    def _centred(self, draw: TermDraw, context: Tensor) -> Tensor:
+        process = UniformDiffusion.require(self.model.process, "symbols that noise replaces")
+        context = context.expand(*draw.x.shape, -1)
+        found = []
+        for rows in torch.arange(len(draw.x), device=context.device).split(
+            max(1, TABLE // (context[0].numel()))
+        ):
+            x, z, t = draw.x[rows].long(), draw.z[rows].long(), draw.term.t[rows]
+            s = None if draw.term.before is None else draw.term.before[rows]
+            cost = process.costs_of_symbols(x, context[rows], s, t)  # (K, rows, ...)
+            each = torch.arange(len(cost), device=x.device).view(-1, *(1,) * x.ndim)
+            q = process.marginal(x, t).base_dist.log_prob(each.expand_as(cost)).exp()
+            mean = torch.where(q > 0, q * cost, 0.0).sum(0)
+            own = cost.gather(0, z.clamp(max=self.absent - 1)[None])[0]
+            found.append(torch.where(x == self.absent, 0.0, own - mean).flatten(1).sum(1))
+        return torch.cat(found)
 
 
 class MixtureFeatures(ControlVariate):
@@ -238,7 +281,7 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
 
 @variates_of.register(MaskedDiffusion)
 @variates_of.register(UniformDiffusion)
-def _(process: ForwardProcess, model: Model, x: Tensor, edges: Tensor) -> list[ControlVariate]:
+def _(process: SymbolProcess, model: Model, x: Tensor, edges: Tensor) -> list[ControlVariate]:
     if model.dims * process.codes > TABLE:
         none = ControlVariate()
         none.note = (
@@ -246,7 +289,7 @@ def _(process: ForwardProcess, model: Model, x: Tensor, edges: Tensor) -> list[C
             f" would exceed {TABLE} numbers"
         )
         return [none]
-    return [SymbolVariate(model, x)]
+    return [ReplacedVariate(model, x) if process.mask is None else MaskVariate(model, x)]
 
 
 class ControlVariates:
@@ -291,6 +334,12 @@ class ControlVariates:
     def columns(self) -> int:
         """G, the number of columns of `within`."""
         return sum(part.columns for part in self.parts)
+
+    @property
+    def usual(self) -> Tensor:
+        """Coefficients of the columns of `within` without a pilot, (G,)."""
+        each = [torch.full((part.columns,), part.usual) for part in self.parts]
+        return torch.cat([torch.zeros(0), *each]).double()
 
     @property
     def features(self) -> int:

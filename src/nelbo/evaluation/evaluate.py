@@ -161,10 +161,12 @@ def evaluate(
         if target is None:
             rows, left = _divided(count, calls, strata.count, per_example, pilots is not None)
         piloted = rows > 0 or pilots is not None
-        # fewer pairs would be too few for an error
-        pairs = left >= 2 * (OWN if per_example else 2 if count < 2 * FEWEST else 0)
+        # fewer pairs would be too few for an error, of an example or of the mean of few
+        few = max(2, 1 + (OWN - 1) / count) if count < 2 * FEWEST else 0
+        pairs = left >= 2 * (OWN if per_example else few)
         with seeded(seed, 0):
-            fitted = others if piloted and variates else None
+            # without a pilot, variates whose coefficients are known: those of symbols
+            fitted = others if variates and (piloted or not model.process.has_flow) else None
             controls = ControlVariates(model, fitted, strata.edges, pairs)
             draws = left / controls.calls
             if pilots is not None:
@@ -175,7 +177,7 @@ def evaluate(
                 draws = _foreseen(proposal, count, target, per_example)
             sampling = plan(count, draws, per_example or not piloted, level=not piloted)
             if not piloted:
-                proposal = even(strata, controls, _first_share(sampling, count))
+                proposal = even(strata, controls, _first_share(model, times, sampling, count))
         begun = calls_made.forward
         known_costs = _known(controls, proposal, batch)
         _check_prior(known_costs[:, 0])
@@ -247,12 +249,17 @@ def _foreseen(proposal: Proposal, examples: int, target: float, scored: bool) ->
     return max(wanted, 2.0 if scored else 2 * min(1.0, FEWEST / examples))
 
 
-def _first_share(sampling: SamplingPlan, examples: int) -> float:
+def _first_share(
+    model: Model, times: TimeDiscretization, sampling: SamplingPlan, examples: int
+) -> float:
     """Return the share of the draws for the reconstruction without a pilot.
 
     It is drawn once for each example, on average; and, if this changes the share little, an equal
-    number of times in each replicate of a block.
+    number of times in each replicate of a block; and never if it is certain.
     """
+    first = torch.tensor([times.first], dtype=torch.float64, device=model.device)
+    if model.process.shows(first):
+        return 0.0
     once = 1 / (sampling.draws * sampling.replicates)
     in_block = examples // sampling.blocks * sampling.draws
     evenly = max(1, round(in_block * once)) / in_block
