@@ -447,6 +447,32 @@ def test_the_control_variate_is_the_cost_of_an_opinion_less_its_mean(name):
     torch.testing.assert_close(left, left[:, :1].expand_as(left), rtol=1e-10, atol=1e-10)
 
 
+def test_rare_early_changes_do_not_surprise():
+    """They cost much, and few draws without one would look as if there were none. What is left
+    of the cost, given a neighbouring draw's opinion, has a small third moment."""
+    model, _ = made(PowerAlpha(3.0))
+    x, z, other = (v.flatten() for v in torch.meshgrid(*[torch.arange(K**D)] * 3, indexing="ij"))
+    x, z, other = STATES[x], STATES[z], STATES[other]
+    t = torch.full((len(x),), 0.2, dtype=torch.float64)
+    with torch.no_grad():
+        said, opinion = model.predict(z, t), model.predict(other, t)
+        cost = model.process.predicted_rate(z, x, said, t)
+        pair = [
+            TermDraw(x, DiffusionRate(t), at, of, None, None)
+            for at, of in ((z, said), (other, opinion))
+        ]
+        left = cost - ReplacedVariate(model, STATES).within(pair)[0, :, 0]
+    q = model.process.marginal(x, t)
+    weight = (q.log_prob(z) + q.log_prob(other)).exp()
+
+    def moment(v: Tensor, power: int) -> float:
+        of_x = (weight * v).view(len(STATES), -1).sum(1).repeat_interleave(K ** (2 * D))
+        return (weight * (v - of_x).abs() ** power).sum().item()
+
+    assert moment(left, 2) < 0.3 * moment(cost, 2)
+    assert moment(left, 3) < 0.2 * moment(cost, 3)
+
+
 def test_continuous_time_is_the_default():
     model, _ = made(PowerAlpha(2.0))
     found = nelbo.evaluate(model, STATES, calls=8)
