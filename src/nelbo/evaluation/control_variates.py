@@ -204,7 +204,7 @@ class MaskVariate(SymbolVariate):
 
     @override
     def _by_network(self, draw: TermDraw) -> Tensor:
-        hidden = (draw.z == self.model.process.mask)[..., None]
+        hidden = (draw.z == self.absent)[..., None]  # the mask has the code of what is absent
         return torch.where(hidden, super()._by_network(draw), self.log_frequency)
 
     @override
