@@ -171,7 +171,7 @@ def test_the_source_has_nothing_that_executes_a_file():
 
 
 def test_names_in_a_run_are_no_html(trained, tmp_path):
-    from nelbo.report.sections import again
+    from nelbo.report.reproduce import again
 
     code = "<script>alert(1)</script>"
     page = again(nelbo.load(copied(trained, tmp_path, preset=code, data__source=code)), 0)

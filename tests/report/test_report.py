@@ -24,7 +24,8 @@ from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.per_dimension import by_dimension
 from nelbo.report import sections, studies
 from nelbo.report.figures import readable
-from nelbo.report.sections import train_command, training
+from nelbo.report.reproduce import train_command
+from nelbo.report.sections import training
 from nelbo.report.studies import measure_steps, trajectory
 from nelbo.runs import grids, own_data
 from nelbo.runs.pilot_cache import Pilots

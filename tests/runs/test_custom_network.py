@@ -13,7 +13,7 @@ import nelbo
 from nelbo.cli import main
 from nelbo.data import load
 from nelbo.nn.mlp import MLP
-from nelbo.report.sections import train_command
+from nelbo.report.reproduce import train_command
 from nelbo.training.presets import configure
 from nelbo.training.trainer import Trainer
 

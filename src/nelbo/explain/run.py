@@ -1,9 +1,9 @@
 """The page about a trained run: some of its test examples, and what each step costs on them."""
 
 import math
-from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,6 @@ from torch.distributions import Distribution, Independent
 from nelbo._utils.numerics import LOG_2, seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.text import shortened
-from nelbo.data.columns import Place, places
-from nelbo.data.readers.text import OTHER
 from nelbo.data.schema import Schema
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.distributions import draw
@@ -28,6 +26,7 @@ from nelbo.evaluation.per_dimension import kl_of_dimensions, of_dimensions, own_
 from nelbo.explain.panels import Panel, body, sub
 from nelbo.explain.toy import MARGINAL, SUM
 from nelbo.explain.values import Choice, Values, bell, curve
+from nelbo.explain.words import dim_names, meanings, predictions_as_text, values_as_text
 from nelbo.pages.images import Canvas, heated, is_image, uri
 from nelbo.runs.run import Run
 
@@ -38,7 +37,6 @@ DIMS = 8  # dimensions whose distributions are drawn, at most; of an image, fewe
 PIXELS = 3
 SIDE = 32  # pixels of the longer side of a picture, at most
 CHARACTERS = 400  # of a text, at most
-HIDDEN = "▒"  # a hidden character
 
 
 class Step(NamedTuple):
@@ -156,28 +154,6 @@ def _choices(
     return made
 
 
-def dim_names(schema: Schema) -> list[str]:
-    """Return a name for each dimension of an example, flattened."""
-    if schema.columns:
-        return [
-            f"{p.column.name}, known?" if p.indicator else p.column.name
-            for p in places(schema.columns)
-        ]
-    if len(schema.shape) == 1:
-        what = schema.symbol if schema.text else "dimension"
-        return [f"{what} {i + 1}" for i in range(schema.shape[0])]
-    if is_image(schema):
-        c, h, w = schema.shape
-        colour = [f", channel {k + 1}" if c > 1 else "" for k in range(c)]
-        return [
-            f"row {i + 1}, column {j + 1}{colour[k]}"
-            for k in range(c)
-            for i in range(h)
-            for j in range(w)
-        ]
-    return [str(tuple(i + 1 for i in at)) for at in np.ndindex(*schema.shape)]
-
-
 def _shown(schema: Schema, costs: Tensor) -> list[int]:
     """Return the dimensions that are drawn: of those that cost most, in order."""
     count = PIXELS if is_image(schema) else DIMS
@@ -239,14 +215,19 @@ def _put_pictures(
                 found.put("image_cost", heat, x=b, steps=n, kernel=k)
                 found.put("heat", tops, x=b, steps=n, kernel=k)
         return
-    meaning = _meanings(schema, model)
+    meaning = meanings(schema, model.process)
     for b in range(len(x)):
         row = slice(b * draws, b * draws + 1)
         if n == 0:
-            found.put("row_x", _said(x[b].flatten(), meaning, known=True), x=b)
-        said = [_said(s.z[row].flatten(), meaning) for s in path]
+            found.put("row_x", values_as_text(x[b].flatten(), meaning, known=True), x=b)
+        said = [values_as_text(s.z[row].flatten(), meaning) for s in path]
         found.put("row_z", said, x=b, steps=n)
-        guessed = [_guessed(model, s, row, meaning) for s in path]
+        guessed = [
+            predictions_as_text(
+                model.process, s.prediction.map(itemgetter(row)), s.z[row], meaning
+            )
+            for s in path
+        ]
         found.put("row_f", guessed, x=b, steps=n)
         for k, each in enumerate(costs):
             found.put("row_cost", [cost[row][0] for cost in each], x=b, steps=n, kernel=k)
@@ -257,85 +238,6 @@ def _picture(pixels: np.ndarray) -> str:
     if max(image.size) > SIDE:
         image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
     return uri(image)
-
-
-class _Meaning(NamedTuple):
-    """The place of a dimension in a table or the symbols of a text, and its mask, if any."""
-
-    place: Place | None
-    symbols: Sequence[str]
-    mask: int | None
-    gaussian: bool
-
-    def of(self, code: float) -> str:
-        """Return what a code stands for."""
-        if math.isnan(code):
-            return "missing"
-        if self.symbols:
-            return repr(self.symbols[int(code)]) if int(code) < len(self.symbols) else HIDDEN
-        column = self.place.column if self.place else None
-        if self.place and self.place.indicator:
-            return ("", "known", "missing")[int(code)]
-        if column is None or column.group == "numbers":
-            return _short(code)
-        if column.group == "symbols":
-            words = ("(other)", *column.categories, "missing")
-            return shortened(words[int(code)], 24)
-        assert column.precision is not None and column.low is not None
-        if column.missing and code >= column.codes - 1:
-            return "missing"
-        return _short(column.low + column.precision * (code - 1))
-
-
-def _short(v: float) -> str:
-    return f"{v:.6g}".replace("-", "−")
-
-
-def _meanings(schema: Schema, model: Model) -> list[_Meaning]:
-    dims = math.prod(schema.shape)
-    symbols: Sequence[str] = schema.alphabet + OTHER if schema.alphabet else ""
-    if (tokens := schema.tokenizer) is not None:
-        symbols = [tokens.decode([k]) for k in range(tokens.count)]
-    at: list[Place | None] = [*places(schema.columns)] if schema.columns else [None] * dims
-    parts = [part for part in model.process.factors for _ in range(dims)]
-    if len(model.process.factors) > 1:
-        sizes = [v.shape[1] for v in model.process.split(torch.zeros(1, dims))]
-        pairs = zip(model.process.factors, sizes, strict=True)
-        parts = [part for part, size in pairs for _ in range(size)]
-    return [
-        _Meaning(place, symbols, part.mask, part.has_flow)
-        for place, part in zip(at, parts, strict=False)
-    ]
-
-
-def _said(z: Tensor, meaning: list[_Meaning], known: bool = False) -> list[str]:
-    """Return the values of data (`known`) or of latents as text."""
-    return [
-        _short(v) if m.gaussian and not known else HIDDEN if not known and v == m.mask else m.of(v)
-        for v, m in zip(z.double().tolist(), meaning, strict=True)
-    ]
-
-
-def _guessed(model: Model, step: Step, row: slice, meaning: list[_Meaning]) -> list[str]:
-    """Return the predictions of one example as text: a mean, or the likeliest code."""
-    process, said, at = model.process, [], 0
-    pairs = zip(process.factors, step.prediction.factors, process.split(step.z[row]), strict=True)
-    for part, prediction, z in pairs:
-        one = prediction.map(lambda v: v[row])
-        levels = one.levels
-        if levels is None and part.has_flow:
-            mean = part.mean(one.e_hat, z).flatten().double().tolist()
-            said += [meaning[at + i].of(v) for i, v in enumerate(mean)]
-        else:
-            table = one.e_hat if levels is None else levels.log_probs
-            log_p, best = table.reshape(-1, table.shape[-1]).max(-1)
-            shown = z.flatten().tolist()
-            for i, (code, p) in enumerate(zip(best.tolist(), log_p.exp().tolist(), strict=True)):
-                visible = part.mask is not None and shown[i] != part.mask
-                m = meaning[at + i]
-                said.append(m.of(shown[i]) if visible else f"{m.of(code)} ({p:.2f})")
-        at += z[0].numel()
-    return said
 
 
 # ---- the distributions of single dimensions

@@ -24,6 +24,7 @@ from nelbo.pages.images import is_image
 from nelbo.pages.page import write_page
 from nelbo.report import sections
 from nelbo.report.quality import measure
+from nelbo.report.reproduce import again
 from nelbo.report.studies import (
     SAMPLE_STEPS,
     measure_files,
@@ -92,7 +93,7 @@ def report(
     else:
         path = trajectory(model, count, grid, seed, track("samples"), condition)
         parts += [sections.vectors(schema, few, path), sections.columns(cost.numpy(), unit)]
-    parts += [sections.files(run, coded), sections.again(run, seed)]
+    parts += [sections.files(run, coded), again(run, seed)]
     write_page(out, f"nelbo: {sections.name_of(run)}", "\n".join(parts))
     return out
 
