@@ -91,16 +91,7 @@ class Masking(SymbolProcess):
         return per_example(MaybeMasked(Certain(e, self.count), shown, masked))
 
     @override
-    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
-        return self._unmask(z, self._symbols(e, z), s, t)
-
-    @override
-    def predicted_posterior(
-        self, z: Tensor, prediction: "Prediction", s: Tensor, t: Tensor
-    ) -> Independent:
-        return self._unmask(z, prediction.symbols(z, self.mask), s, t)
-
-    def _unmask(self, z: Tensor, symbols: Symbols, s: Tensor, t: Tensor) -> Independent:
+    def posterior_of(self, z: Tensor, symbols: Symbols, s: Tensor, t: Tensor) -> Independent:
         s, t = (self.times_of_places(v, z.shape[1:]) for v in (s, t))
         masked = self.log_one_minus_alpha(t)
         reveal = self.log_alpha(s) + log1mexp(self._kept(s, t)) - masked
@@ -121,7 +112,7 @@ class Masking(SymbolProcess):
     @override
     def mean(self, e: Tensor, z: Tensor) -> Tensor:
         """Return E[x|z_t], where visible symbols are certain."""
-        mean = e.double() if e.ndim == z.ndim else super().mean(e, z)
+        mean = super().mean(e, z)
         return torch.where(z == self.mask, mean, z.to(mean))
 
     @override
@@ -133,22 +124,15 @@ class Masking(SymbolProcess):
         return per_example(MaybeMasked(symbols, shown, masked))
 
     @override
-    def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
+    def rate_of(self, z: Tensor, e: Tensor, symbols: Symbols, t: Tensor) -> Tensor:
         """Return -α'(t)/(1-α_t) Σ_masked -log P(x_i|z_t), (B,) (equation 9); -α'/(1-α) = γ' α."""
-        return self._rate(z, e, self._symbols(e_hat, z), t)
-
-    @override
-    def predicted_rate(self, z: Tensor, e: Tensor, prediction: "Prediction", t: Tensor) -> Tensor:
-        return self._rate(z, e, prediction.symbols(z, self.mask), t)
-
-    def _rate(self, z: Tensor, e: Tensor, symbols: Symbols, t: Tensor) -> Tensor:
         rates, places = self.rates_of_places(t, z.shape[1:])
         hidden = (z == self.mask) & places
         surprise = torch.where(hidden, -symbols.log_prob(e, hidden).double(), 0.0)
         return rates * surprise.flatten(1).sum(1)
 
-    def _symbols(self, e: Tensor, z: Tensor) -> Symbols:
-        """Return the distribution of the symbols given z, of known ones e or log P, (..., K)."""
+    @override
+    def symbols(self, e: Tensor, z: Tensor) -> Symbols:
         if e.ndim == z.ndim:
             return Certain(torch.where(z == self.mask, e.long(), z.long()), self.count)
         return Predicted(e, z, self.mask, dtype=e.dtype)

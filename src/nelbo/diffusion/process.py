@@ -25,6 +25,7 @@ from nelbo.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
     from nelbo.diffusion.prediction import Prediction
+    from nelbo.diffusion.symbols import Symbols
 
 Shape = torch.Size | tuple[int, ...]
 
@@ -246,6 +247,40 @@ class SymbolProcess(ForwardProcess):
     @override
     def embed(self, x: Tensor) -> Tensor:
         return x.long()
+
+    @abstractmethod
+    def symbols(self, e: Tensor, z: Tensor) -> "Symbols":
+        """Return the distribution of the symbols given z, of known ones e or log P, (..., K)."""
+
+    @abstractmethod
+    def posterior_of(self, z: Tensor, symbols: "Symbols", s: Tensor, t: Tensor) -> Independent:
+        """Return q(z_s|z_t) of symbols with a distribution given z = z_t."""
+
+    @abstractmethod
+    def rate_of(self, z: Tensor, e: Tensor, symbols: "Symbols", t: Tensor) -> Tensor:
+        """Return `rate` of a prediction with a distribution of the symbols, (B,)."""
+
+    @override
+    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
+        return self.posterior_of(z, self.symbols(e, z), s, t)
+
+    @override
+    def predicted_posterior(
+        self, z: Tensor, prediction: "Prediction", s: Tensor, t: Tensor
+    ) -> Independent:
+        return self.posterior_of(z, prediction.symbols(z, self.mask), s, t)
+
+    @override
+    def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
+        return self.rate_of(z, e, self.symbols(e_hat, z), t)
+
+    @override
+    def predicted_rate(self, z: Tensor, e: Tensor, prediction: "Prediction", t: Tensor) -> Tensor:
+        return self.rate_of(z, e, prediction.symbols(z, self.mask), t)
+
+    @override
+    def mean(self, e: Tensor, z: Tensor) -> Tensor:
+        return e.double() if e.ndim == z.ndim else super().mean(e, z)
 
     @override
     def features(self, z: Tensor) -> Tensor:

@@ -225,16 +225,7 @@ class UniformDiffusion(SymbolProcess):
         return per_example(self._marginal(Certain(e, self.count), t))
 
     @override
-    def posterior(self, z: Tensor, e: Tensor, s: Tensor, t: Tensor) -> Independent:
-        return self._posterior(z, self._symbols(e, z), s, t)
-
-    @override
-    def predicted_posterior(
-        self, z: Tensor, prediction: "Prediction", s: Tensor, t: Tensor
-    ) -> Independent:
-        return self._posterior(z, prediction.symbols(z, None), s, t)
-
-    def _posterior(self, z: Tensor, symbols: Symbols, s: Tensor, t: Tensor) -> Independent:
+    def posterior_of(self, z: Tensor, symbols: Symbols, s: Tensor, t: Tensor) -> Independent:
         return per_example(self._bridge(self._marginal(symbols, s), z, self.log_kept(s, t)))
 
     @override
@@ -244,22 +235,11 @@ class UniformDiffusion(SymbolProcess):
         return self._bridge(clean, z, self.log_alpha(t))
 
     @override
-    def mean(self, e: Tensor, z: Tensor) -> Tensor:
-        return e.double() if e.ndim == z.ndim else super().mean(e, z)
-
-    @override
     def prior(self, shape: torch.Size | tuple[int, ...], t: Tensor) -> Independent:
         return per_example(Uniform(self.count, torch.Size((len(t), *shape)), t.device))
 
     @override
-    def rate(self, z: Tensor, e: Tensor, e_hat: Tensor, t: Tensor) -> Tensor:
-        return self._rate(z, e, self._symbols(e_hat, z), t)
-
-    @override
-    def predicted_rate(self, z: Tensor, e: Tensor, prediction: "Prediction", t: Tensor) -> Tensor:
-        return self._rate(z, e, prediction.symbols(z, None), t)
-
-    def _rate(self, z: Tensor, e: Tensor, symbols: Symbols, t: Tensor) -> Tensor:
+    def rate_of(self, z: Tensor, e: Tensor, symbols: Symbols, t: Tensor) -> Tensor:
         """Return the rate of the head of this file, (B,); there, u_j = m_j/m_z.
 
         Σ_{j≠z} û_j - u_j = 1/m̂_z - 1/m_z, and u_j is that of x, or the same for all others. At
@@ -317,8 +297,8 @@ class UniformDiffusion(SymbolProcess):
         kept, replaced = (v.reshape(-1, *ones) for v in (kept, log1mexp(kept)))
         return Bridge(before, z.long(), kept, replaced)
 
-    def _symbols(self, e: Tensor, z: Tensor) -> Symbols:
-        """Return the distribution of known symbols e, or of log-probabilities (..., K)."""
+    @override
+    def symbols(self, e: Tensor, z: Tensor) -> Symbols:
         if e.ndim == z.ndim:
             return Certain(e, self.count)
         return Predicted(e, z, None, dtype=e.dtype)
