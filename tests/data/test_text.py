@@ -34,17 +34,18 @@ def words(dataset, split):
 
 
 def test_a_text_is_cut_in_order(file):
-    found = data.load(file, size=LENGTH)
+    length = LENGTH - 1  # 13 chunks, and 13 characters
+    found = data.load(file, size=length)
     assert found.schema == Schema(
-        "levels", (LENGTH,), len(set(SAID)) + 1, alphabet="".join(sorted({*SAID}))
+        "levels", (length,), len(set(SAID)) + 1, alphabet="".join(sorted({*SAID}))
     )
     n = len(SAID) // 10
     ends = {"validation": SAID[-2 * n : -n], "test": SAID[-n:]}
     for split, end in ends.items():
-        joined = "".join(words(found, split))
-        assert end.startswith(joined) and len(end) - len(joined) < LENGTH
+        assert "".join(words(found, split)) == end and n % length == 13
+        assert {len(chunk) for chunk in words(found, split)[:-1]} == {length}
     train = words(found, "train")
-    assert train == [SAID[i : i + LENGTH] for i in range(len(SAID) - 2 * n - LENGTH + 1)]
+    assert train == [SAID[i : i + length] for i in range(len(SAID) - 2 * n - length + 1)]
 
 
 def test_longer_chunks_to_train_on_begin_anywhere_sixteen_to_a_length(tmp_path):
@@ -99,10 +100,11 @@ def test_characters_that_training_did_not_see_are_one_symbol(tmp_path, file):
     other = tmp_path / "other.txt"
     other.write_text("\ufeffthe XXX sat on Z" + "rest")
     found = data.load_like(other, schema)
-    assert words(found, "all") == ["the \ufffd\ufffd\ufffd sat on \ufffd"]
-    assert (found.splits["all"] == schema.levels - 1).sum() == 4
-    assert any("4 characters" in note for note in found.notes)
-    assert any("the last 4 characters" in note for note in found.notes)
+    assert words(found, "all") == ["the \ufffd\ufffd\ufffd sat on \ufffd", "\ufffdest"]
+    assert (found.splits["all"] == schema.levels - 1).sum() == 5
+    assert (found.splits["all"] == schema.absent).sum() == LENGTH - 4
+    assert any("5 characters" in note for note in found.notes)
+    assert any("4 of 16 characters; lengths are given" in note for note in found.notes)
 
 
 def test_a_model_that_says_nothing_pays_the_entropy_of_its_frequencies(file):
@@ -148,13 +150,12 @@ def test_the_size_that_is_proposed_fits_every_split(tmp_path):
     data.load(path, size=int(str(error.value).split()[-1]))
 
 
-@pytest.mark.parametrize("content", [b"too short", "Grüße".encode("latin-1") * 99])
-def test_what_a_model_fixes_is_not_proposed(file, tmp_path, content):
-    """Chunks of a model have a length, and its symbols are characters, whatever is measured."""
+def test_what_a_model_fixes_is_not_proposed(file, tmp_path):
+    """The symbols of a model are characters, whatever is measured."""
     schema = data.load(file, size=LENGTH).schema
     path = tmp_path / "other.txt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"give more text|save it as UTF-8") as error:
+    path.write_bytes("Grüße".encode("latin-1") * 99)
+    with pytest.raises(ValueError, match="save it as UTF-8") as error:
         data.load_like(path, schema)
     assert "--" not in str(error.value)
 
@@ -182,6 +183,48 @@ def test_an_alphabet_fits_its_levels(shape, levels, alphabet):
 def test_the_alphabet_is_saved():
     schema = Schema("levels", (4,), 4, alphabet='\n"ä')
     assert Schema.from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
+
+
+@pytest.mark.parametrize("process", ["absorbing", "uniform"])
+@pytest.mark.parametrize("levels", [None, 256], ids=["characters", "bytes"])
+def test_a_run_measures_a_text_of_any_length(tmp_path, capsys, process, levels):
+    """All of the test split counts, in one chunk and a half; texts shorter than a chunk too, and
+    they come back from a file to the byte."""
+    path, run = tmp_path / "said.txt", tmp_path / "run"
+    path.write_text(SAID[:1200])
+    small = {"size": 80, "steps": 2, "batch": 4, "width": 32, "depth": 1}
+    made = nelbo.train(str(path), run, levels=levels, process=process, **small)
+    test = made.examples("test")
+    absent = made.config.schema.absent
+    assert test.shape == (2, 80) and (test != absent).sum() == 120
+    found = nelbo.evaluate(run, calls=16)
+    assert found.bits_per_dim == pytest.approx(found.nats * 2 / 120 / LOG_2)
+    assert len(made.score(calls=8)) == 2
+    short = tmp_path / "short.txt"
+    short.write_text("the cat; Ä")
+    run_ok("evaluate", run, "--data", short, "--calls", 32, "--json")
+    of_short, told = capsys.readouterr()
+    symbols = 10 if levels is None else 11
+    assert f"has {symbols} of 80" in told and "lengths are given, not coded" in told
+    of_short = json.loads(of_short)
+    assert of_short["bits_per_dim"] == pytest.approx(of_short["nats"] / symbols / LOG_2)
+    for file in (path, short):
+        coded, back = tmp_path / f"{file.stem}.nlb", tmp_path / f"back-{file.name}"
+        run_ok("compress", run, file, "--out", coded, "--steps", 2)
+        run_ok("decompress", run, coded, "--out", back)
+        assert back.read_bytes() == file.read_bytes()
+
+
+def test_a_model_of_values_takes_whole_chunks(tmp_path, file, capsys):
+    """Levels that noise of Gauss blurs have no code that says that there is none; it is said."""
+    small = ("--steps", 1, "--batch", 4, "--width", 32, "--depth", 1, "--size", 15)
+    run_ok("train", file, "--out", tmp_path / "run", "--process", "gaussian", *small)
+    assert "takes whole chunks" in capsys.readouterr().err
+    made = nelbo.load(tmp_path / "run")
+    assert len(made.examples("test")) == made.evaluate(calls=2).examples == 13
+    (tmp_path / "short.txt").write_text("the cat")
+    with pytest.raises(ValueError, match="shorter than a chunk of 15"):
+        made.evaluate(tmp_path / "short.txt")
 
 
 def test_text_from_the_command_line(tmp_path, file, capsys):

@@ -24,23 +24,25 @@ K, LENGTH = 3, 4
 
 
 class Dense(nn.Module):
-    """Logits of each of four places from the codes of all of them."""
+    """Logits of each of four places from the codes of all of them, or from a channel for each."""
 
-    def __init__(self):
+    def __init__(self, as_codes):
         super().__init__()
+        self.as_codes = as_codes
         self.embed = nn.Embedding(K + 1, 4, dtype=torch.float64)
         self.out = nn.Linear(4 * LENGTH, LENGTH * K, dtype=torch.float64)
 
     def forward(self, features, level):
-        h = self.embed(features.long()).tanh().flatten(1)
+        codes = features if self.as_codes else features.view(-1, LENGTH, K + 1).argmax(2)
+        h = self.embed(codes.long()).tanh().flatten(1)
         return self.out(h).reshape(-1, LENGTH, K) * 3
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(params=[True, False], ids=["tokens", "characters"])
+def model(request):
     with seeded(3):
-        network = Dense()
-    process = MaskedDiffusion(PowerAlpha(2.0), K, as_codes=True)
+        network = Dense(as_codes=request.param)
+    process = MaskedDiffusion(PowerAlpha(2.0), K, as_codes=request.param, shorter=True)
     return Model(network, process, SymbolLogits(K), Posterior(), Categorical(), (LENGTH,)).eval()
 
 
@@ -56,7 +58,9 @@ def by_definition(model, text):
     sets = [h for size in range(1, n + 1) for h in itertools.combinations(range(n), size)]
     rows = filled([[K if i in hidden else k for i, k in enumerate(text)] for hidden in sets])
     with torch.no_grad():
-        log_p = (model.network(rows, None) + model.head.log_prior).log_softmax(-1)
+        log_p = (
+            model.network(model.process.features(rows), None) + model.head.log_prior
+        ).log_softmax(-1)
     return sum(
         -sum(log_p[row, i, text[i]].item() for i in hidden)
         / len(hidden)
@@ -129,6 +133,7 @@ def test_orders_of_a_shorter_text_sum_to_one(model):
         assert (-torch.tensor(bounds, dtype=torch.float64) <= exact + 1e-9).all()
 
 
+@pytest.mark.parametrize("model", [True], ids=["tokens"], indirect=True)
 def test_the_length_of_others_changes_nothing(model):
     """A text alone, and beside longer ones, has the same bound."""
     texts = [(0, 1), (2, 1, 0, 1), (1,), (2, 2, 1)]

@@ -36,7 +36,7 @@ STATES = torch.tensor(list(itertools.product(range(K), repeat=D)))  # all x, and
 class TestUniformDiffusion(SymbolContract):
     @pytest.fixture(params=[False, True], ids=["channels", "codes"])
     def process(self, request):
-        return UniformDiffusion(Linear(-4.0, 3.0), 5, as_codes=request.param)
+        return UniformDiffusion(Linear(-4.0, 3.0), 5, as_codes=request.param, shorter=True)
 
 
 def made(schedule, seed=1):
@@ -376,7 +376,7 @@ def test_no_table_of_all_symbols_is_made():
 
 def test_what_is_beyond_a_shorter_text_costs_nothing():
     """x and z are K there; the numbers of the others are as if the text ended before."""
-    process = UniformDiffusion(PowerAlpha(2.0), 5, as_codes=True)
+    process = UniformDiffusion(PowerAlpha(2.0), 5, as_codes=True, shorter=True)
     with seeded(9):
         logits, x = torch.randn(2, 6, 5, dtype=torch.float64), torch.randint(5, (2, 6))
         s, t = torch.tensor([[0.2, 0.5], [0.4, 0.95]]).double()

@@ -164,7 +164,9 @@ def _store(x: Stored, label: str, schema: Schema) -> Tensor:
         )
     if isinstance(x, Rows):
         return cast(Tensor, x)
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=_smallest(codes)))
+    # only a split with a shorter text needs the code that says so
+    used = max(schema.levels, int(x.max()) + 1)
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=_smallest(used)))
 
 
 def split(

@@ -6,7 +6,7 @@ Scaling belongs to the model, so that its likelihood is one of the data.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -151,8 +151,8 @@ class Schema(Record):
 
     @property
     def absent(self) -> int | None:
-        """The code of a place beyond the end of a shorter text of tokens; else None."""
-        return None if self.tokenizer is None else self.tokenizer.count
+        """The code of a place beyond the end of a shorter text; None if the data are not text."""
+        return self.levels if self.text else None
 
     @property
     def symbol(self) -> str:
@@ -212,6 +212,23 @@ class Dataset:
     splits: dict[str, Tensor]
     notes: tuple[str, ...] = ()
     labels: dict[str, Tensor] = field(default_factory=dict)
+
+    def whole(self) -> "Dataset":
+        """Return the data without texts that are shorter than others, and a note if there are."""
+        if self.schema.absent is None:
+            return self
+        keep = {name: (x[:] < self.schema.absent).all(1) for name, x in self.splits.items()}
+        if all(k.all() for k in keep.values()):
+            return self
+        short = next((name for name, k in keep.items() if not k.any()), None)
+        if short is not None:
+            raise ValueError(
+                f"{self.source} is shorter than a chunk of {self.schema.shape[0]}, and a model of"
+                " values, not of symbols, takes whole chunks; give more text"
+            )
+        note = "a model of values, not of symbols, takes whole chunks: the last ones are left out"
+        splits = {name: x[keep[name]] for name, x in self.splits.items()}
+        return replace(self, splits=splits, notes=(*self.notes, note))
 
     def split(self, name: str) -> Tensor:
         """Return the examples of a split.

@@ -48,13 +48,17 @@ class Masking(SymbolProcess):
         count: the number K of symbols.
         as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
             it gets K + 1 channels, of which that of the symbol or of the mask is 1.
+        shorter: whether examples may be shorter than others: x and z are K beyond their end, which
+            costs nothing.
     """
 
     mask: int
 
     @checked
-    def __init__(self, schedule: Schedule, count: int, as_codes: bool = False) -> None:
-        super().__init__(schedule, count, count + 1, as_codes)
+    def __init__(
+        self, schedule: Schedule, count: int, as_codes: bool = False, shorter: bool = False
+    ) -> None:
+        super().__init__(schedule, count, count + 1, as_codes, shorter)
         self.mask = count
 
     @abstractmethod
@@ -172,13 +176,21 @@ class BlockDiffusion(Masking):
         count: the number K of symbols.
         block: places of a block.
         as_codes: see `Masking`.
+        shorter: likewise.
     """
 
     alike = False
 
     @checked
-    def __init__(self, schedule: Schedule, count: int, block: int, as_codes: bool = False) -> None:
-        super().__init__(schedule, count, as_codes)
+    def __init__(
+        self,
+        schedule: Schedule,
+        count: int,
+        block: int,
+        as_codes: bool = False,
+        shorter: bool = False,
+    ) -> None:
+        super().__init__(schedule, count, as_codes, shorter)
         self.block = integer("block", block, 1)
 
     def blocks(self, shape: Shape) -> int:

@@ -228,17 +228,20 @@ class SymbolProcess(ForwardProcess):
         states: number of values of z: K, or K + 1 with a mask.
         as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
             it gets a channel for each state, of which that of z is 1.
+        shorter: whether examples may be shorter than others: x and z are K beyond their end.
     """
 
     posterior_name = "categorical step"
 
-    def __init__(self, schedule: Schedule, count: int, states: int, as_codes: bool) -> None:
+    def __init__(
+        self, schedule: Schedule, count: int, states: int, as_codes: bool, shorter: bool
+    ) -> None:
         super().__init__(schedule)
         if count < 2:
             raise ValueError(f"levels must be at least 2; got {count}")
         self.count = self.codes = count
         self.as_codes, self.channels = as_codes, 1 if as_codes else states
-        self.absent = count if as_codes else None
+        self.absent = count if shorter else None
 
     @override
     def shows(self, t: Tensor) -> bool:
@@ -286,4 +289,6 @@ class SymbolProcess(ForwardProcess):
     def features(self, z: Tensor) -> Tensor:
         if self.as_codes:
             return z.double()
-        return one_hot(z.long(), self.channels).movedim(-1, 2).flatten(1, 2).double()
+        # K has a channel as the mask; without masks, none, where a shorter example has no symbol
+        of_code = one_hot(z.long(), self.count + 1)[..., : self.channels]
+        return of_code.movedim(-1, 2).flatten(1, 2).double()

@@ -203,13 +203,16 @@ class UniformDiffusion(SymbolProcess):
         schedule: γ(t), with α_t = sigmoid(-γ(t)); its ends may be infinite.
         count: the number K of symbols.
         as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
-            it gets K channels, of which that of the symbol is 1. Examples may then be shorter than
-            others: x and z are K beyond their end, which costs nothing.
+            it gets K channels, of which that of the symbol is 1.
+        shorter: whether examples may be shorter than others: x and z are K beyond their end, which
+            costs nothing.
     """
 
     @checked
-    def __init__(self, schedule: Schedule, count: int, as_codes: bool = False) -> None:
-        super().__init__(schedule, count, count, as_codes)
+    def __init__(
+        self, schedule: Schedule, count: int, as_codes: bool = False, shorter: bool = False
+    ) -> None:
+        super().__init__(schedule, count, count, as_codes, shorter)
 
     @override
     def log_snr_input(self, t: Tensor) -> Tensor:

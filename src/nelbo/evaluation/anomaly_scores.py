@@ -233,8 +233,8 @@ class Scorer:
         each = self._nats(batch)
         nats, error = each.mean(1), _overflown(errors([each], self.replicates))
         score = self.define(nats, batch.x, self.schema, self.mean)
-        tokens = model.process.as_codes  # texts of any length
-        dims = model.scored_places(batch).sum(1).double() if tokens else model.dims
+        any_length = model.process.absent is not None
+        dims = model.scored_places(batch).sum(1).double() if any_length else model.dims
         bits = None if model.decoder.density else 1 / (dims * LOG_2)
         found = Scored(score, nats, error, self.reference, bits)
         if not self.schema.columns:

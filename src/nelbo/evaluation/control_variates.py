@@ -68,7 +68,7 @@ class ControlVariate:
     columns = 0
     #: whether a neighbouring draw gives them a context
     paired = False
-    #: coefficient of each column where no pilot tells a better one
+    #: coefficient of each column of a pair where no pilot tells a better one
     usual = 0.0
     #: a sentence on what is left out
     note = ""
@@ -337,8 +337,9 @@ class ControlVariates:
 
     @property
     def usual(self) -> Tensor:
-        """Coefficients of the columns of `within` without a pilot, (G,)."""
-        each = [torch.full((part.columns,), part.usual) for part in self.parts]
+        """Coefficients of the columns of `within` without a pilot, (G,): 0 for single calls."""
+        known = self.calls > 1
+        each = [torch.full((part.columns,), known * part.usual) for part in self.parts]
         return torch.cat([torch.zeros(0), *each]).double()
 
     @property

@@ -100,7 +100,7 @@ def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) 
         )
     make = resolve(config.process, SYMBOL_PROCESSES)
     if schema.tokenizer is None:
-        process = make(schedule, schema.levels)
+        process = make(schedule, schema.levels, shorter=schema.text)
         head = parametrization.SymbolLogits(schema.levels, schema.shape)
         network = _network(config, schema, process.channels, head.outputs)
     else:  # so many symbols are embedded, and all places share their frequencies
@@ -108,7 +108,7 @@ def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) 
             raise ValueError(
                 f"tokens take the network transformer, which embeds them; got {config.network}"
             )
-        process = make(schedule, schema.levels, as_codes=True)
+        process = make(schedule, schema.levels, as_codes=True, shorter=True)
         head = parametrization.SymbolLogits(schema.levels)
         network = _network(config, schema, 1, head.outputs, symbols=process.count + 1)
     step, decoder = reverse.Posterior(), likelihood.Categorical()

@@ -60,7 +60,7 @@ def measure_steps(
 
     def summary(nats: Tensor) -> tuple[float, float]:
         """Return the mean of the costs of examples, (N,), and its standard error."""
-        each = nats * scale_of(model)
+        each = nats * scale_of(model, batch)
         error = (each.var() / len(each)).sqrt().item() if len(each) > 1 else 0.0
         return each.mean().item(), error
 
@@ -113,7 +113,7 @@ def measure_files(
     Return None if there is no lossless code for the model or the examples, or constriction is not
     installed. A shorter text has no code as an example.
     """
-    if model.process.as_codes:
+    if model.process.absent is not None:
         x = x[model.scored_places(Batch(x)).all(1)]
     if not len(x):
         return None

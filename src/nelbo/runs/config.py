@@ -28,7 +28,7 @@ from nelbo._version import __version__
 from nelbo.data.schema import Dataset, Schema, fingerprint
 from nelbo.data.sources import BUILT_IN, load
 from nelbo.data.splits import NONE, Declared, declare
-from nelbo.models.config import ModelConfig
+from nelbo.models.config import SYMBOL_PROCESSES, ModelConfig
 from nelbo.runs import held
 from nelbo.training.config import TrainConfig
 
@@ -139,7 +139,11 @@ class RunConfig:
                 f"the data at {place} are no longer those of the run: bring them back,"
                 " or evaluate others with --data"
             )
-        return dataset
+        return self.fitting(dataset)
+
+    def fitting(self, dataset: Dataset) -> Dataset:
+        """Return those of the data that the model can have: processes of values, whole texts."""
+        return dataset if self.model.process in SYMBOL_PROCESSES else dataset.whole()
 
     def place(self) -> str | None:
         """Return where the run's own data are; None if only the run itself says so.

@@ -27,7 +27,7 @@ def read(
         return source
     if source is None:
         return config.load_data()
-    dataset = load_like(source, config.schema, size=config.size, splits=splits)
+    dataset = config.fitting(load_like(source, config.schema, size=config.size, splits=splits))
     for note in dataset.notes:
         tell(note)
     return dataset

@@ -146,7 +146,10 @@ def train(
         except OSError as error:
             if progress:
                 print(f"where the data are is not kept: {cache.reason(error)}", file=sys.stderr)
-    training = Training(out, run, dataset, device, on_event, module)
+    fitting = run.fitting(dataset)
+    for note in fitting.notes[len(dataset.notes) :] if progress else ():
+        print(note, file=sys.stderr)
+    training = Training(out, run, fitting, device, on_event, module)
     return begin(training, progress, copy=copy)
 
 

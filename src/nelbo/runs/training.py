@@ -51,8 +51,8 @@ class Training:
         self.first, self.alone = rank == 0, size == 1
         self.learner = Trainer(run.model, run.train, dataset, device, network=network)
         model = self.learner.model
-        tokens = model.process.as_codes  # texts of any length
-        self.measured = model.scored(self.learner.validation) if tokens else model.dims
+        any_length = model.process.absent is not None
+        self.measured = model.scored(self.learner.validation) if any_length else model.dims
         self.add_event: events.Add = lambda event, step: None
         self.told = 0  # the step of the last event
         self.folder: tuple[int, int] | None = None  # device and inode, once the folder exists

@@ -3,8 +3,8 @@
 The alphabet is that of the training split, sorted, with one more symbol for any other character. A
 text of bytes has 256 symbols and no alphabet. Splits are contiguous, so that no chunk is in two of
 them. Chunks for evaluation follow each other; those for training overlap and begin at random,
-because a chunk may begin anywhere. The last chunk of tokens may be shorter: it is filled up with
-a code that says so, `Schema.absent`, so that a text of tokens is measured whole.
+because a chunk may begin anywhere. The last chunk for evaluation may be shorter: it is filled up
+with a code that says so, `Schema.absent`, so that a text is measured whole.
 """
 
 from pathlib import Path
@@ -162,7 +162,7 @@ def encode(text: str | bytes, alphabet: str) -> np.ndarray:
 
 
 def decode(x: np.ndarray, symbols: str | Tokenizer) -> list[str]:
-    r"""Return chunks (N, L) of symbols as N strings; invalid characters become \ufffd.
+    r"""Return chunks (N, L) of symbols as N strings, some shorter; invalid characters are \ufffd.
 
     Args:
         x: the chunks.
@@ -171,11 +171,19 @@ def decode(x: np.ndarray, symbols: str | Tokenizer) -> list[str]:
     >>> decode(np.array([[0, 1, 2]]), "ab") == ["ab\ufffd"]
     True
     """
+    texts = [chunk[chunk < levels_of(symbols)].tolist() for chunk in x]
     if isinstance(symbols, Tokenizer):
-        return [symbols.decode(chunk[chunk < symbols.count].tolist()) for chunk in x]
+        return [symbols.decode(text) for text in texts]
     if not symbols:
-        return [bytes(chunk.tolist()).decode("utf-8", errors="replace") for chunk in x]
-    return ["".join((symbols + OTHER)[k] for k in chunk) for chunk in x.tolist()]
+        return [bytes(text).decode("utf-8", errors="replace") for text in texts]
+    return ["".join((symbols + OTHER)[k] for k in text) for text in texts]
+
+
+def levels_of(symbols: str | Tokenizer) -> int:
+    """Return the number of symbols of an alphabet, "" for bytes, or of a tokenizer."""
+    if isinstance(symbols, Tokenizer):
+        return symbols.count
+    return len(symbols) + 1 if symbols else 256
 
 
 def _bytes_of(
@@ -262,21 +270,23 @@ def _chunks(
     """Return chunks (N, length) of the codes of each split; with a seed, for training.
 
     A training chunk begins at random in each stride: at multiples of the stride, chunks would see
-    records of a fixed width at some of their phases only. The last chunk of tokens to evaluate is
-    filled up with the number of tokens.
+    records of a fixed width at some of their phases only. The last chunk to evaluate is filled up
+    with the number of symbols.
     """
     training = seed is not None
     tokenizer = symbols if isinstance(symbols, Tokenizer) else None
     alphabet = symbols if isinstance(symbols, str) else ""
     unit, parts = "tokens" if tokenizer else "characters" if alphabet else "bytes", {}
+    levels = levels_of(symbols)
     shortest = min(map(len, codes.values()))
     for part, code in codes.items():
         learned = training and part == "train"
-        if tokenizer is not None and not learned and len(code) % length:
+        others = int((code == len(alphabet)).sum()) if alphabet else 0
+        if not learned and len(code) % length:
             note = f"the last chunk of {_label(path, part)} has {len(code) % length} of {length}"
-            notes.append(f"{note} tokens; lengths are given, not coded")
-            absent = -len(code) % length
-            code = np.pad(code, (0, absent), constant_values=tokenizer.count)
+            notes.append(f"{note} {unit}; lengths are given, not coded")
+            code = code.astype(np.promote_types(code.dtype, np.min_scalar_type(levels)))
+            code = np.pad(code, (0, -len(code) % length), constant_values=levels)
         if len(code) < length:
             other = f", or try --size {max(1, shortest // 2)}" if training else ""
             raise ValueError(
@@ -292,10 +302,6 @@ def _chunks(
             bits = np.random.PCG64([SALT, 1, seed or 0]).random_raw(len(begin))
             begin = begin + (bits % np.uint64(stride)).astype(np.int64)
         parts[part] = windows[begin.clip(max=len(windows) - 1)]
-        rest = (len(code) - length) % stride
-        others = int((code == len(alphabet)).sum()) if alphabet else 0
-        if rest and not learned:
-            notes.append(f"the last {rest} {unit} of {_label(path, part)} fill no chunk: left out")
         if others:
             notes.append(f"{others} characters of {_label(path, part)} are not in the alphabet")
     known = f"{len(alphabet)} different ones and one for any other; " if alphabet else ""
@@ -303,8 +309,7 @@ def _chunks(
         known = f"{tokenizer.count} different ones, tokenizer {tokenizer.sha256}; "
     notes.append(f"text in chunks of {length} {unit}; {known}--size sets the length")
     if tokenizer is not None:
-        return Found(str(path), parts, tokenizer.count, tuple(notes), tokenizer=tokenizer)
-    levels = len(alphabet) + 1 if alphabet else 256
+        return Found(str(path), parts, levels, tuple(notes), tokenizer=tokenizer)
     return Found(str(path), parts, levels, tuple(notes), alphabet=alphabet)
 
 
