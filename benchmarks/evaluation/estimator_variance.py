@@ -213,16 +213,16 @@ def ours(known: Known, x: Tensor, calls: int, passes: int) -> Variance:
     sampling = plan(len(x), calls / known.controls.calls, many=False)
     phi = torch.cat([known.controls.between(some) for some in x.split(256)])
     known_costs = known.proposal.known(phi)
-    blocks = torch.arange(len(x)).tensor_split(sampling.blocks)
+    blocks = torch.arange(len(x)).split(list(sampling.sizes))
     costs = _costs(known, x, known_costs, sampling, blocks, passes)
     parts = [costs[rows].mean(0).var() * (len(rows) / len(x)) ** 2 for rows in blocks]
     within = Variance.of(torch.stack(parts))
-    if sampling.sampled == sampling.blocks and not sampling.repeated:
+    if sampling.sampled == len(sampling.sizes) and not sampling.repeated:
         return within
     # (1 - n/N) s²/n, and n/N of the sample's w²/n, which is that of all; w² less by half where
     # an example is drawn twice
-    sampled = len(x) * sampling.sampled / sampling.blocks
-    again = sampling.repeated / sampling.sampled / 2
+    sampled = sum(sampling.sizes[: sampling.sampled])
+    again = sum(sampling.sizes[: sampling.repeated]) / sampled / 2
     left = costs - known_costs.sum(1, keepdim=True)
     square = (left - left.mean(0)).square().mean(1) - again * left.var(1)
     share = (1 - sampled / len(x)) / sampled
@@ -314,7 +314,7 @@ def spent(
 ) -> dict[str, float]:
     """Return the variance by `evaluate` with its calls for x, and that of the whole test split."""
     results = evaluations(run, x, trained, seeds)
-    blocks = plan(len(x), CALLS / 2, many=False).blocks  # of pairs
+    blocks = len(plan(len(x), CALLS / 2, many=False).sizes)  # of pairs
     value = sum((r.standard_error.monte_carlo * unit) ** 2 for r in results) / seeds
     variance = Variance(value, math.sqrt(2 / blocks / seeds))  # two replicates of each
     calls = results[0].calls_per_example

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nelbo.evaluation.survey import SurveyEstimate, repeated
+from nelbo.evaluation.survey import SurveyEstimate, drawn_again
 
 N, STRATA, REPLICATES, BLOCK = 120, 3, 2, 6
 
@@ -105,10 +105,10 @@ def test_what_was_not_visited_has_no_bound(population):
 
 
 def test_some_of_a_sample_are_visited_twice(population):
-    """A block at least; of a sample that grows to be all, two and thirty examples."""
+    """Two at least; of a sample that grows to be all, two and thirty."""
     known, truth = population
     found = sample(known, truth, 12, 1)
-    assert repeated(2, 20, N) == 1 and repeated(20, 20, N) == 6
+    assert drawn_again(12, N) == 2 and drawn_again(N, N) == 32
     missing = found.missing(0.28)
     assert min(missing) == 2 and list(missing.values()) == sorted(missing.values(), reverse=True)
     whole = found.missing(1e-9)

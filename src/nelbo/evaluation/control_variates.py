@@ -57,7 +57,8 @@ from nelbo.evaluation.reference_denoisers import (
 )
 from nelbo.evaluation.time_density import FITTED, WIDEST
 
-LEAST = -100.0  # smallest log-probability of a context, also for impossible levels
+#: smallest log-probability of a context, also for impossible levels
+LEAST = math.log(torch.finfo(torch.float64).eps)
 FINEST = 64  # levels up to which contexts pay off, as they need the probability of each level
 
 
@@ -372,12 +373,8 @@ def _strata(divergence: Tensor, surprise: Tensor | float = 0.0) -> Tensor:
     return torch.cat([first, divergence[:, :-1] - divergence[:, 1:]], 1)
 
 
-SCALES = (1 / 16, 1.0, 16.0)  # scales s, in mean absolute differences of neighbouring pixels
-MEASURED = 256  # examples of which this mean is taken, at most
-
-
 class GradientFeatures(ControlVariate):
-    """Σ log(1 + |d|/s) over an image, at a few scales s, for two kinds of differences d.
+    """Σ log(1 + |d|/s) over an image for two kinds of differences d, s the mean of the first.
 
     They resemble the bits of a coder that predicts a pixel from the one beside or above it, and of
     one that uses both and the corner. For photographs, they follow the bits of a network more
@@ -388,7 +385,7 @@ class GradientFeatures(ControlVariate):
     """
 
     def __init__(self, x: Tensor) -> None:
-        neighbours, _ = self._differences(x[:: math.ceil(len(x) / MEASURED)])
+        neighbours, _ = self._differences(x[:256])  # a scale: some examples do
         self.mean = neighbours.mean().clamp(min=1e-300)
 
     @staticmethod
@@ -401,12 +398,9 @@ class GradientFeatures(ControlVariate):
 
     @override
     def between(self, x: Tensor) -> list[Tensor]:
-        parts = [self._sums(part) for part in x.split(rows_cached(x))]
+        # parts that stay in the cache
+        parts = [
+            torch.stack([(d / self.mean).log1p_().sum(1) for d in self._differences(part)], 1)
+            for part in x.split(rows_cached(x))
+        ]
         return list(torch.cat(parts).split(1, 1))
-
-    def _sums(self, x: Tensor) -> Tensor:
-        """Return the sums for each kind and scale, (B, 6)."""
-        kinds = self._differences(x)
-        return torch.stack(
-            [(d / (self.mean * s)).log1p_().sum(1) for d in kinds for s in SCALES], 1
-        )

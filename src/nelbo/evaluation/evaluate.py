@@ -45,7 +45,6 @@ Pilots = Callable[[Strata, ControlVariates], Proposal]
 
 CALLS = 24  # network calls per example by default
 PILOT = 16  # rows per stratum of a pilot, at least
-FARTHEST = 1e140  # nats of the prior beyond which squares of other costs overflow
 MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
 TASK = 256  # draws, or examples, whose results are computed together
 
@@ -177,13 +176,13 @@ def evaluate(
                 draws = _foreseen(proposal, count, target, per_example)
             sampling = plan(count, draws, per_example or not piloted, level=not piloted)
             if not piloted:
-                proposal = even(strata, controls, _first_share(model, times, sampling, count))
+                proposal = even(strata, controls, _first_share(model, times, sampling))
         begun = calls_made.forward
         known_costs = _known(controls, proposal, batch)
         _check_prior(known_costs[:, 0])
         draw = partial(_draw, strata, controls, proposal, batch, known_costs, sampling.draws)
         with seeded(seed, 2):
-            blocks, turn = torch.randperm(count).tensor_split(sampling.blocks), 0
+            blocks, turn = torch.randperm(count).split(list(sampling.sizes)), 0
         found = SurveyEstimate(blocks, [], known_costs)
         some: Mapping[int, int] = sampling.counts
         while some:
@@ -249,9 +248,7 @@ def _foreseen(proposal: Proposal, examples: int, target: float, scored: bool) ->
     return max(wanted, 2.0 if scored else 2 * min(1.0, FEWEST / examples))
 
 
-def _first_share(
-    model: Model, times: TimeDiscretization, sampling: SamplingPlan, examples: int
-) -> float:
+def _first_share(model: Model, times: TimeDiscretization, sampling: SamplingPlan) -> float:
     """Return the share of the draws for the reconstruction without a pilot.
 
     It is drawn once for each example, on average; and, if this changes the share little, an equal
@@ -261,14 +258,15 @@ def _first_share(
     if model.process.shows(first):
         return 0.0
     once = 1 / (sampling.draws * sampling.replicates)
-    in_block = examples // sampling.blocks * sampling.draws
+    in_block = sampling.sizes[0] * sampling.draws
     evenly = max(1, round(in_block * once)) / in_block
     return evenly if evenly <= MUCH else min(once, MUCH)
 
 
 def _check_prior(nats: Tensor) -> None:
     """Raise a ValueError for examples so large that float64 overflows and all costs are NaN."""
-    beyond = (~(nats < FARTHEST)).nonzero().flatten()
+    # other costs are larger than the prior, and their squares overflow before its cube
+    beyond = (~nats.pow(3).isfinite()).nonzero().flatten()
     if len(beyond):
         raise ValueError(
             f"example {int(beyond[0])} (counted from 0; {len(beyond)} in all) has values too large"

@@ -166,8 +166,10 @@ class SurveyEstimate:
         rest = error**2 + (of_sample - variance) * len(self.rows) / len(self.known)
         wanted = there * (of_sample / rest - 1) if rest > 0 else math.inf
         then = there + math.ceil(min(max(wanted, least), len(self.blocks) - there))
-        often = repeated(then, len(self.blocks), len(self.known)) - sum(r > 1 for r in replicates)
-        return {g: min(replicates) + (g - there < often) for g in range(there, then)}
+        sizes = [len(rows) for rows in self.blocks[:then]]
+        twice = sum(n for n, r in zip(sizes, replicates, strict=False) if r > 1)
+        again = drawn_again(sum(sizes), len(self.known)) - twice
+        return {g: min(replicates) + (sum(sizes[there:g]) < again) for g in range(there, then)}
 
     def joined(self, costs: Mapping[int, Tensor]) -> "SurveyEstimate":
         """Return the estimate with the costs of further draws."""
@@ -177,13 +179,13 @@ class SurveyEstimate:
         return replace(self, costs=list(whole.values()))
 
 
-def repeated(sampled: int, blocks: int, examples: int) -> int:
-    """Return how many of the sampled blocks to draw twice, of N examples in so many blocks.
+def drawn_again(visited: int, examples: int) -> int:
+    """Return how many of the visited examples, of N, to draw twice.
 
-    If all blocks are sampled, it is FREEDOMS examples; the variance of a draw, which these give,
-    has the weight n/N in that of the mean.
+    If all are visited, it is FREEDOMS; the noise of a draw, which these show, has the weight n/N
+    in the variance of the mean.
     """
-    return max(1, math.ceil(FREEDOMS * (sampled / blocks) ** 2 * blocks / examples))
+    return max(2, math.ceil(FREEDOMS * (visited / examples) ** 2))
 
 
 @dataclass(frozen=True)
@@ -191,14 +193,14 @@ class SamplingPlan:
     """Plan for the draws of an evaluation of N examples.
 
     Args:
-        blocks: number of blocks of examples that share strata.
+        sizes: number of examples in each block, which share strata; they add up to N.
         sampled: number of blocks to draw first.
         replicates: R, of each sampled block.
         repeated: number of blocks with one more replicate.
         draws: of each example in each replicate.
     """
 
-    blocks: int
+    sizes: Sequence[int]
     sampled: int
     replicates: int
     repeated: int
@@ -213,8 +215,9 @@ class SamplingPlan:
 def plan(examples: int, draws: float, many: bool, level: bool = False) -> SamplingPlan:
     """Divide the draws between examples and replicates.
 
-    With fewer than two draws per example, each example of a sample gets one, and some of them a
-    second one, for the error.
+    With few draws per example, each example of a sample has one replicate, and some of them a
+    second one, for the error. Two replicates of all examples would need no sample, but the draws
+    of a replicate are stratified.
 
     Args:
         examples: N.
@@ -224,23 +227,24 @@ def plan(examples: int, draws: float, many: bool, level: bool = False) -> Sampli
         level: whether blocks are to be of one size, even if smaller, so that equally many draws of
             each fall into a stratum of given probability.
     """
-    if draws < 2:
-        most = int(draws * examples)
-        blocks = math.ceil(examples / max(1, min(FREEDOMS, most // FREEDOMS)))
-
-        def size(first: int) -> int:
-            """Return the number of examples in the first blocks, which may be one larger."""
-            return first * (examples // blocks) + min(first, examples % blocks)
-
-        needed = (size(g) + size(repeated(g, blocks, examples)) for g in range(blocks + 1))
-        sampled = max(g for g, calls in enumerate(needed) if calls <= most)
-        twice = max(g for g in range(sampled + 1) if size(sampled) + size(g) <= most)
-        return SamplingPlan(blocks, sampled, 1, twice, 1)
+    if draws < 2 or (draws < 4 and not many and examples >= 4 * FEWEST):
+        each = max(1, int(draws))
+        most = int(draws * examples) // each
+        visited = next(n for n in range(most, 0, -1) if n + drawn_again(n, examples) <= most)
+        twice = min(visited, most - visited)
+        once = [_parts(n, FREEDOMS) for n in (visited - twice, examples - visited)]
+        return SamplingPlan([twice, *once[0], *once[1]], 1 + len(once[0]), 1, 1, each)
     least = min(int(draws), OWN if many or examples < FEWEST else 2)
     # the number of replicates that uses the most draws
     replicates = max(range(least, 2 * least), key=lambda n: n * (int(draws) // n))
     of_block = max(1, min(FREEDOMS, examples * (replicates - 1) // FREEDOMS))
     if level:
         of_block = min(range(of_block, of_block // 2, -1), key=lambda size: -examples % size)
-    blocks = math.ceil(examples / of_block)
-    return SamplingPlan(blocks, blocks, replicates, 0, int(draws) // replicates)
+    sizes = _parts(examples, of_block)
+    return SamplingPlan(sizes, len(sizes), replicates, 0, int(draws) // replicates)
+
+
+def _parts(examples: int, most: int) -> list[int]:
+    """Return the sizes of as few blocks as hold these examples, none larger than `most`."""
+    blocks = math.ceil(examples / most)
+    return [examples // blocks + (g < examples % blocks) for g in range(blocks)]
