@@ -230,10 +230,14 @@ def plan(examples: int, draws: float, many: bool, level: bool = False) -> Sampli
     if draws < 2 or (draws < 4 and not many and examples >= 4 * FEWEST):
         each = max(1, int(draws))
         most = int(draws * examples) // each
-        visited = next(n for n in range(most, 0, -1) if n + drawn_again(n, examples) <= most)
+        most_visited = range(min(most, examples), 0, -1)
+        visited = next(n for n in most_visited if n + drawn_again(n, examples) <= most)
         twice = min(visited, most - visited)
-        once = [_parts(n, FREEDOMS) for n in (visited - twice, examples - visited)]
-        return SamplingPlan([twice, *once[0], *once[1]], 1 + len(once[0]), 1, 1, each)
+        again, once, later = (
+            _parts(n, FREEDOMS) for n in (twice, visited - twice, examples - visited)
+        )
+        first = len(again) + len(once)
+        return SamplingPlan([*again, *once, *later], first, 1, len(again), each)
     least = min(int(draws), OWN if many or examples < FEWEST else 2)
     # the number of replicates that uses the most draws
     replicates = max(range(least, 2 * least), key=lambda n: n * (int(draws) // n))
