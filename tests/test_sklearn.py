@@ -342,7 +342,7 @@ def test_a_mixed_frame_is_a_table_of_the_core(mixed):
     with pytest.warns(UserWarning, match="6 cells of height, such as 110, lie outside"):
         assert (mixed.score_samples(odd) < scores - 1).all()
     assert 0.7 < (mixed.predict(frame) == 1).mean() < 1
-    with pytest.raises(ValueError, match="the model is of a table"):
+    with pytest.raises(ValueError, match="the model is one of tables"):
         mixed.score_samples(X)
     with pytest.raises(ValueError, match="'weight'"):
         mixed.score_samples(few.drop(columns="weight"))

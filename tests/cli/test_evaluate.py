@@ -52,7 +52,7 @@ def test_the_samples_of_the_model_are_between_two_ends(trained, capsys):
     steps = ("--steps", 2, "--grid", "uniform", "--importance-samples", 2, "--own-samples", 5)
     run_ok("evaluate", trained, *steps, "--json")
     assert json.loads(capsys.readouterr().out)["nats"] == own.nats
-    assert "give these" in nelbo_fails(capsys, "evaluate", trained, "--own-samples", 5)
+    assert "give both" in nelbo_fails(capsys, "evaluate", trained, "--own-samples", 5)
 
 
 def test_the_costs_of_columns_are_those_of_their_dimensions(of_words):
@@ -71,8 +71,8 @@ def test_the_costs_of_columns_are_those_of_their_dimensions(of_words):
         ({"lines": True}, "--lines"),
         ({"columns": True}, "of a run's table"),
         ({"grid": "uniform"}, "give steps too"),
-        ({"own_samples": 3}, "give these"),
-        ({"ode": True, "columns": True}, "goes beside the bound"),
+        ({"own_samples": 3}, "give both"),
+        ({"ode": True, "columns": True}, "stated beside the plain bound"),
     ],
 )
 def test_an_option_that_does_nothing_is_refused(trained, options, words):

@@ -56,7 +56,8 @@ def test_a_page_holds_no_codes(monkeypatch, trained, tmp_path):
     monkeypatch.setattr(Run, "evaluate", lambda *_, **__: result)
     monkeypatch.setattr(Run, "grid", lambda *_, **__: None)
     monkeypatch.setattr(module, "trajectory", lambda *_, **__: type("P", (), {"x": None}))
-    for name in ("headline", "terms", "steps", "training", "images", "pixels", "files", "again"):
+    monkeypatch.setattr(module, "again", lambda *_: "a\x1b[31m\u202e\u200fb é")
+    for name in ("headline", "terms", "steps", "training", "images", "pixels", "files"):
         monkeypatch.setattr(module.sections, name, lambda *_: "a\x1b[31m\u202e\u200fb é")
     page = module.report(load_run(trained), tmp_path / "x.html").read_text()
     assert not {"\x1b", "\u202e", "\u200f"} & {*page} and "b é" in page

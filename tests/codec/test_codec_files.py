@@ -124,7 +124,7 @@ def test_what_would_not_come_back_is_refused_before_work(trained, tmp_path, caps
         ("twice.npz", "two of its arrays"),
         ("shade.png", "transparent colour"),
         ("deep.png", "of 16 bits"),
-        ("cut.png", "it is cut: of 72 bytes of pixels 34"),
+        ("cut.png", "it is truncated: 34 of 72 bytes of pixels"),
         ("vast.png", "claims more than 89478485 pixels"),
     ]:
         file = tmp_path / "no.nlb"
@@ -367,7 +367,7 @@ def test_bad_input(trained, tmp_path, capsys):
         ("no.png", out, (), "cannot be read as a PNG"),
         ("a.txt", out, (), "is text"),
         ("a.csv", out, (), "is a table"),
-        ("taken.nlb", out, (), "of no type"),
+        ("taken.nlb", out, (), "cannot be compressed"),
         ("x.npy", tmp_path / "taken.nlb", (), "exists; give another --out"),
         ("x.npy", tmp_path / "out.zip", (), "ends in .nlb"),
         ("x.npy", tmp_path / "taken.nlb" / "out.nlb", (), "taken.nlb"),

@@ -88,7 +88,7 @@ def test_missing_words_alone_are_those_of_all_columns(tmp_path):
     ("words", "says"),
     [
         ("NA", "missing_words must be a list"),
-        ([3], r"missing_words\[0\] must be a text"),
+        ([3], r"missing_words\[0\] must be a string"),
         (["a"], "choose one"),
     ],
 )
@@ -207,7 +207,7 @@ def test_commas_in_numbers_are_advised_on(values, advice):
     column, (note,) = infer_column(pl.Series("a", values * 5))
     assert column.kind == "category" and advice in note
     many = [values[0].replace("1", str(i), 1) for i in range(1, 100)]
-    with pytest.raises(ValueError, match="different texts") as error:
+    with pytest.raises(ValueError, match="different strings") as error:
         infer_column(pl.Series("a", many))
     assert "; write " in str(error.value)
     assert infer_columns(pl.DataFrame({"a": ["x,1", "y"]}))[1] == []

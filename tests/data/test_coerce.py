@@ -94,7 +94,7 @@ def test_images_are_those_of_a_folder(tmp_path):
     assert torch.equal(found.splits["test"], torch.tensor(GREY[20:, None]) * 40)
     with pytest.raises(ValueError, match=r"image 1 of the data is 3x4"):
         load([images[0], images[1].resize((3, 4))])
-    with pytest.raises(ValueError, match=r"this is one image, .* give \[image\]"):
+    with pytest.raises(ValueError, match=r"this is one image; give \[image\]"):
         load(images[0])
 
 
@@ -190,7 +190,7 @@ def test_batches_are_held_in_a_file_and_not_in_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (object(), "data are an array .* got object"),
+        (object(), "data must be an array .* got object"),
         (iter([]), "gave none; a generator is empty once it has been read"),
         (iter([np.zeros(3)]), r"shape \(3,\), and a batch of examples has"),
         (iter([np.zeros((2, 3)), np.zeros((2, 4))]), r"batch 1 has examples of float64 \(4,\)"),

@@ -472,7 +472,7 @@ def test_damaged_arrays_take_one_sentence(tmp_path, name, content):
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 def test_python_objects_are_never_unpickled(tmp_path, suffix):
     x = np.array([{}, "x", None], dtype=object)
-    with pytest.raises(ValueError, match=r"Object arrays .* without Python objects"):
+    with pytest.raises(ValueError, match=r"arrays of objects .* without Python objects"):
         load(save(tmp_path / f"x{suffix}", x))
 
 
@@ -487,7 +487,7 @@ def test_sources_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere; .* digits"):
         load(tmp_path / "nowhere")
     (tmp_path / "x.xlsx").write_text("1,2\n")
-    with pytest.raises(ValueError, match=r"x\.xlsx is of no known type; give \.npy"):
+    with pytest.raises(ValueError, match=r"x\.xlsx is of an unknown type; give \.npy"):
         load(tmp_path / "x.xlsx")
     for source in ("digits", save(tmp_path / "x.npy", counts())):
         with pytest.raises(ValueError, match="--size resizes encoded images"):
@@ -642,8 +642,11 @@ def truncated(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (truncated, "cannot be read as an image: it is cut"),
-        (lambda path: path.write_text("no image"), "as an image: it is of no known type; remove"),
+        (truncated, "cannot be read as an image: it is truncated"),
+        (
+            lambda path: path.write_text("no image"),
+            "as an image: it is of an unknown type; remove",
+        ),
         (lambda path: path.write_bytes(b""), "cannot be read as an image"),
         (lambda path: path.write_bytes(png(W, H)), "cannot be read as an image"),
         (lambda path: path.write_bytes(png(10**4, 10**4)), "claims more than .* pixels"),

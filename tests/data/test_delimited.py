@@ -54,7 +54,7 @@ def test_a_guess_of_the_separator_is_said(tmp_path):
         ("my table\na;b\n1;2\n", "line 2 .* 2 fields where the heading has 1.*';'"),
         ("x\n1\n\n2\n", 'line 3 of .* is blank; remove it, or write "" for an empty cell'),
         ("a b\n1 2\n3 4\n", "separated by blanks; separate it by commas"),
-        ("sep=;\na;b\n1;2\n", "'sep=;', for a spreadsheet; remove it"),
+        ("sep=;\na;b\n1;2\n", "'sep=;', an instruction for spreadsheets; remove it"),
         ("\na,b\n1,2\n", "first line of .* is blank"),
     ],
 )

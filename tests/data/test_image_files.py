@@ -79,7 +79,7 @@ def test_images_of_print_are_read_and_said(tmp_path):
     want = torch.tensor([0, 204, 204], dtype=torch.uint8)[:, None, None]
     assert (found.splits["all"][0] == want).all()
     assert (found.splits["all"].int() - want.int()).abs().max() <= 2  # of JPEG
-    assert "4 images of CMYK taken as RGB, without a colour profile" in found.notes
+    assert "4 CMYK images converted to RGB without a colour profile" in found.notes
 
 
 TURNS = {1: (0, False), 2: (0, True), 3: (2, False), 4: (2, True)}
@@ -111,7 +111,7 @@ def test_further_frames_are_counted(tmp_path):
         options = {"save_all": True, "append_images": others} if more else {}
         first.save(tmp_path / f"{i}.{kind}", **options)
     notes = load(tmp_path).notes
-    assert any("of 4 images of several frames the first is taken: 10 further" in n for n in notes)
+    assert any("first frame of 4 images with several frames is used; 10 other" in n for n in notes)
 
 
 def test_linked_folders_are_followed_once(tmp_path):

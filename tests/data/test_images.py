@@ -153,7 +153,7 @@ def test_the_upper_bits_of_sixteen_on_demand(tmp_path):
     for i, image in enumerate(deep):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     data = load(tmp_path, levels=256)
-    assert any("of 4 images of 16 bits a channel, the upper 8" in note for note in data.notes)
+    assert any("the upper 8 bits of 4 images with 16 bits" in note for note in data.notes)
     assert (whole(tmp_path, (1, H, W))[:, 0].numpy() == deep >> 8).all()
 
 
@@ -410,10 +410,10 @@ def bomb(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (cut, r"cannot be read as a tar file: it is cut"),
+        (cut, r"cannot be read as a tar file: it is truncated"),
         (cut_in_the_last, r"cannot be read as a tar file: unexpected end"),
         (cut_in_a_header, r"cannot be read as a tar file: (it is cut|unexpected end)"),
-        (cut_before_the_end, r"cannot be read as a tar file: it is cut"),
+        (cut_before_the_end, r"cannot be read as a tar file: it is truncated"),
         (gzipped, r"cannot be read as a tar file: .*without compression"),
         (sparse, r"cannot be read as a tar file: .*sparse"),
         (bomb, r"0\.png in .*x\.tar claims more than .* pixels"),

@@ -224,9 +224,9 @@ def test_a_table_of_another_kind_is_refused(people, tmp_path, change, words):
 def test_data_of_another_kind_are_refused(people, tmp_path):
     schema = data.load(people).schema
     np.save(tmp_path / "x.npy", np.zeros((3, 7)))
-    with pytest.raises(ValueError, match="of a table"):
+    with pytest.raises(ValueError, match="one of tables, and"):
         data.load_like(tmp_path / "x.npy", schema)
-    with pytest.raises(ValueError, match="of no table"):
+    with pytest.raises(ValueError, match="not one of tables"):
         data.load_like(people, Schema("real", (7,), None))
     with pytest.raises(ValueError, match="--levels is for arrays"):
         data.load(people, levels=3)
@@ -243,7 +243,7 @@ def test_frames_are_tables_as_files_are(people):
     for wrong in (3, {"a": 1}, {}):
         with pytest.raises(
             ValueError,
-            match=r"data are an array .* got int|'a' .* is the one value 1|give at least 1",
+            match=r"data must be an array .* got int|'a' .* is the one value 1|give at least 1",
         ):
             data.load(wrong)
 
@@ -281,7 +281,7 @@ def test_a_frame_is_trained_on_and_kept(people, tmp_path):
     frame.to_csv(tmp_path / "t.csv", index=False)
     by_file = train(str(tmp_path / "t.csv"), tmp_path / "by_file", steps=2, **options)
     assert by_file.config.hashes == run.config.hashes
-    with pytest.raises(ValueError, match=r"data are an array or tensor .*; got int"):
+    with pytest.raises(ValueError, match=r"data must be an array or tensor .*; got int"):
         train(3, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -296,9 +296,9 @@ def test_a_frame_is_trained_on_and_kept(people, tmp_path):
         ),
         ({"name": "a", "kind": "rounded"}, "must be numbers"),
         ({"name": "a", "kind": "real", "precision": 1}, "for the kind rounded"),
-        ({"name": "a", "kind": "category"}, "different texts"),
+        ({"name": "a", "kind": "category"}, "different strings"),
         ({"name": "a", "kind": "boolean", "categories": ["x"]}, "two categories"),
-        ({"name": 3, "kind": "real"}, "must be a text"),
+        ({"name": 3, "kind": "real"}, "must be a string"),
         ({"name": "a", "kind": "real", "unit": "m"}, "unknown key 'unit'"),
     ],
 )

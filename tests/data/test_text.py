@@ -161,7 +161,7 @@ def test_what_a_model_fixes_is_not_proposed(file, tmp_path):
 
 
 def test_a_text_is_not_for_a_model_of_vectors(file):
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="is text, but the model is not one of text"):
         data.load_like(file, Schema("levels", (LENGTH,), 256))
 
 
@@ -263,7 +263,7 @@ def test_text_from_the_command_line(tmp_path, file, capsys):
     ]
     for more, why in {
         ("--steps", "4"): "give tokens_per_step in place of steps",
-        ("--grid", "uniform"): "greedy has none; leave it out",
+        ("--grid", "uniform"): "greedy has no steps; leave it out",
     }.items():
         assert why in nelbo_fails(capsys, "sample", run, *some, *more)
 

@@ -149,11 +149,11 @@ def test_what_is_refused(tmp_path, file, capsys):
     ):
         data.load(file, tokenizer=str(tmp_path))
     np.save(tmp_path / "x.npy", np.zeros((9, 3), np.int64))
-    with pytest.raises(ValueError, match=r"a tokenizer is for text, and .*x\.npy is none"):
+    with pytest.raises(ValueError, match=r"a tokenizer is for text, and .*x\.npy is not text"):
         data.load(tmp_path / "x.npy", tokenizer="bpe:300")
     with pytest.raises(ValueError, match="leave --levels out"):
         data.load(file, tokenizer="bpe:300", levels=256)
-    with pytest.raises(ValueError, match="not the one of its hash"):
+    with pytest.raises(ValueError, match="does not have its hash"):
         Tokenizer("0" * 16, make("bpe:300", TEXT).content)
     assert Library.from_str(make("bpe:300", TEXT).content).get_vocab_size() == 300
 
@@ -164,5 +164,5 @@ def test_a_changed_run_is_refused(tmp_path, file):
     document = json.loads(path.read_text())
     document["data"]["schema"]["tokenizer"]["content"] += " "
     path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="not the one of its hash"):
+    with pytest.raises(ValueError, match="does not have its hash"):
         nelbo.load(run.path)

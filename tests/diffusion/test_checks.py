@@ -43,7 +43,7 @@ def test_what_is_plain_is_taken_as_it_is(levels):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.float(), r"x is torch\.float32, and the model is of the integers 0\.\.4"),
+        (lambda x: x.float(), r"x is torch\.float32, but the model takes integers 0\.\.4"),
         (lambda x: x / 4, r"not scaled; .* \(x \* 4\)\.round\(\)\.long\(\)"),
         (lambda x: (x / 4).numpy(), "not scaled"),
         (
@@ -82,7 +82,7 @@ def test_bytes_are_all_levels_of_256():
 
 def test_times_are_times(levels):
     for measure in (nelbo.evaluate, nelbo.elbo):
-        with pytest.raises(ValueError, match=r"times must be a TimeDiscretization.*got '8'"):
+        with pytest.raises(ValueError, match=r"times must be a nelbo TimeDiscretization.*got '8'"):
             measure(*levels, times="8")
         with pytest.raises(ValueError, match="give steps or times, not both"):
             measure(*levels, times=nelbo.TimeGrid.uniform(2), steps=2)

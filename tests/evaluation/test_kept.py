@@ -80,7 +80,7 @@ def test_another_evaluation_is_refused(tmp_path):
         "data": lambda: nelbo.evaluate(model, TEXTS[:3], calls=8, resume=path),
         "model": lambda: nelbo.evaluate(tiny(5), TEXTS[:4], calls=8, resume=path),
     }.items():
-        with pytest.raises(ValueError, match=f"another evaluation: its {what} is .*, and here"):
+        with pytest.raises(ValueError, match=f"another evaluation: its {what} is .*, and now"):
             change()
     with pytest.raises(ValueError, match="resume is for masked models in continuous time"):
         nelbo.evaluate(gaussian().model, torch.zeros(4, 2), calls=8, resume=path)
@@ -134,7 +134,7 @@ def test_the_command_after_sigterm(tmp_path, capsys, small):
     whole, arrays = json.loads(capsys.readouterr().out), dict(np.load(save))
     kept_before = kept.read_bytes()
     line = nelbo_fails(capsys, *command, "--resume", kept, "--seed", 1)
-    assert "its seed is 0, and here 1" in line and kept.read_bytes() == kept_before
+    assert "its seed is 0, and now 1" in line and kept.read_bytes() == kept_before
     run_ok(*command, "--resume", kept)  # per example was not asked for, so it is another
     assert json.loads(capsys.readouterr().out)["model_hash"] == whole["model_hash"]
     run_ok(*command, "--resume", kept)

@@ -356,7 +356,7 @@ def test_what_has_no_counts_or_no_such_surrogate_is_refused():
         nelbo.evaluate(model, ids, masks="x")
     with pytest.raises(ValueError, match="masks are for a masked model in continuous time"):
         nelbo.evaluate(model, ids, steps=3, masks="plain")
-    with pytest.raises(ValueError, match="two-levels take a surrogate"):
+    with pytest.raises(ValueError, match="two-levels need a surrogate"):
         nelbo.evaluate(model, ids, masks="two-levels")
     with pytest.raises(ValueError, match="a surrogate takes the masks two-levels; got 'draws'"):
         nelbo.evaluate(model, ids, masks="draws", surrogate=model)

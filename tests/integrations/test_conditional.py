@@ -173,7 +173,7 @@ def test_a_folder_of_prompts(tmp_path):
         ("prompts and sizes", prompts(), r"lacks added_cond_kwargs.text_embeds"),
         ("classes", prompts(), "class labels, integers"),
         ("classes", [11, 0, 0], "labels must be 0..10; got 11"),
-        ("prompts", prompts(2), "of 2 examples, and there are 3"),
+        ("prompts", prompts(2), "has 2 values, and there are 3"),
         ("prompts", prompts() * np.inf, "has values that are not finite"),
     ],
 )  # fmt: skip

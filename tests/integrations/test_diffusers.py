@@ -566,7 +566,9 @@ def test_other_weights_beside_the_network_are_mentioned(networks, tmp_path):
         other = diffusers.UNet2DModel.from_config(networks[3].config)
     other.save_pretrained(tmp_path / "unet_ema")
     notes = load(f"diffusers:{tmp_path}").notes
-    assert "weights in unet; for those in unet_ema, add ,weights=unet_ema" in notes[-1]
+    assert (
+        "weights in unet are measured; for those in unet_ema, add ,weights=unet_ema" in notes[-1]
+    )
     found = load(f"diffusers:{tmp_path},weights=unet_ema")
     states = [each.state_dict().values() for each in (found.model.network.network.network, other)]
     assert all(map(torch.equal, *states))
@@ -601,7 +603,7 @@ def test_a_variance_after_the_path(networks, tmp_path):
     found = load(f"diffusers:{save(tmp_path / 'b', networks[6], learned)},variance=large")
     assert "variance large" in found.notes[0] and "is not used" in found.notes[-1]
     assert bound(found).isfinite().all()
-    with pytest.raises(ValueError, match="a training with β's"):
+    with pytest.raises(ValueError, match="trained with β's"):
         build(Recorder(), diffusers.EDMEulerScheduler(), variance="large")
 
 
@@ -757,7 +759,9 @@ class TestInMemory:
             assert got.notes[0] == found.notes[0]
             for words in ("channels last", "no better than a straight line"):
                 assert any(words in note for note in got.notes)
-        with pytest.raises(ValueError, match="betas: the scheduler of a DDPMPipeline says this"):
+        with pytest.raises(
+            ValueError, match="betas: the scheduler of a DDPMPipeline determines this"
+        ):
             evaluate(pipeline, x, betas=scheduler.betas)
         with pytest.raises(ValueError, match="clip_sample"):
             evaluate((network, ddpm(clip_sample=True)), x)
@@ -790,5 +794,5 @@ class TestInMemory:
         ):
             with pytest.raises(ValueError, match=words):
                 evaluate((network, scheduler), x, condition=condition)
-        with pytest.raises(ValueError, match="left over: label is one for all"):
+        with pytest.raises(ValueError, match="because label is one for all"):
             build(network, scheduler, condition=labels, label=1)

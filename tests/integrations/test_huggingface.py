@@ -162,7 +162,7 @@ def test_bad_folders_and_texts_are_refused(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             huggingface.load(folder).texts(str(tmp_path / str(name)), **options)
 
-    refused("is no folder", tmp_path / "none")
+    refused("is not a folder", tmp_path / "none")
     refused("has no mask token", write(tmp_path / "nomask", mask=False))
     refused(
         "it lowers case: .A. becomes .a.",
@@ -325,7 +325,7 @@ def test_the_sampler_that_people_use(tmp_path, capsys):
     assert "looks at the symbols drawn" in line
     assert "belongs to a sampler" in nelbo_fails(capsys, *command, "--tokens-per-step", 2)
     line = nelbo_fails(capsys, *command[:-2], "--ode", "--sampler", "greedy")
-    assert "--sampler goes beside the bound" in line
+    assert "--sampler is stated beside the plain bound" in line
 
 
 def test_a_surrogate_on_the_command_line(tmp_path, capsys):
@@ -351,7 +351,7 @@ def test_the_model_s_own_texts_from_both_sides(tmp_path, capsys):
     assert math.isclose(found["gap"], found["nats"] - found["at_least"])
     run_ok(*own)
     assert "5 samples of the model itself is between" in capsys.readouterr().out
-    assert "--importance-samples K at --steps T" in nelbo_fails(
+    assert "--importance-samples K and --steps T" in nelbo_fails(
         capsys, *command, "--own-samples", 5
     )
 

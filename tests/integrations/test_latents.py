@@ -153,7 +153,7 @@ def test_a_folder_and_a_pipeline_are_the_parts(parts, tmp_path):
     )
     with pytest.raises(ValueError, match="measured 2 times; got 3"):
         evaluate(f"{path},label=2,law=gaussian:0.1", x, calls=3)
-    with pytest.raises(ValueError, match="there is one example"):
+    with pytest.raises(ValueError, match="there is only one example"):
         evaluate(f"{path},label=2", x[:1])
     with pytest.raises(ValueError, match=r"law=laplace \(or gaussian"):
         load(f"{path},label=2,law=cauchy")
@@ -176,7 +176,7 @@ def test_what_has_no_bound_of_images_is_refused(parts, tmp_path):
             make()
     with pytest.raises(ValueError, match=r"takes 2 channels.*autoencoder have 1"):
         ours.build(network, scheduler, vae=autoencoder(), label=1)
-    with pytest.raises(ValueError, match="law of pixels is for a model of the latents"):
+    with pytest.raises(ValueError, match="law is for models of the latents"):
         ours.build(unet(4), scheduler, law="laplace")
 
 

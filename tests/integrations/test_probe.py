@@ -112,7 +112,7 @@ def test_images_that_lie_otherwise_show():
 @pytest.mark.parametrize("output", [lambda z, t: 0 * z, lambda z, t: torch.sin(3 * z)])
 def test_a_network_that_fits_none_is_measured_with_a_note(output):
     (note,) = read(output)
-    assert "no better than a straight line" in note and "is it trained" in note
+    assert "no better than a straight line" in note and "was it trained" in note
 
 
 def test_evaluate_refuses_and_notes():
@@ -198,7 +198,7 @@ class TestInMemory:
         found = self.bound(Given(), condition=np.zeros((6, 2, 5)))
         assert found.nats == plain.nats and found.given == "embedding"
         assert told[-1].shape[1:] == (2, 5) and told[-1].is_floating_point()
-        with pytest.raises(ValueError, match="of 5 examples, and there are 6"):
+        with pytest.raises(ValueError, match="has 5 values, and there are 6"):
             self.bound(Given(), condition=[0] * 5)
 
     @pytest.mark.parametrize(
@@ -219,5 +219,7 @@ def test_scaled_images_are_refused_before_the_network_is_read():
     model = wrap(Trained(), SHAPE, betas=BETAS)
     scaled = Batch(images().double() / 255)
     for measure in (evaluate, probe):
-        with pytest.raises(ValueError, match=r"x is torch.float64, .* the integers 0..255: give"):
+        with pytest.raises(
+            ValueError, match=r"x is torch.float64, .* integers 0..255, not scaled"
+        ):
             measure(model, scaled)

@@ -156,7 +156,7 @@ def test_what_is_not_known_is_refused(tmp_path):
     lines.write_bytes(b"")
     refused(r"prompts\.txt is empty; give a prompt", None, of=f"{source},condition={lines}")
     lines.write_bytes(b"\xff\xfe\xfd")
-    refused("no text in UTF-8", None, of=f"{source},condition={lines}")
+    refused("not UTF-8 text", None, of=f"{source},condition={lines}")
     refused("none.txt", None, FileNotFoundError, of=f"{source},condition={tmp_path / 'none.txt'}")
     weights = tmp_path / "text_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

@@ -218,5 +218,5 @@ def test_a_time_that_the_network_does_not_take_is_named():
             return y * time.double().log().reshape(-1, 1, 1, 1)
 
     betas = np.linspace(0.02, 0.99, 12)
-    with pytest.raises(ValueError, match="not finite at the time 0; is it a time of its training"):
+    with pytest.raises(ValueError, match="not finite at the time 0; was it trained at that time"):
         evaluate(Logarithm(), images(), betas=betas, calls=24)

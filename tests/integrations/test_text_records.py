@@ -46,7 +46,7 @@ def test_json_lines_with_named_fields(tmp_path, found):
     with pytest.raises(ValueError, match="line 1 has no 'n'"):  # a number
         found.texts(path, answer_field="n")
     path.write_text(json.dumps({"prompt": "a", "answer": "b", "text": "c"}))
-    with pytest.raises(ValueError, match="has text and answer; say which with --answer-field"):
+    with pytest.raises(ValueError, match="has text and answer; choose one with --answer-field"):
         found.texts(path)
     path.write_text(json.dumps({"a": "b"}))
     with pytest.raises(ValueError, match="must have texts prompt and answer, or text; it has a;"):

@@ -302,7 +302,7 @@ def test_scores_that_no_probability_has(truth):
     wanted = torch.tensor([m[0] - 0.2, 0.0, m[2] - 0.2])
     torch.testing.assert_close(found.softmax(-1)[0, 0], (wanted / wanted.sum()).double())
     model = wrap_tokens(Exact(truth, True, log=True), 3, head="score", time="sigma", length=2)
-    with pytest.raises(ValueError, match=r'got -.*if they are logarithms, say head="log-score"'):
+    with pytest.raises(ValueError, match=r'got -.*if they are logarithms, give head="log-score"'):
         nelbo.evaluate(model, torch.tensor([[1, 2]]))
     model = wrap_tokens(
         Exact(truth, False), process="uniform", head="score", time="sigma", length=2
@@ -426,8 +426,8 @@ def test_blocks_that_do_not_fit_are_refused(module):
     with pytest.raises(ValueError, match="block diffusion is masked; leave block or process out"):
         wrap_tokens(module, process="uniform", block=2)
     model = wrap_tokens(module, MASK, block=2, pad_id=PAD)
-    with pytest.raises(ValueError, match=r"text 1 begins with padding.*put the padding behind it"):
+    with pytest.raises(ValueError, match=r"text 1 begins with padding.*put the padding after it"):
         nelbo.evaluate(model, torch.tensor([[1, 2, 3], [PAD, 1, 2]]))
     for steps in (1, 2, 5):
-        with pytest.raises(ValueError, match="take a multiple of 3 for the steps"):
+        with pytest.raises(ValueError, match="must be a multiple of 3"):
             nelbo.evaluate(model, torch.tensor([[1, 2, 3, 1, 2]] * 2), steps=steps)

@@ -556,14 +556,14 @@ GOOD = {"predicts": "noise", "betas": BETAS}
         ({"betas": None, "alphas": 1 - np.linspace(1e-4, 0.02, 1000)}, "are these 1 - β"),
         ({"betas": None, "sigmas": [0.5, 1.5], "predicts": "flow"}, "(0, 1]; number 1 is 1.5"),
         ({"schedule": Linear(-5, 5)}, "not as both"),
-        ({"betas": None, "schedule": Linear(-5, 5)}, "times=function of γ"),
+        ({"betas": None, "schedule": Linear(-5, 5)}, "times=, a function of γ"),
         ({"times": [1, 2, 3]}, "times must be 12 numbers"),
         ({"predicts": "x9"}, "of noise, data, velocity, score, flow, edm, mean; got 'x9'"),
         ({"variance": "fixed"}, "variance must be one of small, large, learned-range"),
         ({"keep": [3, 2]}, "keep must be increasing indices of the 12 times"),
         ({"keep": [3, 12]}, "0..11"),
         ({"keep": [3]}, "at least 2 times"),
-        ({"decoder": "exact"}, "decoder must be a Decoder of nelbo or one of step, evidence"),
+        ({"decoder": "exact"}, "decoder must be a nelbo Decoder or one of step, evidence"),
         ({"scaling": Affine(), "clip": True}, "real data have none"),
     ],
 )
@@ -697,7 +697,7 @@ def test_a_function_that_gives_the_mean_of_the_step_has_the_bound_of_its_data_pr
 @pytest.mark.parametrize("network", [nn.Identity, "unet"])
 def test_a_class_or_a_name_is_no_network(network):
     with pytest.raises(
-        ValueError, match=r"not its class|network must be a Module of torch or a function; got"
+        ValueError, match=r"not its class|network must be a torch Module or a function; got"
     ):
         wrap(network, SHAPE, betas=BETAS)
 

@@ -131,9 +131,9 @@ def test_conditions_of_other_examples_are_refused(pairs, measure):
             measure(model(), Batch(some, c))
     with pytest.raises(ValueError, match=r"\(N, F\).*got the shape \(70,\)"):
         measure(model(), Batch(x, c[:, 0]))
-    with pytest.raises(ValueError, match=r"one of P\(x\|class\), and the examples come without"):
+    with pytest.raises(ValueError, match=r"one of P\(x\|class\), but the examples come without"):
         measure(model(), x)
-    with pytest.raises(ValueError, match=r"one of P\(x\), and the examples come with conditions"):
+    with pytest.raises(ValueError, match=r"one of P\(x\), but the examples come with conditions"):
         measure(model().unconditional(), Batch(x, c))
 
 
@@ -328,7 +328,7 @@ def test_a_conditional_run(conditional, tmp_path, capsys):
     call([*sample, "--out", str(names[2])])
     capsys.readouterr()
     call([*sample, "--condition", "3", "--guidance", "3", "--out", str(names[3])])
-    assert "not draws from the model whose bound" in capsys.readouterr().err
+    assert "not draws from the model that evaluate measures" in capsys.readouterr().err
     assert all(arrays_in(name)["x"].shape == (4, 1, 8, 8) for name in names)
 
 
@@ -338,7 +338,7 @@ def test_a_conditional_run_is_continued_on_its_labels(conditional, tmp_path):
     train(str(tmp_path / "x.npz"), tmp_path / "run", condition=["class"], **TINY | {"steps": 2})
     assert resume(tmp_path / "run", steps=3).config.train.steps == 3
     np.savez(tmp_path / "x.npz", x=np.arange(120).reshape(30, 4) % 5, y=np.arange(30)[::-1] % 3)
-    with pytest.raises(ValueError, match=r"no longer those of the run"):
+    with pytest.raises(ValueError, match=r"changed since the run was trained"):
         resume(tmp_path / "run", steps=4)
 
 

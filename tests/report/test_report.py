@@ -238,7 +238,7 @@ def test_the_best_grids_stand_before_the_uniform_ones(digits):
         return TimeGrid(TimeGrid.uniform(steps).times ** 0.5)
 
     curves, _ = measure_steps(digits.model, Batch(x), torch.zeros(len(x)), seed=2, best=late)
-    names = "mixture step, best grid", "mixture step", "Gaussian step, σ² = β̃"
+    names = "mixture step, best grid", "mixture step, uniform grid", "Gaussian step, σ² = β̃"
     assert tuple(curve.name for curve in curves) == names
     assert [curve.thin for curve in curves] == [False, True, False]
     for curve, grid in zip(curves, (late, TimeGrid.uniform), strict=False):

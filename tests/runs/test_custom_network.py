@@ -135,7 +135,10 @@ def test_no_file_brings_it(whole, capsys):
         with pytest.raises(SystemExit):
             main(line)
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "which no file brings and no command line takes" in error
+        assert (
+            error.count("\n") == 1
+            and "not stored in the run and cannot be given on the command line" in error
+        )
     with pytest.raises(SystemExit):
         main(["train", "digits", "--out", path + "-2", "--network", "custom"])
     assert "module of your own" in capsys.readouterr().err
@@ -165,8 +168,8 @@ def test_a_network_is_not_for_a_run_that_has_one(trained):
         ({"network": nn.Flatten}, "the network Flatten has no weights to train"),
         ({"network": Net((5,))}, r"failed on z \(2, 6\), log_snr \(2,\).*forward\(z, log_snr\)"),
         ({"network": Net(outputs=2)}, r"must give \(2, 6\) for EpsPrediction; got \(2, 6, 2\)"),
-        ({"network": Net, "width": 8}, "width is of the networks that nelbo makes"),
-        ({"network": Net, "preset": "best"}, "the preset best is of nelbo's own networks"),
+        ({"network": Net, "width": 8}, "width is for nelbo's own networks"),
+        ({"network": Net, "preset": "best"}, "the preset best is for nelbo's own networks"),
         ({"network": Net, "process": "absorbing", "head": "symbols"}, "the process gaussian"),
     ],
 )

@@ -57,7 +57,10 @@ def test_guidance_is_that_of_the_network_with_and_without(tmp_path):
     assert torch.equal(drawn(source, guidance=1.0, **one), drawn(source, **one))
     said = []
     strong = drawn(source, guidance=4.0, tell=said.append, **one)
-    assert not torch.equal(strong, drawn(source, **one)) and "guidance 4: not draws" in said[0]
+    assert (
+        not torch.equal(strong, drawn(source, **one))
+        and "guidance 4: these samples are not draws" in said[0]
+    )
     found = load(source, steps=3, condition=3)
     network = found.model.network
 
@@ -146,7 +149,7 @@ def test_the_command(tmp_path, sampler, capsys):
     x = np.load(out)["x"]
     want = drawn(source, 3, 0, steps=4, condition="3", guidance=2.0, sampler=sampler)
     assert np.array_equal(x, want.numpy())
-    assert "guidance 2: not draws from the model" in capsys.readouterr().err
+    assert "guidance 2: these samples are not draws from the model" in capsys.readouterr().err
     run_ok(*begin, "--steps", "2", "--out", str(tmp_path / "x.png"))
     assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
@@ -157,7 +160,7 @@ def test_the_command(tmp_path, sampler, capsys):
         (["--steps", "3"], "go into a file: give --out"),
         (["--steps", "3", "--out", "x.csv"], "a file --out that ends in .png or .npz"),
         (["--out", "x.npz"], "has no steps of its own; give a number, --steps 50"),
-        (["--out", "x.npz", "--grid", "best"], "take --out, --n, --steps, --condition"),
+        (["--out", "x.npz", "--grid", "best"], "takes only --out, --n, --steps, --condition"),
         (["--out", "x.npz", "--steps", "3", "--n", "0"], "number of samples must be at least 1"),
         (["--out", "x.npz", "--steps", "3", "--sampler", "greedy"], "must be one of ancestral, f"),
     ],
@@ -175,7 +178,7 @@ def test_guidance_without_a_condition_is_refused(tmp_path):
         sampler_of(f"{source},label=3", steps=3, guidance=2.0)
     text_unet().save_pretrained(tmp_path / "t" / "unet")
     ddpm().save_pretrained(tmp_path / "t" / "scheduler")
-    with pytest.raises(ValueError, match="names none: a DiT has a class for it"):
+    with pytest.raises(ValueError, match="lacks: a DiT has a class for it"):
         sampler_of(
             f"diffusers:{tmp_path / 't'}", steps=3, guidance=2.0, condition=np.zeros((1, 4, 12))
         )

@@ -73,7 +73,7 @@ def test_a_page_is_a_function_and_a_package():
     for name in ("report", "explain"):
         function = getattr(sys.modules[f"nelbo.{name}"], name)
         assert python.signature(getattr(nelbo, name)) == python.signature(function)
-    with pytest.raises(ValueError, match="run must be a Run of nelbo or a text or a path"):
+    with pytest.raises(ValueError, match="run must be a nelbo Run or a string or a path"):
         nelbo.report(3)
 
 
@@ -143,7 +143,7 @@ def test_steps_are_a_grid(digits, pixels):
         nelbo.evaluate(model, pixels, steps=2, times=nelbo.TimeGrid.uniform(2))
     with pytest.raises(ValueError, match="steps must be an integer or None; got True"):
         nelbo.evaluate(model, pixels, steps=True)
-    with pytest.raises(ValueError, match="times must be a TimeGrid of nelbo or an integer"):
+    with pytest.raises(ValueError, match="times must be a nelbo TimeGrid or an integer"):
         nelbo.ancestral(model, 2, 2.5)
 
 
@@ -162,11 +162,11 @@ def test_tighter_bounds_are_arguments_too(digits, pixels):
     for options, message in (
         ({"importance_samples": 3}, "give steps"),
         ({"ode": True, "steps": 2}, "leave steps and importance_samples out"),
-        ({"ode": True, "calls": 9}, "ode is priced by tolerance"),
+        ({"ode": True, "calls": 9}, "ode takes tolerance instead"),
         ({"tolerance": 0.1}, "need ode; add it"),
         ({"ode": True, "tolerance": -1}, "got -1; try"),
         ({"ode": True, "dequantise": "gaussian"}, "one of encoder, truncated-normal, uniform"),
-        ({"ode": True, "sampler": "greedy"}, "sampler goes beside the bound"),
+        ({"ode": True, "sampler": "greedy"}, "sampler is stated beside the plain bound"),
     ):
         for held in (digits, model):
             with pytest.raises(ValueError, match=message):
@@ -181,7 +181,7 @@ def test_tighter_bounds_are_arguments_too(digits, pixels):
         (lambda x: x + 9, "beyond the 5 levels"),
         (lambda x: x[:, :2], r"the shape \(2, 4\) where \(1, 4, 4\) is needed"),
         (lambda x: x[0], r"this is one example, so give x\[None\]"),
-        (lambda x: object(), "data are an array .*; got object"),
+        (lambda x: object(), "data must be an array .*; got object"),
         (lambda x: None, "a model brings no data"),
     ],
 )  # fmt: skip

@@ -160,7 +160,7 @@ def test_a_pilot_is_of_the_data_too(run):
     controls = ControlVariates(run.model, run.examples(split="train")[:100], strata.edges)
     Pilots(run)(strata, controls)
     other = replace(run.config, hashes={**run.config.hashes, "validation": "others"})
-    with pytest.raises(ValueError, match="no longer those of the run"):
+    with pytest.raises(ValueError, match="changed since the run was trained"):
         Pilots(replace(run, config=other))(strata, controls)
 
 
@@ -180,7 +180,7 @@ def test_a_cache_that_is_read_only_is_no_matter(run, tmp_path, monkeypatch):
     begins, ends = told(run)
     assert begins.startswith("a pilot of")
     assert ends.startswith(f"the pilot is not kept: {tmp_path / 'file'}")
-    assert ends.endswith("NELBO_CACHE names another folder for it")
+    assert ends.endswith("set NELBO_CACHE to use another folder")
     assert told(run) == []
 
 
@@ -188,7 +188,7 @@ def test_without_a_home_there_is_no_cache(run, monkeypatch):
     for name in ("NELBO_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    assert "not kept: no home; NELBO_CACHE names another" in told(run)[1]
+    assert "not kept: no home; set NELBO_CACHE" in told(run)[1]
 
 
 def no_home():

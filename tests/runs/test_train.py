@@ -347,7 +347,7 @@ def test_numbers_of_numpy_are_options(tmp_path):
         ({"levels": "17"}, "levels must be an integer"),
         ({"size": 4.5}, "size must be an integer"),
         ({"minutes": "3"}, "minutes must be a finite number"),
-        ({"preset": None}, "preset must be a text"),
+        ({"preset": None}, "preset must be a string"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"steps": 5, "minutes": 1}, "steps and minutes both say how long"),
         ({"step": 5}, "step must be one of"),

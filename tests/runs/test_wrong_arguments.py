@@ -116,17 +116,17 @@ def test_calls_that_were_guessed(run):
     for call, says in (
         (lambda: nelbo.evaluate(run, calls="8"), "calls must be a finite number or None; got '8'"),
         (lambda: run.evaluate(importance_samples=1.5), "importance_samples must be an integer"),
-        (lambda: run.to(None), "device must be a text; got None"),
+        (lambda: run.to(None), "device must be a string; got None"),
         (lambda: nelbo.evaluate(tokens, []), "there is no text to measure"),
         (
             lambda: integrations.wrap_tokens(zero),
-            "module must be a Module of torch; got <function",
+            "module must be a torch Module; got <function",
         ),
         (lambda: run.sample(steps="5,10"), "steps must be an integer or None; got '5,10'"),
         (lambda: nelbo.evaluate(Ids(), X, scheduler="ddpm"), "scheduler is a scheduler of diffu"),
         (
             lambda: nelbo.evaluate(image, pixels / 17.0),
-            "0.* is not one of the 17 levels|integers 0..16: g",
+            "0.* is not one of the 17 levels|integers 0..16, not scaled",
         ),
         (
             lambda: nelbo.evaluate(image, pixels),

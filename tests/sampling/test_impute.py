@@ -175,7 +175,7 @@ def test_missing_cells_of_rows_follow_the_others(of_words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--n", "3"], "--impute completes a table into"),
+        (["--n", "3"], "--impute writes the completed table"),
         (["--particles", "0"], "particles must be at least 1; got 0"),
     ],
 )
@@ -194,7 +194,7 @@ def test_only_tables_have_cells(trained, tmp_path, capsys):
     command = ["sample", str(trained), "--impute", str(tmp_path / "rows.csv"), "--steps", "2"]
     with pytest.raises(SystemExit):
         main([*command, "--grid", "uniform", "--out", str(tmp_path / "o.npz")])
-    assert "--impute completes a table" in capsys.readouterr().err
+    assert "--impute writes the completed table" in capsys.readouterr().err
 
 
 # ---- new rows

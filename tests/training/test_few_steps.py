@@ -270,7 +270,7 @@ def test_a_grid_in_a_configuration_is_checked(grid):
     [
         ("train --resume RUN --steps-of-bound 0", "steps must be at least 1; got 0"),
         ("train digits --out NEW --steps-of-bound 4", "name it with --resume"),
-        ("train --resume RUN --steps-of-bound 2 --lr 1", "--lr cannot go with it"),
+        ("train --resume RUN --steps-of-bound 2 --lr 1", "leave --lr out"),
         ("train --resume RUN --steps-of-bound 2 --out RUN", "exists and is a run"),
         ("train --resume NEW --steps-of-bound 2", "NEW"),
         ("sample RUN --steps 0 --out s.npz", "steps must be at least 1; got 0"),

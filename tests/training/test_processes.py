@@ -321,7 +321,7 @@ def test_commands_write_and_say_once_on_two_processes(runs, tmp_path):
     assert pl.read_csv(tmp_path / "whole.csv")["b"].null_count() == 0
     assert second.out.split() == ["exit", "0"] * 4 + ["exit", "2"]
     said = second.err.strip()
-    assert said == "nelbo: inspect is work for one process, not for 2; start it by itself"
+    assert said == "nelbo: inspect runs in one process, not in 2; start it without torchrun"
 
 
 def test_each_process_does_its_part_of_the_work(runs):

@@ -51,7 +51,7 @@ class Whole(Record):
         ({"parts": [{"nme": 1}]}, "unknown key 'parts[0].nme' in x; known are name, ends"),
         ({"parts": [{"name": "p", "ends": [1]}]}, "parts[0].ends has too few values in x"),
         ({"parts": [{"name": "p", "ends": [1, "2"]}]}, "parts[0].ends[1] must be a number"),
-        ({"hidden": [None]}, "hidden[0] must be a text; got None in x"),
+        ({"hidden": [None]}, "hidden[0] must be a string; got None in x"),
         (
             {"sizes": 1},
             "unknown key 'sizes' in x; known are size, rate, kind, flag, parts, hidden",
@@ -86,7 +86,7 @@ def test_a_long_value_is_shortened():
 
 def test_a_list_is_read_to_its_first_mistake():
     """Hostile files may hold millions, and each would be kept."""
-    with pytest.raises(ValueError, match=r"^hidden\[0\] must be a text; got 1"):
+    with pytest.raises(ValueError, match=r"^hidden\[0\] must be a string; got 1"):
         Whole.from_dict({"hidden": [1] * (MOST + 1)})
     with pytest.raises(ValueError, match=r"^parts\[1\] must be a JSON object"):
         Whole.from_dict({"parts": [{"name": "p"}] + [1] * MOST})
@@ -96,5 +96,5 @@ def test_a_list_is_read_to_its_first_mistake():
 
 def test_other_types_than_records():
     assert validated(dict[str, list[str]], {"a": ["b"]}, "x") == {"a": ["b"]}
-    with pytest.raises(ValueError, match=r"^a\[0\] must be a text; got 1 in x$"):
+    with pytest.raises(ValueError, match=r"^a\[0\] must be a string; got 1 in x$"):
         validated(dict[str, list[str]], {"a": [1]}, "x")

@@ -42,7 +42,7 @@ F = TypeVar("F", bound=Callable[..., object])
 WORDS: dict[object, str] = {
     int: "an integer",
     float: "a finite number",
-    str: "a text",
+    str: "a string",
     bool: "True or False",
     Path: "a path",
     PathLike: "a path",
@@ -53,7 +53,7 @@ WORDS: dict[object, str] = {
     Mapping: "a mapping",
     NoneType: "None",
 }
-ITEM_WORDS: dict[object, str] = {int: "integers", float: "numbers", str: "texts"}
+ITEM_WORDS: dict[object, str] = {int: "integers", float: "numbers", str: "strings"}
 LISTS = (Sequence, Collection, tuple)
 ITEMS = 1000  # of a list, the first of which are checked
 
@@ -156,7 +156,7 @@ def _words(kind: Any) -> str:  # noqa: ANN401
     if origin in LISTS and (items := ITEM_WORDS.get(get_args(kind)[0])):
         return f"a list of {items}"
     root = origin.__module__.partition(".")[0]
-    return WORDS.get(origin) or f"a {origin.__name__} of {root}"
+    return WORDS.get(origin) or f"a {root} {origin.__name__}"
 
 
 def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401

@@ -165,7 +165,7 @@ def _each(
 def _per_row(numbers: int, rows: int) -> int:
     each, rest = divmod(numbers, rows)
     if rest:
-        raise RuntimeError(f"{numbers} random numbers belong to no {rows} examples")
+        raise RuntimeError(f"{numbers} random numbers cannot be divided among {rows} examples")
     return each
 
 

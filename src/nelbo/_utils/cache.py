@@ -71,7 +71,7 @@ def put(kind: str, key: str, value: object) -> None:
 def reason(error: OSError) -> str:
     """Return a sentence on why nothing could be stored, and what to do about it."""
     where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return f"{where}; {CACHE} names another folder for it"
+    return f"{where}; set {CACHE} to use another folder"
 
 
 def _path(kind: str, key: str) -> Path:

@@ -149,7 +149,7 @@ def check_alone(what: str) -> None:
         what: name of the work, for the message.
     """
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"{what} is work for one process, not for {size}; start it by itself")
+        raise ValueError(f"{what} runs in one process, not in {size}; start it without torchrun")
 
 
 def _patience() -> float:
@@ -159,7 +159,9 @@ def _patience() -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e9:
-        raise ValueError(f"{TIMEOUT} must be positive seconds, such as 600; got {given!r}")
+        raise ValueError(
+            f"{TIMEOUT} must be a positive number of seconds, such as 600; got {given!r}"
+        )
     return seconds
 
 

@@ -95,8 +95,8 @@ def contained(path: Path, folder: Path) -> Path:
     """
     if not trusted() and not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{path} is a link out of {folder} to {path.resolve()}; copy that file there, or set"
-            f" {TRUST}=1 if you made the link"
+            f"{path} is a link to {path.resolve()}, outside of {folder}; copy that file into the"
+            f" folder, or set {TRUST}=1 if you made the link"
         )
     return path
 
@@ -107,7 +107,7 @@ def check_memory(size: float, what: str) -> None:
     if size > free and not trusted():
         raise ValueError(
             f"{what} would take {gibibytes(size)} of memory, and {gibibytes(free)} are free; if"
-            f" that is right, use a larger machine, or set {TRUST}=1 to try all the same"
+            f" that is right, use a larger machine, or set {TRUST}=1 to try anyway"
         )
 
 
@@ -224,8 +224,8 @@ def check_json(path: Path, most: int = JSON) -> None:
     size = regular(path)
     if size > most and not trusted():
         raise ValueError(
-            f"{path} has {size} bytes, and JSON here has at most {most}; set {TRUST}=1 if it is"
-            " yours"
+            f"{path} has {size} bytes, more than the {most} that are read as JSON; set {TRUST}=1"
+            " if you trust it"
         )
     check_memory(OBJECTS * size, str(path))
 
@@ -316,7 +316,7 @@ def within_file(tensors: Mapping[str, Tensor], where: object) -> Iterator[None]:
     """
     numbers = sum(tensor.numel() for tensor in tensors.values())
     why = (
-        f"{where} has {numbers} numbers, and the configuration beside it asks for far more: it"
+        f"{where} has {numbers} numbers, but the configuration beside it needs far more: it"
         " belongs to another architecture"
     )
     try:

@@ -89,8 +89,8 @@ def _check_head(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
     if HEAD < size <= path.stat().st_size and not limits.trusted():
         raise ValueError(
-            f"the heading of {path} has {size} bytes; that of tensors has at most {HEAD}; set"
-            f" {limits.TRUST}=1 if the file is yours"
+            f"the header of {path} has {size} bytes, more than the {HEAD} that are read; set"
+            f" {limits.TRUST}=1 if you trust the file"
         )
 
 
@@ -118,12 +118,12 @@ def put_weights(
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
-                f"{where} has {name} of shape {tuple(tensor.shape)}, and the model"
+                f"{name} in {where} has the shape {tuple(tensor.shape)}, and in the model"
                 f" {tuple(own[name].shape)}: {because}"
             )
         if own[name].is_floating_point() != tensor.is_floating_point():
             raise ValueError(
-                f"{where} has {name} as {tensor.dtype}, the model has {own[name].dtype}"
+                f"{name} in {where} is {tensor.dtype}, and in the model {own[name].dtype}"
             )
     module.load_state_dict({name: divided_like(own[name], t) for name, t in tensors.items()})
     check_finite(module, where)

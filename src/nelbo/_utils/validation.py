@@ -38,7 +38,7 @@ MOST = 1000  # mistakes, beyond which they are counted and not read
 SENTENCES = {
     "int_type": "must be an integer",
     "float_type": "must be a number",
-    "string_type": "must be a text",
+    "string_type": "must be a string",
     "bool_type": "must be true or false",
     "finite_number": "must be finite",
     "literal_error": "must be one of {expected}",

@@ -92,7 +92,10 @@ def _one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             _fail_of_defect(error)
-        _fail(f"out of memory: {error}; try a smaller --batch or --width of train, --n of sample")
+        _fail(
+            f"out of memory: {error}; try a smaller --batch or --width of train, or a smaller"
+            " --n of sample"
+        )
     except OverflowError as error:
         _fail(f"a number is too large: {error}; try a smaller one")
     except BaseException as error:

@@ -54,7 +54,7 @@ def examples_of(
     If `data` turn out to be the run's own data, their place is remembered.
     """
     if data is not None and run.meet(data) and tell:
-        say(f"{data} are the run's own data; its commands read them there from now on")
+        say(f"{data} are the run's own data; from now on its commands read them from there")
     return run.batch(data, split, splits, (lambda line: say(f"note: {line}")) if tell else str)
 
 
@@ -64,7 +64,7 @@ def place_of(device: str, tell: bool) -> "torch.device":
 
     place = find_device(device)
     if tell and device == "auto" and place.type != "cpu":
-        say(f"on {place}; --device cpu does without")
+        say(f"running on {place}; --device cpu avoids it")
     return place
 
 

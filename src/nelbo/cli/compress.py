@@ -25,7 +25,7 @@ def compress(
     precision: Literal["float64", "float32"] = "float64",
     device: str = "cpu",
 ) -> None:
-    """Compress DATA without loss; the file is as long as the bound of the run says.
+    """Compress DATA without loss, into a file as long as the bound of the run says.
 
     Under torchrun the processes share the blocks; the file is the same.
     It needs constriction: pip install 'nelbo[codec]'.
@@ -45,18 +45,17 @@ def compress(
     grid
         The times of the steps: best for this run, or uniform.
     effort
-        K: search for codes of the examples that make the file shorter than the bound. Each
-        example is coded in 4 ways after each of the K shortest beginnings; decompress does not
-        search.
+        K, the width of a beam search for a file that is shorter than the bound: each example is
+        coded in 4 ways after each of the K shortest beginnings. decompress does not search.
     block
-        About how many examples to code in one block, independently of all others.
+        Approximate number of examples in a block; blocks are coded independently of each other.
     verify
         Decompress and compare before the file is written.
     precision
         Precision of the network. float32 is faster, and decodes only on the same machine and
         versions.
     device
-        Where to run the network; decompress on the same kind.
+        Where to run the network; decompress needs the same kind.
     """
     with _at_work("compress", run, device) as (rank, loaded, _):
         found = loaded.compress(
@@ -75,8 +74,8 @@ def compress(
     for note in found.notes:
         say(f"note: {note}")
     say(
-        f"{found.original} bytes as {found.compressed} in {out}: {found.bits_per_dim:.3f} bits/dim"
-        " in all"
+        f"{found.original} bytes compressed to {found.compressed} in {out}:"
+        f" {found.bits_per_dim:.3f} bits/dim in all"
     )
 
 

@@ -23,11 +23,13 @@ from nelbo.evaluation.result import (
     Measurement,
 )
 
+BLOCKS = 8  # characters of a curve in a table, which then fits into 80 columns
+
 
 def sweep(found: Sequence[Evaluation]) -> None:
     """Print bounds of several numbers of steps: their terms, and the diffusion over time."""
     first, console = found[0], Terminal()
-    title = f"{_bound(first)}, {escape(first.split)}, by steps"
+    title = f"{_bound(first)}, {escape(first.split)}, by number of steps"
     table = Table(title=title, title_justify="left")
     terms = list(vars(first.terms))
     for name in ("steps", first.unit, "standard error", *terms, "diffusion over t, 0 to 1"):
@@ -39,7 +41,7 @@ def sweep(found: Sequence[Evaluation]) -> None:
             f"[bold]{value:.4f}",
             _error(each.standard_error.total),
             *(f"{term:.4f}" for term in vars(each.terms).values()),
-            _blocks(_heights(each)),
+            _blocks(_heights(each, BLOCKS)),
         )
     console.print(table)
     console.print(
@@ -155,8 +157,8 @@ def compressed(name: str, report: Report) -> None:
     versions = ", ".join(f"{of} {version}" for of, version in header.versions.items())
     lines = (
         f"{report.bits_per_dim:.4f} bits/dim in all; bound on the coded latents: {bound}",
-        f"examples of {shape} numbers of {header.levels} levels; {len(header.steps) - 1} steps;"
-        f" effort {header.effort}; network in {header.precision} on {header.device}",
+        f"examples of {shape} numbers with {header.levels} levels; {len(header.steps) - 1}"
+        f" steps; effort {header.effort}; network in {header.precision} on {header.device}",
         f"model {header.model}, weights: {header.weights}; {versions}",
     )
     for line in lines:
@@ -204,10 +206,12 @@ def _sparkline(found: Evaluation) -> str:
     return f"diffusion over t: 0 {blocks} 1, at most {top:.3g} {found.unit} per unit of t"
 
 
-def _heights(found: Evaluation) -> list[float]:
-    """Return the diffusion term per unit of time in each bin that is known."""
+def _heights(found: Evaluation, most: int = 1000) -> list[float]:
+    """Return the diffusion term per unit of time in each bin that is known, in `most` at most."""
     points = [point for point in found.curve if not math.isnan(point.value)]
-    return [point.value / (point.t_to - point.t_from) for point in points]
+    size = math.ceil(len(points) / most) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [sum(p.value for p in g) / (g[-1].t_to - g[0].t_from) for g in groups]
 
 
 def _blocks(heights: Sequence[float]) -> str:
@@ -252,7 +256,7 @@ def inspection(found: Inspection) -> None:
     if schema is not None and all(column.column for column in found.columns):
         unit = "a density, in nats" if schema.density else "a probability, in bits"
         shape = " x ".join(map(str, schema.shape))
-        levels = f" of {schema.levels} levels" if schema.levels else ""
+        levels = f" with {schema.levels} levels" if schema.levels else ""
         line = f"examples are {shape} numbers{levels}; a model of them has {unit}"
         console.print(line, highlight=False)
     for warning in found.warnings:

@@ -42,7 +42,7 @@ def evaluate(
     device: Device = "auto",
     json: bool = False,
 ) -> None:
-    """State the bound on -log P(x) of a data set, with its error and its price.
+    """Measure the bound on -log P(x) of a data set, with its error and its network calls.
 
     Under torchrun the processes share the work; the result is the same.
 
@@ -57,15 +57,15 @@ def evaluate(
         train, validation or test; all for data without splits. The default is test for the run's
         own data, and all for other data.
     steps
-        State the bound of the model with this number of steps; by default in continuous time. For
-        several, as in 10,50,200: a table of bounds, and of where over time they are spent.
+        Measure the model with this number of steps; by default in continuous time. Several, as in
+        10,50,200, give a table of bounds, and of their parts over time.
     grid
         The times of the steps: best for this run, found once and kept in its folder; or uniform.
     calls
         Maximal number of network calls per example, by default 24. With fewer than 8, only a
         random sample of the examples is evaluated; with fewer than 2, such as 0.1 for many rows,
-        that fraction of them gets two calls each. A pilot chooses the times: once per run, on its
-        validation split, kept in your cache; otherwise out of these calls.
+        half of that fraction of them gets two calls each. A pilot chooses the times: for a run
+        once, on its validation split, kept in your cache; otherwise with a part of these calls.
     target_error
         Instead of --calls: the Monte Carlo standard error to reach, in the unit of the result. If
         few calls per example suffice, only a random sample of the examples is evaluated.
@@ -73,62 +73,62 @@ def evaluate(
         Use control variates, which reduce the error without network calls. Without them the
         evaluation is quicker for many levels and a small network, so that more calls may pay.
     sampler
-        Beside the bound, state the exact -log P(x) of the sampler of a masked model that shows its
-        symbols left-to-right; or first those of which it is surest, by their largest probability
-        (greedy), the margin of the two largest, or the entropy. It takes one network call for each
-        step, and has another P(x) than the bound is of, higher or lower. Or random, for at most
-        16 symbols: the exact -log P(x) that the bound is on, at 2^16 calls.
+        For a masked model: also state the exact -log P(x) of a sampler that shows its symbols
+        left-to-right, or the most certain first, by the largest probability (greedy), the margin
+        between the two largest, or the entropy. It takes one network call for each step. Its P(x)
+        is another one, above or below the bound. random, for at most 16 symbols, is the exact
+        -log P(x) of the bound's own sampler, at 2^L calls for L symbols.
     tokens_per_step
-        How many symbols the --sampler shows in each step, by default 1; given what shows before,
-        they are independent.
+        Number of symbols that --sampler shows in each step, by default 1; they are drawn
+        independently, given those shown before.
     surrogate
-        For a masked model: a cheaper one with the same symbols, a run folder or hf:FOLDER. It
-        reads most of the masks, and the model is asked for the difference. Its calls are not
-        counted.
+        For a masked model: a cheaper model of the same symbols, a run folder or hf:FOLDER. It
+        reads most of the masks, and the model is called only for the difference. Its calls are
+        not counted.
     masks
-        Of a text of tokens: how its bound is estimated. plain masks have exact counts in strata;
-        unigram uses how rare each token is, and draws how hard it was in other masks of the same
-        text too; two-levels take a surrogate. By default a pilot chooses.
+        For a text of tokens: the estimator of its bound. plain uses exact counts of masks;
+        unigram also how rare each token is; draws also how hard it was in other masks of the same
+        text; two-levels also a surrogate. By default a pilot chooses.
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     own_samples
-        With --importance-samples: instead of the data, measure this number of samples of the model
-        itself, whose -log P(x) can be bounded from below too, so that the two bounds show how
-        loose each is. Prompts, lengths and labels are those of the data.
+        With --importance-samples: measure this number of samples of the model itself, in place of
+        the data. Their -log P(x) can also be bounded from below, which shows how loose the bound
+        is. Prompts, lengths and labels come from the data.
     ode
-        Compute the likelihood by the probability-flow ODE instead, to two tolerances.
+        Compute the likelihood by the probability-flow ODE instead, at two tolerances.
     dequantise
-        How --ode passes from the data to the first latent; by default encoder.
+        With --ode: the distribution of the first latent given the data; by default encoder.
     tolerance
-        Absolute and relative tolerance of --ode, per example, by default 1e-4; the looser one is
-        10 times as large.
+        Absolute and relative tolerance of --ode, per example, by default 1e-4; the second, looser
+        one is 10 times as large.
     save
-        A .npz file for the bound of each example, its error and its terms, in nats; of texts of
-        tokens also for the cost of each token.
+        A .npz file for the bound of each example, its error and its terms, in nats; for texts of
+        tokens also the cost of each token.
     resume
-        Of a text of tokens: a file for what has been measured so far, written every half minute
-        and when the command is stopped. With it the same command continues where it stood.
+        For a text of tokens: a file for what has been measured so far, written every half minute
+        and when the command is stopped. The same command with this file continues.
     figure
-        With several --steps: a .png file with the bound and its terms against the steps, and where
-        the bits are spent.
+        With several --steps: a .png file with the bound and its terms over the number of steps,
+        and with the diffusion term over time.
     columns
         Also print the cost of each column of a table, at --steps, by default 32, for at most 1000
         examples.
     lines
-        For a model of tokens, hf:FOLDER: each line of a text file is an example of its own.
+        For a model of tokens, hf:FOLDER: read each line of a text file as one example.
     prompt_field
         In JSON lines, or in a data set of datasets (hub:NAME, or a folder of save_to_disk): the
         field with the text that shows before the answer; by default prompt.
     answer_field
         The field with the text that is scored; by default answer, or text.
     trust_remote_code
-        Run the code that the folder of hf:FOLDER brings, after printing which.
+        Run the code in the folder of hf:FOLDER, after printing what will run.
     precision
         Precision of the weights of hf:FOLDER, by default as they are stored; sums are float64. For
-        diffusers:FOLDER and openai:FILE: bf16, by autocast around the network.
+        diffusers:FOLDER and openai:FILE: bf16, by autocast of the network.
     device_map
-        Where to put the weights of hf:FOLDER, in place of --device, as transformers takes it: auto
-        spreads a large model over all devices.
+        Where to put the weights of hf:FOLDER, instead of --device, in the form of transformers:
+        auto spreads a large model over all devices.
     json
         Print one JSON object.
     """
@@ -148,8 +148,9 @@ def evaluate(
     flags = (ode, columns, lines, trust_remote_code)
     if len(counts) > 1 and (any(flags) or any(v is not None for v in others)):
         raise ValueError(
-            "several --steps go with --data, --split, --splits, --calls, --target-error,"
-            " --no-variates, --seed, --device, --figure and --json alone; give one number"
+            "several --steps can be combined only with --data, --split, --splits, --calls,"
+            " --target-error, --no-variates, --seed, --device, --figure and --json; give one"
+            " number"
         )
     if len(counts) <= 1:
         Alternative(importance_samples, ode, dequantise, tolerance, own_samples).check(
@@ -166,14 +167,14 @@ def evaluate(
     if own_samples is not None and save is not None:
         raise ValueError("--save is for the bound of the data; leave it or --own-samples out")
     if grid is not None and steps is None and not columns:
-        raise ValueError("--grid spaces a number of steps; give --steps T too")
+        raise ValueError("--grid chooses the times of the steps; give --steps T too")
     if columns and json:
         raise ValueError("--columns prints a table, and --json one object; give one of them")
     if device_map is not None and device != "auto":
         raise ValueError(f"--device-map places the weights; leave --device {device} out")
     if figure is not None:
         if len(counts) <= 1:
-            raise ValueError("--figure draws several --steps, as in 10,50,200; give these")
+            raise ValueError("--figure needs several --steps, as in 10,50,200")
         if figure.suffix.lower() != ".png":
             raise ValueError(f"--figure writes a .png file; got {figure}")
         check_writable(figure)
@@ -263,7 +264,7 @@ def numbers(steps: str | None) -> list[int]:
         found = sorted(int(each) for each in steps.split(","))
     except ValueError:
         raise ValueError(
-            f"--steps is a number, or several as in 10,50,200; got {steps!r}"
+            f"--steps must be a number, or several as in 10,50,200; got {steps!r}"
         ) from None
     for each in found:
         integer("steps", each, 1)

@@ -11,7 +11,9 @@ from nelbo.cli.common import Seed, say
 def explain(
     run: Annotated[
         str,
-        Parameter(help="A run folder; or toy, a model of one number of which all is known."),
+        Parameter(
+            help="A run folder; or toy, a model of one number about which everything is known."
+        ),
     ],
     *,
     out: Path | None = None,

@@ -43,7 +43,7 @@ def report(
         from nelbo.report.foreign import report_foreign
 
         if data is None:
-            raise ValueError(f"{run} brings no data; give some with --data")
+            raise ValueError(f"{run} comes without data; give some with --data")
         page = out or Path("report.html")
         with process_group() as rank:
             place = str(place_of(device, rank == 0))

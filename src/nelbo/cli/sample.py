@@ -40,51 +40,51 @@ def sample(
 ) -> None:
     """Draw new examples from a run, or from another library's model.
 
-    Samples of a conditional run are draws of P(x|c); without --condition, each c is that of a
+    Samples of a conditional run are draws from P(x|c); without --condition, each c is taken from a
     random training example. Under torchrun the processes share the work.
 
     Parameters
     ----------
     run
-        A run folder; or another library's model, diffusers:FOLDER or openai:FILE, with which only
-        --out, --n, --steps, --condition, --guidance, --sampler, --seed and --device go.
+        A run folder; or another library's model, diffusers:FOLDER or openai:FILE, which takes only
+        --out, --n, --steps, --condition, --guidance, --sampler, --seed and --device.
     out
         A .png file (a grid of images), a .txt file, a table (.csv, .tsv, .parquet, .arrow), or a
         .npz file (array x in the units of the data); without it, text is printed.
     n
         Number of examples.
     steps
-        Number of steps, each one network call, by default 32, or another
-        library's model's own number.
+        Number of steps, one network call each; by default 32, or for another library's model its
+        own number.
     grid
-        Their times: best for this run, found once and kept in its folder; or uniform.
+        The times of the steps: best for this run, found once and kept in its folder; or uniform.
     sampler
         ancestral draws from the model that evaluate --steps measures; flow follows the
-        deterministic probability flow. For masked symbols: left-to-right; or those first of which
-        the model is surest, by the largest probability (greedy), the margin of the two largest, or
-        the entropy; they draw from what evaluate --sampler measures.
+        deterministic probability flow. The others show masked symbols in an order: left-to-right,
+        or the most certain first, by the largest probability (greedy), the margin between the two
+        largest, or the entropy. They draw from the model that evaluate --sampler measures.
     tokens_per_step
-        How many symbols such an order shows in each step, by default 1.
+        Number of symbols that such an order shows in each step, by default 1.
     condition
-        The label of all samples, such as 3; NAME=VALUE, repeated, if there are several labels. Of
-        another library's model a class or a prompt, or, repeated, that of each sample.
+        The label of all samples, such as 3; NAME=VALUE, repeated, if there are several labels. For
+        another library's model: a class or a prompt; if repeated, one for each sample.
     guidance
         How strongly the label counts (classifier-free guidance), at two network calls per step.
-        Only 1 draws from the model whose bound evaluate states; any other value draws from another
+        Only 1 draws from the model that evaluate measures; any other value draws from another
         distribution.
     inpaint
-        An image of the size of the run's, whose masked part is drawn given the rest: exactly
-        for the masked process, approximately for the Gaussian one.
+        An image of the run's size, whose masked part is drawn given the rest: exactly for the
+        absorbing process, approximately for the Gaussian one.
     mask
         With --inpaint: an image of the same size, white where to draw and black where to keep.
     rounds
         With --inpaint: how often each step is repeated; more rounds make both parts fit better.
     impute
-        A table with the columns of the run's, whose missing cells are drawn given the others of
-        their row; everything else stays as it was in --out. Another --seed gives other draws.
+        A table with the run's columns, whose missing cells are drawn given the other cells of
+        their row. The completed table goes to --out. Another --seed gives other draws.
     particles
-        With --impute: candidates for each row, by default 32. With more of them the draws approach
-        the model's own conditional distribution, at --steps network calls each.
+        With --impute: number of candidates for each row, by default 32. With more candidates, at
+        --steps network calls each, the draws approach the model's own conditional distribution.
     as_modelled
         For a table: keep rows with numbers beyond the range of the training data, or with a
         category that they did not have, written as (other). By default such rows are drawn again.
@@ -105,8 +105,8 @@ def sample(
         only_runs = (grid, tokens_per_step, inpaint, mask, impute, particles)
         if as_modelled or rounds != 1 or any(v is not None for v in only_runs):
             raise ValueError(
-                "samples of another library's model take --out, --n, --steps, --condition,"
-                " --guidance, --sampler, --seed and --device alone; leave the others out"
+                "for another library's model, sample takes only --out, --n, --steps,"
+                " --condition, --guidance, --sampler, --seed and --device; leave the others out"
             )
         _foreign(run, out, n, steps, condition, guidance, sampler, seed, device)
         return
@@ -118,7 +118,10 @@ def sample(
         raise ValueError(f"the number of samples must be at least 1; got {n}")
     order = order_of(loaded.model, sampler, tokens_per_step, steps)
     if order is not None and grid is not None:
-        raise ValueError(f"--grid spaces steps in time, and {sampler} has none; leave it out")
+        raise ValueError(
+            f"--grid chooses the times of steps, and the sampler {sampler} has no steps; leave"
+            " it out"
+        )
     steps, grid = SAMPLE_STEPS if steps is None else steps, grid or "best"
     if (inpaint is None) != (mask is None) or (inpaint is None and rounds != 1):
         raise ValueError("--inpaint, --mask and --rounds go together; give an image and a mask")
@@ -128,8 +131,8 @@ def sample(
         others = (inpaint, condition, n != 64, guidance != 1, sampler != "ancestral", as_modelled)
         if any(others) or out is None or out.suffix.lower() not in FILES:
             raise ValueError(
-                "--impute completes a table into the .csv, .tsv, .parquet or .arrow file --out;"
-                " of the other options only --steps, --grid, --seed and --particles go with it"
+                "--impute writes the completed table to --out, a .csv, .tsv, .parquet or .arrow"
+                " file; only --steps, --grid, --seed and --particles can be given with it"
             )
         with process_group() as rank:
             loaded.model.to(place_of(device, rank == 0))
@@ -155,7 +158,10 @@ def sample(
             None if condition is None else parse(condition, loaded.config.schema).expand(n, -1)
         )
         if guidance != 1 and rank == 0 and loaded.model.conditioned_on:
-            say(f"guidance {guidance:g}: not draws from the model whose bound evaluate states")
+            say(
+                f"guidance {guidance:g}: these samples are not draws from the model that"
+                " evaluate measures"
+            )
         place, track = place_of(device, rank == 0), tracker("sample")
         loaded.model.to(place)  # the best grid is measured there too
         if inpaint is not None and mask is not None:

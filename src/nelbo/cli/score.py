@@ -91,4 +91,7 @@ def score(
             write(figure, histogram(each | {name: scored.score}, f"{score}, nats"))
         strange = int((scored.percentile > 95).sum())
         say_notes(batch.x)
-        say(f"{strange} of {len(batch)} examples score above 95 % of {against}; see {out}")
+        say(
+            f"{strange} of {len(batch)} examples score above 95 % of the {against} split; see"
+            f" {out}"
+        )

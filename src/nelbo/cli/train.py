@@ -100,11 +100,11 @@ def train(
     out
         Folder of the new run.
     resume
-        Run to continue, instead of DATA and --out; of the options only --steps, --patience,
-        --shard and --device may go with it, and --steps-of-bound.
+        Run to continue, instead of DATA and --out; only --steps, --patience, --shard, --device and
+        --steps-of-bound can be given with it.
     steps_of_bound
         With --resume: fine-tune for the bound with this number of steps, as a new run that starts
-        from the best weights of the old one; --out names it, by default RUN-8steps for 8 steps.
+        from the best weights of the old one. Its folder is --out, by default RUN-8steps for 8.
     preset
         auto is quick; best takes longer for a tighter bound.
     levels
@@ -114,16 +114,16 @@ def train(
     size
         Side in pixels to which images are cropped and resized; or symbols in a chunk of text.
     schema
-        A JSON file with the columns of a table to be used, such as
+        A JSON file with the columns of a table to use, such as
         [{"name": "age", "kind": "rounded", "precision": 5}]; anything left open is inferred from
-        the cells. nelbo inspect --json writes one.
+        the cells. nelbo inspect --json writes such a file.
     condition
         Name of a label of the data, such as class for the sub-folders of a folder of images; may
-        be repeated. The model is then one of P(x|class): evaluate states its bound given the
-        labels of the data, and sample takes the labels wanted.
+        be repeated. The model is then one of P(x|class): evaluate measures it given the labels of
+        the data, and sample takes a --condition.
     tokenizer
-        Read a text as tokens: bpe:4096 for 4096 of them, learned from the training split and kept
-        in the run; or a folder with a tokenizer.json. By default characters.
+        Read text as tokens: bpe:4096 learns 4096 byte-pair tokens from the training split and
+        keeps them in the run; or a folder with a tokenizer.json. By default characters.
     minutes
         Approximate training time, instead of --steps: as many steps as fit, estimated by timing a
         few. Their number is stored in the run, so that it can be continued exactly.
@@ -190,10 +190,10 @@ def train(
         others += [f"--{name.replace('_', '-')}" for name in given if name not in CHANGEABLE]
         if others:
             raise ValueError(
-                f"--resume continues a run as it was configured; {others[0]} cannot go with it"
+                f"--resume continues a run as it was configured; leave {others[0]} out"
             )
         if steps_of_bound is not None and (kept := sorted(given.keys() - {"steps"})):
-            raise ValueError(f"--{kept[0]} is as in the run that is fine-tuned; leave it out")
+            raise ValueError(f"fine-tuning keeps --{kept[0]} of the run; leave it out")
         path = resume if steps_of_bound is None else out or name_of(resume, steps_of_bound)
 
         def work(progress: bool) -> "Run":

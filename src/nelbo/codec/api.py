@@ -93,7 +93,8 @@ def compress(
     data += container.write_end(data, len(blocks))
     if verify and not _same(decompress(data, model, done=done).x, x):
         raise NotReproducibleError(
-            "the compressed data do not decode to themselves here: not written"
+            "the compressed data do not decode to the original data on this machine, so no file"
+            " was written"
         )
     return data
 
@@ -195,8 +196,9 @@ def _codec_of(header: Header, model: Model) -> Codec:
     """Return the codec of a file, after checking that it can decode the file correctly."""
     if header.model != model_hash(model):
         raise ModelMismatchError(
-            f"the file is of the model {header.model}, and this one is {model_hash(model)}: give"
-            f" the run it was compressed with (weights {header.weights})"
+            f"the file was compressed with the model {header.model}, not with this one,"
+            f" {model_hash(model)}; give the run that it was compressed with (weights"
+            f" {header.weights})"
         )
     try:
         settings = Settings(
@@ -207,7 +209,7 @@ def _codec_of(header: Header, model: Model) -> Codec:
     except CodecError:
         raise
     except (ValueError, TypeError) as error:
-        raise CorruptFileError(f"the header cannot be: {error}") from None
+        raise CorruptFileError(f"the header is impossible: {error}") from None
     same = header.shape == list(model.shape) and header.levels == codec.levels
     if not batches <= set(range(1, 257)) or not same:
         raise CorruptFileError("the header contradicts the model")
@@ -215,8 +217,8 @@ def _codec_of(header: Header, model: Model) -> Codec:
     there = f"torch {header.versions.get('torch')} on {header.device}"
     if coder_answer() != header.coder:
         raise NotReproducibleError(
-            f"the entropy coder of constriction {coder_version()} is not that of"
-            f" {header.versions.get('constriction')}; install that version"
+            f"the file was coded with constriction {header.versions.get('constriction')}, and"
+            f" constriction {coder_version()} here codes differently; install that version"
         )
     if codec.answers(batches) != header.answers:
         raise NotReproducibleError(

@@ -85,8 +85,8 @@ def compress_file(
     if schema.condition:
         names = ", ".join(label.name for label in schema.condition)
         raise ValueError(
-            f"the model is of data given {names}, which a file of the data alone lacks; train"
-            " one without --condition"
+            f"the model is conditional on {names}, which a compressed file does not contain;"
+            " train one without --condition"
         )
     check_codable(model)
     found = contents.read(source, schema)
@@ -131,7 +131,7 @@ def decompress_file(
     contents.check_output(header.contents, out)
     found = decompress(data, model, salvage=salvage, done=progress(header.examples))
     if salvage and not len(found.x):
-        raise CodecError(f"nothing of {file} can be saved: none of its blocks is whole")
+        raise CodecError(f"no block of {file} is intact, so nothing can be restored")
     made = contents.Contents(found.x, found.header.contents, found.extra)
     kept = found.kept if found.lost else None
     main_process_first(lambda: contents.save(made, schema, out, kept))

@@ -99,14 +99,14 @@ def read(
         if all(map(_is_image, every)):
             return read_images(NAME, {"all": Pictures(every)}, form)
     if _is_image(source):
-        raise ValueError("this is one image, and data are a list of them; give [image]")
+        raise ValueError("data must be a list of images, and this is one image; give [image]")
     if isinstance(source, np.ndarray) and source.dtype.kind in "OUSVmM":
-        raise ValueError(f"data are an array of numbers; got one of the type {source.dtype}")
+        raise ValueError(f"data must be an array of numbers; got one of the type {source.dtype}")
     array = None if np.isscalar(source) else as_array(source)
     if array is not None:
         return _of_array(array, form)
     if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
-        raise ValueError(f"data are {KINDS}; got {type(source).__name__}")
+        raise ValueError(f"data must be {KINDS}; got {type(source).__name__}")
     return _of_batches(source, form, schema, seed)
 
 
@@ -197,7 +197,7 @@ def _of_batches(source: object, form: Form, schema: Schema | None, seed: int) ->
         return _with_labels(found, [y for _, y in pairs if y is not None])
     some = as_array(first[0])
     if some is None:
-        raise ValueError(f"data are {KINDS}; got items of the type {type(first[0]).__name__}")
+        raise ValueError(f"data must be {KINDS}; got items of the type {type(first[0]).__name__}")
     alone = single or some.shape == form.shape
     if not alone and some.ndim < 2:
         raise ValueError(
@@ -238,7 +238,7 @@ def _examples(
     for x, y in items:
         array = as_array(x)
         if array is None:
-            raise ValueError(f"a batch is an array of examples; got {type(x).__name__}")
+            raise ValueError(f"a batch must be an array of examples; got {type(x).__name__}")
         if y is not None:
             labels.append(np.asarray(as_array(y)).reshape(-1))
         yield array[None] if alone else array

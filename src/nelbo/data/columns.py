@@ -99,7 +99,9 @@ class Column(Record):
         categories = list(self.categories)
         if self.kind in ("category", "boolean"):
             if not categories or len({*categories}) < len(categories):
-                raise ValueError(f"categories {where} must be different texts; got {categories!r}")
+                raise ValueError(
+                    f"categories {where} must be different strings; got {categories!r}"
+                )
             if self.kind == "boolean" and len(categories) != 2:
                 raise ValueError(f"a boolean has two categories; {where[3:]} has {categories!r}")
             if len(categories) > SIZES[-1] - 2:

@@ -73,8 +73,8 @@ def _inferred_levels(found: Found, shape: tuple[int, ...]) -> tuple[Schema, list
     high = max(int(x.max()) for x in found.parts.values())
     if low == high:
         raise ValueError(
-            f"all values of {found.source} are {low}, so there is nothing to learn; "
-            f"if that is meant, say how many levels there could be with --levels"
+            f"all values of {found.source} are {low}, so there is nothing to learn; if that is"
+            " intended, give the number of possible levels with --levels"
         )
     if found.levels is not None:
         return Schema("levels", shape, found.levels), []

@@ -31,7 +31,7 @@ class Found:
         labels: labels that the examples may be conditioned on: name to the (N,) strings, integers
             or reals of each part, as they were found.
         alphabet: the alphabet of a text; see `Schema`.
-        tokenizer: the tokenizer of a text, likewise.
+        tokenizer: the tokenizer of a text; see `Schema`.
     """
 
     source: str

@@ -136,8 +136,8 @@ def missing(labels: Sequence[Label], stored: Mapping[str, Tensor]) -> list[str]:
         return []
     names = " or ".join(label.name for label in labels)
     return [
-        f"without {names}: {', '.join(counts)} examples; they are learned and measured as"
-        f" examples whose {names} is unknown, by P(x)"
+        f"without {names}: {', '.join(counts)} examples; they are learned and measured by P(x),"
+        f" as examples with unknown {names}"
     ]
 
 

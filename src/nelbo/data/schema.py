@@ -125,7 +125,9 @@ class Schema(Record):
                 f"tokens of text have no alphabet, and the shape (L,); got the shape {self.shape}"
             )
         if (self.kind == "table") != bool(self.columns):
-            raise ValueError(f"columns are those of a table; a {self.kind} got {self.columns}")
+            raise ValueError(
+                f"columns are for a table; the schema of {self.kind} data has {self.columns}"
+            )
         names = [column.name for column in self.columns]
         if len({*names}) < len(names):
             raise ValueError(f"columns must have different names; got {names}")

@@ -154,7 +154,9 @@ def load(
     form = Form(size, levels=levels, tokenizer=tokenizer)
     name, found = _read(source, form, None, declared, seed)
     if tokenizer is not None and found.tokenizer is None:
-        raise ValueError(f"a tokenizer is for text, and {name_of(source)} is none; leave it out")
+        raise ValueError(
+            f"a tokenizer is for text, and {name_of(source)} is not text; leave it out"
+        )
     schema, inferred = infer(found, levels)
     made, how = split(store(found, schema), found.source, seed)
     if schema.kind == "real":
@@ -197,8 +199,8 @@ def load_like(
     if schema.kind == "table":
         names = ", ".join(column.name for column in schema.columns[:8])
         raise ValueError(
-            f"the model is of a table, and {name_of(source)} is not one; give a frame or a mapping"
-            f" of its columns {names}{', ..' if len(schema.columns) > 8 else ''}"
+            f"the model is one of tables, and {name_of(source)} is not a table; give a frame or"
+            f" a mapping of its columns {names}{', ..' if len(schema.columns) > 8 else ''}"
         )
     channels = schema.shape[0] if len(schema.shape) == 3 else 1
     form = Form(size, channels, schema.levels, shape=schema.shape)
@@ -286,7 +288,7 @@ def stream_of(source: Source, splits: Declared | None = None) -> Table | None:
         return InSplits({name: tables.frame_of(each) for name, each in frames.items()})
     path = Path(source).absolute() if isinstance(source, str | PathLike) else None
     if splits is not None and (path is None or path.is_file()):
-        raise ValueError(f"splits are declared by names, and {name_of(source)} is one table")
+        raise ValueError(f"{name_of(source)} is one table, without named parts; leave splits out")
     return None if path is None else files.find(path, splits)
 
 
@@ -341,8 +343,8 @@ def _load_table(
     for option, value in (("levels", levels), ("size", size)):
         if value is not None:
             raise ValueError(
-                f"--{option} is for arrays and images; {name_of(source)} is a table, whose columns"
-                " --schema describes"
+                f"--{option} is for arrays and images; {name_of(source)} is a table; describe"
+                " its columns with --schema"
             )
     table = stream_of(source, declared)
     if table is not None and not condition:
@@ -384,7 +386,9 @@ def _load_table_like(source: Source, schema: Schema, declared: Declared | None) 
     if schema.kind != "table":
         shape = ", ".join(map(str, schema.shape))
         kind = "text" if schema.text else f"examples (N, {shape})"
-        raise ValueError(f"the model is of no table; {name_of(source)} is one; give {kind}")
+        raise ValueError(
+            f"the model is not one of tables, and {name_of(source)} is one; give {kind}"
+        )
     table = stream_of(source, declared)
     if table is not None and not schema.condition:
         notes = _unknown(table.names, schema)
@@ -443,7 +447,7 @@ def _read(
             f"--size resizes encoded images or cuts text; {source} holds none, so leave it out"
         )
     if splits is not None and not (reader and reader.parts) and not path.is_dir():
-        raise ValueError(f"splits are declared by names, and {source} is of one part")
+        raise ValueError(f"{source} has no named parts; leave --splits out")
     if built_in is not None:
         return str(source), built_in()
     if reader is not None:
@@ -453,4 +457,4 @@ def _read(
             f"there is no file or folder {path}; give {SUPPORTED}, or a built-in set: "
             f"{', '.join(BUILT_IN)}"
         )
-    raise ValueError(f"{path} is of no known type; give {SUPPORTED}")
+    raise ValueError(f"{path} is of an unknown type; give {SUPPORTED}")

@@ -48,8 +48,8 @@ class Tokenizer(Record):
         super().__post_init__()
         if self.sha256 != _hash(self.content):
             raise ValueError(
-                f"the tokenizer of the run is not the one of its hash {self.sha256}: the run is"
-                " damaged, or was changed"
+                f"the tokenizer of the run does not have its hash {self.sha256}: the run is"
+                " damaged, or was changed; restore it from a copy"
             )
 
     @staticmethod

@@ -58,8 +58,7 @@ def check_examples(model: "Model", x: Tensor) -> None:
         if x.numel() and x.min() >= 0 and x.max() <= 1:
             fix = f"if x is scaled to [0, 1], (x * {most}).round().long()"
         raise ValueError(
-            f"x is {x.dtype}, and the model is of the integers 0..{most}: give these, not scaled;"
-            f" {fix}"
+            f"x is {x.dtype}, but the model takes integers 0..{most}, not scaled; {fix}"
         )
     size = max(1, TOGETHER // model.dims)
     for first in range(0, len(x), size):

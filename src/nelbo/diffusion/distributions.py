@@ -111,7 +111,7 @@ def log_between(
 ) -> Tensor:
     """Return log[ F(upper) - F(lower) ] for lower < upper, elementwise.
 
-    F is Φ by default, and else that of any law that is symmetric about 0.
+    F is Φ by default, or another distribution function that is symmetric about 0.
     """
     # In the upper tail use the mirror image, where log F is precise.
     mirror = lower + upper > 0

@@ -71,7 +71,7 @@ class Affine(nn.Module):
 
     Args:
         shift: broadcastable to one example, in the units of the data.
-        scale: likewise, positive.
+        scale: positive, broadcastable to one example.
     """
 
     count, low, high = 0, -math.inf, math.inf  # no levels, and no limits on the values e

@@ -67,12 +67,15 @@ class PixelLaw(nn.Module):
     ) -> None:
         super().__init__()
         if law not in LAWS:
-            raise ValueError(f"the law of pixels must be one of {', '.join(LAWS)}; got {law!r}")
+            raise ValueError(
+                f"law, the distribution of the pixels, must be one of {', '.join(LAWS)}; got"
+                f" {law!r}"
+            )
         if not scaling.count and law != "gaussian":
-            raise ValueError(f"real data have the law gaussian; got {law!r}")
+            raise ValueError(f"the law of real data must be gaussian; got {law!r}")
         scale = torch.as_tensor(scale, dtype=torch.float64).reshape(-1)
         if not (scale > 0).all() or not scale.isfinite().all():
-            raise ValueError(f"the scale of a law must be positive; got {scale.tolist()}")
+            raise ValueError(f"the scale of the pixels must be positive; got {scale.tolist()}")
         self.scaling, self.law = scaling, law
         self.log_scale = nn.Parameter(scale.log())
 

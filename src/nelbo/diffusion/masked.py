@@ -47,7 +47,7 @@ class Masking(SymbolProcess):
         schedule: γ, with α = sigmoid(-γ).
         count: the number K of symbols.
         as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
-            it gets K + 1 channels, of which that of the symbol or of the mask is 1.
+            it gets K + 1 channels, one-hot, the last for the mask.
         shorter: whether examples may be shorter than others: x and z are K beyond their end, which
             costs nothing.
     """
@@ -259,6 +259,6 @@ class BlockDiffusion(Masking):
         begun = (self._passed(t, n).ceil() - 1).clamp(min=0)
         if prediction.ends_with_block and (self._passed(s, n) < begun).any():
             raise ValueError(
-                f"a step shows tokens of one block, of which there are {n}: take a multiple of {n}"
-                " for the steps, or leave them out"
+                f"each step shows tokens of one block, and there are {n} blocks: the number of"
+                f" steps must be a multiple of {n}; or leave the steps out"
             )

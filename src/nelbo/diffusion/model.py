@@ -136,7 +136,7 @@ class Model(nn.Module):
         self._check_given(condition, examples)
         if condition is not None and not self.conditioned_on:
             raise ValueError(
-                "the model is one of P(x), and the examples come with conditions: give the"
+                "the model is one of P(x), but the examples come with conditions: give the"
                 " examples alone; if its network does learn from conditions, name them, as in"
                 ' Model(..., conditioned_on="class")'
             )
@@ -145,10 +145,9 @@ class Model(nn.Module):
         """Check the same but for a model of P(x), whose training may mark augmented examples."""
         if condition is None and self.conditioned_on:
             raise ValueError(
-                f"the model is one of P(x|{self.conditioned_on}), and the examples come"
-                f" without their {self.conditioned_on}: take the examples from"
-                " run.batch(...)[0], give nelbo.Batch(x, condition), or measure P(x) with"
-                " model.unconditional()"
+                f"the model is one of P(x|{self.conditioned_on}), but the examples come without"
+                f" their {self.conditioned_on}: take the examples from run.batch(...)[0], give"
+                " nelbo.Batch(x, condition), or measure P(x) with model.unconditional()"
             )
         check_count(condition, examples)
 

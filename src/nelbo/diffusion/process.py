@@ -227,7 +227,7 @@ class SymbolProcess(ForwardProcess):
         count: the number K of symbols.
         states: number of values of z: K, or K + 1 with a mask.
         as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
-            it gets a channel for each state, of which that of z is 1.
+            it gets one channel for each state, one-hot.
         shorter: whether examples may be shorter than others: x and z are K beyond their end.
     """
 

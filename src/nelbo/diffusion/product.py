@@ -3,7 +3,7 @@ r"""Columns of several kinds in one model, as a product of processes.
 x = (x_1, .., x_G) is made of groups of columns. Each group has a process of its own; the groups
 share only the time and the network:
 
-    q(z_t|x) = Π_g q_g(z_t^g|x^g),      P(z_s|z_t) = Π_g P_g(z_s^g|z_t),      P(x|z_1) likewise.
+    q(z_t|x) = Π_g q_g(z_t^g|x^g),      P(z_s|z_t) = Π_g P_g(z_s^g|z_t),      P(x|z_1) too.
 
 The network sees all of z_t, so the prediction of a column depends on the others. The KL of a
 product is the sum of KLs and its rate the sum of rates, so `elbo.py` needs no special case. e, the

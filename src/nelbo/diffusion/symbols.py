@@ -278,7 +278,7 @@ class MaybeMasked(Discrete):
     Args:
         source: distribution of the symbol.
         log_shown: broadcastable to the places, float64.
-        log_masked: log(1 - exp(log_shown)), likewise.
+        log_masked: log(1 - exp(log_shown)), of the same shape.
     """
 
     def __init__(self, source: Symbols, log_shown: Tensor, log_masked: Tensor) -> None:

@@ -5,9 +5,9 @@ With α = α_t, r = α_t/α_s and s < t, for each symbol,
     q(z_t|x)     = α [z_t = x] + (1-α)/K
     q(z_s|z_t,x) = ( r [z_s = z_t] + (1-r)/K ) q(z_s|x) / q(z_t|x)
 
-A model puts probabilities P_k in place of the certain x. They are its opinion of x_i from all
-symbols but z_i, whose own evidence these formulas add, so that P(z_s|z_t) is the exact reverse
-kernel where P_k = P(x_i = k|z_t but z_i), and likewise P(x_i = k|z_t) ∝ P_k q(z_i|x_i = k).
+A model puts probabilities P_k in place of the known x. They are its prediction of x_i from all
+symbols except z_i, whose own evidence these formulas add: P(x_i = k|z_t) ∝ P_k q(z_i|x_i = k). If
+P_k = P(x_i = k|z_t without z_i), then P(z_s|z_t) is the exact reverse kernel.
 
 In continuous time, with m(k) = q(z_t = k|x), its prediction m̂ = α P + (1-α)/K, u = m/m(z_t) and
 û = m̂/m̂(z_t), the rate is
@@ -51,7 +51,7 @@ class MaybeReplaced(Discrete):
     Args:
         source: distribution of the symbol.
         log_kept: log α, broadcastable to the places, float64.
-        log_replaced: log(1-α), likewise.
+        log_replaced: log(1-α), of the same shape.
     """
 
     def __init__(self, source: Symbols, log_kept: Tensor, log_replaced: Tensor) -> None:
@@ -114,7 +114,7 @@ class Bridge(Discrete):
         before: P(z_s).
         z: z_t, shape of the places.
         log_kept: log r, broadcastable to the places, float64.
-        log_replaced: log(1-r), likewise.
+        log_replaced: log(1-r), of the same shape.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class UniformDiffusion(SymbolProcess):
         schedule: γ(t), with α_t = sigmoid(-γ(t)); its ends may be infinite.
         count: the number K of symbols.
         as_codes: a network gets the codes of z, one channel, and embeds them itself; by default
-            it gets K channels, of which that of the symbol is 1.
+            it gets K channels, one-hot.
         shorter: whether examples may be shorter than others: x and z are K beyond their end, which
             costs nothing.
     """

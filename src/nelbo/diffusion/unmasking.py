@@ -12,7 +12,7 @@ the order is a function of what shows, one path leads to each x, and its probabi
 
     P(x) = Π_steps Π_{i in next(z)} P(x_i|z),   z = what shows before the step.
 
-A model that is told the time is told the one at which this share of its symbols is hidden.
+A model with a time input gets the time at which this share of its symbols is hidden.
 
 `random`, one symbol at a time in any order, has many paths to each x, and P(x) is a mean over them
 (`evaluation.any_order`).
@@ -44,7 +44,7 @@ SURENESS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "margin": _margin,
     "entropy": lambda log_p: -torch.special.entr(log_p.exp()).sum(-1),
 }
-_TEMPERED = "it draws from other probabilities than those of the model, which are of temperature 1"
+_TEMPERED = "it draws from other probabilities than the model's, which have temperature 1"
 #: why samplers of these names have no such likelihood
 REFUSED = {
     "confidence": "it looks at the symbols drawn, so it reaches each x by many paths; greedy takes"

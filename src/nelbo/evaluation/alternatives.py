@@ -78,24 +78,21 @@ class Alternative:
             raise ValueError(f"{flow} uses continuous time; leave {t} and {samples} out")
         if self.wanted and not calls is target_error is None:
             raise ValueError(
-                f"{spell('calls')} and {spell('target_error')} are for the bound; {flow} is priced"
-                f" by {spell('tolerance')}, and {samples} by K times T"
+                f"{spell('calls')} and {spell('target_error')} are for the bound; {flow} takes"
+                f" {spell('tolerance')} instead, and {samples} always takes K times T calls"
             )
         if self.wanted and sampler is not None:
             raise ValueError(
-                f"{spell('sampler')} goes beside the bound; leave {flow}, {samples} out"
+                f"{spell('sampler')} is stated beside the plain bound; leave {flow}, {samples} out"
             )
         if self.wanted and columns:
             raise ValueError(
-                f"{spell('columns')} goes beside the bound; leave {flow}, {samples} out"
+                f"{spell('columns')} is stated beside the plain bound; leave {flow}, {samples} out"
             )
         if self.own_samples is not None:
             integer(spell("own_samples"), self.own_samples, 1)
             if self.importance_samples is None:
-                raise ValueError(
-                    f"{spell('own_samples')} measures the bound of {samples} K at {t} T; give"
-                    " these"
-                )
+                raise ValueError(f"{spell('own_samples')} needs {samples} K and {t} T; give both")
         of_bound = {"surrogate": surrogate, "masks": masks, "resume": resume}
         for name, value in of_bound.items():
             if self.wanted and value is not None:

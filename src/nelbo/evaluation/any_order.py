@@ -23,7 +23,7 @@ LONGEST = 16  # symbols of an example: 65 535 calls
 
 
 def check_length(model: Model, batch: Batch) -> None:
-    """Refuse examples with so many symbols that the sets of what shows cannot be listed.
+    """Refuse examples with too many symbols for a recursion over all sets of them.
 
     Raises:
         ValueError: as said.

@@ -1,4 +1,4 @@
-"""Examples for a model of which no more is known than itself, from data of any kind."""
+"""Examples for a bare model, from data of any kind."""
 
 import warnings
 from typing import TYPE_CHECKING, cast

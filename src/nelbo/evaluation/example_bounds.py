@@ -68,12 +68,12 @@ def elbo(
 
     Args:
         model: measured in evaluation mode with float64 around the network.
-        x: as for `nelbo.elbo`, as the others.
+        x: as for `nelbo.elbo`.
         times: of the bound; continuous time by default.
         calls: network calls per example.
         seed: of everything random.
-        by_content: let the draws of an example follow from the seed and its values, whatever its
-            place and the other examples are; equal examples then have equal draws.
+        by_content: derive the draws of an example from the seed and its values alone, not from
+            its place or the other examples; equal examples then have equal draws.
         track: wraps the blocks of examples.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Results of an evaluation so far, in a file, so that it can be continued where it stood.
+"""Results of an evaluation so far, in a file, so that it can be continued.
 
 The tasks of a pass over the data (`blocks.map_blocks`) have random numbers of their own, so a task
-that is in the file need not be computed again: the result is that of an evaluation that was never
-interrupted, to the last bit, and so is its number of network calls.
+that is in the file is not computed again. The result and its number of network calls are the same
+as without an interruption, to the last bit.
 """
 
 import time
@@ -48,8 +48,8 @@ class Kept:
             for name, value in about.items():
                 if known.get(name, value) != value:
                     raise ValueError(
-                        f"{path} is of another evaluation: its {name} is {known[name]}, and here"
-                        f" {value}; give that again, or another file"
+                        f"{path} belongs to another evaluation: its {name} is {known[name]}, and"
+                        f" now {value}; repeat that, or give another file"
                     )
             self.about = known | self.about
         check_writable(path)
@@ -106,7 +106,7 @@ class Tasks:
 def keeping(
     path: Path | None, model: Model, batch: Batch, seed: int, about: Mapping[str, object]
 ) -> Iterator[Kept | None]:
-    """Inside, keep what is measured in a file, also if it ends early; None without a file.
+    """Inside, keep what is measured in a file, also if it is interrupted; None without a file.
 
     Args:
         path: the file.

@@ -105,7 +105,7 @@ def evaluate_latent(
         curve=_curve(over_time, times, scale),
         per_example=LatentBound(*terms.mean(2)),
         per_example_error=errors([total]),
-        notes=(f"P(x|z) is {model.law}, about the decoded image, not clipped",),
+        notes=(f"P(x|z) is {model.law} around the decoded image, without clipping",),
         encoder_calls_per_example=1.0,
         decoder_calls_per_example=float(replicates),
     )

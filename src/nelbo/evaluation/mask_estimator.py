@@ -256,7 +256,7 @@ class Pairs:
 
         Args:
             surrogate: use the surrogate.
-            variates: F, the last so many variates.
+            variates: F; the last F variates are used.
             draws: use other draws of the same text.
         """
         count = self.count[:, None]
@@ -309,7 +309,7 @@ def left_of(
 
 
 def texts_of_a_task(model: Model, masks: int) -> int:
-    """Return how many texts a task has, of so many masks each: some network calls' worth."""
+    """Return the number of texts of a task, from their masks: a task takes some network calls."""
     return max(1, min(TASK, max(FEWEST, CALLED * model.rows)) // masks)
 
 

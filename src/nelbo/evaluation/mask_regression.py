@@ -7,10 +7,10 @@ a pair the text and the count cancel, so that the differences show what the mask
     sd      standard deviation of what is left, as σ(l/L)/√l: a mean over l tokens
     b       mean of what is left, which is smooth in l, so that strata need not be narrow
 
-What is left of each hidden token tells how hard it is in other draws of the same text: with the
-mean square of a token, V, of which the part C is common to two masks, N such numbers of sum S are
-worth S/(N + κ), κ = V/C - 1 (the best linear prediction; James & Stein 1961), times a slope that
-is fitted to the same pairs, each mask by its partner.
+The residual of a hidden token, which is left after this, predicts how hard the token is in other
+draws of the same text. If residuals have the mean square V, of which C is common to two masks,
+N of them with the sum S predict S/(N + κ), κ = V/C - 1 (the best linear prediction; James & Stein
+1961), times a slope that is fitted to the same pairs, each mask predicted from its partner.
 
 Without a pilot k is 1 for the surrogate and 0 for the others, σ is constant and b is 0.
 """
@@ -47,8 +47,8 @@ class Coefficients:
         curve: b, (K,), nats per token.
         spread: σ of what is left, (K,), nats.
         of_surrogate: σ of k times the surrogate's cost, (K,); None without a surrogate.
-        by_draws: slope of what other draws of the text say, (K,); None where they are not used.
-        shrink: κ, the numbers of a token that its prediction is worth without any.
+        by_draws: slope of the prediction by other draws, (K,); None where they are not used.
+        shrink: κ, see the head of this file.
     """
 
     slopes: Tensor

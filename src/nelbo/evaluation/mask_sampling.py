@@ -11,7 +11,7 @@ a uniformly random set, so that every mean is right; together they hide all plac
 often, which removes most of the variance of how hard each token is. Two windows of half of the
 places are complementary masks (Ye et al. 2025), and windows of a whole permutation an order.
 
-A model that is told the time sees the masked share u. Where α is uniform, l given u is binomial,
+A model with a time input gets the masked share u. Where α is uniform, l given u is binomial,
 so that E over l and u ~ Beta(l, L - l + 1) is the integral over u of the bound:
 
     C(L, l) ∫ u^{l-1} (1-u)^{L-l} c(u) du = 1/l E_{u ~ Beta(l, L-l+1)} c(u).
@@ -78,7 +78,7 @@ class Masks:
         count: number l of hidden places, (B, R, n).
         width: of the strata, the weight of each mask, (B, R, n).
         hidden: whether a place is hidden, (B, R, n, D).
-        share: u, the masked share that a model is told, (B, R, n), float64.
+        share: u, the masked share, the time input of a model, (B, R, n), float64.
         length: number L of scored places of the examples, (B,).
         order: the permutation of a replicate of which a mask is a window, (B, R, n).
     """

@@ -9,15 +9,15 @@ masks of its own:
     Σ_l k(l) g(l)                              many masks, read by the surrogate alone
     Σ_l E[ f(S) - k(l) g(S) - Σ_j k_j(l) v_j(S) - b(l) ] + b(l)    few masks, read by both models
 
-v_j are of known mean zero given the text: how much harder than others the hidden tokens are, by
-their frequency (`unigram`), by the surrogate's own costs in the first level, and by earlier masks
-of the same text (`draws`), of permutations of their own, so that replicates are uncorrelated, and
-their spread gives the error. A pilot chooses the variates of least variance. k, k_j, b and the
-shares of the counts come from a pilot (`mask_regression`) with masks of its own, so that the
-estimate is unbiased for any surrogate. The first level has n √(V_g/(V_f κ)) masks for n masks of
-the second, where V are the variances of one mask of each and κ is the price of one by the
-surrogate in network calls, as the share of floating-point operations: the least variance for the
-price (Giles 2015, equation 2.1). Replicates of a text have masks of their own on both levels.
+The v_j have mean zero given the text. They measure how much harder than others the hidden tokens
+are: by their frequency (`unigram`), by the surrogate's costs in the first level, and by earlier
+masks of the same text (`draws`). The latter belong to other permutations, so that replicates are
+uncorrelated and their spread gives the error. A pilot (`mask_regression`), with masks of its own,
+chooses the variates with the least variance, and fits k, k_j, b and the shares of the counts; so
+the estimate is unbiased for any surrogate. For n masks of the second level the first has
+n √(V_g/(V_f κ)), which gives the least variance for the price (Giles 2015, equation 2.1). V are
+the variances of one mask on each level, and κ is the price of a mask read by the surrogate, in
+network calls, as its share of floating-point operations. Replicates have separate masks.
 """
 
 import math
@@ -86,7 +86,7 @@ def check_masks(
             f"{what} for a masked model in continuous time; leave it out, or leave the steps out"
         )
     if masks == TWO_LEVELS and surrogate is None:
-        raise ValueError(f"{TWO_LEVELS} take a surrogate; give one, or other masks")
+        raise ValueError(f"{TWO_LEVELS} need a surrogate; give one, or other masks")
     if masks not in (None, TWO_LEVELS) and surrogate is not None:
         raise ValueError(f"a surrogate takes the masks {TWO_LEVELS}; got {masks!r}: leave one out")
     if surrogate is None:
@@ -223,7 +223,7 @@ def evaluate_masks(
     if way.name == TWO_LEVELS:
         notes += [
             f"the surrogate read {read:.0f} masks of each text, at {price:.2g} of a network call"
-            " a mask"
+            " per mask"
         ]
     elif surrogate is not None:
         notes += ["the surrogate is not used: its masks cost more than they save"]

@@ -127,7 +127,7 @@ class Chain:
         return self.model.process.posterior(z, e, self._at(i - 1), self._at(i))
 
     def _points(self, intervals: float) -> int:
-        """Return the number of points of a grid that needs so many intervals at fineness 1."""
+        """Return the number of points of a grid, from the intervals it needs at fineness 1."""
         return self.fineness * math.ceil(min(max(intervals, FEWEST), MOST)) + 1
 
     def _width(self, i: int, z: Tensor) -> float:

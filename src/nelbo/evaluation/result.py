@@ -167,7 +167,7 @@ class TokenCosts(NamedTuple):
     #: mean cost without control variates, shape of the examples; its sum over a text is an
     #: unbiased estimate of the bound too; NaN where a token is not scored
     nats: Tensor
-    #: likewise
+    #: Monte Carlo error of each; NaN where a token is not scored
     standard_error: Tensor
 
 

@@ -47,5 +47,5 @@ def explain(
         loaded = run if isinstance(run, Run) else load(run)
         page = Path(out or loaded.path / "explain.html")
         body = run_page.page(loaded, seed, track("numbers of steps"))
-    write_page(page, "nelbo: the lecture, alive", body, style(), script=True)
+    write_page(page, "nelbo: the bound of one number", body, style(), script=True)
     return page

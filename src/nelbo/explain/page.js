@@ -176,10 +176,10 @@ function drawPath(T) {
   }
   const [down, f] = [`<span class="q"><i>m</i><sub>t</sub></span>`, `<span class="p"><i>f</i></span>`];
   say("path", t > T
-    ? `The noise has done its work: ${z(T)} should look like a draw of <span class="p">N(0, 1)</span>, from which the model starts.`
+    ? `All noise is added: ${z(T)} should look like a draw from <span class="p">N(0, 1)</span>, where the model starts.`
     : t > 1
-      ? `From ${z(t)} = ${num(path[t - 1])} back to ${z(t - 1)}: whoever knows <span class="x"><i>x</i></span> expects ${down} = ${num(look("back")[t - 2][0])}; the model says ${f} = ${num(look("f")[t - 1][0])}.`
-      : `The last step: from ${z(1)} = ${num(path[0])} the model guesses ${f} = ${num(look("f")[0][0])}, and <span class="x"><i>x</i></span> is ${num(x)}.`);
+      ? `From ${z(t)} = ${num(path[t - 1])} back to ${z(t - 1)}: given <span class="x"><i>x</i></span>, the mean is ${down} = ${num(look("back")[t - 2][0])}; the model predicts ${f} = ${num(look("f")[t - 1][0])}.`
+      : `The last step: from ${z(1)} = ${num(path[0])} the model predicts ${f} = ${num(look("f")[0][0])}, and <span class="x"><i>x</i></span> is ${num(x)}.`);
 }
 
 function drawMarginal(T) {
@@ -190,15 +190,15 @@ function drawMarginal(T) {
   densities("marginal", `the density of z ${i} given x`, [{ curve: q, colour: "q" }], marks);
   if (asCurve(q)[0] === "normal") {
     const [, mean, sd] = asCurve(q);
-    say("marginal", `Given <span class="x"><i>x</i></span>, ${z(i)} has <span class="q">mean ${num(mean)} and standard deviation ${num(sd)}</span>; here it was drawn as ${num(value)}.`);
-  } else say("marginal", `Given <span class="x"><i>x</i></span>, ${z(i)} <span class="q">shows it or hides it</span>: hidden is the last bar.`);
+    say("marginal", `Given <span class="x"><i>x</i></span>, ${z(i)} has <span class="q">mean ${num(mean)} and standard deviation ${num(sd)}</span>; the draw shown is ${num(value)}.`);
+  } else say("marginal", `Given <span class="x"><i>x</i></span>, ${z(i)} <span class="q">shows it or hides it</span>; the last bar means hidden.`);
 }
 
 function drawBack(T) {
   if (t > T) {
     const q = look("marginal")[T - 1], p = look("prior") || ["normal", 0, 1];
     densities("back", "the end of the encoder and the start of the model", [{ curve: q, colour: "q" }, { curve: p, colour: "p" }], []);
-    say("back", `Before the first step: <span class="q"><i>q</i>(${z(T)}|<i>x</i>)</span> still knows a little of <i>x</i>; the model starts from <span class="p"><i>P</i>(${z(T)})</span>, which knows nothing.`);
+    say("back", `Before the first step: <span class="q"><i>q</i>(${z(T)}|<i>x</i>)</span> still depends a little on <i>x</i>; the model starts from <span class="p"><i>P</i>(${z(T)})</span>, which does not.`);
   } else if (t > 1) {
     const q = look("back")[t - 2], p = look("f")[t - 1];
     const normal = [q, p].every((c) => asCurve(c)[0] === "normal");
@@ -206,11 +206,11 @@ function drawBack(T) {
     densities("back", `the two distributions of z ${t - 1} given z ${t}`, [{ curve: q, colour: "q" }, { curve: p, colour: "p" }], means);
     say("back", normal
       ? `The encoder, which knows <i>x</i>: <span class="q"><i>m</i><sub>t</sub> = ${num(asCurve(q)[1])}, √β̃ = ${num(asCurve(q)[2])}</span>. The model, which does not: <span class="p"><i>f</i> = ${num(asCurve(p)[1])}, <i>σ</i> = ${num(asCurve(p)[2])}</span>.`
-      : `Solid blue, the encoder, which knows <i>x</i>; dashed orange, the model, which does not: it keeps open what it cannot know.`);
+      : `Solid blue, the encoder, which knows <i>x</i>; dashed orange, the model, which does not, and is therefore wider.`);
   } else {
     const p = look("f")[0], x = D.x ? D.x[chosen.x] : look("x_code");
-    densities("back", "what the model says of x, given z 1", [{ curve: p, colour: "p" }], x === null ? [] : [{ at: x, colour: "x", plain: "x" }]);
-    say("back", `The last step gives the data themselves: <span class="p"><i>P</i>(<i>x</i>|${z(1)})</span>. It costs −log<sub>2</sub> of its height at <span class="x"><i>x</i></span>.`);
+    densities("back", "the model's distribution of x, given z 1", [{ curve: p, colour: "p" }], x === null ? [] : [{ at: x, colour: "x", plain: "x" }]);
+    say("back", `The last step gives the data: <span class="p"><i>P</i>(<i>x</i>|${z(1)})</span>. It costs −log<sub>2</sub> of the height at <span class="x"><i>x</i></span>.`);
   }
 }
 
@@ -234,7 +234,7 @@ function drawCost(T, k) {
   axis(s, X, 76, least, most, 5);
   if (t > T) say("cost", `The prior term is exact: <span class="kl">KL(<i>q</i>(${z(T)}|<i>x</i>) ‖ <i>P</i>(${z(T)})) = ${unit(mean)}</span>.`);
   else if (t === 1) say("cost", `−log<sub>2</sub> <i>P</i>(<i>x</i>|${z(1)}) is <span class="kl">${unit(here)}</span> at this ${z(1)}, and ${unit(mean)} on average over <i>q</i>(${z(1)}|<i>x</i>).`);
-  else if (parts) say("cost", `At this ${z(t)}: ${unit(Math.max(0, here - fixed))} because <i>f</i> misses <i>m</i><sub>t</sub>, and a constant ${unit(fixed)} because <i>σ</i>² is not β̃: <span class="kl">${unit(here)}</span>. On average over ${z(t)}: ${unit(mean)}.`);
+  else if (parts) say("cost", `At this ${z(t)}: ${unit(Math.max(0, here - fixed))} because <i>f</i> differs from <i>m</i><sub>t</sub>, and a constant ${unit(fixed)} because <i>σ</i>² differs from β̃: <span class="kl">${unit(here)}</span>. On average over ${z(t)}: ${unit(mean)}.`);
   else say("cost", `At this ${z(t)}, over all dimensions: <span class="kl">${unit(here)}</span>. On average over ${z(t)}: ${unit(mean)}.`);
 }
 
@@ -304,8 +304,8 @@ function drawSum(T, k) {
   }
   const sofar = ends[k + 1];
   const gap = look("gap"), error = look("error");
-  say("sum", `${k === T ? "All terms are paid" : "Paid so far"}: <span class="kl">${unit(sofar)}</span> of −ELBO = ${unit(total)}${error === null ? "" : ` ± ${bits(error)} (Monte Carlo)`}.` +
-    (gap === null ? " How far −log<sub>2</sub> <i>P</i>(<i>x</i>) lies below is not known of a network with many dimensions." : ` It lies above <span class="p">−log<sub>2</sub> <i>P</i>(<i>x</i>) = ${unit(evidence)}</span> by KL[<i>q</i>‖<i>P</i>(<i>z</i>|<i>x</i>)] = ${unit(gap)}.`));
+  say("sum", `${k === T ? "All terms" : "So far"}: <span class="kl">${unit(sofar)}</span> of −ELBO = ${unit(total)}${error === null ? "" : ` ± ${bits(error)} (Monte Carlo)`}.` +
+    (gap === null ? " −log<sub>2</sub> <i>P</i>(<i>x</i>) is lower; how much is unknown for a network with many dimensions." : ` It lies above <span class="p">−log<sub>2</sub> <i>P</i>(<i>x</i>) = ${unit(evidence)}</span> by KL[<i>q</i>‖<i>P</i>(<i>z</i>|<i>x</i>)] = ${unit(gap)}.`));
 }
 
 function drawEvidence() {
@@ -348,7 +348,7 @@ function drawPictures(T, k) {
     const [left, top, wide, high] = D.places[chosen.dim];
     Object.assign(mark.style, { left: `${left}%`, top: `${top}%`, width: `${wide}%`, height: `${high}%` });
   }
-  say("pictures", t > T ? "All signal is gone; what is left of it costs the prior term." : `From ${z(i)} the network predicts <i>x̂</i>; where it is wrong, the step costs bits (the brighter, the more; ${unit(look("heat")[k])} in the brightest pixel).`);
+  say("pictures", t > T ? "Hardly any signal is left; what is left costs the prior term." : `From ${z(i)} the network predicts <i>x̂</i>; where it is wrong, the step costs bits (the brighter, the more; ${unit(look("heat")[k])} in the brightest pixel).`);
 }
 
 function drawRows(T, k) {

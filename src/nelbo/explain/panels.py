@@ -41,6 +41,7 @@ class Panel:
             for place in self.code
         )
         kind = "panel wide-panel" if self.wide else "panel"
+        equations = "Equations" if " " in self.number else "Equation"
         return (
             f'<section class="{kind}" aria-labelledby="title-{self.name}">'
             f'<h2 id="title-{self.name}">{escape(self.title)}</h2>'
@@ -48,7 +49,7 @@ class Panel:
             f'<div class="draw" id="{self.name}">{self.inside}</div>'
             f'<p class="say" id="say-{self.name}"></p>'
             f"{f'<p>{self.text}</p>' if self.text else ''}"
-            f'<p class="home">Equation {self.number} · {links}</p></section>'
+            f'<p class="home">{equations} {self.number} · {links}</p></section>'
         )
 
 
@@ -91,12 +92,10 @@ def body(head: str, values: Values, panels: Sequence[Panel], foot: str) -> str:
     script = files("nelbo.explain").joinpath("page.js").read_text(encoding="utf-8")
     drawn = "".join(panel.html() for panel in panels)
     return (
-        f"<header>{head}</header>"
-        "<noscript><p>This page moves with a little JavaScript of its own.</p></noscript>"
-        f"{choices(values.choices)}{PLAYER}<main class='panels'>{drawn}</main>"
-        f"<footer>{foot}</footer>"
-        f'<script type="application/json" id="values">{values.to_json()}</script>'
-        f"<script>{script}</script>"
+        f"<header>{head}</header><noscript><p>This page needs JavaScript, which it"
+        f" contains.</p></noscript>{choices(values.choices)}{PLAYER}<main"
+        f" class='panels'>{drawn}</main><footer>{foot}</footer><script type=\"application/json\""
+        f' id="values">{values.to_json()}</script><script>{script}</script>'
     )
 
 

@@ -147,9 +147,9 @@ def _choices(
     made = [
         Choice("x", "The example <i>x</i>", [f"number {i}" for i in rows.tolist()]),
         Choice("steps", "Number of steps <i>T</i>", [str(n) for n in steps], len(steps) - 1),
-        Choice("kernel", "The step back <i>P</i>(<i>z</i><sub>t−1</sub>|<i>z</i><sub>t</sub>)",
+        Choice("kernel", "The reverse step <i>P</i>(<i>z</i><sub>t−1</sub>|<i>z</i><sub>t</sub>)",
                [escape(name) for name in kernels]),
-        Choice("dim", "The dimension that is drawn", [names[d] for d in dims], priced=False),
+        Choice("dim", "The dimension shown", [names[d] for d in dims], priced=False),
     ]  # fmt: skip
     return made
 
@@ -312,7 +312,7 @@ def panels(schema: Schema) -> list[Panel]:
     return [
         Panel(
             "pictures" if image else "table",
-            "What is left, and what the network makes of it",
+            "The latent, and the prediction of the network",
             f"<i>q</i>({z}|{x}) → <i>x̂</i>({z}) → <i>f</i>({z}, t) ="
             f" {sub('m', 't')}({z}, <i>x̂</i>)",
             "3 and 7",
@@ -323,7 +323,7 @@ def panels(schema: Schema) -> list[Panel]:
         MARGINAL,
         Panel(
             "back",
-            "One step back, with and without x",
+            "One reverse step, with and without x",
             f'<span class="q"><i>q</i>({z_before}|{z},{x})</span> '
             f'<span class="p"><i>P</i>({z_before}|{z})</span>',
             "6 and 7",

@@ -71,8 +71,10 @@ PREDICTIONS: dict[str, Callable[..., Toy]] = {
         betas, ideal_f(DATA, betas), **how
     ),
     "the best straight line": lambda betas, **how: toy(betas, linear_f(betas), **how),
-    "a network that says x̂ = 0": lambda betas, **how: toy(betas, zero, predicts="data", **how),
-    "a network that says ε̂ = 0": lambda betas, **how: toy(betas, zero, predicts="noise", **how),
+    "a network that predicts x̂ = 0": lambda betas, **how: toy(betas, zero, predicts="data", **how),
+    "a network that predicts ε̂ = 0": lambda betas, **how: toy(
+        betas, zero, predicts="noise", **how
+    ),
 }
 
 
@@ -83,7 +85,7 @@ def values(track: Track = iter) -> Values:
             Choice("x", "The example <i>x</i>", [f"{x:+.1f}".replace("-", "−") for x in DATA]),
             Choice("steps", "Number of steps <i>T</i>", [str(n) for n in STEPS], len(STEPS) // 2),
             Choice("betas", "The <i>β</i>’s", list(SCHEDULES)),
-            Choice("variance", "Variance <i>σ</i>² of a step back", list(VARIANCES)),
+            Choice("variance", "Variance <i>σ</i>² of a reverse step", list(VARIANCES)),
             Choice("predicts", "The prediction <i>f</i>", list(PREDICTIONS)),
             Choice(
                 "draw", "The draw of the noise", [str(d + 1) for d in range(DRAWS)], priced=False
@@ -179,7 +181,7 @@ _Z, _Z_BEFORE, _X, _ALPHA = sub("z", "t"), sub("z", "t−1"), "<i>x</i>", sub("�
 #: panels of all pages
 MARGINAL = Panel(
     "marginal",
-    "Where the latent may be",
+    "Where the latent can be",
     f"<i>q</i>({_Z}|{_X}) = N(√{_ALPHA} {_X}, 1−{_ALPHA})",
     "3",
     ("diffusion/gaussian.py:GaussianDiffusion.marginal",),
@@ -217,7 +219,7 @@ def panels() -> list[Panel]:
         MARGINAL,
         Panel(
             "back",
-            "One step back, with and without x",
+            "One reverse step, with and without x",
             f'<span class="q"><i>q</i>({z_before}|{z},{x}) = N({sub("m", "t")}, {tilde})</span>'
             f' <span class="p"><i>P</i>({z_before}|{z}) = N(<i>f</i>({z}, t), <i>σ</i>²)</span>',
             "6 and 7",
@@ -254,7 +256,7 @@ def panels() -> list[Panel]:
     ]
 
 
-HEAD = """<h1>The lecture, alive <span class="muted">· nelbo explain toy</span></h1>
+HEAD = """<h1>The bound of one number <span class="muted">· nelbo explain toy</span></h1>
 <p class="lead">A diffusion model of a single number <i>x</i>, small enough that everything in
 <b>log <i>P</i>(<i>x</i>) = ELBO + KL</b> is known. Move <i>t</i> with the arrow keys, from the
 noise on the right to the data on the left, and watch what each step costs.</p>"""

@@ -109,17 +109,16 @@ def load(
     Args:
         source: "diffusers:FOLDER" or "openai:FILE", followed after commas by options that its
             flags leave open: "clip=yes" or "clip=no", "label=3", and for a folder "scaling=0:1"
-            for x/255 (by default -1:1), "keep=0:4:9" for some of its times, "variance=large" for
-            another than the scheduler's, "weights=ema" for others than the default;
-            or "hf:FOLDER", a masked language model.
+            for x/255 (by default -1:1), "keep=0:4:9" for some of its times, "variance=large" or
+            "weights=ema" in place of the default ones; or "hf:FOLDER", a masked language model.
         steps: number of steps of the model; by default its own.
         condition: for a folder of diffusers: c of each example that is to be measured, in their
             order, for the bound on P(x|c).
-        trust_remote_code: the one exception: run the code that a folder of hf: brings.
-        precision: for hf:, of the weights: bf16, fp16, float32 or float64; as they are stored
-            where left out. For the others bf16, by torch.autocast around the network.
-        device_map: for hf:, as for `from_pretrained` of transformers, such as "auto": where the
-            weights are, from which nothing moves them.
+        trust_remote_code: the one exception: run the code in a folder of hf:.
+        precision: for hf:, of the weights: bf16, fp16, float32 or float64; by default as they are
+            stored. For the others bf16, by torch.autocast of the network.
+        device_map: for hf:, where to put the weights, as for `from_pretrained` of transformers,
+            such as "auto".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -128,7 +127,7 @@ def load(
     kind, _, rest = source.partition(":")
     if kind not in SOURCES:
         known = " or ".join(f"{name}:PATH" for name in SOURCES)
-        raise ValueError(f"a foreign model is {known}; got {source!r}")
+        raise ValueError(f"another library's model is given as {known}; got {source!r}")
     if condition is not None and kind != "diffusers":
         raise ValueError(f"a condition is for diffusers:FOLDER; {kind} models take none")
     if kind == "hf":
@@ -142,7 +141,7 @@ def load(
             device_map=device_map,
         )
     if trust_remote_code:
-        raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models bring no code")
+        raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models contain no code")
     if precision not in (None, "bf16"):
         raise ValueError(
             f"the precision of {kind}: is bf16, by autocast, or its own; got {precision!r}"

@@ -92,7 +92,7 @@ class Steps(Schedule):
             or (i > self.steps).any()
         ):
             raise ValueError(
-                f"the model knows {self.steps} times, i/{self.steps}, and was asked for others;"
+                f"the model knows {self.steps} times, i/{self.steps}, and others were asked for;"
                 f" try steps={self.steps}, TimeGrid.uniform({self.steps}), or a divisor of it,"
                 " or keep=... for other times"
             )
@@ -196,15 +196,17 @@ class Adapter(nn.Module):
         if isinstance(output, Tensor) and output.shape == expected:
             if not output.isfinite().all() and all(v.isfinite().all() for v in (y, *condition)):
                 raise ValueError(
-                    f"the wrapped network gives values that are not finite at the time"
-                    f" {time[~output.flatten(1).isfinite().all(1)][0].item():g}; is it a time of"
-                    " its training, and its precision enough?"
+                    "the wrapped network gives values that are not finite at the time"
+                    f" {time[~output.flatten(1).isfinite().all(1)][0].item():g}; was it trained"
+                    " at that time, and is its precision sufficient?"
                 )
             return output
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         hint = "wrap it in a module that gives that tensor"
         if got == (batch, 2 * self.shape[0], *self.shape[1:]):
-            hint = 'if the second half of the channels is a variance, say variance="learned-range"'
+            hint = (
+                'if the second half of the channels is a variance, give variance="learned-range"'
+            )
         raise ValueError(f"the wrapped network must give {expected}; got {got}; {hint}")
 
 

@@ -1,4 +1,4 @@
-"""Weights of any training script: found in a file under whatever prefix, and put into a module.
+"""Weights of any training script: found in a file under any prefix, and loaded into a module.
 
 A file of safetensors, an index of shards, a folder of these (accelerate), or a file of
 `torch.save` that holds tensors and plain values alone (.pt, .ckpt of Lightning) may hold a module
@@ -83,19 +83,19 @@ def load_weights(
     """Load a module's weights from a file of any training script.
 
     Args:
-        module: into which they are put.
+        module: whose weights to replace.
         path: a file of safetensors, an index of shards, a folder of these, or a file of tensors by
             `torch.save`.
-        weights: which, where there are several: "ema", "raw", or a part of a name, such as
-            "ema_model" or "model_1".
+        weights: which of several sets: "ema", "raw", or a part of a name, such as "ema_model" or
+            "model_1".
 
     Returns:
-        The weights that were taken, with the prefix that was left out; and notes on all else that
-        was decided.
+        The weights that were loaded, with their prefix; and notes on all other decisions.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no such weights, or several and none are named; or it could run code.
+        ValueError: it holds no such weights, or several sets and `weights` names none; or it could
+            run code.
     """
     path = Path(path)
     sets: list[_Found] = []
@@ -105,8 +105,8 @@ def load_weights(
         nearest = nearest or ("" if sets else _nearest(module, tensors))
     if not sets:
         raise ValueError(
-            f"{path} holds no whole set of weights of this {type(module).__name__}{nearest}; is it"
-            " made with the settings of the training?"
+            f"{path} holds no whole set of weights of this {type(module).__name__}{nearest}; was"
+            " the module made with the settings of the training?"
         )
     used = {key for each in sets for key in each.keys.values()}
     sets = _of_size(module, sets)
@@ -114,7 +114,7 @@ def load_weights(
     others = [each for each in sets if each is not chosen]
     notes = [f"the weights are {chosen.weights}"]
     if others:
-        notes.append(f"not used are {_listed(others)}")
+        notes.append(f"not used: {_listed(others)}")
     taken = {name: chosen.tensors[key] for name, key in chosen.keys.items()}
     if missing := [name for name in module.state_dict() if name not in taken]:
         beside = [each for each in others if each.weights.file == chosen.weights.file]
@@ -325,8 +325,8 @@ def _chosen(sets: Sequence[_Found], weights: str | None, path: Path) -> _Found:
     if not fits:
         raise ValueError(f"{path} has no weights {weights!r}; it has {_listed(sets)}")
     raise ValueError(
-        f"{path} holds several sets of weights: {_listed(fits)}; say which:"
-        ' weights="ema", "raw" or a part of a name'
+        f'{path} holds several sets of weights: {_listed(fits)}; choose one: weights="ema",'
+        ' "raw" or a part of a name'
     )
 
 

@@ -61,7 +61,7 @@ class Given:
         for name, value in self.values.items():
             if len(value) not in (1, examples):
                 raise ValueError(
-                    f"{_called(name)} is of {len(value)} examples, and there are {examples}"
+                    f"{_called(name)} has {len(value)} values, and there are {examples} examples"
                 )
             rows.append(value.expand(examples, *value.shape[1:]).reshape(examples, -1).float())
         return torch.cat(rows, 1)

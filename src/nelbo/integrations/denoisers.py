@@ -82,14 +82,14 @@ class Called(nn.Module):
 
 
 class WrappedModel(Model):
-    """A network of another library as a model, with what was said of its output.
+    """A network of another library as a model, with the kind of its output.
 
     Args:
-        network: in front of which the adapter stands.
+        network: the network of the other library.
         process: the Gaussian diffusion of its training.
-        parts: the other parts of a `Model`, in their order.
+        parts: the other parts of a `Model`, in the order of its arguments.
         shape: the shape of one example.
-        said: the word for the output, by which `probe` knows it; "" for one that it cannot tell.
+        said: the word for the output, as `probe` knows it; "" for one that it cannot check.
     """
 
     network: Adapter
@@ -148,7 +148,7 @@ def wrap(
         betas: β_1..β_T of y_t = √(1-β_t) y_{t-1} + √β_t ε.
         alphas: α_1..α_T, the products of 1-β (others' "alphas_cumprod"), decreasing.
         sigmas: σ_1 < ... < σ_T of y_t = x + σ_t ε; or for a flow y_t = (1-σ_t) x + σ_t ε.
-            Samplers have them from the last to the first, and then 0: these are turned round.
+            A sampler's order, from the last to the first and then 0, is reversed.
         schedule: γ(t) instead of these, for a network that takes any time.
         sigma_data: σ_data of "edm": x̂ = c_skip y + c_out F for y = x + σ ε.
         times: time inputs of the network at the T times; by default 0..T-1, or the σ's, or
@@ -176,7 +176,7 @@ def wrap(
 
     Raises:
         ValueError: parts that do not fit together, or a schedule that is not monotone; an output
-            at pure noise that is not what it is said to be (`probe`).
+            at pure noise that contradicts `predicts` (`probe`).
     """
     gamma: Tensor | Schedule
     said, head = _read(predicts, sigma_data)
@@ -259,7 +259,7 @@ def assemble(
         gamma, table = gamma[kept], table[kept]
         if gamma[-1] == torch.inf and said in ("noise", "score"):
             raise ValueError(
-                f"a network that predicts {said} says nothing of the data where no signal is"
+                f"a network that predicts {said} says nothing about the data where no signal is"
                 " left, and the schedule ends there (α_T = 0); leave that time out with keep=..."
             )
         process: GaussianDiffusion = OnSteps(Steps(gamma), scaling)
@@ -267,7 +267,7 @@ def assemble(
         steps = len(gamma)
     else:
         if times is None or isinstance(times, Tensor) or keep is not None:
-            raise ValueError("a schedule γ(t) goes with times=function of γ, and without keep")
+            raise ValueError("a schedule γ(t) needs times=, a function of γ, and no keep")
         process = GaussianDiffusion(gamma, scaling)
         adapter = Adapter(network, shape, head.outputs, times, None, factor, said == "score")
         steps = 0

@@ -70,12 +70,12 @@ def load(
 
     Args:
         path: of the folder.
-        steps: as for `build`, and so are the next.
-        clip: as said.
-        label: as said.
-        scaling: as said.
-        keep: as said.
-        variance: as said.
+        steps: as for `build`.
+        clip: as for `build`.
+        label: as for `build`.
+        scaling: as for `build`.
+        keep: as for `build`.
+        variance: as for `build`.
         weights: a variant of the weights, such as fp16, or a folder of others, such as unet_ema.
         condition: as for `build`.
         law: as for `build`.
@@ -155,13 +155,14 @@ def build(
             not measured; by default that of the scheduler.
         weights: name of the weights, for the record.
         condition: of the examples to be measured, in their order, for the bound on P(x|c): their
-            classes, or embeddings of prompts (N, L, E); or such by the network's own keywords.
+            classes, or embeddings of prompts (N, L, E); or a mapping of the network's keywords to
+            these.
         vae: the autoencoder whose latents the network models, an AutoencoderKL, for the bound on
             images.
         law: of their pixels, "gaussian", "logistic" or "laplace", with ":channels" for a scale of
             each channel, or a scale such as ":0.05"; by default the best, fitted to images that
             are not measured.
-        nothing: returns the condition that stands for none in guidance; for DiT it is known.
+        nothing: returns the condition that means "none", for guidance; DiT has a known one.
 
     Raises:
         ValueError: a scheduler or network without a bound; the message says why.
@@ -171,10 +172,10 @@ def build(
     about = dict(network.config)  # type: ignore[arg-type]
     if vae is not None:
         if not scaling.count:
-            raise ValueError("the scaling of a model of images by their latents is of levels")
+            raise ValueError("a model of images through their latents needs a scaling of levels")
         pixels, scaling = scaling, scaling_of(vae, about)
     elif law is not None:
-        raise ValueError("a law of pixels is for a model of the latents of an autoencoder")
+        raise ValueError("law is for models of the latents of an autoencoder; leave it out")
     kind = str(config.get("_class_name", type(scheduler).__name__))
     if clip not in (None, True, False):
         raise ValueError(f"clip must be True, False or None; got {clip!r}")
@@ -190,10 +191,10 @@ def build(
     called = plain if given is None else Conditioned(plain, given)
     whole = Whole(called, scheduler, shape, scaling)
     if asked and "beta_schedule" not in config:
-        raise ValueError("variance chooses among those of a training with β's")
+        raise ValueError("variance is for models that were trained with β's; leave it out")
     if keep is not None and (steps is not None or "beta_schedule" not in config):
-        raise ValueError("keep chooses among the times of a training with β's, and without steps")
-    with described(f"the scheduler {kind} does not say what one of its kind does"):
+        raise ValueError("keep is for models that were trained with β's, and goes without steps")
+    with described(f"the scheduler {kind} cannot be read"):
         if kind.startswith("EDM"):
             model, times, how = edm(whole, steps, bool(clip))
         elif kind.startswith("FlowMatch"):

@@ -86,7 +86,7 @@ def home_of(path: Path, weights: str | None) -> tuple[Path, str | None, list[str
     others = [p.parent.name for p in sorted(path.glob(f"{home.name}*/config.json"))]
     others = [name for name in others if name != home.name] if home != path else []
     said = [
-        f"measured are the weights in {home.name}; for those in {shortened(name, SHOWN)}, add"
+        f"the weights in {home.name} are measured; for those in {shortened(name, SHOWN)}, add"
         f" ,weights={shortened(name, SHOWN)} to the path"
         for name in others
     ]
@@ -215,7 +215,7 @@ def check_keys(config: Config, kind: type, where: str) -> None:
             fix = OLD_KEYS.get(key) or (close[0] if close else "a key that it has, or none")
             raise ValueError(
                 f"{where} has {shortened(f'{key}={value!r}', SHOWN)}, and a {name} has no such"
-                f" key: it would be passed over without a word; write {fix}"
+                f" key: it would be ignored silently; write {fix}"
             )
 
 

@@ -59,7 +59,7 @@ def condition_of(
         return None
     if label is not None or (classes is None and width is None):
         why = "label is one for all" if label is not None else "the model has none"
-        raise ValueError(f"the condition is left over: {why}; leave it out")
+        raise ValueError(f"the condition is not used, because {why}; leave it out")
     given = Given.of(condition, LABELS if width is None else PROMPTS)
     if classes is not None:
         check_labels(given, LABELS, classes)

@@ -89,7 +89,7 @@ def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, T
         if sigmas is None or torch.allclose(sigmas, (table / 2).exp(), rtol=1e-3):
             return table, whole  # the same noise levels, in float64
     if sigmas is None:
-        raise ValueError(f"the scheduler takes times that are not whole, such as {times[0]:g}")
+        raise ValueError(f"the scheduler takes times that are not integers, such as {times[0]:g}")
     return 2 * sigmas.log(), times
 
 

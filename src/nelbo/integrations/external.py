@@ -89,7 +89,7 @@ class Foreign:
     ) -> object:
         """Return data as `select` takes them; arguments and errors as for `examples`."""
         if source is None:
-            raise ValueError(f"{self.name} brings no data; give some with --data")
+            raise ValueError(f"{self.name} comes without data; give some with --data")
         check_no_form(form)
         dataset = load_like(source, self.schema, splits=splits, scaled=True)
         for note in dataset.notes:
@@ -128,8 +128,9 @@ class Foreign:
             return x if given is None else Batch(x, given)
         if len(x) < 2:
             raise ValueError(
-                "a part of the model is fitted to examples that are not measured, and there is one"
-                " example; give more, or for pixels of a model of latents, ,law=laplace:0.05"
+                "a part of the model is fitted to examples that are not measured, and there is"
+                " only one example; give more, or for the pixels of a latent diffusion model"
+                " ,law=laplace:0.05"
             )
         out = torch.arange(len(x)) % LEAVE_OUT == min(LEAVE_OUT, len(x)) - 1
         held = _some(x, out)

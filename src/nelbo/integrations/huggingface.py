@@ -1,11 +1,11 @@
 """Diffusion language models in folders of Hugging Face's `transformers`.
 
     BERT, RoBERTa, ModernBERT, ESM, EuroBERT   AutoModelForMaskedLM, classes of transformers itself
-    LLaDA-like     code in the folder; a decoder that looks both ways, not told the time
+    LLaDA-like     code in the folder; a bidirectional decoder, without a time input
     Dream-like     code in the folder; logits shifted by one place
-    MDLM-like      code in the folder; told the time as σ = -log α_t
-    UDLM, Duo      code in the folder; uniform-state models, which are told it as MDLM is
-    BD3-LM         code in the folder; block diffusion, called as its own sampler calls it: on the
+    MDLM-like      code in the folder; time input σ = -log α_t
+    UDLM, Duo      code in the folder; uniform-state models, with the same time input
+    BD3-LM         code in the folder; block diffusion, called like its own sampler, on the
                    text up to the end of a block (`sample_mode`)
 
 Weights are read from safetensors alone. Code in a folder (`auto_map`) is refused unless the caller
@@ -157,7 +157,7 @@ class ForeignText(Foreign):
         splits: Declared | None = None,
     ) -> Texts:
         if source is None:
-            raise ValueError(f"{self.name} brings no data; give some with --data")
+            raise ValueError(f"{self.name} comes without data; give some with --data")
         assert self.tokenizer is not None
         model = cast(TokenModel, self.model)
         found = read(source, model, self.tokenizer, form, split, splits)
@@ -194,7 +194,7 @@ def load(
         raise ValueError(f"precision must be {', '.join(PRECISIONS)}; got {precision!r}")
     home = Path(folder)
     if not home.is_dir():
-        raise FileNotFoundError(f"{home} is no folder; give one that save_pretrained wrote")
+        raise FileNotFoundError(f"{home} is not a folder; give one that save_pretrained wrote")
     config = read_json(home / "config.json", "a folder of transformers has one")
     _check_weights(home)
     _check_code(home, config, trust_remote_code)
@@ -229,7 +229,10 @@ def load(
     if length is not None:
         length = integer("length", length, 1)
         if positions is not None and length > positions:
-            raise ValueError(f"length must be at most {positions}, the positions; got {length}")
+            raise ValueError(
+                f"length must be at most {positions}, the model's number of positions; got"
+                f" {length}"
+            )
     vocabulary = cast(Any, module).config.vocab_size
     unused = range(len(tokenizer), vocabulary)
     model = wrap_tokens(
@@ -248,7 +251,7 @@ def load(
         f"{type(module).__name__} of {home}: the bound of its {sampler} sampler, -log P(x) given"
         " the tokens that show; special tokens show and are never predicted",
         *(("logits are shifted by one place",) if kind.shift else ()),
-        *((f"the model is told the time as {kind.time}",) if kind.time else ()),
+        *((f"the model's time input is {kind.time}",) if kind.time else ()),
         f"its weights are {_placed(module, device_map)}",
     )
     shape = (model.length or 1,)
@@ -312,7 +315,7 @@ def _check_code(home: Path, config: Mapping[str, object], trusted: bool) -> None
     what = ", ".join(f"{k}: {v}" for k, v in named.items())
     if not trusted:
         raise ValueError(
-            f"{home} would run code of its own ({what}); read it, and if you trust it, say"
+            f"{home} would run code of its own ({what}); read it, and if you trust it, give"
             " trust_remote_code=True, or --trust-remote-code"
         )
     files = ", ".join(path.name for path in sorted(home.glob("*.py")))

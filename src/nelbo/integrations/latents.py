@@ -52,7 +52,7 @@ class Decoder(nn.Module):
 def refusal(kind: str) -> str:
     """Return why there is no bound of images through an autoencoder of a class."""
     if "KL" in kind:
-        return f"a {kind} is not known; an {VARIATIONAL} is"
+        return f"the autoencoder {kind} is not supported; {VARIATIONAL} is"
     return (
         f"the encoder of a {kind} is deterministic: q(z|x) is a point, whose density is infinite,"
         f" and so is the bound; an encoder with a variance, as of an {VARIATIONAL}, has one"
@@ -104,7 +104,7 @@ def through(found: Foreign, vae: nn.Module, levels: Levels | Affine, law: str | 
     """
     match = LAW.fullmatch(law or "")
     if law and not match:
-        raise ValueError(f"the law of pixels is {SHOWN}; got {law!r}")
+        raise ValueError(f"law, the distribution of the pixels, must be {SHOWN}; got {law!r}")
     family, rest, scale = match.groups() if match else ("", "", None)
     config = dict(vae.config)  # type: ignore[arg-type]
     prior = found.model.diffusion
@@ -116,14 +116,15 @@ def through(found: Foreign, vae: nn.Module, levels: Levels | Affine, law: str | 
     latents = "x".join(map(str, prior.shape))
     note = (
         f"a bound on images through the {VARIATIONAL}: the diffusion model is of {latents}"
-        " latents, the encoder draws them, and the decoder's image has a law of pixels about it"
+        " latents, the encoder draws them, and the pixels are distributed around the decoder's"
+        " image"
     )
 
     def fit(batch: Batch) -> str:
         said = "" if found.fit is None else f"{found.fit(model.latents_of(batch))}; "
         if not scale:
             model.fit_law(batch.x, family or None, rest == ":channels")
-            said += f"the law of the pixels is {model.law}; "
+            said += f"the distribution of the pixels is {model.law}; "
         return said.removesuffix("; ")
 
     return Foreign(

@@ -129,8 +129,8 @@ def read(
     unknown = reading.keys() - OF_PIPELINES
     if unknown:
         raise ValueError(
-            f"{', '.join(sorted(unknown))}: the scheduler of a {name} says this; leave it out, or"
-            " give the network alone"
+            f"{', '.join(sorted(unknown))}: the scheduler of a {name} determines this; leave it"
+            " out, or give the network alone"
         )
     from nelbo.integrations import diffusers
     from nelbo.integrations.diffusers_folder import AUTOENCODER

@@ -241,8 +241,8 @@ def architecture(flags: Flags, channels: int = 3, classes: int = CLASSES) -> Arc
 
     Args:
         flags: of the training.
-        channels: of the images; the scripts have 3, and copies of them others.
-        classes: number of classes, if there are any; likewise.
+        channels: of the images; 3 in the scripts, but not in all copies of them.
+        classes: number of classes, if there are any.
     """
     size = flags.image_size
     multipliers: tuple[float, ...] | None = MULTIPLIERS.get(size)

@@ -187,14 +187,14 @@ def _at_examples(model: "WrappedModel", process: GaussianDiffusion, batch: Batch
         raise ValueError(
             f"the network was read wrongly: read as {output or data}, it has"
             f" {others[best].mean().item():.2g} times the error of a straight line on these"
-            f" examples, and as it was said {own.mean().item():.2g} times"
+            f" examples, and as given {own.mean().item():.2g} times"
         )
     if own.mean() < NOTHING:
         return []
     return [
-        f"the network denoises these examples no better than a straight line"
+        "the network denoises these examples no better than a straight line"
         f" ({own.mean().item():.2g} times its error), and no other reading fits: it is measured"
-        " as it is; is it trained, and on such data?"
+        " as given; was it trained, and on such data?"
     ]
 
 

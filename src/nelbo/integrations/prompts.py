@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text in UTF-8; give a prompt in each line") from None
+        raise ValueError(f"{path} is not UTF-8 text; give a prompt in each line") from None
     if not lines:
         raise ValueError(f"{path} is empty; give a prompt in each line")
     return lines
@@ -55,8 +55,8 @@ def pipeline_of(path: Path, network: nn.Module, scheduler: object, vae: nn.Modul
     Args:
         path: of the folder.
         network: of the pipeline.
-        scheduler: likewise.
-        vae: likewise, if it has one.
+        scheduler: of the pipeline.
+        vae: of the pipeline, if it has one.
 
     Raises:
         ValueError: its index names no pipeline of diffusers, or text encoders that are not known.

@@ -6,7 +6,7 @@
     hub:NAME, hub:FOLDER, a folder of `save_to_disk`, a data set of `datasets` that is open
 
 An object or a row has a text `answer` that is scored and a text `prompt` that shows, or `text`
-alone; other names are told by the fields.
+alone; `TextForm` names other fields.
 """
 
 import json
@@ -49,7 +49,7 @@ class TextForm:
             return self.prompt_field, self.answer_field
         both = ANSWER in known and (self.prompt_field or PROMPT) in known
         if both and TEXT in known and self.prompt_field is None:
-            raise ValueError(f"{where} has text and answer; say which with --answer-field")
+            raise ValueError(f"{where} has text and answer; choose one with --answer-field")
         if both:
             return self.prompt_field or PROMPT, ANSWER
         if TEXT in known and self.prompt_field != TEXT:
@@ -110,7 +110,7 @@ def of_fasta(path: Path, text: str) -> list[str]:
         ValueError: it does not begin as one.
     """
     if not text.startswith(">"):
-        raise ValueError(f"{path} is no FASTA file: it must begin with >")
+        raise ValueError(f"{path} is not a FASTA file, which must begin with >")
     records = ("".join(record.splitlines()[1:]) for record in text[1:].split("\n>"))
     return [record.replace(" ", "") for record in records if record]
 

@@ -52,7 +52,7 @@ class Texts:
     Args:
         batch: ids and the tokens that show.
         characters: of all scored text; None if ids are all that is known.
-        size: bytes of it in UTF-8, likewise.
+        size: bytes of all scored text in UTF-8; None if ids are all that is known.
         notes: a sentence for each choice.
         name: of the data, for the record.
     """
@@ -194,7 +194,9 @@ def _chunks(text: str, model: TokenModel, tokenizer: Tokenizer) -> Texts:
     before, after = _special(text[:SHOWN], tokenizer)
     added, first = len(before) + len(after), len(before)
     if model.length is not None and model.length <= added:
-        raise ValueError(f"a window of {model.length} tokens has no place beside {added} special")
+        raise ValueError(
+            f"a window of {model.length} tokens has no room beside {added} special tokens"
+        )
     size = len(ids) if model.length is None else model.length - added
     rows, shown = [], []
     for part in (ids[i : i + size] for i in range(0, len(ids), size)):

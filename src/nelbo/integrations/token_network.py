@@ -24,7 +24,7 @@ class TokenNetwork(nn.Module):
         module: see `wrap_tokens`.
         mask_id: its id for a hidden token; None where noise hides none.
         vocabulary: the number V of ids, which is the mask of the process.
-        clock: its time input from α_t; None for a module that is not told the time.
+        clock: its time input from α_t; None for a module without a time input.
         reading: logits from its output; None if it returns them.
     """
 
@@ -124,8 +124,8 @@ def probe(
                 reason = str(error).strip().split("\n")[0]
                 raise ValueError(
                     f"the module fails on {size} ids {mask_id or 0}{told} ({reason}); give its"
-                    " largest number of tokens as length, and see that the mask_id is one of its"
-                    f" ids, and that it takes {takes} time"
+                    " largest number of tokens as length, and check that the mask_id is one of"
+                    f" its ids, and that it takes {takes} time"
                 ) from error
             vocabulary = base.shape[-1]
             other = 0 if mask_id else 1

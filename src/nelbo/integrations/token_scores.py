@@ -63,8 +63,8 @@ def opinions(log_score: Tensor, ids: Tensor, alpha: Tensor) -> Tensor:
     """
     if (alpha == 0).any():
         raise ValueError(
-            "scores say nothing of the text at the end of a grid, where all of it is noise; leave"
-            " the steps out, for continuous time"
+            "scores say nothing about the text at the end of a grid, where all of it is noise;"
+            " leave the steps out, for continuous time"
         )
     count = log_score.shape[-1]
     log_score = log_score.to(torch.float64 if count <= WIDE else torch.float32)
@@ -79,7 +79,7 @@ def opinions(log_score: Tensor, ids: Tensor, alpha: Tensor) -> Tensor:
 def _log(score: Tensor) -> Tensor:
     if (score < 0).any():
         raise ValueError(
-            f"scores are ratios of probabilities, at least 0; got {score.min().item():.4g};"
-            ' if they are logarithms, say head="log-score"'
+            f"scores are ratios of probabilities, at least 0; got {score.min().item():.4g}; if"
+            ' they are logarithms, give head="log-score"'
         )
     return score.log()

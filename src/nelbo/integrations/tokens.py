@@ -81,20 +81,20 @@ def wrap_tokens(
         process: "masked"; or "uniform" for a uniform-state model, whose noise replaces a token by
             any of the V ids.
         block: tokens of a block, for block diffusion; the module is called on the text up to the
-            end of a block, of which that before the block is clean. Blocks are counted from the
-            first token.
+            end of a block, with clean tokens before the block. Blocks are counted from the first
+            token.
         head: what the module returns in place of logits: "score", concrete scores, or "log-score",
             their logarithms, of a score-entropy model (`token_scores`).
         shift: the logits at place i predict the token at i + shift. 1 is for models that began
             as left-to-right ones, such as Dream; place 0 then predicts the first token too.
-        time: input of a module that is told the time: "masked", the share of hidden tokens;
-            "sigma", minus the log of the share α that noise leaves, at most 9.2, as MDLM, SEDD,
-            UDLM and Duo are told it; or a function of α, (B,). None for a module that is not told.
-        pad_id: id of padding, which is absent at either end of a text.
+        time: the module's time input: "masked", the share of hidden tokens; "sigma", minus the
+            log of the share α that noise leaves, at most 9.2, as for MDLM, SEDD, UDLM and Duo; or
+            a function of α, (B,). None for a module without one.
+        pad_id: id of padding at either end of a text, which the module never gets.
         never: further ids that cannot be predicted, such as unused ones.
         shown: which tokens show: a mask (L,) or (N, L); or a function of ids (N, L) that returns
             one; or ids that show wherever they are. For prompts of a batch, `TokenModel.batch`.
-        length: largest number of tokens of a text; any where left out.
+        length: largest number of tokens of a text; by default there is no limit.
 
     Raises:
         ValueError: ids outside the vocabulary; a module that fails on as many tokens, or returns
@@ -227,7 +227,9 @@ class TokenModel(Model):
         kinds = {"the mask": masked, "padding": self.pad_id is not None, "unused ids": True}
         zeros = ", ".join(kind for kind, there in kinds.items() if there)
         share = "hidden tokens" if masked else "tokens that noise leaves"
-        told = f"told the share of {share}" if network.clock else "not told the time"
+        told = (
+            f"has the share of {share} as its time input" if network.clock else "has no time input"
+        )
         return (
             f"{scored} tokens of {len(batch)} texts are scored; {showing} show (prompts, special"
             f" tokens): given, not counted{lengths}",
@@ -235,7 +237,7 @@ class TokenModel(Model):
             " and the others are renormalised",
             *(() if masked else ("noise replaces a token by any of the ids",)),
             *self.process.notes(self.dimension),
-            f"the model is {told}",
+            f"the model {told}",
         )
 
     def _ids(self, x: Texts) -> tuple[Tensor, Tensor]:
@@ -309,8 +311,8 @@ class TokenModel(Model):
         if not self.process.alike and (condition[:, 0] == ABSENT).any():
             row = int((condition[:, 0] == ABSENT).nonzero()[0])
             raise ValueError(
-                f"text {row} begins with padding, and blocks are counted from the first token; put"
-                " the padding behind it"
+                f"text {row} begins with padding, and blocks are counted from the first token;"
+                " put the padding after it"
             )
         empty = ~(condition == SCORED).any(1)
         if empty.any():

@@ -48,9 +48,10 @@ def check_given(config: ModelConfig, network: Network | None, path: object) -> N
     """
     if config.network == CUSTOM and network is None:
         raise ValueError(
-            f"the network of {path} is a module of your own, which no file brings and no command"
-            f" line takes: give it in Python, as in nelbo.load({str(path)!r}, network=module);"
-            " nelbo.resume takes it too, and all else takes the loaded run"
+            f"the network of {path} is a module of your own, which is not stored in the run and"
+            " cannot be given on the command line: give it in Python, as in"
+            f" nelbo.load({str(path)!r}, network=module); nelbo.resume takes it too, and all"
+            " else takes the loaded run"
         )
     if config.network != CUSTOM and network is not None:
         raise ValueError(

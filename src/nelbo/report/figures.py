@@ -190,8 +190,8 @@ def step_curves(curves: Sequence[StepCurve], unit: str) -> str:
             for x, value in zip(at, values, strict=True):
                 if value > top:
                     number = f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
-                    y = top - (0.05 + 0.07 * i) * (top - low)
-                    ax.text(x, y, f"{number} ↑", color=shade, ha="center", va="center", size=10.5)
+                    text = ax.text(x, 1 + 0.07 * i, f"{number} ↑", color=shade, size=10.5)
+                    text.set(ha="center", va="bottom", transform=ax.get_xaxis_transform())
         ax.set_xticks(at, [str(t) for t in curves[0].steps] + ["∞"])
         ax.set_ylim(low, top)
         ax.set_xlim(at[0] - 0.5, at[-1] + 0.3)

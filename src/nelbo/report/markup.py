@@ -42,6 +42,8 @@ def duration(seconds: float) -> str:
 
 def seconds(value: float) -> str:
     """Return seconds of a measurement, with two digits."""
+    if value < 0.0995:
+        return f"{1000 * value:.2g} ms"
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
 
 
@@ -51,7 +53,7 @@ def section(title: str, text: str, body: str) -> str:
 
 
 def html_table(head: Iterable[str], rows: Iterable[tuple[str, ...]], total: bool = False) -> str:
-    """Return a table of HTML cells; `total` sets the last row apart as a sum."""
+    """Return a table of HTML cells, with `head` if it has any; `total` marks the last row."""
     rows = list(rows)
     top = "".join(f"<th>{cell}</th>" for cell in head)
     lines = [
@@ -60,7 +62,7 @@ def html_table(head: Iterable[str], rows: Iterable[tuple[str, ...]], total: bool
         + "</tr>"
         for i, row in enumerate(rows)
     ]
-    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
+    return f"<table>{f'<tr>{top}</tr>' * bool(top)}{''.join(lines)}</table>"
 
 
 def picture(images: np.ndarray, columns: int, label: str, side: int = 900) -> str:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def headline(run: "Run", result: Evaluation) -> str:
     """Return the bound of a run, its meaning, and everything needed to reproduce it."""
     facts = {
-        "Examples": f"{result.examples} of {result.split}, each once",
+        "Examples": f"{result.examples}, {result.split} split",
         "Data": _shape(run.config.schema),
         "Dimensions": f"{result.dims:,}",
         "Per example": f"{result.nats:.2f} nats",
@@ -83,9 +83,9 @@ def _meaning(schema: Schema, result: Evaluation) -> str:
     x = f"x|{escape(result.given)}" if result.given else "x"
     if schema.density:
         return (
-            f"An upper bound on the mean of −log P({x}) over the test data, in nats per example. P"
-            " is a density in the units of the data: lower is better, below zero is possible, and"
-            " only models of the same data in the same units compare."
+            f"An upper bound on the mean of −log P({x}) over the test data, in nats per example."
+            " P is a density in the units of the data: lower is better, below zero is possible,"
+            " and only models of the same data in the same units can be compared."
         )
     bits = result.nats / LOG_2
     coded = (
@@ -156,7 +156,7 @@ def steps(curves: list[figures.StepCurve], model: Model, unit: str, examples: in
         )
         for i, steps in enumerate((*STEPS, "∞"))
     ]
-    head = ("steps T", *(curve.name for curve in curves))
+    head = ("steps T", *(curve.name.replace(" = ", "&nbsp;=&nbsp;") for curve in curves))
     return section(
         "The price of few steps",
         "With T steps a sample costs T network calls, and the bound belongs to exactly that"
@@ -210,11 +210,11 @@ def training(run: "Run", unit: str) -> str:
         ("time", duration(last["seconds"])),
         ("network", f"{run.config.model.network}, {parameters:,} parameters"),
         (
-            "best validation",
+            f"best validation, {unit}",
             f"{rounded(validation, error)} ± {spread(error)} at step {events[best]['step']:,}",
         ),
-        ("last validation", rounded(last["validation"], error)),
-        ("last training", rounded(last["train"], error)),
+        (f"last validation, {unit}", rounded(last["validation"], error)),
+        (f"last training, {unit}", rounded(last["train"], error)),
     ]
     curve = figures.training(events, best, unit)
     return section(
@@ -222,7 +222,7 @@ def training(run: "Run", unit: str) -> str:
         "The weights with the best validation bound are kept (open circle). Validation measures"
         " the moving average of the weights.",
         f'<div class="two"><figure>{curve}</figure>'
-        f'<div class="wide">{html_table(("", unit), rows)}</div></div>',
+        f'<div class="wide">{html_table((), rows)}</div></div>',
     )
 
 

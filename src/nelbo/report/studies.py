@@ -84,7 +84,9 @@ def measure_steps(
     curves = []
     for name, points in found.items():
         values, errors = zip(*points, summary(limit), strict=True)
-        curves.append(StepCurve(name, STEPS, values, errors, bool(best) and name == own))
+        thin = bool(best) and name == own
+        shown = f"{name}, uniform grid" if thin else name
+        curves.append(StepCurve(shown, STEPS, values, errors, thin))
     return curves, cost
 
 

@@ -74,5 +74,5 @@ def _over_time(ax: "Axes", found: Sequence[Evaluation]) -> None:
     ax.set_xlim(0, 1)
     ax.grid(axis="y")
     ax.set_xlabel("t   (0 is the data, 1 the noise)")
-    ax.set_ylabel(f"spent from 0 to t, {found[0].unit}")
+    ax.set_ylabel(f"cost from 0 to t, {found[0].unit}")
     ax.legend(ncols=1 + (len(found) > 6))

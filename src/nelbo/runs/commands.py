@@ -120,9 +120,9 @@ def elbo(
         run: a run, its folder or its name on the hub; or a bare model.
         data: examples of any kind in `nelbo.data.coerce`, or a `Batch` of examples and conditions;
             for a run, by default its test split.
-        steps: T, for the bound of T steps: on the best grid of a run, on the even grid of a bare
-            model; continuous time by default.
-        times: of a bare model: TimeGrid(times), or as `steps`.
+        steps: T, for the bound of T steps: on the best grid for a run, on the uniform grid for a
+            bare model; continuous time by default.
+        times: for a bare model: TimeGrid(times), or a number as for `steps`.
         calls: network calls per example, at most.
         seed: of everything random.
         track: wraps the blocks of examples, for a progress bar.

@@ -131,13 +131,13 @@ class RunConfig:
             dataset = self._read(place)
         except ValueError:
             raise ValueError(
-                f"the data at {place} cannot be read as those of the run; see: nelbo inspect"
-                f" {place}; or evaluate others with --data"
+                f"the data at {place} cannot be read like the data of the run; see: nelbo"
+                f" inspect {place}; or evaluate others with --data"
             ) from None
         if not self._are(dataset):
             raise ValueError(
-                f"the data at {place} are no longer those of the run: bring them back,"
-                " or evaluate others with --data"
+                f"the data at {place} have changed since the run was trained: restore them, or"
+                " evaluate others with --data"
             )
         return self.fitting(dataset)
 

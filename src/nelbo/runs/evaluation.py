@@ -92,7 +92,7 @@ def evaluate(
     tell: Tell | None = None,
     **reading: Unpack[Reading],
 ) -> Evaluation | BoundEstimate | BothSides:
-    """Measure the mean bound on -log P(x|φ) over examples, with its error and its price.
+    """Measure the mean bound on -log P(x|φ) over examples, with its error and network calls.
 
     Args:
         run: a run, its folder or its name on the hub; another library's model, "diffusers:FOLDER"
@@ -101,56 +101,60 @@ def evaluate(
             called as network(y, time), see `integrations.wrap`.
         data: examples of any kind in `nelbo.data.coerce`, or a `Batch` of examples and conditions;
             for a run, by default its own data.
-        split: "test" by default for the run's own data, and all of other data.
-        condition: for another library's model, c of each example, in their order, for the bound on
-            P(x|c): classes or embeddings, or such by the network's names; one for all as well.
+        split: by default "test" for the run's own data, and all of other data.
+        condition: for another library's model, c for the bound on P(x|c): classes or embeddings
+            of the examples, in their order, or one for all; or a mapping of the network's keywords
+            to these.
         splits: splits of other data, as for `nelbo.data.load`.
-        lines: for a model of tokens, "hf:FOLDER": each line of a text file is an example.
-        prompt_field: of JSON lines, or of a data set of `datasets`: the name of the text that
+        lines: for a model of tokens, "hf:FOLDER": read each line of a text file as an example.
+        prompt_field: in JSON lines, or in a data set of `datasets`: the field with the text that
             shows before the answer; by default prompt.
-        answer_field: the name of the text that is scored; by default answer, or text.
-        steps: T, for the bound of T steps: on the best grid of a run, on the even grid of a bare
-            model; continuous time by default.
-        grid: of a run's steps: "uniform" in place of "best".
-        times: of a bare model: TimeGrid(times), or as `steps`.
+        answer_field: the field with the text that is scored; by default answer, or text.
+        steps: T, for the bound of T steps: on the best grid for a run, on the uniform grid for a
+            bare model; continuous time by default.
+        grid: for a run, the times of the steps: "best", the default, or "uniform".
+        times: for a bare model: TimeGrid(times), or a number as for `steps`.
         calls: network calls per example, at most; 24 by default.
         target_error: in place of calls, the Monte Carlo standard error to reach, in the unit of
             the result.
         per_example: for a better standard error of each example.
         variates: use control variates.
-        sampler: of a masked model, left-to-right, greedy, margin, entropy or, for at most 16
-            symbols, random: measure beside the bound, as `result.in_order`, the exact -log P(x) of
-            the sampler that shows symbols in this order, see `nelbo.diffusion.unmasking`.
+        sampler: for a masked model, left-to-right, greedy, margin, entropy or, for at most 16
+            symbols, random: also measure the exact -log P(x) of the sampler that shows symbols in
+            this order, as `result.in_order`; see `nelbo.diffusion.unmasking`.
         tokens_per_step: number of symbols that this sampler shows in each step, by default 1.
         known: for a bare model: other examples of the same distribution, such as the training
             data, to which control variates are fitted.
-        surrogate: for a masked model in continuous time: a cheaper one of the same symbols, given
-            as `run` is, which reads the same masks and many more (`evaluation.masks`). The result
-            is unbiased, whatever it is; its calls are not counted.
-        masks: of such a model: the estimator, plain, unigram, draws, or two-levels of a surrogate;
-            a pilot chooses where left out.
-        resume: of such a model: a file for what was measured so far. With that of an evaluation
-            that was interrupted, the same call continues where it stood, to the same bits.
+        surrogate: for a masked model in continuous time: a cheaper model of the same symbols, of
+            the same kinds as `run`, which reads the same masks and many more
+            (`evaluation.masks`). The result is unbiased for any surrogate, and its calls are not
+            counted.
+        masks: for a masked model in continuous time: the estimator, plain, unigram, draws, or
+            two-levels, which needs a surrogate; by default a pilot chooses.
+        resume: for a masked model in continuous time: a file for what has been measured so far.
+            The same call with the file of an interrupted evaluation continues it, bit for bit.
         importance_samples: K, for the tighter bound of K importance-weighted samples at T steps,
-            at K T calls each; a `BoundEstimate`, as the next.
-        own_samples: with these, instead of the data: this number of samples of the model itself,
-            whose -log P(x) has a lower end too, a `BothSides`. Prompts, lengths and labels are
-            those of the data.
-        ode: measure by the probability-flow ODE instead, to two tolerances.
-        dequantise: how it passes from the data to the first latent; by default "encoder".
-        tolerance: absolute and relative, of its solver, per example; 1e-4 by default.
-        columns: measure also what each column of a table costs, as `result.columns`, at `steps`,
+            with K T calls each; the result is a `BoundEstimate`.
+        own_samples: with `importance_samples`: measure this number of samples of the model itself
+            in place of the data, and bound their -log P(x) from below too; the result is a
+            `BothSides`. Prompts, lengths and labels come from the data.
+        ode: measure by the probability-flow ODE instead, at two tolerances; a `BoundEstimate`.
+        dequantise: with `ode`: the distribution of the first latent given the data; by default
+            "encoder".
+        tolerance: with `ode`: absolute and relative tolerance per example; 1e-4 by default.
+        columns: also measure the cost of each column of a table, as `result.columns`, at `steps`,
             by default 32, for at most 1000 examples.
-        trust_remote_code: run the code that the folder of "hf:FOLDER" brings.
-        precision: of the weights of "hf:FOLDER": bf16, fp16, float32 or float64; by default as
-            they are stored. Of other libraries' models bf16, by autocast, which the result says.
-        device_map: where to put its weights, as transformers takes it, in place of `device`.
+        trust_remote_code: run the code in the folder of "hf:FOLDER".
+        precision: for "hf:FOLDER", of the weights: bf16, fp16, float32 or float64; by default as
+            they are stored. For other libraries' models bf16, by autocast; the result records it.
+        device_map: for "hf:FOLDER", where to put the weights, in the form of transformers, in
+            place of `device`.
         device: "cpu" or "cuda", to which the models are moved; by default they stay.
         seed: of everything random.
         progress: show bars on the error stream; by default if it is a terminal.
-        tell: called with each note, and of a run with messages about slow work, as they arise; by
-            default notes on a run's data are warnings. Notes are in `result.notes` too.
-        reading: of a network in memory: what it predicts, its noise levels (betas, alphas, sigmas
+        tell: called with each note, and for a run with messages about slow work, as they arise;
+            by default notes on a run's data are warnings. Notes are in `result.notes` too.
+        reading: for a network in memory: what it predicts, its noise levels (betas, alphas, sigmas
             or schedule), its scaling, variance, clip, shape, .., as for `integrations.wrap`.
 
     Raises:
@@ -175,7 +179,7 @@ def evaluate(
         columns=columns,
     )
     if grid is not None and steps is None and not columns:
-        raise ValueError("grid spaces a number of steps; give steps too")
+        raise ValueError("grid chooses the times of the steps; give steps too")
     subject, left = subject_of(
         run,
         data,
@@ -300,7 +304,7 @@ class Measuring:
         alternative: what is asked for in place of the ELBO.
         options: of `evaluation.evaluate.evaluate`.
         seed: of everything random.
-        tracks: from a description of work to its bar.
+        tracks: map a description of work to its progress bar.
         tell: called with each note; by default notes on the data of a run are warnings.
     """
 
@@ -421,5 +425,5 @@ class Measuring:
 
 
 def warn(line: str) -> None:
-    """Warn of a note on data where nobody is told otherwise."""
+    """Warn of a note on data that is not shown in any other way."""
     warnings.warn(line, stacklevel=2)

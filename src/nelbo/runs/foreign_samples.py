@@ -63,11 +63,14 @@ def sampler_of(
     model = found.model.diffusion
     if guidance != 1:
         model = guided(model, guidance, _nothing(found))
-        tell(f"guidance {guidance:g}: not draws from the model whose bound evaluate states")
+        tell(
+            f"guidance {guidance:g}: these samples are not draws from the model that evaluate"
+            " measures"
+        )
     for note in found.notes:
         tell(note)
     if found.model is not found.model.diffusion:
-        tell("the images are those that the latents decode to, without a law of pixels about them")
+        tell("the images are decoded latents, without noise from the distribution of pixels")
     found.model.to(device or model.device)
     model.to(device or model.device)
     return found.schema, drawer(found, model, sampler)
@@ -102,7 +105,7 @@ def _nothing(found: Foreign) -> Tensor:
         )
     if found.nothing is None:
         raise ValueError(
-            f"guidance needs the condition that stands for none, and {found.name} names none: a"
-            " DiT has a class for it, and the text encoders of a pipeline the empty prompt"
+            f"guidance needs a condition that means none, which {found.name} lacks: a"
+            " DiT has a class for it, and the text encoders of a pipeline have the empty prompt"
         )
     return found.nothing().rows(1)[0]

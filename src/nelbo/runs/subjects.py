@@ -156,7 +156,9 @@ class OfRun(Subject):
         data = asked.data
         check_no_form(asked.form)
         if isinstance(data, str | PathLike) and self.run.meet(data):
-            asked.tell(f"{data} are the run's own data; its commands read them there from now on")
+            asked.tell(
+                f"{data} are the run's own data; from now on its commands read them from there"
+            )
         found = own_data.read(self.run.config, data, asked.splits, asked.tell)
         if data is None:
             self.own = cast(Dataset, found)

@@ -55,8 +55,8 @@ def train(
     Args:
         data: "digits", or a path that `nelbo.data.load` understands; or the data themselves, of
             any kind in `nelbo.data.coerce`, of which the run keeps a copy.
-        out: a folder that does not exist yet, or is empty; by default a new one in runs/, which
-            is said.
+        out: a folder that does not exist yet, or is empty; by default a new one in runs/, whose
+            name is printed.
         preset: see `nelbo.training.presets.configure`.
         levels: number of levels of integer data; inferred by default.
         size: side to which images are resized.
@@ -64,8 +64,8 @@ def train(
             by default.
         condition: names of one or more labels c; the model is then one of P(x|c).
         splits: which names belong to which split, as for `nelbo.data.load`.
-        tokenizer: read a text as tokens: "bpe:4096" for 4096 of them, learned from the training
-            split and kept in the run; or a folder with a tokenizer.json.
+        tokenizer: read text as tokens: "bpe:4096" learns 4096 byte-pair tokens from the training
+            split and keeps them in the run; or a folder with a tokenizer.json.
         minutes: approximate duration, instead of `steps`: see `pace`.
         device: where to train, "cpu" or "cuda"; "auto" is cuda where there is one, else cpu.
         progress: show notes on the data and a progress bar on the error stream; by default if
@@ -74,9 +74,9 @@ def train(
             values, on the first process only.
         network: the name of a network, see ModelConfig; or a network of your own: a module, of
             which a copy is trained, or a function without arguments that returns one. It is called
-            as forward(z, log_snr) and its output read as `head` says, by default "noise"; see
-            `nelbo.models.custom`. A UNet2DModel of diffusers is taken as it is. `load` and
-            `resume` need it again.
+            as forward(z, log_snr), and `head` says what it predicts, by default "noise"; see
+            `nelbo.models.custom`. A UNet2DModel of diffusers works as it is. `load` and `resume`
+            need it again.
         options: any field of ModelConfig or TrainConfig, in place of the preset's; each is in the
             signature, and below.
 
@@ -89,10 +89,10 @@ def train(
     levels = None if levels is None else integer("levels", levels, 2)
     size = None if size is None else integer("size", size, 1)
     minutes = None if minutes is None else real("minutes", minutes)
+    main_process_first(lambda: check_new(out))
     if minutes is not None and "steps" in options:
         raise ValueError("steps and minutes both say how long to train; give one of them")
     by_config(options)
-    main_process_first(lambda: check_new(out))
     frames = "pandas" if hasattr(data, "iloc") else "polars"
     in_memory = not isinstance(data, str | PathLike)
     copy = held.table_of(data) if in_memory else None
@@ -145,7 +145,10 @@ def train(
             run.remember(run.source)
         except OSError as error:
             if progress:
-                print(f"where the data are is not kept: {cache.reason(error)}", file=sys.stderr)
+                print(
+                    f"the place of the data is not remembered: {cache.reason(error)}",
+                    file=sys.stderr,
+                )
     fitting = run.fitting(dataset)
     for note in fitting.notes[len(dataset.notes) :] if progress else ():
         print(note, file=sys.stderr)
@@ -187,8 +190,8 @@ def resume(
 ) -> Run:
     """Continue a run exactly where it stopped; `steps` extends or shortens it.
 
-    With other `steps` than it was begun with, the rest follows their schedule of learning rates:
-    the result is not that of one training of so many steps.
+    If `steps` differs from the original number, the remaining steps follow the learning rates of
+    the new number, so the result differs from a single training with that number.
 
     A run that the validation bound has stopped goes on with another `patience`, or 0 for none.
     `shard` says whether several processes divide the network from now on. With another number of

@@ -85,7 +85,7 @@ def load(out: Path, learner: "Trainer", because: str = OTHER) -> None:
     for name, tensor in part("optimizer.").items():
         i, _, moment = name.partition(".")
         if not i.isdecimal():
-            raise ValueError(f"{path} has moments of no parameter; train again")
+            raise ValueError(f"{path} has moments of unknown parameters; train again")
         own = parameters[int(i)] if int(i) < len(parameters) else tensor
         state.setdefault(int(i), {})[moment] = divided_like(own, tensor)
     groups = learner.optimizer.state_dict()["param_groups"]

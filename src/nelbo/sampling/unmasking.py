@@ -46,8 +46,8 @@ def in_order(
     mask = order.mask_of(model)
     if order.name == RANDOM:
         raise ValueError(
-            "samples in random order are those of the ancestral sampler, of as many steps as the"
-            " symbols allow; take it"
+            "the ancestral sampler draws in random order; use it, with as many steps as there"
+            " are symbols"
         )
     if count < 1:
         raise ValueError(f"the number of samples must be at least 1; got {count}")

@@ -145,8 +145,8 @@ class Diffusion(BaseEstimator):
         for name in ("resolution", "memory"):
             if (value := getattr(self, name)) != getattr(type(self), name):
                 raise ValueError(
-                    f"{name}={value!r} is for rows of numbers alone, and X is a mixed frame, whose"
-                    f" model has no {name}; leave it out"
+                    f"{name}={value!r} is for rows of numbers alone, and X is a mixed frame, for"
+                    f" which {name} does not apply; leave it out"
                 )
         schema, notes = schema_of(cast(Any, X))
         for note in notes:

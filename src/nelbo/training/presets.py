@@ -163,13 +163,10 @@ def _check_custom(schema: "Schema", preset: str, options: Mapping[str, object]) 
             "a table takes nelbo's own network, which reads its columns; leave network out"
         )
     if preset != "auto":
-        raise ValueError(f"the preset {preset} is of nelbo's own networks; leave it out")
+        raise ValueError(f"the preset {preset} is for nelbo's own networks; leave it out")
     for name in OF_NETWORKS:
         if name in options:
-            raise ValueError(
-                f"{name} is of the networks that nelbo makes; your network has its own; leave"
-                f" {name} out"
-            )
+            raise ValueError(f"{name} is for nelbo's own networks; leave it out")
 
 
 def _nearest(name: str, known: list[str]) -> str:

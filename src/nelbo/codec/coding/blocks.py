@@ -148,7 +148,8 @@ def decode(codes: Codes, block: Block, done: Done) -> np.ndarray:
     bottom = _bottom(codes, block.first, x).words(block.borrowed)
     if not np.array_equal(stack.words(), bottom):
         raise CorruptFileError(
-            "the stack of bits does not end as it began: the data are not those coded"
+            "the stack of bits does not end as it began: the decoded data are not those that"
+            " were coded"
         )
     return x
 
@@ -244,7 +245,7 @@ def _unstack(
     """
     code, at, parts = codes.model(block.nonce), block.count, []
     if code.borrows != (block.borrowed >= START) or (block.seeds and not code.borrows):
-        raise CorruptFileError("a block states that it was coded in another way than by its model")
+        raise CorruptFileError("a block claims a way of coding that its model does not have")
     most = [*itertools.accumulate(block.sizes, max)]
     for size, count in zip(reversed(block.sizes), reversed(most), strict=True):
         at -= size

@@ -137,8 +137,8 @@ def check_codable(model: Model) -> int:
         )
     if model.conditioned_on:
         raise ValueError(
-            f"the model is given {model.conditioned_on}, which a file of the data alone lacks;"
-            " train one without --condition"
+            f"the model is conditional on {model.conditioned_on}, which a compressed file does"
+            " not contain; train one without --condition"
         )
     return _levels(model.process)
 

@@ -31,7 +31,7 @@ def read(
         ValueError: no array holds examples of the schema, or one could not be restored.
     """
     if schema.levels is None:
-        raise ValueError(f"the run is of a table; {source} holds arrays")
+        raise ValueError(f"the run models a table, and {source} holds arrays; give a table")
     whole, parts, extra, beyond = [], [], bytearray(), []
     levels = f"the run's schema holds 0..{schema.levels - 1}"
     for name, array in arrays.items():
@@ -132,7 +132,9 @@ def as_bytes(x: np.ndarray, about: dict, extra: bytes, places: np.ndarray | None
     whole = [(name, _dtype(descr), shape, order) for name, descr, shape, order in about["arrays"]]
     most = sum(math.prod(shape) * kind.itemsize for _, kind, shape, order in whole if not order)
     if any(kind.kind not in "biu" for _, kind, _, order in whole if order):
-        raise CorruptFileError("the levels of the model are integers, but not those in the file")
+        raise CorruptFileError(
+            "the levels of the model are integers, but the values in the file are not"
+        )
     if any(kind.hasobject for _, kind, _, _ in whole):
         raise CorruptFileError("the file claims to hold Python objects")
     beside = "the data beside the examples"

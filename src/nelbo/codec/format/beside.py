@@ -56,7 +56,7 @@ def of_bytes(name: str, dtype: str, count: int, data: bytes) -> "Series":
     kind, numbers = _kind(made)
     begin = -(-count // 8)
     if len(data) < begin:
-        raise CorruptFileError(f"the cells of the column {name!r} are cut")
+        raise CorruptFileError(f"the cells of the column {name!r} are truncated")
     there = np.unpackbits(np.frombuffer(data[:begin], np.uint8), count=count).astype(bool)
     rest = data[begin:]
     try:
@@ -66,7 +66,7 @@ def of_bytes(name: str, dtype: str, count: int, data: bytes) -> "Series":
             lengths = np.frombuffer(rest[: 4 * count], "<u4").astype(np.int64)
             ends, text = np.cumsum(lengths), rest[4 * count :]
             if len(lengths) != count or (ends[-1] if count else 0) != len(text):
-                raise CorruptFileError(f"the cells of the column {name!r} are cut")
+                raise CorruptFileError(f"the cells of the column {name!r} are truncated")
             cells = [
                 text[end - size : end].decode() if known else None
                 for end, size, known in zip(ends, lengths, there, strict=True)
@@ -74,12 +74,12 @@ def of_bytes(name: str, dtype: str, count: int, data: bytes) -> "Series":
             return pl.Series(name, cells, dtype=pl.String).cast(made)
         values = np.frombuffer(rest, numbers)
         if len(values) != count:
-            raise CorruptFileError(f"the cells of the column {name!r} are cut")
+            raise CorruptFileError(f"the cells of the column {name!r} are truncated")
         plain = pl.Series(name, values.astype(values.dtype.newbyteorder("=")))
         return plain.cast(made).set(pl.Series(~there), None)
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
         raise CorruptFileError(
-            f"the column {name!r} cannot be made of its cells: {error}"
+            f"the column {name!r} cannot be rebuilt from its cells: {error}"
         ) from None
 
 

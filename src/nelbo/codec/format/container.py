@@ -162,11 +162,11 @@ def _read_block(data: bytes, at: int) -> tuple[Block, int]:
     """Return the block at `at`, and the position of its end."""
     place = f"at byte {at} of {len(data)}"
     if data[at : at + 4] != BLOCK or len(data) < at + 8:
-        raise CorruptFileError(f"there is no block {place}: the file is cut or damaged")
+        raise CorruptFileError(f"there is no block {place}: the file is truncated or damaged")
     (length,) = _CRC.unpack_from(data, at + 4)
     end = at + 8 + length
     if len(data) < end + 4:
-        raise CorruptFileError(f"the block {place} is cut")
+        raise CorruptFileError(f"the block {place} is truncated")
     if _CRC.unpack_from(data, end)[0] != zlib.crc32(data[at + 4 : end]):
         raise CorruptFileError(f"the block {place} is damaged; get a whole copy, or try --salvage")
     if length < _BLOCK.size:

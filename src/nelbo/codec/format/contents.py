@@ -76,13 +76,15 @@ def read(source: str, schema: Schema) -> Contents:
             found.x.numpy(), dict(found.about), found.extra, schema, path, None
         ):
             if file.read_bytes() != content:
-                raise ValueError(f"{file} could not be restored to the byte; it is not compressed")
+                raise ValueError(
+                    f"{file} could not be restored byte for byte, so it was not compressed"
+                )
         return found
     if suffix == ".png" or path.is_dir():
         return Contents(*pictures.read(path, schema))
     raise ValueError(
-        f"{path} is of no type that can be compressed; give a .npy, .npz, .png, .txt, .csv, .tsv,"
-        " .parquet or .arrow file, or a folder of .png or .txt files"
+        f"{path} cannot be compressed; give a .npy, .npz, .png, .txt, .csv, .tsv, .parquet or"
+        " .arrow file, or a folder of .png or .txt files"
     )
 
 
@@ -101,7 +103,7 @@ def check_output(about: Mapping[str, object], out: Path) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists; give another --out, or remove it")
     if folder and out.suffix:
-        raise ValueError(f"the file holds a folder of {kind}; give --out a folder; got {out}")
+        raise ValueError(f"the file holds a folder of {kind}; --out must be a folder; got {out}")
     if not folder and out.suffix.lower() != f".{kind}":
         raise ValueError(f"the file holds a .{kind} file; --out must end in .{kind}; got {out}")
     check_writable(out)

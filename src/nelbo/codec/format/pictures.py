@@ -34,9 +34,10 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
         raise ValueError(f"{path} holds images; the run's examples have the shape {schema.shape}")
     files = files_of(path)
     others = [file for file in files if file.suffix.lower() != SUFFIX]
-    if others or not files:
-        what = f"such as {others[0]}: a folder of .png files is compressed whole" if others else ""
-        raise ValueError(f"{path} has {'other files' if others else 'no .png files'} {what}")
+    if others:
+        raise ValueError(f"{path} has files that are not images, such as {others[0]}; remove them")
+    if not files:
+        raise ValueError(f"{path} has no {SUFFIX} files; give a folder of them")
     _check_size(files, path)
     images = [_load(file, schema) for file in files]
     tiles = np.concatenate([cut(image, schema.shape) for image in images])

@@ -35,7 +35,10 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
         ValueError: cells or columns that the schema cannot hold, or that could not be restored.
     """
     if schema.kind != "table":
-        raise ValueError(f"{path} is a table; the run is of examples of shape {schema.shape}")
+        raise ValueError(
+            f"{path} is a table, but the run models examples of shape {schema.shape}; give data"
+            " of that shape"
+        )
     frame = tables.read(path)
     known = {column.name for column in schema.columns}
     left = [name for name in frame.columns if name not in known]
@@ -107,7 +110,7 @@ def as_bytes(
         return tables.to_bytes(pl.DataFrame(found), f".{about['kind']}")
     except pl.exceptions.PolarsError as error:
         raise CorruptFileError(
-            f"the table cannot be made of the file's columns: {error}"
+            f"the table cannot be rebuilt from the file's columns: {error}"
         ) from None
 
 

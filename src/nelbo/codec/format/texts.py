@@ -24,7 +24,10 @@ def read(path: Path, schema: Schema) -> tuple[Tensor, dict[str, object], bytes, 
         ValueError: a text is empty or not UTF-8, or the run is not of text.
     """
     if not schema.text:
-        raise ValueError(f"{path} is text; the run is of examples of shape {schema.shape}")
+        raise ValueError(
+            f"{path} is text, but the run models examples of shape {schema.shape}; give data of"
+            " that shape"
+        )
     found = files_of(path)
     contents = [file.read_bytes() for file in found]
     alphabet = schema.alphabet or ""

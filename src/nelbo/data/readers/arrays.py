@@ -166,7 +166,7 @@ def _array(stream: IO[bytes], size: int) -> np.ndarray:
     shape, _, kind = read_header(stream)
     needed = math.prod(shape) * kind.itemsize
     if kind.hasobject:
-        raise ValueError("Object arrays are not read, for they can hold code")
+        raise ValueError("arrays of objects are not read, because they can hold code")
     if min(shape, default=0) < 0 or needed > size - stream.tell():
         raise ValueError(
             f"its header says {shape} of {kind}, {needed} bytes, and {size - stream.tell()} follow"
@@ -261,7 +261,7 @@ def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
         sides = sorted(array.shape[2:]), sorted(array.shape[1:3])
         first = sides[0] > sides[1]
         where = "first" if first else "last"
-        note = f"{array.shape} read as images with channels {where}, which could be otherwise"
+        note = f"{array.shape} read as images with channels {where}, which is ambiguous"
         return (array if first else np.moveaxis(array, 3, 1)), note
     if last:
         return np.moveaxis(array, 3, 1), f"{array.shape} read as images with channels last"
@@ -357,7 +357,7 @@ def _reading(path: Path, magic: bytes) -> Iterator[IO[bytes]]:
         limits.regular(path)
         with path.open("rb") as file:
             if file.read(len(magic)) != magic:
-                raise ValueError(f"it does not begin as a {path.suffix} file does")
+                raise ValueError(f"it does not begin like a {path.suffix} file")
             file.seek(0)
             yield file
     except Exception as error:

@@ -94,7 +94,7 @@ class Encoded:
     def content(self, i: int) -> bytes:
         """Return the bytes of the i-th image."""
         if self.size[i] > limits.IMAGE and not limits.trusted():
-            raise ValueError(f"{self.name(i)} has {self.size[i]} bytes, which no image has")
+            raise ValueError(f"{self.name(i)} has {self.size[i]} bytes, too many for an image")
         with self.files[self.file[i]].open("rb") as file:
             file.seek(self.offset[i])
             return file.read(self.size[i])
@@ -216,18 +216,18 @@ def read_images(
             " --levels 256 takes the upper 8 bits of all"
         )
     if sixteen and not form.deep:
-        notes.append(f"of {sixteen} images of 16 bits a channel, the upper 8 were taken")
+        notes.append(f"the upper 8 bits of {sixteen} images with 16 bits a channel are used")
     if form.binary:
         notes.append("images of one bit: 2 levels; --levels 256 has black and white among 256")
     if seen["turned"]:
         notes.append(f"{seen['turned']} images rotated according to their EXIF orientation")
     if seen["several"]:
         notes.append(
-            f"of {seen['several']} images of several frames the first is taken: {seen['further']}"
-            " further frames left out"
+            f"the first frame of {seen['several']} images with several frames is used;"
+            f" {seen['further']} other frames are left out"
         )
     if seen["printed"]:
-        notes.append(f"{seen['printed']} images of CMYK taken as RGB, without a colour profile")
+        notes.append(f"{seen['printed']} CMYK images converted to RGB without a colour profile")
     del narrower[channels]
     if narrower:
         notes.append(
@@ -266,7 +266,7 @@ def read_masked(image: Path, mask: Path, schema: Schema) -> tuple[Tensor, Tensor
     """
     if len(schema.shape) != 3 or schema.levels is None:
         raise ValueError(
-            f"examples of the shape {schema.shape} are not images, and cannot be completed"
+            f"examples of the shape {schema.shape} are not images, so no part of them can be drawn"
         )
     found = [
         _one(path, (c, *schema.shape[1:])) for path, c in ((image, schema.shape[0]), (mask, 1))

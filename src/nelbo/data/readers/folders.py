@@ -56,7 +56,9 @@ def _classes(rests: Mapping[str, Sequence[str]]) -> tuple[dict[str, dict], list[
         known = [name.partition("/")[0] if "/" in name else "" for name in files]
         if any(known) and not all(known):
             first = files[known.index("")]
-            return {}, [f"sub-folders are not classes, because {first} and others are in none"]
+            return {}, [
+                f"sub-folders are not classes, because {first} and others are in no sub-folder"
+            ]
         names[part] = np.array(known, str)
     several = len({name for part in names.values() for name in part.tolist() if name}) > 1
     return ({"class": names} if several else {}), []

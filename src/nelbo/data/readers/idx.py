@@ -64,7 +64,7 @@ def read_array(path: Path) -> np.ndarray:
         with opener(path, "rb") as file:
             magic = file.read(4)
             if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in TYPES or not magic[3]:
-                raise ValueError("it does not begin as an idx file does")
+                raise ValueError("it does not begin like an idx file")
             kind = np.dtype(TYPES[magic[2]])
             sizes = np.frombuffer(file.read(4 * magic[3]), ">u4").tolist()
             if len(sizes) < magic[3]:

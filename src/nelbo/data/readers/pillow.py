@@ -79,7 +79,7 @@ def opened(
     except Exception as error:  # damage shows as OSError, SyntaxError, EOFError, struct.error, ..
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # its message names a Python object
-            reason = "it is of no known type"
+            reason = "it is of an unknown type"
         kind = f"a {formats[0]} image" if len(formats) == 1 else "an image"
         raise ValueError(
             f"{name()} cannot be read as {kind}: {reason}; remove it or save it again"
@@ -108,7 +108,7 @@ def bits_of(content: bytes) -> int:
 
 
 def _claim(width: int, height: int, size: int) -> str:
-    return f"it claims {width}x{height} pixels, which {size} bytes do not hold"
+    return f"it claims {width}x{height} pixels, which {size} bytes cannot hold"
 
 
 def _check_png(content: bytes) -> None:
@@ -127,7 +127,7 @@ def _check_png(content: bytes) -> None:
     if needed > limits.DEFLATED * (size + 1):
         raise ValueError(_claim(width, height, size))
     if (found := _inflated(packed, needed)) < needed:
-        raise ValueError(f"it is cut: of {needed} bytes of pixels {found} are there")
+        raise ValueError(f"it is truncated: {found} of {needed} bytes of pixels are there")
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:

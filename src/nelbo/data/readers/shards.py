@@ -159,8 +159,8 @@ def _examples(
         several = next(names for names in alone.values() if len(names) > 1)
         first, second = (images[name][0] for name in several[:2])
         raise ValueError(
-            f"{shard} has several images of one example, {first} and {second}; keep those of one"
-            " field in it"
+            f"{shard} has several images of one example, {first} and {second}; keep only one of"
+            " these fields"
         )
     ignored = Counter(name.removeprefix(_key(name)) + images[name][1] for name in beside)
     others = set(beside)
@@ -205,7 +205,7 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
             # tarfile does not notice that a file is cut between members, or in a header
             mapped.seek(tar.offset)
             if mapped.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError("it is cut, its end is missing")
+                raise ValueError("it is truncated")
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{shard} cannot be read as a tar file: {error}; copy or write it again, without"

@@ -90,7 +90,7 @@ def of_bytes(
     if missing := [split for split in ("validation", "test") if split not in parts]:
         parts = _split(parts, missing, path)
         texts = _split(texts, missing, path) if texts else {}
-        notes.append(f"{' and '.join(missing)}: a tenth each, off the end of the training text")
+        notes.append(f"{' and '.join(missing)}: a tenth each, from the end of the training text")
     if tokenizer is not None:
         if isinstance(tokenizer, str):
             tokenizer = make(tokenizer, texts["train"])
@@ -127,7 +127,10 @@ def of_bytes_like(
 ) -> Found:
     """Do the same for the content of each split, or of "all"; `path` is for messages."""
     if not schema.text:
-        raise ValueError(f"{path} is text, and the model is of no text; give data of its kind")
+        raise ValueError(
+            f"{path} is text, but the model is not one of text; give data of the kind that it"
+            " was trained on"
+        )
     _refuse_empty(path, parts)
     if schema.tokenizer is not None:
         codes = _tokens(

@@ -85,7 +85,9 @@ def _folders(folder: Path, links: dict[str, str]) -> Iterator[tuple[str, list[st
             if key in known:
                 below.clear()
             if top != folder and Path(place) == top:
-                how = "left out, for that is read already" if key in known else "followed"
+                how = (
+                    "left out, because its target is read already" if key in known else "followed"
+                )
                 links[top.relative_to(folder).as_posix()] = f"to {top.resolve()}: {how}"
             if key in known:
                 continue

@@ -59,8 +59,8 @@ def _check(files: Sequence[tuple[Path, int, int, int]]) -> None:
     if why and len(sizes) < len(files):
         file, packed, *_ = files[len(sizes)]
         raise ValueError(
-            f"{file} cannot be read as a table: of its {packed} bytes, {why}; write it again, or"
-            f" set {limits.TRUST}=1 if that is right"
+            f"{file}, {packed} bytes, cannot be read as a table: {why}; write it again, or set"
+            f" {limits.TRUST}=1 if that is right"
         )
 
 
@@ -77,13 +77,13 @@ def _decoded(asked: bytes) -> tuple[list[tuple[int, int]], str]:
             command, input=asked, capture_output=True, timeout=SECONDS, env=environment
         )
     except subprocess.TimeoutExpired as error:
-        return _pairs(error.stdout or b""), f"nothing is made within {SECONDS} s"
+        return _pairs(error.stdout or b""), f"decoding it takes more than {SECONDS} s"
     except OSError:
         return [], ""
     if b"allocat" in done.stderr or b"MemoryError" in done.stderr:
-        return _pairs(done.stdout), "more would be made than its size or memory accounts for"
+        return _pairs(done.stdout), "it would decode to more than its size or the memory allows"
     ended = done.returncode < 0 or done.returncode > 128  # ended by a signal
-    return _pairs(done.stdout), "nothing can be made: it ends polars" if ended else ""
+    return _pairs(done.stdout), "decoding it makes polars crash" if ended else ""
 
 
 def _pairs(lines: bytes) -> list[tuple[int, int]]:

@@ -87,14 +87,12 @@ def read(path: Path, notes: list[str]) -> "DataFrame":
         frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
     if frame.height != 1 + rows or [name or "" for name in frame.row(0)] != layout.heading:
         raise ValueError(
-            f"{path} is read as {rows} rows of text or as {frame.height - 1}, by how its quotes"
-            " are taken; quote every cell that has quotes or line ends in it"
+            f"the quotes of {path} can be read in two ways, giving {rows} or {frame.height - 1}"
+            " rows; quote every cell that contains quotes or line ends"
         )
     if heading != layout.heading:
         blank = next(n for n, m in zip(layout.heading, heading, strict=True) if n != m)
-        notes.append(
-            f"{path} has headings such as {blank!r}: taken without the blanks around them"
-        )
+        notes.append(f"{path} has headings such as {blank!r}: read without the blanks around them")
     frame = frame[1:]
     _check_heading(path, frame, heading, notes)
     return frame.rename(dict(zip(frame.columns, heading, strict=True)))
@@ -105,7 +103,9 @@ def _layout(path: Path, notes: list[str]) -> Layout:
     with _text(path) as file:
         first = file.readline().rstrip("\r\n")
     if re.fullmatch(r'"?sep=."?', first):
-        raise ValueError(f"the first line of {path} is {first!r}, for a spreadsheet; remove it")
+        raise ValueError(
+            f"the first line of {path} is {first!r}, an instruction for spreadsheets; remove it"
+        )
     default = SUFFIXES[path.suffix.lower()]
     tried = [_by(path, separator) for separator in SEPARATORS if separator in first]
     several = [layout for layout in tried if len(layout.heading) > 1]

@@ -103,15 +103,15 @@ class Evidence:
             return ""
         if self.integers and self.large:
             return (
-                f"{self.name} holds integers beyond 2^53, which cannot be told apart as numbers:"
-                " left out; declare it a category with --schema to keep it"
+                f"{self.name} holds integers beyond 2^53, which float64 cannot tell apart: left"
+                " out; declare it a category with --schema to keep it"
             )
         named = says_identifier(self.name)
         unique = self.distinct == self.known
         if named and (self.integers or self.words) and (unique or self.distinct > FEW):
             return (
-                f"{self.name} is the name of an identifier, and its {self.distinct} values differ:"
-                f" left out; {KEEP}"
+                f"{self.name} has the name of an identifier, and its {self.distinct} values"
+                f" differ: left out; {KEEP}"
             )
         long = self.rows > (ROWS if self.ends[0] in (0, 1) else LONG)
         if self.integers and self.follow and long:
@@ -119,7 +119,7 @@ class Evidence:
         if self.words and name_rows(self.distinct, self.known):
             return (
                 f"the column {self.name!r} has {self.distinct} different texts in {self.known}"
-                f" rows, so that they name the rows: left out; {KEEP}"
+                f" rows, so it identifies the rows: left out; {KEEP}"
             )
         return ""
 
@@ -129,8 +129,8 @@ class Evidence:
         if self.reason or not says_identifier(self.name) or not (self.integers or self.words):
             return ""
         return (
-            f"{self.name} is the name of an identifier, and kept, for its {self.distinct} values"
-            " repeat; --schema without it leaves it out"
+            f"{self.name} has the name of an identifier, but is kept because its {self.distinct}"
+            " values repeat; a --schema without it leaves it out"
         )
 
 

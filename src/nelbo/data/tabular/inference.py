@@ -267,7 +267,7 @@ def _of_spellings(name: str, values: list[str], distinct: list[str]) -> str:
     if other is None:
         return ""
     own = next(value for value in distinct if canonical(value) == canonical(other))
-    return f"{name} writes one value as {own!r} and as {other!r}: taken as the same"
+    return f"{name} writes one value as {own!r} and as {other!r}: treated as the same"
 
 
 def _category(
