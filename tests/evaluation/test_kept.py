@@ -2,18 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from evaluation.test_masks import tiny
 from integrations.test_huggingface import write
 from support.commands import nelbo_fails, run_ok
-from support.known_models import gaussian
+from support.known_models import gaussian, replaced, text
+from support.processes import launch
 
 import nelbo
 from nelbo._utils.tensor_files import read_tensors
@@ -70,6 +72,84 @@ def test_it_continues_where_it_stood(tmp_path, small, calls):
     assert third.to_dict() == whole.to_dict() and len(made_again) < len(made)
 
 
+OTHERS = {
+    "real numbers, a pilot": (gaussian, 400, {"calls": 24}),
+    "masks, 4 steps": (text, 400, {"calls": 8, "steps": 4, "per_example": True}),
+    "a target error": (gaussian, 400, {"target_error": 0.05}),
+    "without a pilot": (replaced, 120, {"calls": 6}),
+    "importance": (text, 130, {"steps": 3, "importance_samples": 2}),
+    "probability flow": (gaussian, 130, {"ode": True, "tolerance": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_every_bound_continues(tmp_path, name, share):
+    """Any process, in steps or continuous time, by all estimators; also what a pilot found."""
+    make, examples, options = OTHERS[name]
+    known, path = make(), tmp_path / "kept"
+    x, model = known.examples(examples), known.model
+    made = []
+    counter = model.network.register_forward_hook(lambda net, given, out: made.append(1))
+    whole = nelbo.evaluate(model, x, **options)
+    counter.remove()
+    hook = stopping(model, int(share * len(made)))
+    with pytest.raises(StoppedError):
+        nelbo.evaluate(model, x, **options, resume=path)
+    hook.remove()
+    made_again = []
+    counter = model.network.register_forward_hook(lambda net, given, out: made_again.append(1))
+    again = nelbo.evaluate(model, x, **options, resume=path)
+    counter.remove()
+    assert again.to_dict() == whole.to_dict()
+    assert len(made_again) < len(made) or share < 0.5
+    with pytest.raises(ValueError, match="another evaluation: its seed is 0, and here 1"):
+        nelbo.evaluate(model, x, **options, resume=path, seed=1)
+
+
+SHARED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import nelbo
+from nelbo._utils.distributed import process_group, world
+from nelbo.evaluation import mask_estimator
+from evaluation.test_kept import TEXTS, StoppedError, stopping, tiny
+mask_estimator.CALLED, mask_estimator.FEWEST = 0, 100
+with process_group() as rank:
+    model, options = tiny(4), {"calls": 32, "sampler": "greedy", "resume": sys.argv[2]}
+    if sys.argv[3] == "stop":
+        stopping(model, 6 + 3 * rank)
+        try:
+            nelbo.evaluate(model, TEXTS, **options)
+        except StoppedError:
+            print("stopped")
+    else:
+        print(nelbo.evaluate(model, TEXTS, **options).to_dict())
+"""
+
+
+@pytest.mark.multiprocess
+def test_several_processes_continue(tmp_path, small):
+    """Each keeps its own tasks; another number of processes, or one, goes on with all of them."""
+    model, path = tiny(4), tmp_path / "kept"
+    whole = nelbo.evaluate(model, TEXTS, calls=32, sampler="greedy").to_dict()
+    tests = str(Path(__file__).parents[1])
+    stopped = launch(["-c", SHARED, tests, str(path), "stop"], 2)
+    assert stopped[0].out == "stopped\n", stopped
+    assert stopped[1].out == "stopped\n" or "continue with --resume" in stopped[1].err, stopped
+    assert path.exists() and (tmp_path / "kept.part1").exists()
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    alone = nelbo.evaluate(
+        model, TEXTS, calls=32, sampler="greedy", resume=tmp_path / "copy" / "kept"
+    )
+    assert alone.to_dict() == whole and not (tmp_path / "copy" / "kept.part1").exists()
+    both = launch(["-c", SHARED, tests, str(path), "go"], 2)
+    assert [end.code for end in both] == [0, 0], both
+    whole["in_order"]["processes"] = 2
+    assert str(whole | {"processes": 2}) == both[0].out.strip() == both[1].out.strip()
+    assert not (tmp_path / "kept.part1").exists()
+
+
 def test_another_evaluation_is_refused(tmp_path):
     """Other options, seeds, data or weights than those of the file."""
     model, path = tiny(4), tmp_path / "kept"
@@ -82,10 +162,10 @@ def test_another_evaluation_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"another evaluation: its {what} is .*, and now"):
             change()
-    with pytest.raises(ValueError, match="resume is for masked models in continuous time"):
-        nelbo.evaluate(gaussian().model, torch.zeros(4, 2), calls=8, resume=path)
-    with pytest.raises(ValueError, match="resume is for the bound; leave"):
-        nelbo.evaluate(model, TEXTS[:4], steps=2, importance_samples=2, resume=path)
+    with pytest.raises(ValueError, match=r"its steps is None .*, and here 2 "):
+        nelbo.evaluate(model, TEXTS[:4], steps=2, calls=8, resume=path)
+    with pytest.raises(ValueError, match="resume is for the bound of data"):
+        nelbo.evaluate(model, TEXTS, steps=2, importance_samples=2, own_samples=2, resume=path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="is truncated, damaged"):
         nelbo.evaluate(model, TEXTS[:4], calls=8, resume=path)

@@ -106,8 +106,8 @@ def evaluate(
         A .npz file for the bound of each example, its error and its terms, in nats; for texts of
         tokens also the cost of each token.
     resume
-        For a text of tokens: a file for what has been measured so far, written every half minute
-        and when the command is stopped. The same command with this file continues.
+        A file for what has been measured so far, written every half minute and when the command
+        is stopped. The same command with this file continues, to the same bits.
     figure
         With several --steps: a .png file with the bound and its terms over the number of steps,
         and with the diffusion term over time.

@@ -93,8 +93,9 @@ class Alternative:
             integer(spell("own_samples"), self.own_samples, 1)
             if self.importance_samples is None:
                 raise ValueError(f"{spell('own_samples')} needs {samples} K and {t} T; give both")
-        of_bound = {"surrogate": surrogate, "masks": masks, "resume": resume}
-        for name, value in of_bound.items():
+            if resume is not None:
+                raise ValueError(f"{spell('resume')} is for the bound of data; leave it out")
+        for name, value in (("surrogate", surrogate), ("masks", masks)):
             if self.wanted and value is not None:
                 raise ValueError(f"{spell(name)} is for the bound; leave {flow} and {samples} out")
         if not self.ode and not self.dequantise is self.tolerance is None:

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain
 from os import PathLike
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from nelbo._utils.distributed import gather
 from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
+from nelbo.data.schema import fingerprint
 from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
@@ -34,7 +36,7 @@ from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement, sc
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.intervals import OWN
-from nelbo.evaluation.kept import keeping
+from nelbo.evaluation.kept import Tasks, described, keeping
 from nelbo.evaluation.masks import check_masks, evaluate_masks, exact_counts
 from nelbo.evaluation.result import CurvePoint, Evaluation, Terms
 from nelbo.evaluation.survey import FEWEST, SamplingPlan, SurveyEstimate, plan
@@ -125,8 +127,9 @@ def evaluate(
         "target error": target_error,
         "per example": per_example,
     }
-    about |= {"variates": variates, "masks": masks, "steps": times.steps}
+    about |= {"variates": variates, "masks": masks, "steps": described(times)}
     about["surrogate"] = None if surrogate is None else model_hash(surrogate)
+    about["known examples"] = None if known is None else fingerprint(known)
     path, spent = None if resume is None else Path(resume), 0.0
     if named or _has_masks(model, times, calls):
         usual = CALLS if calls is None and target_error is None else calls
@@ -149,11 +152,14 @@ def evaluate(
         if isinstance(by_masks, Evaluation):
             return by_masks
         spent = by_masks
-    if path is not None:
-        raise ValueError("resume is for masked models in continuous time; leave it out")
     count, target = len(batch), target_error and target_error / scale_of(model, batch)
     calls = CALLS if calls is None else calls
-    with measuring(model, batch), counting(model.network) as calls_made:
+    with (
+        measuring(model, batch),
+        counting(model.network) as calls_made,
+        keeping(path, model, batch, seed, about) as kept,
+    ):
+        known_tasks = None if kept is None else Tasks(kept, "draws", calls_made)
         others = batch.x if known is None else known
         strata = Strata(times, time_density(model, times, others))
         rows, left = PILOT, math.inf
@@ -168,10 +174,9 @@ def evaluate(
             fitted = others if variates and (piloted or not model.process.has_flow) else None
             controls = ControlVariates(model, fitted, strata.edges, pairs)
             draws = left / controls.calls
-            if pilots is not None:
-                proposal = pilots(strata, controls)
-            elif piloted:
-                proposal = pilot(strata, controls, batch, rows)
+            if piloted:
+                make = pilots or partial(pilot, batch=batch, calls=rows)
+                proposal = _proposal(partial(make, strata, controls), seed, known_tasks)
             if target is not None:
                 draws = _foreseen(proposal, count, target, per_example)
             sampling = plan(count, draws, per_example or not piloted, level=not piloted)
@@ -180,7 +185,8 @@ def evaluate(
         begun = calls_made.forward
         known_costs = _known(controls, proposal, batch)
         _check_prior(known_costs[:, 0])
-        draw = partial(_draw, strata, controls, proposal, batch, known_costs, sampling.draws)
+        of_proposal = strata, controls, proposal, batch, known_costs
+        draw = partial(_draw, *of_proposal, sampling.draws, tasks=known_tasks)
         with seeded(seed, 2):
             blocks, turn = torch.randperm(count).split(list(sampling.sizes)), 0
         found = SurveyEstimate(blocks, [], known_costs)
@@ -234,6 +240,19 @@ def _divided(
     rows = max(PILOT, int(2 * math.sqrt(examples * calls / strata)))
     left = calls - rows * strata / examples
     return (0, calls) if kept or left < max(least, calls / 2) else (rows, left)
+
+
+def _proposal(make: Callable[[], Proposal], seed: int, tasks: Tasks | None) -> Proposal:
+    """Return the proposal of a pilot, or the one that is kept."""
+    if tasks is None:
+        return make()
+    path, every = (seed, 0), torch.zeros(0)
+    parts = tasks.find(path, every)
+    if parts is None:
+        found = make()
+        tasks.add(path, every, [*vars(found).values()])
+        return found
+    return Proposal(*cast(Sequence[Tensor], parts))
 
 
 def _foreseen(proposal: Proposal, examples: int, target: float, scored: bool) -> float:
@@ -297,6 +316,7 @@ def _draw(
     counts: Mapping[int, int],
     seed: Sequence[int],
     track: Track,
+    tasks: Tasks | None,
 ) -> dict[int, Tensor]:
     """Return the prior and the costs of the strata for some blocks, (B, R, 1 + S) each, nats.
 
@@ -305,17 +325,17 @@ def _draw(
     """
     each = [g for g, replicates in counts.items() for _ in range(replicates)]
     size = max(1, TASK // (draws * len(blocks[0])))
-    tasks = [each[i : i + size] for i in range(0, len(each), size)]
-    rows = [torch.cat([blocks[g] for g in task]) for task in tasks]
+    groups = [each[i : i + size] for i in range(0, len(each), size)]
+    rows = [torch.cat([blocks[g] for g in group]) for group in groups]
 
     def costs_of(examples: Batch, task: int) -> list[Tensor]:
-        sizes = [len(blocks[g]) for g in tasks[task]]
+        sizes = [len(blocks[g]) for g in groups[task]]
         u, of = torch.cat([stratified(n, draws) for n in sizes]), known[rows[task]]
         costs = estimate(strata, controls, proposal, examples, u, of[:, 1:])
         return list(torch.cat([of[:, :1], costs], 1).split(sizes))
 
     found: dict[int, list[Tensor]] = {g: [] for g in counts}
-    costs = map_blocks(controls.model, batch, rows, seed, costs_of, track)
+    costs = map_blocks(controls.model, batch, rows, seed, costs_of, track, tasks)
     for g, of_block in zip(each, chain.from_iterable(costs), strict=True):
         found[g].append(of_block)
     return {g: torch.stack(replicates, 1) for g, replicates in found.items()}

@@ -14,6 +14,7 @@ model, with T network calls. Nothing here depends on the process, reverse kernel
 """
 
 from itertools import pairwise
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
+from nelbo.evaluation.kept import described
 from nelbo.evaluation.replicates import check_samples, draw_replicates, log_mean
 from nelbo.evaluation.result import BoundEstimate, ImportanceDetails
 
@@ -103,6 +105,7 @@ def evaluate_importance(
     weights: str = "as given",
     split: str = "as given",
     track: Track = iter,
+    resume: str | PathLike[str] | None = None,
 ) -> BoundEstimate:
     """Measure the mean of −L_K, the importance-weighted bound on −log P(x|φ), over examples x.
 
@@ -116,9 +119,11 @@ def evaluate_importance(
         weights: name of the weights, for the record.
         split: name of the data, for the record.
         track: wraps the blocks of examples, for a progress bar.
+        resume: a file for what was measured so far, as for `evaluate`.
 
     Raises:
-        ValueError: if the times are not a grid, K < 1, or the examples are not of the model.
+        ValueError: if the times are not a grid, K < 1, the examples are not of the model, or the
+            file is of another evaluation.
     """
     check_samples(samples)
     grid = check_grid(times)
@@ -127,6 +132,9 @@ def evaluate_importance(
         log_w = importance_weights(model, batch, grid, samples)
         return torch.stack([log_mean(log_w), (2 * log_mean(log_w) - log_mean(2 * log_w)).exp()])
 
-    (bound, share), record = draw_replicates(model, x, replicates, seed, track, draw)
+    about = {"importance samples": samples, "steps": described(grid)}
+    (bound, share), record = draw_replicates(
+        model, x, replicates, seed, track, draw, resume, about
+    )
     how = ImportanceDetails(samples, len(grid.times), share.mean().item())
     return record(bound, how, weights, split)

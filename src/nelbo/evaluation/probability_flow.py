@@ -22,6 +22,7 @@ not depend on the others in its batch.
 import math
 from collections.abc import Iterable
 from functools import partial
+from os import PathLike
 from typing import Literal, NamedTuple
 
 import torch
@@ -218,6 +219,7 @@ def evaluate_flow(
     weights: str = "as given",
     split: str = "as given",
     track: Track = iter,
+    resume: str | PathLike[str] | None = None,
 ) -> BoundEstimate:
     """Measure the mean bound on −log P(x|φ) by the probability flow over examples x.
 
@@ -236,6 +238,7 @@ def evaluate_flow(
         weights: name of the weights, for the record.
         split: name of the data, for the record.
         track: wraps the blocks of examples, for a progress bar.
+        resume: a file for what was measured so far, as for `evaluate`.
 
     Raises:
         ValueError: if the process is not Gaussian, the dequantiser is for other data, K < 1,
@@ -265,7 +268,11 @@ def evaluate_flow(
         variance = torch.cat([of_probes for _, of_probes in each]).reshape(len(batch), samples)
         return torch.cat([log_mean(pairs), variance.mean(1)[None]])
 
-    (loose, tight, of_probes), record = draw_replicates(model, x, replicates, seed, track, draw)
+    about = {"flow": dequantiser.name, "tolerance": tolerance, "importance samples": samples}
+    about |= {"trace": exact, "first": first}
+    (loose, tight, of_probes), record = draw_replicates(
+        model, x, replicates, seed, track, draw, resume, about
+    )
     how = FlowDetails(
         samples=samples,
         dequantiser=dequantiser.name,

@@ -1,7 +1,9 @@
 """Replicates of a draw for every example of a data set, on all processes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.intervals import freedoms, widened
+from nelbo.evaluation.kept import Tasks, keeping
 from nelbo.evaluation.result import BoundEstimate, FlowDetails, ImportanceDetails, StandardError
 
 BLOCK = 64  # examples that share a seed
@@ -28,6 +31,8 @@ def draw_replicates(
     seed: int,
     track: Track,
     draw: Callable[[Batch], Tensor],
+    resume: str | PathLike[str] | None = None,
+    about: Mapping[str, object] | None = None,
 ) -> tuple[Tensor, Record]:
     """Draw every example in replicates; return (M, N, R) and a function that makes the record.
 
@@ -38,6 +43,8 @@ def draw_replicates(
         seed: of everything random.
         track: wraps the blocks of examples, for a progress bar.
         draw: returns M numbers for each example of a batch, (M, B).
+        resume: a file for what was measured so far, as for `evaluate`.
+        about: options that the draws depend on, by name.
 
     Raises:
         ValueError: if there is no example, or `replicates` is below 1.
@@ -52,9 +59,16 @@ def draw_replicates(
         each = draw(examples).double().cpu()
         return each.reshape(len(each), -1, replicates)
 
-    with measuring(model, batch), counting(model.network) as calls:
+    path = None if resume is None else Path(resume)
+    options = {**(about or {}), "replicates": replicates}
+    with (
+        measuring(model, batch),
+        counting(model.network) as calls,
+        keeping(path, model, batch, seed, options) as kept,
+    ):
         blocks = [rows.repeat_interleave(replicates) for rows in every]
-        found = torch.cat(map_blocks(model, batch, blocks, (seed,), one, track), 1)
+        tasks = None if kept is None else Tasks(kept, "replicates", calls)
+        found = torch.cat(map_blocks(model, batch, blocks, (seed,), one, track, tasks), 1)
     forward, backward = map(sum, zip(*gather((calls.forward, calls.backward)), strict=True))
 
     def record(

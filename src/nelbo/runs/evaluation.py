@@ -131,8 +131,8 @@ def evaluate(
             counted.
         masks: for a masked model in continuous time: the estimator, plain, unigram, draws, or
             two-levels, which needs a surrogate; by default a pilot chooses.
-        resume: for a masked model in continuous time: a file for what has been measured so far.
-            The same call with the file of an interrupted evaluation continues it, bit for bit.
+        resume: a file for what has been measured so far. The same call with the file of an
+            interrupted evaluation continues it, bit for bit.
         importance_samples: K, for the tighter bound of K importance-weighted samples at T steps,
             with K T calls each; the result is a `BoundEstimate`.
         own_samples: with `importance_samples`: measure this number of samples of the model itself
@@ -379,7 +379,8 @@ class Measuring:
                 track=track,
             )
         elif find := other.measure(model, times):
-            found = find(batch, weights=subject.weights, **record)
+            resume = self.options.get("resume")
+            found = find(batch, weights=subject.weights, resume=resume, **record)
         else:
             found = subject.bound(batch, own, self.tell, times=times, **self.options, **record)
             bar, resume = self.tracks("in order"), self.options.get("resume")
