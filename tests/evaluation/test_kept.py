@@ -103,7 +103,7 @@ def test_every_bound_continues(tmp_path, name, share):
     counter.remove()
     assert again.to_dict() == whole.to_dict()
     assert len(made_again) < len(made) or share < 0.5
-    with pytest.raises(ValueError, match="another evaluation: its seed is 0, and here 1"):
+    with pytest.raises(ValueError, match="another evaluation: its seed is 0, and now 1"):
         nelbo.evaluate(model, x, **options, resume=path, seed=1)
 
 
@@ -162,7 +162,7 @@ def test_another_evaluation_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"another evaluation: its {what} is .*, and now"):
             change()
-    with pytest.raises(ValueError, match=r"its steps is None .*, and here 2 "):
+    with pytest.raises(ValueError, match=r"its steps is None .*, and now 2 "):
         nelbo.evaluate(model, TEXTS[:4], steps=2, calls=8, resume=path)
     with pytest.raises(ValueError, match="resume is for the bound of data"):
         nelbo.evaluate(model, TEXTS, steps=2, importance_samples=2, own_samples=2, resume=path)
