@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import TYPE_CHECKING, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from nelbo._utils.distributed import map_across_processes, world
@@ -12,6 +13,7 @@ from nelbo._utils.progress import Track
 from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
+from nelbo.diffusion.times import TimeDiscretization
 from nelbo.evaluation.kept import Tasks
 from nelbo.evaluation.result import Measurement, StandardError
 
@@ -117,6 +119,12 @@ def precision_of(model: "Model | LatentModel") -> str:
     if model.diffusion.autocast is not None:
         inside += f" with autocast to {model.diffusion.autocast}"
     return f"float64 around {inside}".replace("torch.", "")
+
+
+def described(times: TimeDiscretization) -> str:
+    """Return the times of a bound for the record of what a file of results depends on."""
+    ends = times.at(torch.linspace(0, 1, times.terms + 1, dtype=torch.float64))
+    return f"{times.steps} ({fingerprint(ends)})"
 
 
 def check_not_empty(batch: Batch) -> None:

@@ -32,11 +32,11 @@ from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
 from nelbo.diffusion.times import TimeDiscretization, stratified, times_of
 from nelbo.evaluation.allocation import Proposal, Strata, estimate, even, pilot
-from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement, scale_of
+from nelbo.evaluation.blocks import check_not_empty, described, map_blocks, measurement, scale_of
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.intervals import OWN
-from nelbo.evaluation.kept import Tasks, described, keeping
+from nelbo.evaluation.kept import Tasks, keeping
 from nelbo.evaluation.masks import check_masks, evaluate_masks, exact_counts
 from nelbo.evaluation.result import CurvePoint, Evaluation, Terms
 from nelbo.evaluation.survey import FEWEST, SamplingPlan, SurveyEstimate, plan

@@ -23,7 +23,7 @@ from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
-from nelbo.evaluation.kept import described
+from nelbo.evaluation.blocks import described
 from nelbo.evaluation.replicates import check_samples, draw_replicates, log_mean
 from nelbo.evaluation.result import BoundEstimate, ImportanceDetails
 

@@ -25,7 +25,6 @@ from nelbo._version import __version__
 from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Calls, Model, model_hash
-from nelbo.diffusion.times import TimeDiscretization
 
 T = TypeVar("T")
 EVERY = 30.0  # seconds after which what was measured is written
@@ -130,12 +129,6 @@ class Tasks:
 
     def _key(self, path: Sequence[int], rows: Tensor) -> str:
         return f"{self.name} {' '.join(map(str, path))} {fingerprint(rows)}"
-
-
-def described(times: TimeDiscretization) -> str:
-    """Return the times of a bound as `keeping` is told of them."""
-    ends = times.at(torch.linspace(0, 1, times.terms + 1, dtype=torch.float64))
-    return f"{times.steps} ({fingerprint(ends)})"
 
 
 @contextmanager
