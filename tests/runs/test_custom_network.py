@@ -137,7 +137,7 @@ def test_no_file_brings_it(whole, capsys):
         error = capsys.readouterr().err
         assert (
             error.count("\n") == 1
-            and "not stored in the run and cannot be given on the command line" in error
+            and "which a run does not store: give it in Python" in error
         )
     with pytest.raises(SystemExit):
         main(["train", "digits", "--out", path + "-2", "--network", "custom"])

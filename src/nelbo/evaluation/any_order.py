@@ -31,9 +31,9 @@ def check_length(model: Model, batch: Batch) -> None:
     longest = int(model.scored_places(batch).flatten(1).sum(1).max())
     if longest > LONGEST:
         raise ValueError(
-            "P(x) in random order is a mean over all orders, summed over the 2^L sets of symbols"
-            f" that show; got an example of {longest} symbols, and the most is {LONGEST}: take the"
-            " any-order bound alone, or an order that is a function of what shows"
+            "P(x) in random order takes 2^L network calls for L hidden symbols, of which at most"
+            f" {LONGEST} are allowed; got {longest}: choose another order, or measure the bound"
+            " alone"
         )
 
 

@@ -324,11 +324,11 @@ class BothSides(Measurement):
     def __repr__(self) -> str:
         scale = self.bits_per_dim / self.nats if self.bits_per_dim else 1.0
         return (
-            f"-log P(x{f'|{self.given}' if self.given else ''}) of {self.examples} samples of the"
-            f" model itself is between {scale * self.at_least:.4f} and {scale * self.nats:.4f}"
-            f" {self.unit}: the bound of {self.samples} importance-weighted samples of"
-            f" {self.steps} steps is loose by {scale * self.gap:.4f} ±"
-            f" {scale * self.gap_error:.2g} at most, on average;"
+            f"-log P(x{f'|{self.given}' if self.given else ''}) of {self.examples} samples of"
+            f" the model itself is between {scale * self.at_least:.4f} and"
+            f" {scale * self.nats:.4f} {self.unit}. The bound of {self.samples}"
+            f" importance-weighted samples of {self.steps} steps is loose by at most"
+            f" {scale * self.gap:.4f} ± {scale * self.gap_error:.2g}, on average;"
             f" {self.calls_per_example:.4g} network calls each"
         )
 

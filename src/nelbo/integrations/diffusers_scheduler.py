@@ -79,9 +79,8 @@ def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, T
     if len(times) != steps or not inside or len(rising) != steps or (rising.diff() <= 0).any():
         raise ValueError(
             f"for {steps} steps the scheduler takes {len(times)} times from {times[0]:g} to"
-            f" {times[-1]:g}: some are not among 0 to {total - 1}, where the network was trained,"
-            " or occur twice; give another number of steps, leave it out for all, or set"
-            " steps_offset to 0"
+            f" {times[-1]:g}, some of them outside of 0..{total - 1} or repeated; give another"
+            " number of steps, or none for all, or set steps_offset to 0"
         )
     whole = times.long()
     if (times == whole).all():

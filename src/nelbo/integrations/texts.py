@@ -245,6 +245,6 @@ def _check_returns(
     why = "it lowers case: " if back == text.lower() else ""
     raise ValueError(
         f"the tokenizer does not give the text back, {why}{text[at : at + SHOWN]!r} becomes"
-        f" {back[at : at + SHOWN]!r}, so bits of its tokens are not bits of the text; give a model"
-        " with a tokenizer that keeps all, or ids in a .npy file"
+        f" {back[at : at + SHOWN]!r}, so the bits of its tokens are not those of the text; give"
+        " another model, or ids in a .npy file"
     )

@@ -48,10 +48,9 @@ def check_given(config: ModelConfig, network: Network | None, path: object) -> N
     """
     if config.network == CUSTOM and network is None:
         raise ValueError(
-            f"the network of {path} is a module of your own, which is not stored in the run and"
-            " cannot be given on the command line: give it in Python, as in"
-            f" nelbo.load({str(path)!r}, network=module); nelbo.resume takes it too, and all"
-            " else takes the loaded run"
+            f"the network of {path} is a module of your own, which a run does not store: give it"
+            f" in Python, as in nelbo.load({str(path)!r}, network=module) or nelbo.resume, and"
+            " use the loaded run"
         )
     if config.network != CUSTOM and network is not None:
         raise ValueError(

@@ -123,9 +123,9 @@ class RunConfig:
         if place is None:
             name = shortened(self.source, 64)
             raise ValueError(
-                f"the data of the run, which it calls {name!r}, are not read: this user has not"
-                " trained on them here. Give them once, with: nelbo evaluate RUN --data DATA, in"
-                f" Python run.meet(DATA); or set {limits.TRUST}=1 if the run is yours"
+                f"the data {name!r} of the run are not read, because you did not train on them"
+                " here; give them once with: nelbo evaluate RUN --data DATA (in Python"
+                f" run.meet(DATA)), or set {limits.TRUST}=1 if the run is yours"
             )
         try:
             dataset = self._read(place)
