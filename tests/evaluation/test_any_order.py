@@ -63,9 +63,9 @@ def test_its_price_and_its_limit(module, monkeypatch):
     monkeypatch.setattr(Model, "rows", property(lambda self: 7))
     some = evaluate_order(model, batch, RANDOM).per_example
     torch.testing.assert_close(some, whole.per_example, rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match=r"2\^L sets .* an example of 17 symbols, .* most is 16"):
+    with pytest.raises(ValueError, match=r"2\^L network calls .* at most 16 are allowed; got 17"):
         evaluate_order(model, model.batch([[1] * 17]), RANDOM)
     with pytest.raises(ValueError, match=r"random shows one symbol at a time; got .* 2"):
         UnmaskingOrder("random", 2)
-    with pytest.raises(ValueError, match="random order are those of the ancestral sampler"):
+    with pytest.raises(ValueError, match="the ancestral sampler draws in random order"):
         in_order(model, 2, RANDOM, condition=batch.condition)

@@ -135,10 +135,7 @@ def test_no_file_brings_it(whole, capsys):
         with pytest.raises(SystemExit):
             main(line)
         error = capsys.readouterr().err
-        assert (
-            error.count("\n") == 1
-            and "which a run does not store: give it in Python" in error
-        )
+        assert error.count("\n") == 1 and "which a run does not store: give it in Python" in error
     with pytest.raises(SystemExit):
         main(["train", "digits", "--out", path + "-2", "--network", "custom"])
     assert "module of your own" in capsys.readouterr().err
