@@ -16,11 +16,13 @@ from nelbo.codec.api import compress, decompress
 from nelbo.codec.settings import Settings
 from nelbo.diffusion.decoder import Categorical
 from nelbo.diffusion.masked import BlockDiffusion, MaskedDiffusion
-from nelbo.diffusion.model import Model
+from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.parametrization import SymbolLogits
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.times import TimeGrid, elbo
+from nelbo.diffusion.unmasking import UnmaskingOrder
+from nelbo.evaluation.unmasking_order import log_prob
 from nelbo.sampling.samplers import ancestral
 from nelbo.testing import assert_mean
 
@@ -225,7 +227,23 @@ def test_it_compresses():
     assert torch.equal(decompress(data, model).x.long(), X)
 
 
-def test_samplers_of_any_order_are_refused():
+def test_the_random_order_is_refused():
+    """It is a mean over orders of all symbols, and blocks have one after the other."""
     model = made(BlockDiffusion(PowerAlpha(2.0), K, 2))
-    with pytest.raises(ValueError, match="greedy needs a masked model; got one of BlockDiffusion"):
-        nelbo.evaluate(model, X, sampler="greedy")
+    with pytest.raises(ValueError, match="random needs a masked model; got one of BlockDiffusion"):
+        nelbo.evaluate(model, X, sampler="random")
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_an_order_within_blocks_is_exact(block):
+    """Σ_x P(x) = 1; of blocks of one symbol it is P(x) from left to right, and so is the bound."""
+    model = made(BlockDiffusion(PowerAlpha(2.0), K, block))
+    for sampler in ("greedy", "left-to-right"):
+        order = UnmaskingOrder(sampler)
+        with measuring(model):
+            found = log_prob(model, nelbo.Batch(X), order)
+        assert abs(found.exp().sum().item() - 1) < 1e-12
+    if block == 1:
+        bound = nelbo.evaluate(model, X, calls=2400, sampler="left-to-right")
+        error = bound.standard_error.monte_carlo
+        assert abs(bound.bits_per_dim - bound.in_order.bits_per_dim) < 4 * error + 1e-9

@@ -31,23 +31,27 @@ def module():
         return Tiny().double()
 
 
-def by_hand(module, text, order, shown=(), shift=0, never=(MASK,), clock=None):
-    """log P of a text, from the module's own logits, one step after another."""
+def by_hand(module, text, order, shown=(), shift=0, never=(MASK,), clock=None, block=99):
+    """log P of a text, from the module's own logits, one step after another, block after block."""
     scored = [i for i in range(len(text)) if i not in shown]
     hidden, total = set(scored), 0.0
     while hidden:
-        ids = torch.tensor([[MASK if i in hidden else k for i, k in enumerate(text)]])
-        share = torch.tensor([len(hidden) / len(scored)], dtype=torch.float64)
+        now = min(hidden) // block
+        end = (now + 1) * block
+        ids = torch.tensor([[MASK if i in hidden else k for i, k in enumerate(text[:end])]])
+        inside = [i for i in scored if i // block == now]
+        share = torch.tensor([len(hidden & {*inside}) / len(inside)], dtype=torch.float64)
         logits = module(ids, *(() if clock is None else (clock(share),)))[0].detach().clone()
         logits[:, list(never)] = -torch.inf
-        p = {i: logits[max(i - shift, 0)].softmax(-1).tolist() for i in hidden}
+        here = [i for i in inside if i in hidden]
+        p = {i: logits[max(i - shift, 0)].softmax(-1).tolist() for i in here}
         key = {
             "left-to-right": lambda p: 0.0,
             "greedy": lambda p: -max(p),
             "margin": lambda p: sorted(p)[-2] - sorted(p)[-1],
             "entropy": lambda p: -sum(v * math.log(v) for v in p if v),
         }[order.name]
-        chosen = sorted(hidden, key=lambda i: (key(p[i]), i))[: order.tokens_per_step]
+        chosen = sorted(here, key=lambda i: (key(p[i]), i))[: order.tokens_per_step]
         total += sum(math.log(p[i][text[i]]) for i in chosen)
         hidden -= set(chosen)
     return total
@@ -64,6 +68,24 @@ def test_probabilities_sum_to_one_and_are_those_of_the_steps(module, name):
         for i in range(0, len(texts), 31):
             assert abs(found[i].item() - by_hand(module, texts[i], order, **given)) < 1e-9
     assert len({round(log_prob(model, batch, order)[7].item(), 6) for order in ORDERS}) > 2
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("name", ["plain", "padding", "shift", "sigma", "prompt"])
+def test_orders_within_blocks(module, name, block):
+    """Block diffusion: the same, block after block; each call sees the text up to its block."""
+    model, batch, texts, given = every_text(module, name, block=block)
+    for order in ORDERS:
+        with measuring(model, batch):
+            found = log_prob(model, batch, order)
+        assert abs(found.exp().sum().item() - 1) < 1e-12
+        for i in range(0, len(texts), 31):
+            wanted = by_hand(module, texts[i], order, **given, block=block)
+            assert abs(found[i].item() - wanted) < 1e-9
+    whole, _, _, _ = every_text(module, name)
+    with measuring(whole, batch):
+        apart = (log_prob(whole, batch, order) - found).abs().max()
+    assert apart > 1e-3 if block < len(texts[0]) else apart == 0
 
 
 class OfClass(nn.Module):
@@ -95,10 +117,11 @@ def test_a_class_hides_nothing():
     assert drawn.shape == (4, 2) and drawn.max() < K
 
 
+@pytest.mark.parametrize("block", [None, 2], ids=["whole", "blocks"])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_samples_have_the_probabilities(module, order):
+def test_samples_have_the_probabilities(module, order, block):
     """Frequencies of 3000 draws of two tokens after a prompt: χ² of the cells, 4 sigma."""
-    model = wrap_tokens(module, MASK, shift=1)
+    model = wrap_tokens(module, MASK, shift=1, block=block)
     with torch.no_grad():
         model.network.module.out.weight.mul_(0.3)  # so that no cell is all but empty
     pairs = list(itertools.product(range(V - 1), repeat=2))

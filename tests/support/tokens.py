@@ -39,11 +39,11 @@ class Tiny(nn.Module):
         return self.out(torch.cat([h, others], -1))
 
 
-def every_text(module, name):
+def every_text(module, name, **more):
     """The model of a case; all texts of three scored tokens, as a batch and as lists of ids; and
     the options by hand. In a prompt 3 shows, and 1 between the others."""
     options, given = CASES[name]
-    model = wrap_tokens(module, MASK, **options)
+    model = wrap_tokens(module, MASK, **options, **more)
     answers = itertools.product(sorted({*range(V)} - {*given.get("never", (MASK,))}), repeat=3)
     texts, shown = [[*answer] for answer in answers], None
     if name == "prompt":

@@ -197,6 +197,10 @@ class BlockDiffusion(Masking):
         """Return the number n of blocks of an example."""
         return -(-torch.Size(shape).numel() // self.block)
 
+    @override
+    def block_of_places(self, shape: Shape) -> Tensor:
+        return (torch.arange(torch.Size(shape).numel()) // self.block).view(shape)
+
     def current(self, t: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """Return the block that is being masked at the times t, from 0, and its τ; (B,) each.
 

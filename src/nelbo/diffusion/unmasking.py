@@ -12,7 +12,9 @@ the order is a function of what shows, one path leads to each x, and its probabi
 
     P(x) = Π_steps Π_{i in next(z)} P(x_i|z),   z = what shows before the step.
 
-A model with a time input gets the time at which this share of its symbols is hidden.
+A model with a time input gets the time at which this share of its symbols is hidden. Of block
+diffusion, the symbols are those of the first block in which one is hidden: blocks follow each
+other from left to right, and the order is one within each.
 
 `random`, one symbol at a time in any order, has many paths to each x, and P(x) is a mean over them
 (`evaluation.any_order`).
@@ -84,10 +86,11 @@ class UnmaskingOrder:
         """Return the value of z that hides a symbol.
 
         Raises:
-            ValueError: if the model masks no symbols, or those of one block after the other.
+            ValueError: if the model masks no symbols, or, for the random order, those of one block
+                after the other.
         """
         mask = model.process.mask
-        if mask is None or not model.process.any_order:
+        if mask is None or (self.name == RANDOM and not model.process.any_order):
             raise ValueError(
                 f"the sampler {self.name} needs a masked model; got one of"
                 f" {type(model.process).__name__}"
@@ -159,16 +162,31 @@ def unmask(
         places: mask of the places to show, shape of z; those that hold the mask where left out.
     """
     z, mask = z.long().clone(), order.mask_of(model)
-    left = (z == mask) if places is None else places.clone()
-    total = left.flatten(1).sum(1).double()
+    scored = (z == mask) if places is None else places
+    left = scored.clone()
     while len(rows := left.flatten(1).any(1).nonzero()[:, 0]):
-        now, hidden = z[rows], left[rows]
-        t = time_of_share(model, hidden.flatten(1).sum(1) / total[rows])
+        now, (t, hidden) = z[rows], _current(model, left[rows], scored[rows])
         symbols = model.predict(now, t, rows_of(condition, rows)).symbols(now, mask)
         chosen = order.next(symbols, hidden)
         z[rows] = torch.where(chosen, show(symbols, chosen, rows), now)
-        left[rows] = hidden & ~chosen
+        left[rows] = left[rows] & ~chosen
     return z
+
+
+def _current(model: Model, left: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the time at which these places are hidden, (B,), and those of the first block.
+
+    Args:
+        model: a masked model, of blocks or of one block of all places.
+        left: mask of the places that are hidden, (B, ...), at least one of each row.
+        scored: mask of the places that were hidden at the start, likewise.
+    """
+    block = model.process.block_of_places(left.shape[1:]).to(left.device)
+    after = torch.where(left, block.max() - block, -1).flatten(1).amax(1)  # blocks, (B,)
+    inside = block.max() - block == after.view(-1, *(1,) * block.ndim)
+    hidden, of_block = left & inside, scored & inside
+    share = hidden.flatten(1).sum(1) / of_block.flatten(1).sum(1).double()
+    return (after + time_of_share(model, share)) / (block.max() + 1), hidden
 
 
 def time_of_share(model: Model, hidden: Tensor) -> Tensor:
