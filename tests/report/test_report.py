@@ -22,7 +22,7 @@ from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.times import TimeGrid, even_times
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.per_dimension import by_dimension
-from nelbo.report import sections, studies
+from nelbo.report import markup, sections, studies
 from nelbo.report.figures import readable
 from nelbo.report.reproduce import train_command
 from nelbo.report.sections import training
@@ -132,6 +132,16 @@ def test_page_of_any_run_stands_alone(run, tmp_path):
 
 def test_run_without_validation_shows_no_training(run):
     assert training(replace(run, metrics=[]), "bits/dim") == ""
+
+
+def test_short_times_are_milliseconds():
+    shown = {0.00036: "0.36 ms", 0.0994: "99 ms", 0.0996: "0.1 s", 1.23: "1.2 s", 14.4: "14 s"}
+    assert {value: markup.seconds(value) for value in shown} == shown
+
+
+def test_a_table_without_a_heading_has_no_row_for_one():
+    assert markup.html_table((), [("a", "b")]) == "<table><tr><td>a</td><td>b</td></tr></table>"
+    assert markup.html_table(("x",), [("a",)]).count("<tr>") == 2
 
 
 def without_seconds(text):

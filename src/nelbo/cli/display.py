@@ -32,8 +32,9 @@ def sweep(found: Sequence[Evaluation]) -> None:
     title = f"{_bound(first)}, {escape(first.split)}, by number of steps"
     table = Table(title=title, title_justify="left")
     terms = list(vars(first.terms))
-    for name in ("steps", first.unit, "standard error", *terms, "diffusion over t, 0 to 1"):
-        table.add_column(name, justify="left" if name.endswith("1") else "right")
+    for name in ("steps", first.unit, "standard\nerror", *terms):
+        table.add_column(name, justify="right")
+    table.add_column("over t,\n0 to 1")
     for each in found:
         value = each.value
         table.add_row(
