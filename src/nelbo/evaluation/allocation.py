@@ -43,12 +43,15 @@ OUTLIER = 4.0  # error of a row, in medians, beyond which the row weighs less (H
 class Strata:
     """The strata of the costs of some times: the reconstruction and parts of the diffusion term.
 
-    `density` is of u and should follow the costs; it is even where left out.
+    `density` is of u and should follow the costs; it is even where left out. `most` is the number
+    of strata of the diffusion term, at most.
     """
 
-    def __init__(self, times: TimeDiscretization, density: TimeDensity | None = None) -> None:
+    def __init__(
+        self, times: TimeDiscretization, density: TimeDensity | None = None, most: int = STRATA
+    ) -> None:
         self.times, self.density = times, even_density(times) if density is None else density
-        edges = torch.tensor(self.density.groups(STRATA) if times.terms else [0])
+        edges = torch.tensor(self.density.groups(most) if times.terms else [0])
         #: the distribution function of the density at the edges
         self.ends = torch.cat([torch.zeros(1).double(), self.density.mass.cumsum(0)])[edges]
         self.count = len(edges)

@@ -28,8 +28,9 @@ of the gradients of an image, are φ of all strata.
 """
 
 import math
-from collections.abc import Sequence
-from functools import singledispatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, singledispatch
 
 import torch
 from torch import Tensor
@@ -47,7 +48,9 @@ from nelbo.diffusion.process import ForwardProcess, SymbolProcess
 from nelbo.diffusion.terms import TermDraw
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.evaluation.intervals import FAR, apart
+from nelbo.evaluation.price import PASS, SHARE, Budget, Work
 from nelbo.evaluation.reference_denoisers import (
+    NODES,
     TABLE,
     LevelReference,
     Linear,
@@ -255,42 +258,88 @@ class MixtureFeatures(ControlVariate):
         return list(self.mixtures.features(e).split(1, 1))
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A control variate before it is fitted, with its price.
+
+    Args:
+        name: for the note where it is left out.
+        work: passes over numbers, roughly, as measured.
+        make: fits it.
+    """
+
+    name: str
+    work: Work
+    make: Callable[[], ControlVariate]
+
+
 @singledispatch
 def variates_of(
     process: ForwardProcess, model: Model, x: Tensor, edges: Tensor
-) -> list[ControlVariate]:
-    """Return the control variates of a model's process, fitted to examples x, (N, ...).
+) -> list[Candidate]:
+    """Return the control variates of a model's process, to be fitted to examples x, (N, ...).
 
-    A class of processes has none unless `@variates_of.register` adds them.
+    Those that explain most for their price are first. A class of processes has none unless
+    `@variates_of.register` adds them.
     """
     return []
 
 
 @variates_of.register
-def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> list[ControlVariate]:
-    e = process.embed(x).flatten(1).double()
-    found: list[ControlVariate] = [LinearVariate(model, e, edges)]
-    fits = e.shape[1] <= WIDEST and len(e) >= FEWEST
-    mixtures = GaussianMixtureEnsemble(e) if fits else None
-    if mixtures is not None:
-        found.append(MixtureFeatures(model, mixtures))
+def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
+    count, dims, strata, levels = len(x), model.dims, len(edges), process.codes
+    whole = dims <= WIDEST  # with covariances
+    turn = dims**2 / PASS * 4 if whole else 0.0  # into eigenvectors
+    e = cache(lambda: process.embed(x).flatten(1).double())
+    found = [
+        Candidate(
+            "the denoiser of a Gaussian",
+            Work(count * (5 * dims + turn), 8 * dims + turn, 3 * dims + 2 * turn),
+            lambda: LinearVariate(model, e(), edges),
+        )
+    ]
+    mixtures = cache(lambda: GaussianMixtureEnsemble(e()))
+    clustered = whole and count >= FEWEST
+    odds = dims * (300 + dims) if clustered else 0
+    if clustered:
+        found.append(
+            Candidate(
+                "mixtures of Gaussians",
+                Work(count * odds, odds, 0.0),
+                lambda: MixtureFeatures(model, mixtures()),
+            )
+        )
     # with sixteen bits, one column of the table would not fit into memory
-    if process.codes and process.codes**2 <= TABLE:
-        found.append(LevelVariates(model, x, edges, mixtures))
+    if levels and levels**2 <= TABLE:
+        integrals = min(TABLE, dims * levels**2 * strata)
+        contexts = (NODES + 1) * levels * dims if levels <= FINEST else 0
+        found.append(
+            Candidate(
+                "the denoiser of independent levels",
+                Work(
+                    2 * NODES * integrals + 9 * count * dims,
+                    6 * dims,
+                    2 * contexts * (1 + clustered) + odds * (contexts > 0),
+                ),
+                lambda: LevelVariates(model, x, edges, mixtures() if clustered else None),
+            )
+        )
     return found
 
 
 @variates_of.register(MaskedDiffusion)
 @variates_of.register(UniformDiffusion)
-def _(process: SymbolProcess, model: Model, x: Tensor, edges: Tensor) -> list[ControlVariate]:
+def _(process: SymbolProcess, model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
+    free = Work(0, 0, 0)  # they take no more than the normalisation of the logits
     if model.dims * process.codes > TABLE:
         none = ControlVariate()
         none.note = (
             f"no control variates: their table of {model.dims} times {process.codes} symbols"
             f" would exceed {TABLE} numbers"
         )
-        return [none]
-    return [ReplacedVariate(model, x) if process.mask is None else MaskVariate(model, x)]
+        return [Candidate("none", free, lambda: none)]
+    kind = ReplacedVariate if process.mask is None else MaskVariate
+    return [Candidate("costs of symbols", free, lambda: kind(model, x))]
 
 
 class ControlVariates:
@@ -302,13 +351,22 @@ class ControlVariates:
             them, there are no control variates.
         edges: times between which the strata lie, the first being that of z_1; shape (S,).
         pairs: let draws have two network calls, each the context of the other, where it helps.
+        budget: what they may cost; anything where left out.
     """
 
-    def __init__(self, model: Model, x: Tensor | None, edges: Tensor, pairs: bool = True) -> None:
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor | None,
+        edges: Tensor,
+        pairs: bool = True,
+        budget: Budget | None = None,
+    ) -> None:
         self.model, self.edges = model, edges.to(model.device)
         #: network calls of a draw
         self.calls = 1
         self.parts: list[ControlVariate] = []
+        self.left_out: list[str] = []
         self.centre = self.spread = torch.ones(0, dtype=torch.float64, device=model.device)
         if x is None:
             return
@@ -317,9 +375,14 @@ class ControlVariates:
             # a single outlier would dominate the fit
             e = model.process.embed(some).flatten(1).double()
             some = some[~apart((e - e.median(0).values).abs().amax(1))]
-        if len(model.shape) == 3 and model.shape[1] * model.shape[2] > 1:
-            self.parts.append(GradientFeatures(some))
-        self.parts += variates_of(model.process, model, some, self.edges)
+        spent = 0.0
+        for candidate in _candidates(model, some, self.edges):
+            price = 0.0 if budget is None else budget.price(candidate.work)
+            if budget is None or budget.allows(spent + price):
+                self.parts.append(candidate.make())
+                spent += price
+            else:
+                self.left_out.append(candidate.name)
         self.calls += pairs and any(part.paired for part in self.parts)
         phi = torch.cat([self._phi(part) for part in some.split(256)])
         self.centre = phi.mean(0)
@@ -329,7 +392,14 @@ class ControlVariates:
     @property
     def note(self) -> str:
         """A sentence on what is left out."""
-        return " ".join(part.note for part in self.parts if part.note)
+        notes = [part.note for part in self.parts if part.note]
+        if self.left_out:
+            notes.append(
+                f"control variates were left out, as they would take more than {SHARE:.1%} of the"
+                f" operations of the network: {', '.join(self.left_out)};"
+                " --variates or variates=True includes them"
+            )
+        return "; ".join(notes)
 
     @property
     def columns(self) -> int:
@@ -365,6 +435,16 @@ class ControlVariates:
         if not columns:
             return torch.zeros(len(x), len(self.edges), 0, dtype=torch.float64, device=x.device)
         return torch.stack([column.expand(-1, len(self.edges)) for column in columns], 2)
+
+
+def _candidates(model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
+    """Return all control variates of a model, to be fitted to examples x."""
+    found = variates_of(model.process, model, x, edges)
+    if len(model.shape) == 3 and model.shape[1] * model.shape[2] > 1:
+        work = Work(6 * min(len(x), 256) * model.dims, 3 * model.dims, 0.0)
+        gradients = Candidate("gradients of the images", work, lambda: GradientFeatures(x))
+        return [gradients, *found]
+    return found
 
 
 def _strata(divergence: Tensor, surprise: Tensor | float = 0.0) -> Tensor:

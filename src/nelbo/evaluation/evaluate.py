@@ -30,23 +30,27 @@ from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, counting, measuring, model_hash
+from nelbo.diffusion.terms import ReconstructionTerm
 from nelbo.diffusion.times import TimeDiscretization, stratified, times_of
-from nelbo.evaluation.allocation import Proposal, Strata, estimate, even, pilot
+from nelbo.evaluation.allocation import STRATA, Proposal, Strata, estimate, even, pilot
 from nelbo.evaluation.blocks import check_not_empty, described, map_blocks, measurement, scale_of
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.intervals import OWN
 from nelbo.evaluation.kept import Tasks, keeping
 from nelbo.evaluation.masks import check_masks, evaluate_masks, exact_counts
+from nelbo.evaluation.price import Budget, operations
 from nelbo.evaluation.result import CurvePoint, Evaluation, Terms
 from nelbo.evaluation.survey import FEWEST, SamplingPlan, SurveyEstimate, plan
-from nelbo.evaluation.time_density import time_density
+from nelbo.evaluation.time_density import FITTED, time_density
 
 #: returns the proposal of a pilot, from strata and controls
 Pilots = Callable[[Strata, ControlVariates], Proposal]
 
 CALLS = 24  # network calls per example by default
 PILOT = 16  # rows per stratum of a pilot, at least
+OF_PILOT = 3 / 40  # share of the calls for a pilot that is not kept; with `price.SHARE`, a tenth
+FEW_STRATA = 3  # strata of the diffusion term, at least, for a pilot to be worth its calls
 MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
 TASK = 256  # draws, or examples, whose results are computed together
 
@@ -62,7 +66,7 @@ def evaluate(
     per_example: bool = False,
     known: Tensor | None = None,
     pilots: Pilots | None = None,
-    variates: bool = True,
+    variates: bool | None = None,
     surrogate: Model | None = None,
     masks: str | None = None,
     resume: str | PathLike[str] | None = None,
@@ -94,8 +98,8 @@ def evaluate(
             bound of x, and unbiased, whatever they are.
         pilots: returns the proposal of a pilot of this model, for the strata and the controls of
             `known`: `runs.pilot_cache`. Its calls are not counted.
-        variates: use control variates. For large images their fit takes longer than some hundred
-            calls of a small network.
+        variates: use control variates; by default, where no pilot is kept, those that take at most
+            2.5 % of the operations of the network (`price`), which a note says.
         surrogate: a cheaper masked model of the same symbols, for a masked model in continuous
             time: it reads the same masks and many more, and the model is asked for the difference
             alone (`masks`). The result is unbiased, whatever it is; its calls are not counted.
@@ -142,7 +146,7 @@ def evaluate(
                 surrogate=surrogate,
                 masks=masks,
                 per_example=per_example,
-                variates=variates,
+                variates=variates is not False,
                 kept=kept,
                 seed=seed,
                 weights=weights,
@@ -161,18 +165,28 @@ def evaluate(
     ):
         known_tasks = None if kept is None else Tasks(kept, "draws", calls_made)
         others = batch.x if known is None else known
-        strata = Strata(times, time_density(model, times, others))
+        had = pilots is not None
+        most = STRATA if had else STRATA // 2 if target else _strata_for(calls * count)
+        strata = Strata(times, time_density(model, times, others), most)
         rows, left = PILOT, math.inf
         if target is None:
-            rows, left = _divided(count, calls, strata.count, per_example, pilots is not None)
-        piloted = rows > 0 or pilots is not None
+            rows, left = _divided(count, calls, strata.count, per_example, had)
+        piloted = rows > 0 or had
         # fewer pairs would be too few for an error, of an example or of the mean of few
         few = max(2, 1 + (OWN - 1) / count) if count < 2 * FEWEST else 0
         pairs = left >= 2 * (OWN if per_example else few)
         with seeded(seed, 0):
             # without a pilot, variates whose coefficients are known: those of symbols
-            fitted = others if variates and (piloted or not model.process.has_flow) else None
-            controls = ControlVariates(model, fitted, strata.edges, pairs)
+            wanted = variates is not False and (piloted or not model.process.has_flow)
+            budget = None
+            if variates is None and not had:
+                each = min(len(others), FITTED) + 2 * count
+                # those of a target are unknown before the pilot: as many as its share stands for
+                whole = calls * count if target is None else rows * strata.count / OF_PILOT
+                budget = Budget(each, whole, partial(_operations, model, times, batch))
+            controls = ControlVariates(
+                model, others if wanted else None, strata.edges, pairs, budget
+            )
             draws = left / controls.calls
             if piloted:
                 make = pilots or partial(pilot, batch=batch, calls=rows)
@@ -220,6 +234,13 @@ def _has_masks(model: Model, times: TimeDiscretization, calls: float | None) -> 
     return tokens and (calls is None or calls >= 2) and exact_counts(model, times)
 
 
+def _operations(model: Model, times: TimeDiscretization, batch: Batch) -> float:
+    """Return the floating-point operations of a network call, by one more for one example."""
+    first = torch.full((1,), times.first, dtype=torch.float64, device=model.device)
+    one = batch[torch.zeros(1, dtype=torch.long)].to(model.device)
+    return operations(lambda: ReconstructionTerm(first).draw(model, one))
+
+
 def _divided(
     examples: int, calls: float, strata: int, scored: bool, kept: bool
 ) -> tuple[int, float]:
@@ -237,9 +258,19 @@ def _divided(
     if calls >= 2:
         least, calls = 2.0, float(int(calls))
     # what n rows fail to show costs about 1/n of all calls, so n grows as their root
-    rows = max(PILOT, int(2 * math.sqrt(examples * calls / strata)))
+    affordable = int(OF_PILOT * examples * calls / strata)
+    rows = min(affordable, max(PILOT, int(2 * math.sqrt(examples * calls / strata))))
     left = calls - rows * strata / examples
-    return (0, calls) if kept or left < max(least, calls / 2) else (rows, left)
+    return (0, calls) if kept or rows < PILOT or left < least else (rows, left)
+
+
+def _strata_for(draws: float) -> int:
+    """Return the number of strata, at most, of which a pilot may see enough beside the draws.
+
+    Fewer strata with a pilot leave less variance than many without; too few are no use.
+    """
+    affordable = int(OF_PILOT * draws / PILOT) - 1
+    return min(affordable, STRATA) if affordable >= FEW_STRATA else STRATA
 
 
 def _proposal(make: Callable[[], Proposal], seed: int, tasks: Tasks | None) -> Proposal:

@@ -26,6 +26,7 @@ from nelbo.evaluation.mask_regression import (
     usual,
 )
 from nelbo.evaluation.mask_sampling import Masks, Texts, draw_masks
+from nelbo.evaluation.price import operations
 
 CELLS = 16  # of the curve over time, of equal masked shares
 LEARNED = 64  # masks from which the pilot takes how hard each token is to the surrogate
@@ -360,18 +361,9 @@ def price_of(model: Model, surrogate: Model, batch: Batch) -> float:
 
     It is the share of the floating-point operations of a call, and at least FREE.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # here: it imports sympy
-
-    counts, fast = [], torch.backends.mha.get_fastpath_enabled()
-    one = batch[torch.zeros(1, dtype=torch.long)]
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # whose operations are not counted
-        for each in (model, surrogate):
-            part, t = one.to(each.device), torch.ones(1, dtype=torch.float64, device=each.device)
-            z = torch.full_like(part.x, each.process.codes)
-            with FlopCounterMode(display=False) as counter:
-                each.predict(z, t, part.condition)
-            counts.append(counter.get_total_flops())
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    counts, one = [], batch[torch.zeros(1, dtype=torch.long)]
+    for each in (model, surrogate):
+        part, t = one.to(each.device), torch.ones(1, dtype=torch.float64, device=each.device)
+        z = torch.full_like(part.x, each.process.codes)
+        counts.append(operations(partial(each.predict, z, t, part.condition)))
     return max(FREE, counts[1] / max(counts[0], 1))

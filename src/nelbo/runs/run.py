@@ -110,7 +110,7 @@ class Run:
         calls: float | None = None,
         target_error: float | None = None,
         per_example: bool = False,
-        variates: bool = True,
+        variates: bool | None = None,
         sampler: str | None = None,
         tokens_per_step: int | None = None,
         surrogate: Model | None = None,

@@ -188,7 +188,7 @@ class OfRun(Subject):
         For its own data, control variates are fitted to the training split, and a pilot on the
         validation split is kept for this user; except for tokens, whose masks have exact counts.
         """
-        if own and options["variates"] and not self.run.model.process.as_codes:
+        if own and options["variates"] is not False and not self.run.model.process.as_codes:
             options["known"] = own_data.select(self.run.config, self.own, None, "train")[0].x
             options["pilots"] = Pilots(self.run, tell)
         return super().bound(batch, own, tell, **options)

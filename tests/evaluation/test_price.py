@@ -1,0 +1,147 @@
+"""What control variates and pilots may cost beside the network, without a clock."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nelbo import TimeGrid
+from nelbo.evaluation import evaluate as evaluation
+from nelbo.evaluation.evaluate import PILOT, _divided, _strata_for, evaluate
+from nelbo.evaluation.price import FREE, PASS, SHARE, Budget, Work, operations
+from nelbo.integrations import wrap
+
+LEVELS = "the denoiser of independent levels"
+
+
+@pytest.fixture
+def model():
+    """Of images of 256 levels, whose table of levels costs more than its network."""
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 3, 3, padding=1)
+    betas = torch.linspace(1e-3, 0.8, 20).double()
+    return wrap(lambda y, _: network(y.float()), (3, 4, 4), predicts="noise", betas=betas)
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (40, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+
+
+def test_operations_are_those_of_products():
+    """Two for each weight and place of a convolution, and for each weight of a linear layer."""
+    convolution, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(7, 4)
+    assert operations(lambda: convolution(torch.zeros(2, 3, 6, 6))) == 2 * 2 * 36 * 5 * 3 * 9
+    assert operations(lambda: linear(torch.zeros(3, 7))) == 2 * 3 * 7 * 4
+
+
+KINDS = {
+    "attention": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, batch_first=True), 2
+    ).eval(),
+    "transposed": lambda: nn.ConvTranspose2d(5, 3, 4, 2),
+    "groups": lambda: nn.Conv1d(6, 4, 3, groups=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_are_those_that_torch_counts(kind):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = KINDS[kind]()
+    x = torch.zeros(
+        {"attention": (5, 2, 16), "transposed": (2, 5, 6, 7), "groups": (2, 6, 9)}[kind]
+    )
+    found = operations(lambda: network(x))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(x)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    assert found == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("equation", ["bij,bkj->bik", "ij,jk", "...ij,jk->...ik"])
+def test_operations_of_einsum(equation):
+    a, b = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
+    a, b = (a, b) if "b" in equation else (a[0], b[0].T)
+    shape = torch.einsum(equation, a, b).shape
+    assert operations(lambda: torch.einsum(equation, a, b)) == 2 * 4 * shape.numel()
+
+
+def test_a_budget_is_a_share_of_the_network():
+    counted = []
+
+    def call():
+        counted.append(1)
+        return 1e9
+
+    budget = Budget(10, 100, call)
+    assert budget.price(Work(1, 2, 3)) == 1 + 10 * 2 + 100 * 3
+    assert budget.allows(FREE) and not counted
+    passes = SHARE * 100 * 1e9 / PASS
+    assert passes < FREE
+    assert not budget.allows(1.01 * FREE) and budget.allows(0.99 * passes)
+    dear = Budget(10, 1e6, call)
+    assert dear.allows(1e4 * passes * 0.99) and not dear.allows(1e4 * passes * 1.01)
+    assert len(counted) == 2  # once for each budget
+
+
+def test_what_does_not_pay_is_left_out_and_said(model, images, monkeypatch):
+    """Beside a small network, whatever the machine is busy with; beside a large one, or where they
+    are asked for, all are used."""
+    options = {"times": TimeGrid.uniform(20), "calls": 24}
+    small = evaluate(model, images, **options)
+    (note,) = small.notes
+    assert LEVELS in note and "variates=True" in note
+    assert evaluate(model, images, **options).nats == small.nats
+    asked = evaluate(model, images, variates=True, **options)
+    assert not asked.notes and asked.nats != small.nats
+    monkeypatch.setattr(evaluation, "_operations", lambda *_: 1e12)
+    large = evaluate(model, images, **options)
+    assert not large.notes and large.nats == asked.nats
+    target = evaluate(model, images, times=TimeGrid.uniform(20), target_error=1.0)
+    assert not target.notes
+
+
+def test_a_kept_pilot_leaves_nothing_out(model, images, monkeypatch):
+    """It was fitted to all of them."""
+    from nelbo.diffusion.batch import Batch
+    from nelbo.evaluation.allocation import pilot
+
+    seen = []
+
+    def kept(strata, controls):
+        seen.append(controls)
+        return pilot(strata, controls, Batch(images), 64)
+
+    monkeypatch.setattr(evaluation, "_operations", None)  # and nothing is counted
+    result = evaluate(model, images, times=TimeGrid.uniform(20), calls=24, pilots=kept)
+    assert not result.notes and not seen[0].left_out
+
+
+@pytest.mark.parametrize("examples", [1, 20, 69, 447, 10_000])
+@pytest.mark.parametrize("calls", [1.9, 3, 24, 1000])
+def test_a_pilot_takes_less_than_a_tenth(examples, calls):
+    """And with the variates no more; it sees each stratum PILOT times at least."""
+    if calls < 2 and examples < 100:
+        return
+    most = _strata_for(calls * examples)
+    for strata in (2, 9, most + 1):
+        rows, left = _divided(examples, calls, strata, False, False)
+        whole = calls if calls < 2 else int(calls)
+        assert rows == 0 or rows >= PILOT
+        assert rows * strata <= (0.1 - SHARE) * whole * examples
+        assert math.isclose(left, whole - rows * strata / examples)
+
+
+def test_fewer_strata_are_better_than_no_pilot():
+    """Where a pilot of all strata would cost too much, it is one of fewer."""
+    assert _strata_for(24 * 1000) == 32
+    assert 3 <= _strata_for(24 * 100) < 32
+    rows, _ = _divided(100, 24, _strata_for(24 * 100) + 1, False, False)
+    assert rows >= PILOT
+    assert _divided(100, 24, 33, False, False)[0] == 0
+    assert _strata_for(100) == 32  # without a pilot
