@@ -199,6 +199,23 @@ def test_bad_folders_and_texts_are_refused(tmp_path):
     binary = write(tmp_path / "bin")
     (binary / "model.safetensors").rename(binary / "pytorch_model.bin")
     refused("must be safetensors; got pytorch_model.bin", binary)
+    damaged = write(tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"")
+    refused(r"the weights in .*damaged are damaged \(.*restore them", damaged)
+    bare = write(tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    refused(r"has no tokenizer: .* tokenizer.save_pretrained\(folder\)", bare)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
+    """In a sentence, not as a bug."""
+    home = write(tmp_path / "m")
+    (tmp_path / "a.txt").write_text("abcd")
+    monkeypatch.setattr(huggingface, "find_spec", lambda name: None)
+    command = ["evaluate", f"hf:{home}", "--data", tmp_path / "a.txt", "--device-map", "auto"]
+    line = nelbo_fails(capsys, *command)
+    assert line.endswith("nelbo: device_map needs accelerate: pip install accelerate")
 
 
 CODE = """

@@ -183,6 +183,17 @@ def refused(module, words, ids=((1, 2, 3),), shown=None, **options):
         wrap_tokens(module, MASK, **options).batch([list(row) for row in ids], shown)
 
 
+class Whole(nn.Module):
+    """Logits rounded to integers, or what are ids."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, ids):
+        return self.module(ids).long()
+
+
 def test_bad_input_is_refused_in_a_sentence(module):
     """Ids beyond the vocabulary, the mask in a text, an empty answer, a text that is too long."""
     refused(module, r"text 0 has id 9 at 1, beyond 0\.\.5", [(1, 9, 2)])
@@ -200,11 +211,13 @@ def test_bad_input_is_refused_in_a_sentence(module):
         wrap_tokens(module, MASK).batch(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="must return logits"):
         wrap_tokens(nn.Flatten(), MASK)
+    with pytest.raises(ValueError, match=r"must return logits .* real .* torch.int64"):
+        wrap_tokens(Whole(module), MASK)
     refused(module, "shift must be one of 0, 1; got 9", shift=9)
 
 
 @pytest.mark.parametrize(
-    "texts", [[1, 2], ["ab"], [[0.5, 1.2]], [[[1]]], torch.ones(1, 2, dtype=torch.bool)]
+    "texts", [[1, 2], ["ab"], [[0.5, 1.2]], [[[1]]], torch.ones(1, 2, dtype=torch.bool), 3]
 )
 def test_texts_that_are_no_rows_of_ids_are_refused(module, texts):
     """Half an id is not rounded, and a mapping, a text or a single row is no list of rows."""
@@ -224,6 +237,15 @@ def test_a_module_that_fails_says_what_it_was_called_with():
     assert wrap_tokens(Short(), MASK, length=3).length == 3
     with pytest.raises(ValueError, match=r"fails on 8 ids 5 .*as length"):
         wrap_tokens(Short(), MASK)
+
+
+def test_a_text_beyond_the_positions_of_a_module(module):
+    """Where no length was given, it shows in a call: a sentence, not the module's own error."""
+    model = wrap_tokens(module, MASK)
+    with pytest.raises(ValueError, match=r"fails on texts of 12 tokens .*as length, and divide"):
+        nelbo.evaluate(model, [[1, 2] * 6], calls=4)
+    with pytest.raises(ValueError, match=r"mask of booleans .* got torch.int64 of shape \(\)"):
+        wrap_tokens(module, MASK, shown=lambda ids: 3).batch([[1, 2]])
 
 
 def test_a_left_to_right_module_is_refused():

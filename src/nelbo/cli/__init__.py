@@ -89,6 +89,10 @@ def _one_line_errors() -> Iterator[None]:
         _fail(place + (error.strerror or str(error)))
     except ValueError as error:
         _fail(str(error), getattr(error, "exit_code", 2))
+    except ImportError as error:
+        if error.name is not None:  # one that nobody foresaw, so it names no package to install
+            _fail_of_defect(error)
+        _fail(str(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             _fail_of_defect(error)

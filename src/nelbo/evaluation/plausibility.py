@@ -10,9 +10,10 @@ FAR = 2.0  # times the bits of uniform levels beyond which the last step is to b
 def check_number(found: Measurement) -> None:
     """Raise ValueError if a bound is not a number."""
     if math.isnan(found.nats):
+        of = "the examples" if found.split == "as given" else found.split
         raise ValueError(
-            f"the bound of {found.split} is not a number; look for extreme values in the data,"
-            " example by example with: nelbo score"
+            f"the bound of {of} is not a number; look for outputs of the network that are not"
+            " finite, and for extreme values in the data, example by example with: nelbo score"
         )
 
 

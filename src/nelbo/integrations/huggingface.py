@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -214,6 +215,11 @@ def load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(home), **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{home} has no tokenizer that can be read: {_first(error)}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without files
+        raise ValueError(
+            f"{home} has no tokenizer: it has special tokens alone; save the model's with"
+            " tokenizer.save_pretrained(folder)"
+        )
     dtype = None if precision is None else PRECISIONS[precision]
     name = str(config.get("model_type", "")).lower()
     kind = next((v for k, v in KINDS.items() if name.startswith(k)), Kind())
@@ -340,6 +346,10 @@ def _module(
     make: Callable[..., Any] = getattr(transformers, name).from_pretrained
     try:
         module, found = make(str(home), output_loading_info=True, **options, **more)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {home} are damaged ({_first(error)}); restore them from a copy"
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"{home} has no masked language model of transformers: {_first(error)}"

@@ -62,7 +62,13 @@ class TokenNetwork(nn.Module):
         return torch.cat([part.flatten(0, 1) for part in parts])
 
     def _call(self, ids: Tensor, alpha: Tensor) -> Tensor:
-        output = call(self.module, ids, None if self.clock is None else self.clock(alpha))
+        try:
+            output = call(self.module, ids, None if self.clock is None else self.clock(alpha))
+        except IndexError as error:
+            raise ValueError(
+                f"the module fails on texts of {ids.shape[1]} tokens ({error}); give the largest"
+                " number that it takes as length, and divide longer texts into chunks"
+            ) from error
         return output if self.reading is None else self.reading(output, ids, alpha)
 
 
@@ -81,11 +87,18 @@ def call(module: nn.Module, ids: Tensor, time: Tensor | None) -> Tensor:
     logits = getattr(found, "logits", found)
     if isinstance(logits, Tensor):
         logits = logits.to(ids.device)  # the last of several devices
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if (
+        not isinstance(logits, Tensor)
+        or logits.ndim != 3
+        or logits.shape[:2] != ids.shape
+        or not logits.is_floating_point()
+    ):
+        got = type(logits).__name__
+        if isinstance(logits, Tensor):
+            got = f"{tuple(logits.shape)}, {logits.dtype}"
         raise ValueError(
-            f"the module must return logits ({', '.join(map(str, ids.shape))}, V), as a tensor or"
-            f" as .logits; got {got}"
+            f"the module must return logits ({', '.join(map(str, ids.shape))}, V), real numbers,"
+            f" as a tensor or as .logits; got {got}"
         )
     return logits
 

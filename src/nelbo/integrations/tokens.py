@@ -24,7 +24,7 @@ BD3-LM reads x_t and x_0 side by side, all blocks at once, under such a mask.)
 the others are renormalised.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from typing import Literal
 
 import numpy as np
@@ -269,7 +269,7 @@ class TokenModel(Model):
             show |= ids == self.pad_id
         own = self.shown
         if callable(own):
-            show |= own(ids)
+            show |= _fitting(torch.as_tensor(own(ids)), ids)
         elif isinstance(own, Tensor | np.ndarray):
             show |= _fitting(torch.as_tensor(own), ids)
         elif own is not None:
@@ -374,7 +374,7 @@ def _rows_of(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
     Raises:
         ValueError: an item is no row of integers, or there is none.
     """
-    if isinstance(texts, str | Mapping):
+    if isinstance(texts, str | Mapping) or not isinstance(texts, Sized):
         raise ValueError(f"{TEXTS}; got {shortened(repr(texts))}")
     if not len(texts):
         raise ValueError(f"there is no text to measure; give at least one; got {texts!r}")
