@@ -59,6 +59,7 @@ from nelbo.evaluation.evaluate import CALLS, evaluate
 from nelbo.evaluation.result import Evaluation
 from nelbo.evaluation.survey import SamplingPlan, plan
 from nelbo.evaluation.time_density import time_density
+from nelbo.runs import own_data
 from nelbo.runs.loading import load
 from nelbo.runs.pilot_cache import ROWS, Pilots
 from nelbo.runs.run import Run
@@ -351,7 +352,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     run = load(options.run)
-    splits, model = run.config.load_data().splits, run.model
+    splits, model = own_data.load(run.config).splits, run.model
     x, trained = as_examples(splits["test"][: options.examples]), splits["train"]
     whole = splits["test"]
     unit = model.dims * LOG_2

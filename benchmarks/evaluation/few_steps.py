@@ -20,6 +20,7 @@ from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior, ReverseKe
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.grid_search import best_grid, measure_errors
+from nelbo.runs import own_data
 from nelbo.runs.loading import load
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     run = load(options.run)
-    model, train = run.model, run.config.load_data().splits["train"]
+    model, train = run.model, own_data.load(run.config).splits["train"]
     x = run.examples(split=options.split)[: options.examples]
     result = evaluate(model, x, times=ContinuousTime(model.process.schedule.start), calls=64)
     limit = result.bits_per_dim

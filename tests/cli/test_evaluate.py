@@ -11,7 +11,7 @@ import nelbo
 from nelbo.cli.evaluate import evaluate as command
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.per_dimension import by_column, by_dimension
-from nelbo.runs.config import RunConfig
+from nelbo.runs import own_data
 
 
 def test_each_option_of_the_command_is_one_of_the_function():
@@ -37,8 +37,8 @@ def test_several_numbers_of_steps_read_the_data_once(trained, monkeypatch, capsy
     run, read = nelbo.load(trained), []
     monkeypatch.setattr(nelbo.Run, "grid", lambda run, steps, track=iter: TimeGrid.uniform(steps))
     one_by_one = [run.evaluate(steps=steps, calls=8) for steps in (2, 3)]
-    load_data = RunConfig.load_data
-    monkeypatch.setattr(RunConfig, "load_data", lambda self: read.append(1) or load_data(self))
+    load = own_data.load
+    monkeypatch.setattr(own_data, "load", lambda config: read.append(1) or load(config))
     found = nelbo.sweep(run, [2, 3], calls=8)
     assert len(read) == 1 and [each.steps for each in found] == [2, 3]
     run_ok("evaluate", trained, "--steps", "2,3", "--calls", 8, "--json")

@@ -19,6 +19,7 @@ from nelbo.data.tabular.merging import infer_merged
 from nelbo.data.tabular.spelling import canonical, is_number
 from nelbo.diffusion.times import TimeGrid
 from nelbo.models.conditioning import parse
+from nelbo.runs import own_data
 from nelbo.runs.train import train
 from nelbo.sampling.imputation import impute
 
@@ -376,7 +377,7 @@ def test_whole_numbers_of_a_condition_are_classes(tmp_path, capsys, suffix):
     assert found.schema.condition[0].classes == ("1", "2", "3")
     assert any("cls: whole numbers are taken as 3 classes" in note for note in found.notes)
     run = train(str(path), tmp_path / "run", condition=["cls"], **TINY)
-    assert run.config.load_data().schema == run.config.schema
+    assert own_data.load(run.config).schema == run.config.schema
     other = run.batch(cased([1.0, 2.0, 3.0, 2.0]))[0]
     assert other.condition.equal(run.batch(path)[0].condition)
     command = ["sample", run.path, "--n", "2", "--steps", "2", "--out", tmp_path / "s.csv"]

@@ -21,6 +21,7 @@ from nelbo.diffusion.times import TimeGrid, elbo, stratified
 from nelbo.evaluation.anomaly_scores import Scored, Scorer, code_length
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.report.score_figure import histogram
+from nelbo.runs import own_data
 from nelbo.runs.loading import load
 from nelbo.runs.train import train
 from nelbo.sampling.samplers import ancestral
@@ -38,7 +39,7 @@ def x(run):
 
 
 def scorer(run, name, **options):
-    reference = run.config.load_data().splits["validation"][:20]
+    reference = own_data.load(run.config).splits["validation"][:20]
     return Scorer(name, run.config.schema, run.model, reference, calls=8, **options)
 
 
@@ -89,7 +90,7 @@ def test_rank_and_percentile():
 
 def test_held_out_examples_of_the_same_law_rank_anywhere(run):
     """Each half of a split among the other: the mean percentile is 50 within its error."""
-    half, rest = run.config.load_data().splits["test"][:120].split(60)
+    half, rest = own_data.load(run.config).splits["test"][:120].split(60)
     found = Scorer("bound", run.config.schema, run.model, half, calls=8)(rest)
     assert abs(found.percentile.mean().item() - 50) < 4 * 100 * math.sqrt(2 / 12 / 60)
 
@@ -117,7 +118,7 @@ def test_columns_that_make_a_row_strange(of_words, tmp_path):
     turned = rows.with_columns(
         pl.when(pl.int_range(pl.len()) == 7).then(-pl.col("x")).otherwise(pl.col("x")).alias("x")
     )
-    reference = run.config.load_data().splits["validation"]
+    reference = own_data.load(run.config).splits["validation"]
     score = Scorer("bound", run.config.schema, run.model, reference, calls=24)
     x = data.load_like(rows, run.config.schema).splits["all"]
     odd = data.load_like(turned, run.config.schema).splits["all"]

@@ -30,6 +30,7 @@ from nelbo.evaluation.importance_bound import evaluate_importance
 from nelbo.evaluation.per_dimension import by_dimension
 from nelbo.evaluation.probability_flow import evaluate_flow
 from nelbo.models.conditioning import Guided, drop, encode, features, guided, parse
+from nelbo.runs import own_data
 from nelbo.runs.loading import load as load_run
 from nelbo.runs.train import resume, train
 from nelbo.sampling.samplers import ancestral, complete
@@ -307,7 +308,7 @@ def test_a_conditional_run(conditional, tmp_path, capsys):
     (label,) = run.config.schema.condition
     assert label.classes == tuple("0123456789")
     batch, _ = run.batch()
-    x, labels = batch.x, run.config.load_data().labels["test"]
+    x, labels = batch.x, own_data.load(run.config).labels["test"]
     assert batch.condition.equal(encode(labels, run.config.schema))
     assert len(x) == len(labels)
     call(["evaluate", str(conditional), "--calls", "1"])

@@ -12,6 +12,7 @@ from support.runs import TINY
 from nelbo._utils import cache, limits, tensor_files
 from nelbo.evaluation import grid_search
 from nelbo.runs import config as run_config
+from nelbo.runs import own_data
 from nelbo.runs.config import read_config
 from nelbo.runs.loading import load as load_run
 from nelbo.runs.train import resume, train
@@ -76,7 +77,7 @@ def test_other_data_do_not_make_its_own_known(run, tmp_path, other, capsys):
     other()
     run_ok("evaluate", run, "--data", rows(tmp_path / "y.npy", 1), "--calls", 8)
     assert "are the run's own" not in capsys.readouterr().err
-    assert read_config(run).place() is None
+    assert own_data.place_of(read_config(run)) is None
 
 
 def test_nothing_is_copied_or_opened_for_a_run_from_elsewhere(run, tmp_path, me, capsys):

@@ -21,6 +21,7 @@ import io
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -70,6 +71,13 @@ def is_table(source: object) -> bool:
     if _is_frame(source) or in_splits(source):
         return True
     return isinstance(source, Mapping) and not any(map(_is_array, source.values()))
+
+
+def name_of(source: object) -> str:
+    """Return a path as it is given, or words for data in memory, for a message or a record."""
+    if isinstance(source, str | PathLike):
+        return str(source)
+    return "the table" if is_table(source) else NAME
 
 
 def in_splits(source: object) -> bool:

@@ -14,9 +14,10 @@ from nelbo.data import coerce
 from nelbo.data.columns import Column
 from nelbo.data.remote import here
 from nelbo.data.schema import Schema
-from nelbo.data.sources import Declaration, Source, Splits, declaration, is_table, stream_of
+from nelbo.data.sources import Declaration, Source, Splits
 from nelbo.data.splits import declare
 from nelbo.data.tabular import cells, streams, tables
+from nelbo.data.tabular.datasets import declaration, is_table, stream_of
 from nelbo.data.tabular.encoding import texts_of
 from nelbo.data.tabular.identifiers import Evidence
 from nelbo.data.tabular.inference import complete, listed

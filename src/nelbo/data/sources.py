@@ -4,38 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
-import torch
 from torch import Tensor
 
-from nelbo._utils import limits
 from nelbo.data import coerce, conditions, remote
-from nelbo.data.columns import Column
 from nelbo.data.conform import infer, refuse_constant, split, store, together, unscaled
 from nelbo.data.found import Found
 from nelbo.data.labels import missing
-from nelbo.data.readers import (
-    arrays,
-    builtin,
-    folders,
-    hub,
-    hub_examples,
-    hub_tables,
-    idx,
-    shards,
-    text,
-)
+from nelbo.data.readers import arrays, builtin, folders, hub, hub_examples, idx, shards, text
 from nelbo.data.readers.encoded import Form
 from nelbo.data.schema import Dataset, Schema
 from nelbo.data.splits import Declared, declare
-from nelbo.data.tabular import encoding, files, streams, tables
-from nelbo.data.tabular.inference import complete, infer_columns, typed
-from nelbo.data.tabular.table import InSplits, Table
+from nelbo.data.tabular import datasets
 from nelbo.data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from nelbo.data.tabular.tables import Frame
 
 
 class Reader(NamedTuple):
@@ -145,17 +127,17 @@ def load(
         )
         return replace(at_copy, source=str(source))
     source = coerce.plain(source)
-    if is_table(source, declared):
+    if datasets.is_table(source, declared):
         if tokenizer is not None:
-            raise ValueError(f"a tokenizer is for text, and {name_of(source)} is a table")
-        return _load_table(source, levels, size, seed, schema, condition, declared)
+            raise ValueError(f"a tokenizer is for text, and {coerce.name_of(source)} is a table")
+        return datasets.load(source, levels, size, seed, schema, condition, declared)
     if schema is not None:
-        raise ValueError(f"a schema is for tables, and {name_of(source)} is not one")
+        raise ValueError(f"a schema is for tables, and {coerce.name_of(source)} is not one")
     form = Form(size, levels=levels, tokenizer=tokenizer)
     name, found = _read(source, form, None, declared, seed)
     if tokenizer is not None and found.tokenizer is None:
         raise ValueError(
-            f"a tokenizer is for text, and {name_of(source)} is not text; leave it out"
+            f"a tokenizer is for text, and {coerce.name_of(source)} is not text; leave it out"
         )
     schema, inferred = infer(found, levels)
     made, how = split(store(found, schema), found.source, seed)
@@ -194,13 +176,13 @@ def load_like(
     """
     declared = declare(splits)
     source = coerce.plain(remote.here(source) if isinstance(source, str) else source)
-    if is_table(source, declared):
-        return _load_table_like(source, schema, declared)
+    if datasets.is_table(source, declared):
+        return datasets.load_like(source, schema, declared)
     if schema.kind == "table":
-        names = ", ".join(column.name for column in schema.columns[:8])
+        some = [column.name for column in schema.columns[:8]] + [".."] * (len(schema.columns) > 8)
         raise ValueError(
-            f"the model is one of tables, and {name_of(source)} is not a table; give a frame or"
-            f" a mapping of its columns {names}{', ..' if len(schema.columns) > 8 else ''}"
+            f"the model is one of tables, and {coerce.name_of(source)} is not a table; give a"
+            f" frame or a mapping of its columns {', '.join(some)}"
         )
     channels = schema.shape[0] if len(schema.shape) == 3 else 1
     form = Form(size, channels, schema.levels, shape=schema.shape)
@@ -221,20 +203,6 @@ def load_like(
     return Dataset(name, schema, made, (*notes, *missing(schema.condition, labels)), labels)
 
 
-def schema_of(frame: "Frame") -> tuple[Schema, list[str]]:
-    """Return the schema that is inferred from all cells of a frame, and notes.
-
-    Raises:
-        ValueError: as for `load`, or no column is left to model.
-    """
-    notes: list[str] = []
-    name, table = tables.find(frame, notes)
-    columns, guesses = infer_columns(table)
-    refuse_empty(columns, name, guesses)
-    schema = Schema.of_table(typed(columns, table.schema), table.columns)
-    return schema, [*notes, *guesses]
-
-
 def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> list[str]:
     """Return a note if all levels lie in the lower half of the model's: they may be other
     levels."""
@@ -248,175 +216,6 @@ def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> lis
         f" 0..{largest}, they mean something else to the model; rescale it to"
         f" 0..{schema.levels - 1}"
     ]
-
-
-def is_table(source: Source, splits: Declared | None = None) -> bool:
-    """Return whether a source is a table, or a folder of its shards."""
-    if hub.is_hub(source):
-        return hub_tables.table(cast("str | hub.Opened", source), splits) is not None
-    if not isinstance(source, str | PathLike):
-        return coerce.is_table(source)
-    path = Path(source)
-    _check_name(path)
-    return path.suffix.lower() in tables.FILES or (path.is_dir() and bool(files.shards_of(path)))
-
-
-def _check_name(path: Path) -> None:
-    """Raise ValueError on a text that no file can be named, such as the data themselves."""
-    try:
-        path.exists()
-    except OSError:  # longer than names can be
-        raise ValueError(
-            f"data is a text of {len(str(path))} characters where the name of a file is expected;"
-            " if it is the data, give a list of texts, as in [text]"
-        ) from None
-
-
-def read_as_text(source: Source) -> bool:
-    """Return whether a table is a text file, whose cells have no types."""
-    if not isinstance(source, str | PathLike) or hub.is_hub(source):
-        return False
-    return Path(source).suffix.lower() in tables.SEPARATORS
-
-
-def stream_of(source: Source, splits: Declared | None = None) -> Table | None:
-    """Return the table if it is to be read in blocks of rows, or has splits, else None."""
-    if hub.is_hub(source):
-        return hub_tables.table(cast("str | hub.Opened", source), splits)
-    if coerce.in_splits(source):
-        frames = cast("Mapping[str, Frame]", source)
-        return InSplits({name: tables.frame_of(each) for name, each in frames.items()})
-    path = Path(source).absolute() if isinstance(source, str | PathLike) else None
-    if splits is not None and (path is None or path.is_file()):
-        raise ValueError(f"{name_of(source)} is one table, without named parts; leave splits out")
-    return None if path is None else files.find(path, splits)
-
-
-def name_of(source: Source) -> str:
-    """Return a path as it is given, or words for data in memory, for a message or a record."""
-    if isinstance(source, str | PathLike):
-        return str(source)
-    return "the table" if coerce.is_table(source) else coerce.NAME
-
-
-def _stored(source: Source, table: Table | None) -> Sequence[str]:
-    """Return the columns that a source declares to be an index."""
-    if table is not None:
-        return table.stored
-    return tables.stored_index(Path(source)) if isinstance(source, str | PathLike) else ()
-
-
-def refuse_empty(columns: Sequence[Column], name: str, notes: Sequence[str]) -> None:
-    """Raise ValueError with the reason if no column is left to be modelled."""
-    if not columns:
-        raise ValueError(f"no column of {name} is left to model: {notes[0]}")
-
-
-def _load_stream(table: Table, schema: Declaration, seed: int) -> Dataset:
-    notes: list[str] = []
-    if not isinstance(schema, Schema):
-        declared = declaration(schema)
-        columns, notes = streams.infer(table, declared)
-        refuse_empty(columns, table.name, notes)
-        columns = typed(columns, table.read(0, 1, table.names).schema)
-        schema = Schema.of_table(columns, table.names)
-    splits, how = streams.splits(table, schema.columns, seed)
-    return Dataset(table.name, schema, splits, (*notes, *how))
-
-
-def declaration(schema: Declaration) -> object:
-    """Return the schema of a table as parsed JSON: the content of a file, or what is given."""
-    if isinstance(schema, Schema):
-        return schema.to_dict()["columns"]
-    return limits.read_json(Path(schema)) if isinstance(schema, str | PathLike) else schema
-
-
-def _load_table(
-    source: Source,
-    levels: int | None,
-    size: int | None,
-    seed: int,
-    schema: Declaration,
-    condition: Sequence[str],
-    declared: Declared | None,
-) -> Dataset:
-    for option, value in (("levels", levels), ("size", size)):
-        if value is not None:
-            raise ValueError(
-                f"--{option} is for arrays and images; {name_of(source)} is a table; describe"
-                " its columns with --schema"
-            )
-    table = stream_of(source, declared)
-    if table is not None and not condition:
-        return _load_stream(table, schema, seed)
-    notes: list[str] = []
-    name, frame = tables.find(source, notes) if table is None else (table.name, table.whole())
-    parts, of_cells = _parts_of(table), {}
-    noted: list[str] = []  # columns left out, with a note
-    if isinstance(schema, Schema):
-        cells = {label.name: conditions.cells_like(frame, label) for label in schema.condition}
-    else:
-        said = declaration(schema)
-        cells, rest, of_labels = conditions.taken_from(frame, condition, said, name)
-        others = frame.drop(*condition)
-        if rest is None:
-            columns, guesses = infer_columns(others, _stored(source, table))
-            refuse_empty(columns, name, guesses)
-            noted = [name for name in others.columns if all(name != c.name for c in columns)]
-        else:
-            columns, guesses = complete(others, rest if condition else said)
-        schema = Schema.of_table(columns, frame.columns)
-        notes = [*notes, *guesses, *of_labels]
-    for label in condition:
-        of_cells[label] = {part: cells[label][rows] for part, rows in parts.items()}
-    of_examples = frame.drop(*condition, *noted)
-    if not read_as_text(source):
-        schema = replace(schema, columns=tuple(typed(schema.columns, frame.schema)))
-    rows, taken = encoding.encode(of_examples, schema.columns, name, rounding=True)
-    x = torch.from_numpy(rows)
-    splits, how = split({part: x[few] for part, few in parts.items()}, name, seed)
-    found = Found(name, {part: rows[few] for part, few in parts.items()}, labels=of_cells)
-    labels, stored, unseen = conditions.infer_labels(found, condition, seed)
-    schema = replace(schema, condition=labels)
-    guessed = () if table is None else table.notes
-    return Dataset(name, schema, splits, (*guessed, *notes, *taken, *how, *unseen), stored)
-
-
-def _load_table_like(source: Source, schema: Schema, declared: Declared | None) -> Dataset:
-    if schema.kind != "table":
-        shape = ", ".join(map(str, schema.shape))
-        kind = "text" if schema.text else f"examples (N, {shape})"
-        raise ValueError(
-            f"the model is not one of tables, and {name_of(source)} is one; give {kind}"
-        )
-    table = stream_of(source, declared)
-    if table is not None and not schema.condition:
-        notes = _unknown(table.names, schema)
-        return Dataset(table.name, schema, streams.measured(table, schema.columns), tuple(notes))
-    notes = []
-    name, frame = tables.find(source, notes) if table is None else (table.name, table.whole())
-    notes += _unknown(frame.columns, schema)
-    unseen = encoding.Unseen()
-    rows, _ = encoding.encode(frame, schema.columns, name, unseen=unseen)
-    x, labels = torch.from_numpy(rows), conditions.labels_of(frame, schema, name)
-    parts = _parts_of(table) | {"all": slice(None)}
-    stored = {} if labels is None else {part: labels[few] for part, few in parts.items()}
-    splits = {part: x[few] for part, few in parts.items()}
-    return Dataset(name, schema, splits, (*notes, *unseen.notes()), stored)
-
-
-def _unknown(names: Sequence[str], schema: Schema) -> list[str]:
-    """Return a note on columns that training did not have."""
-    known = {*schema.left_out, *(column.name for column in schema.columns)}
-    known.update(label.name for label in schema.condition)
-    new = ", ".join(repr(name) for name in names if name not in known)
-    return [f"columns that training did not have are left out: {new}"] if new else []
-
-
-def _parts_of(table: Table | None) -> dict[str, slice]:
-    """Return the rows of each split of a table, or of "all"."""
-    parts = {} if table is None else table.parts
-    return {k: slice(n, n + m) for k, (n, m) in parts.items()} or {"all": slice(None)}
 
 
 def _read(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Schema
-from nelbo.data.sources import Source, is_table, load_like
+from nelbo.data.sources import Source, load_like
+from nelbo.data.tabular.datasets import is_table
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import as_tensor
 from nelbo.diffusion.model import Model

@@ -14,13 +14,11 @@ from nelbo._utils.distributed import map_across_processes
 from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
-from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import Bound
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeDiscretization, times_of
 from nelbo.diffusion.times import elbo as one_draw
-from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.intervals import errors
 
 CALLS = 96  # network calls per example by default
@@ -56,7 +54,7 @@ class ExampleBounds:
 
 def elbo(
     model: Model,
-    x: Source | Batch,
+    batch: Batch,
     *,
     times: TimeDiscretization | None = None,
     calls: int = CALLS,
@@ -64,11 +62,11 @@ def elbo(
     by_content: bool = False,
     track: Track = iter,
 ) -> ExampleBounds:
-    """Return the bound of each example of a bare model; `nelbo.elbo` has it of runs too.
+    """Return the bound of each example; `nelbo.elbo` has it of runs, and takes data of any kind.
 
     Args:
         model: measured in evaluation mode with float64 around the network.
-        x: as for `nelbo.elbo`.
+        batch: the examples, and their conditions.
         times: of the bound; continuous time by default.
         calls: network calls per example.
         seed: of everything random.
@@ -79,7 +77,7 @@ def elbo(
     Raises:
         ValueError: as for `nelbo.elbo`.
     """
-    batch, times = batch_of(model, x), times_of(model, times)
+    times = times_of(model, times)
     least = 2 * REPLICATES
     if integer("calls", calls) < least:
         raise ValueError(

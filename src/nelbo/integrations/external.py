@@ -7,9 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from nelbo.data.coerce import name_of
 from nelbo.data.rows import Rows
 from nelbo.data.schema import Dataset, Schema
-from nelbo.data.sources import Source, Splits, load_like, name_of
+from nelbo.data.sources import Source, Splits, load_like
 from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.latent import LatentModel

@@ -25,6 +25,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization, times_of
 from nelbo.evaluation import example_bounds
+from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
 from nelbo.integrations.conditions import Condition
 from nelbo.runs.foreign_samples import sampler_of
@@ -133,7 +134,8 @@ def elbo(
     """
     if isinstance(run, Model):  # an argument is a model itself or stands for a run
         times = times_of(run, times, steps)
-        return example_bounds.elbo(run, data, times=times, calls=calls, seed=seed, track=track)
+        batch = batch_of(run, data)
+        return example_bounds.elbo(run, batch, times=times, calls=calls, seed=seed, track=track)
     if times is not None:
         raise ValueError("times are for a bare model; a run has a best grid; give steps")
     return run_of(run).elbo(data, steps=steps, calls=calls, seed=seed)

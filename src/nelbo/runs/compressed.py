@@ -22,8 +22,9 @@ from nelbo.codec.files import Summary, compress_file, decompress_file
 from nelbo.data import coerce
 from nelbo.data.readers.arrays import load_npz
 from nelbo.data.schema import Schema
-from nelbo.data.sources import Source, is_table, load_like
+from nelbo.data.sources import Source, load_like
 from nelbo.data.tabular import tables
+from nelbo.data.tabular.datasets import is_table
 from nelbo.diffusion.times import TimeGrid, grid_of
 
 if TYPE_CHECKING:

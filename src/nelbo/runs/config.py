@@ -10,26 +10,19 @@
     grids.json           the best time grids found for these weights; found again if lost
     .lock                empty; held by the process that trains
 
-Each file is either complete or absent, except for the last line of metrics.jsonl. A run may come
-from an untrusted source, so the data that it names outside its folder are read only if this user's
-own cache knows data with the same hashes (`RunConfig.place`).
+Each file is either complete or absent, except for the last line of metrics.jsonl.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nelbo._utils import cache, limits
-from nelbo._utils.distributed import main_process_first
-from nelbo._utils.text import shortened
+from nelbo._utils import limits
 from nelbo._utils.validation import Record, validated
 from nelbo._version import __version__
 from nelbo.data.schema import Dataset, Schema, fingerprint
-from nelbo.data.sources import BUILT_IN, load
-from nelbo.data.splits import NONE, Declared, declare
-from nelbo.models.config import SYMBOL_PROCESSES, ModelConfig
-from nelbo.runs import held
+from nelbo.data.splits import Declared, declare
+from nelbo.models.config import ModelConfig
 from nelbo.training.config import TrainConfig
 
 CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, ARRAYS, LOCK = (
@@ -45,7 +38,6 @@ CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, ARRAYS, LOCK = (
 )
 #: files that a training writes, apart from the events for tensorboard
 WRITTEN = (CONFIG, WEIGHTS, STATE, BEFORE, METRICS, GRIDS, TABLE, ARRAYS, LOCK)
-KIND = "data"  # folder of the cache
 FORMAT = 2  # of a run; raised whenever the meaning of its contents changes
 LARGEST = 10**100  # number in an event: larger ones cannot be averaged or plotted
 EVENT_KEYS = {"step", "seconds", "lr", "train", "validation", "unit"}
@@ -110,96 +102,6 @@ class RunConfig:
             "train": self.train.to_dict(),
         }
         return json.dumps(document, indent=2) + "\n"
-
-    def load_data(self) -> Dataset:
-        """Return the run's own data, read at `place`.
-
-        Raises:
-            FileNotFoundError: the data are no longer there.
-            ValueError: their place is unknown, or the data there are not those of the run. The
-                message reveals nothing about the data that were found instead.
-        """
-        place = main_process_first(self.place)
-        if place is None:
-            name = shortened(self.source, 64)
-            raise ValueError(
-                f"the data {name!r} of the run are not read, because you did not train on them"
-                " here; give them once with: nelbo evaluate RUN --data DATA (in Python"
-                f" run.meet(DATA)), or set {limits.TRUST}=1 if the run is yours"
-            )
-        try:
-            dataset = self._read(place)
-        except ValueError:
-            raise ValueError(
-                f"the data at {place} cannot be read like the data of the run; see: nelbo"
-                f" inspect {place}; or evaluate others with --data"
-            ) from None
-        if not self._are(dataset):
-            raise ValueError(
-                f"the data at {place} have changed since the run was trained: restore them, or"
-                " evaluate others with --data"
-            )
-        return self.fitting(dataset)
-
-    def fitting(self, dataset: Dataset) -> Dataset:
-        """Return those of the data that the model can have: processes of values, whole texts."""
-        return dataset if self.model.process in SYMBOL_PROCESSES else dataset.whole()
-
-    def place(self) -> str | None:
-        """Return where the run's own data are; None if only the run itself says so.
-
-        Built-in data and data in the run folder are always known. Other data are known if this
-        user trained on data with these hashes, or named them (`remember`).
-        """
-        if self.source in BUILT_IN or self.within:
-            return self.source
-        identity = self._identity()
-        if cache.get(KIND, f"{identity} {self.source}") is True:
-            return self.source
-        newest = cache.get(KIND, identity)
-        if isinstance(newest, str):
-            return newest
-        return self.source if limits.trusted() else None
-
-    def remember(self, place: str) -> None:
-        """Record in this user's cache that data with the run's hashes are at `place`.
-
-        Raises:
-            OSError: the cache cannot be written; the record lasts until the process ends.
-        """
-        identity = self._identity()
-        try:
-            cache.put(KIND, f"{identity} {place}", True)
-        finally:
-            cache.put(KIND, identity, place)
-
-    def recognises(self, source: str) -> str | None:
-        """Return the full name of `source` if its data have the hashes of the run's, else None."""
-        try:
-            dataset = self._read(source)
-        except (ValueError, OSError):
-            return None
-        return dataset.source if self._are(dataset) else None
-
-    def _identity(self) -> str:
-        about = [self.size, self.hashes, self.schema.to_dict()]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-    def _read(self, source: str) -> Dataset:
-        if self.within and Path(source).name == ARRAYS:
-            return held.read(Path(source), self.schema)
-        return load(
-            source,
-            levels=self.schema.levels,
-            size=self.size,
-            schema=self.schema if self.schema.kind == "table" else None,
-            condition=[label.name for label in self.schema.condition],
-            splits=NONE if self.splits is not None and not self.splits else self.splits,
-            tokenizer=self.schema.tokenizer,
-        )
-
-    def _are(self, dataset: Dataset) -> bool:
-        return dataset.schema == self.schema and hashes(dataset) == self.hashes
 
     @staticmethod
     def from_document(document: object, where: str) -> "RunConfig":

@@ -11,6 +11,7 @@ from pathlib import Path
 from nelbo._utils.distributed import main_process_first
 from nelbo._utils.progress import tracker
 from nelbo.models import custom
+from nelbo.runs import own_data
 from nelbo.runs.folder import check_new
 from nelbo.runs.loading import load
 from nelbo.runs.run import Run
@@ -71,5 +72,5 @@ def fine_tune(
     )
     model = replace(model, dropout=max(model.dropout, DROPOUT))
     config = replace(run.config, model=model, train=train)
-    training = Training(out, config, config.load_data(), device, on_event, network)
+    training = Training(out, config, own_data.load(config), device, on_event, network)
     return begin(training, progress, run.model)

@@ -20,7 +20,7 @@ from nelbo.data.splits import declare
 from nelbo.models import custom
 from nelbo.models.config import CUSTOM, ModelConfig
 from nelbo.runs import config as run_config
-from nelbo.runs import held
+from nelbo.runs import held, own_data
 from nelbo.runs.config import RunConfig
 from nelbo.runs.folder import alone_in, check_new, new_folder
 from nelbo.runs.loading import load as load_run
@@ -142,14 +142,14 @@ def train(
     )
     if not in_memory and run.source not in BUILT_IN and world()[0] == 0:
         try:
-            run.remember(run.source)
+            own_data.remember(run, run.source)
         except OSError as error:
             if progress:
                 print(
                     f"the place of the data is not remembered: {cache.reason(error)}",
                     file=sys.stderr,
                 )
-    fitting = run.fitting(dataset)
+    fitting = own_data.fitting(run, dataset)
     for note in fitting.notes[len(dataset.notes) :] if progress else ():
         print(note, file=sys.stderr)
     training = Training(out, run, fitting, device, on_event, module)
@@ -216,7 +216,7 @@ def resume(
     )
     changed = replace(run, train=longer)
     with alone_in(out):
-        training = Training(out, changed, run.load_data(), device, on_event, network)
+        training = Training(out, changed, own_data.load(run), device, on_event, network)
         training.found()
         training.restore()
         if changed != run:

@@ -19,8 +19,9 @@ from torch import Tensor
 from nelbo._utils.progress import progress_bar
 from nelbo._utils.validation import Record
 from nelbo.data.schema import Dataset, Schema
-from nelbo.data.sources import load_like, schema_of
+from nelbo.data.sources import load_like
 from nelbo.data.tabular import frames
+from nelbo.data.tabular.datasets import schema_of
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import find_device
 from nelbo.evaluation.example_bounds import REPLICATES, elbo
