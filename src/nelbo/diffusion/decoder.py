@@ -34,6 +34,11 @@ class Decoder(nn.Module, ABC):
         """Make the decoder into integers that stand for these levels, as a configuration does."""
         return cls()
 
+    @property
+    def log_scales(self) -> tuple[Tensor, Tensor] | None:
+        """log σ and log s where P(x|z_1) is the normal law of x = μ + s e, e ~ N(ê, σ²)."""
+        return None
+
     @abstractmethod
     @override
     def forward(
@@ -143,6 +148,11 @@ class GaussianDensity(Decoder):
         super().__init__()
         self.affine = affine
         self.log_spread = nn.Parameter(torch.tensor(math.log(spread), dtype=torch.float64))
+
+    @property
+    @override
+    def log_scales(self) -> tuple[Tensor, Tensor]:
+        return self.log_spread, self.affine.scale.log()
 
     @override
     def forward(

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from nelbo._utils.batch_rng import row_streams
 from nelbo._utils.numerics import over
-from nelbo.diffusion.decoder import GaussianDensity
 from nelbo.diffusion.elbo import prior_term
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.process import ForwardProcess
@@ -59,9 +58,9 @@ def row_bounds(
     Raises:
         ValueError: if the model is of another kind, or there are fewer than two draws.
     """
-    process, decoder = model.process, model.decoder
-    # the reconstruction is integrated by hand here, which holds for this decoder alone
-    if not (process.has_flow and isinstance(decoder, GaussianDensity)):
+    process, scales = model.process, model.decoder.log_scales
+    # the reconstruction is integrated by hand here, which holds for a normal law alone
+    if not process.has_flow or scales is None:
         raise ValueError("row bounds are for real data with a Gaussian process and density")
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to have an error; got {draws}; try 32")
@@ -73,7 +72,7 @@ def row_bounds(
         for some in x.double().split(rows):
             some = some.to(model.device)
             u, noise = _own_draws(model.embed(some), strata, ends, seed)
-            parts.append(_some(model, process, decoder, some, u, noise, known))
+            parts.append(_some(model, process, scales, some, u, noise, known))
     elbo, error = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
     far = elbo.isnan()
     return RowBounds(
@@ -98,13 +97,14 @@ def _own_draws(e: Tensor, strata: int, ends: int, seed: int) -> tuple[Tensor, Te
 def _some(
     model: Model,
     process: ForwardProcess,
-    decoder: GaussianDensity,
+    scales: tuple[Tensor, Tensor],
     x: Tensor,
     u: Tensor,
     noise: Tensor,
     known: MixtureDenoiser,
 ) -> RowBounds:
     start, draws = process.schedule.start, u.shape[1]
+    log_spread, log_unit = scales
     e = model.embed(x)
     last, each = e.new_ones(len(x)), torch.arange(len(x), device=e.device)
 
@@ -135,11 +135,11 @@ def _some(
         signal, rest = (process.alpha(final).sqrt(), process.log_one_minus_alpha(final) / 2)
         z = over(signal, wide) * wide + over(rest.exp(), wide) * (sign * eps)
         log_p_last = known.describe(z, process.schedule(final))[1]
-        cost += (missed * (-2 * decoder.log_spread).exp() / 2 - log_p + log_p_last) / 2
+        cost += (missed * (-2 * log_spread).exp() / 2 - log_p + log_p_last) / 2
     of_ends = cost.reshape(len(x), -1)
     entropies = (process.log_one_minus_alpha(t_) for t_ in (last, torch.full_like(last, start)))
     of_last, of_start = entropies
-    scale = (decoder.affine.scale.log() + decoder.log_spread).expand(model.shape).sum()
+    scale = (log_unit + log_spread).expand(model.shape).sum()
     constant = scale + model.dims * (math.log(2 * math.pi) + of_last - of_start) / 2
     nats = prior_term(model, x, last) + diffusion + of_ends.mean(1) + constant
     return RowBounds(-nats, (variance + of_ends.var(1) / of_ends.shape[1]).sqrt())
