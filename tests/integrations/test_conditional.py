@@ -6,7 +6,18 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
-from support.conditional import SIZE, ddpm, dit, flow, images, prompts, sd3, text_unet
+from support.conditional import (
+    SIZE,
+    ddpm,
+    dit,
+    flow,
+    images,
+    pixart,
+    prompts,
+    sd3,
+    sdxl,
+    text_unet,
+)
 
 from nelbo import evaluate
 from nelbo._utils.numerics import seeded
@@ -35,12 +46,16 @@ KINDS = {
     ),
     "classes": (dit, ddpm, lambda n: {"class_labels": torch.tensor([3, 0, 10][:n])}),
     "classes of a flow": (dit, flow, lambda n: {"class_labels": torch.tensor([3, 0, 10][:n])}),
+    "prompts with a mask": (
+        pixart,
+        ddpm,
+        lambda n: {
+            "encoder_hidden_states": prompts(n),
+            "encoder_attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]][:n]),
+        },
+    ),
     "prompts and sizes": (
-        lambda: text_unet(
-            addition_embed_type="text_time",
-            addition_time_embed_dim=2,
-            projection_class_embeddings_input_dim=5 + 2 * 6,
-        ),
+        sdxl,
         ddpm,
         lambda n: {
             "encoder_hidden_states": prompts(n),

@@ -4,13 +4,25 @@ import json
 
 import pytest
 import torch
-from support.conditional import ddpm, dit, flow, images, sd3, text_unet
-from support.transformers import POOLED, WIDTH, text_encoder
+from support.conditional import (
+    SIZE,
+    ddpm,
+    dit,
+    flow,
+    images,
+    pixart,
+    prompts,
+    sd3,
+    sdxl,
+    text_unet,
+)
+from support.transformers import POOLED, WIDTH, t5, text_encoder
 from torch.nn.functional import pad
 
 from nelbo import evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.integrations import load
+from nelbo.integrations.diffusers_network import sizes_of
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -24,7 +36,11 @@ PROMPTS = ["a cat", "a dog", ""]
 
 def written(folder, kind, network, scheduler, **parts):
     """Write a folder as a pipeline does, with an index of its parts."""
-    name = "unet" if kind.startswith("StableDiffusionPipeline") else "transformer"
+    name = (
+        "unet"
+        if kind in ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+        else "transformer"
+    )
     network.save_pretrained(folder / name)
     scheduler.save_pretrained(folder / "scheduler")
     index = {"_class_name": kind, "vae": [None, None], **parts}
@@ -117,6 +133,137 @@ def test_a_folder_of_stable_diffusion_3(tmp_path):
     want = evaluate((network, flow()), images(), condition=given, steps=3, calls=4)
     got = evaluate(source, images(), condition=PROMPTS, steps=3, calls=4)
     assert got.nats == want.nats
+
+
+def test_stable_diffusion_3_with_all_three(tmp_path):
+    """The third is a T5, whose tokens follow those of the others."""
+    network, widths = sd3(), (2, POOLED - 2)
+    encoders = [
+        text_encoder(tmp_path, name, pooled=pooled, seed=pooled, width=4)
+        for name, pooled in zip(("text_encoder", "text_encoder_2"), widths, strict=True)
+    ]
+    encoders.append(t5(tmp_path, "text_encoder_3"))
+    names = zip(("", "_2", "_3"), encoders, strict=True)
+    parts = {
+        f"{k}{i}": v
+        for i, e in names
+        for k, v in zip(("text_encoder", "tokenizer"), e, strict=True)
+    }
+    index = {name: ["transformers", type(part).__name__] for name, part in parts.items()}
+    source = written(tmp_path, "StableDiffusion3Pipeline", network, flow(), **index)
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        vae=None, transformer=network, scheduler=flow(), **parts
+    )
+    with torch.no_grad():
+        embeddings, _, pooled, _ = pipeline.encode_prompt(
+            PROMPTS, None, None, do_classifier_free_guidance=False
+        )
+    given = {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+    want = evaluate((network, flow()), images(), condition=given, steps=3, calls=4)
+    assert evaluate(source, images(), condition=PROMPTS, steps=3, calls=4).nats == want.nats
+    assert evaluate(pipeline, images(), condition=PROMPTS, steps=3, calls=4).nats == want.nats
+    parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    two = diffusers.StableDiffusion3Pipeline(
+        vae=None, transformer=network, scheduler=flow(), **parts
+    )
+    assert evaluate(two, images(), condition=PROMPTS, steps=3, calls=4).nats != want.nats
+
+
+def test_stable_diffusion_xl(tmp_path):
+    """Two encoders side by side, the second's embedding of the whole prompt, and the sizes of a
+    whole image; no prompt is zeros where the folder says so."""
+    network = sdxl()
+    first, tokenizer = text_encoder(tmp_path, width=4)
+    second, tokenizer_2 = text_encoder(tmp_path, "text_encoder_2", pooled=POOLED, width=8)
+    source = written(
+        tmp_path,
+        "StableDiffusionXLPipeline",
+        network,
+        ddpm(),
+        text_encoder=["transformers", "CLIPTextModel"],
+        text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+        tokenizer=["transformers", "CLIPTokenizer"],
+        tokenizer_2=["transformers", "CLIPTokenizer"],
+        force_zeros_for_empty_prompt=True,
+    )
+    with torch.no_grad():
+        found = [
+            encoder(ids(of), output_hidden_states=True)
+            for encoder, of in ((first, tokenizer), (second, tokenizer_2))
+        ]
+    side = SIZE * 8.0  # of the image whose latents the network would model
+    given = {
+        "encoder_hidden_states": torch.cat([each.hidden_states[-2] for each in found], -1),
+        "added_cond_kwargs.text_embeds": found[1].text_embeds,
+        "added_cond_kwargs.time_ids": torch.tensor([[side, side, 0.0, 0.0, side, side]]),
+    }
+    want = evaluate((network, ddpm()), images(), condition=given, steps=3, calls=4)
+    loaded = load(source, condition=PROMPTS, steps=3)
+    assert evaluate(loaded, images(), calls=4).nats == want.nats
+    none = loaded.nothing().values
+    assert not none["encoder_hidden_states"].any()
+    assert not none["added_cond_kwargs.text_embeds"].any()
+    assert none["added_cond_kwargs.time_ids"].any()
+
+
+def test_pixart(tmp_path):
+    """A T5, and the mask of its tokens."""
+    network = pixart()
+    encoder, tokenizer = t5(tmp_path)
+    source = written(
+        tmp_path,
+        "PixArtAlphaPipeline",
+        network,
+        ddpm(),
+        text_encoder=["transformers", "T5EncoderModel"],
+        tokenizer=["transformers", "T5Tokenizer"],
+    )
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=120, return_tensors="pt")
+    with torch.no_grad():
+        embeddings = encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+    given = {
+        "encoder_hidden_states": embeddings,
+        "encoder_attention_mask": tokens.attention_mask,
+    }
+    want = evaluate((network, ddpm()), images(), condition=given, steps=3, calls=4)
+    loaded = load(source, condition=PROMPTS, steps=3)
+    assert evaluate(loaded, images(), calls=4).nats == want.nats
+    assert set(loaded.nothing().values) == set(given)
+    whole = {"encoder_hidden_states": embeddings}
+    other = evaluate((network, ddpm()), images(), condition=whole, steps=3, calls=4)
+    assert other.nats != want.nats
+
+
+def test_sizes_of_a_large_pixart():
+    """The published ones of 1024 pixels take the size of the image, which must not be left out."""
+    about = {"caption_channels": 4096, "sample_size": 128, "num_embeds_ada_norm": 1000}
+    assert sizes_of(about, 1024.0) == {
+        "added_cond_kwargs.resolution": [1024.0, 1024.0],
+        "added_cond_kwargs.aspect_ratio": [1.0],
+    }
+    assert sizes_of({**about, "use_additional_conditions": False}, 1024.0) == {}
+    assert sizes_of({**about, "sample_size": 64}, 512.0) == {}
+
+
+def test_a_network_of_packed_latents_is_refused():
+    """Flux: with the family and the way that is left."""
+    network = diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=POOLED,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    )
+    for condition in (None, prompts()):
+        with pytest.raises(
+            ValueError, match=r"FluxTransformer2DModel takes packed.*wrap"
+        ) as error:
+            evaluate((network, flow()), images(), condition=condition, steps=3)
+        assert "\n" not in str(error.value)
 
 
 def test_words_for_the_classes_of_a_folder(tmp_path):

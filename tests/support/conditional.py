@@ -2,7 +2,7 @@
 
 import torch
 from support import transformers as tiny
-from support.transformers import WIDTH
+from support.transformers import POOLED, WIDTH
 
 from nelbo._utils.numerics import seeded
 
@@ -36,6 +36,24 @@ def sd3():
         for weight in network.parameters():  # some begin at zero
             torch.nn.init.normal_(weight, std=0.2)
         return network
+
+
+def pixart():
+    """The network of PixArt, no weight of which is zero."""
+    with seeded(0):
+        network = tiny.pixart(SIZE)
+        for weight in network.parameters():
+            torch.nn.init.normal_(weight, std=0.2)
+        return network
+
+
+def sdxl():
+    """The network of SDXL, which takes pooled embeddings and sizes beside prompts."""
+    return text_unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=2,
+        projection_class_embeddings_input_dim=POOLED + 2 * 6,
+    )
 
 
 def dit():

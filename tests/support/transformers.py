@@ -39,6 +39,43 @@ def sd3(size):
     ).eval()
 
 
+def pixart(size):
+    """The network of PixArt, which also gives a variance, as the published ones do."""
+    import diffusers
+
+    return diffusers.PixArtTransformer2DModel(
+        sample_size=size,
+        patch_size=2,
+        in_channels=3,
+        out_channels=6,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        cross_attention_dim=8,
+        caption_channels=WIDTH,
+    ).eval()
+
+
+def t5(folder, name="text_encoder", *, width=WIDTH):
+    """Return a T5 of random weights, with its tokenizer of letters, written to a folder."""
+    import transformers
+
+    from nelbo._utils.numerics import seeded
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = transformers.T5Tokenizer(
+        vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0
+    )
+    config = transformers.T5Config(
+        vocab_size=len(pieces), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    )
+    with seeded(7):
+        encoder = transformers.T5EncoderModel(config).eval()
+    encoder.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name.replace("text_encoder", "tokenizer"))
+    return encoder, tokenizer
+
+
 def text_encoder(folder, name="text_encoder", *, pooled=0, seed=0, width=WIDTH):
     """Return a CLIP of random weights, with its tokenizer of single letters, written to a folder.
 

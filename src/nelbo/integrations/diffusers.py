@@ -37,7 +37,14 @@ from nelbo.integrations.diffusers_folder import (
     made,
     network_of,
 )
-from nelbo.integrations.diffusers_network import LABELS, Plain, classes_of, condition_of, shape_of
+from nelbo.integrations.diffusers_network import (
+    LABELS,
+    Plain,
+    check_call,
+    classes_of,
+    condition_of,
+    shape_of,
+)
 from nelbo.integrations.diffusers_scheduler import (
     VARIANCES,
     Scheduler,
@@ -141,8 +148,8 @@ def build(
     """Return the model of a network and the scheduler it was trained with.
 
     Args:
-        network: a UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or
-            SD3Transformer2DModel.
+        network: a UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel,
+            PixArtTransformer2DModel or SD3Transformer2DModel.
         scheduler: with its config; it is not changed.
         name: name of the result, for messages.
         steps: number of steps of the model, at the times that the scheduler takes; by default all
@@ -167,6 +174,7 @@ def build(
     Raises:
         ValueError: a scheduler or network without a bound; the message says why.
     """
+    check_call(network)
     scheduler, scaling = copy.deepcopy(scheduler), scaling or Levels(256)
     config: Config = dict(scheduler.config)
     about = dict(network.config)  # type: ignore[arg-type]

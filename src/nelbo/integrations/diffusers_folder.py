@@ -21,6 +21,7 @@ NETWORKS = (
     "UNet2DModel",
     "UNet2DConditionModel",
     "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
     "SD3Transformer2DModel",
 )
 WEIGHTS = "diffusion_pytorch_model"
@@ -103,7 +104,10 @@ def network_of(
     config = read_json(home / "config.json")
     kind = str(config.get("_class_name"))
     if kind not in kinds:
-        raise ValueError(f"{home} holds a {kind}; known are {', '.join(kinds)}")
+        raise ValueError(
+            f"{home} holds a {shortened(kind, SHOWN)}; known are {', '.join(kinds)}; wrap another"
+            " in memory with nelbo.integrations.wrap"
+        )
     files = _files_of(home, variant)
     if not files:
         pickled = any(home.glob("*.bin"))

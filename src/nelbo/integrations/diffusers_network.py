@@ -13,6 +13,7 @@ from nelbo.integrations.external import check_label, check_labels
 
 #: keywords of the networks' classes and prompts
 LABELS, PROMPTS, POOLED = "class_labels", "encoder_hidden_states", "pooled_projections"
+MASK = "encoder_attention_mask"  # of the tokens of prompts, where the network takes one
 
 
 class Plain(nn.Module):
@@ -36,6 +37,17 @@ class Plain(nn.Module):
             given["timestep"] = time
         output: Tensor = self.network(y, *place, return_dict=False, **given)[0]
         return output[:, : self.keep]
+
+
+def check_call(network: nn.Module) -> None:
+    """Raise ValueError if a network takes more than images and their conditions."""
+    if "img_ids" in signature(network.forward).parameters:
+        raise ValueError(
+            f"a {type(network).__name__} takes packed latents with their places, and some of its"
+            " kind are distilled from guidance, for which there is no P(x|prompt): wrap a function"
+            " that packs them with nelbo.integrations.wrap(.., predicts='flow', sigmas=..,"
+            " conditioned_on='embedding')"
+        )
 
 
 def condition_of(
@@ -66,12 +78,13 @@ def condition_of(
     needs = [name for name in (PROMPTS, POOLED) if name in signature(network.forward).parameters]
     needs = needs if width is not None else []
     if about.get("addition_embed_type") == "text_time":
-        needs += ["added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"]
+        needs.append("added_cond_kwargs.text_embeds")
     elif about.get("addition_embed_type") is not None or about.get("time_cond_proj_dim"):
         raise ValueError(
             "the network takes more than prompts (addition_embed_type or a guidance scale); wrap"
             " it with nelbo.integrations.wrap(..., conditioned_on=)"
         )
+    needs += sizes_of(about, 1.0)
     if missing := [name for name in needs if name not in given.values]:
         raise ValueError(
             f"the condition lacks {', '.join(missing)}: give a mapping of"
@@ -93,10 +106,29 @@ def condition_of(
 def _width_of_prompts(about: Config) -> int | None:
     """Return the width of the embeddings of prompts that a network takes, None if it takes
     none."""
+    if about.get("caption_channels") is not None:  # of PixArt
+        return positive(about, "caption_channels")
     for name in ("joint_attention_dim", "encoder_hid_dim", "cross_attention_dim"):
         if about.get(name) is not None and "norm_type" not in about:  # a DiT has one, unused
             return positive(about, name)
     return None
+
+
+def sizes_of(about: Config, side: float) -> dict[str, list[float]]:
+    """Return the sizes of images that a network takes beside prompts, by its keywords.
+
+    They are those of a whole square image: of the original, the corner of the crop, and the target
+    (SDXL); or its height and width, and their ratio (PixArt).
+    """
+    given = "added_cond_kwargs"
+    if about.get("addition_embed_type") == "text_time":
+        return {f"{given}.time_ids": [side, side, 0.0, 0.0, side, side]}
+    additional = about.get("use_additional_conditions")
+    if about.get("caption_channels") is not None and (
+        about.get("sample_size") == 128 if additional is None else additional
+    ):
+        return {f"{given}.resolution": [side, side], f"{given}.aspect_ratio": [1.0]}
+    return {}
 
 
 def shape_of(about: Config) -> tuple[int, ...]:
@@ -123,6 +155,8 @@ def classes_of(about: Config) -> int | None:
             f"class_embed_type {about['class_embed_type']!r} takes no label; wrap the network with"
             " nelbo.integrations.wrap"
         )
+    if about.get("caption_channels") is not None:  # of PixArt, whose embeddings are of no class
+        return None
     if about.get("num_embeds_ada_norm") is not None:
         return positive(about, "num_embeds_ada_norm") + 1  # the last is "no class"
     return None if about.get("num_class_embeds") is None else positive(about, "num_class_embeds")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from nelbo._utils import limits
 from nelbo._utils.text import shortened
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.configs import INDEX, read_json
+from nelbo.integrations.diffusers_network import MASK, POOLED, PROMPTS, sizes_of
 
 ENCODERS = {"CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"}
 TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"}
@@ -127,15 +128,20 @@ def of_prompts(pipeline: Any, network: nn.Module, prompts: object) -> Condition:
             raise ValueError(f"the pipeline knows no class {wrong[0]!r}")
         labels: Sequence[object] = pipeline.get_label_ids(every)
         return labels
-    embeddings, _, pooled, _ = _encoded(pipeline, network, every, guidance=False)
-    return _named(pipeline, network, embeddings, pooled)
+    return _named(pipeline, network, *_encoded(pipeline, network, every, guidance=False)[0])
 
 
 def of_no_prompt(pipeline: Any, network: nn.Module) -> Condition:  # noqa: ANN401
     """Return the condition that stands for none in the guidance of a pipeline of prompts."""
-    _, embeddings, _, pooled = _encoded(pipeline, network, [""], guidance=True)
-    assert embeddings is not None
-    return _named(pipeline, network, embeddings, pooled)
+    return _named(pipeline, network, *_encoded(pipeline, network, [""], guidance=True)[1])
+
+
+class Encoded(NamedTuple):
+    """Prompts as text encoders read them: embeddings, and those of whole prompts or a mask."""
+
+    embeddings: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def _encoded(
@@ -144,8 +150,8 @@ def _encoded(
     prompts: list[str],
     *,
     guidance: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the embeddings of prompts and of none, and of both the pooled ones, if there are."""
+) -> tuple[Encoded, Encoded]:
+    """Return what a pipeline makes of prompts and of none."""
     encode = getattr(pipeline, "encode_prompt", None)
     if encode is None:
         raise ValueError(
@@ -161,8 +167,10 @@ def _encoded(
     options |= {name: None for name in ("prompt_2", "prompt_3") if name in takes}
     with torch.no_grad():
         found = encode(prompts, **{name: v for name, v in options.items() if name in takes})
+    if "prompt_attention_mask" in takes:  # of T5, beside its embeddings
+        return Encoded(found[0], mask=found[1]), Encoded(found[2], mask=found[3])
     pooled = found[2:4] if len(found) >= 4 else (None, None)
-    return found[0], found[1], pooled[0], pooled[1]
+    return Encoded(found[0], pooled[0]), Encoded(found[1], pooled[1])
 
 
 def _named(
@@ -170,18 +178,18 @@ def _named(
     network: nn.Module,
     embeddings: Tensor,
     pooled: Tensor | None,
+    mask: Tensor | None,
 ) -> Mapping[str, Tensor]:
     """Return embeddings by the keywords of the network."""
-    given = {"encoder_hidden_states": embeddings}
-    if pooled is not None and "pooled_projections" in signature(network.forward).parameters:
-        given["pooled_projections"] = pooled
-    elif (
-        pooled is not None
-        and getattr(network, "config", {}).get("addition_embed_type") == "text_time"
-    ):
-        side = float(cast(Any, network).config["sample_size"] * pipeline.vae_scale_factor)
+    given, takes = {PROMPTS: embeddings}, signature(network.forward).parameters
+    about = getattr(network, "config", {})
+    if mask is not None and MASK in takes:
+        given[MASK] = mask
+    if pooled is not None and POOLED in takes:
+        given[POOLED] = pooled
+    elif pooled is not None and about.get("addition_embed_type") == "text_time":
         given["added_cond_kwargs.text_embeds"] = pooled
-        # as sizes: of the original, the corner of the crop, and the target
-        sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]])
-        given["added_cond_kwargs.time_ids"] = sizes
+    if isinstance(side := about.get("sample_size"), int):
+        sizes = sizes_of(about, side * getattr(pipeline, "vae_scale_factor", 1))
+        given |= {name: torch.tensor([size]) for name, size in sizes.items()}
     return given
