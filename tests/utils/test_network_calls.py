@@ -10,7 +10,7 @@ from nelbo import evaluate
 from nelbo._utils import network_calls
 from nelbo._utils.network_calls import NetworkCalls, fixed_rows
 from nelbo._utils.numerics import seeded
-from nelbo.integrations import wrap
+from nelbo.integrations import wrap, wrap_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule ends with signal left")
 
@@ -81,6 +81,37 @@ def test_a_model_of_our_own_is_halved_too():
     assert refused
     torch.testing.assert_close(got.per_example, want.per_example, rtol=1e-12, atol=0)
     assert got.calls_per_example == want.calls_per_example
+
+
+@pytest.mark.parametrize("time", [None, "masked"])
+def test_a_model_of_tokens_is_halved_too(time):
+    """Its texts have several lengths, and each length is a call of its own."""
+
+    class Bag(nn.Module):
+        def __init__(self, most):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.most, self.rows = nn.Embedding(5, 5), most, []
+
+        def forward(self, ids, *time):
+            self.rows.append(len(ids))
+            if len(ids) > self.most:
+                raise torch.OutOfMemoryError("out of memory")
+            found = self.table(ids) + self.table(ids).mean(1, keepdim=True)
+            return found + sum(t[:, None, None] for t in time)
+
+    texts = [[i % 4, (i + 1) % 4, 2][: 2 + i % 2] for i in range(12)]
+    found = []
+    for module in (large := Bag(10**6), small := Bag(2)):
+        model = wrap_tokens(module, 4, time=time)
+        found.append(evaluate(model, texts, calls=4, seed=3))
+    want, got = found
+    assert max(large.rows) > 2 and max(small.rows) > 2 and 2 in small.rows
+    torch.testing.assert_close(got.per_example, want.per_example, rtol=1e-6, atol=0)
+    assert got.calls_per_example == want.calls_per_example
+    small.most = 0
+    with pytest.raises(ValueError, match=r"network Bag does not fit .* even with 1 row"):
+        evaluate(model, texts, calls=4)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, None])

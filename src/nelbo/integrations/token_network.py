@@ -1,11 +1,14 @@
 """The module of a model of tokens: its calls, its time input and what they must return."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nelbo._utils.network_calls import NetworkCalls, fixed_rows
+from nelbo._utils.sharding import is_sharded
 from nelbo.integrations.token_scores import Reading
 
 PROBED = 16  # tokens of the calls that find the vocabulary and the direction, at most
@@ -39,6 +42,7 @@ class TokenNetwork(nn.Module):
         super().__init__()
         self.module, self.mask_id, self.vocabulary = module, mask_id, vocabulary
         self.clock, self.reading = clock, reading
+        self.calls = NetworkCalls(type(module).__name__)
         # `Model` asks the first parameter for device and dtype
         if next(module.parameters(), None) is None:
             self.reference = nn.Parameter(torch.zeros(()), requires_grad=False)
@@ -62,8 +66,12 @@ class TokenNetwork(nn.Module):
         return torch.cat([part.flatten(0, 1) for part in parts])
 
     def _call(self, ids: Tensor, alpha: Tensor) -> Tensor:
+        inputs = [ids] if self.clock is None else [ids, self.clock(alpha)]
+        own = next(self.parameters())
         try:
-            output = call(self.module, ids, None if self.clock is None else self.clock(alpha))
+            # processes that share the weights must call the module equally often
+            with fixed_rows(is_sharded(own)):
+                output = self.calls(partial(call, self.module), inputs)
         except IndexError as error:
             raise ValueError(
                 f"the module fails on texts of {ids.shape[1]} tokens ({error}); give the largest"
@@ -72,7 +80,7 @@ class TokenNetwork(nn.Module):
         return output if self.reading is None else self.reading(output, ids, alpha)
 
 
-def call(module: nn.Module, ids: Tensor, time: Tensor | None) -> Tensor:
+def call(module: nn.Module, ids: Tensor, time: Tensor | None = None) -> Tensor:
     """Return the logits of a module for ids, (B, L, V).
 
     Raises:
