@@ -25,7 +25,7 @@ from nelbo.diffusion.symbols import Certain, Predicted
 from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, TermDraw
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.diffusion.uniform import UniformDiffusion
-from nelbo.evaluation.control_variates import ReplacedVariate
+from nelbo.evaluation.symbol_variates import ReplacedVariate
 from nelbo.sampling.samplers import ancestral
 from nelbo.testing import assert_mean
 

@@ -37,11 +37,8 @@ from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTe
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.evaluation import allocation, control_variates, reference_denoisers
 from nelbo.evaluation.allocation import Strata, estimate, pilot
-from nelbo.evaluation.control_variates import (
-    ControlVariates,
-    GradientFeatures,
-    LevelVariates,
-)
+from nelbo.evaluation.control_variates import ControlVariates, GradientFeatures
+from nelbo.evaluation.gaussian_variates import LevelVariates
 from nelbo.evaluation.reference_denoisers import LevelReference
 from nelbo.testing import assert_mean
 
