@@ -35,7 +35,7 @@ from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, Term, TermDraw
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
-from nelbo.evaluation import allocation, control_variates, reference_denoisers
+from nelbo.evaluation import allocation, gaussian_variates, reference_denoisers
 from nelbo.evaluation.allocation import Strata, estimate, pilot
 from nelbo.evaluation.control_variates import ControlVariates, GradientFeatures
 from nelbo.evaluation.gaussian_variates import LevelVariates
@@ -433,7 +433,7 @@ def test_of_a_model_that_is_its_reference_nothing_is_left(name, monkeypatch, exa
     )  # its features are then quadratics, all of them
     monkeypatch.setattr(allocation, "POOLED", 1e-9)
     if name == "levels":  # whose dimensions tell nothing of each other
-        monkeypatch.setattr(control_variates, "FEWEST", 1000)
+        monkeypatch.setattr(gaussian_variates, "FEWEST", 1000)
     times = TimeGrid.uniform(4)
     strata = Strata(times)
     model, data = its_own_reference(name)

@@ -10,14 +10,14 @@ an example falls into stratum c with probability p_c, and within the stratum fol
 with v and φ of `control_variates`; the centred position in the stratum is a further v. E[y] is the
 sum of costs for any b, k and p > 0. A pilot on some of the examples fits b and k in each stratum
 and estimates the residual standard deviation sd_c, to which the optimal p is proportional (Neyman
-1934). Strata are pooled in part: in the fit of one, its neighbours count as POOLED rows, however
-many they have; rows that it leaves far off weigh less, as one that is like no other would bend the
-coefficients. A share of the draws is spread evenly, so that no weight 1/p_c exceeds some thirty
+1934). Strata share information: in the regression of a stratum its neighbours together count as
+POOLED rows, however many rows they have. Rows with large residuals get less weight (Huber 1964),
+because a single outlier would change the coefficients. A share of the draws is spread evenly, so that no weight 1/p_c exceeds some thirty
 times the number of strata, whatever the pilot missed.
 
-Where the network at one draw is context for another (`control_variates`), a draw is a pair: two
-network calls half a stratum apart, each of which is the neighbouring draw of the other, and whose
-mean is one cost. So all draws are independent of each other.
+If the network's prediction at one draw is context for another (`control_variates`), a draw is a
+pair of network calls half a stratum apart; each is the context of the other, and the mean of both
+is one cost. Different draws are independent.
 """
 
 from dataclasses import dataclass, replace
@@ -43,7 +43,7 @@ OUTLIER = 4.0  # error of a row, in medians, beyond which the row weighs less (H
 class Strata:
     """The strata of the costs of some times: the reconstruction and parts of the diffusion term.
 
-    `density` is of u and should follow the costs; it is even where left out. `most` is the number
+    `density` is of u and should follow the costs; uniform by default. `most` is the number
     of strata of the diffusion term, at most.
     """
 
@@ -112,9 +112,10 @@ class Proposal:
         within: k, (S, G + 1).
         between: b, (S, 1 + F).
         left: residual standard deviation of w·cost in each stratum, (S,), nats.
-        variance: of the estimate of a random example by one draw; scalar, nats². It is one
-            standard deviation above what a pilot has seen, which may lack rare large costs.
-        effect: the part of this variance that is between examples, for any number of draws.
+        variance: of the estimate of a random example by one draw; scalar, nats². It is the pilot's
+            estimate plus one standard deviation, because a pilot may miss rare large costs.
+        effect: the part of this variance that lies between examples, which more draws of the
+            same examples do not reduce.
     """
 
     probability: Tensor
@@ -182,7 +183,7 @@ def pilot(strata: Strata, controls: ControlVariates, batch: Batch, calls: int) -
 
 
 def _usual(example: Tensor, stratum: Tensor, cost: Tensor, v: Tensor) -> Tensor:
-    """Return a mask of the rows of examples that are not outlying, to which a proposal is fitted.
+    """Return a mask of the rows to fit a proposal to: those of examples that are not outliers.
 
     An example is outlying if all its costs are far beyond those of others, or one is not finite.
     """

@@ -53,7 +53,8 @@ class ControlVariates:
         x: examples to fit to, of the distribution of those to be measured, (N, ...); without
             them, there are no control variates.
         edges: times between which the strata lie, the first being that of z_1; shape (S,).
-        pairs: let draws have two network calls, each the context of the other, where it helps.
+        pairs: use draws of two network calls, each the context of the other, if this reduces the
+            variance.
         budget: what they may cost; anything where left out.
     """
 

@@ -5,9 +5,9 @@ Each replicate of an example has its own draws of the terms and of z, which foll
 of the examples is drawn. `survey` computes the mean and its error. Network calls are counted at
 the network, including those of a pilot unless it is kept: a run keeps one for all evaluations.
 
-For a target error, the pilot decides the number of draws, none of which it has seen; further
-rounds follow only where they show an error above the target. So the mean hardly depends on when
-the draws end, which would bias it: those that happen to miss rare large costs seem to suffice.
+For a target error, the pilot, whose draws are not part of the mean, sets the number of draws; more
+rounds follow only if the error is still above the target. Stopping at the mean's own error would
+bias it, because draws that happen to miss rare large costs look sufficient.
 """
 
 import math
@@ -77,15 +77,15 @@ def evaluate(
 ) -> Evaluation:
     """Measure the mean bound on -log P(x|φ) over the examples x.
 
-    All examples are visited equally, or, if the calls or the target error allow few draws of each,
-    a random sample: with fewer than two calls per example, or, after a kept pilot and with some
-    hundred examples or more, fewer than eight.
+    All examples are measured equally often, or, if the calls or the target error allow few draws
+    of each, a random sample: with fewer than two calls per example, or, after a kept pilot and with
+    some hundred examples or more, fewer than eight.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, (N, *model.shape), of any kind in
             `nelbo.data.coerce`; or a `Batch` of examples and conditions.
-        steps: T, for the bound of T steps on the model's even grid; continuous time by default.
+        steps: T, for the bound of T steps on the uniform grid; continuous time by default.
         times: TimeGrid(times) in place of these steps.
         calls: network calls per example, at most; 24 where left out. If not all examples are
             visited, the Monte Carlo error includes the variance of the sampling.
@@ -101,10 +101,11 @@ def evaluate(
         variates: use control variates; by default, where no pilot is kept, those that take at most
             2.5 % of the operations of the network (`price`), which a note says.
         surrogate: a cheaper masked model of the same symbols, for a masked model in continuous
-            time: it reads the same masks and many more, and the model is asked for the difference
-            alone (`masks`). The result is unbiased, whatever it is; its calls are not counted.
+            time: it reads the same masks and many more, and the model is called only for
+            the difference (`masks`). The result is unbiased for any surrogate; its calls are not
+            counted.
         masks: for a masked model in continuous time: the estimator, plain, unigram, draws or
-            two-levels (of a surrogate); of texts of tokens a pilot chooses where left out.
+            two-levels, which needs a surrogate; by default a pilot chooses for texts of tokens.
         resume: a file for what was measured so far; with the file of an evaluation that was
             interrupted, it continues where that stood, to the same bits.
         seed: of everything random.

@@ -150,7 +150,7 @@ class LevelReference:
 
 
 def rows_cached(x: Tensor) -> int:
-    """Return how many examples of x, (N, ...), to compute with at a time."""
+    """Return the number of examples of x, (N, ...), to compute with at a time."""
     return max(1, CACHED // x[0].numel()) if x.device.type == "cpu" else max(1, len(x))
 
 
@@ -171,7 +171,9 @@ def of_level(table: Tensor, x: Tensor) -> Tensor:
 
 def gaussian(model: Model) -> GaussianDiffusion:
     """Return the process of a model, which must be Gaussian for these references."""
-    return GaussianDiffusion.require(model.process, "the reference is for a Gaussian process")
+    return GaussianDiffusion.require(
+        model.process, "the reference denoiser needs a Gaussian process"
+    )
 
 
 def _nodes(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

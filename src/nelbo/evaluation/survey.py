@@ -8,16 +8,16 @@ are independent. If all N examples are visited,
     Monte Carlo²   Σ_g (n_g/N)² w_g²/R_g,  w_g² = var_r( mean_{i in g} L_ir )   another seed
     data²          ( var_i(mean_r L_ir) - mean_i(w_i²/R_g) ) / N,  w_i² = var_r( L_ir )  other data
 
-If only a random sample S of n is, the costs k_i, which are known for every example without the
-network, enter for all (the regression estimator in two stages: Cochran, Sampling Techniques, 1977,
-sections 7.1 and 10.4):
+If only a random sample S of n is, the known costs k_i, which need no network, are used for all
+examples (the regression estimator in two stages: Cochran, Sampling Techniques, 1977, sections 7.1
+and 10.4):
 
     mean           mean_{all i} k_i + mean_{i in S}( mean_r L_ir - k_i )
     Monte Carlo²   (1 - n/N) s²/n + n/N (that of the mean over S)², s² = var_S( mean_r L_ir - k_i )
 
-Most examples of a sample are drawn once, R_g = 1. For them w_i² is s² times its share of noise
-among the examples drawn twice (rare large costs enter both factors), with some caution if these
-are few, and w_g² = w_i²/n_g.
+Most examples of a sample have one replicate, R_g = 1. Their w_i² is s² times the share of noise,
+which the examples with two replicates estimate (rare large costs raise both factors); if these are
+few, a larger share is used. w_g² = w_i²/n_g.
 """
 
 import math
@@ -222,8 +222,8 @@ def plan(examples: int, draws: float, many: bool, level: bool = False) -> Sampli
     Args:
         examples: N.
         draws: per example, at most; FEWEST in all, or more.
-        many: whether more than two replicates are wanted, if there are enough draws: for the
-            errors of single examples, or where a pilot does not replace strata of many examples.
+        many: use more than two replicates if there are enough draws: for the errors of single
+            examples, or without a pilot.
         level: whether blocks are to be of one size, even if smaller, so that equally many draws of
             each fall into a stratum of given probability.
     """
