@@ -12,8 +12,8 @@ sum of costs for any b, k and p > 0. A pilot on some of the examples fits b and 
 and estimates the residual standard deviation sd_c, to which the optimal p is proportional (Neyman
 1934). Strata share information: in the regression of a stratum its neighbours together count as
 POOLED rows, however many rows they have. Rows with large residuals get less weight (Huber 1964),
-because a single outlier would change the coefficients. A share of the draws is spread evenly, so that no weight 1/p_c exceeds some thirty
-times the number of strata, whatever the pilot missed.
+because a single outlier would change the coefficients. A share of the draws is spread evenly, so
+that no weight 1/p_c exceeds some thirty times the number of strata, whatever the pilot missed.
 
 If the network's prediction at one draw is context for another (`control_variates`), a draw is a
 pair of network calls half a stratum apart; each is the context of the other, and the mean of both
