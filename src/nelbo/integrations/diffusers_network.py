@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nelbo.integrations.conditions import Condition, Given
+from nelbo.integrations.conditions import Condition, Given, check_label, check_labels
 from nelbo.integrations.configs import Config, positive
-from nelbo.integrations.external import check_label, check_labels
 
 #: keywords of the networks' classes and prompts
 LABELS, PROMPTS, POOLED = "class_labels", "encoder_hidden_states", "pooled_projections"

@@ -186,24 +186,3 @@ def _first(rows: Tensor | None) -> Tensor | None:
 def scaled(scaling: Levels | Affine) -> str:
     """Return a note on the scaling of the data that the network sees."""
     return f"the network sees {scaling.describe()}"
-
-
-def check_labels(given: Given, name: str, classes: int) -> None:
-    """Raise ValueError unless the labels under a name are of a model's classes."""
-    labels = given.values.get(name)
-    if labels is None or labels.is_floating_point():
-        raise ValueError("the model is of P(x|class): its condition is class labels, integers")
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if len(wrong):
-        raise ValueError(f"labels must be 0..{classes - 1}; got {int(wrong[0])}")
-
-
-def check_label(label: int | None, classes: int | None) -> None:
-    """Raise ValueError unless `label` is valid for a model of `classes` classes, or of none."""
-    if classes is None and label is not None:
-        raise ValueError(f"label={label} was given to a model without classes; leave it out")
-    if classes is not None and (label is None or not 0 <= label < classes):
-        raise ValueError(
-            f"the model is of P(x|class) with {classes} classes; give label=N in 0..{classes - 1}"
-            f" (after the path: ,label=N); got {label}"
-        )

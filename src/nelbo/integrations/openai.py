@@ -32,9 +32,10 @@ from nelbo.data.schema import Schema
 from nelbo.diffusion.gaussian import Levels
 from nelbo.diffusion.times import TimeGrid
 from nelbo.integrations.checkpoints import tensors_of, without_prefix
+from nelbo.integrations.conditions import check_label
 from nelbo.integrations.configs import read_json
 from nelbo.integrations.denoisers import Variance, assemble, signal_left
-from nelbo.integrations.external import Foreign, check_label, scaled
+from nelbo.integrations.external import Foreign, scaled
 from nelbo.integrations.noise_levels import gamma_of, spaced
 from nelbo.integrations.openai_unet import GROUPS, Architecture, UNet
 
