@@ -21,6 +21,7 @@ is one cost. Different draws are independent.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,10 +30,12 @@ from nelbo._utils.numerics import over
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.terms import ReconstructionTerm, Term
 from nelbo.diffusion.times import TimeDiscretization, stratified
-from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.intervals import apart
 from nelbo.evaluation.time_density import TimeDensity
 from nelbo.evaluation.time_density import even as even_density
+
+if TYPE_CHECKING:
+    from nelbo.evaluation.control_variates import ControlVariates
 
 STRATA = 32  # strata of the diffusion term, at most
 POOLED = 64.0  # rows for which the neighbours of a stratum count in its fit
@@ -59,7 +62,7 @@ class Strata:
         self.edges = times.at(at) if self.count > 1 else torch.tensor([1.0]).double()
 
     def draw(
-        self, controls: ControlVariates, batch: Batch, stratum: Tensor, place: Tensor
+        self, controls: "ControlVariates", batch: Batch, stratum: Tensor, place: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Draw w·cost, shape (B,), and w·v, shape (B, G + 1), means over the calls of a draw.
 
@@ -79,7 +82,7 @@ class Strata:
         return cost, v
 
     def _call(
-        self, controls: ControlVariates, batch: Batch, stratum: Tensor, place: Tensor
+        self, controls: "ControlVariates", batch: Batch, stratum: Tensor, place: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the same for draws that are all of the reconstruction, or none."""
         places = (place + torch.arange(controls.calls)[:, None] / controls.calls) % 1
@@ -130,7 +133,7 @@ class Proposal:
         return (phi * self.between).sum(-1)
 
 
-def even(strata: Strata, controls: ControlVariates, first: float) -> Proposal:
+def even(strata: Strata, controls: "ControlVariates", first: float) -> Proposal:
     """Return the proposal without a pilot, with the usual coefficients of control variates.
 
     The reconstruction has the share `first`, which is at least even unless it is 0, and the
@@ -146,7 +149,7 @@ def even(strata: Strata, controls: ControlVariates, first: float) -> Proposal:
     return Proposal(p, within, between, unknown, unknown[0], unknown[0])
 
 
-def pilot(strata: Strata, controls: ControlVariates, batch: Batch, calls: int) -> Proposal:
+def pilot(strata: Strata, controls: "ControlVariates", batch: Batch, calls: int) -> Proposal:
     """Draw rows in each stratum on examples of x, and fit a proposal to them.
 
     Args:
@@ -279,7 +282,7 @@ def _ridge(design: Tensor, y: Tensor, weight: Tensor, share: Tensor) -> tuple[Te
 
 def estimate(
     strata: Strata,
-    controls: ControlVariates,
+    controls: "ControlVariates",
     proposal: Proposal,
     batch: Batch,
     u: Tensor,

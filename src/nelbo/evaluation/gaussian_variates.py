@@ -16,12 +16,12 @@ from nelbo.evaluation.price import PASS, Work
 from nelbo.evaluation.reference_denoisers import (
     NODES,
     TABLE,
+    WIDEST,
     LevelReference,
     Linear,
     gaussian,
     of_level,
 )
-from nelbo.evaluation.time_density import WIDEST
 from nelbo.evaluation.variate import LEAST, Candidate, ControlVariate, variates_of
 
 FINEST = 64  # levels up to which contexts pay off, as they need the probability of each level

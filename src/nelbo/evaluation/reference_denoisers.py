@@ -13,8 +13,8 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import log_frequencies
 from nelbo.diffusion.prediction import LevelTable
 from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, TermDraw
-from nelbo.evaluation.time_density import WIDEST
 
+WIDEST = 1024  # dimensions up to which covariances are estimated; above, only variances
 NODES = 8  # of the integral over ε
 REACH = 6.0  # range of this integral, -REACH to REACH
 TABLE = 2**23  # integrals in the table of the levels, at most

@@ -32,6 +32,7 @@ from nelbo.data.schema import as_examples
 from nelbo.diffusion.gaussian import GaussianDiffusion, normal
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.process import ForwardProcess
+from nelbo.evaluation.reference_denoisers import WIDEST
 
 if TYPE_CHECKING:
     from nelbo.diffusion.model import Model
@@ -43,7 +44,6 @@ SHARE = 0.4, 0.4, 0.2  # shares of the draws: by the reference, by an output err
 BINS = 256  # bins of continuous time, at least; each at most 1/256 of u and of the range of γ or α
 HALVINGS = 40  # halvings of a bin in which γ or α changes fast, at most
 FITTED = 4096  # examples from which variances are estimated, at most
-WIDEST = 1024  # dimensions up to which covariances are estimated; above, only variances
 
 
 @dataclass(frozen=True)
