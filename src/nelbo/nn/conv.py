@@ -9,6 +9,11 @@ from nelbo.nn.dropout import Dropout
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 
+def per_dimension(output: Tensor, outputs: int) -> Tensor:
+    """Return numbers of each dimension, (B, C·outputs, H, W), as (B, C, H, W[, outputs])."""
+    return output if outputs == 1 else output.unflatten(1, (-1, outputs)).movedim(2, -1)
+
+
 class LevelNorm(nn.Module):
     """Group normalisation whose scale and shift depend on the noise level.
 
@@ -109,7 +114,4 @@ class ConvNet(nn.Module):
         h, level = self.first(features) + self.position, self.level(level, condition)
         for block in self.blocks:
             h = block(h, level)
-        output: Tensor = self.last(silu(self.norm(h, level)))
-        if self.outputs == 1:
-            return output
-        return output.unflatten(1, (-1, self.outputs)).movedim(2, -1)
+        return per_dimension(self.last(silu(self.norm(h, level))), self.outputs)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
 from typing_extensions import override
 
-from nelbo.nn.conv import LevelNorm, Local
+from nelbo.nn.conv import LevelNorm, Local, per_dimension
 from nelbo.nn.embedding import LevelEmbedding, zero
 
 SMALLEST = 8  # pixels; a shorter side of this or less is not halved
@@ -135,7 +135,5 @@ class UNet(nn.Module):
         inputs = torch.cat([features, *waves], 1).contiguous(memory_format=torch.channels_last)
         h = self.first(inputs) + self.position
         level = self.level(level, condition)
-        output: Tensor = self.last(silu(self.norm(self.scale(h, level), level)))
-        if self.outputs == 1:
-            return output
-        return output.unflatten(1, (-1, self.outputs)).movedim(2, -1)
+        h = self.norm(self.scale(h, level), level)
+        return per_dimension(self.last(silu(h)), self.outputs)
