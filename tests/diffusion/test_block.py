@@ -189,14 +189,20 @@ def test_one_block_is_masked_diffusion():
         assert torch.equal(*found) and found[0].sum() > 0
 
 
-@pytest.mark.parametrize("times", [None, TimeGrid.uniform(4)], ids=["continuous", "grid"])
-def test_the_bound_is_estimated(times):
-    """The mean of the package's estimator, and the error that it states."""
+@pytest.mark.parametrize(
+    ("times", "masks"),
+    [(None, None), (None, "plain"), (TimeGrid.uniform(4), None)],
+    ids=["continuous", "exact counts", "grid"],
+)
+def test_the_bound_is_estimated(times, masks):
+    """The mean of the package's estimators, and the errors that they state."""
     model = made(BlockDiffusion(PowerAlpha(2.0), K, 2))
     wanted = sum(by_counts(x, 2) if times is None else by_steps(x, 2, 2) for x in X) / len(X)
     off = []
     for seed in range(6):
-        found = nelbo.evaluate(model, X.repeat(2, 1), times=times, calls=16, seed=seed)
+        calls = 16 if masks is None else 256
+        options = {"times": times, "masks": masks, "calls": calls, "seed": seed}
+        found = nelbo.evaluate(model, X.repeat(2, 1), **options)
         error = found.standard_error.monte_carlo * found.nats / found.bits_per_dim
         off.append((found.nats - wanted.item()) / error)
     assert error < 0.1 * wanted

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from integrations.test_token_processes import by_blocks, of_blocks
 from support import known_models
 from support.closed_forms import legendre_nodes
 from torch import nn
@@ -112,6 +113,45 @@ def test_the_mean_is_that_of_all_masks(case, kind):
     wanted = torch.tensor([exact(model, batch, row) for row in range(len(batch))])
     assert (error < 0.025 * wanted).all()
     assert ((found.mean(1) - wanted).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("time", [None, "sigma"], ids=["untold", "told the time"])
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_blocks_have_counts_of_their_own(block, time):
+    """Block diffusion: unbiased with any coefficients, of texts of different lengths of which some
+    tokens show; a block without a token to score, or beyond the end of a text, has no masks."""
+    model = tiny(4, time, block=block)
+    shown = torch.tensor([[False, False, True, True, False]] * 2)
+    batch = model.batch([[3, 1, 2, 0, 1], [2, 1]], shown)
+    wanted = torch.tensor(of_blocks(model, batch, 24))
+    if time is None:
+        module, scored = model.network.module, [0, 1, 4]
+        by_hand = by_blocks(module, [3, 1, 2, 0, 1], block, scored, never=(MASK,), mask=MASK)
+        assert abs(wanted[0] - by_hand) < 1e-6 * by_hand
+    with seeded(2):
+        odd = usual(1, False)
+        odd.slopes.add_(torch.rand_like(odd.slopes))
+        odd.curve.add_(torch.rand_like(odd.curve))
+        odd = replace(odd, by_draws=torch.rand_like(odd.curve) + 0.5, shrink=0.5)
+    found = totals(model, None, batch, Plan(1500, 3), 4, coefficients=odd)
+    error = found.std(1) / math.sqrt(found.shape[1])
+    assert (error < 0.025 * wanted).all()
+    assert ((found.mean(1) - wanted).abs() < 4 * error + 1e-6 * wanted).all()
+
+
+def test_block_diffusion_takes_exact_counts():
+    """The value and its stated error are true, and the curve over time adds up to it."""
+    model, texts = tiny(4, block=2), [[3, 1, 2, 0, 1, 2], [2, 2, 1]] * 4
+    batch = model.batch(texts)
+    wanted = sum(of_blocks(model, batch[:2])) / 2
+    found = [nelbo.evaluate(model, texts, calls=24, seed=seed) for seed in range(12)]
+    errors = [r.standard_error.monte_carlo * r.nats / r.bits_per_dim for r in found]
+    z = [(r.nats - wanted) / e for r, e in zip(found, errors, strict=True)]
+    assert 2.2 < sum(v * v for v in z) < 33  # chi² of 12, all but 1 in 1000 on either side
+    assert "masks: " in " ".join(found[0].notes)
+    assert math.isclose(sum(point.value for point in found[0].curve), found[0].terms.diffusion)
+    with pytest.raises(ValueError, match="surrogate does not support block diffusion"):
+        nelbo.evaluate(model, texts, surrogate=tiny(4))
 
 
 def test_what_other_draws_say_is_unbiased_and_so_is_the_error():

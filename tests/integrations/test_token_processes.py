@@ -314,7 +314,7 @@ def test_scores_that_no_probability_has(truth):
 # ---- block diffusion
 
 
-def by_blocks(module, text, block, scored=None, never=(MASK,), shift=0):
+def by_blocks(module, text, block, scored=None, never=(MASK,), shift=0, mask=MASK):
     """The bound on -log P of a text: each block by mask counts, by a module that reads no more
     than the text up to its end."""
     scored, total = [*range(len(text))] if scored is None else scored, 0.0
@@ -324,7 +324,7 @@ def by_blocks(module, text, block, scored=None, never=(MASK,), shift=0):
         for size in range(1, len(places) + 1):
             sets = list(itertools.combinations(places, size))
             for hidden in sets:
-                ids = [MASK if i in hidden else k for i, k in enumerate(text[:end])]
+                ids = [mask if i in hidden else k for i, k in enumerate(text[:end])]
                 logits = module(torch.tensor([ids]))[0].detach().clone()
                 logits[:, list(never)] = -torch.inf
                 log_p = logits.log_softmax(-1)
@@ -333,18 +333,20 @@ def by_blocks(module, text, block, scored=None, never=(MASK,), shift=0):
     return float(total)
 
 
-def of_blocks(model, batch):
+def of_blocks(model, batch, nodes=4):
     """The same by the package, of each text: E_q of its rate over all z, integrated over t."""
     found, process = [], model.process
     n = process.blocks(batch.x.shape[1:])
     for x, condition in zip(batch.x, batch.condition, strict=True):
         free = condition == -1
-        kinds = [[k.item(), V] if f else [k.item()] for k, f in zip(x, free, strict=True)]
+        kinds = [
+            [k.item(), process.mask] if f else [k.item()] for k, f in zip(x, free, strict=True)
+        ]
         z = torch.tensor(list(itertools.product(*kinds)))
         e, rows, total = x.expand_as(z), condition.expand_as(z), 0.0
         with torch.no_grad():
             for k in range(n):
-                for t, weight in zip(*legendre_nodes(k / n, (k + 1) / n, 4), strict=True):
+                for t, weight in zip(*legendre_nodes(k / n, (k + 1) / n, nodes), strict=True):
                     now = t.expand(len(z))
                     log_q = process.marginal(e, now).base_dist.log_prob(z)
                     q = torch.where(free, log_q, 0.0).sum(1).exp()

@@ -111,7 +111,7 @@ class MaskEstimator:
         """Return the costs of hidden tokens, (B, R, n, D), and variates of them, (.., D, F).
 
         The variates of a token are the surrogate's cost of it in the same mask, how hard it is to
-        the surrogate otherwise, and how rare, less the mean over all places of the text; so all
+        the surrogate otherwise, and how rare, less the mean over all places of the block; so all
         but the first have the mean zero over the masks of any number of tokens.
 
         Args:
@@ -122,19 +122,13 @@ class MaskEstimator:
         """
         shape = masks.hidden.shape
         cost = _joined(token_costs(self.model, batch, masks), shape)
-        v = [self._centred(self.unigram[list(rows), None], rows)[:, :, None].expand(shape)]
+        v = [_centred(self.unigram[list(rows)][:, None, None], masks.places)]
         if self.surrogate is not None:
             assert hard is not None
             by_surrogate = _joined(self._by_surrogate(masks, batch), shape)
-            v = [by_surrogate, self._centred(hard, rows)[:, :, None].expand(shape), *v]
+            v = [by_surrogate, _centred(hard[:, :, None], masks.places), *v]
         hidden = masks.hidden[..., None].double()
         return cost, torch.stack(v, -1) * hidden
-
-    def _centred(self, cost: Tensor, rows: Sequence[int]) -> Tensor:
-        """Return costs of tokens, (B, R, D), less their mean over the places of the text."""
-        places = torch.from_numpy(self.texts.places[list(rows)])[:, None].double()
-        mean = (cost * places).sum(-1) / places.sum(-1)
-        return (cost - mean[..., None]) * places
 
     def pilot(self, pairs: int, tasks: Tasks | None = None) -> "Pairs":
         """Return pairs of masks of texts in random order, two or more of different counts each.
@@ -156,8 +150,7 @@ class MaskEstimator:
                 hard = self.alone(first, batch)[1].expand(-1, 2, -1)
             masks = draw((self.seed, 2), replicates=2, masks=each, paired=True)
             cost, v = self.both(rows, masks, batch, hard)
-            places = torch.from_numpy(self.texts.places[rows])[:, None].expand(-1, each, -1)
-            of_pair = masks.relative[:, 0], masks.count[:, 0], places
+            of_pair = masks.relative[:, 0], masks.count[:, 0], masks.places[:, 0]
             of_each = (part.movedim(1, 2) for part in (masks.hidden, cost, v))
             return [part.flatten(0, 1) for part in (*of_pair, *of_each)]
 
@@ -199,15 +192,17 @@ class MaskEstimator:
         rest = left.sum(-1) / masks.count
         if coefficients.by_draws is not None:
             slope = hats(masks.relative) @ coefficients.by_draws
-            rest = rest - slope * self._by_draws(rows, masks, left, coefficients.shrink)
+            rest = rest - slope * self._by_draws(masks, left, coefficients.shrink)
         _add(found, masks, rest)
-        for length in set(masks.length.tolist()):
-            found[masks.length == length] += _curve_in_cells(coefficients, length)
+        lengths = list(map(tuple, self.texts.of_blocks[list(rows)].tolist()))
+        curves = {each: _curve_in_cells(coefficients, each) for each in set(lengths)}
+        found += torch.stack([curves[each] for each in lengths])[:, None]
         by_token = ((masks.width / masks.count)[..., None] * cost).sum(2)
         error = by_token.std(1) / math.sqrt(plan.replicates)
         return [found, by_token.mean(1), error]
 
-    def _by_draws(self, rows: Sequence[int], masks: Masks, left: Tensor, shrink: float) -> Tensor:
+    @staticmethod
+    def _by_draws(masks: Masks, left: Tensor, shrink: float) -> Tensor:
         """Return how hard hidden tokens are by earlier masks of the text, (B, R, n).
 
         Earlier masks are those of other permutations, drawn before; so a mask is still uniform
@@ -225,9 +220,7 @@ class MaskEstimator:
             sums[:, :, i] += torch.einsum("brm,brmd->brd", before, left[:, :, :i])
             seen[:, :, i] += torch.einsum("brm,brmd->brd", before, hidden[:, :, :i])
         harder = predicted(sums, seen, shrink)
-        b, r, n, d = harder.shape
-        centred = self._centred(harder.reshape(b, r * n, d), rows).view(b, r, n, d)
-        return (hidden * centred).sum(-1) / masks.count
+        return (hidden * _centred(harder, masks.places)).sum(-1) / masks.count
 
 
 @dataclass(frozen=True)
@@ -314,20 +307,32 @@ def texts_of_a_task(model: Model, masks: int) -> int:
     return max(1, min(TASK, max(FEWEST, CALLED * model.rows)) // masks)
 
 
+def _centred(cost: Tensor, places: Tensor) -> Tensor:
+    """Return costs of tokens, (B, R, n, D), less their mean over the places, and 0 elsewhere."""
+    inside = places.double()
+    mean = (cost * inside).sum(-1) / inside.sum(-1)
+    return (cost - mean[..., None]) * inside
+
+
 def _add(cells: Tensor, masks: Masks, cost: Tensor) -> None:
     """Add weighted costs, (B, R, n), to the cells of their masked shares, (B, R, CELLS)."""
-    cell = (masks.share * CELLS).long().clamp(max=CELLS - 1)
+    share = (masks.after + masks.share) / masks.blocks
+    cell = (share * CELLS).long().clamp(max=CELLS - 1)
     cells.scatter_add_(2, cell, masks.width * cost)
 
 
-def _curve_in_cells(coefficients: Coefficients, length: int) -> Tensor:
-    """Return Σ_l b(l) P(u in cell|l), (CELLS,)."""
+def _curve_in_cells(coefficients: Coefficients, lengths: Sequence[int]) -> Tensor:
+    """Return Σ_b Σ_l b(l) P(u in cell|l) of blocks with so many places, (CELLS,)."""
     from scipy.special import betainc  # here: scipy takes longer to import than nelbo
 
-    count, edges = np.arange(1, length + 1)[:, None], np.linspace(0, 1, CELLS + 1)
-    inside = torch.from_numpy(np.diff(betainc(count, length - count + 1, edges)))
-    share = torch.from_numpy(count[:, 0] / length)
-    return (hats(share) @ coefficients.curve) @ inside
+    found, edges = torch.zeros(CELLS, dtype=torch.float64), np.linspace(0, 1, CELLS + 1)
+    for after, length in enumerate(reversed(lengths)):
+        count = np.arange(1, length + 1)[:, None]
+        within = (edges * len(lengths) - after).clip(0, 1)
+        inside = torch.from_numpy(np.diff(betainc(count, length - count + 1, within)))
+        share = torch.from_numpy(count[:, 0] / max(1, length))
+        found = found + (hats(share) @ coefficients.curve) @ inside
+    return found
 
 
 def token_costs(model: Model, batch: Batch, masks: Masks) -> Iterator[tuple[Tensor, Tensor]]:
@@ -340,12 +345,18 @@ def token_costs(model: Model, batch: Batch, masks: Masks) -> Iterator[tuple[Tens
     """
     shape, process = masks.count.shape, model.process
     hidden, share = masks.hidden.flatten(0, 2), masks.share.flatten()
+    # in block diffusion what comes after a block is hidden, and does not count
+    later = process.block_of_places(batch.x.shape[1:]) > masks.block.view(
+        -1, *(1,) * (batch.x.ndim - 1)
+    )
+    after = masks.after.flatten()
     of = torch.arange(shape[0]).repeat_interleave(shape[1] * shape[2])
     for some in torch.arange(len(hidden)).split(model.rows):
         part = batch[of[some].to(batch.x.device)].to(model.device)
         inside = hidden[some].to(model.device).view(part.x.shape)
-        z = torch.where(inside, process.codes, part.x)
-        t = time_of_share(model, share[some].to(model.device))
+        z = torch.where(inside | later[some].to(model.device), process.codes, part.x)
+        within = time_of_share(model, share[some].to(model.device))
+        t = (after[some].to(model.device) + within) / masks.blocks
         symbols = model.predict(z, t, part.condition).symbols(z, process.codes)
         cost = torch.where(inside, -symbols.log_prob(part.x, inside).double(), 0.0)
         del symbols  # and its logits, before the next ones are made

@@ -15,6 +15,10 @@ A model with a time input gets the masked share u. Where α is uniform, l given 
 so that E over l and u ~ Beta(l, L - l + 1) is the integral over u of the bound:
 
     C(L, l) ∫ u^{l-1} (1-u)^{L-l} c(u) du = 1/l E_{u ~ Beta(l, L-l+1)} c(u).
+
+The bound of block diffusion is the sum of the bounds of the blocks, each given those before it:
+the intervals [0, L_b] of the blocks stand side by side in [0, L], and each block has permutations
+of its own. For other masked models, all places are one block.
 """
 
 import hashlib
@@ -48,6 +52,9 @@ class Texts:
         self.batch = batch
         self.places = model.scored_places(batch).flatten(1).cpu().numpy()  # (N, D)
         self.lengths = self.places.sum(1)  # L of each, (N,)
+        self.block = model.process.block_of_places(batch.x.shape[1:]).flatten().numpy()  # (D,)
+        inside = np.eye(self.block.max() + 1, dtype=np.int64)[self.block]
+        self.of_blocks = self.places.astype(np.int64) @ inside  # L_b of each, (N, blocks)
         self._keys, seen = [], Counter[int]()
         for x, condition, places in zip(*self._contents(), self.places, strict=True):
             digest = hashlib.sha256(x[places].tobytes() + condition[condition >= 0].tobytes())
@@ -65,6 +72,10 @@ class Texts:
         """Return the random stream of an example for a path (seed, purpose)."""
         return np.random.default_rng([*path, *self._keys[row]])
 
+    def deviations(self, row: int, each: Deviations) -> np.ndarray:
+        """Return the standard deviations of the cost over [0, L], block after block, (L,)."""
+        return np.concatenate([each(length) for length in self.of_blocks[row].tolist() if length])
+
     def in_random_order(self, seed: int) -> list[int]:
         """Return all rows, in an order that depends on the seed and the examples alone."""
         return sorted(range(len(self._keys)), key=lambda i: self.stream(i, seed, 0).random())
@@ -79,21 +90,30 @@ class Masks:
         width: of the strata, the weight of each mask, (B, R, n).
         hidden: whether a place is hidden, (B, R, n, D).
         share: u, the masked share, the time input of a model, (B, R, n), float64.
-        length: number L of scored places of the examples, (B,).
-        order: the permutation of a replicate of which a mask is a window, (B, R, n).
+        block: the block whose places are hidden, (B, R, n).
+        places: its scored places, L of them, (B, R, n, D).
+        order: the permutation of a block in a replicate of which a mask is a window, (B, R, n).
+        blocks: the number of blocks of an example.
     """
 
     count: Tensor
     width: Tensor
     hidden: Tensor
     share: Tensor
-    length: Tensor
+    block: Tensor
+    places: Tensor
     order: Tensor
+    blocks: int
+
+    @property
+    def after(self) -> Tensor:
+        """The number of blocks after that of each mask, (B, R, n)."""
+        return self.blocks - 1 - self.block
 
     @property
     def relative(self) -> Tensor:
         """The counts l/L, (B, R, n)."""
-        return self.count / self.length[:, None, None]
+        return self.count / self.places.sum(-1)
 
 
 def draw_masks(
@@ -118,32 +138,43 @@ def draw_masks(
             regression of a pilot; the widths are then not to be used.
     """
     streams = [texts.stream(row, *path) for row in rows]
-    lengths = texts.lengths[list(rows)]
     v = np.stack([stream.random((replicates, masks)) for stream in streams])
     if paired:
         v[:] = v[:, :1]
-    known = {length: _mass(deviations(length)) for length in set(lengths.tolist())}
+    lengths = texts.of_blocks[list(rows)]  # (B, blocks)
+    first = dict(zip(map(tuple, lengths.tolist()), rows, strict=True))
+    known = {each: _mass(texts.deviations(row, deviations)) for each, row in first.items()}
     at, width = np.empty_like(v), np.ones_like(v)
-    for b, length in enumerate(lengths.tolist()):
+    for b, each in enumerate(map(tuple, lengths.tolist())):
         if paired:
-            at[b] = np.interp((np.arange(masks) + v[b]) / masks, *known[length])
+            at[b] = np.interp((np.arange(masks) + v[b]) / masks, *known[each])
         else:
-            edges = np.interp(np.linspace(0, 1, masks + 1), *known[length])
+            edges = np.interp(np.linspace(0, 1, masks + 1), *known[each])
             width[b] = np.diff(edges)
             at[b] = edges[:-1] + v[b] * width[b]
-    count = np.minimum(np.floor(at).astype(np.int64) + 1, lengths[:, None, None])
-    which, start = _windows(count, lengths)
-    hidden = np.zeros((*count.shape, texts.places.shape[1]), dtype=bool)
+    begins = lengths.cumsum(1) - lengths
+    # the last block that begins at v or before it, and has a scored place
+    reached = (begins[:, None, None] <= at[..., None]) & (lengths > 0)[:, None, None]
+    block = lengths.shape[1] - 1 - reached[..., ::-1].argmax(-1)
+    of = np.arange(len(lengths))[:, None, None], block
+    length = lengths[of]
+    count = np.minimum(np.floor(at - begins[of]).astype(np.int64) + 1, length)
+    which, start = _windows(count, block, lengths)
+    places = texts.places[list(rows)][:, None, None] & (texts.block == block[..., None])
+    hidden = np.zeros(places.shape, dtype=bool)
     share = np.empty(count.shape)
     for b, (row, stream) in enumerate(zip(rows, streams, strict=True)):
-        length = int(lengths[b])
-        keys = stream.random((replicates, int(which[b].max()) + 1, length))
-        rank = np.take_along_axis(keys.argsort(-1), which[b][..., None], 1)
-        inside = (rank - start[b][..., None]) % length < count[b][..., None]
-        hidden[b][..., texts.places[row]] = inside
-        share[b] = stream.beta(count[b], length - count[b] + 1)
-    parts = map(torch.from_numpy, (count, width, hidden, share, lengths, which))
-    return Masks(*parts)
+        own = np.flatnonzero(texts.places[row])
+        keys = stream.random((replicates, int(which[b].max()) + 1, len(own)))
+        for k in set(block[b].flatten().tolist()):
+            at_masks, columns = np.nonzero(block[b] == k), texts.block[own] == k
+            rank = keys[at_masks[0], which[b][at_masks]][:, columns].argsort(-1)
+            shifted = (rank - start[b][at_masks][:, None]) % lengths[b, k]
+            inside = shifted < count[b][at_masks][:, None]
+            hidden[b][(*(i[:, None] for i in at_masks), own[columns])] = inside
+        share[b] = stream.beta(count[b], length[b] - count[b] + 1)
+    parts = map(torch.from_numpy, (count, width, hidden, share, block, places, which))
+    return Masks(*parts, blocks=lengths.shape[1])
 
 
 def _mass(deviations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,13 +183,20 @@ def _mass(deviations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mass / mass[-1], np.arange(len(mass))
 
 
-def _windows(count: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _windows(
+    count: np.ndarray, block: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the permutation and the first place of each mask's window, (B, R, n) each."""
     which, start = np.zeros_like(count), np.zeros_like(count)
-    length = lengths[:, None]
-    for i in range(1, count.shape[2]):
-        end = start[..., i - 1] + count[..., i - 1]
-        full = end >= length
-        which[..., i] = which[..., i - 1] + full
-        start[..., i] = np.where(full, 0, end)
+    # of each block, the permutation of its last window and where this ends, (B, R, blocks)
+    last, end = np.zeros((2, *count.shape[:2], lengths.shape[1]), dtype=count.dtype)
+    every = np.broadcast_to(lengths[:, None], last.shape)
+    for i in range(count.shape[2]):
+        of = block[..., i, None]
+        length, before, begin = (np.take_along_axis(v, of, 2) for v in (every, last, end))
+        full = begin >= length
+        which[..., i, None] = before + full
+        start[..., i, None] = np.where(full, 0, begin)
+        np.put_along_axis(last, of, which[..., i, None], 2)
+        np.put_along_axis(end, of, (start + count)[..., i, None], 2)
     return which, start

@@ -65,7 +65,7 @@ MOST = 64  # masks per place that the surrogate reads alone in a replicate, at m
 
 def exact_counts(model: Model, times: TimeDiscretization) -> bool:
     """Return whether the bound is one over all counts: a masked model in continuous time."""
-    if not model.process.any_order or times.steps is not None:
+    if model.process.mask is None or times.steps is not None:
         return False
     ends = torch.tensor([times.first, 1.0], dtype=torch.float64)
     return bool((model.process.alpha(ends) == torch.tensor([1.0, 0.0])).all())
@@ -91,6 +91,8 @@ def check_masks(
         raise ValueError(f"a surrogate takes the masks {TWO_LEVELS}; got {masks!r}: leave one out")
     if surrogate is None:
         return
+    if not model.process.any_order:
+        raise ValueError("a surrogate does not support block diffusion; leave it out")
     if not surrogate.process.any_order:
         raise ValueError("a surrogate is a masked model for a masked model; leave it out")
     own, other = model.process.codes, surrogate.process.codes
@@ -294,7 +296,9 @@ def _learn(
         start = usual(estimator.variates, surrogate)
         return Way(used, start, 0.0, math.nan, f"masks: {used}, without a pilot{note}")
     found = estimator.pilot(pairs, tasks)
-    length = int(np.median(estimator.texts.lengths))
+    texts = estimator.texts
+    length = int(np.median(texts.lengths))
+    middle = int(texts.lengths.argsort(kind="stable")[(examples - 1) // 2])
     ways: dict[str, Coefficients] = {}
     if not surrogate or name is None:
         ways[PLAIN] = replace(found, v=0 * found.v).coefficients(False, 1, False)
@@ -305,7 +309,7 @@ def _learn(
         ways[TWO_LEVELS] = found.coefficients(True, 3, estimator.frequencies)
 
     def variance(of: str) -> float:
-        roots = [math.sqrt(variance_of(ways[of].deviations(length)))]
+        roots = [math.sqrt(variance_of(texts.deviations(middle, ways[of].deviations)))]
         if of == TWO_LEVELS:
             first = variance_of(ways[of].deviations(length, surrogate=True))
             roots.append(math.sqrt(price * first))
@@ -328,7 +332,10 @@ def _plan(examples: int, calls: float, per_example: bool) -> Plan:
 
 def _curve(model: Model, found: SurveyEstimate, scale: float) -> list[CurvePoint]:
     """Return the diffusion term over time."""
-    edges = time_of_share(model, torch.linspace(0, 1, CELLS + 1, dtype=torch.float64)).tolist()
+    blocks = int(model.process.block_of_places(model.shape).max()) + 1
+    place = blocks * torch.linspace(0, 1, CELLS + 1, dtype=torch.float64)
+    after = place.floor().clamp(max=blocks - 1)
+    edges = ((after + time_of_share(model, place - after)) / blocks).tolist()
     return [
         CurvePoint(edges[c], edges[c + 1], scale * found.mean(one), scale * found.stated(one))
         for c in range(CELLS)
