@@ -86,6 +86,7 @@ class Masks:
     """Masks of B examples, n in each of R replicates.
 
     Args:
+        blocks: the number of blocks of an example.
         count: number l of hidden places, (B, R, n).
         width: of the strata, the weight of each mask, (B, R, n).
         hidden: whether a place is hidden, (B, R, n, D).
@@ -93,9 +94,9 @@ class Masks:
         block: the block whose places are hidden, (B, R, n).
         places: its scored places, L of them, (B, R, n, D).
         order: the permutation of a block in a replicate of which a mask is a window, (B, R, n).
-        blocks: the number of blocks of an example.
     """
 
+    blocks: int
     count: Tensor
     width: Tensor
     hidden: Tensor
@@ -103,7 +104,6 @@ class Masks:
     block: Tensor
     places: Tensor
     order: Tensor
-    blocks: int
 
     @property
     def after(self) -> Tensor:
@@ -174,7 +174,7 @@ def draw_masks(
             hidden[b][(*(i[:, None] for i in at_masks), own[columns])] = inside
         share[b] = stream.beta(count[b], length[b] - count[b] + 1)
     parts = map(torch.from_numpy, (count, width, hidden, share, block, places, which))
-    return Masks(*parts, blocks=lengths.shape[1])
+    return Masks(lengths.shape[1], *parts)
 
 
 def _mass(deviations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
