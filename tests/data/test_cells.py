@@ -208,7 +208,7 @@ def test_commas_in_numbers_are_advised_on(values, advice):
     column, (note,) = infer_column(pl.Series("a", values * 5))
     assert column.kind == "category" and advice in note
     many = [values[0].replace("1", str(i), 1) for i in range(1, 100)]
-    with pytest.raises(ValueError, match="different strings") as error:
+    with pytest.raises(ValueError, match="different texts") as error:
         infer_column(pl.Series("a", many))
     assert "; write " in str(error.value)
     assert infer_columns(pl.DataFrame({"a": ["x,1", "y"]}))[1] == []
