@@ -102,6 +102,26 @@ def test_the_scaling_shows(low, said):
             read(network, scaling=scaling)
 
 
+class Weak(Trained):
+    """A network that has learnt a part of what there is to learn of the data."""
+
+    def forward(self, z, time):
+        alpha = ALPHAS[time.long()].reshape(-1, 1, 1, 1)
+        a, b = alpha.sqrt(), (1 - alpha).sqrt()
+        x = (z - b * super().forward(z, time)) / a
+        gain = a * 0.35 / (alpha * 0.35 + b**2)  # of a line, for data of variance 0.35
+        mean = self.data.mean()
+        line = mean + gain * (z - a * mean)
+        return (z - a * (0.6 * x + 0.4 * line)) / b
+
+
+def test_what_is_not_beyond_doubt_is_said():
+    """Too little for a refusal, and read as it was trained it has no note."""
+    (note,) = read(Weak(), predicts="flow")
+    assert "may be read wrongly" in note and "too little to be certain" in note
+    assert read(Weak()) == []
+
+
 def test_images_that_lie_otherwise_show():
     with pytest.raises(ValueError, match="rows and columns exchanged"):
         read(Trained(turned=True))

@@ -746,3 +746,33 @@ def test_a_condition_reaches_a_wrapped_network():
         torch.testing.assert_close(bounds[rows], own[rows])
     with pytest.raises(ValueError, match="without their class"):
         evaluate(model, x, times=TimeGrid.uniform(T))
+
+
+def test_a_network_that_fails_says_what_it_was_called_with():
+    """One sentence, of a plain function with the way out; too little memory is another matter."""
+    inner = torch.nn.Conv2d(3, 3, 3, padding=1)
+    with pytest.raises(ValueError, match=r"called with float64 \(\d+, 3, 4, 4\), .*y\.float\(\)"):
+        wrap(lambda y, time: inner(y), (3, 4, 4), betas=np.linspace(0.02, 0.9, 12))
+
+    class Labels(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, y, time, label):
+            return self.inner(y)
+
+    with pytest.raises(ValueError, match=r"float32 .*missing 1 required.*'label'; is that how"):
+        wrap(Labels(), (3, 4, 4), betas=np.linspace(0.02, 0.9, 12))
+
+
+@pytest.mark.parametrize("shape", [None, (3, 4, 4)])
+def test_no_example_is_one_sentence(shape):
+    options = {} if shape is None else {"shape": shape}
+    with pytest.raises(ValueError, match=r"empty: its shape is \(0, 3, 4, 4\); give at least 1"):
+        evaluate(
+            lambda y, time: y,
+            np.zeros((0, 3, 4, 4), np.uint8),
+            betas=np.linspace(0.02, 0.9, 12),
+            **options,
+        )

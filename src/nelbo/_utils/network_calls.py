@@ -130,13 +130,18 @@ def _that_fit(device: torch.device, before: float, rows: int) -> int:
     return int(free / 2 * rows / (peak - before)) if peak > before else 0
 
 
+def is_exhausted(error: Exception) -> bool:
+    """Return whether an error is one of too little memory."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(words in str(error) for words in EXHAUSTED)
+
+
 def _unless_exhausted(network: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor | None:
     """Return network(*inputs); None, with nothing of the call left in memory, if that ran out."""
     try:
         return network(*inputs)
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(words in str(error) for words in EXHAUSTED):
+        if not is_exhausted(error):
             raise
     # here, as the error holds the frames of the call, and they its tensors
     if inputs[0].device.type == "cuda":

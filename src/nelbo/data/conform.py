@@ -131,6 +131,8 @@ def store(found: Found, schema: Schema) -> dict[str, Tensor]:
 
 
 def _store(x: Stored, label: str, schema: Schema) -> Tensor:
+    if not len(x):
+        raise ValueError(f"{label} is empty: its shape is {x.shape}; give at least 1 example")
     if x.shape[1:] != schema.shape:
         raise ValueError(
             f"the examples of {label} have the shape {x.shape[1:]} where {schema.shape} is "
@@ -145,7 +147,7 @@ def _store(x: Stored, label: str, schema: Schema) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x))
     if not isinstance(x, Rows) and not _whole(x):
         odd, most = x[x != np.rint(x)][0], schema.levels - 1
-        fix = "round it, or train without --levels to model a density"
+        fix = "round it if it is a level; for a density of real numbers, train without --levels"
         if _within(x, -1):
             scaled, back = ("[0, 1]", "x") if x.min() >= 0 else ("[-1, 1]", "(x + 1) / 2")
             back = f"np.rint({most} * {back}).astype(int)"

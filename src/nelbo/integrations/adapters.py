@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from typing_extensions import override
 
-from nelbo._utils.network_calls import NetworkCalls
+from nelbo._utils.network_calls import NetworkCalls, is_exhausted
 from nelbo._utils.numerics import over, seeded
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Decoder
@@ -188,7 +188,12 @@ class Adapter(nn.Module):
         return self.gamma[i], time.to(level.dtype) if time.is_floating_point() else time
 
     def _call(self, y: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
-        output: object = self.network(y, time, *condition)
+        try:
+            output: object = self.network(y, time, *condition)
+        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+            if isinstance(error, RuntimeError) and is_exhausted(error):
+                raise  # it is called with fewer rows
+            raise ValueError(self._failure(error, y, time, *condition)) from error
         if not isinstance(output, Tensor):
             output = getattr(output, "sample", output)  # as the networks of diffusers say it
         channels, batch = self.outputs * self.shape[0], len(y)
@@ -208,6 +213,18 @@ class Adapter(nn.Module):
                 'if the second half of the channels is a variance, give variance="learned-range"'
             )
         raise ValueError(f"the wrapped network must give {expected}; got {got}; {hint}")
+
+    def _failure(self, error: Exception, *inputs: Tensor) -> str:
+        """Return a sentence on a call of the network that failed."""
+        shown = ", ".join(
+            f"{str(v.dtype).removeprefix('torch.')} ({', '.join(map(str, v.shape))})"
+            for v in inputs
+        )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "is that how it is called?"
+        if next(self.network.parameters(), None) is None:
+            hint = "a function gets float64; for a network of float32, give it y.float()"
+        return f"the wrapped network fails, called with {shown}: {reason}; {hint}"
 
 
 class EDM(Parametrization):
