@@ -17,6 +17,8 @@ from nelbo.evaluation.price import Work
 from nelbo.evaluation.reference_denoisers import TABLE, of_level
 from nelbo.evaluation.variate import LEAST, Candidate, ControlVariate, variates_of
 
+OPINIONS = 2**20  # costs of symbols at places that are held together, 8 MiB each of some arrays
+
 
 class SymbolVariate(ControlVariate):
     """Costs of symbols that noise changed, given a context: Σ_i c_i(z_i) - E[ c_i(z_i)|x ].
@@ -87,9 +89,8 @@ class ReplacedVariate(SymbolVariate):
         process = UniformDiffusion.require(self.model.process, "symbols that noise replaces")
         context = context.expand(*draw.x.shape, -1)
         found = []
-        for rows in torch.arange(len(draw.x), device=context.device).split(
-            max(1, TABLE // (context[0].numel()))
-        ):
+        size = max(1, OPINIONS // context[0].numel())
+        for rows in torch.arange(len(draw.x), device=context.device).split(size):
             x, z, t = draw.x[rows].long(), draw.z[rows].long(), draw.term.t[rows]
             s = None if draw.term.before is None else draw.term.before[rows]
             cost = process.costs_of_symbols(x, context[rows], s, t)  # (K, rows, ...)
@@ -105,11 +106,12 @@ class ReplacedVariate(SymbolVariate):
 @variates_of.register(UniformDiffusion)
 def _(process: SymbolProcess, model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
     free = Work(0, 0, 0)  # they take no more than the normalisation of the logits
-    if model.dims * process.codes > TABLE:
+    limit = OPINIONS if process.mask is None else TABLE
+    if model.dims * process.codes > limit:
         none = ControlVariate()
         none.note = (
             f"no control variates: their table of {model.dims} times {process.codes} symbols"
-            f" would exceed {TABLE} numbers"
+            f" would exceed {limit} numbers"
         )
         return [Candidate("none", free, lambda: none)]
     kind = ReplacedVariate if process.mask is None else MaskVariate
