@@ -49,7 +49,8 @@ Pilots = Callable[[Strata, ControlVariates], Proposal]
 
 CALLS = 24  # network calls per example by default
 PILOT = 16  # rows per stratum of a pilot, at least
-OF_PILOT = 3 / 40  # share of the calls for a pilot that is not kept; with `price.SHARE`, a tenth
+#: share of the calls for a pilot that is not kept; with its fit and `price.SHARE`, a tenth
+OF_PILOT = 1 / 15
 FEW_STRATA = 3  # strata of the diffusion term, at least, for a pilot to be worth its calls
 MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
 TASK = 256  # draws, or examples, whose results are computed together
