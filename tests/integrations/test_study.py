@@ -220,3 +220,11 @@ def test_a_time_that_the_network_does_not_take_is_named():
     betas = np.linspace(0.02, 0.99, 12)
     with pytest.raises(ValueError, match="not finite at the time 0; was it trained at that time"):
         evaluate(Logarithm(), images(), betas=betas, calls=24)
+
+
+@pytest.mark.parametrize("home", ["", "scheduler"])
+def test_a_folder_that_is_no_run_is_named_as_it_must_be(tmp_path, home):
+    """Parts of a pipeline, saved without its index."""
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / home)
+    with pytest.raises(FileNotFoundError, match=f"not a run.* give it as diffusers:{tmp_path}"):
+        evaluate(tmp_path, np.zeros((2, 3, 8, 8), np.uint8))

@@ -84,7 +84,8 @@ def source_of(folder: Path) -> str | None:
 
     Only the names of files and the keys of a config.json are looked at.
     """
-    if (folder / "model_index.json").is_file():
+    whole = ("model_index.json", "scheduler/scheduler_config.json", "scheduler_config.json")
+    if any((folder / name).is_file() for name in whole):
         return f"diffusers:{folder}"
     config = folder / "config.json"
     keys = read_json(config).keys() if config.is_file() else set()
