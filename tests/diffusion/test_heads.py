@@ -252,7 +252,7 @@ def test_heads_and_steps_refuse_what_they_cannot_use():
     )
     z = torch.zeros(2, 3, dtype=torch.float64)
     point = XPrediction()(z, z, T, gaussian)
-    with pytest.raises(TypeError, match="Mean needs GaussianDiffusion; got MaskedDiffusion"):
+    with pytest.raises(ValueError, match="Mean needs GaussianDiffusion; got MaskedDiffusion"):
         Mean(4)(z, z, T, absorbing)
     with pytest.raises(
         TypeError, match="SymbolLogits needs a process of symbols; got GaussianDiffusion"
@@ -269,7 +269,7 @@ def test_heads_and_steps_refuse_what_they_cannot_use():
         Mixture(values)(point, z, T - 0.1, T, gaussian)
     for step in (Beta(), Learned(), Mixture(values)):
         with pytest.raises(
-            TypeError, match=r"Gaussian process; got MaskedDiffusion; try Posterior\(\)"
+            ValueError, match="diffusion; got MaskedDiffusion: give step=Posterior"
         ):
             step(point, z, T - 0.1, T, absorbing)
 

@@ -45,6 +45,9 @@ class Model(nn.Module):
         decoder: P(x|z_1).
         shape: the shape of one example.
         conditioned_on: names of c, for a model of P(x|c), such as "class".
+
+    Raises:
+        ValueError: if the reverse kernel is not one of such a process.
     """
 
     @checked
@@ -59,6 +62,7 @@ class Model(nn.Module):
         conditioned_on: str = "",
     ) -> None:
         super().__init__()
+        step.check(process)
         self.network, self.process, self.decoder = network, process, decoder
         self.head, self.step = head, step
         self.shape = tuple(shape)

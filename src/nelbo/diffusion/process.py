@@ -88,10 +88,10 @@ class ForwardProcess(nn.Module, ABC):
             hint: end of the message.
 
         Raises:
-            TypeError: if it is of another class.
+            ValueError: if it is of another class.
         """
         if not isinstance(process, cls):
-            raise TypeError(f"{need}; got {type(process).__name__}{hint}")
+            raise ValueError(f"{need}; got {type(process).__name__}{hint}")
         return process
 
     def log_alpha(self, t: Tensor | float) -> Tensor:

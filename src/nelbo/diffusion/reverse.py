@@ -41,6 +41,13 @@ class ReverseKernel(nn.Module, ABC):
         """The reverse kernels of the groups of columns; for other data, this one alone."""
         return (self,)
 
+    def check(self, process: ForwardProcess) -> None:
+        """Check that the kernel is one of such a process, before any work; any will do here.
+
+        Raises:
+            ValueError: if it is not.
+        """
+
     def name(self, process: ForwardProcess) -> str:
         """Return the name of the kernel in comparisons."""
         return "reverse step"
@@ -89,10 +96,16 @@ class GaussianKernel(ReverseKernel):
     def forward(
         self, prediction: Prediction, z: Tensor, s: Tensor, t: Tensor, process: ForwardProcess
     ) -> Distribution:
-        # where a kernel and a process that do not fit together meet: refused, not told apart
-        need = f"{type(self).__name__} is a step of a Gaussian process"
-        gaussian = GaussianDiffusion.require(process, need, "; try Posterior()")
-        return self.kernel(prediction, z, s, t, gaussian)
+        return self.kernel(prediction, z, s, t, self._gaussian(process))
+
+    @override
+    def check(self, process: ForwardProcess) -> None:
+        self._gaussian(process)
+
+    def _gaussian(self, process: ForwardProcess) -> GaussianDiffusion:
+        need = f"{type(self).__name__} is a step of Gaussian diffusion"
+        hint = ": give step=Posterior(), on the command line --step posterior"
+        return GaussianDiffusion.require(process, need, hint)
 
     @abstractmethod
     def kernel(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import nn
@@ -77,15 +78,23 @@ def _build(
         return _table(config, schema, schedule)
     if config.process in SYMBOL_PROCESSES:
         return _symbols(config, schema, schedule)
-    if config.schedule in ("linear-alpha", "quadratic-alpha", "cubic-alpha"):
-        raise ValueError(
-            f"the schedule {config.schedule} ends in infinite γ: it is for the processes"
-            f" {' and '.join(SYMBOL_PROCESSES)}; try --schedule linear"
-        )
+    _require_finite(config, schedule)
     if schema.levels is None:
         affine = affine or Affine(torch.zeros(schema.shape), torch.ones(schema.shape))
         return _real(config, schema, schedule, affine, own)
     return _levels(config, schema, schedule, Levels(schema.levels), own)
+
+
+def _require_finite(config: ModelConfig, schedule: schedules.Schedule) -> None:
+    """Raise a ValueError if γ is infinite at an end, where only symbols have a density."""
+    with torch.no_grad():
+        ends = schedule(torch.tensor([schedule.start, 1.0], dtype=torch.float64)).tolist()
+    if not all(map(math.isfinite, ends)):
+        raise ValueError(
+            f"the schedule {config.schedule} has γ from {ends[0]:g} to {ends[1]:g}, and real"
+            f" numbers and levels need finite ends: it is for the processes"
+            f" {' and '.join(SYMBOL_PROCESSES)}; try --schedule linear"
+        )
 
 
 def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) -> Model:
@@ -100,7 +109,7 @@ def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) 
         )
     make = resolve(config.process, SYMBOL_PROCESSES)
     if schema.tokenizer is None:
-        process = make(schedule, schema.levels, shorter=schema.text)
+        process = _made(make, config, schedule, schema.levels, ["shorter"] * schema.text)
         head = parametrization.SymbolLogits(schema.levels, schema.shape)
         network = _network(config, schema, process.channels, head.outputs)
     else:  # so many symbols are embedded, and all places share their frequencies
@@ -108,14 +117,31 @@ def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) 
             raise ValueError(
                 f"tokens take the network transformer, which embeds them; got {config.network}"
             )
-        process = make(schedule, schema.levels, as_codes=True, shorter=True)
+        process = _made(make, config, schedule, schema.levels, ["as_codes", "shorter"])
         head = parametrization.SymbolLogits(schema.levels)
-        network = _network(config, schema, 1, head.outputs, symbols=process.count + 1)
+        network = _network(config, schema, 1, head.outputs, symbols=schema.levels + 1)
     step, decoder = reverse.Posterior(), likelihood.Categorical()
     model = Model(network, process, head, step, decoder, schema.shape)
     if schema.tokenizer is not None:
         model.dimension = schema.symbol
     return model
+
+
+def _made(
+    make: Callable[..., ForwardProcess],
+    config: ModelConfig,
+    schedule: schedules.Schedule,
+    count: int,
+    flags: list[str],
+) -> ForwardProcess:
+    """Return a process of symbols, with the flags that the data need: a class may lack others."""
+    lacking = [flag for flag in flags if flag not in signature(make).parameters]
+    if lacking:
+        raise ValueError(
+            f"the process {config.process} is not made for text: it takes no argument"
+            f" {' and '.join(lacking)}; try --process absorbing"
+        )
+    return make(schedule, count, **dict.fromkeys(flags, True))
 
 
 def _real(
@@ -169,6 +195,8 @@ def _table(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) ->
     _only(config, head=("columns",), step=("columns",), decoder=("columns",))
     found = groups(schema.columns)
     count = sum(len(group.places) for group in found if group.kind != "symbols")
+    if count:
+        _require_finite(config, schedule)
     parts = [_group(group, schedule) for group in found]
     sizes = [len(group.places) for group in found]
     process = ProductDiffusion([part[0] for part in parts], sizes)

@@ -26,7 +26,8 @@ SCHEDULES = {
 VALUE_PROCESSES = {
     "gaussian": "nelbo.diffusion.gaussian:GaussianDiffusion",
 }
-#: processes of symbols: of (schedule, number of symbols)
+#: processes of symbols: of (schedule, number of symbols), with shorter=True for texts and
+#: also as_codes=True for tokens; see `SymbolProcess`
 SYMBOL_PROCESSES = {
     "absorbing": "nelbo.diffusion.masked:MaskedDiffusion",
     "uniform": "nelbo.diffusion.uniform:UniformDiffusion",
@@ -82,8 +83,18 @@ else:
 
 
 def resolve(name: str, table: Mapping[str, str]) -> Any:  # noqa: ANN401
-    """Return the class or function that a name of a table stands for."""
-    return resolve_name(table[name])
+    """Return the class or function that a name of a table stands for.
+
+    Raises:
+        ValueError: if there is none in the place that the table says.
+    """
+    try:
+        return resolve_name(table[name])
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f'the line "{name}": "{table[name]}" of nelbo.models.config names no class or'
+            f" function that can be imported: {error}"
+        ) from error
 
 
 #: a number of things, and a fraction that is less than all
