@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import nelbo
+from nelbo._utils.tables import resolve
+from nelbo.data.found import Reader
+from nelbo.data.sources import READERS
 from nelbo.models import config
 
 SOURCE = Path(nelbo.__file__).parent
@@ -90,8 +93,12 @@ def test_names_stay_functions_after_their_modules_are_imported():
     assert len(nelbo.__all__) <= 28
 
 
-@pytest.mark.parametrize("table", [name for name in vars(config) if name.isupper()])
+TABLES = {name: each for name, each in vars(config).items() if isinstance(each, dict)}
+TABLES = {name: each for name, each in TABLES.items() if name.isupper()} | {"READERS": READERS}
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_every_registered_name_stands_for_something(table):
-    names = getattr(config, table)
-    for name in names if isinstance(names, dict) else ():
-        assert callable(config.resolve(name, names)), name
+    for name in TABLES[table]:
+        part = resolve(name, TABLES[table])
+        assert isinstance(part, Reader) if table == "READERS" else callable(part), name

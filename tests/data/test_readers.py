@@ -6,8 +6,13 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from nelbo.data.found import Found, Reader, is_file
+from nelbo.data.readers.encoded import Form
+from nelbo.data.sources import READERS, load, load_like
+from nelbo.data.splits import Declared
 from nelbo.testing import ReaderContract
 
 
@@ -29,7 +34,8 @@ class TestNpy(ReaderContract):
 class TestNpz(ReaderContract):
     @staticmethod
     def write(folder: Path, x: np.ndarray) -> Path:
-        np.savez_compressed(folder / "x.npz", train=x[:15], test=x[15:])
+        y = {"train_labels": np.arange(15) % 3, "test_labels": np.arange(5) % 3}
+        np.savez_compressed(folder / "x.npz", train=x[:15], test=x[15:], **y)
         return folder / "x.npz"
 
 
@@ -59,3 +65,26 @@ class TestShards(ReaderContract):
                 member.size = len(png(image))
                 tar.addfile(member, io.BytesIO(png(image)))
         return folder / "0.tar"
+
+
+def read_raw(path: Path, form: Form, splits: Declared | None) -> Found:
+    """Read bytes (N, 4), each example with a label, but in `short.raw` for the last."""
+    x = np.fromfile(path, np.uint8).reshape(-1, 4)
+    labels = np.arange(len(x) - (path.stem == "short"))
+    return Found(str(path), {"all": x}, labels={"number": {"all": labels}})
+
+
+RAW = Reader(is_file(".raw"), read_raw)
+
+
+def test_one_line_registers_a_reader(monkeypatch, tmp_path):
+    x = np.random.default_rng(3).integers(0, 256, (30, 4), dtype=np.uint8)
+    for name in ("x.raw", "short.raw"):
+        (tmp_path / name).write_bytes(x.tobytes())
+    with pytest.raises(ValueError, match="unknown type; give"):
+        load(tmp_path / "x.raw")
+    monkeypatch.setitem(READERS, ".raw", f"{__name__}:RAW")
+    assert len(load_like(tmp_path / "x.raw", load(tmp_path / "x.raw").schema).splits["all"]) == 30
+    ReaderContract().test_each_example_has_its_label(tmp_path / "x.raw")
+    with pytest.raises(AssertionError, match="number of all"):
+        ReaderContract().test_each_example_has_its_label(tmp_path / "short.raw")

@@ -73,6 +73,26 @@ class TestMLP(NetworkContract):
         return MLP(self.shape, self.channels, self.outputs, width=16, depth=2)
 
 
+class OwnLayer(nn.Module):
+    """A network whose layer of the condition is called only where there is a condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.layer = MLP((5,), 1, 1, width=8, depth=1), nn.Linear(1, 5, bias=False)
+
+    def forward(self, features, level, condition=None):
+        output = self.net(features, level)
+        return output if condition is None else output + self.layer(condition)
+
+
+class TestOwnLayer(NetworkContract):
+    shape, channels, outputs = (5,), 1, 1
+
+    @pytest.fixture
+    def network(self):
+        return OwnLayer()
+
+
 class TestMLPOfVectors(NetworkContract):
     shape = (5,)
     channels = 1

@@ -1,15 +1,18 @@
-"""What a reader finds in a source, before it is conformed to a schema."""
+"""What a reader is, and what it finds in a source, before that is conformed to a schema."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from nelbo.data.rows import Rows
 
 if TYPE_CHECKING:
+    from nelbo.data.readers.encoded import Form
+    from nelbo.data.splits import Declared
     from nelbo.data.tokenizer import Tokenizer
 
 #: numbers of an array that are checked at a time
@@ -51,3 +54,24 @@ def pieces(x: np.ndarray) -> Iterator[np.ndarray]:
     """Yield an array in pieces, so that nothing as large as a mapped file is made of it."""
     size = max(1, PIECE // max(1, math.prod(x.shape[1:])))
     return (x[i : i + size] for i in range(0, len(x), size))
+
+
+class Reader(NamedTuple):
+    """A kind of file or folder, and the function that reads it.
+
+    Attributes:
+        knows: whether a path is of that kind; the first reader that knows a path reads it.
+        read: returns the contents, given the conversion of images and the declared splits.
+        resizes: whether the reader accepts a size.
+        parts: whether a file has splits that can be declared; a folder always has.
+    """
+
+    knows: Callable[[Path], bool]
+    read: "Callable[[Path, Form, Declared | None], Found]"
+    resizes: bool = False
+    parts: bool = False
+
+
+def is_file(suffix: str) -> Callable[[Path], bool]:
+    """Return a function that says whether a path is a file with a suffix, such as .npy."""
+    return lambda path: path.is_file() and path.suffix.lower() == suffix

@@ -1,61 +1,38 @@
 """Load a data set from its source."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, cast
+from typing import TypeAlias, cast
 
 from torch import Tensor
 
+from nelbo._utils.tables import resolve
 from nelbo.data import coerce, conditions, remote
 from nelbo.data.conform import infer, refuse_constant, split, store, together, unscaled
-from nelbo.data.found import Found
+from nelbo.data.found import Found, Reader
 from nelbo.data.labels import missing
-from nelbo.data.readers import arrays, builtin, folders, hub, hub_examples, idx, shards, text
+from nelbo.data.readers import builtin, hub, hub_examples, text
 from nelbo.data.readers.encoded import Form
 from nelbo.data.schema import Dataset, Schema
 from nelbo.data.splits import Declared, declare
 from nelbo.data.tabular import datasets
 from nelbo.data.tokenizer import Tokenizer
 
-
-class Reader(NamedTuple):
-    """A kind of file or folder, and the function that reads it.
-
-    Attributes:
-        knows: whether a path is of that kind; the first reader that knows a path reads it.
-        read: returns the contents, given the conversion of images and the declared splits.
-        resizes: whether the reader accepts a size.
-        parts: whether a file has splits that can be declared; a folder always has.
-    """
-
-    knows: Callable[[Path], bool]
-    read: Callable[[Path, Form, Declared | None], Found]
-    resizes: bool = False
-    parts: bool = False
-
-
-def _is_file(suffix: str) -> Callable[[Path], bool]:
-    return lambda path: path.is_file() and path.suffix.lower() == suffix
-
-
-#: readers of arrays and images; adding a line here registers one
-READERS = (
-    Reader(shards.is_shards, shards.read_shards, resizes=True, parts=True),
-    Reader(idx.is_source, lambda path, form, splits: idx.read_idx(path, splits)),
-    Reader(Path.is_dir, folders.read_folder, resizes=True),
-    Reader(
-        _is_file(".npz"),
-        lambda path, form, splits: arrays.read_npz(path, splits, form.shape),
-        parts=True,
-    ),
-    Reader(_is_file(".npy"), lambda path, form, splits: arrays.read_npy(path, form.shape)),
-)
+#: readers of arrays and images by kind of source, as messages say it; a line registers one. The
+#: first that knows a path reads it; they are imported when a path is read.
+READERS = {
+    ".npy": "nelbo.data.readers.arrays:NPY",
+    ".npz": "nelbo.data.readers.arrays:NPZ",
+    ".tar": "nelbo.data.readers.shards:SHARDS",
+    "idx": "nelbo.data.readers.idx:IDX",
+    "a folder of images": "nelbo.data.readers.folders:FOLDER",
+}
 BUILT_IN = {"digits": builtin.digits}
 SUPPORTED = (
-    ".npy, .npz, .txt, idx or .tar files, a .csv, .tsv, .parquet or .arrow table, or a folder of"
-    " images or of such files"
+    f"{', '.join(READERS)}, .txt, a .csv, .tsv, .parquet or .arrow table,"
+    " or a folder of such files"
 )
 #: declarations of splits
 Splits = str | Mapping[str, str | Sequence[str]]
@@ -203,6 +180,12 @@ def load_like(
     return Dataset(name, schema, made, (*notes, *missing(schema.condition, labels)), labels)
 
 
+def find_reader(path: Path) -> Reader | None:
+    """Return the first of the readers that knows a path; None if none does."""
+    readers: Iterator[Reader] = (resolve(kind, READERS) for kind in READERS)
+    return next((reader for reader in readers if reader.knows(path)), None)
+
+
 def _much_less(splits: Mapping[str, Tensor], schema: Schema, source: str) -> list[str]:
     """Return a note if all levels lie in the lower half of the model's: they may be other
     levels."""
@@ -240,7 +223,7 @@ def _read(
             return str(path), text.read_like(path, schema, splits)
         options = form.size, form.levels, splits, seed, form.tokenizer
         return str(path), text.read(path, *options)
-    reader = None if built_in else next((each for each in READERS if each.knows(path)), None)
+    reader = None if built_in else find_reader(path)
     if form.size is not None and not (reader and reader.resizes):
         raise ValueError(
             f"--size resizes encoded images or cuts text; {source} holds none, so leave it out"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nelbo._utils import limits
+from nelbo._utils.tables import resolve
 from nelbo.data.columns import Group, groups
 from nelbo.data.schema import Schema
 from nelbo.diffusion import decoder as likelihood
@@ -33,7 +34,6 @@ from nelbo.models.config import (
     SYMBOL_PROCESSES,
     VALUE_PROCESSES,
     ModelConfig,
-    resolve,
 )
 from nelbo.models.tabular import continuous, discrete
 from nelbo.nn.ensemble import Ensemble

@@ -1,9 +1,7 @@
 """The configuration of a model: names and sizes, as a run stores them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Le, Lt
 
@@ -80,21 +78,6 @@ else:
     Step = Literal[("mixture", *STEPS, "columns")]
     Decoder = Literal[(*LEVEL_DECODERS, "gaussian", "categorical", "columns")]
     Network = Literal[(*NETWORKS, "table", CUSTOM)]
-
-
-def resolve(name: str, table: Mapping[str, str]) -> Any:  # noqa: ANN401
-    """Return the class or function that a name of a table stands for.
-
-    Raises:
-        ValueError: if there is none in the place that the table says.
-    """
-    try:
-        return resolve_name(table[name])
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f'the line "{name}": "{table[name]}" of nelbo.models.config names no class or'
-            f" function that can be imported: {error}"
-        ) from error
 
 
 #: a number of things, and a fraction that is less than all

@@ -48,8 +48,9 @@ class NetworkContract:
         torch.testing.assert_close(network(features, level, torch.zeros(4, 1)), base)
 
     def test_all_parameters_learn(self, network: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
-        """The loss has a gradient in each parameter."""
+        """The loss has a gradient in each parameter, also of a layer of the condition."""
         network.train()
-        network(*inputs).square().sum().backward()
+        features, level = inputs
+        network(features, level, torch.ones(len(level), 1)).square().sum().backward()
         for name, parameter in network.named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name

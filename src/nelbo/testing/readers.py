@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from nelbo.data.readers.encoded import Form
 from nelbo.data.schema import fingerprint
-from nelbo.data.sources import load, load_like
+from nelbo.data.sources import READERS, find_reader, load, load_like
 
 
 class ReaderContract:
@@ -50,6 +51,16 @@ class ReaderContract:
         for part in load(source).splits.values():
             rows = torch.arange(len(part)).flip(0)
             assert torch.equal(part[rows], part[:].flip(0))
+
+    def test_each_example_has_its_label(self, source: Path) -> None:
+        """Labels, where files have them, are one for each example of each part, or none."""
+        reader = find_reader(source)
+        assert reader is not None, f"no reader knows {source}; the first of {[*READERS]} would"
+        found = reader.read(source, Form(), None)
+        for name, labels in found.labels.items():
+            assert labels.keys() == found.parts.keys(), f"labels {name} of other parts"
+            for part, values in labels.items():
+                assert np.shape(values) == (len(found.parts[part]),), f"labels {name} of {part}"
 
     def test_it_is_read_for_a_model(self, source: Path) -> None:
         """`load_like` reads for a schema what `load` reads without one."""

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.lib import format as npy
 
 from nelbo._utils import limits
-from nelbo.data.found import Found, pieces
+from nelbo.data.found import Found, Reader, is_file, pieces
 from nelbo.data.splits import (
     MEANING,
     Declared,
@@ -24,6 +24,9 @@ from nelbo.data.splits import (
     words_of,
 )
 
+if TYPE_CHECKING:
+    from nelbo.data.readers.encoded import Form
+
 #: copies of arrays in memory while they are checked and split
 COPIES = 3
 CHANNELS = (1, 3, 4)  # of an image
@@ -33,18 +36,16 @@ EXAMPLES = ("x", "images", "image", "data", "inputs", "features", "samples", "ex
 LABELS = ("y", "labels", "label", "targets", "target", "classes", "class")
 
 
-def read_npy(path: Path, shape: tuple[int, ...] | None = None) -> Found:
-    """Read the array of a .npy file, as examples of a shape if one is given.
+def read_npy(path: Path, form: "Form", splits: Declared | None = None) -> Found:
+    """Read the array of a .npy file, as examples of the shape of `form` if it has one.
 
     Raises:
         ValueError: the file is damaged or its array does not hold numeric examples.
     """
-    return found_arrays(path, {"all": load_npy(path)}, {"all": str(path)}, shape=shape)
+    return found_arrays(path, {"all": load_npy(path)}, {"all": str(path)}, shape=form.shape)
 
 
-def read_npz(
-    path: Path, splits: Declared | None = None, shape: tuple[int, ...] | None = None
-) -> Found:
+def read_npz(path: Path, form: "Form", splits: Declared | None = None) -> Found:
     """Read the examples of a .npz file: x_train, x_validation, x_test; train, ..; x; or the only
     one.
 
@@ -55,7 +56,11 @@ def read_npz(
         ValueError: the file is damaged, has none of these names, or an array does not hold numeric
             examples.
     """
-    return found_named(path, names_in(path), partial(load_npz, path), splits, shape)
+    return found_named(path, names_in(path), partial(load_npz, path), splits, form.shape)
+
+
+NPY = Reader(is_file(".npy"), read_npy)
+NPZ = Reader(is_file(".npz"), read_npz, parts=True)
 
 
 def found_named(

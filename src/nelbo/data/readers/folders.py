@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nelbo.data.found import Found
+from nelbo.data.found import Found, Reader
 from nelbo.data.readers.encoded import Encoded, Form, read_images
 from nelbo.data.readers.pillow import SUFFIXES
 from nelbo.data.readers.walk import Walked, walk
@@ -43,6 +43,9 @@ def read_folder(folder: Path, form: Form, splits: Declared | None = None) -> Fou
     found = read_images(str(folder), encoded, form, [*walked.notes(), *notes])
     labels, unlabelled = _classes({part: [rests[i] for i in few] for part, few in parts.items()})
     return replace(found, labels=labels, notes=(*found.notes, *unlabelled))
+
+
+FOLDER = Reader(Path.is_dir, read_folder, resizes=True)
 
 
 def _classes(rests: Mapping[str, Sequence[str]]) -> tuple[dict[str, dict], list[str]]:

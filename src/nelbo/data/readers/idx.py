@@ -7,13 +7,17 @@ import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nelbo._utils import limits
-from nelbo.data.found import Found
+from nelbo.data.found import Found, Reader
 from nelbo.data.readers.arrays import COPIES, found_arrays
 from nelbo.data.splits import Declared, group, one_each
+
+if TYPE_CHECKING:
+    from nelbo.data.readers.encoded import Form
 
 #: types by the third byte of a file
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -35,7 +39,7 @@ def is_source(path: Path) -> bool:
     return bool(images_in(path)) if path.is_dir() else path.is_file() and is_idx(path)
 
 
-def read_idx(source: Path, splits: Declared | None = None) -> Found:
+def read_idx(source: Path, form: "Form", splits: Declared | None = None) -> Found:
     """Read the examples of an idx file, or of train-images-idx3-ubyte and the like in a folder.
 
     Files of labels beside them are their classes.
@@ -49,6 +53,9 @@ def read_idx(source: Path, splits: Declared | None = None) -> Found:
     beside = {part: _labels_of(file) for part, file in files.items()}
     labels = {part: read_array(file) for part, file in beside.items() if file is not None}
     return replace(found, labels={"class": labels}) if len(labels) == len(files) else found
+
+
+IDX = Reader(is_source, read_idx)
 
 
 def read_array(path: Path) -> np.ndarray:

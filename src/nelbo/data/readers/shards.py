@@ -16,7 +16,7 @@ import numpy as np
 from typing_extensions import override
 
 from nelbo._utils import limits
-from nelbo.data.found import Found
+from nelbo.data.found import Found, Reader
 from nelbo.data.readers import idx
 from nelbo.data.readers.encoded import Encoded, Form, read_images
 from nelbo.data.readers.pillow import SUFFIXES
@@ -78,6 +78,9 @@ def holds_shards(folder: Path) -> bool:
     return any(
         file.name[0] != "." for place in places if place.is_dir() for file in place.glob("*.tar")
     )
+
+
+SHARDS = Reader(is_shards, read_shards, resizes=True, parts=True)
 
 
 class Index(NamedTuple):
