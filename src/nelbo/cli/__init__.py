@@ -19,6 +19,7 @@ from nelbo.cli.compress import compress, decompress
 from nelbo.cli.evaluate import evaluate
 from nelbo.cli.explain import explain
 from nelbo.cli.inspect import inspect
+from nelbo.cli.mistakes import sentence
 from nelbo.cli.options_file import options_from
 from nelbo.cli.report import report
 from nelbo.cli.sample import sample
@@ -78,7 +79,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except CycloptsError as error:
-        _fail(str(error).strip())
+        _fail(sentence(error, app))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
