@@ -216,6 +216,9 @@ def test_bad_options(trained, tmp_path, capsys):
         (("sample", trained, "--out", tmp_path / "x.png", "--steps", 0), "at least 1; got 0"),
         (("sample", trained, "--out", "/proc/x.png", "--n", 1, "--steps", 1), "/proc"),
         (("evaluate", trained, "--colour"), "--colour"),
+        (("inspect", trained), "is a run and not data"),
+        (("train", "digits", "--out", "/dev/null/x"), "cannot be made: Not a directory; choose"),
+        (("compress", trained, "x.npz", "--out", tmp_path / "x.nlb"), "x.npz; give a .npy, .npz"),
         (("evaluate", trained, "--seed", -1), "seed must be at least 0; got -1"),
         (("train", "digits", "--out", run, "--lr", "inf"), "lr must be finite"),
         (

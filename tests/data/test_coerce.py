@@ -217,7 +217,9 @@ def test_anything_else_is_one_sentence(wrong, message):
         (GREY.reshape(30, -1), r"give x\.reshape\(-1, 1, 4, 5\)"),
         (GREY[:, :2], r"the shape \(2, 5\) where \(1, 4, 5\) is needed"),
         (GREY + 1, "holds the value 7, beyond the 7 levels"),
-        ({"a": [1, 2]}, r"the table is one; give examples \(N, 1, 4, 5\)"),
+        (GREY[:0], r"the data is empty: its shape is \(0, 4, 5\); give at least 1 example"),
+        ([1, 2, 3], r"a list of 3 numbers where .* needed; give an array \(N, 1, 4, 5\)"),
+        ({"a": [1, 2]}, r"is a table, and the model takes examples \(N, 1, 4, 5\); give"),
         ([Image.new("L", (3, 3))], r"shape \(1, 3, 3\) where \(1, 4, 5\) is needed"),
     ],
 )  # fmt: skip

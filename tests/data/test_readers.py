@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from nelbo.data import Schema
 from nelbo.data.found import Found, Reader, is_file
 from nelbo.data.readers.encoded import Form
 from nelbo.data.sources import READERS, load, load_like
@@ -88,3 +90,15 @@ def test_one_line_registers_a_reader(monkeypatch, tmp_path):
     ReaderContract().test_each_example_has_its_label(tmp_path / "x.raw")
     with pytest.raises(AssertionError, match="number of all"):
         ReaderContract().test_each_example_has_its_label(tmp_path / "short.raw")
+
+
+def test_a_file_is_idx_by_the_end_of_its_name(tmp_path):
+    """Not by idx in its middle, as in an archive of arrays."""
+    x = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    np.savez(tmp_path / "my-idx.npz", x=x)
+    read = load_like(tmp_path / "my-idx.npz", Schema("levels", (1, 4, 5), 60))
+    head = struct.pack(">HBBIII", 0, 8, 3, *x.shape)
+    for name in ("t10k-images.idx3-ubyte", "a.idx", "b_idx3-ubyte"):
+        (tmp_path / name).write_bytes(head + x.tobytes())
+        same = load_like(tmp_path / name, read.schema)
+        assert torch.equal(same.splits["all"], read.splits["all"])

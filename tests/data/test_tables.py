@@ -226,7 +226,7 @@ def test_data_of_another_kind_are_refused(people, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((3, 7)))
     with pytest.raises(ValueError, match="one of tables, and"):
         data.load_like(tmp_path / "x.npy", schema)
-    with pytest.raises(ValueError, match="not one of tables"):
+    with pytest.raises(ValueError, match="is a table, and the model takes"):
         data.load_like(people, Schema("real", (7,), None))
     with pytest.raises(ValueError, match="--levels is for arrays"):
         data.load(people, levels=3)

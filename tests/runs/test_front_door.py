@@ -380,6 +380,8 @@ def test_refusals_come_before_a_grid_is_searched(digits, people, tmp_path):
             patch.setattr(nelbo.Run, "grid", never)
             with pytest.raises(ValueError, match=message):
                 digits.sample(**{"n": 2, **changes})
+            with pytest.raises(ValueError, match=r"give a frame of one row, as in df\.iloc\[\[0"):
+                people[0].score(people[1].iloc[0])
             with pytest.raises(ValueError, match="impute is for tables"):
                 digits.impute(people[1])
             with pytest.raises(ValueError, match=r"ends in \.nlb"):

@@ -143,11 +143,20 @@ def test_calls_that_were_guessed(run):
         (lambda: run.evaluate(X, split="train"), "no splits; leave split out; got 'train'"),
         (lambda: nelbo.train(X, network=zero), "function without arguments .* missing a required"),
         (lambda: nelbo.evaluate(run.model, X, times=2, steps=2), "got steps=2 and times=2"),
+        (lambda: nelbo.evaluate(run, X[:0]), r"the data is empty: its shape is \(0, 8, 8\)"),
+        (lambda: nelbo.evaluate(image, pixels[:0] / 16), r"is empty: .*; give at least 1"),
+        (lambda: nelbo.inspect(run.path), "is a run and not data; evaluate and report take it"),
+        (lambda: run.evaluate(run.path), "is a run and not data"),
+        (lambda: nelbo.train(run.path, "q"), "is a run and not data"),
+        (lambda: run.decompress(__file__), "wrong_arguments.py: not a compressed file of nelbo"),
+        (lambda: nelbo.train(X, "q", schedule="Linear"), "; did you mean 'linear'[?]$"),
     ):
         with pytest.raises(ValueError, match=says):
             call()
     with pytest.raises(TypeError, match="no argument step; did you mean steps"):
         nelbo.evaluate(run, step=8)
+    with pytest.raises(TypeError, match=r"call decompress\(run, file\); got \('a.nlb'\)"):
+        nelbo.decompress("a.nlb")
     assert nelbo.sample(run=run, n=2, steps=2).shape == (2, 8, 8)
 
 

@@ -63,6 +63,7 @@ def test_what_fits_is_passed_on_as_numbers_of_python(given):
         ({"x": True}, "x must be a finite number or None; got True"),
         ({"out": None}, "out must be a string or a path; got None"),
         ({"grid": "good"}, "grid must be one of best, uniform; got 'good'"),
+        ({"grid": "Best"}, "grid must be one of best, uniform; got 'Best'; did you mean 'best'"),
         ({"flag": 1}, "flag must be True or False; got 1"),
         ({"names": 3}, "names must be a list of strings; got 3"),
         ({"names": [3]}, r"names must be a list of strings; got \[3\]"),

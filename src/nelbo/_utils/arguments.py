@@ -17,7 +17,6 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
@@ -35,7 +34,7 @@ from typing import (
 )
 
 from nelbo._utils.scalars import plain
-from nelbo._utils.text import shortened
+from nelbo._utils.text import nearest, shortened
 
 F = TypeVar("F", bound=Callable[..., object])
 #: the types that are checked beside classes of torch and nelbo, and how a sentence names them
@@ -97,8 +96,8 @@ def _check_names(function: Callable[..., object], options: Mapping[str, object])
     known = [each for each in (*inspect.signature(function).parameters, *keys) if each != "self"]
     for given in options:
         if given not in known or given == name:
-            near = get_close_matches(given, known, 1)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            near = nearest(given, known)
+            advice = f"did you mean {near}?" if near else f"known are {', '.join(known)}"
             raise TypeError(f"{function.__name__} has no argument {given}; {advice}")
 
 
@@ -146,7 +145,10 @@ def _check(name: str, value: object, kinds: tuple[Any, ...]) -> None:
     if any(_fits(value, kind) for kind in kinds):
         return
     words = list(dict.fromkeys(map(_words, sorted(kinds, key=lambda kind: kind is NoneType))))
-    raise ValueError(f"{name} must be {' or '.join(words)}; got {shortened(repr(value))}")
+    choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+    near = nearest(value[:99], list(map(str, choices))) if isinstance(value, str) else ""
+    fix = f"; did you mean {near!r}?" if near else ""
+    raise ValueError(f"{name} must be {' or '.join(words)}; got {shortened(repr(value))}{fix}")
 
 
 def _words(kind: Any) -> str:  # noqa: ANN401

@@ -1,6 +1,8 @@
 """Text for terminals and messages: printable, and not too long."""
 
 import re
+from collections.abc import Collection
+from difflib import get_close_matches
 from unicodedata import category
 
 #: characters shown of a value within a sentence, of a path or word, and of a sentence, at most
@@ -22,6 +24,16 @@ def shortened(text: str, most: int = VALUE) -> str:
         return text
     end = (most - 1) // 3
     return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
+
+
+def nearest(given: str, known: Collection[str]) -> str:
+    """Return the one of some names that is spelled most alike; "" if none is.
+
+    >>> nearest("Linear", ["cosine", "linear"]), nearest("x", ["linear"])
+    ('linear', '')
+    """
+    by_case = {name.lower(): name for name in known}
+    return by_case.get(next(iter(get_close_matches(given.lower(), by_case, 1)), ""), "")
 
 
 def line(text: str) -> str:

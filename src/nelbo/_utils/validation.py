@@ -26,7 +26,7 @@ from typing import (
 )
 
 from nelbo._utils.scalars import plain
-from nelbo._utils.text import shortened
+from nelbo._utils.text import nearest, shortened
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails, SchemaValidator, ValidationError
@@ -156,7 +156,11 @@ def _sentence(kind: object, error: "ValidationError", end: str) -> str:
         return (what or f"missing key {name!r}") + end
     if found["type"] == "value_error":  # the sentence of a __post_init__
         return f"{found['ctx']['error']}{end}"
-    return f"{name} {_must_be(found)}; got {shortened(repr(found['input']))}{end}"
+    near = ""
+    if found["type"] == "literal_error" and isinstance(found["input"], str):
+        near = nearest(found["input"][:99], _must_be(found).partition("one of ")[2].split(", "))
+    fix = f"; did you mean {near!r}?" if near else ""
+    return f"{name} {_must_be(found)}; got {shortened(repr(found['input']))}{end}{fix}"
 
 
 def _must_be(found: "ErrorDetails") -> str:

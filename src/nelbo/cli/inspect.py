@@ -36,18 +36,21 @@ def inspect(
     from nelbo._utils.distributed import check_alone
     from nelbo.cli import display
     from nelbo.data import inspection
+    from nelbo.runs.config import check_no_run
 
     check_alone("inspect")
     if data.endswith(".nlb"):
-        from nelbo.codec import files
+        from nelbo.codec import errors, files
 
         limits.regular(Path(data))
-        report = files.report(Path(data).read_bytes())
+        with errors.naming(Path(data)):
+            report = files.report(Path(data).read_bytes())
         if json:
             print(json_text(asdict(report)))
         else:
             display.compressed(data, report)
         return
+    check_no_run(data)
     found = inspection.inspect(data, levels=levels, size=size, schema=schema, splits=splits)
     if json:
         print(json_text(found.to_dict()))

@@ -1,5 +1,9 @@
 """Errors of compressed files, each with the exit code of the command line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class CodecError(ValueError):
     """A file that cannot be decoded, or not here."""
@@ -21,3 +25,12 @@ class NotReproducibleError(CodecError):
     """File and model are right, but the network or the coder gives other numbers here."""
 
     exit_code = 5
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Begin the messages of errors raised inside with the file that they are about."""
+    try:
+        yield
+    except CodecError as error:
+        raise type(error)(f"{file}: {error}") from error

@@ -13,7 +13,7 @@ from nelbo.codec.api import BLOCK, Decoded, compress, decompress, describe, head
 from nelbo.codec.coding.blocks import EVEN, MODEL, PACKED, Block, nothing
 from nelbo.codec.coding.codec import check_codable
 from nelbo.codec.entropy.stack import constriction
-from nelbo.codec.errors import CodecError
+from nelbo.codec.errors import CodecError, naming
 from nelbo.codec.format import contents
 from nelbo.codec.format.header import Header
 from nelbo.codec.settings import Settings
@@ -127,9 +127,11 @@ def decompress_file(
     constriction()
     limits.check_file(file)
     data = file.read_bytes()
-    header = head_of(data)
+    with naming(file):
+        header = head_of(data)
     contents.check_output(header.contents, out)
-    found = decompress(data, model, salvage=salvage, done=progress(header.examples))
+    with naming(file):
+        found = decompress(data, model, salvage=salvage, done=progress(header.examples))
     if salvage and not len(found.x):
         raise CodecError(f"no block of {file} is intact, so nothing can be restored")
     made = contents.Contents(found.x, found.header.contents, found.extra)

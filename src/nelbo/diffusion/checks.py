@@ -36,8 +36,8 @@ def check_examples(model: "Model", x: Tensor) -> None:
     """Check that x holds examples of the model, (N, *model.shape).
 
     Raises:
-        ValueError: if the shape or type differs, or a value is not a code of its dimension; it
-            names the first such row.
+        ValueError: if the shape or type differs, there are none, or a value is not a code of its
+            dimension; it names the first such row.
     """
     if not len(x.shape) or tuple(x.shape[1:]) != model.shape:
         wanted = ", ".join(("N", *map(str, model.shape)))
@@ -45,6 +45,8 @@ def check_examples(model: "Model", x: Tensor) -> None:
             f"the model is for examples of shape {model.shape}; got {tuple(x.shape[1:])}: x must"
             f" be ({wanted})"
         )
+    if not len(x):
+        raise ValueError(f"x is empty: its shape is {tuple(x.shape)}; give at least 1 example")
     if not isinstance(x, Tensor):
         return  # read from files, which are checked when read
     if x.dtype.is_complex:

@@ -17,7 +17,8 @@ from nelbo import integrations
 from nelbo._utils import limits
 from nelbo._utils.arguments import checked
 from nelbo._utils.progress import Track, tracks
-from nelbo.codec import files
+from nelbo._utils.text import shortened
+from nelbo.codec import errors, files
 from nelbo.data import inspection
 from nelbo.data.inspection import Inspection
 from nelbo.data.sources import Declaration, Source, Splits
@@ -28,6 +29,7 @@ from nelbo.evaluation import example_bounds
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import CALLS, ExampleBounds
 from nelbo.integrations.conditions import Condition
+from nelbo.runs.config import check_no_run
 from nelbo.runs.foreign_samples import sampler_of
 from nelbo.runs.run import Run
 from nelbo.runs.samples import Samples, array_of
@@ -42,11 +44,16 @@ def _twin(method: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[AnyR
 
     @wraps(method)
     def command(run: AnyRun, *args: P.args, **options: P.kwargs) -> R:
+        left_out = needed[1 + len(args) :]
+        if not options.keys() >= {*left_out}:  # before a file is loaded as the run
+            given = ", ".join(shortened(repr(each)) for each in (run, *args))
+            raise TypeError(f"call {method.__name__}({', '.join(needed)}); got ({given})")
         return method(run_of(run), *args, **options)
 
     signature = python.signature(method)
     own, *others = signature.parameters.values()
     first = own.replace(name="run", annotation=AnyRun, kind=own.POSITIONAL_OR_KEYWORD)
+    needed = [each.name for each in (first, *others) if each.default is each.empty]
     command.__signature__ = signature.replace(parameters=[first, *others])  # type: ignore[attr-defined]
     return command
 
@@ -162,5 +169,7 @@ def inspect(
     """
     if isinstance(data, str | PathLike) and str(data).endswith(".nlb"):
         limits.regular(Path(data))
-        return files.report(Path(data).read_bytes())
+        with errors.naming(Path(data)):
+            return files.report(Path(data).read_bytes())
+    check_no_run(data)
     return inspection.inspect(data, levels=levels, size=size, schema=schema, splits=splits)

@@ -18,6 +18,7 @@ from nelbo.codec.api import head_of
 from nelbo.codec.coding.blocks import nothing
 from nelbo.codec.coding.direct import one_by_one
 from nelbo.codec.entropy.stack import constriction
+from nelbo.codec.errors import naming
 from nelbo.codec.files import Summary, compress_file, decompress_file
 from nelbo.data import coerce
 from nelbo.data.readers.arrays import load_npz
@@ -78,7 +79,8 @@ def decompress(run: "Run", file: Path, out: Path | None) -> object:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {str(file)!r}; give one that compress wrote")
     with tempfile.TemporaryDirectory() as folder:
-        kind = str(head_of(file.read_bytes()).contents.get("kind"))
+        with naming(file):
+            kind = str(head_of(file.read_bytes()).contents.get("kind"))
         folders = kind in ("images", "texts")
         place = out or Path(folder) / ("x" if folders else f"x.{kind}")
         found = decompress_file(run.model, run.config.schema, file, place)

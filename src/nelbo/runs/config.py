@@ -15,6 +15,7 @@ Each file is either complete or absent, except for the last line of metrics.json
 
 import json
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 
 from nelbo._utils import limits
@@ -139,6 +140,12 @@ def hashes(dataset: Dataset) -> dict[str, str]:
 def is_run(path: Path) -> bool:
     """Return whether a folder contains a run."""
     return (path / CONFIG).is_file()
+
+
+def check_no_run(source: object) -> None:
+    """Raise ValueError if data are asked for and a run folder is given."""
+    if isinstance(source, str | PathLike) and is_run(Path(source)):
+        raise ValueError(f"{source} is a run and not data; evaluate and report take it")
 
 
 def _of_others(path: Path) -> str:

@@ -39,6 +39,7 @@ def alone_in(out: Path) -> Iterator[bool]:
     Yield whether the folder was created here. Partial files of killed trainings are removed.
 
     Raises:
+        OSError: the folder cannot be made.
         ValueError: another process trains the run, or the lock file is a link out of the run.
     """
     from filelock import FileLock, Timeout
@@ -49,6 +50,11 @@ def alone_in(out: Path) -> Iterator[bool]:
         new = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"the run folder {out} cannot be made: {error.strerror}; choose another place"
+            ) from None
+        try:
             lock.acquire()
         except Timeout:
             raise ValueError(

@@ -28,7 +28,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.models.conditioning import encode, labelled
 from nelbo.models.config import SYMBOL_PROCESSES
 from nelbo.runs import held
-from nelbo.runs.config import ARRAYS, RunConfig, hashes
+from nelbo.runs.config import ARRAYS, RunConfig, check_no_run, hashes
 
 KIND = "data"  # folder of the cache
 
@@ -44,6 +44,7 @@ def read(
         return source
     if source is None:
         return load(config)
+    check_no_run(source)
     dataset = fitting(config, load_like(source, config.schema, size=config.size, splits=splits))
     for note in dataset.notes:
         tell(note)

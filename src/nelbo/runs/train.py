@@ -90,6 +90,7 @@ def train(
     size = None if size is None else integer("size", size, 1)
     minutes = None if minutes is None else real("minutes", minutes)
     main_process_first(lambda: check_new(out))
+    run_config.check_no_run(data)
     if minutes is not None and "steps" in options:
         raise ValueError("steps and minutes both say how long to train; give one of them")
     by_config(options)

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from nelbo._utils.text import nearest
 from nelbo.models.config import CUSTOM, LEVEL_HEADS, SYMBOL_PROCESSES, Decoder, ModelConfig
 from nelbo.training.config import TrainConfig
 
@@ -171,5 +171,5 @@ def _check_custom(schema: "Schema", preset: str, options: Mapping[str, object]) 
 
 def _nearest(name: str, known: list[str]) -> str:
     """Return the advice to take the option that is spelled most alike, or all of them."""
-    near = [OTHERS[name]] if name in OTHERS else get_close_matches(name, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    near = OTHERS.get(name) or nearest(name, known)
+    return f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"

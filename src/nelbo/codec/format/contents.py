@@ -26,6 +26,10 @@ from nelbo.data.sources import BUILT_IN, load_like
 from nelbo.data.tabular import tables
 
 ARRAYS = (".npy", ".npz")
+GIVE = (
+    "give a .npy, .npz, .png, .txt, .csv, .tsv, .parquet or .arrow file, or a folder of .png or"
+    " .txt files"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def read(source: str, schema: Schema) -> Contents:
         x = load_like(source, schema).splits["all"]
         return Contents(*arrays.read({"x": x.numpy()}, schema, source, "npz"))
     if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}")
+        raise FileNotFoundError(f"there is no file or folder {path}; {GIVE}")
     suffix = path.suffix.lower()
     if suffix in ARRAYS:
         return Contents(*arrays.read(_load_arrays(path), schema, str(path), suffix[1:]))
@@ -82,10 +86,7 @@ def read(source: str, schema: Schema) -> Contents:
         return found
     if suffix == ".png" or path.is_dir():
         return Contents(*pictures.read(path, schema))
-    raise ValueError(
-        f"{path} cannot be compressed; give a .npy, .npz, .png, .txt, .csv, .tsv, .parquet or"
-        " .arrow file, or a folder of .png or .txt files"
-    )
+    raise ValueError(f"{path} cannot be compressed; {GIVE}")
 
 
 def numbers(about: Mapping[str, object], coded: int) -> int:

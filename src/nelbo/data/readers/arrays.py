@@ -253,8 +253,7 @@ def layout(array: np.ndarray, label: str) -> tuple[np.ndarray, str | None]:
     Raises:
         ValueError: no rule applies or there are no examples.
     """
-    if array.size == 0:
-        raise ValueError(f"{label} is empty: its shape is {array.shape}; give at least 1 example")
+    _refuse_empty(array, label)
     if array.ndim <= 1:
         return array.reshape(-1, 1), None
     if array.ndim == 2:
@@ -287,9 +286,10 @@ def layout_like(
     model's.
 
     Raises:
-        ValueError: its examples have another shape.
+        ValueError: it is empty, or its examples have another shape.
     """
     array = np.atleast_1d(array)
+    _refuse_empty(array, label)
     own = array.shape[1:]
     if own == shape:
         return array, None
@@ -302,9 +302,19 @@ def layout_like(
         fix = "this is one example, so give x[None]"
     elif own == (math.prod(shape),):
         fix = f"if its numbers are in that order, give x.reshape(-1, {', '.join(map(str, shape))})"
+    elif not own:
+        raise ValueError(
+            f"{label} is a list of {len(array)} numbers where examples of shape {shape} are"
+            f" needed; give an array (N, {', '.join(map(str, shape))})"
+        )
     raise ValueError(
         f"the examples of {label} have the shape {own} where {shape} is needed; {fix}"
     )
+
+
+def _refuse_empty(array: np.ndarray, label: str) -> None:
+    if array.size == 0:
+        raise ValueError(f"{label} is empty: its shape is {array.shape}; give at least 1 example")
 
 
 def found_arrays(

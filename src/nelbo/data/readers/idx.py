@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 #: types by the third byte of a file
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+ENDING = re.compile(r"(^|[-_.])idx(\d-\w+)?(\.gz)?$", re.I)
 NAME = re.compile(r"(?P<stem>.*?)[-_.]?(?P<what>images|labels)[-_.]idx\d-\w+(\.gz)?", re.I)
 
 
 def is_idx(path: Path) -> bool:
-    """Return whether a file has the name of an idx file, as in train-images-idx3-ubyte.gz."""
-    return "idx" in path.name.lower()
+    """Return whether a name ends as that of an idx file does, as in train-images-idx3-ubyte.gz."""
+    return ENDING.search(path.name) is not None
 
 
 def images_in(folder: Path) -> list[Path]:

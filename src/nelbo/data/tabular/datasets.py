@@ -165,8 +165,12 @@ def load_like(source: "Source", schema: Schema, declared: Declared | None) -> Da
     if schema.kind != "table":
         shape = ", ".join(map(str, schema.shape))
         kind = "text" if schema.text else f"examples (N, {shape})"
+        what = source if isinstance(source, str | PathLike) else coerce.NAME
+        raise ValueError(f"{what} is a table, and the model takes {kind}; give it {kind}")
+    if hasattr(source, "iloc") and all(column.name in source.index for column in schema.columns):
         raise ValueError(
-            f"the model is not one of tables, and {coerce.name_of(source)} is one; give {kind}"
+            "the data is a series of the cells of one row; give a frame of one row, as in"
+            " df.iloc[[0]]"
         )
     table = stream_of(source, declared)
     if table is not None and not schema.condition:
