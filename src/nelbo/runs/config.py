@@ -14,6 +14,7 @@ Each file is either complete or absent, except for the last line of metrics.json
 """
 
 import json
+import os
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -139,7 +140,7 @@ def hashes(dataset: Dataset) -> dict[str, str]:
 
 def is_run(path: Path) -> bool:
     """Return whether a folder contains a run."""
-    return (path / CONFIG).is_file()
+    return os.path.isfile(path / CONFIG)  # false also of a text that is no path
 
 
 def check_no_run(source: object) -> None:
