@@ -167,7 +167,8 @@ def load_like(source: "Source", schema: Schema, declared: Declared | None) -> Da
         kind = "text" if schema.text else f"examples (N, {shape})"
         what = source if isinstance(source, str | PathLike) else coerce.NAME
         raise ValueError(f"{what} is a table, and the model takes {kind}; give it {kind}")
-    if hasattr(source, "iloc") and all(column.name in source.index for column in schema.columns):
+    rows = cast(Any, source).index if hasattr(source, "iloc") else ()  # of pandas
+    if all(column.name in rows for column in schema.columns):
         raise ValueError(
             "the data is a series of the cells of one row; give a frame of one row, as in"
             " df.iloc[[0]]"
