@@ -14,6 +14,7 @@ from torch.distributions import kl_divergence
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.masked import MaskedDiffusion
+from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.schedules import Cosine, Linear, PowerAlpha, Schedule
 from nelbo.testing import ProcessContract
 
@@ -65,6 +66,28 @@ class TestAbsorbing(SymbolContract):
         if not hidden.all():
             x = torch.cat([x] * 8)[: len(x)]
         super().test_a_guess_costs(process, x)
+
+
+class InUnitsOfTheEmbedding(GaussianDiffusion):
+    picture = ForwardProcess.picture
+
+
+class Doubled(GaussianDiffusion):
+    def rate(self, z, e, e_hat, t):
+        return 2 * super().rate(z, e, e_hat, t)
+
+
+@pytest.mark.parametrize(
+    ("process", "test", "method"),
+    [
+        (InUnitsOfTheEmbedding, "test_the_picture_is_in_the_units_of_the_data", "picture"),
+        (Doubled, "test_rate_is_the_limit_of_the_kl", "rate"),
+    ],
+)
+def test_the_contract_names_the_method_that_is_wrong(process, test, method):
+    wrong, x = process(Linear(-5.0, 1.5), Affine(0.3, 0.7)), torch.randn(2, 3).double()
+    with pytest.raises(AssertionError, match=f"^{method}: .*off by"):
+        getattr(GaussianContract(), test)(wrong, x)
 
 
 # ---- Gaussian: equations 2, 3, 6 and 7

@@ -1,6 +1,8 @@
 r"""Parametrizations: from a network's output to a prediction ê of e = embed(x), given z_t.
 
-ê takes the place of e in the formulas of the encoder, so nothing else depends on the choice:
+ê takes the place of e in the formulas of the encoder, so nothing else depends on the choice. Any
+function of the output, z_t and t is a valid ê, so that the bound holds for any process; noise,
+velocity and levels mean what they say where z_t = √α_t e + √(1-α_t) ε, as in Gaussian diffusion:
 
     EpsPrediction output is ε̂     ê = (z_t - √(1-α_t) ε̂) / √α_t
     XPrediction   output is ê

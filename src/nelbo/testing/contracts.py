@@ -1,7 +1,10 @@
 """Contracts of processes, schedules and decoders into integers.
 
-A new one inherits: `class TestMine(ProcessContract)` with the fixture and methods named there.
+A new one inherits: `class TestMine(ProcessContract)` with the fixture and methods named there. A
+failure names the methods of the process that it is about.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +15,11 @@ from nelbo._utils.numerics import seeded, slope
 from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.schedules import Schedule
 from nelbo.testing.assertions import assert_mean, orders
+
+
+def of(methods: str) -> Callable[[str], str]:
+    """Return what puts the names of methods before the message of `assert_close`."""
+    return lambda message: f"{methods}: {message}"
 
 
 class ProcessContract:
@@ -54,8 +62,9 @@ class ProcessContract:
             z_s
         )
         back = process.posterior(z_t, e, s, t).log_prob(z_s) + process.marginal(e, t).log_prob(z_t)
-        assert forward.shape == (len(x),)
-        torch.testing.assert_close(forward, back, rtol=1e-11, atol=1e-10)
+        assert forward.shape == (len(x),), "transition, marginal: log_prob must be one per example"
+        said = of("transition, marginal or posterior breaks Bayes' rule")
+        torch.testing.assert_close(forward, back, rtol=1e-11, atol=1e-10, msg=said)
 
     def test_two_transitions_are_one(self, process: ForwardProcess, x: Tensor) -> None:
         """Chapman-Kolmogorov: q(z_t|z_r) = ∫ q(z_t|z_s) q(z_s|z_r) dz_s. With Bayes' rule for the
@@ -74,16 +83,17 @@ class ProcessContract:
         e, _, s, t, _, z = self.path(process, x)
         q = process.posterior(z, e, s, t)
         zeros = torch.zeros(len(x), dtype=torch.float64)
-        torch.testing.assert_close(kl_divergence(q, q), zeros, rtol=0, atol=0)
-        torch.testing.assert_close(process.rate(z, e, e, t), zeros, rtol=0, atol=0)
+        kl, rate = kl_divergence(q, q), process.rate(z, e, e, t)
+        torch.testing.assert_close(kl, zeros, rtol=0, atol=0, msg=of("posterior"))
+        torch.testing.assert_close(rate, zeros, rtol=0, atol=0, msg=of("rate"))
 
     def test_a_guess_costs(self, process: ForwardProcess, x: Tensor) -> None:
         """Equation 5: KL and rate are positive and finite where it is not."""
         e, guess, s, t, _, z = self.path(process, x)
         q, p = process.posterior(z, e, s, t), process.posterior(z, guess, s, t)
         kl, rate = kl_divergence(q, p), process.rate(z, e, guess, t)
-        assert (kl > 0).all() and kl.isfinite().all()
-        assert (rate > 0).all() and rate.isfinite().all()
+        assert (kl > 0).all() and kl.isfinite().all(), f"posterior: KL {kl}"
+        assert (rate > 0).all() and rate.isfinite().all(), f"rate: {rate}"
 
     def test_rate_is_the_limit_of_the_kl(self, process: ForwardProcess, x: Tensor) -> None:
         """Equations 8 and 9: KL(s, t)/(t-s) → rate(t) as s → t, at first order."""
@@ -93,28 +103,31 @@ class ProcessContract:
         for h in (2.0**-k for k in (9, 10, 11, 12)):
             q, p = (process.posterior(z, v, t - h, t) for v in (e, guess))
             errors.append((kl_divergence(q, p) / h / rate - 1).abs().max().item())
-        assert errors[-1] < 0.01
-        assert ((orders(errors) - 1).abs() < 0.05).all(), orders(errors)
+        assert errors[-1] < 0.01, f"rate: not the limit of posterior's KL, off by {errors}"
+        assert ((orders(errors) - 1).abs() < 0.05).all(), f"rate: orders {orders(errors)}"
 
     def test_examples_do_not_mix(self, process: ForwardProcess, x: Tensor) -> None:
         """Each example of a batch, with its own times, is as if it were alone."""
         e, guess, s, t, z_s, z = self.path(process, x)
 
-        def values(i: slice) -> tuple[Tensor, ...]:
+        def values(i: slice) -> dict[str, Tensor]:
             q = process.posterior(z[i], e[i], s[i], t[i])
-            return (
-                process.marginal(e[i], t[i]).log_prob(z[i]),
-                process.transition(z_s[i], s[i], t[i]).log_prob(z[i]),
-                q.log_prob(z_s[i]),
-                process.prior(x.shape[1:], t[i]).log_prob(z[i]),
-                kl_divergence(q, process.posterior(z[i], guess[i], s[i], t[i])),
-                process.rate(z[i], e[i], guess[i], t[i]),
-                process.features(z[i]).flatten(1).sum(1),
-            )
+            return {
+                "marginal": process.marginal(e[i], t[i]).log_prob(z[i]),
+                "transition": process.transition(z_s[i], s[i], t[i]).log_prob(z[i]),
+                "posterior": q.log_prob(z_s[i]),
+                "prior": process.prior(x.shape[1:], t[i]).log_prob(z[i]),
+                "posterior, its KL": kl_divergence(
+                    q, process.posterior(z[i], guess[i], s[i], t[i])
+                ),
+                "rate": process.rate(z[i], e[i], guess[i], t[i]),
+                "features": process.features(z[i]).flatten(1).sum(1),
+            }
 
         alone = [values(slice(i, i + 1)) for i in range(len(x))]
-        for together, *single in zip(values(slice(None)), *alone, strict=True):
-            torch.testing.assert_close(together, torch.cat(single), rtol=1e-13, atol=1e-13)
+        for method, together in values(slice(None)).items():
+            single = torch.cat([each[method] for each in alone])
+            torch.testing.assert_close(together, single, rtol=1e-13, atol=1e-13, msg=of(method))
 
     def test_prior_term_by_draws(self, process: ForwardProcess, x: Tensor) -> None:
         """Equation 5: KL( q(z_T|x) ‖ p(z_T) ) is the mean of log q/p under q."""
@@ -123,45 +136,47 @@ class ProcessContract:
         q, p = process.marginal(process.embed(x), t), process.prior(x.shape[1:], t)
         z = q.sample()
         exact = kl_divergence(q, p)
-        assert exact[0] > 0
+        assert exact[0] > 0, "prior: it must not be q(z_T|x)"
         assert_mean(q.log_prob(z) - p.log_prob(z), exact[0], error=0.1 * exact[0].item())
 
     def test_features_tell_latents_apart(self, process: ForwardProcess, x: Tensor) -> None:
         """A network sees `channels` channels per channel of z, and two z's look different."""
         *_, z_s, z_t = self.path(process, x)
         a, b = process.features(z_s), process.features(z_t)
-        assert a.shape == (len(x), process.channels * x.shape[1], *x.shape[2:])
+        wanted = (len(x), process.channels * x.shape[1], *x.shape[2:])
+        assert a.shape == wanted, f"features, channels: {tuple(a.shape)} where {wanted} is needed"
         moved = (a - b).abs().reshape(len(x), x.shape[1], process.channels, -1).sum(2)
-        assert torch.equal(moved.flatten() > 0, (z_s != z_t).flatten())
+        assert torch.equal(moved.flatten() > 0, (z_s != z_t).flatten()), "features: some are alike"
 
     def test_factors_are_the_whole(self, process: ForwardProcess, x: Tensor) -> None:
         """A latent is those of the factors side by side; one that is no product is its factor."""
         parts = process.split(x)
-        assert len(parts) == len(process.factors)
-        assert torch.equal(torch.cat([part.flatten(1) for part in parts], 1), x.flatten(1))
+        assert len(parts) == len(process.factors), "split, factors"
+        whole = torch.cat([part.flatten(1) for part in parts], 1)
+        assert torch.equal(whole, x.flatten(1)), "split"
 
     def test_codes_are_all_that_the_data_have(self, process: ForwardProcess, x: Tensor) -> None:
         """Integers are 0..codes-1; real numbers have no codes."""
-        assert (process.codes == 0) == x.is_floating_point()
+        assert (process.codes == 0) == x.is_floating_point(), f"codes: {process.codes}"
         if process.codes:
-            assert x.min() >= 0 and x.max() < process.codes
+            assert x.min() >= 0 and x.max() < process.codes, f"codes: {process.codes}"
 
     def test_a_mask_hides_or_shows(self, process: ForwardProcess, x: Tensor) -> None:
         """Equation 9: where there is a mask, z is x or the mask, both in some places."""
         x = x[:1].expand(500, *x.shape[1:])
         z = process.marginal(process.embed(x), torch.full((500,), 0.5).double()).sample()
         if process.mask is not None:
-            assert ((z == process.mask) | (z == x)).all()
-            assert 0 < (z == process.mask).sum() < z.numel()
+            assert ((z == process.mask) | (z == x)).all(), "mask, marginal: z is x or the mask"
+            assert 0 < (z == process.mask).sum() < z.numel(), "mask, marginal: both occur"
 
     def test_the_blank_latent_is_one_of_the_prior(
         self, process: ForwardProcess, x: Tensor
     ) -> None:
         """The coder begins from it: the network sees numbers, and the prior can give it."""
         blank, t = process.blank(x.shape[1:]), torch.ones(1, dtype=torch.float64)
-        assert blank.shape == x.shape[1:] and blank.dtype == torch.float64
-        assert process.features(blank[None]).isfinite().all()
-        assert process.prior(x.shape[1:], t).log_prob(blank[None]).isfinite()
+        assert blank.shape == x.shape[1:] and blank.dtype == torch.float64, "blank"
+        assert process.features(blank[None]).isfinite().all(), "blank, features"
+        assert process.prior(x.shape[1:], t).log_prob(blank[None]).isfinite(), "blank, prior"
 
     def test_the_grid_of_a_latent_is_fine(self, process: ForwardProcess, x: Tensor) -> None:
         """Its width is at most a standard deviation of the draw; symbols are their own grid."""
@@ -169,12 +184,12 @@ class ProcessContract:
         s, t, u = (torch.tensor(v, dtype=torch.float64) for v in (0.35, 0.6, 0.95))
         for before, after in ((None, u), (s, u), (s, None)):
             width = process.grid_width(x.shape[1:], before, t, after)
-            assert width.shape == x.shape[1:] and (width > 0).all()
+            assert width.shape == x.shape[1:] and (width > 0).all(), "grid_width"
             if not z_t.is_floating_point():
-                assert (width == 1).all()
+                assert (width == 1).all(), "grid_width: 1 for symbols"
             elif before is not None:
                 q = process.transition(z_s[:1], s[None], t[None]).base_dist
-                assert (width <= q.stddev * (1 + 1e-12)).all()
+                assert (width <= q.stddev * (1 + 1e-12)).all(), "grid_width: beyond a deviation"
 
     def test_a_linear_transition_is_the_transition(
         self, process: ForwardProcess, x: Tensor
@@ -187,19 +202,36 @@ class ProcessContract:
             a, b = move
             each = torch.distributions.Normal(a * z_s, b).log_prob(z_t).flatten(1).sum(1)
             s, t = s.expand(len(x)), t.expand(len(x))
-            torch.testing.assert_close(
-                process.transition(z_s, s, t).log_prob(z_t), each, rtol=1e-12, atol=1e-12
-            )
+            whole, said = process.transition(z_s, s, t).log_prob(z_t), of("linear_transition")
+            torch.testing.assert_close(whole, each, rtol=1e-12, atol=1e-12, msg=said)
 
     def test_the_mean_under_the_truth_is_the_data(
         self, process: ForwardProcess, x: Tensor
     ) -> None:
         """E[x|z_t] of the prediction e = embed(x) is x, in the units of the data."""
+        e, *_, z = self.path(process, x)
+        mean = process.mean(e, z)
+        torch.testing.assert_close(mean, x.double(), rtol=1e-12, atol=1e-12, msg=of("mean"))
+
+    def test_the_picture_is_in_the_units_of_the_data(
+        self, process: ForwardProcess, x: Tensor
+    ) -> None:
+        """`picture` is finite; of real latents at the data's end it is x but for the noise: within
+        3 standard deviations, so that levels may be scaled to leave room for 2 of them."""
         e, _, _, t, _, z = self.path(process, x)
-        torch.testing.assert_close(process.mean(e, z), x.double(), rtol=1e-12, atol=1e-12)
         shown, hidden = process.picture(z, t[0])
-        assert shown.shape == hidden.shape == z.shape and hidden.dtype == torch.bool
-        assert shown.isfinite().all()
+        assert shown.shape == hidden.shape == z.shape and hidden.dtype == torch.bool, "picture"
+        assert shown.isfinite().all(), "picture"
+        if z.is_floating_point() and e.shape == z.shape:
+            start = torch.tensor(process.schedule.start, dtype=torch.float64)
+            q = process.marginal(e, start.expand(len(x))).base_dist
+            shown, _ = process.picture(q.mean, start)
+            noise = (process.mean(e + q.stddev, z) - process.mean(e, z)).abs()
+            error = (shown - x).abs()
+            assert (error <= 3 * noise + 1e-9).all(), (
+                f"picture: off by up to {error.max():g} at t = {start:g}, where the noise is"
+                f" {noise.max():g} in the units of the data"
+            )
 
 
 class ScheduleContract:
