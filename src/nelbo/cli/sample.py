@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nelbo.cli.common import (
     Device,
@@ -28,6 +28,7 @@ def sample(
         "ancestral", "flow", "left-to-right", "greedy", "margin", "entropy"
     ] = "ancestral",
     tokens_per_step: int | None = None,
+    length: int | None = None,
     condition: Labels | None = None,
     guidance: float = 1.0,
     inpaint: Path | None = None,
@@ -36,6 +37,9 @@ def sample(
     impute: Path | None = None,
     particles: int | None = None,
     as_modelled: bool = False,
+    trust_remote_code: bool = False,
+    precision: Literal["bf16", "fp16", "float32", "float64"] | None = None,
+    device_map: str | None = None,
     device: Device = "auto",
 ) -> None:
     """Draw new examples from a run, or from another library's model.
@@ -46,16 +50,17 @@ def sample(
     Parameters
     ----------
     run
-        A run folder; or another library's model, diffusers:FOLDER or openai:FILE, which takes only
-        --out, --n, --steps, --condition, --guidance, --sampler, --seed and --device.
+        A run folder; or another library's model, diffusers:FOLDER, openai:FILE or hf:FOLDER, which
+        takes no --grid, --inpaint, --impute or --as-modelled.
     out
         A .png file (a grid of images), a .txt file, a table (.csv, .tsv, .parquet, .arrow), or a
-        .npz file (array x in the units of the data); without it, text is printed.
+        .npz file (array x in the units of the data; of hf:FOLDER, ids with special tokens, and -2
+        after the end of a text); without it, text is printed.
     n
         Number of examples.
     steps
-        Number of steps, one network call each; by default 32, or for another library's model its
-        own number.
+        Number of steps, one network call each; by default 32, or for another library's model of
+        images its own number.
     grid
         The times of the steps: best for this run, found once and kept in its folder; or uniform.
     sampler
@@ -65,9 +70,13 @@ def sample(
         largest, or the entropy. They draw from the model that evaluate --sampler measures.
     tokens_per_step
         Number of symbols that such an order shows in each step, by default 1.
+    length
+        For hf:FOLDER: number of tokens to draw for each sample, after its prompt; by default 128,
+        or as many as there is room for.
     condition
         The label of all samples, such as 3; NAME=VALUE, repeated, if there are several labels. For
-        another library's model: a class or a prompt; if repeated, one for each sample.
+        another library's model: a class or a prompt (of hf:FOLDER, the text with which samples
+        begin); if repeated, one for each sample.
     guidance
         How strongly the label counts (classifier-free guidance), at two network calls per step.
         Only 1 draws from the model that evaluate measures; any other value draws from another
@@ -88,6 +97,14 @@ def sample(
     as_modelled
         For a table: keep rows with numbers beyond the range of the training data, or with a
         category that they did not have, written as (other). By default such rows are drawn again.
+    trust_remote_code
+        Run the code in the folder of hf:FOLDER, after printing what will run.
+    precision
+        Precision of the weights of hf:FOLDER, by default as they are stored. For diffusers:FOLDER
+        and openai:FILE: bf16, by autocast of the network.
+    device_map
+        Where to put the weights of hf:FOLDER, instead of --device, in the form of transformers:
+        auto spreads a large model over all devices.
     """
     from nelbo import integrations
     from nelbo._utils.distributed import process_group
@@ -102,14 +119,32 @@ def sample(
     from nelbo.sampling.samplers import complete
 
     if integrations.is_foreign(run):
-        only_runs = (grid, tokens_per_step, inpaint, mask, impute, particles)
+        only_runs = (grid, inpaint, mask, impute, particles)
         if as_modelled or rounds != 1 or any(v is not None for v in only_runs):
             raise ValueError(
-                "for another library's model, sample takes only --out, --n, --steps,"
-                " --condition, --guidance, --sampler, --seed and --device; leave the others out"
+                "--grid, --inpaint, --mask, --rounds, --impute, --particles and --as-modelled are"
+                " for runs, and not for another library's model; leave them out"
             )
-        _foreign(run, out, n, steps, condition, guidance, sampler, seed, device)
+        if device_map is not None and device != "auto":
+            raise ValueError(f"--device-map places the weights; leave --device {device} out")
+        options = {
+            "steps": steps,
+            "condition": condition,
+            "guidance": guidance,
+            "sampler": sampler,
+            "tokens_per_step": tokens_per_step,
+            "length": length,
+            "trust_remote_code": trust_remote_code,
+            "precision": precision,
+            "device_map": device_map,
+        }
+        _foreign(run, out, n, seed, None if device_map else device, options)
         return
+    if trust_remote_code or any(v is not None for v in (length, precision, device_map)):
+        raise ValueError(
+            "--length, --trust-remote-code, --precision and --device-map are for other libraries'"
+            " models; leave them out"
+        )
     loaded = load(Path(run))
     save = images.saver(out, loaded.config.schema)
     if out is not None:
@@ -198,35 +233,32 @@ def _foreign(
     source: str,
     out: Path | None,
     n: int,
-    steps: int | None,
-    condition: list[str] | None,
-    guidance: float,
-    sampler: str,
     seed: int,
-    device: str,
+    device: str | None,
+    options: dict[str, Any],
 ) -> None:
-    """Write samples of another library's model."""
+    """Write samples of another library's model, or print them if they are texts."""
     from nelbo._utils.distributed import process_group
     from nelbo._utils.files import check_writable, write
     from nelbo._utils.progress import tracker
     from nelbo.report import images
     from nelbo.runs.foreign_samples import sampler_of
 
-    if out is None:
-        raise ValueError(f"samples of {source} go into a file: give --out x.png or --out x.npz")
-    check_writable(out)
+    if out is not None:
+        check_writable(out)
     with process_group() as rank:
-        schema, draw = sampler_of(
+        schema, draw, texts = sampler_of(
             source,
-            steps=steps,
-            condition=condition,
-            guidance=guidance,
-            sampler=sampler,
-            device=place_of(device, rank == 0),
+            device=None if device is None else place_of(device, rank == 0),
             tell=say if rank == 0 else str,
+            **options,
         )
-        save = images.saver(out, schema)
+        save = images.saver(out, schema, texts)
         x = draw(n, seed, tracker("sample"))
-        if rank == 0:
-            write(out, save(x.cpu()))
-            say(f"{n} samples in {out}")
+        if rank:
+            return
+        if out is None:
+            sys.stdout.write(save(x.cpu()).decode())
+            return
+        write(out, save(x.cpu()))
+        say(f"{n} samples in {out}")

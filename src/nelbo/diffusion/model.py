@@ -254,7 +254,9 @@ def find_device(name: str) -> torch.device:
             " try cpu"
         )
     try:
-        return torch.zeros(1, device=name).device
+        place = torch.zeros(1, device=name)
+        place.item()  # which meta, that holds no numbers, does not give
+        return place.device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"there is no device {name!r} on this machine; try cpu") from None
 

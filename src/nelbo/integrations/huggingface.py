@@ -13,7 +13,7 @@ trusts it, and then what will run is printed; see docs/security.md.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,16 +30,20 @@ from nelbo.data.schema import Schema
 from nelbo.data.sources import Source, Splits
 from nelbo.data.splits import Declared, declare
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.masked import BlockDiffusion
+from nelbo.diffusion.model import find_device
 from nelbo.diffusion.schedules import PowerAlpha
-from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
+from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.integrations.configs import read_json
 from nelbo.integrations.external import Foreign
 from nelbo.integrations.text_records import TextForm
-from nelbo.integrations.texts import Texts, Tokenizer, read, same
+from nelbo.integrations.texts import Texts, Tokenizer, drawn, read, same, to_draw
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
 #: positions of these begin after the id of padding
 OFFSET = ("roberta", "xlm-roberta", "camembert", "esm")
+#: the maps by which accelerate spreads weights over devices
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -150,6 +154,16 @@ class ForeignText(Foreign):
         """
         return self._read(source, TextForm(lines, prompt_field, answer_field), split)
 
+    def to_draw(self, prompts: Sequence[str], length: int | None = None) -> Batch:
+        """Return texts to draw after prompts, in place of `texts`; see `texts.to_draw`."""
+        assert self.tokenizer is not None
+        return to_draw(prompts, length, cast(TokenModel, self.model), self.tokenizer)
+
+    def drawn(self, ids: Tensor) -> list[str]:
+        """Return the texts of samples, with their prompts; see `texts.drawn`."""
+        assert self.tokenizer is not None
+        return drawn(ids, self.tokenizer)
+
     def _read(
         self,
         source: object,
@@ -205,8 +219,8 @@ def load(
         raise ImportError(
             "models of Hugging Face need transformers: pip install 'nelbo[text]'"
         ) from None
-    if device_map is not None and find_spec("accelerate") is None:
-        raise ImportError("device_map needs accelerate: pip install accelerate")
+    if device_map is not None:
+        _check_map(device_map)
     options: dict[str, object] = {
         "local_files_only": True,
         "trust_remote_code": trust_remote_code,
@@ -265,12 +279,30 @@ def load(
         name=f"hf:{home}",
         model=model,
         schema=Schema("levels", shape, vocabulary),
-        times=_times(steps, model),
+        times=ContinuousTime() if steps is None else even_steps(steps, model),
         weights=home.name,
         notes=notes,
         tokenizer=cast(Tokenizer, tokenizer),
         placed=device_map is not None,
     )
+
+
+def _check_map(device_map: str) -> None:
+    """Raise an error if nothing can place weights so.
+
+    Raises:
+        ImportError: accelerate is missing.
+        ValueError: it is neither a way to spread weights nor a device of this machine.
+    """
+    if find_spec("accelerate") is None:
+        raise ImportError("device_map needs accelerate: pip install accelerate")
+    if device_map not in SPREAD:
+        try:
+            find_device(device_map)
+        except ValueError as error:
+            raise ValueError(
+                f"device_map is {', '.join(SPREAD)} or a device; got {device_map!r}: {error}"
+            ) from None
 
 
 def _placed(module: nn.Module, device_map: str | None) -> str:
@@ -282,12 +314,32 @@ def _placed(module: nn.Module, device_map: str | None) -> str:
     return f"{', '.join(types)} on {', '.join(places)} (device_map {device_map})"
 
 
-def _times(steps: int | None, model: TokenModel) -> TimeDiscretization:
-    if steps is None:
-        return ContinuousTime()
-    # α_t = 1 - t^p falls by 1/T in each step, so that equal numbers of tokens change
+def blocks_of(model: TokenModel) -> int:
+    """Return the number of blocks of the model's texts, 1 where it is no block diffusion."""
+    process = model.process
+    return process.blocks(model.shape) if isinstance(process, BlockDiffusion) else 1
+
+
+def even_steps(steps: int, model: TokenModel) -> TimeGrid:
+    """Return T times between which equal numbers of tokens change.
+
+    Args:
+        steps: T; for block diffusion, a multiple of the number of blocks of its texts.
+        model: with the length of its texts.
+
+    Raises:
+        ValueError: `steps` is below 1, or not such a multiple.
+    """
+    blocks = blocks_of(model)
+    if steps % blocks:
+        raise ValueError(
+            f"each step shows tokens of one of {blocks} blocks; steps must be a multiple of"
+            f" {blocks}; got {steps}"
+        )
+    # α_τ = 1 - τ^p falls by the same amount in each step of a block
     schedule = cast(PowerAlpha, model.process.schedule)
-    return TimeGrid(TimeGrid.uniform(steps).times ** (1 / schedule.power))
+    own = TimeGrid.uniform(steps // blocks).times ** (1 / schedule.power)
+    return TimeGrid(((torch.arange(blocks)[:, None] + own) / blocks).flatten())
 
 
 def _check_weights(home: Path) -> None:
@@ -359,6 +411,12 @@ def _module(
         raise ValueError(
             f"{home} lacks weights of {type(module).__name__}, which would be random:"
             f" {', '.join(missing[:3])}"
+        )
+    if any(p.is_meta for p in module.parameters()):
+        raise ValueError(
+            f"{home} does not fit on the devices, and device_map {device_map} would fetch weights"
+            " for each call from memory or disk, which is not supported; give a smaller precision"
+            " (bf16), or cpu"
         )
     made: nn.Module = module.eval()
     return made

@@ -9,7 +9,7 @@ Special tokens that the tokenizer adds (BOS, EOS, CLS, SEP) show. Text whose tok
 back is refused: its bits would be those of another text.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.numerics import LOG_2
+from nelbo._utils.scalars import integer
 from nelbo.data.splits import Declared
 from nelbo.diffusion.batch import Batch
 from nelbo.integrations.text_records import (
@@ -29,10 +30,13 @@ from nelbo.integrations.text_records import (
     of_json,
     of_list,
 )
-from nelbo.integrations.tokens import SCORED, TokenModel
+from nelbo.integrations.tokens import ABSENT, SCORED, TokenModel
 from nelbo.integrations.tokens import Texts as Ids
 
 SHOWN = 40  # characters of a text in a message
+DRAWN = 128  # tokens of a sample where no number is given, like a chunk of nelbo's own texts
+
+LETTER = "a"  # any text, for which special tokens are asked
 
 
 class Tokenizer(Protocol):
@@ -209,6 +213,55 @@ def _chunks(text: str, model: TokenModel, tokenizer: Tokenizer) -> Texts:
         " chunks would cost less per token",
     )
     return Texts(model.batch(rows, _mask(shown)), len(text), len(text.encode()), notes)
+
+
+def to_draw(
+    prompts: Sequence[str], length: int | None, model: TokenModel, tokenizer: Tokenizer
+) -> Batch:
+    """Return texts of which the prompts and special tokens show, and `length` tokens do not.
+
+    Args:
+        prompts: of each text, "" for none.
+        length: number of tokens to draw for each; where left out DRAWN, or as many as there is
+            room for beside the longest prompt.
+        model: for which they are.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: `length` is below 1, or there is no room for as many tokens.
+    """
+    before, after = _special(LETTER, tokenizer)
+    given = [tokenizer.encode(p, add_special_tokens=False) if p else [] for p in prompts]
+    added, longest = len(before) + len(after), max(map(len, given))
+    room = None if model.length is None else model.length - added - longest
+    if length is not None:
+        length = integer("length", length, 1)
+    if room is not None and room < max(1, length or 1):
+        raise ValueError(
+            f"the model takes {model.length} tokens: beside {added} special ones and a prompt of"
+            f" {longest} there is room for {max(0, room)}, and {length or 1} must be drawn; give a"
+            " shorter prompt or a smaller length"
+        )
+    size = length or min(DRAWN, DRAWN if room is None else room)
+    any_id = next(i for i in range(model.network.vocabulary) if i not in model.never)
+    rows = [[*before, *each, *[any_id] * size, *after] for each in given]
+    shown = [
+        [*[True] * (len(before) + len(each)), *[False] * size, *[True] * len(after)]
+        for each in given
+    ]
+    return model.batch(rows, _mask(shown))
+
+
+def drawn(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """Return the texts of ids (N, L), without special tokens at the ends; ABSENT beyond these."""
+    before, after = _special(LETTER, tokenizer)
+    rows = (row[row != ABSENT].tolist() for row in ids.cpu())
+    return [
+        tokenizer.decode(
+            row[len(before) : len(row) - len(after)], clean_up_tokenization_spaces=False
+        )
+        for row in rows
+    ]
 
 
 def _special(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

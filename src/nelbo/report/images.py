@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +51,28 @@ def grid(x: Tensor, schema: Schema) -> Image.Image:
     )
 
 
-def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
+def _texts(x: Tensor, symbols: str) -> list[str]:
+    return decode(x.numpy(), symbols)
+
+
+def saver(
+    out: Path | None, schema: Schema, texts: Callable[[Tensor], list[str]] | None = None
+) -> Callable[[Tensor], bytes]:
     """Return a function that converts samples to the bytes of the file `out`, or to printed text.
+
+    Args:
+        out: the file, or None to print texts.
+        schema: of one example.
+        texts: returns the texts of examples, if their schema does not.
 
     Raises:
         ValueError: such examples cannot be written to a file with this suffix.
     """
     images = len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4)
-    kinds = [".txt"] if schema.text else [".png"] if images else []
+    if texts is None and schema.text:
+        symbols = schema.tokenizer or schema.alphabet or ""
+        texts = partial(_texts, symbols=symbols)
+    kinds = [".txt"] if texts else [".png"] if images else []
     kinds += [*(tables.FILES if schema.columns else ()), ".npz"]
     suffix = ".txt" if out is None else out.suffix.lower()
     if suffix not in kinds:
@@ -65,9 +80,8 @@ def saver(out: Path | None, schema: Schema) -> Callable[[Tensor], bytes]:
             f"samples of shape {schema.shape} go into a file --out that ends in"
             f" {' or '.join(kinds)}; got {'none' if out is None else repr(str(out))}"
         )
-    if suffix == ".txt":
-        symbols = schema.tokenizer or schema.alphabet or ""
-        return lambda x: "".join(f"{s}\n{RULE}\n" for s in decode(x.numpy(), symbols)).encode()
+    if texts and suffix == ".txt":
+        return lambda x: "".join(f"{text}\n{RULE}\n" for text in texts(x)).encode()
     if suffix == ".png":
         return lambda x: png(grid(x, schema))
     if suffix != ".npz":

@@ -1,7 +1,7 @@
 """The commands of the command line as functions: of a run, its path or its name on the hub.
 
 Each is the method of `Run` of the same name; `evaluate` and `elbo` take a bare model too, and
-another library's model, "diffusers:FOLDER" or "openai:FILE".
+another library's model, "diffusers:FOLDER", "openai:FILE" or "hf:FOLDER", and so does `sample`.
 """
 
 import inspect as python
@@ -10,8 +10,6 @@ from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
-
-import numpy as np
 
 from nelbo import integrations
 from nelbo._utils import limits
@@ -23,7 +21,7 @@ from nelbo.data import inspection
 from nelbo.data.inspection import Inspection
 from nelbo.data.sources import Declaration, Source, Splits
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.model import Model
+from nelbo.diffusion.model import Model, find_device
 from nelbo.diffusion.times import TimeDiscretization, times_of
 from nelbo.evaluation import example_bounds
 from nelbo.evaluation.coercion import batch_of
@@ -78,29 +76,55 @@ def sample_foreign(
     seed: int = 0,
     guidance: float = 1.0,
     sampler: str = "ancestral",
+    tokens_per_step: int | None = None,
+    length: int | None = None,
+    trust_remote_code: bool = False,
+    precision: str | None = None,
+    device_map: str | None = None,
+    device: str | None = None,
     progress: bool | None = None,
-) -> np.ndarray:
-    """Draw from another library's model, "diffusers:FOLDER" or "openai:FILE".
+) -> Samples:
+    """Draw from another library's model, "diffusers:FOLDER", "openai:FILE" or "hf:FOLDER".
 
     Args:
         source: as for `integrations.load`.
         n: number of examples.
-        steps: number of steps; by default the model's own.
+        steps: number of steps; by default the model's own, of a model of tokens about 32.
         condition: c of all samples, or of each: a class, a prompt, embeddings.
         seed: of everything random.
         guidance: how strongly c counts; only 1 draws from the model that is measured.
-        sampler: "ancestral", or "flow" for the probability flow.
+        sampler: "ancestral", or "flow" for the probability flow; of a masked model of tokens also
+            left-to-right, greedy, margin or entropy, as for `Run.sample`.
+        tokens_per_step: number of tokens that such an order shows in each step, by default 1.
+        length: for "hf:FOLDER", number of tokens to draw for each sample, after its prompt; by
+            default 128, or as many as there is room for.
+        trust_remote_code: for "hf:FOLDER", run the code in the folder.
+        precision: as for `integrations.load`.
+        device_map: likewise.
+        device: where to run the networks; by default they stay.
         progress: show bars on the error stream; by default if it is a terminal.
 
     Returns:
-        Images, uint8 (N, H, W, C), or (N, H, W) if grey.
+        Images, uint8 (N, H, W, C), or (N, H, W) if grey; of "hf:FOLDER" texts with their prompts.
 
     Raises:
         ValueError: as for `foreign_samples.sampler_of`.
     """
-    options = {"condition": condition, "guidance": guidance, "sampler": sampler}
-    schema, draw = sampler_of(source, steps=steps, **options)  # type: ignore[arg-type]
-    return array_of(draw(n, seed, tracks(progress)("sample")), schema)
+    schema, draw, texts = sampler_of(
+        source,
+        steps=steps,
+        condition=condition,
+        guidance=guidance,
+        sampler=sampler,
+        tokens_per_step=tokens_per_step,
+        length=length,
+        trust_remote_code=trust_remote_code,
+        precision=precision,
+        device_map=device_map,
+        device=None if device is None else find_device(device),
+    )
+    x = draw(n, seed, tracks(progress)("sample"))
+    return array_of(x, schema) if texts is None else texts(x)
 
 
 impute = _twin(Run.impute)

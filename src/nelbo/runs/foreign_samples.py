@@ -3,10 +3,13 @@
 Guidance has no likelihood (`integrations.memory.GUIDANCE`); here is its effect on samples. The
 network is called with c and without, and the output f(z, none) + g (f(z, c) - f(z, none)) takes
 the place of f(z, c); a learned variance stays that of f(z, c), as in DiT.
+
+Of a model of tokens, c is a prompt, which shows before the tokens that are drawn.
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -14,16 +17,37 @@ from torch import Tensor
 from nelbo import integrations
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
+from nelbo._utils.text import shortened
 from nelbo.data.schema import Schema
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
+from nelbo.diffusion.unmasking import UnmaskingOrder
 from nelbo.integrations import Foreign
 from nelbo.integrations.conditions import Condition
+from nelbo.integrations.huggingface import ForeignText, blocks_of, even_steps
+from nelbo.integrations.prompts import is_prompts
+from nelbo.integrations.tokens import ABSENT, SCORED, TokenModel
 from nelbo.models.conditioning import guided
-from nelbo.runs.samples import SAMPLERS
+from nelbo.runs.samples import SAMPLE_STEPS, SAMPLERS, order_of
+from nelbo.runs.samples import sampler_of as sampler_on
+from nelbo.sampling.samplers import check_path
 
 #: draws a number of samples in the space of the data, from a seed, on a bar
 Sampler: TypeAlias = Callable[[int, int, Track], Tensor]
+
+
+class ForeignSampler(NamedTuple):
+    """Samples of another library's model.
+
+    Attributes:
+        schema: of one example.
+        draw: draws them; of texts, ids (N, L) with special tokens, and ABSENT beyond their end.
+        texts: returns the texts of ids, without special tokens at the ends; None of other data.
+    """
+
+    schema: Schema
+    draw: Sampler
+    texts: Callable[[Tensor], list[str]] | None = None
 
 
 def sampler_of(
@@ -33,31 +57,65 @@ def sampler_of(
     condition: Condition | None = None,
     guidance: float = 1.0,
     sampler: str = "ancestral",
+    tokens_per_step: int | None = None,
+    length: int | None = None,
+    trust_remote_code: bool = False,
+    precision: str | None = None,
+    device_map: str | None = None,
     device: torch.device | None = None,
     tell: Callable[[str], object] = lambda line: None,
-) -> tuple[Schema, Sampler]:
-    """Return the schema of another library's model, and a function that draws from it.
+) -> ForeignSampler:
+    """Return a sampler of another library's model.
 
     Args:
         source: as for `integrations.load`.
-        steps: number of steps; by default the model's own.
+        steps: number of steps; by default the model's own, of a model of tokens about 32.
         condition: c of all samples, or of each: a class, a prompt, embeddings.
         guidance: g; only 1 draws from the model that is measured.
-        sampler: "ancestral", or "flow" for the probability flow.
-        device: where to run the networks.
+        sampler: "ancestral", or "flow" for the probability flow; or of a model of tokens an order
+            of `UnmaskingOrder`.
+        tokens_per_step: k of such an order.
+        length: of a model of tokens, how many to draw for each sample, see `texts.to_draw`.
+        trust_remote_code: as for `integrations.load`.
+        precision: likewise.
+        device_map: likewise.
+        device: where to run the networks; by default they stay.
         tell: called with a sentence for each choice that determines the samples.
 
     Raises:
-        ValueError: a model of tokens, one without steps of its own, an unknown sampler, or
-            guidance of a model without conditions, or without one that stands for none.
+        ValueError: a model without steps of its own, an unknown sampler, guidance of a model
+            without conditions, or without one that stands for none, or an option that is not for
+            this kind of model.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
-    if source.startswith("hf:"):
+    of_tokens = source.startswith("hf:")
+    if not of_tokens:
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
+        if tokens_per_step is not None or length is not None:
+            raise ValueError(
+                f"tokens_per_step and length are for a model of tokens, hf:FOLDER; got {source}:"
+                " leave them out"
+            )
+    elif guidance != 1:
         raise ValueError(
-            "a model of tokens is sampled in Python: nelbo.sampling.unmasking.in_order(model, ..)"
+            "guidance needs a condition that means none, and of a model of tokens the condition is"
+            f" what shows; got guidance {guidance:g}: leave it out"
         )
-    found = integrations.load(source, steps=steps, condition=condition)
+    prompts = _prompts(condition) if of_tokens else []
+    found = integrations.load(
+        source,
+        steps=None if of_tokens else steps,
+        condition=None if of_tokens else condition,
+        trust_remote_code=trust_remote_code,
+        precision=precision,
+        device_map=device_map,
+    )
+    if found.placed and device is not None:
+        raise ValueError(f"device_map places the weights; leave the device {device} out")
+    if of_tokens:
+        text = cast(ForeignText, found)
+        text.model.to(device or text.model.device)
+        return _of_texts(text, prompts, length, steps, sampler, tokens_per_step, tell)
     if found.times.steps is None:
         raise ValueError(f"{source} has no steps of its own; give a number, --steps 50")
     model = found.model.diffusion
@@ -73,7 +131,69 @@ def sampler_of(
         tell("the images are decoded latents, without noise from the distribution of pixels")
     found.model.to(device or model.device)
     model.to(device or model.device)
-    return found.schema, drawer(found, model, sampler)
+    return ForeignSampler(found.schema, drawer(found, model, sampler))
+
+
+def _prompts(condition: Condition | None) -> list[str]:
+    """Return prompts, one for all samples or one for each; "" where there is none.
+
+    Raises:
+        ValueError: the condition is no text.
+    """
+    if condition is None:
+        return [""]
+    if not is_prompts(condition):
+        raise ValueError(
+            f"the condition of a model of tokens is a prompt, a text, or one for each sample; got"
+            f" {shortened(repr(condition))}"
+        )
+    return [condition] if isinstance(condition, str) else list(cast(Sequence[str], condition))
+
+
+def _of_texts(
+    found: ForeignText,
+    prompts: list[str],
+    length: int | None,
+    steps: int | None,
+    sampler: str,
+    tokens_per_step: int | None,
+    tell: Callable[[str], object],
+) -> ForeignSampler:
+    """Return a sampler of texts after prompts; arguments as for `sampler_of`."""
+    model = cast(TokenModel, found.model)
+    order = order_of(model, sampler, tokens_per_step, steps)
+    if sampler == "flow":
+        check_path(model)
+    batch = found.to_draw(prompts, length)
+    given = batch.condition
+    assert given is not None
+    blocks = blocks_of(model)
+    about = -(-SAMPLE_STEPS // blocks) * blocks
+    times = order or even_steps(about if steps is None else steps, model)
+    for note in found.notes:
+        tell(note)
+    tell(_how(int((given[0] == SCORED).sum()), times))
+
+    def draw(count: int, seed: int, track: Track) -> Tensor:
+        integer("the number of samples", count, 1)
+        if len(given) not in (1, count):
+            raise ValueError(
+                f"give one prompt, or one for each of {count} samples; got {len(given)}"
+            )
+        rows = given.expand(count, -1).to(model.device)
+        x = sampler_on(sampler, times)(model, count, seed, track, rows)
+        return torch.where(rows == ABSENT, ABSENT, x.to(rows.device))
+
+    return ForeignSampler(replace(found.schema, shape=model.shape), draw, found.drawn)
+
+
+def _how(length: int, times: TimeGrid | UnmaskingOrder) -> str:
+    """Return a sentence on how many tokens are drawn, and in what order."""
+    if isinstance(times, UnmaskingOrder):
+        way = f"{times.name}, {times.tokens_per_step} at a time"
+    else:
+        way = f"in {times.steps} steps"
+    return f"each sample has {length} tokens after what shows (--length, length=), drawn {way}"
 
 
 def drawer(found: Foreign, model: Model | None = None, sampler: str = "ancestral") -> Sampler:
