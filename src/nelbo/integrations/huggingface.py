@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ class ForeignText(Foreign):
         assert self.tokenizer is not None
         return to_draw(prompts, length, cast(TokenModel, self.model), self.tokenizer)
 
-    def drawn(self, ids: Tensor) -> list[str]:
+    def drawn(self, ids: np.ndarray) -> list[str]:
         """Return the texts of samples, with their prompts; see `texts.drawn`."""
         assert self.tokenizer is not None
         return drawn(ids, self.tokenizer)

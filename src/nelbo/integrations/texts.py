@@ -252,10 +252,10 @@ def to_draw(
     return model.batch(rows, _mask(shown))
 
 
-def drawn(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
+def drawn(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
     """Return the texts of ids (N, L), without special tokens at the ends; ABSENT beyond these."""
     before, after = _special(LETTER, tokenizer)
-    rows = (row[row != ABSENT].tolist() for row in ids.cpu())
+    rows = (row[row != ABSENT].tolist() for row in ids)
     return [
         tokenizer.decode(
             row[len(before) : len(row) - len(after)], clean_up_tokenization_spaces=False

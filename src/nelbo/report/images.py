@@ -51,12 +51,8 @@ def grid(x: Tensor, schema: Schema) -> Image.Image:
     )
 
 
-def _texts(x: Tensor, symbols: str) -> list[str]:
-    return decode(x.numpy(), symbols)
-
-
 def saver(
-    out: Path | None, schema: Schema, texts: Callable[[Tensor], list[str]] | None = None
+    out: Path | None, schema: Schema, texts: Callable[[np.ndarray], list[str]] | None = None
 ) -> Callable[[Tensor], bytes]:
     """Return a function that converts samples to the bytes of the file `out`, or to printed text.
 
@@ -70,8 +66,7 @@ def saver(
     """
     images = len(schema.shape) == 3 and schema.shape[0] in (1, 3, 4)
     if texts is None and schema.text:
-        symbols = schema.tokenizer or schema.alphabet or ""
-        texts = partial(_texts, symbols=symbols)
+        texts = partial(decode, symbols=schema.tokenizer or schema.alphabet or "")
     kinds = [".txt"] if texts else [".png"] if images else []
     kinds += [*(tables.FILES if schema.columns else ()), ".npz"]
     suffix = ".txt" if out is None else out.suffix.lower()
@@ -81,7 +76,7 @@ def saver(
             f" {' or '.join(kinds)}; got {'none' if out is None else repr(str(out))}"
         )
     if texts and suffix == ".txt":
-        return lambda x: "".join(f"{text}\n{RULE}\n" for text in texts(x)).encode()
+        return lambda x: "".join(f"{text}\n{RULE}\n" for text in texts(x.numpy())).encode()
     if suffix == ".png":
         return lambda x: png(grid(x, schema))
     if suffix != ".npz":

@@ -124,7 +124,7 @@ def sample_foreign(
         device=None if device is None else find_device(device),
     )
     x = draw(n, seed, tracks(progress)("sample"))
-    return array_of(x, schema) if texts is None else texts(x)
+    return array_of(x, schema) if texts is None else texts(x.cpu().numpy())
 
 
 impute = _twin(Run.impute)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class ForeignSampler(NamedTuple):
 
     schema: Schema
     draw: Sampler
-    texts: Callable[[Tensor], list[str]] | None = None
+    texts: Callable[[np.ndarray], list[str]] | None = None
 
 
 def sampler_of(
