@@ -212,6 +212,7 @@ def test_bad_options(trained, tmp_path, capsys):
         (("evaluate", trained, "--split", "tset"), "train, validation, test; got 'tset'"),
         (("sample", trained, "--out", tmp_path / "x.gif"), ".png or .npz"),
         (("sample", trained), ".png or .npz; got none"),
+        (("sample", trained, "--length", 3), "are for other libraries' models; leave them out"),
         (("sample", trained, "--out", tmp_path / "x.png", "--n", 0), "at least 1; got 0"),
         (("sample", trained, "--out", tmp_path / "x.png", "--steps", 0), "at least 1; got 0"),
         (("sample", trained, "--out", "/proc/x.png", "--n", 1, "--steps", 1), "/proc"),

@@ -92,6 +92,12 @@ def test_prompts_of_several_lengths(tmp_path):
     assert [len(text) for text in texts] == [6, 4]
 
 
+def test_a_window_without_end_gives_samples_of_128_tokens(tmp_path):
+    found = huggingface.load(write(tmp_path / "m"))
+    found.model.length = None
+    assert (found.to_draw(["ab"]).condition == -1).sum() == 128
+
+
 def remote(folder, kind, **config):
     """A folder with code of its own."""
     home = write(folder)
