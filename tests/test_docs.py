@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -96,3 +97,15 @@ def test_an_index_can_follow_every_link_of_the_readme():
     assert len(targets) == count > 8
     assert all(re.match(r"https://[\w.]+/|#", target) for target in targets)
     assert "](https://github.com/nelbo/nelbo/raw/main/docs/report.png)" in shown
+
+
+def test_the_schedule_of_extending_works():
+    """Its class and its use in Python, in a module that the page would add."""
+    text = (ROOT / "docs/extending.md").read_text()
+    module, use = re.findall(r"```python\n((?:\"\"\"|from ).*?)```", text, re.DOTALL)
+    names = {"x": torch.randint(17, (6, 1, 8, 8))}
+    exec(module, names)
+    exec(use.replace("from nelbo.diffusion.power import Power\n", ""), names)
+    assert names["result"].bits_per_dim > 0
+    names["loss"].backward()
+    assert all(p.grad is not None for p in names["model"].network.parameters())

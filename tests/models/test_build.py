@@ -10,6 +10,8 @@ from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.schedules import Schedule
+from nelbo.evaluation.per_dimension import own_step, steps_of
+from nelbo.explain.run import kernels_of
 from nelbo.models import config
 from nelbo.models.build import build
 from nelbo.training.presets import configure
@@ -77,7 +79,11 @@ def test_a_step_of_gaussian_diffusion_is_refused_for_another_process(monkeypatch
     register(monkeypatch, "VALUE_PROCESSES", "gaussian", "Delegated")
     with pytest.raises(ValueError, match=r"got Delegated: .* --step posterior$"):
         made(LEVELS, step=step)
-    assert isinstance(made(LEVELS, step="posterior").process, Delegated)
+    model = made(LEVELS, step="posterior")
+    assert isinstance(model.process, Delegated)
+    assert (
+        [*steps_of(model)] == [*kernels_of(model)] == [own_step(model)]
+    )  # of `report`, `explain`
 
 
 def test_a_process_of_symbols_needs_the_arguments_that_its_data_need(monkeypatch):

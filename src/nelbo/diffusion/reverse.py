@@ -48,6 +48,14 @@ class ReverseKernel(nn.Module, ABC):
             ValueError: if it is not.
         """
 
+    def fits(self, process: ForwardProcess) -> bool:
+        """Return whether `check` passes."""
+        try:
+            self.check(process)
+        except ValueError:
+            return False
+        return True
+
     def name(self, process: ForwardProcess) -> str:
         """Return the name of the kernel in comparisons."""
         return "reverse step"

@@ -29,7 +29,7 @@ def steps_of(model: Model) -> dict[str, ReverseKernel]:
     mixture = [] if values is None else [Mixture(values)]
     # the model's own is last, and so the one that its name stands for
     steps: list[ReverseKernel] = [*mixture, Posterior(), model.step]
-    return {step.name(model.process): step for step in steps}
+    return {step.name(model.process): step for step in steps if step.fits(model.process)}
 
 
 def own_step(model: Model) -> str:

@@ -51,7 +51,7 @@ def kernels_of(model: Model) -> dict[str, ReverseKernel]:
     """Return the reverse kernels to compare, by name: the model's own first."""
     found = steps_of(model)
     own = found.pop(own_step(model))
-    if model.process.has_flow:
+    if Beta().fits(model.process):
         found[Beta().name(model.process)] = Beta()
     found.pop(own_step(model), None)
     return {own_step(model): own, **found}
