@@ -8,8 +8,8 @@ from annotated_types import Ge, Le, Lt
 from nelbo._utils.validation import Record
 
 #: Names of parts, and the class or function of each; a line in a table registers a part. They are
-#: imported when a model is built (`resolve`), so that `--help` loads no torch. The comment of a
-#: table gives the arguments of the call; those of schedules are (gamma_min, gamma_max).
+#: imported when a model is built (`resolve`), so that `--help` loads no torch. A comment of
+#: a table gives the arguments of the call; those of schedules are (gamma_min, gamma_max).
 SCHEDULES = {
     "linear": "nelbo.diffusion.schedules:Linear",
     "cosine": "nelbo.diffusion.schedules:Cosine",
