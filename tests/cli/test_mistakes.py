@@ -18,6 +18,7 @@ from support.commands import nelbo_fails
         ("evaluate run --limit 50", "no option --limit; did you mean --target-error or --calls?"),
         ("evaluate run --step=3", "evaluate has no option --step; did you mean --steps?"),
         ("evaluate run --colour", "no option --colour; see: nelbo evaluate --help"),
+        ("evaluate run --sampler no", 'Choose from: "left-to-right", "greedy", "margin"'),
         ("evaluate run --target-errors 3", "did you mean --target-error?"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from support.commands import nelbo_fails, run_ok
 from support.conditional import ddpm, dit, images
 
+import nelbo
 from nelbo import evaluate
 from nelbo.report.markup import rounded
 
@@ -34,6 +35,10 @@ def test_the_page_states_what_evaluate_measures(folder, tmp_path, capsys):
     run_ok("report", source, "--out", str(page), *options)
     assert "open " in capsys.readouterr().err
     html = page.read_text()
+    again = nelbo.report(
+        source, tmp_path / "y.html", data=folder / "x.npz", calls=18, steps=5, device="cpu"
+    )
+    assert again.read_text() == html
     data = np.load(folder / "x.npz")["x"]
     want = evaluate(source, data, steps=5, calls=18, per_example=True)
     assert rounded(want.value, want.standard_error.total) in html
@@ -50,4 +55,8 @@ def test_what_is_refused(folder, tmp_path, capsys):
     source = f"diffusers:{folder},label=3"
     assert "give some with --data" in nelbo_fails(capsys, "report", source)
     line = nelbo_fails(capsys, "report", tmp_path, "--steps", "5")
-    assert "are for another library's model" in line
+    assert "--steps is for another library's model; leave it out" in line
+    with pytest.raises(ValueError, match=r"give some with data$"):
+        nelbo.report(source, tmp_path / "x.html")
+    with pytest.raises(ValueError, match=r"^calls is for another library's model; leave it out"):
+        nelbo.report(tmp_path, calls=8)

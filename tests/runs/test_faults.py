@@ -83,7 +83,7 @@ def test_two_trainings_on_one_folder_do_not_overwrite_each_other(tmp_path, monke
         return before(*args, **options)
 
     monkeypatch.setattr(training, "configure", other_first)
-    with pytest.raises(ValueError, match="is a run; continue it with --resume"):
+    with pytest.raises(ValueError, match="is a run; continue it with resume"):
         train("digits", run, seed=2, **TINY)
     assert (run / run_config.WEIGHTS).read_bytes() == seeds["content"]
 

@@ -149,6 +149,9 @@ def test_calls_that_were_guessed(run):
         (lambda: run.evaluate(run.path), "is a run and not data"),
         (lambda: nelbo.train(run.path, "q"), "is a run and not data"),
         (lambda: run.decompress(__file__), "wrong_arguments.py: not a compressed file of nelbo"),
+        (lambda: nelbo.train(X, "q", levels=5), "; rescale it, or train with levels 17 or more"),
+        (lambda: nelbo.train("digits", "q", size=4), "^size resizes encoded images"),
+        (lambda: nelbo.sample(run, guidance=2.0), "; train one with condition NAME"),
         (lambda: nelbo.train(X, "q", schedule="Linear"), "; did you mean 'linear'[?]$"),
     ):
         with pytest.raises(ValueError, match=says):

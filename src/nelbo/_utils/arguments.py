@@ -33,6 +33,7 @@ from typing import (
     is_typeddict,
 )
 
+from nelbo._utils import spelling
 from nelbo._utils.scalars import plain
 from nelbo._utils.text import nearest, shortened
 
@@ -62,7 +63,7 @@ def checked(function: F) -> F:
 
     Raises:
         ValueError: an argument is of another type than annotated, a number is not finite, or a
-            text is none of those in a `Literal`.
+            text is none of those in a `Literal`. Those of the function show options as `spelling`.
     """
     if isinstance(function, type):
         function.__init__ = checked(function.__init__)  # type: ignore[misc]
@@ -83,7 +84,8 @@ def checked(function: F) -> F:
                 if name in held and not (held is rest and held[name] is None):  # as left out
                     held[name] = plain(held[name])
                     _check(name, held[name], kinds)
-        return function(*given.args, **given.kwargs)
+        with spelling.in_errors():
+            return function(*given.args, **given.kwargs)
 
     return cast(F, call)
 

@@ -63,7 +63,7 @@ def read_tensors(path: Path, hashed: bool = False) -> tuple[dict[str, Tensor], d
         ValueError: if it is truncated, not safetensors, or not as it was written.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; train with: nelbo train DATA --out RUN")
+        raise FileNotFoundError(f"{path} does not exist; give a run that has been trained")
     limits.check_file(path, 2)
     _check_head(path)
     try:

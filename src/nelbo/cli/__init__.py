@@ -13,6 +13,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from nelbo._utils.signals import ended_tidily
+from nelbo._utils.spelling import of_command_line
 from nelbo._version import __version__
 from nelbo.cli.common import say
 from nelbo.cli.compress import compress, decompress
@@ -147,5 +148,5 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal shows ? for a missing symbol
-    with ended_tidily(), _one_line_errors(), _one_line_warnings():
+    with of_command_line(), ended_tidily(), _one_line_errors(), _one_line_warnings():
         app.meta(arguments, exit_on_error=False, print_error=False)

@@ -43,7 +43,7 @@ def grid_of(run: "Run", steps: int, spacing: Spacing) -> "TimeGrid":
 
     if spacing == "uniform":
         return TimeGrid(even_times(run.model.process.schedule, steps, steps))
-    return run.grid(steps, tracker("grid"))
+    return run.grid(steps, tracker("best times"))
 
 
 def examples_of(

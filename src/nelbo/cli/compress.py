@@ -25,7 +25,7 @@ def compress(
     precision: Literal["float64", "float32"] = "float64",
     device: str = "cpu",
 ) -> None:
-    """Compress DATA without loss, into a file as long as the bound of the run says.
+    """Compress DATA without loss, into a file of about as many bits as the bound of the run.
 
     Under torchrun the processes share the blocks; the file is the same.
     It needs constriction: pip install 'nelbo[codec]'.

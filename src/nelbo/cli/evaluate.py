@@ -19,7 +19,7 @@ def evaluate(
     calls: float | None = None,
     target_error: float | None = None,
     variates: bool | None = None,
-    sampler: str | None = None,
+    sampler: Literal["left-to-right", "greedy", "margin", "entropy", "random"] | None = None,
     tokens_per_step: int | None = None,
     surrogate: str | None = None,
     masks: Literal["plain", "unigram", "draws", "two-levels"] | None = None,
@@ -64,8 +64,9 @@ def evaluate(
     calls
         Maximal number of network calls per example, by default 24. With fewer than 8, only a
         random sample of the examples is evaluated; with fewer than 2, such as 0.1 for many rows,
-        half of that fraction of them gets two calls each. A pilot chooses the times: for a run
-        once, on its validation split, kept in your cache; otherwise with a part of these calls.
+        each example of the sample gets two calls, here 5 % of the rows. A pilot chooses the times:
+        for a run once, on its validation split, kept in your cache; otherwise with a part of these
+        calls.
     target_error
         Instead of --calls: the Monte Carlo standard error to reach, in the unit of the result. If
         few calls per example suffice, only a random sample of the examples is evaluated.
@@ -76,20 +77,22 @@ def evaluate(
     sampler
         For a masked model: also state the exact -log P(x) of a sampler that shows its symbols
         left-to-right, or the most certain first, by the largest probability (greedy), the margin
-        between the two largest, or the entropy. It takes one network call for each step. Its P(x)
-        is another one, above or below the bound. random, for at most 16 symbols, is the exact
+        between the two largest, or the entropy. It takes one network call for each step. This
+        sampler is another model than the bound's, so its -log P(x) may lie on either side of the
+        bound. random, for at most 16 symbols, is the exact
         -log P(x) of the bound's own sampler, at 2^L calls for L symbols.
     tokens_per_step
         Number of symbols that --sampler shows in each step, by default 1; they are drawn
         independently, given those shown before.
     surrogate
-        For a masked model: a cheaper model of the same symbols, a run folder or hf:FOLDER. It
-        reads most of the masks, and the model is called only for the difference. Its calls are
-        not counted.
+        For a masked model: a cheaper model of the same symbols, a run folder or hf:FOLDER. Most
+        masks are evaluated by it alone, and the model is called on a few, to correct the
+        difference. Its calls are not counted.
     masks
-        For a text of tokens: the estimator of its bound. plain uses exact counts of masks;
-        unigram also how rare each token is; draws also how hard it was in other masks of the same
-        text; two-levels also a surrogate. By default a pilot chooses.
+        For a text of tokens: the estimator of its bound, from the simplest to the one that uses
+        most. plain spreads the number of masked tokens evenly; unigram also corrects for how rare
+        each token is; draws also for its cost in other masks of the same text; two-levels also
+        uses a surrogate. By default a pilot chooses.
     importance_samples
         K, for the tighter bound of K importance-weighted samples at --steps T: K T calls each.
     own_samples
@@ -108,7 +111,8 @@ def evaluate(
         tokens also the cost of each token.
     resume
         A file for what has been measured so far, written every half minute and when the command
-        is stopped. The same command with this file continues, to the same bits.
+        is stopped. The same command with this file continues, and gives exactly the result of an
+        evaluation that was never interrupted.
     figure
         With several --steps: a .png file with the bound and its terms over the number of steps,
         and with the diffusion term over time.

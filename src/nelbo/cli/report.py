@@ -35,31 +35,12 @@ def report(
     """
     from nelbo import integrations
     from nelbo._utils.distributed import process_group
-    from nelbo._utils.files import check_writable
     from nelbo.report import report as make
-    from nelbo.runs.loading import load
 
-    if integrations.is_foreign(run):
-        from nelbo.report.foreign import report_foreign
-
-        if data is None:
-            raise ValueError(f"{run} comes without data; give some with --data")
-        page = out or Path("report.html")
-        with process_group() as rank:
-            place = str(place_of(device, rank == 0))
-            report_foreign(
-                run, data, page, steps=steps, calls=calls, device=place, seed=seed, progress=True
-            )
-        if rank == 0:
-            say(f"open {page}")
-        return
-    if not data is steps is calls is None or device != "auto":
-        raise ValueError(
-            "--data, --steps, --calls and --device are for another library's model; leave them out"
-        )
-    loaded, page = load(Path(run)), out or Path(run) / "report.html"
-    check_writable(page)
     with process_group() as rank:
-        make(loaded, page, seed=seed, progress=True)
+        foreign = integrations.is_foreign(run)
+        place = str(place_of(device, rank == 0)) if foreign or device != "auto" else None
+        options = {"data": data, "steps": steps, "calls": calls, "device": place}
+        page = make(run, out, seed, True, **options)
     if rank == 0:
         say(f"open {page}")

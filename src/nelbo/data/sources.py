@@ -122,7 +122,7 @@ def load(
         refuse_constant(made["train"], found.source)
     labels, stored, unseen = conditions.infer_labels(found, condition, seed)
     if not labels:
-        inferred += [f"--condition {each} conditions on the labels" for each in found.labels]
+        inferred += [f"to condition on labels, add --condition {each}" for each in found.labels]
     schema = replace(schema, condition=labels)
     return Dataset(name, schema, made, (*found.notes, *inferred, *how, *unseen), stored)
 

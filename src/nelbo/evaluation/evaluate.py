@@ -108,7 +108,7 @@ def evaluate(
         masks: for a masked model in continuous time: the estimator, plain, unigram, draws or
             two-levels, which needs a surrogate; by default a pilot chooses for texts of tokens.
         resume: a file for what was measured so far; with the file of an evaluation that was
-            interrupted, it continues where that stood, to the same bits.
+            interrupted, it continues where that stood, with exactly the same result.
         seed: of everything random.
         weights: name of the weights, for the record.
         split: name of the data, for the record.

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nelbo import integrations
 from nelbo._utils.arguments import checked
 from nelbo._utils.files import check_writable
 from nelbo._utils.progress import Track, tracks
 from nelbo.data.schema import Schema, as_examples
+from nelbo.data.sources import Source
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
@@ -46,19 +48,46 @@ def report(
     out: str | PathLike[str] | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    *,
+    data: Source | None = None,
+    steps: int | None = None,
+    calls: float | None = None,
+    device: str | None = None,
 ) -> Path:
     """Write the page about `run` to `out`.
 
     Args:
-        run: a trained run, its folder or its name on the hub.
-        out: the HTML file; it is replaced as a whole. By default report.html in the run folder.
+        run: a trained run, its folder or its name on the hub; or another library's model of
+            images, "diffusers:FOLDER" or "openai:FILE", with `data`.
+        out: the HTML file; it is replaced as a whole. By default report.html, in the run folder if
+            there is one.
         seed: seed of everything random: the same run and seed make the same page, except for
             measured times.
         progress: show bars on the error stream; by default if it is a terminal.
 
+        data: for another library's model: the images on which it is measured.
+        steps: for another library's model: its number of steps; by default its own.
+        calls: for another library's model: network calls per image, at most; 24 by default.
+        device: for another library's model: where to run it, "cpu" or "cuda".
+
     Returns:
         `out`.
+
+    Raises:
+        ValueError: another library's model without data, or an option that is only for one.
     """
+    options = {"data": data, "steps": steps, "calls": calls, "device": device}
+    if isinstance(run, str) and integrations.is_foreign(run):
+        from nelbo.report.foreign import report_foreign
+
+        if data is None:
+            raise ValueError(f"{run} comes without data; give some with --data")
+        page = Path(PAGE if out is None else out)
+        return report_foreign(
+            run, data, page, steps=steps, calls=calls, device=device, seed=seed, progress=progress
+        )
+    if given := [f"--{name}" for name, value in options.items() if value is not None]:
+        raise ValueError(f"{given[0]} is for another library's model; leave it out")
     run, track = run_of(run), tracks(progress)
     out = run.path / PAGE if out is None else Path(out)
     check_writable(out)
@@ -73,7 +102,7 @@ def report(
     limit = -result.per_example.elbo[rows]  # of continuous time, from the bound above
     curves, cost = measure_steps(model, batch[rows], limit, seed, track("step counts"), run.grid)
     count = 64 if is_image(schema) else SYNTHETIC if schema.columns else len(few)
-    grid = run.grid(SAMPLE_STEPS, track("grid"))
+    grid = run.grid(SAMPLE_STEPS, track("best times"))
     condition = run.conditions(count, seed=seed)
     parts = [
         sections.headline(run, result),

@@ -56,7 +56,7 @@ def compress(
         # with one call per symbol the times do not matter, and the best take long to find
         if grid == "uniform" or one_by_one(run.model, steps):
             return grid_of(run.model, steps)
-        return run.grid(steps, tracker("grid") if show else iter)
+        return run.grid(steps, tracker("best times") if show else iter)
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         return compress_file(

@@ -165,7 +165,7 @@ def read_config(path: Path) -> RunConfig:
         ValueError: the file is damaged, too large, or a link out of the run.
     """
     if not path.exists():
-        raise FileNotFoundError(f"the run {path} does not exist; train with: nelbo train")
+        raise FileNotFoundError(f"the run {path} does not exist; give one that train made")
     if not is_run(path):
         raise FileNotFoundError(f"{path} is not a run: it has no {CONFIG}{_of_others(path)}")
     document = limits.read_json(limits.contained(path / CONFIG, path))

@@ -216,7 +216,7 @@ def evaluate(
     batch, name = subject.examples(asked, subject.read(asked))
     order = measuring.order_for(batch, sampler, tokens_per_step)
     if times is None:
-        times = subject.times(left, grid, measuring.tracks("grid"))
+        times = subject.times(left, grid, measuring.tracks("best times"))
     found = measuring(batch, name, data is None, times, order)
     if columns and isinstance(found, Evaluation):
         found = replace(found, columns=measuring.columns(batch, steps, grid))
@@ -278,7 +278,7 @@ def sweep(
         else:
             measuring.notes += on_data
         batch, name = subject.examples(asked, read)
-        times = subject.times(left, None, measuring.tracks("grid"))
+        times = subject.times(left, None, measuring.tracks("best times"))
         found.append(cast(Evaluation, measuring(batch, name, data is None, times, None)))
     return found
 
@@ -418,7 +418,7 @@ class Measuring:
     def columns(self, batch: Batch, steps: int | None, grid: Spacing | None) -> ColumnCosts:
         """Return what each column of a table costs, for some of the examples."""
         model, count = cast(Model, self.subject.model), steps or COLUMN_STEPS
-        times = self.subject.times(count, grid, self.tracks("grid"))
+        times = self.subject.times(count, grid, self.tracks("best times"))
         some = batch[:COLUMN_EXAMPLES]
         (bound,) = by_dimension(model, some, cast(TimeGrid, times), seed=self.seed)
         known = self.subject.columns

@@ -61,7 +61,7 @@ def fine_tune(
     out = Path(out) if out else name_of(source, steps_of_bound)
     main_process_first(lambda: check_new(out))
     run = load(source, network)
-    grid = run.grid(steps_of_bound, tracker("grid") if progress else iter)
+    grid = run.grid(steps_of_bound, tracker("best times") if progress else iter)
     model, before = run.config.model, run.config.train
     train = replace(
         before,

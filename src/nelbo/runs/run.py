@@ -236,7 +236,7 @@ class Run:
         x = samples.draw(
             self,
             n,
-            lambda: order or self.grid(count, track("grid")),
+            lambda: order or self.grid(count, track("best times")),
             labels=labels,
             seed=seed,
             guidance=guidance,
@@ -279,7 +279,7 @@ class Run:
         made = samples.complete_table(
             self,
             data,
-            lambda: self.grid(steps, track("grid")),
+            lambda: self.grid(steps, track("best times")),
             particles=particles,
             seed=seed,
             tell=tell,

@@ -106,7 +106,7 @@ def draw(
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1; got {n}")
     if as_modelled and not schema.columns:
-        raise ValueError("--as-modelled (as_modelled in Python) is for tables; leave it out")
+        raise ValueError("--as-modelled is for tables; leave it out")
     if sampler == "flow":
         samplers.check_path(run.model)
     model = guided(run.model, guidance).to(run.model.device)

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
-from nelbo._utils import cache
+from nelbo._utils import cache, spelling
 from nelbo._utils.arguments import checked
 from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.progress import interactive
@@ -112,7 +112,7 @@ def train(
         dataset = held.whole(dataset)
         copy = held.to_bytes(dataset) if copy is None else copy
     for note in dataset.notes if progress else ():
-        print(note, file=sys.stderr)
+        print(spelling.shown(note), file=sys.stderr)
     module = None if isinstance(network, str) else network
     if network is not None:
         options["network"] = network if isinstance(network, str) else CUSTOM
@@ -152,7 +152,7 @@ def train(
                 )
     fitting = own_data.fitting(run, dataset)
     for note in fitting.notes[len(dataset.notes) :] if progress else ():
-        print(note, file=sys.stderr)
+        print(spelling.shown(note), file=sys.stderr)
     training = Training(out, run, fitting, device, on_event, module)
     return begin(training, progress, copy=copy)
 

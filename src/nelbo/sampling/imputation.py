@@ -94,7 +94,7 @@ def within(
     except LowAcceptanceError as error:
         raise ValueError(
             f"{error}, the ranges and categories of the training data: train longer, or keep all"
-            " rows with --as-modelled (as_modelled in Python)"
+            " rows with --as-modelled"
         ) from None
     tell(
         f"redrawn: {found.outside} of {found.drawn} rows ({found.outside / found.drawn:.1%}) had a"
