@@ -40,7 +40,6 @@ def report(
     with process_group() as rank:
         foreign = integrations.is_foreign(run)
         place = str(place_of(device, rank == 0)) if foreign or device != "auto" else None
-        options = {"data": data, "steps": steps, "calls": calls, "device": place}
-        page = make(run, out, seed, True, **options)
+        page = make(run, out, seed, True, data=data, steps=steps, calls=calls, device=place)
     if rank == 0:
         say(f"open {page}")
