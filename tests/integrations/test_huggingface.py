@@ -113,6 +113,16 @@ def test_bad_folders_and_texts_are_refused(tmp_path):
         "a.txt",
         "abA",
     )
+    for low, prompt, words in (
+        (False, "xyz!", "back, 'xyz!' becomes 'aaaa'"),
+        (True, "AAAA", "it lowers case: 'AAAA' becomes 'aaaa'"),
+    ):
+        refused(
+            words,
+            write(tmp_path / "prompts", lower=low),
+            "a.jsonl",
+            json.dumps({"prompt": prompt, "answer": "b"}),
+        )
     refused(
         "has 9 tokens, and the model's window is 10",
         name="a.jsonl",

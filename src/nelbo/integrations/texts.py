@@ -5,8 +5,8 @@
     *.npy               ids, (N, L), as in memory
     prompts, answers    of JSON lines, FASTA, data sets and lists, see `text_records`
 
-Special tokens that the tokenizer adds (BOS, EOS, CLS, SEP) show. Text whose tokens do not give it
-back is refused: its bits would be those of another text.
+Special tokens that the tokenizer adds (BOS, EOS, CLS, SEP) show. A text or a prompt whose tokens
+do not give it back is refused: the bits would be those of another one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -107,8 +107,8 @@ def read(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a text that its tokens do not give back, one that is longer than the model
-            takes, an empty answer, or data of another kind.
+        ValueError: a text or a prompt that its tokens do not give back, one that is longer than
+            the model takes, an empty answer, or data of another kind.
     """
     form = form or TextForm()
     if is_data_set(source):
@@ -170,9 +170,8 @@ def _examples(
     before_all, after_all = _special(pairs[0][1], tokenizer)
     first = len(before_all)
     for i, (prompt, answer) in enumerate(pairs):
-        before = tokenizer.encode(prompt, add_special_tokens=False) if prompt else []
-        after = tokenizer.encode(answer, add_special_tokens=False)
-        _check_returns(answer, after, tokenizer, plain)
+        before = _encode(prompt, tokenizer, plain) if prompt else []
+        after = _encode(answer, tokenizer, plain)
         whole = [*before_all, *before, *after, *after_all]
         if model.length is not None and first + len(before) >= model.length:
             raise ValueError(
@@ -193,8 +192,7 @@ def _examples(
 
 
 def _chunks(text: str, model: TokenModel, tokenizer: Tokenizer) -> Texts:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    _check_returns(text, ids, tokenizer, _same)
+    ids = _encode(text, tokenizer, _same)
     before, after = _special(text[:SHOWN], tokenizer)
     added, first = len(before) + len(after), len(before)
     if model.length is not None and model.length <= added:
@@ -287,12 +285,16 @@ def _no_spaces(text: str) -> str:
     return text.replace(" ", "")
 
 
-def _check_returns(
-    text: str, ids: list[int], tokenizer: Tokenizer, plain: Callable[[str], str]
-) -> None:
+def _encode(text: str, tokenizer: Tokenizer, plain: Callable[[str], str]) -> list[int]:
+    """Return the tokens of a text, without special ones.
+
+    Raises:
+        ValueError: the tokens do not give the text back.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
     back = plain(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     if back == text:
-        return
+        return ids
     at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
     at = min(at, len(text))
     why = "it lowers case: " if back == text.lower() else ""
