@@ -68,7 +68,7 @@ def test_the_costs_of_columns_are_those_of_their_dimensions(of_words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lines": True}, "--lines"),
+        ({"lines": True}, "lines, prompt_field and answer_field are for a model of tokens"),
         ({"columns": True}, "of a run's table"),
         ({"grid": "uniform"}, "give steps too"),
         ({"own_samples": 3}, "give both"),
