@@ -275,7 +275,7 @@ def test_the_sampler_that_people_use(tmp_path, capsys):
     assert "random order takes 18 network calls, 2^L - 1 for L symbols" in err
     assert found["in_order"]["calls_per_example"] == (2**4 + 2**2) / 2 - 1
     line = nelbo_fails(capsys, *command, "--sampler", "confidence")
-    assert "looks at the symbols drawn" in line
+    assert 'Choose from: "left-to-right", "greedy"' in line
     assert "belongs to a sampler" in nelbo_fails(capsys, *command, "--tokens-per-step", 2)
     line = nelbo_fails(capsys, *command[:-2], "--ode", "--sampler", "greedy")
     assert "--sampler is stated beside the plain bound" in line

@@ -375,7 +375,7 @@ def _check_code(home: Path, config: Mapping[str, object], trusted: bool) -> None
     if not trusted:
         raise ValueError(
             f"{home} would run code of its own ({what}); read it, and if you trust it, give"
-            " trust_remote_code=True, or --trust-remote-code"
+            " --trust-remote-code"
         )
     files = ", ".join(path.name for path in sorted(home.glob("*.py")))
     print(f"running code of {home}: {what} ({files or 'from elsewhere'})", file=sys.stderr)
