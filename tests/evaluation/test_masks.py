@@ -298,6 +298,22 @@ def test_the_surrogate_reduces_the_error_and_a_bad_one_is_left_out(every_text, m
     assert other.standard_error.monte_carlo < 1.2 * plain.standard_error.monte_carlo
 
 
+def test_without_a_pilot_a_surrogate_is_used_only_where_it_is_named():
+    """Nothing says then whether it helps: the numbers are those without it."""
+    model, bad = tiny(4), tiny(7)
+    texts = [[3, 1, 2, 0], [0, 0, 1], [1, 2, 3, 0]] * 2
+    plain = nelbo.evaluate(model, texts, calls=64)
+    found = nelbo.evaluate(model, texts, calls=64, surrogate=bad)
+    assert found.nats == plain.nats and mask_note(found) == "masks: plain, without a pilot"
+    assert "too few for a pilot, which finds what it saves; give 86 calls" in " ".join(found.notes)
+    some = nelbo.evaluate(model, texts, target_error=0.5, surrogate=bad)
+    assert some.nats == nelbo.evaluate(model, texts, target_error=0.5).nats
+    named = nelbo.evaluate(model, texts, calls=64, surrogate=bad, masks="two-levels")
+    assert named.nats != plain.nats and "the surrogate read" in " ".join(named.notes)
+    piloted = nelbo.evaluate(model, texts, calls=86, surrogate=bad)
+    assert "in a pilot" in mask_note(piloted)
+
+
 def test_numbers_do_not_depend_on_the_batch(every_text, monkeypatch):
     """The masks of a text depend on the seed and on the text: not on order, task or padding."""
     monkeypatch.setattr(masks, "price_of", lambda *parts: mask_estimator.FREE)
@@ -418,7 +434,9 @@ def test_a_surrogate_of_no_numbers_is_refused():
 
     model, broken = tiny(0), wrap_tokens(NoNumber(), MASK)
     with pytest.raises(ValueError, match="the surrogate's costs are not all numbers"):
-        nelbo.evaluate(model, [[0, 1, 2], [1, 1, 0]], calls=4, surrogate=broken)
+        nelbo.evaluate(
+            model, [[0, 1, 2], [1, 1, 0]], calls=4, surrogate=broken, masks="two-levels"
+        )
 
 
 def test_rounded_counts_are_not_uniform():

@@ -286,7 +286,7 @@ def test_a_surrogate_on_the_command_line(tmp_path, capsys):
     home, other = write(tmp_path / "m"), write(tmp_path / "s")
     (tmp_path / "a.txt").write_text("abcd\nab\n")
     command = ["evaluate", f"hf:{home}", "--data", tmp_path / "a.txt", "--lines"]
-    run_ok(*command, "--calls", 8, "--surrogate", f"hf:{other}")
+    run_ok(*command, "--calls", 8, "--surrogate", f"hf:{other}", "--masks", "two-levels")
     assert "the surrogate read" in capsys.readouterr().err
     line = nelbo_fails(capsys, *command, "--surrogate", f"hf:{other}", "--steps", 2)
     assert "a surrogate is for a masked model in continuous time" in line

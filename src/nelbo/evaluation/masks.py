@@ -121,7 +121,7 @@ class Way:
     Args:
         name: one of WAYS.
         coefficients: from a pilot, or without.
-        spent: network calls of the pilot per text.
+        spent: network calls of the pilot per text; 0 without one.
         variance: of the bound of a text by one mask, nats²; NaN without a pilot.
         note: how it was chosen, and what for.
     """
@@ -227,6 +227,12 @@ def evaluate_masks(
             f"the surrogate read {read:.0f} masks of each text, at {price:.2g} of a network call"
             " per mask"
         ]
+    elif surrogate is not None and not way.spent:
+        enough = math.ceil(2 * PILOT[1] / (PILOT[0] * count))
+        notes += [
+            "the surrogate is not used: the calls are too few for a pilot, which finds what it"
+            f" saves; give {enough} calls or more, or masks {TWO_LEVELS}"
+        ]
     elif surrogate is not None:
         notes += ["the surrogate is not used: its masks cost more than they save"]
     nats = estimate.mean()
@@ -291,9 +297,10 @@ def _learn(
     of_calls, least, most = PILOT
     pairs = min(most, int(of_calls * calls * examples / 2))
     if pairs < least:
-        used = TWO_LEVELS if surrogate else PLAIN
+        # a surrogate with coefficients of no pilot may add more variance than it takes
+        used = TWO_LEVELS if name == TWO_LEVELS else PLAIN
         note = "" if name in (None, used) else f"; they are too few for the pilot of {name}"
-        start = usual(estimator.variates, surrogate)
+        start = usual(estimator.variates if used == TWO_LEVELS else 1, used == TWO_LEVELS)
         return Way(used, start, 0.0, math.nan, f"masks: {used}, without a pilot{note}")
     found = estimator.pilot(pairs, tasks)
     texts = estimator.texts
