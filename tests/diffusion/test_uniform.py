@@ -14,9 +14,10 @@ import nelbo
 from nelbo._utils.numerics import seeded
 from nelbo.codec.api import compress, decompress
 from nelbo.codec.settings import Settings
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Categorical
 from nelbo.diffusion.distributions import draw
-from nelbo.diffusion.model import Model
+from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.parametrization import SymbolLogits
 from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.reverse import Posterior
@@ -25,6 +26,8 @@ from nelbo.diffusion.symbols import Certain, Predicted
 from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, TermDraw
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
 from nelbo.diffusion.uniform import UniformDiffusion
+from nelbo.evaluation.allocation import Strata, pilot
+from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.symbol_variates import ReplacedVariate
 from nelbo.sampling.samplers import ancestral
 from nelbo.testing import assert_mean
@@ -471,6 +474,21 @@ def test_rare_early_changes_do_not_surprise():
 
     assert moment(left, 2) < 0.3 * moment(cost, 2)
     assert moment(left, 3) < 0.2 * moment(cost, 3)
+
+
+def test_a_pilot_keeps_coefficients_that_are_right():
+    """An opinion that does not depend on z leaves nothing of the cost at a coefficient of 1: the
+    penalty of the pilot's fit shrinks coefficients to it, where 0 would leave rare large costs."""
+    opinion = torch.randn(D, K, generator=torch.Generator().manual_seed(1)).double()
+    network = Formula(lambda z, level: opinion.expand(len(z), D, K))
+    process = UniformDiffusion(PowerAlpha(3.0), K)
+    model = Model(network, process, SymbolLogits(K), Posterior(), Categorical(), (D,))
+    with seeded(2), measuring(model):
+        strata = Strata(ContinuousTime())
+        controls = ControlVariates(model, STATES, strata.edges)
+        found = pilot(strata, controls, Batch(STATES), 16)
+    # shrunk to 0, they are 0 where 16 rows of a stratum saw no change
+    assert (found.within[1:, 0] - 1).abs().max() < 0.3
 
 
 def test_continuous_time_is_the_default():

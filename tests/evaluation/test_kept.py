@@ -191,6 +191,20 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.parametrize(
+    "reading",
+    [{"shift": 1}, {"never": [0]}, {"block": 2}, {"time": "sigma"}, {"head": "score"}],
+    ids=str,
+)
+def test_another_reading_of_the_same_weights_is_another_model(tmp_path, reading):
+    """What a module's ids, places and time mean decides the number."""
+    model, path, texts = tiny(4), tmp_path / "kept", [[3, 1, 2], [1, 1]]
+    assert model.hash() == tiny(4).hash() != tiny(4, **reading).hash()
+    nelbo.evaluate(model, texts, calls=8, resume=path)
+    with pytest.raises(ValueError, match="another evaluation: its model is"):
+        nelbo.evaluate(tiny(4, **reading), texts, calls=8, resume=path)
+
+
 @pytest.mark.slow  # another process imports all
 def test_the_command_after_sigterm(tmp_path, capsys, small):
     """`--resume` writes what was measured when SIGTERM comes; `--save` is then the same too."""

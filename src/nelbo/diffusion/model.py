@@ -78,6 +78,9 @@ class Model(nn.Module):
     #: whether examples may have any length, so that the model itself makes batches of them
     any_length = False
 
+    #: what else decides its numbers, beside its weights and the classes of its parts, for the hash
+    settings = ""
+
     def batch(self, x: Tensor | Batch) -> Batch:
         """Return examples as a batch, with the conditions that follow from them, if any do."""
         return Batch.of(x)
@@ -171,7 +174,7 @@ class Model(nn.Module):
         return self.decoder.density
 
     def hash(self) -> str:
-        """Return 16 hex digits of all weights and the classes of parts."""
+        """Return 16 hex digits of all weights, the classes of parts and the settings."""
         return model_hash(self)
 
     def given(self, batch: Batch) -> str:
@@ -322,14 +325,14 @@ def counting(network: nn.Module) -> Iterator[Calls]:
 
 
 def model_hash(model: Model) -> str:
-    """Return the first 16 hex digits of the SHA-256 of all weights and the classes of parts."""
+    """Return 16 hex digits of the SHA-256 of the weights, the classes of parts and the settings."""
     parts = (model.network, model.process, model.process.schedule, model.decoder)
-    return hash_of((*parts, model.head, model.step), model)
+    return hash_of((*parts, model.head, model.step), model, model.settings)
 
 
-def hash_of(parts: Iterable[nn.Module], whole_model: nn.Module) -> str:
-    """Return 16 hex digits of the SHA-256 of the classes of parts and of all weights."""
-    digest = hashlib.sha256()
+def hash_of(parts: Iterable[nn.Module], whole_model: nn.Module, settings: str = "") -> str:
+    """Return 16 hex digits of the SHA-256 of the classes of parts, settings and all weights."""
+    digest = hashlib.sha256(settings.encode())
     for part in parts:
         digest.update(type(part).__name__.encode())
     for name, tensor in sorted(whole_model.state_dict().items()):

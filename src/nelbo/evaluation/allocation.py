@@ -171,7 +171,11 @@ def pilot(strata: Strata, controls: "ControlVariates", batch: Batch, calls: int)
     usual = _usual(index, stratum, cost, v)
     if not stratum[usual].bincount(minlength=strata.count).all():
         return even(strata, controls, DOUBT)
-    found = fit_proposal(strata.count, *(of[usual] for of in (stratum, cost, v, phi)))
+    # the penalty shrinks the coefficients to those of no pilot
+    known = torch.cat([controls.usual, torch.zeros(1).double()])
+    rest = cost - v @ known
+    found = fit_proposal(strata.count, *(of[usual] for of in (stratum, rest, v, phi)))
+    found = replace(found, within=found.within + known)
     left = cost - (v * found.within[stratum]).sum(1) - (phi * found.between[stratum]).sum(1)
     left = left.nan_to_num(0.0, 0.0, 0.0)
     parts = left.square() / (found.probability * stratum.bincount())[stratum]

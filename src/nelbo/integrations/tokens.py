@@ -141,7 +141,13 @@ def wrap_tokens(
         made = BlockDiffusion(schedule, vocabulary, block)
     else:
         made = MaskedDiffusion(schedule, vocabulary)
-    return TokenModel(network, made, shift, pad_id, forbidden, shown, length).eval()
+    model = TokenModel(network, made, shift, pad_id, forbidden, shown, length).eval()
+    clock = getattr(time, "__qualname__", time)
+    model.settings = (
+        f"mask {mask_id}, block {block}, head {head}, shift {shift}, time {clock}, pad {pad_id},"
+        f" never {forbidden}"
+    )
+    return model
 
 
 class TokenModel(Model):
