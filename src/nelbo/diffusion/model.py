@@ -325,7 +325,7 @@ def counting(network: nn.Module) -> Iterator[Calls]:
 
 
 def model_hash(model: Model) -> str:
-    """Return 16 hex digits of the SHA-256 of the weights, the classes of parts and the settings."""
+    """Return 16 hex digits of the SHA-256 of weights, the classes of parts and settings."""
     parts = (model.network, model.process, model.process.schedule, model.decoder)
     return hash_of((*parts, model.head, model.step), model, model.settings)
 
