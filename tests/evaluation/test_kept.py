@@ -136,7 +136,7 @@ def test_several_processes_continue(tmp_path, small):
     tests = str(Path(__file__).parents[1])
     stopped = launch(["-c", SHARED, tests, str(path), "stop"], 2)
     assert stopped[0].out == "stopped\n", stopped
-    assert stopped[1].out == "stopped\n" or "continue with --resume" in stopped[1].err, stopped
+    assert stopped[1].out == "stopped\n" or "continue with resume" in stopped[1].err, stopped
     assert path.exists() and (tmp_path / "kept.part1").exists()
     shutil.copytree(tmp_path, tmp_path / "copy")
     alone = nelbo.evaluate(
