@@ -23,6 +23,7 @@ def test_a_message_has_dashes_on_the_command_line_only(tmp_path, capsys):
         ("try --gamma-min of -20, or --lr", "try gamma_min of -20, or lr"),
         ("see: nelbo train --out RUN; or --size 5", "see: nelbo train --out RUN; or size 5"),
         ("pip install --upgrade nelbo", "pip install --upgrade nelbo"),
+        ("step=S, on the command line --step s", "step=S, on the command line --step s"),
         ("a--b and x --- y", "a--b and x --- y"),
     ],
 )

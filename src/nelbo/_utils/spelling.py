@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: a whole command, which stays as it is, or an option
-OPTION = re.compile(r"(?:nelbo|pip|torchrun) [\w-]+[^;`]*|(?<![\w-])--([a-z][a-z-]*)")
+#: a whole command or words about one, which stay as they are, or an option
+OPTION = re.compile(
+    r"(?:(?:nelbo|pip|torchrun) [\w-]+|on the command line)[^;`]*|(?<![\w-])--([a-z][a-z-]*)"
+)
 _typed = False  # whether the process was called by the command line
 
 
