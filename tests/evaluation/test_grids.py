@@ -17,8 +17,8 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.parametrization import LevelLogits, SymbolLogits, XPrediction
 from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.reverse import Beta, Mixture, Optimal, Posterior
-from nelbo.diffusion.schedules import Betas, Linear, PowerAlpha
-from nelbo.diffusion.times import TimeGrid, even_times
+from nelbo.diffusion.schedules import Betas, Linear, PowerAlpha, even_times
+from nelbo.diffusion.times import TimeGrid, times_of
 from nelbo.evaluation import grid_search
 from nelbo.evaluation.grid_search import Table, best_grid, measure, measure_errors
 
@@ -65,6 +65,12 @@ MODELS["absorbing"] = symbol_model
 
 def examples(n):
     return torch.randint(LEVELS, (n, *SHAPE))
+
+
+def test_a_number_of_steps_is_even_in_time():
+    """Also where α is not: a masked model is trained with its schedule."""
+    for model in (level_model(), symbol_model()):
+        assert times_of(model, None, 4).times.tolist() == [0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])

@@ -13,7 +13,6 @@ from support.language_models import CODE, LETTERS, SPECIAL, write
 import nelbo
 from nelbo.diffusion.unmasking import UnmaskingOrder
 from nelbo.integrations import huggingface
-from nelbo.integrations.huggingface import even_steps
 from nelbo.report.images import RULE
 from nelbo.sampling.samplers import ancestral
 from nelbo.sampling.unmasking import in_order
@@ -141,7 +140,7 @@ def test_block_diffusion_takes_equal_steps_in_each_block(tmp_path, capsys):
     model.batch([[4] * 8])
     half = math.sqrt(0.5)  # α_τ = 1 - τ² is a half there
     want = torch.tensor([half / 2, 0.5, (1 + half) / 2, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(even_steps(4, model).times, want)
+    torch.testing.assert_close(model.even_times(4), want)
 
 
 @pytest.mark.parametrize(

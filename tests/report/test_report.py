@@ -19,7 +19,8 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import diffusion_term, prior_term, reconstruction_term
 from nelbo.diffusion.model import measuring
 from nelbo.diffusion.reverse import Posterior
-from nelbo.diffusion.times import TimeGrid, even_times
+from nelbo.diffusion.schedules import even_times
+from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.per_dimension import by_dimension
 from nelbo.report import markup, sections, studies

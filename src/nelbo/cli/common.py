@@ -39,10 +39,10 @@ Labels = Annotated[list[str], Parameter(negative="")]
 def grid_of(run: "Run", steps: int, spacing: Spacing) -> "TimeGrid":
     """Return `steps` times: the best ones for the run, or uniform ones."""
     from nelbo._utils.progress import tracker
-    from nelbo.diffusion.times import TimeGrid, even_times
+    from nelbo.diffusion.times import TimeGrid
 
     if spacing == "uniform":
-        return TimeGrid(even_times(run.model.process.schedule, steps, steps))
+        return TimeGrid(run.model.even_times(steps))
     return run.grid(steps, tracker("best times"))
 
 

@@ -20,6 +20,7 @@ from nelbo._utils.network_calls import NetworkCalls, fixed_rows
 from nelbo._utils.sharding import check_finite, is_sharded, whole
 from nelbo.diffusion.batch import Batch, check_count
 from nelbo.diffusion.checks import check_examples
+from nelbo.diffusion.schedules import even_times
 
 if TYPE_CHECKING:
     from nelbo.diffusion.decoder import Decoder
@@ -103,6 +104,14 @@ class Model(nn.Module):
         if self.process.absent is not None:
             return self.scored_places(batch).sum().item() / max(1, len(batch))
         return self.dims
+
+    def even_times(self, steps: int) -> Tensor:
+        """Return the times that a number of steps T means, (T,), increasing, the last 1.
+
+        Raises:
+            ValueError: if `steps` is below 1, or a number of steps that the model cannot take.
+        """
+        return even_times(self.process.schedule, steps, steps)
 
     def notes(self, batch: Batch) -> tuple[str, ...]:
         """Return a sentence for each choice that the meaning of the bound depends on."""

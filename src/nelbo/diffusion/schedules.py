@@ -277,3 +277,23 @@ def log_density(schedule: Schedule, t: Tensor) -> Tensor:
     (slope,) = torch.autograd.grad(gamma.sum(), t, create_graph=True)
     (bend,) = torch.autograd.grad(slope.log().sum(), t, retain_graph=True)
     return -slope.log() + (bend / slope).detach() * (gamma - gamma.detach())
+
+
+def even_times(schedule: Schedule, steps: int, count: int) -> Tensor:
+    """Return about `count` evenly spaced times of a schedule, at least `steps`, the last 1.
+
+    Raises:
+        ValueError: if `steps` is below 1, or above the number of times of the schedule.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    if schedule.steps is None:
+        return torch.linspace(0, 1, count + 1, dtype=torch.float64)[1:]
+    if steps > schedule.steps:
+        raise ValueError(
+            f"steps must be at most {schedule.steps}, the number of times in the schedule;"
+            f" got {steps}"
+        )
+    count = min(count, schedule.steps)
+    i = torch.linspace(0, schedule.steps, count + 1, dtype=torch.float64)[1:].round()
+    return i / schedule.steps

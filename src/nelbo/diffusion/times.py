@@ -22,7 +22,6 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.elbo import Bound, prior_term, reconstruction_term
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.schedules import Schedule
 from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, Term
 
 
@@ -187,13 +186,13 @@ def times_of(
 
 
 def grid_of(model: Model, times: TimeGrid | int) -> TimeGrid:
-    """Return a grid as it is, and a number of steps as the even grid of that many times.
+    """Return a grid as it is, and a number of steps as the model's even grid.
 
     Raises:
         ValueError: if it is neither, or the model has fewer times.
     """
     if isinstance(times, int) and not isinstance(times, bool):
-        return TimeGrid(even_times(model.process.schedule, times, times))
+        return TimeGrid(model.even_times(times))
     if not isinstance(times, TimeGrid):
         raise ValueError(f"a grid is a number of steps or TimeGrid(times); got {times!r}")
     return times
@@ -237,23 +236,3 @@ def elbo(
     row = torch.arange(len(x), device=x.device).repeat_interleave(draws)
     each = times.diffusion(model, batch[row], u.flatten())
     return Bound(prior, reconstruction, each.reshape(len(x), draws).mean(1))
-
-
-def even_times(schedule: Schedule, steps: int, count: int) -> Tensor:
-    """Return about `count` evenly spaced times of a schedule, at least `steps`, the last 1.
-
-    Raises:
-        ValueError: if `steps` is below 1, or above the number of times of the schedule.
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
-    if schedule.steps is None:
-        return torch.linspace(0, 1, count + 1, dtype=torch.float64)[1:]
-    if steps > schedule.steps:
-        raise ValueError(
-            f"steps must be at most {schedule.steps}, the number of times in the schedule;"
-            f" got {steps}"
-        )
-    count = min(count, schedule.steps)
-    i = torch.linspace(0, schedule.steps, count + 1, dtype=torch.float64)[1:].round()
-    return i / schedule.steps

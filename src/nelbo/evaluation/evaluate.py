@@ -86,7 +86,7 @@ def evaluate(
         model: the model; measured in evaluation mode with float64 around the network.
         x: examples in the space of the data, (N, *model.shape), of any kind in
             `nelbo.data.coerce`; or a `Batch` of examples and conditions.
-        steps: T, for the bound of T steps on the uniform grid; continuous time by default.
+        steps: T, for the bound of T steps on the model's even grid; continuous time by default.
         times: TimeGrid(times) in place of these steps.
         calls: network calls per example, at most; 24 where left out. If not all examples are
             visited, the Monte Carlo error includes the variance of the sampling.

@@ -27,7 +27,8 @@ from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.distributions import Noise, draw, kl, kl_noise
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.times import TimeGrid, even_times
+from nelbo.diffusion.schedules import even_times
+from nelbo.diffusion.times import TimeGrid
 
 EXAMPLES = 192  # examples on which a table is measured, at most
 NUMBERS = 2**26  # numbers in the arithmetic of all pairs of a table, about

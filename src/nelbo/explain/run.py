@@ -21,7 +21,7 @@ from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.reverse import Beta, ReverseKernel
-from nelbo.diffusion.times import even_times
+from nelbo.diffusion.schedules import even_times
 from nelbo.evaluation.per_dimension import kl_of_dimensions, of_dimensions, own_step, steps_of
 from nelbo.explain.panels import Panel, body, sub
 from nelbo.explain.toy import MARGINAL, SUM

@@ -31,10 +31,8 @@ from nelbo.data.schema import Schema
 from nelbo.data.sources import Source, Splits
 from nelbo.data.splits import Declared, declare
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.masked import BlockDiffusion
 from nelbo.diffusion.model import find_device
-from nelbo.diffusion.schedules import PowerAlpha
-from nelbo.diffusion.times import ContinuousTime, TimeGrid
+from nelbo.diffusion.times import ContinuousTime, grid_of
 from nelbo.integrations.configs import read_json
 from nelbo.integrations.external import Foreign
 from nelbo.integrations.text_records import TextForm
@@ -280,7 +278,7 @@ def load(
         name=f"hf:{home}",
         model=model,
         schema=Schema("levels", shape, vocabulary),
-        times=ContinuousTime() if steps is None else even_steps(steps, model),
+        times=ContinuousTime() if steps is None else grid_of(model, steps),
         weights=home.name,
         notes=notes,
         tokenizer=cast(Tokenizer, tokenizer),
@@ -313,34 +311,6 @@ def _placed(module: nn.Module, device_map: str | None) -> str:
         return ", ".join(types)
     places = sorted({str(p.device) for p in module.parameters()})
     return f"{', '.join(types)} on {', '.join(places)} (device_map {device_map})"
-
-
-def blocks_of(model: TokenModel) -> int:
-    """Return the number of blocks of the model's texts, 1 where it is no block diffusion."""
-    process = model.process
-    return process.blocks(model.shape) if isinstance(process, BlockDiffusion) else 1
-
-
-def even_steps(steps: int, model: TokenModel) -> TimeGrid:
-    """Return T times between which equal numbers of tokens change.
-
-    Args:
-        steps: T; for block diffusion, a multiple of the number of blocks of its texts.
-        model: with the length of its texts.
-
-    Raises:
-        ValueError: `steps` is below 1, or not such a multiple.
-    """
-    blocks = blocks_of(model)
-    if steps % blocks:
-        raise ValueError(
-            f"each step shows tokens of one of {blocks} blocks; steps must be a multiple of"
-            f" {blocks}; got {steps}"
-        )
-    # α_τ = 1 - τ^p falls by the same amount in each step of a block
-    schedule = cast(PowerAlpha, model.process.schedule)
-    own = TimeGrid.uniform(steps // blocks).times ** (1 / schedule.power)
-    return TimeGrid(((torch.arange(blocks)[:, None] + own) / blocks).flatten())
 
 
 def _check_weights(home: Path) -> None:

@@ -18,8 +18,8 @@ from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.schedules import Schedule
-from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, even_times
+from nelbo.diffusion.schedules import Schedule, even_times
+from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.conditions import Condition, Conditioned, Given
 from nelbo.integrations.denoisers import Called, Predicts, Variance, wrap
 from nelbo.integrations.external import Foreign, scaled

@@ -25,7 +25,7 @@ the others are renormalised.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence, Sized
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from nelbo.diffusion.masked import BlockDiffusion, MaskedDiffusion
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.reverse import Posterior
-from nelbo.diffusion.schedules import PowerAlpha
+from nelbo.diffusion.schedules import PowerAlpha, even_times
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.integrations.token_network import Clock, TokenNetwork, clock_of, probe
 from nelbo.integrations.token_prediction import TokenLogits, TokenPrediction
@@ -220,6 +220,36 @@ class TokenModel(Model):
     @override
     def scored(self, batch: Batch) -> float:
         return self.scored_places(batch).sum().item() / len(batch)
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks of an example, 1 where it is no block diffusion."""
+        process = self.process
+        return process.blocks(self.shape) if isinstance(process, BlockDiffusion) else 1
+
+    @override
+    def even_times(self, steps: int) -> Tensor:
+        """Return T times between which equal numbers of tokens change, (T,).
+
+        Equal steps of time would not do: the schedule is chosen for its variance in continuous
+        time, and is no property of the module.
+
+        Args:
+            steps: T; for block diffusion, a multiple of the number of blocks of an example.
+
+        Raises:
+            ValueError: `steps` is below 1, or not such a multiple.
+        """
+        blocks = self.blocks
+        if steps % blocks:
+            raise ValueError(
+                f"each step shows tokens of one of {blocks} blocks; steps must be a multiple of"
+                f" {blocks}; got {steps}"
+            )
+        # α_τ = 1 - τ^p falls by the same amount in each step of a block
+        schedule = cast(PowerAlpha, self.process.schedule)
+        own = even_times(schedule, steps // blocks, steps // blocks) ** (1 / schedule.power)
+        return ((torch.arange(blocks)[:, None] + own) / blocks).flatten()
 
     @override
     def notes(self, batch: Batch) -> tuple[str, ...]:

@@ -110,8 +110,8 @@ def evaluate(
         prompt_field: in JSON lines, or in a data set of `datasets`: the field with the text that
             shows before the answer; by default prompt.
         answer_field: the field with the text that is scored; by default answer, or text.
-        steps: T, for the bound of T steps: on the best grid for a run, on the uniform grid for a
-            bare model; continuous time by default.
+        steps: T, for the bound of T steps: on the best grid for a run, on the even grid of a bare
+            model (for tokens, L/T at a time); continuous time by default.
         grid: for a run, the times of the steps: "best", the default, or "uniform".
         times: for a bare model: TimeGrid(times), or a number as for `steps`.
         calls: network calls per example, at most; 24 by default.

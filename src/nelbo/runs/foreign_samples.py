@@ -21,11 +21,11 @@ from nelbo._utils.scalars import integer
 from nelbo._utils.text import shortened
 from nelbo.data.schema import Schema
 from nelbo.diffusion.model import Model
-from nelbo.diffusion.times import TimeGrid
+from nelbo.diffusion.times import TimeGrid, grid_of
 from nelbo.diffusion.unmasking import UnmaskingOrder
 from nelbo.integrations import Foreign
 from nelbo.integrations.conditions import Condition
-from nelbo.integrations.huggingface import ForeignText, blocks_of, even_steps
+from nelbo.integrations.huggingface import ForeignText
 from nelbo.integrations.prompts import is_prompts
 from nelbo.integrations.tokens import ABSENT, SCORED, TokenModel
 from nelbo.models.conditioning import guided
@@ -168,9 +168,8 @@ def _of_texts(
     batch = found.to_draw(prompts, length)
     given = batch.condition
     assert given is not None
-    blocks = blocks_of(model)
-    about = -(-SAMPLE_STEPS // blocks) * blocks
-    times = order or even_steps(about if steps is None else steps, model)
+    about = -(-SAMPLE_STEPS // model.blocks) * model.blocks
+    times = order or grid_of(model, about if steps is None else steps)
     for note in found.notes:
         tell(note)
     tell(_how(int((given[0] == SCORED).sum()), times))

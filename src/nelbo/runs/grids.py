@@ -7,7 +7,7 @@ from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.files import keep, kept
 from nelbo._utils.progress import Track
 from nelbo.diffusion.model import model_hash
-from nelbo.diffusion.times import TimeGrid, even_times
+from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.grid_search import best_grid
 from nelbo.runs.config import GRIDS
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def best(run: "Run", steps: int, track: Track = iter) -> TimeGrid:
     """Return the best grid of `steps` times; see `Run.grid`."""
-    even_times(run.model.process.schedule, steps, steps)  # raises for an invalid number
+    run.model.even_times(steps)  # raises for an invalid number
     if len(run.config.train.grid) == steps:
         return TimeGrid(run.config.train.grid)
     path, key = run.path / GRIDS, f"{model_hash(run.model)}, {steps} steps"
