@@ -70,6 +70,22 @@ def test_texts_of_every_kind(tmp_path):
     assert math.isclose(rates["bits_per_byte"] * 5, result.nats * 2 / math.log(2))
 
 
+def test_ids_of_a_tokenizer_with_a_gap(tmp_path):
+    """Those that it has can be scored, also beyond their number; one that it lacks has no mass."""
+    home = write(tmp_path / "m")
+    path = home / "tokenizer.json"
+    made = json.loads(path.read_text())
+    ids = made["model"]["vocab"]
+    (moved,) = [token for token, i in ids.items() if i == 10]
+    made["model"]["vocab"] = ids | {moved: 11}
+    path.write_text(json.dumps(made))
+    found = huggingface.load(home)
+    texts = found.texts([f"a{moved}"])
+    assert texts.batch.x[0].tolist()[1:3] == [4, 11]
+    assert found.model.never.tolist() == [0, 1, 2, 3, 10]
+    assert nelbo.evaluate(found.model, texts.batch, calls=8).nats > 0
+
+
 def test_bad_input_on_the_command_line(tmp_path, capsys):
     """One sentence each, and no traceback."""
     home = write(tmp_path / "m")

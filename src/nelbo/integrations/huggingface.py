@@ -253,7 +253,7 @@ def load(
                 f" {length}"
             )
     vocabulary = cast(Any, module).config.vocab_size
-    unused = range(len(tokenizer), vocabulary)
+    unused = set(range(vocabulary)) - set(tokenizer.get_vocab().values())  # it may have gaps
     model = wrap_tokens(
         _UpToABlock(module) if kind.blocks else module,
         mask,
