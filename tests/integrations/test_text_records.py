@@ -11,7 +11,8 @@ from support.commands import nelbo_fails, run_ok
 
 import nelbo
 from nelbo.integrations import huggingface
-from nelbo.integrations.text_records import TextForm
+from nelbo.integrations.prompts import read_prompts
+from nelbo.integrations.text_records import TextForm, of_fasta, of_json
 from nelbo.integrations.tokens import SCORED
 
 ROWS = {"q": ["ab", "d"], "a": ["cA", "abc"], "text": ["abcd", "d"], "n": [1, 2]}
@@ -105,6 +106,60 @@ def test_on_the_command_line(tmp_path, home, capsys):
     assert "does not exist" in line or "--answer-field" in line
 
 
-def test_what_has_no_fields():
+def test_what_has_no_fields_or_lines(tmp_path, found):
+    """They are refused, with the data named."""
     with pytest.raises(ValueError, match="an array of ids has none"):
-        TextForm(answer_field="a").check_plain("an array of ids")
+        TextForm(answer_field="a").check("an array of ids")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ab"}))
+    (tmp_path / "a.fasta").write_text(">one\nab\n")
+    np.save(tmp_path / "a.npy", [[4, 5]])
+    rows = datasets.Dataset.from_dict({"text": ["ab"]})
+    files = [tmp_path / f"a.{kind}" for kind in ("jsonl", "fasta", "npy")]
+    for source in (*files, rows, ["ab"], [[4, 5]]):
+        assert scored(found.texts(source)) == [2]
+        with pytest.raises(ValueError, match="has examples of its own: leave it out"):
+            found.texts(source, lines=True)
+
+
+def test_lines_end_with_a_line_feed_alone(tmp_path, found):
+    """JSON, prompts and texts may have the other characters that end a line for Python."""
+    for character in "\u2028\x85\x0b\x1c":
+        text = f"a{character}b"
+        row = {"prompt": "a", "answer": text}
+        line = json.dumps(row, ensure_ascii=False)
+        places = [f"{tmp_path}, line {i}" for i in (1, 2)]
+        assert list(of_json(tmp_path, f"{line}\r\n{line}")) == [(p, row) for p in places]
+        assert of_fasta(tmp_path, f">one {character} more\r\n{text}\r\nc\r\n") == [f"{text}c"]
+        (tmp_path / "prompts.txt").write_text(f"{text}\n\nb\n")
+        assert read_prompts(tmp_path / "prompts.txt") == [text, "", "b"]
+    (tmp_path / "a.txt").write_bytes(b"ab\r\n\r\nc")
+    lines = found.texts(tmp_path / "a.txt", lines=True)
+    assert scored(lines) == [2, 1] and lines.characters == 3
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, found):
+    for name, text in (
+        ("a.txt", "ab"),
+        ("a.jsonl", json.dumps({"text": "ab"})),
+        ("a.fasta", ">one\nab"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        texts = found.texts(tmp_path / name)
+        assert scored(texts) == [2] and texts.size == 2
+
+
+def test_records_that_are_no_text(tmp_path, home, capsys):
+    """One sentence each on the command line."""
+    for name, text, words in (
+        ("half.jsonl", r'{"text": "a\ud800"}', r"line 1 has '\ud800', half of a character"),
+        ("half.jsonl", r'{"prompt": "\ud800", "answer": "a"}', "half of a character"),
+        ("deep.jsonl", "[" * 100_000 + "]" * 100_000, "line 1 is not JSON: "),
+        ("long.jsonl", "9" * 5000, "line 1 is not JSON: Exceeds"),
+        ("a.fasta", ">one\nab\n>two\n>three\nc\n", "record 1 ('two') has no sequence"),
+        ("a.fasta", ">one\nab\n>\n", "record 1 ('') has no sequence"),
+    ):
+        (tmp_path / name).write_text(text)
+        line = nelbo_fails(capsys, "evaluate", f"hf:{home}", "--data", tmp_path / name)
+        assert words in line, line
+    with pytest.raises(ValueError, match=r"example 1 has .*half of a character"):
+        huggingface.load(home).texts(["ab", "a\udc00"])

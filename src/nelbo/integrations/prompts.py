@@ -42,12 +42,12 @@ def read_prompts(path: Path) -> list[str]:
     if limits.regular(path) > SIZE:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; prompts have at most {SIZE}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text; give a prompt in each line") from None
-    if not lines:
+    if not text:
         raise ValueError(f"{path} is empty; give a prompt in each line")
-    return lines
+    return text.removesuffix("\n").split("\n")  # str.splitlines would divide at U+2028 too
 
 
 def pipeline_of(path: Path, network: nn.Module, scheduler: object, vae: nn.Module | None) -> Any:  # noqa: ANN401

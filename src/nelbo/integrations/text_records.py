@@ -66,7 +66,8 @@ class TextForm:
             rows: objects, each with its place for messages.
 
         Raises:
-            ValueError: an object lacks a text, or there is nothing to score in it.
+            ValueError: an object lacks a text, there is nothing to score in it, or it has half
+                of a character.
         """
         found = []
         for where, row in rows:
@@ -76,43 +77,82 @@ class TextForm:
             prompt, answer = self.fields(texts, where)
             if not row[answer]:
                 raise ValueError(f"{where} has an empty {answer}: there is nothing to score")
-            found.append(("" if prompt is None else row[prompt], row[answer]))
+            pair = "" if prompt is None else row[prompt], row[answer]
+            for text in pair:
+                _check_characters(text, where)
+            found.append(pair)
         return found
 
-    def check_plain(self, what: str) -> None:
-        """Raise a ValueError if fields are named for data without any."""
-        if self.prompt_field is not None or self.answer_field is not None:
+    def check(self, what: str, *, lines: bool = False, fields: bool = False) -> None:
+        """Raise a ValueError if a form is given that data cannot have.
+
+        Args:
+            what: the data, for the message.
+            lines: whether they may be divided into lines.
+            fields: whether they have named texts.
+        """
+        if self.lines and not lines:
+            raise ValueError(
+                f"--lines divides a file of text; {what} has examples of its own: leave it out"
+            )
+        if not fields and (self.prompt_field is not None or self.answer_field is not None):
             raise ValueError(
                 f"--prompt-field and --answer-field name fields of JSON lines or of a data set;"
                 f" {what} has none: leave them out"
             )
 
 
+def _check_characters(text: str, where: str) -> None:
+    """Raise a ValueError if a text has a half of a pair of UTF-16, which JSON can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has {text[error.start]!r}, half of a character; write the whole character"
+        ) from None
+
+
+def lines_of(text: str) -> list[str]:
+    r"""Return the lines of a text, which end with \n or \r\n; str.splitlines knows more ends."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
 def of_json(path: Path, text: str) -> Iterator[tuple[str, object]]:
     """Yield the objects of lines of JSON, each with its place.
 
     Raises:
-        ValueError: a line is not JSON.
+        ValueError: a line is not JSON, or nested too deeply.
     """
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines_of(text), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            yield f"{path}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from None
+            # not `parse_json`: NaN in a field that is not read does no harm
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from None
+        yield where, row
 
 
 def of_fasta(path: Path, text: str) -> list[str]:
     """Return the sequences of a FASTA file.
 
     Raises:
-        ValueError: it does not begin as one.
+        ValueError: it does not begin as one, or a record has no sequence.
     """
     if not text.startswith(">"):
         raise ValueError(f"{path} is not a FASTA file, which must begin with >")
-    records = ("".join(record.splitlines()[1:]) for record in text[1:].split("\n>"))
-    return [record.replace(" ", "") for record in records if record]
+    found = []
+    for record in text[1:].split("\n>"):
+        name, *lines = lines_of(record)
+        sequence = "".join(lines).replace(" ", "")
+        if not sequence:
+            raise ValueError(
+                f"{path}, record {len(found)} ({name[:40]!r}) has no sequence; take it out"
+            )
+        found.append(sequence)
+    return found
 
 
 def of_list(source: Sequence[object]) -> Iterator[tuple[str, object]]:

@@ -25,6 +25,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.integrations.text_records import (
     TextForm,
     is_data_set,
+    lines_of,
     of_data_set,
     of_fasta,
     of_json,
@@ -112,15 +113,17 @@ def read(
     """
     form = form or TextForm()
     if is_data_set(source):
+        form.check("a data set", fields=True)
         rows, name, note = of_data_set(source, split, splits, form)
         found = _examples(form.pairs(rows), model, tokenizer, _same)
         return replace(found, name=name, notes=(note, *found.notes))
     if split not in (None, "all") or splits is not None:
         raise ValueError("a text for a model of tokens has no splits; leave --split out")
     if isinstance(source, list | tuple) and len(source) and isinstance(source[0], str | Mapping):
+        form.check("a list of texts", fields=True)
         return _examples(form.pairs(of_list(source)), model, tokenizer, _same)
     if not isinstance(source, str | Path):
-        form.check_plain("an array of ids")
+        form.check("an array of ids")
         return Texts(model.batch(cast(Ids, source)), None, None, ())
     return replace(_of_file(Path(source), model, tokenizer, form), name=f"all of {source}")
 
@@ -130,16 +133,18 @@ def _of_file(path: Path, model: TokenModel, tokenizer: Tokenizer, form: TextForm
         raise FileNotFoundError(f"{path} does not exist, or is not a file")
     kind = path.suffix.lower()
     if kind in (".jsonl", ".json"):
+        form.check(str(path), fields=True)
         pairs = form.pairs(of_json(path, _text(path)))
         return _examples(pairs, model, tokenizer, _same)
-    form.check_plain(str(path))
+    records = kind in (".npy", ".fasta", ".fa", ".faa", ".fna")
+    form.check(str(path), lines=not records)
     if kind == ".npy":
         return Texts(model.batch(np.load(path, allow_pickle=False)), None, None, ())
     text = _text(path)
-    if kind in (".fasta", ".fa", ".faa", ".fna"):
+    if records:
         return _examples([("", s) for s in of_fasta(path, text)], model, tokenizer, _no_spaces)
     if form.lines:
-        each = text.split("\n")
+        each = lines_of(text)
         kept = [("", line) for line in each if line]
         found = _examples(kept, model, tokenizer, _same)
         note = f"{len(kept)} lines, without their line breaks; {len(each) - len(kept)} are empty"
@@ -149,7 +154,7 @@ def _of_file(path: Path, model: TokenModel, tokenizer: Tokenizer, form: TextForm
 
 def _text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at {error.start}") from None
     if not text:
