@@ -143,7 +143,7 @@ def of_fasta(path: Path, text: str) -> list[str]:
     """
     if not text.startswith(">"):
         raise ValueError(f"{path} is not a FASTA file, which must begin with >")
-    found = []
+    found: list[str] = []
     for record in text[1:].split("\n>"):
         name, *lines = lines_of(record)
         sequence = "".join(lines).replace(" ", "")

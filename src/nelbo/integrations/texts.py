@@ -6,7 +6,8 @@
     prompts, answers    of JSON lines, FASTA, data sets and lists, see `text_records`
 
 Special tokens that the tokenizer adds (BOS, EOS, CLS, SEP) show. A text or a prompt whose tokens
-do not give it back is refused: the bits would be those of another one.
+do not give it back is refused: the bits would be those of another one. Files are UTF-8; a byte
+order mark at their beginning is no text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
