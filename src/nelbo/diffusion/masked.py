@@ -193,8 +193,8 @@ class BlockDiffusion(Masking):
         super().__init__(schedule, count, as_codes, shorter)
         self.block = integer("block", block, 1)
 
+    @override
     def blocks(self, shape: Shape) -> int:
-        """Return the number n of blocks of an example."""
         return -(-torch.Size(shape).numel() // self.block)
 
     @override

@@ -114,6 +114,10 @@ class ForwardProcess(nn.Module, ABC):
         """Return whether z_t is certain to tell x at all of the times t; so symbols may be."""
         return False
 
+    def blocks(self, shape: Shape) -> int:
+        """Return the number of blocks of an example, which are noised one after the other."""
+        return 1
+
     def block_of_places(self, shape: Shape) -> Tensor:
         """Return the number of the block of each dimension, from 0, whose noise is at one time."""
         return torch.zeros(shape, dtype=torch.long)

@@ -339,7 +339,7 @@ def _plan(examples: int, calls: float, per_example: bool) -> Plan:
 
 def _curve(model: Model, found: SurveyEstimate, scale: float) -> list[CurvePoint]:
     """Return the diffusion term over time."""
-    blocks = int(model.process.block_of_places(model.shape).max()) + 1
+    blocks = model.process.blocks(model.shape)
     place = blocks * torch.linspace(0, 1, CELLS + 1, dtype=torch.float64)
     after = place.floor().clamp(max=blocks - 1)
     edges = ((after + time_of_share(model, place - after)) / blocks).tolist()

@@ -221,12 +221,6 @@ class TokenModel(Model):
     def scored(self, batch: Batch) -> float:
         return self.scored_places(batch).sum().item() / len(batch)
 
-    @property
-    def blocks(self) -> int:
-        """The number of blocks of an example, 1 where it is no block diffusion."""
-        process = self.process
-        return process.blocks(self.shape) if isinstance(process, BlockDiffusion) else 1
-
     @override
     def even_times(self, steps: int) -> Tensor:
         """Return T times between which equal numbers of tokens change, (T,).
@@ -240,7 +234,7 @@ class TokenModel(Model):
         Raises:
             ValueError: `steps` is below 1, or not such a multiple.
         """
-        blocks = self.blocks
+        blocks = self.process.blocks(self.shape)
         if steps % blocks:
             raise ValueError(
                 f"each step shows tokens of one of {blocks} blocks; steps must be a multiple of"

@@ -168,7 +168,8 @@ def _of_texts(
     batch = found.to_draw(prompts, length)
     given = batch.condition
     assert given is not None
-    about = -(-SAMPLE_STEPS // model.blocks) * model.blocks
+    blocks = model.process.blocks(model.shape)
+    about = -(-SAMPLE_STEPS // blocks) * blocks
     times = order or grid_of(model, about if steps is None else steps)
     for note in found.notes:
         tell(note)
