@@ -1,4 +1,4 @@
-"""What a reader is, and what it finds in a source, before that is conformed to a schema."""
+"""A reader of a data format, and the data it finds, before they are conformed to a schema."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping

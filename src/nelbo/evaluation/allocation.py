@@ -168,13 +168,13 @@ def pilot(strata: Strata, controls: "ControlVariates", batch: Batch, calls: int)
     some = batch[once].to(controls.model.device)
     cost, v = strata.draw(controls, some[index], stratum, place)
     phi = torch.cat([controls.between(part) for part in some.x.split(256)])[index, stratum]
-    usual = _usual(index, stratum, cost, v)
-    if not stratum[usual].bincount(minlength=strata.count).all():
+    alike = _alike(index, stratum, cost, v)
+    if not stratum[alike].bincount(minlength=strata.count).all():
         return even(strata, controls, DOUBT)
     # the penalty shrinks the coefficients to those of no pilot
     known = torch.cat([controls.usual, torch.zeros(1).double()])
     rest = cost - v @ known
-    found = fit_proposal(strata.count, *(of[usual] for of in (stratum, rest, v, phi)))
+    found = fit_proposal(strata.count, *(of[alike] for of in (stratum, rest, v, phi)))
     found = replace(found, within=found.within + known)
     left = cost - (v * found.within[stratum]).sum(1) - (phi * found.between[stratum]).sum(1)
     left = left.nan_to_num(0.0, 0.0, 0.0)
@@ -189,7 +189,7 @@ def pilot(strata: Strata, controls: "ControlVariates", batch: Batch, calls: int)
     return replace(found, variance=variance, effect=effect.clamp(min=0).minimum(variance))
 
 
-def _usual(example: Tensor, stratum: Tensor, cost: Tensor, v: Tensor) -> Tensor:
+def _alike(example: Tensor, stratum: Tensor, cost: Tensor, v: Tensor) -> Tensor:
     """Return a mask of the rows to fit a proposal to: those of examples that are not outliers.
 
     An example is outlying if all its costs are far beyond those of others, or one is not finite.
