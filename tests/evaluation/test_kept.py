@@ -205,6 +205,14 @@ def test_another_reading_of_the_same_weights_is_another_model(tmp_path, reading)
         nelbo.evaluate(tiny(4, **reading), texts, calls=8, resume=path)
 
 
+def test_a_time_input_is_known_by_its_values():
+    """All lambdas have one name; the same function has one hash, however it is written."""
+    given = [lambda alpha: alpha, lambda alpha: alpha / 2, lambda alpha: alpha * 1.0, "masked"]
+    one, other, again, named = [tiny(4, time=time).hash() for time in given]
+    assert one == again and len({one, other, named}) == 3
+    assert named == tiny(4, time=lambda alpha: 1 - alpha).hash()
+
+
 @pytest.mark.slow  # another process imports all
 def test_the_command_after_sigterm(tmp_path, capsys, small):
     """`--resume` writes what was measured when SIGTERM comes; `--save` is then the same too."""

@@ -702,6 +702,44 @@ def test_a_class_or_a_name_is_no_network(network):
         wrap(network, SHAPE, betas=BETAS)
 
 
+def test_another_reading_of_a_network_is_another_model():
+    """Functions count by their values, as all lambdas have one name; so do numbers of parts."""
+    with seeded(3):
+        network = nn.Conv2d(3, 3, 1)
+
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = network
+
+        def forward(self, y, time):
+            return self.own(y)
+
+    def of(network=None, **options):
+        schedule = options.pop("schedule", Linear(-10, 10))
+        given = {"times": lambda gamma: gamma} | options
+        return wrap(network or Timed(), SHAPE, schedule=schedule, **given).hash()
+
+    others = [
+        {},
+        {"times": lambda gamma: gamma + 1},
+        {"times": lambda gamma: (gamma / 2).exp()},
+        {"factor": exploding},
+        {"schedule": Linear(-9, 10)},
+        {"scaling": Levels(256, 0, 1)},
+        {"predicts": "data"},
+        {"predicts": "data", "clip": True},
+        {"predicts": "score"},
+        {"predicts": "edm", "sigma_data": 0.5},
+        {"predicts": "edm", "sigma_data": 0.7},
+    ]
+    assert len({of(**each) for each in others}) == len(others)
+    assert of() == of(times=lambda gamma: 1.0 * gamma)
+    functions = [lambda y, time: 0.1 * y, lambda y, time: 0.2 * y]
+    assert of(functions[0]) == of(lambda y, time: y * 0.1) != of(functions[1])
+    assert wrap(Timed(), SHAPE, betas=BETAS).hash() != wrap(Timed(), SHAPE, betas=BETAS / 2).hash()
+
+
 class Fails(nn.Module):
     """A network that fails when it is asked to."""
 

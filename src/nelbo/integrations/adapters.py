@@ -167,7 +167,7 @@ class Adapter(nn.Module):
 
     @override
     def forward(self, features: Tensor, level: Tensor, condition: Tensor | None = None) -> Tensor:
-        gamma, time = self._clock(level)
+        gamma, time = self.inputs_at(level)
         y = features * over(self.factor(gamma), features)
         y = y.to(next(self.network.parameters(), features).dtype)
         rows = max(1, min(256, NUMBERS // y[0].numel()))
@@ -179,7 +179,8 @@ class Adapter(nn.Module):
             parts = torch.cat([parts[:, :1] * -over(b, parts), parts[:, 1:]], 1)
         return parts[:, 0] if self.outputs == 1 else parts.movedim(1, -1)
 
-    def _clock(self, level: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs_at(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Return γ and the time input of the network at levels of `log_snr_input`, (B,) each."""
         if self.name is not None:
             gamma = level.double()
             return gamma, self.name(gamma).to(level.dtype)

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils.network_calls import NetworkCalls, fixed_rows
+from nelbo._utils.numerics import digest_of
 from nelbo._utils.sharding import is_sharded
 from nelbo.integrations.token_scores import Reading
 
 PROBED = 16  # tokens of the calls that find the vocabulary and the direction, at most
+HASHED = 64  # shares α at which the values of a time input say which function it is
 #: the time input of a module, from α_t, the share of tokens that noise leaves, shape (B,)
 Clock = Callable[[Tensor], Tensor]
 CLOCKS: dict[str, Clock] = {
@@ -120,12 +122,19 @@ def clock_of(time: str | Clock | None) -> Clock | None:
     return time
 
 
+def described(clock: Clock | None) -> str:
+    """Return what says which function a time input is, in the hash of a model."""
+    if clock is None:
+        return "none"
+    return digest_of(clock(torch.arange(1, HASHED + 1, dtype=torch.float64) / (HASHED + 1)))
+
+
 def probe(
     module: nn.Module, mask_id: int | None, shift: int, clock: Clock | None, length: int | None
-) -> int:
-    """Return the number of ids V of a module, after a check that it looks at later tokens.
+) -> Tensor:
+    """Return the logits of a module for masks alone, after a check that it looks at later tokens.
 
-    It sees masks, or where there are none, the id 0.
+    Where there are no masks, it sees the id 0. The logits are (1, L, V), of few tokens.
 
     Raises:
         ValueError: if a token changes the logits at later places, and none at earlier ones.
@@ -148,7 +157,6 @@ def probe(
                     " largest number of tokens as length, and check that the mask_id is one of"
                     f" its ids, and that it takes {takes} time"
                 ) from error
-            vocabulary = base.shape[-1]
             other = 0 if mask_id else 1
             last, first = ids.clone(), ids.clone()
             last[:, -1] = first[:, 0] = other
@@ -164,4 +172,4 @@ def probe(
             "the logits of the module never depend on later tokens, so it reads from left to"
             " right: as a diffusion model its bound would be loose; score it left to right"
         )
-    return vocabulary
+    return base

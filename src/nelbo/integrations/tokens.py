@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils.arguments import checked
+from nelbo._utils.numerics import digest_of
 from nelbo._utils.scalars import integer
 from nelbo._utils.text import shortened
 from nelbo.diffusion.batch import Batch
@@ -44,7 +45,7 @@ from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import PowerAlpha, even_times
 from nelbo.diffusion.uniform import UniformDiffusion
-from nelbo.integrations.token_network import Clock, TokenNetwork, clock_of, probe
+from nelbo.integrations.token_network import Clock, TokenNetwork, clock_of, described, probe
 from nelbo.integrations.token_prediction import TokenLogits, TokenPrediction
 from nelbo.integrations.token_scores import Head, reading_of
 
@@ -119,7 +120,9 @@ def wrap_tokens(
             integer(name, value, least)
     # tokens of one block see each other
     size = min(length or block, block) if block else length
-    vocabulary = probe(module, mask_id, shift, clock_of(time), size)
+    clock = clock_of(time)
+    logits = probe(module, mask_id, shift, clock, size)
+    vocabulary = logits.shape[-1]
     impossible = {*never, *(i for i in (mask_id, pad_id) if i is not None)}
     # the mask may be beyond the ids that have logits
     outside = [i for i in impossible if i < 0 or (i >= vocabulary and i != mask_id)]
@@ -128,7 +131,7 @@ def wrap_tokens(
             f"ids of the module are 0..{vocabulary - 1}; got {outside} in never, pad_id or mask_id"
         )
     reading = reading_of(head, uniform)
-    network = TokenNetwork(module, mask_id, vocabulary, clock_of(time), reading)
+    network = TokenNetwork(module, mask_id, vocabulary, clock, reading)
     forbidden = tuple(sorted(i for i in impossible if i < vocabulary))
     if len(forbidden) > vocabulary - 2:
         raise ValueError("at least two ids must be possible; leave some out of never")
@@ -142,11 +145,12 @@ def wrap_tokens(
     else:
         made = MaskedDiffusion(schedule, vocabulary)
     model = TokenModel(network, made, shift, pad_id, forbidden, shown, length).eval()
-    clock = getattr(time, "__qualname__", time)
     model.settings = (
-        f"mask {mask_id}, block {block}, head {head}, shift {shift}, time {clock}, pad {pad_id},"
-        f" never {forbidden}"
+        f"mask {mask_id}, block {block}, head {head}, shift {shift}, time {described(clock)}, pad"
+        f" {pad_id}, never {forbidden}"
     )
+    if not model.network.module.state_dict():  # nothing else says which module it is
+        model.settings += f", logits {digest_of(logits)}"
     return model
 
 
