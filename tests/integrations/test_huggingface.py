@@ -10,15 +10,13 @@ import pytest
 import torch
 import transformers
 from support.commands import nelbo_fails, run_ok
-from support.language_models import CODE, KINDS, write, write_tokenizer
+from support.language_models import KINDS, write, write_tokenizer
 
 import nelbo
 from nelbo import integrations
 from nelbo.cli import main
-from nelbo.diffusion.masked import BlockDiffusion, MaskedDiffusion
-from nelbo.diffusion.uniform import UniformDiffusion
-from nelbo.integrations import huggingface, is_foreign, wrap_tokens
-from nelbo.integrations.tokens import SCORED
+from nelbo.integrations import huggingface, is_foreign, text_folder, wrap_tokens
+from nelbo.integrations.token_rows import SCORED
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,66 +180,10 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
     """In a sentence, not as a bug."""
     home = write(tmp_path / "m")
     (tmp_path / "a.txt").write_text("abcd")
-    monkeypatch.setattr(huggingface, "find_spec", lambda name: None)
+    monkeypatch.setattr(text_folder, "find_spec", lambda name: None)
     command = ["evaluate", f"hf:{home}", "--data", tmp_path / "a.txt", "--device-map", "auto"]
     line = nelbo_fails(capsys, *command)
     assert line.endswith("nelbo: device_map needs accelerate: pip install accelerate")
-
-
-@pytest.mark.parametrize(
-    ("kind", "shift", "told", "process"),
-    [
-        ("Dream", 1, False, MaskedDiffusion),
-        ("mdlm", 0, True, MaskedDiffusion),
-        ("llada", 0, False, MaskedDiffusion),
-        ("udlm", 0, True, UniformDiffusion),
-        ("DUO", 0, True, UniformDiffusion),
-    ],
-)
-def test_trusted_code(tmp_path, capsys, kind, shift, told, process):
-    """Code of a folder runs if it is trusted, after it is named; its kind sets shift, time and
-    process."""
-    home = write(tmp_path / "remote")
-    config = json.loads((home / "config.json").read_text())
-    config |= {"model_type": kind, "architectures": ["Timed"]}
-    config["auto_map"] = {"AutoConfig": "code.TimedConfig", "AutoModelForMaskedLM": "code.Timed"}
-    config["auto_map"] = {
-        k: v.replace("code", f"code_{kind}") for k, v in config["auto_map"].items()
-    }
-    (home / "config.json").write_text(json.dumps(config))
-    (home / f"code_{kind}.py").write_text(CODE.replace("KIND", kind))
-    found = huggingface.load(home, trust_remote_code=True)
-    assert "running code of" in capsys.readouterr().err
-    assert found.model.shift == shift and (found.model.network.clock is not None) == told
-    assert type(found.model.process) is process
-    assert math.isfinite(nelbo.evaluate(found.model, [[4, 5, 6]], calls=8).nats)
-
-
-def test_block_diffusion_in_a_folder(tmp_path):
-    """It is called as its own sampler calls it, in blocks of the configuration."""
-    code = CODE.replace("KIND", "bd3lm").replace("timesteps=None", "timesteps, sample_mode=False")
-    code = code.replace(
-        "        found =",
-        "        assert sample_mode and self.config.attn_backend == 'sdpa'\n        found =",
-    )
-    home = write(tmp_path / "remote")
-    config = json.loads((home / "config.json").read_text())
-    config |= {"model_type": "bd3lm", "block_size": 4, "attn_backend": "flex"}
-    config["auto_map"] = {
-        "AutoConfig": "blocks.TimedConfig",
-        "AutoModelForMaskedLM": "blocks.Timed",
-    }
-    (home / "config.json").write_text(json.dumps(config))
-    (home / "blocks.py").write_text(code)
-    found = huggingface.load(home, trust_remote_code=True)
-    assert isinstance(found.model.process, BlockDiffusion) and found.model.process.block == 4
-    assert "block sampler" in found.notes[0]
-    assert math.isfinite(nelbo.evaluate(found.model, [[4, 5, 6, 4, 5, 6]], calls=8).nats)
-    with pytest.raises(ValueError, match="leave the steps out"):
-        huggingface.load(home, trust_remote_code=True, steps=8)
-    (home / "config.json").write_text(json.dumps(config | {"block_size": None}))
-    with pytest.raises(ValueError, match="block_size must be"):
-        huggingface.load(home, trust_remote_code=True)
 
 
 def test_sources():
@@ -404,7 +346,7 @@ def test_a_device_map(tmp_path, monkeypatch):
     if find_spec("accelerate") is None:
         with pytest.raises(ImportError, match="pip install accelerate"):
             huggingface.load(home, device_map="cpu")
-        monkeypatch.setattr(huggingface, "find_spec", lambda name: name)
+        monkeypatch.setattr(text_folder, "find_spec", lambda name: name)
         make, given = transformers.AutoModelForMaskedLM.from_pretrained, {}
 
         def without(*args, device_map, **options):

@@ -13,7 +13,7 @@ import nelbo
 from nelbo.integrations import huggingface
 from nelbo.integrations.prompts import read_prompts
 from nelbo.integrations.text_records import TextForm, of_fasta, of_json
-from nelbo.integrations.tokens import SCORED
+from nelbo.integrations.token_rows import SCORED
 
 ROWS = {"q": ["ab", "d"], "a": ["cA", "abc"], "text": ["abcd", "d"], "n": [1, 2]}
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from support.commands import nelbo_fails, run_ok
-from support.language_models import CODE, LETTERS, SPECIAL, write
+from support.language_models import LETTERS, SPECIAL, write, write_with_code
 
 import nelbo
 from nelbo.diffusion.unmasking import UnmaskingOrder
-from nelbo.integrations import huggingface
+from nelbo.integrations import huggingface, text_folder
 from nelbo.report.images import RULE
 from nelbo.sampling.samplers import ancestral
 from nelbo.sampling.unmasking import in_order
@@ -91,32 +91,33 @@ def test_prompts_of_several_lengths(tmp_path):
     assert [len(text) for text in texts] == [6, 4]
 
 
+def test_a_prompt_that_its_tokens_do_not_give_back_is_refused(tmp_path, capsys):
+    """As a text that is measured: the samples would follow another prompt."""
+    home, low = write(tmp_path / "m"), write(tmp_path / "low", lower=True)
+    line = nelbo_fails(capsys, "sample", f"hf:{low}", "--n", 1, "--condition", "abA")
+    assert "the tokenizer does not give the text back, it lowers case: 'A' becomes 'a'" in line
+    with pytest.raises(ValueError, match="back, 'xy' becomes 'aa'"):
+        nelbo.sample(f"hf:{home}", 2, condition=["ab", "xy"], length=2)
+
+
+def test_prompts_of_sequences_come_back_with_spaces_between_letters(tmp_path):
+    """As the tokenizers of ESM write them."""
+    home = write(tmp_path / "m", spaced=True)
+    found = huggingface.load(home)
+    assert found.to_draw(["ab"], 2).condition.tolist() == [[CLS, *ids("ab"), -1, -1, SEP]]
+    with pytest.raises(ValueError, match="back, 'x' becomes ' a'"):
+        found.to_draw(["ax"], 2)
+
+
 def test_a_window_without_end_gives_samples_of_128_tokens(tmp_path):
     found = huggingface.load(write(tmp_path / "m"))
     found.model.length = None
     assert (found.to_draw(["ab"]).condition == -1).sum() == 128
 
 
-def remote(folder, kind, **config):
-    """A folder with code of its own."""
-    home = write(folder)
-    config |= json.loads((home / "config.json").read_text()) | {"model_type": kind} | config
-    code = f"sampled_{kind}"
-    config["auto_map"] = {
-        "AutoConfig": f"{code}.TimedConfig",
-        "AutoModelForMaskedLM": f"{code}.Timed",
-    }
-    (home / "config.json").write_text(json.dumps(config))
-    own = CODE.replace("KIND", kind)
-    if kind == "bd3lm":
-        own = own.replace("timesteps=None", "timesteps, sample_mode=False")
-    (home / f"{code}.py").write_text(own)
-    return home
-
-
 def test_code_of_a_folder_runs_if_it_is_trusted(tmp_path, capsys):
     """A uniform-state model is sampled in steps, and has no order of unmasking."""
-    home = remote(tmp_path / "m", "udlm")
+    home = write_with_code(tmp_path / "m", "udlm")
     command = ["sample", f"hf:{home}", "--n", 2]
     assert "would run code of its own" in nelbo_fails(capsys, *command)
     run_ok(*command, "--trust-remote-code", "--steps", 2, "--precision", "float64")
@@ -129,7 +130,7 @@ def test_code_of_a_folder_runs_if_it_is_trusted(tmp_path, capsys):
 
 
 def test_block_diffusion_takes_equal_steps_in_each_block(tmp_path, capsys):
-    home = remote(tmp_path / "m", "bd3lm", block_size=4)
+    home = write_with_code(tmp_path / "m", "bd3lm")
     command = ["sample", f"hf:{home}", "--n", 2, "--trust-remote-code"]
     run_ok(*command)
     assert "drawn in 33 steps" in capsys.readouterr().err  # 10 places are 3 blocks
@@ -166,7 +167,7 @@ def test_block_diffusion_takes_equal_steps_in_each_block(tmp_path, capsys):
 )
 def test_refusals(tmp_path, monkeypatch, capsys, options, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface, "find_spec", lambda name: None)
+    monkeypatch.setattr(text_folder, "find_spec", lambda name: None)
     home = write(tmp_path / "m")
     assert words in nelbo_fails(capsys, "sample", f"hf:{home}", "--n", 4, *options)
 
@@ -186,7 +187,7 @@ def test_refusals_in_python(tmp_path):
 
 def with_accelerate(monkeypatch, change=lambda module: module):
     """Let transformers place weights on the CPU as if accelerate were there."""
-    monkeypatch.setattr(huggingface, "find_spec", lambda name: object())
+    monkeypatch.setattr(text_folder, "find_spec", lambda name: object())
     load = transformers.AutoModelForMaskedLM.from_pretrained
 
     def placed(*args, device_map, **options):

@@ -1,5 +1,7 @@
 """Folders of transformers with tiny random masked language models and their tokenizers."""
 
+import json
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -30,12 +32,14 @@ KINDS = {
 }
 
 
-def write_tokenizer(folder, lower=False, mask=True):
-    """Save a tokenizer of letters, with [CLS] and [SEP] around a text."""
+def write_tokenizer(folder, lower=False, mask=True, spaced=False):
+    """Save a tokenizer of letters, with [CLS] and [SEP] around a text; `spaced`: it writes spaces
+    between tokens."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *LETTERS])}
     made = Tokenizer(models.WordLevel(vocabulary, "a"))
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    made.decoder = decoders.Fuse()
+    if not spaced:
+        made.decoder = decoders.Fuse()
     if lower:
         made.normalizer = normalizers.Lowercase()
     made.post_processor = processors.TemplateProcessing(
@@ -76,6 +80,26 @@ class Timed(BertForMaskedLM):
     def forward(self, input_ids, timesteps=None):
         found = super().forward(input_ids)
         if timesteps is not None:
-            found.logits = found.logits + timesteps[:, None, None] * torch.arange(12.0)
+            found.logits = found.logits + timesteps[:, None, None] / 8 * torch.arange(12.0)
         return found
 """
+
+
+def write_with_code(folder, kind, **config):
+    """Save such a folder of the model type `kind`; a bd3lm is called as by its own sampler."""
+    home, code = write(folder), f"code_of_{kind}"
+    own = CODE.replace("KIND", kind)
+    if kind == "bd3lm":
+        own = own.replace("timesteps=None", "timesteps, sample_mode=False").replace(
+            "        found =",
+            "        assert sample_mode and self.config.attn_backend == 'sdpa'\n        found =",
+        )
+        config = {"block_size": 4, "attn_backend": "flex"} | config
+    known = json.loads((home / "config.json").read_text()) | {"model_type": kind} | config
+    known["auto_map"] = {
+        "AutoConfig": f"{code}.TimedConfig",
+        "AutoModelForMaskedLM": f"{code}.Timed",
+    }
+    (home / "config.json").write_text(json.dumps(known))
+    (home / f"{code}.py").write_text(own)
+    return home

@@ -47,8 +47,12 @@ OPTIONS = {
         "condition",
     ),
     "openai": ("clip", "label"),
+    "hf": ("mask", "shown", "never", "pad", "shift", "time", "process", "block", "length"),
 }
+#: names of options that are others as arguments of `load` of that kind
+ARGUMENTS = {"mask": "mask_id", "pad": "pad_id"}
 NUMBER = r"-?\d+(\.\d+)?"
+IDS = r"none|\d+(-\d+)?(:\d+(-\d+)?)*"
 PATTERNS = {
     "clip": "yes|no",
     "label": r"\d+",
@@ -59,6 +63,15 @@ PATTERNS = {
     "weights": r"\w[\w.-]*",
     "law": r"[\w.:]+",
     "condition": r".+\.(npy|txt)",
+    "mask": r"\d+",
+    "shown": IDS,
+    "never": IDS,
+    "pad": r"none|-?\d+",
+    "shift": "0|1",
+    "time": "none|masked|sigma",
+    "process": "masked|uniform",
+    "block": r"\d+",
+    "length": r"\d+",
 }
 SHOWN = {
     "clip": "clip=yes or clip=no",
@@ -71,12 +84,26 @@ SHOWN = {
     "condition": "condition=FILE.npy (classes, or embeddings of prompts, of each example) or"
     " condition=FILE.txt (a prompt in each line)",
     "law": "law=laplace (of pixels, for a model of latents)",
+    "mask": "mask=ID (of a hidden token)",
+    "shown": "shown=1:2 (ids that show in arrays of ids; ranges as in 5-99; or none)",
+    "never": "never=0:5-99 (ids that are never predicted; or none)",
+    "pad": "pad=0 (padding at the ends of rows of ids; or none)",
+    "shift": "shift=0 or shift=1 (of the logits)",
+    "time": "time=none, time=masked or time=sigma (the time input)",
+    "process": "process=masked or process=uniform",
+    "block": "block=16 (tokens of a block)",
+    "length": "length=512 (tokens of a text, at most)",
 }
 
 
 def is_foreign(source: str) -> bool:
     """Return whether `load` knows this kind of source."""
     return source.partition(":")[0] in SOURCES and ":" in source
+
+
+def is_text(source: str) -> bool:
+    """Return whether a source is a model of tokens, which takes texts."""
+    return source.partition(":")[0] == "hf"
 
 
 def source_of(folder: Path) -> str | None:
@@ -111,7 +138,10 @@ def load(
         source: "diffusers:FOLDER" or "openai:FILE", followed after commas by options that its
             flags leave open: "clip=yes" or "clip=no", "label=3", and for a folder "scaling=0:1"
             for x/255 (by default -1:1), "keep=0:4:9" for some of its times, "variance=large" or
-            "weights=ema" in place of the default ones; or "hf:FOLDER", a masked language model.
+            "weights=ema" in place of the default ones; or "hf:FOLDER", a masked language model,
+            with "mask=4", "shown=1:2", "never=0:5-99" or "pad=0" for its ids, "shift=1",
+            "time=sigma", "process=uniform" or "block=16" for what its model type does not say, and
+            "length=512" for the tokens of a text (`huggingface.load`).
         steps: number of steps of the model; by default its own.
         condition: for a folder of diffusers: c of each example that is to be measured, in their
             order, for the bound on P(x|c).
@@ -131,11 +161,11 @@ def load(
         raise ValueError(f"another library's model is given as {known}; got {source!r}")
     if condition is not None and kind != "diffusers":
         raise ValueError(f"a condition is for diffusers:FOLDER; {kind} models take none")
+    path, options = _options(kind, rest)
     if kind == "hf":
-        from nelbo.integrations.huggingface import load as load_text
-
-        return load_text(
-            rest,
+        return import_module(SOURCES[kind]).load(
+            path,
+            **options,
             steps=steps,
             trust_remote_code=trust_remote_code,
             precision=precision,
@@ -149,7 +179,6 @@ def load(
         )
     if device_map is not None:
         raise ValueError(f"device_map is for hf:FOLDER, and this is {kind}:")
-    path, options = _options(kind, rest)
     if condition is not None:
         if "condition" in options:
             raise ValueError("give the condition once: after the path, or beside it")
@@ -171,7 +200,8 @@ def _options(kind: str, rest: str) -> tuple[str, dict[str, object]]:
             listed = ", ".join(SHOWN[name] for name in known)
             raise ValueError(f"options of {kind}: are {listed}, each once; got {option!r}")
         found[name] = value
-    return path, {name: _read(name, str(value)) for name, value in found.items()}
+    values = {name: _read(name, str(value)) for name, value in found.items()}
+    return path, {ARGUMENTS.get(name, name): value for name, value in values.items()}
 
 
 def _read(name: str, value: str) -> object:
@@ -186,8 +216,12 @@ def _read(name: str, value: str) -> object:
             return read_prompts(Path(value))
         limits.regular(Path(value))
         return load_npy(Path(value))
-    if name in ("label", "levels"):
+    if name in ("shown", "never"):
+        return _ids(value)
+    if name in ("label", "levels", "mask", "shift", "block", "length"):
         return int(value)
+    if name == "pad":
+        return value if value == "none" else int(value)
     if name == "keep":
         return [int(i) for i in value.split(":")]
     if name == "scaling":
@@ -196,6 +230,17 @@ def _read(name: str, value: str) -> object:
         low, high = map(float, value.split(":"))
         return Levels(256, low, high)
     return value
+
+
+def _ids(value: str) -> list[int]:
+    """Return the ids of a list such as 0:5-99; of none, an empty one."""
+    found: list[int] = []
+    for piece in value.split(":") if value != "none" else ():
+        first, _, last = piece.partition("-")
+        if int(last or first) < int(first):
+            raise ValueError(f"a range of ids goes from the smaller to the larger; got {piece!r}")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def __getattr__(name: str) -> object:

@@ -2,7 +2,7 @@
 
     text.txt            chunks of as many tokens as the model takes; the last may be shorter
     text.txt, lines     an example per line, without its line break; empty lines are left out
-    *.npy               ids, (N, L), as in memory
+    *.npy, *.npz        ids, (N, L), as in memory; see `special_ids`
     prompts, answers    of JSON lines, FASTA, data sets and lists, see `text_records`
 
 Special tokens that the tokenizer adds (BOS, EOS, CLS, SEP) show. A text or a prompt whose tokens
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from nelbo._utils.numerics import LOG_2
 from nelbo._utils.scalars import integer
+from nelbo.data.readers import arrays
 from nelbo.data.splits import Declared
 from nelbo.diffusion.batch import Batch
+from nelbo.integrations.special_ids import SpecialIds
 from nelbo.integrations.text_records import (
     TextForm,
     is_data_set,
@@ -32,8 +34,9 @@ from nelbo.integrations.text_records import (
     of_json,
     of_list,
 )
-from nelbo.integrations.tokens import ABSENT, SCORED, TokenModel
-from nelbo.integrations.tokens import Texts as Ids
+from nelbo.integrations.token_rows import ABSENT, SCORED
+from nelbo.integrations.token_rows import Texts as Ids
+from nelbo.integrations.tokens import TokenModel
 
 SHOWN = 40  # characters of a text in a message
 DRAWN = 128  # tokens of a sample where no number is given, like a chunk of nelbo's own texts
@@ -93,6 +96,7 @@ def read(
     source: object,
     model: TokenModel,
     tokenizer: Tokenizer,
+    special: SpecialIds,
     form: TextForm | None = None,
     split: str | None = None,
     splits: Declared | None = None,
@@ -103,6 +107,7 @@ def read(
         source: a path, a name of a data set, or data in memory.
         model: for which they are.
         tokenizer: of the model.
+        special: what ids mean in arrays of them.
         form: how they are taken from it; a text in chunks where left out.
         split: of a data set.
         splits: of a data set, which names belong to which split.
@@ -125,11 +130,19 @@ def read(
         return _examples(form.pairs(of_list(source)), model, tokenizer, _same)
     if not isinstance(source, str | Path):
         form.check("an array of ids")
-        return Texts(model.batch(cast(Ids, source)), None, None, ())
-    return replace(_of_file(Path(source), model, tokenizer, form), name=f"all of {source}")
+        return _of_ids(cast(Ids, source), model, special)
+    found = _of_file(Path(source), model, tokenizer, special, form)
+    return replace(found, name=f"all of {source}")
 
 
-def _of_file(path: Path, model: TokenModel, tokenizer: Tokenizer, form: TextForm) -> Texts:
+def _of_ids(ids: Ids, model: TokenModel, special: SpecialIds) -> Texts:
+    batch, note = special.batch(ids)
+    return Texts(model.batch(batch), None, None, (note,))
+
+
+def _of_file(
+    path: Path, model: TokenModel, tokenizer: Tokenizer, special: SpecialIds, form: TextForm
+) -> Texts:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is not a file")
     kind = path.suffix.lower()
@@ -137,10 +150,11 @@ def _of_file(path: Path, model: TokenModel, tokenizer: Tokenizer, form: TextForm
         form.check(str(path), fields=True)
         pairs = form.pairs(of_json(path, _text(path)))
         return _examples(pairs, model, tokenizer, _same)
-    records = kind in (".npy", ".fasta", ".fa", ".faa", ".fna")
+    ids = kind in (".npy", ".npz")
+    records = ids or kind in (".fasta", ".fa", ".faa", ".fna")
     form.check(str(path), lines=not records)
-    if kind == ".npy":
-        return Texts(model.batch(np.load(path, allow_pickle=False)), None, None, ())
+    if ids:
+        return _of_ids(_array(path), model, special)
     text = _text(path)
     if records:
         return _examples([("", s) for s in of_fasta(path, text)], model, tokenizer, _no_spaces)
@@ -151,6 +165,16 @@ def _of_file(path: Path, model: TokenModel, tokenizer: Tokenizer, form: TextForm
         note = f"{len(kept)} lines, without their line breaks; {len(each) - len(kept)} are empty"
         return replace(found, notes=(note, *found.notes))
     return _chunks(text, model, tokenizer)
+
+
+def _array(path: Path) -> np.ndarray:
+    """Return the array of a .npy file, or the only one of a .npz file."""
+    if path.suffix.lower() == ".npy":
+        return arrays.load_npy(path)
+    names = arrays.names_in(path)
+    if len(names) != 1:
+        raise ValueError(f"{path} must have one array, the ids; it has {', '.join(names)}")
+    return arrays.load_npz(path)[names[0]]
 
 
 def _text(path: Path) -> str:
@@ -232,10 +256,11 @@ def to_draw(
         tokenizer: of the model.
 
     Raises:
-        ValueError: `length` is below 1, or there is no room for as many tokens.
+        ValueError: `length` is below 1, there is no room for as many tokens, or the tokens of a
+            prompt do not give it back.
     """
     before, after = _special(LETTER, tokenizer)
-    given = [tokenizer.encode(p, add_special_tokens=False) if p else [] for p in prompts]
+    given = [_encode(p, tokenizer, _but_for_spaces(p)) if p else [] for p in prompts]
     added, longest = len(before) + len(after), max(map(len, given))
     room = None if model.length is None else model.length - added - longest
     if length is not None:
@@ -289,6 +314,11 @@ def _same(text: str) -> str:
 
 def _no_spaces(text: str) -> str:
     return text.replace(" ", "")
+
+
+def _but_for_spaces(text: str) -> Callable[[str], str]:
+    """Return what takes out the spaces between letters that tokenizers of sequences write."""
+    return lambda back: text if back == " ".join(text) else back
 
 
 def _encode(text: str, tokenizer: Tokenizer, plain: Callable[[str], str]) -> list[int]:

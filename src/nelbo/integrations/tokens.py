@@ -24,7 +24,7 @@ BD3-LM reads x_t and x_0 side by side, all blocks at once, under such a mask.)
 the others are renormalised.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, cast
 
 import numpy as np
@@ -35,9 +35,7 @@ from typing_extensions import override
 from nelbo._utils.arguments import checked
 from nelbo._utils.numerics import digest_of
 from nelbo._utils.scalars import integer
-from nelbo._utils.text import shortened
 from nelbo.diffusion.batch import Batch
-from nelbo.diffusion.checks import as_tensor
 from nelbo.diffusion.decoder import Categorical
 from nelbo.diffusion.masked import BlockDiffusion, MaskedDiffusion
 from nelbo.diffusion.model import Model
@@ -47,12 +45,10 @@ from nelbo.diffusion.schedules import PowerAlpha, even_times
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.integrations.token_network import Clock, TokenNetwork, clock_of, described, probe
 from nelbo.integrations.token_prediction import TokenLogits, TokenPrediction
+from nelbo.integrations.token_rows import ABSENT, SCORED, Texts, fitting, rows_of
 from nelbo.integrations.token_scores import Head, reading_of
 
-SCORED, ABSENT = -1, -2  # codes of the conditions where no token shows
-TEXTS = "texts are ids, integers (N, L), or a list of rows of them"
 Shown = Tensor | np.ndarray | Callable[[Tensor], Tensor] | Collection[int] | None
-Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
 
 
 @checked
@@ -200,8 +196,12 @@ class TokenModel(Model):
         if isinstance(x, Batch) and x.condition is not None:
             batch = x
         else:
-            ids, present = self._ids(x.x if isinstance(x, Batch) else x)
-            batch = Batch(ids, self._condition(ids, present, shown))
+            ids, present = rows_of(x.x if isinstance(x, Batch) else x, self.pad_id)
+            show = self._shows(ids)
+            if shown is not None:
+                show |= fitting(torch.as_tensor(shown), ids)
+            condition = torch.where(show, ids, SCORED)
+            batch = Batch(ids, torch.where(present, condition, ABSENT))
         self._check(batch)
         assert batch.condition is not None
         # an absent token is any, and 0 here
@@ -274,44 +274,19 @@ class TokenModel(Model):
             f"the model {told}",
         )
 
-    def _ids(self, x: Texts) -> tuple[Tensor, Tensor]:
-        """Return ids, (N, L), and a mask of those that are present."""
-        if isinstance(x, Tensor | np.ndarray):
-            ids = as_tensor(x)
-            if ids.ndim != 2 or not _whole(ids):
-                raise ValueError(f"{TEXTS}; got {ids.dtype} of shape {tuple(ids.shape)}")
-            ids = ids.long()
-            present = torch.ones_like(ids, dtype=torch.bool)
-        else:
-            rows = _rows_of(x)
-            longest = max(map(len, rows))
-            ids = torch.stack([nn.functional.pad(r, (0, longest - len(r))) for r in rows])
-            end = torch.tensor([len(row) for row in rows])
-            present = torch.arange(longest) < end[:, None]
-        if self.pad_id is not None:
-            # padding at both ends of a text; within it, it is a token that shows
-            is_pad = (ids == self.pad_id) | ~present
-            before, after = is_pad.int().cumprod(1), is_pad.flip(1).int().cumprod(1).flip(1)
-            present = (before == 0) & (after == 0)
-        return ids, present
-
-    def _condition(
-        self, ids: Tensor, present: Tensor, shown: Tensor | np.ndarray | None
-    ) -> Tensor:
-        show = torch.zeros_like(present)
+    def _shows(self, ids: Tensor) -> Tensor:
+        """Return a mask of the tokens that show in all texts, (N, L)."""
+        show = torch.zeros_like(ids, dtype=torch.bool)
         if self.pad_id is not None:
             show |= ids == self.pad_id
         own = self.shown
         if callable(own):
-            show |= _fitting(torch.as_tensor(own(ids)), ids)
+            show |= fitting(torch.as_tensor(own(ids)), ids)
         elif isinstance(own, Tensor | np.ndarray):
-            show |= _fitting(torch.as_tensor(own), ids)
+            show |= fitting(torch.as_tensor(own), ids)
         elif own is not None:
             show |= torch.isin(ids, torch.tensor(sorted(own)))
-        if shown is not None:
-            show |= _fitting(torch.as_tensor(shown), ids)
-        condition = torch.where(show, ids, SCORED)
-        return torch.where(present, condition, ABSENT)
+        return show
 
     def _check(self, batch: Batch) -> None:
         ids, condition = batch.x, batch.condition
@@ -396,39 +371,3 @@ def _spans(condition: Tensor) -> list[tuple[Tensor, int, int]]:
     return [
         ((which == k).nonzero()[:, 0], *map(int, kinds[k].tolist())) for k in range(len(kinds))
     ]
-
-
-def _whole(ids: Tensor) -> bool:
-    return not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
-
-
-def _rows_of(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
-    """Return the ids of each text of a list.
-
-    Raises:
-        ValueError: an item is no row of integers, or there is none.
-    """
-    if isinstance(texts, str | Mapping) or not isinstance(texts, Sized):
-        raise ValueError(f"{TEXTS}; got {shortened(repr(texts))}")
-    if not len(texts):
-        raise ValueError(f"there is no text to measure; give at least one; got {texts!r}")
-    rows = []
-    for i, text in enumerate(texts):
-        try:
-            row = torch.as_tensor(text)
-        except (TypeError, ValueError, RuntimeError):
-            row = torch.zeros(())
-        if row.ndim != 1 or not (_whole(row) or not len(row)):
-            raise ValueError(f"{TEXTS}; got {shortened(repr(text))} as text {i}")
-        rows.append(row.long())
-    return rows
-
-
-def _fitting(mask: Tensor, ids: Tensor) -> Tensor:
-    """Return a mask of tokens that show, expanded to ids."""
-    if mask.dtype != torch.bool or mask.shape[-1:] != ids.shape[1:] or mask.ndim > 2:
-        raise ValueError(
-            f"shown tokens are a mask of booleans (L,) or (N, L) for ids of shape"
-            f" {tuple(ids.shape)}; got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
-    return mask.expand_as(ids).to(ids.device)

@@ -288,13 +288,13 @@ def _of_each(
 ) -> list[tuple[Subject, int | None]]:
     """Return what is measured for each number of steps, of one network, before any is measured."""
     first, left = subject_of(run, data, steps=counts[0], reading=reading)
-    if isinstance(first, OfRun):
+    if left is not None:
         return [(first, count) for count in counts]
-    if isinstance(first, OfForeign) and left is None and first.foreign.of_steps is not None:
+    if isinstance(first, OfForeign) and first.foreign.of_steps is not None:
         others = map(first.foreign.of_steps, counts[1:])
         return [(first, None), *((OfForeign(foreign=each), None) for each in others)]
     others_too = (subject_of(run, data, steps=count, reading=reading) for count in counts[1:])
-    return [(first, left), *others_too]
+    return [(first, None), *others_too]
 
 
 class Measuring:

@@ -27,7 +27,8 @@ from nelbo.integrations import Foreign
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.huggingface import ForeignText
 from nelbo.integrations.prompts import is_prompts
-from nelbo.integrations.tokens import ABSENT, SCORED, TokenModel
+from nelbo.integrations.token_rows import ABSENT, SCORED
+from nelbo.integrations.tokens import TokenModel
 from nelbo.models.conditioning import guided
 from nelbo.runs.samples import SAMPLE_STEPS, SAMPLERS, order_of
 from nelbo.runs.samples import sampler_of as sampler_on
@@ -88,7 +89,7 @@ def sampler_of(
             without conditions, or without one that stands for none, or an option that is not for
             this kind of model.
     """
-    of_tokens = source.startswith("hf:")
+    of_tokens = integrations.is_text(source)
     if not of_tokens:
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")

@@ -316,15 +316,17 @@ def subject_of(
     if reading:
         raise ValueError(f"{', '.join(sorted(reading))} say how a network is read; leave them out")
     if isinstance(run, str) and integrations.is_foreign(run):
+        # blocks of tokens, among which steps are divided, depend on the texts
+        left = steps if integrations.is_text(run) else None
         made = integrations.load(
             run,
-            steps=steps,
+            steps=steps if left is None else None,
             condition=condition,
             trust_remote_code=trust_remote_code,
             precision=precision,
             device_map=device_map,
         )
-        return OfForeign(foreign=made), None
+        return OfForeign(foreign=made), left
     if precision is not None or device_map is not None:
         raise ValueError(
             "--precision and --device-map are for other libraries' models; leave them out"

@@ -17,7 +17,8 @@ from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, measuring
-from nelbo.integrations.tokens import Texts, TokenModel, wrap_tokens
+from nelbo.integrations.token_rows import Texts
+from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
 WIDTH, LAYERS, KERNEL = 64, 2, 15  # of the network; a token sees 7 on each side in a layer
 STEPS, BATCH = 1500, 64  # of training on texts, about a minute on one core for 48 characters

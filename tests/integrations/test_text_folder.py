@@ -1,0 +1,166 @@
+"""Folders of transformers with code of their own, what their type says, and options after them."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.commands import nelbo_fails, run_ok
+from support.language_models import write, write_with_code
+
+import nelbo
+from nelbo import integrations
+from nelbo.diffusion.masked import BlockDiffusion, MaskedDiffusion
+from nelbo.diffusion.uniform import UniformDiffusion
+from nelbo.integrations import huggingface
+from nelbo.integrations.token_rows import SCORED
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift", "told", "process"),
+    [
+        ("Dream", 1, False, MaskedDiffusion),
+        ("mdlm", 0, True, MaskedDiffusion),
+        ("llada", 0, False, MaskedDiffusion),
+        ("udlm", 0, True, UniformDiffusion),
+        ("DUO", 0, True, UniformDiffusion),
+    ],
+)
+def test_trusted_code(tmp_path, capsys, kind, shift, told, process):
+    """Code of a folder runs if it is trusted, after it is named; its kind sets shift, time and
+    process."""
+    home = write_with_code(tmp_path / "remote", kind)
+    found = huggingface.load(home, trust_remote_code=True)
+    assert "running code of" in capsys.readouterr().err
+    assert found.model.shift == shift and (found.model.network.clock is not None) == told
+    assert type(found.model.process) is process
+    assert math.isfinite(nelbo.evaluate(found.model, [[4, 5, 6]], calls=8).nats)
+
+
+def test_options_after_the_folder_say_what_its_type_does_not(tmp_path):
+    """They are those of `load`; a folder of the type has the same model."""
+    home = write_with_code(tmp_path / "m", "mdlm")
+    plain = write(tmp_path / "p")
+
+    def of(source):
+        return integrations.load(source, trust_remote_code=True).model
+
+    said = of(f"hf:{home},time=none,shift=1,length=7")
+    assert said.network.clock is None and said.shift == 1 and said.length == 7
+    assert of(f"hf:{home}").hash() == of(f"hf:{home},time=sigma,shift=0").hash() != said.hash()
+    assert type(of(f"hf:{plain},process=uniform").process) is UniformDiffusion
+    blocks = of(f"hf:{plain},block=2").process
+    assert isinstance(blocks, BlockDiffusion) and blocks.block == 2
+    for option, words in (
+        ("shift=2", "options of hf: are mask=ID .*; got 'shift=2'"),
+        ("clip=yes", "got 'clip=yes'"),
+        ("never=9-5", "from the smaller to the larger; got '9-5'"),
+        ("never=5-99", "ids of the module are 0..11; got .12, "),
+        ("shown=99", r"ids of the module are 0..11; got \[99\] in shown"),
+        ("length=11", "length must be at most 10, the model's number of positions; got 11"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            of(f"hf:{plain},{option}")
+
+
+def test_a_mask_that_no_file_names(tmp_path):
+    """It is declared; otherwise the folder is refused before its weights are read."""
+    home = write(tmp_path / "m", mask=False)
+    (weights,) = home.glob("*.safetensors")
+    kept = weights.read_bytes()
+    weights.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has no mask token.*give its id: hf:.*m,mask=ID"):
+        huggingface.load(home)
+    weights.write_bytes(kept)
+    found = integrations.load(f"hf:{home},mask=3")
+    assert found.model.network.mask_id == 3
+    with_mask = huggingface.load(write(tmp_path / "n"))
+    assert found.model.hash() == with_mask.model.hash()
+
+
+# ---- block diffusion, by the command line
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    return write_with_code(tmp_path / "m", "bd3lm")
+
+
+def measured(capsys, *command):
+    run_ok(*command, "--trust-remote-code", "--json")
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def enumerated(found, batch, steps):
+    """The mean bound of so many steps in each block, by sums over all sets of hidden tokens, from
+    logits of the module alone: the k-th step from the first hides each token of its block with
+    probability k/T, and shows 1/k of those."""
+    module, never, total = found.model.network.module.module, found.model.never, 0.0
+
+    def cost(ids, end, hidden, share):
+        z = ids[:end].clone()
+        z[hidden] = 3
+        sigma = -torch.tensor([1 - share]).clamp(min=1e-4).log()
+        with torch.no_grad():
+            logits = module(z[None], sigma, sample_mode=True).logits[0].double()
+        logits[:, never] = -torch.inf
+        return -logits.log_softmax(-1)[hidden, ids[hidden]].sum().item()
+
+    for ids, condition in zip(batch.x, batch.condition, strict=True):
+        scored = (condition == SCORED).nonzero().flatten().tolist()
+        for end in range(4, len(ids) + 4, 4):
+            places = [i for i in scored if end - 4 <= i < end]
+            for size, k in itertools.product(range(1, len(places) + 1), range(1, steps + 1)):
+                chance = (k / steps) ** size * (1 - k / steps) ** (len(places) - size)
+                for hidden in map(list, itertools.combinations(places, size)):
+                    total += chance * cost(ids, end, hidden, k / steps) / k
+    return total / len(batch)
+
+
+def test_steps_of_block_diffusion_on_the_command_line(tmp_path, capsys, blocks):
+    """T steps are T/n in each of the n blocks of a text, as for any model of tokens."""
+    (tmp_path / "a.txt").write_text("abcdab\ndcA")
+    command = ["evaluate", f"hf:{blocks}", "--data", tmp_path / "a.txt", "--lines"]
+    found, err = measured(capsys, *command, "--steps", 4, "--calls", 4000)
+    assert found["steps"] == 4 and "block sampler" in err and "blocks of 4 tokens" in err
+    loaded = huggingface.load(blocks, trust_remote_code=True)
+    batch = loaded.texts(tmp_path / "a.txt", lines=True).batch
+    wanted = enumerated(loaded, batch, 2)
+    error = found["standard_error"]["monte_carlo"] * found["nats"] / found["bits_per_dim"]
+    assert abs(found["nats"] - wanted) < 4 * error and error < 0.006 * wanted
+    again = nelbo.evaluate(loaded, str(tmp_path / "a.txt"), lines=True, steps=4, calls=4000)
+    assert again.nats == found["nats"]
+    assert abs(wanted - enumerated(loaded, batch, 1)) > 20 * error  # of other steps
+    line = nelbo_fails(capsys, *command, "--steps", 3, "--trust-remote-code")
+    assert (
+        "each step shows tokens of one of 2 blocks; steps must be a multiple of 2; got 3" in line
+    )
+    several = nelbo.sweep(loaded, [2, 4], ["abcdab", "dcA"], calls=4000)
+    assert [each.steps for each in several] == [2, 4] and several[1].nats == found["nats"]
+    with pytest.raises(ValueError, match=r"blocks of the texts, which are not known yet: give"):
+        huggingface.load(blocks, trust_remote_code=True, steps=4)
+
+
+def test_block_diffusion_is_measured_and_drawn_by_the_command_line(tmp_path, capsys, blocks):
+    (tmp_path / "a.txt").write_text("abcdab\ndcA")
+    command = ["evaluate", f"hf:{blocks}", "--data", tmp_path / "a.txt", "--lines"]
+    found, _ = measured(capsys, *command, "--sampler", "greedy", "--save", tmp_path / "a.npz")
+    assert found["nats"] > 0 and math.isfinite(found["in_order"]["nats"])
+    assert np.load(tmp_path / "a.npz")["token_nats"].shape == (2, 8)
+    loaded = huggingface.load(blocks, trust_remote_code=True)
+    assert isinstance(loaded.model.process, BlockDiffusion)
+    draw = ["sample", f"hf:{blocks}", "--trust-remote-code", "--n", 2, "--length", 6]
+    run_ok(*draw, "--steps", 6, "--condition", "ab", "--out", tmp_path / "x.npz")
+    assert "drawn in 6 steps" in capsys.readouterr().err
+    x = np.load(tmp_path / "x.npz")["x"]
+    assert x.shape == (2, 10) and (x[:, 1:3] == [4, 5]).all()
+    # samples are ids, which are measured in turn
+    found, err = measured(capsys, "evaluate", f"hf:{blocks}", "--data", tmp_path / "x.npz")
+    assert "16 tokens of 2 texts are scored" in err and found["nats"] > 0
+    config = json.loads((blocks / "config.json").read_text())
+    (blocks / "config.json").write_text(json.dumps(config | {"block_size": None}))
+    with pytest.raises(ValueError, match="block_size must be"):
+        huggingface.load(blocks, trust_remote_code=True)
