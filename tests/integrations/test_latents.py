@@ -129,8 +129,10 @@ def test_a_folder_and_a_pipeline_are_the_parts(parts, tmp_path):
         load(path)
     found = evaluate(f"{path},law=laplace:0.3", x, condition=labels, calls=4)
     assert found.unit == "bits/dim" and found.given == "class" and found.examples == 12
-    assert found.encoder_calls_per_example == 1 and found.decoder_calls_per_example == 2
-    assert found.calls_per_example == 4 and found.standard_error.total > 0
+    checked = 8 / 12  # images that are encoded to check how the network is read
+    assert found.encoder_calls_per_example == pytest.approx(1 + checked)
+    assert found.decoder_calls_per_example == 2
+    assert found.calls_per_example >= 4 + 2 * checked and found.standard_error.total > 0
     assert sum(vars(found.terms).values()) == pytest.approx(found.bits_per_dim)
     assert any("discretised laplace of scale 0.3" in note for note in found.notes)
     assert "diffusion model is of 2x4x4 latents" in found.notes[0]

@@ -79,8 +79,8 @@ class Measurement:
     `nats` is in nats per example. `value`, the terms and `standard_error` are in `unit`: bits/dim
     for probabilities, nats for densities, which have no bits/dim. So the interval is value ± 1.96
     standard errors, not nats ± 1.96; an unknown error is NaN. Calls are rows that went forward
-    through the network, per example. For a text, `rates` holds the bound per token, character and
-    byte, and the perplexity, by name.
+    through the network, per example, with those that check how another library's is read. For a
+    text, `rates` holds the bound per token, character and byte, and the perplexity, by name.
     """
 
     bits_per_dim: float | None
@@ -346,3 +346,17 @@ def rated(found: R, rates: Callable[[Measurement], Mapping[str, float]]) -> R:
     if isinstance(found, Evaluation) and found.in_order is not None:
         found = replace(found, in_order=rated(found.in_order, rates))
     return replace(found, rates=rates(found))
+
+
+def with_calls(found: R, rows: int, encoder_rows: int = 0) -> R:
+    """Return a measurement with more rows that went through its network, and an encoder.
+
+    Args:
+        found: a measurement.
+        rows: of the network.
+        encoder_rows: of the encoder, where the network models its latents.
+    """
+    if isinstance(found, LatentEvaluation):
+        encoder = found.encoder_calls_per_example + encoder_rows / found.examples
+        found = replace(found, encoder_calls_per_example=encoder)
+    return replace(found, calls_per_example=found.calls_per_example + rows / found.examples)

@@ -20,6 +20,7 @@ Times: a model trained at T times is defined at these only. They are i/T here, i
 decoder reads the first. A table translates them to the network's own time input (0, 999, a σ).
 """
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -35,7 +36,7 @@ from nelbo.diffusion.decoder import Decoder
 from nelbo.diffusion.distributions import draw
 from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.parametrization import Parametrization
+from nelbo.diffusion.parametrization import EpsPrediction, Parametrization
 from nelbo.diffusion.prediction import Prediction
 from nelbo.diffusion.process import ForwardProcess, per_example
 from nelbo.diffusion.reverse import FixedVariance
@@ -131,7 +132,6 @@ class Adapter(nn.Module):
         times: time inputs of the network at the times of `gamma`, shape (T,); or a function of γ.
         gamma: γ_1..γ_T, if `times` is a table.
         factor: c(γ), which converts our latents to theirs.
-        score: whether the output is a score, to be converted to ε̂.
     """
 
     times: Tensor
@@ -145,7 +145,6 @@ class Adapter(nn.Module):
         times: Tensor | Callable[[Tensor], Tensor],
         gamma: Tensor | None,
         factor: Factor,
-        score: bool,
     ) -> None:
         super().__init__()
         own = next(network.parameters(), None)
@@ -155,7 +154,7 @@ class Adapter(nn.Module):
         reference = torch.zeros(0, dtype=torch.float64 if wide else torch.float32)
         self.reference = nn.Parameter(reference, requires_grad=False)
         self.network, self.shape, self.outputs = network, shape, outputs
-        self.factor, self.score = factor, score
+        self.factor = factor
         self.calls = NetworkCalls(type(network).__name__)
         self.name: Callable[[Tensor], Tensor] | None = None
         if isinstance(times, Tensor):
@@ -174,19 +173,26 @@ class Adapter(nn.Module):
         inputs = (y, time) if condition is None else (y, time, condition)
         output = self.calls(self._call, inputs, rows).to(features.dtype)
         parts = output.reshape(len(output), self.outputs, -1, *self.shape[1:])
-        if self.score:
-            b = self.factor(gamma) * gamma.sigmoid().sqrt()
-            parts = torch.cat([parts[:, :1] * -over(b, parts), parts[:, 1:]], 1)
         return parts[:, 0] if self.outputs == 1 else parts.movedim(1, -1)
+
+    def under(self, factor: Factor, times: Callable[[Tensor], Tensor]) -> "Adapter":
+        """Return the same network with other inputs, c(γ) z and a function of γ as its time.
+
+        Its calls are counted where those of this one are.
+        """
+        other = copy.copy(self)  # with the same weights and hooks
+        other.factor, other.name = factor, times
+        return other
 
     def inputs_at(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Return γ and the time input of the network at levels of `log_snr_input`, (B,) each."""
         if self.name is not None:
             gamma = level.double()
-            return gamma, self.name(gamma).to(level.dtype)
-        i = level.round().long() - 1
-        time = self.times[i]
-        return self.gamma[i], time.to(level.dtype) if time.is_floating_point() else time
+            time = self.name(gamma)
+        else:
+            i = level.round().long() - 1
+            gamma, time = self.gamma[i], self.times[i]
+        return gamma, time.to(level.dtype) if time.is_floating_point() else time
 
     def _call(self, y: Tensor, time: Tensor, *condition: Tensor) -> Tensor:
         try:
@@ -226,6 +232,31 @@ class Adapter(nn.Module):
         if next(self.network.parameters(), None) is None:
             hint = "a function gets float64; for a network of float32, give it y.float()"
         return f"the wrapped network fails, called with {shown}: {reason}; {hint}"
+
+
+class Score(Parametrization):
+    """ε̂ = -b F for a network that predicts ∇ log q(y) of y = c z = a x + b ε.
+
+    Args:
+        factor: c(γ).
+    """
+
+    predicts = "score"
+
+    def __init__(self, factor: Factor) -> None:
+        super().__init__()
+        self.of_latents = factor
+
+    @property
+    @override
+    def factor(self) -> Factor:
+        return self.of_latents
+
+    @override
+    def forward(self, output: Tensor, z: Tensor, t: Tensor, process: ForwardProcess) -> Prediction:
+        gamma = process.schedule(t)
+        b = self.factor(gamma) * gamma.sigmoid().sqrt()
+        return EpsPrediction()(-over(b, z) * output, z, t, process)
 
 
 class EDM(Parametrization):

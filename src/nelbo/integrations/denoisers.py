@@ -34,6 +34,7 @@ from nelbo.integrations.adapters import (
     Flow,
     LastStep,
     OnSteps,
+    Score,
     Steps,
     exploding,
     preserving,
@@ -53,12 +54,14 @@ Predicts = str  # a key of HEADS or of parametrization.SPELLINGS, "edm" or "mean
 Variance = Literal["small", "large", "learned-range", "optimal"]
 Denoiser = Callable[..., Tensor]
 
-HEADS: dict[str, Callable[[], parametrization.Parametrization]] = {
+HEADS: dict[str, Callable[[], parametrization.Parametrization] | None] = {
     "noise": parametrization.EpsPrediction,
     "data": parametrization.XPrediction,
     "velocity": parametrization.VPrediction,
-    "score": parametrization.EpsPrediction,
+    "score": None,  # `Score` takes c(γ),
     "flow": Flow,
+    "edm": None,  # `EDM` σ_data,
+    "mean": None,  # and `Mean` T
 }
 STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "small": reverse.Posterior,
@@ -131,7 +134,7 @@ def _reading_of(model: WrappedModel) -> str:
     x_hat = x_hat[:: max(1, len(x_hat) // HASHED)]
     levels = process.embed(torch.arange(2, device=place))
     factor = adapter.factor(gamma)
-    return f"score {adapter.score}, {digest_of(gamma, factor, time, levels, x_hat)}"
+    return digest_of(gamma, factor, time, levels, x_hat)
 
 
 @checked
@@ -153,6 +156,7 @@ def wrap(
     clip: bool = False,
     keep: Sequence[int] | None = None,
     conditioned_on: str = "",
+    check: bool = True,
 ) -> WrappedModel:
     """Return a model of any network that is called as network(y (B, *shape), time (B,)).
 
@@ -192,6 +196,8 @@ def wrap(
         conditioned_on: name of c in a model of P(x|c), such as "class". The examples are then a
             `Batch(x, condition)` with numbers (B, F) as conditions, and the network is called as
             network(y, time, condition); a label is condition[:, 0].long().
+        check: look at the output at pure noise, with 2 to 8 rows, for signs of a wrong reading.
+            `nelbo.evaluate` sees more in the examples, with or without this.
 
     Warns:
         UserWarning: signal is left at the last time, with its cost in nats; or the output of a
@@ -245,7 +251,7 @@ def wrap(
         keep=keep,
     )
     model.conditioned_on = conditioned_on
-    for note in (*model.check_reading(), *signal_left(model)):
+    for note in (*(model.check_reading() if check else ()), *signal_left(model)):
         warnings.warn(note, stacklevel=2)
     if not network.state_dict() and not conditioned_on:  # nothing else says which network it is
         model.settings += f", {digest_of(_at_some_latents(model))}"
@@ -270,10 +276,11 @@ def assemble(
     if variance not in STEPS:
         raise ValueError(f"variance must be one of {', '.join(STEPS)}; got {variance!r}")
     said, head = _read(predicts)
-    if head is None:
+    if said == "score":
+        head = Score(factor)
+    elif head is None:
         head = parametrization.Mean(_steps_of_mean(gamma, factor, keep))
-    # a score becomes noise in the adapter, where the output itself is not to be recognised
-    known = "" if said == "score" else head.predicts
+    known = head.predicts
     head = _head(head, variance, scaling if clip else None)
     if isinstance(gamma, Tensor):
         table = torch.arange(len(gamma)) if times is None else times
@@ -288,13 +295,13 @@ def assemble(
                 " left, and the schedule ends there (α_T = 0); leave that time out with keep=..."
             )
         process: GaussianDiffusion = OnSteps(Steps(gamma), scaling)
-        adapter = Adapter(network, shape, head.outputs, table, gamma, factor, said == "score")
+        adapter = Adapter(network, shape, head.outputs, table, gamma, factor)
         steps = len(gamma)
     else:
         if times is None or isinstance(times, Tensor) or keep is not None:
             raise ValueError("a schedule γ(t) needs times=, a function of γ, and no keep")
         process = GaussianDiffusion(gamma, scaling)
-        adapter = Adapter(network, shape, head.outputs, times, None, factor, said == "score")
+        adapter = Adapter(network, shape, head.outputs, times, None, factor)
         steps = 0
     best = BestVariance(steps) if variance == "optimal" and steps else None
     last = _decoder(decoder, process.schedule, scaling, steps, best)
@@ -340,7 +347,7 @@ def signal_left(model: Model) -> list[str]:
 def _read(
     predicts: Predicts | parametrization.Parametrization, sigma_data: float | None = None
 ) -> tuple[str, parametrization.Parametrization | None]:
-    """Return our word for an output and its parametrization, None for "mean", which takes T.
+    """Return our word for an output and its parametrization, None if that takes other parts too.
 
     >>> _read("epsilon")
     ('noise', EpsPrediction())
@@ -357,13 +364,10 @@ def _read(
         return word, EDM(sigma_data)
     if not isinstance(predicts, str):
         return predicts.predicts, predicts
-    if word == "mean":
-        return word, None
     if word not in HEADS:
-        raise ValueError(
-            f"predicts must be one of {', '.join(HEADS)}, edm, mean; got {predicts!r}"
-        )
-    return word, HEADS[word]()
+        raise ValueError(f"predicts must be one of {', '.join(HEADS)}; got {predicts!r}")
+    make = HEADS[word]
+    return word, None if make is None else make()
 
 
 def _steps_of_mean(gamma: Tensor | Schedule, factor: Factor, keep: Sequence[int] | None) -> int:

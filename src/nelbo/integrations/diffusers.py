@@ -123,7 +123,8 @@ def load(
 
     def of_steps(steps: int | None) -> Foreign:
         found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
-        return replace(found, notes=(*found.notes, *notes, *said), of_steps=of_steps)
+        read = found.model.diffusion.check_reading()
+        return replace(found, notes=(*found.notes, *read, *notes, *said), of_steps=of_steps)
 
     return of_steps(steps)
 
@@ -217,7 +218,7 @@ def build(
     how = f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped"
     if given is not None:
         model.conditioned_on = given.word
-    notes = [how, scaled(scaling), *signal_left(model), *model.check_reading()]
+    notes = [how, scaled(scaling), *signal_left(model)]
     if drop:
         notes.append("the network also gives a variance, which is not used")
     levels = scaling.count or None

@@ -32,6 +32,7 @@ from nelbo.evaluation.result import (
     Evaluation,
     LatentEvaluation,
     rated,
+    with_calls,
 )
 from nelbo.evaluation.unmasking_order import beside, order_for
 from nelbo.integrations import Foreign
@@ -114,7 +115,8 @@ def evaluate(
             model (for tokens, L/T at a time); continuous time by default.
         grid: for a run, the times of the steps: "best", the default, or "uniform".
         times: for a bare model: TimeGrid(times), or a number as for `steps`.
-        calls: network calls per example, at most; 24 by default.
+        calls: network calls per example, at most; 24 by default. The check of how a network of
+            another library is read takes some more, which the result counts.
         target_error: in place of calls, the Monte Carlo standard error to reach, in the unit of
             the result.
         per_example: for a better standard error of each example.
@@ -359,7 +361,8 @@ class Measuring:
             order: of a sampler whose exact likelihood is stated beside the bound.
         """
         subject, model, other = self.subject, self.subject.model, self.alternative
-        for line in subject.check(batch):
+        notes, *checked = subject.check(batch)
+        for line in notes:
             self.note(line)
         track = self.tracks("evaluate")
         record: dict[str, Any] = {"seed": self.seed, "split": name, "track": track}
@@ -369,7 +372,7 @@ class Measuring:
             found = self._of_latents(model, batch, times, record | {"weights": subject.weights})
         elif other.own_samples is not None and times is not None:
             rows = torch.arange(other.own_samples) % len(batch)
-            return both_sides(
+            sides = both_sides(
                 model,
                 other.own_samples,
                 times=times,
@@ -379,6 +382,7 @@ class Measuring:
                 weights=subject.weights,
                 track=track,
             )
+            return with_calls(sides, *checked)
         elif find := other.measure(model, times):
             resume = self.options.get("resume")
             found = find(batch, weights=subject.weights, resume=resume, **record)
@@ -386,7 +390,7 @@ class Measuring:
             found = subject.bound(batch, own, self.tell, times=times, **self.options, **record)
             bar, resume = self.tracks("in order"), self.options.get("resume")
             found = beside(found, model, batch, order, bar, resume)
-        found = rated(found, lambda of: subject.rates(of, batch))
+        found = with_calls(rated(found, lambda of: subject.rates(of, batch)), *checked)
         check_number(found)
         late = batch.x.notes() if isinstance(batch.x, Rows) else ()
         worse = worse_than_uniform(found, model.codes)

@@ -9,18 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
+from torch import nn
 from typing_extensions import override
 
 from nelbo import integrations
+from nelbo._utils.distributed import gather
 from nelbo._utils.progress import Track
 from nelbo.data.columns import Column
 from nelbo.data.schema import Dataset
 from nelbo.data.sources import Source, Splits
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.latent import LatentModel
-from nelbo.diffusion.model import Model, find_device
+from nelbo.diffusion.model import Model, counting, find_device
 from nelbo.diffusion.times import TimeDiscretization, times_of
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.evaluate import evaluate
@@ -88,6 +90,14 @@ class Asked:
     tell: Tell
 
 
+class Checked(NamedTuple):
+    """Notes on how a network is read, with the rows that went through it and an encoder."""
+
+    notes: Sequence[str] = ()
+    rows: int = 0
+    encoder_rows: int = 0
+
+
 class Subject(ABC):
     """Something whose bound can be measured."""
 
@@ -112,9 +122,9 @@ class Subject(ABC):
     ) -> TimeDiscretization | None:
         """Return the times of a number of steps; None for continuous time."""
 
-    def check(self, batch: Batch) -> Sequence[str]:
-        """Return notes on how the network is read, from its errors on some examples."""
-        return ()
+    def check(self, batch: Batch) -> Checked:
+        """Check how the network is read, from its errors on some examples."""
+        return Checked()
 
     def bound(self, batch: Batch, own: bool, tell: Tell, **options: Any) -> Evaluation:  # noqa: ANN401
         """Return the bound of examples.
@@ -226,8 +236,13 @@ class OfModel(Subject):
         return None if steps is None else times_of(self.model.diffusion, None, steps)
 
     @override
-    def check(self, batch: Batch) -> Sequence[str]:
-        return self.model.check_reading(batch)
+    def check(self, batch: Batch) -> Checked:
+        model = self.model
+        encoder = model.encoder if isinstance(model, LatentModel) else nn.Identity()
+        with counting(model.network) as calls, counting(encoder) as encoded:
+            notes = model.check_reading(batch)
+        # each process makes the same check
+        return Checked(notes, sum(gather(calls.forward)), sum(gather(encoded.forward)))
 
 
 @dataclass
