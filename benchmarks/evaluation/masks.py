@@ -39,10 +39,11 @@ from torch import Tensor, nn
 
 from nelbo.data.tokenizer import make
 from nelbo.diffusion.model import measuring
-from nelbo.evaluation.mask_estimator import FREE, MaskEstimator, Plan, price_of
+from nelbo.evaluation.mask_estimator import MaskEstimator, Plan
 from nelbo.evaluation.mask_regression import Coefficients
 from nelbo.evaluation.mask_sampling import Texts
 from nelbo.evaluation.masks import masks_alone
+from nelbo.evaluation.price import LEAST, price_of
 from nelbo.integrations import TokenModel, wrap_tokens
 from nelbo.training.surrogate import train_surrogate
 
@@ -222,7 +223,7 @@ def ours(
     that the surrogate reads for an estimate. With a price they are counted: there are so many
     fewer calls of the model.
     """
-    ratio = 0.0 if surrogate is None else masks_alone(coefficients, LENGTH, price or FREE)
+    ratio = 0.0 if surrogate is None else masks_alone(coefficients, LENGTH, price or LEAST)
     if price is not None:
         calls = max(1.0, int(calls / (1 + price * (1 + ratio))))
     each = 2 if calls >= 2 else 1

@@ -16,7 +16,7 @@ from torch import nn
 
 import nelbo
 from nelbo._utils.numerics import seeded
-from nelbo.evaluation import mask_estimator, masks
+from nelbo.evaluation import mask_estimator, masks, price
 from nelbo.evaluation.mask_estimator import MaskEstimator, Plan
 from nelbo.evaluation.mask_regression import NODES, fit, hats, usual
 from nelbo.evaluation.mask_sampling import Texts, draw_masks
@@ -141,10 +141,10 @@ def test_blocks_have_counts_of_their_own(block, time):
 
 def test_block_diffusion_takes_exact_counts():
     """The value and its stated error are true, and the curve over time adds up to it."""
-    model, texts = tiny(4, block=2), [[3, 1, 2, 0, 1, 2], [2, 2, 1]] * 4
+    model, texts = tiny(4, block=3), [[3, 1, 2, 0, 1, 2], [2, 2, 1]] * 4
     batch = model.batch(texts)
     wanted = sum(of_blocks(model, batch[:2])) / 2
-    found = [nelbo.evaluate(model, texts, calls=24, seed=seed) for seed in range(12)]
+    found = [nelbo.evaluate(model, texts, calls=12, seed=seed) for seed in range(12)]
     errors = [r.standard_error.monte_carlo * r.nats / r.bits_per_dim for r in found]
     z = [(r.nats - wanted) / e for r, e in zip(found, errors, strict=True)]
     assert 2.2 < sum(v * v for v in z) < 33  # chi² of 12, all but 1 in 1000 on either side
@@ -181,27 +181,33 @@ def test_what_other_draws_say_is_unbiased_and_so_is_the_error():
     assert abs(mean.mean() - wanted) < 4 * mean.std() / 800**0.5
 
 
-def test_the_costs_of_tokens(every_text):
-    """Each token's share of the bound, by the definition, with an error of nominal size."""
-    model, batch, _ = every_text
-    x = batch.x[27].tolist()
-    terms = torch.zeros(3, dtype=torch.float64)
-    for size in (1, 2, 3):
-        for hidden in itertools.combinations(range(3), size):
+def costs_of_tokens(model, x):
+    """Each token's share of the bound, by the definition."""
+    terms, places = torch.zeros(len(x), dtype=torch.float64), range(len(x))
+    for size in range(1, len(x) + 1):
+        for hidden in itertools.combinations(places, size):
             z = torch.tensor([[MASK if i in hidden else k for i, k in enumerate(x)]])
             logits = model.network.module(z)[0].clone()
             logits[:, MASK] = -torch.inf
-            cost = -logits.log_softmax(-1)[range(3), x]
+            cost = -logits.log_softmax(-1)[places, x]
             for i in hidden:
-                terms[i] += cost[i] / size / math.comb(3, size)
+                terms[i] += cost[i] / size / math.comb(len(x), size)
+    return terms
+
+
+def test_the_costs_of_tokens(every_text):
+    """Each token's share of the bound, with an error of nominal size."""
+    model, batch, _ = every_text
+    x = [0, 1, 2, 3, 3, 1]
+    terms = costs_of_tokens(model, x)
     found = nelbo.evaluate(model, model.batch([x] * 300), calls=32, per_example=True)
     arrays = found.to_arrays()
     mean, error = arrays["token_nats"].mean(0), arrays["token_nats"].std(0) / 300**0.5
     assert (abs(mean - terms.numpy()) < 4 * error).all() and terms.std() > 3 * error.max()
     far = abs(arrays["token_nats"] - terms.numpy()) / arrays["token_standard_error"]
     assert 0.85 < (far < 1.96).mean() < 0.99
-    np.testing.assert_allclose(3 * arrays["nats_per_token"], arrays["nats"])
-    np.testing.assert_allclose(3 * arrays["standard_error_per_token"], arrays["standard_error"])
+    np.testing.assert_allclose(6 * arrays["nats_per_token"], arrays["nats"])
+    np.testing.assert_allclose(6 * arrays["standard_error_per_token"], arrays["standard_error"])
     assert nelbo.evaluate(model, batch, calls=8).by_token is None
     few = nelbo.evaluate(model, [[0, 1], [2, 1, 0]], calls=8, per_example=True).by_token
     assert few.nats.isnan().tolist() == [[False, False, True], [False] * 3]
@@ -226,10 +232,12 @@ def test_the_masks_by_name_and_by_a_pilot():
         assert why in mask_note(found)
     assert len({nats["plain"], nats["unigram"], nats["draws"]}) == 3
     assert nats[None] in (nats["unigram"], nats["draws"])
-    few = nelbo.evaluate(model, texts[:3], calls=4, masks="draws")
-    assert (
-        mask_note(few) == "masks: plain, without a pilot; they are too few for the pilot of draws"
-    )
+    for name in ("draws", "unigram"):
+        too_few = f"masks {name} need a pilot of 64 calls.*got 4 per text; give 171 calls"
+        with pytest.raises(ValueError, match=too_few):
+            nelbo.evaluate(model, texts[:3], calls=4, masks=name)
+        with pytest.raises(ValueError, match=f"masks {name} are control variates.*left out"):
+            nelbo.evaluate(model, texts, calls=32, masks=name, variates=False)
     without = nelbo.evaluate(model, texts, calls=32, variates=False)
     assert "masks: plain, the least variance of plain in a pilot" in mask_note(without)
 
@@ -254,25 +262,25 @@ def test_a_target_error_of_masks():
 
 @pytest.fixture(scope="module")
 def every_text():
-    """All texts of three tokens, with their bounds by enumeration."""
+    """All texts of four tokens, with their bounds by enumeration."""
     with torch.no_grad():
         model = tiny(4)
-        batch = model.batch(torch.tensor(list(itertools.product(range(MASK), repeat=3))))
+        batch = model.batch(torch.tensor(list(itertools.product(range(MASK), repeat=4))))
         return model, batch, torch.tensor([exact(model, batch, i) for i in range(len(batch))])
 
 
 @pytest.mark.parametrize("kind", SURROGATES)
 def test_bounds_sum_to_at_most_one_and_errors_are_nominal(every_text, kind, monkeypatch):
     """Equation 1: Σ_x exp(ELBO(x)) <= 1; 95 % of the bounds lie within 1.96 of their errors."""
-    monkeypatch.setattr(masks, "price_of", lambda *parts: mask_estimator.FREE)
+    monkeypatch.setattr(masks, "price_of", lambda *parts: price.LEAST)
     model, batch, wanted = every_text
     assert wanted.neg().exp().sum() <= 1
     surrogate = None if kind == "alone" else tiny(SURROGATES[kind])
     ratios = []
     for seed in range(4):
-        found = nelbo.evaluate(model, batch, calls=32, surrogate=surrogate, seed=seed)
-        assert found.calls_per_example <= 32 and found.unit == "bits/token"
-        scale = 3 * math.log(2)
+        found = nelbo.evaluate(model, batch, calls=14, surrogate=surrogate, seed=seed)
+        assert found.calls_per_example <= 14 and found.unit == "bits/token"
+        scale = 4 * math.log(2)
         assert math.isclose(sum(c.value for c in found.curve), found.bits_per_dim)
         error = found.standard_error.monte_carlo * scale
         assert abs(found.nats - wanted.mean()) < 3.5 * error
@@ -287,24 +295,25 @@ def test_the_surrogate_reduces_the_error_and_a_bad_one_is_left_out(every_text, m
     """The model itself as a surrogate that costs little leaves only the error of its own mean."""
     model, batch, wanted = every_text
     same, bad = tiny(4), tiny(7)
-    plain = nelbo.evaluate(model, batch, calls=16)
-    dear = nelbo.evaluate(model, batch, calls=16, surrogate=same)  # at the price of a call a mask
+    plain = nelbo.evaluate(model, batch, calls=14)
+    dear = nelbo.evaluate(model, batch, calls=14, surrogate=same)  # at the price of a call a mask
     assert "not used" in " ".join(dear.notes) and dear.nats == plain.nats
     monkeypatch.setattr(masks, "price_of", lambda *parts: 0.01)
-    two = nelbo.evaluate(model, batch, calls=16, surrogate=same)
+    two = nelbo.evaluate(model, batch, calls=14, surrogate=same)
     assert two.standard_error.monte_carlo < 0.3 * plain.standard_error.monte_carlo
     assert two.nats != wanted.mean() and "of each text, at 0.01" in " ".join(two.notes)
-    other = nelbo.evaluate(model, batch, calls=16, surrogate=bad)
+    other = nelbo.evaluate(model, batch, calls=14, surrogate=bad)
     assert other.standard_error.monte_carlo < 1.2 * plain.standard_error.monte_carlo
 
 
 def test_without_a_pilot_a_surrogate_is_used_only_where_it_is_named():
     """Nothing says then whether it helps: the numbers are those without it."""
     model, bad = tiny(4), tiny(7)
-    texts = [[3, 1, 2, 0], [0, 0, 1], [1, 2, 3, 0]] * 2
+    texts = [[3, 1, 2, 0, 1, 2, 2], [0, 0, 1, 3, 3, 1, 0, 2], [1, 2, 3, 0, 0, 3, 1]] * 2
     plain = nelbo.evaluate(model, texts, calls=64)
     found = nelbo.evaluate(model, texts, calls=64, surrogate=bad)
     assert found.nats == plain.nats and mask_note(found) == "masks: plain, without a pilot"
+    assert found.calls_per_example == plain.calls_per_example
     assert "too few for a pilot, which finds what it saves; give 86 calls" in " ".join(found.notes)
     some = nelbo.evaluate(model, texts, target_error=0.5, surrogate=bad)
     assert some.nats == nelbo.evaluate(model, texts, target_error=0.5).nats
@@ -316,9 +325,10 @@ def test_without_a_pilot_a_surrogate_is_used_only_where_it_is_named():
 
 def test_numbers_do_not_depend_on_the_batch(every_text, monkeypatch):
     """The masks of a text depend on the seed and on the text: not on order, task or padding."""
-    monkeypatch.setattr(masks, "price_of", lambda *parts: mask_estimator.FREE)
+    monkeypatch.setattr(masks, "price_of", lambda *parts: price.LEAST)
     model, surrogate = tiny(4, pad_id=3), tiny(1, pad_id=3)
-    texts = [[0, 1, 2], [1, 1], [0, 1, 2], [2, 0, 1, 1]] * 20
+    one, other, short = [0, 1, 2, 2, 1, 0], [2, 0, 1, 1, 0, 2, 0], [1, 1]
+    texts = [one, short, one, other] * 20
     found = nelbo.evaluate(model, texts, calls=32, surrogate=surrogate)
     order = np.random.default_rng(0).permutation(len(texts))
     padded = [[3, *texts[i], 3, 3] for i in order]
@@ -327,25 +337,111 @@ def test_numbers_do_not_depend_on_the_batch(every_text, monkeypatch):
     again = nelbo.evaluate(model, padded, calls=32, surrogate=surrogate)
     assert math.isclose(found.nats, again.nats, rel_tol=1e-12)
     each, other = found.per_example.elbo, again.per_example.elbo
-    for text in ([0, 1, 2], [1, 1], [2, 0, 1, 1]):
+    for text in (one, other, short):
         here = [i for i, t in enumerate(texts) if t == text]
         there = [i for i, j in enumerate(order) if texts[j] == text]
         torch.testing.assert_close(each[here].sort().values, other[there].sort().values)
-        assert len(each[here].unique()) > 1  # equal texts have masks of their own
+        # equal texts have masks of their own, and the same if they are all there are
+        assert (len(each[here].unique()) == 1) == (text is short)
 
 
-@pytest.mark.parametrize("known", [known_models.symbols, known_models.text], ids=["pairs", "text"])
-def test_own_masked_models_take_a_surrogate(known, monkeypatch):
-    """Those of one-hot features too, whose places are all scored; against their exact bounds."""
-    monkeypatch.setattr(masks, "price_of", lambda *parts: mask_estimator.FREE)
-    known, times = known(), nelbo.ContinuousTime()
+def test_own_masked_models_take_a_surrogate(monkeypatch):
+    """Against their exact bounds."""
+    monkeypatch.setattr(masks, "price_of", lambda *parts: price.LEAST)
+    known = known_models.text()
     x = known.examples(60)
-    wanted = known.bound(x, times).sum(1)
+    wanted = known.bound(x, nelbo.ContinuousTime()).sum(1)
     found = nelbo.evaluate(known.model, x, calls=64, surrogate=known.model)
     scale = known.model.dims * math.log(2)
     assert abs(found.nats - wanted.mean()) < 4 * found.standard_error.monte_carlo * scale
     far = (-found.per_example.elbo - wanted).abs() / found.per_example_error
     assert (far < 1.96).double().mean() > 0.85 and "the surrogate read" in " ".join(found.notes)
+
+
+def test_short_examples_are_measured_by_all_their_masks():
+    """Exact, and the error is 0; of one-hot features too, whose places are all scored."""
+    known = known_models.symbols()
+    x = known.examples(60)
+    found = nelbo.evaluate(known.model, x, calls=3, masks="plain", per_example=True)
+    wanted = known.bound(x, nelbo.ContinuousTime()).sum(1)
+    torch.testing.assert_close(-found.per_example.elbo, wanted, rtol=1e-6, atol=0)
+    assert found.calls_per_example == 3 and found.standard_error.monte_carlo == 0
+    assert (found.per_example_error == 0).all() and not any(p.standard_error for p in found.curve)
+    assert "all masks of each text were read: no Monte Carlo error" in found.notes
+    sampled = nelbo.evaluate(known.model, x, calls=2, masks="plain")
+    assert sampled.standard_error.monte_carlo > 0 and "plain, without" in mask_note(sampled)
+    target = nelbo.evaluate(known.model, x, target_error=1e-9, masks="plain")
+    assert target.nats == found.nats and target.standard_error.monte_carlo == 0
+
+
+@pytest.mark.parametrize("block", [None, 2, 3])
+def test_all_masks_give_the_cells_and_tokens_that_drawn_ones_do(block):
+    """Of texts of different lengths, some of whose tokens show, and of blocks."""
+    model = tiny(4, block=block)
+    shown = torch.tensor([[False, True, False, False, False]] * 3)
+    batch = model.batch([[3, 1, 2, 0, 1], [2, 1, 3, 3, 0], [0, 1, 2]], shown)
+    estimator = MaskEstimator(model, None, Texts(model, batch), 0)
+    known = usual(1, False)
+    cells, tokens, error = estimator.costs(range(3), batch, Plan(2, 1, 0, 15), known)
+    drawn, other, spread = estimator.costs(range(3), batch, Plan(4000, 2), known)
+    noise = drawn.std(1) / 4000**0.5
+    assert ((cells[:, 0] - drawn.mean(1)).abs() <= 4.5 * noise + 1e-9).all()
+    assert ((tokens - other).abs() <= 4.5 * spread + 1e-9).all() and not error.any()
+    torch.testing.assert_close(cells[:, 0].sum(1), tokens.sum(1))
+    if block is None:
+        scored = costs_of_tokens(model, [0, 1, 2])  # with all hidden
+        assert not torch.allclose(tokens[2, :3], scored)
+        wanted = torch.tensor([exact(model, batch, row) for row in range(3)], dtype=torch.float64)
+    else:
+        wanted = torch.tensor(of_blocks(model, batch, 24), dtype=torch.float64)
+    torch.testing.assert_close(tokens.sum(1), wanted, rtol=1e-6, atol=0)
+
+
+class Counted(nn.Module):
+    """Logits of each place that depend on the number of hidden tokens alone, for any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_place = nn.Parameter(torch.randn(48, V, dtype=torch.float64))
+
+    def forward(self, ids):
+        share = (ids == MASK).double().mean(1)
+        return self.of_place[: ids.shape[1]] * (0.5 + 2 * share[:, None, None])
+
+    def bound(self, text):
+        """Σ_l of the mean cost over the places, with l hidden."""
+        length = len(text)
+        share = torch.arange(1, length + 1).double() / length
+        logits = self.of_place[:length] * (0.5 + 2 * share[:, None, None])
+        log_p = logits[..., :MASK].log_softmax(-1)
+        return -log_p[:, range(length), text].mean(1).sum().item()
+
+
+@pytest.mark.parametrize("calls", [8, 40])
+def test_texts_of_unequal_lengths_have_errors_of_their_own(calls):
+    """Each text by itself: 95 % of its intervals hold its bound, and their size is that of its
+    noise, where one error for all is too large for short texts and too small for long ones."""
+    with seeded(3):
+        module = Counted()
+        texts = [torch.randint(MASK, (length,)).tolist() for length in (2, 6, 12, 48)]
+    model, seeds = wrap_tokens(module, MASK), 120
+    wanted = torch.tensor([module.bound(text) for text in texts], dtype=torch.float64)
+    found = [
+        nelbo.evaluate(model, texts, calls=calls, per_example=True, seed=seed)
+        for seed in range(seeds)
+    ]
+    off = torch.stack([-r.per_example.elbo for r in found]) - wanted
+    error = torch.stack([r.per_example_error for r in found])
+    assert not error[:, 0].any() and off[:, 0].abs().max() < 1e-9  # all its masks
+    held = (off.abs() <= 1.96 * error).double().mean(0)[1:]
+    binomial = math.sqrt(0.95 * 0.05 / seeds)
+    assert (held > 0.93 - 2.5 * binomial).all()
+    ratio = error[:, 1:].square().mean(0).sqrt() / off[:, 1:].square().mean(0).sqrt()
+    # few replicates make errors 1.2 times as wide, and what texts share may be 1.5 times off
+    assert ((ratio > 0.85) & (ratio < 1.8)).all()
+    mean = torch.tensor([r.standard_error.monte_carlo * r.nats / r.bits_per_dim for r in found])
+    held = (off.mean(1).abs() <= 1.96 * mean).double().mean()
+    assert 0.93 - 2.5 * binomial < held
 
 
 def test_masks_are_uniform_and_balanced():

@@ -424,12 +424,12 @@ def test_block_diffusion_is_measured_and_drawn(module, times):
     batch = model.batch(
         [[3, 1, 2, 0, 1], [1, 2, 1, PAD, PAD]], shown=torch.tensor([True] + [False] * 4)
     )
-    calls = 200 if times is None else 1200  # of few masks with exact counts
+    calls = 5 if times is None else 1200  # of few masks with exact counts
     found = nelbo.evaluate(model, batch, calls=calls, times=times, seed=1)
     each = of_blocks(model, batch) if times is None else of_steps(model, batch, times)
     error = found.standard_error.monte_carlo * found.nats / found.bits_per_dim
     assert error < 0.05 * sum(each) / 2
-    assert abs(found.nats - sum(each) / 2) < 5 * error
+    assert abs(found.nats - sum(each) / 2) < 5 * error + 1e-6
     assert any("blocks of 2 tokens" in note for note in found.notes)
     drawn = ancestral(model, 2, nelbo.TimeGrid.uniform(6), condition=batch.condition)
     assert torch.equal(drawn[:, 0], batch.x[:, 0]) and (drawn[:, 1:3] < PAD).all()

@@ -98,9 +98,8 @@ def test_a_prompt_is_given(module):
     batch = model.batch([text], shown=torch.tensor([[True, True, False, False]]))
     wanted = enumerated(module, text, shown=(0, 1))
     assert abs(measured(model, batch) - wanted) < 1e-9
-    found = nelbo.evaluate(model, batch, calls=512)
-    nats = found.standard_error.monte_carlo * 2 * math.log(2)
-    assert abs(found.nats - wanted) < 5 * nats
+    found = nelbo.evaluate(model, batch, calls=3)
+    assert math.isclose(found.nats, wanted, rel_tol=1e-9)  # all three masks
     assert math.isclose(found.bits_per_dim, found.nats / 2 / math.log(2))
     assert found.unit == "bits/token"
     assert "2 tokens of 1 texts are scored; 2 show" in found.notes[0]
@@ -152,9 +151,9 @@ def test_grids_importance_and_sampling(module):
     grid = nelbo.TimeGrid.uniform(4)
     found = nelbo.evaluate(model, ids, times=grid, calls=256)
     assert found.nats > exact - 5 * found.standard_error.monte_carlo * 3 * math.log(2)
-    continuous = nelbo.evaluate(model, ids, calls=256)
+    continuous = nelbo.evaluate(model, ids, calls=6)  # one fewer than there are masks
     error = continuous.standard_error.monte_carlo * 3 * math.log(2)
-    assert abs(continuous.nats - exact) < 5 * error
+    assert 0 < error < 0.5 * exact and abs(continuous.nats - exact) < 5 * error
     assert any("has no time input" in note for note in continuous.notes)
     some = ancestral(model, 5, grid, condition=torch.full((5, 3), -1))
     assert some.shape == (5, 3) and some.max() < MASK

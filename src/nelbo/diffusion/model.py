@@ -237,6 +237,11 @@ class Model(nn.Module):
             )
         return self.head.read(output, z, t, self.process, self.dtype)
 
+    @property
+    def takes_time(self) -> bool:
+        """Whether predictions depend on t too, and not on z_t alone, as of masks."""
+        return self.process.mask is None
+
     def reverse(
         self, z: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None
     ) -> Distribution:

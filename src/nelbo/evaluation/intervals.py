@@ -9,9 +9,14 @@ where s² is the sum of independent s_g² with d_g degrees each (Welch 1947); th
 are, the smaller ν is. With fewer than FEWEST degrees no error is stated: NaN.
 
 A single example has too few draws for a variance of its own: two draws may both miss rare large
-costs and agree. So the examples share their mean variance to the extent that differences between
-their variances are due to chance (Bühlmann's credibility), which the two halves of an example's
-replicates show.
+costs and agree. So its variance is that of its d + 1 replicates with the weight w, and else the
+mean of all examples, relative to what is known of their sizes (Bühlmann's credibility):
+
+    w s_i² + (1 - w) s²,        1/ν = a/d + (1 - a)²/ν(s²),    a = w + (1 - w)/n ,
+
+where a is the share of s_i² in it, and ν(s²) are the degrees of freedom of the mean. w is the
+share of the differences of variances that is not chance, which the two halves of an example's
+replicates show; from few examples it is unknown, and w is larger.
 """
 
 import math
@@ -22,8 +27,10 @@ from torch import Tensor
 
 FEWEST = 2.0  # degrees of freedom below which no error is stated
 OWN = 8  # replicates from which an outlying example has an error of its own
-HALVES = 4  # replicates from which each half has a variance
+HALVES = 6  # replicates from which each half has a variance
 MOST = 0.75  # weight of an example's own variance, at most, as it may be nearly 0 by chance
+ALONE = 6.0  # examples of which this weight is half what they show, and half MOST
+POWER = 1.5, 1.0  # mean and sd of the power of the size that a variance grows with, before
 FAR, SHARE = 10.0, 0.9  # an outlier is 10 times as far as the 90 % quantile of distances
 NOISIER = 4.0  # the same factor for the noise of half of the replicates
 NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
@@ -31,9 +38,13 @@ NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
 
 def widened(freedoms: float) -> float:
     """Return the factor of the root of a variance with these degrees of freedom."""
+    return _widened(torch.tensor(freedoms, dtype=torch.float64)).item()
+
+
+def _widened(freedoms: Tensor) -> Tensor:
     from scipy.special import stdtrit  # here: scipy takes longer to import than nelbo
 
-    return float(stdtrit(freedoms, 0.975)) / NORMAL
+    return torch.as_tensor(stdtrit(freedoms.numpy(), 0.975)) / NORMAL
 
 
 def error_of_mean(values: Tensor) -> float:
@@ -87,7 +98,9 @@ def apart(
     return ~like_others.to(distance.device)
 
 
-def errors(replicates: Sequence[Tensor], reference: Tensor | None = None) -> Tensor:
+def errors(
+    replicates: Sequence[Tensor], reference: Tensor | None = None, size: Tensor | None = None
+) -> Tensor:
     """Return the stated error of the mean of each example's replicates, (n,).
 
     An outlying example has a variance of its own, or no error, NaN, if it has few replicates.
@@ -96,7 +109,18 @@ def errors(replicates: Sequence[Tensor], reference: Tensor | None = None) -> Ten
         replicates: of the examples, in blocks (n_g, R_g).
         reference: replicates of other examples, (M, R), which define typical values and share
             their variances; the examples themselves where left out.
+        size: of each example, (n,), such as its number of tokens, where examples differ in it:
+            they share the variance relative to a power of it. The error of an example of size 0,
+            which has no noise, is 0.
     """
+    if size is not None:
+        noisy, error = size > 0, torch.zeros_like(size)
+        parts = zip(replicates, noisy.split(list(map(len, replicates))), strict=True)
+        if noise := [block[some] for block, some in parts if some.any()]:
+            scale = size[noisy] ** (_power(noise, size[noisy]) / 2)
+            both = zip(noise, scale.split(list(map(len, noise))), strict=True)
+            error[noisy] = scale * errors([block / s[:, None] for block, s in both], reference)
+        return error
     known = 0 if reference is None else len(reference)
     replicates = [*replicates] if reference is None else [reference, *replicates]
     counts = torch.cat([torch.full((len(b),), b.shape[1]) for b in replicates])
@@ -109,11 +133,21 @@ def errors(replicates: Sequence[Tensor], reference: Tensor | None = None) -> Ten
     if not far.all():
         parts = zip(replicates, far.split(list(map(len, replicates))), strict=True)
         shared, freedom = _shared([near for b, f in parts if len(near := b[~f])])
-        error[~far] = (shared / counts[~far]).sqrt() * widened(freedom)
+        error[~far] = (shared / counts[~far]).sqrt() * _widened(freedom)
     alone = torch.cat([_own(block) for block in replicates])
     enough = far & (counts >= OWN)
     error[enough] = (alone / counts)[enough].sqrt() * widened(OWN - 1)
     return torch.where(error > 0, error, math.nan)[known:]
+
+
+def _power(replicates: Sequence[Tensor], size: Tensor) -> float:
+    """Return p of variances c size^p, the most likely of normal replicates given p ~ POWER."""
+    own = torch.cat([_own(block) for block in replicates])
+    each = torch.cat([torch.full((len(b),), b.shape[1] - 1.0).double() for b in replicates])
+    p, (mean, sd) = torch.linspace(0, 3, 31).double(), POWER
+    common = (each * own * size ** -p[:, None]).sum(1) / each.sum()
+    likely = -each.sum() / 2 * common.log() - p / 2 * (each * size.log()).sum()
+    return p[(likely - ((p - mean) / sd).square() / 2).nan_to_num().argmax()].item()
 
 
 def _noisy(replicates: Sequence[Tensor]) -> Tensor:
@@ -139,15 +173,17 @@ def _own(block: Tensor) -> Tensor:
     return block.var(1) if block.shape[1] > 1 else torch.full((len(block),), math.nan).double()
 
 
-def _shared(replicates: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """Return variances of one replicate of each example, (n,), and the freedoms of their mean."""
+def _shared(replicates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return variances of one replicate of each example and their degrees of freedom, (n,)."""
     own = torch.cat([_own(block) for block in replicates])
     if own.isnan().any():
-        variance, known = typical(replicates)
-        return torch.full_like(own, variance), known
+        variance, freedom = typical(replicates)
+        return torch.full_like(own, variance), torch.full_like(own, freedom)
     each = torch.cat([torch.full((len(b),), b.shape[1] - 1.0).double() for b in replicates])
-    mean = (each * own).sum() / each.sum()
-    return mean + _credibility(replicates) * (own - mean), freedoms(each * own, each)
+    mean, weight = (each * own).sum() / each.sum(), _credibility(replicates)
+    share = weight + (1 - weight) * each / each.sum()
+    known = 1 / (share / each + (1 - share).square() / freedoms(each * own, each))
+    return mean + weight * (own - mean), known
 
 
 def typical(replicates: Sequence[Tensor], caution: float = 0.0) -> tuple[float, float]:
@@ -172,12 +208,15 @@ def typical(replicates: Sequence[Tensor], caution: float = 0.0) -> tuple[float, 
 
 
 def _credibility(replicates: Sequence[Tensor]) -> float:
-    """Return the share of the differences of variances that is not chance, less its error."""
+    """Return w, the weight of an example's own variance; 0 if all have too few replicates."""
     enough = [block for block in replicates if block.shape[1] >= HALVES]
-    if sum(map(len, enough)) < 2:
+    count = sum(map(len, enough))
+    if not count:
         return 0.0
     parts = [[half.var(1) for half in _halves(block)] for block in enough]
     one, other = (torch.cat(half) for half in zip(*parts, strict=True))
     whole = torch.cat([block.var(1) for block in enough])
     common = ((one - one.mean()) * (other - other.mean())).mean() / whole.var(correction=0)
-    return min(max(0.0, common.nan_to_num(0.0).item() - 1 / math.sqrt(len(whole))), MOST)
+    found = min(max(0.0, common.nan_to_num(0.0).item() - 1 / math.sqrt(count)), MOST)
+    few = 1 / (1 + (count / ALONE) ** 2)
+    return few * MOST + (1 - few) * found

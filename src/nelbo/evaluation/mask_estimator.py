@@ -25,24 +25,26 @@ from nelbo.evaluation.mask_regression import (
     shrinkage,
     usual,
 )
-from nelbo.evaluation.mask_sampling import Masks, Texts, draw_masks
-from nelbo.evaluation.price import operations
+from nelbo.evaluation.mask_sampling import Masks, Texts, all_masks, draw_masks
 
 CELLS = 16  # of the curve over time, of equal masked shares
 LEARNED = 64  # masks from which the pilot takes how hard each token is to the surrogate
 TASK, FEWEST = 2**14, 256  # masks of a task, at most, and at least if the texts are enough
 CALLED = 8  # network calls of a task
-FREE = 1e-3  # price of a mask read by the surrogate in network calls, at least
 DEAR = 50.0  # nats; a token that the surrogate excludes costs this much
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Masks of each text in each replicate: of both models, and of the surrogate alone."""
+    """Masks of each text in each replicate: of both models, and of the surrogate alone.
+
+    A text with at most `every` masks has all of them read, once; its replicates are equal.
+    """
 
     replicates: int
     masks: int
     alone: int = 0
+    every: int = 0
 
 
 class MaskEstimator:
@@ -130,14 +132,16 @@ class MaskEstimator:
         hidden = masks.hidden[..., None].double()
         return cost, torch.stack(v, -1) * hidden
 
-    def pilot(self, pairs: int, tasks: Tasks | None = None) -> "Pairs":
+    def pilot(self, pairs: int, tasks: Tasks | None = None, every: int = 0) -> "Pairs":
         """Return pairs of masks of texts in random order, two or more of different counts each.
 
         Args:
             pairs: their number, at most.
             tasks: what is known of it.
+            every: see `Plan`; only texts with more masks are used.
         """
-        chosen = self.texts.in_random_order(self.seed)[: pairs // 2]
+        order = self.texts.in_random_order(self.seed)
+        chosen = [row for row in order if self.texts.sets[row] > every][: pairs // 2]
         each = pairs // len(chosen)
         blocks = torch.tensor(chosen).split(texts_of_a_task(self.model, 2 * each))
         start = usual(self.variates, self.surrogate is not None)
@@ -168,7 +172,8 @@ class MaskEstimator:
         """Return the bound as a sum over the cells of the curve, (B, R, CELLS), nats.
 
         The second and third numbers are the costs of each token without control variates, whose
-        sum is another unbiased estimate of the bound, and their standard errors, (B, D).
+        sum is another unbiased estimate of the bound, and their standard errors, (B, D). Of texts
+        with few masks all numbers are exact.
 
         Args:
             rows: of the texts, B.
@@ -177,6 +182,44 @@ class MaskEstimator:
             coefficients: from a pilot.
             turn: of several draws.
         """
+        known = self.texts.sets[list(rows)] <= plan.every
+        kinds = {(): np.flatnonzero(~known).tolist()} if not known.all() else {}
+        for i in np.flatnonzero(known).tolist():
+            kinds.setdefault(tuple(self.texts.of_blocks[rows[i]].tolist()), []).append(i)
+        parts = []
+        for lengths, some in kinds.items():
+            these, texts = [rows[i] for i in some], batch[torch.tensor(some)]
+            if lengths:
+                parts.append(self._exact(these, texts, plan.replicates))
+            else:
+                parts.append(self._sampled(these, texts, plan, coefficients, turn))
+        back = torch.tensor([i for some in kinds.values() for i in some]).argsort()
+        return [torch.cat(each)[back] for each in zip(*parts, strict=True)]
+
+    def _exact(self, rows: Sequence[int], batch: Batch, replicates: int) -> list[Tensor]:
+        """Return `costs` from all masks of texts whose blocks have the same lengths."""
+        masks = all_masks(self.texts, rows)
+        cost = masks.width[..., None] * _joined(
+            token_costs(self.model, batch, masks), masks.hidden.shape
+        )
+        by_token = (cost / masks.count[..., None])[:, 0].sum(1)
+        lengths = self.texts.of_blocks[rows[0]]
+        of_counts = torch.zeros(len(rows), int(lengths.sum()), dtype=torch.float64)
+        begin = torch.from_numpy(lengths.cumsum() - lengths)
+        of = (begin[masks.block] + masks.count - 1)[:, 0]
+        of_counts.scatter_add_(1, of, (cost.sum(-1) / masks.count)[:, 0])
+        found = (of_counts @ _cells_of_counts(lengths.tolist()))[:, None]
+        return [found.expand(-1, replicates, -1), by_token, 0 * by_token]
+
+    def _sampled(
+        self,
+        rows: Sequence[int],
+        batch: Batch,
+        plan: Plan,
+        coefficients: Coefficients,
+        turn: int,
+    ) -> list[Tensor]:
+        """Return `costs` from masks that are drawn."""
         draw = partial(draw_masks, self.texts, rows)
         found = torch.zeros(len(rows), plan.replicates, CELLS, dtype=torch.float64)
         hard = None
@@ -323,16 +366,20 @@ def _add(cells: Tensor, masks: Masks, cost: Tensor) -> None:
 
 def _curve_in_cells(coefficients: Coefficients, lengths: Sequence[int]) -> Tensor:
     """Return Σ_b Σ_l b(l) P(u in cell|l) of blocks with so many places, (CELLS,)."""
+    share = torch.cat([torch.arange(1, L + 1).double() / max(1, L) for L in lengths])
+    return (hats(share) @ coefficients.curve) @ _cells_of_counts(lengths)
+
+
+def _cells_of_counts(lengths: Sequence[int]) -> Tensor:
+    """Return P(u in cell|l) of l = 1..L_b for all blocks, one after the other, (L, CELLS)."""
     from scipy.special import betainc  # here: scipy takes longer to import than nelbo
 
-    found, edges = torch.zeros(CELLS, dtype=torch.float64), np.linspace(0, 1, CELLS + 1)
-    for after, length in enumerate(reversed(lengths)):
+    found, edges = [], np.linspace(0, 1, CELLS + 1)
+    for block, length in enumerate(lengths):
         count = np.arange(1, length + 1)[:, None]
-        within = (edges * len(lengths) - after).clip(0, 1)
-        inside = torch.from_numpy(np.diff(betainc(count, length - count + 1, within)))
-        share = torch.from_numpy(count[:, 0] / max(1, length))
-        found = found + (hats(share) @ coefficients.curve) @ inside
-    return found
+        within = (edges * len(lengths) - (len(lengths) - 1 - block)).clip(0, 1)
+        found.append(np.diff(betainc(count, length - count + 1, within)))
+    return torch.from_numpy(np.concatenate(found))
 
 
 def token_costs(model: Model, batch: Batch, masks: Masks) -> Iterator[tuple[Tensor, Tensor]]:
@@ -346,7 +393,7 @@ def token_costs(model: Model, batch: Batch, masks: Masks) -> Iterator[tuple[Tens
     shape, process = masks.count.shape, model.process
     hidden, share = masks.hidden.flatten(0, 2), masks.share.flatten()
     # in block diffusion what comes after a block is hidden, and does not count
-    later = process.block_of_places(batch.x.shape[1:]) > masks.block.view(
+    later = process.block_of_places(batch.x.shape[1:]) > masks.block.reshape(
         -1, *(1,) * (batch.x.ndim - 1)
     )
     after = masks.after.flatten()
@@ -365,16 +412,3 @@ def token_costs(model: Model, batch: Batch, masks: Masks) -> Iterator[tuple[Tens
 
 def _joined(parts: Iterator[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
     return torch.cat([cost for _, cost in parts]).view(shape)
-
-
-def price_of(model: Model, surrogate: Model, batch: Batch) -> float:
-    """Return the price of a mask read by the surrogate, in calls of the model.
-
-    It is the share of the floating-point operations of a call, and at least FREE.
-    """
-    counts, one = [], batch[torch.zeros(1, dtype=torch.long)]
-    for each in (model, surrogate):
-        part, t = one.to(each.device), torch.ones(1, dtype=torch.float64, device=each.device)
-        z = torch.full_like(part.x, each.process.codes)
-        counts.append(operations(partial(each.predict, z, t, part.condition)))
-    return max(FREE, counts[1] / max(counts[0], 1))

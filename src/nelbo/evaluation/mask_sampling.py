@@ -22,6 +22,7 @@ of its own. For other masked models, all places are one block.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,11 @@ class Texts:
         """Return all rows, in an order that depends on the seed and the examples alone."""
         return sorted(range(len(self._keys)), key=lambda i: self.stream(i, seed, 0).random())
 
+    @property
+    def sets(self) -> np.ndarray:
+        """The number of masks of each text that hide a scored place, (N,), float64."""
+        return (2.0**self.of_blocks - 1).sum(1)
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -88,12 +94,13 @@ class Masks:
     Args:
         blocks: the number of blocks of an example.
         count: number l of hidden places, (B, R, n).
-        width: of the strata, the weight of each mask, (B, R, n).
+        width: the weight of each mask, (B, R, n): of drawn ones the width of their stratum.
         hidden: whether a place is hidden, (B, R, n, D).
         share: u, the masked share, the time input of a model, (B, R, n), float64.
         block: the block whose places are hidden, (B, R, n).
         places: its scored places, L of them, (B, R, n, D).
-        order: the permutation of a block in a replicate of which a mask is a window, (B, R, n).
+        order: the permutation of a block in a replicate of which a mask is a window, (B, R, n);
+            of drawn masks.
     """
 
     blocks: int
@@ -175,6 +182,44 @@ def draw_masks(
         share[b] = stream.beta(count[b], length[b] - count[b] + 1)
     parts = map(torch.from_numpy, (count, width, hidden, share, block, places, which))
     return Masks(lengths.shape[1], *parts)
+
+
+def all_masks(texts: Texts, rows: Sequence[int]) -> Masks:
+    """Return all masks of texts whose blocks have the same lengths, each with its share of Σ_l.
+
+    There are C(L, l) masks of l places, which have the weight 1/C(L, l) each, and the mean of the
+    masked share given l.
+    """
+    of_blocks = texts.of_blocks[rows[0]]
+    own = np.stack([np.flatnonzero(texts.places[row]) for row in rows])  # (B, L)
+    block = np.repeat(np.arange(len(of_blocks)), [2**length - 1 for length in of_blocks])
+    # of each mask, the places of its block among all: bit i of its number is the i-th of them
+    number = np.concatenate([np.arange(1, 2**length) for length in of_blocks])
+    begin = of_blocks.cumsum() - of_blocks
+    place = np.arange(own.shape[1]) - begin[block][:, None]
+    of_block = (place >= 0) & (place < of_blocks[block][:, None])
+    inside = of_block & ((number[:, None] >> place.clip(0)) & 1 > 0)
+    places = np.zeros((len(rows), len(block), texts.places.shape[1]), dtype=bool)
+    hidden = places.copy()
+    of_rows = np.arange(len(rows))[:, None]
+    hidden[of_rows, :, own] = inside.T
+    places[of_rows, :, own] = of_block.T
+    count, length = inside.sum(1), of_blocks[block]
+    width = np.array([1 / math.comb(*each) for each in zip(length, count, strict=True)])
+
+    def alike(v: np.ndarray) -> Tensor:
+        return torch.from_numpy(v).expand(len(rows), 1, -1)
+
+    return Masks(
+        blocks=len(of_blocks),
+        count=alike(count),
+        width=alike(width),
+        hidden=torch.from_numpy(hidden)[:, None],
+        share=alike(count / (length + 1)),
+        block=alike(block),
+        places=torch.from_numpy(places)[:, None],
+        order=alike(0 * count),
+    )
 
 
 def _mass(deviations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

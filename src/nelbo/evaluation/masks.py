@@ -42,11 +42,11 @@ from nelbo.evaluation.mask_estimator import (
     CELLS,
     MaskEstimator,
     Plan,
-    price_of,
     texts_of_a_task,
 )
 from nelbo.evaluation.mask_regression import Coefficients, usual
 from nelbo.evaluation.mask_sampling import Texts
+from nelbo.evaluation.price import price_of
 from nelbo.evaluation.result import CurvePoint, Evaluation, Terms, TokenCosts
 from nelbo.evaluation.survey import SurveyEstimate
 
@@ -59,6 +59,7 @@ PILOTED = 8.0  # calls per text of which a target error's pilot takes its share
 FIRST = 16.0  # calls per text of the first round without a pilot
 ROUNDS = 8  # of a target error, at most
 FEWER, SAMPLED = 0.5, 512  # calls of each text below which, of so many texts, a sample is drawn
+ALL = 2**16  # masks of a text that are all read, if there are as many calls, at most
 BLOCKS = 256  # groups of texts whose replicates give the error of the mean
 MOST = 64  # masks per place that the surrogate reads alone in a replicate, at most
 
@@ -123,6 +124,7 @@ class Way:
         coefficients: from a pilot, or without.
         spent: network calls of the pilot per text; 0 without one.
         variance: of the bound of a text by one mask, nats²; NaN without a pilot.
+        price: of a mask read by the surrogate, in network calls; 0 where none is used.
         note: how it was chosen, and what for.
     """
 
@@ -130,6 +132,7 @@ class Way:
     coefficients: Coefficients
     spent: float
     variance: float
+    price: float
     note: str
 
 
@@ -187,15 +190,17 @@ def evaluate_masks(
     ):
         known_tasks = None if kept is None else Tasks(kept, "masks", made)
         estimator = MaskEstimator(model, surrogate, texts, seed, variates)
-        price = 0.0 if surrogate is None else price_of(model, surrogate, batch)
         budget = PILOTED if calls is None else calls
-        way = _learn(estimator, budget, price, masks, known_tasks)
+        # without a time input a mask has one cost: a text with few of them is measured exactly
+        every = 0 if model.takes_time else int(min(budget, ALL))
+        sampled = texts.sets > every
+        way = _learn(estimator, budget, masks, known_tasks, every)
         if surrogate is not None and way.name != TWO_LEVELS:
             estimator = MaskEstimator(model, None, texts, seed, variates)
         if calls is None:
             assert target_error is not None
-            left = way.variance / count * (scale / target_error) ** 2
-            if left < FEWER and len(batch) >= SAMPLED and masks is surrogate is None:
+            left = way.variance * sampled.mean() / count * (scale / target_error) ** 2
+            if left < FEWER and sampled.sum() >= SAMPLED and masks is surrogate is None:
                 return float(made.forward)
             left = max(2.0, math.ceil(left)) if math.isfinite(left) else FIRST
         else:
@@ -203,9 +208,9 @@ def evaluate_masks(
         found: list[list[Tensor]] = []
         replicates, read = 0, 0.0
         for turn in range(ROUNDS):
-            plan = _plan(count, left, per_example)
+            plan = replace(_plan(max(1, sampled.sum()), left, per_example), every=every)
             if way.name == TWO_LEVELS:
-                alone = math.ceil(plan.masks * masks_alone(way.coefficients, length, price))
+                alone = math.ceil(plan.masks * masks_alone(way.coefficients, length, way.price))
                 plan = replace(plan, alone=min(alone, MOST * length))
             each = texts_of_a_task(model, plan.replicates * (plan.masks + plan.alone))
             groups = order.split(min(each, math.ceil(count / SHARED)))
@@ -215,25 +220,32 @@ def evaluate_masks(
             found.append([torch.cat(part) for part in zip(*parts, strict=True)])
             replicates += plan.replicates
             read += plan.replicates * (plan.alone + plan.masks)
-            estimate = _estimate(blocks, [costs for costs, *_ in found])
+            size = torch.from_numpy(np.where(sampled, texts.lengths, 0)).double()
+            estimate = _estimate(blocks, [costs for costs, *_ in found], size)
             error = estimate.stated() * scale
             if target_error is None or error <= target_error:
                 break
             left = max(2.0, math.ceil(replicates * plan.masks * ((error / target_error) ** 2 - 1)))
         called = sum(gather(made.forward))
-    notes = [way.note]
+    notes = [way.note] if sampled.any() else []
+    if not sampled.all():
+        what = (
+            f"{count - sampled.sum()} of {count} texts, which are short,"
+            if sampled.any()
+            else "each text"
+        )
+        notes = [f"all masks of {what} were read: no Monte Carlo error", *notes]
     if way.name == TWO_LEVELS:
         notes += [
-            f"the surrogate read {read:.0f} masks of each text, at {price:.2g} of a network call"
-            " per mask"
+            f"the surrogate read {read:.0f} masks of each text, at {way.price:.2g} of a network"
+            " call per mask"
         ]
-    elif surrogate is not None and not way.spent:
-        enough = math.ceil(2 * PILOT[1] / (PILOT[0] * count))
+    elif surrogate is not None and sampled.any() and not way.spent:
         notes += [
             "the surrogate is not used: the calls are too few for a pilot, which finds what it"
-            f" saves; give {enough} calls or more, or masks {TWO_LEVELS}"
+            f" saves; give {_enough(int(sampled.sum()))} calls or more, or masks {TWO_LEVELS}"
         ]
-    elif surrogate is not None:
+    elif surrogate is not None and sampled.any():
         notes += ["the surrogate is not used: its masks cost more than they save"]
     nats = estimate.mean()
     record = measurement(
@@ -264,12 +276,12 @@ def _draw(
     return estimator.costs(groups[g].tolist(), some, plan, coefficients, turn)
 
 
-def _estimate(blocks: Sequence[Tensor], costs: Sequence[Tensor]) -> SurveyEstimate:
+def _estimate(blocks: Sequence[Tensor], costs: Sequence[Tensor], size: Tensor) -> SurveyEstimate:
     """Return the estimate of all texts from the costs of some rounds, (N, R, CELLS) each."""
     # prior and reconstruction are 0: nothing shows at the end, and all at the beginning
     whole = torch.nn.functional.pad(torch.cat(list(costs), 1), (2, 0))
     known = torch.zeros(len(whole), 2 + CELLS, dtype=torch.float64)
-    return SurveyEstimate(blocks, whole.split([len(b) for b in blocks]), known)
+    return SurveyEstimate(blocks, whole.split([len(b) for b in blocks]), known, size)
 
 
 def _by_token(
@@ -288,43 +300,71 @@ def _by_token(
 def _learn(
     estimator: MaskEstimator,
     calls: float,
-    price: float,
     name: str | None,
     tasks: Tasks | None,
+    every: int,
 ) -> Way:
-    """Return the estimator of a name, or the one of least variance for its price by a pilot."""
-    examples, surrogate = len(estimator.texts.batch), estimator.surrogate is not None
+    """Return the estimator of a name, or the one of least variance for its price by a pilot.
+
+    It is for the texts with more than `every` masks.
+
+    Raises:
+        ValueError: the calls are too few for the pilot that the estimator of this name needs.
+    """
+    surrogate, texts = estimator.surrogate, estimator.texts
+
+    def price() -> float:
+        """Return that of a mask read by the surrogate, by a network call."""
+        assert surrogate is not None
+        return price_of(estimator.model, surrogate, texts.batch)
+
+    sampled = np.flatnonzero(texts.sets > every)
+    examples = len(sampled)
     of_calls, least, most = PILOT
     pairs = min(most, int(of_calls * calls * examples / 2))
     if pairs < least:
+        if name in (UNIGRAM, DRAWS) and examples:
+            raise ValueError(
+                f"masks {name} need a pilot of {2 * least} calls, of which it takes"
+                f" 1/{1 / of_calls:.0f}; got {calls:g} per text; give {_enough(examples)} calls or"
+                f" more, or masks {PLAIN}"
+            )
         # a surrogate with coefficients of no pilot may add more variance than it takes
-        used = TWO_LEVELS if name == TWO_LEVELS else PLAIN
-        note = "" if name in (None, used) else f"; they are too few for the pilot of {name}"
+        used = TWO_LEVELS if name == TWO_LEVELS and examples else PLAIN
         start = usual(estimator.variates if used == TWO_LEVELS else 1, used == TWO_LEVELS)
-        return Way(used, start, 0.0, math.nan, f"masks: {used}, without a pilot{note}")
-    found = estimator.pilot(pairs, tasks)
-    texts = estimator.texts
-    length = int(np.median(texts.lengths))
-    middle = int(texts.lengths.argsort(kind="stable")[(examples - 1) // 2])
+        note = f"masks: {used}, without a pilot"
+        return Way(used, start, 0.0, math.nan, price() if used == TWO_LEVELS else 0.0, note)
+    per_mask = 0.0 if surrogate is None else price()
+    found = estimator.pilot(pairs, tasks, every)
+    length = int(np.median(texts.lengths[sampled]))
+    middle = int(sampled[texts.lengths[sampled].argsort(kind="stable")[(examples - 1) // 2]])
     ways: dict[str, Coefficients] = {}
-    if not surrogate or name is None:
+    if surrogate is None or name is None:
         ways[PLAIN] = replace(found, v=0 * found.v).coefficients(False, 1, False)
         if estimator.frequencies:
             ways[UNIGRAM] = found.coefficients(False, 1, False)
             ways[DRAWS] = found.coefficients(False, 1, True)
-    if surrogate:
+    if surrogate is not None:
         ways[TWO_LEVELS] = found.coefficients(True, 3, estimator.frequencies)
 
     def variance(of: str) -> float:
         roots = [math.sqrt(variance_of(texts.deviations(middle, ways[of].deviations)))]
         if of == TWO_LEVELS:
             first = variance_of(ways[of].deviations(length, surrogate=True))
-            roots.append(math.sqrt(price * first))
+            roots.append(math.sqrt(per_mask * first))
         return sum(roots) ** 2
 
+    if name is not None and name not in ways:
+        raise ValueError(f"masks {name} are control variates, which are left out; choose one")
     best = name or min(ways, key=variance)
     why = "as named" if name else f"the least variance of {', '.join(ways)} in a pilot"
-    return Way(best, ways[best], 2 * pairs / examples, variance(best), f"masks: {best}, {why}")
+    spent = 2 * pairs / len(texts.batch)
+    return Way(best, ways[best], spent, variance(best), per_mask, f"masks: {best}, {why}")
+
+
+def _enough(examples: int) -> int:
+    """Return the calls per text from which there are enough for a pilot."""
+    return math.ceil(2 * PILOT[1] / (PILOT[0] * examples))
 
 
 def _plan(examples: int, calls: float, per_example: bool) -> Plan:

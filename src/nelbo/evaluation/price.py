@@ -9,7 +9,7 @@ No clock is read: what is left out, and so the result, does not depend on how bu
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.model import Model
+
 #: operations of a network in the time of a pass over one number: convolutions of 50 GFLOP/s on a
 #: core that takes 3 ns for a number, in a product of matrices 2 operations for each of both
 PASS = 150.0
 SHARE = 1 / 40  # of the operations of the network, for control variates
 FREE = 2.0**26  # passes that are never left out: a fifth of a second
+LEAST = 1e-3  # price of a mask read by a surrogate, in network calls, at least
 
 
 class Work(NamedTuple):
@@ -141,3 +145,16 @@ PRODUCTS: dict[str, Callable[[Any, Sequence[Tensor], Any], int]] = {
     "scaled_dot_product_attention": lambda _, v, found: _attention(*v[:3]),
     "multi_head_attention_forward": lambda _, v, found: _multi_head(*v[:3]),
 }
+
+
+def price_of(model: Model, surrogate: Model, batch: Batch) -> float:
+    """Return the price of a mask read by the surrogate, in calls of the model.
+
+    It is the share of the floating-point operations of a call, and at least LEAST.
+    """
+    counts, one = [], batch[torch.zeros(1, dtype=torch.long)]
+    for each in (model, surrogate):
+        part, t = one.to(each.device), torch.ones(1, dtype=torch.float64, device=each.device)
+        z = torch.full_like(part.x, each.process.codes)
+        counts.append(operations(partial(each.predict, z, t, part.condition)))
+    return max(LEAST, counts[1] / max(counts[0], 1))

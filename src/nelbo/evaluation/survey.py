@@ -45,11 +45,13 @@ class SurveyEstimate:
         costs: of each visited block the prior and all strata, the first of which is the
             reconstruction, in each replicate; shapes (n_g, R_g, 1 + S).
         known: known part of these costs for all examples, shape (N, 1 + S).
+        size: of all examples, (N,), if their noise grows with it; 0 for costs without noise.
     """
 
     blocks: Sequence[Tensor]
     costs: Sequence[Tensor]
     known: Tensor
+    size: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -65,7 +67,13 @@ class SurveyEstimate:
     @property
     def error_of_each(self) -> Tensor:
         """The Monte Carlo error of each example's bound, likewise; NaN where it is unknown."""
-        return self._in_order(errors(self._left(slice(None))))
+        size = None if self.size is None else self.size[self.rows]
+        return self._in_order(errors(self._left(slice(None)), size=size))
+
+    @property
+    def exact(self) -> bool:
+        """Return whether all examples are visited, and none has noise."""
+        return self.size is not None and len(self.rows) == len(self.known) and not self.size.any()
 
     def _in_order(self, each: Tensor) -> Tensor:
         return each.new_full((len(self.known),), math.nan).index_put((self.rows,), each)
@@ -107,8 +115,10 @@ class SurveyEstimate:
         # for their few degrees of freedom
         noises = self._noise(columns, math.sqrt(FEWEST))
         parts, once = [], 0.0
-        for block, noise in zip(self._totals(columns), noises, strict=True):
+        for block, noise, rows in zip(self._totals(columns), noises, self.blocks, strict=False):
             size, replicates = block.shape
+            if self.size is not None and not self.size[rows].any():
+                continue
             if replicates > 1:
                 of_mean = block.mean(0).var() / replicates
                 parts.append(((size / visited) ** 2 * of_mean.item(), replicates - 1.0))
@@ -122,6 +132,8 @@ class SurveyEstimate:
 
     def stated(self, columns: slice = slice(None)) -> float:
         """Return the Monte Carlo error to state with this mean; NaN where it is unknown."""
+        if self.exact:
+            return 0.0
         within, each, between = self._parts(columns)
         share = len(self.rows) / len(self.known)
         parts = torch.cat([share * within, (1 - share) * between])

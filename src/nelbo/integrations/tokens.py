@@ -140,7 +140,7 @@ def wrap_tokens(
         made = BlockDiffusion(schedule, vocabulary, block)
     else:
         made = MaskedDiffusion(schedule, vocabulary)
-    model = TokenModel(network, made, shift, pad_id, forbidden, shown, length).eval()
+    model = TokenModel(network, made, shift, pad_id, forbidden, shown, length)
     model.settings = (
         f"mask {mask_id}, block {block}, head {head}, shift {shift}, time {described(clock)}, pad"
         f" {pad_id}, never {forbidden}"
@@ -331,6 +331,11 @@ class TokenModel(Model):
             )
 
     # ---- predictions
+
+    @property
+    @override
+    def takes_time(self) -> bool:
+        return super().takes_time or self.network.clock is not None
 
     @override
     def predict(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> TokenPrediction:
