@@ -89,7 +89,9 @@ def test_a_run_of_tokens(tmp_path, file, capsys):
     run_ok("compress", run, tmp_path / "other.txt", "--out", tmp_path / "o.nlb", "--steps", 2)
     coded = kept.encode((tmp_path / "other.txt").read_text(), "it")
     bits = 8 * (tmp_path / "o.nlb").stat().st_size / len(coded)  # of its own tokens
-    assert len(coded) % 12 and f"{bits:.3f} bits/dim" in capsys.readouterr().err
+    size = 8 * (tmp_path / "o.nlb").stat().st_size / (tmp_path / "other.txt").stat().st_size
+    said = f"{bits:.3f} bits/token, {size:.3f} bits/byte of the text, in all"
+    assert len(coded) % 12 and said in capsys.readouterr().err
     report = nelbo.inspect(tmp_path / "o.nlb")
     assert report.bits_per_dim == bits
     assert report.blocks[0].bits_per_dim == 8 * report.blocks[0].size / len(coded)

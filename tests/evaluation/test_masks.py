@@ -514,6 +514,8 @@ def test_what_has_no_counts_or_no_such_surrogate_is_refused():
         nelbo.evaluate(model, ids, masks="draws", surrogate=model)
     with pytest.raises(ValueError, match="calls must be at least 2 per example"):
         nelbo.evaluate(model, ids, calls=1, surrogate=model)
+    with pytest.raises(ValueError, match=r"calls must be at most 1e\+09 per example; got 1e\+30"):
+        nelbo.evaluate(model, ids, calls=1e30)
 
     class Other(nn.Module):
         def forward(self, ids):

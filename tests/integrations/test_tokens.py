@@ -258,3 +258,44 @@ def test_a_left_to_right_module_is_refused():
 
     model = wrap_tokens(Unigram(), MASK)
     assert math.isclose(measured(model, model.batch([[1, 2]])), 2 * math.log(V - 1))
+
+
+def test_one_step_of_masks_has_no_noise(module):
+    """All is hidden, so two draws agree, and the error is 0; with two steps it is not."""
+    model, texts = wrap_tokens(module, MASK), [[3, 1, 2, 0], [1, 1]]
+    found = nelbo.evaluate(model, texts, steps=1, calls=8)
+    logits = [module(torch.full((1, len(x)), MASK))[0].clone() for x in texts]
+    for each in logits:
+        each[:, MASK] = -torch.inf
+    costs = [
+        -z.log_softmax(-1)[range(len(x)), x].sum() for z, x in zip(logits, texts, strict=True)
+    ]
+    torch.testing.assert_close(-found.per_example.elbo, torch.stack(costs).double())
+    assert found.standard_error.monte_carlo == 0 and not found.per_example_error.any()
+    assert found.standard_error.total > 0  # of other texts
+    assert nelbo.evaluate(model, texts, steps=2, calls=8).standard_error.monte_carlo > 0
+
+
+def test_notes_say_what_time_and_ids_a_model_has(module):
+    """The unit of comparison is the ids that can be predicted: here 2, which take one bit each."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(3)
+    for time, says in (
+        ("masked", "has the share of tokens that noise has changed as its time input"),
+        ("sigma", "has σ, minus the log of the share of tokens that noise leaves as its time"),
+        (lambda alpha: alpha, "has a function of the share of tokens that noise leaves as its"),
+    ):
+        model = wrap_tokens(module, MASK, time=time, never=(0, 2, 4))
+        notes = " ".join(nelbo.evaluate(model, [[3, 1, 3, 1], [1, 1, 1, 3]], calls=8).notes)
+        assert says in notes
+        assert "worse than uniform: 2 equally likely levels take 1 bits/token" in notes
+
+
+def test_a_module_in_training_stays_so(module):
+    """Wrapped and measured, with each of its parts in the mode it had."""
+    module.train()
+    part = next(module.children()).eval()
+    model = wrap_tokens(module, MASK)
+    nelbo.evaluate(model, [[3, 1, 2, 0]], calls=8)
+    assert module.training and not part.training

@@ -73,10 +73,10 @@ def compress(
         return
     for note in found.notes:
         say(f"note: {note}")
-    say(
-        f"{found.original} bytes compressed to {found.compressed} in {out}:"
-        f" {found.bits_per_dim:.3f} bits/dim in all"
-    )
+    bits = f"{found.bits_per_dim:.3f} bits/{loaded.model.dimension}"
+    if loaded.config.schema.tokenizer is not None:
+        bits += f", {8 * found.compressed / found.original:.3f} bits/byte of the text,"
+    say(f"{found.original} bytes compressed to {found.compressed} in {out}: {bits} in all")
 
 
 def decompress(

@@ -177,6 +177,11 @@ class LatentModel(nn.Module):
         return self.law.scaling.count
 
     @property
+    def possible(self) -> int:
+        """As of a `Model`."""
+        return self.codes
+
+    @property
     def density(self) -> bool:
         """Whether P(x) is a density, not a probability."""
         return not self.codes

@@ -173,6 +173,11 @@ class Model(nn.Module):
         return self.process.codes
 
     @property
+    def possible(self) -> int:
+        """The number of codes that can be predicted, of all of them."""
+        return self.codes
+
+    @property
     def alike(self) -> bool:
         """Whether all dimensions have the same process, so that some of them represent all."""
         return self.process.alike

@@ -114,6 +114,10 @@ class ForwardProcess(nn.Module, ABC):
         """Return whether z_t is certain to tell x at all of the times t; so symbols may be."""
         return False
 
+    def hides(self, t: Tensor) -> bool:
+        """Return whether z_t is the same for all x and noise at all of the times t: all masks."""
+        return self.mask is not None and bool((self.alpha(t) == 0).all())
+
     def blocks(self, shape: Shape) -> int:
         """Return the number of blocks of an example, which are noised one after the other."""
         return 1

@@ -49,9 +49,11 @@ Pilots = Callable[[Strata, ControlVariates], Proposal]
 
 CALLS = 24  # network calls per example by default
 PILOT = 16  # rows per stratum of a pilot, at least
+FEW = 4  # pairs of calls of a single example of symbols, at least, for an error
 #: share of the calls for a pilot that is not kept; with its fit and `price.SHARE`, a tenth
 OF_PILOT = 1 / 15
 FEW_STRATA = 3  # strata of the diffusion term, at least, for a pilot to be worth its calls
+MANY = 1e9  # network calls of an example, at most
 MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
 TASK = 256  # draws, or examples, whose results are computed together
 
@@ -125,6 +127,8 @@ def evaluate(
         raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
     if target_error is not None and calls is not None:
         raise ValueError("give calls or target_error, not both")
+    if calls is not None and MANY < calls < math.inf:
+        raise ValueError(f"calls must be at most {MANY:g} per example; got {calls:g}; try 24")
     named = surrogate is not None or masks is not None
     if named:
         check_masks(model, surrogate, times, masks)
@@ -175,8 +179,9 @@ def evaluate(
             rows, left = _divided(count, calls, strata.count, per_example, had)
         piloted = rows > 0 or had
         # fewer pairs would be too few for an error, of an example or of the mean of few
-        few = max(2, 1 + (OWN - 1) / count) if count < 2 * FEWEST else 0
-        pairs = left >= 2 * (OWN if per_example else few)
+        least = OWN if model.process.has_flow else FEW
+        few = max(2, 1 + (least - 1) / count) if count < 2 * FEWEST else 0
+        pairs = left >= 2 * (OWN if per_example and count > 1 else few)
         with seeded(seed, 0):
             # without a pilot, variates whose coefficients are known: those of symbols
             wanted = variates is not False and (piloted or not model.process.has_flow)
@@ -205,7 +210,9 @@ def evaluate(
         draw = partial(_draw, *of_proposal, sampling.draws, tasks=known_tasks)
         with seeded(seed, 2):
             blocks, turn = torch.randperm(count).split(list(sampling.sizes)), 0
-        found = SurveyEstimate(blocks, [], known_costs)
+        # in a single step of masks nothing shows, and there is no noise
+        single = times.steps == 1 and model.process.hides(torch.ones(1, dtype=torch.float64))
+        found = SurveyEstimate(blocks, [], known_costs, torch.zeros(count) if single else None)
         some: Mapping[int, int] = sampling.counts
         while some:
             found = found.joined(draw(blocks, some, (seed, 1, turn), track))

@@ -18,7 +18,12 @@ def check_number(found: Measurement) -> None:
 
 
 def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
-    """Return a note if the bound is worse than that of a uniform distribution, else ""."""
+    """Return a note if the bound is worse than that of a uniform distribution, else "".
+
+    Args:
+        found: the bound.
+        levels: that can be predicted, of a dimension.
+    """
     if found.bits_per_dim is None or levels < 2 or not found.bits_per_dim > math.log2(levels):
         return ""
     return (

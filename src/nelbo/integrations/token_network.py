@@ -122,6 +122,18 @@ def clock_of(time: str | Clock | None) -> Clock | None:
     return time
 
 
+def told(clock: Clock | None) -> str:
+    """Return what a time input says, for a note."""
+    known = {
+        CLOCKS["masked"]: "the share of tokens that noise has changed",
+        CLOCKS["sigma"]: "σ, minus the log of the share of tokens that noise leaves",
+    }
+    if clock is None:
+        return "has no time input"
+    says = known.get(clock, "a function of the share of tokens that noise leaves")
+    return f"has {says} as its time input"
+
+
 def described(clock: Clock | None) -> str:
     """Return what says which function a time input is, in the hash of a model."""
     if clock is None:
@@ -142,7 +154,7 @@ def probe(
     size = min(length or PROBED // 2, PROBED)
     device = next(module.parameters(), torch.zeros(0)).device
     time = None if clock is None else clock(torch.zeros(1, dtype=torch.float64))
-    training = module.training
+    modes = [(each, each.training) for each in module.modules()]  # some may be frozen
     module.eval()
     try:
         with torch.no_grad():
@@ -166,7 +178,8 @@ def probe(
                 call(module, first, time)[:, 1:], base[:, 1:]
             )
     finally:
-        module.train(training)
+        for each, mode in modes:
+            each.training = mode
     if looks_back and not looks_ahead:
         raise ValueError(
             "the logits of the module never depend on later tokens, so it reads from left to"

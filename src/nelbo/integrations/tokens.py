@@ -43,7 +43,14 @@ from nelbo.diffusion.process import ForwardProcess
 from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.schedules import PowerAlpha, even_times
 from nelbo.diffusion.uniform import UniformDiffusion
-from nelbo.integrations.token_network import Clock, TokenNetwork, clock_of, described, probe
+from nelbo.integrations.token_network import (
+    Clock,
+    TokenNetwork,
+    clock_of,
+    described,
+    probe,
+    told,
+)
 from nelbo.integrations.token_prediction import TokenLogits, TokenPrediction
 from nelbo.integrations.token_rows import ABSENT, SCORED, Texts, fitting, rows_of
 from nelbo.integrations.token_scores import Head, reading_of
@@ -255,23 +262,18 @@ class TokenModel(Model):
         scored, absent = ((batch.condition == v).sum().item() for v in (SCORED, ABSENT))
         showing = (batch.condition >= 0).sum().item()
         network = self.network
-        possible = network.vocabulary - len(self.never)
         lengths = "; lengths are given, not coded" if absent else ""
         masked = network.mask_id is not None
         kinds = {"the mask": masked, "padding": self.pad_id is not None, "unused ids": True}
         zeros = ", ".join(kind for kind, there in kinds.items() if there)
-        share = "hidden tokens" if masked else "tokens that noise leaves"
-        told = (
-            f"has the share of {share} as its time input" if network.clock else "has no time input"
-        )
         return (
             f"{scored} tokens of {len(batch)} texts are scored; {showing} show (prompts, special"
             f" tokens): given, not counted{lengths}",
-            f"{possible} of {network.vocabulary} ids can be predicted; {zeros} have probability 0,"
-            " and the others are renormalised",
+            f"{self.possible} of {network.vocabulary} ids can be predicted; {zeros} have"
+            " probability 0, and the others are renormalised",
             *(() if masked else ("noise replaces a token by any of the ids",)),
             *self.process.notes(self.dimension),
-            f"the model {told}",
+            f"the model {told(network.clock)}",
         )
 
     def _shows(self, ids: Tensor) -> Tensor:
@@ -331,6 +333,11 @@ class TokenModel(Model):
             )
 
     # ---- predictions
+
+    @property
+    @override
+    def possible(self) -> int:
+        return self.network.vocabulary - len(self.never)
 
     @property
     @override

@@ -393,7 +393,7 @@ class Measuring:
         found = with_calls(rated(found, lambda of: subject.rates(of, batch)), *checked)
         check_number(found)
         late = batch.x.notes() if isinstance(batch.x, Rows) else ()
-        worse = worse_than_uniform(found, model.codes)
+        worse = worse_than_uniform(found, model.possible)
         after = [*late, *([worse] if worse else [])]
         return replace(found, notes=(*self.notes, *found.notes, *after))
 
