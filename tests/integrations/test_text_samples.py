@@ -11,8 +11,9 @@ from support.commands import nelbo_fails, run_ok
 from support.language_models import LETTERS, SPECIAL, write, write_with_code
 
 import nelbo
+from nelbo.diffusion.times import grid_of
 from nelbo.diffusion.unmasking import UnmaskingOrder
-from nelbo.integrations import huggingface, text_folder
+from nelbo.integrations import huggingface, text_folder, wrap_tokens
 from nelbo.report.images import RULE
 from nelbo.sampling.samplers import ancestral
 from nelbo.sampling.unmasking import in_order
@@ -231,3 +232,30 @@ def test_weights_that_do_not_fit_on_the_devices(tmp_path, monkeypatch):
     with_accelerate(monkeypatch, lambda module: module.to("meta"))
     with pytest.raises(ValueError, match="does not fit on the devices, and device_map auto"):
         huggingface.load(write(tmp_path / "m"), device_map="auto")
+
+
+# ---- models in memory
+
+
+def test_a_loaded_model_is_sampled_as_its_folder(tmp_path):
+    home = write(tmp_path / "m")
+    found = huggingface.load(home)
+    options = {"condition": "ab", "length": 3, "seed": 2}
+    assert nelbo.sample(found, 3, 2, **options) == nelbo.sample(f"hf:{home}", 3, 2, **options)
+    with pytest.raises(ValueError, match="are for a model that is read from files; got ForeignT"):
+        nelbo.sample(found, 3, precision="bf16")
+
+
+def test_a_wrapped_module_gives_ids_after_prompts_of_ids(tmp_path):
+    """Rows of ids, one prompt for all or one for each; -2 after the end of a text."""
+    found = huggingface.load(write(tmp_path / "m"))
+    model = wrap_tokens(found.model.network.module, 3, never=[0, 1, 2], length=10)
+    x = nelbo.sample(model, 4, 6, condition=[1, 4, 5], length=3, seed=2)
+    condition = torch.tensor([[1, 4, 5, -1, -1, -1]]).expand(4, -1)
+    want = ancestral(model, 4, grid_of(model, 6), seed=2, condition=condition)
+    assert x.dtype == np.int64 and torch.equal(torch.from_numpy(x), want)
+    x = nelbo.sample(model, 2, condition=[[1, 4, 5], [1]], length=2, sampler="greedy")
+    assert x[:, 0].tolist() == [1, 1] and x[1, 3:].tolist() == [-2, -2]
+    assert nelbo.sample(model, 2).shape == (2, 10)
+    with pytest.raises(ValueError, match="a prompt, a row of ids, or one for each sample; got 'a"):
+        nelbo.sample(model, 2, condition="ab")

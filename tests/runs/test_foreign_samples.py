@@ -182,3 +182,42 @@ def test_guidance_without_a_condition_is_refused(tmp_path):
         sampler_of(
             f"diffusers:{tmp_path / 't'}", steps=3, guidance=2.0, condition=np.zeros((1, 4, 12))
         )
+
+
+def test_every_form_of_a_model_has_the_same_numbers(tmp_path):
+    """Its folder, what `load` returns, and a pipeline: samples, bounds, scores, steps, a page."""
+    network = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    pipeline = diffusers.DDPMPipeline(network, ddpm())
+    pipeline.save_pretrained(tmp_path / "m")
+    source = f"diffusers:{tmp_path / 'm'}"
+    x = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    forms = [source, load(source), pipeline]
+    for verb, key in (
+        (lambda form: nelbo.sample(form, 2, 3, seed=1).tolist(), "sample"),
+        (lambda form: nelbo.elbo(form, x, steps=3, calls=16).elbo.tolist(), "elbo"),
+        (lambda form: nelbo.score(form, x, steps=3, calls=8).nats.tolist(), "score"),
+        (lambda form: [e.nats for e in nelbo.sweep(form, [2, 3], x, calls=8)], "sweep"),
+        (lambda form: nelbo.evaluate(form, x, steps=3, calls=8).nats, "evaluate"),
+    ):
+        first, *others = map(verb, forms)
+        assert others == [first, first], key
+    page = nelbo.report(pipeline, tmp_path / "page.html", data=x, steps=3, calls=4)
+    assert "DDPMPipeline" in page.read_text()
+
+
+def test_a_wrapped_network_is_sampled_in_its_own_steps():
+    with seeded(2):
+        network = torch.nn.Conv2d(3, 3, 1)
+    model = wrap(lambda y, time: network(y.float()).double(), (3, 4, 4), betas=[0.1, 0.2, 0.4])
+    with torch.no_grad():
+        want = ancestral(model, 2, TimeGrid.uniform(3), seed=5)
+    x = nelbo.sample(model, 2, seed=5)
+    assert x.dtype == np.uint8 and (x == want.movedim(1, -1).numpy()).all()
+    with pytest.raises(ValueError, match=r"a network alone says neither .* nelbo.wrap\(network"):
+        nelbo.sample(lambda y, time: y, 2)

@@ -73,7 +73,7 @@ def test_a_page_is_a_function_and_a_package():
     for name in ("report", "explain"):
         function = getattr(sys.modules[f"nelbo.{name}"], name)
         assert python.signature(getattr(nelbo, name)) == python.signature(function)
-    with pytest.raises(ValueError, match="run must be a nelbo Run or a string or a path"):
+    with pytest.raises(ValueError, match=r"give a run, .* or its folder; got int"):
         nelbo.report(3)
 
 

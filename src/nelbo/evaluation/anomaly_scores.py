@@ -26,7 +26,7 @@ import io
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -102,48 +102,57 @@ SCORES: Mapping[str, Callable[[Tensor, Tensor, Schema, float], Tensor]] = {
 
 @dataclass(frozen=True, repr=False)
 class Scored:
-    """Scores of N examples and of M reference examples; all but percentile and rank in nats.
+    """Scores of N examples and of M reference examples, if any; in nats but for percentile, rank.
 
     Args:
         score: of the examples, (N,).
         nats: the bound on -log P(x), (N,).
         standard_error: Monte Carlo error of the bound, (N,); NaN where it is unknown.
-        reference: scores of the reference, (M,).
+        reference: scores of the reference, (M,); None for no reference.
         bits: factor from nats to bits/dim, of all or of each, (N,); None for a density.
         columns: names of the columns of a table.
         excess: contribution of each column, (N, len(columns)), nats; one draw of each term.
+        sizes: of texts, the number of scored tokens, characters and bytes of each, (N,).
+        notes: a sentence for each choice that the meaning of the bound depends on.
     """
 
     score: Tensor
     nats: Tensor
     standard_error: Tensor
-    reference: Tensor
+    reference: Tensor | None
     bits: float | Tensor | None
     columns: tuple[str, ...] = ()
     excess: Tensor | None = None
+    sizes: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.score)
 
     def __repr__(self) -> str:
         some = ", ".join(f"{score:.4g}" for score in self.score[:4].tolist())
+        found = f"anomaly scores of {len(self)} examples, nats: {some}"
+        found += ", .." if len(self) > 4 else ""
+        if self.reference is None:
+            return f"{found}; against none, so without ranks"
         high = int((self.percentile > 95).sum())
-        return (
-            f"anomaly scores of {len(self)} examples, nats: {some}"
-            f"{', ..' if len(self) > 4 else ''}; {high} above 95 % of {len(self.reference)}"
-            " reference examples"
-        )
+        return f"{found}; {high} above 95 % of {len(self.reference)} reference examples"
+
+    def _usual(self) -> Tensor:
+        if self.reference is None:
+            raise ValueError("rank and percentile need examples to compare with: give against=")
+        return self.reference
 
     @property
     def rank(self) -> Tensor:
         """Rank: one more than the number of reference scores that are larger, (N,)."""
-        return 1 + (self.reference > self.score[:, None]).sum(1)
+        return 1 + (self._usual() > self.score[:, None]).sum(1)
 
     @property
     def percentile(self) -> Tensor:
         """Share of reference scores that are smaller, ties counted half, in per cent; (N,)."""
-        below = (self.reference < self.score[:, None]).double()
-        equal = (self.reference == self.score[:, None]).double()
+        below = (self._usual() < self.score[:, None]).double()
+        equal = (self._usual() == self.score[:, None]).double()
         return 100 * (below + equal / 2).mean(1)
 
     def csv(self) -> bytes:
@@ -153,9 +162,13 @@ class Scored:
             "score": self.score.tolist(),
             "nats": self.nats.tolist(),
             "standard_error": self.standard_error.tolist(),
-            "rank": self.rank.tolist(),
-            "percentile": self.percentile.tolist(),
         }
+        if self.reference is not None:
+            columns |= {"rank": self.rank.tolist(), "percentile": self.percentile.tolist()}
+        for unit, size in self.sizes.items():
+            columns[f"{unit}s"] = size.tolist()
+            columns[f"bits_per_{unit}"] = (self.nats / size / LOG_2).tolist()
+            columns[f"bits_per_{unit}_error"] = (self.standard_error / size / LOG_2).tolist()
         if self.bits is not None:
             columns["bits_per_dim"] = (self.nats * self.bits).tolist()
         if self.excess is not None:

@@ -151,6 +151,10 @@ class Foreign:
         """
         return {}
 
+    def sizes(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the characters and bytes of the scored text of each example, where known."""
+        return {}
+
 
 def check_no_form(form: TextForm | None) -> None:
     """Raise ValueError if a form of texts is given for data of another kind."""

@@ -88,6 +88,11 @@ class ForeignText(Foreign):
         known = next((t for t in self.found if same(t.batch, batch)), None)
         return (known or Texts(batch, None, None, ())).rates(nats)
 
+    @override
+    def sizes(self, batch: Batch) -> dict[str, Tensor]:
+        known = next((t for t in self.found if same(t.batch, batch)), None)
+        return {} if known is None else dict(known.sizes)
+
     def texts(
         self,
         source: Source,

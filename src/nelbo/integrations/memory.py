@@ -72,6 +72,11 @@ def is_network(thing: object) -> bool:
     return _parts(thing) is not None or callable(thing)
 
 
+def has_scheduler(thing: object) -> bool:
+    """Return whether something is a pipeline, or a network with its scheduler."""
+    return _parts(thing) is not None
+
+
 def _parts(thing: object) -> Parts | None:
     """Return the network and the scheduler of a pipeline or of a pair, else None."""
     if isinstance(thing, tuple | list):

@@ -11,7 +11,7 @@ order mark at their beginning is no text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from nelbo._utils.numerics import LOG_2
-from nelbo._utils.scalars import integer
 from nelbo.data.readers import arrays
 from nelbo.data.splits import Declared
 from nelbo.diffusion.batch import Batch
@@ -34,12 +33,12 @@ from nelbo.integrations.text_records import (
     of_json,
     of_list,
 )
+from nelbo.integrations.token_prompts import places_to_draw
 from nelbo.integrations.token_rows import ABSENT, SCORED
 from nelbo.integrations.token_rows import Texts as Ids
 from nelbo.integrations.tokens import TokenModel
 
 SHOWN = 40  # characters of a text in a message
-DRAWN = 128  # tokens of a sample where no number is given, like a chunk of nelbo's own texts
 
 LETTER = "a"  # any text, for which special tokens are asked
 
@@ -64,6 +63,8 @@ class Texts:
         size: bytes of all scored text in UTF-8; None if ids are all that is known.
         notes: a sentence for each choice.
         name: of the data, for the record.
+        sizes: characters and bytes of the scored text of each example, (N,), if they are known: a
+            token of a chunk may be a part of a character.
     """
 
     batch: Batch
@@ -71,6 +72,7 @@ class Texts:
     size: int | None
     notes: tuple[str, ...]
     name: str = "as given"
+    sizes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rates(self, nats: float) -> dict[str, float]:
         """Return the bound per scored token, character and byte from the nats of an example."""
@@ -216,9 +218,11 @@ def _examples(
         rows.append(whole)
         answers = range(first + len(before), first + len(before) + len(after))
         shown.append([place not in answers for place in range(len(whole))])
-    characters = sum(len(answer) for _, answer in pairs)
-    size = sum(len(answer.encode()) for _, answer in pairs)
-    return Texts(model.batch(rows, _mask(shown)), characters, size, ())
+    characters = torch.tensor([len(answer) for _, answer in pairs])
+    size = torch.tensor([len(answer.encode()) for _, answer in pairs])
+    total = int(characters.sum()), int(size.sum())
+    sizes = {"character": characters, "byte": size}
+    return Texts(model.batch(rows, _mask(shown)), *total, (), sizes=sizes)
 
 
 def _chunks(text: str, model: TokenModel, tokenizer: Tokenizer) -> Texts:
@@ -250,8 +254,7 @@ def to_draw(
 
     Args:
         prompts: of each text, "" for none.
-        length: number of tokens to draw for each; where left out DRAWN, or as many as there is
-            room for beside the longest prompt.
+        length: number of tokens to draw for each, see `places_to_draw`.
         model: for which they are.
         tokenizer: of the model.
 
@@ -261,24 +264,7 @@ def to_draw(
     """
     before, after = _special(LETTER, tokenizer)
     given = [_encode(p, tokenizer, _but_for_spaces(p)) if p else [] for p in prompts]
-    added, longest = len(before) + len(after), max(map(len, given))
-    room = None if model.length is None else model.length - added - longest
-    if length is not None:
-        length = integer("length", length, 1)
-    if room is not None and room < max(1, length or 1):
-        raise ValueError(
-            f"the model takes {model.length} tokens: beside {added} special ones and a prompt of"
-            f" {longest} there is room for {max(0, room)}, and {length or 1} must be drawn; give a"
-            " shorter prompt or a smaller length"
-        )
-    size = length or min(DRAWN, DRAWN if room is None else room)
-    any_id = next(i for i in range(model.network.vocabulary) if i not in model.never)
-    rows = [[*before, *each, *[any_id] * size, *after] for each in given]
-    shown = [
-        [*[True] * (len(before) + len(each)), *[False] * size, *[True] * len(after)]
-        for each in given
-    ]
-    return model.batch(rows, _mask(shown))
+    return places_to_draw(model, given, length, before, after)
 
 
 def drawn(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nelbo import integrations
 from nelbo._utils.arguments import checked
 from nelbo._utils.files import check_writable
 from nelbo._utils.progress import Track, tracks
@@ -22,6 +21,7 @@ from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.result import Evaluation
+from nelbo.integrations import Foreign
 from nelbo.pages.images import is_image
 from nelbo.pages.page import write_page
 from nelbo.report import sections
@@ -34,6 +34,7 @@ from nelbo.report.studies import (
     some,
     trajectory,
 )
+from nelbo.runs.foreign import is_foreign, name_of
 from nelbo.runs.subjects import AnyRun, run_of
 from nelbo.sampling.imputation import within
 from nelbo.sampling.samplers import ancestral
@@ -44,7 +45,7 @@ SYNTHETIC = 1000  # rows sampled for a table
 
 @checked
 def report(
-    run: AnyRun,
+    run: AnyRun | Foreign | Model | object,
     out: str | PathLike[str] | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -57,8 +58,9 @@ def report(
     """Write the page about `run` to `out`.
 
     Args:
-        run: a trained run, its folder or its name on the hub; or another library's model of
-            images, "diffusers:FOLDER" or "openai:FILE", with `data`.
+        run: a trained run, its folder or its name on the hub; or with `data`, another library's
+            model of images, "diffusers:FOLDER" or "openai:FILE", loaded, a pipeline, or of
+            `nelbo.wrap`.
         out: the HTML file; it is replaced as a whole. By default report.html, in the run folder if
             there is one.
         seed: seed of everything random: the same run and seed make the same page, except for
@@ -77,11 +79,11 @@ def report(
         ValueError: another library's model without data, or an option that is only for one.
     """
     options = {"data": data, "steps": steps, "calls": calls, "device": device}
-    if isinstance(run, str) and integrations.is_foreign(run):
+    if is_foreign(run):
         from nelbo.report.foreign import report_foreign
 
         if data is None:
-            raise ValueError(f"{run} comes without data; give some with --data")
+            raise ValueError(f"{name_of(run)} comes without data; give some with --data")
         page = Path(PAGE if out is None else out)
         return report_foreign(
             run, data, page, steps=steps, calls=calls, device=device, seed=seed, progress=progress

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nelbo import integrations
 from nelbo._utils.files import check_writable
 from nelbo._utils.progress import tracks
 from nelbo.data.sources import Source
@@ -18,6 +17,7 @@ from nelbo.pages.page import write_page
 from nelbo.report import sections
 from nelbo.report.markup import html_table, picture, rounded, section, spread
 from nelbo.runs.evaluation import evaluate
+from nelbo.runs.foreign import foreign_of, is_of_tokens
 from nelbo.runs.foreign_samples import drawer
 
 SAMPLES, SAMPLE_STEPS = 16, 32  # samples, in at most so many steps
@@ -25,7 +25,7 @@ SHOWN = 6  # examples of low, middle and high bounds
 
 
 def report_foreign(
-    source: str,
+    source: object,
     data: Source,
     out: Path,
     *,
@@ -38,7 +38,7 @@ def report_foreign(
     """Write a page about another library's model.
 
     Args:
-        source: as for `integrations.load`; a model of images.
+        source: what stands for it, see `runs.foreign`; a model of images.
         data: examples on which it is measured.
         out: the HTML file; it is replaced as a whole.
         steps: number of steps of the model; by default its own.
@@ -51,10 +51,10 @@ def report_foreign(
         ValueError: a model of other data than images, or as for `nelbo.evaluate`.
     """
     check_writable(out)
-    foreign = integrations.load(source, steps=steps)
+    foreign = foreign_of(source, steps=None if is_of_tokens(source) else steps)
     if not is_image(foreign.schema):
         raise ValueError(
-            f"the page is about models of images of at least 4x4 pixels; {source} is of"
+            f"the page is about models of images of at least 4x4 pixels; {foreign.name} is of"
             f" {foreign.schema.kind} of shape {foreign.schema.shape}: nelbo evaluate measures it"
         )
     if device is not None:
@@ -65,12 +65,12 @@ def report_foreign(
     assert isinstance(result, Evaluation)
     x, _ = foreign.examples(data)
     parts = [
-        _headline(source, result),
+        _headline(foreign.name, result),
         sections.terms(foreign.model.diffusion, result),
         _samples(foreign, seed, progress),
         _examples(foreign, Batch.of(x), result),
     ]
-    write_page(out, f"nelbo: {source}", "\n".join(parts))
+    write_page(out, f"nelbo: {foreign.name}", "\n".join(parts))
     return out
 
 

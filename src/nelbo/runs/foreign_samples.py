@@ -4,7 +4,8 @@ Guidance has no likelihood (`integrations.memory.GUIDANCE`); here is its effect 
 network is called with c and without, and the output f(z, none) + g (f(z, c) - f(z, none)) takes
 the place of f(z, c); a learned variance stays that of f(z, c), as in DiT.
 
-Of a model of tokens, c is a prompt, which shows before the tokens that are drawn.
+Of a model of tokens, c is a prompt, which shows before the tokens that are drawn: a text where the
+model has a tokenizer, else ids.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo import integrations
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo._utils.text import shortened
@@ -27,9 +27,11 @@ from nelbo.integrations import Foreign
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.huggingface import ForeignText
 from nelbo.integrations.prompts import is_prompts
+from nelbo.integrations.token_prompts import places_to_draw
 from nelbo.integrations.token_rows import ABSENT, SCORED
 from nelbo.integrations.tokens import TokenModel
 from nelbo.models.conditioning import guided
+from nelbo.runs.foreign import foreign_of, is_of_tokens, name_of
 from nelbo.runs.samples import SAMPLE_STEPS, SAMPLERS, order_of
 from nelbo.runs.samples import sampler_of as sampler_on
 from nelbo.sampling.samplers import check_path
@@ -53,7 +55,7 @@ class ForeignSampler(NamedTuple):
 
 
 def sampler_of(
-    source: str,
+    source: object,
     *,
     steps: int | None = None,
     condition: Condition | None = None,
@@ -70,9 +72,10 @@ def sampler_of(
     """Return a sampler of another library's model.
 
     Args:
-        source: as for `integrations.load`.
+        source: what stands for it, see `runs.foreign`.
         steps: number of steps; by default the model's own, of a model of tokens about 32.
-        condition: c of all samples, or of each: a class, a prompt, embeddings.
+        condition: c of all samples, or of each: a class, a prompt, embeddings; of a bare model of
+            tokens, ids of a prompt.
         guidance: g; only 1 draws from the model that is measured.
         sampler: "ancestral", or "flow" for the probability flow; or of a model of tokens an order
             of `UnmaskingOrder`.
@@ -89,22 +92,23 @@ def sampler_of(
             without conditions, or without one that stands for none, or an option that is not for
             this kind of model.
     """
-    of_tokens = integrations.is_text(source)
+    of_tokens = is_of_tokens(source)
     if not of_tokens:
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
         if tokens_per_step is not None or length is not None:
             raise ValueError(
-                f"tokens_per_step and length are for a model of tokens, hf:FOLDER; got {source}:"
-                " leave them out"
+                "tokens_per_step and length are for a model of tokens, such as hf:FOLDER; got"
+                f" {name_of(source)}: leave them out"
             )
     elif guidance != 1:
         raise ValueError(
             "guidance needs a condition that means none, and of a model of tokens the condition is"
             f" what shows; got guidance {guidance:g}: leave it out"
         )
-    prompts = _prompts(condition) if of_tokens else []
-    found = integrations.load(
+    elif isinstance(source, str):
+        prompts_in(condition)  # refuses others before weights are read
+    found = foreign_of(
         source,
         steps=None if of_tokens else steps,
         condition=None if of_tokens else condition,
@@ -115,11 +119,10 @@ def sampler_of(
     if found.placed and device is not None:
         raise ValueError(f"device_map places the weights; leave the device {device} out")
     if of_tokens:
-        text = cast(ForeignText, found)
-        text.model.to(device or text.model.device)
-        return _of_texts(text, prompts, length, steps, sampler, tokens_per_step, tell)
+        found.model.to(device or found.model.diffusion.device)
+        return _of_tokens(found, condition, length, steps, sampler, tokens_per_step, tell)
     if found.times.steps is None:
-        raise ValueError(f"{source} has no steps of its own; give a number, --steps 50")
+        raise ValueError(f"{found.name} has no steps of its own; give a number, --steps 50")
     model = found.model.diffusion
     if guidance != 1:
         model = guided(model, guidance, _nothing(found))
@@ -136,7 +139,7 @@ def sampler_of(
     return ForeignSampler(found.schema, drawer(found, model, sampler))
 
 
-def _prompts(condition: Condition | None) -> list[str]:
+def prompts_in(condition: Condition | None) -> list[str]:
     """Return prompts, one for all samples or one for each; "" where there is none.
 
     Raises:
@@ -152,21 +155,47 @@ def _prompts(condition: Condition | None) -> list[str]:
     return [condition] if isinstance(condition, str) else list(cast(Sequence[str], condition))
 
 
-def _of_texts(
-    found: ForeignText,
-    prompts: list[str],
+def _ids_in(condition: Condition | None) -> list[list[int]]:
+    """Return prompts of ids, one for all samples or one for each; empty where there is none.
+
+    Raises:
+        ValueError: the condition is no row of ids.
+    """
+    if condition is None:
+        return [[]]
+    if isinstance(condition, Tensor | np.ndarray):
+        condition = condition.tolist()
+    rows = condition if isinstance(condition, list | tuple) else None
+    if rows and all(isinstance(i, int) for i in rows):
+        rows = [rows]
+    if not rows or not all(
+        isinstance(row, list | tuple) and all(isinstance(i, int) for i in row) for row in rows
+    ):
+        raise ValueError(
+            "the condition of a model of tokens without a tokenizer is a prompt, a row of ids, or"
+            f" one for each sample; got {shortened(repr(condition))}"
+        )
+    return [[*cast(Sequence[int], row)] for row in rows]
+
+
+def _of_tokens(
+    found: Foreign,
+    condition: Condition | None,
     length: int | None,
     steps: int | None,
     sampler: str,
     tokens_per_step: int | None,
     tell: Callable[[str], object],
 ) -> ForeignSampler:
-    """Return a sampler of texts after prompts; arguments as for `sampler_of`."""
+    """Return a sampler of texts, or of rows of ids, after prompts; see `sampler_of`."""
     model = cast(TokenModel, found.model)
     order = order_of(model, sampler, tokens_per_step, steps)
     if sampler == "flow":
         check_path(model)
-    batch = found.to_draw(prompts, length)
+    if isinstance(found, ForeignText):
+        batch = found.to_draw(prompts_in(condition), length)
+    else:
+        batch = places_to_draw(model, _ids_in(condition), length)
     given = batch.condition
     assert given is not None
     blocks = model.process.blocks(model.shape)
@@ -186,7 +215,8 @@ def _of_texts(
         x = sampler_on(sampler, times)(model, count, seed, track, rows)
         return torch.where(rows == ABSENT, ABSENT, x.to(rows.device))
 
-    return ForeignSampler(replace(found.schema, shape=model.shape), draw, found.drawn)
+    texts = found.drawn if isinstance(found, ForeignText) else None
+    return ForeignSampler(replace(found.schema, shape=model.shape), draw, texts)
 
 
 def _how(length: int, times: TimeGrid | UnmaskingOrder) -> str:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from nelbo import integrations
 from nelbo._utils import limits
 from nelbo._utils.arguments import checked
 from nelbo._utils.numerics import seeded
@@ -12,6 +13,11 @@ from nelbo.models import custom
 from nelbo.models.build import build
 from nelbo.runs.config import WEIGHTS, read_config, read_metrics
 from nelbo.runs.run import Run
+
+NOT_A_RUN = (
+    "other models than nelbo's runs are for evaluate, sweep, elbo, sample and score, and those of"
+    " images for report"
+)
 
 
 @checked
@@ -29,6 +35,8 @@ def load(path: str | Path, network: custom.Network | None = None) -> Run:
         ValueError: the weights are truncated or belong to another architecture, the configuration
             has unknown keys, the hub cannot be reached, or the network is missing or another one.
     """
+    if integrations.is_foreign(str(path)):
+        raise ValueError(f"{path} is another library's model, and no run; {NOT_A_RUN}")
     if is_name(path):
         from nelbo.runs import hub
 

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo import integrations
@@ -33,7 +33,7 @@ from nelbo.integrations.external import check_no_form
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.text_records import TextForm
 from nelbo.runs import own_data
-from nelbo.runs.loading import load
+from nelbo.runs.loading import NOT_A_RUN, load
 from nelbo.runs.pilot_cache import Pilots
 from nelbo.runs.run import Run
 
@@ -52,8 +52,10 @@ def run_of(run: object) -> Run:
     if isinstance(run, str | PathLike):
         return load(run if isinstance(run, str) else Path(run))
     if not isinstance(run, Run):
+        other = f"; {NOT_A_RUN}" if isinstance(run, Foreign | Model | LatentModel) else ""
         raise ValueError(
-            f"give a run, from nelbo.train or nelbo.load, or its folder; got {type(run).__name__}"
+            "give a run, from nelbo.train or nelbo.load, or its folder; got"
+            f" {type(run).__name__}{other}"
         )
     return run
 
@@ -147,6 +149,10 @@ class Subject(ABC):
 
     def rates(self, found: Measurement, batch: Batch) -> Mapping[str, float]:
         """Return the bound of a text per token, character and byte; nothing of other data."""
+        return {}
+
+    def sizes(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Return the scored tokens, characters and bytes of each text; nothing of other data."""
         return {}
 
 
@@ -244,6 +250,12 @@ class OfModel(Subject):
         # each process makes the same check
         return Checked(notes, sum(gather(calls.forward)), sum(gather(encoded.forward)))
 
+    @override
+    def sizes(self, batch: Batch) -> Mapping[str, Tensor]:
+        if not self.model.any_length:
+            return {}
+        return {"token": self.model.diffusion.scored_places(batch).sum(1)}
+
 
 @dataclass
 class OfForeign(OfModel):
@@ -293,6 +305,10 @@ class OfForeign(OfModel):
     @override
     def rates(self, found: Measurement, batch: Batch) -> Mapping[str, float]:
         return self.foreign.rates(found.nats, batch)
+
+    @override
+    def sizes(self, batch: Batch) -> Mapping[str, Tensor]:
+        return {**super().sizes(batch), **self.foreign.sizes(batch)}
 
 
 def subject_of(
@@ -349,6 +365,8 @@ def subject_of(
     if condition is not None:
         raise ValueError("condition is for another library's network; give Batch(x, condition)")
     if isinstance(run, Foreign):
+        if steps is not None and run.of_steps is not None:
+            return OfForeign(foreign=run.of_steps(steps)), None
         return OfForeign(foreign=run), steps
     if isinstance(run, Model | LatentModel):  # of all that an argument may be
         return OfModel(run), steps
