@@ -216,7 +216,7 @@ def load(
     vocabulary = cast(Any, module).config.vocab_size
     unused = {*range(vocabulary)} - {*found.tokenizer.get_vocab().values()}  # it may have gaps
     model = wrap_tokens(
-        _UpToABlock(module) if kind.blocks else module,
+        _UpToABlock(module).eval() if kind.blocks else module,
         mask,
         shift=shift,
         time=own_time,
