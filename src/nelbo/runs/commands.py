@@ -34,7 +34,6 @@ from nelbo.integrations.text_records import TextForm
 from nelbo.runs.config import check_no_run
 from nelbo.runs.foreign import is_foreign, is_of_tokens
 from nelbo.runs.foreign_samples import sampler_of
-from nelbo.runs.foreign_scores import score_foreign
 from nelbo.runs.run import Run
 from nelbo.runs.samples import Samples, array_of
 from nelbo.runs.subjects import AnyRun, Asked, run_of, subject_of
@@ -149,6 +148,8 @@ def score(run: AnyRun, *args: Any, **options: Any) -> Scored:  # noqa: ANN401
     """Return the score of each example under a run, or under another library's model."""
     if not is_foreign(run):
         return _score_of_runs(run, *args, **options)
+    from nelbo.runs.foreign_scores import score_foreign  # here: it stands above `evaluation`
+
     return score_foreign(run, *args, **options)
 
 

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-from nelbo import integrations
 from nelbo._utils import limits
 from nelbo._utils.arguments import checked
 from nelbo._utils.numerics import seeded
@@ -35,6 +34,8 @@ def load(path: str | Path, network: custom.Network | None = None) -> Run:
         ValueError: the weights are truncated or belong to another architecture, the configuration
             has unknown keys, the hub cannot be reached, or the network is missing or another one.
     """
+    from nelbo import integrations  # here: a run needs none of it
+
     if integrations.is_foreign(str(path)):
         raise ValueError(f"{path} is another library's model, and no run; {NOT_A_RUN}")
     if is_name(path):
