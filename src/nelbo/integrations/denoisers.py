@@ -208,6 +208,10 @@ def wrap(
             at pure noise that contradicts `predicts` (`probe`).
     """
     gamma: Tensor | Schedule
+    if not shape or min(shape) < 1:
+        raise ValueError(
+            f"shape is that of one example, channels first, such as (3, 32, 32); got {shape}"
+        )
     said, head = _read(predicts, sigma_data)
     flow = said == "flow"
     if isinstance(network, type) or not callable(network):
