@@ -17,7 +17,7 @@ from torch import nn
 import nelbo
 from nelbo._utils.numerics import seeded
 from nelbo.evaluation import mask_estimator, masks, price
-from nelbo.evaluation.mask_estimator import MaskEstimator, Plan
+from nelbo.evaluation.mask_estimator import MaskEstimator, Plan, token_costs
 from nelbo.evaluation.mask_regression import NODES, fit, hats, usual
 from nelbo.evaluation.mask_sampling import Texts, draw_masks
 from nelbo.integrations import wrap_tokens
@@ -150,8 +150,40 @@ def test_block_diffusion_takes_exact_counts():
     assert 2.2 < sum(v * v for v in z) < 33  # chi² of 12, all but 1 in 1000 on either side
     assert "masks: " in " ".join(found[0].notes)
     assert math.isclose(sum(point.value for point in found[0].curve), found[0].terms.diffusion)
-    with pytest.raises(ValueError, match="surrogate does not support block diffusion"):
-        nelbo.evaluate(model, texts, surrogate=tiny(4))
+    with pytest.raises(ValueError, match="this one has 3 blocks in 6 places, and the model 2"):
+        nelbo.evaluate(model, texts, surrogate=tiny(4, block=2))
+    with pytest.raises(ValueError, match="this one has 2 blocks in 6 places, and the model 1"):
+        nelbo.evaluate(tiny(4), texts, surrogate=model)
+
+
+@pytest.mark.parametrize("time", [None, "masked"])
+@pytest.mark.parametrize("block", [None, 2])
+def test_a_surrogate_of_block_diffusion_reads_its_masks(block, time):
+    """Unbiased with any coefficients, of one block or of the model's; the model itself leaves
+    nothing to correct, which needs the same tokens to show and the same time."""
+    model, surrogate = tiny(4, time, block=2), tiny(1, time, block=block)
+    batch = model.batch([[3, 1, 2, 0, 1], [2, 1]])
+    surrogate.batch(batch)
+    wanted = torch.tensor(of_blocks(model, batch, 24))
+    with seeded(2):
+        odd = usual(3, True)
+        odd.slopes.add_(torch.rand_like(odd.slopes))
+        odd = replace(odd, curve=odd.curve + torch.rand_like(odd.curve))
+    found = totals(model, surrogate, batch, Plan(1500, 2, 3), 4, coefficients=odd)
+    error = found.std(1) / math.sqrt(found.shape[1])
+    assert (error < 0.03 * wanted).all()
+    assert ((found.mean(1) - wanted).abs() < 4 * error).all()
+    texts = Texts(model, batch)
+    drawn = draw_masks(texts, [0, 1], (0, 1), 3, 4, usual(1, False).deviations)
+    of_model, of_other = (
+        torch.cat([cost for _, cost in token_costs(each, batch, drawn, texts)])
+        for each in (model, tiny(4, time, block=block))
+    )
+    if block:
+        torch.testing.assert_close(of_model, of_other)
+    else:  # it reads places after the block, which are hidden, so the last block is the same
+        last = (drawn.block == 2).flatten()
+        torch.testing.assert_close(of_model[last], of_other[last])
 
 
 def test_what_other_draws_say_is_unbiased_and_so_is_the_error():

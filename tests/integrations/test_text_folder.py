@@ -160,6 +160,9 @@ def test_block_diffusion_is_measured_and_drawn_by_the_command_line(tmp_path, cap
     # samples are ids, which are measured in turn
     found, err = measured(capsys, "evaluate", f"hf:{blocks}", "--data", tmp_path / "x.npz")
     assert "16 tokens of 2 texts are scored" in err and found["nats"] > 0
+    plain = f"hf:{write(tmp_path / 'plain')}"
+    _, err = measured(capsys, *command, "--surrogate", plain, "--masks", "two-levels")
+    assert "the surrogate read" in err
     config = json.loads((blocks / "config.json").read_text())
     (blocks / "config.json").write_text(json.dumps(config | {"block_size": None}))
     with pytest.raises(ValueError, match="block_size must be"):

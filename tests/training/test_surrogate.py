@@ -44,9 +44,10 @@ def few(monkeypatch):
     monkeypatch.setattr(training, "RATE", 3e-2)
 
 
-def test_it_learns_the_texts_without_a_call(texts, few):
+@pytest.mark.parametrize("block", [None, 4])
+def test_it_learns_the_texts_without_a_call(texts, few, block):
     """Its bound comes close to the texts' 3 bits of 8 ids; and it calls the model in no step."""
-    model = wrap_tokens(Neighbours(), MASK, pad_id=PAD)
+    model = wrap_tokens(Neighbours(), MASK, pad_id=PAD, block=block)
     with counting(model.network) as made:
         found = train_surrogate(model, texts[:200], steps=60)
     assert made.forward == 0
@@ -57,9 +58,10 @@ def test_it_learns_the_texts_without_a_call(texts, few):
     assert torch.equal(found.network.module.out.weight, again.network.module.out.weight)
 
 
-def test_it_learns_the_costs(texts, few):
+@pytest.mark.parametrize("block", [None, 4])
+def test_it_learns_the_costs(texts, few, block):
     """What is left of the model's costs is least after training on them, with padding too."""
-    model = wrap_tokens(Neighbours(), MASK, pad_id=PAD)
+    model = wrap_tokens(Neighbours(), MASK, pad_id=PAD, block=block)
     padded = [[*row, PAD, PAD] if i % 2 else row[:5] for i, row in enumerate(texts.tolist())]
     of_texts = train_surrogate(model, padded[:200], steps=30)
     with counting(model.network) as made:

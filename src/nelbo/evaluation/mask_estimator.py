@@ -99,7 +99,7 @@ class MaskEstimator:
     def _by_surrogate(self, masks: Masks, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the surrogate's `token_costs`."""
         assert self.surrogate is not None
-        for some, cost in token_costs(self.surrogate, batch, masks):
+        for some, cost in token_costs(self.surrogate, batch, masks, self.texts):
             cost = cost.clamp(max=DEAR)
             if not cost.isfinite().all():
                 raise ValueError(
@@ -123,7 +123,7 @@ class MaskEstimator:
             hard: the surrogate's mean cost of each token, from masks of its own, (B, R, D).
         """
         shape = masks.hidden.shape
-        cost = _joined(token_costs(self.model, batch, masks), shape)
+        cost = _joined(token_costs(self.model, batch, masks, self.texts), shape)
         v = [_centred(self.unigram[list(rows)][:, None, None], masks.places)]
         if self.surrogate is not None:
             assert hard is not None
@@ -200,7 +200,7 @@ class MaskEstimator:
         """Return `costs` from all masks of texts whose blocks have the same lengths."""
         masks = all_masks(self.texts, rows)
         cost = masks.width[..., None] * _joined(
-            token_costs(self.model, batch, masks), masks.hidden.shape
+            token_costs(self.model, batch, masks, self.texts), masks.hidden.shape
         )
         by_token = (cost / masks.count[..., None])[:, 0].sum(1)
         lengths = self.texts.of_blocks[rows[0]]
@@ -382,20 +382,23 @@ def _cells_of_counts(lengths: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.concatenate(found))
 
 
-def token_costs(model: Model, batch: Batch, masks: Masks) -> Iterator[tuple[Tensor, Tensor]]:
+def token_costs(
+    model: Model, batch: Batch, masks: Masks, texts: Texts
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield numbers of masks, (m,), with the costs of their hidden tokens, (m, D), nats.
 
     Args:
-        model: a masked model.
+        model: a masked model, of the blocks of the texts or of one block.
         batch: B examples.
         masks: of them; the B R n masks are numbered in order.
+        texts: that they are of, which know the blocks.
     """
     shape, process = masks.count.shape, model.process
     hidden, share = masks.hidden.flatten(0, 2), masks.share.flatten()
     # in block diffusion what comes after a block is hidden, and does not count
-    later = process.block_of_places(batch.x.shape[1:]) > masks.block.reshape(
-        -1, *(1,) * (batch.x.ndim - 1)
-    )
+    later = torch.from_numpy(texts.block) > masks.block.reshape(-1, 1)
+    later = later.view(-1, *batch.x.shape[1:])
+    blocks = process.blocks(batch.x.shape[1:])
     after = masks.after.flatten()
     of = torch.arange(shape[0]).repeat_interleave(shape[1] * shape[2])
     for some in torch.arange(len(hidden)).split(model.rows):
@@ -403,7 +406,8 @@ def token_costs(model: Model, batch: Batch, masks: Masks) -> Iterator[tuple[Tens
         inside = hidden[some].to(model.device).view(part.x.shape)
         z = torch.where(inside | later[some].to(model.device), process.codes, part.x)
         within = time_of_share(model, share[some].to(model.device))
-        t = (after[some].to(model.device) + within) / masks.blocks
+        # a model of one block, as a surrogate of block diffusion may be, has no time of others
+        t = within if blocks == 1 else (after[some].to(model.device) + within) / blocks
         symbols = model.predict(z, t, part.condition).symbols(z, process.codes)
         cost = torch.where(inside, -symbols.log_prob(part.x, inside).double(), 0.0)
         del symbols  # and its logits, before the next ones are made

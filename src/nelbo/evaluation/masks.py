@@ -92,10 +92,15 @@ def check_masks(
         raise ValueError(f"a surrogate takes the masks {TWO_LEVELS}; got {masks!r}: leave one out")
     if surrogate is None:
         return
-    if not model.process.any_order:
-        raise ValueError("a surrogate does not support block diffusion; leave it out")
-    if not surrogate.process.any_order:
+    if surrogate.process.mask is None:
         raise ValueError("a surrogate is a masked model for a masked model; leave it out")
+    blocks = [each.process.block_of_places(model.shape) for each in (model, surrogate)]
+    if not surrogate.process.any_order and not torch.equal(*blocks):
+        raise ValueError(
+            "a surrogate is of one block, or of the blocks of the model, as its masks are; this"
+            f" one has {blocks[1].max() + 1} blocks in {model.dims} places, and the model"
+            f" {blocks[0].max() + 1}"
+        )
     own, other = model.process.codes, surrogate.process.codes
     if own != other:
         raise ValueError(

@@ -7,6 +7,7 @@ cost some, to give each hidden token the model's own cost, by least squares.
 """
 
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from nelbo._utils.numerics import seeded
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
+from nelbo.diffusion.masked import BlockDiffusion
 from nelbo.diffusion.model import Model, measuring
 from nelbo.integrations.token_rows import Texts
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
@@ -83,7 +85,7 @@ def train_surrogate(
     """Train a surrogate of a model of tokens; the texts should not be those that are measured.
 
     Args:
-        model: the masked model.
+        model: the masked model; a surrogate of block diffusion has its blocks.
         texts: ids of training texts, as for `model.batch`.
         steps: number of steps on the texts, BATCH texts each.
         calls: number of network calls of the model, for further steps on its own costs.
@@ -98,16 +100,21 @@ def train_surrogate(
     shape = model.shape
     batch = model.batch(texts)
     own = model.network
-    if not model.process.any_order:
+    if own.mask_id is None:
         kind = type(model.process).__name__
         raise ValueError(f"a surrogate is for a masked model; got one of {kind}")
-    assert own.mask_id is not None
+    block = None if model.process.any_order else cast(BlockDiffusion, model.process).block
     with seeded(seed, 6):
         inputs = max(own.vocabulary, own.mask_id + 1)
         module = ConvolutionalTokens(own.vocabulary, inputs).to(model.device)
         impossible = [int(i) for i in model.never if i != own.mask_id]
         surrogate = wrap_tokens(
-            module, own.mask_id, pad_id=model.pad_id, never=impossible, length=model.length
+            module,
+            own.mask_id,
+            block=block,
+            pad_id=model.pad_id,
+            never=impossible,
+            length=model.length,
         )
         surrogate.shape = model.shape
         if start is not None:
@@ -130,14 +137,20 @@ def train_surrogate(
 def _loss(surrogate: TokenModel, model: Model | None, batch: Batch) -> Tensor:
     """Return the bound of some texts, or the squared distance from the model's costs, a scalar."""
     few = batch[torch.randint(len(batch), (BATCH,))]
-    scored = surrogate.scored_places(few)
-    length = scored.sum(1, keepdim=True)
-    count = (torch.rand(BATCH, 1) * length).long() + 1
-    order = torch.where(scored, torch.rand(scored.shape), torch.inf).argsort(1).argsort(1)
-    few, hidden = few.to(surrogate.device), (order < count).to(surrogate.device)
-    weight = hidden / count.to(hidden.device)
-    z = torch.where(hidden, surrogate.process.codes, few.x)
-    t = (count / (length + 1))[:, 0].double().sqrt().to(hidden.device)
+    process, shape, device = surrogate.process, few.x.shape[1:], surrogate.device
+    scored, u = surrogate.scored_places(few), torch.rand(BATCH, 1)
+    keys = torch.where(scored, torch.rand(scored.shape), torch.inf)
+    # the block of a random token; its tokens are in random order all the same
+    of_places = process.block_of_places(shape)
+    block = of_places[keys.argmin(1, keepdim=True)]
+    keys = torch.where(of_places == block, keys, torch.inf)
+    length = keys.isfinite().sum(1, keepdim=True)
+    count = (u * length).long() + 1
+    few, hidden = few.to(device), (keys.argsort(1).argsort(1) < count).to(device)
+    weight = hidden / count.to(device)
+    z = torch.where(hidden | (of_places > block).to(device), process.codes, few.x)
+    within, blocks = (count / (length + 1))[:, 0].double().sqrt(), process.blocks(shape)
+    t = ((blocks - 1 - block[:, 0] + within) / blocks).to(device)
 
     def costs(of: Model) -> Tensor:
         symbols = of.predict(z, t, few.condition).symbols(z, of.process.codes)
