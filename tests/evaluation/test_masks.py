@@ -429,35 +429,14 @@ def test_all_masks_give_the_cells_and_tokens_that_drawn_ones_do(block):
     torch.testing.assert_close(tokens.sum(1), wanted, rtol=1e-6, atol=0)
 
 
-class Counted(nn.Module):
-    """Logits of each place that depend on the number of hidden tokens alone, for any length."""
-
-    def __init__(self):
-        super().__init__()
-        self.of_place = nn.Parameter(torch.randn(48, V, dtype=torch.float64))
-
-    def forward(self, ids):
-        share = (ids == MASK).double().mean(1)
-        return self.of_place[: ids.shape[1]] * (0.5 + 2 * share[:, None, None])
-
-    def bound(self, text):
-        """Σ_l of the mean cost over the places, with l hidden."""
-        length = len(text)
-        share = torch.arange(1, length + 1).double() / length
-        logits = self.of_place[:length] * (0.5 + 2 * share[:, None, None])
-        log_p = logits[..., :MASK].log_softmax(-1)
-        return -log_p[:, range(length), text].mean(1).sum().item()
-
-
 @pytest.mark.parametrize("calls", [8, 40])
 def test_texts_of_unequal_lengths_have_errors_of_their_own(calls):
     """Each text by itself: 95 % of its intervals hold its bound, and their size is that of its
     noise, where one error for all is too large for short texts and too small for long ones."""
-    with seeded(3):
-        module = Counted()
-        texts = [torch.randint(MASK, (length,)).tolist() for length in (2, 6, 12, 48)]
-    model, seeds = wrap_tokens(module, MASK), 120
-    wanted = torch.tensor([module.bound(text) for text in texts], dtype=torch.float64)
+    known, seeds = known_models.lengths(), 120
+    model, texts = known.model, known.examples(4)
+    texts[0, 2:] = texts[0, -1]  # padding: a text of two tokens, with three masks
+    wanted = known.bound(texts, nelbo.ContinuousTime()).sum(1)
     found = [
         nelbo.evaluate(model, texts, calls=calls, per_example=True, seed=seed)
         for seed in range(seeds)

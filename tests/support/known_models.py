@@ -31,6 +31,7 @@ from nelbo.diffusion.reverse import Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
 from nelbo.diffusion.uniform import UniformDiffusion
+from nelbo.integrations import wrap_tokens
 
 D = 2  # dimensions of each
 FLAT = torch.zeros(D, dtype=torch.float64)
@@ -291,6 +292,50 @@ def table() -> Known:
         lambda n: torch.cat([part.examples(n).double() for part in parts], 1),
         terms,
     )
+
+
+class Counted(torch.nn.Module):
+    """Logits of each place that depend on the number of hidden tokens alone, for any length."""
+
+    def __init__(self, count: int = 4, longest: int = 48) -> None:
+        super().__init__()
+        self.mask, self.pad = count, count + 1
+        shape = longest, count + 2
+        self.of_place = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.logits((ids == self.mask).double().mean(1), ids.shape[1])
+
+    def logits(self, share: Tensor, length: int) -> Tensor:
+        """Return the logits of places with a share of hidden tokens, (B, L, V), given (B,)."""
+        return self.of_place[:length] * (0.5 + 2 * share[:, None, None])
+
+    def bound(self, text: Tensor) -> Tensor:
+        """Return Σ_l of the mean cost over the places of a text, with l hidden."""
+        length = len(text)
+        logits = self.logits(torch.arange(1, length + 1).double() / length, length)
+        log_p = logits[..., : self.mask].log_softmax(-1)
+        return -log_p[:, torch.arange(length), text].mean(1).sum()
+
+
+def lengths() -> Known:
+    """Texts of 4, 7, 12 and 48 tokens of a wrapped model, in continuous time."""
+    with seeded(3):
+        module = Counted()
+    model = wrap_tokens(module, module.mask, pad_id=module.pad)
+
+    def examples(n: int) -> Tensor:
+        with seeded(31):
+            ids = torch.randint(module.mask, (n, 48))
+        sizes = torch.tensor([4, 7, 12, 48])[torch.arange(n) % 4]
+        return torch.where(torch.arange(48) < sizes[:, None], ids, module.pad)
+
+    def terms(x: Tensor, times: TimeDiscretization) -> Tensor:
+        assert times.steps is None
+        whole = torch.stack([module.bound(text[text != module.pad]) for text in x])
+        return torch.stack([0 * whole, 0 * whole, whole], 1)
+
+    return Known(model, examples, terms)
 
 
 LARGER: dict[str, Callable[[], Known]] = {

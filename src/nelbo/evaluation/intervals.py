@@ -29,7 +29,7 @@ FEWEST = 2.0  # degrees of freedom below which no error is stated
 OWN = 8  # replicates from which an outlying example has an error of its own
 HALVES = 6  # replicates from which each half has a variance
 MOST = 0.75  # weight of an example's own variance, at most, as it may be nearly 0 by chance
-ALONE = 6.0  # examples of which this weight is half what they show, and half MOST
+ALONE = 12.0  # examples of which this weight is half what they show, and half MOST
 POWER = 1.5, 1.0  # mean and sd of the power of the size that a variance grows with, before
 FAR, SHARE = 10.0, 0.9  # an outlier is 10 times as far as the 90 % quantile of distances
 NOISIER = 4.0  # the same factor for the noise of half of the replicates
@@ -217,6 +217,6 @@ def _credibility(replicates: Sequence[Tensor]) -> float:
     one, other = (torch.cat(half) for half in zip(*parts, strict=True))
     whole = torch.cat([block.var(1) for block in enough])
     common = ((one - one.mean()) * (other - other.mean())).mean() / whole.var(correction=0)
-    found = min(max(0.0, common.nan_to_num(0.0).item() - 1 / math.sqrt(count)), MOST)
+    found = min(max(0.0, common.nan_to_num(0.0).item()), MOST)
     few = 1 / (1 + (count / ALONE) ** 2)
     return few * MOST + (1 - few) * found
