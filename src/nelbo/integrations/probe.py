@@ -36,10 +36,10 @@ NUMBERS = 2**12  # numbers of pure noise shown to a network, in 2 to ROWS rows
 ROWS, MORE = 8, 32  # rows shown at each noise level, and where several readings are possible
 SNRS = (10.0, 1.0)  # of the two noise levels at which data are shown
 BEHIND = 1.1  # times the error as given, from which a reading is behind
-LESS = 1.5  # a reading is refused if another has an error smaller by this factor,
-ERRORS = 6.0  # by as many standard errors (of the logarithm),
-FITS = 0.7  # and a ρ below this
-SLIGHTLY, DOUBT = 1.2, 4.0  # the same factor and number for a note
+LESS = 1.3  # a reading is refused if another has an error smaller by this factor at a level,
+ERRORS = 6.0  # by as many standard errors (of the logarithm), none larger at another level,
+FITS = 0.7  # and a mean ρ below this
+SLIGHTLY, DOUBT = 1.1, 4.0  # the same factor and number for a note
 ALIKE = 1.1  # factor within which errors of two readings count as the same
 TINY = 1e-12  # ρ below which it counts as 0
 NOTHING = 0.9  # ρ above which nothing is learned
@@ -132,7 +132,7 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
             found |= _of_other(reading, model, batch, noise, gamma)
         for name, error in found.items():
             errors.setdefault(name, []).append(error)
-    return _verdict({k: torch.stack(v).mean(0) for k, v in errors.items() if len(v) == len(SNRS)})
+    return _verdict({k: torch.stack(v) for k, v in errors.items() if len(v) == len(SNRS)})
 
 
 def _of_other(
@@ -146,7 +146,10 @@ def _of_other(
 
 
 def _verdict(errors: dict[str, Tensor]) -> list[str]:
-    """Return a note, or raise ValueError, by the ρ, (ROWS,), of the reading "" and of others."""
+    """Return a note, or raise ValueError, by the ρ of the reading "" and of others.
+
+    Each has shape (levels, rows).
+    """
     own = errors.pop("")
     if not own.isfinite().all():
         return []  # constant images, which a line fits exactly; or no number, which is said later
@@ -178,8 +181,10 @@ def _verdict(errors: dict[str, Tensor]) -> list[str]:
 
 
 def _is_better(own: Tensor, other: Tensor, less: float = LESS, errors: float = ERRORS) -> bool:
-    """Return whether another reading has less error, (ROWS,), by a factor and standard errors."""
+    """Return whether another reading has less error, (levels, rows), at all levels, and at one by
+    a factor and standard errors.
+    """
     ratios = own.clamp(min=TINY).log() - other.clamp(min=TINY).log()
-    error = ratios.std().item() / math.sqrt(len(ratios))
-    fits = other.mean() < FITS and other.mean() * less < own.mean()
-    return bool(fits and ratios.mean().item() > errors * error)
+    mean, error = ratios.mean(1), ratios.std(1) / math.sqrt(ratios.shape[1])
+    clear = (mean > math.log(less)) & (mean > errors * error)
+    return bool(other.mean() < FITS and (mean > 0).all() and clear.any())
