@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,6 +192,12 @@ def test_a_bound_that_the_last_step_spends_says_what_to_look_at():
     assert "last step, P(x|z_1)" in line and ",variance=optimal" in line
     best = evaluate(pair, images(), calls=9, variance="optimal")
     assert "last step" not in worse_than_uniform(best, 256)
+    # P(x|z_1) as that of the best variance, and the cost in the first bin of the diffusion term
+    part = replace(best, terms=replace(small.terms, reconstruction=best.terms.reconstruction))
+    line = worse_than_uniform(replace(part, curve=small.curve), 256)
+    assert (
+        f"up to t = 0.25 takes {small.curve[0].value:.4g}" in line and ",variance=optimal" in line
+    )
 
 
 def test_autocast_is_asked_for_and_recorded(folder, capsys):

@@ -4,7 +4,7 @@ import math
 
 from nelbo.evaluation.result import BoundEstimate, Evaluation, LatentTerms, Measurement
 
-FAR = 2.0  # times the bits of uniform levels beyond which the last step is to blame
+FAR = 2.0  # times the bits of uniform levels beyond which the steps of least noise are to blame
 
 
 def check_number(found: Measurement) -> None:
@@ -29,18 +29,27 @@ def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
     return (
         f"worse than uniform: {levels} equally likely levels take {math.log2(levels):.4g}"
         f" {found.unit}; are these data of the kind, and of the levels, that the model was trained"
-        f" on?{_of_the_last_step(found, math.log2(levels))}"
+        f" on?{_of_least_noise(found, math.log2(levels))}"
     )
 
 
-def _of_the_last_step(found: Evaluation | BoundEstimate, uniform: float) -> str:
-    """Return a hint if P(x|z_1) alone takes far more than uniform levels, bits/dim, else ""."""
+def _of_least_noise(found: Evaluation | BoundEstimate, uniform: float) -> str:
+    """Return a hint if the steps of least noise take far more than uniform levels, bits/dim.
+
+    They are P(x|z_1), and the first bin of the diffusion term, whose variance is the next to it.
+    """
     if not isinstance(found, Evaluation) or isinstance(found.terms, LatentTerms):
         return ""
-    if not found.terms.reconstruction > FAR * uniform:
+    last, first = found.terms.reconstruction, 0.0
+    beside = ""
+    if found.steps is not None and found.curve:  # in continuous time there is no variance
+        first = found.curve[0].value
+        beside = f", and the diffusion term up to t = {found.curve[0].t_to:.3g} takes {first:.4g}"
+    if not last + first > FAR * uniform:
         return ""
     return (
-        f" The last step, P(x|z_1), alone takes {found.terms.reconstruction:.4g}: look at its"
-        " variance, which may be far too small for the network's error there; for another"
-        " library's folder compare ,variance=small, ,variance=large and ,variance=optimal"
+        f" The last step, P(x|z_1), alone takes {last:.4g}{beside}: look at the variance there,"
+        " which may be far too small for the network's error; for another library's folder compare"
+        " that of its scheduler, ,variance=small or ,variance=large, with the one that fits best,"
+        " ,variance=optimal"
     )
