@@ -104,6 +104,27 @@ def test_a_network_gets_its_condition(kind):
     assert result.given == model.conditioned_on
 
 
+def test_a_column_of_labels_is_the_labels():
+    network, x = dit(), images()
+    labels, column = ([3, 0, 10], [[3], [0], [10]])
+    found = [
+        evaluate((network, ddpm()), x, condition=c, steps=3, calls=4) for c in (labels, column)
+    ]
+    assert found[0].nats == found[1].nats and found[0].given == found[1].given == "class"
+
+
+@pytest.mark.parametrize("names", [np.array(["cat", "dog", "cat"]), np.array([["cat"]] * 3)])
+def test_names_of_classes_are_asked_for_as_numbers(names):
+    with pytest.raises(ValueError, match="got 'cat'; give classes as numbers"):
+        evaluate((dit(), ddpm()), images(), condition=names, steps=3, calls=4)
+
+
+def test_a_pair_is_said_to_be_taken_for_one_of_images():
+    """The same shape may be that of latents, which neither of the two says."""
+    found = evaluate((dit(), ddpm()), images(), condition=3, steps=3, calls=4)
+    assert any("taken for one of the images themselves" in note for note in found.notes)
+
+
 class Encoded:
     """A pipeline whose text encoder knows some prompts; parts as those of diffusers."""
 

@@ -618,8 +618,15 @@ def test_options_after_the_path(networks, tmp_path):
     assert "levels 0..255 as 0..1" in found.notes[1]
     assert "as -1..1" in load(f"diffusers:{folder}").notes[1]
     assert found.model.network.times.tolist() == [1, 4, 7] and found.times.steps == 3
-    for wrong in ("keep=1-4", "scaling=unit", "clip=no,clip=no", "weights=../x", ""):
-        with pytest.raises(ValueError, match=r"options of diffusers: are clip=yes or.*; got '"):
+    for wrong, words in {
+        "keep=1-4": r"keep after a path is given as keep=0:4:9 .*; got 'keep=1-4'",
+        "scaling=nan:1": r"scaling after a path is given as scaling=0:1 .*; got 'scaling=nan:1'",
+        "clip=no,clip=no": "clip is given once",
+        "weights=../x": "weights after a path",
+        "colour=no": r"options of diffusers: are clip=yes or.*; got 'colour=no'",
+        "": r"options of diffusers: are clip=yes or.*; got ''",
+    }.items():
+        with pytest.raises(ValueError, match=words):
             load(f"diffusers:{folder},{wrong}")
     with pytest.raises(ValueError, match="low must be less than high"):
         load(f"diffusers:{folder},scaling=1:0")

@@ -54,7 +54,7 @@ def test_options_after_the_folder_say_what_its_type_does_not(tmp_path):
     blocks = of(f"hf:{plain},block=2").process
     assert isinstance(blocks, BlockDiffusion) and blocks.block == 2
     for option, words in (
-        ("shift=2", "options of hf: are mask=ID .*; got 'shift=2'"),
+        ("shift=2", "shift after a path is given as shift=0 or shift=1 .*; got 'shift=2'"),
         ("clip=yes", "got 'clip=yes'"),
         ("never=9-5", "from the smaller to the larger; got '9-5'"),
         ("never=5-99", "ids of the module are 0..11; got .12, "),

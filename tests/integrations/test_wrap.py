@@ -552,7 +552,12 @@ GOOD = {"predicts": "noise", "betas": BETAS}
         ({"alphas": ALPHAS}, "got betas and alphas"),
         ({"betas": None, "alphas": ALPHAS[::-1].copy()}, "reverse order: give alphas.flip(0)"),
         ({"betas": None, "alphas": [0.9, 0.5, 0.6]}, "must decrease within [0, 1); number 2"),
-        ({"betas": None, "sigmas": [0.5, 0.4, 0.9]}, "number 1 is 0.4"),
+        ({"betas": ALPHAS}, "these products of 1 - β, as the .alphas_cumprod"),
+        (
+            {"betas": None, "sigmas": [0.5, 0.0, 0.9]},
+            "must be positive and increase; number 0 is 0",
+        ),
+        ({"betas": None, "sigmas": [0.5, 0.4, 0.5]}, "number 2 is 0.5"),
         ({"betas": None, "alphas": 1 - np.linspace(1e-4, 0.02, 1000)}, "are these 1 - β"),
         ({"betas": None, "sigmas": [0.5, 1.5], "predicts": "flow"}, "(0, 1]; number 1 is 1.5"),
         ({"schedule": Linear(-5, 5)}, "not as both"),
@@ -576,8 +581,9 @@ def test_what_does_not_fit_is_refused(change, words):
 
 
 def test_arrays_may_run_backwards():
-    """A view of NumPy with negative strides, and the σ's of a sampler: the last first, then 0."""
-    sigmas = np.sqrt((1 - ALPHAS) / ALPHAS)
+    """A view of NumPy with negative strides; σ's of a sampler, the last first and then 0, or in
+    any other order."""
+    sigmas, order = np.sqrt((1 - ALPHAS) / ALPHAS), np.random.default_rng(0).permutation(T)
     want = wrap(constant(0.0), SHAPE, predicts="data", sigmas=sigmas)
     for given in (
         {"sigmas": sigmas[::-1].copy()[::-1]},
@@ -585,6 +591,8 @@ def test_arrays_may_run_backwards():
         {"sigmas": np.append(sigmas[::-1], 0.0)},
         {"sigmas": np.append(sigmas[::-1], 0.0), "times": np.append(sigmas[::-1], 0.0)},
         {"sigmas": sigmas, "times": sigmas[::-1].copy()[::-1]},
+        {"sigmas": sigmas[order], "times": sigmas[order]},
+        {"sigmas": np.append(sigmas[order], 0.0), "times": np.append(sigmas[order], 0.0)},
     ):
         got = wrap(constant(0.0), SHAPE, predicts="data", **given)
         assert torch.equal(got.process.schedule.gamma, want.process.schedule.gamma)

@@ -196,9 +196,13 @@ def _options(kind: str, rest: str) -> tuple[str, dict[str, object]]:
     found: dict[str, object] = {}
     for option in rest[len(path) + 1 :].split(",") if len(rest) > len(path) else ():
         name, _, value = option.partition("=")
-        if name not in known or name in found or not re.fullmatch(PATTERNS[name], value):
+        if name not in known:
             listed = ", ".join(SHOWN[name] for name in known)
             raise ValueError(f"options of {kind}: are {listed}, each once; got {option!r}")
+        if name in found:
+            raise ValueError(f"{name} is given once after a path; got {option!r} again")
+        if not re.fullmatch(PATTERNS[name], value):
+            raise ValueError(f"{name} after a path is given as {SHOWN[name]}; got {option!r}")
         found[name] = value
     values = {name: _read(name, str(value)) for name, value in found.items()}
     return path, {ARGUMENTS.get(name, name): value for name, value in values.items()}

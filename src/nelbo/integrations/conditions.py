@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nelbo._utils.text import shortened
+
 Numbers: TypeAlias = int | Sequence[object] | np.ndarray | Tensor
 #: one class, or the class or embedding of each example; or such by the network's own names; texts
 #: are for pipelines with a text encoder
 Condition: TypeAlias = str | Numbers | Mapping[str, Numbers]
+LABELS = "class_labels"  # the keyword of networks of diffusers for classes
 EXACT = 2**24  # least integer that float32, in which rows reach a network, does not hold
 
 
@@ -43,7 +46,11 @@ class Given:
         if isinstance(condition, Given):
             condition = dict(condition.values)
         named = condition if isinstance(condition, Mapping) else {"": condition}
-        return Given({key or name: _tensor(key, value) for key, value in named.items()})
+        found = {key or name: _tensor(key, value) for key, value in named.items()}
+        labels = found.get(LABELS)
+        if labels is not None and not labels.is_floating_point() and labels.shape[1:] == (1,):
+            found[LABELS] = labels[:, 0]  # a column of labels
+        return Given(found)
 
     @property
     def word(self) -> str:
@@ -110,9 +117,15 @@ def _tensor(name: str, value: object) -> Tensor:
     try:
         each = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
+        texts = np.asarray(value, dtype=object).flatten()
+        text = next((each for each in texts if isinstance(each, str)), None)
+        got, hint = type(value).__name__, ""
+        if text is not None:
+            got = shortened(repr(str(text)))
+            hint = "; give classes as numbers, and prompts to a pipeline with a text encoder"
         raise ValueError(
             f"{_called(name)} must be labels or embeddings, numbers for each example; got"
-            f" {type(value).__name__}"
+            f" {got}{hint}"
         ) from None
     if each.is_floating_point():
         each = each.float()

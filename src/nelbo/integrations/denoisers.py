@@ -174,8 +174,9 @@ def wrap(
             own.
         betas: β_1..β_T of y_t = √(1-β_t) y_{t-1} + √β_t ε.
         alphas: α_1..α_T, the products of 1-β (others' "alphas_cumprod"), decreasing.
-        sigmas: σ_1 < ... < σ_T of y_t = x + σ_t ε; or for a flow y_t = (1-σ_t) x + σ_t ε.
-            A sampler's order, from the last to the first and then 0, is reversed.
+        sigmas: σ_1 < ... < σ_T of y_t = x + σ_t ε; or for a flow y_t = (1-σ_t) x + σ_t ε. They
+            are sorted, with `times`, if they come in another order, and a sampler's 0 at the end
+            is left out.
         schedule: γ(t) instead of these, for a network that takes any time.
         sigma_data: σ_data of "edm": x̂ = c_skip y + c_out F for y = x + σ ε.
         times: time inputs of the network at the T times; by default 0..T-1, or the σ's, or

@@ -25,7 +25,7 @@ from torch import nn
 
 from nelbo.data.schema import Schema
 from nelbo.diffusion.gaussian import Affine, Levels
-from nelbo.integrations.conditions import Condition, Conditioned, Given
+from nelbo.integrations.conditions import LABELS, Condition, Conditioned, Given
 from nelbo.integrations.configs import Config, positive, read_json
 from nelbo.integrations.denoisers import Variance, signal_left
 from nelbo.integrations.diffusers_folder import (
@@ -38,7 +38,6 @@ from nelbo.integrations.diffusers_folder import (
     network_of,
 )
 from nelbo.integrations.diffusers_network import (
-    LABELS,
     Plain,
     check_call,
     classes_of,

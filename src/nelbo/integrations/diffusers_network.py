@@ -7,11 +7,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nelbo.integrations.conditions import Condition, Given, check_label, check_labels
+from nelbo.integrations.conditions import (
+    LABELS,
+    Condition,
+    Given,
+    check_label,
+    check_labels,
+)
 from nelbo.integrations.configs import Config, positive
 
-#: keywords of the networks' classes and prompts
-LABELS, PROMPTS, POOLED = "class_labels", "encoder_hidden_states", "pooled_projections"
+#: keywords of the networks' prompts
+PROMPTS, POOLED = "encoder_hidden_states", "pooled_projections"
 MASK = "encoder_attention_mask"  # of the tokens of prompts, where the network takes one
 
 

@@ -6,6 +6,7 @@ module or plain function   network(y, time), with noise levels (`betas`, ..); se
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypedDict, cast
 
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ GUIDANCE = (
 )
 NETWORKS = ("unet", "transformer")  # of a pipeline
 OF_PIPELINES = {"clip", "keep", "label", "law", "scaling", "variance", "weights"}
+OF_IMAGES = (
+    "a network with its scheduler is taken for one of the images themselves; for one of latents"
+    " give the pipeline with its autoencoder"
+)
 MODES = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4, "I;16": 1}  # channels of an image of Pillow
 
 
@@ -145,7 +150,13 @@ def read(
     of_pipeline = getattr(thing, "components", {}).values()
     vae = next((each for each in of_pipeline if AUTOENCODER.search(type(each).__name__)), None)
     options = cast("dict[str, Any]", reading)
-    return diffusers.build(*parts, name=name, steps=steps, condition=condition, vae=vae, **options)
+    found = diffusers.build(
+        *parts, name=name, steps=steps, condition=condition, vae=vae, **options
+    )
+    if not isinstance(thing, tuple | list):
+        return found
+    # neither of the two says whether it was trained on images or on latents of an autoencoder
+    return replace(found, notes=(*found.notes, OF_IMAGES))
 
 
 def _of_function(

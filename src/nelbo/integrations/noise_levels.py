@@ -45,6 +45,11 @@ def gamma_of(
         raise ValueError(f"{name} must be one row of finite numbers; got shape {tuple(v.shape)}")
     # β may be 1, and α 0, at the last time only
     if name == "betas":
+        if len(v) > 1 and v[0] > 0.5 and (v.diff() <= 0).all():
+            raise ValueError(
+                f"the betas decrease from {v[0].item():.4g}: are these products of 1 - β, as the"
+                " .alphas_cumprod of a scheduler are? Give them as alphas=; or its .betas"
+            )
         check_levels(name, v, (v <= 0) | (v >= 1) & (v != v.new_tensor([*[0] * (len(v) - 1), 1])))
         log_alpha = torch.log1p(-v).cumsum(0)
         return (-torch.expm1(log_alpha)).log() - log_alpha
@@ -92,15 +97,15 @@ def as_table(times: Numbers | Callable[[Tensor], Tensor] | None) -> Table:
 
 
 def rising(sigmas: Tensor, times: Table) -> tuple[Tensor, Table]:
-    """Return σ's, and their times, without a 0 at the end and from the least to the largest."""
-    falling = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas.diff() < 0).all())
-    if not falling:
+    """Return σ's from the least to the largest, without a 0 at the end, and their times."""
+    if sigmas.ndim != 1 or len(sigmas) < 2:
         return sigmas, times
     whole = len(sigmas)
     sigmas = sigmas[:-1] if sigmas[-1] == 0 else sigmas
+    order = sigmas.argsort(stable=True)
     if isinstance(times, Tensor) and times.shape in ((whole,), sigmas.shape):
-        times = times[: len(sigmas)].flip(0)
-    return sigmas.flip(0), times
+        times = times[: len(sigmas)][order]
+    return sigmas[order], times
 
 
 def kept_times(keep: Sequence[int] | None, total: int) -> Tensor:
