@@ -14,7 +14,8 @@ import nelbo
 from nelbo import integrations
 from nelbo.diffusion.masked import BlockDiffusion, MaskedDiffusion
 from nelbo.diffusion.uniform import UniformDiffusion
-from nelbo.integrations import huggingface
+from nelbo.integrations import huggingface, text_folder
+from nelbo.integrations.texts import TextReader
 from nelbo.integrations.token_rows import SCORED
 
 
@@ -167,3 +168,87 @@ def test_block_diffusion_is_measured_and_drawn_by_the_command_line(tmp_path, cap
     (blocks / "config.json").write_text(json.dumps(config | {"block_size": None}))
     with pytest.raises(ValueError, match="block_size must be"):
         huggingface.load(blocks, trust_remote_code=True)
+
+
+# ---- mistakes cost no wait
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading weights, which takes minutes for a large model, is a failure."""
+
+    def module(self, *args):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(text_folder.TextFolder, "module", module)
+
+
+PROMPT = json.dumps({"prompt": "abcdabcda", "answer": "b"})
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "content", "words"),
+    [
+        ("", "none.txt", None, "does not exist, or is not a file"),
+        ("", "a.txt", "abX", "the tokenizer does not give the text back, 'X' becomes 'a'"),
+        ("", "a.txt", "", "is empty"),
+        ("", "a.jsonl", json.dumps({"prompt": "a", "answer": ""}), "has an empty answer"),
+        ("", "a.jsonl", PROMPT, "the prompt of example 0 has 9 tokens, and the model's window"),
+        ("", "a.npy", [[4, 12]], "text 0 has id 12 at 1, beyond 0..11"),
+        ("", "a.npy", [[4, 3]], "text 0 has id 3 at 1, the model's mask"),
+        ("", "a.npy", [[1, 2]], "text 0 has no token to score"),
+        ("", "a.npy", [[4] * 11], "11 tokens, and the model takes at most 10"),
+        (",never=4", "a.npy", [[4, 5]], "text 0 has id 4 at 0, never predicted"),
+        (",shown=12", "a.npy", [[4, 5]], "ids of the module are 0..11; got [12] in shown"),
+        (",block=0", "a.npy", [[4, 5]], "block must be at least 1; got 0"),
+        (",process=uniform,block=2", "a.npy", [[4, 5]], "block diffusion is masked"),
+        (",process=uniform,mask=3", "a.npy", [[4, 5]], "a uniform-state one has none"),
+        ("", None, None, "comes without data; give some with --data"),
+    ],
+)
+def test_data_are_read_before_weights(tmp_path, capsys, no_weights, options, name, content, words):
+    home, data = write(tmp_path / "m"), []
+    if name is not None:
+        data = ["--data", tmp_path / name]
+    if isinstance(content, str):
+        (tmp_path / name).write_text(content)
+    elif content is not None:
+        np.save(tmp_path / name, content)
+    for command in (["evaluate"], ["score", "--out", tmp_path / "s.csv"]):
+        line = nelbo_fails(capsys, *command, f"hf:{home}{options}", *data)
+        assert words in line, line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--condition", "X"], "the tokenizer does not give the text back"),
+        (["--condition", "abcdabcd"], "there is room for 0, and 1 must be drawn"),
+        (["--condition", "a", "--condition", "b"], "one for each of 64 samples; got 2"),
+        (["--n", 0], "number of samples must be at least 1; got 0"),
+    ],
+)
+def test_prompts_are_read_before_weights(tmp_path, capsys, no_weights, options, words):
+    home = write(tmp_path / "m")
+    assert words in nelbo_fails(capsys, "sample", f"hf:{home}", *options)
+
+
+def test_what_is_read_ahead_is_read_once(tmp_path, monkeypatch):
+    """Large files are not tokenised twice; and a loaded model reads a file again."""
+    home, path, read = write(tmp_path / "m"), tmp_path / "a.txt", []
+    path.write_text("abcd")
+    chunks = TextReader._chunks
+    monkeypatch.setattr(TextReader, "_chunks", lambda *args: read.append(1) or chunks(*args))
+    nelbo.evaluate(f"hf:{home}", str(path), calls=8)
+    assert len(read) == 1
+    found = huggingface.load(home)
+    nelbo.evaluate(found, str(path), calls=8)
+    path.write_text("ab")
+    assert len(found.texts(path).batch.x[0]) == 4 and len(read) == 3
+
+
+def test_an_attention_mask_is_no_time(tmp_path):
+    """BERT would take the time as one, and give numbers."""
+    home = write(tmp_path / "m")
+    with pytest.raises(ValueError, match="BertForMaskedLM takes an attention_mask after the ids"):
+        huggingface.load(home, time="sigma")

@@ -250,6 +250,7 @@ def _foreign(
         schema, draw, texts = sampler_of(
             source,
             device=None if device is None else place_of(device, rank == 0),
+            count=n,
             tell=say if rank == 0 else str,
             **options,
         )

@@ -4,6 +4,7 @@ See docs/foreign.md for the meaning of the bound and for flags that have none.
 """
 
 import re
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nelbo.integrations.configs import read_json
 from nelbo.integrations.denoisers import wrap
 from nelbo.integrations.external import Foreign, with_autocast
 from nelbo.integrations.noise_levels import spaced
+from nelbo.integrations.texts import TextReader
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
 __all__ = [
@@ -131,6 +133,7 @@ def load(
     trust_remote_code: bool = False,
     precision: str | None = None,
     device_map: str | None = None,
+    first: Callable[[TextReader], object] | None = None,
 ) -> Foreign:
     """Load a model that was trained elsewhere, ready to be measured. No code in its files is run.
 
@@ -150,6 +153,7 @@ def load(
             stored. For the others bf16, by torch.autocast of the network.
         device_map: for hf:, where to put the weights, as for `from_pretrained` of transformers,
             such as "auto".
+        first: for hf:, called with what reads texts before the weights are read.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -170,6 +174,7 @@ def load(
             trust_remote_code=trust_remote_code,
             precision=precision,
             device_map=device_map,
+            first=first,
         )
     if trust_remote_code:
         raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models contain no code")

@@ -12,7 +12,7 @@ What a folder says of itself, and its weights, are read by `text_folder`.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,11 +27,12 @@ from nelbo.data.splits import Declared, declare
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.times import ContinuousTime, grid_of
 from nelbo.integrations.external import Foreign
-from nelbo.integrations.special_ids import SpecialIds, special_ids
+from nelbo.integrations.special_ids import special_ids
 from nelbo.integrations.text_folder import PRECISIONS, open_folder, placed
 from nelbo.integrations.text_records import TextForm
-from nelbo.integrations.texts import Texts, Tokenizer, drawn, read, same, to_draw
-from nelbo.integrations.tokens import TokenModel, wrap_tokens
+from nelbo.integrations.texts import TextReader, Texts, same
+from nelbo.integrations.token_rows import TokenRules
+from nelbo.integrations.tokens import TokenModel, check_process, wrap_tokens
 
 
 class _UpToABlock(nn.Module):
@@ -50,9 +51,7 @@ class _UpToABlock(nn.Module):
 class ForeignText(Foreign):
     """A diffusion language model with its tokenizer; `texts` reads data for it."""
 
-    tokenizer: Tokenizer | None = None
-    #: what ids mean in arrays of them
-    special: SpecialIds | None = None
+    reader: TextReader | None = None
     #: the texts read last, whose characters are known
     found: list[Texts] = field(default_factory=list)
 
@@ -119,14 +118,18 @@ class ForeignText(Foreign):
         return self._read(source, TextForm(lines, prompt_field, answer_field), split)
 
     def to_draw(self, prompts: Sequence[str], length: int | None = None) -> Batch:
-        """Return texts to draw after prompts, in place of `texts`; see `texts.to_draw`."""
-        assert self.tokenizer is not None
-        return to_draw(prompts, length, cast(TokenModel, self.model), self.tokenizer)
+        """Return texts to draw after prompts, in place of `texts`; see `TextReader.to_draw`."""
+        return cast(TokenModel, self.model).batch(self._reader.to_draw(prompts, length))
 
     def drawn(self, ids: np.ndarray) -> list[str]:
-        """Return the texts of samples, with their prompts; see `texts.drawn`."""
-        assert self.tokenizer is not None
-        return drawn(ids, self.tokenizer)
+        """Return the texts of samples, with their prompts; see `TextReader.drawn`."""
+        return self._reader.drawn(ids)
+
+    @property
+    def _reader(self) -> TextReader:
+        """What reads texts, by all that is known of the model with its weights."""
+        assert self.reader is not None
+        return replace(self.reader, rules=cast(TokenModel, self.model).rules)
 
     def _read(
         self,
@@ -137,9 +140,8 @@ class ForeignText(Foreign):
     ) -> Texts:
         if source is None:
             raise ValueError(f"{self.name} comes without data; give some with --data")
-        assert self.tokenizer is not None and self.special is not None
-        model = cast(TokenModel, self.model)
-        found = read(source, model, self.tokenizer, self.special, form, split, splits)
+        found = self._reader.read(source, form, split, splits)
+        found = replace(found, batch=cast(TokenModel, self.model).batch(found.batch))
         self.found[:] = [found]
         return found
 
@@ -160,6 +162,7 @@ def load(
     never: Collection[int] | None = None,
     pad_id: int | Literal["none"] | None = None,
     length: int | None = None,
+    first: Callable[[TextReader], object] | None = None,
 ) -> ForeignText:
     """Load a diffusion language model from a folder.
 
@@ -183,6 +186,8 @@ def load(
         pad_id: id of padding at either end of a row of an array, or "none"; the tokenizer's where
             left out.
         length: tokens of an example, at most; the model's positions where left out.
+        first: called with what reads texts for the model before the weights are read, so that a
+            mistake in the texts costs no wait.
 
     Raises:
         FileNotFoundError: there is no such folder, or no config.json in it.
@@ -198,7 +203,7 @@ def load(
     own_time = kind.time if time is None else None if time == "none" else time
     process = process or kind.process
     mask = found.mask(mask_id) if process == "masked" else mask_id
-    block = found.block(block)
+    block = check_process(process, mask, found.block(block))
     if block is not None and steps is not None:
         raise ValueError(
             "steps of block diffusion are divided among the blocks of the texts, which are not"
@@ -211,7 +216,16 @@ def load(
                 f"length must be at most {positions}, the model's number of positions; got"
                 f" {length}"
             )
+    length = positions if length is None else length
     special = special_ids(found.tokenizer, mask, shown, never, pad_id)
+    count = found.config.get("vocab_size")
+    count = count if isinstance(count, int) else None
+    if count is not None:
+        special.check(count)
+    rules = TokenRules(count, mask, frozenset(special.never), length, alike=block is None)
+    reader = TextReader(found.tokenizer, special, rules)
+    if first is not None:
+        first(reader)
     module = found.module(precision, device_map)
     vocabulary = cast(Any, module).config.vocab_size
     unused = {*range(vocabulary)} - {*found.tokenizer.get_vocab().values()}  # it may have gaps
@@ -224,7 +238,7 @@ def load(
         block=block,
         # padding is never written: lengths are given
         never={*special.never, *unused} - {mask},
-        length=positions if length is None else length,
+        length=length,
     )
     special.check(model.network.vocabulary)
     sampler = "block" if block else "any-order" if process == "masked" else "uniform-state"
@@ -243,7 +257,6 @@ def load(
         times=ContinuousTime() if steps is None else grid_of(model, steps),
         weights=home.name,
         notes=notes,
-        tokenizer=cast(Tokenizer, found.tokenizer),
-        special=special,
+        reader=reader,
         placed=device_map is not None,
     )

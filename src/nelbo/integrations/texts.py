@@ -34,9 +34,8 @@ from nelbo.integrations.text_records import (
     of_list,
 )
 from nelbo.integrations.token_prompts import places_to_draw
-from nelbo.integrations.token_rows import ABSENT, SCORED
+from nelbo.integrations.token_rows import ABSENT, SCORED, TokenRules
 from nelbo.integrations.token_rows import Texts as Ids
-from nelbo.integrations.tokens import TokenModel
 
 SHOWN = 40  # characters of a text in a message
 
@@ -94,79 +93,182 @@ def same(one: Batch, other: Batch) -> bool:
     return torch.equal(a, b) and torch.equal(one.x, other.x)
 
 
-def read(
-    source: object,
-    model: TokenModel,
-    tokenizer: Tokenizer,
-    special: SpecialIds,
-    form: TextForm | None = None,
-    split: str | None = None,
-    splits: Declared | None = None,
-) -> Texts:
-    """Return the texts of a file, a data set or a list, see the module.
+@dataclass(frozen=True)
+class TextReader:
+    """What reads texts for a model, before its weights are read or after.
 
     Args:
-        source: a path, a name of a data set, or data in memory.
-        model: for which they are.
         tokenizer: of the model.
         special: what ids mean in arrays of them.
-        form: how they are taken from it; a text in chunks where left out.
-        split: of a data set.
-        splits: of a data set, which names belong to which split.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a text or a prompt that its tokens do not give back, one that is longer than
-            the model takes, an empty answer, or data of another kind.
+        rules: what texts the model takes.
+        kept: texts that were read ahead, with what was asked for.
     """
-    form = form or TextForm()
-    if is_data_set(source):
-        form.check("a data set", fields=True)
-        rows, name, note = of_data_set(source, split, splits, form)
-        found = _examples(form.pairs(rows), model, tokenizer, _same)
-        return replace(found, name=name, notes=(note, *found.notes))
-    if split not in (None, "all") or splits is not None:
-        raise ValueError("a text for a model of tokens has no splits; leave --split out")
-    if isinstance(source, list | tuple) and len(source) and isinstance(source[0], str | Mapping):
-        form.check("a list of texts", fields=True)
-        return _examples(form.pairs(of_list(source)), model, tokenizer, _same)
-    if not isinstance(source, str | Path):
-        form.check("an array of ids")
-        return _of_ids(cast(Ids, source), model, special)
-    found = _of_file(Path(source), model, tokenizer, special, form)
-    return replace(found, name=f"all of {source}")
 
+    tokenizer: Tokenizer
+    special: SpecialIds
+    rules: TokenRules
+    kept: list[tuple[tuple[object, ...], Texts]] = field(default_factory=list)
 
-def _of_ids(ids: Ids, model: TokenModel, special: SpecialIds) -> Texts:
-    batch, note = special.batch(ids)
-    return Texts(model.batch(batch), None, None, (note,))
+    def ahead(self, *asked: object) -> None:
+        """Read texts that `read` will be asked for, so that mistakes in them are found early."""
+        self.kept.append((asked, self._read(*asked)))  # type: ignore[arg-type]
 
+    def read(
+        self,
+        source: object,
+        form: TextForm | None = None,
+        split: str | None = None,
+        splits: Declared | None = None,
+    ) -> Texts:
+        """Return the texts of a file, a data set or a list, see the module.
 
-def _of_file(
-    path: Path, model: TokenModel, tokenizer: Tokenizer, special: SpecialIds, form: TextForm
-) -> Texts:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, or is not a file")
-    kind = path.suffix.lower()
-    if kind in (".jsonl", ".json"):
-        form.check(str(path), fields=True)
-        pairs = form.pairs(of_json(path, _text(path)))
-        return _examples(pairs, model, tokenizer, _same)
-    ids = kind in (".npy", ".npz")
-    records = ids or kind in (".fasta", ".fa", ".faa", ".fna")
-    form.check(str(path), lines=not records)
-    if ids:
-        return _of_ids(_array(path), model, special)
-    text = _text(path)
-    if records:
-        return _examples([("", s) for s in of_fasta(path, text)], model, tokenizer, _no_spaces)
-    if form.lines:
-        each = lines_of(text)
-        kept = [("", line) for line in each if line]
-        found = _examples(kept, model, tokenizer, _same)
-        note = f"{len(kept)} lines, without their line breaks; {len(each) - len(kept)} are empty"
-        return replace(found, notes=(note, *found.notes))
-    return _chunks(text, model, tokenizer)
+        Args:
+            source: a path, a name of a data set, or data in memory.
+            form: how they are taken from it; a text in chunks where left out.
+            split: of a data set.
+            splits: of a data set, which names belong to which split.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a text or a prompt that its tokens do not give back, one that is longer
+                than the model takes, an empty answer, or data of another kind.
+        """
+        for i, ((of, *how), texts) in enumerate(self.kept):
+            if of is source and how == [form, split, splits]:
+                del self.kept[i]
+                return texts
+        return self._read(source, form, split, splits)
+
+    def _read(
+        self,
+        source: object,
+        form: TextForm | None,
+        split: str | None,
+        splits: Declared | None,
+    ) -> Texts:
+        form = form or TextForm()
+        if is_data_set(source):
+            form.check("a data set", fields=True)
+            rows, name, note = of_data_set(source, split, splits, form)
+            found = self._examples(form.pairs(rows), _same)
+            return replace(found, name=name, notes=(note, *found.notes))
+        if split not in (None, "all") or splits is not None:
+            raise ValueError("a text for a model of tokens has no splits; leave --split out")
+        listed = isinstance(source, list | tuple) and len(source)
+        if listed and isinstance(cast(list, source)[0], str | Mapping):
+            form.check("a list of texts", fields=True)
+            return self._examples(form.pairs(of_list(cast(list, source))), _same)
+        if not isinstance(source, str | Path):
+            form.check("an array of ids")
+            return self._of_ids(cast(Ids, source))
+        return replace(self._of_file(Path(source), form), name=f"all of {source}")
+
+    def _of_ids(self, ids: Ids) -> Texts:
+        batch, note = self.special.batch(ids)
+        self.rules.check(batch)
+        return Texts(batch, None, None, (note,))
+
+    def _of_file(self, path: Path, form: TextForm) -> Texts:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist, or is not a file")
+        kind = path.suffix.lower()
+        if kind in (".jsonl", ".json"):
+            form.check(str(path), fields=True)
+            return self._examples(form.pairs(of_json(path, _text(path))), _same)
+        ids = kind in (".npy", ".npz")
+        records = ids or kind in (".fasta", ".fa", ".faa", ".fna")
+        form.check(str(path), lines=not records)
+        if ids:
+            return self._of_ids(_array(path))
+        text = _text(path)
+        if records:
+            return self._examples([("", s) for s in of_fasta(path, text)], _no_spaces)
+        if form.lines:
+            each = lines_of(text)
+            kept = [("", line) for line in each if line]
+            found = self._examples(kept, _same)
+            empty = len(each) - len(kept)
+            note = f"{len(kept)} lines, without their line breaks; {empty} are empty"
+            return replace(found, notes=(note, *found.notes))
+        return self._chunks(text)
+
+    def _examples(self, pairs: list[tuple[str, str]], plain: Callable[[str], str]) -> Texts:
+        """Return an example for each prompt, which shows, and answer."""
+        if not pairs:
+            raise ValueError("there is no text to score; give a file with some")
+        rows, shown, length = [], [], self.rules.length
+        before_all, after_all = _special(pairs[0][1], self.tokenizer)
+        first = len(before_all)
+        for i, (prompt, answer) in enumerate(pairs):
+            before = _encode(prompt, self.tokenizer, plain) if prompt else []
+            after = _encode(answer, self.tokenizer, plain)
+            whole = [*before_all, *before, *after, *after_all]
+            if length is not None and first + len(before) >= length:
+                raise ValueError(
+                    f"the prompt of example {i} has {len(before)} tokens, and the model's window"
+                    f" is {length}: no answer fits; shorten it"
+                )
+            if length is not None and len(whole) > length:
+                raise ValueError(
+                    f"example {i} has {len(whole)} tokens, and the model takes at most"
+                    f" {length}; divide it, or leave --lines out for chunks"
+                )
+            rows.append(whole)
+            answers = range(first + len(before), first + len(before) + len(after))
+            shown.append([place not in answers for place in range(len(whole))])
+        characters = torch.tensor([len(answer) for _, answer in pairs])
+        size = torch.tensor([len(answer.encode()) for _, answer in pairs])
+        total = int(characters.sum()), int(size.sum())
+        sizes = {"character": characters, "byte": size}
+        return Texts(self.rules.batch(rows, _mask(shown)), *total, (), sizes=sizes)
+
+    def _chunks(self, text: str) -> Texts:
+        ids = _encode(text, self.tokenizer, _same)
+        before, after = _special(text[:SHOWN], self.tokenizer)
+        added, first, length = len(before) + len(after), len(before), self.rules.length
+        if length is not None and length <= added:
+            raise ValueError(
+                f"a window of {length} tokens has no room beside {added} special tokens"
+            )
+        size = len(ids) if length is None else length - added
+        rows, shown = [], []
+        for part in (ids[i : i + size] for i in range(0, len(ids), size)):
+            whole = [*before, *part, *after]
+            rows.append(whole)
+            shown.append([not first <= place < first + len(part) for place in range(len(whole))])
+        last = f", the last of {len(ids) % size}" if len(ids) % size else ""
+        notes = (
+            f"text in {len(rows)} chunks of {size} tokens{last}; no chunk sees another, so longer"
+            " chunks would cost less per token",
+        )
+        batch = self.rules.batch(rows, _mask(shown))
+        return Texts(batch, len(text), len(text.encode()), notes)
+
+    def to_draw(self, prompts: Sequence[str], length: int | None) -> Batch:
+        """Return texts of which prompts and special tokens show, and `length` tokens do not.
+
+        Args:
+            prompts: of each text, "" for none.
+            length: number of tokens to draw for each, see `places_to_draw`.
+
+        Raises:
+            ValueError: `length` is below 1, there is no room for as many tokens, or the tokens of
+                a prompt do not give it back.
+        """
+        before, after = _special(LETTER, self.tokenizer)
+        given = [_encode(p, self.tokenizer, _but_for_spaces(p)) if p else [] for p in prompts]
+        return places_to_draw(self.rules, given, length, before, after)
+
+    def drawn(self, ids: np.ndarray) -> list[str]:
+        """Return the texts of ids (N, L), without special tokens at the ends; ABSENT beyond."""
+        before, after = _special(LETTER, self.tokenizer)
+        rows = (row[row != ABSENT].tolist() for row in ids)
+        return [
+            self.tokenizer.decode(
+                row[len(before) : len(row) - len(after)], clean_up_tokenization_spaces=False
+            )
+            for row in rows
+        ]
 
 
 def _array(path: Path) -> np.ndarray:
@@ -187,96 +289,6 @@ def _text(path: Path) -> str:
     if not text:
         raise ValueError(f"{path} is empty; give a file with text")
     return text
-
-
-def _examples(
-    pairs: list[tuple[str, str]],
-    model: TokenModel,
-    tokenizer: Tokenizer,
-    plain: Callable[[str], str],
-) -> Texts:
-    """Return an example for each prompt, which shows, and answer."""
-    if not pairs:
-        raise ValueError("there is no text to score; give a file with some")
-    rows, shown = [], []
-    before_all, after_all = _special(pairs[0][1], tokenizer)
-    first = len(before_all)
-    for i, (prompt, answer) in enumerate(pairs):
-        before = _encode(prompt, tokenizer, plain) if prompt else []
-        after = _encode(answer, tokenizer, plain)
-        whole = [*before_all, *before, *after, *after_all]
-        if model.length is not None and first + len(before) >= model.length:
-            raise ValueError(
-                f"the prompt of example {i} has {len(before)} tokens, and the model's window is"
-                f" {model.length}: no answer fits; shorten it"
-            )
-        if model.length is not None and len(whole) > model.length:
-            raise ValueError(
-                f"example {i} has {len(whole)} tokens, and the model takes at most"
-                f" {model.length}; divide it, or leave --lines out for chunks"
-            )
-        rows.append(whole)
-        answers = range(first + len(before), first + len(before) + len(after))
-        shown.append([place not in answers for place in range(len(whole))])
-    characters = torch.tensor([len(answer) for _, answer in pairs])
-    size = torch.tensor([len(answer.encode()) for _, answer in pairs])
-    total = int(characters.sum()), int(size.sum())
-    sizes = {"character": characters, "byte": size}
-    return Texts(model.batch(rows, _mask(shown)), *total, (), sizes=sizes)
-
-
-def _chunks(text: str, model: TokenModel, tokenizer: Tokenizer) -> Texts:
-    ids = _encode(text, tokenizer, _same)
-    before, after = _special(text[:SHOWN], tokenizer)
-    added, first = len(before) + len(after), len(before)
-    if model.length is not None and model.length <= added:
-        raise ValueError(
-            f"a window of {model.length} tokens has no room beside {added} special tokens"
-        )
-    size = len(ids) if model.length is None else model.length - added
-    rows, shown = [], []
-    for part in (ids[i : i + size] for i in range(0, len(ids), size)):
-        whole = [*before, *part, *after]
-        rows.append(whole)
-        shown.append([not first <= place < first + len(part) for place in range(len(whole))])
-    last = f", the last of {len(ids) % size}" if len(ids) % size else ""
-    notes = (
-        f"text in {len(rows)} chunks of {size} tokens{last}; no chunk sees another, so longer"
-        " chunks would cost less per token",
-    )
-    return Texts(model.batch(rows, _mask(shown)), len(text), len(text.encode()), notes)
-
-
-def to_draw(
-    prompts: Sequence[str], length: int | None, model: TokenModel, tokenizer: Tokenizer
-) -> Batch:
-    """Return texts of which the prompts and special tokens show, and `length` tokens do not.
-
-    Args:
-        prompts: of each text, "" for none.
-        length: number of tokens to draw for each, see `places_to_draw`.
-        model: for which they are.
-        tokenizer: of the model.
-
-    Raises:
-        ValueError: `length` is below 1, there is no room for as many tokens, or the tokens of a
-            prompt do not give it back.
-    """
-    before, after = _special(LETTER, tokenizer)
-    given = [_encode(p, tokenizer, _but_for_spaces(p)) if p else [] for p in prompts]
-    return places_to_draw(model, given, length, before, after)
-
-
-def drawn(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
-    """Return the texts of ids (N, L), without special tokens at the ends; ABSENT beyond these."""
-    before, after = _special(LETTER, tokenizer)
-    rows = (row[row != ABSENT].tolist() for row in ids)
-    return [
-        tokenizer.decode(
-            row[len(before) : len(row) - len(after)], clean_up_tokenization_spaces=False
-        )
-        for row in rows
-    ]
 
 
 def _special(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

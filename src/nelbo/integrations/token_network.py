@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,8 @@ def probe(
     Raises:
         ValueError: if a token changes the logits at later places, and none at earlier ones.
     """
+    if clock is not None:
+        _check_takes_time(module)
     size = min(length or PROBED // 2, PROBED)
     device = next(module.parameters(), torch.zeros(0)).device
     time = None if clock is None else clock(torch.zeros(1, dtype=torch.float64))
@@ -186,3 +189,16 @@ def probe(
             " right: as a diffusion model its bound would be loose; score it left to right"
         )
     return base
+
+
+def _check_takes_time(module: nn.Module) -> None:
+    """Raise a ValueError if the second input of a module is no time, though it takes numbers."""
+    try:
+        names = [*signature(module.forward).parameters]
+    except (TypeError, ValueError):  # one that Python cannot see
+        return
+    if names[1:2] == ["attention_mask"]:
+        raise ValueError(
+            f"{type(module).__name__} takes an attention_mask after the ids, and no time; leave"
+            " time out, or wrap a module that is called as module(ids, time)"
+        )

@@ -1,17 +1,96 @@
 """Rows of ids: texts of any lengths as one tensor, with the places that are present."""
 
 from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nelbo._utils.text import shortened
+from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import as_tensor
 
 SCORED, ABSENT = -1, -2  # codes of the conditions where no token shows
 TEXTS = "texts are ids, integers (N, L), or a list of rows of them"
 Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """What texts a model of tokens takes; known of a folder before its weights are read.
+
+    Args:
+        vocabulary: the number V of ids; None if it is not known yet.
+        mask_id: the id of a hidden token; None where noise hides none.
+        never: ids that cannot be predicted.
+        length: tokens of a text, at most; None for no limit.
+        alike: whether a text may begin anywhere in its row; blocks are counted from the first
+            place.
+    """
+
+    vocabulary: int | None
+    mask_id: int | None
+    never: frozenset[int]
+    length: int | None
+    alike: bool = True
+
+    def check(self, batch: Batch) -> None:
+        """Raise a ValueError unless ids (N, L) and conditions (N, L) are texts of the model."""
+        ids, condition = batch.x, batch.condition
+        assert condition is not None
+        if condition.shape != ids.shape:
+            raise ValueError(
+                f"there is a condition for each token; got {tuple(condition.shape)} for ids of"
+                f" shape {tuple(ids.shape)}; try model.batch(ids)"
+            )
+        if self.length is not None and ids.shape[1] > self.length:
+            raise ValueError(
+                f"a text has {ids.shape[1]} tokens, and the model takes at most {self.length};"
+                " divide it into chunks"
+            )
+        there, count = condition != ABSENT, self.vocabulary
+        never = torch.tensor(sorted(self.never), dtype=torch.long, device=ids.device)
+        beyond = ids < 0 if count is None else (ids < 0) | (ids >= count)
+        for wrong, why in (
+            (beyond, "below 0" if count is None else f"beyond 0..{count - 1}"),
+            (
+                ids == (-1 if self.mask_id is None else self.mask_id),
+                "the model's mask, which is no token of a text",
+            ),
+            (
+                (condition == SCORED) & torch.isin(ids, never),
+                "never predicted; let it show, or leave it out",
+            ),
+        ):
+            if (wrong & there).any():
+                row, place = (wrong & there).nonzero()[0].tolist()
+                raise ValueError(f"text {row} has id {ids[row, place]} at {place}, {why}")
+        if not self.alike and (condition[:, 0] == ABSENT).any():
+            row = int((condition[:, 0] == ABSENT).nonzero()[0])
+            raise ValueError(
+                f"text {row} begins with padding, and blocks are counted from the first token;"
+                " put the padding after it"
+            )
+        empty = ~(condition == SCORED).any(1)
+        if empty.any():
+            raise ValueError(
+                f"text {int(empty.nonzero()[0])} has no token to score: all of it shows, or its"
+                " answer is empty"
+            )
+
+    def batch(self, rows: Sequence[Sequence[int]], shown: Tensor) -> Batch:
+        """Return rows of ids as a batch that is checked.
+
+        Args:
+            rows: of any lengths.
+            shown: mask of the tokens that show, (N, L).
+        """
+        ids, present = rows_of(rows, None)
+        condition = torch.where(fitting(shown, ids), ids, SCORED)
+        batch = Batch(ids, torch.where(present, condition, ABSENT))
+        self.check(batch)
+        return batch
 
 
 def rows_of(x: Texts, pad_id: int | None) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ from nelbo.integrations.token_network import (
     told,
 )
 from nelbo.integrations.token_prediction import TokenLogits, TokenPrediction
-from nelbo.integrations.token_rows import ABSENT, SCORED, Texts, fitting, rows_of
+from nelbo.integrations.token_rows import ABSENT, SCORED, Texts, TokenRules, fitting, rows_of
 from nelbo.integrations.token_scores import Head, reading_of
 
 Shown = Tensor | np.ndarray | Callable[[Tensor], Tensor] | Collection[int] | None
@@ -106,18 +106,8 @@ def wrap_tokens(
             but for blocks of one token; no mask_id for a masked model, or one for a uniform-state
             model; or blocks of the latter.
     """
-    if process not in ("masked", "uniform"):
-        raise ValueError(f"process must be masked or uniform; got {process!r}")
+    block = check_process(process, mask_id, block)
     uniform = process == "uniform"
-    if uniform != (mask_id is None):
-        raise ValueError(
-            f"a masked model has a mask_id, and a uniform-state one has none; got {process} and"
-            f" {mask_id}" + ("; if its mask is never predicted, name it in never" * uniform)
-        )
-    if block is not None:
-        block = integer("block", block, 1)
-        if uniform:
-            raise ValueError("block diffusion is masked; leave block or process out")
     for name, value, least in (("mask_id", mask_id, 0), ("length", length, 1)):
         if value is not None:
             integer(name, value, least)
@@ -155,6 +145,27 @@ def wrap_tokens(
     if not model.network.module.state_dict():  # nothing else says which module it is
         model.settings += f", logits {digest_of(logits)}"
     return model
+
+
+def check_process(process: str, mask_id: int | None, block: int | None) -> int | None:
+    """Return the tokens of a block, after a check that it, a process and a mask go together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if process not in ("masked", "uniform"):
+        raise ValueError(f"process must be masked or uniform; got {process!r}")
+    uniform = process == "uniform"
+    if uniform != (mask_id is None):
+        raise ValueError(
+            f"a masked model has a mask_id, and a uniform-state one has none; got {process} and"
+            f" {mask_id}" + ("; if its mask is never predicted, name it in never" * uniform)
+        )
+    if block is not None:
+        block = integer("block", block, 1)
+        if uniform:
+            raise ValueError("block diffusion is masked; leave block or process out")
+    return block
 
 
 class TokenModel(Model):
@@ -209,7 +220,7 @@ class TokenModel(Model):
                 show |= fitting(torch.as_tensor(shown), ids)
             condition = torch.where(show, ids, SCORED)
             batch = Batch(ids, torch.where(present, condition, ABSENT))
-        self._check(batch)
+        self.rules.check(batch)
         assert batch.condition is not None
         # an absent token is any, and 0 here
         ids = torch.where(batch.condition == ABSENT, 0, batch.x)
@@ -290,47 +301,12 @@ class TokenModel(Model):
             show |= torch.isin(ids, torch.tensor(sorted(own)))
         return show
 
-    def _check(self, batch: Batch) -> None:
-        ids, condition = batch.x, batch.condition
-        assert condition is not None
-        if condition.shape != ids.shape:
-            raise ValueError(
-                f"there is a condition for each token; got {tuple(condition.shape)} for ids of"
-                f" shape {tuple(ids.shape)}; try model.batch(ids)"
-            )
-        if self.length is not None and ids.shape[1] > self.length:
-            raise ValueError(
-                f"a text has {ids.shape[1]} tokens, and the model takes at most {self.length};"
-                " divide it into chunks"
-            )
-        network = self.network
-        there = condition != ABSENT
-        for wrong, why in (
-            ((ids < 0) | (ids >= network.vocabulary), f"beyond 0..{network.vocabulary - 1}"),
-            (
-                ids == (-1 if network.mask_id is None else network.mask_id),
-                "the model's mask, which is no token of a text",
-            ),
-            (
-                (condition == SCORED) & torch.isin(ids, self.never.to(ids.device)),
-                "never predicted; let it show, or leave it out",
-            ),
-        ):
-            if (wrong & there).any():
-                row, place = (wrong & there).nonzero()[0].tolist()
-                raise ValueError(f"text {row} has id {ids[row, place]} at {place}, {why}")
-        if not self.process.alike and (condition[:, 0] == ABSENT).any():
-            row = int((condition[:, 0] == ABSENT).nonzero()[0])
-            raise ValueError(
-                f"text {row} begins with padding, and blocks are counted from the first token;"
-                " put the padding after it"
-            )
-        empty = ~(condition == SCORED).any(1)
-        if empty.any():
-            raise ValueError(
-                f"text {int(empty.nonzero()[0])} has no token to score: all of it shows, or its"
-                " answer is empty"
-            )
+    @property
+    def rules(self) -> TokenRules:
+        """What texts it takes."""
+        network, never = self.network, frozenset(self.never.tolist())
+        parts = network.vocabulary, network.mask_id, never, self.length
+        return TokenRules(*parts, self.process.alike)
 
     # ---- predictions
 

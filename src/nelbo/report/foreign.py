@@ -17,7 +17,7 @@ from nelbo.pages.page import write_page
 from nelbo.report import sections
 from nelbo.report.markup import html_table, picture, rounded, section, spread
 from nelbo.runs.evaluation import evaluate
-from nelbo.runs.foreign import foreign_of, is_of_tokens
+from nelbo.runs.foreign import foreign_of, is_of_tokens, name_of
 from nelbo.runs.foreign_samples import drawer
 
 SAMPLES, SAMPLE_STEPS = 16, 32  # samples, in at most so many steps
@@ -51,11 +51,16 @@ def report_foreign(
         ValueError: a model of other data than images, or as for `nelbo.evaluate`.
     """
     check_writable(out)
-    foreign = foreign_of(source, steps=None if is_of_tokens(source) else steps)
+    images = "the page is about models of images of at least 4x4 pixels"
+    if is_of_tokens(source):
+        raise ValueError(
+            f"{images}; {name_of(source)} is of tokens: nelbo evaluate and nelbo score measure it"
+        )
+    foreign = foreign_of(source, steps=steps)
     if not is_image(foreign.schema):
         raise ValueError(
-            f"the page is about models of images of at least 4x4 pixels; {foreign.name} is of"
-            f" {foreign.schema.kind} of shape {foreign.schema.shape}: nelbo evaluate measures it"
+            f"{images}; {foreign.name} is of {foreign.schema.kind} of shape"
+            f" {foreign.schema.shape}: nelbo evaluate measures it"
         )
     if device is not None:
         foreign.model.to(device)

@@ -14,7 +14,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from nelbo._utils import limits
 from nelbo._utils.arguments import checked
 from nelbo._utils.progress import Track, tracks
-from nelbo._utils.scalars import integer
 from nelbo._utils.text import shortened
 from nelbo.codec import errors, files
 from nelbo.data import inspection
@@ -119,7 +118,6 @@ def sample_foreign(
     Raises:
         ValueError: as for `foreign_samples.sampler_of`.
     """
-    n = integer("the number of samples", n, 1)
     schema, draw, texts = sampler_of(
         source,
         steps=steps,
@@ -132,6 +130,7 @@ def sample_foreign(
         precision=precision,
         device_map=device_map,
         device=None if device is None else find_device(device),
+        count=n,
     )
     x = draw(n, seed, tracks(progress)("sample"))
     if texts is not None:
@@ -196,13 +195,13 @@ def elbo(
         raise ValueError("times are for a bare model; give steps")
     if not is_foreign(run):
         return run_of(run).elbo(data, steps=steps, calls=calls, seed=seed)
-    subject, left = subject_of(run, data, steps=steps, reading={})
+    asked = Asked(data, None, None, TextForm(), str)
+    subject, left = subject_of(run, data, steps=steps, reading={}, ahead=[asked])
     if isinstance(subject.model, LatentModel):
         raise ValueError(
             "elbo takes models of the data themselves; nelbo.evaluate(..., per_example=True) has"
             " the bound of each image by a model of latents"
         )
-    asked = Asked(data, None, None, TextForm(), str)
     batch, _ = subject.examples(asked, subject.read(asked))
     found = subject.times(left, None, track)
     return example_bounds.elbo(

@@ -183,6 +183,7 @@ def evaluate(
     )
     if grid is not None and steps is None and not columns:
         raise ValueError("grid chooses the times of the steps; give steps too")
+    form = TextForm(lines, prompt_field, answer_field)
     subject, left = subject_of(
         run,
         data,
@@ -192,6 +193,7 @@ def evaluate(
         precision=precision,
         device_map=device_map,
         reading=reading,
+        ahead=[Asked(data, split, splits, form, str)],
     )
     if columns and not subject.columns:
         raise ValueError("columns measures what each column of a run's table costs; leave it out")
@@ -213,7 +215,6 @@ def evaluate(
     if device is not None:
         subject.to(device)
     measuring = Measuring(subject, alternative, options, seed, tracks(progress), tell)
-    form = TextForm(lines, prompt_field, answer_field)
     asked = Asked(data, split, splits, form, measuring.note)
     batch, name = subject.examples(asked, subject.read(asked))
     order = measuring.order_for(batch, sampler, tokens_per_step)
@@ -268,7 +269,8 @@ def sweep(
     found: list[Evaluation] = []
     read, on_data = None, list[str]()
     counts = [integer("steps", count, 1) for count in steps]
-    for subject, left in _of_each(run, counts, data, reading):
+    ahead = [Asked(data, split, splits, TextForm(), str)]
+    for subject, left in _of_each(run, counts, data, reading, ahead):
         if device is not None:
             subject.to(device)
         measuring = Measuring(subject, Alternative(), options, seed, tracks(progress), tell)
@@ -286,10 +288,14 @@ def sweep(
 
 
 def _of_each(
-    run: object, counts: Sequence[int], data: Source | Batch | None, reading: Reading
+    run: object,
+    counts: Sequence[int],
+    data: Source | Batch | None,
+    reading: Reading,
+    ahead: Sequence[Asked],
 ) -> list[tuple[Subject, int | None]]:
     """Return what is measured for each number of steps, of one network, before any is measured."""
-    first, left = subject_of(run, data, steps=counts[0], reading=reading)
+    first, left = subject_of(run, data, steps=counts[0], reading=reading, ahead=ahead)
     if left is not None:
         return [(first, count) for count in counts]
     if isinstance(first, OfForeign) and first.foreign.of_steps is not None:

@@ -6,6 +6,7 @@ pipeline, (network, scheduler) of diffusers
 Model                     bare, from `wrap`, `wrap_tokens` or of a run
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, grid_of
 from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition, Given
+from nelbo.integrations.texts import TextReader
 from nelbo.integrations.tokens import TokenModel
 from nelbo.runs.run import Run
 
@@ -38,6 +40,8 @@ def is_of_tokens(thing: object) -> bool:
 
 def name_of(thing: object) -> str:
     """Return a name for it in a message: its source, or its class."""
+    if isinstance(thing, Foreign):
+        return thing.name
     return thing if isinstance(thing, str) else type(thing).__name__
 
 
@@ -49,6 +53,7 @@ def foreign_of(
     trust_remote_code: bool = False,
     precision: str | None = None,
     device_map: str | None = None,
+    first: Callable[[TextReader], object] | None = None,
 ) -> Foreign:
     """Return another library's model.
 
@@ -59,6 +64,7 @@ def foreign_of(
         trust_remote_code: as for `integrations.load`.
         precision: likewise.
         device_map: likewise.
+        first: likewise.
 
     Raises:
         ValueError: an option that is not for this kind, or a network that does not say enough.
@@ -71,6 +77,7 @@ def foreign_of(
             trust_remote_code=trust_remote_code,
             precision=precision,
             device_map=device_map,
+            first=first,
         )
     if trust_remote_code or precision is not None or device_map is not None:
         raise ValueError(

@@ -27,6 +27,7 @@ from nelbo.integrations import Foreign
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.huggingface import ForeignText
 from nelbo.integrations.prompts import is_prompts
+from nelbo.integrations.texts import TextReader
 from nelbo.integrations.token_prompts import places_to_draw
 from nelbo.integrations.token_rows import ABSENT, SCORED
 from nelbo.integrations.tokens import TokenModel
@@ -67,6 +68,7 @@ def sampler_of(
     precision: str | None = None,
     device_map: str | None = None,
     device: torch.device | None = None,
+    count: int | None = None,
     tell: Callable[[str], object] = lambda line: None,
 ) -> ForeignSampler:
     """Return a sampler of another library's model.
@@ -85,6 +87,7 @@ def sampler_of(
         precision: likewise.
         device_map: likewise.
         device: where to run the networks; by default they stay.
+        count: the number of samples, if it is known, to check it before weights are read.
         tell: called with a sentence for each choice that determines the samples.
 
     Raises:
@@ -93,6 +96,8 @@ def sampler_of(
             this kind of model.
     """
     of_tokens = is_of_tokens(source)
+    if count is not None:
+        count = integer("the number of samples", count, 1)
     if not of_tokens:
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
@@ -106,8 +111,12 @@ def sampler_of(
             "guidance needs a condition that means none, and of a model of tokens the condition is"
             f" what shows; got guidance {guidance:g}: leave it out"
         )
-    elif isinstance(source, str):
-        prompts_in(condition)  # refuses others before weights are read
+    first: Callable[[TextReader], object] | None = None
+    if of_tokens and isinstance(source, str):
+        prompts = prompts_in(condition)
+        if count is not None:
+            _check_prompts(len(prompts), count)
+        first = lambda reader: reader.to_draw(prompts, length)  # noqa: E731
     found = foreign_of(
         source,
         steps=None if of_tokens else steps,
@@ -115,6 +124,7 @@ def sampler_of(
         trust_remote_code=trust_remote_code,
         precision=precision,
         device_map=device_map,
+        first=first,
     )
     if found.placed and device is not None:
         raise ValueError(f"device_map places the weights; leave the device {device} out")
@@ -153,6 +163,11 @@ def prompts_in(condition: Condition | None) -> list[str]:
             f" {shortened(repr(condition))}"
         )
     return [condition] if isinstance(condition, str) else list(cast(Sequence[str], condition))
+
+
+def _check_prompts(prompts: int, count: int) -> None:
+    if prompts not in (1, count):
+        raise ValueError(f"give one prompt, or one for each of {count} samples; got {prompts}")
 
 
 def _ids_in(condition: Condition | None) -> list[list[int]]:
@@ -195,7 +210,7 @@ def _of_tokens(
     if isinstance(found, ForeignText):
         batch = found.to_draw(prompts_in(condition), length)
     else:
-        batch = places_to_draw(model, _ids_in(condition), length)
+        batch = model.batch(places_to_draw(model.rules, _ids_in(condition), length))
     given = batch.condition
     assert given is not None
     blocks = model.process.blocks(model.shape)
@@ -206,11 +221,7 @@ def _of_tokens(
     tell(_how(int((given[0] == SCORED).sum()), times))
 
     def draw(count: int, seed: int, track: Track) -> Tensor:
-        integer("the number of samples", count, 1)
-        if len(given) not in (1, count):
-            raise ValueError(
-                f"give one prompt, or one for each of {count} samples; got {len(given)}"
-            )
+        _check_prompts(len(given), integer("the number of samples", count, 1))
         rows = given.expand(count, -1).to(model.device)
         x = sampler_on(sampler, times)(model, count, seed, track, rows)
         return torch.where(rows == ABSENT, ABSENT, x.to(rows.device))

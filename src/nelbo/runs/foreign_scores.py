@@ -88,6 +88,10 @@ def score_foreign(
             "typicality is the distance of the bound from its usual value: give examples of the"
             " usual kind with --against"
         )
+    form = TextForm(lines, prompt_field, answer_field)
+    ahead = [Asked(data, split, splits, form, str)]
+    if against is not None:
+        ahead.append(Asked(against, None, splits, form, str))
     subject, left = subject_of(
         run,
         data,
@@ -97,6 +101,7 @@ def score_foreign(
         precision=precision,
         device_map=device_map,
         reading=reading,
+        ahead=ahead,
     )
     if isinstance(subject, OfForeign) and subject.foreign.fit is not None:
         raise ValueError(
@@ -111,7 +116,6 @@ def score_foreign(
         )
     options = {"calls": calls, "per_example": True, "variates": None}
     measuring = Measuring(subject, Alternative(), options, seed, tracks(progress), tell)
-    form = TextForm(lines, prompt_field, answer_field)
 
     def examples(source: Source | Batch | None, part: str | None) -> tuple[Batch, str]:
         asked = Asked(source, part, splits, form, measuring.note)

@@ -7,6 +7,7 @@ drawn. `evaluation` measures all of them in the same way.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -20,6 +21,7 @@ from nelbo._utils.progress import Track
 from nelbo.data.columns import Column
 from nelbo.data.schema import Dataset
 from nelbo.data.sources import Source, Splits
+from nelbo.data.splits import declare
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model, counting, find_device
@@ -32,6 +34,7 @@ from nelbo.integrations.conditions import Condition
 from nelbo.integrations.external import check_no_form
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.text_records import TextForm
+from nelbo.integrations.texts import TextReader
 from nelbo.runs import own_data
 from nelbo.runs.loading import NOT_A_RUN, load
 from nelbo.runs.pilot_cache import Pilots
@@ -321,6 +324,7 @@ def subject_of(
     precision: str | None = None,
     device_map: str | None = None,
     reading: Reading,
+    ahead: Sequence[Asked] = (),
 ) -> tuple[Subject, int | None]:
     """Return what is to be measured, and the number of steps that is left to choose for it.
 
@@ -335,6 +339,8 @@ def subject_of(
         precision: of the weights of hf:.
         device_map: where to put them.
         reading: how a network in memory is to be read.
+        ahead: texts that `Subject.read` will be asked for, which are read before the weights of
+            hf:, so that a mistake in them costs no wait.
 
     Raises:
         ValueError: an option that is not for this kind.
@@ -356,6 +362,7 @@ def subject_of(
             trust_remote_code=trust_remote_code,
             precision=precision,
             device_map=device_map,
+            first=partial(_read_ahead, run, ahead),
         )
         return OfForeign(foreign=made), left
     if precision is not None or device_map is not None:
@@ -371,3 +378,11 @@ def subject_of(
     if isinstance(run, Model | LatentModel):  # of all that an argument may be
         return OfModel(run), steps
     return OfRun(run_of(run)), steps
+
+
+def _read_ahead(run: str, ahead: Sequence[Asked], reader: TextReader) -> None:
+    for each in ahead:
+        if each.data is None:
+            raise ValueError(f"{run} comes without data; give some with --data")
+        if not isinstance(each.data, Batch):
+            reader.ahead(each.data, each.form, each.split, declare(each.splits))
