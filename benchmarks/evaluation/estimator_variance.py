@@ -55,10 +55,11 @@ from nelbo.diffusion.reverse import Posterior
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, iid, stratified
 from nelbo.evaluation.allocation import Proposal, Strata, estimate
 from nelbo.evaluation.control_variates import ControlVariates
-from nelbo.evaluation.evaluate import CALLS, evaluate
+from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.result import Evaluation
 from nelbo.evaluation.survey import SamplingPlan, plan
 from nelbo.evaluation.time_density import time_density
+from nelbo.evaluation.time_estimator import CALLS
 from nelbo.runs import own_data
 from nelbo.runs.loading import load
 from nelbo.runs.pilot_cache import ROWS, Pilots

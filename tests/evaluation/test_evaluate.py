@@ -19,8 +19,9 @@ from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo
 from nelbo.evaluation.allocation import pilot
-from nelbo.evaluation.evaluate import CALLS, _divided, evaluate
+from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.survey import FREEDOMS, plan
+from nelbo.evaluation.time_estimator import CALLS, _divided
 
 
 class Tilt(nn.Module):

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from nelbo import TimeGrid
-from nelbo.evaluation import evaluate as evaluation
-from nelbo.evaluation.evaluate import PILOT, _divided, _strata_for, evaluate
+from nelbo.evaluation import time_estimator as evaluation
+from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.price import FREE, PASS, SHARE, Budget, Work, operations
+from nelbo.evaluation.time_estimator import PILOT, _divided, _strata_for
 from nelbo.integrations import wrap
 
 LEVELS = "the denoiser of independent levels"

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from typing import TYPE_CHECKING, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from nelbo.data.schema import fingerprint
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization
-from nelbo.evaluation.kept import Tasks
+from nelbo.evaluation.kept import Tasks, once
 from nelbo.evaluation.result import Measurement, StandardError
 
 if TYPE_CHECKING:
@@ -47,15 +48,13 @@ def map_blocks(
     """
 
     def one(g: int) -> T:
-        if tasks is not None and (known := tasks.find((*seed, g), blocks[g])) is not None:
-            return cast(T, known)
         with seeded(*seed, g):
-            found = draw(batch[blocks[g]].to(model.device), g)
-        if tasks is not None:
-            tasks.add((*seed, g), blocks[g], found)
-        return found
+            return draw(batch[blocks[g]].to(model.device), g)
 
-    return map_across_processes(len(blocks), one, track)
+    def kept(g: int) -> T:
+        return once(tasks, (*seed, g), blocks[g], partial(one, g))
+
+    return map_across_processes(len(blocks), kept, track)
 
 
 def measurement(

@@ -10,7 +10,7 @@ continue.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar, cast
@@ -129,6 +129,25 @@ class Tasks:
 
     def _key(self, path: Sequence[int], rows: Tensor) -> str:
         return f"{self.name} {' '.join(map(str, path))} {fingerprint(rows)}"
+
+
+def once(tasks: Tasks | None, path: Sequence[int], rows: Tensor, make: Callable[[], T]) -> T:
+    """Return the result of a task, a tensor or a list of them, which is made unless it is kept.
+
+    Args:
+        tasks: of the pass; None keeps nothing.
+        path: of the seed of the task.
+        rows: of the examples.
+        make: computes it.
+    """
+    if tasks is None:
+        return make()
+    known = tasks.find(path, rows)
+    if known is not None:
+        return cast(T, known)
+    made = make()
+    tasks.add(path, rows, made)
+    return made
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.diffusion.times import TimeDiscretization
 from nelbo.diffusion.unmasking import time_of_share
-from nelbo.evaluation.blocks import map_blocks, measurement, scale_of
+from nelbo.evaluation.blocks import map_blocks
 from nelbo.evaluation.kept import Kept, Tasks
 from nelbo.evaluation.mask_estimator import (
     CELLS,
@@ -47,8 +47,8 @@ from nelbo.evaluation.mask_estimator import (
 from nelbo.evaluation.mask_regression import Coefficients, usual
 from nelbo.evaluation.mask_sampling import Texts
 from nelbo.evaluation.price import price_of
-from nelbo.evaluation.result import CurvePoint, Evaluation, Terms, TokenCosts
-from nelbo.evaluation.survey import SurveyEstimate
+from nelbo.evaluation.result import TokenCosts
+from nelbo.evaluation.survey import Estimate, SurveyEstimate
 
 PLAIN, UNIGRAM, DRAWS, TWO_LEVELS = WAYS = "plain", "unigram", "draws", "two-levels"
 PILOT = (1 / 8, 32, 1024)  # share of the calls for a pilot, at most; its pairs, at least and most
@@ -141,23 +141,21 @@ class Way:
     note: str
 
 
-def evaluate_masks(
+def estimate_masks(
     model: Model,
     batch: Batch,
     *,
     calls: float | None = None,
-    target_error: float | None = None,
+    target: float | None = None,
     surrogate: Model | None = None,
     masks: str | None = None,
     per_example: bool = False,
     variates: bool = True,
     kept: Kept | None = None,
     seed: int = 0,
-    weights: str = "as given",
-    split: str = "as given",
     track: Track = iter,
-) -> Evaluation | float:
-    """Measure the mean bound on -log P(x) of a masked model in continuous time.
+) -> Estimate | float:
+    """Estimate the costs of the examples by masks with exact counts.
 
     Where a target error takes far fewer than two calls of each of many texts, return the calls of
     the pilot instead: a sample of the texts is cheaper.
@@ -166,15 +164,13 @@ def evaluate_masks(
         model: the masked model.
         batch: the examples.
         calls: network calls per example, at most, with those of the pilot; at least 2.
-        target_error: in place of calls, the Monte Carlo standard error of the mean, in its unit.
+        target: in place of calls, the Monte Carlo standard error of the mean, nats.
         surrogate: a cheaper masked model of the same symbols, whose calls are not counted.
         masks: the estimator, one of WAYS; the pilot chooses where left out.
         per_example: use more replicates, for a better standard error of each example.
         variates: use the frequencies of tokens, and how hard they were in other draws.
         kept: what is known of it.
         seed: of everything random.
-        weights: name of the weights, for the record.
-        split: name of the data, for the record.
         track: wraps the tasks, for a progress bar.
 
     Raises:
@@ -184,12 +180,11 @@ def evaluate_masks(
         raise ValueError(f"calls must be at least 2 per example, and finite; got {calls}; try 24")
     if surrogate is not None:
         surrogate.batch(batch)
-    texts, scale = Texts(model, batch), scale_of(model, batch)
+    texts = Texts(model, batch)
     length, count = int(np.median(texts.lengths)), len(batch)
     order = torch.from_numpy(texts.lengths.argsort(kind="stable"))
     blocks = order.split(max(1, count // BLOCKS))
     with (
-        measuring(model, batch),
         nullcontext() if surrogate is None else measuring(surrogate, batch),
         counting(model.network) as made,
     ):
@@ -203,8 +198,8 @@ def evaluate_masks(
         if surrogate is not None and way.name != TWO_LEVELS:
             estimator = MaskEstimator(model, None, texts, seed, variates)
         if calls is None:
-            assert target_error is not None
-            left = way.variance * sampled.mean() / count * (scale / target_error) ** 2
+            assert target is not None
+            left = way.variance * sampled.mean() / count / target**2
             if left < FEWER and sampled.sum() >= SAMPLED and masks is surrogate is None:
                 return float(made.forward)
             left = max(2.0, math.ceil(left)) if math.isfinite(left) else FIRST
@@ -227,10 +222,10 @@ def evaluate_masks(
             read += plan.replicates * (plan.alone + plan.masks)
             size = torch.from_numpy(np.where(sampled, texts.lengths, 0)).double()
             estimate = _estimate(blocks, [costs for costs, *_ in found], size)
-            error = estimate.stated() * scale
-            if target_error is None or error <= target_error:
+            error = estimate.stated()
+            if target is None or error <= target:
                 break
-            left = max(2.0, math.ceil(replicates * plan.masks * ((error / target_error) ** 2 - 1)))
+            left = max(2.0, math.ceil(replicates * plan.masks * ((error / target) ** 2 - 1)))
         called = sum(gather(made.forward))
     notes = [way.note] if sampled.any() else []
     if not sampled.all():
@@ -252,21 +247,8 @@ def evaluate_masks(
         ]
     elif surrogate is not None and sampled.any():
         notes += ["the surrogate is not used: its masks cost more than they save"]
-    nats = estimate.mean()
-    record = measurement(
-        model, batch, nats, estimate.error(), called, seed=seed, weights=weights, split=split
-    )
-    return Evaluation(
-        **vars(record),
-        terms=Terms(0.0, 0.0, scale * nats),
-        visited=count,
-        steps=None,
-        curve=_curve(model, estimate, scale),
-        per_example=estimate.bound,
-        per_example_error=estimate.error_of_each,
-        by_token=_by_token(model, batch, order, found) if per_example else None,
-        notes=(*model.notes(batch), *notes),
-    )
+    by_token = _by_token(model, batch, order, found) if per_example else None
+    return Estimate(estimate, _edges(model), called, tuple(notes), by_token)
 
 
 def _draw(
@@ -382,14 +364,9 @@ def _plan(examples: int, calls: float, per_example: bool) -> Plan:
     return Plan(replicates, calls // replicates)
 
 
-def _curve(model: Model, found: SurveyEstimate, scale: float) -> list[CurvePoint]:
-    """Return the diffusion term over time."""
+def _edges(model: Model) -> Tensor:
+    """Return the times between the strata of the diffusion term, (CELLS + 1,)."""
     blocks = model.process.blocks(model.shape)
     place = blocks * torch.linspace(0, 1, CELLS + 1, dtype=torch.float64)
     after = place.floor().clamp(max=blocks - 1)
-    edges = ((after + time_of_share(model, place - after)) / blocks).tolist()
-    return [
-        CurvePoint(edges[c], edges[c + 1], scale * found.mean(one), scale * found.stated(one))
-        for c in range(CELLS)
-        for one in [slice(2 + c, 3 + c)]
-    ]
+    return (after + time_of_share(model, place - after)) / blocks

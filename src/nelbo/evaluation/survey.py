@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nelbo.diffusion.elbo import Bound
 from nelbo.evaluation.intervals import OWN, errors, freedoms, typical, widened
-from nelbo.evaluation.result import StandardError
+from nelbo.evaluation.result import StandardError, TokenCosts
 
 FREEDOMS = 32  # of an error, if there are enough examples; examples of a block, at most
 FEWEST = 2 * FREEDOMS  # examples in a sample, at least, if there are as many
@@ -189,6 +189,25 @@ class SurveyEstimate:
         for g, more in costs.items():
             whole[g] = torch.cat([whole[g], more], 1) if g in whole else more
         return replace(self, costs=list(whole.values()))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an estimator has found for the examples.
+
+    Args:
+        costs: of the terms, nats.
+        edges: times between the strata of the diffusion term, (S,).
+        calls: network calls in all.
+        notes: a sentence for each choice of the estimator.
+        by_token: the costs of each token, where they are known.
+    """
+
+    costs: SurveyEstimate
+    edges: Tensor
+    calls: float
+    notes: tuple[str, ...] = ()
+    by_token: TokenCosts | None = None
 
 
 def drawn_again(visited: int, examples: int) -> int:
