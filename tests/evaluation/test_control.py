@@ -35,11 +35,10 @@ from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear, PowerAlpha
 from nelbo.diffusion.terms import DiffusionRate, DiffusionTerm, ReconstructionTerm, Term, TermDraw
 from nelbo.diffusion.times import ContinuousTime, TimeGrid
-from nelbo.evaluation import allocation, gaussian_variates, reference_denoisers
+from nelbo.evaluation import allocation, gaussian_variates
 from nelbo.evaluation.allocation import Strata, estimate, pilot
 from nelbo.evaluation.control_variates import ControlVariates, GradientFeatures
-from nelbo.evaluation.gaussian_variates import LevelVariates
-from nelbo.evaluation.reference_denoisers import LevelReference
+from nelbo.evaluation.gaussian_variates import LevelVariates, LinearVariate
 from nelbo.testing import assert_mean
 
 EDGES = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
@@ -51,10 +50,10 @@ def _seed():
         yield
 
 
-def levels_of(controls: ControlVariates) -> LevelReference:
+def levels_of(controls: ControlVariates) -> LevelVariates:
     """The reference of independent levels among control variates."""
     (found,) = (part for part in controls.parts if isinstance(part, LevelVariates))
-    return found.reference
+    return found
 
 
 def terms(n: int) -> dict[str, Term]:
@@ -69,7 +68,7 @@ def terms(n: int) -> dict[str, Term]:
 @pytest.fixture
 def exact_integrals(monkeypatch):
     """Integrals over ε as fine as they are told to the last digits."""
-    monkeypatch.setattr(reference_denoisers, "NODES", 24)
+    monkeypatch.setattr(gaussian_variates, "NODES", 24)
 
 
 TERMS = pytest.mark.parametrize("kind", ["decode", "step", "rate"])
@@ -82,11 +81,11 @@ TERMS = pytest.mark.parametrize("kind", ["decode", "step", "rate"])
 @pytest.mark.parametrize("widest", [1024, 1], ids=["covariance", "variances"])
 def test_linear_is_a_cost_without_its_mean(kind, widest, monkeypatch):
     """w ‖e - ê‖² of the denoiser of N(μ, Σ), written apart, and its exact mean over ε is zero."""
-    monkeypatch.setattr(reference_denoisers, "WIDEST", widest)
+    monkeypatch.setattr(gaussian_variates, "WIDEST", widest)
     known = gaussian()
     process = known.model.process
     data = known.examples(69)
-    reference = reference_denoisers.Linear(process.embed(data))
+    reference = LinearVariate(known.model, data, EDGES)
     e = process.embed(data)
     mean, cov = e.mean(0), torch.cov(e.T, correction=0)
     cov = cov if widest > 1 else cov.diag().diag()
@@ -97,7 +96,7 @@ def test_linear_is_a_cost_without_its_mean(kind, widest, monkeypatch):
         alpha = process.alpha(term.t[:1])
         z = alpha.sqrt() * process.embed(rows) + (1 - alpha).sqrt() * noise
         draw = TermDraw(rows, term, z, Prediction(z), None, z[:, 0])
-        got = reference.within(known.model, draw)
+        got = reference.within([draw])[0, :, 0]
         gain = alpha.sqrt() * cov @ torch.linalg.inv(alpha * cov + (1 - alpha) * torch.eye(2))
         e_hat = mean + (z - alpha.sqrt() * mean) @ gain.T
         cost = term.error_weight(process) * (process.embed(rows) - e_hat).square().sum(1)
@@ -139,7 +138,7 @@ def test_levels_have_mean_zero_by_quadrature(count, gamma, least, most, kind, mo
     t = 0.1
     assert least <= sharpness(model, t) <= most
     logits = torch.randn(count, dtype=torch.float64)
-    reference = LevelReference(model, torch.arange(count)[:, None], EDGES)
+    reference = LevelVariates(model, torch.arange(count)[:, None], EDGES)
     noise, weights = normal_nodes(121, 8.0)
     shifts = (torch.arange(16, dtype=torch.float64) + 0.5) / 16
     for level in (0, count // 2, count - 1):
@@ -151,7 +150,7 @@ def test_levels_have_mean_zero_by_quadrature(count, gamma, least, most, kind, mo
         z = q.loc + q.scale * grid[:, :1]
         monkeypatch.setattr(torch, "rand", lambda *_, grid=grid, **__: grid[:, 1:])
         draw = TermDraw(x, term, z, Prediction(z), None, z[:, 0])
-        got = reference.within(model, draw, logits.log_softmax(-1))
+        got = reference.centred(draw, logits.log_softmax(-1))
         mean = (got.view(len(noise), 16).mean(1) * weights).sum()
         assert abs(mean.item()) < 4e-9 * got.abs().max() + 1e-12
 
@@ -169,8 +168,8 @@ def test_nodes_are_unbiased_where_they_are_too_coarse():
     x = torch.ones(n, 1, dtype=torch.int64)
     z = process.marginal(process.embed(x), t).sample()
     draw = TermDraw(x, DiffusionRate(t=t), z, Prediction(z), None, z[:, 0])
-    reference = LevelReference(model, torch.tensor([[0], [1]]), EDGES)
-    got = reference.within(model, draw, context)
+    reference = LevelVariates(model, torch.tensor([[0], [1]]), EDGES)
+    got = reference.centred(draw, context)
     assert_mean(got / got.std(), 0.0, error=0.008)
     beyond = normal_cdf(0.3)
     jump = DiffusionRate(t=t[:1]).error_weight(process) * 4
@@ -252,13 +251,14 @@ def test_divergences_of_levels_are_a_chain(gamma, monkeypatch):
     noise, weights = normal_nodes(161, 8.0)
     s, t = torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
     x = torch.arange(4)[:, None]
+    reference = LevelVariates(model, x, EDGES)
 
     def divergence(time: Tensor) -> Tensor:
         # sixteen evenly spaced shifts make of the coarse rule one sixteen times finer
         shifts = (torch.arange(16, dtype=torch.float64) + 0.5).repeat_interleave(4)[:, None] / 16
         with monkeypatch.context() as patch:
             patch.setattr(torch, "rand", lambda *_, **__: shifts)
-            got = reference_denoisers._divergence(model, x.repeat(16, 1), log_p, time.expand(64))
+            got = reference._divergence(x.repeat(16, 1), log_p, time.expand(64))
         return got.view(16, 4).mean(0)
 
     def at(level: int, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,20 +309,18 @@ def test_the_table_is_of_each_dimension_s_frequencies(monkeypatch, exact_integra
     """D of an example sums its dimensions'; where a table of all is dear, dimensions share."""
     known = levels()
     data = known.examples(69).long()
-    reference = LevelReference(known.model, data, EDGES)
+    reference = LevelVariates(known.model, data, EDGES)
     assert reference.table.shape == (2, 4, 4)
     direct = torch.stack(
         [
-            reference_denoisers._divergence(
-                known.model, data, reference.log_frequency, t.expand(len(data))
-            ).sum(1)
+            reference._divergence(data, reference.log_frequency, t.expand(len(data))).sum(1)
             for t in EDGES
         ],
         1,
     )
     torch.testing.assert_close(reference.divergence(data), direct, rtol=0, atol=5e-5)
-    monkeypatch.setattr(reference_denoisers, "TABLE", 1)
-    shared = LevelReference(known.model, data, EDGES)
+    monkeypatch.setattr(gaussian_variates, "TABLE", 1)
+    shared = LevelVariates(known.model, data, EDGES)
     assert shared.table.shape == (1, 4, 4)
     together = reference.log_frequency.exp().mean(0)
     torch.testing.assert_close(shared.log_frequency[0], together.log(), rtol=1e-12, atol=1e-12)
@@ -334,12 +332,12 @@ def test_divergences_of_a_gaussian_are_a_chain():
     rate of the denoiser of N(μ, Σ), and the KL to the exact reverse step."""
     known = gaussian()
     process, data = known.model.process, known.examples(69)
-    reference = reference_denoisers.Linear(process.embed(data))
+    times = torch.tensor([0.2, 0.6], dtype=torch.float64)
+    reference = LinearVariate(known.model, data, times)
     vectors = reference.vectors
     cov = vectors @ reference.variance.diag() @ vectors.T
     mean, one = reference.mean, torch.eye(2, dtype=torch.float64)
-    times = torch.tensor([0.2, 0.6], dtype=torch.float64)
-    got = reference.divergence(known.model, data[:5], times)
+    got = reference.divergence(data[:5])
     alpha_s, alpha_t = process.alpha(times)
     for i, e in enumerate(process.embed(data[:5])):
         for column, a in enumerate((alpha_s, alpha_t)):
@@ -507,9 +505,7 @@ def test_the_noise_of_a_monte_carlo_kl_comes_again(exact_integrals):
     assert (again - draw.cost).std() > 0.02  # other noise, another cost
     assert left.std() < 5e-5
     low, high = (
-        reference_denoisers._divergence(
-            model, x[:1], levels_of(controls).log_frequency, v[:1]
-        ).sum()
+        levels_of(controls)._divergence(x[:1], levels_of(controls).log_frequency, v[:1]).sum()
         for v in (s, t)
     )
     torch.testing.assert_close(left.mean(), low - high, rtol=0, atol=5e-5)

@@ -40,9 +40,8 @@ from nelbo.diffusion.terms import TermDraw
 from nelbo.evaluation import gaussian_variates, symbol_variates  # noqa: F401  they register
 from nelbo.evaluation.intervals import FAR, apart
 from nelbo.evaluation.price import SHARE, Budget, Work
-from nelbo.evaluation.reference_denoisers import rows_cached
 from nelbo.evaluation.time_density import FITTED
-from nelbo.evaluation.variate import Candidate, ControlVariate, variates_of
+from nelbo.evaluation.variate import Candidate, ControlVariate, rows_cached, variates_of
 
 
 class ControlVariates:

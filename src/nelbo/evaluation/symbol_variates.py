@@ -14,8 +14,14 @@ from nelbo.diffusion.process import SymbolProcess
 from nelbo.diffusion.terms import TermDraw
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.evaluation.price import Work
-from nelbo.evaluation.reference_denoisers import TABLE, of_level
-from nelbo.evaluation.variate import LEAST, Candidate, ControlVariate, variates_of
+from nelbo.evaluation.variate import (
+    LEAST,
+    TABLE,
+    Candidate,
+    ControlVariate,
+    of_symbol,
+    variates_of,
+)
 
 OPINIONS = 2**20  # costs of symbols at places that are held together, 8 MiB each of some arrays
 
@@ -57,7 +63,7 @@ class SymbolVariate(ControlVariate):
 
     def _surprise(self, log_p: Tensor, x: Tensor) -> Tensor:
         """Return -log p of the symbols, shape of x; 0 where a shorter text has none."""
-        return torch.where(x == self.absent, 0.0, of_level(-log_p, x.clamp(max=self.absent - 1)))
+        return torch.where(x == self.absent, 0.0, of_symbol(-log_p, x.clamp(max=self.absent - 1)))
 
 
 class MaskVariate(SymbolVariate):

@@ -32,7 +32,7 @@ from nelbo.data.schema import as_examples
 from nelbo.diffusion.gaussian import GaussianDiffusion, normal
 from nelbo.diffusion.masked import MaskedDiffusion
 from nelbo.diffusion.process import ForwardProcess
-from nelbo.evaluation.reference_denoisers import WIDEST
+from nelbo.evaluation.variate import WIDEST
 
 if TYPE_CHECKING:
     from nelbo.diffusion.model import Model

@@ -15,6 +15,9 @@ from nelbo.evaluation.price import Work
 
 #: smallest log-probability of a context, also for impossible levels
 LEAST = math.log(torch.finfo(torch.float64).eps)
+WIDEST = 1024  # dimensions up to which covariances are estimated; above, only variances
+TABLE = 2**23  # numbers in a table of symbols, at most
+CACHED = 2**18  # numbers with which to compute at a time: about what the cache of a CPU holds
 
 
 class ControlVariate:
@@ -67,3 +70,13 @@ def variates_of(
     `@variates_of.register` adds them.
     """
     return []
+
+
+def rows_cached(x: Tensor) -> int:
+    """Return the number of examples of x, (N, ...), to compute with at a time."""
+    return max(1, CACHED // x[0].numel()) if x.device.type == "cpu" else max(1, len(x))
+
+
+def of_symbol(table: Tensor, x: Tensor) -> Tensor:
+    """Return table_k at k = x_i of each element, shape of x."""
+    return table.expand(*x.shape, table.shape[-1]).gather(-1, x[..., None])[..., 0]
