@@ -7,11 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.commands import nelbo_fails, run_ok
-from support.language_models import write, write_with_code
+from support.language_models import write, write_tokenizer, write_with_code
 
 import nelbo
 from nelbo import integrations
+from nelbo._utils.numerics import seeded
 from nelbo.diffusion.masked import BlockDiffusion, MaskedDiffusion
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.integrations import huggingface, text_folder
@@ -79,6 +81,61 @@ def test_a_mask_that_no_file_names(tmp_path):
     assert found.model.network.mask_id == 3
     with_mask = huggingface.load(write(tmp_path / "n"))
     assert found.model.hash() == with_mask.model.hash()
+
+
+OLD = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+class OldConfig(PretrainedConfig):
+    model_type = "mdlm"
+
+class Old(PreTrainedModel):
+    config_class = OldConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed, self.out = torch.nn.Embedding(12, 8), torch.nn.Linear(8, 12)
+        self.scale = torch.arange(1, 9.0)
+        POST
+    def forward(self, input_ids, timesteps):
+        h = self.embed(input_ids) * self.scale
+        return self.out(h + h.mean(1, keepdim=True))
+"""
+
+
+@pytest.mark.parametrize("post", ["", "self.post_init()"])
+@pytest.mark.parametrize("precision", [None, "float64"])
+def test_code_of_transformers_4(tmp_path, post, precision):
+    """As of BD3-LM and MDLM: without `post_init`, or with tensors that are not in the weights."""
+    home, kind = tmp_path / "m", "with" if post else "without"
+    home.mkdir()
+    write_tokenizer(home, mask=False)
+    (home / f"old_{kind}.py").write_text(OLD.replace("POST", post))
+    with seeded(3):
+        weights = {
+            "embed.weight": torch.randn(12, 8),
+            "out.weight": torch.randn(12, 8),
+            "out.bias": torch.randn(12),
+        }
+    names = {"AutoConfig": f"old_{kind}.OldConfig", "AutoModelForMaskedLM": f"old_{kind}.Old"}
+    config = {"model_type": "mdlm", "vocab_size": 12, "model_length": 10, "auto_map": names}
+    (home / "config.json").write_text(json.dumps(config))
+
+    def load():
+        return huggingface.load(home, trust_remote_code=True, mask_id=3, precision=precision)
+
+    save_file(weights, home / "model.safetensors")
+    found = load()
+    ids = torch.tensor([[4, 5, 3]])
+    h = weights["embed.weight"][ids] * torch.arange(1, 9.0)
+    want = (h + h.mean(1, keepdim=True)) @ weights["out.weight"].T + weights["out.bias"]
+    got = found.model.network.module(ids, torch.ones(1))
+    torch.testing.assert_close(got.float(), want)
+    assert got.dtype == (torch.float64 if precision else torch.float32)
+    assert found.model.length == 10
+    save_file({k: v for k, v in weights.items() if k != "out.bias"}, home / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks weights of Old, which would be random: out.bias"):
+        load()
 
 
 # ---- block diffusion, by the command line
@@ -250,5 +307,5 @@ def test_what_is_read_ahead_is_read_once(tmp_path, monkeypatch):
 def test_an_attention_mask_is_no_time(tmp_path):
     """BERT would take the time as one, and give numbers."""
     home = write(tmp_path / "m")
-    with pytest.raises(ValueError, match="BertForMaskedLM takes an attention_mask after the ids"):
+    with pytest.raises(ValueError, match="BertForMaskedLM takes attention_mask after the ids"):
         huggingface.load(home, time="sigma")

@@ -7,13 +7,15 @@ trusts it, and then what will run is printed; see docs/security.md.
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from nelbo._utils.scalars import integer
@@ -141,8 +143,13 @@ class TextFolder:
         if isinstance(named, dict):
             name = next((each for each in CLASSES if each in named), name)
         make: Callable[..., Any] = getattr(_transformers(), name).from_pretrained
+        own = isinstance(named, dict) and device_map is None
+        older: Any = partial(self._of_older_code, cast(Any, named), name, options, precision)
         try:
             module, found = make(str(self.home), output_loading_info=True, **options)
+            missing = found["missing_keys"]
+            if own and _has_lost_tensors(module):
+                module, missing = older()
         except SafetensorError as error:
             raise ValueError(
                 f"the weights in {self.home} are damaged ({_first(error)}); restore them from a"
@@ -152,7 +159,11 @@ class TextFolder:
             raise ValueError(
                 f"{self.home} has no masked language model of transformers: {_first(error)}"
             ) from None
-        missing = sorted(found["missing_keys"])
+        except AttributeError:
+            if not own:
+                raise
+            module, missing = older()
+        missing = sorted(missing)
         if missing:
             raise ValueError(
                 f"{self.home} lacks weights of {type(module).__name__}, which would be random:"
@@ -166,6 +177,36 @@ class TextFolder:
             )
         made: nn.Module = module.eval()
         return made
+
+    def _of_older_code(
+        self,
+        named: Mapping[str, str],
+        name: str,
+        options: Mapping[str, object],
+        precision: str | None,
+    ) -> tuple[nn.Module, list[str]]:
+        """Return the module of a class in the folder with its weights, and which are missing.
+
+        Classes written for transformers 4 (BD3-LM, MDLM, LLaDA) lack what `from_pretrained` of
+        transformers 5 sets in `post_init`, or keep plain tensors, which it does not fill.
+        """
+        transformers = _transformers()
+        known = ("local_files_only", "trust_remote_code", "attn_backend")
+        given = {key: options[key] for key in known if key in options}
+        config = transformers.AutoConfig.from_pretrained(str(self.home), **given)
+        load = transformers.dynamic_module_utils.get_class_from_dynamic_module
+        module = load(named[name], str(self.home), local_files_only=True)(config)
+        weights: dict[str, torch.Tensor] = {}
+        for path in sorted(self.home.glob("*.safetensors")):
+            weights |= load_file(path)
+        missing = module.load_state_dict(weights, strict=False, assign=True).missing_keys
+        return module if precision is None else module.to(PRECISIONS[precision]), missing
+
+
+def _has_lost_tensors(module: nn.Module) -> bool:
+    """Return whether a part has a tensor, neither weight nor buffer, that holds no numbers."""
+    plain = (value for part in module.modules() for value in vars(part).values())
+    return any(isinstance(value, torch.Tensor) and value.is_meta for value in plain)
 
 
 def open_folder(folder: str | Path, trust_remote_code: bool = False) -> TextFolder:

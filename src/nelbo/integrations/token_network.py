@@ -14,6 +14,7 @@ from nelbo._utils.sharding import is_sharded
 from nelbo.integrations.token_scores import Reading
 
 PROBED = 16  # tokens of the calls that find the vocabulary and the direction, at most
+NO_TIMES = ("attention_mask", "inputs_embeds")  # second inputs of modules without a time input
 HASHED = 64  # shares α at which the values of a time input say which function it is
 #: the time input of a module, from α_t, the share of tokens that noise leaves, shape (B,)
 Clock = Callable[[Tensor], Tensor]
@@ -197,8 +198,9 @@ def _check_takes_time(module: nn.Module) -> None:
         names = [*signature(module.forward).parameters]
     except (TypeError, ValueError):  # one that Python cannot see
         return
-    if names[1:2] == ["attention_mask"]:
+    second = next(iter(names[1:2]), "")
+    if second in NO_TIMES:
         raise ValueError(
-            f"{type(module).__name__} takes an attention_mask after the ids, and no time; leave"
-            " time out, or wrap a module that is called as module(ids, time)"
+            f"{type(module).__name__} takes {second} after the ids, and no time; leave time out,"
+            " or wrap a module that is called as module(ids, time)"
         )
