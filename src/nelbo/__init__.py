@@ -41,9 +41,10 @@ if TYPE_CHECKING:
         sample,
         score,
     )
-    from nelbo.runs.evaluation import evaluate, sweep
+    from nelbo.runs.evaluation import evaluate
     from nelbo.runs.loading import load
     from nelbo.runs.run import Run
+    from nelbo.runs.sweep import sweep
     from nelbo.runs.train import resume, train
     from nelbo.sampling.samplers import ancestral
 
@@ -70,7 +71,7 @@ _HOME = {
     "resume": "runs.train",
     "sample": "runs.commands",
     "score": "runs.commands",
-    "sweep": "runs.evaluation",
+    "sweep": "runs.sweep",
     "toy": "evaluation.toy",
     "train": "runs.train",
     "wrap": "integrations.denoisers",

@@ -196,6 +196,9 @@ def test_steps_of_block_diffusion_on_the_command_line(tmp_path, capsys, blocks):
     assert (
         "each step shows tokens of one of 2 blocks; steps must be a multiple of 2; got 3" in line
     )
+    several, _ = measured(capsys, *command, "--steps", "2,4", "--calls", 4000)
+    assert [each["steps"] for each in several["sweep"]] == [2, 4]
+    assert several["sweep"][1]["nats"] == found["nats"]
     several = nelbo.sweep(loaded, [2, 4], ["abcdab", "dcA"], calls=4000)
     assert [each.steps for each in several] == [2, 4] and several[1].nats == found["nats"]
     with pytest.raises(ValueError, match=r"blocks of the texts, which are not known yet: give"):

@@ -143,19 +143,18 @@ def evaluate(
     from nelbo.evaluation.alternatives import Alternative
     from nelbo.evaluation.result import BothSides, Evaluation
     from nelbo.runs.evaluation import evaluate as measure
-    from nelbo.runs.evaluation import sweep
+    from nelbo.runs.sweep import sweep
 
     counts = numbers(steps)
     others = (
         *(grid, sampler, surrogate, importance_samples, own_samples, dequantise, tolerance, save),
-        *(prompt_field, answer_field, precision, device_map, masks, resume),
+        *(masks, resume, tokens_per_step),
     )
-    flags = (ode, columns, lines, trust_remote_code)
-    if len(counts) > 1 and (any(flags) or any(v is not None for v in others)):
+    if len(counts) > 1 and (ode or columns or any(v is not None for v in others)):
         raise ValueError(
-            "several --steps can be combined only with --data, --split, --splits, --calls,"
-            " --target-error, --no-variates, --seed, --device, --figure and --json; give one"
-            " number"
+            "several --steps cannot be combined with --grid, --sampler, --tokens-per-step,"
+            " --surrogate, --masks, --importance-samples, --own-samples, --ode, --dequantise,"
+            " --tolerance, --save, --resume or --columns; give one number"
         )
     if len(counts) <= 1:
         Alternative(importance_samples, ode, dequantise, tolerance, own_samples).check(
@@ -196,6 +195,12 @@ def evaluate(
             "calls": calls,
             "target_error": target_error,
             "variates": variates,
+            "lines": lines,
+            "prompt_field": prompt_field,
+            "answer_field": answer_field,
+            "precision": precision,
+            "device_map": device_map,
+            "trust_remote_code": trust_remote_code,
             "seed": seed,
             "device": None if device_map else str(place_of(device, rank == 0)),
             "progress": True,
@@ -230,12 +235,6 @@ def evaluate(
             dequantise=dequantise,
             tolerance=tolerance,
             columns=columns,
-            lines=lines,
-            prompt_field=prompt_field,
-            answer_field=answer_field,
-            precision=precision,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
             **common,
         )
         if rank:

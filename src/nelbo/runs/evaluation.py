@@ -1,7 +1,7 @@
 """The bound of whatever can be measured: the Python twin of `nelbo evaluate`."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
 from typing import Any, Unpack, cast
@@ -42,7 +42,6 @@ from nelbo.integrations.text_records import TextForm
 from nelbo.runs.subjects import (
     AnyRun,
     Asked,
-    OfForeign,
     OfRun,
     Spacing,
     Subject,
@@ -224,85 +223,6 @@ def evaluate(
     if columns and isinstance(found, Evaluation):
         found = replace(found, columns=measuring.columns(batch, steps, grid))
     return found
-
-
-@checked
-def sweep(
-    run: AnyRun | Foreign | Model | object,
-    steps: Sequence[int],
-    data: Source | Batch | None = None,
-    split: str | None = None,
-    *,
-    splits: Splits | None = None,
-    calls: float | None = None,
-    target_error: float | None = None,
-    variates: bool | None = None,
-    device: str | None = None,
-    seed: int = 0,
-    progress: bool | None = None,
-    tell: Tell | None = None,
-    **reading: Unpack[Reading],
-) -> list[Evaluation]:
-    """Measure the bound of each of several numbers of steps; the data are read once.
-
-    Args:
-        run: as for `evaluate`.
-        steps: the numbers of steps.
-        data: as for `evaluate`, like all others.
-        split: which examples.
-        splits: which names belong to which split.
-        calls: network calls per example, at most.
-        target_error: in place of calls, the Monte Carlo standard error to reach.
-        variates: use control variates, as for `evaluate`.
-        device: "cpu" or "cuda".
-        seed: of everything random.
-        progress: show bars on the error stream.
-        tell: called with each note as it arises.
-        reading: of a network in memory.
-
-    Raises:
-        ValueError: as for `evaluate`, or no number of steps is given.
-    """
-    if not steps:
-        raise ValueError("give at least one number of steps")
-    options = {"calls": calls, "target_error": target_error, "variates": variates}
-    found: list[Evaluation] = []
-    read, on_data = None, list[str]()
-    counts = [integer("steps", count, 1) for count in steps]
-    ahead = [Asked(data, split, splits, TextForm(), str)]
-    for subject, left in _of_each(run, counts, data, reading, ahead):
-        if device is not None:
-            subject.to(device)
-        measuring = Measuring(subject, Alternative(), options, seed, tracks(progress), tell)
-        asked = Asked(data, split, splits, TextForm(), measuring.note)
-        if read is None:
-            before = len(measuring.notes)
-            read = subject.read(asked)
-            on_data = measuring.notes[before:]
-        else:
-            measuring.notes += on_data
-        batch, name = subject.examples(asked, read)
-        times = subject.times(left, None, measuring.tracks("best times"))
-        found.append(cast(Evaluation, measuring(batch, name, data is None, times, None)))
-    return found
-
-
-def _of_each(
-    run: object,
-    counts: Sequence[int],
-    data: Source | Batch | None,
-    reading: Reading,
-    ahead: Sequence[Asked],
-) -> list[tuple[Subject, int | None]]:
-    """Return what is measured for each number of steps, of one network, before any is measured."""
-    first, left = subject_of(run, data, steps=counts[0], reading=reading, ahead=ahead)
-    if left is not None:
-        return [(first, count) for count in counts]
-    if isinstance(first, OfForeign) and first.foreign.of_steps is not None:
-        others = map(first.foreign.of_steps, counts[1:])
-        return [(first, None), *((OfForeign(foreign=each), None) for each in others)]
-    others_too = (subject_of(run, data, steps=count, reading=reading) for count in counts[1:])
-    return [(first, None), *others_too]
 
 
 class Measuring:
