@@ -44,11 +44,11 @@ def _of_least_noise(found: Evaluation | BoundEstimate, uniform: float) -> str:
     beside = ""
     if found.steps is not None and found.curve:  # in continuous time there is no variance
         first = found.curve[0].value
-        beside = f", and the diffusion term up to t = {found.curve[0].t_to:.3g} takes {first:.4g}"
+        beside = f" and the diffusion term up to t = {found.curve[0].t_to:.3g} takes {first:.4g}"
     if not last + first > FAR * uniform:
         return ""
     return (
-        f" The last step, P(x|z_1), alone takes {last:.4g}{beside}: look at the variance there,"
+        f" The last step, P(x|z_1), takes {last:.4g}{beside}: look at the variance there,"
         " which may be far too small for the network's error; for another library's folder compare"
         " that of its scheduler, ,variance=small or ,variance=large, with the one that fits best,"
         " ,variance=optimal"

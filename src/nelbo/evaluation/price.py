@@ -48,7 +48,8 @@ class Budget:
 
     Args:
         examples: for which their numbers are computed, an example as often as they are.
-        draws: network calls of the measurement.
+        draws: network calls of the measurement, without those that check how another library's
+            network is read.
         operations: returns those of a network call; called at most once, and only if needed.
     """
 

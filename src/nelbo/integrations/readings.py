@@ -165,12 +165,13 @@ def free_clock(time: Callable[[float], float], known: Ends | None) -> Clock:
 
     Args:
         time: the function.
-        known: the ends of the times beyond which it must not be called.
+        known: the ends of the times, if these are places in a table, beyond which it must not be
+            called, truncated or rounded.
     """
 
     def levels(gamma: float) -> Level:
         value = time(gamma)
-        taken = known is None or known[0] <= math.trunc(value) <= known[1]
+        taken = known is None or known[0] - 0.5 <= value <= known[1]
         return Level(gamma if taken else math.nan, torch.tensor(value, dtype=torch.float64))
 
     return levels
