@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from nelbo import Batch, TimeGrid, evaluate
+from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.schedules import Linear
 from nelbo.integrations import wrap
-from nelbo.integrations.adapters import exploding
+from nelbo.integrations.adapters import EDM, exploding
 from nelbo.integrations.probe import probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:the schedule ends with signal left")
@@ -206,6 +207,30 @@ def test_random_weights_are_measured_with_a_note(said):
     )
     (note,) = read(lambda y, time: network.double()(y), **SAID[said])
     assert "no other reading that was tried fits" in note
+
+
+@pytest.mark.filterwarnings("ignore:the output has the slope")
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"betas": BETAS},
+        {"betas": BETAS, "keep": [3], "decoder": "evidence"},
+        {"betas": BETAS, "keep": [0, 39]},
+        {"betas": [*BETAS, 1.0], "predicts": "velocity"},  # no signal at the last time
+        {"betas": BETAS, "predicts": "mean"},
+        {"betas": BETAS, "scaling": Affine(torch.arange(5.0), 2.0)},
+        {"sigmas": [0.5, 1.0], "predicts": "flow"},
+        {"sigmas": [0.5, 1.0, 90.0], "predicts": "edm", "sigma_data": 1e-3},
+        {"sigmas": [0.5, 1.0, 90.0], "predicts": EDM(0.5, -1.0)},
+    ],
+)
+@pytest.mark.parametrize("count", [1, 9])
+def test_few_times_few_examples_and_rows_of_numbers(said, count):
+    model = wrap(lambda z, time: torch.sin(z), (5,), **said)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (count, 5), generator=random)
+    notes = probe(model, Batch(x.double() if model.density else x))
+    assert all("no other reading that was tried fits" in note for note in notes)
 
 
 class Low(nn.Module):

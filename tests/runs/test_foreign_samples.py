@@ -221,3 +221,19 @@ def test_a_wrapped_network_is_sampled_in_its_own_steps():
     assert x.dtype == np.uint8 and (x == want.movedim(1, -1).numpy()).all()
     with pytest.raises(ValueError, match=r"a network alone says neither .* nelbo.wrap\(network"):
         nelbo.sample(lambda y, time: y, 2)
+
+
+def test_a_pair_is_looked_at_before_it_is_sampled():
+    """There are no examples; an output that follows pure noise is no velocity."""
+
+    class Noise(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = {"sample_size": 4, "in_channels": 3, "out_channels": 3}
+
+        def forward(self, y, time, return_dict):
+            return (y,)
+
+    scheduler = diffusers.DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    with pytest.raises(ValueError, match=r'slope 1.00.*predicts="velocity".*predicts="flow"'):
+        nelbo.sample((Noise(), scheduler), 2, steps=3)

@@ -132,7 +132,8 @@ def _reading_of(model: WrappedModel) -> str:
     output = torch.stack([z.flip(-1)] * model.head.outputs, -1).squeeze(-1)
     x_hat = model.head(output, z, few, process).e_hat.flatten()
     x_hat = x_hat[:: max(1, len(x_hat) // HASHED)]
-    levels = process.embed(torch.arange(2, device=place))
+    x = torch.arange(2, device=place).view(-1, *(1 for _ in model.shape)).expand(-1, *model.shape)
+    levels = process.embed(x).flatten(1)[:, :: max(1, model.dims // HASHED)]
     factor = adapter.factor(gamma)
     return digest_of(gamma, factor, time, levels, x_hat)
 

@@ -97,7 +97,9 @@ def foreign_of(
             "a network alone says neither its noise levels nor the shape of an example: give the"
             f" model of nelbo.wrap(network, shape, ...); got {name_of(thing)}"
         )
-    return memory.read(thing, cast(Any, ()), steps=steps, condition=condition, reading={})
+    found = memory.read(thing, cast(Any, ()), steps=steps, condition=condition, reading={})
+    notes = found.model.diffusion.check_reading()  # at pure noise, as there are no examples
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def _of_steps(found: Foreign, steps: int) -> Foreign:
