@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils.arguments import checked
-from nelbo._utils.numerics import LOG_2, digest_of
+from nelbo._utils.numerics import LOG_2
 from nelbo.diffusion import parametrization, reverse
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Decoder, Evidence, GaussianDensity
 from nelbo.diffusion.gaussian import Affine, GaussianDiffusion, Levels
-from nelbo.diffusion.model import Model, measuring
+from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import Schedule
 from nelbo.integrations.adapters import (
     EDM,
@@ -49,6 +49,7 @@ from nelbo.integrations.noise_levels import (
     rising,
 )
 from nelbo.integrations.probe import probe
+from nelbo.integrations.reading_hash import described
 
 Predicts = str  # a key of HEADS or of parametrization.SPELLINGS, "edm" or "mean"
 Variance = Literal["small", "large", "learned-range", "optimal"]
@@ -69,7 +70,6 @@ STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "learned-range": reverse.Learned,
     "optimal": reverse.Posterior,  # `BestVariance` on T times; in continuous time all are equal
 }
-HASHED = 64  # times, and numbers of x̂, whose values say which functions a network is read by
 NOTED = 1e-3  # bits/dim of the prior term above which a note is issued
 
 
@@ -109,33 +109,16 @@ class WrappedModel(Model):
     ) -> None:
         super().__init__(network, process, *parts, shape)
         self.said = said
-        self.settings = _reading_of(self)
+
+    @property
+    @override
+    def settings(self) -> str:  # type: ignore[override]
+        """The functions by which its network is read, by their values, for the hash."""
+        return described(self)
 
     @override
     def check_reading(self, batch: Batch | None = None) -> list[str]:
         return probe(self, batch)
-
-
-def _reading_of(model: WrappedModel) -> str:
-    """Return what says by which functions a network is read, for the hash of the model.
-
-    They are its noise levels, inputs and times, the data as it sees them, and x̂ of its output.
-    """
-    adapter, process, place = model.network, model.process, model.device
-    most = process.schedule.steps or HASHED
-    at = torch.arange(1, HASHED + 1, dtype=torch.float64, device=place) / HASHED
-    t = ((at * most).ceil() / most).unique()
-    gamma, time = adapter.inputs_at(process.log_snr_input(t))
-    few = t[:: max(1, len(t) // 3)]
-    z = torch.linspace(-2, 2, model.dims, dtype=torch.float64, device=place)
-    z = z.view(1, *model.shape).expand(len(few), *model.shape)
-    output = torch.stack([z.flip(-1)] * model.head.outputs, -1).squeeze(-1)
-    x_hat = model.head(output, z, few, process).e_hat.flatten()
-    x_hat = x_hat[:: max(1, len(x_hat) // HASHED)]
-    x = torch.arange(2, device=place).view(-1, *(1 for _ in model.shape)).expand(-1, *model.shape)
-    levels = process.embed(x).flatten(1)[:, :: max(1, model.dims // HASHED)]
-    factor = adapter.factor(gamma)
-    return digest_of(gamma, factor, time, levels, x_hat)
 
 
 @checked
@@ -259,8 +242,6 @@ def wrap(
     model.conditioned_on = conditioned_on
     for note in (*(model.check_reading() if check else ()), *signal_left(model)):
         warnings.warn(note, stacklevel=2)
-    if not network.state_dict() and not conditioned_on:  # nothing else says which network it is
-        model.settings += f", {digest_of(_at_some_latents(model))}"
     return model
 
 
@@ -312,15 +293,6 @@ def assemble(
     best = BestVariance(steps) if variance == "optimal" and steps else None
     last = _decoder(decoder, process.schedule, scaling, steps, best)
     return WrappedModel(adapter, process, (head, best or STEPS[variance](), last), shape, known)
-
-
-def _at_some_latents(model: WrappedModel) -> Tensor:
-    """Return the output of a network for latents that are always the same, at the last time."""
-    last = model.process.log_snr_input(torch.ones(1, dtype=torch.float64, device=model.device))
-    z = torch.linspace(-2, 2, model.dims, dtype=torch.float64, device=model.device)
-    with measuring(model):
-        output: Tensor = model.network(z.view(1, *model.shape), last)
-    return output
 
 
 def signal_left(model: Model) -> list[str]:
