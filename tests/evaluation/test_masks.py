@@ -475,6 +475,15 @@ def test_masks_are_uniform_and_balanced():
     assert len(two) and (two.sum(1) == 1).all()  # complementary masks
 
 
+def test_masks_of_a_text_are_counted():
+    """2^L - 1 of each block, of any length."""
+    module = known_models.Counted(longest=1200)
+    for block, wanted in ((None, [7, math.inf]), (2, [3 + 1, 600 * 3])):
+        model = wrap_tokens(module, module.mask, block=block)
+        texts = Texts(model, model.batch([[0, 1, 2], [0] * 1200]))
+        assert texts.sets.tolist() == wanted
+
+
 def test_the_masked_share_has_its_law_given_the_count():
     """u of l hidden places of 5 is the l-th smallest of 5 uniform numbers: Beta(l, 6 - l)."""
     model = tiny(4)

@@ -83,8 +83,9 @@ class Texts:
 
     @property
     def sets(self) -> np.ndarray:
-        """The number of masks of each text that hide a scored place, (N,), float64."""
-        return (2.0**self.of_blocks - 1).sum(1)
+        """The number of masks of each text that hide a scored place, (N,); inf if beyond 2^53."""
+        count = 2.0 ** np.minimum(self.of_blocks, 53) - 1
+        return np.where(self.of_blocks > 53, np.inf, count).sum(1)
 
 
 @dataclass(frozen=True)
