@@ -207,7 +207,10 @@ def test_bad_options(trained, tmp_path, capsys):
         (("evaluate", trained, "--calls", 0.1), "calls must be at least 0.29 per example"),
         (("evaluate", trained, "--calls", 1, "--save", "x.npz"), "calls must be at least 2 per"),
         (("evaluate", trained, "--calls", "inf"), "must be a finite number or None; got inf"),
-        (("evaluate", trained, "--calls", 1e30), "try a smaller one"),
+        (
+            ("evaluate", trained, "--calls", 1e30),
+            "calls must be at most 1e+09 per example; got 1e+30; try 24",
+        ),
         (("train", "digits", "--out", run, "--batch", 10**30), "batch must be at most 1e+12"),
         (("evaluate", trained, "--split", "tset"), "train, validation, test; got 'tset'"),
         (("sample", trained, "--out", tmp_path / "x.gif"), ".png or .npz"),
