@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 SIGNAL = 0.02  # α at the last time above which pure noise is not shown: too much of x is left
 NUMBERS = 2**12  # numbers of pure noise shown to a network, in 2 to ROWS rows
-ROWS, MORE = 8, 32  # rows shown at each noise level, and where several readings are possible
+ROWS, MORE = 8, 32  # rows shown at each noise level, and where several readings are possible,
+LARGE = 2**22  # of at most this many numbers
 SNRS = (10.0, 1.0)  # of the two noise levels at which data are shown
 BEHIND = 1.1  # times the error as given, from which a reading is behind
 LESS = 1.3  # a reading is refused if another has an error smaller by this factor at a level,
@@ -107,10 +108,11 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
 
     Readings that are not behind at the first level, with few rows, are compared at all of them.
     """
-    batch = batch[torch.linspace(0, len(batch) - 1, MORE).round().long()].to(model.device)
+    more = max(ROWS, min(MORE, LARGE // model.dims))
+    batch = batch[torch.linspace(0, len(batch) - 1, more).round().long()].to(model.device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch.x.shape, dtype=torch.float64, generator=generator)
-    noise, few = noise.to(batch.x.device), torch.arange(0, MORE, MORE // ROWS)
+    noise, few = noise.to(batch.x.device), torch.linspace(0, more - 1, ROWS).round().long()
     deviation = model.process.embed(batch.x).double().std().item()
     gammas = [said_clock(model)(-math.log(snr)).gamma for snr in SNRS]
     said, *others = readings(model, gammas, deviation)
