@@ -157,6 +157,18 @@ def test_a_scheduler_s_time_inputs_of_a_flow_are_named():
     refused(lambda y, time: exact(y, time / 1000), words, **said)
 
 
+@pytest.mark.parametrize("said", ["flow", "edm", "noise of sigmas"])
+@pytest.mark.parametrize("kind", ["noise", "velocity"])
+def test_the_usual_betas_are_tried_where_none_were_given(kind, said):
+    class Usual(Exact):
+        def signal_and_noise(self, time):
+            alpha = torch.linspace(1 - 1e-4, 0.98, 1000).double().cumprod(0)[time.long()]
+            return alpha.sqrt(), (1 - alpha).sqrt()
+
+    words = f'predicts="{kind}" of y = √α x .*time inputs 0..999 of β from 0.0001 to 0.02'
+    refused(Usual(kind), words, **SAID[said])
+
+
 @pytest.mark.parametrize("true", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 3.0])
 def test_sigma_data_is_named(true, ratio):
@@ -295,13 +307,8 @@ def test_a_learned_variance_and_a_clipped_prediction():
 
 def test_the_rows_of_the_check_are_counted():
     """By the network itself; they come on top of those of the bound."""
-    calls = []
-    exact = Exact("noise")
-
-    def network(y, time):
-        calls.append(len(y))
-        return exact(y, time)
-
+    calls, network = [], Exact("noise")
+    network.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     model = wrap(network, SHAPE, **SAID["noise"])
     for options in (
         {"calls": 8},

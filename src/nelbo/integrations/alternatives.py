@@ -1,15 +1,17 @@
 """The readings with which a network is compared, each with inputs of its own.
 
 They are all that is usual and follows from what was given: the inputs as given, and those of the
-conventions in `adapters`, whose time inputs are functions of γ: σ, τ, 1 - τ, 1000 τ or log(σ)/4.
-Not tried are β's and time inputs of a training that was not described, other values of σ_data and
-other scalings than the usual ones, and two mistakes at once, in the output and in the data.
+conventions in `adapters`, whose time inputs are functions of γ: σ, τ, 1 - τ, 1000 τ, log(σ)/4, or
+the places in the β's of Ho et al. 2020. Not tried are other β's than these and those given, other
+values of σ_data and other scalings than the usual ones, and two mistakes at once, in the output
+and in the data.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from nelbo.diffusion.gaussian import Levels
@@ -28,6 +30,7 @@ from nelbo.integrations.adapters import (
     interpolating,
     preserving,
 )
+from nelbo.integrations.noise_levels import gamma_of
 from nelbo.integrations.readings import (
     Clock,
     Ends,
@@ -37,6 +40,7 @@ from nelbo.integrations.readings import (
     free_clock,
     renamed_clock,
     said_clock,
+    table_clock,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ SAME = 0.01  # relative difference of inputs that count as the same
 USUAL = (0.5, 1.0)  # σ_data of published networks, tried beside that of the data;
 FURTHER = (0.25, 0.35, 0.7, 1.4)  # and where one was given, these,
 RATIOS = (0.85, 1.2)  # and these times it
+TRAINED, BETAS = 1000, (1e-4, 0.02)  # times, and β's, of the training of most networks (Ho et al.)
 RANGES = ((-1.0, 1.0), (0.0, 1.0), (-0.5, 0.5))  # to which published networks scale levels
 CLOSE = 0.05  # relative difference of σ_data that count as the same
 VP, VE, FLOW = "y = √α x + √(1-α) ε", "y = x + σ ε", "y = (1-τ) x + τ ε"
@@ -136,7 +141,8 @@ def _of_latents(
     """
     for latents, factor in LATENTS.items():
         yield factor, said, _outputs(factor, f" of {latents}")
-    scale = known[1] + 1 if known else 1000.0
+    # some of the times of a training are those of all
+    scale = known[1] + 1 if known and not TRAINED / 2 <= known[1] < TRAINED else TRAINED
     for latents, word, time in (
         (VE, "σ", _sigma),
         (FLOW, "τ", _tau),
@@ -146,6 +152,11 @@ def _of_latents(
         factor = LATENTS[latents]
         outputs = _outputs(factor, f" of {latents}, with the time input {word}")
         yield factor, free_clock(time, known), outputs
+    if not known:
+        betas = torch.linspace(*BETAS, TRAINED, dtype=torch.float64)
+        ends = " to ".join(f"{beta:g}" for beta in BETAS)
+        where = f" of {VP}, with the time inputs 0..{TRAINED - 1} of β from {ends}"
+        yield preserving, table_clock(gamma_of(betas=betas)), _outputs(preserving, where)
     if steps is None:
         return
     if own is interpolating:

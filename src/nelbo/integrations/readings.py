@@ -138,6 +138,16 @@ def said_clock(model: "WrappedModel") -> Clock:
     return levels
 
 
+def table_clock(gammas: Tensor) -> Clock:
+    """Return the levels γ_1..γ_T of a network whose time inputs are 0..T-1."""
+
+    def levels(gamma: float) -> Level:
+        i = (gammas - gamma).abs().argmin()
+        return Level(gammas[i].item(), i)
+
+    return levels
+
+
 def counted_clock(said: Clock, steps: int) -> Clock:
     """Return the levels of a table with their places, from 0, as time inputs."""
 
