@@ -15,6 +15,7 @@ from support.closed_forms import legendre_nodes
 from torch import nn
 
 import nelbo
+from nelbo import Batch
 from nelbo._utils.numerics import seeded
 from nelbo.evaluation import mask_estimator, masks, price
 from nelbo.evaluation.mask_estimator import MaskEstimator, Plan, token_costs
@@ -184,6 +185,14 @@ def test_a_surrogate_of_block_diffusion_reads_its_masks(block, time):
     else:  # it reads places after the block, which are hidden, so the last block is the same
         last = (drawn.block == 2).flatten()
         torch.testing.assert_close(of_model[last], of_other[last])
+    changed = Batch(torch.where(torch.arange(5) < 2, batch.x, 3), batch.condition)
+    for each in (model, surrogate):  # tokens after a block are of no account
+        before, after = (
+            torch.cat([cost for _, cost in token_costs(each, some, drawn, texts)])
+            for some in (batch, changed)
+        )
+        first = (drawn.block == 0).flatten()
+        assert first.any() and torch.equal(before[first], after[first])
 
 
 def test_what_other_draws_say_is_unbiased_and_so_is_the_error():

@@ -148,7 +148,7 @@ def _loss(surrogate: TokenModel, model: Model | None, batch: Batch) -> Tensor:
     count = (u * length).long() + 1
     few, hidden = few.to(device), (keys.argsort(1).argsort(1) < count).to(device)
     weight = hidden / count.to(device)
-    z = torch.where(hidden | (of_places > block).to(device), process.codes, few.x)
+    z = torch.where(hidden, process.codes, few.x)  # what follows a block is not read
     within, blocks = (count / (length + 1))[:, 0].double().sqrt(), process.blocks(shape)
     t = ((blocks - 1 - block[:, 0] + within) / blocks).to(device)
 
