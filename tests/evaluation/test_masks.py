@@ -364,6 +364,18 @@ def test_without_a_pilot_a_surrogate_is_used_only_where_it_is_named():
     assert "in a pilot" in mask_note(piloted)
 
 
+def test_two_calls_of_many_texts_have_an_error_and_no_pilot():
+    """A pilot would leave fewer than two masks of each text, and so no error."""
+    model = tiny(0)
+    texts = np.random.default_rng(0).integers(0, MASK, (400, 4))
+    found = nelbo.evaluate(model, texts, calls=2)
+    assert mask_note(found) == "masks: plain, without a pilot" and found.calls_per_example == 2
+    assert 0 < found.standard_error.monte_carlo < 0.1 * found.bits_per_dim
+    with pytest.raises(ValueError, match=r"got 2 per text; give 3 calls"):
+        nelbo.evaluate(model, texts, calls=2, masks="unigram")
+    assert "unigram, as named" in mask_note(nelbo.evaluate(model, texts, calls=3, masks="unigram"))
+
+
 def test_numbers_do_not_depend_on_the_batch(every_text, monkeypatch):
     """The masks of a text depend on the seed and on the text: not on order, task or padding."""
     monkeypatch.setattr(masks, "price_of", lambda *parts: price.LEAST)

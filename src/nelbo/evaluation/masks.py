@@ -308,7 +308,8 @@ def _learn(
     sampled = np.flatnonzero(texts.sets > every)
     examples = len(sampled)
     of_calls, least, most = PILOT
-    pairs = min(most, int(of_calls * calls * examples / 2))
+    # an error needs two calls of each text, which no pilot takes
+    pairs = min(most, int(min(of_calls * calls, calls - 2) * examples / 2))
     if pairs < least:
         if name in (UNIGRAM, DRAWS) and examples:
             raise ValueError(
@@ -350,8 +351,9 @@ def _learn(
 
 
 def _enough(examples: int) -> int:
-    """Return the calls per text from which there are enough for a pilot."""
-    return math.ceil(2 * PILOT[1] / (PILOT[0] * examples))
+    """Return the calls per text from which there are enough for a pilot, and two of each text."""
+    of_pilot = 2 * PILOT[1] / examples
+    return math.ceil(max(of_pilot / PILOT[0], of_pilot + 2))
 
 
 def _plan(examples: int, calls: float, per_example: bool) -> Plan:
