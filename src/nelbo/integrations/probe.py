@@ -39,8 +39,8 @@ SNRS = (10.0, 1.0)  # of the two noise levels at which data are shown
 BEHIND = 1.1  # times the error as given, from which a reading is behind
 LESS = 1.3  # a reading is refused if another has an error smaller by this factor at a level,
 ERRORS = 6.0  # by as many standard errors (of the logarithm), none larger at another level,
-FITS = 0.7  # and a mean ρ below this
-SLIGHTLY, DOUBT = 1.1, 4.0  # the same factor and number for a note
+FITS = 0.5  # and a mean ρ below this; half-trained networks fit several readings, all worse
+SLIGHTLY, DOUBT, PARTLY = 1.1, 4.0, 0.7  # the same for a note
 ALIKE = 1.1  # factor within which errors of two readings count as the same
 TINY = 1e-12  # ρ below which it counts as 0
 NOTHING = 0.9  # ρ above which nothing is learned
@@ -167,7 +167,7 @@ def _verdict(errors: dict[str, Tensor]) -> list[str]:
         )
         if _is_better(own, errors[best]):
             raise ValueError(f"the network was read wrongly: read as {best}, it has {seen}")
-        if _is_better(own, errors[best], SLIGHTLY, DOUBT):
+        if _is_better(own, errors[best], SLIGHTLY, DOUBT, PARTLY):
             return [
                 f"the network may be read wrongly: as {best}, it has {seen}, too little to be"
                 " certain: was it trained as it is read?"
@@ -182,11 +182,13 @@ def _verdict(errors: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def _is_better(own: Tensor, other: Tensor, less: float = LESS, errors: float = ERRORS) -> bool:
-    """Return whether another reading has less error, (levels, rows), at all levels, and at one by
-    a factor and standard errors.
+def _is_better(
+    own: Tensor, other: Tensor, less: float = LESS, errors: float = ERRORS, fits: float = FITS
+) -> bool:
+    """Return whether another reading fits, and has less error, (levels, rows), at all levels, and
+    at one by a factor and standard errors.
     """
     ratios = own.clamp(min=TINY).log() - other.clamp(min=TINY).log()
     mean, error = ratios.mean(1), ratios.std(1) / math.sqrt(ratios.shape[1])
     clear = (mean > math.log(less)) & (mean > errors * error)
-    return bool(other.mean() < FITS and (mean > 0).all() and clear.any())
+    return bool(other.mean() < fits and (mean > 0).all() and clear.any())
