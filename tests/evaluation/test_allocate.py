@@ -15,7 +15,7 @@ from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid, 
 from nelbo.evaluation import allocation
 from nelbo.evaluation.allocation import (
     DOUBT,
-    POOLED,
+    EVEN,
     Proposal,
     Strata,
     estimate,
@@ -230,7 +230,7 @@ def test_the_fit_finds_the_coefficients():
     # .. so that as much of 0.8 and of 0.5 is left, beside the noise
     left = math.hypot(0.1, (1 - ridge) * math.hypot(0.8, 0.5))
     torch.testing.assert_close(found.left, left * size, rtol=0.03, atol=0)
-    evenly = DOUBT * (1 + POOLED / 20_000)
+    evenly = EVEN / 20_000
     best = (1 - evenly) * found.left / found.left.sum() + evenly / 9
     torch.testing.assert_close(found.probability, best)
     assert found.probability.sum().item() == pytest.approx(1)
@@ -251,7 +251,7 @@ def test_the_more_rows_the_less_a_stratum_borrows():
 
 
 def test_few_rows_are_trusted_less():
-    """The share that is spread evenly falls with the rows of a stratum, to the least."""
+    """The share that is spread evenly falls with the rows of a stratum."""
 
     def even_share(rows: int) -> float:
         size = torch.logspace(-1, 1, 9, dtype=torch.float64)
@@ -262,8 +262,8 @@ def test_few_rows_are_trusted_less():
         torch.testing.assert_close(shares, shares[:1].expand(9))
         return shares[0].item()
 
-    assert even_share(8) == pytest.approx(9 * DOUBT)
-    assert even_share(6400) == pytest.approx(1.01 * DOUBT)
+    assert even_share(8) == pytest.approx(EVEN / 8)
+    assert even_share(6400) == pytest.approx(EVEN / 6400)
 
 
 def test_what_is_left_is_not_flattered():

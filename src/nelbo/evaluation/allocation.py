@@ -12,8 +12,9 @@ sum of costs for any b, k and p > 0. A pilot on some of the examples fits b and 
 and estimates the residual standard deviation sd_c, to which the optimal p is proportional (Neyman
 1934). Strata share information: in the regression of a stratum its neighbours together count as
 POOLED rows, however many rows they have. Rows with large residuals get less weight (Huber 1964),
-because a single outlier would change the coefficients. A share of the draws is spread evenly, so
-that no weight 1/p_c exceeds some thirty times the number of strata, whatever the pilot missed.
+because a single outlier would change the coefficients. A share of the draws, 2/n for n rows of
+the pilot in a stratum, is spread evenly, so that no weight 1/p_c exceeds n/2 times the number of
+strata, whatever the pilot missed.
 
 If the network's prediction at one draw is context for another (`control_variates`), a draw is a
 pair of network calls half a stratum apart; each is the context of the other, and the mean of both
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 STRATA = 32  # strata of the diffusion term, at most
 POOLED = 64.0  # rows for which the neighbours of a stratum count in its fit
-DOUBT = 0.03  # ridge penalty, in the rows' weight; and share of the draws that is spread evenly
+DOUBT = 0.03  # ridge penalty, in the rows' weight
+EVEN = 2.0  # share of the draws that is spread evenly, times the pilot's rows of a stratum
 OUTLIER = 4.0  # error of a row, in medians, beyond which the row weighs less (Huber 1964)
 
 
@@ -260,7 +262,8 @@ def fit_proposal(count: int, stratum: Tensor, cost: Tensor, v: Tensor, phi: Tens
     within, between = table[:, : v.shape[1]], size[:, None] * table[:, v.shape[1] :]
     level = mean(cost - (v * within[stratum]).sum(1) - (phi[:, 1:] * between[stratum]).sum(1))
     best = sd / sd.sum() if sd.sum() > 0 else torch.full_like(sd, 1 / count)
-    evenly = min(1.0, DOUBT * (1 + POOLED * count / len(cost)))
+    # what n rows of a stratum did not show may be in one of n draws
+    evenly = min(1.0, EVEN * count / len(cost))
     p = (1 - evenly) * best + evenly / count
     variance = (sd.square() / p).sum()
     between = torch.cat([level[:, None], between], 1)

@@ -20,7 +20,7 @@ from nelbo._utils.numerics import seeded
 from nelbo._version import __version__
 from nelbo.data.schema import fingerprint
 from nelbo.diffusion.model import measuring, model_hash
-from nelbo.evaluation.allocation import DOUBT, Proposal, Strata, pilot
+from nelbo.evaluation.allocation import EVEN, Proposal, Strata, pilot
 from nelbo.evaluation.control_variates import ControlVariates
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 KIND = "pilots"  # folder of the cache
 ROWS = 256  # draws per stratum
-EDITION = 9  # of the numbers' meaning; raise it to invalidate cached pilots when that changes
+EDITION = 10  # of the numbers' meaning; raise it to invalidate cached pilots when that changes
 
 
 class Pilots:
@@ -98,5 +98,6 @@ def _proposal(numbers: object, strata: Strata, controls: ControlVariates) -> Pro
         return None
     # each stratum has at least its minimal probability, and they sum to one
     p = found.probability
-    fair = (p >= DOUBT / count * (1 - 1e-9)).all() and abs(p.sum().item() - 1) < 1e-9
+    least = min(1.0, EVEN * controls.calls / ROWS) / count
+    fair = (p >= least * (1 - 1e-9)).all() and abs(p.sum().item() - 1) < 1e-9
     return found if fair else None
