@@ -364,6 +364,17 @@ def test_without_a_pilot_a_surrogate_is_used_only_where_it_is_named():
     assert "in a pilot" in mask_note(piloted)
 
 
+def test_a_round_of_many_masks_outweighs_one_of_few():
+    """Else the few masks of the first round would decide the error for any number of others."""
+    model = tiny(0)
+    texts = np.random.default_rng(0).integers(0, MASK, (13, 8))
+    some = nelbo.evaluate(model, texts, calls=16)
+    error = some.standard_error.monte_carlo / 6
+    found = nelbo.evaluate(model, texts, target_error=error)
+    assert found.standard_error.monte_carlo <= error
+    assert found.calls_per_example < 3 * 36 * some.calls_per_example
+
+
 def test_two_calls_of_many_texts_have_an_error_and_no_pilot():
     """A pilot would leave fewer than two masks of each text, and so no error."""
     model = tiny(0)

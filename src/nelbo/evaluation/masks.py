@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -206,9 +207,10 @@ def estimate_masks(
         else:
             left = calls - way.spent
         found: list[list[Tensor]] = []
-        replicates, read = 0, 0.0
+        read, masks_of = 0.0, list[int]()
+        plan = replace(_plan(max(1, sampled.sum()), left, per_example), every=every)
         for turn in range(ROUNDS):
-            plan = replace(_plan(max(1, sampled.sum()), left, per_example), every=every)
+            plan = replace(plan, masks=max(1, int(left / plan.replicates)))
             if way.name == TWO_LEVELS:
                 alone = math.ceil(plan.masks * masks_alone(way.coefficients, length, way.price))
                 plan = replace(plan, alone=min(alone, MOST * length))
@@ -218,14 +220,18 @@ def estimate_masks(
             draw = partial(_draw, estimator, way.coefficients, plan, turn, groups)
             parts = map_blocks(model, batch, groups, (seed, 1, turn), draw, track, known_tasks)
             found.append([torch.cat(part) for part in zip(*parts, strict=True)])
-            replicates += plan.replicates
+            masks_of.append(plan.masks)
             read += plan.replicates * (plan.alone + plan.masks)
             size = torch.from_numpy(np.where(sampled, texts.lengths, 0)).double()
-            estimate = _estimate(blocks, [costs for costs, *_ in found], size)
+            # a round of many masks says more than one of few
+            share = (torch.tensor(masks_of) / sum(masks_of)).double()
+            costs = sum(w * part for w, (part, *_) in zip(share, found, strict=True))
+            estimate = _estimate(blocks, cast(Tensor, costs), size)
             error = estimate.stated()
             if target is None or error <= target:
                 break
-            left = max(2.0, math.ceil(replicates * plan.masks * ((error / target) ** 2 - 1)))
+            measured = plan.replicates * sum(masks_of)
+            left = max(2.0, math.ceil(measured * ((error / target) ** 2 - 1)))
         called = sum(gather(made.forward))
     notes = [way.note] if sampled.any() else []
     if not sampled.all():
@@ -247,7 +253,7 @@ def estimate_masks(
         ]
     elif surrogate is not None and sampled.any():
         notes += ["the surrogate is not used: its masks cost more than they save"]
-    by_token = _by_token(model, batch, order, found) if per_example else None
+    by_token = _by_token(model, batch, order, found, share) if per_example else None
     return Estimate(estimate, _edges(model), called, tuple(notes), by_token)
 
 
@@ -263,21 +269,21 @@ def _draw(
     return estimator.costs(groups[g].tolist(), some, plan, coefficients, turn)
 
 
-def _estimate(blocks: Sequence[Tensor], costs: Sequence[Tensor], size: Tensor) -> SurveyEstimate:
-    """Return the estimate of all texts from the costs of some rounds, (N, R, CELLS) each."""
+def _estimate(blocks: Sequence[Tensor], costs: Tensor, size: Tensor) -> SurveyEstimate:
+    """Return the estimate of all texts from their costs, (N, R, CELLS)."""
     # prior and reconstruction are 0: nothing shows at the end, and all at the beginning
-    whole = torch.nn.functional.pad(torch.cat(list(costs), 1), (2, 0))
+    whole = torch.nn.functional.pad(costs, (2, 0))
     known = torch.zeros(len(whole), 2 + CELLS, dtype=torch.float64)
     return SurveyEstimate(blocks, whole.split([len(b) for b in blocks]), known, size)
 
 
 def _by_token(
-    model: Model, batch: Batch, order: Tensor, found: Sequence[Sequence[Tensor]]
+    model: Model, batch: Batch, order: Tensor, found: Sequence[Sequence[Tensor]], share: Tensor
 ) -> TokenCosts:
     """Return the costs of tokens and their errors in the order of the examples."""
-    rounds = len(found)
-    mean = torch.stack([part for _, part, _ in found]).mean(0)
-    error = torch.stack([part for _, _, part in found]).square().sum(0).sqrt() / rounds
+    of_round = share[:, None, None]
+    mean = (of_round * torch.stack([part for _, part, _ in found])).sum(0)
+    error = (of_round * torch.stack([part for _, _, part in found])).square().sum(0).sqrt()
     back = order.argsort()
     scored = model.scored_places(batch).cpu()
     parts = (torch.where(scored, v[back].view(scored.shape), torch.nan) for v in (mean, error))
