@@ -19,6 +19,7 @@ from support.commands import nelbo_fails
         ("evaluate run --step=3", "evaluate has no option --step; did you mean --steps?"),
         ("evaluate run --colour", "no option --colour; see: nelbo evaluate --help"),
         ("evaluate run --sampler no", 'Choose from: "left-to-right", "greedy", "margin"'),
+        ("evaluate run --guidance 3", "guidance has no likelihood"),
         ("evaluate run --target-errors 3", "did you mean --target-error?"),
     ],
 )

@@ -222,5 +222,7 @@ def test_what_does_not_fit_is_refused(kind, condition, words):
 def test_guidance_is_no_likelihood():
     with pytest.raises(ValueError, match=r"guidance has no likelihood.*measure P"):
         evaluate((text_unet(), ddpm()), images(), condition=prompts(), guidance=4.0)
+    with pytest.raises(ValueError, match="guidance has no likelihood"):
+        evaluate("diffusers:folder", images(), guidance=4.0)
     with pytest.raises(ValueError, match="guidance scale"):
         build(text_unet(time_cond_proj_dim=4), ddpm(), condition=prompts(), scaling=Affine())

@@ -803,3 +803,29 @@ class TestInMemory:
                 evaluate((network, scheduler), x, condition=condition)
         with pytest.raises(ValueError, match="because label is one for all"):
             build(network, scheduler, condition=labels, label=1)
+
+
+def test_a_time_that_a_sampler_takes_twice_is_one_step():
+    """PNDM without its first phase, as Stable Diffusion has it."""
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    network = Recorder()
+    found = build(network, scheduler, steps=10)
+    with torch.no_grad():
+        elbo(found.model, images(), found.times)
+    scheduler.set_timesteps(10)
+    assert len(scheduler.timesteps) == 11
+    told = {float(t) for _, time in network.given for t in time}
+    assert told == set(scheduler.timesteps.tolist()) and found.times.steps == 10
+
+
+@pytest.mark.parametrize("kind", ["DDIM", "DPMSolverMultistep", "UniPCMultistep"])
+def test_as_many_steps_as_in_training_are_all_of_them(kind):
+    """Also where the scheduler never takes the first of them: a study ends with all steps."""
+    offset = {"steps_offset": 1, "clip_sample": False} if kind == "DDIM" else {}
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=20, **offset)
+    some, every = (build(Recorder(), scheduler, steps=n) for n in (20, None))
+    times = torch.arange(1, 21).double() / 20
+    one, other = (found.model.process.schedule(times) for found in (some, every))
+    assert some.times.steps == 20 and torch.equal(one, other)
+    with pytest.raises(ValueError, match="20 steps, and 21 were asked for"):
+        build(Recorder(), scheduler, steps=21)

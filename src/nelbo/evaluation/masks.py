@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import numpy as np
 import torch
@@ -225,8 +224,8 @@ def estimate_masks(
             size = torch.from_numpy(np.where(sampled, texts.lengths, 0)).double()
             # a round of many masks says more than one of few
             share = (torch.tensor(masks_of) / sum(masks_of)).double()
-            costs = sum(w * part for w, (part, *_) in zip(share, found, strict=True))
-            estimate = _estimate(blocks, cast(Tensor, costs), size)
+            costs = torch.stack([part for part, *_ in found])
+            estimate = _estimate(blocks, (share[:, None, None, None] * costs).sum(0), size)
             error = estimate.stated()
             if target is None or error <= target:
                 break

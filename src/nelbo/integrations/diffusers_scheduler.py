@@ -59,7 +59,10 @@ def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, T
     Args:
         scheduler: one that takes some of the T times; or σ's, at times of its own.
         gamma: γ_1..γ_T.
-        steps: their number.
+        steps: their number; all T are the steps of the training if the scheduler takes others.
+
+    Raises:
+        ValueError: the times are repeated, or outside of those of the training.
     """
     total = len(gamma)
     if not 1 <= steps <= total:
@@ -68,7 +71,7 @@ def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, T
     times = scheduler.timesteps.double().flip(0)
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
-        times = times.sort().values
+        times = times.unique()  # which sorts; PNDM takes one of them twice
         rising = times
     else:
         sigmas = rising = sigmas[:-1].double().flip(0)
@@ -77,10 +80,13 @@ def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, T
             rising = sigmas
     inside = times[0] >= 0 and times[-1] <= total - 1
     if len(times) != steps or not inside or len(rising) != steps or (rising.diff() <= 0).any():
+        if steps == total:  # all steps of the training, which the scheduler never takes
+            return gamma, torch.arange(total)
+        hint = ", or set steps_offset to 0" if scheduler.config.get("steps_offset") else ""
         raise ValueError(
             f"for {steps} steps the scheduler takes {len(times)} times from {times[0]:g} to"
             f" {times[-1]:g}, some of them outside of 0..{total - 1} or repeated; give another"
-            " number of steps, or none for all, or set steps_offset to 0"
+            f" number of steps, or none for all {total}{hint}"
         )
     whole = times.long()
     if (times == whole).all():

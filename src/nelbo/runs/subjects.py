@@ -350,6 +350,8 @@ def subject_of(
             raise ValueError("a network brings no data; give examples, as in evaluate(network, x)")
         made = memory.read(run, data, steps=steps, condition=condition, reading=reading)
         return OfForeign(foreign=made), None
+    if "guidance" in reading:
+        raise ValueError(memory.GUIDANCE)
     if reading:
         raise ValueError(f"{', '.join(sorted(reading))} say how a network is read; leave them out")
     if isinstance(run, str) and integrations.is_foreign(run):
