@@ -120,3 +120,19 @@ def test_degrees_of_freedom():
     few, enough = torch.ones(1), torch.ones(3)
     assert math.isnan(freedoms(few, few)) and math.isnan(freedoms(0 * enough, enough))
     assert math.isnan(widened(math.nan))
+
+
+def test_a_short_text_among_long_ones_has_an_error_of_its_own_size():
+    """Replicates of texts of 4 symbols and of 64, the reference all of 64; and the others that
+    are scored beside a text do not change its error."""
+    torch.manual_seed(0)
+    size = torch.tensor([64.0] * 50 + [4.0] * 40 + [64.0] * 40).double()
+    values = 100 + size[:, None].sqrt() * torch.randn(len(size), 8).double()
+    reference, texts = values[:50], values[50:]
+    found = errors([texts], reference, size)
+    true = (size[50:] / 8).sqrt()
+    assert found[:40].median().item() == pytest.approx(true[0].item(), rel=0.4)
+    assert found[40:].median().item() == pytest.approx(true[-1].item(), rel=0.3)
+    alone = errors([texts[:1]], reference, size[:51])
+    torch.testing.assert_close(alone, found[:1], rtol=0.5, atol=0)
+    assert alone.item() < errors([texts[:1]], reference).item() / 2

@@ -235,7 +235,7 @@ class Scorer:
         self.model, known = model, first(Batch.of(reference))
         self.define(torch.zeros(1), known.x[:1], schema, 0.0)  # raises before the work
         self.usual = self._of_columns(known).mean(0)
-        self.replicates = self._nats(known)
+        self.replicates, self.size = self._nats(known), self._size(known)
         nats = self.replicates.mean(1)
         self.mean = nats.mean().item()
         self.reference = self.define(nats, known.x, schema, self.mean)
@@ -244,10 +244,11 @@ class Scorer:
         """Return the scores of examples x, (N, *shape), or of a `Batch`."""
         batch, model = batch_of(self.model, x), self.model
         each = self._nats(batch)
-        nats, error = each.mean(1), _overflown(errors([each], self.replicates))
+        size = self._size(batch)
+        sizes = None if size is None or self.size is None else torch.cat([self.size, size])
+        nats, error = each.mean(1), _overflown(errors([each], self.replicates, sizes))
         score = self.define(nats, batch.x, self.schema, self.mean)
-        any_length = model.process.absent is not None
-        dims = model.scored_places(batch).sum(1).double() if any_length else model.dims
+        dims = model.dims if size is None else size
         bits = None if model.decoder.density else 1 / (dims * LOG_2)
         found = Scored(score, nats, error, self.reference, bits)
         if not self.schema.columns:
@@ -264,6 +265,12 @@ class Scorer:
         grid = grid_of(self.model, STEPS)
         (bound,) = by_dimension(self.model, batch, grid, seed=self.seed)
         return by_column(-bound.elbo, known)
+
+    def _size(self, batch: Batch) -> Tensor | None:
+        """Return the number of symbols of each text, (N,); None where all examples have one."""
+        if self.model.process.absent is None:
+            return None
+        return self.model.scored_places(batch).sum(1).double()
 
     def _nats(self, batch: Batch) -> Tensor:
         """Return the bound on -log P(x) of each example and replicate; (N, REPLICATES)."""

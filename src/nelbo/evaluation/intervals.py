@@ -109,17 +109,25 @@ def errors(
         replicates: of the examples, in blocks (n_g, R_g).
         reference: replicates of other examples, (M, R), which define typical values and share
             their variances; the examples themselves where left out.
-        size: of each example, (n,), such as its number of tokens, where examples differ in it:
-            they share the variance relative to a power of it. The error of an example of size 0,
-            which has no noise, is 0.
+        size: of each example, (n,), or of the others and of these, (M + n,), such as its number of
+            tokens, where they differ in it: they share the variance relative to a power of it. The
+            error of an example of size 0, which has no noise, is 0.
     """
     if size is not None:
-        noisy, error = size > 0, torch.zeros_like(size)
-        parts = zip(replicates, noisy.split(list(map(len, replicates))), strict=True)
-        if noise := [block[some] for block, some in parts if some.any()]:
-            scale = size[noisy] ** (_power(noise, size[noisy]) / 2)
-            both = zip(noise, scale.split(list(map(len, noise))), strict=True)
-            error[noisy] = scale * errors([block / s[:, None] for block, s in both], reference)
+        blocks = [*replicates] if reference is None else [reference, *replicates]
+        sizes = size.split(list(map(len, blocks)))
+        noise = [(b[s > 0], s[s > 0]) for b, s in zip(blocks, sizes, strict=True) if s.any()]
+        error = torch.zeros_like(torch.cat(sizes[len(sizes) - len(replicates) :]))
+        if noise:
+            # others define what is usual, so that the error of an example is its own
+            known_noise, known_size = zip(
+                *(noise if reference is None else noise[:1]), strict=True
+            )
+            power = _power(known_noise, torch.cat(known_size)) / 2
+            scaled = [block / of[:, None] ** power for block, of in noise]
+            others, own = (None, scaled) if reference is None else (scaled[0], scaled[1:])
+            some = size[len(size) - len(error) :]
+            error[some > 0] = some[some > 0] ** power * errors(own, others)
         return error
     known = 0 if reference is None else len(reference)
     replicates = [*replicates] if reference is None else [reference, *replicates]
