@@ -200,13 +200,22 @@ def test_the_bound_is_estimated(times, masks):
     wanted = sum(by_counts(x, 2) if times is None else by_steps(x, 2, 2) for x in X) / len(X)
     off = []
     for seed in range(6):
-        calls = 16 if masks is None else 256
+        calls = 16 if masks is None else 4  # of six masks in all
         options = {"times": times, "masks": masks, "calls": calls, "seed": seed}
         found = nelbo.evaluate(model, X.repeat(2, 1), **options)
         error = found.standard_error.monte_carlo * found.nats / found.bits_per_dim
         off.append((found.nats - wanted.item()) / error)
     assert error < 0.1 * wanted
     assert 0.3 < sum(v * v for v in off) < 28, off  # χ² of 6, but for 1 in 1000 below, 10^4 above
+
+
+def test_all_masks_of_a_few_blocks_are_exact():
+    """As many calls as there are masks: the sum over the counts of each block, no error."""
+    model = made(BlockDiffusion(PowerAlpha(2.0), K, 2))
+    found = nelbo.evaluate(model, X, masks="plain", calls=256)
+    wanted = sum(by_counts(x, 2) for x in X) / len(X)
+    assert found.nats == pytest.approx(wanted.item(), rel=1e-12)
+    assert found.standard_error.monte_carlo == 0
 
 
 def test_the_block_of_a_time():
