@@ -10,7 +10,7 @@ from nelbo.evaluation.result import CurvePoint, StandardError, Terms
 
 
 def measured(steps):
-    """What the table of several steps shows of a bound, with a cost of 1 per unit of time."""
+    """A bound as the table of several steps shows it, with a cost of 1 per unit of time."""
     ends = [t / steps for t in range(steps + 1)]
     return SimpleNamespace(
         given="",

@@ -114,21 +114,7 @@ def errors(
             error of an example of size 0, which has no noise, is 0.
     """
     if size is not None:
-        blocks = [*replicates] if reference is None else [reference, *replicates]
-        sizes = size.split(list(map(len, blocks)))
-        noise = [(b[s > 0], s[s > 0]) for b, s in zip(blocks, sizes, strict=True) if s.any()]
-        error = torch.zeros_like(torch.cat(sizes[len(sizes) - len(replicates) :]))
-        if noise:
-            # others define what is usual, so that the error of an example is its own
-            known_noise, known_size = zip(
-                *(noise if reference is None else noise[:1]), strict=True
-            )
-            power = _power(known_noise, torch.cat(known_size)) / 2
-            scaled = [block / of[:, None] ** power for block, of in noise]
-            others, own = (None, scaled) if reference is None else (scaled[0], scaled[1:])
-            some = size[len(size) - len(error) :]
-            error[some > 0] = some[some > 0] ** power * errors(own, others)
-        return error
+        return _relative_errors(replicates, reference, size)
     known = 0 if reference is None else len(reference)
     replicates = [*replicates] if reference is None else [reference, *replicates]
     counts = torch.cat([torch.full((len(b),), b.shape[1]) for b in replicates])
@@ -146,6 +132,26 @@ def errors(
     enough = far & (counts >= OWN)
     error[enough] = (alone / counts)[enough].sqrt() * widened(OWN - 1)
     return torch.where(error > 0, error, math.nan)[known:]
+
+
+def _relative_errors(
+    replicates: Sequence[Tensor], reference: Tensor | None, size: Tensor
+) -> Tensor:
+    """Return the errors of examples whose noise grows with a power of their size, (n,)."""
+    blocks = [*replicates] if reference is None else [reference, *replicates]
+    parts = zip(blocks, size.split(list(map(len, blocks))), strict=True)
+    noise = [(block[of > 0], of[of > 0]) for block, of in parts if of.any()]
+    own = size[len(size) - sum(map(len, replicates)) :]
+    error = torch.zeros_like(own)
+    if not noise:
+        return error
+    # others define what is usual, so that the error of an example is its own
+    usual, sizes = zip(*(noise if reference is None else noise[:1]), strict=True)
+    power = _power(usual, torch.cat(sizes)) / 2
+    scaled = [block / of[:, None] ** power for block, of in noise]
+    others, rest = (None, scaled) if reference is None else (scaled[0], scaled[1:])
+    error[own > 0] = own[own > 0] ** power * errors(rest, others)
+    return error
 
 
 def _power(replicates: Sequence[Tensor], size: Tensor) -> float:

@@ -193,7 +193,7 @@ class SurveyEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an estimator has found for the examples.
+    """An estimator's result for the examples.
 
     Args:
         costs: of the terms, nats.

@@ -127,7 +127,7 @@ class ForeignText(Foreign):
 
     @property
     def _reader(self) -> TextReader:
-        """What reads texts, by all that is known of the model with its weights."""
+        """The reader of texts, by all that is known of the model with its weights."""
         assert self.reader is not None
         return replace(self.reader, rules=cast(TokenModel, self.model).rules)
 

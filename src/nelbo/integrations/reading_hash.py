@@ -1,4 +1,4 @@
-"""What says how a foreign network is read, for the hash of its model.
+"""The reading of a foreign network in words and numbers, for the hash of its model.
 
 Its weights do not: two functions of a user, such as time inputs, may have one name, as all lambdas
 do. So functions count by their values at fixed inputs, where the model uses them.

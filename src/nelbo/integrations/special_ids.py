@@ -18,7 +18,7 @@ LISTED = 12  # ids in a note
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """What ids mean in arrays of them, and which cannot be predicted.
+    """The meaning of ids in arrays of them, and those that cannot be predicted.
 
     Args:
         shown: ids that show wherever they are.

@@ -82,7 +82,7 @@ class TextFolder:
 
     @property
     def kind(self) -> Kind:
-        """What the model type says of the model; a masked one where it is unknown."""
+        """The kind of the model by its model type; a masked one where that is unknown."""
         return next((v for k, v in KINDS.items() if self.name.startswith(k)), Kind())
 
     @property

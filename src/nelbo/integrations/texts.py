@@ -95,7 +95,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 @dataclass(frozen=True)
 class TextReader:
-    """What reads texts for a model, before its weights are read or after.
+    """A reader of texts for a model, before its weights are read or after.
 
     Args:
         tokenizer: of the model.

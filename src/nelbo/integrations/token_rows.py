@@ -18,7 +18,7 @@ Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
 
 @dataclass(frozen=True)
 class TokenRules:
-    """What texts a model of tokens takes; known of a folder before its weights are read.
+    """Rules for the texts of a model of tokens; known of a folder before its weights are read.
 
     Args:
         vocabulary: the number V of ids; None if it is not known yet.

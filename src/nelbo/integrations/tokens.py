@@ -303,7 +303,7 @@ class TokenModel(Model):
 
     @property
     def rules(self) -> TokenRules:
-        """What texts it takes."""
+        """The rules for its texts."""
         network, never = self.network, frozenset(self.never.tolist())
         parts = network.vocabulary, network.mask_id, never, self.length
         return TokenRules(*parts, self.process.alike)
