@@ -1,5 +1,6 @@
 """Text as tokens: byte pairs learned here, a tokenizer of a folder, and runs of them."""
 
+import csv
 import json
 import math
 
@@ -9,11 +10,12 @@ import torch
 from integrations.test_huggingface import write_tokenizer
 from support.commands import nelbo_fails, run_ok
 from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models
 
 import nelbo
 from nelbo import data
 from nelbo.data.readers.text import decode
-from nelbo.data.tokenizer import Tokenizer, make
+from nelbo.data.tokenizer import Tokenizer, make, sizes_of
 from nelbo.models.build import build
 from nelbo.runs import config as run_config
 from nelbo.training.presets import configure
@@ -58,6 +60,32 @@ def test_tokens_give_every_text_back(file):
         data.load(file.parent / "short.txt", tokenizer=tokenizer, size=12)
 
 
+def test_the_characters_and_bytes_of_tokens(file):
+    """Also where tokens divide characters; none where a token's text depends on its neighbours."""
+    text = " x 日本\r\n\t é \U0001f600 the mat" + TEXT
+    tokenizer = make("bpe:300", TEXT)
+    ids = tokenizer.encode(text, "it").tolist()
+    sizes = tokenizer.sizes()
+    for end in range(len(ids) + 1):  # a part of a character counts in characters once it begins
+        part = tokenizer.decode(ids[:end])
+        characters, size = sizes[ids[:end]].sum(0).tolist()
+        assert characters == len(part)
+        assert size == len(part.encode()) or part.endswith("\ufffd")
+    schema = data.load(file, tokenizer="bpe:300", size=12).schema
+    x = torch.full((2, 12), 300)
+    x.flatten()[:20] = torch.tensor(ids[:20])
+    found = schema.sizes(x)
+    assert found["token"].tolist() == [12, 8]
+    assert found["byte"].tolist() == [sizes[some, 1].sum() for some in (ids[:12], ids[12:20])]
+    assert data.load(file, size=12).schema.sizes(x[:1] % 30)["character"].tolist() == [12]
+    assert data.load("digits").schema.sizes(x) == {}
+    for pieces, joined in ((decoders.Fuse(), True), (decoders.Metaspace(), False)):
+        library = Library(models.WordLevel({"a": 0, "▁b": 1, "日本": 3}, "a"))
+        library.decoder = pieces
+        sizes = sizes_of(library)
+        assert sizes is None if not joined else sizes.tolist() == [[1, 1], [2, 4], [0, 0], [2, 6]]
+
+
 def test_a_run_of_tokens(tmp_path, file, capsys):
     """Train, evaluate per token, character and byte, sample, score, compress."""
     run = tmp_path / "run"
@@ -84,7 +112,16 @@ def test_a_run_of_tokens(tmp_path, file, capsys):
     run_ok("sample", run, "--n", 3, "--steps", 2, "--grid", "uniform")
     assert len(capsys.readouterr().out.split("\n" + "-" * 72 + "\n")) == 4
     assert all(isinstance(s, str) for s in nelbo.load(run).sample(2, sampler="entropy"))
-    assert len(nelbo.load(run).score(calls=8)) == len(test)
+    run_ok("score", run, "--out", tmp_path / "s.csv", "--calls", 8)
+    with (tmp_path / "s.csv").open() as stream:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+    for unit, size in (("token", whole), ("character", len(text)), ("byte", len(text.encode()))):
+        assert sum(row[f"{unit}s"] for row in rows) == size
+        for row in rows:
+            for name, value in (("", row["nats"]), ("_error", row["standard_error"])):
+                wanted = value / row[f"{unit}s"] / math.log(2)
+                assert math.isclose(row[f"bits_per_{unit}{name}"], wanted, rel_tol=1e-4)
+    assert len(rows) == len(test) and "bits_per_dim" not in rows[0]
     capsys.readouterr()
     run_ok("compress", run, tmp_path / "other.txt", "--out", tmp_path / "o.nlb", "--steps", 2)
     coded = kept.encode((tmp_path / "other.txt").read_text(), "it")
@@ -93,7 +130,10 @@ def test_a_run_of_tokens(tmp_path, file, capsys):
     said = f"{bits:.3f} bits/token, {size:.3f} bits/byte of the text, in all"
     assert len(coded) % 12 and said in capsys.readouterr().err
     report = nelbo.inspect(tmp_path / "o.nlb")
-    assert report.bits_per_dim == bits
+    assert report.bits_per_dim == bits and report.dimension == "token"
+    run_ok("inspect", tmp_path / "o.nlb")
+    out = capsys.readouterr().out
+    assert f"{bits:.4f} bits/token in all" in out and "bits/dim" not in out
     assert report.blocks[0].bits_per_dim == 8 * report.blocks[0].size / len(coded)
     run_ok("decompress", run, tmp_path / "o.nlb", "--out", tmp_path / "back.txt")
     assert (tmp_path / "back.txt").read_bytes() == (tmp_path / "other.txt").read_bytes()

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,11 +57,22 @@ def test_the_bits_of_each_text(tmp_path, capsys, data):
         _ = scored.rank
 
 
+class OfPython:
+    """A tokenizer that does not say what text its tokens are."""
+
+    def __init__(self, tokenizer):
+        self.encode, self.decode = tokenizer.encode, tokenizer.decode
+
+
 def test_characters_are_those_of_the_scored_text_alone(tmp_path):
-    """Not those of prompts; chunks may divide a character, so they have tokens alone."""
+    """Not those of prompts; of chunks, where the text of tokens is that of each."""
     found = huggingface.load(write(tmp_path / "m"))
     (tmp_path / "a.txt").write_text("abcd" * 5)
-    assert nelbo.score(found, str(tmp_path / "a.txt"), calls=8).sizes.keys() == {"token"}
+    sizes = nelbo.score(found, str(tmp_path / "a.txt"), calls=8).sizes
+    for unit in ("token", "character", "byte"):
+        assert sizes[unit].tolist() == [8, 8, 4]
+    slow = replace(found.reader, tokenizer=OfPython(found.reader.tokenizer))
+    assert not slow.read(tmp_path / "a.txt").sizes
     assert nelbo.score(found, [[1, 4, 5, 2]], calls=8).sizes.keys() == {"token"}
     sizes = nelbo.score(found, ROWS, calls=8).sizes
     assert {k: v.tolist() for k, v in sizes.items()} == {

@@ -146,7 +146,8 @@ def compressed(name: str, report: Report) -> None:
     title = f"{name}: {header.examples} examples in {report.size} bytes"
     console.print(title, highlight=False, markup=False, soft_wrap=True)
     table = Table()
-    for column in ("examples", "by", "seeds", "batches", "bytes", "bits/dim"):
+    unit = f"bits/{report.dimension}"
+    for column in ("examples", "by", "seeds", "batches", "bytes", escape(unit)):
         table.add_column(column, justify="left" if column == "by" else "right")
     for block in report.blocks:
         place = f"{block.first}..{block.first + block.count - 1}"
@@ -157,7 +158,7 @@ def compressed(name: str, report: Report) -> None:
     bound = "none was coded by the model" if report.bound is None else f"{report.bound:.4f}"
     versions = ", ".join(f"{of} {version}" for of, version in header.versions.items())
     lines = (
-        f"{report.bits_per_dim:.4f} bits/dim in all; bound on the coded latents: {bound}",
+        f"{report.bits_per_dim:.4f} {unit} in all; bound on the coded latents: {bound}",
         f"examples of {shape} numbers with {header.levels} levels; {len(header.steps) - 1}"
         f" steps; effort {header.effort}; network in {header.precision} on {header.device}",
         f"model {header.model}, weights: {header.weights}; {versions}",

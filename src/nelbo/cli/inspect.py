@@ -17,7 +17,7 @@ def inspect(
 ) -> None:
     """Describe DATA: the columns of a table, and anything that makes its likelihood meaningless.
 
-    For a compressed file, show its header, bits/dim, bound and blocks.
+    For a compressed file, show its header, bits per dimension or symbol, bound and blocks.
 
     Parameters
     ----------

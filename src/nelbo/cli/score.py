@@ -49,8 +49,8 @@ def score(
     out
         A .csv file with one line per example, in the order of the data. For a table, each line
         names the three columns that contribute most, and by how many nats more than usual; this
-        takes 32 more network calls for each row. For texts of hf:FOLDER, each line has the scored
-        tokens, characters and bytes, and the bits per each of them, with their errors.
+        takes 32 more network calls for each row. For a text, each line has the scored tokens,
+        characters and bytes, those that are known, and the bits per each of them, with errors.
     score
         The score, larger for more anomalous examples. bound: the bound on -log P(x); complexity:
         the bound minus the length of a lossless code of the example; typicality: the distance of

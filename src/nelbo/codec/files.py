@@ -9,6 +9,7 @@ from nelbo._utils import limits
 from nelbo._utils.distributed import main_process_first
 from nelbo._utils.files import check_writable, write
 from nelbo._utils.numerics import LOG_2
+from nelbo._utils.text import shortened
 from nelbo.codec.api import BLOCK, Decoded, compress, decompress, describe, head_of
 from nelbo.codec.coding.blocks import EVEN, MODEL, PACKED, Block, nothing
 from nelbo.codec.coding.codec import check_codable
@@ -93,12 +94,13 @@ def compress_file(
     if not len(found.x):
         raise ValueError(f"{source} has no examples to compress")
     settings = Settings(tuple(times().times.tolist()), precision, effort)
+    unit = {} if model.dimension == Model.dimension else {"dimension": model.dimension}
     data = compress(
         model,
         found.x,
         settings,
         block=block,
-        contents=dict(found.about),
+        contents={**found.about, **unit},
         extra=found.extra,
         weights=weights,
         verify=verify,
@@ -160,14 +162,16 @@ class Report:
     Args:
         size: bytes of the file.
         header: its header.
+        dimension: name of a dimension, such as dim, or token of a text.
         bits_per_dim: bits per dimension of the file; symbols that fill up a text do not count.
-        bound: bits/dim of one draw of the bound of the examples coded by the model, at the latents
-            in the file; None if there are none.
+        bound: bits per dimension of one draw of the bound of the examples coded by the model, at
+            the latents in the file; None if there are none.
         blocks: its blocks.
     """
 
     size: int
     header: Header
+    dimension: str
     bits_per_dim: float
     bound: float | None
     blocks: tuple[BlockReport, ...]
@@ -190,7 +194,8 @@ def report(data: bytes) -> Report:
         _of_block(b, b.count * dims - (padded - numbers) * (b.first + b.count == end))
         for b in blocks
     )
-    return Report(len(data), header, 8 * len(data) / numbers, bound, each)
+    dimension = shortened(str(header.contents.get("dimension", Model.dimension)), 16)
+    return Report(len(data), header, dimension, 8 * len(data) / numbers, bound, each)
 
 
 def _of_block(block: Block, numbers: int) -> BlockReport:

@@ -173,14 +173,32 @@ class Schema(Record):
         """
         if not self.text or bits_per_dim is None:
             return {}
-        bits = {f"bits_per_{self.symbol}": bits_per_dim}
-        if self.tokenizer is not None:
-            tokens = x[:][x[:] != self.absent]
-            text = self.tokenizer.decode(tokens.tolist())
-            whole = bits_per_dim * len(tokens)
-            bits["bits_per_character"] = whole / len(text)
-            bits["bits_per_byte"] = whole / len(text.encode())
+        sizes = {unit: int(size.sum()) for unit, size in self.sizes(x).items()}
+        if self.tokenizer is not None and "byte" not in sizes:
+            text = self.tokenizer.decode(x[:][x[:] != self.absent].tolist())
+            sizes |= {"character": len(text), "byte": len(text.encode())}
+        count = sizes[self.symbol]
+        bits = {f"bits_per_{unit}": bits_per_dim * (count / size) for unit, size in sizes.items()}
         return bits | {"perplexity": 2**bits_per_dim}
+
+    def sizes(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the number of symbols of each text, (N,), by their name; {} for other data.
+
+        Of tokens, it is also that of characters and of bytes, where the tokenizer joins the text
+        of tokens (`Tokenizer.sizes`). A character that two texts divide counts in the first.
+
+        Args:
+            x: the examples, (N, *shape).
+        """
+        if not self.text:
+            return {}
+        ids = x[:].long()
+        found = {self.symbol: ids.ne(self.levels or 0).sum(1)}
+        each = None if self.tokenizer is None else self.tokenizer.sizes()
+        if each is not None:
+            known = torch.cat([each, each.new_zeros(1, 2)])[ids]
+            found |= {"character": known[..., 0].sum(1), "byte": known[..., 1].sum(1)}
+        return found
 
     @property
     def density(self) -> bool:

@@ -8,11 +8,13 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from nelbo._utils import limits
@@ -26,6 +28,11 @@ FILE = "tokenizer.json"
 BYTES = 256  # symbols of which byte pairs are made
 LARGEST = 65536  # tokens: what is stored and predicted as levels
 SHOWN = 40  # characters of a text in a message
+PART = "\ufffd"  # what the bytes of a part of a character are decoded to
+#: the bytes of the letters of GPT-2: those that can be printed are themselves, others from 256 on
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTED]
+LETTERS = {chr(byte): byte for byte in PRINTED} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,41 @@ class Tokenizer(Record):
         """Return the text of ids."""
         text: str = _loaded(self.content).decode(ids, skip_special_tokens=False)
         return text
+
+    def sizes(self) -> Tensor | None:
+        """Return the characters and bytes of each token, (count, 2), int64; see `sizes_of`."""
+        return _sizes(self.content)
+
+
+def sizes_of(tokenizer: "tokenizers.Tokenizer") -> Tensor | None:
+    """Return the characters and bytes of each token of a tokenizer of the library, (V, 2), int64.
+
+    A character that several tokens divide counts in the one with its first byte; an id without a
+    token has neither. None where the text of tokens is not that of each, joined: with some
+    tokenizers it depends on the tokens beside it, as where the first space is left out.
+    """
+    names = {i: name for name, i in tokenizer.get_vocab().items()}
+    found = [(0, 0)] * (max(names) + 1)
+    of_bytes = type(tokenizer.decoder).__name__ == "ByteLevel"
+    text_of = partial(tokenizer.decode, skip_special_tokens=False)
+    first = min(names)
+    ends = text_of([first])
+    for i, name in names.items():
+        content = _bytes_of(name)
+        if not of_bytes:
+            text = text_of([i])
+            if PART in text or text_of([first, i, first]) != ends + text + ends:
+                return None
+            content = text.encode()
+        # the other bytes continue a character
+        found[i] = sum(byte >> 6 != 0b10 for byte in content), len(content)
+    return torch.tensor(found)
+
+
+def _bytes_of(name: str) -> bytes:
+    """Return the bytes of a token whose name has a letter for each; of any other its own."""
+    known = [LETTERS[letter] for letter in name if letter in LETTERS]
+    return bytes(known) if len(known) == len(name) else name.encode()
 
 
 def make(spec: str, text: str) -> Tokenizer:
@@ -161,6 +203,11 @@ def _library() -> Any:  # noqa: ANN401 - a module
     except ImportError:
         raise ImportError("tokens need tokenizers: pip install 'nelbo[text]'") from None
     return tokenizers
+
+
+@lru_cache(maxsize=4)
+def _sizes(content: str) -> Tensor | None:
+    return sizes_of(_loaded(content))
 
 
 @lru_cache(maxsize=4)

@@ -99,11 +99,19 @@ class Model(nn.Module):
             return batch.x != self.process.absent
         return torch.ones(batch.x.shape, dtype=torch.bool)
 
+    def scored_counts(self, batch: Batch) -> Tensor | None:
+        """Return the number of symbols of each text whose cost the bound counts, (N,), int64.
+
+        None where every example has the same D dimensions.
+        """
+        if not self.any_length and self.process.absent is None:
+            return None
+        return self.scored_places(batch).sum(1)
+
     def scored(self, batch: Batch) -> float:
         """Return the mean number of dimensions of an example whose cost the bound counts."""
-        if self.process.absent is not None:
-            return self.scored_places(batch).sum().item() / max(1, len(batch))
-        return self.dims
+        counts = self.scored_counts(batch)
+        return self.dims if counts is None else counts.sum().item() / max(1, len(batch))
 
     def even_times(self, steps: int) -> Tensor:
         """Return the times that a number of steps T means, (T,), increasing, the last 1.

@@ -109,10 +109,11 @@ class Scored:
         nats: the bound on -log P(x), (N,).
         standard_error: Monte Carlo error of the bound, (N,); NaN where it is unknown.
         reference: scores of the reference, (M,); None for no reference.
-        bits: factor from nats to bits/dim, of all or of each, (N,); None for a density.
+        bits: factor from nats to bits/dim; None for a density and for texts.
         columns: names of the columns of a table.
         excess: contribution of each column, (N, len(columns)), nats; one draw of each term.
-        sizes: of texts, the number of scored tokens, characters and bytes of each, (N,).
+        sizes: of texts, the number of scored tokens, characters and bytes of each, (N,), by the
+            name of one, of those that are known.
         notes: a sentence for each choice that the meaning of the bound depends on.
     """
 
@@ -120,7 +121,7 @@ class Scored:
     nats: Tensor
     standard_error: Tensor
     reference: Tensor | None
-    bits: float | Tensor | None
+    bits: float | None
     columns: tuple[str, ...] = ()
     excess: Tensor | None = None
     sizes: Mapping[str, Tensor] = field(default_factory=dict)
@@ -235,7 +236,7 @@ class Scorer:
         self.model, known = model, first(Batch.of(reference))
         self.define(torch.zeros(1), known.x[:1], schema, 0.0)  # raises before the work
         self.usual = self._of_columns(known).mean(0)
-        self.replicates, self.size = self._nats(known), self._size(known)
+        self.replicates, self.counts = self._nats(known), model.scored_counts(known)
         nats = self.replicates.mean(1)
         self.mean = nats.mean().item()
         self.reference = self.define(nats, known.x, schema, self.mean)
@@ -244,13 +245,13 @@ class Scorer:
         """Return the scores of examples x, (N, *shape), or of a `Batch`."""
         batch, model = batch_of(self.model, x), self.model
         each = self._nats(batch)
-        size = self._size(batch)
-        sizes = None if size is None or self.size is None else torch.cat([self.size, size])
-        nats, error = each.mean(1), _overflown(errors([each], self.replicates, sizes))
+        counts = [n.double() for n in (self.counts, model.scored_counts(batch)) if n is not None]
+        size = torch.cat(counts) if counts else None
+        nats, error = each.mean(1), _overflown(errors([each], self.replicates, size))
         score = self.define(nats, batch.x, self.schema, self.mean)
-        dims = model.dims if size is None else size
-        bits = None if model.decoder.density else 1 / (dims * LOG_2)
-        found = Scored(score, nats, error, self.reference, bits)
+        sizes = self.schema.sizes(batch.x)
+        bits = None if model.decoder.density or sizes else 1 / (model.dims * LOG_2)
+        found = Scored(score, nats, error, self.reference, bits, sizes=sizes)
         if not self.schema.columns:
             return found
         names = tuple(column.name for column in self.schema.columns)
@@ -265,12 +266,6 @@ class Scorer:
         grid = grid_of(self.model, STEPS)
         (bound,) = by_dimension(self.model, batch, grid, seed=self.seed)
         return by_column(-bound.elbo, known)
-
-    def _size(self, batch: Batch) -> Tensor | None:
-        """Return the number of symbols of each text, (N,); None where all examples have one."""
-        if self.model.process.absent is None:
-            return None
-        return self.model.scored_places(batch).sum(1).double()
 
     def _nats(self, batch: Batch) -> Tensor:
         """Return the bound on -log P(x) of each example and replicate; (N, REPLICATES)."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from nelbo._utils.numerics import LOG_2
 from nelbo.data.readers import arrays
 from nelbo.data.splits import Declared
+from nelbo.data.tokenizer import sizes_of
 from nelbo.diffusion.batch import Batch
 from nelbo.integrations.special_ids import SpecialIds
 from nelbo.integrations.text_records import (
@@ -62,8 +63,8 @@ class Texts:
         size: bytes of all scored text in UTF-8; None if ids are all that is known.
         notes: a sentence for each choice.
         name: of the data, for the record.
-        sizes: characters and bytes of the scored text of each example, (N,), if they are known: a
-            token of a chunk may be a part of a character.
+        sizes: characters and bytes of the scored text of each example, (N,), if they are known;
+            of a character that two chunks divide, see `data.tokenizer.sizes_of`.
     """
 
     batch: Batch
@@ -242,7 +243,8 @@ class TextReader:
             " chunks would cost less per token",
         )
         batch = self.rules.batch(rows, _mask(shown))
-        return Texts(batch, len(text), len(text.encode()), notes)
+        sizes = _sizes(ids, size, text, self.tokenizer)
+        return Texts(batch, len(text), len(text.encode()), notes, sizes=sizes)
 
     def to_draw(self, prompts: Sequence[str], length: int | None) -> Batch:
         """Return texts of which prompts and special tokens show, and `length` tokens do not.
@@ -299,6 +301,16 @@ def _special(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         if whole[first : first + len(plain)] == plain:
             return whole[:first], whole[first + len(plain) :]
     raise ValueError("the tokenizer changes tokens when it adds special ones; give ids instead")
+
+
+def _sizes(ids: list[int], size: int, text: str, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """Return the characters and bytes of each chunk of a text, (N,); {} if they are not known."""
+    library = getattr(tokenizer, "backend_tokenizer", None)
+    each = None if library is None else sizes_of(library)
+    if each is None or each[ids].sum(0).tolist() != [len(text), len(text.encode())]:
+        return {}
+    found = torch.stack([part.sum(0) for part in each[ids].split(size)])
+    return {"character": found[:, 0], "byte": found[:, 1]}
 
 
 def _mask(rows: list[list[bool]]) -> Tensor:

@@ -240,10 +240,6 @@ class TokenModel(Model):
         return batch.condition == SCORED
 
     @override
-    def scored(self, batch: Batch) -> float:
-        return self.scored_places(batch).sum().item() / len(batch)
-
-    @override
     def even_times(self, steps: int) -> Tensor:
         """Return T times between which equal numbers of tokens change, (T,).
 

@@ -222,7 +222,7 @@ def inspect(
 
     Returns:
         The columns of a table, and anything that makes its likelihood meaningless; of a .nlb file,
-        its header, bits/dim, bound and blocks.
+        its header, bits per dimension or symbol, bound and blocks.
 
     Raises:
         FileNotFoundError: there is no such source.

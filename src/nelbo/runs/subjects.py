@@ -255,9 +255,9 @@ class OfModel(Subject):
 
     @override
     def sizes(self, batch: Batch) -> Mapping[str, Tensor]:
-        if not self.model.any_length:
-            return {}
-        return {"token": self.model.diffusion.scored_places(batch).sum(1)}
+        model = self.model.diffusion
+        counts = model.scored_counts(batch)
+        return {} if counts is None else {model.dimension: counts}
 
 
 @dataclass
