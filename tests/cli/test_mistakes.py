@@ -20,6 +20,8 @@ from support.commands import nelbo_fails
         ("evaluate run --colour", "no option --colour; see: nelbo evaluate --help"),
         ("evaluate run --sampler no", 'Choose from: "left-to-right", "greedy", "margin"'),
         ("evaluate run --guidance 3", "guidance has no likelihood"),
+        ("report run --steps 10,20", "whole number; got '10,20'; give one, such as 10"),
+        ("evaluate run --calls many", "--calls of evaluate must be a number; got 'many'; see"),
         ("evaluate run --target-errors 3", "did you mean --target-error?"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -393,6 +394,7 @@ def test_what_has_no_bound_is_refused(networks, config, words):
     ("scheduler", "config", "words"),
     [
         ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "dynamic_shifting"),
+        ("RePaintScheduler", {"clip_sample": False}, "does not say what the network predicts"),
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
         ("ScoreSdeVeScheduler", {}, "no betas"),
         (
@@ -533,6 +535,14 @@ def test_a_scheduler_that_takes_times_of_no_training_is_refused(networks, times)
             build(networks[3], scheduler, steps=2)
 
 
+@pytest.mark.parametrize("kind", ["KDPM2Discrete", "KDPM2AncestralDiscrete", "PNDM"])
+def test_a_scheduler_of_calls_between_its_steps_is_refused(networks, kind):
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(num_train_timesteps=40)  # PNDM: with PRK
+    build(networks[3], scheduler)  # all steps of the training
+    with pytest.raises(ValueError, match=rf"for 10 steps a {kind}Scheduler .*higher order"):
+        build(networks[3], scheduler, steps=10)
+
+
 def test_the_default_weights_are_those_that_their_index_names(networks, tmp_path):
     """Shards beside a file of other weights, which diffusers leaves to those who name it."""
     save(tmp_path, networks[3], ddpm())
@@ -546,9 +556,20 @@ def test_the_default_weights_are_those_that_their_index_names(networks, tmp_path
     found = load(f"diffusers:{tmp_path}").model
     assert all(map(torch.equal, found.state_dict().values(), want.state_dict().values()))
     index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    text = index.read_text()
     index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
     with pytest.raises(ValueError, match="must name the weights' files beside it"):
         load(f"diffusers:{tmp_path}")
+    index.write_text(text)
+    several = index.parent.glob("*-of-*")
+    one, two, *_ = sorted(several)
+    one.rename(moved := tmp_path / one.name)
+    with pytest.raises(FileNotFoundError, match=rf"index\.json names .*{one.name} is not beside"):
+        load(f"diffusers:{tmp_path}")
+    shutil.copy(two, one)  # as of a save with other shards
+    with pytest.raises(ValueError, match=rf"{one.name} (lacks|also has) the weight .* two saves"):
+        load(f"diffusers:{tmp_path}")
+    moved.replace(one)
     index.unlink()
     with pytest.raises(ValueError, match=r"several variants, .*non_ema.*; keep one"):
         load(f"diffusers:{tmp_path}")
@@ -569,6 +590,8 @@ def test_other_weights_beside_the_network_are_mentioned(networks, tmp_path):
     assert (
         "weights in unet are measured; for those in unet_ema, add ,weights=unet_ema" in notes[-1]
     )
+    with pytest.raises(ValueError, match=r"no weights of 'ema'.*; for those in unet_ema, add"):
+        load(f"diffusers:{tmp_path},weights=ema")
     found = load(f"diffusers:{tmp_path},weights=unet_ema")
     states = [each.state_dict().values() for each in (found.model.network.network.network, other)]
     assert all(map(torch.equal, *states))
@@ -660,6 +683,8 @@ def test_no_scheduler_passes_over_zero_snr(networks, kind):
         ("shift", 3.0, "no such key"),
         ("sigma_data", 0.5, "as the network was trained"),
         ("prediction_type", None, "epsilon, sample, v_prediction; got None"),
+        ("beta_start", "0.1", "beta_start='0.1', where a DDPMScheduler takes one number"),
+        ("steps_offset", [1], r"steps_offset=\[1\], where"),
     ],
 )
 def test_a_key_of_no_scheduler_is_refused(networks, tmp_path, key, value, words):

@@ -87,6 +87,7 @@ def test_several_steps_side_by_side(folder, capsys):
     for wrong, words in (("4,x", "several as in 10,50,200"), ("4,4", "twice"), ("0,4", "steps")):
         assert words in nelbo_fails(capsys, *begin, "--steps", wrong)
     assert "give one number" in nelbo_fails(capsys, *begin, "--steps", "2,4", "--ode")
+    assert "trained at 8 times only; leave --ode" in nelbo_fails(capsys, *begin[:-2], "--ode")
     assert "worse than uniform" not in shown.out
 
 

@@ -547,7 +547,11 @@ GOOD = {"predicts": "noise", "betas": BETAS}
     [
         ({"betas": [0.1, 0.0, 0.2]}, "betas must lie in (0, 1); number 1 is 0"),
         ({"betas": [0.1, 1.0, 0.2]}, "number 1 is 1"),
-        ({"betas": [0.1, float("nan")]}, "finite"),
+        ({"betas": [0.1, float("nan")]}, "betas must be finite numbers, those of the training;"),
+        ({"betas": [0.1, math.inf]}, "number 1 is inf"),
+        ({"betas": None, "sigmas": [0.1, math.nan, 0.5]}, "number 1 is nan"),
+        ({"betas": None, "sigmas": [math.nan, 0.5], "predicts": "flow"}, "number 0 is nan"),
+        ({"betas": [[0.1]]}, "betas must be"),
         ({"betas": None}, "one of betas, alphas, sigmas or schedule; got none"),
         ({"alphas": ALPHAS}, "got betas and alphas"),
         ({"betas": None, "alphas": ALPHAS[::-1].copy()}, "reverse order: give alphas.flip(0)"),

@@ -2,7 +2,13 @@
 
 from difflib import get_close_matches
 
-from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError
+from cyclopts import (
+    App,
+    CoercionError,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownOptionError,
+)
 from cyclopts.argument import Argument
 from cyclopts.exceptions import UnusedCliTokensError
 
@@ -21,6 +27,7 @@ NOT_HERE = {
     "guidance": "guidance has no likelihood, since it pushes x̂ beyond the network's prediction;"
     " leave it out, or use it in nelbo sample"
 }
+NUMBERS = {int: "a whole number", float: "a number"}
 ALIKE = 0.7  # of get_close_matches: at 0.6 epochs is like process, and limit like split
 
 
@@ -44,6 +51,16 @@ def sentence(error: CycloptsError, app: App) -> str:
         given = " ".join((error.root_input_tokens or [])[len(error.command_chain or ()) :])
         needs = _needs(known, True)
         return f"{command} needs {needs}; got {given or 'nothing'}; {_help(command)}"
+    if (
+        isinstance(error, CoercionError)
+        and error.token is not None
+        and error.token.source == "cli"
+        and error.target_type in NUMBERS
+    ):
+        name, value = error.token.keyword or command, error.token.value
+        first = value.partition(",")[0]
+        fix = f"give one, such as {first}" if first != value else _help(command)
+        return f"{name} of {command} must be {NUMBERS[error.target_type]}; got {value!r}; {fix}"
     return str(error).strip()
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization
-from nelbo.evaluation.dequantization import DEQUANTISERS
+from nelbo.evaluation.dequantization import DEQUANTISERS, check_gaussian
 from nelbo.evaluation.importance_bound import evaluate_importance
 from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
 from nelbo.evaluation.result import BoundEstimate
@@ -108,6 +108,15 @@ class Alternative:
                 f"{spell('dequantise')} must be one of {', '.join(DEQUANTISERS)}; got"
                 f" {self.dequantise!r}"
             )
+
+    def check_model(self, model: Model) -> None:
+        """Refuse a model without this bound, before it is asked for examples.
+
+        Raises:
+            ValueError: the model has no probability flow.
+        """
+        if self.ode:
+            check_gaussian(model)
 
     def measure(
         self, model: Model, times: TimeDiscretization | None

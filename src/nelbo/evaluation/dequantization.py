@@ -38,12 +38,17 @@ def check_gaussian(model: Model) -> ForwardProcess:
     """Return the process of a model that has a probability flow.
 
     Raises:
-        ValueError: if it has none, such as masked diffusion.
+        ValueError: if it has none, such as masked diffusion, or a network of some times only.
     """
     if not model.process.has_flow:
         raise ValueError(
             f"the ODE likelihood needs a Gaussian process; the model's is"
             f" {type(model.process).__name__}: symbols have no flow; use importance samples"
+        )
+    if (steps := model.process.schedule.steps) is not None:
+        raise ValueError(
+            f"the ODE likelihood needs a network of continuous time, and this one was trained at"
+            f" {steps} times only; leave --ode out, for the bound of its steps"
         )
     return model.process
 

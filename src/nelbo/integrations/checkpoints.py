@@ -196,17 +196,45 @@ def _check_dense(tensor: Tensor, where: str) -> None:
         raise ValueError(f"{where} repeats its numbers or is sparse; save the tensor contiguous")
 
 
-def in_index(index: Path) -> list[Path]:
-    """Return the files that an index of shards names beside it.
+def shards_of(index: Path) -> dict[str, set[str]]:
+    """Return the names of the weights in each file that an index of shards names beside it.
 
     Raises:
+        FileNotFoundError: one of the files is not there.
         ValueError: it names none, or files of other folders.
     """
     named = read_json(index).get("weight_map")
-    names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
-    if not names or any(Path(name).name != name for name in names):
+    found: dict[str, set[str]] = {}
+    for weight, file in named.items() if isinstance(named, dict) else ():
+        found.setdefault(str(file), set()).add(weight)
+    if not found or any(Path(file).name != file for file in found):
         raise ValueError(f"{index} must name the weights' files beside it in weight_map")
-    return [index.parent / name for name in sorted(names)]
+    missing = sorted(file for file in found if not (index.parent / file).is_file())
+    if missing:
+        raise FileNotFoundError(
+            f"{index} names {len(found)} files of weights, and {shortened(missing[0])} is not"
+            f" beside it ({len(missing)} missing); copy it there, or write the weights again"
+        )
+    return found
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Return the tensors of all files that an index names.
+
+    Raises:
+        ValueError: a file holds other weights than the index says, as after another save.
+    """
+    found: dict[str, Tensor] = {}
+    for file, names in sorted(shards_of(index).items()):
+        tensors = read_tensors(index.parent / file)[0]
+        for name in sorted(names ^ tensors.keys()):
+            raise ValueError(
+                f"{shortened(file)} {'lacks' if name in names else 'also has'} the weight"
+                f" {shortened(name)}, other than {index} says: they are of two saves; write the"
+                " weights again"
+            )
+        found |= tensors
+    return found
 
 
 def _files(path: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -215,13 +243,13 @@ def _files(path: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
         raise FileNotFoundError(f"{path} does not exist; give a file of weights, or its folder")
     if not path.is_dir():
         if path.name.endswith(INDEX):
-            yield path.name, {k: w for each in in_index(path) for k, w in tensors_of(each).items()}
+            yield path.name, read_shards(path)
         else:
             yield path.name, tensors_of(path)
         return
     indexes = sorted(path.glob(f"*{INDEX}"))
-    shards = {each for index in indexes for each in in_index(index)}
-    singles = [each for each in sorted(path.glob("*.safetensors")) if each not in shards]
+    shards = {file for index in indexes for file in shards_of(index)}
+    singles = [each for each in sorted(path.glob("*.safetensors")) if each.name not in shards]
     if not indexes and not singles:
         raise ValueError(f"{path} holds no safetensors; give the file of the weights itself")
     for each in (*indexes, *singles):

@@ -41,12 +41,12 @@ from nelbo.integrations.adapters import (
 )
 from nelbo.integrations.noise_levels import (
     Numbers,
-    as_numbers,
     as_table,
     check_levels,
     gamma_of,
     kept_times,
     rising,
+    row_of,
 )
 from nelbo.integrations.probe import probe
 from nelbo.integrations.reading_hash import described
@@ -208,7 +208,7 @@ def wrap(
         network = Called(network)
     table = as_table(times)
     if sigmas is not None:
-        sigmas, table = rising(as_numbers(sigmas), table)
+        sigmas, table = rising(row_of("sigmas", sigmas), table)
     if schedule is None and sigmas is not None and flow:
         check_levels(
             "sigmas", sigmas, (sigmas <= 0) | (sigmas > 1), "of a flow must lie in (0, 1]"
@@ -241,7 +241,7 @@ def wrap(
     )
     model.conditioned_on = conditioned_on
     for note in (*(model.check_reading() if check else ()), *signal_left(model)):
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)  # beyond `checked`
     return model
 
 

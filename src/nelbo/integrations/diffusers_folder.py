@@ -1,5 +1,6 @@
 """Read a folder written by diffusers without running any code in it."""
 
+import glob
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from nelbo._utils import limits
 from nelbo._utils.tensor_files import put_weights, read_tensors
 from nelbo._utils.text import shortened
-from nelbo.integrations.checkpoints import in_index, without_prefix
+from nelbo.integrations.checkpoints import read_shards, without_prefix
 from nelbo.integrations.configs import INDEX, Config, read_json
 
 NETWORKS = (
@@ -84,14 +85,19 @@ def home_of(path: Path, weights: str | None) -> tuple[Path, str | None, list[str
     home = next((path / name for name in names if (path / name).is_dir()), path)
     if weights is not None and (path / weights / "config.json").is_file():
         return path / weights, None, []
-    others = [p.parent.name for p in sorted(path.glob(f"{home.name}*/config.json"))]
-    others = [name for name in others if name != home.name] if home != path else []
     said = [
-        f"the weights in {home.name} are measured; for those in {shortened(name, SHOWN)}, add"
-        f" ,weights={shortened(name, SHOWN)} to the path"
-        for name in others
+        f"the weights in {home.name} are measured; for those in {name}, add ,weights={name} to the"
+        " path"
+        for name in (beside(home) if home != path else ())
     ]
     return home, weights, said
+
+
+def beside(home: Path) -> list[str]:
+    """Return the names of folders of other weights beside that of a network, such as unet_ema."""
+    configs = sorted(home.parent.glob(f"{glob.escape(home.name)}*/config.json"))
+    names = [config.parent.name for config in configs]
+    return [shortened(name, SHOWN) for name in names if name != home.name]
 
 
 def network_of(
@@ -118,9 +124,9 @@ def network_of(
         )
     weights: dict[str, Tensor] = {}
     for file in files:
-        weights |= read_tensors(file)[0]
+        weights |= read_shards(file) if file.suffix == ".json" else read_tensors(file)[0]
     weights, notes = without_prefix(weights)
-    if not files[0].name.startswith((f"{WEIGHTS}.safetensors", f"{WEIGHTS}-")):
+    if variant is not None or not files[0].name.startswith((f"{WEIGHTS}.s", f"{WEIGHTS}-")):
         notes.append(f"the weights are those of {shortened(files[0].name, SHOWN)}")
     with limits.within_file(weights, home):
         network: nn.Module = made(config, home / "config.json")
@@ -132,25 +138,29 @@ def network_of(
 def _files_of(home: Path, variant: str | None) -> list[Path]:
     """Return the files of a variant of the weights, or the default ones, as diffusers finds them.
 
-    They are those in the index, or else the single file. Without a name, those of a variant are
+    They are the index of shards, or else the single file. Without a name, those of a variant are
     taken if there are no others.
 
     Raises:
-        ValueError: the index names no files in its folder, there is no such variant, or there are
-            several and none by default.
+        ValueError: there is no such variant, or there are several and none by default.
     """
     dotted = "" if variant is None else f".{variant}"
     index = home / f"{WEIGHTS}.safetensors.index{dotted}.json"
     one = home / f"{WEIGHTS}{dotted}.safetensors"
     if index.is_file():
-        return in_index(index)
+        return [index]
     if one.is_file():
         return [one]
     files = sorted(home.glob(f"{WEIGHTS}*.safetensors"))
     variants = {re.sub(r"-\d+-of-\d+", "", file.name) for file in files}
     several = shortened(", ".join(sorted(variants)))
     if variant is not None:
-        raise ValueError(f"{home} has no weights of {variant!r}; it has {several or 'none'}")
+        folders = beside(home)
+        near = next((name for name in folders if variant in name), "".join(folders[:1]))
+        other = f"; for those in {near}, add ,weights={near} to the path" if near else ""
+        raise ValueError(
+            f"{home} has no weights of {variant!r}; it has {several or 'none'}{other}"
+        )
     if len(variants) > 1:
         raise ValueError(
             f"{home} has weights of several variants, {several}, and none by default; keep one, or"
@@ -181,12 +191,24 @@ def made(config: Config, where: Path) -> Any:  # noqa: ANN401
         kind = getattr(library, name, None)
         if kind is None:
             raise ValueError(f"{where} names {shortened(name, 64)}, which diffusers lacks")
+        _check_numbers(config, kind, where)
         found = kind.from_config(dict(config))
         if found is None:  # a class that diffusers no longer has
             raise ValueError(
                 f"{where} describes a {shortened(name, 64)}, which diffusers no longer has"
             )
         return found
+
+
+def _check_numbers(config: Config, kind: type, where: Path) -> None:
+    """Raise ValueError for a text or a list where a class takes one number."""
+    for name, parameter in signature(kind.__init__).parameters.items():  # type: ignore[misc]
+        value = config.get(name)
+        if parameter.annotation in (int, float, bool) and isinstance(value, str | list | dict):
+            raise ValueError(
+                f"{where} has {shortened(f'{name}={value!r}', SHOWN)}, where a {kind.__name__}"
+                " takes one number; write that, without quotes or brackets"
+            )
 
 
 def check_keys(config: Config, kind: type, where: str) -> None:

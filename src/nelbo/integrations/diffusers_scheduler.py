@@ -62,7 +62,7 @@ def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, T
         steps: their number; all T are the steps of the training if the scheduler takes others.
 
     Raises:
-        ValueError: the times are repeated, or outside of those of the training.
+        ValueError: the times are repeated, outside of those of the training, or more than steps.
     """
     total = len(gamma)
     if not 1 <= steps <= total:
@@ -82,6 +82,13 @@ def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, T
     if len(times) != steps or not inside or len(rising) != steps or (rising.diff() <= 0).any():
         if steps == total:  # all steps of the training, which the scheduler never takes
             return gamma, torch.arange(total)
+        if len(times) > steps:
+            raise ValueError(
+                f"for {steps} steps a {type(scheduler).__name__} calls the network at {len(times)}"
+                " times, as a method of higher order, and ancestral sampling has one call for each"
+                " step; give a scheduler of first order with the same settings, such as"
+                " EulerDiscreteScheduler or DDPMScheduler"
+            )
         hint = ", or set steps_offset to 0" if scheduler.config.get("steps_offset") else ""
         raise ValueError(
             f"for {steps} steps the scheduler takes {len(times)} times from {times[0]:g} to"
@@ -127,6 +134,11 @@ def check_scheduler(config: Config, clip: bool | None, name: str) -> None:
     ):
         if config.get(name) == wrong:
             raise ValueError(f"the scheduler has {name}={wrong}, which has no bound: {why}")
+    if "beta_schedule" in config and "prediction_type" not in config:
+        raise ValueError(
+            f"a {config.get('_class_name', 'scheduler')} does not say what the network predicts"
+            " (prediction_type); give the scheduler of the training, such as DDPMScheduler"
+        )
     for name, known in (("prediction_type", PREDICTS), ("variance_type", VARIANCES)):
         value = config.get(name)
         null = value is None and (name == "variance_type" or name not in config)

@@ -40,9 +40,7 @@ def gamma_of(
             f" {' and '.join(name for name, _ in named) or 'none'}"
         )
     name, numbers = named[0]
-    v = as_numbers(numbers)
-    if v.ndim != 1 or len(v) == 0 or not v.isfinite().all():
-        raise ValueError(f"{name} must be one row of finite numbers; got shape {tuple(v.shape)}")
+    v = row_of(name, numbers)
     # β may be 1, and α 0, at the last time only
     if name == "betas":
         if len(v) > 1 and v[0] > 0.5 and (v.diff() <= 0).all():
@@ -77,16 +75,20 @@ def check_levels(name: str, values: Tensor, wrong: Tensor, rule: str = "") -> No
     """Raise ValueError with the first of the values that is wrong, and the rule that it breaks."""
     if wrong.any():
         i = int(wrong.nonzero()[0])
-        ordered = name != "betas" and len(values) > 1 and wrong[1:].all()
+        ordered = not rule and name != "betas" and len(values) > 1 and wrong[1:].all()
         hint = f"; they are in reverse order: give {name}.flip(0)" if ordered else ""
         raise ValueError(f"{name} {rule or RULES[name]}; number {i} is {values[i].item():g}{hint}")
 
 
-def as_numbers(numbers: Numbers) -> Tensor:
-    """Return numbers as a tensor of float64; torch reads no array that runs backwards."""
+def row_of(name: str, numbers: Numbers) -> Tensor:
+    """Return a table of noise levels as float64, (T,), if it is a row of finite numbers."""
     if isinstance(numbers, np.ndarray):
-        numbers = numbers.copy()
-    return torch.as_tensor(numbers, dtype=torch.float64)
+        numbers = numbers.copy()  # torch reads no array that runs backwards
+    v = torch.as_tensor(numbers, dtype=torch.float64)
+    if v.ndim != 1 or len(v) == 0:
+        raise ValueError(f"{name} must be one row of numbers, (T,); got shape {tuple(v.shape)}")
+    check_levels(name, v, ~v.isfinite(), "must be finite numbers, those of the training")
+    return v
 
 
 def as_table(times: Numbers | Callable[[Tensor], Tensor] | None) -> Table:
@@ -98,10 +100,8 @@ def as_table(times: Numbers | Callable[[Tensor], Tensor] | None) -> Table:
 
 def rising(sigmas: Tensor, times: Table) -> tuple[Tensor, Table]:
     """Return σ's from the least to the largest, without a 0 at the end, and their times."""
-    if sigmas.ndim != 1 or len(sigmas) < 2:
-        return sigmas, times
     whole = len(sigmas)
-    sigmas = sigmas[:-1] if sigmas[-1] == 0 else sigmas
+    sigmas = sigmas[:-1] if whole > 1 and sigmas[-1] == 0 else sigmas
     order = sigmas.argsort(stable=True)
     if isinstance(times, Tensor) and times.shape in ((whole,), sigmas.shape):
         times = times[: len(sigmas)][order]

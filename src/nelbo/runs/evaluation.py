@@ -194,6 +194,8 @@ def evaluate(
         reading=reading,
         ahead=[Asked(data, split, splits, form, str)],
     )
+    if isinstance(subject.model, Model):
+        alternative.check_model(subject.model)
     if columns and not subject.columns:
         raise ValueError("columns measures what each column of a run's table costs; leave it out")
     if isinstance(subject, OfRun) and not times is known is None:
