@@ -178,7 +178,7 @@ def test_sigma_data_is_named(true, ratio):
         notes = read(Exact("edm", true), **said)
     except ValueError as error:
         notes = [str(error)]
-        assert "was read wrongly" in notes[0]
+        assert "seems to be read wrongly" in notes[0]
     else:
         assert 0.7 <= ratio <= 1.4 and len(notes) == (ratio != 1)
     for note in notes:

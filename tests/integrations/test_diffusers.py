@@ -16,7 +16,7 @@ from nelbo import TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.gaussian import Affine
 from nelbo.diffusion.times import ContinuousTime, elbo
-from nelbo.integrations import is_foreign, load
+from nelbo.integrations import denoisers, is_foreign, load, probe
 from nelbo.integrations.diffusers import build
 
 diffusers = pytest.importorskip("diffusers")
@@ -628,6 +628,25 @@ def test_a_variance_after_the_path(networks, tmp_path):
     assert bound(found).isfinite().all()
     with pytest.raises(ValueError, match="trained with β's"):
         build(Recorder(), diffusers.EDMEulerScheduler(), variance="large")
+
+
+def test_a_reading_that_is_insisted_on(networks, tmp_path, monkeypatch):
+    """What the check would refuse is a note, with other numbers of steps too."""
+
+    def refuse(*_):
+        raise probe.ReadingError("another fits")
+
+    folder = save(tmp_path, networks[3], ddpm())
+    monkeypatch.setattr(denoisers, "probe", refuse)
+    with pytest.raises(ValueError, match=r"another fits; .*,check=no after a folder"):
+        load(f"diffusers:{folder}")
+    found = load(f"diffusers:{folder},check=no")
+    for each in (found, found.of_steps(2)):
+        assert "another fits; it is measured as given" in " ".join(each.notes)
+    pair = (networks[3], ddpm())
+    with pytest.raises(ValueError, match=r"another fits; .*check=False"):
+        evaluate(pair, images())
+    assert any("another fits" in note for note in evaluate(pair, images(), check=False).notes)
 
 
 def test_options_after_the_path(networks, tmp_path):

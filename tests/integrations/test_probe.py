@@ -119,8 +119,18 @@ def test_evaluate_refuses_and_notes():
     """The probe is part of each evaluation of a wrapped network, in no way of its number."""
     x, times = images(), TimeGrid.uniform(T)
     wrong = wrap(Trained("data"), SHAPE, betas=BETAS, predicts="velocity")
-    with pytest.raises(ValueError, match='predicts="data"'):
+    with pytest.raises(ValueError, match=r'predicts="data".*as given .*check=False.*,check=no'):
         evaluate(wrong, x, times=times)
+    said = {"predicts": "velocity", "betas": BETAS, "calls": 8}
+    with pytest.raises(ValueError, match="read wrongly"):
+        evaluate(Trained("data"), x, **said)
+    insisted = evaluate(Trained("data"), x, **said, check=False)
+    wrapped = wrap(Trained("data"), SHAPE, betas=BETAS, predicts="velocity", check=False)
+    for found in (insisted, evaluate(wrapped, x, times=times, calls=8)):
+        assert any("data" in n and n.endswith("as check=False says") for n in found.notes)
+        assert found.calls_per_example > 8  # the check is made, and counted
+    right = evaluate(wrap(Trained(), SHAPE, betas=BETAS, check=False), x, times=times)
+    assert right.notes == ()
     assert evaluate(wrap(Trained(), SHAPE, betas=BETAS), x, times=times).notes == ()
     found = evaluate(wrap(lambda z, t: 0 * z, SHAPE, betas=BETAS), x, times=times)
     assert "straight line" in found.notes[0]

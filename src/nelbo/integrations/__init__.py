@@ -47,8 +47,9 @@ OPTIONS = {
         "weights",
         "law",
         "condition",
+        "check",
     ),
-    "openai": ("clip", "label"),
+    "openai": ("clip", "label", "check"),
     "hf": ("mask", "shown", "never", "pad", "shift", "time", "process", "block", "length"),
 }
 #: names of options that are others as arguments of `load` of that kind
@@ -57,6 +58,7 @@ NUMBER = r"-?\d+(\.\d+)?"
 IDS = r"none|\d+(-\d+)?(:\d+(-\d+)?)*"
 PATTERNS = {
     "clip": "yes|no",
+    "check": "yes|no",
     "label": r"\d+",
     "scaling": f"{NUMBER}:{NUMBER}",
     "keep": r"\d+(:\d+)*",
@@ -77,6 +79,7 @@ PATTERNS = {
 }
 SHOWN = {
     "clip": "clip=yes or clip=no",
+    "check": "check=no (a note, not a refusal, where another reading fits better)",
     "label": "label=N",
     "scaling": "scaling=0:1 (what 0 and 255 are to the network)",
     "keep": "keep=0:4:9 (times of the training)",
@@ -139,12 +142,12 @@ def load(
 
     Args:
         source: "diffusers:FOLDER" or "openai:FILE", followed after commas by options that its
-            flags leave open: "clip=yes" or "clip=no", "label=3", and for a folder "scaling=0:1"
-            for x/255 (by default -1:1), "keep=0:4:9" for some of its times, "variance=large" or
-            "weights=ema" in place of the default ones; or "hf:FOLDER", a masked language model,
-            with "mask=4", "shown=1:2", "never=0:5-99" or "pad=0" for its ids, "shift=1",
-            "time=sigma", "process=uniform" or "block=16" for what its model type does not say, and
-            "length=512" for the tokens of a text (`huggingface.load`).
+            flags leave open: "clip=yes" or "clip=no", "label=3", "check=no", and for a folder
+            "scaling=0:1" for x/255 (by default -1:1), "keep=0:4:9" for some of its times,
+            "variance=large" or "weights=ema" in place of the default ones; or "hf:FOLDER", a
+            masked language model, with "mask=4", "shown=1:2", "never=0:5-99" or "pad=0" for its
+            ids, "shift=1", "time=sigma", "process=uniform" or "block=16" for what its model type
+            does not say, and "length=512" for the tokens of a text (`huggingface.load`).
         steps: number of steps of the model; by default its own.
         condition: for a folder of diffusers: c of each example that is to be measured, in their
             order, for the bound on P(x|c).
@@ -215,7 +218,7 @@ def _options(kind: str, rest: str) -> tuple[str, dict[str, object]]:
 
 def _read(name: str, value: str) -> object:
     """Return the value of an option."""
-    if name == "clip":
+    if name in ("clip", "check"):
         return value == "yes"
     if name == "condition":
         from nelbo.data.readers.arrays import load_npy

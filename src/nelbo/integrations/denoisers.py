@@ -48,7 +48,7 @@ from nelbo.integrations.noise_levels import (
     rising,
     row_of,
 )
-from nelbo.integrations.probe import probe
+from nelbo.integrations.probe import ReadingError, probe
 from nelbo.integrations.reading_hash import described
 
 Predicts = str  # a key of HEADS or of parametrization.SPELLINGS, "edm" or "mean"
@@ -70,6 +70,9 @@ STEPS: dict[str, Callable[[], reverse.ReverseKernel]] = {
     "learned-range": reverse.Learned,
     "optimal": reverse.Posterior,  # `BestVariance` on T times; in continuous time all are equal
 }
+INSIST = (
+    "to measure it as given all the same, give check=False, or ,check=no after a folder or a file"
+)
 NOTED = 1e-3  # bits/dim of the prior term above which a note is issued
 
 
@@ -94,10 +97,15 @@ class WrappedModel(Model):
         parts: the other parts of a `Model`, in the order of its arguments.
         shape: the shape of one example.
         said: the word for the output, as `probe` knows it; "" for one that it cannot check.
+
+    Attributes:
+        check: whether a network that fits another reading better by far is refused, or measured
+            with a note.
     """
 
     network: Adapter
     process: GaussianDiffusion
+    check: bool = True
 
     def __init__(
         self,
@@ -118,7 +126,12 @@ class WrappedModel(Model):
 
     @override
     def check_reading(self, batch: Batch | None = None) -> list[str]:
-        return probe(self, batch)
+        try:
+            return probe(self, batch)
+        except ReadingError as error:
+            if self.check:
+                raise ValueError(f"{error}; {INSIST}") from None
+            return [f"{error}; it is measured as given all the same, as check=False says"]
 
 
 @checked
@@ -181,8 +194,9 @@ def wrap(
         conditioned_on: name of c in a model of P(x|c), such as "class". The examples are then a
             `Batch(x, condition)` with numbers (B, F) as conditions, and the network is called as
             network(y, time, condition); a label is condition[:, 0].long().
-        check: look at the output at pure noise, with 2 to 8 rows, for signs of a wrong reading.
-            `nelbo.evaluate` sees more in the examples, with or without this.
+        check: refuse a network that fits another reading better by far: at pure noise, which 2 to
+            8 rows show here, and at the examples of `nelbo.evaluate`. False leaves the first look
+            out, and makes a note of what the second finds.
 
     Warns:
         UserWarning: signal is left at the last time, with its cost in nats; or the output of a
@@ -239,7 +253,7 @@ def wrap(
         clip=clip,
         keep=keep,
     )
-    model.conditioned_on = conditioned_on
+    model.conditioned_on, model.check = conditioned_on, check
     for note in (*(model.check_reading() if check else ()), *signal_left(model)):
         warnings.warn(note, stacklevel=3)  # beyond `checked`
     return model

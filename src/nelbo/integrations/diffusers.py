@@ -71,6 +71,7 @@ def load(
     condition: Condition | None = None,
     law: str | None = None,
     levels: int | None = None,
+    check: bool = True,
 ) -> Foreign:
     """Load the model in a folder; arguments and errors as for `build`.
 
@@ -86,6 +87,7 @@ def load(
         condition: as for `build`.
         law: as for `build`.
         levels: number of levels of the images, which span the scaling; by default 256.
+        check: as for `build`.
 
     Raises:
         FileNotFoundError: there is no such folder, or a part is missing.
@@ -109,7 +111,7 @@ def load(
     kind = kind if weights is None else f"{kind}, {weights}"
     options: dict[str, object] = {"clip": clip, "label": label, "scaling": scaling, "keep": keep}
     options |= {"variance": variance, "weights": kind, "condition": condition}
-    options |= {"vae": vae, "law": law}
+    options |= {"vae": vae, "law": law, "check": check}
     if condition is not None and is_prompts(condition):
         texts = [condition] if isinstance(condition, str) else cast("list[str]", condition)
         about = dict(network.config)  # type: ignore[arg-type]
@@ -144,6 +146,7 @@ def build(
     vae: nn.Module | None = None,
     law: str | None = None,
     nothing: Callable[[], Given] | None = None,
+    check: bool = True,
 ) -> Foreign:
     """Return the model of a network and the scheduler it was trained with.
 
@@ -170,6 +173,8 @@ def build(
             each channel, or a scale such as ":0.05"; by default the best, fitted to images that
             are not measured.
         nothing: returns the condition that means "none", for guidance; DiT has a known one.
+        check: refuse a network that fits another reading better by far, as for `wrap`; False makes
+            a note of it.
 
     Raises:
         ValueError: a scheduler or network without a bound; the message says why.
@@ -214,6 +219,7 @@ def build(
                 f"the scheduler {kind} has no betas and is not EDM or flow matching; wrap the"
                 " network with nelbo.integrations.wrap"
             )
+    model.check = check
     how = f"ancestral sampling {how}, x̂ {'' if clip else 'not '}clipped"
     if given is not None:
         model.conditioned_on = given.word

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nelbo.diffusion.gaussian import Affine, Levels
-from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import Linear, Schedule
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, TimeGrid
 from nelbo.integrations.adapters import EDM, Flow, interpolating
 from nelbo.integrations.configs import Config, positive
-from nelbo.integrations.denoisers import Predicts, Variance, assemble
+from nelbo.integrations.denoisers import Predicts, Variance, WrappedModel, assemble
 from nelbo.integrations.noise_levels import gamma_of
 
 PREDICTS: dict[str, Predicts] = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
@@ -50,7 +49,7 @@ class Whole(NamedTuple):
     scaling: Levels | Affine
 
 
-Found = tuple[Model, TimeDiscretization, str]
+Found = tuple[WrappedModel, TimeDiscretization, str]
 
 
 def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, Tensor]:

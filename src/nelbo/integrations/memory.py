@@ -33,7 +33,7 @@ GUIDANCE = (
     " use guidance for samples"
 )
 NETWORKS = ("unet", "transformer")  # of a pipeline
-OF_PIPELINES = {"clip", "keep", "label", "law", "scaling", "variance", "weights"}
+OF_PIPELINES = {"check", "clip", "keep", "label", "law", "scaling", "variance", "weights"}
 OF_IMAGES = (
     "a network with its scheduler is taken for one of the images themselves; for one of latents"
     " give the pipeline with its autoencoder"
@@ -58,6 +58,7 @@ class Reading(TypedDict, total=False):
     label: int
     law: str
     guidance: float
+    check: bool
     weights: str  # their name, for the record
     scheduler: object  # of diffusers, with which a network of its own is a pair
 
@@ -185,8 +186,10 @@ def _of_function(
         options["decoder"] = "evidence"  # the last step takes its variance from the one before
     called = module if given is None else Conditioned(module, given)
     word = "" if given is None else given.word
+    check = options.pop("check", True)
     # the examples say more of the reading than pure noise does
     model = wrap(called, shape, conditioned_on=word, check=False, **options)
+    model.check = check
     process = model.process
     times: TimeDiscretization
     if table is not None:

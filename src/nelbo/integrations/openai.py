@@ -105,6 +105,7 @@ def load(
     steps: int | None = None,
     clip: bool | None = None,
     label: int | None = None,
+    check: bool = True,
 ) -> Foreign:
     """Load the model in a file of weights. No code in the file is executed.
 
@@ -114,6 +115,8 @@ def load(
         steps: number of steps of the model; by default all of the schedule.
         clip: clip x̂ to [-1, 1].
         label: the class, for a class-conditional model.
+        check: refuse a network that fits another reading better by far, as for `wrap`; False makes
+            a note of it.
 
     Raises:
         FileNotFoundError: no such file, or no flags beside it.
@@ -140,6 +143,7 @@ def load(
             steps=steps,
             clip=bool(clip),
             label=label,
+            check=check,
             channels=network.architecture.inputs,
             classes=network.architecture.classes,
         )
@@ -156,6 +160,7 @@ def build(
     steps: int | None = None,
     clip: bool = False,
     label: int | None = None,
+    check: bool = True,
     channels: int = 3,
     classes: int | None = CLASSES,
 ) -> Foreign:
@@ -168,6 +173,7 @@ def build(
         steps: number of steps of the model; by default those of the flags.
         clip: clip x̂ to [-1, 1].
         label: the class, for a class-conditional model.
+        check: as for `load`.
         channels: of its images.
         classes: their number, where the flags say that it takes one.
     """
@@ -195,6 +201,7 @@ def build(
         keep=keep,
         decoder="step" if len(keep) > 1 else "evidence",
     )
+    model.check = check
     notes = (
         f"ancestral sampling in {len(keep)} of {total} steps, variance {variance},"
         f" x̂ {'' if clip else 'not '}clipped",

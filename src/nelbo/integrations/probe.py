@@ -46,6 +46,10 @@ TINY = 1e-12  # ρ below which it counts as 0
 NOTHING = 0.9  # ρ above which nothing is learned
 
 
+class ReadingError(ValueError):
+    """Another reading of a network fits better by far."""
+
+
 def probe(model: "WrappedModel", batch: Batch | None = None) -> list[str]:
     """Return notes on how a network is read.
 
@@ -54,7 +58,7 @@ def probe(model: "WrappedModel", batch: Batch | None = None) -> list[str]:
         batch: some of the examples to be measured, if there are any.
 
     Raises:
-        ValueError: another reading fits better by far; the message names it.
+        ReadingError: another reading fits better by far; the message names it.
     """
     if model.conditioned_on and (batch is None or batch.condition is None):
         return []
@@ -68,7 +72,7 @@ def probe(model: "WrappedModel", batch: Batch | None = None) -> list[str]:
 
 
 def _at_noise(model: "WrappedModel") -> list[str]:
-    """Return a note, or raise ValueError, by the slope of the output over pure noise."""
+    """Return a note, or raise ReadingError, by the slope of the output over pure noise."""
     said = model.said
     last = torch.ones((), dtype=torch.float64)
     if said in ("", "score") or model.process.alpha(last) > SIGNAL:
@@ -86,12 +90,12 @@ def _at_noise(model: "WrappedModel") -> list[str]:
     follows = abs(abs(slope) - 1) < 0.2 and left < 0.1
     seen = f"the output has the slope {slope:.2f} over the noise at the last time"
     if follows and slope < 0:
-        raise ValueError(
+        raise ReadingError(
             f'{seen}: its sign is that of x - ε, -ε or a score; give predicts="score", or wrap a'
             ' module that returns minus the output, as predicts="flow" or "noise"'
         )
     if follows and said in ("velocity", "data", "edm"):
-        raise ValueError(
+        raise ReadingError(
             f'{seen}, where that of predicts="{said}" has nearly 0: it may be that of'
             ' predicts="flow", ε - x, or of predicts="noise"'
         )
@@ -104,7 +108,7 @@ def _at_noise(model: "WrappedModel") -> list[str]:
 
 
 def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
-    """Return a note, or raise ValueError, by the errors of all readings.
+    """Return a note, or raise ReadingError, by the errors of all readings.
 
     Readings that are not behind at the first level, with few rows, are compared at all of them.
     """
@@ -148,7 +152,7 @@ def _of_other(
 
 
 def _verdict(errors: dict[str, Tensor]) -> list[str]:
-    """Return a note, or raise ValueError, by the ρ of the reading "" and of others.
+    """Return a note, or raise ReadingError, by the ρ of the reading "" and of others.
 
     Each has shape (levels, rows).
     """
@@ -166,7 +170,9 @@ def _verdict(errors: dict[str, Tensor]) -> list[str]:
             f" {own.mean().item():.2g} times"
         )
         if _is_better(own, errors[best]):
-            raise ValueError(f"the network was read wrongly: read as {best}, it has {seen}")
+            raise ReadingError(
+                f"the network seems to be read wrongly: read as {best}, it has {seen}"
+            )
         if _is_better(own, errors[best], SLIGHTLY, DOUBT, PARTLY):
             return [
                 f"the network may be read wrongly: as {best}, it has {seen}, too little to be"
