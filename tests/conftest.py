@@ -9,6 +9,7 @@ import torch
 from support.runs import TINY
 
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion.batch import Batch
 from nelbo.runs import pilot_cache
 from nelbo.runs.train import train
 from nelbo.training import trainer
@@ -71,6 +72,12 @@ def _seeded(request):
     """A test without a seed of its own draws the same each time it runs."""
     file, _, name = request.node.nodeid.partition("::")
     torch.manual_seed(crc32(f"tests/{Path(file).name}::{name}".encode()))
+
+
+@pytest.fixture
+def drawn_by_places(monkeypatch):
+    """An example that changes leaves the order of draws, and so those of all others."""
+    monkeypatch.setattr(Batch, "order", property(lambda batch: torch.arange(len(batch))))
 
 
 @pytest.fixture(scope="session")

@@ -228,7 +228,7 @@ def test_seeds_and_settings_are_the_callers(model, x):
     assert model.training and model.dtype == torch.float32
 
 
-def test_a_density_is_in_nats_of_the_data_s_units():
+def test_a_density_is_in_nats_of_the_data_s_units(drawn_by_places):
     """The bound of unit normal data is the entropy; in other units log|scale| is added."""
     with seeded(2):
         x = torch.randn(3000, 2, dtype=torch.float64)

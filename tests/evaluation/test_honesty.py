@@ -302,7 +302,7 @@ def test_two_calls_tell_of_the_mean():
 
 @pytest.mark.parametrize("calls", [8, 24])
 @pytest.mark.parametrize("name", ["gaussian", "table"])
-def test_one_example_takes_no_other_with_it(name, calls):
+def test_one_example_takes_no_other_with_it(name, calls, drawn_by_places):
     """A cell of 1e5 among a hundred: the others' errors are what they were, and true."""
     known = {**MODELS, **LARGER}[name]()
     x = known.examples(100)
@@ -322,7 +322,7 @@ def test_one_example_takes_no_other_with_it(name, calls):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gaussian", "table"])
-def test_a_mild_outlier_takes_no_other_with_it(name):
+def test_a_mild_outlier_takes_no_other_with_it(name, drawn_by_places):
     """A cell ten standard deviations out, too near to be left out of the fit: the errors of the
     others are what they were to a tenth. By least squares those of Gaussian rows grow by 15 %."""
     known = {**MODELS, **LARGER}[name]()

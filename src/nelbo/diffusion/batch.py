@@ -1,12 +1,16 @@
 """Examples and their conditions: the x and the c of P(x|c)."""
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nelbo._utils.numerics import widened
 from nelbo.diffusion.checks import as_tensor
+
+NUMBERS = 2**20  # that are hashed together
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,24 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The rows in an order that follows from the examples alone, whatever theirs is; (N,).
+
+        It is that of hashes of the values of each example and its condition, so it says nothing
+        about them; equal examples keep their order. Blocks of these rows, with a seed for each
+        block, give an example the same random numbers wherever it stands.
+        """
+        hashes = list[bytes]()
+        size = max(1, NUMBERS // max(1, self.x.shape[1:].numel()))
+        for start in range(0, len(self), size):
+            few = self[slice(start, start + size)]
+            parts = [few.x] if few.condition is None else [few.x, few.condition]
+            # -0.0 becomes 0.0
+            rows = torch.cat([v.detach().flatten(1).cpu().double() + 0.0 for v in parts], 1)
+            hashes += (hashlib.blake2b(row, digest_size=16).digest() for row in rows.numpy())
+        return torch.tensor(sorted(range(len(self)), key=hashes.__getitem__), dtype=torch.long)
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
         """Return some of the examples with their conditions."""

@@ -165,7 +165,7 @@ def pilot(strata: Strata, controls: "ControlVariates", batch: Batch, calls: int)
     p[0] = min(4, strata.count)
     p = p / p.sum()
     stratum, place = stratum_of(p, stratified(calls * strata.count // controls.calls)[:, 0])
-    example = torch.randint(len(batch), stratum.shape)
+    example = batch.order[torch.randint(len(batch), stratum.shape)]
     once, index = example.unique(return_inverse=True)
     some = batch[once].to(controls.model.device)
     cost, v = strata.draw(controls, some[index], stratum, place)

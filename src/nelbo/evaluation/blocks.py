@@ -1,6 +1,6 @@
 """Passes over a data set in blocks of examples, and the record that all measurements share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -35,7 +35,8 @@ def map_blocks(
 ) -> list[T]:
     """Return draw(examples, g) for each block g, each computed on one process, on every process.
 
-    Each block has a seed of its own, so the result does not depend on the number of processes.
+    Each block has a seed of its own, so the result does not depend on the number of processes; nor
+    on the order of the examples, if the blocks are of `batch.order`.
 
     Args:
         model: to whose device the examples of a block are moved.
@@ -55,6 +56,17 @@ def map_blocks(
         return once(tasks, (*seed, g), blocks[g], partial(one, g))
 
     return map_across_processes(len(blocks), kept, track)
+
+
+def joined(batch: Batch, parts: Iterable[Tensor], dim: int = 0) -> Tensor:
+    """Return the results of blocks of `batch.order`, joined, in the order of the batch.
+
+    Args:
+        batch: all examples.
+        parts: of each block.
+        dim: their dimension of examples.
+    """
+    return torch.cat(list(parts), dim).index_select(dim, batch.order.argsort())
 
 
 def measurement(

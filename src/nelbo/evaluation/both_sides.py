@@ -28,7 +28,7 @@ from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
-from nelbo.evaluation.blocks import map_blocks, measurement
+from nelbo.evaluation.blocks import joined, map_blocks, measurement
 from nelbo.evaluation.importance_bound import check_grid, importance_weights
 from nelbo.evaluation.intervals import error_of_mean
 from nelbo.evaluation.replicates import BLOCK, check_samples, log_mean
@@ -103,11 +103,11 @@ def both_sides(
         with_exact = torch.cat([exact[:, None], log_w[:, :-1]], 1)
         return x.cpu(), torch.stack([log_mean(log_w), log_mean(with_exact)]).cpu()
 
-    blocks = torch.arange(count).split(BLOCK)
+    blocks = start.order.split(BLOCK)
     with measuring(model), counting(model.network) as calls:
         found = map_blocks(model, start, blocks, (seed,), one, track)
-    x = torch.cat([part for part, _ in found])
-    lower, upper = torch.cat([ends for _, ends in found], 1)
+    x = joined(start, (part for part, _ in found))
+    lower, upper = joined(start, (ends for _, ends in found), 1)
     gap = upper - lower
     record = measurement(
         model,

@@ -53,7 +53,7 @@ def evaluate(
 
     All examples are measured equally often, or, if the calls or the target error allow few draws
     of each, a random sample: with fewer than two calls per example, or, after a kept pilot and
-    with some hundred examples or more, fewer than eight.
+    with some hundred examples or more, fewer than eight. Their order makes no difference.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.

@@ -19,6 +19,7 @@ from nelbo.diffusion.elbo import Bound
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.times import TimeDiscretization, times_of
 from nelbo.diffusion.times import elbo as one_draw
+from nelbo.evaluation.blocks import joined
 from nelbo.evaluation.intervals import errors
 
 CALLS = 96  # network calls per example by default
@@ -71,7 +72,7 @@ def elbo(
         calls: network calls per example.
         seed: of everything random.
         by_content: derive the draws of an example from the seed and its values alone, not from
-            its place or the other examples; equal examples then have equal draws.
+            the other examples; equal examples then have equal draws.
         track: wraps the blocks of examples.
 
     Raises:
@@ -123,12 +124,12 @@ def replicates_of(
         track: wraps the blocks of examples, for a progress bar.
         by_content: as for `elbo`.
     """
-    blocks = torch.arange(len(batch)).split(max(1, model.rows // draws))
+    blocks = batch.order.split(max(1, model.rows // draws))
 
     def one(g: int) -> Tensor:
         few, each = batch[blocks[g]].to(model.device), []
         streams = row_streams(few.x, seed) if by_content else None
-        with seeded(seed, int(blocks[g][0])), drawn_by_rows(streams):
+        with seeded(seed, g), drawn_by_rows(streams):
             for _ in range(replicates):
                 v = rand((len(few), 1), dtype=torch.float64)
                 u = (torch.arange(draws) + v) / draws
@@ -136,4 +137,4 @@ def replicates_of(
         return torch.stack(each, 2).cpu()
 
     with measuring(model, batch):
-        return Bound(*torch.cat(map_across_processes(len(blocks), one, track), 1))
+        return Bound(*joined(batch, map_across_processes(len(blocks), one, track), 1))

@@ -97,7 +97,7 @@ def best_grid(
         return TimeGrid(candidates[-steps:])
     # No step of a good grid is much longer than the mean step.
     longest = math.ceil(4 * len(candidates) / steps)
-    few = batch[_some(model, batch.x, seed)]
+    few = batch[_some(model, batch, seed)]
     table = measure(model, few, candidates, longest, seed, track)
     return TimeGrid(table.best(steps))
 
@@ -185,7 +185,7 @@ def measure_errors(model: Model, x: Tensor | Batch, seed: int = 0) -> None:
     if not len(times):
         return
     batch = model.batch(x)
-    some = _some(model, batch.x, seed)
+    some = _some(model, batch, seed)
 
     def error(i: int) -> float:
         total = 0.0
@@ -204,7 +204,8 @@ def measure_errors(model: Model, x: Tensor | Batch, seed: int = 0) -> None:
     model.step.set_errors(torch.tensor(errors, dtype=torch.float64))
 
 
-def _some(model: Model, x: Tensor, seed: int) -> Tensor:
-    """Draw the rows of x to measure on, fewer of large examples."""
+def _some(model: Model, batch: Batch, seed: int) -> Tensor:
+    """Draw the rows of a batch to measure on, fewer of large examples."""
     with seeded(seed, 1):
-        return torch.randperm(len(x))[: max(16, min(EXAMPLES, 2**15 // model.dims))]
+        order = torch.randperm(len(batch))
+    return batch.order[order[: max(16, min(EXAMPLES, 2**15 // model.dims))]]

@@ -15,7 +15,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.latent import LatentBound, LatentModel, evaluating, latent_terms
 from nelbo.diffusion.model import counting
 from nelbo.diffusion.times import TimeDiscretization
-from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement, scale_of
+from nelbo.evaluation.blocks import check_not_empty, joined, map_blocks, measurement, scale_of
 from nelbo.evaluation.intervals import errors
 from nelbo.evaluation.replicates import standard_error_of
 from nelbo.evaluation.result import CurvePoint, LatentEvaluation, LatentTerms
@@ -66,7 +66,7 @@ def evaluate_latent(
     draws = int(calls // REPLICATES) - 1
     draws = min(whole, draws) if times.steps is not None else draws
     replicates = int(calls // (draws + 1))
-    blocks = torch.arange(len(batch)).split(max(1, NUMBERS // model.dims))
+    blocks = batch.order.split(max(1, NUMBERS // model.dims))
 
     def draw(some: Batch, g: int) -> tuple[Tensor, Tensor]:
         q, each, over_time = model.posterior(some.x), [], []
@@ -81,8 +81,8 @@ def evaluate_latent(
     with evaluating(model), counting(model.prior.network) as made:
         found = map_blocks(model.prior, batch, blocks, (seed,), draw, track)
         called = sum(gather(made.forward))
-    terms = torch.cat([each for each, _ in found], 1)  # (5, N, R)
-    over_time = torch.cat([each for _, each in found])  # (N, R, n)
+    terms = joined(batch, (each for each, _ in found), 1)  # (5, N, R)
+    over_time = joined(batch, (each for _, each in found))  # (N, R, n)
     total = terms.sum(0)
     record = measurement(
         model,

@@ -41,8 +41,8 @@ Deviations = Callable[[int], np.ndarray]
 class Texts:
     """The scored places of the examples of a batch, and a random stream for each example.
 
-    A stream depends on the seed and the example, and not on its place among others; equal examples
-    have streams of their own.
+    A stream depends on the seed and the example, and not on others; equal examples have streams of
+    their own.
 
     Args:
         model: that says which places are scored.
@@ -56,11 +56,13 @@ class Texts:
         self.block = model.process.block_of_places(batch.x.shape[1:]).flatten().numpy()  # (D,)
         inside = np.eye(self.block.max() + 1, dtype=np.int64)[self.block]
         self.of_blocks = self.places.astype(np.int64) @ inside  # L_b of each, (N, blocks)
-        self._keys, seen = [], Counter[int]()
-        for x, condition, places in zip(*self._contents(), self.places, strict=True):
-            digest = hashlib.sha256(x[places].tobytes() + condition[condition >= 0].tobytes())
+        x, condition = self._contents()
+        self._keys, seen = dict[int, tuple[int, int]](), Counter[int]()
+        for row in batch.order.tolist():
+            tokens, shown = x[row, self.places[row]], condition[row, condition[row] >= 0]
+            digest = hashlib.sha256(tokens.tobytes() + shown.tobytes())
             key = int.from_bytes(digest.digest()[:8], "little")
-            self._keys.append((key, seen[key]))
+            self._keys[row] = key, seen[key]
             seen[key] += 1
 
     def _contents(self) -> tuple[np.ndarray, np.ndarray]:

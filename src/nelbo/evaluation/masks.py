@@ -182,7 +182,8 @@ def estimate_masks(
         surrogate.batch(batch)
     texts = Texts(model, batch)
     length, count = int(np.median(texts.lengths)), len(batch)
-    order = torch.from_numpy(texts.lengths.argsort(kind="stable"))
+    order = batch.order
+    order = order[torch.from_numpy(texts.lengths)[order].argsort(stable=True)]
     blocks = order.split(max(1, count // BLOCKS))
     with (
         nullcontext() if surrogate is None else measuring(surrogate, batch),

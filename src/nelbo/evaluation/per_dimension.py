@@ -20,7 +20,7 @@ from nelbo.diffusion.elbo import Bound
 from nelbo.diffusion.model import Model, measuring
 from nelbo.diffusion.reverse import Mixture, Posterior, ReverseKernel
 from nelbo.diffusion.times import TimeGrid
-from nelbo.evaluation.blocks import map_blocks
+from nelbo.evaluation.blocks import joined, map_blocks
 
 
 def steps_of(model: Model) -> dict[str, ReverseKernel]:
@@ -58,7 +58,7 @@ def by_dimension(
         draws of z, and therefore the first two terms, are common to all kernels.
     """
     batch, steps = model.batch(x), steps or (model.step,)
-    blocks = torch.arange(len(batch)).split(model.rows)
+    blocks = batch.order.split(model.rows)
 
     def one(some: Batch, g: int) -> list[Bound]:
         return [
@@ -68,7 +68,7 @@ def by_dimension(
     with measuring(model, batch):
         parts = map_blocks(model, batch, blocks, (seed,), one)
     return [
-        Bound(*(torch.cat(term) for term in zip(*bounds, strict=True)))
+        Bound(*(joined(batch, term) for term in zip(*bounds, strict=True)))
         for bounds in zip(*parts, strict=True)
     ]
 

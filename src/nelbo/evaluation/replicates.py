@@ -12,7 +12,7 @@ from nelbo._utils.distributed import gather
 from nelbo._utils.progress import Track
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring
-from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement
+from nelbo.evaluation.blocks import check_not_empty, joined, map_blocks, measurement
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.intervals import freedoms, widened
 from nelbo.evaluation.kept import Tasks, keeping
@@ -53,7 +53,7 @@ def draw_replicates(
     check_not_empty(batch)
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1; got {replicates}")
-    every = torch.arange(len(batch)).split(BLOCK)
+    every = batch.order.split(BLOCK)
 
     def one(examples: Batch, g: int) -> Tensor:
         each = draw(examples).double().cpu()
@@ -68,7 +68,8 @@ def draw_replicates(
     ):
         blocks = [rows.repeat_interleave(replicates) for rows in every]
         tasks = None if kept is None else Tasks(kept, "replicates", calls)
-        found = torch.cat(map_blocks(model, batch, blocks, (seed,), one, track, tasks), 1)
+        parts = map_blocks(model, batch, blocks, (seed,), one, track, tasks)
+    found = joined(batch, parts, 1)
     forward, backward = map(sum, zip(*gather((calls.forward, calls.backward)), strict=True))
 
     def record(

@@ -227,7 +227,7 @@ class Evaluation(Measurement):
         They are the bound `nats` on -log P(x), its Monte Carlo `standard_error` and its terms; and
         `sampler_nats`, -log P(x) in an order of its own, where that was measured. Of texts of
         tokens also `nats_per_token` and its error, and (N, L) the costs `token_nats` of each
-        token, see `TokenCosts`, with their errors.
+        token up to the end of the longest text, see `TokenCosts`, with their errors.
         """
         arrays = {name: term.numpy() for name, term in self.per_example._asdict().items()}
         error = self.per_example_error.numpy()

@@ -70,7 +70,8 @@ def estimate_times(
     count, calls = len(batch), CALLS if calls is None else calls
     with counting(model.network) as made:
         tasks = None if kept is None else Tasks(kept, "draws", made)
-        others = batch.x if known is None else known
+        # those that the fits take
+        others = batch.x[batch.order[:: math.ceil(count / FITTED)]] if known is None else known
         had = pilots is not None
         most = STRATA if had else STRATA // 2 if target else _strata_for(calls * count)
         strata = Strata(times, time_density(model, times, others), most)
@@ -111,7 +112,8 @@ def estimate_times(
         given = strata, controls, proposal, batch, of_examples
         draw = partial(_draw, *given, sampling.draws, tasks=tasks)
         with seeded(seed, 2):
-            blocks, turn = torch.randperm(count).split(list(sampling.sizes)), 0
+            order, turn = batch.order[torch.randperm(count)], 0
+        blocks = order.split(list(sampling.sizes))
         # in a single step of masks nothing shows, and there is no noise
         single = times.steps == 1 and model.process.hides(torch.ones(1, dtype=torch.float64))
         costs = SurveyEstimate(blocks, [], of_examples, torch.zeros(count) if single else None)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from nelbo.diffusion.batch import Batch
-from nelbo.integrations.token_rows import ABSENT, SCORED, Texts, rows_of
+from nelbo.integrations.token_rows import SCORED, Texts, present_texts, rows_of
 
 LISTED = 12  # ids in a note
 
@@ -82,7 +82,7 @@ class SpecialIds:
             f"in these rows {_listed(self.shown)} show wherever they are"
             f"{self._source('shown')}; {padding}{self._source('pad')}"
         )
-        return Batch(ids, torch.where(present, condition, ABSENT)), note
+        return present_texts(ids, condition, present), note
 
     def _source(self, name: str) -> str:
         if name in self.declared:

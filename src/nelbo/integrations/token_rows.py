@@ -88,7 +88,7 @@ class TokenRules:
         """
         ids, present = rows_of(rows, None)
         condition = torch.where(fitting(shown, ids), ids, SCORED)
-        batch = Batch(ids, torch.where(present, condition, ABSENT))
+        batch = present_texts(ids, condition, present)
         self.check(batch)
         return batch
 
@@ -120,6 +120,18 @@ def rows_of(x: Texts, pad_id: int | None) -> tuple[Tensor, Tensor]:
         before, after = is_pad.int().cumprod(1), is_pad.flip(1).int().cumprod(1).flip(1)
         present = (before == 0) & (after == 0)
     return ids, present
+
+
+def present_texts(ids: Tensor, condition: Tensor, present: Tensor) -> Batch:
+    """Return texts as a batch, as wide as the longest: nothing depends on padding after it.
+
+    Args:
+        ids: (N, L).
+        condition: of tokens that are present, (N, L).
+        present: a mask of these, (N, L).
+    """
+    end = max([*present.any(0).nonzero().flatten().tolist(), 0]) + 1
+    return Batch(ids[:, :end], torch.where(present, condition, ABSENT)[:, :end])
 
 
 def _whole(ids: Tensor) -> bool:

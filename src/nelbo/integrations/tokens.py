@@ -52,7 +52,15 @@ from nelbo.integrations.token_network import (
     told,
 )
 from nelbo.integrations.token_prediction import TokenLogits, TokenPrediction
-from nelbo.integrations.token_rows import ABSENT, SCORED, Texts, TokenRules, fitting, rows_of
+from nelbo.integrations.token_rows import (
+    ABSENT,
+    SCORED,
+    Texts,
+    TokenRules,
+    fitting,
+    present_texts,
+    rows_of,
+)
 from nelbo.integrations.token_scores import Head, reading_of
 
 Shown = Tensor | np.ndarray | Callable[[Tensor], Tensor] | Collection[int] | None
@@ -201,7 +209,7 @@ class TokenModel(Model):
 
     @override
     def batch(self, x: Texts | Batch, shown: Tensor | np.ndarray | None = None) -> Batch:
-        """Return texts with the tokens that show, and take their length as that of an example.
+        """Return texts with the tokens that show, and take the longest as the shape of an example.
 
         Args:
             x: ids, (N, L), or a list of texts of any lengths; a `Batch` is checked only.
@@ -219,7 +227,7 @@ class TokenModel(Model):
             if shown is not None:
                 show |= fitting(torch.as_tensor(shown), ids)
             condition = torch.where(show, ids, SCORED)
-            batch = Batch(ids, torch.where(present, condition, ABSENT))
+            batch = present_texts(ids, condition, present)
         self.rules.check(batch)
         assert batch.condition is not None
         # an absent token is any, and 0 here
