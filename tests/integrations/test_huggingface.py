@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import math
 from importlib.util import find_spec
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.commands import nelbo_fails, run_ok
 from support.language_models import KINDS, write, write_tokenizer
 
@@ -17,6 +19,8 @@ from nelbo import integrations
 from nelbo.cli import main
 from nelbo.integrations import huggingface, is_foreign, text_folder, wrap_tokens
 from nelbo.integrations.token_rows import SCORED
+
+EMBEDDED = "bert.embeddings.word_embeddings.weight"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,6 +178,56 @@ def test_bad_folders_and_texts_are_refused(tmp_path):
     for file in bare.glob("tokenizer*"):
         file.unlink()
     refused(r"has no tokenizer: .* tokenizer.save_pretrained\(folder\)", bare)
+
+
+def test_warnings_of_transformers_are_said_in_our_words(tmp_path):
+    """Long texts, weights that are left out, missing or of another size, decoders, padding: nelbo
+    says these itself; and the user's own calls of transformers warn as before."""
+    heard, logger = [], logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger.addHandler(handler)
+
+    def of(name, change=None, **config):
+        home = write(tmp_path / name)
+        weights = load_file(home / "model.safetensors")
+        if change is not None:
+            change(weights)
+        save_file(weights, home / "model.safetensors", metadata={"format": "pt"})
+        known = json.loads((home / "config.json").read_text())
+        (home / "config.json").write_text(json.dumps(known | config))
+        return home
+
+    try:
+        home = of("more", lambda weights: weights.update({"bert.pooler.x": torch.zeros(2)}))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(home)
+        tokenizer.model_max_length = 10
+        tokenizer.save_pretrained(home)
+        (tmp_path / "long.txt").write_text("abcd" * 20)
+        found = nelbo.evaluate(f"hf:{home}", str(tmp_path / "long.txt"), calls=8)
+        assert "1 weights in the folder are none of the model: bert.pooler.x" in found.notes
+        assert any("80 tokens of 10 texts are scored" in note for note in found.notes)
+        for name, words, change, config in (
+            ("less", "lacks weights of BertForMaskedLM", lambda w: w.pop(EMBEDDED), {}),
+            (
+                "other",
+                r"word_embeddings.weight is \(12, 8\), and .* \(14, 8\)",
+                None,
+                {"vocab_size": 14},
+            ),
+            ("causal", "reads from left to right", None, {"is_decoder": True}),
+        ):
+            with pytest.raises(ValueError, match=words):
+                huggingface.load(of(name, change, **config))
+        sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 10}
+        sizes |= {"pad_token_id": 4, "bos_token_id": 1, "eos_token_id": 2}
+        module = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=12, **sizes))
+        nelbo.evaluate(wrap_tokens(module, 3, block=1), [[4, 5, 6]], calls=8)
+        assert not heard
+        transformers.AutoTokenizer.from_pretrained(home).encode("abcd" * 20)
+        assert "longer than the specified maximum" in heard[0] and not handler.filters
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.times import ContinuousTime, grid_of
 from nelbo.integrations.external import Foreign
 from nelbo.integrations.special_ids import special_ids
-from nelbo.integrations.text_folder import PRECISIONS, open_folder, placed
+from nelbo.integrations.text_folder import PRECISIONS, open_folder, placed, some_of
 from nelbo.integrations.text_records import TextForm
 from nelbo.integrations.texts import TextReader, Texts, same
 from nelbo.integrations.token_rows import TokenRules
@@ -226,7 +226,7 @@ def load(
     reader = TextReader(found.tokenizer, special, rules)
     if first is not None:
         first(reader)
-    module = found.module(precision, device_map)
+    module, left_out = found.module(precision, device_map)
     vocabulary = cast(Any, module).config.vocab_size
     unused = {*range(vocabulary)} - {*found.tokenizer.get_vocab().values()}  # it may have gaps
     model = wrap_tokens(
@@ -249,6 +249,11 @@ def load(
         *(("logits are shifted by one place",) if shift else ()),
         *((f"the model's time input is {own_time}",) if own_time else ()),
         f"its weights are {placed(module, device_map)}",
+        *(
+            (f"{len(left_out)} weights in the folder are none of the model: {some_of(left_out)}",)
+            if left_out
+            else ()
+        ),
     )
     return ForeignText(
         name=f"hf:{home}",

@@ -5,7 +5,7 @@ trusts it, and then what will run is printed; see docs/security.md.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from torch import nn
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.model import find_device
 from nelbo.integrations.configs import read_json
+from nelbo.integrations.transformers_warnings import without_covered
 
 #: positions of these begin after the id of padding
 OFFSET = ("roberta", "xlm-roberta", "camembert", "esm")
@@ -29,6 +30,7 @@ POSITIONS = ("max_position_embeddings", "max_sequence_length", "model_length")
 CLASSES = "AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM"
 #: the maps by which accelerate spreads weights over devices
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+NAMED = 3  # weights in a message
 PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -115,8 +117,8 @@ class TextFolder:
             return integer("block_size", self.config.get("block_size"), 1)
         return given
 
-    def module(self, precision: str | None, device_map: str | None) -> nn.Module:
-        """Return the module, with its weights.
+    def module(self, precision: str | None, device_map: str | None) -> tuple[nn.Module, list[str]]:
+        """Return the module with its weights, and the names of those that it does not take.
 
         Args:
             precision: of the weights, a key of PRECISIONS; as they are stored for None.
@@ -146,10 +148,17 @@ class TextFolder:
         own = isinstance(named, dict) and device_map is None
         older: Any = partial(self._of_older_code, cast(Any, named), name, options, precision)
         try:
-            module, found = make(str(self.home), output_loading_info=True, **options)
-            missing = found["missing_keys"]
+            with without_covered():
+                module, found = make(
+                    str(self.home),
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are refused below, by name
+                    **options,
+                )
+            missing, left_out = found["missing_keys"], found["unexpected_keys"]
+            other = found["mismatched_keys"]
             if own and _has_lost_tensors(module):
-                module, missing = older()
+                module, missing, left_out = older()
         except SafetensorError as error:
             raise ValueError(
                 f"the weights in {self.home} are damaged ({_first(error)}); restore them from a"
@@ -162,12 +171,17 @@ class TextFolder:
         except AttributeError:
             if not own:
                 raise
-            module, missing = older()
-        missing = sorted(missing)
+            module, missing, left_out = older()
+            other = ()
+        kind = type(module).__name__
+        for name, stored, wanted in sorted(other):
+            raise ValueError(
+                f"{self.home} has weights of another size than its config.json says: {name} is"
+                f" {tuple(stored)}, and {kind} has {tuple(wanted)}; restore one of the two"
+            )
         if missing:
             raise ValueError(
-                f"{self.home} lacks weights of {type(module).__name__}, which would be random:"
-                f" {', '.join(missing[:3])}"
+                f"{self.home} lacks weights of {kind}, which would be random: {some_of(missing)}"
             )
         if any(p.is_meta for p in module.parameters()):
             raise ValueError(
@@ -175,8 +189,7 @@ class TextFolder:
                 " weights for each call from memory or disk, which is not supported; give a"
                 " smaller precision (bf16), or cpu"
             )
-        made: nn.Module = module.eval()
-        return made
+        return module.eval(), sorted(left_out)
 
     def _of_older_code(
         self,
@@ -184,8 +197,8 @@ class TextFolder:
         name: str,
         options: Mapping[str, object],
         precision: str | None,
-    ) -> tuple[nn.Module, list[str]]:
-        """Return the module of a class in the folder with its weights, and which are missing.
+    ) -> tuple[nn.Module, list[str], list[str]]:
+        """Return the module of a class in the folder, and which weights it lacks or leaves out.
 
         Classes written for transformers 4 (BD3-LM, MDLM, LLaDA) lack what `from_pretrained` of
         transformers 5 sets in `post_init`, or keep plain tensors, which it does not fill.
@@ -193,14 +206,17 @@ class TextFolder:
         transformers = _transformers()
         known = ("local_files_only", "trust_remote_code", "attn_backend")
         given = {key: options[key] for key in known if key in options}
-        config = transformers.AutoConfig.from_pretrained(str(self.home), **given)
+        with without_covered():
+            config = transformers.AutoConfig.from_pretrained(str(self.home), **given)
         load = transformers.dynamic_module_utils.get_class_from_dynamic_module
         module = load(named[name], str(self.home), local_files_only=True)(config)
         weights: dict[str, torch.Tensor] = {}
         for path in sorted(self.home.glob("*.safetensors")):
             weights |= load_file(path)
-        missing = module.load_state_dict(weights, strict=False, assign=True).missing_keys
-        return module if precision is None else module.to(PRECISIONS[precision]), missing
+        missing, left_out = module.load_state_dict(weights, strict=False, assign=True)
+        if precision is not None:
+            module = module.to(PRECISIONS[precision])
+        return module, missing, left_out
 
 
 def _has_lost_tensors(module: nn.Module) -> bool:
@@ -225,7 +241,8 @@ def open_folder(folder: str | Path, trust_remote_code: bool = False) -> TextFold
     _check_code(home, config, trust_remote_code)
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(str(home), **options)
+        with without_covered():
+            tokenizer = _transformers().AutoTokenizer.from_pretrained(str(home), **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{home} has no tokenizer that can be read: {_first(error)}") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without files
@@ -310,6 +327,11 @@ def _check_code(home: Path, config: Mapping[str, object], trusted: bool) -> None
         )
     files = ", ".join(path.name for path in sorted(home.glob("*.py")))
     print(f"running code of {home}: {what} ({files or 'from elsewhere'})", file=sys.stderr)
+
+
+def some_of(names: Collection[str]) -> str:
+    """Return the first names of some, in their order, with dots where there are more."""
+    return ", ".join(sorted(names)[:NAMED]) + (", .." if len(names) > NAMED else "")
 
 
 def _first(error: BaseException) -> str:

@@ -46,8 +46,8 @@ LETTER = "a"  # any text, for which special tokens are asked
 class Tokenizer(Protocol):
     """The part of a tokenizer of `transformers` that is used here."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the ids of a text."""
+    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
+        """Return the ids of a text; `verbose` warns of long ones, which are divided here."""
 
     def decode(self, ids: list[int], *, clean_up_tokenization_spaces: bool) -> str:
         """Return the text of ids."""
@@ -295,8 +295,8 @@ def _text(path: Path) -> str:
 
 def _special(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after a text."""
-    plain = tokenizer.encode(text, add_special_tokens=False)
-    whole = tokenizer.encode(text, add_special_tokens=True)
+    plain = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    whole = tokenizer.encode(text, add_special_tokens=True, verbose=False)
     for first in range(len(whole) - len(plain) + 1):
         if whole[first : first + len(plain)] == plain:
             return whole[:first], whole[first + len(plain) :]
@@ -337,7 +337,7 @@ def _encode(text: str, tokenizer: Tokenizer, plain: Callable[[str], str]) -> lis
     Raises:
         ValueError: the tokens do not give the text back.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     back = plain(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     if back == text:
         return ids

@@ -12,6 +12,7 @@ from nelbo._utils.network_calls import NetworkCalls, fixed_rows
 from nelbo._utils.numerics import digest_of
 from nelbo._utils.sharding import is_sharded
 from nelbo.integrations.token_scores import Reading
+from nelbo.integrations.transformers_warnings import without_covered
 
 PROBED = 16  # tokens of the calls that find the vocabulary and the direction, at most
 NO_TIMES = ("attention_mask", "inputs_embeds")  # second inputs of modules without a time input
@@ -90,12 +91,12 @@ def call(module: nn.Module, ids: Tensor, time: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: if it returns something else.
     """
-    if time is None:
-        found: object = module(ids)
-    else:
+    inputs = [ids]
+    if time is not None:
         own = next(module.parameters(), time)
-        dtype = torch.promote_types(own.dtype, torch.float32)
-        found = module(ids, time.to(own.device, dtype))
+        inputs.append(time.to(own.device, torch.promote_types(own.dtype, torch.float32)))
+    with without_covered():
+        found: object = module(*inputs)
     logits = getattr(found, "logits", found)
     if isinstance(logits, Tensor):
         logits = logits.to(ids.device)  # the last of several devices
