@@ -17,6 +17,7 @@ Without data, the output at pure noise tells some readings apart: where nothing 
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +37,6 @@ NUMBERS = 2**12  # numbers of pure noise shown to a network, in 2 to ROWS rows
 ROWS, MORE = 8, 32  # rows shown at each noise level, and where several readings are possible,
 LARGE = 2**22  # of at most this many numbers
 SNRS = (10.0, 1.0)  # of the two noise levels at which data are shown
-BEHIND = 1.1  # times the error as given, from which a reading is behind
 LESS = 1.3  # a reading is refused if another has an error smaller by this factor at a level,
 ERRORS = 6.0  # by as many standard errors (of the logarithm), none larger at another level,
 FITS = 0.5  # and a mean ρ below this; half-trained networks fit several readings, all worse
@@ -110,64 +110,81 @@ def _at_noise(model: "WrappedModel") -> list[str]:
 def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
     """Return a note, or raise ReadingError, by the errors of all readings.
 
-    Readings that are not behind at the first level, with few rows, are compared at all of them.
+    Readings that may be better by what few rows show are compared with more.
     """
-    more = max(ROWS, min(MORE, LARGE // model.dims))
-    batch = batch[torch.linspace(0, len(batch) - 1, more).round().long()].to(model.device)
+    count = max(1, min(MORE, LARGE // model.dims) // ROWS) * ROWS
+    batch = batch[torch.linspace(0, len(batch) - 1, count).round().long()].to(model.device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch.x.shape, dtype=torch.float64, generator=generator)
-    noise, few = noise.to(batch.x.device), torch.linspace(0, more - 1, ROWS).round().long()
+    noise, order = noise.to(batch.x.device), torch.arange(count).view(ROWS, -1).T.flatten()
+    few, rest = ((batch[rows], noise[rows]) for rows in (order[:ROWS], order[ROWS:]))
     deviation = model.process.embed(batch.x).double().std().item()
     gammas = [said_clock(model)(-math.log(snr)).gamma for snr in SNRS]
     said, *others = readings(model, gammas, deviation)
-    first = batch[few], noise[few], gammas[0]
-    own = said.errors(model, *first)[""].mean().item()
-    left = [
-        reading
-        for reading in others
-        if any(
-            v.mean() < min(1.0, BEHIND * own) for v in _of_other(reading, model, *first).values()
-        )
-    ]
-    if not left:
-        batch, noise = batch[few], noise[few]
-    errors: dict[str, list[Tensor]] = {}
-    for gamma in gammas:
-        found = said.errors(model, batch, noise, gamma)
-        for reading in left:
-            found |= _of_other(reading, model, batch, noise, gamma)
-        for name, error in found.items():
-            errors.setdefault(name, []).append(error)
-    return _verdict({k: torch.stack(v) for k, v in errors.items() if len(v) == len(SNRS)})
+    first = _errors(said, model, *few, gammas)
+    own = first.pop("")
+    found = {name: error for name, error in first.items() if _may_be_better(own, error)}
+    possible = []
+    for reading in others:
+        if errors := _errors(reading, model, *few, gammas, own):
+            possible.append(reading)
+            found |= errors
+    if found and len(rest[1]):
+        more = _errors(said, model, *rest, gammas)
+        own = torch.cat([own, more[""]], 1)
+        for reading in possible:
+            more |= _errors(reading, model, *rest, gammas)
+        found = {k: torch.cat([v, more[k]], 1) for k, v in found.items() if k in more}
+    return _verdict(own, found)
 
 
-def _of_other(
-    reading: Reading, model: "WrappedModel", batch: Batch, noise: Tensor, gamma: float
+def _errors(
+    reading: Reading,
+    model: "WrappedModel",
+    batch: Batch,
+    noise: Tensor,
+    gammas: Sequence[float],
+    own: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Return the errors of a reading; none if the network does not take its inputs."""
-    try:
-        return reading.errors(model, batch, noise, gamma)
-    except Exception:  # as a network may refuse in any way what is not its own
-        return {}
+    """Return errors of a reading, (levels, rows), by name.
+
+    With those of the reading that was said, `own`, only errors that may be better are returned,
+    and none if the network does not take its inputs.
+    """
+    found: dict[str, Tensor] = {}
+    for i, gamma in enumerate(gammas):
+        try:
+            errors = reading.errors(model, batch, noise, gamma)
+        except Exception:  # as a network may refuse in any way what is not its own
+            if own is None:
+                raise
+            return {}
+        found = {
+            name: torch.cat([found[name], error[None]]) if i else error[None]
+            for name, error in errors.items()
+            if not i or name in found
+        }
+        if own is not None:
+            found = {k: v for k, v in found.items() if _may_be_better(own[: i + 1], v)}
+        if not found:
+            break
+    return found
 
 
-def _verdict(errors: dict[str, Tensor]) -> list[str]:
-    """Return a note, or raise ReadingError, by the ρ of the reading "" and of others.
+def _verdict(own: Tensor, errors: Mapping[str, Tensor]) -> list[str]:
+    """Return a note, or raise ReadingError, by the ρ of the reading said and of others.
 
     Each has shape (levels, rows).
     """
-    own = errors.pop("")
     if not own.isfinite().all():
         return []  # constant images, which a line fits exactly; or no number, which is said later
-    means = {name: error.mean().item() for name, error in errors.items()}
-    least = min(means.values(), default=math.nan)
+    means = {name: error.mean().item() for name, error in {"": own, **errors}.items()}
     # of readings that are nearly as good as the best, the one that differs least from that said
-    best = next((name for name, mean in means.items() if mean < ALIKE * least), None)
-    if best is not None:
-        rho = errors[best].mean().item()
+    best = next(name for name, mean in means.items() if mean <= ALIKE * min(means.values()))
+    if best:
         seen = (
-            f"{rho:.2g} times the error of a straight line on some of the examples, and as given"
-            f" {own.mean().item():.2g} times"
+            f"{means[best]:.2g} times the error of a straight line on some of the examples, and as"
+            f" given {means['']:.2g} times"
         )
         if _is_better(own, errors[best]):
             raise ReadingError(
@@ -194,7 +211,20 @@ def _is_better(
     """Return whether another reading fits, and has less error, (levels, rows), at all levels, and
     at one by a factor and standard errors.
     """
+    gain, error = _gain(own, other)
+    clear = (gain > math.log(less)) & (gain > errors * error)
+    return bool(other.mean() < fits and (gain > 0).all() and clear.any())
+
+
+def _may_be_better(own: Tensor, other: Tensor) -> bool:
+    """Return whether more rows, or further levels, may show that another reading is better."""
+    gain, error = _gain(own, other)
+    most = gain + DOUBT * error
+    clear = len(most) < len(SNRS) or most.max() > math.log(SLIGHTLY)
+    return bool(other.mean() < 1 and (most > 0).all() and clear)
+
+
+def _gain(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean logarithm of the ratio of two errors at each level, and its error."""
     ratios = own.clamp(min=TINY).log() - other.clamp(min=TINY).log()
-    mean, error = ratios.mean(1), ratios.std(1) / math.sqrt(ratios.shape[1])
-    clear = (mean > math.log(less)) & (mean > errors * error)
-    return bool(other.mean() < fits and (mean > 0).all() and clear.any())
+    return ratios.mean(1), ratios.std(1) / math.sqrt(ratios.shape[1])
