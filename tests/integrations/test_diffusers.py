@@ -703,7 +703,10 @@ def test_no_scheduler_passes_over_zero_snr(networks, kind):
         ("sigma_data", 0.5, "as the network was trained"),
         ("prediction_type", None, "epsilon, sample, v_prediction; got None"),
         ("beta_start", "0.1", "beta_start='0.1', where a DDPMScheduler takes one number"),
-        ("steps_offset", [1], r"steps_offset=\[1\], where"),
+        ("num_train_timesteps", 8.5, "num_train_timesteps=8.5, where .* takes one whole number"),
+        ("trained_betas", ["a"] * T, r"where a DDPMScheduler takes a list of numbers"),
+        ("trained_betas", "0.1", r"trained_betas='0.1', where .* a list of numbers"),
+        ("trained_betas", [0.1] * 3, "3 betas and num_train_timesteps=8"),
     ],
 )
 def test_a_key_of_no_scheduler_is_refused(networks, tmp_path, key, value, words):

@@ -55,6 +55,7 @@ def test_what_fits_is_passed_on_as_numbers_of_python(given):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        ({"n": torch.eye(2)}, r"n must be an integer; got tensor\(\[\[1., 0.\], \[0., 1.\]\]\)$"),
         ({"n": "8"}, "n must be an integer; got '8'"),
         ({"n": 1.0}, "n must be an integer; got 1.0"),
         ({"n": True}, "n must be an integer; got True"),

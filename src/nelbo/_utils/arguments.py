@@ -150,7 +150,8 @@ def _check(name: str, value: object, kinds: tuple[Any, ...]) -> None:
     choices = [each for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
     near = nearest(value[:99], list(map(str, choices))) if isinstance(value, str) else ""
     fix = f"; did you mean {near!r}?" if near else ""
-    raise ValueError(f"{name} must be {' or '.join(words)}; got {shortened(repr(value))}{fix}")
+    got = shortened(" ".join(repr(value).split()))  # of a tensor in one line
+    raise ValueError(f"{name} must be {' or '.join(words)}; got {got}{fix}")
 
 
 def _words(kind: Any) -> str:  # noqa: ANN401

@@ -229,7 +229,7 @@ class Adapter(nn.Module):
         )
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "is that how it is called?"
-        if next(self.network.parameters(), None) is None:
+        if next(self.network.parameters(), None) is None and "type" in reason:
             hint = "a function gets float64; for a network of float32, give it y.float()"
         return f"the wrapped network fails, called with {shown}: {reason}; {hint}"
 

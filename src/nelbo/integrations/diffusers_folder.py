@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -38,6 +39,12 @@ TRAINING = {"rescale_betas_zero_snr": False, "prediction_type": "epsilon", "sigm
 OLD_KEYS = {
     "predict_epsilon": 'prediction_type, "epsilon" if it was true and "sample" if false',
     "timesteps": "num_train_timesteps",
+}
+#: what a parameter that is annotated so takes, and words for it
+NUMBERS: dict[object, tuple[type | UnionType, str]] = {
+    int: (int, "one whole number"),
+    float: (int | float, "one number"),
+    bool: (int | float, "true or false"),
 }
 HARMLESS = {"tensor_format"}  # a former key without a meaning
 #: former names of attention weights, and their present names
@@ -201,13 +208,22 @@ def made(config: Config, where: Path) -> Any:  # noqa: ANN401
 
 
 def _check_numbers(config: Config, kind: type, where: Path) -> None:
-    """Raise ValueError for a text or a list where a class takes one number."""
+    """Raise ValueError for a value that is no number, of a parameter that is annotated as one."""
     for name, parameter in signature(kind.__init__).parameters.items():  # type: ignore[misc]
-        value = config.get(name)
-        if parameter.annotation in (int, float, bool) and isinstance(value, str | list | dict):
+        value, annotation = config.get(name), parameter.annotation
+        if value is None:
+            continue
+        takes = ""
+        if annotation in NUMBERS:
+            kinds, word = NUMBERS[annotation]
+            takes = "" if isinstance(value, kinds) else word
+        elif any(get_args(part) == (float,) for part in get_args(annotation)):
+            numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+            takes = "" if numbers else "a list of numbers"
+        if takes:
             raise ValueError(
                 f"{where} has {shortened(f'{name}={value!r}', SHOWN)}, where a {kind.__name__}"
-                " takes one number; write that, without quotes or brackets"
+                f" takes {takes}; write that"
             )
 
 

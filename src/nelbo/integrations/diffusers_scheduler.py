@@ -170,7 +170,12 @@ def discrete(
             f"the {kind} changes its α's after making them of its β's; wrap the network with"
             " nelbo.integrations.wrap(network, alphas=scheduler.alphas_cumprod)"
         )
-    total = len(gamma)
+    total, said = len(gamma), positive(config, "num_train_timesteps")
+    if total != said:
+        raise ValueError(
+            f"the scheduler has {total} betas and num_train_timesteps={said}; write the number of"
+            " times of the training, and as many trained_betas"
+        )
     times: Tensor = torch.arange(total)
     if steps is not None:
         gamma, times = steps_of(scheduler, gamma, steps)

@@ -43,7 +43,7 @@ def gamma_of(
     v = row_of(name, numbers)
     # β may be 1, and α 0, at the last time only
     if name == "betas":
-        if len(v) > 1 and v[0] > 0.5 and (v.diff() <= 0).all():
+        if len(v) > 1 and 0.5 < v[0] < 1 and (v.diff() < 0).all():
             raise ValueError(
                 f"the betas decrease from {v[0].item():.4g}: are these products of 1 - β, as the"
                 " .alphas_cumprod of a scheduler are? Give them as alphas=; or its .betas"
