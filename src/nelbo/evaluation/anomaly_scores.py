@@ -44,7 +44,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import grid_of, times_of
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.example_bounds import replicates_of
-from nelbo.evaluation.intervals import errors
+from nelbo.evaluation.intervals import errors_beside
 from nelbo.evaluation.per_dimension import by_column, by_dimension
 
 REFERENCE = 1000  # examples of the reference, at most
@@ -245,9 +245,10 @@ class Scorer:
         """Return the scores of examples x, (N, *shape), or of a `Batch`."""
         batch, model = batch_of(self.model, x), self.model
         each = self._nats(batch)
-        counts = [n.double() for n in (self.counts, model.scored_counts(batch)) if n is not None]
-        size = torch.cat(counts) if counts else None
-        nats, error = each.mean(1), _overflown(errors([each], self.replicates, size))
+        counts = model.scored_counts(batch)
+        both = None if counts is None or self.counts is None else (self.counts, counts)
+        nats, error = each.mean(1), errors_beside(self.replicates, each, both)
+        error = torch.where(nats.isfinite(), error, math.inf)
         score = self.define(nats, batch.x, self.schema, self.mean)
         sizes = self.schema.sizes(batch.x)
         bits = None if model.decoder.density or sizes else 1 / (model.dims * LOG_2)

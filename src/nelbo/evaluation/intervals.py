@@ -17,6 +17,10 @@ mean of all examples, relative to what is known of their sizes (Bühlmann's cred
 where a is the share of s_i² in it, and ν(s²) are the degrees of freedom of the mean. w is the
 share of the differences of variances that is not chance, which the two halves of an example's
 replicates show; from few examples it is unknown, and w is larger.
+
+An example beside a reference, which has another distribution where it is unusual, is measured by
+itself the more, the farther out its mean is: w = d/(d + k), where k is the number of reference
+examples with a mean as far out or farther, on its side; beyond all of them k = 0.
 """
 
 import math
@@ -70,12 +74,7 @@ def freedoms(parts: Tensor, each: Tensor) -> float:
     return max(1.0, (parts.sum().square() / squares - 2).item())
 
 
-def apart(
-    distance: Tensor,
-    example: Tensor | None = None,
-    far_is: float = FAR,
-    others: Tensor | None = None,
-) -> Tensor:
+def apart(distance: Tensor, example: Tensor | None = None, far_is: float = FAR) -> Tensor:
     """Return a mask of outlying examples, (N,).
 
     All distances of an outlier are far beyond most others, or one is not finite.
@@ -84,12 +83,10 @@ def apart(
         distance: from a typical value, (n,).
         example: of each distance, (n,), 0..N-1; each is of its own example where left out.
         far_is: factor on the 90 % quantile beyond which a distance is far.
-        others: distances whose quantile it is; all of them where left out.
     """
     example = torch.arange(len(distance)) if example is None else example
     number = distance.isfinite().cpu()
-    finite = (distance if others is None else others).cpu().double()
-    finite = finite[finite.isfinite()]
+    finite = distance[number.to(distance.device)].cpu().double()
     usual = finite.kthvalue(math.ceil(SHARE * len(finite))).values.item() if len(finite) else 0.0
     far = distance.cpu() > far_is * usual if usual > 0 else ~number
     like_others = torch.zeros(int(example.max()) + 1, dtype=torch.bool)
@@ -98,31 +95,27 @@ def apart(
     return ~like_others.to(distance.device)
 
 
-def errors(
-    replicates: Sequence[Tensor], reference: Tensor | None = None, size: Tensor | None = None
-) -> Tensor:
+def errors(replicates: Sequence[Tensor], size: Tensor | None = None) -> Tensor:
     """Return the stated error of the mean of each example's replicates, (n,).
 
     An outlying example has a variance of its own, or no error, NaN, if it has few replicates.
 
     Args:
         replicates: of the examples, in blocks (n_g, R_g).
-        reference: replicates of other examples, (M, R), which define typical values and share
-            their variances; the examples themselves where left out.
-        size: of each example, (n,), or of the others and of these, (M + n,), such as its number of
-            tokens, where they differ in it: they share the variance relative to a power of it. The
-            error of an example of size 0, which has no noise, is 0.
+        size: of each example, (n,), such as its number of tokens, where they differ in it: they
+            share the variance relative to a power of it. The error of an example of size 0, which
+            has no noise, is 0.
     """
     if size is not None:
-        return _relative_errors(replicates, reference, size)
-    known = 0 if reference is None else len(reference)
-    replicates = [*replicates] if reference is None else [reference, *replicates]
+        noisy, error = size > 0, torch.zeros_like(size)
+        parts = zip(replicates, noisy.split(list(map(len, replicates))), strict=True)
+        if noise := [block[some] for block, some in parts if some.any()]:
+            scale = size[noisy] ** (_power(noise, size[noisy]) / 2)
+            both = zip(noise, scale.split(list(map(len, noise))), strict=True)
+            error[noisy] = scale * errors([block / of[:, None] for block, of in both])
+        return error
     counts = torch.cat([torch.full((len(b),), b.shape[1]) for b in replicates])
-    values = torch.cat([block.flatten() for block in replicates])
-    example = torch.arange(len(counts)).repeat_interleave(counts)
-    usual = slice(None) if reference is None else slice(reference.numel())
-    distance = (values - values[usual].nanmedian()).abs()
-    far = apart(distance, example, others=distance[usual]) | _noisy(replicates)
+    far = _outlying(replicates)
     error = torch.full_like(far, math.nan, dtype=torch.float64)
     if not far.all():
         parts = zip(replicates, far.split(list(map(len, replicates))), strict=True)
@@ -131,27 +124,46 @@ def errors(
     alone = torch.cat([_own(block) for block in replicates])
     enough = far & (counts >= OWN)
     error[enough] = (alone / counts)[enough].sqrt() * widened(OWN - 1)
-    return torch.where(error > 0, error, math.nan)[known:]
+    return torch.where(error > 0, error, math.nan)
 
 
-def _relative_errors(
-    replicates: Sequence[Tensor], reference: Tensor | None, size: Tensor
+def errors_beside(
+    reference: Tensor, replicates: Tensor, sizes: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Return the errors of examples whose noise grows with a power of their size, (n,)."""
-    blocks = [*replicates] if reference is None else [reference, *replicates]
-    parts = zip(blocks, size.split(list(map(len, blocks))), strict=True)
-    noise = [(block[of > 0], of[of > 0]) for block, of in parts if of.any()]
-    own = size[len(size) - sum(map(len, replicates)) :]
-    error = torch.zeros_like(own)
-    if not noise:
-        return error
-    # others define what is usual, so that the error of an example is its own
-    usual, sizes = zip(*(noise if reference is None else noise[:1]), strict=True)
-    power = _power(usual, torch.cat(sizes)) / 2
-    scaled = [block / of[:, None] ** power for block, of in noise]
-    others, rest = (None, scaled) if reference is None else (scaled[0], scaled[1:])
-    error[own > 0] = own[own > 0] ** power * errors(rest, others)
-    return error
+    """Return the stated error of the mean of each example's replicates beside a reference, (n,).
+
+    It depends on no other of the n examples; NaN where nothing varies, or not by a number.
+
+    Args:
+        reference: replicates of usual examples, (M, R), at least two of each.
+        replicates: of the examples, (n, R).
+        sizes: of the reference, (M,), and of the examples, (n,), as for `errors`.
+    """
+    sizes = sizes or (torch.ones(len(reference)), torch.ones(len(replicates)))
+    of_reference, of_each = (size.double() for size in sizes)
+    power = _power([reference], of_reference) / 2
+    scaled = reference / of_reference[:, None] ** power
+    usual = ~_outlying([scaled])
+    noise, levels = scaled[usual].var(1), (reference.mean(1) / of_reference)[usual].sort().values
+    own, level = (replicates / of_each[:, None] ** power).var(1), replicates.mean(1) / of_each
+    below = torch.searchsorted(levels, level, right=True)
+    above = len(levels) - torch.searchsorted(levels, level)
+    count = replicates.shape[1]
+    weight = (count - 1) / (count - 1 + torch.minimum(below, above))
+    each = torch.full_like(noise, reference.shape[1] - 1.0)
+    variance = noise.mean() + weight * (own - noise.mean())
+    shared = (1 - weight).square() / freedoms(each * noise, each)
+    known = 1 / (weight / (count - 1) + shared)
+    error = of_each**power * (variance / count).sqrt() * _widened(known)
+    return torch.where(error > 0, error, math.nan)
+
+
+def _outlying(replicates: Sequence[Tensor]) -> Tensor:
+    """Return a mask of examples that are far from most others, or much noisier, (n,)."""
+    counts = torch.cat([torch.full((len(b),), b.shape[1]) for b in replicates])
+    values = torch.cat([block.flatten() for block in replicates])
+    example = torch.arange(len(counts)).repeat_interleave(counts)
+    return apart((values - values.nanmedian()).abs(), example) | _noisy(replicates)
 
 
 def _power(replicates: Sequence[Tensor], size: Tensor) -> float:

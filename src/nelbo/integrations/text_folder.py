@@ -240,9 +240,12 @@ def open_folder(folder: str | Path, trust_remote_code: bool = False) -> TextFold
     _check_weights(home)
     _check_code(home, config, trust_remote_code)
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    load = (
+        _transformers().AutoTokenizer.from_pretrained
+    )  # its import makes its handler of warnings
     try:
         with without_covered():
-            tokenizer = _transformers().AutoTokenizer.from_pretrained(str(home), **options)
+            tokenizer = load(str(home), **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{home} has no tokenizer that can be read: {_first(error)}") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without files
