@@ -105,32 +105,28 @@ def test_what_was_not_visited_has_no_bound(population):
 
 
 def test_some_of_a_sample_are_visited_twice(population):
-    """Two at least; of a sample that grows to be all, two and thirty."""
+    """Two at least; of all, two and thirty."""
     known, truth = population
     found = sample(known, truth, 12, 1)
     assert drawn_again(12, N) == 2 and drawn_again(N, N) == 32
-    missing = found.missing(0.28)
-    assert min(missing) == 2 and list(missing.values()) == sorted(missing.values(), reverse=True)
-    whole = found.missing(1e-9)
-    assert len(whole) == 18 and sum(n == 2 for n in whole.values()) == 5
     assert torch.isfinite(found.error_of_each[found.rows]).all()
 
 
-def test_what_is_missing_for_a_target(population):
-    """First others, then those that were visited least; the error is then about the target."""
+def test_further_rounds_reach_a_target(population):
+    """First others, then those that were visited least, an eighth more each time."""
     known, truth = population
     for target, again in ((0.2, False), (0.07, True)):
         reached = []
         for _ in range(50):
             found, replicates = sample(known, truth, 30), [REPLICATES]
             while root(found) > target:
-                missing = found.missing(target)
-                there = len(found.costs)
-                assert (min(missing) >= there) == (there < len(found.blocks))
-                new = [c for g, n in missing.items() for c in visit(truth, [found.blocks[g]], n)]
-                found = found.joined(dict(zip(missing, new, strict=True)))
+                further, there = found.further(), len(found.costs)
+                assert set(further.values()) == {1}
+                assert len(further) == min(len(found.blocks), -(-sum(replicates) // 8))
+                assert next(iter(further)) == there or there == len(found.blocks)
+                new = [visit(truth, [found.blocks[g]], 1)[0] for g in further]
+                found = found.joined(dict(zip(further, new, strict=True)))
                 replicates = [block.shape[1] for block in found.costs]
-                assert max(replicates) - min(replicates) <= 1
             assert (max(replicates) > REPLICATES) == again
             reached.append(root(found))
         assert sum(reached) / 50 > 0.9 * target

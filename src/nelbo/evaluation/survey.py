@@ -21,7 +21,6 @@ few, a larger share is used. w_g² = w_i²/n_g.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -157,31 +156,15 @@ class SurveyEstimate:
         data = spread.sqrt().item() * widened(len(each) - 1.0)
         return StandardError(math.hypot(data, monte_carlo), data, monte_carlo)
 
-    def missing(self, error: float) -> Mapping[int, int]:
-        """Return the blocks to draw, and their replicates, to reach a Monte Carlo error in nats.
+    def further(self) -> dict[int, int]:
+        """Return the blocks to draw in a further round, and one replicate of each.
 
-        They are new blocks; if none are left, those with the fewest replicates again. None are
-        missing if nothing varies, or not by a number.
+        They are those with the fewest replicates, new ones first, and an eighth of all draws.
         """
-        within, _, between = self._parts(slice(None))
-        variance, there = within.sum().item(), len(self.costs)
-        replicates = [block.shape[1] for block in self.costs]
-        least = math.ceil(there / FREEDOMS)
-        if not within.sum() + between.sum() > 0:
-            return {}
-        if there == len(self.blocks):
-            more = math.ceil(sum(replicates) * (variance / error**2 - 1))
-            order = sorted(range(there), key=lambda g: replicates[g])
-            return Counter(order[k % there] for k in range(max(more, least)))
-        # (1 - n/N) s²/n + w²/N = error², where s² and w² are of one example
-        of_sample = between.sum().item()
-        rest = error**2 + (of_sample - variance) * len(self.rows) / len(self.known)
-        wanted = there * (of_sample / rest - 1) if rest > 0 else math.inf
-        then = there + math.ceil(min(max(wanted, least), len(self.blocks) - there))
-        sizes = [len(rows) for rows in self.blocks[:then]]
-        twice = sum(n for n, r in zip(sizes, replicates, strict=False) if r > 1)
-        again = drawn_again(sum(sizes), len(self.known)) - twice
-        return {g: min(replicates) + (sum(sizes[there:g]) < again) for g in range(there, then)}
+        counts = [block.shape[1] for block in self.costs]
+        counts += [0] * (len(self.blocks) - len(counts))
+        order = sorted(range(len(counts)), key=lambda g: counts[g])
+        return dict.fromkeys(order[: math.ceil(sum(counts) / 8)], 1)
 
     def joined(self, costs: Mapping[int, Tensor]) -> "SurveyEstimate":
         """Return the estimate with the costs of further draws."""

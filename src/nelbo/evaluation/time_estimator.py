@@ -117,11 +117,10 @@ def estimate_times(
         # in a single step of masks nothing shows, and there is no noise
         single = times.steps == 1 and model.process.hides(torch.ones(1, dtype=torch.float64))
         costs = SurveyEstimate(blocks, [], of_examples, torch.zeros(count) if single else None)
-        some: Mapping[int, int] = sampling.counts
-        while some:
-            costs = costs.joined(draw(blocks, some, (seed, 1, turn), track))
-            enough = target is None or costs.stated() <= target
-            some, turn = {} if enough or target is None else costs.missing(target), turn + 1
+        costs = costs.joined(draw(blocks, sampling.counts, (seed, 1, 0), track))
+        while target is not None and costs.stated() > target:
+            turn += 1
+            costs = costs.joined(draw(blocks, costs.further(), (seed, 1, turn), track))
         called = (0 if pilots else begun) + sum(gather(made.forward - begun))
     return Estimate(costs, strata.edges, called, tuple(filter(None, [controls.note])))
 
