@@ -118,7 +118,7 @@ def test_further_rounds_reach_a_target(population):
     for target, again in ((0.2, False), (0.07, True)):
         reached = []
         for _ in range(50):
-            found, replicates = sample(known, truth, 30), [REPLICATES]
+            found, replicates = sample(known, truth, 30), [REPLICATES] * 5
             while root(found) > target:
                 further, there = found.further(), len(found.costs)
                 assert set(further.values()) == {1}
