@@ -382,6 +382,7 @@ def test_two_calls_of_many_texts_have_an_error_and_no_pilot():
     found = nelbo.evaluate(model, texts, calls=2)
     assert mask_note(found) == "masks: plain, without a pilot" and found.calls_per_example == 2
     assert 0 < found.standard_error.monte_carlo < 0.1 * found.bits_per_dim
+    assert nelbo.evaluate(model, texts[:8], calls=8).calls_per_example == 8
     with pytest.raises(ValueError, match=r"got 2 per text; give 3 calls"):
         nelbo.evaluate(model, texts, calls=2, masks="unigram")
     assert "unigram, as named" in mask_note(nelbo.evaluate(model, texts, calls=3, masks="unigram"))
@@ -473,6 +474,8 @@ def test_texts_of_unequal_lengths_have_errors_of_their_own(calls):
         nelbo.evaluate(model, texts, calls=calls, per_example=True, seed=seed)
         for seed in range(seeds)
     ]
+    # what the short text leaves of its calls goes to the others
+    assert found[0].calls_per_example > (7 if calls == 8 else 36)
     off = torch.stack([-r.per_example.elbo for r in found]) - wanted
     error = torch.stack([r.per_example_error for r in found])
     assert not error[:, 0].any() and off[:, 0].abs().max() < 1e-9  # all its masks

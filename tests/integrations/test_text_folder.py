@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.commands import nelbo_fails, run_ok
+from support.known_models import Counted
 from support.language_models import write, write_tokenizer, write_with_code
 
 import nelbo
@@ -258,6 +259,7 @@ PROMPT = json.dumps({"prompt": "abcdabcda", "answer": "b"})
         ("", "a.npy", [[4, 3]], "text 0 has id 3 at 1, the model's mask"),
         ("", "a.npy", [[1, 2]], "text 0 has no token to score"),
         ("", "a.npy", [[4] * 11], "11 tokens, and the model takes at most 10"),
+        ("", "a.npy", np.zeros((0, 4), int), "there is no text to measure; give at least one"),
         (",never=4", "a.npy", [[4, 5]], "text 0 has id 4 at 0, never predicted"),
         (",shown=12", "a.npy", [[4, 5]], "ids of the module are 0..11; got [12] in shown"),
         (",block=0", "a.npy", [[4, 5]], "block must be at least 1; got 0"),
@@ -277,6 +279,28 @@ def test_data_are_read_before_weights(tmp_path, capsys, no_weights, options, nam
     for command in (["evaluate"], ["score", "--out", tmp_path / "s.csv"]):
         line = nelbo_fails(capsys, *command, f"hf:{home}{options}", *data)
         assert words in line, line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--calls", 1], "calls must be at least 2 per example"),
+        (["--calls", 1, "--steps", "2,3"], "calls must be at least 2 per example"),
+        (["--target-error", 0], "target_error must be positive; got 0"),
+        (["--sampler", "greedy", "--tokens-per-step", 0], "tokens_per_step must be at least 1"),
+    ],
+)
+def test_options_are_read_before_weights(tmp_path, capsys, no_weights, options, words):
+    home = write(tmp_path / "m")
+    np.save(tmp_path / "a.npy", [[4, 5]])
+    line = nelbo_fails(capsys, "evaluate", f"hf:{home}", "--data", tmp_path / "a.npy", *options)
+    assert words in line, line
+
+
+def test_a_surrogate_of_other_symbols_is_refused_before_weights(tmp_path, no_weights):
+    surrogate = integrations.wrap_tokens(Counted(4), 4)
+    with pytest.raises(ValueError, match="symbols of the model, 12; got 6"):
+        nelbo.evaluate(f"hf:{write(tmp_path / 'm')}", [[4, 5]], surrogate=surrogate)
 
 
 @pytest.mark.parametrize(

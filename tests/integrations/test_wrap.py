@@ -779,6 +779,17 @@ def test_each_part_of_a_network_keeps_its_mode(fails):
     assert [part.training for part in network.modules()] == modes
 
 
+def test_functions_of_conditions_do_not_continue_each_other(tmp_path):
+    """Without weights, only a condition says which function it is."""
+    batch = Batch(images(), torch.ones(4, 1))
+    for factor, fails in ((0.1, False), (0.1, False), (0.2, True)):
+        function = lambda y, time, c, a=factor: a * c[:, :1, None, None] * y  # noqa: E731
+        model = wrap(function, SHAPE, betas=BETAS, conditioned_on="class", check=False)
+        wrong = pytest.raises(ValueError, match="another evaluation: its network is")
+        with wrong if fails else contextlib.nullcontext():
+            evaluate(model, batch, times=TimeGrid.uniform(T), calls=4, resume=tmp_path / "kept")
+
+
 def test_a_condition_reaches_a_wrapped_network():
     """The network of a class is the one that always predicts its colour."""
 

@@ -199,6 +199,14 @@ class Model(nn.Module):
         """Return 16 hex digits of all weights, the classes of parts and the settings."""
         return model_hash(self)
 
+    def output_hash(self, batch: Batch) -> str:
+        """Return a hash of an output, given the condition of the first of these examples.
+
+        It is that of a conditional network without weights, which `hash` does not tell from others
+        as nothing but a condition says what it does; "" of any other.
+        """
+        return ""
+
     def given(self, batch: Batch) -> str:
         """Return what the bound of a batch is conditioned on, for the record; "" for P(x)."""
         return "" if batch.condition is None else batch.given or self.conditioned_on

@@ -117,26 +117,36 @@ class UnmaskingOrder:
         return chosen.view_as(hidden) & hidden
 
 
-def order_for(
-    model: Model, sampler: str | None, tokens_per_step: int | None = None
+def order_of_name(
+    sampler: str | None, tokens_per_step: int | None = None
 ) -> UnmaskingOrder | None:
-    """Return the order of that name for a model; None for none.
+    """Return the order of that name; None for none.
 
     Args:
-        model: to sample or measure.
         sampler: name of the order, or None.
         tokens_per_step: k; 1 where left out.
 
     Raises:
-        ValueError: the order has no exact likelihood, the model masks no symbols, or k was given
-            without an order.
+        ValueError: the order has no exact likelihood, or k was given without an order.
     """
     if sampler is None:
         if tokens_per_step is not None:
             raise ValueError("tokens_per_step belongs to a sampler; give one, such as greedy")
         return None
-    order = UnmaskingOrder(sampler, 1 if tokens_per_step is None else tokens_per_step)
-    order.mask_of(model)
+    return UnmaskingOrder(sampler, 1 if tokens_per_step is None else tokens_per_step)
+
+
+def order_for(
+    model: Model, sampler: str | None, tokens_per_step: int | None = None
+) -> UnmaskingOrder | None:
+    """Return the order of that name for a model to sample or measure, see `order_of_name`.
+
+    Raises:
+        ValueError: as there, or the model masks no symbols.
+    """
+    order = order_of_name(sampler, tokens_per_step)
+    if order is not None:
+        order.mask_of(model)
     return order
 
 

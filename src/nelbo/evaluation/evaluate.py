@@ -94,12 +94,7 @@ def evaluate(
     seed = integer("seed", seed, 0)
     batch, times = batch_of(model, x), times_of(model, times, steps)
     check_not_empty(batch)
-    if target_error is not None and not (target_error > 0 and math.isfinite(target_error)):
-        raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
-    if target_error is not None and calls is not None:
-        raise ValueError("give calls or target_error, not both")
-    if calls is not None and MANY < calls < math.inf:
-        raise ValueError(f"calls must be at most {MANY:g} per example; got {calls:g}; try 24")
+    check_budget(calls, target_error)
     named = surrogate is not None or masks is not None
     if named:
         check_masks(model, surrogate, times, masks)
@@ -169,6 +164,18 @@ def evaluate(
         by_token=found.by_token,
         notes=(*model.notes(batch), *found.notes),
     )
+
+
+def check_budget(calls: float | None, target_error: float | None) -> None:
+    """Raise a ValueError if no examples could be measured with these calls, or to this error."""
+    if target_error is not None and not (target_error > 0 and math.isfinite(target_error)):
+        raise ValueError(f"target_error must be positive; got {target_error}; try 0.005")
+    if target_error is not None and calls is not None:
+        raise ValueError("give calls or target_error, not both")
+    if calls is not None and MANY < calls < math.inf:
+        raise ValueError(f"calls must be at most {MANY:g} per example; got {calls:g}; try 24")
+    if calls is not None and not calls > 0:
+        raise ValueError(f"calls must be positive; got {calls:g}; try 24")
 
 
 def _has_masks(model: Model, times: TimeDiscretization, calls: float | None) -> bool:

@@ -172,7 +172,7 @@ def keeping(
     given = "none" if batch.condition is None else fingerprint(batch.condition)
     known = {"model": model_hash(model), "data": fingerprint(batch.x), "conditions": given}
     known |= {"seed": str(seed), "nelbo": __version__, "torch": torch.__version__}
-    known |= {"device": str(model.device)}
+    known |= {"device": str(model.device), "network": model.output_hash(batch)}
     kept = Kept(path, known | {name: str(value) for name, value in about.items()})
     try:
         yield kept

@@ -48,7 +48,7 @@ from nelbo.evaluation.mask_regression import Coefficients, usual
 from nelbo.evaluation.mask_sampling import Texts
 from nelbo.evaluation.price import price_of
 from nelbo.evaluation.result import TokenCosts
-from nelbo.evaluation.survey import Estimate, SurveyEstimate
+from nelbo.evaluation.survey import Estimate, SurveyEstimate, check_calls
 
 PLAIN, UNIGRAM, DRAWS, TWO_LEVELS = WAYS = "plain", "unigram", "draws", "two-levels"
 PILOT = (1 / 8, 32, 1024)  # share of the calls for a pilot, at most; its pairs, at least and most
@@ -101,7 +101,11 @@ def check_masks(
             f" one has {blocks[1].max() + 1} blocks in {model.dims} places, and the model"
             f" {blocks[0].max() + 1}"
         )
-    own, other = model.process.codes, surrogate.process.codes
+    check_symbols(model.process.codes, surrogate.process.codes)
+
+
+def check_symbols(own: int, other: int) -> None:
+    """Raise a ValueError unless a surrogate has as many symbols as a model."""
     if own != other:
         raise ValueError(
             f"a surrogate has the symbols of the model, {own}; got {other}: give one with the"
@@ -176,8 +180,8 @@ def estimate_masks(
     Raises:
         ValueError: the surrogate is of other symbols, or there are too few calls.
     """
-    if calls is not None and not 2 <= calls < math.inf:
-        raise ValueError(f"calls must be at least 2 per example, and finite; got {calls}; try 24")
+    if calls is not None:
+        check_calls(calls, len(batch), each=True)
     if surrogate is not None:
         surrogate.batch(batch)
     texts = Texts(model, batch)
@@ -205,7 +209,9 @@ def estimate_masks(
                 return float(made.forward)
             left = max(2.0, math.ceil(left)) if math.isfinite(left) else FIRST
         else:
-            left = calls - way.spent
+            # texts of few masks leave calls to the others
+            exact = texts.sets[~sampled].sum()
+            left = max(2.0, ((calls - way.spent) * count - exact) / max(1, sampled.sum()))
         found: list[list[Tensor]] = []
         read, masks_of = 0.0, list[int]()
         plan = replace(_plan(max(1, sampled.sum()), left, per_example), every=every)
@@ -366,10 +372,8 @@ def _plan(examples: int, calls: float, per_example: bool) -> Plan:
     """Return the plan of at most `calls` per text."""
     calls = int(calls)
     wanted = max(2, math.ceil(FREEDOMS / examples) + 1, SCORED if per_example else 0)
-    replicates = min(calls, wanted)
-    if calls < 2 * replicates:
-        replicates = calls
-    return Plan(replicates, calls // replicates)
+    masks = calls // min(calls, wanted)
+    return Plan(calls // masks, masks)
 
 
 def _edges(model: Model) -> Tensor:

@@ -193,6 +193,26 @@ class Estimate:
     by_token: TokenCosts | None = None
 
 
+def check_calls(calls: float, examples: int, each: bool) -> float:
+    """Return the least calls per example, of N, that an error takes.
+
+    Args:
+        calls: that were given.
+        examples: N.
+        each: whether each example needs an error of its own.
+
+    Raises:
+        ValueError: they are fewer.
+    """
+    least = 2.0 if each else 2 * min(1.0, FEWEST / max(1, examples))
+    if not least <= calls < math.inf:
+        raise ValueError(
+            f"calls must be at least {least:.2g} per example, to have an error bar"
+            f"{' of each' if each else ''}, and finite; got {calls:g}; try 24"
+        )
+    return least
+
+
 def drawn_again(visited: int, examples: int) -> int:
     """Return how many of the visited examples, of N, to draw twice.
 

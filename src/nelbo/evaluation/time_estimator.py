@@ -32,7 +32,14 @@ from nelbo.evaluation.control_variates import ControlVariates
 from nelbo.evaluation.intervals import OWN
 from nelbo.evaluation.kept import Kept, Tasks, once
 from nelbo.evaluation.price import Budget, operations
-from nelbo.evaluation.survey import FEWEST, Estimate, SamplingPlan, SurveyEstimate, plan
+from nelbo.evaluation.survey import (
+    FEWEST,
+    Estimate,
+    SamplingPlan,
+    SurveyEstimate,
+    check_calls,
+    plan,
+)
 from nelbo.evaluation.time_density import FITTED, time_density
 
 #: returns the proposal of a pilot, from strata and controls
@@ -140,12 +147,7 @@ def _divided(
     `kept`: there is a pilot from before, which takes no calls now. `scored`: each example needs an
     error of its own. A ValueError is raised if there are fewer calls than an error requires.
     """
-    least = 2.0 if scored else 2 * min(1.0, FEWEST / examples)
-    if not least <= calls < math.inf:
-        raise ValueError(
-            f"calls must be at least {least:.2g} per example, to have an error bar"
-            f"{' of each' if scored else ''}, and finite; got {calls}; try 24"
-        )
+    least = check_calls(calls, examples, scored)
     if calls >= 2:
         least, calls = 2.0, float(int(calls))
     # what n rows fail to show costs about 1/n of all calls, so n grows as their root

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nelbo._utils.arguments import checked
-from nelbo._utils.numerics import LOG_2
+from nelbo._utils.numerics import LOG_2, digest_of
 from nelbo.diffusion import parametrization, reverse
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.decoder import Decoder, Evidence, GaussianDensity
@@ -49,7 +49,7 @@ from nelbo.integrations.noise_levels import (
     row_of,
 )
 from nelbo.integrations.probe import ReadingError, probe
-from nelbo.integrations.reading_hash import described
+from nelbo.integrations.reading_hash import described, output_of
 
 Predicts = str  # a key of HEADS or of parametrization.SPELLINGS, "edm" or "mean"
 Variance = Literal["small", "large", "learned-range", "optimal"]
@@ -123,6 +123,13 @@ class WrappedModel(Model):
     def settings(self) -> str:  # type: ignore[override]
         """The functions by which its network is read, by their values, for the hash."""
         return described(self)
+
+    @override
+    def output_hash(self, batch: Batch) -> str:
+        if not self.conditioned_on or batch.condition is None:
+            return ""
+        found = output_of(self, batch.condition[:1])
+        return digest_of(*found) if found else ""
 
     @override
     def check_reading(self, batch: Batch | None = None) -> list[str]:

@@ -7,6 +7,7 @@ do. So functions count by their values at fixed inputs, where the model uses the
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from nelbo._utils.numerics import digest_of
 from nelbo.diffusion.model import measuring
@@ -39,8 +40,24 @@ def described(model: "WrappedModel") -> str:
     x = torch.arange(2, device=place).view(-1, *(1 for _ in model.shape)).expand(-1, *model.shape)
     levels = process.embed(x).flatten(1)[:, :: max(1, model.dims // NUMBERS)]
     values = [gamma, adapter.factor(gamma), time, levels, x_hat]
-    if not adapter.network.state_dict() and not model.conditioned_on:
-        with measuring(model):
-            # not through the hooks, which count calls
-            values.append(adapter.forward(z[-1:], process.log_snr_input(t[-1:])))
+    if not model.conditioned_on:
+        values += output_of(model, None)
     return digest_of(*values)
+
+
+def output_of(model: "WrappedModel", condition: Tensor | None) -> list[Tensor]:
+    """Return an output of a network without weights, for which nothing else stands; else none.
+
+    Args:
+        model: the model.
+        condition: of one example, (1, F), for a model of P(x|c).
+    """
+    adapter, place = model.network, model.device
+    if adapter.network.state_dict():
+        return []
+    t = torch.ones(1, dtype=torch.float64, device=place)
+    z = torch.linspace(-2, 2, model.dims, dtype=torch.float64, device=place)
+    given = None if condition is None else condition.to(place, torch.float64)
+    with measuring(model):
+        # not through the hooks, which count calls
+        return [adapter.forward(z.view(1, *model.shape), model.process.log_snr_input(t), given)]

@@ -11,9 +11,7 @@ from typing import Any, Literal
 import torch
 
 from nelbo.diffusion.batch import Batch
-from nelbo.integrations.token_rows import SCORED, Texts, present_texts, rows_of
-
-LISTED = 12  # ids in a note
+from nelbo.integrations.token_rows import SCORED, Texts, listed, present_texts, rows_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class SpecialIds:
     def note_of_never(self, lacking: int) -> str:
         """Return a sentence on the ids that cannot be predicted, `lacking` in the tokenizer."""
         more = f"; nor can those that the tokenizer lacks ({lacking})" if lacking else ""
-        return f"{_listed(self.never)} can never be predicted{self._source('never')}{more}"
+        return f"{listed(self.never)} can never be predicted{self._source('never')}{more}"
 
     def batch(self, x: Texts) -> tuple[Batch, str]:
         """Return rows of ids with what shows in them, and a sentence on it.
@@ -79,7 +77,7 @@ class SpecialIds:
                 f"id {self.pad} at either end of a row is padding, which the model never gets"
             )
         note = (
-            f"in these rows {_listed(self.shown)} show wherever they are"
+            f"in these rows {listed(self.shown)} show wherever they are"
             f"{self._source('shown')}; {padding}{self._source('pad')}"
         )
         return present_texts(ids, condition, present), note
@@ -120,10 +118,3 @@ def special_ids(
         also,
         frozenset(k for k, v in given.items() if v is not None),
     )
-
-
-def _listed(ids: Collection[int]) -> str:
-    if not ids:
-        return "no ids"
-    some = ", ".join(map(str, [*ids][:LISTED]))
-    return f"ids {some}, .. ({len(ids)})" if len(ids) > LISTED else f"ids {some}"

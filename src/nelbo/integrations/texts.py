@@ -114,6 +114,11 @@ class TextReader:
         """Read texts that `read` will be asked for, so that mistakes in them are found early."""
         self.kept.append((asked, self._read(*asked)))  # type: ignore[arg-type]
 
+    @property
+    def count(self) -> int | None:
+        """The number of texts that were read ahead; None where none were."""
+        return sum(len(texts.batch) for _, texts in self.kept) or None
+
     def read(
         self,
         source: object,

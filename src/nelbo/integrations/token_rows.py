@@ -1,6 +1,6 @@
 """Rows of ids: texts of any lengths as one tensor, with the places that are present."""
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from nelbo.diffusion.checks import as_tensor
 
 SCORED, ABSENT = -1, -2  # codes of the conditions where no token shows
 TEXTS = "texts are ids, integers (N, L), or a list of rows of them"
+LISTED = 12  # ids in a note
+NO_TEXT = "there is no text to measure; give at least one"
 Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
 
 
@@ -107,6 +109,8 @@ def rows_of(x: Texts, pad_id: int | None) -> tuple[Tensor, Tensor]:
         ids = as_tensor(x)
         if ids.ndim != 2 or not _whole(ids):
             raise ValueError(f"{TEXTS}; got {ids.dtype} of shape {tuple(ids.shape)}")
+        if not len(ids):
+            raise ValueError(f"{NO_TEXT}; got ids of shape {tuple(ids.shape)}")
         ids = ids.long()
         present = torch.ones_like(ids, dtype=torch.bool)
     else:
@@ -147,7 +151,7 @@ def _rows_in(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
     if isinstance(texts, str | Mapping) or not isinstance(texts, Sized):
         raise ValueError(f"{TEXTS}; got {shortened(repr(texts))}")
     if not len(texts):
-        raise ValueError(f"there is no text to measure; give at least one; got {texts!r}")
+        raise ValueError(f"{NO_TEXT}; got {texts!r}")
     rows = []
     for i, text in enumerate(texts):
         try:
@@ -168,3 +172,11 @@ def fitting(mask: Tensor, ids: Tensor) -> Tensor:
             f" {tuple(ids.shape)}; got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     return mask.expand_as(ids).to(ids.device)
+
+
+def listed(ids: Collection[int]) -> str:
+    """Return ids in words, the first ones in order if they are many."""
+    if not ids:
+        return "no ids"
+    some = ", ".join(map(str, sorted(ids)[:LISTED]))
+    return f"ids {some}, .. ({len(ids)})" if len(ids) > LISTED else f"ids {some}"

@@ -58,6 +58,7 @@ from nelbo.integrations.token_rows import (
     Texts,
     TokenRules,
     fitting,
+    listed,
     present_texts,
     rows_of,
 )
@@ -278,14 +279,17 @@ class TokenModel(Model):
         showing = (batch.condition >= 0).sum().item()
         network = self.network
         lengths = "; lengths are given, not coded" if absent else ""
-        masked = network.mask_id is not None
-        kinds = {"the mask": masked, "padding": self.pad_id is not None, "unused ids": True}
+        masked, others = network.mask_id is not None, set(self.never.tolist())
+        others -= {network.mask_id, self.pad_id}
+        kinds = {"the mask": masked, "padding": self.pad_id is not None, listed(others): others}
         zeros = ", ".join(kind for kind, there in kinds.items() if there)
+        impossible = (
+            f"; {zeros} have probability 0, and the others are renormalised" if zeros else ""
+        )
         return (
             f"{scored} tokens of {len(batch)} texts are scored; {showing} show (prompts, special"
             f" tokens): given, not counted{lengths}",
-            f"{self.possible} of {network.vocabulary} ids can be predicted; {zeros} have"
-            " probability 0, and the others are renormalised",
+            f"{self.possible} of {network.vocabulary} ids can be predicted{impossible}",
             *(() if masked else ("noise replaces a token by any of the ids",)),
             *self.process.notes(self.dimension),
             f"the model {told(network.clock)}",

@@ -17,12 +17,14 @@ from nelbo.diffusion.batch import Batch, rows_of
 from nelbo.diffusion.latent import LatentModel
 from nelbo.diffusion.model import Model, find_device
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
-from nelbo.diffusion.unmasking import RANDOM, UnmaskingOrder
+from nelbo.diffusion.unmasking import RANDOM, UnmaskingOrder, order_of_name
 from nelbo.evaluation import any_order
 from nelbo.evaluation.alternatives import Alternative, Dequantise
 from nelbo.evaluation.both_sides import both_sides
 from nelbo.evaluation.coercion import batch_of
+from nelbo.evaluation.evaluate import check_budget
 from nelbo.evaluation.latent_bound import evaluate_latent
+from nelbo.evaluation.masks import check_symbols
 from nelbo.evaluation.per_dimension import by_column, by_dimension
 from nelbo.evaluation.plausibility import check_number, worse_than_uniform
 from nelbo.evaluation.result import (
@@ -39,6 +41,7 @@ from nelbo.integrations import Foreign
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.text_records import TextForm
+from nelbo.integrations.texts import TextReader
 from nelbo.runs.subjects import (
     AnyRun,
     Asked,
@@ -46,6 +49,7 @@ from nelbo.runs.subjects import (
     Spacing,
     Subject,
     Tell,
+    check_enough,
     model_of,
     subject_of,
 )
@@ -182,7 +186,18 @@ def evaluate(
     )
     if grid is not None and steps is None and not columns:
         raise ValueError("grid chooses the times of the steps; give steps too")
+    check_budget(calls, target_error)
+    order_of_name(sampler, tokens_per_step)
     form = TextForm(lines, prompt_field, answer_field)
+    cheaper = None if surrogate is None else model_of(surrogate, trust_remote_code)
+
+    each = per_example or masks is not None or cheaper is not None
+
+    def check(reader: TextReader) -> None:
+        check_enough(calls, each, reader)
+        if cheaper is not None and reader.rules.vocabulary is not None:
+            check_symbols(reader.rules.vocabulary, cheaper.process.codes)
+
     subject, left = subject_of(
         run,
         data,
@@ -193,6 +208,7 @@ def evaluate(
         device_map=device_map,
         reading=reading,
         ahead=[Asked(data, split, splits, form, str)],
+        check=check,
     )
     if isinstance(subject.model, Model):
         alternative.check_model(subject.model)
@@ -208,8 +224,7 @@ def evaluate(
         "masks": masks,
         "resume": resume,
     }
-    if surrogate is not None:
-        cheaper = model_of(surrogate, trust_remote_code)
+    if cheaper is not None:
         options["surrogate"] = cheaper if device is None else cheaper.to(find_device(device))
     if known is not None:
         options["known"] = batch_of(cast(Model, subject.model), known).x

@@ -6,6 +6,7 @@ that one pilot allots, so that noise has the same distribution for all and the r
 example of the usual kind is uniform.
 """
 
+from functools import partial
 from typing import Any, Unpack, cast
 
 import torch
@@ -26,7 +27,7 @@ from nelbo.integrations.text_records import TextForm
 from nelbo.integrations.token_rows import ABSENT
 from nelbo.runs.evaluation import Measuring
 from nelbo.runs.foreign import schema_of
-from nelbo.runs.subjects import Asked, OfForeign, Tell, subject_of
+from nelbo.runs.subjects import Asked, OfForeign, Tell, check_enough, subject_of
 
 
 @checked
@@ -102,6 +103,7 @@ def score_foreign(
         device_map=device_map,
         reading=reading,
         ahead=ahead,
+        check=partial(check_enough, calls, True),
     )
     if isinstance(subject, OfForeign) and subject.foreign.fit is not None:
         raise ValueError(

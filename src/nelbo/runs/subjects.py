@@ -29,6 +29,7 @@ from nelbo.diffusion.times import TimeDiscretization, times_of
 from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.result import Evaluation, Measurement
+from nelbo.evaluation.survey import check_calls
 from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.external import check_no_form
@@ -325,6 +326,7 @@ def subject_of(
     device_map: str | None = None,
     reading: Reading,
     ahead: Sequence[Asked] = (),
+    check: Callable[[TextReader], object] = str,
 ) -> tuple[Subject, int | None]:
     """Return what is to be measured, and the number of steps that is left to choose for it.
 
@@ -341,6 +343,7 @@ def subject_of(
         reading: how a network in memory is to be read.
         ahead: texts that `Subject.read` will be asked for, which are read before the weights of
             hf:, so that a mistake in them costs no wait.
+        check: called with what has read these, before the weights too.
 
     Raises:
         ValueError: an option that is not for this kind.
@@ -364,7 +367,7 @@ def subject_of(
             trust_remote_code=trust_remote_code,
             precision=precision,
             device_map=device_map,
-            first=partial(_read_ahead, run, ahead),
+            first=partial(_read_ahead, run, ahead, check),
         )
         return OfForeign(foreign=made), left
     if precision is not None or device_map is not None:
@@ -382,9 +385,24 @@ def subject_of(
     return OfRun(run_of(run)), steps
 
 
-def _read_ahead(run: str, ahead: Sequence[Asked], reader: TextReader) -> None:
+def check_enough(calls: float | None, each: bool, reader: TextReader) -> None:
+    """Raise a ValueError if the calls are too few for an error of texts that were read ahead.
+
+    Args:
+        calls: per text; None for as many as are needed.
+        each: whether each text needs an error of its own.
+        reader: what has read the texts.
+    """
+    if calls is not None and reader.count is not None:
+        check_calls(calls, reader.count, each)
+
+
+def _read_ahead(
+    run: str, ahead: Sequence[Asked], check: Callable[[TextReader], object], reader: TextReader
+) -> None:
     for each in ahead:
         if each.data is None:
             raise ValueError(f"{run} comes without data; give some with --data")
         if not isinstance(each.data, Batch):
             reader.ahead(each.data, each.form, each.split, declare(each.splits))
+    check(reader)

@@ -17,7 +17,7 @@ from nelbo.integrations.conditions import Condition
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.text_records import TextForm
 from nelbo.runs.evaluation import Measuring
-from nelbo.runs.subjects import AnyRun, Asked, OfForeign, Subject, Tell, subject_of
+from nelbo.runs.subjects import AnyRun, Asked, OfForeign, Subject, Tell, check_enough, subject_of
 
 
 @checked
@@ -88,6 +88,7 @@ def sweep(
         device_map=device_map,
         reading=reading,
         ahead=[Asked(data, split, splits, form, str)],
+        check=partial(check_enough, calls, False),
     )
     for subject, left in _of_each(make, counts):
         if device is not None:
