@@ -71,6 +71,24 @@ def test_other_meanings_are_declared(tmp_path, capsys, home):
     assert "text 0 has id 2 at 4, never predicted; let it show, or leave it out" in line
 
 
+def test_a_folder_without_a_tokenizer_takes_ids_that_are_declared(tmp_path, capsys, home):
+    """With the same number as with a tokenizer; texts, and less than all, are refused."""
+    np.save(tmp_path / "ids.npy", IDS)
+    (tmp_path / "a.txt").write_text("abc")
+    source = f"hf:{home},mask=3,shown=0-2,never=0-2:11,pad=0"
+    with_it, _ = measured(capsys, source, tmp_path / "ids.npy")
+    for file in home.glob("tokenizer*"):
+        file.unlink()
+    found, err = measured(capsys, source, tmp_path / "ids.npy")
+    assert found["nats"] == with_it["nats"] and "by the tokenizer" not in err
+    line = nelbo_fails(capsys, "evaluate", source, "--data", tmp_path / "a.txt")
+    assert "has no tokenizer, so it takes no text, 'abc': give ids, in a .npy file" in line
+    line = nelbo_fails(capsys, "evaluate", f"hf:{home},mask=3", "--data", tmp_path / "ids.npy")
+    assert "or give ids, and say what they mean: hf:FOLDER,mask=3,shown=0:1," in line
+    line = nelbo_fails(capsys, "sample", source, "--n", 1, "--length", 4)
+    assert "has no tokenizer" in line
+
+
 def test_padding_that_is_the_end_of_text_too_is_not_guessed(tmp_path, capsys, home):
     """Where it stands at an end of a row: the number of the two readings differs."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(home)

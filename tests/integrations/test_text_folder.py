@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.commands import nelbo_fails, run_ok
 from support.known_models import Counted
 from support.language_models import write, write_tokenizer, write_with_code
@@ -229,6 +229,30 @@ def test_block_diffusion_is_measured_and_drawn_by_the_command_line(tmp_path, cap
     (blocks / "config.json").write_text(json.dumps(config | {"block_size": None}))
     with pytest.raises(ValueError, match="block_size must be"):
         huggingface.load(blocks, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_block_diffusion_in_bfloat16(tmp_path, mixed):
+    """The code of BD3-LM computes with times in float32, and fails in fewer bits: its weights are
+    widened, with a note; other code computes in its own type."""
+    home = write_with_code(tmp_path / "m", "bd3lm", dtype="bfloat16")
+    (code,) = home.glob("code_of_*.py")
+    if mixed:
+        own = "        self.cls.predictions.transform.dense(timesteps[:, None].expand(-1, 8))\n"
+        code.write_text(code.read_text().replace("        found =", f"{own}        found ="))
+    weights = load_file(home / "model.safetensors")
+    narrow = {k: v.bfloat16() for k, v in weights.items()}
+    save_file(narrow, home / "model.safetensors", metadata={"format": "pt"})
+    found = huggingface.load(home, trust_remote_code=True)
+    told = "float32, exactly those of bfloat16, in which its code fails" if mixed else "bfloat16"
+    assert f"its weights are {told}" in found.notes
+    wide = huggingface.load(home, trust_remote_code=True, precision="float32")
+    if mixed:
+        with pytest.raises(ValueError, match=r"dtype.*; or leave --precision bf16 out"):
+            huggingface.load(home, trust_remote_code=True, precision="bf16")
+    texts = [[4, 5, 6, 7, 8, 4]]
+    got = [nelbo.evaluate(model, texts, calls=8).nats for model in (found, wide)]
+    assert (got[0] == got[1]) == mixed and math.isclose(*got, rel_tol=0.05)
 
 
 # ---- mistakes cost no wait

@@ -13,10 +13,12 @@ What a folder says of itself, and its weights, are read by `text_folder`.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -45,6 +47,12 @@ class _UpToABlock(nn.Module):
     @override
     def forward(self, ids: Tensor, time: Tensor) -> object:
         return self.module(ids, time, sample_mode=True)
+
+
+def _may_mix_types(error: ValueError, module: nn.Module) -> bool:
+    """Return whether a call may have failed since code such as BD3-LM's has numbers of float32."""
+    narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+    return narrow and isinstance(error.__cause__, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,8 @@ def load(
     What is left out is what the folder says, or its model type (`text_folder.KINDS`).
 
     Args:
-        folder: with config.json, *.safetensors and a tokenizer.
+        folder: with config.json, *.safetensors and a tokenizer; without one it takes ids alone, if
+            `shown`, `never` and `pad_id` are given.
         trust_remote_code: run the code that the folder brings (`auto_map`), after printing which.
         steps: number of steps of the model that is measured; continuous time where left out.
         precision: of the weights, a key of PRECISIONS; as they are stored where left out.
@@ -197,7 +206,8 @@ def load(
     """
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be {', '.join(PRECISIONS)}; got {precision!r}")
-    found = open_folder(folder, trust_remote_code)
+    declared = None not in (shown, never, pad_id)
+    found = open_folder(folder, trust_remote_code, declared)
     home, kind, positions = found.home, found.kind, found.positions
     shift = kind.shift if shift is None else shift
     own_time = kind.time if time is None else None if time == "none" else time
@@ -228,8 +238,11 @@ def load(
         first(reader)
     module, left_out = found.module(precision, device_map)
     vocabulary = cast(Any, module).config.vocab_size
-    unused = {*range(vocabulary)} - {*found.tokenizer.get_vocab().values()}  # it may have gaps
-    model = wrap_tokens(
+    known = {*found.tokenizer.get_vocab().values()}  # it may have gaps
+    unused = {*range(vocabulary)} - known if known else set()
+    stored = placed(module, device_map)
+    wrapped = partial(
+        wrap_tokens,
         _UpToABlock(module).eval() if kind.blocks else module,
         mask,
         shift=shift,
@@ -240,6 +253,20 @@ def load(
         never={*special.never, *unused} - {mask},
         length=length,
     )
+    try:
+        model = wrapped()
+    except ValueError as error:
+        if not _may_mix_types(error, module):
+            raise
+        if precision is not None:
+            raise ValueError(
+                f"{error}; or leave --precision {precision} out, in which its code may fail"
+            ) from None
+        module.float()  # which holds each number of fewer bits
+        model = wrapped()
+        stored = (
+            f"{placed(module, device_map)}, exactly those of {stored}, in which its code fails"
+        )
     special.check(model.network.vocabulary)
     sampler = "block" if block else "any-order" if process == "masked" else "uniform-state"
     notes = (
@@ -248,7 +275,7 @@ def load(
         special.note_of_never(len(unused - {mask, *special.never})),
         *(("logits are shifted by one place",) if shift else ()),
         *((f"the model's time input is {own_time}",) if own_time else ()),
-        f"its weights are {placed(module, device_map)}",
+        f"its weights are {stored}",
         *(
             (f"{len(left_out)} weights in the folder are none of the model: {some_of(left_out)}",)
             if left_out

@@ -4,12 +4,14 @@ An array does not say what its ids mean, and each meaning gives another number. 
 declares none it is that of the tokenizer, and a note says so; where that has two, it is refused.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from nelbo._utils.text import shortened
 from nelbo.diffusion.batch import Batch
 from nelbo.integrations.token_rows import SCORED, Texts, listed, present_texts, rows_of
 
@@ -86,6 +88,36 @@ class SpecialIds:
         if name in self.declared:
             return ""
         return f" (by the tokenizer; {name}= declares others)"
+
+
+class NoTokenizer:
+    """In place of the tokenizer that a folder lacks: it has no special tokens, and takes no text.
+
+    Args:
+        home: the folder.
+    """
+
+    all_special_ids: tuple[int, ...] = ()
+    special_tokens_map: Mapping[str, str] = {}
+    pad_token_id = mask_token_id = None
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the ids of tokens: none are known."""
+        return {}
+
+    def encode(self, text: str, **_: object) -> list[int]:
+        """Raise a ValueError."""
+        raise ValueError(
+            f"{self.home} has no tokenizer, so it takes no text, {shortened(text)!r}: give ids, in"
+            " a .npy file or an array"
+        )
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        """Raise a ValueError."""
+        raise ValueError(f"{self.home} has no tokenizer, so ids have no text; got {len(ids)} ids")
 
 
 def special_ids(

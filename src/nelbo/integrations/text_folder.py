@@ -21,6 +21,7 @@ from torch import nn
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.model import find_device
 from nelbo.integrations.configs import read_json
+from nelbo.integrations.special_ids import NoTokenizer
 from nelbo.integrations.transformers_warnings import without_covered
 
 #: positions of these begin after the id of padding
@@ -30,6 +31,9 @@ POSITIONS = ("max_position_embeddings", "max_sequence_length", "model_length")
 CLASSES = "AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM"
 #: the maps by which accelerate spreads weights over devices
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+#: files of a tokenizer
+TOKENIZERS = ("tokenizer*", "vocab*", "merges*", "*.model")
+DECLARE = "give ids, and say what they mean: hf:FOLDER,mask=3,shown=0:1,never=0:1,pad=0 (or none)"
 NAMED = 3  # weights in a message
 PRECISIONS = {
     "bf16": torch.bfloat16,
@@ -225,8 +229,15 @@ def _has_lost_tensors(module: nn.Module) -> bool:
     return any(isinstance(value, torch.Tensor) and value.is_meta for value in plain)
 
 
-def open_folder(folder: str | Path, trust_remote_code: bool = False) -> TextFolder:
+def open_folder(
+    folder: str | Path, trust_remote_code: bool = False, declared: bool = False
+) -> TextFolder:
     """Open a folder of transformers and read its configuration and its tokenizer.
+
+    Args:
+        folder: the folder.
+        trust_remote_code: run the code that it brings.
+        declared: whether the meaning of ids is known without a tokenizer, which it may lack.
 
     Raises:
         FileNotFoundError: there is no such folder, or no config.json in it.
@@ -240,18 +251,22 @@ def open_folder(folder: str | Path, trust_remote_code: bool = False) -> TextFold
     _check_weights(home)
     _check_code(home, config, trust_remote_code)
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    load = (
-        _transformers().AutoTokenizer.from_pretrained
-    )  # its import makes its handler of warnings
+    if declared and not any(found for each in TOKENIZERS for found in home.glob(each)):
+        return TextFolder(home, config, NoTokenizer(home), trust_remote_code)
+    # outside of `without_covered`, as the import makes the handler of warnings
+    load = _transformers().AutoTokenizer.from_pretrained
     try:
         with without_covered():
             tokenizer = load(str(home), **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{home} has no tokenizer that can be read: {_first(error)}") from None
+        raise ValueError(
+            f"{home} has no tokenizer that can be read: {_first(error)}; if there is none,"
+            f" {DECLARE}"
+        ) from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without files
         raise ValueError(
             f"{home} has no tokenizer: it has special tokens alone; save the model's with"
-            " tokenizer.save_pretrained(folder)"
+            f" tokenizer.save_pretrained(folder), or {DECLARE}"
         )
     return TextFolder(home, config, tokenizer, trust_remote_code)
 
