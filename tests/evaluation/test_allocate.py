@@ -138,7 +138,8 @@ class Between(TimeGrid):
 
 
 def test_even():
-    """No pilot: a share for the reconstruction, the other strata alike, nothing taken off."""
+    """No pilot: a share for the reconstruction, the other strata alike, and taken off is only what
+    the network says at the other call of a pair."""
     known = MODELS["levels"]()
     strata = Strata(TimeGrid.uniform(6))
     controls = ControlVariates(known.model, known.examples(69), strata.edges)
@@ -149,7 +150,8 @@ def test_even():
     assert even(Strata(TimeGrid.uniform(1)), controls, 0.1).probability.tolist() == [1.0]
     assert proposal.within.shape == (6, controls.columns + 1)
     assert proposal.between.shape == (6, controls.features)
-    assert not proposal.within.any() and not proposal.between.any()
+    assert not proposal.within[:, [0, 1, 3]].any() and not proposal.between.any()
+    assert (proposal.within[:, 2] == 1).all()
     assert proposal.left.isnan().all()
 
 
@@ -177,6 +179,8 @@ def test_draws_are_pairs_where_they_give_a_context(name, calls):
     known = MODELS[name]()
     x, edges = as_examples(known.examples(69)), Strata(ContinuousTime(0.05)).edges
     assert ControlVariates(known.model, x, edges).calls == calls
+    alone = ControlVariates(known.model, x, edges, piloted=False)
+    assert alone.calls == calls and alone.usual.sum() == calls - 1
     assert ControlVariates(known.model, x, edges, pairs=False).calls == 1
     assert ControlVariates(known.model, None, edges).calls == 1
 

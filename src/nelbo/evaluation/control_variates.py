@@ -55,6 +55,8 @@ class ControlVariates:
         pairs: use draws of two network calls, each the context of the other, if this reduces the
             variance.
         budget: what they may cost; anything where left out.
+        piloted: whether a pilot fits their coefficients; without one, only those whose usual ones
+            reduce the variance are used.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class ControlVariates:
         edges: Tensor,
         pairs: bool = True,
         budget: Budget | None = None,
+        piloted: bool = True,
     ) -> None:
         self.model, self.edges = model, edges.to(model.device)
         #: network calls of a draw
@@ -80,6 +83,8 @@ class ControlVariates:
             some = some[~apart((e - e.median(0).values).abs().amax(1))]
         spent = 0.0
         for candidate in _candidates(model, some, self.edges):
+            if not (piloted or candidate.alone):
+                continue
             price = 0.0 if budget is None else budget.price(candidate.work)
             if budget is None or budget.allows(spent + price):
                 self.parts.append(candidate.make())
@@ -113,8 +118,7 @@ class ControlVariates:
     def usual(self) -> Tensor:
         """Coefficients of the columns of `within` without a pilot, (G,): 0 for single calls."""
         known = self.calls > 1
-        each = [torch.full((part.columns,), known * part.usual) for part in self.parts]
-        return torch.cat([torch.zeros(0), *each]).double()
+        return known * torch.tensor([k for part in self.parts for k in part.usual]).double()
 
     @property
     def features(self) -> int:

@@ -44,7 +44,7 @@ class LinearVariate(ControlVariate):
         edges: times between the strata.
     """
 
-    columns = 1
+    columns, usual = 1, (0.0,)
 
     def __init__(self, model: Model, x: Tensor, edges: Tensor) -> None:
         self.process, self.edges = gaussian(model), edges
@@ -127,7 +127,10 @@ class LevelVariates(ControlVariate):
         self.model, self.process, self.mixtures = model, gaussian(model), mixtures
         self.values, count = self.process.embedding.values, model.process.codes
         self.paired = count <= FINEST
-        self.columns = 0 if not self.paired else 1 if mixtures is None else 2
+        # the network's own context explains its costs as they are; the mixtures' is another's
+        known = float(model.head.level_values is not None)
+        self.usual = () if not self.paired else (known,) if mixtures is None else (0.0, known)
+        self.columns = len(self.usual)
         log_frequency = log_frequencies(x.cpu(), count).to(self.values.device)
         self.group, log_group = self._group(log_frequency.flatten(0, -2), len(edges))
         self.log_frequency = log_group[self.group].reshape(log_frequency.shape)
@@ -296,6 +299,7 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
                     2 * contexts * (1 + clustered) + odds * (contexts > 0),
                 ),
                 lambda: LevelVariates(model, x, edges, mixtures() if clustered else None),
+                alone=levels <= FINEST and model.head.level_values is not None,
             )
         )
     return found

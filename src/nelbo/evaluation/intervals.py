@@ -58,6 +58,31 @@ def error_of_mean(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values)) * widened(len(values) - 1.0)
 
 
+def as_replicates(draws: Tensor) -> Tensor:
+    """Return M numbers that vary as replicates, (M, ...), from R draws of each of J kinds.
+
+    All draws are independent, and so are their M - 1 = (R-1)J contrasts within the kinds. The
+    numbers have these contrasts and the mean of the draws, and their spread gives its error with
+    M - 1 degrees of freedom, where R sums over the kinds give R - 1. For J = 1 they are the draws.
+
+    Args:
+        draws: of which those of a kind are alike, (R, J, ...).
+    """
+    replicates, kinds = draws.shape[:2]
+    within = torch.tensordot(_contrasts(replicates), draws, 1).flatten(0, 1)
+    count, mean = len(within) + 1, draws.mean((0, 1))
+    scale = math.sqrt(count / (replicates * kinds))
+    found = mean + scale * torch.tensordot(_contrasts(count).T, within, 1)
+    return torch.where(mean.isfinite(), found, mean)
+
+
+def _contrasts(n: int) -> Tensor:
+    """Return the orthonormal contrasts of n numbers, (n - 1, n) (Helmert 1876)."""
+    row, column = torch.arange(1, n)[:, None], torch.arange(n)
+    table = (column < row).double() - row * (column == row)
+    return table / (row * (row + 1)).sqrt()
+
+
 def freedoms(parts: Tensor, each: Tensor) -> float:
     """Return ν of a sum of estimated variances, from each variance and its degrees of freedom.
 

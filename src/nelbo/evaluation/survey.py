@@ -33,6 +33,7 @@ from nelbo.evaluation.result import StandardError, TokenCosts
 
 FREEDOMS = 32  # of an error, if there are enough examples; examples of a block, at most
 FEWEST = 2 * FREEDOMS  # examples in a sample, at least, if there are as many
+EACH = 4  # draws of a replicate of a single example without a pilot, at least, if there are enough
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,11 @@ def plan(examples: int, draws: float, many: bool, level: bool = False) -> Sampli
     # the number of replicates that uses the most draws
     replicates = max(range(least, 2 * least), key=lambda n: n * (int(draws) // n))
     of_block = max(1, min(FREEDOMS, examples * (replicates - 1) // FREEDOMS))
+    # draws of one example in different strata are independent: few replicates are enough
+    few = min(OWN // 2, int(draws) // EACH)
+    if level and of_block == 1 and few > 2:
+        most = range(few, min(2 * few, int(draws) // EACH + 1))
+        replicates = max(most, key=lambda n: n * (int(draws) // n))
     if level:
         of_block = min(range(of_block, of_block // 2, -1), key=lambda size: -examples % size)
     sizes = _parts(examples, of_block)

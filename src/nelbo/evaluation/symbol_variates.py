@@ -36,7 +36,7 @@ class SymbolVariate(ControlVariate):
         x: examples to fit to.
     """
 
-    columns, paired, usual = 1, True, 1.0
+    columns, paired, usual = 1, True, (1.0,)
 
     def __init__(self, model: Model, x: Tensor) -> None:
         self.model, self.absent = model, model.process.codes
@@ -119,6 +119,6 @@ def _(process: SymbolProcess, model: Model, x: Tensor, edges: Tensor) -> list[Ca
             f"no control variates: their table of {model.dims} times {process.codes} symbols"
             f" would exceed {limit} numbers"
         )
-        return [Candidate("none", free, lambda: none)]
+        return [Candidate("none", free, lambda: none, alone=True)]
     kind = ReplacedVariate if process.mask is None else MaskVariate
-    return [Candidate("costs of symbols", free, lambda: kind(model, x))]
+    return [Candidate("costs of symbols", free, lambda: kind(model, x), alone=True)]

@@ -29,7 +29,7 @@ from nelbo.diffusion.times import TimeDiscretization, stratified
 from nelbo.evaluation.allocation import STRATA, Proposal, Strata, estimate, even, pilot
 from nelbo.evaluation.blocks import map_blocks
 from nelbo.evaluation.control_variates import ControlVariates
-from nelbo.evaluation.intervals import OWN
+from nelbo.evaluation.intervals import OWN, as_replicates
 from nelbo.evaluation.kept import Kept, Tasks, once
 from nelbo.evaluation.price import Budget, operations
 from nelbo.evaluation.survey import (
@@ -47,7 +47,7 @@ Pilots = Callable[[Strata, ControlVariates], Proposal]
 
 CALLS = 24  # network calls per example by default
 PILOT = 16  # rows per stratum of a pilot, at least
-FEW = 4  # pairs of calls of a single example of symbols, at least, for an error
+FEW = 4  # pairs of calls of a single example, at least, for an error
 #: share of the calls for a pilot that is not kept; with its fit and `price.SHARE`, a tenth
 OF_PILOT = 1 / 15
 FEW_STRATA = 3  # strata of the diffusion term, at least, for a pilot to be worth its calls
@@ -87,21 +87,17 @@ def estimate_times(
             rows, left = _divided(count, calls, strata.count, per_example, had)
         piloted = rows > 0 or had
         # fewer pairs would be too few for an error, of an example or of the mean of few
-        least = OWN if model.process.has_flow else FEW
-        few = max(2, 1 + (least - 1) / count) if count < 2 * FEWEST else 0
+        few = max(2, 1 + (FEW - 1) / count) if count < 2 * FEWEST else 0
         pairs = left >= 2 * (OWN if per_example and count > 1 else few)
         with seeded(seed, 0):
-            # without a pilot, variates whose coefficients are known: those of symbols
-            wanted = variates is not False and (piloted or not model.process.has_flow)
             budget = None
             if variates is None and not had:
                 each = min(len(others), FITTED) + 2 * count
                 # those of a target are unknown before the pilot: as many as its share stands for
                 whole = calls * count if target is None else rows * strata.count / OF_PILOT
                 budget = Budget(each, whole, partial(_operations, model, times, batch))
-            controls = ControlVariates(
-                model, others if wanted else None, strata.edges, pairs, budget
-            )
+            fitted_to = None if variates is False else others
+            controls = ControlVariates(model, fitted_to, strata.edges, pairs, budget, piloted)
             draws = left / controls.calls
             if piloted:
                 make = pilots or partial(pilot, batch=batch, calls=rows)
@@ -112,12 +108,16 @@ def estimate_times(
                 draws = _foreseen(proposal, count, target, per_example)
             sampling = plan(count, draws, per_example or not piloted, level=not piloted)
             if not piloted:
-                proposal = even(strata, controls, _first_share(model, times, sampling))
+                proposal = even(
+                    strata, controls, _first_share(model, times, sampling, controls.calls)
+                )
         begun = made.forward
         of_examples = _known(controls, proposal, batch)
         _check_prior(of_examples[:, 0])
         given = strata, controls, proposal, batch, of_examples
-        draw = partial(_draw, *given, sampling.draws, tasks=tasks)
+        # without a pilot there is one round, of all draws of an example
+        alone = not piloted and max(sampling.sizes) == 1
+        draw = partial(_draw, *given, sampling.draws, alone, tasks=tasks)
         with seeded(seed, 2):
             order, turn = batch.order[torch.randperm(count)], 0
         blocks = order.split(list(sampling.sizes))
@@ -178,16 +178,19 @@ def _foreseen(proposal: Proposal, examples: int, target: float, scored: bool) ->
     return max(wanted, 2.0 if scored else 2 * min(1.0, FEWEST / examples))
 
 
-def _first_share(model: Model, times: TimeDiscretization, sampling: SamplingPlan) -> float:
+def _first_share(
+    model: Model, times: TimeDiscretization, sampling: SamplingPlan, calls: int
+) -> float:
     """Return the share of the draws for the reconstruction without a pilot.
 
-    It is drawn once for each example, on average; and, if this changes the share little, an equal
-    number of times in each replicate of a block; and never if it is certain.
+    It takes one of the calls of each example, on average; and, if this changes the share little,
+    it is drawn an equal number of times in each replicate of a block; and never if it is certain.
+    `calls` are those of a draw.
     """
     first = torch.tensor([times.first], dtype=torch.float64, device=model.device)
     if model.process.shows(first):
         return 0.0
-    once = 1 / (sampling.draws * sampling.replicates)
+    once = 1 / (sampling.draws * sampling.replicates * calls)
     in_block = sampling.sizes[0] * sampling.draws
     evenly = max(1, round(in_block * once)) / in_block
     return evenly if evenly <= MUCH else min(once, MUCH)
@@ -223,6 +226,7 @@ def _draw(
     batch: Batch,
     known: Tensor,
     draws: int,
+    alone: bool,
     blocks: Sequence[Tensor],
     counts: Mapping[int, int],
     seed: Sequence[int],
@@ -232,16 +236,19 @@ def _draw(
     """Return the prior and the costs of the strata for some blocks, (B, R, 1 + S) each, nats.
 
     `known`, (N, 1 + S), is of all examples; `counts` has the number of replicates R of each block,
-    with `draws` of each example.
+    with `draws` of each example. The draws of blocks of one example, if they are `alone`, are
+    independent, and R is the number `as_replicates` of them.
     """
+    spread, of_row = (draws, 1) if alone else (1, draws)
     each = [g for g, replicates in counts.items() for _ in range(replicates)]
     size = max(1, TASK // (draws * len(blocks[0])))
     groups = [each[i : i + size] for i in range(0, len(each), size)]
-    rows = [torch.cat([blocks[g] for g in group]) for group in groups]
+    rows = [torch.cat([blocks[g].repeat(spread) for g in group]) for group in groups]
 
     def costs_of(examples: Batch, task: int) -> list[Tensor]:
-        sizes = [len(blocks[g]) for g in groups[task]]
-        u, of = torch.cat([stratified(n, draws) for n in sizes]), known[rows[task]]
+        sizes, of = [spread * len(blocks[g]) for g in groups[task]], known[rows[task]]
+        drawn = [stratified(n, of_row) for n in sizes]
+        u = torch.cat([v.sort(0).values for v in drawn] if alone else drawn)
         costs = estimate(strata, controls, proposal, examples, u, of[:, 1:])
         return list(torch.cat([of[:, :1], costs], 1).split(sizes))
 
@@ -249,4 +256,6 @@ def _draw(
     costs = map_blocks(controls.model, batch, rows, seed, costs_of, track, tasks)
     for g, of_block in zip(each, chain.from_iterable(costs), strict=True):
         found[g].append(of_block)
+    if alone:
+        return {g: as_replicates(torch.stack(parts))[None] for g, parts in found.items()}
     return {g: torch.stack(replicates, 1) for g, replicates in found.items()}

@@ -28,7 +28,7 @@ class ControlVariate:
     #: whether a neighbouring draw gives them a context
     paired = False
     #: coefficient of each column of a pair where no pilot tells a better one
-    usual = 0.0
+    usual: tuple[float, ...] = ()
     #: a sentence on what is left out
     note = ""
 
@@ -53,11 +53,13 @@ class Candidate:
         name: for the note where it is left out.
         work: passes over numbers, roughly, as measured.
         make: fits it.
+        alone: whether it reduces the variance without a pilot: its usual coefficients are not 0.
     """
 
     name: str
     work: Work
     make: Callable[[], ControlVariate]
+    alone: bool = False
 
 
 @singledispatch
