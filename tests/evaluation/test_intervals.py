@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from nelbo._utils.numerics import seeded
-from nelbo.evaluation.intervals import apart, errors, errors_beside, freedoms, widened
+from nelbo.evaluation.intervals import (
+    apart,
+    as_replicates,
+    errors,
+    errors_beside,
+    freedoms,
+    widened,
+)
 
 N, TRIALS = 40, 400
 
@@ -163,3 +170,21 @@ def test_what_has_no_error_beside_a_reference():
     found = errors_beside(reference, odd)
     assert 5e8 < found[0] < 2e9 and found[1:].isnan().all()
     assert errors_beside(torch.ones(9, 4).double(), torch.ones(2, 4).double()).isnan().all()
+
+
+def test_draws_of_different_kinds_are_as_good_as_replicates():
+    """Their mean stays, its variance has no bias and (R-1)J degrees of freedom, though the kinds
+    differ; single draws are replicates already, and what is infinite stays so."""
+    kinds = torch.tensor([0.0, 5.0, -20.0])
+    draws = kinds[:, None] + torch.randn(4, 3, 5000).double()
+    found = as_replicates(draws)
+    assert found.shape == (10, 5000)
+    torch.testing.assert_close(found.mean(0), draws.mean((0, 1)))
+    # a mean of 12 numbers: 9 s²/σ² is χ² of nine degrees, with the variance 18
+    chi = 9 * found.var(0) / 10 * 12
+    assert abs(chi.mean() - 9) < 4 * math.sqrt(18 / 5000)
+    assert 0.9 < chi.var() / 18 < 1.1
+    torch.testing.assert_close(as_replicates(draws[:, :1]), draws[:, 0])
+    draws[1, 1, 7] = math.inf
+    found = as_replicates(draws)
+    assert (found.isinf().all(0) == (torch.arange(5000) == 7)).all() and not found.isnan().any()

@@ -80,7 +80,7 @@ def _contrasts(n: int) -> Tensor:
     """Return the orthonormal contrasts of n numbers, (n - 1, n) (Helmert 1876)."""
     row, column = torch.arange(1, n)[:, None], torch.arange(n)
     table = (column < row).double() - row * (column == row)
-    return table / (row * (row + 1)).sqrt()
+    return table / (row * (row + 1)).double().sqrt()
 
 
 def freedoms(parts: Tensor, each: Tensor) -> float:

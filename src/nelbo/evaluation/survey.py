@@ -278,10 +278,9 @@ def plan(examples: int, draws: float, many: bool, level: bool = False) -> Sampli
     replicates = max(range(least, 2 * least), key=lambda n: n * (int(draws) // n))
     of_block = max(1, min(FREEDOMS, examples * (replicates - 1) // FREEDOMS))
     # draws of one example in different strata are independent: few replicates are enough
-    few = min(OWN // 2, int(draws) // EACH)
-    if level and of_block == 1 and few > 2:
-        most = range(few, min(2 * few, int(draws) // EACH + 1))
-        replicates = max(most, key=lambda n: n * (int(draws) // n))
+    if level and of_block == 1 and draws >= OWN // 2 * EACH:
+        fewer = range(OWN // 2, min(OWN, int(draws) // EACH + 1))
+        replicates = max(fewer, key=lambda n: n * (int(draws) // n))
     if level:
         of_block = min(range(of_block, of_block // 2, -1), key=lambda size: -examples % size)
     sizes = _parts(examples, of_block)

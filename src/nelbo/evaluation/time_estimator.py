@@ -183,17 +183,17 @@ def _first_share(
 ) -> float:
     """Return the share of the draws for the reconstruction without a pilot.
 
-    It takes one of the calls of each example, on average; and, if this changes the share little,
-    it is drawn an equal number of times in each replicate of a block; and never if it is certain.
-    `calls` are those of a draw.
+    It is drawn once for each example, on average, but less often if a draw takes several `calls`
+    and there are few; and, if this changes the share little, an equal number of times in each
+    replicate of a block; and never if it is certain.
     """
     first = torch.tensor([times.first], dtype=torch.float64, device=model.device)
     if model.process.shows(first):
         return 0.0
-    once = 1 / (sampling.draws * sampling.replicates * calls)
+    once = 1 / (sampling.draws * sampling.replicates)
     in_block = sampling.sizes[0] * sampling.draws
     evenly = max(1, round(in_block * once)) / in_block
-    return evenly if evenly <= MUCH else min(once, MUCH)
+    return evenly if evenly <= MUCH else min(once, MUCH / calls)
 
 
 def _check_prior(nats: Tensor) -> None:
