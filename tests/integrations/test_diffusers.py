@@ -566,6 +566,10 @@ def test_the_default_weights_are_those_that_their_index_names(networks, tmp_path
     one.rename(moved := tmp_path / one.name)
     with pytest.raises(FileNotFoundError, match=rf"index\.json names .*{one.name} is not beside"):
         load(f"diffusers:{tmp_path}")
+    shutil.copy(two, one.with_name(whole := "diffusion_pytorch_model.safetensors"))
+    with pytest.raises(FileNotFoundError, match=f"delete the index, if .* those of {whole} now"):
+        load(f"diffusers:{tmp_path}")
+    one.with_name(whole).unlink()
     shutil.copy(two, one)  # as of a save with other shards
     with pytest.raises(ValueError, match=rf"{one.name} (lacks|also has) the weight .* two saves"):
         load(f"diffusers:{tmp_path}")

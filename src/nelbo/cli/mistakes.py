@@ -22,11 +22,6 @@ ELSEWHERE = {
     "num_samples": ("n",),
     "output": ("out",),
 }
-#: why a command has no such option
-NOT_HERE = {
-    "guidance": "guidance has no likelihood, since it pushes x̂ beyond the network's prediction;"
-    " leave it out, or use it in nelbo sample"
-}
 NUMBERS = {int: "a whole number", float: "a number"}
 ALIKE = 0.7  # of get_close_matches: at 0.6 epochs is like process, and limit like split
 
@@ -68,8 +63,10 @@ def _instead(given: str, command: str, known: list[Argument]) -> str:
     """Return the advice to take the options that do the same, or one that is spelled alike."""
     options = [name for each in known for name in each.names if name.startswith("--")]
     name = given.lstrip("-")
-    if name in NOT_HERE:
-        return NOT_HERE[name]
+    if name == "guidance":
+        from nelbo.integrations.memory import GUIDANCE  # torch, which --help does not load
+
+        return GUIDANCE
     meant = [f"--{each}" for each in ELSEWHERE.get(name.replace("-", "_"), ())]
     near = [option for option in meant if option in options] or [
         f"--{each}" for each in get_close_matches(name, [o[2:] for o in options], 1, ALIKE)

@@ -211,9 +211,13 @@ def shards_of(index: Path) -> dict[str, set[str]]:
         raise ValueError(f"{index} must name the weights' files beside it in weight_map")
     missing = sorted(file for file in found if not (index.parent / file).is_file())
     if missing:
+        one = index.with_name(index.name.removesuffix(".index.json"))
+        fix = "copy it there, or write the weights again"
+        if one != index and one.is_file():  # a later save in one file leaves the index of shards
+            fix = f"or delete the index, if the weights are those of {one.name} now"
         raise FileNotFoundError(
             f"{index} names {len(found)} files of weights, and {shortened(missing[0])} is not"
-            f" beside it ({len(missing)} missing); copy it there, or write the weights again"
+            f" beside it ({len(missing)} missing); {fix}"
         )
     return found
 
