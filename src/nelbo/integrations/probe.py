@@ -1,6 +1,6 @@
 """Find a wrong reading of a network, which would otherwise be a plausible wrong number.
 
-Each of the `alternatives` gives an x̂ from the network at inputs of its own, and the right one has
+Each of the `conventions` gives an x̂ from the network at inputs of its own, and the right one has
 the least error of the data:
 
     ρ = E‖x - x̂‖² / E‖x - x̂'‖²,    x̂' = a z + b, the best straight line
@@ -26,7 +26,7 @@ from torch import Tensor
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.model import measuring
-from nelbo.integrations.alternatives import readings
+from nelbo.integrations.conventions import readings
 from nelbo.integrations.readings import Reading, point, said_clock
 
 if TYPE_CHECKING:
