@@ -199,7 +199,10 @@ def test_a_run_measures_a_text_of_any_length(tmp_path, capsys, process, levels):
     assert test.shape == (2, 80) and (test != absent).sum() == 120
     found = nelbo.evaluate(run, calls=16)
     assert found.bits_per_dim == pytest.approx(found.nats * 2 / 120 / LOG_2)
-    assert len(made.score(calls=8)) == 2
+    symbol = "character" if levels is None else "byte"
+    assert found.unit == f"bits/{symbol}"
+    scored = made.score(calls=8)
+    assert scored.sizes[symbol].tolist() == [80, 40] and scored.bits is None
     short = tmp_path / "short.txt"
     short.write_text("the cat; Ä")
     run_ok("evaluate", run, "--data", short, "--calls", 32, "--json")

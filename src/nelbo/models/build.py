@@ -62,6 +62,8 @@ def build(
     with limits.within_memory(f"a model of width {config.width}, depth {config.depth}"):
         model = _build(config, schema, affine, own)
     model.conditioned_on = conditioning.names(schema)
+    if schema.text:
+        model.dimension = schema.symbol
     return model
 
 
@@ -121,10 +123,7 @@ def _symbols(config: ModelConfig, schema: Schema, schedule: schedules.Schedule) 
         head = parametrization.SymbolLogits(schema.levels)
         network = _network(config, schema, 1, head.outputs, symbols=schema.levels + 1)
     step, decoder = reverse.Posterior(), likelihood.Categorical()
-    model = Model(network, process, head, step, decoder, schema.shape)
-    if schema.tokenizer is not None:
-        model.dimension = schema.symbol
-    return model
+    return Model(network, process, head, step, decoder, schema.shape)
 
 
 def _made(
