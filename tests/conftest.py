@@ -9,7 +9,9 @@ import torch
 from support.runs import TINY
 
 from nelbo._utils.numerics import seeded
+from nelbo.diffusion import gaussian_mixture
 from nelbo.diffusion.batch import Batch
+from nelbo.evaluation import grid_search
 from nelbo.runs import pilot_cache
 from nelbo.runs.train import train
 from nelbo.training import trainer
@@ -60,10 +62,12 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_measurements():
-    """Validations are of a few examples and pilots of a few draws: short runs take no longer."""
+    """Validations, pilots, grids and control variates are of little: short runs take no longer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "VALIDATION", (32, 2**18))
         patch.setattr(pilot_cache, "ROWS", 16)
+        patch.setattr(grid_search, "EXAMPLES", 16)
+        patch.setattr(gaussian_mixture, "SIZES", (1, 2))
         yield
 
 

@@ -36,12 +36,12 @@ def test_the_method_of_a_run_has_each_option_that_a_run_takes():
 def test_several_numbers_of_steps_read_the_data_once(trained, monkeypatch, capsys):
     run, read = nelbo.load(trained), []
     monkeypatch.setattr(nelbo.Run, "grid", lambda run, steps, track=iter: TimeGrid.uniform(steps))
-    one_by_one = [run.evaluate(steps=steps, calls=8) for steps in (2, 3)]
+    one_by_one = [run.evaluate(steps=steps, calls=2) for steps in (2, 3)]
     load = own_data.load
     monkeypatch.setattr(own_data, "load", lambda config: read.append(1) or load(config))
-    found = nelbo.sweep(run, [2, 3], calls=8)
+    found = nelbo.sweep(run, [2, 3], calls=2)
     assert len(read) == 1 and [each.steps for each in found] == [2, 3]
-    run_ok("evaluate", trained, "--steps", "2,3", "--calls", 8, "--json")
+    run_ok("evaluate", trained, "--steps", "2,3", "--calls", 2, "--json")
     printed = json.loads(capsys.readouterr().out)["sweep"]
     assert [each["nats"] for each in printed] == [each.nats for each in one_by_one]
 

@@ -38,6 +38,12 @@ def _seed():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _many_examples(monkeypatch):
+    """As many as users have, where other tests measure on few."""
+    monkeypatch.setattr(grid_search, "EXAMPLES", 192)
+
+
 def level_model(step=None, schedule=None):
     """Levels of which the network says something, and not the truth."""
 

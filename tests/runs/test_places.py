@@ -10,7 +10,6 @@ from support.commands import nelbo_fails, run_ok
 from support.runs import TINY
 
 from nelbo._utils import cache, limits, tensor_files
-from nelbo.evaluation import grid_search
 from nelbo.runs import config as run_config
 from nelbo.runs import own_data
 from nelbo.runs.config import read_config
@@ -141,7 +140,6 @@ def test_without_a_cache_a_training_still_knows_its_data(me, tmp_path, capsys):
 
 @pytest.mark.parametrize("change", ["too many", "too few", "early"])
 def test_a_grid_is_one_of_the_steps_asked(trained, tmp_path, monkeypatch, change):
-    monkeypatch.setattr(grid_search, "EXAMPLES", 16)
     run = load_run(shutil.copytree(trained, tmp_path / "run"))
     right = run.grid(3).times.tolist()
     path = run.path / run_config.GRIDS

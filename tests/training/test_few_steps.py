@@ -23,7 +23,6 @@ from nelbo.diffusion.parametrization import LevelLogits
 from nelbo.diffusion.reverse import Mixture
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import TimeGrid, elbo, iid
-from nelbo.evaluation import grid_search
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.runs import config as run_config
 from nelbo.runs import grids
@@ -93,9 +92,8 @@ def test_a_condition_reaches_the_network():
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_examples(trained):
-    """Use rough measurements on the way; the runs of other tests are made with fine ones."""
+    """Use rough validations on the way; the runs of other tests are made with fine ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid_search, "EXAMPLES", 16)
         patch.setattr(trainer, "VALIDATION", (16, 2**18))
         yield
 
