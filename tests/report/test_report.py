@@ -185,6 +185,7 @@ def test_flags_of_a_training_are_flags_of_its_command(digits):
 
 def test_dimensions_add_up_to_the_terms_of_the_same_draws(run):
     x, grid = as_examples(run.examples()), TimeGrid.uniform(4)
+    x = x[Batch(x).order]  # in which draws are made
     (found,) = by_dimension(run.model, x, grid, seed=5)
     t = grid.times[:, None].expand(-1, len(x))
     with measuring(run.model), seeded(5, 0):
