@@ -21,6 +21,7 @@ from nelbo.diffusion.prediction import LevelTable, level_evidence
 from nelbo.diffusion.terms import DiffusionTerm, ReconstructionTerm, TermDraw
 from nelbo.evaluation.price import PASS, Work
 from nelbo.evaluation.variate import (
+    HELD,
     LEAST,
     TABLE,
     WIDEST,
@@ -142,7 +143,7 @@ class LevelVariates(ControlVariate):
     def _group(self, log_frequency: Tensor, edges: int) -> tuple[Tensor, Tensor]:
         """Let dimensions of similar mean level share frequencies if a full table is too large."""
         dims, count = log_frequency.shape
-        groups = max(1, min(dims, TABLE // (count * count * edges)))
+        groups = max(1, min(dims, HELD // (count * count * edges)))
         order = (log_frequency.exp() @ self.values).argsort()
         group = torch.empty(dims, dtype=torch.long, device=order.device)
         group[order] = torch.arange(dims, device=order.device) * groups // dims
@@ -288,7 +289,7 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
         )
     # with sixteen bits, one column of the table would not fit into memory
     if levels and levels**2 <= TABLE:
-        integrals = min(TABLE, dims * levels**2 * strata)
+        integrals = levels**2 * strata * max(1, min(dims, HELD // (levels**2 * strata)))
         contexts = (NODES + 1) * levels * dims if levels <= FINEST else 0
         found.append(
             Candidate(

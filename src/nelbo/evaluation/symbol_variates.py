@@ -15,6 +15,7 @@ from nelbo.diffusion.terms import TermDraw
 from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.evaluation.price import Work
 from nelbo.evaluation.variate import (
+    HELD,
     LEAST,
     TABLE,
     Candidate,
@@ -22,8 +23,6 @@ from nelbo.evaluation.variate import (
     of_symbol,
     variates_of,
 )
-
-OPINIONS = 2**20  # costs of symbols at places that are held together, 8 MiB each of some arrays
 
 
 class SymbolVariate(ControlVariate):
@@ -95,7 +94,7 @@ class ReplacedVariate(SymbolVariate):
         process = UniformDiffusion.require(self.model.process, "symbols that noise replaces")
         context = context.expand(*draw.x.shape, -1)
         found = []
-        size = max(1, OPINIONS // context[0].numel())
+        size = max(1, HELD // context[0].numel())
         for rows in torch.arange(len(draw.x), device=context.device).split(size):
             x, z, t = draw.x[rows].long(), draw.z[rows].long(), draw.term.t[rows]
             s = None if draw.term.before is None else draw.term.before[rows]
@@ -112,7 +111,7 @@ class ReplacedVariate(SymbolVariate):
 @variates_of.register(UniformDiffusion)
 def _(process: SymbolProcess, model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
     free = Work(0, 0, 0)  # they take no more than the normalisation of the logits
-    limit = OPINIONS if process.mask is None else TABLE
+    limit = HELD if process.mask is None else TABLE
     if model.dims * process.codes > limit:
         none = ControlVariate()
         none.note = (
