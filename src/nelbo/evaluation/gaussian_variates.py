@@ -39,6 +39,9 @@ FINEST = 64  # levels up to which contexts pay off, as they need the probability
 class LinearVariate(ControlVariate):
     """Costs of the denoiser of N(μ, Σ), in the eigenvectors of Σ.
 
+    Above WIDEST dimensions Σ = U Λ Uᵀ, where U are the eigenvectors along each axis: those of the
+    channels, rows and columns of an image. An axis that is longer still is left as it is.
+
     Args:
         model: the model.
         x: examples with mean μ and covariance Σ, (N, ...).
@@ -49,20 +52,27 @@ class LinearVariate(ControlVariate):
 
     def __init__(self, model: Model, x: Tensor, edges: Tensor) -> None:
         self.process, self.edges = gaussian(model), edges
+        self.sizes = axes_of(model)
         e = self._embedded(x)
         self.mean = e.mean(0)
         centred = e - self.mean
-        if e.shape[1] <= WIDEST:
-            variance, self.vectors = torch.linalg.eigh(centred.T @ centred / len(e))
-        else:
-            variance, self.vectors = centred.square().mean(0), None
-        self.variance = variance.clamp(min=0) + 1e-6 * variance.mean() + 1e-12
+        self.vectors: list[Tensor | None] = [None] * len(self.sizes)
+        for axis, size in enumerate(self.sizes):
+            if size <= WIDEST:
+                rows = centred.view(-1, *self.sizes).movedim(axis + 1, -1).reshape(-1, size)
+                self.vectors[axis] = torch.linalg.eigh(rows.T @ rows)[1]
+        variance = self._rotated(centred).square().mean(0)
+        self.variance = variance + 1e-6 * variance.mean() + 1e-12
 
     def _embedded(self, x: Tensor) -> Tensor:
         return self.process.embed(x).flatten(1).double()
 
     def _rotated(self, v: Tensor) -> Tensor:
-        return v if self.vectors is None else v @ self.vectors
+        axes = v.view(-1, *self.sizes)
+        for vectors in self.vectors:
+            axes = axes.movedim(1, -1)
+            axes = axes if vectors is None else axes @ vectors
+        return axes.flatten(1)
 
     @override
     def within(self, draws: Sequence[TermDraw]) -> Tensor:
@@ -266,8 +276,9 @@ class MixtureFeatures(ControlVariate):
 @variates_of.register
 def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> list[Candidate]:
     count, dims, strata, levels = len(x), model.dims, len(edges), process.codes
-    whole = dims <= WIDEST  # with covariances
-    turn = dims**2 / PASS * 4 if whole else 0.0  # into eigenvectors
+    whole = dims <= WIDEST  # with covariances of all dimensions
+    # into eigenvectors
+    turn = dims * sum(size for size in axes_of(model) if size <= WIDEST) / PASS * 4
     e = cache(lambda: process.embed(x).flatten(1).double())
     found = [
         Candidate(
@@ -327,6 +338,11 @@ def gaussian(model: Model) -> GaussianDiffusion:
     return GaussianDiffusion.require(
         model.process, "the reference denoiser needs a Gaussian process"
     )
+
+
+def axes_of(model: Model) -> tuple[int, ...]:
+    """Return the sizes of the axes along which a covariance is estimated."""
+    return (model.dims,) if model.dims <= WIDEST else tuple(model.shape)
 
 
 def _nodes(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

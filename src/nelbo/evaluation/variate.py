@@ -15,7 +15,7 @@ from nelbo.evaluation.price import Work
 
 #: smallest log-probability of a context, also for impossible levels
 LEAST = math.log(torch.finfo(torch.float64).eps)
-WIDEST = 1024  # dimensions up to which covariances are estimated; above, only variances
+WIDEST = 1024  # dimensions up to which covariances are estimated; above, those of each axis
 TABLE = 2**23  # numbers in a table of symbols, at most
 HELD = 2**20  # numbers that are computed together for such a table, 8 MiB
 CACHED = 2**18  # numbers with which to compute at a time: about what the cache of a CPU holds
