@@ -106,6 +106,28 @@ def test_linear_is_a_cost_without_its_mean(kind, widest, monkeypatch):
         assert abs(got.mean().item()) < 1e-12 * cost.max()
 
 
+def test_a_covariance_of_axes_is_that_of_all_dimensions(monkeypatch):
+    """Data whose covariance is exactly a product of one of rows and one of columns give the same
+    costs with the eigenvectors of each axis; with variances alone they are others."""
+    rows = torch.tensor([[1.0, 0.6], [0.6, 0.8]], dtype=torch.float64)
+    columns = torch.cov(torch.randn(3, 9, dtype=torch.float64))
+    cov = torch.kron(rows, columns)
+    data = sigma_points(torch.zeros(6, dtype=torch.float64), cov).view(-1, 2, 3)
+    one = Affine(torch.zeros(2, 3), torch.ones(2, 3))
+    process, decoder = GaussianDiffusion(Linear(-4.0, 2.0), one), GaussianDensity(one, 0.2)
+    network = Formula(lambda z, level: torch.zeros_like(z))
+    model = Model(network, process, XPrediction(), Posterior(), decoder, (2, 3))
+    term, z = terms(8)["step"], torch.randn(8, 2, 3, dtype=torch.float64)
+    draw = TermDraw(data[:8], term, z, Prediction(z), None, z[:, 0, 0])
+    found = {}
+    for widest in (6, 3, 1):
+        monkeypatch.setattr(gaussian_variates, "WIDEST", widest)
+        reference = LinearVariate(model, data, EDGES)
+        found[widest] = reference.within([draw]), reference.divergence(data)
+    torch.testing.assert_close(found[3], found[6], rtol=1e-9, atol=1e-9)
+    assert all((a - b).abs().max() > 0.1 for a, b in zip(found[1], found[6], strict=True))
+
+
 # ---- levels: one integral over ε
 
 
@@ -319,7 +341,7 @@ def test_the_table_is_of_each_dimension_s_frequencies(monkeypatch, exact_integra
         1,
     )
     torch.testing.assert_close(reference.divergence(data), direct, rtol=0, atol=5e-5)
-    monkeypatch.setattr(gaussian_variates, "TABLE", 1)
+    monkeypatch.setattr(gaussian_variates, "HELD", 1)
     shared = LevelVariates(known.model, data, EDGES)
     assert shared.table.shape == (1, 4, 4)
     together = reference.log_frequency.exp().mean(0)
@@ -334,7 +356,7 @@ def test_divergences_of_a_gaussian_are_a_chain():
     process, data = known.model.process, known.examples(69)
     times = torch.tensor([0.2, 0.6], dtype=torch.float64)
     reference = LinearVariate(known.model, data, times)
-    vectors = reference.vectors
+    (vectors,) = reference.vectors
     cov = vectors @ reference.variance.diag() @ vectors.T
     mean, one = reference.mean, torch.eye(2, dtype=torch.float64)
     got = reference.divergence(data[:5])
