@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nelbo import TimeGrid
+from nelbo.evaluation import price
 from nelbo.evaluation import time_estimator as evaluation
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.price import FREE, PASS, SHARE, Budget, Work, operations
@@ -94,6 +95,7 @@ def test_what_does_not_pay_is_left_out_and_said(model, images, monkeypatch):
     """Beside a small network, whatever the machine is busy with; beside a large one, or where they
     are asked for, all are used."""
     options = {"times": TimeGrid.uniform(20), "calls": 24}
+    monkeypatch.setattr(price, "FREE", 2.0**20)
     small = evaluate(model, images, **options)
     (note,) = small.notes
     assert LEVELS in note and "variates=True" in note
