@@ -3,10 +3,12 @@ BIN := .venv/bin
 RUN := runs/digits
 
 # how the packages are installed; other versions: INSTALL=".venv/bin/pip install"
-INSTALL ?= $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-# Tests start many processes: bytecode is kept for them, also where the environment keeps none.
+# Of the packages' many modules few are imported: these are compiled when they are, and kept for
+# the processes that follow, also where the environment keeps no bytecode.
+INSTALL ?= $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+export PYTHONDONTWRITEBYTECODE =
 # A file's tests share what they prepare, and so one process.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: setup demo test test-slow test-lowest docs lint types wheel clean
 
@@ -45,7 +47,7 @@ test-lowest: .venv-lowest/ready
 
 .venv-lowest/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[tables,hub,codec]" \
+	.venv-lowest/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-lowest.txt -e ".[tables,hub,codec]" \
 		hypothesis pandas pytest pytest-xdist
 	touch $@
 
