@@ -56,8 +56,8 @@ def test_each_definition_is_the_bound_and_what_its_name_says(run, x):
 
 
 def test_the_bound_of_an_example_and_its_error(run, x):
-    """Sixteen times by other seeds: their mean is the bound, their spread the error they state."""
-    each = [scorer(run, "bound", seed=seed)(x) for seed in range(16)]
+    """By 48 seeds: their mean is the bound, their spread the error they state."""
+    each = [scorer(run, "bound", seed=seed)(x) for seed in range(48)]
     nats = torch.stack([found.nats for found in each])
     with seeded(0), measuring(run.model):
         many = as_examples(x).repeat_interleave(100, 0)
@@ -119,7 +119,7 @@ def test_columns_that_make_a_row_strange(of_words, tmp_path):
         pl.when(pl.int_range(pl.len()) == 7).then(-pl.col("x")).otherwise(pl.col("x")).alias("x")
     )
     reference = own_data.load(run.config).splits["validation"]
-    score = Scorer("bound", run.config.schema, run.model, reference, calls=24)
+    score = Scorer("bound", run.config.schema, run.model, reference, calls=384)  # or noise ranks
     x = data.load_like(rows, run.config.schema).splits["all"]
     odd = data.load_like(turned, run.config.schema).splits["all"]
     found, strange = score(x), score(odd)
