@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from nelbo.integrations.denoisers import WrappedModel
 
 SIGNAL = 0.02  # α at the last time above which pure noise is not shown: too much of x is left
-NUMBERS = 2**12  # numbers of pure noise shown to a network, in 2 to ROWS rows
-ROWS, MORE = 8, 32  # rows shown at each noise level, and where several readings are possible,
+NUMBERS = 2**12  # numbers that are enough to be shown to a network at a noise level,
+ROWS, LEAST = 8, 4  # in so many rows, at most, and of examples, at least
+MORE = 4  # times as many rows where several readings are possible,
 LARGE = 2**22  # of at most this many numbers
 SNRS = (10.0, 1.0)  # of the two noise levels at which data are shown
 LESS = 1.3  # a reading is refused if another has an error smaller by this factor at a level,
@@ -112,12 +113,13 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
 
     Readings that may be better by what few rows show are compared with more.
     """
-    count = max(1, min(MORE, LARGE // model.dims) // ROWS) * ROWS
+    rows = max(LEAST, min(ROWS, NUMBERS // model.dims))
+    count = rows * max(1, min(MORE, LARGE // (rows * model.dims)))
     batch = batch[torch.linspace(0, len(batch) - 1, count).round().long()].to(model.device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch.x.shape, dtype=torch.float64, generator=generator)
-    noise, order = noise.to(batch.x.device), torch.arange(count).view(ROWS, -1).T.flatten()
-    few, rest = ((batch[rows], noise[rows]) for rows in (order[:ROWS], order[ROWS:]))
+    noise, order = noise.to(batch.x.device), torch.arange(count).view(rows, -1).T.flatten()
+    few, rest = ((batch[part], noise[part]) for part in (order[:rows], order[rows:]))
     deviation = model.process.embed(batch.x).double().std().item()
     gammas = [said_clock(model)(-math.log(snr)).gamma for snr in SNRS]
     said, *others = readings(model, gammas, deviation)
