@@ -1,5 +1,7 @@
 """Exact networks of every kind, read in every way: the right reading passes, others are named."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +186,17 @@ def test_sigma_data_is_named(true, ratio):
     for note in notes:
         named = float(note.partition('predicts="edm" with sigma_data=')[2].partition(",")[0])
         assert abs(np.log(named / true)) < min(0.2, abs(np.log(ratio)))
+
+
+@pytest.mark.parametrize("takes", ["log(σ)/4", "σ"])
+def test_the_time_input_of_edm_is_named(takes):
+    """Some F take σ itself; with the other of the two, no other sigma_data is the cause."""
+    exact, logs = Exact("edm"), SIGMAS.log() / 4
+    said = {**SAID["edm"], "times": SIGMAS if takes != "σ" else logs}
+    words = rf'predicts="edm" with sigma_data=0.5, with the time input {re.escape(takes)}'
+    refused(
+        lambda y, t: exact(y, t if takes != "σ" else t.clamp(min=1e-9).log() / 4), words, **said
+    )
 
 
 LINE = Linear(-10, 10)  # γ of a network in continuous time

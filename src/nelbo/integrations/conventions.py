@@ -59,6 +59,7 @@ LATENTS: dict[str, Factor] = {
     VE: exploding,
     FLOW: interpolating,
 }
+AT = ", with the time input "
 MINUS = " of minus the output; wrap a module that returns that"
 
 
@@ -102,7 +103,9 @@ def _conventions(
     values = [deviation, *USUAL]
     if given is not None:
         values = [given, *(ratio * given for ratio in RATIOS), *values, *FURTHER]
-        yield from _of_edm(_apart(values)[1:], said, known)
+        yield from _of_edm(_apart(values), said, known)
+        outputs = _of_sigma_data(given, f"{AT}σ")
+        yield EDM(given).factor, free_clock(_sigma, known), outputs
     yield from _of_latents(own, said, known, model.process.schedule.steps)
     if given is None:
         yield from _of_edm(_apart(values), said, known)
@@ -122,10 +125,15 @@ def _of_edm(
 ) -> Iterator[tuple[Factor, Clock, Outputs]]:
     """Yield EDM's inputs and output for values of σ_data, at its own time inputs and as said."""
     for sigma_data in values:
-        head = EDM(sigma_data)
-        outputs = _signed({f'predicts="edm" with sigma_data={sigma_data:.2g}': head})
-        yield head.factor, said, outputs
-        yield head.factor, free_clock(lambda gamma: gamma / 8, known), outputs
+        factor = EDM(sigma_data).factor
+        yield factor, said, _of_sigma_data(sigma_data)
+        outputs = _of_sigma_data(sigma_data, f"{AT}log(σ)/4")
+        yield factor, free_clock(lambda gamma: gamma / 8, known), outputs
+
+
+def _of_sigma_data(sigma_data: float, where: str = "") -> Outputs:
+    """Return EDM's output, and minus it."""
+    return _signed({f'predicts="edm" with sigma_data={sigma_data:.2g}{where}': EDM(sigma_data)})
 
 
 def _of_latents(
@@ -150,7 +158,7 @@ def _of_latents(
         (FLOW, f"{scale:g} τ", lambda gamma: scale * _tau(gamma)),
     ):
         factor = LATENTS[latents]
-        outputs = _outputs(factor, f" of {latents}, with the time input {word}")
+        outputs = _outputs(factor, f" of {latents}{AT}{word}")
         yield factor, free_clock(time, known), outputs
     if not known:
         betas = torch.linspace(*BETAS, TRAINED, dtype=torch.float64)
