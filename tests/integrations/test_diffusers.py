@@ -439,6 +439,8 @@ def test_what_is_not_a_model_is_refused(networks, tmp_path):
     refused("is not JSON")
     (unet / "config.json").write_text(json.dumps(config | {"block_out_channels": [8, 16]}))
     refused("another architecture")
+    (unet / "config.json").write_text(json.dumps(config | {"norm_num_groups": 3}))
+    refused(r"unet.config\.json: num_channels .* divisible")
     (unet / "config.json").write_text(json.dumps(config | {"sample_size": None}))
     refused("sample_size")
     (unet / "config.json").write_text(json.dumps(config))
@@ -450,10 +452,14 @@ def test_what_is_not_a_model_is_refused(networks, tmp_path):
     refused(r"only \.bin, a format that can hold code")
     (unet / "diffusion_pytorch_model.bin").unlink()
     weights.write_bytes(whole)
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "UNet2DModel"}')
+    settings = tmp_path / "scheduler" / "scheduler_config.json"
+    described = json.loads(settings.read_text())
+    settings.write_text(json.dumps(described | {"beta_schedule": "cosine"}))
+    refused("has beta_schedule='cosine', which a DDPMScheduler does not know; write squared")
+    settings.write_text('{"_class_name": "UNet2DModel"}')
     refused("names no scheduler")
-    (tmp_path / "scheduler" / "scheduler_config.json").unlink()
-    refused("scheduler_config.json does not exist", FileNotFoundError)
+    settings.unlink()
+    refused(r"scheduler.scheduler_config\.json does not exist; write it", FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -600,6 +606,17 @@ def test_other_weights_beside_the_network_are_mentioned(networks, tmp_path):
     states = [each.state_dict().values() for each in (found.model.network.network.network, other)]
     assert all(map(torch.equal, *states))
     assert not any("unet_ema" in note for note in found.notes)
+
+
+def test_adapters_that_are_not_applied_are_mentioned(networks, tmp_path):
+    save(tmp_path, networks[3], ddpm())
+    for name in ("pytorch_lora_weights", "unet/adapter_model"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    note = load(f"diffusers:{tmp_path}").notes[-1]
+    assert re.search("pytorch_lora.*adapter_model.*not applied; pipeline.load_lora_weights", note)
+    (tmp_path / "unet").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match="no network, only changes of another's, pytorch_lora"):
+        load(f"diffusers:{tmp_path}")
 
 
 def test_weights_of_parallel_training(networks, tmp_path):

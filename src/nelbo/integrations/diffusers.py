@@ -30,6 +30,7 @@ from nelbo.integrations.configs import Config, positive, read_json
 from nelbo.integrations.denoisers import Variance, signal_left
 from nelbo.integrations.diffusers_folder import (
     AUTOENCODER,
+    adapters_of,
     autoencoder_of,
     check_keys,
     described,
@@ -100,9 +101,16 @@ def load(
         scaling = Levels(levels, low, high)
     vae = _autoencoder(path)
     home, variant, notes = home_of(path, weights)
+    notes += adapters_of(path, home)
     network, kind, said = network_of(home, variant)
-    settings = path / "scheduler" / "scheduler_config.json"
-    settings = settings if settings.is_file() else path / "scheduler_config.json"
+    name = "scheduler_config.json"
+    places = (path / "scheduler" / name, path / name)
+    settings = next((place for place in places if place.is_file()), None)
+    if settings is None:
+        raise FileNotFoundError(
+            f"{places[0]} does not exist; write it with save_pretrained of the scheduler of the"
+            " training"
+        )
     config = read_json(settings, infinite=True)  # DPM-Solver's has infinite values
     if not str(config.get("_class_name")).endswith("Scheduler"):
         raise ValueError(f"{settings} names no scheduler; its _class_name says which it is")

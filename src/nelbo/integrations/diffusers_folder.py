@@ -27,6 +27,8 @@ NETWORKS = (
     "SD3Transformer2DModel",
 )
 WEIGHTS = "diffusion_pytorch_model"
+#: files of weights that are added to those of a network
+ADAPTERS = ("*lora*.safetensors", "adapter_model*.safetensors")
 SHOWN = 80  # characters of a name from a folder, in a message
 #: matches the name of a class or folder of an autoencoder
 AUTOENCODER = re.compile("autoencoder|vae|vq", re.IGNORECASE)
@@ -98,6 +100,23 @@ def home_of(path: Path, weights: str | None) -> tuple[Path, str | None, list[str
         for name in (beside(home) if home != path else ())
     ]
     return home, weights, said
+
+
+def adapters_of(path: Path, home: Path) -> list[str]:
+    """Return notes on weights that change those of the network, and are not applied.
+
+    Raises:
+        ValueError: there is no network beside them.
+    """
+    folders = dict.fromkeys((path, home))
+    files = [file for f in folders for name in ADAPTERS for file in sorted(f.glob(name))]
+    if not files:
+        return []
+    fix = "pipeline.load_lora_weights, fuse_lora and save_pretrained write a folder with them"
+    names = shortened(", ".join(f"{file.relative_to(path)}" for file in files), SHOWN)
+    if not (home / "config.json").is_file():
+        raise ValueError(f"{path} has no network, only changes of another's, {names}; {fix}")
+    return [f"the changes of the weights in {names} (LoRA) are not applied; {fix}"]
 
 
 def beside(home: Path) -> list[str]:
@@ -199,12 +218,27 @@ def made(config: Config, where: Path) -> Any:  # noqa: ANN401
         if kind is None:
             raise ValueError(f"{where} names {shortened(name, 64)}, which diffusers lacks")
         _check_numbers(config, kind, where)
-        found = kind.from_config(dict(config))
+        try:
+            found = kind.from_config(dict(config))
+        except NotImplementedError as error:  # a name that the class does not know
+            raise ValueError(_unknown(config, error, where)) from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {shortened(' '.join(str(error).split()), 300)}") from error
         if found is None:  # a class that diffusers no longer has
             raise ValueError(
                 f"{where} describes a {shortened(name, 64)}, which diffusers no longer has"
             )
         return found
+
+
+def _unknown(config: Config, error: NotImplementedError, where: Path) -> str:
+    """Return the sentence about a value that the class of a config does not know."""
+    key = next((k for k, v in config.items() if str(error).startswith(f"{v} ")), None)
+    given = "a value" if key is None else shortened(f"{key}={config[key]!r}", SHOWN)
+    fix = "a value that it knows"
+    if key == "beta_schedule":
+        fix = "squaredcos_cap_v2 for a cosine, or the β's of the training as trained_betas"
+    return f"{where} has {given}, which a {config['_class_name']} does not know; write {fix}"
 
 
 def _check_numbers(config: Config, kind: type, where: Path) -> None:
