@@ -105,7 +105,7 @@ def test_bad_input_on_the_command_line(tmp_path, capsys):
         (home, "ids.npy", "text 0 has id 12 at 1, beyond 0..11"),
         (home, "mask.npy", "text 0 has id 3 at 1, the model's mask"),
         (home, "long.npy", "11 tokens, and the model takes at most 10; divide it into chunks"),
-        (home, "long.jsonl", "the prompt of example 0 has 9 tokens"),
+        (home, "long.jsonl", "long.jsonl, line 1 has a prompt of 9 tokens"),
         (home, "empty.jsonl", "has an empty answer"),
         (decoder, "a.txt", "it reads from left to right"),
         (write(tmp_path / "low", lower=True), "A.txt", "does not exist"),
@@ -142,10 +142,16 @@ def test_bad_folders_and_texts_are_refused(tmp_path):
             "a.jsonl",
             json.dumps({"prompt": prompt, "answer": "b"}),
         )
+    one = json.dumps({"prompt": "ab", "answer": "c"})
     refused(
-        "has 9 tokens, and the model's window is 10",
+        "line 3 has a prompt of 9 tokens, and the model's window is 10",
         name="a.jsonl",
-        text=json.dumps({"prompt": "abcdabcda", "answer": "b"}),
+        text=f"{one}\n\n" + json.dumps({"prompt": "abcdabcda", "answer": "b"}),
+    )
+    refused(
+        "line 3 has 12 tokens, and the model takes at most 10; divide it$",
+        name="a.jsonl",
+        text=f"{one}\n\n" + json.dumps({"prompt": "abcdabcd", "answer": "ab"}),
     )
     refused(
         "line 1 has an empty answer",
@@ -153,9 +159,9 @@ def test_bad_folders_and_texts_are_refused(tmp_path):
         text=json.dumps({"prompt": "ab", "answer": ""}),
     )
     refused(
-        "example 0 has 14 tokens, and the model takes at most 10",
+        "line 3 has 14 tokens, .* at most 10; divide it, or leave --lines out for chunks",
         name="a.txt",
-        text="abcd" * 3,
+        text="ab\n\n" + "abcd" * 3,
         lines=True,
     )
     refused("is not UTF-8|does not exist", name=None)

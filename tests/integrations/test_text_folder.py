@@ -278,7 +278,12 @@ PROMPT = json.dumps({"prompt": "abcdabcda", "answer": "b"})
         ("", "a.txt", "abX", "the tokenizer does not give the text back, 'X' becomes 'a'"),
         ("", "a.txt", "", "is empty"),
         ("", "a.jsonl", json.dumps({"prompt": "a", "answer": ""}), "has an empty answer"),
-        ("", "a.jsonl", PROMPT, "the prompt of example 0 has 9 tokens, and the model's window"),
+        (
+            "",
+            "a.jsonl",
+            PROMPT,
+            "a.jsonl, line 1 has a prompt of 9 tokens, and the model's window",
+        ),
         ("", "a.npy", [[4, 12]], "text 0 has id 12 at 1, beyond 0..11"),
         ("", "a.npy", [[4, 3]], "text 0 has id 3 at 1, the model's mask"),
         ("", "a.npy", [[1, 2]], "text 0 has no token to score"),

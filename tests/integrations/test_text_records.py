@@ -42,15 +42,17 @@ def test_json_lines_with_named_fields(tmp_path, found):
     assert pairs.batch.condition[0].tolist() == [1, 4, 5, -1, -1, 2]
     assert scored(found.texts(path, answer_field="a")) == [2, 3]
     assert scored(found.texts(path)) == [4, 1]
-    with pytest.raises(ValueError, match="line 1 has no 'b'; it has q, a, text"):
+    with pytest.raises(ValueError, match="line 1 has no text 'b'; its texts are q, a, text"):
         found.texts(path, answer_field="b")
-    with pytest.raises(ValueError, match="line 1 has no 'n'"):  # a number
+    with pytest.raises(ValueError, match="line 1 has no text 'n'; its texts are q, a"):  # a number
         found.texts(path, answer_field="n")
     path.write_text(json.dumps({"prompt": "a", "answer": "b", "text": "c"}))
     with pytest.raises(ValueError, match="has text and answer; choose one with --answer-field"):
         found.texts(path)
     path.write_text(json.dumps({"a": "b"}))
-    with pytest.raises(ValueError, match="must have texts prompt and answer, or text; it has a;"):
+    with pytest.raises(
+        ValueError, match="must have texts prompt and answer, or text; its texts are a;"
+    ):
         found.texts(path)
     path.write_text(json.dumps(["a"]))
     with pytest.raises(ValueError, match="line 1 must be an object of named texts"):
@@ -72,7 +74,9 @@ def test_a_column_of_a_data_set(tmp_path, found):
     assert scored(found.texts(both, split="test")) == [1]
     with pytest.raises(ValueError, match="has the splits train, test; got none; name one"):
         found.texts(both)
-    with pytest.raises(ValueError, match="among its columns of texts, has no 'n'; it has q, a, t"):
+    with pytest.raises(
+        ValueError, match="among its columns of texts, has no text 'n'; its texts are q, a, t"
+    ):
         found.texts(rows, answer_field="n")
     empty = datasets.Dataset.from_dict({"text": ["a", ""]})
     with pytest.raises(ValueError, match="row 1 of the data set has an empty text"):
@@ -129,7 +133,8 @@ def test_lines_end_with_a_line_feed_alone(tmp_path, found):
         line = json.dumps(row, ensure_ascii=False)
         places = [f"{tmp_path}, line {i}" for i in (1, 2)]
         assert list(of_json(tmp_path, f"{line}\r\n{line}")) == [(p, row) for p in places]
-        assert of_fasta(tmp_path, f">one {character} more\r\n{text}\r\nc\r\n") == [f"{text}c"]
+        [(_, found_text)] = of_fasta(tmp_path, f">one {character} more\r\n{text}\r\nc\r\n")
+        assert found_text == f"{text}c"
         (tmp_path / "prompts.txt").write_text(f"{text}\n\nb\n")
         assert read_prompts(tmp_path / "prompts.txt") == [text, "", "b"]
     (tmp_path / "a.txt").write_bytes(b"ab\r\n\r\nc")

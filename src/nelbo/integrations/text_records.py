@@ -44,7 +44,9 @@ class TextForm:
         known = list(names)
         for wanted in (self.prompt_field, self.answer_field):
             if wanted is not None and wanted not in known:
-                raise ValueError(f"{where} has no {wanted!r}; it has {', '.join(known) or 'none'}")
+                raise ValueError(
+                    f"{where} has no text {wanted!r}; its texts are {', '.join(known) or 'none'}"
+                )
         if self.answer_field is not None:
             return self.prompt_field, self.answer_field
         both = ANSWER in known and (self.prompt_field or PROMPT) in known
@@ -55,12 +57,12 @@ class TextForm:
         if TEXT in known and self.prompt_field != TEXT:
             return self.prompt_field, TEXT
         raise ValueError(
-            f"{where} must have texts {PROMPT} and {ANSWER}, or {TEXT}; it has"
+            f"{where} must have texts {PROMPT} and {ANSWER}, or {TEXT}; its texts are"
             f" {', '.join(known) or 'none'}; name them with --answer-field and --prompt-field"
         )
 
-    def pairs(self, rows: Iterable[tuple[str, object]]) -> list[tuple[str, str]]:
-        """Return the prompts, "" for none, and the texts to score.
+    def pairs(self, rows: Iterable[tuple[str, object]]) -> list[tuple[str, str, str]]:
+        """Return places, prompts, "" for none, and the texts to score.
 
         Args:
             rows: objects, each with its place for messages.
@@ -80,7 +82,7 @@ class TextForm:
             pair = "" if prompt is None else row[prompt], row[answer]
             for text in pair:
                 _check_characters(text, where)
-            found.append(pair)
+            found.append((where, *pair))
         return found
 
     def check(self, what: str, *, lines: bool = False, fields: bool = False) -> None:
@@ -135,23 +137,22 @@ def of_json(path: Path, text: str) -> Iterator[tuple[str, object]]:
         yield where, row
 
 
-def of_fasta(path: Path, text: str) -> list[str]:
-    """Return the sequences of a FASTA file.
+def of_fasta(path: Path, text: str) -> list[tuple[str, str]]:
+    """Return the sequences of a FASTA file, each with its place.
 
     Raises:
         ValueError: it does not begin as one, or a record has no sequence.
     """
     if not text.startswith(">"):
         raise ValueError(f"{path} is not a FASTA file, which must begin with >")
-    found: list[str] = []
+    found: list[tuple[str, str]] = []
     for record in text[1:].split("\n>"):
         name, *lines = lines_of(record)
         sequence = "".join(lines).replace(" ", "")
+        where = f"{path}, record {len(found)} ({name[:40]!r})"
         if not sequence:
-            raise ValueError(
-                f"{path}, record {len(found)} ({name[:40]!r}) has no sequence; take it out"
-            )
-        found.append(sequence)
+            raise ValueError(f"{where} has no sequence; take it out")
+        found.append((where, sequence))
     return found
 
 

@@ -188,42 +188,44 @@ class TextReader:
             return self._of_ids(_array(path))
         text = _text(path)
         if records:
-            return self._examples([("", s) for s in of_fasta(path, text)], _no_spaces)
+            return self._examples([(at, "", s) for at, s in of_fasta(path, text)], _no_spaces)
         if form.lines:
             each = lines_of(text)
-            kept = [("", line) for line in each if line]
-            found = self._examples(kept, _same)
+            kept = [(f"{path}, line {n}", "", line) for n, line in enumerate(each, 1) if line]
+            found = self._examples(kept, _same, ", or leave --lines out for chunks")
             empty = len(each) - len(kept)
             note = f"{len(kept)} lines, without their line breaks; {empty} are empty"
             return replace(found, notes=(note, *found.notes))
         return self._chunks(text)
 
-    def _examples(self, pairs: list[tuple[str, str]], plain: Callable[[str], str]) -> Texts:
-        """Return an example for each prompt, which shows, and answer."""
+    def _examples(
+        self, pairs: list[tuple[str, str, str]], plain: Callable[[str], str], instead: str = ""
+    ) -> Texts:
+        """Return an example for each place, prompt, which shows, and answer."""
         if not pairs:
             raise ValueError("there is no text to score; give a file with some")
         rows, shown, length = [], [], self.rules.length
-        before_all, after_all = _special(pairs[0][1], self.tokenizer)
+        before_all, after_all = _special(pairs[0][2], self.tokenizer)
         first = len(before_all)
-        for i, (prompt, answer) in enumerate(pairs):
+        for where, prompt, answer in pairs:
             before = _encode(prompt, self.tokenizer, plain) if prompt else []
             after = _encode(answer, self.tokenizer, plain)
             whole = [*before_all, *before, *after, *after_all]
             if length is not None and first + len(before) >= length:
                 raise ValueError(
-                    f"the prompt of example {i} has {len(before)} tokens, and the model's window"
-                    f" is {length}: no answer fits; shorten it"
+                    f"{where} has a prompt of {len(before)} tokens, and the model's window is"
+                    f" {length}: no answer fits; shorten it"
                 )
             if length is not None and len(whole) > length:
                 raise ValueError(
-                    f"example {i} has {len(whole)} tokens, and the model takes at most"
-                    f" {length}; divide it, or leave --lines out for chunks"
+                    f"{where} has {len(whole)} tokens, and the model takes at most {length};"
+                    f" divide it{instead}"
                 )
             rows.append(whole)
             answers = range(first + len(before), first + len(before) + len(after))
             shown.append([place not in answers for place in range(len(whole))])
-        characters = torch.tensor([len(answer) for _, answer in pairs])
-        size = torch.tensor([len(answer.encode()) for _, answer in pairs])
+        characters = torch.tensor([len(answer) for *_, answer in pairs])
+        size = torch.tensor([len(answer.encode()) for *_, answer in pairs])
         total = int(characters.sum()), int(size.sum())
         sizes = {"character": characters, "byte": size}
         return Texts(self.rules.batch(rows, _mask(shown)), *total, (), sizes=sizes)

@@ -284,7 +284,9 @@ class TokenModel(Model):
         kinds = {"the mask": masked, "padding": self.pad_id is not None, listed(others): others}
         zeros = ", ".join(kind for kind, there in kinds.items() if there)
         impossible = (
-            f"; {zeros} have probability 0, and the others are renormalised" if zeros else ""
+            f", but not {zeros}, whose probability is 0; the others are renormalised"
+            if zeros
+            else ""
         )
         return (
             f"{scored} tokens of {len(batch)} texts are scored; {showing} show (prompts, special"
