@@ -146,7 +146,7 @@ def test_a_folder_and_a_pipeline_are_the_parts(parts, tmp_path):
     assert again.nats == found.nats and again.model_hash == found.model_hash
     fitted = evaluate(path, x, condition=labels, calls=4)
     assert fitted.examples == 11  # the tenth image is left out
-    assert any("fitted to the 1 images that were left out" in note for note in fitted.notes)
+    assert any("fitted to the 1 image that was left out" in note for note in fitted.notes)
     splits = {"train": x[:4].numpy(), "test": x[4:].numpy()}
     by_split = evaluate(f"{path},label=2,law=gaussian:channels", splits, "test", calls=4)
     assert by_split.examples == 8
@@ -191,7 +191,7 @@ def test_the_command(parts, tmp_path, capsys):
     shown = capsys.readouterr()
     names = {"decoder", "encoder", "prior", "reconstruction", "diffusion"}
     assert all(name in shown.out for name in names)
-    assert "fitted to the 1 images that were left out" in shown.err
+    assert "fitted to the 1 image that was left out" in shown.err
     run_ok(*arguments, "--json")
     found = json.loads(capsys.readouterr().out)
     assert set(found["terms"]) == names and found["decoder_calls_per_example"] == 2

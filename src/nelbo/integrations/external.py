@@ -135,10 +135,9 @@ class Foreign:
             )
         out = torch.arange(len(x)) % LEAVE_OUT == min(LEAVE_OUT, len(x)) - 1
         held = _some(x, out)
-        tell(
-            f"{self.fit(Batch(held[:FITTED], _first(rows_of(given, out))))}, fitted to the"
-            f" {len(held)} images that were left out"
-        )
+        images = "1 image that was" if len(held) == 1 else f"{len(held)} images that were"
+        fitted = self.fit(Batch(held[:FITTED], _first(rows_of(given, out))))
+        tell(f"{fitted}, fitted to the {images} left out")
         x, given = _some(x, ~out), rows_of(given, ~out)
         return x if given is None else Batch(x, given)
 
