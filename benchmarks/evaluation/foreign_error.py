@@ -1,6 +1,6 @@
 """The price of an error bar of another library's model, of which no pilot is kept.
 
-    python benchmarks/evaluation/foreign_error.py IMAGES.npz FOLDER [--minutes 25] [--calls 1.99]
+    python benchmarks/evaluation/foreign_error.py IMAGES.npz FOLDER [--minutes 25] [--calls 1.85]
                                       [--target 0.01] [--examples 1000] [--seeds 8]
 
 IMAGES.npz has an array x, N x 32 x 32 x 3. If FOLDER does not exist, a UNet2DModel of diffusers of
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("images", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=25)
-    parser.add_argument("--calls", type=float, default=1.99)
+    parser.add_argument("--calls", type=float, default=1.85)
     parser.add_argument("--target", type=float, help="in place of --calls")
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=8)

@@ -138,7 +138,7 @@ def test_conditions_of_other_examples_are_refused(pairs, measure):
         measure(model().unconditional(), Batch(x, c))
 
 
-def test_grids_and_errors_are_measured_on_pairs(pairs):
+def test_grids_and_errors_are_measured_on_pairs(pairs, drawn_by_places):
     """Neither the best grid nor v(t) depends much on a shift in x and c together."""
     x, c = pairs
     grid = best_grid(model(), Batch(x, c), 4)

@@ -8,7 +8,7 @@ from typing import Literal
 from nelbo._utils.scalars import integer
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization
-from nelbo.evaluation.dequantization import DEQUANTISERS, check_gaussian
+from nelbo.evaluation.dequantization import DEQUANTISERS, check_continuous
 from nelbo.evaluation.importance_bound import evaluate_importance
 from nelbo.evaluation.probability_flow import TOLERANCE, evaluate_flow
 from nelbo.evaluation.result import BoundEstimate
@@ -116,7 +116,7 @@ class Alternative:
             ValueError: the model has no probability flow.
         """
         if self.ode:
-            check_gaussian(model)
+            check_continuous(model)
 
     def measure(
         self, model: Model, times: TimeDiscretization | None

@@ -38,19 +38,24 @@ def check_gaussian(model: Model) -> ForwardProcess:
     """Return the process of a model that has a probability flow.
 
     Raises:
-        ValueError: if it has none, such as masked diffusion, or a network of some times only.
+        ValueError: if it has none, such as masked diffusion.
     """
     if not model.process.has_flow:
         raise ValueError(
             f"the ODE likelihood needs a Gaussian process; the model's is"
             f" {type(model.process).__name__}: symbols have no flow; use importance samples"
         )
+    return model.process
+
+
+def check_continuous(model: Model) -> None:
+    """Raise a ValueError for a model without a flow, or whose network knows some times only."""
+    check_gaussian(model)
     if (steps := model.process.schedule.steps) is not None:
         raise ValueError(
             f"the ODE likelihood needs a network of continuous time, and this one was trained at"
             f" {steps} times only; leave --ode out, for the bound of its steps"
         )
-    return model.process
 
 
 class Dequantiser(ABC):

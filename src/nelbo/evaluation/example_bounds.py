@@ -124,7 +124,6 @@ def replicates_of(
         track: wraps the blocks of examples, for a progress bar.
         by_content: as for `elbo`.
     """
-    blocks = batch.order.split(max(1, model.rows // draws))
 
     def one(g: int) -> Tensor:
         few, each = batch[blocks[g]].to(model.device), []
@@ -137,4 +136,5 @@ def replicates_of(
         return torch.stack(each, 2).cpu()
 
     with measuring(model, batch):
+        blocks = batch.order.split(max(1, model.rows // draws))
         return Bound(*joined(batch, map_across_processes(len(blocks), one, track), 1))

@@ -34,7 +34,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.schedules import time_of
 from nelbo.evaluation.blocks import scale_of
-from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_gaussian
+from nelbo.evaluation.dequantization import Dequantiser, Encoder, check_continuous, check_gaussian
 from nelbo.evaluation.intervals import freedoms, widened
 from nelbo.evaluation.ode_solver import solve
 from nelbo.evaluation.replicates import BLOCK, check_samples, draw_replicates, log_mean
@@ -246,6 +246,7 @@ def evaluate_flow(
             more than the standard error, so the solver is not precise enough.
     """
     check_samples(samples)
+    check_continuous(model)
     process, exact = check_gaussian(model), is_exact(model, trace)
     if samples > 1 and not exact:
         raise ValueError(

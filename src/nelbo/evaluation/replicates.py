@@ -53,7 +53,6 @@ def draw_replicates(
     check_not_empty(batch)
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1; got {replicates}")
-    every = batch.order.split(BLOCK)
 
     def one(examples: Batch, g: int) -> Tensor:
         each = draw(examples).double().cpu()
@@ -66,7 +65,7 @@ def draw_replicates(
         counting(model.network) as calls,
         keeping(path, model, batch, seed, options) as kept,
     ):
-        blocks = [rows.repeat_interleave(replicates) for rows in every]
+        blocks = [rows.repeat_interleave(replicates) for rows in batch.order.split(BLOCK)]
         tasks = None if kept is None else Tasks(kept, "replicates", calls)
         parts = map_blocks(model, batch, blocks, (seed,), one, track, tasks)
     found = joined(batch, parts, 1)
