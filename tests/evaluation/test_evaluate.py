@@ -161,8 +161,7 @@ def test_blocks_without_a_pilot_are_of_one_size(examples):
 @pytest.mark.slow
 def test_two_calls_of_each_are_one_draw_of_most(model, x):
     """The two calls of a draw are context to each other; the second visits, for an error bar, are
-    paid for by examples left out. So after a kept pilot, which cannot miss what is rare as few
-    rows can."""
+    paid for by examples left out."""
     many = x.repeat(10, 1)
 
     def kept(strata, controls):
@@ -174,20 +173,21 @@ def test_two_calls_of_each_are_one_draw_of_most(model, x):
     assert 1.9 < result.calls_per_example <= 2
     whole = evaluate(model, many, calls=64)
     assert abs(result.nats - whole.nats) < 4 * result.standard_error.monte_carlo * 3 * math.log(2)
+    assert 0.9 * len(many) < evaluate(model, many, calls=2).visited < len(many)
     each = evaluate(model, many, calls=2, pilots=kept, per_example=True)
-    assert each.visited == evaluate(model, many, calls=2).visited == len(many)
+    assert each.visited == len(many)
 
 
 @pytest.mark.slow
 def test_fewer_calls_than_examples_visit_a_sample(model, x):
-    """Nearly all of them with one call each, some with two, at random; the error knows of those
-    left out."""
+    """At random, nearly all of it once, by two calls that are context to each other, and some
+    twice; the error knows of those left out."""
     many = x.repeat(3, 1)
     result = evaluate(model, many, calls=1)
     found = result.per_example.elbo.isfinite()
-    assert found.sum() == result.visited and 0.7 * len(many) < result.visited < len(many)
+    assert found.sum() == result.visited and 0.4 * len(many) < result.visited < len(many) / 2
     assert 0.9 < result.calls_per_example <= 1
-    assert result.calls_per_example > result.visited / len(many)
+    assert result.calls_per_example > 2 * result.visited / len(many)
     assert not torch.equal(
         found, evaluate(model, many, calls=1, seed=1).per_example.elbo.isfinite()
     )

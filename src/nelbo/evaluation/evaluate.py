@@ -52,8 +52,9 @@ def evaluate(
     """Measure the mean bound on -log P(x|φ) over the examples x.
 
     All examples are measured equally often, or, if the calls or the target error allow few draws
-    of each, a random sample: with fewer than two calls per example, or, after a kept pilot and
-    with some hundred examples or more, fewer than eight. Their order makes no difference.
+    of each, a random sample: with fewer than two calls per example, or four where a draw is a pair
+    of calls, or, after a kept pilot and with some hundred examples or more, fewer than eight.
+    Their order makes no difference.
 
     Args:
         model: the model; measured in evaluation mode with float64 around the network.
