@@ -153,7 +153,7 @@ class LevelVariates(ControlVariate):
     def _group(self, log_frequency: Tensor, edges: int) -> tuple[Tensor, Tensor]:
         """Let dimensions of similar mean level share frequencies if a full table is too large."""
         dims, count = log_frequency.shape
-        groups = max(1, min(dims, HELD // (count * count * edges)))
+        groups = _groups(dims, count, edges)
         order = (log_frequency.exp() @ self.values).argsort()
         group = torch.empty(dims, dtype=torch.long, device=order.device)
         group[order] = torch.arange(dims, device=order.device) * groups // dims
@@ -300,7 +300,7 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
         )
     # with sixteen bits, one column of the table would not fit into memory
     if levels and levels**2 <= TABLE:
-        integrals = levels**2 * strata * max(1, min(dims, HELD // (levels**2 * strata)))
+        integrals = _groups(dims, levels, strata) * levels**2 * strata
         contexts = (NODES + 1) * levels * dims if levels <= FINEST else 0
         found.append(
             Candidate(
@@ -338,6 +338,11 @@ def gaussian(model: Model) -> GaussianDiffusion:
     return GaussianDiffusion.require(
         model.process, "the reference denoiser needs a Gaussian process"
     )
+
+
+def _groups(dims: int, levels: int, edges: int) -> int:
+    """Return the number of groups of dimensions whose divergences are computed together."""
+    return max(1, min(dims, HELD // (levels**2 * edges)))
 
 
 def axes_of(model: Model) -> tuple[int, ...]:
