@@ -19,7 +19,8 @@ from torch.nn.functional import interpolate, silu
 
 import nelbo
 from nelbo import TimeGrid
-from nelbo.evaluation import control_variates, evaluate
+from nelbo.evaluation import control_variates, time_estimator
+from nelbo.evaluation.evaluate import evaluate
 
 
 class Convolutions(nn.Module):
@@ -79,10 +80,10 @@ def main() -> None:
     clock, controls = Clock(), control_variates.ControlVariates
     for name in ("__init__", "within", "between"):
         setattr(controls, name, clock.around("variates", getattr(controls, name)))
-    evaluate._operations = clock.around("variates", evaluate._operations)
-    evaluate.pilot = clock.around("pilot", evaluate.pilot)
+    time_estimator._operations = clock.around("variates", time_estimator._operations)
+    time_estimator.pilot = clock.around("pilot", time_estimator.pilot)
     begun = time.process_time()
-    result = evaluate.evaluate(model, x, times=TimeGrid.uniform(1000), calls=24)
+    result = evaluate(model, x, times=TimeGrid.uniform(1000), calls=24)
     total = time.process_time() - begun
     with torch.no_grad():
         y, begun = x[:16].float(), time.process_time()

@@ -39,8 +39,9 @@ FINEST = 64  # levels up to which contexts pay off, as they need the probability
 class LinearVariate(ControlVariate):
     """Costs of the denoiser of N(μ, Σ), in the eigenvectors of Σ.
 
-    Above WIDEST dimensions Σ = U Λ Uᵀ, where U are the eigenvectors along each axis: those of the
-    channels, rows and columns of an image. An axis that is longer still is left as it is.
+    Above WIDEST dimensions Σ = U Λ Uᵀ, where U are the eigenvectors along each axis: along the
+    columns of an image, and along the rows of all its channels. An axis that is longer still is
+    left as it is. Then only the numbers of examples are used: those of draws take too long.
 
     Args:
         model: the model.
@@ -48,19 +49,19 @@ class LinearVariate(ControlVariate):
         edges: times between the strata.
     """
 
-    columns, usual = 1, (0.0,)
-
     def __init__(self, model: Model, x: Tensor, edges: Tensor) -> None:
         self.process, self.edges = gaussian(model), edges
         self.sizes = axes_of(model)
+        self.usual = (0.0,) if model.dims <= WIDEST else ()
+        self.columns = len(self.usual)
         e = self._embedded(x)
         self.mean = e.mean(0)
         centred = e - self.mean
-        self.vectors: list[Tensor | None] = [None] * len(self.sizes)
-        for axis, size in enumerate(self.sizes):
-            if size <= WIDEST:
-                rows = centred.view(-1, *self.sizes).movedim(axis + 1, -1).reshape(-1, size)
-                self.vectors[axis] = torch.linalg.eigh(rows.T @ rows)[1]
+        self.vectors: list[Tensor | None] = []
+        for axis, size in enumerate(self.sizes, 1):
+            rows = centred.view(-1, *self.sizes).movedim(axis, -1).reshape(-1, size)
+            known = size <= WIDEST
+            self.vectors.append(torch.linalg.eigh(rows.T @ rows)[1] if known else None)
         variance = self._rotated(centred).square().mean(0)
         self.variance = variance + 1e-6 * variance.mean() + 1e-12
 
@@ -68,15 +69,17 @@ class LinearVariate(ControlVariate):
         return self.process.embed(x).flatten(1).double()
 
     def _rotated(self, v: Tensor) -> Tensor:
-        axes = v.view(-1, *self.sizes)
-        for vectors in self.vectors:
-            axes = axes.movedim(1, -1)
-            axes = axes if vectors is None else axes @ vectors
-        return axes.flatten(1)
+        *first, last = self.vectors
+        v = v.view(-1, *self.sizes)
+        for vectors in first:
+            v = v if vectors is None else vectors.T @ v
+        return (v if last is None else v @ last).flatten(1)
 
     @override
     def within(self, draws: Sequence[TermDraw]) -> Tensor:
-        """Return w (‖e - ê‖² - its mean), shape (n, B, 1)."""
+        """Return w (‖e - ê‖² - its mean), shape (n, B, columns)."""
+        if not self.columns:
+            return super().within(draws)
         found = []
         for draw in draws:
             parts = zip(
@@ -283,7 +286,7 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
     found = [
         Candidate(
             "the denoiser of a Gaussian",
-            Work(count * (5 * dims + turn), 8 * dims + turn, 3 * dims + 2 * turn),
+            Work(count * (5 * dims + turn), 8 * dims + turn, whole * (3 * dims + 2 * turn)),
             lambda: LinearVariate(model, x, edges),
         )
     ]
@@ -346,8 +349,10 @@ def _groups(dims: int, levels: int, edges: int) -> int:
 
 
 def axes_of(model: Model) -> tuple[int, ...]:
-    """Return the sizes of the axes along which a covariance is estimated."""
-    return (model.dims,) if model.dims <= WIDEST else tuple(model.shape)
+    """Return the sizes of the one or two axes along which a covariance is estimated."""
+    last = model.shape[-1]
+    whole = model.dims <= WIDEST or last == model.dims
+    return (model.dims,) if whole else (model.dims // last, last)
 
 
 def _nodes(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
