@@ -48,14 +48,19 @@ def check_gaussian(model: Model) -> ForwardProcess:
     return model.process
 
 
-def check_continuous(model: Model) -> None:
-    """Raise a ValueError for a model without a flow, or whose network knows some times only."""
-    check_gaussian(model)
-    if (steps := model.process.schedule.steps) is not None:
+def check_continuous(model: Model) -> ForwardProcess:
+    """Return the process of a model whose probability flow a network of all times follows.
+
+    Raises:
+        ValueError: if it has none, or the network was trained at some times only.
+    """
+    process = check_gaussian(model)
+    if (steps := process.schedule.steps) is not None:
         raise ValueError(
             f"the ODE likelihood needs a network of continuous time, and this one was trained at"
             f" {steps} times only; leave --ode out, for the bound of its steps"
         )
+    return process
 
 
 class Dequantiser(ABC):

@@ -53,7 +53,6 @@ class LinearVariate(ControlVariate):
         self.process, self.edges = gaussian(model), edges
         self.sizes = axes_of(model)
         self.usual = (0.0,) if model.dims <= WIDEST else ()
-        self.columns = len(self.usual)
         e = self._embedded(x)
         self.mean = e.mean(0)
         centred = e - self.mean
@@ -144,7 +143,6 @@ class LevelVariates(ControlVariate):
         # the network's own context explains its costs as they are; the mixtures' is another's
         known = float(model.head.level_values is not None)
         self.usual = () if not self.paired else (known,) if mixtures is None else (0.0, known)
-        self.columns = len(self.usual)
         log_frequency = log_frequencies(x.cpu(), count).to(self.values.device)
         self.group, log_group = self._group(log_frequency.flatten(0, -2), len(edges))
         self.log_frequency = log_group[self.group].reshape(log_frequency.shape)

@@ -246,8 +246,7 @@ def evaluate_flow(
             more than the standard error, so the solver is not precise enough.
     """
     check_samples(samples)
-    check_continuous(model)
-    process, exact = check_gaussian(model), is_exact(model, trace)
+    process, exact = check_continuous(model), is_exact(model, trace)
     if samples > 1 and not exact:
         raise ValueError(
             f"{samples} importance samples need the exact trace: the noise of Hutchinson's would"

@@ -35,7 +35,7 @@ class SymbolVariate(ControlVariate):
         x: examples to fit to.
     """
 
-    columns, paired, usual = 1, True, (1.0,)
+    paired, usual = True, (1.0,)
 
     def __init__(self, model: Model, x: Tensor) -> None:
         self.model, self.absent = model, model.process.codes

@@ -24,14 +24,17 @@ CACHED = 2**18  # numbers with which to compute at a time: about what the cache 
 class ControlVariate:
     """Numbers that correlate with the costs of a model; none, unless a subclass has some."""
 
-    #: the number of columns of `within`
-    columns = 0
     #: whether a neighbouring draw gives them a context
     paired = False
-    #: coefficient of each column of a pair where no pilot tells a better one
+    #: coefficient of each column of `within` for a pair where no pilot tells a better one
     usual: tuple[float, ...] = ()
     #: a sentence on what is left out
     note = ""
+
+    @property
+    def columns(self) -> int:
+        """The number of columns of `within`."""
+        return len(self.usual)
 
     def within(self, draws: Sequence[TermDraw]) -> Tensor:
         """Return numbers of mean zero given x and t for each draw, shape (n, B, columns).
