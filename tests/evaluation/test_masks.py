@@ -46,9 +46,9 @@ class Tiny(nn.Module):
         return self.out(torch.cat([h, h.sin().sum(1, keepdim=True).expand_as(h)], -1))
 
 
-def tiny(seed, time=None, **options):
+def tiny(seed, time=None, mask_id=MASK, **options):
     with seeded(seed):
-        return wrap_tokens(Tiny().double(), MASK, time=time, **options)
+        return wrap_tokens(Tiny().double(), mask_id, time=time, **options)
 
 
 def exact(model, batch, row=0):

@@ -151,13 +151,41 @@ def test_permuted_examples_have_permuted_numbers(case):
     )
 
 
-def test_padding_after_the_longest_text_changes_nothing():
-    """Neither draws of noise over T steps, nor the order of texts."""
-    model = tiny(4, pad_id=3)
+KINDS = {"masked": {}, "uniform": {"mask_id": None, "process": "uniform"}, "blocks": {"block": 2}}
+DRAWS = {
+    "counts": {"calls": 5},
+    "steps": {"calls": 5, "steps": 6},
+    "importance": {"importance_samples": 2, "steps": 6},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("draws", DRAWS)
+def test_padding_changes_nothing(kind, draws):
+    """On either side, as ids and as conditions: neither draws of noise, nor the order of texts."""
+    model = tiny(4, pad_id=3, **KINDS[kind])
     with seeded(2):
-        ids = torch.randint(0, 3, (80, 6))
-    each = [
-        bound(calls=8, steps=5)(model, nn.functional.pad(ids, (0, more), value=3))
-        for more in (0, 4)
-    ]
-    assert each[0][1] == each[1][1] and torch.equal(each[0][0]["nats"], each[1][0]["nats"])
+        rows = [row[: 3 + i % 4] for i, row in enumerate(torch.randint(0, 3, (80, 6)))]
+
+    def padded(left, right):
+        """Ids of which each is at another place, the longest after `left` and before `right`."""
+        free = [6 - len(row) for row in rows]
+        before = [left + i % (some + 1) for i, some in enumerate(free)]
+        sizes = zip(rows, before, strict=True)
+        width = left + 6 + right
+        pad = nn.functional.pad
+        return torch.stack([pad(r, (b, width - b - len(r)), value=3) for r, b in sizes])
+
+    ids = padded(3, 2)
+    there = ids != 3
+    given = Batch(torch.where(there, ids, 0), torch.where(there, -1, -2))
+    find = another(**DRAWS[draws])
+    nats, of_all = find(model, rows)
+    for batch in (padded(0, 0), padded(0, 4), ids, given):
+        other, of_all_again = find(model, batch)
+        assert of_all_again[0] == of_all[0] and torch.equal(*map(_nats, (other, nats)))
+
+
+def _nats(arrays):
+    (nats,) = arrays.values()
+    return nats if isinstance(nats, torch.Tensor) else nats.elbo

@@ -139,7 +139,8 @@ def test_a_uniform_state_model_is_measured_and_drawn(module, times):
     error = found.standard_error.monte_carlo * found.nats / found.bits_per_dim
     assert abs(found.nats - mean) < 5 * error and error < 0.1 * mean
     drawn = ancestral(model, 3, nelbo.TimeGrid.uniform(3), condition=batch.condition)
-    assert torch.equal(drawn[:, 1], batch.x[:, 1])
+    showing = batch.condition >= 0
+    assert showing.sum() == 3 and torch.equal(drawn[showing], batch.x[showing])
     assert not torch.isin(drawn[batch.condition == -1], torch.tensor([PAD, 5])).any()
 
 
@@ -451,9 +452,7 @@ def test_blocks_that_do_not_fit_are_refused(module):
             wrap_tokens(module, MASK, block=block)
     with pytest.raises(ValueError, match="block diffusion is masked; leave block or process out"):
         wrap_tokens(module, process="uniform", block=2)
-    model = wrap_tokens(module, MASK, block=2, pad_id=PAD)
-    with pytest.raises(ValueError, match=r"text 1 begins with padding.*put the padding after it"):
-        nelbo.evaluate(model, torch.tensor([[1, 2, 3], [PAD, 1, 2]]))
+    model = wrap_tokens(module, MASK, block=2)
     for steps in (1, 2, 5):
         with pytest.raises(ValueError, match="must be a multiple of 3"):
             nelbo.evaluate(model, torch.tensor([[1, 2, 3, 1, 2]] * 2), steps=steps)

@@ -54,7 +54,7 @@ def sample_with_weight(model: Model, start: Batch, times: TimeGrid) -> tuple[Ten
         path.append(p.sample())
         log_p = log_p + p.log_prob(path[-1])
     last = model.likelihood(path[-1], every[0], condition)
-    x = model.batch(Batch(last.sample(), condition)).x
+    x = last.sample()
     e = model.embed(x)
     log_q = process.marginal(e, every[-1]).log_prob(path[0])
     for (s, t), (z_t, z_s) in zip(steps, pairwise(path), strict=True):

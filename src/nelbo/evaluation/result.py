@@ -227,7 +227,9 @@ class Evaluation(Measurement):
         They are the bound `nats` on -log P(x), its Monte Carlo `standard_error` and its terms; and
         `sampler_nats`, -log P(x) in an order of its own, where that was measured. Of texts of
         tokens also `nats_per_token` and its error, and (N, L) the costs `token_nats` of each
-        token up to the end of the longest text, see `TokenCosts`, with their errors.
+        token, from the first of its text to the end of the longest, see `TokenCosts`, with their
+        errors. Variates of masks reduce the variance of `nats`, so these add up to it but for
+        their noise.
         """
         arrays = {name: term.numpy() for name, term in self.per_example._asdict().items()}
         error = self.per_example_error.numpy()

@@ -232,7 +232,7 @@ def load(
     count = count if isinstance(count, int) else None
     if count is not None:
         special.check(count)
-    rules = TokenRules(count, mask, frozenset(special.never), length, alike=block is None)
+    rules = TokenRules(count, mask, frozenset(special.never), length)
     reader = TextReader(found.tokenizer, special, rules)
     if first is not None:
         first(reader)

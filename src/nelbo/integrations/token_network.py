@@ -53,21 +53,18 @@ class TokenNetwork(nn.Module):
             self.reference = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     @override
-    def forward(
-        self, z: Tensor, alpha: Tensor, spans: Sequence[tuple[Tensor, int, int]]
-    ) -> Tensor:
+    def forward(self, z: Tensor, alpha: Tensor, spans: Sequence[tuple[Tensor, int]]) -> Tensor:
         """Return the logits of all tokens that are present, (·, V) or (B, L, V).
 
         Args:
             z: ids or the mask, (B, L).
             alpha: α_t, (B,).
-            spans: rows with the first token and the end of their texts; one call for each.
+            spans: rows with the length of their texts; one call for each.
         """
         ids = z if self.mask_id is None else torch.where(z == self.vocabulary, self.mask_id, z)
         if len(spans) == 1:
-            _, first, end = spans[0]
-            return self._call(ids[:, first:end], alpha)
-        parts = [self._call(ids[rows, first:end], alpha[rows]) for rows, first, end in spans]
+            return self._call(ids[:, : spans[0][1]], alpha)
+        parts = [self._call(ids[rows, :size], alpha[rows]) for rows, size in spans]
         return torch.cat([part.flatten(0, 1) for part in parts])
 
     def _call(self, ids: Tensor, alpha: Tensor) -> Tensor:

@@ -27,25 +27,17 @@ class TokenRules:
         mask_id: the id of a hidden token; None where noise hides none.
         never: ids that cannot be predicted.
         length: tokens of a text, at most; None for no limit.
-        alike: whether a text may begin anywhere in its row; blocks are counted from the first
-            place.
     """
 
     vocabulary: int | None
     mask_id: int | None
     never: frozenset[int]
     length: int | None
-    alike: bool = True
 
     def check(self, batch: Batch) -> None:
         """Raise a ValueError unless ids (N, L) and conditions (N, L) are texts of the model."""
         ids, condition = batch.x, batch.condition
         assert condition is not None
-        if condition.shape != ids.shape:
-            raise ValueError(
-                f"there is a condition for each token; got {tuple(condition.shape)} for ids of"
-                f" shape {tuple(ids.shape)}; try model.batch(ids)"
-            )
         if self.length is not None and ids.shape[1] > self.length:
             raise ValueError(
                 f"a text has {ids.shape[1]} tokens, and the model takes at most {self.length};"
@@ -68,12 +60,6 @@ class TokenRules:
             if (wrong & there).any():
                 row, place = (wrong & there).nonzero()[0].tolist()
                 raise ValueError(f"text {row} has id {ids[row, place]} at {place}, {why}")
-        if not self.alike and (condition[:, 0] == ABSENT).any():
-            row = int((condition[:, 0] == ABSENT).nonzero()[0])
-            raise ValueError(
-                f"text {row} begins with padding, and blocks are counted from the first token;"
-                " put the padding after it"
-            )
         empty = ~(condition == SCORED).any(1)
         if empty.any():
             raise ValueError(
@@ -126,16 +112,31 @@ def rows_of(x: Texts, pad_id: int | None) -> tuple[Tensor, Tensor]:
     return ids, present
 
 
-def present_texts(ids: Tensor, condition: Tensor, present: Tensor) -> Batch:
-    """Return texts as a batch, as wide as the longest: nothing depends on padding after it.
+def present_texts(ids: Tensor, condition: Tensor, present: Tensor, given: str = "") -> Batch:
+    """Return texts as a batch in which each begins at the first place; as wide as the longest.
+
+    So nothing depends on padding before and after them.
 
     Args:
         ids: (N, L).
         condition: of tokens that are present, (N, L).
         present: a mask of these, (N, L).
+        given: the names of the conditions, for the record.
+
+    Raises:
+        ValueError: the conditions have another shape.
     """
-    end = max([*present.any(0).nonzero().flatten().tolist(), 0]) + 1
-    return Batch(ids[:, :end], torch.where(present, condition, ABSENT)[:, :end])
+    if condition.shape != ids.shape:
+        raise ValueError(
+            f"there is a condition for each token; got {tuple(condition.shape)} for ids of"
+            f" shape {tuple(ids.shape)}; try model.batch(ids)"
+        )
+    longest = max([1, *present.sum(1).tolist()])
+    order = (~present).int().argsort(dim=1, stable=True)[:, :longest]
+    there = present.gather(1, order)
+    # an absent token is any, and 0 here
+    ids = torch.where(there, ids.gather(1, order), 0)
+    return Batch(ids, torch.where(there, condition.gather(1, order), ABSENT), given)
 
 
 def _whole(ids: Tensor) -> bool:

@@ -212,8 +212,10 @@ class TokenModel(Model):
     def batch(self, x: Texts | Batch, shown: Tensor | np.ndarray | None = None) -> Batch:
         """Return texts with the tokens that show, and take the longest as the shape of an example.
 
+        Padding is moved behind the texts, so that each begins at the first place.
+
         Args:
-            x: ids, (N, L), or a list of texts of any lengths; a `Batch` is checked only.
+            x: ids, (N, L), or a list of texts of any lengths; or a `Batch` with its conditions.
             shown: mask of further tokens that show, (N, L), such as those of prompts.
 
         Raises:
@@ -221,21 +223,27 @@ class TokenModel(Model):
                 without a token to score.
         """
         if isinstance(x, Batch) and x.condition is not None:
-            batch = x
+            ids, condition, given = x.x, x.condition, x.given
+            present = condition != ABSENT
         else:
             ids, present = rows_of(x.x if isinstance(x, Batch) else x, self.pad_id)
             show = self._shows(ids)
             if shown is not None:
                 show |= fitting(torch.as_tensor(shown), ids)
-            condition = torch.where(show, ids, SCORED)
-            batch = present_texts(ids, condition, present)
+            condition, given = torch.where(show, ids, SCORED), ""
+        batch = present_texts(ids, condition, present, given)
         self.rules.check(batch)
-        assert batch.condition is not None
-        # an absent token is any, and 0 here
-        ids = torch.where(batch.condition == ABSENT, 0, batch.x)
-        batch = Batch(ids, batch.condition, batch.given)
         self.shape = tuple(batch.x.shape[1:])
         return batch
+
+    @override
+    def check_condition(self, condition: Tensor | None, examples: int) -> None:
+        super().check_condition(condition, examples)
+        if condition is not None and (condition[:, 0] == ABSENT).any():
+            raise ValueError(
+                "conditions begin with padding, and texts at the first place; take them from"
+                " model.batch(texts).condition"
+            )
 
     @override
     def blank(self, count: int, condition: Tensor | None = None) -> Tensor:
@@ -315,8 +323,7 @@ class TokenModel(Model):
     def rules(self) -> TokenRules:
         """The rules for its texts."""
         network, never = self.network, frozenset(self.never.tolist())
-        parts = network.vocabulary, network.mask_id, never, self.length
-        return TokenRules(*parts, self.process.alike)
+        return TokenRules(network.vocabulary, network.mask_id, never, self.length)
 
     # ---- predictions
 
@@ -344,28 +351,21 @@ class TokenModel(Model):
         certain = condition != SCORED
         return TokenPrediction(logits, z, self._rows(spans, z), self.never, certain)
 
-    def _rows(self, spans: Sequence[tuple[Tensor, int, int]], z: Tensor) -> Tensor | None:
+    def _rows(self, spans: Sequence[tuple[Tensor, int]], z: Tensor) -> Tensor | None:
         """Return the row of the logits for each place of z; None if they are in order."""
-        if len(spans) == 1 and spans[0][1:] == (0, z.shape[1]) and not self.shift:
+        if len(spans) == 1 and spans[0][1] == z.shape[1] and not self.shift:
             return None
         row, before = torch.zeros_like(z), 0
-        for rows, first, end in spans:
-            size = end - first
+        for rows, size in spans:
             place = torch.arange(size, device=z.device) - self.shift
             place = place.clamp(0, size - 1)
             starts = before + size * torch.arange(len(rows), device=z.device)
-            row[rows, first:end] = starts[:, None] + place
+            row[rows, :size] = starts[:, None] + place
             before += size * len(rows)
         return row
 
 
-def _spans(condition: Tensor) -> list[tuple[Tensor, int, int]]:
-    """Return groups of rows with the same first token and end, and these."""
-    there = condition != ABSENT
-    first = there.int().argmax(1)
-    end = there.shape[1] - there.flip(1).int().argmax(1)
-    ends = torch.stack([first, end], 1)
-    kinds, which = ends.unique(dim=0, return_inverse=True)
-    return [
-        ((which == k).nonzero()[:, 0], *map(int, kinds[k].tolist())) for k in range(len(kinds))
-    ]
+def _spans(condition: Tensor) -> list[tuple[Tensor, int]]:
+    """Return groups of rows whose texts are of the same length, and these."""
+    lengths = (condition != ABSENT).sum(1)
+    return [((lengths == k).nonzero()[:, 0], k) for k in lengths.unique().tolist()]
