@@ -339,9 +339,13 @@ def test_a_surrogate_of_other_symbols_is_refused_before_weights(tmp_path, no_wei
         (["--condition", "abcdabcd"], "there is room for 0, and 1 must be drawn"),
         (["--condition", "a", "--condition", "b"], "one for each of 64 samples; got 2"),
         (["--n", 0], "number of samples must be at least 1; got 0"),
+        (["--sampler", "greedy", "--tokens-per-step", 0], "must be at least 1; got 0"),
+        (["--sampler", "greedy", "--steps", 4], "give tokens_per_step in place of steps"),
     ],
 )
-def test_prompts_are_read_before_weights(tmp_path, capsys, no_weights, options, words):
+def test_prompts_and_samplers_are_read_before_weights(
+    tmp_path, capsys, no_weights, options, words
+):
     home = write(tmp_path / "m")
     assert words in nelbo_fails(capsys, "sample", f"hf:{home}", *options)
 

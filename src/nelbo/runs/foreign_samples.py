@@ -106,11 +106,13 @@ def sampler_of(
                 "tokens_per_step and length are for a model of tokens, such as hf:FOLDER; got"
                 f" {name_of(source)}: leave them out"
             )
-    elif guidance != 1:
-        raise ValueError(
-            "guidance needs a condition that means none, and of a model of tokens the condition is"
-            f" what shows; got guidance {guidance:g}: leave it out"
-        )
+    else:
+        order_of(None, sampler, tokens_per_step, steps)
+        if guidance != 1:
+            raise ValueError(
+                "guidance needs a condition that means none, and of a model of tokens the"
+                f" condition is what shows; got guidance {guidance:g}: leave it out"
+            )
     first: Callable[[TextReader], object] | None = None
     if of_tokens and isinstance(source, str):
         prompts = prompts_in(condition)

@@ -16,7 +16,7 @@ from nelbo.data.tabular import encoding, frames
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
-from nelbo.diffusion.unmasking import SURENESS, UnmaskingOrder, order_for
+from nelbo.diffusion.unmasking import SURENESS, UnmaskingOrder, order_of_name
 from nelbo.models.conditioning import guided, parse
 from nelbo.runs.config import RunConfig
 from nelbo.sampling import samplers
@@ -40,16 +40,18 @@ Sampler: TypeAlias = Callable[[Model, int, int, Track, Tensor | None], Tensor]
 
 
 def order_of(
-    model: Model, sampler: str, tokens_per_step: int | None, steps: int | None
+    model: Model | None, sampler: str, tokens_per_step: int | None, steps: int | None
 ) -> UnmaskingOrder | None:
     """Return the order of unmasking that a sampler's name stands for; None for a grid of times.
+
+    `model` is None if it is not known yet.
 
     Raises:
         ValueError: there is no such sampler, the model masks no symbols, or the options are not
             the sampler's.
     """
     if sampler in SAMPLERS:
-        return order_for(model, None, tokens_per_step)
+        return order_of_name(None, tokens_per_step)
     if sampler not in SURENESS:
         known = ", ".join([*SAMPLERS, *SURENESS])
         raise ValueError(f"sampler must be one of {known}; got {sampler!r}")
@@ -58,7 +60,10 @@ def order_of(
             f"the sampler {sampler} takes as many steps as there are symbols to show; give"
             " tokens_per_step in place of steps"
         )
-    return order_for(model, sampler, tokens_per_step)
+    order = order_of_name(sampler, tokens_per_step)
+    if order is not None and model is not None:
+        order.mask_of(model)
+    return order
 
 
 def sampler_of(sampler: str, times: TimeGrid | UnmaskingOrder) -> Sampler:
