@@ -205,10 +205,11 @@ def test_strata_cover_the_times(times: TimeDiscretization, count: int):
     assert (strata.edges.diff() > 0).all()
 
 
-def fit(cost: Tensor, v: Tensor, phi: Tensor) -> Proposal:
+def fit(cost: Tensor, v: Tensor, phi: Tensor, large: bool = False) -> Proposal:
     """Fit costs (C, n), as many rows in each stratum."""
     stratum = torch.arange(len(cost)).repeat_interleave(cost.shape[1])
-    return fit_rows(len(cost), stratum, cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1))
+    rows = stratum, cost.flatten(), v.flatten(0, 1), phi.flatten(0, 1)
+    return fit_rows(len(cost), *rows, torch.full(v.shape[2:], large))
 
 
 def synthetic(groups: int, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -286,6 +287,21 @@ def test_what_is_left_is_not_flattered():
         stated.append((found.left[2:7] / size[2:7]).square().mean())
     ratio = (torch.stack(stated).mean() / torch.stack(fresh).mean()).sqrt().item()
     assert 1 < ratio < 1.5, ratio
+
+
+def test_a_variate_whose_rare_values_were_not_seen_has_no_large_coefficient():
+    """What rows show of it is small, and may go with their costs by chance; but where it is known
+    to be as large as the costs, so may what they do not show."""
+    v = 0.02 * torch.randn(9, 16, 1, dtype=torch.float64)
+    cost = -30 * v[..., 0] + 0.1 * torch.randn(9, 16, dtype=torch.float64)
+    phi = torch.ones(9, 16, 1, dtype=torch.float64)
+    assert (fit(cost, v, phi).within < -15).all()
+    assert (fit(cost, v, phi, large=True).within.abs() < 2.5).all()
+    # and one that is seen keeps its own
+    v = torch.randn(9, 16, 1, dtype=torch.float64)
+    cost = 0.8 * v[..., 0] + 0.5 * torch.randn(9, 16, dtype=torch.float64)
+    difference = fit(cost, v, phi, large=True).within - fit(cost, v, phi).within
+    assert difference.abs().max() < 0.05
 
 
 def test_a_stratum_that_saw_nothing_is_not_starved():

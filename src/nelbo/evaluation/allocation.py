@@ -12,7 +12,9 @@ sum of costs for any b, k and p > 0. A pilot on some of the examples fits b and 
 and estimates the residual standard deviation sd_c, to which the optimal p is proportional (Neyman
 1934). Strata share information: in the regression of a stratum its neighbours together count as
 POOLED rows, however many rows they have. Rows with large residuals get less weight (Huber 1964),
-because a single outlier would change the coefficients. A share of the draws, 2/n for n rows of
+because a single outlier would change the coefficients. A v that has a usual coefficient counts as
+large as the costs, however little of it the rows show: with rare values that they missed, its
+slope would be that of chance. A share of the draws, 2/n for n rows of
 the pilot in a stratum, is spread evenly, so that no weight 1/p_c exceeds n/2 times the number of
 strata, whatever the pilot missed.
 
@@ -176,7 +178,8 @@ def pilot(strata: Strata, controls: "ControlVariates", batch: Batch, calls: int)
     # the penalty shrinks the coefficients to those of no pilot
     known = torch.cat([controls.usual, torch.zeros(1).double()])
     rest = cost - v @ known
-    found = fit_proposal(strata.count, *(of[alike] for of in (stratum, rest, v, phi)))
+    seen = (of[alike] for of in (stratum, rest, v, phi))
+    found = fit_proposal(strata.count, *seen, known != 0)
     found = replace(found, within=found.within + known)
     left = cost - (v * found.within[stratum]).sum(1) - (phi * found.between[stratum]).sum(1)
     left = left.nan_to_num(0.0, 0.0, 0.0)
@@ -209,7 +212,9 @@ def stratum_of(probability: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return stratum, place.clamp(0, 1 - 2**-53)
 
 
-def fit_proposal(count: int, stratum: Tensor, cost: Tensor, v: Tensor, phi: Tensor) -> Proposal:
+def fit_proposal(
+    count: int, stratum: Tensor, cost: Tensor, v: Tensor, phi: Tensor, large: Tensor
+) -> Proposal:
     """Fit costs, (n,), by ridge regression on v, (n, G), and φ, (n, 1 + F), in each stratum.
 
     Slopes, in units of the spread of each stratum, and spreads are pooled in part with those of
@@ -221,6 +226,8 @@ def fit_proposal(count: int, stratum: Tensor, cost: Tensor, v: Tensor, phi: Tens
         cost: w·cost, shape (n,).
         v: w·v, shape (n, G).
         phi: of the example and the stratum of each row, shape (n, 1 + F).
+        large: mask of the v that vary about as much as costs, (G,), however little of it the rows
+            show: what is rare in them may be most of the variance.
     """
     rows = stratum.bincount(minlength=count).double()
 
@@ -246,7 +253,7 @@ def fit_proposal(count: int, stratum: Tensor, cost: Tensor, v: Tensor, phi: Tens
     design = torch.cat([v / size[stratum, None], phi[:, 1:]], 1)
     # φ has variance 1 over the examples, however little of it the pilot saw
     least = torch.ones_like(design[0])
-    least[: v.shape[1]] = 1e-300
+    least[: v.shape[1]] = large.double().clamp(min=1e-300)
     square = mean(design.square())
     design = design - mean(design)[stratum]
     slopes, error = [], torch.empty_like(y)

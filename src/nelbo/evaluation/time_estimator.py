@@ -49,7 +49,7 @@ CALLS = 24  # network calls per example by default
 PILOT = 16  # rows per stratum of a pilot, at least
 FEW = 4  # pairs of calls of a single example, at least, for an error
 #: share of the calls for a pilot that is not kept; with its fit and `price.SHARE`, a tenth
-OF_PILOT = 1 / 15
+OF_PILOT = 1 / 16
 FEW_STRATA = 3  # strata of the diffusion term, at least, for a pilot to be worth its calls
 MUCH = 1 / 4  # share of the draws for the reconstruction without a pilot, at most
 TASK = 256  # draws, or examples, whose results are computed together
