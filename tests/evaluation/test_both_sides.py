@@ -103,3 +103,18 @@ def test_refusals():
         both_sides(model, 3, times=ContinuousTime(), samples=1)
     with pytest.raises(ValueError, match=r"P\(x\|shown tokens"):
         both_sides(wrap_tokens(Tiny(), MASK), 3, times=times, samples=1)
+
+
+def test_texts_of_unequal_lengths(monkeypatch):
+    """Blocks whose longest text is shorter than others; and padding belongs behind the texts."""
+    model = wrap_tokens(Tiny().double(), MASK)
+    monkeypatch.setattr(sides, "BLOCK", 2)
+    condition = torch.full((9, 6), -2)
+    condition[:, :2] = -1
+    condition[4] = -1
+    times = TimeGrid(model.even_times(2))
+    found = both_sides(model, 9, times=times, samples=2, condition=condition)
+    assert found.x.shape == (9, 6) and (found.x[:4, 2:] == 0).all()
+    assert (found.lower <= 0).all() and len(found.upper) == 9
+    with pytest.raises(ValueError, match=r"begin with padding.*model.batch\(texts\).condition"):
+        both_sides(model, 9, times=times, samples=2, condition=condition.flip(1))

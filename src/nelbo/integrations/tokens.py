@@ -249,6 +249,7 @@ class TokenModel(Model):
     def blank(self, count: int, condition: Tensor | None = None) -> Tensor:
         self.check_condition(condition, count)
         assert condition is not None
+        self.shape = tuple(condition.shape[1:])
         return torch.where(condition == SCORED, self.process.mask or 0, condition.clamp(min=0))
 
     @override
