@@ -178,8 +178,8 @@ def pilot(strata: Strata, controls: "ControlVariates", batch: Batch, calls: int)
     # the penalty shrinks the coefficients to those of no pilot
     known = torch.cat([controls.usual, torch.zeros(1).double()])
     rest = cost - v @ known
-    seen = (of[alike] for of in (stratum, rest, v, phi))
-    found = fit_proposal(strata.count, *seen, known != 0)
+    rows = stratum[alike], rest[alike], v[alike], phi[alike]
+    found = fit_proposal(strata.count, *rows, known != 0)
     found = replace(found, within=found.within + known)
     left = cost - (v * found.within[stratum]).sum(1) - (phi * found.between[stratum]).sum(1)
     left = left.nan_to_num(0.0, 0.0, 0.0)
