@@ -569,7 +569,7 @@ GOOD = {"predicts": "noise", "betas": BETAS}
         ({"times": [1, 2, 3]}, "times must be 12 numbers"),
         ({"predicts": "x9"}, "of noise, data, velocity, score, flow, edm, mean; got 'x9'"),
         ({"variance": "fixed"}, "variance must be one of small, large, learned-range"),
-        ({"keep": [3, 2]}, "keep must be increasing indices of the 12 times"),
+        ({"keep": [3, 2]}, "keep must be increasing numbers of the 12 times, 0..11; got [3, 2]"),
         ({"keep": [3, 12]}, "0..11"),
         ({"keep": [3]}, "at least 2 times"),
         ({"decoder": "exact"}, "decoder must be a nelbo Decoder or one of step, evidence"),

@@ -26,8 +26,9 @@ def worse_than_uniform(found: Evaluation | BoundEstimate, levels: int) -> str:
     """
     if found.bits_per_dim is None or levels < 2 or not found.bits_per_dim > math.log2(levels):
         return ""
+    where = f" with {found.steps} steps" if isinstance(found, Evaluation) and found.steps else ""
     return (
-        f"worse than uniform: {levels} equally likely levels take {math.log2(levels):.4g}"
+        f"worse than uniform{where}: {levels} equally likely levels take {math.log2(levels):.4g}"
         f" {found.unit}; are these data of the kind, and of the levels, that the model was trained"
         f" on?{_of_least_noise(found, math.log2(levels))}"
     )

@@ -154,6 +154,7 @@ def check_label(label: int | None, classes: int | None) -> None:
         raise ValueError(f"label={label} was given to a model without classes; leave it out")
     if classes is not None and (label is None or not 0 <= label < classes):
         raise ValueError(
-            f"the model is of P(x|class) with {classes} classes; give label=N in 0..{classes - 1}"
-            f" (after the path: ,label=N); got {label}"
+            f"the model is of P(x|class) with {classes} classes; give a class in"
+            f" 0..{classes - 1} for all examples, label=N, or one for each as their condition"
+            f" (after the path: ,label=N or ,condition=FILE.npy); got {label}"
         )

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo._utils.text import shortened
+
 Numbers = Tensor | Sequence[float]
 Table = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -117,7 +119,8 @@ def kept_times(keep: Sequence[int] | None, total: int) -> Tensor:
     kept = torch.arange(total) if keep is None else torch.as_tensor(keep)
     if len(kept) == 0 or (kept.diff() <= 0).any() or kept[0] < 0 or kept[-1] >= total:
         raise ValueError(
-            f"keep must be increasing indices of the {total} times, 0..{total - 1}; got"
-            f" {len(kept)} from {kept[0].item() if len(kept) else '-'}; try spaced({total}, 10)"
+            f"keep must be increasing numbers of the {total} times, 0..{total - 1}; got"
+            f" {shortened(str(kept.tolist()))}; a number of steps chooses as many, evenly, as"
+            f" spaced({total}, 10) does"
         )
     return kept
