@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,8 @@ from integrations.test_huggingface import write
 from support.commands import nelbo_fails, run_ok
 from support.known_models import gaussian, replaced, text
 from support.processes import launch
+from support.runs import StoppedError, stopping
+from support.tokens import seeded_model
 
 import nelbo
 from nelbo._utils.tensor_files import read_tensors
@@ -24,27 +25,11 @@ from nelbo.evaluation import mask_estimator
 TEXTS = [[0, 1, 2], [1, 1], [3, 1, 2, 0, 1], [2, 0, 1, 1]] * 6
 
 
-class StoppedError(Exception):
-    pass
-
-
 @pytest.fixture
 def small(monkeypatch):
     """Tasks of few texts."""
     monkeypatch.setattr(mask_estimator, "CALLED", 0)
     monkeypatch.setattr(mask_estimator, "FEWEST", 100)
-
-
-def stopping(model, calls):
-    """Let the network of a model stop after some calls."""
-    left = [calls]
-
-    def hook(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise StoppedError
-
-    return model.network.register_forward_hook(hook)
 
 
 @pytest.mark.parametrize("calls", [1, 9])
@@ -107,34 +92,36 @@ def test_every_bound_continues(tmp_path, name, share):
         nelbo.evaluate(model, x, **options, resume=path, seed=1)
 
 
+# Imports no test, as those of language models take longer to import than this to run.
 SHARED = """
-import sys
-sys.path.insert(0, sys.argv[1])
+import json, sys
 import nelbo
-from nelbo._utils.distributed import process_group, world
+from nelbo._utils.distributed import process_group
 from nelbo.evaluation import mask_estimator
-from evaluation.test_kept import TEXTS, StoppedError, stopping, tiny
+from support.runs import StoppedError, stopping
+from support.tokens import seeded_model
 mask_estimator.CALLED, mask_estimator.FEWEST = 0, 100
 with process_group() as rank:
-    model, options = tiny(4), {"calls": 32, "sampler": "greedy", "resume": sys.argv[2]}
+    model, texts = seeded_model(4), json.loads(sys.argv[1])
+    options = {"calls": 32, "sampler": "greedy", "resume": sys.argv[2]}
     if sys.argv[3] == "stop":
         stopping(model, 6 + 3 * rank)
         try:
-            nelbo.evaluate(model, TEXTS, **options)
+            nelbo.evaluate(model, texts, **options)
         except StoppedError:
             print("stopped")
     else:
-        print(nelbo.evaluate(model, TEXTS, **options).to_dict())
+        print(nelbo.evaluate(model, texts, **options).to_dict())
 """
 
 
 @pytest.mark.multiprocess
 def test_several_processes_continue(tmp_path, small):
     """Each keeps its own tasks; another number of processes, or one, goes on with all of them."""
-    model, path = tiny(4), tmp_path / "kept"
+    model, path = seeded_model(4), tmp_path / "kept"
     whole = nelbo.evaluate(model, TEXTS, calls=32, sampler="greedy").to_dict()
-    tests = str(Path(__file__).parents[1])
-    stopped = launch(["-c", SHARED, tests, str(path), "stop"], 2)
+    command = ["-c", SHARED, json.dumps(TEXTS), str(path)]
+    stopped = launch([*command, "stop"], 2)
     assert stopped[0].out == "stopped\n", stopped
     assert stopped[1].out == "stopped\n" or "continue with resume" in stopped[1].err, stopped
     assert path.exists() and (tmp_path / "kept.part1").exists()
@@ -143,7 +130,7 @@ def test_several_processes_continue(tmp_path, small):
         model, TEXTS, calls=32, sampler="greedy", resume=tmp_path / "copy" / "kept"
     )
     assert alone.to_dict() == whole and not (tmp_path / "copy" / "kept.part1").exists()
-    both = launch(["-c", SHARED, tests, str(path), "go"], 2)
+    both = launch([*command, "go"], 2)
     assert [end.code for end in both] == [0, 0], both
     whole["in_order"]["processes"] = 2
     assert str(whole | {"processes": 2}) == both[0].out.strip() == both[1].out.strip()

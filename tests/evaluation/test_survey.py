@@ -19,7 +19,7 @@ def population():
 
 def root(found, columns=slice(None)):
     """The root of the estimated Monte Carlo variance, without the widening of what is stated."""
-    within, _, between = found._parts(columns)
+    within, _, between = found._summed(columns)._parts()
     share = len(found.rows) / len(found.known)
     return torch.sqrt(share * within.sum() + (1 - share) * between.sum()).item()
 

@@ -20,7 +20,8 @@ SECONDS = 120  # that a process may take
 # has its own environment, arguments and output, and ends as Python ends.
 PARENT = """
 import json, os, sys
-import nelbo.cli, nelbo.runs.train, sympy  # which torch imports for an optimiser
+import nelbo.cli, nelbo.runs.train
+import sklearn.mixture, sympy  # which a fit and an optimiser import
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()

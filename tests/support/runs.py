@@ -1,4 +1,4 @@
-"""Small settings of runs, and when two runs are the same."""
+"""Small settings of runs, what ends them and evaluations early, and when two runs are the same."""
 
 from contextlib import contextmanager
 
@@ -44,6 +44,22 @@ def killed_after(last):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Trainer, "step", some)
         yield
+
+
+class StoppedError(Exception):
+    """The end of an evaluation at a call of the network."""
+
+
+def stopping(model, calls):
+    """Let the network of a model stop after some calls."""
+    left = [calls]
+
+    def hook(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise StoppedError
+
+    return model.network.register_forward_hook(hook)
 
 
 def assert_same_run(a, b):

@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import nn
 
+from nelbo._utils.numerics import seeded
 from nelbo.integrations import wrap_tokens
 
 V, MASK, PAD = 6, 5, 4
@@ -37,6 +38,12 @@ class Tiny(nn.Module):
             h = h + time[:, None, None].to(h)
         others = h.sin().cumsum(1) if self.causal else h.sin().sum(1, keepdim=True).expand_as(h)
         return self.out(torch.cat([h, others], -1))
+
+
+def seeded_model(seed):
+    """A model with the weights of this seed."""
+    with seeded(seed):
+        return wrap_tokens(Tiny().double(), MASK)
 
 
 def every_text(module, name, **more):

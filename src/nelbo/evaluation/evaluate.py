@@ -187,9 +187,9 @@ def _has_masks(model: Model, times: TimeDiscretization, calls: float | None) -> 
 
 def _curve(found: Estimate, scale: float) -> list[CurvePoint]:
     """Return the diffusion term over time."""
-    edges = found.edges.tolist()
+    costs, edges = found.costs, found.edges.tolist()
+    numbers = zip(costs.means[2:].tolist(), costs.stated_of_columns[2:].tolist(), strict=True)
     return [
-        CurvePoint(start, end, scale * found.costs.mean(one), scale * found.costs.stated(one))
-        for c, (start, end) in enumerate(pairwise(edges))
-        for one in [slice(2 + c, 3 + c)]
+        CurvePoint(*ends, scale * mean, scale * error)
+        for ends, (mean, error) in zip(pairwise(edges), numbers, strict=True)
     ]

@@ -42,10 +42,11 @@ NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
 
 def widened(freedoms: float) -> float:
     """Return the factor of the root of a variance with these degrees of freedom."""
-    return _widened(torch.tensor(freedoms, dtype=torch.float64)).item()
+    return widenings(torch.tensor(freedoms, dtype=torch.float64)).item()
 
 
-def _widened(freedoms: Tensor) -> Tensor:
+def widenings(freedoms: Tensor) -> Tensor:
+    """Return `widened` of each number; of the same shape."""
     from scipy.special import stdtrit  # here: scipy takes longer to import than nelbo
 
     return torch.as_tensor(stdtrit(freedoms.numpy(), 0.975)) / NORMAL
@@ -93,10 +94,16 @@ def freedoms(parts: Tensor, each: Tensor) -> float:
         parts: the variances, (n,).
         each: their degrees of freedom, (n,).
     """
-    squares = (parts.square() / (each + 2)).sum()
-    if not each.sum() >= FEWEST or not squares > 0:
-        return math.nan
-    return max(1.0, (parts.sum().square() / squares - 2).item())
+    return freedoms_of(parts, each).item()
+
+
+def freedoms_of(parts: Tensor, each: Tensor) -> Tensor:
+    """Return `freedoms` of several sums, (...), from their parts, (n, ...), and `each`, (n,)."""
+    divisor = (each + 2).view(-1, *[1] * (parts.ndim - 1))
+    squares = (parts.square() / divisor).sum(0)
+    known = (squares > 0) & (each.sum() >= FEWEST)
+    found = (parts.sum(0).square() / squares - 2).clamp(min=1)
+    return torch.where(known, found, math.nan)
 
 
 def apart(distance: Tensor, example: Tensor | None = None, far_is: float = FAR) -> Tensor:
@@ -145,7 +152,7 @@ def errors(replicates: Sequence[Tensor], size: Tensor | None = None) -> Tensor:
     if not far.all():
         parts = zip(replicates, far.split(list(map(len, replicates))), strict=True)
         shared, freedom = _shared([near for b, f in parts if len(near := b[~f])])
-        error[~far] = (shared / counts[~far]).sqrt() * _widened(freedom)
+        error[~far] = (shared / counts[~far]).sqrt() * widenings(freedom)
     alone = torch.cat([_own(block) for block in replicates])
     enough = far & (counts >= OWN)
     error[enough] = (alone / counts)[enough].sqrt() * widened(OWN - 1)
@@ -179,7 +186,7 @@ def errors_beside(
     variance = noise.mean() + weight * (own - noise.mean())
     shared = (1 - weight).square() / freedoms(each * noise, each)
     known = 1 / (weight / (count - 1) + shared)
-    error = of_each**power * (variance / count).sqrt() * _widened(known)
+    error = of_each**power * (variance / count).sqrt() * widenings(known)
     return torch.where(error > 0, error, math.nan)
 
 
@@ -229,7 +236,7 @@ def _shared(replicates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     own = torch.cat([_own(block) for block in replicates])
     if own.isnan().any():
         variance, freedom = typical(replicates)
-        return torch.full_like(own, variance), torch.full_like(own, freedom)
+        return variance.expand_as(own), freedom.expand_as(own)
     each = torch.cat([torch.full((len(b),), b.shape[1] - 1.0).double() for b in replicates])
     mean, weight = (each * own).sum() / each.sum(), _credibility(replicates)
     share = weight + (1 - weight) * each / each.sum()
@@ -237,25 +244,25 @@ def _shared(replicates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return mean + weight * (own - mean), known
 
 
-def typical(replicates: Sequence[Tensor], caution: float = 0.0) -> tuple[float, float]:
-    """Return the variance of a replicate of an example that has just one, and its freedoms.
+def typical(replicates: Sequence[Tensor], caution: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the variance of a replicate of an example that has just one, and its freedoms; (...).
 
     It is the variance over all examples, which includes rare large costs, times the share of
     noise in it, as estimated from the examples with two replicates.
 
     Args:
-        replicates: of examples, in blocks, less their known costs.
+        replicates: of examples, in blocks (n_g, R_g, ...), less their known costs.
         caution: weight of the assumption that all differences are noise, in examples; it protects
             against few examples that happen to show none.
     """
     twice = [block for block in replicates if block.shape[1] > 1]
     once = torch.cat([block[:, 0] for block in replicates])
     noise = torch.cat([block.var(1) for block in twice])
-    square = torch.cat([(block - once.mean()).square().mean(1) for block in twice])
+    square = torch.cat([(block - once.mean(0)).square().mean(1) for block in twice])
     # with few examples the noise may look small by chance
-    doubt = caution**2 / len(noise) * square.mean()
-    share = (noise.sum() + doubt) / (square.sum() + doubt)
-    return (once.var() * share).item(), freedoms(noise, torch.ones_like(noise))
+    doubt = caution**2 / len(noise) * square.mean(0)
+    share = (noise.sum(0) + doubt) / (square.sum(0) + doubt)
+    return once.var(0) * share, freedoms_of(noise, noise.new_ones(len(noise)))
 
 
 def _credibility(replicates: Sequence[Tensor]) -> float:

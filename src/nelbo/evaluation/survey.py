@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nelbo.diffusion.elbo import Bound
-from nelbo.evaluation.intervals import OWN, errors, freedoms, typical, widened
+from nelbo.evaluation.intervals import OWN, errors, freedoms_of, typical, widened, widenings
 from nelbo.evaluation.result import StandardError, TokenCosts
 
 FREEDOMS = 32  # of an error, if there are enough examples; examples of a block, at most
@@ -68,7 +68,8 @@ class SurveyEstimate:
     def error_of_each(self) -> Tensor:
         """The Monte Carlo error of each example's bound, likewise; NaN where it is unknown."""
         size = None if self.size is None else self.size[self.rows]
-        return self._in_order(errors(self._left(slice(None)), size=size))
+        left = [block[..., 0] for block in self._summed(slice(None))._left()]
+        return self._in_order(errors(left, size=size))
 
     @property
     def exact(self) -> bool:
@@ -78,81 +79,99 @@ class SurveyEstimate:
     def _in_order(self, each: Tensor) -> Tensor:
         return each.new_full((len(self.known),), math.nan).index_put((self.rows,), each)
 
-    def _totals(self, columns: slice) -> list[Tensor]:
-        """Return sums of some columns of each example and replicate, (n_g, R_g) per block."""
-        return [block[..., columns].sum(2) for block in self.costs]
+    def _summed(self, columns: slice) -> "SurveyEstimate":
+        """Return the estimate of one column, the sum of these."""
+        shapes = [block.shape[:2] for block in self.costs]
+        each = torch.cat([block.flatten(0, 1) for block in self.costs])[:, columns]
+        parts = each.sum(1).split([math.prod(shape) for shape in shapes])
+        costs = [part.view(*shape, 1) for part, shape in zip(parts, shapes, strict=True)]
+        return replace(self, costs=costs, known=self.known[:, columns].sum(1, keepdim=True))
 
-    def _left(self, columns: slice) -> list[Tensor]:
-        """Return the same less their known part."""
-        known = self.known[:, columns].sum(1)
-        parts = zip(self._totals(columns), self.blocks, strict=False)
-        return [total - known[rows, None] for total, rows in parts]
+    def _left(self) -> list[Tensor]:
+        """Return the costs less their known part."""
+        known = self.known[self.rows].split([len(block) for block in self.costs])
+        return [block - part[:, None] for block, part in zip(self.costs, known, strict=True)]
+
+    @property
+    def means(self) -> Tensor:
+        """The mean of each column over all N examples, (1 + S,)."""
+        left = _joined(self._left())
+        return self.known.mean(0) + torch.cat([group.mean(1) for group in left]).mean(0)
 
     def mean(self, columns: slice = slice(None)) -> float:
-        """Return the mean of some columns over all N examples."""
-        left = torch.cat([block.mean(1) for block in self._left(columns)])
-        return (self.known[:, columns].sum(1).mean() + left.mean()).item()
+        """Return the mean of the sum of some columns."""
+        return self._summed(columns).means.item()
 
-    def _noise(self, columns: slice, caution: float = 0.0) -> list[Tensor]:
-        """Return w_i² of each example, (n_g,) per block."""
-        alike = math.nan
-        if len({block.shape[1] > 1 for block in self.costs}) == 2:
-            alike, _ = typical(self._left(columns), caution)
-        return [
-            b.var(1) if b.shape[1] > 1 else torch.full((len(b),), alike).double()
-            for b in self._totals(columns)
-        ]
+    def _noise_of_one(self, caution: float = 0.0) -> Tensor:
+        """Return w_i² of the examples with one replicate, (1 + S,); NaN if all have as many."""
+        if len({block.shape[1] > 1 for block in self.costs}) < 2:
+            return torch.full_like(self.known[0], math.nan)
+        return typical(_joined(self._left()), caution)[0]
 
-    def _parts(self, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Return independent parts of the variance of the mean over S.
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return independent parts of the variance of the means over S.
 
         Returns:
-            Parts of the variance by its draws; their degrees of freedom; and parts of the variance
-            by S and its draws, with one degree of freedom each; none if all are visited.
+            Parts of the variance by its draws, (P, 1 + S); their degrees of freedom, (P,); and
+            parts of the variance by S and its draws, (n, 1 + S), with one degree of freedom each;
+            none if all are visited.
         """
         visited = len(self.rows)
         # with few examples drawn twice the noise may look small by chance: the caution accounts
         # for their few degrees of freedom
-        noises = self._noise(columns, math.sqrt(FEWEST))
-        parts, once = [], 0.0
-        for block, noise, rows in zip(self._totals(columns), noises, self.blocks, strict=False):
-            size, replicates = block.shape
-            if self.size is not None and not self.size[rows].any():
-                continue
-            if replicates > 1:
-                of_mean = block.mean(0).var() / replicates
-                parts.append(((size / visited) ** 2 * of_mean.item(), replicates - 1.0))
-            else:
-                once += (size / visited**2 * noise.mean()).item()
-        within, each = torch.tensor([*parts, (once, visited - 1.0)] if once else parts).double().T
+        noise = self._noise_of_one(math.sqrt(FEWEST))
+        sizes = self.size
+        noisy = [
+            block
+            for block, rows in zip(self.costs, self.blocks, strict=False)
+            if sizes is None or sizes[rows].any()
+        ]
+        parts, each = [], []
+        if once := sum(len(block) for block in noisy if block.shape[1] == 1):
+            parts.append(once / visited**2 * noise[None])
+            each.append(noise.new_full((1,), visited - 1.0))
+        for group in _stacked([block for block in noisy if block.shape[1] > 1]):
+            count, size, replicates = group.shape[:3]
+            parts.append((size / visited) ** 2 * group.mean(1).var(1) / replicates)
+            each.append(noise.new_full((count,), replicates - 1.0))
+        within, freedom = torch.cat(parts), torch.cat(each)
         if visited == len(self.known):
-            return within, each, within[:0]
-        left = torch.cat([block.mean(1) for block in self._left(columns)])
-        return within, each, (left - left.mean()).square() / (visited * (visited - 1))
+            return within, freedom, within[:0]
+        left = torch.cat([group.mean(1) for group in _joined(self._left())])
+        return within, freedom, (left - left.mean(0)).square() / (visited * (visited - 1))
+
+    @property
+    def stated_of_columns(self) -> Tensor:
+        """The Monte Carlo error to state with each of `means`, (1 + S,); NaN where unknown."""
+        if self.exact:
+            return torch.zeros_like(self.known[0])
+        within, each, between = self._parts()
+        share = len(self.rows) / len(self.known)
+        parts = torch.cat([share * within, (1 - share) * between])
+        known = freedoms_of(parts, torch.cat([each, each.new_ones(len(between))]))
+        if all(block.shape[1] > 1 for block in self.costs) and not len(between):
+            # few draws see only part of a heavy tail, and where they do, the mean is off as well
+            known = (known * (known / each.sum()).clamp(max=1)).clamp(min=1)
+        error = parts.sum(0).sqrt()
+        return torch.where(error > 0, error * widenings(known), math.nan)
 
     def stated(self, columns: slice = slice(None)) -> float:
         """Return the Monte Carlo error to state with this mean; NaN where it is unknown."""
-        if self.exact:
-            return 0.0
-        within, each, between = self._parts(columns)
-        share = len(self.rows) / len(self.known)
-        parts = torch.cat([share * within, (1 - share) * between])
-        known = freedoms(parts, torch.cat([each, torch.ones_like(between)]))
-        drawn_again = all(block.shape[1] > 1 for block in self.costs) and not len(between)
-        if drawn_again and not math.isnan(known):
-            # few draws see only part of a heavy tail, and where they do, the mean is off as well
-            known = max(1.0, known * min(1.0, known / each.sum().item()))
-        error = parts.sum().sqrt().item()
-        return error * widened(known) if error > 0 else math.nan
+        return self._summed(columns).stated_of_columns.item()
 
     def error(self) -> StandardError:
         """Return the standard error of the mean bound."""
         each, monte_carlo = self.bound.elbo[self.rows], self.stated()
         if len(each) == 1:
             return StandardError(math.nan, math.nan, monte_carlo)
-        counts = [block.shape[1] for block in self.costs]
-        noises = zip(self._noise(slice(None)), counts, strict=True)
-        noise = torch.cat([w / n for w, n in noises]).mean()
+        whole = self._summed(slice(None))
+        alike = whole._noise_of_one()
+        noise = torch.cat(
+            [
+                b.var(1) / b.shape[1] if b.shape[1] > 1 else alike.expand(len(b), 1)
+                for b in whole.costs
+            ]
+        ).mean()
         spread = (each.var() - noise).clamp(min=0) / len(self.known)
         data = spread.sqrt().item() * widened(len(each) - 1.0)
         return StandardError(math.hypot(data, monte_carlo), data, monte_carlo)
@@ -173,6 +192,19 @@ class SurveyEstimate:
         for g, more in costs.items():
             whole[g] = torch.cat([whole[g], more], 1) if g in whole else more
         return replace(self, costs=list(whole.values()))
+
+
+def _stacked(blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Return the blocks of each shape together, (G, n_g, R_g, ...)."""
+    found: dict[torch.Size, list[Tensor]] = {}
+    for block in blocks:
+        found.setdefault(block.shape, []).append(block)
+    return [torch.stack(alike) for alike in found.values()]
+
+
+def _joined(blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Return the examples of blocks of each shape together, (n, R_g, ...), in any order."""
+    return [group.flatten(0, 1) for group in _stacked(blocks)]
 
 
 @dataclass(frozen=True)
