@@ -1,5 +1,6 @@
 """One small trained run for the tests that need one; every test has its own, fixed seed."""
 
+import gc
 import signal
 from pathlib import Path
 from zlib import crc32
@@ -34,6 +35,12 @@ def _failed_if_missing(report):
     if report.skipped and "could not import" in str(report.longrepr):
         report.outcome = "failed"
     return report
+
+
+def pytest_collection_finish():
+    """Look for no garbage in what all tests import, each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
 """Run `nelbo` as `python -m nelbo`; Ctrl-C stays quiet even while modules load."""
 
+import gc
 import sys
 
 
@@ -11,6 +12,8 @@ def main() -> None:
         run()
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        gc.freeze()  # a search for garbage in all that was imported would take a second at exit
 
 
 if __name__ == "__main__":

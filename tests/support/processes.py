@@ -19,9 +19,10 @@ SECONDS = 120  # that a process may take
 # Forks a child for each line that it reads, which is as a new process but for these imports: it
 # has its own environment, arguments and output, and ends as Python ends.
 PARENT = """
-import json, os, sys
+import gc, json, os, sys
 import nelbo.cli, nelbo.runs.train
 import sklearn.mixture, sympy  # which a fit and an optimiser import
+gc.freeze()  # else each child copies the memory of all that was imported, to look for garbage
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
