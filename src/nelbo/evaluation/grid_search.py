@@ -17,6 +17,7 @@ Nothing here depends on the process, reverse kernel or decoder.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from nelbo.diffusion.times import TimeGrid
 
 EXAMPLES = 192  # examples on which a table is measured, at most
 NUMBERS = 2**26  # numbers in the arithmetic of all pairs of a table, about
+TOGETHER = 2**19  # numbers of the pairs that are computed together, about
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,29 @@ def _column(
     z, e, prediction = some(z), some(e), prediction.map(some)
     noise: Noise = None
     found = torch.zeros(len(before), dtype=torch.float64)
-    for i, s in enumerate(before.to(x.device)):
-        s = s.expand(len(x))
-        q, p = process.posterior(z, e, s, t), model.step(prediction, z, s, t, process)
-        noise = noise if i else kl_noise(q, p)  # the same for all s
-        found[i] = kl(q, p, noise).double().sum().cpu()
+    count = max(1, TOGETHER // (len(x) * dims * model.head.numbers))
+    # the first s alone, with the noise of all
+    for i in [0, *range(1, len(before), count)][: len(before)]:
+        part = before[i : i + count] if i else before[:1]
+        again = partial(_repeated, count=len(part))
+        s, own = part.to(x.device).repeat_interleave(len(x)), again(z)
+        q = process.posterior(own, again(e), s, again(t))
+        p = model.step(prediction.map(again), own, s, again(t), process)
+        noise = noise if i else kl_noise(q, p)
+        cost = kl(q, p, _noise_again(noise, len(part)))
+        found[i : i + len(part)] = cost.double().view(len(part), -1).sum(1).cpu()
     return decoded, found * (model.dims / dims)
+
+
+def _repeated(v: Tensor, count: int) -> Tensor:
+    """Return the examples of a tensor (B, ...) again and again, (count B, ...)."""
+    return v.expand(count, *v.shape).flatten(0, 1)
+
+
+def _noise_again(noise: Noise, count: int) -> Noise:
+    if isinstance(noise, tuple):
+        return tuple(_noise_again(part, count) for part in noise)
+    return None if noise is None else _repeated(noise, count)
 
 
 def measure_errors(model: Model, x: Tensor | Batch, seed: int = 0) -> None:
