@@ -307,6 +307,34 @@ def test_steps_are_those_of_one_model_however_it_is_given(tmp_path):
     assert error < 0.035
 
 
+def test_a_model_in_memory_with_its_tokenizer(tmp_path):
+    """The numbers are those of its folder, for texts and for what the tokenizer returns."""
+    home, texts = write(tmp_path / "m"), ["abcdA ab", "dcb"]
+    module = transformers.AutoModelForMaskedLM.from_pretrained(home)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home)
+    pair = module, tokenizer
+    wanted = nelbo.evaluate(f"hf:{home}", texts, calls=3)
+    padded = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    for given in (texts, padded, dict(padded), tokenizer(texts), padded["input_ids"]):
+        found = nelbo.evaluate(pair, given, calls=3)
+        assert found.nats == wanted.nats
+        assert found.notes[0].startswith("BertForMaskedLM in memory: the bound of its any-order")
+    assert nelbo.score(pair, texts, calls=4).nats.shape == (2,)
+    assert [text[:2] for text in nelbo.sample(pair, 2, length=3, condition="ab")] == ["ab"] * 2
+    assert integrations.load(pair).name == nelbo.evaluate(pair, texts).weights == "BertForMaskedLM"
+    bare = wrap_tokens(module, 3, never={0, 1, 2, 11}, shown={1, 2})
+    assert nelbo.evaluate(bare, padded, calls=3).nats == wanted.nats
+    with pytest.raises(ValueError, match="in a precision and place of its own"):
+        nelbo.evaluate(pair, texts, precision="bf16")
+    with pytest.raises(ValueError, match=r"BertForMaskedLM is a model of tokens.*give both"):
+        nelbo.evaluate(module, padded)
+    with pytest.raises(ValueError, match="Linear has no config of transformers"):
+        nelbo.evaluate((torch.nn.Linear(2, 2), tokenizer), texts)
+    padded["attention_mask"][0, 3] = 0
+    with pytest.raises(ValueError, match="0 for padding at its ends alone"):
+        nelbo.evaluate(pair, padded)
+
+
 def test_the_sampler_that_people_use(tmp_path, capsys):
     """`--sampler` states its exact -log P(x) beside the bound, per token and byte too."""
     home = write(tmp_path / "m")

@@ -7,6 +7,9 @@ import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any, TypeGuard
+
+from torch import nn
 
 from nelbo._utils import limits
 from nelbo._utils.arguments import checked
@@ -101,14 +104,23 @@ SHOWN = {
 }
 
 
-def is_foreign(source: str) -> bool:
+def is_pair(source: object) -> TypeGuard[tuple[nn.Module, Any]]:
+    """Return whether it is a model of tokens in memory with its tokenizer."""
+    if not isinstance(source, tuple) or len(source) != 2:
+        return False
+    return isinstance(source[0], nn.Module) and hasattr(source[1], "mask_token_id")
+
+
+def is_foreign(source: object) -> TypeGuard[str | tuple[nn.Module, Any]]:
     """Return whether `load` knows this kind of source."""
+    if not isinstance(source, str):
+        return is_pair(source)
     return source.partition(":")[0] in SOURCES and ":" in source
 
 
-def is_text(source: str) -> bool:
+def is_text(source: object) -> bool:
     """Return whether a source is a model of tokens, which takes texts."""
-    return source.partition(":")[0] == "hf"
+    return is_pair(source) or str(source).partition(":")[0] == "hf"
 
 
 def source_of(folder: Path) -> str | None:
@@ -129,7 +141,7 @@ def source_of(folder: Path) -> str | None:
 
 @checked
 def load(
-    source: str,
+    source: str | tuple[nn.Module, Any],
     *,
     steps: int | None = None,
     condition: Condition | None = None,
@@ -147,7 +159,8 @@ def load(
             "variance=large" or "weights=ema" in place of the default ones; or "hf:FOLDER", a
             masked language model, with "mask=4", "shown=1:2", "never=0:5-99" or "pad=0" for its
             ids, "shift=1", "time=sigma", "process=uniform" or "block=16" for what its model type
-            does not say, and "length=512" for the tokens of a text (`huggingface.load`).
+            does not say, and "length=512" for the tokens of a text (`huggingface.load`); or a
+            model of transformers in memory with its tokenizer, (model, tokenizer).
         steps: number of steps of the model; by default its own.
         condition: for a folder of diffusers: c of each example that is to be measured, in their
             order, for the bound on P(x|c).
@@ -162,7 +175,7 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError: an unknown kind or option, or a model without a bound (the message says why).
     """
-    kind, _, rest = source.partition(":")
+    kind, _, rest = ("hf", "", "") if isinstance(source, tuple) else source.partition(":")
     if kind not in SOURCES:
         known = " or ".join(f"{name}:PATH" for name in SOURCES)
         raise ValueError(f"another library's model is given as {known}; got {source!r}")
@@ -171,7 +184,7 @@ def load(
     path, options = _options(kind, rest)
     if kind == "hf":
         return import_module(SOURCES[kind]).load(
-            path,
+            source if isinstance(source, tuple) else path,
             **options,
             steps=steps,
             trust_remote_code=trust_remote_code,

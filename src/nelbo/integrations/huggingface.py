@@ -30,7 +30,13 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.times import ContinuousTime, grid_of
 from nelbo.integrations.external import Foreign
 from nelbo.integrations.special_ids import special_ids
-from nelbo.integrations.text_folder import PRECISIONS, open_folder, placed, some_of
+from nelbo.integrations.text_folder import (
+    PRECISIONS,
+    of_memory,
+    open_folder,
+    placed,
+    some_of,
+)
 from nelbo.integrations.text_records import TextForm
 from nelbo.integrations.texts import TextReader, Texts, same
 from nelbo.integrations.token_rows import TokenRules
@@ -155,7 +161,7 @@ class ForeignText(Foreign):
 
 
 def load(
-    folder: str | Path,
+    folder: str | Path | tuple[nn.Module, Any],
     *,
     trust_remote_code: bool = False,
     steps: int | None = None,
@@ -178,7 +184,7 @@ def load(
 
     Args:
         folder: with config.json, *.safetensors and a tokenizer; without one it takes ids alone, if
-            `shown`, `never` and `pad_id` are given.
+            `shown`, `never` and `pad_id` are given. Or a model in memory with its tokenizer.
         trust_remote_code: run the code that the folder brings (`auto_map`), after printing which.
         steps: number of steps of the model that is measured; continuous time where left out.
         precision: of the weights, a key of PRECISIONS; as they are stored where left out.
@@ -207,7 +213,10 @@ def load(
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be {', '.join(PRECISIONS)}; got {precision!r}")
     declared = None not in (shown, never, pad_id)
-    found = open_folder(folder, trust_remote_code, declared)
+    if isinstance(folder, tuple):
+        found = of_memory(*folder)
+    else:
+        found = open_folder(folder, trust_remote_code, declared)
     home, kind, positions = found.home, found.kind, found.positions
     shift = kind.shift if shift is None else shift
     own_time = kind.time if time is None else None if time == "none" else time
@@ -256,7 +265,7 @@ def load(
     try:
         model = wrapped()
     except ValueError as error:
-        if not _may_mix_types(error, module):
+        if found.held is not None or not _may_mix_types(error, module):
             raise
         if precision is not None:
             raise ValueError(
@@ -270,8 +279,8 @@ def load(
     special.check(model.network.vocabulary)
     sampler = "block" if block else "any-order" if process == "masked" else "uniform-state"
     notes = (
-        f"{type(module).__name__} of {home}: the bound of its {sampler} sampler, -log P(x) given"
-        " the tokens that show",
+        f"{type(module).__name__} {'in memory' if found.held else f'of {home}'}: the bound of its"
+        f" {sampler} sampler, -log P(x) given the tokens that show",
         special.note_of_never(len(unused - {mask, *special.never})),
         *(("logits are shifted by one place",) if shift else ()),
         *((f"the model's time input is {own_time}",) if own_time else ()),
@@ -283,7 +292,7 @@ def load(
         ),
     )
     return ForeignText(
-        name=f"hf:{home}",
+        name=f"hf:{home}" if found.held is None else str(home),
         model=model,
         schema=Schema("levels", (model.length or 1,), vocabulary),
         times=ContinuousTime() if steps is None else grid_of(model, steps),

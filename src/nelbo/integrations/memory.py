@@ -133,6 +133,11 @@ def read(
         return read(pair, source, steps=steps, condition=condition, reading=reading)
     name = type(thing).__name__
     parts = _parts(thing)
+    if hasattr(getattr(thing, "config", None), "vocab_size"):
+        raise ValueError(
+            f"{name} is a model of tokens, whose ids only its tokenizer explains: give both,"
+            " (model, tokenizer), or wrap_tokens(model, mask_id)"
+        )
     if parts is None:
         return _of_function(
             cast("Callable[..., Tensor]", thing), source, steps, condition, reading

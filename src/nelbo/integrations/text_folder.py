@@ -1,4 +1,5 @@
-"""A folder of transformers: what its files say before the weights are read, and the weights.
+"""A folder of transformers: what its files say before the weights are read, and the weights; and
+a model in memory with its tokenizer, which say the same.
 
 Weights are read from safetensors alone. Code in a folder (`auto_map`) is refused unless the caller
 trusts it, and then what will run is printed; see docs/security.md.
@@ -67,19 +68,21 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class TextFolder:
-    """A folder of transformers whose weights are not read yet.
+    """A folder of transformers whose weights are not read yet; or a module in memory.
 
     Args:
-        home: the folder.
+        home: the folder; the name of the class of a module in memory.
         config: its config.json.
         tokenizer: of transformers.
         trusted: whether its code may run.
+        held: the module in memory.
     """
 
     home: Path
     config: Mapping[str, object]
     tokenizer: Any
-    trusted: bool
+    trusted: bool = False
+    held: nn.Module | None = None
 
     @property
     def name(self) -> str:
@@ -109,9 +112,12 @@ class TextFolder:
         own = self.tokenizer.mask_token_id, self.config.get("mask_token_id")
         found = next((i for i in (given, *own) if i is not None), None)
         if not isinstance(found, int):
+            give = f"hf:{self.home},mask=ID"
+            if self.held is not None:
+                give = "integrations.huggingface.load((model, tokenizer), mask_id=ID)"
             raise ValueError(
                 f"{self.home} has no mask token, so it is no masked model; got mask_token null; if"
-                f" it has one all the same, give its id: hf:{self.home},mask=ID"
+                f" it has one all the same, give its id: {give}"
             )
         return found
 
@@ -130,8 +136,16 @@ class TextFolder:
 
         Raises:
             ImportError: accelerate is missing, which a device_map needs.
-            ValueError: the weights are damaged, missing, or do not fit on the devices.
+            ValueError: the weights are damaged, missing, or do not fit on the devices; or a
+                precision or device_map of a module in memory.
         """
+        if self.held is not None:
+            if precision is not None or device_map is not None:
+                raise ValueError(
+                    f"{self.home} is in memory, in a precision and place of its own; leave"
+                    " precision and device_map out"
+                )
+            return self.held, []
         if device_map is not None:
             _check_map(device_map)
         options: dict[str, object] = {
@@ -227,6 +241,21 @@ def _has_lost_tensors(module: nn.Module) -> bool:
     """Return whether a part has a tensor, neither weight nor buffer, that holds no numbers."""
     plain = (value for part in module.modules() for value in vars(part).values())
     return any(isinstance(value, torch.Tensor) and value.is_meta for value in plain)
+
+
+def of_memory(module: nn.Module, tokenizer: object) -> TextFolder:
+    """Return a module and its tokenizer as what a folder of both would be.
+
+    Raises:
+        ValueError: the module does not say what it is, as models of transformers do.
+    """
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise ValueError(
+            f"{type(module).__name__} has no config of transformers, which says what it is; give"
+            " wrap_tokens(module, mask_id)"
+        )
+    return TextFolder(Path(type(module).__name__), config.to_dict(), tokenizer, held=module)
 
 
 def open_folder(

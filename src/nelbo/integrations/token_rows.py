@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ SCORED, ABSENT = -1, -2  # codes of the conditions where no token shows
 TEXTS = "texts are ids, integers (N, L), or a list of rows of them"
 LISTED = 12  # ids in a note
 NO_TEXT = "there is no text to measure; give at least one"
-Texts = Tensor | np.ndarray | Sequence[Sequence[int] | Tensor]
+#: ids, (N, L), or rows of them; or what a tokenizer returns, with its attention_mask
+Texts = (
+    Tensor | np.ndarray | Sequence[Sequence[int] | Tensor] | Mapping[str, "Tensor | Sequence[Any]"]
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,22 @@ def rows_of(x: Texts, pad_id: int | None) -> tuple[Tensor, Tensor]:
     """Return ids, (N, L), and a mask of those that are present.
 
     Args:
-        x: ids, (N, L), or a list of texts of any lengths.
+        x: ids, (N, L), or a list of texts of any lengths; or a mapping of a tokenizer with these
+            as `input_ids`, whose `attention_mask` is 0 for padding at both ends.
         pad_id: padding at both ends of a text, which is absent; within a text it is a token.
 
     Raises:
-        ValueError: they are no integers, or of another shape.
+        ValueError: they are no integers, or of another shape; or a mask that hides more.
     """
+    if isinstance(x, Mapping) and "input_ids" in x:
+        ids, present = rows_of(x["input_ids"], pad_id)
+        mask, _ = rows_of(x.get("attention_mask", torch.ones_like(ids)), None)
+        if mask.shape != ids.shape or (_within(mask > 0) != (mask > 0)).any():
+            raise ValueError(
+                "an attention_mask is 1 for the tokens of a text, and 0 for padding at its ends"
+                f" alone; got one of shape {tuple(mask.shape)} for ids {tuple(ids.shape)}"
+            )
+        return ids, present & (mask > 0)
     if isinstance(x, Tensor | np.ndarray):
         ids = as_tensor(x)
         if ids.ndim != 2 or not _whole(ids):
@@ -106,10 +120,13 @@ def rows_of(x: Texts, pad_id: int | None) -> tuple[Tensor, Tensor]:
         end = torch.tensor([len(row) for row in rows])
         present = torch.arange(longest) < end[:, None]
     if pad_id is not None:
-        is_pad = (ids == pad_id) | ~present
-        before, after = is_pad.int().cumprod(1), is_pad.flip(1).int().cumprod(1).flip(1)
-        present = (before == 0) & (after == 0)
+        present = _within(present & (ids != pad_id))
     return ids, present
+
+
+def _within(there: Tensor) -> Tensor:
+    """Return a mask of the places between the first and the last that are there, (N, L)."""
+    return (there.int().cumsum(1) > 0) & (there.flip(1).int().cumsum(1).flip(1) > 0)
 
 
 def present_texts(ids: Tensor, condition: Tensor, present: Tensor, given: str = "") -> Batch:
@@ -143,7 +160,7 @@ def _whole(ids: Tensor) -> bool:
     return not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
 
 
-def _rows_in(texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
+def _rows_in(texts: Texts) -> list[Tensor]:
     """Return the ids of each text of a list.
 
     Raises:

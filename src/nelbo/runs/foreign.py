@@ -1,6 +1,7 @@
 """Another library's model, from all that may stand for one.
 
 "diffusers:FOLDER", ..    read by `integrations.load`
+(model, tokenizer)        of transformers, likewise
 Foreign                   as it returned
 pipeline, (network, scheduler) of diffusers
 Model                     bare, from `wrap`, `wrap_tokens` or of a run
@@ -24,7 +25,7 @@ from nelbo.runs.run import Run
 
 def is_foreign(thing: object) -> bool:
     """Return whether something stands for another library's model or a bare one, not for a run."""
-    if isinstance(thing, str):
+    if isinstance(thing, str) or integrations.is_foreign(thing):
         return integrations.is_foreign(thing)
     if isinstance(thing, Run):
         return False
@@ -33,7 +34,7 @@ def is_foreign(thing: object) -> bool:
 
 def is_of_tokens(thing: object) -> bool:
     """Return whether it is a model of tokens."""
-    if isinstance(thing, str):
+    if integrations.is_foreign(thing):
         return integrations.is_text(thing)
     return isinstance(thing.model if isinstance(thing, Foreign) else thing, TokenModel)
 
@@ -42,6 +43,8 @@ def name_of(thing: object) -> str:
     """Return a name for it in a message: its source, or its class."""
     if isinstance(thing, Foreign):
         return thing.name
+    if integrations.is_pair(thing):
+        return type(thing[0]).__name__
     return thing if isinstance(thing, str) else type(thing).__name__
 
 
@@ -69,7 +72,7 @@ def foreign_of(
     Raises:
         ValueError: an option that is not for this kind, or a network that does not say enough.
     """
-    if isinstance(thing, str):
+    if isinstance(thing, str) or integrations.is_pair(thing):
         return integrations.load(
             thing,
             steps=steps,

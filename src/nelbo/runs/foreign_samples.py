@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo import integrations
 from nelbo._utils.progress import Track
 from nelbo._utils.scalars import integer
 from nelbo._utils.text import shortened
@@ -114,7 +115,7 @@ def sampler_of(
                 f" condition is what shows; got guidance {guidance:g}: leave it out"
             )
     first: Callable[[TextReader], object] | None = None
-    if of_tokens and isinstance(source, str):
+    if of_tokens and integrations.is_foreign(source):
         prompts = prompts_in(condition)
         if count is not None:
             _check_prompts(len(prompts), count)

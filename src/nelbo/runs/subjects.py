@@ -66,7 +66,7 @@ def run_of(run: object) -> Run:
 
 def model_of(run: AnyRun | Model | Foreign, trust_remote_code: bool = False) -> Model:
     """Return the model of a run or of another library, and a bare model as it is."""
-    if isinstance(run, str) and integrations.is_foreign(run):
+    if integrations.is_foreign(run):
         run = integrations.load(run, trust_remote_code=trust_remote_code)
     if isinstance(run, Foreign):
         model = run.model.diffusion
@@ -357,7 +357,7 @@ def subject_of(
         raise ValueError(memory.GUIDANCE)
     if reading:
         raise ValueError(f"{', '.join(sorted(reading))} say how a network is read; leave them out")
-    if isinstance(run, str) and integrations.is_foreign(run):
+    if integrations.is_foreign(run):
         # blocks of tokens, among which steps are divided, depend on the texts
         left = steps if integrations.is_text(run) else None
         made = integrations.load(
@@ -367,7 +367,7 @@ def subject_of(
             trust_remote_code=trust_remote_code,
             precision=precision,
             device_map=device_map,
-            first=partial(_read_ahead, run, ahead, check),
+            first=partial(_read_ahead, ahead, check),
         )
         return OfForeign(foreign=made), left
     if precision is not None or device_map is not None:
@@ -398,11 +398,11 @@ def check_enough(calls: float | None, each: bool, reader: TextReader) -> None:
 
 
 def _read_ahead(
-    run: str, ahead: Sequence[Asked], check: Callable[[TextReader], object], reader: TextReader
+    ahead: Sequence[Asked], check: Callable[[TextReader], object], reader: TextReader
 ) -> None:
     for each in ahead:
         if each.data is None:
-            raise ValueError(f"{run} comes without data; give some with --data")
+            raise ValueError("the model comes without data; give some with --data")
         if not isinstance(each.data, Batch):
             reader.ahead(each.data, each.form, each.split, declare(each.splits))
     check(reader)
