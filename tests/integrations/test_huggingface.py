@@ -319,6 +319,7 @@ def test_a_model_in_memory_with_its_tokenizer(tmp_path):
         found = nelbo.evaluate(pair, given, calls=3)
         assert found.nats == wanted.nats
         assert found.notes[0].startswith("BertForMaskedLM in memory: the bound of its any-order")
+    assert nelbo.evaluate(pair, texts, calls=3, surrogate=pair).nats == wanted.nats
     assert nelbo.score(pair, texts, calls=4).nats.shape == (2,)
     assert [text[:2] for text in nelbo.sample(pair, 2, length=3, condition="ab")] == ["ab"] * 2
     assert integrations.load(pair).name == nelbo.evaluate(pair, texts).weights == "BertForMaskedLM"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import nn
 
@@ -33,6 +33,8 @@ __all__ = [
     "wrap_tokens",
 ]
 
+#: a model of transformers in memory, and its tokenizer
+Pair: TypeAlias = tuple[nn.Module, Any]
 SOURCES = {
     "diffusers": "nelbo.integrations.diffusers",
     "openai": "nelbo.integrations.openai",
@@ -104,14 +106,14 @@ SHOWN = {
 }
 
 
-def is_pair(source: object) -> TypeGuard[tuple[nn.Module, Any]]:
+def is_pair(source: object) -> TypeGuard[Pair]:
     """Return whether it is a model of tokens in memory with its tokenizer."""
     if not isinstance(source, tuple) or len(source) != 2:
         return False
     return isinstance(source[0], nn.Module) and hasattr(source[1], "mask_token_id")
 
 
-def is_foreign(source: object) -> TypeGuard[str | tuple[nn.Module, Any]]:
+def is_foreign(source: object) -> TypeGuard[str | Pair]:
     """Return whether `load` knows this kind of source."""
     if not isinstance(source, str):
         return is_pair(source)
@@ -141,7 +143,7 @@ def source_of(folder: Path) -> str | None:
 
 @checked
 def load(
-    source: str | tuple[nn.Module, Any],
+    source: str | Pair,
     *,
     steps: int | None = None,
     condition: Condition | None = None,

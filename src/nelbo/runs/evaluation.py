@@ -37,7 +37,7 @@ from nelbo.evaluation.result import (
     with_calls,
 )
 from nelbo.evaluation.unmasking_order import beside, order_for
-from nelbo.integrations import Foreign
+from nelbo.integrations import Foreign, Pair
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.text_records import TextForm
@@ -78,7 +78,7 @@ def evaluate(
     sampler: str | None = None,
     tokens_per_step: int | None = None,
     known: Source | None = None,
-    surrogate: AnyRun | Model | Foreign | None = None,
+    surrogate: AnyRun | Model | Foreign | Pair | None = None,
     masks: str | None = None,
     resume: str | PathLike[str] | None = None,
     importance_samples: int | None = None,

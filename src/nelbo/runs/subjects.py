@@ -30,7 +30,7 @@ from nelbo.evaluation.coercion import batch_of
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.result import Evaluation, Measurement
 from nelbo.evaluation.survey import check_calls
-from nelbo.integrations import Foreign, memory
+from nelbo.integrations import Foreign, Pair, memory
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.external import check_no_form
 from nelbo.integrations.memory import Reading
@@ -64,7 +64,7 @@ def run_of(run: object) -> Run:
     return run
 
 
-def model_of(run: AnyRun | Model | Foreign, trust_remote_code: bool = False) -> Model:
+def model_of(run: AnyRun | Model | Foreign | Pair, trust_remote_code: bool = False) -> Model:
     """Return the model of a run or of another library, and a bare model as it is."""
     if integrations.is_foreign(run):
         run = integrations.load(run, trust_remote_code=trust_remote_code)
