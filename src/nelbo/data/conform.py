@@ -162,7 +162,8 @@ def _store(x: Stored, label: str, schema: Schema) -> Tensor:
         high = int(x.max())
         raise ValueError(
             f"{label} holds the value {high}, beyond the {schema.levels} levels "
-            f"0..{schema.levels - 1}; rescale it, or train with --levels {high + 1} or more"
+            f"0..{schema.levels - 1}; rescale it, or take a model of more: leave its levels"
+            f" out if you gave them, or train with --levels {high + 1} or more"
         )
     if isinstance(x, Rows):
         return cast(Tensor, x)
