@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nelbo import Batch, TimeGrid, evaluate
-from nelbo.diffusion.gaussian import Affine
+from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.diffusion.schedules import Linear
 from nelbo.integrations import wrap
 from nelbo.integrations.adapters import EDM, exploding
@@ -107,9 +107,10 @@ RIGHT = {
 }
 #: the noise levels that were given are wrong, and those of the training unknown
 UNKNOWN = {(kind, f"{said} of taus") for kind in dict(VP) for said in ("noise", "edm")}
-#: x̂ shows in spite of them, but at one level it is no better than a line
-DOUBTFUL = {("data", "noise of taus"), ("data", "edm of taus")}
-UNKNOWN -= DOUBTFUL
+#: x̂ shows in spite of them, but at one level it is no better than a line: a note as noise, and as
+#: F, with 0.901 of the error of zero, just refused
+UNKNOWN -= {("data", "edm of taus"), ("data", "noise of taus")}
+DOUBTFUL = {("data", "noise of taus")}
 #: both are (y - x)/time: told apart by how pale a blob may be, which is too little to be certain
 DOUBTFUL |= {("noise of sigmas", "flow")}
 
@@ -240,6 +241,21 @@ def test_a_half_trained_network_is_measured_with_a_note(kind):
     exact = Exact(kind)
     (note,) = read(lambda y, time: exact(y, time) / 2, **SAID[kind])
     assert "the network may be read wrongly" in note
+
+
+def test_half_trained_where_noise_is_larger_than_the_data():
+    """An error of five lines, and another reading that fits: still, half of the noise is found."""
+    exact, scaling = Exact("noise of sigmas"), Levels(256, -0.31, 0.69)
+    exact.data = scaling(BLOBS)
+    (note,) = read(lambda y, time: exact(y, time) / 2, scaling=scaling, **SAID["noise of sigmas"])
+    assert 'may be read wrongly: as predicts="edm"' in note and "as given 4.9 times" in note
+
+
+@pytest.mark.parametrize("said", ["noise", "velocity", "flow", "score of sigmas"])
+def test_a_half_trained_network_that_is_read_wrongly_is_refused(said):
+    """It has 0.6 times the error of a line as it was trained, and as given more than no output."""
+    exact, words = Exact("edm"), r'predicts="edm" with sigma_data=0.5.* it has 0\.5\d times'
+    refused(lambda y, time: exact(y, time) / 2, words, **SAID[said])
 
 
 @pytest.mark.filterwarnings("ignore:the output has the slope")

@@ -61,10 +61,13 @@ LATENTS: dict[str, Factor] = {
 }
 AT = ", with the time input "
 MINUS = " of minus the output; wrap a module that returns that"
+ZERO = "zero in place of the output"
 
 
 def readings(model: "WrappedModel", gammas: Sequence[float], deviation: float) -> list[Reading]:
     """Return the reading that was said, whose output has the name "", and then all others.
+
+    The first has the name `ZERO` too, for zero in its place.
 
     Args:
         model: the network as it was said.
@@ -73,7 +76,8 @@ def readings(model: "WrappedModel", gammas: Sequence[float], deviation: float) -
     """
     clock, factor, embed = said_clock(model), model.network.factor, model.process.embed
     said = f'predicts="{model.said}"' if model.said else "what was given"
-    found = [Reading(clock, factor, {"": (model.head, 1), said + MINUS: (model.head, -1)}, embed)]
+    outputs = {"": (model.head, 1), ZERO: (model.head, 0), said + MINUS: (model.head, -1)}
+    found = [Reading(clock, factor, outputs, embed)]
     for c, levels, outputs in _conventions(model, clock, deviation):
         new = Reading(levels, c, outputs, embed)
         known = next((each for each in found if _alike(each, new, gammas)), None)

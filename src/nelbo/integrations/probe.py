@@ -6,10 +6,14 @@ the least error of the data:
     ρ = E‖x - x̂‖² / E‖x - x̂'‖²,    x̂' = a z + b, the best straight line
 
 A reading is refused if another has a much smaller ρ, by many standard errors, and fits the data
-much better than a line. Readings with the same x̂ for a network are not told apart, nor need they
-be: F of EDM with σ_data = 1 is minus the velocity. Nor are readings whose x̂ differ too little:
-σ_data off by a tenth, or a noise of y = x + σ ε for a flow, (y - x)/σ and (y - x)/τ, where the
-data show so little contrast that y scaled by 1 - τ is as likely as y.
+much better than a line. If the reading is no better than zero in place of the output, it is enough
+that the other is better than a line: a network that is trained as it is read soon beats zero, and
+so do averages of its weights that lag behind, while its ρ may be large.
+
+Readings with the same x̂ for a network are not told apart, nor need they be: F of EDM with
+σ_data = 1 is minus the velocity. Nor are readings whose x̂ differ too little: σ_data off by a
+tenth, or a noise of y = x + σ ε for a flow, (y - x)/σ and (y - x)/τ, where the data show so little
+contrast that y scaled by 1 - τ is as likely as y.
 
 Without data, the output at pure noise tells some readings apart: where nothing of x is left, y is
 ε, and the slope of the output over y is 1 for ε and ε - x, and nearly 0 for x and
@@ -26,7 +30,7 @@ from torch import Tensor
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.model import measuring
-from nelbo.integrations.conventions import readings
+from nelbo.integrations.conventions import ZERO, readings
 from nelbo.integrations.readings import Reading, point, said_clock
 
 if TYPE_CHECKING:
@@ -42,9 +46,10 @@ LESS = 1.3  # a reading is refused if another has an error smaller by this facto
 ERRORS = 6.0  # by as many standard errors (of the logarithm), none larger at another level,
 FITS = 0.5  # and a mean ρ below this; half-trained networks fit several readings, all worse
 SLIGHTLY, DOUBT, PARTLY = 1.1, 4.0, 0.7  # the same for a note
+FAR = 4.0  # factor, beside ERRORS and PARTLY, that refuses a reading no better than zero
 ALIKE = 1.1  # factor within which errors of two readings count as the same
 TINY = 1e-12  # ρ below which it counts as 0
-NOTHING = 0.9  # ρ above which nothing is learned
+NOTHING = 0.9  # ρ, and error over that of zero read in the same way, if nothing is learned
 
 
 class ReadingError(ValueError):
@@ -124,7 +129,7 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
     gammas = [said_clock(model)(-math.log(snr)).gamma for snr in SNRS]
     said, *others = readings(model, gammas, deviation)
     first = _errors(said, model, *few, gammas)
-    own = first.pop("")
+    own, zero = first.pop(""), first.pop(ZERO)
     found = {name: error for name, error in first.items() if _may_be_better(own, error)}
     possible = []
     for reading in others:
@@ -133,11 +138,11 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
             found |= errors
     if found and len(rest[1]):
         more = _errors(said, model, *rest, gammas)
-        own = torch.cat([own, more[""]], 1)
+        own, zero = torch.cat([own, more[""]], 1), torch.cat([zero, more[ZERO]], 1)
         for reading in possible:
             more |= _errors(reading, model, *rest, gammas)
         found = {k: torch.cat([v, more[k]], 1) for k, v in found.items() if k in more}
-    return _verdict(own, found)
+    return _verdict(own, zero, found)
 
 
 def _errors(
@@ -173,10 +178,10 @@ def _errors(
     return found
 
 
-def _verdict(own: Tensor, errors: Mapping[str, Tensor]) -> list[str]:
+def _verdict(own: Tensor, zero: Tensor, errors: Mapping[str, Tensor]) -> list[str]:
     """Return a note, or raise ReadingError, by the ρ of the reading said and of others.
 
-    Each has shape (levels, rows).
+    Each has shape (levels, rows), as `zero`, that of the reading with zero in place of the output.
     """
     if not own.isfinite().all():
         return []  # constant images, which a line fits exactly; or no number, which is said later
@@ -188,11 +193,12 @@ def _verdict(own: Tensor, errors: Mapping[str, Tensor]) -> list[str]:
             f"{means[best]:.2g} times the error of a straight line on some of the examples, and as"
             f" given {means['']:.2g} times"
         )
-        if _is_better(own, errors[best]):
+        other, unlearned = errors[best], bool(own.mean() > NOTHING * zero.mean())
+        if _is_better(own, other) or (unlearned and _is_better(own, other, FAR, fits=PARTLY)):
             raise ReadingError(
                 f"the network seems to be read wrongly: read as {best}, it has {seen}"
             )
-        if _is_better(own, errors[best], SLIGHTLY, DOUBT, PARTLY):
+        if _is_better(own, other, SLIGHTLY, DOUBT, PARTLY):
             return [
                 f"the network may be read wrongly: as {best}, it has {seen}, too little to be"
                 " certain: was it trained as it is read?"
