@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
+from nelbo._utils.numerics import seeded
 from nelbo.evaluation.survey import SurveyEstimate, drawn_again
 
 N, STRATA, REPLICATES, BLOCK = 120, 3, 2, 6
@@ -130,3 +132,26 @@ def test_further_rounds_reach_a_target(population):
             assert (max(replicates) > REPLICATES) == again
             reached.append(root(found))
         assert sum(reached) / 50 > 0.9 * target
+
+
+def test_a_rate_varies_as_what_sizes_leave_of_the_costs():
+    """Over samples of texts of 2 to 40 tokens the stated error of the bound per token is its
+    spread; that of the mean per text is more than 5 times as large."""
+    rates, stated, of_mean = [], [], []
+    with seeded(5):
+        for _ in range(300):
+            size = torch.randint(2, 41, (160,)).double()
+            cost = 3 * size + size.sqrt() * torch.randn(160, dtype=torch.float64)
+            noise = 0.5 * size.sqrt() * torch.randn(2, 160, dtype=torch.float64)
+            found = SurveyEstimate(
+                torch.arange(160).split(20),
+                [pad(part.T[..., None], (2, 0)) for part in (cost + noise).split(20, 1)],
+                torch.zeros(160, 3, dtype=torch.float64),
+            )
+            rates.append(found.mean() / size.mean().item())
+            stated.append(found.error(size).total / size.mean().item())
+            of_mean.append(found.error().total / size.mean().item())
+    spread = torch.tensor(rates).std().item()
+    mean = torch.tensor(stated).square().mean().sqrt().item()
+    assert 0.9 < mean / spread < 1.15
+    assert torch.tensor(of_mean).mean() > 5 * spread

@@ -159,6 +159,24 @@ def test_grids_importance_and_sampling(module):
     assert some.shape == (5, 3) and some.max() < MASK
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 3, "importance_samples": 1}, {"sampler": "greedy"}],
+    ids=str,
+)
+def test_texts_of_unequal_lengths_do_not_blur_the_bound_per_token(module, options):
+    """Where each token costs log 5, the bound per token has no error, whatever the lengths."""
+    with torch.no_grad():
+        module.out.weight.zero_()
+        module.out.bias.zero_()
+    model = wrap_tokens(module, MASK)
+    texts = [[i % 5] * (1 + i % 7) for i in range(40)]
+    found = nelbo.evaluate(model, texts, **options)
+    for each in (found, *([found.in_order] if "sampler" in options else [])):
+        assert math.isclose(each.bits_per_dim, math.log2(5))
+        assert each.standard_error.total < 1e-9
+
+
 def test_an_object_with_logits_of_bfloat16(module):
     """The module's dtype is kept, and so is its output where it is an object with logits."""
     module = module.bfloat16()

@@ -30,7 +30,7 @@ from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.diffusion.times import TimeDiscretization, TimeGrid
 from nelbo.evaluation.blocks import joined, map_blocks, measurement
 from nelbo.evaluation.importance_bound import check_grid, importance_weights
-from nelbo.evaluation.intervals import error_of_mean
+from nelbo.evaluation.intervals import beside_size, error_of_mean
 from nelbo.evaluation.replicates import BLOCK, check_samples, log_mean
 from nelbo.evaluation.result import BothSides, StandardError
 
@@ -110,12 +110,13 @@ def both_sides(
         found = map_blocks(model, start, blocks, (seed,), one, track)
     x = joined(start, (part for part, _ in found))
     lower, upper = joined(start, (ends for _, ends in found), 1)
-    gap = upper - lower
+    gap, drawn = upper - lower, Batch(x, condition)
+    error = error_of_mean(beside_size(lower, model.scored_counts(drawn)))
     record = measurement(
         model,
-        Batch(x, condition),
+        drawn,
         -lower.mean().item(),
-        StandardError(error_of_mean(lower), math.nan, math.nan),
+        StandardError(error, math.nan, math.nan),
         sum(gather(calls.forward)),
         seed=seed,
         weights=weights,

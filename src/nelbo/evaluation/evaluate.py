@@ -147,7 +147,7 @@ def evaluate(
         model,
         batch,
         costs.mean(),
-        costs.error(),
+        costs.error(model.scored_counts(batch)),
         called,
         seed=seed,
         weights=weights,

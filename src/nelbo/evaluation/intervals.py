@@ -29,6 +29,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nelbo._utils.numerics import over
+
 FEWEST = 2.0  # degrees of freedom below which no error is stated
 OWN = 8  # replicates from which an outlying example has an error of its own
 HALVES = 6  # replicates from which each half has a variance
@@ -57,6 +59,22 @@ def error_of_mean(values: Tensor) -> float:
     if len(values) < 2:
         return math.nan
     return values.std().item() / math.sqrt(len(values)) * widened(len(values) - 1.0)
+
+
+def beside_size(values: Tensor, size: Tensor | None) -> Tensor:
+    """Return what the sizes of examples leave of their costs, (n, ...).
+
+    The bound of texts per token, Σ cost / Σ size, varies from sample to sample as the mean of
+    cost - rate size, and not as that of the costs (Cochran 1977, section 6.4).
+
+    Args:
+        values: costs, (n, ...).
+        size: numbers of tokens, (n,); None for examples of one size.
+    """
+    if size is None:
+        return values
+    size = over(size.to(values), values)
+    return values - values.sum(0) / size.sum() * size
 
 
 def as_replicates(draws: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.model import Model, counting, measuring
 from nelbo.evaluation.blocks import check_not_empty, joined, map_blocks, measurement
 from nelbo.evaluation.coercion import batch_of
-from nelbo.evaluation.intervals import freedoms, widened
+from nelbo.evaluation.intervals import beside_size, freedoms, widened
 from nelbo.evaluation.kept import Tasks, keeping
 from nelbo.evaluation.result import BoundEstimate, FlowDetails, ImportanceDetails, StandardError
 
@@ -74,7 +74,8 @@ def draw_replicates(
     def record(
         each: Tensor, how: ImportanceDetails | FlowDetails, weights: str, split: str
     ) -> BoundEstimate:
-        nats, error = -each.mean().item(), standard_error_of(each)
+        nats = -each.mean().item()
+        error = standard_error_of(beside_size(each, model.scored_counts(batch)))
         common = measurement(
             model, batch, nats, error, forward, seed=seed, weights=weights, split=split
         )

@@ -28,7 +28,15 @@ import torch
 from torch import Tensor
 
 from nelbo.diffusion.elbo import Bound
-from nelbo.evaluation.intervals import OWN, errors, freedoms_of, typical, widened, widenings
+from nelbo.evaluation.intervals import (
+    OWN,
+    beside_size,
+    errors,
+    freedoms_of,
+    typical,
+    widened,
+    widenings,
+)
 from nelbo.evaluation.result import StandardError, TokenCosts
 
 FREEDOMS = 32  # of an error, if there are enough examples; examples of a block, at most
@@ -159,9 +167,14 @@ class SurveyEstimate:
         """Return the Monte Carlo error to state with this mean; NaN where it is unknown."""
         return self._summed(columns).stated_of_columns.item()
 
-    def error(self) -> StandardError:
-        """Return the standard error of the mean bound."""
-        each, monte_carlo = self.bound.elbo[self.rows], self.stated()
+    def error(self, size: Tensor | None = None) -> StandardError:
+        """Return the standard error of the mean bound.
+
+        Args:
+            size: numbers of tokens of all examples, (N,), of texts whose bound is one per token.
+        """
+        of_rows = None if size is None else size[self.rows]
+        each, monte_carlo = beside_size(self.bound.elbo[self.rows], of_rows), self.stated()
         if len(each) == 1:
             return StandardError(math.nan, math.nan, monte_carlo)
         whole = self._summed(slice(None))

@@ -21,7 +21,7 @@ from nelbo.diffusion.unmasking import RANDOM, UnmaskingOrder, unmask
 from nelbo.evaluation import any_order
 from nelbo.evaluation.blocks import check_not_empty, map_blocks, measurement
 from nelbo.evaluation.coercion import batch_of
-from nelbo.evaluation.intervals import error_of_mean
+from nelbo.evaluation.intervals import beside_size, error_of_mean
 from nelbo.evaluation.kept import Tasks, keeping
 from nelbo.evaluation.replicates import BLOCK
 from nelbo.evaluation.result import Evaluation, OrderLikelihood, StandardError
@@ -94,7 +94,7 @@ def evaluate_order(
     ):
         tasks = None if kept is None else Tasks(kept, str(order), calls)
         found = torch.cat(map_blocks(model, batch, blocks, (seed,), one, track, tasks))
-    error = error_of_mean(found)
+    error = error_of_mean(beside_size(found, model.scored_counts(batch)))
     record = measurement(
         model,
         batch,
