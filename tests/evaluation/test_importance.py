@@ -90,7 +90,7 @@ def test_the_mean_weight_of_gaussians_is_the_evidence(step, samples):
 def test_examples_keep_their_own_paths():
     """The weights in row i are those of example i."""
     case, x = mild(Beta()), torch.stack([X, -X, 0 * X])
-    log_w = importance_weights(case.model, x, case.times, 10_000)
+    log_w = importance_weights(case.model, Batch(x), case.times, 10_000)
     assert_mean(log_w.T, torch.stack([case.elbo(v) for v in x]), error=0.06)
 
 
@@ -126,7 +126,7 @@ def test_more_paths_are_tighter(step):
 
     Of the same paths, by Jensen: the mean of two halves is at most the whole's."""
     case = mild(step)
-    log_w = importance_weights(case.model, X.expand(2000, D), case.times, 64)
+    log_w = importance_weights(case.model, Batch(X.expand(2000, D)), case.times, 64)
     bounds = [log_mean(log_w.reshape(2000, 64 // k, k)).mean(1) for k in (1, 2, 4, 8, 16, 32, 64)]
     for loose, tight in itertools.pairwise(bounds):
         assert (loose < tight).all()

@@ -223,9 +223,17 @@ def elbo(
     batch = model.batch(x)
     model.check_condition(batch.condition, len(batch))
     check_examples(model, batch.x)
-    batch = batch.to(model.device)
+    return draw_terms(model, batch.to(model.device), times_of(model, times), u)
+
+
+def draw_terms(
+    model: Model, batch: Batch, times: TimeDiscretization, u: Tensor | None = None
+) -> Bound:
+    """Return the draw of `elbo` for examples that were checked, on the device of the model.
+
+    They may be some of many: their shape, on which a grid may depend, is that of all.
+    """
     x = batch.x
-    times = times_of(model, times)
     if u is None:
         u = stratified(len(x), max(times.terms, 1))
     u = u.reshape(len(x), -1).to(x.device)

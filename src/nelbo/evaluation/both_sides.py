@@ -96,8 +96,6 @@ def both_sides(
     start = Batch(model.blank(count, condition), condition)
 
     def one(some: Batch, g: int) -> tuple[Tensor, Tensor]:
-        # a model of tokens takes their shape again: weights are of texts as wide as the longest
-        some = Batch(model.blank(len(some), some.condition), some.condition)
         rows = torch.arange(len(some)).split(model.rows)
         parts = [sample_with_weight(model, some[own], grid) for own in rows]
         x, exact = (torch.cat(each) for each in zip(*parts, strict=True))

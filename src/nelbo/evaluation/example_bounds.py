@@ -17,8 +17,7 @@ from nelbo._utils.scalars import integer
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.elbo import Bound
 from nelbo.diffusion.model import Model, measuring
-from nelbo.diffusion.times import TimeDiscretization, times_of
-from nelbo.diffusion.times import elbo as one_draw
+from nelbo.diffusion.times import TimeDiscretization, draw_terms, times_of
 from nelbo.evaluation.blocks import joined
 from nelbo.evaluation.intervals import errors
 
@@ -132,7 +131,7 @@ def replicates_of(
             for _ in range(replicates):
                 v = rand((len(few), 1), dtype=torch.float64)
                 u = (torch.arange(draws) + v) / draws
-                each.append(torch.stack(one_draw(model, few, times, u)))
+                each.append(torch.stack(draw_terms(model, few, times, u)))
         return torch.stack(each, 2).cpu()
 
     with measuring(model, batch):

@@ -62,16 +62,18 @@ def log_weights(model: Model, batch: Batch, times: TimeGrid) -> Tensor:
 
 
 def importance_weights(
-    model: Model, x: Tensor | Batch, times: TimeDiscretization, samples: int
+    model: Model, batch: Batch, times: TimeDiscretization, samples: int
 ) -> Tensor:
     """Return log P(x,z^k)/q(z^k|x) of K paths for each example, shape (B, K), nats.
+
+    The examples were checked and may be some of many: their shape, on which a grid may depend, is
+    that of all.
 
     Raises:
         ValueError: if the times are not a grid, or K < 1.
     """
     check_samples(samples)
     grid = check_grid(times)
-    batch = model.batch(x)
     rows = torch.arange(len(batch)).repeat_interleave(samples).split(model.rows)
     weights = torch.cat([log_weights(model, batch[part], grid).double() for part in rows])
     return weights.reshape(len(batch), samples)
@@ -91,7 +93,7 @@ def importance_bound(
     Raises:
         ValueError: if the times are not a grid, or K < 1.
     """
-    return log_mean(importance_weights(model, x, times, samples))
+    return log_mean(importance_weights(model, model.batch(x), times, samples))
 
 
 def evaluate_importance(

@@ -188,8 +188,8 @@ def elbo(
             too few calls for an error, or the model is one of latents.
     """
     if isinstance(run, Model):  # an argument is a model itself or stands for a run
+        batch = batch_of(run, data)  # first: the times may depend on their shape
         times = times_of(run, times, steps)
-        batch = batch_of(run, data)
         return example_bounds.elbo(run, batch, times=times, calls=calls, seed=seed, track=track)
     if times is not None:
         raise ValueError("times are for a bare model; give steps")
