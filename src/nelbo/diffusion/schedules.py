@@ -49,12 +49,18 @@ class Schedule(nn.Module, ABC):
     def forward(self, t: Tensor) -> Tensor:
         """Return γ(t) = -log SNR(t), float64, for times t in [start, 1], elementwise."""
 
+    def inverse(self, gamma: Tensor) -> Tensor | None:
+        """Return t with γ(t) = gamma by a formula, shape of gamma; None where there is none."""
+        return None
+
     @staticmethod
     def from_betas(betas: Tensor | Sequence[float]) -> "Betas":
         """Return the schedule α_t = Π_{s<=t} (1 - β_s) at the times t/T, t = 1..T (equation 2)."""
         return Betas(betas)
 
 
+#: earliest time that is not 0, where γ may be infinite
+LEAST = 2.0**-54
 #: largest |γ|: beyond it, e^γ or e^-γ times a number of the data overflows float64
 FURTHEST = 300
 
@@ -87,6 +93,10 @@ class Linear(Schedule):
     def forward(self, t: Tensor) -> Tensor:
         return self.gamma_min + (self.gamma_max - self.gamma_min) * t.double()
 
+    @override
+    def inverse(self, gamma: Tensor) -> Tensor:
+        return (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
+
 
 class Cosine(Schedule):
     """Cosine schedule: √α_t = cos(φ) with φ linear in t, so γ = 2 log tan φ.
@@ -105,6 +115,10 @@ class Cosine(Schedule):
     @override
     def forward(self, t: Tensor) -> Tensor:
         return 2 * (self.first + (self.last - self.first) * t.double()).tan().log()
+
+    @override
+    def inverse(self, gamma: Tensor) -> Tensor:
+        return ((gamma / 2).exp().atan() - self.first) / (self.last - self.first)
 
 
 class Betas(Schedule):
@@ -149,6 +163,14 @@ class Betas(Schedule):
             low, high = self.gamma[below], self.gamma[below + 1]
             gamma = low + (high - low) * (place - below)
         return torch.where(place < 0, -torch.inf, gamma)
+
+    @override
+    def inverse(self, gamma: Tensor) -> Tensor:
+        if self.steps == 1:
+            return torch.ones_like(gamma)
+        below = torch.searchsorted(self.gamma, gamma.contiguous()).clamp(1, self.steps - 1) - 1
+        low, high = self.gamma[below], self.gamma[below + 1]
+        return (below + 1 + (gamma - low) / (high - low)) / self.steps
 
 
 class LearnedMonotone(Schedule):
@@ -225,9 +247,16 @@ class PowerAlpha(Schedule):
         masked = t.double() ** self.power
         return masked.log() - torch.log1p(-masked)
 
+    @override
+    def inverse(self, gamma: Tensor) -> Tensor:
+        return gamma.sigmoid() ** (1 / self.power)
 
+
+@torch.no_grad()
 def time_of(schedule: Schedule, gamma: Tensor, first: float) -> Tensor:
-    """Return t in [first, 1] with γ(t) = gamma, by bisection to the last bit; shape of gamma."""
+    """Return t in [first, 1] with γ(t) = gamma, by bisection if need be; shape of gamma."""
+    if (t := schedule.inverse(gamma)) is not None:
+        return t.clamp(first or LEAST, 1.0)
     low, high = torch.full_like(gamma, first), torch.ones_like(gamma)
     for _ in range(53):
         middle = (low + high) / 2

@@ -13,7 +13,7 @@ from torch.distributions import Independent, kl_divergence
 
 from nelbo._utils.numerics import seeded, slope
 from nelbo.diffusion.process import ForwardProcess
-from nelbo.diffusion.schedules import Schedule
+from nelbo.diffusion.schedules import Schedule, time_of
 from nelbo.testing.assertions import assert_mean, orders
 
 
@@ -278,6 +278,13 @@ class ScheduleContract:
         torch.testing.assert_close(schedule(t), one_by_one, rtol=1e-13, atol=1e-13)
         t = t.float().clamp(min=self.inside(schedule)[0].item() + 1e-3)
         torch.testing.assert_close(schedule(t), schedule(t.double()), rtol=0, atol=0)
+
+    def test_times_are_found_again(self, schedule: Schedule) -> None:
+        """A time follows from its γ, by a formula or by bisection; at infinite ends too."""
+        t = torch.cat([self.inside(schedule)[::17], torch.tensor([1.0])]).view(2, -1)
+        found = time_of(schedule, schedule(t), schedule.start)
+        torch.testing.assert_close(found, t, rtol=0, atol=1e-9)
+        assert ((found >= schedule.start) & (found <= 1)).all()
 
 
 class DiscreteContract:
