@@ -72,7 +72,7 @@ def _own_cache(tmp_path_factory):
 def _small_measurements():
     """Validations, pilots, grids and control variates are of little: short runs take no longer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "VALIDATION", (32, 2**18))
+        patch.setattr(trainer, "VALIDATION", (16, 2**18))
         patch.setattr(pilot_cache, "ROWS", 16)
         patch.setattr(grid_search, "EXAMPLES", 16)
         patch.setattr(gaussian_mixture, "SIZES", (1, 2))

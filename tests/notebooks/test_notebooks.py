@@ -25,7 +25,7 @@ def _measure_little():
 
     gaussian_mixture.SIZES, grid_search.EXAMPLES, pilot_cache.ROWS = (1, 2), 16, 16
     studies.STEPS, sections.STEPS, studies.CODED_STEPS = (2, 4, 8), (2, 4, 8), (2, 3)
-    trainer.VALIDATION = (32, 2**18)
+    trainer.VALIDATION = (16, 2**18)
 
 
 _measure_little()

@@ -90,14 +90,6 @@ def test_a_condition_reaches_the_network():
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _few_examples(trained):
-    """Use rough validations on the way; the runs of other tests are made with fine ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "VALIDATION", (16, 2**18))
-        yield
-
-
 FINE = {"steps_of_bound": 2, "steps": 4}
 
 
