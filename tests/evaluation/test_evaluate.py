@@ -294,6 +294,18 @@ def test_two_draws_state_no_error(model, x, capsys):
     assert "similar" not in capsys.readouterr().out
 
 
+def test_a_sample_of_what_has_no_noise_has_the_error_of_the_sample():
+    """Of one step of masks, in which nothing shows, from half a call per example."""
+    known, times = known_models.symbols(), TimeGrid.uniform(1)
+    x = known.examples(1000)
+    truth = known.bound(x, times).sum(1).mean()
+    found = [evaluate(known.model, x, times=times, calls=0.5, seed=seed) for seed in range(5)]
+    for each in found:
+        error = each.standard_error.monte_carlo * known.model.dims * math.log(2)
+        assert 200 < each.visited < 250 and 0 < error < 0.1
+        assert abs(each.nats - truth) < 4 * error
+
+
 def test_a_single_example_of_symbols_is_drawn_in_pairs():
     """Four pairs of calls have less noise than eight calls, as each of two examples takes for an
     error of its own; rare early changes cost much."""

@@ -134,7 +134,7 @@ class SurveyEstimate:
             for block, rows in zip(self.costs, self.blocks, strict=False)
             if sizes is None or sizes[rows].any()
         ]
-        parts, each = [], []
+        parts, each = [self.known[:0]], [self.known.new_zeros(0)]  # none where nothing is noisy
         if once := sum(len(block) for block in noisy if block.shape[1] == 1):
             parts.append(once / visited**2 * noise[None])
             each.append(noise.new_full((1,), visited - 1.0))
