@@ -33,6 +33,7 @@ from nelbo.evaluation.variate import (
 )
 
 NODES, REACH = 8, 6.0  # of the integral over ε, from -REACH to REACH
+TOGETHER = 2**17  # numbers of the table's integrals that are computed together, about
 FINEST = 64  # levels up to which contexts pay off, as they need the probability of each level
 
 
@@ -147,9 +148,13 @@ class LevelVariates(ControlVariate):
         self.group, log_group = self._group(log_frequency.flatten(0, -2), len(edges))
         self.log_frequency = log_group[self.group].reshape(log_frequency.shape)
         levels = torch.arange(count, device=self.values.device)[:, None].expand(-1, len(log_group))
-        columns = [self._divergence(levels, log_group, t.expand(count)) for t in edges]
+        columns = []
+        for some in edges.split(max(1, TOGETHER // log_group.numel() // count)):
+            every = levels.expand(len(some), *levels.shape).flatten(0, 1)
+            found = self._divergence(every, log_group, some.repeat_interleave(count))
+            columns.append(found.view(len(some), *levels.shape))
         #: D of each group of dimensions, level and edge
-        self.table = torch.stack(columns, -1).transpose(0, 1)
+        self.table = torch.cat(columns).permute(2, 1, 0).contiguous()
 
     def _group(self, log_frequency: Tensor, edges: int) -> tuple[Tensor, Tensor]:
         """Let dimensions of similar mean level share frequencies if a full table is too large."""
