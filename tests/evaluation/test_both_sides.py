@@ -116,5 +116,7 @@ def test_texts_of_unequal_lengths(monkeypatch):
     found = both_sides(model, 9, times=times, samples=2, condition=condition)
     assert found.x.shape == (9, 6) and (found.x[:4, 2:] == 0).all()
     assert (found.lower <= 0).all() and len(found.upper) == 9
-    with pytest.raises(ValueError, match=r"begin with padding.*model.batch\(texts\).condition"):
-        both_sides(model, 9, times=times, samples=2, condition=condition.flip(1))
+    between = torch.tensor([[-1, -2, -1, -1, -2, -2]]).expand(9, 6)
+    for wrong in (condition.flip(1), between):
+        with pytest.raises(ValueError, match=r"padding before a token.*model.batch\(texts\)"):
+            both_sides(model, 9, times=times, samples=2, condition=wrong)

@@ -222,8 +222,16 @@ def test_bad_input_is_refused_in_a_sentence(module):
     refused(module, "shown tokens are a mask of booleans", shown=torch.tensor([1, 0, 0]))
     refused(module, "ids of the module are 0..5; got", never=(8,))
     refused(module, "time must be one of masked, sigma or a function", time="noise")
-    with pytest.raises(ValueError, match="a condition for each token"):
-        wrap_tokens(module, MASK).batch(Batch(torch.tensor([[1, 2]]), torch.zeros(1, 3)))
+    for condition in (torch.zeros(1, 3).long(), torch.zeros(1, 2)):
+        with pytest.raises(ValueError, match="a condition for each token, an integer; got"):
+            wrap_tokens(module, MASK).batch(Batch(torch.tensor([[0, 2]]), condition))
+    for value in (2, -3):
+        with pytest.raises(ValueError, match="text 0 has id 1 at 2, whose condition must be"):
+            wrap_tokens(module, MASK).batch(
+                Batch(torch.tensor([[0, 2, 1]]), torch.tensor([[-2, -1, value]]))
+            )
+    with pytest.raises(ValueError, match="text 0 has id 9 at 3, beyond"):  # its place as given
+        wrap_tokens(module, MASK, pad_id=PAD).batch(torch.tensor([[PAD, PAD, 1, 9]]))
     with pytest.raises(ValueError, match="texts are ids, integers"):
         wrap_tokens(module, MASK).batch(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="must return logits"):

@@ -13,7 +13,7 @@ import torch
 
 from nelbo._utils.text import shortened
 from nelbo.diffusion.batch import Batch
-from nelbo.integrations.token_rows import SCORED, Texts, listed, present_texts, rows_of
+from nelbo.integrations.token_rows import ABSENT, SCORED, Texts, listed, rows_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class SpecialIds:
             f"in these rows {listed(self.shown)} show wherever they are"
             f"{self._source('shown')}; {padding}{self._source('pad')}"
         )
-        return present_texts(ids, condition, present), note
+        return Batch(ids, torch.where(present, condition, ABSENT)), note
 
     def _source(self, name: str) -> str:
         if name in self.declared:

@@ -171,8 +171,7 @@ class TextReader:
 
     def _of_ids(self, ids: Ids) -> Texts:
         batch, note = self.special.batch(ids)
-        self.rules.check(batch)
-        return Texts(batch, None, None, (note,))
+        return Texts(self.rules.aligned(batch), None, None, (note,))
 
     def _of_file(self, path: Path, form: TextForm) -> Texts:
         if not path.is_file():

@@ -42,12 +42,19 @@ class TokenRules:
         """Raise a ValueError unless ids (N, L) and conditions (N, L) are texts of the model."""
         ids, condition = batch.x, batch.condition
         assert condition is not None
-        if self.length is not None and ids.shape[1] > self.length:
+        if condition.shape != ids.shape or not _whole(condition):
             raise ValueError(
-                f"a text has {ids.shape[1]} tokens, and the model takes at most {self.length};"
-                " divide it into chunks"
+                f"there is a condition for each token, an integer; got {condition.dtype} of shape"
+                f" {tuple(condition.shape)} for ids of shape {tuple(ids.shape)}; try"
+                " model.batch(ids)"
             )
         there, count = condition != ABSENT, self.vocabulary
+        longest = max([0, *there.sum(1).tolist()])
+        if self.length is not None and longest > self.length:
+            raise ValueError(
+                f"a text has {longest} tokens, and the model takes at most {self.length};"
+                " divide it into chunks"
+            )
         never = torch.tensor(sorted(self.never), dtype=torch.long, device=ids.device)
         beyond = ids < 0 if count is None else (ids < 0) | (ids >= count)
         for wrong, why in (
@@ -59,6 +66,11 @@ class TokenRules:
             (
                 (condition == SCORED) & torch.isin(ids, never),
                 "never predicted; let it show, or leave it out",
+            ),
+            (
+                (condition != SCORED) & (condition != ids),
+                f"whose condition must be that id where it shows, {SCORED} where it is scored and"
+                f" {ABSENT} where it is padding",
             ),
         ):
             if (wrong & there).any():
@@ -80,9 +92,25 @@ class TokenRules:
         """
         ids, present = rows_of(rows, None)
         condition = torch.where(fitting(shown, ids), ids, SCORED)
-        batch = present_texts(ids, condition, present)
+        return self.aligned(Batch(ids, torch.where(present, condition, ABSENT)))
+
+    def aligned(self, batch: Batch) -> Batch:
+        """Return texts that were checked, each from the first place of its row, and no wider.
+
+        So nothing depends on padding before and after them.
+
+        Raises:
+            ValueError: as for `check`, of the places of the rows as they were given.
+        """
         self.check(batch)
-        return batch
+        ids, condition = batch.x, batch.condition
+        assert condition is not None
+        present = condition != ABSENT
+        longest = max([0, *present.sum(1).tolist()])
+        order = (~present).int().argsort(dim=1, stable=True)[:, :longest]
+        condition = condition.gather(1, order)
+        # an absent token is any, and 0 here
+        return Batch(ids.gather(1, order) * (condition != ABSENT), condition, batch.given)
 
 
 def rows_of(x: Texts, pad_id: int | None) -> tuple[Tensor, Tensor]:
@@ -127,33 +155,6 @@ def rows_of(x: Texts, pad_id: int | None) -> tuple[Tensor, Tensor]:
 def _within(there: Tensor) -> Tensor:
     """Return a mask of the places between the first and the last that are there, (N, L)."""
     return (there.int().cumsum(1) > 0) & (there.flip(1).int().cumsum(1).flip(1) > 0)
-
-
-def present_texts(ids: Tensor, condition: Tensor, present: Tensor, given: str = "") -> Batch:
-    """Return texts as a batch in which each begins at the first place; as wide as the longest.
-
-    So nothing depends on padding before and after them.
-
-    Args:
-        ids: (N, L).
-        condition: of tokens that are present, (N, L).
-        present: a mask of these, (N, L).
-        given: the names of the conditions, for the record.
-
-    Raises:
-        ValueError: the conditions have another shape.
-    """
-    if condition.shape != ids.shape:
-        raise ValueError(
-            f"there is a condition for each token; got {tuple(condition.shape)} for ids of"
-            f" shape {tuple(ids.shape)}; try model.batch(ids)"
-        )
-    longest = max([1, *present.sum(1).tolist()])
-    order = (~present).int().argsort(dim=1, stable=True)[:, :longest]
-    there = present.gather(1, order)
-    # an absent token is any, and 0 here
-    ids = torch.where(there, ids.gather(1, order), 0)
-    return Batch(ids, torch.where(there, condition.gather(1, order), ABSENT), given)
 
 
 def _whole(ids: Tensor) -> bool:

@@ -59,7 +59,6 @@ from nelbo.integrations.token_rows import (
     TokenRules,
     fitting,
     listed,
-    present_texts,
     rows_of,
 )
 from nelbo.integrations.token_scores import Head, reading_of
@@ -223,26 +222,28 @@ class TokenModel(Model):
                 without a token to score.
         """
         if isinstance(x, Batch) and x.condition is not None:
-            ids, condition, given = x.x, x.condition, x.given
-            present = condition != ABSENT
+            batch = x
         else:
             ids, present = rows_of(x.x if isinstance(x, Batch) else x, self.pad_id)
             show = self._shows(ids)
             if shown is not None:
                 show |= fitting(torch.as_tensor(shown), ids)
-            condition, given = torch.where(show, ids, SCORED), ""
-        batch = present_texts(ids, condition, present, given)
-        self.rules.check(batch)
+            condition = torch.where(show, ids, SCORED)
+            batch = Batch(ids, torch.where(present, condition, ABSENT))
+        batch = self.rules.aligned(batch)
         self.shape = tuple(batch.x.shape[1:])
         return batch
 
     @override
     def check_condition(self, condition: Tensor | None, examples: int) -> None:
         super().check_condition(condition, examples)
-        if condition is not None and (condition[:, 0] == ABSENT).any():
+        if condition is None:
+            return
+        absent = condition == ABSENT
+        if absent[:, 0].any() or (absent[:, :-1] & ~absent[:, 1:]).any():
             raise ValueError(
-                "conditions begin with padding, and texts at the first place; take them from"
-                " model.batch(texts).condition"
+                "conditions have padding before a token, and texts begin at the first place; take"
+                " them from model.batch(texts).condition"
             )
 
     @override
