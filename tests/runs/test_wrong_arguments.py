@@ -172,3 +172,11 @@ def test_a_network_and_its_scheduler_are_a_pair():
     x = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1)).astype(np.uint8)
     pair = nelbo.evaluate((unet, scheduler), x, calls=4)
     assert nelbo.evaluate(unet, x, calls=4, scheduler=scheduler).nats == pair.nats
+    with pytest.raises(ValueError, match=r"as one of betas, .* or a scheduler of diffusers as sch"):
+        nelbo.evaluate(unet, x, steps=5)
+    for wrong in (scheduler, (scheduler, unet), (unet, scheduler, None)):
+        for given in ({}, {"condition": [0, 1, 0, 1]}, {"clip": False}):
+            with pytest.raises(
+                ValueError, match=r"as \(network, scheduler\), and one of latents as"
+            ):
+                nelbo.evaluate(wrong, x, **given)

@@ -76,6 +76,7 @@ def checked(function: F) -> F:
             given = signature.bind(*args, **options)
         except TypeError:
             _check_names(function, options)
+            _check_once(function, len(args), options)
             return function(*args, **options)  # too many or too few, which Python says well
         _check_names(function, options)
         rest = given.arguments.get(_rest(function)[0] or "", {})
@@ -95,12 +96,27 @@ def _check_names(function: Callable[..., object], options: Mapping[str, object])
     name, keys = _rest(function)
     if name is not None and not keys:
         return  # it takes any
-    known = [each for each in (*inspect.signature(function).parameters, *keys) if each != "self"]
+    parameters = inspect.signature(function).parameters
+    known = [each for each in (*parameters, *keys) if each not in ("self", name)]
     for given in options:
-        if given not in known or given == name:
+        if given not in known:
             near = nearest(given, known)
             advice = f"did you mean {near}?" if near else f"known are {', '.join(known)}"
             raise TypeError(f"{function.__name__} has no argument {given}; {advice}")
+
+
+def _check_once(
+    function: Callable[..., object], count: int, options: Mapping[str, object]
+) -> None:
+    """Raise TypeError on an argument that is given by its place and by its name."""
+    parameters = inspect.signature(function).parameters.values()
+    placed = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    twice = next((name for name in placed[:count] if name in options), None)
+    if twice is not None:
+        raise TypeError(
+            f"{function.__name__} got two values for {twice}; without names, its arguments are"
+            f" {', '.join(placed)}"
+        )
 
 
 @functools.cache

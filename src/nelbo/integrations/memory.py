@@ -175,6 +175,11 @@ def _of_function(
     """Return the model of a module or a plain function, by `wrap`."""
     if "label" in reading:
         raise ValueError("label is for a network with its scheduler; give condition=label")
+    if not {"betas", "alphas", "sigmas", "schedule"} & reading.keys():
+        raise ValueError(
+            "give the noise levels as one of betas, alphas, sigmas or schedule, or a scheduler of"
+            " diffusers as scheduler; got none"
+        )
     module = network if isinstance(network, nn.Module) else Called(network)
     options = cast("dict[str, Any]", dict(reading))
     shape = options.pop("shape", None) or _shape_of(module, source)

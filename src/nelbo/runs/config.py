@@ -154,7 +154,7 @@ def _of_others(path: Path) -> str:
     from nelbo.integrations import source_of  # heavy
 
     source = source_of(path)
-    return f"; if it is a model of that library, give it as {source}" if source else ""
+    return f"; if it is a model of another library, give it as {source}" if source else ""
 
 
 def read_config(path: Path) -> RunConfig:

@@ -45,6 +45,10 @@ from nelbo.runs.run import Run
 AnyRun: TypeAlias = Run | str | PathLike[str]
 Spacing: TypeAlias = Literal["best", "uniform"]
 Tell: TypeAlias = Callable[[str], object]
+PARTS = (
+    "of the parts of a pipeline, give a network with its scheduler as (network, scheduler), and"
+    " one of latents as the pipeline itself"
+)
 
 
 def run_of(run: object) -> Run:
@@ -57,6 +61,8 @@ def run_of(run: object) -> Run:
         return load(run if isinstance(run, str) else Path(run))
     if not isinstance(run, Run):
         other = f"; {NOT_A_RUN}" if isinstance(run, Foreign | Model | LatentModel) else ""
+        if isinstance(run, tuple | list) or hasattr(run, "set_timesteps"):
+            other = f"; {PARTS}"
         raise ValueError(
             "give a run, from nelbo.train or nelbo.load, or its folder; got"
             f" {type(run).__name__}{other}"
@@ -353,6 +359,9 @@ def subject_of(
             raise ValueError("a network brings no data; give examples, as in evaluate(network, x)")
         made = memory.read(run, data, steps=steps, condition=condition, reading=reading)
         return OfForeign(foreign=made), None
+    known = isinstance(run, Run | str | PathLike | Foreign | Model | LatentModel)
+    if not known and not integrations.is_foreign(run):
+        run_of(run)  # which says what may be given, before what goes with it
     if "guidance" in reading:
         raise ValueError(memory.GUIDANCE)
     if reading:
