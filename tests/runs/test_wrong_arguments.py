@@ -149,7 +149,10 @@ def test_calls_that_were_guessed(run):
         (lambda: run.evaluate(run.path), "is a run and not data"),
         (lambda: nelbo.train(run.path, "q"), "is a run and not data"),
         (lambda: run.decompress(__file__), "wrong_arguments.py: not a compressed file of nelbo"),
-        (lambda: nelbo.train(X, "q", levels=5), "; rescale it, or train with levels 17 or more"),
+        (
+            lambda: nelbo.train(X, "q", levels=5),
+            "; rescale it, .* levels 17 or more",
+        ),
         (lambda: nelbo.train("digits", "q", size=4), "^size resizes encoded images"),
         (lambda: nelbo.sample(run, guidance=2.0), "; train one with condition NAME"),
         (lambda: nelbo.train(X, "q", schedule="Linear"), "; did you mean 'linear'[?]$"),
@@ -172,7 +175,7 @@ def test_a_network_and_its_scheduler_are_a_pair():
     x = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1)).astype(np.uint8)
     pair = nelbo.evaluate((unet, scheduler), x, calls=4)
     assert nelbo.evaluate(unet, x, calls=4, scheduler=scheduler).nats == pair.nats
-    with pytest.raises(ValueError, match=r"as one of betas, .* or a scheduler of diffusers as sch"):
+    with pytest.raises(ValueError, match=r"as one of betas, .* or a scheduler of diffusers"):
         nelbo.evaluate(unet, x, steps=5)
     for wrong in (scheduler, (scheduler, unet), (unet, scheduler, None)):
         for given in ({}, {"condition": [0, 1, 0, 1]}, {"clip": False}):

@@ -177,7 +177,7 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError: an unknown kind or option, or a model without a bound (the message says why).
     """
-    kind, _, rest = ("hf", "", "") if isinstance(source, tuple) else source.partition(":")
+    kind, _, rest = ("hf", "", "") if is_pair(source) else str(source).partition(":")
     if kind not in SOURCES:
         known = " or ".join(f"{name}:PATH" for name in SOURCES)
         raise ValueError(f"another library's model is given as {known}; got {source!r}")
