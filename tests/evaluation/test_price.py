@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from nelbo import TimeGrid
-from nelbo.evaluation import price
+from nelbo.evaluation import gaussian_variates, price
 from nelbo.evaluation import time_estimator as evaluation
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.price import FREE, PASS, SHARE, Budget, Work, operations
 from nelbo.evaluation.time_estimator import PILOT, _divided, _strata_for
+from nelbo.evaluation.variate import variates_of
 from nelbo.integrations import wrap
 
 LEVELS = "the denoiser of independent levels"
@@ -107,6 +108,16 @@ def test_what_does_not_pay_is_left_out_and_said(model, images, monkeypatch):
     assert not large.notes and large.nats == asked.nats
     target = evaluate(model, images, times=TimeGrid.uniform(20), target_error=1.0)
     assert not target.notes
+
+
+def test_no_mixtures_are_fitted_for_nothing(model, images, monkeypatch):
+    """Levels finer than FINEST have no contexts; the fit, and its library, would take seconds."""
+    made = []
+    monkeypatch.setattr(gaussian_variates, "GaussianMixtureEnsemble", lambda *_: made.append(1))
+    edges = torch.linspace(0.5, 1, 2).double()
+    found = variates_of(model.process, model, images, edges)
+    next(each for each in found if each.name == LEVELS).make()
+    assert not made
 
 
 def test_a_kept_pilot_leaves_nothing_out(model, images, monkeypatch):

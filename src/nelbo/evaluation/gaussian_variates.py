@@ -308,15 +308,16 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
     if levels and levels**2 <= TABLE:
         integrals = _groups(dims, levels, strata) * levels**2 * strata
         contexts = (NODES + 1) * levels * dims if levels <= FINEST else 0
+        moved = clustered and levels <= FINEST  # finer levels have no contexts to be moved
         found.append(
             Candidate(
                 "the denoiser of independent levels",
                 Work(
-                    2 * NODES * integrals + 9 * count * dims,
+                    2 * NODES * integrals + 9 * count * dims + moved * count * odds,
                     6 * dims,
-                    2 * contexts * (1 + clustered) + odds * (contexts > 0),
+                    2 * contexts * (1 + moved) + moved * odds,
                 ),
-                lambda: LevelVariates(model, x, edges, mixtures() if clustered else None),
+                lambda: LevelVariates(model, x, edges, mixtures() if moved else None),
                 alone=levels <= FINEST and model.head.level_values is not None,
             )
         )
