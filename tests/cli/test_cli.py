@@ -17,6 +17,7 @@ from support.commands import nelbo_fails, run_ok
 from support.files import arrays_in
 
 import nelbo
+from nelbo.__main__ import SPINS
 from nelbo._utils import tensor_files
 from nelbo._utils.progress import progress_bar
 from nelbo.cli import app
@@ -51,6 +52,24 @@ def test_version_and_help(capsys):
     run_ok("train", "--help")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())  # lines as they fit
     assert "--resume" in text and "1800" in text and "[default: auto]" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ids=str,
+)
+def test_waiting_threads_leave_the_processor_to_others(monkeypatch, given, wanted):
+    """Unless the caller has said how they wait; and before torch is imported, which reads it."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    code = "from nelbo.__main__ import main; import os, sys; sys.argv[1:] = ['--version']\n"
+    code += "assert 'torch' not in sys.modules\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print(os.environ.get('GOMP_SPINCOUNT'))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.split()[-1] == str(wanted), found.stderr
 
 
 def test_a_bar_fits_a_narrow_terminal(capsys, monkeypatch):
