@@ -104,8 +104,9 @@ def wrap_tokens(
             a function of α, (B,). None for a module without one.
         pad_id: id of padding at either end of a text, which the module never gets.
         never: further ids that cannot be predicted, such as unused ones.
-        shown: which tokens show: a mask (L,) or (N, L); or a function of ids (N, L) that returns
-            one; or ids that show wherever they are. For prompts of a batch, `TokenModel.batch`.
+        shown: which tokens show: a mask (L,) or (N, L) of places of the ids as given, padding
+            included; or a function of these ids (N, L) that returns one; or ids that show wherever
+            they are. For prompts of a batch, `TokenModel.batch`.
         length: largest number of tokens of a text; by default there is no limit.
 
     Raises:
