@@ -196,6 +196,9 @@ def test_the_command(parts, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert set(found["terms"]) == names and found["decoder_calls_per_example"] == 2
     assert "latents" in nelbo_fails(capsys, *arguments[:-2], "--ode")
+    missing = [*arguments, "--resume", tmp_path / "state"]  # and refused before data are read
+    missing[missing.index("--data") + 1] = tmp_path / "none.npz"
+    assert "resume: for models of the data themselves" in nelbo_fails(capsys, *missing)
 
 
 LEVELS, LATENT_SCALE = 3, 4.0

@@ -266,6 +266,8 @@ class Measuring:
         self.subject, self.alternative, self.options = subject, alternative, options
         self.seed, self.tracks, self.tell = seed, tracks, tell or str
         self.on_data: Tell = warn if tell is None and isinstance(subject, OfRun) else self.tell
+        if isinstance(subject.model, LatentModel):
+            _check_latents(alternative, options)
         self.notes = list(subject.notes)
         for line in self.notes:
             self.tell(line)
@@ -348,19 +350,9 @@ class Measuring:
         record: Mapping[str, Any],
     ) -> LatentEvaluation:
         """Return the bound of images by a model of their latents."""
-        options = dict(self.options)
-        calls = options.pop("calls")
-        if self.alternative.wanted or any(
-            options.get(name) is not None
-            for name in ("target_error", "known", "surrogate", "masks", "resume")
-        ):
-            raise ValueError(
-                "target_error, known, surrogate, masks, resume, sampler, importance_samples and"
-                " ode are for models of the data themselves; a model of their latents takes calls"
-            )
         if times is None:
             raise ValueError("give the times of a model of latents: steps, or times")
-        return evaluate_latent(model, batch, times=times, calls=calls, **record)
+        return evaluate_latent(model, batch, times=times, calls=self.options["calls"], **record)
 
     def columns(self, batch: Batch, steps: int | None, grid: Spacing | None) -> ColumnCosts:
         """Return what each column of a table costs, for some of the examples."""
@@ -376,3 +368,16 @@ class Measuring:
 def warn(line: str) -> None:
     """Warn of a note on data that is not shown in any other way."""
     warnings.warn(line, stacklevel=2)
+
+
+def _check_latents(alternative: Alternative, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError for what a bound through an autoencoder does not take."""
+    names = ("target_error", "known", "surrogate", "masks", "resume")
+    given = [name for name in names if options.get(name) is not None]
+    given += ["ode"] * alternative.ode
+    given += ["importance_samples"] * (alternative.importance_samples is not None)
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: for models of the data themselves; a model of their latents"
+            " takes calls; leave it out"
+        )
