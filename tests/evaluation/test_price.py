@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture
 def images():
-    return torch.randint(0, 256, (48, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 256, (64, 3, 4, 4), generator=torch.Generator().manual_seed(0))
 
 
 def test_operations_are_those_of_products():

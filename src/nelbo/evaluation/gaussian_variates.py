@@ -34,6 +34,7 @@ from nelbo.evaluation.variate import (
 
 NODES, REACH = 8, 6.0  # of the integral over ε, from -REACH to REACH
 TOGETHER = 2**17  # numbers of the table's integrals that are computed together, about
+OF_A_DRAW = 2000  # passes in the time of the calls for a draw, however few numbers it has
 FINEST = 64  # levels up to which contexts pay off, as they need the probability of each level
 
 
@@ -289,13 +290,17 @@ def _(process: GaussianDiffusion, model: Model, x: Tensor, edges: Tensor) -> lis
     found = [
         Candidate(
             "the denoiser of a Gaussian",
-            Work(count * (5 * dims + turn), 8 * dims + turn, whole * (3 * dims + 2 * turn)),
+            Work(
+                count * (5 * dims + turn),
+                8 * dims + turn,
+                whole * (OF_A_DRAW + 3 * dims + 2 * turn),
+            ),
             lambda: LinearVariate(model, x, edges),
         )
     ]
     mixtures = cache(lambda: GaussianMixtureEnsemble(e()))
     clustered = whole and count >= FEWEST
-    odds = dims * (300 + dims) if clustered else 0
+    odds = dims * (600 + dims) if clustered else 0
     if clustered:
         found.append(
             Candidate(
