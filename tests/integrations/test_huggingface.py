@@ -325,6 +325,8 @@ def test_a_model_in_memory_with_its_tokenizer(tmp_path):
     assert integrations.load(pair).name == nelbo.evaluate(pair, texts).weights == "BertForMaskedLM"
     bare = wrap_tokens(module, 3, never={0, 1, 2, 11}, shown={1, 2})
     assert nelbo.evaluate(bare, padded, calls=3).nats == wanted.nats
+    with pytest.raises(ValueError, match=r"^BertForMaskedLM comes without data"):
+        nelbo.evaluate(pair)
     with pytest.raises(ValueError, match="in a precision and place of its own"):
         nelbo.evaluate(pair, texts, precision="bf16")
     with pytest.raises(ValueError, match=r"BertForMaskedLM is a model of tokens.*give both"):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeGuard
 
 from torch import nn
 
@@ -17,13 +17,14 @@ from nelbo.integrations.checkpoints import load_weights
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.configs import read_json
 from nelbo.integrations.denoisers import wrap
-from nelbo.integrations.external import Foreign, with_autocast
+from nelbo.integrations.external import Foreign, Pair, with_autocast
 from nelbo.integrations.noise_levels import spaced
 from nelbo.integrations.texts import TextReader
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
 
 __all__ = [
     "Foreign",
+    "Pair",
     "TokenModel",
     "is_foreign",
     "load",
@@ -33,8 +34,6 @@ __all__ = [
     "wrap_tokens",
 ]
 
-#: a model of transformers in memory, and its tokenizer
-Pair: TypeAlias = tuple[nn.Module, Any]
 SOURCES = {
     "diffusers": "nelbo.integrations.diffusers",
     "openai": "nelbo.integrations.openai",
@@ -118,6 +117,11 @@ def is_foreign(source: object) -> TypeGuard[str | Pair]:
     if not isinstance(source, str):
         return is_pair(source)
     return source.partition(":")[0] in SOURCES and ":" in source
+
+
+def name_of(source: str | Pair) -> str:
+    """Return a name for a source in a message: itself, or the class of a model in memory."""
+    return source if isinstance(source, str) else type(source[0]).__name__
 
 
 def is_text(source: object) -> bool:

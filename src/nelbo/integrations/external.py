@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nelbo.data.coerce import name_of
 from nelbo.data.rows import Rows
@@ -18,6 +18,9 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeDiscretization
 from nelbo.integrations.conditions import Given
 from nelbo.integrations.text_records import TextForm
+
+#: a model of transformers in memory, and its tokenizer
+Pair: TypeAlias = tuple[nn.Module, Any]
 
 LEAVE_OUT = 10  # of so many examples one is left out, to fit parts of a model to
 FITTED = 1024  # examples to which they are fitted, at most

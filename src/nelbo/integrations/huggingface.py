@@ -28,7 +28,7 @@ from nelbo.data.sources import Source, Splits
 from nelbo.data.splits import Declared, declare
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.times import ContinuousTime, grid_of
-from nelbo.integrations.external import Foreign
+from nelbo.integrations.external import Foreign, Pair
 from nelbo.integrations.special_ids import special_ids
 from nelbo.integrations.text_folder import (
     PRECISIONS,
@@ -161,7 +161,7 @@ class ForeignText(Foreign):
 
 
 def load(
-    folder: str | Path | tuple[nn.Module, Any],
+    folder: str | Path | Pair,
     *,
     trust_remote_code: bool = False,
     steps: int | None = None,

@@ -105,12 +105,12 @@ class TokenRules:
         self.check(batch)
         ids, condition = batch.x, batch.condition
         assert condition is not None
-        present = condition != ABSENT
-        longest = max([0, *present.sum(1).tolist()])
-        order = (~present).int().argsort(dim=1, stable=True)[:, :longest]
+        order = (condition == ABSENT).int().argsort(dim=1, stable=True)
         condition = condition.gather(1, order)
+        there = condition != ABSENT
         # an absent token is any, and 0 here
-        return Batch(ids.gather(1, order) * (condition != ABSENT), condition, batch.given)
+        ids, used = ids.gather(1, order) * there, there.any(0)
+        return Batch(ids[:, used], condition[:, used], batch.given)
 
 
 def rows_of(x: Texts, pad_id: int | None) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,9 @@ from nelbo.runs.run import Run
 
 def is_foreign(thing: object) -> bool:
     """Return whether something stands for another library's model or a bare one, not for a run."""
-    if isinstance(thing, str) or integrations.is_foreign(thing):
-        return integrations.is_foreign(thing)
-    if isinstance(thing, Run):
+    if integrations.is_foreign(thing):
+        return True
+    if isinstance(thing, str | Run):
         return False
     return isinstance(thing, Foreign | Model | LatentModel) or memory.is_network(thing)
 
@@ -43,9 +43,9 @@ def name_of(thing: object) -> str:
     """Return a name for it in a message: its source, or its class."""
     if isinstance(thing, Foreign):
         return thing.name
-    if integrations.is_pair(thing):
-        return type(thing[0]).__name__
-    return thing if isinstance(thing, str) else type(thing).__name__
+    if isinstance(thing, str) or integrations.is_pair(thing):
+        return integrations.name_of(thing)
+    return type(thing).__name__
 
 
 def foreign_of(

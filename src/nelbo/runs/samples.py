@@ -16,7 +16,7 @@ from nelbo.data.tabular import encoding, frames
 from nelbo.diffusion.batch import rows_of
 from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
-from nelbo.diffusion.unmasking import SURENESS, UnmaskingOrder, order_of_name
+from nelbo.diffusion.unmasking import SURENESS, UnmaskingOrder, order_for, order_of_name
 from nelbo.models.conditioning import guided, parse
 from nelbo.runs.config import RunConfig
 from nelbo.sampling import samplers
@@ -60,10 +60,9 @@ def order_of(
             f"the sampler {sampler} takes as many steps as there are symbols to show; give"
             " tokens_per_step in place of steps"
         )
-    order = order_of_name(sampler, tokens_per_step)
-    if order is not None and model is not None:
-        order.mask_of(model)
-    return order
+    if model is None:
+        return order_of_name(sampler, tokens_per_step)
+    return order_for(model, sampler, tokens_per_step)
 
 
 def sampler_of(sampler: str, times: TimeGrid | UnmaskingOrder) -> Sampler:

@@ -376,7 +376,7 @@ def subject_of(
             trust_remote_code=trust_remote_code,
             precision=precision,
             device_map=device_map,
-            first=partial(_read_ahead, ahead, check),
+            first=partial(_read_ahead, run, ahead, check),
         )
         return OfForeign(foreign=made), left
     if precision is not None or device_map is not None:
@@ -407,11 +407,16 @@ def check_enough(calls: float | None, each: bool, reader: TextReader) -> None:
 
 
 def _read_ahead(
-    ahead: Sequence[Asked], check: Callable[[TextReader], object], reader: TextReader
+    run: str | Pair,
+    ahead: Sequence[Asked],
+    check: Callable[[TextReader], object],
+    reader: TextReader,
 ) -> None:
     for each in ahead:
         if each.data is None:
-            raise ValueError("the model comes without data; give some with --data")
+            raise ValueError(
+                f"{integrations.name_of(run)} comes without data; give some with --data"
+            )
         if not isinstance(each.data, Batch):
             reader.ahead(each.data, each.form, each.split, declare(each.splits))
     check(reader)
