@@ -124,6 +124,26 @@ def test_every_sign_of_too_little_memory(error):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
+def test_a_cpu_convolves_as_many_images_as_its_cache_holds():
+    sizes = []
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(2 * 64**2, 1))
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(*inputs)))
+    y = torch.randn(11, 1, 64, 64)
+    with torch.no_grad():
+        got, fewer = (NetworkCalls("net")(network, [y], rows) for rows in (None, 3))
+        want = network(y)
+    assert sizes == [4, 4, 3, 3, 3, 3, 2, 11]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(fewer, want)
+    # a matrix is used for all rows at once, and gradients take what the caller gives
+    sizes.clear()
+    with torch.no_grad():
+        network[2].register_forward_pre_hook(lambda _, inputs: sizes.append(len(*inputs)))
+        NetworkCalls("flat")(nn.Sequential(nn.Flatten(), network[2]), [y.expand(-1, 2, -1, -1)])
+    NetworkCalls("net")(network, [y])
+    assert sizes == [11, 11, 11]
+
+
 def test_one_row_that_does_not_fit_is_one_sentence():
     with pytest.raises(
         ValueError, match=r"network Small .* cpu even with 1 row \(3x2x5, float64\)"

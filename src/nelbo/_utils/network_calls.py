@@ -6,6 +6,7 @@ so no draw depends on the split.
 
     first call       the rows of a fixed rule; it shows the memory of a row, m
     later calls      on CUDA, as many rows as take half of the free memory f:  f / (2 m)
+    convolutions     on a CPU, always so few rows that the cache holds the layers of their images
     out of memory    half of the rows, again and again; that number is kept
 
 With gradients, whose memory outlives the call, and within `fixed_rows` the fixed rule holds.
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nelbo._utils.limits import free_memory, gibibytes
 
@@ -26,6 +27,9 @@ EXHAUSTED = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+#: pixels of the images in a call of convolutions on a CPU. Layers beyond some 32 MiB, for which
+#: the C library asks the system each time, take up to twice the time
+PIXELS = 2**14
 
 _fixed: ContextVar[bool] = ContextVar("fixed", default=False)
 
@@ -72,6 +76,9 @@ class NetworkCalls:
         total, like = len(inputs[0]), inputs[0]
         key = like.device, like.shape[1:], like.dtype
         adaptive = not torch.is_grad_enabled() and not _fixed.get()
+        if adaptive and like.device.type == "cpu" and _convolves(network, like):
+            cached = max(1, PIXELS // like[0, 0].numel())
+            rows = min(rows or cached, cached)
         outputs: list[Tensor] = []
         done = 0
         while done < total or not outputs:
@@ -114,6 +121,12 @@ def device_memory(device: torch.device) -> tuple[float, float]:
         return free_memory(), 0.0
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept, torch.cuda.max_memory_allocated(device)
+
+
+def _convolves(network: Callable[..., Tensor], like: Tensor) -> bool:
+    """Return whether a network takes images, (B, C, H, W), and has convolutions."""
+    parts = network.modules() if isinstance(network, nn.Module) and like.ndim == 4 else ()
+    return any(isinstance(part, nn.Conv2d) for part in parts)
 
 
 def _allocated(device: torch.device) -> float:
