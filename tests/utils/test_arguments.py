@@ -91,8 +91,15 @@ def test_a_name_that_there_is_not_is_answered_with_the_nearest():
 
 
 def test_a_value_by_place_and_by_name_is_answered_with_the_places():
-    with pytest.raises(TypeError, match=r"^call got two values for n; .* arguments are n, x, "):
+    with pytest.raises(TypeError, match=r"^call got two values for n; .* arguments of call are n, x, "):
         call(1, n=2)
+
+
+def test_a_value_in_the_place_of_another_is_answered_with_the_places():
+    with pytest.raises(ValueError, match=r"^out must be .*; .* the arguments of call are n, x, "):
+        call(1, 2, 3)
+    with pytest.raises(ValueError, match=r"; got 3$"):
+        call(1, 2, out=3)
 
 
 def test_a_class_is_checked_when_one_is_made():

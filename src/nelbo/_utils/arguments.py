@@ -84,7 +84,9 @@ def checked(function: F) -> F:
             for held in (given.arguments, rest):
                 if name in held and not (held is rest and held[name] is None):  # as left out
                     held[name] = plain(held[name])
-                    _check(name, held[name], kinds)
+                    # of many arguments without names, one may be in another's place
+                    placed = name in _placed(function)[2 : len(args)]
+                    _check(name, held[name], kinds, _order(function) if placed else "")
         with spelling.in_errors():
             return function(*given.args, **given.kwargs)
 
@@ -109,14 +111,22 @@ def _check_once(
     function: Callable[..., object], count: int, options: Mapping[str, object]
 ) -> None:
     """Raise TypeError on an argument that is given by its place and by its name."""
-    parameters = inspect.signature(function).parameters.values()
-    placed = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-    twice = next((name for name in placed[:count] if name in options), None)
+    twice = next((name for name in _placed(function)[:count] if name in options), None)
     if twice is not None:
-        raise TypeError(
-            f"{function.__name__} got two values for {twice}; without names, its arguments are"
-            f" {', '.join(placed)}"
-        )
+        raise TypeError(f"{function.__name__} got two values for {twice}{_order(function)}")
+
+
+@functools.cache
+def _placed(function: Callable[..., object]) -> list[str]:
+    """Return the names of the arguments that may be given by their place, with self."""
+    parameters = inspect.signature(function).parameters.values()
+    return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+
+
+def _order(function: Callable[..., object]) -> str:
+    """Return the end of a sentence on an argument that is in the wrong place."""
+    names = [name for name in _placed(function) if name != "self"]
+    return f"; without names, the arguments of {function.__name__} are {', '.join(names)}"
 
 
 @functools.cache
@@ -159,7 +169,7 @@ def _is_protocol(kind: type) -> bool:
     return getattr(kind, "_is_protocol", False)
 
 
-def _check(name: str, value: object, kinds: tuple[Any, ...]) -> None:
+def _check(name: str, value: object, kinds: tuple[Any, ...], order: str) -> None:
     if any(_fits(value, kind) for kind in kinds):
         return
     words = list(dict.fromkeys(map(_words, sorted(kinds, key=lambda kind: kind is NoneType))))
@@ -167,7 +177,7 @@ def _check(name: str, value: object, kinds: tuple[Any, ...]) -> None:
     near = nearest(value[:99], list(map(str, choices))) if isinstance(value, str) else ""
     fix = f"; did you mean {near!r}?" if near else ""
     got = shortened(" ".join(repr(value).split()))  # of a tensor in one line
-    raise ValueError(f"{name} must be {' or '.join(words)}; got {got}{fix}")
+    raise ValueError(f"{name} must be {' or '.join(words)}; got {got}{fix}{order}")
 
 
 def _words(kind: Any) -> str:  # noqa: ANN401
