@@ -91,7 +91,9 @@ def test_a_name_that_there_is_not_is_answered_with_the_nearest():
 
 
 def test_a_value_by_place_and_by_name_is_answered_with_the_places():
-    with pytest.raises(TypeError, match=r"^call got two values for n; .* arguments of call are n, x, "):
+    with pytest.raises(
+        TypeError, match=r"^call got two values for n; .* arguments of call are n, x, "
+    ):
         call(1, n=2)
 
 
