@@ -608,6 +608,28 @@ def test_other_weights_beside_the_network_are_mentioned(networks, tmp_path):
     assert not any("unet_ema" in note for note in found.notes)
 
 
+def test_averages_of_training_scripts_are_read_with_their_settings(networks, tmp_path):
+    """EMAModel writes its decay, counter and others into the config of the network."""
+    from diffusers.training_utils import EMAModel
+
+    save(tmp_path, networks[3], ddpm())
+    averages = EMAModel(
+        networks[3].parameters(),
+        model_cls=diffusers.UNet2DModel,
+        model_config=networks[3].config,
+    )
+    averages.shadow_params = [p.data + 1 for p in averages.shadow_params]
+    averages.save_pretrained(tmp_path / "unet_ema")
+    config = json.loads((tmp_path / "unet_ema" / "config.json").read_text())
+    assert {"decay", "optimization_step"} < config.keys()
+    network = load(f"diffusers:{tmp_path},weights=unet_ema").model.network.network.network
+    for got, raw in zip(network.parameters(), networks[3].parameters(), strict=True):
+        assert torch.equal(got, raw + 1)
+    (tmp_path / "unet_ema" / "config.json").write_text(json.dumps({**config, "decoy": 1}))
+    with pytest.raises(ValueError, match="decoy=1, and a UNet2DModel has no such key"):
+        load(f"diffusers:{tmp_path},weights=unet_ema")
+
+
 def test_adapters_that_are_not_applied_are_mentioned(networks, tmp_path):
     save(tmp_path, networks[3], ddpm())
     for name in ("pytorch_lora_weights", "unet/adapter_model"):

@@ -4,13 +4,14 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from support.commands import nelbo_fails, run_ok
 
-from nelbo import Batch, evaluate
+from nelbo import Batch, evaluate, sample
 from nelbo._utils.numerics import seeded
 from nelbo.cli import main
 from nelbo.diffusion.times import elbo
@@ -26,6 +27,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
 ]
 T, SIZE = 8, 4
+UNET = {
+    "sample_size": SIZE,
+    "block_out_channels": (8,),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "add_attention": False,
+}
 
 
 class Constant(torch.nn.Module):
@@ -53,15 +63,7 @@ def ddpm(**config):
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
     with seeded(0):
-        network = diffusers.UNet2DModel(
-            sample_size=SIZE,
-            block_out_channels=(8,),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            add_attention=False,
-        )
+        network = diffusers.UNet2DModel(**UNET)
     network.save_pretrained(place / "unet")
     ddpm().save_pretrained(place / "scheduler")
     np.savez(place / "x.npz", x=images(10).numpy().astype(np.uint8))
@@ -236,3 +238,30 @@ def test_a_folder_that_is_no_run_is_named_as_it_must_be(tmp_path, home):
     diffusers.DDPMScheduler().save_pretrained(tmp_path / home)
     with pytest.raises(FileNotFoundError, match=f"not a run.* give it as diffusers:{tmp_path}"):
         evaluate(tmp_path, np.zeros((2, 3, 8, 8), np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["pair", "module"])
+def test_autocast_of_a_network_in_memory(kind):
+    """As of a folder: recorded, noted and near the other; other options of files are refused."""
+    with seeded(0):
+        network = {
+            "pair": diffusers.UNet2DModel(**UNET),
+            "module": torch.nn.Conv2d(3, 3, 3, padding=1),
+        }[kind]
+    thing, options = (network, ddpm()), {}
+    if kind == "module":
+        thing, options = (lambda y, time: network(y.float())), {"betas": ddpm().betas}
+    measured = partial(evaluate, thing, images(10), calls=9, **options)
+    plain, narrow = measured(), measured(precision="bf16")
+    assert plain.precision.startswith("float64") and "bfloat16" not in plain.precision
+    assert narrow.precision.endswith("with autocast to bfloat16")
+    assert 0 < abs(narrow.nats / plain.nats - 1) < 0.05
+    assert any("autocast to bfloat16" in note for note in narrow.notes)
+    with pytest.raises(ValueError, match=r"network in memory is bf16, by autocast.*got 'fp16'"):
+        measured(precision="fp16")
+    for wrong in ({"device_map": "auto"}, {"trust_remote_code": True}):
+        with pytest.raises(ValueError, match="are for a model that is read from files"):
+            measured(**wrong)
+    if kind == "pair":
+        drawn = [sample(thing, 2, steps=2, precision=p) for p in (None, "bf16")]
+        assert drawn[0].shape == drawn[1].shape and not np.array_equal(*drawn)

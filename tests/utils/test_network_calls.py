@@ -140,6 +140,7 @@ def test_a_cpu_convolves_as_many_images_as_its_cache_holds():
     with torch.no_grad():
         network[2].register_forward_pre_hook(lambda _, inputs: sizes.append(len(*inputs)))
         NetworkCalls("flat")(nn.Sequential(nn.Flatten(), network[2]), [y.expand(-1, 2, -1, -1)])
+        assert NetworkCalls("none")(network[0], [y[:0]]).shape == (0, *network[0](y[:1]).shape[1:])
     NetworkCalls("net")(network, [y])
     assert sizes == [11, 11, 11]
 

@@ -77,7 +77,7 @@ class NetworkCalls:
         key = like.device, like.shape[1:], like.dtype
         adaptive = not torch.is_grad_enabled() and not _fixed.get()
         if adaptive and like.device.type == "cpu" and _convolves(network, like):
-            cached = max(1, PIXELS // like[0, 0].numel())
+            cached = max(1, PIXELS // like.shape[2:].numel())
             rows = min(rows or cached, cached)
         outputs: list[Tensor] = []
         done = 0

@@ -17,7 +17,7 @@ from nelbo.integrations.checkpoints import load_weights
 from nelbo.integrations.conditions import Condition
 from nelbo.integrations.configs import read_json
 from nelbo.integrations.denoisers import wrap
-from nelbo.integrations.external import Foreign, Pair, with_autocast
+from nelbo.integrations.external import Foreign, Pair, check_precision, in_precision
 from nelbo.integrations.noise_levels import spaced
 from nelbo.integrations.texts import TextReader
 from nelbo.integrations.tokens import TokenModel, wrap_tokens
@@ -200,10 +200,7 @@ def load(
         )
     if trust_remote_code:
         raise ValueError(f"trust_remote_code is for hf:FOLDER; {kind} models contain no code")
-    if precision not in (None, "bf16"):
-        raise ValueError(
-            f"the precision of {kind}: is bf16, by autocast, or its own; got {precision!r}"
-        )
+    check_precision(precision, f"{kind}:")
     if device_map is not None:
         raise ValueError(f"device_map is for hf:FOLDER, and this is {kind}:")
     if condition is not None:
@@ -211,7 +208,7 @@ def load(
             raise ValueError("give the condition once: after the path, or beside it")
         options["condition"] = condition
     found: Foreign = import_module(SOURCES[kind]).load(path, steps=steps, **options)
-    return found if precision is None else with_autocast(found)
+    return in_precision(found, precision, f"{kind}:")
 
 
 def _options(kind: str, rest: str) -> tuple[str, dict[str, object]]:

@@ -49,6 +49,16 @@ NUMBERS: dict[object, tuple[type | UnionType, str]] = {
     bool: (int | float, "true or false"),
 }
 HARMLESS = {"tensor_format"}  # a former key without a meaning
+#: keys of diffusers' EMAModel, which it writes into the config of the network of its averages
+AVERAGING = {
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+}
 #: former names of attention weights, and their present names
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -134,6 +144,7 @@ def network_of(
     The weights are the default ones, or those of a variant, such as fp16.
     """
     config = read_json(home / "config.json")
+    config = {name: config[name] for name in config if name not in AVERAGING}
     kind = str(config.get("_class_name"))
     if kind not in kinds:
         raise ValueError(

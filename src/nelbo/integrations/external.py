@@ -24,6 +24,7 @@ Pair: TypeAlias = tuple[nn.Module, Any]
 
 LEAVE_OUT = 10  # of so many examples one is left out, to fit parts of a model to
 FITTED = 1024  # examples to which they are fitted, at most
+IN_MEMORY = "a network in memory"  # in messages
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,49 @@ def check_no_form(form: TextForm | None) -> None:
         raise ValueError(
             "--lines, --prompt-field and --answer-field are for a model of tokens, hf:FOLDER;"
             " leave them out"
+        )
+
+
+def in_precision(found: Foreign, precision: str | None, name: str) -> Foreign:
+    """Return a model whose network computes in a precision; None leaves it as it is.
+
+    Args:
+        found: the model.
+        precision: bf16, by torch.autocast, or None.
+        name: of what it was read from, for the error.
+    """
+    check_precision(precision, name)
+    return found if precision is None else with_autocast(found)
+
+
+def check_precision(precision: str | None, name: str) -> None:
+    """Raise ValueError for a precision that no network of images is given here."""
+    if precision not in (None, "bf16"):
+        raise ValueError(
+            f"the precision of {name} is bf16, by autocast, or its own; got {precision!r}"
+        )
+
+
+def check_in_memory(
+    thing: object,
+    name: str,
+    trust_remote_code: bool,
+    precision: str | None,
+    device_map: str | None,
+) -> None:
+    """Raise ValueError for options of a model in files, where it is in memory.
+
+    The precision of a network in memory may be chosen, that of a model made of one may not.
+    """
+    names = ["trust_remote_code", "precision", "device_map"]
+    if not isinstance(thing, Foreign | Model | LatentModel):
+        names.remove("precision")
+        precision = None
+    if trust_remote_code or precision is not None or device_map is not None:
+        *first, last = names
+        raise ValueError(
+            f"{', '.join(first)} and {last} are for a model that is read from files; got"
+            f" {name}: leave them out"
         )
 
 

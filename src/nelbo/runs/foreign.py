@@ -18,6 +18,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, grid_of
 from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition, Given
+from nelbo.integrations.external import IN_MEMORY, check_in_memory, in_precision
 from nelbo.integrations.texts import TextReader
 from nelbo.integrations.tokens import TokenModel
 from nelbo.runs.run import Run
@@ -82,11 +83,7 @@ def foreign_of(
             device_map=device_map,
             first=first,
         )
-    if trust_remote_code or precision is not None or device_map is not None:
-        raise ValueError(
-            "trust_remote_code, precision and device_map are for a model that is read from files;"
-            f" got {name_of(thing)}: leave them out"
-        )
+    check_in_memory(thing, name_of(thing), trust_remote_code, precision, device_map)
     if isinstance(thing, Foreign):
         if condition is not None:
             raise ValueError(
@@ -101,6 +98,7 @@ def foreign_of(
             f" model of nelbo.wrap(network, shape, ...); got {name_of(thing)}"
         )
     found = memory.read(thing, cast(Any, ()), steps=steps, condition=condition, reading={})
+    found = in_precision(found, precision, IN_MEMORY)
     notes = found.model.diffusion.check_reading()  # at pure noise, as there are no examples
     return replace(found, notes=(*found.notes, *notes))
 
