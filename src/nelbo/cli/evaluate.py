@@ -279,11 +279,11 @@ def numbers(steps: str | None) -> list[int]:
 
 def notes() -> Callable[[str], None]:
     """Return a function that prints each note once."""
-    said: set[str] = set()
+    shown: set[str] = set()
 
     def note(line: str) -> None:
-        if line not in said:
-            said.add(line)
+        if line not in shown:
+            shown.add(line)
             say(f"note: {line}")
 
     return note

@@ -72,17 +72,20 @@ def cells_of(
         return numbers(series), notes
     if not _are_integers(series, words):
         if column.precision is not None and column.precision.is_integer():
-            said = (
+            reason = (
                 "whole numbers of a real type are taken as a number; if they are classes, declare"
             )
-            notes = [*notes, f'{name}: {said} "kind": "category" for the column with --schema']
+            notes = [*notes, f'{name}: {reason} "kind": "category" for the column with --schema']
         return numbers(series), notes
     count = words.drop_nulls().n_unique()
     if count > max(len(words) // 2, 2):
-        said = f"has {count} different whole numbers in {len(words)} rows: taken as a number"
-        return numbers(series), [*notes, f"{name} {said}"]
-    said = f"whole numbers are taken as {count} classes; if they are measurements, declare"
-    return _filled(words), [*notes, f'{name}: {said} "kind": "real" for the column with --schema']
+        reason = f"has {count} different whole numbers in {len(words)} rows: taken as a number"
+        return numbers(series), [*notes, f"{name} {reason}"]
+    reason = f"whole numbers are taken as {count} classes; if they are measurements, declare"
+    return _filled(words), [
+        *notes,
+        f'{name}: {reason} "kind": "real" for the column with --schema',
+    ]
 
 
 def cells_like(frame: "DataFrame", label: Label) -> np.ndarray:

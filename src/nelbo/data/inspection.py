@@ -114,8 +114,8 @@ def inspect(
         return Inspection(found.source, rows, (), found.schema, warnings, sizes)
     notes: list[str] = []
     name, frame = tables.find(source, notes)
-    said = declaration(schema)
-    declared = None if said is None else listed(said, frame.columns)
+    stated = declaration(schema)
+    declared = None if stated is None else listed(stated, frame.columns)
     stored = tables.stored_index(Path(source)) if isinstance(source, str | PathLike) else ()
     inspected = inspect_table(frame, name, declared, stored)
     return replace(inspected, warnings=(*notes, *inspected.warnings))

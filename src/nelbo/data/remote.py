@@ -131,9 +131,9 @@ def _list(url: str) -> Listed:
         if not of_files:
             raise FileNotFoundError
         files = [File(k, _name(k, below), _size(k, each)) for k, each in of_files]
-    told = repr((url, [(where, sorted(each.items())) for where, each in of_files]))
+    listing = repr((url, [(where, sorted(each.items())) for where, each in of_files]))
     stem = re.sub(r"[^A-Za-z0-9]+", "-", below.rpartition("/")[2]).strip("-")[:32] or "data"
-    version = f"{stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    version = f"{stem}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}"
     return Listed(url, store, files, single, version)
 
 

@@ -142,7 +142,7 @@ def group(
             f" {_few(outside)} of none; {ADVICE}"
         )
     notes = _left_out(outside, parts, outside_what)
-    said = {}
+    components_of = {}
     for split, found in parts.items():
         components = dict.fromkeys(place[1] for i in found if (place := places[i]) is not None)
         whole = [c for word in WORDS[split] for c in components if c.lower() == word]
@@ -151,10 +151,10 @@ def group(
                 f"{whole[0]} and {whole[1]} both name the {split} split of {source}; keep one,"
                 f" or {ADVICE}"
             )
-        said[split] = [c for c in components if not _plain(c, split)]
-    if any(said.values()):
-        told = "; ".join(f"{split} is {_few(cs)}" for split, cs in said.items() if cs)
-        notes.append(f"splits by name: {told}; --splits declares others")
+        components_of[split] = [c for c in components if not _plain(c, split)]
+    if any(components_of.values()):
+        lines = "; ".join(f"{split} is {_few(cs)}" for split, cs in components_of.items() if cs)
+        notes.append(f"splits by name: {lines}; --splits declares others")
     return Groups(parts, [p[2] if p else n for p, n in zip(places, names, strict=True)], notes)
 
 

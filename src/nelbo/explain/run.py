@@ -220,8 +220,8 @@ def _put_pictures(
         row = slice(b * draws, b * draws + 1)
         if n == 0:
             found.put("row_x", values_as_text(x[b].flatten(), meaning, known=True), x=b)
-        said = [values_as_text(s.z[row].flatten(), meaning) for s in path]
-        found.put("row_z", said, x=b, steps=n)
+        texts = [values_as_text(s.z[row].flatten(), meaning) for s in path]
+        found.put("row_z", texts, x=b, steps=n)
         guessed = [
             predictions_as_text(
                 model.process, s.prediction.map(itemgetter(row)), s.z[row], meaning

@@ -103,12 +103,12 @@ def predictions_as_text(
     process: ForwardProcess, prediction: Prediction, z: Tensor, meaning: list[Meaning]
 ) -> list[str]:
     """Return a prediction from z, (1, ...), as text: a mean, or the likeliest code."""
-    said, at = [], 0
+    found, at = [], 0
     for part, one, own in zip(process.factors, prediction.factors, process.split(z), strict=True):
         levels = one.levels
         if levels is None and part.has_flow:
             mean = part.mean(one.e_hat, own).flatten().double().tolist()
-            said += [meaning[at + i].of(v) for i, v in enumerate(mean)]
+            found += [meaning[at + i].of(v) for i, v in enumerate(mean)]
         else:
             table = one.e_hat if levels is None else levels.log_probs
             log_p, best = table.reshape(-1, table.shape[-1]).max(-1)
@@ -116,6 +116,6 @@ def predictions_as_text(
             for i, (code, p) in enumerate(zip(best.tolist(), log_p.exp().tolist(), strict=True)):
                 visible = part.mask is not None and shown[i] != part.mask
                 m = meaning[at + i]
-                said.append(m.of(shown[i]) if visible else f"{m.of(code)} ({p:.2f})")
+                found.append(m.of(shown[i]) if visible else f"{m.of(code)} ({p:.2f})")
         at += own[0].numel()
-    return said
+    return found

@@ -38,8 +38,8 @@ def names(schema: Schema) -> str:
 def encode(labels: Tensor, schema: Schema) -> Tensor:
     """Return conditions (B, F) of labels (B, len(schema.condition)) of unmoved examples."""
     columns = zip(schema.condition, labels.unbind(1), strict=True)
-    told = [label.encode(values) for label, values in columns]
-    return torch.cat([torch.zeros_like(labels[:, :1]), *told], 1)
+    encoded = [label.encode(values) for label, values in columns]
+    return torch.cat([torch.zeros_like(labels[:, :1]), *encoded], 1)
 
 
 def drop(condition: Tensor, share: float, shard: BatchShard | None = None) -> Tensor:

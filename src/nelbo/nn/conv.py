@@ -19,13 +19,13 @@ class LevelNorm(nn.Module):
 
     Args:
         width: channels, a multiple of 8.
-        told: features of the embedded noise level.
+        level_width: features of the embedded noise level.
     """
 
-    def __init__(self, width: int, told: int) -> None:
+    def __init__(self, width: int, level_width: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
-        self.scale_shift = zero(nn.Linear(told, 2 * width))
+        self.scale_shift = zero(nn.Linear(level_width, 2 * width))
 
     @override
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ class LevelNorm(nn.Module):
 class Local(nn.Module):
     """Residual block of two 3x3 convolutions, for structure that is local."""
 
-    def __init__(self, width: int, told: int, dropout: float) -> None:
+    def __init__(self, width: int, level_width: int, dropout: float) -> None:
         super().__init__()
-        self.norm1, self.norm2 = LevelNorm(width, told), LevelNorm(width, told)
+        self.norm1, self.norm2 = LevelNorm(width, level_width), LevelNorm(width, level_width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = zero(nn.Conv2d(width, width, 3, padding=1))
         self.dropout = Dropout(dropout)
@@ -54,9 +54,9 @@ class Global(nn.Module):
 
     cells = 4
 
-    def __init__(self, width: int, told: int, dropout: float) -> None:
+    def __init__(self, width: int, level_width: int, dropout: float) -> None:
         super().__init__()
-        self.norm = LevelNorm(width, told)
+        self.norm = LevelNorm(width, level_width)
         self.down = nn.Linear(width * self.cells**2, 2 * width)
         self.up = zero(nn.Linear(2 * width, width * self.cells**2))
         self.dropout = Dropout(dropout)
@@ -99,14 +99,17 @@ class ConvNet(nn.Module):
         if width % 8:
             raise ValueError(f"width must be a multiple of 8 for the network conv; got {width}")
         of_image, height, wide = shape
-        self.outputs, told = outputs, 2 * width
-        self.level = LevelEmbedding(told, conditions=conditions)
+        self.outputs, level_width = outputs, 2 * width
+        self.level = LevelEmbedding(level_width, conditions=conditions)
         self.first = nn.Conv2d(of_image * channels, width, 3, padding=1)
         self.position = nn.Parameter(0.1 * torch.randn(width, height, wide))
         self.blocks = nn.ModuleList()
         for _ in range(depth):
-            self.blocks += [Local(width, told, dropout), Global(width, told, dropout)]
-        self.norm = LevelNorm(width, told)
+            self.blocks += [
+                Local(width, level_width, dropout),
+                Global(width, level_width, dropout),
+            ]
+        self.norm = LevelNorm(width, level_width)
         self.last = zero(nn.Conv2d(width, of_image * outputs, 3, padding=1))
 
     @override

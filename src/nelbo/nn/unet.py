@@ -27,11 +27,11 @@ OCTAVES = (2, 3, 4, 5, 6)  # n of the sines and cosines of 2^n · 2π z
 class Attend(nn.Module):
     """Residual block in which every position of the image attends to every other."""
 
-    def __init__(self, width: int, told: int) -> None:
+    def __init__(self, width: int, level_width: int) -> None:
         super().__init__()
         # the greatest number of heads of at least HEAD channels that divides the width
         self.heads = next(n for n in range(max(1, width // HEAD), 0, -1) if width % n == 0)
-        self.norm = LevelNorm(width, told)
+        self.norm = LevelNorm(width, level_width)
         self.query_key_value = nn.Conv2d(width, 3 * width, 1, bias=False)
         self.mixed = zero(nn.Conv2d(width, width, 1))
 
@@ -48,7 +48,7 @@ class Scale(nn.Module):
 
     Args:
         width: channels.
-        told: features of the embedded noise level.
+        level_width: features of the embedded noise level.
         side: the shorter side of the image, in pixels.
         depth: blocks before, and blocks after, the lower resolutions.
         dropout: share of hidden units dropped in training.
@@ -56,18 +56,18 @@ class Scale(nn.Module):
     """
 
     def __init__(
-        self, width: int, told: int, side: int, depth: int, dropout: float, wider: int = 2
+        self, width: int, level_width: int, side: int, depth: int, dropout: float, wider: int = 2
     ) -> None:
         super().__init__()
-        self.before = nn.ModuleList(Local(width, told, dropout) for _ in range(depth))
-        self.after = nn.ModuleList(Local(width, told, dropout) for _ in range(depth))
+        self.before = nn.ModuleList(Local(width, level_width, dropout) for _ in range(depth))
+        self.after = nn.ModuleList(Local(width, level_width, dropout) for _ in range(depth))
         self.within: nn.Module
         if side > SMALLEST:
             lower = wider * width
             self.down, self.up = nn.Conv2d(width, lower, 1), zero(nn.Conv2d(lower, width, 1))
-            self.within = Scale(lower, told, (side + 1) // 2, depth, dropout, wider=1)
+            self.within = Scale(lower, level_width, (side + 1) // 2, depth, dropout, wider=1)
         else:
-            self.within = Attend(width, told)
+            self.within = Attend(width, level_width)
         self.halved = side > SMALLEST
 
     @override
@@ -115,12 +115,12 @@ class UNet(nn.Module):
             raise ValueError(f"width must be a multiple of 8 for the network unet; got {width}")
         of_image, height, wide = shape
         self.outputs, self.octaves = outputs, OCTAVES if channels == 1 else ()
-        told, inputs = 2 * width, of_image * channels * (1 + 2 * len(self.octaves))
-        self.level = LevelEmbedding(told, conditions=conditions)
+        level_width, inputs = 2 * width, of_image * channels * (1 + 2 * len(self.octaves))
+        self.level = LevelEmbedding(level_width, conditions=conditions)
         self.first = nn.Conv2d(inputs, width, 3, padding=1)
         self.position = nn.Parameter(0.1 * torch.randn(width, height, wide))
-        self.scale = Scale(width, told, min(height, wide), depth, dropout)
-        self.norm = LevelNorm(width, told)
+        self.scale = Scale(width, level_width, min(height, wide), depth, dropout)
+        self.norm = LevelNorm(width, level_width)
         self.last = zero(nn.Conv2d(width, of_image * outputs, 3, padding=1))
         # channels last is faster on a CPU
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -146,9 +146,9 @@ def _rows(
         given = rows_of(condition, rows)
         return ancestral(model, len(rows), grid, seed, next(tracks), given).cpu()
 
-    said: list[str] = []
+    notes: list[str] = []
     try:
-        return within(draw, count, schema, seed, said.append), said[0]
+        return within(draw, count, schema, seed, notes.append), notes[0]
     except ValueError:  # hardly any row is within the ranges of training
         return draw(torch.arange(count), seed), (
             "as the model draws them; hardly any lie within the ranges and categories of the"

@@ -54,7 +54,7 @@ class Training:
         any_length = model.process.absent is not None
         self.measured = model.scored(self.learner.validation) if any_length else model.dims
         self.add_event: events.Add = lambda event, step: None
-        self.told = 0  # the step of the last event
+        self.reported = 0  # the step of the last event
         self.folder: tuple[int, int] | None = None  # device and inode, once the folder exists
 
     def found(self) -> None:
@@ -109,7 +109,7 @@ class Training:
                 if anywhere(interrupted()):
                     self.save()
                     raise Interrupted
-            if self.told < learner.at.step:  # resumed with fewer steps than it already has
+            if self.reported < learner.at.step:  # resumed with fewer steps than it already has
                 self._validate()
                 self.save()
         # a finished run is not to be continued where it stood, so its last state suffices
@@ -160,7 +160,7 @@ class Training:
         }
         if self.run.train.nonfinite == "skip":
             event["skipped"] = at.skipped
-        self.told = at.step
+        self.reported = at.step
         if not self.first:
             return
         with (self.out / run_config.METRICS).open("a") as file:
@@ -177,7 +177,7 @@ class Training:
         lines = "".join(json.dumps(event) + "\n" for event in kept)
         if self.first:
             files.write(self.out / run_config.METRICS, lines.encode())
-        self.told = kept[-1]["step"] if kept else 0
+        self.reported = kept[-1]["step"] if kept else 0
 
     def remove(self, made: bool) -> None:
         """Remove the files of a failed training, unless it can be continued.

@@ -43,8 +43,8 @@ class NetworkContract:
         base = network(features, level)
         assert (network(features + 0.1, level) - base).abs().max() > 1e-4
         assert (network(features, level + 0.1) - base).abs().max() > 1e-4
-        told = network(features, level, torch.ones(4, 1))
-        assert (told - base).abs().max() > 1e-4
+        conditioned = network(features, level, torch.ones(4, 1))
+        assert (conditioned - base).abs().max() > 1e-4
         torch.testing.assert_close(network(features, level, torch.zeros(4, 1)), base)
 
     def test_all_parameters_learn(self, network: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:

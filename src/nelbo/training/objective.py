@@ -169,8 +169,8 @@ class Objective:
             return -model.decoder(prediction, z, t, model.process).log_prob(x)
         if not len(asked):
             return torch.zeros_like(t)
-        told = prediction.map(lambda v: v[asked])
-        log_p = model.decoder(told, z[asked], t[asked], model.process).log_prob(x[asked])
+        of_asked = prediction.map(lambda v: v[asked])
+        log_p = model.decoder(of_asked, z[asked], t[asked], model.process).log_prob(x[asked])
         return torch.zeros_like(t, dtype=log_p.dtype).index_put((asked,), -log_p)
 
 

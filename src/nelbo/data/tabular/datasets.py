@@ -122,15 +122,15 @@ def load(
     if isinstance(schema, Schema):
         cells = {label.name: conditions.cells_like(frame, label) for label in schema.condition}
     else:
-        said = declaration(schema)
-        cells, rest, of_labels = conditions.taken_from(frame, condition, said, name)
+        stated = declaration(schema)
+        cells, rest, of_labels = conditions.taken_from(frame, condition, stated, name)
         others = frame.drop(*condition)
         if rest is None:
             columns, guesses = infer_columns(others, _stored(source, table))
             refuse_empty(columns, name, guesses)
             noted = [name for name in others.columns if all(name != c.name for c in columns)]
         else:
-            columns, guesses = complete(others, rest if condition else said)
+            columns, guesses = complete(others, rest if condition else stated)
         schema = Schema.of_table(columns, frame.columns)
         notes = [*notes, *guesses, *of_labels]
     for label in condition:

@@ -27,17 +27,17 @@ class Unseen:
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], tuple[int, str]] = {}
 
-    def add(self, column: str, count: int, cell: str, said: str) -> None:
-        """Add `count` cells of a column with the explanation `said`; `cell` shows one of them."""
-        before, first = self._found.get((column, said), (0, cell))
+    def add(self, column: str, count: int, cell: str, reason: str) -> None:
+        """Add `count` cells of a column and what is wrong with them; `cell` shows one."""
+        before, first = self._found.get((column, reason), (0, cell))
         if count:
-            self._found[column, said] = before + count, first
+            self._found[column, reason] = before + count, first
 
     def notes(self) -> list[str]:
         """Return a sentence for each column and explanation."""
         return [
-            f"{count} {'cell' if count == 1 else 'cells'} of {column}, such as {cell}, {said}"
-            for (column, said), (count, cell) in self._found.items()
+            f"{count} {'cell' if count == 1 else 'cells'} of {column}, such as {cell}, {reason}"
+            for (column, reason), (count, cell) in self._found.items()
         ]
 
 
@@ -81,8 +81,8 @@ def encode(
             if rounding:
                 notes.append(f"{len(moved)} values of {series.name} were rounded to {precision}")
             else:
-                said = f"are rounded to {precision}, as in training"
-                own.add(series.name, len(moved), f"{moved[0]:g}", said)
+                reason = f"are rounded to {precision}, as in training"
+                own.add(series.name, len(moved), f"{moved[0]:g}", reason)
         levels = place.column.group == "levels"
         parts.append(_levels(values, place.column, own) if levels else values)
     return np.stack(parts, 1), notes if unseen is not None else notes + own.notes()
@@ -136,10 +136,10 @@ def words_in_holes(frame: "DataFrame", columns: Sequence[Column]) -> list[str]:
         series = frame[column.name]
         text, hole = texts(series, ()), holes(series, column)
         word = text.is_not_null() & texts_of(series, column).is_null()
-        for which, said in ((hole, "counts as a missing cell, and is drawn"), (~hole, kept)):
+        for which, reason in ((hole, "counts as a missing cell, and is drawn"), (~hole, kept)):
             some = text.filter(word & which).unique().sort().to_list()
             if some:
-                notes.append(f"{column.name}: {', '.join(map(repr, some))} {said}")
+                notes.append(f"{column.name}: {', '.join(map(repr, some))} {reason}")
     return notes
 
 
@@ -195,8 +195,8 @@ def _symbols(series: "Series", column: Column, first: int, unseen: Unseen) -> np
         )
     if none.any() and not column.missing:
         word = raw_texts(series)[int(none.argmax())]  # possibly a word that means missing
-        said = f"are missing, but none was in training: counted as {OTHER}"
-        unseen.add(column.name, int(none.sum()), repr(word or ""), said)
+        reason = f"are missing, but none was in training: counted as {OTHER}"
+        unseen.add(column.name, int(none.sum()), repr(word or ""), reason)
     return codes
 
 
@@ -229,8 +229,8 @@ def _levels(values: np.ndarray, column: Column, unseen: Unseen) -> np.ndarray:
     code = np.rint((values - column.low) / column.precision) + 1
     beyond = np.flatnonzero((code < 1) | (code > column.points))
     if len(beyond):
-        said = f"lie outside {column.low:g} .. {column.high:g}: counted as just outside"
-        unseen.add(column.name, len(beyond), f"{values[beyond[0]]:g}", said)
+        reason = f"lie outside {column.low:g} .. {column.high:g}: counted as just outside"
+        unseen.add(column.name, len(beyond), f"{values[beyond[0]]:g}", reason)
     code = np.clip(code, 0, column.points + 1)
     return np.where(np.isnan(values), column.points + 2, code)
 

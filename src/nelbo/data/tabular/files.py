@@ -29,7 +29,7 @@ class Files(Table):
     Args:
         name: for messages.
         groups: the files of each split, or of "all".
-        told: for each file, the columns that the names of its folders state, with their cell.
+        stated: for each file, the columns that the names of its folders state, with their cell.
         notes: notes on guesses.
 
     Raises:
@@ -40,14 +40,14 @@ class Files(Table):
         self,
         name: str,
         groups: Mapping[str, Sequence[Path]],
-        told: Mapping[Path, Mapping[str, str | None]] | None = None,
+        stated: Mapping[Path, Mapping[str, str | None]] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.files = [file for files in groups.values() for file in files]
-        self.told = [(told or {}).get(file, {}) for file in self.files]
+        self.stated = [(stated or {}).get(file, {}) for file in self.files]
         decoded.check(self.files)
         self.frames = [
-            _scan(file, cells) for file, cells in zip(self.files, self.told, strict=True)
+            _scan(file, cells) for file, cells in zip(self.files, self.stated, strict=True)
         ]
         names, counts = zip(*map(_size, self.files, self.frames), strict=True)
         for file, other in zip(self.files, names, strict=True):
@@ -62,7 +62,7 @@ class Files(Table):
             begin, at = at, at + len(files)
             parts[part] = int(self.first[begin]), int(self.first[at] - self.first[begin])
         super().__init__(name, parts, list(names[0]))
-        columns = ", ".join(dict.fromkeys(k for cells in self.told for k in cells))
+        columns = ", ".join(dict.fromkeys(k for cells in self.stated for k in cells))
         self.notes = [*notes, *([f"columns named by folders: {columns}"] if columns else [])]
         self.stored = tables.stored_index(self.files[0])
 
@@ -81,7 +81,7 @@ class Files(Table):
     @override
     def identity(self) -> bytes:
         digest = hashlib.sha256()
-        for path, cells in zip(self.files, self.told, strict=True):
+        for path, cells in zip(self.files, self.stated, strict=True):
             digest.update(repr(sorted(cells.items())).encode() if cells else b"")
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -101,8 +101,8 @@ def find(source: Path, splits: Declared | None = None) -> Table | None:
             return None
         parts, rests, notes = group(names, source, splits)
         of_part = {part: [files[i] for i in few] for part, few in parts.items()}
-        told = {files[i]: partitions(rests[i]) for i in range(len(files))}
-        return Files(str(source), of_part, told, notes)
+        stated = {files[i]: partitions(rests[i]) for i in range(len(files))}
+        return Files(str(source), of_part, stated, notes)
     if source.suffix.lower() not in SUFFIXES or not source.is_file():
         return None
     decoded.check([source])
@@ -132,14 +132,14 @@ def partitions(name: str) -> dict[str, str | None]:
     return {unquote(k): None if v == HIVE_NULL else unquote(v) for k, _, v in pairs}
 
 
-def _scan(file: Path, told: Mapping[str, str | None] | None = None) -> "LazyFrame":
+def _scan(file: Path, stated: Mapping[str, str | None] | None = None) -> "LazyFrame":
     """Return the rows of a file, with columns that its folders state and that it lacks."""
     pl = polars()
     frame = tables.scan(file)
-    if not told:
+    if not stated:
         return frame
     own = tables.of_file(file, frame.collect_schema)
-    lacks = {name: cell for name, cell in told.items() if name not in own}
+    lacks = {name: cell for name, cell in stated.items() if name not in own}
     return frame.with_columns(pl.lit(cell, pl.String).alias(name) for name, cell in lacks.items())
 
 

@@ -60,9 +60,9 @@ def infer_columns(
         if seen.reason:
             notes.append(seen.reason)
             continue
-        column, said = infer_column(series)
+        column, notes_of_column = infer_column(series)
         columns.append(column)
-        notes += [*filter(None, [seen.note]), *said]
+        notes += [*filter(None, [seen.note]), *notes_of_column]
     return columns, notes
 
 
@@ -275,8 +275,8 @@ def _category(
 ) -> Column:
     rows = len(text.drop_nulls())
     if len(distinct) > SIZES[4] - 2 or (not asked and name_rows(len(distinct), rows)):
-        said = note.removeprefix(text.name).strip().replace(": taken as a category", "")
-        because = f"; it {said}" if note else ""
+        guess = note.removeprefix(text.name).strip().replace(": taken as a category", "")
+        because = f"; it {guess}" if note else ""
         raise ValueError(
             f"the column {text.name!r} has {len(distinct)} different texts in {rows} rows, too"
             f" many for a category; {LEAVE_OUT}{because}"

@@ -54,9 +54,9 @@ def infer_merged(
             raise ValueError(f"the column {name!r} has no value in any row; {LEAVE_OUT}")
         if len(column.categories) == 1:
             notes[name] = f"{name} is always {column.categories[0]}"
-    said = [words_note(name, sorted(some)) for name, some in words.items() if some]
+    of_words = [words_note(name, sorted(some)) for name, some in words.items() if some]
     own = [seen[name].note for name in found]
-    all_notes = [*left.values(), *filter(None, own), *filter(None, notes.values()), *said]
+    all_notes = [*left.values(), *filter(None, own), *filter(None, notes.values()), *of_words]
     return [column for column in found.values() if column], all_notes
 
 
@@ -65,13 +65,13 @@ def complete_columns(
 ) -> tuple[list[Column], list[str]]:
     """Return the declared columns of a table that comes in chunks, as for `inference.complete`."""
     found: list[Column] = []
-    said: dict[str, None] = {}
+    notes_found: dict[str, None] = {}
     for frame in chunks:
         kinds = ["kind" in each for each in listed(declared, frame.columns)]
         some, notes = complete(frame, declared)
-        said |= dict.fromkeys(notes)
+        notes_found |= dict.fromkeys(notes)
         found = [*map(merge, found, some, kinds)] if found else some
-    return found, list(said)
+    return found, list(notes_found)
 
 
 def _infer_some(series: "Series") -> tuple[Column | None, str]:

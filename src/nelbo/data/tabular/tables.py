@@ -47,8 +47,8 @@ def read(path: Path, notes: list[str] | None = None) -> "DataFrame":
         raise FileNotFoundError(f"there is no file {path}; give the path of a table")
     limits.check_file(path, TEXT if suffix in SEPARATORS else 2)
     if suffix in SEPARATORS:
-        said = [] if notes is None else notes
-        frame = of_file(path, lambda: delimited.read(path, said))
+        notes = [] if notes is None else notes
+        frame = of_file(path, lambda: delimited.read(path, notes))
     else:
         decoded.check([path])
         frame = of_file(path, scan(path).collect)
