@@ -257,6 +257,21 @@ def test_flow_matching_is_its_scheduler():
         torch.testing.assert_close(got, y - tau * torch.sin(y), rtol=1e-9, atol=1e-9)
 
 
+def test_one_step_from_pure_noise_is_refused(networks):
+    """P(x|z_1) without the network is uniform there: log 256 for each number, whatever it is."""
+    zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    zero_ddim = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False, **zero)
+    for scheduler in (diffusers.FlowMatchEulerDiscreteScheduler(), zero_ddim):
+        with pytest.raises(ValueError, match=r"a single step, from pure noise.*give more steps"):
+            evaluate((networks[3], scheduler), images(8), steps=1, calls=9)
+        assert evaluate((networks[3], scheduler), images(8), steps=2, calls=9).bits_per_dim > 0
+
+
+def test_a_number_of_steps_that_a_scheduler_does_not_take_is_named(networks):
+    with pytest.raises(ValueError, match=r"a PNDMScheduler cannot take 2 steps \(operands"):
+        build(networks[3], diffusers.PNDMScheduler(num_train_timesteps=40), steps=2)
+
+
 @pytest.mark.parametrize(
     ("kind", "zero"),
     [

@@ -66,7 +66,14 @@ def steps_of(scheduler: Scheduler, gamma: Tensor, steps: int) -> tuple[Tensor, T
     total = len(gamma)
     if not 1 <= steps <= total:
         raise ValueError(f"the model has {total} steps, and {steps} were asked for; try {total}")
-    scheduler.set_timesteps(steps)
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:  # PNDM with fewer than 4 steps
+        why = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"a {type(scheduler).__name__} cannot take {steps} steps ({why}); give another number,"
+            f" or none for all {total}"
+        ) from error
     times = scheduler.timesteps.double().flip(0)
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:

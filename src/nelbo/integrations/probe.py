@@ -127,6 +127,11 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
     few, rest = ((batch[part], noise[part]) for part in (order[:rows], order[rows:]))
     deviation = model.process.embed(batch.x).double().std().item()
     gammas = [said_clock(model)(-math.log(snr)).gamma for snr in SNRS]
+    if math.inf in gammas:
+        raise ValueError(
+            "the model has a single step, from pure noise, and P(x|z_1) is uniform there, whatever"
+            " the network: give more steps"
+        )
     said, *others = readings(model, gammas, deviation)
     first = _errors(said, model, *few, gammas)
     own, zero = first.pop(""), first.pop(ZERO)
