@@ -65,18 +65,18 @@ ZERO = "zero in place of the output"
 
 
 def readings(model: "WrappedModel", gammas: Sequence[float], deviation: float) -> list[Reading]:
-    """Return the reading that was said, whose output has the name "", and then all others.
+    """Return the reading that was given, whose output has the name "", and then all others.
 
     The first has the name `ZERO` too, for zero in its place.
 
     Args:
-        model: the network as it was said.
+        model: the network as it was given.
         gammas: levels at which they are tried; inputs that are equal there are one.
         deviation: standard deviation of the data, their own σ_data.
     """
     clock, factor, embed = said_clock(model), model.network.factor, model.process.embed
-    said = f'predicts="{model.said}"' if model.said else "what was given"
-    outputs = {"": (model.head, 1), ZERO: (model.head, 0), said + MINUS: (model.head, -1)}
+    given = f'predicts="{model.predicts}"' if model.predicts else "what was given"
+    outputs = {"": (model.head, 1), ZERO: (model.head, 0), given + MINUS: (model.head, -1)}
     found = [Reading(clock, factor, outputs, embed)]
     for c, levels, outputs in _conventions(model, clock, deviation):
         new = Reading(levels, c, outputs, embed)
@@ -97,22 +97,22 @@ def _alike(one: Reading, other: Reading, gammas: Sequence[float]) -> bool:
 
 
 def _conventions(
-    model: "WrappedModel", said: Clock, deviation: float
+    model: "WrappedModel", clock: Clock, deviation: float
 ) -> Iterator[tuple[Factor, Clock, Outputs]]:
-    """Yield c(γ), levels and outputs, from those that differ least from what was said."""
+    """Yield c(γ), levels and outputs, from those that differ least from what was given."""
     own, known = model.network.factor, _known_times(model)
-    yield own, said, _outputs(own, "")
+    yield own, clock, _outputs(own, "")
     head = getattr(model.head, "head", model.head)  # in one that clips
     given = head.sigma_data if isinstance(head, EDM) else None
     values = [deviation, *USUAL]
     if given is not None:
         values = [given, *(ratio * given for ratio in RATIOS), *values, *FURTHER]
-        yield from _of_edm(_apart(values), said, known)
+        yield from _of_edm(_apart(values), clock, known)
         outputs = _of_sigma_data(given, f"{AT}σ")
         yield EDM(given).factor, free_clock(_sigma, known), outputs
-    yield from _of_latents(own, said, known, model.process.schedule.steps)
+    yield from _of_latents(own, clock, known, model.process.schedule.steps)
     if given is None:
-        yield from _of_edm(_apart(values), said, known)
+        yield from _of_edm(_apart(values), clock, known)
 
 
 def _apart(values: list[float]) -> list[float]:
@@ -125,12 +125,12 @@ def _apart(values: list[float]) -> list[float]:
 
 
 def _of_edm(
-    values: list[float], said: Clock, known: Ends | None
+    values: list[float], clock: Clock, known: Ends | None
 ) -> Iterator[tuple[Factor, Clock, Outputs]]:
-    """Yield EDM's inputs and output for values of σ_data, at its own time inputs and as said."""
+    """Yield EDM's inputs and output for values of σ_data, at its own time inputs and as given."""
     for sigma_data in values:
         factor = EDM(sigma_data).factor
-        yield factor, said, _of_sigma_data(sigma_data)
+        yield factor, clock, _of_sigma_data(sigma_data)
         outputs = _of_sigma_data(sigma_data, f"{AT}log(σ)/4")
         yield factor, free_clock(lambda gamma: gamma / 8, known), outputs
 
@@ -141,18 +141,18 @@ def _of_sigma_data(sigma_data: float, where: str = "") -> Outputs:
 
 
 def _of_latents(
-    own: Factor, said: Clock, known: Ends | None, steps: int | None
+    own: Factor, clock: Clock, known: Ends | None, steps: int | None
 ) -> Iterator[tuple[Factor, Clock, Outputs]]:
-    """Yield other latents, at the time inputs as they were said and at their own.
+    """Yield other latents, at the time inputs as they were given and at their own.
 
     Args:
-        own: c(γ) as it was said.
-        said: the levels as they were said.
+        own: c(γ) as it was given.
+        clock: the levels as they were given.
         known: the ends of time inputs that are whole numbers.
         steps: T, if the levels were given as a table.
     """
     for latents, factor in LATENTS.items():
-        yield factor, said, _outputs(factor, f" of {latents}")
+        yield factor, clock, _outputs(factor, f" of {latents}")
     # some of the times of a training are those of all
     scale = known[1] + 1 if known and not TRAINED / 2 <= known[1] < TRAINED else TRAINED
     for latents, word, time in (
@@ -173,17 +173,17 @@ def _of_latents(
         return
     if own is interpolating:
         where = f" of {VE}, where the τ's given are σ's"
-        yield exploding, renamed_clock(said, _as_sigma, _as_tau), _outputs(exploding, where)
+        yield exploding, renamed_clock(clock, _as_sigma, _as_tau), _outputs(exploding, where)
     elif own is not preserving:
         where = f" of {FLOW}, where the σ's given are τ's"
         yield (
             interpolating,
-            renamed_clock(said, _as_tau, _as_sigma),
+            renamed_clock(clock, _as_tau, _as_sigma),
             _outputs(interpolating, where),
         )
     if own is not preserving or not known:
         where = f" of {VP}, with the time inputs 0..T-1"
-        yield preserving, counted_clock(said, steps), _outputs(preserving, where)
+        yield preserving, counted_clock(clock, steps), _outputs(preserving, where)
 
 
 def _outputs(factor: Factor, where: str) -> Outputs:
@@ -231,13 +231,13 @@ def _known_times(model: "WrappedModel") -> Ends | None:
     return (times.min().item(), times.max().item()) if whole else None
 
 
-def _of_data(model: "WrappedModel", said: Clock) -> Iterator[Reading]:
-    """Yield readings of the data, with the output and the inputs as they were said."""
+def _of_data(model: "WrappedModel", clock: Clock) -> Iterator[Reading]:
+    """Yield readings of the data, with the output and the inputs as they were given."""
     process, factor, shape = model.process, model.network.factor, model.shape
     own = process.embedding
 
     def read(name: str, embed: Callable[[Tensor], Tensor], size: float = 1.0) -> Reading:
-        return Reading(said, factor, {name: (model.head, 1)}, embed, size)
+        return Reading(clock, factor, {name: (model.head, 1)}, embed, size)
 
     if len(shape) == 3 and shape[1] == shape[2]:
         name = "images with rows and columns exchanged; give x.transpose(-1, -2)"

@@ -96,7 +96,7 @@ class WrappedModel(Model):
         process: the Gaussian diffusion of its training.
         parts: the other parts of a `Model`, in the order of its arguments.
         shape: the shape of one example.
-        said: the word for the output, as `probe` knows it; "" for one that it cannot check.
+        predicts: the word for the output, as `probe` knows it; "" for one that it cannot check.
 
     Attributes:
         check: whether a network that fits another reading better by far is refused, or measured
@@ -113,10 +113,10 @@ class WrappedModel(Model):
         process: GaussianDiffusion,
         parts: tuple[parametrization.Parametrization, reverse.ReverseKernel, Decoder],
         shape: tuple[int, ...],
-        said: str,
+        predicts: str,
     ) -> None:
         super().__init__(network, process, *parts, shape)
-        self.said = said
+        self.predicts = predicts
 
     @property
     @override
@@ -218,8 +218,8 @@ def wrap(
         raise ValueError(
             f"shape is that of one example, channels first, such as (3, 32, 32); got {shape}"
         )
-    said, head = _read(predicts, sigma_data)
-    flow = said == "flow"
+    word, head = _read(predicts, sigma_data)
+    flow = word == "flow"
     if isinstance(network, type) or not callable(network):
         raise ValueError(
             "network must be a torch.nn.Module, not its class, or a function network(z, t); got"
@@ -242,7 +242,7 @@ def wrap(
         gamma = schedule
     else:
         raise ValueError("give the noise levels as a schedule or as a table of them, not as both")
-    if table is None and said == "edm":
+    if table is None and word == "edm":
         table = gamma / 8 if isinstance(gamma, Tensor) else (lambda gamma: gamma / 8)
     if table is None:
         table = sigmas if schedule is None or not flow else (lambda gamma: (gamma / 2).sigmoid())
@@ -250,7 +250,7 @@ def wrap(
     model = assemble(
         network,
         shape,
-        predicts=head if said == "edm" and head is not None else predicts,
+        predicts=head if word == "edm" and head is not None else predicts,
         gamma=gamma,
         times=table,
         factor=factor or own or (preserving if sigmas is None else exploding),
@@ -283,8 +283,8 @@ def assemble(
     """Do the same as `wrap` from γ_1..γ_T, or γ(t), and without its warning."""
     if variance not in STEPS:
         raise ValueError(f"variance must be one of {', '.join(STEPS)}; got {variance!r}")
-    said, head = _read(predicts)
-    if said == "score":
+    word, head = _read(predicts)
+    if word == "score":
         head = Score(factor)
     elif head is None:
         head = parametrization.Mean(_steps_of_mean(gamma, factor, keep))
@@ -297,9 +297,9 @@ def assemble(
             raise ValueError(f"times must be {len(gamma)} numbers, one per noise level; got {got}")
         kept = kept_times(keep, len(gamma))
         gamma, table = gamma[kept], table[kept]
-        if gamma[-1] == torch.inf and said in ("noise", "score"):
+        if gamma[-1] == torch.inf and word in ("noise", "score"):
             raise ValueError(
-                f"a network that predicts {said} says nothing about the data where no signal is"
+                f"a network that predicts {word} says nothing about the data where no signal is"
                 " left, and the schedule ends there (α_T = 0); leave that time out with keep=..."
             )
         process: GaussianDiffusion = OnSteps(Steps(gamma), scaling)

@@ -102,7 +102,7 @@ def load(
     vae = _autoencoder(path)
     home, variant, notes = home_of(path, weights)
     notes += adapters_of(path, home)
-    network, kind, said = network_of(home, variant)
+    network, kind, weight_notes = network_of(home, variant)
     name = "scheduler_config.json"
     places = (path / "scheduler" / name, path / name)
     settings = next((place for place in places if place.is_file()), None)
@@ -133,7 +133,9 @@ def load(
     def of_steps(steps: int | None) -> Foreign:
         found = build(network, scheduler, name, steps=steps, **options)  # type: ignore[arg-type]
         read = found.model.diffusion.check_reading()
-        return replace(found, notes=(*found.notes, *read, *notes, *said), of_steps=of_steps)
+        return replace(
+            found, notes=(*found.notes, *read, *notes, *weight_notes), of_steps=of_steps
+        )
 
     return of_steps(steps)
 

@@ -104,12 +104,12 @@ def home_of(path: Path, weights: str | None) -> tuple[Path, str | None, list[str
     home = next((path / name for name in names if (path / name).is_dir()), path)
     if weights is not None and (path / weights / "config.json").is_file():
         return path / weights, None, []
-    said = [
+    notes = [
         f"the weights in {home.name} are measured; for those in {name}, add ,weights={name} to the"
         " path"
         for name in (beside(home) if home != path else ())
     ]
-    return home, weights, said
+    return home, weights, notes
 
 
 def adapters_of(path: Path, home: Path) -> list[str]:

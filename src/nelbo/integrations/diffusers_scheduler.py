@@ -177,11 +177,11 @@ def discrete(
             f"the {kind} changes its α's after making them of its β's; wrap the network with"
             " nelbo.integrations.wrap(network, alphas=scheduler.alphas_cumprod)"
         )
-    total, said = len(gamma), positive(config, "num_train_timesteps")
-    if total != said:
+    total, stated = len(gamma), positive(config, "num_train_timesteps")
+    if total != stated:
         raise ValueError(
-            f"the scheduler has {total} betas and num_train_timesteps={said}; write the number of"
-            " times of the training, and as many trained_betas"
+            f"the scheduler has {total} betas and num_train_timesteps={stated}; write the number"
+            " of times of the training, and as many trained_betas"
         )
     times: Tensor = torch.arange(total)
     if steps is not None:

@@ -121,11 +121,11 @@ def through(found: Foreign, vae: nn.Module, levels: Levels | Affine, law: str | 
     )
 
     def fit(batch: Batch) -> str:
-        said = "" if found.fit is None else f"{found.fit(model.latents_of(batch))}; "
+        note = "" if found.fit is None else f"{found.fit(model.latents_of(batch))}; "
         if not scale:
             model.fit_law(batch.x, family or None, rest == ":channels")
-            said += f"the distribution of the pixels is {model.law}; "
-        return said.removesuffix("; ")
+            note += f"the distribution of the pixels is {model.law}; "
+        return note.removesuffix("; ")
 
     return Foreign(
         found.name,

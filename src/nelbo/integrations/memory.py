@@ -209,12 +209,12 @@ def _of_function(
         times, how = TimeGrid(even_times(process.schedule, steps, steps)), f"in {steps} steps"
     else:
         times, how = ContinuousTime(process.schedule.start), "in continuous time"
-    said = f'predicts="{reading.get("predicts", "noise")}"'
+    how_read = f'predicts="{reading.get("predicts", "noise")}"'
     if "sigma_data" in reading:
-        said += f", sigma_data={reading['sigma_data']:g}"
+        how_read += f", sigma_data={reading['sigma_data']:g}"
     notes = (
         f"ancestral sampling {how}, variance {reading.get('variance', 'small')}; the network is"
-        f" read as {said}",
+        f" read as {how_read}",
         scaled(process.embedding),
     )
     levels = process.codes or None

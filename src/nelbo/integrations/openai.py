@@ -126,7 +126,7 @@ def load(
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a state dict, .pt or .safetensors")
     checked = check_flags(_flags_beside(path) if flags is None else flags)
-    weights, said = without_prefix(tensors_of(path))
+    weights, prefix_notes = without_prefix(tensors_of(path))
     if FIRST not in weights:
         raise ValueError(f"{path} holds no state dict of a U-Net; save network.state_dict() there")
     with limits.within_file(weights, path):
@@ -147,7 +147,7 @@ def load(
             channels=network.architecture.inputs,
             classes=network.architecture.classes,
         )
-        return replace(found, notes=(*found.notes, *said), of_steps=of_steps)
+        return replace(found, notes=(*found.notes, *prefix_notes), of_steps=of_steps)
 
     return of_steps(steps)
 

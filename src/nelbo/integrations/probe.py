@@ -79,9 +79,9 @@ def probe(model: "WrappedModel", batch: Batch | None = None) -> list[str]:
 
 def _at_noise(model: "WrappedModel") -> list[str]:
     """Return a note, or raise ReadingError, by the slope of the output over pure noise."""
-    said = model.said
+    predicts = model.predicts
     last = torch.ones((), dtype=torch.float64)
-    if said in ("", "score") or model.process.alpha(last) > SIGNAL:
+    if predicts in ("", "score") or model.process.alpha(last) > SIGNAL:
         return []
     rows = min(ROWS, max(2, NUMBERS // model.dims))
     generator = torch.Generator().manual_seed(0)
@@ -100,12 +100,12 @@ def _at_noise(model: "WrappedModel") -> list[str]:
             f'{seen}: its sign is that of x - ε, -ε or a score; give predicts="score", or wrap a'
             ' module that returns minus the output, as predicts="flow" or "noise"'
         )
-    if follows and said in ("velocity", "data", "edm"):
+    if follows and predicts in ("velocity", "data", "edm"):
         raise ReadingError(
-            f'{seen}, where that of predicts="{said}" has nearly 0: it may be that of'
+            f'{seen}, where that of predicts="{predicts}" has nearly 0: it may be that of'
             ' predicts="flow", ε - x, or of predicts="noise"'
         )
-    if said == "flow" and not follows:
+    if predicts == "flow" and not follows:
         return [
             f'{seen}, where that of a trained flow, ε - x, has 1: is it predicts="velocity", or'
             " not trained?"
@@ -132,8 +132,8 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
             "the model has a single step, from pure noise, and P(x|z_1) is uniform there, whatever"
             " the network: give more steps"
         )
-    said, *others = readings(model, gammas, deviation)
-    first = _errors(said, model, *few, gammas)
+    given, *others = readings(model, gammas, deviation)
+    first = _errors(given, model, *few, gammas)
     own, zero = first.pop(""), first.pop(ZERO)
     found = {name: error for name, error in first.items() if _may_be_better(own, error)}
     possible = []
@@ -142,7 +142,7 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
             possible.append(reading)
             found |= errors
     if found and len(rest[1]):
-        more = _errors(said, model, *rest, gammas)
+        more = _errors(given, model, *rest, gammas)
         own, zero = torch.cat([own, more[""]], 1), torch.cat([zero, more[ZERO]], 1)
         for reading in possible:
             more |= _errors(reading, model, *rest, gammas)
@@ -160,7 +160,7 @@ def _errors(
 ) -> dict[str, Tensor]:
     """Return errors of a reading, (levels, rows), by name.
 
-    With those of the reading that was said, `own`, only errors that may be better are returned,
+    With those of the reading that was given, `own`, only errors that may be better are returned,
     and none if the network does not take its inputs.
     """
     found: dict[str, Tensor] = {}
@@ -184,14 +184,14 @@ def _errors(
 
 
 def _verdict(own: Tensor, zero: Tensor, errors: Mapping[str, Tensor]) -> list[str]:
-    """Return a note, or raise ReadingError, by the ρ of the reading said and of others.
+    """Return a note, or raise ReadingError, by the ρ of the reading given and of others.
 
     Each has shape (levels, rows), as `zero`, that of the reading with zero in place of the output.
     """
     if not own.isfinite().all():
         return []  # constant images, which a line fits exactly; or no number, which is said later
     means = {name: error.mean().item() for name, error in {"": own, **errors}.items()}
-    # of readings that are nearly as good as the best, the one that differs least from that said
+    # of readings that are nearly as good as the best, the one that differs least from that given
     best = next(name for name, mean in means.items() if mean <= ALIKE * min(means.values()))
     if best:
         seen = (

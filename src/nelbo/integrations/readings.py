@@ -63,7 +63,7 @@ class Reading:
         factor: c(γ).
         outputs: the outputs.
         embed: the data in the units of the network, from x.
-        size: of a level in these units, in that of the reading that was said.
+        size: of a level in these units, in that of the reading that was given.
     """
 
     clock: Clock
@@ -122,7 +122,7 @@ def _error_of_a_line(e: Tensor, z: Tensor) -> Tensor:
 
 
 def said_clock(model: "WrappedModel") -> Clock:
-    """Return the levels of a network as they were said."""
+    """Return the levels of a network as they were given."""
     schedule, start = model.process.schedule, 0.0
     count = schedule.steps
     if count is None:
@@ -148,23 +148,23 @@ def table_clock(gammas: Tensor) -> Clock:
     return levels
 
 
-def counted_clock(said: Clock, steps: int) -> Clock:
+def counted_clock(clock: Clock, steps: int) -> Clock:
     """Return the levels of a table with their places, from 0, as time inputs."""
 
     def levels(gamma: float) -> Level:
-        found = said(gamma)
+        found = clock(gamma)
         return Level(found.gamma, torch.tensor(round(found.t * steps) - 1))
 
     return levels
 
 
 def renamed_clock(
-    said: Clock, as_other: Callable[[float], float], as_said: Callable[[float], float]
+    clock: Clock, as_other: Callable[[float], float], as_own: Callable[[float], float]
 ) -> Clock:
     """Return the levels of the same numbers and times under another name of the numbers."""
 
     def levels(gamma: float) -> Level:
-        found = said(as_said(gamma))
+        found = clock(as_own(gamma))
         return Level(as_other(found.gamma), found.time)
 
     return levels

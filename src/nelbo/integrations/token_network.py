@@ -122,7 +122,7 @@ def clock_of(time: str | Clock | None) -> Clock | None:
     return time
 
 
-def told(clock: Clock | None) -> str:
+def clock_in_words(clock: Clock | None) -> str:
     """Return what a time input says, for a note."""
     known = {
         CLOCKS["masked"]: "the share of tokens that noise has changed",
@@ -164,10 +164,10 @@ def probe(
             try:
                 base = call(module, ids, time)
             except (IndexError, RuntimeError, TypeError) as error:
-                told, takes = ("", "no") if time is None else (" and a time", "a")
+                extra, takes = ("", "no") if time is None else (" and a time", "a")
                 reason = str(error).strip().split("\n")[0]
                 raise ValueError(
-                    f"the module fails on {size} ids {mask_id or 0}{told} ({reason}); give its"
+                    f"the module fails on {size} ids {mask_id or 0}{extra} ({reason}); give its"
                     " largest number of tokens as length, and check that the mask_id is one of"
                     f" its ids, and that it takes {takes} time"
                 ) from error

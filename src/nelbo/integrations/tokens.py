@@ -46,10 +46,10 @@ from nelbo.diffusion.uniform import UniformDiffusion
 from nelbo.integrations.token_network import (
     Clock,
     TokenNetwork,
+    clock_in_words,
     clock_of,
     described,
     probe,
-    told,
 )
 from nelbo.integrations.token_prediction import TokenLogits, TokenPrediction
 from nelbo.integrations.token_rows import (
@@ -305,7 +305,7 @@ class TokenModel(Model):
             f"{self.possible} of {network.vocabulary} ids can be predicted{impossible}",
             *(() if masked else ("noise replaces a token by any of the ids",)),
             *self.process.notes(self.dimension),
-            f"the model {told(network.clock)}",
+            f"the model {clock_in_words(network.clock)}",
         )
 
     def _shows(self, ids: Tensor) -> Tensor:
