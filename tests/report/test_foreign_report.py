@@ -9,7 +9,9 @@ from support.conditional import ddpm, dit, images
 
 import nelbo
 from nelbo import evaluate
+from nelbo.report import foreign
 from nelbo.report.markup import rounded
+from nelbo.runs import foreign_samples
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -49,6 +51,25 @@ def test_the_page_states_what_evaluate_measures(folder, tmp_path, capsys):
     bounds = -want.per_example.elbo * want.value / want.nats
     for value, name in ((bounds.min(), "least"), (bounds.max(), "largest")):
         assert re.search(rf"{name}</td><td[^>]*>{value.item():.4g}<", html)
+
+
+def test_samples_have_the_conditions_of_some_examples(folder, tmp_path):
+    """Sixteen samples for the labels of nine examples, at even distances."""
+    labels, data = np.arange(9), folder / "x.npz"
+    np.save(tmp_path / "labels.npy", labels)
+    source, page = (
+        f"diffusers:{folder},condition={tmp_path / 'labels.npy'}",
+        tmp_path / "page.html",
+    )
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            foreign, "drawer", lambda found: seen.append(found) or foreign_samples.drawer(found)
+        )
+        html = nelbo.report(source, page, data=data, calls=18, steps=5).read_text()
+    (found,) = seen
+    assert found.condition.rows(16).flatten().tolist() == [i * 9 // 16 for i in range(16)]
+    assert "16 samples in 5 steps, of P(x|class) for some of the examples" in html
 
 
 def test_what_is_refused(folder, tmp_path, capsys):

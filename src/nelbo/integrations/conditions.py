@@ -73,6 +73,20 @@ class Given:
             rows.append(value.expand(examples, *value.shape[1:]).reshape(examples, -1).float())
         return torch.cat(rows, 1)
 
+    def spread(self, count: int) -> "Given":
+        """Return the conditions of `count` of the examples, at even distances; or one for all.
+
+        Those of fewer examples are repeated.
+        """
+        return Given(
+            {
+                name: value
+                if len(value) == 1
+                else value[torch.arange(count) * len(value) // count]
+                for name, value in self.values.items()
+            }
+        )
+
 
 class Conditioned(nn.Module):
     """network(y, time, rows (B, F)) of a network that takes its conditions by name.

@@ -1,5 +1,6 @@
 """One self-contained HTML page about another library's model: its bound, terms and samples."""
 
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -98,11 +99,15 @@ def _samples(foreign: Foreign, seed: int, progress: bool | None) -> str:
     more = foreign.times.steps is None or foreign.times.steps > SAMPLE_STEPS
     if more and foreign.of_steps is not None:
         few = foreign.of_steps(SAMPLE_STEPS)
+    given = ""
+    if few.condition is not None:
+        few = replace(few, condition=few.condition.spread(SAMPLES))
+        given = f", of P(x|{escape(few.model.diffusion.conditioned_on)}) for some of the examples"
     canvas = Canvas(foreign.model.diffusion.process, foreign.schema, torch.zeros(1))
     x = drawer(few)(SAMPLES, seed, tracks(progress)("samples"))
     return section(
         "Samples",
-        f"{SAMPLES} samples in {few.times.steps} steps, none of them selected.",
+        f"{SAMPLES} samples in {few.times.steps} steps{given}, none of them selected.",
         f"<figure>{picture(canvas.data(x), 8, 'samples')}</figure>",
     )
 
