@@ -89,10 +89,7 @@ class SurveyEstimate:
 
     def _summed(self, columns: slice) -> "SurveyEstimate":
         """Return the estimate of one column, the sum of these."""
-        shapes = [block.shape[:2] for block in self.costs]
-        each = torch.cat([block.flatten(0, 1) for block in self.costs])[:, columns]
-        parts = each.sum(1).split([math.prod(shape) for shape in shapes])
-        costs = [part.view(*shape, 1) for part, shape in zip(parts, shapes, strict=True)]
+        costs = [block[..., columns].sum(2, keepdim=True) for block in self.costs]
         return replace(self, costs=costs, known=self.known[:, columns].sum(1, keepdim=True))
 
     def _left(self) -> list[Tensor]:
@@ -100,10 +97,20 @@ class SurveyEstimate:
         known = self.known[self.rows].split([len(block) for block in self.costs])
         return [block - part[:, None] for block, part in zip(self.costs, known, strict=True)]
 
+    def _joined_left(self) -> list[Tensor]:
+        """Return these for blocks of each shape together, (n, R_g, ...), in any order."""
+        found: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for block, rows in zip(self.costs, self.blocks, strict=False):
+            found.setdefault(block.shape, []).append((block, rows))
+        alike = [
+            [torch.cat(parts) for parts in zip(*pairs, strict=True)] for pairs in found.values()
+        ]
+        return [costs - self.known[rows][:, None] for costs, rows in alike]
+
     @property
     def means(self) -> Tensor:
         """The mean of each column over all N examples, (1 + S,)."""
-        left = _joined(self._left())
+        left = self._joined_left()
         return self.known.mean(0) + torch.cat([group.mean(1) for group in left]).mean(0)
 
     def mean(self, columns: slice = slice(None)) -> float:
@@ -114,7 +121,7 @@ class SurveyEstimate:
         """Return w_i² of the examples with one replicate, (1 + S,); NaN if all have as many."""
         if len({block.shape[1] > 1 for block in self.costs}) < 2:
             return torch.full_like(self.known[0], math.nan)
-        return typical(_joined(self._left()), caution)[0]
+        return typical(self._joined_left(), caution)[0]
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return independent parts of the variance of the means over S.
@@ -145,7 +152,7 @@ class SurveyEstimate:
         within, freedom = torch.cat(parts), torch.cat(each)
         if visited == len(self.known):
             return within, freedom, within[:0]
-        left = torch.cat([group.mean(1) for group in _joined(self._left())])
+        left = torch.cat([group.mean(1) for group in self._joined_left()])
         return within, freedom, (left - left.mean(0)).square() / (visited * (visited - 1))
 
     @property
@@ -213,11 +220,6 @@ def _stacked(blocks: Sequence[Tensor]) -> list[Tensor]:
     for block in blocks:
         found.setdefault(block.shape, []).append(block)
     return [torch.stack(alike) for alike in found.values()]
-
-
-def _joined(blocks: Sequence[Tensor]) -> list[Tensor]:
-    """Return the examples of blocks of each shape together, (n, R_g, ...), in any order."""
-    return [group.flatten(0, 1) for group in _stacked(blocks)]
 
 
 @dataclass(frozen=True)
