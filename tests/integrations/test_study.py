@@ -241,7 +241,7 @@ def test_a_folder_that_is_no_run_is_named_as_it_must_be(tmp_path, home):
 
 
 @pytest.mark.parametrize("kind", ["pair", "module"])
-def test_autocast_of_a_network_in_memory(kind):
+def test_autocast_of_a_network_in_memory(kind, tmp_path):
     """As of a folder: recorded, noted and near the other; other options of files are refused."""
     with seeded(0):
         network = {
@@ -262,6 +262,10 @@ def test_autocast_of_a_network_in_memory(kind):
     for wrong in ({"device_map": "auto"}, {"trust_remote_code": True}):
         with pytest.raises(ValueError, match="are for a model that is read from files"):
             measured(**wrong)
+    state = {"resume": tmp_path / "state"}
+    assert measured(**state).nats == plain.nats
+    with pytest.raises(ValueError, match=r"its precision is its own, and now torch\.bfloat16"):
+        measured(**state, precision="bf16")
     if kind == "pair":
         drawn = [sample(thing, 2, steps=2, precision=p) for p in (None, "bf16")]
         assert drawn[0].shape == drawn[1].shape and not np.array_equal(*drawn)

@@ -173,6 +173,7 @@ def keeping(
     known = {"model": model_hash(model), "data": fingerprint(batch.x), "conditions": given}
     known |= {"seed": str(seed), "nelbo": __version__, "torch": torch.__version__}
     known |= {"device": str(model.device), "network": model.output_hash(batch)}
+    known["precision"] = str(model.autocast or "its own")
     kept = Kept(path, known | {name: str(value) for name, value in about.items()})
     try:
         yield kept
