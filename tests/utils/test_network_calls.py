@@ -145,6 +145,16 @@ def test_a_cpu_convolves_as_many_images_as_its_cache_holds():
     assert sizes == [11, 11, 11]
 
 
+@pytest.mark.parametrize(("patch", "sizes"), [(2, [1] * 9), (8, [9]), (4, [4, 4, 1])])
+def test_a_cpu_takes_as_many_patches(patch, sizes):
+    """Images of 64x64 have 1024, 64 or 256 patches: a transformer of patches has no others."""
+    got, network = [], nn.Sequential(nn.Conv2d(1, 2, patch, stride=patch), nn.Flatten())
+    network.register_forward_pre_hook(lambda _, inputs: got.append(len(*inputs)))
+    with torch.no_grad():
+        NetworkCalls("patches")(network, [torch.randn(9, 1, 64, 64)])
+    assert got == sizes
+
+
 def test_one_row_that_does_not_fit_is_one_sentence():
     with pytest.raises(
         ValueError, match=r"network Small .* cpu even with 1 row \(3x2x5, float64\)"

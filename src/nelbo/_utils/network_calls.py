@@ -12,6 +12,7 @@ so no draw depends on the split.
 With gradients, whose memory outlives the call, and within `fixed_rows` the fixed rule holds.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,9 @@ EXHAUSTED = (
 #: pixels of the images in a call of convolutions on a CPU. Layers beyond some 32 MiB, for which
 #: the C library asks the system each time, take up to twice the time
 PIXELS = 2**14
+#: patches of the images in a call of a transformer of patches there. More take up to 1.5 times the
+#: time of each, and one image of few patches alone as much
+PATCHES = 2**10
 
 _fixed: ContextVar[bool] = ContextVar("fixed", default=False)
 
@@ -76,8 +80,7 @@ class NetworkCalls:
         total, like = len(inputs[0]), inputs[0]
         key = like.device, like.shape[1:], like.dtype
         adaptive = not torch.is_grad_enabled() and not _fixed.get()
-        if adaptive and like.device.type == "cpu" and _convolves(network, like):
-            cached = max(1, PIXELS // like.shape[2:].numel())
+        if adaptive and (cached := _that_cache_holds(network, like)):
             rows = min(rows or cached, cached)
         outputs: list[Tensor] = []
         done = 0
@@ -123,10 +126,20 @@ def device_memory(device: torch.device) -> tuple[float, float]:
     return torch.cuda.mem_get_info(device)[0] + kept, torch.cuda.max_memory_allocated(device)
 
 
-def _convolves(network: Callable[..., Tensor], like: Tensor) -> bool:
-    """Return whether a network takes images, (B, C, H, W), and has convolutions."""
-    parts = network.modules() if isinstance(network, nn.Module) and like.ndim == 4 else ()
-    return any(isinstance(part, nn.Conv2d) for part in parts)
+def _that_cache_holds(network: Callable[..., Tensor], like: Tensor) -> int | None:
+    """Return how many images, (B, C, H, W), a call of convolutions on a CPU has at most.
+
+    None for other networks, data and devices.
+    """
+    if not isinstance(network, nn.Module) or like.ndim != 4 or like.device.type != "cpu":
+        return None
+    parts = (part for part in network.modules() if isinstance(part, nn.Conv2d))
+    least = min((math.prod(part.stride) for part in parts), default=None)
+    if least is None:
+        return None
+    # a transformer of patches has convolutions for these alone, in steps of their size
+    pixels = PIXELS if least == 1 else PATCHES * least
+    return max(1, pixels // like.shape[2:].numel())
 
 
 def _allocated(device: torch.device) -> float:
