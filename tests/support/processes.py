@@ -52,7 +52,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, flush=True)
 """
 # what training imports, with a fit and an optimiser; and what decodes
-TRAINING = ("nelbo.cli", "nelbo.runs.train", "sklearn.mixture", "sympy")
+TRAINING = ("nelbo.cli", "nelbo.runs.train", "sklearn.mixture", "torch._dynamo")
 DECODING = ("polars",)
 
 
