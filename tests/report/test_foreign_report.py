@@ -70,6 +70,10 @@ def test_samples_have_the_conditions_of_some_examples(folder, tmp_path):
     (found,) = seen
     assert found.condition.rows(16).flatten().tolist() == [i * 9 // 16 for i in range(16)]
     assert "16 samples in 5 steps, of P(x|class) for some of the examples" in html
+    pair, x = (dit(), ddpm()), np.load(data)["x"]
+    in_memory = nelbo.report(pair, page, data=x, condition=labels, calls=18, steps=5)
+    want = evaluate(source, x, steps=5, calls=18, per_example=True)
+    assert rounded(want.value, want.standard_error.total) in in_memory.read_text()
 
 
 def test_what_is_refused(folder, tmp_path, capsys):

@@ -22,6 +22,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import TimeGrid
 from nelbo.evaluation.result import Evaluation
 from nelbo.integrations import Foreign
+from nelbo.integrations.conditions import Condition
 from nelbo.pages.images import is_image
 from nelbo.pages.page import write_page
 from nelbo.report import sections
@@ -51,6 +52,7 @@ def report(
     progress: bool | None = None,
     *,
     data: Source | None = None,
+    condition: Condition | None = None,
     steps: int | None = None,
     calls: float | None = None,
     device: str | None = None,
@@ -68,6 +70,7 @@ def report(
         progress: show bars on the error stream; by default if it is a terminal.
 
         data: for another library's model: the images on which it is measured.
+        condition: for another library's model: c of the images, as for `nelbo.evaluate`.
         steps: for another library's model: its number of steps; by default its own.
         calls: for another library's model: network calls per image, at most; 24 by default.
         device: for another library's model: where to run it, "cpu" or "cuda".
@@ -78,7 +81,8 @@ def report(
     Raises:
         ValueError: another library's model without data, or an option that is only for one.
     """
-    options = {"data": data, "steps": steps, "calls": calls, "device": device}
+    options: dict[str, object] = {"data": data, "condition": condition, "steps": steps}
+    options |= {"calls": calls, "device": device}
     if is_foreign(run):
         from nelbo.report.foreign import report_foreign
 
@@ -86,7 +90,15 @@ def report(
             raise ValueError(f"{name_of(run)} comes without data; give some with --data")
         page = Path(PAGE if out is None else out)
         return report_foreign(
-            run, data, page, steps=steps, calls=calls, device=device, seed=seed, progress=progress
+            run,
+            data,
+            page,
+            condition=condition,
+            steps=steps,
+            calls=calls,
+            device=device,
+            seed=seed,
+            progress=progress,
         )
     if given := [f"--{name}" for name, value in options.items() if value is not None]:
         raise ValueError(f"{given[0]} is for another library's model; leave it out")

@@ -13,6 +13,7 @@ from nelbo.data.sources import Source
 from nelbo.diffusion.batch import Batch
 from nelbo.evaluation.result import Evaluation
 from nelbo.integrations import Foreign
+from nelbo.integrations.conditions import Condition
 from nelbo.pages.images import Canvas, is_image
 from nelbo.pages.page import write_page
 from nelbo.report import sections
@@ -30,6 +31,7 @@ def report_foreign(
     data: Source,
     out: Path,
     *,
+    condition: Condition | None = None,
     steps: int | None = None,
     calls: float | None = None,
     device: str | None = None,
@@ -42,6 +44,7 @@ def report_foreign(
         source: what stands for it, see `runs.foreign`; a model of images.
         data: examples on which it is measured.
         out: the HTML file; it is replaced as a whole.
+        condition: c of the examples, for the bound on P(x|c), as for `nelbo.evaluate`.
         steps: number of steps of the model; by default its own.
         calls: network calls per example, at most.
         device: where to run the networks; by default they stay.
@@ -57,7 +60,7 @@ def report_foreign(
         raise ValueError(
             f"{images}; {name_of(source)} is of tokens: nelbo evaluate and nelbo score measure it"
         )
-    foreign = foreign_of(source, steps=steps)
+    foreign = foreign_of(source, steps=steps, condition=condition)
     if not is_image(foreign.schema):
         raise ValueError(
             f"{images}; {foreign.name} is of {foreign.schema.kind} of shape"
