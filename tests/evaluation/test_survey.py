@@ -19,9 +19,14 @@ def population():
     return known, known + 0.3 * torch.randn(N, 1 + STRATA, dtype=torch.float64) + 0.1
 
 
-def root(found, columns=slice(None)):
+def root(found):
     """The root of the estimated Monte Carlo variance, without the widening of what is stated."""
-    within, _, between = found._summed(columns)._parts()
+    return root_of_sum(found._summed(slice(None)))
+
+
+def root_of_sum(found):
+    """The same of an estimate of one column, the sum of some."""
+    within, _, between = found._parts()
     share = len(found.rows) / len(found.known)
     return torch.sqrt(share * within.sum() + (1 - share) * between.sum()).item()
 
@@ -58,8 +63,10 @@ def test_the_mean_is_unbiased_and_its_error_true(population, visited, twice):
     known, truth = population
     found = [sample(known, truth, visited, twice) for _ in range(3000)]
     for columns in (slice(None), slice(1, 2)):  # the whole bound, and one stratum
-        means = torch.tensor([f.mean(columns) for f in found], dtype=torch.float64)
-        errors = torch.tensor([root(f, columns) for f in found], dtype=torch.float64)
+        sums = [f._summed(columns) for f in found]
+        means = torch.stack([of.means for of in sums])[:, 0]
+        assert means[0] == found[0].mean(columns)
+        errors = torch.tensor([root_of_sum(of) for of in sums], dtype=torch.float64)
         expected = truth[:, columns].sum(1).mean()
         assert abs(means.mean() - expected) < 4 * means.std() / math.sqrt(3000)
         assert 0.9 < errors.square().mean() / means.var() < 1.1
