@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from typing_extensions import override
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ RANK = 64  # principal components with free covariances
 SIZES = (1, 4, 10)  # components of the mixtures; each component needs an example per principal ..
 FEWEST = 32  # .. component, and at least as many examples as this
 FLOOR = 0.05  # least variance of a component in any direction, in mean variances of the examples
+STEPS = 50  # of k-means and of EM, at most
 NOISES = (-4.0, -1.0, 2.0)  # γ at which `features` evaluates the densities
 
 
@@ -252,7 +254,7 @@ class Principal:
 
 
 class Mixture:
-    """Mixture of C Gaussians fitted to embedded examples, by the EM of scikit-learn.
+    """Mixture of C Gaussians fitted to embedded examples.
 
     Args:
         principal: components of the examples.
@@ -337,14 +339,30 @@ def _mixed(log_w: Tensor, mean: Tensor, variance: Tensor, values: Tensor) -> Ten
 
 
 def _fit_components(e: Tensor, components: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log w_c, (C,), means, (C, R), and covariances, (C, R, R)."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
+    """Return log w_c, (C,), means, (C, R), and covariances, (C, R, R), by EM from k-means.
 
-    mixture = GaussianMixture(components, reg_covar=floor, max_iter=50, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # any mixture will do
-        mixture.fit(e.cpu().numpy())
-    found = mixture.weights_, mixture.means_, mixture.covariances_
-    weights, means, covariances = (torch.as_tensor(v).to(e) for v in found)
-    return weights.log(), means, covariances
+    scikit-learn would take a second to import, which few measurements are worth.
+    """
+    from scipy.cluster.vq import kmeans2
+
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # of empty clusters: any mixture will do
+        _, nearest = kmeans2(e.cpu().numpy(), components, STEPS, minit="++", seed=0)
+    share = one_hot(torch.as_tensor(nearest).long(), components).to(e).T  # P(c|e), (C, N)
+    before = -math.inf
+    for _ in range(STEPS):
+        count = share.sum(1).clamp(min=1e-10)
+        mean = share @ e / count[:, None]
+        moment = (share[..., None] * e).mT @ e / count[:, None, None]
+        covariance = moment - mean[..., None] * mean[:, None] + floor * torch.eye(e.shape[1]).to(e)
+        half = torch.linalg.cholesky(covariance)
+        unit = torch.linalg.inv(half).mT
+        square = (e @ unit - mean[:, None] @ unit).square_().sum(2)
+        log_det = half.diagonal(dim1=1, dim2=2).log().sum(1)
+        log_weight = (count / len(e)).log()
+        log_p = (log_weight - log_det)[:, None] - square / 2
+        likelihood = log_p.logsumexp(0).mean().item()
+        if likelihood < before + TOLERANCE:
+            break
+        share, before = log_p.softmax(0), likelihood
+    return log_weight, mean, covariance
