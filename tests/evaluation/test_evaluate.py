@@ -18,6 +18,7 @@ from nelbo.diffusion.parametrization import LevelLogits, XPrediction
 from nelbo.diffusion.reverse import Mixture, Posterior
 from nelbo.diffusion.schedules import Linear
 from nelbo.diffusion.times import ContinuousTime, TimeGrid, elbo
+from nelbo.evaluation import price
 from nelbo.evaluation.allocation import pilot
 from nelbo.evaluation.evaluate import evaluate
 from nelbo.evaluation.survey import FREEDOMS, plan
@@ -117,6 +118,20 @@ def test_the_calls_are_those_of_the_network(model, x, times, calls):
     result = evaluate(model, x, times=times, calls=calls)
     assert result.calls_per_example == sum(rows) / len(x)
     assert (calls or CALLS) / 2 <= result.calls_per_example <= (calls or CALLS)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("examples", [1, 5, 69])
+def test_the_call_that_counts_operations_is_one_of_them(model, x, examples, scored, monkeypatch):
+    """Where every control variate has to be beside the network, whose price a call tells."""
+    monkeypatch.setattr(price, "FREE", 0.0)
+    rows = []
+    model.network.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    for calls in (2, 3, 4, 9, 24):
+        rows.clear()
+        found = evaluate(model, x[:examples], calls=calls, per_example=scored)
+        assert found.calls_per_example == sum(rows) / examples <= calls
+        assert calls < 9 or found.standard_error.monte_carlo > 0
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -95,10 +95,14 @@ def estimate_times(
                 each = min(len(others), FITTED) + 2 * count
                 # those of a target are unknown before the pilot: as many as its share stands for
                 whole = calls * count if target is None else rows * strata.count / OF_PILOT
-                budget = Budget(each, whole, partial(_operations, model, times, batch))
+                # counted by a call, if it leaves enough of them for an error
+                spare = left - 1 / count >= check_calls(calls, count, per_example)
+                counted = partial(_operations, model, times, batch) if spare else lambda: 0.0
+                budget = Budget(each, whole, counted)
             fitted_to = None if variates is False else others
+            before = made.forward
             controls = ControlVariates(model, fitted_to, strata.edges, pairs, budget, piloted)
-            draws = left / controls.calls
+            draws = (left - (made.forward - before) / count) / controls.calls
             if piloted:
                 make = pilots or partial(pilot, batch=batch, calls=rows)
                 found = partial(make, strata, controls)
@@ -133,7 +137,7 @@ def estimate_times(
 
 
 def _operations(model: Model, times: TimeDiscretization, batch: Batch) -> float:
-    """Return the floating-point operations of a network call, by one more for one example."""
+    """Return the floating-point operations of a network call, by one for one example."""
     first = torch.full((1,), times.first, dtype=torch.float64, device=model.device)
     one = batch[torch.zeros(1, dtype=torch.long)].to(model.device)
     return operations(lambda: ReconstructionTerm(first).draw(model, one))
