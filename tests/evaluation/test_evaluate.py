@@ -227,7 +227,7 @@ def test_the_data_error_is_that_of_other_data(model):
         with seeded(7, seed):
             x = torch.distributions.Binomial(3, torch.tensor(0.3)).sample((70, 3)).long()
         # with half of the calls one block may have most of the noise, of one degree of freedom
-        results.append(evaluate(model, x, seed=seed, calls=32, variates=True))
+        results.append(evaluate(model, x, seed=seed, calls=32))
     values = torch.tensor([r.bits_per_dim for r in results], dtype=torch.float64)
     stated = torch.tensor([r.standard_error.total for r in results], dtype=torch.float64)
     assert 0.65 < values.std() / stated.square().mean().sqrt() < 1.45

@@ -24,7 +24,7 @@ from nelbo.diffusion.model import Model
 #: core that takes 3 ns for a number, in a product of matrices 2 operations for each of both
 PASS = 150.0
 SHARE = 1 / 40  # of the operations of the network, for control variates
-FREE = 2.0**23  # passes that are never left out: a fortieth of a second
+FREE = 2.0**24  # passes that are never left out: a twentieth of a second
 LEAST = 1e-3  # price of a mask read by a surrogate, in network calls, at least
 
 

@@ -72,5 +72,8 @@ def fine_tune(
     )
     model = replace(model, dropout=max(model.dropout, DROPOUT))
     config = replace(run.config, model=model, train=train)
-    training = Training(out, config, own_data.load(config), device, on_event, network)
+    dataset = own_data.load(config)
+    if config.within:  # in the folder of the run, and not in that of the new one
+        own_data.remember_place(config, progress)
+    training = Training(out, config, dataset, device, on_event, network)
     return begin(training, progress, run.model)

@@ -7,6 +7,7 @@ if this user's own cache knows data with the same hashes (`place_of`).
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nelbo._utils import cache, limits
-from nelbo._utils.distributed import main_process_first
+from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.numerics import seeded
 from nelbo._utils.text import shortened
 from nelbo.data import sources
@@ -141,6 +142,18 @@ def remember(config: RunConfig, place: str) -> None:
         cache.put(KIND, f"{identity} {place}", True)
     finally:
         cache.put(KIND, identity, place)
+
+
+def remember_place(config: RunConfig, progress: bool) -> None:
+    """Record where data are that lie outside of the run's folder; say where this fails."""
+    if config.source in BUILT_IN or world()[0] != 0:
+        return
+    try:
+        remember(config, config.source)
+    except OSError as error:
+        if progress:
+            note = f"the place of the data is not remembered: {cache.reason(error)}"
+            print(note, file=sys.stderr)
 
 
 def recognises(config: RunConfig, source: str) -> str | None:

@@ -10,12 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
-from nelbo._utils import cache, spelling
+from nelbo._utils import spelling
 from nelbo._utils.arguments import checked
 from nelbo._utils.distributed import main_process_first, world
 from nelbo._utils.progress import interactive
 from nelbo._utils.scalars import integer, real
-from nelbo.data.sources import BUILT_IN, Declaration, Source, Splits, load
+from nelbo.data.sources import Declaration, Source, Splits, load
 from nelbo.data.splits import declare
 from nelbo.models import custom
 from nelbo.models.config import CUSTOM, ModelConfig
@@ -141,15 +141,8 @@ def train(
         splits=declare(splits),
         frames=frames,
     )
-    if not in_memory and run.source not in BUILT_IN and world()[0] == 0:
-        try:
-            own_data.remember(run, run.source)
-        except OSError as error:
-            if progress:
-                print(
-                    f"the place of the data is not remembered: {cache.reason(error)}",
-                    file=sys.stderr,
-                )
+    if not in_memory:
+        own_data.remember_place(run, progress)
     fitting = own_data.fitting(run, dataset)
     for note in fitting.notes[len(dataset.notes) :] if progress else ():
         print(spelling.shown(note), file=sys.stderr)
