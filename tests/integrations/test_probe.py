@@ -13,7 +13,7 @@ from nelbo import Batch, TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.integrations import wrap
-from nelbo.integrations.probe import probe
+from nelbo.integrations.probe import _verdict, probe
 
 SHAPE, T = (3, 4, 4), 40
 BETAS = np.linspace(0.005, 0.4, T)
@@ -240,3 +240,13 @@ def test_scaled_images_are_refused_before_the_network_is_read():
             ValueError, match=r"x is torch.float64, .* integers 0..255, not scaled"
         ):
             measure(model, scaled)
+
+
+def test_the_best_of_readings_that_do_not_fit_is_named():
+    """By four standard errors, for a network that is half trained in another reading."""
+    rows = torch.linspace(-0.1, 0.1, 8).exp().double().expand(2, 8)
+    for better, named in ((0.8, True), (0.97, False)):
+        noise = torch.stack([rows[0], rows[0].flip(0)])
+        (note,) = _verdict(1.2 * rows, 1.5 * rows, {"velocity": 1.2 * better * noise})
+        assert "no better than a straight line (1.2 times its error)" in note
+        assert ("(the best, as velocity, has 0.96 times)" in note) == named

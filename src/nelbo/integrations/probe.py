@@ -210,11 +210,14 @@ def _verdict(own: Tensor, zero: Tensor, errors: Mapping[str, Tensor]) -> list[st
             ]
     if own.mean() < NOTHING:
         return []
+    nearest = ""
+    if best and _is_better(own, errors[best], SLIGHTLY, DOUBT, math.inf):
+        nearest = f" (the best, as {best}, has {means[best]:.2g} times)"
     return [
         "the network denoises these examples no better than a straight line"
-        f" ({own.mean().item():.2g} times its error), and no other reading that was tried fits: it"
-        " is measured as given; was it trained, on such data, and with such noise levels and time"
-        " inputs?"
+        f" ({means['']:.2g} times its error), and no other reading that was tried fits{nearest}:"
+        " it is measured as given; was it trained, on such data, and with such noise levels and"
+        " time inputs?"
     ]
 
 
