@@ -7,7 +7,6 @@ from zlib import crc32
 
 import pytest
 import torch
-from support.processes import forked_decoders
 from support.runs import TINY
 
 from nelbo._utils.numerics import seeded
@@ -77,13 +76,6 @@ def _small_measurements():
         patch.setattr(pilot_cache, "ROWS", 16)
         patch.setattr(grid_search, "EXAMPLES", 16)
         patch.setattr(gaussian_mixture, "SIZES", (1, 2))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _forked_decoders():
-    """A file of a few rows needs no import of polars of its own; `test_hostile` starts Python."""
-    with forked_decoders():
         yield
 
 

@@ -10,7 +10,6 @@ import re
 import resource
 import shutil
 import struct
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -32,7 +31,6 @@ from nelbo._utils import files, limits
 from nelbo._utils.numerics import seeded
 from nelbo._utils.tensor_files import read_tensors, write_tensors
 from nelbo.data import load
-from nelbo.data.tabular import decoded
 from nelbo.integrations import load as load_foreign
 from nelbo.integrations.openai import architecture, check_flags
 from nelbo.integrations.openai_unet import UNet
@@ -48,12 +46,6 @@ ROOM = 2**30  # bytes beyond what the process has, in which a refusal must fit
 def _in_time():
     with alarm(120):
         yield
-
-
-@pytest.fixture(autouse=True)
-def _own_python(monkeypatch):
-    """Tables are decoded as everywhere outside of the tests, by a Python of their own."""
-    monkeypatch.setattr(decoded, "subprocess", subprocess)
 
 
 @contextmanager
@@ -987,7 +979,7 @@ def test_a_text_of_few_bytes_is_not_unpacked_here(tmp_path, monkeypatch, end, ab
     """One cell of 256 MiB in a file of some kilobytes, within its limit of memory and beyond it,
     where polars ends its whole process."""
     pl = pytest.importorskip("polars")
-    from nelbo.data.tabular import tables
+    from nelbo.data.tabular import decoded, tables
 
     path = tmp_path / f"x.{end}"
     frame = pl.DataFrame({"a": [1, 2], "b": ["x" * 2**28, "y"]})
@@ -1042,7 +1034,7 @@ def test_texts_that_rows_share_are_counted_for_each(tmp_path):
 def test_tables_are_read_where_no_other_process_can_be_had(tmp_path, monkeypatch, program):
     """A sandbox, and a Python that does not find polars."""
     pl = pytest.importorskip("polars")
-    from nelbo.data.tabular import tables
+    from nelbo.data.tabular import decoded, tables
 
     monkeypatch.setattr(decoded.sys, "executable", program)
     monkeypatch.setattr(decoded, "DECODER", tmp_path / "none.py")

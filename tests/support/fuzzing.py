@@ -29,7 +29,6 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 from support import known_models
-from support.processes import seconds_of_forked
 from support.runs import OPENAI
 
 from nelbo._utils import files, tensor_files
@@ -184,7 +183,7 @@ def _other(draw: st.DrawFn, document: object) -> object:
 
 
 @contextmanager
-def alarm(seconds: float):
+def alarm(seconds: int):
     """`TimeoutExceededError` after so many seconds of CPU, also of processes that ended meanwhile;
     or after WAIT seconds: what hangs, fails."""
 
@@ -192,23 +191,18 @@ def alarm(seconds: float):
         raise TimeoutExceededError(f"not done in {seconds} s of CPU, or {WAIT} s")
 
     before = {number: signal.signal(number, ring) for number in (signal.SIGPROF, signal.SIGALRM)}
-    others = _seconds_of_others()
+    others = sum(os.times()[2:4])
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.alarm(WAIT)
     try:
         yield
-        if _seconds_of_others() - others > seconds:
+        if sum(os.times()[2:4]) - others > seconds:
             ring(signal.SIGPROF, None)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _seconds_of_others() -> float:
-    """Return the seconds of CPU of all processes that ended, started here or forked for us."""
-    return sum(os.times()[2:4]) + seconds_of_forked()
 
 
 def outcome(kind: Kind, content: bytes, folder: Path) -> str:
