@@ -79,12 +79,12 @@ def test_a_budget_is_a_share_of_the_network():
 
     def call():
         counted.append(1)
-        return 1e8
+        return 1e9
 
     budget = Budget(10, 100, call)
     assert budget.price(Work(1, 2, 3)) == 1 + 10 * 2 + 100 * 3
     assert budget.allows(FREE) and not counted
-    passes = SHARE * 100 * 1e8 / PASS
+    passes = SHARE * 100 * 1e9 / PASS
     assert passes < FREE
     assert not budget.allows(1.01 * FREE) and budget.allows(0.99 * passes)
     dear = Budget(10, 1e6, call)

@@ -63,6 +63,8 @@ class NetworkCalls:
         self.name = name
         #: number of rows in a call, by the device, shape and type of a row
         self.known: dict[tuple[torch.device, torch.Size, torch.dtype], int] = {}
+        #: the same that the cache of a CPU holds, None for any
+        self.cached: dict[tuple[torch.device, torch.Size, torch.dtype], int | None] = {}
 
     def __call__(
         self, network: Callable[..., Tensor], inputs: Sequence[Tensor], rows: int | None = None
@@ -80,7 +82,9 @@ class NetworkCalls:
         total, like = len(inputs[0]), inputs[0]
         key = like.device, like.shape[1:], like.dtype
         adaptive = not torch.is_grad_enabled() and not _fixed.get()
-        if adaptive and (cached := _that_cache_holds(network, like)):
+        if key not in self.cached:
+            self.cached[key] = _that_cache_holds(network, like)
+        if adaptive and (cached := self.cached[key]):
             rows = min(rows or cached, cached)
         outputs: list[Tensor] = []
         done = 0

@@ -349,12 +349,12 @@ def _fit_components(e: Tensor, components: int, floor: float) -> tuple[Tensor, T
         warnings.simplefilter("ignore")  # of empty clusters: any mixture will do
         _, nearest = kmeans2(e.cpu().numpy(), components, STEPS, minit="++", seed=0)
     share = one_hot(torch.as_tensor(nearest).long(), components).to(e).T  # P(c|e), (C, N)
-    before = -math.inf
+    least, before = floor * torch.eye(e.shape[1]).to(e), -math.inf
     for _ in range(STEPS):
-        count = share.sum(1).clamp(min=1e-10)
+        count = share.sum(1).clamp(min=1e-10)  # a component may have lost its examples
         mean = share @ e / count[:, None]
         moment = (share[..., None] * e).mT @ e / count[:, None, None]
-        covariance = moment - mean[..., None] * mean[:, None] + floor * torch.eye(e.shape[1]).to(e)
+        covariance = moment - mean[..., None] * mean[:, None] + least
         half = torch.linalg.cholesky(covariance)
         unit = torch.linalg.inv(half).mT
         square = (e @ unit - mean[:, None] @ unit).square_().sum(2)

@@ -99,13 +99,11 @@ class SurveyEstimate:
 
     def _joined_left(self) -> list[Tensor]:
         """Return these for blocks of each shape together, (n, R_g, ...), in any order."""
-        found: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for block, rows in zip(self.costs, self.blocks, strict=False):
-            found.setdefault(block.shape, []).append((block, rows))
-        alike = [
-            [torch.cat(parts) for parts in zip(*pairs, strict=True)] for pairs in found.values()
+        return [
+            torch.cat([self.costs[g] for g in some])
+            - self.known[torch.cat([self.blocks[g] for g in some])][:, None]
+            for some in _alike(self.costs)
         ]
-        return [costs - self.known[rows][:, None] for costs, rows in alike]
 
     @property
     def means(self) -> Tensor:
@@ -214,12 +212,17 @@ class SurveyEstimate:
         return replace(self, costs=list(whole.values()))
 
 
+def _alike(blocks: Sequence[Tensor]) -> list[list[int]]:
+    """Return the places of the blocks of each shape."""
+    found: dict[torch.Size, list[int]] = {}
+    for g, block in enumerate(blocks):
+        found.setdefault(block.shape, []).append(g)
+    return list(found.values())
+
+
 def _stacked(blocks: Sequence[Tensor]) -> list[Tensor]:
     """Return the blocks of each shape together, (G, n_g, R_g, ...)."""
-    found: dict[torch.Size, list[Tensor]] = {}
-    for block in blocks:
-        found.setdefault(block.shape, []).append(block)
-    return [torch.stack(alike) for alike in found.values()]
+    return [torch.stack([blocks[g] for g in some]) for some in _alike(blocks)]
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def estimate_times(
 
 
 def _operations(model: Model, times: TimeDiscretization, batch: Batch) -> float:
-    """Return the floating-point operations of a network call, by one for one example."""
+    """Return the floating-point operations of a network call, by a call of one example."""
     first = torch.full((1,), times.first, dtype=torch.float64, device=model.device)
     one = batch[torch.zeros(1, dtype=torch.long)].to(model.device)
     return operations(lambda: ReconstructionTerm(first).draw(model, one))

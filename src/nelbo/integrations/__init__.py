@@ -208,7 +208,7 @@ def load(
             raise ValueError("give the condition once: after the path, or beside it")
         options["condition"] = condition
     found: Foreign = import_module(SOURCES[kind]).load(path, steps=steps, **options)
-    return in_precision(found, precision, f"{kind}:")
+    return in_precision(found, precision)
 
 
 def _options(kind: str, rest: str) -> tuple[str, dict[str, object]]:

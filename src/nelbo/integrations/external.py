@@ -24,7 +24,6 @@ Pair: TypeAlias = tuple[nn.Module, Any]
 
 LEAVE_OUT = 10  # of so many examples one is left out, to fit parts of a model to
 FITTED = 1024  # examples to which they are fitted, at most
-IN_MEMORY = "a network in memory"  # in messages
 
 
 @dataclass(frozen=True)
@@ -168,15 +167,13 @@ def check_no_form(form: TextForm | None) -> None:
         )
 
 
-def in_precision(found: Foreign, precision: str | None, name: str) -> Foreign:
+def in_precision(found: Foreign, precision: str | None) -> Foreign:
     """Return a model whose network computes in a precision; None leaves it as it is.
 
     Args:
         found: the model.
-        precision: bf16, by torch.autocast, or None.
-        name: of what it was read from, for the error.
+        precision: as `check_precision` allows; bf16 by torch.autocast.
     """
-    check_precision(precision, name)
     return found if precision is None else with_autocast(found)
 
 
@@ -199,15 +196,14 @@ def check_in_memory(
 
     The precision of a network in memory may be chosen, that of a model made of one may not.
     """
-    names = ["trust_remote_code", "precision", "device_map"]
-    if not isinstance(thing, Foreign | Model | LatentModel):
-        names.remove("precision")
-        precision = None
-    if trust_remote_code or precision is not None or device_map is not None:
-        *first, last = names
+    if isinstance(thing, Foreign | Model | LatentModel):
+        names, other = "trust_remote_code, precision and device_map", precision
+    else:
+        check_precision(precision, "a network in memory")
+        names, other = "trust_remote_code and device_map", None
+    if trust_remote_code or other is not None or device_map is not None:
         raise ValueError(
-            f"{', '.join(first)} and {last} are for a model that is read from files; got"
-            f" {name}: leave them out"
+            f"{names} are for a model that is read from files; got {name}: leave them out"
         )
 
 

@@ -18,7 +18,7 @@ from nelbo.diffusion.model import Model
 from nelbo.diffusion.times import ContinuousTime, TimeDiscretization, grid_of
 from nelbo.integrations import Foreign, memory
 from nelbo.integrations.conditions import Condition, Given
-from nelbo.integrations.external import IN_MEMORY, check_in_memory, in_precision
+from nelbo.integrations.external import check_in_memory, in_precision
 from nelbo.integrations.texts import TextReader
 from nelbo.integrations.tokens import TokenModel
 from nelbo.runs.run import Run
@@ -98,7 +98,7 @@ def foreign_of(
             f" model of nelbo.wrap(network, shape, ...); got {name_of(thing)}"
         )
     found = memory.read(thing, cast(Any, ()), steps=steps, condition=condition, reading={})
-    found = in_precision(found, precision, IN_MEMORY)
+    found = in_precision(found, precision)
     notes = found.model.diffusion.check_reading()  # at pure noise, as there are no examples
     return replace(found, notes=(*found.notes, *notes))
 

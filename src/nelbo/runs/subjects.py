@@ -32,7 +32,7 @@ from nelbo.evaluation.result import Evaluation, Measurement
 from nelbo.evaluation.survey import check_calls
 from nelbo.integrations import Foreign, Pair, memory
 from nelbo.integrations.conditions import Condition
-from nelbo.integrations.external import IN_MEMORY, check_in_memory, check_no_form, in_precision
+from nelbo.integrations.external import check_in_memory, check_no_form, in_precision
 from nelbo.integrations.memory import Reading
 from nelbo.integrations.text_records import TextForm
 from nelbo.integrations.texts import TextReader
@@ -360,7 +360,7 @@ def subject_of(
         kind = type(run).__name__
         check_in_memory(run, kind, trust_remote_code, precision, device_map)
         made = memory.read(run, data, steps=steps, condition=condition, reading=reading)
-        return OfForeign(foreign=in_precision(made, precision, IN_MEMORY)), None
+        return OfForeign(foreign=in_precision(made, precision)), None
     known = isinstance(run, Run | str | PathLike | Foreign | Model | LatentModel)
     if not known and not integrations.is_foreign(run):
         run_of(run)  # which says what may be given, before what goes with it
