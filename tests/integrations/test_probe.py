@@ -13,7 +13,7 @@ from nelbo import Batch, TimeGrid, evaluate
 from nelbo._utils.numerics import seeded
 from nelbo.diffusion.gaussian import Affine, Levels
 from nelbo.integrations import wrap
-from nelbo.integrations.probe import _verdict, probe
+from nelbo.integrations.probe import ReadingError, _verdict, probe
 
 SHAPE, T = (3, 4, 4), 40
 BETAS = np.linspace(0.005, 0.4, T)
@@ -247,6 +247,49 @@ def test_the_best_of_readings_that_do_not_fit_is_named():
     rows = torch.linspace(-0.1, 0.1, 8).exp().double().expand(2, 8)
     for better, named in ((0.8, True), (0.97, False)):
         noise = torch.stack([rows[0], rows[0].flip(0)])
-        (note,) = _verdict(1.2 * rows, 1.5 * rows, {"velocity": 1.2 * better * noise})
+        other = {"velocity": 1.2 * better * noise}
+        (note,) = _verdict(1.2 * rows, 1.5 * rows, 1.5 * rows, other)
         assert "no better than a straight line (1.2 times its error)" in note
         assert ("(the best, as velocity, has 0.96 times)" in note) == named
+
+
+@pytest.mark.parametrize(
+    ("other", "spread", "refused"),
+    [
+        (0.4, 0.05, True),  # 0.8 times the error, by 20 standard errors
+        (0.4, 0.3, False),  # by 3
+        (0.48, 0.01, False),  # in the same words, nearly the same error
+    ],
+)
+def test_a_reading_that_fits_is_better_by_standard_errors(other, spread, refused):
+    own = torch.full((2, 32), 0.5, dtype=torch.float64)
+    noise = torch.randn(2, 32, dtype=own.dtype, generator=torch.Generator().manual_seed(0))
+    errors = {
+        "velocity": other
+        * (spread * (noise - noise.mean(1, True)) / noise.std(1, keepdim=True)).exp()
+    }
+    if refused:
+        with pytest.raises(ReadingError, match="read as velocity"):
+            _verdict(own, 4 * own, 4 * own, errors)
+    else:
+        _verdict(own, 4 * own, 4 * own, errors)
+
+
+@pytest.mark.parametrize(
+    ("size", "other", "refused"), [(1.0, 0.6, True), (1.0, 0.69, False), (0.5, 0.6, False)]
+)
+def test_half_trained_another_reading_has_half_of_the_error_at_the_best_size(size, other, refused):
+    """Of 1.3 times the error of a line, at the best size or as half of an output that has 0.4."""
+    least, rows = 1.3 if size == 1 else 0.4, torch.ones(2, 8, dtype=torch.float64)
+
+    def error(factor):
+        return (least + 3.6 * (1 - factor * size) ** 2) * rows
+
+    assert error(1)[0, 0] == pytest.approx(1.3)
+    errors = {"velocity": other * rows}
+    if refused:
+        with pytest.raises(ReadingError, match="read as velocity"):
+            _verdict(error(1), error(0), error(2), errors)
+    else:
+        (note,) = _verdict(error(1), error(0), error(2), errors)
+        assert "may be read wrongly" in note

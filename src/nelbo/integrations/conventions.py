@@ -62,12 +62,13 @@ LATENTS: dict[str, Factor] = {
 AT = ", with the time input "
 MINUS = " of minus the output; wrap a module that returns that"
 ZERO = "zero in place of the output"
+TWICE = "twice the output"
 
 
 def readings(model: "WrappedModel", gammas: Sequence[float], deviation: float) -> list[Reading]:
     """Return the reading that was given, whose output has the name "", and then all others.
 
-    The first has the name `ZERO` too, for zero in its place.
+    The first has the names `ZERO` and `TWICE` too, for zero and twice as much in its place.
 
     Args:
         model: the network as it was given.
@@ -76,7 +77,12 @@ def readings(model: "WrappedModel", gammas: Sequence[float], deviation: float) -
     """
     clock, factor, embed = said_clock(model), model.network.factor, model.process.embed
     given = f'predicts="{model.predicts}"' if model.predicts else "what was given"
-    outputs = {"": (model.head, 1), ZERO: (model.head, 0), given + MINUS: (model.head, -1)}
+    outputs = {
+        "": (model.head, 1),
+        ZERO: (model.head, 0),
+        TWICE: (model.head, 2),
+        given + MINUS: (model.head, -1),
+    }
     found = [Reading(clock, factor, outputs, embed)]
     for c, levels, outputs in _conventions(model, clock, deviation):
         new = Reading(levels, c, outputs, embed)

@@ -5,10 +5,11 @@ the least error of the data:
 
     ρ = E‖x - x̂‖² / E‖x - x̂'‖²,    x̂' = a z + b, the best straight line
 
-A reading is refused if another has a much smaller ρ, by many standard errors, and fits the data
-much better than a line. If the reading is no better than zero in place of the output, it is enough
-that the other is better than a line: a network that is trained as it is read soon beats zero, and
-so do averages of its weights that lag behind, while its ρ may be large.
+A reading is refused if another is better by many standard errors and fits the data much better
+than a line. A half-trained network fits no reading so well, and several ones badly: there the
+other must have half of the error too, and not only because the outputs are too small, as those of
+a lagging average of weights are. The error as given is therefore that with the best of all outputs
+from once to twice as large.
 
 Readings with the same x̂ for a network are not told apart, nor need they be: F of EDM with
 σ_data = 1 is minus the velocity. Nor are readings whose x̂ differ too little: σ_data off by a
@@ -30,7 +31,7 @@ from torch import Tensor
 from nelbo.diffusion.batch import Batch
 from nelbo.diffusion.checks import check_examples
 from nelbo.diffusion.model import measuring
-from nelbo.integrations.conventions import ZERO, readings
+from nelbo.integrations.conventions import TWICE, ZERO, readings
 from nelbo.integrations.readings import Reading, point, said_clock
 
 if TYPE_CHECKING:
@@ -42,14 +43,14 @@ ROWS, LEAST = 8, 4  # in so many rows, at most, and of examples, at least
 MORE = 4  # times as many rows where several readings are possible,
 LARGE = 2**22  # of at most this many numbers
 SNRS = (10.0, 1.0)  # of the two noise levels at which data are shown
-LESS = 1.3  # a reading is refused if another has an error smaller by this factor at a level,
-ERRORS = 6.0  # by as many standard errors (of the logarithm), none larger at another level,
-FITS = 0.5  # and a mean ρ below this; half-trained networks fit several readings, all worse
-SLIGHTLY, DOUBT, PARTLY = 1.1, 4.0, 0.7  # the same for a note
-FAR = 4.0  # factor, beside ERRORS and PARTLY, that refuses a reading no better than zero
+ERRORS = 6.0  # a reading is refused if another has an error smaller by these (of the logarithm)
+WORSE = 2.0  # at a level, and larger by at most these at another,
+FITS = 0.5  # and a mean ρ below this,
+PARTLY, FAR = 0.7, 2.0  # or below this, and an error smaller by this factor at that level;
+SLIGHTLY, DOUBT = 1.1, 4.0  # a factor, and standard errors, with PARTLY, for a note
 ALIKE = 1.1  # factor within which errors of two readings count as the same
 TINY = 1e-12  # ρ below which it counts as 0
-NOTHING = 0.9  # ρ, and error over that of zero read in the same way, if nothing is learned
+NOTHING = 0.9  # ρ above which nothing is learned
 
 
 class ReadingError(ValueError):
@@ -134,7 +135,7 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
         )
     given, *others = readings(model, gammas, deviation)
     first = _errors(given, model, *few, gammas)
-    own, zero = first.pop(""), first.pop(ZERO)
+    own, zero, twice = first.pop(""), first.pop(ZERO), first.pop(TWICE)
     found = {name: error for name, error in first.items() if _may_be_better(own, error)}
     possible = []
     for reading in others:
@@ -143,11 +144,14 @@ def _at_examples(model: "WrappedModel", batch: Batch) -> list[str]:
             found |= errors
     if found and len(rest[1]):
         more = _errors(given, model, *rest, gammas)
-        own, zero = torch.cat([own, more[""]], 1), torch.cat([zero, more[ZERO]], 1)
+        own, zero, twice = (
+            torch.cat([error, more[name]], 1)
+            for name, error in (("", own), (ZERO, zero), (TWICE, twice))
+        )
         for reading in possible:
             more |= _errors(reading, model, *rest, gammas)
         found = {k: torch.cat([v, more[k]], 1) for k, v in found.items() if k in more}
-    return _verdict(own, zero, found)
+    return _verdict(own, zero, twice, found)
 
 
 def _errors(
@@ -183,10 +187,11 @@ def _errors(
     return found
 
 
-def _verdict(own: Tensor, zero: Tensor, errors: Mapping[str, Tensor]) -> list[str]:
+def _verdict(own: Tensor, zero: Tensor, twice: Tensor, errors: Mapping[str, Tensor]) -> list[str]:
     """Return a note, or raise ReadingError, by the ρ of the reading given and of others.
 
-    Each has shape (levels, rows), as `zero`, that of the reading with zero in place of the output.
+    Each has shape (levels, rows), as `zero` and `twice`, those of the reading given with an output
+    of zero and of twice the size.
     """
     if not own.isfinite().all():
         return []  # constant images, which a line fits exactly; or no number, which is said later
@@ -198,12 +203,12 @@ def _verdict(own: Tensor, zero: Tensor, errors: Mapping[str, Tensor]) -> list[st
             f"{means[best]:.2g} times the error of a straight line on some of the examples, and as"
             f" given {means['']:.2g} times"
         )
-        other, unlearned = errors[best], bool(own.mean() > NOTHING * zero.mean())
-        if _is_better(own, other) or (unlearned and _is_better(own, other, FAR, fits=PARTLY)):
+        other, at_best = errors[best], _at_best_size(own, zero, twice)
+        if _is_better(own, other) or _is_better(at_best, other, PARTLY, less=FAR):
             raise ReadingError(
                 f"the network seems to be read wrongly: read as {best}, it has {seen}"
             )
-        if _is_better(own, other, SLIGHTLY, DOUBT, PARTLY):
+        if _is_better(own, other, PARTLY, DOUBT, SLIGHTLY):
             return [
                 f"the network may be read wrongly: as {best}, it has {seen}, too little to be"
                 " certain: was it trained as it is read?"
@@ -211,7 +216,7 @@ def _verdict(own: Tensor, zero: Tensor, errors: Mapping[str, Tensor]) -> list[st
     if own.mean() < NOTHING:
         return []
     nearest = ""
-    if best and _is_better(own, errors[best], SLIGHTLY, DOUBT, math.inf):
+    if best and _is_better(own, errors[best], math.inf, DOUBT, SLIGHTLY):
         nearest = f" (the best, as {best}, has {means[best]:.2g} times)"
     return [
         "the network denoises these examples no better than a straight line"
@@ -221,15 +226,26 @@ def _verdict(own: Tensor, zero: Tensor, errors: Mapping[str, Tensor]) -> list[st
     ]
 
 
+def _at_best_size(own: Tensor, zero: Tensor, twice: Tensor) -> Tensor:
+    """Return errors, (levels, rows), with the output times the best factor from 1 to 2.
+
+    They are parabolas in the factor; through three points of it where x̂ is clipped.
+    """
+    bend = (twice - 2 * own + zero) / 2
+    slope = own - zero - bend
+    factor = (-slope.mean(1, True) / (2 * bend.mean(1, True)).clamp(min=TINY)).clamp(1, 2)
+    return zero + factor * slope + factor.square() * bend
+
+
 def _is_better(
-    own: Tensor, other: Tensor, less: float = LESS, errors: float = ERRORS, fits: float = FITS
+    own: Tensor, other: Tensor, fits: float = FITS, errors: float = ERRORS, less: float = 1.0
 ) -> bool:
-    """Return whether another reading fits, and has less error, (levels, rows), at all levels, and
-    at one by a factor and standard errors.
+    """Return whether another reading fits, and has less error, (levels, rows), at a level by
+    standard errors and a factor, and not clearly more at another.
     """
     gain, error = _gain(own, other)
     clear = (gain > math.log(less)) & (gain > errors * error)
-    return bool(other.mean() < fits and (gain > 0).all() and clear.any())
+    return bool(other.mean() < fits and (gain > -WORSE * error).all() and clear.any())
 
 
 def _may_be_better(own: Tensor, other: Tensor) -> bool:

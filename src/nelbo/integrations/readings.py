@@ -50,7 +50,7 @@ class Level(NamedTuple):
 Clock = Callable[[float], Level]
 #: of the time inputs of a network that takes no others
 Ends = tuple[float, float]
-#: parametrizations, and signs of the output (0 for none), by a name for a message
+#: parametrizations, and factors of the output (0 for none), by a name for a message
 Outputs = dict[str, tuple[Parametrization, int]]
 
 
